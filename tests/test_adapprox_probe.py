@@ -8,6 +8,7 @@ from dataclasses import replace
 import killing
 import numpy as np
 import pytest
+from verdicts import effects
 
 import lorascope as ls
 from lorascope import plots
@@ -55,11 +56,11 @@ def test_best_rate_minimizes_validation_loss(runs):
 
 
 def test_claims_are_judged_with_their_controls(runs):
-    findings = probe.judge(runs)
-    effects = {verdict.claim: verdict.effect for verdict in findings.verdicts}
-    assert effects[probe.PARITY] == pytest.approx(-0.44 + 0.45 + 0.02)
-    assert effects[probe.OVER_ADAFACTOR] == pytest.approx(-0.44 + 0.50)
-    assert effects[probe.OVER_CAME] == pytest.approx(-0.44 + 0.48)
+    findings = probe.PROBE.judge(runs)
+    reached = effects(findings)
+    assert reached["adapprox.parity"] == pytest.approx(-0.44 + 0.45 + 0.02)
+    assert reached["adapprox.over_adafactor"] == pytest.approx(-0.44 + 0.50)
+    assert reached["adapprox.over_came"] == pytest.approx(-0.44 + 0.48)
 
     adam, ours = runs["AdamW at 0.0001"][0].table, runs["Adapprox at 0.0001"][0].table
 
@@ -70,9 +71,9 @@ def test_claims_are_judged_with_their_controls(runs):
     few = mean(adam, "moment_error_dealt", 8, 2) - mean(adam, "moment_error", 8, 2)
     above = mean(adam, "moment_error_rank_one") - mean(adam, "moment_error_s_rsi", 8)
     drifted = mean(ours, "factor_drift_rank_one") - mean(ours, "factor_drift")
-    assert effects[probe.FEW] == pytest.approx(few)
-    assert effects[probe.ABOVE_ONE] == pytest.approx(above)
-    assert effects[probe.HELD] == pytest.approx(drifted)
+    assert reached["adapprox.tail"] == pytest.approx(few)
+    assert reached["adapprox.above_one"] == pytest.approx(above)
+    assert reached["adapprox.held"] == pytest.approx(drifted)
     assert len(findings.figures) == 8
     for shown in findings.figures[3:]:
         captions = {chart.caption for row in shown.chart.rows() for chart in row}
@@ -84,18 +85,18 @@ def test_notes_list_every_matrix_without_factors(runs):
     factored = set(ours.table.loc[ours.table["quantity"] == "factor_rank", "module"].astype("str"))
     matrices = ours.modules.dropna(subset=["out_features", "in_features"])
     assert set(matrices.loc[~matrices["module"].isin(factored), "role"]) == {"embed", "pos_embed", "head"}
-    (note,) = [note for note in probe.judge(runs).notes if "dense second moment" in note]
+    (note,) = [note for note in probe.PROBE.judge(runs).notes if "dense second moment" in note]
     assert "embeddings" in note
     assert "head" in note
 
 
 def test_claims_cite_only_the_abstract_and_figure_1(runs):
-    cited = {verdict.claim.source for verdict in probe.judge(runs).verdicts}
+    cited = {verdict.claim.source for verdict in probe.PROBE.judge(runs).verdicts}
     assert cited == {"figure 1", "abstract", "this project; assumed by the abstract", "this project"}
 
 
 def test_guidance_is_drawn_with_every_rate_but_never_chosen(runs):
-    shown = probe.judge(runs).figures
+    shown = probe.PROBE.judge(runs).figures
     loss = shown[5].chart.rows()[0][0]
     ours = ["Adapprox at 3e-05", "Adapprox at 0.0001", "Adapprox at 0.0003", "Adapprox, guided at 0.0001"]
     assert list(dict.fromkeys(loss.data["recipe"])) == ours

@@ -18,6 +18,7 @@ from lorascope.analysis.planted_ranks import absolute_error, rank_correlation
 from lorascope.experiments import sweep
 from lorascope.inputs import models
 from lorascope.probes import adalora_placement, alora, autolora, planted, planted_teacher, rank_statistics
+from lorascope.probes.rank_statistics import RankAgreement, RankFraction
 from lorascope.schema import module_table
 from lorascope.schema.records import QUANTITIES
 
@@ -33,10 +34,12 @@ def run_with(folder, id, ranks, seed=0, truth=None, **meta):
 
 def test_rank_fractions_match_values_by_hand(tmp_path):
     run = run_with(tmp_path, "a", RANKS)
-    found = rank_statistics.final_ranks([run])
-    assert rank_statistics.role_share([run], found, rank_statistics.FEED_FORWARD) == {0: pytest.approx(7 / 8)}
-    assert rank_statistics.role_share([run], found, rank_statistics.ATTENTION) == {0: pytest.approx(1 / 8)}
-    assert rank_statistics.top_share([run], found) == {0: pytest.approx(4 / 8)}
+    for fraction, expected in (
+        (RankFraction("a", rank_statistics.FEED_FORWARD), 7 / 8),
+        (RankFraction("a", rank_statistics.ATTENTION), 1 / 8),
+        (RankFraction("a", ("top",), by="third"), 4 / 8),
+    ):
+        assert fraction({"a": [run]}) == {0: pytest.approx(expected)}
 
 
 def test_agreement_compares_with_next_run_or_with_given_runs(tmp_path):
@@ -48,13 +51,10 @@ def test_agreement_compares_with_next_run_or_with_given_runs(tmp_path):
         run_with(tmp_path, name, ranks, seed)
         for seed, (name, ranks) in enumerate({"a": RANKS, "b": reversed_ranks, "c": swapped, "d": flat}.items())
     )
-    found = rank_statistics.final_ranks([first, second, third, fourth])
-    assert rank_statistics.agreement_with_next([first, second, third], found) == pytest.approx(
-        {0: -1, 1: -4 / 6, 2: 4 / 6}
-    )
-    assert rank_statistics.agreement_with_next([first, third], found, [third, fourth]) == pytest.approx(
-        {0: 4 / 6, 2: 0}
-    )
+    runs = {"three": [first, second, third], "odd": [first, third], "late": [third, fourth], "one": [first]}
+    assert RankAgreement("three")(runs) == pytest.approx({0: -1, 1: -4 / 6, 2: 4 / 6})
+    assert RankAgreement("odd", other="late")(runs) == pytest.approx({0: 4 / 6, 2: 0})
+    assert RankAgreement("one")(runs) == {}
 
 
 def test_randomly_moved_ranks_keep_the_total_and_have_no_bias(tmp_path):
@@ -223,6 +223,6 @@ def test_placement_claims_compare_means_of_types_and_layers(tmp_path):
             zip((*adalora_placement.TYPES, *adalora_placement.GROUPS), accuracies, strict=True)
         )
     }
-    first, second = adalora_placement.judge(runs).verdicts
+    first, second = adalora_placement.PROBE.judge(runs).verdicts
     assert (first.effect, second.effect) == (pytest.approx(0.2), pytest.approx(0.2))
     assert {first.outcome, second.outcome} == {"supported"}

@@ -14,6 +14,7 @@ from torch import nn
 
 from lorascope import probes
 from lorascope.probes import fourierft_expressiveness as study
+from lorascope.probes.claims import CLAIMS
 from lorascope.probes.fourierft_expressiveness import FAST, FOURIER, RANDOM, SLOW, Course, Points
 from lorascope.updates import fourier
 
@@ -98,7 +99,7 @@ def test_claims_on_planted_courses_are_supported(monkeypatch):
     slow, fast = [0.5, 0.6, 0.7, 0.8, 0.9], [0.6, 0.5, 0.6, 0.7, 0.8]
     soon = {FOURIER: [10, 10, 10, 10, 10], RANDOM: [20, 20, 20, 20, 20]}
     _plant(monkeypatch, soon, {SLOW: slow, FAST: fast})
-    expressive, frequencies = study.judge({}).verdicts
+    expressive, frequencies = study.PROBE.judge({}).verdicts
     effects = 1 - np.maximum(slow, fast)
     low, high = stats.t.interval(0.95, 4, effects.mean(), stats.sem(effects))
     assert (expressive.effect, expressive.low, expressive.high) == pytest.approx((effects.mean(), low, high))
@@ -110,7 +111,7 @@ def test_claims_on_planted_courses_are_supported(monkeypatch):
 def test_random_basis_of_equal_speed_does_not_support_the_frequencies(monkeypatch):
     best = {SLOW: [1.0, 0.98, 1.0, 0.99, 1.0], FAST: [0.5] * 5}
     _plant(monkeypatch, {FOURIER: [10, 11, 10, 11, 10], RANDOM: [11, 10, 10, 11, 10]}, best)
-    assert [verdict.outcome for verdict in study.judge({}).verdicts] == ["not supported"] * 2
+    assert [verdict.outcome for verdict in study.PROBE.judge({}).verdicts] == ["not supported"] * 2
 
 
 def test_table_and_curves_match_planted_courses(monkeypatch):
@@ -152,6 +153,6 @@ def test_reproduce_reports_the_study_without_runs(monkeypatch, tmp_path):
     _plant(monkeypatch, {FOURIER: [10] * 5, RANDOM: [20] * 5}, {SLOW: [0.5] * 5, FAST: [0.6] * 5})
     found = probes.reproduce(["expressiveness"], True, None, tmp_path)
     page = html.unescape(found.path.read_text(encoding="utf-8"))
-    assert study.EXPRESSIVE.sentence in page
+    assert CLAIMS["expressiveness.more"].sentence in page
     assert page.count("signs") == 0
     assert [claim["n"] for claim in found.to_dict()["claims"]] == [5, 5]

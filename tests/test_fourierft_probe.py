@@ -8,6 +8,7 @@ from dataclasses import replace
 import killing
 import pytest
 from tiny import tiny
+from verdicts import effects
 
 import lorascope as ls
 from lorascope import observe
@@ -63,22 +64,21 @@ def test_claims_are_judged_with_their_controls(bert, task, tmp_path):
         run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / str(number), **settings)
         run.score.metric = reached[arm.label]
         runs[arm.label] = [run]
-    found = probe.judge(runs)
-    effects = {verdict.claim: verdict.effect for verdict in found.verdicts}
-    assert effects == pytest.approx(
+    found = probe.PROBE.judge(runs)
+    assert effects(found) == pytest.approx(
         {
-            probe.PARITY: 0.80 - 0.795,
-            probe.BETTER: 0.04,
-            probe.MORE: 0.13,
-            probe.OVER_RANDOM: 0.03,
-            probe.OVER_ORTHOGONAL: 0.01,
-            probe.START: 0.80 - 0.79,
-            probe.UNBIASED: 0.80 - 0.78,
+            "fourierft.parity": 0.80 - 0.795,
+            "fourierft.equal": 0.04,
+            "fourierft.more": 0.13,
+            "fourierft.random": 0.03,
+            "fourierft.orthogonal": 0.01,
+            "fourierft.start": 0.80 - 0.79,
+            "fourierft.band": 0.80 - 0.78,
         }
     )
     assert "FourierFT, 48 coefficients" in found.notes[-1]
-    quick = probe.judge({label: arm for label, arm in runs.items() if label not in probe.BANDS})
-    assert {verdict.claim for verdict in quick.verdicts} == effects.keys() - {probe.UNBIASED}
+    quick = probe.PROBE.judge({label: arm for label, arm in runs.items() if label not in probe.BANDS})
+    assert effects(quick).keys() == effects(found).keys() - {"fourierft.band"}
     assert len(quick.figures) == len(found.figures) - 1
     (atlas,) = [shown.chart for shown in found.figures if shown.chart.rows()[0][0].meta["figure"] == "atlas"]
     angles = atlas.rows()[1][0].data

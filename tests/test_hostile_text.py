@@ -30,7 +30,7 @@ from lorascope.cli.main import main
 from lorascope.experiments.sweep_table import SweepTable, table
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.safetensors_io import file_hash, write_json, write_tensors
-from lorascope.probes.base import PROBES, Findings, Probe, make_report_figure
+from lorascope.probes.base import PROBES, Findings, Probe, ReportFigure
 from lorascope.probes.report import page as report
 from lorascope.runs.loading import load
 from lorascope.runs.run import Run
@@ -386,10 +386,10 @@ class Page(HTMLParser):
 
 def test_report_page_escapes_all_text(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = Probe(
-        name="p", title=EVIL, source=EVIL, question=EVIL, quick_budget=1, arms=lambda quick: [], judge=lambda runs: None
+        name="p", title=EVIL, source=EVIL, question=EVIL, quick_budget=1, arms=lambda q: [], figures=lambda runs: []
     )
     monkeypatch.setitem(PROBES, "p", probe)
-    found = Findings([], [make_report_figure("spectrum", chart())], {EVIL: pd.DataFrame({EVIL: [EVIL]})}, [EVIL])
+    found = Findings([], [ReportFigure(chart(), EVIL, EVIL, "spectrum")], {EVIL: pd.DataFrame({EVIL: [EVIL]})}, [EVIL])
     page = report.write(
         tmp_path / "r.html", {"p": found}, {"p": {EVIL: [Run.read(run)]}}, quick=True, title=EVIL
     ).read_text()

@@ -184,14 +184,14 @@ def test_probe_separates_planted_similarity_from_a_shared_start(tmp_path, learne
     monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))  # has its own tests
     monkeypatch.setattr(hydralora_asymmetry, "numbers", partial(numbers, draws=99))
     runs = planted_runs(tmp_path, learned)
-    findings = hydralora_asymmetry.judge(runs)
-    outcomes = {verdict.claim: verdict.outcome for verdict in findings.verdicts}
-    for claim in (hydralora_asymmetry.SHARED, hydralora_asymmetry.SHARED_SPACE, hydralora_asymmetry.MEETING):
-        assert outcomes[claim] == "supported" if learned else outcomes[claim] != "supported"
+    findings = hydralora_asymmetry.PROBE.judge(runs)
+    outcomes = {verdict.claim.id: verdict.outcome for verdict in findings.verdicts}
+    for id in ("asymmetry.raw", "asymmetry.space", "asymmetry.meeting"):
+        assert outcomes[id] == "supported" if learned else outcomes[id] != "supported"
     # If every A moves to its module's target, separate A_0's give the same figure; otherwise only a shared A_0 does.
-    assert outcomes[hydralora_asymmetry.PICTURE] == ("not supported" if learned else "supported")
-    for claim in (hydralora_asymmetry.APART, hydralora_asymmetry.APART_SPACE):
-        assert outcomes[claim] == "supported"
+    assert outcomes["asymmetry.picture"] == ("not supported" if learned else "supported")
+    for id in ("asymmetry.apart", "asymmetry.apart_space"):
+        assert outcomes[id] == "supported"
     assert {len(verdict.values) for verdict in findings.verdicts} == {4}
     (table,) = findings.tables.values()
     assert len(table) == 2 * (2 + 6)
@@ -212,8 +212,9 @@ def test_probe_ignores_a_shared_start_that_training_erases(tmp_path, monkeypatch
     """Before training all A's of a module are equal; after it they are random, as with separate A_0's."""
     monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))
     monkeypatch.setattr(hydralora_asymmetry, "numbers", partial(numbers, draws=9))
-    verdicts = hydralora_asymmetry.judge(planted_runs(tmp_path, learned=False, spread=100.0, replicates=3)).verdicts
-    picture = next(verdict for verdict in verdicts if verdict.claim is hydralora_asymmetry.PICTURE)
+    runs = planted_runs(tmp_path, learned=False, spread=100.0, replicates=3)
+    verdicts = hydralora_asymmetry.PROBE.judge(runs).verdicts
+    picture = next(verdict for verdict in verdicts if verdict.claim.id == "asymmetry.picture")
     assert picture.values["statistic"].tolist() == pytest.approx([1 / 12] * 3, abs=0.1)
     assert picture.effect == pytest.approx(0, abs=0.1)
     assert picture.outcome != "supported"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from planted import MODULES, plant
 from tiny import tiny
+from verdicts import effects
 
 import lorascope as ls
 from lorascope import probes
@@ -96,8 +97,7 @@ def test_probe_judges_tiny_runs(bert, task, tmp_path):
             for seed in range(2)
         ]  # fmt: skip
     found = probes.PROBES["hydralora"].judge(runs)
-    claims = (hydralora.DOMAINS, hydralora.APART, hydralora.BETTER, hydralora.ROUTING, hydralora.SHARING)
-    assert [verdict.claim for verdict in found.verdicts] == list(claims)
+    assert [*effects(found)] == [f"hydralora.{name}" for name in ("tasks", "apart", "better", "routing", "sharing")]
     assert {verdict.outcome for verdict in found.verdicts} == {"inconclusive"}
     learned = [information_at(run, 4) - information_at(run, 0) for run in runs[hydralora.ROUTED]]
     assert found.verdicts[0].values["effect"].tolist() == pytest.approx(learned, rel=1e-9)
@@ -111,7 +111,7 @@ def test_probe_judges_tiny_runs(bert, task, tmp_path):
     assert hydralora.mean_expert_distance(runs[hydralora.EVEN][0]) == pytest.approx(0, abs=1e-6)
     bars, *_, atlas = (one.chart for one in found.figures)
     assert len(found.figures) == 5
-    order = (hydralora.ROUTED, hydralora.SPLIT, hydralora.EVEN, hydralora.lora_label())
+    order = (hydralora.ROUTED, hydralora.SPLIT, hydralora.EVEN, hydralora.LORA)
     assert bars.x.order == ("HydraLoRA", "separate A's", "uniform gates", "LoRA")
     assert bars.data["value"].tolist() == pytest.approx(
         [np.mean([run.score.metric for run in runs[label]]) for label in order]
@@ -131,16 +131,15 @@ def test_probe_judges_tiny_runs(bert, task, tmp_path):
             "; |: |[.]$", counted
         )
     # Distinct accuracies show that each claim on accuracy uses its own control.
-    reached = {hydralora.ROUTED: 0.80, hydralora.EVEN: 0.77, hydralora.SPLIT: 0.82, hydralora.lora_label(): 0.75}
+    reached = {hydralora.ROUTED: 0.80, hydralora.EVEN: 0.77, hydralora.SPLIT: 0.82, hydralora.LORA: 0.75}
     marked = [
         [with_test_metric(run, reached[label] + 0.001 * run.meta.seed) for run in of] for label, of in runs.items()
     ]
-    again = probes.PROBES["hydralora"].judge(dict(zip(runs, marked, strict=True))).verdicts
-    effects = {verdict.claim: verdict.effect for verdict in again}
-    assert effects[hydralora.BETTER] == pytest.approx(0.80 - 0.75)
-    assert effects[hydralora.ROUTING] == pytest.approx(0.80 - 0.77)
-    assert effects[hydralora.SHARING] == pytest.approx(0.80 - 0.82)
-    assert all(effects[verdict.claim] == verdict.effect for verdict in found.verdicts[:2])
+    again = effects(probes.PROBES["hydralora"].judge(dict(zip(runs, marked, strict=True))))
+    assert again["hydralora.better"] == pytest.approx(0.80 - 0.75)
+    assert again["hydralora.routing"] == pytest.approx(0.80 - 0.77)
+    assert again["hydralora.sharing"] == pytest.approx(0.80 - 0.82)
+    assert all(again[verdict.claim.id] == verdict.effect for verdict in found.verdicts[:2])
     # Other numbers of experts add a figure if they were trained.
     single = ls.train(
         models.load(bert, task=task), task, replace(hydralora.METHOD, num_experts=1), seed=0, out=tmp_path / "single",

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import killing
 import pytest
+from verdicts import effects
 
 import lorascope as ls
 from lorascope import observe
 from lorascope.inputs import models
 from lorascope.methods.base import config
 from lorascope.probes import lisa_training as probe
+from lorascope.probes.claims import CLAIMS
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -34,8 +36,8 @@ def test_arms_differ_only_in_the_draws(quick):
 
 def test_docstring_names_the_sources_of_the_claims():
     sources = re.sub(r"\s+", " ", probe.__doc__.partition("Source:")[2].partition("Departs:")[0])
-    for claim in (probe.PARITY, probe.OVER_LORA, probe.BLOCKS, probe.REDRAWN):
-        assert claim.source.rpartition(", ")[2] in sources
+    for id in ("lisa.parity", "lisa.over_lora", "lisa.blocks", "lisa.redrawn"):
+        assert CLAIMS[id].source.rpartition(", ")[2] in sources
     assert re.findall(r"tables? (\d+)", sources) == ["2", "10", "12"]
 
 
@@ -59,16 +61,14 @@ def test_claims_are_judged_with_their_controls(bert, task, tmp_path):
         run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / str(number), **settings)
         run.score.metric = reached[arm.label]
         runs[arm.label] = [run]
-    found = probe.judge(runs)
-    assert {verdict.claim: verdict.effect for verdict in found.verdicts} == pytest.approx(
-        {probe.PARITY: 0.80 - 0.79, probe.REDRAWN: 0.03, probe.BLOCKS: 0.10, probe.OVER_LORA: 0.005, probe.MORE: 0.02}
-    )
+    found = probe.PROBE.judge(runs)
+    expected = {"parity": 0.80 - 0.79, "redrawn": 0.03, "blocks": 0.10, "over_lora": 0.005, "more": 0.02}
+    assert effects(found) == pytest.approx({f"lisa.{name}": effect for name, effect in expected.items()})
     table = found.tables["Draws by block"].set_index("").astype(float)
     assert table.loc[probe.ONCE, ["block 0", "block 1"]].sum() == pytest.approx(1)
     assert table["chance"].tolist() == [0.5, 0.5]
     few = (probe.ENDS, probe.ONE, probe.FOUR, probe.SELDOM)
-    quick = probe.judge({label: arm for label, arm in runs.items() if label not in few})
-    left = {verdict.claim for verdict in found.verdicts} - {verdict.claim for verdict in quick.verdicts}
-    assert left == {probe.BLOCKS, probe.MORE}
+    quick = probe.PROBE.judge({label: arm for label, arm in runs.items() if label not in few})
+    assert effects(found).keys() - effects(quick).keys() == {"lisa.blocks", "lisa.more"}
     heat = found.figures[0].chart.rows()[0][0]
     assert len(heat.x.order) == 5  # one draw per step in such a short run

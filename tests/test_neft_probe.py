@@ -7,6 +7,7 @@ from dataclasses import replace
 import killing
 import numpy as np
 import pytest
+from verdicts import effects
 
 import lorascope as ls
 from lorascope import observe
@@ -82,30 +83,29 @@ def test_claims_are_judged_with_their_controls(bert, task, tmp_path):
             run.meta.seed = found.index(run)
             run.score.metric = REACHED.get(arm.label, 0.5)
         runs[arm.label] = found
-    found = probe.judge(runs)
-    effects = {verdict.claim: verdict.effect for verdict in found.verdicts}
-    assert effects[probe.OVER_FULL] == pytest.approx(0.03)
-    assert effects[probe.OVER_LORA] == pytest.approx(0.04)
-    assert effects[probe.OVER_RANDOM] == pytest.approx(0.01)
-    assert effects[probe.OVER_REVERSED] == pytest.approx(0.13)
-    assert effects[probe.BY_PROBES] == pytest.approx(0.02)
+    found = probe.PROBE.judge(runs)
+    reached = effects(found)
+    assert reached["neft.over_full"] == pytest.approx(0.03)
+    assert reached["neft.over_lora"] == pytest.approx(0.04)
+    assert reached["neft.choice"] == pytest.approx(0.01)
+    assert reached["neft.reversed"] == pytest.approx(0.13)
+    assert reached["neft.probed"] == pytest.approx(0.02)
     own = [selected_neurons.as_set(selected_neurons.list_selected(run)) for run in runs[probe.CHANGED]]
     expected = selected_neurons.common(*own, 192)["overlap"] - selected_neurons.compute_expected_overlap(
         *own, dict.fromkeys(selected_neurons.sizes(run), 48)
     )
-    assert effects[probe.STABLE] == pytest.approx(expected)
-    values = {verdict.claim: verdict.values.set_index("seed") for verdict in found.verdicts}
+    assert reached["neft.layers"] == pytest.approx(expected)
+    values = {verdict.claim.id: verdict.values.set_index("seed") for verdict in found.verdicts}
     (film, again), (tweets, other) = ([picked(run) for run in runs[label]] for label in (probe.MOVIES, probe.TWEETS))
-    assert values[probe.TASK]["statistic"].tolist() == pytest.approx([shared(film, again)] * 2)
-    assert values[probe.TASK]["control"].tolist() == pytest.approx([shared(film, other), shared(again, tweets)])
+    assert values["neft.task"]["statistic"].tolist() == pytest.approx([shared(film, again)] * 2)
+    assert values["neft.task"]["control"].tolist() == pytest.approx([shared(film, other), shared(again, tweets)])
     assert shared(film, other) + shared(again, tweets) != shared(film, tweets) + shared(again, other)
     for side, label in (("statistic", probe.REVERSED), ("control", probe.CHANGED)):
-        assert values[probe.PERTURBED][side].tolist() == pytest.approx([moved(run) for run in runs[label]])
-    assert effects[probe.TASK] != 0
-    assert effects[probe.PERTURBED] != 0
+        assert values["neft.use"][side].tolist() == pytest.approx([moved(run) for run in runs[label]])
+    assert reached["neft.task"] != 0
+    assert reached["neft.use"] != 0
     assert probe.NEXT_SEED in found.notes
     del runs[probe.PROBED]
-    single = probe.judge({label: arm[:1] if label != probe.MOVIES else arm for label, arm in runs.items()})
-    assert {probe.STABLE, probe.TASK, probe.BY_PROBES} == effects.keys() - {
-        verdict.claim for verdict in single.verdicts
-    }
+    single = probe.PROBE.judge({label: arm[:1] for label, arm in runs.items()})
+    assert reached.keys() - effects(single).keys() == {"neft.layers", "neft.task", "neft.probed"}
+    assert sum(note.startswith("Not judged") for note in single.notes) == 2

@@ -12,14 +12,17 @@ import pytest
 import torch
 from planted import manifest, plant
 from torch import nn
+from verdicts import effects, verdict
 
-from lorascope import observe, plots, probes
+from lorascope import observe, probes
 from lorascope.experiments import sweep
 from lorascope.inputs.models import load
 from lorascope.methods import Full, LoRA, NeFT
 from lorascope.methods.lora import LoRADelta
 from lorascope.probes import lisa, lora
-from lorascope.probes.base import Arm, Findings, make_report_figure
+from lorascope.probes.base import Arm, Findings, Probe, draw
+from lorascope.probes.claims import CLAIMS
+from lorascope.probes.seed_statistics import pair_next_seeds
 from lorascope.probes.tfidf_baseline import tfidf_accuracy
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
@@ -99,7 +102,8 @@ def test_lisa_claims_find_planted_skew_but_not_initial_skew(factor, outcome):
     noise = np.random.default_rng(0).normal(1, 0.01, 3)
     adapted = [Planted(_arm("lora", (factor * noise[s], 1.0)), s) for s in range(3)]
     full = [Planted(_arm("full", (1.0, 1.0)), s) for s in range(3)]
-    moved, learned = lisa._judge_layer(adapted, full, "embed", lisa.BOTTOM, lisa.BOTTOM_LEARNED)
+    runs = {lisa.ADAPTED: adapted, lisa.FULL: full}
+    moved, learned = (verdict(lisa.PROBE, id, runs) for id in ("lisa.embed", "lisa.learned"))
     assert moved.outcome == outcome
     assert moved.effect == pytest.approx(np.log10(factor), abs=0.02)
     # The adapter norms do not change after step 0, so no skew is learned.
@@ -129,24 +133,23 @@ def test_lisa_judges_embedding_and_head_of_a_decoder(tmp_path):
         lisa.ADAPTED_DECODER: _decoder_arm("lora", (40.0, 10.0), (20.0, 1.5), (22.0, 12.0)),
     }
     runs = {label: [plant(tmp_path, f"r{n}", values)] for n, (label, values) in enumerate(planted.items())}
-    found = lisa.judge(runs)
-    effects = {verdict.claim: 10**verdict.effect for verdict in found.verdicts}
-    assert effects == pytest.approx(
+    found = lisa.PROBE.judge(runs)
+    assert {id: 10**effect for id, effect in effects(found).items()} == pytest.approx(
         {
-            lisa.BOTTOM: 2.0,
-            lisa.BOTTOM_LEARNED: 2.0,
-            lisa.DECODER_BOTTOM: 20.0,
-            lisa.DECODER_BOTTOM_LEARNED: 1.1,
-            lisa.DECODER_TOP: 5.0,
-            lisa.DECODER_TOP_LEARNED: 8.0,
+            "lisa.embed": 2.0,
+            "lisa.learned": 2.0,
+            "lisa.embed_decoder": 20.0,
+            "lisa.learned_decoder": 1.1,
+            "lisa.head_decoder": 5.0,
+            "lisa.learned_head": 8.0,
         }
     )
-    assert "head" in lisa.DECODER_TOP.sentence
+    assert "head" in CLAIMS["lisa.head_decoder"].sentence
     assert [shown.figure for shown in found.figures] == ["mean_norm", "norm_over_steps", "mean_norm"]
     assert any("scales with its random B" in note and "factor of 34" in note for note in found.notes)
     assert any("SmolLM2" in note and "has no random B" in note for note in found.notes)
-    quick = lisa.judge({label: runs[label] for label in (lisa.FULL, lisa.ADAPTED)})
-    assert [verdict.claim for verdict in quick.verdicts] == [lisa.BOTTOM, lisa.BOTTOM_LEARNED]
+    quick = lisa.PROBE.judge({label: runs[label] for label in (lisa.FULL, lisa.ADAPTED)})
+    assert [*effects(quick)] == ["lisa.embed", "lisa.learned"]
     assert any("SmolLM2" in note and "only in a full run" in note for note in quick.notes)
 
 
@@ -166,9 +169,9 @@ def test_embedding_adapter_has_a_larger_gain_than_a_linear_adapter():
 
 def test_pair_next_seeds_never_pairs_equal_seeds():
     low, high = ([Planted([(0, Record("loss", 1.0))], seed) for seed in range(3)] for _ in range(2))
-    pairs = [(a.meta.seed, b.meta.seed) for a, b in lora.pair_next_seeds(low, high)]
+    pairs = [(a.meta.seed, b.meta.seed) for a, b in pair_next_seeds(low, high)]
     assert pairs == [(0, 1), (1, 2), (2, 0)]
-    assert lora.pair_next_seeds(low[:1], high[:1]) == []
+    assert pair_next_seeds(low[:1], high[:1]) == []
 
 
 def test_accuracy_table_shows_points_and_half_the_interval():
@@ -203,8 +206,8 @@ def test_reproduce_trains_judges_and_writes_report(bert, task, tmp_path, monkeyp
     monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # run in this process, without workers
     found = probes.reproduce(["lora", "lisa"], True, None, tmp_path / "out")
     page = found.path.read_text(encoding="utf-8")
-    for claim in (lora.PARITY, lora.USEFUL, lora.SHARED, lisa.BOTTOM, lisa.BOTTOM_LEARNED):
-        assert claim.sentence in html.unescape(page)
+    for id in ("lora.parity", "lora.words", "lora.direction", "lisa.embed", "lisa.learned"):
+        assert CLAIMS[id].sentence in html.unescape(page)
     assert page.count("inconclusive") >= 5
     folders = sorted(found.path.parent.glob("runs/*"))
     assert len(folders) == 8  # four arms, two seeds; full fine-tuning is shared
@@ -224,10 +227,14 @@ def dense_probe(bert, task, monkeypatch):
     methods = {"full": Full(), "neft": NeFT(num_neurons=4, tune_steps=2), "lora": LoRA(rank=1)}
     arms = [Arm(label=label, method=each, settings=settings, model=bert, task=task) for label, each in methods.items()]
 
-    def judge(runs):
-        return Findings([], [make_report_figure("update_norm", plots.update_norm(dict(runs)))])
-
-    probe = replace(probes.PROBES["lora"], name="dense", arms=lambda quick: arms, judge=judge)
+    texts = dict.fromkeys(("title", "source", "question"), "")
+    probe = Probe(
+        name="dense",
+        **texts,
+        quick_budget=1,
+        arms=lambda quick: arms,
+        figures=lambda runs: [draw("update_norm", dict(runs))],
+    )
     monkeypatch.setitem(probes.PROBES, "dense", probe)
     monkeypatch.setattr(sweep, "cpu_count", lambda: 1)
     return {arm.label: arm for arm in arms}

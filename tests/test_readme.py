@@ -80,7 +80,7 @@ def test_every_figure_has_an_example_for_the_gallery(generated: ModuleType):
 def test_kept_figures_are_drawn_by_a_probe_and_shown_in_the_docs(generated: ModuleType):
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES if hand_written(page))
     for file, (probe, figure, width) in runpy.run_path(str(ROOT / "figures/draw.py"))["PICTURES"].items():
-        assert f'"{figure}"' in inspect.getsource(inspect.getmodule(PROBES[probe].judge)), (file, probe, figure)
+        assert f'"{figure}"' in inspect.getsource(inspect.getmodule(PROBES[probe].figures)), (file, probe, figure)
         assert width in ("column", "page")
         assert not (ROOT / f"figures/{file}.png").exists() or f"figures/{file}.png" in pages, file
 

@@ -20,7 +20,7 @@ from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Axis, Chart, Heat, Line, Point, set_side_by_side
 from lorascope.charts.figure_plan import plan
 from lorascope.charts.theme import THEMES, theme
-from lorascope.probes.base import PROBES, Findings, Probe, ReportFigure, make_report_figure
+from lorascope.probes.base import PROBES, Findings, Probe, ReportFigure, draw
 from lorascope.probes.claims import Claim, Verdict
 from lorascope.probes.report import page as report
 from lorascope.probes.report.figures import changes, embed
@@ -110,7 +110,7 @@ def reported(folder: Path, seeds: int, monkeypatch: pytest.MonkeyPatch, quick: b
     """Write a report on two probes that share an arm; return its tree, its findings and its path."""
     for name in ("first", "second"):
         texts = {"title": f"The {name} <probe>", "source": f"{name} et al.", "question": f"Is it {name}?"}
-        probe = Probe(name=name, **texts, quick_budget=1, arms=lambda quick: [], judge=lambda runs: None)
+        probe = Probe(name=name, **texts, quick_budget=1, arms=lambda quick: [], figures=lambda runs: [])
         monkeypatch.setitem(PROBES, name, probe)
     slow, fast = runs_of(folder / "runs", "slow", seeds, 1.0), runs_of(folder / "runs", "fast", seeds, 5.0)
     arms = {"slow arm": slow, EVIL: fast}
@@ -125,8 +125,8 @@ def reported(folder: Path, seeds: int, monkeypatch: pytest.MonkeyPatch, quick: b
         "first": Findings(
             [judge("It grows & <grows>.", [0.5, 0.625, 0.5625][:seeds]), judge(EVIL, [0.0, 0.125, 0.0625][:seeds])],
             [
-                make_report_figure("norm_over_steps", plots.norm_over_steps(arms)),
-                make_report_figure("spectrum", plots.spectrum(arms)),
+                draw("norm_over_steps", arms),
+                draw("spectrum", arms),
             ],
             {"Numbers": pd.DataFrame({"name": ["a", EVIL], "value": [1.0, np.nan], "whole": [3, 40000]})},
             ["A note.", EVIL],
@@ -308,7 +308,7 @@ def test_report_with_three_seeds_and_full_settings_has_no_warning(three: Any) ->
 
 def test_report_of_probe_without_claims_or_runs_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = Probe(
-        name="x", title="X", source="s", question="q", quick_budget=1, arms=lambda q: [], judge=lambda r: None
+        name="x", title="X", source="s", question="q", quick_budget=1, arms=lambda q: [], figures=lambda r: []
     )
     monkeypatch.setitem(PROBES, "x", probe)
     path = report.write(tmp_path / "new" / "r.html", {"x": Findings([], [], notes=["No run."])}, {"x": {}}, quick=True)

@@ -10,40 +10,21 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from functools import cache
 
 import pandas as pd
 
-from lorascope import plots
 from lorascope.analysis.baseline_ranks import equal_parameters
 from lorascope.inputs import models
 from lorascope.methods import LoRA
-from lorascope.probes import rank_statistics
-from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, make_report_figure, register
-from lorascope.probes.claims import Claim
-from lorascope.runs.run import Run
+from lorascope.probes.base import SEEDS_VARY, Arm, Probe, draw, encoder_settings, select
+from lorascope.probes.seed_statistics import EachRun, accuracy, average
 from lorascope.schema import module_table
 
 TYPES = {"W_q": "q", "W_k": "k", "W_v": "v", "W_o": "o", "W_f1": "ffn_in", "W_f2": "ffn_out"}
 BOTTOM, MIDDLE, TOP = "layers 0, 1", "layers 2, 3", "layers 4, 5"
 GROUPS = {BOTTOM: (0, 1), MIDDLE: (2, 3), TOP: (4, 5)}
 _GUESS = 0.5  # chance level of two classes; the vertical axis starts here
-
-FEED_FORWARD = Claim(
-    sentence="LoRA on feed-forward modules outperforms LoRA on attention modules with equal parameters.",
-    statistic="test accuracy of LoRA on one feed-forward weight type, mean of the two types",
-    control="test accuracy of LoRA on one attention weight type with equal parameters, mean of the four types",
-    margin=0.005,
-    source="figure 1 (a)",
-)
-UPPER = Claim(
-    sentence="LoRA on the last two layers outperforms LoRA on the first two with equal parameters.",
-    statistic="test accuracy of LoRA on the last two layers",
-    control="test accuracy of LoRA on the first two layers with equal parameters",
-    margin=0.005,
-    source="figure 1 (b)",
-)
 
 
 @cache
@@ -75,38 +56,24 @@ def arms(quick: bool) -> list[Arm]:
     ]
 
 
-def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Compare feed-forward with attention weight types, and the last two layers with the first two."""
-    accuracy = {label: rank_statistics.accuracy(found) for label, found in runs.items()}
-    attention, feed_forward = list(TYPES)[:4], list(TYPES)[4:]
-    verdicts = [
-        FEED_FORWARD.judge(_mean_accuracy(accuracy, feed_forward), _mean_accuracy(accuracy, attention)),
-        UPPER.judge(accuracy[TOP], accuracy[BOTTOM]),
-    ]
-    figures = [
-        make_report_figure("adapted_types", plots.adapted_types({label: runs[label] for label in part}, start=_GUESS))
-        for part in (TYPES, GROUPS)
-    ]
-    notes = [
+PROBE = Probe(
+    name="placement",
+    title="AdaLoRA's motivation: equal parameters in different modules",
+    source="Zhang et al., AdaLoRA, arXiv 2303.10512",
+    question="Does accuracy depend on which weight type or which layers are adapted, at equal parameters?",
+    quick_budget=90,
+    arms=arms,
+    claims={
+        "placement.ffn": (
+            average(EachRun(accuracy, label) for label in ("W_f1", "W_f2")),
+            average(EachRun(accuracy, label) for label in ("W_q", "W_k", "W_v", "W_o")),
+        ),
+        "placement.upper": (EachRun(accuracy, TOP), EachRun(accuracy, BOTTOM)),
+    },
+    figures=lambda runs: [draw("adapted_types", select(runs, *part), start=_GUESS) for part in (TYPES, GROUPS)],
+    notes=lambda runs: [
         "Held fixed: model, data, splits, batch size, steps, learning rate, scale 1, and the number of adapter "
         "parameters.",
-        "Seeds vary the classifier head, adapter initialization, data order and dropout. The head trains in every arm.",
-    ]
-    return Findings(verdicts, figures, notes=notes)
-
-
-def _mean_accuracy(accuracy: Mapping[str, rank_statistics.BySeed], labels: Sequence[str]) -> rank_statistics.BySeed:
-    return {seed: sum(accuracy[label][seed] for label in labels) / len(labels) for seed in accuracy[labels[0]]}
-
-
-PROBE = register(
-    Probe(
-        name="placement",
-        title="AdaLoRA's motivation: equal parameters in different modules",
-        source="Zhang et al., AdaLoRA, arXiv 2303.10512",
-        question="Does accuracy depend on which weight type or which layers are adapted, at equal parameters?",
-        quick_budget=90,
-        arms=arms,
-        judge=judge,
-    )
+        f"{SEEDS_VARY} The head trains in every arm.",
+    ],
 )

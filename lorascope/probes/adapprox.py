@@ -18,71 +18,26 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
-from lorascope import observe, plots
+from lorascope import observe
 from lorascope.analysis import optimizer_moments
 from lorascope.methods import Adapprox, Full
 from lorascope.methods.base import Method
-from lorascope.probes.base import Arm, Findings, Probe, make_report_figure, register
-from lorascope.probes.claims import Claim
-from lorascope.probes.rank_statistics import BySeed
+from lorascope.probes.base import Arm, Probe, ReportFigure, draw, select
+from lorascope.probes.seed_statistics import BySeed, EachRun, Runs, Statistic, loss
 from lorascope.runs.run import Run
 
 RANK = 8
 ADAMW, ADAFACTOR, CAME, OURS = "AdamW", "Adafactor", "CAME", "Adapprox"
 GUIDED = "Adapprox, guided"
 METHOD = Adapprox(dense=("embed", "pos_embed"), growth_scale=None)
-RATES = {
-    ADAMW: (3e-5, 1e-4, 3e-4),
-    ADAFACTOR: (3e-5, 1e-4, 3e-4),
-    CAME: (3e-6, 1e-5, 3e-5),
-    OURS: (3e-5, 1e-4, 3e-4),
-}
-
-FEW = Claim(
-    sentence="A few singular values hold more energy of Adam's second moments than row and column sums explain.",
-    statistic=f"fraction of energy in the first {RANK} singular values (1 - squared best rank-{RANK} error), mean over "
-    "matrices",
-    control="the same for a random matrix with the same row and column sums",
-    margin=0.02,
-    source="figure 1",
-)
-ABOVE_ONE = Claim(
-    sentence=f"Factors of rank {RANK} approximate second moments better than Adafactor's rank one.",
-    statistic=f"minus the relative error of S-RSI at rank {RANK} on AdamW's second moments, mean over matrices",
-    control="minus the relative error of the row-column product",
-    margin=0.05,
-    source="this project; assumed by the abstract",
-)
-HELD = Claim(
-    sentence="Adapprox's final factors are closer to the exact second moments than a row-column product is.",
-    statistic="minus the relative error of Adapprox's factors, compared with the exact average since step 0",
-    control="minus the relative error of the row-column product of this exact average",
-    margin=0.05,
-    source="this project",
-)
-PARITY = Claim(
-    sentence="Adapprox is non-inferior to AdamW in test loss (tolerance 0.02 nats).",
-    statistic="minus the test loss (nats) of Adapprox at its best learning rate",
-    control="minus the test loss (nats) of AdamW at its best learning rate, minus 0.02",
-    margin=0.001,
-    source="abstract",
-)
-OVER_ADAFACTOR, OVER_CAME = (
-    Claim(
-        sentence=f"Adapprox outperforms {other} in test loss.",
-        statistic="minus the test loss (nats) of Adapprox at its best learning rate",
-        control=f"minus the test loss (nats) of {other} at its best learning rate",
-        margin=0.005,
-        source="abstract",
-    )
-    for other in (ADAFACTOR, CAME)
-)
+RATES = dict.fromkeys((ADAMW, ADAFACTOR, CAME, OURS), (3e-5, 1e-4, 3e-4)) | {CAME: (3e-6, 1e-5, 3e-5)}
 
 
 def label(optimizer: str, rate: float) -> str:
@@ -121,51 +76,21 @@ def arms(quick: bool) -> list[Arm]:
     ]
 
 
-def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Compare spectra with random matrices, errors with rank one, and losses at the best learning rates."""
-    best = {name: best_rate(runs, name) for name in RATES}
-    loss = {name: {run.seed: -run.score.loss for run in runs[best[name]]} for name in RATES}
-    adam, ours = runs[best[ADAMW]], runs[best[OURS]]
-    # Lower losses are better, so all losses are negated; the tolerance of 0.02 nats is subtracted from the control.
-    verdicts = [
-        FEW.judge(energy(adam, "moment_error"), energy(adam, "moment_error_dealt")),
-        ABOVE_ONE.judge(negated_error(adam, "moment_error_s_rsi", RANK), negated_error(adam, "moment_error_rank_one")),
-        HELD.judge(negated_error(ours, "factor_drift"), negated_error(ours, "factor_drift_rank_one")),
-        PARITY.judge(loss[OURS], {seed: value - 0.02 for seed, value in loss[ADAMW].items()}),
-        OVER_ADAFACTOR.judge(loss[OURS], loss[ADAFACTOR]),
-        OVER_CAME.judge(loss[OURS], loss[CAME]),
-    ]
-    figures = [
-        make_report_figure("second_moments", plots.second_moments({best[ADAMW]: adam})),
-        make_report_figure("moment_error", plots.moment_error({best[ADAMW]: adam})),
-        make_report_figure("factorization_methods", plots.factorization_methods({best[ADAMW]: adam})),
-        make_report_figure("factor_rank", plots.factor_rank({best[OURS]: ours})),
-        make_report_figure("factor_error", plots.factor_error({best[OURS]: ours})),
-        make_report_figure(
-            "guidance", plots.guidance({key: found for key, found in runs.items() if key.startswith(OURS)})
-        ),
-        make_report_figure(
-            "learning_rates", plots.learning_rates({key: runs[key] for key in runs if not key.startswith(GUIDED)})
-        ),
-        make_report_figure("training_curves", plots.training_curves({best[name]: runs[best[name]] for name in RATES})),
-    ]
-    notes = [
-        "Held fixed: model, data, splits, batch size, steps, schedule, clipping. Seeds vary the classifier head, data "
-        "order and dropout.",
-        "Under Adapprox the embeddings and the head, which has two rows, keep a dense second moment; all other "
-        "matrices are factored.",
-        "The learning rate of each optimizer has the lowest mean validation loss over all seeds; the test split is not "
-        "used.",
-        "Any matrix of positive entries has one large singular value. The control therefore has the same row and "
-        "column sums.",
-    ]
-    return Findings(verdicts, figures, {"Final second moments": factor_memory(ours)}, notes)
-
-
-def best_rate(runs: Mapping[str, Sequence[Run]], name: str) -> str:
+def best_rate(runs: Runs, name: str) -> str:
     """Return the label of the optimizer's arm with the lowest final validation loss, mean over seeds."""
-    own = {key: found for key, found in runs.items() if key in {label(name, rate) for rate in RATES[name]}}
+    own = select(runs, *(label(name, rate) for rate in RATES[name]))
     return min(own, key=lambda key: sum(final_value(run, "eval_loss") for run in own[key]) / len(own[key]))
+
+
+@dataclass(frozen=True)
+class AtBestRate(Statistic):
+    """Value of each run of an optimizer at its best learning rate."""
+
+    value: Callable[[Run], float]
+    optimizer: str
+
+    def __call__(self, data: Runs) -> BySeed:
+        return EachRun(self.value, best_rate(data, self.optimizer))(data)
 
 
 def final_value(run: Run, quantity: str, index: int | None = None) -> float:
@@ -174,17 +99,29 @@ def final_value(run: Run, quantity: str, index: int | None = None) -> float:
     return float((rows if index is None else rows.xs(index, level="index")).mean())
 
 
-def negated_error(runs: Sequence[Run], quantity: str, index: int | None = None) -> BySeed:
-    """Return minus the final error by seed, so that higher is better."""
-    return {run.seed: -final_value(run, quantity, index) for run in runs}
+def energy(run: Run, quantity: str) -> float:
+    """Compute the fraction of energy in the first ``RANK`` singular values, mean over matrices."""
+    return float((1 - optimizer_moments.final(run.table, quantity).xs(RANK, level="index") ** 2).mean())
 
 
-def energy(runs: Sequence[Run], quantity: str) -> BySeed:
-    """Compute the fraction of energy in the first ``RANK`` singular values by seed, mean over matrices."""
-    return {
-        run.seed: float((1 - optimizer_moments.final(run.table, quantity).xs(RANK, level="index") ** 2).mean())
-        for run in runs
-    }
+def _final_error(optimizer: str, quantity: str, index: int | None = None) -> Statistic:
+    return -AtBestRate(partial(final_value, quantity=quantity, index=index), optimizer)
+
+
+def figures(runs: Runs) -> list[ReportFigure]:
+    """Draw second moments, their factors, guidance, and the losses by learning rate and over training."""
+    best = {name: best_rate(runs, name) for name in RATES}
+    adam, ours = select(runs, best[ADAMW]), select(runs, best[OURS])
+    return [
+        draw("second_moments", adam),
+        draw("moment_error", adam),
+        draw("factorization_methods", adam),
+        draw("factor_rank", ours),
+        draw("factor_error", ours),
+        draw("guidance", select(runs, *(key for key in runs if key.startswith(OURS)))),
+        draw("learning_rates", select(runs, *(key for key in runs if not key.startswith(GUIDED)))),
+        draw("training_curves", select(runs, *best.values())),
+    ]
 
 
 def factor_memory(runs: Sequence[Run]) -> pd.DataFrame:
@@ -200,14 +137,37 @@ def factor_memory(runs: Sequence[Run]) -> pd.DataFrame:
     return means.assign(**{"of dense (%)": 100 * means["factors"] / means["dense"]}).round(1).reset_index()
 
 
-PROBE = register(
-    Probe(
-        name="adapprox",
-        title="Adapprox: low-rank second moments",
-        source="Zhao et al., Adapprox, arXiv 2403.14958",
-        question="Are Adam's second moments of low rank, and is a rank above one worth its cost?",
-        quick_budget=44,
-        arms=arms,
-        judge=judge,
-    )
+PROBE = Probe(
+    name="adapprox",
+    title="Adapprox: low-rank second moments",
+    source="Zhao et al., Adapprox, arXiv 2403.14958",
+    question="Are Adam's second moments of low rank, and is a rank above one worth its cost?",
+    quick_budget=44,
+    arms=arms,
+    claims={
+        "adapprox.tail": (
+            AtBestRate(partial(energy, quantity="moment_error"), ADAMW),
+            AtBestRate(partial(energy, quantity="moment_error_dealt"), ADAMW),
+        ),
+        "adapprox.above_one": (
+            _final_error(ADAMW, "moment_error_s_rsi", RANK),
+            _final_error(ADAMW, "moment_error_rank_one"),
+        ),
+        "adapprox.held": (_final_error(OURS, "factor_drift"), _final_error(OURS, "factor_drift_rank_one")),
+        "adapprox.parity": (-AtBestRate(loss, OURS), -AtBestRate(loss, ADAMW) - 0.02),
+        "adapprox.over_adafactor": (-AtBestRate(loss, OURS), -AtBestRate(loss, ADAFACTOR)),
+        "adapprox.over_came": (-AtBestRate(loss, OURS), -AtBestRate(loss, CAME)),
+    },
+    figures=figures,
+    tables=lambda runs: {"Final second moments": factor_memory(runs[best_rate(runs, OURS)])},
+    notes=lambda runs: [
+        "Held fixed: model, data, splits, batch size, steps, schedule, clipping. Seeds vary the classifier head, data "
+        "order and dropout.",
+        "Under Adapprox the embeddings and the head, which has two rows, keep a dense second moment; all other "
+        "matrices are factored.",
+        "The learning rate of each optimizer has the lowest mean validation loss over all seeds; the test split is not "
+        "used.",
+        "Any matrix of positive entries has one large singular value. The control therefore has the same row and "
+        "column sums.",
+    ],
 )

@@ -11,88 +11,31 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
-from lorascope import plots
 from lorascope.methods import ALoRA
 from lorascope.methods.alora import allocate, prune
-from lorascope.probes import rank_statistics
-from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, make_report_figure, register
-from lorascope.probes.claims import Claim
-from lorascope.probes.lora import LOW
-from lorascope.probes.lora import arms as lora_arms
+from lorascope.probes.base import SEEDS_VARY, Arm, Probe, ReportFigure, draw, encoder_settings, select
+from lorascope.probes.lora import LOW, shared_arms
+from lorascope.probes.rank_statistics import ATTENTION, RankFraction, final_ranks
+from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
 from lorascope.runs.run import Run
 
 ADAPTED = "ALoRA"
-_RANDOM = "the same with random scores and the same number of rounds"
-
-ATTENTION = Claim(
-    sentence="ALoRA moves rank from feed-forward modules to attention modules, more than with random scores.",
-    statistic="fraction of the final total rank in attention modules",
-    control=_RANDOM,
-    margin=0.02,
-    source="section 4.5, figure 3",
-)
-QUERY_KEY = Claim(
-    sentence="Within attention, ALoRA gives queries and keys more rank than values and outputs.",
-    statistic="fraction of the final total rank in queries and keys, minus the fraction in values and outputs",
-    control=_RANDOM,
-    margin=0.02,
-    source="section 4.5, figure 3",
-)
-BETTER = Claim(
-    sentence="ALoRA outperforms LoRA with uniform ranks and the same total rank.",
-    statistic="test accuracy of ALoRA with a mean rank of 8",
-    control="test accuracy of LoRA, rank 8, after the same number of steps",
-    margin=0.002,
-    source="table 1",
-)
 
 
 def arms(quick: bool) -> list[Arm]:
     """Return the arms: ALoRA on all linear layers, and LoRA of rank 8, ALoRA's initial rank in a full run."""
     method = ALoRA(init_rank=8, alpha=8.0, lr=1e-3, head_lr=1e-3)
     method = replace(method, init_rank=2, alpha=2.0, rounds=2, score_rows=8) if quick else method
-    uniform = next(arm for arm in lora_arms(quick) if arm.label == LOW)
     # A round scores every component twice. Scoring 288 components on 32 examples costs more than training between
     # rounds.
-    return [uniform, Arm(label=ADAPTED, method=method, settings=encoder_settings(quick), cost=3.0 if quick else 8.0)]
-
-
-def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Compare the fractions of the rank with those under random scores, and the accuracy with uniform ranks."""
-    adapted, uniform = runs[ADAPTED], runs[LOW]
-    found = rank_statistics.final_ranks(adapted)
-    drawn = pd.concat([randomly_moved_ranks(run, found[found["run"] == run.id]) for run in adapted])
-
-    def query_key_excess(table: pd.DataFrame) -> rank_statistics.BySeed:
-        one, other = (rank_statistics.role_share(adapted, table, roles) for roles in (("q", "k"), ("v", "o")))
-        return {seed: one[seed] - other[seed] for seed in one}
-
-    roles = rank_statistics.ATTENTION
-    verdicts = [
-        ATTENTION.judge(
-            rank_statistics.role_share(adapted, found, roles), rank_statistics.role_share(adapted, drawn, roles)
-        ),
-        QUERY_KEY.judge(query_key_excess(found), query_key_excess(drawn)),
-        BETTER.judge(rank_statistics.accuracy(adapted), rank_statistics.accuracy(uniform)),
-    ]
-    figures = [
-        make_report_figure("rank_allocation", plots.rank_allocation({ADAPTED: adapted}, chance=True)),
-        make_report_figure("rank_replay", plots.rank_replay(adapted[0])),
-        make_report_figure("importance", plots.importance(adapted[0])),
-        make_report_figure("training_curves", plots.training_curves({ADAPTED: adapted, LOW: uniform})),
-    ]
-    notes = [
-        "Held fixed: model, data, splits, batch size, number of steps, and the examples that score components. Seeds "
-        "vary the classifier head, adapter initialization, data order and dropout.",
-        "A quick run starts from rank 2 and has two rounds, because scoring costs more than training steps.",
-    ]
-    return Findings(verdicts, figures, notes=notes)
+    adapted = Arm(label=ADAPTED, method=method, settings=encoder_settings(quick), cost=3.0 if quick else 8.0)
+    return [*shared_arms(quick, LOW), adapted]
 
 
 def randomly_moved_ranks(run: Run, found: pd.DataFrame) -> pd.DataFrame:
@@ -122,14 +65,42 @@ def randomly_moved_ranks(run: Run, found: pd.DataFrame) -> pd.DataFrame:
     return found.assign(value=sizes.astype(np.float64))
 
 
-PROBE = register(
-    Probe(
-        name="alora",
-        title="ALoRA: rank allocation by ablation",
-        source="Liu et al., ALoRA: Allocating Low-Rank Adaptation, arXiv 2403.16187",
-        question="Does rank move to queries and keys more than with random scores, and does it improve accuracy?",
-        quick_budget=100,
-        arms=arms,
-        judge=judge,
-    )
+def random_moves(runs: Sequence[Run]) -> pd.DataFrame:
+    """Return the final ranks of the runs under random scores."""
+    found = final_ranks(runs)
+    return pd.concat([randomly_moved_ranks(run, found[found["run"] == run.id]) for run in runs])
+
+
+def figures(runs: Runs) -> list[ReportFigure]:
+    """Draw the allocation, its history in the first run, and the training curves."""
+    first = runs[ADAPTED][0]
+    return [
+        draw("rank_allocation", select(runs, ADAPTED), chance=True),
+        draw("rank_replay", first),
+        draw("importance", first),
+        draw("training_curves", select(runs, ADAPTED, LOW)),
+    ]
+
+
+PROBE = Probe(
+    name="alora",
+    title="ALoRA: rank allocation by ablation",
+    source="Liu et al., ALoRA: Allocating Low-Rank Adaptation, arXiv 2403.16187",
+    question="Does rank move to queries and keys more than with random scores, and does it improve accuracy?",
+    quick_budget=100,
+    arms=arms,
+    claims={
+        "alora.attention": (RankFraction(ADAPTED, ATTENTION), RankFraction(ADAPTED, ATTENTION, random_moves)),
+        "alora.queries": (
+            RankFraction(ADAPTED, ("q", "k")) - RankFraction(ADAPTED, ("v", "o")),
+            RankFraction(ADAPTED, ("q", "k"), random_moves) - RankFraction(ADAPTED, ("v", "o"), random_moves),
+        ),
+        "alora.better": (EachRun(accuracy, ADAPTED), EachRun(accuracy, LOW)),
+    },
+    figures=figures,
+    notes=lambda runs: [
+        "Held fixed: model, data, splits, batch size, number of steps, and the examples that score components. "
+        + SEEDS_VARY,
+        "A quick run starts from rank 2 and has two rounds, because scoring costs more than training steps.",
+    ],
 )

@@ -16,44 +16,19 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-from lorascope import plots
 from lorascope.methods import AutoLoRA, LoRA
 from lorascope.methods.autolora import retained_mask
-from lorascope.probes import rank_statistics
-from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, make_report_figure, register
-from lorascope.probes.claims import Claim
+from lorascope.probes.base import Arm, Probe, ReportFigure, draw, encoder_settings, select
+from lorascope.probes.rank_statistics import NEXT_SEED, RankAgreement, final_ranks
+from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
 from lorascope.runs.run import Run
 
 MOVIES, TWEETS, UNIFORM = "AutoLoRA, movies", "AutoLoRA, tweets", "LoRA, rank 4, movies"
-
-LAYERS = Claim(
-    sentence="AutoLoRA's ranks vary between modules more than ranks from random logits do.",
-    statistic="standard deviation of the ranks over modules, movies",
-    control="the same for ranks from random logits",
-    margin=0.3,
-    source="section 5.4, figure 3",
-)
-TASKS = Claim(
-    sentence="AutoLoRA's ranks differ between tasks more than between seeds.",
-    statistic="minus Kendall's tau between the ranks on movies and on tweets, same seed",
-    control="minus Kendall's tau between the ranks of one seed and the next, movies",
-    margin=0.1,
-    source="section 5.4, figure 3",
-)
-BETTER = Claim(
-    sentence="LoRA with AutoLoRA's ranks outperforms LoRA with rank 4 in every module.",
-    statistic="test accuracy after AutoLoRA's retraining phase, movies",
-    control="test accuracy of LoRA, rank 4, after the same number of steps, movies",
-    margin=0.002,
-    source="section 5.2",
-)
 
 
 def arms(quick: bool) -> list[Arm]:
@@ -71,36 +46,14 @@ def arms(quick: bool) -> list[Arm]:
     ]
 
 
-def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Compare the spread of ranks with random logits, agreement of tasks with agreement of seeds, and the accuracy."""
-    movies, tweets = runs[MOVIES], runs[TWEETS]
-    found = rank_statistics.final_ranks(movies)
-    both = pd.concat([found, rank_statistics.final_ranks(tweets)])
-    spread = {run.seed: _rank_spread(found[found["run"] == run.id]["value"].to_numpy()) for run in movies}
-    chance = {run.seed: _rank_spread(random_logit_ranks(run)) for run in movies}
-    between_tasks = rank_statistics.agreement_with_next(movies, both, tweets)
-    between_seeds = rank_statistics.agreement_with_next(movies, both)
-    verdicts = [
-        LAYERS.judge(spread, chance),
-        TASKS.judge(*({seed: -tau for seed, tau in taus.items()} for taus in (between_tasks, between_seeds))),
-        BETTER.judge(rank_statistics.accuracy(movies), rank_statistics.accuracy(runs[UNIFORM])),
-    ]
-    search = movies[0].parents[0]
-    figures = [
-        make_report_figure("rank_allocation", plots.rank_allocation({MOVIES: movies, TWEETS: tweets})),
-        make_report_figure("importance", plots.importance(search, quantity="alpha")),
-        make_report_figure("training_curves", plots.training_curves({MOVIES: movies, UNIFORM: runs[UNIFORM]})),
-    ]
-    notes = [
-        "Held fixed: model, data, splits, batch size, number of steps of each phase. Seeds vary the classifier head, "
-        "adapter initialization, data order, dropout and the random logits.",
-        rank_statistics.NEXT_SEED,
-        "Movies and tweets with the same seed share their initialization and random draws; two seeds do not. Their "
-        "agreement is therefore not only due to the tasks.",
-        "AutoLoRA has no rank budget: its total rank is a result. Even random logits keep about half of the initial "
-        "rank if they are small, and less if they are large.",
-    ]
-    return Findings(verdicts, figures, notes=notes)
+def rank_spread(run: Run) -> float:
+    """Compute the standard deviation of the run's final ranks over modules."""
+    return float(np.std(final_ranks([run])["value"].to_numpy(), ddof=1))
+
+
+def random_rank_spread(run: Run) -> float:
+    """Compute the standard deviation of ranks from random logits over modules."""
+    return float(np.std(random_logit_ranks(run), ddof=1))
 
 
 def random_logit_ranks(run: Run) -> np.ndarray:
@@ -110,18 +63,35 @@ def random_logit_ranks(run: Run) -> np.ndarray:
     return np.array([int(retained_mask(alpha).sum()) for alpha in torch.from_numpy(logits).softmax(1)])
 
 
-def _rank_spread(ranks: np.ndarray) -> float:
-    return float(np.std(ranks, ddof=1))
+def figures(runs: Runs) -> list[ReportFigure]:
+    """Draw the allocation on both domains, the search of the first run, and the training curves."""
+    return [
+        draw("rank_allocation", select(runs, MOVIES, TWEETS)),
+        draw("importance", runs[MOVIES][0].parents[0], quantity="alpha"),
+        draw("training_curves", select(runs, MOVIES, UNIFORM)),
+    ]
 
 
-PROBE = register(
-    Probe(
-        name="autolora",
-        title="AutoLoRA: learned ranks compared with noise",
-        source="Zhang et al., AutoLoRA, arXiv 2403.09113",
-        question="Do ranks differ between layers more than random ones do, and between tasks more than between seeds?",
-        quick_budget=160,
-        arms=arms,
-        judge=judge,
-    )
+PROBE = Probe(
+    name="autolora",
+    title="AutoLoRA: learned ranks compared with noise",
+    source="Zhang et al., AutoLoRA, arXiv 2403.09113",
+    question="Do ranks differ between layers more than random ones do, and between tasks more than between seeds?",
+    quick_budget=160,
+    arms=arms,
+    claims={
+        "autolora.spread": (EachRun(rank_spread, MOVIES), EachRun(random_rank_spread, MOVIES)),
+        "autolora.tasks": (-RankAgreement(MOVIES, other=TWEETS), -RankAgreement(MOVIES)),
+        "autolora.better": (EachRun(accuracy, MOVIES), EachRun(accuracy, UNIFORM)),
+    },
+    figures=figures,
+    notes=lambda runs: [
+        "Held fixed: model, data, splits, batch size, number of steps of each phase. Seeds vary the classifier head, "
+        "adapter initialization, data order, dropout and the random logits.",
+        NEXT_SEED,
+        "Movies and tweets with the same seed share their initialization and random draws; two seeds do not. Their "
+        "agreement is therefore not only due to the tasks.",
+        "AutoLoRA has no rank budget: its total rank is a result. Even random logits keep about half of the initial "
+        "rank if they are small, and less if they are large.",
+    ],
 )

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import pandas as pd
 from torch import nn
 
-from lorascope import observe
+from lorascope import observe, plots
+from lorascope.analysis.seed_intervals import t_interval
 from lorascope.charts.chart import Drawable
 from lorascope.inputs.tasks import Task
 from lorascope.methods.base import Method
-from lorascope.plots import FIGURES
-from lorascope.probes.claims import Verdict
+from lorascope.probes.claims import CLAIMS, Verdict
+from lorascope.probes.seed_statistics import BySeed, Runs
 from lorascope.runs.run import Run
 from lorascope.schema.deprecation import accept_old_fields, formerly
 
 PROBES: dict[str, Probe] = {}
+"""Probes by name, in the order of the report."""
+SEEDS_VARY = "Seeds vary the classifier head, adapter initialization, data order and dropout."
+HELD_FIXED = f"Held fixed: model, data, splits, batch size, number of steps. {SEEDS_VARY}"
+"""Notes of the studies on minilm."""
+Compute = Callable[[Any], BySeed]
+"""Function that computes one value per seed from the data of a probe, usually a ``Statistic``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +128,9 @@ class Findings:
 class Probe:
     """Study of one paper: it repeats the paper's observation and judges its claims.
 
+    A module of ``lorascope.probes`` defines its probe as ``PROBE``. What the claims and the report read is the *data*
+    of the probe: the runs by label of their arm, unless ``collect`` computes more from them.
+
     Parameters
     ----------
     name, title, source, question : str
@@ -128,9 +139,18 @@ class Probe:
         Upper bound on the cost of a quick run with all its seeds, in full fine-tuning steps of minilm on 16 examples.
     arms : callable
         ``arms(quick)`` returns the arms to train.
-    judge : callable
-        ``judge(runs)`` returns the findings; ``runs`` maps the label of an arm to its runs by seed. With ``measure``,
-        ``judge(runs, measured)``; ``measured`` maps a run id to its table.
+    claims : mapping
+        Id of a claim -> functions that compute statistic and control by seed from the data, in the order of the report.
+        A claim on an arm that only a full run trains is left out of a quick run.
+    figures : callable
+        ``figures(data)`` returns the figures of the report, in order.
+    tables : callable
+        ``tables(data)`` returns the tables by title. Default none.
+    notes : callable
+        ``notes(data)`` returns what was held fixed, what no claim uses, and what is missing. Default none.
+    collect : callable
+        ``collect(runs)`` returns the data; with ``measure``, ``collect(runs, measured)``, where ``measured`` maps a run
+        id to its table. By default the data are the runs.
     measure : callable, optional
         ``measure(run)`` returns a table of measurements on the trained model. It is called once per run, and the table
         is stored next to the runs.
@@ -138,6 +158,8 @@ class Probe:
         Cost of ``measure`` in a quick run, per seed, in full fine-tuning steps of minilm on 16 examples. Default 0.
     seeds : int
         Number of seeds of a full run. Default 3.
+    order : int
+        Place in the report; probes with the same number are in the order of their files. Default 1.
     former_labels : mapping
         Old label of an arm -> label, so that folders of earlier versions can be read. Default empty.
     """
@@ -148,19 +170,70 @@ class Probe:
     question: str
     quick_budget: int
     arms: Callable[[bool], Sequence[Arm]]
-    judge: Callable[..., Findings]
+    claims: Mapping[str, tuple[Compute, Compute]] = field(default_factory=dict)
+    figures: Callable[[Any], Sequence[ReportFigure]]
+    tables: Callable[[Any], Mapping[str, pd.DataFrame]] = lambda data: {}
+    notes: Callable[[Any], Sequence[str]] = lambda data: ()
+    collect: Callable[..., Any] = lambda runs: runs
     measure: Callable[[Run], pd.DataFrame] | None = None
     measure_cost: float = 0
     seeds: int = 3
+    order: int = 1
     former_labels: Mapping[str, str] = field(default_factory=dict)
 
+    def judge(self, runs: Runs, measured: Mapping[str, pd.DataFrame] | None = None) -> Findings:
+        """Judge the claims, and draw the figures and tables of the report.
 
-def make_report_figure(figure: str, chart: Drawable) -> ReportFigure:
-    """Return a chart with the reading and the caveat that ``FIGURES`` lists for it."""
-    return ReportFigure(chart, FIGURES[figure].reads, FIGURES[figure].misleads, figure)
+        Parameters
+        ----------
+        runs : mapping
+            Label of an arm -> runs, one per seed.
+        measured : mapping, optional
+            Run id -> table of ``measure``, for a probe that has it.
+        """
+        data = self.collect(runs) if measured is None else self.collect(runs, measured)
+        verdicts, notes = [], list(self.notes(data))
+        for id, (statistic, control) in self.claims.items():
+            try:
+                values = statistic(data), control(data)
+            except KeyError as error:
+                full, trained = ({arm.label for arm in self.arms(quick)} for quick in (False, True))
+                if error.args[0] in full - trained:
+                    continue
+                raise
+            if all(values):
+                verdicts.append(CLAIMS[id].judge(*values))
+            else:
+                reason = "It needs two seeds, because the runs of a pair must not share a seed."
+                notes.append(f"Not judged: {CLAIMS[id].sentence!r} {reason}")
+        return Findings(verdicts, self.figures(data), self.tables(data), notes)
 
 
-def register(probe: Probe) -> Probe:
-    """Add a probe to ``PROBES`` and return it."""
-    PROBES[probe.name] = probe
-    return probe
+Labelled = TypeVar("Labelled")
+
+
+def select(arms: Mapping[str, Labelled], *labels: str) -> dict[str, Labelled]:
+    """Return the arms with these labels in this order, without those that were not trained."""
+    return {label: arms[label] for label in labels if label in arms}
+
+
+def draw(figure: str, *runs: Any, **options: Any) -> ReportFigure:
+    """Draw a figure of ``lorascope.plots`` with the reading and the caveat that ``FIGURES`` lists for it."""
+    chart = getattr(plots, figure)(*runs, **options)
+    return ReportFigure(chart, plots.FIGURES[figure].reads, plots.FIGURES[figure].misleads, figure)
+
+
+def format_mean(values: Iterable[float], digits: int) -> str:
+    """Format the mean over seeds ± half the 95% t-interval."""
+    return t_interval(np.fromiter(values, np.float64)).format(digits)
+
+
+def tabulate(runs: Runs, columns: Mapping[str, Callable[[Sequence[Run]], Any]]) -> pd.DataFrame:
+    """Tabulate the arms: one row per arm, one column per function of its runs."""
+    rows = [{"": label} | {name: value(found) for name, value in columns.items()} for label, found in runs.items()]
+    return pd.DataFrame(rows)
+
+
+def over_seeds(value: Callable[[Run], float], digits: int) -> Callable[[Sequence[Run]], str]:
+    """Return a column for ``tabulate``: the mean of a value over the runs of an arm ± half the 95% t-interval."""
+    return lambda runs: format_mean(map(value, runs), digits)

@@ -8,8 +8,10 @@ control, paired by seed. If a paper claims a lower value, statistic and control 
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Literal
 
 import numpy as np
@@ -23,10 +25,12 @@ Outcome = Literal["supported", "not supported", "inconclusive"]
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A claim with the comparison that judges it.
+    """A claim and the margin that judges it: a row of ``claims.toml``.
 
     Parameters
     ----------
+    id : str
+        Name of the claim, such as "lora.parity". Default "".
     sentence : str
         Paraphrase of the paper's statement.
     statistic : str
@@ -44,6 +48,7 @@ class Claim:
         ``margin`` is not a finite number > 0.
     """
 
+    id: str = ""
     sentence: str
     statistic: str
     control: str
@@ -73,7 +78,16 @@ class Claim:
         ValueError
             The seeds differ, there are no seeds, or a value is not finite.
         """
-        values = _pair(statistic, control)
+        unpaired = sorted(statistic.keys() ^ control.keys())
+        if unpaired:
+            raise ValueError(f"cannot pair statistic and control: seeds {unpaired} have only one of the two")
+        values = pd.DataFrame({"seed": sorted(statistic)})
+        for name, found in (("statistic", statistic), ("control", control)):
+            values[name] = [float(found[seed]) for seed in values["seed"]]
+        values["effect"] = values["statistic"] - values["control"]
+        broken = values.loc[~np.isfinite(values["effect"]), "seed"].tolist()
+        if broken:
+            raise ValueError(f"statistic and control must be finite, got NaN or infinity for seeds {broken}")
         mean, low, high, n = t_interval(values["effect"].to_numpy(np.float64))
         # With two seeds the t-interval has one degree of freedom and is too wide to decide a claim.
         outcome: Outcome = "inconclusive"
@@ -116,27 +130,6 @@ class Verdict:
         return f"{self.outcome}: effect {self.effect:.3g} {interval}, margin {self.claim.margin:.3g}, {seeds}"
 
 
-def _pair(statistic: Mapping[int, float], control: Mapping[int, float]) -> pd.DataFrame:
-    """Join statistic and control by seed, and compute the effect.
-
-    Raises
-    ------
-    ValueError
-        A seed lacks one of the two, or an effect is not finite.
-    """
-    unpaired = sorted(statistic.keys() ^ control.keys())
-    if unpaired:
-        raise ValueError(f"cannot pair statistic and control: seeds {unpaired} have only one of the two")
-    seeds = sorted(statistic)
-    values = pd.DataFrame(
-        {
-            "seed": seeds,
-            "statistic": [float(statistic[seed]) for seed in seeds],
-            "control": [float(control[seed]) for seed in seeds],
-        }
-    )
-    values["effect"] = values["statistic"] - values["control"]
-    broken = values.loc[~np.isfinite(values["effect"]), "seed"].tolist()
-    if broken:
-        raise ValueError(f"statistic and control must be finite, got NaN or infinity for seeds {broken}")
-    return values
+_TABLE = files("lorascope.probes").joinpath("claims.toml").read_text(encoding="utf-8")
+CLAIMS = {row["id"]: Claim(**row) for row in tomllib.loads(_TABLE)["claim"]}
+"""Claims of all probes by id."""

@@ -23,11 +23,6 @@ Rows = dict[str, dict[str, np.ndarray]]
 """Name of a score -> module -> value of each component."""
 
 
-def _fill_weighted(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
-    """Fill B and A so that the update is unchanged at the initial alpha = 1/k."""
-    fill_plain(delta, P, sigma * len(sigma), Q)
-
-
 def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
     """Compute AdaLoRA's importance, its sensitivity and uncertainty of lambda, and the norm of the mean gradient.
 
@@ -72,7 +67,11 @@ def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batc
 
 def autolora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
     """Compute AutoLoRA's alpha after training only the logits for two epochs over the batches."""
-    deltas = attach_components(model, state, autolora.AutoLoRADelta, _fill_weighted)
+
+    def fill(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
+        fill_plain(delta, P, sigma * len(sigma), Q)  # leaves the update unchanged at the initial alpha = 1/k
+
+    deltas = attach_components(model, state, autolora.AutoLoRADelta, fill)
     logits = [delta.logits.requires_grad_() for delta in deltas.values()]
     optimizer = torch.optim.Adam(logits, lr=1e-2, betas=autolora.BETAS)
     for batch in (*batches, *batches):

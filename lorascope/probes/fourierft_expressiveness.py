@@ -18,7 +18,8 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -30,15 +31,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attach
-from lorascope.analysis.seed_intervals import band, t_interval
+from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Point, set_side_by_side
 from lorascope.methods.fourierft import BasisDelta, FourierDelta, bases
 from lorascope.methods.lora import LoRADelta
 from lorascope.plots.builders import lines
 from lorascope.plots.run_groups import INTERVAL
-from lorascope.probes.base import Findings, Probe, ReportFigure, register
-from lorascope.probes.claims import Claim
-from lorascope.runs.run import Run
+from lorascope.probes.base import Probe, ReportFigure, format_mean
+from lorascope.probes.seed_statistics import BySeed, Combined, Statistic
 from lorascope.updates import fourier
 
 CLASSES, POINTS, CENTER, NOISE = 8, 30, 5.0, 0.5
@@ -51,21 +51,6 @@ _EVERY = 20  # epochs between two points of a curve
 FOURIER, RANDOM = "FourierFT", "random basis"
 SLOW, FAST = "LoRA, rank 1, lr 0.01", "LoRA, rank 1, lr 0.1"
 _RIGHT, _WRONG = "correct", "misclassified"
-
-EXPRESSIVE = Claim(
-    sentence="With 128 parameters, FourierFT fits points that LoRA of rank 1 cannot fit.",
-    statistic="best training accuracy of FourierFT, 128 coefficients",
-    control="best training accuracy of LoRA of rank 1 (128 parameters) at the better of two learning rates",
-    margin=0.05,
-    source="appendix C.2, figure 7",
-)
-FREQUENCIES = Claim(
-    sentence="FourierFT fits all points in fewer epochs than a random basis with equal parameters.",
-    statistic=f"minus log10 of the epochs until all points are classified correctly, at most {EPOCHS}",
-    control="the same with two random matrices instead of the Fourier basis, and the same entries",
-    margin=0.15,
-    source="table 6, on these points",
-)
 
 
 class Points(NamedTuple):
@@ -80,6 +65,10 @@ class Course(NamedTuple):
 
     accuracy: list[float]
     network: nn.Sequential
+
+
+Courses = Mapping[tuple[str, int], Course]
+"""Course of each adapter and seed."""
 
 
 def points(seed: int) -> Points:
@@ -105,22 +94,14 @@ def _new_lora_delta(seed: int) -> Delta:
         return LoRADelta(nn.Linear(WIDTH, WIDTH), rank=1)
 
 
-def _new_fourier_delta(seed: int) -> Delta:
-    return FourierDelta(*_coefficients(seed), (WIDTH, WIDTH), _ALPHA)
-
-
-def _new_random_basis_delta(seed: int) -> Delta:
-    return BasisDelta(*_coefficients(seed), *bases((WIDTH, WIDTH), seed, "random"), _ALPHA)
-
-
 def _coefficients(seed: int) -> tuple[Float[Tensor, "n"], Int[Tensor, "2 n"]]:
     places = torch.from_numpy(fourier.entries((WIDTH, WIDTH), COEFFICIENTS, _ENTRY_SEED))
     return torch.randn(COEFFICIENTS, generator=torch.Generator().manual_seed(seed)), places
 
 
 ADAPTERS: dict[str, tuple[Callable[[int], Delta], float]] = {
-    FOURIER: (_new_fourier_delta, 1e-2),
-    RANDOM: (_new_random_basis_delta, 1e-2),
+    FOURIER: (lambda seed: FourierDelta(*_coefficients(seed), (WIDTH, WIDTH), _ALPHA), 1e-2),
+    RANDOM: (lambda seed: BasisDelta(*_coefficients(seed), *bases((WIDTH, WIDTH), seed, "random"), _ALPHA), 1e-2),
     SLOW: (_new_lora_delta, 1e-2),
     FAST: (_new_lora_delta, 1e-1),
 }
@@ -146,7 +127,7 @@ def learn(label: str, seed: int, epochs: int = EPOCHS) -> Course:
 
 
 @cache
-def courses() -> dict[tuple[str, int], Course]:
+def courses() -> Courses:
     """Train every adapter for every seed. Seeds vary the points, the network and the adapter initialization."""
     return {(label, seed): learn(label, seed) for label in ADAPTERS for seed in SEEDS}
 
@@ -156,35 +137,44 @@ def epochs_needed(course: Course) -> int:
     return len(course.accuracy) - 1
 
 
-def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Compare training accuracy and epochs at equal parameters. The networks are trained here, which takes seconds."""
-    found = courses()
-    best = {label: {seed: max(found[label, seed].accuracy) for seed in SEEDS} for label in ADAPTERS}
-    low_rank = {seed: max(best[SLOW][seed], best[FAST][seed]) for seed in SEEDS}
-    soon = {label: {seed: -np.log10(epochs_needed(found[label, seed])) for seed in SEEDS} for label in ADAPTERS}
-    verdicts = [EXPRESSIVE.judge(best[FOURIER], low_rank), FREQUENCIES.judge(soon[FOURIER], soon[RANDOM])]
-    figures = [
+@dataclass(frozen=True)
+class EachCourse(Statistic):
+    """Value of each course of an adapter."""
+
+    value: Callable[[Course], float]
+    label: str
+
+    def __call__(self, data: Courses) -> BySeed:
+        return {seed: self.value(course) for (label, seed), course in data.items() if label == self.label}
+
+
+def best_accuracy(course: Course) -> float:
+    """Return the best accuracy of a course."""
+    return max(course.accuracy)
+
+
+def log_epochs(course: Course) -> float:
+    """Return log10 of the epochs needed."""
+    return float(np.log10(epochs_needed(course)))
+
+
+def figures(data: Courses) -> list[ReportFigure]:
+    """Draw the training accuracy, and the predicted classes of the first seed."""
+    return [
         ReportFigure(
-            curves(found),
+            curves(data),
             "A curve that reaches 1 classifies all points correctly, and its training stops there. A curve that levels "
             "off below 1 cannot fit the points with its 128 parameters at this learning rate.",
             "This is training accuracy: it measures expressiveness, not generalization. Only LoRA has two learning "
             "rates; the others were not tuned.",
         ),
         ReportFigure(
-            regions({label: found[label, SEEDS[0]].network for label in (FOURIER, RANDOM, SLOW)}, points(SEEDS[0])),
+            regions({label: data[label, SEEDS[0]].network for label in (FOURIER, RANDOM, SLOW)}, points(SEEDS[0])),
             "Background colors are the classes that the network predicts, dots are the training points; a dot on the "
             "color of another class is misclassified.",
             "This is one seed: see the table for all seeds. Regions far from the points have no meaning.",
         ),
     ]
-    notes = [
-        "Held fixed: centers of the clusters, entries, learning rates, α. Seeds vary the points, the network and the "
-        "adapter initialization.",
-        f"LoRA's update has rank 1, so it maps all 64 inputs to one number. The other updates have an initial rank of "
-        f"{ranks()}: equal parameters do not mean equal ranks.",
-    ]
-    return Findings(verdicts, figures, {"Training accuracy and epochs": table(found)}, notes)
 
 
 def ranks() -> str:
@@ -193,17 +183,17 @@ def ranks() -> str:
     return " to ".join(map(str, sorted(found)))
 
 
-def table(found: Mapping[tuple[str, int], Course]) -> pd.DataFrame:
+def table(found: Courses) -> pd.DataFrame:
     """Tabulate the best accuracy, the seeds with all points correct, and their epochs, per adapter."""
     rows = []
     for label in ADAPTERS:
         own = [course for (name, _), course in found.items() if name == label]
-        best = np.array([max(course.accuracy) for course in own])
+        best = [max(course.accuracy) for course in own]
         done = [epochs_needed(course) for course, top in zip(own, best, strict=True) if top == 1.0]
         rows.append(
             {
                 "": label,
-                "best accuracy": t_interval(best).format(3),
+                "best accuracy": format_mean(best, 3),
                 "seeds with all points correct": f"{len(done)} of {len(own)}",
                 "epochs needed": f"{min(done)} to {max(done)}" if done else "",
             }
@@ -211,7 +201,7 @@ def table(found: Mapping[tuple[str, int], Course]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def curves(found: Mapping[tuple[str, int], Course]) -> Chart:
+def curves(found: Courses) -> Chart:
     """Plot accuracy by epoch, one line per adapter. Accuracy stays 1 after all points are classified correctly."""
     last = max(len(course.accuracy) for course in found.values())
     parts = []
@@ -236,11 +226,13 @@ def curves(found: Mapping[tuple[str, int], Course]) -> Chart:
 def regions(networks: Mapping[str, nn.Module], shown: Points) -> Drawable:
     """Plot the predicted class at every position of the plane, with the points on top, one panel per network."""
     panels = []
+    ticks = torch.arange(-_REACH, _REACH + 1) * _CELL
+    plane = torch.cartesian_prod(ticks, ticks)
     for label, model in networks.items():
         with torch.no_grad():
             right = (model(shown.x).argmax(dim=1) == shown.y).numpy()
-            classes = model(_plane_grid()).argmax(dim=1).numpy()
-        across, up = _cell_centers(_plane_grid())
+            classes = model(plane).argmax(dim=1).numpy()
+        across, up = _cell_centers(plane)
         cells = pd.DataFrame({"x": across, "y": up, "class": classes})
         places = dict(zip("xy", _cell_centers(shown.x), strict=True))
         dots = pd.DataFrame(places | {"point": np.where(right, _RIGHT, _WRONG)})
@@ -259,25 +251,33 @@ def regions(networks: Mapping[str, nn.Module], shown: Points) -> Drawable:
     return set_side_by_side(*panels)
 
 
-def _plane_grid() -> Float[Tensor, "places 2"]:
-    ticks = torch.arange(-_REACH, _REACH + 1) * _CELL
-    return torch.cartesian_prod(ticks, ticks)
-
-
 def _cell_centers(x: Float[Tensor, "places 2"]) -> Float[np.ndarray, "2 places"]:
     """Return the center of each position's cell; positions outside the drawn region move to its edge."""
     return (x.numpy().T / _CELL).round().clip(-_REACH, _REACH) * _CELL
 
 
-PROBE = register(
-    Probe(
-        name="expressiveness",
-        title="FourierFT: expressiveness with 128 parameters",
-        source="Gao et al., FourierFT, arXiv 2405.03003, appendix C.2",
-        question="Is a sparse spectrum more expressive than a rank-1 product with the same number of parameters?",
-        quick_budget=40,
-        arms=lambda quick: [],
-        judge=judge,
-        measure_cost=20,
-    )
+PROBE = Probe(
+    name="expressiveness",
+    title="FourierFT: expressiveness with 128 parameters",
+    source="Gao et al., FourierFT, arXiv 2405.03003, appendix C.2",
+    question="Is a sparse spectrum more expressive than a rank-1 product with the same number of parameters?",
+    quick_budget=40,
+    arms=lambda quick: [],
+    measure_cost=20,
+    collect=lambda runs: courses(),  # trained here, in seconds
+    claims={
+        "expressiveness.more": (
+            EachCourse(best_accuracy, FOURIER),
+            Combined(max, (EachCourse(best_accuracy, SLOW), EachCourse(best_accuracy, FAST))),
+        ),
+        "expressiveness.frequencies": (-EachCourse(log_epochs, FOURIER), -EachCourse(log_epochs, RANDOM)),
+    },
+    figures=figures,
+    tables=lambda data: {"Training accuracy and epochs": table(data)},
+    notes=lambda data: [
+        "Held fixed: centers of the clusters, entries, learning rates, α. Seeds vary the points, the network and the "
+        "adapter initialization.",
+        f"LoRA's update has rank 1, so it maps all 64 inputs to one number. The other updates have an initial rank of "
+        f"{ranks()}: equal parameters do not mean equal ranks.",
+    ],
 )

@@ -13,17 +13,15 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
-from lorascope import plots
 from lorascope.analysis.head_similarity import mean_of_pairs, update_cosines
 from lorascope.methods import HydraLoRA, LoRA
-from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, make_report_figure, register
-from lorascope.probes.claims import Claim
-from lorascope.probes.rank_statistics import BySeed, accuracy
+from lorascope.probes.base import HELD_FIXED, Arm, Probe, ReportFigure, draw, encoder_settings, select
+from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
 from lorascope.runs.run import Run
 
 # Four experts are one per domain, as in the authors' script; with 3, the rank of LoRA with equal parameters would not
@@ -44,49 +42,6 @@ def expert_label(number: int) -> str:
     return f"HydraLoRA, {format_experts(number)}"
 
 
-ROUTED = expert_label(METHOD.num_experts)
-EVEN, SPLIT = f"{ROUTED}, uniform gates", f"{ROUTED}, separate A's"
-_BARS = ("HydraLoRA", "separate A's", "uniform gates", "LoRA")  # short names, because they are printed below the bars
-_GUESS = 0.5  # chance level of two classes; the vertical axis starts here
-
-DOMAINS = Claim(
-    sentence="Training increases the routers' mutual information with the domain, without domain labels.",
-    statistic="mutual information of domain and expert (nats) after training, minus its mean under shuffled domains, "
-    "mean over modules",
-    control="the same before training, with random routers",
-    margin=0.01,
-    source="section 3.2",
-)
-APART = Claim(
-    sentence="Experts with a shared A differ more than half as much as experts with separate A's.",
-    statistic="cosine distance between the updates of two experts with a shared A, mean over pairs and modules",
-    control="half the same distance for experts with separate A's, whose random initial A's already differ",
-    margin=0.05,
-    source="section 3.1",
-)
-BETTER = Claim(
-    sentence="HydraLoRA outperforms LoRA with equal parameters.",
-    statistic="test accuracy of HydraLoRA",
-    control="test accuracy of LoRA with equal parameters, at the same steps, learning rate and scale",
-    margin=0.002,
-    source="table 2",
-)
-ROUTING = Claim(
-    sentence="HydraLoRA with learned routers outperforms HydraLoRA with uniform gate weights.",
-    statistic="test accuracy of HydraLoRA",
-    control="test accuracy with uniform gate weights, equivalent to LoRA with the rank of one expert",
-    margin=0.002,
-    source="section 4.3, figure 6",
-)
-SHARING = Claim(
-    sentence="HydraLoRA with a shared A outperforms HydraLoRA with separate A's.",
-    statistic="test accuracy of HydraLoRA",
-    control="test accuracy with separate A's and the same kind of router",
-    margin=0.002,
-    source="table 2",
-)
-
-
 def equal_rank(method: HydraLoRA) -> int:
     """Compute the rank of LoRA with equal parameters on the feed-forward modules of a block.
 
@@ -95,6 +50,13 @@ def equal_rank(method: HydraLoRA) -> int:
     inputs as outputs, so in and out cancel.
     """
     return (method.rank + method.num_experts * method.rank + method.num_experts) // 2
+
+
+ROUTED = expert_label(METHOD.num_experts)
+EVEN, SPLIT = f"{ROUTED}, uniform gates", f"{ROUTED}, separate A's"
+LORA = f"LoRA, rank {equal_rank(METHOD)}, feed-forward"
+_BARS = ("HydraLoRA", "separate A's", "uniform gates", "LoRA")  # short names, because they are printed below the bars
+_GUESS = 0.5  # chance level of two classes; the vertical axis starts here
 
 
 def arms(quick: bool) -> list[Arm]:
@@ -106,66 +68,12 @@ def arms(quick: bool) -> list[Arm]:
         Arm(label=ROUTED, method=METHOD, settings=settings, cost=1.4),
         Arm(label=EVEN, method=replace(METHOD, router="uniform"), settings=settings),
         Arm(label=SPLIT, method=replace(METHOD, shared_a=False), settings=settings, cost=1.4),
-        Arm(label=lora_label(), method=lora, settings=settings),
+        Arm(label=LORA, method=lora, settings=settings),
         *(
             Arm(label=expert_label(number), method=replace(METHOD, num_experts=number), settings=settings, cost=1.4)
             for number in (() if quick else NUMBERS)
         ),
     ]
-
-
-def lora_label() -> str:
-    """Return the label of the LoRA baseline with equal parameters."""
-    return f"LoRA, rank {equal_rank(METHOD)}, feed-forward"
-
-
-def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Judge the routers' information on the domain, the distance between experts, and the accuracy of the ablations."""
-    routed = runs[ROUTED]
-    distance = {label: {run.seed: mean_expert_distance(run) for run in runs[label]} for label in (ROUTED, SPLIT)}
-    reached = {label: accuracy(found) for label, found in runs.items()}
-    verdicts = [
-        DOMAINS.judge(_information_by_seed(routed, start=False), _information_by_seed(routed, start=True)),
-        APART.judge(distance[ROUTED], {seed: value / 2 for seed, value in distance[SPLIT].items()}),
-        BETTER.judge(reached[ROUTED], reached[lora_label()]),
-        ROUTING.judge(reached[ROUTED], reached[EVEN]),
-        SHARING.judge(reached[ROUTED], reached[SPLIT]),
-    ]
-    main = {label: runs[label] for label in (ROUTED, SPLIT, EVEN, lora_label())}
-    figures = [
-        make_report_figure("ablations", plots.ablations(dict(zip(_BARS, main.values(), strict=True)), start=_GUESS)),
-        make_report_figure("gates", plots.gates({ROUTED: routed, SPLIT: runs[SPLIT]})),
-        make_report_figure("gate_course", plots.gate_course({ROUTED: routed, SPLIT: runs[SPLIT]})),
-        make_report_figure("training_curves", plots.training_curves(main)),
-        make_report_figure("atlas", plots.atlas(main)),
-    ]
-    numbers = {
-        format_experts(n): runs[expert_label(n)] for n in (METHOD.num_experts, *NUMBERS) if expert_label(n) in runs
-    }
-    if len(numbers) > 1:
-        reference = {lora_label(): runs[lora_label()]}
-        figures.insert(1, make_report_figure("number_of_experts", plots.number_of_experts(numbers, reference)))
-    notes = [
-        "Held fixed: model, data, splits, batch size, number of steps. Seeds vary the classifier head, adapter "
-        "initialization, data order and dropout.",
-        "Trained parameters, including the classifier head: "
-        + "; ".join(_count_trained(label, found[0]) for label, found in runs.items())
-        + ".",
-        "With uniform gate weights and a shared A, all experts stay equal, because they start equal and get the same "
-        "gradient.",
-    ]
-    return Findings(verdicts, figures, notes=notes)
-
-
-def _count_trained(label: str, run: Run) -> str:
-    """Format the number of trained parameters, and those of the routers, which the paper's counts omit."""
-    counted = f"{label} {run.meta.parameters.trained:,}"
-    routers = sum(factors["router"].size for factors in run.factors().values() if "router" in factors)
-    return f"{counted}, {routers:,} of them in routers" if routers else counted
-
-
-def _information_by_seed(runs: Sequence[Run], start: bool) -> BySeed:
-    return {run.seed: domain_information(run, start) for run in runs}
 
 
 def domain_information(run: Run, start: bool = False) -> float:
@@ -193,16 +101,58 @@ def mean_expert_distance(run: Run) -> float:
     return 1 - float(np.mean(cosines))
 
 
-PROBE = register(
-    Probe(
-        name="hydralora",
-        title="HydraLoRA: several experts with a shared A",
-        source="Tian et al., HydraLoRA, arXiv 2404.19245",
-        question="Is routing domain-specific, do the experts differ, and does HydraLoRA outperform LoRA?",
-        quick_budget=120,
-        arms=arms,
-        judge=judge,
-        former_labels={f"HydraLoRA, {n} head{'s' if n > 1 else ''}": expert_label(n) for n in (4, *NUMBERS)}
-        | {"HydraLoRA, 4 heads, even gates": EVEN, "HydraLoRA, 4 heads, an A each": SPLIT},  # prose: ok
-    )
+def figures(runs: Runs) -> list[ReportFigure]:
+    """Draw the ablations, the numbers of experts in a full run, the gates, the training curves and the atlas."""
+    main, routers = select(runs, ROUTED, SPLIT, EVEN, LORA), select(runs, ROUTED, SPLIT)
+    shown = [
+        draw("ablations", dict(zip(_BARS, main.values(), strict=True)), start=_GUESS),
+        draw("gates", routers),
+        draw("gate_course", routers),
+        draw("training_curves", main),
+        draw("atlas", main),
+    ]
+    numbers = {
+        format_experts(n): runs[expert_label(n)] for n in (METHOD.num_experts, *NUMBERS) if expert_label(n) in runs
+    }
+    if len(numbers) > 1:
+        shown.insert(1, draw("number_of_experts", numbers, select(runs, LORA)))
+    return shown
+
+
+def notes(runs: Runs) -> list[str]:
+    """Return the notes, with the parameters of each arm and those of its routers, which the paper's counts omit."""
+    counts = []
+    for label, (run, *_) in runs.items():
+        counts.append(f"{label} {run.meta.parameters.trained:,}")
+        if routers := sum(factors["router"].size for factors in run.factors().values() if "router" in factors):
+            counts[-1] += f", {routers:,} of them in routers"
+    return [
+        HELD_FIXED,
+        f"Trained parameters, including the classifier head: {'; '.join(counts)}.",
+        "With uniform gate weights and a shared A, all experts stay equal, because they start equal and get the same "
+        "gradient.",
+    ]
+
+
+PROBE = Probe(
+    name="hydralora",
+    title="HydraLoRA: several experts with a shared A",
+    source="Tian et al., HydraLoRA, arXiv 2404.19245",
+    question="Is routing domain-specific, do the experts differ, and does HydraLoRA outperform LoRA?",
+    quick_budget=120,
+    arms=arms,
+    claims={
+        "hydralora.tasks": (
+            EachRun(domain_information, ROUTED),
+            EachRun(partial(domain_information, start=True), ROUTED),
+        ),
+        "hydralora.apart": (EachRun(mean_expert_distance, ROUTED), EachRun(mean_expert_distance, SPLIT) / 2),
+        "hydralora.better": (EachRun(accuracy, ROUTED), EachRun(accuracy, LORA)),
+        "hydralora.routing": (EachRun(accuracy, ROUTED), EachRun(accuracy, EVEN)),
+        "hydralora.sharing": (EachRun(accuracy, ROUTED), EachRun(accuracy, SPLIT)),
+    },
+    figures=figures,
+    notes=notes,
+    former_labels={f"HydraLoRA, {n} head{'s' if n > 1 else ''}": expert_label(n) for n in (4, *NUMBERS)}
+    | {"HydraLoRA, 4 heads, even gates": EVEN, "HydraLoRA, 4 heads, an A each": SPLIT},  # prose: ok
 )

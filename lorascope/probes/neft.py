@@ -15,83 +15,26 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from lorascope import observe, plots
+from lorascope import observe
 from lorascope.analysis import neuron_utilization, selected_neurons
-from lorascope.analysis.seed_intervals import t_interval
 from lorascope.methods import NeFT
-from lorascope.probes import lora
-from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, make_report_figure, register
-from lorascope.probes.claims import Claim, Verdict
-from lorascope.probes.lora import FULL, LOW
-from lorascope.probes.rank_statistics import NEXT_SEED, BySeed, accuracy
+from lorascope.probes.base import Arm, Probe, ReportFigure, draw, encoder_settings, over_seeds, select, tabulate
+from lorascope.probes.lora import FULL, LOW, shared_arms
+from lorascope.probes.rank_statistics import NEXT_SEED
+from lorascope.probes.seed_statistics import EachRun, NextSeed, Runs, accuracy
 from lorascope.runs.run import Run
 
 CHANGED, REVERSED, RANDOM = "NeFT, 9%", "NeFT, 9%, reversed", "NeFT, 9%, random"
 PROBED = "NeFT, 9%, linear probes"
+TRAINED = (CHANGED, REVERSED, RANDOM, PROBED)
+"""Arms with a full training, not only a choice of neurons."""
 MOVIES, TWEETS = "NeFT, choice only, movies", "NeFT, choice only, tweets"
-
-OVER_FULL = Claim(
-    sentence="NeFT outperforms full fine-tuning.",
-    statistic="test accuracy of NeFT, 9% of the parameters",
-    control="test accuracy of full fine-tuning after the same number of steps",
-    margin=0.002,
-    source="section 5.2, table 2",
-)
-OVER_LORA = Claim(
-    sentence="NeFT outperforms LoRA of rank 8.",
-    statistic="test accuracy of NeFT, 9% of the parameters",
-    control="test accuracy of LoRA, rank 8 on all linear layers, after the same number of steps",
-    margin=0.002,
-    source="section 5.2, table 2",
-)
-OVER_RANDOM = Claim(
-    sentence="Training the neurons that rotate most in full fine-tuning outperforms training random neurons.",
-    statistic="test accuracy of NeFT, 9% of the parameters",
-    control="the same with random neurons of the same number",
-    margin=0.002,
-    source="section 4.2",
-)
-OVER_REVERSED = Claim(
-    sentence="Training the neurons that rotate most outperforms training the neurons that rotate least.",
-    statistic="test accuracy of NeFT, 9% of the parameters",
-    control="the same with the neurons of smallest cosine distance (reversed choice), same number",
-    margin=0.002,
-    source="figure 3",
-)
-BY_PROBES = Claim(
-    sentence="Training the neurons most similar to linear probes outperforms training random neurons.",
-    statistic="test accuracy of NeFT with neurons chosen by linear probes, 9% of the parameters",
-    control="the same with random neurons of the same number",
-    margin=0.002,
-    source="section 3, table 1",
-)
-STABLE = Claim(
-    sentence="The choices of two seeds overlap more than random choices within the same modules.",
-    statistic="overlap of the choices of one seed and the next (fraction of neurons)",
-    control="expected overlap of random choices with the same number of neurons per module",
-    margin=0.05,
-    source="section 5.4, table 6",
-)
-TASK = Claim(
-    sentence="The choices of two seeds overlap more within a domain than between domains.",
-    statistic="overlap of the choices of one seed and the next, both on movies (fraction of neurons)",
-    control="overlap of the choice of one seed on movies and the next on tweets",
-    margin=0.05,
-    source="section 5.4",
-)
-PERTURBED = Claim(
-    sentence="Training the neurons that rotate least shifts utilization ranks more than NeFT does.",
-    statistic="mean absolute shift of a neuron's utilization rank, as a fraction of all ranks, reversed choice",
-    control="the same for NeFT",
-    margin=0.01,
-    source="section 6.2, figure 4",
-)
 
 
 def arms(quick: bool) -> list[Arm]:
@@ -102,132 +45,103 @@ def arms(quick: bool) -> list[Arm]:
     settings = encoder_settings(quick) | ({"steps": 12, "eval_every": 0, "test_size": 200} if quick else {})
     steps = settings["steps"]
     settings["observe"] = [*settings["observe"][:1], observe.utilization(every=steps)]
-    shared: dict[str, Any] = {"parameter_share": 0.09, "lr": 1e-4, "head_lr": 1e-4, "tune_steps": steps // 3}
+    neft = partial(NeFT, parameter_share=0.09, lr=1e-4, head_lr=1e-4, tune_steps=steps // 3)
     # One step suffices for arms that only choose neurons.
-    choice = settings | {"steps": 1, "eval_every": 0, "eval_size": 100, "test_size": 100}
-    tuned = 1 + shared["tune_steps"] / steps
-    others = [arm for arm in lora.arms(quick) if arm.label in (FULL, LOW)]
+    choice: dict[str, Any] = settings | {"steps": 1, "eval_every": 0, "eval_size": 100, "test_size": 100}
+    tuned = 1 + steps // 3 / steps
+    probed = Arm(label=PROBED, method=neft(select_by="probed"), settings=settings, cost=tuned)
     return [
-        *others,
-        Arm(label=CHANGED, method=NeFT(**shared), settings=settings, cost=tuned),
-        Arm(label=REVERSED, method=NeFT(select_by="reversed", **shared), settings=settings, cost=tuned),
-        Arm(label=RANDOM, method=NeFT(select_by="random", **shared), settings=settings),
+        *shared_arms(quick, FULL, LOW),
+        Arm(label=CHANGED, method=neft(), settings=settings, cost=tuned),
+        Arm(label=REVERSED, method=neft(select_by="reversed"), settings=settings, cost=tuned),
+        Arm(label=RANDOM, method=neft(select_by="random"), settings=settings),
+        *([] if quick else [probed]),
         *(
-            []
-            if quick
-            else [Arm(label=PROBED, method=NeFT(select_by="probed", **shared), settings=settings, cost=tuned)]
-        ),
-        *(
-            Arm(label=label, method=NeFT(**shared), task=task, settings=choice, cost=1.0 + shared["tune_steps"])
+            Arm(label=label, method=neft(), task=task, settings=choice, cost=1.0 + steps // 3)
             for label, task in ((MOVIES, "sentiment/movies"), (TWEETS, "sentiment/tweets"))
         ),
     ]
 
 
-def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Compare accuracy with baselines, overlaps with chance, and utilization shifts with the reversed choice."""
-    reached = {label: accuracy(runs[label]) for label in (FULL, LOW, *_trained_arms(runs))}
-    verdicts = [
-        claim.judge(reached[CHANGED], reached[control])
-        for claim, control in ((OVER_FULL, FULL), (OVER_LORA, LOW), (OVER_RANDOM, RANDOM), (OVER_REVERSED, REVERSED))
-    ]
-    verdicts += [BY_PROBES.judge(reached[PROBED], reached[RANDOM])] if PROBED in runs else []
-    # An overlap needs the choices of two seeds.
-    verdicts += _choice_overlaps(runs) if len(runs[CHANGED]) > 1 else []
-    verdicts.append(PERTURBED.judge(_mean_shifts(runs[REVERSED]), _mean_shifts(runs[CHANGED])))
-    neft = {label: runs[label] for label in _trained_arms(runs)}
-    choices = {"all": runs[CHANGED], "movies": runs[MOVIES], "tweets": runs[TWEETS]}
-    figures = [
-        make_report_figure("neurons", plots.neurons(neft)),
-        make_report_figure("neuron_cosine", plots.neuron_cosine({CHANGED: runs[CHANGED]})),
-        make_report_figure("neuron_overlap", plots.neuron_overlap(choices)),
-        make_report_figure("rank_shift", plots.rank_shift(neft)),
-        make_report_figure("training_curves", plots.training_curves({FULL: runs[FULL], LOW: runs[LOW], **neft})),
-    ]
-    notes = [
-        "Held fixed: model, data, splits, batch size, number of steps. Seeds vary the classifier head, adapter "
-        "initialization, data order, dropout and random neurons.",
-        "NeFT's full fine-tuning before the choice counts in its time, but not in its steps. LoRA of rank 8 trains "
-        f"{_trained_fraction(runs[LOW])} of the parameters, NeFT {_trained_fraction(runs[CHANGED])}.",
-        NEXT_SEED,
-        "A quick run trains NeFT for fewer steps than its baselines, and has no choice by linear probes.",
-    ]
-    return Findings(verdicts, figures, {"NeFT": table(runs)}, notes)
+def chosen(run: Run) -> selected_neurons.Neurons:
+    """Return the neurons that a run selected."""
+    return selected_neurons.as_set(selected_neurons.list_selected(run))
 
 
-def _choice_overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
-    sets = {
-        label: [selected_neurons.as_set(selected_neurons.list_selected(run)) for run in runs[label]]
-        for label in (CHANGED, MOVIES, TWEETS)
-    }
-    sizes = selected_neurons.sizes(runs[CHANGED][0])
-    pool = sizes.total()
-    seeds = [run.seed for run in runs[CHANGED]]
-
-    def overlap_with_next(one: str, two: str) -> BySeed:
-        following = [*sets[two][1:], sets[two][0]]
-        pairs = zip(seeds, sets[one], following, strict=True)
-        return {seed: selected_neurons.common(first, second, pool)["overlap"] for seed, first, second in pairs}
-
-    own = sets[CHANGED]
-    chance = {
-        seed: selected_neurons.compute_expected_overlap(first, second, sizes)
-        for seed, first, second in zip(seeds, own, [*own[1:], own[0]], strict=True)
-    }
-    return [
-        STABLE.judge(overlap_with_next(CHANGED, CHANGED), chance),
-        TASK.judge(overlap_with_next(MOVIES, MOVIES), overlap_with_next(MOVIES, TWEETS)),
-    ]
+def overlap(first: Run, second: Run) -> float:
+    """Compute the overlap of the choices of two runs, as a fraction of the neurons."""
+    return selected_neurons.common(chosen(first), chosen(second), selected_neurons.sizes(first).total())["overlap"]
 
 
-def _mean_shifts(runs: Sequence[Run]) -> BySeed:
+def expected_overlap(first: Run, second: Run) -> float:
+    """Compute the expected overlap of random choices with as many neurons per module as those of two runs."""
+    return selected_neurons.compute_expected_overlap(chosen(first), chosen(second), selected_neurons.sizes(first))
+
+
+def mean_shift(run: Run) -> float:
     """Compute the mean absolute shift of a neuron's utilization rank, as a fraction of the ranks of its projection."""
-    found = {}
-    for run in runs:
-        shifts = neuron_utilization.shifts(run.table, selected_neurons.trained(run))
-        sizes = shifts.groupby("role")["rank_1"].transform("size")
-        found[run.seed] = float((shifts["d_rank"].abs() / sizes).mean())
-    return found
+    shifts = neuron_utilization.shifts(run.table, selected_neurons.trained(run))
+    sizes = shifts.groupby("role")["rank_1"].transform("size")
+    return float((shifts["d_rank"].abs() / sizes).mean())
 
 
-def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """Tabulate test accuracy in points, trained fraction of the parameters, and seconds including the tuning phase."""
-    rows = []
-    for label in (FULL, LOW, *_trained_arms(runs)):
-        points = t_interval(100 * np.array(list(accuracy(runs[label]).values()))).format(1)
-        seconds = np.mean([run.meta.total_seconds for run in runs[label]])
-        rows.append(
-            {"": label, "accuracy": points, "trained": _trained_fraction(runs[label]), "seconds": f"{seconds:.0f}"}
-        )
-    return pd.DataFrame(rows)
+def figures(runs: Runs) -> list[ReportFigure]:
+    """Draw the chosen neurons, their overlap, the shifts of utilization, and the training curves."""
+    neft = select(runs, *TRAINED)
+    return [
+        draw("neurons", neft),
+        draw("neuron_cosine", select(runs, CHANGED)),
+        draw("neuron_overlap", {"all": runs[CHANGED], "movies": runs[MOVIES], "tweets": runs[TWEETS]}),
+        draw("rank_shift", neft),
+        draw("training_curves", select(runs, FULL, LOW, *TRAINED)),
+    ]
 
 
-def _trained_arms(runs: Mapping[str, Sequence[Run]]) -> list[str]:
-    """Return the labels of NeFT's arms with a full training, not only a choice of neurons."""
-    return [label for label in (CHANGED, REVERSED, RANDOM, PROBED) if label in runs]
-
-
-def _trained_fraction(runs: Sequence[Run]) -> str:
+def trained_fraction(runs: Sequence[Run]) -> str:
+    """Format the fraction of the parameters that the runs of an arm train."""
     counted = runs[0].meta.parameters
     return f"{counted.trained / (counted.total or 1):.1%}"
 
 
-PROBE = register(
-    Probe(
-        name="neft",
-        title="NeFT: choice of the trained neurons",
-        source="Xu et al., NeFT, arXiv 2403.11621",
-        question="Do the neurons that rotate most in full fine-tuning outperform others, and are they task-specific?",
-        quick_budget=105,
-        arms=arms,
-        judge=judge,
-        former_labels={
-            "NeFT, 9 %": CHANGED,  # prose: ok
-            "NeFT, 9 %, reversed": REVERSED,
-            "NeFT, 9 %, random": RANDOM,
-            "NeFT, 9 %, probed": PROBED,
-            "NeFT, choice alone, movies": MOVIES,  # prose: ok
-            "NeFT, choice alone, tweets": TWEETS,  # prose: ok
-        },
-    )
+_COLUMNS = {
+    "accuracy": over_seeds(lambda run: 100 * accuracy(run), 1),
+    "trained": trained_fraction,
+    "seconds": lambda runs: f"{np.mean([run.meta.total_seconds for run in runs]):.0f}",  # with the tuning phase
+}
+
+PROBE = Probe(
+    name="neft",
+    title="NeFT: choice of the trained neurons",
+    source="Xu et al., NeFT, arXiv 2403.11621",
+    question="Do the neurons that rotate most in full fine-tuning outperform others, and are they task-specific?",
+    quick_budget=105,
+    arms=arms,
+    claims={
+        "neft.over_full": (EachRun(accuracy, CHANGED), EachRun(accuracy, FULL)),
+        "neft.over_lora": (EachRun(accuracy, CHANGED), EachRun(accuracy, LOW)),
+        "neft.choice": (EachRun(accuracy, CHANGED), EachRun(accuracy, RANDOM)),
+        "neft.reversed": (EachRun(accuracy, CHANGED), EachRun(accuracy, REVERSED)),
+        "neft.probed": (EachRun(accuracy, PROBED), EachRun(accuracy, RANDOM)),
+        "neft.layers": (NextSeed(overlap, CHANGED, CHANGED), NextSeed(expected_overlap, CHANGED, CHANGED)),
+        "neft.task": (NextSeed(overlap, MOVIES, MOVIES), NextSeed(overlap, MOVIES, TWEETS)),
+        "neft.use": (EachRun(mean_shift, REVERSED), EachRun(mean_shift, CHANGED)),
+    },
+    figures=figures,
+    tables=lambda runs: {"NeFT": tabulate(select(runs, FULL, LOW, *TRAINED), _COLUMNS)},
+    notes=lambda runs: [
+        "Held fixed: model, data, splits, batch size, number of steps. Seeds vary the classifier head, adapter "
+        "initialization, data order, dropout and random neurons.",
+        "NeFT's full fine-tuning before the choice counts in its time, but not in its steps. LoRA of rank 8 trains "
+        f"{trained_fraction(runs[LOW])} of the parameters, NeFT {trained_fraction(runs[CHANGED])}.",
+        NEXT_SEED,
+        "A quick run trains NeFT for fewer steps than its baselines, and has no choice by linear probes.",
+    ],
+    former_labels={
+        "NeFT, 9 %": CHANGED,  # prose: ok
+        "NeFT, 9 %, reversed": REVERSED,
+        "NeFT, 9 %, random": RANDOM,
+        "NeFT, 9 %, probed": PROBED,
+        "NeFT, choice alone, movies": MOVIES,  # prose: ok
+        "NeFT, choice alone, tweets": TWEETS,  # prose: ok
+    },
 )

@@ -13,22 +13,18 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
-from lorascope import observe, plots
+from lorascope import observe
 from lorascope.analysis import baseline_ranks
 from lorascope.analysis.planted_ranks import absolute_error, rank_correlation
-from lorascope.analysis.seed_intervals import t_interval
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, LoRA
 from lorascope.probes import planted_teacher
-from lorascope.probes.base import Arm, Findings, Probe, make_report_figure, register
-from lorascope.probes.claims import Claim, Verdict
-from lorascope.runs.run import Run
+from lorascope.probes.base import Arm, Probe, draw, over_seeds, select, tabulate
+from lorascope.probes.seed_statistics import EachRun, loss
 
 UNIFORM, RANDOM, TRUTH = "LoRA, uniform ranks", "LoRA, random ranks", "LoRA, the planted ranks"
 ALLOCATORS = {"AdaLoRA": "AdaLoRA, planted", "AutoLoRA": "AutoLoRA, planted", "ALoRA": "ALoRA, planted"}
@@ -36,73 +32,35 @@ _SCALE = 4.0
 _RATES: dict[str, Any] = {"lr": 1e-2, "head_lr": 1e-2}
 
 
-def _allocator_claims(name: str) -> tuple[Claim, Claim, Claim]:
-    source = "this project; assumed by the paper"
-    return (
-        Claim(
-            sentence=f"{name} gives more rank to modules with a higher planted rank.",
-            statistic="Spearman correlation of found and planted ranks over modules",
-            control="the same for random ranks with the same budget",
-            margin=0.2,
-            source=source,
-        ),
-        Claim(
-            sentence=f"{name}'s ranks are closer to the planted ranks than uniform ranks are.",
-            statistic="minus the mean of |found - planted| over modules",
-            control="the same for uniform ranks",
-            margin=0.1,
-            source=source,
-        ),
-        Claim(
-            sentence=f"Students trained by {name} reach a lower test loss than students with uniform ranks.",
-            statistic="minus the test loss (nats)",
-            control="the same for LoRA with uniform ranks, after the same number of steps",
-            margin=0.01,
-            source=source,
-        ),
-    )
-
-
-CLAIMS = {name: _allocator_claims(name) for name in ALLOCATORS}
-
-
 def arms(quick: bool) -> list[Arm]:
     """Return the arms: three allocators, uniform and random ranks, and the planted ranks."""
     settings = {"steps": 60 if quick else 400, "batch_size": 16, "eval_every": 0, "eval_size": 300, "test_size": 600}
-    shared: dict[str, Any] = {
-        "settings": settings | {"observe": [observe.norms(every=100)]},
-        "model": planted_teacher.student,
-    }
+    observed: dict[str, Any] = settings | {"observe": [observe.norms(every=100)]}
+    make = partial(Arm, settings=observed, model=planted_teacher.student)
     rank, start = planted_teacher.BUDGET, max(planted_teacher.RANKS)
     everywhere: dict[str, Any] = {"targets": "all-linear", **_RATES}
-    lora = _lora(rank)
     # With these alphas, components have about the same initial scale in all methods: AutoLoRA multiplies them by 1/k,
     # and AdaLoRA's P starts small.
+    ada = AdaLoRA(init_rank=start, target_rank=rank, alpha=4 * _SCALE * start, **everywhere)
+    auto = AutoLoRA(rank=start, alpha=_SCALE * start, selection_lr=1e-2, **everywhere)
+    alo = ALoRA(init_rank=rank, alpha=_SCALE * rank, **everywhere)
     return [
-        Arm(label=UNIFORM, method=lora, cost=0.02, vary=_seeded_arm, **shared),
-        Arm(label=RANDOM, method=lora, cost=0.02, vary=_random_arm, **shared),
-        Arm(label=TRUTH, method=lora, cost=0.02, vary=_true_arm, **shared),
-        Arm(
-            label=ALLOCATORS["AdaLoRA"],
-            method=AdaLoRA(init_rank=start, target_rank=rank, alpha=4 * _SCALE * start, **everywhere),
-            cost=0.025,
-            vary=_seeded_arm,
-            **shared,
+        make(label=UNIFORM, method=_lora(rank), cost=0.02, vary=_seeded_arm),
+        make(
+            label=RANDOM,
+            method=_lora(rank),
+            cost=0.02,
+            vary=lambda arm, seed: _seeded_arm(arm, seed, random_ranks(seed)),
         ),
-        Arm(
-            label=ALLOCATORS["AutoLoRA"],
-            method=AutoLoRA(rank=start, alpha=_SCALE * start, selection_lr=1e-2, **everywhere),
-            cost=0.15,
-            vary=_seeded_arm,
-            **shared,
+        make(
+            label=TRUTH,
+            method=_lora(rank),
+            cost=0.02,
+            vary=lambda arm, seed: _seeded_arm(arm, seed, planted_teacher.planted_ranks(seed)),
         ),
-        Arm(
-            label=ALLOCATORS["ALoRA"],
-            method=ALoRA(init_rank=rank, alpha=_SCALE * rank, **everywhere),
-            cost=0.05,
-            vary=_seeded_arm,
-            **shared,
-        ),
+        make(label=ALLOCATORS["AdaLoRA"], method=ada, cost=0.025, vary=_seeded_arm),
+        make(label=ALLOCATORS["AutoLoRA"], method=auto, cost=0.15, vary=_seeded_arm),
+        make(label=ALLOCATORS["ALoRA"], method=alo, cost=0.05, vary=_seeded_arm),
     ]
 
 
@@ -116,81 +74,46 @@ def random_ranks(seed: int) -> dict[str, int]:
     return baseline_ranks.random(list(truth), sum(truth.values()), seed, cap=max(planted_teacher.RANKS))
 
 
-def _seeded_arm(arm: Arm, seed: int) -> Arm:
+def _seeded_arm(arm: Arm, seed: int, ranks: Mapping[str, int] | None = None) -> Arm:
     """Return the arm on the text of the seed's teacher, with an observer that records the planted ranks."""
+    arm = arm if ranks is None else replace(arm, method=_lora(ranks))
     truth = planted_teacher.planted(ranks=planted_teacher.planted_ranks(seed))
     return replace(
         arm, task=planted_teacher.task(seed), settings={**arm.settings, "observe": [*arm.settings["observe"], truth]}
     )
 
 
-def _random_arm(arm: Arm, seed: int) -> Arm:
-    return _seeded_arm(replace(arm, method=_lora(random_ranks(seed))), seed)
+_STATISTICS = {
+    "correlation": lambda arm: (EachRun(rank_correlation, arm), EachRun(rank_correlation, RANDOM)),
+    "distance": lambda arm: (-EachRun(absolute_error, arm), -EachRun(absolute_error, UNIFORM)),
+    "loss": lambda arm: (-EachRun(loss, arm), -EachRun(loss, UNIFORM)),
+}
+_COLUMNS = {
+    "rank correlation": over_seeds(rank_correlation, 2),
+    "|found - planted|": over_seeds(absolute_error, 2),
+    "total rank": over_seeds(lambda run: sum(run.ranks().values()), 2),
+    "test loss (nats)": over_seeds(loss, 2),
+}
 
-
-def _true_arm(arm: Arm, seed: int) -> Arm:
-    return _seeded_arm(replace(arm, method=_lora(planted_teacher.planted_ranks(seed))), seed)
-
-
-def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Judge correlation and error of the found ranks relative to the planted ranks, and the test loss."""
-
-    def by_seed(label: str, measure: Callable[[Run], float]) -> dict[int, float]:
-        return {run.seed: measure(run) for run in runs[label]}
-
-    verdicts: list[Verdict] = []
-    for name, label in ALLOCATORS.items():
-        for claim, measure, control in zip(
-            CLAIMS[name],
-            (rank_correlation, lambda run: -absolute_error(run), lambda run: -run.score.loss),
-            (RANDOM, UNIFORM, UNIFORM),
-            strict=True,
-        ):
-            verdicts.append(claim.judge(by_seed(label, measure), by_seed(control, measure)))
-    shown = {label: runs[label] for label in (*ALLOCATORS.values(), RANDOM)}
-    notes = [
+PROBE = Probe(
+    name="planted",
+    title="Planted ranks: recovery of known ranks by allocators",
+    source="this project",
+    question="Do allocators recover the rank of each module if it is known, and does this lower the test loss?",
+    quick_budget=40,
+    arms=arms,
+    claims={
+        f"planted.{name.lower()}_{quantity}": compare(arm)
+        for name, arm in ALLOCATORS.items()
+        for quantity, compare in _STATISTICS.items()
+    },
+    figures=lambda runs: [draw("planted", select(runs, *ALLOCATORS.values(), RANDOM))],
+    tables=lambda runs: {"Recovery of the planted ranks": tabulate(runs, _COLUMNS)},
+    notes=lambda runs: [
         "Held fixed: base model, number of examples, learning rates, batch size, steps. Seeds vary the planted ranks, "
         "the teacher, its text, adapter initialization and data order.",
         "All planted components have the same singular value relative to the base weight. Modules differ only in the "
         "number of components.",
-    ]
-    return Findings(
-        verdicts,
-        [make_report_figure("planted", plots.planted(shown))],
-        {"Recovery of the planted ranks": table(runs)},
-        notes,
-    )
-
-
-def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """Tabulate rank correlation, absolute error, total rank and test loss by arm: mean ± half the 95% t-interval."""
-    columns: dict[str, Callable[[Run], float]] = {
-        "rank correlation": rank_correlation,
-        "|found - planted|": absolute_error,
-        "total rank": lambda run: float(sum(run.ranks().values())),
-        "test loss (nats)": lambda run: run.score.loss,
-    }
-    return pd.DataFrame(
-        [
-            {"": label}
-            | {
-                name: t_interval(np.array([measure(run) for run in found])).format(2)
-                for name, measure in columns.items()
-            }
-            for label, found in runs.items()
-        ]
-    )
-
-
-PROBE = register(
-    Probe(
-        name="planted",
-        title="Planted ranks: recovery of known ranks by allocators",
-        source="this project",
-        question="Do allocators recover the rank of each module if it is known, and does this lower the test loss?",
-        quick_budget=40,
-        arms=arms,
-        judge=judge,
-        seeds=5,
-    )
+    ],
+    seeds=5,
 )

@@ -8,7 +8,7 @@ teacher's text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import Whitespace
@@ -63,16 +63,16 @@ class planted(Observer):
 
 def base() -> str:
     """Return the folder of the base model and its tokenizer; the first call writes it."""
-    return str(package_assets.build_once(package_assets.cache() / "planted-base", _write_base))
 
+    def write(folder: Path) -> None:
+        with models.quiet():
+            _random_decoder().save_pretrained(folder)
+        words = {_word(token): token for token in range(VOCABULARY)}
+        core = Tokenizer(tokenizer_models.WordLevel(words, unk_token=_word(0)))
+        core.pre_tokenizer = Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=core, pad_token=_word(0)).save_pretrained(folder)
 
-def _write_base(folder: Path) -> None:
-    with models.quiet():
-        _random_decoder().save_pretrained(folder)
-    words = {_word(token): token for token in range(VOCABULARY)}
-    core = Tokenizer(tokenizer_models.WordLevel(words, unk_token=_word(0)))
-    core.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token=_word(0)).save_pretrained(folder)
+    return str(package_assets.build_once(package_assets.cache() / "planted-base", write))
 
 
 def student() -> nn.Module:
@@ -96,7 +96,9 @@ def teacher(seed: int) -> nn.Module:
         for name, rank in planted_ranks(seed).items():
             weight = host_weight(model.get_submodule(name))
             size = STRENGTH * torch.linalg.matrix_norm(weight, 2)
-            weight.add_(size * _random_directions(weight, rank, generator))
+            # A random matrix whose singular values are 1.
+            left, right = (torch.linalg.qr(torch.randn(side, rank, generator=generator))[0] for side in weight.shape)
+            weight.add_(size * (left @ right.T))
     return model
 
 
@@ -124,25 +126,13 @@ def _random_decoder() -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, weight in _decoder_matrices(model):
-            # These variances keep the output of every layer at unit scale and give a peaked distribution of tokens.
-            spread = {"embed": 1.0, "lm_head": 2 / WIDTH**0.5}.get(name, weight.shape[1] ** -0.5)
-            weight.copy_(spread * torch.randn(weight.shape, generator=generator))
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                # These variances keep the output of every layer at unit scale and give a peaked distribution of tokens.
+                fan_in = weight.shape[1] ** -0.5
+                spread = 1.0 if "embed" in name else 2 / WIDTH**0.5 if "lm_head" in name else fan_in
+                weight.copy_(spread * torch.randn(weight.shape, generator=generator))
     return model
-
-
-def _decoder_matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for name, weight in model.named_parameters():
-        if weight.ndim == 2:
-            yield ("embed" if "embed" in name else "lm_head" if "lm_head" in name else name), weight
-
-
-def _random_directions(
-    weight: Float[Tensor, "out in"], rank: int, generator: torch.Generator
-) -> Float[Tensor, "out in"]:
-    """Draw a random matrix with ``rank`` singular values of 1."""
-    left, right = (torch.linalg.qr(torch.randn(side, rank, generator=generator))[0] for side in weight.shape)
-    return left @ right.T
 
 
 def _sample_texts(model: Any, seed: int) -> Int[Tensor, "texts length"]:

@@ -53,12 +53,10 @@ class Outcome:
         """Return the report path and the verdicts as JSON values; the bounds are None for a single seed."""
         listed: list[dict[str, Any]] = [
             {"probe": name, "claim": verdict.claim.sentence, "outcome": verdict.outcome, "margin": verdict.claim.margin}
-            | {
-                "effect": verdict.effect,
-                "low": _nan_to_none(verdict.low),
-                "high": _nan_to_none(verdict.high),
-                "n": verdict.n,
-            }
+            | {"effect": verdict.effect}
+            # JSON cannot represent NaN.
+            | {end: None if math.isnan(at) else at for end, at in (("low", verdict.low), ("high", verdict.high))}
+            | {"n": verdict.n}
             for name, verdicts in self.verdicts.items()
             for verdict in verdicts
         ]
@@ -73,11 +71,6 @@ class Outcome:
             for verdict in verdicts
         ]
         return "\n".join([*lines, "", f"report: {printable(self.path)}"])
-
-
-def _nan_to_none(value: float) -> float | None:
-    """Return None for NaN, which JSON cannot represent."""
-    return None if math.isnan(value) else value
 
 
 def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | Path) -> Outcome:
@@ -107,9 +100,9 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
     ValueError
         A probe is unknown, or ``out`` has a ``probes.json`` that lorascope did not write.
     """
-    unknown = [name for name in names if name not in PROBES]
-    if unknown:
-        raise ValueError(unknown_name("probe", unknown[0], PROBES))
+    for name in names:
+        if name not in PROBES:
+            raise ValueError(unknown_name("probe", name, PROBES))
     chosen = {name: PROBES[name] for name in names or PROBES}
     page.require_report(Path(out) / REPORT)
     # Reading an existing file raises an error here if another program wrote it, before it is replaced.
@@ -123,9 +116,14 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
         name: {arm.label: [runs[arm.label, seed] for seed in range(count[name])] for arm in found}
         for name, found in arms.items()
     }
-    # The contents are written first, because the measurements read them.
     write_json(Path(out) / CONTENTS, {"quick": quick, "probes": folders})
-    _measure_missing(out)
+    left = [
+        (PROBES[name].measure, run, file)
+        for name, labelled in _read_contents(out)[1].items()
+        for run, file in _measured_files(out, name, labelled)
+        if not file.exists()
+    ]
+    Parallel(n_jobs=width())(delayed(_measure_one)(*job) for job in left)
     return write_report(out)
 
 
@@ -181,10 +179,9 @@ def findings(out: str | Path) -> dict[str, Findings]:
 def _judge(out: str | Path, runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> dict[str, Findings]:
     found = {}
     for name, labelled in runs.items():
-        files = {run.id: _measured_file(out, name, run) for run in _measurable_runs(name, labelled)}
-        tables = {id: read_table(file, file) for id, file in files.items()}
+        tables = {run.id: read_table(file, file) for run, file in _measured_files(out, name, labelled)}
         try:
-            found[name] = PROBES[name].judge(labelled, tables) if tables else PROBES[name].judge(labelled)
+            found[name] = PROBES[name].judge(labelled, tables or None)
         except KeyError as error:  # an arm or a score that an earlier version did not have
             raise ValueError(
                 f"cannot judge probe {name!r}: {printable(error)} is missing in its runs or in its tables in "
@@ -203,25 +200,21 @@ def _read_contents(out: str | Path) -> tuple[bool, dict[str, dict[str, list[Run]
     contents = read_json(file, _Contents)
     if unknown := sorted(contents.probes.keys() - PROBES.keys()):
         raise ValueError(f"cannot read {printable(file)}: unknown probe {printable(unknown[0])!r}")
+    # The names come from a file, and none of them may lead outside the folder of runs.
+    root = Path(out) / "runs"
+    for folder in (each for labels in contents.probes.values() for found in labels.values() for each in found):
+        if not all(map(is_plain, folder.split("/"))):
+            raise ValueError(
+                f"cannot read {printable(file)}: a run must be in {printable(root)}, got {printable(folder)!r}"
+            )
     return contents.quick, {
         name: {
-            PROBES[name].former_labels.get(label, label): [
-                _find_run(Path(out) / "runs", folder, file) for folder in found
-            ]
+            # A folder is ``recipe/phase`` for the last phase of a recipe.
+            PROBES[name].former_labels.get(label, label): [Run.read(root / folder) for folder in found]
             for label, found in labels.items()
         }
         for name, labels in contents.probes.items()
     }
-
-
-def _find_run(root: Path, folder: str, file: Path) -> Run:
-    """Read a run by the name of its folder, or by ``recipe/phase`` for the last phase of a recipe."""
-    # The names come from a file, and none of them may lead outside the folder of runs.
-    if not all(map(is_plain, folder.split("/"))):
-        raise ValueError(
-            f"cannot read {printable(file)}: a run must be in {printable(root)}, got {printable(folder)!r}"
-        )
-    return Run.read(root / folder)
 
 
 def _train_arms(wanted: Sequence[tuple[Arm, int]], root: Path) -> dict[tuple[str, int], str]:
@@ -238,7 +231,15 @@ def _train_arms(wanted: Sequence[tuple[Arm, int]], root: Path) -> dict[tuple[str
     for arm, _ in wanted:
         if by_label.setdefault(arm.label, arm) != arm:
             raise ValueError(f"labels must be unique, got two different arms with label {arm.label!r}")
-    jobs = {(arm.label, seed): _job(arm, seed, root) for arm, seed in wanted}
+    jobs = {}
+    for arm, seed in wanted:
+        varied = arm.vary(arm, seed) if arm.vary else arm
+        model = varied.model
+        if isinstance(model, str) and varied.blocks is not None:
+            model = partial(models.load, model, blocks=varied.blocks)
+        # The settings come after the seed, because ``vary`` may set a different seed in them.
+        settings = {"seed": seed, **varied.settings, "root": root}
+        jobs[arm.label, seed] = Job(model, varied.task, varied.method, settings)
     runs = run_jobs(list(jobs.values()), ended=_remove_copies).all_runs()
     # The path is relative to the root because a recipe of several phases returns its last phase, a subfolder.
     return {key: run.path.relative_to(root).as_posix() for key, run in zip(jobs, runs, strict=True) if run.path}
@@ -250,18 +251,6 @@ def _remove_copies(run: Run) -> None:
         remove_states(run)
 
 
-def _measure_missing(out: str | Path) -> None:
-    """Write the tables of ``Probe.measure`` that do not exist yet, in parallel."""
-    _, runs = _read_contents(out)
-    left = [
-        (PROBES[name].measure, run, file)
-        for name, found in runs.items()
-        for run in _measurable_runs(name, found)
-        if not (file := _measured_file(out, name, run)).exists()
-    ]
-    Parallel(n_jobs=width())(delayed(_measure_one)(*job) for job in left)
-
-
 def _measure_one(measure: Callable[[Run], pd.DataFrame], run: Run, file: Path) -> None:
     torch.set_num_threads(1)  # because measurements run in parallel processes
     buffer = io.BytesIO()
@@ -269,18 +258,7 @@ def _measure_one(measure: Callable[[Run], pd.DataFrame], run: Run, file: Path) -
     write_bytes(file, buffer.getvalue())
 
 
-def _measurable_runs(name: str, runs: Mapping[str, Sequence[Run]]) -> list[Run]:
-    return [run for found in runs.values() for run in found] if PROBES[name].measure else []
-
-
-def _measured_file(out: str | Path, name: str, run: Run) -> Path:
-    return Path(out) / "measured" / f"{name}-{run.id}.parquet"
-
-
-def _job(arm: Arm, seed: int, root: Path) -> Job:
-    arm = arm.vary(arm, seed) if arm.vary else arm
-    model = arm.model
-    if isinstance(model, str) and arm.blocks is not None:
-        model = partial(models.load, model, blocks=arm.blocks)
-    # The settings come after the seed, because ``vary`` may set a different seed in them.
-    return Job(model, arm.task, arm.method, {"seed": seed, **arm.settings, "root": root})
+def _measured_files(out: str | Path, name: str, labelled: Mapping[str, Sequence[Run]]) -> list[tuple[Run, Path]]:
+    """Return the runs that the probe measures, each with the file of its table."""
+    runs = [run for found in labelled.values() for run in found] if PROBES[name].measure else []
+    return [(run, Path(out) / "measured" / f"{name}-{run.id}.parquet") for run in runs]

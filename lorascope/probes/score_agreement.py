@@ -14,8 +14,9 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -29,10 +30,9 @@ from lorascope.experiments import component_removal
 from lorascope.inputs import models, tasks
 from lorascope.methods.autolora import retained_mask
 from lorascope.probes import component_scores
-from lorascope.probes.base import Findings, Probe, ReportFigure, register
-from lorascope.probes.claims import Claim
-from lorascope.probes.lora import LOW
-from lorascope.probes.lora import arms as lora_arms
+from lorascope.probes.base import Probe, ReportFigure
+from lorascope.probes.lora import LOW, shared_arms
+from lorascope.probes.seed_statistics import BySeed, Runs, Statistic
 from lorascope.runs.run import Run
 
 # The stored tables use these names of scores, so they must not change.
@@ -52,35 +52,6 @@ LABELS = {
     "ALoRA, alone": "ALoRA, only component",  # prose: ok
 }
 """Name of a score in the stored tables -> name in the figures, where they differ."""
-_SOURCE = "this project; assumed by the paper"
-
-
-def _score_claims(name: str) -> tuple[Claim, Claim]:
-    measured = f"Spearman correlation of {_SCORES[name]} with the loss increase on removal, over components"
-    return (
-        Claim(
-            sentence=f"{name}'s score predicts the loss increase on removal of a component better than chance.",
-            statistic=measured,
-            control="the same for a random score",
-            margin=0.1,
-            source=_SOURCE,
-        ),
-        Claim(
-            sentence=f"{name}'s score predicts the loss increase better than the singular value does.",
-            statistic=measured,
-            control="the same for the singular value of the component",
-            margin=0.05,
-            source=_SOURCE,
-        ),
-    )
-
-
-CLAIMS = {name: _score_claims(name) for name in _SCORES}
-
-
-def arms(quick: bool) -> list[Any]:
-    """Return the arm of LoRA, rank 8, from the LoRA probe."""
-    return [arm for arm in lora_arms(quick) if arm.label == LOW]
 
 
 def measure(run: Run) -> pd.DataFrame:
@@ -134,51 +105,42 @@ def measure(run: Run) -> pd.DataFrame:
     retained = {name: retained_mask(torch.from_numpy(alpha)).numpy() for name, alpha in alphas.items()}
     modules[_SCORES["AutoLoRA"]] = {name: alpha[retained[name]].sum() for name, alpha in alphas.items()}
     modules[KEPT] = {name: mask.sum() for name, mask in retained.items()}
-    return pd.concat(
-        [_long_rows(run, found, np.arange), _long_rows(run, modules, lambda n: np.full(n, -1))], ignore_index=True
-    )
-
-
-def _long_rows(run: Run, rows: Mapping[str, Mapping[str, Any]], number: Callable[[int], np.ndarray]) -> pd.DataFrame:
     parts = [
-        pd.DataFrame({"module": name, "component": number(np.size(values)), "score": score, "value": np.ravel(values)})
-        for score, found in rows.items()
-        for name, values in found.items()
+        pd.DataFrame({"module": name, "component": np.arange(np.size(values)), "score": score, "value": values})
+        for score, each in found.items()
+        for name, values in each.items()
     ]
+    whole = [(name, -1, score, value) for score, each in modules.items() for name, value in each.items()]
+    parts.append(pd.DataFrame(whole, columns=["module", "component", "score", "value"]))
     return pd.concat(parts, ignore_index=True).assign(run=run.id).astype({"value": "float64"})
 
 
-def judge(runs: Mapping[str, Sequence[Run]], measured: Mapping[str, pd.DataFrame]) -> Findings:
-    """Compare the correlation of every score with the truth to that of a random score and of the singular value."""
+class Correlations(NamedTuple):
+    """Correlations of all pairs of scores, of components and of whole modules, and the seed of each run."""
+
+    levels: Mapping[str, pd.DataFrame]
+    seeds: Mapping[str, int]
+
+
+def collect(runs: Runs, measured: Mapping[str, pd.DataFrame]) -> Correlations:
+    """Correlate the scores in the stored tables of all runs."""
     table = pd.concat(measured.values(), ignore_index=True)
     table["score"] = table["score"].replace(LABELS)
-    seeds = {run.id: run.seed for found in runs.values() for run in found}
     whole = table["component"] == -1
     levels = {"components": correlate(table[~whole]), "modules": correlate(table[whole])}
-    found = levels["components"]
-    truth = (
-        found[found["second"] == LABELS[TRUTH]]
-        .assign(seed=found["run"].map(seeds))
-        .set_index(["first", "seed"])["value"]
-    )
-    verdicts = []
-    for name, score in _SCORES.items():
-        for claim, control in zip(CLAIMS[name], (CHANCE, _SIZE), strict=True):
-            verdicts.append(claim.judge(truth[score].to_dict(), truth[control].to_dict()))
-    figures = []
-    for level, cells in levels.items():
-        figures.append(ReportFigure(plots.against_truth(cells, LABELS[TRUTH], level), *_AGAINST, "against_truth"))
-        figures.append(ReportFigure(plots.agreement(cells, level), *_MATRIX, "agreement"))
-    notes = [
-        f"Scores use the validation split, and the truths use two halves of the test split. '{LABELS[AGAIN]}' is the "
-        "truth on the other half; no score can be expected to agree better with the first half.",
-        "Components were removed on a few batches. The first-order part of their effect, which varies most between "
-        "examples, was computed on the whole half.",
-        "ALoRA's score is itself an ablation on one batch: its agreement shows how informative one batch is.",
-        "For a module, AutoLoRA's alpha is summed over the retained components, the other scores over all components. "
-        "The truths remove the whole module.",
-    ]
-    return Findings(verdicts, figures, notes=notes)
+    return Correlations(levels, {run.id: run.seed for found in runs.values() for run in found})
+
+
+@dataclass(frozen=True)
+class WithTruth(Statistic):
+    """Correlation of a score with the loss increase on removal, over components."""
+
+    score: str
+
+    def __call__(self, data: Correlations) -> BySeed:
+        found = data.levels["components"]
+        found = found[found["second"] == LABELS[TRUTH]].assign(seed=found["run"].map(data.seeds))
+        return dict(found.set_index(["first", "seed"])["value"][self.score])
 
 
 _AGAINST = (
@@ -194,17 +156,40 @@ _MATRIX = (
     "seeds, with its bootstrap interval in the data.",
 )
 
-PROBE = register(
-    Probe(
-        name="agreement",
-        title="Importance scores: agreement with each other and with ablation",
-        source="Zhang et al., AdaLoRA, arXiv 2303.10512; Liu et al., ALoRA, arXiv 2403.16187; Zhang et al., AutoLoRA, "
-        "arXiv 2403.09113",
-        question="Do three importance scores order the components of a trained adapter by loss increase on removal?",
-        quick_budget=220,
-        arms=arms,
-        judge=judge,
-        measure=measure,
-        measure_cost=90,
-    )
+
+def figures(data: Correlations) -> list[ReportFigure]:
+    """Draw the correlations with the truth and those of all pairs, of components and of modules."""
+    shown = []
+    for level, cells in data.levels.items():
+        shown.append(ReportFigure(plots.against_truth(cells, LABELS[TRUTH], level), *_AGAINST, "against_truth"))
+        shown.append(ReportFigure(plots.agreement(cells, level), *_MATRIX, "agreement"))
+    return shown
+
+
+PROBE = Probe(
+    name="agreement",
+    title="Importance scores: agreement with each other and with ablation",
+    source="Zhang et al., AdaLoRA, arXiv 2303.10512; Liu et al., ALoRA, arXiv 2403.16187; Zhang et al., AutoLoRA, "
+    "arXiv 2403.09113",
+    question="Do three importance scores order the components of a trained adapter by loss increase on removal?",
+    quick_budget=220,
+    arms=lambda quick: shared_arms(quick, LOW),
+    measure=measure,
+    measure_cost=90,
+    collect=collect,
+    claims={
+        f"agreement.{kind}{name.lower()}": (WithTruth(score), WithTruth(control))
+        for name, score in _SCORES.items()
+        for kind, control in (("", CHANCE), ("size.", _SIZE))
+    },
+    figures=figures,
+    notes=lambda data: [
+        f"Scores use the validation split, and the truths use two halves of the test split. '{LABELS[AGAIN]}' is the "
+        "truth on the other half; no score can be expected to agree better with the first half.",
+        "Components were removed on a few batches. The first-order part of their effect, which varies most between "
+        "examples, was computed on the whole half.",
+        "ALoRA's score is itself an ablation on one batch: its agreement shows how informative one batch is.",
+        "For a module, AutoLoRA's alpha is summed over the retained components, the other scores over all components. "
+        "The truths remove the whole module.",
+    ],
 )

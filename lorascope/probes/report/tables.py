@@ -49,9 +49,9 @@ def arms_table(arms: Arms) -> pd.DataFrame:
     """Tabulate method, model, data, main settings and seeds of each arm with runs."""
     columns = {"steps": "steps", "batch_size": "batch size", "lr": "learning rate", "head_lr": "head learning rate"}
     return pd.DataFrame(
-        {"arm": label, "method": runs[0].label, "model": _model_name(runs[0]), "data": runs[0].meta["task"]}
-        | {name: runs[0].meta["settings"].get(key) for key, name in columns.items()}
-        | {"seeds": ", ".join(str(run.meta["seed"]) for run in runs)}
+        {"arm": label, "method": runs[0].label, "model": _model_name(runs[0]), "data": runs[0].meta.task}
+        | {name: runs[0].meta.settings.get(key) for key, name in columns.items()}
+        | {"seeds": ", ".join(str(run.seed) for run in runs)}
         for label, runs in arms.items()
         if runs
     )
@@ -62,11 +62,11 @@ def runs_table(arms: Arms, folder: Path) -> pd.DataFrame:
     rows = []
     for label, runs in arms.items():
         for run in runs:
-            test = run.meta.get("test") or {}
-            row = {"arm": label, "seed": str(run.meta["seed"]), "run": run.id, "status": run.meta["status"]}
+            test = run.meta.test
+            row = {"arm": label, "seed": str(run.seed), "run": run.id, "status": run.meta.status}
             row["folder"] = "" if run.path is None else os.path.relpath(run.path, folder)
-            row["test"] = f"{test['name']} {test['metric']:.4g}" if test else ""
-            rows.append(row | {"minutes": run.meta.get("total_seconds", float("nan")) / 60})
+            row["test"] = f"{test.name} {test.metric:.4g}" if test else ""
+            rows.append(row | {"minutes": run.meta.total_seconds / 60})
     return pd.DataFrame(rows)
 
 
@@ -74,14 +74,14 @@ def study_facts(studies: Iterable[Arms], now: datetime) -> dict[str, str]:
     """Collect the facts of the header; a run that several probes share counts once."""
     runs = list({run.id: run for arms in studies for found in arms.values() for run in found}.values())
     metas = [run.meta for run in runs]
-    seconds = sum(meta.get("total_seconds", 0.0) for meta in metas)
+    seconds = sum(meta.total_seconds for meta in metas)
     listed: dict[str, Iterable[Any]] = {
-        "Seeds": sorted({meta["seed"] for meta in metas if meta["seed"] is not None}),
+        "Seeds": sorted({meta.seed for meta in metas if meta.seed is not None}),
         "Models": map(_model_name, runs),
-        "Data": (meta["task"] for meta in metas),
-        "Device": (meta.get("device", "") for meta in metas),
-        "Versions": (", ".join(f"{name} {of}" for name, of in meta.get("versions", {}).items()) for meta in metas),
-        "Commit": (str(meta["commit"])[:12] for meta in metas if meta.get("commit")),
+        "Data": (meta.task or "" for meta in metas),
+        "Device": (meta.device or "" for meta in metas),
+        "Versions": (", ".join(f"{name} {of}" for name, of in (meta.versions or {}).items()) for meta in metas),
+        "Commit": (meta.commit[:12] for meta in metas if meta.commit),
     }
     joined = {term: ", ".join(filter(None, dict.fromkeys(map(str, values)))) for term, values in listed.items()}
     written = {"Written": f"{now:%Y-%m-%d %H:%M} UTC"}
@@ -91,5 +91,5 @@ def study_facts(studies: Iterable[Arms], now: datetime) -> dict[str, str]:
 
 def _model_name(run: Run) -> str:
     """Return the name of a run's model, without the folder that it was loaded from."""
-    model = Path(run.meta["model"])
-    return model.name if model.is_absolute() else str(run.meta["model"])
+    model = Path(run.meta.model)
+    return model.name if model.is_absolute() else str(run.meta.model)

@@ -176,7 +176,7 @@ def test_pair_next_seeds_never_pairs_equal_seeds():
 
 def test_accuracy_table_shows_points_and_half_the_interval():
     runs = [
-        Planted([], seed, test={"metric": value, "groups": {"film": value}})
+        Planted([], seed, test={"name": "accuracy", "metric": value, "loss": 0.5, "groups": {"film": value}})
         for seed, value in enumerate((0.80, 0.82, 0.84))
     ]
     table = lora.accuracy_table({"arm": runs}, {"all": 0.5, "film": 0.25})
@@ -201,8 +201,8 @@ def test_reproduce_trains_judges_and_writes_report(bert, task, tmp_path, monkeyp
 
     for name in ("lora", "lisa"):
         probe = probes.PROBES[name]
-        arms = [tiny(arm) for arm in probe.arms(True)]
-        monkeypatch.setitem(probes.PROBES, name, replace(probe, arms=lambda quick, arms=arms: arms))
+        shrunk = replace(probe, arms=lambda quick, probe=probe: [tiny(arm) for arm in probe.arms(quick)])
+        monkeypatch.setitem(probes.PROBES, name, shrunk)
     monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # run in this process, without workers
     found = probes.reproduce(["lora", "lisa"], True, None, tmp_path / "out")
     page = found.path.read_text(encoding="utf-8")

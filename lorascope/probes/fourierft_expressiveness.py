@@ -137,6 +137,11 @@ def epochs_needed(course: Course) -> int:
     return len(course.accuracy) - 1
 
 
+def log_epochs(course: Course) -> float:
+    """Return log10 of the epochs needed."""
+    return float(np.log10(epochs_needed(course)))
+
+
 @dataclass(frozen=True)
 class EachCourse(Statistic):
     """Value of each course of an adapter."""
@@ -151,11 +156,6 @@ class EachCourse(Statistic):
 def best_accuracy(course: Course) -> float:
     """Return the best accuracy of a course."""
     return max(course.accuracy)
-
-
-def log_epochs(course: Course) -> float:
-    """Return log10 of the epochs needed."""
-    return float(np.log10(epochs_needed(course)))
 
 
 def figures(data: Courses) -> list[ReportFigure]:

@@ -25,6 +25,7 @@ from lorascope.schema import records
 DRAWN, ONCE, ENDS = "LISA, 2 blocks", "LISA, 2 blocks, one draw", "LISA, no block"
 ONE, FOUR, SELDOM = "LISA, 1 block", "LISA, 4 blocks", "LISA, 2 blocks, 5 draws"
 FULL, ADAPTED = lora.FULL, lora.LOW
+_QUICK = "LISA without blocks, with 1 or 4 blocks, and with 5 draws is trained only in a full run."
 
 
 def arms(quick: bool) -> list[Arm]:
@@ -60,19 +61,6 @@ def figures(runs: Runs) -> list[ReportFigure]:
     return found
 
 
-def notes(runs: Runs) -> list[str]:
-    """Return the notes."""
-    found = [
-        "Held fixed: model, data, splits, batch size, number of steps. Seeds vary the draws of blocks, the classifier "
-        "head, adapter initialization, data order and dropout.",
-        "The learning rate is 1e-3 for LoRA and 1e-4 for all other arms.",
-        "Embedding, its norm, pooler and classifier head train at all steps in all arms of LISA.",
-    ]
-    if ENDS not in runs:
-        found.append("LISA without blocks, with 1 or 4 blocks, and with 5 draws is trained only in a full run.")
-    return found
-
-
 def draws_table(runs: Runs) -> pd.DataFrame:
     """Tabulate the fraction of draws that include each block, mean over seeds, and its expected value."""
     rows = []
@@ -100,6 +88,12 @@ PROBE = Probe(
     },
     figures=figures,
     tables=lambda runs: {"Draws by block": draws_table(runs)},
-    notes=notes,
+    notes=lambda runs: [
+        "Held fixed: model, data, splits, batch size, number of steps. Seeds vary the draws of blocks, the classifier "
+        "head, adapter initialization, data order and dropout.",
+        "The learning rate is 1e-3 for LoRA and 1e-4 for all other arms.",
+        "Embedding, its norm, pooler and classifier head train at all steps in all arms of LISA.",
+        *([] if ENDS in runs else [_QUICK]),
+    ],
     seeds=5,
 )

@@ -21,7 +21,7 @@ import pandas as pd
 from lorascope.inputs import tasks
 from lorascope.methods import Full, LoRA
 from lorascope.probes.base import HELD_FIXED, Arm, Probe, ReportFigure, draw, encoder_settings, format_mean, select
-from lorascope.probes.seed_statistics import BySeed, EachRun, NextSeed, Runs, accuracy, pair_next_seeds
+from lorascope.probes.seed_statistics import EachRun, NextSeed, Runs, accuracy, pair_next_seeds
 from lorascope.probes.tfidf_baseline import tfidf_accuracy
 from lorascope.runs.run import Run
 from lorascope.updates import phi
@@ -49,11 +49,6 @@ def shared_arms(quick: bool, *labels: str) -> list[Arm]:
 def tfidf_words(task: str) -> dict[str, float]:
     """Return the test accuracy of the TF-IDF baseline on a task: all examples, and each group."""
     return tfidf_accuracy(tasks.load(task))
-
-
-def tfidf_by_seed(runs: Runs) -> BySeed:
-    """Return the accuracy of the TF-IDF baseline, which is the same for every seed."""
-    return {run.seed: tfidf_words(run.task)["all"] for run in runs[LOW]}
 
 
 def mean_phi(low: Run, high: Run, step: int | None) -> float:
@@ -97,7 +92,7 @@ PROBE = Probe(
     arms=arms,
     claims={
         "lora.parity": (EachRun(accuracy, LOW), EachRun(accuracy, FULL) - 0.02),
-        "lora.words": (EachRun(accuracy, LOW), tfidf_by_seed),
+        "lora.words": (EachRun(accuracy, LOW), EachRun(lambda run: tfidf_words(run.task)["all"], LOW)),
         "lora.direction": (
             NextSeed(partial(mean_phi, step=None), LOW, HIGH),
             NextSeed(partial(mean_phi, step=0), LOW, HIGH),

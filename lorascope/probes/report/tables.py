@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_float, is_numeric_dtype, is_scalar
@@ -17,20 +17,13 @@ Arms = Mapping[str, Sequence[Run]]
 LONG = 20  # rows; a longer table scrolls inside its box
 
 
-class Cells(NamedTuple):
-    """Columns, each with whether it is numeric, and rows of a table."""
-
-    columns: Sequence[tuple[str, bool]]
-    rows: Sequence[tuple[Any, ...]]
-
-
-def frame_cells(frame: pd.DataFrame) -> Cells:
-    """Return the cells of a DataFrame; a named index becomes columns."""
+def frame_cells(frame: pd.DataFrame) -> dict[str, list[Any]]:
+    """Return the columns of a DataFrame, each with whether it is numeric, and its rows; a named index is a column."""
     if not isinstance(frame.index, pd.RangeIndex):
         frame = frame.reset_index()
     numeric = [is_numeric_dtype(kind) and not is_bool_dtype(kind) for kind in frame.dtypes]
     columns = list(zip(map(str, frame.columns), numeric, strict=True))
-    return Cells(columns, list(frame.itertuples(index=False, name=None)))
+    return {"columns": columns, "rows": list(frame.itertuples(index=False, name=None))}
 
 
 def format_value(value: Any) -> str:

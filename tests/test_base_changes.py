@@ -33,7 +33,7 @@ def trained(bert, task, tmp_path_factory):
     return model, ls.train(model, task, METHOD, steps=4, out=out, observe=[ls.observe.norms(every=1)], **SETTINGS)
 
 
-def test_output_is_that_of_the_residual_plus_the_trained_product(bert, task):
+def test_output_equals_the_residual_plus_the_trained_product(bert, task):
     model = models.load(bert, task=task)
     METHOD.attach(model)
     name, host_delta = next(iter(delta.attached_deltas(model).items()))
@@ -76,7 +76,7 @@ def test_update_is_zero_at_step_0_and_that_of_w0_afterwards(trained, bert, task)
         assert host.delta.rank == run.ranks()[name] == 2
 
 
-def test_hash_is_that_of_the_untouched_model(trained, bert, task):
+def test_hash_equals_that_of_the_untouched_model(trained, bert, task):
     _, run = trained
     untouched = models.load(bert, task=task)
     assert prepare_model(untouched, task.fit(untouched), 3).w0_hash == run.meta.w0_hash

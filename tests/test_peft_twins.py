@@ -20,7 +20,7 @@ from lorascope.methods.base import Method
 pytestmark = pytest.mark.numbers
 TARGETS = ["query", "value", "intermediate.dense"]
 ROLES = ("q", "v", "ffn_in")
-# Of the largest value. Training is in float64, after a start in float32, in which PEFT stores the weight of PiSSA.
+# Relative to the largest value. Training is in float64; the start is in float32, in which PEFT initializes PiSSA.
 OUTPUTS, TRAINING = 1e-6, 1e-5
 
 
@@ -115,7 +115,7 @@ def test_training_of_forty_steps_ends_at_the_same_weights(twins) -> None:
     ours, theirs, pairs = twins
     models = [(ours, [mine for mine, _ in pairs.values()]), (theirs, [other for _, other in pairs.values()])]
     for model, parameters in models:
-        # Of SGD, whose steps are proportional to the gradient: Adam divides by roots of squares that round to zero.
+        # SGD has steps proportional to the gradient; Adam divides by roots of squares that round to zero.
         optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
         for step in range(40):
             optimizer.zero_grad()

@@ -61,7 +61,7 @@ def modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.DataFrame:
             directions = {
                 label: leading_singular_vectors(update, DIRECTIONS)
                 for label, update in found.items()
-                if 0 < sizes[label] < np.inf and (spectra or update.thin is not None or min(update.shape) <= SIDE)
+                if 0 < sizes[label] < np.inf and (spectra or update.low_rank is not None or min(update.shape) <= SIDE)
             }
             for one, other in combinations(sizes, 2):
                 dot, angle, chance = np.nan, np.nan, np.nan

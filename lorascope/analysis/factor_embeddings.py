@@ -75,7 +75,7 @@ class FactorSet:
 
 def factored_updates(updates: Mapping[str, Any]) -> dict[str, LowRank]:
     """Return the updates of a run that have the factors A and B."""
-    return {module: update.thin for module, update in updates.items() if update.thin is not None}
+    return {module: update.low_rank for module, update in updates.items() if update.low_rank is not None}
 
 
 def common_modules(updates: Updates) -> list[str]:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
-from lorascope.runs.formats.peft_lora import RESIDUAL
 from lorascope.runs.layout import Lazy
 from lorascope.runs.result import Result
 from lorascope.updates import fourier
@@ -69,8 +68,4 @@ def lacks_initial_update(run: Result) -> bool:
         first = norms.loc[norms["step"].eq(0).fillna(False), "value"]
         if len(first):
             return bool(first.max() > _ROUNDING * norms["value"].max())
-    method = run.meta.method
-    if "fourierft" in (method.get("name"), str(method.get("kind")).lower()):
-        # "init" is our setting; "init_weights" is PEFT's, whose true value means zeros.
-        return method.get("init") != "zeros" and not method.get("init_weights")
-    return str(method.get("init_lora_weights", True)).lower().startswith(("false", *RESIDUAL))
+    return not run.fact("starts_at_zero", True)

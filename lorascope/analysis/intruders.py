@@ -118,7 +118,7 @@ def count(table: pd.DataFrame) -> pd.DataFrame:
 
 def _intruder_similarity(module: str, basis: Basis, update: Update, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the largest absolute cosine of each leading vector of W with the base's, and the singular values of W."""
-    m, thin = len(basis.sigma), update.thin
+    m, thin = len(basis.sigma), update.low_rank
     factors = [as_float64(update.dense())] if thin is None else [thin.scale * as_float64(thin.B), as_float64(thin.A)]
     if update.shape != basis.shape:
         raise ValueError(f"{module}: update must have the base weight's shape {basis.shape}, got {update.shape}")

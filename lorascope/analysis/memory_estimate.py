@@ -307,7 +307,7 @@ def table(
 def optimizers(shapes: Shapes, *, width: int = 4, state: int = 4) -> pd.DataFrame:
     """Compute the memory of every optimizer that trains all weights, with and (where possible) without a first moment.
 
-    Parameters and columns are those of ``table``.
+    Parameters and columns: see ``table``.
     """
     given: dict[str, Any] = {"width": width, "state": state}
     with_moment, without = (_factorings(shapes, first, given) for first in (True, False))

@@ -20,10 +20,10 @@ from lorascope.schema.module_roles import FFN
 DRAWS = 500
 _ROTATION: dict[str, tuple[str, ...]] = {"1 − cos": ("neuron_cosine",)}
 # NeFT trains few neurons, so rotation mostly shows which ones were selected. Its selection score covers all neurons.
-_SELECTION_SCORE: dict[str, dict[str, tuple[str, ...]]] = {
-    **{mode: {"1 − cos after tuning": ("selection_cosine",)} for mode in ("changed", "reversed")},
+_SELECTION_SCORE: dict[str | None, dict[str, tuple[str, ...]]] = {
+    "selection_cosine": {"1 − cos after tuning": ("selection_cosine",)},
     # Earlier versions selected by inner products with unnormalized linear probes, ``probe_similarity``.
-    "probed": {"similarity to linear probes": ("probe_cosine", "probe_similarity")},
+    "probe_cosine": {"similarity to linear probes": ("probe_cosine", "probe_similarity")},
 }
 _OTHER_SCORES = {"‖w − w₀‖": ("neuron_update",), "sensitivity": ("sensitivity_out", "sensitivity_in")}
 
@@ -128,10 +128,9 @@ def neuron_scores(runs: Mapping[str, Result | Sequence[Result]]) -> pd.DataFrame
 
 def _rotation_scores(run: Result) -> dict[str, tuple[str, ...]]:
     """Return the quantity of the neurons' rotation; for NeFT the score it selected by, empty if it used no score."""
-    method = run.meta.method
-    if method["name"] != "neft":
+    if run.fact("neuron_roles") is None:
         return _ROTATION
-    return {} if method.get("neurons") is not None else _SELECTION_SCORE.get(method["mode"], {})
+    return _SELECTION_SCORE.get(run.fact("selection_score"), {})
 
 
 def _last_values(run: Result, quantities: Sequence[str]) -> pd.DataFrame:

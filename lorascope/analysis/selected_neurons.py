@@ -78,9 +78,8 @@ def trained(run: Result) -> pd.DataFrame:
 
 def _selectable_parts(run: Result) -> list[neurons.Part]:
     """Return the parts with the neurons that a run could select from; for other methods than NeFT, its defaults."""
-    method = run.meta.method
-    roles = tuple(method["targets"]) if method["name"] == "neft" else neurons.DEFAULT
-    return neurons.parts(run.modules.astype({"module": "str"}), roles)
+    roles = run.fact("neuron_roles") or neurons.DEFAULT
+    return neurons.parts(run.modules.astype({"module": "str"}), tuple(roles))
 
 
 def sizes(run: Result) -> Counter[str]:

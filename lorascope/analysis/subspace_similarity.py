@@ -79,7 +79,7 @@ def _orient_rows(change: Update, side: Side) -> Float[np.ndarray, "rank dim"]:
     if side == "update":
         _, sigma, right = change.svd()
         return (right * sigma).T  # the scale puts the right singular vectors in the order of the update's
-    if change.thin is None:
+    if change.low_rank is None:
         kind = type(change).__name__
         raise ValueError(f"cannot compare side {side!r}: a {kind} update has no factor {side}. Use side='update'")
-    return change.thin.A if side == "A" else change.thin.B.T
+    return change.low_rank.A if side == "A" else change.low_rank.B.T

@@ -80,9 +80,9 @@ class Case:
         return self.run.base if isinstance(self.run, Adapter) else None
 
     @property
-    def is_adalora(self) -> bool:
-        """Whether the adapter is AdaLoRA, of lorascope or PEFT."""
-        return "adalora" in (self.meta.method.get("name"), str(self.meta.method.get("kind")).lower())
+    def masks_components(self) -> bool:
+        """Whether an allocator masks components and does not delete them, as AdaLoRA's."""
+        return bool(self.run.fact("masks_components"))
 
     @cached_property
     def losses(self) -> pd.Series:
@@ -209,7 +209,7 @@ def _component_evidence(update: Any) -> tuple[float, float, bool]:
 
     These are NaN, NaN and False unless the update is a product B A.
     """
-    if update is None or (product := update.thin) is None:
+    if update is None or (product := update.low_rank) is None:
         return np.nan, np.nan, False
     used = product.A.any(axis=1) & product.B.any(axis=0)
     return float(product.scale), float(np.count_nonzero(used)), not (product.A.any() or product.B.any())

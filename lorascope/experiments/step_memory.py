@@ -70,7 +70,7 @@ def _measure_memory(job: IsolatedRun) -> Path:
 
 
 class _Allocator(NamedTuple):
-    """What measures one step: its context, and then the peak of allocated bytes in it, or NaN if it is unknown."""
+    """Meter of one step: its context, and then the peak of allocated bytes in it, or NaN if it is unknown."""
 
     window: Callable[[], AbstractContextManager[Any]] = nullcontext
     peak: Callable[[], float] = lambda: math.nan

@@ -20,7 +20,7 @@ Source: DoRA (arXiv 2402.09353), equation 5; section 4.3, by which the norm of V
 
 Departs:
 
-- The norm is that of the weights of one output, a row of (out, in), as in PEFT; the paper writes columns of the
+- The norm is taken over the weights of one output, a row of (out, in), as in PEFT; the paper writes columns of the
   transposed weight.
 - With dropout, the input of the whole adapted map is dropped, as in PEFT; the bias and W_0 x itself are not.
 - Embeddings are rejected.

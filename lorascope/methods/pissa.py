@@ -61,8 +61,8 @@ class PiSSA(LoRA, name="pissa"):
 class ResidualDelta(LoRADelta):
     """Update scale * (B A - B0 A0) of factors that start at B0, A0 and train on the residual W_0 - scale * B0 A0.
 
-    The output is that of the residual weight plus scale * B A, but the host keeps W_0, so its hash, its norms and the
-    weights after ``detach`` are exact. The update is zero at step 0. Dropout applies to the input of A only.
+    The outputs of the residual weight and of scale * B A are added, but the host keeps W_0, so its hash, its norms and
+    the weights after ``detach`` are exact. The update is zero at step 0. Dropout applies to the input of A only.
 
     Parameters
     ----------

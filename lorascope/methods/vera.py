@@ -74,7 +74,7 @@ class VeRA(AdapterMethod, name="vera"):
             raise ValueError(f"projection_seed must be from 0 to {(1 << 32) - 1}, got {self.projection_seed}")
 
     def select_targets(self, modules: pd.DataFrame) -> list[str]:
-        """Return the modules to adapt, whose largest sides are those of A and B."""
+        """Return the modules to adapt; their largest sides give the shapes of A and B."""
         names = super().select_targets(modules)
         sides = modules.set_index("module").loc[names, ["in_features", "out_features"]]
         self._widest = int(sides["in_features"].max()), int(sides["out_features"].max())

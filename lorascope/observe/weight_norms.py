@@ -184,7 +184,7 @@ class norms(Observer):
         self, step: Step, trained: TrainedTensors, tensors: Mapping[str, Tensor], updates: Mapping[str, Update]
     ) -> Iterator[Item]:
         first, kept = step.finished == 0, step.last or self._is_decomposition_due(step.finished)
-        cheap = {name: update for name, update in updates.items() if update.thin is not None or first or kept}
+        cheap = {name: update for name, update in updates.items() if update.low_rank is not None or first or kept}
         chosen = {module: update for module, update in cheap.items() if trained.is_frozen(module)}
         for label, tensor in tensors.items():
             if label not in trained.modules or tensor.ndim < 2:

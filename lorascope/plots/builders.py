@@ -84,7 +84,7 @@ def curves(
 
 
 def course(cells: pd.DataFrame, y: Axis | str, *marks: Mark, **settings: Any) -> Chart:
-    """Plot one line per recipe over the steps; the arguments are those of `curves`."""
+    """Plot one line per recipe over the steps; for the arguments see `curves`."""
     return curves(cells, "step", ("step", y), *marks, **settings)
 
 

@@ -91,7 +91,7 @@ def learning_rates(cohort: Cohort) -> Panels:
     best = "; ".join(f"{row.method} {row.lr:.3g}" for row in chosen.itertuples())
     caption = cohort.caption(
         f"Best learning rates by mean final validation loss: {best}.",
-        *cohort.dense_moment_note(),
+        *cohort.method_notes(),
         interval=f"bars: {INTERVAL}",
     )
     panels = []
@@ -119,7 +119,7 @@ def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: st
         band(rows, ["recipe", "kind", "step"]).assign(quantity=quantity),
         axis_label(quantity),
         points=quantity != "loss",
-        caption=cohort.caption(averaged, *cohort.dense_moment_note()),
+        caption=cohort.caption(averaged, *cohort.method_notes()),
         colors=cohort.labels,
     )
 

@@ -190,7 +190,7 @@ def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
     caption = cohort.caption(
         "Rank k of the factors of V, divided by its cap k_max, by layer and step.",
         f"k_max: {by_cap}. At k_max: {100 * (cells['share'] == 1).mean():.0f}% of the cells.",
-        *cohort.dense_moment_note(),
+        *cohort.method_notes(),
         interval="intervals of k are in the data",
     )
     heat = Heat("step", "place", "share", "k / k_max", ".2f", limits=(0.0, 1.0), words="words")
@@ -227,7 +227,7 @@ def factor_error(cohort: Cohort) -> Drawable:
     means = mean_over_modules(rows, "quantity")
     cells = band(means.assign(measure=means["quantity"].map(_COURSES)), ["recipe", "measure", "step"])
     caption = cohort.caption(
-        "Relative errors in Frobenius norm, mean over the factored matrices in blocks.", *cohort.dense_moment_note()
+        "Relative errors in Frobenius norm, mean over the factored matrices in blocks.", *cohort.method_notes()
     )
     panels = [
         course(

@@ -111,7 +111,7 @@ def figure(
     same : tuple of str
         Keys of ``Run.meta`` in which all runs must agree.
     vary : tuple of str
-        Stored settings of the method in which alone the runs may differ, apart from their seed.
+        Stored settings of the method in which the runs may differ, apart from their seed, and in no others.
     check : bool
         Whether to check ``needs`` before drawing; False for a function whose parameters choose what it needs.
     apart : bool

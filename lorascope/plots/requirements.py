@@ -1,4 +1,4 @@
-"""What figures require of a run, as data: how each record is found, and how to get it if it is missing."""
+"""Requirements of figures, as data: how each record is found in a run, and how to get it if it is missing."""
 
 from __future__ import annotations
 

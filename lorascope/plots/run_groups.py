@@ -175,22 +175,15 @@ class Cohort:
         equal = len({group.sample for group in self.groups}) == 1
         return " ".join([*sentences, f"{'Mean of' if equal else 'Mean over seeds:'} {self.sample}; {interval}."])
 
-    def dense_moment_note(self) -> list[str]:
-        """Return sentences on the second moments that Adapprox stores without factors, if it trained any run."""
-        dense: dict[str, dict[str, None]] = {}
+    def method_notes(self) -> list[str]:
+        """Return the sentences that the methods of the runs add to captions, such as which moments are not factored."""
+        noted: dict[str, dict[str, str]] = {}
         for group in self.groups:
-            for recipe in (run.meta.recipe or {} for run in group.runs):
-                if recipe.get("name") == "adapprox":
-                    given = recipe.get("dense", ())
-                    named = ["vectors", *([given] if isinstance(given, str) else given)]
-                    if recipe.get("min_dim", 64) is None:
-                        named = ["all parameters"]
-                    elif recipe.get("min_dim", 64) > 1:
-                        named.append("small matrices")
-                    what = " and ".join(filter(None, [", ".join(named[:-1]), named[-1]]))
-                    dense.setdefault(what, {})[group.label] = None
-        one = len(dense) == 1
-        return [f"{'Adapprox' if one else ', '.join(labels)} keeps {what} dense." for what, labels in dense.items()]
+            for run in group.runs:
+                for note in run.fact("caption_notes", ()):
+                    noted.setdefault(note, {})[group.label] = run.label.partition(",")[0]
+        one = len(noted) == 1
+        return [f"{next(iter(by.values())) if one else ', '.join(by)} {note}." for note, by in noted.items()]
 
     def missing_initial_updates(self) -> list[str]:
         """Return a sentence on the recipes whose initial update cannot be subtracted, because it was not saved."""

@@ -218,7 +218,7 @@ def select(arms: Mapping[str, Labelled], *labels: str) -> dict[str, Labelled]:
 
 
 def draw(figure: str, *runs: Any, **options: Any) -> ReportFigure:
-    """Draw a figure of ``lorascope.plots`` with the reading and the caveat that ``FIGURES`` lists for it."""
+    """Return a figure of ``lorascope.plots`` with the reading and the caveat that ``FIGURES`` lists for it."""
     chart = getattr(plots, figure)(*runs, **options)
     return ReportFigure(chart, plots.FIGURES[figure].reads, plots.FIGURES[figure].misleads, figure)
 

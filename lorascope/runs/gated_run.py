@@ -91,7 +91,7 @@ class GatedRun(Result):
 
     def __getattr__(self, name: str) -> Any:
         """Return everything that does not depend on the gates from the run, such as its saved state."""
-        if name == "run":  # a copy is looked at before it has attributes
+        if name == "run":  # copying asks for attributes before there are any
             raise AttributeError(name)
         return getattr(self.run, name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,6 +20,8 @@ from lorascope.schema.records import Quantity
 from lorascope.updates.base import form_named
 
 SCHEMA = 1
+RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Prefixes of the PEFT initializations that subtract B A from the base weights, so that B A starts nonzero."""
 
 
 @dataclass
@@ -126,6 +129,8 @@ class Manifest:
         Score of the final state, None before the end.
     parents : list of str
         Folders of earlier phases, relative to this one.
+    facts : dict
+        What readers need to know about the method, by ``Method.describe``; see ``assumed_facts``.
     source : str or None
         Folder of an adapter that was trained elsewhere.
 
@@ -167,7 +172,12 @@ class Manifest:
     started: int | None = None
     seconds: Finite = 0.0
     total_seconds: Finite = 0.0
+    facts: dict[str, Any] | None = None
     source: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.facts is None:
+            self.facts = assumed_facts(self.method)
 
     def __getitem__(self, key: str) -> Any:
         """Return a field by its name in ``run.json``; ``meta.seed`` replaces ``meta["seed"]``."""
@@ -212,6 +222,27 @@ class About:
     exact: dict[str, bool]
     axes: dict[str, _Axes]
     forms: dict[str, str] = field(default_factory=dict)
+
+
+def assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the facts about a method that did not store them: in runs of 0.1, of PEFT, and in adapters.
+
+    Parameters
+    ----------
+    method : mapping
+        Configuration of the method, or PEFT's.
+    """
+    kinds = {str(method.get(key)).lower() for key in ("name", "kind")}
+    if "fourierft" in kinds:
+        # "init" is our setting; "init_weights" is PEFT's, whose true value means zeros.
+        return {"starts_at_zero": method.get("init") == "zeros" or bool(method.get("init_weights"))}
+    if "neft" in kinds:
+        scores = {"changed": "selection_cosine", "reversed": "selection_cosine", "probed": "probe_cosine"}
+        given = method.get("neurons") is not None
+        by = None if given else scores.get(str(method.get("mode")))
+        return {"starts_at_zero": True, "neuron_roles": list(method.get("targets", ())), "selection_score": by}
+    zero = not str(method.get("init_lora_weights", True)).lower().startswith(("false", *RESIDUAL))
+    return {"starts_at_zero": zero, "masks_components": "adalora" in kinds}
 
 
 def describe_modules(table: pd.DataFrame) -> list[Module]:

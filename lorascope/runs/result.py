@@ -1,4 +1,4 @@
-"""What training leaves behind: a run that was recorded here (``Run``), or an adapter from elsewhere (``Adapter``)."""
+"""Results of a training: a run that was recorded here (``Run``), or an adapter from elsewhere (``Adapter``)."""
 
 from __future__ import annotations
 
@@ -82,6 +82,10 @@ class Result(ABC):
         if self.meta.task is None:
             raise ValueError(f"{self.kind} {self.id} ({self.label}) has no task")
         return self.meta.task
+
+    def fact(self, name: str, default: Any = None) -> Any:
+        """Return a fact about the method, as its ``describe`` stored it."""
+        return (self.meta.facts or {}).get(name, default)
 
     @property
     def finished(self) -> bool:
@@ -230,7 +234,7 @@ def _batches(updates: Mapping[str, Update], names: Iterable[str]) -> Iterator[di
     size = 0
     for name in names:
         batch[name] = update = updates[name]
-        size += 0 if update.thin is None else update.thin.B.size + update.thin.A.size
+        size += 0 if update.low_rank is None else update.low_rank.B.size + update.low_rank.A.size
         if size > _BATCH:
             yield batch
             batch, size = {}, 0

@@ -84,7 +84,7 @@ def no_rank_error(run: Any) -> ValueError:
 
 def products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank]:
     """Return the updates as products of two factors; raise a ValueError if one is not."""
-    found = {name: product for name, update in updates.items() if (product := update.thin) is not None}
+    found = {name: product for name, update in updates.items() if (product := update.low_rank) is not None}
     other = next((name for name in updates if name not in found), None)
     if other is not None:
         raise ValueError(

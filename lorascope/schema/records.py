@@ -105,7 +105,7 @@ class Factors:
     arrays : mapping factor -> array
         Such as ``{"A": (rank, in), "B": (out, rank)}``.
     scale : float or None
-        Scale of the update; None if the factors alone do not form one.
+        Scale of the update; None if the factors do not form one.
     exact : bool
         False if the update depends on the input, so that the factors represent it only at fixed gates.
     form : str, optional

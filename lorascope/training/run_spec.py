@@ -71,6 +71,7 @@ class Plan:
             labels=list(self.task.labels) if self.task.classifies else None,
             parents=[f"../{run.path.name}" for run in parents if run.path],
             total_seconds=sum(run.meta.seconds for run in parents),
+            facts=self.phase.method.describe(),
             **self.identity(),
             **circumstances(step, method, trained_parameters(step.optimizer), device),
         )

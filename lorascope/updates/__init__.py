@@ -1,4 +1,4 @@
-"""What a weight update is: its forms, ranks, subspaces and the rotation of neurons."""
+"""Weight updates: their forms, ranks, subspaces and the rotation of neurons."""
 
 from lorascope.updates.base import (
     FORMS,

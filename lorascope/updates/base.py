@@ -105,8 +105,8 @@ class Update(ABC):
         return min(self.shape)
 
     @property
-    def thin(self) -> Any:
-        """The update as a product of two thin factors (``LowRank``), or None if it is not stored as one."""
+    def low_rank(self) -> Any:
+        """The update as a product of two low-rank factors (``LowRank``), or None if it is not stored as one."""
         return None
 
     def norm(self) -> float:
@@ -115,7 +115,7 @@ class Update(ABC):
 
     def inner(self, other: Update) -> float:
         """Compute <dW_1, dW_2>, the sum of the products of their entries."""
-        return other.inner(self) if other.thin else float(np.vdot(self.dense(), other.dense()))
+        return other.inner(self) if other.low_rank else float(np.vdot(self.dense(), other.dense()))
 
     def inner_weight(self, W: Any) -> float:
         """Compute <W, dW> for a weight (out, in); on the device of W, if it is a tensor."""

@@ -1,4 +1,4 @@
-"""Updates given as a product of two thin factors, which are multiplied only if a matrix is requested."""
+"""Updates given as a product of two low-rank factors, which are multiplied only if a matrix is requested."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class LowRank(Update, form="low_rank"):
         return self.B.shape[1]
 
     @property
-    def thin(self) -> LowRank:
+    def low_rank(self) -> LowRank:
         """The update itself."""
         return self
 
@@ -110,10 +110,13 @@ class LowRank(Update, form="low_rank"):
 
     def inner(self, other: Update) -> float:
         """Compute <dW_1, dW_2>; two products need only the small Gram matrices of their factors."""
-        if other.thin is None:
+        if other.low_rank is None:
             return self.inner_weight(other.dense())
-        left, right = as_float64(self.B).T @ as_float64(other.thin.B), as_float64(self.A) @ as_float64(other.thin.A).T
-        return float(self.scale * other.thin.scale * np.vdot(left, right))
+        left, right = (
+            as_float64(self.B).T @ as_float64(other.low_rank.B),
+            as_float64(self.A) @ as_float64(other.low_rank.A).T,
+        )
+        return float(self.scale * other.low_rank.scale * np.vdot(left, right))
 
     def inner_weight(self, W: Any) -> float:
         """Compute <W, dW> without multiplying the factors; on the device of W, if it is a tensor."""
@@ -159,7 +162,7 @@ class LowRank(Update, form="low_rank"):
         If their ranks are equal, it is formed from the changes of the factors, as for two states of one adapter:
         B A - B' A' = (B - B') A + B' (A - A'). The difference of two large products would lose its digits.
         """
-        if (product := other.thin) is None:
+        if (product := other.low_rank) is None:
             return super().minus(other)
         B, B_other = self.scale * as_float64(self.B), product.scale * as_float64(product.B)
         A, A_other = as_float64(self.A), as_float64(product.A)

@@ -5,7 +5,7 @@
 A and B are not stored, but drawn again: A (rank, largest in) and then B (largest out, rank) from one stream of 32-bit
 words, uniform with He's bound sqrt(6 / fan_in). A module uses the first columns of A and the first rows of B.
 
-Source: VeRA (arXiv 2310.11454), equation 2; the draw is that of PEFT, whose generator is torch's MT19937.
+Source: VeRA (arXiv 2310.11454), equation 2; drawn as in PEFT, whose generator is torch's MT19937.
 """
 
 from __future__ import annotations

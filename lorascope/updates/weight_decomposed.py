@@ -63,8 +63,8 @@ class WeightDecomposed(Update, form="weight_decomposed"):
         return LowRank(self.B, self.A, self.scale)
 
     @property
-    def thin(self) -> LowRank | None:
-        """The direction if W_0 is unknown; the whole update is not a product of thin factors."""
+    def low_rank(self) -> LowRank | None:
+        """The direction if W_0 is unknown; the whole update is not a product of low-rank factors."""
         return self.direction if self.W0 is None else None
 
     def dense(self) -> Float[np.ndarray, "out in"]:
@@ -78,11 +78,11 @@ class WeightDecomposed(Update, form="weight_decomposed"):
 
     def norm(self) -> float:
         """Compute the Frobenius norm."""
-        return super().norm() if self.thin is None else self.thin.norm()
+        return super().norm() if self.low_rank is None else self.low_rank.norm()
 
     def singular_values(self) -> Float[np.ndarray, "k"]:
         """Compute the singular values, largest first."""
-        return super().singular_values() if self.thin is None else self.thin.singular_values()
+        return super().singular_values() if self.low_rank is None else self.low_rank.singular_values()
 
     def to_factors(self) -> dict[str, Any]:
         """Return A, B, the magnitude and, if it is known, W_0."""

@@ -20,7 +20,7 @@ def draw(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
-def wide(array: np.ndarray) -> np.ndarray:
+def as_float64(array: np.ndarray) -> np.ndarray:
     return array.astype(np.float64)
 
 
@@ -44,7 +44,7 @@ def stored_factors() -> dict[str, np.ndarray]:
 
 def lora(folder: Path, base: Path) -> Written:
     write(folder, {"peft_type": "LORA", "r": RANK, "lora_alpha": 3}, stored_factors())
-    return {module: 3 / RANK * wide(B) @ wide(A) for module, (B, A) in factors().items()}
+    return {module: 3 / RANK * as_float64(B) @ as_float64(A) for module, (B, A) in factors().items()}
 
 
 def weights() -> dict[str, np.ndarray]:
@@ -63,9 +63,9 @@ def dora(folder: Path, base: Path) -> Written:
     write(folder, {"peft_type": "LORA", "r": RANK, "lora_alpha": 3, "use_dora": True}, stored_factors() | magnitude)
     found = {}
     for module, (B, A) in factors().items():
-        direction = wide(weights()[module]) + 3 / RANK * wide(B) @ wide(A)
+        direction = as_float64(weights()[module]) + 3 / RANK * as_float64(B) @ as_float64(A)
         unit = direction / np.linalg.norm(direction, axis=1, keepdims=True)
-        found[module] = wide(draw(5, OUT))[:, None] * unit - wide(weights()[module])
+        found[module] = as_float64(draw(5, OUT))[:, None] * unit - as_float64(weights()[module])
     return found
 
 
@@ -74,7 +74,7 @@ def adalora(folder: Path, base: Path) -> Written:
     tensors = {f"{m}.lora_{n}": x for m, (B, A) in pairs for n, x in (("A", A), ("B", B), ("E", draw(7, RANK, 1)))}
     write(folder, {"peft_type": "ADALORA", "init_r": RANK, "lora_alpha": 3}, tensors)
     scale = 3 / (RANK + 1e-5)
-    return {module: scale * wide(B) @ (wide(draw(7, RANK, 1)) * wide(A)) for module, (B, A) in pairs}
+    return {module: scale * as_float64(B) @ (as_float64(draw(7, RANK, 1)) * as_float64(A)) for module, (B, A) in pairs}
 
 
 def fourier(folder: Path, base: Path) -> Written:
@@ -99,7 +99,7 @@ def hydra(folder: Path, base: Path) -> Written:
         A, experts = draw(number, RANK, IN), [draw(20 + expert, OUT, RANK) for expert in range(3)]
         tensors |= {f"{module}.lora_A.weight": A, f"{module}.lora_route.weight": draw(number, 3, IN)}
         tensors |= {f"{module}.lora_B{expert}.weight": B for expert, B in enumerate(experts)}
-        found[module] = 3 / RANK * wide(np.mean([wide(B) for B in experts], 0)) @ wide(A)
+        found[module] = 3 / RANK * as_float64(np.mean([as_float64(B) for B in experts], 0)) @ as_float64(A)
     write(folder, {"peft_type": "LORA", "r": RANK, "lora_alpha": 3}, tensors)
     return found
 
@@ -109,7 +109,9 @@ def merged(folder: Path, base: Path) -> Written:
     for number, module in enumerate((Q, V)):
         A, B = draw(number, 2 * RANK, IN), draw(number, 2 * OUT, RANK)  # of three outputs, the second is not adapted
         tensors |= {f"{module}.lora_A": A, f"{module}.lora_B": B}
-        first, last = (wide(B[i * OUT : (i + 1) * OUT]) @ wide(A[i * RANK : (i + 1) * RANK]) for i in range(2))
+        first, last = (
+            as_float64(B[i * OUT : (i + 1) * OUT]) @ as_float64(A[i * RANK : (i + 1) * RANK]) for i in range(2)
+        )
         found[module] = 3 / RANK * np.vstack([first, np.zeros((OUT, IN)), last])
     write(folder, {"peft_type": "LORA", "r": RANK, "lora_alpha": 3, "enable_lora": [True, False, True]}, tensors)
     return found
@@ -126,7 +128,8 @@ def vera(folder: Path, base: Path) -> Written:
     stored = {f"base_model.model.{name}": array for name, array in tensors.items()}
     file.write_bytes(save(stored | {"base_model.vera_A": A, "base_model.vera_B": B}))
     return {
-        module: (wide(draw(number, OUT))[:, None] * wide(B)) @ (wide(draw(number, RANK))[:, None] * wide(A))
+        module: (as_float64(draw(number, OUT))[:, None] * as_float64(B))
+        @ (as_float64(draw(number, RANK))[:, None] * as_float64(A))
         for number, module in enumerate((Q, V))
     }
 

@@ -17,7 +17,7 @@ class MethodRow:
     method : Method
         Method with hyperparameters for a few steps of a tiny model.
     starts_at_zero : bool
-        Whether the logits after ``attach`` are those of the base.
+        Whether the logits after ``attach`` equal those of the base.
     folds : bool
         Whether the trained updates can be folded into the weights.
     refused : str

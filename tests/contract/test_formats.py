@@ -1,4 +1,4 @@
-"""What every registered reader of adapters promises, checked with one row of ``format_rows`` each."""
+"""Contract of every registered reader of adapters, with one row of ``format_rows`` each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every registered method promises, checked with one row of ``method_rows`` each."""
+"""Contract of every registered method, with one row of ``method_rows`` each."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_restored_run_has_the_logits_of_the_trained_model(row: MethodRow, traine
 
 
 @EVERY
-def test_stored_updates_are_those_of_the_model(row: MethodRow, trained) -> None:
+def test_stored_updates_equal_the_models(row: MethodRow, trained) -> None:
     run, model = trained(row)
     stored, live = run.updates(), attached_deltas(model)
     assert stored.keys() == live.keys()

@@ -47,7 +47,7 @@ def untrained(case: Case) -> Found:
     """Find adapters that equal their initialization."""
     count = len(case.adapted)
     if 0 < count == len(case.unchanged_adapters):
-        zero = f"{'E' if case.is_adalora else 'B'} is still zero in all {count} modules"
+        zero = f"{'E' if case.masks_components else 'B'} is still zero in all {count} modules"
         yield found(f"{zero}, so it has no effect", modules=count, update_norm=0.0)
 
 
@@ -101,7 +101,7 @@ def frozen(case: Case) -> Found:
     """Find adapters that did not change while others did."""
     resting, adapted = case.unchanged_adapters, case.adapted
     # AdaLoRA may remove all components of a module, which is not a fault.
-    if len(resting) < len(adapted) and (adapted["update_norm"] > 0).any() and not case.is_adalora:
+    if len(resting) < len(adapted) and (adapted["update_norm"] > 0).any() and not case.masks_components:
         zero, names = "an update of exactly zero while others changed", list(resting["module"])
         yield from some_have(resting, adapted, zero, modules=names, update_norm=0.0)
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from lorascope.diagnosis.causes.base import Found, Rule, caution, found
 from lorascope.diagnosis.evidence import SHARE, Case
-from lorascope.runs.formats.peft_lora import CONFIG, RESIDUAL
+from lorascope.runs.formats.peft_lora import CONFIG
+from lorascope.runs.manifest import RESIDUAL
 from lorascope.schema.name_patterns import Ends, Patterns
 from lorascope.updates import Pair
 
@@ -87,7 +88,7 @@ def unmatched_targets(case: Case) -> Found:
 def unmatched_patterns(case: Case) -> Found:
     """Find keys of a pattern that match no module."""
     # AdaLoRA's ranks are masks per parameter.
-    for field in ("rank_pattern", "alpha_pattern")[case.is_adalora :]:
+    for field in ("rank_pattern", "alpha_pattern")[case.masks_components :]:
         keys = Patterns(case.files.config.get(field) or {}, f"{field} of {case.files.path / CONFIG}")
         yield from _unmatched_keys(case, field, keys.unused_keys(case.parts))
 
@@ -122,7 +123,7 @@ def uneven_scale(case: Case) -> Found:
     config, adapted = case.meta.method, case.adapted
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     # Without an alpha_pattern the scale is alpha / r, which AutoLoRA intends.
-    if case.is_adalora or not ranks or not alphas or adapted["scale"].isna().all():
+    if case.masks_components or not ranks or not alphas or adapted["scale"].isna().all():
         return
     usual = float(adapted["scale"].mode().iloc[0])
     own, scaled = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
@@ -161,7 +162,7 @@ def _allocator_excess(case: Case, idle: bool) -> dict[str, Any]:
     method = case.meta.method
     # A module without components counts, because the others received its part of the budget.
     ranked = case.modules[case.modules["rank"].notna()]
-    if not case.is_adalora or ranked.empty:
+    if not case.masks_components or ranked.empty:
         return {}
     # A folder is already masked, so only the configuration has the initial rank; 8 and 12 are PEFT's defaults.
     each = method.get("target_rank", method.get("target_r", 8))

@@ -25,8 +25,6 @@ from lorascope.schema.module_roles import parse, position
 from lorascope.schema.name_patterns import Patterns
 
 CONFIG = "adapter_config.json"
-RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""Prefixes of the PEFT initializations that subtract B A from the base weights, so that B A starts nonzero."""
 STEM = "adapter_model"
 WEIGHTS = f"{STEM}.safetensors"
 # The adapter name may follow that of the factor if a state dict was saved by hand.

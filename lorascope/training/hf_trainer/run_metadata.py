@@ -38,7 +38,7 @@ def describe_run(
     observers: Sequence[Observer],
     id: str,
 ) -> Manifest:
-    """Return the content of ``run.json``; ``args``, ``state`` and ``trainer`` are those of a callback."""
+    """Return the content of ``run.json``; ``args``, ``state`` and ``trainer`` are a callback's arguments."""
     method = None if callback is None else callback.method
     trained = trained_parameters(step.optimizer)
     if method is None:  # an optimizer from PEFT may also contain frozen parameters
@@ -74,6 +74,7 @@ def describe_run(
             "observers": [observer.config() for observer in observers],
         },
         seed=args.seed,
+        facts=None if callback is None else callback.method.describe(),
         **circumstances(step, method, trained, str(args.device)),
     )
 

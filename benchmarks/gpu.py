@@ -44,6 +44,9 @@ METHODS: dict[str, Method] = {
     "hydralora": ls.HydraLoRA(),
     "lisa": ls.LISA(n_active=2, interval=20),
     "neft": ls.NeFT(select_by="random"),
+    "dora": ls.DoRA(),
+    "pissa": ls.PiSSA(),
+    "vera": ls.VeRA(),
     "adapprox": ls.Adapprox(),
 }
 # Steps per method, pairs of recorded and unrecorded steps, steps of the decoder, processes that measure memory.

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorascope as ls
+from lorascope.adapters import host_weights
 from lorascope.adapters.delta import attach, attached_deltas, fold
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA
@@ -503,14 +504,14 @@ def count_selection(monkeypatch: pytest.MonkeyPatch, blocks: int, rank: int) -> 
         if moment == "moved" and step.index == 6:
             break
     with monkeypatch.context() as patched:
-        for name in ("cpu", "tolist"):
-            original = getattr(Tensor, name)
+        for owner, name in ((Tensor, "cpu"), (Tensor, "tolist"), (host_weights, "_transfer")):
+            original = getattr(owner, name)
 
             def fetched(tensor, *args, original=original):
                 mode.waits += 1
                 return original(tensor, *args)
 
-            patched.setattr(Tensor, name, fetched)
+            patched.setattr(owner, name, fetched)
         with mode:
             method.after_step(step)
             assert mode.waits == 0

@@ -106,11 +106,11 @@ def test_guidance_is_drawn_with_every_rate_but_never_chosen(runs):
 
 def test_caption_lists_dense_roles_only_for_adapprox(runs):
     adam, ours = runs["AdamW at 0.0001"][0], runs["Adapprox at 0.0001"][0]
-    one = Run(ours.path, replace(ours.meta, recipe=ours.meta.recipe | {"dense": "embed"}))
+    one = Run(ours.path, replace(ours.meta, facts=Adapprox(dense="embed").describe()))
     assert "vectors, embed and small matrices" in plots.factor_error(one).caption
     # With min_dim 1, no matrix is too small to be factored.
     for dense, kept in (((), "vectors"), (("embed", "q"), "vectors, embed and q")):
-        all_factored = Run(ours.path, replace(ours.meta, recipe=ours.meta.recipe | {"dense": dense, "min_dim": 1}))
+        all_factored = Run(ours.path, replace(ours.meta, facts=Adapprox(dense=dense, min_dim=1).describe()))
         assert re.search(rf"\b{kept}\b(?!,| and)", plots.factor_error(all_factored).caption)
     assert "dense" not in plots.training_curves(adam).rows()[0][0].caption
 

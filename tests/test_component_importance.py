@@ -208,7 +208,7 @@ def test_export_by_ablation_of_dora_biases_or_resized_head_raises(
     llama: str, csv: str, tmp_path: Path, capsys: Any
 ) -> None:
     wanted = {
-        "dora": ({"use_dora": True}, "cannot measure components of dora: it is DoRA"),
+        "dora": ({"use_dora": True}, "self_attn.q_proj are only the direction of its update, without its magnitude"),
         "bias": ({"lora_bias": True}, "components of bias: model.layers.0.self_attn.q_proj.lora_B.bias (lora_bias)"),
         "more": (
             {"modules_to_save": ["lm_head"]},

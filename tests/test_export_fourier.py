@@ -80,7 +80,7 @@ class Uneven(FourierFT):
                 entry_seed=self.seeds[number % len(self.seeds)],
                 alpha=self.alphas[number % len(self.alphas)],
             )
-            host.delta = spec._fourier_delta("module", host)
+            host.delta = spec.delta("module", host)
 
 
 def test_to_peft_keeps_the_number_of_coefficients_per_module(

@@ -381,7 +381,7 @@ RUNS: dict[str, tuple[Spoil, str]] = {
         for value in values
     },
     **{f"no {key}": (without(key), f"run.json: .*{key}") for key in ("modules", "checksums", "states", "parameters")},
-    "half a test": (run_json(test={"metric": 1.0}), "test of .*run.json"),
+    "half a test": (run_json(test={"metric": 1.0}), "run.json: .*test"),
     **{
         f"parent {name!r}": (run_json(parents=[name]), "run.json: a parent")
         for name in ("/etc", "../../x", "x", "..", "../", "../.", "../..", "../a/../../b", "..\\x", "../a\\b")
@@ -407,6 +407,10 @@ RUNS: dict[str, tuple[Spoil, str]] = {
     "rows of another run": (table(lambda t: t.assign(run="x")), "rows must belong to run"),
     "factor that is not there": (about(lambda a: a["factors"].update({"h.0.q": ["A", "B", "C"]})), "h.0.q has no C"),
     "factors of no form": (about(lambda a: a["factors"].update({"h.0.q": ["A"]})), "must form an update"),
+    "factors of an unknown form": (
+        about(lambda a: a.setdefault("forms", {}).update({"h.0.q": "x"})),
+        "must form .* of form 'x'",
+    ),
     "scale of text": (about(lambda a: a["scales"].update({"h.0.q": "2"})), "scales"),
     "scale of nothing": (about(lambda a: a["scales"].update({"x": 2.0})), "scales"),
     "about of a list": (about(lambda a: [1]), "array"),

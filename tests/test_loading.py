@@ -313,7 +313,8 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 BROKEN: dict[str, tuple[Any, str]] = {
     "dora": (lambda a: configured(a, use_dora=True), "q_proj has lora_A and lora_B but no lora_magnitude_vector"),
     "adalora": (lambda a: configured(a, peft_type="ADALORA"), "q_proj has lora_A and lora_B but no lora_E"),
-    "vera": (lambda a: configured(a, peft_type="VERA"), "type of adapter must be one of .*, got VERA"),
+    "loha": (lambda a: configured(a, peft_type="LOHA"), "type of adapter must be one of .*, got LOHA"),
+    "vera": (lambda a: configured(a, peft_type="VERA"), "VERA weights must include vera_lambda_b"),
     "fourier": (lambda a: configured(a, peft_type="FOURIERFT"), "FOURIERFT weights must include fourierft_spectrum"),
     "magnitude": (
         lambda a: stored(a, lambda t: t | {f"{Q0}.lora_magnitude_vector": torch.ones(32)}),

@@ -275,7 +275,9 @@ def write_scores(folder, seed, scores, rows=9, **more):
     ]
     meta = json.loads((write_run(folder / "donor") / "run.json").read_text(encoding="utf-8"))
     states = {"last": {"step": 9, "ranks": {}}}
-    writer = RunWriter(folder / "run", manifest(**meta | {"modules": modules, "seed": seed, "states": states} | more))
+    writer = RunWriter(
+        folder / "run", manifest(**meta | {"modules": modules, "seed": seed, "states": states, "facts": None} | more)
+    )
     for name, own, *_ in places.values():
         other = "sensitivity_in" if own == "sensitivity_out" else "sensitivity_out"
         values = dict(zip(("neuron_cosine", "neuron_update", own), scores[name], strict=True)) | {other: np.ones(4)}

@@ -79,8 +79,13 @@ class KronDelta(Delta):
         return Kronecker(to_array(self.left), to_array(self.right))
 
 
+# The statements above registered both, for all tests of this process.
+del METHODS["krona"], FORMS["kronecker"]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def registered():
+    METHODS["krona"], FORMS["kronecker"] = KronA, Kronecker
     register("left_norm", Quantity("norm of the small factor", definition="Frobenius norm of the left factor"))
     yield
     del METHODS["krona"], FORMS["kronecker"], QUANTITIES["left_norm"]

@@ -82,7 +82,7 @@ class Case:
     @property
     def masks_components(self) -> bool:
         """Whether an allocator masks components and does not delete them, as AdaLoRA's."""
-        return bool(self.run.fact("masks_components"))
+        return bool((self.meta.facts or {}).get("masks_components"))
 
     @cached_property
     def losses(self) -> pd.Series:

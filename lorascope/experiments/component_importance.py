@@ -129,10 +129,6 @@ def _open_trained(
     run: Result, name: str | Path, task: str | Path | Task, state: str
 ) -> tuple[nn.Module, Task, dict[str, Triple]]:
     """Return the base with all trained parameters except adapters, the fitted task, and the updates."""
-    if isinstance(run, Adapter) and run.files.kind == "DoRA":
-        raise ValueError(
-            f"cannot measure components of {run.label}: it is DoRA, whose magnitudes are not part of any component"
-        )
     parts = {module: canonical(update) for module, update in exact_products(run, run.updates(state=state)).items()}
     task = task if isinstance(task, Task) else tasks.load(task)
     base = models.load(name, task, base_of(run)[1])

@@ -95,12 +95,21 @@ class _Settings:
 
 
 @dataclass(frozen=True)
-class _Hyperparameters:
-    """Values within the dictionaries of a run that readers compute with."""
+class _SavedState:
+    step: Count
+    ranks: dict[str, Count]
 
+
+@dataclass(frozen=True)
+class _RunFile:
+    """What ``run.json`` must have, and an adapter need not; and the values in its dictionaries that readers use."""
+
+    status: Literal["running", "done", "broken"]
     recipe: _Method
     method: _Method
     settings: _Settings
+    checksums: dict[str, str]
+    states: dict[str, _SavedState]
 
 
 @dataclass(kw_only=True)
@@ -240,7 +249,9 @@ def assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
         scores = {"changed": "selection_cosine", "reversed": "selection_cosine", "probed": "probe_cosine"}
         given = method.get("neurons") is not None
         by = None if given else scores.get(str(method.get("mode")))
-        return {"starts_at_zero": True, "neuron_roles": list(method.get("targets", ())), "selection_score": by}
+        roles = method.get("targets")
+        own = {"neuron_roles": roles if isinstance(roles, list) else [], "selection_score": by}
+        return {"starts_at_zero": True, **own}
     zero = not str(method.get("init_lora_weights", True)).lower().startswith(("false", *RESIDUAL))
     return {"starts_at_zero": zero, "masks_components": "adalora" in kinds}
 
@@ -266,7 +277,7 @@ def read_manifest(file: Path) -> Manifest:
     if schema > SCHEMA:
         folder = printable(file.parent)
         raise ValueError(f"cannot read {folder}: schema must be <= {SCHEMA}, got {schema}; update lorascope")
-    to_typed(content, _Hyperparameters, file)
+    to_typed(content, _RunFile, file)
     manifest = to_typed(content | {"test": content.get("test") or None}, Manifest, file)
     for parent in manifest.parents:
         if not is_plain(parent.removeprefix("../")) or not parent.startswith("../"):
@@ -306,10 +317,10 @@ def _require_form(file: TensorFile, module: str, names: list[str], form: str | N
     arrays = Lazy(names, lambda name: file[f"{module}/{name}"])
     try:
         fits = form_named(form, names).fits(shapes, floats, arrays)
-    except ValueError as error:
-        raise ValueError(f"cannot read {printable(file.path)}: {printable(module)} has an {printable(error)}") from None
+    except ValueError:  # no such form
+        fits = False
     if not fits:
-        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) + (f" of form {form!r}" if form else "")
         raise ValueError(
             f"cannot read {printable(file.path)}: factors of {printable(module)} must form an update, "
             f"got {printable(found)}"

@@ -10,7 +10,7 @@ import json
 import re
 import stat
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, overload
 
 import msgspec
 import numpy as np
@@ -72,7 +72,11 @@ def parse_json(text: str | bytes, name: object) -> Any:
     return content
 
 
-def to_typed(content: Any, schema: type[T], name: object) -> T:
+@overload
+def to_typed(content: Any, schema: type[T], name: object) -> T: ...
+@overload
+def to_typed(content: Any, schema: Any, name: object) -> Any: ...  # such as dict[str, int], which is no class
+def to_typed(content: Any, schema: Any, name: object) -> Any:
     """Convert parsed JSON to a dataclass or another type that `msgspec` supports, without coercion.
 
     Unknown fields are ignored.
@@ -101,7 +105,11 @@ def _value_at(content: Any, message: str) -> str:
     return f": {printable(repr(content)[:60])}"
 
 
-def read_json(path: Path, schema: type[T]) -> T:
+@overload
+def read_json(path: Path, schema: type[T]) -> T: ...
+@overload
+def read_json(path: Path, schema: Any) -> Any: ...
+def read_json(path: Path, schema: Any) -> Any:
     """Read a JSON file as an instance of ``schema``.
 
     Raises

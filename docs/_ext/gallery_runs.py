@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,19 @@ LONG: dict[str, Any] = SHORT | {"observe": [EVERY_10]}
 WITH_CURVES: dict[str, Any] = LONG | {"eval_every": 10}
 
 
-def train_gallery_runs(root: Path) -> dict[str, Any]:
-    """Train the runs that are missing under ``root``, and return all of them by the name that examples use."""
+def train_gallery_runs(
+    root: Path,
+    model: str = "minilm",
+    load_task: Callable[[str], Any] = str,
+    adjust: Callable[[ls.Method], ls.Method] = lambda method: method,
+) -> dict[str, Any]:
+    """Train the runs that are missing under ``root``, and return all of them by the name that examples use.
+
+    ``load_task`` and ``adjust`` replace the tasks and the methods, so that a smaller model can be trained.
+    """
 
     def train(method: ls.Method, settings: dict[str, Any] = SHORT, seed: int = 0, task: str = TWEETS) -> ls.Run:
-        return ls.train("minilm", task, method, seed=seed, root=root, **settings)
+        return ls.train(model, load_task(task), adjust(method), seed=seed, root=root, **settings)
 
     def seeds(method: ls.Method, settings: dict[str, Any] = LONG, task: str = TWEETS) -> list[ls.Run]:
         return [train(method, settings, seed, task) for seed in (0, 1)]
@@ -78,7 +87,7 @@ def train_gallery_runs(root: Path) -> dict[str, Any]:
             for lr in (1e-4, 3e-4, 1e-3)
         },
         "timed": {
-            name: ls.step_time.measure("minilm", TWEETS, method, steps=6, root=root, batch_size=8)
+            name: ls.step_time.measure(model, load_task(TWEETS), method, steps=6, root=root, batch_size=8)
             for name, method in (("full", ls.Full()), ("LoRA", lora))
         },
         "moments": ls.train(

@@ -1,0 +1,65 @@
+"""Contract of every figure: the example in its documentation is drawn by both renderers."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import pytest
+
+import lorascope as ls
+from lorascope import plots
+from lorascope.inputs import tasks
+from lorascope.methods import LISA, Adapprox, FourierFT
+
+pytestmark = pytest.mark.slow
+FIGURES = [name for name, entry in plots.FIGURES.items() if entry.draw.__module__.startswith("lorascope.")]
+
+
+def adjust(method: ls.Method) -> ls.Method:
+    """Fit a method of the gallery to a model of two blocks and width 32."""
+    if isinstance(method, FourierFT) and method.center:
+        return replace(method, center=10.0, width=20.0)
+    if isinstance(method, LISA):
+        return replace(method, n_active=min(method.n_active or 1, 2))
+    return replace(method, min_dim=8) if isinstance(method, Adapprox) else method
+
+
+@pytest.fixture(scope="module")
+def runs(bert, task, tmp_path_factory) -> dict[str, Any]:
+    """Runs by the names that the examples use, of a tiny model."""
+    folder = str(Path(__file__).parents[2] / "docs" / "_ext")
+    sys.path.insert(0, folder)
+    try:
+        from gallery_runs import train_gallery_runs
+    finally:
+        sys.path.remove(folder)
+
+    def load_task(name: str) -> tasks.Task:
+        rows = task.table[["text", "label", "group"]].iloc[len(name) :]  # other rows make another task
+        return tasks.from_frame(rows, name.replace("/", "-"))
+
+    return train_gallery_runs(tmp_path_factory.mktemp("gallery"), bert, load_task, adjust)
+
+
+def test_every_figure_has_an_example() -> None:
+    assert [name for name in FIGURES if not plots.FIGURES[name].example] == []
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_example_is_drawn_by_both_renderers(name: str, runs: dict[str, Any]) -> None:
+    *statements, last = ast.parse(plots.FIGURES[name].example).body
+    assert isinstance(last, ast.Expr)
+    scope = {"ls": ls, **runs}
+    exec(compile(ast.Module(statements, []), name, "exec"), scope)
+    drawn = eval(compile(ast.Expression(last.value), name, "eval"), scope)
+    panels = [chart for row in drawn.rows() for chart in row]
+    assert all(len(chart.data) for chart in panels)
+    figure = drawn.mpl()
+    assert len(figure.axes) >= len(panels)
+    plt.close(figure)
+    assert drawn.plotly().data

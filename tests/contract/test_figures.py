@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def runs(bert, task, tmp_path_factory) -> dict[str, Any]:
         sys.path.remove(folder)
 
     def load_task(name: str) -> tasks.Task:
-        rows = task.table[["text", "label", "group"]].iloc[len(name) :]  # other rows make another task
+        rows = task.table[["text", "label", "group"]].iloc[zlib.crc32(name.encode()) % 40 :]  # other rows make another task
         return tasks.from_frame(rows, name.replace("/", "-"))
 
     return train_gallery_runs(tmp_path_factory.mktemp("gallery"), bert, load_task, adjust)

@@ -41,7 +41,7 @@ def runs(bert, task, tmp_path_factory) -> dict[str, Any]:
         sys.path.remove(folder)
 
     def load_task(name: str) -> tasks.Task:
-        rows = task.table[["text", "label", "group"]].iloc[zlib.crc32(name.encode()) % 40 :]  # other rows make another task
+        rows = task.table[["text", "label", "group"]].iloc[zlib.crc32(name.encode()) % 40 :]  # for another data hash
         return tasks.from_frame(rows, name.replace("/", "-"))
 
     return train_gallery_runs(tmp_path_factory.mktemp("gallery"), bert, load_task, adjust)

@@ -8,10 +8,10 @@ import importlib
 import inspect
 import json
 import warnings
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from planted import manifest
 
 import lorascope as ls
 from lorascope import observe, plots
@@ -21,6 +21,7 @@ from lorascope.experiments import grid
 from lorascope.inputs.tasks import Task
 from lorascope.methods.base import Phase, config, from_config, frozen_entries
 from lorascope.methods.hydralora import HydraDelta
+from lorascope.runs.run import Run
 from lorascope.schema import deprecation
 from lorascope.training.loop import train
 from lorascope.training.run_spec import Plan
@@ -392,7 +393,7 @@ def test_finding_accepts_its_old_names():
 
 
 def test_doctor_prints_findings_as_json_under_both_names(tmp_path, monkeypatch, capsys):
-    run = SimpleNamespace(path=tmp_path, meta={"states": {}, "status": "finished"}, id="a")
+    run = Run(tmp_path, manifest(status="done"))
     monkeypatch.setattr("lorascope.cli.doctor.load", lambda *_: run)
     monkeypatch.setattr("lorascope.cli.doctor.skipped_checks", lambda _: {})
     monkeypatch.setattr("lorascope.cli.doctor.findings", lambda _: [Finding("dead", "a", {}, "b")])
@@ -411,3 +412,5 @@ def test_run_accepts_its_old_names(bert, task, tmp_path):
         seen = ls.at_gates(run, gates, told="even gates")
     assert seen.meta == ls.at_gates(run, gates, label="even gates").meta
     assert seen.input_dependent_modules() == run.input_dependent_modules()
+    with pytest.warns(FutureWarning, match=r'^run.meta: \["test"\] is deprecated, use test$'):
+        assert run.meta["test"]["metric"] == run.score.metric

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pandas as pd
 import peft
 import pytest
@@ -13,6 +11,7 @@ from ward import Allocating, Bench, adalora
 import lorascope as ls
 from lorascope.diagnosis.causes.config import allocator_idle, budget_missed, overscaled
 from lorascope.diagnosis.evidence import Case
+from lorascope.runs.run import Run
 
 
 @pytest.fixture
@@ -60,7 +59,7 @@ def case(method, step=None, **columns):
     frame["module"] = [f"h.{number}.q" for number in frame.index]
     frame["adapted"] = frame.get("rank", pd.Series(1, frame.index)) > 0
     meta = manifest(method=method, states={"last": {"step": step, "ranks": {}}})
-    given = Case(SimpleNamespace(meta=meta, has_history=True))
+    given = Case(Run(None, meta))
     given.modules = frame.assign(weight_norm=1.0)
     return given
 

@@ -7,7 +7,6 @@ image shown is what the code draws.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +68,7 @@ def index_page() -> str:
 def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
     """Return the section of a figure: image, code, reading, caveat."""
     function = inspect.unwrap(figure.draw)
-    code = example_of(figure)
+    code = figure.example
     chart = run_example(code, runs)
     shown = "\n".join(save_images(chart, figure.name, images))
     summary = " ".join(numpydoc.docscrape.FunctionDoc(function)["Summary"])
@@ -78,12 +77,6 @@ def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
         f"```python\n{code}\n```\n\n**How to read.** {figure.reads}\n\n**Caveat.** {figure.misleads}\n\n"
         f"{{py:func}}`Parameters of ls.plots.{figure.name} <{function.__module__}.{figure.name}>`\n"
     )
-
-
-def example_of(figure: Figure) -> str:
-    """Return the code in the ``Examples`` section of a figure's docstring, without prompts."""
-    section = numpydoc.docscrape.FunctionDoc(inspect.unwrap(figure.draw))["Examples"]
-    return "\n".join(re.findall(r"^\s*(?:>>>|\.\.\.) ?(.*)", "\n".join(section), re.MULTILINE))
 
 
 def run_example(code: str, runs: dict[str, Any]) -> Drawable:

@@ -55,9 +55,10 @@ def call(
         return partial(function, *given, **options)
 
     parameters = [*options_of(function), *(each.replace(kind=each.KEYWORD_ONLY) for each in extra)]
-    bind.__dict__["__signature__"] = inspect.Signature(parameters)
-    bind.__annotations__ = {each.name: each.annotation for each in parameters}
-    bind.__doc__ = description or function.__doc__
+    for each in {bind, inspect.unwrap(bind)}:  # they differ if types are checked at every call, as in the tests
+        each.__dict__["__signature__"] = inspect.Signature(parameters)
+        each.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        each.__doc__ = description or function.__doc__
     errors, columns = io.StringIO(), os.environ.get("COLUMNS")
     # tyro never finishes wrapping its help on a terminal narrower than this.
     os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))

@@ -95,7 +95,7 @@ class Routing:
     switches: Float[np.ndarray, "rows"]
     pairs: Float[np.ndarray, "rows"]
 
-    def _token_mean(self, sums: Float[np.ndarray, "rows *heads"]) -> Float[np.ndarray, "*heads"]:
+    def _token_mean(self, sums: Float[np.ndarray, "rows *heads"]) -> Any:  # a scalar, if there are no heads
         return sums.sum(0) / self.tokens.sum()
 
     @property

@@ -58,7 +58,7 @@ class DoRA(LoRA, name="dora"):
 
 
 class DoRADelta(LoRADelta):
-    """Update m V / |V| - W_0 of one module. Parameters: see ``LoRADelta``."""
+    """Update ``m V / |V| - W_0`` of one module. Parameters: see ``LoRADelta``."""
 
     def __init__(
         self,

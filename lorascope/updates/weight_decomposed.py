@@ -23,7 +23,7 @@ from lorascope.updates.low_rank import LowRank
 
 @dataclass(frozen=True, eq=False)
 class WeightDecomposed(Update, form="weight_decomposed"):
-    """The update m V / |V| - W_0 if W_0 is given, else scale * B @ A.
+    """The update ``m V / |V| - W_0`` if W_0 is given, else ``scale * B @ A``.
 
     Parameters
     ----------

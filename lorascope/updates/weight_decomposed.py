@@ -1,6 +1,6 @@
 """Updates of DoRA: a low-rank direction and a magnitude per output.
 
-    W = m V / |V|, by row, with V = W_0 + scale * B @ A
+    ``W = m V / |V|``, by row, with V = W_0 + scale * B @ A
 
 The update W - W_0 depends on W_0. Without it, only the update of the direction is known, scale * B @ A.
 

@@ -75,7 +75,7 @@ def parse_json(text: str | bytes, name: object) -> Any:
 @overload
 def to_typed(content: Any, schema: type[T], name: object) -> T: ...
 @overload
-def to_typed(content: Any, schema: Any, name: object) -> Any: ...  # such as dict[str, int], which is no class
+def to_typed(content: Any, schema: Any, name: object) -> Any: ...  # such as dict[str, int], which is not a class
 def to_typed(content: Any, schema: Any, name: object) -> Any:
     """Convert parsed JSON to a dataclass or another type that `msgspec` supports, without coercion.
 

@@ -102,7 +102,7 @@ class _SavedState:
 
 @dataclass(frozen=True)
 class _RunFile:
-    """Fields that ``run.json`` must have and an adapter need not, and the values in its dictionaries that readers use."""
+    """Fields that ``run.json`` must have, unlike an adapter, and the values in its dictionaries that readers use."""
 
     status: Literal["running", "done", "broken"]
     recipe: _Method

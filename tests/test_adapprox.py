@@ -9,7 +9,6 @@ import math
 import killing
 import pytest
 import torch
-from forks import check_that_a_killed_run_goes_on
 from tiny import inputs, tiny
 from tolerance import rounding
 
@@ -659,7 +658,3 @@ def test_training_works_under_bfloat16_autocast(gpt2, task, tmp_path):
     found = ls.train(models.load(gpt2, task=task), task, METHOD, out=tmp_path / "run", precision="bf16", **FAST)
     assert found.summary()["learned_norm"].gt(0).all()
     assert found.table.query("quantity == 'factor_rank'")["value"].between(1, 8).all()
-
-
-def test_killed_run_resumes_bitwise(forks, tmp_path):
-    check_that_a_killed_run_goes_on(forks, METHOD, tmp_path, after=["resume/step-00000004*"])

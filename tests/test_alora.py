@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from forks import check_that_a_killed_run_goes_on
 from test_ablation import adapted
 from tiny import inputs, tiny
 from tolerance import forward
@@ -460,14 +459,6 @@ def test_module_of_rank_zero_appears_in_every_output(run, bert, task):
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
     assert found.meta.states["best"].step >= 6
-
-
-def test_run_killed_around_a_round_resumes_bitwise(forks, tmp_path):
-    method = ALoRA(
-        init_rank=2, prune=5, warm_steps=1, round_steps=1, rounds=3, dropout=0.1, lr=1e-2, fresh_moments=True
-    )
-    after = [f"resume/step-0000000{step}*" for step in (2, 4)]
-    check_that_a_killed_run_goes_on(forks, method, tmp_path, at=[4], after=after)
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from forks import check_that_a_killed_run_goes_on
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import inputs, tiny
@@ -760,9 +759,3 @@ def test_method_is_registered_and_survives_json():
     method = AutoLoRA(rank=4, hypergradient="exact", targets=("q", "k"))
     assert from_config(json.loads(json.dumps(config(method)))) == method
     assert method.label() == "AutoLoRA, rank 4, targets q k, hypergradient exact"
-
-
-def test_run_killed_in_either_phase_resumes_bitwise(forks, tmp_path):
-    method = AutoLoRA(rank=3, lr=1e-2, selection_lr=0.1, dropout=0.1)
-    after = ["1-search/resume/step-*", "2-retrain/resume/step-*"]
-    check_that_a_killed_run_goes_on(forks, method, tmp_path, after=after)

@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from forks import check_that_a_killed_run_goes_on
 from tiny import inputs, tiny
 from tolerance import TINY, amplification, forward, near, rounding
 from torch import nn
@@ -521,10 +520,6 @@ def test_restored_run_gives_the_same_logits(method, bert, task, tmp_path):
     assert torch.equal(again(**inputs(again)).logits, model.eval()(**inputs(again)).logits)
     for name, delta in attached_deltas(model).items():
         assert torch.equal(attached_deltas(again)[name].entries, delta.entries)
-
-
-def test_killed_run_resumes_bitwise(forks, tmp_path):
-    check_that_a_killed_run_goes_on(forks, METHOD, tmp_path, after=["resume/step-00000004*"])
 
 
 def test_exports_to_lora_raise_one_line(run):

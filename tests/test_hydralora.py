@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from forks import check_that_a_killed_run_goes_on
 from tiny import inputs, tiny
 from tolerance import TEXT, TINY, forward, near, rounding
 from torch import nn
@@ -672,11 +671,6 @@ def test_export_rejects_a_router_and_accepts_uniform_gates(run, bert, task, tmp_
     for name, update in even.updates().items():
         assert update.exact
         assert loaded[name].dense() == near(update.dense(), terms=12 + 2)
-
-
-def test_killed_run_resumes_bitwise(forks, tmp_path):
-    method = HydraLoRA(gates_every=1, dropout=0.1, lr=1e-2)
-    check_that_a_killed_run_goes_on(forks, method, tmp_path, after=["resume/*"])
 
 
 def test_inspection_counts_experts_and_routers(run, bert, task):

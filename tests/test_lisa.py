@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import torch
 import transformers
-from forks import check_that_a_killed_run_goes_on
 from scipy import stats
 from tiny import inputs, tiny
 from tolerance import TEXT, TINY, near
@@ -465,13 +464,6 @@ def test_restored_run_gives_the_same_logits(state, bert, task, tmp_path):
     run.restore(again, state=state)
     equal = torch.equal(again(**inputs(again)).logits, model.eval()(**inputs(again)).logits)
     assert equal == (state == "last" or run.meta.states["best"].step == 7)
-
-
-def test_killed_run_resumes_bitwise(forks, tmp_path):
-    """The run is killed before the second draw and within its interval."""
-    method = LISA(n_active=1, interval=3, weights=(2, 3), lr=1e-2)
-    after = [f"resume/step-0000000{step}*" for step in (2, 4)]
-    check_that_a_killed_run_goes_on(forks, method, tmp_path, after=after)
 
 
 @pytest.mark.parametrize(

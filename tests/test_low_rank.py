@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lorascope.updates as update
-from lorascope.updates import Dense, LowRank, Pair
+from lorascope.updates import Dense, LowRank, Pair, WeightDecomposed
 
 RNG = np.random.default_rng(7)
 
@@ -342,3 +342,17 @@ def test_neuron_change_of_zero_or_nan_weights_is_nan_and_of_equal_weights_zero(a
 def test_torch_is_not_imported():
     code = "import sys, lorascope.updates.low_rank; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_directions_of_dora_are_compared_by_their_factors(monkeypatch):
+    draw = np.random.default_rng(0)
+    one, other = (WeightDecomposed(draw.normal(size=(6, 2)), draw.normal(size=(2, 5)), np.ones(6)) for _ in range(2))
+    first, second = (update.scale * update.B @ update.A for update in (one, other))
+    assert one.inner(other) == pytest.approx((first * second).sum())
+    assert Dense(first).inner(other) == pytest.approx((first * second).sum())
+    assert (one - other).dense() == pytest.approx(first - second)
+    assert (one - other).low_rank is not None
+    monkeypatch.setattr(WeightDecomposed, "dense", None)  # no matrix of the size of the weight is formed
+    U, sigma, V = one.svd()
+    assert (U * sigma) @ V.T == pytest.approx(first)
+    assert one.norm() == pytest.approx(np.linalg.norm(first))

@@ -111,7 +111,7 @@ class Adapter(Result):
         return values | {"weight_norm": part.update().weight_norm(W0), "relative_update": relative}
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
-        """Return ``{"A": (rank, in), "B": (out, rank)}`` per module, loaded on access; see ``factor_formats``."""
+        """Return ``{"A": (rank, in), "B": (out, rank)}`` per module, loaded on access; see `Result.factors`."""
         self._require_last_state(step, state)
         parts = self.files.parts
         return Lazy(list(parts), lambda module: parts[module].factors())

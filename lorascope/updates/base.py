@@ -115,7 +115,9 @@ class Update(ABC):
 
     def inner(self, other: Update) -> float:
         """Compute <dW_1, dW_2>, the sum of the products of their entries."""
-        return other.inner(self) if other.low_rank else float(np.vdot(self.dense(), other.dense()))
+        if (product := other.low_rank) is not None:
+            return float(product.inner(self))
+        return float(np.vdot(self.dense(), other.dense()))
 
     def inner_weight(self, W: Any) -> float:
         """Compute <W, dW> for a weight (out, in); on the device of W, if it is a tensor."""

@@ -84,6 +84,14 @@ class WeightDecomposed(Update, form="weight_decomposed"):
         """Compute the singular values, largest first."""
         return super().singular_values() if self.low_rank is None else self.low_rank.singular_values()
 
+    def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
+        """See `Update.svd`; of the factors if W_0 is unknown."""
+        return super().svd() if self.low_rank is None else self.low_rank.svd()
+
+    def minus(self, other: Update) -> Update:
+        """See `Update.minus`; of the factors if W_0 is unknown."""
+        return super().minus(other) if self.low_rank is None else self.low_rank.minus(other)
+
     def to_factors(self) -> dict[str, Any]:
         """Return A, B, the magnitude and, if it is known, W_0."""
         known = {} if self.W0 is None else {"W0": self.W0}

@@ -53,5 +53,5 @@ def test_entry_points_add_methods_and_a_broken_one_is_named_once(tmp_path):
     for first in ("", "import outside_method\n"):
         warned = run_python(first + known, str(tmp_path)).stderr
         assert warned.count("Warning") == 1
-        assert "'broken' (outside_missing)" in warned
+        assert "'broken' of lorascope.methods: outside_missing" in warned
         assert "No module named 'outside_missing'" in warned

@@ -4,30 +4,21 @@ Other packages add methods through the entry point group ``lorascope.methods``. 
 class statement, as in ``yours = "your_package.your_method"``.
 """
 
-import importlib
-import pkgutil
-import warnings
-from importlib.metadata import entry_points
+import sys
 from typing import TYPE_CHECKING, Any
 
 from lorascope.methods.base import METHODS
+from lorascope.schema.plugins import load_plugins
 
 __all__ = ["METHODS"]
 
-for _file in pkgutil.iter_modules(__path__):
-    _module = importlib.import_module(f"{__name__}.{_file.name}")
-    _found = {name: getattr(_module, name) for name in getattr(_module, "__all__", ())}
-    _found |= {method.__name__: method for method in METHODS.values() if method.__module__ == _module.__name__}
-    globals().update(_found)
-    __all__ += _found
-
-for _entry in entry_points(group=__name__):
-    try:
-        # A package that is being imported, and so caused this import, registers its method when it continues.
-        importlib.import_module(_entry.module)
-    except Exception as error:
-        _problem = f"entry point {_entry.name!r} ({_entry.value}) failed with {type(error).__name__}: {error}"
-        warnings.warn(f"cannot load method: {_problem}", stacklevel=2)
+load_plugins(__name__, __name__)
+for _name, _module in list(sys.modules.items()):
+    if _name.startswith(f"{__name__}."):
+        _found = {name: getattr(_module, name) for name in getattr(_module, "__all__", ())}
+        _found |= {method.__name__: method for method in METHODS.values() if method.__module__ == _name}
+        globals().update(_found)
+        __all__ += _found
 
 if TYPE_CHECKING:
 

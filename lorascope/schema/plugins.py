@@ -29,7 +29,8 @@ def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> N
             importlib.import_module(f"{package}.{module.name}")
     for point in entry_points(group=group) if group else ():
         try:
-            point.load()
+            # A package that is being imported, and so caused this import, goes on with its own when it continues.
+            importlib.import_module(point.module)
         except Exception as error:  # it is code of another package
             warnings.warn(
                 f"skipped the entry point {point.name!r} of {group}: {point.value} raised {error!r}", stacklevel=2

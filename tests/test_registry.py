@@ -6,6 +6,8 @@ import ast
 import inspect
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import EntryPoint
@@ -23,8 +25,9 @@ from lorascope import plots
 from lorascope.methods import METHODS
 from lorascope.plots import registry, requirements
 from lorascope.plots.setting_names import RENAMED, VALUES, present_label
-from lorascope.schema import plugins
+from lorascope.schema import plugins, records
 from lorascope.schema.deprecation import old_fields
+from lorascope.schema.records import Quantity
 
 
 @pytest.fixture
@@ -49,6 +52,19 @@ def test_figure_without_records_names_the_missing_recorder(write: Any, name: str
     with pytest.raises(ValueError, match=re.escape(f"{name} needs {reason}")) as raised:
         getattr(plots, name)(bare)
     assert "\n" not in str(raised.value)
+
+
+def test_every_quantity_says_how_to_record_it() -> None:
+    for package in ("methods", "observe", "experiments", "probes"):
+        plugins.load_plugins(f"lorascope.{package}")
+    assert not [name for name, quantity in records.QUANTITIES.items() if not quantity.recorded_by]
+
+
+def test_figure_advises_for_quantities_of_methods_that_are_not_imported(write: Any) -> None:
+    folder = str(write("a", {("lr", ""): {1: 0.1}}).path)
+    code = f"import sys, lorascope as ls; assert 'torch' not in sys.modules; ls.plots.gates({folder!r})"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "gates needs records of gate_information: train HydraLoRA on a task with groups" in ended.stderr
 
 
 def test_errors_distinguish_missing_history_and_base_model_from_missing_records(write: Any) -> None:
@@ -123,6 +139,23 @@ def {name}(cohort, scale: float = 1.0) -> Chart:
     table = cohort.label(cohort.table)
     return Chart(table.assign(value=scale * table["value"]), [Line("step", "value", "recipe")])
 """
+
+
+def test_figure_of_a_new_quantity_advises_what_its_registration_says(
+    plugin: Any, write: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    source = PLUGIN.format(name="novelty_profile").replace("update_norm", "novelty")
+    (tmp_path / "novel.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    plugin(novel="novel")
+    records.register("train Novel(size=2)", novelty=Quantity("novelty"))
+    try:
+        with pytest.raises(
+            ValueError, match=re.escape("novelty_profile needs records of novelty: train Novel(size=2)")
+        ):
+            plots.novelty_profile(write("a", {("lr", ""): {1: 0.1}}))
+    finally:
+        del records.QUANTITIES["novelty"]
 
 
 def test_figures_of_entry_points_register_and_a_broken_one_is_named(

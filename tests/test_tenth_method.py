@@ -86,7 +86,10 @@ del METHODS["krona"], FORMS["kronecker"]
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     METHODS["krona"], FORMS["kronecker"] = KronA, Kronecker
-    register("left_norm", Quantity("norm of the small factor", definition="Frobenius norm of the left factor"))
+    register(
+        "train the tenth method",
+        left_norm=Quantity("norm of the small factor", definition="Frobenius norm of the left factor"),
+    )
     yield
     del METHODS["krona"], FORMS["kronecker"], QUANTITIES["left_norm"]
 

@@ -131,9 +131,10 @@ def autosummary(module: str, names: Iterable[str]) -> str:
 
 def quantities_page() -> str:
     """Return the table of everything that a run can record."""
-    rows = ["| quantity | label | unit | index | definition | source |", "|---|---|---|---|---|---|"]
+    rows = ["| quantity | label | unit | index | definition | source | to record it |", "|---|---|---|---|---|---|---|"]
     for name, quantity in sorted(QUANTITIES.items()):
         cells = (quantity.label, quantity.unit, quantity.index, quantity.definition, quantity.source)
+        cells += (f"`{quantity.recorded_by}`",)
         escaped = (str(cell).replace("|", r"\|").replace("<", "&lt;").replace("*", r"\*") for cell in cells)
         rows.append(f"| `{name}` | {' | '.join(escaped)} |")
     return (

@@ -23,13 +23,14 @@ from lorascope.schema.records import Quantity, Record, register
 from lorascope.training.loop import advance
 from lorascope.training.session import Session
 
-for _name, _label, _what in (
-    ("forward_seconds", "forward", "the loss of the batch"),
-    ("backward_seconds", "backward", "the gradients of the loss"),
-    ("rest_seconds", "rest", "everything else in a step: batch, random draws, masks, clipping, optimizer"),
-):
-    _definition = f"seconds to compute {_what}"
-    register(_name, Quantity(f"time of {_label}", "s", pool="sum", definition=_definition, source="LISA, figure 4"))
+_REST = "everything else in a step: batch, random draws, masks, clipping, optimizer"
+for _part, _what in {
+    "forward": "the loss of the batch",
+    "backward": "the gradients of the loss",
+    "rest": _REST,
+}.items():
+    _quantity = Quantity(f"time of {_part}", "s", "none", "sum", f"seconds to compute {_what}", "LISA, figure 4")
+    register("measure it with ls.step_time.measure()", **{f"{_part}_seconds": _quantity})
 
 
 def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, **options: Any) -> Run:

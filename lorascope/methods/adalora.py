@@ -65,9 +65,13 @@ _SCORES = {
     "uncertainty": ("uncertainty of λ", "moving average of the distance of |w dL/dw| from its moving average", 12),
 }
 for _name, (_label, _meaning, _equation) in _SCORES.items():
-    register(_name, Quantity(_label, index="rank_id", definition=_meaning, source=f"AdaLoRA, eq. {_equation}"))
-register("kept", Quantity("retained", index="rank_id", pool="sum", definition="1 for a component in use, else 0"))
-register("penalty", Quantity("penalty", definition="R(P, Q), not multiplied by gamma", source="AdaLoRA, eq. 4"))
+    _quantity = Quantity(_label, index="rank_id", definition=_meaning, source=f"AdaLoRA, eq. {_equation}")
+    register("train AdaLoRA", **{_name: _quantity})
+register(
+    "train AdaLoRA",
+    kept=Quantity("retained", index="rank_id", pool="sum", definition="1 for a component in use, else 0"),
+    penalty=Quantity("penalty", definition="R(P, Q), not multiplied by gamma", source="AdaLoRA, eq. 4"),
+)
 
 Tensors = list[Tensor]
 

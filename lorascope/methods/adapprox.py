@@ -66,22 +66,24 @@ _SELECTION = "wall-clock time of AS-RSI in one rank selection"
 _NEGATIVE = "fraction of negative entries of Q U^T, before they are set to zero"
 _RMS = "root mean square of G / (sqrt(V) + eps), before clipping"
 _COSINE = "cosine of the clipped direction and the first moment of this step"
-_SOURCE = "Adapprox, algorithm 2"
-_QUANTITIES: Any = (
-    ("factor_rank", "rank of the second moment", "", "sum", "number of columns of Q and U", _SOURCE),
-    ("factor_error", "‖V − QUᵀ‖ / ‖V‖", "", "mean", "relative error of this step's V, at a rank selection", _SOURCE),
-    ("factor_trials", "factorizations", "", "sum", "number in one rank selection", _SOURCE),
-    ("factor_seconds", "selection time", "s", "sum", _SELECTION, ""),
-    ("factor_norm", "‖QUᵀ‖", "", "norm", "Frobenius norm of the factored second moment", ""),
-    ("factor_share", "k / k_max", "", "mean", "number of columns of Q and U divided by the largest rank", _SOURCE),
-    ("factor_bytes", "factors of V", "bytes", "sum", "bytes of Q and U", ""),
-    ("negative_share", "negative entries", "", "mean", _NEGATIVE, ""),
-    ("negative_mass", "negative mass", "", "mean", "fraction of the sum of |Q U^T| in negative entries", ""),
-    ("direction_rms", "RMS of the direction", "", "mean", _RMS, ""),
-    ("direction_cosine", "cos(D, M)", "", "mean", _COSINE, ""),
+register(
+    "train with Adapprox",
+    "Adapprox, algorithm 2",
+    factor_rank=Quantity("rank of the second moment", pool="sum", definition="number of columns of Q and U"),
+    factor_error=Quantity("‖V − QUᵀ‖ / ‖V‖", definition="relative error of this step's V, at a rank selection"),
+    factor_trials=Quantity("factorizations", pool="sum", definition="number in one rank selection"),
+    factor_share=Quantity("k / k_max", definition="number of columns of Q and U divided by the largest rank"),
 )
-for _name, _label, _unit, *_row in _QUANTITIES:
-    register(_name, Quantity(_label, _unit, "none", *_row))
+register(
+    "train with Adapprox",
+    factor_seconds=Quantity("selection time", "s", pool="sum", definition=_SELECTION),
+    factor_norm=Quantity("‖QUᵀ‖", pool="norm", definition="Frobenius norm of the factored second moment"),
+    factor_bytes=Quantity("factors of V", "bytes", pool="sum", definition="bytes of Q and U"),
+    negative_share=Quantity("negative entries", definition=_NEGATIVE),
+    negative_mass=Quantity("negative mass", definition="fraction of the sum of |Q U^T| in negative entries"),
+    direction_rms=Quantity("RMS of the direction", definition=_RMS),
+    direction_cosine=Quantity("cos(D, M)", definition=_COSINE),
+)
 
 
 __all__ = ["Adapprox", "AdapproxOptimizer"]

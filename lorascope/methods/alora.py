@@ -68,13 +68,18 @@ from lorascope.methods.lora import LoRADelta
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
 from lorascope.schema.records import Item, Quantity, Record, register
 
-for _name, _label, _index, _definition in (
-    ("score_without", "S(M\\r)", "rank_id", "negative loss of the scoring batch without this component"),
-    ("score_only", "S(M_r)", "rank_id", "negative loss of the scoring batch with only this component"),
-    ("score_full", "S(M)", "none", "negative loss of the scoring batch with all components"),
-    ("score_none", "S(M₀)", "none", "negative loss of the scoring batch without any component"),
-):
-    register(_name, Quantity(_label, "nats", _index, definition=_definition, source="ALoRA, eq. 6"))
+register(
+    "train ALoRA",
+    "ALoRA, eq. 6",
+    score_without=Quantity(
+        "S(M\\r)", "nats", "rank_id", definition="negative loss of the scoring batch without this component"
+    ),
+    score_only=Quantity(
+        "S(M_r)", "nats", "rank_id", definition="negative loss of the scoring batch with only this component"
+    ),
+    score_full=Quantity("S(M)", "nats", "none", definition="negative loss of the scoring batch with all components"),
+    score_none=Quantity("S(M₀)", "nats", "none", definition="negative loss of the scoring batch without any component"),
+)
 
 
 @dataclass(kw_only=True)

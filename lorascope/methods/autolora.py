@@ -85,15 +85,18 @@ Loss = Callable[[Tensors, Tensors], Tensor]
 
 _DIRECT = "gradient of the search loss with respect to the logits at the step that ends here, with w' held fixed"
 _INDIRECT = _DIRECT.replace("with w' held fixed", "through w', which depends on them")
-for _name, _label, _unit, _index, _definition in (
-    ("alpha", "α", "", "component", "softmax of the logits of one matrix"),
-    ("logit", "logit", "", "component", "logits whose softmax is alpha"),
-    ("alpha_entropy", "entropy of α", "nats", "none", "-sum alpha log alpha"),
-    ("hypergradient_direct", "direct hypergradient", "", "component", _DIRECT),
-    ("hypergradient_indirect", "indirect hypergradient", "", "component", _INDIRECT),
-    ("lookahead_gradient_norm", "‖v‖", "", "none", "norm of the gradient of the search loss with respect to w'"),
-):
-    register(_name, Quantity(_label, _unit, _index, definition=_definition, source="AutoLoRA, eq. 3 and 5"))
+register(
+    "train AutoLoRA",
+    "AutoLoRA, eq. 3 and 5",
+    alpha=Quantity("α", "", "component", definition="softmax of the logits of one matrix"),
+    logit=Quantity("logit", "", "component", definition="logits whose softmax is alpha"),
+    alpha_entropy=Quantity("entropy of α", "nats", "none", definition="-sum alpha log alpha"),
+    hypergradient_direct=Quantity("direct hypergradient", "", "component", definition=_DIRECT),
+    hypergradient_indirect=Quantity("indirect hypergradient", "", "component", definition=_INDIRECT),
+    lookahead_gradient_norm=Quantity(
+        "‖v‖", "", "none", definition="norm of the gradient of the search loss with respect to w'"
+    ),
+)
 
 
 @accept_old_fields

@@ -61,7 +61,10 @@ from lorascope.updates import fourier
 BINS = 8
 RECORD_EVERY = 10
 _RINGS = "fraction of |dW|^2 in each of eight rings of radii, from frequency zero to the corner"
-register("radius_energy", Quantity("fraction of ‖ΔW‖²", "", "bin", "mean", _RINGS, "FourierFT, section 4.3"))
+register(
+    "train FourierFT",
+    radius_energy=Quantity("fraction of ‖ΔW‖²", "", "bin", "mean", _RINGS, "FourierFT, section 4.3"),
+)
 
 
 @dataclass(kw_only=True)

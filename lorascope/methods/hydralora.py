@@ -62,11 +62,11 @@ from lorascope.schema.records import Item, Quantity, Record, Snapshot, register
 
 _PAPER = "HydraLoRA, eq. 3"
 register(
-    "head_norm", Quantity("‖s Bᵢ Aᵢ‖", "", "head", "norm", "norm of the update of one expert at gate weight 1", _PAPER)
-)
-register(
-    "head_cosine",
-    Quantity("cosine of two experts", definition="cosine between their updates, mean over pairs", source=_PAPER),
+    "train HydraLoRA",
+    head_norm=Quantity("‖s Bᵢ Aᵢ‖", "", "head", "norm", "norm of the update of one expert at gate weight 1", _PAPER),
+    head_cosine=Quantity(
+        "cosine of two experts", "", "none", "mean", "cosine between their updates, mean over pairs", _PAPER
+    ),
 )
 
 

@@ -18,38 +18,38 @@ from lorascope.inputs.tokenization import IGNORED
 from lorascope.schema.module_table import parse
 from lorascope.schema.records import Item, Quantity, Record, Snapshot, register
 
-_PAPER = "HydraLoRA, eq. 4"
-for _name, _label, _definition in (
-    ("gate", "mean gate weight", "mean gate weight of an expert over held-out tokens"),
-    ("gate_std", "std of the gate weight", "standard deviation of the gate weight of an expert over held-out tokens"),
-    ("gate_top1", "fraction of tokens", "fraction of held-out tokens with the largest gate weight on this expert"),
-    ("head_importance", "importance of an expert", "gate weight times norm of its output, mean over held-out tokens"),
-    ("head_share", "relative importance", "importance of an expert divided by the sum over its module"),
-):
-    register(_name, Quantity(_label, "", "head", "mean", _definition, _PAPER))
-for _name, _label, _unit, _definition in (
-    (
-        "gate_entropy",
-        "entropy of the gate weights",
-        "nats",
-        "mean entropy of a token's gate weights, at most ln of the number of experts",
+_OVER = "over held-out tokens"
+_ENTROPY = "mean entropy of a token's gate weights, at most ln of the number of experts"
+_CV2 = "variance (N - 1) of the N mean gate weights divided by their squared mean: 0 to N"
+_INFORMATION = "mutual information of domain and expert on held-out text, from mean gate weights"
+_TOP1 = "fraction of held-out tokens with the largest gate weight on this expert"
+_IMPORTANCE = f"gate weight times norm of its output, mean {_OVER}"
+register(
+    "train HydraLoRA",
+    "HydraLoRA, eq. 4",
+    gate=Quantity("mean gate weight", "", "head", "mean", f"mean gate weight of an expert {_OVER}"),
+    gate_std=Quantity(
+        "std of the gate weight", index="head", definition=f"standard deviation of the gate weight of an expert {_OVER}"
     ),
-    (
-        "gate_cv2",
-        "CV² of the mean gate weights",
-        "",
-        "variance (N - 1) of the N mean gate weights divided by their squared mean: 0 to N",
+    gate_top1=Quantity("fraction of tokens", "", "head", "mean", _TOP1),
+    head_importance=Quantity("importance of an expert", "", "head", "mean", _IMPORTANCE),
+    head_share=Quantity(
+        "relative importance", index="head", definition="importance of an expert divided by the sum over its module"
     ),
-    ("gate_switch", "switch rate", "", "fraction of neighboring held-out tokens with different top experts"),
-    (
-        "gate_information",
-        "I(domain; expert)",
-        "nats",
-        "mutual information of domain and expert on held-out text, from mean gate weights",
+    gate_entropy=Quantity("entropy of the gate weights", "nats", definition=_ENTROPY),
+    gate_cv2=Quantity("CV² of the mean gate weights", definition=_CV2),
+    gate_switch=Quantity(
+        "switch rate", definition="fraction of neighboring held-out tokens with different top experts"
     ),
-    ("gate_chance", "I(domain; expert), shuffled", "nats", "mutual information with rows shuffled among domains"),
-):
-    register(_name, Quantity(_label, _unit, definition=_definition, source=_PAPER))
+)
+register(
+    "train HydraLoRA on a task with groups",
+    "HydraLoRA, eq. 4",
+    gate_information=Quantity("I(domain; expert)", "nats", definition=_INFORMATION),
+    gate_chance=Quantity(
+        "I(domain; expert), shuffled", "nats", definition="mutual information with rows shuffled among domains"
+    ),
+)
 
 # The statistic of ``Routing`` that each quantity records.
 _STATISTICS = {

@@ -43,7 +43,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -56,13 +56,13 @@ from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Item, Quantity, Record, register
 
 _DRAWN = "probability that a draw includes this block"
-_QUANTITIES: Any = (
-    ("active", "active", "mean", "1 for a block that trains until the next draw, else 0", "LISA, algorithm 1"),
-    ("coverage", "blocks trained", "sum", "number of blocks that have trained so far", "LISA, algorithm 1"),
-    ("draw_probability", "draw probability", "mean", _DRAWN, "LISA, section 3.2"),
+register(
+    "train LISA",
+    "LISA, algorithm 1",
+    active=Quantity("active", definition="1 for a block that trains until the next draw, else 0"),
+    coverage=Quantity("blocks trained", pool="sum", definition="number of blocks that have trained so far"),
+    draw_probability=Quantity("draw probability", definition=_DRAWN, source="LISA, section 3.2"),
 )
-for _name, _label, *_row in _QUANTITIES:
-    register(_name, Quantity(_label, "", "none", *_row))
 # AdamW's moments need about this many steps to settle after a reset.
 _SETTLES = 5
 

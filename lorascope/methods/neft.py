@@ -78,18 +78,21 @@ from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
 
-_SOURCE = "NeFT, eq. 1"
 _NORM = "norm of all trained gradients before the mask"
 _AFTER = "cosine distance by which neurons were selected"
-_QUANTITIES: Any = (
-    ("selected", "selected neurons", "neuron", "sum", "1 for each neuron that trains", _SOURCE),
-    ("neuron_cosine", "1 − cos", "neuron", "mean", "cosine distance of a neuron's weights from those in W_0", _SOURCE),
-    ("selection_cosine", "1 − cos after tuning", "neuron", "mean", _AFTER, _SOURCE),
-    ("leak", "change of frozen weights", "none", "mean", "largest change of a masked weight", _SOURCE),
-    ("unmasked_norm", "gradient norm before the mask", "none", "norm", _NORM, _SOURCE),
+_DISTANCE = "cosine distance of a neuron's weights from those in W_0"
+register(
+    "train with observe=[ls.observe.neurons()], or NeFT",
+    neuron_cosine=Quantity("1 − cos", "", "neuron", "mean", _DISTANCE, "NeFT, eq. 1"),
 )
-for _name, _label, *_row in _QUANTITIES:
-    register(_name, Quantity(_label, "", *_row))
+register(
+    "train NeFT",
+    "NeFT, eq. 1",
+    selected=Quantity("selected neurons", "", "neuron", "sum", "1 for each neuron that trains"),
+    selection_cosine=Quantity("1 − cos after tuning", "", "neuron", "mean", _AFTER),
+    leak=Quantity("change of frozen weights", definition="largest change of a masked weight"),
+    unmasked_norm=Quantity("gradient norm before the mask", pool="norm", definition=_NORM),
+)
 
 
 @accept_old_fields

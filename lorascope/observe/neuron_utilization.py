@@ -24,18 +24,13 @@ from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
 
 _SOURCE = "NeFT, section 6.1"
+_LARGEST = "largest |Pearson correlation| of a neuron's weights with the mean output of a block"
 register(
-    "utilisation",
-    Quantity(
-        "utilization",
-        index="neuron",
-        definition="largest |Pearson correlation| of a neuron's weights with the mean output of a block",
-        source=_SOURCE,
+    "train with observe=[ls.observe.utilization()]",
+    utilisation=Quantity("utilization", "", "neuron", "mean", _LARGEST, _SOURCE),
+    utilisation_layer=Quantity(
+        "most correlated block", "", "neuron", "mean", "block of the largest |correlation|", _SOURCE
     ),
-)
-register(
-    "utilisation_layer",
-    Quantity("most correlated block", index="neuron", definition="block of the largest |correlation|", source=_SOURCE),
 )
 
 

@@ -31,30 +31,36 @@ _OF_V = "of Adam's second moment V, as a matrix"
 _OF_RANDOM = "of a random matrix with the row and column sums of V"
 _ERROR = "‖V − V̂‖ / ‖V‖"
 _LEAST = "best error (SVD) at the same rank"
-for _name, _label, _index, _definition in (
-    ("moment_sigma", "σᵢ / σ₁", "component", f"singular values {_OF_V}"),
-    ("moment_sigma_dealt", "σᵢ / σ₁", "component", f"singular values {_OF_RANDOM}"),
-    ("moment_error", _ERROR, "rank", f"best rank-k error (SVD) {_OF_V}"),
-    ("moment_error_dealt", _ERROR, "rank", f"best rank-k error (SVD) {_OF_RANDOM}"),
-    ("moment_error_s_rsi", _ERROR, "rank", f"error of S-RSI with l = p = 5 {_OF_V}"),
-    ("moment_error_rank_one", _ERROR, "none", f"error of Adafactor's rank-one factors {_OF_V}"),
-    (
-        "factor_drift",
+register(
+    'train Full(optimizer_name="adamw") with observe=[ls.observe.second_moments()]',
+    moment_sigma=Quantity("σᵢ / σ₁", index="component", definition=f"singular values {_OF_V}"),
+    moment_sigma_dealt=Quantity("σᵢ / σ₁", index="component", definition=f"singular values {_OF_RANDOM}"),
+    moment_error=Quantity(_ERROR, index="rank", definition=f"best rank-k error (SVD) {_OF_V}"),
+    moment_error_dealt=Quantity(_ERROR, index="rank", definition=f"best rank-k error (SVD) {_OF_RANDOM}"),
+    moment_error_s_rsi=Quantity(_ERROR, index="rank", definition=f"error of S-RSI with l = p = 5 {_OF_V}"),
+    moment_error_rank_one=Quantity(_ERROR, index="none", definition=f"error of Adafactor's rank-one factors {_OF_V}"),
+)
+register(
+    "train with Adapprox and observe=[ls.observe.factor_drift()]",
+    factor_drift=Quantity(
         "‖E − QUᵀ‖ / ‖E‖",
-        "none",
-        "error of Adapprox's factors of E, the exact average of squared gradients",
+        index="none",
+        definition="error of Adapprox's factors of E, the exact average of squared gradients",
     ),
-    ("factor_drift_least", "‖E − Eₖ‖ / ‖E‖", "none", _LEAST),
-    ("factor_drift_rank_one", "‖E − E₁‖ / ‖E‖", "none", "error of Adafactor's rank-one factors of E"),
-    (
-        "factor_step_error",
+    factor_drift_least=Quantity("‖E − Eₖ‖ / ‖E‖", index="none", definition=_LEAST),
+    factor_drift_rank_one=Quantity(
+        "‖E − E₁‖ / ‖E‖", index="none", definition="error of Adafactor's rank-one factors of E"
+    ),
+)
+register(
+    "train with Adapprox and observe=[ls.observe.factor_optimum()]",
+    factor_step_error=Quantity(
         "‖V − QUᵀ‖ / ‖V‖",
-        "none",
-        "error of the factors of this step's V, formed from the previous factors",
+        index="none",
+        definition="error of the factors of this step's V, formed from the previous factors",
     ),
-    ("factor_step_error_least", "‖V − Vₖ‖ / ‖V‖", "none", _LEAST),
-):
-    register(_name, Quantity(_label, index=_index, definition=_definition))
+    factor_step_error_least=Quantity("‖V − Vₖ‖ / ‖V‖", index="none", definition=_LEAST),
+)
 
 
 def svd_lowrank(V: Float[Tensor, "m n"], rank: int, generator: torch.Generator) -> Pair:
@@ -74,10 +80,11 @@ WAYS: dict[str, Callable[[Tensor, int, torch.Generator], Pair]] = {
     "svd_lowrank": svd_lowrank,
 }
 for _way in (*WAYS, "svd"):
-    register(f"factoring_error_{_way}", Quantity(_ERROR, index="rank", definition=f"error by {_way}, {_OF_V}"))
+    _error = Quantity(_ERROR, "", "rank", "mean", f"error by {_way}, {_OF_V}")
+    _seconds = Quantity("time per factorization", "s", "rank", "sum", f"wall-clock time of {_way}")
     register(
-        f"factoring_seconds_{_way}",
-        Quantity("time per factorization", "s", index="rank", pool="sum", definition=f"wall-clock time of {_way}"),
+        'train Full(optimizer_name="adamw") with observe=[ls.observe.factorings()]',
+        **{f"factoring_error_{_way}": _error, f"factoring_seconds_{_way}": _seconds},
     )
 
 

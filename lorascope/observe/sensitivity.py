@@ -25,16 +25,17 @@ from lorascope.schema import module_table
 from lorascope.schema.records import Quantity, Record, register
 
 register(
-    "neuron_update",
-    Quantity("‖w − w₀‖", index="neuron", pool="norm", definition="displacement of a neuron's weights from W_0 (norm)"),
+    "train with observe=[ls.observe.neurons()]",
+    neuron_update=Quantity("‖w − w₀‖", "", "neuron", "norm", "displacement of a neuron's weights from W_0 (norm)"),
 )
 register(
-    "coefficient_gradient",
-    Quantity("∂L/∂c", "nats", "coefficient", definition="gradient of the loss with respect to a coefficient"),
-)
-register(
-    "coefficient_importance",
-    Quantity("|c ∂L/∂c|", "nats", "coefficient", "sum", "sensitivity of the loss to a coefficient, |c dL/dc|"),
+    "train FourierFT with observe=[ls.observe.coefficients()]",
+    coefficient_gradient=Quantity(
+        "∂L/∂c", "nats", "coefficient", "mean", "gradient of the loss with respect to a coefficient"
+    ),
+    coefficient_importance=Quantity(
+        "|c ∂L/∂c|", "nats", "coefficient", "sum", "sensitivity of the loss to a coefficient, |c dL/dc|"
+    ),
 )
 
 

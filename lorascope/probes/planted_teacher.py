@@ -41,7 +41,8 @@ STRENGTH = 0.75
 TEXTS = 3000
 """Number of sampled examples."""
 
-register("planted_rank", Quantity("planted rank", pool="sum", definition="rank of the teacher's update"))
+_PLANTED_RANK = Quantity("planted rank", pool="sum", definition="rank of the teacher's update")
+register("train on the text of a planted teacher, with observe=[planted()]", planted_rank=_PLANTED_RANK)
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ index)`` is unique. ``step`` counts finished optimizer steps. Values of the whol
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -40,6 +40,8 @@ class Quantity:
         Definition, as text or formula.
     source : str
         Paper or convention that defines it.
+    recorded_by : str
+        What to do to get it recorded; figures say so when a run lacks the quantity.
     """
 
     label: str
@@ -48,6 +50,7 @@ class Quantity:
     pool: Literal["norm", "sum", "mean"] = "mean"
     definition: str = ""
     source: str = ""
+    recorded_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,41 +124,7 @@ class Factors:
 
 Item = Record | Snapshot | Factors
 
-_LISA = "LISA, section 3.1"
-QUANTITIES: dict[str, Quantity] = {
-    "loss": Quantity("training loss", "nats", definition="task loss of the step's batch, without penalties"),
-    "eval_loss": Quantity("validation loss", "nats", definition="mean task loss on the validation split"),
-    "test_loss": Quantity("test loss", "nats", definition="mean task loss on the test split"),
-    "eval_metric": Quantity("validation metric", definition="accuracy, or perplexity over the scored tokens"),
-    "test_metric": Quantity("test metric", definition="accuracy, or perplexity over the scored tokens"),
-    "test_metric_group": Quantity("test metric", index="group", definition="test metric within one group of the task"),
-    "lr": Quantity("learning rate", definition="learning rate of the first parameter group at this step"),
-    "grad_norm": Quantity("gradient norm", pool="norm", definition="global norm of trained gradients before clipping"),
-    "seconds": Quantity("time", "s", pool="sum", definition="wall-clock time since the start of the run"),
-    "peak_bytes": Quantity("peak memory", "bytes", pool="sum", definition="peak memory of one step"),
-    "parameter_bytes": Quantity("parameter memory", "bytes", pool="sum", definition="bytes of live parameters"),
-    "gradient_bytes": Quantity("gradient memory", "bytes", pool="sum", definition="bytes of live gradients"),
-    "optimizer_bytes": Quantity("optimizer memory", "bytes", pool="sum", definition="bytes of optimizer tensors"),
-    "weight_norm": Quantity("‖W‖", pool="norm", definition="Frobenius norm of the effective weight", source=_LISA),
-    "update_norm": Quantity("‖W − W₀‖", pool="norm", definition="Frobenius norm of the update W - W_0"),
-    "learned_norm": Quantity("‖ΔW − ΔW₀‖", pool="norm", definition="Frobenius norm of the learned update ΔW - ΔW₀"),
-    "relative_update": Quantity("‖W − W₀‖ / ‖W₀‖", pool="mean", definition="update_norm divided by the norm of W_0"),
-    "step_norm": Quantity("‖Wₜ − Wₜ₋₁‖", pool="norm", definition="Frobenius norm of the change in one step"),
-    "adapter_norm": Quantity("√(‖A‖² + ‖B‖²)", pool="norm", definition="joint Frobenius norm of all trained factors"),
-    "stable_rank": Quantity("stable rank", definition="|dW|_F^2 / sigma_1^2"),
-    "effective_rank": Quantity("effective rank", definition="exp of the entropy of sigma / sum(sigma)"),
-    "rank": Quantity("rank", pool="sum", definition="number of components of the update in use"),
-    "budget": Quantity("rank budget", pool="sum", definition="maximum total number of components of all modules"),
-    "sensitivity_out": Quantity(
-        "sensitivity of outputs", index="neuron", pool="sum", definition="sum over j of |W_ij dL/dW_ij| for row i"
-    ),
-    "sensitivity_in": Quantity(
-        "sensitivity of inputs", index="neuron", pool="sum", definition="sum over i of |W_ij dL/dW_ij| for column j"
-    ),
-    "importance": Quantity("importance", index="rank_id", definition="score by which an allocator orders components"),
-}
-
-
+QUANTITIES: dict[str, Quantity] = {}
 _adopted: set[str] = set()  # known only from a stored run; replaced when the module that records them is imported
 
 
@@ -166,19 +135,91 @@ def adopt(quantities: Mapping[str, Quantity]) -> None:
         _adopted.add(name)
 
 
-def register(name: str, quantity: Quantity) -> None:
-    """Add a quantity to ``QUANTITIES``; this replaces the entry of a stored run.
+def register(recorded_by: str, source: str = "", /, **quantities: Quantity) -> None:
+    """Add quantities to ``QUANTITIES``; they replace the entries of a stored run.
+
+    Parameters
+    ----------
+    recorded_by : str
+        What to do to get them recorded; see `Quantity`.
+    source : str, optional
+        Source of the quantities that state none.
+    **quantities : Quantity
+        Quantities by name.
 
     Raises
     ------
     ValueError
-        The name is already registered with another meaning.
+        A name is already registered with another meaning.
     """
-    if name in _adopted:
-        _adopted.remove(name)
-        del QUANTITIES[name]
-    if QUANTITIES.setdefault(name, quantity) != quantity:
-        raise ValueError(f"cannot register quantity {name!r}: it is already registered as {QUANTITIES[name]}")
+    for name, quantity in quantities.items():
+        if name in _adopted:
+            _adopted.remove(name)
+            del QUANTITIES[name]
+        described = replace(quantity, recorded_by=recorded_by, source=quantity.source or source)
+        if QUANTITIES.setdefault(name, described) != described:
+            raise ValueError(f"cannot register quantity {name!r}: it is already registered as {QUANTITIES[name]}")
+
+
+register(
+    "train with any method",
+    loss=Quantity("training loss", "nats", definition="task loss of the step's batch, without penalties"),
+    lr=Quantity("learning rate", definition="learning rate of the first parameter group at this step"),
+    grad_norm=Quantity("gradient norm", pool="norm", definition="global norm of trained gradients before clipping"),
+    seconds=Quantity("time", "s", pool="sum", definition="wall-clock time since the start of the run"),
+    peak_bytes=Quantity("peak memory", "bytes", pool="sum", definition="peak memory of one step"),
+)
+register(
+    "train with eval_every=",
+    eval_loss=Quantity("validation loss", "nats", definition="mean task loss on the validation split"),
+    eval_metric=Quantity("validation metric", definition="accuracy, or perplexity over the scored tokens"),
+)
+register(
+    "train on a task with a test split",
+    test_loss=Quantity("test loss", "nats", definition="mean task loss on the test split"),
+    test_metric=Quantity("test metric", definition="accuracy, or perplexity over the scored tokens"),
+)
+register(
+    "train on a task with a test split and groups",
+    test_metric_group=Quantity("test metric", index="group", definition="test metric within one group of the task"),
+)
+register(
+    "train with observe=[ls.observe.memory()]",
+    parameter_bytes=Quantity("parameter memory", "bytes", pool="sum", definition="bytes of live parameters"),
+    gradient_bytes=Quantity("gradient memory", "bytes", pool="sum", definition="bytes of live gradients"),
+    optimizer_bytes=Quantity("optimizer memory", "bytes", pool="sum", definition="bytes of optimizer tensors"),
+)
+register(
+    "train with observe=[ls.observe.norms()]",
+    weight_norm=Quantity(
+        "‖W‖", pool="norm", definition="Frobenius norm of the effective weight", source="LISA, section 3.1"
+    ),
+    update_norm=Quantity("‖W − W₀‖", pool="norm", definition="Frobenius norm of the update W - W_0"),
+    learned_norm=Quantity("‖ΔW − ΔW₀‖", pool="norm", definition="Frobenius norm of the learned update ΔW - ΔW₀"),
+    relative_update=Quantity("‖W − W₀‖ / ‖W₀‖", pool="mean", definition="update_norm divided by the norm of W_0"),
+    step_norm=Quantity("‖Wₜ − Wₜ₋₁‖", pool="norm", definition="Frobenius norm of the change in one step"),
+    adapter_norm=Quantity("√(‖A‖² + ‖B‖²)", pool="norm", definition="joint Frobenius norm of all trained factors"),
+)
+register(
+    "train adapters with observe=[ls.observe.norms()]",
+    stable_rank=Quantity("stable rank", definition="|dW|_F^2 / sigma_1^2"),
+    effective_rank=Quantity("effective rank", definition="exp of the entropy of sigma / sum(sigma)"),
+    rank=Quantity("rank", pool="sum", definition="number of components of the update in use"),
+)
+register(
+    "train with observe=[ls.observe.neurons()]",
+    sensitivity_out=Quantity(
+        "sensitivity of outputs", index="neuron", pool="sum", definition="sum over j of |W_ij dL/dW_ij| for row i"
+    ),
+    sensitivity_in=Quantity(
+        "sensitivity of inputs", index="neuron", pool="sum", definition="sum over i of |W_ij dL/dW_ij| for column j"
+    ),
+)
+register(
+    "train with a method that allocates ranks, such as AdaLoRA",
+    budget=Quantity("rank budget", pool="sum", definition="maximum total number of components of all modules"),
+    importance=Quantity("importance", index="rank_id", definition="score by which an allocator orders components"),
+)
 
 
 def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -> pd.DataFrame:

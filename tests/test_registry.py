@@ -62,8 +62,13 @@ def test_every_quantity_says_how_to_record_it() -> None:
 
 def test_figure_advises_for_quantities_of_methods_that_are_not_imported(write: Any) -> None:
     folder = str(write("a", {("lr", ""): {1: 0.1}}).path)
-    code = f"import sys, lorascope as ls; assert 'torch' not in sys.modules; ls.plots.gates({folder!r})"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lines = (
+        "import sys, lorascope as ls",
+        f"run = ls.load({folder!r})",
+        "assert 'torch' not in sys.modules",
+        "ls.plots.gates(run)",
+    )
+    ended = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=False)
     assert "gates needs records of gate_information: train HydraLoRA on a task with groups" in ended.stderr
 
 

@@ -90,7 +90,7 @@ def test_matrix_matches_dense_vectors(three: dict[str, Adapter]) -> None:
     assert dict(shared.set_index("module")["angle"])[common[0]] == pytest.approx(angles[common[0]])
     assert table.loc[("b", "a"), "angle"] == pytest.approx(np.mean(list(angles.values())))
     assert table.loc[("a", "b"), "chance"] == pytest.approx(
-        np.mean([chance_angle(side, k, k) for k in (3, 2) for side in SHAPE])
+        np.mean([chance_angle(side, k) for k in (3, 2) for side in SHAPE])
     )
     assert np.isnan(table.loc[("a", "c"), "angle"])
     assert table.loc[("a", "c"), "cosine"] == 0

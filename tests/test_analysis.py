@@ -268,11 +268,3 @@ def test_similarity_in_a_module_of_one_run_only_raises() -> None:
     change = LowRank(np.eye(3), np.eye(3))
     with pytest.raises(ValueError, match=r"'m'.* n$"):
         subspace_similarity.similarity_of_runs({"m": change, "n": change}, {"n": change}, "m")
-
-
-def test_angles_match_planted_planes() -> None:
-    turned = np.array([[1.0, 0, 0, 0], [0, np.cos(0.3), np.sin(0.3), 0]])
-    first, second = Dense(np.diag([3.0, 2, 0, 0])), LowRank(np.eye(4)[:, [0, 3]], turned)
-    found = subspace_similarity.angles(first, second).set_index(["side", "component"])["degrees"]
-    assert found["in"].tolist() == pytest.approx([0.0, np.degrees(0.3)], abs=1e-6)
-    assert found["out"].tolist() == pytest.approx([0.0, 90.0], abs=1e-6)

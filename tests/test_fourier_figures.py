@@ -114,7 +114,7 @@ def test_atlas_subtracts_the_random_initial_update(fourier: Any) -> None:
         sigma = np.linalg.svd(Fourier(change, ENTRIES, SHAPE, 12.0).matrix, compute_uv=False)
         drawn = spectrum.data.loc[spectrum.data["recipe"] == label, "value"]
         np.testing.assert_allclose(drawn, sigma[sigma > 1e-9])
-    expected = leading_directions.mean_angle(
+    expected, _ = leading_directions.angle_and_chance(
         *(leading_directions.leading_singular_vectors(Fourier(c, ENTRIES, SHAPE), 2) for c in (C - start, C))
     )
     assert lookup(heat, "row", "column")["kept", "lost"] == pytest.approx(expected)

@@ -17,6 +17,7 @@ import lorascope as ls
 from lorascope import observe, plots
 from lorascope.adapters.delta import attach, attached_deltas, deltas, fold
 from lorascope.analysis.head_count import choose_num_experts, chord_distance, cluster_selection, repeated_selection
+from lorascope.analysis.head_similarity import cosines, update_inner
 from lorascope.diagnosis import inspection
 from lorascope.inputs import models
 from lorascope.methods import HydraLoRA, LoRA
@@ -24,7 +25,6 @@ from lorascope.methods.base import METHODS, config, from_config
 from lorascope.methods.hydralora import HydraDelta, RoutedDelta, head_similarity
 from lorascope.methods.hydralora_routing import Routing, watch
 from lorascope.methods.lora import LoRADelta
-from lorascope.probes.hydralora import update_cosines
 from lorascope.runs import export
 from lorascope.runs.layout import identify
 from lorascope.runs.run import Run
@@ -179,7 +179,7 @@ def test_other_factorization_changes_only_the_cosines_of_b():
     def seen() -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
         held = {name: factor.detach().numpy() for name, factor in delta.factors().items()}
         rows = np.linalg.pinv(held["A"]) @ held["A"]
-        return host(x), update_cosines(held["A"], held["B"]), rows, head_similarity(held["B"])
+        return host(x), cosines(update_inner(held["A"], held["B"])), rows, head_similarity(held["B"])
 
     before = seen()
     delta.A.data = R @ delta.A.data

@@ -14,6 +14,7 @@ from verdicts import effects
 import lorascope as ls
 from lorascope import probes
 from lorascope.adapters.delta import attached_deltas
+from lorascope.analysis.head_similarity import cosines, update_inner
 from lorascope.inputs import models
 from lorascope.methods.hydralora import HydraDelta
 from lorascope.probes import hydralora
@@ -22,14 +23,14 @@ from lorascope.runs.run import Run
 UP = [module["module"] for module in MODULES if module["role"] == "ffn_in"]
 
 
-def test_update_cosines_equal_cosines_of_dense_matrices():
+def test_cosines_of_updates_equal_cosines_of_dense_matrices():
     draw = np.random.default_rng(0)
     B = draw.standard_normal((3, 5, 2))
     for A in (draw.standard_normal((2, 4)), draw.standard_normal((3, 2, 4))):
         dense = np.array([(b @ a).ravel() for b, a in zip(B, np.broadcast_to(A, (3, 2, 4)), strict=True)])
         unit = dense / np.linalg.norm(dense, axis=1, keepdims=True)
-        assert hydralora.update_cosines(A, B) == pytest.approx(unit @ unit.T, abs=1e-12)
-    assert hydralora.update_cosines(A[0], B[[0, 0]]) == pytest.approx(np.ones((2, 2)))
+        assert cosines(update_inner(A, B)) == pytest.approx(unit @ unit.T, abs=1e-12)
+    assert cosines(update_inner(A[0], B[[0, 0]])) == pytest.approx(np.ones((2, 2)))
 
 
 @pytest.mark.parametrize(("rank", "number"), [(4, 4), (2, 6)])

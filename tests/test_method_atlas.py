@@ -17,7 +17,7 @@ from lorascope.analysis import initial_update, leading_directions
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Factors, Record
-from lorascope.updates import Dense, LowRank
+from lorascope.updates import Dense, LowRank, Update
 
 NORMS: Values = {("learned_norm", module): {9: size} for module, size in (("h.0.q", 3.0), ("h.0.up", 4.0))}
 NORMS = NORMS | {("learned_norm", "h.1.q"): {9: 2.0}}
@@ -44,7 +44,7 @@ def test_atlas_angles_are_means_over_sides_and_modules(write: Any) -> None:
     second = write("b", label="two", factors={"h.0.q": along(1, 0), "h.1.q": along(3, 4), "h.0.up": along(0, 0)})
     heat = panels(plots.atlas([first, second], k=3))[2]
     assert lookup(heat, "row", "column") == pytest.approx({("one", "two"): 67.5, ("two", "one"): 67.5})
-    by_chance = np.mean([leading_directions.chance_angle(dim, 1, 1) for dim in (6, 5)])
+    by_chance = np.mean([leading_directions.chance_angle(dim, 1) for dim in (6, 5)])
     assert lookup(heat, "row", "column", value="chance")["one", "two"] == pytest.approx(by_chance)
     assert set(heat.data["words"]) == {f"68° ({by_chance:.0f}°)"}
     assert heat.marks[0].text is not None  # without a number format, matplotlib prints no words either
@@ -113,7 +113,7 @@ def test_atlas_subtracts_a_saved_initial_update_for_any_method(write: Any) -> No
         drawn = spectrum.data.loc[spectrum.data["recipe"] == label, "value"]
         sigma = np.linalg.svd(matrix, compute_uv=False)
         np.testing.assert_allclose(drawn, sigma[sigma > 1e-9])
-    expected = leading_directions.mean_angle(
+    expected, _ = leading_directions.angle_and_chance(
         *(leading_directions.leading_singular_vectors(Dense(matrix), 2) for matrix in added.values())
     )
     assert lookup(heat, "row", "column")["kept", "zero"] == pytest.approx(expected)
@@ -186,31 +186,28 @@ def test_atlas_skips_zero_updates_in_angles(write: Any) -> None:
 
 def test_mean_angle_of_a_hand_example() -> None:
     """The output planes share one direction and have 30 degrees between the others; the input planes are equal."""
+
+    def angle(*updates: tuple[Update, int]) -> float:
+        directions = (leading_directions.leading_singular_vectors(update, k) for update, k in updates)
+        return leading_directions.angle_and_chance(*directions)[0]
+
     turned = np.array([[1, 0], [0, math.cos(math.pi / 6)], [0, math.sin(math.pi / 6)]])
     first = LowRank(np.eye(3)[:, :2] * (2, 1), np.eye(2, 4))
     second = Dense(turned * (2, 1) @ np.eye(2, 4))
-    assert leading_directions.mean_angle(
-        leading_directions.leading_singular_vectors(first, 2), leading_directions.leading_singular_vectors(second, 2)
-    ) == pytest.approx((0 + 30 + 0 + 0) / 4)
-    assert leading_directions.mean_angle(
-        leading_directions.leading_singular_vectors(first, 1), leading_directions.leading_singular_vectors(second, 2)
-    ) == pytest.approx(0.0, abs=1e-6)
+    assert angle((first, 2), (second, 2)) == pytest.approx((0 + 30 + 0 + 0) / 4)
+    assert angle((first, 1), (second, 2)) == pytest.approx(0.0, abs=1e-6)
     within = LowRank(np.eye(3)[:, 1:2], np.eye(2, 4)[1:])  # the second direction of the other update
-    assert leading_directions.mean_angle(
-        leading_directions.leading_singular_vectors(within, 2), leading_directions.leading_singular_vectors(first, 2)
-    ) == pytest.approx(90)
+    assert angle((within, 2), (first, 2)) == pytest.approx(90)
 
 
 def test_chance_angle_matches_random_subspaces() -> None:
-    assert leading_directions.chance_angle(4, 4, 4) == pytest.approx(0.0, abs=1e-6)
-    assert leading_directions.chance_angle(3, 1, 1) == pytest.approx(
-        math.degrees(1), abs=2
-    )  # the mean of arccos(u), u uniform
-    assert leading_directions.chance_angle(2, 1, 1) == pytest.approx(45, abs=2)
+    assert leading_directions.chance_angle(4, 4) == pytest.approx(0.0, abs=1e-6)
+    assert leading_directions.chance_angle(3, 1) == pytest.approx(math.degrees(1), abs=2)  # mean arccos, uniform
+    assert leading_directions.chance_angle(2, 1) == pytest.approx(45, abs=2)
     drawn = np.random.default_rng(5)
-    pairs = [[np.linalg.qr(drawn.standard_normal((40, k)))[0] for k in (3, 6)] for _ in range(300)]
+    pairs = [[np.linalg.qr(drawn.standard_normal((40, k)))[0] for k in (3, 3)] for _ in range(300)]
     angles = [np.degrees(np.arccos(np.linalg.svd(U.T @ V, compute_uv=False))).mean() for U, V in pairs]
-    assert leading_directions.chance_angle(40, 3, 6) == pytest.approx(np.mean(angles), abs=1)
+    assert leading_directions.chance_angle(40, 3) == pytest.approx(np.mean(angles), abs=1)
 
 
 def test_both_renderers_draw_the_atlas(write: Any, tmp_path: Path) -> None:

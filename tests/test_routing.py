@@ -14,7 +14,7 @@ from torch import nn
 import lorascope as ls
 from lorascope import observe
 from lorascope.adapters.delta import attached_deltas
-from lorascope.analysis.head_similarity import cosines, mean_of_pairs, update_cosines, update_inner
+from lorascope.analysis.head_similarity import cosines, mean_of_pairs, update_inner
 from lorascope.inputs import models
 from lorascope.methods import HydraLoRA
 from lorascope.methods.hydralora_routing import Routing, stack_gates, watch
@@ -177,7 +177,7 @@ def test_inner_products_match_the_dense_updates(shape):
     assert inner == pytest.approx(dense @ dense.T, abs=1e-12)
     assert mean_of_pairs(inner) == pytest.approx((inner[0, 1] + inner[0, 2] + inner[1, 2]) / 3)
     B[1] = 0
-    found = update_cosines(A, B)
+    found = cosines(update_inner(A, B))
     assert np.isnan(found[1]).all()
     assert found[0, 2] == pytest.approx(cosines(inner)[0, 2])
 
@@ -217,7 +217,7 @@ def test_recorded_statistics_match_the_restored_model(run, bert, task):
             dense = ls.at_gates(run, {module: one_hot}).updates()[module].dense()
             assert values(run, "head_norm", 5)[module][head] == near(np.linalg.norm(dense), terms=TINY)
         A, B = (delta.factors()[name].detach().numpy() for name in "AB")
-        assert values(run, "head_cosine", 5)[module] == near(mean_of_pairs(update_cosines(A, B)), 1, terms=TINY)
+        assert values(run, "head_cosine", 5)[module] == near(mean_of_pairs(cosines(update_inner(A, B))), 1, terms=TINY)
 
 
 def test_statistics_are_recorded_from_step_zero(run):

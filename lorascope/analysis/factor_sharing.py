@@ -38,7 +38,6 @@ def numbers(
     factors: Sequence[Factor] = ("A", "B"),
     views: Sequence[View] = VIEWS,
     draws: int = 999,
-    seed: int = 0,
 ) -> pd.DataFrame:
     """Compute sharedness and identity of each factor in each view.
 
@@ -48,8 +47,8 @@ def numbers(
         See ``clouds``; at least two runs per domain.
     views : sequence of {"raw", "canonical", "space"}
         Views to measure, by default all; see ``factor_embeddings``.
-    draws, seed : int
-        Number (999 by default) and seed of the permutations for the p-values.
+    draws : int
+        Number of permutations for the p-values, 999 by default.
 
     Returns
     -------
@@ -70,7 +69,7 @@ def numbers(
             found = clouds(updates, domains, (factor,), view)
             angle = mean_angle(updates, domains, factor) if view == "space" else np.nan
             entry = {"factor": factor, "view": view, **sharedness(found), "angle": angle}
-            rows.append(entry | identity(found, draws, seed))
+            rows.append(entry | identity(found, draws))
     return pd.DataFrame(rows)
 
 

@@ -30,13 +30,12 @@ def updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
 
 def basis(run: Result) -> Mapping[str, str]:
     """Return the basis of a FourierFT run as ``{"basis": name}``; empty for other methods."""
-    recipe = run.meta.recipe
-    return {"basis": recipe.get("basis", "fourier")} if recipe.get("name") == "fourierft" else {}
+    return {key: value for key, value in run.meta.recipe.items() if key == "basis"}
 
 
-def since_start(run: Result, step: int | None = None) -> dict[str, Fourier]:
+def since_start(run: Result) -> dict[str, Fourier]:
     """Return the learned Fourier updates ΔW - ΔW₀ by module; empty if the initial updates were not saved."""
-    last = updates(run, step)
+    last = updates(run)
     first = at_start(run.updates) if last else {}
     return {module: update - first[module] for module, update in last.items() if module in first}
 
@@ -74,9 +73,8 @@ def spectrum(run: Result, step: int | None = None) -> pd.DataFrame:
         parts.append(pd.DataFrame(columns | {"coefficient": update.coefficients, "start": start}))
     known = pd.concat(parts, ignore_index=True)
     places = pd.MultiIndex.from_frame(known[["module", "index"]])
-    return known.assign(
-        **{name: recorded.reindex(index=places, columns=[q])[q].to_numpy() for q, name in _RECORDED.items()}
-    )
+    recorded = recorded.reindex(index=places, columns=list(_RECORDED)).rename(columns=_RECORDED)
+    return known.assign(**{name: recorded[name].to_numpy() for name in recorded})
 
 
 def places(update: Fourier) -> pd.DataFrame:
@@ -134,8 +132,8 @@ def bias(shape: tuple[int, int], center: float, width: float) -> pd.DataFrame:
     return pd.DataFrame({"distance": np.arange(last + 1), "probability": values})
 
 
-def bias_map(shape: tuple[int, int], center: float, width: float, cells: int = 48) -> pd.DataFrame:
-    """Compute the frequency bias on a grid of about ``cells`` rows and columns that contains frequency zero.
+def bias_map(shape: tuple[int, int], center: float, width: float) -> pd.DataFrame:
+    """Compute the frequency bias on a grid of about 48 rows and columns that contains frequency zero.
 
     Returns
     -------
@@ -145,7 +143,7 @@ def bias_map(shape: tuple[int, int], center: float, width: float, cells: int = 4
     values = fourier.band_pass(shape, center, width)
     grid = []
     for side in shape:
-        step = -(-side // cells)  # rounded up; multiples of the step include frequency zero
+        step = -(-side // 48)  # rounded up; multiples of the step include frequency zero
         grid.append(step * np.arange(-(side // 2 // step), side // 2 // step + 1))
     rows, columns = (part.reshape(-1) for part in np.meshgrid(*grid, indexing="ij"))
     return pd.DataFrame({"row": rows, "column": columns, "probability": values[rows % shape[0], columns % shape[1]]})

@@ -12,7 +12,8 @@ def update_inner(
     """Compute the inner products <B_i A_i, B_j A_j> of all pairs of experts as tr(B_i^T B_j A_j A_i^T).
 
     No matrix of shape (out, in) is formed. A is shared (rank, in), or separate (heads, rank, in). The diagonal of the
-    result contains the squared Frobenius norms.
+    result contains the squared Frobenius norms. Unlike the cosine of B, the cosines of this result do not depend on the
+    factorization.
     """
     heads, out, rank = B.shape
     columns = B.transpose(0, 2, 1).reshape(-1, out).astype(np.float64)
@@ -27,16 +28,6 @@ def cosines(inner: Float[np.ndarray, "heads heads"]) -> Float[np.ndarray, "heads
     """Compute cosines from inner products; NaN for pairs with a zero vector."""
     norms = np.sqrt(np.where(np.diagonal(inner) > 0, np.diagonal(inner), np.nan))
     return inner / np.outer(norms, norms)
-
-
-def update_cosines(
-    A: Float[np.ndarray, "*heads rank in"], B: Float[np.ndarray, "heads out rank"]
-) -> Float[np.ndarray, "heads heads"]:
-    """Compute the cosine between B_i A_i and B_j A_j for all pairs of experts; see ``update_inner``.
-
-    Unlike the cosine of B, it does not depend on the factorization, so it is also defined for separate A's.
-    """
-    return cosines(update_inner(A, B))
 
 
 def head_similarity(B: Float[np.ndarray, "heads out rank"]) -> Float[np.ndarray, "heads heads"]:

@@ -35,17 +35,17 @@ def learned_updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
         update, start = updates[module], first.get(module)
         return update if start is None or start.norm() == 0 else update - start
 
-    return Lazy(list(dict.fromkeys([*updates, *made])), make)
+    return Lazy([*updates, *made], make)
 
 
 def _updates_on_other_bases(run: Result, step: int | None = None) -> Mapping[str, Any]:
-    """Return FourierFT's learned updates on a random or orthogonal basis by module, computed on access.
+    """Return the learned updates on a random or orthogonal basis by module, computed on access.
 
     On these bases a run saves coefficients and a seed, but no updates. The mapping is empty for all other runs, and if
     the initial coefficients were not saved.
     """
     recipe = run.meta.recipe
-    if recipe.get("name") != "fourierft" or recipe.get("basis") not in ("random", "orthogonal"):
+    if recipe.get("basis") not in ("random", "orthogonal"):
         return {}
     first, last = at_start(run.factors), run.factors(step)
     sides = run.modules.set_index("module")[["out_features", "in_features"]]

@@ -51,11 +51,6 @@ class Basis:
         U, sigma, Vt = np.linalg.svd(as_float64(W0), full_matrices=False)
         return Basis(U, sigma, Vt.T)
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.U.shape[0], self.V.shape[0]
-
 
 def bases(weights: Mapping[str, Float[np.ndarray, "_ _"]]) -> Mapping[str, Basis]:
     """Return the decompositions of a model's base weights, each computed on first access and then cached."""
@@ -118,10 +113,10 @@ def count(table: pd.DataFrame) -> pd.DataFrame:
 
 def _intruder_similarity(module: str, basis: Basis, update: Update, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the largest absolute cosine of each leading vector of W with the base's, and the singular values of W."""
-    m, thin = len(basis.sigma), update.low_rank
+    m, thin, shape = len(basis.sigma), update.low_rank, (len(basis.U), len(basis.V))
     factors = [as_float64(update.dense())] if thin is None else [thin.scale * as_float64(thin.B), as_float64(thin.A)]
-    if update.shape != basis.shape:
-        raise ValueError(f"{module}: update must have the base weight's shape {basis.shape}, got {update.shape}")
+    if update.shape != shape:
+        raise ValueError(f"{module}: update must have the base weight's shape {shape}, got {update.shape}")
     if not all_finite(basis.sigma, *factors):
         raise ValueError(f"{module}: weight and update must be finite, got NaN or infinity")
     if not all(factor.any() for factor in factors):

@@ -39,39 +39,35 @@ def leading_singular_vectors(update: Update, k: int) -> Directions:
     return Directions(U[:, :k], V[:, :k])
 
 
-def mean_angle(first: Directions, second: Directions) -> float:
-    """Compute the mean principal angle in degrees between two updates of one module, over outputs and inputs.
-
-    Both sides use the same number of leading directions, so no angle is small only because one side has more.
-    """
-    k = min(first.size, second.size)
-    sides = zip(first, second, strict=True)
-    return float(np.degrees([principal_angles(one[:, :k], other[:, :k]) for one, other in sides]).mean())
-
-
 @cache
-def chance_angle(dim: int, k1: int, k2: int) -> float:
-    """Estimate the mean principal angle in degrees of random subspaces with k1 and k2 dimensions.
+def chance_angle(dim: int, k: int) -> float:
+    """Estimate the mean principal angle in degrees of two random subspaces with k dimensions.
 
-    The estimate uses 500 draws with a fixed seed. By symmetry, the first subspace can be fixed to the first k1 axes.
+    The estimate uses 500 draws with a fixed seed. By symmetry, the first subspace can be fixed to the first k axes.
     The second is a normal matrix made orthonormal. Its remaining rows matter only through their triangular factor,
     whose distribution is known (Bartlett), so the cost does not grow with ``dim``.
     """
     draw = np.random.default_rng(0)
-    rows = min(dim, k1 + k2)
-    drawn = draw.standard_normal((_DRAWS, rows, k2))
+    rows = min(dim, 2 * k)
+    drawn = draw.standard_normal((_DRAWS, rows, k))
     if rows < dim:
-        drawn[:, k1:] = np.triu(drawn[:, k1:])
-        places = np.arange(k2)
-        drawn[:, k1 + places, places] = np.sqrt(draw.chisquare(dim - k1 - places, (_DRAWS, k2)))
-    cosines = np.linalg.svd(np.linalg.qr(drawn)[0][:, :k1], compute_uv=False)
+        drawn[:, k:] = np.triu(drawn[:, k:])
+        places = np.arange(k)
+        drawn[:, k + places, places] = np.sqrt(draw.chisquare(dim - k - places, (_DRAWS, k)))
+    cosines = np.linalg.svd(np.linalg.qr(drawn)[0][:, :k], compute_uv=False)
     return float(np.degrees(np.arccos(np.minimum(cosines, 1.0))).mean())  # rounding can exceed a cosine of 1
 
 
 def angle_and_chance(first: Directions, second: Directions) -> tuple[float, float]:
-    """Compute ``mean_angle`` and its random baseline, with as many directions."""
+    """Compute the mean principal angle in degrees between two updates of one module, and its random baseline.
+
+    The mean is over outputs and inputs. Both sides use the same number of leading directions, so no angle is small only
+    because one side has more.
+    """
     k = min(first.size, second.size)
-    return mean_angle(first, second), float(np.mean([chance_angle(len(side), k, k) for side in first]))
+    sides = zip(first, second, strict=True)
+    angle = np.degrees([principal_angles(one[:, :k], other[:, :k]) for one, other in sides]).mean()
+    return float(angle), float(np.mean([chance_angle(len(side), k) for side in first]))
 
 
 def angles(pairs: Sequence[tuple[Mapping[str, Directions], Mapping[str, Directions]]]) -> tuple[float, float]:

@@ -41,7 +41,7 @@ Shapes: TypeAlias = Mapping[str, Shape]
 PARTS = ("parameters", "gradients", "optimizer")
 POLICIES = ("keep", "reset", "reset_all")
 RANK_SHARE = 0.25  # largest rank of Adapprox, as a fraction of the smaller side of a matrix
-_COUNT = 4  # bytes of torch's step count
+_STATE, _COUNT = 4, 4  # bytes of an entry of the optimizer state, and of torch's step count
 
 
 def shapes_of(model: Any) -> dict[str, Shape]:
@@ -116,7 +116,7 @@ class MemoryUse:
     optimizer: int
 
 
-def full(shapes: Shapes, *, width: int = 4, state: int = 4) -> MemoryUse:
+def full(shapes: Shapes, *, width: int = 4) -> MemoryUse:
     """Compute the memory of AdamW on all parameters.
 
     Parameters
@@ -124,11 +124,9 @@ def full(shapes: Shapes, *, width: int = 4, state: int = 4) -> MemoryUse:
     shapes : mapping parameter name -> shape
         Shapes of the model, see ``shapes_of``, ``llama`` and ``gpt2``.
     width : int
-        Bytes per weight and per gradient entry, 4 by default.
-    state : int
-        Bytes per entry of the optimizer state, 4 by default.
+        Bytes per weight and per gradient entry, 4 by default. Entries of the optimizer state always have 4.
     """
-    return _adamw(size(shapes), shapes.values(), width, state)
+    return _adamw(size(shapes), shapes.values(), width)
 
 
 def lora(
@@ -138,13 +136,12 @@ def lora(
     beside: Collection[str] = (),
     *,
     width: int = 4,
-    state: int = 4,
 ) -> MemoryUse:
     """Compute the memory of AdamW on the two LoRA factors of every target.
 
     Parameters
     ----------
-    shapes, width, state
+    shapes, width
         See ``full``.
     rank : int
         Rank of every adapter.
@@ -158,8 +155,7 @@ def lora(
     columns = ["module", "stack", "layer", "role", "out_features", "in_features", "tied"]
     adapted = match(pd.DataFrame(rows, columns=columns).astype({"layer": "Int16"}), targets)
     factors = [(rank, side) for module in adapted for side in matrices[module]]
-    trained = [*factors, *(shapes[name] for name in beside)]
-    return _adamw(size(shapes) + _count(factors), trained, width, state)
+    return _adamw(size(shapes) + _count(factors), [*factors, *(shapes[name] for name in beside)], width)
 
 
 def lisa(
@@ -169,13 +165,12 @@ def lisa(
     visited: int | None = None,
     *,
     width: int = 4,
-    state: int = 4,
 ) -> MemoryUse:
     """Compute the memory of AdamW on the parameters outside the blocks and on a few active blocks.
 
     Parameters
     ----------
-    shapes, width, state
+    shapes, width
         See ``full``.
     active : int, optional
         Number of blocks trained at a time; by default two, or all if the model has fewer. If blocks differ in size,
@@ -194,7 +189,7 @@ def lisa(
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
     parts = sorted(blocks(shapes).values(), key=size, reverse=True)  # the largest blocks give the upper bound
-    active = _blocks_at_a_time(active, parts)
+    active = min(2, len(parts)) if active is None else active
     if not 0 <= active <= len(parts):
         raise ValueError(f"active must be from 0 to {len(parts)}, the number of blocks, got {active}")
     with_state = (len(parts) if visited is None else visited) if policy == "keep" else active
@@ -205,13 +200,7 @@ def lisa(
     inside = {name for part in parts for name in part}
     outside = [shape for name, shape in shapes.items() if name not in inside]
     now, stated = ([*outside, *(s for part in parts[:n] for s in part.values())] for n in (active, with_state))
-    memory = _adamw(size(shapes), stated, width, state)
-    return replace(memory, gradients=width * _count(now))
-
-
-def _blocks_at_a_time(active: int | None, parts: Collection[Any]) -> int:
-    """Return the number of active blocks (LISA's gamma), as given or by default."""
-    return min(2, len(parts)) if active is None else active
+    return replace(_adamw(size(shapes), stated, width), gradients=width * _count(now))
 
 
 def expect_visited_blocks(blocks: int, active: int, intervals: int) -> float:
@@ -229,13 +218,12 @@ def adapprox(
     min_dim: int | None = 64,
     *,
     width: int = 4,
-    state: int = 4,
 ) -> MemoryUse:
     """Compute the memory of Adapprox, which stores second moments as factors of rank k.
 
     Parameters
     ----------
-    shapes, width, state
+    shapes, width
         See ``full``.
     rank : int, mapping parameter name -> int, or None
         Current ranks, at most the smaller side of each matrix; 1 by default. None means the largest allowed rank, a
@@ -255,27 +243,25 @@ def adapprox(
             return max(1, int(RANK_SHARE * min(sides))) * sum(sides)
         return min(rank if isinstance(rank, int) else rank[name], *sides) * sum(sides)
 
-    return _factored_memory(shapes, second, first, width, state)
+    return _factored_memory(shapes, second, first, width)
 
 
-def adafactor(shapes: Shapes, first: bool = True, *, width: int = 4, state: int = 4) -> MemoryUse:
+def adafactor(shapes: Shapes, first: bool = True, *, width: int = 4) -> MemoryUse:
     """Compute the memory of Adafactor, which stores second moments as row and column means; see ``adapprox``."""
-    return _factored_memory(shapes, lambda _, shape: _count_means(shape), first, width, state)
+    return _factored_memory(shapes, lambda _, shape: _count_means(shape), first, width)
 
 
-def came(shapes: Shapes, *, width: int = 4, state: int = 4) -> MemoryUse:
+def came(shapes: Shapes, *, width: int = 4) -> MemoryUse:
     """Compute the memory of CAME: Adafactor with a second pair of means, of the instability; see ``full``."""
-    return _factored_memory(shapes, lambda _, shape: _count_means(shape, 2), True, width, state)
+    return _factored_memory(shapes, lambda _, shape: _count_means(shape, 2), True, width)
 
 
-def table(
-    shapes: Shapes, rank: int = 128, active: int | None = None, *, width: int = 4, state: int = 4
-) -> pd.DataFrame:
+def table(shapes: Shapes, rank: int = 128, active: int | None = None, *, width: int = 4) -> pd.DataFrame:
     """Compute the memory of every training method for one model.
 
     Parameters
     ----------
-    shapes, width, state
+    shapes, width
         See ``full``.
     rank : int
         Rank of LoRA, 128 by default. As in LISA's paper, LoRA adapts all linear layers, embedding and head; a head tied
@@ -291,36 +277,33 @@ def table(
     # A model can lack an embedding or a separate head, and an unknown role is an error.
     roles = {parse(name.removesuffix(".weight")).role for name in shapes}
     everything = ["all-linear", *(role for role in ("embed", "head") if role in roles)]
-    active = _blocks_at_a_time(active, blocks(shapes))
-    given: dict[str, Any] = {"width": width, "state": state}
+    active = min(2, len(blocks(shapes))) if active is None else active
     return _memory_rows(
         {
-            "AdamW": full(shapes, **given),
-            f"LoRA, rank {rank}": lora(shapes, rank, everything, **given),
-            f"LISA, {active} block{'s' * (active != 1)}": lisa(shapes, active, **given),
-            **_factorings(shapes, True, given),
-            "CAME": came(shapes, **given),
+            "AdamW": full(shapes, width=width),
+            f"LoRA, rank {rank}": lora(shapes, rank, everything, width=width),
+            f"LISA, {active} block{'s' * (active != 1)}": lisa(shapes, active, width=width),
+            **_factorings(shapes, True, width),
+            "CAME": came(shapes, width=width),
         }
     )
 
 
-def optimizers(shapes: Shapes, *, width: int = 4, state: int = 4) -> pd.DataFrame:
+def optimizers(shapes: Shapes) -> pd.DataFrame:
     """Compute the memory of every optimizer that trains all weights, with and (where possible) without a first moment.
 
-    Parameters and columns: see ``table``.
+    Every number has 4 bytes; columns: see ``table``.
     """
-    given: dict[str, Any] = {"width": width, "state": state}
-    with_moment, without = (_factorings(shapes, first, given) for first in (True, False))
-    without = {f"{name}, β₁ = 0": memory for name, memory in without.items()}
-    return _memory_rows({"AdamW": full(shapes, **given), **with_moment, "CAME": came(shapes, **given), **without})
+    without = {f"{name}, β₁ = 0": memory for name, memory in _factorings(shapes, False).items()}
+    return _memory_rows({"AdamW": full(shapes), **_factorings(shapes, True), "CAME": came(shapes), **without})
 
 
-def _factorings(shapes: Shapes, first: bool, given: Mapping[str, int]) -> dict[str, MemoryUse]:
+def _factorings(shapes: Shapes, first: bool, width: int = 4) -> dict[str, MemoryUse]:
     """Return the memory of the optimizers that also work without a first moment."""
     return {
-        "Adapprox, rank 1": adapprox(shapes, 1, first, **given),
-        "Adapprox, largest rank": adapprox(shapes, None, first, **given),
-        "Adafactor": adafactor(shapes, first, **given),
+        "Adapprox, rank 1": adapprox(shapes, 1, first, width=width),
+        "Adapprox, largest rank": adapprox(shapes, None, first, width=width),
+        "Adafactor": adafactor(shapes, first, width=width),
     }
 
 
@@ -329,10 +312,9 @@ def _memory_rows(ways: Mapping[str, MemoryUse]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "part", "bytes", "source"])
 
 
-def _adamw(numbers: int, trained: Iterable[Shape], width: int, state: int) -> MemoryUse:
-    trained = list(trained)
+def _adamw(numbers: int, trained: Collection[Shape], width: int) -> MemoryUse:
     each = _count(trained)
-    return MemoryUse(width * numbers, width * each, 2 * state * each + _COUNT * len(trained))
+    return MemoryUse(width * numbers, width * each, 2 * _STATE * each + _COUNT * len(trained))
 
 
 def _count_means(shape: Shape, pairs: int = 1) -> int:
@@ -340,13 +322,11 @@ def _count_means(shape: Shape, pairs: int = 1) -> int:
     return pairs * math.prod(shape[:-2]) * sum(shape[-2:]) if len(shape) > 1 else math.prod(shape)
 
 
-def _factored_memory(
-    shapes: Shapes, second: Callable[[str, Shape], int], first: bool, width: int, state: int
-) -> MemoryUse:
+def _factored_memory(shapes: Shapes, second: Callable[[str, Shape], int], first: bool, width: int) -> MemoryUse:
     """Return the memory if all parameters train; ``second`` counts the entries stored for a second moment."""
     numbers = size(shapes)
     kept = first * numbers + sum(second(name, shape) for name, shape in shapes.items())
-    return MemoryUse(width * numbers, width * numbers, state * kept)
+    return MemoryUse(width * numbers, width * numbers, _STATE * kept)
 
 
 accept_old_names(__name__, visited="expect_visited_blocks")

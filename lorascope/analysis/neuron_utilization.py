@@ -13,15 +13,13 @@ a <= i, so that the first layer has a hidden state to compare.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from lorascope.analysis.norms import last
 
-EDGES = (0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1)
+_EDGES = (0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1)
 # The paper's threshold: 100,000 of the 352,256 utilization ranks of a projection of LLaMA-2-7B.
 STRONG = 100_000 / 352_256
 KEY = ["module", "role", "neuron"]
@@ -107,7 +105,7 @@ def shifts(table: pd.DataFrame, trained: pd.DataFrame, reference: pd.DataFrame |
     return rank_shift(studied, compared, trained)
 
 
-def buckets(shifts: pd.DataFrame, edges: Sequence[float] = EDGES) -> pd.DataFrame:
+def buckets(shifts: pd.DataFrame) -> pd.DataFrame:
     """Compute the mean ``|d_rank|`` by percentile of the rank in the reference, and over all neurons.
 
     Returns
@@ -116,11 +114,11 @@ def buckets(shifts: pd.DataFrame, edges: Sequence[float] = EDGES) -> pd.DataFram
         ``low, high, value, n``: a row for each nonempty bucket, then one for all neurons, from 0 to 1.
     """
     # Percentiles are below 1, so half-open buckets include every neuron.
-    bins = pd.cut(shifts["percentile"], list(edges), right=False, labels=False)
+    bins = pd.cut(shifts["percentile"], list(_EDGES), right=False, labels=False)
     moved = shifts["d_rank"].abs()
     found = moved.groupby(bins).agg(value="mean", n="size").rename_axis("bucket").reset_index()
-    at = found["bucket"].astype(int).to_numpy()
-    found = found.assign(low=np.array(edges, float)[at], high=np.array(edges, float)[at + 1])
+    at, edges = found["bucket"].astype(int).to_numpy(), np.array(_EDGES, float)
+    found = found.assign(low=edges[at], high=edges[at + 1])
     whole = pd.DataFrame({"low": [0.0], "high": [1.0], "value": [moved.mean()], "n": [len(moved)]})
     return pd.concat([found[list(whole)], whole], ignore_index=True)
 

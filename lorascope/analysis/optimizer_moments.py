@@ -55,8 +55,10 @@ def same_marginals(V: Float[np.ndarray, "m n"], seed: int) -> Float[np.ndarray, 
     return shuffled
 
 
-def by_layer(table: pd.DataFrame, quantity: str, most: int = 6, role: str | None = None) -> pd.DataFrame:
+def by_layer(table: pd.DataFrame, quantity: str, role: str | None = None) -> pd.DataFrame:
     """Return the last recorded values of a per-module quantity with an index, averaged over the modules of a layer.
+
+    At most six layers are included, evenly spaced.
 
     Parameters
     ----------
@@ -64,8 +66,6 @@ def by_layer(table: pd.DataFrame, quantity: str, most: int = 6, role: str | None
         Records with ``records.COLUMNS``, ``recipe`` and ``kind``.
     quantity : str
         Name of the quantity.
-    most : int
-        Maximum number of layers, evenly spaced, 6 by default.
     role : str, optional
         Role of the modules to include, by default all.
 
@@ -78,7 +78,7 @@ def by_layer(table: pd.DataFrame, quantity: str, most: int = 6, role: str | None
     if role is not None:
         rows = rows[rows["role"] == role]
     rows = rows.assign(place=place(rows))
-    rows = rows[rows["place"].isin(evenly_spaced(list(rows["place"].cat.categories), most))]
+    rows = rows[rows["place"].isin(evenly_spaced(list(rows["place"].cat.categories), 6))]
     keys = ["run", "recipe", "kind", "place", "index"]
     return rows.groupby(keys, observed=True)["value"].mean().reset_index()
 

@@ -101,20 +101,6 @@ def kendall_tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "ru
     return cosines(order @ order.T)
 
 
-def agreement(ranks: pd.DataFrame) -> pd.DataFrame:
-    """Compute Kendall's tau-b between the module ranks of every pair of runs, over the modules common to all runs.
-
-    Returns
-    -------
-    DataFrame
-        ``first, second`` (run ids), ``tau``.
-    """
-    wide = _pivot_ranks(ranks)
-    pairs = np.triu_indices(len(wide), 1)
-    first, second = (wide.index[runs] for runs in pairs)
-    return pd.DataFrame({"first": first, "second": second, "tau": kendall_tau(wide.to_numpy())[pairs]})
-
-
 def stability(ranks: pd.DataFrame) -> Interval:
     """Compute the mean tau over all pairs of runs, with a 95% t-interval over runs; NaN bounds below three runs.
 
@@ -136,10 +122,10 @@ def random_ranks(ranks: pd.DataFrame, cap: int | None = None) -> pd.DataFrame:
     return pd.concat(rows.assign(value=_draw_ranks(rows["value"].to_numpy(), cap, number)) for number, rows in groups)
 
 
-def random_stability(ranks: pd.DataFrame, cap: int | None = None, draws: int = 200) -> Float[np.ndarray, "draw"]:
-    """Draw the random baseline of ``stability``: the mean tau of as many runs with random ranks, ``draws`` times."""
+def random_stability(ranks: pd.DataFrame, cap: int | None = None) -> Float[np.ndarray, "draw"]:
+    """Draw the random baseline of ``stability``: the mean tau of as many runs with random ranks, 200 times."""
     wide = _pivot_ranks(ranks).to_numpy()
-    drawn = ([_draw_ranks(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(draws))
+    drawn = ([_draw_ranks(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(200))
     return np.array([mean_of_pairs(kendall_tau(np.array(sample))) for sample in drawn])
 
 

@@ -27,6 +27,8 @@ from lorascope.schema.labels import to_words
 LEVEL = 0.05
 MINIMUM_SEEDS = 3
 PLACE = ["model", "task", "metric"]
+# Runs with the same values learn the same, such as two that differ only in observers: they are not two seeds.
+_RUN = [*PLACE, "recipe", "seed"]
 _LOWER_IS_BETTER = ("perplexity",)
 _MAX_LISTED = 4  # pairs without a significant difference that are listed by name
 _MAX_CHARACTERS = 60  # longer tables and lists appear in the name of a recipe as their size and hash
@@ -91,11 +93,6 @@ def unique_names(names: Sequence[str], hashes: Sequence[str | None]) -> list[str
     return [f"{name} ({str(digest)[:6]})" if number[name] > 1 else name for name, digest in pairs]
 
 
-def _drop_duplicate_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """Keep one of the runs that learn the same, such as two that differ only in observers: they are not two seeds."""
-    return table.drop_duplicates([*PLACE, "recipe", "seed"])
-
-
 def pairs(table: pd.DataFrame) -> pd.DataFrame:
     """Compare every pair of :func:`scores` of one model and task, paired by seed; duplicate runs of a seed count once.
 
@@ -108,7 +105,7 @@ def pairs(table: pd.DataFrame) -> pd.DataFrame:
         more or there are fewer than three common seeds.
     """
     found = []
-    for place, part in _drop_duplicate_runs(table).groupby(PLACE, sort=False):
+    for place, part in table.drop_duplicates(_RUN).groupby(PLACE, sort=False):
         by_seed = part.pivot(index="seed", columns="recipe", values="value")
         rows = []
         for recipe, other in itertools.combinations(part["recipe"].unique(), 2):
@@ -161,7 +158,7 @@ def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
         the number of significantly worse ones. A recipe has a definite place only if both are equal.
     """
     key = [*PLACE, "recipe"]
-    rows = band(_drop_duplicate_runs(table), key)
+    rows = band(table.drop_duplicates(_RUN), key)
     better = compared[compared["better"] != ""]
     worse = better["recipe"].where(better["better"] != better["recipe"], better["other"])
     wins, losses = (

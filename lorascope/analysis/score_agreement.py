@@ -35,7 +35,7 @@ def spearman(columns: Float[np.ndarray, "n scores"]) -> Float[np.ndarray, "score
         return np.atleast_2d(np.corrcoef(ranks, rowvar=False))
 
 
-def correlate(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+def correlate(scores: pd.DataFrame) -> pd.DataFrame:
     """Correlate every pair of scores within every run.
 
     Parameters
@@ -43,8 +43,6 @@ def correlate(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     scores : DataFrame
         ``run, module, component, score, value``: several scores of the same components, or of the same modules (then
         component is -1).
-    seed : int
-        Seed of the bootstrap, 0 by default.
 
     Returns
     -------
@@ -58,7 +56,7 @@ def correlate(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     for run, found in scores.groupby("run", sort=False, observed=True):
         wide = found.pivot(index=["module", "component"], columns="score", values="value")[names]
         modules = [block.to_numpy(np.float64) for _, block in wide.groupby(level="module", sort=False)]
-        draw = np.random.default_rng(seed)
+        draw = np.random.default_rng(0)
         again = np.empty((DRAWS, len(names), len(names)))
         for sample in again:
             chosen = draw.integers(len(modules), size=len(modules))

@@ -27,16 +27,14 @@ class Interval(NamedTuple):
         return f"{self.mean:.{digits}f}{half}"
 
 
-def _half_width(
-    deviation: Float[np.ndarray, "cell"], n: Int[np.ndarray, "cell"], confidence: float
-) -> Float[np.ndarray, "cell"]:
+def _half_width(deviation: Float[np.ndarray, "cell"], n: Int[np.ndarray, "cell"]) -> Float[np.ndarray, "cell"]:
     """Compute half the t-interval of the means of n values from their sample standard deviations."""
     degrees = np.where(n > 1, n - 1, np.nan)  # one value has no standard deviation, so no interval
-    return stdtrit(degrees, 0.5 + confidence / 2) * deviation / np.sqrt(n)
+    return stdtrit(degrees, 0.5 + CONFIDENCE / 2) * deviation / np.sqrt(n)
 
 
-def t_interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -> Interval:
-    """Compute the mean of independent values with Student's t-interval.
+def t_interval(values: Float[np.ndarray, "n"]) -> Interval:
+    """Compute the mean of independent values with Student's 95% t-interval.
 
     Raises
     ------
@@ -47,12 +45,12 @@ def t_interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -
         raise ValueError("values must contain at least 1 value, got none")
     n, mean = len(values), float(values.mean())
     deviation = values.std(ddof=1) if n > 1 else np.nan
-    half = float(_half_width(np.array([deviation]), np.array([n]), confidence)[0])
+    half = float(_half_width(np.array([deviation]), np.array([n]))[0])
     return Interval(mean, mean - half, mean + half, n)
 
 
-def band(table: pd.DataFrame, by: Sequence[str], confidence: float = CONFIDENCE) -> pd.DataFrame:
-    """Compute the mean and t-interval over the runs of every cell.
+def band(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """Compute the mean and 95% t-interval over the runs of every cell.
 
     Parameters
     ----------
@@ -60,8 +58,6 @@ def band(table: pd.DataFrame, by: Sequence[str], confidence: float = CONFIDENCE)
         Table with ``value`` and the columns ``by``, one row per run and cell.
     by : sequence of str
         Columns that define a cell.
-    confidence : float
-        Confidence level, 0.95 by default.
 
     Returns
     -------
@@ -70,6 +66,6 @@ def band(table: pd.DataFrame, by: Sequence[str], confidence: float = CONFIDENCE)
     """
     cells = table.groupby(list(by), observed=True, dropna=False, sort=False)["value"]
     found = cells.agg(value="mean", deviation="std", n="count").reset_index()
-    half = _half_width(found["deviation"].to_numpy(np.float64), found["n"].to_numpy(), confidence)
+    half = _half_width(found["deviation"].to_numpy(np.float64), found["n"].to_numpy())
     bounds = found.assign(low=found["value"] - half, high=found["value"] + half)
     return bounds[[*by, "value", "low", "high", "n"]]

@@ -50,8 +50,7 @@ def singular_values(run: Result, step: int | None = None) -> Spectra:
 def added_values(run: Result, step: int | None = None) -> Spectra:
     """Return the singular values of the learned updates ΔW - ΔW₀, or of ΔW if the initial update was not saved."""
     whole, made = singular_values(run, step), initial_update.learned_updates(run, step)
-    modules = list(dict.fromkeys([*whole, *made]))
-    return Lazy(modules, lambda module: made[module].singular_values() if module in made else whole[module])
+    return Lazy([*whole, *made], lambda module: made[module].singular_values() if module in made else whole[module])
 
 
 def spectrum(spectra: Spectra) -> pd.DataFrame:

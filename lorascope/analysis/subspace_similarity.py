@@ -1,4 +1,4 @@
-"""Similarity of the subspaces two runs learn: LoRA's measure (section 7.2, Eq. 4) and principal angles.
+"""Similarity of the subspaces two runs learn: LoRA's measure (section 7.2, Eq. 4).
 
 Every similarity is reported with its expectation for independent random subspaces, max(i, j) / dimension, which is far
 from zero in small models.
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.updates import Update, phi_matrix, principal_angles
+from lorascope.updates import Update, phi_matrix
 
 Side = Literal["A", "B", "update"]
 
@@ -57,21 +57,6 @@ def similarity_of_runs(
         listed = ", ".join(common) or "none"
         raise ValueError(f"module {module!r} is not adapted in both runs; expected one of {listed}")
     return similarity(_orient_rows(first[module], side), _orient_rows(second[module], side))
-
-
-def angles(first: Update, second: Update) -> pd.DataFrame:
-    """Compute the principal angles between the output spaces and between the input spaces of two updates of a module.
-
-    Returns
-    -------
-    DataFrame
-        ``side`` ("out" or "in"), ``component`` (from 1), ``degrees`` ascending.
-    """
-    tables = []
-    for side, bases in {"out": (first.left(), second.left()), "in": (first.right(), second.right())}.items():
-        degrees = np.sort(np.degrees(principal_angles(*bases)))
-        tables.append(pd.DataFrame({"side": side, "component": np.arange(1, len(degrees) + 1), "degrees": degrees}))
-    return pd.concat(tables, ignore_index=True)
 
 
 def _orient_rows(change: Update, side: Side) -> Float[np.ndarray, "rank dim"]:

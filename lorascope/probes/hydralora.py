@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-from lorascope.analysis.head_similarity import mean_of_pairs, update_cosines
+from lorascope.analysis.head_similarity import cosines, mean_of_pairs, update_inner
 from lorascope.methods import HydraLoRA, LoRA
 from lorascope.probes.base import HELD_FIXED, Arm, Probe, ReportFigure, draw, encoder_settings, select
 from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
@@ -97,8 +97,8 @@ def domain_information(run: Run, start: bool = False) -> float:
 
 def mean_expert_distance(run: Run) -> float:
     """Compute the cosine distance between the updates of two experts, mean over pairs and modules."""
-    cosines = [mean_of_pairs(update_cosines(factors["A"], factors["B"])) for factors in run.factors().values()]
-    return 1 - float(np.mean(cosines))
+    inner = [update_inner(factors["A"], factors["B"]) for factors in run.factors().values()]
+    return 1 - float(np.mean([mean_of_pairs(cosines(products)) for products in inner]))
 
 
 def figures(runs: Runs) -> list[ReportFigure]:

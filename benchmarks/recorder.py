@@ -19,7 +19,7 @@ from lorascope.methods.base import Method, Phase
 from lorascope.observe import Observer, norms
 from lorascope.training.base_weights import Base, prepare_model
 from lorascope.training.run_spec import Plan
-from lorascope.training.session import Session
+from lorascope.training.session import Session, clip_gradients
 from lorascope.training.settings import Settings
 
 TARGET = 1.02
@@ -57,7 +57,7 @@ class Training:
             step.index, step.batch = step.index + 1, self.batch
             session.optimizer.zero_grad(set_to_none=True)
             loss = session.backward()
-            session.clip()
+            clip_gradients(session.optimizer, session.settings.clip)
             session.optimizer.step()
             session.record(loss, None, 1e-4)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorascope.experiments import grid, toml_schema
+from lorascope.experiments import grid
 from lorascope.experiments.sweep import SweepResult
 from lorascope.methods import METHODS, LoRA
 from lorascope.observe import factors, neurons, norms
@@ -211,16 +211,16 @@ def test_default_of_every_method_field_has_its_type(name):
     wrong = [
         field
         for field in vars(method)
-        if not field.endswith("_") and not toml_schema.is_of_type(vars(method)[field], hints[field])
+        if not field.endswith("_") and not grid.is_of_type(vars(method)[field], hints[field])
     ]
     assert not wrong
-    assert not toml_schema.is_of_type(object(), hints["lr"])
+    assert not grid.is_of_type(object(), hints["lr"])
 
 
 def test_toml_values_have_the_expected_types():
-    assert toml_schema.is_of_type(3, float)
-    assert not toml_schema.is_of_type(True, float)
-    assert not toml_schema.is_of_type(3, bool)
-    assert toml_schema.is_of_type(["q"], str | tuple[str, ...])
-    assert not toml_schema.is_of_type(["q", 1], str | tuple[str, ...])
-    assert not toml_schema.is_of_type("x", Path | None)
+    assert grid.is_of_type(3, float)
+    assert not grid.is_of_type(True, float)
+    assert not grid.is_of_type(3, bool)
+    assert grid.is_of_type(["q"], str | tuple[str, ...])
+    assert not grid.is_of_type(["q", 1], str | tuple[str, ...])
+    assert not grid.is_of_type("x", Path | None)

@@ -221,6 +221,11 @@ def test_lisa_in_the_benchmark_does_not_resample_in_the_measured_step():
     assert [way.period(2) >= 2 for way in ways.values() if isinstance(way, ls.LISA)] == [True]
 
 
+def test_unknown_method_raises_with_the_nearest_name(task):
+    with pytest.raises(ValueError, match=r"unknown method 'lorra'.*'lora'"):
+        ls.memory.measure("minilm", task, "lorra")
+
+
 def test_live_weights_are_not_copied():
     model = nn.Linear(3, 2)
     base = LiveWeights(model)

@@ -73,8 +73,8 @@ def spectrum(run: Result, step: int | None = None) -> pd.DataFrame:
         parts.append(pd.DataFrame(columns | {"coefficient": update.coefficients, "start": start}))
     known = pd.concat(parts, ignore_index=True)
     places = pd.MultiIndex.from_frame(known[["module", "index"]])
-    recorded = recorded.reindex(index=places, columns=list(_RECORDED)).rename(columns=_RECORDED)
-    return known.assign(**{name: recorded[name].to_numpy() for name in recorded})
+    recorded = recorded.reindex(index=places, columns=list(_RECORDED))
+    return known.assign(**{name: recorded[quantity].to_numpy() for quantity, name in _RECORDED.items()})
 
 
 def places(update: Fourier) -> pd.DataFrame:

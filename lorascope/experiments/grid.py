@@ -1,7 +1,7 @@
 """Grids of runs: models x tasks x methods x settings x seeds, from a TOML file or a mapping, validated before training.
 
 A list means several values, with one run per value. If the value itself is a list, such as ``targets``, use a list of
-lists.
+lists. TOML has no null, so ``"none"`` means None wherever None is allowed.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ import dataclasses
 import itertools
 import reprlib
 import tomllib
-import typing
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
 from lorascope import observe
-from lorascope.experiments.toml_schema import NONE, combinations, require_known, require_type, toml_to_value
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method, config, from_config
 from lorascope.observe.base import Observer
 from lorascope.schema.deprecation import to_new_fields, warn_renamed
+from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
 from lorascope.training.settings import Settings
 
@@ -33,6 +33,8 @@ Model = str | Callable[[], nn.Module]
 Data = Task | str | Path
 
 _KEYS = ("model", "task", "method", "seeds", "settings", "root", "backend")
+_NONE = "none"
+_WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): f'"{_NONE}"'}
 _BACKEND = {"name": str, "address": str, "jobs": int}
 # Maximum number of seeds per recipe.
 _MOST = 10_000
@@ -109,7 +111,7 @@ def read(source: str | Path | Mapping[str, Any]) -> Grid:
 
 
 def _read_grid(table: Mapping[str, Any]) -> Grid:
-    require_known(table, _KEYS, "key")
+    _require_known(table, _KEYS, "key")
     for key in ("task", "method", "settings"):
         if key not in table:
             raise ValueError(f"missing key {key!r}: a sweep requires task, method and settings")
@@ -119,7 +121,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
         raise ValueError(f'backend must be a table such as {{name = "dask", address = "tcp://..."}}, got {backend!r}')
     for key, kind in _BACKEND.items():
         if key in backend:
-            require_type(f"backend: {key}", backend[key], kind)
+            _require_type(f"backend: {key}", backend[key], kind)
     given = {key: table.get(key, "minilm") for key in ("model", "task", "method")}
     lists = {key: list(value) if isinstance(value, list | tuple) else [value] for key, value in given.items()}
     for key, found in lists.items():
@@ -154,7 +156,7 @@ def _methods(entry: Any) -> list[Method]:
         return [entry]
     name, given, hints = _read_named(entry, METHODS, "method", '{name = "lora", rank = 8}')
     try:
-        return [from_config({"name": name, **chosen}) for chosen in combinations(given, hints)]
+        return [from_config({"name": name, **chosen}) for chosen in _combinations(given, hints)]
     except ValueError as error:
         raise ValueError(f"method {name}: {error}") from None
 
@@ -162,15 +164,15 @@ def _methods(entry: Any) -> list[Method]:
 def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]]:
     if not isinstance(table, Mapping):
         raise ValueError(f"settings must be a table such as {{steps = 300}}, got {table!r}")
-    hints = {name: hint for name, hint in typing.get_type_hints(train).items() if name not in _NO_SETTINGS}
-    require_known(table, hints, "setting")
+    hints = {name: hint for name, hint in get_type_hints(train).items() if name not in _NO_SETTINGS}
+    _require_known(table, hints, "setting")
     if "observe" in table:
-        if isinstance(table["observe"], str | Mapping) and table["observe"] != NONE:
+        if isinstance(table["observe"], str | Mapping) and table["observe"] != _NONE:
             raise ValueError(f'observe must be a list of observers such as ["norms"], got {table["observe"]!r}')
         table = {**table, "observe": _observers(table["observe"])}
     if "steps" not in table:
         raise ValueError("missing setting 'steps': add it, as in {steps = 300}")
-    found = combinations(table, hints)
+    found = _combinations(table, hints)
     names = {field.name for field in dataclasses.fields(Settings)}
     for chosen, method in itertools.product(found, methods):
         # Settings checks its values, so that an invalid one is reported before any run starts.
@@ -184,12 +186,12 @@ def _observers(value: Any) -> Any:
     """Replace names and tables in ``observe`` by observers; lists stay lists."""
     if isinstance(value, list | tuple):
         return [_observers(item) for item in value]
-    if isinstance(value, Observer) or value in (None, NONE):
+    if isinstance(value, Observer) or value in (None, _NONE):
         return value
     name, given, hints = _read_named(value, _OBSERVERS, "observer", '{name = "neurons", every = 10}')
     for key, each in given.items():
-        given[key] = each = toml_to_value(each, hints[key])
-        require_type(f"observer {name}: {key}", each, hints[key])
+        given[key] = each = _toml_to_value(each, hints[key])
+        _require_type(f"observer {name}: {key}", each, hints[key])
         given[key] = tuple(each) if isinstance(each, list) else each
     if given.get("every", 1) < 1:
         raise ValueError(f"observer {name}: every must be >= 1 (steps between recordings), got {given['every']}")
@@ -206,11 +208,11 @@ def _read_named(
     if what == "observer" and name in observe.OLD_OBSERVERS:
         warn_renamed("observe", name, observe.OLD_OBSERVERS[name], stacklevel=3)
         name = observe.OLD_OBSERVERS[name]
-    require_known([name], kinds, what)
+    _require_known([name], kinds, what)
     given = to_new_fields(kinds[name], {key: value for key, value in table.items() if key != "name"}, stacklevel=4)
-    types = typing.get_type_hints(kinds[name])
-    own = {f.name: types[f.name] for f in dataclasses.fields(kinds[name]) if f.init and not f.name.endswith("_")}
-    require_known(given, own, f"field of {what} {name}")
+    hints = get_type_hints(kinds[name])
+    own = {f.name: hints[f.name] for f in dataclasses.fields(kinds[name]) if f.init and not f.name.endswith("_")}
+    _require_known(given, own, f"field of {what} {name}")
     return name, given, own
 
 
@@ -231,3 +233,65 @@ def _require_distinct(values: Sequence[Any], what: str) -> None:
     for number, value in enumerate(values):
         if value in values[:number]:
             raise ValueError(f"duplicate {what} {value!r}")
+
+
+def _combinations(table: Mapping[str, Any], hints: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return all combinations of one value per key."""
+    choices = []
+    for key, value in table.items():
+        hint, one = hints[key], _toml_to_value(value, hints[key])
+        several = [_toml_to_value(item, hint) for item in value] if isinstance(value, list) else []
+        if is_of_type(one, hint):
+            several = [one]
+        elif not several or not all(is_of_type(item, hint) for item in several):
+            allowed = f"{_describe_type(hint)}, or a list of these (one run per value)"
+            raise ValueError(f"{key} must be {allowed}, got {value!r}")
+        choices.append(several)
+    return [dict(zip(table, chosen, strict=True)) for chosen in itertools.product(*choices)]
+
+
+def _toml_to_value(value: Any, hint: Any) -> Any:
+    """Convert a value to Python: "none" becomes None if the type allows None."""
+    return None if value == _NONE and is_of_type(None, hint) else value
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Return whether a TOML value has this type. An integer is not a boolean, and a boolean not an integer."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(is_of_type(value, each) for each in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (tuple, Sequence):
+        return isinstance(value, list | tuple) and all(is_of_type(item, arguments[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(is_of_type(item, arguments[1]) for item in value.values())
+    kind = int | float if hint is float else hint  # PEP 484 accepts an int as a float
+    return isinstance(hint, type) and isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+
+
+def _describe_type(hint: Any) -> str:
+    """Describe a type in the terms of TOML."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(name for each in arguments if (name := _describe_type(each))))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in (tuple, Sequence):
+        return "a list"
+    if origin is Mapping:
+        return "a table"
+    return _WORDS.get(hint, "")
+
+
+def _require_type(key: str, value: Any, hint: Any) -> None:
+    """Raise ValueError if the value of a key does not have this type."""
+    if not is_of_type(value, hint):
+        raise ValueError(f"{key} must be {_describe_type(hint)}, got {value!r}")
+
+
+def _require_known(given: Collection[str], choice: Collection[str], what: str) -> None:
+    """Raise ValueError for the first unknown name."""
+    for name in given:
+        if name not in choice:
+            raise ValueError(unknown_name(what, name, sorted(choice)))

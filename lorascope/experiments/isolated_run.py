@@ -13,8 +13,7 @@ from torch import nn
 
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
-from lorascope.methods import METHODS
-from lorascope.methods.base import Method
+from lorascope.methods.base import Method, from_config
 from lorascope.observe.base import Observer
 from lorascope.runs.folders import lock_run
 from lorascope.runs.run import Run
@@ -66,7 +65,7 @@ class IsolatedRun:
         cls, model: Model, data: Data, method: Method | str, settings: Mapping[str, Any], **where: Any
     ) -> IsolatedRun:
         """Create the arguments with the method's own learning rates and a minimal evaluation."""
-        method = METHODS[method]() if isinstance(method, str) else method
+        method = from_config({"name": method}) if isinstance(method, str) else method
         asked = {"lr": method.lr, "head_lr": method.head_lr, "eval_size": 1, "test_size": 1} | dict(settings)
         return cls(model, data, method, Settings(**asked), **where)
 

@@ -38,6 +38,7 @@ __all__ = ["ATTEMPTS", "Job", "SweepResult", "run_grid", "run_jobs", "sweep", "w
 
 # A run fails after its worker was killed this many times.
 ATTEMPTS = 3
+_KILLED = "its worker was killed {} times, out of memory?"
 # Random generators and the number of threads are global: a worker with several threads trains one run at a time.
 _ONE_AT_A_TIME = threading.Lock()
 # Seconds between attempts to train a run that another process is training.
@@ -179,7 +180,7 @@ def run_jobs(
                 begun = {number: _begun(files[number]) for number in left}
                 if spent := [number for number in left if begun[number] >= ATTEMPTS]:
                     for number in spent:
-                        fail(number, _killed_message())
+                        fail(number, _KILLED.format(ATTEMPTS))
                     continue
                 # A job that ran during two worker deaths may be their cause: such jobs run last, one at a time.
                 batch = [number for number in left if begun[number] < ATTEMPTS - 1] or left[:1]
@@ -213,16 +214,12 @@ def _begun(file: Path) -> int:
     return read_progress(file).get("begun", 0)
 
 
-def _killed_message() -> str:
-    return f"its worker was killed {ATTEMPTS} times, out of memory?"
-
-
 def _do_job(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, str]:
     """Run one job in this process; return its number, its folder and its error."""
     with _ONE_AT_A_TIME:
         try:
             if _begun(file) >= ATTEMPTS:
-                return number, "", _killed_message()  # a cluster may restart a job on its own
+                return number, "", _KILLED.format(ATTEMPTS)  # a cluster may restart a job on its own
             os.chdir(here)  # relative paths start where the sweep was called
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             threads = torch.get_num_threads()

@@ -15,7 +15,6 @@ from jaxtyping import UInt8
 
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_json import Count, Finite, to_typed
 from lorascope.runs.folders import own_files
 from lorascope.training.state import load_tree, save_tree
@@ -94,10 +93,6 @@ class Checkpoints:
         An older best state stays until the next checkpoint: an interruption loses later steps and their best state.
         """
         return self.folder / f"best-{step:08d}.safetensors"
-
-    def keep_best(self, step: int) -> None:
-        """Copy the best state to where a finished run stores it."""
-        write_bytes(self.path / "state/best.safetensors", self.best_file(step).read_bytes())
 
 
 def pack_rows(table: pd.DataFrame) -> UInt8[np.ndarray, "bytes"]:

@@ -67,13 +67,7 @@ class Score:
         return math.exp(loss) if loss < 700 else math.inf
 
 
-def evaluate(
-    model: nn.Module,
-    encoded: EncodedRows,
-    device: str | torch.device = "cpu",
-    limit: int | None = None,
-    batch_size: int = 64,
-) -> Score:
+def evaluate(model: nn.Module, encoded: EncodedRows, device: str | torch.device = "cpu", batch_size: int = 64) -> Score:
     """Evaluate a model without gradients or dropout, and restore its train or eval mode.
 
     The loss is the cross-entropy only, without terms that a model adds to its own loss. In a closed set of responses,
@@ -88,13 +82,11 @@ def evaluate(
         Rows to evaluate.
     device : str or device
         Device of the model.
-    limit : int, optional
-        Number of rows to evaluate, from the first; all by default. Rows of a task are sorted by a hash.
     batch_size : int
         Rows per forward pass. Rows of similar length are batched together.
     """
-    total = len(encoded) if limit is None else min(limit, len(encoded))
-    order = np.argsort(encoded.lengths[:total], kind="stable")
+    total = len(encoded)
+    order = np.argsort(encoded.lengths, kind="stable")
     nll, counts, correct = np.zeros(total), np.ones(total, dtype=np.int64), np.zeros(total, dtype=bool)
     training = model.training
     model.eval()
@@ -111,8 +103,7 @@ def evaluate(
                 nll[rows], counts[rows], correct[rows] = _score_tokens(model, batch, encoded, rows)
     model.train(training)
     closed = encoded.classes is not None or encoded.choices is not None
-    groups = None if encoded.groups is None else encoded.groups[:total]
-    return Score("accuracy" if closed else "perplexity", nll, counts, correct if closed else None, groups)
+    return Score("accuracy" if closed else "perplexity", nll, counts, correct if closed else None, encoded.groups)
 
 
 def _score_tokens(

@@ -15,17 +15,15 @@ from torch import nn
 from lorascope.adapters import delta
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
-from lorascope.methods import METHODS
-from lorascope.methods.base import Method, Phase
+from lorascope.methods.base import Method, Phase, from_config
 from lorascope.observe import Observer, norms
 from lorascope.runs.folders import lock_run, read_manifest
 from lorascope.runs.run import Run
-from lorascope.schema.suggestions import unknown_name
 from lorascope.training.base_weights import Base, prepare_model
 from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
 from lorascope.training.progress import catch_interrupt, progress_bar
 from lorascope.training.run_spec import Plan
-from lorascope.training.session import Session, nonfinite_reason
+from lorascope.training.session import Session, clip_gradients, nonfinite_reason
 from lorascope.training.settings import Settings
 from lorascope.training.state import seed_generators
 
@@ -127,18 +125,12 @@ def train(
         The loss or the gradient norm is not finite.
     """
     given = locals()
-    if isinstance(method, str):
-        if method not in METHODS:
-            raise ValueError(unknown_name("method", method, METHODS))
-        method = METHODS[method]()
+    method = from_config({"name": method}) if isinstance(method, str) else method
     method.prepare()  # before anything is changed
     task = data if isinstance(data, Task) else tasks.load(str(data))
     model = models.load(model, task=task) if isinstance(model, str) else model
-    rates: dict[str, Any] = {
-        "lr": method.lr if lr is None else lr,
-        "head_lr": method.head_lr if head_lr is None else head_lr,
-    }
-    settings = Settings(**{field.name: given[field.name] for field in fields(Settings)} | rates)
+    chosen = {field.name: given[field.name] for field in fields(Settings)}
+    settings = Settings(**chosen | _rates(method, lr, head_lr))
     task = task.fit(model)
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -167,11 +159,7 @@ def train(
         for phase in _run_phases(method, marker.base, runs):
             path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
             started.append(path.name)
-            own = lr if phase.lr is None else phase.lr
-            rates = {
-                "lr": phase.method.lr if own is None else own,
-                "head_lr": phase.method.head_lr if head_lr is None else head_lr,
-            }
+            rates = _rates(phase.method, lr if phase.lr is None else phase.lr, head_lr)
             part = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
             if finished_run(path, part) is None:
                 # Hold this lock until the end, so that no other process trains in the folder between two phases.
@@ -196,6 +184,11 @@ def train(
         _reset(model, marker.base)
         stored.restore(model, method=replace(phase.method))
     return runs[-1]
+
+
+def _rates(method: Method, lr: float | None, head_lr: float | None) -> dict[str, Any]:
+    """Return the given learning rates, or those of a method by default."""
+    return {"lr": method.lr if lr is None else lr, "head_lr": method.head_lr if head_lr is None else head_lr}
 
 
 def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
@@ -230,7 +223,7 @@ def advance(session: Session, index: int) -> tuple[float, float | None, float]:
     optimizer.zero_grad(set_to_none=True)
     loss = session.backward()
     method.after_backward(step)
-    norm = session.clip()
+    norm = clip_gradients(optimizer, session.settings.clip)
     if reason := nonfinite_reason(step, loss, norm, rate):
         session.fail(reason)
         raise FloatingPointError(f"{reason}; the records up to this step are in {session.path}")

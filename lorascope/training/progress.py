@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from types import FrameType
@@ -75,12 +75,6 @@ class ProgressFile:
         self.content |= {"phase": name, "total": total, "step": start}
         self.write()
 
-    def __enter__(self) -> ProgressFile:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """End a phase; its last steps are written with the next phase or at the end."""
-
     def show(self, loss: float, score: Score | None) -> None:
         """Advance by one step and show its loss and score."""
         self.content |= {"step": self.content["step"] + 1, "loss": loss}
@@ -113,12 +107,12 @@ def writing_progress(file: ProgressFile) -> Iterator[None]:
 _PROGRESS_FILE: ContextVar[ProgressFile | None] = ContextVar("progress_file", default=None)
 
 
-def progress_bar(name: str, total: int, start: int, visible: bool) -> Any:
+def progress_bar(name: str, total: int, start: int, visible: bool) -> AbstractContextManager[Any]:
     """Return a progress bar over the steps of a phase, or the progress file of the context if there is one."""
     file = _PROGRESS_FILE.get()
     if file is not None:
         file.phase(name, total, start)
-        return file
+        return nullcontext(file)
     bar = ProgressBar(total=total, initial=start, desc=printable(name), disable=not visible, unit="step")
     bar.shown = {}
     return bar

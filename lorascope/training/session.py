@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import write_bytes
 from lorascope.inputs.models import processor
 from lorascope.inputs.tokenization import EncodedRows
 from lorascope.methods.base import Batch, HeldOut, Method, Step
@@ -109,14 +110,13 @@ class Session(Recorder):
 
     # -- loss and evaluation ------------------------------------------------------------------------------------
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Return a context of bf16 autocast, or an empty one for fp32."""
+    def _autocast(self) -> AbstractContextManager[Any]:
         if self.settings.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.partition(":")[0], torch.bfloat16)
 
     def _batch_loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
-        with self.autocast():
+        with self._autocast():
             if params is None:
                 return model(**batch).loss.float()
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -124,10 +124,8 @@ class Session(Recorder):
 
     def backward(self) -> float:
         """Compute the gradients of the step's batch, in ``accumulate`` micro-batches, and return its loss."""
-        parts = self.settings.accumulate
-        total = self.task.count_targets(self.step.batch)
-        rows = self.settings.batch_size // parts
-        loss = 0.0
+        parts, loss = self.settings.accumulate, 0.0
+        total, rows = self.task.count_targets(self.step.batch), self.settings.batch_size // parts
         for part in range(parts):
             piece = {key: value[part * rows : (part + 1) * rows] for key, value in self.step.batch.items()}
             share = self.task.count_targets(piece) / total if parts > 1 else 1.0
@@ -135,10 +133,6 @@ class Session(Recorder):
             value.backward()
             loss += float(value.detach())
         return loss
-
-    def clip(self) -> float | None:
-        """Clip the global norm of the gradients; see ``clip_gradients``."""
-        return clip_gradients(self.optimizer, self.settings.clip)
 
     def evaluate(self) -> Score | None:
         """Evaluate on the validation split if the step is due; mark the best step so far and save its state.
@@ -160,11 +154,8 @@ class Session(Recorder):
         return score
 
     def _score(self, rows: Any) -> Score:
-        self.model.eval()
-        with self.autocast():
-            score = evaluate(self.model, rows, self.device)
-        self.model.train()
-        return score
+        with self._autocast():
+            return evaluate(self.model, rows, self.device)
 
     # -- saving and resuming ------------------------------------------------------------------------------------
 
@@ -225,7 +216,8 @@ class Session(Recorder):
         states = {"last": self.save_state(self.path / "state/last.safetensors")}
         if self.best is not None:
             if self.best.step != self.step.finished:
-                self.checkpoints.keep_best(self.best.step)
+                best = self.checkpoints.best_file(self.best.step)
+                write_bytes(self.path / "state/best.safetensors", best.read_bytes())
             states["best"] = State(self.best.step, self.best.ranks)
         self.writer.meta.states = states
         self.writer.meta.test = Test(score.name, score.metric, score.loss, score.groups)

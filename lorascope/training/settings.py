@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lorascope.methods.base import require_at_least, require_choice
+from lorascope.methods.base import require, require_at_least, require_choice
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
@@ -41,20 +41,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "steps", "batch_size", "accumulate", "eval_size", "max_length")
-        if self.test_size is not None and self.test_size < 1:
-            raise ValueError(f"test_size must be >= 1 or None (the whole split), got {self.test_size}")
+        require(self, "test_size", ">= 1 or None (the whole split)", self.test_size is None or self.test_size >= 1)
         for name in ("lr", "head_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
+            require(self, name, "> 0 and finite", 0 < getattr(self, name) < math.inf)
         require_at_least(self, 0, "warmup", "weight_decay")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}")
-        if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip must be > 0 or None (no clipping), got {self.clip}")
+        require(self, "clip", "> 0 or None (no clipping)", self.clip is None or self.clip > 0)
         require_choice(self, "schedule", SCHEDULES)
         require_choice(self, "precision", PRECISIONS)
-        if self.eval_every is not None and self.eval_every < 0:
-            raise ValueError(f"eval_every must be >= 0 or None (a fifth of the run), got {self.eval_every}")
+        require(self, "eval_every", ">= 0 or None (a fifth of the run)", (self.eval_every or 0) >= 0)
 
     @property
     def evaluation_steps(self) -> int:

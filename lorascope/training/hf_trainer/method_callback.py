@@ -15,7 +15,7 @@ Under DDP, all processes call the hooks on the same averaged gradients, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +109,12 @@ class MethodCallback(TrainerCallback):
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, base: Base, modules: pd.DataFrame) -> Step:
     """Return the Step of a Trainer, which gives no access to batches, their loss or held-out text."""
-
-    def unavailable(source: str) -> Callable[..., Any]:
-        def fail(*_: Any) -> Any:
-            raise ValueError(f"cannot access {source} under a Trainer; train with ls.train")
-
-        return fail
-
-    sources = unavailable("the loss of a batch"), unavailable("the search split"), unavailable("held-out text")
+    sources = partial(_fail, "the loss of a batch"), partial(_fail, "the search split"), partial(_fail, "held-out text")
     return Step(-1, 0, model, optimizer, base, modules, *sources, shows_text=False)
+
+
+def _fail(source: str, *_: Any) -> Any:
+    raise ValueError(f"cannot access {source} under a Trainer; train with ls.train")
 
 
 def _only_phase(method: Method, base: Base) -> Method:

@@ -137,17 +137,14 @@ def create_folder(folder: Path, resumed: str | None) -> None:
     if not (folder / "run.json").exists():
         raise ValueError(f"cannot record into {folder}: it contains files but no run; pass another out")
     run = Run.read(folder)
-    aside = _free_folder(folder.with_name(f"{folder.name}-{run.id}"))
+    name = f"{folder.name}-{run.id}"
+    asides = (folder.with_name(each) for each in (name, *(f"{name}-{number}" for number in range(2, 10_000))))
+    aside = next(each for each in asides if not each.exists())
     with lock_run(folder):
         if run.id != resumed:
             folder.rename(aside)
         elif run.finished:
             shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("resume"))
-
-
-def _free_folder(folder: Path) -> Path:
-    names = (folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000)))
-    return next(name for name in names if not name.exists())
 
 
 def mark_lost_run(writer: RunWriter, lock: ExitStack) -> None:

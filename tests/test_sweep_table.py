@@ -83,7 +83,7 @@ def test_progress_file_counts_starts_without_an_end(tmp_path):
     assert ProgressFile(file).content["begun"] == read_progress(file)["begun"] == 2
     train_a_little(file, 3)
     told = read_progress(file)
-    assert (told["begun"], told["step"], told["total"], told["phase"]) == (0, 5, 9, "search")
+    assert (told["begun"], told["step"], told["total"]) == (0, 5, 9)
     with progress_bar("outside", 3, 0, visible=False) as bar:
         bar.show(0.5, None)
     assert read_progress(file) == told
@@ -101,7 +101,7 @@ def test_metric_is_shown_with_its_name(tmp_path):
 
     score = Score("accuracy", np.zeros(4), np.ones(4, dtype=int), np.array([True, True, True, False]), None)
     note = ProgressFile(tmp_path / "0.json")
-    note.phase("lora", 9, 0)
+    note.content |= {"total": 9, "step": 0}
     note.show(0.1, score)
     note.write()
     board = SweepTable(["a"], lambda number: tmp_path / f"{number}.json", None)

@@ -1,8 +1,7 @@
 """Pairwise comparison of adapters of any rank and method: size, direction, and allocation of rank and energy.
 
 No result depends on how an update is split into factors, and the product of the factors is never formed. Seen as one
-vector of all weights, an adapter is zero in the modules it does not change. Modules saved as full weights, such as a
-classifier head, are excluded.
+vector of all weights, an adapter is zero in the modules it does not change. Modules saved as full weights are excluded.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ def modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.DataFrame:
     runs : mapping label -> Run
         Runs or adapters of the same model.
     spectra : bool
-        Whether to decompose dense updates of any size for their directions. By default only those whose smaller side
-        is at most 1024.
+        Whether to decompose dense updates of any size for their directions; by default up to a smaller side of 1024.
 
     Returns
     -------

@@ -1,8 +1,7 @@
 """Factors of many adapters as points: cosine similarities in three views, and 2-D embeddings (PCA, t-SNE).
 
-(B, A) and (B R^-1, R A) are the same update for every invertible R. Training from a different A_0 leads to a different
-R. The raw view compares the arrays as they are, as the paper's figure does, so it depends on R. The other two views do
-not:
+(B, A) and (B R^-1, R A) are the same update for every invertible R. Training from another A_0 leads to another R. The
+raw view compares the arrays as they are, as the paper's figure does, so it depends on R. The other two views do not:
 
 canonical  A = sqrt(sigma) V^T and B = U sqrt(sigma) from the update's singular value decomposition; a component with
            zero singular value is a row of zeros; components with equal singular values are arbitrary (the space is not)
@@ -110,8 +109,7 @@ def clouds(
     Raises
     ------
     ValueError
-        The runs have no adapted module in common. Or a factor differs in rank or width between runs, is zero, or is
-        not finite.
+        The runs have no adapted module in common, or a factor is zero, not finite or of another shape in another run.
     """
     runs, modules = list(updates), common_modules(updates)
     if not modules:

@@ -55,8 +55,7 @@ def numbers(
     DataFrame
         ``factor, view``; ``sharedness`` and its random baseline ``sharedness_chance``; ``cosine``, the mean over pairs
         of one module in two domains; ``angle``, for spaces the mean principal angle of such pairs in degrees, else
-        NaN; ``neighbour`` and ``silhouette`` with their means under permuted domains (``_chance``) and p-values
-        (``_p``).
+        NaN; ``neighbour`` and ``silhouette``, with means under permuted domains (``_chance``) and p-values (``_p``).
 
     Raises
     ------
@@ -108,8 +107,7 @@ def sharedness(found: Sequence[FactorSet]) -> dict[str, float]:
 def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> float:
     """Compute the mean principal angle in degrees between the spaces of one module in two domains.
 
-    The mean is over angles, pairs of runs, and the modules that all runs adapt. A factor that is zero or not finite
-    raises a ValueError.
+    The mean is over angles, pairs of runs, and common modules. A factor without direction raises a ValueError.
     """
     runs = [(one, two) for one in updates for two in updates if one < two and domains[one] != domains[two]]
     means = []

@@ -7,8 +7,7 @@ The paper leaves these choices open:
 - Vocabulary: the 5,000 most frequent words, without English stop words.
 - K from 1 to 10, the best of ten initializations.
 - Elbow: the K at which the error curve is farthest below its chord.
-- DBSCAN (figure 7): five texts form a cluster. The radius is the elbow of the sorted distances from each text to its
-  fourth nearest other text.
+- DBSCAN (figure 7): five texts form a cluster. The radius is the elbow of the sorted distances to the fourth neighbor.
 """
 
 from __future__ import annotations
@@ -66,8 +65,7 @@ def cluster_selection(texts: Iterable[str], most: int = 10, seed: int = 0) -> pd
     -------
     DataFrame
         ``k, sse, distance, chosen``: the sum of squared distances to the centers, and the distance of the curve below
-        its chord, with both axes scaled to [0, 1]. The K with the largest distance is chosen, or 1 if the curve is
-        never below its chord.
+        its chord, with both axes scaled to [0, 1]. The K with the largest distance is chosen, or 1 if none is positive.
 
     Raises
     ------
@@ -85,16 +83,14 @@ def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 
     texts, most
         See :func:`cluster_selection`.
     repetitions : int
-        Number of samples, 15 by default. Each is drawn without replacement, with a separate seed for the sample and
-        its cluster centers.
+        Number of samples, 15 by default, each drawn without replacement and with a seed of its own.
     sample : int
         Texts per sample, 1000 by default; all texts if there are fewer.
 
     Returns
     -------
     DataFrame
-        ``seed, texts, algorithm``, then the columns of :func:`cluster_selection`. DBSCAN has one row per sample, with
-        its number of clusters as ``k``.
+        ``seed, texts, algorithm``, then the columns of :func:`cluster_selection`. DBSCAN has one row per sample.
 
     Raises
     ------

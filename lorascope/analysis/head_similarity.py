@@ -12,8 +12,7 @@ def update_inner(
     """Compute the inner products <B_i A_i, B_j A_j> of all pairs of experts as tr(B_i^T B_j A_j A_i^T).
 
     No matrix of shape (out, in) is formed. A is shared (rank, in), or separate (heads, rank, in). The diagonal of the
-    result contains the squared Frobenius norms. Unlike the cosine of B, the cosines of this result do not depend on the
-    factorization.
+    result contains the squared Frobenius norms. Unlike those of B, their cosines do not depend on the factorization.
     """
     heads, out, rank = B.shape
     columns = B.transpose(0, 2, 1).reshape(-1, out).astype(np.float64)

@@ -9,8 +9,7 @@ Krylov method finds the k singular vectors from a few dozen products with a diag
 
 If singular values of W coincide, their singular vectors are not unique, and neither are the similarities.
 
-Source: Shuttleworth et al. (arXiv 2410.21228), section 3. The default threshold and number of singular vectors are
-ours.
+Source: Shuttleworth et al. (arXiv 2410.21228), section 3; default threshold and number of singular vectors are ours.
 """
 
 from __future__ import annotations
@@ -69,8 +68,7 @@ def intruders(
     updates : mapping module -> update
         Updates, for example from ``Run.updates`` or ``deltas``.
     k : int
-        Number of singular vectors to compare, those with the largest singular values, 10 by default. Fewer if a weight
-        has fewer.
+        Number of leading singular vectors to compare, 10 by default, or all if a weight has fewer.
     threshold : float
         A singular vector is an intruder if its largest absolute cosine is below this value, 0.5 by default.
 

@@ -61,8 +61,7 @@ def chance_angle(dim: int, k: int) -> float:
 def angle_and_chance(first: Directions, second: Directions) -> tuple[float, float]:
     """Compute the mean principal angle in degrees between two updates of one module, and its random baseline.
 
-    The mean is over outputs and inputs. Both sides use the same number of leading directions, so no angle is small only
-    because one side has more.
+    The mean is over outputs and inputs, with the same number of leading directions of both updates.
     """
     k = min(first.size, second.size)
     sides = zip(first, second, strict=True)

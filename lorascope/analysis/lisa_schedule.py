@@ -49,8 +49,7 @@ def visits(table: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         ``run, module, place``; ``intervals`` and ``steps`` in which the block was active; ``first``, the first such
-        step, NA if there is none; ``frequency``, the fraction of draws that selected it; ``expected``, its selection
-        probability.
+        step or NA; ``frequency``, the fraction of draws that selected it; ``expected``, its selection probability.
     """
     rows = intervals(table)
     on = rows[rows["active"]].assign(steps=lambda rows: rows["stop"] - rows["start"] + 1)
@@ -69,8 +68,7 @@ def coverage(table: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``run, interval, step, value, expected``: one row for the first step of each interval, and one for the last
-        step of the run.
+        ``run, interval, step, value, expected``: a row for the first step of each interval and the last of the run.
     """
     rows = intervals(table)
     # A block counts from its first draw on, so the cumulative maximum marks the blocks reached so far.

@@ -18,9 +18,8 @@ as a stack of matrices over its last two sides.
 
 Activations are not included: they depend on batch, text and kernels, and have to be measured.
 
-Source: LISA (arXiv 2403.17919), section 3.2; Adapprox (arXiv 2403.14958), whose published savings these formulas
-reproduce to the printed digit for k from 1 to a quarter of the smaller side; Adafactor (arXiv 1804.04235); CAME (arXiv
-2307.02047).
+Source: LISA (arXiv 2403.17919), section 3.2; Adafactor (arXiv 1804.04235); CAME (arXiv 2307.02047); Adapprox (arXiv
+2403.14958), whose savings these formulas reproduce to the printed digit for k from 1 to a quarter of the smaller side.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ def shapes_of(model: Any) -> dict[str, Shape]:
 def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int = 32_000) -> dict[str, Shape]:
     """Return the parameter shapes of a LLaMA model.
 
-    ``inner`` is the inner size of the feed-forward modules, and ``keys`` the total size of the keys (and of the values)
-    over all attention heads.
+    ``inner`` is the inner size of the feed-forward modules, ``keys`` the size of the keys of all attention heads.
     """
     block = {
         "self_attn.q_proj": (hidden, hidden),
@@ -226,13 +224,11 @@ def adapprox(
     shapes, width
         See ``full``.
     rank : int, mapping parameter name -> int, or None
-        Current ranks, at most the smaller side of each matrix; 1 by default. None means the largest allowed rank, a
-        quarter of the smaller side.
+        Current ranks, at most the smaller side of a matrix; 1 by default. None: the largest allowed, a quarter of it.
     first : bool
         Whether there is a first moment (beta_1 > 0), True by default.
     min_dim : int or None
-        Matrices whose smaller side is below this store their second moment without factors; 64 by default. None stores
-        all matrices without factors.
+        Smallest side of a matrix whose second moment is stored as factors, 64 by default. None factors no matrix.
     """
 
     def second(name: str, shape: Shape) -> int:
@@ -264,8 +260,7 @@ def table(shapes: Shapes, rank: int = 128, active: int | None = None, *, width: 
     shapes, width
         See ``full``.
     rank : int
-        Rank of LoRA, 128 by default. As in LISA's paper, LoRA adapts all linear layers, embedding and head; a head tied
-        to the embedding counts once.
+        Rank of LoRA, 128 by default. As in LISA's paper, it adapts all linear layers, embedding and an untied head.
     active : int, optional
         Number of active blocks of LISA, see ``lisa``.
 

@@ -44,11 +44,6 @@ def _standardize_rows(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"
     return np.divide(centered, norms, out=np.zeros_like(centered), where=norms > 0)
 
 
-def rank(scores: pd.DataFrame) -> pd.Series:
-    """Return the utilization rank of every neuron within its role, from 1 (most used); ties are in row order."""
-    return scores.groupby("role", observed=True)["value"].rank(method="first", ascending=False).astype("int64")
-
-
 def rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
     """Compute the difference of each neuron's utilization rank between two models, and classify large differences.
 
@@ -67,7 +62,11 @@ def rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: pd.DataF
         role; ``suppressed``, strong and less used in the studied model; ``indirect``, strong and not trained there. A
         neuron can be both suppressed and indirect.
     """
-    both = studied.assign(rank_1=rank(studied)).merge(reference.assign(rank_2=rank(reference)), on=KEY)
+    first, second = (  # utilization ranks within the role, from 1 (most used); ties are in row order
+        rows.groupby("role", observed=True)["value"].rank(method="first", ascending=False).astype("int64")
+        for rows in (studied, reference)
+    )
+    both = studied.assign(rank_1=first).merge(reference.assign(rank_2=second), on=KEY)
     size = both.groupby("role", observed=True)["rank_1"].transform("size")
     shift = both["rank_2"] - both["rank_1"]
     strong = shift.abs() >= STRONG * size

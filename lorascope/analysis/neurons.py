@@ -1,8 +1,7 @@
 """Neurons rotated by training: scores for every neuron of the feed-forward modules, and selection of k neurons.
 
 A neuron is one weight vector: a row of an input or gate projection, or a column of an output projection. Its score is
-the cosine distance 1 - cos between its weights before and after training. Neurons are ranked over *all* layers and
-projections together.
+the cosine distance 1 - cos between its weights before and after training. All layers are ranked together.
 
 Source: NeFT (arXiv 2403.11621), equation 1 and section 4.2.
 """
@@ -123,8 +122,7 @@ def tabulate(part: Part, change: NeuronChange) -> pd.DataFrame:
 def rank_neurons(scores: pd.DataFrame, by: str = "cosine_distance") -> pd.DataFrame:
     """Sort the neurons that have a score by the column ``by``, highest first, and add their ``rank`` from 1.
 
-    Ties are broken by position: stack, layer, role (input, gate, output), neuron. So the order does not depend on the
-    order of the rows.
+    Ties are broken by position (stack, layer, role, neuron), so the order does not depend on the order of the rows.
     """
     known = scores[scores[by].notna()]
     modules = known[["module", "stack", "layer", "role"]].drop_duplicates()

@@ -124,8 +124,7 @@ def course(cells: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        One row per cell with ``mean``, ``std`` (population standard deviation), ``first``, ``last`` and ``steps`` (the
-        number of steps).
+        One row per cell with ``mean``, ``std`` (population), ``first``, ``last`` and ``steps`` (their number).
     """
     found = _after_step_zero(cells.sort_values("step"))
     parts = {"mean": found.mean(), "std": found.std(ddof=0), "first": found.first(), "last": found.last()}

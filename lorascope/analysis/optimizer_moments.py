@@ -35,8 +35,7 @@ def same_marginals(V: Float[np.ndarray, "m n"], seed: int) -> Float[np.ndarray, 
     """Draw a random matrix with the row and column sums of V and a similar spread around its rank-one approximation.
 
     The ratios of V to its rank-one approximation are permuted at random over the entries. Then rows and columns are
-    rescaled to their sums. The result keeps the directions that follow from V's row and column sums; all other
-    directions are random.
+    rescaled to their sums. Only the directions that follow from V's row and column sums are not random.
     """
     approximation = rank_one(V)
     live = approximation > 0

@@ -41,8 +41,7 @@ def correlate(scores: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     scores : DataFrame
-        ``run, module, component, score, value``: several scores of the same components, or of the same modules (then
-        component is -1).
+        ``run, module, component`` (-1 for whole modules), ``score, value``: several scores of the same components.
 
     Returns
     -------
@@ -86,8 +85,7 @@ def neuron_scores(runs: Mapping[str, Result | Sequence[Result]]) -> pd.DataFrame
 
         For NeFT, the score it selected by replaces the first: 1 - cos after its full fine-tuning, or similarity to
         linear probes. If it selected neurons at random or by hand, this score is omitted with a warning. A score that
-        is the same for all neurons of a run is omitted with a warning as well. Neurons without one of the scores, such
-        as zero neurons, are omitted.
+        is the same for all neurons of a run is omitted with a warning as well, and so are neurons without a score.
 
     Raises
     ------

@@ -116,8 +116,7 @@ def common(first: Neurons, second: Neurons, pool: int) -> dict[str, float]:
     -------
     dict
         ``n_common``, the number of common neurons; ``overlap``, their fraction of the smaller selection; ``jaccard``.
-        The random baseline for the overlap is hypergeometric, with one selection at random: its mean ``chance`` and
-        its 95th percentile ``most``.
+        The random baseline of the overlap is hypergeometric: its mean ``chance`` and its 95th percentile ``most``.
     """
     shared, smaller = len(first & second), min(len(first), len(second))
     baseline = hypergeom(pool, len(first), len(second))

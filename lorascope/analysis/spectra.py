@@ -59,8 +59,7 @@ def spectrum(spectra: Spectra) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``module, component`` (from 1), ``sigma``, and ``energy``: the cumulative fraction of ``|dW|_F^2`` in components
-        1..component, 0 for a zero update.
+        ``module, component`` (from 1), ``sigma``, and ``energy``: the cumulative fraction of ``|dW|_F^2`` (0 if zero).
     """
     tables = []
     for module, sigma in spectra.items():

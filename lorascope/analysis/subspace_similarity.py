@@ -1,7 +1,6 @@
 """Similarity of the subspaces two runs learn: LoRA's measure (section 7.2, Eq. 4).
 
-Every similarity is reported with its expectation for independent random subspaces, max(i, j) / dimension, which is far
-from zero in small models.
+Each is reported with its expectation for independent random subspaces, max(i, j) / dimension, large in small models.
 """
 
 from __future__ import annotations

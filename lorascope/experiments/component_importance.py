@@ -87,8 +87,7 @@ def component_importance(
     Raises
     ------
     ValueError
-        The model is not the base of the run, an update is not a product of two factors, or other trained parameters
-        were not saved.
+        The model is not the base, an update is not a product of two factors, or trained parameters were not saved.
     """
     base, fitted, parts = _open_trained(run, model, task, state)
     encoded = _validation_half(base, fitted, 0, rows)
@@ -110,8 +109,7 @@ def pruned_losses(
 ) -> Losses:
     """Compute the loss of the run's model with all components and with only those in ``cut``.
 
-    Uses at most ``rows`` of the validation rows that ``component_importance`` does not use. See there for the other
-    parameters.
+    Uses at most ``rows`` validation rows that ``component_importance`` does not use; see it for the other parameters.
     """
     base, fitted, parts = _open_trained(run, model, task, state)
     encoded = _validation_half(base, fitted, 1, rows)

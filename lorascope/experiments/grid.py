@@ -11,14 +11,13 @@ import itertools
 import reprlib
 import tomllib
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from torch import nn
-
 from lorascope import observe
+from lorascope.experiments.isolated_run import Data, Model
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
@@ -28,9 +27,6 @@ from lorascope.schema.deprecation import to_new_fields, warn_renamed
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
 from lorascope.training.settings import Settings
-
-Model = str | Callable[[], nn.Module]
-Data = Task | str | Path
 
 _KEYS = ("model", "task", "method", "seeds", "settings", "root", "backend")
 _NONE = "none"
@@ -61,8 +57,7 @@ class Job:
 class Grid:
     """Values to combine; every combination is one run.
 
-    ``backend`` has ``name``, ``address``, ``jobs`` and options of the joblib backend; empty for processes on this
-    machine.
+    ``backend`` has ``name``, ``address``, ``jobs`` and options of the joblib backend; empty for local processes.
     """
 
     models: Sequence[Model]

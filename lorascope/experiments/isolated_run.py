@@ -78,8 +78,7 @@ class IsolatedRun:
     ) -> Path:
         """Measure in this process, and return the run folder.
 
-        ``take`` runs the steps of the session it receives; ``name`` is the kind of measurement, part of the run's
-        identity and of its folder name.
+        ``take`` runs the steps of the session it receives; ``name``, the kind of measurement, is part of the run id.
         """
         task = self.data if isinstance(self.data, Task) else tasks.load(str(self.data))
         living = models.load(self.model, task=task) if isinstance(self.model, str) else self.model()

@@ -38,8 +38,7 @@ def mean_gates(
     Parameters
     ----------
     trained : Module or Run
-        A model with HydraLoRA, a run of HydraLoRA, or a HydraLoRA adapter folder that was loaded. A run or adapter is
-        put into ``base``.
+        A model with HydraLoRA, or a run or loaded adapter folder of HydraLoRA, which is put into ``base``.
     texts : sequence of str
         Texts to tokenize; long ones are truncated. Every token has the same weight.
     base : Module, optional

@@ -1,8 +1,7 @@
 """Memory of one optimizer step, measured in a fresh process.
 
 The peak is the largest number of allocated bytes during the last step. On the CPU the profiler counts allocations from
-before the model is loaded; on CUDA it is ``max_memory_allocated``. On other devices the peak is NA; it is never
-estimated.
+before the model is loaded; on CUDA it is ``max_memory_allocated``. On other devices the peak is NA.
 """
 
 from __future__ import annotations

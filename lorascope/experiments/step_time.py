@@ -47,8 +47,7 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, 
     Returns
     -------
     Run
-        With ``forward_seconds``, ``backward_seconds`` and ``rest_seconds`` of each step. A repeated call returns the
-        finished run.
+        With the seconds of each step, such as ``forward_seconds``. A repeated call returns the finished run.
     """
     return run_in_own_process(_measure_seconds, model, data, method, steps=steps, **options)
 

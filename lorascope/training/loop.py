@@ -193,9 +193,9 @@ def _rates(method: Method, lr: float | None, head_lr: float | None) -> dict[str,
 
 def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
     """Train one phase and return its run."""
-    step = session.step
-    start = session.begin()
-    with catch_interrupt() as interrupted, progress_bar(session.name, step.total, start, progress) as bar:
+    step, start = session.step, session.begin()
+    name = session.plan.phase.name or session.method.name
+    with catch_interrupt() as interrupted, progress_bar(name, step.total, start, progress) as bar:
         for index in range(start, step.total):
             values = advance(session, index)
             score = session.evaluate()

@@ -70,14 +70,9 @@ class ProgressFile:
             draft.write_text(json.dumps(self.content), encoding="utf-8")
             draft.replace(self.file)
 
-    def phase(self, name: str, total: int, start: int) -> None:
-        """Record that a phase starts, or resumes after ``start`` steps."""
-        self.content |= {"phase": name, "total": total, "step": start}
-        self.write()
-
     def show(self, loss: float, score: Score | None) -> None:
         """Advance by one step and show its loss and score."""
-        self.content |= {"step": self.content["step"] + 1, "loss": loss}
+        self.content["step"] += 1
         if score is not None:
             self.content |= {"metric": score.metric, "metric_name": score.name}
         if time.monotonic() - self._written > _PAUSE:
@@ -111,7 +106,8 @@ def progress_bar(name: str, total: int, start: int, visible: bool) -> AbstractCo
     """Return a progress bar over the steps of a phase, or the progress file of the context if there is one."""
     file = _PROGRESS_FILE.get()
     if file is not None:
-        file.phase(name, total, start)
+        file.content |= {"total": total, "step": start}
+        file.write()
         return nullcontext(file)
     bar = ProgressBar(total=total, initial=start, desc=printable(name), disable=not visible, unit="step")
     bar.shown = {}

@@ -24,8 +24,7 @@ from lorascope.training.state import save_state, save_tree
 class Recorder:
     """Recorder of one training in a run folder, by ``train`` or by a Trainer.
 
-    The training updates ``step``; ``meta`` is the content of ``run.json``. The observers are copied, because they have
-    a state.
+    The training updates ``step``; ``meta`` is the content of ``run.json``. Observers have a state, so they are copied.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Recorder:
     def add(self, items: Iterable[Item]) -> None:
         """Record further items in this step."""
         self._collect(items)
-        self._write_arrays()
+        self.writer.write_arrays()
 
     def _collect(self, items: Iterable[Item]) -> None:
         """Take all items but the values that an earlier call has, such as a rank of the method and of an observer."""
@@ -66,9 +65,6 @@ class Recorder:
         fresh = [i for i in items if not isinstance(i, Record) or (i.quantity, i.module) not in known]
         self._recorded = (finished, known | {(i.quantity, i.module) for i in fresh if isinstance(i, Record)})
         self.writer.collect(finished, fresh)
-
-    def _write_arrays(self) -> None:
-        self.writer.write_arrays()
 
     def state(self) -> dict[str, Any]:
         """Return the state from which a checkpoint resumes the recording, except for the rows."""

@@ -69,11 +69,6 @@ class Session(Recorder):
         meta = plan.meta(step, self.method, parents, device)
         super().__init__(path, meta, step, self.method, plan.observers)
 
-    @property
-    def name(self) -> str:
-        """Name of the phase, or of the method if the phase has none."""
-        return self.plan.phase.name or self.method.name
-
     # -- data ---------------------------------------------------------------------------------------------------
 
     def _encode(self, reader: Any, splits: str, rows: int | None = None) -> EncodedRows:

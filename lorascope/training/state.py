@@ -1,8 +1,7 @@
 """Saving and restoring the state of a run in training: tensors, optimizer, random generators.
 
 A checkpoint is one safetensors file. Tensors keep their dtype, everything else is JSON in the header, and a checksum
-covers both. Optimizer state is stored by parameter name and restored by assignment, because ``load_state_dict`` casts
-it.
+covers both. Optimizer state is stored by parameter name; it is restored by assignment, as ``load_state_dict`` casts it.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from lorascope.training.settings import Settings
 from lorascope.training.state import fingerprint, freeze, frozen_names, load_tree, save_tree, trained_parameters
 
 FILE = "lorascope-method.safetensors"
-_MARKER = "_lorascope_driver"
+MARKER = "_lorascope_driver"  # attribute of a model that holds its callback
 
 
 class MethodCallback(TrainerCallback):
@@ -52,7 +52,7 @@ class MethodCallback(TrainerCallback):
         self.step = step_of(model, self.optimizer, self.base, modules)
         self.norm: float | None = None
         self._step_pending = False
-        setattr(model, _MARKER, self)
+        setattr(model, MARKER, self)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Check the Trainer, and restore the method's state if training resumes from a checkpoint."""
@@ -127,11 +127,6 @@ def _only_phase(method: Method, base: Base) -> Method:
         name, needs = type(method).__name__, "several phases" if phase.name else "a search split"
         raise ValueError(f"cannot train {name} under a Trainer: it needs {needs}; {use_train}")
     return phase.method
-
-
-def attached_callback(model: nn.Module) -> MethodCallback | None:
-    """Return the method callback of a model, or None without one."""
-    return getattr(model, _MARKER, None)
 
 
 def reject_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

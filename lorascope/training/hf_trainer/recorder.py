@@ -20,8 +20,8 @@ from lorascope.schema import module_table
 from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base
 from lorascope.training.hf_trainer.method_callback import (
+    MARKER,
     MethodCallback,
-    attached_callback,
     read_checkpoint_file,
     reject_sharded,
     step_of,
@@ -84,11 +84,9 @@ class TrainerRecorder(TrainerCallback):
     Parameters
     ----------
     out : path, optional
-        Run folder; ``lorascope`` in the Trainer's ``output_dir`` by default. An existing run in it is moved aside,
-        unless the Trainer resumes it.
+        Run folder; ``lorascope`` in ``output_dir`` by default. Another run in it is moved aside.
     observe : sequence of Observer, optional
-        Observers; ``[observe.norms()]`` by default. A Trainer has no held-out text, so ``neurons`` and ``utilization``
-        raise a ValueError.
+        Observers; ``[observe.norms()]`` by default. Without held-out text, ``neurons`` and ``utilization`` are rejected.
     """
 
     def __init__(self, out: str | Path | None = None, observe: Sequence[Observer] | None = None) -> None:
@@ -98,7 +96,8 @@ class TrainerRecorder(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Open the run folder, and record the state before the first step."""
-        callback = self._method_callback = attached_callback(trainer["model"])
+        callback: MethodCallback | None = getattr(trainer["model"], MARKER, None)
+        self._method_callback = callback
         optimizer = self._optimizer = unwrap_optimizer(trainer["optimizer"])
         if callback is None:
             reject_sharded(trainer["model"], trainer["optimizer"])

@@ -7,7 +7,7 @@ import shutil
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lorascope.runs.folders import lock_run
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Item
 from lorascope.training.checkpoints import pack_rows, unpack_rows
 from lorascope.training.recorder import Recorder
 from lorascope.training.state import load_tree, save_tree
@@ -79,7 +80,8 @@ class Recording(Recorder):
         self._flushed = time.monotonic()
         self.writer.flush()
 
-    def _write_arrays(self) -> None:
+    def add(self, items: Iterable[Item]) -> None:
+        self._collect(items)
         if not self._failing:  # after a failure wait for the next flush: each attempt can block for seconds
             self.attempt(self.writer.write_arrays)
 

@@ -98,7 +98,7 @@ def test_memory_of_a_run_equals_the_estimate(family, method, task, tmp_path, req
 
 def test_peak_counts_a_known_tensor_in_the_window():
     """Tensors alive before the window count; tensors freed before it do not."""
-    allocator = measuring._processor()
+    allocator = measuring._allocator("cpu")
     kept = torch.empty(BLOCK, dtype=torch.uint8)
     del_me = torch.empty(3 * BLOCK, dtype=torch.uint8)
     del del_me
@@ -155,7 +155,7 @@ def test_cuda_peak_covers_only_the_window(device, monkeypatch):
 def test_cuda_peak_of_a_run_covers_only_the_last_step(bert, task, tmp_path, monkeypatch):
     """The run stays on the CPU; its steps allocate 70, then 30."""
     card = Card(monkeypatch, "cuda", 1000)
-    taken, advance = iter((70, 30)), measuring.advance
+    taken, advance, allocator = iter((70, 30)), measuring.advance, measuring._allocator
 
     def taking(session, index):
         much = next(taken)
@@ -164,7 +164,7 @@ def test_cuda_peak_of_a_run_covers_only_the_last_step(bert, task, tmp_path, monk
         return advance(session, index)
 
     monkeypatch.setattr(measuring, "advance", taking)
-    monkeypatch.setattr(measuring, "_allocator", lambda device: measuring._cuda(torch.device("cuda")))
+    monkeypatch.setattr(measuring, "_allocator", lambda device: allocator("cuda"))
     measuring._measure_memory(IsolatedRun(bert, task, LoRA(), FEW, 0, tmp_path / "run", "", False, "cpu"))
     table = ls.Run.read(tmp_path / "run").table
     marks = table[table["quantity"] == "peak_bytes"]

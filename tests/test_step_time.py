@@ -48,7 +48,8 @@ def test_step_seconds_without_enough_steps_raises(tmp_path):
         plots.step_seconds(plant(tmp_path, "b", {(name, ""): {1: 1.0, 2: 1.0} for name in NAMES}))
 
 
-def test_each_part_is_timed_on_a_fake_clock(bert, task, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_each_part_is_timed_on_a_fake_clock(device, bert, task, tmp_path, monkeypatch):
     """The clock advances by 1 per loss, by 10 per backward pass and by 100 per optimizer step."""
     now = [0.0]
 
@@ -66,7 +67,7 @@ def test_each_part_is_timed_on_a_fake_clock(bert, task, tmp_path, monkeypatch):
     monkeypatch.setattr(step_time.torch.optim.AdamW, "step", later(step_time.torch.optim.AdamW.step, 100))
     settings = {"steps": 2, "batch_size": 4, "accumulate": 2}
     job = IsolatedRun.of(
-        bert, task, "lisa", settings, seed=0, out=tmp_path / "run", root="", overwrite=False, device="cpu"
+        bert, task, "lisa", settings, seed=0, out=tmp_path / "run", root="", overwrite=False, device=device
     )
     table = Run.read(step_time._measure_seconds(job)).table
     cells = table.pivot_table(index="step", columns="quantity", values="value", observed=True).loc[1:, list(NAMES)]

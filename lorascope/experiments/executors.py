@@ -21,24 +21,12 @@ def is_death(error: BaseException) -> bool:
 def use_backend(
     name: str | None = None, address: str | None = None, jobs: int | None = None, **options: Any
 ) -> Iterator[None]:
-    """Run joblib on a backend inside the context.
+    """Run joblib on a backend inside the context, with ``jobs`` parallel runs, by default one per core.
 
-    Parameters
-    ----------
-    name : str, optional
-        Any backend of joblib, or "ray"; None keeps the setting of ``joblib.parallel_config``.
-    address : str, optional
-        Address of the dask scheduler or the ray cluster. By default dask uses the existing client, and ray uses the
-        environment's ``RAY_ADDRESS`` or starts a cluster on this machine.
-    jobs : int, optional
-        Number of parallel runs, default the number of cores.
-    **options
-        Passed to joblib and its backend.
-
-    Raises
-    ------
-    ValueError
-        The backend is unknown, not installed or unreachable, or does not accept these options.
+    ``name`` is any backend of joblib, or "ray"; None keeps the setting of ``joblib.parallel_config``. ``address`` is
+    that of the dask scheduler or the ray cluster: by default dask uses the existing client, and ray the environment's
+    ``RAY_ADDRESS`` or a new cluster on this machine. Raise a ValueError if the backend is unknown, not installed or
+    unreachable, or does not accept the options.
     """
     if jobs is not None and (type(jobs) is not int or jobs == 0):
         raise ValueError(f"jobs must be a nonzero integer (number of parallel runs), got {jobs!r}")

@@ -32,22 +32,9 @@ Data = Task | str | Path
 class IsolatedRun:
     """Arguments of a measured run, with the meaning they have in ``train``.
 
-    Only the first phase of a method is measured.
-
-    Parameters
-    ----------
-    model : str or callable
-        Name for ``models.load``, or a function that returns a fresh model.
-    data, method, settings, seed
-        See ``train``.
-    out : path, optional
-        The run folder; default ``<root>/<name>-<method>-<id>``, with the device at the end unless it is the CPU.
-    root : path
-        Folder of the runs, default "runs".
-    overwrite : bool
-        Measure again, default False.
-    device : str
-        Default "cpu". The peak of memory is measured only on "cpu" and "cuda", and is NA elsewhere.
+    Only the first phase of a method is measured. ``model`` is a name for ``models.load``, or a function that returns a
+    fresh model. The run folder is ``out``, by default ``<root>/<name>-<method>-<id>`` with the device at the end unless
+    it is the CPU. The peak of memory is measured only on "cpu" and "cuda", and is NA elsewhere.
     """
 
     model: Model

@@ -76,15 +76,17 @@ class _Allocator(NamedTuple):
 
 
 def _allocator(device: str) -> _Allocator:
-    kind = device.partition(":")[0]
-    if kind == "cuda":
-        return _cuda(torch.device(device))
-    # Builds without Kineto cannot profile memory.
-    return _processor() if kind == "cpu" and torch.autograd.kineto_available() else _Allocator()
+    """Return the meter of a device; on the CPU the profiler counts every allocation from now on."""
+    place = torch.device(device)
+    if place.type == "cuda":  # which need not be the current device
 
+        def window() -> AbstractContextManager[None]:
+            torch.cuda.reset_peak_memory_stats(place)
+            return nullcontext()
 
-def _processor() -> _Allocator:
-    """Return the allocator of the CPU: the profiler counts every allocation from now on."""
+        return _Allocator(window, lambda: float(torch.cuda.max_memory_allocated(place)))
+    if place.type != "cpu" or not torch.autograd.kineto_available():  # builds without Kineto cannot profile memory
+        return _Allocator()
     profiling = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     profiling.start()
 
@@ -94,16 +96,6 @@ def _processor() -> _Allocator:
         return float(peak_in_window(profiler.kineto_results.events()))
 
     return _Allocator(lambda: record_function(_WINDOW), peak)
-
-
-def _cuda(device: torch.device) -> _Allocator:
-    """Return the allocator of a CUDA device, which need not be the current one."""
-
-    def window() -> AbstractContextManager[None]:
-        torch.cuda.reset_peak_memory_stats(device)
-        return nullcontext()
-
-    return _Allocator(window, lambda: float(torch.cuda.max_memory_allocated(device)))
 
 
 def peak_in_window(events: Iterable[Any]) -> int:

@@ -53,7 +53,7 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, 
 
 
 def _measure_seconds(job: IsolatedRun) -> Path:
-    if job.device == "cpu":
+    if job.device.startswith("cpu"):
         # With several threads, CPU seconds would exceed the time that passes.
         torch.set_num_threads(1)
 
@@ -71,7 +71,7 @@ def _measure_seconds(job: IsolatedRun) -> Path:
 
 def clock(device: str) -> float:
     """Return the CPU seconds of this process, or on an accelerator the time once its queued work is done."""
-    if device == "cpu":
+    if device.startswith("cpu"):
         return time.process_time()
     torch.accelerator.synchronize(torch.device(device))
     return time.perf_counter()

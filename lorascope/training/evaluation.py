@@ -17,20 +17,11 @@ from lorascope.inputs.tokenization import IGNORED, EncodedRows
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """Result of an evaluation.
+    """Result of an evaluation: ``name`` of the metric, "accuracy" or "perplexity", and values of each row.
 
-    Parameters
-    ----------
-    name : {"accuracy", "perplexity"}
-        Name of the metric.
-    nll : array (rows,)
-        Negative log-likelihood of each row in nats: of its class, or summed over its target tokens.
-    counts : array (rows,)
-        Number of target tokens in each row; 1 for a class.
-    correct : array (rows,) or None
-        Whether the model prefers the correct class or response; None without a closed set of answers.
-    row_groups : list of str or None
-        Group of each row; None without groups.
+    ``nll`` is the negative log-likelihood in nats, of the class or summed over the target tokens; ``counts`` is the
+    number of target tokens, 1 for a class; ``correct`` is whether the model prefers the correct class or response, None
+    without a closed set of answers.
     """
 
     name: str
@@ -72,18 +63,8 @@ def evaluate(model: nn.Module, encoded: EncodedRows, device: str | torch.device 
 
     The loss is the cross-entropy only, without terms that a model adds to its own loss. In a closed set of responses,
     all differ in the token at one position. A row is correct if the token of its response has the largest logit among
-    these. This takes one forward pass and, for one-token responses, equals comparing their probabilities.
-
-    Parameters
-    ----------
-    model : Module
-        Model with the head that the rows were encoded for.
-    encoded : EncodedRows
-        Rows to evaluate.
-    device : str or device
-        Device of the model.
-    batch_size : int
-        Rows per forward pass. Rows of similar length are batched together.
+    these. This takes one forward pass and, for one-token responses, equals comparing their probabilities. Rows of
+    similar length are batched together.
     """
     total = len(encoded)
     order = np.argsort(encoded.lengths, kind="stable")

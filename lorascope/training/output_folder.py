@@ -21,13 +21,7 @@ class StateRemoved(ValueError):
 
 
 def prepare_folder(folder: Path, recipe: str, overwrite: bool) -> None:
-    """Check that a folder is free or contains the recipe of this id; ``overwrite`` removes the run in it.
-
-    Raises
-    ------
-    ValueError
-        The path is a file, or the folder contains another recipe or files that are not a run.
-    """
+    """Raise a ValueError unless a folder is free or contains this recipe; ``overwrite`` removes the run in it."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, got the file {folder}")
     if not any((folder / name).exists() for name in MANIFESTS):
@@ -56,10 +50,7 @@ def write_phases(folder: Path, plan: Plan, names: Sequence[str], status: str) ->
 def finished_run(path: Path, plan: Plan) -> Run | None:
     """Return the finished run of this plan in a folder, or None if it must be trained or resumed.
 
-    Raises
-    ------
-    ValueError
-        The folder contains another run.
+    Raise a ValueError if the folder contains another run.
     """
     if not (path / "run.json").exists():
         return None

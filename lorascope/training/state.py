@@ -46,10 +46,7 @@ def save_tree(path: Path, tree: Any) -> None:
 def load_tree(path: Path) -> Any:
     """Read a file of ``save_tree``; tensors return to the kind of device they were on, or to the CPU without one.
 
-    Raises
-    ------
-    ValueError
-        The file is truncated or was changed.
+    Raise a ValueError if the file is truncated or was changed.
     """
     require_regular(path)
     try:

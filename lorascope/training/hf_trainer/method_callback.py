@@ -159,10 +159,7 @@ def read_checkpoint_file(
 ) -> dict[str, Any]:
     """Return the state that ``write_checkpoint_file`` wrote into the checkpoint from which the Trainer resumes.
 
-    Raises
-    ------
-    ValueError
-        The file is missing, or belongs to other weights than those the Trainer loaded.
+    Raise a ValueError if the file is missing or belongs to other weights than those the Trainer loaded.
     """
     file = _checkpoint(args, state) / name
     if not file.exists():

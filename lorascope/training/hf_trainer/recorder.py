@@ -86,7 +86,7 @@ class TrainerRecorder(TrainerCallback):
     out : path, optional
         Run folder; ``lorascope`` in ``output_dir`` by default. Another run in it is moved aside.
     observe : sequence of Observer, optional
-        Observers; ``[observe.norms()]`` by default. Without held-out text, ``neurons`` and ``utilization`` are rejected.
+        Observers; ``[observe.norms()]`` by default. ``neurons`` and ``utilization`` are rejected: no held-out text.
     """
 
     def __init__(self, out: str | Path | None = None, observe: Sequence[Observer] | None = None) -> None:

@@ -125,12 +125,7 @@ class Recording(Recorder):
 def create_folder(folder: Path, resumed: str | None) -> None:
     """Move another run in the folder aside; if the run that resumes was finished, copy it aside.
 
-    Raises
-    ------
-    RunLocked
-        Another process writes to the folder.
-    ValueError
-        The path is a file, or the folder contains files that are not a run.
+    Raise RunLocked if another process writes to the folder, and a ValueError if it contains files but no run.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, got the file {folder}")

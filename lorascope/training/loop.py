@@ -225,7 +225,8 @@ def advance(session: Session, index: int) -> tuple[float, float | None, float]:
     method.after_backward(step)
     norm = clip_gradients(optimizer, session.settings.clip)
     if reason := nonfinite_reason(step, loss, norm, rate):
-        session.fail(reason)
+        session.writer.meta.error = reason
+        session.writer.finish("broken")
         raise FloatingPointError(f"{reason}; the records up to this step are in {session.path}")
     optimizer.step()
     session.scheduler.step()

@@ -220,11 +220,6 @@ class Session(Recorder):
         self.checkpoints.remove()
         return run
 
-    def fail(self, reason: str) -> None:
-        """Close the run folder as broken, with the reason; it stays readable."""
-        self.writer.meta.error = reason
-        self.writer.finish("broken")
-
 
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> float | None:
     """Clip the global norm of the gradients and return the norm before; without a limit, return None."""

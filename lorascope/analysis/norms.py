@@ -85,20 +85,20 @@ def pool(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
     return pd.concat(parts).reset_index()
 
 
-def per_weight(table: pd.DataFrame, modules: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
-    """Compute the norm of each cell over the square root of its number of weights, to compare layers of any size.
+def per_weight(table: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
+    """Compute the norm of each layer over the square root of its number of weights, to compare layers of any size.
 
     Parameters
     ----------
-    table, by
-        See ``pool``; rows with a norm of the weight or its update.
+    table : DataFrame
+        Rows from ``select`` with a norm of the weight or its update.
     modules : DataFrame
-        Module table, ``names.describe`` of the model. Only its matrices have a known size, so cells include only these.
+        Module table, ``names.describe`` of the model. Only its matrices have a known size, so only these are included.
     """
     sizes = modules.astype({"module": "str"}).drop_duplicates("module").set_index("module")
     weights = table["module"].astype("str").map(sizes["out_features"] * sizes["in_features"]).astype("float64")
     sums = table.assign(square=table["value"] ** 2, weights=weights)[weights.notna()]
-    cells = sums.groupby([*_KEY, *by], observed=True, dropna=False, sort=False)[["square", "weights"]]
+    cells = sums.groupby([*_KEY, *LAYER], observed=True, dropna=False, sort=False)[["square", "weights"]]
     pooled = cells.sum(min_count=1)  # a cell without known values stays NaN instead of 0
     return (pooled["square"] / pooled["weights"]).pow(0.5).rename("value").reset_index()
 

@@ -149,27 +149,23 @@ def train(
     started: list[str] = []
     stored = None
     with ExitStack() as locks:
-        locked: set[Path] = set()
-
-        def lock(path: Path) -> None:
-            if path not in locked:
-                locks.enter_context(lock_run(path))
-                locked.add(path)
-
+        locked = False
         for phase in _run_phases(method, marker.base, runs):
             path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
             started.append(path.name)
             rates = _rates(phase.method, lr if phase.lr is None else phase.lr, head_lr)
             part = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
-            if finished_run(path, part) is None:
-                # Hold this lock until the end, so that no other process trains in the folder between two phases.
-                lock(folder)
-            # Check again under the lock: another process may just have finished the phase.
             stored = finished_run(path, part)
+            if stored is None and not locked:
+                # Hold this lock until the end, so that no other process trains in the folder between two phases.
+                locks.enter_context(lock_run(folder))
+                locked = True
+                stored = finished_run(path, part)  # another process may just have finished the phase
             if stored is None:
                 if phase.name:
                     write_phases(folder, plan, started, "running")
-                lock(path)  # creates the folder, which would look foreign without recipe.json
+                    # This creates the folder, which would look foreign without recipe.json.
+                    locks.enter_context(lock_run(path))
                 _reset(model, marker.base)
                 with seed_generators(seed):
                     session = Session(model, part, marker.base, path, runs, device)

@@ -30,7 +30,8 @@ def updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
 
 def basis(run: Result) -> Mapping[str, str]:
     """Return the basis of a FourierFT run as ``{"basis": name}``; empty for other methods."""
-    return {key: value for key, value in run.meta.recipe.items() if key == "basis"}
+    recipe = run.meta.recipe
+    return {"basis": recipe["basis"]} if "basis" in recipe else {}
 
 
 def since_start(run: Result) -> dict[str, Fourier]:

@@ -34,8 +34,6 @@ from lorascope.training.loop import train
 from lorascope.training.output_folder import StateRemoved
 from lorascope.training.progress import ProgressFile, read_progress, writing_progress
 
-__all__ = ["ATTEMPTS", "Job", "SweepResult", "run_grid", "run_jobs", "sweep", "width"]
-
 # A run fails after its worker was killed this many times.
 ATTEMPTS = 3
 _KILLED = "its worker was killed {} times, out of memory?"

@@ -11,7 +11,7 @@ from tolerance import TINY, near
 
 from lorascope.analysis import neurons
 from lorascope.schema.module_table import describe
-from lorascope.updates import neuron_cosine
+from lorascope.updates import neuron_change
 
 UP = np.array([[1.0, 0], [0, 2], [3, 4]]), np.array([[1.0, 1], [0, 5], [4, 3]])
 DOWN = np.array([[1.0, 2, 0], [1, 0, 2]]), np.array([[1.0, 2, 1], [0, 0, 2]])
@@ -153,4 +153,4 @@ def test_parts_of_a_missing_role_raises():
 
 
 def test_neuron_cosine_along_the_other_axis():
-    assert 1 - neuron_cosine(*DOWN, axis=1) == pytest.approx([0.91287, 0.89443], abs=1e-5)
+    assert 1 - neuron_change(*DOWN, axis=1).cosine_distance == pytest.approx([0.91287, 0.89443], abs=1e-5)

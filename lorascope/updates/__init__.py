@@ -1,16 +1,7 @@
 """Weight updates: their forms, ranks, subspaces and the rotation of neurons."""
 
-from lorascope.updates.base import (
-    FORMS,
-    Update,
-    constant_factors,
-    form_named,
-    from_factors,
-    norms,
-    spectra,
-    weight_norm,
-)
-from lorascope.updates.dense import Dense, Pair
+from lorascope.updates.base import FORMS, Update, constant_factors, form_named, from_factors
+from lorascope.updates.dense import Dense
 from lorascope.updates.fourier import Fourier
 from lorascope.updates.linalg import (
     effective_rank,
@@ -24,11 +15,9 @@ from lorascope.updates.linalg import (
     stable_rank,
     subspace_similarity,
 )
-from lorascope.updates.low_rank import LowRank
-from lorascope.updates.mixture import Mixture
-from lorascope.updates.neuron_angles import NeuronChange, factored_change, neuron_change, neuron_cosine
+from lorascope.updates.low_rank import LowRank, Mixture, Residual, spectra
+from lorascope.updates.neuron_angles import NeuronChange, factored_change, neuron_change
 from lorascope.updates.random_projection import RandomProjection
-from lorascope.updates.residual import Residual
 from lorascope.updates.weight_decomposed import WeightDecomposed
 
 __all__ = [
@@ -38,7 +27,6 @@ __all__ = [
     "LowRank",
     "Mixture",
     "NeuronChange",
-    "Pair",
     "RandomProjection",
     "Residual",
     "Update",
@@ -51,8 +39,6 @@ __all__ = [
     "form_named",
     "from_factors",
     "neuron_change",
-    "neuron_cosine",
-    "norms",
     "participation_rank",
     "phi",
     "phi_matrix",
@@ -61,5 +47,4 @@ __all__ = [
     "spectra",
     "stable_rank",
     "subspace_similarity",
-    "weight_norm",
 ]

@@ -1,4 +1,4 @@
-"""Interface of weight updates, the registry of their forms, and functions of several updates.
+"""Interface of weight updates, and the registry of their forms.
 
 An update dW has the shape (out, in). A form is a way to store one, such as two factors or Fourier coefficients. A new
 form is a subclass of ``Update`` with the name that snapshots store, ``class Kronecker(Update, form="kronecker")``; it
@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 from jaxtyping import Float
@@ -26,17 +25,16 @@ from lorascope.updates.linalg import (
     as_float64,
     at_least_float32,
     beside,
-    effective_rank,
     gram,
     numerical_rank,
     one_thread,
-    stable_rank,
     tiles,
 )
 from lorascope.updates.neuron_angles import NeuronChange, neuron_change
 
 FORMS: dict[str, type[Update]] = {}
 """Forms by the name that snapshots store."""
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 _PIECE = 1 << 18  # values of a tensor at once, few enough for the cache
 
 
@@ -79,9 +77,7 @@ class Update(ABC):
         """Build an update from the arrays of ``to_factors``."""
 
     @classmethod
-    def fits(
-        cls, shapes: Mapping[str, tuple[int, ...]], floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]
-    ) -> bool:
+    def fits(cls, shapes: Shapes, floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]) -> bool:
         """Return whether stored arrays form an update.
 
         Parameters
@@ -111,7 +107,7 @@ class Update(ABC):
 
     def norm(self) -> float:
         """Compute the Frobenius norm."""
-        return float(np.sqrt(sum(np.vdot(tile, tile) for tile in tiles(self.dense()))))
+        return float(np.sqrt(sum(np.vdot(tile, tile) for tile in tiles(self._stored_matrix()))))
 
     def inner(self, other: Update) -> float:
         """Compute <dW_1, dW_2>, the sum of the products of their entries."""
@@ -127,6 +123,7 @@ class Update(ABC):
         return math.fsum(float((at_least_float32(w) * at_least_float32(dw)).sum()) for w, dw in pieces)
 
     def _stored_matrix(self) -> Any:
+        """Return the matrix in its own dtype, if it is stored."""
         return self.dense()
 
     def weight_norm(self, W0: Float[np.ndarray, "out in"]) -> float:
@@ -166,33 +163,9 @@ class Update(ABC):
         k = numerical_rank(sigma, self.shape)
         return U[:, :k], sigma[:k], V[:k].T
 
-    def left(self, k: int | None = None) -> Float[np.ndarray, "out k"]:
-        """Return the first k left singular vectors as columns, or all of them if k is None."""
-        return self.svd()[0][:, :k]
-
-    def right(self, k: int | None = None) -> Float[np.ndarray, "in k"]:
-        """Return the first k right singular vectors as columns, or all of them if k is None."""
-        return self.svd()[2][:, :k]
-
-    def stable_rank(self) -> float:
-        """Compute the stable rank, ``|dW|_F^2 / sigma_1^2``."""
-        return stable_rank(self.singular_values())
-
-    def effective_rank(self) -> float:
-        """Compute the effective rank, exp of the entropy of sigma / sum(sigma)."""
-        return effective_rank(self.singular_values())
-
-    def minus(self, other: Update) -> Update:
+    def __sub__(self, other: Update) -> Update:
         """Return the difference of two updates, in their form if the form allows it."""
         return FORMS["dense"].from_factors({"matrix": self.dense() - other.dense()})
-
-    def __sub__(self, other: Update) -> Update:
-        return self.minus(other)
-
-    @classmethod
-    def batch_spectra(cls, updates: Sequence[Any]) -> list[Float[np.ndarray, "k"]]:
-        """Compute the singular values of several updates of this form."""
-        return [update.singular_values() for update in updates]
 
 
 def form_named(name: str | None, factors: Iterable[str]) -> type[Update]:
@@ -223,25 +196,3 @@ def constant_factors() -> frozenset[str]:
 def from_factors(factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True, form: str | None = None) -> Update:
     """Build an update from its stored factors; see ``form_named`` for ``form``."""
     return form_named(form, factors).from_factors(factors, scale, exact)
-
-
-def norms(updates: Sequence[Update]) -> Float[np.ndarray, "n"]:
-    """Compute the Frobenius norms of many updates."""
-    return np.array([update.norm() for update in updates])
-
-
-def spectra(updates: Sequence[Update]) -> list[Float[np.ndarray, "k"]]:
-    """Compute the singular values of many updates, largest first; updates of one form share batches."""
-    values: list[np.ndarray] = [np.empty(0)] * len(updates)
-    forms = defaultdict(list)
-    for i, update in enumerate(updates):
-        forms[type(update)].append(i)
-    for form, places in forms.items():
-        for i, sigma in zip(places, form.batch_spectra([updates[i] for i in places]), strict=True):
-            values[i] = sigma
-    return values
-
-
-def weight_norm(W0: Float[np.ndarray, "out in"], update: Update) -> float:
-    """Compute ``|W_0 + dW|_F``."""
-    return update.weight_norm(W0)

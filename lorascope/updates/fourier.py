@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from lorascope.updates.base import Update
+from lorascope.updates.base import Shapes, Update
 from lorascope.updates.dense import Dense
 from lorascope.updates.linalg import all_finite, as_float64
 
@@ -234,9 +234,7 @@ class Fourier(Update, form="fourier"):
         return cls(factors["coefficients"], factors["entries"], (outer, inner), scale)
 
     @classmethod
-    def fits(
-        cls, shapes: Mapping[str, tuple[int, ...]], floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]
-    ) -> bool:
+    def fits(cls, shapes: Shapes, floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]) -> bool:
         """See `Update.fits`."""
         match shapes:
             case {"coefficients": (n,), "entries": (2, m), "shape": (2,)} if n == m and floats["coefficients"]:
@@ -317,14 +315,16 @@ class Fourier(Update, form="fourier"):
         squares = np.concatenate([even.values, odd.values]) ** 2
         return np.histogram(distances, edges, weights=squares)[0]
 
-    def minus(self, other: Update) -> Update:
+    def __sub__(self, other: Update) -> Update:
         """Return the difference; updates with the same entries and scale are subtracted by coefficient."""
-        if type(other) is type(self) and (self.shape, self.scale) == (other.shape, other.scale):
-            mine, theirs = self.to_factors(), other.to_factors()
-            if np.array_equal(mine["entries"], theirs["entries"]):
-                change = as_float64(mine["coefficients"]) - as_float64(theirs["coefficients"])
-                return Fourier(change, self.entries, self.shape, self.scale)
-        return super().minus(other)
+        if (
+            isinstance(other, Fourier)
+            and (self.shape, self.scale) == (other.shape, other.scale)
+            and np.array_equal(self.entries, other.entries)
+        ):
+            change = as_float64(self.coefficients) - as_float64(other.coefficients)
+            return Fourier(change, self.entries, self.shape, self.scale)
+        return super().__sub__(other)
 
     def __repr__(self) -> str:
         return f"Fourier({len(self.coefficients)} coefficients, shape={self.shape}, scale={self.scale:g})"

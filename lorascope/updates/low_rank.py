@@ -1,4 +1,8 @@
-"""Updates given as a product of two low-rank factors, which are multiplied only if a matrix is requested."""
+"""Updates as a product of two low-rank factors, which are multiplied only if a matrix is requested.
+
+The factors are stored, or computed from what is stored: several experts (``Mixture``), or the changes of both factors
+(``Residual``).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.updates.base import Update
+from lorascope.updates.base import Shapes, Update
 from lorascope.updates.linalg import (
     GRAM_LIMIT,
     all_finite,
@@ -37,12 +41,15 @@ class LowRank(Update, form="low_rank"):
     scale : float
     exact : bool
         False if the update depends on the input and the product represents it at fixed gates.
+    stored : mapping name -> array, optional
+        Arrays that snapshots store, if A and B are computed from them.
     """
 
     B: Float[np.ndarray, "out rank"]
     A: Float[np.ndarray, "rank in"]
     scale: float = 1.0
     exact: bool = True
+    stored: Mapping[str, Any] | None = None
     required = frozenset({"A", "B"})
 
     @property
@@ -61,8 +68,8 @@ class LowRank(Update, form="low_rank"):
         return self
 
     def to_factors(self) -> dict[str, Any]:
-        """Return A (rank, in) and B (out, rank)."""
-        return {"A": self.A, "B": self.B}
+        """Return A (rank, in) and B (out, rank), or the arrays that they are computed from."""
+        return {"A": self.A, "B": self.B} if self.stored is None else dict(self.stored)
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> LowRank:
@@ -77,9 +84,7 @@ class LowRank(Update, form="low_rank"):
         return LowRank(B, factors["A"], scale, exact)
 
     @classmethod
-    def fits(
-        cls, shapes: Mapping[str, tuple[int, ...]], floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]
-    ) -> bool:
+    def fits(cls, shapes: Shapes, floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]) -> bool:
         """See `Update.fits`."""
         match shapes:
             case {"A": (rank, _), "B": (_, width), **rest} if "gates" not in rest:
@@ -112,11 +117,9 @@ class LowRank(Update, form="low_rank"):
         """Compute <dW_1, dW_2>; two products need only the small Gram matrices of their factors."""
         if other.low_rank is None:
             return self.inner_weight(other.dense())
-        left, right = (
-            as_float64(self.B).T @ as_float64(other.low_rank.B),
-            as_float64(self.A) @ as_float64(other.low_rank.A).T,
-        )
-        return float(self.scale * other.low_rank.scale * np.vdot(left, right))
+        B, A, scale = other.low_rank.B, other.low_rank.A, other.low_rank.scale
+        left, right = as_float64(self.B).T @ as_float64(B), as_float64(self.A) @ as_float64(A).T
+        return float(self.scale * scale * np.vdot(left, right))
 
     def inner_weight(self, W: Any) -> float:
         """Compute <W, dW> without multiplying the factors; on the device of W, if it is a tensor."""
@@ -137,7 +140,7 @@ class LowRank(Update, form="low_rank"):
 
     def singular_values(self) -> Float[np.ndarray, "k"]:
         """Compute the min(out, in, rank) singular values, largest first."""
-        return self.batch_spectra([self])[0]
+        return spectra([self])[0]
 
     def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
         """Compute the singular value decomposition by QR of both factors."""
@@ -156,14 +159,14 @@ class LowRank(Update, form="low_rank"):
             return self.scale * (as_float64(self.B) @ as_float64(self.A))
         return self.scale * (self.B @ self.A)
 
-    def minus(self, other: Update) -> Update:
+    def __sub__(self, other: Update) -> Update:
         """Return the difference; for two low-rank updates it is low-rank, with the sum of their ranks.
 
         If their ranks are equal, it is formed from the changes of the factors, as for two states of one adapter:
         B A - B' A' = (B - B') A + B' (A - A'). The difference of two large products would lose its digits.
         """
         if (product := other.low_rank) is None:
-            return super().minus(other)
+            return super().__sub__(other)
         B, B_other = self.scale * as_float64(self.B), product.scale * as_float64(product.B)
         A, A_other = as_float64(self.A), as_float64(product.A)
         exact = self.exact and other.exact
@@ -171,27 +174,74 @@ class LowRank(Update, form="low_rank"):
             return LowRank(np.hstack([B - B_other, B_other]), np.vstack([A, A - A_other]), exact=exact)
         return LowRank(np.hstack([B, -B_other]), np.vstack([A, A_other]), exact=exact)
 
-    @classmethod
-    def batch_spectra(cls, updates: Sequence[LowRank]) -> list[Float[np.ndarray, "k"]]:
-        """Compute the singular values of many updates; updates of one rank share a batch.
 
-        The singular values of B A equal those of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A. They agree with a QR
-        decomposition to a relative 1e-8 if they exceed 1e-6 of the largest.
-        """
-        values: list[np.ndarray] = [np.empty(0)] * len(updates)
-        batches = defaultdict(list)
-        for i, update in enumerate(updates):
-            if not all_finite(update.B, update.A):
-                values[i] = np.full(min(*update.shape, update.rank), np.nan)
-            elif update.rank:
-                sides = (min(side, update.rank) for side in update.shape)
-                batches[(update.rank, *sides)].append((i, *_rescale_factors(update)))
-        with one_thread(), np.errstate(over="ignore"):
-            for batch in batches.values():
-                sigmas = np.linalg.svd(_cores([update for _, update, _ in batch]), compute_uv=False)
-                for (i, update, power), sigma in zip(batch, sigmas, strict=True):
-                    values[i] = np.ldexp(abs(update.scale) * sigma, power)
-        return values
+class Residual(LowRank, form="residual"):
+    """The update scale * (B @ A - B_0 @ A_0) of factors that start at B_0, A_0 (PiSSA, OLoRA), of twice their rank."""
+
+    required = frozenset({"A", "B", "A0", "B0"})
+    constants = frozenset({"A0", "B0"})
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> Residual:
+        """Build an update from A, A0 (rank, in) and B, B0 (out, rank)."""
+        stored = {name: factors[name] for name in ("A", "B", "A0", "B0")}
+        # (B - B_0) A + B_0 (A - A_0) is exactly zero at the start; the difference of two products is a rounding error.
+        A, B, A0, B0 = map(as_float64, stored.values())
+        return cls(np.hstack([B - B0, B0]), np.vstack([A, A - A0]), scale, stored=stored)
+
+    @classmethod
+    def fits(cls, shapes: Shapes, floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]) -> bool:
+        """See `Update.fits`."""
+        same = all(shapes[f"{name}0"] == shapes[name] for name in "AB")
+        return same and LowRank.fits({name: shapes[name] for name in "AB"}, floats, arrays) and all(floats.values())
+
+
+class Mixture(LowRank, form="mixture"):
+    """The update scale * sum(gates[i] * B_i @ A_i) of several experts, at fixed gates."""
+
+    required = frozenset({"A", "B", "gates"})
+    constants = frozenset({"gates"})
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> Mixture:
+        """Build an update from B (heads, out, rank), ``gates`` (heads,) and A (rank, in) or (heads, rank, in)."""
+        stored = {name: factors[name] for name in ("A", "B", "gates")}
+        A, B, gates = stored.values()
+        if A.ndim == 2:
+            return cls(np.tensordot(gates, B, 1), A, scale, exact, stored)
+        return cls(np.hstack(list(gates[:, None, None] * B)), A.reshape(-1, A.shape[-1]), scale, exact, stored)
+
+    @classmethod
+    def fits(cls, shapes: Shapes, floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]) -> bool:
+        """See `Update.fits`."""
+        match shapes:
+            case {"gates": (heads,), "A": (*number, rank, _), "B": (count, _, width)}:
+                return heads == count > 0 and rank == width and number in ([], [heads]) and all(floats.values())
+        return False
+
+
+def spectra(updates: Sequence[Update]) -> list[Float[np.ndarray, "k"]]:
+    """Compute the singular values of many updates, largest first; low-rank updates of one rank share a batch.
+
+    The singular values of B A equal those of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A. They agree with a QR
+    decomposition to a relative 1e-8 if they exceed 1e-6 of the largest.
+    """
+    values: list[np.ndarray] = [np.empty(0)] * len(updates)
+    batches = defaultdict(list)
+    for i, update in enumerate(updates):
+        if not isinstance(update, LowRank):
+            values[i] = update.singular_values()
+        elif not all_finite(update.B, update.A):
+            values[i] = np.full(min(*update.shape, update.rank), np.nan)
+        elif update.rank:
+            sides = (min(side, update.rank) for side in update.shape)
+            batches[(update.rank, *sides)].append((i, *_rescale_factors(update)))
+    with one_thread(), np.errstate(over="ignore"):
+        for batch in batches.values():
+            sigmas = np.linalg.svd(_cores([update for _, update, _ in batch]), compute_uv=False)
+            for (i, update, power), sigma in zip(batch, sigmas, strict=True):
+                values[i] = np.ldexp(abs(update.scale) * sigma, power)
+    return values
 
 
 def _rescale_factors(update: LowRank) -> tuple[LowRank, int]:

@@ -25,11 +25,6 @@ class NeuronChange(NamedTuple):
     delta_norm: Float[np.ndarray, "neurons"]
 
 
-def neuron_cosine(W0: Any, W: Any, axis: int) -> Float[np.ndarray, "neurons"]:
-    """Compute 1 - cos between each neuron's weights before and after; see ``neuron_change``."""
-    return neuron_change(W0, W, axis).cosine_distance
-
-
 def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> NeuronChange:
     """Compute the cosine distance of each neuron's weights before and after, their norms, and the norm of the change.
 

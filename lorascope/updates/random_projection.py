@@ -15,8 +15,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from lorascope.updates.base import Shapes
 from lorascope.updates.low_rank import LowRank
 
 
@@ -44,47 +45,25 @@ def projections(
 
 
 class RandomProjection(LowRank, form="random_projection"):
-    """The update diag(lambda_b) B diag(lambda_d) A, as one pair of factors.
+    """The update diag(lambda_b) B diag(lambda_d) A, as one pair of factors."""
 
-    Parameters
-    ----------
-    lambda_b : array (out,)
-    lambda_d : array (rank,)
-    projection : array of int (4,)
-        Seed of A and B, largest in and largest out of all modules, and in of this module.
-    """
-
-    lambda_b: Float[np.ndarray, "out"]
-    lambda_d: Float[np.ndarray, "rank"]
-    projection: Int[np.ndarray, "4"]
     required = frozenset({"lambda_b", "lambda_d", "projection"})
     constants = frozenset({"projection"})
 
-    def __init__(
-        self,
-        lambda_b: Float[np.ndarray, "out"],
-        lambda_d: Float[np.ndarray, "rank"],
-        projection: Int[np.ndarray, "4"],
-    ) -> None:
-        seed, widest_in, widest_out, inner = (int(value) for value in projection)
-        A, B = projections(seed, len(lambda_d), widest_in, widest_out)
-        super().__init__(lambda_b[:, None] * B[: len(lambda_b)], lambda_d[:, None] * A[:, :inner])
-        # Write to the instance dict, because the base class is a frozen dataclass.
-        vars(self).update(lambda_b=lambda_b, lambda_d=lambda_d, projection=np.asarray(projection))
-
-    def to_factors(self) -> dict[str, Any]:
-        """Return both vectors and what A and B are drawn from."""
-        return {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d, "projection": self.projection}
-
     @classmethod
     def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> RandomProjection:
-        """Build an update from ``lambda_b``, ``lambda_d`` and ``projection``."""
-        return cls(factors["lambda_b"], factors["lambda_d"], factors["projection"])
+        """Build an update from ``lambda_b`` (out,), ``lambda_d`` (rank,) and ``projection``.
+
+        ``projection`` contains the seed of A and B, the largest in and largest out of all modules, and in of this one.
+        """
+        stored = {name: factors[name] for name in ("lambda_b", "lambda_d", "projection")}
+        b, d, projection = stored.values()
+        seed, widest_in, widest_out, inner = (int(value) for value in projection)
+        A, B = projections(seed, len(d), widest_in, widest_out)
+        return cls(b[:, None] * B[: len(b)], d[:, None] * A[:, :inner], stored=stored)
 
     @classmethod
-    def fits(
-        cls, shapes: Mapping[str, tuple[int, ...]], floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]
-    ) -> bool:
+    def fits(cls, shapes: Shapes, floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]) -> bool:
         """See `Update.fits`."""
         match shapes:
             case {"lambda_b": (outer,), "lambda_d": (rank,), "projection": (4,)} if (

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.updates.base import Update
+from lorascope.updates.base import Shapes, Update
 from lorascope.updates.linalg import as_float64
 from lorascope.updates.low_rank import LowRank
 
@@ -88,9 +88,9 @@ class WeightDecomposed(Update, form="weight_decomposed"):
         """See `Update.svd`; of the factors if W_0 is unknown."""
         return super().svd() if self.low_rank is None else self.low_rank.svd()
 
-    def minus(self, other: Update) -> Update:
-        """See `Update.minus`; of the factors if W_0 is unknown."""
-        return super().minus(other) if self.low_rank is None else self.low_rank.minus(other)
+    def __sub__(self, other: Update) -> Update:
+        """See `Update.__sub__`; of the factors if W_0 is unknown."""
+        return super().__sub__(other) if self.low_rank is None else self.low_rank - other
 
     def to_factors(self) -> dict[str, Any]:
         """Return A, B, the magnitude and, if it is known, W_0."""
@@ -103,9 +103,7 @@ class WeightDecomposed(Update, form="weight_decomposed"):
         return cls(factors["B"], factors["A"], factors["magnitude"], scale, factors.get("W0"))
 
     @classmethod
-    def fits(
-        cls, shapes: Mapping[str, tuple[int, ...]], floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]
-    ) -> bool:
+    def fits(cls, shapes: Shapes, floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]) -> bool:
         """See `Update.fits`."""
         match shapes:
             case {"A": (rank, _), "B": (outer, width), "magnitude": (rows,)}:

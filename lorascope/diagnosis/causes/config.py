@@ -11,7 +11,7 @@ from lorascope.diagnosis.evidence import SHARE, Case
 from lorascope.runs.formats.peft_lora import CONFIG
 from lorascope.runs.manifest import RESIDUAL
 from lorascope.schema.name_patterns import Ends, Patterns
-from lorascope.updates import Pair
+from lorascope.updates import Dense
 
 WHOLE = 1.0  # fraction of |W|: an update as large as the weight replaces the pretrained weight
 HABIT = 16.0  # alpha / r: alpha 16 is common down to rank 1, so only a larger scale is called a cause
@@ -55,9 +55,10 @@ def other_weights(case: Case) -> Found:
         assert base is not None
         weight, shape = case.files.whole(module), base.shape(module)
         if weight.shape == shape:
-            change = Pair(base.weight(module, shape), weight)
-            share = f"{100 * change.relative_update():.3g}% of |W|"
-            yield found(f"saved as full weights: {module}, |dW| {change.update.norm():.3g} ({share})")
+            W0 = Dense(base.weight(module, shape))
+            norm, start = (Dense(weight) - W0).norm(), W0.norm()
+            relative = norm / start if start else np.inf if norm else 0.0
+            yield found(f"saved as full weights: {module}, |dW| {norm:.3g} ({100 * relative:.3g}% of |W|)")
         else:
             sizes = ", in the base ".join(" x ".join(map(str, sides)) for sides in (weight.shape, shape))
             yield found(f"saved as full weights, not measured: {module} is {sizes}")

@@ -32,21 +32,21 @@ class VeraExporter(Exporter):
         first = next(iter(updates.values()))
         return {
             "peft_type": "VERA",
-            "r": len(first.lambda_d),
+            "r": first.rank,
             "target_modules": targets(run, list(updates)),
-            "projection_prng_key": int(first.projection[0]),
+            "projection_prng_key": int(first.to_factors()["projection"][0]),
             "save_projection": True,
             "vera_dropout": 0.0,
         }
 
     def tensors(self, module: str, update: RandomProjection, host: str) -> Iterator[tuple[str, np.ndarray]]:
         """Yield both vectors under PEFT's names."""
-        yield f"{module}.vera_lambda_b", update.lambda_b
-        yield f"{module}.vera_lambda_d", update.lambda_d
+        yield f"{module}.vera_lambda_b", update.to_factors()["lambda_b"]
+        yield f"{module}.vera_lambda_d", update.to_factors()["lambda_d"]
 
     def shared_tensors(self, updates: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return the random factors, so that PEFT does not have to draw the same ones."""
         first = next(iter(updates.values()))
-        seed, widest_in, widest_out, _ = (int(value) for value in first.projection)
-        A, B = projections(seed, len(first.lambda_d), widest_in, widest_out)
+        seed, widest_in, widest_out, _ = (int(value) for value in first.to_factors()["projection"])
+        A, B = projections(seed, first.rank, widest_in, widest_out)
         return {"base_model.vera_A": A, "base_model.vera_B": B}

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from lorascope.adapters.activation_patching import Batch, Loss, Move, moved_losses
 from lorascope.adapters.delta import attach, attached_deltas, detach
-
-
-@runtime_checkable
-class Switchable(Protocol):
-    """Interface of a Delta whose components can be enabled and disabled individually."""
-
-    @property
-    def rank(self) -> int: ...
-
-    def add_component(self, index: int, sign: int, x: Tensor, y: Tensor) -> Tensor:
-        """Return the host's output ``y`` at input ``x`` with a component added (sign 1) or removed (sign -1)."""
-
-    def is_idle(self, index: int) -> bool:
-        """Return whether the component adds zero for every input."""
+from lorascope.adapters.hidden_states import evaluation_mode
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +42,15 @@ def ablation_scores(model: nn.Module, loss: Loss, batch: Batch) -> Scores:
     Parameters
     ----------
     model : Module
-        Model whose Deltas are all ``Switchable``. Its training modes and adapters are restored.
+        Model whose Deltas have ``add_component`` and ``is_idle`` of ``ALoRADelta``. Its training modes and adapters are
+        restored.
     loss : function batch -> Tensor ()
         Function that calls the model and returns its mean loss over the rows of the batch.
     batch : dict of tensors (rows, ...)
         Batch to compute the loss on.
     """
     adapters: Any = attached_deltas(model)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         full, without = _switched_scores(model, loss, batch, adapters, -1)
         deltas = detach(model)
         try:
@@ -74,7 +61,7 @@ def ablation_scores(model: nn.Module, loss: Loss, batch: Batch) -> Scores:
 
 
 def _switched_scores(
-    model: nn.Module, loss: Loss, batch: Batch, adapters: Mapping[str, Switchable], sign: int
+    model: nn.Module, loss: Loss, batch: Batch, adapters: Mapping[str, Any], sign: int
 ) -> tuple[float, dict[str, Float[np.ndarray, "_"]]]:
     """Return the score of the model as it is, and its scores with each component added or removed."""
     active = {name: [i for i in range(adapter.rank) if not adapter.is_idle(i)] for name, adapter in adapters.items()}
@@ -88,21 +75,3 @@ def _switched_scores(
     for name, indices in active.items():
         scores[name][indices] = [-value for value in losses[name]]
     return -undisturbed, scores
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode, without the key-value cache, which is not used here."""
-    modes = [(module, module.training) for module in model.modules()]
-    config: Any = getattr(model, "config", None)
-    caches = getattr(config, "use_cache", None)
-    model.eval()
-    if caches:
-        config.use_cache = False
-    try:
-        yield
-    finally:
-        if caches:
-            config.use_cache = caches
-        for module, training in modes:
-            module.training = training

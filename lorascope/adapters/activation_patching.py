@@ -53,7 +53,9 @@ def moved_losses(
     (float, dict module name -> list of float)
         Loss of the unperturbed model, and one loss per move.
     """
-    block_of = {part: block for block in _model_blocks(model) for part in block.modules() if part is not block}
+    table = module_table.describe(model)
+    blocks = [model.get_submodule(name) for name in table["module"][table["role"] == "block"]]
+    block_of = {part: block for block in blocks for part in block.modules() if part is not block}
     parts = [part for part in model.modules() if part is not model]
     top = _record_calls(loss, batch, parts, keep=set(parts) - block_of.keys())
     replay = _Replay(loss, batch, top, _record_calls(loss, _resize_batch(batch), parts))
@@ -64,11 +66,6 @@ def moved_losses(
         for name in inside:
             losses[name] = replay.losses(moved[name], seen, moves[name])
     return top.loss, losses
-
-
-def _model_blocks(model: nn.Module) -> list[nn.Module]:
-    description = module_table.describe(model)
-    return [model.get_submodule(name) for name in description["module"][description["role"] == "block"]]
 
 
 def _resize_batch(batch: Batch) -> Batch:
@@ -89,11 +86,6 @@ class _Call:
     leaves: list[Any] = field(default_factory=list)
     form: Any = None
     versions: list[int] = field(default_factory=list)
-
-    @property
-    def is_intact(self) -> bool:
-        """True if the output is stored, and neither it nor the first argument was overwritten since."""
-        return self.form is not None and self.versions == _versions([self.first, *self.leaves])
 
 
 def _versions(leaves: Sequence[Any]) -> list[int]:
@@ -167,14 +159,8 @@ def _replace_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
 class _Replay:
     """Passes that start at a module, with all earlier outputs replayed.
 
-    Parameters
-    ----------
-    loss, batch
-        Loss function and batch, as in ``moved_losses``.
-    top : _Pass
-        Pass over the batch, with the outputs of all blocks and of the modules outside blocks.
-    resized : _Pass
-        Pass over a batch with another number of rows.
+    ``top`` is a pass over the batch with the outputs of all blocks and of the modules outside blocks, and ``resized`` a
+    pass over another number of rows.
     """
 
     def __init__(self, loss: Loss, batch: Batch, top: _Pass, resized: _Pass) -> None:
@@ -216,8 +202,9 @@ class _Replay:
         return found
 
     def _is_only_call(self, call: _Call) -> bool:
-        """Return whether this is the module's only call, and its output is intact."""
-        return call.is_intact and len(self.by_row[call.module]) == 1
+        """Return whether this is the module's only call, and its stored output was not overwritten since."""
+        intact = call.form is not None and call.versions == _versions([call.first, *call.leaves])
+        return intact and len(self.by_row[call.module]) == 1
 
     def _replay_forwards(self, calls: Sequence[_Call], copies: int) -> dict[nn.Module, Forward]:
         """Return forwards that replay the outputs of these calls, for a number of copies of the batch."""

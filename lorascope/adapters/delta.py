@@ -20,8 +20,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorascope.adapters.host_weights import host_bias, host_weight, orient_weight, to_array
-from lorascope.adapters.peft_layers import is_peft_layer, peft_update
+from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
+from lorascope.adapters.peft_layers import is_peft_layer, peft_update, unwrap_peft_model
 from lorascope.updates import Dense, Update
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "deltas",
     "detach",
     "fold",
-    "host_bias",
     "host_weight",
     "resize",
     "to_array",
@@ -170,21 +169,17 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
         if type(modules[name]) in _PLAIN:
             kind = type(modules[name].delta).__name__
             raise ValueError(f"cannot attach to {name!r}: it already has a {kind}. Call detach first")
-        _check_host(name, modules[name])
+        # Only exact classes, because a subclass may compute something else.
+        if type(modules[name]) not in _ADAPTED:
+            kind = f"{type(modules[name]).__module__}.{type(modules[name]).__name__}"
+            raise TypeError(f"class of {name!r} must be nn.Linear, nn.Embedding or GPT-2's Conv1D, got {kind}")
+        if "forward" in vars(modules[name]):
+            raise TypeError(f"cannot attach to {name!r}: its forward was replaced, for example by a device_map hook")
     for name, delta in deltas.items():
         host = modules[name]
         host.__class__ = _ADAPTED[type(host)]
         host.delta = delta.to(host.weight.device)
         delta._host = weakref.ref(host)
-
-
-def _check_host(name: str, host: Any) -> None:
-    # Only exact classes, because a subclass may compute something else.
-    if type(host) not in _ADAPTED:
-        kind = f"{type(host).__module__}.{type(host).__name__}"
-        raise TypeError(f"class of {name!r} must be nn.Linear, nn.Embedding or GPT-2's Conv1D, got {kind}")
-    if "forward" in vars(host):
-        raise TypeError(f"cannot attach to {name!r}: its forward was replaced, for example by a device_map hook")
 
 
 def _suggest_modules(name: str, modules: Mapping[str, nn.Module]) -> str:
@@ -331,12 +326,8 @@ def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> I
     (str, LowRank or Dense)
         Module name, and a copy of the update that later training does not change.
     """
-    root: Any = model
-    if hasattr(model, "get_base_model"):
-        root = root.get_base_model()
     counted: set[int] = set()
-    module: Any
-    for name, module in root.named_modules():
+    for name, module in unwrap_peft_model(model).named_modules():
         before = (reference or {}).get(f"{name}.weight".lstrip("."))
         if before is not None and id(module.weight) in counted:
             before = None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,24 @@ _STACKS = {"": "hidden_states", "encoder": "encoder_hidden_states", "decoder": "
 _ROWS = 32  # per forward pass
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch to evaluation mode in this context, without the key-value cache, which no recording uses."""
+    modes = [(module, module.training) for module in model.modules()]
+    config: Any = getattr(model, "config", None)
+    caches = getattr(config, "use_cache", None)
+    model.eval()
+    if caches:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if caches:
+            config.use_cache = caches
+        for module, training in modes:
+            module.training = training
+
+
 @torch.no_grad()
 def token_means(
     model: nn.Module, batch: Mapping[str, Tensor], of: Callable[[Tensor], Tensor] | None = None
@@ -27,24 +46,22 @@ def token_means(
     Parameters
     ----------
     model : Module
-        Model; it runs in evaluation mode, and its training mode is restored.
+        Model; it runs in evaluation mode.
     batch : mapping of tensors
         Inputs of the model.
     of : callable, optional
         Function of the states to average, such as their squares; by default the states themselves.
     """
-    training = model.training
-    model.eval()
     found: dict[str, list[Any]] = {}
     for start in range(0, len(next(iter(batch.values()))), _ROWS):
         piece = {key: value[start : start + _ROWS] for key, value in batch.items()}
-        output = model(**piece, output_hidden_states=True)
+        with evaluation_mode(model):
+            output = model(**piece, output_hidden_states=True)
         for stack, name in _STACKS.items():
             if name in output:
                 states = torch.stack(output[name][1:]).double()  # the first is the embedding
                 weighed = (states if of is None else of(states)) * _token_weights(states, piece.get("attention_mask"))
                 found.setdefault(stack, []).append(weighed.sum(2).transpose(0, 1))
-    model.train(training)
     return {stack: to_array(torch.cat(parts)) for stack, parts in found.items()}
 
 

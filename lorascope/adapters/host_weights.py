@@ -20,11 +20,6 @@ def host_weight(module: Any) -> Float[Tensor, "out in"]:
     return orient_weight(module, module.weight)
 
 
-def host_bias(module: Any) -> Float[Tensor, "out"] | None:
-    """Return the bias, or None."""
-    return getattr(module, "bias", None)
-
-
 def orient_weight(module: Any, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, "out in"]:
     """Return a tensor that has the layout of the module's weight as (out, in)."""
     return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.flatten(1)

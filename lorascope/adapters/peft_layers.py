@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,14 +19,9 @@ _TRIED: WeakKeyDictionary[Any, dict[tuple[str, ...], bool]] = WeakKeyDictionary(
 
 
 class PeftDelta:
-    """A PEFT layer with the interface of a ``Delta``.
+    """A PEFT layer with active adapters, with the interface of a ``Delta``.
 
-    Parameters
-    ----------
-    layer : Module
-        PEFT layer whose ``peft_update`` is not None.
-    kept : int, optional
-        Number of components that AdaLoRA's allocator retains; None if it has not decided yet.
+    ``kept`` is the number of components that AdaLoRA's allocator retains, None if it has not decided yet.
     """
 
     def __init__(self, layer: Any, kept: int | None = None) -> None:
@@ -43,7 +39,7 @@ class PeftDelta:
         return update
 
     def factors(self) -> dict[str, Tensor]:
-        """Return the factors of the update ; empty for a dense update."""
+        """Return the factors of the update; empty for a dense update."""
         found = _active_factors(self.layer)
         return {} if found is None else found[0]
 
@@ -123,11 +119,9 @@ def _is_mergeable(layer: Any) -> bool:
     """Return whether the update can be read from factors or merged; aLoRA's, for one, depends on the text."""
     known, active = _TRIED.setdefault(layer, {}), tuple(active_adapters(layer))
     if active not in known:
-        try:
+        known[active] = False
+        with suppress(NotImplementedError, ValueError):
             peft_update(layer)
-        except (NotImplementedError, ValueError):
-            known[active] = False
-        else:
             known[active] = True
     return known[active]
 
@@ -148,10 +142,15 @@ def peft_update(layer: Any) -> Update | None:
     active = active_adapters(layer)
     if not active:
         return None
-    if (found := _active_factors(layer)) is None:
-        return _merged_difference(layer, active)
-    factors, scale = found
-    return from_factors({name: to_array(factor) for name, factor in factors.items()}, scale)
+    if (found := _active_factors(layer)) is not None:
+        factors, scale = found
+        return from_factors({name: to_array(factor) for name, factor in factors.items()}, scale)
+    twin = copy.deepcopy(layer).double()
+    if twin.merged:  # the weight already contains the update
+        twin.unmerge()
+    before = to_array(host_weight(twin.get_base_layer()))
+    twin.merge(adapter_names=active)
+    return Dense(to_array(host_weight(twin.get_base_layer())) - before)
 
 
 def _active_factors(layer: Any) -> tuple[dict[str, Tensor], float] | None:
@@ -187,12 +186,3 @@ def _lora_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, float] | No
         A = A * layer.lora_E[adapter]
         scale /= float(layer.ranknum[adapter]) + 1e-5  # as in PEFT
     return (B, A, scale) if isinstance(A, Tensor) else None
-
-
-def _merged_difference(layer: Any, active: list[str]) -> Dense:
-    twin = copy.deepcopy(layer).double()
-    if twin.merged:  # the weight already contains the update
-        twin.unmerge()
-    before = to_array(host_weight(twin.get_base_layer()))
-    twin.merge(adapter_names=active)
-    return Dense(to_array(host_weight(twin.get_base_layer())) - before)

@@ -29,6 +29,7 @@ Departs:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,15 +61,8 @@ class DoRA(LoRA, name="dora"):
 class DoRADelta(LoRADelta):
     """Update ``m V / |V| - W_0`` of one module. Parameters: see ``LoRADelta``."""
 
-    def __init__(
-        self,
-        host: nn.Module,
-        rank: int,
-        scale: float = 1.0,
-        dropout: float = 0.0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(host, rank, scale, dropout, generator)
+    def __init__(self, host: nn.Module, *arguments: Any, **options: Any) -> None:
+        super().__init__(host, *arguments, **options)
         self.magnitude = nn.Parameter(torch.linalg.norm(host_weight(host).detach(), dim=1))
 
     def _ratio(self, W0: Float[Tensor, "out in"]) -> Float[Tensor, "out"]:

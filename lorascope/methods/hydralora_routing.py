@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.adapters.host_weights import to_array
 from lorascope.inputs.tokenization import IGNORED
 from lorascope.schema.module_table import parse
@@ -204,13 +205,10 @@ def watch(
         return look
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in routers]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()
+        with evaluation_mode(model), torch.no_grad():
             run()
     finally:
-        model.train(training)
         for handle in hooks:
             handle.remove()
     return {name: _combine(partial(np.sum, axis=0), uses) for name, uses in seen.items()}

@@ -132,24 +132,31 @@ class LoRADelta(Delta):
         """Factor applied to the input."""
         return self.A
 
+    @property
+    def left(self) -> Float[Tensor, "out columns"]:
+        """Factor applied to ``hidden``."""
+        return self.B
+
     def weight(self) -> Float[Tensor, "out in"]:
         return self.scale * (self.B @ self.right)
 
     def hidden(self, x: Tensor) -> Float[Tensor, "*batch columns"]:
-        """Return the input of B: A x, with dropout."""
+        """Return A x, with dropout."""
         if x.is_floating_point():
             return F.linear(F.dropout(x, self.dropout, self.training), self.right)
         return F.embedding(x, self.right.T, self.padding)
 
     def forward(self, x: Tensor) -> Float[Tensor, "*batch out"]:
-        return self.scale * F.linear(self.hidden(x), self.B)
+        return self.scale * F.linear(self.hidden(x), self.left)
 
     def affine(
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
         """As in the base class, but ``addmm`` adds the second product to the host's output, which saves one pass."""
         output, hidden = F.linear(x, W, b), self.hidden(x)
-        flat = torch.addmm(output.view(-1, W.shape[0]), hidden.view(-1, hidden.shape[-1]), self.B.T, alpha=self.scale)
+        flat = torch.addmm(
+            output.view(-1, W.shape[0]), hidden.view(-1, hidden.shape[-1]), self.left.T, alpha=self.scale
+        )
         return flat.view(output.shape)
 
     @property

@@ -67,7 +67,16 @@ from torch import Tensor, nn
 from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.analysis import neurons, selected_neurons
 from lorascope.inputs.classifier_head import weights_hash
-from lorascope.methods.base import Method, Phase, Step, added_later, require, require_at_least, task_head
+from lorascope.methods.base import (
+    Method,
+    Phase,
+    Step,
+    added_later,
+    require,
+    require_at_least,
+    require_choice,
+    task_head,
+)
 from lorascope.methods.full import Full
 from lorascope.methods.neft_probing import PROBE_COSINE, Probing, probe_scores
 from lorascope.runs import loading
@@ -138,7 +147,7 @@ class NeFT(Method, name="neft"):
     head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        require(self, "select_by", f"one of {', '.join(map(repr, STRATEGIES))}", self.select_by in STRATEGIES)
+        require_choice(self, "select_by", (*neurons.MODES, "probed"))
         if unknown := [role for role in self.targets if role not in neurons.ROLES]:
             raise ValueError(f"targets must be among {', '.join(map(repr, neurons.ROLES))}, got {unknown[0]!r}")
         require_at_least(self, 1, "num_neurons", "tune_steps")
@@ -150,27 +159,52 @@ class NeFT(Method, name="neft"):
         if self.neurons is not None:
             self.neurons = neurons.to_plain_ints(self.neurons)
         if isinstance(self.reference, Result):
-            self.strategy.check(self.reference)
+            self._check_reference(self.reference)
         self.neurons_: dict[str, list[int]] = {}
 
     @property
-    def strategy(self) -> Changed:
-        """Rule that scores the neurons and, unless they are given, selects them."""
-        return STRATEGIES[self.select_by]()
+    def score_names(self) -> tuple[str, str]:
+        """Column of the scores by which neurons are selected, and the quantity that records it."""
+        return (PROBE_COSINE, PROBE_COSINE) if self.select_by == "probed" else ("cosine_distance", "selection_cosine")
 
     def prepare(self) -> None:
         """Load ``reference`` if it is a folder."""
         if isinstance(self.reference, str | Path):
-            self.reference = self.strategy.check(loading.load(self.reference))
+            self.reference = self._check_reference(loading.load(self.reference))
+
+    def _check_reference(self, reference: Result) -> Run:
+        """Return the reference; raise a ValueError if it is an adapter, of the wrong kind, or trained a few neurons."""
+        name, probes = reference.meta.method["name"], self.select_by == "probed"
+        if not isinstance(reference, Run) or reference.meta.w0_hash is None:
+            kind = "a run of a Trainer" if isinstance(reference, Run) else "an external adapter"
+            reason = f"it is {kind}, whose initial weights are unknown. Use a run of ls.train"
+        elif name == NeFT.name:
+            first = Probing.name if probes else Full.name
+            paths = [run.path for run in reference.parents if run.meta.method["name"] == first and run.path]
+            usable = f"a run of {'linear probing' if probes else 'full fine-tuning'}"
+            usable = f"the phase before it, {paths[0].resolve()}" if paths else usable
+            reason = f"it trained only {len(selected_neurons.list_selected(reference)):,} neurons. Use {usable}"
+        elif probes == (name == Probing.name):
+            return reference
+        elif probes:
+            reason = "it is not a run of linear probing. Use one, or None"
+        else:
+            reason = "it is a run of linear probing. Use a run of full fine-tuning"
+        given = f"{reference.id} ({reference.label})"
+        raise ValueError(f"cannot select neurons by {self.select_by!r} from {given}: {reason}")
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Yield full fine-tuning or linear probing, if the selection needs it, then training of the neurons."""
-        first = None if self.neurons is not None or self.reference is not None else self.strategy.phase(self)
-        if first is None:
+        if self.neurons is not None or self.reference is not None or self.select_by == "random":
             yield Phase(self)
+            return
+        if self.select_by == "probed":
+            probing = Probing(targets=self.targets, head_lr=self.head_lr)
+            reference = yield Phase(probing, "probe", steps=self.tune_steps)
         else:
-            reference = yield first
-            yield Phase(replace(self, reference=reference), "masked")
+            full = Full(lr=self.lr if self.tune_lr is None else self.tune_lr, head_lr=self.head_lr)
+            reference = yield Phase(full, "tune", steps=self.tune_steps, lr=self.tune_lr)
+        yield Phase(replace(self, reference=reference), "masked")
 
     def trainer_problem(self) -> str:
         """Return that neurons must be given: selecting them takes another phase, or the run's seed."""
@@ -179,7 +213,7 @@ class NeFT(Method, name="neft"):
 
     def describe(self) -> dict[str, Any]:
         """Return the common facts, the candidate roles, and the quantity by which neurons were selected."""
-        by = None if self.neurons is not None or self.select_by == "random" else self.strategy.quantity
+        by = None if self.neurons is not None or self.select_by == "random" else self.score_names[1]
         return super().describe() | {"neuron_roles": list(self.targets), "selection_score": by}
 
     def attach(self, model: nn.Module) -> None:
@@ -189,13 +223,30 @@ class NeFT(Method, name="neft"):
         run = self.reference if isinstance(self.reference, Run) else None
         if run and weights_hash(model) != run.meta.w0_hash:
             raise ValueError(f"reference must start from the weights of this model, got run {run.id} of another one")
-        self._scores = self.strategy.score(model, self._parts, run)
+        self._scores = self._score_neurons(model, run)
         self.neurons_ = self._choose(sum(parameter.numel() for parameter in model.parameters()))
         model.requires_grad_(False)
         axes = {part.module: part.axis for part in self._parts}
         self._masks = {name: Mask.of(model, name, axes[name], chosen) for name, chosen in self.neurons_.items()}
         for trained in (*(mask.weight for mask in self._masks.values()), *task_head(model).values()):
             trained.requires_grad_(True)
+
+    def _score_neurons(self, model: nn.Module, reference: Run | None) -> pd.DataFrame | None:
+        """Score every neuron from W_0, the weights of the model, to the reference; None if the scores are not known.
+
+        The table has the columns ``neurons.COLUMNS``.
+        """
+        if reference is None:
+            return neurons.unscored_neurons(self._parts) if self.select_by == "random" else None
+        if self.select_by == "probed":
+            return probe_scores(reference, self._parts)
+        after = reference.tensors()
+        if absent := [part.module for part in self._parts if f"{part.module}.weight" not in after]:
+            reason = f"run {reference.id} ({reference.label}) did not train it"
+            raise ValueError(f"cannot score the neurons of {absent[0]}: {reason}. Use a run of full fine-tuning")
+        # Arrays of the reference become tensors one at a time, when they are compared.
+        wide = Lazy(list(after), lambda name: torch.from_numpy(np.array(after[name])))
+        return distances(model, self._parts, dict(model.named_parameters()), wide)
 
     def _choose(self, total: int) -> dict[str, list[int]]:
         """Select neurons by module; the result is empty for a method from a run folder, whose state contains them."""
@@ -214,11 +265,14 @@ class NeFT(Method, name="neft"):
                 raise ValueError(f"{name} must be <= {most}, got {share} ({count:,} neurons)")
             return count
 
-        free = int(self._scores[self.strategy.column].notna().sum())
+        column, _ = self.score_names
+        free = int(self._scores[column].notna().sum())
         k = self.num_neurons or number("parameter_share", free)
-        selected = self.strategy.select(self._scores, k)
+        mode = "changed" if self.select_by == "probed" else self.select_by  # of both, the highest scores
+        seed = int(torch.randint(2**31, ())) if mode == "random" else 0  # depends on the run's seed
+        selected = neurons.select(self._scores, k, mode, seed, column)
         if self.reversed_share:
-            others = Reversed().select(self._scores, number("reversed_share", free - k))
+            others = neurons.select(self._scores, number("reversed_share", free - k), "reversed")
             selected = pd.concat([selected, others])
         return neurons.by_module(selected)
 
@@ -250,7 +304,8 @@ class NeFT(Method, name="neft"):
             for module, chosen in self.neurons_.items():
                 yield Record("selected", np.ones(len(chosen)), module, np.array(chosen))
             if self._scores is not None and isinstance(self.reference, Run):
-                tables.append((self.strategy.quantity, self._scores, self.strategy.column))
+                column, quantity = self.score_names
+                tables.append((quantity, self._scores, column))
         else:
             yield Record("unmasked_norm", float(self._unmasked))
         if step.last:
@@ -263,97 +318,6 @@ class NeFT(Method, name="neft"):
             for module, mask in self._masks.items():
                 change = (mask.weight.detach() - step.base[f"{module}.weight"]).abs()
                 yield Record("leak", float(change.masked_fill(~mask.frozen, 0.0).max()), module)
-
-
-class Changed:
-    """The neurons that full fine-tuning rotates most. The base of the other strategies."""
-
-    name = "changed"
-    kind: type[Method] = Full  # of the phase before
-    column, quantity = "cosine_distance", "selection_cosine"  # of the scores, and under which they are recorded
-
-    def phase(self, method: NeFT) -> Phase | None:
-        """Return the phase whose run is the reference; None if the selection needs no reference."""
-        full = Full(lr=method.lr if method.tune_lr is None else method.tune_lr, head_lr=method.head_lr)
-        return Phase(full, "tune", steps=method.tune_steps, lr=method.tune_lr)
-
-    def check(self, reference: Result) -> Run:
-        """Return the reference; raise a ValueError if it is an adapter, of the wrong kind, or trained a few neurons."""
-        name, probes = reference.meta.method["name"], self.kind is Probing
-        if not isinstance(reference, Run) or reference.meta.w0_hash is None:
-            kind = "a run of a Trainer" if isinstance(reference, Run) else "an external adapter"
-            reason = f"it is {kind}, whose initial weights are unknown. Use a run of ls.train"
-        elif name == NeFT.name:
-            paths = [run.path for run in reference.parents if run.meta.method["name"] == self.kind.name and run.path]
-            usable = f"a run of {'linear probing' if probes else 'full fine-tuning'}"
-            usable = f"the phase before it, {paths[0].resolve()}" if paths else usable
-            reason = f"it trained only {len(selected_neurons.list_selected(reference)):,} neurons. Use {usable}"
-        elif probes == (name == Probing.name):
-            return reference
-        elif probes:
-            reason = "it is not a run of linear probing. Use one, or None"
-        else:
-            reason = "it is a run of linear probing. Use a run of full fine-tuning"
-        raise ValueError(f"cannot select neurons by {self.name!r} from {reference.id} ({reference.label}): {reason}")
-
-    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Run | None) -> pd.DataFrame | None:
-        """Score every neuron by equation 1 from W_0, the weights of the model, to the reference; None without one.
-
-        The table has the columns ``neurons.COLUMNS``.
-        """
-        if reference is None:
-            return None
-        after = reference.tensors()
-        if absent := [part.module for part in parts if f"{part.module}.weight" not in after]:
-            reason = f"run {reference.id} ({reference.label}) did not train it"
-            raise ValueError(f"cannot score the neurons of {absent[0]}: {reason}. Use a run of full fine-tuning")
-        # Arrays of the reference become tensors one at a time, when they are compared.
-        wide = Lazy(list(after), lambda name: torch.from_numpy(np.array(after[name])))
-        return distances(model, parts, dict(model.named_parameters()), wide)
-
-    def select(self, scores: pd.DataFrame, k: int) -> pd.DataFrame:
-        """Return the k neurons with the highest scores."""
-        return neurons.select(scores, k, by=self.column)
-
-
-class Reversed(Changed):
-    """The neurons that full fine-tuning rotates least."""
-
-    name = "reversed"
-
-    def select(self, scores: pd.DataFrame, k: int) -> pd.DataFrame:
-        return neurons.select(scores, k, "reversed")
-
-
-class Random(Changed):
-    """Random neurons. A reference is not needed; its scores would be recorded."""
-
-    name = "random"
-
-    def phase(self, method: NeFT) -> None:
-        return None
-
-    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Run | None) -> pd.DataFrame:
-        found = super().score(model, parts, reference)
-        return neurons.unscored_neurons(parts) if found is None else found
-
-    def select(self, scores: pd.DataFrame, k: int) -> pd.DataFrame:
-        return neurons.select(scores, k, "random", int(torch.randint(2**31, ())))  # depends on the run's seed
-
-
-class Probed(Changed):
-    """The neurons whose weights are most similar to the directions of linear probes."""
-
-    name, kind, column, quantity = "probed", Probing, PROBE_COSINE, PROBE_COSINE
-
-    def phase(self, method: NeFT) -> Phase:
-        return Phase(Probing(targets=method.targets, head_lr=method.head_lr), "probe", steps=method.tune_steps)
-
-    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Run | None) -> pd.DataFrame | None:
-        return None if reference is None else probe_scores(reference, parts)
-
-
-STRATEGIES: dict[str, type[Changed]] = {rule.name: rule for rule in (Changed, Reversed, Random, Probed)}
 
 
 class Mask(NamedTuple):

@@ -61,17 +61,7 @@ class PiSSA(LoRA, name="pissa"):
 class ResidualDelta(LoRADelta):
     """Update scale * (B A - B0 A0) of factors that start at B0, A0 and train on the residual W_0 - scale * B0 A0.
 
-    The outputs of the residual weight and of scale * B A are added, but the host keeps W_0, so its hash, its norms and
-    the weights after ``detach`` are exact. The update is zero at step 0. Dropout applies to the input of A only.
-
-    Parameters
-    ----------
-    host : Module
-        Adapted module.
-    B, A : Tensor
-        Initial factors of shapes (out, rank) and (rank, in), which are also B0 and A0.
-    scale, dropout : float
-        As in ``LoRADelta``.
+    The host keeps W_0, so its hash, its norms and the weights after ``detach`` are exact. The update is zero at step 0.
     """
 
     A0: Tensor
@@ -95,22 +85,15 @@ class ResidualDelta(LoRADelta):
     def weight(self) -> Float[Tensor, "out in"]:
         return super().weight() - self.scale * (self.B0 @ self.A0)
 
-    def forward(self, x: Tensor) -> Float[Tensor, "*batch out"]:
-        start = F.linear(x, self.A0) if x.is_floating_point() else F.embedding(x, self.A0.T, self.padding)
-        return super().forward(x) - self.scale * F.linear(start, self.B0)
+    @property
+    def left(self) -> Float[Tensor, "out columns"]:
+        return torch.cat([self.B, -self.B0], 1)
 
-    def affine(
-        self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
-    ) -> Float[Tensor, "*batch out"]:
-        """As in ``LoRADelta``, but with the factors [B, -B0] and [A; A0] in one product each."""
-        output = F.linear(x, W, b)
+    def hidden(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch columns"]:
+        """Return A x, with dropout, and A0 x, in one product if possible."""
         if self.dropout and self.training:
-            hidden = torch.cat([F.linear(F.dropout(x, self.dropout), self.A), F.linear(x, self.A0)], -1)
-        else:
-            hidden = F.linear(x, torch.cat([self.A, self.A0]))
-        B = torch.cat([self.B, -self.B0], 1)
-        flat = torch.addmm(output.view(-1, W.shape[0]), hidden.view(-1, B.shape[1]), B.T, alpha=self.scale)
-        return flat.view(output.shape)
+            return torch.cat([F.linear(F.dropout(x, self.dropout), self.A), F.linear(x, self.A0)], -1)
+        return F.linear(x, torch.cat([self.A, self.A0]))
 
     def factors(self) -> dict[str, Tensor]:
         return super().factors() | {"B0": self.B0, "A0": self.A0}

@@ -88,17 +88,9 @@ class VeRA(AdapterMethod, name="vera"):
 
 
 class VeRADelta(Delta):
-    """Update diag(b) B diag(d) A of one module.
+    """Update diag(b) B diag(d) A of one linear layer.
 
-    Parameters
-    ----------
-    host : Module
-        Linear layer; sets shape and dtype.
-    rank : int
-    d_initial : float
-    projection : (int, int, int)
-        Seed of A and B, and the largest number of inputs and outputs of all modules.
-    dropout : float
+    ``projection`` is the seed of A and B, and the largest number of inputs and outputs of all modules.
     """
 
     A: Tensor

@@ -6,8 +6,7 @@ One definition is used for all methods: ``|W_ij dL/dW_ij|`` of the effective wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import attached_deltas, effective_weight
+from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.adapters.host_weights import orient_weight, to_host
 from lorascope.analysis.neurons import neuron_roles, parts
 from lorascope.methods.base import Batch, Step
@@ -110,7 +110,7 @@ class coefficients(Observer):
         if not (found and self.due(step.finished, step.total)):
             return
         pieces = _held_out_batches(step, self.batches, self.rows)
-        with _evaluating(step.model):
+        with evaluation_mode(step.model), torch.enable_grad():
             losses = map(step.loss, pieces)
             parts = [torch.autograd.grad(loss, list(found.values()), materialize_grads=True) for loss in losses]
         gradients = [torch.stack(part).mean(0) for part in zip(*parts, strict=True)]
@@ -126,18 +126,6 @@ def _held_out_batches(step: Step, batches: int, rows: int) -> list[Batch]:
     text = step.held_out(batches * rows).batch
     count = len(next(iter(text.values())))
     return [{key: value[i : i + rows] for key, value in text.items()} for i in range(0, count, rows)]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Compute gradients in evaluation mode within the context."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 def weight_gradients(
@@ -169,7 +157,7 @@ def weight_gradients(
     hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in modules]
     found: dict[str, Tensor] = {}
     try:
-        with _evaluating(model):
+        with evaluation_mode(model), torch.enable_grad():
             for batch in batches:
                 slopes = torch.autograd.grad(loss(batch), [zero for *_, zero in seen], materialize_grads=True)
                 for (name, given, _), slope in zip(seen, slopes, strict=True):

@@ -16,10 +16,10 @@ from lorascope.runs.result import Result
 from lorascope.runs.summary import summarize
 from lorascope.schema.deprecation import accept_old_parameters
 from lorascope.schema.records import validate
-from lorascope.updates import Update, from_factors
+from lorascope.updates import Update, effective_rank, from_factors, stable_rank
 
 _SIZES = ("update_norm", "learned_norm", "relative_update")
-_SHAPES = ("stable_rank", "effective_rank")
+_SHAPES = {"stable_rank": stable_rank, "effective_rank": effective_rank}
 _UNKNOWN = ("weight_norm", "step_norm")  # weight_norm requires W₀, step_norm the previous gate weights
 
 
@@ -158,7 +158,8 @@ class GatedRun(Result):
 
     def _recompute_rows(self, table: pd.DataFrame, depends: pd.Series) -> pd.DataFrame:
         before, after = self.run.updates(), self.updates()
-        shapes = {(module, name): getattr(after[module], name)() for module in self.gates for name in _SHAPES}
+        sigmas = {module: after[module].singular_values() for module in self.gates}
+        shapes = {(module, name): rank(sigma) for module, sigma in sigmas.items() for name, rank in _SHAPES.items()}
         norms = {module: (before[module].norm(), after[module].norm()) for module in self.gates}
 
         def value(module: str, quantity: str, old: float, size: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -58,12 +59,12 @@ def token_by_token(delta: nn.Module, rows: torch.Tensor, real: torch.Tensor) -> 
             before = top
     importance, used = np.mean(added, 0), np.mean(gates, 0)
     return {
-        "std": np.std(gates, 0),
-        "top1_share": np.bincount(tops, minlength=number) / len(tops),
-        "usage_cv2": np.sum((used - 1 / number) ** 2) / (number - 1) * number**2,
-        "switch_rate": np.mean(neighbors),
-        "importance": importance,
-        "importance_share": importance / importance.sum(),
+        "gate_std": np.std(gates, 0),
+        "gate_top1": np.bincount(tops, minlength=number) / len(tops),
+        "gate_cv2": np.sum((used - 1 / number) ** 2) / (number - 1) * number**2,
+        "gate_switch": np.mean(neighbors),
+        "head_importance": importance,
+        "head_share": importance / importance.sum(),
     }
 
 
@@ -97,15 +98,16 @@ def test_statistics_match_loops_over_tokens_without_padding(shared_a):
     for name, rows in inputs_of(model, batch).items():
         if rows.shape[:2] != real.shape:  # the pooler has one vector per row and no padding
             rows, real_here = rows[:, None], torch.ones(len(rows), 1, dtype=torch.bool)
-            assert math.isnan(seen[name].switch_rate)
+            assert math.isnan(seen[name].statistics()["gate_switch"])
         else:
             real_here = real
         expected = token_by_token(attached_deltas(model)[name], rows, real_here)
+        found = seen[name].statistics()
         for quantity, value in expected.items():
-            if quantity != "switch_rate" or rows.shape[1] > 1:
-                assert getattr(seen[name], quantity) == near(value, terms=TINY, growth=SHARP), quantity
-        assert seen[name].top1_share.sum() == pytest.approx(1)
-    assert 0 < seen["bert.encoder.layer.0.output.dense"].switch_rate < 1
+            if quantity != "gate_switch" or rows.shape[1] > 1:
+                assert found[quantity] == near(value, terms=TINY, growth=SHARP), quantity
+        assert found["gate_top1"].sum() == pytest.approx(1)
+    assert 0 < seen["bert.encoder.layer.0.output.dense"].statistics()["gate_switch"] < 1
 
 
 def test_stacked_batches_equal_one_batch():
@@ -116,34 +118,33 @@ def test_stacked_batches_equal_one_batch():
         watched(model, {name: part[half] for name, part in batch.items()}) for half in (slice(0, 1), slice(1, None))
     ]
     for name, seen in whole.items():
-        both = stack_gates([half[name] for half in halves])
-        assert both.switch_rate == pytest.approx(seen.switch_rate)
-        assert both.importance == near(seen.importance, terms=TINY, growth=SHARP)
-        assert both.std == near(seen.std, terms=TINY, growth=SHARP)
+        both, expected = stack_gates([half[name] for half in halves]).statistics(), seen.statistics()
+        assert both["gate_switch"] == pytest.approx(expected["gate_switch"])
+        for quantity in ("head_importance", "gate_std"):
+            assert both[quantity] == near(expected[quantity], terms=TINY, growth=SHARP)
 
 
-def routing(gates: list[list[float]]) -> Routing:
-    """Build the statistics of one row of tokens."""
+def routing(gates: list[list[float]]) -> dict[str, Any]:
+    """Return the statistics of one row of tokens."""
     w = np.array(gates)
     top = w.argmax(1)
     nothing = np.full_like(w, np.nan)
     columns = (w, np.zeros(len(w)), np.ones(len(w)), w**2, np.eye(w.shape[1])[top], nothing)
     switches, pairs = [(top[1:] != top[:-1]).sum()], [len(w) - 1]
-    return Routing(
-        *(column.sum(0, keepdims=True) for column in columns), *(np.array(n, float) for n in (switches, pairs))
-    )
+    sums = (column.sum(0, keepdims=True) for column in columns)
+    return Routing(*sums, *(np.array(n, float) for n in (switches, pairs))).statistics()
 
 
 def test_usage_cv2_is_0_for_uniform_gates_and_n_for_one_expert():
-    assert routing([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]).usage_cv2 == pytest.approx(0)
-    assert routing([[1.0, 0, 0], [1, 0, 0]]).usage_cv2 == pytest.approx(3)
+    assert routing([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])["gate_cv2"] == pytest.approx(0)
+    assert routing([[1.0, 0, 0], [1, 0, 0]])["gate_cv2"] == pytest.approx(3)
     sample = np.array([0.5, 0.3, 0.2])
-    assert routing([sample.tolist()]).usage_cv2 == pytest.approx(torch.tensor(sample).var().item() * 9)
+    assert routing([sample.tolist()])["gate_cv2"] == pytest.approx(torch.tensor(sample).var().item() * 9)
 
 
 def test_switch_rate_matches_worked_numbers():
-    assert routing([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]).switch_rate == pytest.approx(2 / 3)
-    assert math.isnan(routing([[0.9, 0.1]]).switch_rate)
+    assert routing([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]])["gate_switch"] == pytest.approx(2 / 3)
+    assert math.isnan(routing([[0.9, 0.1]])["gate_switch"])
 
 
 def test_importance_without_norms_and_share_of_zero_experts_are_nan():
@@ -152,12 +153,12 @@ def test_importance_without_norms_and_share_of_zero_experts_are_nan():
     seen = watch(
         model, {name: delta.gates for name, delta in attached_deltas(model).items()}, batch, lambda: model(**batch)
     )
-    assert all(np.isnan(found.importance).all() for found in seen.values())
+    assert all(np.isnan(found.statistics()["head_importance"]).all() for found in seen.values())
     for delta in attached_deltas(model).values():
         nn.init.zeros_(delta.B)
     for found in watched(model, batch).values():
-        assert not found.importance.any()
-        assert np.isnan(found.importance_share).all()
+        assert not found.statistics()["head_importance"].any()
+        assert np.isnan(found.statistics()["head_share"]).all()
 
 
 def test_head_sizes_use_float32_under_autocast():
@@ -205,13 +206,10 @@ def test_recorded_statistics_match_the_restored_model(run, bert, task):
     batch = task.encode(models.tokenizer(model), task.split("validation").head(16)).batch(range(16))
     batch = {name: value for name, value in batch.items() if name != "labels"}
     seen = watched(model, batch)
-    names = {
-        "gate_std": "std", "gate_top1": "top1_share", "gate_cv2": "usage_cv2", "gate_switch": "switch_rate",
-        "head_importance": "importance", "head_share": "importance_share",
-    }  # fmt: skip
-    for quantity, attribute in names.items():
+    for quantity in ("gate_std", "gate_top1", "gate_cv2", "gate_switch", "head_importance", "head_share"):
         for module, found in values(run, quantity, 5).items():
-            assert found == near(np.atleast_1d(getattr(seen[module], attribute)), terms=TINY, growth=SHARP)
+            expected = seen[module].statistics()[quantity]
+            assert found == near(np.atleast_1d(expected), terms=TINY, growth=SHARP)
     for module, delta in attached_deltas(model).items():
         for head, one_hot in enumerate(np.eye(3)):
             dense = ls.at_gates(run, {module: one_hot}).updates()[module].dense()

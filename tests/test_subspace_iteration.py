@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ def options(**given):
 
 
 def chosen(matrix, seed=0, state=None, iterations=5, oversampling=5, **given):
-    factor = subspace_iteration.factoring(matrix, seeded(seed), iterations, oversampling)
+    factor = partial(
+        subspace_iteration.s_rsi, matrix, generator=seeded(seed), iterations=iterations, oversampling=oversampling
+    )
     return subspace_iteration.choose(matrix, factor, {} if state is None else state, options(**given))
 
 
@@ -143,9 +146,8 @@ def test_restart_increases_the_rank_until_the_error_is_small():
             seen.append(error)
             return 1
 
-        found = subspace_iteration.restart(
-            diagonal, subspace_iteration.factoring(diagonal, seeded(seed), 5, 5), 1, 16, 0.1, one_more
-        )
+        factor = partial(subspace_iteration.s_rsi, diagonal, generator=seeded(seed))
+        found = subspace_iteration.restart(diagonal, factor, 1, 16, 0.1, one_more)
         assert found.trials == found.Q.shape[1] == 4
         errors[-1].append(found.error)
     assert np.median(errors, axis=0) == pytest.approx([0.5, 0.25, 0.125, 0.0625], rel=1e-3)

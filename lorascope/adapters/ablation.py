@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +16,11 @@ from lorascope.adapters.delta import attach, attached_deltas, detach
 from lorascope.adapters.hidden_states import evaluation_mode
 
 
-@dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(NamedTuple):
     """Scores S = -loss of one batch; higher is better.
 
-    Parameters
-    ----------
-    full, none : float
-        Scores with all components enabled and with all disabled.
-    without, only : mapping module -> array (rank,)
-        Scores of each component: disabled while all others are enabled, and enabled while all others are disabled.
+    ``full`` and ``none`` are with all components enabled and with all disabled. ``without`` and ``only`` have one value
+    per component by module: disabled while all others are enabled, and enabled while all others are disabled.
     """
 
     full: float

@@ -78,7 +78,9 @@ class Delta(nn.Module):
         x : Tensor
             Shape (..., in), or token ids of shape (...) on an embedding.
         """
-        return F.linear(x, self.weight()) if x.is_floating_point() else F.embedding(x, self.weight().T)
+        if x.is_floating_point():
+            return F.linear(x, self.weight().to(x.dtype))
+        return F.embedding(x, self.weight().T)
 
     def affine(
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None

@@ -34,8 +34,21 @@ def added_later() -> dict[str, Any]:
     return {"later": True}
 
 
+class Stateful:
+    """Object whose attributes ending in ``_`` are its state, which checkpoints store."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the state: every attribute whose name ends in ``_``."""
+        return {key: value for key, value in vars(self).items() if key.endswith("_")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Restore the state that ``state`` returned."""
+        for key, value in state.items():
+            setattr(self, key, value)
+
+
 @dataclass(kw_only=True)
-class Method:
+class Method(Stateful):
     """A training policy. Fields are hyperparameters; attributes ending in ``_`` are learned state.
 
     The class statement registers a subclass under its ``name``: ``class LoRA(Method, name="lora")``. At every step
@@ -101,15 +114,6 @@ class Method:
             f"{key} {to_words(value)}" for key, value in mine.items() if key not in default or value != default[key]
         ]
         return ", ".join([type(self).__name__, *changed])
-
-    def state(self) -> dict[str, Any]:
-        """Return the learned state: every attribute whose name ends in ``_``."""
-        return {key: value for key, value in vars(self).items() if key.endswith("_")}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore the state that ``state`` returned."""
-        for key, value in state.items():
-            setattr(self, key, value)
 
     def settled(self, step: Step) -> bool:
         """Return whether this step may be selected as the best state."""
@@ -319,12 +323,17 @@ def train_adapters(model: nn.Module) -> None:
 def config(method: Method) -> dict[str, Any]:
     """Return the JSON form of a method: its name and its hyperparameters.
 
-    A Run is written as its id, an array as the hash of its bytes. A renamed field keeps its old name and values.
+    A Run is written as its id, an array as the hash of its bytes.
     """
     method.prepare()
-    values = [(f, getattr(method, f.name)) for f in fields(method) if f.init and not f.name.endswith("_")]
+    return {"name": method.name} | {name: _to_json_value(value) for name, value in stored_fields(method).items()}
+
+
+def stored_fields(settings: Any) -> dict[str, Any]:
+    """Return the fields of a method or observer that identify a run; renamed ones keep their old names and values."""
+    values = [(f, getattr(settings, f.name)) for f in fields(settings) if f.init and not f.name.endswith("_")]
     stored = [(former(f), value) for f, value in values if "later" not in f.metadata or value != f.default]
-    return {"name": method.name} | {before.name: _to_json_value(before.to_old(value)) for before, value in stored}
+    return {before.name: before.to_old(value) for before, value in stored}
 
 
 def _to_json_value(value: Any) -> Any:

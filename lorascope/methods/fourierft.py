@@ -123,7 +123,7 @@ class FourierFT(AdapterMethod, name="fourierft"):
         start = torch.randn(n, dtype=dtype) if self.init == "normal" else torch.zeros(n, dtype=dtype)
         if self.basis == "fourier":
             return FourierDelta(start, places, (d1, d2), self.alpha)
-        return BasisDelta(start, places, *bases((d1, d2), self.entry_seed, self.basis), self.alpha)
+        return BasisDelta(start, places, *fourier.bases((d1, d2), self.entry_seed, self.basis), self.alpha)
 
     def records(self, step: Step) -> Iterable[Item]:
         """Yield the radial energy of every Fourier update, every ten steps and at the end."""
@@ -166,7 +166,7 @@ class FourierDelta(Delta):
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Apply the update as a matrix, or in basis form if there are few coefficients."""
         if not use_basis_form(len(self.coefficients), self.shape):
-            return F.linear(x, self.weight().to(x.dtype))
+            return super().forward(x)
         left, right = self._waves_for(x).split(self.shape)
         # The waves have norm 1, so their products already divide by sqrt(d1 d2).
         c = self.alpha / math.prod(self.shape) ** 0.5 * self.coefficients
@@ -227,33 +227,24 @@ class BasisDelta(Delta):
         self,
         coefficients: Float[Tensor, "n"],
         entries: Int[Tensor, "2 n"],
-        left: Float[Tensor, "out out"],
-        right: Float[Tensor, "in in"],
+        left: Float[np.ndarray, "out out"],
+        right: Float[np.ndarray, "in in"],
         alpha: float,
     ) -> None:
         super().__init__()
         self.scale = alpha / math.sqrt(2 * len(left) * len(right))
         self.coefficients = nn.Parameter(coefficients)
         self.register_buffer("entries", entries)
-        self.register_buffer("left", left.to(coefficients), persistent=False)
-        self.register_buffer("right", right.to(coefficients), persistent=False)
+        self.register_buffer("left", torch.from_numpy(left).to(coefficients), persistent=False)
+        self.register_buffer("right", torch.from_numpy(right).to(coefficients), persistent=False)
 
     def weight(self) -> Float[Tensor, "out in"]:
         spectrum = self.coefficients.new_zeros(len(self.left), len(self.right))
         spectrum = spectrum.index_put(tuple(self.entries), self.scale * self.coefficients)
         return self.left @ spectrum @ self.right.T
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return F.linear(x, self.weight().to(x.dtype))
-
     def factors(self) -> dict[str, Tensor]:
         return {"coefficients": self.coefficients, "entries": self.entries}
-
-
-def bases(shape: tuple[int, int], seed: int, kind: str) -> tuple[Float[Tensor, "out out"], Float[Tensor, "in in"]]:
-    """Return ``fourier.bases`` as tensors."""
-    left, right = fourier.bases(shape, seed, kind)
-    return torch.from_numpy(left), torch.from_numpy(right)
 
 
 def synthesize(

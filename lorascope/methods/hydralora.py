@@ -119,11 +119,6 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
         require(self, "shared_a", "True or False", isinstance(self.shared_a, bool))
         require_choice(self, "router", ("learned", "uniform"))
 
-    def attach(self, model: nn.Module) -> None:
-        """Adapt the targets; leave adapters and head trainable."""
-        super().attach(model)
-        self._recorded: list[Item] = []
-
     def select_targets(self, modules: pd.DataFrame) -> list[str]:
         """Return the modules to adapt, by default the feed-forward modules."""
         return module_table.match(modules, self.targets or tuple(role for role in FFN if role in set(modules["role"])))
@@ -139,7 +134,7 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
 
     def after_step(self, step: Step) -> None:
         """Record gate weights if due, before the state and the norms of this step are saved with them."""
-        self._recorded = []
+        self._recorded: list[Item] = []
         if step.finished % self.gates_every == 0 or step.last:
             self._recorded = list(self._record_gates(step))
 

@@ -52,17 +52,6 @@ register(
     ),
 )
 
-# The statistic of ``Routing`` that each quantity records.
-_STATISTICS = {
-    "gate": "mean",
-    "gate_std": "std",
-    "gate_top1": "top1_share",
-    "head_importance": "importance",
-    "head_share": "importance_share",
-    "gate_entropy": "entropy",
-    "gate_cv2": "usage_cv2",
-    "gate_switch": "switch_rate",
-}
 DRAWS = 100
 """Number of shuffles over which the information at chance level is averaged."""
 
@@ -96,53 +85,28 @@ class Routing:
     switches: Float[np.ndarray, "rows"]
     pairs: Float[np.ndarray, "rows"]
 
-    def _token_mean(self, sums: Float[np.ndarray, "rows *heads"]) -> Any:  # a scalar, if there are no heads
-        return sums.sum(0) / self.tokens.sum()
-
     @property
     def mean(self) -> Float[np.ndarray, "heads"]:
         """Mean gate weights over all tokens."""
-        return self._token_mean(self.weights)
+        return self.weights.sum(0) / self.tokens.sum()
 
-    @property
-    def std(self) -> Float[np.ndarray, "heads"]:
-        """Standard deviation of the gate weights over all tokens."""
-        return np.sqrt(np.maximum(self._token_mean(self.squares) - self.mean**2, 0))
+    def statistics(self) -> dict[str, Any]:
+        """Compute the quantities that are recorded of every router, by name; see their registered definitions.
 
-    @property
-    def top1_share(self) -> Float[np.ndarray, "heads"]:
-        """Fraction of the tokens whose largest gate weight is the expert's."""
-        return self._token_mean(self.firsts)
-
-    @property
-    def importance(self) -> Float[np.ndarray, "heads"]:
-        """Norm of the expert's output times its gate weight, averaged over all tokens."""
-        return self._token_mean(self.added)
-
-    @property
-    def importance_share(self) -> Float[np.ndarray, "heads"]:
-        """Importance divided by its sum over all experts; NaN if the sum is 0."""
-        return self.importance / (self.importance.sum() or np.nan)
-
-    @property
-    def entropy(self) -> float:
-        """Mean entropy of a token's gate weights in nats, between 0 and ln of the number of experts."""
-        return float(self._token_mean(self.entropies))
-
-    @property
-    def usage_cv2(self) -> float:
-        """Squared coefficient of variation of the mean gate weights: 0 if uniform, N if only one of N is nonzero."""
-        return float(self.mean.var(ddof=1) / self.mean.mean() ** 2)
-
-    @property
-    def switch_rate(self) -> float:
-        """Fraction of neighboring tokens with different top experts; NaN if no token has a neighbor."""
-        pairs = self.pairs.sum()
-        return float(self.switches.sum() / pairs) if pairs else np.nan
-
-    def by_group(self, groups: Sequence[str]) -> dict[str, Float[np.ndarray, "heads"]]:
-        """Return the mean gate weights over the tokens of every group of rows."""
-        return dict(zip(sorted(set(groups)), self._group_means(np.array(groups)), strict=True))
+        ``gate_switch`` is NaN if no token has a neighbor, and ``head_share`` if no expert adds to the output.
+        """
+        tokens, pairs, mean = self.tokens.sum(), self.pairs.sum(), self.mean
+        importance = self.added.sum(0) / tokens
+        return {
+            "gate": mean,
+            "gate_std": np.sqrt(np.maximum(self.squares.sum(0) / tokens - mean**2, 0)),
+            "gate_top1": self.firsts.sum(0) / tokens,
+            "head_importance": importance,
+            "head_share": importance / (importance.sum() or np.nan),
+            "gate_entropy": float(self.entropies.sum() / tokens),
+            "gate_cv2": float(mean.var(ddof=1) / mean.mean() ** 2),
+            "gate_switch": float(self.switches.sum() / pairs) if pairs else np.nan,
+        }
 
     def information(self, groups: Sequence[str]) -> float:
         """Compute the mutual information of group and expert in nats; 0 if all groups have the same mean gate weights.
@@ -156,12 +120,13 @@ class Routing:
         draw, known = np.random.default_rng(seed), np.array(groups)
         return self._mean_information(np.stack([known[draw.permutation(len(known))] for _ in range(DRAWS)]))
 
-    def _group_means(self, groups: Shaped[np.ndarray, "*draws rows"]) -> Float[np.ndarray, "*draws groups heads"]:
+    def group_means(self, groups: Shaped[np.ndarray, "*draws rows"]) -> Float[np.ndarray, "*draws groups heads"]:
+        """Return the mean gate weights over the tokens of every group of rows, in the order of the sorted groups."""
         members = (np.unique(groups)[:, None] == groups[..., None, :]).astype(np.float64)
         return (members @ self.weights) / (members @ self.tokens)[..., None]
 
     def _mean_information(self, groups: Shaped[np.ndarray, "draws rows"]) -> float:
-        means = self._group_means(groups)
+        means = self.group_means(groups)
         whole = means.mean(-2, keepdims=True)
         ratio = np.divide(means, whole, out=np.ones_like(means), where=means > 0)  # 0 log 0 counts as 0
         return float((means * np.log(ratio)).sum(-1).mean(-1).mean())
@@ -169,13 +134,12 @@ class Routing:
 
 def gate_records(module: str, gates: Routing, groups: Sequence[str] | None, kept: bool) -> Iterable[Item]:
     """Yield the records of a module's gate weights; ``kept`` adds a snapshot of the gate weights by group."""
-    yield from (Record(quantity, getattr(gates, statistic), module) for quantity, statistic in _STATISTICS.items())
+    yield from (Record(quantity, value, module) for quantity, value in gates.statistics().items())
     if groups is not None:
         yield Record("gate_information", gates.information(groups), module)
         yield Record("gate_chance", gates.information_by_chance(groups), module)
         if kept:
-            found = gates.by_group(groups)
-            means, labels = np.stack(list(found.values())), {"domain": list(found)}
+            means, labels = gates.group_means(np.array(groups)), {"domain": sorted(set(groups))}
             yield Snapshot(f"{module}/gate_by_domain", means, ("domain", "head"), labels)
 
 

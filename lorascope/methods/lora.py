@@ -153,10 +153,8 @@ class LoRADelta(Delta):
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
         """As in the base class, but ``addmm`` adds the second product to the host's output, which saves one pass."""
-        output, hidden = F.linear(x, W, b), self.hidden(x)
-        flat = torch.addmm(
-            output.view(-1, W.shape[0]), hidden.view(-1, hidden.shape[-1]), self.left.T, alpha=self.scale
-        )
+        output, hidden, B = F.linear(x, W, b), self.hidden(x), self.left
+        flat = torch.addmm(output.view(-1, W.shape[0]), hidden.view(-1, hidden.shape[-1]), B.T, alpha=self.scale)
         return flat.view(output.shape)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from lorascope.adapters.peft_layers import (
 )
 from lorascope.methods.base import Step
 from lorascope.updates import Update
+from lorascope.updates.linalg import at_least_float32, product_inner
 
 # Elements per tile of a tensor, few enough for the cache.
 TILE = 1 << 18
@@ -31,24 +32,11 @@ TILE = 1 << 18
 
 @dataclass(frozen=True, eq=False)
 class TrainedTensors:
-    """Tensors that the optimizer changes, by their names in the table; the same throughout a run.
+    """Tensors that the optimizer changes, by label; the same throughout a run.
 
-    Parameters
-    ----------
-    dense : dict label -> Parameter
-        Trained parameters of the base model. The label of a weight is its module, any other label is a parameter name.
-    deltas : dict module -> Delta
-        Deltas, or PEFT layers with the interface of one.
-    hosts : dict module -> Module
-        Adapted modules.
-    parameter_of : dict label -> str
-        Parameter name in W_0 of each label and each adapted module; "" if the weight is packed and not a parameter.
-    changed : frozenset of str
-        Names in W_0 of the parameters in ``dense``.
-    modules : frozenset of str
-        Labels that are module names.
-    blocks : tuple of str
-        Module names of the blocks.
+    ``dense`` are parameters of the base model. The label of a weight is its module, any other label is a parameter
+    name. ``parameter_of`` has the name in W_0 of each label and each adapted module, "" for a weight that is packed and
+    not a parameter; ``changed`` are those of ``dense``. ``modules`` are the labels that are module names.
     """
 
     dense: dict[str, nn.Parameter]
@@ -63,7 +51,11 @@ class TrainedTensors:
     def of(cls, step: Step) -> TrainedTensors:
         """Collect the trained tensors of a step's model and optimizer."""
         rows = step.modules
-        uses = {f"{name}.weight": row for name, row in _weight_names(zip(rows["module"], rows["tied"], strict=True))}
+        uses = {
+            f"{name}.weight": module
+            for module, tied in zip(rows["module"], rows["tied"], strict=True)
+            for name in (module, *filter(None, tied.split(",")))
+        }
         trained = {id(parameter) for group in step.optimizer.param_groups for parameter in group["params"]}
         parameters = {name: p for name, p in unwrapped_parameters(step.model).items() if name in step.base}
         names = {id(parameter): name for name, parameter in parameters.items()}
@@ -124,41 +116,26 @@ def _active_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _weight_names(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Yield every name of each weight, with its module in the table."""
-    for module, tied in pairs:
-        yield from ((name, module) for name in (module, *filter(None, tied.split(","))))
-
-
 def tile_sums(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> Float[Tensor, "tiles"]:
     """Compute the sums of squares of the tiles of a tensor, or of its difference from another one, on its device."""
     # sum() adds pairwise. A norm or dot product would lose digits and depend on the alignment of the memory.
     tiles = tensor.reshape(-1).split(TILE)
     if minus is None:
-        return torch.stack([_promote(tile).square().sum() for tile in tiles])
-    others = minus.reshape(-1).split(TILE)
-    return torch.stack([(_promote(a) - _promote(b)).square().sum() for a, b in zip(tiles, others, strict=True)])
+        return torch.stack([at_least_float32(tile).square().sum() for tile in tiles])
+    pairs = zip(tiles, minus.reshape(-1).split(TILE), strict=True)
+    return torch.stack([(at_least_float32(a) - at_least_float32(b)).square().sum() for a, b in pairs])
 
 
-def factor_inner(weight: Float[Tensor, "out in"], factors: Mapping[str, Tensor]) -> Float[Tensor, "1"] | None:
+def factor_inner(weight: Float[Tensor, "out in"], factors: Mapping[str, Tensor]) -> Float[Tensor, ""] | None:
     """Compute <W, dW> / scale from the factors of dW on their device; None if they do not form one product."""
-    match {name: _promote(factor.detach()) for name, factor in factors.items()}:
-        case {"gates": _} | {"coefficients": _}:
+    match {name: at_least_float32(factor.detach()) for name, factor in factors.items()}:
+        case {"gates": _}:
             return None
         case {"A": A, "B": B, "A0": A0, "B0": B0}:
             A, B, A0, B0 = A.double(), B.double(), A0.double(), B0.double()
-            return _product_inner(weight, torch.cat([B - B0, B0], 1), torch.cat([A, A - A0]))
+            return product_inner(weight, torch.cat([B - B0, B0], 1), torch.cat([A, A - A0]))
         case {"A": A, "B": B, "diagonal": diagonal}:
-            return _product_inner(weight, B * diagonal, A)
+            return product_inner(weight, B * diagonal, A)
         case {"A": A, "B": B}:
-            return _product_inner(weight, B, A)
+            return product_inner(weight, B, A)
     return None
-
-
-def _product_inner(weight: Tensor, B: Tensor, A: Tensor) -> Float[Tensor, "1"]:
-    wide = torch.promote_types(_promote(weight).dtype, A.dtype)
-    return ((weight.to(wide) @ A.to(wide).T).double() * B.double()).sum().reshape(1)
-
-
-def _promote(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -101,9 +101,11 @@ class norms(Observer):
         """Yield the records; sums are computed on the device of the model, and copied with the factors."""
         tensors = trained.tensors()
         sums = dict(self._dense_sums(step, trained, tensors))
-        for module in self._known_hosts(trained):
+        for module in trained.deltas:
+            if not trained.is_frozen(module) or math.isnan(self._base(trained, module)):
+                continue
             found = factor_inner(host_weight(trained.hosts[module]), trained.deltas[module].factors())
-            sums |= {} if found is None else {(module, "inner"): found}
+            sums |= {} if found is None else {(module, "inner"): found.reshape(1)}
         totals = dict(zip(sums, map(math.fsum, trained.copy_updates(list(sums.values()))), strict=True))
         updates = trained.updates()
         squares = {label: {"base": self.base_squares_[trained.parameter_of[label]]} for label in tensors}
@@ -125,9 +127,6 @@ class norms(Observer):
     def _base(self, trained: TrainedTensors, module: str) -> float:
         """Return |W_0|^2 of an adapted weight, NaN if it is packed and not a parameter."""
         return self.base_squares_.get(trained.parameter_of[module], math.nan)
-
-    def _known_hosts(self, trained: TrainedTensors) -> list[str]:
-        return [m for m in trained.deltas if trained.is_frozen(m) and not math.isnan(self._base(trained, m))]
 
     def _dense_sums(
         self, step: Step, trained: TrainedTensors, tensors: Mapping[str, Tensor]

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from lorascope.adapters.delta import Delta, attach
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Point, set_side_by_side
-from lorascope.methods.fourierft import BasisDelta, FourierDelta, bases
+from lorascope.methods.fourierft import BasisDelta, FourierDelta
 from lorascope.methods.lora import LoRADelta
 from lorascope.plots.builders import lines
 from lorascope.plots.run_groups import INTERVAL
@@ -101,7 +101,10 @@ def _coefficients(seed: int) -> tuple[Float[Tensor, "n"], Int[Tensor, "2 n"]]:
 
 ADAPTERS: dict[str, tuple[Callable[[int], Delta], float]] = {
     FOURIER: (lambda seed: FourierDelta(*_coefficients(seed), (WIDTH, WIDTH), _ALPHA), 1e-2),
-    RANDOM: (lambda seed: BasisDelta(*_coefficients(seed), *bases((WIDTH, WIDTH), seed, "random"), _ALPHA), 1e-2),
+    RANDOM: (
+        lambda seed: BasisDelta(*_coefficients(seed), *fourier.bases((WIDTH, WIDTH), seed, "random"), _ALPHA),
+        1e-2,
+    ),
     SLOW: (_new_lora_delta, 1e-2),
     FAST: (_new_lora_delta, 1e-1),
 }

@@ -181,6 +181,13 @@ def at_least_float32(tensor: Any) -> Any:
     return tensor if tensor.element_size() >= 8 else tensor.float()
 
 
+def product_inner(W: Any, B: Any, A: Any) -> Any:
+    """Compute <W, B A> of tensors on one device, without the product of the factors, as a tensor in float64."""
+    B, A = at_least_float32(B), at_least_float32(A)
+    wide = W.to(A.dtype) if A.element_size() > W.element_size() else W
+    return ((wide @ A.to(wide.dtype).T).double() * B.double()).sum()
+
+
 def all_finite(*arrays: np.ndarray) -> bool:
     """Return whether all values are finite."""
     return all(np.isfinite(array).all() for array in arrays)

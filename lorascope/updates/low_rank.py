@@ -19,11 +19,11 @@ from lorascope.updates.linalg import (
     GRAM_LIMIT,
     all_finite,
     as_float64,
-    at_least_float32,
     beside,
     gram,
     numerical_rank,
     one_thread,
+    product_inner,
     tiles,
     triangles,
 )
@@ -125,9 +125,7 @@ class LowRank(Update, form="low_rank"):
         """Compute <W, dW> without multiplying the factors; on the device of W, if it is a tensor."""
         if isinstance(W, np.ndarray):
             return float(self.scale * np.vdot(as_float64(self.B).T @ as_float64(W), as_float64(self.A)))
-        A, B = (at_least_float32(beside(W, factor)) for factor in (self.A, self.B))
-        wide = W.to(A.dtype) if A.element_size() > W.element_size() else W
-        return float(self.scale * ((wide @ A.to(wide.dtype).T).double() * B.double()).sum())
+        return float(self.scale * product_inner(W, beside(W, self.B), beside(W, self.A)))
 
     def weight_norm(self, W0: Float[np.ndarray, "out in"]) -> float:
         """Compute ``|W_0 + dW|_F`` without multiplying the factors."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorascope.methods.base import require, require_at_least, require_choice
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient, subspace_iteration
 
 DENOMINATORS = ("pre", "post")
@@ -166,8 +168,11 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             return
         unit = unit.clamp(min=torch.finfo(V.dtype).tiny)
         A, generator = V / unit, self.param_groups[0]["generator"]
-        sizes = (group["iterations"], group["oversampling"], group["sketch_multiple"])
-        factor = subspace_iteration.factoring(A, generator, *sizes)
+        sizes = group["iterations"], group["oversampling"], group["sketch_multiple"]
+
+        def factor(rank: int) -> tuple[Tensor, Tensor]:
+            return subspace_iteration.s_rsi(A, rank, generator, *sizes)
+
         if chooses:
             negative = (0.0, 0.0) if first else negative_fractions(state["Q"] @ state["U"].T)
             state["negative"], state["negative_mass"] = negative
@@ -254,21 +259,15 @@ def _promote_to_float32(tensor: Tensor) -> Tensor:
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    def require(name: str, allowed: str, valid: bool) -> None:
-        if not valid:
-            value = group[name]
-            raise ValueError(f"{name} must be {allowed}, got {tuple(value) if isinstance(value, list) else value!r}")
-
-    for name, known in (("rank_rule", subspace_iteration.RULES), ("denominator", DENOMINATORS)):
-        require(name, f"one of {', '.join(map(repr, known))}", group[name] in known)
-    for name in ("iterations", "sketch_multiple", "init_rank", "max_rank", "reselect_every"):
-        require(name, ">= 1", group[name] is None or group[name] >= 1)
-    for name in ("lr", "eps", "weight_decay", "oversampling"):
-        require(name, ">= 0", group[name] >= 0)  # rejects NaN as well
+    settings = SimpleNamespace(**group | {name: tuple(group[name]) for name in ("betas", "growth")})
+    require_choice(settings, "rank_rule", subspace_iteration.RULES)
+    require_choice(settings, "denominator", DENOMINATORS)
+    require_at_least(settings, 1, "iterations", "sketch_multiple", "init_rank", "max_rank", "reselect_every")
+    require_at_least(settings, 0, "lr", "eps", "weight_decay", "oversampling")  # rejects NaN as well
     for name in ("clip_threshold", "cosine_floor"):
-        require(name, "> 0", group[name] > 0)
-    require("betas", "two numbers", len(group["betas"]) == 2)
-    require("growth", "four numbers (eta, omega, phi, tau)", len(group["growth"]) == 4)
-    require("betas", "in [0, 1)", all(0 <= beta < 1 for beta in group["betas"]))
-    if group["cosine"] and not group["betas"][0]:
-        raise ValueError(f"betas[0] must be > 0 with cosine=True, got {group['betas'][0]}")
+        require(settings, name, "> 0", group[name] > 0)
+    require(settings, "betas", "two numbers", len(settings.betas) == 2)
+    require(settings, "growth", "four numbers (eta, omega, phi, tau)", len(settings.growth) == 4)
+    require(settings, "betas", "in [0, 1)", all(0 <= beta < 1 for beta in settings.betas))
+    if group["cosine"] and not settings.betas[0]:
+        raise ValueError(f"betas[0] must be > 0 with cosine=True, got {settings.betas[0]}")

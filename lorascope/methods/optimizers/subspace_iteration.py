@@ -118,13 +118,6 @@ def growth(error: float, logistic: Sequence[float] = LOGISTIC, scale: float = 1.
 Factor = Callable[[int], tuple[Tensor, Tensor]]
 
 
-def factoring(
-    A: Float[Tensor, "m n"], generator: torch.Generator, iterations: int, oversampling: int, multiple: int = 1
-) -> Factor:
-    """Return S-RSI of one matrix as a function of the rank."""
-    return partial(s_rsi, A, generator=generator, iterations=iterations, oversampling=oversampling, multiple=multiple)
-
-
 def largest_rank(rows: int, columns: int, max_rank: int | None) -> int:
     """Return k_max: ``max_rank``, by default a quarter of the smaller side."""
     smaller = min(rows, columns)
@@ -147,8 +140,11 @@ def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], optio
             return colnorm(A, factor, cap, options["tolerance"])
         case "ema":
             state["share"] = next_share(state["share"], state["error"]) if "share" in state else SHARE
-            return keep_rank(A, factor, min(max(1, int(state["share"] * smaller)), cap))
-    return keep_rank(A, factor, min(options["init_rank"], smaller))
+            rank = min(max(1, int(state["share"] * smaller)), cap)
+        case _:
+            rank = min(options["init_rank"], smaller)
+    Q, U = factor(rank)
+    return Factorization(Q, U, relative_error(A, Q, U), 1)
 
 
 def restart(
@@ -182,9 +178,3 @@ def next_share(share: float, error: float) -> float:
     low, high = SHARE_ENDS
     moved = min(max(share + (SHARE_STEP if error > SHARE_ERROR else -SHARE_STEP), low), high)
     return SHARE_SMOOTHING * share + (1 - SHARE_SMOOTHING) * moved
-
-
-def keep_rank(A: Float[Tensor, "m n"], factor: Factor, rank: int) -> Factorization:
-    """Factorize with the given rank."""
-    Q, U = factor(rank)
-    return Factorization(Q, U, relative_error(A, Q, U), 1)

@@ -212,7 +212,7 @@ def test_batched_parameters_equal_separate_updates():
 def test_matrix_is_factored_once_per_step_between_selections(monkeypatch):
     calls, once = [], subspace_iteration.s_rsi
     monkeypatch.setattr(
-        subspace_iteration, "s_rsi", lambda A, rank, **given: calls.append(rank) or once(A, rank, **given)
+        subspace_iteration, "s_rsi", lambda A, rank, *given: calls.append(rank) or once(A, rank, *given)
     )
     p = parameter(80, 70)
     optimizer = AdapproxOptimizer([p], reselect_every=5, growth=(0, 0, 0, 3), tolerance=1e-6, max_rank=8)
@@ -230,7 +230,7 @@ def test_selection_time_is_stored_until_the_next_selection(monkeypatch):
         return now[0]
 
     monkeypatch.setattr(adapprox.time, "perf_counter", tick)
-    monkeypatch.setattr(subspace_iteration, "s_rsi", lambda A, rank, **given: (tick(), once(A, rank, **given))[1])
+    monkeypatch.setattr(subspace_iteration, "s_rsi", lambda A, rank, *given: (tick(), once(A, rank, *given))[1])
     p = parameter(80, 70)
     optimizer = AdapproxOptimizer([p], reselect_every=3, growth=(0, 0, 0, 3), tolerance=1e-6, max_rank=8)
     for seed, trials in enumerate((4, 4, 4, 4)):

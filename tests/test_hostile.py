@@ -411,6 +411,10 @@ RUNS: dict[str, tuple[Spoil, str]] = {
         about(lambda a: a.setdefault("forms", {}).update({"h.0.q": "x"})),
         "must form .* of form 'x'",
     ),
+    "residual factors without their start": (
+        about(lambda a: a.setdefault("forms", {}).update({"h.0.q": "residual"})),
+        "must form .* of form 'residual'",
+    ),
     "scale of text": (about(lambda a: a["scales"].update({"h.0.q": "2"})), "scales"),
     "scale of nothing": (about(lambda a: a["scales"].update({"x": 2.0})), "scales"),
     "about of a list": (about(lambda a: [1]), "array"),

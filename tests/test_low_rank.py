@@ -243,14 +243,6 @@ def test_amplification_of_the_worked_example():
     assert update.projected_norm(W, U[:, :1], V[:, :1]) == pytest.approx(3.0)
 
 
-def test_weight_norm_equals_the_norm_of_the_sum():
-    W0, factored = RNG.standard_normal((12, 9)), low_rank()
-    expected = np.linalg.norm(W0 + factored.dense())
-    assert factored.weight_norm(W0) == pytest.approx(expected, rel=1e-13)
-    assert Dense(factored.dense()).weight_norm(W0) == pytest.approx(expected, rel=1e-13)
-    assert factored.weight_norm(-factored.dense()) == pytest.approx(0.0, abs=1e-6)
-
-
 def test_neuron_cosine_on_the_worked_examples():
     up = 1.0 - cosine_distance(np.array([[1.0, 0], [0, 2], [3, 4]]), np.array([[1.0, 1], [0, 5], [4, 3]]), axis=1)
     assert up == pytest.approx([0.70710678, 1.0, 0.96])

@@ -37,21 +37,16 @@ def moved_losses(
 ) -> tuple[float, dict[str, list[float]]]:
     """Compute the loss of a model, and its loss under each move of each module's output.
 
+    Call this without gradients, with the model in evaluation mode.
+
     Parameters
     ----------
     model : Module
-        Model in evaluation mode. Call this function without gradients.
     loss : function batch -> Tensor ()
         Function that calls the model and returns its loss.
     batch : dict of tensors (rows, ...)
-        Batch to compute the losses on.
     moves : mapping module name -> sequence of moves
         Functions that take the module's input and output and return its new output.
-
-    Returns
-    -------
-    (float, dict module name -> list of float)
-        Loss of the unperturbed model, and one loss per move.
     """
     table = module_table.describe(model)
     blocks = [model.get_submodule(name) for name in table["module"][table["role"] == "block"]]

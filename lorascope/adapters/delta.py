@@ -325,7 +325,7 @@ def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> I
 
     Yields
     ------
-    (str, LowRank or Dense)
+    (str, Update)
         Module name, and a copy of the update that later training does not change.
     """
     counted: set[int] = set()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.host_weights import to_array
@@ -41,16 +41,8 @@ def token_means(
 ) -> dict[str, Float[np.ndarray, "rows layers d"]]:
     """Compute the mean hidden states over the tokens of every row, by stack.
 
-    The last block's state is taken as the model returns it, in most model families after a norm.
-
-    Parameters
-    ----------
-    model : Module
-        Model; it runs in evaluation mode.
-    batch : mapping of tensors
-        Inputs of the model.
-    of : callable, optional
-        Function of the states to average, such as their squares; by default the states themselves.
+    The last block's state is taken as the model returns it, in most model families after a norm. ``of`` is a function
+    of the states to average, such as their squares; by default the states themselves.
     """
     found: dict[str, list[Any]] = {}
     for start in range(0, len(next(iter(batch.values()))), _ROWS):
@@ -60,16 +52,10 @@ def token_means(
         for stack, name in _STACKS.items():
             if name in output:
                 states = torch.stack(output[name][1:]).double()  # the first is the embedding
-                weighed = (states if of is None else of(states)) * _token_weights(states, piece.get("attention_mask"))
+                mask = piece.get("attention_mask")
+                if mask is None or mask.shape != states.shape[1:3]:  # the mask of other tokens
+                    mask = states.new_ones(states.shape[1:3])
+                kept = mask.double()
+                weighed = (states if of is None else of(states)) * (kept / kept.sum(1, keepdim=True))[..., None]
                 found.setdefault(stack, []).append(weighed.sum(2).transpose(0, 1))
     return {stack: to_array(torch.cat(parts)) for stack, parts in found.items()}
-
-
-def _token_weights(
-    states: Float[Tensor, "layers rows tokens d"], mask: Int[Tensor, "rows given"] | None
-) -> Float[Tensor, "..."]:
-    """Return the weight of each token in the mean of its row; equal if there is no mask for these tokens."""
-    if mask is None or mask.shape != states.shape[1:3]:
-        mask = states.new_ones(states.shape[1:3])
-    kept = mask.double()
-    return (kept / kept.sum(1, keepdim=True))[..., None]

@@ -5,11 +5,11 @@ Gradients exist until the next step starts, so the bytes are the same as during 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lorascope.methods.base import Step
 from lorascope.observe.base import Observer
@@ -29,19 +29,11 @@ class memory(Observer):
         parameters = list(step.model.parameters())
         yield Record("parameter_bytes", storage_bytes(parameters))
         yield Record("gradient_bytes", storage_bytes(p.grad for p in parameters if p.grad is not None))
-        yield Record("optimizer_bytes", storage_bytes(_tensors_in(step.optimizer.state)))
+        states = tree_leaves(step.optimizer.state)
+        yield Record("optimizer_bytes", storage_bytes(part for part in states if isinstance(part, Tensor)))
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the number of bytes of the tensors' storages; a shared storage counts once."""
     storages = [(tensor.device, tensor.untyped_storage()) for tensor in tensors]
     return sum({(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}.values())
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield every tensor in a nested state."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(part)

@@ -38,28 +38,22 @@ register(
     moment_error=Quantity(_ERROR, index="rank", definition=f"best rank-k error (SVD) {_OF_V}"),
     moment_error_dealt=Quantity(_ERROR, index="rank", definition=f"best rank-k error (SVD) {_OF_RANDOM}"),
     moment_error_s_rsi=Quantity(_ERROR, index="rank", definition=f"error of S-RSI with l = p = 5 {_OF_V}"),
-    moment_error_rank_one=Quantity(_ERROR, index="none", definition=f"error of Adafactor's rank-one factors {_OF_V}"),
+    moment_error_rank_one=Quantity(_ERROR, definition=f"error of Adafactor's rank-one factors {_OF_V}"),
 )
 register(
     "train with Adapprox and observe=[ls.observe.factor_drift()]",
     factor_drift=Quantity(
-        "‖E − QUᵀ‖ / ‖E‖",
-        index="none",
-        definition="error of Adapprox's factors of E, the exact average of squared gradients",
+        "‖E − QUᵀ‖ / ‖E‖", definition="error of Adapprox's factors of E, the exact average of squared gradients"
     ),
-    factor_drift_least=Quantity("‖E − Eₖ‖ / ‖E‖", index="none", definition=_LEAST),
-    factor_drift_rank_one=Quantity(
-        "‖E − E₁‖ / ‖E‖", index="none", definition="error of Adafactor's rank-one factors of E"
-    ),
+    factor_drift_least=Quantity("‖E − Eₖ‖ / ‖E‖", definition=_LEAST),
+    factor_drift_rank_one=Quantity("‖E − E₁‖ / ‖E‖", definition="error of Adafactor's rank-one factors of E"),
 )
 register(
     "train with Adapprox and observe=[ls.observe.factor_optimum()]",
     factor_step_error=Quantity(
-        "‖V − QUᵀ‖ / ‖V‖",
-        index="none",
-        definition="error of the factors of this step's V, formed from the previous factors",
+        "‖V − QUᵀ‖ / ‖V‖", definition="error of the factors of this step's V, formed from the previous factors"
     ),
-    factor_step_error_least=Quantity("‖V − Vₖ‖ / ‖V‖", index="none", definition=_LEAST),
+    factor_step_error_least=Quantity("‖V − Vₖ‖ / ‖V‖", definition=_LEAST),
 )
 
 

@@ -133,15 +133,7 @@ def weight_gradients(
 ) -> dict[str, Float[Tensor, "out in"]]:
     """Compute dL/dW of linear modules averaged over batches, in evaluation mode, without changing any ``grad``.
 
-    Parameters
-    ----------
-    model : Module
-    modules : sequence of str
-        Module names; modules that the model does not call are omitted.
-    batches : sequence of batches
-        Batches to average over.
-    loss : callable
-        Function that passes a batch through the model and returns its loss.
+    ``loss`` passes a batch through the model. Modules that the model does not call are omitted.
     """
     seen: list[tuple[str, Tensor, Tensor]] = []
 

@@ -108,7 +108,8 @@ class Adapter(Result):
         W0 = self.base.weight(module, part.shape, part.transposed)
         start = Dense(W0).norm()
         relative = norm / start if start else np.inf
-        return values | {"weight_norm": part.update().weight_norm(W0), "relative_update": relative}
+        weight = max(start**2 + 2.0 * part.update().inner_weight(W0) + norm**2, 0.0) ** 0.5
+        return values | {"weight_norm": weight, "relative_update": relative}
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
         """Return ``{"A": (rank, in), "B": (out, rank)}`` per module, loaded on access; see `Result.factors`."""

@@ -78,16 +78,7 @@ class Update(ABC):
 
     @classmethod
     def fits(cls, shapes: Shapes, floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]) -> bool:
-        """Return whether stored arrays form an update.
-
-        Parameters
-        ----------
-        shapes : mapping name -> shape
-        floats : mapping name -> bool
-            Whether the array is stored as floats.
-        arrays : mapping name -> array
-            The arrays, loaded on access.
-        """
+        """Return whether stored arrays, loaded on access, form an update; ``floats`` is whether each has floats."""
         return cls.required <= shapes.keys()
 
     @property
@@ -125,10 +116,6 @@ class Update(ABC):
     def _stored_matrix(self) -> Any:
         """Return the matrix in its own dtype, if it is stored."""
         return self.dense()
-
-    def weight_norm(self, W0: Float[np.ndarray, "out in"]) -> float:
-        """Compute ``|W_0 + dW|_F``."""
-        return float(np.sqrt(sum(np.vdot(tile, tile) for tile in tiles(self.dense() + W0))))
 
     def neuron_change(self, W0: Float[np.ndarray, "out in"], axis: int) -> NeuronChange:
         """Compute ``neuron_angles.neuron_change`` from W_0 to W_0 + dW."""

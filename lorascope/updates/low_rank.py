@@ -24,7 +24,6 @@ from lorascope.updates.linalg import (
     numerical_rank,
     one_thread,
     product_inner,
-    tiles,
     triangles,
 )
 from lorascope.updates.neuron_angles import NeuronChange, factored_change
@@ -127,11 +126,6 @@ class LowRank(Update, form="low_rank"):
             return float(self.scale * np.vdot(as_float64(self.B).T @ as_float64(W), as_float64(self.A)))
         return float(self.scale * product_inner(W, beside(W, self.B), beside(W, self.A)))
 
-    def weight_norm(self, W0: Float[np.ndarray, "out in"]) -> float:
-        """Compute ``|W_0 + dW|_F`` without multiplying the factors."""
-        before2 = sum(np.vdot(tile, tile) for tile in tiles(W0))
-        return max(float(np.sqrt(before2)) ** 2 + 2.0 * self.inner_weight(W0) + self.norm() ** 2, 0.0) ** 0.5
-
     def neuron_change(self, W0: Float[np.ndarray, "out in"], axis: int) -> NeuronChange:
         """Compute ``neuron_angles.neuron_change`` without multiplying the factors."""
         return factored_change(W0, self.scale * as_float64(self.B), self.A, axis)
@@ -190,8 +184,10 @@ class Residual(LowRank, form="residual"):
     @classmethod
     def fits(cls, shapes: Shapes, floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]) -> bool:
         """See `Update.fits`."""
-        same = all(shapes[f"{name}0"] == shapes[name] for name in "AB")
-        return same and LowRank.fits({name: shapes[name] for name in "AB"}, floats, arrays) and all(floats.values())
+        match shapes:
+            case {"A": (rank, _) as A, "B": (_, width) as B, "A0": A0, "B0": B0}:
+                return rank == width and (A0, B0) == (A, B) and all(floats.values())
+        return False
 
 
 class Mixture(LowRank, form="mixture"):

@@ -25,15 +25,7 @@ from lorascope.updates.low_rank import LowRank
 def projections(
     seed: int, rank: int, widest_in: int, widest_out: int
 ) -> tuple[Float[np.ndarray, "rank widest_in"], Float[np.ndarray, "widest_out rank"]]:
-    """Draw A and B in float32, as ``torch.empty(shape).uniform_`` does on the CPU with a generator of this seed.
-
-    Parameters
-    ----------
-    seed : int
-        Seed from 0 to 2^32 - 1.
-    rank, widest_in, widest_out : int
-        Shape of A and B: the largest sides of all adapted weights.
-    """
+    """Draw A and B in float32, as ``torch.empty(shape).uniform_`` does on the CPU with a generator of this seed."""
     words = np.random.RandomState(seed)
     drawn = []
     for rows, columns in ((rank, widest_in), (widest_out, rank)):

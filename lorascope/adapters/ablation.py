@@ -33,15 +33,8 @@ class Scores(NamedTuple):
 def ablation_scores(model: nn.Module, loss: Loss, batch: Batch) -> Scores:
     """Score every adapter component of a model by disabling it, and by enabling only it.
 
-    Parameters
-    ----------
-    model : Module
-        Model whose Deltas have ``add_component`` and ``is_idle`` of ``ALoRADelta``. Its training modes and adapters are
-        restored.
-    loss : function batch -> Tensor ()
-        Function that calls the model and returns its mean loss over the rows of the batch.
-    batch : dict of tensors (rows, ...)
-        Batch to compute the loss on.
+    The Deltas of the model must have ``add_component`` and ``is_idle``, as those of ALoRA. ``loss`` calls the model and
+    returns its mean loss over the rows of a batch. Training modes and adapters are restored.
     """
     adapters: Any = attached_deltas(model)
     with evaluation_mode(model):

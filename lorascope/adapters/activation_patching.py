@@ -37,16 +37,8 @@ def moved_losses(
 ) -> tuple[float, dict[str, list[float]]]:
     """Compute the loss of a model, and its loss under each move of each module's output.
 
-    Call this without gradients, with the model in evaluation mode.
-
-    Parameters
-    ----------
-    model : Module
-    loss : function batch -> Tensor ()
-        Function that calls the model and returns its loss.
-    batch : dict of tensors (rows, ...)
-    moves : mapping module name -> sequence of moves
-        Functions that take the module's input and output and return its new output.
+    Call this without gradients, with the model in evaluation mode. ``loss`` calls the model on a batch (rows, ...), and
+    ``moves`` are functions by module name, which take the module's input and output and return its new output.
     """
     table = module_table.describe(model)
     blocks = [model.get_submodule(name) for name in table["module"][table["role"] == "block"]]

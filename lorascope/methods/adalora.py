@@ -152,13 +152,7 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         return AdaLoRADelta(host, self.init_rank, self.alpha / (self.init_rank + 1e-5), self.dropout)
 
     def schedule(self, total: int) -> Schedule:
-        """Return the budget schedule of a run of ``total`` steps.
-
-        Raises
-        ------
-        ValueError
-            The run has too few steps for the three phases of the budget.
-        """
+        """Return the budget schedule of a run of ``total`` steps, which must suffice for its three phases."""
         initial = round(0.1 * total) if self.initial_steps is None else self.initial_steps
         final = round(0.3 * total) if self.final_steps is None else self.final_steps
         every = max(1, total // 100) if self.mask_every is None else self.mask_every

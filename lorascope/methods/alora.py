@@ -162,13 +162,7 @@ class ALoRA(AdapterMethod, name="alora"):
         return CountingAdamW(parameter_groups(model, lr, head_lr, weight_decay), lr)
 
     def schedule(self, total: int) -> range:
-        """Return the numbers of finished steps at which a round takes place.
-
-        Raises
-        ------
-        ValueError
-            The run ends before its last round.
-        """
+        """Return the numbers of finished steps at which a round takes place, all of them before the end of the run."""
         warm = max(1, round(total / 10)) if self.warm_steps is None else self.warm_steps
         every = max(1, round(total / 40)) if self.round_steps is None else self.round_steps
         fitting = (6 * total // 10 - warm) // every + 1

@@ -249,13 +249,7 @@ class RoutedDelta(HydraDelta):
             return F.linear(x.to(self.router.dtype), self.router).softmax(-1)
 
     def weight(self, gates: Float[Tensor, "heads"] | None = None) -> Float[Tensor, "out in"]:
-        """Return the update at these gate weights.
-
-        Raises
-        ------
-        ValueError
-            No gate weights are given; without them there is no single matrix.
-        """
+        """Return the update at these gate weights, without which there is no single matrix."""
         if gates is None:
             raise ValueError("cannot form a routed update: it depends on its input. Pass gates, such as mean_gates_")
         return super().weight(gates)

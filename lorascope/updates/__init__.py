@@ -1,7 +1,6 @@
 """Weight updates: their forms, ranks, subspaces and the rotation of neurons."""
 
-from lorascope.updates.base import FORMS, Update, constant_factors, form_named, from_factors
-from lorascope.updates.dense import Dense
+from lorascope.updates.base import FORMS, Dense, Update, constant_factors, form_named, from_factors
 from lorascope.updates.fourier import Fourier
 from lorascope.updates.linalg import (
     effective_rank,

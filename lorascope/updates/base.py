@@ -1,4 +1,4 @@
-"""Interface of weight updates, and the registry of their forms.
+"""Interface of weight updates, their registry, and the form of a matrix.
 
 An update dW has the shape (out, in). A form is a way to store one, such as two factors or Fourier coefficients. A new
 form is a subclass of ``Update`` with the name that snapshots store, ``class Kronecker(Update, form="kronecker")``; it
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -152,7 +153,41 @@ class Update(ABC):
 
     def __sub__(self, other: Update) -> Update:
         """Return the difference of two updates, in their form if the form allows it."""
-        return FORMS["dense"].from_factors({"matrix": self.dense() - other.dense()})
+        return Dense(self.dense() - other.dense())
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Update, form="dense"):
+    """An update given as a matrix.
+
+    Parameters
+    ----------
+    matrix : array (out, in)
+    """
+
+    matrix: Float[np.ndarray, "out in"]
+    required = frozenset({"matrix"})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (out, in)."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    def dense(self) -> Float[np.ndarray, "out in"]:
+        """Return the matrix in float64."""
+        return as_float64(self.matrix)
+
+    def _stored_matrix(self) -> Float[np.ndarray, "out in"]:
+        return self.matrix
+
+    def to_factors(self) -> dict[str, Any]:
+        """Return the matrix."""
+        return {"matrix": self.matrix}
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> Dense:
+        """Build an update from its matrix; ``scale`` is not used."""
+        return cls(factors["matrix"])
 
 
 def form_named(name: str | None, factors: Iterable[str]) -> type[Update]:

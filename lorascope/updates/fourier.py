@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from lorascope.updates.base import Shapes, Update
-from lorascope.updates.dense import Dense
+from lorascope.updates.base import Dense, Shapes, Update
 from lorascope.updates.linalg import all_finite, as_float64
 
 SEEDS = 1 << 32
@@ -132,21 +131,11 @@ def half_spectrum(entries: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any, 
     The real part is the transform of F averaged with its mirror image, F(j, k) / 2 + F(-j, -k) / 2, and a real inverse
     transform reads the columns up to d2 / 2 of this average.
 
-    Parameters
-    ----------
-    entries : array or Tensor (2, n)
-        Rows and columns of F.
-    shape : (int, int)
-        Shape (out, in) of the update.
-
     Returns
     -------
-    row, column : (n,)
-        The entry, or its mirror image if the entry is in the right half.
-    mirrored : (n,)
-        Row of the other one, which is in the same column if ``paired``.
-    paired : (n,)
-        Whether both are in the left half.
+    row, column, mirrored, paired : arrays or Tensors (n,), as ``entries``
+        The entry, or its mirror image if the entry is in the right half; the row of the other one, which is in the same
+        column if ``paired``; and whether both are in the left half.
     """
     (j, k), (rows, columns) = entries, shape
     opposite = -j % rows

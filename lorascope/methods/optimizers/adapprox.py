@@ -79,13 +79,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every parameter that has a gradient.
-
-        Returns
-        -------
-        Any
-            Result of ``closure``; None without one.
-        """
+        """Update every parameter that has a gradient."""
         loss = closure_loss(closure)
         for _, parameter in parameters_with_gradient(self):
             if parameter.grad.layout != torch.strided:

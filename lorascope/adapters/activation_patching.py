@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -69,10 +69,10 @@ class _Call:
     end: int
     outermost: bool
     shapes: list[Any]
-    first: Any = None
-    leaves: list[Any] = field(default_factory=list)
-    form: Any = None
-    versions: list[int] = field(default_factory=list)
+    form: Any
+    first: Any
+    leaves: list[Any]
+    versions: list[int]
 
 
 def _versions(leaves: Sequence[Any]) -> list[int]:
@@ -110,11 +110,9 @@ def _record_calls(loss: Loss, batch: Batch, modules: Iterable[nn.Module], keep: 
             depth -= 1
             leaves, form = tree_flatten(output)
             shapes = [getattr(leaf, "shape", None) for leaf in leaves]
-            there = _Call(module, start, next(clock), depth == 0, shapes)
-            if module in keep:
-                first = _first_argument(args, kwargs)
-                there = replace(there, first=first, leaves=leaves, form=form, versions=_versions([first, *leaves]))
-            calls.append(there)
+            first, kept = (_first_argument(args, kwargs), leaves) if module in keep else (None, [])
+            versions = _versions([first, *kept])
+            calls.append(_Call(module, start, next(clock), depth == 0, shapes, form, first, kept, versions))
             return output
 
         return call
@@ -190,7 +188,7 @@ class _Replay:
 
     def _is_only_call(self, call: _Call) -> bool:
         """Return whether this is the module's only call, and its stored output was not overwritten since."""
-        intact = call.form is not None and call.versions == _versions([call.first, *call.leaves])
+        intact = bool(call.leaves) and call.versions == _versions([call.first, *call.leaves])
         return intact and len(self.by_row[call.module]) == 1
 
     def _replay_forwards(self, calls: Sequence[_Call], copies: int) -> dict[nn.Module, Forward]:

@@ -24,18 +24,6 @@ from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.adapters.peft_layers import is_peft_layer, peft_update, unwrap_peft_model
 from lorascope.updates import Dense, Update
 
-__all__ = [
-    "Delta",
-    "attach",
-    "attached_deltas",
-    "deltas",
-    "detach",
-    "fold",
-    "host_weight",
-    "resize",
-    "to_array",
-]
-
 
 class Delta(nn.Module):
     """Update of one module, with the shape (out, in) regardless of the layout that the host stores.

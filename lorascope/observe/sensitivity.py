@@ -165,13 +165,13 @@ def weight_gradients(
 def _changes(step: Step) -> Iterable[Record]:
     """Yield the cosine distance and the displacement of every feed-forward neuron."""
     roles = neuron_roles(step.modules)
-    places = parts(step.modules, roles) if roles else []
+    if not roles:
+        return
+    places = parts(step.modules, roles)
     living = {}
     for part in places:  # in the layout that the module stores
         host: Any = step.model.get_submodule(part.module)
         living[f"{part.module}.weight"] = orient_weight(host, effective_weight(step.model, part.module))
-    if not places:
-        return
     for module, rows in distances(step.model, places, step.base, living).groupby("module", sort=False):
         index = rows["neuron"].to_numpy()
         yield Record("neuron_cosine", rows["cosine_distance"].to_numpy(), str(module), index)

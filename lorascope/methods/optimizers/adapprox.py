@@ -133,8 +133,8 @@ class AdapproxOptimizer(torch.optim.Optimizer):
                 for m, d, state in zip(M, D, states, strict=True):
                     state["cosine"] = cosine(m, d)
             if group["cosine"]:
-                floor = group["cosine_floor"]
-                S = [guide_direction(m, state["cosine"], floor) for m, state in zip(M, states, strict=True)]
+                floor = group["cosine_floor"]  # because D and M are parallel at the first step
+                S = [m / (1 - state["cosine"]).clamp(min=floor) for m, state in zip(M, states, strict=True)]
         for parameter, s in zip(parameters, S, strict=True):
             change = s.reshape(parameter.shape)
             parameter.sub_(lr * (change.add(_promote_to_float32(parameter), alpha=decay) if decay else change))
@@ -221,11 +221,6 @@ def cosine(M: Float[Tensor, "..."], D: Float[Tensor, "..."]) -> Float[Tensor, ""
     """Compute cos(D, M), clamped to [-1, 1]; 0 if D or M is zero."""
     lengths = (D.norm() * M.norm()).clamp(min=torch.finfo(M.dtype).tiny)
     return (torch.dot(D.flatten(), M.flatten()) / lengths).clamp(-1, 1)
-
-
-def guide_direction(M: Float[Tensor, "..."], cosine: Float[Tensor, ""], floor: float) -> Float[Tensor, "..."]:
-    """Compute M / max(1 - cos(D, M), floor)."""
-    return M / (1 - cosine).clamp(min=floor)
 
 
 def negative_fractions(product: Float[Tensor, "m n"]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -165,20 +165,6 @@ def on_bases(
     return Dense((left[:, j] * (scale * as_float64(coefficients))) @ right[:, k].T)
 
 
-class _Part(NamedTuple):
-    """Even or odd part in the basis of cosines or sines: values at (row, column), zero elsewhere."""
-
-    shape: tuple[int, int]
-    rows: Int[np.ndarray, "m"]
-    columns: Int[np.ndarray, "m"]
-    values: Float[np.ndarray, "m"]
-
-    def dense(self) -> Float[np.ndarray, "rows columns"]:
-        matrix = np.zeros(self.shape)
-        matrix[self.rows, self.columns] = self.values
-        return matrix
-
-
 class Fourier(Update, form="fourier"):
     """The update scale * Re(ifft2(F)), with the coefficients at the entries of F; its matrix is built on access.
 
@@ -250,8 +236,14 @@ class Fourier(Update, form="fourier"):
         return self.scale * np.fft.irfft2(spectrum, s=self.shape)
 
     @cached_property
-    def parts(self) -> tuple[_Part, _Part]:
-        """Even and odd part of dW in the orthonormal basis, with each frequency once."""
+    def parts(self) -> tuple[Any, Any]:
+        """Even and odd part of dW in the basis of cosines or sines, as sparse arrays.
+
+        They sum the values of each place: (j, k) and (-j, -k) are one frequency, (j, -k) shares its basis functions.
+        """
+        # Imported here to keep the import of this module fast.
+        from scipy.sparse import csr_array
+
         folded, signs, lengths = [], [], []
         for index, side in zip(self.entries, self.shape, strict=True):
             no_sine = 2 * index % side == 0  # frequency zero and the Nyquist frequency
@@ -261,26 +253,23 @@ class Fourier(Update, form="fourier"):
         outer, inner = self.shape
         values = self.scale / (outer * inner) * as_float64(self.coefficients) * lengths[0] * lengths[1]
         sines = signs[0] * signs[1]
-        even = _sum_places((outer // 2 + 1, inner // 2 + 1), folded[0], folded[1], values)
-        j, k = folded[0][sines != 0] - 1, folded[1][sines != 0] - 1
-        return even, _sum_places(((outer - 1) // 2, (inner - 1) // 2), j, k, -(sines * values)[sines != 0])
+        odd = sines != 0
+        places = folded[0][odd] - 1, folded[1][odd] - 1
+        return (
+            csr_array((values, (folded[0], folded[1])), (outer // 2 + 1, inner // 2 + 1)),
+            csr_array((-(sines * values)[odd], places), ((outer - 1) // 2, (inner - 1) // 2)),
+        )
 
     @property
     def rank(self) -> int:
         """Structural rank of the entries, which is the rank for almost all coefficients."""
-        # Imported here to keep the import of this module fast.
-        from scipy.sparse import csr_array
         from scipy.sparse.csgraph import structural_rank
 
-        return sum(
-            int(structural_rank(csr_array((np.ones(len(part.rows)), (part.rows, part.columns)), part.shape)))
-            for part in self.parts
-            if len(part.rows)
-        )
+        return sum(int(structural_rank(part)) for part in self.parts if part.nnz)
 
     def norm(self) -> float:
         """Compute the Frobenius norm by Parseval's identity."""
-        return float(np.sqrt(sum(np.vdot(part.values, part.values) for part in self.parts)))
+        return float(np.sqrt(sum(np.vdot(part.data, part.data) for part in self.parts)))
 
     def inner_weight(self, W: Any) -> float:
         """Compute <W, dW> from the coefficients and the transform of W at their entries."""
@@ -294,14 +283,14 @@ class Fourier(Update, form="fourier"):
         """Compute the min(out, in) singular values of both parts, largest first."""
         if not all_finite(self.coefficients):
             return np.full(min(self.shape), np.nan)
-        sigma = [Dense(part.dense()).singular_values() for part in self.parts]
+        sigma = [Dense(part.toarray()).singular_values() for part in self.parts]
         return np.sort(np.concatenate(sigma))[::-1]
 
     def energy(self, edges: Float[np.ndarray, "edges"]) -> Float[np.ndarray, "bins"]:
         """Compute ``|dW|^2`` by radius of the frequency: sums between consecutive edges, including the last edge."""
-        even, odd = self.parts
-        distances = np.concatenate([np.hypot(even.rows, even.columns), np.hypot(odd.rows + 1, odd.columns + 1)])
-        squares = np.concatenate([even.values, odd.values]) ** 2
+        even, odd = (part.tocoo() for part in self.parts)
+        distances = np.concatenate([np.hypot(even.row, even.col), np.hypot(odd.row + 1, odd.col + 1)])
+        squares = np.concatenate([even.data, odd.data]) ** 2
         return np.histogram(distances, edges, weights=squares)[0]
 
     def __sub__(self, other: Update) -> Update:
@@ -317,13 +306,3 @@ class Fourier(Update, form="fourier"):
 
     def __repr__(self) -> str:
         return f"Fourier({len(self.coefficients)} coefficients, shape={self.shape}, scale={self.scale:g})"
-
-
-def _sum_places(
-    shape: tuple[int, int], rows: Int[np.ndarray, "n"], columns: Int[np.ndarray, "n"], values: Float[np.ndarray, "n"]
-) -> _Part:
-    """Sum the values of each place: (j, k) and (-j, -k) are one frequency, (j, -k) shares its basis functions."""
-    # The odd part has no columns if a side of the weight is 1 or 2.
-    places, where = np.unique(rows * max(shape[1], 1) + columns, return_inverse=True)
-    found = np.divmod(places, max(shape[1], 1))
-    return _Part(shape, *found, np.bincount(where, values, len(places)))

@@ -141,8 +141,11 @@ def _change_sums(
         if not len(wanted):
             continue
         tile = scratch[:, : rows.stop - start]
-        for matrix, out in zip((W0, W), tile, strict=False):
-            _read_rows(matrix[rows], out)
+        for part, out in zip((W0[rows], W[rows]), tile, strict=False):
+            if isinstance(part, np.ndarray):
+                np.copyto(out, part)
+            else:
+                part.read_into(out)
         if len(wanted) < tile.shape[2 - axis]:
             tile = tile.take(wanted, 2 - axis)
         before, after, error, product = tile
@@ -157,10 +160,3 @@ def _change_sums(
                 else:
                     total += np.ones(len(product), dtype) @ np.multiply(left, right, out=product)
     return sums
-
-
-def _read_rows(rows: Any, out: Float[np.ndarray, "rows columns"]) -> None:
-    if isinstance(rows, np.ndarray):
-        np.copyto(out, rows)
-    else:
-        rows.read_into(out)

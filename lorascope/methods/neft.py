@@ -67,16 +67,7 @@ from torch import Tensor, nn
 from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.analysis import neurons, selected_neurons
 from lorascope.inputs.classifier_head import weights_hash
-from lorascope.methods.base import (
-    Method,
-    Phase,
-    Step,
-    added_later,
-    require,
-    require_at_least,
-    require_choice,
-    task_head,
-)
+from lorascope.methods.base import Method, Phase, Step, added_later, require, require_at_least, task_head
 from lorascope.methods.full import Full
 from lorascope.methods.neft_probing import PROBE_COSINE, Probing, probe_scores
 from lorascope.runs import loading
@@ -147,7 +138,8 @@ class NeFT(Method, name="neft"):
     head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        require_choice(self, "select_by", (*neurons.MODES, "probed"))
+        rules = (*neurons.MODES, "probed")
+        require(self, "select_by", f"one of {', '.join(map(repr, rules))}", self.select_by in rules)
         if unknown := [role for role in self.targets if role not in neurons.ROLES]:
             raise ValueError(f"targets must be among {', '.join(map(repr, neurons.ROLES))}, got {unknown[0]!r}")
         require_at_least(self, 1, "num_neurons", "tune_steps")
@@ -268,7 +260,7 @@ class NeFT(Method, name="neft"):
         column, _ = self.score_names
         free = int(self._scores[column].notna().sum())
         k = self.num_neurons or number("parameter_share", free)
-        mode = "changed" if self.select_by == "probed" else self.select_by  # of both, the highest scores
+        mode = "changed" if self.select_by == "probed" else self.select_by  # both select the highest scores
         seed = int(torch.randint(2**31, ())) if mode == "random" else 0  # depends on the run's seed
         selected = neurons.select(self._scores, k, mode, seed, column)
         if self.reversed_share:

@@ -18,15 +18,7 @@ from lorascope.methods.base import Step
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import TrainedTensors, factor_inner, tile_sums
 from lorascope.schema.records import Item, Record, Snapshot
-from lorascope.updates import (
-    Dense,
-    Update,
-    constant_factors,
-    effective_rank,
-    from_factors,
-    spectra,
-    stable_rank,
-)
+from lorascope.updates import Dense, Update, constant_factors, effective_rank, from_factors, spectra, stable_rank
 
 NORMS = {"weight": "weight_norm", "update": "update_norm", "learned": "learned_norm", "step": "step_norm"}
 

@@ -145,7 +145,6 @@ class FourierDelta(Delta):
     """Update alpha * Re(ifft2(F)) of one module; ``entries`` are rows and columns of F, with the given coefficients."""
 
     entries: Tensor
-    sides: Tensor
 
     def __init__(
         self, coefficients: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: tuple[int, int], alpha: float
@@ -154,8 +153,6 @@ class FourierDelta(Delta):
         self.shape, self.alpha = shape, float(alpha)
         self.coefficients = nn.Parameter(coefficients)
         self.register_buffer("entries", entries)
-        # The shape as a tensor, so that snapshots store it with the factors.
-        self.register_buffer("sides", torch.tensor(shape), persistent=False)
         self._waves: tuple[Tensor, int, Tensor] | None = None
 
     def weight(self) -> Float[Tensor, "out in"]:
@@ -204,7 +201,7 @@ class FourierDelta(Delta):
         return super().__getstate__() | {"_waves": None}
 
     def factors(self) -> dict[str, Tensor]:
-        return {"coefficients": self.coefficients, "entries": self.entries, "shape": self.sides}
+        return {"coefficients": self.coefficients, "entries": self.entries, "shape": torch.tensor(self.shape)}
 
     def update(self) -> fourier.Fourier:
         return fourier.Fourier(to_array(self.coefficients), to_array(self.entries), self.shape, self.alpha)

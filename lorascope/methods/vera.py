@@ -95,7 +95,6 @@ class VeRADelta(Delta):
 
     A: Tensor
     B: Tensor
-    projection: Tensor
 
     def __init__(
         self, host: nn.Module, rank: int, d_initial: float, projection: tuple[int, int, int], dropout: float = 0.0
@@ -109,8 +108,7 @@ class VeRADelta(Delta):
         self.lambda_d = nn.Parameter(torch.full((rank,), d_initial, dtype=weight.dtype))
         self.register_buffer("A", torch.tensor(A[:, :inner], dtype=weight.dtype), persistent=False)
         self.register_buffer("B", torch.tensor(B[:outer], dtype=weight.dtype), persistent=False)
-        # As a tensor, so that snapshots store it with the vectors.
-        self.register_buffer("projection", torch.tensor([*projection, inner]), persistent=False)
+        self.projection = (*projection, inner)
 
     def weight(self) -> Float[Tensor, "out in"]:
         return (self.lambda_b.unsqueeze(1) * self.B) @ (self.lambda_d.unsqueeze(1) * self.A)
@@ -121,7 +119,7 @@ class VeRADelta(Delta):
 
     def factors(self) -> dict[str, Tensor]:
         """Return both vectors, and what A and B are drawn from."""
-        return {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d, "projection": self.projection}
+        return {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d, "projection": torch.tensor(self.projection)}
 
     @property
     def rank(self) -> int:

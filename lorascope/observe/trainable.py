@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,26 +29,15 @@ from lorascope.updates.linalg import at_least_float32, product_inner
 TILE = 1 << 18
 
 
-@dataclass(frozen=True, eq=False)
 class TrainedTensors:
-    """Tensors that the optimizer changes, by label; the same throughout a run.
+    """Tensors that the optimizer changes at a step, by label; the same throughout a run.
 
     ``dense`` are parameters of the base model. The label of a weight is its module, any other label is a parameter
     name. ``parameter_of`` has the name in W_0 of each label and each adapted module, "" for a weight that is packed and
     not a parameter; ``changed`` are those of ``dense``. ``modules`` are the labels that are module names.
     """
 
-    dense: dict[str, nn.Parameter]
-    deltas: dict[str, Delta | PeftDelta]
-    hosts: dict[str, Any]
-    parameter_of: dict[str, str]
-    changed: frozenset[str]
-    modules: frozenset[str]
-    blocks: tuple[str, ...]
-
-    @classmethod
-    def of(cls, step: Step) -> TrainedTensors:
-        """Collect the trained tensors of a step's model and optimizer."""
+    def __init__(self, step: Step) -> None:
         rows = step.modules
         uses = {
             f"{name}.weight": module
@@ -59,14 +47,14 @@ class TrainedTensors:
         trained = {id(parameter) for group in step.optimizer.param_groups for parameter in group["params"]}
         parameters = {name: p for name, p in unwrapped_parameters(step.model).items() if name in step.base}
         names = {id(parameter): name for name, parameter in parameters.items()}
-        dense = {uses.get(name, name): p for name, p in parameters.items() if id(p) in trained}
-        deltas = adapters(step.model)
-        hosts = {module: unwrap_peft_layer(step.model.get_submodule(module)) for module in deltas}
-        parameter_of = {label: names[id(p)] for label, p in dense.items()}
-        changed = frozenset(parameter_of.values())
-        parameter_of |= {module: names.get(id(getattr(host, "weight", None)), "") for module, host in hosts.items()}
-        modules = frozenset({*rows["module"], *deltas})
-        return cls(dense, deltas, hosts, parameter_of, changed, modules, tuple(rows["module"][rows["role"] == "block"]))
+        self.dense = {uses.get(name, name): p for name, p in parameters.items() if id(p) in trained}
+        self.deltas = adapters(step.model)
+        self.hosts: dict[str, Any] = {name: unwrap_peft_layer(step.model.get_submodule(name)) for name in self.deltas}
+        self.parameter_of = {label: names[id(p)] for label, p in self.dense.items()}
+        self.changed = set(self.parameter_of.values())
+        self.parameter_of |= {name: names.get(id(getattr(h, "weight", None)), "") for name, h in self.hosts.items()}
+        self.modules = {*rows["module"], *self.deltas}
+        self.blocks = list(rows["module"][rows["role"] == "block"])
 
     def copy_updates(self, others: Sequence[Tensor] = ()) -> list[Float[np.ndarray, "..."]]:
         """Copy the factors of all adapters to the host, so that ``updates`` need not, and other tensors with them."""

@@ -56,7 +56,7 @@ class norms(Observer):
     @shared_copies()
     def __call__(self, step: Step) -> list[Item]:
         """Return norms and ranks after this step, if it is due or the best so far."""
-        self._found = trained = self._found or TrainedTensors.of(step)
+        self._found = trained = self._found or TrainedTensors(step)
         items: list[Item] = []
         if step.finished == 0:
             self._record_start(step, trained)

@@ -65,19 +65,8 @@ def registered():
         def rank(self) -> int:
             return min(self.shape)
 
-        @property
-        def size(self) -> int:
-            return int(np.prod(self.w1.shape) + np.prod(self.w2.shape))
-
-        @property
-        def dtype(self) -> str:
-            return self.w1.file.dtype(self.w1.name)
-
         def factors(self) -> dict[str, Any]:
             return {"w1": self.w1.read(), "w2": self.w2.read()}
-
-        def update(self) -> Kronecker:
-            return Kronecker.from_factors(self.factors(), self.scale)
 
     @reads(lambda config, names: any(name.endswith(".lokr_w1") for name in names))
     def read_test_kronecker(path: Path, config: Mapping[str, Any], files: Any, base: Any) -> AdapterFiles:

@@ -55,7 +55,7 @@ def test_only_its_reader_matches(name: str, tmp_path: Path) -> None:
     ROWS[name].write(tmp_path / "adapter", tmp_path / "base")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     names = {key for file in ls.load(tmp_path / "adapter", optional(tmp_path / "base")).files.files for key in file}
-    assert [each.name for each in READERS.values() if each.matches(config, names)] == [name]
+    assert [reader for reader, each in READERS.items() if each.matches(config, names)] == [name]
 
 
 def optional(path: Path) -> Path | None:

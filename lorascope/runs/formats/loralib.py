@@ -21,12 +21,11 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Finite, Positive, to_typed
+from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
 from lorascope.runs.formats.peft_lora import CONFIG, has_heads, is_transposed, lora_factors, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
-from lorascope.updates import LowRank
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA
 
 # Query, key and value are three outputs. Each one takes memory for its block, even if it is disabled.
 MAX_OUTPUTS = 64
@@ -69,11 +68,6 @@ class MergedPart(StoredLoRA):
             B[output * height : (output + 1) * height, number * rank : (number + 1) * rank] = blocks[number]
         return {"A": A, "B": B}
 
-    def update(self) -> LowRank:
-        """Load the factors, and return the update."""
-        factors = self.factors()
-        return LowRank(factors["B"], factors["A"], self.scale)
-
 
 def _is_merged(config: Mapping[str, Any], names: Collection[str]) -> bool:
     plain = not config and any(".lora_" in name for name in names)
@@ -84,32 +78,19 @@ def _is_merged(config: Mapping[str, Any], names: Collection[str]) -> bool:
 def read_loralib(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:
-    """Read the modules of an opened folder; without a configuration, the scale is 1.
-
-    Raises
-    ------
-    ValueError
-        A factor is missing, or configuration and weights disagree.
-    """
+    """Read the modules of an opened folder; without a configuration, the scale is 1."""
     found, others = lora_factors(path, files, ("A", "B"))
     settings = to_typed(config, MergedConfig, path / CONFIG)
-    parts = {module: _merged_part(path, module, factors, settings, bool(config)) for module, factors in found.items()}
+    parts = {}
+    for module, factors in found.items():
+        A, B = factors["A"], factors["B"]
+        rank = settings.r or B.shape[1]
+        enabled = settings.enable_lora or [True] * min(A.shape[0] // max(rank, 1), MAX_OUTPUTS)
+        count = sum(enabled)
+        if not count or (A.shape[0], B.shape[1]) != (rank * count, rank) or B.shape[0] % count:
+            source = CONFIG if config else "from lora_B"
+            must = f"factors of {printable(module)} must have rank {rank} and {count} outputs ({source})"
+            raise unreadable(path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
+        scale = settings.lora_alpha / rank if config else 1.0
+        parts[module] = MergedPart(B, A, scale, is_transposed(A, settings.fan_in_fan_out), tuple(enabled))
     return AdapterFiles(path, dict(config), parts, others, files)
-
-
-def _merged_part(
-    path: Path, module: str, factors: Mapping[str, StoredTensor], config: MergedConfig, known: bool
-) -> MergedPart:
-    """Return the update of one module; ``known`` is True if there is a configuration."""
-    A, B = factors["A"], factors["B"]
-    rank = config.r or B.shape[1]
-    enabled = config.enable_lora or [True] * min(A.shape[0] // max(rank, 1), MAX_OUTPUTS)
-    count = sum(enabled)
-    if not count or (A.shape[0], B.shape[1]) != (rank * count, rank) or B.shape[0] % count:
-        source = CONFIG if known else "from lora_B"
-        raise ValueError(
-            f"cannot read {printable(path)}: factors of {printable(module)} must have rank {rank} and {count} outputs "
-            f"({source}), got lora_A {A.shape} and lora_B {B.shape}"
-        )
-    scale = config.lora_alpha / rank if known else 1.0
-    return MergedPart(B, A, scale, is_transposed(A, config.fan_in_fan_out), tuple(enabled))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,11 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Finite, Positive, to_typed
+from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
 from lorascope.runs.formats.peft_lora import CONFIG, check_rank, is_transposed, lora_factors, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
-from lorascope.updates import LowRank, Update
 
 
 @dataclass(frozen=True)
@@ -56,48 +55,28 @@ class AdaPart(StoredLoRA):
         """Number of components that are not masked."""
         return self.used
 
-    @property
-    def size(self) -> int:
-        """Number of stored values."""
-        return super().size + self.E.shape[0]
-
     def factors(self) -> dict[str, Any]:
         """Load the factors, with E as ``diagonal`` (rank,)."""
         return super().factors() | {"diagonal": self.E.read().reshape(-1)}
-
-    def update(self) -> Update:
-        """Load the factors, and return the update."""
-        return LowRank.from_factors(self.factors(), self.scale)
 
 
 @reads(lambda config, names: peft_kind(config) == "ADALORA")
 def read_adalora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:
-    """Read the modules of an opened AdaLoRA folder.
-
-    Raises
-    ------
-    ValueError
-        A factor is missing, or configuration and weights disagree.
-    """
+    """Read the modules of an opened AdaLoRA folder."""
     settings = to_typed(config, AdaLoraConfig, path / CONFIG)
     found, others = lora_factors(path, files, ("A", "B", "E"))
     scale = settings.lora_alpha / (settings.init_r + 1e-5)
     kept = {name.removesuffix(".lora_E"): sum(mask) for name, mask in (settings.rank_pattern or {}).items()}
-    for module, factors in found.items():
-        check_rank(path, module, factors, kept.get(module, settings.init_r))
-        rank, shape = factors["A"].shape[0], factors["E"].shape
-        if math.prod(shape) != rank:
-            raise ValueError(
-                f"cannot read {printable(path)}: lora_E of {printable(module)} must have {rank} values, "
-                f"got shape {shape}"
-            )
-    used = {module: int(np.count_nonzero(factors["E"].read())) for module, factors in found.items()}
-    if not any(used.values()):
-        used = {module: factors["A"].shape[0] for module, factors in found.items()}
     parts = {}
     for module, factors in found.items():
+        check_rank(path, module, factors, kept.get(module, settings.init_r))
         A, B, E = (factors[name] for name in "ABE")
-        parts[module] = AdaPart(B, A, scale, is_transposed(A, settings.fan_in_fan_out), E, used[module])
+        if math.prod(E.shape) != A.shape[0]:
+            raise unreadable(path, f"lora_E of {printable(module)} must have {A.shape[0]} values, got shape {E.shape}")
+        transposed = is_transposed(A, settings.fan_in_fan_out)
+        parts[module] = AdaPart(B, A, scale, transposed, E, int(np.count_nonzero(E.read())))
+    if not any(part.used for part in parts.values()):
+        parts = {module: replace(part, used=part.A.shape[0]) for module, part in parts.items()}
     return AdapterFiles(path, dict(config), parts, others, files, "AdaLoRA")

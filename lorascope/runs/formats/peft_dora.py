@@ -17,11 +17,12 @@ from typing import Any
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.runs.formats.peft_lora import LoraSettings, lora_factors, lora_part, peft_kind
+from lorascope.files.typed_json import unreadable
+from lorascope.runs.formats.peft_lora import lora_factors, lora_parts, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
-from lorascope.updates import Update, WeightDecomposed
+from lorascope.updates import Update, from_factors
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,6 @@ class DoraPart(StoredLoRA):
         """Return whether the update has low-rank factors: only without a base, as the update of the direction."""
         return self.base is None
 
-    @property
-    def size(self) -> int:
-        """Number of stored values."""
-        return super().size + self.shape[0]
-
     def factors(self) -> dict[str, Any]:
         """Load the factors and the magnitude."""
         return super().factors() | {"magnitude": self.magnitude.read().reshape(-1)}
@@ -59,30 +55,21 @@ class DoraPart(StoredLoRA):
     def update(self) -> Update:
         """Load the factors, and return the full update if there is a base, else the update of the direction."""
         W0 = None if self.base is None else self.base.weight(self.module, self.shape, self.transposed)
-        return WeightDecomposed.from_factors(self.factors() | {"W0": W0}, self.scale)
+        return from_factors(self.factors() | {"W0": W0}, self.scale)
 
 
 @reads(lambda config, names: peft_kind(config) == "LORA" and bool(config.get("use_dora")))
 def read_dora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened DoRA folder.
-
-    Raises
-    ------
-    ValueError
-        A factor is missing, or configuration and weights disagree.
-    """
+    """Read the modules of an opened DoRA folder."""
     found, others = lora_factors(path, files, ("A", "B", "magnitude_vector"))
-    settings, parts = LoraSettings(path, config), {}
-    for module, factors in found.items():
-        plain = lora_part(path, module, factors, settings)
-        magnitude, outer = factors["magnitude_vector"], factors["B"].shape[0]
+    parts = {}
+    for module, plain in lora_parts(path, config, found).items():
+        magnitude, outer = found[module]["magnitude_vector"], plain.shape[0]
         if math.prod(magnitude.shape) != outer:
-            raise ValueError(
-                f"cannot read {printable(path)}: lora_magnitude_vector of {printable(module)} must have {outer} values "
-                f"(outputs), got shape {magnitude.shape}"
-            )
+            must = f"lora_magnitude_vector of {printable(module)} must have {outer} values (outputs)"
+            raise unreadable(path, f"{must}, got shape {magnitude.shape}")
         weights = base if base is not None and base.has_weight(module) else None
-        parts[module] = DoraPart(*plain, magnitude, module, weights)
+        parts[module] = DoraPart(**vars(plain), magnitude=magnitude, module=module, base=weights)
     return AdapterFiles(path, dict(config), parts, others, files, "DoRA")

@@ -19,9 +19,9 @@ from jaxtyping import Int
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Finite, Positive, to_typed
+from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
 from lorascope.runs.formats.peft_lora import CONFIG, group_factors, peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 from lorascope.schema.name_patterns import Patterns
@@ -64,10 +64,7 @@ class FourierPart(StoredUpdate):
     transposed: bool
     seed: int
 
-    @property
-    def has_thin_factors(self) -> bool:
-        """Return False: norms follow from Parseval's identity, but singular values require the whole matrix."""
-        return False
+    has_thin_factors = False  # norms follow from Parseval's identity, but singular values require the whole matrix
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,76 +86,38 @@ class FourierPart(StoredUpdate):
         """Number of coefficients."""
         return self.coefficients.shape[0]
 
-    @property
-    def dtype(self) -> str:
-        """Stored dtype, such as ``"BF16"``."""
-        return self.coefficients.file.dtype(self.coefficients.name)
-
     def factors(self) -> dict[str, Any]:
         """Load the coefficients, and add entries and shape as in a run."""
         values = self.coefficients.read().reshape(-1)
         return {"coefficients": values, "entries": self.entries, "shape": np.array(self.shape)}
-
-    def update(self) -> Fourier:
-        """Load the coefficients, and return the update."""
-        return Fourier(self.coefficients.read().reshape(-1), self.entries, self.shape, self.scale)
 
 
 @reads(lambda config, names: peft_kind(config) == "FOURIERFT")
 def read_fourier(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened FourierFT folder.
-
-    Raises
-    ------
-    ValueError
-        The shapes of the base are unknown, or configuration and weights disagree.
-    """
+    """Read the modules of an opened FourierFT folder."""
     found, others = group_factors(files, _FACTOR)
     if not found:
         first = others[0] if others else "no tensor"
-        raise ValueError(
-            f"cannot read {printable(path)}: FOURIERFT weights must include fourierft_spectrum, got {printable(first)}"
-        )
-    shapes = base or named_base(config)
-    if shapes is None:
-        name = config.get("base_model_name_or_path") or "unnamed"
-        raise ValueError(
-            f"cannot read {printable(path)}: FourierFT stores no shapes, pass the folder of its base {printable(name)}"
-        )
+        raise unreadable(path, f"FOURIERFT weights must include fourierft_spectrum, got {printable(first)}")
+    shapes = base_with_shapes(path, config, base, "FourierFT")
     settings = to_typed(config, FourierConfig, path / CONFIG)
-    keys = Patterns(settings.n_frequency_pattern or {}, f"n_frequency_pattern of {path / CONFIG}")
-    seed = entry_seed(config)
-    parts = {
-        module: _fourier_part(path, module, factors["fourierft_spectrum"], settings, keys.first(module), seed, shapes)
-        for module, factors in found.items()
-    }
+    numbers, transposed = settings.n_frequency_pattern or {}, bool(settings.fan_in_fan_out)
+    keys = Patterns(numbers, f"n_frequency_pattern of {path / CONFIG}")
+    parts = {}
+    for module, factors in found.items():
+        stored, key, name = factors["fourierft_spectrum"], keys.first(module), printable(module)
+        n = settings.n_frequency if key is None else numbers[key]
+        if stored.shape != (n, 1):
+            raise unreadable(path, f"{name} must have {n} coefficients ({CONFIG}), got {stored.shape[0]}")
+        outer, inner = sides = shapes.shape(module, transposed)
+        if n > outer * inner:
+            raise unreadable(path, f"{name} must have <= {outer} x {inner} coefficients (its base), got {n}")
+        parts[module] = FourierPart(stored, sides, settings.scaling, transposed, entry_seed(config))
     return AdapterFiles(path, dict(config), parts, others, files, "FourierFT", named_base(config) is None)
 
 
 def entry_seed(config: Mapping[str, Any]) -> int:
     """Return the seed of the spectral entries, modulo 2^32 as in torch's CPU generator."""
     return to_typed(config, FourierConfig, CONFIG).random_loc_seed % SEEDS
-
-
-def _fourier_part(
-    path: Path,
-    module: str,
-    stored: StoredTensor,
-    config: FourierConfig,
-    key: str | None,
-    seed: int,
-    base: PretrainedWeights,
-) -> FourierPart:
-    n = config.n_frequency if key is None else (config.n_frequency_pattern or {})[key]
-    where = f"cannot read {printable(path)}:"
-    if stored.shape != (n, 1):
-        raise ValueError(f"{where} {printable(module)} must have {n} coefficients ({CONFIG}), got {stored.shape[0]}")
-    transposed = bool(config.fan_in_fan_out)
-    shape = base.shape(module, transposed)
-    if n > shape[0] * shape[1]:
-        raise ValueError(
-            f"{where} {printable(module)} must have <= {shape[0]} x {shape[1]} coefficients (its base), got {n}"
-        )
-    return FourierPart(stored, shape, config.scaling, transposed, seed)

@@ -16,7 +16,7 @@ from typing import Any
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors
-from lorascope.files.typed_json import Finite, Positive, to_typed
+from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredLoRA, StoredTensor
@@ -68,41 +68,6 @@ class LoraConfig:
     use_rslora: bool | None = None
     fan_in_fan_out: bool | None = None
     target_parameters: str | list[str] | None = None
-
-
-class LoraSettings:
-    """Rank and scale of each module.
-
-    Parameters
-    ----------
-    path : path
-        The folder.
-    config : dict
-        Content of ``adapter_config.json``.
-
-    Raises
-    ------
-    ValueError
-        A setting has the wrong type, or a pattern key is not a regular expression.
-    """
-
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        file = path / CONFIG
-        self.config = to_typed(config, LoraConfig, file)
-        self._ranks, self._alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
-        self._rank_keys = Patterns(self._ranks, f"rank_pattern of {file}")
-        self._alpha_keys = Patterns(self._alphas, f"alpha_pattern of {file}")
-
-    def rank(self, module: str) -> int:
-        """Return the rank of a module."""
-        key = self._rank_keys.first(module)
-        return self.config.r if key is None else self._ranks[key]
-
-    def scale(self, module: str) -> float:
-        """Return alpha / rank, or alpha / sqrt(rank) for a rank-stabilized adapter."""
-        key, rank = self._alpha_keys.first(module), self.rank(module)
-        alpha = self.config.lora_alpha if key is None else self._alphas[key]
-        return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
 
 def peft_kind(config: Mapping[str, Any]) -> str:
@@ -163,23 +128,19 @@ def lora_factors(
     found, others = group_factors(files, _FACTOR)
     foreign = next((name for name in others if re.search(r"\.lora_(?!B\.bias$)", name)), None)
     if foreign is not None:
-        raise ValueError(f"cannot read {printable(path)}: variant of LoRA not supported, with {printable(foreign)}")
+        raise unreadable(path, f"variant of LoRA not supported, with {printable(foreign)}")
     if not found:
         first = others[0] if others else "no tensor"
-        raise ValueError(
-            f"cannot read {printable(path)}: weights must include lora_A and lora_B, got {printable(first)}"
-        )
+        raise unreadable(path, f"weights must include lora_A and lora_B, got {printable(first)}")
     for module, factors in found.items():
         lacking = next((name for name in wanted if name not in factors), None)
         if lacking is not None:
             present = " and ".join(f"lora_{name}" for name in factors)
-            raise ValueError(f"cannot read {printable(path)}: {printable(module)} has {present} but no lora_{lacking}")
+            raise unreadable(path, f"{printable(module)} has {present} but no lora_{lacking}")
         extra = next((name for name in factors if name not in wanted), None)
         if extra is not None:
             option = {"magnitude_vector": "use_dora", "E": "peft_type ADALORA"}[extra]
-            raise ValueError(
-                f"cannot read {printable(path)}: {printable(module)} has lora_{extra}, but {CONFIG} lacks {option}"
-            )
+            raise unreadable(path, f"{printable(module)} has lora_{extra}, but {CONFIG} lacks {option}")
     return found, others
 
 
@@ -192,32 +153,36 @@ def _is_lora(config: Mapping[str, Any], names: Collection[str]) -> bool:
 def read_adapter(
     path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:
-    """Read the modules of an opened LoRA folder.
-
-    Raises
-    ------
-    ValueError
-        The variant of LoRA is not supported, or configuration and weights disagree.
-    """
+    """Read the modules of an opened LoRA folder."""
     found, others = lora_factors(path, files, ("A", "B"))
-    settings = LoraSettings(path, config)
-    parts = {module: StoredLoRA(*lora_part(path, module, factors, settings)) for module, factors in found.items()}
-    return AdapterFiles(path, config, parts, others, files)
+    return AdapterFiles(path, config, lora_parts(path, config, found), others, files)
 
 
-def lora_part(
-    path: Path, module: str, factors: Mapping[str, StoredTensor], settings: LoraSettings
-) -> tuple[StoredTensor, StoredTensor, float, bool]:
-    """Return B, A, the scale and whether the base is transposed for one module.
+def lora_parts(
+    path: Path, config: Mapping[str, Any], found: Mapping[str, Mapping[str, StoredTensor]]
+) -> dict[str, StoredLoRA]:
+    """Return the update scale * B @ A of every module, with the ranks and scales of the configuration.
 
     Raises
     ------
     ValueError
-        The rank of the factors differs from the configuration.
+        A setting has the wrong type, a pattern key is not a regular expression, or the rank of the factors differs.
     """
-    A, B, config = factors["A"], factors["B"], settings.config
-    check_rank(path, module, factors, settings.rank(module), bool(config.target_parameters))
-    return B, A, settings.scale(module), is_transposed(A, config.fan_in_fan_out)
+    file = path / CONFIG
+    settings = to_typed(config, LoraConfig, file)
+    ranks, alphas = settings.rank_pattern or {}, settings.alpha_pattern or {}
+    rank_keys, alpha_keys = Patterns(ranks, f"rank_pattern of {file}"), Patterns(alphas, f"alpha_pattern of {file}")
+    parts = {}
+    for module, factors in found.items():
+        key = rank_keys.first(module)
+        rank = settings.r if key is None else ranks[key]
+        check_rank(path, module, factors, rank, bool(settings.target_parameters))
+        key = alpha_keys.first(module)
+        alpha = settings.lora_alpha if key is None else alphas[key]
+        scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)
+        A = factors["A"]
+        parts[module] = StoredLoRA(factors["B"], A, scale, is_transposed(A, settings.fan_in_fan_out))
+    return parts
 
 
 def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], rank: int, experts: bool = False) -> None:
@@ -225,10 +190,8 @@ def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], ran
     found = factors["A"].shape[0], factors["B"].shape[1]
     if found != (rank, rank):
         reason = "; experts in one tensor (target_parameters) are not supported" if experts else ""
-        raise ValueError(
-            f"cannot read {printable(path)}: factors of {printable(module)} must have rank {rank} ({CONFIG}), "
-            f"got {found[0]} and {found[1]}{reason}"
-        )
+        must = f"factors of {printable(module)} must have rank {rank} ({CONFIG})"
+        raise unreadable(path, f"{must}, got {found[0]} and {found[1]}{reason}")
 
 
 def is_transposed(A: StoredTensor, fan_in_fan_out: bool | None) -> bool:
@@ -238,15 +201,12 @@ def is_transposed(A: StoredTensor, fan_in_fan_out: bool | None) -> bool:
 
 def _float_factor(file: TensorFile, name: str) -> StoredTensor:
     """Return a stored factor; raise a ValueError if it is not stored as floats or is too large for a factor."""
+    must = f"{printable(name)} must"
     if file.dtype(name) not in FLOATS:
-        raise ValueError(
-            f"cannot read {printable(file.path)}: {printable(name)} must be stored as one of {', '.join(FLOATS)}, "
-            f"got {printable(file.dtype(name))}"
-        )
+        stored = printable(file.dtype(name))
+        raise unreadable(file.path, f"{must} be stored as one of {', '.join(FLOATS)}, got {stored}")
     shape = file.shape(name)
     if not shape or max(shape) > MAX_SIDE or math.prod(shape) > MAX_VALUES:
-        raise ValueError(
-            f"cannot read {printable(file.path)}: {printable(name)} must have >= 1 dimensions, each <= {MAX_SIDE}, and "
-            f"<= {MAX_VALUES} values, got shape {shape}"
-        )
+        limits = f">= 1 dimensions, each <= {MAX_SIDE}, and <= {MAX_VALUES} values"
+        raise unreadable(file.path, f"{must} have {limits}, got shape {shape}")
     return StoredTensor(file, name)

@@ -17,14 +17,14 @@ from typing import Any
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Positive, to_typed
+from lorascope.files.typed_json import Positive, to_typed, unreadable
 from lorascope.runs.formats.peft_lora import CONFIG, group_factors, peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
-from lorascope.updates import LowRank
 
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.vera_(?P<factor>lambda_b|lambda_d)(?:\.[^.]+)?")
+_SHARED = re.compile(r"(^|\.)vera_[AB]$")
 
 
 @dataclass(frozen=True)
@@ -72,53 +72,35 @@ class VeraPart(StoredUpdate):
         """Number of trained values."""
         return self.lambda_b.shape[0] + self.rank
 
-    @property
-    def dtype(self) -> str:
-        """Stored dtype, such as ``"BF16"``."""
-        return self.lambda_b.file.dtype(self.lambda_b.name)
-
     def factors(self) -> dict[str, Any]:
         """Load the vectors, multiplied with the module's part of the random factors."""
         A, B = self.A.read()[:, : self.inner], self.B.read()[: self.shape[0]]
         return {"A": self.lambda_d.read().reshape(-1, 1) * A, "B": self.lambda_b.read().reshape(-1, 1) * B}
-
-    def update(self) -> LowRank:
-        """Load the factors, and return the update."""
-        return LowRank.from_factors(self.factors())
 
 
 @reads(lambda config, names: peft_kind(config) == "VERA")
 def read_vera(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened VeRA folder.
-
-    Raises
-    ------
-    ValueError
-        The random factors are not stored, the shapes of the base are unknown, or configuration and weights disagree.
-    """
-    where = f"cannot read {printable(path)}:"
+    """Read the modules of an opened VeRA folder."""
     settings = to_typed(config, VeraConfig, path / CONFIG)
     found, others = group_factors(files, _FACTOR)
-    shared = {name: StoredTensor(file, name) for file in files for name in file if re.search(r"(^|\.)vera_[AB]$", name)}
+    shared = {name: StoredTensor(file, name) for file in files for name in file if _SHARED.search(name)}
     kept = {name[-1]: tensor for name, tensor in shared.items()}
     if not found or kept.keys() != {"A", "B"}:
-        raise ValueError(f"{where} VERA weights must include vera_lambda_b, vera_lambda_d, vera_A and vera_B")
-    shapes = base or named_base(config)
-    if shapes is None:
-        name = config.get("base_model_name_or_path") or "unnamed"
-        raise ValueError(f"{where} VeRA stores no shapes, pass the folder of its base {printable(name)}")
+        raise unreadable(path, "VERA weights must include vera_lambda_b, vera_lambda_d, vera_A and vera_B")
+    shapes = base_with_shapes(path, config, base, "VeRA")
     parts, transposed = {}, bool(settings.fan_in_fan_out)
     for module, each in found.items():
         if lacking := {"lambda_b", "lambda_d"} - each.keys():
-            raise ValueError(f"{where} {printable(module)} has no vera_{min(lacking)}")
+            raise unreadable(path, f"{printable(module)} has no vera_{min(lacking)}")
         outer, inner = shapes.shape(module, transposed)
         part = VeraPart(each["lambda_b"], each["lambda_d"], kept["A"], kept["B"], inner, transposed)
+        must = f"factors of {printable(module)} must"
         if part.rank != settings.r or part.A.shape[0] != settings.r or part.B.shape[1] != settings.r:
-            raise ValueError(f"{where} factors of {printable(module)} must have rank {settings.r} ({CONFIG})")
+            raise unreadable(path, f"{must} have rank {settings.r} ({CONFIG})")
         if part.shape[0] != outer or part.A.shape[1] < inner or part.B.shape[0] < outer:
-            raise ValueError(f"{where} factors of {printable(module)} must fit its base weight, {outer} x {inner}")
+            raise unreadable(path, f"{must} fit its base weight, {outer} x {inner}")
         parts[module] = part
-    others = tuple(name for name in others if not re.search(r"(^|\.)vera_[AB]$", name))
+    others = tuple(name for name in others if not _SHARED.search(name))
     return AdapterFiles(path, dict(config), parts, others, files, "VeRA", named_base(config) is None)

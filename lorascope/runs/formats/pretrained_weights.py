@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile, Unread, open_tensors, reject_pickles, weight_files
+from lorascope.files.typed_json import unreadable
 from lorascope.schema.module_roles import parse
 from lorascope.schema.name_patterns import Ends
 
@@ -126,10 +127,8 @@ class PretrainedWeights:
         """Return the file of a tensor stored as floats; quantized values are meaningless without their scales."""
         file = self._files[name]
         if file.dtype(name) not in FLOATS:
-            raise ValueError(
-                f"cannot read {printable(file.path)}: {printable(name)} must be stored as one of {', '.join(FLOATS)}, "
-                f"got {printable(file.dtype(name))}; use the weights before quantization"
-            )
+            stored = f"{printable(file.dtype(name))}; use the weights before quantization"
+            raise unreadable(file.path, f"{printable(name)} must be stored as one of {', '.join(FLOATS)}, got {stored}")
         return file
 
     def _find_name(self, module: str) -> str:
@@ -167,3 +166,14 @@ def named_base(config: Mapping[str, Any]) -> PretrainedWeights | None:
     name = config.get("base_model_name_or_path")
     folder = Path(os.path.expanduser(name)) if name and "\0" not in name else None
     return PretrainedWeights(folder) if folder and folder.is_dir() and any(folder.glob("*.safetensors")) else None
+
+
+def base_with_shapes(
+    path: Path, config: Mapping[str, Any], base: PretrainedWeights | None, kind: str
+) -> PretrainedWeights:
+    """Return the base for an adapter of a kind that stores no shapes: the given one, else the one that it names."""
+    found = base or named_base(config)
+    if found is None:
+        name = config.get("base_model_name_or_path") or "unnamed"
+        raise unreadable(path, f"{kind} stores no shapes, pass the folder of its base {printable(name)}")
+    return found

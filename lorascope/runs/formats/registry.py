@@ -25,34 +25,31 @@ Matches = Callable[[Mapping[str, Any], Collection[str]], bool]
 
 @dataclass(frozen=True)
 class Reader:
-    """Reader of one format.
+    """Reader of one format, as registered by `reads`."""
 
-    Parameters
-    ----------
-    name : str
-        Name of the function.
-    matches : callable
-        ``matches(config, names)``: whether it reads an adapter with this configuration, empty without a file, and these
-        names of tensors.
-    read : callable
-        ``read(path, config, files, base)`` returns the adapter's ``AdapterFiles``. ``base`` is the base model's
-        ``PretrainedWeights``, or None.
-    """
-
-    name: str
     matches: Matches
     read: Callable[..., AdapterFiles]
 
 
 READERS: dict[str, Reader] = {}
-"""Readers by name."""
+"""Readers by the names of their functions."""
 
 
 def reads(matches: Matches) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as the reader of the adapters for which ``matches(config, names)`` is true."""
+    """Register a function ``read(path, config, files, base)`` as a reader.
+
+    It returns the adapter's ``AdapterFiles``, or raises a ValueError if a tensor is missing or configuration and
+    weights disagree. ``base`` is the base model's ``PretrainedWeights``, or None.
+
+    Parameters
+    ----------
+    matches : callable
+        ``matches(config, names)``: whether it reads an adapter with this configuration, empty without a file, and these
+        names of tensors.
+    """
 
     def register(read: Callable[..., Any]) -> Callable[..., Any]:
-        READERS[read.__name__] = Reader(read.__name__, matches, read)
+        READERS[read.__name__] = Reader(matches, read)
         return read
 
     return register

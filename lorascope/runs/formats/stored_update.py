@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.updates import LowRank, Update
+from lorascope.updates import Update, from_factors
 
 PREFIX = "base_model.model."
 """Prefix of module names in PEFT's files."""
@@ -43,7 +43,10 @@ class StoredTensor:
 
 
 class StoredUpdate:
-    """Stored update of one module for any method: shapes from the headers, arrays loaded on access."""
+    """Stored update of one module for any method: shapes from the headers, arrays loaded on access.
+
+    A subclass is a dataclass with the module's tensors as fields of type `StoredTensor`.
+    """
 
     scale: float
     transposed: bool
@@ -67,12 +70,13 @@ class StoredUpdate:
     @property
     def size(self) -> int:
         """Number of stored values."""
-        raise NotImplementedError
+        return sum(math.prod(tensor.shape) for tensor in self._tensors())
 
     @property
     def dtype(self) -> str:
-        """Stored dtype, such as ``"BF16"``."""
-        raise NotImplementedError
+        """Stored dtype of the first tensor, such as ``"BF16"``."""
+        first = self._tensors()[0]
+        return first.file.dtype(first.name)
 
     @property
     def exact(self) -> bool:
@@ -84,8 +88,11 @@ class StoredUpdate:
         raise NotImplementedError
 
     def update(self) -> Update:
-        """Load the factors, and return the update."""
-        raise NotImplementedError
+        """Load the factors, and return the update, whose form follows from their names."""
+        return from_factors(self.factors(), self.scale, self.exact)
+
+    def _tensors(self) -> list[StoredTensor]:
+        return [value for value in vars(self).values() if isinstance(value, StoredTensor)]
 
 
 @dataclass(frozen=True)
@@ -116,23 +123,9 @@ class StoredLoRA(StoredUpdate):
         """Number of components."""
         return self.A.shape[0]
 
-    @property
-    def size(self) -> int:
-        """Number of stored values."""
-        return math.prod(self.A.shape) + math.prod(self.B.shape)
-
-    @property
-    def dtype(self) -> str:
-        """Stored dtype, such as ``"BF16"``."""
-        return self.A.file.dtype(self.A.name)
-
     def factors(self) -> dict[str, Any]:
         """Load the factors."""
         return {"A": self.A.read(), "B": self.B.read()}
-
-    def update(self) -> Update:
-        """Load the factors, and return the update."""
-        return LowRank(self.B.read(), self.A.read(), self.scale)
 
 
 @dataclass(frozen=True)

@@ -312,6 +312,20 @@ def test_to_peft_merges_adapters_of_trained_weights(
     assert "trained head" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("method", [LoRA, ls.FourierFT, ls.VeRA])
+def test_to_peft_without_an_adapter_left_raises(method: Any, bert: str, task: Any, tmp_path: Path) -> None:
+    @dataclass(kw_only=True)
+    class Whole(method):
+        def attach(self, model: nn.Module) -> None:
+            super().attach(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".delta." in name or name.endswith("self.query.weight"))
+
+    _, run = trained(bert, task, Whole(targets=("q",)), tmp_path / "run", steps=1)
+    with pytest.raises(ValueError, match="no adapter is left, because all adapted weights also trained"):
+        to_peft(run, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 def test_to_peft_exports_the_retrained_phase_of_autolora(
     family: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest

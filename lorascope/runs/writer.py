@@ -6,7 +6,6 @@ Every file is written under a temporary name and renamed. The status in ``run.js
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -126,9 +125,7 @@ class RunWriter:
         return own_files(self.path, "records.parquet", "snapshots/*", "state/*")
 
     def _write_table(self) -> None:
-        buffer = io.BytesIO()
-        self.table().to_parquet(buffer, index=False)
-        write_bytes(self.path / "records.parquet", buffer.getvalue())
+        write_bytes(self.path / "records.parquet", self.table().to_parquet(index=False))
 
     def _write_meta(self, status: Any, checksum: Callable[[Path], str]) -> None:
         used = self.table()["quantity"].cat.categories

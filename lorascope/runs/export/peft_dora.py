@@ -16,14 +16,7 @@ class DoraExporter(LoraExporter):
     """Directions and magnitudes, as DoRA."""
 
     kind = "DoRA"
-
-    def matches(self, run: Result, state: str) -> bool:
-        """Return whether the run has magnitudes."""
-        return any("magnitude" in factors for factors in run.factors(state=state).values())
-
-    def updates(self, run: Result, state: str) -> dict[str, Any]:
-        """Return the update of every module."""
-        return dict(run.updates(state=state))
+    factor = "magnitude"
 
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configuration entries specific to DoRA."""

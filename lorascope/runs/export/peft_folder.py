@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -97,7 +97,10 @@ def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
     if rolled is not None:
         reason = f"the kernel shape of {rolled} ({hosts[rolled]}) was not recorded; use the folder that PEFT saved"
         raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}")
-    for name in [name for name in updates if f"{name}.weight" in weights]:  # PEFT saves an adapter or a whole weight
+    merged = [name for name in updates if f"{name}.weight" in weights]  # PEFT saves an adapter or a whole weight
+    if merged and len(merged) == len(updates):
+        raise ValueError(f"cannot export run {run.id}: no adapter is left, because all adapted weights also trained")
+    for name in merged:
         change = updates.pop(name).dense()
         weight = weights[f"{name}.weight"]
         weights[f"{name}.weight"] = weight + (change if hosts[name] == "Linear" else change.T).astype(weight.dtype)
@@ -105,7 +108,16 @@ def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
     if biased is not None:
         reason = f"the trained bias of adapted module {biased} is not supported; use the folder that PEFT saved"
         raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}")
-    config = _adapter_config(run, exporter.keywords(run, updates), _owners(run, weights), updates)
+    saved = _owners(run, weights)
+    config = {
+        "task_type": _peft_task_type(run, saved),
+        "base_model_name_or_path": _base(run)[0],
+        "inference_mode": True,
+        **exporter.keywords(run, updates),
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": any(hosts[name] == "Conv1D" for name in updates),
+        "bias": "none",
+    }
     own = dict(pair for name, update in updates.items() for pair in exporter.tensors(name, update, hosts[name]))
     whole = {PREFIX + name: array for name, array in (own | weights).items()} | exporter.shared_tensors(updates)
     with new_folder(path) as draft:
@@ -140,14 +152,8 @@ def _other_weights(run: Result, state: str) -> dict[str, np.ndarray]:
     file = TensorFile(cast(Run, run).state_file(state))
     adapted = run.ranks(state)
     # Names with a slash are method state; a name without a dot is a buffer of the model itself, which PEFT cannot save.
-    return {
-        name: file[name] for name in file if "." in name and "/" not in name and not _is_adapter_weight(name, adapted)
-    }
-
-
-def _is_adapter_weight(name: str, adapted: Mapping[str, int]) -> bool:
-    module, delta, _ = name.partition(".delta.")
-    return bool(delta) and module in adapted
+    others = (name for name in file if "." in name and "/" not in name)
+    return {name: file[name] for name in others if name.partition(".delta.")[0] not in adapted}
 
 
 def _owners(run: Result, weights: Mapping[str, np.ndarray]) -> list[str]:
@@ -166,22 +172,8 @@ def _head_roots(run: Result) -> list[str]:
     return [head.rpartition(".")[0] or head for head in heads]
 
 
-def _adapter_config(
-    run: Result, keywords: Mapping[str, Any], saved: list[str], adapted: Iterable[str]
-) -> dict[str, Any]:
-    return {
-        "task_type": _peft_task_type(run, saved),
-        "base_model_name_or_path": _base(run)[0],
-        "inference_mode": True,
-        **keywords,
-        "modules_to_save": saved or None,
-        "fan_in_fan_out": any((run.meta.hosts or {})[name] == "Conv1D" for name in adapted),
-        "bias": "none",
-    }
-
-
 def _peft_task_type(run: Result, saved: list[str]) -> str | None:
-    if _is_image_model(run):
+    if run.meta.task_kind == "image":
         return None  # PEFT has no task type for images
     recorded = run.meta.task_type
     if recorded is not None and recorded not in _AUTO:
@@ -190,15 +182,10 @@ def _peft_task_type(run: Result, saved: list[str]) -> str | None:
             "use the folder that PEFT saved"
         )
     if recorded not in (None, "SEQ_CLS"):
-        return str(recorded)
+        return recorded
     if run.meta.labels is not None:  # PEFT always saves the head with SEQ_CLS, so it must have been trained
         return "SEQ_CLS" if set(_head_roots(run)) & set(saved) else None
     return "SEQ_2_SEQ_LM" if {"encoder", "decoder"} <= set(run.modules["stack"]) else "CAUSAL_LM"
-
-
-def _is_image_model(run: Result) -> bool:
-    """Return whether the run's model classifies images."""
-    return run.meta.task_kind == "image"
 
 
 def base_of(run: Result) -> tuple[str, int | None]:
@@ -215,7 +202,7 @@ def _base(run: Result) -> tuple[str, int | None]:
 
 def _card(run: Result, config: Mapping[str, Any], kind: str, folder: str) -> str:
     """Return the README of the folder, which shows how to load the adapter."""
-    labels = run.meta.labels
+    labels, image = run.meta.labels, run.meta.task_kind == "image"
     base, blocks = _base(run)
     options = [f"num_hidden_layers={blocks}"] if blocks else []
     if labels is not None:
@@ -225,10 +212,10 @@ def _card(run: Result, config: Mapping[str, Any], kind: str, folder: str) -> str
         kind=kind,
         run=run.id,
         label=re.sub(r"([\\`*_\[\]<&])", r"\\\1", printable(run.label)),
-        auto="AutoModelForImageClassification" if _is_image_model(run) else _AUTO[config["task_type"] or "SEQ_CLS"],
+        auto="AutoModelForImageClassification" if image else _AUTO[config["task_type"] or "SEQ_CLS"],
         arguments=", ".join([repr(base), *options]),
         folder=folder,
     )
-    head = config["task_type"] == "SEQ_CLS" or (_is_image_model(run) and bool(config["modules_to_save"]))
+    head = config["task_type"] == "SEQ_CLS" or (image and bool(config["modules_to_save"]))
     notes = head * _HEAD_NOTE + (base == _HUB["smollm2"]) * _GGUF_NOTE
     return text + notes + (_GATES_NOTE.format(gates=run.gates_label) if run.gates else "")

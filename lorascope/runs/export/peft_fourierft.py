@@ -23,10 +23,7 @@ class FourierExporter(Exporter):
     """Coefficients, as FourierFT."""
 
     kind = "FourierFT"
-
-    def matches(self, run: Result, state: str) -> bool:
-        """Return whether a run's updates consist of coefficients, on any basis."""
-        return any("coefficients" in factors for factors in run.factors(state=state).values())
+    factor = "coefficients"
 
     def updates(self, run: Result, state: str) -> dict[str, Any]:
         """Return the update of every module.
@@ -36,13 +33,11 @@ class FourierExporter(Exporter):
         ValueError
             PEFT cannot express the basis, entries or scales.
         """
-        who, (basis, seed, center) = (
-            f"cannot export run {run.id} ({run.label}) to PEFT:",
-            _entry_distribution(run.meta.method),
-        )
+        who = f"cannot export run {run.id} ({run.label}) to PEFT:"
+        basis, seed, center = _entry_distribution(run.meta.method)
         if basis != "fourier":
             raise ValueError(f"{who} basis must be 'fourier', got {basis!r}")
-        updates: dict[str, Any] = dict(run.updates(state=state))
+        updates = super().updates(run, state)
         for name, update in updates.items():
             if center is not None:
                 raise ValueError(f"{who} center must be None (uniform entries), got {center:g} for {name}")
@@ -55,10 +50,6 @@ class FourierExporter(Exporter):
 
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configuration entries specific to FourierFT."""
-        if not updates:
-            raise ValueError(
-                f"cannot export run {run.id}: no adapter is left, because all adapted weights also trained"
-            )
         numbers = {name: len(update.coefficients) for name, update in updates.items()}
         return {
             "peft_type": "FOURIERFT",

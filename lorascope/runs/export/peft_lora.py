@@ -22,10 +22,6 @@ class LoraExporter(Exporter):
 
     kind = "LoRA"
 
-    def matches(self, run: Result, state: str) -> bool:
-        """Return True: it refuses what is not a product of two factors."""
-        return True
-
     def updates(self, run: Result, state: str) -> dict[str, LowRank]:
         """Return the update of every module with at least one component in use.
 

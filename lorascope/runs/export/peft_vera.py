@@ -18,14 +18,7 @@ class VeraExporter(Exporter):
     """Scaled random factors, as VeRA."""
 
     kind = "VeRA"
-
-    def matches(self, run: Result, state: str) -> bool:
-        """Return whether the run has vectors that scale random factors."""
-        return any("lambda_d" in factors for factors in run.factors(state=state).values())
-
-    def updates(self, run: Result, state: str) -> dict[str, Any]:
-        """Return the update of every module."""
-        return dict(run.updates(state=state))
+    factor = "lambda_d"
 
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configuration entries specific to VeRA."""

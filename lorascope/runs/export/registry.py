@@ -15,7 +15,7 @@ from lorascope.runs.result import Result
 from lorascope.schema.plugins import load_plugins
 
 EXPORTERS: list[Exporter] = []
-"""Exporters; of several that match a run, the last one writes it."""
+"""Exporters; of several that fit a run, the last one writes it."""
 
 
 class Exporter(ABC):
@@ -23,17 +23,15 @@ class Exporter(ABC):
 
     kind: ClassVar[str]
     """Name of the kind, such as LoRA."""
+    factor: ClassVar[str] = ""
+    """Factor that marks the runs of this kind; any run fits without one."""
 
     def __init_subclass__(cls) -> None:
         EXPORTERS.append(cls())
 
-    @abstractmethod
-    def matches(self, run: Result, state: str) -> bool:
-        """Return whether it writes the updates of this run."""
-
-    @abstractmethod
     def updates(self, run: Result, state: str) -> dict[str, Any]:
         """Return the update of every module to export; raise a ValueError if PEFT cannot express one."""
+        return dict(run.updates(state=state))
 
     @abstractmethod
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,4 +49,5 @@ class Exporter(ABC):
 def find_exporter(run: Result, state: str) -> Exporter:
     """Return the exporter of a run."""
     load_plugins("lorascope.runs.export")
-    return next(exporter for exporter in reversed(EXPORTERS) if exporter.matches(run, state))
+    names = {name for factors in run.factors(state=state).values() for name in factors} | {""}
+    return next(exporter for exporter in reversed(EXPORTERS) if exporter.factor in names)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -55,30 +53,14 @@ def to_table(run: Result, out: str | Path, summary: bool = False, state: str = "
     return path
 
 
-def _encode_csv(table: pd.DataFrame) -> bytes:
-    return csv_text(table).encode()
-
-
-def _encode_parquet(table: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    table.to_parquet(buffer, index=False)
-    return buffer.getvalue()
-
-
 def _encode_json(table: pd.DataFrame) -> bytes:
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    plain = [{name: _name_infinity(value) for name, value in row.items()} for row in rows]
-    return ("[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in plain) + "\n]\n").encode()
-
-
-def _name_infinity(value: Any) -> Any:
-    if isinstance(value, float) and math.isinf(value):
-        return "Infinity" if value > 0 else "-Infinity"
-    return value
+    cells = table.astype(object).where(table.notna(), None)
+    rows = cells.replace({math.inf: "Infinity", -math.inf: "-Infinity"}).to_dict("records")
+    return ("[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n").encode()
 
 
 _WRITERS: dict[str, Callable[[pd.DataFrame], bytes]] = {
-    ".csv": _encode_csv,
-    ".parquet": _encode_parquet,
+    ".csv": lambda table: csv_text(table).encode(),
+    ".parquet": lambda table: table.to_parquet(index=False),
     ".json": _encode_json,
 }

@@ -164,7 +164,7 @@ def run(root: Path) -> Path:
 def phases(root: Path) -> Path:
     trained(root / "run" / "1-search", id="a" * 12)
     trained(root / "run" / "2-retrain", parents=["../1-search"])
-    write_json(root / "run" / "recipe.json", {"id": "r", "status": "done", "phases": ["1-search", "2-retrain"]})
+    write_json(root / "run" / "recipe.json", {"id": "0" * 12, "status": "done", "phases": ["1-search", "2-retrain"]})
     return root / "run"
 
 

@@ -442,7 +442,7 @@ def test_load_run_folder(tmp_path: Path) -> None:
 def test_load_folder_of_phases_opens_the_last_phase(tmp_path: Path) -> None:
     write_run(tmp_path / "1-search", id="first")
     write_run(tmp_path / "2-retrain", id="second", parents=["../1-search"])
-    recipe = {"id": "recipe", "phases": ["1-search", "2-retrain"], "status": "done"}
+    recipe = {"id": "0" * 12, "phases": ["1-search", "2-retrain"], "status": "done"}
     write_json(tmp_path / "recipe.json", recipe)
     run = load(tmp_path)
     assert run.id == "second"
@@ -450,7 +450,7 @@ def test_load_folder_of_phases_opens_the_last_phase(tmp_path: Path) -> None:
     write_json(tmp_path / "recipe.json", recipe | {"status": "running"})
     with pytest.raises(ValueError, match=r"is running, in phase 2-retrain"):
         load(tmp_path)
-    write_json(tmp_path / "recipe.json", {"id": "recipe", "phases": []})
+    write_json(tmp_path / "recipe.json", recipe | {"phases": []})
     with pytest.raises(ValueError, match=r"cannot read .*recipe\.json: .*phases"):
         load(tmp_path)
 

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from lorascope.files.printable import printable
-from lorascope.runs.display import largest_lines
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
 from lorascope.runs.layout import Lazy
@@ -61,7 +60,7 @@ class Adapter(Result):
             status="not trained here",
             settings={},
             parameters=Parameters(sum(part.size for part in files.parts.values())),
-            modules=[_describe_module(module, *part.shape) for module, part in files.parts.items()],
+            modules=[Module(module, *parse(module), *part.shape) for module, part in files.parts.items()],
             states={"last": State(None, ranks)},
             source=str(files.path),
         )
@@ -156,9 +155,5 @@ class Adapter(Result):
             ("base", self.meta.model),
             ("size", f"{count} modules, {self.meta.parameters.trained:,} parameters"),
             ("folder", str(self.path)),
-            *largest_lines(self),
+            *self._largest_lines(),
         ]
-
-
-def _describe_module(module: str, outer: int, inner: int) -> Module:
-    return Module(module, *parse(module), outer, inner)

@@ -51,11 +51,11 @@ class RunManifest:
 
 @dataclass
 class RecipeManifest:
-    """Content of ``recipe.json``."""
+    """Content of ``recipe.json``; ``phases`` are the names of their folders."""
 
     id: _Id
     status: Literal["running", "done"]
-    phases: list[str]
+    phases: Annotated[list[str], Meta(min_length=1)]
 
 
 MANIFESTS: dict[str, type[RunManifest | RecipeManifest]] = {"recipe.json": RecipeManifest, "run.json": RunManifest}

@@ -13,7 +13,6 @@ from jaxtyping import Float
 
 from lorascope.runs.layout import Lazy, identify
 from lorascope.runs.result import Result
-from lorascope.runs.summary import summarize
 from lorascope.schema.deprecation import accept_old_parameters
 from lorascope.schema.records import validate
 from lorascope.updates import Update, effective_rank, from_factors, stable_rank
@@ -138,10 +137,6 @@ class GatedRun(Result):
     def ranks(self, state: str = "last") -> dict[str, int]:
         """See `Result.ranks`."""
         return self.run.ranks(state)
-
-    def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
-        """See `Result.summary`."""
-        return summarize(self, self.meta.states[state], state, all)
 
     @cached_property
     def table(self) -> pd.DataFrame:

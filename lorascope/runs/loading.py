@@ -10,11 +10,11 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import is_plain, open_tensors, reject_pickles, weight_files
 from lorascope.files.typed_json import read_json, to_typed
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.folders import RecipeManifest
 from lorascope.runs.formats import find_reader
 from lorascope.runs.formats.peft_lora import CONFIG, KINDS, STEM, WEIGHTS, CommonConfig, factor_files, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
-from lorascope.runs.manifest import Recipe
 from lorascope.runs.run import Run
 
 MARKS = ("recipe.json", "run.json", CONFIG)
@@ -87,7 +87,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _last_phase(path: Path) -> str:
     file = path / "recipe.json"
-    recipe = read_json(file, Recipe)
+    recipe = read_json(file, RecipeManifest)
     last = recipe.phases[-1]
     if not is_plain(last):
         raise ValueError(f"cannot read {printable(file)}: a phase must be a folder next to it, got {printable(last)!r}")

@@ -209,14 +209,6 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Status of a recipe and the folder names of its phases."""
-
-    status: Literal["running", "done"]
-    phases: Annotated[list[str], msgspec.Meta(min_length=1)]
-
-
-@dataclass(frozen=True)
 class _Axes:
     axes: list[str] = field(default_factory=list)
     labels: dict[str, list[str | float | bool | None]] = field(default_factory=dict)

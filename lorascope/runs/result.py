@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import html
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
 
-from lorascope.runs.display import as_html, as_text, training_lines
-from lorascope.runs.manifest import Manifest, Test
-from lorascope.runs.summary import peft_keywords
+from lorascope.files.printable import printable
+from lorascope.runs.manifest import Manifest, State, Test
+from lorascope.runs.summary import peft_keywords, summarize
 from lorascope.schema.deprecation import old_attribute
 from lorascope.schema.module_table import parse
 from lorascope.updates import Update, spectra
+
+T = TypeVar("T")
 
 # Maximum number of factor values in memory at once; a layer of a large model has 10 million at rank 64.
 _BATCH = 2**26
@@ -59,29 +62,18 @@ class Result(ABC):
 
     @property
     def seed(self) -> int:
-        """Seed of the training.
-
-        Raises
-        ------
-        ValueError
-            It is unknown, as for an adapter.
-        """
-        if self.meta.seed is None:
-            raise ValueError(f"{self.kind} {self.id} ({self.label}) has no seed")
-        return self.meta.seed
+        """Seed of the training; a ValueError reports that it is unknown, as for an adapter."""
+        return self._known(self.meta.seed, "seed")
 
     @property
     def task(self) -> str:
-        """Name of the data.
+        """Name of the data; a ValueError reports that it is unknown, as for an adapter."""
+        return self._known(self.meta.task, "task")
 
-        Raises
-        ------
-        ValueError
-            It is unknown, as for an adapter.
-        """
-        if self.meta.task is None:
-            raise ValueError(f"{self.kind} {self.id} ({self.label}) has no task")
-        return self.meta.task
+    def _known(self, value: T | None, name: str) -> T:
+        if value is None:
+            raise ValueError(f"{self.kind} {self.id} ({self.label}) has no {name}")
+        return value
 
     def fact(self, name: str, default: Any = None) -> Any:
         """Return a fact about the method, as its ``describe`` stored it."""
@@ -101,9 +93,14 @@ class Result(ABC):
         ValueError
             There is none: the training has not ended, or had no test split.
         """
-        if self.meta.test is None:
-            raise ValueError(f"{self.kind} {self.id} ({self.label}) has no test score: it is {self.meta.status}")
-        return self.meta.test
+        return self._known(self.meta.test, f"test score: it is {self.meta.status}")
+
+    def _state(self, state: str) -> State:
+        if state not in ("last", "best"):
+            raise ValueError(f"state must be one of 'last', 'best', got {state!r}")
+        if state not in self.meta.states:
+            raise ValueError(f"cannot read state {state!r} of run {self.id}: the run is {self.meta.status}")
+        return self.meta.states[state]
 
     @property
     def modules(self) -> pd.DataFrame:
@@ -150,7 +147,6 @@ class Result(ABC):
     def ranks(self, state: str = "last") -> dict[str, int]:
         """Return the rank of every adapted module, including zeros."""
 
-    @abstractmethod
     def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
         """Return one row per module: position, rank, norms, stable and effective rank at the state's step.
 
@@ -160,6 +156,7 @@ class Result(ABC):
             Include modules that did not train; False by default.
         state : {"last", "best"}
         """
+        return summarize(self, state, all)
 
     @cached_property
     def spectra(self) -> dict[str, np.ndarray]:
@@ -208,13 +205,39 @@ class Result(ABC):
         return []
 
     def __repr__(self) -> str:
-        return as_text(self._lines())
+        return "\n".join(f"{key:8}{printable(value)}" for key, value in self._lines())
 
     def _repr_html_(self) -> str:
-        return as_html(self._lines())
+        left = " style='text-align:left'"
+        lines = ((key, html.escape(printable(value))) for key, value in self._lines())
+        rows = (f"<tr><th{left}>{key}</th><td{left}>{value}</td></tr>" for key, value in lines)
+        return f"<table>{''.join(rows)}</table>"
 
     def _lines(self) -> list[tuple[str, str]]:
-        return training_lines(self)
+        """Return the facts that represent the result, each with its key."""
+        meta = self.meta
+        done = "" if self.finished else f", {meta.status}"
+        lines = [
+            ("run", f"{self.id}  {self.label}, seed {meta.seed}{done}"),
+            ("model", f"{meta.model} on {meta.task}"),
+            ("steps", f"{meta.settings['steps']}, batch size {meta.settings['batch_size']}"),
+            ("folder", str(self.path)),
+        ]
+        if meta.error is not None:
+            lines.append(("error", meta.error))
+        if "last" not in meta.states:
+            return lines
+        if meta.test:
+            lines.append(("test", f"{meta.test.name} {meta.test.metric:.4g}, loss {meta.test.loss:.4g}"))
+        return lines + self._largest_lines()
+
+    def _largest_lines(self) -> list[tuple[str, str]]:
+        """Return the five largest updates."""
+        lines = []
+        for number, row in enumerate(self.summary().nlargest(5, "update_norm").to_dict("records")):
+            rank = "" if pd.isna(row["rank"]) else f"  rank {row['rank']}"
+            lines.append(("largest" if number == 0 else "", f"{row['module']}  |dW| {row['update_norm']:.3g}{rank}"))
+        return lines
 
 
 def spectra_by_layer(updates: Mapping[str, Update]) -> Iterator[tuple[str, np.ndarray]]:

@@ -22,13 +22,11 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, file_hash
 from lorascope.runs.folders import new_folder
 from lorascope.runs.layout import GROWING, REMOVED, Lazy, snapshot_file
-from lorascope.runs.manifest import About, State, read_about, read_manifest
+from lorascope.runs.manifest import About, read_about, read_manifest
 from lorascope.runs.result import Result
-from lorascope.runs.summary import summarize
 from lorascope.schema import records
 from lorascope.updates import Update, from_factors
 
-STATES = ("last", "best")
 TRAIN_AGAIN = "Train the run again with overwrite=True"
 
 
@@ -130,10 +128,6 @@ class Run(Result):
         """Return the rank of every adapted module, including zeros."""
         return dict(self._state(state).ranks)
 
-    def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
-        """Return one row per module; see `Result.summary`."""
-        return summarize(self, self._state(state), state, all)
-
     def tensors(self, state: str = "last") -> Mapping[str, np.ndarray]:
         """Return the saved parameters by name: all that training may have changed, loaded on access."""
         return TensorFile(self.state_file(state))
@@ -200,13 +194,6 @@ class Run(Result):
         if expected != GROWING and file_hash(file) != expected:
             raise ValueError(f"cannot read {printable(file)}: checksum differs from run.json (changed or truncated)")
         return file
-
-    def _state(self, state: str) -> State:
-        if state not in STATES:
-            raise ValueError(f"state must be one of 'last', 'best', got {state!r}")
-        if state not in self.meta.states:
-            raise ValueError(f"cannot read state {state!r} of run {self.id}: the run is {self.meta.status}")
-        return self.meta.states[state]
 
     def _step(self, step: int | None, state: str) -> int | None:
         return self._state(state).step if step is None else step

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.runs.manifest import State
 from lorascope.schema.module_table import parse
 from lorascope.updates import LowRank, Update, effective_rank, spectra, stable_rank
 
@@ -21,18 +20,9 @@ _ROUTED = (
 )
 
 
-def summarize(run: Any, chosen: State, state: str, all: bool) -> pd.DataFrame:
-    """See ``Run.summary``.
-
-    Parameters
-    ----------
-    run : Run
-    chosen : State
-        Step and ranks of the state.
-    state : {"last", "best"}
-    all : bool
-        Include modules that did not train.
-    """
+def summarize(run: Any, state: str, all: bool) -> pd.DataFrame:
+    """See ``Result.summary``."""
+    chosen = run._state(state)
     table = run.table[run.table["step"] == chosen.step]
     wide = table[table["quantity"].isin(SUMMARY) & table["index"].isna()].pivot(
         index="module", columns="quantity", values="value"

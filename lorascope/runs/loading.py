@@ -8,7 +8,7 @@ from typing import Any
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import is_plain, open_tensors, reject_pickles, weight_files
-from lorascope.files.typed_json import read_json, to_typed
+from lorascope.files.typed_json import read_json, to_typed, unreadable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import RecipeManifest
 from lorascope.runs.formats import find_reader
@@ -70,9 +70,7 @@ def _open_folder(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
         return reader.read(path, config, files, base)
     if config:
         kind = peft_kind(config) if to_typed(config, CommonConfig, file) else ""
-        raise ValueError(
-            f"cannot read {printable(path)}: type of adapter must be one of {', '.join(KINDS)}, got {printable(kind)}"
-        )
+        raise unreadable(path, f"type of adapter must be one of {', '.join(KINDS)}, got {printable(kind)}")
     raise ValueError(f"cannot load {printable(path)}: it is neither a run nor an adapter{_hint(path)}")
 
 
@@ -90,7 +88,7 @@ def _last_phase(path: Path) -> str:
     recipe = read_json(file, RecipeManifest)
     last = recipe.phases[-1]
     if not is_plain(last):
-        raise ValueError(f"cannot read {printable(file)}: a phase must be a folder next to it, got {printable(last)!r}")
+        raise unreadable(file, f"a phase must be a folder next to it, got {printable(last)!r}")
     if recipe.status != "done":
         raise ValueError(
             f"cannot load {printable(path)}: it is {recipe.status}, in phase {printable(last)}; "

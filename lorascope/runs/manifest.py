@@ -12,7 +12,7 @@ import pandas as pd
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, is_plain
-from lorascope.files.typed_json import Count, Finite, Positive, read_json, to_typed
+from lorascope.files.typed_json import Count, Finite, Positive, read_json, to_typed, unreadable
 from lorascope.runs.layout import Lazy
 from lorascope.schema.deprecation import warn_renamed
 from lorascope.schema.module_roles import ROLES
@@ -267,13 +267,12 @@ def read_manifest(file: Path) -> Manifest:
     content = read_json(file, dict[str, Any])
     schema = to_typed(content.get("schema"), int, f"schema of {file}")
     if schema > SCHEMA:
-        folder = printable(file.parent)
-        raise ValueError(f"cannot read {folder}: schema must be <= {SCHEMA}, got {schema}; update lorascope")
+        raise unreadable(file.parent, f"schema must be <= {SCHEMA}, got {schema}; update lorascope")
     to_typed(content, _RunFile, file)
     manifest = to_typed(content | {"test": content.get("test") or None}, Manifest, file)
     for parent in manifest.parents:
         if not is_plain(parent.removeprefix("../")) or not parent.startswith("../"):
-            raise ValueError(f"cannot read {printable(file)}: a parent must be '../NAME', got {printable(parent)!r}")
+            raise unreadable(file, f"a parent must be '../NAME', got {printable(parent)!r}")
     return manifest
 
 
@@ -285,20 +284,21 @@ def read_about(file: TensorFile) -> About:
     ValueError
         A value has the wrong type, or an array is missing or has the wrong shape.
     """
-    about = to_typed(file.about, About, f"the header of {file.path}")
+    whose = f"the header of {file.path}"
+    about = to_typed(file.about, About, whose)
     for module, names in about.factors.items():
         lacking = next((name for name in names if f"{module}/{name}" not in file), None)
         if lacking is not None:
-            raise ValueError(f"cannot read {printable(file.path)}: {printable(module)} has no {printable(lacking)}")
+            raise unreadable(file.path, f"{printable(module)} has no {printable(lacking)}")
         if module in about.scales:
             _require_form(file, module, names, about.forms.get(module))
     if about.scales.keys() != about.exact.keys() or not about.scales.keys() <= about.factors.keys():
-        raise ValueError(f"cannot read the header of {printable(file.path)}: scales and exact must match its factors")
+        raise unreadable(whose, "scales and exact must match its factors")
     for name, axes in about.axes.items():
         sizes = dict(zip(axes.axes, file.shape(name), strict=False)) if name in file else {}
         fits = name in file and len(axes.axes) in (0, len(file.shape(name)))
         if not (fits and all(len(labels) == sizes.get(axis) for axis, labels in axes.labels.items())):
-            raise ValueError(f"cannot read {printable(file.path)}: axes of {printable(name)} must match its array")
+            raise unreadable(file.path, f"axes of {printable(name)} must match its array")
     return about
 
 
@@ -313,7 +313,4 @@ def _require_form(file: TensorFile, module: str, names: list[str], form: str | N
         fits = False
     if not fits:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) + (f" of form {form!r}" if form else "")
-        raise ValueError(
-            f"cannot read {printable(file.path)}: factors of {printable(module)} must form an update, "
-            f"got {printable(found)}"
-        )
+        raise unreadable(file.path, f"factors of {printable(module)} must form an update, got {printable(found)}")

@@ -20,6 +20,7 @@ import lorascope
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, file_hash
+from lorascope.files.typed_json import unreadable
 from lorascope.runs.folders import new_folder
 from lorascope.runs.layout import GROWING, REMOVED, Lazy, snapshot_file
 from lorascope.runs.manifest import About, read_about, read_manifest
@@ -69,7 +70,7 @@ class Run(Result):
         file = self._file("records.parquet")
         table = records.validate(read_table(file, file))
         if others := sorted(set(table["run"].cat.categories) - {self.id}):
-            raise ValueError(f"cannot read {printable(file)}: rows must belong to run {self.id}, got {others[0]}")
+            raise unreadable(file, f"rows must belong to run {self.id}, got {others[0]}")
         return table
 
     @cached_property
@@ -192,7 +193,7 @@ class Run(Result):
                 f"cannot read {printable(name)} of run {printable(self.id)}: not in {printable(self._folder)}{hint}"
             )
         if expected != GROWING and file_hash(file) != expected:
-            raise ValueError(f"cannot read {printable(file)}: checksum differs from run.json (changed or truncated)")
+            raise unreadable(file, "checksum differs from run.json (changed or truncated)")
         return file
 
     def _step(self, step: int | None, state: str) -> int | None:

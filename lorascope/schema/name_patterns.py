@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 import regex
 
 from lorascope.files.printable import printable
+from lorascope.files.typed_json import unreadable
 
 MAX_MATCHES = 10_000_000  # patterns times modules; this many take about half a minute
 MAX_SECONDS = 0.5  # total matching time of the patterns that can backtrack
@@ -54,10 +55,8 @@ class Patterns:
                 pattern = re.compile(whole)
                 return regex.compile(whole) if _BACKTRACKS.search(key) else pattern
         except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"cannot read {printable(self._name)}: {printable(key[:100])!r} must be a regular expression for "
-                f"the end of a module's name: {printable(error)}"
-            ) from error
+            must = f"{printable(key[:100])!r} must be a regular expression for the end of a module's name"
+            raise unreadable(self._name, f"{must}: {printable(error)}") from error
 
     def first(self, module: str) -> str | None:
         """Return the first key that matches a module, which is the one that PEFT uses."""
@@ -82,10 +81,8 @@ class Patterns:
                 found, self._seconds = None, 0.0
             self._seconds -= time.monotonic() - start
         if self._left < 0 or self._seconds <= 0:
-            raise ValueError(
-                f"cannot read {printable(self._name)}: matching the pattern {printable(key[:100])!r} with the names "
-                "of the modules takes too long"
-            )
+            reason = f"matching the pattern {printable(key[:100])!r} with the names of the modules takes too long"
+            raise unreadable(self._name, reason)
         return found is not None
 
 

@@ -282,18 +282,6 @@ def test_help_shows_the_new_option_only(capsys):
     assert "--heads" not in shown
 
 
-def test_old_parameter_of_a_function_is_accepted_with_a_warning():
-    @deprecation.accept_old_parameters(told="label")
-    def name(label=""):
-        return label
-
-    with pytest.warns(FutureWarning, match="^name: told is deprecated, use label$") as caught:
-        assert name(told="x") == "x"
-    assert TYPES_CHECKED or caught[0].filename == __file__
-    with pytest.raises(ValueError, match=r"^name: cannot use both label and its deprecated name told$"):
-        name(told="x", label="y")
-
-
 FIGURES = {
     "factorings": "factorization_methods",
     "left_out": "ablations",

@@ -133,7 +133,7 @@ def inspection_screen(inspection: Inspection, target: Console) -> str:
         used += "" if pd.isna(row["rank"]) else f" of {row['rank']}"
         largest.append(_Name(row["module"], f"{norm(row['update_norm']):<6} ", used))
     run, folders = inspection.run, [Path(inspection.path or "")]
-    if isinstance(run, Adapter) and run.base is not None and run.needs_base:
+    if isinstance(run, Adapter) and run.base is not None and run.files.needs_base:
         folders.append(run.base.folder)
     # Relative or absolute, whichever is shorter.
     paths = [min(str(folder), os.path.relpath(folder), key=len) for folder in folders]

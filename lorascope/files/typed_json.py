@@ -79,12 +79,7 @@ def to_typed(content: Any, schema: Any, name: object) -> Any: ...  # such as dic
 def to_typed(content: Any, schema: Any, name: object) -> Any:
     """Convert parsed JSON to a dataclass or another type that `msgspec` supports, without coercion.
 
-    Unknown fields are ignored.
-
-    Raises
-    ------
-    ValueError
-        A value does not have the type of the schema; the message names its path and ``name``.
+    Unknown fields are ignored. A ValueError names the path of a value of the wrong type, and its source ``name``.
     """
     try:
         return msgspec.convert(content, schema)

@@ -66,11 +66,6 @@ class Adapter(Result):
         )
         super().__init__(files.path, meta)
 
-    @property
-    def needs_base(self) -> bool:
-        """Return whether the adapter can be opened only with the folder of its base."""
-        return self.files.needs_base
-
     @cached_property
     def id(self) -> str:
         """First twelve hex digits of the SHA-256 of configuration and weights."""

@@ -62,36 +62,15 @@ MANIFESTS: dict[str, type[RunManifest | RecipeManifest]] = {"recipe.json": Recip
 
 
 def read_manifest(folder: Path) -> RunManifest | RecipeManifest:
-    """Return the manifest of a recipe with phases if there is one, else that of a run.
-
-    Raises
-    ------
-    FileNotFoundError
-        The folder has neither manifest.
-    ValueError
-        The manifest was not written by lorascope.
-    """
+    """Return the manifest of a recipe with phases if there is one, else that of a run; see `read_json` for errors."""
     name = "recipe.json" if (folder / "recipe.json").exists() else "run.json"
     return read_json(folder / name, MANIFESTS[name])
 
 
 def own_files(folder: Path, *places: str) -> set[Path]:
-    """Return the files below ``folder`` that lorascope writes into a run folder, except manifests.
-
-    Parameters
-    ----------
-    folder : path
-        A run folder.
-    places : str
-        Glob patterns relative to ``folder``.
-    """
+    """Return the files at these glob patterns below a run folder that lorascope writes there, except manifests."""
     found = {file for place in places for file in folder.glob(place)}
     return {file for file in found if _OWN.fullmatch(file.relative_to(folder).as_posix())}
-
-
-def partial_files(folder: Path) -> Iterator[Path]:
-    """Return the temporary files of killed writers."""
-    return (file for file in folder.rglob(".*") if is_partial(file) and file.is_file())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from lorascope.runs.layout import Lazy, identify
 from lorascope.runs.result import Result
-from lorascope.schema.deprecation import accept_old_parameters
+from lorascope.schema.deprecation import warn_renamed
 from lorascope.schema.records import validate
 from lorascope.updates import Update, effective_rank, from_factors, stable_rank
 
@@ -22,9 +22,11 @@ _SHAPES = {"stable_rank": stable_rank, "effective_rank": effective_rank}
 _UNKNOWN = ("weight_norm", "step_norm")  # weight_norm requires W₀, step_norm the previous gate weights
 
 
-@accept_old_parameters(told="label")
 def at_gates(
-    run: Result, gates: Mapping[str, Sequence[float] | Float[np.ndarray, "_"]], label: str = "given gates"
+    run: Result,
+    gates: Mapping[str, Sequence[float] | Float[np.ndarray, "_"]],
+    label: str = "given gates",
+    told: str | None = None,
 ) -> Result:
     """Return a view of a run with updates at fixed gate weights: ``scale * sum(gates[i] * B[i] @ A)``.
 
@@ -37,6 +39,8 @@ def at_gates(
         other modules are unchanged.
     label : str
         Description of the gate weights in captions ("Updates of ... at `label`."); "given gates" by default.
+    told : str, optional
+        Deprecated name of ``label``.
 
     Returns
     -------
@@ -50,6 +54,9 @@ def at_gates(
     ValueError
         A module has no experts or another number of them, or a gate weight is not finite.
     """
+    if told is not None:
+        warn_renamed("at_gates", "told", "label")
+        label = told
     stored = run.factors()
     found = {}
     for module, values in gates.items():

@@ -69,8 +69,8 @@ def _open_folder(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
     if reader is not None:
         return reader.read(path, config, files, base)
     if config:
-        kind = peft_kind(config) if to_typed(config, CommonConfig, file) else ""
-        raise unreadable(path, f"type of adapter must be one of {', '.join(KINDS)}, got {printable(kind)}")
+        to_typed(config, CommonConfig, file)
+        raise unreadable(path, f"type of adapter must be one of {', '.join(KINDS)}, got {printable(peft_kind(config))}")
     raise ValueError(f"cannot load {printable(path)}: it is neither a run nor an adapter{_hint(path)}")
 
 

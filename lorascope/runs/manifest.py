@@ -277,13 +277,7 @@ def read_manifest(file: Path) -> Manifest:
 
 
 def read_about(file: TensorFile) -> About:
-    """Return the description of a snapshot's arrays, after checking it against the arrays.
-
-    Raises
-    ------
-    ValueError
-        A value has the wrong type, or an array is missing or has the wrong shape.
-    """
+    """Return the description of a snapshot's arrays; a ValueError reports where it does not fit them."""
     whose = f"the header of {file.path}"
     about = to_typed(file.about, About, whose)
     for module, names in about.factors.items():

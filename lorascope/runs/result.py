@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import html
 from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -18,13 +17,12 @@ from lorascope.files.printable import printable
 from lorascope.runs.manifest import Manifest, State, Test
 from lorascope.runs.summary import peft_keywords, summarize
 from lorascope.schema.deprecation import old_attribute
-from lorascope.schema.module_table import parse
 from lorascope.updates import Update, spectra
 
 T = TypeVar("T")
 
-# Maximum number of factor values in memory at once; a layer of a large model has 10 million at rank 64.
-_BATCH = 2**26
+# Number of factor values in memory at once; a layer of a large model has 10 million at rank 64.
+_BATCH = 2**24
 
 
 class Result(ABC):
@@ -161,7 +159,10 @@ class Result(ABC):
     @cached_property
     def spectra(self) -> dict[str, np.ndarray]:
         """Singular values of every stored update, largest first; NaN if a factor contains NaN."""
-        return dict(spectra_by_layer(self.updates()))
+        found: dict[str, np.ndarray] = {}
+        for batch in _batches(self.updates()):
+            found |= zip(batch, spectra(list(batch.values())), strict=True)
+        return found
 
     def lora_config(self, state: str = "last") -> dict[str, Any]:
         """Return PEFT's keywords for a LoRA with these ranks: module names, ``rank_pattern``, ``alpha_pattern``.
@@ -240,23 +241,12 @@ class Result(ABC):
         return lines
 
 
-def spectra_by_layer(updates: Mapping[str, Update]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the singular values of stored updates by module, with the factors of one layer in memory."""
-    layers = defaultdict(list)
-    for module in updates:
-        stack, layer, _ = parse(module)
-        layers[module if layer is None else (stack, layer)].append(module)
-    for names in layers.values():
-        for batch in _batches(updates, names):
-            yield from zip(batch, spectra(list(batch.values())), strict=True)
-
-
-def _batches(updates: Mapping[str, Update], names: Iterable[str]) -> Iterator[dict[str, Update]]:
-    """Yield updates in batches of limited size, because a layer may have any number of modules."""
+def _batches(updates: Mapping[str, Update]) -> Iterator[dict[str, Update]]:
+    """Yield updates in batches of limited size, because a run may have any number of modules."""
     batch: dict[str, Update] = {}
     size = 0
-    for name in names:
-        batch[name] = update = updates[name]
+    for name, update in updates.items():
+        batch[name] = update
         size += 0 if update.low_rank is None else update.low_rank.B.size + update.low_rank.A.size
         if size > _BATCH:
             yield batch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,8 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Upda
         "r": common_rank,
         "lora_alpha": common_alpha,
         "target_modules": targets(run, kept),
-        "rank_pattern": {_exact_pattern(name): rank for name, rank in kept.items() if rank != common_rank},
-        "alpha_pattern": {_exact_pattern(name): alpha for name, alpha in alphas.items() if alpha != common_alpha},
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in kept.items() if rank != common_rank},
+        "alpha_pattern": {f"^{re.escape(name)}": alpha for name, alpha in alphas.items() if alpha != common_alpha},
     }
 
 
@@ -99,34 +100,19 @@ def exact_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank
     return found
 
 
-def _exact_pattern(name: str) -> str:
-    return f"^{re.escape(name)}"
-
-
 def targets(run: Any, kept: Collection[str]) -> list[str] | str:
     """Return PEFT's ``target_modules`` that match exactly these modules.
 
     They are full names, or one regular expression if the name of another module ends with one of them.
     """
-    ends = tuple(f".{name}" for name in kept)
-    if any(name.endswith(ends) for name in _known_names(run) - set(kept)):
+    modules, ends = run.modules, tuple(f".{name}" for name in kept)
+    known = {*modules["module"], *(name for names in modules["tied"] for name in names.split(","))}
+    if any(name.endswith(ends) for name in known - set(kept)):
         return "|".join(map(re.escape, kept))
     return list(kept)
-
-
-def _known_names(run: Any) -> set[str]:
-    """Return all module names in a run's description of the model, including tied ones."""
-    modules = run.modules
-    return {*modules["module"], *(name for names in modules.get("tied", ()) for name in names.split(","))}
 
 
 def _alpha(scale: float, rank: int) -> float:
     """Return scale * rank, or the nearest integer if that gives the scale exactly (the product may be rounded)."""
     whole = round(scale * rank)
     return whole if whole / rank == scale else scale * rank
-
-
-def mode(values: Iterable[Any]) -> Any:
-    """Return the most frequent value, the first one in case of a tie."""
-    ordered = list(values)
-    return max(dict.fromkeys(ordered), key=ordered.count)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.files.safetensors_io import TensorFile, file_hash, write_bytes, write_json, write_tensors
-from lorascope.runs.folders import own_files, partial_files
+from lorascope.files.safetensors_io import TensorFile, file_hash, is_partial, write_bytes, write_json, write_tensors
+from lorascope.runs.folders import own_files
 from lorascope.runs.layout import GROWING, REMOVED, snapshot_file
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
@@ -51,10 +51,9 @@ class RunWriter:
         write_json(self.path / "run.json", self.meta.to_json())
         if table is not None:
             self._table = table
-        known = (
-            set() if table is None else {self.path / snapshot_file(step) for step in table["step"].unique().tolist()}
-        )
-        for file in (self._content_files() - known).union(partial_files(self.path)):
+        known = {self.path / snapshot_file(step) for step in self._table["step"].unique().tolist()}
+        left = (file for file in self.path.rglob(".*") if is_partial(file) and file.is_file())  # by killed writers
+        for file in (self._content_files() - known).union(left):
             file.unlink()
 
     def add(self, step: int, items: Iterable[Item]) -> None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, TypeVar
 
 AnyClass = TypeVar("AnyClass", bound=type)
-AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 _FORMER = "former"
 
@@ -69,25 +68,16 @@ def old_fields(cls: type) -> dict[str, tuple[str, Former]]:
 def to_new_fields(cls: type, given: Mapping[str, Any], stacklevel: int | None = None) -> dict[str, Any]:
     """Return the given fields under their new names; warn about each old name if ``stacklevel`` is given.
 
-    Raises
-    ------
-    ValueError
-        A field is given under both names, or an old value is unknown.
+    A ValueError reports a field under both names, or an unknown old value.
     """
-    return _rename(cls.__name__, old_fields(cls), given, None if stacklevel is None else stacklevel + 1)
-
-
-def _rename(
-    owner: str, renamed: Mapping[str, tuple[str, Former]], given: Mapping[str, Any], stacklevel: int | None
-) -> dict[str, Any]:
-    found = {}
+    renamed, found = old_fields(cls), {}
     for key, value in given.items():
         if key in renamed:
             new, before = renamed[key]
             if new in given:
-                raise ValueError(f"{owner}: cannot use both {new} and its deprecated name {key}")
+                raise ValueError(f"{cls.__name__}: cannot use both {new} and its deprecated name {key}")
             if stacklevel is not None:
-                warn_renamed(owner, key, new, stacklevel + 1)
+                warn_renamed(cls.__name__, key, new, stacklevel + 1)
             key, value = new, before.to_new(value)
         found[key] = value
     return found
@@ -122,21 +112,6 @@ def old_attribute(old: str, new: str, before: Former | None = None) -> Any:
         setattr(self, new, values.to_new(value))
 
     return property(read, write if before else None, doc=f"Deprecated: use ``{new}``.")
-
-
-def accept_old_parameters(**renamed: str) -> Callable[[AnyFunction], AnyFunction]:
-    """Let a function accept the old names of its parameters; ``renamed`` maps old to new."""
-
-    fields = {old: (new, Former(old)) for old, new in renamed.items()}
-
-    def accept(function: AnyFunction) -> AnyFunction:
-        @wraps(function)
-        def accepting(*args: Any, **kwargs: Any) -> Any:
-            return function(*args, **_rename(function.__name__, fields, kwargs, stacklevel=2))
-
-        return accepting  # type: ignore[return-value]
-
-    return accept
 
 
 def accept_old_names(module: str, /, **renamed: str) -> None:

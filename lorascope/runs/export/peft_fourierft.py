@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from lorascope.runs.export.registry import Exporter
 from lorascope.runs.formats.peft_fourierft import entry_seed
 from lorascope.runs.result import Result
-from lorascope.runs.summary import mode, targets
+from lorascope.runs.summary import targets
 from lorascope.updates.fourier import Fourier, entries
 
 
@@ -26,13 +27,7 @@ class FourierExporter(Exporter):
     factor = "coefficients"
 
     def updates(self, run: Result, state: str) -> dict[str, Any]:
-        """Return the update of every module.
-
-        Raises
-        ------
-        ValueError
-            PEFT cannot express the basis, entries or scales.
-        """
+        """Return the update of every module; PEFT must be able to express its basis, entries and scale."""
         who = f"cannot export run {run.id} ({run.label}) to PEFT:"
         basis, seed, center = _entry_distribution(run.meta.method)
         if basis != "fourier":

@@ -1,4 +1,4 @@
-"""Low-rank updates in PEFT's form: configuration of a LoRA, and both factors of every module.
+"""Low-rank updates in PEFT's form, LoRA and DoRA: configuration, and the factors of every module.
 
 Components with an exactly zero diagonal, which an allocator has masked, are omitted.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from lorascope.runs.export.registry import Exporter
 from lorascope.runs.result import Result
 from lorascope.runs.summary import exact_products, peft_keywords
-from lorascope.updates import LowRank
+from lorascope.updates import LowRank, WeightDecomposed
 
 
 class LoraExporter(Exporter):
@@ -22,14 +22,8 @@ class LoraExporter(Exporter):
 
     kind = "LoRA"
 
-    def updates(self, run: Result, state: str) -> dict[str, LowRank]:
-        """Return the update of every module with at least one component in use.
-
-        Raises
-        ------
-        ValueError
-            An update is not a product of two factors.
-        """
+    def updates(self, run: Result, state: str) -> dict[str, Any]:
+        """Return the update of every module with at least one component in use; it must be a product of two factors."""
         ranks, updates = run.ranks(state), exact_products(run, run.updates(state=state))
         unfit = next((name for name in ranks if name not in updates), None)
         if not ranks or unfit is not None:
@@ -49,6 +43,26 @@ class LoraExporter(Exporter):
         pattern = "lora_embedding_{}" if host == "Embedding" else "lora_{}.weight"
         for key, factor in (("A", update.A), ("B", update.B)):
             yield f"{module}.{pattern.format(key)}", factor
+
+
+class DoraExporter(LoraExporter):
+    """Directions and magnitudes, as DoRA."""
+
+    kind = "DoRA"
+    factor = "magnitude"
+
+    def updates(self, run: Result, state: str) -> dict[str, Any]:
+        """Return the update of every module."""
+        return dict(run.updates(state=state))
+
+    def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration entries specific to DoRA."""
+        return super().keywords(run, updates) | {"use_dora": True}
+
+    def tensors(self, module: str, update: WeightDecomposed, host: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield both factors and the magnitude under PEFT's names."""
+        yield from super().tensors(module, update, host)
+        yield f"{module}.lora_magnitude_vector", update.magnitude
 
 
 def drop_unused(update: LowRank, diagonal: Float[np.ndarray, "rank"] | None) -> LowRank:

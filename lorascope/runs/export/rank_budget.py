@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from lorascope.runs.result import Result
 from lorascope.runs.summary import exact_products, no_rank_error, peft_keywords
-from lorascope.updates import LowRank, spectra
+from lorascope.updates import spectra
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,20 +108,17 @@ def select_components(
     if not ranks:
         raise no_rank_error(run)
     products = exact_products(run, updates)
-    sigma = {name: _padded(_sigma(name, products[name])[:rank], rank) for name, rank in ranks.items()}
+    sigma = {}
+    for (name, rank), found in zip(ranks.items(), spectra([products[name] for name in ranks]), strict=True):
+        if not np.isfinite(found).all():
+            raise ValueError(f"update of {name} must be finite, got NaN or infinity")
+        sigma[name] = _padded(found[:rank], rank)
     count = _count(budget, sum(ranks.values()))
     values = sigma if scores is None else {name: _scores(name, scores, rank) for name, rank in ranks.items()}
     best = np.argsort(-np.concatenate(list(values.values())), kind="stable")[:count]
     chosen = np.isin(np.arange(sum(ranks.values())), best)
     kept = np.split(chosen, np.cumsum(list(ranks.values()))[:-1])
     return RankBudget(sigma, dict(zip(ranks, kept, strict=True)), {name: sum(products[name].shape) for name in ranks})
-
-
-def _sigma(name: str, update: LowRank) -> Float[np.ndarray, "k"]:
-    sigma = spectra([update])[0]
-    if not np.isfinite(sigma).all():
-        raise ValueError(f"update of {name} must be finite, got NaN or infinity")
-    return sigma
 
 
 def _scores(name: str, scores: Mapping[str, Float[np.ndarray, "_"]], rank: int) -> Float[np.ndarray, "rank"]:

@@ -1,7 +1,4 @@
-"""Registry of the exporters to PEFT, one module per kind of adapter.
-
-A class statement registers an exporter; every module of this package is searched for them.
-"""
+"""Registry of the exporters to PEFT: a class statement registers one, and every module of this package is searched."""
 
 from __future__ import annotations
 

@@ -118,13 +118,7 @@ def group_factors(
 def lora_factors(
     path: Path, files: Iterable[TensorFile], wanted: Sequence[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
-    """Group LoRA factors by module; every module must have exactly those in ``wanted``.
-
-    Raises
-    ------
-    ValueError
-        A module has not exactly these factors, or there are no factors.
-    """
+    """Group LoRA factors by module; a ValueError reports a module without exactly those in ``wanted``."""
     found, others = group_factors(files, _FACTOR)
     foreign = next((name for name in others if re.search(r"\.lora_(?!B\.bias$)", name)), None)
     if foreign is not None:
@@ -161,13 +155,7 @@ def read_adapter(
 def lora_parts(
     path: Path, config: Mapping[str, Any], found: Mapping[str, Mapping[str, StoredTensor]]
 ) -> dict[str, StoredLoRA]:
-    """Return the update scale * B @ A of every module, with the ranks and scales of the configuration.
-
-    Raises
-    ------
-    ValueError
-        A setting has the wrong type, a pattern key is not a regular expression, or the rank of the factors differs.
-    """
+    """Return the update scale * B @ A of every module, with the ranks and scales of the configuration."""
     file = path / CONFIG
     settings = to_typed(config, LoraConfig, file)
     ranks, alphas = settings.rank_pattern or {}, settings.alpha_pattern or {}

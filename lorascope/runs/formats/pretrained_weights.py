@@ -47,13 +47,7 @@ class PretrainedWeights:
         return self._find(module) is not None
 
     def shape(self, module: str, transposed: bool = False) -> tuple[int, int]:
-        """Return (out, in) of a module's weight from the header; see ``weight`` for ``transposed``.
-
-        Raises
-        ------
-        ValueError
-            The module has no weight.
-        """
+        """Return (out, in) of a module's weight from the header; see ``weight`` for ``transposed`` and errors."""
         first, *rest = self.stored_shape(module)
         return (math.prod(rest), first) if transposed else (first, math.prod(rest))
 
@@ -73,13 +67,7 @@ class PretrainedWeights:
         return self._files[name].dtype(name)
 
     def unread(self, module: str) -> Unread:
-        """Return the memory-mapped weight of a module, whose values are not read yet.
-
-        Raises
-        ------
-        ValueError
-            The module has no weight, or it is not stored as floats.
-        """
+        """Return the memory-mapped weight of a module, whose values are not read yet; see ``weight`` for errors."""
         name = self._find_name(module)
         return self._floats(name).unread(name)
 

@@ -19,14 +19,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Stored factor of an adapter.
-
-    Parameters
-    ----------
-    file : TensorFile
-    name : str
-        Name in the file.
-    """
+    """Stored factor of an adapter, by its name in a file."""
 
     file: TensorFile
     name: str

@@ -72,8 +72,7 @@ class Adapter(Result):
         digest = hashlib.sha256(json.dumps(self.files.config, sort_keys=True).encode())
         for file in self.files.files:
             with file.path.open("rb") as stream:
-                while chunk := stream.read(1 << 20):
-                    digest.update(chunk)
+                hashlib.file_digest(stream, lambda: digest)
         return digest.hexdigest()[:12]
 
     @cached_property
@@ -112,7 +111,6 @@ class Adapter(Result):
         return Lazy(list(parts), lambda module: parts[module].factors())
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
-        """Return the update of every module, loaded on access."""
         self._require_last_state(step, state)
         return Lazy(list(self.files.parts), lambda module: self.files.parts[module].update())
 
@@ -122,7 +120,6 @@ class Adapter(Result):
         return {module for module, part in self.files.parts.items() if not part.exact}
 
     def ranks(self, state: str = "last") -> dict[str, int]:
-        """Return the rank of every adapted module."""
         self._require_last_state(None, state)
         return dict(self.meta.states["last"].ranks)
 

@@ -103,15 +103,12 @@ class GatedRun(Result):
 
     @property
     def parents(self) -> list[Any]:
-        """Runs of the phases before this one."""
         return self.run.parents
 
     def snapshot_steps(self, name: str) -> list[int]:
-        """See `Result.snapshot_steps`."""
         return self.run.snapshot_steps(name)
 
     def snapshot_names(self) -> list[str]:
-        """See `Result.snapshot_names`."""
         return self.run.snapshot_names()
 
     def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
@@ -138,11 +135,9 @@ class GatedRun(Result):
         return Lazy(list(whole), make)
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
-        """See `Result.input_dependent_modules`."""
         return self.run.input_dependent_modules(state)
 
     def ranks(self, state: str = "last") -> dict[str, int]:
-        """See `Result.ranks`."""
         return self.run.ranks(state)
 
     @cached_property

@@ -79,7 +79,6 @@ class Run(Result):
         return [Run.read(self._folder / parent) for parent in self.meta.parents]
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
-        """Return the factors of every adapted module; see `Result.factors`."""
         if step is None and not self.ranks(state):
             return {}
         file = self._snapshots(self._step(step, state))
@@ -87,7 +86,6 @@ class Run(Result):
         return Lazy(list(names), lambda module: {name: file[f"{module}/{name}"] for name in names[module]})
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
-        """Return the factored update of every module that has one, loaded on access."""
         if step is None and not self.ranks(state):
             return {}
         file = self._snapshots(self._step(step, state))
@@ -100,7 +98,6 @@ class Run(Result):
         return Lazy(list(about.scales), make)
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
-        """Return the modules with an input-dependent update, such as HydraLoRA's, stored at mean gate weights."""
         if not self.ranks(state):
             return set()
         exact = self._about(self._snapshots(self._step(None, state))).exact
@@ -118,15 +115,12 @@ class Run(Result):
         return pd.DataFrame({"step": step, "value": array.reshape(-1)}, index=index).reset_index()
 
     def snapshot_steps(self, name: str) -> list[int]:
-        """Return the steps that have a snapshot of this name."""
         return [step for step in self._all_steps() if name in self._snapshots(step)]
 
     def snapshot_names(self) -> list[str]:
-        """Return the names of all snapshots."""
         return sorted({name for step in self._all_steps() for name in self._snapshots(step)})
 
     def ranks(self, state: str = "last") -> dict[str, int]:
-        """Return the rank of every adapted module, including zeros."""
         return dict(self._state(state).ranks)
 
     def tensors(self, state: str = "last") -> Mapping[str, np.ndarray]:

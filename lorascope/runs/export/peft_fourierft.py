@@ -44,7 +44,6 @@ class FourierExporter(Exporter):
         return updates
 
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the configuration entries specific to FourierFT."""
         numbers = {name: len(update.coefficients) for name, update in updates.items()}
         return {
             "peft_type": "FOURIERFT",
@@ -55,7 +54,6 @@ class FourierExporter(Exporter):
         }
 
     def tensors(self, module: str, update: Fourier, host: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield the coefficients under PEFT's name."""
         yield f"{module}.fourierft_spectrum", update.coefficients
 
 

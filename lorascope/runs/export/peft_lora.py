@@ -34,12 +34,10 @@ class LoraExporter(Exporter):
         return {name: update for name, update in found.items() if update.rank}
 
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the configuration entries specific to LoRA."""
         ranks = {name: update.rank for name, update in updates.items()}
         return {"peft_type": "LORA", **peft_keywords(run, ranks, updates), "lora_dropout": 0.0}
 
     def tensors(self, module: str, update: Any, host: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield both factors under PEFT's names."""
         pattern = "lora_embedding_{}" if host == "Embedding" else "lora_{}.weight"
         for key, factor in (("A", update.A), ("B", update.B)):
             yield f"{module}.{pattern.format(key)}", factor
@@ -52,15 +50,12 @@ class DoraExporter(LoraExporter):
     factor = "magnitude"
 
     def updates(self, run: Result, state: str) -> dict[str, Any]:
-        """Return the update of every module."""
         return dict(run.updates(state=state))
 
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the configuration entries specific to DoRA."""
         return super().keywords(run, updates) | {"use_dora": True}
 
     def tensors(self, module: str, update: WeightDecomposed, host: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield both factors and the magnitude under PEFT's names."""
         yield from super().tensors(module, update, host)
         yield f"{module}.lora_magnitude_vector", update.magnitude
 

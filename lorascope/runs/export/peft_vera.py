@@ -21,7 +21,6 @@ class VeraExporter(Exporter):
     factor = "lambda_d"
 
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the configuration entries specific to VeRA."""
         first = next(iter(updates.values()))
         return {
             "peft_type": "VERA",
@@ -33,7 +32,6 @@ class VeraExporter(Exporter):
         }
 
     def tensors(self, module: str, update: RandomProjection, host: str) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield both vectors under PEFT's names."""
         yield f"{module}.vera_lambda_b", update.to_factors()["lambda_b"]
         yield f"{module}.vera_lambda_d", update.to_factors()["lambda_d"]
 

@@ -55,7 +55,6 @@ class MergedPart(StoredLoRA):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
         outer, inner = super().shape
         return outer // sum(self.enabled) * len(self.enabled), inner
 

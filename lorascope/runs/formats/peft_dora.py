@@ -49,7 +49,6 @@ class DoraPart(StoredLoRA):
         return self.base is None
 
     def factors(self) -> dict[str, Any]:
-        """Load the factors and the magnitude."""
         return super().factors() | {"magnitude": self.magnitude.read().reshape(-1)}
 
     def update(self) -> Update:

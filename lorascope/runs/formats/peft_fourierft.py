@@ -68,7 +68,6 @@ class FourierPart(StoredUpdate):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
         return self.sides
 
     @cached_property
@@ -80,11 +79,6 @@ class FourierPart(StoredUpdate):
     def rank(self) -> int:
         """Largest rank of an update with these entries."""
         return Fourier(np.ones(self.size), self.entries, self.shape).rank
-
-    @property
-    def size(self) -> int:
-        """Number of coefficients."""
-        return self.coefficients.shape[0]
 
     def factors(self) -> dict[str, Any]:
         """Load the coefficients, and add entries and shape as in a run."""

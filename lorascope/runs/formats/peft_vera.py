@@ -59,12 +59,10 @@ class VeraPart(StoredUpdate):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
         return self.lambda_b.shape[0], self.inner
 
     @property
     def rank(self) -> int:
-        """Number of components."""
         return self.lambda_d.shape[0]
 
     @property

@@ -108,16 +108,13 @@ class StoredLoRA(StoredUpdate):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
         return self.B.shape[0], self.A.shape[1]
 
     @property
     def rank(self) -> int:
-        """Number of components."""
         return self.A.shape[0]
 
     def factors(self) -> dict[str, Any]:
-        """Load the factors."""
         return {"A": self.A.read(), "B": self.B.read()}
 
 

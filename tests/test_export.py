@@ -32,7 +32,7 @@ from lorascope.runs.export import rank_pattern, to_peft
 from lorascope.runs.export.peft_lora import drop_unused
 from lorascope.runs.formats.peft_lora import WEIGHTS
 from lorascope.runs.loading import load
-from lorascope.runs.summary import peft_keywords
+from lorascope.runs.lora_config import peft_keywords
 from lorascope.schema import module_table
 from lorascope.updates import LowRank
 

@@ -13,7 +13,7 @@ from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.runs import export
 from lorascope.runs.export import RankBudget
-from lorascope.runs.summary import peft_keywords
+from lorascope.runs.lora_config import peft_keywords
 
 _ROUTER = "Ranks and scales that one token sees: a plain LoRA has neither the router nor the experts of this HydraLoRA."
 _NO_LOSS = "Singular values do not show the effect on the task: measure the loss with --model NAME --task NAME."

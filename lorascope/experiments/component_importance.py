@@ -31,9 +31,9 @@ from lorascope.runs.adapter import Adapter
 from lorascope.runs.export import RankBudget, base_of
 from lorascope.runs.export.peft_folder import refuse_unkept
 from lorascope.runs.formats.stored_update import PREFIX
+from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
-from lorascope.runs.summary import exact_products
 from lorascope.schema.deprecation import accept_old_names
 from lorascope.training.evaluation import evaluate
 from lorascope.training.state import load_tensors

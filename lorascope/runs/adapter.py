@@ -15,8 +15,7 @@ from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
 from lorascope.runs.layout import Lazy
 from lorascope.runs.manifest import Manifest, Module, Parameters, State
-from lorascope.runs.result import Result
-from lorascope.runs.summary import SUMMARY
+from lorascope.runs.result import SUMMARY, Result
 from lorascope.schema import records
 from lorascope.schema.module_roles import parse
 from lorascope.schema.records import Record

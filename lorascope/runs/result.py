@@ -14,12 +14,15 @@ import numpy as np
 import pandas as pd
 
 from lorascope.files.printable import printable
+from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.manifest import Manifest, State, Test
-from lorascope.runs.summary import peft_keywords, summarize
 from lorascope.schema.deprecation import old_attribute
-from lorascope.updates import Update, spectra
+from lorascope.schema.module_table import parse
+from lorascope.updates import Update, effective_rank, spectra, stable_rank
 
 T = TypeVar("T")
+
+SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 
 # Number of factor values in memory at once; a layer of a large model has 10 million at rank 64.
 _BATCH = 2**24
@@ -154,7 +157,28 @@ class Result(ABC):
             Include modules that did not train; False by default.
         state : {"last", "best"}
         """
-        return summarize(self, state, all)
+        chosen = self._state(state)
+        table = self.table[self.table["step"] == chosen.step]
+        wide = table[table["quantity"].isin(SUMMARY) & table["index"].isna()].pivot(
+            index="module", columns="quantity", values="value"
+        )
+        modules = self.modules
+        modules = modules[(modules["role"] != "block") & (modules["role"] != "norm")].set_index("module")
+        frame = modules[["stack", "layer", "role"]].copy()
+        for name in chosen.ranks.keys() - set(frame.index):  # the second name of a tied weight, adapted separately
+            frame.loc[name] = parse(name)
+        frame["rank"] = pd.Series(chosen.ranks, dtype="Int64").reindex(frame.index)
+        frame = frame.join(wide.astype("float64").reindex(index=frame.index, columns=list(SUMMARY)))
+        updates = self.updates(state=state)
+        # Recorded values take precedence, because they include a weight that trains below its adapter.
+        unseen = {name: updates[name] for name in frame.index[frame["stable_rank"].isna()] if name in updates}
+        for name, sigma in zip(unseen, spectra(list(unseen.values())), strict=True):
+            measured = [float(np.linalg.norm(sigma)), stable_rank(sigma), effective_rank(sigma)]
+            frame.loc[name, ["update_norm", "stable_rank", "effective_rank"]] = measured
+        frame["exact"] = ~frame.index.isin(self.input_dependent_modules(state))
+        if not all:
+            frame = frame[frame["update_norm"].notna()]
+        return frame.reset_index()
 
     @cached_property
     def spectra(self) -> dict[str, np.ndarray]:

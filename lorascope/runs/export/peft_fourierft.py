@@ -15,8 +15,8 @@ import numpy as np
 
 from lorascope.runs.export.registry import Exporter
 from lorascope.runs.formats.peft_fourierft import entry_seed
+from lorascope.runs.lora_config import targets
 from lorascope.runs.result import Result
-from lorascope.runs.summary import targets
 from lorascope.updates.fourier import Fourier, entries
 
 

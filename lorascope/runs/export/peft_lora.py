@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float
 
 from lorascope.runs.export.registry import Exporter
+from lorascope.runs.lora_config import exact_products, peft_keywords
 from lorascope.runs.result import Result
-from lorascope.runs.summary import exact_products, peft_keywords
 from lorascope.updates import LowRank, WeightDecomposed
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from lorascope.runs.export.registry import Exporter
+from lorascope.runs.lora_config import targets
 from lorascope.runs.result import Result
-from lorascope.runs.summary import targets
 from lorascope.updates import RandomProjection
 from lorascope.updates.random_projection import projections
 

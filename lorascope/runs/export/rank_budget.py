@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
+from lorascope.runs.lora_config import exact_products, no_rank_error, peft_keywords
 from lorascope.runs.result import Result
-from lorascope.runs.summary import exact_products, no_rank_error, peft_keywords
 from lorascope.updates import spectra
 
 

@@ -1,4 +1,4 @@
-"""Summary table of a run, and its ranks as a PEFT configuration."""
+"""Ranks and scales of a run as a PEFT configuration."""
 
 from __future__ import annotations
 
@@ -7,44 +7,12 @@ from collections.abc import Collection, Mapping
 from statistics import mode
 from typing import Any
 
-import numpy as np
-import pandas as pd
-
-from lorascope.schema.module_table import parse
-from lorascope.updates import LowRank, Update, effective_rank, spectra, stable_rank
-
-SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
+from lorascope.updates import LowRank, Update
 
 _ROUTED = (
     "depends on its input, and a LoRA has no router; "
     "use ls.at_gates(run, ls.mean_gates(run, texts)) instead, an approximation with fixed gate weights"
 )
-
-
-def summarize(run: Any, state: str, all: bool) -> pd.DataFrame:
-    """See ``Result.summary``."""
-    chosen = run._state(state)
-    table = run.table[run.table["step"] == chosen.step]
-    wide = table[table["quantity"].isin(SUMMARY) & table["index"].isna()].pivot(
-        index="module", columns="quantity", values="value"
-    )
-    modules = run.modules
-    modules = modules[(modules["role"] != "block") & (modules["role"] != "norm")].set_index("module")
-    frame = modules[["stack", "layer", "role"]].copy()
-    for name in chosen.ranks.keys() - set(frame.index):  # the second name of a tied weight, adapted separately
-        frame.loc[name] = parse(name)
-    frame["rank"] = pd.Series(chosen.ranks, dtype="Int64").reindex(frame.index)
-    frame = frame.join(wide.astype("float64").reindex(index=frame.index, columns=list(SUMMARY)))
-    updates = run.updates(state=state)
-    # Recorded values take precedence, because they include a weight that trains below its adapter.
-    unseen = {name: updates[name] for name in frame.index[frame["stable_rank"].isna()] if name in updates}
-    for name, sigma in zip(unseen, spectra(list(unseen.values())), strict=True):
-        measured = [float(np.linalg.norm(sigma)), stable_rank(sigma), effective_rank(sigma)]
-        frame.loc[name, ["update_norm", "stable_rank", "effective_rank"]] = measured
-    frame["exact"] = ~frame.index.isin(run.input_dependent_modules(state))
-    if not all:
-        frame = frame[frame["update_norm"].notna()]
-    return frame.reset_index()
 
 
 def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Update]) -> dict[str, Any]:

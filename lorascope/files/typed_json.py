@@ -39,15 +39,7 @@ def unreadable(name: object, reason: str) -> ValueError:
 
 
 def require_regular(path: Path) -> int:
-    """Return the size of a regular file in bytes. Opening a pipe or a device could block forever.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file does not exist.
-    ValueError
-        The path is a folder, a pipe, a socket or a device.
-    """
+    """Return the size of a regular file; others raise a ValueError, because opening a pipe could block forever."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise unreadable(path, "not a regular file")

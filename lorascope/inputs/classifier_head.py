@@ -14,14 +14,9 @@ from lorascope.schema import module_table
 
 
 def fit_head(model: Any, labels: Sequence[str] | None) -> None:
-    """Replace the classifier's last Linear if its output size differs from the number of labels.
+    """Replace the classifier's last Linear in place if its output size differs from the number of labels.
 
-    Parameters
-    ----------
-    model : Module
-        Model, changed in place. The replaced weights are added to ``models.missing``.
-    labels : sequence of str or None
-        Class names; None leaves the head unchanged, because the task uses the language model head.
+    The new weights are added to ``models.missing``. Without labels, the task uses the language model head, which stays.
     """
     if labels is None:
         return

@@ -164,12 +164,7 @@ def require_absent(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Write a folder atomically: afterwards it is complete or absent.
-
-    Yields
-    ------
-    path
-        Temporary folder to write to, renamed to ``path`` when the block ends without an error.
+    """Write a folder atomically: yield a temporary folder, and rename it if the block ends without an error.
 
     Raises
     ------

@@ -226,13 +226,7 @@ class About:
 
 
 def assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts about a method that did not store them: in runs of 0.1, of PEFT, and in adapters.
-
-    Parameters
-    ----------
-    method : mapping
-        Configuration of the method, or PEFT's.
-    """
+    """Return the facts about a method, from its configuration or PEFT's, for runs of 0.1, of PEFT, and adapters."""
     kinds = {str(method.get(key)).lower() for key in ("name", "kind")}
     if "fourierft" in kinds:
         # "init" is our setting; "init_weights" is PEFT's, whose true value means zeros.

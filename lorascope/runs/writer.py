@@ -23,15 +23,7 @@ from lorascope.schema.records import QUANTITIES, Factors, Item, Record, Snapshot
 
 
 class RunWriter:
-    """Writer of one run folder.
-
-    Parameters
-    ----------
-    path : path
-        The run folder.
-    meta : Manifest
-        Content of ``run.json``; the writer sets ``status``, ``checksums`` and ``quantities``.
-    """
+    """Writer of one run folder; it sets ``status``, ``checksums`` and ``quantities`` of the manifest."""
 
     def __init__(self, path: Path, meta: Manifest) -> None:
         self.path, self.meta = path, meta

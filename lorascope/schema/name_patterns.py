@@ -28,17 +28,8 @@ _EXPANDS = re.compile(r"\)\s*\{|\{[^}]*\d{3}")
 class Patterns:
     """Keys of a setting such as ``rank_pattern``: regular expressions that PEFT matches with the end of module names.
 
-    Parameters
-    ----------
-    keys : iterable of str
-        Regular expressions.
-    name : object
-        Setting or file that contains the keys, for error messages.
-
-    Raises
-    ------
-    ValueError
-        A key is not a regular expression, is longer than 1000 characters, or has a counted group or a count above 99.
+    A key that is not a regular expression, has more than 1000 characters, a counted group or a count above 99 raises a
+    ValueError, in which ``name`` is the setting or file.
     """
 
     def __init__(self, keys: Iterable[str], name: object) -> None:

@@ -11,18 +11,10 @@ from importlib.metadata import entry_points
 
 @cache
 def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> None:
-    """Import every module of a package, and then every entry point of a group.
+    """Import the modules of a package in the order of their names, except ``skip``, then the entry points of a group.
 
     What they define registers itself on import. An entry point that cannot be imported is skipped with a warning.
-
-    Parameters
-    ----------
-    package : str
-        Name of the package, whose modules are imported in the order of their names.
-    group : str, optional
-        Entry point group, such as ``lorascope.readers``.
-    skip : tuple of str, optional
-        Modules of the package that are not imported, because they define nothing and have optional dependencies.
+    ``skip`` names modules that define nothing and have optional dependencies.
     """
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if module.name not in skip:

@@ -223,21 +223,9 @@ register(
 
 
 def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -> pd.DataFrame:
-    """Turn recorded rows into a validated table.
+    """Turn pairs of finished steps (-1 for NA) and records of a run into a validated table.
 
-    Parameters
-    ----------
-    run : str
-        Run id.
-    rows : sequence of (step, Record)
-        ``step`` is the number of finished optimizer steps, -1 for NA.
-    modules : DataFrame
-        ``names.describe(model)``, for stack, layer and role of each module.
-
-    Returns
-    -------
-    DataFrame
-        With the columns ``COLUMNS``.
+    ``modules`` is ``names.describe(model)``, which gives stack, layer and role of each module.
     """
     steps, names, quantities, indices, values = [], [], [], [], []
     for step, record in rows:

@@ -145,24 +145,15 @@ def rank_pattern(
 
     Parameters
     ----------
-    run : Run
-        Run or loaded adapter.
+    run, state, scores
+        See ``select_components``, also for errors.
     budget : float or int, optional
         See ``select_components``; None, the default, keeps all components.
-    state : {"last", "best"}
-        Saved state, "last" by default.
-    scores : mapping module -> array, optional
-        See ``select_components``.
 
     Returns
     -------
     dict
         See ``Run.lora_config``.
-
-    Raises
-    ------
-    ValueError
-        See ``select_components``.
     """
     if budget is None:
         return run.lora_config(state)

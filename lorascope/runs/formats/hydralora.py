@@ -29,15 +29,7 @@ _FACTOR = re.compile(r"(?s)(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight
 
 @dataclass(frozen=True)
 class HydraPart(StoredLoRA):
-    """Experts of one module; ``B`` is the first of them.
-
-    Parameters
-    ----------
-    heads : tuple of StoredTensor
-        Experts, each (out, rank).
-    router : StoredTensor
-        (heads, in).
-    """
+    """Experts of one module, each (out, rank), and their router (experts, in); ``B`` is the first expert."""
 
     heads: tuple[StoredTensor, ...]
     router: StoredTensor

@@ -43,13 +43,7 @@ class MergedConfig:
 
 @dataclass(frozen=True)
 class MergedPart(StoredLoRA):
-    """Updates of several outputs of one weight: scale * blocks(B) @ A.
-
-    Parameters
-    ----------
-    enabled : tuple of bool
-        Whether each output has an update.
-    """
+    """Updates of several outputs of one weight: scale * blocks(B) @ A, with one block per enabled output."""
 
     enabled: tuple[bool, ...]
 

@@ -37,15 +37,7 @@ class AdaLoraConfig:
 
 @dataclass(frozen=True)
 class AdaPart(StoredLoRA):
-    """Update of one module: scale * B @ diag(E) @ A.
-
-    Parameters
-    ----------
-    E : StoredTensor
-        (rank, 1).
-    used : int
-        Number of components that are not masked.
-    """
+    """Update of one module: scale * B @ diag(E) @ A, with E (rank, 1); ``used`` components are not masked."""
 
     E: StoredTensor
     used: int

@@ -27,17 +27,7 @@ from lorascope.updates import Update, from_factors
 
 @dataclass(frozen=True)
 class DoraPart(StoredLoRA):
-    """Update of one module.
-
-    Parameters
-    ----------
-    magnitude : StoredTensor
-        (out,).
-    module : str
-        Name of the module in the base model.
-    base : PretrainedWeights or None
-        Base weights; with None, the update includes only the direction.
-    """
+    """Update of one module, with the magnitude (out,); without a base, it includes only the direction."""
 
     magnitude: StoredTensor
     module: str

@@ -44,19 +44,7 @@ class FourierConfig:
 
 @dataclass(frozen=True)
 class FourierPart(StoredUpdate):
-    """Update of one module, given by its coefficients.
-
-    Parameters
-    ----------
-    coefficients : StoredTensor
-    sides : (int, int)
-        (out, in).
-    scale : float
-    transposed : bool
-        Whether the base stores its weight as (in, out).
-    seed : int
-        Seed of the spectral entries.
-    """
+    """Update of one module, given by its coefficients and the seed of their entries; ``sides`` is (out, in)."""
 
     coefficients: StoredTensor
     sides: tuple[int, int]

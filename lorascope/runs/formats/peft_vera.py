@@ -37,16 +37,9 @@ class VeraConfig:
 
 @dataclass(frozen=True)
 class VeraPart(StoredUpdate):
-    """Update of one module: diag(lambda_b) B diag(lambda_d) A.
+    """Update of one module: diag(lambda_b) B diag(lambda_d) A, with the random factors A and B of all modules.
 
-    Parameters
-    ----------
-    lambda_b, lambda_d, A, B : StoredTensor
-        Both vectors, and the random factors of all modules.
-    inner : int
-        Number of inputs.
-    transposed : bool
-        Whether the base stores its weight as (in, out).
+    ``inner`` is the number of inputs of this module.
     """
 
     lambda_b: StoredTensor

@@ -92,13 +92,7 @@ class StoredUpdate:
 class StoredLoRA(StoredUpdate):
     """Update of one module: scale * B @ A.
 
-    Parameters
-    ----------
-    B, A : StoredTensor
-        (out, rank) and (rank, in), regardless of how the base stores its weight.
-    scale : float
-    transposed : bool
-        Whether the base stores its weight as (in, out).
+    B is (out, rank) and A is (rank, in), regardless of how the base stores its weight.
     """
 
     B: StoredTensor

@@ -93,11 +93,7 @@ def main(
         raise ValueError(message)
     (opened,) = open_runs([str(run)], base)
     if peft is not None or table is not None:
-        path = (
-            export.to_table(opened, table, summary, state)
-            if table is not None
-            else export.to_peft(opened, str(peft), state)
-        )
+        path = export.to_peft(opened, peft, state) if peft else export.to_table(opened, str(table), summary, state)
         print(dumps({"id": opened.id, "path": str(path)}) if json else printable(path))
         return 0
     if budget is None:

@@ -81,26 +81,25 @@ class Run(Result):
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
         if step is None and not self.ranks(state):
             return {}
-        file = self._snapshots(self._step(step, state))
+        file = self._snapshots(step, state)
         names = self._about(file).factors
         return Lazy(list(names), lambda module: {name: file[f"{module}/{name}"] for name in names[module]})
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
-        if step is None and not self.ranks(state):
+        stored = self.factors(step, state)
+        if not stored:
             return {}
-        file = self._snapshots(self._step(step, state))
-        about = self._about(file)
+        about = self._about(self._snapshots(step, state))
 
         def make(module: str) -> Update:
-            arrays = {name: file[f"{module}/{name}"] for name in about.factors[module]}
-            return from_factors(arrays, about.scales[module], about.exact[module], about.forms.get(module))
+            return from_factors(stored[module], about.scales[module], about.exact[module], about.forms.get(module))
 
         return Lazy(list(about.scales), make)
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
         if not self.ranks(state):
             return set()
-        exact = self._about(self._snapshots(self._step(None, state))).exact
+        exact = self._about(self._snapshots(None, state)).exact
         return {module for module, whole in exact.items() if not whole}
 
     def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
@@ -190,9 +189,6 @@ class Run(Result):
             raise unreadable(file, "checksum differs from run.json (changed or truncated)")
         return file
 
-    def _step(self, step: int | None, state: str) -> int | None:
-        return self._state(state).step if step is None else step
-
     def _all_steps(self) -> list[int]:
         files = {f"snapshots/{path.name}": path for path in self._folder.glob("snapshots/step-*.safetensors")}
         if GROWING in self.meta.checksums.values():  # a newer file may not be listed in the run.json that was read
@@ -200,7 +196,8 @@ class Run(Result):
         steps = (re.fullmatch(r"step-(\d{1,12})", path.stem) for path in files.values())
         return sorted(int(found[1]) for found in steps if found)
 
-    def _snapshots(self, step: int | None) -> TensorFile:
+    def _snapshots(self, step: int | None, state: str = "last") -> TensorFile:
+        step = self._state(state).step if step is None else step
         opened = self.__dict__.setdefault("_opened", {})
         if step not in opened:
             steps = self._all_steps()

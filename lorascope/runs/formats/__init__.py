@@ -1,13 +1,12 @@
 """Readers of adapters from other libraries, one module per format; they are found by definition."""
 
 from lorascope.runs.formats.peft_lora import group_factors
-from lorascope.runs.formats.registry import READERS, Reader, find_reader, reads
+from lorascope.runs.formats.registry import READERS, find_reader, reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 
 __all__ = [
     "READERS",
     "AdapterFiles",
-    "Reader",
     "StoredTensor",
     "StoredUpdate",
     "find_reader",

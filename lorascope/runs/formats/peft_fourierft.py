@@ -87,7 +87,7 @@ def read_fourier(
     settings = to_typed(config, FourierConfig, path / CONFIG)
     numbers, transposed = settings.n_frequency_pattern or {}, bool(settings.fan_in_fan_out)
     keys = Patterns(numbers, f"n_frequency_pattern of {path / CONFIG}")
-    parts = {}
+    seed, parts = entry_seed(config), {}
     for module, factors in found.items():
         stored, key, name = factors["fourierft_spectrum"], keys.first(module), printable(module)
         n = settings.n_frequency if key is None else numbers[key]
@@ -96,7 +96,7 @@ def read_fourier(
         outer, inner = sides = shapes.shape(module, transposed)
         if n > outer * inner:
             raise unreadable(path, f"{name} must have <= {outer} x {inner} coefficients (its base), got {n}")
-        parts[module] = FourierPart(stored, sides, settings.scaling, transposed, entry_seed(config))
+        parts[module] = FourierPart(stored, sides, settings.scaling, transposed, seed)
     return AdapterFiles(path, dict(config), parts, others, files, "FourierFT", named_base(config) is None)
 
 

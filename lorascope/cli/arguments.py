@@ -91,9 +91,9 @@ def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list
         kind = None if name in skip or parameter.kind is parameter.VAR_KEYWORD else flag_type(hints[name])
         if kind is None:
             continue
-        default = (
-            float(parameter.default) if kind is float and parameter.default != parameter.empty else parameter.default
-        )
+        default = parameter.default
+        if kind is float and default != parameter.empty:
+            default = float(default)
         help = " ".join(docs.get(name, "").replace("``", "").split()).rstrip(".")
         if default is True:  # the only option is --no-NAME
             help = f"disable: {help}"

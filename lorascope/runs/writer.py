@@ -99,15 +99,11 @@ class RunWriter:
 
     def flush(self) -> None:
         """Write the rows so far, so that a running run can be read; its files have no checksums yet."""
-        self.write_arrays()
-        self._write_table()
-        self._write_meta("running", lambda file: GROWING)
+        self._write("running", lambda file: GROWING)
 
     def finish(self, status: str) -> Run:
         """Write the table, then ``run.json`` with the checksums of all files."""
-        self.write_arrays()
-        self._write_table()
-        self._write_meta(status, file_hash)
+        self._write(status, file_hash)
         run = Run(self.path, self.meta)
         vars(run)["table"] = self.table()  # its rows are valid, so they need not be read
         return run
@@ -115,10 +111,9 @@ class RunWriter:
     def _content_files(self) -> set[Path]:
         return own_files(self.path, "records.parquet", "snapshots/*", "state/*")
 
-    def _write_table(self) -> None:
+    def _write(self, status: Any, checksum: Callable[[Path], str]) -> None:
+        self.write_arrays()
         write_bytes(self.path / "records.parquet", self.table().to_parquet(index=False))
-
-    def _write_meta(self, status: Any, checksum: Callable[[Path], str]) -> None:
         used = self.table()["quantity"].cat.categories
         self.meta.status = status
         self.meta.checksums = {

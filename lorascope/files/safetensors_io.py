@@ -214,12 +214,7 @@ def is_plain(name: str) -> bool:
 def weight_files(folder: Path, stem: str) -> list[Path]:
     """Return the weight files of a folder: ``<stem>.safetensors``, its indexed shards, or ``<stem>*.safetensors``.
 
-    Raises
-    ------
-    FileNotFoundError
-        The index lists a shard that does not exist.
-    ValueError
-        The index cannot be read.
+    A missing shard raises a FileNotFoundError, and an index that cannot be read a ValueError.
     """
     whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
     if whole.exists():

@@ -91,16 +91,8 @@ def group_factors(
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
     """Group factors by module, ordered by layer and role, and return the names of all other tensors.
 
-    Parameters
-    ----------
-    files : iterable of TensorFile
-    pattern : pattern
-        Pattern of factor names without PEFT's prefix, with the groups ``module`` and ``factor``.
-
-    Raises
-    ------
-    ValueError
-        A factor is not stored as floats or does not have the shape of a factor.
+    ``pattern`` matches the names of factors without PEFT's prefix, with the groups ``module`` and ``factor``. A factor
+    that is not stored as floats or does not have the shape of one raises a ValueError.
     """
     found: dict[str, dict[str, StoredTensor]] = {}
     others = []

@@ -82,16 +82,10 @@ class PretrainedWeights:
         return False
 
     def weight(self, module: str, shape: tuple[int, int], transposed: bool = False) -> Float[np.ndarray, "out in"]:
-        """Load the weight of a module.
+        """Load the weight of a module, whose name in the checkpoint may lack first parts or have others before it.
 
-        Parameters
-        ----------
-        module : str
-            Name in the model; in the checkpoint, the name may omit its first parts or have additional ones before it.
-        shape : (int, int)
-            (out, in) of the update.
-        transposed : bool
-            Whether a square weight is stored as (in, out), False by default; for others, the shape decides.
+        ``shape`` is that of the update, (out, in). It shows whether the weight is stored as (in, out); for a square
+        weight, ``transposed`` does.
 
         Raises
         ------

@@ -91,6 +91,11 @@ def test_to_peft_with_gates_of_some_modules_raises(hydra: Run, tmp_path: Path) -
         to_peft(ls.at_gates(hydra, {first: [0.2, 0.3, 0.5]}), tmp_path / "adapter")
 
 
+def test_summary_of_an_unknown_state_at_fixed_gates_raises(hydra: Run) -> None:
+    with pytest.raises(ValueError, match="state must be one of 'last', 'best', got 'first'"):
+        ls.at_gates(hydra, {}).summary(state="first")
+
+
 def test_to_peft_of_an_authors_folder_raises(tmp_path: Path) -> None:
     write(tmp_path / "theirs")
     with pytest.raises(ValueError, match="cannot export theirs: PEFT has no HydraLoRA"):

@@ -88,8 +88,8 @@ class TensorFile(Mapping[str, Any]):
             require_size(length, f"the header of {self.path}")
             header = to_typed(parse_json(file.read(length), f"the header of {self.path}"), dict[str, Any], self.path)
         self._start = 8 + length
-        optional: Any = dict[str, Any] | None
-        self._words = to_typed(header.pop("__metadata__", None), optional, f"__metadata__ of {path}") or {}
+        words = header.pop("__metadata__", None)
+        self._words = {} if words is None else to_typed(words, dict[str, Any], f"__metadata__ of {path}")
         self._entries = {name: self._parse_entry(name, entry, size) for name, entry in header.items()}
         spans = sorted(entry.data_offsets for entry in self._entries.values())
         if any(begin < end for (_, end), (begin, _) in pairwise(spans)):

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, overload
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
+# A schema of T is a Callable[..., T]: dict[str, Any] is not a class.
 T = TypeVar("T")
 
 # A run.json of a model with 100,000 modules has 20 MB, a header of 200,000 tensors 25 MB. Parsed JSON takes up to 35
@@ -64,11 +66,7 @@ def parse_json(text: str | bytes, name: object) -> Any:
     return content
 
 
-@overload
-def to_typed(content: Any, schema: type[T], name: object) -> T: ...
-@overload
-def to_typed(content: Any, schema: Any, name: object) -> Any: ...  # such as dict[str, int], which is not a class
-def to_typed(content: Any, schema: Any, name: object) -> Any:
+def to_typed(content: Any, schema: Callable[..., T], name: object) -> T:
     """Convert parsed JSON to a dataclass or another type that `msgspec` supports, without coercion.
 
     Unknown fields are ignored. A ValueError names the path of a value of the wrong type, and its source ``name``.
@@ -92,11 +90,7 @@ def _value_at(content: Any, message: str) -> str:
     return f": {printable(repr(content)[:60])}"
 
 
-@overload
-def read_json(path: Path, schema: type[T]) -> T: ...
-@overload
-def read_json(path: Path, schema: Any) -> Any: ...
-def read_json(path: Path, schema: Any) -> Any:
+def read_json(path: Path, schema: Callable[..., T]) -> T:
     """Read a JSON file as an instance of ``schema``.
 
     Raises

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import platformdirs
 
@@ -129,7 +129,7 @@ def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
 
 def _is_as_built(folder: Path) -> bool:
     try:
-        expected = read_json(folder / _HASHES, dict)
+        expected = read_json(folder / _HASHES, dict[str, Any])
         files = [(folder / name, (folder / name).stat()) for name in expected]
     except (OSError, ValueError):
         return False

@@ -58,13 +58,13 @@ class RecipeManifest:
     phases: Annotated[list[str], Meta(min_length=1)]
 
 
-MANIFESTS: dict[str, type[RunManifest | RecipeManifest]] = {"recipe.json": RecipeManifest, "run.json": RunManifest}
+MANIFESTS = ("recipe.json", "run.json")
 
 
 def read_manifest(folder: Path) -> RunManifest | RecipeManifest:
     """Return the manifest of a recipe with phases if there is one, else that of a run; see `read_json` for errors."""
-    name = "recipe.json" if (folder / "recipe.json").exists() else "run.json"
-    return read_json(folder / name, MANIFESTS[name])
+    recipe = folder / "recipe.json"
+    return read_json(recipe, RecipeManifest) if recipe.exists() else read_json(folder / "run.json", RunManifest)
 
 
 def own_files(folder: Path, *places: str) -> set[Path]:

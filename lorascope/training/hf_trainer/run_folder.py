@@ -148,6 +148,6 @@ def mark_lost_run(writer: RunWriter, lock: ExitStack) -> None:
     """Mark a run that was not finished as broken, unless another run has replaced it."""
     with lock, suppress(OSError):
         file = writer.path / "run.json"
-        if file.exists() and read_json(file, dict).get("started") == writer.meta.started:
+        if file.exists() and read_json(file, dict[str, Any]).get("started") == writer.meta.started:
             writer.meta.error = "the training ended before its last step"
             writer.finish("broken")

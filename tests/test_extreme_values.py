@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorascope.charts.chart import Axis, Bar, Chart, Heat, Line
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Axis, Bar, Heat, Line
 from lorascope.charts.scales import to_floats
 from lorascope.diagnosis import terminal
 from lorascope.diagnosis.terminal import BLOCKS, DIGITS, glyph
@@ -56,7 +57,7 @@ def test_to_floats_replaces_values_that_cannot_be_drawn() -> None:
 def test_both_renderers_draw_extreme_values(values: list[float], log: bool) -> None:
     data = pd.DataFrame({"x": range(4), "v": values, "c": list("aabb"), "r": list("pqpq")})
     lines = Chart(data, [Line("x", "v", "c"), Bar("x", "v")], y=Axis(label="y", log=log))
-    for chart in (lines, Chart(data, [Heat("r", "c", "v", label="l", text=".2g", log=log)])):
+    for chart in (lines, Chart(data, [Heat("r", "c", "v", label="l", text=".2g")])):
         chart.mpl().draw_without_rendering()
         assert "Infinity" not in chart.plotly().to_json()
 

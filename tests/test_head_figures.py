@@ -15,7 +15,7 @@ from test_hydralora import corpus
 
 from lorascope import plots
 from lorascope.analysis.head_count import DENSITY, KMEANS, cluster_selection, density_clusters, repeated_selection
-from lorascope.charts.chart import Rule
+from lorascope.charts.marks import Rule
 from lorascope.runs.run import Run
 
 T2 = 12.706204736432095 / math.sqrt(2)  # half the t-interval of two values, in standard deviations

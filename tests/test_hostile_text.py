@@ -24,7 +24,8 @@ from planted import plant as plant_run
 from test_inspect import plant
 
 from lorascope.charts import plotly_backend
-from lorascope.charts.chart import Axis, Chart, Heat, Line, Rule, Text
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Axis, Heat, Line, Rule, Text
 from lorascope.cli import sweep
 from lorascope.cli.main import main
 from lorascope.experiments.sweep_table import SweepTable, table

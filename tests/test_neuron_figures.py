@@ -17,7 +17,7 @@ import lorascope as ls
 from lorascope import observe, plots
 from lorascope.adapters.delta import attached_deltas, host_weight
 from lorascope.analysis import selected_neurons
-from lorascope.charts.chart import Line, Rule
+from lorascope.charts.marks import Line, Rule
 from lorascope.inputs import models
 from lorascope.methods import Full, HydraLoRA, LoRA, NeFT
 from lorascope.observe.neuron_utilization import mean_states

@@ -19,7 +19,7 @@ from scipy import stats
 
 import lorascope as ls
 from lorascope import plots
-from lorascope.charts.chart import Heat
+from lorascope.charts.marks import Heat
 from lorascope.methods import AdaLoRA
 from lorascope.plots.registry import FIGURES
 from lorascope.runs.run import Run

@@ -135,7 +135,8 @@ def plugin(monkeypatch: Any) -> Iterator[Any]:
 
 
 PLUGIN = """
-from lorascope.charts.chart import Chart, Line
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Line
 from lorascope.plots.registry import figure
 
 @figure(topic="updates", needs=("update_norm",), reads="Reads.", misleads="Misleads.", takes="Any runs.")

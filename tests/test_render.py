@@ -11,22 +11,9 @@ import pytest
 from readers import Mpl, Plotly
 
 from lorascope.charts import matplotlib_backend
-from lorascope.charts.chart import (
-    Axis,
-    Band,
-    Bar,
-    Chart,
-    Heat,
-    Line,
-    Mark,
-    Point,
-    Rule,
-    Span,
-    Text,
-    set_side_by_side,
-    stack_vertically,
-)
+from lorascope.charts.chart import Chart, set_side_by_side, stack_vertically
 from lorascope.charts.geometry import Curve, build
+from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Rule, Text
 from lorascope.charts.theme import OKABE_ITO
 
 both = pytest.mark.parametrize("reader", [Mpl, Plotly])
@@ -260,13 +247,6 @@ def test_heat_limits_set_the_color_range(reader, cells) -> None:
     assert reader(Chart(cells, [Heat("layer", "role", "value", limits=[0, 1])])).heat()[1] == (0, 1)
 
 
-@both
-def test_logarithmic_heat_omits_zeros(reader) -> None:
-    data = table("x y v", (0, 0, 100.0), (1, 0, 10.0), (2, 0, 0.0))
-    values, limits = reader(Chart(data, [Heat("x", "y", "v", log=True)])).heat()
-    assert (values, limits) == (([100, 10, None], (10, 100)) if reader is Mpl else ([2, 1, None], (1, 2)))
-
-
 def test_heat_with_text_writes_numbers_in_cells(cells) -> None:
     chart = Chart(cells, [Heat("layer", "role", "value", text=".1f")])
     assert {(x, y): text for x, y, text in Mpl(chart).words()} == {
@@ -294,19 +274,16 @@ def test_texts_are_at_their_positions(reader, runs) -> None:
     assert shown.words() == [(0, 1, "start"), (20, 3, "end < here" if reader is Mpl else "end &lt; here")]
 
 
-def test_rules_and_spans_are_at_their_positions(runs) -> None:
-    marks = [Line("step", "value", "method"), Rule(x=10, label="final"), Rule(y=30, label="top"), Span(5, 15, "search")]
+def test_rules_are_at_their_positions(runs) -> None:
+    marks = [Line("step", "value", "method"), Rule(x=10, label="final"), Rule(y=30, label="top")]
     shown = Mpl(Chart(runs, marks))
     upright, flat = shown.axes[0].lines[-2:]
     assert set(upright.get_xdata()) == {10}
     assert set(flat.get_ydata()) == {30}
-    span = shown.axes[0].patches[-1]
-    assert (span.get_x(), span.get_width()) == (5, 10)
-    assert [text.get_text() for text in shown.axes[0].texts] == ["final", "top", "search"]
-    first, second, third = Chart(runs, marks).plotly().layout.shapes
+    assert [text.get_text() for text in shown.axes[0].texts] == ["final", "top"]
+    first, second = Chart(runs, marks).plotly().layout.shapes
     assert (first.x0, first.x1, first.yref, first.label.text) == (10, 10, "y domain", "final")
     assert (second.y0, second.y1, second.xref, second.label.text) == (30, 30, "x domain", "top")
-    assert (third.x0, third.x1, third.yref, third.label.text) == (5, 15, "y domain", "search")
     assert shown.ends("y")[1] > 30
 
 
@@ -526,8 +503,8 @@ def test_markup_in_text_is_not_interpreted(reader, runs) -> None:
         [Line("x", "y", "kind"), Band("x", "y", "y", "kind"), Point("x", "y", "kind", size="y", low="y", high="y")],
         [Bar("x", "y", "kind", mode="stack", low="y", high="y")],
         [Heat("x", "kind", "y", text=".1f")],
-        [Heat("x", "kind", "y", log=True), Text("x", "kind", "kind")],
-        [Heat("x", "kind", "y", scale="diverging"), Rule(x=1), Span(0, 1)],
+        [Heat("x", "kind", "y"), Text("x", "kind", "kind")],
+        [Heat("x", "kind", "y", scale="diverging"), Rule(x=1)],
     ],
 )
 @pytest.mark.parametrize(
@@ -543,7 +520,7 @@ def test_markup_in_text_is_not_interpreted(reader, runs) -> None:
 )
 def test_empty_missing_and_nullable_tables_are_drawn(reader, marks, data) -> None:
     if data.empty:
-        marks = [mark for mark in marks if not isinstance(mark, Rule | Span)]
+        marks = [mark for mark in marks if not isinstance(mark, Rule)]
     shown = reader(Chart(data, marks, frame=None))
     if reader is Mpl:
         shown.figure.draw_without_rendering()

@@ -17,8 +17,9 @@ from planted import low_rank, plant, profile
 
 from lorascope import plots
 from lorascope.charts import plotly_backend
-from lorascope.charts.chart import Axis, Chart, Heat, Line, Point, set_side_by_side
+from lorascope.charts.chart import Chart, set_side_by_side
 from lorascope.charts.figure_plan import plan
+from lorascope.charts.marks import Axis, Heat, Line, Point
 from lorascope.charts.theme import THEMES, theme
 from lorascope.probes.base import PROBES, Findings, Probe, ReportFigure, draw
 from lorascope.probes.claims import Claim, Verdict

@@ -13,7 +13,7 @@ from planted import COMMON, MODULES, lookup, manifest, plant
 
 import lorascope as ls
 from lorascope import plots
-from lorascope.charts.chart import Heat, Rule
+from lorascope.charts.marks import Heat, Rule
 from lorascope.inputs import models
 from lorascope.methods import HydraLoRA
 from lorascope.runs.run import Run

@@ -24,7 +24,8 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 import lorascope
-from lorascope.charts.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, set_side_by_side
+from lorascope.charts.chart import Chart, set_side_by_side
+from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Point, Rule
 
 META = {"runs": ["0123456789ab", "ba9876543210"], "claim": 'norms grow <fast> & "far"'}
 
@@ -211,7 +212,8 @@ def test_caller_settings_do_not_change_the_file(chart, tmp_path) -> None:
 def test_pyplot_is_never_imported(tmp_path) -> None:
     code = (
         "import sys, pandas as pd\n"
-        "from lorascope.charts.chart import Chart, Line\n"
+        "from lorascope.charts.chart import Chart\n"
+        "from lorascope.charts.marks import Line\n"
         "chart = Chart(pd.DataFrame({'x': [0, 1], 'y': [1, 2]}), [Line('x', 'y')])\n"
         f"chart.save({str(tmp_path / 'a.pdf')!r}); chart.save({str(tmp_path / 'a.png')!r})\n"
         "print([name for name in ('matplotlib.pyplot', 'plotly', 'torch') if name in sys.modules])"
@@ -305,7 +307,7 @@ def test_no_text_overlaps_or_is_cut_off(chart, heat, width) -> None:
 
 def test_long_names_are_vertical_and_have_room() -> None:
     names = [f"model.layers.{n}.self_attn.q_proj" for n in range(10)]
-    chart = Chart(pd.DataFrame({"module": names, "norm": range(10)}), [Bar("module", "norm"), Span(names[2], names[4])])
+    chart = Chart(pd.DataFrame({"module": names, "norm": range(10)}), [Bar("module", "norm")])
     figure = chart.mpl()
     assert_tidy(figure)
     assert {label.get_rotation() for label in figure.axes[0].get_xticklabels()} == {90}

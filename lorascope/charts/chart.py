@@ -15,10 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Rule, Span, Text, is_number, missing_column
-
-__all__ = ["Axis", "Band", "Bar", "Heat", "Line", "Mark", "Point", "Rule", "Span", "Text"]
-__all__ += ["Chart", "Drawable", "Panels", "set_side_by_side", "stack_vertically"]
+from lorascope.charts.marks import Axis, Bar, Heat, Mark, is_number, missing_column
 
 
 class Drawable:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.charts.chart import Bar, Chart, Drawable, Heat
+from lorascope.charts.chart import Chart, Drawable
 from lorascope.charts.geometry import Panel, group
+from lorascope.charts.marks import Bar, Heat
 from lorascope.charts.scales import (
     Limits,
     Ramp,
@@ -73,7 +74,7 @@ def plan(drawable: Drawable, theme: Theme) -> Plan:
     for column, found in colors.items():
         if found.limits is not None:
             views = [number for number, chart in enumerate(charts) if column in encoded([chart], "color")]
-            ramps.append(Ramp(len(ramps), found.label, theme.ramp, found.limits, False, views))
+            ramps.append(Ramp(len(ramps), found.label, theme.ramp, found.limits, views))
     numbers = iter(range(len(charts)))
     titles = {chart.color_label for chart in charts}
     captions = list(dict.fromkeys(chart.caption for chart in charts if chart.caption))
@@ -182,13 +183,13 @@ def _heat_ramps(charts: Sequence[Chart]) -> list[Ramp]:
             if isinstance(mark, Heat):
                 # Heat maps without a label may show different quantities, so each gets its own color bar.
                 same = (mark.label,) if mark.label else (view, "")
-                alike.setdefault((*same, mark.scale, mark.log, tuple(mark.limits or ())), []).append((view, mark))
+                alike.setdefault((*same, mark.scale, tuple(mark.limits or ())), []).append((view, mark))
     ramps = []
     for number, uses in enumerate(alike.values()):
         views, mark = [view for view, _ in uses], uses[0][1]
         values = np.concatenate([to_floats(charts[view].table(heat)[heat.value]) for view, heat in uses])
         colors = RED_BLUE if mark.scale == "diverging" else VIRIDIS
-        ramps.append(Ramp(number, mark.label, colors, _heat_limits(mark, values), mark.log, views))
+        ramps.append(Ramp(number, mark.label, colors, _heat_limits(mark, values), views))
     return ramps
 
 
@@ -196,7 +197,7 @@ def _heat_limits(mark: Heat, numbers: Float[np.ndarray, "n"]) -> Limits:
     """Return the values at both ends of a color scale."""
     if mark.limits is not None:
         return float(mark.limits[0]), float(mark.limits[1])
-    numbers = numbers[numbers > 0] if mark.log else numbers[np.isfinite(numbers)]
+    numbers = numbers[np.isfinite(numbers)]
     if mark.scale == "diverging":
         # Equal distances from zero keep zero at the neutral color.
         far = float(np.abs(numbers).max(initial=0.0)) or 1.0
@@ -204,4 +205,4 @@ def _heat_limits(mark: Heat, numbers: Float[np.ndarray, "n"]) -> Limits:
     if not numbers.size:
         return 1.0, 10.0
     low, high = float(numbers.min()), float(numbers.max())
-    return (low, high) if low < high else (low, 10 * low if mark.log else low + 1.0)
+    return low, high if low < high else low + 1.0

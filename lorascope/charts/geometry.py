@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.charts.chart import Band, Bar, Chart, Heat, Line, Mark, Point, Rule, Span, Text
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Band, Bar, Heat, Line, Mark, Point, Rule, Text
 from lorascope.charts.scales import Colors, Ramp, Scale, to_floats
 from lorascope.charts.theme import STYLES, Theme
 
@@ -33,9 +34,7 @@ class Shape:
         """Return the outermost positions on x and on y, as numbers, arrays and None."""
         errors: Errors | None = getattr(self, "errors", None)
         x, y = errors.reach() if errors else ([], [])
-        sides = ("x", "x0", "x1"), ("y", "low", "high")
-        found_x, found_y = ([getattr(self, name, None) for name in names] for names in sides)
-        return found_x + x, found_y + y
+        return [getattr(self, "x", None), *x], [*(getattr(self, name, None) for name in ("y", "low", "high")), *y]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,15 +126,6 @@ class Ruler(Shape):
 
     x: float | None
     y: float | None
-    label: str
-
-
-@dataclass(frozen=True, eq=False)
-class Shade(Shape):
-    """Shaded interval of x."""
-
-    x0: float
-    x1: float
     label: str
 
 
@@ -301,8 +291,6 @@ def _(mark: Heat, panel: Panel, frame: Any) -> Iterator[Cells]:
     values = np.full((len(panel.y.names), len(panel.x.names)), np.nan)
     x, y = (place.astype(int) for place in panel.positions(mark, rows))
     values[y, x] = to_floats(rows[mark.value])
-    if mark.log:
-        values[values <= 0] = np.nan
     told = [] if mark.words is None else zip(y.tolist(), x.tolist(), rows[mark.words], strict=True)
     words: dict[tuple[int, ...], str] = {(row, column): str(text) for row, column, text in told}
     texts = {place: format(value, mark.text or ".4g") for place, value in np.ndenumerate(values) if np.isfinite(value)}
@@ -313,11 +301,6 @@ def _(mark: Heat, panel: Panel, frame: Any) -> Iterator[Cells]:
 def _(mark: Rule, panel: Panel, frame: Any) -> Iterator[Ruler]:
     x, y = (None if at is None else scale.locate(at) for at, scale in ((mark.x, panel.x), (mark.y, panel.y)))
     yield Ruler(x, y, mark.label)
-
-
-@build.register
-def _(mark: Span, panel: Panel, frame: Any) -> Iterator[Shade]:
-    yield Shade(panel.x.locate(mark.x0), panel.x.locate(mark.x1), mark.label)
 
 
 @build.register

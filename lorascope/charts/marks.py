@@ -162,15 +162,9 @@ class Heat(Mark):
     label: str = ""
     text: str | None = None
     scale: str = "sequence"
-    log: bool = False
     limits: Sequence[float] | None = None
     words: str | None = None
     data: pd.DataFrame | None = None
-
-    def check(self, table: pd.DataFrame) -> None:
-        super().check(table)
-        if self.log and self.scale == "diverging":
-            raise ValueError("cannot combine scale='diverging' with log=True: a diverging scale is centered at zero")
 
 
 @dataclass(frozen=True)
@@ -184,15 +178,6 @@ class Rule(Mark):
     def check(self, table: pd.DataFrame) -> None:
         if (self.x is None) == (self.y is None):
             raise ValueError(f"a Rule must have exactly one of x and y, got x={self.x!r}, y={self.y!r}")
-
-
-@dataclass(frozen=True)
-class Span(Mark):
-    """A shaded interval of the x axis, from x0 to x1."""
-
-    x0: Any
-    x1: Any
-    label: str = ""
 
 
 @dataclass(frozen=True)

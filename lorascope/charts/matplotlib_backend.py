@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_hex
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -29,7 +29,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, Plan, plan
-from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shade, Shape, Words
+from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
 from lorascope.charts.scales import Ramp, Scale
 from lorascope.charts.theme import FAINT, GLYPH, STYLES, Theme, count_lines, fold, inches, is_dark, theme
 from lorascope.files.printable import printable_lines
@@ -174,8 +174,7 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
         bar = made.colorbar(color_scale(ramp), ax=painted, fraction=0.06, pad=0.02, aspect=22)
         bar.set_label(escape_dollar(fold(ramp.label, 72 * 0.8 * sum(heights), size)))
         bar.outline.set_linewidth(0.4)
-        if not ramp.log:
-            bar.locator = MaxNLocator("auto", steps=[1, 2, 5, 10])  # no steps of 2.5: ranks and counts are integers
+        bar.locator = MaxNLocator("auto", steps=[1, 2, 5, 10])  # no steps of 2.5: ranks and counts are integers
     title = fold(settled.title, 72 * width, 1.1 * size)
     if title:
         made.suptitle(escape_dollar(title), x=0.01, ha="left")
@@ -338,7 +337,7 @@ def escape_dollar(text: str) -> str:
 def color_scale(ramp: Ramp) -> ScalarMappable:
     """Return the mapping of values to the colors of a color bar, transparent for missing values."""
     colors = LinearSegmentedColormap.from_list(ramp.label or "ramp", ramp.colors).with_extremes(bad=(0, 0, 0, 0))
-    return ScalarMappable((LogNorm if ramp.log else Normalize)(*ramp.limits), colors)
+    return ScalarMappable(Normalize(*ramp.limits), colors)
 
 
 def _is_short(scale: Scale) -> bool:
@@ -366,16 +365,7 @@ def _write(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
     ax.text(x, y, escape_dollar(text), ha="center", va="center", **style)
 
 
-def _annotate(ax: Axes, place: tuple[Any, Any], text: str, axis: str, across: str, up: str, turn: int = 0) -> None:
-    """Draw the label of a rule or a span at a distance of one or two points; ``axis`` is the one it is placed on."""
-    shift = ({"left": 2, "right": -2}.get(across, 0), {"bottom": 1, "top": -1}[up])
-    style: dict[str, Any] = {"ha": across, "va": up, "size": _text_size(ax), "rotation": turn, "zorder": 4}
-    transform = ax.get_xaxis_transform() if axis == "x" else ax.get_yaxis_transform()
-    ax.annotate(escape_dollar(text), place, shift, xycoords=transform, textcoords="offset points", **style)
-
-
 def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
-    ink = panel.theme.ink
     match shape:
         case Curve():
             ax.plot(shape.x, shape.y, color=shape.color, linestyle=DASHES[shape.dash], zorder=zorder)
@@ -406,17 +396,18 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
             look = {"cmap": colors.cmap, "norm": colors.norm, "aspect": "auto", "interpolation": "nearest"}
             ax.imshow(shape.values, zorder=zorder, **look)
         case Ruler():
-            look = {"color": ink, "linewidth": 0.8, "linestyle": (0, (4, 2))}
+            look = {"color": panel.theme.ink, "linewidth": 0.8, "linestyle": (0, (4, 2))}
+            note: dict[str, Any] = {"size": _text_size(ax), "zorder": 4, "textcoords": "offset points"}
+            text = escape_dollar(shape.label)
             if shape.y is not None:
                 ax.axhline(shape.y, zorder=zorder, **look)
-                _annotate(ax, (0.99, shape.y), shape.label, "y", "right", "bottom")
+                place, axis = (0.99, shape.y), ax.get_yaxis_transform()
+                ax.annotate(text, place, (-2, 1), axis, ha="right", va="bottom", **note)
             if shape.x is not None:
                 ax.axvline(shape.x, zorder=zorder, **look)
-                across = "right" if shape.x > np.mean(panel.x.limits) else "left"
-                _annotate(ax, (shape.x, 0.98), shape.label, "x", across, "top", 90)
-        case Shade():
-            ax.axvspan(shape.x0, shape.x1, color=ink, alpha=FAINT / 2, linewidth=0, zorder=zorder)
-            _annotate(ax, ((shape.x0 + shape.x1) / 2, 0.98), shape.label, "x", "center", "top")
+                across, shift = ("right", -2) if shape.x > np.mean(panel.x.limits) else ("left", 2)
+                place, axis = (shape.x, 0.98), ax.get_xaxis_transform()
+                ax.annotate(text, place, (shift, -1), axis, ha=across, va="top", rotation=90, **note)
         case Words():
             for x, y, text in zip(shape.x, shape.y, shape.text, strict=True):
                 if np.isfinite(x) and np.isfinite(y):

@@ -82,7 +82,7 @@ def _legend_sample(entry: Entry) -> go.Scatter:
 
 
 def traces(panel: Panel, frame: Any = None) -> list[Any]:
-    """Return the traces of a panel in one frame, without rules and spans (see :func:`overlays`)."""
+    """Return the traces of a panel in one frame, without rules (see :func:`overlays`)."""
     suffix = axis_suffix(panel.number)
     made = [trace for shape in panel.shapes(frame) for trace in _make_traces(shape, panel)]
     return [trace.update(xaxis=f"x{suffix}", yaxis=f"y{suffix}", showlegend=False) for trace in made]
@@ -157,23 +157,23 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
 
 
 def _heat_traces(shape: Cells, panel: Panel) -> Iterator[Any]:
-    """Yield the cells, and hatched ones for missing values; a logarithmic scale is drawn by exponents."""
+    """Yield the cells, and hatched ones for missing values."""
     mark, (rows, columns) = shape.mark, shape.values.shape
     places = [[f"{x}, {y}" for x in map(escape_tags, panel.x.names)] for y in map(escape_tags, panel.y.names)]
     labels = [list(line) for line in places]
     for (row, column), words in shape.words.items():
         labels[row][column] += f": {escape_tags(words)}"
-    written = mark.text is not None or mark.log
+    written = mark.text is not None
     value = "" if shape.words else ": %{text}" if written else ": %{z:.4~g}"
     texts = [[shape.texts.get((row, column), "") for column in range(columns)] for row in range(rows)]
     yield go.Heatmap(
         x=list(map(float, range(columns))),
         y=list(map(float, range(rows))),
-        z=np.log10(shape.values) if mark.log else shape.values,
+        z=shape.values,
         coloraxis=f"coloraxis{axis_suffix(shape.ramp.number)}",
         customdata=labels,
         text=texts if written else None,
-        texttemplate="%{text}" if mark.text is not None else None,
+        texttemplate="%{text}" if written else None,
         hovertemplate=f"%{{customdata}}{value}<extra>{escape_tags(mark.label)}</extra>",
         hoverongaps=False,
     )

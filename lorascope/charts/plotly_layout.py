@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from lorascope.charts.figure_plan import Plan
-from lorascope.charts.geometry import Panel, Ruler, Shade
+from lorascope.charts.geometry import Panel, Ruler
 from lorascope.charts.scales import Limits, Ramp, Scale, Ticks
-from lorascope.charts.theme import FAINT, GLYPH, channels, count_lines, fold
+from lorascope.charts.theme import GLYPH, channels, count_lines, fold
 from lorascope.files.printable import printable_lines, short_name
 
 WIDTH, EDGE, GAP = 760.0, 14.0, 14.0  # default width of a figure, distance from its edges, distance of panels
@@ -61,7 +61,6 @@ def layout(settled: Plan, width: float = WIDTH) -> dict[str, Any]:
     head = {"x": EDGE / room.width, "xanchor": "left", "y": 1 - EDGE / room.height, **top}
     below = 1 - (EDGE + 1.4 * TITLE * count_lines(room.title)) / room.height
     legend = {"x": 0, "y": below, "bgcolor": "rgba(0, 0, 0, 0)", "tracegroupgap": 0, **top}
-    first = settled.frames[0] if settled.frames else None
     made: dict[str, Any] = {
         "template": "none",
         "height": round(room.height),
@@ -78,7 +77,7 @@ def layout(settled: Plan, width: float = WIDTH) -> dict[str, Any]:
             for title, domain in zip(room.titles, room.domains, strict=True)
             if title
         ],
-        "shapes": [shape for panel in settled.panels for shape in overlays(panel, first)],
+        "shapes": [shape for panel in settled.panels for shape in overlays(panel)],
     }
     if room.caption:
         below = -(room.margin["b"] - EDGE - LINE * count_lines(room.caption))
@@ -193,16 +192,8 @@ def _color_axis(ramp: Ramp, ramps: list[Ramp], room: Space) -> dict[str, Any]:
         "len": high - low,
         **COLOR_BAR,
     }
-    start, stop = ramp.limits
-    if ramp.log:
-        # Powers of ten; below three decades also twice and five times these.
-        start, stop = float(np.log10(start)), float(np.log10(stop))
-        steps, powers = (1, 2, 5) if stop - start < 3 else (1,), range(math.floor(start), math.ceil(stop) + 1)
-        values = [step * 10.0**power for power in powers for step in steps]
-        values = [value for value in values if start <= np.log10(value) <= stop]
-        bar |= {"tickmode": "array", "tickvals": np.log10(values).tolist(), "ticktext": [f"{v:g}" for v in values]}
     colors = [[index / (len(ramp.colors) - 1), color] for index, color in enumerate(ramp.colors)]
-    return {"colorscale": colors, "cmin": start, "cmax": stop, "colorbar": bar}
+    return {"colorscale": colors, "cmin": ramp.limits[0], "cmax": ramp.limits[1], "colorbar": bar}
 
 
 def _slider(settled: Plan, room: Space) -> dict[str, Any]:
@@ -227,27 +218,19 @@ def _slider(settled: Plan, room: Space) -> dict[str, Any]:
     return {"sliders": [slider | common], "updatemenus": [{"buttons": buttons, **place, **common}]}
 
 
-def overlays(panel: Panel, frame: Any = None) -> list[dict[str, Any]]:
-    """Return the rules and spans of a panel as shapes of the layout; they are the same in every frame."""
-    made, suffix, ink = [], axis_suffix(panel.number), panel.theme.ink
-    ends: dict[str, Any]
-    for shape in panel.shapes(frame):
+def overlays(panel: Panel) -> list[dict[str, Any]]:
+    """Return the rules of a panel as shapes of the layout; they are the same in every frame."""
+    made, suffix = [], axis_suffix(panel.number)
+    for shape in panel.shapes():
         if isinstance(shape, Ruler):
-            look: dict[str, Any] = {"type": "line", "line": {"color": ink, "width": 1, "dash": "dash"}}
-            ends = {"x": (shape.x, shape.x), "y": (shape.y, shape.y)}
-            label = {"textposition": "end", "xanchor": "right"}
-        elif isinstance(shape, Shade):
-            look = {"type": "rect", "fillcolor": add_opacity(ink, FAINT / 2), "line": {"width": 0}, "layer": "below"}
-            ends, label = {"x": (shape.x0, shape.x1), "y": (None, None)}, {"textposition": "top center"}
-        else:
-            continue
-        for letter, (low, high) in ends.items():
-            # A shape without positions on an axis spans it.
-            axis = f"{letter}{suffix}"
-            look |= {f"{letter}0": 0, f"{letter}1": 1, f"{letter}ref": f"{axis} domain"}
-            if low is not None:
-                look |= {f"{letter}0": low, f"{letter}1": high, f"{letter}ref": axis}
-        made.append({**look, "label": {"text": escape_tags(shape.label), "font": {"size": NOTE}, **label}})
+            label = {**_sized_text(shape.label, NOTE), "textposition": "end", "xanchor": "right"}
+            line = {"color": panel.theme.ink, "width": 1, "dash": "dash"}
+            look: dict[str, Any] = {"type": "line", "line": line, "label": label}
+            for letter, place in (("x", shape.x), ("y", shape.y)):
+                # A rule without a position on an axis spans it.
+                ends, ref = ((0, 1), " domain") if place is None else ((place, place), "")
+                look |= {f"{letter}0": ends[0], f"{letter}1": ends[1], f"{letter}ref": f"{letter}{suffix}{ref}"}
+            made.append(look)
     return made
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,40 @@ from lorascope.files.printable import printable
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.safetensors_io import write_bytes
 
-Files = Iterator[tuple[Path, bytes]]
+_KINDS = ("pdf", "svg", "png", "html", "csv")
 
 
 def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
     """Write a chart or panels to a file; see :meth:`Drawable.save`."""
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
-    if kind not in _WRITERS:
-        raise ValueError(f"cannot save {path.name!r}: the extension must be one of {', '.join(_WRITERS)}")
-    for file, data in _WRITERS[kind](drawable, path, width, theme):
-        write_bytes(file, data)
+    if kind not in _KINDS:
+        raise ValueError(f"cannot save {path.name!r}: the extension must be one of {', '.join(_KINDS)}")
+    title = " | ".join(dict.fromkeys(printable(chart.title) for chart in drawable.charts() if chart.title))
+    source, program = provenance(drawable), f"lorascope {__version__}"
+    if kind == "csv":
+        notes = {"@context": "http://www.w3.org/ns/csvw", "url": path.name, "dc:title": title}
+        described = json.dumps(notes | {"lorascope": json.loads(source)}, indent=1)
+        write_bytes(path, csv_text(drawable.flat()).encode())
+        write_bytes(path.with_name(f"{path.name}-metadata.json"), described.encode())
+    elif kind == "html":
+        from lorascope.charts import plotly_backend
+
+        plot = plotly_backend.fragment(drawable, hashlib.sha256(source.encode()).hexdigest()[:12], theme)
+        ground = themes.theme(theme or "light").background
+        page = _PAGE.format(title=escape(title), source=escape(source), plot=plot, ground=ground)
+        write_bytes(path, page.encode())
+    else:
+        from lorascope.charts import matplotlib_backend
+
+        # No dates, so that equal figures give equal bytes.
+        metadata: dict[str, dict[str, Any]] = {
+            "pdf": {"Title": title, "Creator": program, "Keywords": source, "CreationDate": None},
+            "svg": {"Title": title, "Creator": program, "Description": source, "Date": None},
+            "png": {"Title": title, "Software": program, "lorascope": source},
+        }
+        look = theme or ("light" if kind == "png" else "paper")
+        write_bytes(path, matplotlib_backend.write(drawable, kind, look, width, metadata[kind]))
     return path
 
 
@@ -53,51 +75,6 @@ def provenance(drawable: Drawable) -> str:
     made = {**meta, "lorascope": __version__, "data_sha256": digest.hexdigest()}
     return json.dumps(made, sort_keys=True, default=str)
 
-
-def _chart_title(drawable: Drawable) -> str:
-    return " | ".join(dict.fromkeys(printable(chart.title) for chart in drawable.charts() if chart.title))
-
-
-def _print_figure(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> Files:
-    """Yield a PDF, SVG or PNG."""
-    from lorascope.charts import matplotlib_backend
-
-    kind = path.suffix.lower().removeprefix(".")
-    source, title, program = provenance(drawable), _chart_title(drawable), f"lorascope {__version__}"
-    # No dates, so that equal figures give equal bytes.
-    notes: dict[str, dict[str, Any]] = {
-        "pdf": {"Title": title, "Creator": program, "Keywords": source, "CreationDate": None},
-        "svg": {"Title": title, "Creator": program, "Description": source, "Date": None},
-        "png": {"Title": title, "Software": program, "lorascope": source},
-    }
-    look = theme or ("light" if kind == "png" else "paper")
-    yield path, matplotlib_backend.write(drawable, kind, look, width, notes[kind])
-
-
-def _print_page(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> Files:
-    """Yield an HTML page that needs no network."""
-    from lorascope.charts import plotly_backend
-
-    source = provenance(drawable)
-    plot = plotly_backend.fragment(drawable, hashlib.sha256(source.encode()).hexdigest()[:12], theme)
-    ground = themes.theme(theme or "light").background
-    page = _PAGE.format(title=escape(_chart_title(drawable)), source=escape(source), plot=plot, ground=ground)
-    yield path, page.encode()
-
-
-def _print_table(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> Files:
-    """Yield the tidy data and its metadata file."""
-    notes = {"@context": "http://www.w3.org/ns/csvw", "url": path.name, "dc:title": _chart_title(drawable)}
-    notes["lorascope"] = json.loads(provenance(drawable))
-    yield path, csv_text(drawable.flat()).encode()
-    yield path.with_name(f"{path.name}-metadata.json"), json.dumps(notes, indent=1).encode()
-
-
-_WRITERS: dict[str, Callable[[Drawable, Path, str | None, str | None], Files]] = {
-    **dict.fromkeys(("pdf", "svg", "png"), _print_figure),
-    "html": _print_page,
-    "csv": _print_table,
-}
 
 _PAGE = """<!doctype html>
 <html lang="en">

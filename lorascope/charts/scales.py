@@ -15,8 +15,8 @@ import pandas as pd
 from jaxtyping import Float
 from pandas.api.types import is_integer_dtype
 
-from lorascope.charts.chart import Axis, Chart
-from lorascope.charts.marks import Mark, is_number
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Axis, Mark, is_number
 from lorascope.charts.theme import GLYPH, PALETTE_SIZE, Theme
 from lorascope.files.printable import short_name
 
@@ -80,7 +80,7 @@ class Scale:
         return np.array([places.get(value, np.nan) for value in values], dtype=float)
 
     def locate(self, value: Any) -> float:
-        """Return the position of one value, for a rule or a span."""
+        """Return the position of one value, for a rule."""
         place = float(self.place(pd.Series([value]))[0])
         if np.isnan(place):
             allowed = "a finite number > 0" if self.log else "a finite number"
@@ -156,7 +156,6 @@ class Ramp:
     label: str
     colors: list[str]
     limits: Limits
-    log: bool
     views: list[int]
 
 

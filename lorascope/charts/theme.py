@@ -8,7 +8,6 @@ centered at zero.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lorascope.files.printable import printable_lines
@@ -48,9 +47,12 @@ class Theme:
         return self.palette[index] if count <= len(self.palette) else self.color_at(index / (count - 1))
 
     def color_at(self, share: float) -> str:
-        """Return the color of a line or dot at fraction ``share`` (0 to 1) of a scale."""
+        """Return the color of a line or dot at fraction ``share`` (0 to 1) of a scale, by linear interpolation."""
         start, stop = self.reach
-        return blend(VIRIDIS, start + share * (stop - start))
+        place = min(max(start + share * (stop - start), 0.0), 1.0) * (len(VIRIDIS) - 1)
+        low = min(int(place), len(VIRIDIS) - 2)
+        mixed = zip(channels(VIRIDIS[low]), channels(VIRIDIS[low + 1]), strict=True)
+        return "#" + "".join(f"{round(a + (place - low) * (b - a)):02x}" for a, b in mixed)
 
     @property
     def ramp(self) -> list[str]:
@@ -82,14 +84,6 @@ def inches(width: str) -> float:
     if width not in widths:
         raise ValueError(f"width must be 'column' ({COLUMN} in) or 'page' ({PAGE} in), got {width!r}")
     return widths[width]
-
-
-def blend(colors: Sequence[str], share: float) -> str:
-    """Return the color at fraction ``share`` (0 to 1) of evenly spaced colors, by linear interpolation."""
-    place = min(max(share, 0.0), 1.0) * (len(colors) - 1)
-    low = min(int(place), len(colors) - 2)
-    mixed = zip(channels(colors[low]), channels(colors[low + 1]), strict=True)
-    return "#" + "".join(f"{round(a + (place - low) * (b - a)):02x}" for a, b in mixed)
 
 
 def channels(color: str) -> tuple[int, int, int]:

@@ -9,7 +9,8 @@ import pandas as pd
 
 from lorascope.analysis import fourier
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Chart, Line, Point, Text
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Axis, Line, Point, Text
 from lorascope.plots.builders import ends
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group

@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Band, Bar, Chart, Heat, Line, Mark, Point, Text
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Text
 from lorascope.plots.run_groups import INTERVAL, Cohort
 from lorascope.schema.module_roles import ROLES
 

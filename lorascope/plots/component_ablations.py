@@ -9,7 +9,8 @@ import pandas as pd
 
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis.seed_intervals import band, t_interval
-from lorascope.charts.chart import Axis, Band, Chart, Line, Point, Text
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Axis, Band, Line, Point, Text
 from lorascope.plots.builders import ends, metric_bars
 from lorascope.plots.registry import figure
 from lorascope.plots.requirements import BASIS, FREQUENCIES, HEADS

@@ -14,8 +14,9 @@ from plotly.offline import get_plotlyjs
 from lorascope.analysis.norms import place
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts import plotly_backend
-from lorascope.charts.chart import Axis, Band, Chart, Line, Mark, Point, Rule
+from lorascope.charts.chart import Chart
 from lorascope.charts.figure_plan import plan
+from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
 from lorascope.charts.theme import theme
 from lorascope.files.printable import printable
 from lorascope.plots.builders import ends

@@ -13,7 +13,8 @@ from jaxtyping import Float
 
 from lorascope.analysis import factor_embeddings, factor_sharing, norms
 from lorascope.analysis.factor_embeddings import Factor, FactorSet, View
-from lorascope.charts.chart import Axis, Chart, Panels, Point, Text
+from lorascope.charts.chart import Chart, Panels
+from lorascope.charts.marks import Axis, Point, Text
 from lorascope.plots.registry import figure
 from lorascope.plots.requirements import UPDATES
 from lorascope.plots.run_groups import Cohort

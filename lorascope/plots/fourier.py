@@ -10,18 +10,8 @@ import pandas as pd
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import (
-    Axis,
-    Chart,
-    Drawable,
-    Heat,
-    Line,
-    Panels,
-    Point,
-    set_side_by_side,
-    stack_vertically,
-    wrap,
-)
+from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
+from lorascope.charts.marks import Axis, Heat, Line, Point
 from lorascope.plots.builders import curves
 from lorascope.plots.registry import figure, table_figure
 from lorascope.plots.requirements import FREQUENCIES, UPDATES

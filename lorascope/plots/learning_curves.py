@@ -8,7 +8,8 @@ import pandas as pd
 
 from lorascope.analysis import optimizer_moments
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Chart, Drawable, Line, Panels, Point, set_side_by_side, wrap
+from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
+from lorascope.charts.marks import Axis, Line, Point
 from lorascope.plots.builders import course, ends, mean_over_modules
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label

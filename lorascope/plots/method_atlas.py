@@ -13,7 +13,8 @@ from lorascope.analysis import initial_update
 from lorascope.analysis import leading_directions as analysis
 from lorascope.analysis.seed_intervals import band
 from lorascope.analysis.spectra import added_values
-from lorascope.charts.chart import Axis, Chart, Heat, Panels, Text, set_side_by_side, stack_vertically
+from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
+from lorascope.charts.marks import Axis, Heat, Text
 from lorascope.plots.builders import curves, pair_heat
 from lorascope.plots.norms import update_profile
 from lorascope.plots.registry import figure

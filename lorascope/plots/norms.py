@@ -8,7 +8,8 @@ import pandas as pd
 
 from lorascope.analysis import norms
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Chart, Drawable, Heat, wrap
+from lorascope.charts.chart import Chart, Drawable, wrap
+from lorascope.charts.marks import Axis, Heat
 from lorascope.plots.builders import heat_by_role, profile
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, axis_label, define

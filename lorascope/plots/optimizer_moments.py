@@ -9,7 +9,8 @@ import pandas as pd
 
 from lorascope.analysis import norms, optimizer_moments
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Line, Panels, set_side_by_side, wrap
+from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
+from lorascope.charts.marks import Axis, Heat, Line
 from lorascope.plots.builders import course, curves, mean_over_modules, used_places
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, axis_label

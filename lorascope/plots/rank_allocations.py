@@ -10,20 +10,8 @@ import pandas as pd
 from lorascope.analysis import norms, rank_allocations
 from lorascope.analysis.planted_ranks import recovered_ranks
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import (
-    Axis,
-    Band,
-    Chart,
-    Drawable,
-    Heat,
-    Line,
-    Mark,
-    Panels,
-    Point,
-    set_side_by_side,
-    stack_vertically,
-    wrap,
-)
+from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
+from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point
 from lorascope.plots.builders import curves, heat_by_role, metric_bars
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, Group, define, join_by_label

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lorascope.charts.chart import Axis, Chart, Heat, Point, Rule
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Axis, Heat, Point, Rule
 from lorascope.plots.builders import pair_heat
 from lorascope.plots.registry import table_figure
 

@@ -10,19 +10,8 @@ import pandas as pd
 from lorascope.analysis import neuron_utilization, selected_neurons
 from lorascope.analysis.norms import place
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import (
-    Axis,
-    Band,
-    Chart,
-    Drawable,
-    Heat,
-    Line,
-    Mark,
-    Panels,
-    Rule,
-    set_side_by_side,
-    wrap,
-)
+from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
+from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Rule
 from lorascope.plots.builders import bars, pair_heat, used_roles
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, axis_label

@@ -8,7 +8,8 @@ from dataclasses import replace
 import pandas as pd
 
 from lorascope.analysis import memory_estimate, norms, step_time
-from lorascope.charts.chart import Chart, Drawable, Rule, wrap
+from lorascope.charts.chart import Chart, Drawable, wrap
+from lorascope.charts.marks import Rule
 from lorascope.plots.builders import stacked_bars
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort

@@ -12,7 +12,8 @@ from lorascope.analysis import norms, spectra
 from lorascope.analysis import subspace_similarity as subspace
 from lorascope.analysis.seed_intervals import band
 from lorascope.analysis.subspace_similarity import Side
-from lorascope.charts.chart import Axis, Chart, Heat, Panels, set_side_by_side
+from lorascope.charts.chart import Chart, Panels, set_side_by_side
+from lorascope.charts.marks import Axis, Heat
 from lorascope.plots.builders import curves
 from lorascope.plots.registry import figure
 from lorascope.plots.requirements import SPECTRA, UPDATES

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attach
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Point, set_side_by_side
+from lorascope.charts.chart import Chart, Drawable, set_side_by_side
+from lorascope.charts.marks import Axis, Heat, Point
 from lorascope.methods.fourierft import BasisDelta, FourierDelta
 from lorascope.methods.lora import LoRADelta
 from lorascope.plots.builders import lines

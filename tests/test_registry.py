@@ -24,7 +24,7 @@ import lorascope as ls
 from lorascope import plots
 from lorascope.methods import METHODS
 from lorascope.plots import registry, requirements
-from lorascope.plots.setting_names import RENAMED, VALUES, present_label
+from lorascope.plots.run_groups import RENAMED, VALUES, present_label
 from lorascope.schema import plugins, records
 from lorascope.schema.deprecation import old_fields
 from lorascope.schema.records import Quantity

@@ -13,8 +13,7 @@ from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Line, Point, Text
 from lorascope.plots.builders import ends
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group
-from lorascope.plots.setting_names import present_label
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group, present_label
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")
 _OFFSET = 0.03  # distance between a point and its label, as a fraction of the range of the points

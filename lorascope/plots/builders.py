@@ -24,8 +24,7 @@ def ends(cells: pd.DataFrame) -> dict[str, Any]:
 
 def used_places(cells: pd.DataFrame) -> list[str]:
     """Return the positions on the layer axis that occur, in their order."""
-    used = set(cells["place"])
-    return [name for name in cells["place"].cat.categories if name in used]
+    return list(cells["place"].cat.remove_unused_categories().cat.categories)
 
 
 def used_roles(cells: pd.DataFrame) -> list[str]:
@@ -40,16 +39,6 @@ def mean_over_modules(rows: pd.DataFrame, *by: str) -> pd.DataFrame:
     return rows.groupby(keys, observed=True)["value"].mean().reset_index()
 
 
-def lines(
-    cells: pd.DataFrame, x: str, color: str = "recipe", *, points: bool = True, whiskers: bool = True
-) -> list[Mark]:
-    """Return the marks of one line per recipe, with a band, and error bars at the points, for several seeds."""
-    dash = "kind" if "kind" in cells and cells["kind"].nunique() > 1 else None
-    bands = [Band(x, "low", "high", color)] if ends(cells) else []
-    dots = [Point(x, "value", color, **(ends(cells) if whiskers else {}))] if points else []
-    return [*bands, Line(x, "value", color, dash), *dots]
-
-
 def curves(
     cells: pd.DataFrame,
     x: str,
@@ -60,7 +49,7 @@ def curves(
     whiskers: bool = True,
     **settings: Any,
 ) -> Chart:
-    """Plot one line per recipe over the column ``x``.
+    """Plot one line per recipe over the column ``x``, with a band and error bars for several seeds.
 
     Parameters
     ----------
@@ -80,13 +69,15 @@ def curves(
         Further arguments of `Chart`.
     """
     along, up = (Axis(label=label) if isinstance(label, str) else label for label in labels)
-    drawn = lines(cells, x, color, points=points, whiskers=whiskers)
-    return Chart(cells, [*drawn, *marks], x=along, y=up, **settings)
+    dash = "kind" if "kind" in cells and cells["kind"].nunique() > 1 else None
+    bands = [Band(x, "low", "high", color)] if ends(cells) else []
+    dots = [Point(x, "value", color, **(ends(cells) if whiskers else {}))] if points else []
+    return Chart(cells, [*bands, Line(x, "value", color, dash), *dots, *marks], x=along, y=up, **settings)
 
 
-def course(cells: pd.DataFrame, y: Axis | str, *marks: Mark, **settings: Any) -> Chart:
+def course(cells: pd.DataFrame, y: Axis | str, **settings: Any) -> Chart:
     """Plot one line per recipe over the steps; for the arguments see `curves`."""
-    return curves(cells, "step", ("step", y), *marks, **settings)
+    return curves(cells, "step", ("step", y), **settings)
 
 
 def profile(cohort: Cohort, cells: pd.DataFrame, y: Axis | str, **settings: Any) -> Chart:

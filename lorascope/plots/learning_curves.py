@@ -34,11 +34,8 @@ def training_curves(cohort: Cohort, windows: int = 25) -> Drawable:
         Maximum number of windows of equal length over which the training loss is averaged.
     """
     losses, averaged = _average_windows(cohort, windows)
-    table = cohort.label(cohort.table)
-    panels = [_curve_chart(cohort, "loss", losses, averaged)]
-    for quantity in ("eval_loss", "eval_metric"):
-        if len(rows := table[table["quantity"] == quantity]):
-            panels.append(_curve_chart(cohort, quantity, rows, averaged))
+    rows = {"loss": losses} | {quantity: cohort.select(quantity) for quantity in ("eval_loss", "eval_metric")}
+    panels = [_curve_chart(cohort, quantity, found, averaged) for quantity, found in rows.items() if len(found)]
     return wrap(panels, len(panels))
 
 
@@ -63,11 +60,10 @@ def guidance(cohort: Cohort, windows: int = 25) -> Panels:
         Maximum number of windows of equal length over which the training loss is averaged.
     """
     losses, averaged = _average_windows(cohort, windows)
-    table = cohort.label(cohort.table)
-    cosines = mean_over_modules(table[(table["quantity"] == "direction_cosine") & table["layer"].notna()])
+    cosines = mean_over_modules(cohort.select("direction_cosine").dropna(subset="layer"))
     caption = f"{averaged} Cosine: mean over the factored matrices in the blocks."
-    rows = {"loss": losses, "direction_cosine": cosines}
-    return set_side_by_side(*(_curve_chart(cohort, quantity, found, caption) for quantity, found in rows.items()))
+    left = _curve_chart(cohort, "loss", losses, caption)
+    return set_side_by_side(left, _curve_chart(cohort, "direction_cosine", cosines, caption))
 
 
 @figure(
@@ -127,8 +123,7 @@ def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: st
 
 def _average_windows(cohort: Cohort, windows: int) -> tuple[pd.DataFrame, str]:
     """Average the training loss of every run over windows of steps, each with its last step, and describe them."""
-    table = cohort.label(cohort.table)
-    rows = table[table["quantity"] == "loss"]
+    rows = cohort.select("loss")
     width = math.ceil(rows["step"].max() / windows)
     last = rows.groupby("run", observed=True)["step"].transform("max")
     end = (-(-rows["step"] // width) * width).clip(upper=last)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lorascope.analysis import lisa_schedule, norms
+from lorascope.analysis import lisa_schedule
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Heat, Line
@@ -106,8 +106,7 @@ def draw_frequency(cohort: Cohort) -> Drawable:
 )
 def draw_grid(cohort: Cohort) -> Chart:
     """Plot test metric by active blocks and steps between draws (LISA, Table 6 and Figs. 7 to 9)."""
-    reached = norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]).astype({"run": "str"})
-    rows = cohort.label(reached.merge(lisa_schedule.sizes(cohort.table), on="run"))
+    rows = cohort.scores().astype({"run": "str"}).merge(lisa_schedule.sizes(cohort.table), on="run")
     for (blocks, steps), own in rows.groupby(["blocks", "steps"]):
         if own["recipe"].nunique() > 1:
             both = " and ".join(own["recipe"].unique())

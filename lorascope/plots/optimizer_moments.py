@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
 import pandas as pd
 
 from lorascope.analysis import norms, optimizer_moments
@@ -100,13 +99,12 @@ def second_moments(cohort: Cohort, role: str | None = None) -> Panels:
 )
 def moment_error(cohort: Cohort) -> Drawable:
     """Plot the relative error of factored second moments by rank, and of Adafactor's rank one (Adapprox)."""
-    table = cohort.label(cohort.table)
     caption = cohort.caption(
         "Relative error in Frobenius norm, mean over all matrices in blocks, at the last recorded step; S-RSI with "
         "l = p = 5."
     )
     panels = []
-    for label, own in cohort.split(table):
+    for label, own in cohort.split(cohort.select(*_ERRORS)):
         parts = []
         for quantity, measure in _ERRORS.items():
             rows = norms.last(own[own["quantity"] == quantity])
@@ -135,13 +133,12 @@ def moment_error(cohort: Cohort) -> Drawable:
 )
 def factorization_methods(cohort: Cohort) -> Panels:
     """Plot error and time of S-RSI by rank, power iterations and oversampling, and of torch's SVDs (Adapprox)."""
-    table = cohort.label(cohort.table)
     caption = cohort.caption(
         "Second moments of one block at the last recorded step. Errors: mean Frobenius error over the matrices, "
         "relative to that of the full SVD. Times: sum over the matrices."
     )
     panels = []
-    for label, own in cohort.split(table):
+    for label, own in cohort.split(cohort.label(cohort.table)):
         found = optimizer_moments.factorings(own, _WAYS)
         for what, name, log in (("excess", "error / SVD error", False), ("seconds", "time (s)", True)):
             cells = band(found.assign(value=found[what]), ["measure", "index"])
@@ -176,11 +173,11 @@ def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
     if rows.empty:
         raise ValueError(f"factor_rank needs a role with factors in blocks, got {role!r}")
     steps = sorted(rows["step"].unique())
-    shown = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, min(_MOST_STEPS, len(steps)))]
-    rows = rows[rows["step"].isin(shown)].astype({"role": "str"})
+    shown = norms.evenly_spaced(steps, _MOST_STEPS)
+    rows = rows[rows["step"].isin(shown)]
     places = used_places(rows)
     keys = ["recipe", "kind", "role", "place", "step"]
-    rows = rows.astype({"place": "str"})
+    rows = rows.astype({"role": "str", "place": "str"})
     caps = rows.groupby(keys, observed=True)[["share", "cap"]].mean().reset_index()
     cells = band(rows, keys).merge(caps, on=keys)
     cells["words"] = [f"{rank:.4g}/{cap:.4g}" for rank, cap in zip(cells["value"], cells["cap"], strict=True)]
@@ -223,8 +220,7 @@ def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
 )
 def factor_error(cohort: Cohort) -> Drawable:
     """Plot the errors of Adapprox's second moments over the steps, averaged over all factored matrices in blocks."""
-    table = cohort.label(cohort.table)
-    rows = table[table["quantity"].isin(list(_COURSES)) & table["layer"].notna()].astype({"quantity": "str"})
+    rows = cohort.select(*_COURSES).dropna(subset="layer").astype({"quantity": "str"})
     means = mean_over_modules(rows, "quantity")
     cells = band(means.assign(measure=means["quantity"].map(_COURSES)), ["recipe", "measure", "step"])
     caption = cohort.caption(

@@ -174,7 +174,7 @@ def _rank_course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) 
     own = found[found["recipe"] == label]
     totals = own.groupby(["run", "recipe", "kind", "step"], observed=True)["value"].sum().reset_index()
     shown = band(totals, ["recipe", "step"]).assign(at=lambda rows: rows["step"], series=_SHOWN)
-    rows = cohort.label(cohort.table[cohort.table["quantity"] == "budget"])
+    rows = cohort.select("budget")
     budget = band(rows[rows["recipe"] == label], ["step"]).rename(columns={"step": "at"}).sort_values("at")
     stairs = rank_allocations.staircase(budget).assign(series="budget")
     sums = shown.drop(columns="step").assign(series=_SUM)

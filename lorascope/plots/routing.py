@@ -203,8 +203,7 @@ def gates_by_domain(run: Result, step: int | None = None) -> pd.DataFrame:
 
 def _module_means(cohort: Cohort, quantity: str) -> pd.DataFrame:
     """Average a quantity over modules, then return mean and band over seeds by recipe and step."""
-    rows = cohort.table[cohort.table["quantity"] == quantity]
-    return band(mean_over_modules(cohort.label(rows)), ["recipe", "kind", "step"])
+    return band(mean_over_modules(cohort.select(quantity)), ["recipe", "kind", "step"])
 
 
 def _course_chart(cohort: Cohort, quantity: str, cells: pd.DataFrame, *rules: Rule) -> Chart:

@@ -12,7 +12,6 @@ import pandas as pd
 
 from lorascope.analysis import initial_update, norms
 from lorascope.plots.requirements import OF_UPDATES, missing_reason
-from lorascope.plots.setting_names import present_label, present_setting
 from lorascope.runs.gated_run import gate_description
 from lorascope.runs.result import Result
 from lorascope.schema import records
@@ -25,6 +24,17 @@ MIXTURES = "mixtures"
 """Key of a chart's ``meta``: label -> gate weights at which its input-dependent updates are evaluated."""
 _SAME = ("model", "task", "recipe", "settings")
 _POOLS = {"norm": "root sum of squares", "sum": "sum", "mean": "mean"}
+# Method -> old -> new name of a setting. A renamed setting keeps its old name in run.json, because the id of a run is
+# computed from it. The list is repeated here because importing the methods would import torch.
+RENAMED: dict[str, dict[str, str]] = {
+    "autolora": {"lora_alpha": "alpha"},
+    "full": {"rule": "optimizer_name"},
+    "hydralora": {"heads": "shared_a", "number": "num_experts"},
+    "lisa": {"moments": "moment_policy"},
+    "neft": {"k": "num_neurons", "mode": "select_by", "share": "parameter_share", "tuned": "reference"},
+}
+# Values that were renamed with their setting.
+VALUES: dict[tuple[str, str], dict[str, Any]] = {("hydralora", "heads"): {"shared": True, "split": False}}
 
 
 @dataclass(frozen=True)
@@ -140,9 +150,13 @@ class Cohort:
         run = table["run"].astype("str")
         return table.assign(recipe=run.map(labels), kind=run.map(kinds))
 
+    def select(self, *quantities: str) -> pd.DataFrame:
+        """Return the labeled records of these quantities."""
+        return self.label(self.table[self.table["quantity"].isin(quantities)])
+
     def scores(self) -> pd.DataFrame:
         """Return the final test metric of every run."""
-        return self.label(norms.last(self.table[self.table["quantity"] == "test_metric"]))
+        return norms.last(self.select("test_metric"))
 
     @property
     def metric(self) -> str:
@@ -245,6 +259,20 @@ def axis_label(quantity: str) -> str:
     """Return the label and unit of a quantity."""
     entry = QUANTITIES[quantity]
     return f"{entry.label} ({entry.unit})" if entry.unit else entry.label
+
+
+def present_setting(method: str, name: str, value: Any) -> tuple[str, Any]:
+    """Return the present name and value of a stored setting of a method ("" if unknown)."""
+    values = VALUES.get((method, name), {})
+    return RENAMED.get(method, {}).get(name, name), values.get(value, value) if values else value
+
+
+def present_label(label: str, method: str) -> str:
+    """Return the label of a run, such as "HydraLoRA, number 4", with the present names of its method's settings."""
+    name, *settings = label.split(", ")
+    pairs = [setting.partition(" ") for setting in settings]
+    shown = [" ".join(map(str, present_setting(method, key, value))) if space else key for key, space, value in pairs]
+    return ", ".join([name, *shown])
 
 
 def present_run_label(run: Result) -> str:

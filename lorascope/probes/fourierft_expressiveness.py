@@ -36,7 +36,7 @@ from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.marks import Axis, Heat, Point
 from lorascope.methods.fourierft import BasisDelta, FourierDelta
 from lorascope.methods.lora import LoRADelta
-from lorascope.plots.builders import lines
+from lorascope.plots import builders
 from lorascope.plots.run_groups import INTERVAL
 from lorascope.probes.base import Probe, ReportFigure, format_mean
 from lorascope.probes.seed_statistics import BySeed, Combined, Statistic
@@ -214,12 +214,12 @@ def curves(found: Courses) -> Chart:
         sampled = {"epoch": range(0, last, _EVERY), "value": extended[::_EVERY]}
         parts.append(pd.DataFrame(sampled | {"run": seed, "recipe": label, "kind": "run"}))
     cells = band(pd.concat(parts), ["recipe", "kind", "epoch"])
-    return Chart(
+    return builders.curves(
         cells,
-        lines(cells, "epoch", points=False),
+        "epoch",
+        ("epoch", Axis(label="training accuracy", limits=(0, 1))),
+        points=False,
         title=f"Fitting eight classes with {COEFFICIENTS} parameters",
-        x=Axis(label="epoch"),
-        y=Axis(label="training accuracy", limits=(0, 1)),
         caption=f"Training accuracy, every {_EVERY}th epoch, mean of {len({seed for _, seed in found})} seeds; bands: "
         f"{INTERVAL}. {CLASSES} × {POINTS} points; frozen network with one adapted {WIDTH} × {WIDTH} layer; full-batch "
         "Adam.",

@@ -43,15 +43,14 @@ def bias_curve(cohort: Cohort) -> Chart:
     if len(uniform) == len(recipes):
         raise ValueError("bias_curve needs a run with a frequency band, got none: train FourierFT with center=")
     drawn = [
-        {"recipe": label, "series": _UNIFORM, "center": math.nan, "width": math.nan}
+        (label, _UNIFORM, math.nan, math.nan)
         if label in uniform
-        else {"recipe": label, "series": f"width {recipe['width']:g}"}
-        | {key: recipe[key] for key in ("center", "width")}
+        else (label, f"width {recipe['width']:g}", recipe["width"], recipe["center"])
         for label, recipe in recipes.items()
     ]
+    keys = ["series", "width", "center"]
     rows = cohort.scores()
-    cells = band(rows.merge(pd.DataFrame(drawn), on="recipe"), ["series", "width", "center"])
-    cells = cells.sort_values(["width", "center"])
+    cells = band(rows.merge(pd.DataFrame(drawn, columns=["recipe", *keys]), on="recipe"), keys).sort_values(keys[1:])
     curves = cells.dropna(subset="center")
     highest = max(analysis.corner(update.shape) for update in analysis.updates(cohort.runs[0]).values())
     return _curve_and_level(

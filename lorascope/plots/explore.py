@@ -19,7 +19,7 @@ from lorascope.charts.figure_plan import plan
 from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
 from lorascope.charts.theme import theme
 from lorascope.files.printable import printable
-from lorascope.plots.builders import ends
+from lorascope.plots.builders import ends, used_places
 from lorascope.plots.run_groups import MIXTURES, Cohort, Runs, axis_label, gather, mixture_sentences
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import QUANTITIES
@@ -227,8 +227,7 @@ def _chart(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
         along, x, y, shown = "step", Axis(label="step"), replace(y, limits=None), table
         rules = [Rule(x=step)] if step != UNSTEPPED else []
     else:
-        places = table["place"].cat.remove_unused_categories().cat.categories
-        along, x = "place", Axis(label="layer", order=list(places))
+        along, x = "place", Axis(label="layer", order=used_places(table))
     if along != "step":
         title = f"{title}, {'as stored' if step == UNSTEPPED else f'after step {step}'}"
     caption = [cohort.caption(f"{entry.label}: {entry.definition}."), *mixture_sentences(cohort.meta.get(MIXTURES, {}))]

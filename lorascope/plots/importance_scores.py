@@ -74,19 +74,14 @@ def _importance_chart(
     cells: pd.DataFrame, own: pd.DataFrame, marks: Sequence[Mark], title: str, quantity: str, sentence: str
 ) -> Chart:
     values = own["value"][own["value"] != 0]
+    fates = own.drop_duplicates(["run", "module", "index"])["kept"]
+    caption = f"{QUANTITIES[quantity].label}: {QUANTITIES[quantity].definition}."
     return Chart(
         cells,
         marks,
         title=title,
         x=Axis(label="step"),
         y=Axis(label=axis_label(quantity), log=bool((values > 0).all() and values.max() > _LOG_FROM * values.min())),
-        caption=f"{importance_caption(own, quantity)} {sentence}",
+        caption=f"{caption} Retained at the end: {fates.sum():,} of {len(fates):,} components. {sentence}",
         colors=_FATES if "fate" in {mark.columns().get("color") for mark in marks} else None,
     )
-
-
-def importance_caption(own: pd.DataFrame, quantity: str) -> str:
-    """Return the definition of the quantity and the number of retained components."""
-    fates = own.drop_duplicates(["run", "module", "index"])["kept"]
-    definition = f"{QUANTITIES[quantity].label}: {QUANTITIES[quantity].definition}."
-    return f"{definition} Retained at the end: {fates.sum():,} of {len(fates):,} components."

@@ -42,7 +42,7 @@ def gates(cohort: Cohort, step: int | None = None) -> Drawable:
     step : int, optional
         First or last step of the run; by default the last.
     """
-    found = [(group, gates_by_domain(group.runs[0], step)) for group in cohort.groups]
+    found = [(group, _gates_by_domain(group.runs[0], step)) for group in cohort.groups]
     limit = max(float(cells["value"].abs().max()) for _, cells in found)
     panels = []
     for group, cells in found:
@@ -52,19 +52,11 @@ def gates(cohort: Cohort, step: int | None = None) -> Drawable:
         shown = f"{define('gate')} By domain, minus 1/{len(experts)}, after step {cells['step'].iloc[0]}."
         seed = group.runs[0].meta.seed
         which = "" if seed is None else f" (seed {seed})"
-        value = Heat(
-            "column",
-            "domain",
-            "value",
-            f"gate − 1/{len(experts)}",
-            numbers,
-            scale="diverging",
-            limits=(-limit, limit),  # the same in all panels
-        )
+        look = {"scale": "diverging", "limits": (-limit, limit)}  # the same in all panels
         panels.append(
             Chart(
                 cells.assign(column=cells["role"].astype("str") + " " + cells["head"].astype("str")),
-                [value],
+                [Heat("column", "domain", "value", f"gate − 1/{len(experts)}", numbers, **look)],
                 title=group.label,
                 x=Axis(label="role and expert", order=columns),
                 y=Axis(order=sorted(cells["domain"].unique())),
@@ -164,27 +156,8 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     return set_side_by_side(error, chosen_number)
 
 
-def gates_by_domain(run: Result, step: int | None = None) -> pd.DataFrame:
-    """Return the gate weights of one run by domain.
-
-    Parameters
-    ----------
-    run : Run
-        Run of HydraLoRA on a task with domains.
-    step : int, optional
-        Step with saved gate weights; by default the last.
-
-    Returns
-    -------
-    DataFrame
-        ``step, layer, role, domain, head, gate`` and ``value``, the gate weight minus a uniform one, averaged over the
-        modules of a layer and role. A layer is a position on the layer axis, such as "3" or "embed".
-
-    Raises
-    ------
-    ValueError
-        No gate weights were saved at this step.
-    """
+def _gates_by_domain(run: Result, step: int | None) -> pd.DataFrame:
+    """Return the gate weights of a run by domain, and in ``value`` minus uniform ones, by layer and role."""
     rows = run.table[run.table["quantity"] == "gate_information"].drop_duplicates("module")
     names = [f"{module}/gate_by_domain" for module in rows["module"]]
     saved = run.snapshot_steps(names[0])

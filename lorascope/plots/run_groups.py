@@ -105,7 +105,7 @@ class Cohort:
     def require_runs(self, least: int) -> None:
         """Raise a ValueError if there are fewer runs than this."""
         if len(self.runs) < least:
-            raise ValueError(f"{self.name} needs at least {least} runs, got {len(self.runs)}")
+            raise ValueError(f"{self.name} needs at least {least} run{'s' * (least > 1)}, got {len(self.runs)}")
 
     def require_same(self, *keys: str) -> None:
         """Raise a ValueError if two runs differ in one of these keys of ``Run.meta``."""
@@ -206,18 +206,7 @@ class Cohort:
 
 
 def gather(name: str, runs: Runs, control: Runs | None = None, needs: tuple[str, ...] = ()) -> Cohort:
-    """Group runs by label.
-
-    Parameters
-    ----------
-    name : str
-        Name of the figure, for error messages.
-    runs : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot. Without labels, runs of one recipe have the label of the recipe and count as its seeds.
-    control : as ``runs``, optional
-        Runs to compare with.
-    needs : tuple of str
-        Records that the figure requires, as in `Figure`.
+    """Group runs by label; without labels, runs of one recipe have the label of the recipe and count as its seeds.
 
     Raises
     ------
@@ -226,9 +215,8 @@ def gather(name: str, runs: Runs, control: Runs | None = None, needs: tuple[str,
     """
     groups = _groups(runs) + (_groups(control, control=True) if control is not None else ())
     cohort = Cohort(name, groups, needs)
+    cohort.require_runs(1)
     ids = [run.id for run in cohort.runs]
-    if not ids:
-        raise ValueError(f"{name} needs at least 1 run, got 0")
     if twice := sorted({id for id in ids if ids.count(id) > 1}):
         raise ValueError(f"{name}: duplicate run {twice[0]}")
     if twice := sorted({label for label in cohort.labels if cohort.labels.count(label) > 1}):

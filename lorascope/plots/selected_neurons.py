@@ -83,8 +83,7 @@ def neuron_cosine(cohort: Cohort, quantity: str | None = None) -> Drawable:
     recorded = cohort.table.loc[cohort.table["quantity"] == "selection_cosine", "run"].nunique()
     quantity = quantity or ("selection_cosine" if recorded == len(cohort.runs) else "neuron_cosine")
     cohort.require(quantity)
-    panels = [_rotation_quantiles(cohort, group, quantity) for group in cohort.groups]
-    return wrap(panels, len(panels))
+    return wrap([_rotation_quantiles(cohort, group, quantity) for group in cohort.groups], len(cohort.groups))
 
 
 @figure(

@@ -69,10 +69,10 @@ def memory(cohort: Cohort, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
         f"Mean over runs; {_COUNTS}.": any(len(g.runs) > 1 for part in models.values() for g in part.groups),
     }
     caption = " ".join(sentence for sentence, applies in notes.items() if applies)
-    panels = []
-    for model, part in models.items():
-        title = f"{model}, measured"
-        panels.append(stacked_bars(cells[model], part.labels, "memory (MiB)", _COLORS, title=title, caption=caption))
+    panels = [
+        stacked_bars(cells[model], part.labels, "memory (MiB)", _COLORS, title=f"{model}, measured", caption=caption)
+        for model, part in models.items()
+    ]
     for size in computed:
         if size in memory_estimate.GPT2:
             model, unit, table = f"GPT-2 {size}", "MiB", memory_estimate.optimizers(memory_estimate.GPT2[size])

@@ -229,6 +229,12 @@ def test_figure_shows_the_matrix(three: dict[str, Adapter]) -> None:
         plots.adapter_pairs(three["a"])
 
 
+def test_pairs_of_one_label_without_seeds_are_named_by_their_runs(three) -> None:
+    runs = [three["a"], three["b"]]
+    chart = plots.adapter_pairs({"mine": runs, "theirs": three["c"]}).charts()[0]
+    assert list(dict.fromkeys(chart.data["one"])) == [*(f"mine, run {run.id}" for run in runs), "theirs"]
+
+
 def test_inspect_lists_notes_on_special_adapters_below_the_matrix(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,7 @@ def adapter_pairs(cohort: Cohort, spectra: bool = False) -> Panels:
     cohort.require_runs(2)
     cohort.require("update_norm")
     labelled = {
-        group.label if len(group.runs) == 1 else f"{group.label}, seed {run.meta.seed}": run
+        group.label if len(group.runs) == 1 else group.run_names[run.id]: run
         for group in cohort.groups
         for run in group.runs
     }

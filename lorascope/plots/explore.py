@@ -79,7 +79,7 @@ class Explorer(ipywidgets.VBox):
 
     def __init__(self, cohort: Cohort) -> None:
         self._cohort, self._table = cohort, _add_places(cohort.label(cohort.table))
-        self._names = {run.id: f"{one.label}, seed {run.meta.seed}" for one in cohort.groups for run in one.runs}
+        self._names = {id: name for group in cohort.groups for id, name in group.run_names.items()}
         known = set(self._table["quantity"])
         names = [name for name in QUANTITIES if name in known]
         self.quantity = ipywidgets.Dropdown(

@@ -56,6 +56,16 @@ class Group:
             return f"1 run (seed {listed})"
         return f"{n} seeds ({listed})" if len(seeds) == n else f"{n} runs (seeds {listed})"
 
+    @property
+    def run_names(self) -> dict[str, str]:
+        """Label and seed of each run by its id, or label and id if the seeds are not distinct."""
+        seeds = {run.meta.seed for run in self.runs} - {None}
+        named = len(seeds) == len(self.runs)
+        return {
+            run.id: f"{self.label}, seed {run.meta.seed}" if named else f"{self.label}, run {run.id}"
+            for run in self.runs
+        }
+
 
 @dataclass(frozen=True)
 class Cohort:

@@ -59,12 +59,9 @@ class Group:
     @property
     def run_names(self) -> dict[str, str]:
         """Label and seed of each run by its id, or label and id if the seeds are not distinct."""
-        seeds = {run.meta.seed for run in self.runs} - {None}
-        named = len(seeds) == len(self.runs)
-        return {
-            run.id: f"{self.label}, seed {run.meta.seed}" if named else f"{self.label}, run {run.id}"
-            for run in self.runs
-        }
+        seeds = {run.id: run.meta.seed for run in self.runs}
+        distinct = len({*seeds.values()} - {None}) == len(seeds)
+        return {id: f"{self.label}, " + (f"seed {seed}" if distinct else f"run {id}") for id, seed in seeds.items()}
 
 
 @dataclass(frozen=True)

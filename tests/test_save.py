@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -185,8 +186,9 @@ def test_themes_and_widths_are_applied_or_rejected(chart, tmp_path) -> None:
     for draw in (chart.mpl, chart.plotly):
         with pytest.raises(ValueError, match="theme must be one of 'light', 'dark', 'paper', got 'neon'"):
             draw(theme="neon")
-    with pytest.raises(ValueError, match=r"width must be .* got 'wide'"):
-        chart.mpl(width="wide")
+    for one in (chart, replace(chart, frame=chart.data.columns[0])):
+        with pytest.raises(ValueError, match=r"width must be .* got 'wide'"):
+            one.mpl(width="wide")
 
 
 def test_svg_uses_the_paper_theme_by_default(chart, tmp_path) -> None:

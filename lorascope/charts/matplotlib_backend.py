@@ -31,7 +31,7 @@ from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, Plan, plan
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
 from lorascope.charts.scales import Ramp, Scale
-from lorascope.charts.theme import FAINT, GLYPH, STYLES, Theme, count_lines, fold, inches, is_dark, theme
+from lorascope.charts.theme import FAINT, GLYPH, STYLES, WIDTHS, Theme, count_lines, fold, is_dark, theme
 from lorascope.files.printable import printable_lines
 
 _PATTERNS = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2)))
@@ -64,8 +64,11 @@ def figure(drawable: Drawable, name: str | None = None, width: str | None = None
     """Draw on a new figure; see :meth:`Drawable.mpl`."""
     settled = plan(drawable, theme(name or "light"))
     width = width or ("column" if len(settled.panels) == 1 and not settled.frames else "page")
+    if width not in WIDTHS:
+        sizes = " or ".join(f"{name!r} ({size} in)" for name, size in WIDTHS.items())
+        raise ValueError(f"width must be {sizes}, got {width!r}")
     with style(settled.theme):
-        return _compose(settled, _lay_out_grid(settled, ACROSS[width] if settled.frames else 1), inches(width))
+        return _compose(settled, _lay_out_grid(settled, ACROSS[width]), WIDTHS[width])
 
 
 def write(drawable: Drawable, kind: str, name: str, width: str | None, metadata: dict[str, Any]) -> bytes:

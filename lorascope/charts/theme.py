@@ -19,7 +19,7 @@ OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "
 ON_DARK = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#ffffff", "#0072b2"]
 
 FAINT = 0.18  # opacity of bands
-COLUMN, PAGE = 3.3, 6.9  # inches: one column and the full width of a two-column page
+WIDTHS = {"column": 3.3, "page": 6.9}  # inches: one column and the full width of a two-column page
 GLYPH = 0.58  # mean width of a character of DejaVu Sans, in font sizes
 # Dash patterns and shapes of dots, by plotly's names.
 STYLES = {
@@ -32,7 +32,6 @@ STYLES = {
 class Theme:
     """Colors as ``#rrggbb``, ``size`` of text in points, and ``reach``, the part of viridis that is visible."""
 
-    name: str
     background: str
     ink: str
     grid: str
@@ -61,12 +60,9 @@ class Theme:
 
 
 THEMES = {
-    theme.name: theme
-    for theme in (
-        Theme("light", "#ffffff", "#222222", "#e4e4e4", "#f7f7f7", "#c4c4c4", 8.0),
-        Theme("dark", "#16181d", "#e6e6e6", "#363a43", "#1d2026", "#4a4f5a", 8.0, ON_DARK, (0.25, 1.0)),
-        Theme("paper", "#ffffff", "#000000", "#e4e4e4", "#f7f7f7", "#c4c4c4", 7.5),
-    )
+    "light": Theme("#ffffff", "#222222", "#e4e4e4", "#f7f7f7", "#c4c4c4", 8.0),
+    "dark": Theme("#16181d", "#e6e6e6", "#363a43", "#1d2026", "#4a4f5a", 8.0, ON_DARK, (0.25, 1.0)),
+    "paper": Theme("#ffffff", "#000000", "#e4e4e4", "#f7f7f7", "#c4c4c4", 7.5),
 }
 PALETTE_SIZE = len(OKABE_ITO)
 
@@ -76,14 +72,6 @@ def theme(name: str) -> Theme:
     if name not in THEMES:
         raise ValueError(f"theme must be one of {', '.join(map(repr, THEMES))}, got {name!r}")
     return THEMES[name]
-
-
-def inches(width: str) -> float:
-    """Return the width of a figure in inches."""
-    widths = {"column": COLUMN, "page": PAGE}
-    if width not in widths:
-        raise ValueError(f"width must be 'column' ({COLUMN} in) or 'page' ({PAGE} in), got {width!r}")
-    return widths[width]
 
 
 def channels(color: str) -> tuple[int, int, int]:

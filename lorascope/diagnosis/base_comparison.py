@@ -29,12 +29,7 @@ def compare_with_base(
 ) -> pd.DataFrame:
     """Compute intruder dimensions and neuron rotation of every module whose weight is in the base.
 
-    Parameters
-    ----------
-    parts, base : mapping module -> StoredUpdate, PretrainedWeights or None
-        Updates of an adapter, and the weights of its base model.
-    decompose : bool
-        Compute intruder dimensions for weights of any size.
+    ``decompose`` computes intruder dimensions for weights of any size.
 
     Returns
     -------

@@ -14,16 +14,9 @@ from lorascope.diagnosis.inspection import Inspection, rows
 
 @dataclass(frozen=True)
 class Comparison:
-    """Inspections and their pairwise comparison.
+    """Inspections, and the tables of their pairwise comparison by ``adapter_similarity``.
 
-    Parameters
-    ----------
-    inspections : tuple of Inspection
-        One per adapter or run.
-    matrix : DataFrame
-        ``adapter_similarity.matrix``; labels are the names of the folders, or their paths if names are equal.
-    modules : DataFrame
-        ``adapter_similarity.modules``.
+    Labels are the names of the folders, or their paths if names are equal.
     """
 
     inspections: tuple[Inspection, ...]

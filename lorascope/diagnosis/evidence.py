@@ -32,15 +32,10 @@ _MEASURED = (
 
 @dataclass
 class Case:
-    """Evidence about one adapter or run.
+    """Evidence about one adapter or run; more is known about an adapter that was loaded with its base.
 
-    Parameters
-    ----------
-    run : Result
-        The adapter or run. More is known about an adapter that was loaded with its base.
-    spectra : bool
-        Also run full SVDs (slow): singular values of FourierFT and of DoRA with its base, intruder dimensions in
-        weights of any size. Default False.
+    ``spectra`` also runs full SVDs (slow): singular values of FourierFT and of DoRA with its base, and intruder
+    dimensions in weights of any size.
     """
 
     run: Result
@@ -82,7 +77,7 @@ class Case:
     @property
     def masks_components(self) -> bool:
         """Whether an allocator masks components and does not delete them, as AdaLoRA's."""
-        return bool((self.meta.facts or {}).get("masks_components"))
+        return bool(self.run.fact("masks_components"))
 
     @cached_property
     def losses(self) -> pd.Series:

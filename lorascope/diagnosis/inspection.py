@@ -23,23 +23,11 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 @dataclass(frozen=True)
 class Report:
-    """Result of ``lorascope inspect``.
-
-    Parameters
-    ----------
-    path : Path
-        The inspected folder or file.
-    facts : tuple of (str, str)
-        Header: name and method, base or model, size.
-    modules : DataFrame
-        One row per module, in the order of the axes.
-    found : tuple of Finding
-        Findings, each with its severity and the modules concerned.
-    """
+    """Result of ``lorascope inspect``."""
 
     path: Path | None
-    facts: Facts
-    modules: pd.DataFrame
+    facts: Facts  # name and method, base or model, size
+    modules: pd.DataFrame  # one row per module, in the order of the axes
     found: tuple[Finding, ...]
 
     @property
@@ -66,17 +54,10 @@ class Report:
 class Inspection(Report):
     """Result of ``lorascope inspect`` for one adapter or run.
 
-    Parameters
-    ----------
-    path, facts, found
-        As in ``Report``.
-    modules : DataFrame
-        ``module, stack, layer, role, rank, scale, parameters, update_norm, relative_update, energy, stable_rank,
-        effective_rank, energy_rank, dead, exact``, in the order of the axes. ``energy`` is the fraction of the summed
-        |dW|^2, NaN if factors contain NaN. ``dead`` counts unused components: those within the rank whose singular
-        value is below 1e-6 of the largest. The columns of ``compare_with_base`` follow, NaN without a base.
-    run : Result
-        The inspected run or adapter.
+    The columns of ``modules`` are ``module, stack, layer, role, rank, scale, parameters, update_norm, relative_update,
+    energy, stable_rank, effective_rank, energy_rank, dead, exact``. ``energy`` is the fraction of the summed |dW|^2,
+    NaN if factors contain NaN. ``dead`` counts unused components: those within the rank whose singular value is below
+    1e-6 of the largest. The columns of ``compare_with_base`` follow, NaN without a base.
     """
 
     run: Result
@@ -126,15 +107,7 @@ class Inspection(Report):
 
 
 def inspect(run: Result, spectra: bool = False) -> Inspection:
-    """Measure every module of a run or adapter.
-
-    Parameters
-    ----------
-    run : Result
-        Run or adapter.
-    spectra : bool
-        Also run full SVDs (slow): singular values of FourierFT and of DoRA with its base, intruder dimensions in
-        weights of any size. Default False.
+    """Measure every module of a run or adapter; ``spectra`` also runs full SVDs, see `Case`.
 
     Raises
     ------

@@ -51,22 +51,8 @@ def curves(
 ) -> Chart:
     """Plot one line per recipe over the column ``x``, with a band and error bars for several seeds.
 
-    Parameters
-    ----------
-    cells : DataFrame
-        Table from ``band``.
-    x : str
-        Column of the horizontal axis.
-    labels : (Axis or str, Axis or str)
-        Axes, or their labels.
-    *marks : Mark
-        Further marks, on top.
-    color : str
-        Column that distinguishes the lines.
-    points, whiskers : bool
-        Whether every value has a dot, and whether dots have error bars.
-    **settings
-        Further arguments of `Chart`.
+    ``labels`` are the axes or their labels, and ``color`` is the column that distinguishes the lines. Every value has a
+    dot if ``points`` is set, and every dot an error bar if ``whiskers`` is set. ``marks`` are drawn on top.
     """
     along, up = (Axis(label=label) if isinstance(label, str) else label for label in labels)
     dash = "kind" if "kind" in cells and cells["kind"].nunique() > 1 else None

@@ -24,7 +24,7 @@ import lorascope as ls
 from lorascope import plots
 from lorascope.methods import METHODS
 from lorascope.plots import registry, requirements
-from lorascope.plots.run_groups import RENAMED, VALUES, present_label
+from lorascope.plots.run_groups import RENAMED, VALUES, Cohort, present_label
 from lorascope.schema import plugins, records
 from lorascope.schema.deprecation import old_fields
 from lorascope.schema.records import Quantity
@@ -80,6 +80,23 @@ def test_errors_distinguish_missing_history_and_base_model_from_missing_records(
         plots.norm_over_steps(folder)
     with pytest.raises(ValueError, match=r"weight_norm.*base model"):
         plots.update_norm(folder, quantity="weight_norm")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("training_curves", "windows"),
+        ("norm_over_steps", "frames"),
+        ("rank_replay", "frames"),
+        ("update_image", "cells"),
+        ("neuron_overlap", "k"),
+    ],
+)
+def test_figure_with_a_count_below_one_names_the_count(write: Any, monkeypatch: Any, name: str, count: str) -> None:
+    monkeypatch.setattr(Cohort, "require", lambda *args, **kwargs: None)
+    runs = [write(f"s{seed}", profile(1, 3, 4), seed=seed) for seed in (0, 1)]
+    with pytest.raises(ValueError, match=f"^{count} must be >= 1, got 0$"):
+        getattr(plots, name)(runs, **{count: 0})
 
 
 def test_available_agrees_with_what_can_be_drawn(write: Any) -> None:

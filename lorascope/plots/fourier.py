@@ -15,7 +15,7 @@ from lorascope.charts.marks import Axis, Heat, Line, Point
 from lorascope.plots.builders import curves
 from lorascope.plots.registry import figure, table_figure
 from lorascope.plots.requirements import FREQUENCIES, UPDATES
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group, require_counts
 from lorascope.plots.subspaces import common_module
 from lorascope.updates import Fourier
 
@@ -94,6 +94,7 @@ def update_image(cohort: Cohort, module: str | None = None, cells: int = 64, add
     added : bool
         Subtract the initial update where it is nonzero, as in FourierFT.
     """
+    require_counts(cells=cells)
     first = {group.label: group.runs[0] for group in cohort.groups}
     shown = {label: initial_update.learned_updates(run) if added else run.updates() for label, run in first.items()}
     module = common_module(cohort, list(shown.values()), module)

@@ -12,7 +12,7 @@ from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wr
 from lorascope.charts.marks import Axis, Line, Point
 from lorascope.plots.builders import course, ends, mean_over_modules
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label
+from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label, require_counts
 
 
 @figure(
@@ -123,6 +123,7 @@ def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: st
 
 def _average_windows(cohort: Cohort, windows: int) -> tuple[pd.DataFrame, str]:
     """Average the training loss of every run over windows of steps, each with its last step, and describe them."""
+    require_counts(windows=windows)
     rows = cohort.select("loss")
     width = math.ceil(rows["step"].max() / windows)
     last = rows.groupby("run", observed=True)["step"].transform("max")

@@ -19,7 +19,7 @@ from lorascope.plots.builders import curves, pair_heat
 from lorascope.plots.norms import update_profile
 from lorascope.plots.registry import figure
 from lorascope.plots.requirements import SPECTRA
-from lorascope.plots.run_groups import Cohort, define
+from lorascope.plots.run_groups import Cohort, define, require_counts
 
 
 @figure(
@@ -50,8 +50,7 @@ def atlas(cohort: Cohort, module: str | None = None, k: int = 8) -> Panels:
     k : int
         Number of leading singular vectors to compare.
     """
-    if k < 1:
-        raise ValueError(f"k must be >= 1, got {k}")
+    require_counts(k=k)
     cohort.require_runs(2)
     cohort.require_same("task", "model")
     spectrum, modules = _spectrum(cohort, module)

@@ -12,7 +12,7 @@ from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Axis, Heat
 from lorascope.plots.builders import heat_by_role, profile
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import Cohort, axis_label, define
+from lorascope.plots.run_groups import Cohort, axis_label, define, require_counts
 
 _CELL = ["recipe", "kind", "place"]
 _MOST_LABELED = 12  # largest number of columns, over all panels, whose cells have room for numbers
@@ -105,6 +105,7 @@ def norm_over_steps(cohort: Cohort, quantity: str = "update_norm", frames: int =
     frames : int
         Maximum number of steps shown, evenly spaced among those that all runs recorded.
     """
+    require_counts(frames=frames)
     rows = cohort.label(norms.frames(_layers(cohort, quantity, history=True), frames))
     cells, caption = band(rows, ["step", *_CELL]), cohort.caption(define(quantity))
     return profile(cohort, cells, axis_label(quantity), title="Update by layer", caption=caption, frame="step")

@@ -14,7 +14,7 @@ from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, st
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point
 from lorascope.plots.builders import curves, heat_by_role, metric_bars
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import Cohort, Group, define, join_by_label
+from lorascope.plots.run_groups import Cohort, Group, define, join_by_label, require_counts
 from lorascope.schema import records
 
 _MOST_COLUMNS = 26  # largest number of columns of cells in one row of panels
@@ -114,6 +114,7 @@ def rank_replay(cohort: Cohort, frames: int = 30) -> Panels:
     frames : int
         Maximum number of steps shown, evenly spaced among the decisions of the runs.
     """
+    require_counts(frames=frames)
     own = [run for group in cohort.groups if not group.control for run in group.runs]
     steps = rank_allocations.decisions(records.concat(run.table for run in own), frames)
     found = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))

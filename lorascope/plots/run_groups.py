@@ -231,6 +231,13 @@ def gather(name: str, runs: Runs, control: Runs | None = None, needs: tuple[str,
     return cohort
 
 
+def require_counts(**counts: int | None) -> None:
+    """Raise a ValueError for the first count below 1."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} must be >= 1, got {count}")
+
+
 def join_by_label(notes: Mapping[str, str]) -> str:
     """Join the notes of all labels, or return the note once if it is the same for all."""
     if len(set(notes.values())) == 1:

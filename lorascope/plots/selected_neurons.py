@@ -14,7 +14,7 @@ from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wr
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Rule
 from lorascope.plots.builders import bars, pair_heat, used_roles
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group, axis_label
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group, axis_label, require_counts
 from lorascope.runs.result import Result
 from lorascope.schema.records import QUANTITIES
 
@@ -107,6 +107,7 @@ def neuron_overlap(cohort: Cohort, k: int | None = None) -> Chart:
     k : int, optional
         Number of neurons selected from each run by cosine distance; by default the neurons that it trained.
     """
+    require_counts(k=k)
     cohort.require("selected" if k is None else "neuron_cosine")
     cohort.require_runs(2)
     cohort.require_same("model")

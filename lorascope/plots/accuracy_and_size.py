@@ -22,7 +22,6 @@ _OFFSET = 0.03  # distance between a point and its label, as a fraction of the r
 @figure(
     topic="updates",
     needs=("test_metric",),
-    same=("task",),
     takes="Runs on one task, of any methods and sizes.",
     reads="Each point is one recipe, labeled with its rank or coefficients; lines join the sizes of one method. A "
     "method is more parameter-efficient where its line is better at the same x and the intervals do not overlap.",
@@ -38,6 +37,7 @@ ls.plots.accuracy_by_parameters(runs)""",
 )
 def accuracy_by_parameters(cohort: Cohort) -> Chart:
     """Plot test metric against trained parameters (FourierFT, Figs. 1 and 4)."""
+    cohort.require_same("task")
     sizes = pd.DataFrame([_recipe_size(group) for group in cohort.groups])
     cells = band(cohort.scores(), ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
     cells = cells.assign(**_label_offsets(cells))

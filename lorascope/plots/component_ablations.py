@@ -27,7 +27,6 @@ _LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
     topic="updates",
     needs=(FREQUENCIES, "test_metric"),
     runs=2,
-    vary=("center", "width"),
     takes="Runs of FourierFT that differ only in their band; runs without a band form the horizontal line.",
     reads="Each point is the test metric when entries are drawn around that distance from frequency zero; the "
     "horizontal line is the uniform draw. A band helps where its seed-paired difference in the caption excludes zero.",
@@ -38,6 +37,7 @@ _LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
 )
 def bias_curve(cohort: Cohort) -> Chart:
     """Plot test metric against the center of the frequency band (FourierFT, Fig. 5)."""
+    cohort.require_differ_only_in("center", "width")
     recipes = {group.label: group.runs[0].meta.recipe for group in cohort.groups}
     uniform = [label for label, recipe in recipes.items() if recipe.get("center") is None]
     if len(uniform) == len(recipes):
@@ -70,7 +70,6 @@ def bias_curve(cohort: Cohort) -> Chart:
     topic="updates",
     needs=(BASIS, "test_metric"),
     runs=2,
-    vary=("basis",),
     takes="Runs of FourierFT that differ only in their basis; the others are compared with the first.",
     reads="Each dot with a bar is the mean test metric on one basis, surrounded by its seeds; all bases have the same "
     "number of coefficients. The basis matters where the seed-paired difference in the caption excludes zero.",
@@ -81,6 +80,7 @@ def bias_curve(cohort: Cohort) -> Chart:
 )
 def basis_ablation(cohort: Cohort) -> Chart:
     """Plot test metric by the basis of the coefficients (FourierFT, Table 6)."""
+    cohort.require_differ_only_in("basis")
     names = {group.label: _BASES[analysis.basis(group.runs[0])["basis"]] for group in cohort.groups}
     rows = cohort.scores()
     rows = rows.assign(basis=rows["recipe"].map(names), what=_SEED)
@@ -159,7 +159,6 @@ def number_of_experts(cohort: Cohort) -> Chart:
     topic="routers",
     needs=("test_metric",),
     runs=2,
-    same=("model", "task"),
     takes="Runs on one task; the first label is the full method, with which the others are compared.",
     reads="Each bar is the test metric of one variant: the full method first, then the method without one component. A "
     "component helps where removing it lowers the metric: its seed-paired interval in the caption is below zero.",
@@ -176,6 +175,7 @@ def ablations(cohort: Cohort, start: float = 0.0) -> Chart:
     start : float
         Lower end of the metric axis; above 0, small differences look large.
     """
+    cohort.require_same("model", "task")
     sentences = [_parameter_counts(cohort), *_differences(cohort, cohort.scores(), cohort.labels[:1])]
     return metric_bars(cohort, start, "", sentences, "Ablations")
 

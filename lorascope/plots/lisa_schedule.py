@@ -94,7 +94,6 @@ def draw_frequency(cohort: Cohort) -> Drawable:
     topic="schedules",
     needs=("active", "draw_probability", "test_metric"),
     runs=2,
-    vary=("n_active", "interval"),
     takes="Runs of LISA on one task that differ only in these two settings.",
     reads="Each cell is the test metric for a number of active blocks and of steps between draws; hatched cells: no "
     "data. Higher rows train more blocks at once, columns further right draw less often, down to a single draw.",
@@ -106,6 +105,7 @@ def draw_frequency(cohort: Cohort) -> Drawable:
 )
 def draw_grid(cohort: Cohort) -> Chart:
     """Plot test metric by active blocks and steps between draws (LISA, Table 6 and Figs. 7 to 9)."""
+    cohort.require_differ_only_in("n_active", "interval")
     rows = cohort.scores().astype({"run": "str"}).merge(lisa_schedule.sizes(cohort.table), on="run")
     for (blocks, steps), own in rows.groupby(["blocks", "steps"]):
         if own["recipe"].nunique() > 1:

@@ -91,8 +91,6 @@ def figure(
     misleads: str,
     history: bool = False,
     runs: int = 1,
-    same: tuple[str, ...] = (),
-    vary: tuple[str, ...] = (),
     check: bool = True,
     apart: bool = False,
     takes: str = "Runs to plot, and runs to compare with.",
@@ -108,10 +106,6 @@ def figure(
     ----------
     topic, needs, reads, misleads, history, runs, example
         See `Figure`.
-    same : tuple of str
-        Keys of ``Run.meta`` in which all runs must agree.
-    vary : tuple of str
-        Stored settings of the method in which the runs may differ, apart from their seed, and in no others.
     check : bool
         Whether to check ``needs`` before drawing; False for a function whose parameters choose what it needs.
     apart : bool
@@ -134,12 +128,8 @@ def figure(
             cohorts = [gather(name, runs, None if apart else control, needs)]
             if apart and control is not None:
                 cohorts.append(gather(name, control, None, needs))
-            for cohort in cohorts:
-                if check:
-                    cohort.require(*needs, history=history)
-                cohort.require_same(*same)
-                if vary:
-                    cohort.require_differ_only_in(*vary)
+            for cohort in cohorts if check else ():
+                cohort.require(*needs, history=history)
             return _complete(draw(cohorts if apart else cohorts[0], *args, **kwargs), cohorts[0].meta)
 
         types = {"runs": Runs, "control": Runs | None}

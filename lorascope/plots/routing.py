@@ -43,7 +43,7 @@ def gates(cohort: Cohort, step: int | None = None) -> Drawable:
         First or last step of the run; by default the last.
     """
     found = [(group, _gates_by_domain(group.runs[0], step)) for group in cohort.groups]
-    limit = max(float(cells["value"].abs().max()) for _, cells in found)
+    most = max(float(cells["value"].abs().max()) for _, cells in found)
     panels = []
     for group, cells in found:
         experts = sorted(cells["head"].unique())
@@ -52,11 +52,10 @@ def gates(cohort: Cohort, step: int | None = None) -> Drawable:
         shown = f"{define('gate')} By domain, minus 1/{len(experts)}, after step {cells['step'].iloc[0]}."
         seed = group.runs[0].meta.seed
         which = "" if seed is None else f" (seed {seed})"
-        look = {"scale": "diverging", "limits": (-limit, limit)}  # the same in all panels
         panels.append(
             Chart(
                 cells.assign(column=cells["role"].astype("str") + " " + cells["head"].astype("str")),
-                [Heat("column", "domain", "value", f"gate − 1/{len(experts)}", numbers, **look)],
+                [Heat("column", "domain", "value", f"gate − 1/{len(experts)}", numbers, "diverging", (-most, most))],
                 title=group.label,
                 x=Axis(label="role and expert", order=columns),
                 y=Axis(order=sorted(cells["domain"].unique())),

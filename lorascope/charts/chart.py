@@ -172,8 +172,7 @@ class Chart(Drawable):
 
     def table(self, mark: Mark) -> pd.DataFrame:
         """Return the table that a mark is drawn from."""
-        own: pd.DataFrame | None = getattr(mark, "data", None)
-        return self.data if own is None else own
+        return self.data if mark.data is None else mark.data
 
     def values(self, letter: str) -> list[pd.Series]:
         """Return the columns of axis "x" or "y", one for each mark that has one."""
@@ -224,7 +223,7 @@ class Chart(Drawable):
             shown = ", ".join(map(str, self.data[self.frame].unique()))
             raise ValueError(f"{self.frame} must be one of {shown}, got {value!r}")
         marks = [
-            replace(mark, data=own[own[self.frame] == value])  # type: ignore[call-arg]
+            replace(mark, data=own[own[self.frame] == value])
             if (own := self.table(mark)) is not self.data and self.frame in own
             else mark
             for mark in self.marks

@@ -7,7 +7,7 @@ own ``data`` replaces the data of the chart.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -52,6 +52,7 @@ class Mark:
     names: ClassVar[tuple[str, ...]] = ("color", "dash", "shape")  # encodings without missing values
     numbers: ClassVar[tuple[str, ...]] = ("value", "low", "high", "size")  # encodings that must be numeric
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # allowed values of settings
+    data: pd.DataFrame | None = field(default=None, kw_only=True)
 
     @property
     def kind(self) -> str:
@@ -92,7 +93,6 @@ class Line(Mark):
     y: str
     color: str | None = None
     dash: str | None = None
-    data: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,6 @@ class Band(Mark):
     low: str
     high: str
     color: str | None = None
-    data: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,6 @@ class Point(Mark):
     size: str | None = None
     low: str | None = None
     high: str | None = None
-    data: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +139,6 @@ class Bar(Mark):
     mode: str = "group"
     low: str | None = None
     high: str | None = None
-    data: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,6 @@ class Heat(Mark):
     scale: str = "sequence"
     limits: Sequence[float] | None = None
     words: str | None = None
-    data: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +184,6 @@ class Text(Mark):
     x: str
     y: str
     text: str
-    data: pd.DataFrame | None = None
 
 
 def missing_column(what: str, column: str, table: pd.DataFrame) -> str:

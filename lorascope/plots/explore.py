@@ -244,8 +244,8 @@ def _marks(shown: pd.DataFrame, x: str) -> list[Mark]:
     single = shown[~shown["role"].isin(doubled)] if len(doubled) else None
     if x == "index" or (single is not None and single.empty):
         return [*dots]
-    bands = [Band(x, "low", "high", color, single)] if ends(shown) and other is None else []
-    line = Line(x, "value", color, other, single)
+    bands = [Band(x, "low", "high", color, data=single)] if ends(shown) and other is None else []
+    line = Line(x, "value", color, other, data=single)
     return [*bands, line, *(dots if x == "place" or len(shown) <= _MOST_DOTTED else [])]
 
 

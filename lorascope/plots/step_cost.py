@@ -96,11 +96,7 @@ def _measured_memory(cohort: Cohort) -> pd.DataFrame:
     if "peak_bytes" in wide:
         parts[_REST] = wide["peak_bytes"] - parts.sum(axis="columns")
     long = parts.reset_index().melt("run", var_name="part", value_name="bytes")
-    means = (
-        cohort.label(long)
-        .groupby(["recipe", "kind", "part"], sort=False)["bytes"]
-        .agg(lambda values: values.mean(skipna=False))
-    )
+    means = cohort.label(long).groupby(["recipe", "kind", "part"], sort=False)["bytes"].mean(skipna=False)
     cells = means.dropna().reset_index()
     return cells.assign(value=cells["bytes"] / 2**20, source="measured")
 

@@ -45,13 +45,9 @@ class Case:
         """Return whether there is evidence of this kind; see ``Rule.needs``."""
         if need == "weights":
             return bool(self.modules["weight_norm"].notna().any())
-        base = self.history or self.base is not None
-        return {"config": isinstance(self.run, Adapter), "base": base, "history": self.history}.get(need, True)
-
-    @property
-    def history(self) -> bool:
-        """Whether the training itself was recorded."""
-        return self.run.has_history
+        history = self.run.has_history
+        base = history or self.base is not None
+        return {"config": isinstance(self.run, Adapter), "base": base, "history": history}.get(need, True)
 
     @property
     def meta(self) -> Manifest:
@@ -81,8 +77,8 @@ class Case:
 
     @cached_property
     def losses(self) -> pd.Series:
-        """Training loss by step."""
-        if not self.history or "records.parquet" not in self.meta.checksums:
+        """Training loss by step of a run."""
+        if "records.parquet" not in self.meta.checksums:
             return pd.Series(dtype="float64")
         rows = self.run.table[self.run.table["quantity"] == "loss"].sort_values("step")
         return pd.Series(rows["value"].to_numpy(), index=rows["step"].to_numpy(dtype="int64"))

@@ -220,11 +220,8 @@ def _spent_parameters(cohort: Cohort) -> str:
     means = {}
     for group in cohort.groups:
         ranked = [run for run in group.runs if (run.table["quantity"] == "rank").any()]
-        counted = [
-            rank_allocations.parameters(rank_allocations.current_ranks(run.table), run.modules)["parameters"]
-            for run in ranked
-        ]
-        sums = [float(column.sum(skipna=False)) for column in counted]
+        tables = [rank_allocations.parameters(rank_allocations.current_ranks(run.table), run.modules) for run in ranked]
+        sums = [float(table["parameters"].sum(skipna=False)) for table in tables]
         if len(sums) < len(group.runs) or np.isnan(sums).any():
             return ""
         means[group.label] = f"{np.mean(sums):,.0f}"

@@ -59,9 +59,9 @@ def unused(case: Case) -> Found:
     method, steps = case.meta.method, int(case.losses.index.max() if len(case.losses) else 0)
     # PEFT's prompt and prefix methods adapt no module; the others have target_modules.
     promised = (method.get("name") == "peft" and method.get("target_modules")) or len(case.adapted)
-    if not case.meta.states or len(case.unchanged_adapters) < len(case.adapted) or not promised:
-        return
-    if case.meta.left_out:  # parameters that trained there are in no update
+    # Parameters that trained in a module that is left out are in no update.
+    idle = len(case.unchanged_adapters) == len(case.adapted) and not case.meta.left_out
+    if not case.meta.states or not idle or not promised:
         return
     state = f"all {len(case.adapted)} adapters are unchanged" if len(case.adapted) else "no adapter was active"
     why = "they are disabled, frozen, or on modules that the forward pass does not use"

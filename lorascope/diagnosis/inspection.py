@@ -63,11 +63,6 @@ class Inspection(Report):
     run: Result
 
     @property
-    def cautions(self) -> tuple[Finding, ...]:
-        """Findings that affect its comparison with other inspections."""
-        return tuple(finding for finding in self.found if finding.severity in ("error", "caution"))
-
-    @property
     def norm(self) -> float:
         """|dW| of all modules, without those with NaN."""
         return pool_norms(self.modules["update_norm"])
@@ -96,10 +91,6 @@ class Inspection(Report):
         ).reset_index()
         # All layers count as the first one: only stack and role determine the order.
         return in_axis_order(frame, frame["layer"].clip(upper=0)).drop(columns="layer")
-
-    def largest(self, count: int) -> pd.DataFrame:
-        """Return the modules with the largest updates."""
-        return self.modules.nlargest(count, "update_norm")
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form; unknown values are None."""

@@ -128,7 +128,7 @@ def inspection_screen(inspection: Inspection, target: Console) -> str:
     columns = (("|dW|", 7, norm, "update_norm"), _SHARE[inspection.has_base], *ranks)
     chart = _chart(inspection, target, "|dW| by layer", _pool_layers, columns, "{} per layer", " (RMS)")
     largest = []
-    for row in inspection.largest(3).to_dict("records"):
+    for row in inspection.modules.nlargest(3, "update_norm").to_dict("records"):
         used = "" if math.isnan(row["effective_rank"]) else f"  rank {number(row['effective_rank'])}"
         used += "" if pd.isna(row["rank"]) else f" of {row['rank']}"
         largest.append(_Name(row["module"], f"{norm(row['update_norm']):<6} ", used))
@@ -216,9 +216,10 @@ def comparison_screen(comparison: Comparison, target: Console) -> str:
     if len(items) > _MOST:
         lines.append(f"only the first {_MOST} columns are shown; use --csv or --json for all")
     cautions = [
-        _wrapped(caution, WIDTH, initial_indent=f"{letter} ", subsequent_indent="    ")
+        _wrapped(finding, WIDTH, initial_indent=f"{letter} ", subsequent_indent="    ")
         for letter, item in zip(letters, items, strict=True)
-        for caution in item.cautions
+        for finding in item.found
+        if finding.severity != "note"
     ]
     return _to_text(target, listed, "", matrices, *lines, *([""] if cautions else []), *cautions)
 

@@ -24,7 +24,6 @@ _VIEWS = {
     "canonical": "factors from the SVD of the update",
     "space": "row spaces of A and column spaces of B",
 }
-TINY = float(np.finfo(np.float64).tiny)
 _SAME_PLACE = 0.3  # fraction of the largest coordinate within which dots of one module share a name
 _MOST_NAMED = 12  # largest number of modules whose names are legible
 _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the height
@@ -103,7 +102,7 @@ def factor_embedding(
                 for size in (sizes if isinstance(sizes, Sequence) else [sizes])
             ]
             whole = factor_embeddings.pca(cloud, len(cloud.flat))
-            percent = 100 * (whole**2).sum(axis=0) / max((whole**2).sum(), TINY)
+            percent = 100 * (whole**2).sum(axis=0) / ((whole**2).sum() or 1.0)
             axes = [Axis(label=f"component {number + 1} ({percent[number]:.0f}%)") for number in (0, 1)]
             title = f"{prefix}PCA of {_factor_set_name(cloud)}"
             drawn.append(_embedding_chart(_place_points(cloud, cohort, whole[:, :2]), cohort, title, axes, None))

@@ -19,7 +19,6 @@ from lorascope.runs.result import Result
 from lorascope.schema.records import QUANTITIES
 
 _MOST_LAYERS = 14  # largest number of layers whose bars have room in one row of panels
-_TAILS = (0.05, 0.95)
 _KINDS = ("strong", "suppressed", "indirect")
 
 
@@ -244,9 +243,7 @@ def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> Chart:
     )
     found["place"] = place(found)
     over = found.groupby(["place", "role", "run"], observed=True, sort=False)["value"]
-    quantiles = pd.DataFrame(
-        {"value": over.median(), "low": over.quantile(_TAILS[0]), "high": over.quantile(_TAILS[1])}
-    )
+    quantiles = pd.DataFrame({"value": over.median(), "low": over.quantile(0.05), "high": over.quantile(0.95)})
     cells = quantiles.groupby(["place", "role"], observed=True, sort=False).mean().reset_index()
     marks: list[Mark] = [Band("place", "low", "high", "role"), Line("place", "value", "role")]
     thresholds = [t for run in group.runs if (t := selected_neurons.threshold(run, quantity)) is not None]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from forks import Forks
 from hypothesis import settings
+from killing import SETTINGS
 from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import lorascope as ls
 from lorascope.inputs import tasks
 from lorascope.inputs.models import load
 
@@ -116,3 +119,17 @@ def forks(bert, task, tmp_path_factory):
     task.table[["text", "label", "group"]].to_csv(table, index=False)
     with Forks(bert, table) as forks:
         yield forks
+
+
+@pytest.fixture(scope="session")
+def train_once(bert, task, tmp_path_factory):
+    """Return a function that trains the tiny BERT by a method once per name, and returns run and model."""
+    known: dict[str, Any] = {}
+
+    def once(name: str, method: ls.Method) -> tuple[ls.Run, Any]:
+        if name not in known:
+            model = load(bert, task=task)
+            known[name] = ls.train(model, task, method, out=tmp_path_factory.mktemp("once") / "run", **SETTINGS), model
+        return known[name]
+
+    return once

@@ -18,16 +18,15 @@ from safetensors.numpy import load_file
 from test_cli import complaint, modules_after, run
 from test_loading import adapted, deltas, save
 from tiny import inputs, tiny
-from tolerance import TINY, near, rounding
+from tolerance import TINY, rounding
 from torch import nn
 
 import lorascope as ls
 from lorascope.adapters import delta
 from lorascope.adapters.delta import Delta, host_weight
 from lorascope.inputs import models
-from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, Full, LoRA
+from lorascope.methods import AdaLoRA, LoRA
 from lorascope.methods.base import Method, train_adapters
-from lorascope.runs.export import peft_folder as folder
 from lorascope.runs.export import rank_pattern, to_peft
 from lorascope.runs.export.peft_lora import drop_unused
 from lorascope.runs.formats.peft_lora import WEIGHTS
@@ -218,46 +217,6 @@ def trained(folder: str, task: Any, method: Method, out: Path, **settings: Any) 
     return model, ls.train(model, task, method, out=out, **FAST | settings)
 
 
-CASES: dict[str, tuple[str, str, Any]] = {
-    "bert": ("bert", "base", ("all-linear", "embed")),
-    "gpt2": ("gpt2", "causal", ("all-linear", "embed", "pos_embed")),
-    "gpt2, the head's use of a tied weight": ("gpt2", "causal", ("qkv", "lm_head")),
-    "llama": ("llama", "causal", ("all-linear", "head", "embed")),
-    "gpt2 classifier": ("gpt2", "classification", ("qkv", "ffn_out")),
-    "roberta, a head of two layers": ("roberta", "base", ("q", "v")),
-    "distilbert, a head of two layers": ("distilbert", "base", ("q", "ffn_in")),
-    "bert, head adapted": ("bert", "base", ("q", "head")),
-    "bart": ("bart", "seq2seq", ("q", "cross_v", "ffn_in")),
-}
-
-
-# PEFT warns about merging, which is not done, and corrects its flag if both Linear and Conv1D are adapted.
-@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True:UserWarning")
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module:UserWarning")
-@pytest.mark.parametrize(("family", "head", "targets"), CASES.values(), ids=CASES)
-def test_to_peft_gives_the_same_logits(
-    family: str, head: str, targets: Any, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tiny_folder(tmp_path / "base", family, head)
-    method = LoRA(rank=3, alpha=5.0, targets=targets, lr=0.05, head_lr=0.05)
-    ours, run = trained(folder, task, method, tmp_path / "run")
-    out = to_peft(run, tmp_path / "adapter")
-    assert out == tmp_path / "adapter"
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base", "run"]
-    theirs = by_the_card(out, monkeypatch)
-    fresh = models.load(folder, task=task)
-    assert distance(ours, fresh) > 1e-3
-    # The weight of a head that is adapted and saved whole is rounded to float32 once more.
-    assert distance(ours, theirs) < (rounding(terms=TINY) if "classifier" in run.updates() else 1e-9)
-
-    # The loaded adapter is the same, except for a head saved whole, whose weight includes its update.
-    expected = {name: update for name, update in run.updates().items() if name != "classifier"}
-    again = load(out).updates()
-    assert set(again) == set(expected) == set(layers(theirs))
-    for name, update in expected.items():
-        assert again[name].dense() == near(update.dense(), terms=TINY)
-
-
 @dataclass(kw_only=True)
 class Early(LoRA):
     """LoRA whose best state is after two steps."""
@@ -310,39 +269,6 @@ def test_to_peft_merges_adapters_of_trained_weights(
     assert distance(ours, theirs) < rounding(terms=TINY)
     assert set(layers(theirs)) == set(run.ranks()) - set(beneath)
     assert "trained head" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("method", [LoRA, ls.FourierFT, ls.VeRA])
-def test_to_peft_without_an_adapter_left_raises(method: Any, bert: str, task: Any, tmp_path: Path) -> None:
-    @dataclass(kw_only=True)
-    class Whole(method):
-        def attach(self, model: nn.Module) -> None:
-            super().attach(model)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(".delta." in name or name.endswith("self.query.weight"))
-
-    _, run = trained(bert, task, Whole(targets=("q",)), tmp_path / "run", steps=1)
-    with pytest.raises(ValueError, match="no adapter is left, because all adapted weights also trained"):
-        to_peft(run, tmp_path / "adapter")
-
-
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_to_peft_exports_the_retrained_phase_of_autolora(
-    family: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
-) -> None:
-    base = request.getfixturevalue(family)
-    method = AutoLoRA(rank=4, selection_lr=0.5, lr=0.05, head_lr=0.05)
-    ours, run = trained(base, task, method, tmp_path / "run")
-    out = to_peft(load(tmp_path / "run"), tmp_path / "adapter")
-    theirs = by_the_card(out, monkeypatch)
-    assert (run.path.name, run.parents[0].path.name) == ("2-retrain", "1-search")
-    assert {name: rank for name, (rank, _) in layers(theirs).items()} == run.ranks()
-    assert distance(ours, models.load(base, task=task)) > 1e-3
-    assert distance(ours, theirs) < 1e-9
-    searched = run.parents[0].updates()
-    for name, update in load(out).updates().items():
-        assert np.array_equal(update.A, run.updates()[name].A)
-        assert not np.allclose(update.dense(), searched[name].dense(), rtol=0.1)
 
 
 class Triple(Delta):
@@ -403,34 +329,6 @@ def test_to_peft_drops_masked_components_and_keeps_the_scale(
     assert rank_pattern(run, 1.0) == run.lora_config()
 
 
-ALLOCATORS = [
-    AdaLoRA(init_rank=4, target_rank=1, targets="all-linear", lr=0.05, head_lr=0.05),
-    ALoRA(init_rank=1, prune=4, rounds=3, warm_steps=2, round_steps=3, lr=0.05, head_lr=0.05),
-]
-
-
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-@pytest.mark.parametrize("method", ALLOCATORS, ids=lambda method: method.name)
-def test_to_peft_exports_the_final_ranks_of_an_allocator(
-    method: Method,
-    family: str,
-    task: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
-) -> None:
-    folder = request.getfixturevalue(family)
-    ours, run = trained(folder, task, method, tmp_path / "run", steps=12)
-    ranks = {name: rank for name, rank in run.ranks().items() if rank}
-    assert sum(ranks.values()) <= len(run.ranks())
-    assert 0 < len(ranks) < len(run.ranks())
-    theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
-    scale = next(iter(delta.attached_deltas(ours).values())).scale
-    assert layers(theirs) == {name: (rank, pytest.approx(scale, rel=1e-15)) for name, rank in ranks.items()}
-    assert distance(ours, models.load(folder, task=task)) > 1e-3
-    assert distance(ours, theirs) < rounding(terms=TINY)
-
-
 def test_to_peft_with_all_ranks_zero_raises(bert: str, task: Any, tmp_path: Path) -> None:
     _, run = trained(bert, task, AdaLoRA(init_rank=2, target_rank=0), tmp_path / "run")
     assert set(run.ranks().values()) == {0}
@@ -486,11 +384,10 @@ class Unfit(Method):
 @pytest.mark.parametrize(
     ("method", "why"),
     [
-        (Full(), "cannot export .* as LoRA: it trained the weights themselves"),
         (Unfit(), "the update of bert.encoder.layer.0.attention.self.query is not a product B A"),
         (Unfit(inexact=True), "the update of bert.encoder.layer.0.attention.self.query depends on its input"),
     ],
-    ids=["full", "dense", "inexact"],
+    ids=["dense", "inexact"],
 )
 def test_to_peft_without_low_rank_update_raises(method: Method, why: str, bert: str, task: Any, tmp_path: Path) -> None:
     _, run = trained(bert, task, method, tmp_path / "run", steps=1)
@@ -510,29 +407,6 @@ def test_to_peft_of_a_loaded_adapter_raises(tmp_path: Path) -> None:
 def lora(bert: str, task: Any, tmp_path_factory: pytest.TempPathFactory) -> ls.Run:
     folder = tmp_path_factory.mktemp("runs") / "lora"
     return trained(bert, task, LoRA(rank=2, lr=0.05, head_lr=0.05), folder)[1]
-
-
-def test_to_peft_into_an_existing_folder_raises(lora: ls.Run, tmp_path: Path) -> None:
-    (tmp_path / "there").mkdir()
-    with pytest.raises(FileExistsError, match=r"cannot create .*there: it exists"):
-        to_peft(lora, tmp_path / "there")
-    assert not list((tmp_path / "there").iterdir())
-
-
-def test_to_peft_folder_is_complete_or_absent(lora: ls.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(folder, "write_json", fail)
-        with pytest.raises(OSError, match="No space left"):
-            to_peft(lora, tmp_path / "adapter")
-    assert not any(tmp_path.iterdir())
-    to_peft(lora, tmp_path / "adapter")
-    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
-    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors",
-    ]  # fmt: skip
 
 
 def test_to_peft_of_a_changed_state_raises(lora: ls.Run, tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -38,6 +37,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.methods.base import AdapterMethod, require_at_least
+from lorascope.schema import module_table
 from lorascope.updates import RandomProjection
 from lorascope.updates.random_projection import projections
 
@@ -73,12 +73,12 @@ class VeRA(AdapterMethod, name="vera"):
         if not 0 <= self.projection_seed < 1 << 32:
             raise ValueError(f"projection_seed must be from 0 to {(1 << 32) - 1}, got {self.projection_seed}")
 
-    def select_targets(self, modules: pd.DataFrame) -> list[str]:
-        """Return the modules to adapt; their largest sides give the shapes of A and B."""
-        names = super().select_targets(modules)
-        sides = modules.set_index("module").loc[names, ["in_features", "out_features"]]
-        self._widest = int(sides["in_features"].max()), int(sides["out_features"].max())
-        return names
+    def attach(self, model: nn.Module) -> None:
+        """Adapt the targets; their largest sides give the shapes of A and B."""
+        names = self.select_targets(module_table.describe(model))
+        outer, inner = zip(*(host_weight(model.get_submodule(name)).shape for name in names), strict=True)
+        self._widest = max(inner), max(outer)
+        super().attach(model)
 
     def delta(self, name: str, host: nn.Module) -> VeRADelta:
         """Return the vectors of one module, with its slices of A and B."""

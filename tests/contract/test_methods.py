@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from contract.method_rows import ROWS, MethodRow
 from forks import check_that_a_killed_run_goes_on
-from killing import SETTINGS
 from tiny import inputs
 from tolerance import TEXT, TINY, rounding
 
@@ -30,30 +29,23 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(**inputs(model)).logits
 
 
-@pytest.fixture(scope="module")
-def trained(bert, task, tmp_path_factory):
-    """Return a function that trains the method of a row once, and returns its run and its model."""
-    known: dict[str, Any] = {}
-
-    def once(row: MethodRow) -> Any:
-        name = row.method.name
-        if name not in known:
-            model = models.load(bert, task=task)
-            out = tmp_path_factory.mktemp(name) / "run"
-            known[name] = ls.train(model, task, row.method, out=out, **SETTINGS), model
-        return known[name]
-
-    return once
+@pytest.fixture
+def trained(row: MethodRow, train_once) -> tuple[ls.Run, Any]:
+    """Return the run and the model of a row, trained once."""
+    return train_once(row.method.name, row.method)
 
 
 def test_every_method_has_a_row() -> None:
-    assert ROWS.keys() == {name for name in METHODS if METHODS[name].__module__.startswith("lorascope.")}
+    own = {name: cls for name, cls in METHODS.items() if cls.__module__.startswith("lorascope.")}
+    assert {name: type(row.method) for name, row in ROWS.items()} == own
 
 
 @EVERY
 def test_method_survives_json(row: MethodRow) -> None:
-    assert from_config(json.loads(json.dumps(config(row.method)))) == row.method
     assert row.method.label().startswith(type(row.method).__name__)
+    for label, method in {row.method.label(): row.method, **row.others}.items():
+        assert method.label() == label
+        assert from_config(json.loads(json.dumps(config(method)))) == method
 
 
 @EVERY
@@ -71,72 +63,63 @@ def test_killed_run_resumes_bitwise(row: MethodRow, forks, tmp_path: Path) -> No
 
 
 @EVERY
-def test_restored_run_has_the_logits_of_the_trained_model(row: MethodRow, trained, bert, task) -> None:
-    run, model = trained(row)
+def test_restored_run_has_the_logits_of_the_trained_model(trained, bert, task) -> None:
+    run, model = trained
     again = models.load(bert, task=task)
     ls.load(run.path).restore(again)
     assert torch.equal(logits(again), logits(model))
 
 
-@EVERY
-def test_stored_updates_equal_the_models(row: MethodRow, trained) -> None:
-    run, model = trained(row)
-    stored, live = run.updates(), attached_deltas(model)
+def check_updates(run: ls.Run, state: str, model: Any) -> None:
+    """Check that the updates and ranks that a run stored are those of a model, bit for bit."""
+    stored, live = run.updates(state=state), attached_deltas(model)
     assert stored.keys() == live.keys()
+    assert run.ranks(state) == {module: delta.rank for module, delta in live.items()}
     for module, update in stored.items():
+        of_model = live[module].update()
+        assert update.scale == of_model.scale
+        for name, factor in update.to_factors().items():
+            assert np.array_equal(factor, of_model.to_factors()[name]), (module, name)
         again = from_factors(update.to_factors(), update.scale, update.exact, update.form)
         assert (again.dense() == update.dense()).all()
-        if update.whole:
-            assert (update.dense() == live[module].update().dense()).all()
+
+
+@EVERY
+def test_every_state_of_every_phase_is_restored(row: MethodRow, trained, bert, task) -> None:
+    run, model = trained
+    check_updates(run, "last", model)
+    assert (0 in run.ranks().values()) == row.empties
+    for phase in (*run.parents, run):
+        assert phase.meta.states.keys() == {"last", "best"}
+        for state in phase.meta.states:
+            again = models.load(bert, task=task)
+            phase.restore(again, state=state)
+            check_updates(phase, state, again)
+            for name, tensor in phase.tensors(state).items():
+                if "/" not in name:  # state of the method
+                    assert np.array_equal(again.state_dict(keep_vars=True)[name].detach(), tensor), name
 
 
 @EVERY
 def test_trained_updates_fold_exactly(row: MethodRow, trained, bert, task) -> None:
-    run, _ = trained(row)
-    model = models.load(bert, task=task)
-    run.restore(model)
-    before = logits(model.double())
-    if not row.folds:
-        with pytest.raises(ValueError, match="depends on the input"):
-            fold(model)
-        return
-    fold(model)
-    assert not attached_deltas(model)
-    change = float((logits(model) - before).abs().max() / before.abs().max())
-    assert change <= rounding(torch.float64, terms=TINY, growth=TEXT)
+    run, _ = trained
+    for phase in (*run.parents, run):
+        model = models.load(bert, task=task)
+        phase.restore(model)
+        before = logits(model.double())
+        if not row.folds:
+            with pytest.raises(ValueError, match="depends on the input"):
+                fold(model)
+            continue
+        fold(model)
+        assert not attached_deltas(model)
+        change = float((logits(model) - before).abs().max() / before.abs().max())
+        assert change <= rounding(torch.float64, terms=TINY, growth=TEXT)
 
 
 @EVERY
-def test_export_has_equal_logits_or_is_refused_in_one_line(
-    row: MethodRow, trained, tmp_path: Path, monkeypatch
-) -> None:
-    run, model = trained(row)
-    if row.refused:
-        with pytest.raises(ValueError, match=row.refused) as raised:
-            ls.export.to_peft(run, tmp_path / "adapter")
-        assert "\n" not in str(raised.value)
-        assert not (tmp_path / "adapter").exists()
-        return
-    out = ls.export.to_peft(run, tmp_path / "adapter")
-    theirs = load_by_the_card(out, monkeypatch)
-    expected, found = logits(model.double()), logits(theirs.double())
-    model.float()
-    assert float((found - expected).abs().max() / expected.abs().max()) <= rounding(terms=TINY, growth=TEXT)
-
-
-def load_by_the_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Load the adapter by the code in its README."""
-    snippet = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert snippet
-    monkeypatch.chdir(out.parent)
-    scope: dict[str, Any] = {}
-    exec(snippet[1], scope)
-    return scope["model"].eval()
-
-
-@EVERY
-def test_run_passes_through_every_door(row: MethodRow, trained, capsys: pytest.CaptureFixture[str]) -> None:
-    run, _ = trained(row)
+def test_run_passes_through_every_door(trained) -> None:
+    run, _ = trained
     again = ls.load(run.path)
     assert again.meta == run.meta
     assert len(again.summary())

@@ -101,9 +101,9 @@ def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
     if merged and len(merged) == len(updates):
         raise ValueError(f"cannot export run {run.id}: no adapter is left, because all adapted weights also trained")
     for name in merged:
-        change = updates.pop(name).dense()
-        weight = weights[f"{name}.weight"]
-        weights[f"{name}.weight"] = weight + (change if hosts[name] == "Linear" else change.T).astype(weight.dtype)
+        W, turned = weights[f"{name}.weight"], hosts[name] != "Linear"
+        whole = exporter.merge(updates.pop(name), W.T if turned else W)
+        weights[f"{name}.weight"] = whole.T if turned else whole
     biased = next((name for name in updates if f"{name}.bias" in weights), None)
     if biased is not None:
         reason = f"the trained bias of adapted module {biased} is not supported; use the folder that PEFT saved"
@@ -119,9 +119,9 @@ def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
         "bias": "none",
     }
     own = dict(pair for name, update in updates.items() for pair in exporter.tensors(name, update, hosts[name]))
-    whole = {PREFIX + name: array for name, array in (own | weights).items()} | exporter.shared_tensors(updates)
+    stored = {PREFIX + name: array for name, array in (own | weights).items()} | exporter.shared_tensors(updates)
     with new_folder(path) as draft:
-        arrays = {name: np.ascontiguousarray(array) for name, array in whole.items()}
+        arrays = {name: np.ascontiguousarray(array) for name, array in stored.items()}
         write_bytes(draft / WEIGHTS, save(arrays, metadata={"format": "pt"}))
         write_json(draft / CONFIG, config)
         write_bytes(draft / "README.md", _card(run, config, exporter.kind, path.name).encode())

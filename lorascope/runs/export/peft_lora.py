@@ -6,6 +6,7 @@ Components with an exactly zero diagonal, which an allocator has masked, are omi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,9 @@ class DoraExporter(LoraExporter):
 
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
         return super().keywords(run, updates) | {"use_dora": True}
+
+    def merge(self, update: WeightDecomposed, W0: Float[np.ndarray, "out in"]) -> Float[np.ndarray, "out in"]:
+        return super().merge(replace(update, W0=W0), W0)
 
     def tensors(self, module: str, update: WeightDecomposed, host: str) -> Iterator[tuple[str, np.ndarray]]:
         yield from super().tensors(module, update, host)

@@ -40,4 +40,5 @@ class VeraExporter(Exporter):
         first = next(iter(updates.values()))
         seed, widest_in, widest_out, _ = (int(value) for value in first.to_factors()["projection"])
         A, B = projections(seed, first.rank, widest_in, widest_out)
-        return {"base_model.vera_A": A, "base_model.vera_B": B}
+        outer, inner = (max(sides) for sides in zip(*(update.shape for update in updates.values()), strict=True))
+        return {"base_model.vera_A": A[:, :inner], "base_model.vera_B": B[:outer]}  # the sides that PEFT expects

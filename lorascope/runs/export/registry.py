@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Float
 
 from lorascope.runs.result import Result
 from lorascope.schema.plugins import load_plugins
@@ -33,6 +34,10 @@ class Exporter(ABC):
     @abstractmethod
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
         """Return the entries of PEFT's configuration for these updates, with ``peft_type``."""
+
+    def merge(self, update: Any, W0: Float[np.ndarray, "out in"]) -> Float[np.ndarray, "out in"]:
+        """Return a weight that trained as well, with its update."""
+        return W0 + update.dense().astype(W0.dtype)
 
     @abstractmethod
     def tensors(self, module: str, update: Any, host: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft.tuners.adalora.layer import RankAllocator
 from tiny import inputs, tiny
-from tolerance import TINY, forward, near, rounding
+from tolerance import TINY, near, rounding
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,7 +25,7 @@ from lorascope.adapters.delta import attach, attached_deltas, fold
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA
 from lorascope.methods.adalora import AdaLoRADelta, Schedule, importance, most_important, orthogonality, smooth
-from lorascope.methods.base import METHODS, Step, config, from_config
+from lorascope.methods.base import Step
 from lorascope.methods.lora import LoRADelta
 
 SIX = ("q", "k", "v", "o", "ffn_in", "ffn_out")
@@ -726,17 +726,8 @@ def test_updates_of_snapshots_equal_those_of_the_model(trained):
     assert sum(regrown) == 36  # every lambda trains between two selections
 
 
-@pytest.mark.parametrize("state", ["last", "best"])
-def test_restored_model_gives_the_same_logits(state, trained, bert, task):
-    run, model, _ = trained
-    assert run.meta.states["best"].step in (9, 12)  # no best state before the selection is fixed
-    fresh = models.load(bert, task=task)
-    run.restore(fresh, state=state)
-    assert {name: delta.rank for name, delta in attached_deltas(fresh).items()} == run.ranks(state)
-    if state == "last":
-        assert torch.equal(fresh(**inputs(fresh)).logits, model(**inputs(model)).logits)
-    for name, delta in attached_deltas(fresh).items():
-        np.testing.assert_array_equal(delta.update().B, run.updates(state=state)[name].B)
+def test_best_state_has_the_final_selection(trained):
+    assert trained[0].meta.states["best"].step in (9, 12)
 
 
 def test_norms_handle_modules_of_rank_zero(trained):
@@ -748,24 +739,6 @@ def test_norms_handle_modules_of_rank_zero(trained):
         sigma = torch.linalg.svdvals(dense)[: delta.rank]
         expected = (sigma.square().sum() / sigma[0].square()).item() if delta.rank else 0
         assert summary["stable_rank"][name] == near(expected, terms=TINY)
-
-
-def test_peft_lora_with_the_final_ranks_equals_the_model(trained, bert, task):
-    """PEFT's LoRA with the final ranks and the retained components equals the trained model."""
-    run, model, _ = trained
-    keywords = run.lora_config()
-    fresh = models.load(bert, task=task)
-    theirs = peft.get_peft_model(fresh, peft.LoraConfig(**keywords)).eval()
-    layers = {n: m for n, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")}
-    assert {name: layer.r["default"] for name, layer in layers.items()} == {n: r for n, r in run.ranks().items() if r}
-    for name, layer in layers.items():
-        delta = attached_deltas(model)[name]
-        assert layer.scaling["default"] == pytest.approx(delta.scale, rel=1e-12)
-        layer.lora_A["default"].weight.data = delta.A.data[delta.kept]
-        layer.lora_B["default"].weight.data = (delta.B * delta.diagonal.T).data[:, delta.kept]
-    theirs.get_base_model().classifier.load_state_dict(model.classifier.state_dict())
-    one, other = (each(**inputs(model)).logits for each in (theirs, model))
-    assert (one - other).norm() <= forward(model, inputs(model)) * other.norm()
 
 
 def test_recorded_loss_excludes_the_penalty(bert, task, tmp_path):
@@ -843,9 +816,3 @@ def test_phases_longer_than_the_run_raise_before_the_first_step(bert, task, tmp_
     with pytest.raises(ValueError, match=r"^initial_steps \+ final_steps .* 12.*, got 8 \+ 4$"):
         ls.train(model, task, replace(METHOD, initial_steps=8), out=tmp_path / "run", **FAST)
     assert all(not delta.diagonal.any() for delta in attached_deltas(model).values())
-
-
-def test_method_is_registered_and_survives_json():
-    assert METHODS["adalora"] is ls.AdaLoRA is AdaLoRA
-    for method in (AdaLoRA(), METHOD, AdaLoRA(penalty="sum-square", scores="before", targets="all-linear")):
-        assert from_config(config(method)) == method

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 
 import killing
 import pytest
 import torch
-from tiny import inputs, tiny
+from tiny import tiny
 from tolerance import rounding
 
 import lorascope as ls
 from lorascope.inputs import models
-from lorascope.methods import METHODS, Adapprox
+from lorascope.methods import Adapprox
 from lorascope.methods.adapprox import AdapproxOptimizer
 from lorascope.methods.base import Step, config, from_config
 from lorascope.methods.optimizers import adapprox, subspace_iteration
@@ -500,13 +499,6 @@ def run(bert, task, tmp_path_factory):
     return ls.train(models.load(bert, task=task), task, METHOD, out=out, **FAST)
 
 
-def test_method_is_registered_and_survives_json():
-    assert METHODS["adapprox"] is Adapprox
-    for method in (Adapprox(), Adapprox(betas=(0.0, 0.99), rank_rule="colnorm", dense=("embed",), min_dim=None)):
-        assert from_config(json.loads(json.dumps(config(method)))) == method
-    assert Adapprox(max_rank=4).label() == "Adapprox, max_rank 4"
-
-
 def test_table_contains_ranks_errors_and_bytes(run):
     table = run.table.set_index(["step", "module"])
     ranks = table[table["quantity"] == "factor_rank"]["value"]
@@ -596,7 +588,6 @@ def test_runs_without_sketch_multiple_keep_their_id_and_resume(fresh_bert):
     assert identify(stored) == "819e5e397433"  # as computed before the field existed
     assert from_config(stored) == Adapprox()
     wide = Adapprox(min_dim=8, sketch_multiple=16)
-    assert from_config(json.loads(json.dumps(config(wide)))) == wide
     wide.attach(fresh_bert)
     assert {g["sketch_multiple"] for g in wide.optimizer(fresh_bert, 1e-3, 1e-3, 0.0).param_groups} == {16}
     optimizer = AdapproxOptimizer([p := parameter(70, 70)])
@@ -629,12 +620,6 @@ def test_dense_roles_are_stored_without_factors(fresh_bert):
 def test_invalid_dense_error_names_the_option(dense, line):
     with pytest.raises(ValueError, match=line):
         Adapprox(dense=dense).optimizer(tiny("llama"), 1e-3, 1e-3, 0.0)
-
-
-def test_restored_run_gives_the_same_logits(bert, task, tmp_path):
-    model, again = models.load(bert, task=task), models.load(bert, task=task)
-    ls.train(model, task, METHOD, out=tmp_path / "run", **FAST).restore(again)
-    assert torch.equal(again(**inputs(again)).logits, model.eval()(**inputs(again)).logits)
 
 
 def test_accumulation_gives_the_same_update(bert, task, tmp_path):

@@ -19,7 +19,7 @@ from lorascope.adapters.delta import attached_deltas, fold, resize
 from lorascope.inputs import models
 from lorascope.methods import ALoRA
 from lorascope.methods.alora import ALoRADelta, CountingAdamW, allocate, importance, prune
-from lorascope.methods.base import METHODS, Step, config, from_config
+from lorascope.methods.base import Step, config
 from lorascope.schema.module_table import describe
 
 # -- from scores to ranks ----------------------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_table_contains_ranks_and_budget(run):
     assert len(scalars) == 6
 
 
-def test_module_of_rank_zero_appears_in_every_output(run, bert, task):
+def test_module_of_rank_zero_appears_in_every_output(run):
     found, model = run
     ranks = {name: delta.rank for name, delta in attached_deltas(model).items()}
     assert found.ranks() == ranks
@@ -452,12 +452,6 @@ def test_module_of_rank_zero_appears_in_every_output(run, bert, task):
     assert (summary.loc[zero, "update_norm"] == 0).all()
     targets = found.lora_config()["target_modules"]
     assert set(targets) == {name for name, rank in ranks.items() if rank}
-    again = models.load(bert, task=task)
-    ls.load(found.path).restore(again)
-    batch = inputs(again)
-    batch["input_ids"] %= 20
-    with torch.no_grad():
-        assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
     assert found.meta.states["best"].step >= 6
 
 
@@ -520,12 +514,6 @@ def test_settings_that_do_not_fit_model_or_run_raise_one_line(fresh_bert, task, 
     late = ALoRA(rounds=4, warm_steps=4, round_steps=2)
     with pytest.raises(ValueError, match=r"rounds .* 10, .*, got 4 \+ 3 \* 2$"):
         ls.train(fresh_bert, task, late, out=tmp_path / "run", **SHORT)
-
-
-def test_method_is_registered_and_survives_json():
-    assert METHODS["alora"] is ls.ALoRA is ALoRA
-    for method in (ALoRA(prune=3, rounds=2), ALoRA(prune="network", targets=("q",)), ALoRA(fresh_moments=True)):
-        assert from_config(config(method)) == method
 
 
 def test_config_without_fresh_moments_omits_the_field():

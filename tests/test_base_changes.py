@@ -101,25 +101,6 @@ def test_detach_leaves_w0(trained, bert, task):
             assert torch.equal(model.get_parameter(name), parameter), name
 
 
-def test_folded_model_has_the_same_output(trained, bert, task):
-    _, run = trained
-    model = models.load(bert, task=task)
-    run.restore(model, method=METHOD)
-    expected = logits(model, task)
-    delta.fold(model)
-    torch.testing.assert_close(logits(model, task), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_export_to_peft_has_twice_the_rank_and_the_same_output(trained, bert, task, tmp_path):
-    peft = pytest.importorskip("peft")
-    model, run = trained
-    folder = ls.export.to_peft(run, tmp_path / "adapter")
-    base = models.load(bert, task=task)
-    loaded = peft.PeftModel.from_pretrained(base, folder)
-    assert next(iter(loaded.peft_config.values())).r == 4
-    torch.testing.assert_close(logits(loaded, task), logits(model, task), rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_trainer_and_train_give_the_same_weights_and_records(accumulate, bert, task, tmp_path):
     model, run, rows = by_train(bert, task, METHOD, tmp_path / "own", accumulate=accumulate)

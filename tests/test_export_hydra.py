@@ -102,7 +102,9 @@ def test_to_peft_of_an_authors_folder_raises(tmp_path: Path) -> None:
         to_peft(ls.load(tmp_path / "theirs"), tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("method", [HydraLoRA(num_experts=1), HydraLoRA(router="uniform")], ids=["one head", "even"])
+@pytest.mark.parametrize(
+    "method", [HydraLoRA(num_experts=1), HydraLoRA(shared_a=False, router="uniform")], ids=["one", "even"]
+)
 def test_to_peft_without_router_exports_a_lora(
     method: HydraLoRA, bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

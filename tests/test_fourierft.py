@@ -23,7 +23,6 @@ from lorascope.analysis import initial_update, subspace_similarity
 from lorascope.diagnosis.inspection import inspect
 from lorascope.inputs import models
 from lorascope.methods import FourierFT
-from lorascope.methods.base import METHODS, config, from_config
 from lorascope.methods.fourierft import (
     BasisDelta,
     FourierDelta,
@@ -419,13 +418,6 @@ def test_unknown_option_raises(field):
         method.__post_init__()
 
 
-def test_method_is_registered_and_survives_json():
-    assert METHODS["fourierft"] is FourierFT
-    for method in (FourierFT(), FourierFT(coefficients=9, center=3.5, basis="random", init="zeros")):
-        assert from_config(config(method)) == method
-    assert FourierFT(coefficients=50).label() == "FourierFT, coefficients 50"
-
-
 FAST = killing.SETTINGS | {"observe": killing.observers()}
 METHOD = FourierFT(coefficients=200, targets="all-linear", lr=0.1)
 
@@ -511,7 +503,7 @@ def test_other_bases_record_norms_and_the_learned_update(basis, gpt2, task, tmp_
 
 @pytest.mark.parametrize(
     "method",
-    [METHOD, FourierFT(coefficients=3), FourierFT(basis="random", coefficients=30), FourierFT(center=4, width=2)],
+    [FourierFT(coefficients=3), FourierFT(basis="random", coefficients=30), FourierFT(center=4, width=2)],
 )
 def test_restored_run_gives_the_same_logits(method, bert, task, tmp_path):
     model = models.load(bert, task=task)

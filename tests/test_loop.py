@@ -359,19 +359,15 @@ def test_growing_factors_preserves_optimizer_and_output(bert, task, tmp_path):
 
 
 @pytest.mark.parametrize("method", [Full(), LoRA(targets="all-linear")])
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_restore_gives_equal_logits(method, family, task, tmp_path, request):
-    folder = request.getfixturevalue(family)
-    model = models.load(folder, task=task)
+def test_restore_on_conv1d_gives_equal_logits(method, gpt2, task, tmp_path):
+    model = models.load(gpt2, task=task)
     run = ls.train(model, task, method, out=tmp_path / "run", **FAST)
-    other = models.load(folder, task=task)
+    other = models.load(gpt2, task=task)
     ls.load(tmp_path / "run").restore(other)
     batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
     assert torch.equal(model(**batch).logits, other(**batch).logits)
-    best = models.load(folder, task=task)
-    run.restore(best, state="best")
     with pytest.raises(ValueError, match=r"state must be .*'last', 'best', got 'first'"):
-        run.restore(models.load(folder, task=task), state="first")
+        run.restore(models.load(gpt2, task=task), state="first")
 
 
 def test_run_id_depends_on_method_settings_and_seed(bert, task, tmp_path):

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lorascope.adapters.delta import attach, attached_deltas, deltas, fold
 from lorascope.methods import Full, LoRA
-from lorascope.methods.base import METHODS, config, from_config
 from lorascope.methods.lora import LoRADelta
 from lorascope.updates import LowRank
 
@@ -283,10 +282,3 @@ def test_full_fine_tuning_trains_everything():
     grouped = [parameter for group in groups for parameter in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(model.parameters()))
     assert (method.lr, method.head_lr) == (1e-4, 1e-4)
-
-
-def test_methods_are_registered_and_survive_json():
-    assert METHODS["lora"] is LoRA
-    assert METHODS["full"] is Full
-    for method in (LoRA(rank={"a.b": 3}, targets=("q",)), LoRA(targets="all-linear", dropout=0.1), Full(lr=1e-3)):
-        assert from_config(config(method)) == method

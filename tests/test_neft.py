@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from forks import check_that_a_killed_run_goes_on
-from tiny import inputs, tiny
+from tiny import tiny
 from tolerance import near
 from torch import nn
 
@@ -22,7 +21,7 @@ from lorascope.analysis import neurons, selected_neurons
 from lorascope.cli import main
 from lorascope.inputs import models
 from lorascope.methods import Full, LoRA, NeFT
-from lorascope.methods.base import METHODS, Step, config, from_config, task_head
+from lorascope.methods.base import Step, config, task_head
 from lorascope.methods.neft import Mask, distances
 
 FAST = {"steps": 4, "batch_size": 8, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
@@ -312,14 +311,6 @@ def test_tune_lr_overrides_the_learning_rate_of_train(tune_lr, rate, bert, task,
     assert (tune.meta.settings["lr"], run.meta.settings["lr"]) == (rate, 1e-2)
 
 
-def test_restored_run_gives_the_same_logits(phased, task):
-    folder, model, _, run = phased
-    fresh = models.load(folder, task=task)
-    run.restore(fresh)
-    with torch.no_grad():
-        assert torch.equal(fresh(**inputs(fresh)).logits, model.eval()(**inputs(model)).logits)
-
-
 def test_finished_reference_is_used_and_reversed_selects_the_other_end(bert, task, tmp_path):
     _, _, full = train(bert, task, Full(lr=1e-2, head_lr=1e-2), tmp_path / "full")
     chosen = {}
@@ -502,15 +493,3 @@ def test_command_line_lists_options_and_exits_with_2_for_invalid_ones(capsys):
     assert "--reference" in printed
     assert "--clip-before" in printed
     assert "--neurons" not in printed
-
-
-def test_method_is_registered_and_survives_json():
-    assert METHODS["neft"] is NeFT is ls.NeFT
-    method = NeFT(num_neurons=5, neurons=CHOSEN, tune_lr=1e-4)
-    assert from_config(json.loads(json.dumps(config(method)))) == method
-    assert NeFT(num_neurons=5, select_by="reversed").label() == "NeFT, k 5, mode reversed"
-
-
-def test_run_killed_in_either_phase_resumes_bitwise(forks, tmp_path):
-    after = ["1-tune/resume/step-*", "2-masked/resume/step-*"]
-    check_that_a_killed_run_goes_on(forks, NeFT(num_neurons=9, lr=1e-2), tmp_path, after=after)

@@ -7,13 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import killing
 import pandas as pd
+import pytest
 
 from lorascope.methods.base import Method, config
 from lorascope.schema.records import QUANTITIES
+from lorascope.training.session import Session
 
 CIRCUMSTANCES = ("seconds", "total_seconds", "commit")
 WALL_CLOCK = {name for name, quantity in QUANTITIES.items() if quantity.unit == "s"}
@@ -68,6 +72,22 @@ class Forks:
         self.process.stdin.close()
         self.process.stdout.close()
         assert self.process.wait() == 0
+
+
+@contextmanager
+def interruption_after(finished: int) -> Iterator[None]:
+    """Interrupt a training of this process after a step, with a checkpoint of it."""
+
+    def stop(session, *given, record=Session.record):
+        record(session, *given)
+        if session.step.finished == finished:
+            session.checkpoint()
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "record", stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def check_that_a_killed_run_goes_on(forks: Forks, method: Method, folder: Path, **kills: object) -> None:

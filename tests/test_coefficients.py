@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_sensitivity import FAST, LOOK, Copying, check_training_is_unchanged, gradients, measured
+from test_sensitivity import FAST, LOOK, Copying, gradients, measured
 from tolerance import TEXT, TINY, near
 
 import lorascope as ls
@@ -71,12 +71,6 @@ def test_coefficient_gradient_matches_a_finite_difference(task, tmp_path, reques
             losses.append(float(sum(kept(**batch).loss for batch in batches)) / len(batches))
     gradient = measured(run, "coefficient_gradient", module)[7]
     assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(gradient, rel=1e-3)
-
-
-def test_observer_does_not_change_training(task, tmp_path, request):
-    family, method = METHODS["transform"]
-    look = observe.coefficients(every=1, batches=1, rows=4)
-    check_training_is_unchanged(look, request.getfixturevalue(family), task, method, tmp_path)
 
 
 def test_other_methods_have_no_coefficients(task, tmp_path, bert):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import killing
 import numpy as np
 import pytest
@@ -215,22 +213,6 @@ def test_step_error_is_recorded_with_the_best_error_of_its_rank(bert, task, tmp_
     both = both.dropna(subset=["factor_step_error"])
     assert len(both) == 12
     assert both["factor_step_error"].to_numpy() == near(both["factor_error"].to_numpy(), **SQUARES)
-
-
-def test_previous_factors_are_saved_for_resuming():
-    first, second = observe.factor_optimum(), observe.factor_optimum()
-    first.before_ = {"a": {"Q": torch.ones(2, 1), "U": torch.ones(3, 1)}}
-    second.restore(first.state())
-    assert torch.equal(second.before_["a"]["U"], torch.ones(3, 1))
-
-
-def test_exact_average_is_saved_for_resuming():
-    first = observe.factor_drift()
-    first.exact_ = {"a": torch.ones(2, 2)}
-    second = observe.factor_drift()
-    second.restore(first.state())
-    assert torch.equal(second.exact_["a"], torch.ones(2, 2))
-    assert json.dumps(second.config()) == '{"name": "factor_drift", "every": 50}'
 
 
 def test_optimizer_without_second_moments_has_no_records(bert, task, tmp_path):

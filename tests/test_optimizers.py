@@ -6,7 +6,7 @@ import killing
 import numpy as np
 import pytest
 import torch
-from forks import same
+from forks import interruption_after, same
 from tolerance import near
 from transformers.optimization import Adafactor
 
@@ -15,7 +15,6 @@ from lorascope.inputs import models
 from lorascope.methods import Full
 from lorascope.methods.base import config
 from lorascope.methods.optimizers.came import CAME
-from lorascope.training.session import Session
 
 
 def by_hand(W, gradients, lr, betas, eps, decay, clip):
@@ -101,16 +100,7 @@ def test_killed_run_resumes_bitwise(rule, bert, task, tmp_path):
     method = Full(optimizer_name=rule, lr=1e-3)
     whole = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "whole", **settings)
     assert whole.summary()["update_norm"].gt(0).all()
-    with pytest.MonkeyPatch.context() as patch:
-
-        def stop(session, *given, record=Session.record):
-            record(session, *given)
-            if session.step.finished == 4:
-                session.checkpoint()
-                raise KeyboardInterrupt
-
-        patch.setattr(Session, "record", stop)
-        with pytest.raises(KeyboardInterrupt):
-            ls.train(models.load(bert, task=task), task, method, out=tmp_path / "out", **settings)
+    with interruption_after(4):
+        ls.train(models.load(bert, task=task), task, method, out=tmp_path / "out", **settings)
     ls.train(models.load(bert, task=task), task, method, out=tmp_path / "out", **settings)
     same(tmp_path / "out", tmp_path / "whole")

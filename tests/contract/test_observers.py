@@ -3,47 +3,59 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
+from forks import WALL_CLOCK, interruption_after, same
 from killing import SETTINGS
 
 import lorascope as ls
 from lorascope import observe
 from lorascope.inputs import models
-from lorascope.methods.base import Method
 from lorascope.observe.base import Observer
 from lorascope.schema.records import QUANTITIES
 
-LORA = ls.LoRA(rank=2, targets=("q", "ffn_in"))
-FULL, ADAPPROX = ls.Full(optimizer_name="adamw"), ls.Adapprox(min_dim=8)
+METHODS = {
+    "adapprox": ls.Adapprox(min_dim=8),
+    "fourierft": ls.FourierFT(coefficients=20),
+    "full": ls.Full(),
+    "lora": ls.LoRA(rank=2, targets=("q", "ffn_in"), dropout=0.3),
+}
+SHORT = SETTINGS | {"steps": 3}
 _SCHEMES = ("l1_p5", "l2_p5", "l5_p0", "l5_p5", "svd", "svd_lowrank")
 
 
 @dataclass(frozen=True)
 class ObserverRow:
-    """A method, and the quantities and snapshots that the observer adds to its records."""
+    """A method of ``METHODS``, and the quantities and snapshots that the observer adds to its records."""
 
-    method: Method
+    method: str
     quantities: frozenset[str]
     snapshots: frozenset[str] = frozenset()
+    saves_factors: bool = False
 
 
-def row(method: Method, *quantities: str, snapshots: tuple[str, ...] = ()) -> ObserverRow:
-    return ObserverRow(method, frozenset(quantities), frozenset(snapshots))
+def row(method: str, *quantities: str, snapshots: tuple[str, ...] = (), saves_factors: bool = False) -> ObserverRow:
+    return ObserverRow(method, frozenset(quantities), frozenset(snapshots), saves_factors)
 
 
 ROWS = {
-    "coefficients": row(ls.FourierFT(coefficients=20), "coefficient_gradient", "coefficient_importance"),
-    "factor_drift": row(ADAPPROX, "factor_drift", "factor_drift_least", "factor_drift_rank_one"),
-    "factor_optimum": row(ADAPPROX, "factor_step_error", "factor_step_error_least"),
-    "factorings": row(FULL, *(f"factoring_{what}_{how}" for what in ("error", "seconds") for how in _SCHEMES)),
-    "factors": row(LORA),
-    "memory": row(LORA, "gradient_bytes", "optimizer_bytes", "parameter_bytes"),
-    "neurons": row(LORA, "neuron_cosine", "neuron_update", "sensitivity_in", "sensitivity_out"),
+    "coefficients": row("fourierft", "coefficient_gradient", "coefficient_importance"),
+    "factor_drift": row("adapprox", "factor_drift", "factor_drift_least", "factor_drift_rank_one"),
+    "factor_optimum": row("adapprox", "factor_step_error", "factor_step_error_least"),
+    "factorings": row("full", *(f"factoring_{what}_{how}" for what in ("error", "seconds") for how in _SCHEMES)),
+    "factors": row("lora", saves_factors=True),
+    "memory": row("lora", "gradient_bytes", "optimizer_bytes", "parameter_bytes"),
+    "neurons": row("lora", "neuron_cosine", "neuron_update", "sensitivity_in", "sensitivity_out"),
     "norms": row(
-        LORA,
+        "lora",
         "adapter_norm",
         "effective_rank",
         "learned_norm",
@@ -56,7 +68,7 @@ ROWS = {
         snapshots=("singular_values",),
     ),
     "second_moments": row(
-        FULL,
+        "full",
         "moment_error",
         "moment_error_dealt",
         "moment_error_rank_one",
@@ -64,7 +76,7 @@ ROWS = {
         "moment_sigma",
         "moment_sigma_dealt",
     ),
-    "utilization": row(LORA, "utilisation", "utilisation_layer"),
+    "utilization": row("lora", "utilisation", "utilisation_layer"),
 }
 EVERY = pytest.mark.parametrize("name", ROWS)
 
@@ -89,44 +101,75 @@ def test_observer_survives_json(name: str) -> None:
     assert own_observers()[name](**stored) == observer
 
 
+class Trained(NamedTuple):
+    run: ls.Run
+    draws: tuple[float, float, float]
+
+
 @pytest.fixture(scope="module")
-def plain(bert, task, tmp_path_factory):
-    """Return a function that trains a method once with the given observers."""
-    known: dict[str, Any] = {}
+def train(bert, task, tmp_path_factory):
+    """Return a function that trains the method of a row once, with or without its observer every so many steps."""
 
-    def train(method: Method, observers: list[Observer], key: str) -> ls.Run:
-        if key not in known:
-            settings = SETTINGS | {"steps": 3, "eval_every": 0}
-            out = tmp_path_factory.mktemp("observed") / "run"
-            model = models.load(bert, task=task)
-            known[key] = ls.train(model, task, method, observe=observers, out=out, **settings)
-        return known[key]
+    @cache
+    def once(method: str, name: str = "", every: int = 1) -> Trained:
+        observers = [own_observers()[name](every=every)] if name else []
+        out = tmp_path_factory.mktemp("observed") / "run"
+        random.seed(5), np.random.seed(5), torch.manual_seed(5)
+        run = ls.train(models.load(bert, task=task), task, METHODS[method], observe=observers, out=out, **SHORT)
+        return Trained(run, (random.random(), np.random.random(), float(torch.rand(()))))
 
-    return train
+    return once
 
 
 @EVERY
-def test_observer_records_what_its_row_says(name: str, plain) -> None:
+def test_observer_records_what_its_row_says(name: str, train) -> None:
     expected = ROWS[name]
-    without = plain(expected.method, [], expected.method.name)
-    run = plain(expected.method, [own_observers()[name](every=1)], name)
+    without, run = train(expected.method).run, train(expected.method, name).run
     quantities = set(run.table["quantity"].unique())
     assert quantities - set(without.table["quantity"].unique()) == expected.quantities
     names = {each.rpartition("/")[2] for each in run.snapshot_names()}
     assert names - {each.rpartition("/")[2] for each in without.snapshot_names()} == expected.snapshots
     for quantity in expected.quantities:
-        steps = run.table.loc[run.table["quantity"] == quantity, "step"]
-        assert steps.max() == 3, quantity
         assert QUANTITIES[quantity].label
         assert QUANTITIES[quantity].definition
 
 
 @EVERY
-def test_observer_leaves_the_training_as_it_is(name: str, plain) -> None:
-    expected = ROWS[name]
-    without, run = (
-        plain(expected.method, [], expected.method.name),
-        plain(expected.method, [own_observers()[name](every=1)], name),
-    )
+def test_observer_records_at_its_steps(name: str, train) -> None:
+    for every, steps in ((1, {1, 2, 3}), (2, {2, 3})):
+        run = train(ROWS[name].method, name, every).run
+        added = run.table[run.table["quantity"].isin(ROWS[name].quantities)]
+        for quantity, rows in added.groupby("quantity", observed=True):
+            assert set(rows["step"]) - {0} == steps, quantity
+        if ROWS[name].saves_factors:
+            assert {step: bool(run.factors(step=step)) for step in steps} == dict.fromkeys(steps, True)
+            with pytest.raises(ValueError, match="step"):
+                run.factors(step=({1, 2, 3, 4} - steps).pop())
+
+
+@EVERY
+def test_observer_leaves_the_training_as_it_is(name: str, train) -> None:
+    """Weights, other records and random numbers are the same, bit for bit."""
+    (without, draws), (run, other_draws) = train(ROWS[name].method), train(ROWS[name].method, name)
+    assert run.tensors().keys() == without.tensors().keys()
     for key, tensor in without.tensors().items():
         assert (run.tensors()[key] == tensor).all(), key
+    tables = []
+    for each in (without, run):
+        kept = each.table[~each.table["quantity"].isin(ROWS[name].quantities | WALL_CLOCK)]
+        tables.append(kept.drop(columns="run").astype(str).reset_index(drop=True))
+    pd.testing.assert_frame_equal(*tables)
+    assert draws == other_draws
+
+
+@EVERY
+def test_resumed_run_equals_one_without_interruption(name: str, train, bert, task, tmp_path: Path) -> None:
+    def again() -> None:
+        observers = [own_observers()[name](every=1)]
+        model = models.load(bert, task=task)
+        ls.train(model, task, METHODS[ROWS[name].method], observe=observers, out=tmp_path / "run", **SHORT)
+
+    with interruption_after(2):
+        again()
+    again()
+    same(tmp_path / "run", train(ROWS[name].method, name).run.path)

@@ -117,11 +117,6 @@ def test_adalora_with_another_configuration_raises(tmp_path: Path) -> None:
     write_json(tmp_path / CONFIG, told | {"rank_pattern": None})
     with pytest.raises(ValueError, match=r"q_proj must have rank 5 .*, got 3 and 3"):
         load(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_E"]
-    save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match="q_proj has lora_A and lora_B but no lora_E"):
-        load(tmp_path)
 
 
 DORA: dict[str, dict[str, Any]] = {

@@ -51,7 +51,7 @@ def write(
     return tensors
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_update_is_the_mean_of_the_experts(tmp_path, dtype):
     tensors = write(tmp_path / "hydra", dtype=dtype)
     run = ls.load(tmp_path / "hydra")
@@ -104,12 +104,8 @@ def test_single_expert_is_a_lora(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"without": "lora_A"}, "up_proj has no lora_A"),
-        ({"without": "lora_route"}, "up_proj has no lora_route"),
-        ({"without": "lora_B1"}, "up_proj has no lora_B1"),
         ({"without": "lora_B2"}, "router of .*up_proj must have 2 rows.*, got 3"),
         ({"r": 8}, "model.layers.0.mlp.up_proj must have rank 8 .*, got 4"),
-        ({"dtype": torch.int32}, "must be stored as .*, got I32"),
         ({"use_dora": True}, "variant of LoRA not supported"),
     ],
 )

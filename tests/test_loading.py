@@ -326,14 +326,6 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "rank": (lambda a: configured(a, r=8), "must have rank 8 .*, got 4 and 4"),
     "experts": (lambda a: configured(a, r=2, target_parameters=["x"]), "experts in one tensor"),
-    "half": (
-        lambda a: stored(a, lambda t: {k: v for k, v in t.items() if k != f"{Q0}.lora_B.weight"}),
-        "q_proj has lora_A but no lora_B",
-    ),
-    "integers": (
-        lambda a: stored(a, lambda t: t | {f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}),
-        "must be stored as .*, got I8",
-    ),
     "foreign": (lambda a: stored(a, lambda t: {"weight": torch.ones(2)}), "must .* lora_A and lora_B, got weight"),
     "empty": (lambda a: stored(a, lambda t: {}), "must .* lora_A and lora_B, got no tensor"),
     "no type": (lambda a: write_json(a / CONFIG, {"r": 4}), "adapter_config.json"),

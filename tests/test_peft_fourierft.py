@@ -253,7 +253,6 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "no base": (lambda a: configured(a, base_model_name_or_path=None), "stores no shapes.* its base unnamed"),
     "length": (lambda a: stored(a, **{Q0: torch.ones(49)}), "q_proj must have 50 coefficients .*, got 49"),
-    "integers": (lambda a: stored(a, **{Q0: torch.ones(50, dtype=torch.int8)}), "must be stored as .*, got I8"),
     "another base": (lambda a: (tiny("bert").save_pretrained(a.parent / "base"),), "cannot find the weight of"),
     "small base": (
         lambda a: tiny("llama", hidden_size=4, num_attention_heads=2, num_key_value_heads=2).save_pretrained(

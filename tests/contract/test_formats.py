@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contract.format_rows import ROWS, FormatRow, Q, V
+from safetensors.numpy import load_file, save
 
 import lorascope as ls
 from lorascope.cli.main import main
@@ -74,19 +75,35 @@ def test_adapter_passes_every_door(
     assert main(["plot", "update_norm_heat", folder, *more, "-o", str(tmp_path / "heat.svg")]) == 0
 
 
-@EVERY
-def test_adapter_without_its_last_factor_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
-    from safetensors.numpy import load_file, save
+def refused(folder: Path) -> str:
+    """Return the line of the error for an adapter that cannot be read."""
+    with pytest.raises(ValueError, match=f"^cannot read {folder / 'adapter'}") as raised:
+        ls.load(folder / "adapter", optional(folder / "base"))
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
 
+
+@EVERY
+def test_adapter_without_one_of_its_tensors_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     ROWS[name].write(tmp_path / "adapter", tmp_path / "base")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)
-    lacking = [key for key in tensors if V in key][-1]
-    del tensors[lacking]
-    file.write_bytes(save(tensors))
-    if not any(V in key for key in tensors):  # a single factor per module: the module is gone
-        assert list(ls.load(tmp_path / "adapter", optional(tmp_path / "base")).updates()) == [Q]
-        return
-    with pytest.raises(ValueError, match="cannot read") as raised:
-        ls.load(tmp_path / "adapter", optional(tmp_path / "base"))
-    assert "\n" not in str(raised.value)
+    for lacking in tensors:
+        rest = {key: tensor for key, tensor in tensors.items() if key != lacking}
+        file.write_bytes(save(rest))
+        module = next((each for each in (Q, V) if each in lacking), "")
+        if any(module in key for key in rest):
+            assert module in refused(tmp_path)
+        else:  # its only tensor: the module is gone
+            adapter = ls.load(tmp_path / "adapter", optional(tmp_path / "base"))
+            assert list(adapter.updates()) == [V if module == Q else Q]
+
+
+@EVERY
+def test_adapter_of_integers_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    ROWS[name].write(tmp_path / "adapter", tmp_path / "base")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key, tensor in tensors.items():
+        file.write_bytes(save(tensors | {key: tensor.astype(np.int8)}))
+        assert f"{key} must be stored as one of F64, F32, F16, BF16, got I8" in refused(tmp_path)

@@ -102,7 +102,7 @@ def group_factors(
             if match is None:
                 others.append(name.removeprefix(PREFIX))
             else:
-                found.setdefault(match["module"], {})[match["factor"]] = _float_factor(file, name)
+                found.setdefault(match["module"], {})[match["factor"]] = float_factor(file, name)
     ordered = sorted(found, key=lambda module: position(*parse(module)))
     return {module: found[module] for module in ordered}, tuple(others)
 
@@ -179,7 +179,7 @@ def is_transposed(A: StoredTensor, fan_in_fan_out: bool | None) -> bool:
     return bool(fan_in_fan_out) or ".lora_embedding_" in A.name
 
 
-def _float_factor(file: TensorFile, name: str) -> StoredTensor:
+def float_factor(file: TensorFile, name: str) -> StoredTensor:
     """Return a stored factor; raise a ValueError if it is not stored as floats or is too large for a factor."""
     must = f"{printable(name)} must"
     if file.dtype(name) not in FLOATS:

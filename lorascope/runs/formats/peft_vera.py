@@ -18,7 +18,7 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed, unreadable
-from lorascope.runs.formats.peft_lora import CONFIG, group_factors, peft_kind
+from lorascope.runs.formats.peft_lora import CONFIG, float_factor, group_factors, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
@@ -76,8 +76,7 @@ def read_vera(
     """Read the modules of an opened VeRA folder."""
     settings = to_typed(config, VeraConfig, path / CONFIG)
     found, others = group_factors(files, _FACTOR)
-    shared = {name: StoredTensor(file, name) for file in files for name in file if _SHARED.search(name)}
-    kept = {name[-1]: tensor for name, tensor in shared.items()}
+    kept = {name[-1]: float_factor(file, name) for file in files for name in file if _SHARED.search(name)}
     if not found or kept.keys() != {"A", "B"}:
         raise unreadable(path, "VERA weights must include vera_lambda_b, vera_lambda_d, vera_A and vera_B")
     shapes = base_with_shapes(path, config, base, "VeRA")

@@ -126,12 +126,6 @@ def test_basis_ablation_with_different_training_settings_raises(run: Any) -> Non
         plots.basis_ablation([one, two])
 
 
-def test_both_renderers_draw_ablations(run: Any) -> None:
-    for figure in (plots.bias_curve(bands(run)), plots.basis_ablation(three(run))):
-        assert figure.mpl().axes
-        assert figure.plotly().data
-
-
 def test_metric_axis_has_the_name_of_the_metric_if_all_runs_share_it(tmp_path: Path) -> None:
     reached = {("test_metric", ""): {9: 0.5}}
     one, two, other = (

@@ -1,4 +1,4 @@
-"""Methods that train on a changed base, W_0 - s B0 A0: what is stored, restored and exported refers to W_0."""
+"""Methods that train on a changed base, W_0 - s B0 A0: what is stored and restored refers to W_0."""
 
 from __future__ import annotations
 

@@ -291,10 +291,3 @@ def test_frequency_bias_by_distance_has_the_values_of_the_paper() -> None:
             expected.append(math.exp(-(((distance**2 - center**2) / (distance * 200)) ** 2)))
         np.testing.assert_allclose([cells[0, column] for column in across], expected, atol=1e-9)
         assert chart.marks[0].limits == (0, 1)
-
-
-def test_both_renderers_draw_figures_of_fourierft(fourier: Any, tmp_path: Path) -> None:
-    run = fourier("a", {"h.0.q": {0: C + 1, 9: C}})
-    drawn = [plots.fourier_spectrum(run), plots.update_image(run), plots.frequency_bias((16, 16), (0, 3), 2)]
-    for number, figure in enumerate(drawn):
-        assert all(figure.save(tmp_path / f"{number}.{kind}").exists() for kind in ("png", "html"))

@@ -156,10 +156,3 @@ def test_ablations_with_two_tasks_raises(run: Any) -> None:
     two.meta.task = "other"
     with pytest.raises(ValueError, match=r"ablations.*task, got t \(run .*\) and other \(run"):
         plots.ablations([one, two])
-
-
-def test_both_renderers_draw_numbers_of_experts_and_ablations(run: Any) -> None:
-    numbers = by_number(run)
-    for figure in (plots.number_of_experts(numbers), plots.ablations(numbers)):
-        assert figure.mpl().axes
-        assert figure.plotly().data

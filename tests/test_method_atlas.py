@@ -208,9 +208,3 @@ def test_chance_angle_matches_random_subspaces() -> None:
     pairs = [[np.linalg.qr(drawn.standard_normal((40, k)))[0] for k in (3, 3)] for _ in range(300)]
     angles = [np.degrees(np.arccos(np.linalg.svd(U.T @ V, compute_uv=False))).mean() for U, V in pairs]
     assert leading_directions.chance_angle(40, 3) == pytest.approx(np.mean(angles), abs=1)
-
-
-def test_both_renderers_draw_the_atlas(write: Any, tmp_path: Path) -> None:
-    runs = [write("a", label="LoRA", factors={"h.0.q": along(0, 0)}), write("b", label="Full", sigmas={"h.0.q": [2.0]})]
-    drawn = plots.atlas(runs)
-    assert all(drawn.save(tmp_path / f"atlas.{kind}").exists() for kind in ("png", "html"))

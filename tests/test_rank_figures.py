@@ -1,4 +1,4 @@
-"""Figures of rank allocation as data, against hand-computed numbers, and drawn by both renderers."""
+"""Figures of rank allocation as data, against hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -262,13 +262,11 @@ def test_rank_allocation_cells_show_the_spread_if_there_is_room(seeds: list[Run]
 
 
 @pytest.mark.parametrize("name", ["rank_allocation", "rank_replay", "importance", "adapted_types"])
-def test_both_renderers_draw_figures_that_are_available(write: Any, tmp_path: Path, name: str) -> None:
+def test_figure_is_available_with_its_records_only(write: Any, name: str) -> None:
     values = allotted() | scored([2.0, 1.0]) | {("test_metric", ""): {9: 0.5}}
     run = write("a", values, seed=0)
     assert plots.available(run).set_index("figure").loc[name, "drawable"]
-    chart = FIGURES[name].draw([run], **({"frames": 2} if name == "rank_replay" else {}))
-    for kind in ("png", "html"):
-        assert chart.save(tmp_path / f"x.{kind}").stat().st_size > 1000
+    assert FIGURES[name].draw([run], **({"frames": 2} if name == "rank_replay" else {})).rows()
     bare = write("b", {("lr", ""): {1: 0.1}})
     with pytest.raises(ValueError, match=rf"{name}.*records of \w+: train "):
         FIGURES[name].draw(bare)

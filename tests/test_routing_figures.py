@@ -117,7 +117,7 @@ def test_gate_course_without_domains_shows_only_the_entropy(write):
     assert chart.marks[0].y == pytest.approx(math.log(2))
 
 
-def test_both_renderers_draw_the_gates_of_a_trained_run(bert, task, tmp_path):
+def test_gates_of_a_trained_run_are_those_it_saved(bert, task, tmp_path):
     run = ls.train(
         models.load(bert, task=task), task, HydraLoRA(), steps=3, batch_size=4, eval_size=16, progress=False,
         device="cpu", out=tmp_path / "run",
@@ -126,6 +126,3 @@ def test_both_renderers_draw_the_gates_of_a_trained_run(bert, task, tmp_path):
     saved = run.snapshot(f"{name}/gate_by_domain", 3).set_index(["domain", "head"])["value"]
     chart = plots.gates(run)
     assert lookup(chart, "layer", "column", "domain", value="gate")["1", "ffn_out 2", "film"] == saved["film", 2]
-    for figure in (chart, plots.gate_course(run)):
-        assert figure.save(tmp_path / "figure.png").stat().st_size > 0
-        assert figure.plotly().data

@@ -52,7 +52,7 @@ def test_every_figure_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_example_is_drawn_by_both_renderers(name: str, runs: dict[str, Any]) -> None:
+def test_example_is_drawn_by_both_renderers(name: str, runs: dict[str, Any], tmp_path: Path) -> None:
     *statements, last = ast.parse(plots.FIGURES[name].example).body
     assert isinstance(last, ast.Expr)
     scope = {"ls": ls, **runs}
@@ -64,3 +64,5 @@ def test_example_is_drawn_by_both_renderers(name: str, runs: dict[str, Any]) -> 
     assert len(figure.axes) >= len(panels)
     plt.close(figure)
     assert drawn.plotly().data
+    for kind in ("png", "html"):
+        assert drawn.save(tmp_path / f"figure.{kind}").stat().st_size > 1000

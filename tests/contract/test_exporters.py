@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from conftest import tiny_folder
@@ -129,7 +130,9 @@ def test_adapter_on_a_trained_weight_is_merged_into_it(
     merged = {f"transformer.h.{layer}.mlp.c_fc" for layer in range(2)}
     method = with_trained(ROWS[kind].method(("qkv", "ffn_in")), *merged)
     ours, run = trained(gpt2, task, method, tmp_path / "run")
-    assert check(to_peft(run, tmp_path / "adapter"), kind, ours, gpt2, monkeypatch) == run.ranks().keys() - merged
+    out = to_peft(run, tmp_path / "adapter")
+    assert check(out, kind, ours, gpt2, monkeypatch) == run.ranks().keys() - merged
+    assert set(peft.PeftConfig.from_pretrained(out).modules_to_save) == merged
 
 
 def refused(run: ls.Run, out: Path, words: str) -> None:

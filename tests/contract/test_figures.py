@@ -21,6 +21,16 @@ pytestmark = pytest.mark.slow
 FIGURES = [name for name, entry in plots.FIGURES.items() if entry.draw.__module__.startswith("lorascope.")]
 
 
+TRACES = {
+    "line": "scatter",
+    "band": "scatter",
+    "point": "scatter",
+    "text": "scatter",
+    "bar": "bar",
+    "heat": "heatmap",
+}  # by the kind of a mark
+
+
 def adjust(method: ls.Method) -> ls.Method:
     """Fit a method of the gallery to a model of two blocks and width 32."""
     if isinstance(method, FourierFT) and method.center:
@@ -63,6 +73,9 @@ def test_example_is_drawn_by_both_renderers(name: str, runs: dict[str, Any], tmp
     figure = drawn.mpl()
     assert len(figure.axes) >= len(panels)
     plt.close(figure)
-    assert drawn.plotly().data
+    kinds = {mark.kind for chart in panels for mark in chart.marks}
+    assert any(ax.images for ax in figure.axes) == ("heat" in kinds)
+    traces = {trace.type for trace in drawn.plotly().data if trace.showlegend is False}
+    assert {TRACES[kind] for kind in kinds & TRACES.keys()} <= traces
     for kind in ("png", "html"):
         assert drawn.save(tmp_path / f"figure.{kind}").stat().st_size > 1000

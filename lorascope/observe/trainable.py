@@ -34,7 +34,7 @@ class TrainedTensors:
 
     ``dense`` are parameters of the base model. The label of a weight is its module, any other label is a parameter
     name. ``parameter_of`` has the name in W_0 of each label and each adapted module, "" for a weight that is packed and
-    not a parameter; ``changed`` are those of ``dense``. ``modules`` are the labels that are module names.
+    not a parameter; ``changed`` has these names for ``dense``. ``modules`` are the labels that are module names.
     """
 
     def __init__(self, step: Step) -> None:

@@ -16,7 +16,7 @@ OF_UPDATES = frozenset({UPDATES, SPECTRA, "update_norm", "learned_norm", "relati
 """Needs of figures that show updates."""
 
 _RECORDERS = ("lorascope.methods", "lorascope.observe", "lorascope.experiments")  # packages that register quantities
-# Needs that are no quantities: what they are, how to get them, and how to find them in a run.
+# Other needs than quantities: a description, how to get them, and how to find them in a run.
 _STORED: dict[str, tuple[str, str, Callable[[Result], Sized]]] = {
     UPDATES: (
         "the adapters' factors",

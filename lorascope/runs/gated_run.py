@@ -26,7 +26,7 @@ def at_gates(
     run: Result,
     gates: Mapping[str, Sequence[float] | Float[np.ndarray, "_"]],
     label: str = "given gates",
-    told: str | None = None,
+    told: str | None = None,  # prose: ok
 ) -> Result:
     """Return a view of a run with updates at fixed gate weights: ``scale * sum(gates[i] * B[i] @ A)``.
 

@@ -21,7 +21,7 @@ def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> N
             importlib.import_module(f"{package}.{module.name}")
     for point in entry_points(group=group) if group else ():
         try:
-            # A package that is being imported, and so caused this import, goes on with its own when it continues.
+            # A package that is being imported, and so caused this import, continues with its own afterwards.
             importlib.import_module(point.module)
         except Exception as error:  # it is code of another package
             warnings.warn(

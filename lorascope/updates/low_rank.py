@@ -1,6 +1,6 @@
 """Updates as a product of two low-rank factors, which are multiplied only if a matrix is requested.
 
-The factors are stored, or computed from what is stored: several experts (``Mixture``), or the changes of both factors
+The factors are stored, or computed from stored ones: several experts (``Mixture``), or the changes of both factors
 (``Residual``).
 """
 

@@ -395,10 +395,5 @@ def test_run_accepts_its_old_names(bert, task, tmp_path):
     run = ls.train(model, task, ls.HydraLoRA(rank=2, num_experts=2), out=tmp_path / "run", **FAST)
     with pytest.warns(FutureWarning, match="^Run: inexact is deprecated, use input_dependent_modules$"):
         assert run.inexact() == run.input_dependent_modules() != set()
-    gates = {next(iter(run.factors())): [0.5, 0.5]}
-    with pytest.warns(FutureWarning, match="^at_gates: told is deprecated, use label$"):
-        seen = ls.at_gates(run, gates, told="even gates")
-    assert seen.meta == ls.at_gates(run, gates, label="even gates").meta
-    assert seen.input_dependent_modules() == run.input_dependent_modules()
     with pytest.warns(FutureWarning, match=r'^run.meta: \["test"\] is deprecated, use test$'):
         assert run.meta["test"]["metric"] == run.score.metric

@@ -83,7 +83,7 @@ def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 
     texts, most
         See :func:`cluster_selection`.
     repetitions : int
-        Number of samples, 15 by default, each drawn without replacement and with a seed of its own.
+        Number of samples, 15 by default, each drawn without replacement and with its own seed.
     sample : int
         Texts per sample, 1000 by default; all texts if there are fewer.
 

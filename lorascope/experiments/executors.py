@@ -24,9 +24,9 @@ def use_backend(
     """Run joblib on a backend inside the context, with ``jobs`` parallel runs, by default one per core.
 
     ``name`` is any backend of joblib, or "ray"; None keeps the setting of ``joblib.parallel_config``. ``address`` is
-    the address of the dask scheduler or the ray cluster: by default dask uses the existing client, and ray the environment's
-    ``RAY_ADDRESS`` or a new cluster on this machine. Raise a ValueError if the backend is unknown, not installed or
-    unreachable, or does not accept the options.
+    the address of the dask scheduler or the ray cluster: by default dask uses the existing client, and ray the
+    environment's ``RAY_ADDRESS`` or a new cluster on this machine. Raise a ValueError if the backend is unknown, not
+    installed or unreachable, or does not accept the options.
     """
     if jobs is not None and (type(jobs) is not int or jobs == 0):
         raise ValueError(f"jobs must be a nonzero integer (number of parallel runs), got {jobs!r}")

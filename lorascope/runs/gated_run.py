@@ -13,7 +13,6 @@ from jaxtyping import Float
 
 from lorascope.runs.layout import Lazy, identify
 from lorascope.runs.result import Result
-from lorascope.schema.deprecation import warn_renamed
 from lorascope.schema.records import validate
 from lorascope.updates import Update, effective_rank, from_factors, stable_rank
 
@@ -26,7 +25,6 @@ def at_gates(
     run: Result,
     gates: Mapping[str, Sequence[float] | Float[np.ndarray, "_"]],
     label: str = "given gates",
-    told: str | None = None,  # prose: ok
 ) -> Result:
     """Return a view of a run with updates at fixed gate weights: ``scale * sum(gates[i] * B[i] @ A)``.
 
@@ -39,8 +37,6 @@ def at_gates(
         other modules are unchanged.
     label : str
         Description of the gate weights in captions ("Updates of ... at `label`."); "given gates" by default.
-    told : str, optional
-        Deprecated name of ``label``.
 
     Returns
     -------
@@ -54,9 +50,6 @@ def at_gates(
     ValueError
         A module has no experts or another number of them, or a gate weight is not finite.
     """
-    if told is not None:
-        warn_renamed("at_gates", "told", "label")
-        label = told
     stored = run.factors()
     found = {}
     for module, values in gates.items():

@@ -84,8 +84,8 @@ class PretrainedWeights:
     def weight(self, module: str, shape: tuple[int, int], transposed: bool = False) -> Float[np.ndarray, "out in"]:
         """Load the weight of a module, whose name in the checkpoint may lack first parts or have others before it.
 
-        ``shape`` is the shape of the update, (out, in). It shows whether the weight is stored as (in, out); for a square
-        weight, ``transposed`` does.
+        ``shape`` is the shape of the update, (out, in). It shows whether the weight is stored as (in, out); for a
+        square weight, ``transposed`` does.
 
         Raises
         ------

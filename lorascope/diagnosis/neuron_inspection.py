@@ -23,10 +23,10 @@ SHORT = 1e-8  # norm of a neuron's weights below which their direction is not me
 class NeuronInspection(Report):
     """Result of ``lorascope inspect`` for a whole model and its base.
 
-    ``scores`` has the columns of ``neuron_scores`` and ``top``: whether the neuron is in the tenth of all neurons with
-    the largest cosine distance. The columns of ``modules`` are ``module, stack, layer, role, neurons, top, share,
-    median, largest, turned, delta_norm``: number of neurons, number of them in this tenth, fraction of this tenth, median and
-    maximum of 1 - cos, number of neurons with 1 - cos > 0, and |dW|.
+    ``scores`` has the columns of ``neuron_scores`` and ``top``: whether the neuron is in the tenth of all neurons
+    with the largest cosine distance. The columns of ``modules`` are ``module, stack, layer, role, neurons, top,
+    share, median, largest, turned, delta_norm``: number of neurons, number of them in this tenth, fraction of this
+    tenth, median and maximum of 1 - cos, number of neurons with 1 - cos > 0, and |dW|.
     """
 
     base: Path

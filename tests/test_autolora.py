@@ -534,7 +534,7 @@ def test_each_phase_trains_on_its_own_rows(bert, task, tmp_path, monkeypatch):
 
     def watched(self, index):
         found = batch(self, index)
-        seen[self.name] |= rows(found)
+        seen[self.plan.phase.name] |= rows(found)
         return found
 
     def drawn(self, size, fixed):

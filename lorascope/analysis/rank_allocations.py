@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from lorascope.analysis import baseline_ranks, norms
 from lorascope.analysis.head_similarity import cosines, mean_of_pairs
-from lorascope.analysis.seed_intervals import Interval, t_interval
+from lorascope.analysis.seed_intervals import CONFIDENCE, Interval, jackknife_estimate, pseudo_values
 from lorascope.schema.deprecation import accept_old_names
 
 THIRDS = ("bottom", "middle", "top")
@@ -104,16 +104,10 @@ def kendall_tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "ru
 def stability(ranks: pd.DataFrame) -> Interval:
     """Compute the mean tau over all pairs of runs, with a 95% t-interval over runs; NaN bounds below three runs.
 
-    Pairs share runs, so they are not independent. The interval uses the jackknife pseudo-values
-    ``n U - (n - 1) U_i``, where ``U_i`` is the mean without run i (Arvesen 1969, Jackknifing U-statistics).
+    Pairs share runs, so they are not independent; see ``seed_intervals.pseudo_values``.
     """
-    wide = _pivot_ranks(ranks)
-    n, all_pairs = len(wide), kendall_tau(wide.to_numpy())
-    mean = mean_of_pairs(all_pairs)
-    if n < 3:
-        return Interval(mean, np.nan, np.nan, n)
-    without = np.array([mean_of_pairs(np.delete(np.delete(all_pairs, run, 0), run, 1)) for run in range(n)])
-    return t_interval(n * mean - (n - 1) * without)
+    taus = kendall_tau(_pivot_ranks(ranks).to_numpy())
+    return jackknife_estimate(pseudo_values(taus)).interval((1 - CONFIDENCE) / 2)
 
 
 def random_ranks(ranks: pd.DataFrame, cap: int | None = None) -> pd.DataFrame:

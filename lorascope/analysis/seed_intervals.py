@@ -1,14 +1,15 @@
-"""Student's t-intervals of means over seeds, as used by figures and claims."""
+"""Estimates over seeds: Student's t, seeds crossed with test rows, and the jackknife for pairs of runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
 CONFIDENCE = 0.95
 
@@ -27,14 +28,53 @@ class Interval(NamedTuple):
         return f"{self.mean:.{digits}f}{half}"
 
 
-def _half_width(deviation: Float[np.ndarray, "cell"], n: Int[np.ndarray, "cell"]) -> Float[np.ndarray, "cell"]:
-    """Compute half the t-interval of the means of n values from their sample standard deviations."""
-    degrees = np.where(n > 1, n - 1, np.nan)  # one value has no standard deviation, so no interval
-    return stdtrit(degrees, 0.5 + CONFIDENCE / 2) * deviation / np.sqrt(n)
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its standard errors.
+
+    The half width of its interval is the largest of those of its standard errors, and its p-values agree with the
+    interval: the interval at a one-sided level ends at the bound whose p-value is this level.
+
+    Parameters
+    ----------
+    mean : float
+        The estimate.
+    n : int
+        Number of seeds.
+    errors : tuple of (float, float)
+        Standard errors with their degrees of freedom; none with a single seed.
+    """
+
+    mean: float
+    n: int
+    errors: tuple[tuple[float, float], ...]
+
+    def half_width(self, level: float) -> float:
+        """Return half the width of the interval with an error of ``level`` at each end; NaN with a single seed."""
+        return max((float(stdtrit(degrees, 1 - level)) * error for error, degrees in self.errors), default=np.nan)
+
+    def interval(self, level: float) -> Interval:
+        """Return the interval with an error of ``level`` at each end."""
+        half = self.half_width(level)
+        return Interval(self.mean, self.mean - half, self.mean + half, self.n)
+
+    def p_above(self, bound: float) -> float:
+        """Return the one-sided p-value of the true value being above a bound; NaN with a single seed."""
+        return max((_tail(self.mean - bound, *error) for error in self.errors), default=np.nan)
+
+    def p_below(self, bound: float) -> float:
+        """Return the one-sided p-value of the true value being below a bound; NaN with a single seed."""
+        return max((_tail(bound - self.mean, *error) for error in self.errors), default=np.nan)
 
 
-def t_interval(values: Float[np.ndarray, "n"]) -> Interval:
-    """Compute the mean of independent values with Student's 95% t-interval.
+def _tail(distance: float, error: float, degrees: float) -> float:
+    if error == 0:
+        return float(distance <= 0)
+    return float(stdtr(degrees, -distance / error))
+
+
+def t_estimate(values: Float[np.ndarray, "seed"]) -> Estimate:
+    """Estimate the mean of independent values with Student's t.
 
     Raises
     ------
@@ -43,10 +83,86 @@ def t_interval(values: Float[np.ndarray, "n"]) -> Interval:
     """
     if not len(values):
         raise ValueError("values must contain at least 1 value, got none")
-    n, mean = len(values), float(values.mean())
-    deviation = values.std(ddof=1) if n > 1 else np.nan
-    half = float(_half_width(np.array([deviation]), np.array([n]))[0])
-    return Interval(mean, mean - half, mean + half, n)
+    n = len(values)
+    errors = ((float(values.std(ddof=1) / np.sqrt(n)), float(n - 1)),) if n > 1 else ()
+    return Estimate(float(values.mean()), n, errors)
+
+
+def t_interval(values: Float[np.ndarray, "seed"]) -> Interval:
+    """Compute the mean of independent values with Student's 95% t-interval.
+
+    Raises
+    ------
+    ValueError
+        There are no values.
+    """
+    return t_estimate(values).interval((1 - CONFIDENCE) / 2)
+
+
+def two_way_estimate(differences: Float[np.ndarray, "seed row"], clusters: Int[np.ndarray, "row"]) -> Estimate:
+    """Estimate a mean over seeds and test rows, both of which are samples.
+
+    The variance adds that between seeds and that between clusters of rows, and subtracts that of the cells, which both
+    contain (Cameron, Gelbach and Miller 2011, Robust inference with multiway clustering). It is at least as large as
+    each of the two, its degrees of freedom follow Satterthwaite, and the interval is never narrower than that over
+    seeds alone.
+
+    Parameters
+    ----------
+    differences : array (seed, row)
+        What the statistic scores on a row, minus what the control does.
+    clusters : array (row,)
+        Cluster of each row, numbered from 0: rows of one cluster, such as one review, are not independent.
+    """
+    (seeds, rows), number = differences.shape, int(clusters.max()) + 1
+    by_seed = differences.mean(axis=1)
+    mean = float(by_seed.mean())
+    if seeds < 2:
+        return Estimate(mean, seeds, ())
+    by_cluster = np.array(
+        [np.bincount(clusters, row - own, number) for row, own in zip(differences, by_seed, strict=True)]
+    )
+    common = by_cluster.mean(axis=0)
+    used = len(np.unique(clusters))
+    v_seed = float(by_seed.var(ddof=1)) / seeds
+    v_row = used / (used - 1) * float((common**2).sum()) / rows**2
+    v_cell = float(((by_cluster - common) ** 2).sum()) / (seeds * (seeds - 1) * rows**2)
+    total = max(v_seed + v_row - v_cell, v_seed, v_row)
+    parts = v_seed**2 / (seeds - 1) + v_row**2 / (used - 1) + v_cell**2 / ((seeds - 1) * (used - 1))
+    degrees = max(total**2 / parts, seeds - 1) if parts else seeds - 1
+    return Estimate(mean, seeds, ((total**0.5, float(degrees)), (v_seed**0.5, float(seeds - 1))))
+
+
+def pseudo_values(pairs: Float[np.ndarray, "seed seed"]) -> Float[np.ndarray, "seed"]:
+    """Return the jackknife pseudo-values of a mean over pairs of runs with different seeds.
+
+    With U the mean over all pairs and U_i the mean without seed i in either arm, they are ``n U - (n - 1) U_i``
+    (Arvesen 1969, Jackknifing U-statistics). They are linear in the pairs: those of a difference are the differences.
+
+    Parameters
+    ----------
+    pairs : array (seed, seed)
+        Value of the run with seed i of one arm and the run with seed j of another or the same arm. The diagonal is not
+        read, because runs with equal seeds share their start.
+
+    Returns
+    -------
+    array (seed,)
+        One value per seed. With two seeds, where no pair is left without one of them, both are U; a single one is NaN.
+    """
+    n = len(pairs)
+    kept = np.where(np.eye(n, dtype=bool), 0.0, pairs)
+    total = kept.sum()
+    mean = total / (n * (n - 1)) if n > 1 else np.nan
+    if n < 3:
+        return np.full(n, mean)
+    without = (total - kept.sum(axis=0) - kept.sum(axis=1)) / ((n - 1) * (n - 2))
+    return n * mean - (n - 1) * without
+
+
+def jackknife_estimate(values: Float[np.ndarray, "seed"]) -> Estimate:
+    """Estimate a mean over pairs of runs from its pseudo-values; without an interval below three seeds."""
+    return t_estimate(values) if len(values) > 2 else Estimate(float(values.mean()), len(values), ())
 
 
 def band(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -66,6 +182,8 @@ def band(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """
     cells = table.groupby(list(by), observed=True, dropna=False, sort=False)["value"]
     found = cells.agg(value="mean", deviation="std", n="count").reset_index()
-    half = _half_width(found["deviation"].to_numpy(np.float64), found["n"].to_numpy())
+    n = found["n"].to_numpy()
+    degrees = np.where(n > 1, n - 1, np.nan)  # one value has no standard deviation, so no interval
+    half = stdtrit(degrees, 0.5 + CONFIDENCE / 2) * found["deviation"].to_numpy(np.float64) / np.sqrt(n)
     bounds = found.assign(low=found["value"] - half, high=found["value"] + half)
     return bounds[[*by, "value", "low", "high", "n"]]

@@ -1,0 +1,1 @@
+"""Evidence: the rules that judge claims, their registration, and the files from which anyone can judge them again."""

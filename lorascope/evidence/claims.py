@@ -1,0 +1,127 @@
+"""Claims and the rule that judges them.
+
+A claim compares a statistic with a control, in which the claimed cause is absent. The effect is statistic minus
+control. The kind of the claim says what the effect must exceed or stay within; its margin or tolerance, which is fixed
+before the runs, says by how much.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lorascope.analysis.seed_intervals import Estimate
+
+MINIMUM_SEEDS = 3
+Kind = Literal["superiority", "non-inferiority", "equivalence"]
+Outcome = Literal["supported", "not supported", "inconclusive", "void"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim and the bound that judges it.
+
+    With [low, high] the interval of the effect, a claim is
+
+    - of superiority by a margin m: supported if low > m, not supported if high < m;
+    - of non-inferiority within a tolerance d: supported if low > -d, not supported if high < -d;
+    - of equivalence within a tolerance d: supported if low > -d and high < d, not supported if low > d or high < -d.
+
+    Everything else is inconclusive.
+
+    Parameters
+    ----------
+    id : str
+        Name of the claim, such as "lora.parity".
+    sentence, statistic, control : str
+        The claim in words, and what is compared.
+    kind : {"superiority", "non-inferiority", "equivalence"}
+        Rule that judges it.
+    margin, tolerance : float or None
+        Bound of the kind, > 0, in the unit of the statistic: a margin for superiority, else a tolerance.
+
+    Raises
+    ------
+    ValueError
+        The kind is unknown, its bound is missing or not a finite number > 0, or the other bound is given.
+    """
+
+    id: str
+    sentence: str
+    statistic: str
+    control: str
+    kind: Kind
+    margin: float | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        kinds = {"superiority": "margin", "non-inferiority": "tolerance", "equivalence": "tolerance"}
+        if self.kind not in kinds:
+            raise ValueError(f"kind must be one of {', '.join(kinds)}, got {self.kind!r}: claim {self.id}")
+        needed = kinds[self.kind]
+        other = "tolerance" if needed == "margin" else "margin"
+        if getattr(self, other) is not None:
+            raise ValueError(
+                f"{other} must be left out of a claim of {self.kind}, which has a {needed}: claim {self.id}"
+            )
+        bound = getattr(self, needed)
+        if bound is None or not (math.isfinite(bound) and bound > 0):
+            raise ValueError(f"{needed} must be a finite number > 0, got {bound}: claim {self.id}")
+
+    @property
+    def bound(self) -> float:
+        """Margin or tolerance, > 0."""
+        return self.margin if self.margin is not None else self.tolerance or math.nan
+
+    def decide(self, low: float, high: float) -> Outcome:
+        """Judge the claim by the interval of its effect."""
+        bound = self.bound
+        if self.kind == "superiority":
+            supported, rejected = low > bound, high < bound
+        elif self.kind == "non-inferiority":
+            supported, rejected = low > -bound, high < -bound
+        else:
+            supported, rejected = low > -bound and high < bound, low > bound or high < -bound
+        return "supported" if supported else "not supported" if rejected else "inconclusive"
+
+    def outcome(self, effect: Estimate, level: float) -> Outcome:
+        """Judge the claim at a one-sided level; fewer than ``MINIMUM_SEEDS`` seeds are always inconclusive."""
+        _, low, high, n = effect.interval(level)
+        return self.decide(low, high) if n >= MINIMUM_SEEDS else "inconclusive"
+
+    def p(self, effect: Estimate) -> float:
+        """Return twice the smaller one-sided p-value of "supported" and "not supported", at most 1."""
+        bound = self.bound
+        if self.kind == "equivalence":
+            supported = max(effect.p_above(-bound), effect.p_below(bound))
+            rejected = min(effect.p_above(bound), effect.p_below(-bound))
+        else:
+            at = bound if self.kind == "superiority" else -bound
+            supported, rejected = effect.p_above(at), effect.p_below(at)
+        return min(1.0, 2 * min(supported, rejected))
+
+
+def side(low: float, high: float) -> str:
+    """Return where the whole interval of an effect lies: "above 0", "below 0", or "" if it contains 0."""
+    return "above 0" if low > 0 else "below 0" if high < 0 else ""
+
+
+def format_effect(claim: Claim, effect: float, low: float, high: float) -> str:
+    """Format an effect and its interval, such as ``0.0112 [0.0041, 0.0183]``.
+
+    There are at least three significant digits, and as many as it takes to see on which side of 0 and of the bounds of
+    the claim each end lies.
+    """
+    if math.isnan(low):
+        return f"{effect:.3g} [no interval]"
+    bounds = (0.0, claim.bound, -claim.bound)
+    for digits in range(3, 17):
+        shown = [f"{value:.{digits}g}" for value in (effect, low, high)]
+        if all(
+            (float(text) > at) == (end > at) and (float(text) < at) == (end < at)
+            for text, end in zip(shown[1:], (low, high), strict=True)
+            for at in bounds
+        ):
+            break
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]"

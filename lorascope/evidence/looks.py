@@ -1,0 +1,122 @@
+"""Looks: the numbers of seeds at which a claim is judged, each with its share of the error.
+
+A claim ends at the first look that decides it, and keeps the verdict of that look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lorascope.analysis.seed_intervals import Estimate, Interval
+from lorascope.evidence.claims import Claim, Outcome, side
+
+ERROR = 0.025
+"""One-sided error of a claim over all its looks."""
+STOPPED = "stopped by the budget"
+
+
+@dataclass(frozen=True)
+class Design:
+    """Numbers of seeds at the looks of a claim, and the one-sided level of each look.
+
+    Parameters
+    ----------
+    seeds : tuple of int
+        Number of seeds at each look, increasing.
+    levels : tuple of float
+        One-sided level of each look. They are such that the error over all looks is at most ``ERROR``.
+
+    Raises
+    ------
+    ValueError
+        The design is none of ``DESIGNS`` and not a single look at the level ``ERROR``.
+    """
+
+    seeds: tuple[int, ...]
+    levels: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if (self.seeds, self.levels) not in _ALLOWED and not (len(self.seeds) == 1 and self.levels == (ERROR,)):
+            allowed = "; ".join(f"{list(seeds)} at {list(levels)}" for seeds, levels in _ALLOWED)
+            raise ValueError(
+                f"looks must be {allowed}, or one look at [{ERROR}], got {list(self.seeds)} at {list(self.levels)}"
+            )
+
+
+_ALLOWED = [((5, 10, 20), (0.005, 0.0075, 0.015)), ((5, 10), (0.005, 0.0215))]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of a claim at the look at which it ended, or at the last look so far.
+
+    Parameters
+    ----------
+    outcome : {"supported", "not supported", "inconclusive", "void"}
+        Result of the rule of the claim.
+    look : int
+        Number of the look, from 1; 0 if there were too few seeds for the first.
+    level : float
+        One-sided level of the look; the interval has an error of ``level`` at each end.
+    effect : Interval
+        Effect with its interval and the number of seeds.
+    half_seed : float
+        Half width of the interval over seeds alone.
+    side : str
+        "above 0" or "below 0" if the whole interval lies there, else "".
+    p, p_looks : float
+        p-value at the look, and the same multiplied by the share of the error that the look has.
+    note : str
+        "stopped by the budget" if the claim is undecided and has looks left, else "".
+    """
+
+    outcome: Outcome
+    look: int
+    level: float
+    effect: Interval
+    half_seed: float
+    side: str
+    p: float
+    p_looks: float
+    note: str
+
+
+def judge(claim: Claim, design: Design, estimate: Callable[[int], Estimate], available: int) -> Verdict:
+    """Judge a claim at its looks, in order, until one decides it or the seeds do not suffice for the next.
+
+    Parameters
+    ----------
+    claim : Claim
+        Claim to judge.
+    design : Design
+        Its looks.
+    estimate : callable
+        ``estimate(n)`` returns the estimate of the effect from the first n seeds.
+    available : int
+        Number of seeds that both statistic and control have. Seeds after the look at which the claim ends are not read.
+
+    Returns
+    -------
+    Verdict
+        Verdict of the deciding look, or of the last one that the seeds allow. With too few seeds for the first look,
+        the numbers are those of all seeds, and the outcome is inconclusive.
+    """
+    reached = [n for n in design.seeds if n <= available]
+    for look, (n, level) in enumerate(zip(reached, design.levels, strict=False), start=1):
+        effect = estimate(n)
+        outcome = claim.outcome(effect, level)
+        if outcome != "inconclusive" or look == len(design.seeds):
+            return _verdict(claim, outcome, look, level, effect, "")
+    if reached:
+        return _verdict(claim, "inconclusive", look, level, effect, STOPPED)
+    return _verdict(claim, "inconclusive", 0, design.levels[0], estimate(available), STOPPED)
+
+
+def _verdict(claim: Claim, outcome: Outcome, look: int, level: float, effect: Estimate, note: str) -> Verdict:
+    p, seeds = claim.p(effect), Estimate(effect.mean, effect.n, effect.errors[-1:])
+    p_looks = min(1.0, p * ERROR / level)
+    interval = effect.interval(level)
+    return Verdict(
+        outcome, look, level, interval, seeds.half_width(level), side(interval.low, interval.high), p, p_looks, note
+    )

@@ -1,0 +1,107 @@
+"""Effects computed from figures that the papers or their authors published, without training.
+
+The tables are in ``data/published``; its README says where each number comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lorascope.analysis.seed_intervals import Estimate, Interval, t_interval
+
+LEVEL = 0.025
+Effect = Callable[[Path], Interval]
+
+_ATTENTION, _FEED_FORWARD = 768 + 768 + 1, 768 + 3072 + 1
+"""Parameters of one component of AdaLoRA in DeBERTaV3-base: of a 768 x 768 and of a 768 x 3072 matrix."""
+
+
+def fourierft(folder: Path) -> Interval:
+    """Compute the points by which FourierFT's logs are above LoRA's printed scores, mean over comparable cells.
+
+    A cell is a task and a model size. Cells in which LoRA starts from an adapter trained on MNLI are left out. The
+    interval is Welch's: every cell has five seeds of FourierFT, and LoRA's printed deviation over as many.
+    """
+    cells, seeds = pd.read_csv(folder / "fourierft_glue_cells.csv"), pd.read_csv(folder / "fourierft_glue_seeds.csv")
+    cells = cells[(cells["seeds"] > 0) & ~cells["lora_starts_from_mnli"]]
+    scores = seeds[seeds["used"]].groupby(["task", "size"])["best"]
+    logged = cells.join(scores.agg(["mean", "var", "count"]), on=["task", "size"])
+    variances = np.concatenate(
+        [
+            logged["var"] / logged["count"],
+            logged["lora_printed_sd"] ** 2 / logged["lora_seeds"],
+        ]
+    )
+    degrees = np.concatenate([logged["count"] - 1, logged["lora_seeds"] - 1])
+    error = float(np.sqrt(variances.sum())) / len(logged)
+    estimate = Estimate(
+        float((logged["mean"] - logged["lora_printed_median"]).mean()),
+        int(logged["count"].min()),
+        ((error, float(variances.sum() ** 2 / (variances**2 / degrees).sum())),),
+    )
+    return estimate.interval(LEVEL)
+
+
+def autolora(folder: Path) -> Interval:
+    """Compute how far the ranks in AutoLoRA's released lists spread beyond those of random logits.
+
+    The value of a list is the standard deviation of its 24 ranks; the expectation under random logits is simulated.
+    """
+    lists, chance = pd.read_csv(folder / "autolora_lists.csv"), pd.read_csv(folder / "autolora_chance.csv")
+    expected = chance.loc[chance["rule"] == "logit at or above the mean logit", "expected_sd_of_24"].item()
+    return t_interval(lists.loc[lists["judged"], "sd"].to_numpy() - expected)
+
+
+def autolora_data(folder: Path) -> Interval:
+    """Return how much more lists of one data set agree (Kendall's tau) than lists of two, with its permutations."""
+    tests = pd.read_csv(folder / "autolora_tests.csv")
+    row = tests[tests["statement"].str.startswith("lists of one data set agree more")].iloc[0]
+    return Interval(row["effect"], row["low"], row["high"], row["n"])
+
+
+def adalora(folder: Path) -> Interval:
+    """Compute the share of the ranks in feed-forward matrices less a third, from AdaLoRA's printed parameter counts.
+
+    With b components, a fraction f of which are in feed-forward matrices, a model has ``b (1537 (1 - f) + 3841 f)``
+    parameters. The interval is what the rounding of both printed counts leaves open, so it has no seeds.
+    """
+    counts = pd.read_csv(folder / "adalora_parameters.csv")
+
+    def share(rounding: float) -> pd.Series:
+        per_component = (counts["printed_millions"] + rounding) * 1e6 / counts["budget"]
+        return (per_component - _ATTENTION) / (_FEED_FORWARD - _ATTENTION) - 1 / 3
+
+    return Interval(float(share(0).mean()), float(share(-0.005).min()), float(share(0.005).max()), len(counts))
+
+
+def neft_loss(folder: Path) -> Interval:
+    """Compute the nats by which NeFT's best development loss is below that of full fine-tuning; one run per method."""
+    best = pd.read_csv(folder / "neft_dev_loss.csv").pivot(index="pair", columns="method", values="best_loss")
+    return t_interval((best["full fine-tuning"] - best["NeFT"]).to_numpy())
+
+
+def hydralora(folder: Path) -> Interval:
+    """Return the points by which HydraLoRA is above LoRA of as many parameters, as printed; runs are not stated."""
+    gains = pd.read_csv(folder / "printed_gains.csv").set_index("comparison")
+    return Interval(gains["mean_gain"]["HydraLoRA over LoRA of as many parameters"], np.nan, np.nan, 0)
+
+
+EFFECTS: dict[str, Effect] = {
+    "published.fourierft": fourierft,
+    "published.autolora": autolora,
+    "published.autolora_data": autolora_data,
+    "published.adalora": adalora,
+    "published.neft_loss": neft_loss,
+    "published.hydralora": hydralora,
+}
+"""Effects of the judged claims on published figures, by the id of the claim."""
+
+
+def neft_overlap(folder: Path) -> pd.DataFrame:
+    """Return how many neurons two selections of NeFT share, beside what random selections of this size share."""
+    table = pd.read_csv(folder / "neft_overlap.csv")
+    return table.assign(chance=table["neurons"] / table["pool"])

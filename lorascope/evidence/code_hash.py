@@ -1,0 +1,160 @@
+"""Hash of the code that computes a claim: its row in the table of a probe, and every function that the row reaches."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("lorascope.probes", "lorascope.analysis", "lorascope.evidence.statistics")
+"""Where the functions of a claim are followed to."""
+# Fields that differ between versions of Python or do not change what the code computes.
+_IGNORED = {"ctx", "type_comment", "type_params", "type_ignores", "returns", "annotation", "kind"}
+
+
+@dataclass(frozen=True)
+class _Module:
+    """Definitions and imports of a module by name."""
+
+    tree: ast.Module
+    defined: dict[str, list[ast.stmt]]
+    imported: dict[str, str]
+
+
+@cache
+def _module(name: str) -> _Module | None:
+    """Parse a module without importing it; None if there is none of this name."""
+    top, *rest = name.split(".")
+    spec = find_spec(top)
+    if spec is None or spec.origin is None:
+        return None
+    at = Path(spec.origin).parent.joinpath(*rest)
+    file = at / "__init__.py" if at.is_dir() else at.with_name(f"{at.name}.py")
+    if not file.exists():
+        return None
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    defined: dict[str, list[ast.stmt]] = {}
+    imported: dict[str, str] = {}
+    for statement in tree.body:
+        for bound in _bound_names(statement):
+            defined.setdefault(bound, []).append(statement)
+    for node in ast.walk(tree):  # also imports inside functions
+        if isinstance(node, ast.ImportFrom):
+            imported |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.asname or alias.name: alias.name for alias in node.names}
+    return _Module(tree, defined, imported)
+
+
+def _bound_names(node: ast.stmt) -> Iterator[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        yield from (each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name))
+
+
+def code_hash(module: str, claim: str) -> str:
+    """Hash the code of a claim.
+
+    Parameters
+    ----------
+    module : str
+        Name of the module whose ``PROBE`` has the claim.
+    claim : str
+        Id of the claim.
+
+    Returns
+    -------
+    str
+        ``sha256:`` and the digest of the row of the claim, and of all functions, classes and constants in ``PACKAGES``
+        that it reaches by name, without docstrings, annotations and comments.
+
+    Raises
+    ------
+    KeyError
+        The module has no row for the claim.
+    """
+    source = _module(module)
+    rows = [
+        value
+        for node in ast.walk(source.tree if source else ast.Module([], []))
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value == claim
+    ]
+    if len(rows) != 1:
+        raise KeyError(f"{module} must have one row for claim {claim!r}, got {len(rows)}")
+    reached: dict[str, str] = {}
+    _follow(rows[0], module, reached)
+    text = "\n".join([_canonical(rows[0]), *(f"{name}: {reached[name]}" for name in sorted(reached))])
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _follow(node: ast.AST, module: str, reached: dict[str, str]) -> None:
+    """Add everything that a node names, and what that names in turn."""
+    for name in _names(node):
+        _resolve(name.split("."), module, reached)
+
+
+def _names(node: ast.AST) -> Iterator[str]:
+    """Return the dotted names in a node, the longest of each chain of attributes."""
+    attributes, inner = [], node
+    while isinstance(inner, ast.Attribute):
+        attributes.append(inner.attr)
+        inner = inner.value
+    if isinstance(inner, ast.Name):
+        yield ".".join([inner.id, *reversed(attributes)])
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from _names(child)
+
+
+def _resolve(parts: list[str], module: str, reached: dict[str, str]) -> None:
+    found = _module(module)
+    if found is None:
+        return
+    first = parts[0]
+    if first in found.imported and first not in found.defined:
+        target = found.imported[first]
+        if not target.startswith(PACKAGES):
+            return
+        if _module(target) is not None:  # ``from package import module``
+            if len(parts) > 1:
+                _resolve(parts[1:], target, reached)
+            return
+        package, _, name = target.rpartition(".")
+        _resolve([name], package, reached)
+        return
+    key = f"{module}.{first}"
+    if key in reached or first not in found.defined or not module.startswith(PACKAGES):
+        return
+    nodes = found.defined[first]
+    reached[key] = "; ".join(map(_canonical, nodes))
+    for node in nodes:
+        _follow(node, module, reached)
+
+
+def _canonical(node: Any) -> str:
+    """Write a syntax tree without what depends on the version of Python; see ``_IGNORED``."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_canonical, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = []
+    for name in node._fields:
+        value = getattr(node, name, None)
+        if name == "body" and isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+            value = [each for each in node.body if not _is_docstring(each)]
+        if name not in _IGNORED and value not in (None, []):
+            fields.append(f"{name}={_canonical(value)}")
+    return f"{type(node).__name__}({', '.join(fields)})"
+
+
+def _is_docstring(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -1,0 +1,157 @@
+"""Verdicts on all claims, computed from the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import false_discovery_control
+
+from lorascope.analysis.recipe_comparison import holm
+from lorascope.evidence import looks
+from lorascope.evidence.claims import format_effect
+from lorascope.evidence.registration import Registered
+from lorascope.evidence.statistics import Statistic, estimate_effect
+from lorascope.evidence.store import BLOCK, Evidence
+
+Pair = tuple[Statistic, Statistic]
+"""Statistic and control of a claim."""
+FALSE_DISCOVERIES = 0.05
+"""Bound on the share of false verdicts among those of the secondary claims (Benjamini and Hochberg)."""
+
+
+def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple[looks.Verdict, pd.DataFrame] | None:
+    """Judge a claim by the runs of one machine, at its registered looks.
+
+    Parameters
+    ----------
+    registered : Registered
+        Claim with its design.
+    pair : (Statistic, Statistic)
+        Statistic and control.
+    evidence : Evidence
+        Runs of one machine; see ``Evidence.in_block``.
+
+    Returns
+    -------
+    Verdict
+        Verdict of the look at which the claim ended.
+    DataFrame
+        ``seed, statistic, control, effect`` at this look. None instead of both if no seed has all runs.
+    """
+    statistic, control = pair
+    seeds = evidence.seeds(sorted(statistic.arms() | control.arms()), registered.design.first_seed)
+    if not seeds:
+        return None
+    method = registered.design.interval
+    tables: dict[int, pd.DataFrame] = {}
+
+    def estimate(n: int) -> Any:
+        effect, tables[n] = estimate_effect(statistic, control, evidence, seeds[:n], method)
+        return effect
+
+    verdict = looks.judge(registered.claim, registered.design.looks, estimate, len(seeds))
+    return verdict, tables[verdict.effect.n]
+
+
+def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Mapping[str, Any] | None:
+    """Return the machine whose runs judge a claim: the first that reached the first look, or that has most seeds."""
+    arms = sorted(pair[0].arms() | pair[1].arms())
+    count = {
+        number: len(evidence.in_block(block).seeds(arms, registered.design.first_seed))
+        for number, block in enumerate(evidence.blocks())
+    }
+    if not any(count.values()):
+        return None
+    first = registered.design.looks.seeds[0]
+    reached = [number for number, seeds in count.items() if seeds >= first]
+    return evidence.blocks()[reached[0] if reached else max(count, key=lambda number: count[number])]
+
+
+def judge_all(
+    claims: Mapping[str, Registered], pairs: Mapping[str, Pair], evidence: Evidence
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Judge every claim that has runs.
+
+    Parameters
+    ----------
+    claims : mapping id -> Registered
+        Registered claims.
+    pairs : mapping id -> (Statistic, Statistic)
+        Statistic and control of the claims.
+    evidence : Evidence
+        All runs.
+
+    Returns
+    -------
+    verdicts : DataFrame
+        One row per claim, in the order of the registration.
+    values : DataFrame
+        ``claim, seed, look, statistic, control, effect`` of every verdict.
+    """
+    rows, values = [], []
+    for id, registered in claims.items():
+        block = judging_block(registered, pairs[id], evidence)
+        found = judge_claim(registered, pairs[id], evidence.in_block(block)) if block else None
+        rows.append(
+            _describe(registered) | ({} if found is None or block is None else _numbers(registered, found[0], block))
+        )
+        if found is not None:
+            values.append(found[1].assign(claim=id, look=found[0].look))
+    verdicts = correct(pd.DataFrame(rows))
+    columns = ["claim", "seed", "look", "statistic", "control", "effect"]
+    return verdicts, (pd.concat(values) if values else pd.DataFrame(columns=columns))[columns].reset_index(drop=True)
+
+
+def _describe(registered: Registered) -> dict[str, Any]:
+    claim, bound = registered.claim, registered.bound
+    named = {
+        "claim": claim.id,
+        "tier": registered.paper.tier,
+        "kind": claim.kind,
+        "bound": claim.bound,
+        "unit": bound.unit,
+    }
+    unjudged = {"outcome": "inconclusive", "n": 0, "note": looks.STOPPED}
+    return named | {"interval": registered.design.interval} | unjudged
+
+
+def _numbers(registered: Registered, verdict: looks.Verdict, block: Mapping[str, Any]) -> dict[str, Any]:
+    effect, low, high, n = verdict.effect
+    return {
+        "look": verdict.look, "n": n, "level": verdict.level, "effect": effect, "low": low, "high": high,
+        "half_seed": verdict.half_seed, "p": verdict.p, "p_looks": verdict.p_looks, "outcome": verdict.outcome,
+        "side": verdict.side, "block": " / ".join(str(block[name]) for name in BLOCK), "note": verdict.note,
+        "shown": format_effect(registered.claim, effect, low, high),
+    }  # fmt: skip
+
+
+def correct(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Correct the verdicts for the number of claims: Holm for the primary ones, Benjamini-Hochberg for the others.
+
+    A primary claim keeps its verdict; Holm's p is printed beside it. A secondary claim that was decided alone, but
+    whose adjusted p-value is above ``FALSE_DISCOVERIES``, becomes inconclusive. Claims without a verdict have p = 1.
+
+    Returns
+    -------
+    DataFrame
+        With ``alone`` (the outcome before the correction), ``adjusted_p`` and the corrected ``outcome``.
+    """
+    verdicts = verdicts.reindex(columns=[*dict.fromkeys([*verdicts.columns, "p_looks", "p"])])
+    p = verdicts["p_looks"].astype("float64").fillna(1.0).where(verdicts["outcome"] != "void", 1.0)
+    p = p.where(verdicts["note"].fillna("") != looks.STOPPED, 1.0)
+    verdicts = verdicts.assign(alone=verdicts["outcome"], adjusted_p=np.nan)
+    for tier, adjust in (("primary", holm), ("secondary", false_discovery_control)):
+        if (of_tier := verdicts["tier"] == tier).any():
+            verdicts.loc[of_tier, "adjusted_p"] = adjust(p[of_tier].to_numpy())
+    number = int((verdicts["tier"] == "secondary").sum())
+    lost = (
+        (verdicts["tier"] == "secondary")
+        & verdicts["outcome"].isin(["supported", "not supported"])
+        & (verdicts["adjusted_p"] > FALSE_DISCOVERIES)
+    )
+    verdicts.loc[lost, "outcome"] = "inconclusive"
+    verdicts.loc[lost, "note"] = f"decided alone, not among {number}"
+    return verdicts

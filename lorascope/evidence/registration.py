@@ -1,0 +1,179 @@
+"""Registration of the claims: what will be judged, how, and at how many seeds, fixed in a file before the runs."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from lorascope.evidence import looks
+from lorascope.evidence.claims import Claim, Kind
+from lorascope.files.printable import printable
+
+FILE = Path(__file__).parents[2] / "data" / "registered.toml"
+Tier = Literal["primary", "secondary", "published"]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a paper makes the claim: arXiv id, and table, figure or section; one claim per paper is primary."""
+
+    arxiv: str
+    place: str
+    tier: Tier
+
+
+@dataclass(frozen=True)
+class Text:
+    """The claim in words: its sentence, what is compared, and where the control comes from."""
+
+    sentence: str
+    statistic: str
+    control: str
+    control_kind: Literal["arm", "expected", "constant", "data"]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Kind of the claim with its margin or tolerance, in a unit, and where the number comes from."""
+
+    kind: Kind
+    unit: str
+    origin: str
+    margin: float | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class Design:
+    """How the interval is computed, the looks with their levels, and the first judged seed.
+
+    The interval of a claim on published figures comes from them, without looks.
+    """
+
+    interval: Literal["t", "two-way", "jackknife", "published"]
+    seeds: tuple[int, ...] = ()
+    levels: tuple[float, ...] = ()
+    first_seed: int = 100
+
+    @property
+    def looks(self) -> looks.Design:
+        """Looks at which the claim is judged."""
+        return looks.Design(self.seeds, self.levels)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A registered claim.
+
+    Parameters
+    ----------
+    id : str
+        Name of probe and claim, such as "lora.parity".
+    paper, text, bound, design
+        Source, words, bound and design of the claim.
+    arms : mapping label -> hash
+        Arms that statistic and control read, each with the hash of its method, settings, task, base weights and rates.
+    code : str
+        Hash of the functions that compute statistic and control; "" before registration.
+    earlier : tuple of str
+        Ids of earlier claims that this one keeps or restates.
+    decision : {"kept", "restated", "new", ""}
+        What became of them.
+    why : str
+        Why the claim was restated.
+    """
+
+    id: str
+    paper: Paper
+    text: Text
+    bound: Bound
+    design: Design
+    arms: Mapping[str, str] = field(default_factory=dict)
+    code: str = ""
+    earlier: tuple[str, ...] = ()
+    decision: Literal["kept", "restated", "new", ""] = ""
+    why: str = ""
+
+    @property
+    def claim(self) -> Claim:
+        """Rule that judges the claim."""
+        text, bound = self.text, self.bound
+        words = {"sentence": text.sentence, "statistic": text.statistic, "control": text.control}
+        return Claim(id=self.id, **words, kind=bound.kind, margin=bound.margin, tolerance=bound.tolerance)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change after the registration: when, where, what, why, and what had been seen before."""
+
+    what: str
+    why: str
+    seen: str = ""
+    date: str = ""
+    commit: str = ""
+    arms: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """A change of one claim, or of all with "*"."""
+
+    claim: str
+    what: Change
+
+
+@dataclass(frozen=True)
+class Registration:
+    """All registered claims by id, and the deviations from them."""
+
+    claims: Mapping[str, Registered]
+    deviations: tuple[Deviation, ...]
+
+    def of_tier(self, *tiers: Tier) -> dict[str, Registered]:
+        """Return the claims of these tiers, in their order."""
+        return {id: claim for id, claim in self.claims.items() if claim.paper.tier in tiers}
+
+
+@dataclass(frozen=True)
+class _Contents:
+    claim: tuple[Registered, ...]
+    deviation: tuple[Deviation, ...] = ()
+
+
+_KEYS = {"from": "origin", "looks": "seeds"}  # keys of the file that are no or other names in Python
+
+
+def read(file: Path = FILE) -> Registration:
+    """Read the registration.
+
+    Raises
+    ------
+    FileNotFoundError
+        The file does not exist.
+    ValueError
+        It is not TOML, a value has another type, a bound or design is not allowed, or an id stands twice.
+    """
+    try:
+        contents = msgspec.convert(_rename(tomllib.loads(file.read_text(encoding="utf-8"))), _Contents, strict=False)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
+        raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
+    twice = [id for id, count in Counter(claim.id for claim in contents.claim).items() if count > 1]
+    if twice:
+        raise ValueError(f"cannot read {printable(file)}: claim {printable(twice[0])!r} is registered twice")
+    for claim in contents.claim:
+        _ = claim.claim  # raises for a bound that is not allowed
+        if claim.paper.tier != "published":
+            _ = claim.design.looks
+    return Registration({claim.id: claim for claim in contents.claim}, contents.deviation)
+
+
+def _rename(table: object) -> object:
+    if isinstance(table, dict):
+        return {_KEYS.get(name, name): _rename(value) for name, value in table.items()}
+    return [_rename(value) for value in table] if isinstance(table, list) else table

@@ -1,0 +1,253 @@
+"""Files of the evidence: what every judged run scored, and what its values are computed from.
+
+A folder of evidence has
+
+- ``runs.csv``: one row per run, with its arm, seed, settings, machine and scores;
+- ``rows.parquet``: one row per test row of each task, with label, group and cluster, without text;
+- ``predictions/RUN.npz``: what a run scored on each test row;
+- ``kept/NAME/RUN.parquet``: tables from which values other than accuracies and losses are computed;
+- ``tuning.csv``, ``values.csv``, ``verdicts.csv``: chosen rates, values by seed and verdicts, computed from the above;
+- ``MANIFEST``: SHA-256 of every file, in the format of ``sha256sum``.
+
+A finished run is written once: its files first, its row in ``runs.csv`` last. An interrupted write leaves no run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int, Int8
+
+from lorascope.files.parquet_tables import read_table
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import is_plain, write_bytes
+
+SCHEMA = 1
+RUN_COLUMNS = (
+    "run", "arm", "arm_hash", "role", "seed", "rate", "steps", "model", "w0", "task", "task_hash", "method", "settings",
+    "commit", "dirty", "torch", "numpy", "capability", "threads", "device", "cpu_seconds", "trained_parameters",
+    "validation_loss", "validation_metric", "test_loss", "test_metric",
+)  # fmt: skip
+"""Columns of ``runs.csv``."""
+BLOCK = ["capability", "torch", "threads", "device"]
+"""Columns that identify a machine: a seed gives other numbers where one of them differs."""
+ROLES = ("judged", "tuning", "yardstick")
+"""Roles of a run. A yardstick, such as a baseline without a network, has no seeds and enters with every seed."""
+_STEPS_OF_MARGIN = 32
+
+
+@dataclass(eq=False)
+class Evidence:
+    """Runs with their predictions and kept tables.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        One row per run, with ``RUN_COLUMNS``.
+    rows : DataFrame
+        ``task_hash, row, text, label, group, cluster``: the test rows of each task.
+    margins : mapping run -> array (row,)
+        Logit of the right class minus the largest other one, in steps of 1/32, rounded away from zero and clipped. A
+        row is right if it is above zero.
+    nll : mapping run -> array (row,)
+        Negative log-likelihood of each row in nats, of the runs whose loss a claim uses.
+    kept : mapping name -> mapping run -> DataFrame
+        Tables that statistics read.
+    """
+
+    runs: pd.DataFrame
+    rows: pd.DataFrame
+    margins: Mapping[str, Int8[np.ndarray, "row"]] = field(default_factory=dict)
+    nll: Mapping[str, Float[np.ndarray, "row"]] = field(default_factory=dict)
+    kept: Mapping[str, Mapping[str, pd.DataFrame]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        used = self.runs[self.runs["role"] != "tuning"]
+        twice = used[used.duplicated(["arm", "seed", *BLOCK])]
+        if len(twice):
+            raise ValueError(
+                f"runs must be unique, got two of arm {twice['arm'].iloc[0]!r}, seed {twice['seed'].iloc[0]}"
+            )
+        judged, yardsticks = used[used["role"] == "judged"], used[used["role"] == "yardstick"]
+        self._runs = dict(zip(zip(judged["arm"], judged["seed"], strict=True), judged["run"], strict=True))
+        self._yardsticks = dict(zip(yardsticks["arm"], yardsticks["run"], strict=True))
+
+    def in_block(self, block: Mapping[str, Any]) -> Evidence:
+        """Return the runs of one machine, and the yardsticks."""
+        same = np.logical_and.reduce([self.runs[name] == block[name] for name in BLOCK])
+        chosen = self.runs[same | (self.runs["role"] == "yardstick")]
+        return Evidence(chosen, self.rows, self.margins, self.nll, self.kept)
+
+    def blocks(self) -> list[dict[str, Any]]:
+        """Return the machines on which judged runs were trained, in the order of the table."""
+        judged = self.runs[self.runs["role"] == "judged"]
+        return [dict(zip(BLOCK, row, strict=True)) for row in judged[BLOCK].drop_duplicates().itertuples(index=False)]
+
+    def seeds(self, arms: Iterable[str], first: int) -> list[int]:
+        """Return the seeds from ``first`` on that all arms have, up to the first one that is missing."""
+        varied = [arm for arm in arms if arm not in self._yardsticks]
+        found, seed = [], first
+        while varied and all((arm, seed) in self._runs for arm in varied):
+            found.append(seed)
+            seed += 1
+        return found
+
+    def run(self, arm: str, seed: int) -> str:
+        """Return the id of a run; a yardstick is the same for all seeds.
+
+        Raises
+        ------
+        KeyError
+            The arm has no run with this seed.
+        """
+        return self._yardsticks.get(arm) or self._runs[arm, seed]
+
+    def correct(self, arm: str, seed: int) -> Float[np.ndarray, "row"]:
+        """Return 1 for each test row that the run got right, else 0."""
+        return (self.margins[self.run(arm, seed)] > 0).astype(np.float64)
+
+    def losses(self, arm: str, seed: int) -> Float[np.ndarray, "row"]:
+        """Return the negative log-likelihood of each test row in nats."""
+        return self.nll[self.run(arm, seed)].astype(np.float64)
+
+    def table(self, name: str, arm: str, seed: int) -> pd.DataFrame:
+        """Return the kept table of a run."""
+        return self.kept[name][self.run(arm, seed)]
+
+    def clusters(self, arm: str, seed: int) -> Int[np.ndarray, "row"]:
+        """Return the cluster of each test row of a run's task, numbered from 0."""
+        task = self.runs.loc[self.runs["run"] == self.run(arm, seed), "task_hash"].iloc[0]
+        rows = self.rows[self.rows["task_hash"] == task].sort_values("row")
+        return pd.factorize(rows["cluster"])[0]
+
+
+def quantize_margins(logits: Float[np.ndarray, "row class"], labels: Int[np.ndarray, "row"]) -> Int8[np.ndarray, "row"]:
+    """Return the logit of the right class minus the largest other one, in steps of 1/32, in one byte.
+
+    Values are rounded away from zero, so that zero means a tie, and clipped to 127 steps.
+    """
+    right = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0].astype(np.float64)
+    others = np.array(logits, dtype=np.float64)
+    np.put_along_axis(others, labels[:, None], -np.inf, axis=1)
+    margin = (right - others.max(axis=1)) * _STEPS_OF_MARGIN
+    return np.clip(np.sign(margin) * np.ceil(np.abs(margin)), -127, 127).astype(np.int8)
+
+
+def read(folder: str | Path) -> Evidence:
+    """Read a folder of evidence.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder has no ``runs.csv``.
+    ValueError
+        A file has another schema, is damaged or missing, or two rows describe the same run.
+    """
+    folder = Path(folder)
+    runs = _read_csv(folder / "runs.csv", RUN_COLUMNS)
+    rows = read_table(folder / "rows.parquet", folder / "rows.parquet")
+    margins, nll = {}, {}
+    for run in runs["run"]:
+        if not is_plain(run):
+            raise ValueError(f"cannot read {printable(folder / 'runs.csv')}: invalid run id {printable(run)!r}")
+        if (file := folder / "predictions" / f"{run}.npz").exists():
+            scores = _read_arrays(file)
+            if "margin" in scores:
+                margins[run] = scores["margin"]
+            if "nll" in scores:
+                nll[run] = scores["nll"]
+    names = sorted(path.name for path in folder.glob("kept/*") if path.is_dir())
+    kept = {
+        name: {path.stem: read_table(path, path) for path in sorted((folder / "kept" / name).glob("*.parquet"))}
+        for name in names
+    }
+    return Evidence(runs, rows, margins, nll, kept)
+
+
+def _read_csv(file: Path, columns: Iterable[str]) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(
+            file, dtype={"run": "str", "arm": "str", "commit": "str", "capability": "str", "torch": "str"}
+        )
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
+    if list(table.columns) != list(columns):
+        different = sorted(set(table.columns) ^ set(columns)) or ["another order"]
+        raise ValueError(
+            f"cannot read {printable(file)}: its columns differ from schema {SCHEMA}: {', '.join(different)}"
+        )
+    return table
+
+
+def _read_arrays(file: Path) -> dict[str, np.ndarray]:
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # a damaged archive raises BadZipFile, EOFError, OSError, ValueError and others
+        raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
+
+
+def add_run(
+    folder: str | Path,
+    row: Mapping[str, Any],
+    scores: Mapping[str, np.ndarray],
+    kept: Mapping[str, pd.DataFrame],
+) -> None:
+    """Add a finished run, whose files are complete before its row appears in ``runs.csv``.
+
+    Parameters
+    ----------
+    folder : path
+        Folder of evidence.
+    row : mapping
+        A value for each of ``RUN_COLUMNS``.
+    scores : mapping
+        ``margin`` and ``nll`` of the test rows, as far as claims use them.
+    kept : mapping name -> DataFrame
+        Tables that statistics read.
+
+    Raises
+    ------
+    ValueError
+        The folder has this run with other numbers. Equal ones are left as they are.
+    """
+    folder, run = Path(folder), str(row["run"])
+    file = folder / "runs.csv"
+    known = _read_csv(file, RUN_COLUMNS) if file.exists() else pd.DataFrame(columns=list(RUN_COLUMNS))
+    new = pd.DataFrame([row])[list(RUN_COLUMNS)]
+    if (known["run"] == run).any():
+        old = _to_csv(known[known["run"] == run].assign(cpu_seconds=0.0))
+        if old != _to_csv(pd.read_csv(io.BytesIO(_to_csv(new))).astype(known.dtypes).assign(cpu_seconds=0.0)):
+            raise ValueError(f"cannot add run {printable(run)}: {printable(file)} has it with other numbers")
+        return
+    if scores:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **scores)
+        write_bytes(folder / "predictions" / f"{run}.npz", buffer.getvalue())
+    for name, table in kept.items():
+        buffer = io.BytesIO()
+        table.to_parquet(buffer, index=False, compression="zstd")
+        write_bytes(folder / "kept" / name / f"{run}.parquet", buffer.getvalue())
+    whole = pd.concat([known, new], ignore_index=True) if len(known) else new
+    write_bytes(file, _to_csv(whole.sort_values(["arm", "role", "seed", "rate", "run"], kind="stable")))
+
+
+def _to_csv(table: pd.DataFrame) -> bytes:
+    return table.to_csv(index=False, lineterminator="\n").encode()
+
+
+def manifest(folder: str | Path) -> str:
+    """Return SHA-256 and path of every file of a folder of evidence but ``MANIFEST``, as ``sha256sum`` prints them."""
+    folder = Path(folder)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "MANIFEST")
+    lines = (
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}" for path in paths
+    )
+    return "".join(f"{line}\n" for line in lines)

@@ -1,0 +1,110 @@
+"""Choice of the learning rate of each arm, before its first judged run, by the validation loss of its tuning seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+MAX_EXTENSIONS = 2
+"""How often one further rate is tried if the best lies at an end of the grid."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """State of the choice: the rates still to train, or the chosen one.
+
+    Parameters
+    ----------
+    missing : tuple of float
+        Rates whose loss is needed before anything can be chosen; empty if a rate is chosen.
+    rate : float or None
+        The chosen rate.
+    at_end : bool
+        Whether the chosen rate lies at an end of the grid, even after its extensions.
+    """
+
+    missing: tuple[float, ...]
+    rate: float | None = None
+    at_end: bool = False
+
+
+def choose(grid: Sequence[float], losses: Mapping[float, float]) -> Choice:
+    """Choose the rate with the lowest loss; ties go to the smaller rate.
+
+    If the best rate lies at an end of the grid, one further rate beyond it is tried, at most twice. A further rate is
+    ten times, or a tenth of, the last rate but one, which continues a grid of factors of about three.
+
+    Parameters
+    ----------
+    grid : sequence of float
+        Registered rates, increasing, at least two.
+    losses : mapping rate -> loss
+        Mean validation loss at the last step over the tuning seeds. A loss that is not finite counts as the worst.
+    """
+    rates = list(grid)
+    for extension in range(MAX_EXTENSIONS + 1):
+        if missing := tuple(rate for rate in rates if rate not in losses):
+            return Choice(missing)
+        best = min(rates, key=lambda rate: (losses[rate] if losses[rate] < float("inf") else float("inf"), rate))
+        inside = rates[0] < best < rates[-1]
+        if inside or extension == MAX_EXTENSIONS:
+            break
+        if best == rates[-1]:
+            rates.append(_round(rates[-2] * 10))
+        else:
+            rates.insert(0, _round(rates[1] / 10))
+    return Choice((), best, not inside)
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.6g}")
+
+
+def losses_by_rate(runs: pd.DataFrame, arm: str, seeds: Sequence[int]) -> dict[float, float]:
+    """Return the mean validation loss of an arm at each rate that all tuning seeds have trained.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        ``runs.csv`` of the evidence.
+    arm : str
+        Label of the arm.
+    seeds : sequence of int
+        Tuning seeds.
+    """
+    rows = runs[(runs["arm"] == arm) & (runs["role"] == "tuning") & runs["seed"].isin(list(seeds))]
+    complete = [
+        (rate, of_rate) for rate, of_rate in rows.groupby("rate") if of_rate["seed"].nunique() == len(set(seeds))
+    ]
+    return {float(str(rate)): float(of_rate["validation_loss"].mean(skipna=False)) for rate, of_rate in complete}
+
+
+def tuning_table(runs: pd.DataFrame, grids: Mapping[str, tuple[Sequence[float], Sequence[int]]]) -> pd.DataFrame:
+    """Tabulate the tuning runs and the chosen rates.
+
+    Parameters
+    ----------
+    runs : DataFrame
+        ``runs.csv`` of the evidence.
+    grids : mapping arm -> (grid, tuning seeds)
+        Registered rates and tuning seeds of the arms that are tuned.
+
+    Returns
+    -------
+    DataFrame
+        ``arm, rate, seed, validation_loss, at_end_of_grid, chosen``: one row per tuning run.
+    """
+    tables = []
+    for arm, (grid, seeds) in grids.items():
+        choice = choose(grid, losses_by_rate(runs, arm, seeds))
+        rows = runs[(runs["arm"] == arm) & (runs["role"] == "tuning")].sort_values(["rate", "seed"])
+        chosen = rows["rate"] == choice.rate
+        tables.append(
+            rows[["arm", "rate", "seed", "validation_loss"]].assign(
+                at_end_of_grid=chosen & choice.at_end, chosen=chosen
+            )
+        )
+    columns = ["arm", "rate", "seed", "validation_loss", "at_end_of_grid", "chosen"]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)

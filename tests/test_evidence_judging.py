@@ -1,0 +1,294 @@
+"""Verdicts from planted evidence: intervals by hand, blocks, seeds, corrections, and files that come back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+
+from lorascope.analysis.seed_intervals import pseudo_values, t_interval, two_way_estimate
+from lorascope.evidence import judging, looks, store
+from lorascope.evidence.judging import correct, judge_all
+from lorascope.evidence.registration import Bound, Design, Paper, Registered, Text
+from lorascope.evidence.statistics import (
+    Accuracy,
+    Constant,
+    LogLikelihood,
+    MeanOverRows,
+    OfPairs,
+    OfRun,
+    Statistic,
+    average,
+    estimate_effect,
+)
+from lorascope.evidence.store import RUN_COLUMNS, Evidence
+
+ROWS = 60
+MACHINE = {"capability": "AVX2", "torch": "2.6.0", "threads": 1, "device": "cpu"}
+
+
+def run_row(arm: str, seed: int, **values: Any) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(RUN_COLUMNS, "x")
+    row |= {"run": f"{arm}-{seed}", "arm": arm, "role": "judged", "seed": seed, "rate": 1e-3, "steps": 300}
+    row |= {"task_hash": "t", "dirty": False, "cpu_seconds": 1.5, "trained_parameters": 10}
+    row |= {f"{split}_{score}": 0.5 for split in ("validation", "test") for score in ("loss", "metric")}
+    return row | MACHINE | values
+
+
+def planted(accuracies: dict[str, float], seeds: int = 5, machine: dict[str, Any] | None = None) -> Evidence:
+    """Return evidence in which each arm is right on its share of the rows, drawn anew for each seed."""
+    rng, runs, margins, nll = np.random.default_rng(7), [], {}, {}
+    for arm, accuracy in accuracies.items():
+        for seed in range(100, 100 + seeds):
+            row = run_row(arm, seed, **(machine or {}))
+            row["run"] += (machine or MACHINE)["capability"]
+            runs.append(row)
+            margins[row["run"]] = np.where(rng.random(ROWS) < accuracy, 5, -5).astype(np.int8)
+            nll[row["run"]] = rng.random(ROWS).astype(np.float16)
+    rows = pd.DataFrame({"task_hash": "t", "row": range(ROWS), "text": "", "label": 0, "group": "g"})
+    return Evidence(pd.DataFrame(runs), rows.assign(cluster=[f"c{row // 3}" for row in range(ROWS)]), margins, nll)
+
+
+def registered(id: str = "a.b", interval: Any = "two-way", tier: Any = "secondary", **bound: Any) -> Registered:
+    bound = bound or {"kind": "superiority", "margin": 0.1}
+    return Registered(
+        id, Paper("0", "t", tier), Text("s", "x", "y", "arm"), Bound(unit="u", origin="o", **bound),
+        Design(interval, (5, 10), (0.005, 0.0215)),
+    )  # fmt: skip
+
+
+def test_effect_of_accuracies_is_the_two_way_interval_of_the_rows() -> None:
+    evidence = planted({"A": 0.8, "B": 0.5})
+    found, values = estimate_effect(Accuracy("A"), Accuracy("B"), evidence, range(100, 105), "two-way")
+    rows = {arm: np.stack([evidence.margins[f"{arm}-{seed}AVX2"] > 0 for seed in range(100, 105)]) for arm in "AB"}
+    assert found == two_way_estimate(rows["A"] * 1.0 - rows["B"], np.arange(ROWS) // 3)
+    assert values["statistic"].tolist() == pytest.approx(rows["A"].mean(1))
+    assert values["effect"].mean() == pytest.approx(found.mean)
+
+
+def test_loss_is_signed_so_that_higher_is_better() -> None:
+    evidence = planted({"A": 0.5})
+    assert LogLikelihood("A")(evidence, [101])[0] == pytest.approx(-evidence.nll["A-101AVX2"].astype(float))
+
+
+def test_mean_of_arms_and_differences_combine_row_by_row() -> None:
+    evidence = planted({"A": 0.8, "B": 0.5, "C": 0.2})
+    seeds = [100, 103]
+    a, b, c = (Accuracy(arm)(evidence, seeds) for arm in "ABC")
+    assert average([Accuracy("A"), Accuracy("B")])(evidence, seeds) == pytest.approx((a + b) / 2)
+    assert (Accuracy("A") - Accuracy("C"))(evidence, seeds) == pytest.approx(a - c)
+    assert (-MeanOverRows(Accuracy("C")) / 2)(evidence, seeds) == pytest.approx(-c.mean(1) / 2)
+    assert (Accuracy("A") - Accuracy("B")).arms() == {"A", "B"}
+
+
+def kept(evidence: Evidence, values: dict[str, float]) -> Evidence:
+    tables = {run: pd.DataFrame({"value": [value]}) for run, value in values.items()}
+    return Evidence(evidence.runs, evidence.rows, evidence.margins, evidence.nll, {"ranks": tables})
+
+
+def first(table: pd.DataFrame) -> float:
+    return float(table["value"].iloc[0])
+
+
+def test_values_of_runs_have_the_t_interval() -> None:
+    evidence = planted({"A": 0.5})
+    values = np.array([0.3, 0.5, 0.4, 0.6, 0.1])
+    evidence = kept(evidence, {f"A-{100 + i}AVX2": value for i, value in enumerate(values)})
+    found, _ = estimate_effect(OfRun(first, "ranks", "A"), Constant(1 / 3), evidence, range(100, 105), "t")
+    assert tuple(found.interval(0.025)) == pytest.approx(tuple(t_interval(values - 1 / 3)))
+
+
+def product(one: pd.DataFrame, two: pd.DataFrame) -> float:
+    return first(one) * first(two)
+
+
+def test_values_of_pairs_never_compare_equal_seeds() -> None:
+    evidence = planted({"A": 0.5, "B": 0.5})
+    numbers = {f"{arm}-{100 + i}AVX2": float(i + 1) * (10 if arm == "B" else 1) for arm in "AB" for i in range(4)}
+    evidence = kept(evidence, numbers)
+    values = OfPairs(product, "ranks", "A", "B")(evidence, range(100, 104))
+    assert np.isnan(np.diag(values)).all()
+    assert values[0, 2] == 1 * 30
+    assert values[2, 0] == 3 * 10
+    found, by_seed = estimate_effect(
+        OfPairs(product, "ranks", "A", "A"), Constant(0.0), evidence, range(100, 104), "jackknife"
+    )
+    pairs = np.outer(np.arange(1.0, 5), np.arange(1.0, 5))
+    assert by_seed["statistic"].tolist() == pytest.approx(pseudo_values(pairs).tolist())
+    assert found.mean == pytest.approx(pairs[~np.eye(4, dtype=bool)].mean())
+
+
+@pytest.mark.parametrize(("statistic", "interval"), [(Accuracy("A"), "t"), (MeanOverRows(Accuracy("A")), "two-way")])
+def test_statistic_of_another_shape_than_the_interval_is_refused(statistic: Statistic, interval: Any) -> None:
+    with pytest.raises(ValueError, match=f"values of a {interval} interval must have shape"):
+        estimate_effect(statistic, Constant(0.0), planted({"A": 0.5}), range(100, 105), interval)
+
+
+def test_verdicts_of_planted_claims() -> None:
+    evidence = planted({"A": 0.95, "B": 0.5, "C": 0.5}, seeds=10)
+    claims = {id: registered(id) for id in ("p.true", "p.null")}
+    pairs: Any = {"p.true": (Accuracy("A"), Accuracy("B")), "p.null": (Accuracy("B"), Accuracy("A"))}
+    verdicts, values = judge_all(claims, pairs, evidence)
+    assert verdicts["outcome"].tolist() == ["supported", "not supported"]
+    assert verdicts["side"].tolist() == ["above 0", "below 0"]
+    assert values.groupby("claim")["seed"].agg(list)["p.true"] == list(range(100, 105))
+    assert (verdicts["n"] == 5).all()
+
+
+def test_yardstick_enters_with_every_seed_and_has_none() -> None:
+    evidence = planted({"A": 0.95}, seeds=10)
+    row = run_row("TF-IDF", 0, role="yardstick", capability="", threads=0)
+    margins = {**evidence.margins, row["run"]: np.full(ROWS, -3, np.int8)}
+    evidence = Evidence(pd.concat([evidence.runs, pd.DataFrame([row])]), evidence.rows, margins)
+    verdicts, values = judge_all({"a.b": registered()}, {"a.b": (Accuracy("A"), Accuracy("TF-IDF"))}, evidence)
+    assert verdicts["outcome"].item() == "supported"
+    assert (values["control"] == 0).all()
+
+
+def test_seeds_end_at_the_first_that_an_arm_lacks() -> None:
+    evidence = planted({"A": 0.95, "B": 0.5}, seeds=10)
+    gap = evidence.runs[(evidence.runs["arm"] != "B") | (evidence.runs["seed"] != 107)]
+    evidence = Evidence(gap, evidence.rows, evidence.margins, evidence.nll)
+    assert evidence.seeds(["A", "B"], 100) == list(range(100, 107))
+    assert evidence.seeds(["B"], 101) == list(range(101, 107))
+
+
+def test_claim_is_judged_on_the_machine_that_first_reached_the_look() -> None:
+    other = MACHINE | {"capability": "AVX512"}
+    one, two, three = (
+        planted({"A": 0.95, "B": 0.5}, 3),
+        planted({"A": 0.5, "B": 0.95}, 5, other),
+        planted({"A": 0.95, "B": 0.5}, 10, MACHINE | {"capability": "NEON"}),
+    )
+    runs = pd.concat([one.runs, two.runs, three.runs])
+    both = Evidence(runs, one.rows, {**one.margins, **two.margins, **three.margins})
+    verdicts, _ = judge_all({"a.b": registered()}, {"a.b": (Accuracy("A"), Accuracy("B"))}, both)
+    assert verdicts["block"].item() == "AVX512 / 2.6.0 / 1 / cpu"
+    assert verdicts["outcome"].item() == "not supported"
+
+
+def test_two_runs_of_one_seed_are_refused() -> None:
+    evidence = planted({"A": 0.9})
+    with pytest.raises(ValueError, match="two of arm 'A', seed 100"):
+        Evidence(pd.concat([evidence.runs, evidence.runs[:1]]), evidence.rows)
+
+
+def test_claim_without_runs_is_stopped_by_the_budget() -> None:
+    verdicts, values = judge_all({"a.b": registered()}, {"a.b": (Accuracy("Z"), Accuracy("A"))}, planted({"A": 0.5}))
+    assert (verdicts["outcome"].item(), verdicts["note"].item(), verdicts["n"].item()) == (
+        "inconclusive",
+        looks.STOPPED,
+        0,
+    )
+    assert values.empty
+
+
+def table_of(tiers: list[str], p: list[float], outcomes: list[str]) -> pd.DataFrame:
+    return pd.DataFrame({"claim": range(len(p)), "tier": tiers, "p_looks": p, "outcome": outcomes, "note": ""})
+
+
+def test_secondary_verdicts_are_corrected_by_benjamini_hochberg() -> None:
+    p = [0.001, 0.015, 0.04, 0.9, 0.03]
+    found = correct(table_of(["secondary"] * 5, p, ["supported", "not supported", "supported", "inconclusive", "void"]))
+    expected = scipy.stats.false_discovery_control([0.001, 0.015, 0.04, 0.9, 1.0])  # a void claim counts with p = 1
+    assert found["adjusted_p"].tolist() == pytest.approx(expected)
+    assert expected[2] > judging.FALSE_DISCOVERIES > expected[1]
+    assert found["outcome"].tolist() == ["supported", "not supported", "inconclusive", "inconclusive", "void"]
+    assert found["alone"].tolist() == ["supported", "not supported", "supported", "inconclusive", "void"]
+    assert found["note"][2] == "decided alone, not among 5"
+
+
+def test_primary_verdicts_stand_with_holms_p_beside_and_published_ones_without() -> None:
+    found = correct(table_of(["primary", "primary", "published"], [0.03, 0.04, 0.5], ["supported", "supported", "x"]))
+    assert found["outcome"].tolist() == ["supported", "supported", "x"]
+    assert found["adjusted_p"].tolist() == pytest.approx([0.06, 0.06, np.nan], nan_ok=True)
+
+
+def test_margins_round_away_from_zero_and_clip() -> None:
+    logits = np.array([[1.0, 1.001], [1.001, 1.0], [2.0, 2.0], [9.0, 0.0], [0.0, 0.5]])
+    found = store.quantize_margins(logits, np.array([0, 0, 0, 0, 0]))
+    assert found.tolist() == [-1, 1, 0, 127, -16]
+    wide = np.random.default_rng(0).normal(size=(200, 4))
+    labels = wide.argmax(1)
+    labels[:50] = (labels[:50] + 1) % 4
+    assert ((store.quantize_margins(wide, labels) > 0) == (wide.argmax(1) == labels)).all()
+
+
+def write(folder: Path, evidence: Evidence) -> None:
+    for row in evidence.runs.to_dict("records"):
+        scores = {"margin": evidence.margins[row["run"]], "nll": evidence.nll[row["run"]]}
+        store.add_run(folder, row, scores, {"ranks": pd.DataFrame({"value": [row["seed"] * 1.0]})})
+    evidence.rows.to_parquet(folder / "rows.parquet")
+
+
+def test_evidence_comes_back_from_its_files(tmp_path: Path) -> None:
+    evidence = planted({"A": 0.8, "B": 0.5}, 3)
+    write(tmp_path, evidence)
+    found = store.read(tmp_path)
+    pd.testing.assert_frame_equal(found.runs, evidence.runs, check_dtype=False)
+    assert all((found.margins[run] == evidence.margins[run]).all() for run in evidence.margins)
+    assert all((found.nll[run] == evidence.nll[run]).all() for run in evidence.nll)
+    assert first(found.table("ranks", "B", 102)) == 102
+    assert found.clusters("A", 100).tolist() == (np.arange(ROWS) // 3).tolist()
+    lines = store.manifest(tmp_path).splitlines()
+    assert len(lines) == 2 + 6 + 6
+    assert lines == sorted(lines, key=lambda line: line.split("  ")[1])
+
+
+def test_run_is_never_written_twice(tmp_path: Path) -> None:
+    evidence = planted({"A": 0.8}, 2)
+    write(tmp_path, evidence)
+    before = store.manifest(tmp_path)
+    row = evidence.runs.iloc[0].to_dict()
+    store.add_run(tmp_path, row | {"cpu_seconds": 99.0}, {}, {})  # trained again, as slowly as the machine is busy
+    assert store.manifest(tmp_path) == before
+    with pytest.raises(ValueError, match=r"cannot add run A-100AVX2: .*runs.csv has it with other numbers"):
+        store.add_run(tmp_path, row | {"test_metric": 0.6}, {}, {})
+
+
+def test_interrupted_write_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence = planted({"A": 0.8}, 2)
+    write(tmp_path, evidence)
+    real, written = store.write_bytes, []
+
+    def stop(file: Path, content: bytes) -> None:
+        if file.name == "runs.csv":
+            raise KeyboardInterrupt
+        written.append(file)
+        real(file, content)
+
+    monkeypatch.setattr(store, "write_bytes", stop)
+    row = run_row("A", 102) | {"run": "late"}
+    with pytest.raises(KeyboardInterrupt):
+        store.add_run(tmp_path, row, {"margin": np.zeros(ROWS, np.int8)}, {})
+    assert written
+    assert store.read(tmp_path).runs["run"].tolist() == evidence.runs["run"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("runs.csv", b"run,arm\na,b\n", "runs.csv: its columns differ from schema 1"),
+        ("runs.csv", b"\xff\xfe", "runs.csv"),
+        ("predictions/A-100AVX2.npz", b"PK\x03\x04 half", "A-100AVX2.npz"),
+        ("kept/ranks/A-100AVX2.parquet", b"PAR1", "A-100AVX2.parquet"),
+    ],
+)
+def test_damaged_file_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    write(tmp_path, planted({"A": 0.8}, 2))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="cannot read .*" + message) as raised:
+        store.read(tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_run_id_cannot_lead_outside_the_folder(tmp_path: Path) -> None:
+    write(tmp_path, planted({"A": 0.8}, 2))
+    file = tmp_path / "runs.csv"
+    file.write_text(file.read_text().replace("A-100AVX2", "../../secret"))
+    with pytest.raises(ValueError, match="invalid run id"):
+        store.read(tmp_path)

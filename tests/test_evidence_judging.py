@@ -35,6 +35,7 @@ def run_row(arm: str, seed: int, **values: Any) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(RUN_COLUMNS, "x")
     row |= {"run": f"{arm}-{seed}", "arm": arm, "role": "judged", "seed": seed, "rate": 1e-3, "steps": 300}
     row |= {"task_hash": "t", "dirty": False, "cpu_seconds": 1.5, "trained_parameters": 10}
+    row |= {"validation_chance": 0.3}
     row |= {f"{split}_{score}": 0.5 for split in ("validation", "test") for score in ("loss", "metric")}
     return row | MACHINE | values
 
@@ -185,6 +186,30 @@ def test_claim_without_runs_is_stopped_by_the_budget() -> None:
         0,
     )
     assert values.empty
+
+
+@pytest.mark.parametrize(
+    ("metrics", "loss", "void"),
+    [
+        ((0.34, 0.35, 0.9, 0.9, 0.9), 0.5, True),
+        ((0.34, 0.36, 0.9, 0.9, 0.9), 0.5, False),
+        ((0.9, 0.9, 0.9, 0.9, 0.9), np.inf, True),
+        ((0.9, 0.9, 0.9, 0.9, 0.9), np.nan, True),
+    ],
+)
+def test_claim_on_an_arm_that_did_not_train_is_void(metrics: tuple[float, ...], loss: float, void: bool) -> None:
+    evidence = planted({"A": 0.95, "B": 0.5})
+    runs = evidence.runs.copy()
+    of_b = runs["arm"] == "B"
+    runs.loc[of_b, "validation_metric"] = metrics
+    runs.loc[of_b & (runs["seed"] == 103), "test_loss"] = loss
+    evidence = Evidence(runs, evidence.rows, evidence.margins, evidence.nll)
+    pairs: Any = {"a.b": (Accuracy("A"), Accuracy("B"))}
+    verdicts, _ = judge_all({"a.b": registered()}, pairs, evidence)
+    assert verdicts["outcome"].item() == ("void" if void else "supported")
+    assert verdicts["note"].item() == ("B did not train" if void else "")
+    kept_from_text, _ = judge_all({"a.b": registered()}, pairs, evidence, lambda arm: arm != "B")
+    assert kept_from_text["outcome"].item() == "supported"
 
 
 def table_of(tiers: list[str], p: list[float], outcomes: list[str]) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,12 @@ Pair = tuple[Statistic, Statistic]
 """Statistic and control of a claim."""
 FALSE_DISCOVERIES = 0.05
 """Bound on the share of false verdicts among those of the secondary claims (Benjamini and Hochberg)."""
+
+_TRIED, _FAILED, _AT_CHANCE = 5, 2, 0.05
+
+
+def _arms(pair: Pair) -> set[str]:
+    return pair[0].arms() | pair[1].arms()
 
 
 def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple[looks.Verdict, pd.DataFrame] | None:
@@ -42,7 +48,7 @@ def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple
         ``seed, statistic, control, effect`` at this look. None instead of both if no seed has all runs.
     """
     statistic, control = pair
-    seeds = evidence.seeds(sorted(statistic.arms() | control.arms()), registered.design.first_seed)
+    seeds = evidence.seeds(_arms(pair), registered.design.first_seed)
     if not seeds:
         return None
     method = registered.design.interval
@@ -58,7 +64,7 @@ def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple
 
 def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Mapping[str, Any] | None:
     """Return the machine whose runs judge a claim: the first that reached the first look, or that has most seeds."""
-    arms = sorted(pair[0].arms() | pair[1].arms())
+    arms = _arms(pair)
     count = {
         number: len(evidence.in_block(block).seeds(arms, registered.design.first_seed))
         for number, block in enumerate(evidence.blocks())
@@ -70,8 +76,27 @@ def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Map
     return evidence.blocks()[reached[0] if reached else max(count, key=lambda number: count[number])]
 
 
+def untrained_arms(evidence: Evidence, may_void: Callable[[str], bool] = lambda arm: True) -> set[str]:
+    """Return the arms that did not train, whose claims are void.
+
+    Those are arms of which two or more of the first five judged seeds end within five points of the most frequent class
+    on the validation split, or any ends with a loss that is not finite.
+    """
+    found = set()
+    for arm, runs in evidence.runs[evidence.runs["role"] == "judged"].groupby("arm"):
+        first = runs.sort_values("seed").head(_TRIED)
+        at_chance = first["validation_metric"] - first["validation_chance"] <= _AT_CHANCE
+        broken = ~np.isfinite(runs[["validation_loss", "test_loss"]].astype("float64")).all(axis=1)
+        if may_void(str(arm)) and (at_chance.sum() >= _FAILED or broken.any()):
+            found.add(str(arm))
+    return found
+
+
 def judge_all(
-    claims: Mapping[str, Registered], pairs: Mapping[str, Pair], evidence: Evidence
+    claims: Mapping[str, Registered],
+    pairs: Mapping[str, Pair],
+    evidence: Evidence,
+    may_void: Callable[[str], bool] = lambda arm: True,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Judge every claim that has runs.
 
@@ -83,6 +108,8 @@ def judge_all(
         Statistic and control of the claims.
     evidence : Evidence
         All runs.
+    may_void : callable
+        ``may_void(arm)`` returns whether claims are void if this arm does not train.
 
     Returns
     -------
@@ -94,7 +121,11 @@ def judge_all(
     rows, values = [], []
     for id, registered in claims.items():
         block = judging_block(registered, pairs[id], evidence)
-        found = judge_claim(registered, pairs[id], evidence.in_block(block)) if block else None
+        part = evidence.in_block(block) if block else evidence
+        if untrained := sorted(untrained_arms(part, may_void) & _arms(pairs[id])):
+            rows.append(_describe(registered) | {"outcome": "void", "note": f"{untrained[0]} did not train"})
+            continue
+        found = judge_claim(registered, pairs[id], part) if block else None
         rows.append(
             _describe(registered) | ({} if found is None or block is None else _numbers(registered, found[0], block))
         )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tomllib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -15,6 +17,9 @@ from lorascope.evidence import looks
 from lorascope.evidence.claims import Claim, Kind
 from lorascope.files.printable import printable
 
+RATE_RULE = (
+    "lowest mean validation loss at the last step; ties to the smaller rate; at most two further rates at an end"
+)
 FILE = Path(__file__).parents[2] / "data" / "registered.toml"
 Tier = Literal["primary", "secondary", "published"]
 
@@ -68,6 +73,57 @@ class Design:
 
 
 @dataclass(frozen=True)
+class Arm:
+    """A registered arm: what its runs have in common, and how its rate is chosen.
+
+    Parameters
+    ----------
+    label : str
+        Name of the arm.
+    hash : str
+        Hash of what its runs have in common; see ``arm_hash``.
+    rates : tuple of float
+        Rates that are tried; empty if the rate is that of another arm.
+    rate_of : str
+        Arm whose chosen rate it takes; "" to choose its own.
+    fields : mapping field -> ratio
+        Fields of the method that are this multiple of the rate.
+    tuning_seeds : tuple of int
+        Seeds with which the rates are tried.
+    may_void : bool
+        Whether claims on the arm are void if it does not train; false for arms that are kept from text.
+    """
+
+    label: str
+    hash: str = ""
+    rates: tuple[float, ...] = ()
+    rate_of: str = ""
+    fields: Mapping[str, float] = field(default_factory=dict)
+    tuning_seeds: tuple[int, ...] = (9001,)
+    may_void: bool = True
+
+
+def arm_hash(arm: Arm, method: Mapping[str, Any], settings: Mapping[str, Any], task_hash: str, w0: str) -> str:
+    """Hash what the runs of an arm have in common, and how their rate is chosen; label, rate and cost are left out.
+
+    Parameters
+    ----------
+    arm : Arm
+        Rates and ratios of the arm.
+    method, settings : mapping
+        Method with its fields, and settings of the training without seed, as JSON values.
+    task_hash, w0 : str
+        Hashes of the task's rows and of the base weights.
+    """
+    fixed = {name: value for name, value in method.items() if name not in arm.fields}
+    content = {
+        "method": fixed, "fields": arm.fields, "settings": settings, "task": task_hash, "w0": w0,
+        "rates": arm.rates, "rate_of": arm.rate_of, "tuning_seeds": arm.tuning_seeds, "rule": RATE_RULE,
+    }  # fmt: skip
+    return f"sha256:{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}"
+
+
+@dataclass(frozen=True)
 class Registered:
     """A registered claim.
 
@@ -77,8 +133,8 @@ class Registered:
         Name of probe and claim, such as "lora.parity".
     paper, text, bound, design
         Source, words, bound and design of the claim.
-    arms : mapping label -> hash
-        Arms that statistic and control read, each with the hash of its method, settings, task, base weights and rates.
+    arms : tuple of str
+        Labels of the arms that statistic and control read.
     code : str
         Hash of the functions that compute statistic and control; "" before registration.
     earlier : tuple of str
@@ -94,7 +150,7 @@ class Registered:
     text: Text
     bound: Bound
     design: Design
-    arms: Mapping[str, str] = field(default_factory=dict)
+    arms: tuple[str, ...] = ()
     code: str = ""
     earlier: tuple[str, ...] = ()
     decision: Literal["kept", "restated", "new", ""] = ""
@@ -130,9 +186,10 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Registration:
-    """All registered claims by id, and the deviations from them."""
+    """All registered claims by id, their arms by label, and the deviations from them."""
 
     claims: Mapping[str, Registered]
+    arms: Mapping[str, Arm]
     deviations: tuple[Deviation, ...]
 
     def of_tier(self, *tiers: Tier) -> dict[str, Registered]:
@@ -143,6 +200,7 @@ class Registration:
 @dataclass(frozen=True)
 class _Contents:
     claim: tuple[Registered, ...]
+    arm: tuple[Arm, ...] = ()
     deviation: tuple[Deviation, ...] = ()
 
 
@@ -163,14 +221,15 @@ def read(file: Path = FILE) -> Registration:
         contents = msgspec.convert(_rename(tomllib.loads(file.read_text(encoding="utf-8"))), _Contents, strict=False)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
-    twice = [id for id, count in Counter(claim.id for claim in contents.claim).items() if count > 1]
-    if twice:
-        raise ValueError(f"cannot read {printable(file)}: claim {printable(twice[0])!r} is registered twice")
+    named = [f"claim {claim.id!r}" for claim in contents.claim] + [f"arm {arm.label!r}" for arm in contents.arm]
+    if twice := [name for name, count in Counter(named).items() if count > 1]:
+        raise ValueError(f"cannot read {printable(file)}: {printable(twice[0])} is registered twice")
     for claim in contents.claim:
         _ = claim.claim  # raises for a bound that is not allowed
         if claim.paper.tier != "published":
             _ = claim.design.looks
-    return Registration({claim.id: claim for claim in contents.claim}, contents.deviation)
+    claims, arms = {claim.id: claim for claim in contents.claim}, {arm.label: arm for arm in contents.arm}
+    return Registration(claims, arms, contents.deviation)
 
 
 def _rename(table: object) -> object:

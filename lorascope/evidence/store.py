@@ -33,9 +33,9 @@ SCHEMA = 1
 RUN_COLUMNS = (
     "run", "arm", "arm_hash", "role", "seed", "rate", "steps", "model", "w0", "task", "task_hash", "method", "settings",
     "commit", "dirty", "torch", "numpy", "capability", "threads", "device", "cpu_seconds", "trained_parameters",
-    "validation_loss", "validation_metric", "test_loss", "test_metric",
+    "validation_loss", "validation_metric", "validation_chance", "test_loss", "test_metric",
 )  # fmt: skip
-"""Columns of ``runs.csv``."""
+"""Columns of ``runs.csv``; ``validation_chance`` is the accuracy of always answering with the most frequent class."""
 BLOCK = ["capability", "torch", "threads", "device"]
 """Columns that identify a machine: a seed gives other numbers where one of them differs."""
 ROLES = ("judged", "tuning", "yardstick")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from lorascope.evidence import published
+from lorascope.evidence import published, registration
 
 FOLDER = Path(__file__).parents[1] / "data" / "published"
 
@@ -81,3 +81,18 @@ def test_chance_of_the_overlap_is_hypergeometric() -> None:
     assert row["chance"] == pytest.approx(law.mean() / row["neurons"])
     assert row["chance_sd"] == pytest.approx(law.std() / row["neurons"], rel=0.01)
     assert (table["overlap"] > 2 * table["chance"]).all()
+
+
+def test_verdicts_on_published_figures() -> None:
+    claims = registration.read().of_tier("published")
+    found = published.judge(claims, FOLDER).set_index("claim")
+    assert found[["outcome", "side"]].apply(tuple, axis=1).to_dict() == {
+        "published.fourierft": ("inconclusive", "below 0"),
+        "published.autolora": ("not supported", "above 0"),
+        "published.autolora_data": ("not supported", ""),
+        "published.adalora": ("not supported", "below 0"),
+        "published.neft_loss": ("inconclusive", "above 0"),
+        "published.hydralora": ("inconclusive", ""),
+    }
+    assert claims.keys() - published.EFFECTS.keys() == {"published.neft"}  # shown beside its chance, and not judged
+    assert found["shown"]["published.hydralora"] == "2.05 [no interval]"

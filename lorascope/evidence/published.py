@@ -5,13 +5,15 @@ The tables are in ``data/published``; its README says where each number comes fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from lorascope.analysis.seed_intervals import Estimate, Interval, t_interval
+from lorascope.evidence.claims import MINIMUM_SEEDS, format_effect, side
+from lorascope.evidence.registration import Registered
 
 LEVEL = 0.025
 Effect = Callable[[Path], Interval]
@@ -99,6 +101,29 @@ EFFECTS: dict[str, Effect] = {
     "published.hydralora": hydralora,
 }
 """Effects of the judged claims on published figures, by the id of the claim."""
+_WITHOUT_SEEDS = {"published.adalora"}  # its interval is that of rounding
+
+
+def judge(claims: Mapping[str, Registered], folder: Path) -> pd.DataFrame:
+    """Judge the claims on published figures, which are not corrected for their number.
+
+    A claim whose effect has no interval, or comes from fewer than three runs or lists, is inconclusive.
+
+    Returns
+    -------
+    DataFrame
+        ``claim, effect, low, high, n, outcome, side, shown``; claims without a computed effect are left out.
+    """
+    rows = []
+    for id in filter(EFFECTS.__contains__, claims):
+        claim, (effect, low, high, n) = claims[id].claim, EFFECTS[id](folder)
+        decided = not np.isnan(low) and (n >= MINIMUM_SEEDS or id in _WITHOUT_SEEDS)
+        rows.append({
+            "claim": id, "effect": effect, "low": low, "high": high, "n": n,
+            "outcome": claim.decide(low, high) if decided else "inconclusive",
+            "side": side(low, high), "shown": format_effect(claim, effect, low, high),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def neft_overlap(folder: Path) -> pd.DataFrame:

@@ -243,11 +243,13 @@ def _to_csv(table: pd.DataFrame) -> bytes:
     return table.to_csv(index=False, lineterminator="\n").encode()
 
 
+def digest(file: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def manifest(folder: str | Path) -> str:
     """Return SHA-256 and path of every file of a folder of evidence but ``MANIFEST``, as ``sha256sum`` prints them."""
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "MANIFEST")
-    lines = (
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder).as_posix()}" for path in paths
-    )
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths)

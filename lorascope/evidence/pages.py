@@ -1,0 +1,32 @@
+"""Blocks of README and docs that are written from the evidence, between ``<!-- evidence NAME -->`` and its end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from lorascope.files.printable import printable
+
+_BLOCK = re.compile(r"(<!-- evidence ([\w-]+) -->\n)(.*?)(<!-- /evidence -->)", re.DOTALL)
+
+
+def differences(page: Path, blocks: Mapping[str, str]) -> Iterator[str]:
+    """Return one line for every block of a page that differs from what the evidence gives, or that it cannot give."""
+    for _, name, text, _ in _BLOCK.findall(page.read_text(encoding="utf-8")):
+        if name not in blocks:
+            yield f"{printable(page)}: unknown block {name!r}, expected one of {', '.join(sorted(blocks))}"
+        elif text != blocks[name]:
+            kept, wanted = text.splitlines(), blocks[name].splitlines()
+            at = next((i for i, (one, two) in enumerate(zip(kept, wanted, strict=False)) if one != two), None)
+            at = min(len(kept), len(wanted)) if at is None else at
+            has, needs = (lines[at] if at < len(lines) else "no more lines" for lines in (kept, wanted))
+            yield f"{printable(page)}: block {name}, line {at + 1}: kept {has!r}, recomputed {needs!r}"
+
+
+def write(page: Path, blocks: Mapping[str, str]) -> None:
+    """Write the blocks of a page from the evidence; blocks that it does not know stay as they are."""
+    old = page.read_text(encoding="utf-8")
+    new = _BLOCK.sub(lambda found: f"{found[1]}{blocks.get(found[2], found[3])}{found[4]}", old)
+    if new != old:
+        page.write_text(new, encoding="utf-8")

@@ -1,0 +1,251 @@
+"""Verification: everything that was derived from the runs is computed again and compared with what is kept."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lorascope.evidence import pages, store
+from lorascope.evidence.judging import Pair, judge_all
+from lorascope.evidence.registration import Arm, Registration, arm_hash
+from lorascope.evidence.store import BLOCK, Evidence
+from lorascope.evidence.tuning import choose, losses_by_rate, tuning_table
+
+_CLOSE = 1e-9
+_HALF = 2e-3  # losses are kept in float16
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What is computed from the runs: the content of three files, and the verdicts as a table."""
+
+    files: Mapping[str, bytes]
+    verdicts: pd.DataFrame
+
+
+def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, Pair]) -> Derived:
+    """Compute the chosen rates, the values by seed and the verdicts from the runs.
+
+    Parameters
+    ----------
+    evidence : Evidence
+        All runs.
+    registration : Registration
+        Claims and arms.
+    pairs : mapping id -> (Statistic, Statistic)
+        Statistic and control of each judged claim.
+    """
+    grids = {arm.label: (arm.rates, arm.tuning_seeds) for arm in registration.arms.values() if arm.rates}
+    judged = {id: claim for id, claim in registration.of_tier("primary", "secondary").items() if id in pairs}
+    may_void = {arm.label: arm.may_void for arm in registration.arms.values()}
+    verdicts, values = judge_all(judged, pairs, evidence, lambda arm: may_void.get(arm, True))
+    verdicts = verdicts.assign(arms_state=[state(id, registration, evidence) for id in judged])
+    tables = {"tuning.csv": tuning_table(evidence.runs, grids), "values.csv": values, "verdicts.csv": verdicts}
+    return Derived({name: _to_csv(table) for name, table in tables.items()}, verdicts)
+
+
+def state(claim: str, registration: Registration, evidence: Evidence) -> str:
+    """Return whether the runs of a claim are as registered: "registered", "changed", or "deviated" for good."""
+    deviations = [each.what for each in registration.deviations if each.claim in (claim, "*")]
+    allowed = {pair for change in deviations for pair in change.arms.values()}
+    found = evidence.runs[evidence.runs["role"] == "judged"].groupby("arm")["arm_hash"].agg(set)
+    worst = "registered"
+    for label in registration.claims[claim].arms:
+        arm = registration.arms.get(label)
+        for used in found.get(label, set()) - ({arm.hash} if arm else set()):
+            if arm is None or (arm.hash, used) not in allowed:
+                return "changed"
+            worst = "deviated"
+    return worst
+
+
+def _to_csv(table: pd.DataFrame) -> bytes:
+    return table.to_csv(index=False, lineterminator="\n").encode()
+
+
+def write_derived(folder: Path, derived: Derived, registered: Path) -> None:
+    """Write what is computed from the runs, and the manifest."""
+    for name, content in derived.files.items():
+        store.write_bytes(folder / name, content)
+    store.write_bytes(folder / "MANIFEST", _manifest(folder, registered).encode())
+
+
+def _manifest(folder: Path, registered: Path) -> str:
+    return store.manifest(folder) + f"{store.digest(registered)}  ../{registered.name}\n"
+
+
+def verify(
+    folder: Path,
+    registered: Path,
+    registration: Registration,
+    pairs: Mapping[str, Pair],
+    code: Callable[[str], str],
+    documents: Sequence[Path] = (),
+    blocks: Callable[[Evidence, Derived], Mapping[str, str]] = lambda evidence, derived: {},
+) -> list[str]:
+    """Compute everything again that is derived from the runs, and return one line for each difference.
+
+    Parameters
+    ----------
+    folder : path
+        Folder of evidence.
+    registered : path
+        File of the registration, whose digest the manifest has.
+    registration : Registration
+        Its content.
+    pairs : mapping id -> (Statistic, Statistic)
+        Statistic and control of each judged claim.
+    code : callable
+        ``code(id)`` returns the hash of the code of a claim.
+    documents : sequence of path
+        Pages with blocks that are written from the evidence.
+    blocks : callable
+        ``blocks(evidence, derived)`` returns the text of these blocks by name.
+
+    Returns
+    -------
+    list of str
+        One line per difference: the place, what is kept and what was recomputed. Empty if all agree.
+    """
+    evidence = store.read(folder)
+    derived = derive(evidence, registration, pairs)
+    texts = blocks(evidence, derived)
+    return [
+        *_check_manifest(folder, registered),
+        *_check_scores(evidence),
+        *_check_arms(evidence, registration),
+        *_check_rates(evidence, registration),
+        *_check_seeds(evidence, registration),
+        *_check_registration(registration, pairs, code, derived),
+        *(line for name, content in derived.files.items() for line in _compare(folder / name, content)),
+        *(line for page in documents for line in pages.differences(page, texts)),
+    ]
+
+
+def _check_manifest(folder: Path, registered: Path) -> Iterator[str]:
+    file = folder / "MANIFEST"
+    kept, found = (
+        {path: digest for digest, _, path in (line.partition("  ") for line in text.splitlines())}
+        for text in (file.read_text(encoding="utf-8") if file.exists() else "", _manifest(folder, registered))
+    )
+    for path in sorted(kept.keys() | found.keys()):
+        if kept.get(path) != found.get(path):
+            yield f"MANIFEST: {path}: kept {_short(kept.get(path))}, recomputed {_short(found.get(path))}"
+
+
+def _rows(table: pd.DataFrame) -> Iterable[Any]:
+    return table.itertuples()
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "no such file"
+
+
+def _check_scores(evidence: Evidence) -> Iterator[str]:
+    """Compare accuracies and losses with the predictions that they are means of."""
+    count = evidence.rows.groupby("task_hash")["row"].nunique()
+    for row in _rows(evidence.runs):
+        margins, losses = evidence.margins.get(row.run), evidence.nll.get(row.run)
+        for name, scores in (("margin", margins), ("nll", losses)):
+            if scores is not None and len(scores) != count.get(row.task_hash, 0):
+                yield f"predictions/{row.run}.npz: {len(scores)} rows of {name}, expected {count.get(row.task_hash, 0)}"
+        if margins is not None and not np.isclose(row.test_metric, (margins > 0).mean(), rtol=_CLOSE, atol=0):
+            yield f"runs.csv: {row.run}: test_metric: kept {row.test_metric!r}, recomputed {(margins > 0).mean()!r}"
+        if losses is not None and not np.isclose(row.test_loss, losses.mean(dtype="f8"), rtol=_HALF, atol=_HALF):
+            yield f"runs.csv: {row.run}: test_loss: kept {row.test_loss!r}, recomputed {losses.mean(dtype='f8')!r}"
+
+
+def _check_arms(evidence: Evidence, registration: Registration) -> Iterator[str]:
+    """Compare the hash of each run's arm with its method and settings, and these with its rate."""
+    for row in _rows(evidence.runs[evidence.runs["role"] != "yardstick"]):
+        arm = registration.arms.get(row.arm)
+        if arm is None:
+            yield f"runs.csv: {row.run}: arm {row.arm!r} is not registered"
+            continue
+        method = json.loads(row.method)
+        found = arm_hash(arm, method, json.loads(row.settings), row.task_hash, row.w0)
+        if row.arm_hash != found:
+            yield f"runs.csv: {row.run}: arm_hash: kept {row.arm_hash}, recomputed {found}"
+        for name, ratio in arm.fields.items():
+            if not np.isclose(method[name], row.rate * ratio, rtol=_CLOSE, atol=0):
+                yield f"runs.csv: {row.run}: {name}: kept {method[name]!r}, the rate gives {row.rate * ratio!r}"
+
+
+def _check_rates(evidence: Evidence, registration: Registration) -> Iterator[str]:
+    """Check that each judged run has the rate that the tuning chose."""
+    for row in _rows(evidence.runs[evidence.runs["role"] == "judged"]):
+        arm = registration.arms.get(row.arm)
+        if arm is None or not arm.fields:
+            continue
+        tuned = registration.arms[arm.rate_of] if arm.rate_of else arm
+        choice = choose(tuned.rates, losses_by_rate(evidence.runs, tuned.label, tuned.tuning_seeds))
+        if choice.rate is None:
+            yield f"runs.csv: {row.run}: judged before a rate of {tuned.label!r} was chosen"
+        elif not np.isclose(row.rate, choice.rate, rtol=_CLOSE, atol=0):
+            yield f"runs.csv: {row.run}: rate: kept {row.rate!r}, chosen {choice.rate!r}"
+
+
+def _check_seeds(evidence: Evidence, registration: Registration) -> Iterator[str]:
+    """Check that no judged seed is missing, and that none was used for tuning."""
+    firsts = {claim.design.first_seed for claim in registration.of_tier("primary", "secondary").values()}
+    judged = evidence.runs[evidence.runs["role"] == "judged"]
+    for (arm, *block), runs in judged.groupby(["arm", *BLOCK]):
+        seeds = set(runs["seed"])
+        if missing := sorted(set(range(min(firsts), max(seeds) + 1)) - seeds):
+            yield f"runs.csv: arm {arm!r} on {' / '.join(map(str, block))}: seed {missing[0]} is missing"
+        tuning: Arm | None = registration.arms.get(str(arm))
+        for seed in sorted(seeds & set(tuning.tuning_seeds if tuning else ())):
+            yield f"runs.csv: arm {arm!r}: seed {seed} is a tuning seed and must not be judged"
+        for seed in sorted(seed for seed in seeds if seed < min(firsts)):
+            yield f"runs.csv: arm {arm!r}: seed {seed} is below the first judged seed {min(firsts)}"
+
+
+def _check_registration(
+    registration: Registration, pairs: Mapping[str, Pair], code: Callable[[str], str], derived: Derived
+) -> Iterator[str]:
+    judged = registration.of_tier("primary", "secondary")
+    for id in judged.keys() ^ pairs.keys():
+        yield f"registered.toml: claim {id}: {'no probe computes it' if id in judged else 'it is not registered'}"
+    for id in judged.keys() & pairs.keys():
+        claim = judged[id]
+        used = pairs[id][0].arms() | pairs[id][1].arms()
+        if used != set(claim.arms):
+            yield f"registered.toml: claim {id}: arms: kept {sorted(claim.arms)}, the code reads {sorted(used)}"
+        if claim.code != code(id):
+            yield f"registered.toml: claim {id}: code: kept {claim.code or 'no hash'}, recomputed {code(id)}"
+    for row in _rows(derived.verdicts):
+        if row.arms_state == "changed":
+            yield f"registered.toml: claim {row.claim}: its runs are of another arm than registered"
+
+
+def _compare(file: Path, content: bytes) -> Iterator[str]:
+    """Compare a kept table with the recomputed one, cell by cell."""
+    if not file.exists():
+        yield f"{file.name}: no such file"
+        return
+    if (raw := file.read_bytes()) == content:
+        return
+    kept, found = (pd.read_csv(io.BytesIO(each), keep_default_na=False, dtype="str") for each in (raw, content))
+    if list(kept.columns) != list(found.columns) or len(kept) != len(found):
+        yield f"{file.name}: kept {kept.shape} rows and columns, recomputed {found.shape}"
+        return
+    for number, column in zip(*np.nonzero((kept != found).to_numpy()), strict=True):
+        one, two = str(kept.iat[number, column]), str(found.iat[number, column])
+        if not _equal(one, two):
+            named = " ".join(map(str, kept.iloc[number, :2]))
+            yield f"{file.name}: row {number + 2} ({named}): {kept.columns[column]}: kept {one!r}, recomputed {two!r}"
+
+
+def _equal(one: str, two: str) -> bool:
+    """Compare two cells; numbers may differ by the rounding of another machine."""
+    try:
+        return bool(np.isclose(float(one), float(two), rtol=_CLOSE, atol=1e-12))
+    except ValueError:
+        return False

@@ -14,7 +14,7 @@ from lorascope.analysis.seed_intervals import pseudo_values, t_interval, two_way
 from lorascope.evidence import judging, looks, store
 from lorascope.evidence.judging import correct, judge_all
 from lorascope.evidence.registration import Bound, Design, Paper, Registered, Text
-from lorascope.evidence.statistics import (
+from lorascope.evidence.statistics.base import (
     Accuracy,
     Constant,
     LogLikelihood,

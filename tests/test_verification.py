@@ -15,7 +15,7 @@ import pytest
 
 from lorascope.evidence import registration, store, verification
 from lorascope.evidence.registration import Arm, Registration, arm_hash
-from lorascope.evidence.statistics import Accuracy, Constant, OfPairs, OfRun
+from lorascope.evidence.statistics.base import Accuracy, Constant, OfPairs, OfRun
 from lorascope.evidence.store import RUN_COLUMNS
 from lorascope.evidence.verification import derive, verify, write_derived
 

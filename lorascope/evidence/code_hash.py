@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("lorascope.probes", "lorascope.analysis", "lorascope.evidence.statistics")
+PACKAGES = ("lorascope.analysis", "lorascope.evidence.statistics")
 """Where the functions of a claim are followed to."""
 # Fields that differ between versions of Python or do not change what the code computes.
 _IGNORED = {"ctx", "type_comment", "type_params", "type_ignores", "returns", "annotation", "kind"}

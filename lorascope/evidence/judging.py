@@ -13,7 +13,7 @@ from lorascope.analysis.recipe_comparison import holm
 from lorascope.evidence import looks
 from lorascope.evidence.claims import format_effect
 from lorascope.evidence.registration import Registered
-from lorascope.evidence.statistics import Statistic, estimate_effect
+from lorascope.evidence.statistics.base import Statistic, estimate_effect
 from lorascope.evidence.store import BLOCK, Evidence
 
 Pair = tuple[Statistic, Statistic]

@@ -65,6 +65,14 @@ class Constant(Statistic):
 
 
 @dataclass(frozen=True)
+class Simulated(Constant):
+    """An expectation under chance from a simulation, with its number of draws and its standard error."""
+
+    draws: int
+    error: float
+
+
+@dataclass(frozen=True)
 class Accuracy(Statistic):
     """Whether each test row is right: (seed, row)."""
 
@@ -105,14 +113,18 @@ class MeanOverRows(Statistic):
 
 @dataclass(frozen=True)
 class OfRun(Statistic):
-    """Value of each run of an arm, from one of its kept tables: (seed,)."""
+    """Value of each run of an arm, from one of its kept tables: (seed,).
+
+    A table that is computed from several runs of a seed belongs to one of them; ``others`` are the arms of the rest.
+    """
 
     value: Callable[[pd.DataFrame], float]
     table: str
     arm: str
+    others: tuple[str, ...] = ()
 
     def arms(self) -> set[str]:
-        return {self.arm}
+        return {self.arm, *self.others}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         return np.array([self.value(evidence.table(self.table, self.arm, seed)) for seed in seeds], np.float64)

@@ -1,0 +1,55 @@
+"""Statistics of rank allocations, from the kept table ``ranks``: one row per module, with role and layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+
+import numpy as np
+import pandas as pd
+
+from lorascope.analysis.rank_allocations import kendall_tau, thirds
+from lorascope.evidence.statistics.base import OfPairs, OfRun
+
+RANKS = "ranks"
+"""Kept table ``module, stack, layer, role, value``: the final rank of every module of a run."""
+ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("ffn_in", "ffn_gate", "ffn_out")
+
+
+def fraction(table: pd.DataFrame, roles: Collection[str]) -> float:
+    """Compute the fraction of the total rank in modules of some roles."""
+    return float(table["value"].where(table["role"].isin(roles), 0).sum() / table["value"].sum())
+
+
+def top_fraction(table: pd.DataFrame) -> float:
+    """Compute the fraction of the total rank in the top third of the layers."""
+    return float(table["value"].where(thirds(table) == "top", 0).sum() / table["value"].sum())
+
+
+def tau(first: pd.DataFrame, second: pd.DataFrame) -> float:
+    """Compute Kendall's tau-b between the ranks of two runs; 0 if all ranks of one are equal, as they have no order."""
+    both = first.merge(second, on="module", suffixes=("_1", "_2"))
+    found = float(kendall_tau(both[["value_1", "value_2"]].to_numpy(np.float64).T)[0, 1])
+    return 0.0 if np.isnan(found) else found
+
+
+def residual_tau(first: pd.DataFrame, second: pd.DataFrame) -> float:
+    """Compute ``tau`` of the ranks minus the means of their role and of their layer."""
+    return tau(_residuals(first), _residuals(second))
+
+
+def _residuals(table: pd.DataFrame) -> pd.DataFrame:
+    value = table["value"].astype("float64")
+    means = [value.groupby(table[place]).transform("mean") for place in ("role", "layer")]
+    # Rounding would order residuals that are equal.
+    return table.assign(value=(value - means[0] - means[1] + value.mean()).round(9))
+
+
+def of_roles(arm: str, *roles: str) -> OfRun:
+    """Return the fraction of the total rank in modules of some roles."""
+    return OfRun(partial(fraction, roles=roles), RANKS, arm)
+
+
+def agreement(arm: str, other: str = "") -> OfPairs:
+    """Return Kendall's tau between the ranks of pairs of runs of one arm, or of two."""
+    return OfPairs(tau, RANKS, arm, other or arm)

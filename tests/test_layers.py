@@ -30,7 +30,7 @@ CONTRACT = {
     "training": "torch files schema inputs adapters runs methods observe",
     "plots": "files updates schema charts runs analysis",
     "diagnosis": "files updates schema runs analysis",
-    "evidence": "analysis",
+    "evidence": "files analysis",
     "experiments": "torch files updates schema inputs adapters runs analysis methods observe training diagnosis",
     "probes": "torch files updates schema charts inputs adapters runs analysis methods observe plots experiments",
     "cli": "files schema runs analysis methods training plots diagnosis experiments probes",

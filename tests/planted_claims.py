@@ -1,0 +1,431 @@
+"""Planted evidence for every registered claim: runs in which statistic and control have given values.
+
+``plant(claim, values, ...)`` returns evidence with one run per arm and seed. For claims on test rows the values are set
+by the number of right rows, for the others by the kept tables that their statistics read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lorascope.evidence.registration import Registered
+from lorascope.evidence.statistics import (
+    adapprox,
+    agreement,
+    alora,
+    asymmetry,
+    fourierft,
+    hydralora,
+    lisa,
+    lora,
+    neft,
+    planted,
+    ranks,
+)
+from lorascope.evidence.statistics.base import LogLikelihood, MeanOverRows
+from lorascope.evidence.store import RUN_COLUMNS, Evidence
+
+FIRST, ROWS = 100, 3000
+ROLES, LAYERS = ("q", "k", "v", "o", "ffn_in", "ffn_out"), range(99)
+Tables = dict[tuple[str, str], pd.DataFrame]
+"""Kept tables of one seed, by name and arm."""
+Pair = tuple[Any, Any]
+
+
+def modules() -> pd.DataFrame:
+    """Return modules of many layers, so that correlations over them have little noise."""
+    rows = [(f"{layer}.{role}", "", layer, role) for layer in LAYERS for role in ROLES]
+    return pd.DataFrame(rows, columns=["module", "stack", "layer", "role"])
+
+
+def with_fraction(inside: pd.Series, value: float) -> pd.DataFrame:
+    """Return ranks of which a fraction is in the modules inside."""
+    share = np.where(inside, value / inside.sum(), (1 - value) / (~inside).sum())
+    return modules().assign(value=share * 8 * len(inside))
+
+
+def role_fractions(**fractions: float) -> pd.DataFrame:
+    """Return ranks with given fractions by role; the remaining roles share the rest."""
+    table, rest = modules(), 1 - sum(fractions.values())
+    others = [role for role in ROLES if role not in fractions]
+    by_role = fractions | dict.fromkeys(others, rest / len(others))
+    return table.assign(value=table["role"].map(by_role) / len(LAYERS) * 1000)
+
+
+def correlated(reference: np.ndarray, rho: float, rng: np.random.Generator) -> np.ndarray:
+    """Return numbers with Spearman's correlation rho with a reference, nearly."""
+    normal = (reference - reference.mean()) / reference.std()
+    r = 2 * np.sin(np.pi / 6 * rho)
+    own = rng.standard_normal(len(normal))
+    own -= own.mean() + normal * (normal @ own) / len(normal)  # without a chance correlation
+    return r * normal + np.sqrt(1 - r**2) * own / own.std()
+
+
+def scores(values: dict[str, float], rng: np.random.Generator) -> pd.DataFrame:
+    """Return scores with given correlations with the loss increase, which differs between the halves."""
+    truth = rng.standard_normal(2000)
+    found = {name: correlated(truth, rho, rng) for name, rho in values.items()}
+    noise = rng.standard_normal(2000) * 0.5
+    found |= {half: truth + sign * noise for half, sign in zip(agreement.HALVES, (1, -1), strict=True)}
+    parts = [
+        pd.DataFrame({"module": "m", "component": np.arange(2000), "score": name, "value": value})
+        for name, value in found.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def norms(role: str, quantity: str, skew: float) -> pd.DataFrame:
+    """Return norms of layers with a given skew of a role; another quantity and the other role have another skew."""
+    other = {"embed": "head", "head": "embed"}[role]
+    decoy = {"update_norm": "factor_change", "factor_change": "update_norm"}[quantity]
+    rows = [(name, str(block), True, size) for name in (quantity, decoy) for block, size in enumerate((1.0, 2.0, 4.0))]
+    rows += [(quantity, role, False, 2 * 10**skew), (quantity, other, False, 2 * 10 ** (skew - 3))]
+    rows += [(decoy, role, False, 2 * 10 ** (skew - 3)), (decoy, other, False, 2 * 10 ** (skew - 3))]
+    return pd.DataFrame(rows, columns=["quantity", "place", "block", "value"])
+
+
+SLOTS = 40
+
+
+def similarities(parts: dict[tuple[str, str, str], tuple[str, float]], rng: np.random.Generator) -> pd.DataFrame:
+    """Return cosines between factors of eight runs, two per domain.
+
+    ``parts`` maps (factor, view, when) to "shared" or "apart" and the fraction of modules for which it holds.
+    """
+    tables = []
+    for (factor, view, when), (what, value) in parts.items():
+        number = round(value * SLOTS)
+        cosine = rng.uniform(0.1, 0.2, (SLOTS, 8, SLOTS, 8))
+        domain = np.arange(8) // 2
+        same_domain = domain[:, None] == domain[None, :]
+        for slot in range(SLOTS):
+            own = rng.uniform(0.3, 0.4, (8, 8))
+            if what == "shared":
+                own = np.where(same_domain, own, 0.9 if slot < number else 0.0)
+            else:
+                own = np.where(same_domain, 0.95 if slot < number else 0.0, own)
+            cosine[slot, :, slot, :] = (own + own.T) / 2
+        points = SLOTS * 8
+        upper = np.argwhere(np.triu(np.ones((points, points), bool)))
+        flat = cosine.reshape(points, points)
+        flat = (flat + flat.T) / 2
+        first, second = upper.T
+        tables.append(pd.DataFrame({
+            "when": when, "factor": factor, "view": view, "shape": "s", "slot": first // 8, "first": first % 8,
+            "other": second // 8, "second": second % 8, "cosine": flat[first, second],
+        }))  # fmt: skip
+    return pd.concat(tables, ignore_index=True)
+
+
+def directions(value: dict[str, float], common: dict[str, np.ndarray], rng: np.random.Generator) -> pd.DataFrame:
+    """Return first directions that share a part with those of all runs; phi of two runs is the square of the part."""
+    rows = []
+    for when, phi in value.items():
+        own, shared = rng.standard_normal(common[when].shape), common[when]
+        part = np.sqrt(np.sqrt(max(phi, 0.0)))
+        vector = part * shared / np.linalg.norm(shared) + np.sqrt(1 - part**2) * own / np.linalg.norm(own)
+        rows.append(pd.DataFrame({"module": "m", "when": when, "index": np.arange(len(vector)), "value": vector}))
+    return pd.concat(rows, ignore_index=True)
+
+
+POOL, CHOSEN = 40_000, 4_000
+
+
+def selection(core: np.ndarray, part: float, rng: np.random.Generator, universe: np.ndarray) -> pd.DataFrame:
+    """Select neurons of four modules: a part from a core, the rest by lot from a universe."""
+    taken = core[: round(part * CHOSEN)]
+    left = np.setdiff1d(universe, taken)
+    neurons = np.concatenate([taken, rng.choice(left, CHOSEN - len(taken), replace=False)])
+    size = POOL // 4
+    names = np.array([f"m{module}" for module in range(4)])[neurons // size]
+    return pd.DataFrame({"module": names, "size": size, "neuron": neurons % size})
+
+
+# What to plant for the claims that are not on test rows: (statistic, control, rng) -> kept tables of one seed.
+BY_SEED: dict[str, Callable[[float, float, np.random.Generator], Tables]] = {
+    "lora.amplify": lambda s, c, rng: {
+        (lora.AMPLIFICATION, lora.LOW): pd.DataFrame({"module": ["a", "b"], "update": 10**s, "random": 10**c})
+    },
+    "adalora.ffn": lambda s, c, rng: {
+        (ranks.RANKS, "AdaLoRA, from rank 12 to 8"): with_fraction(modules()["role"].isin(ranks.FEED_FORWARD), s)
+    },
+    "adalora.top": lambda s, c, rng: {
+        (ranks.RANKS, "AdaLoRA, from rank 12 to 8"): with_fraction(modules()["layer"] >= 66, s)
+    },
+    "autolora.spread": lambda s, c, rng: {
+        (ranks.RANKS, "AutoLoRA"): modules().assign(value=4 + s * np.tile([-1.0, 1.0], 297) * np.sqrt(593 / 594))
+    },
+    "alora.attention": lambda s, c, rng: {
+        (ranks.RANKS, "ALoRA"): role_fractions(q=s / 4, k=s / 4, v=s / 4, o=s / 4),
+        (alora.REPLAYS, "ALoRA"): replays(c, c - 0.3),
+    },
+    "alora.queries": lambda s, c, rng: {
+        (ranks.RANKS, "ALoRA"): role_fractions(q=0.15 + s / 4, k=0.15 + s / 4, v=0.15 - s / 4, o=0.15 - s / 4),
+        (alora.REPLAYS, "ALoRA"): replays(c - 0.3, c),
+    },
+    "hydralora.tasks": lambda s, c, rng: {
+        (hydralora.INFORMATION, hydralora.ROUTED): pd.DataFrame({
+            "module": ["a", "b"] * 2, "when": ["start"] * 2 + ["end"] * 2,
+            "information": [c + 0.7] * 2 + [s + 0.2] * 2, "chance": [0.7] * 2 + [0.2] * 2,
+        })
+    },
+    "adapprox.tail": lambda s, c, rng: {
+        (adapprox.TAILS, "AdamW"): pd.DataFrame({"module": ["a", "b"], "beyond": 0.01, "dealt": 0.01 * 10**s})
+    },
+    "expressiveness.more": lambda s, c, rng: {
+        (fourierft.COURSE, fourierft.POINTS): course(s, 10),
+        (fourierft.COURSE, fourierft.POINTS_SLOW): course(c if rng.random() < 0.5 else c - 0.2, 10),
+        (fourierft.COURSE, fourierft.POINTS_FAST): course(c, 10),
+    },
+    "expressiveness.frequencies": lambda s, c, rng: {
+        (fourierft.COURSE, fourierft.POINTS): course(1.0, 10 ** (2 - s)),
+        (fourierft.COURSE, fourierft.POINTS_RANDOM): course(1.0, 10 ** (2 - c)),
+    },
+    "neft.use": lambda s, c, rng: {
+        (neft.UTILIZATION, arm): pd.DataFrame({"role": "ffn_in", "rank": np.arange(500.0) + move * 500})
+        for arm, move in ((neft.FEW, 0.0), (neft.REVERSED, s), (neft.CHANGED, c))
+    },
+}  # fmt: skip
+
+
+def course(accuracy: float, epochs: float) -> pd.DataFrame:
+    return pd.DataFrame({"best_accuracy": [accuracy], "epochs": [epochs]})
+
+
+def replays(attention: float, queries: float) -> pd.DataFrame:
+    groups = {"attention": attention, "q and k less v and o": queries}
+    return pd.DataFrame({"group": list(groups), "value": list(groups.values()), "draws": 1000, "error": 1e-4})
+
+
+def of_skew(arm: str, role: str, quantity: str, control: str = "") -> Callable[..., Tables]:
+    def make(s: float, c: float, rng: np.random.Generator) -> Tables:
+        found = {(lisa.NORMS, arm): norms(role, quantity, s)}
+        return found | ({(lisa.NORMS, control): norms("embed", quantity, c)} if control else {})
+
+    return make
+
+
+BY_SEED |= {
+    "lisa.embed": of_skew(lisa.SMALL, "embed", "update_norm", lisa.FULL),
+    "lisa.embed_decoder": of_skew(lisa.SMALL_DECODER, "embed", "update_norm", lisa.FULL_DECODER),
+    "lisa.head_decoder": of_skew(lisa.ADAPTED_DECODER, "head", "update_norm", lisa.FULL_DECODER),
+    "lisa.learned": of_skew(lisa.ADAPTED, "embed", "factor_change"),
+    "lisa.learned_decoder": of_skew(lisa.ADAPTED_DECODER, "embed", "factor_change"),
+    "lisa.learned_head": of_skew(lisa.ADAPTED_DECODER, "head", "factor_change"),
+}
+
+
+def of_scores(score: str, size: bool) -> Callable[..., Tables]:
+    others = {agreement.ADALORA, agreement.AUTOLORA, agreement.ALORA, agreement.SIZE} - {score}
+
+    def make(s: float, c: float, rng: np.random.Generator) -> Tables:
+        values = dict.fromkeys(others, -0.5) | {score: s} | ({agreement.SIZE: c} if size else {})
+        return {(agreement.SCORES, lora.LOW): scores(values, rng)}
+
+    return make
+
+
+for _name, _score in (("adalora", agreement.ADALORA), ("autolora", agreement.AUTOLORA), ("alora", agreement.ALORA)):
+    BY_SEED[f"agreement.{_name}"] = of_scores(_score, size=False)
+    BY_SEED[f"agreement.size.{_name}"] = of_scores(_score, size=True)
+
+
+def of_sharing(**parts: Any) -> Callable[..., Tables]:
+    """Plant similarities: arms -> (factor, view, when, what, side), where side picks the statistic or the control."""
+
+    def make(s: float, c: float, rng: np.random.Generator) -> Tables:
+        pick = {"s": s, "c": c}
+        return {
+            (asymmetry.SIMILARITIES, getattr(asymmetry, name)[-1]): similarities(
+                {(f, view, when): (what, pick.get(value, value)) for f, view, when, what, value in of}, rng
+            )
+            for name, of in parts.items()
+        }
+
+    return make
+
+
+CHANCE = 1 / 7  # of the seven other runs, one is of the same domain
+BY_SEED |= {
+    "asymmetry.space": of_sharing(
+        OWN=[
+            ("A", "space", "end", "shared", "s"),
+            ("B", "space", "end", "shared", "c"),
+            ("A", "raw", "end", "shared", 0.05),
+            ("B", "raw", "end", "shared", 0.05),
+            ("A", "space", "start", "shared", 0.05),
+        ]
+    ),
+    "asymmetry.picture": of_sharing(
+        COMMON=[("A", "raw", "end", "shared", "s"), ("A", "space", "end", "shared", 0.05)],
+        OWN=[("A", "raw", "end", "shared", "c"), ("A", "space", "end", "shared", 0.9)],
+    ),
+    "asymmetry.meeting": of_sharing(
+        OWN=[
+            ("A", "space", "end", "shared", "s"),
+            ("A", "space", "start", "shared", "c"),
+            ("B", "space", "end", "shared", 0.05),
+            ("A", "raw", "end", "shared", 0.05),
+        ]
+    ),
+    "asymmetry.apart": of_sharing(COMMON=[("B", "raw", "end", "apart", "s"), ("B", "space", "end", "apart", 0.0)]),
+    "asymmetry.apart_space": of_sharing(OWN=[("B", "space", "end", "apart", "s"), ("B", "raw", "end", "apart", 0.0)]),
+    "asymmetry.same_text": of_sharing(
+        COMMON=[("B", "raw", "end", "apart", "s"), ("B", "space", "end", "apart", 0.0)],
+        QUARTERS=[("B", "raw", "end", "apart", "c"), ("B", "space", "end", "apart", 0.0)],
+    ),
+}
+
+
+def of_recovery(name: str, quantity: str) -> Callable[..., Tables]:
+    truth = np.repeat([0.0, 1.0, 3.0, 4.0], 500)
+
+    def make(s: float, c: float, rng: np.random.Generator) -> Tables:
+        found = correlated(truth, s, rng) if quantity == "correlation" else truth + np.tile([s, -s], 1000)
+        table = pd.DataFrame({"module": np.arange(2000).astype(str), "planted": truth, "found": found})
+        return {(planted.RECOVERY, planted.ALLOCATORS[name]): table}
+
+    return make
+
+
+for _name in planted.ALLOCATORS:
+    for _quantity in ("correlation", "distance"):
+        BY_SEED[f"planted.{_name}_{_quantity}"] = of_recovery(_name, _quantity)
+
+
+def orthogonal(number: int, rng: np.random.Generator) -> np.ndarray:
+    """Return normal vectors over the modules without any chance correlation among them."""
+    return np.linalg.qr(rng.standard_normal((len(modules()), number)))[0].T * np.sqrt(len(modules()))
+
+
+def copula(parts: Sequence[tuple[float, np.ndarray]], own: np.ndarray) -> np.ndarray:
+    """Mix common normal numbers by the share of variance that they have; the rest is a run's own."""
+    rest = 1 - sum(share for share, _ in parts)
+    return sum(np.sqrt(share) * common for share, common in parts) + np.sqrt(max(rest, 0.0)) * own
+
+
+def share_for_tau(tau: float) -> float:
+    """Return the share of common variance that gives Kendall's tau between two normal samples."""
+    return float(np.sin(np.pi / 2 * max(tau, 0.0)))
+
+
+def plant_pairs(claim: str, s: float, c: float, seeds: Sequence[int], rng: np.random.Generator) -> dict[int, Tables]:
+    """Plant the kept tables of a claim on pairs of runs."""
+    table = modules()
+    common, first, second, *own = orthogonal(3 + 2 * len(seeds), rng)
+    found: dict[int, Tables] = {seed: {} for seed in seeds}
+    if claim in ("adalora.stable", "adalora.beyond"):
+        arm = "AdaLoRA, from rank 12 to 8"
+        by_role = table["role"].map({role: 20.0 * i for i, role in enumerate(ROLES)}) if claim.endswith("beyond") else 0
+        for seed, noise in zip(seeds, own, strict=False):
+            found[seed][ranks.RANKS, arm] = table.assign(value=copula([(share_for_tau(s), common)], noise) + by_role)
+    elif claim in ("adalora.task", "autolora.tasks"):
+        name = {"adalora.task": "AdaLoRA, from rank 12 to 8"}.get(claim, "AutoLoRA")
+        domains = {"adalora.task": f"{name}, domains"}.get(claim, f"{name}, search only, domains")
+        within, between = share_for_tau(s), share_for_tau(c)
+        for arm, of_task, noises in ((name, first, own[: len(seeds)]), (domains, second, own[len(seeds) :])):
+            for seed, noise in zip(seeds, noises, strict=True):
+                parts = [(between, common), (max(within - between, 0.0), of_task)]
+                found[seed][ranks.RANKS, arm] = table.assign(value=copula(parts, noise))
+    elif claim == "lora.direction":
+        shared = {when: rng.standard_normal(20_000) for when in ("start", "end")}
+        for seed in seeds:
+            for arm in (lora.LOW, lora.HIGH):
+                found[seed][lora.DIRECTIONS, arm] = directions({"start": c, "end": s}, shared, rng)
+    else:
+        arms = (neft.MOVIES, neft.TWEETS) if claim == "neft.task" else (neft.CHANGED,)
+        universe = np.arange(POOL if claim in ("neft.stable", "neft.task") else POOL // 2)  # half: two modules alone
+        order = rng.permutation(universe)
+        # A part of the selection is common; of the rest, chance shares what it shares.
+        chance = CHOSEN / len(universe)
+        part = float(np.clip((s - chance) / (1 - chance), 0, 1))
+        for number, arm in enumerate(arms):
+            core = order[CHOSEN * number : CHOSEN * (number + 1)]
+            for seed in seeds:
+                found[seed][neft.SELECTED, arm] = selection(core, part, rng, universe)
+    return found
+
+
+def row(run: str, arm: str, seed: int, role: str = "judged") -> dict[str, Any]:
+    base: dict[str, Any] = dict.fromkeys(RUN_COLUMNS, "x")
+    base |= {"run": run, "arm": arm, "role": role, "seed": seed, "rate": 1e-3, "task_hash": "t", "capability": "AVX2"}
+    base |= {"validation_metric": 0.8, "validation_chance": 0.5, "validation_loss": 0.4, "test_loss": 0.4}
+    return base | {"torch": "2.6.0", "threads": 1, "device": "cpu"}
+
+
+def plant(
+    registered: Registered, pair: Pair, statistic: Sequence[float], control: Sequence[float], seed: int = 0
+) -> Evidence:
+    """Return evidence in which statistic and control have these values, one for each seed."""
+    rng, seeds = np.random.default_rng(seed), [FIRST + i for i in range(len(statistic))]
+    arms = pair[0].arms() | pair[1].arms()
+    runs, margins, nll, kept = [], {}, {}, {}
+    yardsticks = arms - set(registered.arms)
+    for number, at in enumerate(seeds):
+        for arm in arms - yardsticks:
+            runs.append(row(f"{arm}-{at}", arm, at))
+            value = accuracies(registered.id, statistic[number], control[number]).get(arm)
+            if value is None:
+                value = statistic[number] if arm in pair[0].arms() else control[number]
+            margins[f"{arm}-{at}"], nll[f"{arm}-{at}"] = answers(value, 0 if yardsticks else number)
+    for arm in yardsticks:
+        runs.append(row(arm, arm, 0, "yardstick"))
+        margins[arm], nll[arm] = answers(float(np.mean(control)), 0)
+    if registered.id in BY_SEED:
+        tables = {at: BY_SEED[registered.id](s, c, rng) for at, s, c in zip(seeds, statistic, control, strict=True)}
+    elif registered.design.interval == "jackknife":
+        tables = plant_pairs(registered.id, float(np.mean(statistic)), float(np.mean(control)), seeds, rng)
+    else:
+        tables = {}
+    for at, of_seed in tables.items():
+        for (name, arm), table in of_seed.items():
+            kept.setdefault(name, {})[f"{arm}-{at}"] = table
+    rows = pd.DataFrame({"task_hash": "t", "row": range(ROWS), "text": "", "label": 0, "group": "g"})
+    return Evidence(pd.DataFrame(runs), rows.assign(cluster=np.arange(ROWS).astype(str)), margins, nll, kept)
+
+
+def accuracies(claim: str, s: float, c: float) -> dict[str, float]:
+    """Return the accuracies of arms that do not simply have the value of the statistic or of the control."""
+    if claim == "hydralora.gap":
+        many = {hydralora.FULL_MANY: 0.6 + s, hydralora.LORA: 0.6}
+        return many | {hydralora.FULL_ONE: 0.6 + c, hydralora.LORA_ONE: 0.6}
+    if claim == "fourierft.band":
+        return dict(zip(fourierft.BANDS, (s - 0.1, s, s - 0.2), strict=True))
+    return {}
+
+
+def answers(value: float, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return margins of which a share is right, and losses with a mean, from one value.
+
+    Arms of one seed answer the same rows right, as far as their shares go, so that their difference has little noise.
+    """
+    order = np.random.default_rng(1000 + number).permutation(ROWS)
+    right = np.empty(ROWS, bool)
+    right[order] = np.arange(ROWS) < round(value * ROWS)
+    return np.where(right, 9, -9).astype(np.int8), np.full(ROWS, -value)
+
+
+def in_range(registered: Registered, pair: Pair) -> float:
+    """Return a control value from which effects of several bounds both ways stay within the statistic's range."""
+    own = {
+        "adalora.ffn": 1 / 3, "adalora.top": 1 / 3, "autolora.spread": 0.8316, "alora.attention": 0.5,
+        "alora.queries": 0.0, "neft.stable": 0.1, "neft.layers": 0.2, "neft.task": 0.1, "neft.use": 0.2,
+        "expressiveness.more": 0.6, "asymmetry.apart": CHANCE, "asymmetry.apart_space": CHANCE,
+        "hydralora.tasks": 0.1, "hydralora.gap": 0.05, "lora.direction": 0.1, "adalora.task": 0.2,
+        "autolora.tasks": 0.2, "fourierft.band": 0.7, "agreement.size.adalora": 0.2,
+        "agreement.size.autolora": 0.2, "agreement.size.alora": 0.2,
+    }  # fmt: skip
+    if registered.id in own:
+        return own[registered.id]
+    if registered.id.startswith("asymmetry"):
+        return 0.3
+    if registered.id.endswith("_distance"):
+        return 1.5
+    losses = (LogLikelihood, MeanOverRows)
+    if isinstance(pair[0], losses) and registered.bound.unit == "nats":
+        return -1.0
+    return 0.7 if registered.design.interval == "two-way" else 0.0

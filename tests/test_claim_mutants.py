@@ -43,8 +43,8 @@ def control_value(registered: Registered, pair: Pair) -> float:
 
 def moves_with_seeds(registered: Registered) -> bool:
     """Whether the control has another value for each seed, and one that can be planted."""
-    fixed = registered.id in ("lora.words", "asymmetry.apart", "asymmetry.apart_space")  # a yardstick, and chance
-    return bool(PAIRS[registered.id][1].arms()) and registered.design.interval != "jackknife" and not fixed
+    moving = registered.id != "lora.words" and registered.design.interval != "jackknife"  # not of a yardstick
+    return bool(PAIRS[registered.id][1].arms()) and moving
 
 
 def draw(registered: Registered, effect: float, noise: float, seed: int = 0) -> Evidence:

@@ -33,7 +33,7 @@ CONTRACT = {
     "evidence": "files analysis",
     "experiments": "torch files updates schema inputs adapters runs analysis methods observe training diagnosis",
     "probes": "torch files updates schema charts inputs adapters runs analysis methods observe plots experiments",
-    "cli": "files schema runs analysis methods training plots diagnosis experiments probes",
+    "cli": "files schema runs analysis methods training plots diagnosis evidence experiments probes",
 }
 LONGEST = 500  # lines of a file
 

@@ -120,6 +120,19 @@ def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> 
     return float(np.mean(means))
 
 
+def neighbour_fraction(found: Sequence[FactorSet]) -> float:
+    """Compute the fraction of factors whose nearest neighbor within their module has their domain."""
+    labels = np.array(found[0].domains)
+    nearest = _nearest_fractions(_other_cosines(found))
+    return float((nearest * (labels[:, None] == labels[None, :])).sum(axis=-1).mean())
+
+
+def _other_cosines(found: Sequence[FactorSet]) -> Float[np.ndarray, "slot run run"]:
+    """Return the cosines within every slot; a factor is not its own neighbor."""
+    cosine = np.concatenate([_slot_cosines(cloud) for cloud in found])
+    return np.where(np.eye(cosine.shape[1], dtype=bool), -np.inf, cosine)
+
+
 def identity(found: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dict[str, float]:
     """Measure whether factors of one domain cluster together within each module.
 
@@ -152,7 +165,7 @@ def identity(found: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dic
     shuffled = np.random.default_rng(seed).permuted(np.tile(labels, (draws, 1)), axis=1)
     drawn = np.concatenate([labels[None], shuffled])  # the first row is the true labeling
     cosine = np.concatenate([_slot_cosines(cloud) for cloud in found])
-    others = np.where(np.eye(cosine.shape[1], dtype=bool), -np.inf, cosine)  # a factor is not its own neighbor
+    others = _other_cosines(found)
     same = drawn[:, :, None] == drawn[:, None, :]
     nearest = np.einsum("sij,dij->d", _nearest_fractions(others), same) / others[..., 0].size
     result: dict[str, float] = {}

@@ -27,6 +27,7 @@ COMMANDS = {
     "plot": "plot one or more runs as a figure",
     "export": "export ranks or an adapter to PEFT, or tables to files",
     "report": "write the report of existing runs",
+    "verify": "compute the kept verdicts again from the evidence",
 }
 _USAGE = """usage: lorascope COMMAND ...
 

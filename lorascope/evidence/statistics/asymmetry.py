@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis.factor_embeddings import FactorSet
-from lorascope.analysis.factor_sharing import identity, sharedness
-from lorascope.evidence.statistics.base import OfRun
+from lorascope.analysis.factor_sharing import neighbour_fraction, sharedness
+from lorascope.evidence.statistics.base import Constant, OfRun
 
 DOMAINS = ("tweets", "movies", "products", "news")
 _PAIRS = [(domain, order) for domain in DOMAINS for order in (1, 2)]
@@ -49,9 +49,9 @@ def shared(table: pd.DataFrame, factor: str, view: str, when: str) -> float:
     return sharedness(factor_sets(table, factor, view, when))["sharedness"]
 
 
-def apart(table: pd.DataFrame, name: str, view: str) -> float:
-    """Return the fraction of B's whose nearest B of the same module is of the same domain, or its value by chance."""
-    return identity(factor_sets(table, "B", view, "end"))[name]
+def apart(table: pd.DataFrame, view: str) -> float:
+    """Compute the fraction of B's whose nearest B of the same module is of the same domain."""
+    return neighbour_fraction(factor_sets(table, "B", view, "end"))
 
 
 def sharing(arms: Sequence[str], factor: str, view: str, when: str = "end") -> OfRun:
@@ -59,19 +59,19 @@ def sharing(arms: Sequence[str], factor: str, view: str, when: str = "end") -> O
     return OfRun(partial(shared, factor=factor, view=view, when=when), SIMILARITIES, arms[-1], tuple(arms[:-1]))
 
 
-def own_domain(arms: Sequence[str], view: str, name: str = "neighbour") -> OfRun:
-    """Return how many nearest B's are of the same domain, or with ``neighbour_chance`` how many are by chance."""
-    return OfRun(partial(apart, name=name, view=view), SIMILARITIES, arms[-1], tuple(arms[:-1]))
+def own_domain(arms: Sequence[str], view: str) -> OfRun:
+    """Return how many nearest B's are of the same domain in a set of runs."""
+    return OfRun(partial(apart, view=view), SIMILARITIES, arms[-1], tuple(arms[:-1]))
 
+
+# Of the seven other runs one is of the same domain, so this is the exact expectation when the domains are permuted.
+CHANCE = Constant(1 / 7)
 
 CLAIMS = {
     "asymmetry.space": (sharing(OWN, "A", "space"), sharing(OWN, "B", "space")),
     "asymmetry.picture": (sharing(COMMON, "A", "raw"), sharing(OWN, "A", "raw")),
     "asymmetry.meeting": (sharing(OWN, "A", "space"), sharing(OWN, "A", "space", "start")),
-    "asymmetry.apart": (own_domain(COMMON, "raw"), own_domain(COMMON, "raw", "neighbour_chance")),
-    "asymmetry.apart_space": (own_domain(OWN, "space"), own_domain(OWN, "space", "neighbour_chance")),
-    "asymmetry.same_text": (
-        own_domain(COMMON, "raw") - own_domain(COMMON, "raw", "neighbour_chance"),
-        own_domain(QUARTERS, "raw") - own_domain(QUARTERS, "raw", "neighbour_chance"),
-    ),
+    "asymmetry.apart": (own_domain(COMMON, "raw"), CHANCE),
+    "asymmetry.apart_space": (own_domain(OWN, "space"), CHANCE),
+    "asymmetry.same_text": (own_domain(COMMON, "raw") - CHANCE, own_domain(QUARTERS, "raw") - CHANCE),
 }

@@ -146,7 +146,10 @@ class OfPairs(Statistic):
         first, second = ([evidence.table(self.table, arm, seed) for seed in seeds] for arm in (self.arm, self.other))
         found = np.full((len(seeds), len(seeds)), np.nan)
         for i, j in zip(*np.nonzero(~np.eye(len(seeds), dtype=bool)), strict=True):
-            found[i, j] = self.value(first[i], second[j])
+            if self.arm == self.other and i > j:  # within an arm, a pair counts once
+                found[i, j] = found[j, i]
+            else:
+                found[i, j] = self.value(first[i], second[j])
         return found
 
 

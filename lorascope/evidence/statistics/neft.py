@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis import selected_neurons
 from lorascope.evidence.statistics.base import Accuracy, OfPairs, Statistic, average
 from lorascope.evidence.statistics.lora import FULL, LOW
 from lorascope.evidence.store import Evidence
@@ -24,8 +23,7 @@ UTILIZATION = "utilization"
 
 def overlap(first: pd.DataFrame, second: pd.DataFrame) -> float:
     """Compute the overlap of two selections, as a fraction of the smaller one."""
-    one, two = map(selected_neurons.as_set, (first, second))
-    return len(one & two) / min(len(one), len(two))
+    return len(first.merge(second, on=["module", "neuron"])) / min(len(first), len(second))
 
 
 def pooled_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
@@ -36,10 +34,9 @@ def pooled_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
 
 def module_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
     """Compute the expected overlap of random selections with as many neurons in every module."""
-    table = pd.concat([first, second]).drop_duplicates("module")
-    sizes = dict(zip(table["module"].astype("str"), table["size"].astype(int), strict=True))
-    one, two = map(selected_neurons.as_set, (first, second))
-    return selected_neurons.compute_expected_overlap(one, two, sizes)
+    one, two = (table["module"].astype("str").value_counts() for table in (first, second))
+    sizes = pd.concat([first, second]).astype({"module": "str"}).groupby("module")["size"].first()
+    return float((one * two / sizes).sum() / min(len(first), len(second)))
 
 
 @dataclass(frozen=True)

@@ -65,14 +65,17 @@ def correlated(reference: np.ndarray, rho: float, rng: np.random.Generator) -> n
     return r * normal + np.sqrt(1 - r**2) * own / own.std()
 
 
+COMPONENTS = 6000
+
+
 def scores(values: dict[str, float], rng: np.random.Generator) -> pd.DataFrame:
     """Return scores with given correlations with the loss increase, which differs between the halves."""
-    truth = rng.standard_normal(2000)
+    truth = rng.standard_normal(COMPONENTS)
     found = {name: correlated(truth, rho, rng) for name, rho in values.items()}
-    noise = rng.standard_normal(2000) * 0.5
+    noise = rng.standard_normal(COMPONENTS) * 0.5
     found |= {half: truth + sign * noise for half, sign in zip(agreement.HALVES, (1, -1), strict=True)}
     parts = [
-        pd.DataFrame({"module": "m", "component": np.arange(2000), "score": name, "value": value})
+        pd.DataFrame({"module": "m", "component": np.arange(COMPONENTS), "score": name, "value": value})
         for name, value in found.items()
     ]
     return pd.concat(parts, ignore_index=True)
@@ -126,13 +129,13 @@ def directions(value: dict[str, float], common: dict[str, np.ndarray], rng: np.r
     rows = []
     for when, phi in value.items():
         own, shared = rng.standard_normal(common[when].shape), common[when]
-        part = np.sqrt(np.sqrt(max(phi, 0.0)))
+        part = np.clip(phi, 0.0, 1.0) ** 0.25
         vector = part * shared / np.linalg.norm(shared) + np.sqrt(1 - part**2) * own / np.linalg.norm(own)
         rows.append(pd.DataFrame({"module": "m", "when": when, "index": np.arange(len(vector)), "value": vector}))
     return pd.concat(rows, ignore_index=True)
 
 
-POOL, CHOSEN = 40_000, 4_000
+POOL, CHOSEN = 40_000, 6_000
 
 
 def selection(core: np.ndarray, part: float, rng: np.random.Generator, universe: np.ndarray) -> pd.DataFrame:
@@ -309,10 +312,12 @@ def copula(parts: Sequence[tuple[float, np.ndarray]], own: np.ndarray) -> np.nda
 
 def share_for_tau(tau: float) -> float:
     """Return the share of common variance that gives Kendall's tau between two normal samples."""
-    return float(np.sin(np.pi / 2 * max(tau, 0.0)))
+    return float(np.sin(np.pi / 2 * np.clip(tau, 0.0, 1.0)))
 
 
-def plant_pairs(claim: str, s: float, c: float, seeds: Sequence[int], rng: np.random.Generator) -> dict[int, Tables]:
+def plant_pairs(
+    claim: str, statistic: Sequence[float], c: float, seeds: Sequence[int], rng: np.random.Generator
+) -> dict[int, Tables]:
     """Plant the kept tables of a claim on pairs of runs."""
     table = modules()
     common, first, second, *own = orthogonal(3 + 2 * len(seeds), rng)
@@ -320,19 +325,19 @@ def plant_pairs(claim: str, s: float, c: float, seeds: Sequence[int], rng: np.ra
     if claim in ("adalora.stable", "adalora.beyond"):
         arm = "AdaLoRA, from rank 12 to 8"
         by_role = table["role"].map({role: 20.0 * i for i, role in enumerate(ROLES)}) if claim.endswith("beyond") else 0
-        for seed, noise in zip(seeds, own, strict=False):
+        for seed, s, noise in zip(seeds, statistic, own, strict=False):
             found[seed][ranks.RANKS, arm] = table.assign(value=copula([(share_for_tau(s), common)], noise) + by_role)
     elif claim in ("adalora.task", "autolora.tasks"):
         name = {"adalora.task": "AdaLoRA, from rank 12 to 8"}.get(claim, "AutoLoRA")
         domains = {"adalora.task": f"{name}, domains"}.get(claim, f"{name}, search only, domains")
-        within, between = share_for_tau(s), share_for_tau(c)
+        between = share_for_tau(c)
         for arm, of_task, noises in ((name, first, own[: len(seeds)]), (domains, second, own[len(seeds) :])):
-            for seed, noise in zip(seeds, noises, strict=True):
-                parts = [(between, common), (max(within - between, 0.0), of_task)]
+            for seed, s, noise in zip(seeds, statistic, noises, strict=True):
+                parts = [(between, common), (max(share_for_tau(s) - between, 0.0), of_task)]
                 found[seed][ranks.RANKS, arm] = table.assign(value=copula(parts, noise))
     elif claim == "lora.direction":
         shared = {when: rng.standard_normal(4_000) for when in ("start", "end")}
-        for seed in seeds:
+        for seed, s in zip(seeds, statistic, strict=True):
             for arm in (lora.LOW, lora.HIGH):
                 found[seed][lora.DIRECTIONS, arm] = directions({"start": c, "end": s}, shared, rng)
     else:
@@ -341,10 +346,10 @@ def plant_pairs(claim: str, s: float, c: float, seeds: Sequence[int], rng: np.ra
         order = rng.permutation(universe)
         # A part of the selection is common; of the rest, chance shares what it shares.
         chance = CHOSEN / len(universe)
-        part = float(np.clip((s - chance) / (1 - chance), 0, 1))
         for number, arm in enumerate(arms):
             core = order[CHOSEN * number : CHOSEN * (number + 1)]
-            for seed in seeds:
+            for seed, s in zip(seeds, statistic, strict=True):
+                part = float(np.clip((s - chance) / (1 - chance), 0, 1))
                 found[seed][neft.SELECTED, arm] = selection(core, part, rng, universe)
     return found
 
@@ -377,7 +382,7 @@ def plant(
     if registered.id in BY_SEED:
         tables = {at: BY_SEED[registered.id](s, c, rng) for at, s, c in zip(seeds, statistic, control, strict=True)}
     elif registered.design.interval == "jackknife":
-        tables = plant_pairs(registered.id, float(np.mean(statistic)), float(np.mean(control)), seeds, rng)
+        tables = plant_pairs(registered.id, statistic, float(np.mean(control)), seeds, rng)
     else:
         tables = {}
     for at, of_seed in tables.items():
@@ -412,8 +417,8 @@ def in_range(registered: Registered, pair: Pair) -> float:
     """Return a control value from which effects of several bounds both ways stay within the statistic's range."""
     own = {
         "adalora.ffn": 1 / 3, "adalora.top": 1 / 3, "autolora.spread": 0.8316, "alora.attention": 0.5,
-        "alora.queries": 0.0, "neft.stable": 0.1, "neft.layers": 0.2, "neft.task": 0.1, "neft.use": 0.2,
-        "expressiveness.more": 0.6, "hydralora.tasks": 0.1, "hydralora.gap": 0.05, "lora.direction": 0.1,
+        "alora.queries": 0.0, "neft.stable": 0.15, "neft.layers": 0.3, "neft.task": 0.15, "neft.use": 0.2,
+        "expressiveness.more": 0.6, "hydralora.tasks": 0.1, "hydralora.gap": 0.05, "lora.direction": 0.2,
         "adalora.task": 0.2, "autolora.tasks": 0.2, "fourierft.band": 0.7, "agreement.size.adalora": 0.2,
         "agreement.size.autolora": 0.2, "agreement.size.alora": 0.2,
     }  # fmt: skip

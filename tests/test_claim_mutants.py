@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -157,8 +158,11 @@ def edited(id: str) -> Iterator[tuple[str, Pair]]:
     ours, theirs = ([each for each in sorted(pair.arms())] for pair in PAIRS[id])
     labels = {names[name]: name for name in names if isinstance(names[name], str)}
     if len(ours) == len(theirs) == 1 and ours != theirs:
-        texts["another arm"] = f"({statistic}, {control})".replace(labels[ours[0]], labels[theirs[0]])
+        other = re.sub(rf"\b{labels[ours[0]]}\b", labels[theirs[0]], statistic)
+        texts["another arm"] = f"({other}, {control})"
     for name, text in texts.items():
+        if CLAIMS[id].claim.kind == "equivalence" and name in ("exchanged", "sign turned"):
+            continue  # it is the same for both signs
         pair = eval(text, names)
         if name == "control is 0" and not PAIRS[id][1].arms() and float(PAIRS[id][1](None, [])) == 0:
             continue

@@ -30,7 +30,7 @@ from lorascope.evidence.statistics.base import LogLikelihood, MeanOverRows
 from lorascope.evidence.store import RUN_COLUMNS, Evidence
 
 FIRST, ROWS = 100, 3000
-ROLES, LAYERS = ("q", "k", "v", "o", "ffn_in", "ffn_out"), range(99)
+ROLES, LAYERS = ("q", "k", "v", "o", "ffn_in", "ffn_out"), range(48)
 Tables = dict[tuple[str, str], pd.DataFrame]
 """Kept tables of one seed, by name and arm."""
 Pair = tuple[Any, Any]
@@ -66,6 +66,13 @@ def correlated(reference: np.ndarray, rho: float, rng: np.random.Generator) -> n
 
 
 COMPONENTS = 6000
+
+
+def spread_ranks(deviation: float) -> pd.DataFrame:
+    """Return ranks with a given standard deviation."""
+    table = modules()
+    signs = np.tile([-1.0, 1.0], len(table) // 2)
+    return table.assign(value=4 + deviation * signs / signs.std(ddof=1))
 
 
 def scores(values: dict[str, float], rng: np.random.Generator) -> pd.DataFrame:
@@ -157,10 +164,10 @@ BY_SEED: dict[str, Callable[[float, float, np.random.Generator], Tables]] = {
         (ranks.RANKS, "AdaLoRA, from rank 12 to 8"): with_fraction(modules()["role"].isin(ranks.FEED_FORWARD), s)
     },
     "adalora.top": lambda s, c, rng: {
-        (ranks.RANKS, "AdaLoRA, from rank 12 to 8"): with_fraction(modules()["layer"] >= 66, s)
+        (ranks.RANKS, "AdaLoRA, from rank 12 to 8"): with_fraction(modules()["layer"] >= 2 * len(LAYERS) // 3, s)
     },
     "autolora.spread": lambda s, c, rng: {
-        (ranks.RANKS, "AutoLoRA"): modules().assign(value=4 + s * np.tile([-1.0, 1.0], 297) * np.sqrt(593 / 594))
+        (ranks.RANKS, "AutoLoRA"): spread_ranks(s)
     },
     "alora.attention": lambda s, c, rng: {
         (ranks.RANKS, "ALoRA"): role_fractions(q=s / 4, k=s / 4, v=s / 4, o=s / 4),
@@ -300,8 +307,12 @@ for _name in planted.ALLOCATORS:
 
 
 def orthogonal(number: int, rng: np.random.Generator) -> np.ndarray:
-    """Return normal vectors over the modules without any chance correlation among them."""
-    return np.linalg.qr(rng.standard_normal((len(modules()), number)))[0].T * np.sqrt(len(modules()))
+    """Return normal vectors over the modules without any chance correlation among them, or with role and layer."""
+    table = modules()
+    places = pd.get_dummies(table[["role", "layer"]].astype("str")).to_numpy(np.float64)
+    normal = rng.standard_normal((len(table), number))
+    normal -= places @ np.linalg.lstsq(places, normal, rcond=None)[0]
+    return np.linalg.qr(normal)[0].T * np.sqrt(len(table))
 
 
 def copula(parts: Sequence[tuple[float, np.ndarray]], own: np.ndarray) -> np.ndarray:

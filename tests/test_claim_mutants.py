@@ -108,6 +108,7 @@ def test_claim_on_planted_evidence(id: str) -> None:
     assert list(failures(CLAIMS[id], PAIRS[id])) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", CLAIMS)
 def test_noise_at_the_edge_seldom_supports_a_claim(id: str) -> None:
     registered = CLAIMS[id]
@@ -169,6 +170,7 @@ def edited(id: str) -> Iterator[tuple[str, Pair]]:
         yield name, pair
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", CLAIMS)
 def test_no_edit_of_a_claim_survives(id: str) -> None:
     registered = CLAIMS[id]

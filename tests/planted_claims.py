@@ -379,16 +379,16 @@ def plant(
     rng, seeds = np.random.default_rng(seed), [FIRST + i for i in range(len(statistic))]
     arms = pair[0].arms() | pair[1].arms()
     runs, margins, nll, kept = [], {}, {}, {}
-    yardsticks = arms - set(registered.arms)
+    baselines = arms - set(registered.arms)
     for number, at in enumerate(seeds):
-        for arm in arms - yardsticks:
+        for arm in arms - baselines:
             runs.append(row(f"{arm}-{at}", arm, at))
             value = accuracies(registered.id, statistic[number], control[number]).get(arm)
             if value is None:
                 value = statistic[number] if arm in pair[0].arms() else control[number]
-            margins[f"{arm}-{at}"], nll[f"{arm}-{at}"] = answers(value, 0 if yardsticks else number)
-    for arm in yardsticks:
-        runs.append(row(arm, arm, 0, "yardstick"))
+            margins[f"{arm}-{at}"], nll[f"{arm}-{at}"] = answers(value, 0 if baselines else number)
+    for arm in baselines:
+        runs.append(row(arm, arm, 0, "baseline"))
         margins[arm], nll[arm] = answers(float(np.mean(control)), 0)
     if registered.id in BY_SEED:
         tables = {at: BY_SEED[registered.id](s, c, rng) for at, s, c in zip(seeds, statistic, control, strict=True)}

@@ -44,7 +44,7 @@ def control_value(registered: Registered, pair: Pair) -> float:
 
 def moves_with_seeds(registered: Registered) -> bool:
     """Whether the control has another value for each seed, and one that can be planted."""
-    moving = registered.id != "lora.words" and registered.design.interval != "jackknife"  # not of a yardstick
+    moving = registered.id != "lora.words" and registered.design.interval != "jackknife"  # not of a baseline
     return bool(PAIRS[registered.id][1].arms()) and moving
 
 

@@ -140,9 +140,9 @@ def test_verdicts_of_planted_claims() -> None:
     assert (verdicts["n"] == 5).all()
 
 
-def test_yardstick_enters_with_every_seed_and_has_none() -> None:
+def test_baseline_enters_with_every_seed_and_has_none() -> None:
     evidence = planted({"A": 0.95}, seeds=10)
-    row = run_row("TF-IDF", 0, role="yardstick", capability="", threads=0)
+    row = run_row("TF-IDF", 0, role="baseline", capability="", threads=0)
     margins = {**evidence.margins, row["run"]: np.full(ROWS, -3, np.int8)}
     evidence = Evidence(pd.concat([evidence.runs, pd.DataFrame([row])]), evidence.rows, margins)
     verdicts, values = judge_all({"a.b": registered()}, {"a.b": (Accuracy("A"), Accuracy("TF-IDF"))}, evidence)
@@ -223,8 +223,8 @@ def test_secondary_verdicts_are_corrected_by_benjamini_hochberg() -> None:
     assert found["adjusted_p"].tolist() == pytest.approx(expected)
     assert expected[2] > judging.FALSE_DISCOVERIES > expected[1]
     assert found["outcome"].tolist() == ["supported", "not supported", "inconclusive", "inconclusive", "void"]
-    assert found["alone"].tolist() == ["supported", "not supported", "supported", "inconclusive", "void"]
-    assert found["note"][2] == "decided alone, not among 5"
+    assert found["uncorrected"].tolist() == ["supported", "not supported", "supported", "inconclusive", "void"]
+    assert found["note"][2] == "decided before the correction for 5 claims"
 
 
 def test_primary_verdicts_stand_with_holms_p_beside_and_published_ones_without() -> None:

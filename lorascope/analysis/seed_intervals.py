@@ -104,8 +104,8 @@ def two_way_estimate(differences: Float[np.ndarray, "seed row"], clusters: Int[n
 
     The variance adds that between seeds and that between clusters of rows, and subtracts that of the cells, which both
     contain (Cameron, Gelbach and Miller 2011, Robust inference with multiway clustering). It is at least as large as
-    each of the two, its degrees of freedom follow Satterthwaite, and the interval is never narrower than that over
-    seeds alone.
+    each of the two, its degrees of freedom follow Satterthwaite, and the interval is never narrower than the
+    t-interval over seeds.
 
     Parameters
     ----------

@@ -35,7 +35,7 @@ class Claim:
     id : str
         Name of the claim, such as "lora.parity".
     sentence, statistic, control : str
-        The claim in words, and what is compared.
+        The claim as text, and the compared quantities.
     kind : {"superiority", "non-inferiority", "equivalence"}
         Rule that judges it.
     margin, tolerance : float or None
@@ -103,7 +103,7 @@ class Claim:
 
 
 def side(low: float, high: float) -> str:
-    """Return where the whole interval of an effect lies: "above 0", "below 0", or "" if it contains 0."""
+    """Return the side of 0 of the whole interval of an effect: "above 0", "below 0", or "" if it contains 0."""
     return "above 0" if low > 0 else "below 0" if high < 0 else ""
 
 
@@ -111,7 +111,7 @@ def format_effect(claim: Claim, effect: float, low: float, high: float) -> str:
     """Format an effect and its interval, such as ``0.0112 [0.0041, 0.0183]``.
 
     There are at least three significant digits, and as many as it takes to see on which side of 0 and of the bounds of
-    the claim each end lies.
+    the claim each end is.
     """
     if math.isnan(low):
         return f"{effect:.3g} [no interval]"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("lorascope.analysis", "lorascope.evidence.statistics")
-"""Where the functions of a claim are followed to."""
+"""Packages whose functions are part of a claim."""
 # Fields that differ between versions of Python or do not change what the code computes.
 _IGNORED = {"ctx", "type_comment", "type_params", "type_ignores", "returns", "annotation", "kind"}
 

@@ -162,18 +162,19 @@ def _numbers(registered: Registered, verdict: looks.Verdict, block: Mapping[str,
 def correct(verdicts: pd.DataFrame) -> pd.DataFrame:
     """Correct the verdicts for the number of claims: Holm for the primary ones, Benjamini-Hochberg for the others.
 
-    A primary claim keeps its verdict; Holm's p is printed beside it. A secondary claim that was decided alone, but
-    whose adjusted p-value is above ``FALSE_DISCOVERIES``, becomes inconclusive. Claims without a verdict have p = 1.
+    A primary claim keeps its verdict; Holm's p is printed next to it. A secondary claim that was decided before the
+    correction, but whose adjusted p-value is above ``FALSE_DISCOVERIES``, becomes inconclusive. Claims without a
+    verdict have p = 1.
 
     Returns
     -------
     DataFrame
-        With ``alone`` (the outcome before the correction), ``adjusted_p`` and the corrected ``outcome``.
+        With ``uncorrected`` (the outcome before the correction), ``adjusted_p`` and the corrected ``outcome``.
     """
     verdicts = verdicts.reindex(columns=[*dict.fromkeys([*verdicts.columns, "p_looks", "p"])])
     p = verdicts["p_looks"].astype("float64").fillna(1.0).where(verdicts["outcome"] != "void", 1.0)
     p = p.where(verdicts["note"].fillna("") != looks.STOPPED, 1.0)
-    verdicts = verdicts.assign(alone=verdicts["outcome"], adjusted_p=np.nan)
+    verdicts = verdicts.assign(uncorrected=verdicts["outcome"], adjusted_p=np.nan)
     for tier, adjust in (("primary", holm), ("secondary", false_discovery_control)):
         if (of_tier := verdicts["tier"] == tier).any():
             verdicts.loc[of_tier, "adjusted_p"] = adjust(p[of_tier].to_numpy())
@@ -184,5 +185,5 @@ def correct(verdicts: pd.DataFrame) -> pd.DataFrame:
         & (verdicts["adjusted_p"] > FALSE_DISCOVERIES)
     )
     verdicts.loc[lost, "outcome"] = "inconclusive"
-    verdicts.loc[lost, "note"] = f"decided alone, not among {number}"
+    verdicts.loc[lost, "note"] = f"decided before the correction for {number} claims"
     return verdicts

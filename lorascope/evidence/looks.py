@@ -1,4 +1,4 @@
-"""Looks: the numbers of seeds at which a claim is judged, each with its share of the error.
+"""Looks: numbers of seeds at which a claim is judged, with a share of the error for each.
 
 A claim ends at the first look that decides it, and keeps the verdict of that look.
 """
@@ -18,19 +18,19 @@ STOPPED = "stopped by the budget"
 
 @dataclass(frozen=True)
 class Design:
-    """Numbers of seeds at the looks of a claim, and the one-sided level of each look.
+    """Numbers of seeds at the looks of a claim, and their one-sided levels.
 
     Parameters
     ----------
     seeds : tuple of int
-        Number of seeds at each look, increasing.
+        Number of seeds of the looks, increasing.
     levels : tuple of float
-        One-sided level of each look. They are such that the error over all looks is at most ``ERROR``.
+        One-sided levels of the looks. Their error over all looks together is at most ``ERROR``.
 
     Raises
     ------
     ValueError
-        The design is none of ``DESIGNS`` and not a single look at the level ``ERROR``.
+        It is neither an allowed design nor a single look at the level ``ERROR``.
     """
 
     seeds: tuple[int, ...]
@@ -49,7 +49,7 @@ _ALLOWED = [((5, 10, 20), (0.005, 0.0075, 0.015)), ((5, 10), (0.005, 0.0215))]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of a claim at the look at which it ended, or at the last look so far.
+    """Outcome of a claim at the look at which it ended, or at the last one so far.
 
     Parameters
     ----------
@@ -62,9 +62,9 @@ class Verdict:
     effect : Interval
         Effect with its interval and the number of seeds.
     half_seed : float
-        Half width of the interval over seeds alone.
+        Half width of the interval over seeds.
     side : str
-        "above 0" or "below 0" if the whole interval lies there, else "".
+        "above 0" or "below 0" if the whole interval is there, else "".
     p, p_looks : float
         p-value at the look, and the same multiplied by the share of the error that the look has.
     note : str
@@ -100,7 +100,7 @@ def judge(claim: Claim, design: Design, estimate: Callable[[int], Estimate], ava
     -------
     Verdict
         Verdict of the deciding look, or of the last one that the seeds allow. With too few seeds for the first look,
-        the numbers are those of all seeds, and the outcome is inconclusive.
+        the numbers use all seeds, and the outcome is inconclusive.
     """
     reached = [n for n in design.seeds if n <= available]
     for look, (n, level) in enumerate(zip(reached, design.levels, strict=False), start=1):

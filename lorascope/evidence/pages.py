@@ -12,7 +12,7 @@ _BLOCK = re.compile(r"(<!-- evidence ([\w-]+) -->\n)(.*?)(<!-- /evidence -->)", 
 
 
 def differences(page: Path, blocks: Mapping[str, str]) -> Iterator[str]:
-    """Return one line for every block of a page that differs from what the evidence gives, or that it cannot give."""
+    """Return one line for every block of a page that differs from the evidence, or that the evidence does not have."""
     for _, name, text, _ in _BLOCK.findall(page.read_text(encoding="utf-8")):
         if name not in blocks:
             yield f"{printable(page)}: unknown block {name!r}, expected one of {', '.join(sorted(blocks))}"

@@ -59,14 +59,14 @@ def autolora(folder: Path) -> Interval:
 
 
 def autolora_data(folder: Path) -> Interval:
-    """Return how much more lists of one data set agree (Kendall's tau) than lists of two, with its permutations."""
+    """Return how much more lists of one dataset agree (Kendall's tau) than lists of two, with its permutations."""
     tests = pd.read_csv(folder / "autolora_tests.csv")
-    row = tests[tests["statement"].str.startswith("lists of one data set agree more")].iloc[0]
+    row = tests[tests["statement"].str.startswith("lists of one data set agree more")].iloc[0]  # prose: ok
     return Interval(row["effect"], row["low"], row["high"], row["n"])
 
 
 def adalora(folder: Path) -> Interval:
-    """Compute the share of the ranks in feed-forward matrices less a third, from AdaLoRA's printed parameter counts.
+    """Compute the share of the ranks in feed-forward matrices minus a third, from AdaLoRA's printed parameter counts.
 
     With b components, a fraction f of which are in feed-forward matrices, a model has ``b (1537 (1 - f) + 3841 f)``
     parameters. The interval is what the rounding of both printed counts leaves open, so it has no seeds.
@@ -104,7 +104,7 @@ EFFECTS: dict[str, Effect] = {
     "published.hydralora": hydralora,
 }
 """Effects of the judged claims on published figures, by the id of the claim."""
-_WITHOUT_SEEDS = {"published.adalora"}  # its interval is that of rounding
+_WITHOUT_SEEDS = {"published.adalora"}  # its interval covers the rounding of the printed numbers
 
 
 def judge(claims: Mapping[str, Registered], folder: Path) -> pd.DataFrame:
@@ -130,6 +130,6 @@ def judge(claims: Mapping[str, Registered], folder: Path) -> pd.DataFrame:
 
 
 def neft_overlap(folder: Path) -> pd.DataFrame:
-    """Return how many neurons two selections of NeFT share, beside what random selections of this size share."""
+    """Return how many neurons two selections of NeFT share, and what random selections of this size share."""
     table = pd.read_csv(folder / "neft_overlap.csv")
     return table.assign(chance=table["neurons"] / table["pool"])

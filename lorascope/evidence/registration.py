@@ -26,7 +26,7 @@ Tier = Literal["primary", "secondary", "published"]
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a paper makes the claim: arXiv id, and table, figure or section; one claim per paper is primary."""
+    """Place in a paper: arXiv id, and table, figure or section; one claim per paper is primary."""
 
     arxiv: str
     place: str
@@ -35,7 +35,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Text:
-    """The claim in words: its sentence, what is compared, and where the control comes from."""
+    """The claim as text: its sentence, what is compared, and where the control comes from."""
 
     sentence: str
     statistic: str
@@ -56,7 +56,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Design:
-    """How the interval is computed, the looks with their levels, and the first judged seed.
+    """Method of the interval, the looks with their levels, and the first judged seed.
 
     The interval of a claim on published figures comes from them, without looks.
     """
@@ -83,7 +83,7 @@ class Arm:
     hash : str
         Hash of what its runs have in common; see ``arm_hash``.
     rates : tuple of float
-        Rates that are tried; empty if the rate is that of another arm.
+        Rates that are tried; empty if it takes the rate of another arm.
     rate_of : str
         Arm whose chosen rate it takes; "" to choose its own.
     fields : mapping field -> ratio
@@ -204,7 +204,7 @@ class _Contents:
     deviation: tuple[Deviation, ...] = ()
 
 
-_KEYS = {"from": "origin", "looks": "seeds"}  # keys of the file that are no or other names in Python
+_KEYS = {"from": "origin", "looks": "seeds"}  # keys of the file that have other names in Python
 
 
 def read(file: Path = FILE) -> Registration:
@@ -215,7 +215,7 @@ def read(file: Path = FILE) -> Registration:
     FileNotFoundError
         The file does not exist.
     ValueError
-        It is not TOML, a value has another type, a bound or design is not allowed, or an id stands twice.
+        It is not TOML, a value has another type, a bound or design is not allowed, or an id is registered twice.
     """
     try:
         contents = msgspec.convert(_rename(tomllib.loads(file.read_text(encoding="utf-8"))), _Contents, strict=False)

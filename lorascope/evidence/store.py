@@ -38,8 +38,8 @@ RUN_COLUMNS = (
 """Columns of ``runs.csv``; ``validation_chance`` is the accuracy of always answering with the most frequent class."""
 BLOCK = ["capability", "torch", "threads", "device"]
 """Columns that identify a machine: a seed gives other numbers where one of them differs."""
-ROLES = ("judged", "tuning", "yardstick")
-"""Roles of a run. A yardstick, such as a baseline without a network, has no seeds and enters with every seed."""
+ROLES = ("judged", "tuning", "baseline")
+"""Roles of a run. A baseline, such as word counts, has no seeds and enters with every seed."""
 _STEPS_OF_MARGIN = 32
 
 
@@ -75,14 +75,14 @@ class Evidence:
             raise ValueError(
                 f"runs must be unique, got two of arm {twice['arm'].iloc[0]!r}, seed {twice['seed'].iloc[0]}"
             )
-        judged, yardsticks = used[used["role"] == "judged"], used[used["role"] == "yardstick"]
+        judged, baselines = used[used["role"] == "judged"], used[used["role"] == "baseline"]
         self._runs = dict(zip(zip(judged["arm"], judged["seed"], strict=True), judged["run"], strict=True))
-        self._yardsticks = dict(zip(yardsticks["arm"], yardsticks["run"], strict=True))
+        self._baselines = dict(zip(baselines["arm"], baselines["run"], strict=True))
 
     def in_block(self, block: Mapping[str, Any]) -> Evidence:
-        """Return the runs of one machine, and the yardsticks."""
+        """Return the runs of one machine, and the baselines."""
         same = np.logical_and.reduce([self.runs[name] == block[name] for name in BLOCK])
-        chosen = self.runs[same | (self.runs["role"] == "yardstick")]
+        chosen = self.runs[same | (self.runs["role"] == "baseline")]
         return Evidence(chosen, self.rows, self.margins, self.nll, self.kept)
 
     def blocks(self) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ class Evidence:
 
     def seeds(self, arms: Iterable[str], first: int) -> list[int]:
         """Return the seeds from ``first`` on that all arms have, up to the first one that is missing."""
-        varied = [arm for arm in arms if arm not in self._yardsticks]
+        varied = [arm for arm in arms if arm not in self._baselines]
         found, seed = [], first
         while varied and all((arm, seed) in self._runs for arm in varied):
             found.append(seed)
@@ -100,14 +100,14 @@ class Evidence:
         return found
 
     def run(self, arm: str, seed: int) -> str:
-        """Return the id of a run; a yardstick is the same for all seeds.
+        """Return the id of a run; a baseline is the same for all seeds.
 
         Raises
         ------
         KeyError
             The arm has no run with this seed.
         """
-        return self._yardsticks.get(arm) or self._runs[arm, seed]
+        return self._baselines.get(arm) or self._runs[arm, seed]
 
     def correct(self, arm: str, seed: int) -> Float[np.ndarray, "row"]:
         """Return 1 for each test row that the run got right, else 0."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 MAX_EXTENSIONS = 2
-"""How often one further rate is tried if the best lies at an end of the grid."""
+"""Number of further rates that are tried if the best is at an end of the grid."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Choice:
     rate : float or None
         The chosen rate.
     at_end : bool
-        Whether the chosen rate lies at an end of the grid, even after its extensions.
+        Whether the chosen rate is at an end of the grid, even after its extensions.
     """
 
     missing: tuple[float, ...]
@@ -33,7 +33,7 @@ class Choice:
 def choose(grid: Sequence[float], losses: Mapping[float, float]) -> Choice:
     """Choose the rate with the lowest loss; ties go to the smaller rate.
 
-    If the best rate lies at an end of the grid, one further rate beyond it is tried, at most twice. A further rate is
+    If the best rate is at an end of the grid, one further rate beyond it is tried, at most twice. A further rate is
     ten times, or a tenth of, the last rate but one, which continues a grid of factors of about three.
 
     Parameters

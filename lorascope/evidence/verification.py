@@ -24,7 +24,7 @@ _HALF = 2e-3  # losses are kept in float16
 
 @dataclass(frozen=True)
 class Derived:
-    """What is computed from the runs: the content of three files, and the verdicts as a table."""
+    """Results that are computed from the runs: the content of three files, and the verdicts as a table."""
 
     files: Mapping[str, bytes]
     verdicts: pd.DataFrame
@@ -164,7 +164,7 @@ def _check_scores(evidence: Evidence) -> Iterator[str]:
 
 def _check_arms(evidence: Evidence, registration: Registration) -> Iterator[str]:
     """Compare the hash of each run's arm with its method and settings, and these with its rate."""
-    for row in _rows(evidence.runs[evidence.runs["role"] != "yardstick"]):
+    for row in _rows(evidence.runs[evidence.runs["role"] != "baseline"]):
         arm = registration.arms.get(row.arm)
         if arm is None:
             yield f"runs.csv: {row.run}: arm {row.arm!r} is not registered"

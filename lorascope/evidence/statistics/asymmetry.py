@@ -25,7 +25,7 @@ SIMILARITIES = "similarities"
 """Kept table ``when, factor, view, shape, slot, first, other, second, cosine``: cosines between the factors of a set.
 
 The table of a set belongs to its last run. ``slot`` and ``other`` number the modules, ``first`` and ``second`` the runs
-of the set in their order, which is that of the domains, two runs each.
+of the set in their order, two runs per domain.
 """
 
 
@@ -64,7 +64,7 @@ def own_domain(arms: Sequence[str], view: str) -> OfRun:
     return OfRun(partial(apart, view=view), SIMILARITIES, arms[-1], tuple(arms[:-1]))
 
 
-# Of the seven other runs one is of the same domain, so this is the exact expectation when the domains are permuted.
+# One of the seven other runs is of the same domain: the exact expectation when the domains are permuted.
 CHANCE = Constant(1 / 7)
 
 CLAIMS = {

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from planted_claims import FIRST, Pair, in_range, plant
 
@@ -21,10 +22,12 @@ from lorascope.evidence.claims import Claim
 from lorascope.evidence.registration import Registered
 from lorascope.evidence.statistics import PAIRS, module_of
 from lorascope.evidence.statistics.base import Constant, Statistic, estimate_effect
-from lorascope.evidence.store import Evidence
+from lorascope.evidence.store import RUN_COLUMNS, Evidence
 
 CLAIMS = registration.read().of_tier("primary", "secondary")
 SEEDS, REPETITIONS = 5, 20
+NOTHING = Evidence(pd.DataFrame(columns=list(RUN_COLUMNS)), pd.DataFrame())
+"""Evidence without runs, which suffices for constants."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Planted:
 def control_value(registered: Registered, pair: Pair) -> float:
     """Return the value around which the control is planted."""
     if not pair[1].arms():
-        return float(pair[1](None, []))
+        return float(pair[1](NOTHING, []))
     return in_range(registered, pair)
 
 
@@ -165,7 +168,7 @@ def edited(id: str) -> Iterator[tuple[str, Pair]]:
         if CLAIMS[id].claim.kind == "equivalence" and name in ("exchanged", "sign turned"):
             continue  # it is the same for both signs
         pair = eval(text, names)
-        if name == "control is 0" and not PAIRS[id][1].arms() and float(PAIRS[id][1](None, [])) == 0:
+        if name == "control is 0" and not PAIRS[id][1].arms() and float(PAIRS[id][1](NOTHING, [])) == 0:
             continue
         yield name, pair
 

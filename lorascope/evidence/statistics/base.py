@@ -164,7 +164,7 @@ class Combined(Statistic):
         return set().union(*(part.arms() for part in self.parts))
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
-        return self.function(*(part(evidence, seeds) for part in self.parts))
+        return np.asarray(self.function(*(part(evidence, seeds) for part in self.parts)))
 
 
 def average(parts: Iterable[Statistic]) -> Combined:

@@ -18,7 +18,7 @@ from lorascope.files.printable import printable
 
 @command
 def main(
-    evidence: Annotated[Positional[str | None], arg(metavar="EVIDENCE")] = None,
+    evidence: Annotated[Positional[str | None], arg(metavar="[EVIDENCE]")] = None,
     *,
     write: bool = False,
     json: bool = False,

@@ -170,6 +170,11 @@ def test_claim_is_judged_on_the_machine_that_first_reached_the_look() -> None:
     verdicts, _ = judge_all({"a.b": registered()}, {"a.b": (Accuracy("A"), Accuracy("B"))}, both)
     assert verdicts["block"].item() == "AVX512 / 2.6.0 / 1 / cpu"
     assert verdicts["outcome"].item() == "not supported"
+    # The first run of another machine does not decide, but the run that completes its first look.
+    late = pd.concat([three.runs[:1], two.runs, three.runs[1:]])
+    both = Evidence(late, one.rows, {**two.margins, **three.margins})
+    verdicts, _ = judge_all({"a.b": registered()}, {"a.b": (Accuracy("A"), Accuracy("B"))}, both)
+    assert verdicts["block"].item() == "AVX512 / 2.6.0 / 1 / cpu"
 
 
 def test_two_runs_of_one_seed_are_refused() -> None:

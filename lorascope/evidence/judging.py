@@ -63,17 +63,16 @@ def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple
 
 
 def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Mapping[str, Any] | None:
-    """Return the machine whose runs judge a claim: the first that reached the first look, or that has most seeds."""
-    arms = _arms(pair)
-    count = {
-        number: len(evidence.in_block(block).seeds(arms, registered.design.first_seed))
-        for number, block in enumerate(evidence.blocks())
-    }
-    if not any(count.values()):
-        return None
-    first = registered.design.looks.seeds[0]
-    reached = [number for number, seeds in count.items() if seeds >= first]
-    return evidence.blocks()[reached[0] if reached else max(count, key=lambda number: count[number])]
+    """Return the machine whose runs judge a claim: the first to reach the first look, else that with most seeds."""
+    arms, first, runs = _arms(pair), registered.design.looks.seeds[0], evidence.runs.reset_index(drop=True)
+    found = []
+    for block in evidence.blocks():
+        part = evidence.in_block(block)
+        if seeds := part.seeds(arms, registered.design.first_seed)[:first]:
+            needed = {part.run(arm, seed) for arm in arms for seed in seeds}
+            # Runs are listed in the order in which they finished.
+            found.append((-len(seeds), int(runs.index[runs["run"].isin(needed)].max()), block))
+    return min(found, key=lambda each: each[:2])[2] if found else None
 
 
 def untrained_arms(evidence: Evidence, may_void: Callable[[str], bool] = lambda arm: True) -> set[str]:

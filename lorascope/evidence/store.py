@@ -35,11 +35,13 @@ RUN_COLUMNS = (
     "commit", "dirty", "torch", "numpy", "capability", "threads", "device", "cpu_seconds", "trained_parameters",
     "validation_loss", "validation_metric", "validation_chance", "test_loss", "test_metric",
 )  # fmt: skip
-"""Columns of ``runs.csv``; ``validation_chance`` is the accuracy of always answering with the most frequent class."""
+"""Columns of ``runs.csv``.
+
+A role is "judged", "tuning" or "baseline", such as word counts, which has no seeds and enters with every seed.
+``validation_chance`` is the accuracy of always answering with the most frequent class.
+"""
 BLOCK = ["capability", "torch", "threads", "device"]
 """Columns that identify a machine: a seed gives other numbers where one of them differs."""
-ROLES = ("judged", "tuning", "baseline")
-"""Roles of a run. A baseline, such as word counts, has no seeds and enters with every seed."""
 _STEPS_OF_MARGIN = 32
 
 
@@ -223,8 +225,8 @@ def add_run(
     known = _read_csv(file, RUN_COLUMNS) if file.exists() else pd.DataFrame(columns=list(RUN_COLUMNS))
     new = pd.DataFrame([row])[list(RUN_COLUMNS)]
     if (known["run"] == run).any():
-        old = _to_csv(known[known["run"] == run].assign(cpu_seconds=0.0))
-        if old != _to_csv(pd.read_csv(io.BytesIO(_to_csv(new))).astype(known.dtypes).assign(cpu_seconds=0.0)):
+        old = to_csv(known[known["run"] == run].assign(cpu_seconds=0.0))
+        if old != to_csv(pd.read_csv(io.BytesIO(to_csv(new))).astype(known.dtypes).assign(cpu_seconds=0.0)):
             raise ValueError(f"cannot add run {printable(run)}: {printable(file)} has it with other numbers")
         return
     if scores:
@@ -236,10 +238,11 @@ def add_run(
         table.to_parquet(buffer, index=False, compression="zstd")
         write_bytes(folder / "kept" / name / f"{run}.parquet", buffer.getvalue())
     whole = pd.concat([known, new], ignore_index=True) if len(known) else new
-    write_bytes(file, _to_csv(whole.sort_values(["arm", "role", "seed", "rate", "run"], kind="stable")))
+    write_bytes(file, to_csv(whole))  # in the order in which runs finished, which decides the judging machine
 
 
-def _to_csv(table: pd.DataFrame) -> bytes:
+def to_csv(table: pd.DataFrame) -> bytes:
+    """Return a table as the content of a CSV file."""
     return table.to_csv(index=False, lineterminator="\n").encode()
 
 

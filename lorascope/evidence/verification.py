@@ -48,7 +48,7 @@ def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, P
     verdicts, values = judge_all(judged, pairs, evidence, lambda arm: may_void.get(arm, True))
     verdicts = verdicts.assign(arms_state=[state(id, registration, evidence) for id in judged])
     tables = {"tuning.csv": tuning_table(evidence.runs, grids), "values.csv": values, "verdicts.csv": verdicts}
-    return Derived({name: _to_csv(table) for name, table in tables.items()}, verdicts)
+    return Derived({name: store.to_csv(table) for name, table in tables.items()}, verdicts)
 
 
 def state(claim: str, registration: Registration, evidence: Evidence) -> str:
@@ -64,10 +64,6 @@ def state(claim: str, registration: Registration, evidence: Evidence) -> str:
                 return "changed"
             worst = "deviated"
     return worst
-
-
-def _to_csv(table: pd.DataFrame) -> bytes:
-    return table.to_csv(index=False, lineterminator="\n").encode()
 
 
 def write_derived(folder: Path, derived: Derived, registered: Path) -> None:

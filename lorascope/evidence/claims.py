@@ -51,7 +51,7 @@ class Claim:
     sentence: str
     statistic: str
     control: str
-    kind: Kind
+    kind: str
     margin: float | None = None
     tolerance: float | None = None
 

@@ -32,7 +32,8 @@ CONTRACT = {
     "diagnosis": "files updates schema runs analysis",
     "evidence": "files analysis",
     "experiments": "torch files updates schema inputs adapters runs analysis methods observe training diagnosis",
-    "probes": "torch files updates schema charts inputs adapters runs analysis methods observe plots evidence experiments",
+    "probes": "torch files updates schema charts inputs adapters runs analysis methods observe plots evidence "
+    "experiments",
     "cli": "files schema runs analysis methods training plots diagnosis evidence experiments probes",
 }
 LONGEST = 500  # lines of a file

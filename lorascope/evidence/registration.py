@@ -83,7 +83,7 @@ class Arm:
     hash : str
         Hash of what its runs have in common; see ``arm_hash``.
     rates : tuple of float
-        Rates that are tried; empty if it takes the rate of another arm.
+        Rates that are tried; a single one is fixed. Empty if the arm takes the rate of another one, or has none.
     rate_of : str
         Arm whose chosen rate it takes; "" to choose its own.
     fields : mapping field -> ratio
@@ -92,6 +92,10 @@ class Arm:
         Seeds with which the rates are tried.
     may_void : bool
         Whether claims on the arm are void if it does not train; false for arms that are kept from text.
+    by_seed : tuple of str
+        What is drawn by the seed of a run: fields of the method, and "task" or "w0".
+    baseline : bool
+        Whether it is the same for every seed, such as word counts.
     """
 
     label: str
@@ -101,10 +105,14 @@ class Arm:
     fields: Mapping[str, float] = field(default_factory=dict)
     tuning_seeds: tuple[int, ...] = (9001,)
     may_void: bool = True
+    by_seed: tuple[str, ...] = ()
+    baseline: bool = False
 
 
 def arm_hash(arm: Arm, method: Mapping[str, Any], settings: Mapping[str, Any], task_hash: str, w0: str) -> str:
-    """Hash what the runs of an arm have in common, and how their rate is chosen; label, rate and cost are left out.
+    """Hash what the runs of an arm have in common, and how their rate is chosen.
+
+    Label, rate and cost are left out, and so is what the seed of a run draws.
 
     Parameters
     ----------
@@ -115,9 +123,10 @@ def arm_hash(arm: Arm, method: Mapping[str, Any], settings: Mapping[str, Any], t
     task_hash, w0 : str
         Hashes of the task's rows and of the base weights.
     """
-    fixed = {name: value for name, value in method.items() if name not in arm.fields}
-    content = {
-        "method": fixed, "fields": arm.fields, "settings": settings, "task": task_hash, "w0": w0,
+    fixed = {name: value for name, value in method.items() if name not in (*arm.fields, *arm.by_seed)}
+    data = {name: value for name, value in (("task", task_hash), ("w0", w0)) if name not in arm.by_seed}
+    content = data | {
+        "method": fixed, "fields": arm.fields, "settings": settings, "by_seed": arm.by_seed,
         "rates": arm.rates, "rate_of": arm.rate_of, "tuning_seeds": arm.tuning_seeds, "rule": RATE_RULE,
     }  # fmt: skip
     return f"sha256:{hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}"
@@ -185,12 +194,33 @@ class Deviation:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A part of the work, in the order in which it is done.
+
+    Parameters
+    ----------
+    claims : tuple of str
+        Ids or probes; "*" is all.
+    looks : tuple of int
+        Looks of these claims, from 1; 0 is the choice of the rates of their arms.
+    """
+
+    claims: tuple[str, ...]
+    looks: tuple[int, ...]
+
+    def has(self, claim: str) -> bool:
+        """Return whether a claim belongs to the stage."""
+        return any(name in ("*", claim, claim.partition(".")[0]) for name in self.claims)
+
+
+@dataclass(frozen=True)
 class Registration:
-    """All registered claims by id, their arms by label, and the deviations from them."""
+    """All registered claims by id, their arms by label, the deviations from them, and the stages of the work."""
 
     claims: Mapping[str, Registered]
     arms: Mapping[str, Arm]
     deviations: tuple[Deviation, ...]
+    stages: tuple[Stage, ...] = ()
 
     def of_tier(self, *tiers: Tier) -> dict[str, Registered]:
         """Return the claims of these tiers, in their order."""
@@ -202,9 +232,10 @@ class _Contents:
     claim: tuple[Registered, ...]
     arm: tuple[Arm, ...] = ()
     deviation: tuple[Deviation, ...] = ()
+    stage: tuple[Stage, ...] = ()
 
 
-_KEYS = {"from": "origin", "looks": "seeds"}  # keys of the file that have other names in Python
+_KEYS = {"from": "origin", "looks": "seeds"}  # keys of a claim that have other names in Python
 
 
 def read(file: Path = FILE) -> Registration:
@@ -218,7 +249,8 @@ def read(file: Path = FILE) -> Registration:
         It is not TOML, a value has another type, a bound or design is not allowed, or an id is registered twice.
     """
     try:
-        contents = msgspec.convert(_rename(tomllib.loads(file.read_text(encoding="utf-8"))), _Contents, strict=False)
+        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        contents = msgspec.convert(tables | {"claim": _rename(tables.get("claim"))}, _Contents, strict=False)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
     named = [f"claim {claim.id!r}" for claim in contents.claim] + [f"arm {arm.label!r}" for arm in contents.arm]
@@ -229,7 +261,7 @@ def read(file: Path = FILE) -> Registration:
         if claim.paper.tier != "published":
             _ = claim.design.looks
     claims, arms = {claim.id: claim for claim in contents.claim}, {arm.label: arm for arm in contents.arm}
-    return Registration(claims, arms, contents.deviation)
+    return Registration(claims, arms, contents.deviation, contents.stage)
 
 
 def _rename(table: object) -> object:

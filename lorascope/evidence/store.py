@@ -42,6 +42,8 @@ A role is "judged", "tuning" or "baseline", such as word counts, which has no se
 """
 BLOCK = ["capability", "torch", "threads", "device"]
 """Columns that identify a machine: a seed gives other numbers where one of them differs."""
+INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+"""Environment of all runs, so that they do not depend on the instructions that a processor has beyond these."""
 _STEPS_OF_MARGIN = 32
 
 
@@ -100,6 +102,10 @@ class Evidence:
             found.append(seed)
             seed += 1
         return found
+
+    def has(self, arm: str, seed: int) -> bool:
+        """Return whether an arm has a judged run with this seed, or is a baseline."""
+        return arm in self._baselines or (arm, seed) in self._runs
 
     def run(self, arm: str, seed: int) -> str:
         """Return the id of a run; a baseline is the same for all seeds.
@@ -173,6 +179,11 @@ def read(folder: str | Path) -> Evidence:
     return Evidence(runs, rows, margins, nll, kept)
 
 
+def empty() -> Evidence:
+    """Return the evidence of no runs."""
+    return Evidence(pd.DataFrame(columns=list(RUN_COLUMNS)), pd.DataFrame())
+
+
 def _read_csv(file: Path, columns: Iterable[str]) -> pd.DataFrame:
     try:
         table = pd.read_csv(
@@ -239,6 +250,17 @@ def add_run(
         write_bytes(folder / "kept" / name / f"{run}.parquet", buffer.getvalue())
     whole = pd.concat([known, new], ignore_index=True) if len(known) else new
     write_bytes(file, to_csv(whole))  # in the order in which runs finished, which decides the judging machine
+
+
+def add_rows(folder: Path, rows: pd.DataFrame) -> None:
+    """Add the test rows of a task, if the folder lacks them."""
+    file = folder / "rows.parquet"
+    known = read_table(file, file) if file.exists() else rows.head(0)
+    if set(rows["task_hash"]) <= set(known["task_hash"]):
+        return
+    buffer = io.BytesIO()
+    pd.concat([known, rows], ignore_index=True).to_parquet(buffer, index=False, compression="zstd")
+    write_bytes(file, buffer.getvalue())
 
 
 def to_csv(table: pd.DataFrame) -> bytes:

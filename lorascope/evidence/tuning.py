@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lorascope.evidence.registration import Arm, Registration
+
 MAX_EXTENSIONS = 2
 """Number of further rates that are tried if the best is at an end of the grid."""
 
@@ -39,10 +41,12 @@ def choose(grid: Sequence[float], losses: Mapping[float, float]) -> Choice:
     Parameters
     ----------
     grid : sequence of float
-        Registered rates, increasing, at least two.
+        Registered rates, increasing. A single one is chosen without losses.
     losses : mapping rate -> loss
         Mean validation loss at the last step over the tuning seeds. A loss that is not finite counts as the worst.
     """
+    if len(grid) == 1:
+        return Choice((), grid[0])
     rates = list(grid)
     for extension in range(MAX_EXTENSIONS + 1):
         if missing := tuple(rate for rate in rates if rate not in losses):
@@ -79,6 +83,22 @@ def losses_by_rate(runs: pd.DataFrame, arm: str, seeds: Sequence[int]) -> dict[f
         (rate, of_rate) for rate, of_rate in rows.groupby("rate") if of_rate["seed"].nunique() == len(set(seeds))
     ]
     return {float(str(rate)): float(of_rate["validation_loss"].mean(skipna=False)) for rate, of_rate in complete}
+
+
+def chosen(registration: Registration, runs: pd.DataFrame, arm: str) -> tuple[Arm, Choice]:
+    """Return the arm whose rate an arm takes, which may be itself, and the state of the choice.
+
+    Parameters
+    ----------
+    registration : Registration
+        Registered arms.
+    runs : DataFrame
+        ``runs.csv`` of the evidence.
+    arm : str
+        Label of an arm that has a rate.
+    """
+    tuned = registration.arms[registration.arms[arm].rate_of or arm]
+    return tuned, choose(tuned.rates, losses_by_rate(runs, tuned.label, tuned.tuning_seeds))
 
 
 def tuning_table(runs: pd.DataFrame, grids: Mapping[str, tuple[Sequence[float], Sequence[int]]]) -> pd.DataFrame:

@@ -16,7 +16,7 @@ from lorascope.evidence import pages, store
 from lorascope.evidence.judging import Pair, judge_all
 from lorascope.evidence.registration import Arm, Registration, arm_hash
 from lorascope.evidence.store import BLOCK, Evidence
-from lorascope.evidence.tuning import choose, losses_by_rate, tuning_table
+from lorascope.evidence.tuning import chosen, tuning_table
 
 _CLOSE = 1e-9
 _HALF = 2e-3  # losses are kept in float16
@@ -42,7 +42,7 @@ def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, P
     pairs : mapping id -> (Statistic, Statistic)
         Statistic and control of each judged claim.
     """
-    grids = {arm.label: (arm.rates, arm.tuning_seeds) for arm in registration.arms.values() if arm.rates}
+    grids = {arm.label: (arm.rates, arm.tuning_seeds) for arm in registration.arms.values() if len(arm.rates) > 1}
     judged = {id: claim for id, claim in registration.of_tier("primary", "secondary").items() if id in pairs}
     may_void = {arm.label: arm.may_void for arm in registration.arms.values()}
     verdicts, values = judge_all(judged, pairs, evidence, lambda arm: may_void.get(arm, True))
@@ -180,8 +180,7 @@ def _check_rates(evidence: Evidence, registration: Registration) -> Iterator[str
         arm = registration.arms.get(row.arm)
         if arm is None or not arm.fields:
             continue
-        tuned = registration.arms[arm.rate_of] if arm.rate_of else arm
-        choice = choose(tuned.rates, losses_by_rate(evidence.runs, tuned.label, tuned.tuning_seeds))
+        tuned, choice = chosen(registration, evidence.runs, row.arm)
         if choice.rate is None:
             yield f"runs.csv: {row.run}: judged before a rate of {tuned.label!r} was chosen"
         elif not np.isclose(row.rate, choice.rate, rtol=_CLOSE, atol=0):

@@ -224,7 +224,7 @@ def _do_job(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, st
             torch.set_num_threads(1)
             try:
                 with writing_progress(ProgressFile(file)):
-                    run = _train_job(job)
+                    run = train_job(job)
             finally:
                 torch.set_num_threads(threads)
         except Exception as error:  # no error of a method or a model may end the other runs
@@ -232,7 +232,8 @@ def _do_job(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, st
         return number, str(run.path), ""
 
 
-def _train_job(job: Job) -> Run:
+def train_job(job: Job) -> Run:
+    """Train a job and return its run; wait for another process that trains it."""
     while True:
         model = job.model if isinstance(job.model, str) else job.model()
         try:

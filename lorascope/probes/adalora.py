@@ -13,12 +13,23 @@ therefore fail in the paper's setting as well.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
 from lorascope.analysis import rank_allocations
+from lorascope.evidence.statistics import adalora as statistics
 from lorascope.methods import AdaLoRA
-from lorascope.probes.base import HELD_FIXED, Arm, Probe, ReportFigure, draw, encoder_settings, select
+from lorascope.probes.base import (
+    HELD_FIXED,
+    Arm,
+    Probe,
+    ReportFigure,
+    draw,
+    encoder_settings,
+    registered_settings,
+    select,
+)
 from lorascope.probes.lora import LOW, shared_arms
 from lorascope.probes.rank_statistics import FEED_FORWARD, NEXT_SEED, RankAgreement, RankFraction, final_ranks
 from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
@@ -32,6 +43,19 @@ def arms(quick: bool) -> list[Arm]:
     method = AdaLoRA(init_rank=12, target_rank=8)
     adapted = Arm(label=ADAPTED, method=method, settings=encoder_settings(quick), cost=1.1)
     return [*shared_arms(quick, LOW), adapted]
+
+
+def registered() -> list[Arm]:
+    """Return the registered arms: AdaLoRA on sentiment and on its domains, and with rank 8 everywhere throughout."""
+    adapted = AdaLoRA(init_rank=12, target_rank=8)
+    # The scale is alpha / init_rank, the same for both.
+    uniform = replace(adapted, init_rank=8, alpha=adapted.alpha * 8 / 12)
+    settings = registered_settings()
+    return [
+        Arm(label=ADAPTED, method=adapted, settings=settings),
+        Arm(label=statistics.DOMAINS, method=adapted, settings=settings, task="sentiment/domains"),
+        Arm(label=statistics.UNIFORM, method=uniform, settings=settings),
+    ]
 
 
 def random_ranks(runs: Sequence[Run]) -> pd.DataFrame:
@@ -58,6 +82,7 @@ PROBE = Probe(
     question="Do feed-forward modules and upper layers get more rank for every seed, and does accuracy improve?",
     quick_budget=55,
     arms=arms,
+    registered=registered,
     claims={
         "adalora.ffn": (RankFraction(ADAPTED, FEED_FORWARD), RankFraction(ADAPTED, FEED_FORWARD, random_ranks)),
         "adalora.top": (

@@ -17,7 +17,7 @@ import pandas as pd
 from lorascope.analysis.baseline_ranks import equal_parameters
 from lorascope.inputs import models
 from lorascope.methods import LoRA
-from lorascope.probes.base import SEEDS_VARY, Arm, Probe, draw, encoder_settings, select
+from lorascope.probes.base import SEEDS_VARY, Arm, Probe, draw, encoder_settings, registered_settings, select
 from lorascope.probes.seed_statistics import EachRun, accuracy, average
 from lorascope.schema import module_table
 
@@ -56,6 +56,21 @@ def arms(quick: bool) -> list[Arm]:
     ]
 
 
+def registered() -> list[Arm]:
+    """Return the registered arms: LoRA on the eight targets that claims compare, with equal parameters."""
+    adapted = targets()
+    ranks = equal_parameters(_minilm_modules(), adapted)
+    return [
+        Arm(
+            label=label,
+            method=LoRA(rank=ranks[label], alpha=float(ranks[label]), targets=chosen),
+            settings=registered_settings(),
+        )
+        for label, chosen in adapted.items()
+        if label != MIDDLE
+    ]
+
+
 PROBE = Probe(
     name="placement",
     title="AdaLoRA's motivation: equal parameters in different modules",
@@ -63,6 +78,7 @@ PROBE = Probe(
     question="Does accuracy depend on which weight type or which layers are adapted, at equal parameters?",
     quick_budget=90,
     arms=arms,
+    registered=registered,
     claims={
         "placement.ffn": (
             average(EachRun(accuracy, label) for label in ("W_f1", "W_f2")),

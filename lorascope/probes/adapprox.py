@@ -29,7 +29,8 @@ from lorascope import observe
 from lorascope.analysis import optimizer_moments
 from lorascope.methods import Adapprox, Full
 from lorascope.methods.base import Method
-from lorascope.probes.base import Arm, Probe, ReportFigure, draw, select
+from lorascope.probes import pretraining
+from lorascope.probes.base import Arm, Probe, ReportFigure, draw, registered_settings, select
 from lorascope.probes.seed_statistics import BySeed, EachRun, Runs, Statistic, loss
 from lorascope.runs.run import Run
 
@@ -73,6 +74,32 @@ def arms(quick: bool) -> list[Arm]:
         )
         for name, method in methods.items()
         for rate in ([tried[name][len(tried[name]) // 2]] if quick else tried[name])
+    ]
+
+
+def registered() -> list[Arm]:
+    """Return the registered arms: four optimizers, in fine-tuning of minilm and in pre-training of a small GPT-2."""
+    methods: dict[str, Method] = {
+        OURS: METHOD,
+        ADAMW: Full(),
+        ADAFACTOR: Full(optimizer_name="adafactor"),
+        CAME: Full(optimizer_name="came"),
+    }
+    tuning = registered_settings(100)
+    seen = tuning | {"observe": [observe.second_moments()]}
+    scratch = registered_settings(600) | {"max_length": pretraining.LENGTH}
+    text = pretraining.task()
+    # The embedding of the small GPT-2 is small enough to be factored.
+    scratched = methods | {OURS: replace(METHOD, dense=())}
+    return [
+        *(
+            Arm(label=name, method=method, settings=seen if name == ADAMW else tuning)
+            for name, method in methods.items()
+        ),
+        *(
+            Arm(label=f"{name}, pre-training", method=method, settings=scratch, model=pretraining.model, task=text)
+            for name, method in scratched.items()
+        ),
     ]
 
 
@@ -144,6 +171,7 @@ PROBE = Probe(
     question="Are Adam's second moments of low rank, and is a rank above one worth its cost?",
     quick_budget=44,
     arms=arms,
+    registered=registered,
     claims={
         "adapprox.tail": (
             AtBestRate(partial(energy, quantity="moment_error"), ADAMW),

@@ -17,9 +17,19 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from lorascope.methods import ALoRA
+from lorascope.evidence.statistics import alora as statistics
+from lorascope.methods import ALoRA, LoRA
 from lorascope.methods.alora import allocate, prune
-from lorascope.probes.base import SEEDS_VARY, Arm, Probe, ReportFigure, draw, encoder_settings, select
+from lorascope.probes.base import (
+    SEEDS_VARY,
+    Arm,
+    Probe,
+    ReportFigure,
+    draw,
+    encoder_settings,
+    registered_settings,
+    select,
+)
 from lorascope.probes.lora import LOW, shared_arms
 from lorascope.probes.rank_statistics import ATTENTION, RankFraction, final_ranks
 from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
@@ -36,6 +46,16 @@ def arms(quick: bool) -> list[Arm]:
     # rounds.
     adapted = Arm(label=ADAPTED, method=method, settings=encoder_settings(quick), cost=3.0 if quick else 8.0)
     return [*shared_arms(quick, LOW), adapted]
+
+
+def registered() -> list[Arm]:
+    """Return the registered arms: ALoRA with its scores and with random ones, and LoRA of the same rank."""
+    method, settings = ALoRA(init_rank=4, alpha=4.0), registered_settings()
+    return [
+        Arm(label=ADAPTED, method=method, settings=settings),
+        Arm(label=statistics.RANDOM, method=replace(method, scores="random"), settings=settings),
+        Arm(label=statistics.UNIFORM, method=LoRA(rank=4, alpha=4.0, targets="all-linear"), settings=settings),
+    ]
 
 
 def randomly_moved_ranks(run: Run, found: pd.DataFrame) -> pd.DataFrame:
@@ -89,6 +109,7 @@ PROBE = Probe(
     question="Does rank move to queries and keys more than with random scores, and does it improve accuracy?",
     quick_budget=100,
     arms=arms,
+    registered=registered,
     claims={
         "alora.attention": (RankFraction(ADAPTED, ATTENTION), RankFraction(ADAPTED, ATTENTION, random_moves)),
         "alora.queries": (

@@ -16,17 +16,21 @@ Departs:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from lorascope.evidence.statistics import autolora as statistics
+from lorascope.inputs import models
 from lorascope.methods import AutoLoRA, LoRA
 from lorascope.methods.autolora import retained_mask
-from lorascope.probes.base import Arm, Probe, ReportFigure, draw, encoder_settings, select
+from lorascope.probes.base import Arm, Probe, ReportFigure, draw, encoder_settings, registered_settings, select
 from lorascope.probes.rank_statistics import NEXT_SEED, RankAgreement, final_ranks
 from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
 from lorascope.runs.run import Run
+from lorascope.schema import module_table
 
 MOVIES, TWEETS, UNIFORM = "AutoLoRA, movies", "AutoLoRA, tweets", "LoRA, rank 4, movies"
 
@@ -44,6 +48,29 @@ def arms(quick: bool) -> list[Arm]:
         Arm(label=TWEETS, method=method, task="sentiment/tweets", cost=6.0, **shared),
         Arm(label=UNIFORM, method=LoRA(rank=4, alpha=16.0, **rates), task="sentiment/movies", cost=0.8, **shared),
     ]
+
+
+def registered() -> list[Arm]:
+    """Return the registered arms: AutoLoRA, its search on the domains, and LoRA of rank 4 and of random ranks."""
+    method = AutoLoRA(rank=8, alpha=16.0, selection_lr=1e-2, search_steps=100)
+    lora, settings = LoRA(rank=4, alpha=16.0), registered_settings()
+    return [
+        Arm(label=statistics.ADAPTED, method=method, settings=settings),
+        # Its ranks come from the search, so one step of retraining is enough.
+        Arm(label=statistics.DOMAINS, method=method, settings=registered_settings(1), task="sentiment/domains"),
+        Arm(label=statistics.UNIFORM, method=lora, settings=settings),
+        Arm(label=statistics.RANDOM, method=lora, settings=settings, vary=_with_random_ranks),
+    ]
+
+
+def _with_random_ranks(arm: Arm, seed: int) -> Arm:
+    """Return the arm with the ranks that small random logits give: on average half of 8 components."""
+    names = module_table.match(module_table.describe(models.load("minilm")), ("q", "v"))
+    logits = np.random.default_rng(seed).standard_normal((len(names), 8))
+    # The softmax of small logits is at least its mean where they are.
+    kept = (logits >= logits.mean(axis=1, keepdims=True)).sum(axis=1).tolist()
+    method: Any = arm.method
+    return replace(arm, method=replace(method, rank=dict(zip(names, kept, strict=True))))
 
 
 def rank_spread(run: Run) -> float:
@@ -79,6 +106,7 @@ PROBE = Probe(
     question="Do ranks differ between layers more than random ones do, and between tasks more than between seeds?",
     quick_budget=160,
     arms=arms,
+    registered=registered,
     claims={
         "autolora.spread": (EachRun(rank_spread, MOVIES), EachRun(random_rank_spread, MOVIES)),
         "autolora.tasks": (-RankAgreement(MOVIES, other=TWEETS), -RankAgreement(MOVIES)),

@@ -15,6 +15,7 @@ from lorascope.analysis.seed_intervals import t_interval
 from lorascope.charts.chart import Drawable
 from lorascope.inputs.tasks import Task
 from lorascope.methods.base import Method
+from lorascope.observe import Observer
 from lorascope.probes.claims import CLAIMS, Verdict
 from lorascope.probes.seed_statistics import BySeed, Runs
 from lorascope.runs.run import Run
@@ -75,6 +76,37 @@ class Arm:
         return self.cost * self.settings["steps"] * self.settings["batch_size"] / 16
 
 
+@dataclass(frozen=True)
+class Scored:
+    """Result of a run of an ``OwnArm``: values of its row in the evidence, scores of test rows, and kept tables."""
+
+    row: Mapping[str, Any]
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnArm:
+    """A registered arm that ``train`` does not train, such as word counts.
+
+    Parameters
+    ----------
+    label : str
+        Name of the arm.
+    method : mapping
+        What it does, as JSON values.
+    compute : callable
+        ``compute(seed)`` returns its result.
+    task : str
+        Name of a task that is scored by row; "" for data of its own.
+    """
+
+    label: str
+    method: Mapping[str, Any]
+    compute: Callable[[int], Scored]
+    task: str = ""
+
+
 def encoder_settings(quick: bool) -> dict[str, Any]:
     """Return the training settings of the arms on minilm. They are the same for all probes, so that runs are shared."""
     steps = 24 if quick else 300
@@ -83,6 +115,18 @@ def encoder_settings(quick: bool) -> dict[str, Any]:
     if quick:
         return shared | {"batch_size": 8, "eval_every": 12, "eval_size": 100, "test_size": 300}
     return shared | {"batch_size": 16}
+
+
+def registered_settings(steps: int = 300, *observers: Observer) -> dict[str, Any]:
+    """Return the training settings of the registered arms on minilm, which are scored after the last step only."""
+    # The validation split of sentiment has 1,968 rows; a mixture of tasks has more, and is scored on as many.
+    observed = [observe.norms(every=10), *observers]
+    return {"steps": steps, "batch_size": 16, "eval_every": 0, "eval_size": 1968, "observe": observed}
+
+
+def registered_factors(steps: int = 300) -> dict[str, Any]:
+    """Return the settings of registered arms whose factors are read at the start and at the end."""
+    return registered_settings(steps, observe.factors(every=steps))
 
 
 @dataclass(frozen=True)
@@ -178,7 +222,7 @@ class Probe:
     question: str
     quick_budget: int
     arms: Callable[[bool], Sequence[Arm]]
-    registered: Callable[[], Sequence[Arm]] = lambda: ()
+    registered: Callable[[], Sequence[Arm | OwnArm]] = lambda: ()
     claims: Mapping[str, tuple[Compute, Compute]] = field(default_factory=dict)
     figures: Callable[[Any], Sequence[ReportFigure]]
     tables: Callable[[Any], Mapping[str, pd.DataFrame]] = lambda data: {}

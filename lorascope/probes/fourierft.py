@@ -19,7 +19,16 @@ from dataclasses import replace
 from typing import Any
 
 from lorascope.methods import FourierFT, HydraLoRA, LoRA
-from lorascope.probes.base import SEEDS_VARY, Arm, Probe, ReportFigure, draw, encoder_settings, select
+from lorascope.probes.base import (
+    SEEDS_VARY,
+    Arm,
+    Probe,
+    ReportFigure,
+    draw,
+    encoder_settings,
+    registered_settings,
+    select,
+)
 from lorascope.probes.seed_statistics import BySeed, EachRun, Runs, accuracy
 
 # For minilm's 384 x 384 query and value weights, 1536 coefficients have the parameters of LoRA of rank 2, 6144 of rank
@@ -57,6 +66,32 @@ def arms(quick: bool) -> list[Arm]:
         HYDRA: HydraLoRA(rank=2, num_experts=3, alpha=2.0, targets=("q", "v"), **rates),
     }
     return [Arm(label=label, method=method, settings=settings, cost=0.65) for label, method in methods.items()]
+
+
+def registered() -> list[Arm]:
+    """Return the registered arms: FourierFT in three sizes and its variants, and LoRA on the same modules."""
+    bands = {label: replace(METHOD, center=center, width=BAND_WIDTH) for label, center in BANDS.items()}
+    drawn = {
+        DEFAULT: METHOD,
+        FEW: replace(METHOD, coefficients=48),
+        MANY: replace(METHOD, coefficients=6144),
+        RANDOM: replace(METHOD, basis="random"),
+        ORTHOGONAL: replace(METHOD, basis="orthogonal"),
+        ZEROS: replace(METHOD, init="zeros"),
+        **bands,
+    }
+    factored = {EQUAL: LoRA(rank=2, alpha=2.0), LARGE: LoRA(rank=8, alpha=8.0)}
+    settings = registered_settings()
+    return [
+        *(Arm(label=label, method=method, settings=settings, vary=_with_entries) for label, method in drawn.items()),
+        *(Arm(label=label, method=method, settings=settings) for label, method in factored.items()),
+    ]
+
+
+def _with_entries(arm: Arm, seed: int) -> Arm:
+    """Return the arm with entries and bases that the seed draws."""
+    method: Any = arm.method
+    return replace(arm, method=replace(method, entry_seed=seed))
 
 
 def best_elsewhere(arms: Sequence[BySeed]) -> BySeed:
@@ -117,6 +152,7 @@ PROBE = Probe(
     question="Is FourierFT as accurate as LoRA, do more coefficients help, and does the Fourier basis matter?",
     quick_budget=60,
     arms=arms,
+    registered=registered,
     claims={
         "fourierft.parity": (EachRun(accuracy, DEFAULT), EachRun(accuracy, LARGE) - 0.02),
         "fourierft.equal": (EachRun(accuracy, DEFAULT), EachRun(accuracy, EQUAL)),

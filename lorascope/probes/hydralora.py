@@ -19,8 +19,21 @@ from functools import partial
 import numpy as np
 
 from lorascope.analysis.head_similarity import cosines, mean_of_pairs, update_inner
-from lorascope.methods import HydraLoRA, LoRA
-from lorascope.probes.base import HELD_FIXED, Arm, Probe, ReportFigure, draw, encoder_settings, select
+from lorascope.evidence.statistics import hydralora as statistics
+from lorascope.inputs import tasks
+from lorascope.inputs.task_parts import restrict
+from lorascope.methods import Full, HydraLoRA, LoRA
+from lorascope.methods.base import Method
+from lorascope.probes.base import (
+    HELD_FIXED,
+    Arm,
+    Probe,
+    ReportFigure,
+    draw,
+    encoder_settings,
+    registered_settings,
+    select,
+)
 from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
 from lorascope.runs.run import Run
 
@@ -74,6 +87,24 @@ def arms(quick: bool) -> list[Arm]:
             for number in (() if quick else NUMBERS)
         ),
     ]
+
+
+def registered() -> list[Arm]:
+    """Return the registered arms on the mixture of four tasks, and full fine-tuning and LoRA on one of them."""
+    four = tasks.load("sentiment/mixture")
+    one = restrict(four, "sentiment")
+    settings, rank = registered_settings(400), equal_rank(METHOD)
+    lora = LoRA(rank=rank, alpha=rank * METHOD.alpha / METHOD.rank, targets=METHOD.targets or ())
+    methods: dict[str, tuple[Method, tasks.Task]] = {
+        ROUTED: (METHOD, four),
+        EVEN: (replace(METHOD, router="uniform"), four),
+        SPLIT: (replace(METHOD, shared_a=False), four),
+        LORA: (lora, four),
+        statistics.FULL_MANY: (Full(), four),
+        statistics.FULL_ONE: (Full(), one),
+        statistics.LORA_ONE: (lora, one),
+    }
+    return [Arm(label=label, method=method, task=task, settings=settings) for label, (method, task) in methods.items()]
 
 
 def domain_information(run: Run, start: bool = False) -> float:
@@ -141,6 +172,7 @@ PROBE = Probe(
     question="Is routing domain-specific, do the experts differ, and does HydraLoRA outperform LoRA?",
     quick_budget=120,
     arms=arms,
+    registered=registered,
     claims={
         "hydralora.tasks": (
             EachRun(domain_information, ROUTED),

@@ -21,6 +21,7 @@ Departs:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,9 +30,20 @@ import pandas as pd
 from lorascope import observe
 from lorascope.analysis.factor_embeddings import factored_updates
 from lorascope.analysis.factor_sharing import numbers
+from lorascope.evidence.statistics import asymmetry as statistics
+from lorascope.inputs import tasks
+from lorascope.inputs.task_parts import quarter
 from lorascope.inputs.sources import DOMAINS
 from lorascope.methods import LoRA
-from lorascope.probes.base import Arm, Probe, ReportFigure, draw, encoder_settings, format_mean
+from lorascope.probes.base import (
+    Arm,
+    Probe,
+    ReportFigure,
+    draw,
+    encoder_settings,
+    format_mean,
+    registered_factors,
+)
 from lorascope.probes.seed_statistics import BySeed, Runs, Statistic
 from lorascope.runs.run import Run
 
@@ -69,6 +81,28 @@ def arms(quick: bool) -> list[Arm]:
                 vary=_replicate_arm,
             )
     return list(made.values())
+
+
+def registered() -> list[Arm]:
+    """Return the registered arms: those of a full run, and two orders of each random quarter of the whole text."""
+    settings = registered_factors(200) | {"eval_size": 200, "test_size": 200}
+    shared = LoRA(rank=8, alpha=8.0, init_seed=0)
+    quarters = [
+        Arm(
+            label=label,
+            method=shared,
+            settings=settings | {"seed": number},
+            vary=partial(_quarter_arm, number // 2 + 1),
+        )
+        for number, label in enumerate(statistics.QUARTERS)
+    ]
+    domains = [replace(arm, settings=settings | {"seed": arm.settings["seed"]}) for arm in arms(quick=False)]
+    return [*domains, *quarters]
+
+
+def _quarter_arm(number: int, arm: Arm, seed: int) -> Arm:
+    """Return the arm of a replicate on one of four random parts of the text, which the seed deals."""
+    return _replicate_arm(replace(arm, task=quarter(tasks.load("sentiment"), number, seed)), seed)
 
 
 def _replicate_arm(arm: Arm, seed: int) -> Arm:
@@ -181,6 +215,7 @@ PROBE = Probe(
     question="Are the A's of different domains similar because of training, or because of a shared initial A?",
     quick_budget=40,
     arms=arms,
+    registered=registered,
     collect=collect,
     claims={
         "asymmetry.raw": (Number("sharedness", OWN, "A", "raw"), Number("sharedness", OWN, "B", "raw")),

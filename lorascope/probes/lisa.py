@@ -19,6 +19,7 @@ Departs:
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,8 +28,18 @@ import pandas as pd
 
 from lorascope import observe
 from lorascope.analysis import norms
+from lorascope.evidence.statistics import lisa as statistics
 from lorascope.methods import Full, LoRA
-from lorascope.probes.base import HELD_FIXED, Arm, Probe, ReportFigure, draw, encoder_settings, select
+from lorascope.probes.base import (
+    HELD_FIXED,
+    Arm,
+    Probe,
+    ReportFigure,
+    draw,
+    encoder_settings,
+    registered_settings,
+    select,
+)
 from lorascope.probes.seed_statistics import EachRun, Runs
 from lorascope.runs.run import Run
 
@@ -58,6 +69,23 @@ def arms(quick: bool) -> list[Arm]:
         *found,
         Arm(label=FULL_DECODER, method=Full(lr=5e-5), **shared),
         Arm(label=ADAPTED_DECODER, method=both_ends, **shared),
+    ]
+
+
+def registered() -> list[Arm]:
+    """Return the registered arms: LoRA with PEFT's initial B of the embedding and with a small one, on both models."""
+    steps = 30
+    decoder: dict[str, Any] = {"steps": steps, "batch_size": 8, "eval_every": 0, "eval_size": 200, "test_size": 200}
+    decoder |= {"observe": [observe.norms(every=5)]}
+    shared: dict[str, Any] = {"settings": decoder, "model": "smollm2", "blocks": 6}
+    encoder = LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed"))
+    both_ends = replace(encoder, targets=("all-linear", "embed", "lm_head"))
+    return [
+        Arm(label=ADAPTED, method=encoder, settings=registered_settings()),
+        Arm(label=statistics.SMALL, method=replace(encoder, embedding_init="linear"), settings=registered_settings()),
+        Arm(label=FULL_DECODER, method=Full(), **shared),
+        Arm(label=ADAPTED_DECODER, method=both_ends, **shared),
+        Arm(label=statistics.SMALL_DECODER, method=replace(both_ends, embedding_init="linear"), **shared),
     ]
 
 
@@ -128,6 +156,7 @@ PROBE = Probe(
     question="Are LoRA's norms larger in embedding and head than in the blocks, and is that learned or initial?",
     quick_budget=50,
     arms=arms,
+    registered=registered,
     claims={
         "lisa.embed": _skewed_update("embed", ADAPTED, FULL),
         "lisa.learned": _skewed_adapter("embed", ADAPTED),

@@ -13,12 +13,16 @@ Departs:
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
+from lorascope import observe
 from lorascope.analysis import lisa_schedule
-from lorascope.methods import LISA
+from lorascope.evidence.statistics import lisa as statistics
+from lorascope.methods import LISA, Full, LoRA
 from lorascope.probes import lora
-from lorascope.probes.base import Arm, Probe, ReportFigure, draw, encoder_settings, select
+from lorascope.probes.base import Arm, Probe, ReportFigure, draw, encoder_settings, registered_settings, select
 from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
 from lorascope.schema import records
 
@@ -42,6 +46,30 @@ def arms(quick: bool) -> list[Arm]:
     return [
         *(Arm(label=label, method=method, settings=settings, cost=cost) for label, (method, cost) in own.items()),
         *lora.shared_arms(quick, FULL, ADAPTED),
+    ]
+
+
+def registered() -> list[Arm]:
+    """Return the registered arms: LISA on minilm, and LISA, full fine-tuning and LoRA on the whole of SmolLM2."""
+    settings = registered_settings()
+    steps = settings["steps"]
+    encoder = {
+        DRAWN: LISA(n_active=2),
+        ONCE: LISA(n_active=2, interval=steps),
+        ENDS: LISA(n_active=0),
+        FOUR: LISA(n_active=4),
+    }
+    whole: dict[str, Any] = {"steps": 40, "batch_size": 8, "eval_every": 0, "eval_size": 200, "test_size": 1000}
+    whole |= {"observe": [observe.norms(every=10)]}
+    decoder = {
+        statistics.WHOLE: LISA(n_active=2, interval=4),
+        statistics.WHOLE_ONCE: LISA(n_active=2, interval=40),
+        statistics.WHOLE_FULL: Full(),
+        statistics.WHOLE_LORA: LoRA(rank=8, alpha=8.0, targets="all-linear"),
+    }
+    return [
+        *(Arm(label=label, method=method, settings=settings) for label, method in encoder.items()),
+        *(Arm(label=label, method=method, settings=whole, model="smollm2") for label, method in decoder.items()),
     ]
 
 
@@ -79,6 +107,7 @@ PROBE = Probe(
     question="Does training a few blocks at a time match full fine-tuning, and does resampling them help?",
     quick_budget=85,
     arms=arms,
+    registered=registered,
     claims={
         "lisa.parity": (EachRun(accuracy, DRAWN), EachRun(accuracy, FULL) - 0.02),
         "lisa.redrawn": (EachRun(accuracy, DRAWN), EachRun(accuracy, ONCE)),

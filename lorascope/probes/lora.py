@@ -12,17 +12,32 @@ Departs:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lorascope.evidence.statistics import lora as statistics
 from lorascope.inputs import tasks
+from lorascope.inputs.task_parts import subsample
 from lorascope.methods import Full, LoRA
-from lorascope.probes.base import HELD_FIXED, Arm, Probe, ReportFigure, draw, encoder_settings, format_mean, select
+from lorascope.probes.base import (
+    HELD_FIXED,
+    Arm,
+    OwnArm,
+    Probe,
+    ReportFigure,
+    draw,
+    encoder_settings,
+    format_mean,
+    registered_factors,
+    registered_settings,
+    select,
+)
 from lorascope.probes.seed_statistics import EachRun, NextSeed, Runs, accuracy, pair_next_seeds
-from lorascope.probes.tfidf_baseline import tfidf_accuracy
+from lorascope.probes.tfidf_baseline import tfidf_accuracy, tfidf_arm
 from lorascope.runs.run import Run
 from lorascope.updates import phi
 
@@ -38,6 +53,25 @@ def arms(quick: bool) -> list[Arm]:
         Arm(label=LOW, method=LoRA(rank=8, alpha=8.0, **lora), settings=settings),
         Arm(label=HIGH, method=LoRA(rank=64, alpha=64.0, **lora), settings=settings),
     ]
+
+
+def registered() -> list[Arm | OwnArm]:
+    """Return the registered arms: full fine-tuning and LoRA, both also on 100 drawn examples, and word counts."""
+    few = registered_settings(150)
+    low = LoRA(rank=8, alpha=8.0, targets="all-linear")
+    high = LoRA(rank=64, alpha=64.0, targets="all-linear")
+    return [
+        Arm(label=FULL, method=Full(), settings=registered_settings()),
+        Arm(label=LOW, method=low, settings=registered_factors()),
+        Arm(label=HIGH, method=high, settings=registered_factors()),
+        Arm(label=statistics.FEW_FULL, method=Full(), settings=few, vary=_with_few_examples),
+        Arm(label=statistics.FEW_LOW, method=low, settings=few, vary=_with_few_examples),
+        tfidf_arm(statistics.WORDS, "sentiment"),
+    ]
+
+
+def _with_few_examples(arm: Arm, seed: int) -> Arm:
+    return replace(arm, task=subsample(tasks.load("sentiment"), 100, seed))
 
 
 def shared_arms(quick: bool, *labels: str) -> list[Arm]:
@@ -90,6 +124,7 @@ PROBE = Probe(
     quick_budget=75,
     order=0,  # first, because other probes compare their methods with its arms
     arms=arms,
+    registered=registered,
     claims={
         "lora.parity": (EachRun(accuracy, LOW), EachRun(accuracy, FULL) - 0.02),
         "lora.words": (EachRun(accuracy, LOW), EachRun(lambda run: tfidf_words(run.task)["all"], LOW)),

@@ -16,6 +16,7 @@ Departs:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +24,19 @@ import numpy as np
 
 from lorascope import observe
 from lorascope.analysis import neuron_utilization, selected_neurons
+from lorascope.evidence.statistics import neft as statistics
 from lorascope.methods import NeFT
-from lorascope.probes.base import Arm, Probe, ReportFigure, draw, encoder_settings, over_seeds, select, tabulate
+from lorascope.probes.base import (
+    Arm,
+    Probe,
+    ReportFigure,
+    draw,
+    encoder_settings,
+    over_seeds,
+    registered_settings,
+    select,
+    tabulate,
+)
 from lorascope.probes.lora import FULL, LOW, shared_arms
 from lorascope.probes.rank_statistics import NEXT_SEED
 from lorascope.probes.seed_statistics import EachRun, NextSeed, Runs, accuracy
@@ -60,6 +72,27 @@ def arms(quick: bool) -> list[Arm]:
             Arm(label=label, method=neft(), task=task, settings=choice, cost=1.0 + steps // 3)
             for label, task in ((MOVIES, "sentiment/movies"), (TWEETS, "sentiment/tweets"))
         ),
+    ]
+
+
+def registered() -> list[Arm]:
+    """Return the registered arms: NeFT by four choices, with fewer neurons, and its choice on two domains."""
+    settings = registered_settings()
+    steps = settings["steps"]
+    seen = registered_settings(steps, observe.utilization(every=steps))
+    # The tuning before the choice has the middle rate of full fine-tuning, whatever rate the neurons train at.
+    nine = NeFT(parameter_share=0.09, tune_steps=steps // 3, tune_lr=1e-4)
+    three = replace(nine, parameter_share=0.03)
+    # One step suffices for arms that only choose neurons.
+    choice: dict[str, Any] = registered_settings(1)
+    return [
+        Arm(label=CHANGED, method=nine, settings=seen),
+        Arm(label=RANDOM, method=replace(nine, select_by="random"), settings=settings),
+        Arm(label=PROBED, method=replace(nine, select_by="probed"), settings=settings),
+        Arm(label=statistics.FEW, method=three, settings=seen),
+        Arm(label=statistics.REVERSED, method=replace(three, reversed_share=0.06), settings=seen),
+        Arm(label=MOVIES, method=nine, task="sentiment/movies", settings=choice),
+        Arm(label=TWEETS, method=nine, task="sentiment/tweets", settings=choice),
     ]
 
 
@@ -116,6 +149,7 @@ PROBE = Probe(
     question="Do the neurons that rotate most in full fine-tuning outperform others, and are they task-specific?",
     quick_budget=105,
     arms=arms,
+    registered=registered,
     claims={
         "neft.over_full": (EachRun(accuracy, CHANGED), EachRun(accuracy, FULL)),
         "neft.over_lora": (EachRun(accuracy, CHANGED), EachRun(accuracy, LOW)),

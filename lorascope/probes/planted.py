@@ -23,7 +23,7 @@ from lorascope.analysis import baseline_ranks
 from lorascope.analysis.planted_ranks import absolute_error, rank_correlation
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, LoRA
 from lorascope.probes import planted_teacher
-from lorascope.probes.base import Arm, Probe, draw, over_seeds, select, tabulate
+from lorascope.probes.base import Arm, Probe, draw, over_seeds, registered_settings, select, tabulate
 from lorascope.probes.seed_statistics import EachRun, loss
 
 UNIFORM, RANDOM, TRUTH = "LoRA, uniform ranks", "LoRA, random ranks", "LoRA, the planted ranks"
@@ -64,6 +64,13 @@ def arms(quick: bool) -> list[Arm]:
     ]
 
 
+def registered() -> list[Arm]:
+    """Return the registered arms: three allocators, and LoRA with uniform ranks, on the text of the seed's teacher."""
+    labels = {*ALLOCATORS.values(), UNIFORM}
+    settings = registered_settings(400) | {"eval_size": 300}
+    return [replace(arm, settings=settings) for arm in arms(quick=False) if arm.label in labels]
+
+
 def _lora(rank: int | Mapping[str, int]) -> LoRA:
     return LoRA(rank=rank, alpha=_SCALE * planted_teacher.BUDGET, targets="all-linear", **_RATES)
 
@@ -102,6 +109,7 @@ PROBE = Probe(
     question="Do allocators recover the rank of each module if it is known, and does this lower the test loss?",
     quick_budget=40,
     arms=arms,
+    registered=registered,
     claims={
         f"planted.{name.lower()}_{quantity}": compare(arm)
         for name, arm in ALLOCATORS.items()

@@ -52,6 +52,9 @@ class ShiftFrom(Statistic):
     def arms(self) -> set[str]:
         return {self.reference, self.arm}
 
+    def tables(self) -> set[tuple[str, str]]:
+        return {(UTILIZATION, arm) for arm in self.arms()}
+
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         found = []
         for seed in seeds:

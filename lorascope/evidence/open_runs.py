@@ -1,0 +1,99 @@
+"""Runs that are still open: what the registration asks for and the evidence does not have yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lorascope.evidence.judging import Pair, judge_claim, untrained_arms
+from lorascope.evidence.looks import STOPPED
+from lorascope.evidence.registration import Registered, Registration
+from lorascope.evidence.store import Evidence
+from lorascope.evidence.tuning import chosen
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run to train: an arm with a seed, at a rate, which is None for arms without one."""
+
+    arm: str
+    seed: int
+    role: Literal["tuning", "judged", "baseline"]
+    rate: float | None
+
+
+def open_runs(
+    registration: Registration,
+    pairs: Mapping[str, Pair],
+    evidence: Evidence,
+    block: Mapping[str, Any],
+) -> list[OpenRun]:
+    """Return the runs to train next: all that the first unfinished look of the first unfinished stage lacks.
+
+    Parameters
+    ----------
+    registration : Registration
+        Claims, arms and stages.
+    pairs : mapping id -> (Statistic, Statistic)
+        Statistic and control of each judged claim.
+    evidence : Evidence
+        The finished runs.
+    block : mapping
+        The machine that trains; see ``store.BLOCK``. Judged runs of other machines do not count.
+
+    Returns
+    -------
+    list of OpenRun
+        In the order of the claims; empty if every claim is judged.
+    """
+    here = evidence.in_block(block)
+    for stage in registration.stages:
+        claims = [claim for id, claim in registration.of_tier("primary", "secondary").items() if stage.has(id)]
+        for look in stage.looks:
+            if look:
+                found = [run for claim in claims for run in _of_look(claim, look, registration, pairs, evidence, here)]
+            else:
+                found = [run for claim in claims for run in _of_tuning(claim, registration, evidence)]
+            if needed := list(dict.fromkeys(found)):
+                return needed
+    return []
+
+
+def _of_tuning(claim: Registered, registration: Registration, evidence: Evidence) -> Iterator[OpenRun]:
+    for label in claim.arms:
+        if not registration.arms[label].fields:
+            continue
+        tuned, choice = chosen(registration, evidence.runs, label)
+        done = evidence.runs[(evidence.runs["arm"] == tuned.label) & (evidence.runs["role"] == "tuning")]
+        trained = set(zip(done["seed"], done["rate"], strict=True))
+        for rate in choice.missing:
+            for seed in tuned.tuning_seeds:
+                if (seed, rate) not in trained:
+                    yield OpenRun(tuned.label, seed, "tuning", rate)
+
+
+def _of_look(
+    claim: Registered,
+    look: int,
+    registration: Registration,
+    pairs: Mapping[str, Pair],
+    evidence: Evidence,
+    here: Evidence,
+) -> Iterator[OpenRun]:
+    design = claim.design
+    if look > len(design.seeds) or untrained_arms(here, lambda arm: registration.arms[arm].may_void) & set(claim.arms):
+        return
+    verdict = judge_claim(claim, pairs[claim.id], here)
+    if verdict is not None and verdict[0].look and verdict[0].note != STOPPED:
+        return  # an earlier look decided it
+    for seed in range(design.first_seed, design.first_seed + design.seeds[look - 1]):
+        for label in claim.arms:
+            if here.has(label, seed):
+                continue
+            arm = registration.arms[label]
+            if arm.baseline:
+                yield OpenRun(label, design.first_seed, "baseline", None)
+            else:
+                rate = chosen(registration, evidence.runs, label)[1].rate if arm.fields else None
+                yield OpenRun(label, seed, "judged", rate)

@@ -1,0 +1,262 @@
+"""Training of the evidence: the open runs of the registration, each of which is kept as soon as it is finished.
+
+The runs are stored in another folder. The evidence keeps a row of each, its predictions, and the tables that statistics
+read. Saved parameters are deleted then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+
+from lorascope.evidence import registration, store, verification
+from lorascope.evidence.open_runs import OpenRun, open_runs
+from lorascope.evidence.registration import Registration, arm_hash
+from lorascope.evidence.statistics import PAIRS
+from lorascope.experiments.sweep import Job, train_job, width
+from lorascope.inputs import models, tasks
+from lorascope.inputs.classifier_head import fit_head, weights_hash
+from lorascope.inputs.task_parts import first_test_rows, identify_test_rows
+from lorascope.inputs.tasks import Task
+from lorascope.methods.base import config
+from lorascope.probes.base import PROBES, Arm, OwnArm
+from lorascope.runs.run import Run
+from lorascope.runs.writer import remove_states
+from lorascope.training.settings import Settings
+
+BUDGET = 2400
+"""CPU-minutes after which no further runs are trained."""
+# The rates and what is observed or scored do not change how a run trains.
+_NOT_HASHED = ("lr", "head_lr", "eval_every", "test_size")
+
+
+@cache
+def registered_arms() -> dict[str, Arm | OwnArm]:
+    """Return the registered arms of all probes by label.
+
+    Raises
+    ------
+    ValueError
+        Two arms have the same label.
+    """
+    found: dict[str, Arm | OwnArm] = {}
+    for arm in (arm for probe in PROBES.values() for arm in probe.registered()):
+        if found.setdefault(arm.label, arm) is not arm:
+            raise ValueError(f"labels must be unique, got two arms with label {arm.label!r}")
+    return found
+
+
+def block() -> dict[str, Any]:
+    """Return the columns of ``runs.csv`` that identify this machine."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"capability": capability, "torch": str(torch.__version__), "threads": 1, "device": "cpu"}
+
+
+def arm_hashes(claims: Registration) -> dict[str, str]:
+    """Compute the hash of every registered arm from the code, by label."""
+    found = {}
+    for label, registered in claims.arms.items():
+        first = OpenRun(label, 100, "judged", registered.rates[0] if registered.rates else None)
+        row = _describe(_at(first, claims))
+        found[label] = arm_hash(
+            registered, *map(json.loads, (row["method"], row["settings"])), row["task_hash"], row["w0"]
+        )
+    return found
+
+
+def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registered: Path = registration.FILE) -> None:
+    """Train the runs that the registration asks for and the evidence lacks, until no claim is open.
+
+    Parameters
+    ----------
+    folder : path
+        Folder of evidence. Every finished run is added at once, so training can be interrupted at any time.
+    out : path
+        Folder of the runs. Interrupted ones resume.
+    minutes : float
+        No run starts after so many minutes.
+    registered : path
+        File of the registration.
+
+    Raises
+    ------
+    ValueError
+        An arm differs from the registered one.
+    """
+    claims, end = registration.read(registered), time.monotonic() + 60 * minutes
+    for label, found in arm_hashes(claims).items():
+        if found != claims.arms[label].hash:
+            raise ValueError(f"cannot train {label!r}: it differs from the registered arm, whose hash must be {found}")
+    seeds = _seeds_of_tables(claims)
+    while time.monotonic() < end:
+        evidence = store.read(folder) if (folder / "runs.csv").exists() else store.empty()
+        needed, spent = open_runs(claims, PAIRS, evidence, block()), evidence.runs["cpu_seconds"].sum() / 60
+        print(f"{len(needed)} runs are open; {spent:.0f} of {BUDGET} CPU-minutes are used.", flush=True)
+        if not needed or spent >= BUDGET:
+            break
+        # A run is only taken from the list when a process is free, so the time is read then.
+        calls = (delayed(_finish)(each, claims, seeds, out) for each in needed if time.monotonic() < end)
+        workers = Parallel(width(), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
+        for kept in workers(calls):
+            if len(kept.rows):
+                store.add_rows(folder, kept.rows)
+            store.add_run(folder, kept.row, kept.scores, kept.tables)
+            print(_line(kept.row), flush=True)
+    if (folder / "runs.csv").exists():
+        verification.write_derived(folder, verification.derive(store.read(folder), claims, PAIRS), registered)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    rate = "" if row["rate"] is None else f", rate {row['rate']:g}"
+    scores = f"validation loss {row['validation_loss']:.4g}, metric {row['validation_metric']:.4g}"
+    return f"{row['arm']}, {row['role']} seed {row['seed']}{rate}: {scores}, {row['cpu_seconds'] / 60:.1f} CPU-minutes"
+
+
+def _seeds_of_tables(claims: Registration) -> dict[tuple[str, str], range]:
+    """Return the seeds for which each table of each arm is kept: those of the last look of the claims that read it."""
+    found: dict[tuple[str, str], range] = {}
+    for id, claim in claims.of_tier("primary", "secondary").items():
+        seeds = range(claim.design.first_seed, claim.design.first_seed + claim.design.seeds[-1])
+        for table in PAIRS[id][0].tables() | PAIRS[id][1].tables():
+            found[table] = max(found.get(table, seeds), seeds, key=len)
+    return found
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the evidence keeps of a finished run, and the test rows of its task."""
+
+    row: Mapping[str, Any]
+    scores: Mapping[str, np.ndarray]
+    tables: Mapping[str, pd.DataFrame]
+    rows: pd.DataFrame
+
+
+def _finish(open_run: OpenRun, claims: Registration, seeds: Mapping[tuple[str, str], range], out: Path) -> _Kept:
+    """Train one run in this process, and return what is kept of it."""
+    torch.set_num_threads(1)
+    start = time.process_time()
+    arm = _at(open_run, claims)
+    id = f"{hashlib.sha256(arm.label.encode()).hexdigest()[:12]}-{open_run.seed}"
+    row = dict.fromkeys(store.RUN_COLUMNS) | vars(open_run) | block() | _describe(arm) | _version()
+    row |= {"run": id, "arm_hash": claims.arms[arm.label].hash}
+    scores: Mapping[str, np.ndarray] = {}
+    tables: Mapping[str, pd.DataFrame] = {}
+    if isinstance(arm, OwnArm):
+        found = arm.compute(open_run.seed)
+        row, scores, tables = row | dict(found.row), found.scores, found.tables
+    else:
+        try:
+            run = _train(arm, open_run, out)
+            row |= _scores(run, arm, open_run.role)
+            if open_run.role == "judged":
+                others = [_train(_at(replace(open_run, arm=label), claims), open_run, out) for label in arm.others]
+                read = [name for name in arm.keep if open_run.seed in seeds.get((name, arm.label), ())]
+                tables, scores = {name: arm.keep[name](run, *others) for name in read}, run.predictions
+            remove_states(run)
+        except FloatingPointError:  # a learning rate that is too high
+            row |= dict.fromkeys(("validation_loss", "test_loss"), math.inf) | {"run": f"{id}-{open_run.rate:g}"}
+            row |= dict.fromkeys(("validation_metric", "test_metric"), 0.0)
+    rows = identify_test_rows(_task(arm)) if scores else pd.DataFrame()
+    return _Kept(row | {"cpu_seconds": time.process_time() - start}, scores, tables, rows)
+
+
+def _at(open_run: OpenRun, claims: Registration) -> Arm | OwnArm:
+    """Return an arm as it is with a seed and at a rate."""
+    arm = registered_arms()[open_run.arm]
+    if isinstance(arm, OwnArm):
+        return arm
+    arm = arm.vary(arm, open_run.seed) if arm.vary else arm
+    rates = {name: open_run.rate * ratio for name, ratio in claims.arms[arm.label].fields.items() if open_run.rate}
+    settings, task = dict(arm.settings), _task(arm)
+    if number := settings.pop("test_size", None):
+        task = first_test_rows(task, number)
+    if open_run.role == "tuning":
+        settings |= {"observe": [], "test_size": 16}
+    return replace(arm, method=replace(arm.method, **rates), settings=settings, task=task)
+
+
+def _train(arm: Any, open_run: OpenRun, out: Path) -> Run:
+    # The settings come after the seed, because ``vary`` may set a different seed in them.
+    settings = {"seed": open_run.seed, "device": "cpu", **arm.settings, "root": out}
+    return train_job(Job(_model(arm), arm.task, arm.method, settings))
+
+
+def _model(arm: Arm) -> Any:
+    return partial(models.load, arm.model, blocks=arm.blocks) if isinstance(arm.model, str) else arm.model
+
+
+def _task(arm: Arm | OwnArm) -> Task:
+    return arm.task if isinstance(arm.task, Task) else _load(arm.task)
+
+
+@cache
+def _load(name: str) -> Task:
+    return tasks.load(name)
+
+
+def _describe(arm: Arm | OwnArm) -> dict[str, Any]:
+    """Return the columns of the row that an arm determines."""
+    task = _task(arm) if arm.task else None
+    about = {"task": task.name if task else "", "task_hash": task.hash if task else ""}
+    if isinstance(arm, OwnArm):
+        return about | {"method": json.dumps(arm.method), "settings": "{}", "model": "", "w0": ""}
+    given = {name: value for name, value in arm.settings.items() if name not in ("observe", "seed")}
+    settings = Settings(lr=1.0, head_lr=1.0, **given).to_dict()
+    name, w0 = _base(arm.model, arm.blocks, task.labels if task and task.classifies else None)
+    return about | {
+        "method": json.dumps(config(arm.method)),
+        "settings": json.dumps({name: value for name, value in settings.items() if name not in _NOT_HASHED}),
+        "steps": settings["steps"],
+        "model": name,
+        "w0": w0,
+    }
+
+
+@cache
+def _base(model: Any, blocks: int | None, labels: tuple[str, ...] | None) -> tuple[str, str]:
+    """Return name and hash of the base weights of a model."""
+    loaded = models.load(model, blocks=blocks) if isinstance(model, str) else model()
+    if type(loaded).__name__.endswith("ForSequenceClassification"):
+        fit_head(loaded, labels)
+    return models.name_of(loaded), weights_hash(loaded)
+
+
+def _scores(run: Run, arm: Arm, role: str) -> dict[str, Any]:
+    """Return the columns of the row that a run determines."""
+    found: dict[str, Any] = {"run": run.id, "trained_parameters": run.meta.parameters.trained}
+    final = run.table[run.table["step"] == run.table["step"].max()].set_index("quantity")["value"]
+    found |= {f"validation_{name}": float(final[f"eval_{name}"]) for name in ("loss", "metric")}
+    rows = _task(arm).split("validation").head(arm.settings["eval_size"])
+    # Without labels, the metric is a perplexity, which has no chance level.
+    chance = rows["label"].value_counts(normalize=True).iloc[0] if "label" in rows else math.nan
+    tested = role == "judged"
+    return found | {
+        "validation_chance": float(chance),
+        "test_loss": run.score.loss if tested else math.nan,
+        "test_metric": run.score.metric if tested else math.nan,
+    }
+
+
+@cache
+def _version() -> dict[str, Any]:
+    """Return commit and versions."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, check=True, text=True).stdout.strip()
+
+    dirty = bool(git("status", "--porcelain", "--", "lorascope"))
+    return {"commit": git("rev-parse", "HEAD"), "dirty": dirty, "numpy": np.__version__}

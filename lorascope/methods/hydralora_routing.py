@@ -52,7 +52,7 @@ register(
     ),
 )
 
-DRAWS = 100
+DRAWS = 200
 """Number of shuffles over which the information at chance level is averaged."""
 
 

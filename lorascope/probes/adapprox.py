@@ -131,6 +131,16 @@ def energy(run: Run, quantity: str) -> float:
     return float((1 - optimizer_moments.final(run.table, quantity).xs(RANK, level="index") ** 2).mean())
 
 
+def keep_tails(run: Run) -> pd.DataFrame:
+    """Return the kept table ``tails``, of fractions of energy; see ``evidence.statistics.adapprox``."""
+    columns = {"beyond": "moment_error", "dealt": "moment_error_dealt"}
+    found = {
+        name: optimizer_moments.final(run.table, quantity).xs(RANK, level="index") ** 2
+        for name, quantity in columns.items()
+    }
+    return pd.DataFrame(found).reset_index().astype({"module": "str"})
+
+
 def _final_error(optimizer: str, quantity: str, index: int | None = None) -> Statistic:
     return -AtBestRate(partial(final_value, quantity=quantity, index=index), optimizer)
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
 
 from lorascope.evidence.statistics import alora as statistics
 from lorascope.methods import ALoRA, LoRA
@@ -36,6 +37,7 @@ from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
 from lorascope.runs.run import Run
 
 ADAPTED = "ALoRA"
+DRAWS = 1000
 
 
 def arms(quick: bool) -> list[Arm]:
@@ -73,16 +75,35 @@ def randomly_moved_ranks(run: Run, found: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         ``found`` with the simulated ranks in the column ``value``.
     """
+    (sizes,) = _replay_rounds(run, found, 1)
+    return found.assign(value=sizes.astype(np.float64))
+
+
+def _replay_rounds(run: Run, found: pd.DataFrame, draws: int) -> Int[np.ndarray, "draws modules"]:
+    """Replay the rounds of a run with random scores: the final ranks of each draw, from those of the run."""
     draw = np.random.default_rng(run.seed)
-    sizes = np.full(len(found), run.meta.method["init_rank"])
     per_round = run.meta.method["prune"]
     in_block = int(found.groupby(["stack", "layer"], observed=True).size().max())
     number = {"block": in_block, "network": len(found)}.get(per_round, per_round)
-    for _ in range(run.table.loc[run.table["quantity"] == "score_full", "step"].nunique()):
-        scores = [draw.random(size) for size in sizes]
-        lost = prune(scores, number)
-        sizes = sizes - np.array([len(positions) for positions in lost]) + allocate(scores, lost)
-    return found.assign(value=sizes.astype(np.float64))
+    rounds = run.table.loc[run.table["quantity"] == "score_full", "step"].nunique()
+    replayed = np.full((draws, len(found)), run.meta.method["init_rank"])
+    for sizes in replayed:
+        for _ in range(rounds):
+            scores = [draw.random(size) for size in sizes]
+            lost = prune(scores, number)
+            sizes += allocate(scores, lost) - np.array([len(positions) for positions in lost])
+    return replayed
+
+
+def keep_replays(run: Run) -> pd.DataFrame:
+    """Return the kept table ``replays``; see ``evidence.statistics.alora``."""
+    found = final_ranks([run])
+    ranks = _replay_rounds(run, found, DRAWS)
+    q_k, v_o = (found["role"].isin(roles).to_numpy(np.float64) for roles in (("q", "k"), ("v", "o")))
+    groups = {"attention": q_k + v_o, "q and k less v and o": q_k - v_o}
+    fractions = ranks @ np.column_stack(list(groups.values())) / ranks.sum(axis=1, keepdims=True)
+    error = fractions.std(axis=0, ddof=1) / np.sqrt(DRAWS)
+    return pd.DataFrame({"group": list(groups), "value": fractions.mean(axis=0), "draws": DRAWS, "error": error})
 
 
 def random_moves(runs: Sequence[Run]) -> pd.DataFrame:

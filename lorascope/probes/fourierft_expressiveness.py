@@ -130,6 +130,18 @@ def learn(label: str, seed: int, epochs: int = EPOCHS) -> Course:
         optimizer.step()
 
 
+def course_table(label: str, seed: int) -> tuple[pd.DataFrame, float, float]:
+    """Train one adapter; return the kept table ``course`` and the final training accuracy and loss.
+
+    See ``evidence.statistics.fourierft`` for the table.
+    """
+    course, (x, y) = learn(label, seed), points(seed)
+    with torch.no_grad():
+        loss = F.cross_entropy(course.network(x), y)
+    table = pd.DataFrame({"best_accuracy": [best_accuracy(course)], "epochs": [epochs_needed(course)]})
+    return table, course.accuracy[-1], float(loss)
+
+
 @cache
 def courses() -> Courses:
     """Train every adapter for every seed. Seeds vary the points, the network and the adapter initialization."""

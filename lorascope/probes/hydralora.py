@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pandas as pd
 
 from lorascope.analysis.head_similarity import cosines, mean_of_pairs, update_inner
 from lorascope.evidence.statistics import hydralora as statistics
@@ -124,6 +125,17 @@ def domain_information(run: Run, start: bool = False) -> float:
         at.loc[at["quantity"] == name, "value"].mean() for name in ("gate_information", "gate_chance")
     )
     return float(information - chance)
+
+
+def keep_gate_information(run: Run) -> pd.DataFrame:
+    """Return the kept table ``gate_information``; see ``evidence.statistics.hydralora``."""
+    columns = {"gate_information": "information", "gate_chance": "chance"}
+    rows = run.table[run.table["quantity"].isin(columns)].astype({"module": "str", "quantity": "str"})
+    wide = rows.pivot(index=["module", "step"], columns="quantity", values="value").rename(columns=columns)
+    steps = wide.index.get_level_values("step")
+    moments = {"start": steps.min(), "end": steps.max()}
+    parts = [wide.xs(step, level="step").reset_index().assign(when=when) for when, step in moments.items()]
+    return pd.concat(parts, ignore_index=True)[["module", "when", "information", "chance"]]
 
 
 def mean_expert_distance(run: Run) -> float:

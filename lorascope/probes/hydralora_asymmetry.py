@@ -20,6 +20,7 @@ Departs:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -28,12 +29,12 @@ import numpy as np
 import pandas as pd
 
 from lorascope import observe
-from lorascope.analysis.factor_embeddings import factored_updates
+from lorascope.analysis.factor_embeddings import Factor, View, clouds, factored_updates
 from lorascope.analysis.factor_sharing import numbers
-from lorascope.evidence.statistics import asymmetry as statistics
+from lorascope.evidence.statistics import asymmetry
 from lorascope.inputs import tasks
-from lorascope.inputs.task_parts import quarter
 from lorascope.inputs.sources import DOMAINS
+from lorascope.inputs.task_parts import quarter
 from lorascope.methods import LoRA
 from lorascope.probes.base import (
     Arm,
@@ -94,7 +95,7 @@ def registered() -> list[Arm]:
             settings=settings | {"seed": number},
             vary=partial(_quarter_arm, number // 2 + 1),
         )
-        for number, label in enumerate(statistics.QUARTERS)
+        for number, label in enumerate(asymmetry.QUARTERS)
     ]
     domains = [replace(arm, settings=settings | {"seed": arm.settings["seed"]}) for arm in arms(quick=False)]
     return [*domains, *quarters]
@@ -154,6 +155,44 @@ class Number(Statistic):
     def __call__(self, data: Similarity) -> BySeed:
         rows = data.found[(data.found[KEYS] == [self.start, self.when, self.factor, self.view]).all(axis=1)]
         return dict(zip(rows["replicate"], rows[self.name], strict=True))
+
+
+COSINES: dict[tuple[str, ...], tuple[tuple[str, Factor, View], ...]] = {
+    asymmetry.OWN: (("end", "A", "raw"), ("end", "A", "space"), ("end", "B", "space"), ("start", "A", "space")),
+    asymmetry.COMMON: (("end", "A", "raw"), ("end", "B", "raw")),
+    asymmetry.QUARTERS: (("end", "B", "raw"),),
+}
+"""Labels of the arms of a set -> when, factor and view of the cosines that claims use."""
+
+
+def keep_similarities(run: Run, *others: Run, parts: Sequence[tuple[str, Factor, View]]) -> pd.DataFrame:
+    """Return the kept table ``similarities`` of a set of runs; see ``evidence.asymmetry.asymmetry``.
+
+    Parameters
+    ----------
+    run : Run
+        Last run of the set.
+    *others : Run
+        Runs before it, in their order.
+    parts : sequence of tuple
+        When ("start" or "end"), factor and view of the cosines; see ``COSINES``.
+    """
+    runs, tables = (*others, run), []
+    for when, factor, view in parts:
+        updates = {
+            str(number): factored_updates(one.updates(0 if when == "start" else None))
+            for number, one in enumerate(runs)
+        }
+        for cloud in clouds(updates, dict.fromkeys(updates, ""), (factor,), view):
+            first, second = np.triu_indices(len(cloud.flat), 1)
+            (slot, one), (other, two) = (
+                [part.astype(np.uint16) for part in np.divmod(points, len(runs))] for points in (first, second)
+            )
+            cosine = cloud.flat[first, second].astype(np.float16)
+            columns = {"when": when, "factor": factor, "view": view, "shape": " x ".join(map(str, cloud.shape))}
+            places = {"slot": slot, "first": one, "other": other, "second": two}
+            tables.append(pd.DataFrame(columns | places | {"cosine": cosine}))
+    return pd.concat(tables, ignore_index=True)
 
 
 def figures(data: Similarity) -> list[ReportFigure]:

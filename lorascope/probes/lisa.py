@@ -113,6 +113,18 @@ def _ratios(run: Run, quantity: str, start: bool) -> pd.DataFrame:
     return norms.ratio_to_block_median(cells[cells["step"] == 0] if start else norms.mean_over_steps(cells))
 
 
+def keep_layer_norms(run: Run) -> pd.DataFrame:
+    """Return the kept table ``layer_norms``, with the norms that were recorded; see ``evidence.statistics.lisa``."""
+    recorded = set(run.table["quantity"])
+    layers = pd.concat(
+        norms.mean_over_steps(norms.pool(norms.select(run.table, quantity))).astype({"place": "str"})
+        for quantity in ("update_norm", "factor_change", "adapter_norm")
+        if quantity in recorded
+    )
+    found = layers.assign(block=layers["layer"].notna())[["quantity", "place", "block", "value"]]
+    return found.astype({"quantity": "str"}).reset_index(drop=True)
+
+
 def _skewed_update(role: str, adapted: str, full: str) -> tuple[EachRun, EachRun]:
     """Return statistic and control of the claim that LoRA's update is more skewed than that of full fine-tuning."""
     # Full fine-tuning of a decoder records the norm of the tied tensor as that of the embedding.

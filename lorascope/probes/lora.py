@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lorascope.adapters.host_weights import host_weight, to_array
 from lorascope.evidence.statistics import lora as statistics
-from lorascope.inputs import tasks
+from lorascope.inputs import models, tasks
 from lorascope.inputs.task_parts import subsample
 from lorascope.methods import Full, LoRA
 from lorascope.probes.base import (
@@ -40,6 +41,7 @@ from lorascope.probes.seed_statistics import EachRun, NextSeed, Runs, accuracy, 
 from lorascope.probes.tfidf_baseline import tfidf_accuracy, tfidf_arm
 from lorascope.runs.run import Run
 from lorascope.updates import phi
+from lorascope.updates.linalg import as_float64
 
 FULL, LOW, HIGH = "full fine-tuning", "LoRA, rank 8", "LoRA, rank 64"
 
@@ -89,6 +91,34 @@ def mean_phi(low: Run, high: Run, step: int | None) -> float:
     """Compute phi(1, 1) between the A's of two runs at a step (None: the end), mean over their common modules."""
     first, second = low.factors(step), high.factors(step)
     return float(np.mean([phi(first[name]["A"], second[name]["A"], 1, 1) for name in first if name in second]))
+
+
+def keep_directions(run: Run) -> pd.DataFrame:
+    """Return the kept table ``directions``; see ``evidence.statistics.lora``."""
+    parts = []
+    for when, step in (("start", 0), ("end", None)):
+        for module, factors in run.factors(step).items():
+            first = np.linalg.svd(as_float64(factors["A"]), full_matrices=False)[2][0]
+            index = np.arange(len(first), dtype=np.uint16)
+            parts.append(
+                pd.DataFrame({"module": module, "when": when, "index": index, "value": first.astype(np.float16)})
+            )
+    return pd.concat(parts, ignore_index=True)
+
+
+def keep_amplification(run: Run) -> pd.DataFrame:
+    """Return the kept table ``amplification``; see ``evidence.statistics.lora``.
+
+    The norm between k left and k right random directions is the root mean square over all directions,
+    ``k |W| / sqrt(out * in)``, which is exact.
+    """
+    model, rows = models.load(run.meta.model), []
+    for module, update in run.updates().items():
+        weight = as_float64(to_array(host_weight(model.get_submodule(module))))
+        left, sigma, right = update.svd()
+        between, whole = np.linalg.norm(left.T @ weight @ right), np.linalg.norm(weight)
+        rows.append((module, between, len(sigma) * whole / np.sqrt(weight.size)))
+    return pd.DataFrame(rows, columns=["module", "update", "random"])
 
 
 def figures(runs: Runs) -> list[ReportFigure]:

@@ -21,9 +21,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lorascope import observe
-from lorascope.analysis import neuron_utilization, selected_neurons
+from lorascope.analysis import neuron_utilization, norms, selected_neurons
 from lorascope.evidence.statistics import neft as statistics
 from lorascope.methods import NeFT
 from lorascope.probes.base import (
@@ -116,6 +117,21 @@ def mean_shift(run: Run) -> float:
     shifts = neuron_utilization.shifts(run.table, selected_neurons.trained(run))
     sizes = shifts.groupby("role")["rank_1"].transform("size")
     return float((shifts["d_rank"].abs() / sizes).mean())
+
+
+def keep_selected(run: Run) -> pd.DataFrame:
+    """Return the kept table ``selected``; see ``evidence.statistics.neft``."""
+    found = selected_neurons.list_selected(run)[["module", "neuron"]].astype({"module": "str", "neuron": "uint16"})
+    size = found["module"].map(selected_neurons.sizes(run)).astype("uint16")
+    return found.assign(size=size).sort_values(["module", "neuron"], ignore_index=True)[["module", "size", "neuron"]]
+
+
+def keep_utilization(run: Run) -> pd.DataFrame:
+    """Return the kept table ``utilization``, after the last step; see ``evidence.statistics.neft``."""
+    rows = norms.last(run.table[run.table["quantity"] == "utilisation"]).astype({"module": "str", "role": "str"})
+    rows = rows.sort_values(["role", "module", "index"], ignore_index=True)
+    rank = rows.groupby("role")["value"].rank(method="first", ascending=False)
+    return rows[["role"]].assign(rank=rank.astype("uint16"))
 
 
 def figures(runs: Runs) -> list[ReportFigure]:

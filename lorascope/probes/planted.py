@@ -18,13 +18,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pandas as pd
+
 from lorascope import observe
 from lorascope.analysis import baseline_ranks
-from lorascope.analysis.planted_ranks import absolute_error, rank_correlation
+from lorascope.analysis.planted_ranks import absolute_error, rank_correlation, recovered_ranks
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, LoRA
 from lorascope.probes import planted_teacher
 from lorascope.probes.base import Arm, Probe, draw, over_seeds, registered_settings, select, tabulate
 from lorascope.probes.seed_statistics import EachRun, loss
+from lorascope.runs.run import Run
 
 UNIFORM, RANDOM, TRUTH = "LoRA, uniform ranks", "LoRA, random ranks", "LoRA, the planted ranks"
 ALLOCATORS = {"AdaLoRA": "AdaLoRA, planted", "AutoLoRA": "AutoLoRA, planted", "ALoRA": "ALoRA, planted"}
@@ -88,6 +91,12 @@ def _seeded_arm(arm: Arm, seed: int, ranks: Mapping[str, int] | None = None) -> 
     return replace(
         arm, task=planted_teacher.task(seed), settings={**arm.settings, "observe": [*arm.settings["observe"], truth]}
     )
+
+
+def keep_recovery(run: Run) -> pd.DataFrame:
+    """Return the kept table ``recovery``; see ``evidence.statistics.planted``."""
+    found = recovered_ranks(run)[["module", "planted", "found"]]
+    return found.astype({"planted": "int16", "found": "int16"}).reset_index(drop=True)
 
 
 _STATISTICS = {

@@ -26,6 +26,13 @@ def final_ranks(runs: Sequence[Run]) -> pd.DataFrame:
     return rank_allocations.current_ranks(records.concat([run.table for run in runs]))
 
 
+def keep_ranks(run: Run) -> pd.DataFrame:
+    """Return the kept table ``ranks``; see ``evidence.statistics.ranks``."""
+    ranks = run.ranks()
+    found = run.modules[run.modules["module"].isin(ranks)]
+    return found[["module", "stack", "layer", "role"]].assign(value=found["module"].map(ranks).astype("int16"))
+
+
 @dataclass(frozen=True)
 class RankFraction(Statistic):
     """Fraction of each run's total rank in groups of modules: roles, or thirds of the depth (``by="third"``).

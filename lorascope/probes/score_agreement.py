@@ -26,6 +26,7 @@ from torch import Tensor
 from lorascope import plots
 from lorascope.adapters.delta import attached_deltas, detach
 from lorascope.analysis.score_agreement import correlate
+from lorascope.evidence.statistics import agreement
 from lorascope.experiments import component_removal
 from lorascope.inputs import models, tasks
 from lorascope.methods.autolora import retained_mask
@@ -113,6 +114,18 @@ def measure(run: Run) -> pd.DataFrame:
     whole = [(name, -1, score, value) for score, each in modules.items() for name, value in each.items()]
     parts.append(pd.DataFrame(whole, columns=["module", "component", "score", "value"]))
     return pd.concat(parts, ignore_index=True).assign(run=run.id).astype({"value": "float64"})
+
+
+def keep_scores(run: Run) -> pd.DataFrame:
+    """Return the kept table ``scores``, of ``measure`` without the random score; see ``evidence.statistics.agreement``.
+
+    Component -1 is the whole module.
+    """
+    found = measure(run)
+    found = found[found["score"] != CHANCE].assign(component=lambda rows: rows["component"].astype("int16"))
+    score = found["score"].replace(dict(zip((TRUTH, AGAIN), agreement.HALVES, strict=True)))
+    value = found["value"].astype("float32")
+    return found.assign(score=score, value=value)[["module", "component", "score", "value"]].reset_index(drop=True)
 
 
 class Correlations(NamedTuple):

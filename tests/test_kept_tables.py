@@ -1,0 +1,316 @@
+"""Tables that the evidence keeps of finished runs: what the statistics read from them equals the value of the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from killing import SETTINGS
+from planted import low_rank, plant
+from planted_claims import row
+from scipy.stats import spearmanr
+from test_hydralora_asymmetry import planted_runs
+from torch.nn import functional as F
+
+import lorascope as ls
+from lorascope import observe
+from lorascope.analysis import planted_ranks, selected_neurons
+from lorascope.analysis.factor_embeddings import factored_updates
+from lorascope.analysis.factor_sharing import numbers
+from lorascope.analysis.neuron_utilization import shifts
+from lorascope.evidence.statistics import (
+    PAIRS,
+    adalora,
+    adapprox,
+    agreement,
+    alora,
+    asymmetry,
+    autolora,
+    fourierft,
+    hydralora,
+    lisa,
+    lora,
+    neft,
+    planted,
+    ranks,
+)
+from lorascope.evidence.store import Evidence, add_run, read
+from lorascope.inputs import models
+from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, Full, HydraLoRA, LoRA, NeFT
+from lorascope.methods.base import Method
+from lorascope.probes import alora as alora_probe
+from lorascope.probes import fourierft_expressiveness, hydralora_asymmetry, rank_statistics, score_agreement
+from lorascope.probes import hydralora as hydralora_probe
+from lorascope.probes import lisa as lisa_probe
+from lorascope.probes import lora as lora_probe
+from lorascope.probes import neft as neft_probe
+from lorascope.probes.adapprox import keep_tails
+from lorascope.probes.planted import keep_recovery
+from lorascope.probes.rank_statistics import RankAgreement, RankFraction, keep_ranks
+from lorascope.runs.run import Run
+from lorascope.schema.records import QUANTITIES
+
+Kept = Mapping[tuple[str, str], Sequence[pd.DataFrame]]
+
+
+@pytest.fixture
+def train(bert, task, tmp_path):
+    """Return a function that trains the tiny BERT by a method with given seeds."""
+
+    def train(method: Method, seeds: Sequence[int] = (0,), observers: Sequence[observe.Observer] = ()) -> list[Run]:
+        settings = SETTINGS | {"observe": list(observers)}
+        number = len(list(tmp_path.iterdir()))
+        return [
+            ls.train(
+                models.load(bert, task=task), task, method, out=tmp_path / f"{number}-{seed}", seed=seed, **settings
+            )
+            for seed in seeds
+        ]
+
+    return train
+
+
+def evidence(folder: Path, kept: Kept) -> Evidence:
+    """Store tables by name and arm, one per seed from 0, and read them."""
+    folder.mkdir()
+    pd.DataFrame({"task_hash": [], "row": []}).to_parquet(folder / "rows.parquet")
+    for arm in {arm for _, arm in kept}:
+        tables = {name: of for (name, other), of in kept.items() if other == arm}
+        for seed in range(max(map(len, tables.values()))):
+            run = f"{len(list(folder.rglob('*.parquet')))}"
+            add_run(folder, row(run, arm, seed), {}, {name: of[seed] for name, of in tables.items()})
+    return read(folder)
+
+
+def value(claim: str, side: int, found: Evidence, seeds: Sequence[int] = (0,)) -> np.ndarray:
+    """Compute statistic (side 0) or control (side 1) of a claim."""
+    return PAIRS[claim][side](found, seeds)
+
+
+def test_ranks_of_allocators_give_fractions_spread_and_agreement(train, tmp_path):
+    ada = train(AdaLoRA(lr=1e-1, init_rank=3, target_rank=1, initial_steps=0, final_steps=2, mask_every=1), (0, 1))
+    (auto,) = train(AutoLoRA(lr=1e-2, rank=4, selection_lr=1.0, targets="all-linear"))
+    kept = {
+        (ranks.RANKS, adalora.ADAPTED): list(map(keep_ranks, ada)),
+        (ranks.RANKS, autolora.ADAPTED): [keep_ranks(auto)],
+    }
+    found, runs = evidence(tmp_path / "e", kept), {"a": ada}
+    shares = RankFraction("a", rank_statistics.FEED_FORWARD)(runs), RankFraction("a", ("top",), by="third")(runs)
+    for claim, share in zip(("adalora.ffn", "adalora.top"), shares, strict=True):
+        assert value(claim, 0, found, (0, 1)) == pytest.approx(list(share.values()))
+    assert len({*shares[0].values(), *shares[1].values()}) > 1
+    tau = RankAgreement("a")(runs)[0]
+    assert value("adalora.stable", 0, found, (0, 1))[0, 1] == pytest.approx(tau)
+    assert 0 < abs(tau) < 1
+    spread = np.std(list(auto.ranks().values()), ddof=1)
+    assert value("autolora.spread", 0, found) == pytest.approx(spread)
+    assert spread > 0
+    assert set(keep_ranks(auto)["module"]) == set(auto.ranks())
+
+
+def test_directions_give_phi_of_the_runs(train, tmp_path):
+    runs = {
+        arm: train(LoRA(rank=rank, targets="all-linear", lr=1e-2), (0, 1, 2), [observe.factors(every=5)])
+        for arm, rank in ((lora.LOW, 2), (lora.HIGH, 5))
+    }
+    kept = {(lora.DIRECTIONS, arm): list(map(lora_probe.keep_directions, of)) for arm, of in runs.items()}
+    found = evidence(tmp_path / "e", kept)
+    for side, step in ((0, None), (1, 0)):
+        phi = value("lora.direction", side, found, (0, 1, 2))
+        for low, high in permutations(range(3), 2):
+            mean = lora_probe.mean_phi(runs[lora.LOW][low], runs[lora.HIGH][high], step)
+            assert phi[low, high] == pytest.approx(mean, rel=2e-3)
+
+
+def test_amplification_gives_the_norm_of_the_base_weight_between_directions(train, bert, tmp_path):
+    (run,) = train(LoRA(rank=4, targets="all-linear", lr=1e-2))
+    found = evidence(tmp_path / "e", {(lora.AMPLIFICATION, lora.LOW): [lora_probe.keep_amplification(run)]})
+    base, rng = dict(models.load(bert).named_parameters()), np.random.default_rng(0)
+    between, drawn = [], []
+    for module, update in run.updates().items():
+        weight = base[f"{module}.weight"].detach().double().numpy()
+        U, _, Vt = np.linalg.svd(update.dense())
+        between.append(np.log10(np.linalg.norm(U[:, :4].T @ weight @ Vt[:4].T)))
+        left, right = (np.linalg.qr(rng.standard_normal((500, side, 4)))[0] for side in weight.shape)
+        norm = np.linalg.norm(left.transpose(0, 2, 1) @ weight @ right, axis=(1, 2))
+        drawn.append([np.log10((norm**2).mean()) / 2, np.log10(norm).mean()])
+    assert value("lora.amplify", 0, found) == pytest.approx(np.mean(between))
+    square, logarithm = np.mean(drawn, axis=0)
+    assert value("lora.amplify", 1, found) == pytest.approx(square, abs=2e-3)
+    assert value("lora.amplify", 1, found) == pytest.approx(logarithm, abs=0.38 / 20)
+
+
+def test_layer_norms_give_the_skew_of_every_recorded_norm(train, tmp_path, monkeypatch):
+    monkeypatch.setitem(QUANTITIES, "factor_change", QUANTITIES["adapter_norm"])
+    (run,) = train(LoRA(rank=2, targets=("all-linear", "embed"), lr=1e-2), observers=[observe.norms(every=2)])
+    rows = run.table[run.table["quantity"] == "adapter_norm"]
+    change = rows.assign(quantity="factor_change", value=rows["value"] * (1 + rows["module"].str.len()))
+    run.__dict__["table"] = pd.concat([run.table.astype({"quantity": "str"}), change], ignore_index=True)
+    table = lisa_probe.keep_layer_norms(run)
+    assert set(table["quantity"]) == {"update_norm", "factor_change", "adapter_norm"}
+    found = evidence(tmp_path / "e", {(lisa.NORMS, lisa.SMALL): [table], (lisa.NORMS, lisa.ADAPTED): [table]})
+    assert value("lisa.embed", 0, found) == pytest.approx(lisa_probe.skew(run, "update_norm", "embed"))
+    by_hand = change[change["step"] > 0].assign(square=lambda rows: rows["value"] ** 2)
+    layers = (
+        by_hand.groupby(["layer", "step"], dropna=False)["square"].sum().pow(0.5).groupby("layer", dropna=False).mean()
+    )
+    skew = np.log10(layers[layers.index.isna()].item() / layers[layers.index.notna()].median())
+    assert value("lisa.learned", 0, found) == pytest.approx(skew)
+    (full,) = train(Full(lr=1e-2), observers=[observe.norms(every=2)])
+    assert set(lisa_probe.keep_layer_norms(full)["quantity"]) == {"update_norm"}
+
+
+def test_replays_have_the_mean_that_equal_modules_imply(train, tmp_path):
+    """All modules start with the same rank, so each expects the same fraction of the total."""
+    (run,) = train(ALoRA(init_rank=2, score_rows=4, rounds=3, warm_steps=1, round_steps=1, lr=1e-2))
+    table = alora_probe.keep_replays(run)
+    assert table["draws"].tolist() == [1000, 1000]
+    assert table["error"].between(1e-4, 1e-2).all()
+    kept = {(alora.REPLAYS, alora.ADAPTED): [table], (ranks.RANKS, alora.ADAPTED): [keep_ranks(run)]}
+    found = evidence(tmp_path / "e", kept)
+    errors = table.set_index("group")["error"]
+    assert value("alora.attention", 1, found) == pytest.approx(4 / 6, abs=4 * errors["attention"])
+    assert value("alora.queries", 1, found) == pytest.approx(0, abs=4 * errors["q and k less v and o"])
+    share = {role: RankFraction("a", (role,))({"a": [run]})[0] for role in "qkvo"}
+    assert value("alora.attention", 0, found) == pytest.approx(sum(share.values()))
+    assert value("alora.queries", 0, found) == pytest.approx(share["q"] + share["k"] - share["v"] - share["o"])
+
+
+def test_scores_give_correlations_with_the_loss_increase_on_both_halves(bert, task, tmp_path):
+    task.table[["text", "label", "group"]].to_csv(tmp_path / "toy.csv", index=False)
+    method = LoRA(rank=2, targets="all-linear", lr=1e-2)
+    run = ls.train(bert, tmp_path / "toy.csv", method, out=tmp_path / "run", **SETTINGS)
+    table = score_agreement.keep_scores(run)
+    measured = (
+        score_agreement.measure(run)
+        .query("component >= 0")
+        .pivot(index=["module", "component"], columns="score", values="value")
+    )
+    assert set(table["score"]) >= {*agreement.HALVES, "AutoLoRA kept"}
+    assert "random" not in set(table["score"])
+    found = evidence(tmp_path / "e", {(agreement.SCORES, lora.LOW): [table]})
+    truth = (measured["loss rise"] + measured["loss rise, other text"]) / 2  # prose: ok
+    for claim, score in (
+        ("adalora", "AdaLoRA importance"),
+        ("autolora", "AutoLoRA alpha"),
+        ("size.alora", "ALoRA importance"),
+    ):
+        rho = spearmanr(measured[score], truth).statistic
+        assert value(f"agreement.{claim}", 0, found) == pytest.approx(rho, abs=1e-3)
+    rho = spearmanr(measured["singular value"], truth).statistic
+    assert value("agreement.size.alora", 1, found) == pytest.approx(rho, abs=1e-3)
+
+
+def test_gate_information_gives_the_information_of_groups_at_start_and_end(train, tmp_path):
+    (run,) = train(HydraLoRA(lr=1e-1, rank=2, gate_rows=16))
+    kept = hydralora_probe.keep_gate_information(run)
+    found = evidence(tmp_path / "e", {(hydralora.INFORMATION, hydralora.ROUTED): [kept]})
+    for side, start in ((0, False), (1, True)):
+        information = hydralora_probe.domain_information(run, start)
+        assert value("hydralora.tasks", side, found) == pytest.approx(information)
+    assert value("hydralora.tasks", 0, found) != value("hydralora.tasks", 1, found)
+
+
+def test_similarities_give_the_sharing_of_sets_of_runs(tmp_path):
+    runs = {label: of[0] for label, of in planted_runs(tmp_path, learned=True, spread=1.0, replicates=1).items()}
+    # The set of quarters has other runs than the shared one, so that a mix-up shows.
+    runs |= dict(zip(asymmetry.QUARTERS, reversed([runs[label] for label in asymmetry.OWN]), strict=True))
+    kept, tables = {}, {}
+    for arms, parts in hydralora_asymmetry.COSINES.items():
+        *others, last = (runs[label] for label in arms)
+        table = hydralora_asymmetry.keep_similarities(last, *others, parts=parts)
+        assert len(table) == len(parts) * 96 * 95 / 2
+        kept[asymmetry.SIMILARITIES, arms[-1]] = [table]
+        members = [str(number) for number in range(8)]
+        domains = {member: str(int(member) // 2) for member in members}
+        for when, step in (("start", 0), ("end", None)):
+            updates = {m: factored_updates(runs[label].updates(step)) for m, label in zip(members, arms, strict=True)}
+            factors = ("A",) if when == "start" else ("A", "B")
+            found = numbers(updates, domains, factors, ("raw", "space"), draws=1)
+            tables[arms, when] = found.set_index(["factor", "view"])
+    found = evidence(tmp_path / "e", kept)
+    own, common, quarters = (tables[arms, "end"] for arms in hydralora_asymmetry.COSINES)
+    shared, nearest = "sharedness", "neighbour"
+    expected = {
+        ("asymmetry.space", 0): own[shared]["A", "space"],
+        ("asymmetry.space", 1): own[shared]["B", "space"],
+        ("asymmetry.picture", 0): common[shared]["A", "raw"],
+        ("asymmetry.picture", 1): own[shared]["A", "raw"],
+        ("asymmetry.meeting", 0): own[shared]["A", "space"],
+        ("asymmetry.meeting", 1): tables[asymmetry.OWN, "start"][shared]["A", "space"],
+        ("asymmetry.apart", 0): common[nearest]["B", "raw"],
+        ("asymmetry.apart_space", 0): own[nearest]["B", "space"],
+        ("asymmetry.same_text", 0): common[nearest]["B", "raw"] - 1 / 7,
+        ("asymmetry.same_text", 1): quarters[nearest]["B", "raw"] - 1 / 7,
+    }
+    for (claim, side), number in expected.items():
+        assert value(claim, side, found) == pytest.approx(number, abs=0.01), claim
+    assert len({round(number, 2) for number in expected.values()}) > 4
+
+
+@pytest.mark.parametrize("label", [fourierft.POINTS, fourierft.POINTS_FAST])
+def test_course_table_gives_accuracy_and_epochs(tmp_path, label, monkeypatch):
+    course = fourierft_expressiveness.learn(label, 100, epochs=60)
+    monkeypatch.setattr(fourierft_expressiveness, "learn", lambda *given: course)
+    table, accuracy, loss = fourierft_expressiveness.course_table(label, 100)
+    x, y = fourierft_expressiveness.points(100)
+    logits = course.network(x)
+    assert accuracy == pytest.approx((logits.argmax(1) == y).double().mean().item())
+    assert loss == pytest.approx(F.cross_entropy(logits, y).item())
+    arms = (fourierft.POINTS, fourierft.POINTS_RANDOM, fourierft.POINTS_SLOW, fourierft.POINTS_FAST)
+    found = evidence(tmp_path / "e", {(fourierft.COURSE, arm): [table] for arm in arms})
+    assert value("expressiveness.more", 0, found) == max(course.accuracy)
+    assert value("expressiveness.frequencies", 0, found) == pytest.approx(-np.log10(len(course.accuracy) - 1))
+    assert set(arms) == set(fourierft_expressiveness.ADAPTERS)
+
+
+def test_selected_neurons_give_overlaps_and_their_chance(train, tmp_path):
+    runs = train(NeFT(lr=1e-2, num_neurons=60, tune_steps=2), (0, 1))
+    found = evidence(tmp_path / "e", {(neft.SELECTED, neft.CHANGED): list(map(neft_probe.keep_selected, runs))})
+    chosen, sizes = [neft_probe.chosen(run) for run in runs], selected_neurons.sizes(runs[0])
+    both = selected_neurons.common(*chosen, sizes.total())
+    expected = {("neft.stable", 0): both["overlap"], ("neft.stable", 1): both["chance"]}
+    expected["neft.layers", 1] = selected_neurons.compute_expected_overlap(*chosen, sizes)
+    for (claim, side), number in expected.items():
+        assert value(claim, side, found, (0, 1))[0, 1] == pytest.approx(number), claim
+    assert 0 < both["overlap"] < 1
+
+
+def test_utilization_ranks_give_shifts_between_runs(train, tmp_path):
+    observers = [observe.utilization(every=5, size=8)]
+    arms = {neft.FEW: Full(lr=1e-3), neft.REVERSED: Full(lr=3e-2), neft.CHANGED: Full(lr=2e-3)}
+    runs = {arm: train(method, observers=observers)[0] for arm, method in arms.items()}
+    kept = {(neft.UTILIZATION, arm): [neft_probe.keep_utilization(run)] for arm, run in runs.items()}
+    found = evidence(tmp_path / "e", kept)
+    for side, arm in enumerate((neft.REVERSED, neft.CHANGED)):
+        table = shifts(runs[arm].table, selected_neurons.trained(runs[arm]), runs[neft.FEW].table)
+        sizes = table.groupby("role")["rank_1"].transform("size")
+        assert value("neft.use", side, found) == pytest.approx((table["d_rank"].abs() / sizes).mean())
+    assert value("neft.use", 0, found) > value("neft.use", 1, found) > 0
+
+
+def test_tails_give_the_energy_beyond_eight_singular_values(train, tmp_path):
+    (run,) = train(Full(lr=1e-2), observers=[observe.second_moments(every=2)])
+    found = evidence(tmp_path / "e", {(adapprox.TAILS, adapprox.ADAMW): [keep_tails(run)]})
+    end = run.table[run.table["step"] == SETTINGS["steps"]]
+    energy = {}
+    for quantity in ("moment_sigma", "moment_sigma_dealt"):
+        sigma = end[end["quantity"] == quantity].pivot(index="module", columns="index", values="value").to_numpy()
+        energy[quantity] = (sigma[:, 8:] ** 2).sum(1) / (sigma**2).sum(1)
+    ratio = np.log10(energy["moment_sigma_dealt"] / energy["moment_sigma"]).mean()
+    assert value("adapprox.tail", 0, found) == pytest.approx(ratio)
+    assert abs(ratio) > 0.01
+
+
+def test_recovery_gives_correlation_and_distance_of_ranks(tmp_path):
+    truth = {"h.0.q": 1, "h.0.up": 3, "h.1.q": 0, "h.1.up": 4}
+    planted_rank = {("planted_rank", module): {0: float(rank)} for module, rank in truth.items()}
+    factors = {"h.0.q": low_rank(1), "h.0.up": low_rank(1, 1), "h.1.q": low_rank(1, 1, 1)}
+    run = plant(tmp_path, "a", planted_rank, factors=factors)
+    found = evidence(tmp_path / "e", {(planted.RECOVERY, planted.ADALORA): [keep_recovery(run)]})
+    assert value("planted.adalora_correlation", 0, found) == pytest.approx(planted_ranks.rank_correlation(run))
+    assert value("planted.adalora_distance", 0, found) == pytest.approx(-(0 + 1 + 3 + 4) / 4)

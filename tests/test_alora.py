@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forks import interruption_after, same
 from test_ablation import adapted
 from tiny import inputs, tiny
 from tolerance import forward
@@ -455,6 +456,63 @@ def test_module_of_rank_zero_appears_in_every_output(run):
     assert found.meta.states["best"].step >= 6
 
 
+# -- random scores ----------------------------------------------------------------------------------------------------
+
+RANDOM = {"init_rank": 2, "prune": 5, "warm_steps": 2, "round_steps": 2, "rounds": 3, "lr": 1e-2, "scores": "random"}
+
+
+def test_random_scores_move_components_without_forward_passes(bert, task, tmp_path, monkeypatch):
+    """The rounds delete the lowest recorded scores, as with ablation, and record no scores of the model."""
+    monkeypatch.setattr("lorascope.methods.alora.ablation_scores", None)
+    found, scores = {}, {}
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        model = models.load(bert, task=task)
+        found[name] = ls.train(model, task, ALoRA(**RANDOM), out=tmp_path / name, seed=seed, **SHORT)
+        rows = found[name].table.query("quantity == 'importance'")
+        scores[name] = rows["value"].to_numpy()
+        assert set(rows["step"]) == {2, 4, 6}
+        assert ((scores[name] >= 0) & (scores[name] < 1)).all()
+        assert len(set(scores[name])) == len(scores[name])
+    assert not found["one"].table["quantity"].isin(["score_full", "score_none", "score_without", "score_only"]).any()
+    np.testing.assert_array_equal(scores["one"], scores["again"])
+    assert not np.array_equal(scores["one"][:24], scores["other"][:24])
+    table = found["one"].table
+    ranks = np.full(12, 2)
+    for step in (2, 4, 6):
+        at = table[table["step"] == step]
+        modules = list(at.loc[at["quantity"] == "rank", "module"])
+        own = [at.query("quantity == 'importance' and module == @name")["value"].to_numpy() for name in modules]
+        assert [len(values) for values in own] == ranks.tolist()
+        lost = prune(own, 5)
+        ranks = ranks - [len(positions) for positions in lost] + allocate(own, lost)
+        assert at.loc[at["quantity"] == "rank", "value"].tolist() == ranks.tolist()
+
+
+def test_random_scores_change_nothing_before_the_first_round(bert, task, tmp_path):
+    """Factors, batches and dropout masks are the same, and so are the losses until new components train."""
+    losses = []
+    for scores in ("ablation", "random"):
+        method = ALoRA(**RANDOM | {"scores": scores, "dropout": 0.3, "warm_steps": 4})
+        model = models.load(bert, task=task)
+        run = ls.train(model, task, method, out=tmp_path / scores, **SHORT)
+        losses.append(run.table.query("quantity == 'loss'").set_index("step")["value"])
+    assert losses[0].loc[:4].equals(losses[1].loc[:4])
+    assert not losses[0].equals(losses[1])
+
+
+def test_random_scores_resume_bit_for_bit(bert, task, tmp_path):
+    def train(folder):
+        model = models.load(bert, task=task)
+        settings = SHORT | {"steps": 8, "checkpoint_every": 3}
+        return ls.train(model, task, ALoRA(**RANDOM), out=tmp_path / folder, **settings)
+
+    train("whole")
+    with interruption_after(5):  # after the first two of the three rounds
+        train("resumed")
+    train("resumed")
+    same(tmp_path / "whole", tmp_path / "resumed")
+
+
 # -- settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -507,6 +565,14 @@ def test_invalid_settings_raise_one_line(wrong, line):
     assert "\n" not in str(caught.value)
 
 
+def test_unknown_scores_raise():
+    """The value is set as the command line sets it, without type checks."""
+    method = ALoRA()
+    method.scores = "none"
+    with pytest.raises(ValueError, match=r"^scores must be one of 'ablation', 'random', got 'none'$"):
+        method.__post_init__()
+
+
 def test_settings_that_do_not_fit_model_or_run_raise_one_line(fresh_bert, task, tmp_path):
     for prune_, rank in ((24, 2), (99, 2), ("network", 1)):
         with pytest.raises(ValueError, match=rf"prune must be < {12 * rank}, .*, got {prune_!r}"):
@@ -516,6 +582,6 @@ def test_settings_that_do_not_fit_model_or_run_raise_one_line(fresh_bert, task, 
         ls.train(fresh_bert, task, late, out=tmp_path / "run", **SHORT)
 
 
-def test_config_without_fresh_moments_omits_the_field():
-    assert "fresh_moments" not in config(ALoRA())
+def test_config_omits_fields_of_later_versions_at_their_defaults():
+    assert not {"fresh_moments", "scores"} & config(ALoRA()).keys()
     assert config(ALoRA(fresh_moments=True)) == {**config(ALoRA()), "fresh_moments": True}

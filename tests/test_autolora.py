@@ -24,7 +24,7 @@ from lorascope.cli import main
 from lorascope.inputs import models, tasks
 from lorascope.methods import AutoLoRA, LoRA
 from lorascope.methods.autolora import RADIUS, AutoLoRADelta, adam, hypergradient, retained_mask
-from lorascope.methods.base import Phase
+from lorascope.methods.base import Phase, config
 from lorascope.training.session import Session
 from lorascope.training.state import generators_state
 
@@ -600,6 +600,26 @@ def test_retraining_uses_the_ranks_of_the_search(trained, task):
     assert not config["alpha_pattern"]
 
 
+def test_search_steps_set_only_the_length_of_the_search(trained, bert, task, tmp_path):
+    """A search of three steps before six of retraining is the search of a run of three steps."""
+    *_, default = trained
+    assert [run.meta.settings["steps"] for run in (*default.parents, default)] == [13, 13]
+    same = {"rank": 5, "targets": "all-linear", "selection_lr": 0.05}
+    assert config(AutoLoRA(**same)) == config(AutoLoRA(**same, search_steps=None))
+    assert "search_steps" not in config(AutoLoRA())
+    runs = {}
+    for name, search_steps, steps in (("short", 3, 6), ("long", None, 3)):
+        method = AutoLoRA(**same, search_steps=search_steps)
+        settings = FAST | {"steps": steps}
+        runs[name] = ls.train(models.load(bert, task=task), task, method, out=tmp_path / name, **settings)
+    short, long = runs["short"], runs["long"]
+    assert [run.meta.settings["steps"] for run in (*short.parents, short)] == [3, 6]
+    assert short.parents[0].ranks() == long.parents[0].ranks() == short.ranks()
+    for name, tensor in long.parents[0].tensors().items():
+        np.testing.assert_array_equal(short.parents[0].tensors()[name], tensor)
+    assert short.table["step"].max() == 6
+
+
 def test_search_restores_its_recorded_logits(trained, task):
     bert, _, run = trained
     (search,) = run.parents
@@ -714,6 +734,7 @@ def test_attention_without_second_derivatives_raises_one_line(llama, task, tmp_p
 
 WRONG = [
     ({"rank": 0}, "rank must be >= 1, got 0"),
+    ({"search_steps": 0}, "search_steps must be >= 1, got 0"),
     ({"selection_lr": -1e-3}, "selection_lr must be .*>= 0, got -0.001"),
     ({"selection_lr": float("nan")}, "selection_lr must be .*, got nan"),
     ({"search_share": 0}, r"search_share must be in \(0, 1\), got 0"),

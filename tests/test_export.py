@@ -271,6 +271,17 @@ def test_to_peft_merges_adapters_of_trained_weights(
     assert "trained head" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
+def test_to_peft_reads_an_embedding_that_started_small(
+    bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = LoRA(rank=2, targets=("embed", "q"), embedding_init="linear", lr=0.05)
+    ours, run = trained(bert, task, method, tmp_path / "run")
+    theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
+    assert distance(ours, models.load(bert, task=task)) > 1e-3
+    assert distance(ours, theirs) < 1e-9
+    assert layers(theirs) == dict.fromkeys(run.ranks(), (2, 4.0))
+
+
 class Triple(Delta):
     """scale * B diag(diagonal) A."""
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lorascope.adapters.delta import attach, attached_deltas, deltas, fold
 from lorascope.methods import Full, LoRA
+from lorascope.methods.base import config
 from lorascope.methods.lora import LoRADelta
 from lorascope.updates import LowRank
 
@@ -100,6 +101,37 @@ def test_embedding_starts_with_zero_a_and_normal_b():
     delta = LoRADelta(nn.Embedding(50, 300), rank=16, scale=3)
     assert not delta.A.any()
     assert delta.B.std().item() == pytest.approx(1, rel=0.05)
+
+
+def test_linear_start_gives_an_embedding_the_gain_of_a_linear_layer():
+    """At width 384, PEFT's B is sqrt(3 * 384) = 33.9 times as large; the draws are the same."""
+    width = {"hidden_size": 384, "num_attention_heads": 4}
+    word, query = "bert.embeddings.word_embeddings", "bert.encoder.layer.0.attention.self.query"
+    factors = {}
+    for start in ("peft", "linear"):
+        model = tiny("bert", **width)
+        torch.manual_seed(3)
+        LoRA(rank=16, targets=("embed", "q"), embedding_init=start).attach(model)
+        factors[start] = {name: (delta.A.detach(), delta.B.detach()) for name, delta in attached_deltas(model).items()}
+    a = torch.randn(1000, 16)
+    gains = {start: (a @ found[word][1].T).norm() / a.norm() for start, found in factors.items()}
+    A, _ = factors["linear"][query]
+    assert gains["linear"].item() == pytest.approx(((a @ A).norm() / a.norm()).item(), rel=0.03)
+    assert gains["linear"].item() == pytest.approx(3**-0.5, rel=0.03)
+    assert (gains["peft"] / gains["linear"]).item() == near((3 * 384) ** 0.5, terms=384)
+    assert factors["linear"][word][1].std().item() == pytest.approx((3 * 384) ** -0.5, rel=0.03)
+    assert not factors["linear"][word][0].any()
+    for mine, other in zip(factors["linear"][query], factors["peft"][query], strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_embedding_init_is_part_of_the_config_only_if_set():
+    assert "embedding_init" not in config(LoRA())
+    assert config(LoRA(embedding_init="linear")) == {**config(LoRA()), "embedding_init": "linear"}
+    method = LoRA()
+    method.embedding_init = "small"  # as the command line sets it, without type checks
+    with pytest.raises(ValueError, match=r"^embedding_init must be one of 'peft', 'linear', got 'small'$"):
+        method.__post_init__()
 
 
 def test_update_has_the_expected_rank_and_norm():

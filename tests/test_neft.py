@@ -351,6 +351,29 @@ def test_reversed_share_adds_neurons_of_the_other_end(bert, task, tmp_path):
     assert "reversed_share" not in config(NeFT())
 
 
+@pytest.mark.parametrize("select_by", ["changed", "probed"])
+@pytest.mark.parametrize(("share", "more"), [(0.03, 0.06), (0.0531, 0.0207), (0.00882, 0.00882)])
+def test_both_ends_together_have_as_many_neurons_as_their_sum(share, more, select_by):
+    """The highest and the lowest scores, each once; separately rounded fractions may be one neuron off."""
+    model, draw = tiny("bert"), np.random.default_rng(0)
+
+    def chosen(**given):
+        method = NeFT(select_by=select_by, **given)
+        method._parts = neurons.parts(ls.names.describe(model))
+        pool = neurons.unscored_neurons(method._parts)
+        method._scores = pool.assign(**{method.score_names[0]: scores})
+        found = method._choose(sum(parameter.numel() for parameter in model.parameters()))
+        return {(module, number) for module, numbers in found.items() for number in numbers}, pool
+
+    scores = draw.permutation(192) + 1.0
+    both, pool = chosen(parameter_share=share, reversed_share=more)
+    assert len(both) == len(chosen(parameter_share=share + more)[0])
+    first = chosen(parameter_share=share)[0]
+    assert first < both
+    order = [(row.module, row.neuron) for row in pool.iloc[np.argsort(scores)].itertuples()]
+    assert both - first == set(order[: len(both) - len(first)])
+
+
 def test_masked_training_equals_separate_parameters():
     """Selected rows and columns as separate parameters, added to frozen weights, take the same ten steps."""
     torch.manual_seed(0)
@@ -441,6 +464,7 @@ WRONG = [
     ({"select_by": "lowest"}, "select_by must be .*'probed', got 'lowest'"),
     ({"reversed_share": -1}, "reversed_share must be .*, got -1"),
     ({"reversed_share": 0.1, "select_by": "random"}, "reversed_share must be 0 .*'random', got 0.1"),
+    ({"reversed_share": 0.1, "select_by": "reversed"}, "reversed_share must be 0 .*'reversed', got 0.1"),
     ({"targets": ("q",)}, "targets must be .*'ffn_out', got 'q'"),
     ({"num_neurons": 0}, "num_neurons must be >= 1, got 0"),
     ({"tune_steps": 0}, "tune_steps must be >= 1, got 0"),

@@ -20,11 +20,12 @@ from lorascope import observe
 from lorascope.adapters import delta, host_weights
 from lorascope.adapters.host_weights import orient_weight, shared_copies, to_array
 from lorascope.inputs import models
-from lorascope.methods import LISA, AdaLoRA, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA
+from lorascope.methods import LISA, AdaLoRA, ALoRA, AutoLoRA, DoRA, FourierFT, Full, HydraLoRA, LoRA, PiSSA
 from lorascope.methods.base import Method, Step, train_adapters
 from lorascope.methods.lora import LoRADelta
 from lorascope.observe.trainable import tile_sums
 from lorascope.schema import module_table
+from lorascope.updates import constant_factors
 
 FAST = {"steps": 7, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
 
@@ -246,12 +247,59 @@ def test_norms_of_worked_example():
     assert values[1] == pytest.approx(
         {
             "weight_norm": math.sqrt(110), "update_norm": 10, "learned_norm": 10, "step_norm": 10,
-            "adapter_norm": math.sqrt(10),
+            "adapter_norm": math.sqrt(10), "factor_change": math.sqrt(5),
             "relative_update": 10 / math.sqrt(2), "rank": 1, "stable_rank": 1, "effective_rank": 1,
         },
         rel=rounding(terms=6, depth=2),
     )  # fmt: skip
     assert [values[2][name] for name in ("update_norm", "step_norm")] == pytest.approx([5, 5])
+    assert [each["factor_change"] for each in values] == pytest.approx([0, math.sqrt(5), math.sqrt(1.25)])
+
+
+@pytest.mark.parametrize("method", [
+    LoRA(targets=("q", "embed"), lr=1e-2), AdaLoRA(init_rank=3, target_rank=1, initial_steps=0, mask_every=1),
+    HydraLoRA(rank=2, lr=1e-2), FourierFT(coefficients=9), PiSSA(rank=2, lr=1e-2), DoRA(rank=2, lr=1e-2),
+    AutoLoRA(rank=3, selection_lr=0.1),
+], ids=lambda method: method.name)  # fmt: skip
+def test_factor_change_is_the_distance_of_all_trained_factors_from_their_initial_values(method, bert, task, tmp_path):
+    model = models.load(bert, task=task)
+    observers = [observe.norms(every=3), observe.factors(every=3)]
+    run = ls.train(model, task, method, observe=observers, out=tmp_path / "run", **FAST)
+    for each in (run, *run.parents):
+        found = each.table[each.table["quantity"] == "factor_change"].set_index(["step", "module"])["value"]
+        assert set(found.index.get_level_values("step")) >= {0, 3, 6, 7}
+        assert (found.loc[0] == 0).all()
+        assert (found.loc[7] > 0).all()
+        for step in (3, 6, 7):
+            for module, factors in each.factors(step).items():
+                first = each.factors(0)[module]
+                trained = factors.keys() - constant_factors()
+                total = sum(np.square(factors[name].astype(float) - first[name]).sum() for name in trained)
+                assert found[step, module] == near(math.sqrt(total), terms=TINY)
+            assert set(found.loc[step].index) == set(each.factors(step))
+
+
+@pytest.mark.parametrize("method", [Full(), ALoRA(init_rank=2, prune=3, warm_steps=1, rounds=2)], ids=["full", "alora"])
+def test_factor_change_is_not_recorded_without_factors_or_if_they_are_resized(method, bert, task, tmp_path):
+    run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "run", **FAST)
+    assert (run.table["quantity"] == "update_norm").any()
+    assert not (run.table["quantity"] == "factor_change").any()
+
+
+def test_factor_change_ends_at_a_resize_that_the_adapter_does_not_declare():
+    step = recorded_step(LoRA(rank=2))
+    observer = observe.norms(every=1)
+
+    def changed():
+        return {item.module for item in observer(step) if getattr(item, "quantity", "") == "factor_change"}
+
+    module, adapter = next(iter(delta.attached_deltas(step.model).items()))
+    every = changed()
+    assert every == set(delta.attached_deltas(step.model))
+    delta.resize(adapter.A, step.optimizer, [0], None, 0)
+    delta.resize(adapter.B, step.optimizer, [0], None, 1)
+    step.index += 1
+    assert changed() == every - {module}
 
 
 def test_sum_of_squares_of_a_long_tensor_is_accurate():

@@ -34,6 +34,8 @@ class Delta(nn.Module):
 
     linear: ClassVar[bool] = True
     """True if ``forward(x) == F.linear(x, weight())``, so that the update can be folded into the weight."""
+    resized: ClassVar[bool] = False
+    """True if training changes the number of components, so that factors have no fixed initial values."""
     _host: weakref.ref[Any] | None = None
 
     @property

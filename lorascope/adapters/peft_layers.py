@@ -24,6 +24,8 @@ class PeftDelta:
     ``kept`` is the number of components that AdaLoRA's allocator retains, None if it has not decided yet.
     """
 
+    resized = False
+
     def __init__(self, layer: Any, kept: int | None = None) -> None:
         self.layer, self.kept = layer, kept
 

@@ -35,6 +35,7 @@ Departs:
 - N_mod, and so n_A, reads in the paper as the number of modules of a block and also of the network; ``prune`` accepts
   both.
 - Components are scored on rows of the train split that are not trained on; the paper uses the development set.
+- ``scores="random"`` is an additional control: the same rounds, but components have uniform random scores.
 - New components inherit Adam's step count, so their bias correction is nearly 1 and their first step can be 3.2 lr;
   ``fresh_moments`` counts the steps of each component instead.
 
@@ -50,9 +51,9 @@ The paper leaves these rules open:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -63,7 +64,15 @@ from torch import Tensor, nn
 
 from lorascope.adapters.ablation import ablation_scores
 from lorascope.adapters.delta import resize
-from lorascope.methods.base import AdapterMethod, Step, added_later, parameter_groups, require, require_at_least
+from lorascope.methods.base import (
+    AdapterMethod,
+    Step,
+    added_later,
+    parameter_groups,
+    require,
+    require_at_least,
+    require_choice,
+)
 from lorascope.methods.lora import LoRADelta
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
 from lorascope.schema.records import Item, Quantity, Record, register
@@ -108,6 +117,8 @@ class ALoRA(AdapterMethod, name="alora"):
         Number of rows of the search split on which components are scored.
     fresh_moments : bool
         Whether Adam's bias correction counts the steps of each component; False counts the steps of the run.
+    scores : {"ablation", "random"}
+        Scores of the components: IS, or random numbers from the run's seed, a control that needs no forward passes.
     """
 
     init_rank: int = 8
@@ -121,6 +132,7 @@ class ALoRA(AdapterMethod, name="alora"):
     score_rows: int = 32
     search_share: float = 0.1
     fresh_moments: bool = field(default=False, metadata=added_later())
+    scores: Literal["ablation", "random"] = field(default="ablation", metadata=added_later())
     lr: float = 1e-4
     head_lr: float = 1e-4
 
@@ -130,6 +142,7 @@ class ALoRA(AdapterMethod, name="alora"):
             raise ValueError(f"search_share must be > 0, got {self.search_share}: the search split scores components")
         valid = self.prune in ("block", "network") if isinstance(self.prune, str) else self.prune >= 1
         require(self, "prune", "'block', 'network' or >= 1", valid)
+        require_choice(self, "scores", ("ablation", "random"))
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
@@ -138,6 +151,9 @@ class ALoRA(AdapterMethod, name="alora"):
         # The id of a component counts all components that its module ever had, so it stays unique after deletions.
         self.rank_ids_ = {name: list(range(self.init_rank)) for name in self._deltas}
         self.born_ = dict.fromkeys(self._deltas, self.init_rank)
+        if self.scores == "random":
+            # Spawn a generator: the data order uses the same seed.
+            self.generator_ = np.random.default_rng(np.random.SeedSequence(torch.initial_seed()).spawn(1)[0])
 
     def select_targets(self, modules: pd.DataFrame) -> list[str]:
         """Return the modules to adapt, and compute n_A, the number of components deleted per round."""
@@ -179,18 +195,24 @@ class ALoRA(AdapterMethod, name="alora"):
         self._round = []
         if step.finished not in self.schedule(step.total):
             return
-        batch = step.validation(self.score_rows, fixed=True)
-        found = ablation_scores(step.model, step.loss, batch)
-        scores = {name: importance(found.full, found.without[name], found.only[name]) for name in self._deltas}
-        self._round = [Record("score_full", found.full), Record("score_none", found.none)]
-        columns = {"importance": scores, "score_without": found.without, "score_only": found.only}
+        columns = self._score(step)
         for name, ids in self.rank_ids_.items():
             self._round += [Record(key, values[name], name, np.array(ids)) for key, values in columns.items() if ids]
-        lost = prune(list(scores.values()), self._pruned)
-        gained = allocate(list(scores.values()), lost)
+        scores = list(columns["importance"].values())
+        lost = prune(scores, self._pruned)
+        gained = allocate(scores, lost)
         for name, positions, new in zip(self._deltas, lost, gained.tolist(), strict=True):
             if len(positions) or new:
                 self._reshape(step, name, positions, new)
+
+    def _score(self, step: Step) -> dict[str, Mapping[str, Float[np.ndarray, "_"]]]:
+        """Return the scores of all components by module, by the quantity that records them."""
+        if self.scores == "random":
+            return {"importance": {name: self.generator_.random(len(ids)) for name, ids in self.rank_ids_.items()}}
+        found = ablation_scores(step.model, step.loss, step.validation(self.score_rows, fixed=True))
+        self._round = [Record("score_full", found.full), Record("score_none", found.none)]
+        scores = {name: importance(found.full, found.without[name], found.only[name]) for name in self._deltas}
+        return {"importance": scores, "score_without": found.without, "score_only": found.only}
 
     def _reshape(self, step: Step, name: str, lost: Int[np.ndarray, "_"], new: int) -> None:
         """Delete and append components of one module: factors, moments and ids."""
@@ -218,6 +240,8 @@ class ALoRA(AdapterMethod, name="alora"):
 
 class ALoRADelta(LoRADelta):
     """Update scale * B A of one module, whose rank may change and may become 0."""
+
+    resized = True
 
     def affine(
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None

@@ -46,7 +46,7 @@ Departs:
 - The scale s comes from the authors' code; the paper does not scale.
 - The logits are updated by Adam, as in the authors' code, with betas (0.5, 0.999), a constant learning rate and no
   weight decay. The paper uses AdamW.
-- The search has as many steps as the retraining, those of ``train``; the paper searches "until convergence".
+- The search has as many steps as the retraining unless ``search_steps`` is set; the paper searches "until convergence".
 - Batches of the search split are drawn at random.
 - The threshold applies to alpha; the authors' code for GLUE compares logits.
 - ``hypergradient="betty"`` is the finite difference of the authors' code around a plain look-ahead step; the code takes
@@ -69,7 +69,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import to_array
-from lorascope.methods.base import AdapterMethod, Batch, Phase, Step, require, require_at_least, require_choice
+from lorascope.methods.base import (
+    AdapterMethod,
+    Batch,
+    Phase,
+    Step,
+    added_later,
+    require,
+    require_at_least,
+    require_choice,
+)
 from lorascope.methods.lora import LoRA, LoRADelta
 from lorascope.runs.run import Run
 from lorascope.schema.deprecation import accept_old_fields, formerly
@@ -121,6 +130,8 @@ class AutoLoRA(AdapterMethod, name="autolora"):
         authors' code: differences around w' instead of w, with eta = 1. Differences lose digits in bfloat16.
     search_share : float
         Fraction of the train split on which the logits train.
+    search_steps : int or None
+        Optimizer steps of the search; None uses the steps of ``train``, as the retraining does.
     """
 
     rank: int = 8
@@ -132,9 +143,10 @@ class AutoLoRA(AdapterMethod, name="autolora"):
     lr: float = 1e-4
     head_lr: float = 1e-4
     search_share: float = 0.5
+    search_steps: int | None = field(default=None, metadata=added_later())
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "rank")
+        require_at_least(self, 1, "rank", "search_steps")
         require(self, "selection_lr", "finite and >= 0", 0 <= self.selection_lr < math.inf)
         require_choice(self, "hypergradient", HYPERGRADIENTS)
         require(self, "search_share", "in (0, 1)", 0 < self.search_share < 1)
@@ -191,7 +203,7 @@ class AutoLoRA(AdapterMethod, name="autolora"):
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Yield the search, then LoRA with the ranks found, from W_0 on all of the train split."""
-        found = yield Phase(self, "search")
+        found = yield Phase(self, "search", steps=self.search_steps)
         common = {name: getattr(self, name) for name in ("alpha", "dropout", "lr", "head_lr", "search_share")}
         yield Phase(LoRA(rank=found.ranks(), **common), "retrain", split="train+search")
 

@@ -21,7 +21,8 @@ Departs:
 
 - A is Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code and in PEFT; the paper has a Gaussian of
   unstated standard deviation.
-- On an embedding A is zero and B standard normal, as in the authors' code and in PEFT.
+- On an embedding A is zero and B standard normal, as in the authors' code and in PEFT. The gain |B a| / |a|
+  is then sqrt(3 out) times that of the A of a linear layer; ``embedding_init="linear"`` divides B by this factor.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -37,7 +39,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
-from lorascope.methods.base import AdapterMethod, added_later
+from lorascope.methods.base import AdapterMethod, added_later, require_choice
 from lorascope.schema import module_table
 from lorascope.updates import Update, from_factors
 
@@ -62,6 +64,9 @@ class LoRA(AdapterMethod, name="lora"):
     init_seed : int or None
         Seed of the initial factors, drawn with a separate generator, so that runs on other data or in another order
         can share them. They are the factors that a run with this ``seed`` draws. None uses the run's seed.
+    embedding_init : {"peft", "linear"}
+        Standard deviation of the initial B of an embedding: 1, or 1 / sqrt(3 out), which gives it the gain of the
+        initial A of a linear layer.
     """
 
     rank: int | Mapping[str, int] = 8
@@ -70,8 +75,12 @@ class LoRA(AdapterMethod, name="lora"):
     targets: str | tuple[str, ...] = ("q", "v")
     rslora: bool = False
     init_seed: int | None = field(default=None, metadata=added_later())
+    embedding_init: Literal["peft", "linear"] = field(default="peft", metadata=added_later())
     lr: float = 5e-4
     head_lr: float = 5e-4
+
+    def __post_init__(self) -> None:
+        require_choice(self, "embedding_init", ("peft", "linear"))
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets, with factors drawn by ``init_seed``; leave adapters and head trainable."""
@@ -89,7 +98,11 @@ class LoRA(AdapterMethod, name="lora"):
 
     def delta(self, name: str, host: nn.Module) -> LoRADelta:
         """Return B A of one module, scaled by its rank."""
-        return LoRADelta(host, *self.factor_options(name), self._generator)
+        delta = LoRADelta(host, *self.factor_options(name), self._generator)
+        if isinstance(host, nn.Embedding) and self.embedding_init == "linear":
+            with torch.no_grad():
+                delta.B.div_(math.sqrt(3 * len(delta.B)))
+        return delta
 
     def factor_options(self, name: str) -> tuple[int, float, float]:
         """Return rank, scale and dropout of a module's factors."""

@@ -121,7 +121,8 @@ class NeFT(Method, name="neft"):
     clip_before : float or None
         Maximum norm of all trained gradients before they are masked; None disables this clipping.
     reversed_share : float
-        Fraction of the model's parameters that train in addition, in the neurons that rotate least.
+        Fraction of the model's parameters that train in addition to ``parameter_share`` (or ``num_neurons``), in the
+        neurons with the lowest scores: 0.03 and 0.06 are together as many neurons as ``parameter_share=0.09``.
     """
 
     num_neurons: int | None = field(default=None, metadata=formerly("k"))
@@ -145,7 +146,7 @@ class NeFT(Method, name="neft"):
         require_at_least(self, 1, "num_neurons", "tune_steps")
         require(self, "parameter_share", "in (0, 1]", 0 < self.parameter_share <= 1)
         require(self, "reversed_share", "in [0, 1]", 0 <= self.reversed_share <= 1)
-        valid = self.select_by == "changed" or not self.reversed_share
+        valid = self.select_by in ("changed", "probed") or not self.reversed_share
         require(self, "reversed_share", f"0 with select_by={self.select_by!r}", valid)
         require(self, "clip_before", "> 0 or None", self.clip_before is None or self.clip_before > 0)
         if self.neurons is not None:
@@ -249,23 +250,24 @@ class NeFT(Method, name="neft"):
         # Neurons of different projections may differ in length; fractions use their mean length.
         width = sum(part.count * part.width for part in self._parts) / sum(part.count for part in self._parts)
 
-        def number(name: str, free: int) -> int:
-            count = neurons.count(share := getattr(self, name), total, width)
+        def check(name: str, count: int, free: int) -> int:
             require(self, name, f">= {width / total:.2g}, the fraction of one neuron", count >= 1)
             if count > free:
                 most = f"{free * width / total:.2g}, the fraction of {free:,} available neurons"
-                raise ValueError(f"{name} must be <= {most}, got {share} ({count:,} neurons)")
+                raise ValueError(f"{name} must be <= {most}, got {getattr(self, name)} ({count:,} neurons)")
             return count
 
         column, _ = self.score_names
         free = int(self._scores[column].notna().sum())
-        k = self.num_neurons or number("parameter_share", free)
+        k = self.num_neurons or check("parameter_share", neurons.count(self.parameter_share, total, width), free)
         mode = "changed" if self.select_by == "probed" else self.select_by  # both select the highest scores
         seed = int(torch.randint(2**31, ())) if mode == "random" else 0  # depends on the run's seed
         selected = neurons.select(self._scores, k, mode, seed, column)
         if self.reversed_share:
-            others = neurons.select(self._scores, number("reversed_share", free - k), "reversed")
-            selected = pd.concat([selected, others])
+            # The sum is rounded, so that both ends together have as many neurons as one end with that sum.
+            first = k * width / total if self.num_neurons else self.parameter_share
+            other = check("reversed_share", neurons.count(first + self.reversed_share, total, width) - k, free - k)
+            selected = pd.concat([selected, neurons.select(self._scores, other, "reversed", by=column)])
         return neurons.by_module(selected)
 
     def after_backward(self, step: Step) -> None:

@@ -12,14 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorascope.adapters.delta import host_weight
+from lorascope.adapters.delta import Delta, host_weight
 from lorascope.adapters.host_weights import shared_copies, to_array
+from lorascope.adapters.peft_layers import PeftDelta
 from lorascope.methods.base import Step
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import TrainedTensors, factor_inner, tile_sums
 from lorascope.schema.records import Item, Record, Snapshot
 from lorascope.updates import Dense, Update, constant_factors, effective_rank, from_factors, spectra, stable_rank
 
+Factors = dict[str, Float[np.ndarray, "..."]]
 NORMS = {"weight": "weight_norm", "update": "update_norm", "learned": "learned_norm", "step": "step_norm"}
 
 
@@ -30,6 +32,8 @@ class norms(Observer):
     The values of a module refer to its weight matrix, the values of a block to all its tensors, including norms and
     biases. Only trained tensors are recorded. Ranks of factored updates are recorded each time. Ranks of dense updates
     need an SVD, so they are recorded only at step 0, at the last step and at multiples of ``spectra_every``.
+
+    Norms of factors include components that AdaLoRA masks. ALoRA resizes factors, so their change is not recorded.
 
     Parameters
     ----------
@@ -45,6 +49,7 @@ class norms(Observer):
         self.first_: dict[str, Any] = {}
         self.before_: dict[str, Any] = {}
         self.base_squares_: dict[str, float] = {}
+        self.initial_factors_: dict[str, Factors] = {}
         self._found: TrainedTensors | None = None
         self._memory: dict[str, Tensor] = {}
 
@@ -74,6 +79,8 @@ class norms(Observer):
         sums = zip(known, trained.copy_updates(list(known.values())), strict=True)
         self.base_squares_ = dict.fromkeys(step.base, math.nan) | {name: math.fsum(parts) for name, parts in sums}
         self.first_ = {module: _to_tree(update) for module, update in trained.updates().items() if update.norm() > 0}
+        deltas = {module: delta for module, delta in trained.deltas.items() if not delta.resized}
+        self.initial_factors_ = {module: found for module, delta in deltas.items() if (found := _trained(delta))}
 
     def _remember(self, trained: TrainedTensors) -> None:
         """Store the tensors that the next recording is compared with, in the same memory each time.
@@ -110,11 +117,16 @@ class norms(Observer):
                 yield from _norm_records(label, parts)
         yield from self._block_records(trained, squares)
         for module, delta in trained.deltas.items():
-            trainable = (to_array(factor) for name, factor in delta.factors().items() if name not in constant_factors())
-            adapter = math.fsum(math.fsum(tile_sums(torch.from_numpy(factor)).tolist()) for factor in trainable)
-            yield Record("adapter_norm", math.sqrt(adapter), module)
+            yield from self._factor_records(module, _trained(delta))
             yield Record("rank", delta.rank, module)
         yield from self._rank_records(step, trained, tensors, updates)
+
+    def _factor_records(self, module: str, factors: Factors) -> Iterator[Record]:
+        yield Record("adapter_norm", _joint_norm(factors), module)
+        if _shapes(self.initial_factors_.get(module, {})) != _shapes(factors):
+            self.initial_factors_.pop(module, None)  # a later change back would be to other components
+        elif factors:
+            yield Record("factor_change", _joint_norm(factors, self.initial_factors_[module]), module)
 
     def _base(self, trained: TrainedTensors, module: str) -> float:
         """Return |W_0|^2 of an adapted weight, NaN if it is packed and not a parameter."""
@@ -192,6 +204,23 @@ class norms(Observer):
 
     def _is_decomposition_due(self, finished: int) -> bool:
         return bool(self.spectra_every and finished % self.spectra_every == 0)
+
+
+def _trained(delta: Delta | PeftDelta) -> Factors:
+    """Return the factors of an adapter that train."""
+    constants = constant_factors()
+    return {name: to_array(factor) for name, factor in delta.factors().items() if name not in constants}
+
+
+def _shapes(factors: Factors) -> dict[str, tuple[int, ...]]:
+    return {name: factor.shape for name, factor in factors.items()}
+
+
+def _joint_norm(factors: Factors, minus: Factors | None = None) -> float:
+    """Compute the Frobenius norm of all factors together, or of their difference from others."""
+    others = {} if minus is None else {name: torch.from_numpy(factor) for name, factor in minus.items()}
+    sums = (tile_sums(torch.from_numpy(factor), others.get(name)) for name, factor in factors.items())
+    return math.sqrt(math.fsum(math.fsum(parts.tolist()) for parts in sums))
 
 
 def _to_tree(update: Update) -> dict[str, Any]:

@@ -199,6 +199,11 @@ register(
     relative_update=Quantity("‖W − W₀‖ / ‖W₀‖", pool="mean", definition="update_norm divided by the norm of W_0"),
     step_norm=Quantity("‖Wₜ − Wₜ₋₁‖", pool="norm", definition="Frobenius norm of the change in one step"),
     adapter_norm=Quantity("√(‖A‖² + ‖B‖²)", pool="norm", definition="joint Frobenius norm of all trained factors"),
+    factor_change=Quantity(
+        "√(‖A − A₀‖² + ‖B − B₀‖²)",
+        pool="norm",
+        definition="joint Frobenius norm of the change of all trained factors; unknown for factors that are resized",
+    ),
 )
 register(
     "train adapters with observe=[ls.observe.norms()]",

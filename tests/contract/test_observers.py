@@ -58,6 +58,7 @@ ROWS = {
         "lora",
         "adapter_norm",
         "effective_rank",
+        "factor_change",
         "learned_norm",
         "rank",
         "relative_update",

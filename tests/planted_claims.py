@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lorascope.evidence import registration
 from lorascope.evidence.registration import Registered
 from lorascope.evidence.statistics import (
     adapprox,
@@ -29,6 +30,7 @@ from lorascope.evidence.statistics import (
 from lorascope.evidence.statistics.base import LogLikelihood, MeanOverRows
 from lorascope.evidence.store import RUN_COLUMNS, Evidence
 
+REGISTERED = registration.read()
 FIRST, ROWS = 100, 3000
 ROLES, LAYERS = ("q", "k", "v", "o", "ffn_in", "ffn_out"), range(48)
 Tables = dict[tuple[str, str], pd.DataFrame]
@@ -152,7 +154,7 @@ def selection(core: np.ndarray, part: float, rng: np.random.Generator, universe:
     neurons = np.concatenate([taken, rng.choice(left, CHOSEN - len(taken), replace=False)])
     size = POOL // 4
     names = np.array([f"m{module}" for module in range(4)])[neurons // size]
-    return pd.DataFrame({"module": names, "size": size, "neuron": neurons % size})
+    return pd.DataFrame({"module": names, "size": size, "pool": POOL, "neuron": neurons % size})
 
 
 # What to plant for the claims that are not on test rows: (statistic, control, rng) -> kept tables of one seed.
@@ -379,7 +381,7 @@ def plant(
     rng, seeds = np.random.default_rng(seed), [FIRST + i for i in range(len(statistic))]
     arms = pair[0].arms() | pair[1].arms()
     runs, margins, nll, kept = [], {}, {}, {}
-    baselines = arms - set(registered.arms)
+    baselines = {arm for arm in arms if REGISTERED.arms[arm].baseline}
     for number, at in enumerate(seeds):
         for arm in arms - baselines:
             runs.append(row(f"{arm}-{at}", arm, at))

@@ -19,6 +19,7 @@ import pandas as pd
 
 from lorascope.analysis import rank_allocations
 from lorascope.evidence.statistics import adalora as statistics
+from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.methods import AdaLoRA
 from lorascope.probes.base import (
     HELD_FIXED,
@@ -31,7 +32,14 @@ from lorascope.probes.base import (
     select,
 )
 from lorascope.probes.lora import LOW, shared_arms
-from lorascope.probes.rank_statistics import FEED_FORWARD, NEXT_SEED, RankAgreement, RankFraction, final_ranks
+from lorascope.probes.rank_statistics import (
+    FEED_FORWARD,
+    NEXT_SEED,
+    RankAgreement,
+    RankFraction,
+    final_ranks,
+    keep_ranks,
+)
 from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
 from lorascope.runs.run import Run
 
@@ -83,6 +91,7 @@ PROBE = Probe(
     quick_budget=55,
     arms=arms,
     registered=registered,
+    keep={(RANKS, label): keep_ranks for label in (ADAPTED, statistics.DOMAINS)},
     claims={
         "adalora.ffn": (RankFraction(ADAPTED, FEED_FORWARD), RankFraction(ADAPTED, FEED_FORWARD, random_ranks)),
         "adalora.top": (

@@ -27,6 +27,7 @@ import pandas as pd
 
 from lorascope import observe
 from lorascope.analysis import optimizer_moments
+from lorascope.evidence.statistics import adapprox as statistics
 from lorascope.methods import Adapprox, Full
 from lorascope.methods.base import Method
 from lorascope.probes import pretraining
@@ -182,6 +183,7 @@ PROBE = Probe(
     quick_budget=44,
     arms=arms,
     registered=registered,
+    keep={(statistics.TAILS, ADAMW): keep_tails},
     claims={
         "adapprox.tail": (
             AtBestRate(partial(energy, quantity="moment_error"), ADAMW),

@@ -19,6 +19,7 @@ import pandas as pd
 from jaxtyping import Int
 
 from lorascope.evidence.statistics import alora as statistics
+from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.methods import ALoRA, LoRA
 from lorascope.methods.alora import allocate, prune
 from lorascope.probes.base import (
@@ -32,7 +33,7 @@ from lorascope.probes.base import (
     select,
 )
 from lorascope.probes.lora import LOW, shared_arms
-from lorascope.probes.rank_statistics import ATTENTION, RankFraction, final_ranks
+from lorascope.probes.rank_statistics import ATTENTION, RankFraction, final_ranks, keep_ranks
 from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
 from lorascope.runs.run import Run
 
@@ -131,6 +132,7 @@ PROBE = Probe(
     quick_budget=100,
     arms=arms,
     registered=registered,
+    keep={(RANKS, ADAPTED): keep_ranks, (statistics.REPLAYS, ADAPTED): keep_replays},
     claims={
         "alora.attention": (RankFraction(ADAPTED, ATTENTION), RankFraction(ADAPTED, ATTENTION, random_moves)),
         "alora.queries": (

@@ -23,11 +23,12 @@ import numpy as np
 import torch
 
 from lorascope.evidence.statistics import autolora as statistics
+from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.inputs import models
 from lorascope.methods import AutoLoRA, LoRA
 from lorascope.methods.autolora import retained_mask
 from lorascope.probes.base import Arm, Probe, ReportFigure, draw, encoder_settings, registered_settings, select
-from lorascope.probes.rank_statistics import NEXT_SEED, RankAgreement, final_ranks
+from lorascope.probes.rank_statistics import NEXT_SEED, RankAgreement, final_ranks, keep_ranks
 from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
@@ -107,6 +108,7 @@ PROBE = Probe(
     quick_budget=160,
     arms=arms,
     registered=registered,
+    keep={(RANKS, label): keep_ranks for label in (statistics.ADAPTED, statistics.DOMAINS)},
     claims={
         "autolora.spread": (EachRun(rank_spread, MOVIES), EachRun(random_rank_spread, MOVIES)),
         "autolora.tasks": (-RankAgreement(MOVIES, other=TWEETS), -RankAgreement(MOVIES)),

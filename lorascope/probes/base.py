@@ -53,10 +53,6 @@ class Arm:
     vary : callable, optional
         ``vary(arm, seed)`` returns the arm of one seed. Use it if the task, the ranks or the training seed (``seed`` in
         ``settings``) depends on the seed.
-    keep : mapping name -> callable
-        Tables of the evidence that are computed from a finished run: ``keep[name](run, *others)``. Default none.
-    others : tuple of str
-        Labels of the arms whose runs with the same seed are passed to ``keep`` as ``others``. Default none.
     """
 
     label: str
@@ -67,8 +63,6 @@ class Arm:
     blocks: int | None = None
     cost: float = 1.0
     vary: Callable[[Arm, int], Arm] | None = None
-    keep: Mapping[str, Callable[..., pd.DataFrame]] = field(default_factory=dict)
-    others: tuple[str, ...] = ()
 
     @property
     def budget(self) -> float:
@@ -191,6 +185,9 @@ class Probe:
         ``arms(quick)`` returns the arms to train.
     registered : callable
         ``registered()`` returns the registered arms, whose runs are the evidence for the claims. Default none.
+    keep : mapping
+        Name of a kept table and label of a registered arm, which may be one of another probe -> function of the
+        finished run, and of the other runs that the table is computed from. Default none.
     claims : mapping
         Id of a claim -> functions that compute statistic and control by seed from the data, in the order of the report.
         A claim on an arm that only a full run trains is left out of a quick run.
@@ -223,6 +220,7 @@ class Probe:
     quick_budget: int
     arms: Callable[[bool], Sequence[Arm]]
     registered: Callable[[], Sequence[Arm | OwnArm]] = lambda: ()
+    keep: Mapping[tuple[str, str], Callable[..., pd.DataFrame]] = field(default_factory=dict)
     claims: Mapping[str, tuple[Compute, Compute]] = field(default_factory=dict)
     figures: Callable[[Any], Sequence[ReportFigure]]
     tables: Callable[[Any], Mapping[str, pd.DataFrame]] = lambda data: {}

@@ -11,7 +11,7 @@ import json
 import math
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -71,9 +71,8 @@ def arm_hashes(claims: Registration) -> dict[str, str]:
     for label, registered in claims.arms.items():
         first = OpenRun(label, 100, "judged", registered.rates[0] if registered.rates else None)
         row = _describe(_at(first, claims))
-        found[label] = arm_hash(
-            registered, *map(json.loads, (row["method"], row["settings"])), row["task_hash"], row["w0"]
-        )
+        method, settings = json.loads(row["method"]), json.loads(row["settings"])
+        found[label] = arm_hash(registered, method, settings, row["task_hash"], row["w0"])
     return found
 
 
@@ -97,10 +96,10 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
         An arm differs from the registered one.
     """
     claims, end = registration.read(registered), time.monotonic() + 60 * minutes
+    tables = _tables(claims)
     for label, found in arm_hashes(claims).items():
         if found != claims.arms[label].hash:
             raise ValueError(f"cannot train {label!r}: it differs from the registered arm, whose hash must be {found}")
-    seeds = _seeds_of_tables(claims)
     while time.monotonic() < end:
         evidence = store.read(folder) if (folder / "runs.csv").exists() else store.empty()
         needed, spent = open_runs(claims, PAIRS, evidence, block()), evidence.runs["cpu_seconds"].sum() / 60
@@ -108,7 +107,9 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
         if not needed or spent >= BUDGET:
             break
         # A run is only taken from the list when a process is free, so the time is read then.
-        calls = (delayed(_finish)(each, claims, seeds, out) for each in needed if time.monotonic() < end)
+        calls = (
+            delayed(_finish)(each, claims, tables.get(each.arm, []), out) for each in needed if time.monotonic() < end
+        )
         workers = Parallel(width(), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
         for kept in workers(calls):
             if len(kept.rows):
@@ -125,14 +126,27 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['arm']}, {row['role']} seed {row['seed']}{rate}: {scores}, {row['cpu_seconds'] / 60:.1f} CPU-minutes"
 
 
-def _seeds_of_tables(claims: Registration) -> dict[tuple[str, str], range]:
-    """Return the seeds for which each table of each arm is kept: those of the last look of the claims that read it."""
-    found: dict[tuple[str, str], range] = {}
+@dataclass(frozen=True)
+class _Table:
+    """A table to keep of an arm: its name, the seeds of the claims that read it, and the other arms of its set."""
+
+    name: str
+    seeds: range
+    others: tuple[str, ...]
+
+
+def _tables(claims: Registration) -> dict[str, list[_Table]]:
+    """Return the tables that claims read, by arm."""
+    found: dict[tuple[str, str], _Table] = {}
     for id, claim in claims.of_tier("primary", "secondary").items():
         seeds = range(claim.design.first_seed, claim.design.first_seed + claim.design.seeds[-1])
-        for table in PAIRS[id][0].tables() | PAIRS[id][1].tables():
-            found[table] = max(found.get(table, seeds), seeds, key=len)
-    return found
+        for key, others in (PAIRS[id][0].tables() | PAIRS[id][1].tables()).items():
+            known = found.get(key)
+            found[key] = _Table(key[0], max(seeds, known.seeds, key=len) if known else seeds, others)
+    by_arm: dict[str, list[_Table]] = {}
+    for (_, arm), table in found.items():
+        by_arm.setdefault(arm, []).append(table)
+    return by_arm
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,7 @@ class _Kept:
     rows: pd.DataFrame
 
 
-def _finish(open_run: OpenRun, claims: Registration, seeds: Mapping[tuple[str, str], range], out: Path) -> _Kept:
+def _finish(open_run: OpenRun, claims: Registration, tables: Sequence[_Table], out: Path) -> _Kept:
     """Train one run in this process, and return what is kept of it."""
     torch.set_num_threads(1)
     start = time.process_time()
@@ -154,24 +168,31 @@ def _finish(open_run: OpenRun, claims: Registration, seeds: Mapping[tuple[str, s
     row = dict.fromkeys(store.RUN_COLUMNS) | vars(open_run) | block() | _describe(arm) | _version()
     row |= {"run": id, "arm_hash": claims.arms[arm.label].hash}
     scores: Mapping[str, np.ndarray] = {}
-    tables: Mapping[str, pd.DataFrame] = {}
+    kept: Mapping[str, pd.DataFrame] = {}
     if isinstance(arm, OwnArm):
         found = arm.compute(open_run.seed)
-        row, scores, tables = row | dict(found.row), found.scores, found.tables
+        row, scores, kept = row | dict(found.row), found.scores, found.tables
     else:
         try:
             run = _train(arm, open_run, out)
             row |= _scores(run, arm, open_run.role)
             if open_run.role == "judged":
-                others = [_train(_at(replace(open_run, arm=label), claims), open_run, out) for label in arm.others]
-                read = [name for name in arm.keep if open_run.seed in seeds.get((name, arm.label), ())]
-                tables, scores = {name: arm.keep[name](run, *others) for name in read}, run.predictions
+                wanted = [table for table in tables if open_run.seed in table.seeds]
+                kept = {table.name: _keep(table, run, open_run, claims, out) for table in wanted}
+                scores = run.predictions
             remove_states(run)
         except FloatingPointError:  # a learning rate that is too high
             row |= dict.fromkeys(("validation_loss", "test_loss"), math.inf) | {"run": f"{id}-{open_run.rate:g}"}
             row |= dict.fromkeys(("validation_metric", "test_metric"), 0.0)
     rows = identify_test_rows(_task(arm)) if scores else pd.DataFrame()
-    return _Kept(row | {"cpu_seconds": time.process_time() - start}, scores, tables, rows)
+    return _Kept(row | {"cpu_seconds": time.process_time() - start}, scores, kept, rows)
+
+
+def _keep(table: _Table, run: Run, open_run: OpenRun, claims: Registration, out: Path) -> pd.DataFrame:
+    """Compute a kept table of a run; the other runs of its set are finished, or trained now."""
+    keep = {key: make for probe in PROBES.values() for key, make in probe.keep.items()}
+    others = [replace(open_run, arm=label) for label in table.others]
+    return keep[table.name, open_run.arm](run, *(_train(_at(other, claims), other, out) for other in others))
 
 
 def _at(open_run: OpenRun, claims: Registration) -> Arm | OwnArm:

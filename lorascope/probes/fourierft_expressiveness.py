@@ -20,8 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -34,11 +34,12 @@ from lorascope.adapters.delta import Delta, attach
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.marks import Axis, Heat, Point
+from lorascope.evidence.statistics import fourierft as statistics
 from lorascope.methods.fourierft import BasisDelta, FourierDelta
 from lorascope.methods.lora import LoRADelta
 from lorascope.plots import builders
 from lorascope.plots.run_groups import INTERVAL
-from lorascope.probes.base import Probe, ReportFigure, format_mean
+from lorascope.probes.base import OwnArm, Probe, ReportFigure, Scored, format_mean
 from lorascope.probes.seed_statistics import BySeed, Combined, Statistic
 from lorascope.updates import fourier
 
@@ -140,6 +141,14 @@ def course_table(label: str, seed: int) -> tuple[pd.DataFrame, float, float]:
         loss = F.cross_entropy(course.network(x), y)
     table = pd.DataFrame({"best_accuracy": [best_accuracy(course)], "epochs": [epochs_needed(course)]})
     return table, course.accuracy[-1], float(loss)
+
+
+def _score(label: str, seed: int) -> Scored:
+    table, accuracy, loss = course_table(label, seed)
+    row: dict[str, Any] = dict.fromkeys(("validation_loss", "test_loss"), loss)
+    row |= dict.fromkeys(("validation_metric", "test_metric"), accuracy) | {"validation_chance": 1 / CLASSES}
+    row |= {"steps": int(table["epochs"].item()), "trained_parameters": COEFFICIENTS}
+    return Scored(row, tables={statistics.COURSE: table})
 
 
 @cache
@@ -279,6 +288,9 @@ PROBE = Probe(
     question="Is a sparse spectrum more expressive than a rank-1 product with the same number of parameters?",
     quick_budget=40,
     arms=lambda quick: [],
+    registered=lambda: [
+        OwnArm(label=label, method={"name": label}, compute=partial(_score, label)) for label in ADAPTERS
+    ],
     measure_cost=20,
     collect=lambda runs: courses(),  # trained here, in seconds
     claims={

@@ -185,6 +185,7 @@ PROBE = Probe(
     quick_budget=120,
     arms=arms,
     registered=registered,
+    keep={(statistics.INFORMATION, ROUTED): keep_gate_information},
     claims={
         "hydralora.tasks": (
             EachRun(domain_information, ROUTED),

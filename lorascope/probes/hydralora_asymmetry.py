@@ -166,7 +166,7 @@ COSINES: dict[tuple[str, ...], tuple[tuple[str, Factor, View], ...]] = {
 
 
 def keep_similarities(run: Run, *others: Run, parts: Sequence[tuple[str, Factor, View]]) -> pd.DataFrame:
-    """Return the kept table ``similarities`` of a set of runs; see ``evidence.asymmetry.asymmetry``.
+    """Return the kept table ``similarities`` of a set of runs; see ``evidence.statistics.asymmetry``.
 
     Parameters
     ----------
@@ -255,6 +255,10 @@ PROBE = Probe(
     quick_budget=40,
     arms=arms,
     registered=registered,
+    keep={
+        (asymmetry.SIMILARITIES, labels[-1]): partial(keep_similarities, parts=parts)
+        for labels, parts in COSINES.items()
+    },
     collect=collect,
     claims={
         "asymmetry.raw": (Number("sharedness", OWN, "A", "raw"), Number("sharedness", OWN, "B", "raw")),

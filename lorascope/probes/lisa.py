@@ -169,6 +169,10 @@ PROBE = Probe(
     quick_budget=50,
     arms=arms,
     registered=registered,
+    keep={
+        (statistics.NORMS, label): keep_layer_norms
+        for label in (FULL, ADAPTED, FULL_DECODER, ADAPTED_DECODER, statistics.SMALL, statistics.SMALL_DECODER)
+    },
     claims={
         "lisa.embed": _skewed_update("embed", ADAPTED, FULL),
         "lisa.learned": _skewed_adapter("embed", ADAPTED),

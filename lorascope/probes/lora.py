@@ -155,6 +155,11 @@ PROBE = Probe(
     order=0,  # first, because other probes compare their methods with its arms
     arms=arms,
     registered=registered,
+    keep={
+        (statistics.DIRECTIONS, LOW): keep_directions,
+        (statistics.DIRECTIONS, HIGH): keep_directions,
+        (statistics.AMPLIFICATION, LOW): keep_amplification,
+    },
     claims={
         "lora.parity": (EachRun(accuracy, LOW), EachRun(accuracy, FULL) - 0.02),
         "lora.words": (EachRun(accuracy, LOW), EachRun(lambda run: tfidf_words(run.task)["all"], LOW)),

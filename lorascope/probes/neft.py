@@ -122,8 +122,9 @@ def mean_shift(run: Run) -> float:
 def keep_selected(run: Run) -> pd.DataFrame:
     """Return the kept table ``selected``; see ``evidence.statistics.neft``."""
     found = selected_neurons.list_selected(run)[["module", "neuron"]].astype({"module": "str", "neuron": "uint16"})
-    size = found["module"].map(selected_neurons.sizes(run)).astype("uint16")
-    return found.assign(size=size).sort_values(["module", "neuron"], ignore_index=True)[["module", "size", "neuron"]]
+    sizes = selected_neurons.sizes(run)
+    found = found.assign(size=found["module"].map(sizes).astype("uint16"), pool=sizes.total())
+    return found.sort_values(["module", "neuron"], ignore_index=True)[["module", "size", "pool", "neuron"]]
 
 
 def keep_utilization(run: Run) -> pd.DataFrame:
@@ -166,6 +167,8 @@ PROBE = Probe(
     quick_budget=105,
     arms=arms,
     registered=registered,
+    keep={(statistics.SELECTED, label): keep_selected for label in (CHANGED, MOVIES, TWEETS)}
+    | {(statistics.UTILIZATION, label): keep_utilization for label in (CHANGED, statistics.FEW, statistics.REVERSED)},
     claims={
         "neft.over_full": (EachRun(accuracy, CHANGED), EachRun(accuracy, FULL)),
         "neft.over_lora": (EachRun(accuracy, CHANGED), EachRun(accuracy, LOW)),

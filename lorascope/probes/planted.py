@@ -23,6 +23,7 @@ import pandas as pd
 from lorascope import observe
 from lorascope.analysis import baseline_ranks
 from lorascope.analysis.planted_ranks import absolute_error, rank_correlation, recovered_ranks
+from lorascope.evidence.statistics import planted as statistics
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, LoRA
 from lorascope.probes import planted_teacher
 from lorascope.probes.base import Arm, Probe, draw, over_seeds, registered_settings, select, tabulate
@@ -119,6 +120,7 @@ PROBE = Probe(
     quick_budget=40,
     arms=arms,
     registered=registered,
+    keep={(statistics.RECOVERY, label): keep_recovery for label in ALLOCATORS.values()},
     claims={
         f"planted.{name.lower()}_{quantity}": compare(arm)
         for name, arm in ALLOCATORS.items()

@@ -187,6 +187,7 @@ PROBE = Probe(
     question="Do three importance scores order the components of a trained adapter by loss increase on removal?",
     quick_budget=220,
     arms=lambda quick: shared_arms(quick, LOW),
+    keep={(agreement.SCORES, LOW): keep_scores},
     measure=measure,
     measure_cost=90,
     collect=collect,

@@ -34,9 +34,9 @@ class Statistic:
         """Return the labels of the arms whose runs it reads."""
         raise NotImplementedError
 
-    def tables(self) -> set[tuple[str, str]]:
-        """Return name and arm of the kept tables that it reads."""
-        return set()
+    def tables(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """Return name and arm of the kept tables that it reads, and the other arms that they are computed from."""
+        return {}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         """Compute the values: an array (seed,), (seed, row) or (seed, seed)."""
@@ -130,8 +130,8 @@ class OfRun(Statistic):
     def arms(self) -> set[str]:
         return {self.arm, *self.others}
 
-    def tables(self) -> set[tuple[str, str]]:
-        return {(self.table, self.arm)}
+    def tables(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        return {(self.table, self.arm): self.others}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         return np.array([self.value(evidence.table(self.table, self.arm, seed)) for seed in seeds], np.float64)
@@ -149,8 +149,8 @@ class OfPairs(Statistic):
     def arms(self) -> set[str]:
         return {self.arm, self.other}
 
-    def tables(self) -> set[tuple[str, str]]:
-        return {(self.table, self.arm), (self.table, self.other)}
+    def tables(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        return {(self.table, arm): () for arm in (self.arm, self.other)}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         first, second = ([evidence.table(self.table, arm, seed) for seed in seeds] for arm in (self.arm, self.other))
@@ -173,8 +173,8 @@ class Combined(Statistic):
     def arms(self) -> set[str]:
         return set().union(*(part.arms() for part in self.parts))
 
-    def tables(self) -> set[tuple[str, str]]:
-        return set().union(*(part.tables() for part in self.parts))
+    def tables(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        return {key: others for part in self.parts for key, others in part.tables().items()}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         return np.asarray(self.function(*(part(evidence, seeds) for part in self.parts)))

@@ -16,7 +16,7 @@ CHANGED, RANDOM, PROBED = "NeFT, 9%", "NeFT, 9%, random", "NeFT, 9%, linear prob
 FEW, REVERSED = "NeFT, 3%", "NeFT, 3% and 6% reversed"
 MOVIES, TWEETS = "NeFT, choice only, movies", "NeFT, choice only, tweets"
 SELECTED = "selected"
-"""Kept table ``module, size, neuron``: the selected neurons, and how many the module has to select from."""
+"""Kept table ``module, size, pool, neuron``: selected neurons, number of neurons of the module and of all modules."""
 UTILIZATION = "utilization"
 """Kept table ``role, rank``: rank of every neuron by utilization within its role, in a fixed order."""
 
@@ -28,8 +28,7 @@ def overlap(first: pd.DataFrame, second: pd.DataFrame) -> float:
 
 def pooled_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
     """Compute the expected overlap of random selections from all modules together."""
-    pool = first.drop_duplicates("module")["size"].sum()
-    return max(len(first), len(second)) / float(pool)
+    return max(len(first), len(second)) / float(first["pool"].iloc[0])
 
 
 def module_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
@@ -52,8 +51,8 @@ class ShiftFrom(Statistic):
     def arms(self) -> set[str]:
         return {self.reference, self.arm}
 
-    def tables(self) -> set[tuple[str, str]]:
-        return {(UTILIZATION, arm) for arm in self.arms()}
+    def tables(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        return {(UTILIZATION, arm): () for arm in (self.reference, self.arm)}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         found = []

@@ -416,6 +416,29 @@ def test_ratings_become_labels_without_those_near_zero(archive):
         assert text == text.strip()
 
 
+def test_ids_and_ratings_are_kept(archive):
+    rows = sources.sentiment()
+    assert list(rows) == ["text", "label", "id", "rating", "group"]
+    for text, name, rating in zip(rows["text"], rows["id"], rows["rating"], strict=True):
+        number = int(name)
+        assert text.startswith(f'"{number}" ')
+        assert rating == (-1) ** number * (number % 4 + 0.5)
+
+
+def test_cluster_is_the_domain_with_the_number_of_the_article():
+    rows = pd.DataFrame({"group": ["news", "news", "products", "tweets"], "id": ["12_1", "12_40", "12_1", "12"]})
+    assert sources.clusters(rows) == ["news/12", "news/12", "products/12", "tweets/12"]
+
+
+def test_clusters_change_neither_the_hash_nor_the_rows():
+    plain, rows = tasks.from_frame(table()), table()
+    task = tasks.from_frame(rows.assign(cluster=rows["text"].str[-1]))
+    assert task.hash == plain.hash
+    assert (task.table["cluster"] == task.table["text"].str[-1]).all()
+    pd.testing.assert_frame_equal(task.table.drop(columns="cluster"), plain.table)
+    assert tasks.from_frame(rows[["text"]].assign(cluster="a")).kind == "lm"
+
+
 def test_task_of_one_domain_has_the_splits_of_the_full_task(archive):
     whole, news = tasks.load("sentiment"), tasks.load("sentiment/news")
     assert news.groups == ()
@@ -453,6 +476,24 @@ def test_published_sentences_match_the_data_card():
     for name, rows in task.splits.items():
         assert rows.groupby(["group", "label"]).size().to_list() == counts[name].to_list()
     assert task.table["text"].str.contains("cliché").any()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    {
+        # Computed before ids and ratings were kept.
+        "sentiment": "ccf8595bb22b05e3f859d855f9a8b1d39089935f6a5b7fa72839f7970bdb6ea0",
+        "sentiment/tweets": "a8bf1c4752f598c1b243766aed9b0bbf6100bb61844a680244b7fd27268cf13c",
+        "sentiment/movies": "25f0c15a712a4e424c5966575259166c1d844591b945c65e8d52a3cc898d193e",
+        "sentiment/products": "2ef102bf965d72852d3da25687c7b6a567f50f145eaa4ac1cdfe0eea9a2eef9e",
+        "sentiment/news": "b39439f4b1430d30e33e3d04b22b3e541891d2b8d74dd979a6492670d4a47637",
+        "sentiment/domains": "635a91a8bfeceda80a2e64d9407f986bac119b9ba39af4629f6f936c0458796e",
+        "sentiment/mixture": "0b922ec2905e2b86c30b922a3e0c329be78e2ec0ae1155ec5210436c18a3ad4a",
+    }.items(),
+)
+def test_hashes_of_published_tasks_never_change(name, expected):
+    assert tasks.load(name).hash == expected
 
 
 # -- the form for a model -------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ DOMAINS = {
     "products": "amazonReviewSnippets_GroundTruth.txt",
     "news": "nytEditorialSnippets_GroundTruth.txt",
 }
-BUNDLED = ("sentiment", *(f"sentiment/{domain}" for domain in DOMAINS))
+MIXTURE = "sentiment/mixture"
+BUNDLED = ("sentiment", *(f"sentiment/{domain}" for domain in DOMAINS), "sentiment/domains", MIXTURE)
 _SENTENCES = "sentences.parquet"
 # Maximum bytes of a file name on common file systems.
 _LONGEST = 255
@@ -30,11 +31,14 @@ _FILES = {".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 
 
 def read(name: str) -> pd.DataFrame:
-    """Return the rows of a source by name; see ``tasks.load`` for the names and errors."""
+    """Return the rows of a source by name, but of ``MIXTURE``; see ``tasks.load`` for the names and errors."""
     if name in BUNDLED:
         rows = sentiment()
-        domain = name.partition("/")[2]
-        return rows[rows["group"] == domain].drop(columns="group") if domain else rows
+        rows = rows.assign(cluster=clusters(rows))
+        part = name.partition("/")[2]
+        if part == "domains":
+            return rows.assign(label=rows["group"]).drop(columns="group")
+        return rows[rows["group"] == part].drop(columns="group") if part else rows
     path = Path(name).expanduser()
     if (size := len(os.fsencode(path.name))) > _LONGEST:
         raise ValueError(f"task must be a name of at most {_LONGEST} bytes, got {size}")
@@ -62,10 +66,20 @@ def sentiment() -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns text, label ("negative", "positive") and group (the domain): 19,136 rows whose mean rating is below -0.5
-        or above 0.5. Source: Hutto & Gilbert, ICWSM 2014.
+        Columns text, label ("negative", "positive"), id (within the domain), rating (the mean, in [-4, 4]) and group
+        (the domain): 19,136 rows whose mean rating is below -0.5 or above 0.5. Source: Hutto & Gilbert, ICWSM 2014.
     """
-    return pd.read_parquet(build_once(cache() / f"sentiment-{SENTIMENT.sha256[:16]}", _write_sentences) / _SENTENCES)
+    folder = build_once(cache() / f"sentiment-rated-{SENTIMENT.sha256[:16]}", _write_sentences)
+    return pd.read_parquet(folder / _SENTENCES)
+
+
+def clusters(rows: pd.DataFrame) -> list[str]:
+    """Return the cluster of each row of ``sentiment``, such as "news/12": sentences of one article or review.
+
+    The id of such a sentence is the number of the article, ``_`` and the number of the sentence. Every tweet and every
+    movie snippet is a separate cluster.
+    """
+    return (rows["group"] + "/" + rows["id"].str.partition("_")[0]).to_list()
 
 
 def _write_sentences(folder: Path) -> None:
@@ -75,7 +89,7 @@ def _write_sentences(folder: Path) -> None:
 
 
 def _read_ratings(archive: tarfile.TarFile, file: str) -> pd.DataFrame:
-    """Read texts and labels of one domain from tab-separated ids, mean ratings in [-4, 4] and sentences."""
+    """Read the rows of one domain from tab-separated ids, mean ratings in [-4, 4] and sentences."""
     stream = cast(IO[bytes], archive.extractfile(f"hutto_ICWSM_2014/{file}"))
     columns: dict[Any, Any] = {"id": str, "rating": float, "text": str}
     # Quotation marks are part of the sentences.
@@ -83,7 +97,9 @@ def _read_ratings(archive: tarfile.TarFile, file: str) -> pd.DataFrame:
     lines = pd.read_csv(stream, sep="\t", names=list(columns), dtype=columns, **plain)
     clear = lines[lines["rating"].abs() > 0.5]
     label = clear["rating"].gt(0).map({True: "positive", False: "negative"})
-    return pd.DataFrame({"text": clear["text"].str.strip(), "label": label})
+    return pd.DataFrame(
+        {"text": clear["text"].str.strip(), "label": label, "id": clear["id"], "rating": clear["rating"]}
+    )
 
 
 def read_file(path: Path) -> pd.DataFrame:

@@ -10,17 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
 from lorascope.files.safe_csv import is_number
-from lorascope.inputs import images, sources
+from lorascope.inputs import images, questions, sources, splits
+from lorascope.inputs.splits import SPLITS
 from lorascope.inputs.tokenization import EncodedRows, encode_classes, encode_pairs, encode_text
 from lorascope.schema.deprecation import old_attribute
-
-SPLITS = {"train": 0.7, "validation": 0.8, "test": 1.0}
-"""Upper bound of each split on the hash scale, from 0 to 1."""
 
 # Part of the class name of a model -> kind of task that its head can do.
 _HEADS = {
@@ -30,7 +27,6 @@ _HEADS = {
     "LMHead": "prompt",
     "ForConditionalGeneration": "seq2seq",
 }
-_RULE = "sha256 of the casefolded text; train below 0.7, validation below 0.8, test the rest"
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +41,12 @@ class Task:
         Labeled texts; labeled images; prompts with responses for a causal LM or an encoder-decoder; plain text.
     table : DataFrame
         Columns text and label (and optionally pair, a second text), or image and label, or prompt and response, or
-        text. Also group if there are groups, split, and draw, a number in [0, 1) that selects the search split.
+        text. Also group if there are groups, cluster if rows depend on each other (such as sentences of one article),
+        split, and draw, a number in [0, 1) that selects the search split.
     labels : tuple of str
         Class names in the order of their numbers; empty without a closed set of answers.
     hash : str
-        SHA-256 of the data and of the rule that splits it.
+        SHA-256 of the data and of the rule that splits it; clusters are not part of it.
     """
 
     name: str
@@ -173,11 +170,12 @@ def load(name: str | os.PathLike[str]) -> Task:
     Parameters
     ----------
     name : str or path
-        ``"sentiment"`` or one domain of it (``"sentiment/tweets"``, ``movies``, ``products``, ``news``); a CSV, JSONL
-        or Parquet file; a folder with one subfolder of images per label; or a dataset on the Hugging Face Hub,
+        ``"sentiment"`` or one domain of it (``"sentiment/tweets"``, ``movies``, ``products``, ``news``); its sentences
+        with the domain as label (``"sentiment/domains"``) or with four questions (``"sentiment/mixture"``); a CSV,
+        JSONL or Parquet file; a folder with one subfolder of images per label; or a dataset on the Hugging Face Hub,
         ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and optionally pair, a second
         text), or image (a path relative to the file, or bytes) and label, or prompt and response, or only text; also
-        group or domain, optionally.
+        group or domain, and cluster, optionally.
 
     Raises
     ------
@@ -186,7 +184,14 @@ def load(name: str | os.PathLike[str]) -> Task:
     ValueError
         The name is unknown, the file unreadable, a column or label invalid, or a split would be empty.
     """
-    return from_frame(sources.read(str(name)), str(name))
+    name = str(name)
+    if name == sources.MIXTURE:
+        table = questions.ask()
+        columns = [column for column in table if column != "cluster"]
+        return Task(
+            name, "classification", table, tuple(sorted(table["label"].unique())), _hash(questions.RULE, table[columns])
+        )
+    return from_frame(sources.read(name), name)
 
 
 def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
@@ -221,9 +226,7 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
                 if not isinstance(text, str) or not text.strip():
                     where = f"{column} in row {number} of {name}"
                     raise ValueError(f"{where} must be a non-empty string, got {reprlib.repr(text)}")
-        # Texts that differ only in case or the amount of white space are in the same split.
-        words = (" ".join(text.split()).casefold() for text in table[texts[0]])
-        digests = [hashlib.sha256(text.encode()).hexdigest() for text in words]
+        digests = [splits.digest(text) for text in table[texts[0]]]
     labels: tuple[str, ...] = ()
     if kind in ("classification", "image"):
         table["label"] = _label_names(rows, name)
@@ -236,18 +239,21 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
         table["group"] = rows["group"].astype(str).to_list()
     columns = [str(column) for column in table]
     shown = table.assign(image=digests)[columns] if kind == "image" else table  # the digest represents an image
-    shown = shown.assign(digest=digests).sort_values(["digest", *columns])
+    shown = shown.assign(digest=digests)
+    if "cluster" in rows:
+        table["cluster"] = shown["cluster"] = rows["cluster"].astype(str).to_list()
+    shown = shown.sort_values(["digest", *columns, *shown.columns.intersection(["cluster"])])
     table = table.loc[shown.index].reset_index(drop=True)
-    # The first two 64-bit numbers of a digest, on a scale from 0 to 1.
-    scaled = [(int(digest[start : start + 16], 16) >> 11) / 2**53 for digest in shown["digest"] for start in (0, 16)]
-    place, draw = np.array(scaled).reshape(-1, 2).T
-    table["split"] = np.array(list(SPLITS))[np.searchsorted([*SPLITS.values()], place, side="right")]
-    table["draw"] = draw
+    table = table.join(splits.assign(shown["digest"]))
     for split in SPLITS:
         if split not in set(table["split"]):
             raise ValueError(f"cannot split {name}: its {split} split has none of the {len(table)} rows")
-    data = json.dumps([_RULE, columns, shown[columns].to_numpy().tolist()], ensure_ascii=False)
-    return Task(name, kind, table, labels, hashlib.sha256(data.encode()).hexdigest())
+    return Task(name, kind, table, labels, _hash(splits.RULE, shown[columns]))
+
+
+def _hash(rule: str, rows: pd.DataFrame) -> str:
+    data = json.dumps([rule, list(rows.columns), rows.to_numpy().tolist()], ensure_ascii=False)
+    return hashlib.sha256(data.encode()).hexdigest()
 
 
 def _kind(rows: pd.DataFrame, name: str) -> tuple[str, list[str]]:
@@ -259,7 +265,7 @@ def _kind(rows: pd.DataFrame, name: str) -> tuple[str, list[str]]:
         return "classification", ["text", "pair"] if "pair" in columns else ["text"]
     if {"image", "label"} <= columns:
         return "image", ["image"]
-    if columns - {"group"} == {"text"}:
+    if columns - {"group", "cluster"} == {"text"}:
         return "lm", ["text"]
     found = ", ".join(map(str, rows.columns))
     allowed = "include text and label, image and label, or prompt and response, or be text only"

@@ -1,0 +1,114 @@
+"""Parts of a task, which are tasks with their own hashes, and the identity of its test rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Int
+
+from lorascope.inputs.tasks import Task
+
+QUARTERS = (1, 2, 3, 4)
+
+
+def restrict(task: Task, group: str) -> Task:
+    """Return the rows of one group, with all labels of the task.
+
+    Raises
+    ------
+    ValueError
+        The task has no such group.
+    """
+    if group not in task.groups:
+        raise ValueError(f"group must be one of {', '.join(task.groups) or 'none'} of {task.name}, got {group!r}")
+    return _keep(task, (task.table["group"] == group).to_numpy(), f"only {group}", ["group", group])
+
+
+def subsample(task: Task, number: int, seed: int) -> Task:
+    """Return the task with ``number`` random rows of its train split; validation and test are unchanged.
+
+    Raises
+    ------
+    ValueError
+        The train split has fewer rows, or ``number`` is below 1.
+    """
+    places = _shuffled_places(task, seed)
+    if not 1 <= number <= len(places):
+        raise ValueError(f"number must be from 1 to {len(places)}, the training rows of {task.name}, got {number}")
+    return _keep_train(task, places < number, f"{number} training rows, draw {seed}", ["subsample", number, seed])
+
+
+def quarter(task: Task, number: int, seed: int) -> Task:
+    """Return the task with one of four random parts of its train split; validation and test are unchanged.
+
+    The four quarters of a seed have no row in common and together are the train split.
+
+    Raises
+    ------
+    ValueError
+        The number of the quarter is not 1, 2, 3 or 4.
+    """
+    if number not in QUARTERS:
+        raise ValueError(f"number must be one of {', '.join(map(str, QUARTERS))}, got {number}")
+    chosen = _shuffled_places(task, seed) % len(QUARTERS) == number - 1
+    return _keep_train(task, chosen, f"random quarter {number}, draw {seed}", ["quarter", number, seed])
+
+
+def first_test_rows(task: Task, number: int) -> Task:
+    """Return the task with the first ``number`` rows of its test split, a random sample; the rest is unchanged.
+
+    Raises
+    ------
+    ValueError
+        The test split has fewer rows, or ``number`` is below 1.
+    """
+    test = (task.table["split"] == "test").to_numpy()
+    if not 1 <= number <= test.sum():
+        raise ValueError(f"number must be from 1 to {test.sum()}, the test rows of {task.name}, got {number}")
+    return _keep(task, ~test | (test.cumsum() <= number), f"{number} test rows", ["first test rows", number])
+
+
+def identify_test_rows(task: Task) -> pd.DataFrame:
+    """Return what the evidence keeps about the test rows of a task, which is enough to recognize them.
+
+    Returns
+    -------
+    DataFrame
+        ``task_hash, row, text, label, group, cluster``, in the order of ``task.split("test")``. ``row`` counts from 0;
+        ``text`` is the first 12 hex digits of the SHA-256 of the text. Label and group are "" if there are none; a row
+        of a task without clusters is a separate cluster.
+    """
+    test = task.split("test")
+    texts = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in test["prompt" if "prompt" in test else "text"]]
+    found = {"task_hash": task.hash, "row": range(len(test)), "text": texts}
+    absent = {"label": "", "group": "", "cluster": [str(row) for row in range(len(test))]}
+    return pd.DataFrame(found | {name: test.get(name, default) for name, default in absent.items()})
+
+
+def _shuffled_places(task: Task, seed: int) -> Int[np.ndarray, "rows"]:
+    """Return the place of each training row in a random order, from 0.
+
+    The order comes from hashes, because random generators of numpy may differ between its versions.
+    """
+    count = int((task.table["split"] == "train").sum())
+    keys = [hashlib.sha256(f"{seed} {row}".encode()).digest() for row in range(count)]
+    places = np.empty(count, dtype=np.int64)
+    places[sorted(range(count), key=keys.__getitem__)] = np.arange(count)
+    return places
+
+
+def _keep_train(task: Task, chosen: Bool[np.ndarray, "rows"], name: str, part: list[Any]) -> Task:
+    kept = (task.table["split"] != "train").to_numpy(copy=True)
+    kept[~kept] = chosen
+    return _keep(task, kept, name, part)
+
+
+def _keep(task: Task, kept: Bool[np.ndarray, "table_rows"], name: str, part: list[Any]) -> Task:
+    """Return the task with some rows of its table; ``part`` says which, for its hash."""
+    digest = hashlib.sha256(json.dumps([task.hash, *part]).encode()).hexdigest()
+    return replace(task, name=f"{task.name}, {name}", table=task.table[kept].reset_index(drop=True), hash=digest)

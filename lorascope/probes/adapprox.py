@@ -98,7 +98,7 @@ def registered() -> list[Arm]:
             for name, method in methods.items()
         ),
         *(
-            Arm(label=f"{name}, pre-training", method=method, settings=scratch, model=pretraining.model, task=text)
+            Arm(label=f"{name}, pre-training", method=method, settings=scratch, model=pretraining.untrained, task=text)
             for name, method in scratched.items()
         ),
     ]

@@ -96,7 +96,7 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
         An arm differs from the registered one.
     """
     claims, end = registration.read(registered), time.monotonic() + 60 * minutes
-    tables = _tables(claims)
+    reads = _reads(claims)
     for label, found in arm_hashes(claims).items():
         if found != claims.arms[label].hash:
             raise ValueError(f"cannot train {label!r}: it differs from the registered arm, whose hash must be {found}")
@@ -108,7 +108,7 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
             break
         # A run is only taken from the list when a process is free, so the time is read then.
         calls = (
-            delayed(_finish)(each, claims, tables.get(each.arm, []), out) for each in needed if time.monotonic() < end
+            delayed(_finish)(each, claims, reads.get(each.arm, []), out) for each in needed if time.monotonic() < end
         )
         workers = Parallel(width(), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
         for kept in workers(calls):
@@ -127,25 +127,25 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class _Table:
-    """A table to keep of an arm: its name, the seeds of the claims that read it, and the other arms of its set."""
+class _Read:
+    """What claims read of an arm: name of a table or of scores, seeds, and the other arms that a table comes from."""
 
     name: str
     seeds: range
     others: tuple[str, ...]
 
 
-def _tables(claims: Registration) -> dict[str, list[_Table]]:
-    """Return the tables that claims read, by arm."""
-    found: dict[tuple[str, str], _Table] = {}
+def _reads(claims: Registration) -> dict[str, list[_Read]]:
+    """Return what claims read, by arm."""
+    found: dict[tuple[str, str], _Read] = {}
     for id, claim in claims.of_tier("primary", "secondary").items():
         seeds = range(claim.design.first_seed, claim.design.first_seed + claim.design.seeds[-1])
-        for key, others in (PAIRS[id][0].tables() | PAIRS[id][1].tables()).items():
+        for key, others in (PAIRS[id][0].reads() | PAIRS[id][1].reads()).items():
             known = found.get(key)
-            found[key] = _Table(key[0], max(seeds, known.seeds, key=len) if known else seeds, others)
-    by_arm: dict[str, list[_Table]] = {}
-    for (_, arm), table in found.items():
-        by_arm.setdefault(arm, []).append(table)
+            found[key] = _Read(key[0], max(seeds, known.seeds, key=len) if known else seeds, others)
+    by_arm: dict[str, list[_Read]] = {}
+    for (_, arm), read in found.items():
+        by_arm.setdefault(arm, []).append(read)
     return by_arm
 
 
@@ -159,7 +159,7 @@ class _Kept:
     rows: pd.DataFrame
 
 
-def _finish(open_run: OpenRun, claims: Registration, tables: Sequence[_Table], out: Path) -> _Kept:
+def _finish(open_run: OpenRun, claims: Registration, reads: Sequence[_Read], out: Path) -> _Kept:
     """Train one run in this process, and return what is kept of it."""
     torch.set_num_threads(1)
     start = time.process_time()
@@ -167,19 +167,21 @@ def _finish(open_run: OpenRun, claims: Registration, tables: Sequence[_Table], o
     id = f"{hashlib.sha256(arm.label.encode()).hexdigest()[:12]}-{open_run.seed}"
     row = dict.fromkeys(store.RUN_COLUMNS) | vars(open_run) | block() | _describe(arm) | _version()
     row |= {"run": id, "arm_hash": claims.arms[arm.label].hash}
-    scores: Mapping[str, np.ndarray] = {}
-    kept: Mapping[str, pd.DataFrame] = {}
+    scores: dict[str, np.ndarray] = {}
+    kept: dict[str, pd.DataFrame] = {}
     if isinstance(arm, OwnArm):
         found = arm.compute(open_run.seed)
-        row, scores, kept = row | dict(found.row), found.scores, found.tables
+        row, scores, kept = row | dict(found.row), dict(found.scores), dict(found.tables)
     else:
         try:
             run = _train(arm, open_run, out)
             row |= _scores(run, arm, open_run.role)
             if open_run.role == "judged":
-                wanted = [table for table in tables if open_run.seed in table.seeds]
-                kept = {table.name: _keep(table, run, open_run, claims, out) for table in wanted}
-                scores = run.predictions
+                for read in (each for each in reads if open_run.seed in each.seeds):
+                    if read.name in run.predictions:
+                        scores[read.name] = run.predictions[read.name].to_numpy()
+                    else:
+                        kept[read.name] = _keep(read, run, open_run, claims, out)
             remove_states(run)
         except FloatingPointError:  # a learning rate that is too high
             row |= dict.fromkeys(("validation_loss", "test_loss"), math.inf) | {"run": f"{id}-{open_run.rate:g}"}
@@ -188,11 +190,11 @@ def _finish(open_run: OpenRun, claims: Registration, tables: Sequence[_Table], o
     return _Kept(row | {"cpu_seconds": time.process_time() - start}, scores, kept, rows)
 
 
-def _keep(table: _Table, run: Run, open_run: OpenRun, claims: Registration, out: Path) -> pd.DataFrame:
+def _keep(read: _Read, run: Run, open_run: OpenRun, claims: Registration, out: Path) -> pd.DataFrame:
     """Compute a kept table of a run; the other runs of its set are finished, or trained now."""
     keep = {key: make for probe in PROBES.values() for key, make in probe.keep.items()}
-    others = [replace(open_run, arm=label) for label in table.others]
-    return keep[table.name, open_run.arm](run, *(_train(_at(other, claims), other, out) for other in others))
+    others = [replace(open_run, arm=label) for label in read.others]
+    return keep[read.name, open_run.arm](run, *(_train(_at(other, claims), other, out) for other in others))
 
 
 def _at(open_run: OpenRun, claims: Registration) -> Arm | OwnArm:

@@ -34,8 +34,11 @@ class Statistic:
         """Return the labels of the arms whose runs it reads."""
         raise NotImplementedError
 
-    def tables(self) -> dict[tuple[str, str], tuple[str, ...]]:
-        """Return name and arm of the kept tables that it reads, and the other arms that they are computed from."""
+    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """Return what it reads of which arm, and the other arms that a table is computed from.
+
+        Names are those of kept tables, "margin" and "nll".
+        """
         return {}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
@@ -85,6 +88,9 @@ class Accuracy(Statistic):
     def arms(self) -> set[str]:
         return {self.arm}
 
+    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        return {("margin", self.arm): ()}
+
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         return np.stack([evidence.correct(self.arm, seed) for seed in seeds])
 
@@ -98,6 +104,9 @@ class LogLikelihood(Statistic):
     def arms(self) -> set[str]:
         return {self.arm}
 
+    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        return {("nll", self.arm): ()}
+
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         return -np.stack([evidence.losses(self.arm, seed) for seed in seeds])
 
@@ -110,6 +119,9 @@ class MeanOverRows(Statistic):
 
     def arms(self) -> set[str]:
         return self.of.arms()
+
+    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        return self.of.reads()
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         return self.of(evidence, seeds).mean(axis=1)
@@ -130,7 +142,7 @@ class OfRun(Statistic):
     def arms(self) -> set[str]:
         return {self.arm, *self.others}
 
-    def tables(self) -> dict[tuple[str, str], tuple[str, ...]]:
+    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
         return {(self.table, self.arm): self.others}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
@@ -149,7 +161,7 @@ class OfPairs(Statistic):
     def arms(self) -> set[str]:
         return {self.arm, self.other}
 
-    def tables(self) -> dict[tuple[str, str], tuple[str, ...]]:
+    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
         return {(self.table, arm): () for arm in (self.arm, self.other)}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
@@ -173,8 +185,8 @@ class Combined(Statistic):
     def arms(self) -> set[str]:
         return set().union(*(part.arms() for part in self.parts))
 
-    def tables(self) -> dict[tuple[str, str], tuple[str, ...]]:
-        return {key: others for part in self.parts for key, others in part.tables().items()}
+    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        return {key: others for part in self.parts for key, others in part.reads().items()}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         return np.asarray(self.function(*(part(evidence, seeds) for part in self.parts)))

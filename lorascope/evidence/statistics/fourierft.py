@@ -30,6 +30,9 @@ class BestElsewhere(Statistic):
     def arms(self) -> set[str]:
         return set(self.choices)
 
+    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        return {("margin", arm): () for arm in self.choices}
+
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         reached = np.stack([MeanOverRows(Accuracy(arm))(evidence, seeds) for arm in self.choices])
         others = reached.sum(axis=1, keepdims=True) - reached

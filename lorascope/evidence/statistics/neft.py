@@ -51,7 +51,7 @@ class ShiftFrom(Statistic):
     def arms(self) -> set[str]:
         return {self.reference, self.arm}
 
-    def tables(self) -> dict[tuple[str, str], tuple[str, ...]]:
+    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
         return {(UTILIZATION, arm): () for arm in (self.reference, self.arm)}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:

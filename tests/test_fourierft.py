@@ -238,6 +238,12 @@ def test_entries_use_entry_seed_and_coefficients_the_seed_of_the_run():
     assert not torch.equal(one.entries, attached(1, entry_seed=3).entries)
     biased = attached(1, center=4, width=2)
     assert biased.entries.tolist() == entries((32, 32), 128, 2024, 4, 2).tolist()
+    for basis in ("random", "orthogonal"):
+        one, same = (attached(seed, entry_seed=3, basis=basis) for seed in (1, 2))
+        for side, matrix in zip(("left", "right"), fourier.bases((32, 32), 3, basis), strict=True):
+            assert torch.equal(getattr(one, side), getattr(same, side))
+            assert torch.equal(getattr(one, side), torch.from_numpy(matrix).float())
+            assert not torch.equal(getattr(one, side), getattr(attached(1, basis=basis), side))
 
 
 def test_restored_entries_take_effect():

@@ -80,7 +80,7 @@ class FourierFT(AdapterMethod, name="fourierft"):
     targets : str or tuple of str
         Roles, "all-linear", module names or a regular expression; see ``ls.names.match``.
     entry_seed : int
-        Seed of the entries; the global generators are not used.
+        Seed of the entries, and of the bases that are drawn; the global generators are not used.
     center, width : float
         Frequency band from which entries are drawn; without ``center`` all entries are equally likely.
     init : {"normal", "zeros"}

@@ -238,16 +238,6 @@ def test_primary_verdicts_stand_with_holms_p_beside_and_published_ones_without()
     assert found["adjusted_p"].tolist() == pytest.approx([0.06, 0.06, np.nan], nan_ok=True)
 
 
-def test_margins_round_away_from_zero_and_clip() -> None:
-    logits = np.array([[1.0, 1.001], [1.001, 1.0], [2.0, 2.0], [9.0, 0.0], [0.0, 0.5]])
-    found = store.quantize_margins(logits, np.array([0, 0, 0, 0, 0]))
-    assert found.tolist() == [-1, 1, 0, 127, -16]
-    wide = np.random.default_rng(0).normal(size=(200, 4))
-    labels = wide.argmax(1)
-    labels[:50] = (labels[:50] + 1) % 4
-    assert ((store.quantize_margins(wide, labels) > 0) == (wide.argmax(1) == labels)).all()
-
-
 def write(folder: Path, evidence: Evidence) -> None:
     for row in evidence.runs.to_dict("records"):
         scores = {"margin": evidence.margins[row["run"]], "nll": evidence.nll[row["run"]]}

@@ -24,9 +24,9 @@ MANIFEST = {
     "model": "m", "parents": [], "seed": 0, "states": {}, "task": "t",
 }  # fmt: skip
 OWN = [
-    "records.parquet", "snapshots/step-000500.safetensors", "state/last.safetensors", "state/best.safetensors",
-    "resume/step-00000500.safetensors", "resume/best-00000400.safetensors", "resume/base.safetensors",
-    "snapshots/.step-000501.safetensors.4711.part",
+    "records.parquet", "predictions.parquet", "snapshots/step-000500.safetensors", "state/last.safetensors",
+    "state/best.safetensors", "resume/step-00000500.safetensors", "resume/best-00000400.safetensors",
+    "resume/base.safetensors", "snapshots/.step-000501.safetensors.4711.part",
 ]  # fmt: skip
 
 

@@ -44,7 +44,6 @@ BLOCK = ["capability", "torch", "threads", "device"]
 """Columns that identify a machine: a seed gives other numbers where one of them differs."""
 INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 """Environment of all runs, so that they do not depend on the instructions that a processor has beyond these."""
-_STEPS_OF_MARGIN = 32
 
 
 @dataclass(eq=False)
@@ -134,18 +133,6 @@ class Evidence:
         task = self.runs.loc[self.runs["run"] == self.run(arm, seed), "task_hash"].iloc[0]
         rows = self.rows[self.rows["task_hash"] == task].sort_values("row")
         return pd.factorize(rows["cluster"])[0]
-
-
-def quantize_margins(logits: Float[np.ndarray, "row class"], labels: Int[np.ndarray, "row"]) -> Int8[np.ndarray, "row"]:
-    """Return the logit of the right class minus the largest other one, in steps of 1/32, in one byte.
-
-    Values are rounded away from zero, so that zero means a tie, and clipped to 127 steps.
-    """
-    right = np.take_along_axis(logits, labels[:, None], axis=1)[:, 0].astype(np.float64)
-    others = np.array(logits, dtype=np.float64)
-    np.put_along_axis(others, labels[:, None], -np.inf, axis=1)
-    margin = (right - others.max(axis=1)) * _STEPS_OF_MARGIN
-    return np.clip(np.sign(margin) * np.ceil(np.abs(margin)), -127, 127).astype(np.int8)
 
 
 def read(folder: str | Path) -> Evidence:

@@ -31,8 +31,8 @@ def ask() -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns text, label, group (the question), cluster, split and draw. Split and draw equal those of the sentence in
-        the task "sentiment", so that no sentence is in two splits. All questions about the sentences of an article
+        Columns text, label, group (the question), cluster, split and draw. Split and draw equal those of the sentence
+        in the task "sentiment", so that no sentence is in two splits. All questions about the sentences of an article
         belong to one cluster.
     """
     sentences = sources.sentiment()

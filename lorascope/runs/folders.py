@@ -26,7 +26,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _OWN = re.compile(
-    r"records\.parquet|snapshots/step-\d+\.safetensors|state/(last|best)\.safetensors"
+    r"(records|predictions)\.parquet|snapshots/step-\d+\.safetensors|state/(last|best)\.safetensors"
     r"|resume/(step-\d+|best-\d+|base)\.safetensors"
 )
 _PHASE = re.compile(r"\d+-.+")

@@ -11,6 +11,7 @@ from typing import Any
 GROWING = "growing"
 # Replaces the checksum of a file that was deleted to save disk space.
 REMOVED = "removed"
+PREDICTIONS = "predictions.parquet"
 
 
 class Lazy(Mapping[str, Any]):

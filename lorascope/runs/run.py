@@ -1,7 +1,7 @@
 """Training run, finished or not: its description, records, snapshots and saved parameters.
 
-A run is a folder: ``run.json``, ``records.parquet``, ``snapshots/step-000500.safetensors``, ``state/last.safetensors``
-and ``state/best.safetensors``, plus ``resume/`` while it is unfinished.
+A run is a folder: ``run.json``, ``records.parquet``, ``predictions.parquet``, ``snapshots/step-000500.safetensors``,
+``state/last.safetensors`` and ``state/best.safetensors``, plus ``resume/`` while it is unfinished.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, file_hash
 from lorascope.files.typed_json import unreadable
 from lorascope.runs.folders import new_folder
-from lorascope.runs.layout import GROWING, REMOVED, Lazy, snapshot_file
+from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, Lazy, snapshot_file
 from lorascope.runs.manifest import About, read_about, read_manifest
 from lorascope.runs.result import Result
 from lorascope.schema import records
 from lorascope.updates import Update, from_factors
 
 TRAIN_AGAIN = "Train the run again with overwrite=True"
+_PREDICTED = ({"margin": "int8", "nll": "float16"}, {"nll": "float16"})
 
 
 class Run(Result):
@@ -71,6 +72,30 @@ class Run(Result):
         table = records.validate(read_table(file, file))
         if others := sorted(set(table["run"].cat.categories) - {self.id}):
             raise unreadable(file, f"rows must belong to run {self.id}, got {others[0]}")
+        return table
+
+    @cached_property
+    def predictions(self) -> pd.DataFrame:
+        """Predictions of the final state, one row per test row in the order of ``task.split("test")``.
+
+        ``nll`` is the negative log-likelihood in nats; the mean over rows is the test loss. With a closed set of
+        answers, ``margin`` is the logit of the right one minus the largest other, in steps of 1/32, rounded away from
+        zero and clipped to 127 steps: a row is right if it is above zero.
+
+        Raises
+        ------
+        FileNotFoundError
+            The run is unfinished, or was written by a Trainer or an earlier version.
+        """
+        if self.finished and PREDICTIONS not in self.meta.checksums:
+            raise FileNotFoundError(
+                f"cannot read the predictions of run {self.id}: it was written by a Trainer or an earlier version. "
+                f"{TRAIN_AGAIN}"
+            )
+        file = self._file(PREDICTIONS)
+        table = read_table(file, file)
+        if (found := {name: str(dtype) for name, dtype in table.dtypes.items()}) not in _PREDICTED:
+            raise unreadable(file, f"columns must be margin (int8) and nll (float16), or nll, got {printable(found)}")
         return table
 
     @cached_property

@@ -15,7 +15,7 @@ import pandas as pd
 
 from lorascope.files.safetensors_io import TensorFile, file_hash, is_partial, write_bytes, write_json, write_tensors
 from lorascope.runs.folders import own_files
-from lorascope.runs.layout import GROWING, REMOVED, snapshot_file
+from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, snapshot_file
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.schema import records
@@ -90,6 +90,10 @@ class RunWriter:
                     about.setdefault("forms", {})[item.module] = item.form
         write_tensors(path, arrays, about)
 
+    def write_predictions(self, predictions: pd.DataFrame) -> None:
+        """Write what the final state predicts for each test row; see ``Run.predictions``."""
+        write_bytes(self.path / PREDICTIONS, predictions.to_parquet(index=False))
+
     def table(self) -> pd.DataFrame:
         """Return all rows so far."""
         if self._rows:
@@ -109,7 +113,7 @@ class RunWriter:
         return run
 
     def _content_files(self) -> set[Path]:
-        return own_files(self.path, "records.parquet", "snapshots/*", "state/*")
+        return own_files(self.path, "records.parquet", PREDICTIONS, "snapshots/*", "state/*")
 
     def _write(self, status: Any, checksum: Callable[[Path], str]) -> None:
         self.write_arrays()

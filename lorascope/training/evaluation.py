@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorascope.files.predictions import quantize_margins
 from lorascope.inputs.tokenization import IGNORED, EncodedRows
 
 
@@ -21,7 +23,7 @@ class Score:
 
     ``nll`` is the negative log-likelihood in nats, of the class or summed over the target tokens; ``counts`` is the
     number of target tokens, 1 for a class; ``correct`` is whether the model prefers the correct class or response, None
-    without a closed set of answers.
+    without a closed set of answers; ``margins`` is by how much, see ``quantize_margins``.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Score:
     counts: Int[np.ndarray, "rows"]
     correct: Bool[np.ndarray, "rows"] | None
     row_groups: list[str] | None
+    margins: Int8[np.ndarray, "rows"] | None = None
 
     @property
     def loss(self) -> float:
@@ -39,6 +42,12 @@ class Score:
     def metric(self) -> float:
         """Accuracy, or perplexity of the target tokens."""
         return self._metric(np.ones(len(self.nll), dtype=bool))
+
+    @property
+    def predictions(self) -> pd.DataFrame:
+        """Values of each row as a run stores them: ``nll``, scaled so that its mean is the loss, and ``margin``."""
+        nll = (self.nll * (len(self.nll) / self.counts.sum())).astype(np.float16)
+        return pd.DataFrame({"nll": nll} if self.margins is None else {"margin": self.margins, "nll": nll})
 
     @property
     def higher_is_better(self) -> bool:
@@ -63,12 +72,12 @@ def evaluate(model: nn.Module, encoded: EncodedRows, device: str | torch.device 
 
     The loss is the cross-entropy only, without terms that a model adds to its own loss. In a closed set of responses,
     all differ in the token at one position. A row is correct if the token of its response has the largest logit among
-    these. This takes one forward pass and, for one-token responses, equals comparing their probabilities. Rows of
-    similar length are batched together.
+    these; a tie is an error. This takes one forward pass and, for one-token responses, equals comparing their
+    probabilities. Rows of similar length are batched together.
     """
     total = len(encoded)
     order = np.argsort(encoded.lengths, kind="stable")
-    nll, counts, correct = np.zeros(total), np.ones(total, dtype=np.int64), np.zeros(total, dtype=bool)
+    nll, counts, margins = np.zeros(total), np.ones(total, dtype=np.int64), np.zeros(total, dtype=np.int8)
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -79,12 +88,13 @@ def evaluate(model: nn.Module, encoded: EncodedRows, device: str | torch.device 
                 labels = batch.pop("labels")
                 logits = model(**batch).logits.float()
                 nll[rows] = F.cross_entropy(logits, labels, reduction="none").cpu().numpy()
-                correct[rows] = (logits.argmax(-1) == labels).cpu().numpy()
+                margins[rows] = quantize_margins(logits.cpu().numpy(), labels.cpu().numpy())
             else:
-                nll[rows], counts[rows], correct[rows] = _score_tokens(model, batch, encoded, rows)
+                nll[rows], counts[rows], margins[rows] = _score_tokens(model, batch, encoded, rows)
     model.train(training)
-    closed = encoded.classes is not None or encoded.choices is not None
-    return Score("accuracy" if closed else "perplexity", nll, counts, correct if closed else None, encoded.groups)
+    if encoded.classes is None and encoded.choices is None:
+        return Score("perplexity", nll, counts, None, encoded.groups)
+    return Score("accuracy", nll, counts, margins > 0, encoded.groups, margins)
 
 
 def _score_tokens(
@@ -99,10 +109,10 @@ def _score_tokens(
     is_target = labels != IGNORED
     nll = torch.zeros(labels.shape, device=labels.device)
     nll[is_target] = F.cross_entropy(logits[is_target].float(), labels[is_target], reduction="none")
-    correct = np.zeros(len(rows), dtype=bool)
+    margins = np.zeros(len(rows), dtype=np.int8)
     if encoded.choices is not None:
         where = is_target.int().argmax(1) + encoded.choices.offset
         at_choice = logits[torch.arange(len(rows), device=labels.device), where]
-        preferred = at_choice[:, torch.from_numpy(encoded.choices.tokens).to(labels.device)].argmax(-1)
-        correct = preferred.cpu().numpy() == encoded.choices.answers[rows]
-    return nll.sum(1).double().cpu().numpy(), is_target.sum(1).cpu().numpy(), correct
+        choices = at_choice[:, torch.from_numpy(encoded.choices.tokens).to(labels.device)].float()
+        margins = quantize_margins(choices.cpu().numpy(), encoded.choices.answers[rows])
+    return nll.sum(1).double().cpu().numpy(), is_target.sum(1).cpu().numpy(), margins

@@ -216,6 +216,7 @@ class Session(Recorder):
             states["best"] = State(self.best.step, self.best.ranks)
         self.writer.meta.states = states
         self.writer.meta.test = Test(score.name, score.metric, score.loss, score.groups)
+        self.writer.write_predictions(score.predictions)
         run = self.close("done")
         self.checkpoints.remove()
         return run

@@ -10,7 +10,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from lorascope.evidence.store import quantize_margins
+from lorascope.files.predictions import quantize_margins
 from lorascope.inputs import tasks
 from lorascope.inputs.tasks import Task
 from lorascope.probes.base import OwnArm, Scored

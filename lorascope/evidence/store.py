@@ -40,6 +40,7 @@ RUN_COLUMNS = (
 A role is "judged", "tuning" or "baseline", such as word counts, which has no seeds and enters with every seed.
 ``validation_chance`` is the accuracy of always answering with the most frequent class.
 """
+ROW_COLUMNS = ("task_hash", "row", "text", "label", "group", "cluster")
 BLOCK = ["capability", "torch", "threads", "device"]
 """Columns that identify a machine: a seed gives other numbers where one of them differs."""
 INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -147,7 +148,8 @@ def read(folder: str | Path) -> Evidence:
     """
     folder = Path(folder)
     runs = _read_csv(folder / "runs.csv", RUN_COLUMNS)
-    rows = read_table(folder / "rows.parquet", folder / "rows.parquet")
+    file = folder / "rows.parquet"
+    rows = read_table(file, file) if file.exists() else pd.DataFrame(columns=list(ROW_COLUMNS))
     margins, nll = {}, {}
     for run in runs["run"]:
         if not is_plain(run):
@@ -173,9 +175,8 @@ def empty() -> Evidence:
 
 def _read_csv(file: Path, columns: Iterable[str]) -> pd.DataFrame:
     try:
-        table = pd.read_csv(
-            file, dtype={"run": "str", "arm": "str", "commit": "str", "capability": "str", "torch": "str"}
-        )
+        text = dict.fromkeys(("run", "arm", "commit", "capability", "torch"), "str")
+        table = pd.read_csv(file, dtype=text)
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
     if list(table.columns) != list(columns):
@@ -235,8 +236,10 @@ def add_run(
         buffer = io.BytesIO()
         table.to_parquet(buffer, index=False, compression="zstd")
         write_bytes(folder / "kept" / name / f"{run}.parquet", buffer.getvalue())
-    whole = pd.concat([known, new], ignore_index=True) if len(known) else new
-    write_bytes(file, to_csv(whole))  # in the order in which runs finished, which decides the judging machine
+    # Runs stay in the order in which they finished, which decides the judging machine. Earlier rows are not parsed, so
+    # that no number of theirs changes.
+    earlier = file.read_bytes() if file.exists() else to_csv(new.head(0))
+    write_bytes(file, earlier + new.to_csv(index=False, header=False, lineterminator="\n").encode())
 
 
 def add_rows(folder: Path, rows: pd.DataFrame) -> None:

@@ -91,14 +91,14 @@ class OwnArm:
         What it does, as JSON values.
     compute : callable
         ``compute(seed)`` returns its result.
-    task : str
-        Name of a task that is scored by row; "" for data of its own.
+    task : str or Task
+        Task that is scored by row; "" for data of its own.
     """
 
     label: str
     method: Mapping[str, Any]
     compute: Callable[[int], Scored]
-    task: str = ""
+    task: str | Task = ""
 
 
 def encoder_settings(quick: bool) -> dict[str, Any]:

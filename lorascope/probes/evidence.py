@@ -234,9 +234,9 @@ def _load(name: str) -> Task:
 def _describe(arm: Arm | OwnArm) -> dict[str, Any]:
     """Return the columns of the row that an arm determines."""
     task = _task(arm) if arm.task else None
-    about = {"task": task.name if task else "", "task_hash": task.hash if task else ""}
+    about = {"task": task.name if task else "-", "task_hash": task.hash if task else "-"}
     if isinstance(arm, OwnArm):
-        return about | {"method": json.dumps(arm.method), "settings": "{}", "model": "", "w0": ""}
+        return about | {"method": json.dumps(arm.method), "settings": "{}", "model": "-", "w0": "-"}
     given = {name: value for name, value in arm.settings.items() if name not in ("observe", "seed")}
     settings = Settings(lr=1.0, head_lr=1.0, **given).to_dict()
     name, w0 = _base(arm.model, arm.blocks, task.labels if task and task.classifies else None)

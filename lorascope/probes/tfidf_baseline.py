@@ -38,10 +38,14 @@ def tfidf_accuracy(task: Task) -> dict[str, float]:
     return found
 
 
-def tfidf_arm(label: str, task: str) -> OwnArm:
+def tfidf_arm(label: str, task: str | Task) -> OwnArm:
     """Return the baseline on a task as a registered arm."""
     method = {"name": "tfidf", "ngrams": [1, 2], "classifier": "logistic regression"}
-    return OwnArm(label=label, method=method, compute=lambda seed: _score(tasks.load(task)), task=task)
+
+    def score(seed: int) -> Scored:
+        return _score(task if isinstance(task, Task) else tasks.load(task))
+
+    return OwnArm(label=label, method=method, compute=score, task=task)
 
 
 def _score(task: Task) -> Scored:

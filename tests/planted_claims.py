@@ -223,8 +223,8 @@ def of_skew(arm: str, role: str, quantity: str, control: str = "") -> Callable[.
 
 BY_SEED |= {
     "lisa.embed": of_skew(lisa.SMALL, "embed", "update_norm", lisa.FULL),
-    "lisa.embed_decoder": of_skew(lisa.SMALL_DECODER, "embed", "update_norm", lisa.FULL_DECODER),
-    "lisa.head_decoder": of_skew(lisa.ADAPTED_DECODER, "head", "update_norm", lisa.FULL_DECODER),
+    "lisa.embed_decoder": of_skew(lisa.SMALL_DECODER, "embed", "update_norm", lisa.WHOLE_FULL),
+    "lisa.head_decoder": of_skew(lisa.ADAPTED_DECODER, "head", "update_norm", lisa.WHOLE_FULL),
     "lisa.learned": of_skew(lisa.ADAPTED, "embed", "factor_change"),
     "lisa.learned_decoder": of_skew(lisa.ADAPTED_DECODER, "embed", "factor_change"),
     "lisa.learned_head": of_skew(lisa.ADAPTED_DECODER, "head", "factor_change"),

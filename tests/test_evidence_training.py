@@ -11,6 +11,7 @@ import pytest
 from joblib import parallel_config
 
 from lorascope.evidence import registration, store, verification
+from lorascope.evidence.judging import untrained_arms
 from lorascope.evidence.statistics.base import Accuracy, Constant, OfRun
 from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.methods import Full, LoRA
@@ -38,6 +39,7 @@ hash = "HASH_B"
 rates = [1e-3]
 tuning_seeds = []
 fields = { lr = 1.0, head_lr = 1.0 }
+may_void = false
 
 [[arm]]
 label = "words"
@@ -100,7 +102,7 @@ def _filled(part: str, hashes: dict[str, str]) -> str:
 
 @pytest.fixture
 def study(bert: str, tmp_path: Path, task: Any, monkeypatch: pytest.MonkeyPatch) -> Study:
-    settings = {"steps": 3, "batch_size": 4, "eval_every": 0, "eval_size": 20, "test_size": 30}
+    settings = {"steps": 3, "batch_size": 4, "eval_every": 0, "eval_size": 20}
     lora = LoRA(rank=2, targets="all-linear")
 
     probe = Probe(
@@ -198,13 +200,14 @@ def test_a_rate_that_diverges_is_kept_and_not_chosen(study: Study, monkeypatch: 
         return train(job)
 
     monkeypatch.setattr(evidence, "train_job", diverging)
+    study.edit(lambda text: text.replace("may_void = false", ""))
     study.write()
     tuning = pd.read_csv(study.folder / "tuning.csv").set_index("rate")
     assert tuning.loc[1e-3, "validation_loss"] == float("inf")
     assert not tuning.loc[1e-3, "chosen"]
     verdicts = pd.read_csv(study.folder / "verdicts.csv").set_index("claim")
-    assert verdicts.loc["p.better", "outcome"] == "void"  # B has no other rate
-    assert verdicts.loc["p.better", "note"] == "B did not train"
+    assert verdicts.loc["p.better", "outcome"] == "void"
+    assert "B" in untrained_arms(store.read(study.folder))  # it has no other rate
 
 
 def test_another_arm_than_registered_is_refused_before_training(study: Study) -> None:

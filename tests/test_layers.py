@@ -32,7 +32,7 @@ CONTRACT = {
     "diagnosis": "files updates schema runs analysis",
     "evidence": "files analysis",
     "experiments": "torch files updates schema inputs adapters runs analysis methods observe training diagnosis",
-    "probes": "torch files updates schema charts inputs adapters runs analysis methods observe plots evidence "
+    "probes": "torch files updates schema charts inputs adapters runs analysis methods observe training plots evidence "
     "experiments",
     "cli": "files schema runs analysis methods training plots diagnosis evidence experiments probes",
 }

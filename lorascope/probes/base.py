@@ -92,7 +92,7 @@ class OwnArm:
     compute : callable
         ``compute(seed)`` returns its result.
     task : str or Task
-        Task that is scored by row; "" for data of its own.
+        Task that is scored by row; "" for separate data.
     """
 
     label: str
@@ -116,6 +116,12 @@ def registered_settings(steps: int = 300, *observers: Observer) -> dict[str, Any
     # The validation split of sentiment has 1,968 rows; a mixture of tasks has more, and is scored on as many.
     observed = [observe.norms(every=10), *observers]
     return {"steps": steps, "batch_size": 16, "eval_every": 0, "eval_size": 1968, "observe": observed}
+
+
+def registered_decoder_settings() -> dict[str, Any]:
+    """Return the training settings of the registered arms on the whole of SmolLM2."""
+    settings = {"steps": 40, "batch_size": 8, "eval_every": 0, "eval_size": 200}
+    return settings | {"observe": [observe.norms(every=5)]}
 
 
 def registered_factors(steps: int = 300) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
     out : path
         Folder of the runs. Interrupted ones resume.
     minutes : float
-        No run starts after so many minutes.
+        No run starts after this many minutes.
     registered : path
         File of the registration.
 
@@ -128,7 +128,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Read:
-    """What claims read of an arm: name of a table or of scores, seeds, and the other arms that a table comes from."""
+    """Table or scores of an arm that claims read: name, seeds, and the other arms that a table is computed from."""
 
     name: str
     seeds: range
@@ -151,7 +151,7 @@ def _reads(claims: Registration) -> dict[str, list[_Read]]:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What the evidence keeps of a finished run, and the test rows of its task."""
+    """Parts of a finished run that the evidence keeps, and the test rows of its task."""
 
     row: Mapping[str, Any]
     scores: Mapping[str, np.ndarray]
@@ -255,7 +255,8 @@ def _base(model: Any, blocks: int | None, labels: tuple[str, ...] | None) -> tup
     loaded = models.load(model, blocks=blocks) if isinstance(model, str) else model()
     if type(loaded).__name__.endswith("ForSequenceClassification"):
         fit_head(loaded, labels)
-    return models.name_of(loaded), weights_hash(loaded)
+    # A model of this project is a folder of the cache, whose place depends on the machine.
+    return Path(models.name_of(loaded)).name, weights_hash(loaded)
 
 
 def _scores(run: Run, arm: Arm, role: str) -> dict[str, Any]:

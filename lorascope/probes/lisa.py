@@ -37,6 +37,7 @@ from lorascope.probes.base import (
     ReportFigure,
     draw,
     encoder_settings,
+    registered_decoder_settings,
     registered_settings,
     select,
 )
@@ -74,18 +75,19 @@ def arms(quick: bool) -> list[Arm]:
 
 def registered() -> list[Arm]:
     """Return the registered arms: LoRA with PEFT's initial B of the embedding and with a small one, on both models."""
-    steps = 30
-    decoder: dict[str, Any] = {"steps": steps, "batch_size": 8, "eval_every": 0, "eval_size": 200, "test_size": 200}
-    decoder |= {"observe": [observe.norms(every=5)]}
-    shared: dict[str, Any] = {"settings": decoder, "model": "smollm2", "blocks": 6}
+    decoder = registered_decoder_settings() | {"test_size": 200}
     encoder = LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed"))
     both_ends = replace(encoder, targets=("all-linear", "embed", "lm_head"))
     return [
         Arm(label=ADAPTED, method=encoder, settings=registered_settings()),
         Arm(label=statistics.SMALL, method=replace(encoder, embedding_init="linear"), settings=registered_settings()),
-        Arm(label=FULL_DECODER, method=Full(), **shared),
-        Arm(label=ADAPTED_DECODER, method=both_ends, **shared),
-        Arm(label=statistics.SMALL_DECODER, method=replace(both_ends, embedding_init="linear"), **shared),
+        *(
+            Arm(label=label, method=method, settings=decoder, model="smollm2")
+            for label, method in (
+                (statistics.ADAPTED_DECODER, both_ends),
+                (statistics.SMALL_DECODER, replace(both_ends, embedding_init="linear")),
+            )
+        ),
     ]
 
 
@@ -171,7 +173,14 @@ PROBE = Probe(
     registered=registered,
     keep={
         (statistics.NORMS, label): keep_layer_norms
-        for label in (FULL, ADAPTED, FULL_DECODER, ADAPTED_DECODER, statistics.SMALL, statistics.SMALL_DECODER)
+        for label in (
+            FULL,
+            ADAPTED,
+            statistics.SMALL,
+            statistics.WHOLE_FULL,
+            statistics.ADAPTED_DECODER,
+            statistics.SMALL_DECODER,
+        )
     },
     claims={
         "lisa.embed": _skewed_update("embed", ADAPTED, FULL),

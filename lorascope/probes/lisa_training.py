@@ -13,16 +13,22 @@ Departs:
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 
-from lorascope import observe
 from lorascope.analysis import lisa_schedule
 from lorascope.evidence.statistics import lisa as statistics
 from lorascope.methods import LISA, Full, LoRA
 from lorascope.probes import lora
-from lorascope.probes.base import Arm, Probe, ReportFigure, draw, encoder_settings, registered_settings, select
+from lorascope.probes.base import (
+    Arm,
+    Probe,
+    ReportFigure,
+    draw,
+    encoder_settings,
+    registered_decoder_settings,
+    registered_settings,
+    select,
+)
 from lorascope.probes.seed_statistics import EachRun, Runs, accuracy
 from lorascope.schema import records
 
@@ -59,11 +65,10 @@ def registered() -> list[Arm]:
         ENDS: LISA(n_active=0),
         FOUR: LISA(n_active=4),
     }
-    whole: dict[str, Any] = {"steps": 40, "batch_size": 8, "eval_every": 0, "eval_size": 200, "test_size": 1000}
-    whole |= {"observe": [observe.norms(every=10)]}
+    whole = registered_decoder_settings() | {"test_size": 1000}
     decoder = {
-        statistics.WHOLE: LISA(n_active=2, interval=4),
-        statistics.WHOLE_ONCE: LISA(n_active=2, interval=40),
+        statistics.WHOLE: LISA(n_active=2, interval=whole["steps"] // 10),
+        statistics.WHOLE_ONCE: LISA(n_active=2, interval=whole["steps"]),
         statistics.WHOLE_FULL: Full(),
         statistics.WHOLE_LORA: LoRA(rank=8, alpha=8.0, targets="all-linear"),
     }

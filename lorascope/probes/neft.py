@@ -81,7 +81,7 @@ def registered() -> list[Arm]:
     settings = registered_settings()
     steps = settings["steps"]
     seen = registered_settings(steps, observe.utilization(every=steps))
-    # The tuning before the choice has the middle rate of full fine-tuning, whatever rate the neurons train at.
+    # The tuning before the choice has the middle rate of full fine-tuning, at any rate of the neurons.
     nine = NeFT(parameter_share=0.09, tune_steps=steps // 3, tune_lr=1e-4)
     three = replace(nine, parameter_share=0.03)
     # One step suffices for arms that only choose neurons.

@@ -35,9 +35,9 @@ class Statistic:
         raise NotImplementedError
 
     def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
-        """Return what it reads of which arm, and the other arms that a table is computed from.
+        """Return the kept tables and scores that it reads: name and arm -> other arms that a table is computed from.
 
-        Names are those of kept tables, "margin" and "nll".
+        The names of scores are "margin" and "nll".
         """
         return {}
 

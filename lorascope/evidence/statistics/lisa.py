@@ -11,8 +11,8 @@ from lorascope.evidence.statistics.base import Accuracy, Constant, LogLikelihood
 from lorascope.evidence.statistics.lora import FULL, LOW
 
 ADAPTED, SMALL = "LoRA with embedding", "LoRA with embedding, small initial B"
-FULL_DECODER, ADAPTED_DECODER = "full fine-tuning, SmolLM2", "LoRA with embedding and head, SmolLM2"
-SMALL_DECODER = "LoRA with embedding and head, small initial B, SmolLM2"
+ADAPTED_DECODER = "LoRA with embedding and head, whole SmolLM2"
+SMALL_DECODER = "LoRA with embedding and head, small initial B, whole SmolLM2"
 DRAWN, ONCE, ENDS, FOUR = "LISA, 2 blocks", "LISA, 2 blocks, one draw", "LISA, no block", "LISA, 4 blocks"
 WHOLE, WHOLE_ONCE = "LISA, 2 of 30 blocks, whole SmolLM2", "LISA, 2 of 30 blocks, one draw, whole SmolLM2"
 WHOLE_FULL, WHOLE_LORA = "full fine-tuning, whole SmolLM2", "LoRA, rank 8, whole SmolLM2"
@@ -40,8 +40,8 @@ def factor_skew(arm: str, role: str) -> OfRun:
 # Full fine-tuning of a decoder records the norm of its tied tensor as that of the embedding.
 CLAIMS = {
     "lisa.embed": (update_skew(SMALL, "embed"), update_skew(FULL, "embed")),
-    "lisa.embed_decoder": (update_skew(SMALL_DECODER, "embed"), update_skew(FULL_DECODER, "embed")),
-    "lisa.head_decoder": (update_skew(ADAPTED_DECODER, "head"), update_skew(FULL_DECODER, "embed")),
+    "lisa.embed_decoder": (update_skew(SMALL_DECODER, "embed"), update_skew(WHOLE_FULL, "embed")),
+    "lisa.head_decoder": (update_skew(ADAPTED_DECODER, "head"), update_skew(WHOLE_FULL, "embed")),
     "lisa.learned": (factor_skew(ADAPTED, "embed"), Constant(0.0)),
     "lisa.learned_decoder": (factor_skew(ADAPTED_DECODER, "embed"), Constant(0.0)),
     "lisa.learned_head": (factor_skew(ADAPTED_DECODER, "head"), Constant(0.0)),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from joblib import parallel_config
@@ -215,3 +216,28 @@ def test_another_arm_than_registered_is_refused_before_training(study: Study) ->
     with pytest.raises(ValueError, match=r"^cannot train 'A': it differs from the registered arm, .* sha256:"):
         study.write()
     assert not study.folder.exists()
+
+
+def test_runs_trained_again_agree_and_show_a_consistent_forgery(study: Study) -> None:
+    study.write()
+    with parallel_config(n_jobs=1):
+        assert evidence.retrain(study.folder, 100, study.file) == []
+    kept = store.read(study.folder)
+    run = kept.run("A", 101)
+    margins = kept.margins[run].copy()
+    margins[np.flatnonzero(margins > 0)[:2]] = -5  # two right rows become wrong, and every number follows from them
+    np.savez_compressed(study.folder / "predictions" / f"{run}.npz", margin=margins)
+    rows = kept.runs.assign(
+        test_metric=kept.runs["test_metric"].where(kept.runs["run"] != run, float((margins > 0).mean()))
+    )
+    (study.folder / "runs.csv").write_bytes(store.to_csv(rows))
+    study.write()
+    assert study.differences() == []
+    lines = evidence.retrain(study.folder, 100, study.file)
+    assert lines[0] == "A, seed 101: margin of 2 rows differs"
+    assert lines[1].startswith("A, seed 101: test_metric: kept ")
+
+
+def test_hashes_of_all_arms_are_as_registered() -> None:
+    claims = registration.read()
+    assert evidence.arm_hashes(claims) == {label: arm.hash for label, arm in claims.arms.items()}

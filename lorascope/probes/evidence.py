@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -118,6 +119,49 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
             print(_line(kept.row), flush=True)
     if (folder / "runs.csv").exists():
         verification.write_derived(folder, verification.derive(store.read(folder), claims, PAIRS), registered)
+
+
+def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> list[str]:
+    """Train judged runs again, drawn at random, and compare them with the evidence.
+
+    On the machine of a run, all predictions must be equal. On another one, its metric must be within three standard
+    deviations of those of the arm's seeds.
+
+    Parameters
+    ----------
+    folder : path
+        Folder of evidence.
+    number : int
+        Number of runs; all if there are fewer.
+    registered : path
+        File of the registration.
+
+    Returns
+    -------
+    list of str
+        One line per difference.
+    """
+    claims, evidence = registration.read(registered), store.read(folder)
+    judged, found = evidence.runs[evidence.runs["role"] == "judged"], []
+    for _, kept in judged.sample(min(number, len(judged))).iterrows():
+        rate = None if pd.isna(kept["rate"]) else float(kept["rate"])
+        open_run = OpenRun(str(kept["arm"]), int(kept["seed"]), "judged", rate)
+        by_name = {"margin": evidence.margins, "nll": evidence.nll}
+        scores = {name: of[kept["run"]] for name, of in by_name.items() if kept["run"] in of}
+        reads = [_Read(name, range(open_run.seed, open_run.seed + 1), ()) for name in scores]
+        with tempfile.TemporaryDirectory() as out:
+            again = _finish(open_run, claims, reads, Path(out))
+        print(_line(again.row), flush=True)
+        run, old, new = f"{kept['arm']}, seed {kept['seed']}", kept["test_metric"], again.row["test_metric"]
+        if all(kept[name] == value for name, value in block().items()):
+            differing = {name: int((values != scores[name]).sum()) for name, values in again.scores.items()}
+            found += [f"{run}: {name} of {rows} rows differs" for name, rows in differing.items() if rows]
+            allowed = 0.0
+        else:
+            allowed = 3 * judged.loc[judged["arm"] == kept["arm"], "test_metric"].std(ddof=1)
+        if not abs(new - old) <= allowed:
+            found.append(f"{run}: test_metric: kept {old!r}, trained again {new!r}")
+    return found
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -193,6 +193,24 @@ def test_claim_without_runs_is_stopped_by_the_budget() -> None:
     assert values.empty
 
 
+@pytest.mark.parametrize(("seeds", "n"), [(1, 0), (2, 2), (4, 4), (7, 5)])
+def test_interrupted_look_is_no_look(seeds: int, n: int) -> None:
+    evidence = planted({"A": 0.5, "B": 0.5}, seeds)
+    values = {f"{arm}-{100 + i}AVX2": 0.7 * (i % 2) for arm in "AB" for i in range(seeds)}
+    evidence = kept(evidence, values)
+    pairs: Any = {
+        "a.pairs": (OfPairs(product, "ranks", "A", "A"), Constant(0.0)),
+        "a.rows": (Accuracy("A"), Accuracy("B")),
+        "a.runs": (OfRun(first, "ranks", "A"), Constant(0.1)),
+    }
+    claims = {id: registered(id, interval) for id, interval in zip(pairs, ("jackknife", "two-way", "t"), strict=True)}
+    verdicts, found = judge_all(claims, pairs, evidence)
+    assert verdicts["n"].tolist() == [n] * 3
+    assert verdicts["outcome"].tolist() == ["inconclusive"] * 3
+    assert verdicts["note"].tolist() == [looks.STOPPED] * 3
+    assert len(found) == 3 * n
+
+
 @pytest.mark.parametrize(
     ("metrics", "loss", "void"),
     [

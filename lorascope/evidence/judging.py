@@ -45,11 +45,12 @@ def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple
     Verdict
         Verdict of the look at which the claim ended.
     DataFrame
-        ``seed, statistic, control, effect`` at this look. None instead of both if no seed has all runs.
+        ``seed, statistic, control, effect`` at this look. None instead of both if fewer than two seeds have all runs,
+        which have no interval, and no pairs.
     """
     statistic, control = pair
     seeds = evidence.seeds(_arms(pair), registered.design.first_seed)
-    if not seeds:
+    if len(seeds) < 2:
         return None
     method = registered.design.interval
     tables: dict[int, pd.DataFrame] = {}

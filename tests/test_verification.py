@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorascope.evidence import registration, store, verification
+from lorascope.evidence import pages, registration, store, verification
 from lorascope.evidence.registration import Arm, Registration, arm_hash
 from lorascope.evidence.statistics.base import Accuracy, Constant, OfPairs, OfRun
 from lorascope.evidence.store import RUN_COLUMNS
@@ -102,9 +102,10 @@ class Planted:
 
     def verify(self) -> list[str]:
         code: Callable[[str], str] = "sha256:{}".format
-        return verify(
-            self.folder, self.registered, self.registration(), PAIRS, code, [self.page], self.blocks
-        )  # fmt: skip
+        registered, evidence = self.registration(), store.read(self.folder)
+        texts = self.blocks(evidence, derive(evidence, registered, PAIRS))
+        found = verify(self.folder, self.registered, registered, PAIRS, code, evidence)
+        return [*found, *pages.differences(self.page, texts)]
 
     def derive(self) -> None:
         derived = derive(store.read(self.folder), self.registration(), PAIRS)
@@ -266,7 +267,7 @@ TAMPERED: dict[str, tuple[Callable[[Planted], None], str]] = {
         cell("runs.csv", "Ajudged103", "method", json.dumps(METHODS["A"](3e-3))),
         "Ajudged103r0.001: lr: kept 0.003, the rate gives 0.001",
     ),
-    "a number of the page": (text("page", "supported", "not supported"), "README.md: block verdicts, line 1: kept"),
+    "a number of the page": (text("page", "supported", "not supported"), "README.md:3: block verdicts: kept"),
     "two runs exchanged": (exchange_runs, "Ajudged100r0.001: test_metric: kept"),
     "a hash of code": (text("registered", "sha256:p.share", "sha256:old"), "claim p.share: code: kept sha256:old"),
     "arms of a claim": (text("registered", 'arms = ["A", "B"]', 'arms = ["A"]'), "claim p.better: arms: kept"),
@@ -322,8 +323,10 @@ def test_registered_deviation_is_marked_for_good_and_its_removal_is_found(plante
 def test_page_is_written_from_the_evidence(planted: Planted) -> None:
     text("page", "supported", "not supported")(planted)
     derived = derive(store.read(planted.folder), planted.registration(), PAIRS)
-    verification.pages.write(planted.page, planted.blocks(None, derived))
+    pages.write(planted.page, planted.blocks(None, derived))
     assert planted.verify() == []
     assert planted.page.read_text().startswith("# Page\n<!-- evidence verdicts -->\n| p.better | supported |")
     text("page", "evidence verdicts", "evidence other")(planted)
-    assert [line.split(": ", 1)[1] for line in planted.verify()] == ["unknown block 'other', expected one of verdicts"]
+    assert planted.verify() == [f"{planted.page}:2: unknown block 'other', expected one of verdicts"]
+    text("page", "<!-- /evidence -->", "")(planted)
+    assert planted.verify() == [f"{planted.page}:2: block 'other' has no end"]

@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import command
-from lorascope.evidence import blocks, pages, registration, verification
+from lorascope.evidence import blocks, pages, registration, store, verification
 from lorascope.evidence.code_hash import code_hash
 from lorascope.evidence.statistics import PAIRS, module_of
 from lorascope.files.printable import printable
@@ -25,7 +25,8 @@ def main(
 ) -> int:
     """Compute everything again that follows from the kept runs, and compare it with what is kept.
 
-    Needs neither torch nor training. The exit code is 1 if anything differs.
+    This includes the README and the docs, whose tables of verdicts are written from the runs. It needs neither torch
+    nor training. The exit code is 1 if anything differs.
 
     Example: lorascope verify data/evidence
 
@@ -41,26 +42,35 @@ def main(
     registered = registration.FILE
     if not registered.exists():
         raise FileNotFoundError(f"no registration at {printable(registered)}: run this in a clone of the repository")
-    root = registered.parents[1]
-    folder = Path(evidence) if evidence else root / "data" / "evidence"
-    claims = registration.read(registered)
-    texts = blocks.all_blocks(claims, root / "data")
-    documents = [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-    if write:
-        for page in documents:
-            pages.write(page, texts)
-    differences = [line for page in documents for line in pages.differences(page, texts)]
+    root, own = registered.parents[1], registered.parent / "evidence"
+    folder = Path(evidence) if evidence else own
     kept = (folder / "runs.csv").exists()
     if evidence and not kept:
         raise FileNotFoundError(f"no evidence at {printable(folder)}: it has no runs.csv")
+    # Pages state the evidence of the repository, not that of another folder.
+    ours = folder.resolve() == own.resolve()
+    if write and not ours:
+        raise ValueError(f"--write requires the evidence of the repository, {printable(own)}")
+    claims = registration.read(registered)
+    found = store.read(folder) if kept else store.empty()
+    derived = verification.derive(found, claims, PAIRS)
+    differences: list[str] = []
+    if ours:
+        texts = blocks.all_blocks(claims, registered.parent, found, derived)
+        for page in (root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted(root.glob("docs/papers/*.md"))):
+            if write:
+                pages.write(page, texts)
+            differences += pages.differences(page, texts)
     if kept:
-        differences += verification.verify(folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id))
+        differences += verification.verify(
+            folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), found, derived
+        )
     if json:
         print(dumps({"differences": differences}))
     else:
         for line in differences:
             print(line, file=sys.stderr)
         judged = len(claims.of_tier("primary", "secondary"))
-        state = "" if kept else f" No runs are kept yet for the {judged} registered claims."
-        print((f"{len(differences)} differences." if differences else "All agrees.") + state)
+        state = f" {len(found.runs)} runs are kept for" if kept else " No runs are kept yet for"
+        print((f"{len(differences)} differences." if differences else "All agrees.") + f"{state} {judged} claims.")
     return 1 if differences else 0

@@ -2,26 +2,366 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pandas as pd
+
+from lorascope.analysis.seed_intervals import t_interval
 from lorascope.evidence import published
-from lorascope.evidence.registration import Registration
+from lorascope.evidence.judging import name_machine
+from lorascope.evidence.looks import STOPPED
+from lorascope.evidence.registration import Change, Registered, Registration
+from lorascope.evidence.store import BLOCK, Evidence
+from lorascope.evidence.verification import Derived
+
+PAPERS = {
+    "LoRA": "2106.09685",
+    "LISA": "2403.17919",
+    "AdaLoRA": "2303.10512",
+    "AutoLoRA": "2403.09113",
+    "ALoRA": "2403.16187",
+    "HydraLoRA": "2404.19245",
+    "FourierFT": "2405.03003",
+    "NeFT": "2403.11621",
+    "Adapprox": "2403.14958",
+}
+"""arXiv ids of the papers by method, in the order of the tables."""
+NO_RUNS = "No runs are kept yet."
+_SMALLEST_P = 1e-4
 
 
-def published_block(registration: Registration, folder: Path) -> str:
-    """Return the table of verdicts on published figures."""
-    claims = registration.of_tier("published")
-    lines = ["| claim | compared | effect | bound | verdict |", "|---|---|---|---|---|"]
-    for row in published.judge(claims, folder).to_dict("records"):
-        registered = claims[row["claim"]]
-        bound = f"{'margin' if registered.bound.margin else 'tolerance'} {registered.claim.bound:g}"
-        verdict = f"{row['outcome']}, {row['side']}" if row["side"] else row["outcome"]
-        compared = f"{registered.text.statistic}; {registered.text.control}"
-        lines.append(f"| {registered.text.sentence} | {compared} | {row['shown']} | {bound} | {verdict} |")
-    return "\n".join(["", *lines, "", ""])
+def all_blocks(registration: Registration, data: Path, evidence: Evidence, derived: Derived) -> Mapping[str, str]:
+    """Return the text of every block by name.
+
+    Parameters
+    ----------
+    registration : Registration
+        Claims, arms and deviations.
+    data : path
+        Folder of the registration and of the published figures.
+    evidence : Evidence
+        All runs, or none.
+    derived : Derived
+        What is computed from them.
+    """
+    tables = _Tables(registration, data, evidence, derived)
+    blocks = {
+        "published": tables.on_published_figures(),
+        "verdicts": tables.verdicts(),
+        "primary": tables.primary(),
+        "arms": tables.arms(),
+        "budget": tables.budget(),
+        "before": tables.before(),
+    }
+    for name in PAPERS:
+        blocks |= {f"{name.lower()}-printed": tables.printed(name), f"{name.lower()}-verdicts": tables.of_paper(name)}
+    return {name: f"\n{text}\n\n" for name, text in blocks.items()}
 
 
-def all_blocks(registration: Registration, data: Path) -> Mapping[str, str]:
-    """Return the text of every block by name, from the folder ``data``."""
-    return {"published": published_block(registration, data / "published")}
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [f"| {' | '.join(map(str, line))} |" for line in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def _bound(registered: Registered) -> str:
+    claim = registered.claim
+    where = {"superiority": "above ", "non-inferiority": "above -", "equivalence": "within "}[claim.kind]
+    return f"{where}{claim.bound:g} ({registered.bound.unit})"
+
+
+def _p(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.2g}" if value >= _SMALLEST_P else f"< {_SMALLEST_P:g}"
+
+
+def _percent(values: pd.Series) -> str:
+    return t_interval(100 * values.to_numpy(np.float64)).format(1)
+
+
+def _nats(values: pd.Series) -> str:
+    return t_interval(values.to_numpy(np.float64)).format(4)
+
+
+@dataclass(frozen=True)
+class _Tables:
+    """Tables of verdicts, arms and costs, as Markdown."""
+
+    registration: Registration
+    data: Path
+    evidence: Evidence
+    derived: Derived
+
+    @cached_property
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Verdicts by claim; look 0 is none, also if the runs are of another arm than registered."""
+        empty = {"look": 0.0, "shown": "", "side": "", "p_looks": np.nan}
+        found = {}
+        for row in self.derived.verdicts.to_dict("records"):
+            known = empty | {str(name): value for name, value in row.items() if pd.notna(value)}
+            found[str(row["claim"])] = known | ({"look": 0.0} if row["arms_state"] == "changed" else {})
+        return found
+
+    @cached_property
+    def changes(self) -> list[tuple[Change, list[str]]]:
+        """Deviations with their claims; the same change of several claims is one."""
+        found: list[tuple[Change, list[str]]] = []
+        for each in self.registration.deviations:
+            claims = next((claims for change, claims in found if change == each.what), None)
+            if claims is None:
+                found.append((each.what, [each.claim]))
+            else:
+                claims.append(each.claim)
+        return found
+
+    @cached_property
+    def machines(self) -> pd.Series:
+        """Machine of every run."""
+        runs = self.evidence.runs
+        names = [name_machine(dict(zip(BLOCK, row, strict=True))) for row in runs[BLOCK].itertuples(index=False)]
+        return pd.Series(names, index=runs.index, dtype="object")
+
+    def on_published_figures(self) -> str:
+        """Return the table of verdicts on published figures."""
+        claims = self.registration.of_tier("published")
+        rows = []
+        for row in published.judge(claims, self.data / "published").to_dict("records"):
+            claim = claims[row["claim"]]
+            compared = f"{claim.text.statistic}; {claim.text.control}"
+            outcome = ", ".join(filter(None, (row["outcome"], row["side"])))
+            rows.append((claim.text.sentence, compared, row["shown"], _bound(claim), outcome))
+        return _table(("claim", "compared", "effect", "bound", "verdict"), rows)
+
+    def verdicts(self) -> str:
+        """Return the tables of verdicts, primary claims first, with the deviations."""
+        primary, secondary = (self.registration.of_tier(tier) for tier in ("primary", "secondary"))
+        return "\n\n".join([
+            *self._without_runs(),
+            "**Primary claims**, one per paper. The adjusted p-value is Holm's.",
+            self._verdict_table(primary),
+            "**Secondary claims.** The adjusted p-value is that of Benjamini and Hochberg.",
+            self._verdict_table(secondary),
+            *self._footnotes(primary | secondary),
+        ])  # fmt: skip
+
+    def primary(self) -> str:
+        """Return the primary claims, one line per paper, with links from the README."""
+        rows = []
+        for name, arxiv in PAPERS.items():
+            for id, claim in self.registration.of_tier("primary").items():
+                if claim.paper.arxiv == arxiv:
+                    verdict = "; ".join(filter(None, (self._outcome(id), *self._marks(id))))
+                    link = f"[{name}](docs/papers/{name.lower()}.md)"
+                    rows.append((link, claim.text.sentence, self._effect(id), _bound(claim), verdict))
+        table = _table(("paper", "claim", "effect", "bound", "verdict"), rows)
+        return "\n\n".join([*self._without_runs(), table])
+
+    def of_paper(self, name: str) -> str:
+        """Return the rule of the primary claim of a paper, and the verdicts of all its claims."""
+        claims = {id: each for id, each in self.registration.claims.items() if each.paper.arxiv == PAPERS[name]}
+        judged = {id: each for id, each in claims.items() if each.paper.tier != "published"}
+        main = next(each for each in judged.values() if each.paper.tier == "primary")
+        seeds = " and ".join(filter(None, (", ".join(map(str, main.design.seeds[:-1])), str(main.design.seeds[-1]))))
+        rule = (
+            f"The primary claim, `{main.id}`, is judged at {seeds} seeds. It is supported if the whole interval is "
+            f"{_bound(main)}, and not supported if the whole interval is below."
+        )
+        figures = published.judge(claims, self.data / "published")
+        rows = [
+            (claims[row["claim"]].text.sentence, claims[row["claim"]].paper.place, row["shown"],
+             _bound(claims[row["claim"]]), ", ".join(filter(None, (row["outcome"], row["side"]))))
+            for row in figures.to_dict("records")
+        ]  # fmt: skip
+        on_figures = ["On published figures, without training:",
+                      _table(("claim", "in the paper", "effect", "bound", "verdict"), rows)]  # fmt: skip
+        return "\n\n".join([
+            *self._without_runs(),
+            rule,
+            self._verdict_table(judged, place=True),
+            *(on_figures if rows else []),
+            *self._footnotes(judged),
+        ])  # fmt: skip
+
+    def printed(self, name: str) -> str:
+        """Return the primary claim of a paper with its source, and the numbers that the paper prints."""
+        main = next(each for each in self.registration.of_tier("primary").values() if each.paper.arxiv == PAPERS[name])
+        lines = [
+            f"- arXiv {main.paper.arxiv}, {main.paper.place}",
+            f"- Claim: {main.text.sentence}",
+            f"- Bound: {_bound(main)}. Source: {main.bound.origin}",
+        ]
+        gains = self._read("published/printed_gains.csv")
+        rows = [
+            (each["comparison"], f"{each['table']}, {each['model']}", each["cells"], each["mean_gain"],
+             f"{each['smallest']} to {each['largest']}", each["unit"])
+            for each in gains if each["paper"] == name
+        ]  # fmt: skip
+        table = _table(("printed comparison", "place and model", "cells", "mean gain", "range", "unit"), rows)
+        return "\n\n".join(["\n".join(lines), table if rows else self._reported(name)])
+
+    def _reported(self, name: str) -> str:
+        """Return single printed numbers of a paper, and of reruns by others."""
+        rows = [
+            (f"{each['paper']}, {each['table']}", ", ".join(filter("-".__ne__, (each["model"], each["data"]))),
+             each["metric"], each["method"], each["value"])
+            for each in self._read("published/reported.csv") if re.search(rf"\b{name}\b", each["paper"])
+        ]  # fmt: skip
+        return _table(("source", "model and data", "metric", "method", "printed value"), rows)
+
+    def _read(self, file: str) -> list[dict[str, str]]:
+        with (self.data / file).open(encoding="utf-8", newline="") as stream:
+            return list(csv.DictReader(stream))
+
+    def arms(self) -> str:
+        """Return the chosen learning rate, the number of seeds and the scores of every arm with judged runs."""
+        runs = self.evidence.runs.assign(machine=self.machines)
+        runs = runs[runs["role"] != "tuning"]
+        if runs.empty:
+            return NO_RUNS
+        machines = [name_machine(block) for block in self.evidence.blocks()]
+        rows = []
+        for label in self.registration.arms:
+            for (role, machine), of_arm in runs[runs["arm"] == label].groupby(["role", "machine"], sort=False):
+                elsewhere = f", machine {machines.index(machine) + 1}" if machine in machines[1:] else ""
+                rate = ", ".join(f"{rate:g}" for rate in of_arm["rate"].dropna().unique())
+                classified = of_arm["validation_chance"].notna().any() or role == "baseline"
+                rows.append((
+                    f"{label}{elsewhere}", rate + " (end of the grid)" * (self._rate_of(label) in self._at_end),
+                    len(of_arm) if role == "judged" else "",
+                    _percent(of_arm["test_metric"]) if classified and of_arm["test_metric"].notna().all() else "",
+                    _nats(of_arm["test_loss"]) if of_arm["test_loss"].notna().all() else "",
+                ))  # fmt: skip
+        return _table(("arm", "learning rate", "seeds", "test accuracy (%)", "test loss (nats)"), rows)
+
+    def budget(self) -> str:
+        """Return what the registration and the runs are, what they took, and which looks were not made."""
+        registered = (self.data / "registered.toml").read_text(encoding="utf-8")
+        when = re.search(r"Registered on (\S+), in the commit with the tag (\S+)\.", registered)
+        judged, on_figures = self.registration.of_tier("primary", "secondary"), self.registration.of_tier("published")
+        lines = [
+            f"- Registration: {when[1]}, tag `{when[2]}`; " if when else "- Registration: ",
+            f"{len(judged)} judged claims, {len(on_figures)} on published figures, {len(self.registration.arms)} arms.",
+        ]
+        runs = self.evidence.runs
+        if runs.empty:
+            return "".join(lines) + f"\n- Runs: {NO_RUNS[0].lower()}{NO_RUNS[1:]}"
+        roles = ", ".join(f"{number} {role}" for role, number in runs["role"].value_counts(sort=False).items())
+        commits = (
+            f"`{commit[:7]}`{' with uncommitted changes' if dirty else ''} ({number} runs)"
+            for commit, dirty, number in runs.groupby(["commit", "dirty"], sort=False).size().reset_index().to_numpy()
+        )
+        machines = (f"{name} ({number} runs)" for name, number in self.machines.value_counts(sort=False).items())
+        return "\n".join([
+            "".join(lines),
+            f"- Runs: {len(runs)} ({roles}), {runs['cpu_seconds'].sum() / 60:,.0f} CPU-minutes.",
+            f"- Machines (instruction set / torch / threads / device): {'; '.join(machines)}.",
+            f"- Commits: {'; '.join(commits)}.",
+            *self._open_looks(),
+        ])  # fmt: skip
+
+    def _open_looks(self) -> Iterator[str]:
+        missing: dict[int, list[str]] = {}
+        for id, row in self.rows.items():
+            if row["note"] == STOPPED:
+                missing.setdefault(1 + int(row["look"]), []).append(f"`{id}`")
+        for look, ids in sorted(missing.items()):
+            yield f"- Look {look} was not made for {len(ids)} claims: {', '.join(ids)}."
+        if not missing:
+            yield "- Every claim was judged to its end."
+
+    def before(self) -> str:
+        """Return the verdicts of the claims under the earlier rules, with the claims that replace them."""
+        rows = []
+        for each in self._read("verdicts_before.csv"):
+            now = [id for id, claim in self.registration.claims.items() if each["claim"] in claim.earlier]
+            effect = f"{each['effect']} [{each['low']}, {each['high']}]" if each["effect"] else "not reported"
+            then = f"{effect}; margin {each['margin']} ({each['unit']})"
+            same = [f"`{id}`, {self.registration.claims[id].decision}" for id in now] or ["dropped"]
+            outcomes = [self._outcome(id) for id in now] or ["-"]
+            rows.append((
+                f"`{each['claim']}` {each['sentence']}", then, each["outcome"] or "not reported", "; ".join(same),
+                "; ".join(outcomes),
+            ))  # fmt: skip
+        return _table(("earlier claim", "effect then", "verdict then", "now", "verdict now"), rows)
+
+    def _without_runs(self) -> list[str]:
+        return [NO_RUNS] if self.evidence.runs.empty else []
+
+    def _verdict_table(self, claims: Mapping[str, Registered], place: bool = False) -> str:
+        rows = []
+        for id, claim in claims.items():
+            row, looked = self.rows[id], self.rows[id]["look"] >= 1
+            seeds = f"{row['n']:g}" if looked else f"{row['n']:g} of {claim.design.seeds[0]}"
+            p = [_p(row["p_looks"]), _p(row["adjusted_p"])] if looked else ["", ""]
+            rows.append((
+                f"`{id}` {claim.text.sentence}", *([claim.paper.place] if place else []),
+                "" if row["outcome"] == "void" else seeds, self._effect(id), _bound(claim), *p, self._outcome(id),
+                "; ".join([*self._marks(id), *self._deviations(id)]),
+            ))  # fmt: skip
+        named = ("claim", *(["in the paper"] if place else []))
+        return _table((*named, "seeds", "effect", "bound", "p", "adjusted p", "verdict", "marks"), rows)
+
+    def _effect(self, id: str) -> str:
+        """Return the effect with its interval at the look that was made; seeds before the first look show none."""
+        row = self.rows[id]
+        return row["shown"] if row["look"] >= 1 else ""
+
+    def _outcome(self, id: str) -> str:
+        row = self.rows[id]
+        if self.evidence.runs.empty:
+            return "not judged"
+        side = row["side"] if row["look"] >= 1 else ""
+        return ", ".join(filter(None, (row["outcome"], side)))
+
+    def _marks(self, id: str) -> Iterator[str]:
+        row = self.rows[id]
+        if row["arms_state"] == "deviated":
+            yield "deviated"
+        if row["note"] and not self.evidence.runs.empty:
+            yield row["note"]
+        if id in self._elsewhere:
+            yield "depends on the machine"
+        for arm in self.registration.claims[id].arms:
+            if self._rate_of(arm) in self._at_end:
+                yield f"best learning rate at the end of the grid: {arm}"
+
+    def _rate_of(self, arm: str) -> str:
+        registered = self.registration.arms.get(arm)
+        return registered.rate_of or arm if registered else arm
+
+    @cached_property
+    def _at_end(self) -> set[str]:
+        tuning = self.derived.tuning
+        return set(tuning.loc[tuning["at_end_of_grid"].astype(bool), "arm"])
+
+    @cached_property
+    def _elsewhere(self) -> set[str]:
+        machines = self.derived.machines
+        return set(machines.loc[machines["differs"].astype(bool), "claim"])
+
+    def _deviations(self, id: str) -> Iterator[str]:
+        for number, (_, claims) in enumerate(self.changes, start=1):
+            if id in claims:
+                yield f"D{number}"
+
+    def _footnotes(self, claims: Mapping[str, Registered]) -> Iterator[str]:
+        """Return other machines and deviations of claims."""
+        machines = self.derived.machines[self.derived.machines["claim"].isin(list(claims))]
+        if len(machines):
+            rows = machines[["claim", "block", "n", "shown", "outcome"]].itertuples(index=False)
+            yield "Other machines:"
+            yield _table(("claim", "machine", "seeds", "effect", "verdict"), rows)
+        notes = []
+        for number, (change, of) in enumerate(self.changes, start=1):
+            if {"*", *claims} & set(of):
+                when = ", ".join(filter(None, ("all claims" if "*" in of else "", change.date, change.commit)))
+                said = f"{change.what}. Reason: {change.why}. Seen before: {change.seen}."
+                notes.append(f"- D{number} ({when}): {said}")
+        if notes:
+            yield "Deviations:"
+            yield "\n".join(notes)

@@ -82,14 +82,13 @@ def untrained_arms(evidence: Evidence, may_void: Callable[[str], bool] = lambda 
     Those are arms of which two or more of the first five judged seeds end within five points of the most frequent class
     on the validation split, or any ends with a loss that is not finite.
     """
-    found = set()
-    for arm, runs in evidence.runs[evidence.runs["role"] == "judged"].groupby("arm"):
-        first = runs.sort_values("seed").head(_TRIED)
-        at_chance = first["validation_metric"] - first["validation_chance"] <= _AT_CHANCE
-        broken = ~np.isfinite(runs[["validation_loss", "test_loss"]].astype("float64")).all(axis=1)
-        if may_void(str(arm)) and (at_chance.sum() >= _FAILED or broken.any()):
-            found.add(str(arm))
-    return found
+    runs = evidence.runs[evidence.runs["role"] == "judged"].sort_values("seed")
+    first = runs.groupby("arm").head(_TRIED)
+    at_chance = first["validation_metric"] - first["validation_chance"] <= _AT_CHANCE
+    failed = at_chance.groupby(first["arm"]).sum() >= _FAILED
+    losses = runs[["validation_loss", "test_loss"]].to_numpy("float64")
+    found = {*failed.index[failed], *runs["arm"][~np.isfinite(losses).all(axis=1)]}
+    return {arm for arm in found if may_void(arm)}
 
 
 def judge_all(
@@ -149,12 +148,17 @@ def _describe(registered: Registered) -> dict[str, Any]:
     return named | {"interval": registered.design.interval} | unjudged
 
 
+def name_machine(block: Mapping[str, Any]) -> str:
+    """Return the name of a machine in tables."""
+    return " / ".join(str(block[name]) for name in BLOCK)
+
+
 def _numbers(registered: Registered, verdict: looks.Verdict, block: Mapping[str, Any]) -> dict[str, Any]:
     effect, low, high, n = verdict.effect
     return {
         "look": verdict.look, "n": n, "level": verdict.level, "effect": effect, "low": low, "high": high,
         "half_seed": verdict.half_seed, "p": verdict.p, "p_looks": verdict.p_looks, "outcome": verdict.outcome,
-        "side": verdict.side, "block": " / ".join(str(block[name]) for name in BLOCK), "note": verdict.note,
+        "side": verdict.side, "block": name_machine(block), "note": verdict.note,
         "shown": format_effect(registered.claim, effect, low, high),
     }  # fmt: skip
 

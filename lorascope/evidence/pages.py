@@ -8,20 +8,30 @@ from pathlib import Path
 
 from lorascope.files.printable import printable
 
-_BLOCK = re.compile(r"(<!-- evidence ([\w-]+) -->\n)(.*?)(<!-- /evidence -->)", re.DOTALL)
+_START = re.compile(r"<!-- evidence ([\w-]+) -->\n")
+_BLOCK = re.compile(rf"({_START.pattern})((?:(?!<!-- evidence ).)*?)(<!-- /evidence -->)", re.DOTALL)
 
 
 def differences(page: Path, blocks: Mapping[str, str]) -> Iterator[str]:
     """Return one line for every block of a page that differs from the evidence, or that the evidence does not have."""
-    for _, name, text, _ in _BLOCK.findall(page.read_text(encoding="utf-8")):
+    content, closed = page.read_text(encoding="utf-8"), set()
+    for found in _BLOCK.finditer(content):
+        _, name, text, _ = found.groups()
+        closed.add(found.start())
+        first = content.count("\n", 0, found.start(3)) + 1
         if name not in blocks:
-            yield f"{printable(page)}: unknown block {name!r}, expected one of {', '.join(sorted(blocks))}"
+            expected = ", ".join(sorted(blocks))
+            yield f"{printable(page)}:{first - 1}: unknown block {name!r}, expected one of {expected}"
         elif text != blocks[name]:
             kept, wanted = text.splitlines(), blocks[name].splitlines()
             at = next((i for i, (one, two) in enumerate(zip(kept, wanted, strict=False)) if one != two), None)
             at = min(len(kept), len(wanted)) if at is None else at
             has, needs = (lines[at] if at < len(lines) else "no more lines" for lines in (kept, wanted))
-            yield f"{printable(page)}: block {name}, line {at + 1}: kept {has!r}, recomputed {needs!r}"
+            yield f"{printable(page)}:{first + at}: block {name}: kept {has!r}, recomputed {needs!r}"
+    for start in _START.finditer(content):
+        if start.start() not in closed:
+            line = content.count("\n", 0, start.start()) + 1
+            yield f"{printable(page)}:{line}: block {start[1]!r} has no end"
 
 
 def write(page: Path, blocks: Mapping[str, str]) -> None:

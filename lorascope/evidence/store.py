@@ -73,21 +73,26 @@ class Evidence:
     kept: Mapping[str, Mapping[str, pd.DataFrame]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        used = self.runs[self.runs["role"] != "tuning"]
-        twice = used[used.duplicated(["arm", "seed", *BLOCK])]
+        used, tuning = self.runs[self.runs["role"] != "tuning"], self.runs["role"] == "tuning"
+        keys = self.runs.assign(tuning=tuning, rate=self.runs["rate"].where(tuning))
+        twice = keys[keys.duplicated(["arm", "seed", "tuning", "rate", *BLOCK])]
         if len(twice):
             raise ValueError(
                 f"runs must be unique, got two of arm {twice['arm'].iloc[0]!r}, seed {twice['seed'].iloc[0]}"
             )
         judged, baselines = used[used["role"] == "judged"], used[used["role"] == "baseline"]
         self._runs = dict(zip(zip(judged["arm"], judged["seed"], strict=True), judged["run"], strict=True))
+        self._parts: dict[tuple[Any, ...], Evidence] = {}
         self._baselines = dict(zip(baselines["arm"], baselines["run"], strict=True))
 
     def in_block(self, block: Mapping[str, Any]) -> Evidence:
         """Return the runs of one machine, and the baselines."""
-        same = np.logical_and.reduce([self.runs[name] == block[name] for name in BLOCK])
-        chosen = self.runs[same | (self.runs["role"] == "baseline")]
-        return Evidence(chosen, self.rows, self.margins, self.nll, self.kept)
+        key = tuple(block[name] for name in BLOCK)
+        if key not in self._parts:
+            same = np.logical_and.reduce([self.runs[name] == block[name] for name in BLOCK])
+            chosen = self.runs[same | (self.runs["role"] == "baseline")]
+            self._parts[key] = Evidence(chosen, self.rows, self.margins, self.nll, self.kept)
+        return self._parts[key]
 
     def blocks(self) -> list[dict[str, Any]]:
         """Return the machines on which judged runs were trained, in the order of the table."""
@@ -119,21 +124,28 @@ class Evidence:
 
     def correct(self, arm: str, seed: int) -> Float[np.ndarray, "row"]:
         """Return 1 for each test row that the run got right, else 0."""
-        return (self.margins[self.run(arm, seed)] > 0).astype(np.float64)
+        return (_of_run(self.margins, self.run(arm, seed), "margins") > 0).astype(np.float64)
 
     def losses(self, arm: str, seed: int) -> Float[np.ndarray, "row"]:
         """Return the negative log-likelihood of each test row in nats."""
-        return self.nll[self.run(arm, seed)].astype(np.float64)
+        return _of_run(self.nll, self.run(arm, seed), "losses").astype(np.float64)
 
     def table(self, name: str, arm: str, seed: int) -> pd.DataFrame:
         """Return the kept table of a run."""
-        return self.kept[name][self.run(arm, seed)]
+        return _of_run(self.kept.get(name, {}), self.run(arm, seed), f"table {name!r}")
 
     def clusters(self, arm: str, seed: int) -> Int[np.ndarray, "row"]:
         """Return the cluster of each test row of a run's task, numbered from 0."""
         task = self.runs.loc[self.runs["run"] == self.run(arm, seed), "task_hash"].iloc[0]
         rows = self.rows[self.rows["task_hash"] == task].sort_values("row")
         return pd.factorize(rows["cluster"])[0]
+
+
+def _of_run(kept: Mapping[str, Any], run: str, what: str) -> Any:
+    """Return what is kept of a run."""
+    if run not in kept:
+        raise ValueError(f"the evidence lacks the {what} of run {printable(run)}: restore the file from a copy")
+    return kept[run]
 
 
 def read(folder: str | Path) -> Evidence:
@@ -175,8 +187,10 @@ def empty() -> Evidence:
 
 def _read_csv(file: Path, columns: Iterable[str]) -> pd.DataFrame:
     try:
+        if not (content := file.read_bytes()).endswith(b"\n"):
+            raise ValueError("its last row is incomplete")
         text = dict.fromkeys(("run", "arm", "commit", "capability", "torch"), "str")
-        table = pd.read_csv(file, dtype=text)
+        table = pd.read_csv(io.BytesIO(content), dtype=text)
     except (ValueError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
     if list(table.columns) != list(columns):

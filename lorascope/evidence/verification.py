@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,22 +12,38 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.evidence import pages, store
-from lorascope.evidence.judging import Pair, judge_all
-from lorascope.evidence.registration import Arm, Registration, arm_hash
+from lorascope.evidence import store
+from lorascope.evidence.claims import format_effect
+from lorascope.evidence.judging import Pair, judge_all, judge_claim, name_machine, untrained_arms
+from lorascope.evidence.looks import STOPPED
+from lorascope.evidence.registration import Arm, Registered, Registration, arm_hash
 from lorascope.evidence.store import BLOCK, Evidence
 from lorascope.evidence.tuning import chosen, tuning_table
 
 _CLOSE = 1e-9
 _HALF = 2e-3  # losses are kept in float16
+CHANGED = "its runs are of another arm than registered"
 
 
 @dataclass(frozen=True)
 class Derived:
-    """Results that are computed from the runs: the content of three files, and the verdicts as a table."""
+    """Results that are computed from the runs.
+
+    Parameters
+    ----------
+    files : mapping name -> bytes
+        Content of ``tuning.csv``, ``values.csv`` and ``verdicts.csv``.
+    tuning, verdicts : DataFrame
+        Two of them as tables.
+    machines : DataFrame
+        ``claim, block, n, shown, outcome, differs``: claims on other machines than the one that judges them, and
+        whether the outcome there is another one. Without runs of other machines it is empty.
+    """
 
     files: Mapping[str, bytes]
+    tuning: pd.DataFrame
     verdicts: pd.DataFrame
+    machines: pd.DataFrame
 
 
 def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, Pair]) -> Derived:
@@ -47,8 +63,38 @@ def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, P
     may_void = {arm.label: arm.may_void for arm in registration.arms.values()}
     verdicts, values = judge_all(judged, pairs, evidence, lambda arm: may_void.get(arm, True))
     verdicts = verdicts.assign(arms_state=[state(id, registration, evidence) for id in judged])
+    changed = verdicts["arms_state"] == "changed"
+    verdicts.loc[changed, ["outcome", "note"]] = "inconclusive", CHANGED
+    machines = _on_other_machines(judged, pairs, evidence, verdicts, lambda arm: may_void.get(arm, True))
     tables = {"tuning.csv": tuning_table(evidence.runs, grids), "values.csv": values, "verdicts.csv": verdicts}
-    return Derived({name: store.to_csv(table) for name, table in tables.items()}, verdicts)
+    files = {name: store.to_csv(table) for name, table in tables.items()}
+    return Derived(files, tables["tuning.csv"], verdicts, machines)
+
+
+def _on_other_machines(
+    claims: Mapping[str, Registered],
+    pairs: Mapping[str, Pair],
+    evidence: Evidence,
+    verdicts: pd.DataFrame,
+    may_void: Callable[[str], bool],
+) -> pd.DataFrame:
+    """Judge the claims on the machines that do not judge them."""
+    judged, rows = verdicts.set_index("claim"), []
+    for block in evidence.blocks():
+        part, named = evidence.in_block(block), name_machine(block)
+        untrained = untrained_arms(part, may_void)
+        for id, claim in claims.items():
+            own = judged.loc[id]
+            if own.get("block") == named or untrained & set(claim.arms):
+                continue
+            if found := judge_claim(claim, pairs[id], part):
+                verdict, (effect, low, high, n) = found[0], found[0].effect
+                rows.append({
+                    "claim": id, "block": named, "n": n, "shown": format_effect(claim.claim, effect, low, high),
+                    "outcome": verdict.outcome,
+                    "differs": STOPPED not in (verdict.note, own["note"]) and verdict.outcome != own["uncorrected"],
+                })  # fmt: skip
+    return pd.DataFrame(rows, columns=["claim", "block", "n", "shown", "outcome", "differs"])
 
 
 def state(claim: str, registration: Registration, evidence: Evidence) -> str:
@@ -83,8 +129,8 @@ def verify(
     registration: Registration,
     pairs: Mapping[str, Pair],
     code: Callable[[str], str],
-    documents: Sequence[Path] = (),
-    blocks: Callable[[Evidence, Derived], Mapping[str, str]] = lambda evidence, derived: {},
+    evidence: Evidence | None = None,
+    derived: Derived | None = None,
 ) -> list[str]:
     """Compute everything again that is derived from the runs, and return one line for each difference.
 
@@ -100,19 +146,18 @@ def verify(
         Statistic and control of each judged claim.
     code : callable
         ``code(id)`` returns the hash of the code of a claim.
-    documents : sequence of path
-        Pages with blocks that are written from the evidence.
-    blocks : callable
-        ``blocks(evidence, derived)`` returns the text of these blocks by name.
+    evidence : Evidence or None
+        Content of the folder; None to read it.
+    derived : Derived or None
+        What follows from it; None to compute it.
 
     Returns
     -------
     list of str
         One line per difference: the place, what is kept and what was recomputed. Empty if all agree.
     """
-    evidence = store.read(folder)
-    derived = derive(evidence, registration, pairs)
-    texts = blocks(evidence, derived)
+    evidence = evidence or store.read(folder)
+    derived = derived or derive(evidence, registration, pairs)
     return [
         *_check_manifest(folder, registered),
         *_check_scores(evidence),
@@ -121,7 +166,6 @@ def verify(
         *_check_seeds(evidence, registration),
         *_check_registration(registration, pairs, code, derived),
         *(line for name, content in derived.files.items() for line in _compare(folder / name, content)),
-        *(line for page in documents for line in pages.differences(page, texts)),
     ]
 
 
@@ -217,7 +261,7 @@ def _check_registration(
             yield f"registered.toml: claim {id}: code: kept {claim.code or 'no hash'}, recomputed {code(id)}"
     for row in _rows(derived.verdicts):
         if row.arms_state == "changed":
-            yield f"registered.toml: claim {row.claim}: its runs are of another arm than registered"
+            yield f"registered.toml: claim {row.claim}: {CHANGED}"
 
 
 def _compare(file: Path, content: bytes) -> Iterator[str]:

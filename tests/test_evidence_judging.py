@@ -194,7 +194,7 @@ def test_claim_without_runs_is_stopped_by_the_budget() -> None:
 
 
 @pytest.mark.parametrize(("seeds", "n"), [(1, 0), (2, 2), (4, 4), (7, 5)])
-def test_interrupted_look_is_no_look(seeds: int, n: int) -> None:
+def test_interrupted_look_leaves_the_verdict_open(seeds: int, n: int) -> None:
     evidence = planted({"A": 0.5, "B": 0.5}, seeds)
     values = {f"{arm}-{100 + i}AVX2": 0.7 * (i % 2) for arm in "AB" for i in range(seeds)}
     evidence = kept(evidence, values)

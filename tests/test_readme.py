@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from lorascope.cli.main import COMMANDS, main
+from lorascope.evidence.blocks import PAPERS
 from lorascope.probes import PROBES
 
 ROOT = Path(__file__).parents[1]
@@ -44,14 +45,20 @@ def test_table_of_methods_is_generated_from_the_registry(generated: ModuleType):
     assert generated.methods_table() in README, "run python docs/_ext/update_readme.py"
 
 
-def test_findings_of_the_readme_are_rows_of_the_findings_page():
-    table = README.partition("## Findings")[2].partition("\n## ")[0]
-    rows = [line for line in table.splitlines() if re.match(r"\| (?!claim)\w", line)]
-    page = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8").replace(" (accuracy)", "")
-    assert len(rows) == 3
-    assert len({row.split("|")[-2] for row in rows}) == 3
-    for row in rows:
-        assert row.replace(" (accuracy)", "") in page, row
+@pytest.mark.parametrize(
+    ("page", "blocks"),
+    [
+        ("README.md", {"primary"}),
+        ("docs/findings.md", {"published", "verdicts", "arms"}),
+        ("docs/evidence.md", {"budget", "before"}),
+        *(
+            (f"docs/papers/{name.lower()}.md", {f"{name.lower()}-{of}" for of in ("printed", "verdicts")})
+            for name in PAPERS
+        ),
+    ],
+)
+def test_pages_have_the_blocks_that_are_written_from_the_evidence(page: str, blocks: set[str]):
+    assert set(re.findall(r"<!-- evidence ([\w-]+) -->", (ROOT / page).read_text(encoding="utf-8"))) == blocks
 
 
 def test_commands_of_the_readme_exist():

@@ -99,7 +99,7 @@ class _Tables:
 
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Verdicts by claim; look 0 is none, also if the runs are of another arm than registered."""
+        """Verdicts by claim; look 0 means that none was made, also if the runs are of another arm than registered."""
         empty = {"look": 0.0, "shown": "", "side": "", "p_looks": np.nan}
         found = {}
         for row in self.derived.verdicts.to_dict("records"):
@@ -144,7 +144,7 @@ class _Tables:
             *self._without_runs(),
             "**Primary claims**, one per paper. The adjusted p-value is Holm's.",
             self._verdict_table(primary),
-            "**Secondary claims.** The adjusted p-value is that of Benjamini and Hochberg.",
+            "**Secondary claims.** The adjusted p-value follows Benjamini and Hochberg.",
             self._verdict_table(secondary),
             *self._footnotes(primary | secondary),
         ])  # fmt: skip

@@ -183,6 +183,23 @@ def test_two_runs_of_one_seed_are_refused() -> None:
         Evidence(pd.concat([evidence.runs, evidence.runs[:1]]), evidence.rows)
 
 
+def test_two_tuning_runs_of_one_rate_and_seed_are_refused() -> None:
+    row = run_row("A", 9001, role="tuning")
+    runs = pd.DataFrame([row, row | {"run": "other rate", "rate": 3e-3}, row | {"run": "copy", "validation_loss": 0.1}])
+    Evidence(runs[:2], pd.DataFrame())
+    with pytest.raises(ValueError, match="two of arm 'A', seed 9001"):
+        Evidence(runs, pd.DataFrame())
+
+
+@pytest.mark.parametrize(("statistic", "lacks"), [
+    (Accuracy("A"), "margins"), (LogLikelihood("A"), "losses"), (OfRun(first, "ranks", "A"), "table 'ranks'"),
+])  # fmt: skip
+def test_run_without_its_files_is_one_line(statistic: Statistic, lacks: str) -> None:
+    evidence = planted({"A": 0.5})
+    with pytest.raises(ValueError, match=f"the evidence lacks the {lacks} of run A-100AVX2"):
+        statistic(Evidence(evidence.runs, evidence.rows), [100])
+
+
 def test_claim_without_runs_is_stopped_by_the_budget() -> None:
     verdicts, values = judge_all({"a.b": registered()}, {"a.b": (Accuracy("Z"), Accuracy("A"))}, planted({"A": 0.5}))
     assert (verdicts["outcome"].item(), verdicts["note"].item(), verdicts["n"].item()) == (
@@ -312,13 +329,15 @@ def test_interrupted_write_leaves_no_run(tmp_path: Path, monkeypatch: pytest.Mon
     [
         ("runs.csv", b"run,arm\na,b\n", "runs.csv: its columns differ from schema 1"),
         ("runs.csv", b"\xff\xfe", "runs.csv"),
+        ("runs.csv", b"half", "runs.csv: its last row is incomplete"),
         ("predictions/A-100AVX2.npz", b"PK\x03\x04 half", "A-100AVX2.npz"),
         ("kept/ranks/A-100AVX2.parquet", b"PAR1", "A-100AVX2.parquet"),
     ],
 )
 def test_damaged_file_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     write(tmp_path, planted({"A": 0.8}, 2))
-    (tmp_path / name).write_bytes(content)
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[:-40] if content == b"half" else content)
     with pytest.raises(ValueError, match="cannot read .*" + message) as raised:
         store.read(tmp_path)
     assert "\n" not in str(raised.value)

@@ -45,37 +45,38 @@ def test_without_runs_the_pages_state_that(clone: Path, capsys: pytest.CaptureFi
         assert "No runs are kept yet." in (clone / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("page", "block", "old", "new"),
-    [
-        ("README.md", "primary", "above 0.02 (nats)", "above 0.01 (nats)"),
-        ("docs/findings.md", "published", "-0.674", "0.674"),
-        ("docs/findings.md", "verdicts", "0 of 24", "24"),
-        ("docs/evidence.md", "budget", "88 judged claims", "80 judged claims"),
-        ("docs/evidence.md", "before", "-0.08 [-0.09, -0.08]", "0.08 [0.07, 0.09]"),
-        ("docs/papers/neft.md", "neft-verdicts", "0.221 [no interval]", "0.221 [0.1, 0.3]"),
-        ("docs/papers/neft.md", "neft-printed", "7.167", "9.167"),
-    ],
-)
-def test_a_number_changed_in_a_block_is_named_and_written_again(
-    clone: Path, page: str, block: str, old: str, new: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = clone / page
-    content = file.read_text(encoding="utf-8")
-    assert old in content
-    file.write_text(content.replace(old, new, 1), encoding="utf-8")
+NUMBERS = [
+    ("README.md", "primary", "above 0.02 (nats)", "above 0.01 (nats)"),
+    ("docs/findings.md", "published", "-0.674", "0.674"),
+    ("docs/findings.md", "verdicts", "0 of 24", "24"),
+    ("docs/evidence.md", "budget", "88 judged claims", "80 judged claims"),
+    ("docs/evidence.md", "before", "-0.08 [-0.09, -0.08]", "0.08 [0.07, 0.09]"),
+    ("docs/papers/neft.md", "neft-printed", "7.167", "9.167"),
+    ("docs/papers/neft.md", "neft-verdicts", "0.221 [no interval]", "0.221 [0.1, 0.3]"),
+]
+"""Page, block, a number of it, and another one."""
+
+
+def test_numbers_changed_in_blocks_are_named_and_written_again(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original, places = {page: (clone / page).read_text(encoding="utf-8") for page, *_ in NUMBERS}, []
+    for page, block, old, new in NUMBERS:
+        content = (clone / page).read_text(encoding="utf-8")
+        assert content.count(old)
+        (clone / page).write_text(content.replace(old, new, 1), encoding="utf-8")
+        places.append(f"{clone / page}:{content[: content.index(old)].count(chr(10)) + 1}: block {block}: kept ")
     capsys.readouterr()
-    assert main(["verify"]) == 1
-    number = content[: content.index(old)].count("\n") + 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{file}:{number}: block {block}: kept ")
-    kept, _, recomputed = line.partition(", recomputed ")
-    assert new in kept
-    assert old in recomputed
     assert main(["verify", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == {"differences": [line]}
+    lines = json.loads(capsys.readouterr().out)["differences"]
+    for place, (_, _, old, new) in zip(places, NUMBERS, strict=True):
+        (line,) = [line for line in lines if line.startswith(place)]
+        kept, _, recomputed = line.partition(", recomputed ")
+        assert new in kept
+        assert old in recomputed
+    assert len(lines) == len(NUMBERS)
+    assert main(["verify"]) == 1
+    assert capsys.readouterr().err.splitlines() == lines
     assert main(["verify", "--write"]) == 0
-    assert file.read_text(encoding="utf-8") == content
+    assert original == {page: (clone / page).read_text(encoding="utf-8") for page in original}
 
 
 def test_folder_without_evidence_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,11 +118,14 @@ def judge_all(
         ``claim, seed, look, statistic, control, effect`` of every verdict.
     """
     rows, values = [], []
+    untrained: dict[str, set[str]] = {}
     for id, registered in claims.items():
         block = judging_block(registered, pairs[id], evidence)
-        part = evidence.in_block(block) if block else evidence
-        if untrained := sorted(untrained_arms(part, may_void) & _arms(pairs[id])):
-            rows.append(_describe(registered) | {"outcome": "void", "note": f"{untrained[0]} did not train"})
+        part, machine = (evidence.in_block(block), name_machine(block)) if block else (evidence, "")
+        if machine not in untrained:
+            untrained[machine] = untrained_arms(part, may_void)
+        if failed := sorted(untrained[machine] & _arms(pairs[id])):
+            rows.append(_describe(registered) | {"outcome": "void", "note": f"{failed[0]} did not train"})
             continue
         found = judge_claim(registered, pairs[id], part) if block else None
         rows.append(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import redirect_stdout
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -21,12 +23,13 @@ def main(
     evidence: Annotated[Positional[str | None], arg(metavar="[EVIDENCE]")] = None,
     *,
     write: bool = False,
+    retrain: Annotated[int, arg(metavar="N")] = 0,
     json: bool = False,
 ) -> int:
     """Compute everything again that follows from the kept runs, and compare it with what is kept.
 
-    This includes the README and the docs, whose tables of verdicts are written from the runs. It needs neither torch
-    nor training. The exit code is 1 if anything differs.
+    This includes the README and the docs, whose tables of verdicts are written from the runs. Without --retrain it
+    needs neither torch nor training. The exit code is 1 if anything differs.
 
     Example: lorascope verify data/evidence
 
@@ -36,6 +39,8 @@ def main(
         Folder of evidence; if omitted, data/evidence of the repository.
     write
         Write the blocks of README and docs that come from the evidence.
+    retrain
+        Train N random judged runs again and compare their predictions, 2 to 5 minutes each; this needs torch.
     json
         Print the differences as JSON.
     """
@@ -45,7 +50,9 @@ def main(
     root, own = registered.parents[1], registered.parent / "evidence"
     folder = Path(evidence) if evidence else own
     kept = (folder / "runs.csv").exists()
-    if evidence and not kept:
+    if retrain < 0:
+        raise ValueError(f"--retrain must be >= 0, got {retrain}")
+    if (evidence or retrain) and not kept:
         raise FileNotFoundError(f"no evidence at {printable(folder)}: it has no runs.csv")
     # Pages state the evidence of the repository, not that of another folder.
     ours = folder.resolve() == own.resolve()
@@ -65,6 +72,13 @@ def main(
         differences += verification.verify(
             folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), found, derived
         )
+    if retrain:
+        # Before torch is imported, so that machines with other instructions compute the same numbers.
+        os.environ |= store.INSTRUCTIONS
+        from lorascope.probes import evidence as training
+
+        with redirect_stdout(sys.stderr):  # its progress must not mix with JSON
+            differences += training.retrain(folder, retrain, registered)
     if json:
         print(dumps({"differences": differences}))
     else:

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from lorascope.analysis.seed_intervals import pseudo_values, t_interval, two_way_estimate
+from lorascope.analysis.seed_intervals import pseudo_values, t_estimate, t_interval, two_way_estimate
 from lorascope.evidence import judging, looks, store
 from lorascope.evidence.judging import correct, judge_all
 from lorascope.evidence.registration import Bound, Design, Paper, Registered, Text
@@ -208,6 +208,23 @@ def test_claim_without_runs_is_stopped_by_the_budget() -> None:
         0,
     )
     assert values.empty
+
+
+def test_seeds_with_other_test_rows_are_compared_by_their_means() -> None:
+    evidence, rng = planted({"A": 0.5, "B": 0.5}), np.random.default_rng(1)
+    runs = evidence.runs.assign(task_hash=[f"task {seed}" for seed in evidence.runs["seed"]])
+    nll = {
+        run: rng.random(50 + seed % 7).astype(np.float16) for run, seed in zip(runs["run"], runs["seed"], strict=True)
+    }
+    evidence = Evidence(runs, evidence.rows, evidence.margins, nll)
+    pairs: Any = {"a.b": (MeanOverRows(LogLikelihood("A")), MeanOverRows(LogLikelihood("B")))}
+    verdicts, values = judge_all({"a.b": registered(interval="t")}, pairs, evidence)
+    means = {
+        arm: np.array([-nll[f"{arm}-{seed}AVX2"].astype(float).mean() for seed in range(100, 105)]) for arm in "AB"
+    }
+    assert values["statistic"].tolist() == pytest.approx(means["A"].tolist())
+    assert verdicts["effect"].item() == pytest.approx((means["A"] - means["B"]).mean())
+    assert verdicts["high"].item() == pytest.approx(t_estimate(means["A"] - means["B"]).interval(0.005).high)
 
 
 @pytest.mark.parametrize(("seeds", "n"), [(1, 0), (2, 2), (4, 4), (7, 5)])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,24 @@ _TRIED, _FAILED, _AT_CHANCE = 5, 2, 0.05
 
 def _arms(pair: Pair) -> set[str]:
     return pair[0].arms() | pair[1].arms()
+
+
+@dataclass(frozen=True)
+class _SeedBySeed(Statistic):
+    """A statistic (seed,) that is computed from one seed at a time, because each seed has a task of other test rows."""
+
+    of: Statistic
+
+    def arms(self) -> set[str]:
+        return self.of.arms()
+
+    def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
+        return np.concatenate([np.atleast_1d(self.of(evidence, [seed])) for seed in seeds])
+
+
+def _tasks_vary(evidence: Evidence, arms: Iterable[str], seeds: Sequence[int]) -> bool:
+    runs = evidence.runs.set_index("run")["task_hash"]
+    return any(runs[[evidence.run(arm, seed) for seed in seeds]].nunique() > 1 for arm in arms)
 
 
 def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple[looks.Verdict, pd.DataFrame] | None:
@@ -53,6 +72,8 @@ def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple
     if len(seeds) < 2:
         return None
     method = registered.design.interval
+    if method == "t" and _tasks_vary(evidence, _arms(pair), seeds):
+        statistic, control = _SeedBySeed(statistic), _SeedBySeed(control)
     tables: dict[int, pd.DataFrame] = {}
 
     def estimate(n: int) -> Any:

@@ -1,4 +1,4 @@
-"""Blocks of README and docs from planted runs: every number is that of the verdicts, and every mark has its cause."""
+"""Blocks of README and docs from planted runs: the numbers equal the verdicts, and every mark has its cause."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def cells(block: str, first: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-def test_verdicts_are_those_of_the_runs() -> None:
+def test_verdicts_equal_those_of_the_runs() -> None:
     blocks, derived = write(planted(10, spread=0.001))
     verdict = derived.verdicts.set_index("claim").loc[CLAIM]
     assert verdict["outcome"] == "supported"

@@ -68,8 +68,9 @@ class Evidence:
 
     runs: pd.DataFrame
     rows: pd.DataFrame
-    margins: Mapping[str, Int8[np.ndarray, "row"]] = field(default_factory=dict)
-    nll: Mapping[str, Float[np.ndarray, "row"]] = field(default_factory=dict)
+    # Tasks have different numbers of rows, so the dimension has no name.
+    margins: Mapping[str, Int8[np.ndarray, "_"]] = field(default_factory=dict)
+    nll: Mapping[str, Float[np.ndarray, "_"]] = field(default_factory=dict)
     kept: Mapping[str, Mapping[str, pd.DataFrame]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

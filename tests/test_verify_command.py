@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorascope.cli.main import main
-from lorascope.evidence import registration
+from lorascope.evidence import registration, store
 from lorascope.evidence.store import RUN_COLUMNS
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +109,8 @@ def test_runs_that_differ_when_trained_again_are_named(
         return [f"{given[0]}: {given[1]} runs differ"]
 
     monkeypatch.setattr("lorascope.probes.evidence.retrain", retrain)
+    for name, value in store.INSTRUCTIONS.items():
+        monkeypatch.setenv(name, value)  # removed at the end, because processes of later tests inherit it
     assert main(["verify", "--retrain", "2", "--json"]) == 1
     output = capsys.readouterr()
     assert f"{folder}: 2 runs differ" in json.loads(output.out)["differences"]

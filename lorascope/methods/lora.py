@@ -21,7 +21,7 @@ Departs:
 
 - A is Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code and in PEFT; the paper has a Gaussian of
   unstated standard deviation.
-- On an embedding A is zero and B standard normal, as in the authors' code and in PEFT. The gain |B a| / |a|
+- On an embedding A is zero and B standard normal, as in the authors' code and in PEFT. The gain ``|B a| / |a|``
   is then sqrt(3 out) times that of the A of a linear layer; ``embedding_init="linear"`` divides B by this factor.
 """
 

@@ -17,10 +17,10 @@ NUMBERS := "numbers and not (slow or ray or browser or cuda)"
 .PHONY: reproduce full test test-all lint types tests slow numbers docs gpu clean
 
 reproduce: .venv/installed
-	$(BIN)/lorascope reproduce --quick -o $(OUT)
+	$(BIN)/lorascope reproduce -o $(OUT)
 
 full: .venv/installed
-	$(BIN)/lorascope reproduce -o $(OUT)-full
+	$(BIN)/lorascope reproduce --evidence data/evidence -o $(OUT)-full
 
 test: lint
 	@$(MAKE) --no-print-directory -j 2 types tests

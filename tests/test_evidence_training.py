@@ -18,7 +18,7 @@ from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.methods import Full, LoRA
 from lorascope.probes import evidence
 from lorascope.probes.base import Arm, Probe
-from lorascope.probes.rank_statistics import keep_ranks
+from lorascope.probes.kept_ranks import keep_ranks
 from lorascope.probes.tfidf_baseline import tfidf_arm
 from lorascope.runs.run import Run
 
@@ -111,10 +111,7 @@ def study(bert: str, tmp_path: Path, task: Any, monkeypatch: pytest.MonkeyPatch)
         title="",
         source="",
         question="",
-        quick_budget=0,
-        arms=lambda quick: [],
-        figures=lambda data: [],
-        registered=lambda: [
+        arms=lambda: [
             Arm(label="A", method=lora, settings=settings, model=bert, task=task),
             Arm(label="B", method=Full(), settings=settings, model=bert, task=task),
             tfidf_arm("words", task),

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +13,15 @@ from planted import manifest
 from tiny import tiny
 from torch import nn
 
-from lorascope import observe, plots, probes
 from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.analysis.factor_embeddings import clouds
-from lorascope.analysis.factor_sharing import numbers, sharedness
-from lorascope.charts.chart import Panels
-from lorascope.experiments import sweep
+from lorascope.analysis.factor_sharing import sharedness
+from lorascope.evidence.statistics import asymmetry
 from lorascope.inputs.sources import DOMAINS
 from lorascope.methods import LoRA
 from lorascope.methods.base import config, from_config
 from lorascope.methods.lora import LoRADelta
 from lorascope.probes import hydralora_asymmetry
-from lorascope.probes.hydralora_asymmetry import COMMON, OWN
 from lorascope.runs.layout import identify
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
@@ -128,11 +122,11 @@ def test_toy_network_shares_a_only_with_a_shared_initialization():
 
 
 def test_runs_of_a_replicate_share_only_the_initial_a_of_the_shared_set():
-    arms = {arm.label: arm for arm in hydralora_asymmetry.arms(quick=False)}
-    assert len(arms) == 15
+    arms = {arm.label: arm for arm in hydralora_asymmetry.arms()}
+    assert len(arms) == 15 + 8
     for seed in (0, 1, 4):
         made = {label: arm.vary(arm, seed) for label, arm in arms.items()}
-        own, common = ([made[label] for label in hydralora_asymmetry.SETS[start].values()] for start in (OWN, COMMON))
+        own, common = ([made[label] for label in labels] for labels in (asymmetry.OWN, asymmetry.COMMON))
         seeds = [arm.settings["seed"] for arm in own]
         assert seeds == [arm.settings["seed"] for arm in common] == list(range(8 * seed, 8 * seed + 8))
         assert [arm.method.init_seed for arm in own] == [None] * 8
@@ -142,14 +136,14 @@ def test_runs_of_a_replicate_share_only_the_initial_a_of_the_shared_set():
         domains = [arm.task for arm in own]
         assert domains == [arm.task for arm in common]
         assert {domain: domains.count(domain) for domain in domains} == {f"sentiment/{name}": 2 for name in DOMAINS}
-    assert {arm.task for arm in hydralora_asymmetry.arms(quick=True)} == {"sentiment/tweets", "sentiment/products"}
-    assert len(hydralora_asymmetry.arms(quick=True)) == 7
 
 
 def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: int = 4) -> dict[str, list[Run]]:
     """Plant runs whose B depends on domain and module and, if ``learned``, whose A moves to a target of its module."""
     found = {}
-    for arm in hydralora_asymmetry.arms(quick=False):
+    for arm in hydralora_asymmetry.arms():
+        if arm.label in asymmetry.QUARTERS:
+            continue
         for seed in range(replicates):
             made = arm.vary(arm, seed)
             number = made.settings["seed"]
@@ -177,76 +171,3 @@ def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: i
             run.finish("done")
             found.setdefault(arm.label, []).append(Run.read(run.path))
     return found
-
-
-@pytest.mark.parametrize("learned", [True, False])
-def test_probe_separates_planted_similarity_from_a_shared_start(tmp_path, learned, monkeypatch):
-    monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))  # has its own tests
-    monkeypatch.setattr(hydralora_asymmetry, "numbers", partial(numbers, draws=99))
-    runs = planted_runs(tmp_path, learned)
-    findings = hydralora_asymmetry.PROBE.judge(runs)
-    outcomes = {verdict.claim.id: verdict.outcome for verdict in findings.verdicts}
-    for id in ("asymmetry.raw", "asymmetry.space", "asymmetry.meeting"):
-        assert outcomes[id] == "supported" if learned else outcomes[id] != "supported"
-    # If every A moves to its module's target, separate A_0's give the same figure; otherwise only a shared A_0 does.
-    assert outcomes["asymmetry.picture"] == ("not supported" if learned else "supported")
-    for id in ("asymmetry.apart", "asymmetry.apart_space"):
-        assert outcomes[id] == "supported"
-    assert {len(verdict.values) for verdict in findings.verdicts} == {4}
-    (table,) = findings.tables.values()
-    assert len(table) == 2 * (2 + 6)
-    row = table[
-        (table["start"] == COMMON) & (table["when"] == hydralora_asymmetry.BEFORE) & (table["view"] == "raw")
-    ].iloc[0]
-    assert (row["nearest: same module"], row["chance"], row["cosine"]) == (
-        "1.00 ± 0.00",
-        "0.08 ± 0.00",
-        "1.00 ± 0.00",
-    )
-    assert row["p (nearest)"] == "1.000"
-    if not learned:
-        assert re.findall(r"0\.\d\d", findings.notes[1]) == ["0.10", "0.10"]
-
-
-def test_probe_ignores_a_shared_start_that_training_erases(tmp_path, monkeypatch):
-    """Before training all A's of a module are equal; after it they are random, as with separate A_0's."""
-    monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))
-    monkeypatch.setattr(hydralora_asymmetry, "numbers", partial(numbers, draws=9))
-    runs = planted_runs(tmp_path, learned=False, spread=100.0, replicates=3)
-    verdicts = hydralora_asymmetry.PROBE.judge(runs).verdicts
-    picture = next(verdict for verdict in verdicts if verdict.claim.id == "asymmetry.picture")
-    assert picture.values["statistic"].tolist() == pytest.approx([1 / 12] * 3, abs=0.1)
-    assert picture.effect == pytest.approx(0, abs=0.1)
-    assert picture.outcome != "supported"
-
-
-@pytest.mark.slow
-def test_quick_from_runs_to_report(bert, task, tmp_path, monkeypatch):
-    files = {}
-    for domain in hydralora_asymmetry._QUICK:
-        files[f"sentiment/{domain}"] = str(tmp_path / f"{domain}.csv")
-        task.table[["text", "label"]].to_csv(files[f"sentiment/{domain}"], index=False)
-
-    def tiny_arms(quick):
-        settings = {"steps": 2, "batch_size": 4, "observe": [observe.factors(every=2)]}
-        return [
-            replace(arm, model=bert, task=files[arm.task], settings={**arm.settings, **settings})
-            for arm in hydralora_asymmetry.arms(True)
-        ]
-
-    monkeypatch.setitem(probes.PROBES, "asymmetry", replace(hydralora_asymmetry.PROBE, arms=tiny_arms))
-    monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # run in this process, without workers
-    found = probes.reproduce(["asymmetry"], True, 1, tmp_path / "out")
-    assert [claim["outcome"] for claim in found.to_dict()["claims"]] == ["inconclusive"] * 6
-    page = found.path.read_text(encoding="utf-8")
-    assert page.count("<figure") == 2
-    folders = list((tmp_path / "out/runs").iterdir())
-    assert len(folders) == 7
-    starts = {}
-    for folder in folders:
-        run = Run.read(folder)
-        starts.setdefault(run.meta.recipe.get("init_seed", run.meta.seed), []).append(run.factors(0))
-    assert {start: len(same) for start, same in starts.items() if len(same) > 1} == {0: 4}
-    for same in starts.values():
-        for module in same[0]:
-            assert all(np.array_equal(factors[module]["A"], same[0][module]["A"]) for factors in same)

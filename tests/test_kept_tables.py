@@ -12,13 +12,13 @@ import pytest
 from killing import SETTINGS
 from planted import low_rank, plant
 from planted_claims import row
-from scipy.stats import spearmanr
+from scipy.stats import kendalltau, spearmanr
 from test_hydralora_asymmetry import planted_runs
 from torch.nn import functional as F
 
 import lorascope as ls
-from lorascope import observe
-from lorascope.analysis import planted_ranks, selected_neurons
+from lorascope import observe, updates
+from lorascope.analysis import norms, planted_ranks, rank_allocations, selected_neurons
 from lorascope.analysis.factor_embeddings import factored_updates
 from lorascope.analysis.factor_sharing import numbers
 from lorascope.analysis.neuron_utilization import shifts
@@ -43,14 +43,14 @@ from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, Full, HydraLoRA, LoRA, NeFT
 from lorascope.methods.base import Method
 from lorascope.probes import alora as alora_probe
-from lorascope.probes import fourierft_expressiveness, hydralora_asymmetry, rank_statistics, score_agreement
+from lorascope.probes import fourierft_expressiveness, hydralora_asymmetry, score_agreement
 from lorascope.probes import hydralora as hydralora_probe
 from lorascope.probes import lisa as lisa_probe
 from lorascope.probes import lora as lora_probe
 from lorascope.probes import neft as neft_probe
 from lorascope.probes.adapprox import keep_tails
+from lorascope.probes.kept_ranks import keep_ranks
 from lorascope.probes.planted import keep_recovery
-from lorascope.probes.rank_statistics import RankAgreement, RankFraction, keep_ranks
 from lorascope.runs.run import Run
 
 Kept = Mapping[tuple[str, str], Sequence[pd.DataFrame]]
@@ -90,6 +90,12 @@ def value(claim: str, side: int, found: Evidence, seeds: Sequence[int] = (0,)) -
     return PAIRS[claim][side](found, seeds)
 
 
+def fraction(run: Run, *groups: str, by: str = "role") -> float:
+    """Compute the fraction of the total rank in roles, or in thirds of the depth."""
+    shares = rank_allocations.shares(rank_allocations.current_ranks(run.table), by)
+    return float(shares.loc[shares[by].astype("str").isin(groups), "share"].sum())
+
+
 def test_ranks_of_allocators_give_fractions_spread_and_agreement(train, tmp_path):
     ada = train(AdaLoRA(lr=1e-1, init_rank=3, target_rank=1, initial_steps=0, final_steps=2, mask_every=1), (0, 1))
     (auto,) = train(AutoLoRA(lr=1e-2, rank=4, selection_lr=1.0, targets="all-linear"))
@@ -97,12 +103,15 @@ def test_ranks_of_allocators_give_fractions_spread_and_agreement(train, tmp_path
         (ranks.RANKS, adalora.ADAPTED): list(map(keep_ranks, ada)),
         (ranks.RANKS, autolora.ADAPTED): [keep_ranks(auto)],
     }
-    found, runs = evidence(tmp_path / "e", kept), {"a": ada}
-    shares = RankFraction("a", rank_statistics.FEED_FORWARD)(runs), RankFraction("a", ("top",), by="third")(runs)
-    for claim, share in zip(("adalora.ffn", "adalora.top"), shares, strict=True):
-        assert value(claim, 0, found, (0, 1)) == pytest.approx(list(share.values()))
-    assert len({*shares[0].values(), *shares[1].values()}) > 1
-    tau = RankAgreement("a")(runs)[0]
+    found = evidence(tmp_path / "e", kept)
+    shares = {
+        "adalora.ffn": [fraction(run, "ffn_in", "ffn_out") for run in ada],
+        "adalora.top": [fraction(run, "top", by="third") for run in ada],
+    }
+    for claim, share in shares.items():
+        assert value(claim, 0, found, (0, 1)) == pytest.approx(share)
+    assert len({*shares["adalora.ffn"], *shares["adalora.top"]}) > 1
+    tau = kendalltau(*([run.ranks()[module] for module in ada[0].ranks()] for run in ada)).statistic
     assert value("adalora.stable", 0, found, (0, 1))[0, 1] == pytest.approx(tau)
     assert 0 < abs(tau) < 1
     spread = np.std(list(auto.ranks().values()), ddof=1)
@@ -121,7 +130,8 @@ def test_directions_give_phi_of_the_runs(train, tmp_path):
     for side, step in ((0, None), (1, 0)):
         phi = value("lora.direction", side, found, (0, 1, 2))
         for low, high in permutations(range(3), 2):
-            mean = lora_probe.mean_phi(runs[lora.LOW][low], runs[lora.HIGH][high], step)
+            one, two = runs[lora.LOW][low].factors(step), runs[lora.HIGH][high].factors(step)
+            mean = np.mean([updates.phi(one[name]["A"], two[name]["A"], 1, 1) for name in one])
             assert phi[low, high] == pytest.approx(mean, rel=2e-3)
 
 
@@ -148,7 +158,9 @@ def test_layer_norms_give_the_skew_of_every_recorded_norm(train, tmp_path):
     table = lisa_probe.keep_layer_norms(run)
     assert set(table["quantity"]) == {"update_norm", "factor_change", "adapter_norm"}
     found = evidence(tmp_path / "e", {(lisa.NORMS, lisa.SMALL): [table], (lisa.NORMS, lisa.ADAPTED): [table]})
-    assert value("lisa.embed", 0, found) == pytest.approx(lisa_probe.skew(run, "update_norm", "embed"))
+    layers = norms.ratio_to_block_median(norms.mean_over_steps(norms.pool(norms.select(run.table, "update_norm"))))
+    ratio = layers.loc[layers["place"] == "embed", "value"].item()
+    assert value("lisa.embed", 0, found) == pytest.approx(np.log10(ratio))
     change = run.table[run.table["quantity"] == "factor_change"]
     by_hand = change[change["step"] > 0].assign(square=lambda rows: rows["value"] ** 2)
     layers = (
@@ -171,7 +183,7 @@ def test_replays_have_the_mean_that_equal_modules_imply(train, tmp_path):
     errors = table.set_index("group")["error"]
     assert value("alora.attention", 1, found) == pytest.approx(4 / 6, abs=4 * errors["attention"])
     assert value("alora.queries", 1, found) == pytest.approx(0, abs=4 * errors["q and k less v and o"])
-    share = {role: RankFraction("a", (role,))({"a": [run]})[0] for role in "qkvo"}
+    share = {role: fraction(run, role) for role in "qkvo"}
     assert value("alora.attention", 0, found) == pytest.approx(sum(share.values()))
     assert value("alora.queries", 0, found) == pytest.approx(share["q"] + share["k"] - share["v"] - share["o"])
 
@@ -205,9 +217,12 @@ def test_gate_information_gives_the_information_of_groups_at_start_and_end(train
     (run,) = train(HydraLoRA(lr=1e-1, rank=2, gate_rows=16))
     kept = hydralora_probe.keep_gate_information(run)
     found = evidence(tmp_path / "e", {(hydralora.INFORMATION, hydralora.ROUTED): [kept]})
-    for side, start in ((0, False), (1, True)):
-        information = hydralora_probe.domain_information(run, start)
-        assert value("hydralora.tasks", side, found) == pytest.approx(information)
+    for side, step in ((0, run.table["step"].max()), (1, 0)):
+        rows = run.table[run.table["step"] == step]
+        mean, chance = (
+            rows.loc[rows["quantity"] == name, "value"].mean() for name in ("gate_information", "gate_chance")
+        )
+        assert value("hydralora.tasks", side, found) == pytest.approx(mean - chance)
     assert value("hydralora.tasks", 0, found) != value("hydralora.tasks", 1, found)
 
 
@@ -224,9 +239,9 @@ def test_similarities_give_the_sharing_of_sets_of_runs(tmp_path):
         members = [str(number) for number in range(8)]
         domains = {member: str(int(member) // 2) for member in members}
         for when, step in (("start", 0), ("end", None)):
-            updates = {m: factored_updates(runs[label].updates(step)) for m, label in zip(members, arms, strict=True)}
+            factored = {m: factored_updates(runs[label].updates(step)) for m, label in zip(members, arms, strict=True)}
             factors = ("A",) if when == "start" else ("A", "B")
-            found = numbers(updates, domains, factors, ("raw", "space"), draws=1)
+            found = numbers(factored, domains, factors, ("raw", "space"), draws=1)
             tables[arms, when] = found.set_index(["factor", "view"])
     found = evidence(tmp_path / "e", kept)
     own, common, quarters = (tables[arms, "end"] for arms in hydralora_asymmetry.COSINES)
@@ -267,7 +282,10 @@ def test_course_table_gives_accuracy_and_epochs(tmp_path, label, monkeypatch):
 def test_selected_neurons_give_overlaps_and_their_chance(train, tmp_path):
     runs = train(NeFT(lr=1e-2, num_neurons=60, tune_steps=2), (0, 1))
     found = evidence(tmp_path / "e", {(neft.SELECTED, neft.CHANGED): list(map(neft_probe.keep_selected, runs))})
-    chosen, sizes = [neft_probe.chosen(run) for run in runs], selected_neurons.sizes(runs[0])
+    chosen, sizes = (
+        [selected_neurons.as_set(selected_neurons.list_selected(run)) for run in runs],
+        selected_neurons.sizes(runs[0]),
+    )
     both = selected_neurons.common(*chosen, sizes.total())
     expected = {("neft.stable", 0): both["overlap"], ("neft.stable", 1): both["chance"]}
     expected["neft.layers", 1] = selected_neurons.compute_expected_overlap(*chosen, sizes)

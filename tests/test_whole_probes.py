@@ -51,13 +51,13 @@ def judge(bert: str, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.Monke
         claims = {id: CLAIMS.claims[id] for id in ids}
         design = {"seeds": (SEEDS,), "levels": (0.025,)}
         claims = {id: replace(each, design=replace(each.design, **design)) for id, each in claims.items()}
-        reads = evidence._reads(replace(CLAIMS, claims=claims))
+        reads = evidence.read_by_claims(replace(CLAIMS, claims=claims))
         for label in dict.fromkeys(label for claim in claims.values() for label in claim.arms):
             arm = CLAIMS.arms[label]
             for seed in range(100, 100 + (1 if arm.baseline else SEEDS)):
                 rate = 1e-2 if arm.fields else None
                 run = OpenRun(label, seed, "baseline" if arm.baseline else "judged", rate)
-                kept = evidence._finish(run, CLAIMS, reads.get(label, []), tmp_path / "runs")
+                kept = evidence.finish(run, CLAIMS, reads.get(label, []), tmp_path / "runs")
                 if len(kept.rows):
                     store.add_rows(tmp_path / "evidence", kept.rows)
                 store.add_run(tmp_path / "evidence", kept.row, kept.scores, kept.tables)

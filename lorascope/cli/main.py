@@ -19,14 +19,13 @@ from lorascope.schema.suggestions import unknown_name
 
 # One line of help for each module of this package that defines a command as ``main(argv)``.
 COMMANDS = {
-    "reproduce": "reproduce the observations of the papers, and report how their claims hold",
+    "reproduce": "show the kept verdicts, train every method once, and report both",
     "train": "train a model with one method, and record its internals",
     "sweep": "train all runs of a TOML file in parallel, and compare their recipes",
     "inspect": "show norms, ranks and findings of an adapter or run, or compare several",
     "doctor": "diagnose problems of an adapter or run",
     "plot": "plot one or more runs as a figure",
     "export": "export ranks or an adapter to PEFT, or tables to files",
-    "report": "write the report of existing runs",
     "verify": "compute the kept verdicts again from the evidence",
 }
 _USAGE = """usage: lorascope COMMAND ...
@@ -36,7 +35,7 @@ Look inside low-rank adaptation: train, record, inspect and plot it.
 commands:"""
 _EXAMPLES = """
 examples:
-  lorascope reproduce --quick -o report
+  lorascope reproduce -o report
   lorascope train lora --task sentiment --model minilm --steps 300 -o runs/lora
   lorascope inspect runs/lora
   lorascope plot update_norm_heat runs/lora -o figures/lora.pdf

@@ -1,10 +1,12 @@
-"""``lorascope reproduce``: training of the papers' experiments, verdicts on their claims, and a report."""
+"""``lorascope reproduce``: the kept verdicts and a new run of every method, one's own seeds, or the whole evidence."""
 
 from __future__ import annotations
 
 import math
 import os
+import random
 import sys
+import webbrowser
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -12,34 +14,33 @@ from typing import Annotated
 from tyro.conf import arg
 
 from lorascope.cli.arguments import command
-from lorascope.evidence import store
+from lorascope.cli.text_tables import format_table
+from lorascope.evidence import kept_verdicts, store
+from lorascope.files.printable import printable
 
 
 @command
 def main(
     *,
-    probe: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
-    quick: bool = False,
-    seeds: Annotated[int | None, arg(metavar="N")] = None,
+    claim: Annotated[str | None, arg(metavar="ID")] = None,
+    seed: Annotated[int | None, arg(metavar="N")] = None,
     out: Annotated[str, arg(aliases=["-o"], metavar="DIR")] = "report",
     evidence: Annotated[str | None, arg(metavar="DIR")] = None,
     minutes: Annotated[float, arg(metavar="N")] = math.inf,
     json: bool = False,
 ) -> int:
-    """Reproduce the observations of the papers, judge their claims against controls, and write one report.
+    """Show the kept verdicts, train every method once with a new seed, and write a report of both.
 
     Finished runs in the folder are not trained again, and interrupted ones resume.
 
-    Example: lorascope reproduce --probe lisa --quick -o report
+    Example: lorascope reproduce -o report
 
     Parameters
     ----------
-    probe
-        Probes to run; all if omitted.
-    quick
-        Few steps and two seeds: checks that everything runs, decides no claim.
-    seeds
-        Number of seeds; if omitted, 2 with --quick, else 3.
+    claim
+        Instead, train statistic and control of this claim with the given seed, and compare them with the kept seeds.
+    seed
+        Seed of the runs; a new one if omitted.
     out
         Folder for the runs and report.html.
     evidence
@@ -47,24 +48,71 @@ def main(
     minutes
         With --evidence: start no run after N minutes.
     json
-        Print verdicts as JSON.
+        Print the result as JSON.
     """
-    if seeds is not None and seeds < 1:
-        raise ValueError(f"--seeds must be >= 1, got {seeds}: a verdict requires 3")
-    if evidence is not None:
+    if seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {seed}")
+    if evidence is not None and (claim is not None or seed is not None):
+        raise ValueError("--evidence must be given without --claim and --seed: it trains the registered seeds")
+    if evidence is None and minutes != math.inf:
+        raise ValueError("--minutes requires --evidence")
+    if claim is not None and seed is None:
+        raise ValueError(f"--claim requires --seed: lorascope reproduce --claim {printable(claim)} --seed 31")
+    if evidence is not None or claim is not None:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
         os.environ |= store.INSTRUCTIONS
-        from lorascope.probes.evidence import write_evidence
+    if evidence is not None:
+        from lorascope.probes.evidence import write_evidence  # imported here, so that --help does not import torch
 
         write_evidence(Path(evidence), Path(out) / "runs", minutes)
         return 0
-    from lorascope import probes
-    from lorascope.experiments import sweep  # imported here, so that --help does not import torch
+    if claim is not None and seed is not None:
+        return _train_claim(claim, seed, Path(out), json)
+    return _train_methods(random.randrange(1000, 2**31) if seed is None else seed, Path(out), json)
+
+
+def _train_methods(seed: int, out: Path, json: bool) -> int:
+    if not json:
+        kept = kept_verdicts.read()
+        if len(kept.table):
+            print(format_table(kept.table[["claim", "n", "effect", "outcome", "control"]]))
+        print("\n".join([*kept.notes, "", f"One run of every method with seed {seed}:"]), flush=True)
+    from lorascope.experiments.sweep import RunsFailed  # imported here, so that the verdicts do not wait for torch
+    from lorascope.probes.reproduction import reproduce
 
     try:
-        found = probes.reproduce(probe, quick, seeds, out)
-    except sweep.RunsFailed as error:
+        found = reproduce(out, seed)
+    except RunsFailed as error:
         print(f"lorascope: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    print(dumps(found.to_dict()) if json else found)
+    if json:
+        print(dumps(found.to_dict()))
+        return 0
+    print(format_table(found.runs.assign(accuracy=found.runs["accuracy"].map("{:.3f}".format))))
+    if has_screen():
+        webbrowser.open(found.path.resolve().as_uri())
+    print(printable(found.path))
+    return 0
+
+
+def has_screen() -> bool:
+    """Return whether stdout is a terminal on a machine with a screen."""
+    graphical = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    return bool(graphical) and sys.stdout.isatty()
+
+
+def _train_claim(claim: str, seed: int, out: Path, json: bool) -> int:
+    from lorascope.probes import own_seeds
+
+    planned = own_seeds.plan(claim, seed, out / "evidence")
+    minutes = planned.minutes()
+    time = "unknown" if minutes is None else f"about {minutes:.1f} CPU-minutes"
+    print(f"{len(planned.runs())} runs to train; time: {time}.", file=sys.stderr, flush=True)
+    planned.train(out / "runs")
+    found = own_seeds.compare(planned)
+    if json:
+        print(dumps(found.to_dict()))
+    else:
+        parts = [format_table(found.rows), format_table(found.values.round(4)), found.place]
+        print("\n\n".join(part for part in parts if part))
     return 0

@@ -45,12 +45,17 @@ _NO_SETTINGS = {"model", "data", "method", "seed", "out", "root", "overwrite", "
 
 @dataclass(frozen=True)
 class Job:
-    """One call of ``train`` in a separate process, with the same arguments; ``settings`` are its keyword arguments."""
+    """One call of ``train`` in a separate process, with the same arguments; ``settings`` are its keyword arguments.
+
+    ``name`` replaces the name that a sweep composes, and ``cost`` is the expected duration relative to other jobs.
+    """
 
     model: Model
     data: Data
     method: Method
     settings: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+    cost: float = 1.0
 
 
 @dataclass(frozen=True)

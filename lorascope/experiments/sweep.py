@@ -62,7 +62,7 @@ class SweepResult:
 
     @property
     def names(self) -> list[str]:
-        """Names of the jobs: method, seed, and the settings, models and tasks in which they differ."""
+        """Names of the jobs: their own, else method, seed, and the settings, models and tasks in which they differ."""
         settings = [
             {"lr": job.method.lr, "head_lr": job.method.head_lr}
             | {key: _setting_phrase(value) for key, value in job.settings.items() if key not in ("seed", "root")}
@@ -74,7 +74,8 @@ class SweepResult:
             if len(set(names)) > 1:
                 parts.append(names)
         seeds = [f"seed {job.settings.get('seed', 0)}" for job in self.wanted]
-        return [", ".join(filter(None, each)) for each in zip(*parts, seeds, strict=True)]
+        composed = [", ".join(filter(None, each)) for each in zip(*parts, seeds, strict=True)]
+        return [job.name or name for job, name in zip(self.wanted, composed, strict=True)]
 
     def runs(self) -> list[Run]:
         """Return the finished runs, in the order of the jobs."""
@@ -167,7 +168,8 @@ def run_jobs(
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=root, ignore_cleanup_errors=True) as notes:
         files = [Path(notes).resolve() / f"{number}.json" for number in range(len(wanted))]
-        with SweepTable(swept.names, files.__getitem__, sys.stderr if progress else None) as board:
+        costs = [job.cost for job in wanted]
+        with SweepTable(swept.names, files.__getitem__, sys.stderr if progress else None, costs) as board:
 
             def fail(number: int, reason: str) -> None:
                 swept.failures[number] = reason

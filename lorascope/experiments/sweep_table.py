@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -20,6 +22,8 @@ _PAUSE = 1.0
 _REST, _NAME = 42, 16
 # Order of importance on a screen with too few lines for all runs.
 _URGENT = ("failed", "running", "waiting", "done")
+# Seconds before the time left is estimated.
+_FIRST_ESTIMATE = 5.0
 
 
 class Row(NamedTuple):
@@ -34,11 +38,16 @@ class Row(NamedTuple):
 class SweepTable:
     """Table on a terminal, redrawn every second; elsewhere one line whenever a run starts or ends.
 
-    ``note`` returns the progress file of the run with a number; the stream None shows no table.
+    ``note`` returns the progress file of the run with a number; the stream None shows no table. ``costs`` are the
+    expected durations of the runs relative to each other, by default equal.
     """
 
-    def __init__(self, names: Sequence[str], note: Callable[[int], Path], stream: Any) -> None:
+    def __init__(
+        self, names: Sequence[str], note: Callable[[int], Path], stream: Any, costs: Sequence[float] | None = None
+    ) -> None:
         self.names, self.note, self.stream = list(map(printable, names)), note, stream
+        self.costs = costs or [1.0] * len(names)
+        self._begun = time.monotonic()
         self._ended: dict[int, Row] = {}
         self._told = ["waiting"] * len(names)
         self._shown: list[str] = []
@@ -71,6 +80,14 @@ class SweepTable:
             found.append(self._ended.get(number, row))
         return found
 
+    def time_left(self, rows: Sequence[Row]) -> str:
+        """Format the estimated time until all runs have ended; "" without an estimate."""
+        elapsed = time.monotonic() - self._begun
+        finished = sum(cost * _finished_part(row) for cost, row in zip(self.costs, rows, strict=True)) / sum(self.costs)
+        if elapsed < _FIRST_ESTIMATE or not 0 < finished < 1:
+            return ""
+        return f"about {math.ceil(elapsed * (1 / finished - 1) / 60)} min left"
+
     def _redraw_until_over(self) -> None:
         while not self._over.wait(_PAUSE):
             self._redraw()
@@ -78,22 +95,23 @@ class SweepTable:
     def _redraw(self) -> None:
         rows = self.rows()
         with suppress(OSError):  # a closed terminal must not end the runs
+            left = self.time_left(rows)
             if self.stream.isatty():
-                self._paint(rows)
+                self._paint(rows, left)
             else:
                 done = sum(row.status == "done" for row in rows)
                 for row, told in zip(rows, self._told, strict=True):
                     if row.status != told:
                         line = f"[{done}/{len(rows)}] {row.status:<8}{row.name}  {row.step}  {row.metric}"
-                        self.stream.write(line.rstrip() + "\n")
+                        self.stream.write(f"{line.rstrip()}{left and f'  ({left})'}\n")
                 self._told = [row.status for row in rows]
             self.stream.flush()
 
-    def _paint(self, rows: Sequence[Row]) -> None:
+    def _paint(self, rows: Sequence[Row], left: str) -> None:
         """Draw over the last table line by line in one write, since clearing the screen first flickers."""
         columns, lines = os.get_terminal_size(self.stream.fileno())
         columns, lines = columns or 80, lines or 24  # some terminals report the size 0
-        told = table(rows, columns, lines)
+        told = table(rows, columns, lines, left)
         if told == self._shown:
             return
         # A terminal that became narrower has wrapped the long lines of the last table.
@@ -103,7 +121,14 @@ class SweepTable:
         self._shown = told
 
 
-def table(rows: Sequence[Row], columns: int, lines: int) -> list[str]:
+def _finished_part(row: Row) -> float:
+    if row.status in ("done", "failed"):
+        return 1.0
+    step, _, total = row.step.partition("/")
+    return int(step) / int(total) if total else 0.0
+
+
+def table(rows: Sequence[Row], columns: int, lines: int, left: str = "") -> list[str]:
     """Format the runs in fewer than ``columns`` and ``lines``; if it is full, the least urgent are only counted."""
     count = Counter(row.status for row in rows)
     counted = ", ".join(f"{count[status]} {status}" for status in ("done", "running", "waiting", "failed"))
@@ -115,7 +140,7 @@ def table(rows: Sequence[Row], columns: int, lines: int) -> list[str]:
     told = [_format_row("run", "status", "step", "metric", width), *(_format_row(*row, width) for row in shown)]
     if len(shown) < len(rows):
         told.append(f"... and {len(rows) - len(shown)} more")
-    told.append(f"{len(rows)} runs: {counted}")
+    told.append(f"{len(rows)} runs: {counted}{left and f'; {left}'}")
     return [line if len(line) < columns else f"{line[: max(columns - 3, 0)]}.."[: columns - 1] for line in told]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Chart
+from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Text
 from lorascope.plots.run_groups import INTERVAL, Cohort
 from lorascope.schema.module_roles import ROLES
@@ -121,6 +121,39 @@ def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], 
         title=title,
         caption=cohort.caption(*sentences, interval=f"bars: {INTERVAL}"),
     )
+
+
+def over_kept(
+    own: pd.DataFrame, kept: Sequence[pd.DataFrame], axes: tuple[str, str], title: str, caption: str
+) -> Panels:
+    """Plot the values of one run over the range of those of kept seeds, one panel per ``panel``.
+
+    ``own`` and every table in ``kept`` have the columns ``panel``, ``x`` and ``value``; ``axes`` are the labels of x
+    and of the values. The caption is completed by the number of seeds.
+    """
+    joined = pd.concat(kept)
+    ranges = joined.groupby(["panel", "x"], sort=False)["value"].agg(value="mean", low="min", high="max").reset_index()
+    cells = pd.concat([ranges.assign(who=f"{len(kept)} kept seeds"), own.assign(who="this run")], ignore_index=True)
+    charts = []
+    for panel, rows in cells.groupby("panel", sort=False):
+        seeds, run = rows[rows["who"] != "this run"], rows[rows["who"] == "this run"]
+        charts.append(
+            Chart(
+                rows,
+                [
+                    Band("x", "low", "high", "who", data=seeds),
+                    Line("x", "value", "who", data=seeds),
+                    Point("x", "value", "who", data=run),
+                ],
+                title=f"{title}: {panel}" if panel else title,
+                x=Axis(label=axes[0], order=list(dict.fromkeys(rows["x"]))),
+                y=Axis(label=axes[1]),
+                caption=f"{caption} Dots: this run; line and band: mean and range of {len(kept)} kept seeds.",
+                colors=list(dict.fromkeys(cells["who"])),
+            )
+        )
+    columns = min(3, len(charts))
+    return Panels(tuple(tuple(charts[at : at + columns]) for at in range(0, len(charts), columns)))
 
 
 def stacked_bars(

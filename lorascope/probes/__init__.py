@@ -1,4 +1,4 @@
-"""Probes: studies of the claims of the papers, each with its runs, controls and verdicts.
+"""Probes: one study per paper, each with its registered runs, what is kept of them, and figures.
 
 Every module of this package that defines ``PROBE`` is a probe.
 """
@@ -6,24 +6,10 @@ Every module of this package that defines ``PROBE`` is a probe.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from lorascope.probes.base import PROBES, Arm, Findings, Probe, ReportFigure
-from lorascope.probes.reproduction import CONTENTS, QUICK_SEEDS, REPORT, Outcome, findings, reproduce, write_report
+from lorascope.probes.base import PROBES, Arm, Probe, ReportFigure
 from lorascope.schema.deprecation import accept_old_names
 
-__all__ = [
-    "CONTENTS",
-    "PROBES",
-    "QUICK_SEEDS",
-    "REPORT",
-    "Arm",
-    "Findings",
-    "Outcome",
-    "Probe",
-    "ReportFigure",
-    "findings",
-    "reproduce",
-    "write_report",
-]
+__all__ = ["PROBES", "Arm", "Probe", "ReportFigure"]
 
 _modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
 _defined = [module.PROBE for module in _modules if hasattr(module, "PROBE")]

@@ -12,7 +12,7 @@ import math
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -54,10 +54,15 @@ def registered_arms() -> dict[str, Arm | OwnArm]:
         Two arms have the same label.
     """
     found: dict[str, Arm | OwnArm] = {}
-    for arm in (arm for probe in PROBES.values() for arm in probe.registered()):
+    for arm in (arm for probe in PROBES.values() for arm in probe.arms()):
         if found.setdefault(arm.label, arm) is not arm:
             raise ValueError(f"labels must be unique, got two arms with label {arm.label!r}")
     return found
+
+
+def keep_functions() -> dict[tuple[str, str], Callable[..., pd.DataFrame]]:
+    """Return the functions of all probes that compute a kept table, by its name and the label of the arm."""
+    return {key: make for probe in PROBES.values() for key, make in probe.keep.items()}
 
 
 def block() -> dict[str, Any]:
@@ -97,10 +102,8 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
         An arm differs from the registered one.
     """
     claims, end = registration.read(registered), time.monotonic() + 60 * minutes
-    reads = _reads(claims)
-    for label, found in arm_hashes(claims).items():
-        if found != claims.arms[label].hash:
-            raise ValueError(f"cannot train {label!r}: it differs from the registered arm, whose hash must be {found}")
+    reads = read_by_claims(claims)
+    require_registered(claims)
     while time.monotonic() < end:
         evidence = store.read(folder) if (folder / "runs.csv").exists() else store.empty()
         needed, spent = open_runs(claims, PAIRS, evidence, block()), evidence.runs["cpu_seconds"].sum() / 60
@@ -108,17 +111,41 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
         if not needed or spent >= BUDGET:
             break
         # A run is only taken from the list when a process is free, so the time is read then.
-        calls = (
-            delayed(_finish)(each, claims, reads.get(each.arm, []), out) for each in needed if time.monotonic() < end
-        )
-        workers = Parallel(width(), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-        for kept in workers(calls):
-            if len(kept.rows):
-                store.add_rows(folder, kept.rows)
-            store.add_run(folder, kept.row, kept.scores, kept.tables)
-            print(_line(kept.row), flush=True)
+        train_runs((run for run in needed if time.monotonic() < end), claims, reads, folder, out)
     if (folder / "runs.csv").exists():
         verification.write_derived(folder, verification.derive(store.read(folder), claims, PAIRS), registered)
+
+
+def require_registered(claims: Registration) -> None:
+    """Raise a ValueError if an arm differs from the registered one."""
+    for label, found in arm_hashes(claims).items():
+        if found != claims.arms[label].hash:
+            raise ValueError(f"cannot train {label!r}: it differs from the registered arm, whose hash must be {found}")
+
+
+def train_runs(
+    needed: Iterable[OpenRun], claims: Registration, reads: Mapping[str, Sequence[Read]], folder: Path, out: Path
+) -> None:
+    """Train runs in parallel processes; add each to the evidence in ``folder`` and print its line when it is finished.
+
+    Parameters
+    ----------
+    needed : iterable of OpenRun
+        Runs to train.
+    claims : Registration
+        Registered arms.
+    reads : mapping arm -> sequence of Read
+        Scores and tables to keep.
+    folder, out : path
+        Folder of evidence, and folder of the runs.
+    """
+    calls = (delayed(finish)(each, claims, reads.get(each.arm, []), out) for each in needed)
+    workers = Parallel(width(), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
+    for kept in workers(calls):
+        if len(kept.rows):
+            store.add_rows(folder, kept.rows)
+        store.add_run(folder, kept.row, kept.scores, kept.tables)
+        print(_line(kept.row), flush=True)
 
 
 def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> list[str]:
@@ -148,9 +175,9 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
         open_run = OpenRun(str(kept["arm"]), int(kept["seed"]), "judged", rate)
         by_name = {"margin": evidence.margins, "nll": evidence.nll}
         scores = {name: of[kept["run"]] for name, of in by_name.items() if kept["run"] in of}
-        reads = [_Read(name, range(open_run.seed, open_run.seed + 1), ()) for name in scores]
+        reads = [Read(name, range(open_run.seed, open_run.seed + 1), ()) for name in scores]
         with tempfile.TemporaryDirectory() as out:
-            again = _finish(open_run, claims, reads, Path(out))
+            again = finish(open_run, claims, reads, Path(out))
         print(_line(again.row), flush=True)
         run, old, new = f"{kept['arm']}, seed {kept['seed']}", kept["test_metric"], again.row["test_metric"]
         if all(kept[name] == value for name, value in block().items()):
@@ -171,7 +198,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class _Read:
+class Read:
     """Table or scores of an arm that claims read: name, seeds, and the other arms that a table is computed from."""
 
     name: str
@@ -179,22 +206,22 @@ class _Read:
     others: tuple[str, ...]
 
 
-def _reads(claims: Registration) -> dict[str, list[_Read]]:
+def read_by_claims(claims: Registration) -> dict[str, list[Read]]:
     """Return what claims read, by arm."""
-    found: dict[tuple[str, str], _Read] = {}
+    found: dict[tuple[str, str], Read] = {}
     for id, claim in claims.of_tier("primary", "secondary").items():
         seeds = range(claim.design.first_seed, claim.design.first_seed + claim.design.seeds[-1])
         for key, others in (PAIRS[id][0].reads() | PAIRS[id][1].reads()).items():
             known = found.get(key)
-            found[key] = _Read(key[0], max(seeds, known.seeds, key=len) if known else seeds, others)
-    by_arm: dict[str, list[_Read]] = {}
+            found[key] = Read(key[0], max(seeds, known.seeds, key=len) if known else seeds, others)
+    by_arm: dict[str, list[Read]] = {}
     for (_, arm), read in found.items():
         by_arm.setdefault(arm, []).append(read)
     return by_arm
 
 
 @dataclass(frozen=True)
-class _Kept:
+class Kept:
     """Parts of a finished run that the evidence keeps, and the test rows of its task."""
 
     row: Mapping[str, Any]
@@ -203,7 +230,7 @@ class _Kept:
     rows: pd.DataFrame
 
 
-def _finish(open_run: OpenRun, claims: Registration, reads: Sequence[_Read], out: Path) -> _Kept:
+def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: Path) -> Kept:
     """Train one run in this process, and return what is kept of it."""
     torch.set_num_threads(1)
     start = time.process_time()
@@ -237,18 +264,17 @@ def _finish(open_run: OpenRun, claims: Registration, reads: Sequence[_Read], out
     rows = identify_test_rows(_task(arm)) if scores else pd.DataFrame()
     # Another machine gives the same run other numbers.
     row |= {"run": f"{row['run']}-{_digest(json.dumps(block()), 6)}", "cpu_seconds": time.process_time() - start}
-    return _Kept(row, scores, kept, rows)
+    return Kept(row, scores, kept, rows)
 
 
 def _digest(text: str, length: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def _keep(read: _Read, run: Run, open_run: OpenRun, claims: Registration, out: Path) -> pd.DataFrame:
+def _keep(read: Read, run: Run, open_run: OpenRun, claims: Registration, out: Path) -> pd.DataFrame:
     """Compute a kept table of a run; the other runs of its set are finished, or trained now."""
-    keep = {key: make for probe in PROBES.values() for key, make in probe.keep.items()}
     others = [replace(open_run, arm=label) for label in read.others]
-    return keep[read.name, open_run.arm](run, *(_train(_at(other, claims), other, out) for other in others))
+    return keep_functions()[read.name, open_run.arm](run, *(_train(_at(other, claims), other, out) for other in others))
 
 
 def _at(open_run: OpenRun, claims: Registration) -> Arm | OwnArm:
@@ -256,7 +282,7 @@ def _at(open_run: OpenRun, claims: Registration) -> Arm | OwnArm:
     arm = registered_arms()[open_run.arm]
     if isinstance(arm, OwnArm):
         return arm
-    arm = arm.vary(arm, open_run.seed) if arm.vary else arm
+    arm = arm.of_seed(open_run.seed)
     rates = {name: open_run.rate * ratio for name, ratio in claims.arms[arm.label].fields.items() if open_run.rate}
     settings, task = dict(arm.settings), _task(arm)
     if number := settings.pop("test_size", None):
@@ -273,7 +299,7 @@ def _train(arm: Any, open_run: OpenRun, out: Path) -> Run:
 
 
 def _model(arm: Arm) -> Any:
-    return partial(models.load, arm.model, blocks=arm.blocks) if isinstance(arm.model, str) else arm.model
+    return partial(models.load, arm.model) if isinstance(arm.model, str) else arm.model
 
 
 def _task(arm: Arm | OwnArm) -> Task:
@@ -293,7 +319,7 @@ def _describe(arm: Arm | OwnArm) -> dict[str, Any]:
         return about | {"method": json.dumps(arm.method), "settings": "{}", "model": "-", "w0": "-"}
     given = {name: value for name, value in arm.settings.items() if name not in ("observe", "seed")}
     settings = Settings(lr=1.0, head_lr=1.0, **given).to_dict()
-    name, w0 = _base(arm.model, arm.blocks, task.labels if task and task.classifies else None)
+    name, w0 = _base(arm.model, task.labels if task and task.classifies else None)
     return about | {
         "method": json.dumps(config(arm.method)),
         "settings": json.dumps({name: value for name, value in settings.items() if name not in _NOT_HASHED}),
@@ -304,9 +330,9 @@ def _describe(arm: Arm | OwnArm) -> dict[str, Any]:
 
 
 @cache
-def _base(model: Any, blocks: int | None, labels: tuple[str, ...] | None) -> tuple[str, str]:
+def _base(model: Any, labels: tuple[str, ...] | None) -> tuple[str, str]:
     """Return name and hash of the base weights of a model."""
-    loaded = models.load(model, blocks=blocks) if isinstance(model, str) else model()
+    loaded = models.load(model) if isinstance(model, str) else model()
     if type(loaded).__name__.endswith("ForSequenceClassification"):
         fit_head(loaded, labels)
     # A model of this project is a folder of the cache, whose place depends on the machine.
@@ -333,8 +359,11 @@ def _scores(run: Run, arm: Arm, role: str) -> dict[str, Any]:
 def _version() -> dict[str, Any]:
     """Return commit and versions."""
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, check=True, text=True).stdout.strip()
+    package = Path(__file__).parents[1]
 
-    dirty = bool(git("status", "--porcelain", "--", "lorascope"))
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, check=True, text=True)
+        return done.stdout.strip()
+
+    dirty = bool(git("status", "--porcelain", "--", "."))
     return {"commit": git("rev-parse", "HEAD"), "dirty": dirty, "numpy": np.__version__}

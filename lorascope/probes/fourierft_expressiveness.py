@@ -19,7 +19,6 @@ Departs:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -39,8 +38,7 @@ from lorascope.methods.fourierft import BasisDelta, FourierDelta
 from lorascope.methods.lora import LoRADelta
 from lorascope.plots import builders
 from lorascope.plots.run_groups import INTERVAL
-from lorascope.probes.base import OwnArm, Probe, ReportFigure, Scored, format_mean
-from lorascope.probes.seed_statistics import BySeed, Combined, Statistic
+from lorascope.probes.base import OwnArm, Probe, Scored
 from lorascope.updates import fourier
 
 CLASSES, POINTS, CENTER, NOISE = 8, 30, 5.0, 0.5
@@ -162,68 +160,9 @@ def epochs_needed(course: Course) -> int:
     return len(course.accuracy) - 1
 
 
-def log_epochs(course: Course) -> float:
-    """Return log10 of the epochs needed."""
-    return float(np.log10(epochs_needed(course)))
-
-
-@dataclass(frozen=True)
-class EachCourse(Statistic):
-    """Value of each course of an adapter."""
-
-    value: Callable[[Course], float]
-    label: str
-
-    def __call__(self, data: Courses) -> BySeed:
-        return {seed: self.value(course) for (label, seed), course in data.items() if label == self.label}
-
-
 def best_accuracy(course: Course) -> float:
     """Return the best accuracy of a course."""
     return max(course.accuracy)
-
-
-def figures(data: Courses) -> list[ReportFigure]:
-    """Draw the training accuracy, and the predicted classes of the first seed."""
-    return [
-        ReportFigure(
-            curves(data),
-            "A curve that reaches 1 classifies all points correctly, and its training stops there. A curve that levels "
-            "off below 1 cannot fit the points with its 128 parameters at this learning rate.",
-            "This is training accuracy: it measures expressiveness, not generalization. Only LoRA has two learning "
-            "rates; the others were not tuned.",
-        ),
-        ReportFigure(
-            regions({label: data[label, SEEDS[0]].network for label in (FOURIER, RANDOM, SLOW)}, points(SEEDS[0])),
-            "Background colors are the classes that the network predicts, dots are the training points; a dot on the "
-            "color of another class is misclassified.",
-            "This is one seed: see the table for all seeds. Regions far from the points have no meaning.",
-        ),
-    ]
-
-
-def ranks() -> str:
-    """Format the initial ranks of the updates in the two bases at seed 0, such as "60 to 64"."""
-    found = {np.linalg.matrix_rank(ADAPTERS[label][0](0).update().dense()) for label in (FOURIER, RANDOM)}
-    return " to ".join(map(str, sorted(found)))
-
-
-def table(found: Courses) -> pd.DataFrame:
-    """Tabulate the best accuracy, the seeds with all points correct, and their epochs, per adapter."""
-    rows = []
-    for label in ADAPTERS:
-        own = [course for (name, _), course in found.items() if name == label]
-        best = [max(course.accuracy) for course in own]
-        done = [epochs_needed(course) for course, top in zip(own, best, strict=True) if top == 1.0]
-        rows.append(
-            {
-                "": label,
-                "best accuracy": format_mean(best, 3),
-                "seeds with all points correct": f"{len(done)} of {len(own)}",
-                "epochs needed": f"{min(done)} to {max(done)}" if done else "",
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def curves(found: Courses) -> Chart:
@@ -286,26 +225,5 @@ PROBE = Probe(
     title="FourierFT: expressiveness with 128 parameters",
     source="Gao et al., FourierFT, arXiv 2405.03003, appendix C.2",
     question="Is a sparse spectrum more expressive than a rank-1 product with the same number of parameters?",
-    quick_budget=40,
-    arms=lambda quick: [],
-    registered=lambda: [
-        OwnArm(label=label, method={"name": label}, compute=partial(_score, label)) for label in ADAPTERS
-    ],
-    measure_cost=20,
-    collect=lambda runs: courses(),  # trained here, in seconds
-    claims={
-        "expressiveness.more": (
-            EachCourse(best_accuracy, FOURIER),
-            Combined(max, (EachCourse(best_accuracy, SLOW), EachCourse(best_accuracy, FAST))),
-        ),
-        "expressiveness.frequencies": (-EachCourse(log_epochs, FOURIER), -EachCourse(log_epochs, RANDOM)),
-    },
-    figures=figures,
-    tables=lambda data: {"Training accuracy and epochs": table(data)},
-    notes=lambda data: [
-        "Held fixed: centers of the clusters, entries, learning rates, α. Seeds vary the points, the network and the "
-        "adapter initialization.",
-        f"LoRA's update has rank 1, so it maps all 64 inputs to one number. The other updates have an initial rank of "
-        f"{ranks()}: equal parameters do not mean equal ranks.",
-    ],
+    arms=lambda: [OwnArm(label=label, method={"name": label}, compute=partial(_score, label)) for label in ADAPTERS],
 )

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,48 +22,21 @@ from lorascope.evidence.statistics import lora as statistics
 from lorascope.inputs import models, tasks
 from lorascope.inputs.task_parts import subsample
 from lorascope.methods import Full, LoRA
-from lorascope.probes.base import (
-    HELD_FIXED,
-    Arm,
-    OwnArm,
-    Probe,
-    ReportFigure,
-    draw,
-    encoder_settings,
-    format_mean,
-    registered_factors,
-    registered_settings,
-    select,
-)
-from lorascope.probes.seed_statistics import EachRun, NextSeed, Runs, accuracy, pair_next_seeds
-from lorascope.probes.tfidf_baseline import tfidf_accuracy, tfidf_arm
+from lorascope.probes.base import Arm, OwnArm, Probe, ReportFigure, draw, encoder_settings, factor_settings
+from lorascope.probes.tfidf_baseline import tfidf_arm
 from lorascope.runs.run import Run
-from lorascope.updates import phi
 from lorascope.updates.linalg import as_float64
 
-FULL, LOW, HIGH = "full fine-tuning", "LoRA, rank 8", "LoRA, rank 64"
 
-
-def arms(quick: bool) -> list[Arm]:
-    """Return the arms: full fine-tuning and LoRA of two ranks, with the same number of steps."""
-    settings = encoder_settings(quick)
-    lora: dict[str, Any] = {"targets": "all-linear", "lr": 1e-3, "head_lr": 1e-3}
-    return [
-        Arm(label=FULL, method=Full(lr=1e-4, head_lr=1e-4), settings=settings),
-        Arm(label=LOW, method=LoRA(rank=8, alpha=8.0, **lora), settings=settings),
-        Arm(label=HIGH, method=LoRA(rank=64, alpha=64.0, **lora), settings=settings),
-    ]
-
-
-def registered() -> list[Arm | OwnArm]:
+def arms() -> list[Arm | OwnArm]:
     """Return the registered arms: full fine-tuning and LoRA, both also on 100 drawn examples, and word counts."""
-    few = registered_settings(150)
+    few = encoder_settings(150)
     low = LoRA(rank=8, alpha=8.0, targets="all-linear")
     high = LoRA(rank=64, alpha=64.0, targets="all-linear")
     return [
-        Arm(label=FULL, method=Full(), settings=registered_settings()),
-        Arm(label=LOW, method=low, settings=registered_factors()),
-        Arm(label=HIGH, method=high, settings=registered_factors()),
+        Arm(label=statistics.FULL, method=Full(), settings=encoder_settings()),
+        Arm(label=statistics.LOW, method=low, settings=factor_settings()),
+        Arm(label=statistics.HIGH, method=high, settings=factor_settings()),
         Arm(label=statistics.FEW_FULL, method=Full(), settings=few, vary=_with_few_examples),
         Arm(label=statistics.FEW_LOW, method=low, settings=few, vary=_with_few_examples),
         tfidf_arm(statistics.WORDS, "sentiment"),
@@ -74,23 +45,6 @@ def registered() -> list[Arm | OwnArm]:
 
 def _with_few_examples(arm: Arm, seed: int) -> Arm:
     return replace(arm, task=subsample(tasks.load("sentiment"), 100, seed))
-
-
-def shared_arms(quick: bool, *labels: str) -> list[Arm]:
-    """Return the arms with these labels, which other probes use as well."""
-    return [arm for arm in arms(quick) if arm.label in labels]
-
-
-@cache
-def tfidf_words(task: str) -> dict[str, float]:
-    """Return the test accuracy of the TF-IDF baseline on a task: all examples, and each group."""
-    return tfidf_accuracy(tasks.load(task))
-
-
-def mean_phi(low: Run, high: Run, step: int | None) -> float:
-    """Compute phi(1, 1) between the A's of two runs at a step (None: the end), mean over their common modules."""
-    first, second = low.factors(step), high.factors(step)
-    return float(np.mean([phi(first[name]["A"], second[name]["A"], 1, 1) for name in first if name in second]))
 
 
 def keep_directions(run: Run) -> pd.DataFrame:
@@ -121,29 +75,10 @@ def keep_amplification(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["module", "update", "random"])
 
 
-def figures(runs: Runs) -> list[ReportFigure]:
-    """Draw norms, training curves and spectra of the arms, and the similarity of subspaces if there are two seeds."""
-    shown = [
-        draw("update_norm", dict(runs)),
-        draw("update_norm_heat", select(runs, FULL, LOW)),
-        draw("norm_over_steps", dict(runs)),
-        draw("training_curves", dict(runs)),
-        draw("spectrum", select(runs, LOW, HIGH)),
-    ]
-    for low, high in pair_next_seeds(runs[LOW], runs[HIGH])[:1]:
-        shown.append(draw("subspace_similarity", {LOW: low, HIGH: high}))
-        shown.append(draw("subspace_similarity", list(runs[HIGH][:2])))
-    return shown
-
-
-def accuracy_table(runs: Runs, words: Mapping[str, float]) -> pd.DataFrame:
-    """Tabulate the test accuracy in points by arm and group: TF-IDF baseline, and mean ± half the 95% t-interval."""
-    rows = [{"": "TF-IDF, logistic regression"} | {group: f"{100 * value:.1f}" for group, value in words.items()}]
-    for label, found in runs.items():
-        values = {"all": [run.score.metric for run in found]}
-        values |= {group: [run.score.groups[group] for run in found] for group in found[0].score.groups}
-        rows.append({"": label} | {group: format_mean((100 * one for one in of), 1) for group, of in values.items()})
-    return pd.DataFrame(rows)
+def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
+    """Draw the norms of the updates of full fine-tuning and LoRA."""
+    both = {label: runs[label] for label in (statistics.FULL, statistics.LOW)}
+    return [draw(figure, both) for figure in ("update_norm", "update_norm_heat", "norm_over_steps")]
 
 
 PROBE = Probe(
@@ -151,27 +86,12 @@ PROBE = Probe(
     title="LoRA: low-rank compared with full-rank updates",
     source="Hu et al., LoRA, arXiv 2106.09685",
     question="Is LoRA of rank 8 as accurate as full fine-tuning, and does a larger rank learn the same subspace?",
-    quick_budget=75,
     order=0,  # first, because other probes compare their methods with its arms
     arms=arms,
-    registered=registered,
     keep={
-        (statistics.DIRECTIONS, LOW): keep_directions,
-        (statistics.DIRECTIONS, HIGH): keep_directions,
-        (statistics.AMPLIFICATION, LOW): keep_amplification,
-    },
-    claims={
-        "lora.parity": (EachRun(accuracy, LOW), EachRun(accuracy, FULL) - 0.02),
-        "lora.words": (EachRun(accuracy, LOW), EachRun(lambda run: tfidf_words(run.task)["all"], LOW)),
-        "lora.direction": (
-            NextSeed(partial(mean_phi, step=None), LOW, HIGH),
-            NextSeed(partial(mean_phi, step=0), LOW, HIGH),
-        ),
+        (statistics.DIRECTIONS, statistics.LOW): keep_directions,
+        (statistics.DIRECTIONS, statistics.HIGH): keep_directions,
+        (statistics.AMPLIFICATION, statistics.LOW): keep_amplification,
     },
     figures=figures,
-    tables=lambda runs: {"Test accuracy": accuracy_table(runs, tfidf_words(runs[LOW][0].task))},
-    notes=lambda runs: [
-        HELD_FIXED,
-        "The TF-IDF baseline has no seed: its accuracy is the control for every seed.",
-    ],
 )

@@ -14,26 +14,19 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from lorascope import plots
 from lorascope.adapters.delta import attached_deltas, detach
-from lorascope.analysis.score_agreement import correlate
 from lorascope.evidence.statistics import agreement
+from lorascope.evidence.statistics.lora import LOW
 from lorascope.experiments import component_removal
 from lorascope.inputs import models, tasks
 from lorascope.methods.autolora import retained_mask
 from lorascope.probes import component_scores
-from lorascope.probes.base import Probe, ReportFigure
-from lorascope.probes.lora import LOW, shared_arms
-from lorascope.probes.seed_statistics import BySeed, Runs, Statistic
+from lorascope.probes.base import Probe
 from lorascope.runs.run import Run
 
 # The stored tables use these names of scores, so they must not change.
@@ -128,82 +121,11 @@ def keep_scores(run: Run) -> pd.DataFrame:
     return found.assign(score=score, value=value)[["module", "component", "score", "value"]].reset_index(drop=True)
 
 
-class Correlations(NamedTuple):
-    """Correlations of all pairs of scores, of components and of whole modules, and the seed of each run."""
-
-    levels: Mapping[str, pd.DataFrame]
-    seeds: Mapping[str, int]
-
-
-def collect(runs: Runs, measured: Mapping[str, pd.DataFrame]) -> Correlations:
-    """Correlate the scores in the stored tables of all runs."""
-    table = pd.concat(measured.values(), ignore_index=True)
-    table["score"] = table["score"].replace(LABELS)
-    whole = table["component"] == -1
-    levels = {"components": correlate(table[~whole]), "modules": correlate(table[whole])}
-    return Correlations(levels, {run.id: run.seed for found in runs.values() for run in found})
-
-
-@dataclass(frozen=True)
-class WithTruth(Statistic):
-    """Correlation of a score with the loss increase on removal, over components."""
-
-    score: str
-
-    def __call__(self, data: Correlations) -> BySeed:
-        found = data.levels["components"]
-        found = found[found["second"] == LABELS[TRUTH]].assign(seed=found["run"].map(data.seeds))
-        return dict(found.set_index(["first", "seed"])["value"][self.score])
-
-
-_AGAINST = (
-    "A dot shows the rank correlation of a score with the loss increase on removal: 1 means the same order, 0 "
-    "no relation. The truth on the other half is the ceiling, the random score the floor.",
-    "Rank correlation ignores size: a correct order can hide that one component matters a hundred times more. Removing "
-    "components one at a time misses redundant ones; remove several to see them.",
-)
-_MATRIX = (
-    "A cell shows the rank correlation of the scores in its row and column. A block of cells near 1 is a group of "
-    "scores with the same information.",
-    "Agreement between scores does not make them right: check the row of the loss increase. Each number is a mean over "
-    "seeds, with its bootstrap interval in the data.",
-)
-
-
-def figures(data: Correlations) -> list[ReportFigure]:
-    """Draw the correlations with the truth and those of all pairs, of components and of modules."""
-    shown = []
-    for level, cells in data.levels.items():
-        shown.append(ReportFigure(plots.against_truth(cells, LABELS[TRUTH], level), *_AGAINST, "against_truth"))
-        shown.append(ReportFigure(plots.agreement(cells, level), *_MATRIX, "agreement"))
-    return shown
-
-
 PROBE = Probe(
     name="agreement",
     title="Importance scores: agreement with each other and with ablation",
     source="Zhang et al., AdaLoRA, arXiv 2303.10512; Liu et al., ALoRA, arXiv 2403.16187; Zhang et al., AutoLoRA, "
     "arXiv 2403.09113",
     question="Do three importance scores order the components of a trained adapter by loss increase on removal?",
-    quick_budget=220,
-    arms=lambda quick: shared_arms(quick, LOW),
     keep={(agreement.SCORES, LOW): keep_scores},
-    measure=measure,
-    measure_cost=90,
-    collect=collect,
-    claims={
-        f"agreement.{kind}{name.lower()}": (WithTruth(score), WithTruth(control))
-        for name, score in _SCORES.items()
-        for kind, control in (("", CHANCE), ("size.", _SIZE))
-    },
-    figures=figures,
-    notes=lambda data: [
-        f"Scores use the validation split, and the truths use two halves of the test split. '{LABELS[AGAIN]}' is the "
-        "truth on the other half; no score can be expected to agree better with the first half.",
-        "Components were removed on a few batches. The first-order part of their effect, which varies most between "
-        "examples, was computed on the whole half.",
-        "ALoRA's score is itself an ablation on one batch: its agreement shows how informative one batch is.",
-        "For a module, AutoLoRA's alpha is summed over the retained components, the other scores over all components. "
-        "The truths remove the whole module.",
-    ],
 )

@@ -1,18 +1,18 @@
-"""Writer of the report: all claims, then the results of each probe, in one HTML file that works offline.
+"""Writer of the report: sections with tables and charts, in one HTML file that works offline.
 
 The templates in this folder contain the markup. Every text is escaped, so a label of a run cannot become a tag.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -20,13 +20,38 @@ from lorascope.charts.plotly_backend import CONFIG
 from lorascope.charts.theme import THEMES
 from lorascope.files.printable import printable_lines
 from lorascope.files.safetensors_io import write_bytes
-from lorascope.probes.base import PROBES, Findings
-from lorascope.probes.report import tables, verdicts
+from lorascope.probes.base import ReportFigure
+from lorascope.probes.report import tables
 from lorascope.probes.report.figures import embed
-from lorascope.runs.run import Run
-from lorascope.schema.suggestions import unknown_name
 
 _GENERATOR = b'<meta name="generator" content="lorascope">'
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the report.
+
+    Parameters
+    ----------
+    name : str
+        Anchor of the section.
+    title, lead, source : str
+        Heading, first paragraph and reference; the last two may be "".
+    tables : mapping title -> DataFrame
+        Tables.
+    figures : sequence of ReportFigure
+        Figures below the tables.
+    notes : sequence of str
+        Notes at the end.
+    """
+
+    name: str
+    title: str
+    lead: str = ""
+    source: str = ""
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    figures: Sequence[ReportFigure] = ()
+    notes: Sequence[str] = ()
 
 
 def _printable(value: Any) -> Any:
@@ -43,40 +68,27 @@ TEMPLATES = jinja2.Environment(
 )
 # ``tojson`` escapes "<", so that a label with "</script>" cannot end the element.
 TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-TEMPLATES.filters |= {
-    "embed": embed,
-    "stored": lambda content: json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True),
-    "table": tables.frame_cells,
-    "value": tables.format_value,
-}
-TEMPLATES.globals |= {"tables": tables, "verdicts": verdicts}
+TEMPLATES.filters |= {"embed": embed, "table": tables.frame_cells, "value": tables.format_value}
+TEMPLATES.globals |= {"tables": tables}
 
 
 def write(
-    path: str | Path,
-    findings: Mapping[str, Findings],
-    runs: Mapping[str, Mapping[str, Sequence[Run]]],
-    *,
-    quick: bool,
-    title: str = "Claims about low-rank adaptation and their verdicts",
+    path: str | Path, title: str, lead: str, sections: Sequence[Section], facts: Mapping[str, str] | None = None
 ) -> Path:
-    """Write the findings of the probes as one HTML file. The file is written atomically.
+    """Write a report as one HTML file. The file is written atomically.
 
-    The page has a table of all claims, then one section per probe with charts, tables, notes and the settings of every
-    run. Charts adapt to light and dark, wide and narrow screens. The page makes no network requests.
+    Charts adapt to light and dark, wide and narrow screens. The page makes no network requests.
 
     Parameters
     ----------
     path : path
         File to write.
-    findings : mapping
-        Name of a probe -> findings, in the order of the report.
-    runs : mapping
-        Name of a probe -> label of an arm -> runs, one per seed, as passed to ``Probe.judge``.
-    quick : bool
-        Whether the runs used the quick settings.
-    title : str
-        Heading of the page.
+    title, lead : str
+        Heading of the page, and the paragraph below it.
+    sections : sequence of Section
+        Sections, in order.
+    facts : mapping, optional
+        Terms and texts of the header.
 
     Returns
     -------
@@ -87,24 +99,15 @@ def write(
     ------
     FileExistsError
         ``path`` exists and is not a report.
-    ValueError
-        A probe is unknown, or ``runs`` has no entry for it.
     """
     path = Path(path)
     require_report(path)
-    for name in findings:
-        if name not in PROBES:
-            raise ValueError(unknown_name("probe", name, PROBES))
-        if name not in runs:
-            raise ValueError(f"runs must have an entry for probe {name!r}: pass its runs by label of the arm")
     text = TEMPLATES.get_template("page.html").render(
         title=title,
-        quick=quick,
-        studies=[(PROBES[name], found, runs[name]) for name, found in findings.items()],
-        judged=[(verdict, name) for name, found in findings.items() for verdict in found.verdicts],
+        lead=lead,
+        sections=sections,
+        facts=facts or {},
         next_number=count(1).__next__,
-        facts=tables.study_facts([runs[name] for name in findings], datetime.now(UTC)),
-        folder=path.parent,
         themes=THEMES,
         plotly=Markup(get_plotlyjs()),
         config=CONFIG,

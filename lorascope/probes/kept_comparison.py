@@ -1,0 +1,163 @@
+"""One run among the kept seeds: what claims compute of a single run, and the range of kept tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lorascope.evidence.registration import Registration
+from lorascope.evidence.statistics import PAIRS
+from lorascope.evidence.statistics.agreement import SCORES
+from lorascope.evidence.statistics.base import Statistic
+from lorascope.evidence.statistics.lisa import NORMS
+from lorascope.evidence.statistics.lora import AMPLIFICATION
+from lorascope.evidence.statistics.ranks import RANKS
+from lorascope.evidence.store import Evidence
+from lorascope.plots.builders import over_kept
+from lorascope.probes.base import ReportFigure
+from lorascope.probes.evidence import block, keep_functions
+from lorascope.runs.run import Run
+
+# Predictions are on other test rows; scores of components take longer than the training of the run.
+_LEFT_OUT = {"margin", "nll", SCORES}
+Tables = Mapping[tuple[str, str], pd.DataFrame]
+"""Kept tables by name and label of the arm."""
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A quantity that a claim computes of each run of one arm."""
+
+    claim: str
+    text: str
+    statistic: Statistic
+
+    @property
+    def arm(self) -> str:
+        """Label of the arm."""
+        (label,) = self.statistic.arms()
+        return label
+
+
+def quantities(claims: Registration, labels: Collection[str]) -> list[Quantity]:
+    """Return what the claims compute of each run of these arms alone, except predictions and scores of components."""
+    found = []
+    for id, claim in claims.of_tier("primary", "secondary").items():
+        texts = (claim.text.statistic, f"{claim.text.statistic}; control: {claim.text.control}")
+        for statistic, text in zip(PAIRS[id], texts, strict=True):
+            arms, read = statistic.arms(), {name for name, _ in statistic.reads()}
+            if claim.design.interval == "t" and len(arms) == 1 and arms <= set(labels) and not read & _LEFT_OUT:
+                found.append(Quantity(id, text, statistic))
+    return found
+
+
+def keep_tables(runs: Mapping[str, Run], needed: Sequence[Quantity]) -> dict[tuple[str, str], pd.DataFrame]:
+    """Compute the tables that the quantities read from the runs, as the evidence keeps them."""
+    make = keep_functions()
+    keys = {key for quantity in needed for key in quantity.statistic.reads()}
+    return {(name, label): make[name, label](runs[label]) for name, label in sorted(keys)}
+
+
+def places(runs: Mapping[str, Run], tables: Tables, needed: Sequence[Quantity], kept: Evidence) -> pd.DataFrame:
+    """Tabulate accuracy and quantities of the runs, and their places among the kept seeds.
+
+    Returns
+    -------
+    DataFrame
+        ``arm, claim, quantity, value, seeds, lowest, mean, highest, below``: the number of kept seeds, the range of
+        their values, and the number of those below the value of the run.
+    """
+    own, rows = _as_evidence(runs, tables), []
+    for label, run in runs.items():
+        accuracies = kept.runs.loc[_judged(kept, label), "test_metric"].astype("float64")
+        about = {"arm": label, "claim": "", "quantity": "test accuracy"}
+        rows.append(about | _place(run.score.metric, accuracies.to_numpy()))
+    for each in needed:
+        read = [name for name, _ in each.statistic.reads()]
+        of_arm = kept.runs[_judged(kept, each.arm)]
+        seeds = [
+            int(seed)
+            for run_id, seed in zip(of_arm["run"], of_arm["seed"], strict=True)
+            if all(run_id in kept.kept.get(name, {}) for name in read)
+        ]
+        value = float(each.statistic(own, [runs[each.arm].seed])[0])
+        values = each.statistic(kept, seeds) if seeds else np.array([])
+        rows.append({"arm": each.arm, "claim": each.claim, "quantity": each.text} | _place(value, values))
+    return pd.DataFrame(rows)
+
+
+def _judged(kept: Evidence, label: str) -> pd.Series:
+    return (kept.runs["arm"] == label) & (kept.runs["role"] == "judged")
+
+
+def _place(value: float, kept: np.ndarray) -> dict[str, Any]:
+    found: dict[str, Any] = {"value": value, "seeds": len(kept)}
+    if not len(kept):
+        return found | dict.fromkeys(("lowest", "mean", "highest", "below"), np.nan)
+    return found | {
+        "lowest": kept.min(), "mean": kept.mean(), "highest": kept.max(), "below": int((kept < value).sum()),
+    }  # fmt: skip
+
+
+def _as_evidence(runs: Mapping[str, Run], tables: Tables) -> Evidence:
+    """Return the runs and their tables in the form that statistics read."""
+    rows = [{"run": run.id, "arm": label, "role": "judged", "seed": run.seed} | block() for label, run in runs.items()]
+    kept: dict[str, dict[str, pd.DataFrame]] = {}
+    for (name, label), table in tables.items():
+        kept.setdefault(name, {})[runs[label].id] = table
+    return Evidence(pd.DataFrame(rows), pd.DataFrame(), kept=kept)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a kept table is drawn: ``cells(table, modules)`` returns ``panel, x, value``."""
+
+    title: str
+    axes: tuple[str, str]
+    cells: Callable[[pd.DataFrame, pd.DataFrame], pd.DataFrame]
+
+
+def _by_module(table: pd.DataFrame, modules: pd.DataFrame, value: pd.Series) -> pd.DataFrame:
+    places = modules.astype({"module": "str"}).set_index("module").loc[table["module"]]
+    x, panel = places["layer"].astype("int64").to_numpy(), places["role"].astype("str").to_numpy()
+    return pd.DataFrame({"panel": panel, "x": x, "value": value.to_numpy(np.float64)})
+
+
+def _layer_norms(table: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
+    rows = table[table["quantity"] == "update_norm"]
+    return pd.DataFrame({"panel": "", "x": rows["place"].astype("str"), "value": rows["value"]})
+
+
+VIEWS = {
+    RANKS: View("Final ranks", ("layer", "rank"), lambda table, modules: _by_module(table, modules, table["value"])),
+    NORMS: View("Update by layer", ("layer", "mean ‖ΔW‖ over the steps"), _layer_norms),
+    AMPLIFICATION: View(
+        "Base weight along the update",
+        ("layer", "norm relative to random directions"),
+        lambda table, modules: _by_module(table, modules, table["update"] / table["random"]),
+    ),
+}
+"""Kept table -> how it is drawn."""
+
+
+def figures(runs: Mapping[str, Run], tables: Tables, kept: Evidence) -> dict[tuple[str, str], ReportFigure]:
+    """Draw the tables of the runs over those of the kept seeds, where there are some, by name and label of the arm."""
+    found = {}
+    for (name, label), table in tables.items():
+        by_run = kept.kept.get(name, {})
+        seeds = [by_run[run] for run in kept.runs.loc[_judged(kept, label), "run"] if run in by_run]
+        if name not in VIEWS or not seeds:
+            continue
+        view, modules = VIEWS[name], runs[label].modules
+        own, *others = (view.cells(each, modules) for each in (table, *seeds))
+        chart = over_kept(own, others, view.axes, view.title, f"{label}.")
+        found[name, label] = ReportFigure(
+            chart,
+            "Dots inside the band are as in the kept runs. Dots outside it show what this run does differently.",
+            "This run has fewer steps than the kept ones, which alone can move its values out of the band.",
+        )
+    return found

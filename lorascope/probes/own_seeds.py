@@ -1,0 +1,206 @@
+"""Seeds of one's own for one claim: statistic and control trained as for the evidence, next to the kept seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from json import loads
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lorascope.evidence import registration, store
+from lorascope.evidence.claims import format_effect
+from lorascope.evidence.looks import ERROR
+from lorascope.evidence.open_runs import OpenRun
+from lorascope.evidence.registration import Registration
+from lorascope.evidence.statistics import PAIRS
+from lorascope.evidence.statistics.base import estimate_effect
+from lorascope.evidence.store import BLOCK, Evidence
+from lorascope.evidence.tuning import chosen
+from lorascope.probes.evidence import block, read_by_claims, require_registered, train_runs
+from lorascope.schema.suggestions import unknown_name
+
+# The jackknife of pairs of runs needs as many seeds.
+_SEEDS_OF_PAIRS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs that one seed of a claim needs.
+
+    Parameters
+    ----------
+    claim : str
+        Id of the claim.
+    seed : int
+        The seed.
+    claims : Registration
+        The registration, with this claim alone and its arms.
+    kept : Evidence
+        Kept evidence of the repository; may be empty.
+    folder : Path
+        Folder of one's own evidence.
+    """
+
+    claim: str
+    seed: int
+    claims: Registration
+    kept: Evidence
+    folder: Path
+
+    def runs(self) -> list[OpenRun]:
+        """Return the runs that the folder lacks, at the chosen rates, or at the middle ones if none are chosen."""
+        mine, found = _read(self.folder).in_block(block()), []
+        for label in self.claims.claims[self.claim].arms:
+            arm = self.claims.arms[label]
+            if mine.has(label, self.seed):
+                continue
+            rate = None
+            if arm.fields:
+                tuned, choice = chosen(self.claims, self.kept.runs, label)
+                rate = choice.rate or tuned.rates[len(tuned.rates) // 2]
+            found.append(OpenRun(label, self.seed, "baseline" if arm.baseline else "judged", rate))
+        return found
+
+    def minutes(self) -> float | None:
+        """Return the CPU-minutes that these runs took for the evidence on average; None if it lacks one of the arms."""
+        used = self.kept.runs[self.kept.runs["role"] != "tuning"].groupby("arm")["cpu_seconds"].mean()
+        needed = [run.arm for run in self.runs()]
+        return float(used[needed].sum()) / 60 if set(needed) <= set(used.index) else None
+
+    def train(self, out: Path) -> None:
+        """Train the runs and add them to the folder of evidence.
+
+        Raises
+        ------
+        ValueError
+            An arm differs from the registered one.
+        """
+        require_registered(self.claims)
+        seeds = range(self.seed, self.seed + 1)
+        reads = {arm: [replace(each, seeds=seeds) for each in of] for arm, of in read_by_claims(self.claims).items()}
+        train_runs(self.runs(), self.claims, reads, self.folder, out)
+
+
+def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.parent) -> Plan:
+    """Plan the runs of one seed of a claim.
+
+    Parameters
+    ----------
+    claim : str
+        Id of a claim on trained runs.
+    seed : int
+        Any seed.
+    folder : path
+        Folder of one's own evidence.
+    data : path
+        Folder ``data`` of a clone, with registration and evidence.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder has no registration.
+    ValueError
+        The claim is unknown, or needs no runs.
+    """
+    found = registration.read(data / "registered.toml")
+    if claim not in found.claims:
+        raise ValueError(unknown_name("claim", claim, found.claims))
+    if claim not in PAIRS:
+        raise ValueError(f"claim {claim} needs no runs: it is computed from published figures")
+    arms = {label for name in found.claims[claim].arms for label in (name, found.arms[name].rate_of) if label}
+    only = Registration(
+        {claim: found.claims[claim]}, {label: arm for label, arm in found.arms.items() if label in arms}, ()
+    )
+    return Plan(claim, seed, only, _read(data / "evidence"), folder)
+
+
+def _read(folder: Path) -> Evidence:
+    return store.read(folder) if (folder / "runs.csv").exists() else store.empty()
+
+
+@dataclass(frozen=True)
+class OwnSeeds:
+    """The kept seeds of a claim, one's own, and both.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        ``seeds, n, effect, verdict``: kept seeds, one's own, and both. Only the kept seeds have a verdict.
+    values : DataFrame
+        ``seed, statistic, control, effect``: one row per own seed; none if the claim compares pairs of seeds and there
+        are fewer than three.
+    place : str
+        Where the own effects are among those of the kept seeds.
+    """
+
+    rows: pd.DataFrame
+    values: pd.DataFrame
+    place: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as JSON values; numbers that do not exist are None."""
+        tables = {"rows": self.rows, "values": self.values}
+        listed = {name: loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()}
+        return listed | {"place": self.place}
+
+
+def compare(planned: Plan, data: Path = registration.FILE.parent) -> OwnSeeds:
+    """Compute a claim's effect for the kept seeds, for one's own, and for both; only the kept ones have a verdict."""
+    pair, registered = PAIRS[planned.claim], planned.claims.claims[planned.claim]
+    arms, here = set(registered.arms), block()
+    mine, blocks = _read(planned.folder).in_block(here), planned.kept.blocks()
+    kept = planned.kept.in_block(blocks[0]) if blocks else planned.kept
+    own_seeds = sorted({int(seed) for seed in mine.runs["seed"] if all(mine.has(arm, int(seed)) for arm in arms)})
+    kept_seeds = [seed for seed in kept.seeds(arms, registered.design.first_seed) if seed not in own_seeds]
+
+    def estimate(evidence: Evidence, seeds: list[int]) -> tuple[int, str, pd.DataFrame]:
+        method = registered.design.interval
+        if not seeds or (method == "jackknife" and len(seeds) < _SEEDS_OF_PAIRS):
+            return len(seeds), "", pd.DataFrame(columns=["seed", "statistic", "control", "effect"])
+        effect, values = estimate_effect(*pair, evidence, seeds, method)
+        return len(seeds), format_effect(registered.claim, *effect.interval(ERROR)[:3]), values
+
+    joined = _join(kept, mine)
+    parts = {"yours": estimate(mine, own_seeds), "both": estimate(joined, [*kept_seeds, *own_seeds])}
+    rows = [_kept_row(planned.claim, data)]
+    rows += [{"seeds": name, "n": n, "effect": shown, "verdict": ""} for name, (n, shown, _) in parts.items()]
+    both = parts["both"][2]
+    own = both["seed"].isin(own_seeds)
+    machine = " / ".join(str(here[name]) for name in BLOCK)
+    return OwnSeeds(pd.DataFrame(rows), both[own], f"{_place(both, own)} Your machine: {machine}.")
+
+
+def _join(kept: Evidence, mine: Evidence) -> Evidence:
+    """Return the kept runs and one's own, which replace kept ones of the same arm and seed."""
+    keys = ["arm", "seed", "role"]
+    replaced = kept.runs.set_index(keys).index.isin(mine.runs.set_index(keys).index)
+    runs = pd.concat([kept.runs[~replaced], mine.runs], ignore_index=True)
+    names = kept.kept.keys() | mine.kept.keys()
+    tables: Mapping[str, Any] = {name: {**kept.kept.get(name, {}), **mine.kept.get(name, {})} for name in names}
+    rows = pd.concat([kept.rows, mine.rows], ignore_index=True).drop_duplicates(["task_hash", "row"])
+    return Evidence(runs, rows, {**kept.margins, **mine.margins}, {**kept.nll, **mine.nll}, tables)
+
+
+def _kept_row(claim: str, data: Path) -> dict[str, Any]:
+    file = data / "evidence" / "verdicts.csv"
+    found = pd.read_csv(file).set_index("claim").loc[claim] if file.exists() else None
+    if found is None or not found["n"]:
+        return {"seeds": "kept", "n": 0, "effect": "", "verdict": "none yet"}
+    return {"seeds": "kept", "n": int(found["n"]), "effect": found["shown"], "verdict": found["outcome"]}
+
+
+def _place(both: pd.DataFrame, own: pd.Series) -> str:
+    kept = both.loc[~own, "effect"].to_numpy(np.float64)
+    if not len(both):
+        return "No effect yet: the claim compares pairs of runs, which needs three seeds."
+    if not len(kept):
+        return "There are no other kept seeds to compare with."
+    below = [int((kept < effect).sum()) for effect in both.loc[own, "effect"]]
+    counts = ", ".join(map(str, below))
+    return (
+        f"Of the {len(kept)} kept seeds, {counts} are below yours; their range is {kept.min():.3g} to {kept.max():.3g}."
+    )

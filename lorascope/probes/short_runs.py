@@ -1,0 +1,133 @@
+"""The ten runs of ``lorascope reproduce``: every method and full fine-tuning once, on sentiment, with few steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lorascope import observe
+from lorascope.evidence.registration import Registration
+from lorascope.evidence.statistics import (
+    adalora,
+    adapprox,
+    alora,
+    autolora,
+    fourierft,
+    hydralora,
+    lisa,
+    lora,
+    neft,
+)
+from lorascope.evidence.tuning import chosen
+from lorascope.experiments.sweep import Job, run_jobs
+from lorascope.inputs import tasks
+from lorascope.inputs.task_parts import first_test_rows
+from lorascope.probes.base import Arm, encoder_settings
+from lorascope.probes.evidence import registered_arms
+from lorascope.runs.run import Run
+from lorascope.runs.writer import remove_states
+
+STEPS, TEST_ROWS = 100, 1000
+
+
+@dataclass(frozen=True)
+class Short:
+    """How a registered arm is shortened.
+
+    Parameters
+    ----------
+    lr, head_lr : float
+        Rates if none are chosen by the kept tuning runs: the middle ones of the registration.
+    cost : float
+        Expected CPU-seconds of the run.
+    changes : mapping
+        Fields of the method with other values.
+    observers : tuple of Observer
+        Observers besides the norms.
+    """
+
+    lr: float
+    head_lr: float
+    cost: float
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    observers: tuple[observe.Observer, ...] = ()
+
+
+ARMS = {
+    lora.FULL: Short(1e-4, 1e-4, 60, observers=(observe.second_moments(every=STEPS),)),
+    lora.LOW: Short(1e-3, 1e-3, 40),
+    adalora.ADAPTED: Short(3e-3, 3e-4, 45),
+    autolora.ADAPTED: Short(1e-3, 1e-3, 70, {"search_steps": 12}),
+    alora.ADAPTED: Short(1e-3, 1e-3, 80, {"rounds": 3, "score_rows": 16}),
+    hydralora.ROUTED: Short(1e-3, 1e-3, 50),
+    fourierft.DEFAULT: Short(5e-2, 5e-3, 35),
+    lisa.DRAWN: Short(1e-4, 1e-4, 40),
+    neft.CHANGED: Short(3e-4, 3e-4, 70, {"tune_steps": STEPS // 3}, observers=(observe.utilization(every=STEPS),)),
+    adapprox.OURS: Short(1e-4, 1e-4, 80, observers=(observe.factor_drift(),)),
+}
+"""Registered arm -> how it is shortened, in the order of the tables."""
+
+
+def shorten(label: str, short: Short, seed: int, claims: Registration | None, runs: pd.DataFrame) -> Arm:
+    """Return a registered arm as it is trained here.
+
+    Parameters
+    ----------
+    label : str
+        Label of the arm.
+    short : Short
+        How it is shortened.
+    seed : int
+        Seed of the run.
+    claims : Registration or None
+        Registration, and ``runs.csv`` of the evidence, which choose the learning rate.
+    runs : DataFrame
+        See ``claims``.
+    """
+    arm: Any = registered_arms()[label]
+    rates = {"lr": short.lr, "head_lr": short.head_lr}
+    if claims is not None and (rate := chosen(claims, runs, label)[1].rate):
+        rates = {name: rate * ratio for name, ratio in claims.arms[label].fields.items()}
+    method = replace(arm.of_seed(seed).method, **rates, **short.changes)
+    settings = encoder_settings(STEPS, *short.observers) | {"seed": seed, "eval_every": STEPS // 4, "eval_size": 200}
+    return replace(arm, method=method, settings=settings, task="sentiment", vary=None)
+
+
+def has_task_of_kept_runs(label: str) -> bool:
+    """Return whether the kept runs of an arm have the task of the short ones, so that their values are comparable."""
+    arm: Any = registered_arms()[label]
+    return bool(arm.task == "sentiment")
+
+
+def train(root: Path, seed: int, claims: Registration | None, runs: pd.DataFrame) -> dict[str, Run]:
+    """Train the ten arms and return their runs by label. Finished runs in the folder are reused.
+
+    Runs without adapters keep no copy of the model.
+
+    Raises
+    ------
+    RunsFailed
+        A run failed; the others are saved.
+    """
+    arms = {label: shorten(label, short, seed, claims, runs) for label, short in ARMS.items()}
+    task = first_test_rows(tasks.load("sentiment"), TEST_ROWS)
+    # The longest first, so that no process trains alone at the end.
+    order = sorted(arms, key=lambda label: -ARMS[label].cost)
+    jobs = [
+        Job(
+            arms[label].model, task, arms[label].method, {**arms[label].settings, "root": root}, label, ARMS[label].cost
+        )
+        for label in order
+    ]
+    trained = dict(zip(order, run_jobs(jobs, ended=_remove_copy).all_runs(), strict=True))
+    return {label: trained[label] for label in ARMS}
+
+
+def _remove_copy(run: Run) -> None:
+    """Delete the saved parameters of a run without adapters, which are a copy of the model."""
+    if not run.ranks():
+        remove_states(run)

@@ -1,0 +1,256 @@
+"""The command that shows the kept verdicts and trains every method once: on a tiny model, from runs to report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from joblib import parallel_config
+
+from lorascope import observe
+from lorascope.cli import main as cli
+from lorascope.cli import reproduce as command
+from lorascope.evidence import kept_verdicts, registration, store
+from lorascope.evidence.statistics import adalora, adapprox, alora, autolora, fourierft, hydralora, lisa, lora, neft
+from lorascope.evidence.statistics.ranks import RANKS
+from lorascope.evidence.tuning import choose
+from lorascope.methods import (
+    LISA,
+    AdaLoRA,
+    Adapprox,
+    ALoRA,
+    AutoLoRA,
+    FourierFT,
+    Full,
+    HydraLoRA,
+    LoRA,
+    NeFT,
+)
+from lorascope.probes import reproduction, short_runs
+from lorascope.probes.base import Arm
+from lorascope.probes.short_runs import ARMS, STEPS
+
+CLAIMS = registration.read()
+LINEAR: Any = {"targets": "all-linear"}
+METHODS = {
+    lora.FULL: Full(),
+    lora.LOW: LoRA(rank=2, **LINEAR),
+    adalora.ADAPTED: AdaLoRA(init_rank=3, target_rank=2),
+    autolora.ADAPTED: AutoLoRA(rank=4),
+    alora.ADAPTED: ALoRA(init_rank=2),
+    hydralora.ROUTED: HydraLoRA(num_experts=2, targets=("ffn_in", "ffn_out"), gate_rows=16),
+    fourierft.DEFAULT: FourierFT(coefficients=16),
+    lisa.DRAWN: LISA(n_active=1),
+    neft.CHANGED: NeFT(parameter_share=0.2),
+    adapprox.OURS: Adapprox(dense="embed", min_dim=16),
+}
+CHANGES: dict[str, Any] = {
+    autolora.ADAPTED: {"search_steps": 2},
+    alora.ADAPTED: {"rounds": 2, "warm_steps": 1, "round_steps": 1, "score_rows": 4},
+    neft.CHANGED: {"tune_steps": 2},
+}
+OBSERVERS: dict[str, Any] = {
+    lora.FULL: (observe.second_moments(every=8),),
+    neft.CHANGED: (observe.utilization(every=8),),
+    adapprox.OURS: (observe.factor_drift(every=8),),
+}
+
+
+def test_every_method_is_trained_once() -> None:
+    from lorascope.methods import METHODS as registry
+
+    assert len(ARMS) == len(METHODS) == 10
+    assert {method.name for method in METHODS.values()} == registry.keys() - {"dora", "pissa", "vera"}
+    assert ARMS.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("label", ARMS)
+def test_rates_without_kept_tuning_are_the_middle_ones_of_the_registration(label: str) -> None:
+    arm = CLAIMS.arms[label]
+    tuned = CLAIMS.arms[arm.rate_of or label]
+    middle = tuned.rates[len(tuned.rates) // 2]
+    found = {"lr": ARMS[label].lr, "head_lr": ARMS[label].head_lr}
+    assert found == pytest.approx({name: middle * ratio for name, ratio in arm.fields.items()})
+
+
+@pytest.fixture
+def tiny_arms(bert: str, task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = {label: Arm(label=label, method=method, settings={}, model=bert) for label, method in METHODS.items()}
+    monkeypatch.setattr(short_runs, "registered_arms", lambda: arms)
+    shorts = {
+        label: replace(short, changes=CHANGES.get(label, {}), observers=OBSERVERS.get(label, ()))
+        for label, short in ARMS.items()
+    }
+    monkeypatch.setattr(short_runs, "ARMS", shorts)
+    monkeypatch.setattr(short_runs, "STEPS", 8)
+    monkeypatch.setattr(short_runs, "TEST_ROWS", 20)
+    monkeypatch.setattr(short_runs.tasks, "load", lambda name: task)
+
+
+def test_chosen_rate_replaces_the_middle_one(tiny_arms: None) -> None:
+    grid = CLAIMS.arms[lora.LOW].rates
+    losses = dict(zip(grid, (0.5, 0.6, 0.7), strict=True))
+    assert choose(grid, losses).missing == (1e-4,)  # the best is at an end
+    rows = [
+        {"arm": lora.LOW, "role": "tuning", "seed": seed, "rate": rate, "validation_loss": loss}
+        for rate, loss in (losses | {1e-4: 0.9}).items()
+        for seed in (9001, 9002)
+    ]
+    arm = short_runs.shorten(lora.LOW, ARMS[lora.LOW], 7, CLAIMS, pd.DataFrame(rows))
+    assert (arm.method.lr, arm.method.head_lr) == (3e-4, 3e-4)
+    assert short_runs.shorten(lora.LOW, ARMS[lora.LOW], 7, None, pd.DataFrame()).method.lr == 1e-3
+
+
+SEED = 7
+
+
+@pytest.fixture
+def done(tiny_arms: None, tmp_path: Path) -> Iterator[reproduction.Reproduction]:
+    with parallel_config(n_jobs=1):
+        yield reproduction.reproduce(tmp_path / "out", SEED, tmp_path / "none")
+
+
+def test_report_has_verdicts_runs_and_the_figures_of_every_paper(done: Any, capsys: pytest.CaptureFixture) -> None:
+    page = done.path.read_text(encoding="utf-8")
+    titles = [part.partition("<")[0] for part in page.split("<h2 ")[1:]]
+    assert len(titles) == 3 + 9  # verdicts, contents, runs, and nine papers
+    for text in ("No verdicts here", f"One run per method, seed {SEED}", "Gates", "Active", "Rank allocation"):
+        assert text.lower() in page.lower(), text
+    _, _, quick = page.partition('aria-labelledby="runs"')
+    for word in ("supported", "inconclusive", "void"):
+        assert word not in quick.partition("<script>")[0]
+    assert done.runs["method"].tolist() == list(ARMS)
+    assert done.runs["accuracy"].between(0, 1).all()
+    assert set(done.places["quantity"]) == {"test accuracy"}  # no registration here
+
+
+def test_runs_without_adapters_keep_no_copy_of_the_model(done: Any, task: Any) -> None:
+    kept = {file.parent.parent.name for file in (done.path.parent / "runs").glob("*/state/*.safetensors")}
+    assert not [name for name in kept if name.startswith(("full", "lisa", "neft", "adapprox"))]
+    assert [name for name in kept if name.startswith("lora")]
+
+
+def plant_evidence(data: Path, runs: dict[str, Any], values: dict[int, int]) -> None:
+    """Write evidence with seeds of AdaLoRA whose feed-forward modules have the given rank, all others rank 1."""
+    modules = runs[adalora.ADAPTED].modules
+    places = modules[modules["module"].isin(runs[adalora.ADAPTED].ranks())][["module", "stack", "layer", "role"]]
+    for seed, rank in values.items():
+        value = np.where(places["role"].isin(["ffn_in", "ffn_out"]), rank, 1).astype("int16")
+        row = dict.fromkeys(store.RUN_COLUMNS, 0) | {
+            "run": f"r{seed}", "arm": adalora.ADAPTED, "role": "judged", "seed": seed, "capability": "X",
+            "torch": "2", "device": "cpu", "commit": "c", "test_metric": rank / 10,
+        }  # fmt: skip
+        store.add_run(data / "evidence", row, {}, {RANKS: places.assign(value=value)})
+
+
+def test_quantities_have_their_place_among_the_kept_seeds(tiny_arms: None, tmp_path: Path) -> None:
+    """With 2 feed-forward and 4 attention modules per block, ranks r and 1 give the fraction 2r / (2r + 4)."""
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "registered.toml").write_bytes(registration.FILE.read_bytes())
+    (data / "published").symlink_to(registration.FILE.parent / "published")
+    with parallel_config(n_jobs=1):
+        runs = short_runs.train(tmp_path / "out" / "runs", SEED, None, pd.DataFrame())
+        plant_evidence(data, runs, {100: 1, 101: 2, 102: 8})
+        found = reproduction.reproduce(tmp_path / "out", SEED, data)
+    row = found.places.set_index("claim").loc["adalora.ffn"]
+    assert row["seeds"] == 3
+    assert (row["lowest"], row["highest"]) == pytest.approx((1 / 3, 0.8))
+    assert row["mean"] == pytest.approx((1 / 3 + 1 / 2 + 0.8) / 3)
+    assert row["below"] == sum(each < row["value"] for each in (1 / 3, 1 / 2, 0.8))
+    accuracy = found.places.query("quantity == 'test accuracy'").set_index("arm").loc[adalora.ADAPTED]
+    assert (accuracy["lowest"], accuracy["highest"], accuracy["seeds"]) == (0.1, 0.8, 3)
+    page = found.path.read_text(encoding="utf-8")
+    assert "Final ranks: ffn_in" in page or "3 kept seeds" in page
+    assert "FourierFT is non-inferior to LoRA on GLUE" in page
+    assert json.loads(json.dumps(found.to_dict()))["places"]
+
+
+def test_verdicts_are_read_without_torch_and_missing_files_give_one_line(tmp_path: Path) -> None:
+    nothing = kept_verdicts.read(tmp_path)
+    assert nothing.table.empty
+    assert len(nothing.notes) == 1
+    here = kept_verdicts.read()
+    assert here.table["claim"].iloc[0] == "published.fourierft"
+
+
+def run(*words: str) -> int:
+    return cli.main(["reproduce", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--claim", "lora.parity"), "--claim requires --seed"),
+        (("--claim", "lora.parities", "--seed", "3"), "unknown claim 'lora.parities'; did you mean 'lora.parity'"),
+        (("--claim", "published.adalora", "--seed", "3"), "needs no runs"),
+        (("--seed", "-1"), "--seed must be from 0"),
+        (("--evidence", "x", "--seed", "1"), "--evidence must be given without"),
+        (("--minutes", "3"), "--minutes requires --evidence"),
+        (("--quick",), "--quick"),
+        (("--probe", "lora"), "--probe"),
+    ],
+)
+def test_wrong_arguments_give_one_line(words: tuple[str, ...], message: str, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(command.os, "environ", command.os.environ.copy())
+    assert run(*words) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def result(path: Path) -> reproduction.Reproduction:
+    runs = pd.DataFrame({"method": ["LoRA"], "accuracy": [0.8], "trained": [12], "seconds": [3], "rate": [1e-3]})
+    return reproduction.Reproduction(path, SEED, kept_verdicts.read(), runs, pd.DataFrame())
+
+
+def test_command_prints_verdicts_first_and_the_path_last(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    seeds = []
+    monkeypatch.setattr(reproduction, "reproduce", lambda out, seed: seeds.append(seed) or result(Path(out) / "r.html"))
+    assert run("-o", str(tmp_path)) == run("-o", str(tmp_path)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[0] == "claim"
+    assert lines[1].split()[0] == "published.fourierft"
+    assert f"One run of every method with seed {seeds[0]}:" in lines
+    assert lines[-1] == str(tmp_path / "r.html")
+    assert seeds[0] != seeds[1]
+
+
+def test_command_prints_json_alone(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(reproduction, "reproduce", lambda out, seed: result(Path(out) / "r.html"))
+    assert run("-o", str(tmp_path), "--seed", "5", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["runs"][0]["accuracy"] == 0.8
+    assert {"verdicts", "notes", "seed", "report", "places"} <= found.keys()
+
+
+def test_report_opens_only_on_a_terminal_with_a_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(command.os, "environ", {"DISPLAY": ":0"})
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert command.has_screen()
+    monkeypatch.setattr(command.os, "environ", {})
+    assert not command.has_screen()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert command.has_screen()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    assert not command.has_screen()
+
+
+def test_other_files_are_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("<html>mine</html>", encoding="utf-8")
+    with pytest.raises(FileExistsError, match="was not written by lorascope"):
+        reproduction.reproduce(tmp_path, SEED)
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_steps_are_enough_to_learn_and_few_enough_to_wait() -> None:
+    assert 60 <= STEPS <= 120

@@ -15,13 +15,13 @@ import pytest
 from test_inspect import llama, plant
 
 import lorascope
-from lorascope import probes
 from lorascope.cli import load_runs
 from lorascope.cli.arguments import flag_type, options_of
 from lorascope.cli.main import COMMANDS, main
 from lorascope.experiments import sweep
 from lorascope.methods import METHODS
 from lorascope.plots import FIGURES
+from lorascope.probes import reproduction
 from lorascope.runs.loading import load
 
 
@@ -155,8 +155,8 @@ def test_reproduce_with_failed_runs_prints_one_line(
     def fail(*_: object) -> None:
         raise sweep.RunsFailed("2 of 9 runs failed.\nLoRA, seed 0: FileNotFoundError")
 
-    monkeypatch.setattr(probes, "reproduce", fail)
-    assert complaint(capsys, "reproduce", code=1) == "2 of 9 runs failed. LoRA, seed 0: FileNotFoundError"
+    monkeypatch.setattr(reproduction, "reproduce", fail)
+    assert complaint(capsys, "reproduce", "--json", code=1) == "2 of 9 runs failed. LoRA, seed 0: FileNotFoundError"
 
 
 def test_train_then_inspect_then_plot(

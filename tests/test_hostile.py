@@ -533,18 +533,6 @@ def test_hostile_image_raises_one_line(tmp_path: Path) -> None:
     assert "bomb.png" in outcome(lambda: open_image(tmp_path / "bomb.png"), gigabytes=0.5)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [[], {"quick": True}, {"quick": True, "probes": {"nothing": {}}}, {"quick": 1, "probes": {}}]
-    + [{"quick": True, "probes": {"lora": {"a": [name]}}} for name in ("../x", "/etc", "a/../b", 5)],
-)
-def test_hostile_report_contents_raise_one_line(tmp_path: Path, content: Any) -> None:
-    from lorascope import probes
-
-    (tmp_path / probes.CONTENTS).write_text(json.dumps(content))
-    assert probes.CONTENTS in outcome(lambda: probes.write_report(tmp_path))
-
-
 def test_parquet_of_too_many_rows_raises(monkeypatch: pytest.MonkeyPatch, templates: dict[str, Path]) -> None:
     file = templates["run"] / "records.parquet"
     rows = len(parquet_tables.read_table(file, file))

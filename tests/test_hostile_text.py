@@ -31,7 +31,7 @@ from lorascope.cli.main import main
 from lorascope.experiments.sweep_table import SweepTable, table
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.safetensors_io import file_hash, write_json, write_tensors
-from lorascope.probes.base import PROBES, Findings, Probe, ReportFigure
+from lorascope.probes.base import ReportFigure
 from lorascope.probes.report import page as report
 from lorascope.runs.loading import load
 from lorascope.runs.run import Run
@@ -200,7 +200,6 @@ def is_number(cell: str) -> bool:
         ),
         *(("export", "RUN", "--table", FOLDER), ("export", "RUN", "--rank-pattern", "--state", EVIL)),
         *(
-            ("report", EVIL),
             ("sweep", EVIL),
             ("train", EVIL),
             ("train", "lora", "--steps", "2", "--task", EVIL),
@@ -208,7 +207,7 @@ def is_number(cell: str) -> bool:
         ),
         *(
             ("inspect", "RUN", f"--{EVIL}"),
-            ("reproduce", "--probe", EVIL),
+            ("reproduce", "--claim", EVIL, "--seed", "1"),
             ("plot", "spectrum", "RUN", "--theme", EVIL),
         ),
         ("train", "lora", "--steps", "2", "--task", "sentiment", "--model", EVIL),
@@ -385,19 +384,15 @@ class Page(HTMLParser):
             self.text += data
 
 
-def test_report_page_escapes_all_text(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = Probe(
-        name="p", title=EVIL, source=EVIL, question=EVIL, quick_budget=1, arms=lambda q: [], figures=lambda runs: []
+def test_report_page_escapes_all_text(tmp_path: Path) -> None:
+    section = report.Section(
+        "p", EVIL, EVIL, EVIL, {EVIL: pd.DataFrame({EVIL: [EVIL]})}, [ReportFigure(chart(), EVIL, EVIL)], [EVIL]
     )
-    monkeypatch.setitem(PROBES, "p", probe)
-    found = Findings([], [ReportFigure(chart(), EVIL, EVIL, "spectrum")], {EVIL: pd.DataFrame({EVIL: [EVIL]})}, [EVIL])
-    page = report.write(
-        tmp_path / "r.html", {"p": found}, {"p": {EVIL: [Run.read(run)]}}, quick=True, title=EVIL
-    ).read_text()
+    page = report.write(tmp_path / "r.html", EVIL, EVIL, [section], {EVIL: EVIL}).read_text()
     seen = Page(page)
     assert untreated(seen.text) == set()
     assert seen.text.count(SHOWN) > 10
-    assert seen.scripts == Page(report.write(tmp_path / "q.html", {}, {}, quick=True).read_text()).scripts + 1
+    assert seen.scripts == Page(report.write(tmp_path / "q.html", "", "", []).read_text()).scripts + 1
 
 
 def test_export_readme_contains_no_hostile_markup(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:

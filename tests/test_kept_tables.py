@@ -219,10 +219,8 @@ def test_gate_information_gives_the_information_of_groups_at_start_and_end(train
     found = evidence(tmp_path / "e", {(hydralora.INFORMATION, hydralora.ROUTED): [kept]})
     for side, step in ((0, run.table["step"].max()), (1, 0)):
         rows = run.table[run.table["step"] == step]
-        mean, chance = (
-            rows.loc[rows["quantity"] == name, "value"].mean() for name in ("gate_information", "gate_chance")
-        )
-        assert value("hydralora.tasks", side, found) == pytest.approx(mean - chance)
+        mean = rows.groupby("quantity", observed=True)["value"].mean()
+        assert value("hydralora.tasks", side, found) == pytest.approx(mean["gate_information"] - mean["gate_chance"])
     assert value("hydralora.tasks", 0, found) != value("hydralora.tasks", 1, found)
 
 
@@ -282,10 +280,8 @@ def test_course_table_gives_accuracy_and_epochs(tmp_path, label, monkeypatch):
 def test_selected_neurons_give_overlaps_and_their_chance(train, tmp_path):
     runs = train(NeFT(lr=1e-2, num_neurons=60, tune_steps=2), (0, 1))
     found = evidence(tmp_path / "e", {(neft.SELECTED, neft.CHANGED): list(map(neft_probe.keep_selected, runs))})
-    chosen, sizes = (
-        [selected_neurons.as_set(selected_neurons.list_selected(run)) for run in runs],
-        selected_neurons.sizes(runs[0]),
-    )
+    chosen = [selected_neurons.as_set(selected_neurons.list_selected(run)) for run in runs]
+    sizes = selected_neurons.sizes(runs[0])
     both = selected_neurons.common(*chosen, sizes.total())
     expected = {("neft.stable", 0): both["overlap"], ("neft.stable", 1): both["chance"]}
     expected["neft.layers", 1] = selected_neurons.compute_expected_overlap(*chosen, sizes)

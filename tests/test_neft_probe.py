@@ -13,9 +13,8 @@ def test_arms_differ_only_in_the_choice_of_neurons():
     nine = arms[statistics.CHANGED]
     for label in (statistics.RANDOM, statistics.PROBED):
         assert replace(arms[label], select_by="changed") == nine
-    assert (
-        replace(arms[statistics.REVERSED], reversed_share=arms[statistics.FEW].reversed_share) == arms[statistics.FEW]
-    )
-    assert replace(arms[statistics.FEW], parameter_share=nine.parameter_share) == nine
+    few = arms[statistics.FEW]
+    assert replace(arms[statistics.REVERSED], reversed_share=few.reversed_share) == few
+    assert replace(few, parameter_share=nine.parameter_share) == nine
     assert arms[statistics.MOVIES] == arms[statistics.TWEETS] == nine
     assert nine.tune_steps == 100

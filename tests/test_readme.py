@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import runpy
 import shlex
 from decimal import Decimal
 from pathlib import Path
@@ -14,7 +12,6 @@ import pytest
 
 from lorascope.cli.main import COMMANDS, main
 from lorascope.evidence.blocks import PAPERS
-from lorascope.probes import PROBES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,14 +73,6 @@ def test_relative_links_lead_to_files(page: Path):
         target = (page.parent / link).resolve()
         inside = target.relative_to(ROOT / "docs").parts[0] if target.is_relative_to(ROOT / "docs") else ""
         assert target.exists() or inside in WRITTEN_BY_MAKE_DOCS, link
-
-
-def test_kept_figures_are_drawn_by_a_probe_and_shown_in_the_docs(generated: ModuleType):
-    pages = "".join(page.read_text(encoding="utf-8") for page in PAGES if hand_written(page))
-    for file, (probe, figure, width) in runpy.run_path(str(ROOT / "figures/draw.py"))["PICTURES"].items():
-        assert f'"{figure}"' in inspect.getsource(inspect.getmodule(PROBES[probe].figures)), (file, probe, figure)
-        assert width in ("column", "page")
-        assert not (ROOT / f"figures/{file}.png").exists() or f"figures/{file}.png" in pages, file
 
 
 def blocks(language: str) -> list[str]:

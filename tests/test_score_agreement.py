@@ -213,13 +213,6 @@ def test_measure_returns_every_score_of_every_component_and_module(trained, monk
     assert set(table[whole].groupby("score").size()) == {len(trained.ranks())}
     kept = table[table["score"] == score_agreement.KEPT]["value"]
     assert kept.between(1, 3).all()
-    found = score_agreement.PROBE.judge({"arm": [trained]}, {trained.id: table})
-    assert [verdict.n for verdict in found.verdicts] == [1] * 6
-    cells = correlate(table[~whole]).set_index(["first", "second"])["value"]
-    first = found.verdicts[0]
-    assert first.effect == pytest.approx(
-        cells["AdaLoRA importance", score_agreement.TRUTH] - cells[score_agreement.CHANCE, score_agreement.TRUTH]
-    )
 
 
 def test_spearman_is_pearson_of_ranks_and_nan_for_a_constant():

@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import webbrowser
+from contextlib import redirect_stdout
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -108,7 +109,8 @@ def _train_claim(claim: str, seed: int, out: Path, json: bool) -> int:
     minutes = planned.minutes()
     time = "unknown" if minutes is None else f"about {minutes:.1f} CPU-minutes"
     print(f"{len(planned.runs())} runs to train; time: {time}.", file=sys.stderr, flush=True)
-    planned.train(out / "runs")
+    with redirect_stdout(sys.stderr):  # a line per run
+        planned.train(out / "runs")
     found = own_seeds.compare(planned)
     if json:
         print(dumps(found.to_dict()))

@@ -32,7 +32,7 @@ _TRUTH = "planted rank"
     "ignores the need. Where bands overlap, these seeds do not distinguish two allocators.",
     misleads="Planted components have similar sizes, unlike those of a real task: confirm the result there. A method "
     "whose ranks cannot exceed the initial rank, or cannot reach 0, must leave the diagonal at that end.",
-    takes="Runs of ``lorascope reproduce --probe planted``, and runs to compare with.",
+    takes="Runs on the text of a planted teacher, and runs to compare with.",
     example='ls.plots.planted({"AdaLoRA": planted})',
 )
 def planted(cohort: Cohort) -> Chart:

@@ -62,7 +62,7 @@ ARMS = {
     lora.LOW: Short(1e-3, 1e-3, 40),
     adalora.ADAPTED: Short(3e-3, 3e-4, 45),
     autolora.ADAPTED: Short(1e-3, 1e-3, 70, {"search_steps": 12}),
-    alora.ADAPTED: Short(1e-3, 1e-3, 80, {"rounds": 3, "score_rows": 16}),
+    alora.ADAPTED: Short(1e-3, 1e-3, 80, {"rounds": 2, "score_rows": 8}),
     hydralora.ROUTED: Short(1e-3, 1e-3, 50),
     fourierft.DEFAULT: Short(5e-2, 5e-3, 35),
     lisa.DRAWN: Short(1e-4, 1e-4, 40),

@@ -188,7 +188,8 @@ def test_replays_have_the_mean_that_equal_modules_imply(train, tmp_path):
     assert value("alora.queries", 0, found) == pytest.approx(share["q"] + share["k"] - share["v"] - share["o"])
 
 
-def test_scores_give_correlations_with_the_loss_increase_on_both_halves(bert, task, tmp_path):
+def test_scores_give_correlations_with_the_loss_increase_on_both_halves(bert, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(score_agreement, "SIZES", (4, 16, 8, 1))
     task.table[["text", "label", "group"]].to_csv(tmp_path / "toy.csv", index=False)
     method = LoRA(rank=2, targets="all-linear", lr=1e-2)
     run = ls.train(bert, tmp_path / "toy.csv", method, out=tmp_path / "run", **SETTINGS)

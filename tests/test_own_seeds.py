@@ -1,4 +1,4 @@
-"""A seed of one's own for one claim: trained as for the evidence, compared with the kept seeds, never added to them."""
+"""An own seed of one claim: trained as for the evidence, compared with the kept seeds, never added to them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def train(kept: Study, claim: str, seed: int = MINE) -> own_seeds.OwnSeeds:
 
 
 @pytest.mark.parametrize("claim", ["p.better", "p.rank", "p.words"])
-def test_kept_own_and_joined_seeds_stand_side_by_side(kept: Study, claim: str) -> None:
+def test_rows_are_kept_own_and_joined_seeds(kept: Study, claim: str) -> None:
     before = {file: file.read_bytes() for file in kept.folder.rglob("*") if file.is_file()}
     found = train(kept, claim)
     assert before == {file: file.read_bytes() for file in kept.folder.rglob("*") if file.is_file()}
@@ -49,7 +49,7 @@ def test_kept_own_and_joined_seeds_stand_side_by_side(kept: Study, claim: str) -
     assert float(rows["effect"]["yours"].split()[0]) == pytest.approx(own, abs=1e-2)
     both = (SEEDS * verdict["effect"] + own) / (SEEDS + 1)
     assert float(rows["effect"]["both"].split()[0]) == pytest.approx(both, abs=1e-2)
-    assert f"Of the {SEEDS} kept seeds" in found.place
+    assert f"of {SEEDS}." in found.place
     assert json.loads(json.dumps(found.to_dict()))["values"][0]["seed"] == MINE
 
 

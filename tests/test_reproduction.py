@@ -131,7 +131,7 @@ def test_report_has_verdicts_runs_and_the_figures_of_every_paper(done: Any, caps
     assert set(done.places["quantity"]) == {"test accuracy"}  # no registration here
 
 
-def test_runs_without_adapters_keep_no_copy_of_the_model(done: Any, task: Any) -> None:
+def test_copies_of_the_whole_model_are_removed(done: Any, task: Any) -> None:
     kept = {file.parent.parent.name for file in (done.path.parent / "runs").glob("*/state/*.safetensors")}
     assert not [name for name in kept if name.startswith(("full", "lisa", "neft", "adapprox"))]
     assert [name for name in kept if name.startswith("lora")]
@@ -224,7 +224,7 @@ def test_command_prints_verdicts_first_and_the_path_last(tmp_path: Path, capsys:
     assert seeds[0] != seeds[1]
 
 
-def test_command_prints_json_alone(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_command_prints_only_json(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(reproduction, "reproduce", lambda out, seed: result(Path(out) / "r.html"))
     assert run("-o", str(tmp_path), "--seed", "5", "--json") == 0
     found = json.loads(capsys.readouterr().out)

@@ -202,7 +202,7 @@ def test_autolora_scores_sum_to_one_and_favor_helpful_components(state):
 
 
 def test_measure_returns_every_score_of_every_component_and_module(trained, monkeypatch):
-    monkeypatch.setattr(score_agreement, "QUICK_SIZES", (8, 2, 2, 1))
+    monkeypatch.setattr(score_agreement, "SIZES", (8, 2, 2, 1))
     table = score_agreement.measure(trained)
     whole = table["component"] == -1
     per_score = table[~whole].groupby("score").size()

@@ -1,4 +1,4 @@
-"""``lorascope reproduce``: the kept verdicts and a new run of every method, one's own seeds, or the whole evidence."""
+"""``lorascope reproduce``: kept verdicts and a new run of every method, one claim with any seed, or the evidence."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def over_kept(
                     Line("x", "value", "who", data=seeds),
                     Point("x", "value", "who", data=run),
                 ],
-                title=f"{title}: {panel}" if panel else title,
+                title=": ".join(filter(None, (title, str(panel)))),
                 x=Axis(label=axes[0], order=list(dict.fromkeys(rows["x"]))),
                 y=Axis(label=axes[1]),
                 caption=f"{caption} Dots: this run; line and band: mean and range of {len(kept)} kept seeds.",

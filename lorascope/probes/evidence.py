@@ -221,7 +221,7 @@ def read_by_claims(claims: Registration) -> dict[str, list[Read]]:
 
 
 @dataclass(frozen=True)
-class Kept:
+class FinishedRun:
     """Parts of a finished run that the evidence keeps, and the test rows of its task."""
 
     row: Mapping[str, Any]
@@ -230,7 +230,7 @@ class Kept:
     rows: pd.DataFrame
 
 
-def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: Path) -> Kept:
+def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: Path) -> FinishedRun:
     """Train one run in this process, and return what is kept of it."""
     torch.set_num_threads(1)
     start = time.process_time()
@@ -264,7 +264,7 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
     rows = identify_test_rows(_task(arm)) if scores else pd.DataFrame()
     # Another machine gives the same run other numbers.
     row |= {"run": f"{row['run']}-{_digest(json.dumps(block()), 6)}", "cpu_seconds": time.process_time() - start}
-    return Kept(row, scores, kept, rows)
+    return FinishedRun(row, scores, kept, rows)
 
 
 def _digest(text: str, length: int) -> str:

@@ -11,9 +11,10 @@ Source: HydraLoRA (arXiv 2404.19245), section 2.3 and figure 3; the objection to
 Departs:
 
 - The paper concludes that A learns what the domains have in common. Runs with a shared A_0 cannot test this: before the
-  first step, the nearest A of every A already belongs to the same module. ``PICTURE`` therefore compares runs with a
-  shared A_0 and runs with separate A_0's, and ``SHARED`` tests the paper's conclusion with separate A_0's.
-- A small encoder on four domains of one task instead of LLaMA-2-7B on subsets of Dolly, and no run on all domains.
+  first step, the nearest A of every A already belongs to the same module. The claim ``asymmetry.picture`` therefore
+  compares runs with a shared A_0 and runs with separate A_0's, and ``asymmetry.space`` tests the paper's conclusion
+  with separate A_0's.
+- A small encoder on four domains of one task instead of LLaMA-2-7B on subsets of Dolly.
 - Every run has a separate classifier head and data order. The head is new here, unlike that of a language model, and a
   shared one would make the B's similar.
 """
@@ -36,7 +37,7 @@ from lorascope.probes.base import Arm, Probe, factor_settings
 from lorascope.runs.run import Run
 
 _RUNS = len(asymmetry.OWN)
-"""Number of runs of a set, which is that of the seeds that a replicate uses."""
+"""Number of runs of a set, and of the seeds that a replicate uses."""
 
 
 def arms() -> list[Arm]:
@@ -47,7 +48,7 @@ def arms() -> list[Arm]:
     settings = factor_settings(200) | {"eval_size": 200, "test_size": 200}
     # ``_replicate_arm`` replaces the 0 by the seed of the replicate's first run.
     separate, shared = (LoRA(rank=8, alpha=8.0, lr=1e-3, head_lr=1e-3, init_seed=seed) for seed in (None, 0))
-    found = []
+    found: list[Arm] = []
     for labels, method in ((asymmetry.OWN, separate), (asymmetry.COMMON, shared), (asymmetry.QUARTERS, shared)):
         for number, label in enumerate(labels):
             # The first run is in both sets on domains, because the other runs of the shared set start from its A.

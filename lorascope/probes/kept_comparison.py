@@ -44,7 +44,7 @@ class Quantity:
 
 
 def quantities(claims: Registration, labels: Collection[str]) -> list[Quantity]:
-    """Return what the claims compute of each run of these arms alone, except predictions and scores of components."""
+    """Return what the claims compute of single runs of these arms, except predictions and scores of components."""
     found = []
     for id, claim in claims.of_tier("primary", "secondary").items():
         texts = (claim.text.statistic, f"{claim.text.statistic}; control: {claim.text.control}")
@@ -114,7 +114,7 @@ def _as_evidence(runs: Mapping[str, Run], tables: Tables) -> Evidence:
 
 @dataclass(frozen=True)
 class View:
-    """How a kept table is drawn: ``cells(table, modules)`` returns ``panel, x, value``."""
+    """Chart of a kept table: ``cells(table, modules)`` returns ``panel, x, value``."""
 
     title: str
     axes: tuple[str, str]
@@ -141,7 +141,7 @@ VIEWS = {
         lambda table, modules: _by_module(table, modules, table["update"] / table["random"]),
     ),
 }
-"""Kept table -> how it is drawn."""
+"""Kept table -> its chart."""
 
 
 def figures(runs: Mapping[str, Run], tables: Tables, kept: Evidence) -> dict[tuple[str, str], ReportFigure]:
@@ -157,7 +157,7 @@ def figures(runs: Mapping[str, Run], tables: Tables, kept: Evidence) -> dict[tup
         chart = over_kept(own, others, view.axes, view.title, f"{label}.")
         found[name, label] = ReportFigure(
             chart,
-            "Dots inside the band are as in the kept runs. Dots outside it show what this run does differently.",
-            "This run has fewer steps than the kept ones, which alone can move its values out of the band.",
+            "Dots inside the band are as in the kept runs. Dots outside it differ from all kept runs.",
+            "This run has fewer steps than the kept ones, which can move its values out of the band.",
         )
     return found

@@ -1,4 +1,4 @@
-"""Seeds of one's own for one claim: statistic and control trained as for the evidence, next to the kept seeds."""
+"""Own seeds of one claim: statistic and control trained as for the evidence, next to the kept seeds."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Plan:
     seed : int
         The seed.
     claims : Registration
-        The registration, with this claim alone and its arms.
+        The registration, with only this claim and its arms.
     kept : Evidence
         Kept evidence of the repository; may be empty.
     folder : Path
-        Folder of one's own evidence.
+        Folder of the own evidence.
     """
 
     claim: str
@@ -95,7 +95,7 @@ def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.par
     seed : int
         Any seed.
     folder : path
-        Folder of one's own evidence.
+        Folder of the own evidence.
     data : path
         Folder ``data`` of a clone, with registration and evidence.
 
@@ -124,12 +124,12 @@ def _read(folder: Path) -> Evidence:
 
 @dataclass(frozen=True)
 class OwnSeeds:
-    """The kept seeds of a claim, one's own, and both.
+    """Results of a claim for the kept seeds, the own ones, and both.
 
     Parameters
     ----------
     rows : DataFrame
-        ``seeds, n, effect, verdict``: kept seeds, one's own, and both. Only the kept seeds have a verdict.
+        ``seeds, n, effect, verdict``: kept seeds, own ones, and both. Only the kept seeds have a verdict.
     values : DataFrame
         ``seed, statistic, control, effect``: one row per own seed; none if the claim compares pairs of seeds and there
         are fewer than three.
@@ -149,8 +149,8 @@ class OwnSeeds:
 
 
 def compare(planned: Plan, data: Path = registration.FILE.parent) -> OwnSeeds:
-    """Compute a claim's effect for the kept seeds, for one's own, and for both; only the kept ones have a verdict."""
-    pair, registered = PAIRS[planned.claim], planned.claims.claims[planned.claim]
+    """Compute a claim's effect for the kept seeds, for the own ones, and for both; only kept ones have a verdict."""
+    (statistic, control), registered = PAIRS[planned.claim], planned.claims.claims[planned.claim]
     arms, here = set(registered.arms), block()
     mine, blocks = _read(planned.folder).in_block(here), planned.kept.blocks()
     kept = planned.kept.in_block(blocks[0]) if blocks else planned.kept
@@ -161,7 +161,7 @@ def compare(planned: Plan, data: Path = registration.FILE.parent) -> OwnSeeds:
         method = registered.design.interval
         if not seeds or (method == "jackknife" and len(seeds) < _SEEDS_OF_PAIRS):
             return len(seeds), "", pd.DataFrame(columns=["seed", "statistic", "control", "effect"])
-        effect, values = estimate_effect(*pair, evidence, seeds, method)
+        effect, values = estimate_effect(statistic, control, evidence, seeds, method)
         return len(seeds), format_effect(registered.claim, *effect.interval(ERROR)[:3]), values
 
     joined = _join(kept, mine)
@@ -175,7 +175,7 @@ def compare(planned: Plan, data: Path = registration.FILE.parent) -> OwnSeeds:
 
 
 def _join(kept: Evidence, mine: Evidence) -> Evidence:
-    """Return the kept runs and one's own, which replace kept ones of the same arm and seed."""
+    """Return the kept runs and the own ones, which replace kept ones of the same arm and seed."""
     keys = ["arm", "seed", "role"]
     replaced = kept.runs.set_index(keys).index.isin(mine.runs.set_index(keys).index)
     runs = pd.concat([kept.runs[~replaced], mine.runs], ignore_index=True)
@@ -200,7 +200,5 @@ def _place(both: pd.DataFrame, own: pd.Series) -> str:
     if not len(kept):
         return "There are no other kept seeds to compare with."
     below = [int((kept < effect).sum()) for effect in both.loc[own, "effect"]]
-    counts = ", ".join(map(str, below))
-    return (
-        f"Of the {len(kept)} kept seeds, {counts} are below yours; their range is {kept.min():.3g} to {kept.max():.3g}."
-    )
+    counts = ", ".join(f"{count} of {len(kept)}" for count in below)
+    return f"Kept seeds below yours: {counts}. Their range is {kept.min():.3g} to {kept.max():.3g}."

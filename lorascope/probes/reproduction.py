@@ -101,7 +101,7 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
             "runs",
             f"One run per method, seed {seed}",
             f"{short_runs.STEPS} steps on sentiment, {short_runs.TEST_ROWS} test rows. The kept runs have more steps, "
-            "so this seed is no test of the claims.",
+            "so this seed does not test the claims.",
             tables={_TABLE: found.runs, _PLACES: places},
             figures=[draw("training_curves", runs)],
         ),

@@ -31,21 +31,13 @@ from lorascope.runs.run import Run
 
 # The stored tables use these names of scores, so they must not change.
 TRUTH, AGAIN, CHANCE = "loss rise", "loss rise, other text", "random"  # prose: ok
-FULL_SIZES, QUICK_SIZES = (32, 16, 59, 4), (4, 16, 8, 1)
+SIZES = (32, 16, 59, 4)
 """Examples per batch, batches for the scores, batches for each truth, and batches on which components are removed.
 
 Removal is by far the most expensive part.
 """
 _SCORES = {"AdaLoRA": "AdaLoRA importance", "ALoRA": "ALoRA importance", "AutoLoRA": "AutoLoRA alpha"}
 _SIZE, KEPT = "singular value", "AutoLoRA kept"
-LABELS = {
-    TRUTH: "loss increase",
-    AGAIN: "loss increase, other examples",
-    KEPT: "AutoLoRA retained",
-    "ALoRA, without": "ALoRA, component removed",
-    "ALoRA, alone": "ALoRA, only component",  # prose: ok
-}
-"""Name of a score in the stored tables -> name in the figures, where they differ."""
 
 
 def measure(run: Run) -> pd.DataFrame:
@@ -63,7 +55,7 @@ def measure(run: Run) -> pd.DataFrame:
     detach(model)
     model.requires_grad_(False)
     task = task.fit(model)
-    rows, seeing, judging, removed = FULL_SIZES if run.meta.settings["steps"] > 100 else QUICK_SIZES
+    rows, seeing, judging, removed = SIZES
     tokens = models.tokenizer(model)
 
     def batches(split: str, number: int) -> list[dict[str, Tensor]]:

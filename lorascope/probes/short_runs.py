@@ -36,7 +36,7 @@ STEPS, TEST_ROWS = 100, 1000
 
 @dataclass(frozen=True)
 class Short:
-    """How a registered arm is shortened.
+    """Shortened form of a registered arm.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ class Short:
     changes : mapping
         Fields of the method with other values.
     observers : tuple of Observer
-        Observers besides the norms.
+        Further observers, in addition to the norms.
     """
 
     lr: float
@@ -69,7 +69,7 @@ ARMS = {
     neft.CHANGED: Short(3e-4, 3e-4, 70, {"tune_steps": STEPS // 3}, observers=(observe.utilization(every=STEPS),)),
     adapprox.OURS: Short(1e-4, 1e-4, 80, observers=(observe.factor_drift(),)),
 }
-"""Registered arm -> how it is shortened, in the order of the tables."""
+"""Registered arm -> its shortened form, in the order of the tables."""
 
 
 def shorten(label: str, short: Short, seed: int, claims: Registration | None, runs: pd.DataFrame) -> Arm:
@@ -80,7 +80,7 @@ def shorten(label: str, short: Short, seed: int, claims: Registration | None, ru
     label : str
         Label of the arm.
     short : Short
-        How it is shortened.
+        Its shortened form.
     seed : int
         Seed of the run.
     claims : Registration or None
@@ -106,7 +106,7 @@ def has_task_of_kept_runs(label: str) -> bool:
 def train(root: Path, seed: int, claims: Registration | None, runs: pd.DataFrame) -> dict[str, Run]:
     """Train the ten arms and return their runs by label. Finished runs in the folder are reused.
 
-    Runs without adapters keep no copy of the model.
+    Saved copies of the whole model are removed.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def train(root: Path, seed: int, claims: Registration | None, runs: pd.DataFrame
     """
     arms = {label: shorten(label, short, seed, claims, runs) for label, short in ARMS.items()}
     task = first_test_rows(tasks.load("sentiment"), TEST_ROWS)
-    # The longest first, so that no process trains alone at the end.
+    # The longest first, so that both processes end at about the same time.
     order = sorted(arms, key=lambda label: -ARMS[label].cost)
     jobs = [
         Job(

@@ -16,7 +16,7 @@ from lorascope.evidence.statistics.base import Statistic
 from lorascope.evidence.statistics.lisa import NORMS
 from lorascope.evidence.statistics.lora import AMPLIFICATION
 from lorascope.evidence.statistics.ranks import RANKS
-from lorascope.evidence.store import Evidence
+from lorascope.evidence.store import RUN_COLUMNS, Evidence
 from lorascope.plots.builders import over_kept
 from lorascope.probes.base import ReportFigure
 from lorascope.probes.evidence import block, keep_functions
@@ -105,7 +105,10 @@ def _place(value: float, kept: np.ndarray) -> dict[str, Any]:
 
 def _as_evidence(runs: Mapping[str, Run], tables: Tables) -> Evidence:
     """Return the runs and their tables in the form that statistics read."""
-    rows = [{"run": run.id, "arm": label, "role": "judged", "seed": run.seed} | block() for label, run in runs.items()]
+    rows = [
+        dict.fromkeys(RUN_COLUMNS) | block() | {"run": run.id, "arm": label, "role": "judged", "seed": run.seed}
+        for label, run in runs.items()
+    ]
     kept: dict[str, dict[str, pd.DataFrame]] = {}
     for (name, label), table in tables.items():
         kept.setdefault(name, {})[runs[label].id] = table

@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.stats import false_discovery_control
 
 from lorascope.analysis.recipe_comparison import holm
+from lorascope.analysis.seed_intervals import Estimate
 from lorascope.evidence import looks
 from lorascope.evidence.claims import format_effect
 from lorascope.evidence.registration import Registered
@@ -47,6 +48,17 @@ def _tasks_vary(evidence: Evidence, arms: Iterable[str], seeds: Sequence[int]) -
     return any(runs[[evidence.run(arm, seed) for seed in seeds]].nunique() > 1 for arm in arms)
 
 
+def estimate_claim(
+    registered: Registered, pair: Pair, evidence: Evidence, seeds: Sequence[int]
+) -> tuple[Estimate, pd.DataFrame]:
+    """Estimate the effect of a claim over these seeds; see ``estimate_effect``."""
+    statistic, control = pair
+    method = registered.design.interval
+    if method == "t" and _tasks_vary(evidence, _arms(pair), seeds):
+        statistic, control = _SeedBySeed(statistic), _SeedBySeed(control)
+    return estimate_effect(statistic, control, evidence, seeds, method)
+
+
 def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple[looks.Verdict, pd.DataFrame] | None:
     """Judge a claim by the runs of one machine, at its registered looks.
 
@@ -67,17 +79,13 @@ def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple
         ``seed, statistic, control, effect`` at this look. None instead of both if fewer than two seeds have all runs,
         which have no interval, and no pairs.
     """
-    statistic, control = pair
     seeds = evidence.seeds(_arms(pair), registered.design.first_seed)
     if len(seeds) < 2:
         return None
-    method = registered.design.interval
-    if method == "t" and _tasks_vary(evidence, _arms(pair), seeds):
-        statistic, control = _SeedBySeed(statistic), _SeedBySeed(control)
     tables: dict[int, pd.DataFrame] = {}
 
     def estimate(n: int) -> Any:
-        effect, tables[n] = estimate_effect(statistic, control, evidence, seeds[:n], method)
+        effect, tables[n] = estimate_claim(registered, pair, evidence, seeds[:n])
         return effect
 
     verdict = looks.judge(registered.claim, registered.design.looks, estimate, len(seeds))

@@ -13,11 +13,11 @@ import pandas as pd
 
 from lorascope.evidence import registration, store
 from lorascope.evidence.claims import format_effect
+from lorascope.evidence.judging import estimate_claim
 from lorascope.evidence.looks import ERROR
 from lorascope.evidence.open_runs import OpenRun
 from lorascope.evidence.registration import Registration
 from lorascope.evidence.statistics import PAIRS
-from lorascope.evidence.statistics.base import estimate_effect
 from lorascope.evidence.store import BLOCK, Evidence
 from lorascope.evidence.tuning import chosen
 from lorascope.probes.evidence import block, read_by_claims, require_registered, train_runs
@@ -150,7 +150,7 @@ class OwnSeeds:
 
 def compare(planned: Plan, data: Path = registration.FILE.parent) -> OwnSeeds:
     """Compute a claim's effect for the kept seeds, for the own ones, and for both; only kept ones have a verdict."""
-    (statistic, control), registered = PAIRS[planned.claim], planned.claims.claims[planned.claim]
+    pair, registered = PAIRS[planned.claim], planned.claims.claims[planned.claim]
     arms, here = set(registered.arms), block()
     mine, blocks = _read(planned.folder).in_block(here), planned.kept.blocks()
     kept = planned.kept.in_block(blocks[0]) if blocks else planned.kept
@@ -158,10 +158,9 @@ def compare(planned: Plan, data: Path = registration.FILE.parent) -> OwnSeeds:
     kept_seeds = [seed for seed in kept.seeds(arms, registered.design.first_seed) if seed not in own_seeds]
 
     def estimate(evidence: Evidence, seeds: list[int]) -> tuple[int, str, pd.DataFrame]:
-        method = registered.design.interval
-        if not seeds or (method == "jackknife" and len(seeds) < _SEEDS_OF_PAIRS):
+        if not seeds or (registered.design.interval == "jackknife" and len(seeds) < _SEEDS_OF_PAIRS):
             return len(seeds), "", pd.DataFrame(columns=["seed", "statistic", "control", "effect"])
-        effect, values = estimate_effect(statistic, control, evidence, seeds, method)
+        effect, values = estimate_claim(registered, pair, evidence, seeds)
         return len(seeds), format_effect(registered.claim, *effect.interval(ERROR)[:3]), values
 
     joined = _join(kept, mine)

@@ -67,7 +67,7 @@ ARMS = {
     fourierft.DEFAULT: Short(5e-2, 5e-3, 35),
     lisa.DRAWN: Short(1e-4, 1e-4, 40),
     neft.CHANGED: Short(3e-4, 3e-4, 70, {"tune_steps": STEPS // 3}, observers=(observe.utilization(every=STEPS),)),
-    adapprox.OURS: Short(1e-4, 1e-4, 80, observers=(observe.factor_drift(),)),
+    adapprox.OURS: Short(1e-4, 1e-4, 95, observers=(observe.factor_drift(),)),
 }
 """Registered arm -> its shortened form, in the order of the tables."""
 

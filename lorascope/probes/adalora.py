@@ -38,7 +38,7 @@ def arms() -> list[Arm]:
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     """Draw the allocation and its history."""
-    run = runs[statistics.ADAPTED]
+    run = {statistics.ADAPTED: runs[statistics.ADAPTED]}
     return [draw("rank_allocation", run, chance=True), draw("rank_replay", run), draw("importance", run)]
 
 

@@ -73,8 +73,8 @@ def keep_tails(run: Run) -> pd.DataFrame:
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     """Draw the second moments of Adam, and the ranks and errors of their factors."""
-    ours = runs[statistics.OURS]
-    return [draw("second_moments", runs[FULL]), draw("factor_rank", ours), draw("factor_error", ours)]
+    adam, ours = {FULL: runs[FULL]}, {statistics.OURS: runs[statistics.OURS]}
+    return [draw("second_moments", adam), draw("factor_rank", ours), draw("factor_error", ours)]
 
 
 PROBE = Probe(

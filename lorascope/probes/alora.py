@@ -69,7 +69,7 @@ def keep_replays(run: Run) -> pd.DataFrame:
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     """Draw the allocation and its history."""
-    run = runs[statistics.ADAPTED]
+    run = {statistics.ADAPTED: runs[statistics.ADAPTED]}
     return [draw("rank_allocation", run, chance=True), draw("rank_replay", run), draw("importance", run)]
 
 

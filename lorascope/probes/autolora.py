@@ -57,8 +57,8 @@ def _with_random_ranks(arm: Arm, seed: int) -> Arm:
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     """Draw the allocation, and the search."""
-    run = runs[statistics.ADAPTED]
-    return [draw("rank_allocation", run), draw("importance", run.parents[0], quantity="alpha")]
+    label, run = statistics.ADAPTED, runs[statistics.ADAPTED]
+    return [draw("rank_allocation", {label: run}), draw("importance", {label: run.parents[0]}, quantity="alpha")]
 
 
 PROBE = Probe(

@@ -61,7 +61,7 @@ def _with_entries(arm: Arm, seed: int) -> Arm:
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     """Draw the spectrum of the update, and one update."""
-    run = runs[DEFAULT]
+    run = {DEFAULT: runs[DEFAULT]}
     return [draw("fourier_spectrum", run), draw("update_image", run, added=True)]
 
 

@@ -74,7 +74,8 @@ def keep_gate_information(run: Run) -> pd.DataFrame:
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     """Draw the gate weights by domain, and their course."""
-    return [draw(figure, runs[statistics.ROUTED]) for figure in ("gates", "gate_course")]
+    run = {statistics.ROUTED: runs[statistics.ROUTED]}
+    return [draw(figure, run) for figure in ("gates", "gate_course")]
 
 
 PROBE = Probe(

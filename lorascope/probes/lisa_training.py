@@ -45,7 +45,8 @@ def arms() -> list[Arm]:
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     """Draw the blocks that trained."""
-    return [draw(figure, runs[statistics.DRAWN]) for figure in ("active_layers", "draw_frequency")]
+    run = {statistics.DRAWN: runs[statistics.DRAWN]}
+    return [draw(figure, run) for figure in ("active_layers", "draw_frequency")]
 
 
 PROBE = Probe(

@@ -70,7 +70,8 @@ def keep_utilization(run: Run) -> pd.DataFrame:
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     """Draw the chosen neurons, their rotation, and the shifts of utilization."""
-    return [draw(figure, runs[statistics.CHANGED]) for figure in ("neurons", "neuron_cosine", "rank_shift")]
+    run = {statistics.CHANGED: runs[statistics.CHANGED]}
+    return [draw(figure, run) for figure in ("neurons", "neuron_cosine", "rank_shift")]
 
 
 PROBE = Probe(

@@ -35,7 +35,7 @@ from lorascope.methods import (
 )
 from lorascope.probes import reproduction, short_runs
 from lorascope.probes.base import Arm
-from lorascope.probes.short_runs import ARMS, STEPS
+from lorascope.probes.short_runs import ARMS
 
 CLAIMS = registration.read()
 LINEAR: Any = {"targets": "all-linear"}
@@ -72,10 +72,11 @@ def test_every_method_is_trained_once() -> None:
 
 
 @pytest.mark.parametrize("label", ARMS)
-def test_rates_without_kept_tuning_are_the_middle_ones_of_the_registration(label: str) -> None:
+def test_smallest_rates_are_registered_ones(label: str) -> None:
+    """They are the middle rates, and the largest one for AdaLoRA, which learns more slowly."""
     arm = CLAIMS.arms[label]
     tuned = CLAIMS.arms[arm.rate_of or label]
-    middle = tuned.rates[len(tuned.rates) // 2]
+    middle = tuned.rates[-1 if label == adalora.ADAPTED else len(tuned.rates) // 2]
     found = {"lr": ARMS[label].lr, "head_lr": ARMS[label].head_lr}
     assert found == pytest.approx({name: middle * ratio for name, ratio in arm.fields.items()})
 
@@ -85,26 +86,26 @@ def tiny_arms(bert: str, task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     arms = {label: Arm(label=label, method=method, settings={}, model=bert) for label, method in METHODS.items()}
     monkeypatch.setattr(short_runs, "registered_arms", lambda: arms)
     shorts = {
-        label: replace(short, changes=CHANGES.get(label, {}), observers=OBSERVERS.get(label, ()))
+        label: replace(short, changes=CHANGES.get(label, {}), observers=OBSERVERS.get(label, ()), steps=8)
         for label, short in ARMS.items()
     }
     monkeypatch.setattr(short_runs, "ARMS", shorts)
-    monkeypatch.setattr(short_runs, "STEPS", 8)
     monkeypatch.setattr(short_runs, "TEST_ROWS", 20)
     monkeypatch.setattr(short_runs.tasks, "load", lambda name: task)
 
 
-def test_chosen_rate_replaces_the_middle_one(tiny_arms: None) -> None:
-    grid = CLAIMS.arms[lora.LOW].rates
-    losses = dict(zip(grid, (0.5, 0.6, 0.7), strict=True))
-    assert choose(grid, losses).missing == (1e-4,)  # the best is at an end
+@pytest.mark.parametrize(("best", "used"), [(3e-4, 1e-3), (1e-3, 1e-3), (3e-3, 3e-3)])
+def test_chosen_rate_is_used_if_few_steps_learn_at_it(tiny_arms: None, best: float, used: float) -> None:
+    grid = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # with one further rate beyond each end
+    losses = {rate: 0.5 if rate == best else 0.9 for rate in grid}
+    assert choose(CLAIMS.arms[lora.LOW].rates, losses).rate == best
     rows = [
         {"arm": lora.LOW, "role": "tuning", "seed": seed, "rate": rate, "validation_loss": loss}
-        for rate, loss in (losses | {1e-4: 0.9}).items()
+        for rate, loss in losses.items()
         for seed in (9001, 9002)
     ]
     arm = short_runs.shorten(lora.LOW, ARMS[lora.LOW], 7, CLAIMS, pd.DataFrame(rows))
-    assert (arm.method.lr, arm.method.head_lr) == (3e-4, 3e-4)
+    assert (arm.method.lr, arm.method.head_lr) == (used, used)
     assert short_runs.shorten(lora.LOW, ARMS[lora.LOW], 7, None, pd.DataFrame()).method.lr == 1e-3
 
 
@@ -253,4 +254,4 @@ def test_other_files_are_never_replaced(tmp_path: Path) -> None:
 
 
 def test_steps_are_enough_to_learn_and_few_enough_to_wait() -> None:
-    assert 60 <= STEPS <= 120
+    assert all(60 <= short.steps <= 120 for short in ARMS.values())

@@ -22,6 +22,7 @@ from lorascope.runs.run import Run
 
 REPORT = "report.html"
 _TABLE = "Runs of this seed"
+_COLUMNS = {"trained": "trained parameters", "rate": "learning rate"}
 _PLACES = "Quantities of these runs among the kept seeds"
 
 
@@ -38,7 +39,7 @@ class Reproduction:
     verdicts : KeptVerdicts
         Verdicts that are kept; the runs add none.
     runs : DataFrame
-        ``method, accuracy, trained, seconds, rate``: one row per run.
+        ``method, accuracy, trained, seconds, steps, rate``: one row per run.
     places : DataFrame
         Quantities of the runs among the kept seeds; see ``kept_comparison.places``.
     """
@@ -100,9 +101,9 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
         Section(
             "runs",
             f"One run per method, seed {seed}",
-            f"{short_runs.STEPS} steps on sentiment, {short_runs.TEST_ROWS} test rows. The kept runs have more steps, "
-            "so this seed does not test the claims.",
-            tables={_TABLE: found.runs, _PLACES: places},
+            f"About {short_runs.STEPS} steps per method on sentiment, {short_runs.TEST_ROWS} test rows. The kept runs "
+            "have more steps, so this seed does not test the claims.",
+            tables={_TABLE: found.runs.rename(columns=_COLUMNS), _PLACES: places},
             figures=[draw("training_curves", runs)],
         ),
     ]
@@ -128,6 +129,7 @@ def _runs_table(runs: dict[str, Run]) -> pd.DataFrame:
             "accuracy": run.score.metric,
             "trained": run.meta.parameters.trained,
             "seconds": round(run.meta.total_seconds),
+            "steps": run.meta.settings["steps"],
             "rate": run.meta.settings["lr"],
         }
         for label, run in runs.items()

@@ -41,13 +41,15 @@ class Short:
     Parameters
     ----------
     lr, head_lr : float
-        Rates if none are chosen by the kept tuning runs: the middle ones of the registration.
+        Smallest rates, at which so few steps learn the task; used unless the kept tuning runs choose larger ones.
     cost : float
         Expected CPU-seconds of the run.
     changes : mapping
         Fields of the method with other values.
     observers : tuple of Observer
         Further observers, in addition to the norms.
+    steps : int
+        Number of steps. Default ``STEPS``.
     """
 
     lr: float
@@ -55,15 +57,17 @@ class Short:
     cost: float
     changes: Mapping[str, Any] = field(default_factory=dict)
     observers: tuple[observe.Observer, ...] = ()
+    steps: int = STEPS
 
 
 ARMS = {
     lora.FULL: Short(1e-4, 1e-4, 60, observers=(observe.second_moments(every=STEPS),)),
     lora.LOW: Short(1e-3, 1e-3, 40),
-    adalora.ADAPTED: Short(3e-3, 3e-4, 45),
+    # At its middle rate, 3e-3, AdaLoRA hardly leaves chance level in these steps.
+    adalora.ADAPTED: Short(1e-2, 1e-3, 45),
     autolora.ADAPTED: Short(1e-3, 1e-3, 70, {"search_steps": 12}),
     alora.ADAPTED: Short(1e-3, 1e-3, 80, {"rounds": 2, "score_rows": 8}),
-    hydralora.ROUTED: Short(1e-3, 1e-3, 50),
+    hydralora.ROUTED: Short(1e-3, 1e-3, 50, steps=120),
     fourierft.DEFAULT: Short(5e-2, 5e-3, 35),
     lisa.DRAWN: Short(1e-4, 1e-4, 40),
     neft.CHANGED: Short(3e-4, 3e-4, 70, {"tune_steps": STEPS // 3}, observers=(observe.utilization(every=STEPS),)),
@@ -90,10 +94,11 @@ def shorten(label: str, short: Short, seed: int, claims: Registration | None, ru
     """
     arm: Any = registered_arms()[label]
     rates = {"lr": short.lr, "head_lr": short.head_lr}
-    if claims is not None and (rate := chosen(claims, runs, label)[1].rate):
+    if claims is not None and (rate := chosen(claims, runs, label)[1].rate or 0) > short.lr:
         rates = {name: rate * ratio for name, ratio in claims.arms[label].fields.items()}
     method = replace(arm.of_seed(seed).method, **rates, **short.changes)
-    settings = encoder_settings(STEPS, *short.observers) | {"seed": seed, "eval_every": STEPS // 4, "eval_size": 200}
+    settings = encoder_settings(short.steps, *short.observers)
+    settings |= {"seed": seed, "eval_every": short.steps // 4, "eval_size": 200}
     return replace(arm, method=method, settings=settings, task="sentiment", vary=None)
 
 

@@ -31,7 +31,8 @@ from lorascope.probes.evidence import registered_arms
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
 
-STEPS, TEST_ROWS = 100, 1000
+EVALUATED, TEST_ROWS = 100, 1000
+"""Rows of the validation split at each evaluation, and of the test split."""
 
 
 @dataclass(frozen=True)
@@ -42,36 +43,36 @@ class Short:
     ----------
     lr, head_lr : float
         Smallest rates, at which so few steps learn the task; used unless the kept tuning runs choose larger ones.
+    steps : int
+        Number of steps.
     cost : float
         Expected CPU-seconds of the run.
     changes : mapping
         Fields of the method with other values.
     observers : tuple of Observer
         Further observers, in addition to the norms.
-    steps : int
-        Number of steps. Default ``STEPS``.
     """
 
     lr: float
     head_lr: float
+    steps: int
     cost: float
     changes: Mapping[str, Any] = field(default_factory=dict)
     observers: tuple[observe.Observer, ...] = ()
-    steps: int = STEPS
 
 
 ARMS = {
-    lora.FULL: Short(1e-4, 1e-4, 60, observers=(observe.second_moments(every=STEPS),)),
-    lora.LOW: Short(1e-3, 1e-3, 40),
+    lora.FULL: Short(1e-4, 1e-4, 60, 60, observers=(observe.second_moments(every=60),)),
+    lora.LOW: Short(1e-3, 1e-3, 70, 45),
     # At its middle rate, 3e-3, AdaLoRA hardly leaves chance level in these steps.
-    adalora.ADAPTED: Short(1e-2, 1e-3, 45),
-    autolora.ADAPTED: Short(1e-3, 1e-3, 70, {"search_steps": 12}),
-    alora.ADAPTED: Short(1e-3, 1e-3, 80, {"rounds": 2, "score_rows": 8}),
-    hydralora.ROUTED: Short(1e-3, 1e-3, 50, steps=120),
-    fourierft.DEFAULT: Short(5e-2, 5e-3, 35),
-    lisa.DRAWN: Short(1e-4, 1e-4, 40),
-    neft.CHANGED: Short(3e-4, 3e-4, 70, {"tune_steps": STEPS // 3}, observers=(observe.utilization(every=STEPS),)),
-    adapprox.OURS: Short(1e-4, 1e-4, 95, observers=(observe.factor_drift(),)),
+    adalora.ADAPTED: Short(1e-2, 1e-3, 80, 60),
+    autolora.ADAPTED: Short(1e-3, 1e-3, 70, 75, {"search_steps": 8}),
+    alora.ADAPTED: Short(1e-3, 1e-3, 70, 85, {"rounds": 2, "score_rows": 8}),
+    hydralora.ROUTED: Short(1e-3, 1e-3, 120, 80),
+    fourierft.DEFAULT: Short(5e-2, 5e-3, 70, 35),
+    lisa.DRAWN: Short(1e-4, 1e-4, 80, 55),
+    neft.CHANGED: Short(3e-4, 3e-4, 60, 80, {"tune_steps": 20}, (observe.utilization(every=60),)),
+    adapprox.OURS: Short(1e-4, 1e-4, 60, 110, observers=(observe.factor_drift(every=30),)),
 }
 """Registered arm -> its shortened form, in the order of the tables."""
 
@@ -98,7 +99,7 @@ def shorten(label: str, short: Short, seed: int, claims: Registration | None, ru
         rates = {name: rate * ratio for name, ratio in claims.arms[label].fields.items()}
     method = replace(arm.of_seed(seed).method, **rates, **short.changes)
     settings = encoder_settings(short.steps, *short.observers)
-    settings |= {"seed": seed, "eval_every": short.steps // 4, "eval_size": 200}
+    settings |= {"seed": seed, "eval_every": short.steps // 4, "eval_size": EVALUATED}
     return replace(arm, method=method, settings=settings, task="sentiment", vary=None)
 
 

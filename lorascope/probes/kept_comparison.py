@@ -161,6 +161,6 @@ def figures(runs: Mapping[str, Run], tables: Tables, kept: Evidence) -> dict[tup
         found[name, label] = ReportFigure(
             chart,
             "Dots inside the band are as in the kept runs. Dots outside it differ from all kept runs.",
-            "This run has fewer steps than the kept ones, which can move its values out of the band.",
+            "This run has fewer steps and shorter texts than the kept ones, which can move its values out of the band.",
         )
     return found

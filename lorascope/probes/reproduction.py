@@ -101,8 +101,8 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
         Section(
             "runs",
             f"One run per method, seed {seed}",
-            f"Few steps per method on sentiment, {short_runs.TEST_ROWS} test rows. The kept runs have more steps, "
-            "so this seed does not test the claims.",
+            f"Few steps on texts of up to {short_runs.LENGTH} tokens, {short_runs.TEST_ROWS} test rows. The kept runs "
+            "have more steps and longer texts, so this seed does not test the claims.",
             tables={_TABLE: found.runs.rename(columns=_COLUMNS), _PLACES: places},
             figures=[draw("training_curves", runs)],
         ),

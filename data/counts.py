@@ -1,4 +1,4 @@
-"""Count the bundled sentences: ``python data/counts.py`` writes ``sentiment_counts.csv`` beside itself."""
+"""Count the bundled sentences: ``python data/counts.py`` writes ``sentiment_counts.csv`` next to itself."""
 
 from __future__ import annotations
 

@@ -313,16 +313,19 @@ class _Tables:
 
     def _outcome(self, id: str) -> str:
         row = self.rows[id]
-        if self.evidence.runs.empty:
+        if self._has_no_runs(id):
             return "not judged"
         side = row["side"] if row["look"] >= 1 else ""
         return ", ".join(filter(None, (row["outcome"], side)))
+
+    def _has_no_runs(self, id: str) -> bool:
+        return bool(self.rows[id]["n"] == 0 and self.rows[id]["outcome"] != "void")
 
     def _marks(self, id: str) -> Iterator[str]:
         row = self.rows[id]
         if row["arms_state"] == "deviated":
             yield "deviated"
-        if row["note"] and not self.evidence.runs.empty:
+        if row["note"] and not self._has_no_runs(id):
             yield row["note"]
         if id in self._elsewhere:
             yield "depends on the machine"

@@ -13,7 +13,7 @@ from lorascope.evidence.claims import Claim, Outcome, side
 
 ERROR = 0.025
 """One-sided error of a claim over all its looks."""
-STOPPED = "next look not made"
+STOPPED = "more seeds to train"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Verdict:
     p, p_looks : float
         p-value at the look, and the same multiplied by the share of the error that the look has.
     note : str
-        "next look not made" if the claim is undecided and has looks left, else "".
+        "more seeds to train" if the claim is undecided and has looks left, else "".
     """
 
     outcome: Outcome

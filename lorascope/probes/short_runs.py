@@ -69,7 +69,7 @@ ARMS = {
     lora.LOW: Short(1e-3, 1e-3, 80, 40),
     # At its middle rate, 3e-3, AdaLoRA hardly leaves chance level in these steps.
     adalora.ADAPTED: Short(1e-2, 1e-3, 90, 45),
-    autolora.ADAPTED: Short(1e-3, 1e-3, 80, 60, {"search_steps": 8}),
+    autolora.ADAPTED: Short(1e-3, 1e-3, 110, 70, {"search_steps": 8}),
     alora.ADAPTED: Short(1e-3, 1e-3, 100, 75, {"rounds": 2, "score_rows": 8}),
     hydralora.ROUTED: Short(1e-3, 1e-3, 120, 65),
     fourierft.DEFAULT: Short(5e-2, 5e-3, 80, 35),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from cells import METHODS, check
+from PIL import Image
 
 from lorascope.analysis.factor_embeddings import factored_updates
 from lorascope.inputs import models, tasks
@@ -60,4 +61,6 @@ def test_figures_script_of_the_full_model_draws_small_runs(smollm2, tmp_path, mo
     page = (Path(drawing.__file__).parents[1] / "docs" / "smollm2.md").read_text(encoding="utf-8")
     assert re.findall(r"figures/(smollm2-\w+)\.png", page) == list(charts)
     for chart in charts.values():
-        assert drawing.save(chart, tmp_path / "chart.png", "page").stat().st_size > 10_000
+        saved = drawing.save(chart, tmp_path / "chart.png")
+        assert saved.stat().st_size > 10_000
+        assert Image.open(saved).text  # the ids of the runs

@@ -180,6 +180,9 @@ def test_verdicts_are_read_without_torch_and_missing_files_give_one_line(tmp_pat
     assert len(nothing.notes) == 1
     here = kept_verdicts.read()
     assert here.table["claim"].iloc[0] == "published.fourierft"
+    kept = pd.read_csv(registration.FILE.parent / "evidence" / "verdicts.csv")
+    judged = kept["claim"][(kept["look"] >= 1) | (kept["outcome"] == "void")]
+    assert here.table["claim"].tolist()[-len(judged) :] == judged.tolist()  # no verdict before the first look
 
 
 def run(*words: str) -> int:

@@ -46,10 +46,10 @@ def read(data: Path = registration.FILE.parent) -> KeptVerdicts:
     tables, notes = [published.judge(claims.claims, data / "published")], []
     if file.exists():
         kept = pd.read_csv(file)
-        judged = (kept["n"] > 0) | (kept["outcome"] == "void")
+        judged = (kept["look"] >= 1) | (kept["outcome"] == "void")
         tables.append(kept[judged].fillna({"side": "", "shown": ""}))
         if missing := int((~judged).sum()):
-            notes.append(f"{missing} of {len(kept)} claims have no runs yet.")
+            notes.append(f"{missing} of {len(kept)} claims have no verdict yet.")
     else:
         notes.append("No trained runs are judged yet: data/evidence has no verdicts.csv.")
     return KeptVerdicts(pd.concat([_rows(table, claims) for table in tables], ignore_index=True), tuple(notes))

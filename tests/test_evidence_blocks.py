@@ -67,7 +67,7 @@ def test_verdicts_equal_those_of_the_runs() -> None:
 
 
 def test_tables_have_every_claim_once_primary_first() -> None:
-    blocks, _ = write(store.empty())
+    blocks, _ = write(store.read_kept(Path("no folder")))
     listed = re.findall(r"^\| `([\w.]+)`", blocks["verdicts"], re.MULTILINE)
     assert listed == [*REGISTERED.of_tier("primary"), *REGISTERED.of_tier("secondary")]
     of_papers = [re.findall(r"^\| `([\w.]+)`", blocks[f"{name.lower()}-verdicts"], re.MULTILINE) for name in PAPERS]
@@ -179,7 +179,7 @@ def test_costs_and_missing_looks_are_stated() -> None:
 
 
 def test_every_earlier_claim_has_its_successor_or_was_dropped() -> None:
-    blocks, _ = write(store.empty())
+    blocks, _ = write(store.read_kept(Path("no folder")))
     rows = [line.split(" | ") for line in blocks["before"].strip().splitlines()[2:]]
     dropped = {re.match(r"\| `([\w.]+)`", row[0])[1] for row in rows if row[3] == "dropped"}  # type: ignore[index]
     assert dropped == {

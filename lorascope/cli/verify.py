@@ -59,7 +59,7 @@ def main(
     if write and not ours:
         raise ValueError(f"--write requires the evidence of the repository, {printable(own)}")
     claims = registration.read(registered)
-    found = store.read(folder) if kept else store.empty()
+    found = store.read_kept(folder)
     derived = verification.derive(found, claims, PAIRS)
     differences: list[str] = []
     if ours:

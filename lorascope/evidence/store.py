@@ -181,8 +181,10 @@ def read(folder: str | Path) -> Evidence:
     return Evidence(runs, rows, margins, nll, kept)
 
 
-def empty() -> Evidence:
-    """Return the evidence of no runs."""
+def read_kept(folder: Path) -> Evidence:
+    """Read a folder of evidence; without a ``runs.csv``, return the evidence of no runs."""
+    if (folder / "runs.csv").exists():
+        return read(folder)
     return Evidence(pd.DataFrame(columns=list(RUN_COLUMNS)), pd.DataFrame())
 
 

@@ -105,7 +105,7 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
     reads = read_by_claims(claims)
     require_registered(claims)
     while time.monotonic() < end:
-        evidence = store.read(folder) if (folder / "runs.csv").exists() else store.empty()
+        evidence = store.read_kept(folder)
         needed, spent = open_runs(claims, PAIRS, evidence, block()), evidence.runs["cpu_seconds"].sum() / 60
         print(f"{len(needed)} runs are open; {spent:.0f} of {BUDGET} CPU-minutes are used.", flush=True)
         if not needed or spent >= BUDGET:

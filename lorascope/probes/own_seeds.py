@@ -13,12 +13,12 @@ import pandas as pd
 
 from lorascope.evidence import registration, store
 from lorascope.evidence.claims import format_effect
-from lorascope.evidence.judging import estimate_claim
+from lorascope.evidence.judging import estimate_claim, name_machine
 from lorascope.evidence.looks import ERROR
 from lorascope.evidence.open_runs import OpenRun
 from lorascope.evidence.registration import Registration
 from lorascope.evidence.statistics import PAIRS
-from lorascope.evidence.store import BLOCK, Evidence
+from lorascope.evidence.store import Evidence
 from lorascope.evidence.tuning import chosen
 from lorascope.probes.evidence import block, read_by_claims, require_registered, train_runs
 from lorascope.schema.suggestions import unknown_name
@@ -53,7 +53,7 @@ class Plan:
 
     def runs(self) -> list[OpenRun]:
         """Return the runs that the folder lacks, at the chosen rates, or at the middle ones if none are chosen."""
-        mine, found = _read(self.folder).in_block(block()), []
+        mine, found = store.read_kept(self.folder).in_block(block()), []
         for label in self.claims.claims[self.claim].arms:
             arm = self.claims.arms[label]
             if mine.has(label, self.seed):
@@ -115,11 +115,7 @@ def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.par
     only = Registration(
         {claim: found.claims[claim]}, {label: arm for label, arm in found.arms.items() if label in arms}, ()
     )
-    return Plan(claim, seed, only, _read(data / "evidence"), folder)
-
-
-def _read(folder: Path) -> Evidence:
-    return store.read(folder) if (folder / "runs.csv").exists() else store.empty()
+    return Plan(claim, seed, only, store.read_kept(data / "evidence"), folder)
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ def compare(planned: Plan, data: Path = registration.FILE.parent) -> OwnSeeds:
     """Compute a claim's effect for the kept seeds, for the own ones, and for both; only kept ones have a verdict."""
     pair, registered = PAIRS[planned.claim], planned.claims.claims[planned.claim]
     arms, here = set(registered.arms), block()
-    mine, blocks = _read(planned.folder).in_block(here), planned.kept.blocks()
+    mine, blocks = store.read_kept(planned.folder).in_block(here), planned.kept.blocks()
     kept = planned.kept.in_block(blocks[0]) if blocks else planned.kept
     own_seeds = sorted({int(seed) for seed in mine.runs["seed"] if all(mine.has(arm, int(seed)) for arm in arms)})
     kept_seeds = [seed for seed in kept.seeds(arms, registered.design.first_seed) if seed not in own_seeds]
@@ -169,8 +165,7 @@ def compare(planned: Plan, data: Path = registration.FILE.parent) -> OwnSeeds:
     rows += [{"seeds": name, "n": n, "effect": shown, "verdict": ""} for name, (n, shown, _) in parts.items()]
     both = parts["both"][2]
     own = both["seed"].isin(own_seeds)
-    machine = " / ".join(str(here[name]) for name in BLOCK)
-    return OwnSeeds(pd.DataFrame(rows), both[own], f"{_place(both, own)} Your machine: {machine}.")
+    return OwnSeeds(pd.DataFrame(rows), both[own], f"{_place(both, own)} Your machine: {name_machine(here)}.")
 
 
 def _join(kept: Evidence, mine: Evidence) -> Evidence:

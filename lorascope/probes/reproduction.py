@@ -12,7 +12,6 @@ import pandas as pd
 
 from lorascope.evidence import kept_verdicts, registration, store
 from lorascope.evidence.kept_verdicts import KeptVerdicts
-from lorascope.evidence.store import Evidence
 from lorascope.probes import kept_comparison, short_runs
 from lorascope.probes.base import PROBES, draw
 from lorascope.probes.report import page
@@ -57,12 +56,6 @@ class Reproduction:
         return {"report": str(self.path), "seed": self.seed, "notes": list(self.verdicts.notes)} | rows
 
 
-def read_evidence(data: Path) -> Evidence:
-    """Return the evidence kept in a folder ``data``; empty if there is none."""
-    folder = data / "evidence"
-    return store.read(folder) if (folder / "runs.csv").exists() else store.empty()
-
-
 def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent) -> Reproduction:
     """Train one short run of every method, and report it below the kept verdicts, among the kept seeds.
 
@@ -85,7 +78,7 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
     path = Path(out) / REPORT
     page.require_report(path)
     file = data / "registered.toml"
-    claims, evidence = (registration.read(file) if file.exists() else None), read_evidence(data)
+    claims, evidence = (registration.read(file) if file.exists() else None), store.read_kept(data / "evidence")
     blocks = evidence.blocks()
     kept = evidence.in_block(blocks[0]) if blocks else evidence
     runs = short_runs.train(Path(out) / "runs", seed, claims, evidence.runs)

@@ -23,7 +23,7 @@ import lorascope as ls
 from lorascope.adapters.delta import attached_deltas
 from lorascope.inputs import models
 from lorascope.methods.base import Method
-from lorascope.runs.export import to_peft
+from lorascope.runs.export import registry, to_peft
 from lorascope.runs.export.registry import EXPORTERS, find_exporter
 
 EVERY = pytest.mark.parametrize("kind", ROWS)
@@ -59,6 +59,17 @@ def test_every_exporter_has_a_row(train_once) -> None:
 def test_every_method_is_written_or_refused() -> None:
     named = [name for _, name in WRITTEN] + [name for _, name in REFUSED if name in METHODS]
     assert sorted(named) == sorted(METHODS)
+
+
+@pytest.mark.parametrize(("kind", "name"), WRITTEN)
+def test_exporter_of_a_run_does_not_depend_on_the_order_of_imports(
+    kind: str, name: str, train_once, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = train_once(name, METHODS[name].method)
+    assert find_exporter(run, "last").kind == kind
+    lora_last = sorted(EXPORTERS, key=lambda exporter: exporter.factor, reverse=True)
+    monkeypatch.setattr(registry, "EXPORTERS", lora_last)
+    assert find_exporter(run, "last").kind == kind
 
 
 @pytest.mark.parametrize(("kind", "name"), WRITTEN)

@@ -13,7 +13,7 @@ from lorascope.runs.result import Result
 from lorascope.schema.plugins import load_plugins
 
 EXPORTERS: list[Exporter] = []
-"""Exporters; of several that fit a run, the last one writes it."""
+"""Exporters; of several that fit a run, one with a factor writes it, and of several of these the last one."""
 
 
 class Exporter(ABC):
@@ -52,4 +52,5 @@ def find_exporter(run: Result, state: str) -> Exporter:
     """Return the exporter of a run."""
     load_plugins("lorascope.runs.export")
     names = {name for factors in run.factors(state=state).values() for name in factors} | {""}
-    return next(exporter for exporter in reversed(EXPORTERS) if exporter.factor in names)
+    fitting = [exporter for exporter in reversed(EXPORTERS) if exporter.factor in names]
+    return next((exporter for exporter in fitting if exporter.factor), fitting[0])

@@ -250,10 +250,13 @@ def test_loralib_pickle_raises_with_a_conversion(tmp_path: Path, name: str) -> N
     assert load(tmp_path).ranks() == {"h.0.q": 2}
 
 
-def test_inspect_adapter_file_suggests_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(tmp_path, target_modules=QV)
-    assert main(["inspect", str(tmp_path / WEIGHTS)]) == 2
-    assert f"it is a file, pass its folder {tmp_path}" in capsys.readouterr().err
+def test_adapter_file_has_the_configuration_next_to_it(tmp_path: Path) -> None:
+    save(tmp_path, target_modules=QV, lora_alpha=32)
+    folder = load(tmp_path).summary()
+    assert load(tmp_path / WEIGHTS).summary().equals(folder)
+    (tmp_path / WEIGHTS).rename(tmp_path / "renamed.safetensors")
+    alone = load(tmp_path / "renamed.safetensors").summary()  # which adapter the configuration describes is not known
+    assert (alone["update_norm"] * 32 / alone["rank"]).to_numpy() == pytest.approx(folder["update_norm"].to_numpy())
 
 
 def test_modules_to_save_are_measured_with_a_base(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
 from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.terminal import WIDTH
+from lorascope.files.hub import label
 from lorascope.files.printable import printable
 from lorascope.runs.loading import load
 
@@ -31,7 +32,7 @@ def main(path: Annotated[str | None, arg(metavar="PATH")] = None, /, *, base: Fo
     Parameters
     ----------
     path
-        Folder of an adapter or run.
+        Adapter or run: a folder, a .safetensors file, or a name on the Hugging Face Hub (user/adapter).
     base
         Folder of the adapter's base model.
     json
@@ -52,13 +53,13 @@ def main(path: Annotated[str | None, arg(metavar="PATH")] = None, /, *, base: Fo
         return 1 if found else 0
     count = f"{len(found)} finding{'s' * (len(found) > 1)}" if found else "no findings"
     state = "" if run.meta.states else f", {run.meta.status}: no factors saved yet"
-    paragraphs = [(str(run.path.resolve().name if run.path else run.id), count + state)]
+    paragraphs = [(label(run.path) if run.path else run.id, count + state)]
     for finding in found:
         paragraphs += [(finding.cause, finding.message), ("", f"fix: {finding.fix}")]
     paragraphs += [(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)) for missing, names in skipped.items()]
     layout = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * _INDENT, break_long_words=False)
-    for label, text in paragraphs:
-        shown = printable(label)
+    for heading, text in paragraphs:
+        shown = printable(heading)
         layout.initial_indent = shown.ljust(_INDENT) if len(shown) < _INDENT else f"{shown} "
         print(layout.fill(printable(text)))
     return 1 if found else 0

@@ -17,6 +17,7 @@ from lorascope.diagnosis.comparison import compare
 from lorascope.diagnosis.inspection import Inspection, inspect
 from lorascope.diagnosis.neuron_inspection import inspect_neurons
 from lorascope.diagnosis.neuron_scores import is_checkpoint
+from lorascope.files.hub import locate
 from lorascope.files.safe_csv import csv_text
 from lorascope.runs.adapter import Adapter
 
@@ -42,7 +43,7 @@ def main(
     Parameters
     ----------
     paths
-        Folders of adapters or runs.
+        Adapters or runs: folders, .safetensors files, or names on the Hugging Face Hub (user/adapter).
     base
         Folder of the base model: adds |dW|/|W|, intruder dimensions and neuron rotation of adapters; for a whole model,
         the model it was tuned from.
@@ -62,7 +63,8 @@ def main(
         raise ValueError("--json and --csv cannot be combined")
     shown: Any
     screens: list[tuple[Any, Any]]
-    if whole := [path for path in paths if is_checkpoint(path)]:
+    found = [locate(path) for path in paths]
+    if whole := [path for path in found if is_checkpoint(path)]:
         if len(paths) > 1:
             raise ValueError(f"cannot compare {whole[0]}: only adapters and runs are compared, not whole models")
         if base is None:
@@ -73,7 +75,7 @@ def main(
         table = partial(shown.scores.drop, columns="top")
         screens = [(terminal.projections_screen if all else terminal.neurons_screen, shown)]
     else:
-        runs = open_runs(paths, base)
+        runs = open_runs(found, base)
         if unfinished := [run for run in runs if not isinstance(run, Adapter) and not run.meta.states]:
             print(*unfinished, sep="\n")
             return 1

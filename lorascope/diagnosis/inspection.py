@@ -12,6 +12,7 @@ import pandas as pd
 
 from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.diagnosis.evidence import Case
+from lorascope.files.hub import hub_source, label
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.result import Result
 from lorascope.schema.module_roles import position
@@ -114,7 +115,7 @@ def inspect(run: Result, spectra: bool = False) -> Inspection:
 
 def _run_facts(run: Result, count: int) -> Facts:
     meta = run.meta
-    name = run.path.resolve().name if run.path else run.id
+    name = label(run.path) if run.path else run.id
     facts = [
         (name, f"{run.label}, seed {meta.seed}" + ("" if run.finished else f", {meta.status}")),
         ("model", f"{meta.model} on {meta.task}"),
@@ -134,8 +135,10 @@ def _adapter_facts(run: Adapter) -> Facts:
     if run.files.kind == "FourierFT":
         size = f"{_range([part.size for part in parts])} coefficients, scale {scales}"
     stored = describe_files([part.dtype for part in parts], run.files.files)
+    source = hub_source(run.files.path)
     return (
         (run.label, f"{run.files.kind}, {size}"),
+        *([("hub", f"{source[0]}, commit {source[1]}")] if source else []),
         ("base", f"{run.meta.model} ({'not read' if run.base is None else f'read from {run.base.folder}'})"),
         ("holds", f"{len(parts)} modules, {run.meta.parameters.trained:,} parameters, {stored}"),
     )

@@ -16,9 +16,8 @@ import pandas as pd
 
 from lorascope.analysis import neurons
 from lorascope.diagnosis.inspection import in_axis_order
-from lorascope.runs.formats.peft_lora import factor_files
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.loading import MARKS
+from lorascope.runs.loading import is_adapter, is_run
 from lorascope.schema.module_roles import FFN, parse
 from lorascope.updates import neuron_change
 
@@ -62,12 +61,10 @@ def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] 
     return scores.astype(dict.fromkeys(("module", "stack", "role"), "category"))
 
 
-def is_checkpoint(path: str | Path) -> bool:
+def is_checkpoint(path: Path) -> bool:
     """Return whether a path is a whole model in safetensors files, and neither a run nor an adapter."""
-    path = Path(path).expanduser()
-    folder = path.parent if path.is_file() else path
     whole = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors*"))
-    return whole and not any((folder / mark).exists() for mark in MARKS) and not factor_files(folder)
+    return whole and not is_run(path) and not is_adapter(path)
 
 
 def describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:

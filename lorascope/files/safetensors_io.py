@@ -71,6 +71,11 @@ class _Entry:
 class TensorFile(Mapping[str, Any]):
     """Safetensors file as a lazy mapping from tensor names to arrays.
 
+    Attributes
+    ----------
+    words : dict
+        Metadata of the header; {} if there is none.
+
     Raises
     ------
     ValueError
@@ -89,7 +94,7 @@ class TensorFile(Mapping[str, Any]):
             header = to_typed(parse_json(file.read(length), f"the header of {self.path}"), dict[str, Any], self.path)
         self._start = 8 + length
         words = header.pop("__metadata__", None)
-        self._words = {} if words is None else to_typed(words, dict[str, Any], f"__metadata__ of {path}")
+        self.words = {} if words is None else to_typed(words, dict[str, Any], f"__metadata__ of {path}")
         self._entries = {name: self._parse_entry(name, entry, size) for name, entry in header.items()}
         spans = sorted(entry.data_offsets for entry in self._entries.values())
         if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
@@ -115,7 +120,7 @@ class TensorFile(Mapping[str, Any]):
     def about(self) -> dict[str, Any]:
         """Description that ``write_tensors`` stored with the arrays, {} if there is none; parsed only on access."""
         whose = f"{_ABOUT} of {self.path}"
-        return to_typed(parse_json(to_typed(self._words.get(_ABOUT, "{}"), str, whose), whose), dict[str, Any], whose)
+        return to_typed(parse_json(to_typed(self.words.get(_ABOUT, "{}"), str, whose), whose), dict[str, Any], whose)
 
     def __getitem__(self, name: str) -> np.ndarray:
         found = self.unread(name)

@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 
+from lorascope.files.hub import label
 from lorascope.files.printable import printable
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
@@ -50,7 +51,7 @@ class Adapter(Result):
         config = files.config
         meta = Manifest(
             id="",
-            label=files.path.resolve().name,
+            label=label(files.path),
             method=config | {"name": files.kind.lower()},
             recipe={"source": str(files.path.resolve())},
             model=config.get("base_model_name_or_path") or "unknown",

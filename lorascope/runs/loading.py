@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorascope.files.hub import WEIGHTS, locate, locate_base
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import is_plain, open_tensors, reject_pickles, weight_files
+from lorascope.files.safetensors_io import TensorFile, is_plain, open_tensors, reject_pickles, weight_files
 from lorascope.files.typed_json import read_json, to_typed, unreadable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import RecipeManifest
 from lorascope.runs.formats import find_reader
-from lorascope.runs.formats.peft_lora import CONFIG, KINDS, STEM, WEIGHTS, CommonConfig, factor_files, peft_kind
+from lorascope.runs.formats.peft_lora import CONFIG, KINDS, STEM, CommonConfig, factor_files, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
 from lorascope.runs.run import Run
@@ -25,33 +27,30 @@ def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter:
 
     Parameters
     ----------
-    path : path
-        Run folder, folder of phases (opens the last phase, with its parents), or adapter folder: of PEFT (LoRA, DoRA,
-        AdaLoRA, FourierFT), or in the layout of loralib or of HydraLoRA's authors.
-    base : path, optional
-        Folder of an adapter's base model; only its safetensors files are read. It adds the quantities that require W₀,
-        ``weight_norm`` and ``relative_update``, and the full update of DoRA. FourierFT stores no shapes and requires
-        it, unless the adapter's configuration names an existing folder.
+    path : path or str
+        Run folder, folder of phases (opens the last phase, with its parents), adapter folder, a single ``.safetensors``
+        file, or an adapter on the Hugging Face Hub: ``"user/adapter"``, ``"user/adapter@revision"`` or
+        ``"hf://user/adapter/folder"``. A local path comes first.
+    base : path or str, optional
+        Folder of an adapter's base model, or its name on the hub if the cache contains it; only its safetensors files
+        are read. It adds the quantities that require W₀, ``weight_norm`` and ``relative_update``, and the full update
+        of DoRA. Some kinds require it, such as FourierFT, which stores no shapes, unless the adapter's configuration
+        names an existing folder.
 
     Raises
     ------
     FileNotFoundError
-        The folder or a part of it does not exist.
+        The path or a part of it does not exist.
     ValueError
-        The folder is not a run or an adapter, is broken, or was written by a newer version.
+        It is not a run or an adapter, is broken, was written by a newer version, or the hub does not give it.
     """
-    path = Path(os.path.expanduser(path))
-    if not path.exists():
-        raise FileNotFoundError(f"cannot load {printable(path)}: the folder does not exist")
-    if not path.is_dir():
-        reject_pickles([path])
-        raise ValueError(f"cannot load {printable(path)}: it is a file, pass its folder {printable(path.parent)}")
+    path = locate(path)
     if is_run(path) and base is not None:
         raise ValueError(f"base must be None for a run, got {printable(base)}: {printable(path)} is a run")
     if is_run(path):
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
-    model = None if base is None else PretrainedWeights(base)
-    return Adapter(_open_folder(path, model), model)
+    model = None if base is None else PretrainedWeights(locate_base(base))
+    return Adapter(_open_adapter(path, model), model)
 
 
 def is_run(path: str | Path) -> bool:
@@ -59,27 +58,54 @@ def is_run(path: str | Path) -> bool:
     return any((Path(os.path.expanduser(path)) / mark).exists() for mark in MARKS[:2])
 
 
-def _open_folder(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
-    file = path / CONFIG
-    config: dict[str, Any] = read_json(file, dict[str, Any]) if file.exists() else {}
+def is_adapter(path: Path) -> bool:
+    """Return whether a folder or file has tensors of an adapter, or the configuration of one."""
+    if path.is_dir() and (path / CONFIG).exists():
+        return True
+    files = list(map(open_tensors, _weight_files(path)))
+    return find_reader(_configuration(path, files), {name for file in files for name in file}) is not None
+
+
+def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
+    files = tuple(map(open_tensors, _weight_files(path)))
+    config = _configuration(path, files)
     if "peft_type" in config:
-        to_typed(config, CommonConfig, file)
-    files = tuple(open_tensors(each) for each in _weight_files(path))
+        to_typed(config, CommonConfig, _config_file(path))
     reader = find_reader(config, {name for each in files for name in each})
     if reader is not None:
         return reader.read(path, config, files, base)
-    if config:
-        to_typed(config, CommonConfig, file)
+    if "peft_type" in config:
         raise unreadable(path, f"type of adapter must be one of {', '.join(KINDS)}, got {printable(peft_kind(config))}")
     raise ValueError(f"cannot load {printable(path)}: it is neither a run nor an adapter{_hint(path)}")
 
 
+def _config_file(path: Path) -> Path:
+    return (path if path.is_dir() else path.parent) / CONFIG
+
+
+def _configuration(path: Path, files: Sequence[TensorFile]) -> dict[str, Any]:
+    """Return the configuration of an adapter, or the metadata of the header of its file if it has none.
+
+    A single file has the configuration next to it if its name is one that the configuration describes.
+    """
+    described = path.is_dir() or path.name in WEIGHTS
+    if described and (file := _config_file(path)).exists():
+        return read_json(file, dict[str, Any])
+    return {name: value for name, value in files[0].words.items() if name != "format"} if files else {}
+
+
 def _weight_files(path: Path) -> list[Path]:
-    """Return the files of an adapter's weights: those with PEFT's name, else those with factors, else all."""
-    files = weight_files(path, STEM) or factor_files(path) or sorted(path.glob("*.safetensors"))
+    """Return the files of an adapter's weights: those with a known name, else those with factors, else all."""
+    if not path.is_dir():
+        reject_pickles([path])
+        return [path]
+    for name in WEIGHTS:
+        if files := weight_files(path, name.removesuffix(".safetensors")):
+            return files
+    files = factor_files(path) or sorted(path.glob("*.safetensors"))
     if not files and (path / CONFIG).exists():
         reject_pickles(path.glob(f"*{STEM}*"))
-        raise FileNotFoundError(f"cannot read {printable(path)}: it has {CONFIG} but no {WEIGHTS}")
+        raise FileNotFoundError(f"cannot read {printable(path)}: it has {CONFIG} but no {STEM}.safetensors")
     return files
 
 
@@ -99,6 +125,8 @@ def _last_phase(path: Path) -> str:
 
 def _hint(path: Path) -> str:
     """Return what the folder contains instead of a run or an adapter, for an error message."""
+    if not path.is_dir():
+        return "; no tensor has the name of an adapter's factor"
     inside = sorted(child.name for child in path.iterdir() if any((child / mark).exists() for mark in MARKS))
     if inside:
         return f"; it has {len(inside)} in subfolders, such as {printable(path / inside[-1])}"

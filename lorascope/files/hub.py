@@ -1,0 +1,181 @@
+"""Adapters on the Hugging Face Hub by name: only their own files are fetched, into the cache of ``huggingface_hub``.
+
+A name is ``user/adapter``, with ``@revision`` for a branch, tag or commit, and ``/folder`` after that for a subfolder.
+After ``hf://``, as in ``hf://user/adapter/folder``, the revision may be left out. A local path of the same name comes
+first, and a name that looks like a path is never fetched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorascope.files.printable import printable
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
+"""Names of weight files: of PEFT, MLX and diffusers."""
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_NAME = re.compile(
+    rf"(?P<scheme>hf://)?(?P<repository>{_PART}/{_PART})(?:@(?P<revision>[\w.-]+))?(?:/(?P<folder>[\w./-]+))?"
+)
+_FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|zip)$")
+_CACHED = re.compile(r"models--(?P<repository>.+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<folder>.+))?$")
+
+
+@dataclass(frozen=True)
+class HubName:
+    """Repository on the hub, its revision, and a folder in it."""
+
+    repository: str
+    revision: str | None
+    folder: str
+
+    def __str__(self) -> str:
+        return "".join(
+            (self.repository, (self.revision and f"@{self.revision}") or "", self.folder and f"/{self.folder}")
+        )
+
+
+def parse_name(name: str) -> HubName | None:
+    """Return the parts of a name on the hub, or None for a name that looks like a path."""
+    match = _NAME.fullmatch(name)
+    if match is None or "--" in match["repository"] or ".." in name or len(match["repository"]) > 96:
+        return None
+    folder = (match["folder"] or "").strip("/")
+    looks_like_path = _FILE.search(name) or Path(name.split("/")[0]).is_dir() or (folder and not match["revision"])
+    if looks_like_path and not match["scheme"]:
+        return None
+    return HubName(match["repository"], match["revision"], folder)
+
+
+def locate(name: str | Path) -> Path:
+    """Return the local path of a folder or file, fetched from the hub if it is a name there and no local path.
+
+    Raises
+    ------
+    FileNotFoundError
+        No local path has this name, and it is not a name on the hub.
+    ValueError
+        The hub does not give the adapter.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.exists():
+        return path
+    found = parse_name(str(name))
+    if found is None:
+        raise FileNotFoundError(f"cannot load {printable(path)}: the path does not exist")
+    return _fetch(found, _adapter_files)
+
+
+def locate_base(name: str | Path) -> Path:
+    """Return the local folder of a base model: a path, or a model in the cache of the Hugging Face Hub.
+
+    Raises
+    ------
+    ValueError
+        The cache does not contain the model.
+    """
+    path = Path(os.path.expanduser(name))
+    found = None if path.exists() else parse_name(str(name))
+    return path if found is None else _fetch(found, _cached_model)
+
+
+def hub_source(path: Path) -> tuple[str, str] | None:
+    """Return repository (with the subfolder) and commit of a path in the hub's cache; None for other paths."""
+    match = _CACHED.search(path.absolute().as_posix())
+    if match is None:
+        return None
+    return "/".join(filter(None, (match["repository"].replace("--", "/"), match["folder"]))), match["commit"]
+
+
+def label(path: Path) -> str:
+    """Return the name of a file or folder; in the cache of the Hugging Face Hub, repository and commit."""
+    if (source := hub_source(path)) is not None:
+        return f"{source[0]}@{source[1][:7]}"
+    return path.name if path.is_file() else path.resolve().name
+
+
+def _fetch(name: HubName, files: Callable[[HubName], Path]) -> Path:
+    """Return what ``files`` returns, with one line for each way in which the hub refuses."""
+    import httpx
+    from huggingface_hub import constants, errors  # slow import
+
+    cannot, where = f"cannot load {name}: it is not a local path, and", constants.ENDPOINT
+    try:
+        return files(name)
+    except errors.GatedRepoError:
+        reason = f"it is gated on {where}; accept its terms there, then `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = f"{where} has no such repository, or it is private; `hf auth login` opens private ones"
+    except errors.RevisionNotFoundError:
+        reason = f"{where} has no such revision; expected a branch, a tag or a commit"
+    except errors.HfHubHTTPError as error:
+        reason = f"{where} answered {error.response.status_code}"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.TransportError):
+        mode = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
+        reason = f"{mode}; the cache does not contain it"
+    raise ValueError(f"{cannot} {reason}")
+
+
+def _adapter_files(name: HubName) -> Path:
+    """Fetch configuration and weights of an adapter, and return their folder."""
+    from huggingface_hub import errors, hf_hub_download, list_repo_files, try_to_load_from_cache
+
+    def download(file: str) -> Path:
+        folder = name.folder or None
+        return Path(hf_hub_download(name.repository, file, subfolder=folder, revision=name.revision))
+
+    inside = f"{name.folder}/" if name.folder else ""
+    if try_to_load_from_cache(name.repository, f"{inside}{CONFIG}", revision=name.revision) is None:
+        print(f"fetching {name} from the hub", file=sys.stderr)
+    folder = None
+    for file in (CONFIG, *WEIGHTS):
+        try:
+            folder = download(file).parent
+        except errors.EntryNotFoundError as error:
+            if isinstance(error, errors.LocalEntryNotFoundError) and folder is None:
+                raise
+            continue
+        if file != CONFIG:
+            return folder
+    if folder is not None and any(folder.glob("*.safetensors")):
+        return folder  # cached before, and the hub cannot be reached now
+    listed = [each.removeprefix(inside) for each in list_repo_files(name.repository, revision=name.revision)
+              if each.startswith(inside)]  # fmt: skip
+    weights = [each for each in listed if "/" not in each and re.search(r"\.safetensors(\.index\.json)?$", each)]
+    shards = [each for each in weights if each.startswith("adapter_model")]
+    if not shards and len(weights) != 1:
+        raise ValueError(f"cannot load {name}: {_contents(name, listed, weights)}")
+    return [download(each).parent for each in shards or weights][-1]
+
+
+def _contents(name: HubName, listed: list[str], weights: list[str]) -> str:
+    """Return what a repository contains instead of one adapter."""
+    if weights:
+        return f"it contains {len(weights)} files of weights; download one and pass its path: {', '.join(weights)}"
+    if pickled := [each for each in listed if each.endswith((".bin", ".pt", ".ckpt"))]:
+        return f"{pickled[0]} is a pickle, and pickles are never loaded"
+    folders = sorted({each.split("/")[0] for each in listed if each.endswith(".safetensors")})
+    if folders:
+        return f"its adapters are in folders; pass one: {', '.join(f'hf://{name}/{each}' for each in folders)}"
+    return "it contains no safetensors file"
+
+
+def _cached_model(name: HubName) -> Path:
+    """Return the folder of a model in the cache; nothing is fetched, because models are large."""
+    from huggingface_hub import errors, snapshot_download
+
+    options: dict[str, Any] = {"local_files_only": True, "allow_patterns": ["*.safetensors", "*.json"]}
+    try:
+        return Path(snapshot_download(name.repository, revision=name.revision, **options)) / name.folder
+    except errors.LocalEntryNotFoundError:
+        raise ValueError(
+            f"cannot read base {name}: it is not a local path and not in the cache; "
+            f"`hf download {name.repository} --include '*.safetensors' '*.json'`"
+        ) from None

@@ -15,7 +15,7 @@ import pytest
 from test_inspect import llama, plant
 
 import lorascope
-from lorascope.cli import load_runs
+from lorascope.cli import doctor
 from lorascope.cli.arguments import flag_type, options_of
 from lorascope.cli.main import COMMANDS, main
 from lorascope.experiments import sweep
@@ -139,14 +139,14 @@ def test_exit_codes(
     def fail(path: str, base: str | None) -> None:
         raise error
 
-    monkeypatch.setattr(load_runs, "load", fail)
-    assert complaint(capsys, "inspect", "x", code=code) == line
+    monkeypatch.setattr(doctor, "load", fail)
+    assert complaint(capsys, "doctor", "x", code=code) == line
 
 
 def test_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load_runs, "load", lambda path, base: {}["x"])
+    monkeypatch.setattr(doctor, "load", lambda path, base: {}["x"])
     with pytest.raises(KeyError):
-        main(["inspect", "x"])
+        main(["doctor", "x"])
 
 
 def test_reproduce_with_failed_runs_prints_one_line(

@@ -175,7 +175,15 @@ def test_costs_and_missing_looks_are_stated() -> None:
     assert lines[4].startswith("- Look 1 was not made for 87 claims: `lora.parity`, ")
     assert len(lines) == 5
     undecided, _ = write(planted(7, -0.01, 0.02))
-    assert undecided["budget"].strip().splitlines()[-1] == f"- Look 2 was not made for 1 claims: `{CLAIM}`."
+    assert undecided["budget"].strip().splitlines()[-1] == f"- Look 2 was not made for 1 claim: `{CLAIM}`."
+
+
+def test_nouns_agree_with_their_number_in_the_costs() -> None:
+    one = planted(5)
+    lines = write(with_runs(one, one.runs.head(1).assign(cpu_seconds=60.0)))[0]["budget"].strip().splitlines()
+    assert lines[1] == "- Runs: 1 (1 judged), 1 CPU-minute."
+    assert lines[2].endswith(" (1 run).")
+    assert lines[3] == "- Commits: `abcdef1` (1 run)."
 
 
 def test_every_earlier_claim_has_its_successor_or_was_dropped() -> None:

@@ -99,7 +99,7 @@ def test_command_prints_the_time_first_and_three_rows(
     with parallel_config(n_jobs=1):
         assert cli.main(words) == 0
     printed = capsys.readouterr()
-    assert "1 runs to train; time: about 0.0 CPU-minutes." in printed.err
+    assert "1 run to train; time: about 0.0 CPU-minutes." in printed.err
     lines = printed.out.splitlines()
     assert [line.split()[0] for line in lines if line][-7:-3] == ["seeds", "kept", "yours", "both"]
     assert (tmp_path / "report" / "evidence" / "runs.csv").exists()

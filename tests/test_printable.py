@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorascope.files.printable import printable
+from lorascope.files.printable import count_phrase, printable
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,8 @@ def test_printable_leaves_only_printable_characters(text):
         "Cc", "Cf", "Cs", "Zl", "Zp",
     }  # fmt: skip
     assert printable(shown) == shown
+
+
+@pytest.mark.parametrize(("number", "phrase"), [(0, "0 runs"), (1, "1 run"), (2, "2 runs"), (1200, "1,200 runs")])
+def test_nouns_agree_with_their_number(number, phrase):
+    assert count_phrase(number, "run") == phrase

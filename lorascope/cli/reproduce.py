@@ -17,7 +17,7 @@ from tyro.conf import arg
 from lorascope.cli.arguments import command
 from lorascope.cli.text_tables import format_table
 from lorascope.evidence import kept_verdicts, store
-from lorascope.files.printable import printable
+from lorascope.files.printable import count_phrase, printable
 
 
 @command
@@ -108,7 +108,7 @@ def _train_claim(claim: str, seed: int, out: Path, json: bool) -> int:
     planned = own_seeds.plan(claim, seed, out / "evidence")
     minutes = planned.minutes()
     time = "unknown" if minutes is None else f"about {minutes:.1f} CPU-minutes"
-    print(f"{len(planned.runs())} runs to train; time: {time}.", file=sys.stderr, flush=True)
+    print(f"{count_phrase(len(planned.runs()), 'run')} to train; time: {time}.", file=sys.stderr, flush=True)
     with redirect_stdout(sys.stderr):  # a line per run
         planned.train(out / "runs")
     found = own_seeds.compare(planned)

@@ -15,7 +15,7 @@ from lorascope.cli.arguments import command
 from lorascope.evidence import blocks, pages, registration, store, verification
 from lorascope.evidence.code_hash import code_hash
 from lorascope.evidence.statistics import PAIRS, module_of
-from lorascope.files.printable import printable
+from lorascope.files.printable import count_phrase, printable
 
 
 @command
@@ -85,6 +85,7 @@ def main(
         for line in differences:
             print(line, file=sys.stderr)
         judged = len(claims.of_tier("primary", "secondary"))
-        state = f" {len(found.runs)} runs are kept for" if kept else " No runs are kept yet for"
-        print((f"{len(differences)} differences." if differences else "All agrees.") + f"{state} {judged} claims.")
+        agrees = f"{count_phrase(len(differences), 'difference')}." if differences else "All agrees."
+        runs = f"Kept: {count_phrase(len(found.runs), 'run')}" if kept else "No runs are kept yet"
+        print(f"{agrees} {runs} for {count_phrase(judged, 'claim')}.")
     return 1 if differences else 0

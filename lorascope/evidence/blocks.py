@@ -20,6 +20,7 @@ from lorascope.evidence.looks import STOPPED
 from lorascope.evidence.registration import Change, Registered, Registration
 from lorascope.evidence.store import BLOCK, Evidence
 from lorascope.evidence.verification import Derived
+from lorascope.files.printable import count_phrase
 
 PAPERS = {
     "LoRA": "2106.09685",
@@ -245,20 +246,23 @@ class _Tables:
         judged, on_figures = self.registration.of_tier("primary", "secondary"), self.registration.of_tier("published")
         lines = [
             f"- Registration: {when[1]}, tag `{when[2]}`; " if when else "- Registration: ",
-            f"{len(judged)} judged claims, {len(on_figures)} on published figures, {len(self.registration.arms)} arms.",
+            f"{count_phrase(len(judged), 'judged claim')}, {len(on_figures)} on published figures, "
+            f"{count_phrase(len(self.registration.arms), 'arm')}.",
         ]
         runs = self.evidence.runs
         if runs.empty:
             return "".join(lines) + f"\n- Runs: {NO_RUNS[0].lower()}{NO_RUNS[1:]}"
         roles = ", ".join(f"{number} {role}" for role, number in runs["role"].value_counts(sort=False).items())
         commits = (
-            f"`{commit[:7]}`{' with uncommitted changes' if dirty else ''} ({number} runs)"
+            f"`{commit[:7]}`{' with uncommitted changes' if dirty else ''} ({count_phrase(number, 'run')})"
             for commit, dirty, number in runs.groupby(["commit", "dirty"], sort=False).size().reset_index().to_numpy()
         )
-        machines = (f"{name} ({number} runs)" for name, number in self.machines.value_counts(sort=False).items())
+        machines = (
+            f"{name} ({count_phrase(number, 'run')})" for name, number in self.machines.value_counts(sort=False).items()
+        )
         return "\n".join([
             "".join(lines),
-            f"- Runs: {len(runs)} ({roles}), {runs['cpu_seconds'].sum() / 60:,.0f} CPU-minutes.",
+            f"- Runs: {len(runs):,} ({roles}), {count_phrase(round(runs['cpu_seconds'].sum() / 60), 'CPU-minute')}.",
             f"- Machines (instruction set / torch / threads / device): {'; '.join(machines)}.",
             f"- Commits: {'; '.join(commits)}.",
             *self._open_looks(),
@@ -270,7 +274,7 @@ class _Tables:
             if row["note"] == STOPPED:
                 missing.setdefault(1 + int(row["look"]), []).append(f"`{id}`")
         for look, ids in sorted(missing.items()):
-            yield f"- Look {look} was not made for {len(ids)} claims: {', '.join(ids)}."
+            yield f"- Look {look} was not made for {count_phrase(len(ids), 'claim')}: {', '.join(ids)}."
         if not missing:
             yield "- Every claim was judged to its end."
 

@@ -17,6 +17,7 @@ from lorascope.evidence.claims import format_effect
 from lorascope.evidence.registration import Registered
 from lorascope.evidence.statistics.base import Statistic, estimate_effect
 from lorascope.evidence.store import BLOCK, Evidence
+from lorascope.files.printable import count_phrase
 
 Pair = tuple[Statistic, Statistic]
 """Statistic and control of a claim."""
@@ -221,5 +222,5 @@ def correct(verdicts: pd.DataFrame) -> pd.DataFrame:
         & (verdicts["adjusted_p"] > FALSE_DISCOVERIES)
     )
     verdicts.loc[lost, "outcome"] = "inconclusive"
-    verdicts.loc[lost, "note"] = f"decided before the correction for {number} claims"
+    verdicts.loc[lost, "note"] = f"decided before the correction for {count_phrase(number, 'claim')}"
     return verdicts

@@ -49,7 +49,7 @@ def read(data: Path = registration.FILE.parent) -> KeptVerdicts:
         judged = (kept["look"] >= 1) | (kept["outcome"] == "void")
         tables.append(kept[judged].fillna({"side": "", "shown": ""}))
         if missing := int((~judged).sum()):
-            notes.append(f"{missing} of {len(kept)} claims have no verdict yet.")
+            notes.append(f"Claims without a verdict: {missing} of {len(kept)}.")
     else:
         notes.append("No trained runs are judged yet: data/evidence has no verdicts.csv.")
     return KeptVerdicts(pd.concat([_rows(table, claims) for table in tables], ignore_index=True), tuple(notes))

@@ -19,6 +19,7 @@ from lorascope.evidence.looks import STOPPED
 from lorascope.evidence.registration import Arm, Registered, Registration, arm_hash
 from lorascope.evidence.store import BLOCK, Evidence
 from lorascope.evidence.tuning import chosen, tuning_table
+from lorascope.files.printable import count_phrase
 
 _CLOSE = 1e-9
 _HALF = 2e-3  # losses are kept in float16
@@ -195,7 +196,7 @@ def _check_scores(evidence: Evidence) -> Iterator[str]:
         margins, losses = evidence.margins.get(row.run), evidence.nll.get(row.run)
         for name, scores in (("margin", margins), ("nll", losses)):
             if scores is not None and len(scores) != count.get(row.task_hash, 0):
-                yield f"predictions/{row.run}.npz: {len(scores)} rows of {name}, expected {count.get(row.task_hash, 0)}"
+                yield f"predictions/{row.run}.npz: rows of {name}: kept {len(scores)}, expected {count.get(row.task_hash, 0)}"
         if margins is not None and not np.isclose(row.test_metric, (margins > 0).mean(), rtol=_CLOSE, atol=0):
             yield f"runs.csv: {row.run}: test_metric: kept {row.test_metric!r}, recomputed {(margins > 0).mean()!r}"
         if losses is not None and not np.isclose(row.test_loss, losses.mean(dtype="f8"), rtol=_HALF, atol=_HALF):
@@ -273,13 +274,17 @@ def _compare(file: Path, content: bytes) -> Iterator[str]:
         return
     kept, found = (pd.read_csv(io.BytesIO(each), keep_default_na=False, dtype="str") for each in (raw, content))
     if list(kept.columns) != list(found.columns) or len(kept) != len(found):
-        yield f"{file.name}: kept {kept.shape} rows and columns, recomputed {found.shape}"
+        yield f"{file.name}: kept {_shape(kept)}, recomputed {_shape(found)}"
         return
     for number, column in zip(*np.nonzero((kept != found).to_numpy()), strict=True):
         one, two = str(kept.iat[number, column]), str(found.iat[number, column])
         if not _equal(one, two):
             named = " ".join(map(str, kept.iloc[number, :2]))
             yield f"{file.name}: row {number + 2} ({named}): {kept.columns[column]}: kept {one!r}, recomputed {two!r}"
+
+
+def _shape(table: pd.DataFrame) -> str:
+    return " and ".join(count_phrase(number, name) for number, name in zip(table.shape, ("row", "column"), strict=True))
 
 
 def _equal(one: str, two: str) -> bool:

@@ -29,6 +29,11 @@ def short_name(text: object) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[:25]}…{name[-26:]}"
 
 
+def count_phrase(number: int, noun: str) -> str:
+    """Return a number with its noun, such as ``1 run`` or ``1,200 runs``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def printable_lines(text: object) -> str:
     """Escape like `printable`, but keep line breaks."""
     return "\n".join(map(printable, str(text).split("\n")))

@@ -107,7 +107,7 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
     while time.monotonic() < end:
         evidence = store.read_kept(folder)
         needed, spent = open_runs(claims, PAIRS, evidence, block()), evidence.runs["cpu_seconds"].sum() / 60
-        print(f"{len(needed)} runs are open; {spent:.0f} of {BUDGET} CPU-minutes are used.", flush=True)
+        print(f"Open runs: {len(needed)}. CPU-minutes used: {spent:.0f} of {BUDGET}.", flush=True)
         if not needed or spent >= BUDGET:
             break
         # A run is only taken from the list when a process is free, so the time is read then.

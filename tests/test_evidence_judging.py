@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lorascope.evidence.statistics.base import (
     MeanOverRows,
     OfPairs,
     OfRun,
+    Simulated,
     Statistic,
     average,
     estimate_effect,
@@ -138,6 +140,34 @@ def test_verdicts_of_planted_claims() -> None:
     assert verdicts["side"].tolist() == ["above 0", "below 0"]
     assert values.groupby("claim")["seed"].agg(list)["p.true"] == list(range(100, 105))
     assert (verdicts["n"] == 5).all()
+
+
+def replayed(table: pd.DataFrame, group: str) -> float:
+    return float(table.loc[table["group"] == group, "value"].item())
+
+
+def test_draws_of_a_simulated_control_are_kept_with_its_values() -> None:
+    evidence = planted({"A": 0.5})
+    tables = {
+        run: pd.DataFrame({"group": ["x", "y"], "value": [0.1, 0.2], "draws": 1000, "error": [0.01, 0.02 + 0.001 * i]})
+        for i, run in enumerate(evidence.runs["run"])
+    }
+    evidence = Evidence(evidence.runs, evidence.rows, evidence.margins, evidence.nll, {"replays": tables})
+    own = MeanOverRows(Accuracy("A"))
+    controls = {
+        "a.replays": OfRun(partial(replayed, group="y"), "replays", "A"),
+        "a.simulated": Simulated(0.5, draws=10_000, error=0.003),
+        "a.constant": Constant(0.5),
+    }
+    claims = {id: registered(id, "t") for id in controls}
+    values = judge_all(claims, {id: (own, control) for id, control in controls.items()}, evidence)[1]
+    of = {id: rows.reset_index(drop=True) for id, rows in values.groupby("claim")}
+    assert of["a.replays"]["draws"].tolist() == [1000] * 5
+    assert of["a.replays"]["draw_error"].tolist() == pytest.approx([0.02, 0.021, 0.022, 0.023, 0.024])
+    assert of["a.replays"]["runs_control"].tolist() == of["a.replays"]["runs_statistic"].tolist()
+    assert of["a.simulated"][["draws", "draw_error"]].drop_duplicates().to_numpy().tolist() == [[10_000, 0.003]]
+    assert of["a.constant"][["draws", "draw_error"]].isna().all(axis=None)
+    assert b",10000,0.003,A-100AVX2,\n" in store.to_csv(values)
 
 
 def test_baseline_enters_with_every_seed_and_has_none() -> None:

@@ -168,6 +168,15 @@ def test_untouched_evidence_agrees(planted: Planted) -> None:
     assert verdicts["n"].tolist() == [5, 5, 5]
 
 
+def test_values_name_the_runs_that_they_come_from(planted: Planted) -> None:
+    values = pd.read_csv(planted.folder / "values.csv", keep_default_na=False).set_index(["claim", "seed"])
+    of = values[["runs_statistic", "runs_control"]]
+    assert of.loc["p.better", 103].tolist() == ["Ajudged103r0.001", "Bjudged103r0.001"]
+    assert of.loc["p.share", 103].tolist() == ["Ajudged103r0.001", ""]
+    pairs = " ".join(f"Ajudged{seed}r0.001" for seed in range(100, 105))
+    assert of.loc["p.alike", 103].tolist() == [pairs, ""]
+
+
 def edit_csv(name: str, change: Callable[[pd.DataFrame], Any]) -> Callable[[Planted], None]:
     def tamper(planted: Planted) -> None:
         file = planted.folder / name
@@ -230,6 +239,16 @@ def exchange_runs(planted: Planted) -> None:
     two.write_bytes(kept)
 
 
+def exchange_ids(name: str, column: str) -> Callable[[Planted], None]:
+    """Exchange the run ids of two judged runs of one arm in a column of a table."""
+
+    def change(table: pd.DataFrame) -> None:
+        first, second = table.index[table[column].astype(str).str.fullmatch("Ajudged10[01]r0.001")][:2]
+        table.loc[[first, second], column] = table.loc[[second, first], column].to_numpy()
+
+    return edit_csv(name, change)
+
+
 def other_arm_field(planted: Planted) -> None:
     changed = json.dumps(METHODS["B"](1e-3) | {"name": "adam"})
     edit_csv("runs.csv", lambda table: table.loc[table["arm"] == "B", ["method"]].pipe(
@@ -269,6 +288,11 @@ TAMPERED: dict[str, tuple[Callable[[Planted], None], str]] = {
     ),
     "a number of the page": (text("page", "supported", "not supported"), "README.md:3: block verdicts: kept"),
     "two runs exchanged": (exchange_runs, "Ajudged100r0.001: test_metric: kept"),
+    "two ids of a value exchanged": (
+        exchange_ids("values.csv", "runs_statistic"),
+        "values.csv: row 2 .p.better 100.: runs_statistic: kept 'Ajudged101r0.001', recomputed 'Ajudged100r0.001'",
+    ),
+    "two ids of runs exchanged": (exchange_ids("runs.csv", "run"), "values.csv: row 2 .*: runs_statistic: kept"),
     "a hash of code": (text("registered", "sha256:p.share", "sha256:old"), "claim p.share: code: kept sha256:old"),
     "arms of a claim": (text("registered", 'arms = ["A", "B"]', 'arms = ["A"]'), "claim p.better: arms: kept"),
     "a kept table": (

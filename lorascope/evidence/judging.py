@@ -17,6 +17,7 @@ from lorascope.evidence.claims import format_effect
 from lorascope.evidence.registration import Registered
 from lorascope.evidence.statistics.base import Statistic, estimate_effect
 from lorascope.evidence.store import BLOCK, Evidence
+from lorascope.evidence.value_sources import COLUMNS, add_sources
 from lorascope.files.printable import count_phrase
 
 Pair = tuple[Statistic, Statistic]
@@ -145,7 +146,7 @@ def judge_all(
     verdicts : DataFrame
         One row per claim, in the order of the registration.
     values : DataFrame
-        ``claim, seed, look, statistic, control, effect`` of every verdict.
+        ``claim, seed, look, statistic, control, effect`` of every verdict, and the columns of ``value_sources``.
     """
     rows, values = [], []
     untrained: dict[str, set[str]] = {}
@@ -162,9 +163,10 @@ def judge_all(
             _describe(registered) | ({} if found is None or block is None else _numbers(registered, found[0], block))
         )
         if found is not None:
-            values.append(found[1].assign(claim=id, look=found[0].look))
+            table = add_sources(found[1], pairs[id], part, registered.design.interval)
+            values.append(table.assign(claim=id, look=found[0].look))
     verdicts = correct(pd.DataFrame(rows))
-    columns = ["claim", "seed", "look", "statistic", "control", "effect"]
+    columns = ["claim", "seed", "look", "statistic", "control", "effect", *COLUMNS]
     return verdicts, (pd.concat(values) if values else pd.DataFrame(columns=columns))[columns].reset_index(drop=True)
 
 

@@ -196,7 +196,8 @@ def _check_scores(evidence: Evidence) -> Iterator[str]:
         margins, losses = evidence.margins.get(row.run), evidence.nll.get(row.run)
         for name, scores in (("margin", margins), ("nll", losses)):
             if scores is not None and len(scores) != count.get(row.task_hash, 0):
-                yield f"predictions/{row.run}.npz: rows of {name}: kept {len(scores)}, expected {count.get(row.task_hash, 0)}"
+                expected = count.get(row.task_hash, 0)
+                yield f"predictions/{row.run}.npz: rows of {name}: kept {len(scores)}, expected {expected}"
         if margins is not None and not np.isclose(row.test_metric, (margins > 0).mean(), rtol=_CLOSE, atol=0):
             yield f"runs.csv: {row.run}: test_metric: kept {row.test_metric!r}, recomputed {(margins > 0).mean()!r}"
         if losses is not None and not np.isclose(row.test_loss, losses.mean(dtype="f8"), rtol=_HALF, atol=_HALF):

@@ -161,6 +161,15 @@ def test_arms_have_the_mean_and_interval_of_their_seeds() -> None:
     assert blocks["arms"].strip().count("\n") == 3  # two rows below the header
 
 
+def test_arm_with_a_diverged_run_has_no_mean_loss() -> None:
+    evidence = planted(5)
+    runs = evidence.runs.copy()
+    runs.loc[runs["arm"] == OURS, "test_loss"] = [0.4, np.inf, np.inf, 0.4, 0.4]
+    arm = cells(write(with_runs(evidence, runs))[0]["arms"], f"{OURS} |")
+    assert arm[2] == "5"
+    assert arm[4] == ""
+
+
 def test_costs_and_missing_looks_are_stated() -> None:
     blocks, _ = write(planted(5))
     lines = blocks["budget"].strip().splitlines()

@@ -15,6 +15,7 @@ from lorascope.evidence import registration, store
 from lorascope.evidence.store import RUN_COLUMNS
 
 ROOT = Path(__file__).parents[1]
+PAPERS = [path.name for path in (ROOT / "docs" / "papers").glob("*.md")]
 
 
 @pytest.fixture
@@ -78,6 +79,48 @@ def test_numbers_changed_in_blocks_are_named_and_written_again(clone: Path, caps
     assert capsys.readouterr().err.splitlines() == lines
     assert main(["verify", "--write"]) == 0
     assert original == {page: (clone / page).read_text(encoding="utf-8") for page in original}
+
+
+def test_measured_number_in_the_text_is_named(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = clone / "docs" / "papers" / "fourierft.md"
+    content = page.read_text(encoding="utf-8")
+    page.write_text(content.replace("## Scope", "The logs differ by 0.674 points.\n\n## Scope", 1), encoding="utf-8")
+    capsys.readouterr()
+    assert main(["verify"]) == 1
+    line = content[: content.index("## Scope")].count("\n") + 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(
+        f"{page}:{line}: 0.674 is a measured number outside a block (published.fourierft: effect): "
+    )
+
+
+def test_derived_files_are_written_again_but_changed_runs_stay_named(
+    clone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = clone / "data" / "evidence"
+    shutil.copytree(ROOT / "data" / "evidence", folder)
+    for page in ("README.md", "docs/findings.md", "docs/evidence.md", *(f"docs/papers/{name}" for name in PAPERS)):
+        shutil.copy(ROOT / page, clone / page)
+    assert main(["verify"]) == 0
+    file, run = folder / "numbers.csv", next(folder.glob("predictions/*.npz"))
+    original = file.read_bytes(), (folder / "MANIFEST").read_bytes()
+    file.write_bytes(original[0].replace(b"effect,-0.674,", b"effect,0.674,", 1))
+    capsys.readouterr()
+    assert main(["verify"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == [
+        "numbers.csv: row 2 (published.fourierft: effect 0.674): value: kept '0.674', recomputed '-0.674'"
+    ]
+    assert lines[0].startswith("MANIFEST: numbers.csv: kept ")
+    assert main(["verify", "--write"]) == 0
+    assert original == (file.read_bytes(), (folder / "MANIFEST").read_bytes())
+    with run.open("ab") as stream:
+        stream.write(b"0")
+    capsys.readouterr()
+    assert main(["verify", "--write"]) == 1
+    assert f"MANIFEST: predictions/{run.name}: kept" in capsys.readouterr().err
+    (folder / "MANIFEST").unlink()
+    assert main(["verify", "--write"]) == 0
 
 
 def test_folder_without_evidence_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

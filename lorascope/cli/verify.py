@@ -12,7 +12,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import command
-from lorascope.evidence import blocks, pages, registration, store, verification
+from lorascope.evidence import blocks, numbers, pages, registration, store, verification
 from lorascope.evidence.code_hash import code_hash
 from lorascope.evidence.statistics import PAIRS, module_of
 from lorascope.files.printable import count_phrase, printable
@@ -38,7 +38,7 @@ def main(
     evidence
         Folder of evidence; if omitted, data/evidence of the repository.
     write
-        Write the blocks of README and docs that come from the evidence.
+        Write what follows from the kept runs: tables of the evidence, and blocks of README and docs.
     retrain
         Train N random judged runs again and compare their predictions, 2 to 5 minutes each; this needs torch.
     json
@@ -61,13 +61,17 @@ def main(
     claims = registration.read(registered)
     found = store.read_kept(folder)
     derived = verification.derive(found, claims, PAIRS)
+    measured = numbers.measured_numbers(blocks.Tables(claims, registered.parent, found, derived))
+    derived = derived.with_file(numbers.FILE, measured)
+    if write and kept:
+        verification.rewrite_derived(folder, derived, registered)
     differences: list[str] = []
     if ours:
         texts = blocks.all_blocks(claims, registered.parent, found, derived)
         for page in (root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted(root.glob("docs/papers/*.md"))):
             if write:
                 pages.write(page, texts)
-            differences += pages.differences(page, texts)
+            differences += [*pages.differences(page, texts), *numbers.repeated(page, measured)]
     if kept:
         differences += verification.verify(
             folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), found, derived

@@ -34,6 +34,7 @@ PAPERS = {
     "Adapprox": "2403.14958",
 }
 """arXiv ids of the papers by method, in the order of the tables."""
+SCORES = ("test accuracy (%)", "test loss (nats)")
 NO_RUNS = "No runs are kept yet."
 _SMALLEST_P = 1e-4
 
@@ -52,7 +53,7 @@ def all_blocks(registration: Registration, data: Path, evidence: Evidence, deriv
     derived : Derived
         What is computed from them.
     """
-    tables = _Tables(registration, data, evidence, derived)
+    tables = Tables(registration, data, evidence, derived)
     blocks = {
         "published": tables.on_published_figures(),
         "verdicts": tables.verdicts(),
@@ -77,20 +78,27 @@ def _bound(registered: Registered) -> str:
     return f"{where}{claim.bound:g} ({registered.bound.unit})"
 
 
-def _p(value: float) -> str:
+def format_p(value: float) -> str:
+    """Format a p-value; a very small one as its bound, and a missing one as an empty text."""
     return "" if np.isnan(value) else f"{value:.2g}" if value >= _SMALLEST_P else f"< {_SMALLEST_P:g}"
 
 
 def _percent(values: pd.Series) -> str:
-    return t_interval(100 * values.to_numpy(np.float64)).format(1)
+    return _mean(100 * values, 1)
 
 
 def _nats(values: pd.Series) -> str:
-    return t_interval(values.to_numpy(np.float64)).format(4)
+    return _mean(values, 4)
+
+
+def _mean(values: pd.Series, digits: int) -> str:
+    """Format the mean with half its interval; a missing value, or a diverged run, gives an empty text."""
+    found = values.to_numpy(np.float64)
+    return t_interval(found).format(digits) if np.isfinite(found).all() else ""
 
 
 @dataclass(frozen=True)
-class _Tables:
+class Tables:
     """Tables of verdicts, arms and costs, as Markdown."""
 
     registration: Registration
@@ -220,12 +228,16 @@ class _Tables:
 
     def arms(self) -> str:
         """Return the chosen learning rate, the number of seeds and the scores of every arm with judged runs."""
+        rows = self.arm_rows
+        return _table(("arm", "learning rate", "seeds", *SCORES), rows) if rows else NO_RUNS
+
+    @cached_property
+    def arm_rows(self) -> list[tuple[str, ...]]:
+        """Rows of the table of arms."""
         runs = self.evidence.runs.assign(machine=self.machines)
         runs = runs[runs["role"] != "tuning"]
-        if runs.empty:
-            return NO_RUNS
         machines = [name_machine(block) for block in self.evidence.blocks()]
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for label in self.registration.arms:
             for (role, machine), of_arm in runs[runs["arm"] == label].groupby(["role", "machine"], sort=False):
                 elsewhere = f", machine {machines.index(machine) + 1}" if machine in machines[1:] else ""
@@ -233,11 +245,10 @@ class _Tables:
                 classified = of_arm["validation_chance"].notna().any() or role == "baseline"
                 rows.append((
                     f"{label}{elsewhere}", rate + " (end of the grid)" * (self._rate_of(label) in self._at_end),
-                    len(of_arm) if role == "judged" else "",
-                    _percent(of_arm["test_metric"]) if classified and of_arm["test_metric"].notna().all() else "",
-                    _nats(of_arm["test_loss"]) if of_arm["test_loss"].notna().all() else "",
+                    str(len(of_arm)) if role == "judged" else "",
+                    _percent(of_arm["test_metric"]) if classified else "", _nats(of_arm["test_loss"]),
                 ))  # fmt: skip
-        return _table(("arm", "learning rate", "seeds", "test accuracy (%)", "test loss (nats)"), rows)
+        return rows
 
     def budget(self) -> str:
         """Return what the registration and the runs are, what they took, and which looks were not made."""
@@ -262,11 +273,16 @@ class _Tables:
         )
         return "\n".join([
             "".join(lines),
-            f"- Runs: {len(runs):,} ({roles}), {count_phrase(round(runs['cpu_seconds'].sum() / 60), 'CPU-minute')}.",
+            f"- Runs: {len(runs):,} ({roles}), {count_phrase(self.minutes, 'CPU-minute')}.",
             f"- Machines (instruction set / torch / threads / device): {'; '.join(machines)}.",
             f"- Commits: {'; '.join(commits)}.",
             *self._open_looks(),
         ])  # fmt: skip
+
+    @property
+    def minutes(self) -> int:
+        """CPU-minutes of all runs."""
+        return round(self.evidence.runs["cpu_seconds"].sum() / 60)
 
     def _open_looks(self) -> Iterator[str]:
         missing: dict[int, list[str]] = {}
@@ -301,7 +317,7 @@ class _Tables:
         for id, claim in claims.items():
             row, looked = self.rows[id], self.rows[id]["look"] >= 1
             seeds = f"{row['n']:g}" if looked else f"{row['n']:g} of {claim.design.seeds[0]}"
-            p = [_p(row["p_looks"]), _p(row["adjusted_p"])] if looked else ["", ""]
+            p = [format_p(row["p_looks"]), format_p(row["adjusted_p"])] if looked else ["", ""]
             rows.append((
                 f"`{id}` {claim.text.sentence}", *([claim.paper.place] if place else []),
                 "" if row["outcome"] == "void" else seeds, self._effect(id), _bound(claim), *p, self._outcome(id),

@@ -40,3 +40,8 @@ def write(page: Path, blocks: Mapping[str, str]) -> None:
     new = _BLOCK.sub(lambda found: f"{found[1]}{blocks.get(found[2], found[3])}{found[4]}", old)
     if new != old:
         page.write_text(new, encoding="utf-8")
+
+
+def without_blocks(text: str) -> str:
+    """Return the text of a page with an empty line for each line of a block."""
+    return _BLOCK.sub(lambda found: "\n" * found[0].count("\n"), text)

@@ -7,6 +7,7 @@ A folder of evidence has
 - ``predictions/RUN.npz``: what a run scored on each test row;
 - ``kept/NAME/RUN.parquet``: tables from which values other than accuracies and losses are computed;
 - ``tuning.csv``, ``values.csv``, ``verdicts.csv``: chosen rates, values by seed and verdicts, computed from the above;
+- ``numbers.csv``: the measured numbers that README and docs print;
 - ``MANIFEST``: SHA-256 of every file, in the format of ``sha256sum``.
 
 A finished run is written once: its files first, its row in ``runs.csv`` last. An interrupted write leaves no run.

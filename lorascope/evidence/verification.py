@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ class Derived:
     Parameters
     ----------
     files : mapping name -> bytes
-        Content of ``tuning.csv``, ``values.csv`` and ``verdicts.csv``.
+        Content of ``tuning.csv``, ``values.csv``, ``verdicts.csv`` and, if added, of files that follow from these.
     tuning, verdicts : DataFrame
-        Two of them as tables.
+        Two of the files as tables.
     machines : DataFrame
         ``claim, block, n, shown, outcome, differs``: claims on other machines than the one that judges them, and
         whether the outcome there is another one. Without runs of other machines it is empty.
@@ -45,6 +45,10 @@ class Derived:
     tuning: pd.DataFrame
     verdicts: pd.DataFrame
     machines: pd.DataFrame
+
+    def with_file(self, name: str, table: pd.DataFrame) -> Derived:
+        """Return these results with one more file."""
+        return replace(self, files={**self.files, name: store.to_csv(table)})
 
 
 def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, Pair]) -> Derived:
@@ -115,9 +119,36 @@ def state(claim: str, registration: Registration, evidence: Evidence) -> str:
 
 def write_derived(folder: Path, derived: Derived, registered: Path) -> None:
     """Write what is computed from the runs, and the manifest."""
+    _write_files(folder, derived)
+    store.write_bytes(folder / "MANIFEST", _manifest(folder, registered).encode())
+
+
+def rewrite_derived(folder: Path, derived: Derived, registered: Path) -> None:
+    """Write what is computed from the runs, but let the manifest, if there is one, keep the digests of other files.
+
+    A changed run is therefore still found.
+    """
+    _write_files(folder, derived)
+    kept, found = _kept_manifest(folder), _digests(_manifest(folder, registered))
+    digests = kept | {path: found[path] for path in (derived.files if kept else found)}
+    paths = [*found, *sorted(kept.keys() - found.keys())]
+    text = "".join(f"{digests[path]}  {path}\n" for path in paths if path in digests)
+    store.write_bytes(folder / "MANIFEST", text.encode())
+
+
+def _write_files(folder: Path, derived: Derived) -> None:
     for name, content in derived.files.items():
         store.write_bytes(folder / name, content)
-    store.write_bytes(folder / "MANIFEST", _manifest(folder, registered).encode())
+
+
+def _digests(manifest: str) -> dict[str, str]:
+    """Return the digests of a manifest by path."""
+    return {path: digest for digest, _, path in (line.partition("  ") for line in manifest.splitlines())}
+
+
+def _kept_manifest(folder: Path) -> dict[str, str]:
+    file = folder / "MANIFEST"
+    return _digests(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def _manifest(folder: Path, registered: Path) -> str:
@@ -171,11 +202,7 @@ def verify(
 
 
 def _check_manifest(folder: Path, registered: Path) -> Iterator[str]:
-    file = folder / "MANIFEST"
-    kept, found = (
-        {path: digest for digest, _, path in (line.partition("  ") for line in text.splitlines())}
-        for text in (file.read_text(encoding="utf-8") if file.exists() else "", _manifest(folder, registered))
-    )
+    kept, found = _kept_manifest(folder), _digests(_manifest(folder, registered))
     for path in sorted(kept.keys() | found.keys()):
         if kept.get(path) != found.get(path):
             yield f"MANIFEST: {path}: kept {_short(kept.get(path))}, recomputed {_short(found.get(path))}"

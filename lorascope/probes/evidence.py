@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from joblib import Parallel, delayed
 
-from lorascope.evidence import registration, store, verification
+from lorascope.evidence import blocks, numbers, registration, store, verification
 from lorascope.evidence.open_runs import OpenRun, open_runs
 from lorascope.evidence.registration import Registration, arm_hash
 from lorascope.evidence.statistics import PAIRS
@@ -113,7 +113,10 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
         # A run is only taken from the list when a process is free, so the time is read then.
         train_runs((run for run in needed if time.monotonic() < end), claims, reads, folder, out)
     if (folder / "runs.csv").exists():
-        verification.write_derived(folder, verification.derive(store.read(folder), claims, PAIRS), registered)
+        evidence = store.read(folder)
+        derived = verification.derive(evidence, claims, PAIRS)
+        measured = numbers.measured_numbers(blocks.Tables(claims, registered.parent, evidence, derived))
+        verification.write_derived(folder, derived.with_file(numbers.FILE, measured), registered)
 
 
 def require_registered(claims: Registration) -> None:

@@ -18,8 +18,8 @@ from lorascope.evidence.judging import judge_all
 from lorascope.evidence.open_runs import OpenRun
 from lorascope.evidence.statistics import PAIRS
 from lorascope.inputs import tasks
-from lorascope.methods import adalora, alora, autolora
-from lorascope.probes import evidence
+from lorascope.methods import adalora, alora, autolora, base
+from lorascope.probes import component_scores, evidence, hydralora_asymmetry, score_agreement
 from lorascope.probes.base import Arm
 from lorascope.probes.tfidf_baseline import tfidf_arm
 
@@ -29,24 +29,32 @@ QUALITY = ("lora.parity", "lora.words", "lora.rank", "lisa.parity", "lisa.redraw
 # Two layers have no thirds, so "adalora.top" cannot be judged on the tiny model.
 RANKS = ("adalora.ffn", "adalora.stable", "adalora.beyond", "adalora.task")
 RANKS += ("autolora.spread", "autolora.tasks", "alora.attention", "alora.queries")
+SCORES = tuple(id for id in CLAIMS.claims if id.startswith("agreement."))
+# The other claims of LISA on norms need a decoder.
+UPDATES = ("lora.direction", "lora.amplify", "lisa.embed", "lisa.learned", "hydralora.tasks")
+FACTORS = ("lora.amplify", *(id for id in CLAIMS.claims if id.startswith("asymmetry.")))
 
 
 @pytest.fixture
 def judge(bert: str, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Train the arms of some claims on the tiny model with three seeds, and judge these claims."""
+    """Train the arms of some claims on the tiny model with three seeds, and judge these claims.
+
+    A statistic that is not finite is rejected, and the outcome here is "undefined".
+    """
     registered = evidence.registered_arms()
 
-    def tiny(arm: Any, rows: tasks.Task) -> Any:
+    def tiny(arm: Any, rows: tasks.Task, steps: int) -> Any:
         if not isinstance(arm, Arm):
             return tfidf_arm(arm.label, rows)
         own = rows
         if arm.task == "sentiment/domains":
             own = tasks.from_frame(rows.table.assign(label=rows.table["group"])[["text", "label"]], "groups")
-        settings = {**arm.settings, "steps": min(arm.settings["steps"], 30), "batch_size": 8}
+        settings = {**arm.settings, "steps": min(arm.settings["steps"], steps), "batch_size": 8}
+        settings |= {name: 20 for name in ("eval_size", "test_size") if name in settings}
         return replace(arm, model=bert, task=own, settings=settings)
 
-    def judged(ids: tuple[str, ...], rows: tasks.Task = task, may_void: bool = True) -> pd.Series:
-        made = {label: tiny(arm, rows) for label, arm in registered.items()}
+    def judged(ids: tuple[str, ...], rows: tasks.Task = task, may_void: bool = True, steps: int = 30) -> pd.Series:
+        made = {label: tiny(arm, rows, steps) for label, arm in registered.items()}
         monkeypatch.setattr(evidence, "registered_arms", lambda: made)
         claims = {id: CLAIMS.claims[id] for id in ids}
         design = {"seeds": (SEEDS,), "levels": (0.025,)}
@@ -61,8 +69,19 @@ def judge(bert: str, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.Monke
                 if len(kept.rows):
                     store.add_rows(tmp_path / "evidence", kept.rows)
                 store.add_run(tmp_path / "evidence", kept.row, kept.scores, kept.tables)
-        verdicts, _ = judge_all(claims, PAIRS, store.read(tmp_path / "evidence"), lambda label: may_void)
-        return verdicts.set_index("claim")["uncorrected"]
+        found = store.read(tmp_path / "evidence")
+
+        def outcome(id: str) -> str:
+            try:
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    verdicts, _ = judge_all({id: claims[id]}, PAIRS, found, lambda label: may_void)
+            except ValueError as error:
+                if f"cannot judge {id}: values must be finite" not in str(error):
+                    raise
+                return "undefined"
+            return str(verdicts["uncorrected"].item())
+
+        return pd.Series({id: outcome(id) for id in ids})
 
     with parallel_config(n_jobs=1):
         yield judged
@@ -72,7 +91,7 @@ def judge(bert: str, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.Monke
 def test_shuffled_labels_support_no_claim_on_accuracy(judge: Callable[..., Any], task: tasks.Task) -> None:
     labels = np.random.default_rng(0).permutation(task.table["label"])
     shuffled = tasks.from_frame(task.table.assign(label=labels)[["text", "label", "group"]], "shuffled")
-    # At chance level two arms are equal, which only the rule for arms that did not train tells from parity.
+    # Two arms at chance level are equal. Only the rule for arms that did not train distinguishes this from parity.
     assert not judge(QUALITY, shuffled).eq("supported").any()
 
 
@@ -86,4 +105,62 @@ def test_random_scores_support_no_claim_on_ranks(judge: Callable[..., Any], monk
         autolora, "adam", lambda gradient, moments, rate: (rate * torch.randn(gradient.shape, generator=draw), moments)
     )
     found = judge(RANKS, may_void=False)
+    assert set(found) <= {"inconclusive", "not supported"}
+
+
+def test_random_scores_support_no_claim_on_scores(
+    judge: Callable[..., Any], task: tasks.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = np.random.default_rng(0)
+
+    def randomize(function: Callable[..., component_scores.Rows]) -> Callable[..., component_scores.Rows]:
+        def scores(*given: Any) -> component_scores.Rows:
+            found = function(*given)
+            return {name: {module: draw.random(len(each)) for module, each in of.items()} for name, of in found.items()}
+
+        return scores
+
+    for name in ("adalora_scores", "alora_scores", "autolora_scores"):
+        monkeypatch.setattr(component_scores, name, randomize(getattr(component_scores, name)))
+    monkeypatch.setattr(score_agreement, "SIZES", (8, 2, 2, 1))
+    monkeypatch.setattr(tasks, "load", lambda name: task)
+    found = judge(SCORES, may_void=False)
+    assert set(found) <= {"inconclusive", "not supported"}
+
+
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train heads, but give adapters a learning rate of zero, so that updates keep their initial values."""
+    groups = base.parameter_groups
+
+    def without_adapters(model: Any, lr: float, *rates: float) -> Any:
+        return groups(model, 0.0 if base.attached_deltas(model) else lr, *rates)
+
+    monkeypatch.setattr(base, "parameter_groups", without_adapters)
+
+
+@pytest.mark.usefixtures("frozen")
+def test_frozen_adapters_support_no_claim_on_updates(judge: Callable[..., Any]) -> None:
+    found = judge(UPDATES, may_void=False, steps=5)
+    # The norm of an update of zeros has no logarithm.
+    undefined = dict.fromkeys(("lora.amplify", "lisa.embed", "lisa.learned"), "undefined")
+    assert found.to_dict() == {"lora.direction": "not supported", "hydralora.tasks": "not supported"} | undefined
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("frozen")
+def test_frozen_factors_support_no_claim_on_factors(
+    judge: Callable[..., Any], task: tasks.Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attach, draw = base.AdapterMethod.attach, torch.Generator().manual_seed(0)
+
+    def with_random_b(self: Any, model: Any) -> None:
+        attach(self, model)
+        for delta in base.attached_deltas(model).values():
+            torch.nn.init.normal_(delta.B, generator=draw)  # a B of zeros has no direction
+
+    monkeypatch.setattr(base.AdapterMethod, "attach", with_random_b)
+    monkeypatch.setattr(hydralora_asymmetry.tasks, "load", lambda name: task)
+    found = judge(FACTORS, may_void=False, steps=2)
+    assert found.pop("asymmetry.picture") == "supported"  # it only needs a shared start
     assert set(found) <= {"inconclusive", "not supported"}

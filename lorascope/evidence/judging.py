@@ -53,12 +53,21 @@ def _tasks_vary(evidence: Evidence, arms: Iterable[str], seeds: Sequence[int]) -
 def estimate_claim(
     registered: Registered, pair: Pair, evidence: Evidence, seeds: Sequence[int]
 ) -> tuple[Estimate, pd.DataFrame]:
-    """Estimate the effect of a claim over these seeds; see ``estimate_effect``."""
+    """Estimate the effect of a claim over these seeds; see ``estimate_effect``.
+
+    Raises
+    ------
+    ValueError
+        A value is not finite, such as the log of a norm of zero, or a file of a run is missing.
+    """
     statistic, control = pair
     method = registered.design.interval
     if method == "t" and _tasks_vary(evidence, _arms(pair), seeds):
         statistic, control = _SeedBySeed(statistic), _SeedBySeed(control)
-    return estimate_effect(statistic, control, evidence, seeds, method)
+    try:
+        return estimate_effect(statistic, control, evidence, seeds, method)
+    except ValueError as error:
+        raise ValueError(f"cannot judge {registered.id}: {error}") from error
 
 
 def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple[looks.Verdict, pd.DataFrame] | None:

@@ -8,20 +8,30 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import Folder, command
+from lorascope.cli.arguments import Folder, Name, command
 from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
 from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import json_values
+from lorascope.diagnosis.runtimes import Application, applied
 from lorascope.diagnosis.terminal import WIDTH
-from lorascope.files.hub import label
+from lorascope.files.hub import label, locate
 from lorascope.files.printable import printable
-from lorascope.runs.loading import load
+from lorascope.runs.adapter import Adapter
+from lorascope.runs.loading import is_run, load, load_adapter
+from lorascope.runs.run import Run
 
 _INDENT = 15
 
 
 @command
-def main(path: Annotated[str | None, arg(metavar="PATH")] = None, /, *, base: Folder = None, json: bool = False) -> int:
+def main(
+    path: Annotated[str | None, arg(metavar="PATH")] = None,
+    /,
+    *,
+    base: Folder = None,
+    runtime: Name = None,
+    json: bool = False,
+) -> int:
     """Diagnose problems of an adapter or a run, each with its evidence and a fix.
 
     Only files are read: factors and configuration of an adapter, the base weights with --base, and the training history
@@ -34,26 +44,37 @@ def main(path: Annotated[str | None, arg(metavar="PATH")] = None, /, *, base: Fo
     path
         Adapter or run: a folder, a .safetensors file, or a name on the Hugging Face Hub (user/adapter).
     base
-        Folder of the adapter's base model.
+        Folder of the adapter's base model: adds what a runtime applies of the adapter.
+    runtime
+        Program that loads the adapter: peft (default for an adapter of PEFT), vllm, diffusers or llama.cpp.
     json
         Print JSON.
     """
     if path is None:
         raise ValueError("PATH is required: lorascope doctor my-adapter")
-    run = load(path, base)
+    if base is None and runtime is None:
+        run, use = load(path), None
+    else:
+        run, use = _open_for_runtime(path, base, runtime)
     case = Case(run)
     found, skipped = findings(case), skipped_checks(case)
+    if use is not None:
+        found += use.findings
     if json:
         told = [
             {"cause": each.cause, "message": each.message, "evidence": each.evidence, "fix": each.fix}
             | {"told": each.message, "mend": each.fix}  # the old names stay for one release
             for each in found
         ]
-        print(dumps(json_values({"path": path, "findings": told, "unseen": skipped}), indent=1))
+        about = {} if use is None else {"runtime": use.runtime, "applied": use.applied, "modules": use.modules}
+        print(dumps(json_values({"path": path, **about, "findings": told, "unseen": skipped}), indent=1))
         return 1 if found else 0
     count = f"{len(found)} finding{'s' * (len(found) > 1)}" if found else "no findings"
     state = "" if run.meta.states else f", {run.meta.status}: no factors saved yet"
     paragraphs = [(label(run.path) if run.path else run.id, count + state)]
+    if use is not None:
+        named = "" if base is not None else "; names and shapes are not compared without --base DIR"
+        paragraphs.append((use.runtime, f"applies {use.applied} of {use.modules} modules{named}"))
     for finding in found:
         paragraphs += [(finding.cause, finding.message), ("", f"fix: {finding.fix}")]
     paragraphs += [(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)) for missing, names in skipped.items()]
@@ -63,3 +84,15 @@ def main(path: Annotated[str | None, arg(metavar="PATH")] = None, /, *, base: Fo
         layout.initial_indent = shown.ljust(_INDENT) if len(shown) < _INDENT else f"{shown} "
         print(layout.fill(printable(text)))
     return 1 if found else 0
+
+
+def _open_for_runtime(path: str, base: str | None, runtime: str | None) -> tuple[Run | Adapter, Application | None]:
+    """Open an adapter, with a base that may be of another model, and return what a runtime applies of it."""
+    found = locate(path)
+    if is_run(found):
+        option = "--base" if runtime is None else "--runtime"
+        raise ValueError(f"{option} requires an adapter, got a run: {printable(found)}")
+    run = load_adapter(found, base)
+    if runtime is None and "peft_type" not in run.files.config:
+        return run, None
+    return run, applied(run.files, run.base, runtime or "peft")

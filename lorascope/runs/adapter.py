@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from lorascope.files.hub import label
-from lorascope.files.printable import printable
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
 from lorascope.runs.layout import Lazy
@@ -42,11 +41,6 @@ class Adapter(Result):
 
     def __init__(self, files: AdapterFiles, base: PretrainedWeights | None = None) -> None:
         self.files, self.base = files, base
-        if base is not None and not any(map(base.has_weight, files.parts)):
-            raise ValueError(
-                f"cannot use {printable(base.folder)} as the base of {printable(files.path)}: "
-                "it has no weight of any adapted module"
-            )
         ranks = {module: part.rank for module, part in files.parts.items()}
         config = files.config
         meta = Manifest(

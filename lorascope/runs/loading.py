@@ -49,6 +49,17 @@ def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter:
         raise ValueError(f"base must be None for a run, got {printable(base)}: {printable(path)} is a run")
     if is_run(path):
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
+    adapter = load_adapter(path, base)
+    if adapter.base is not None and not any(map(adapter.base.has_weight, adapter.files.parts)):
+        raise ValueError(
+            f"cannot use {printable(adapter.base.folder)} as the base of {printable(path)}: "
+            "it has no weight of any adapted module"
+        )
+    return adapter
+
+
+def load_adapter(path: Path, base: str | Path | None) -> Adapter:
+    """Open an adapter with a base that may be another model than its own; see ``load``."""
     model = None if base is None else PretrainedWeights(locate_base(base))
     return Adapter(_open_adapter(path, model), model)
 

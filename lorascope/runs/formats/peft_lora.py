@@ -168,6 +168,8 @@ def lora_parts(
 def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], rank: int, experts: bool = False) -> None:
     """Raise a ValueError if the rank of the factors differs from the configuration."""
     found = factors["A"].shape[0], factors["B"].shape[1]
+    if found == (0, 0):
+        raise unreadable(path, f"{printable(module)} is empty: it was saved under ZeRO-3 or FSDP without gathering")
     if found != (rank, rank):
         reason = "; experts in one tensor (target_parameters) are not supported" if experts else ""
         must = f"factors of {printable(module)} must have rank {rank} ({CONFIG})"

@@ -1,0 +1,226 @@
+"""Contract of a runtime, and the matching of an adapter's names and shapes with those of a base model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from lorascope.diagnosis.causes.base import Finding, first_and_count
+from lorascope.files.printable import printable
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles
+from lorascope.schema.plugins import load_plugins
+
+
+@dataclass(frozen=True)
+class Target:
+    """Adapter, and the names and shapes of the model that it is loaded into.
+
+    Parameters
+    ----------
+    files : AdapterFiles
+        The opened adapter.
+    base : PretrainedWeights or None
+        Base model; without it, only what the adapter's own files decide is known.
+    """
+
+    files: AdapterFiles
+    base: PretrainedWeights | None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Configuration of the adapter."""
+        return self.files.config
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of all tensors of the adapter, as they are stored."""
+        return [name for file in self.files.files for name in file]
+
+    @cached_property
+    def modules(self) -> dict[str, tuple[int, ...]]:
+        """Modules of the base that have a weight, with its stored shape; empty without a base."""
+        if self.base is None:
+            return {}
+        named = {name.removesuffix(".weight"): file.shape(name) for file in self.base.files for name in file}
+        return {module: shape for module, shape in named.items() if len(shape) >= 2}
+
+    def find(self, module: str) -> tuple[int, ...] | None:
+        """Return the stored shape of the weight that a module of the adapter has in the base, or None."""
+        if module in self.modules:
+            return self.modules[module]
+        parent = next((each for each in _parents(module) if each.endswith(".experts")), None)
+        if parent is not None and any(name.startswith(f"{parent}.") for name in self.modules):
+            return ()  # one tensor of all experts in memory, but one per expert in the files
+        # A head that shares the weight of the embedding is not stored.
+        return _embedding(self.modules) if module.endswith("lm_head") else None
+
+    @cached_property
+    def absent(self) -> list[str]:
+        """Modules of the adapter that the base does not have."""
+        return [module for module in self.files.parts if self.base is not None and self.find(module) is None]
+
+    @cached_property
+    def misfits(self) -> list[str]:
+        """Modules whose update does not have the shape of the weight, with both shapes."""
+        found = []
+        for module, part in self.files.parts.items():
+            stored = self.find(module)
+            if not stored:
+                continue
+            shape = stored[0], math.prod(stored[1:])
+            if part.shape not in (shape, shape[::-1]):
+                found.append(f"{module} ({_sides(part.shape)}, in the base {_sides(shape)})")
+        return found
+
+    def renaming(self, names: Collection[str]) -> str | None:
+        """Return the change of prefix by which all these modules are in the base, if there is one."""
+        for old, new in _RENAMINGS:
+            changed = [new + name.removeprefix(old) for name in names if name.startswith(old)]
+            if len(changed) == len(names) and all(name in self.modules for name in changed):
+                return f"{old or 'no prefix'} -> {new or 'no prefix'}"
+        return None
+
+
+# Wrappers of a language model: with and without a head, and the two layouts of multimodal models.
+_RENAMINGS = [
+    ("", "model."), ("model.", ""), ("model.", "model.language_model."), ("model.", "language_model.model."),
+    ("model.language_model.", "language_model.model."), ("language_model.model.", "model.language_model."),
+    ("model.language_model.", "model."), ("language_model.model.", "model."),
+    ("transformer.", ""), ("", "transformer."),
+    ("bert.", ""), ("", "bert."), ("roberta.", ""), ("", "roberta."), ("distilbert.", ""), ("", "distilbert."),
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Application:
+    """Treatment of an adapter by a runtime.
+
+    Parameters
+    ----------
+    runtime : str
+        Name of the runtime.
+    applied : int
+        Number of modules that it applies.
+    modules : int
+        Number of modules of the adapter.
+    findings : tuple of Finding
+        What is dropped, refused, or applied in another way.
+    """
+
+    runtime: str
+    applied: int
+    modules: int
+    findings: tuple[Finding, ...]
+
+
+Check = Callable[[Target], Iterable[Finding]]
+RUNTIMES: dict[str, Check] = {}
+"""Checks of the runtimes by name; a finding lists the modules that are not applied."""
+
+
+def runtime(name: str) -> Callable[[Check], Check]:
+    """Register the check of a runtime."""
+
+    def register(check: Check) -> Check:
+        RUNTIMES[name] = check
+        return check
+
+    return register
+
+
+def applied(files: AdapterFiles, base: PretrainedWeights | None, name: str) -> Application:
+    """Return what a runtime does with an adapter.
+
+    Raises
+    ------
+    ValueError
+        The runtime is not known.
+    """
+    load_plugins("lorascope.diagnosis.runtimes")
+    if name not in RUNTIMES:
+        raise ValueError(f"runtime must be one of {', '.join(sorted(RUNTIMES))}, got {printable(name)!r}")
+    target = Target(files, base)
+    findings = tuple(RUNTIMES[name](target))
+    lost = {module for finding in findings for module in finding.modules} & files.parts.keys()
+    refused = any(finding.severity == "error" for finding in findings)
+    return Application(name, 0 if refused else len(files.parts) - len(lost), len(files.parts), findings)
+
+
+def refused(reason: str, fix: str, **evidence: Any) -> Finding:
+    """Return the finding that a runtime raises an error, so nothing is applied."""
+    return Finding("refused", reason, evidence, fix, "error")
+
+
+def altered(reason: str, fix: str, **evidence: Any) -> Finding:
+    """Return the finding that a runtime applies another update than was trained."""
+    return Finding("applied-differently", reason, evidence, fix, "caution")
+
+
+def dropped(modules: Collection[str], of: int, how: str, fix: str) -> Finding:
+    """Return the finding that a runtime leaves out modules; ``how`` says what it prints."""
+    verb = "is" if len(modules) == 1 else "are"
+    reason = f"{len(modules)} of {of} modules {verb} dropped {how}: {first_and_count(map(printable, modules))}"
+    return Finding("dropped", reason, {"modules": len(modules), "of": of}, fix, "caution", tuple(modules))
+
+
+def absent_modules(target: Target, how: str) -> Iterator[Finding]:
+    """Yield the modules that the base does not have, with the renaming that would fit."""
+    if target.absent:
+        renaming = target.renaming(target.absent)
+        fix = f"rename them: {renaming}" if renaming else "load it into the model that it was trained on"
+        yield dropped(target.absent, len(target.files.parts), f"{how}, because the base has no such module", fix)
+
+
+def misfitting_modules(target: Target) -> Iterator[Finding]:
+    """Yield the modules whose update does not fit the weight, which every runtime refuses."""
+    if target.misfits:
+        count = f"{len(target.misfits)} of {len(target.files.parts)}"
+        reason = f"the update of {count} modules does not fit the weight: {first_and_count(target.misfits)}"
+        yield refused(reason, "load it into the model that it was trained on", modules=len(target.misfits))
+
+
+def stored_options(config: Mapping[str, Any]) -> list[str]:
+    """Return the options of a LoRA configuration that not every runtime supports, as they are written there."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    kept = {
+        "use_dora": config.get("use_dora"),
+        "lora_bias": config.get("lora_bias"),
+        f"bias={config.get('bias')!r}": config.get("bias") not in (None, "none"),
+        f"init_lora_weights={start!r}": start.startswith(("pissa", "olora", "corda", "loftq")),
+        "alora_invocation_tokens": config.get("alora_invocation_tokens"),
+        "layer_replication": config.get("layer_replication"),
+        "use_bdlora": config.get("use_bdlora"),
+        "use_qalora": config.get("use_qalora"),
+    }
+    return [name for name, value in kept.items() if value]
+
+
+def largest_rank(target: Target) -> int:
+    """Return the largest rank of a module."""
+    return max((part.rank for part in target.files.parts.values()), default=0)
+
+
+def without_prefix(target: Target) -> list[str]:
+    """Return the modules whose tensors lack the prefix that PEFT requires."""
+    bare = {key for key in target.keys if not key.startswith(PREFIX)}
+    return [module for module in target.files.parts if any(key.startswith(f"{module}.") for key in bare)]
+
+
+def _parents(module: str) -> Iterator[str]:
+    parts = module.split(".")
+    for end in range(len(parts), 0, -1):
+        yield ".".join(parts[:end])
+
+
+def _embedding(modules: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
+    found = [name for name in modules if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)$", name)]
+    return modules[found[0]] if len(found) == 1 else None
+
+
+def _sides(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))

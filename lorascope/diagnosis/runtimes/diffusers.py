@@ -1,0 +1,52 @@
+"""diffusers: a tensor belongs to the component of a pipeline that its name starts with.
+
+Source: diffusers 0.42, ``load_lora_weights``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from lorascope.diagnosis.causes.base import Finding
+from lorascope.diagnosis.runtimes.base import Target, altered, dropped, misfitting_modules, runtime
+
+_COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?)\.")
+_KOHYA = re.compile(r"lora_(unet|te\d?|transformer|prior_unet|prior_te)_")
+_FLUX = re.compile(r"lora_unet_(double|single)_blocks_|^(diffusion_model\.)?(double|single)_blocks\.")
+_FLUX_LOST = re.compile(r"^(lora_unet_|diffusion_model\.)?(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)")
+_FILTERED = re.compile(r"^lora_te3_|^text_encoder_3|\.diff_b$|\.w_norm$|\.b_norm$|text_projection|position_embedding")
+
+
+@runtime("diffusers")
+def check_diffusers(target: Target) -> Iterator[Finding]:
+    """Find modules that belong to no component, and kohya files that are applied with other scales."""
+    modules, keys = list(target.files.parts), target.keys
+    stray = [name for name in modules if not _COMPONENT.match(name) and not _KOHYA.match(name)
+             and not name.startswith("diffusion_model.")]  # fmt: skip
+    if stray:
+        names = "their names start with no component (unet, transformer, text_encoder)"
+        yield dropped(stray, len(modules), f"with a warning, because {names}", "add the component to the names")
+    if any(key.endswith(".dora_scale") for key in keys):
+        yield altered("dora_scale is dropped: the adapter is applied as plain LoRA", "convert it to PEFT's DoRA")
+    flux = any(_FLUX.search(key) for key in keys)
+    lost = [name for name in modules if (flux and _FLUX_LOST.match(name)) or _FILTERED.search(name)]
+    if lost:
+        yield dropped(lost, len(modules), "with an info line at most", "load the file in ComfyUI")
+    if not flux:
+        yield from _uneven_alphas(target)
+    if all(_COMPONENT.match(name) for name in modules):
+        yield from misfitting_modules(target)
+
+
+def _uneven_alphas(target: Target) -> Iterator[Finding]:
+    """Find kohya files whose modules do not all have one alpha, which diffusers gives to all attention layers."""
+    files = [file for file in target.files.files if any(key.endswith(".alpha") for key in file)]
+    alphas = {key.removesuffix(".alpha"): float(file[key].reshape(-1)[0])
+              for file in files for key in file if key.endswith(".alpha")}  # fmt: skip
+    usual = Counter(alphas.values()).most_common(1)
+    without = [module for module in target.files.parts if module not in alphas]
+    if alphas and (len(set(alphas.values())) > 1 or without):
+        reason = f"alphas differ between modules: attention layers get the most frequent one, {usual[0][0]:g}"
+        yield altered(reason, "fold alpha / rank into lora_up, and store one alpha", alphas=len(set(alphas.values())))

@@ -1,0 +1,41 @@
+"""llama.cpp: the conversion reads only ``lora_alpha`` and the factors.
+
+Source: llama.cpp, ``convert_lora_to_gguf.py``, autumn 2026.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+from lorascope.diagnosis.causes.base import Finding, first_and_count
+from lorascope.diagnosis.runtimes.base import Target, altered, largest_rank, misfitting_modules, refused, runtime
+
+_READ = re.compile(r"\.lora_[AB](\.weight)?$|\.lora_embedding_[AB]$|\.base_layer\.weight$|_norm")
+
+
+@runtime("llama.cpp")
+def check_llama_cpp(target: Target) -> Iterator[Finding]:
+    """Find what the conversion refuses, and options that it does not read."""
+    config = target.config
+    magnitudes = [key for key in target.keys if "lora_magnitude_vector" in key]
+    foreign = [key for key in target.keys if not _READ.search(key)]
+    if foreign:
+        fix = "merge the adapter into the base, and convert that"
+        yield refused(f"it converts no tensors with these names: {first_and_count(foreign)}", fix)
+    if config.get("use_rslora") and not magnitudes:
+        factor = math.sqrt(largest_rank(target))
+        yield altered(f"use_rslora is not read: the update is {factor:.3g} times too small",
+                      f"set lora_alpha to {config.get('lora_alpha', 8) * factor:g} and use_rslora to false",
+                      factor=factor)  # fmt: skip
+    if config.get("alpha_pattern"):
+        fix = "scale lora_B of these modules, and remove alpha_pattern"
+        yield altered("alpha_pattern is not read: every module gets lora_alpha / rank", fix)
+    if target.absent:
+        yield refused(f"the base has no such module: {first_and_count(target.absent)}",
+                      "convert it with the base that it was trained on", modules=len(target.absent))  # fmt: skip
+    heads = [module for module in target.files.parts if module.endswith("lm_head")]
+    if heads and target.base is not None and not any(module in target.modules for module in heads):
+        yield refused("it adapts lm_head, and the base shares that weight with its embedding", "train without lm_head")
+    yield from misfitting_modules(target)

@@ -1,0 +1,50 @@
+"""vLLM: many options are refused, and a module whose full name is not in the model is ignored.
+
+Source: vLLM 0.33, ``vllm.lora``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from lorascope.diagnosis.causes.base import Finding, first_and_count
+from lorascope.diagnosis.runtimes.base import (
+    Target,
+    absent_modules,
+    largest_rank,
+    misfitting_modules,
+    refused,
+    runtime,
+    stored_options,
+)
+
+MAX_RANK = 16
+"""Default of ``--max-lora-rank``."""
+_REQUIRED = ("r", "lora_alpha", "target_modules")
+_LOADED = re.compile(
+    r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$|(^|\.)(score|classifier)\.(weight|bias)$|\.base_layer\.weight$"
+)
+
+
+@runtime("vllm")
+def check_vllm(target: Target) -> Iterator[Finding]:
+    """Find what vLLM refuses, and modules that it ignores."""
+    config = target.config
+    if lacking := [name for name in _REQUIRED if config.get(name) is None]:
+        yield refused(f"adapter_config.json lacks {', '.join(lacking)}", "add them")
+    options = stored_options(config)
+    saved = [name for name in config.get("modules_to_save") or [] if name not in ("classifier", "score")]
+    if saved:
+        options.append(f"modules_to_save={saved!r}")
+    if options:
+        yield refused(f"it does not support {', '.join(options)}", "merge the adapter into the base, and serve that")
+    if (rank := largest_rank(target)) > MAX_RANK:
+        reason = f"rank {rank} is above --max-lora-rank, {MAX_RANK} by default"
+        yield refused(reason, f"start it with --max-lora-rank {rank}", rank=rank, threshold=MAX_RANK)
+    foreign = [key for key in target.keys if not _LOADED.search(key)]
+    if foreign and not options:
+        yield refused(f"it does not load tensors with these names: {first_and_count(foreign)}",
+                      "merge the adapter into the base, and serve that")  # fmt: skip
+    yield from absent_modules(target, "without a warning")
+    yield from misfitting_modules(target)

@@ -136,7 +136,7 @@ def test_empty_argument_is_named(words: list[str], start: str, capsys: pytest.Ca
 def test_exit_codes(
     error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(path: str, base: str | None) -> None:
+    def fail(path: str) -> None:
         raise error
 
     monkeypatch.setattr(doctor, "load", fail)
@@ -144,7 +144,7 @@ def test_exit_codes(
 
 
 def test_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "load", lambda path, base: {}["x"])
+    monkeypatch.setattr(doctor, "load", lambda path: {}["x"])
     with pytest.raises(KeyError):
         main(["doctor", "x"])
 

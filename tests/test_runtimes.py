@@ -1,4 +1,4 @@
-"""What runtimes apply of an adapter, with PEFT itself as the oracle for PEFT."""
+"""Predictions of what runtimes apply of an adapter, with PEFT itself as the oracle for PEFT."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from json import dumps
 from typing import Annotated
 
@@ -12,11 +13,13 @@ from lorascope.cli.arguments import Folder, Name, command
 from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
 from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import json_values
+from lorascope.diagnosis.merge import check_merge
 from lorascope.diagnosis.runtimes import Application, applied
 from lorascope.diagnosis.terminal import WIDTH
-from lorascope.files.hub import label, locate
+from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import is_run, load, load_adapter
 from lorascope.runs.run import Run
 
@@ -30,6 +33,7 @@ def main(
     *,
     base: Folder = None,
     runtime: Name = None,
+    merged: Folder = None,
     json: bool = False,
 ) -> int:
     """Diagnose problems of an adapter or a run, each with its evidence and a fix.
@@ -47,11 +51,16 @@ def main(
         Folder of the adapter's base model: adds what a runtime applies of the adapter.
     runtime
         Program that loads the adapter: peft (default for an adapter of PEFT), vllm, diffusers or llama.cpp.
+    merged
+        Folder of a model into which the adapter was merged; --base is required. Every weight is compared with what the
+        merge of base and adapter gives. The exit code is 3 if nothing is wrong and not every weight can be proved.
     json
         Print JSON.
     """
     if path is None:
         raise ValueError("PATH is required: lorascope doctor my-adapter")
+    if merged is not None:
+        return _report_merge(path, base, merged, json)
     if base is None and runtime is None:
         run, use = load(path), None
     else:
@@ -78,11 +87,7 @@ def main(
     for finding in found:
         paragraphs += [(finding.cause, finding.message), ("", f"fix: {finding.fix}")]
     paragraphs += [(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)) for missing, names in skipped.items()]
-    layout = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * _INDENT, break_long_words=False)
-    for heading, text in paragraphs:
-        shown = printable(heading)
-        layout.initial_indent = shown.ljust(_INDENT) if len(shown) < _INDENT else f"{shown} "
-        print(layout.fill(printable(text)))
+    _print_paragraphs(paragraphs)
     return 1 if found else 0
 
 
@@ -96,3 +101,30 @@ def _open_for_runtime(path: str, base: str | None, runtime: str | None) -> tuple
     if runtime is None and "peft_type" not in run.files.config:
         return run, None
     return run, applied(run.files, run.base, runtime or "peft")
+
+
+def _report_merge(path: str, base: str | None, merged: str, json: bool) -> int:
+    """Print whether an adapter was merged into a model, and return the exit code."""
+    if base is None:
+        raise ValueError("--merged requires the model before the merge: --base DIR")
+    adapter = load_adapter(locate(path), base)
+    check = check_merge(adapter, PretrainedWeights(locate_base(merged)))
+    if json:
+        rows = [vars(each) for each in check.modules]
+        findings = [{"cause": each.cause, "message": each.message, "evidence": each.evidence, "fix": each.fix}
+                    for each in check.findings]  # fmt: skip
+        print(dumps(json_values({"path": path, "merged": merged, "modules": rows, "findings": findings}), indent=1))
+    else:
+        paragraphs = [(adapter.label, f"{len(check.modules)} modules: {check.summary()}")]
+        for finding in check.findings:
+            paragraphs += [(finding.cause, finding.message), ("", f"fix: {finding.fix}")]
+        _print_paragraphs(paragraphs)
+    return 1 if check.findings else 0 if check.known else 3
+
+
+def _print_paragraphs(paragraphs: Iterable[tuple[str, str]]) -> None:
+    layout = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * _INDENT, break_long_words=False)
+    for heading, text in paragraphs:
+        shown = printable(heading)
+        layout.initial_indent = shown.ljust(_INDENT) if len(shown) < _INDENT else f"{shown} "
+        print(layout.fill(printable(text)))

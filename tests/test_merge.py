@@ -1,0 +1,275 @@
+"""Check of merged models: PEFT's own merges are sound, and every seeded fault is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny
+from transformers import AutoModelForCausalLM
+
+from lorascope.cli.main import main
+from lorascope.diagnosis.merge import MergeCheck, check_merge
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.loading import load_adapter
+
+LORA = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "o_proj"]}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Weights = dict[str, torch.Tensor]
+
+
+def loaded(folder: Path, dtype: str) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+
+
+def write(folder: Path, family: str = "llama", dtype: str = "float32", size: float = 0.01, config: Any = None) -> Path:
+    """Write a base and an adapter with drawn factors, whose update is about ``size`` of the weights."""
+    torch.manual_seed(0)
+    tiny(family).to(DTYPES[dtype]).save_pretrained(folder / "base")
+    adapted = peft.get_peft_model(loaded(folder / "base", dtype), config or peft.LoraConfig(**LORA))
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name and "lora_A" not in name:
+            torch.nn.init.normal_(parameter, std=size)
+    adapted.save_pretrained(folder / "adapter")
+    return folder
+
+
+def by_peft(folder: Path, dtype: str, adapter: str = "adapter", out: str = "merged", **options: Any) -> Path:
+    """Merge with PEFT, and return the folder of the merged model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(loaded(folder / "base", dtype), str(folder / adapter))
+        model.merge_and_unload(**options).save_pretrained(folder / out)
+    return folder / out
+
+
+def checked(folder: Path, merged: str = "merged") -> MergeCheck:
+    return check_merge(load_adapter(folder / "adapter", folder / "base"), PretrainedWeights(folder / merged))
+
+
+def verdicts(check: MergeCheck) -> set[str]:
+    return {each.verdict for each in check.modules}
+
+
+SOUND = [
+    *((f"{dtype}, safe_merge={safe}, size {size:g}", {"dtype": dtype, "size": size}, {"safe_merge": safe}, {"merged"})
+      for dtype in DTYPES for safe in (False, True) for size in (0.5, 0.01)),
+    ("rsLoRA", {"config": peft.LoraConfig(**LORA | {"use_rslora": True})}, {}, {"merged"}),
+    ("rank_pattern", {"config": peft.LoraConfig(**LORA | {"rank_pattern": {"q_proj": 2}})}, {}, {"merged"}),
+    ("alpha_pattern", {"config": peft.LoraConfig(**LORA | {"alpha_pattern": {"q_proj": 2}}), "dtype": "bfloat16"}, {},
+     {"merged"}),
+    ("Conv1D", {"family": "gpt2", "config": peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn"],
+                                                            fan_in_fan_out=True)}, {}, {"merged"}),
+    ("DoRA", {"config": peft.LoraConfig(**LORA | {"use_dora": True})}, {}, {"consistent"}),
+    ("DoRA, bfloat16", {"config": peft.LoraConfig(**LORA | {"use_dora": True}), "dtype": "bfloat16"}, {},
+     {"consistent"}),
+    ("AdaLoRA", {"config": peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=9)}, {},
+     {"merged", "consistent"}),
+    ("VeRA", {"config": peft.VeraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])}, {},
+     {"merged", "consistent"}),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("given", "options", "expected"), [pytest.param(*row, id=name) for name, *row in SOUND])
+def test_merge_of_peft_is_sound(
+    given: dict[str, Any], options: dict[str, Any], expected: set[str], tmp_path: Path
+) -> None:
+    write(tmp_path, **given)
+    by_peft(tmp_path, given.get("dtype", "float32"), **options)
+    check = checked(tmp_path)
+    assert check.findings == ()
+    assert check.modules
+    assert verdicts(check) <= expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sum_in_another_order_is_consistent(dtype: str, tmp_path: Path) -> None:
+    """A merge in float64, as another device would round it, is within one unit in the last place."""
+    write(tmp_path, dtype=dtype, size=0.5)
+    adapter = load_adapter(tmp_path / "adapter", tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    for module, update in adapter.updates().items():
+        W = weights[f"{module}.weight"]
+        weights[f"{module}.weight"] = (W.double() + torch.from_numpy(update.dense())).to(W.dtype)
+    shutil.copytree(tmp_path / "base", tmp_path / "merged")
+    save_file(weights, tmp_path / "merged" / "model.safetensors")
+    check = checked(tmp_path)
+    assert check.findings == ()
+    assert verdicts(check) <= {"merged", "consistent"}
+
+
+def changed_config(**config: Any) -> Callable[[Path, str], None]:
+    """Return a fault: the adapter is merged with another configuration."""
+
+    def fault(folder: Path, dtype: str) -> None:
+        shutil.copytree(folder / "adapter", folder / "other")
+        file = folder / "other" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | config), encoding="utf-8")
+        by_peft(folder, dtype, "other")
+
+    return fault
+
+
+def changed_weights(change: Callable[[Weights, Weights], Weights]) -> Callable[[Path, str], None]:
+    """Return a fault: the weights of a sound merge are changed, given those of the base."""
+
+    def fault(folder: Path, dtype: str) -> None:
+        file = by_peft(folder, dtype) / "model.safetensors"
+        save_file(change(load_file(file), load_file(folder / "base" / "model.safetensors")), file)
+
+    return fault
+
+
+def changed_adapter(change: Callable[[Weights], Weights]) -> Callable[[Path, str], None]:
+    """Return a fault: an adapter with other tensors is merged."""
+
+    def fault(folder: Path, dtype: str) -> None:
+        shutil.copytree(folder / "adapter", folder / "other")
+        file = folder / "other" / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file)
+        by_peft(folder, dtype, "other")
+
+    return fault
+
+
+def twice(merged: Weights, base: Weights) -> Weights:
+    return {name: (2 * W.float() - base[name].float()).to(W.dtype) if W.dtype == torch.float32
+            else W for name, W in merged.items()}  # fmt: skip
+
+
+def merged_again(folder: Path, dtype: str) -> None:
+    by_peft(folder, dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(loaded(folder / "merged", dtype), str(folder / "adapter"))
+        model.merge_and_unload().save_pretrained(folder / "merged")
+
+
+def not_merged(folder: Path, dtype: str) -> None:
+    shutil.copytree(folder / "base", folder / "merged")
+
+
+def one_layer_missing(merged: Weights, base: Weights) -> Weights:
+    return {name: base[name].clone() if ".layers.1." in name else W for name, W in merged.items()}
+
+
+def swapped_layers(tensors: Weights) -> Weights:
+    swap = {".layers.0.": ".layers.1.", ".layers.1.": ".layers.0."}
+    return {next((name.replace(old, new) for old, new in swap.items() if old in name), name): tensor
+            for name, tensor in tensors.items()}  # fmt: skip
+
+
+def another_seed(tensors: Weights) -> Weights:
+    torch.manual_seed(9)
+    return {name: torch.randn_like(tensor) * tensor.std() for name, tensor in tensors.items()}
+
+
+def negative(tensors: Weights) -> Weights:
+    return {name: -tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
+
+
+def transposed(merged: Weights, base: Weights) -> Weights:
+    own = [name for name in merged if name.endswith(("q_proj.weight", "o_proj.weight"))]
+    return merged | {name: (base[name].float() + (merged[name].float() - base[name].float()).T).to(base[name].dtype)
+                     for name in own}  # fmt: skip
+
+
+def through(dtype: torch.dtype) -> Callable[[Weights, Weights], Weights]:
+    return lambda merged, base: {name: W.to(dtype).to(W.dtype) for name, W in merged.items()}
+
+
+def another_weight(merged: Weights, base: Weights) -> Weights:
+    return merged | {name: W + 0.1 for name, W in merged.items() if "layers.0.mlp.up_proj" in name}
+
+
+BIG = {"size": 0.5}
+FAULTS: list[tuple[str, dict[str, Any], Callable[[Path, str], None], set[str]]] = [
+    *((f"not merged, {dtype}, {size:g}", {"dtype": dtype, "size": size}, not_merged, {"merge-not-merged"})
+      for dtype in DTYPES for size in (0.5, 0.01)),
+    *((f"merged twice, {dtype}, {size:g}", {"dtype": dtype, "size": size}, merged_again, {"merge-wrong-scale"})
+      for dtype in DTYPES for size in (0.5, 0.01)),
+    ("alpha doubled", BIG, changed_config(lora_alpha=24), {"merge-wrong-scale"}),
+    ("alpha of a third", BIG | {"dtype": "bfloat16"}, changed_config(lora_alpha=4), {"merge-wrong-scale"}),
+    ("alpha of a third, small", {"dtype": "bfloat16"}, changed_config(lora_alpha=4), {"merge-wrong-scale"}),
+    ("rsLoRA instead", BIG, changed_config(use_rslora=True), {"merge-wrong-scale"}),
+    ("subtracted", BIG | {"dtype": "float16"}, changed_adapter(negative), {"merge-wrong-scale"}),
+    ("a layer missing", BIG | {"dtype": "bfloat16"}, changed_weights(one_layer_missing), {"merge-not-merged"}),
+    ("layers swapped", BIG, changed_adapter(swapped_layers), {"merge-another-module"}),
+    ("layers swapped, bfloat16", BIG | {"dtype": "bfloat16"}, changed_adapter(swapped_layers),
+     {"merge-another-module"}),
+    ("another adapter", BIG, changed_adapter(another_seed), {"merge-wrong-adapter"}),
+    ("transposed", BIG, changed_weights(transposed), {"merge-wrong-adapter"}),
+    ("through bfloat16", BIG, changed_weights(through(torch.bfloat16)), {"merge-rounded", "merge-other-weights"}),
+    ("through float16", BIG, changed_weights(through(torch.float16)), {"merge-rounded", "merge-other-weights"}),
+    ("another weight changed", BIG, changed_weights(another_weight), {"merge-other-weights"}),
+    ("a target fewer", BIG, changed_config(target_modules=["q_proj"]), {"merge-not-merged"}),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("given", "fault", "causes"), [pytest.param(*row, id=name) for name, *row in FAULTS])
+def test_fault_is_named(
+    given: dict[str, Any], fault: Callable[[Path, str], None], causes: set[str], tmp_path: Path
+) -> None:
+    write(tmp_path, **given)
+    fault(tmp_path, given.get("dtype", "float32"))
+    check = checked(tmp_path)
+    assert {finding.cause for finding in check.findings} == causes, check.modules
+
+
+def test_scale_is_measured(tmp_path: Path) -> None:
+    write(tmp_path, size=0.5)
+    changed_config(use_rslora=True)(tmp_path, "float32")
+    (finding,) = checked(tmp_path).findings
+    assert finding.evidence == {"modules": 4, "factor": 2.0}  # alpha / 2 instead of alpha / 4
+
+
+def test_owner_of_an_update_is_named(tmp_path: Path) -> None:
+    write(tmp_path, size=0.5)
+    changed_adapter(swapped_layers)(tmp_path, "float32")
+    (finding,) = checked(tmp_path).findings
+    owner = "model.layers.0.self_attn.o_proj (that of model.layers.1.self_attn.o_proj)"
+    assert owner in finding.message or owner.replace("o_proj", "q_proj") in finding.message
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, size=0.5)
+    by_peft(tmp_path, "float32")
+    words = ["doctor", str(tmp_path / "adapter"), "--merged", str(tmp_path / "merged")]
+    assert main(words) == 2
+    assert "--merged requires the model before the merge: --base DIR" in capsys.readouterr().err
+    words += ["--base", str(tmp_path / "base")]
+    assert main(words) == 0
+    assert capsys.readouterr().out == "adapter        4 modules: 4 merged, bit by bit\n"
+    not_merged_folder = tmp_path / "none"
+    shutil.copytree(tmp_path / "base", not_merged_folder)
+    words[3] = str(not_merged_folder)
+    assert main(words) == 1
+    assert "4 of 4 modules: the weight equals the weight of the base" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 1
+    assert {row["verdict"] for row in json.loads(capsys.readouterr().out)["modules"]} == {"not merged"}
+
+
+def test_merge_that_cannot_be_proved_has_its_own_exit_code(tmp_path: Path) -> None:
+    write(tmp_path, config=peft.LoraConfig(**LORA | {"use_dora": True}))
+    by_peft(tmp_path, "float32")
+    words = ["--base", str(tmp_path / "base"), "--merged", str(tmp_path / "merged")]
+    assert main(["doctor", str(tmp_path / "adapter"), *words]) == 3
+
+
+def test_rounding_to_bfloat16_matches_torch() -> None:
+    from lorascope.diagnosis.merge import _round
+
+    drawn = np.random.default_rng(0).normal(size=10_000).astype(np.float32) * 10.0 ** np.arange(-5, 5).repeat(1000)
+    values = drawn.astype(np.float32)
+    assert np.array_equal(_round(values, "BF16"), torch.from_numpy(values).bfloat16().float().numpy())

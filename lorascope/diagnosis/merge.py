@@ -199,7 +199,7 @@ def _compare(
     unit = np.maximum.reduce([_spacing(each, coarse) for each in (W, d, whole[0])])
     factor = _fit_factor(after, W, d, unit)
     if update.low_rank is not None and any(np.array_equal(after, each) for each in merges):
-        return MergedModule(module, "merged" if visible else "unknown", factor)
+        return MergedModule(module, "merged" if visible or not d.any() else "unknown", factor)
     if not visible and _misfit(after, W, unit) == 0:
         return MergedModule(module, "unknown", factor)
     ranked = np.sqrt(max(update.rank, 1))

@@ -408,12 +408,6 @@ def test_to_peft_without_low_rank_update_raises(method: Method, why: str, bert: 
     assert not (tmp_path / "adapter").exists()
 
 
-def test_to_peft_of_a_loaded_adapter_raises(tmp_path: Path) -> None:
-    save(tmp_path / "theirs", target_modules=["q_proj"], r=2)
-    with pytest.raises(ValueError, match=r"cannot export theirs: .* copy its folder .*theirs$"):
-        to_peft(load(tmp_path / "theirs"), tmp_path / "adapter")
-
-
 @pytest.fixture(scope="module")
 def lora(bert: str, task: Any, tmp_path_factory: pytest.TempPathFactory) -> ls.Run:
     folder = tmp_path_factory.mktemp("runs") / "lora"
@@ -486,7 +480,9 @@ def test_export_command_wrong_use_prints_one_line(
     assert complaint(capsys, "export").startswith("RUN is required: lorascope export ")
     for count, words in ((0, []), (2, ["--rank-pattern", "--peft", tmp_path / "x"])):
         assert complaint(capsys, "export", lora.path, *words).endswith(f"is required, got {count}")
-    assert "--budget requires --rank-pattern" in complaint(capsys, "export", lora.path, "--peft", "x", "--budget", 2)
+    assert "--budget requires --rank-pattern or --peft" in complaint(
+        capsys, "export", lora.path, "--table", "x.csv", "--budget", 2
+    )
     told = complaint(capsys, "export", lora.path, "--rank-pattern", "--budget", 99)
     assert "total rank from 2 to 8, got 99" in told
     assert "state must be one of 'last', 'best', got 'first'" in complaint(

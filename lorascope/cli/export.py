@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from json import dumps
 from typing import Annotated, Literal
 
@@ -12,8 +13,10 @@ from lorascope.cli.arguments import Folder, Name, command
 from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.runs import export
+from lorascope.runs.adapter import Adapter
 from lorascope.runs.export import RankBudget
 from lorascope.runs.lora_config import peft_keywords
+from lorascope.runs.run import Run
 
 _ROUTER = "Ranks and scales that one token sees: a plain LoRA has neither the router nor the experts of this HydraLoRA."
 _NO_LOSS = "Singular values do not show the effect on the task: measure the loss with --model NAME --task NAME."
@@ -27,7 +30,7 @@ _ELSEWHERE = (
 
 @command
 def main(
-    run: Annotated[str | None, arg(metavar="RUN")] = None,
+    runs: Annotated[tuple[str, ...], arg(metavar="RUN ...")] = (),
     /,
     *,
     base: Folder = None,
@@ -37,6 +40,7 @@ def main(
     model: Name = None,
     task: Name = None,
     peft: Folder = None,
+    weights: Annotated[tuple[float, ...], arg(metavar="W ...")] = (),
     table: Annotated[str | None, arg(metavar="FILE")] = None,
     summary: bool = False,
     state: Annotated[str, arg(metavar="NAME")] = "last",
@@ -51,14 +55,15 @@ def main(
 
     Parameters
     ----------
-    run
-        Folder of a run or adapter.
+    runs
+        Run or adapter: a folder, a .safetensors file, or a name on the Hugging Face Hub. Several adapters of one base
+        are summed with --peft.
     base
         Folder of the adapter's base model; required for FourierFT, whose files have no shapes.
     rank_pattern
         Print the run's ranks as a peft.LoraConfig.
     budget
-        With --rank-pattern: fraction of all ranks to keep (0.5), or total rank to keep (96).
+        With --rank-pattern or --peft: fraction of all ranks to keep (0.5), or total rank to keep (96).
     by
         With --budget: keep components by energy (squared singular values), or by loss increase when ablated.
     model
@@ -66,7 +71,9 @@ def main(
     task
         With --model: sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a Hugging Face dataset.
     peft
-        Write the adapter to this new folder.
+        Write the adapter to this new folder; with --budget, the best approximation by the components that are kept.
+    weights
+        With several adapters: weight of each in the sum (default: 1 each).
     table
         Write the table of all records to this new .csv, .parquet or .json file.
     summary
@@ -78,35 +85,45 @@ def main(
     """
     forms = [rank_pattern, peft is not None, table is not None].count(True)
     invalid = {
-        "RUN is required: lorascope export runs/lora --rank-pattern": run is None,
+        "RUN is required: lorascope export runs/lora --rank-pattern": not runs,
+        "several adapters require --peft DIR, which writes their sum": len(runs) > 1 and peft is None,
+        "--weights requires several adapters": bool(weights) and len(runs) < 2,
         f"exactly one of --rank-pattern, --peft DIR and --table FILE is required, got {forms}": forms != 1,
         "--summary requires --table": summary and table is None,
         "--state requires --summary with --table: the table of all records has every step": table is not None
         and state != "last"
         and not summary,
-        "--budget requires --rank-pattern": budget is not None and not rank_pattern,
+        "--budget requires --rank-pattern or --peft": budget is not None and not (rank_pattern or peft),
         "--model and --task require each other: the loss is measured with both": (model is None) != (task is None),
         "--by ablation requires --model NAME and --task NAME": by == "ablation" and model is None,
         "--model requires --budget": model is not None and budget is None,
     }
     for message in (message for message, found in invalid.items() if found):
         raise ValueError(message)
-    (opened,) = open_runs([str(run)], base)
+    opened, *others = open_runs(runs, base)
+    if others:
+        return _write_sum([opened, *others], str(peft), weights or None, budget, json)
+    scores = None
+    if by == "ablation" and model is not None and task is not None:
+        from lorascope.experiments.component_importance import component_importance  # imports torch
+
+        scores = component_importance(opened, model, task, state=state)
     if peft is not None or table is not None:
-        path = export.to_peft(opened, peft, state) if peft else export.to_table(opened, str(table), summary, state)
+        if peft is not None:
+            path = export.to_peft(opened, peft, state, budget, scores)
+        else:
+            path = export.to_table(opened, str(table), summary, state)
         print(dumps({"id": opened.id, "path": str(path)}) if json else printable(path))
         return 0
     if budget is None:
         keywords = export.rank_pattern(opened, state=state)
         remarks = [_ROUTER] if opened.input_dependent_modules(state) else []
     else:
-        scores, loss = None, [_NO_LOSS]
-        if model is not None and task is not None:
-            from lorascope.experiments.component_importance import component_importance, pruned_losses  # imports torch
-
-            scores = component_importance(opened, model, task, state=state) if by == "ablation" else None
+        loss = [_NO_LOSS]
         chosen = export.select_components(opened, budget, state, scores)
         if model is not None and task is not None:
+            from lorascope.experiments.component_importance import pruned_losses  # imports torch
+
             before, after, texts = pruned_losses(opened, chosen, model, task, state=state)
             measured = f"{before:.4f} before pruning, {after:.4f} after."
             loss = [f"Loss on {texts} validation texts not used for selection: {measured}", _OTHER_LOSS]
@@ -119,6 +136,23 @@ def main(
         print("from peft import LoraConfig", "", "config = LoraConfig(", *lines, ")", sep="\n")
     for remark in remarks:
         print(f"# {printable(remark)}", file=sys.stderr if json else sys.stdout)
+    return 0
+
+
+def _write_sum(
+    adapters: Sequence[Run | Adapter], out: str, weights: Sequence[float] | None, budget: float | None, json: bool
+) -> int:
+    """Print how the adapters interfere, and write their sum."""
+    runs = [each.label for each in adapters if not isinstance(each, Adapter)]
+    if runs:
+        raise ValueError(f"only adapters are summed, got run {runs[0]}: export it with --peft first")
+    summed = [each for each in adapters if isinstance(each, Adapter)]
+    for row in export.interference(summed).to_dict("records"):
+        change = f"cosine {row['cosine']:.3f}, energy of the sum {row['energy']:.3f} of the energies' sum"
+        remark = f"{row['one']} + {row['other']}: {row['shared']} shared modules, {change}"
+        print(f"# {printable(remark)}", file=sys.stderr if json else sys.stdout)
+    path = export.sum_adapters(summed, out, weights, budget)
+    print(dumps({"path": str(path)}) if json else printable(path))
     return 0
 
 

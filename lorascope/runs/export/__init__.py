@@ -1,10 +1,20 @@
 """Export of runs: ranks for a next LoRA, adapters for PEFT, and tables as files."""
 
+from lorascope.runs.export.peft_adapter import interference, sum_adapters
 from lorascope.runs.export.peft_folder import base_of, to_peft
 from lorascope.runs.export.rank_budget import RankBudget, rank_pattern, select_components
 from lorascope.runs.export.tables import to_table
 from lorascope.schema.deprecation import accept_old_names
 
-__all__ = ["RankBudget", "base_of", "rank_pattern", "select_components", "to_peft", "to_table"]
+__all__ = [
+    "RankBudget",
+    "base_of",
+    "interference",
+    "rank_pattern",
+    "select_components",
+    "sum_adapters",
+    "to_peft",
+    "to_table",
+]
 
 accept_old_names(__name__, Cut="RankBudget", cut="select_components")

@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from jaxtyping import Float
 from safetensors.numpy import save
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, write_bytes, write_json
+from lorascope.runs.adapter import Adapter
+from lorascope.runs.export.peft_adapter import write_adapter
+from lorascope.runs.export.peft_lora import LoraExporter
+from lorascope.runs.export.rank_budget import select_components, truncate
 from lorascope.runs.export.registry import find_exporter
 from lorascope.runs.folders import new_folder, require_absent
 from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.formats.stored_update import PREFIX
+from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 from lorascope.updates import constant_factors
@@ -52,8 +58,14 @@ _GATES_NOTE = (
 )
 
 
-def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
-    """Write a run's adapter and other trained weights as a folder for ``PeftModel.from_pretrained``.
+def to_peft(
+    run: Result,
+    out: str | Path,
+    state: str = "last",
+    budget: float | None = None,
+    scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
+) -> Path:
+    """Write an adapter and other trained weights as a folder for ``PeftModel.from_pretrained``.
 
     Parameters
     ----------
@@ -65,6 +77,11 @@ def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
         New folder.
     state : {"last", "best"}
         Saved state to export, "last" by default.
+    budget : float or int, optional
+        Components to keep, as in ``select_components``: each update is replaced by its best approximation of the rank
+        that it keeps, as LoRA. Default all, which is exact.
+    scores : mapping module -> array, optional
+        See ``select_components``.
 
     Returns
     -------
@@ -80,14 +97,18 @@ def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
     """
     path = Path(out)
     require_absent(path)
-    if run.meta.source is not None:
-        routed = "PEFT has no HydraLoRA; train a run and export it with ls.at_gates"
-        reason = routed if run.input_dependent_modules() else f"it is an adapter already; copy its folder {run.path}"
-        raise ValueError(f"cannot export {run.label}: {reason}")
+    if isinstance(run, Adapter):
+        if run.input_dependent_modules():
+            reason = "PEFT has no HydraLoRA; train a run and export it with ls.at_gates"
+            raise ValueError(f"cannot export {run.label}: {reason}")
+        return write_adapter(run, path, exact_products(run, run.updates()), budget, scores)
     if run.meta.method["name"] == "peft":
         refuse_unkept(run, state)
     exporter = find_exporter(run, state)
     updates, weights = exporter.updates(run, state), _other_weights(run, state)
+    if budget is not None:
+        exporter, chosen = LoraExporter(), select_components(run, budget, state, scores)
+        updates = dict(truncate(exact_products(run, updates), chosen))
     if run.meta.hosts is None:
         raise ValueError(
             f"cannot export run {run.id}: it did not record its adapted layers (old version); train it again"

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from lorascope.runs.lora_config import exact_products, no_rank_error, peft_keywords
 from lorascope.runs.result import Result
-from lorascope.updates import spectra
+from lorascope.updates import LowRank, spectra
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +107,16 @@ def select_components(
     ranks = {name: rank for name, rank in run.ranks(state).items() if name in updates and rank > 0}
     if not ranks:
         raise no_rank_error(run)
-    products = exact_products(run, updates)
+    return select_from(exact_products(run, updates), ranks, budget, scores)
+
+
+def select_from(
+    products: Mapping[str, LowRank],
+    ranks: Mapping[str, int],
+    budget: float,
+    scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
+) -> RankBudget:
+    """Select components of updates with these ranks; see ``select_components``."""
     sigma = {}
     for (name, rank), found in zip(ranks.items(), spectra([products[name] for name in ranks]), strict=True):
         if not np.isfinite(found).all():
@@ -119,6 +128,22 @@ def select_components(
     chosen = np.isin(np.arange(sum(ranks.values())), best)
     kept = np.split(chosen, np.cumsum(list(ranks.values()))[:-1])
     return RankBudget(sigma, dict(zip(ranks, kept, strict=True)), {name: sum(products[name].shape) for name in ranks})
+
+
+def truncate(products: Mapping[str, LowRank], chosen: RankBudget) -> dict[str, LowRank]:
+    """Return the updates with only their selected components, without the modules that have none.
+
+    The factors of a module are ``U sqrt(sigma)`` and ``sqrt(sigma) V^T``. With the largest components, the result is
+    the best approximation of this rank in the Frobenius norm (Eckart and Young, 1936).
+    """
+    found = {}
+    for module, kept in chosen.kept.items():
+        U, sigma, V = products[module].svd()
+        used = np.flatnonzero(kept[: len(sigma)])
+        root = np.sqrt(sigma[used])
+        if len(used):
+            found[module] = LowRank(U[:, used] * root, root[:, None] * V[:, used].T)
+    return found
 
 
 def _scores(name: str, scores: Mapping[str, Float[np.ndarray, "_"]], rank: int) -> Float[np.ndarray, "rank"]:

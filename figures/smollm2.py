@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-
 import lorascope as ls
 from lorascope.charts.chart import Drawable
+from lorascope.charts.save import save_small
 from lorascope.runs.run import Run
 
 MODEL: Any = "smollm2"
@@ -58,23 +56,13 @@ def draw(found: Mapping[str, Mapping[str, list[Run]]]) -> dict[str, Drawable]:
     }
 
 
-def save(chart: Drawable, path: Path) -> Path:
-    """Write an image with 256 colors, which is invisible and keeps clones small, and return its path."""
-    chart.save(path, width="page")
-    image, about = Image.open(path), PngInfo()
-    for name, text in image.text.items():  # quantizing drops the ids of the runs
-        about.add_text(name, text)
-    image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True, pnginfo=about)
-    return path
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", help="folder of the runs")
     parser.add_argument("--jobs", type=int, help="number of parallel runs, about 4 GB each (default: number of cores)")
     given = parser.parse_args()
     for file, chart in draw(train(given.root, given.jobs)).items():
-        print(save(chart, Path(__file__).parent / f"{file}.png"))
+        print(save_small(chart, Path(__file__).parent / f"{file}.png"))
 
 
 if __name__ == "__main__":

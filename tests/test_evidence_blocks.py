@@ -15,7 +15,8 @@ from planted_claims import REGISTERED, plant
 
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.evidence import store
-from lorascope.evidence.blocks import PAPERS, all_blocks
+from lorascope.evidence.blocks import NO_FIGURES, PAPERS, all_blocks
+from lorascope.evidence.figures import About, KeptFigure
 from lorascope.evidence.registration import Change, Deviation, Registration
 from lorascope.evidence.statistics import PAIRS
 from lorascope.evidence.store import Evidence
@@ -204,3 +205,26 @@ def test_every_earlier_claim_has_its_successor_or_was_dropped() -> None:
     }  # fmt: skip
     earlier = {id for claim in REGISTERED.claims.values() for id in claim.earlier}
     assert len(rows) == len(earlier) + len(dropped) == 75
+
+
+def test_kept_figures_are_listed_by_paper_and_replace_earlier_ones() -> None:
+    known = {
+        name: KeptFigure(About(heading, f"alt of {name}", ("run",)), "0" * 64)
+        for heading, name in (("Planted ranks", "planted"), ("NeFT", "neurons"), ("LoRA", "new"), ("LoRA", "spectrum"))
+    }
+    blocks, _ = write(replace(planted(), figures=known))
+    lines = blocks["figures"].split()
+    assert [lines.index(name) for name in ("LoRA", "NeFT", "Planted")] == sorted(
+        lines.index(name) for name in ("LoRA", "NeFT", "Planted")
+    )
+    assert (
+        "### LoRA\n\n![alt of new](../figures/new.png)\n\n![alt of spectrum](../figures/spectrum.png)\n"
+        in (blocks["figures"])
+    )
+    assert blocks["lora-figures"].count("](../../figures/") == 2
+    assert blocks["lisa-figures"].strip() == NO_FIGURES
+    earlier = re.findall(r"\(\.\./figures/([\w-]+)\.png\)", blocks["earlier-figures"])
+    assert not {*earlier} & {*known}
+    assert {"update-norm", "guidance"} < {*earlier}
+    assert all((ROOT / "figures" / f"{name}.png").exists() for name in earlier)
+    assert "Earlier runs: Planted ranks" not in blocks["earlier-figures"]

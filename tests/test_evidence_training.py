@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from joblib import parallel_config
+from PIL import Image
 
-from lorascope.evidence import registration, store, verification
+from lorascope import plots
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Point
+from lorascope.evidence import figures, registration, store, verification
 from lorascope.evidence.judging import untrained_arms
 from lorascope.evidence.statistics.base import Accuracy, Constant, OfRun
 from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.methods import Full, LoRA
 from lorascope.probes import evidence
-from lorascope.probes.base import Arm, Probe
+from lorascope.probes.base import Arm, EvidenceFigure, Probe
 from lorascope.probes.kept_ranks import keep_ranks
 from lorascope.probes.tfidf_baseline import tfidf_arm
 from lorascope.runs.run import Run
@@ -72,11 +82,18 @@ PAIRS: Any = {
 }
 
 
+def draw_totals(runs: Any) -> Chart:
+    rows = [{"seed": run.seed, "value": total(run.tables[RANKS])} for run in runs["A"]]
+    return Chart(pd.DataFrame(rows), [Point("seed", "value")])
+
+
 class Study:
     """A registration of three claims on tiny arms, with its folders."""
 
     def __init__(self, root: Path) -> None:
-        self.folder, self.out, self.file = root / "evidence", root / "runs", root / "registered.toml"
+        data, self.out, self.images = root / "data", root / "runs", root / "figures"
+        self.folder, self.file = data / "evidence", data / "registered.toml"
+        self.file.parent.mkdir()
         rows = [("better", "two-way", '["A", "B"]'), ("words", "two-way", '["A", "words"]'), ("rank", "t", '["A"]')]
         claims = [CLAIM.format(name=name, interval=how, seeds=SEEDS, arms=arms) for name, how, arms in rows]
         self.file.write_text(TOML + "".join(claims), encoding="utf-8")
@@ -92,7 +109,8 @@ class Study:
 
     def differences(self) -> list[str]:
         code: Callable[[str], str] = "sha256:{}".format
-        return verification.verify(self.folder, self.file, registration.read(self.file), PAIRS, code)
+        claims = registration.read(self.file)
+        return verification.verify(self.folder, self.file, claims, PAIRS, code, images=self.images)
 
 
 def _filled(part: str, hashes: dict[str, str]) -> str:
@@ -117,7 +135,19 @@ def study(bert: str, tmp_path: Path, task: Any, monkeypatch: pytest.MonkeyPatch)
             tfidf_arm("words", task),
         ],
         keep={(RANKS, "A"): keep_ranks},
-    )
+        evidence_figures=lambda: [
+            EvidenceFigure(name="ranks", alt="Ranks of A", arms={"low rank": "A"}, draw=plots.rank_allocation, seeds=2),
+            EvidenceFigure(
+                name="scores", alt="Accuracy", arms={"A": "A", "B": "B"}, draw=plots.ablations, seeds=None,
+                scores_only=True,
+            ),
+            EvidenceFigure(
+                name="table", alt="Total rank", arms={"A": "A"}, draw=draw_totals, seeds=None, scores_only=True,
+                table=RANKS,
+            ),
+            EvidenceFigure(name="moments", alt="Not recorded", arms={"B": "B"}, draw=plots.second_moments, seeds=2),
+        ],
+    )  # fmt: skip
     monkeypatch.setattr(evidence, "PROBES", {"p": probe})
     monkeypatch.setattr(evidence, "PAIRS", PAIRS)
     evidence.registered_arms.cache_clear()
@@ -233,6 +263,109 @@ def test_runs_trained_again_agree_and_show_a_consistent_forgery(study: Study) ->
     lines = evidence.retrain(study.folder, 100, study.file)
     assert lines[0] == "A, seed 101: margin of 2 rows differs"
     assert lines[1].startswith("A, seed 101: test_metric: kept ")
+
+
+def image_facts(study: Study, name: str) -> dict[str, Any]:
+    with Image.open(study.images / f"{name}.png") as image:
+        return json.loads(image.info["lorascope"])
+
+
+def test_figures_show_kept_runs_and_agree_with_their_data(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    study.write()
+    kept, printed = store.read(study.folder), capsys.readouterr().out
+    assert kept.figures.keys() == {"ranks", "scores", "table"}
+    assert re.search("^cannot draw moments: second_moments needs records of moment_sigma", printed, re.MULTILINE)
+    about = kept.figures["ranks"].about
+    assert about.runs == (kept.run("A", 100), kept.run("A", 101))
+    assert set(kept.figures["scores"].about.runs) == {kept.run(arm, seed) for arm in "AB" for seed in (100, 101, 102)}
+    facts = image_facts(study, "ranks")
+    assert facts["runs"] == list(about.runs)
+    assert facts["data_sha256"] == store.digest(study.folder / "figures" / "ranks.parquet")
+    assert facts["commit"] == kept.runs["commit"].iloc[0]
+    chart = pd.read_parquet(study.folder / "figures" / "scores.parquet")
+    means = kept.runs[kept.runs["role"] == "judged"].groupby("arm")["test_metric"].mean()
+    assert chart.drop_duplicates("recipe").set_index("recipe")["value"].to_dict() == pytest.approx(means.to_dict())
+
+
+def test_a_figure_of_a_kept_table_shows_the_seeds_that_have_it(study: Study) -> None:
+    study.write()
+    kept = store.read(study.folder)
+    runs = [kept.run("A", seed) for seed in (100, 101, 102)]
+    assert kept.figures["table"].about.runs == tuple(runs)
+    (study.folder / "kept" / RANKS / f"{runs[2]}.parquet").unlink()
+    (study.folder / "figures" / "table.parquet").unlink()
+    evidence.draw_figures(study.folder, study.out, study.images, evidence.PROBES.values(), "abc")
+    assert store.read(study.folder).figures["table"].about.runs == tuple(runs[:2])
+
+
+def test_a_kept_figure_stays_without_the_runs_and_is_drawn_again_if_the_image_is_lost(study: Study) -> None:
+    study.write()
+    before = {file: file.read_bytes() for file in study.images.iterdir()}
+    (study.images / "ranks.png").unlink()
+    (study.images / "scores.png").unlink()
+    study.out.rename(study.out.with_name("elsewhere"))
+    study.write()
+    # The others are drawn from the evidence alone.
+    assert sorted(file.name for file in study.images.iterdir()) == ["scores.png", "table.png"]
+    assert study.differences() == [
+        f"figures/ranks.png: data_sha256: kept no image with chart data, recomputed "
+        f"{store.read(study.folder).figures['ranks'].digest[:12]}"
+    ]
+    study.out.with_name("elsewhere").rename(study.out)
+    study.write()
+    assert before == {file: file.read_bytes() for file in study.images.iterdir()}
+    assert study.differences() == []
+
+
+def test_a_figure_is_not_drawn_from_runs_with_other_scores_than_kept(study: Study) -> None:
+    study.write()
+    shutil.rmtree(study.folder / "figures")
+    runs = pd.read_csv(study.folder / "runs.csv")
+    other = runs["run"] == store.read(study.folder).run("A", 101)
+    (study.folder / "runs.csv").write_bytes(store.to_csv(runs.assign(test_loss=runs["test_loss"] + 0.1 * other)))
+    study.write()
+    assert store.read(study.folder).figures.keys() == {"scores", "table"}
+
+
+def change_point(study: Study) -> None:
+    file = study.folder / "figures" / "ranks.parquet"
+    data = pq.read_table(file)
+    at, values = data.schema.get_field_index("value"), data.column("value").to_pylist()
+    pq.write_table(
+        data.set_column(at, data.field(at), pa.array([values[0] + 1, *values[1:]], data.field(at).type)), file
+    )
+
+
+def exchange_images(study: Study) -> None:
+    shutil.copy(study.images / "scores.png", study.images / "ranks.png")
+
+
+def name_another_run(study: Study) -> None:
+    known = store.read(study.folder).figures["ranks"].about
+    table = pd.read_parquet(study.folder / "figures" / "ranks.parquet")
+    figures.write(study.folder, "ranks", table, replace(known, runs=("0123456789ab", *known.runs[1:])))
+
+
+def test_tampered_figures_are_named(study: Study) -> None:
+    study.write()
+    folders = (study.folder, study.images)
+    for folder in folders:
+        shutil.copytree(folder, folder.with_name(f"{folder.name}-copy"))
+    for tamper, place in (
+        (change_point, "figures/ranks.png: data_sha256: kept"),
+        (exchange_images, "figures/ranks.png: data_sha256: kept"),
+        (name_another_run, "figures/ranks.parquet: run 0123456789ab is not in runs.csv"),
+    ):
+        for folder in folders:
+            shutil.rmtree(folder)
+            shutil.copytree(folder.with_name(f"{folder.name}-copy"), folder)
+        assert study.differences() == []
+        tamper(study)
+        lines = study.differences()
+        assert any(line.startswith(place) for line in lines), lines
+        assert any(line.startswith("MANIFEST: figures/ranks.parquet") for line in lines) == (tamper != exchange_images)
+        (study.folder / "MANIFEST").write_text(verification._manifest(study.folder, study.file))
+        assert any(line.startswith(place) for line in study.differences())
 
 
 def test_hashes_of_all_arms_are_as_registered() -> None:

@@ -46,10 +46,10 @@ def test_table_of_methods_is_generated_from_the_registry(generated: ModuleType):
     ("page", "blocks"),
     [
         ("README.md", {"primary"}),
-        ("docs/findings.md", {"published", "verdicts", "arms"}),
+        ("docs/findings.md", {"published", "verdicts", "arms", "figures", "earlier-figures"}),
         ("docs/evidence.md", {"budget", "before"}),
         *(
-            (f"docs/papers/{name.lower()}.md", {f"{name.lower()}-{of}" for of in ("printed", "verdicts")})
+            (f"docs/papers/{name.lower()}.md", {f"{name.lower()}-{of}" for of in ("printed", "verdicts", "figures")})
             for name in PAPERS
         ),
     ],

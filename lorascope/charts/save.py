@@ -14,6 +14,7 @@ of lorascope and the SHA-256 of the drawn data. It is stored in
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from html import escape
 from pathlib import Path
@@ -60,6 +61,38 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
         }
         look = theme or ("light" if kind == "png" else "paper")
         write_bytes(path, matplotlib_backend.write(drawable, kind, look, width, metadata[kind]))
+    return path
+
+
+def save_small(drawable: Drawable, path: Path, **facts: Any) -> Path:
+    """Write a PNG of page width with 256 colors, which look the same and keep clones of a repository small.
+
+    Parameters
+    ----------
+    drawable : Drawable
+        Chart or panels.
+    path : path
+        File to write.
+    **facts
+        Entries of the provenance to add or to replace.
+
+    Returns
+    -------
+    Path
+        ``path``.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    save(drawable, path, width="page")
+    with Image.open(path) as image:
+        about, small = dict(image.info), image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+    kept, buffer = PngInfo(), io.BytesIO()
+    source = json.dumps(json.loads(about["lorascope"]) | facts, sort_keys=True)
+    for name, text in {"Title": about["Title"], "Software": about["Software"], "lorascope": source}.items():
+        kept.add_text(name, text)  # quantizing drops it
+    small.save(buffer, "PNG", optimize=True, pnginfo=kept)
+    write_bytes(path, buffer.getvalue())
     return path
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import command
-from lorascope.evidence import blocks, numbers, pages, registration, store, verification
+from lorascope.evidence import blocks, figures, numbers, pages, registration, store, verification
 from lorascope.evidence.code_hash import code_hash
 from lorascope.evidence.statistics import PAIRS, module_of
 from lorascope.files.printable import count_phrase, printable
@@ -74,7 +74,14 @@ def main(
             differences += [*pages.differences(page, texts), *numbers.repeated(page, measured)]
     if kept:
         differences += verification.verify(
-            folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), found, derived
+            folder,
+            registered,
+            claims,
+            PAIRS,
+            lambda id: code_hash(module_of(id), id),
+            found,
+            derived,
+            root / figures.FOLDER if ours else None,
         )
     if retrain:
         # Before torch is imported, so that machines with other instructions compute the same numbers.

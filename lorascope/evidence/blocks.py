@@ -36,6 +36,7 @@ PAPERS = {
 """arXiv ids of the papers by method, in the order of the tables."""
 SCORES = ("test accuracy (%)", "test loss (nats)")
 NO_RUNS = "No runs are kept yet."
+NO_FIGURES = "No figures are drawn from the kept runs yet."
 _SMALLEST_P = 1e-4
 
 
@@ -61,10 +62,53 @@ def all_blocks(registration: Registration, data: Path, evidence: Evidence, deriv
         "arms": tables.arms(),
         "budget": tables.budget(),
         "before": tables.before(),
+        "figures": _list_figures(evidence),
+        "earlier-figures": _list_earlier_figures(evidence, data / "figures_before.csv"),
     }
     for name in PAPERS:
-        blocks |= {f"{name.lower()}-printed": tables.printed(name), f"{name.lower()}-verdicts": tables.of_paper(name)}
+        blocks |= {
+            f"{name.lower()}-printed": tables.printed(name),
+            f"{name.lower()}-verdicts": tables.of_paper(name),
+            f"{name.lower()}-figures": "\n\n".join(_figures_of(evidence, name, "../../")) or NO_FIGURES,
+        }
     return {name: f"\n{text}\n\n" for name, text in blocks.items()}
+
+
+def _figures_of(evidence: Evidence, heading: str, root: str) -> list[str]:
+    """Return the kept figures under a heading, for a page from which the repository is at ``root``."""
+    return [
+        f"![{figure.about.alt}]({root}figures/{name}.png)"
+        for name, figure in evidence.figures.items()
+        if figure.about.heading == heading
+    ]
+
+
+def _list_figures(evidence: Evidence) -> str:
+    """Return all kept figures, by paper."""
+    found = dict.fromkeys(figure.about.heading for figure in evidence.figures.values())
+    headings = [*(name for name in PAPERS if name in found), *(name for name in found if name not in PAPERS)]
+    parts = (part for name in headings for part in (f"### {name}", *_figures_of(evidence, name, "../")))
+    return "\n\n".join(parts) or NO_FIGURES
+
+
+def _list_earlier_figures(evidence: Evidence, file: Path) -> str:
+    """Return the figures of earlier runs that no kept figure replaces, in the order of the file."""
+    lines: list[str] = []
+    for row in _read_csv(file):
+        if row["name"] in evidence.figures:
+            continue
+        heading = f"### Earlier runs: {row['heading']}"
+        lines += [
+            *([] if heading in lines else [heading]),
+            *filter(None, [row["note"]]),
+            f"![{row['alt']}](../figures/{row['name']}.png)",
+        ]
+    return "\n\n".join(lines) or "Figures of the kept runs have replaced all of them."
+
+
+def _read_csv(file: Path) -> list[dict[str, str]]:
+    with file.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -204,7 +248,7 @@ class Tables:
             f"- Claim: {main.text.sentence}",
             f"- Bound: {_bound(main)}. Source: {main.bound.origin}",
         ]
-        gains = self._read("published/printed_gains.csv")
+        gains = _read_csv(self.data / "published/printed_gains.csv")
         rows = [
             (each["comparison"], f"{each['table']}, {each['model']}", each["cells"], each["mean_gain"],
              f"{each['smallest']} to {each['largest']}", each["unit"])
@@ -218,13 +262,9 @@ class Tables:
         rows = [
             (f"{each['paper']}, {each['table']}", ", ".join(filter("-".__ne__, (each["model"], each["data"]))),
              each["metric"], each["method"], each["value"])
-            for each in self._read("published/reported.csv") if re.search(rf"\b{name}\b", each["paper"])
+            for each in _read_csv(self.data / "published/reported.csv") if re.search(rf"\b{name}\b", each["paper"])
         ]  # fmt: skip
         return _table(("source", "model and data", "metric", "method", "printed value"), rows)
-
-    def _read(self, file: str) -> list[dict[str, str]]:
-        with (self.data / file).open(encoding="utf-8", newline="") as stream:
-            return list(csv.DictReader(stream))
 
     def arms(self) -> str:
         """Return the chosen learning rate, the number of seeds and the scores of every arm with judged runs."""
@@ -297,7 +337,7 @@ class Tables:
     def before(self) -> str:
         """Return the verdicts of the claims under the earlier rules, with the claims that replace them."""
         rows = []
-        for each in self._read("verdicts_before.csv"):
+        for each in _read_csv(self.data / "verdicts_before.csv"):
             now = [id for id, claim in self.registration.claims.items() if each["claim"] in claim.earlier]
             effect = f"{each['effect']} [{each['low']}, {each['high']}]" if each["effect"] else "not reported"
             then = f"{effect}; margin {each['margin']} ({each['unit']})"

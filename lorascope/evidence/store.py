@@ -6,6 +6,7 @@ A folder of evidence has
 - ``rows.parquet``: one row per test row of each task, with label, group and cluster, without text;
 - ``predictions/RUN.npz``: what a run scored on each test row;
 - ``kept/NAME/RUN.parquet``: tables from which values other than accuracies and losses are computed;
+- ``figures/NAME.parquet``: data of the figures, with the runs that they show;
 - ``tuning.csv``, ``values.csv``, ``verdicts.csv``: chosen rates, values by seed and verdicts, computed from the above;
 - ``numbers.csv``: the measured numbers that README and docs print;
 - ``MANIFEST``: SHA-256 of every file, in the format of ``sha256sum``.
@@ -26,6 +27,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int, Int8
 
+from lorascope.evidence import figures
+from lorascope.evidence.figures import KeptFigure
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import is_plain, write_bytes
@@ -65,6 +68,8 @@ class Evidence:
         Negative log-likelihood of each row in nats, of the runs whose loss a claim uses.
     kept : mapping name -> mapping run -> DataFrame
         Tables that statistics read.
+    figures : mapping name -> KeptFigure
+        Figures that were drawn from the runs.
     """
 
     runs: pd.DataFrame
@@ -73,6 +78,7 @@ class Evidence:
     margins: Mapping[str, Int8[np.ndarray, "_"]] = field(default_factory=dict)
     nll: Mapping[str, Float[np.ndarray, "_"]] = field(default_factory=dict)
     kept: Mapping[str, Mapping[str, pd.DataFrame]] = field(default_factory=dict)
+    figures: Mapping[str, KeptFigure] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         used, tuning = self.runs[self.runs["role"] != "tuning"], self.runs["role"] == "tuning"
@@ -179,7 +185,7 @@ def read(folder: str | Path) -> Evidence:
         name: {path.stem: read_table(path, path) for path in sorted((folder / "kept" / name).glob("*.parquet"))}
         for name in names
     }
-    return Evidence(runs, rows, margins, nll, kept)
+    return Evidence(runs, rows, margins, nll, kept, figures.read(folder))
 
 
 def read_kept(folder: Path) -> Evidence:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.evidence import store
+from lorascope.evidence import figures, store
 from lorascope.evidence.claims import format_effect
 from lorascope.evidence.judging import Pair, judge_all, judge_claim, name_machine, untrained_arms
 from lorascope.evidence.looks import STOPPED
@@ -163,6 +163,7 @@ def verify(
     code: Callable[[str], str],
     evidence: Evidence | None = None,
     derived: Derived | None = None,
+    images: Path | None = None,
 ) -> list[str]:
     """Compute everything again that is derived from the runs, and return one line for each difference.
 
@@ -182,6 +183,8 @@ def verify(
         Content of the folder; None to read it.
     derived : Derived or None
         What follows from it; None to compute it.
+    images : path or None
+        Folder of the images of the figures; None not to compare them.
 
     Returns
     -------
@@ -197,6 +200,7 @@ def verify(
         *_check_rates(evidence, registration),
         *_check_seeds(evidence, registration),
         *_check_registration(registration, pairs, code, derived),
+        *figures.differences(evidence.figures, set(evidence.runs["run"]), images),
         *(line for name, content in derived.files.items() for line in _compare(folder / name, content)),
     ]
 

@@ -84,7 +84,7 @@ def _recipe_size(group: Group) -> dict[str, object]:
     first = group.runs[0]
     recipe = first.meta.recipe
     # If alpha equals the rank, the scale is 1 at every size, so alpha does not distinguish methods.
-    names = (*_SIZES, "alpha") if recipe.get("alpha") == recipe.get("rank") else _SIZES
+    names = (*_SIZES, "entry_seed", *(["alpha"] if recipe.get("alpha") == recipe.get("rank") else []))
     label = ", ".join(part for part in first.label.split(", ") if part.partition(" ")[0] not in names)
     sizes: list[Any] = [recipe.get(name) for name in _SIZES]
     if not any(isinstance(size, int) for size in sizes):  # the default depends on the shape of the weight

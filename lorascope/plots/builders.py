@@ -6,6 +6,7 @@ Their tables come from ``analysis.seed_intervals.band``: ``value`` with ``low`` 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -119,7 +120,33 @@ def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], 
         (Axis(label=x, order=cohort.labels), Axis(label=cohort.metric, limits=(start, None))),
         Text("recipe", "above", "words"),
         title=title,
-        caption=cohort.caption(*sentences, interval=f"bars: {INTERVAL}"),
+        caption=cohort.caption(*filter(None, sentences), interval=f"bars: {INTERVAL}"),
+    )
+
+
+def add_printed(chart: Chart, printed: pd.DataFrame, x: str, place: str) -> Chart:
+    """Add numbers that a paper prints to a chart, as separate points.
+
+    Parameters
+    ----------
+    chart : Chart
+        Chart with the column ``x`` along its axis.
+    printed : DataFrame
+        ``x``, ``value`` and ``source``, the entry of the legend.
+    x : str
+        Name of the column.
+    place : str
+        Place in the paper, for the caption.
+    """
+    data, marks = chart.data, list(chart.marks)
+    if not any(getattr(mark, "color", None) for mark in marks):  # so that the legend distinguishes the two
+        data = data.assign(source="measured")
+        marks = [replace(mark, color="source") if isinstance(mark, Bar) else mark for mark in marks]
+    return replace(
+        chart,
+        data=data,
+        marks=[*marks, Point(x, "value", "source", data=printed[[x, "value", "source"]])],
+        caption=f"{chart.caption} Printed: {place}; another model and task, so only the order is comparable.",
     )
 
 

@@ -69,16 +69,19 @@ def guidance(cohort: Cohort, windows: int = 25) -> Panels:
 @figure(
     topic="schedules",
     needs=("eval_loss", "test_loss"),
+    check=False,
     reads="Left: validation loss by learning rate; a minimum inside the range means that the range includes the best "
     "rate. Right: test loss at the rate with the lowest validation loss; overlapping intervals mean that the seeds do "
     "not order the methods.",
     misleads="A best rate at an end of the range may not be the best overall: extend the range. Short training favors "
     "methods that move fast at first, and equal rates are not comparable between methods.",
-    takes='Runs labeled "METHOD at RATE"; the method is the part before " at ".',
+    takes='Runs labeled "METHOD at RATE"; the method is the part before " at ". Each has at least one of the losses.',
     example="ls.plots.learning_rates(learning_rates)",
 )
 def learning_rates(cohort: Cohort) -> Panels:
     """Plot validation loss by learning rate, and the test loss of each method at its best rate."""
+    if not {"eval_loss", "test_loss"} <= set(cohort.table["quantity"]):
+        cohort.require("eval_loss", "test_loss")
     rates = {run.id: run.meta.settings["lr"] for run in cohort.runs}
     cells = optimizer_moments.rates(cohort.label(cohort.table), rates)
     chosen = optimizer_moments.best(cells["eval_loss"])

@@ -44,7 +44,10 @@ def planted(cohort: Cohort) -> Chart:
     return curves(
         cells,
         "planted",
-        ("rank of the teacher's update", Axis(label="found rank", limits=(0, None))),
+        (
+            Axis(label="rank of the teacher's update", ticks={rank: f"{rank:g}" for rank in truth["planted"]}),
+            Axis(label="found rank", limits=(0, None)),
+        ),
         Line("planted", "planted", "recipe", data=truth),
         title="Found rank by planted rank",
         caption=cohort.caption("Found rank, mean over the modules with the same planted rank."),

@@ -23,6 +23,7 @@ INTERVAL = "95% t-interval over seeds"
 MIXTURES = "mixtures"
 """Key of a chart's ``meta``: label -> gate weights at which its input-dependent updates are evaluated."""
 _SAME = ("model", "task", "recipe", "settings")
+_DRAWN = "entry_seed"  # a seed as well: the arms of a study can draw entries from the seed of the run
 _POOLS = {"norm": "root sum of squares", "sum": "sum", "mean": "mean"}
 # Method -> old -> new name of a setting. A renamed setting keeps its old name in run.json, because the id of a run is
 # computed from it. The list is repeated here because importing the methods would import torch.
@@ -49,7 +50,8 @@ class Group:
     def sample(self) -> str:
         """Number of runs and their seeds as text."""
         n, seeds = len(self.runs), sorted({run.meta.seed for run in self.runs if run.meta.seed is not None})
-        listed = ", ".join(map(str, seeds))
+        consecutive = len(seeds) > 3 and seeds[-1] - seeds[0] == len(seeds) - 1
+        listed = f"{seeds[0]} to {seeds[-1]}" if consecutive else ", ".join(map(str, seeds))
         if not seeds:
             return "1 run" if n == 1 else f"{n} runs"
         if n == 1:
@@ -133,7 +135,7 @@ class Cohort:
         for run in self.runs:
             for part in ("recipe", "settings"):
                 one, other = getattr(first.meta, part), getattr(run.meta, part)
-                for key in sorted({*one, *other} - {*free}):
+                for key in sorted({*one, *other} - {*free, _DRAWN}):
                     if one.get(key) != other.get(key):
                         allowed = " and ".join(present_setting(method, name, None)[0] for name in free)
                         shown, mine = present_setting(method, key, one.get(key))

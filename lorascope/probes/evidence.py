@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from joblib import Parallel, delayed
 
-from lorascope.evidence import blocks, numbers, registration, store, verification
+from lorascope.evidence import blocks, figures, numbers, registration, store, verification
 from lorascope.evidence.open_runs import OpenRun, open_runs
 from lorascope.evidence.registration import Registration, arm_hash
 from lorascope.evidence.statistics import PAIRS
@@ -34,6 +34,7 @@ from lorascope.inputs.task_parts import first_test_rows, identify_test_rows
 from lorascope.inputs.tasks import Task
 from lorascope.methods.base import config
 from lorascope.probes.base import PROBES, Arm, OwnArm
+from lorascope.probes.evidence_figures import draw_figures
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
 from lorascope.training.settings import Settings
@@ -85,6 +86,9 @@ def arm_hashes(claims: Registration) -> dict[str, str]:
 def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registered: Path = registration.FILE) -> None:
     """Train the runs that the registration asks for and the evidence lacks, until no claim is open.
 
+    At the end, figures of the kept runs are drawn into the folder ``figures`` of the repository, and everything that
+    follows from the runs is written.
+
     Parameters
     ----------
     folder : path
@@ -94,7 +98,7 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
     minutes : float
         No run starts after this many minutes.
     registered : path
-        File of the registration.
+        File of the registration, in the folder ``data`` of the repository.
 
     Raises
     ------
@@ -116,7 +120,11 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
         evidence = store.read(folder)
         derived = verification.derive(evidence, claims, PAIRS)
         measured = numbers.measured_numbers(blocks.Tables(claims, registered.parent, evidence, derived))
-        verification.write_derived(folder, derived.with_file(numbers.FILE, measured), registered)
+        derived = derived.with_file(numbers.FILE, measured)
+        verification.write_derived(folder, derived, registered)
+        images = registered.parents[1] / figures.FOLDER
+        draw_figures(folder, out, images, PROBES.values(), str(_version()["commit"]))
+        verification.write_derived(folder, derived, registered)  # again, since the manifest lists the figures
 
 
 def require_registered(claims: Registration) -> None:

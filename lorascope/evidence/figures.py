@@ -1,0 +1,119 @@
+"""Kept figures: the data of charts that were drawn from runs of the evidence.
+
+``figures/NAME.parquet`` has the data of a chart; its metadata has the heading and the description of the figure and
+the runs that it shows. The image next to the pages, ``NAME.png``, contains the SHA-256 of this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import pandas as pd
+from PIL import Image
+
+from lorascope.files.parquet_tables import read_table
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import write_bytes
+from lorascope.files.typed_json import parse_json, to_typed, unreadable
+
+FOLDER = "figures"
+"""Folder of the data in a folder of evidence, and of the images in a clone of the repository."""
+_METADATA = b"lorascope"
+
+
+@dataclass(frozen=True)
+class About:
+    """Description of a figure.
+
+    Parameters
+    ----------
+    heading : str
+        Method, or another heading under which the figure is listed.
+    alt : str
+        What it shows, in one line.
+    runs : tuple of str
+        Ids of its runs in ``runs.csv``.
+    """
+
+    heading: str
+    alt: str
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class KeptFigure:
+    """Description of a kept figure, and the SHA-256 of the file with its data."""
+
+    about: About
+    digest: str
+
+
+def write(folder: Path, name: str, table: pd.DataFrame, about: About) -> KeptFigure:
+    """Write the data of a chart to a folder of evidence."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data, buffer = pa.Table.from_pandas(table, preserve_index=False), io.BytesIO()
+    data = data.replace_schema_metadata({**data.schema.metadata, _METADATA: msgspec.json.encode(about)})
+    pq.write_table(data, buffer, compression="zstd")
+    write_bytes(folder / FOLDER / f"{name}.parquet", buffer.getvalue())
+    return KeptFigure(about, hashlib.sha256(buffer.getvalue()).hexdigest())
+
+
+def read(folder: Path) -> dict[str, KeptFigure]:
+    """Read what the figures of a folder of evidence show, by name.
+
+    Raises
+    ------
+    ValueError
+        A file is damaged or has no description.
+    """
+    return {file.stem: _read_figure(file) for file in sorted((folder / FOLDER).glob("*.parquet"))}
+
+
+def _read_figure(file: Path) -> KeptFigure:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    read_table(file, file)  # checks that its data can be read
+    found = (pq.read_schema(pa.BufferReader(file.read_bytes())).metadata or {}).get(_METADATA)
+    if found is None:
+        raise unreadable(file, "it must have the description of a figure")
+    about = to_typed(parse_json(found.decode(), file), About, file)
+    return KeptFigure(about, hashlib.sha256(file.read_bytes()).hexdigest())
+
+
+def digest_in(image: Path) -> str:
+    """Return the SHA-256 of the chart data that an image contains, or "" if there is no image or it has none."""
+    try:
+        with Image.open(image) as opened:
+            text = opened.info.get("lorascope", "{}")
+    except OSError:  # no file, or no image
+        return ""
+    return str(parse_json(text, image).get("data_sha256", ""))
+
+
+def differences(figures: Mapping[str, KeptFigure], runs: Collection[str], images: Path | None) -> Iterator[str]:
+    """Return one line for each run of a figure that is not kept, and each image with other data.
+
+    Parameters
+    ----------
+    figures : mapping name -> KeptFigure
+        Kept figures.
+    runs : collection of str
+        Ids of all runs.
+    images : path or None
+        Folder of the images; None to check only the runs.
+    """
+    for name, figure in figures.items():
+        for run in figure.about.runs:
+            if run not in runs:
+                yield f"{FOLDER}/{name}.parquet: run {printable(run)} is not in runs.csv"
+        if images is not None and (kept := digest_in(images / f"{name}.png")) != figure.digest:
+            shown = kept[:12] or "no image with chart data"
+            yield f"{FOLDER}/{name}.png: data_sha256: kept {shown}, recomputed {figure.digest[:12]}"

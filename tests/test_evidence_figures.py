@@ -1,0 +1,161 @@
+"""Figures of the gallery: registered arms, and each drawn once from short runs or planted scores."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Point
+from lorascope.charts.save import save_small
+from lorascope.evidence import registration
+from lorascope.evidence.statistics import agreement, lora
+from lorascope.inputs import models, tasks
+from lorascope.methods.base import config
+from lorascope.plots.builders import add_printed
+from lorascope.probes import PROBES
+from lorascope.probes.base import EvidenceFigure
+from lorascope.probes.evidence import registered_arms
+from lorascope.probes.evidence_figures import KeptRun
+from lorascope.probes.printed_numbers import printed
+from lorascope.training import loop
+
+FIGURES = {figure.name: figure for probe in PROBES.values() for figure in probe.evidence_figures()}
+# Values of fields that fit a tiny model and few steps.
+SMALL: dict[str, dict[str, Any]] = {
+    "adalora": {"init_rank": 4, "target_rank": 2},
+    "adapprox": {"min_dim": 8},
+    "alora": {"init_rank": 2, "rounds": 2, "score_rows": 4},
+    "autolora": {"search_steps": 4},
+    "fourierft": {"coefficients": 16},
+    "hydralora": {"gate_rows": 16},
+    "neft": {"tune_steps": 2, "tune_lr": 1e-3},
+}
+
+
+def test_figures_have_distinct_names_and_registered_arms() -> None:
+    listed = [figure.name for probe in PROBES.values() for figure in probe.evidence_figures()]
+    assert len(listed) == len(set(listed))
+    arms = registration.read().arms
+    assert {label for figure in FIGURES.values() for label in figure.arms.values()} <= set(arms)
+    assert not any(arms[label].baseline for figure in FIGURES.values() for label in figure.arms.values())
+
+
+def test_every_earlier_figure_but_two_has_a_successor() -> None:
+    earlier = set(pd.read_csv(registration.FILE.parent / "figures_before.csv")["name"])
+    # No arm is registered with guidance, and clusters of sentences are not runs.
+    assert earlier - set(FIGURES) == {"guidance", "head-choice"}
+
+
+def kept_run(label: str, seed: int, role: str = "judged", rate: float = 1e-3) -> KeptRun:
+    """Return a run of an arm with planted scores, as the evidence keeps it."""
+    arm: Any = registered_arms()[label]
+    draw = np.random.default_rng(zlib.crc32(f"{label} {seed} {rate}".encode()))
+    tested = role == "judged"
+    row = {
+        "run": f"{label} {role} {seed} {rate}", "seed": seed, "rate": rate, "validation_chance": 0.5,
+        "method": json.dumps(config(replace(arm.of_seed(seed).method, lr=rate))), "model": "minilm", "task": "t",
+        "settings": json.dumps({"steps": 300, "batch_size": 16}), "trained_parameters": 1000 * len(label),
+        "validation_loss": np.nan if tested else draw.random(), "validation_metric": draw.random(),
+        "test_loss": draw.random() if tested else np.nan,
+        "test_metric": draw.uniform(0.7, 0.72) if tested else np.nan,
+    }  # fmt: skip
+    cells = [(f"m{n // 2}", n % 2, score) for n in range(8) for score in (*agreement.HALVES, agreement.SIZE)]
+    scores = pd.DataFrame(cells, columns=["module", "component", "score"])
+    names = [f"encoder.layer.{layer}.attention.self.{role}" for layer in (0, 1) for role in ("query", "key")]
+    norms = pd.DataFrame({"module": names, "update": draw.uniform(4, 8, len(names)), "random": 1.0})
+    tables = {agreement.SCORES: scores.assign(value=draw.random(len(scores))), lora.AMPLIFICATION: norms}
+    return KeptRun(row, tables)
+
+
+@pytest.fixture(scope="module")
+def train(bert: str, llama: str, task: tasks.Task, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Return a function that trains an arm on a tiny model with few steps and with its own observers."""
+    root = tmp_path_factory.mktemp("runs")
+
+    @cache
+    def trained(label: str, seed: int) -> Any:
+        arm: Any = registered_arms()[label]
+        if not isinstance(arm.model, str):  # small already, with another task
+            arm = arm.of_seed(seed)
+            model, data = arm.model(), arm.task
+        else:
+            # Arms with one method and seed get other rows, so that they are different runs.
+            data = tasks.from_frame(task.table[["text", "label", "group"]].iloc[zlib.crc32(label.encode()) % 40 :], "t")
+            model = models.load({"minilm": bert, "smollm2": llama}[arm.model], task=data)
+        fields = SMALL.get(arm.method.name, {})
+        if arm.method.name == "fourierft" and arm.method.center is not None:
+            fields = fields | {"center": min(arm.method.center, 4), "width": 3}
+        settings = {**arm.settings, "steps": 8, "batch_size": 4, "eval_size": 16, "test_size": 16, "root": root}
+        settings = {"seed": seed, **settings, "progress": False, "device": "cpu"}
+        return loop.train(model, data, replace(arm.method, lr=1e-2, head_lr=1e-2, **fields), **settings)
+
+    return trained
+
+
+def runs_of(figure: EvidenceFigure, train: Callable[..., Any]) -> dict[str, list[Any]]:
+    seeds = range(100, 100 + min(figure.seeds or 2, 2))
+    runs: dict[str, list[Any]] = {}
+    for label, arm in figure.arms.items():
+        make = kept_run if figure.scores_only else train
+        tuned = [kept_run(arm, 9001, "tuning", rate) for rate in (3e-4, 1e-3, 3e-3)] if figure.tuning else []
+        runs[label] = [*tuned, *(make(arm, seed) for seed in seeds)]
+    return runs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_figure_is_drawn_from_runs_with_the_observers_of_its_arms(
+    name: str, train: Callable[..., Any], tmp_path: Path
+) -> None:
+    figure = FIGURES[name]
+    runs = runs_of(figure, train)
+    chart = figure.draw(runs)
+    assert len(chart.flat())
+    saved = save_small(chart, tmp_path / f"{name}.png", extra="fact")
+    with Image.open(saved) as image:
+        about = json.loads(image.info["lorascope"])
+        assert image.mode == "P"
+    assert about["extra"] == "fact"
+    assert len(about["data_sha256"]) == 64
+
+
+def test_printed_numbers_are_separate_points_of_the_chart() -> None:
+    found = printed(paper="FourierFT", table="Table 2", model="RoBERTa-base", data="SST-2").set_index("method")
+    assert found.loc["FourierFT", ["parameters", "value"]].tolist() == pytest.approx([24_000, 0.942])
+    assert found.loc["LoRA", ["parameters", "value"]].tolist() == pytest.approx([300_000, 0.951])
+    data = pd.DataFrame({"parameters": [1e3, 1e4], "value": [0.7, 0.8]})
+    chart = Chart(data, [Point("parameters", "value")], caption="Ours.")
+    own, added = add_printed(chart, found.reset_index(), "parameters", "table 2").tables()
+    assert own[1].drop(columns="source").equals(chart.data)
+    assert added[1]["source"].tolist() == [f"printed: {method}" for method in found.index]
+    assert added[1]["value"].tolist() == found["value"].tolist()
+
+
+def test_printed_ablations_of_hydralora_belong_to_their_bars() -> None:
+    figure = FIGURES["left-out"]
+    runs = {label: [kept_run(arm, seed) for seed in (100, 101)] for label, arm in figure.arms.items()}
+    _, table = next(
+        each for each in figure.draw(runs).charts()[0].tables() if "printed" in set(each[1].get("source", ""))
+    )
+    assert table.set_index("recipe")["value"].to_dict() == pytest.approx(
+        {"HydraLoRA": 0.4722, "separate A's": 0.4694, "uniform gates": 0.4281, "LoRA": 0.4322}
+    )
+
+
+def test_amplification_is_the_logarithm_of_the_ratio_of_norms() -> None:
+    runs = [kept_run(lora.LOW, seed) for seed in (100, 101)]
+    ratios = [run.tables[lora.AMPLIFICATION].set_index("module")["update"] for run in runs]
+    chart = FIGURES["amplification"].draw({lora.LOW: runs})
+    assert sorted(chart.flat()["value"]) == pytest.approx(sorted(np.log10(ratios[0] * ratios[1]) / 2))
+    assert set(chart.flat()["role"]) == {"q", "k"}

@@ -325,7 +325,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         "variant of LoRA not supported, with .*lora_diag",
     ),
     "rank": (lambda a: configured(a, r=8), "must have rank 8 .*, got 4 and 4"),
-    "experts": (lambda a: configured(a, r=2, target_parameters=["x"]), "experts in one tensor"),
+    "experts": (lambda a: configured(a, r=3, target_parameters=["x"]), "q_proj.x must have rank 3 .* per expert"),
     "foreign": (lambda a: stored(a, lambda t: {"weight": torch.ones(2)}), "must .* lora_A and lora_B, got weight"),
     "empty": (lambda a: stored(a, lambda t: {}), "must .* lora_A and lora_B, got no tensor"),
     "no type": (lambda a: write_json(a / CONFIG, {"r": 4}), "adapter_config.json"),

@@ -39,7 +39,7 @@ def main(
     """Diagnose problems of an adapter or a run, each with its evidence and a fix.
 
     Only files are read: factors and configuration of an adapter, the base weights with --base, and the training history
-    of a run. The exit code is 0 without findings and 1 with findings.
+    of a run. The exit code is 0 without findings and 1 with findings; cautions are not findings.
 
     Example: lorascope doctor my-adapter
 
@@ -76,7 +76,8 @@ def main(
             for each in found
         ]
         about = {} if use is None else {"runtime": use.runtime, "applied": use.applied, "modules": use.modules}
-        print(dumps(json_values({"path": path, **about, "findings": told, "unseen": skipped}), indent=1))
+        notes = {"notes": list(case.notes)}
+        print(dumps(json_values({"path": path, **about, "findings": told, "unseen": skipped, **notes}), indent=1))
         return 1 if found else 0
     count = f"{len(found)} finding{'s' * (len(found) > 1)}" if found else "no findings"
     state = "" if run.meta.states else f", {run.meta.status}: no factors saved yet"
@@ -86,6 +87,7 @@ def main(
         paragraphs.append((use.runtime, f"applies {use.applied} of {use.modules} modules{named}"))
     for finding in found:
         paragraphs += [(finding.cause, finding.message), ("", f"fix: {finding.fix}")]
+    paragraphs += [("caution", note) for note in case.notes]
     paragraphs += [(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)) for missing, names in skipped.items()]
     _print_paragraphs(paragraphs)
     return 1 if found else 0

@@ -16,6 +16,7 @@ import pandas as pd
 
 from lorascope.diagnosis.base_comparison import BASE_COLUMNS, compare_with_base
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.formats.peft_experts import ExpertPart
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredUpdate
 from lorascope.runs.manifest import Manifest
@@ -64,6 +65,16 @@ class Case:
     def parts(self) -> Mapping[str, StoredUpdate]:
         """Stored updates of an adapter by module, none of a run or of a view with fixed gate weights."""
         return self.run.files.parts if isinstance(self.run, Adapter) else {}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Cautions about an adapter that follow from its format and configuration."""
+        return self.run.files.notes if isinstance(self.run, Adapter) else ()
+
+    @property
+    def pattern_names(self) -> dict[str, str]:
+        """Name that the patterns of the configuration match, by module: that of its parameter, or its own."""
+        return {name: part.parameter if isinstance(part, ExpertPart) else name for name, part in self.parts.items()}
 
     @property
     def base(self) -> PretrainedWeights | None:

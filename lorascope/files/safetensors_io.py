@@ -123,8 +123,7 @@ class TensorFile(Mapping[str, Any]):
         return to_typed(parse_json(to_typed(self.words.get(_ABOUT, "{}"), str, whose), whose), dict[str, Any], whose)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        found = self.unread(name)
-        return _bfloat16_to_float32(found.stored) if found.brain else found.stored
+        return self.unread(name).read()
 
     def unread(self, name: str) -> Unread:
         """Return a memory-mapped tensor whose values are not read yet."""
@@ -173,6 +172,10 @@ class Unread:
         """Return a part of the tensor, also unread."""
         return Unread(self.stored[where], self.brain)
 
+    def read(self) -> np.ndarray:
+        """Return the array."""
+        return _bfloat16_to_float32(self.stored) if self.brain else self.stored
+
     def read_into(self, out: np.ndarray) -> None:
         """Read the values into an array of float32 or float64."""
         if self.brain and out.dtype == np.float32:
@@ -180,7 +183,7 @@ class Unread:
             np.copyto(bits, self.stored)
             bits <<= 16
         else:
-            np.copyto(out, _bfloat16_to_float32(self.stored) if self.brain else self.stored)
+            np.copyto(out, self.read())
 
 
 def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:

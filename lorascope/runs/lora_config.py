@@ -21,6 +21,10 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Upda
     PEFT reads pattern keys as regular expressions that match the end of a module name. Each key is therefore written to
     match only one full name. Modules of rank 0 are not targets.
     """
+    if run.meta.method.get("target_parameters"):
+        raise ValueError(
+            f"cannot configure a LoRA for run {run.id}: it adapts experts in one tensor (target_parameters)"
+        )
     kept = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
     if not kept:
         raise no_rank_error(run)

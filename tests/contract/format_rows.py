@@ -141,6 +141,7 @@ class FormatRow:
     write: Callable[[Path, Path], Written]
     kind: str
     exact: bool = True
+    modules: tuple[str, ...] = (Q, V)
 
 
 ROWS = {
@@ -152,3 +153,7 @@ ROWS = {
     "read_loralib": FormatRow(merged, "LoRA"),
     "read_vera": FormatRow(vera, "VeRA"),
 }
+
+from contract.format_rows_peftlora import ROWS as PEFT_LORA  # noqa: E402, its rows use the functions above
+
+ROWS |= PEFT_LORA

@@ -9,7 +9,6 @@ import numpy as np
 from lorascope.diagnosis.causes.base import Found, Rule, caution, found
 from lorascope.diagnosis.evidence import SHARE, Case
 from lorascope.runs.formats.peft_lora import CONFIG
-from lorascope.runs.manifest import RESIDUAL
 from lorascope.schema.name_patterns import Ends, Patterns
 from lorascope.updates import Dense
 
@@ -38,10 +37,8 @@ def incomplete_norms(case: Case) -> Found:
         yield caution(unknown)
     if case.files.kind == "DoRA" and any(part.has_thin_factors for part in case.parts.values()):
         yield caution("DoRA: |dW| is the norm of B A only; add --base DIR for the whole update")
-    start = str(case.files.config.get("init_lora_weights", True)).lower()
-    if start.startswith(RESIDUAL):
-        modified = "unless converted, it requires a modified base, which |dW| includes"
-        yield caution(f"initialized by {start}: {modified}")
+    for note in case.notes:
+        yield caution(note)
 
 
 @Rule(needs="config")
@@ -91,7 +88,7 @@ def unmatched_patterns(case: Case) -> Found:
     # AdaLoRA's ranks are masks per parameter.
     for field in ("rank_pattern", "alpha_pattern")[case.masks_components :]:
         keys = Patterns(case.files.config.get(field) or {}, f"{field} of {case.files.path / CONFIG}")
-        yield from _unmatched_keys(case, field, keys.unused_keys(case.parts))
+        yield from _unmatched_keys(case, field, keys.unused_keys(case.pattern_names.values()))
 
 
 def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Found:
@@ -128,7 +125,8 @@ def uneven_scale(case: Case) -> Found:
         return
     usual = float(adapted["scale"].mode().iloc[0])
     own, scaled = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
-    left = [own.first(name) is not None and scaled.first(name) is None for name in adapted["module"]]
+    matched = adapted["module"].map(case.pattern_names)
+    left = [own.first(name) is not None and scaled.first(name) is None for name in matched]
     ratio = adapted["scale"] / usual
     off = adapted[np.array(left) & ((ratio >= UNEVEN) | (ratio <= 1 / UNEVEN))]
     if len(off):

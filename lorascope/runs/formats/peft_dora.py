@@ -19,6 +19,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.runs.formats.peft_lora import lora_factors, lora_parts, peft_kind
+from lorascope.runs.formats.peft_notes import lora_notes
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
@@ -61,4 +62,4 @@ def read_dora(
             raise unreadable(path, f"{must}, got shape {magnitude.shape}")
         weights = base if base is not None and base.has_weight(module) else None
         parts[module] = DoraPart(**vars(plain), magnitude=magnitude, module=module, base=weights)
-    return AdapterFiles(path, dict(config), parts, others, files, "DoRA")
+    return AdapterFiles(path, dict(config), parts, others, files, "DoRA", notes=tuple(lora_notes(config)))

@@ -17,6 +17,7 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
+from lorascope.runs.formats.peft_notes import lora_notes
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredLoRA, StoredTensor
@@ -67,7 +68,6 @@ class LoraConfig:
     alpha_pattern: dict[str, Finite] | None = None
     use_rslora: bool | None = None
     fan_in_fan_out: bool | None = None
-    target_parameters: str | list[str] | None = None
 
 
 def peft_kind(config: Mapping[str, Any]) -> str:
@@ -130,50 +130,65 @@ def lora_factors(
     return found, others
 
 
-def _is_lora(config: Mapping[str, Any], names: Collection[str]) -> bool:
+def is_lora(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Return whether an adapter is a plain LoRA, with or without experts in one tensor."""
     other = config.get("use_dora") or "enable_lora" in config or has_heads(names)
     return peft_kind(config) == "LORA" and not other
 
 
-@reads(_is_lora)
+@reads(lambda config, names: is_lora(config, names) and not config.get("target_parameters"))
 def read_adapter(
     path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:
     """Read the modules of an opened LoRA folder."""
     found, others = lora_factors(path, files, ("A", "B"))
-    return AdapterFiles(path, config, lora_parts(path, config, found), others, files)
+    parts = lora_parts(path, config, found)
+    return AdapterFiles(path, config, parts, others, files, notes=tuple(lora_notes(config)))
+
+
+class RanksAndScales:
+    """Rank and scale that a LoRA configuration gives to each module."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        file = path / CONFIG
+        self.settings = to_typed(config, LoraConfig, file)
+        self._ranks, self._alphas = self.settings.rank_pattern or {}, self.settings.alpha_pattern or {}
+        self._rank_keys = Patterns(self._ranks, f"rank_pattern of {file}")
+        self._alpha_keys = Patterns(self._alphas, f"alpha_pattern of {file}")
+
+    def rank(self, name: str) -> int:
+        """Return the rank of a module or parameter."""
+        key = self._rank_keys.first(name)
+        return self.settings.r if key is None else self._ranks[key]
+
+    def scale(self, name: str) -> float:
+        """Return the scale of a module or parameter: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
+        key, rank = self._alpha_keys.first(name), self.rank(name)
+        alpha = self.settings.lora_alpha if key is None else self._alphas[key]
+        return alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
 
 
 def lora_parts(
     path: Path, config: Mapping[str, Any], found: Mapping[str, Mapping[str, StoredTensor]]
 ) -> dict[str, StoredLoRA]:
     """Return the update scale * B @ A of every module, with the ranks and scales of the configuration."""
-    file = path / CONFIG
-    settings = to_typed(config, LoraConfig, file)
-    ranks, alphas = settings.rank_pattern or {}, settings.alpha_pattern or {}
-    rank_keys, alpha_keys = Patterns(ranks, f"rank_pattern of {file}"), Patterns(alphas, f"alpha_pattern of {file}")
-    parts = {}
+    settings, parts = RanksAndScales(path, config), {}
     for module, factors in found.items():
-        key = rank_keys.first(module)
-        rank = settings.r if key is None else ranks[key]
-        check_rank(path, module, factors, rank, bool(settings.target_parameters))
-        key = alpha_keys.first(module)
-        alpha = settings.lora_alpha if key is None else alphas[key]
-        scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)
+        check_rank(path, module, factors, settings.rank(module))
         A = factors["A"]
-        parts[module] = StoredLoRA(factors["B"], A, scale, is_transposed(A, settings.fan_in_fan_out))
+        transposed = is_transposed(A, settings.settings.fan_in_fan_out)
+        parts[module] = StoredLoRA(factors["B"], A, settings.scale(module), transposed)
     return parts
 
 
-def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], rank: int, experts: bool = False) -> None:
+def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], rank: int) -> None:
     """Raise a ValueError if the rank of the factors differs from the configuration."""
     found = factors["A"].shape[0], factors["B"].shape[1]
     if found == (0, 0):
         raise unreadable(path, f"{printable(module)} is empty: it was saved under ZeRO-3 or FSDP without gathering")
     if found != (rank, rank):
-        reason = "; experts in one tensor (target_parameters) are not supported" if experts else ""
         must = f"factors of {printable(module)} must have rank {rank} ({CONFIG})"
-        raise unreadable(path, f"{must}, got {found[0]} and {found[1]}{reason}")
+        raise unreadable(path, f"{must}, got {found[0]} and {found[1]}")
 
 
 def is_transposed(A: StoredTensor, fan_in_fan_out: bool | None) -> bool:

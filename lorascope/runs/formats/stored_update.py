@@ -131,6 +131,8 @@ class AdapterFiles:
         Name of the method, "LoRA" by default.
     needs_base : bool
         Whether the adapter can be opened only with the folder of its base.
+    notes : tuple of str
+        Cautions about the whole adapter, one sentence each.
     """
 
     path: Path
@@ -140,6 +142,7 @@ class AdapterFiles:
     files: tuple[TensorFile, ...]
     kind: str = "LoRA"
     needs_base: bool = False
+    notes: tuple[str, ...] = ()
 
     def whole(self, module: str) -> np.ndarray:
         """Load the full weight of a module (``modules_to_save``) in two dimensions."""

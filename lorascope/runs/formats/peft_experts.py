@@ -1,0 +1,187 @@
+"""Reader of PEFT LoRA folders that adapt parameters, such as experts in one tensor (``target_parameters``).
+
+A parameter (experts, d1, d2) has one ``lora_A`` (experts * rank, in) and one ``lora_B`` (out, experts * rank). The rows
+of A are ordered by expert and the columns of B by component. With s = alpha / rank, the update of expert e of E is
+
+    ``s B[:, e::E] @ A[e * rank : (e + 1) * rank]``
+
+Every expert is a separate module, named like an expert with its own weights: ``...experts.3.gate_up_proj``. Several
+parameters of one module are nested, the one that is registered first innermost, as ``...experts.base_layer.lora_A``.
+
+The product B A is given as PEFT writes it. It is the transposed change of the weight for the unmarked (in, out) experts
+of Llama 4 in PEFT >= 0.19, and for (out, in) experts before. Norms, ranks and spectra are the same for both.
+
+Source: PEFT 0.21, ``ParamWrapper``. Unsloth ordered the columns of B by expert before its fix of September 2026; its
+environment variable ``UNSLOTH_MOE_LORA_B_LAYOUT=grouped_by_expert`` selects that order here as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import to_typed, unreadable
+from lorascope.runs.formats.peft_lora import CONFIG, RanksAndScales, is_lora, lora_factors, lora_parts
+from lorascope.runs.formats.peft_notes import lora_notes
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+from lorascope.schema.module_roles import parse, position
+
+# Parameters of one module, in the order in which transformers' classes register them.
+_ORDER = ("w1", "v1", "w2", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+_NESTED = re.compile(r"(\.base_layer)+$")
+LAYOUT, GROUPED = "UNSLOTH_MOE_LORA_B_LAYOUT", "grouped_by_expert"
+_ORIENTED = (0, 19)  # first version of PEFT whose B A has the orientation of the parameter
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Settings used from ``adapter_config.json`` in addition to those of LoRA."""
+
+    target_parameters: list[str]
+    peft_version: str | None = None
+
+
+@dataclass(frozen=True)
+class ExpertPart(StoredLoRA):
+    """Update of one of several experts in one parameter; ``B`` and ``A`` contain the factors of all."""
+
+    parameter: str
+    """Name of the parameter, which the patterns of the configuration match."""
+    expert: int
+    experts: int
+    grouped: bool = False
+    """Whether the columns of B are ordered by expert."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of one expert."""
+        return self.A.shape[0] // self.experts
+
+    @property
+    def size(self) -> int:
+        """Number of stored values of one expert."""
+        return super().size // self.experts
+
+    def factors(self) -> dict[str, Any]:
+        """Load the factors of this expert."""
+        own = slice(self.expert * self.rank, (self.expert + 1) * self.rank)
+        columns = own if self.grouped else slice(self.expert, None, self.experts)
+        B = self.B.file.unread(self.B.name)[:, columns].read()
+        return {"A": self.A.file.unread(self.A.name)[own].read(), "B": np.ascontiguousarray(B)}
+
+
+@reads(lambda config, names: is_lora(config, names) and bool(config.get("target_parameters")))
+def read_experts(
+    path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
+    """Read the modules of an opened folder: one per expert, and the modules that are adapted as a whole."""
+    own = to_typed(config, ExpertsConfig, path / CONFIG)
+    found, others = lora_factors(path, files, ("A", "B"))
+    settings = RanksAndScales(path, config)
+    wrapped = dict(_parameters(path, own.target_parameters, found, settings))
+    plain = lora_parts(path, config, {module: found[module] for module in found if module not in wrapped})
+    parts: dict[str, StoredLoRA] = dict(plain)
+    for module, parameter in wrapped.items():
+        parts |= _expert_parts(path, parameter, found[module], settings)
+    ordered = sorted(parts, key=lambda module: position(*parse(module)))
+    notes = (*lora_notes(config), *_expert_notes(path, config, own, parts))
+    return AdapterFiles(path, config, {module: parts[module] for module in ordered}, others, files, notes=notes)
+
+
+def _parameters(
+    path: Path, targets: Collection[str], found: Mapping[str, Mapping[str, StoredTensor]], settings: RanksAndScales
+) -> Iterator[tuple[str, str]]:
+    """Yield (module with ``base_layer``, full name of its parameter) of the factors that adapt a parameter."""
+    nests: dict[str, list[str]] = {}
+    for module in found:
+        nests.setdefault(_NESTED.sub("", module), []).append(module)
+    for module, nest in nests.items():
+        names = {target.rpartition(".")[2] for target in targets if _is_target(module, target)}
+        if not names:
+            # A target without a dot may be a parameter of any module.
+            several = len(nest) > 1 or found[module]["A"].shape[0] > settings.rank(module)
+            names = {target for target in targets if several and "." not in target}
+        if not names:
+            continue
+        if len(names) != len(nest):
+            listed = ", ".join(sorted(map(printable, names)))
+            must = f"{printable(module)} must have factors of each target parameter ({listed})"
+            raise unreadable(path, f"{must}, got {len(nest)}")
+        ordered = sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+        inner_first = sorted(nest, key=len, reverse=True)
+        yield from zip(inner_first, (f"{module}.{name}" for name in ordered), strict=True)
+
+
+def _is_target(module: str, target: str) -> bool:
+    """Return whether a target with a dot is the end of the name of a parameter of a module."""
+    above, _, _ = target.rpartition(".")
+    return bool(above) and (module == above or module.endswith(f".{above}"))
+
+
+def _expert_parts(
+    path: Path, parameter: str, factors: Mapping[str, StoredTensor], settings: RanksAndScales
+) -> dict[str, StoredLoRA]:
+    """Return the update of every expert of a parameter, or of the parameter itself if it is a matrix."""
+    A, B, rank = factors["A"], factors["B"], settings.rank(parameter)
+    shapes = [factor.file.shape(factor.name) for factor in (A, B)]
+    rows = A.shape[0]
+    if any(len(shape) != 2 for shape in shapes) or not rows or rows % rank or B.shape[1] != rows:
+        must = f"factors of {printable(parameter)} must have rank {rank} ({CONFIG}) per expert"
+        raise unreadable(path, f"{must}, got lora_A {shapes[0]} and lora_B {shapes[1]}")
+    above, _, leaf = parameter.removesuffix(".weight").rpartition(".")
+    scale, experts = settings.scale(parameter), rows // rank
+    if experts == 1:
+        return {parameter.removesuffix(".weight"): ExpertPart(B, A, scale, False, parameter, 0, 1)}
+    parts = (ExpertPart(B, A, scale, False, parameter, expert, experts, _is_grouped()) for expert in range(experts))
+    return {f"{above}.{expert}.{leaf}": part for expert, part in enumerate(parts)}
+
+
+def _expert_notes(
+    path: Path, config: Mapping[str, Any], own: ExpertsConfig, parts: Mapping[str, StoredLoRA]
+) -> Iterator[str]:
+    """Yield cautions about experts whose orientation, order or parameter is not known from the files."""
+    known = {part.parameter: part for part in parts.values() if isinstance(part, ExpertPart) and part.experts > 1}
+    square = [name for name, part in known.items() if part.shape[0] == part.shape[1]]
+    version = re.match(r"(\d+)\.(\d+)", own.peft_version or "")
+    if square and (version is None or (int(version[1]), int(version[2])) < _ORIENTED):
+        listed = f"{printable(square[0])}{f' and {len(square) - 1} more' * (len(square) > 1)}"
+        yield (
+            f"square experts saved by PEFT < 0.19 ({listed}): the update is B A or its transpose, which the files do "
+            "not show. PEFT >= 0.19 loads B A for (out, in) experts, although it was trained as the transpose"
+        )
+    modules: dict[str, set[str]] = {}
+    for name in known:
+        modules.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
+    if unknown := [module for module, names in modules.items() if len(names) > 1 and not names <= {*_ORDER}]:
+        yield (
+            f"the order of the parameters {', '.join(sorted(map(printable, modules[unknown[0]])))} is not known: their "
+            "updates may be exchanged"
+        )
+    if known and _names_unsloth(path, config):
+        chosen = "by expert" if _is_grouped() else f"in PEFT's order ({LAYOUT}={GROUPED} selects the other)"
+        yield (
+            "Unsloth is named in the files: before its fix of September 2026 it ordered the columns of lora_B by "
+            f"expert, which no file shows. They are read {chosen}"
+        )
+
+
+def _is_grouped() -> bool:
+    """Return whether the user selected Unsloth's former order of the columns of B."""
+    return os.environ.get(LAYOUT) == GROUPED
+
+
+def _names_unsloth(path: Path, config: Mapping[str, Any]) -> bool:
+    card = (path if path.is_dir() else path.parent) / "README.md"
+    text = card.read_bytes()[: 2**20].decode(errors="replace") if card.is_file() else ""
+    return "unsloth" in f"{json.dumps(config)} {text}".lower()

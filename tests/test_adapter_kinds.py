@@ -267,13 +267,21 @@ def test_modules_to_save_are_measured_with_a_base(tmp_path: Path) -> None:
     before = model.base_model.model.lm_head.original_module.weight.detach()
     save_file(tensors | {head: before * 1.25}, tmp_path / "adapter" / WEIGHTS)
     alone, both = (inspect(load(tmp_path / "adapter", base)) for base in (None, tmp_path / "base"))
-    assert "saved as full weights, not measured without a base: lm_head" in alone.findings
+    assert "saved as full weights, 2,048 parameters, not measured without a base: lm_head" in alone.findings
     norm = float(before.norm()) / 4
-    assert f"saved as full weights: lm_head, |dW| {norm:.3g} (25% of |W|)" in both.findings
+    assert f"saved as full weights: lm_head, 2,048 parameters, |dW| {norm:.3g} (25% of |W|)" in both.findings
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [(67, 64), (64, 1)])
-def test_modules_to_save_of_another_size_are_not_measured(tmp_path: Path, ours: int, theirs: int) -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        (67, 64, "lm_head, 2,144 parameters, |dW| 0 (0% of |W|), and 3 rows that are not in the base"),
+        (1, 64, "lm_head, 32 parameters, not measured: it is 1 x 32, in the base 64 x 32"),
+    ],
+)
+def test_modules_to_save_of_another_size_are_compared_only_with_a_smaller_vocabulary(
+    tmp_path: Path, ours: int, theirs: int, message: str
+) -> None:
     save(tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
     tiny("llama").save_pretrained(tmp_path / "base")
     for file, rows in ((tmp_path / "adapter" / WEIGHTS, ours), (tmp_path / "base/model.safetensors", theirs)):
@@ -282,7 +290,7 @@ def test_modules_to_save_of_another_size_are_not_measured(tmp_path: Path, ours: 
         save_file(tensors | {head: torch.ones(rows, 32)}, file, metadata={"format": "pt"})
     found = inspect(load(tmp_path / "adapter", tmp_path / "base"))
     (line,) = (line for line in found.findings if "lm_head" in line)
-    assert line == (f"saved as full weights, not measured: lm_head is {ours} x 32, in the base {theirs} x 32")
+    assert line == f"saved as full weights: {message}"
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

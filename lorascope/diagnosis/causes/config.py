@@ -1,4 +1,4 @@
-"""Configuration and files of an adapter: rank, alpha, initialization, patterns, scale, budget, saved modules."""
+"""Configuration and files of an adapter: rank, alpha, initialization, patterns, scale, budget."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from lorascope.diagnosis.causes.base import Found, Rule, caution, found
 from lorascope.diagnosis.evidence import SHARE, Case
 from lorascope.runs.formats.peft_lora import CONFIG
 from lorascope.schema.name_patterns import Ends, Patterns
-from lorascope.updates import Dense
 
 WHOLE = 1.0  # fraction of |W|: an update as large as the weight replaces the pretrained weight
 HABIT = 16.0  # alpha / r: alpha 16 is common down to rank 1, so only a larger scale is called a cause
@@ -39,34 +38,6 @@ def incomplete_norms(case: Case) -> Found:
         yield caution("DoRA: |dW| is the norm of B A only; add --base DIR for the whole update")
     for note in case.notes:
         yield caution(note)
-
-
-@Rule(needs="config")
-def other_weights(case: Case) -> Found:
-    """Find weights saved next to the factors, with their distance from the base, and modules not in the base."""
-    base, names = case.base, case.files.others
-    biases = {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
-    whole = {name.removesuffix(".weight").removesuffix(".base_layer") for name in names if not name.endswith(".bias")}
-    absent = [module for module in sorted(whole) if base is None or not base.has_weight(module)]
-    for module in sorted(whole.difference(absent)):
-        assert base is not None
-        weight, shape = case.files.whole(module), base.shape(module)
-        if weight.shape == shape:
-            W0 = Dense(base.weight(module, shape))
-            norm, start = (Dense(weight) - W0).norm(), W0.norm()
-            relative = norm / start if start else np.inf if norm else 0.0
-            yield found(f"saved as full weights: {module}, |dW| {norm:.3g} ({100 * relative:.3g}% of |W|)")
-        else:
-            sizes = ", in the base ".join(" x ".join(map(str, sides)) for sides in (weight.shape, shape))
-            yield found(f"saved as full weights, not measured: {module} is {sizes}")
-    if absent:
-        why = "without a base" if base is None else "because they are not in the base"
-        yield found(f"saved as full weights, not measured {why}", absent)
-    if added := len(biases - whole):
-        yield found(f"{added} biases in addition to the factors, not measured")
-    lacking = [module for module in case.parts if base is not None and not base.has_weight(module)]
-    if lacking:
-        yield found("not in the base, perhaps tied", lacking)
 
 
 _UNMATCHED = "compare with model.named_modules(): PEFT matches the end of a name, and ignores other keys"

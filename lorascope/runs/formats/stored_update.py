@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.updates import Update, from_factors
 
@@ -143,9 +141,3 @@ class AdapterFiles:
     kind: str = "LoRA"
     needs_base: bool = False
     notes: tuple[str, ...] = ()
-
-    def whole(self, module: str) -> np.ndarray:
-        """Load the full weight of a module (``modules_to_save``) in two dimensions."""
-        wanted = {f"{module}{layer}.weight" for layer in ("", ".base_layer")}
-        file, name = next((file, name) for file in self.files for name in file if name.removeprefix(PREFIX) in wanted)
-        return StoredTensor(file, name).read()

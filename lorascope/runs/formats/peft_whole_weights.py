@@ -1,0 +1,84 @@
+"""Weights that a PEFT folder stores in addition to the factors: full values, rows of tokens, biases, ignored tensors.
+
+PEFT stores full values for ``modules_to_save``, for biases, and for the base of an adapted embedding or a resized
+vocabulary. ``trainable_token_indices`` stores the new rows of some tokens under the name ``trainable_tokens_delta``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import Count, to_typed, unreadable
+from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredTensor
+
+Kind = Literal["full", "copy", "tokens", "bias", "bias update", "ignored"]
+# Kinds by the end of their names, the first that fits.
+_ENDS: tuple[tuple[str, Kind], ...] = (
+    (".lora_B.bias", "bias update"),
+    (".base_layer.bias", "bias"),
+    (".bias", "bias"),
+    (".token_adapter.trainable_tokens_delta", "tokens"),
+    (".base_layer.weight", "copy"),
+    (".weight", "full"),
+)
+_UNUSED = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
+
+
+@dataclass(frozen=True)
+class TokensConfig:
+    """Setting used from ``adapter_config.json``: indices of the embedding, or by module."""
+
+    trainable_token_indices: list[Count] | dict[str, list[Count]] | None = None
+
+
+@dataclass(frozen=True)
+class WholeWeight:
+    """A stored tensor that is not a factor; ``rows`` are the indices of the tokens of its rows."""
+
+    kind: Kind
+    module: str
+    tensor: StoredTensor
+    rows: tuple[int, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.tensor.shape)
+
+
+def whole_weights(files: AdapterFiles) -> list[WholeWeight]:
+    """Return the tensors of an adapter that are not factors.
+
+    Raises
+    ------
+    ValueError
+        The indices of ``trainable_token_indices`` do not fit the stored rows.
+    """
+    tensors = {name.removeprefix(PREFIX): StoredTensor(file, name) for file in files.files for name in file}
+    found = []
+    for name in files.others:
+        end, kind = next(((end, kind) for end, kind in _ENDS if name.endswith(end)), ("", "ignored"))
+        if kind == "ignored" or _UNUSED.search(name):
+            found.append(WholeWeight("ignored", name, tensors[name]))
+            continue
+        module = name.removesuffix(end)
+        rows = _token_rows(files, module, tensors[name]) if kind == "tokens" else ()
+        found.append(WholeWeight(kind, module, tensors[name], rows))
+    return found
+
+
+def _token_rows(files: AdapterFiles, module: str, tensor: StoredTensor) -> tuple[int, ...]:
+    """Return the indices of the stored rows of a token table."""
+    indices = to_typed(files.config, TokensConfig, files.path).trainable_token_indices or []
+    if isinstance(indices, Mapping):
+        fitting = (rows for end, rows in indices.items() if module == end or module.endswith(f".{end}"))
+        indices = next(fitting, [])
+    if len(indices) != tensor.shape[0]:
+        must = f"tokens of {printable(module)} must be those of trainable_token_indices ({len(indices)})"
+        raise unreadable(files.path, f"{must}, got {tensor.shape[0]} rows")
+    return tuple(indices)

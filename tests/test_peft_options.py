@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from merged import adapt, changes
+from safetensors.torch import save_file
 from tiny import tiny
+from tolerance import TINY, near
+from torch import nn
 
 from lorascope.cli.main import main
+from lorascope.diagnosis.doctor import diagnose
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.safetensors_io import read_json, write_json
+from lorascope.runs.adapter import Adapter
 from lorascope.runs.formats.peft_lora import CONFIG
 from lorascope.runs.loading import load
 
@@ -49,6 +55,110 @@ def test_cautions_are_shown_by_inspect_and_doctor(
         shown = " ".join(capsys.readouterr().out.split())
         assert all(note in shown for note in notes)
         assert words is None or words in shown
+
+
+class Layers(nn.Module):
+    """A model with nn.MultiheadAttention, convolutions and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))
+        self.line, self.image, self.volume = nn.Conv1d(3, 4, 2), nn.Conv2d(3, 4, 3), nn.Conv3d(3, 4, 2)
+        self.table = nn.Embedding(9, 8)
+
+
+def require_equal(base: nn.Module, folder: Path, names: dict[str, str] | None = None) -> Adapter:
+    """Compare every update with PEFT's change of the weight; ``names`` maps modules to parameters."""
+    base.eval()
+    folder.with_name("base").mkdir()
+    save_file(
+        {name: value.clone() for name, value in base.state_dict().items()},
+        folder.with_name("base") / "model.safetensors",
+    )
+    run, merged = load(folder, folder.with_name("base")), changes(base, folder)
+    changed = {name for name, change in merged.items() if change.any()}
+    assert len(run.updates()) == len(changed)
+    for module, update in run.updates().items():
+        change = merged[(names or {}).get(module, f"{module}.weight")].flatten(1)
+        expected = change.T if run.files.parts[module].transposed else change
+        assert update.dense() == near(expected, terms=TINY)
+        assert run.summary().set_index("module").loc[module, "update_norm"] == near(change.norm(), terms=TINY)
+    return run
+
+
+OPTIONS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+    "convolution": (Layers(), {"target_modules": ["line", "image", "volume"], "r": 2}),
+    "DoRA": (Layers(), {"target_modules": ["line", "image", "volume", "table"], "r": 2, "use_dora": True}),
+}
+
+
+@pytest.mark.parametrize(("base", "config"), OPTIONS.values(), ids=OPTIONS)
+def test_updates_equal_pefts_change(tmp_path: Path, base: nn.Module, config: dict[str, Any]) -> None:
+    adapt(base, tmp_path / "adapter", **config)
+    require_equal(base, tmp_path / "adapter")
+
+
+def test_attention_has_its_two_projections(tmp_path: Path) -> None:
+    base, settings = Layers(), {"r": 2, "rank_pattern": {"layers.1.self_attn": 3}, "alpha_pattern": {"self_attn": 5}}
+    adapt(base, tmp_path / "adapter", target_modules=["self_attn"], **settings)
+    names = {f"layers.{number}.self_attn.in_proj": f"layers.{number}.self_attn.in_proj_weight" for number in (0, 1)}
+    run = require_equal(base, tmp_path / "adapter", names)
+    assert run.ranks() == {
+        f"layers.{number}.self_attn.{leaf}": 2 + number for number in (0, 1) for leaf in ("in_proj", "out_proj")
+    }
+    table = run.summary()
+    assert list(table["role"]) == ["o", "qkv"] * 2
+    assert table["relative_update"].notna().all()
+    assert not {"unmatched"} & {finding.cause for finding in diagnose(run)}
+
+
+def test_tied_head_is_counted_once(tmp_path: Path) -> None:
+    base = tiny("llama", tie_word_embeddings=True)
+    adapt(base, tmp_path / "adapter", target_modules=["embed_tokens"], ensure_weight_tying=True)
+    base.save_pretrained(tmp_path / "base")
+    run, change = load(tmp_path / "adapter", tmp_path / "base"), changes(base, tmp_path / "adapter")
+    (update,) = run.updates().values()
+    # PEFT merges the update of both names into the one weight; before merging, each name has it once.
+    assert update.dense() == near(change["model.embed_tokens.weight"].T / 2, terms=TINY)
+    (note,) = run.files.notes
+    assert note.startswith("lm_head is tied to model.embed_tokens: their update is one, and is counted once")
+    assert not diagnose(run)
+
+
+def test_two_updates_of_a_tied_weight_are_both_counted(tmp_path: Path) -> None:
+    base = tiny("llama", tie_word_embeddings=True)
+    adapt(base, tmp_path / "adapter", target_modules=["embed_tokens", "lm_head"])
+    base.save_pretrained(tmp_path / "base")
+    run = load(tmp_path / "adapter", tmp_path / "base")
+    assert list(run.updates()) == ["model.embed_tokens", "lm_head"]
+    assert [finding.cause for finding in diagnose(run)] == ["tied-twice"]
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_replicated_layers_are_compared_with_their_source(tmp_path: Path, use_dora: bool) -> None:
+    base = tiny("llama")
+    stack = [0, 1, 1]
+    adapted = adapt(
+        base, tmp_path / "adapter", target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]], use_dora=use_dora
+    )
+    base.save_pretrained(tmp_path / "base")
+    run = load(tmp_path / "adapter", tmp_path / "base")
+    table = run.summary().set_index("module")
+    for place, source in enumerate(stack):
+        module, weight = f"model.layers.{place}.self_attn.q_proj", f"model.layers.{source}.self_attn.q_proj.weight"
+        before = base.get_parameter(weight).detach()
+        layer = adapted.base_model.model.get_submodule(module)
+        layer.get_base_layer().weight = nn.Parameter(before.clone())  # the copies share it: merge one at a time
+        layer.merge()
+        change = layer.get_base_layer().weight.detach() - before
+        assert run.updates()[module].dense() == near(change, terms=TINY)
+        assert table.loc[module, "relative_update"] == near(change.norm() / before.norm(), terms=TINY)
+    (note,) = run.files.notes
+    assert "a stack of 3 copies of base layers (0, 1, 1)" in note
+    configure(tmp_path / "adapter", layer_replication=[[0, 2]])
+    with pytest.raises(ValueError, match="must be < 2, the layers of layer_replication, got 2"):
+        load(tmp_path / "adapter")
 
 
 WEIGHTS_BESIDE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, str]] = {

@@ -16,7 +16,6 @@ import pandas as pd
 
 from lorascope.diagnosis.base_comparison import BASE_COLUMNS, compare_with_base
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.formats.peft_experts import ExpertPart
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredUpdate
 from lorascope.runs.manifest import Manifest
@@ -72,9 +71,9 @@ class Case:
         return self.run.files.notes if isinstance(self.run, Adapter) else ()
 
     @property
-    def pattern_names(self) -> dict[str, str]:
-        """Name that the patterns of the configuration match, by module: that of its parameter, or its own."""
-        return {name: part.parameter if isinstance(part, ExpertPart) else name for name, part in self.parts.items()}
+    def configured(self) -> dict[str, str]:
+        """Name of each module of an adapter that the configuration matches."""
+        return {name: name for name in self.parts} | dict(self.files.configured)
 
     @property
     def base(self) -> PretrainedWeights | None:

@@ -61,7 +61,8 @@ def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter:
 def load_adapter(path: Path, base: str | Path | None) -> Adapter:
     """Open an adapter with a base that may be another model than its own; see ``load``."""
     model = None if base is None else PretrainedWeights(locate_base(base))
-    return Adapter(_open_adapter(path, model), model)
+    files = _open_adapter(path, model)
+    return Adapter(files, files.base or model)
 
 
 def is_run(path: str | Path) -> bool:

@@ -75,6 +75,8 @@ def role_inside(tail: str) -> str:
     if _POSITION.search(leaf):
         return "pos_embed"
     role = _ROLE_OF_LEAF.get(leaf, "other")
+    if leaf == "in_proj" and "att" in above:  # in other modules it is an input projection
+        role = "qkv"
     if leaf in ("dense", "out_proj", "c_proj", "wo"):  # names of both attention and feed-forward outputs
         if "att" in above:
             role = "o"

@@ -46,10 +46,11 @@ _UNMATCHED = "compare with model.named_modules(): PEFT matches the end of a name
 @Rule(_UNMATCHED, "config", name="unmatched")
 def unmatched_targets(case: Case) -> Found:
     """Find targets that are the end of no module's name: a typing error that PEFT does not report."""
-    keys, ends = case.files.config.get("target_modules") or (), Ends(case.parts)
+    keys, names = case.files.config.get("target_modules") or (), {*case.configured.values()}
     # PEFT rejects a single pattern that matches nothing.
     if not isinstance(keys, str):
-        idle = [key for key in keys if key not in case.parts and not any(ends.names_with_end(f".{key}"))]
+        ends = Ends(names)
+        idle = [key for key in keys if key not in names and not any(ends.names_with_end(f".{key}"))]
         yield from _unmatched_keys(case, "target_modules", idle)
 
 
@@ -59,7 +60,7 @@ def unmatched_patterns(case: Case) -> Found:
     # AdaLoRA's ranks are masks per parameter.
     for field in ("rank_pattern", "alpha_pattern")[case.masks_components :]:
         keys = Patterns(case.files.config.get(field) or {}, f"{field} of {case.files.path / CONFIG}")
-        yield from _unmatched_keys(case, field, keys.unused_keys(case.pattern_names.values()))
+        yield from _unmatched_keys(case, field, keys.unused_keys(case.configured.values()))
 
 
 def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Found:
@@ -96,7 +97,7 @@ def uneven_scale(case: Case) -> Found:
         return
     usual = float(adapted["scale"].mode().iloc[0])
     own, scaled = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
-    matched = adapted["module"].map(case.pattern_names)
+    matched = adapted["module"].map(case.configured)
     left = [own.first(name) is not None and scaled.first(name) is None for name in matched]
     ratio = adapted["scale"] / usual
     off = adapted[np.array(left) & ((ratio >= UNEVEN) | (ratio <= 1 / UNEVEN))]

@@ -19,7 +19,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.runs.formats.peft_lora import lora_factors, lora_parts, peft_kind
-from lorascope.runs.formats.peft_notes import lora_notes
+from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
@@ -54,7 +54,7 @@ def read_dora(
 ) -> AdapterFiles:
     """Read the modules of an opened DoRA folder."""
     found, others = lora_factors(path, files, ("A", "B", "magnitude_vector"))
-    parts = {}
+    base, parts = stacked_base(path, config, found, base), {}
     for module, plain in lora_parts(path, config, found).items():
         magnitude, outer = found[module]["magnitude_vector"], plain.shape[0]
         if math.prod(magnitude.shape) != outer:
@@ -62,4 +62,4 @@ def read_dora(
             raise unreadable(path, f"{must}, got shape {magnitude.shape}")
         weights = base if base is not None and base.has_weight(module) else None
         parts[module] = DoraPart(**vars(plain), magnitude=magnitude, module=module, base=weights)
-    return AdapterFiles(path, dict(config), parts, others, files, "DoRA", notes=tuple(lora_notes(config)))
+    return complete_lora(AdapterFiles(path, dict(config), parts, others, files, "DoRA", base=base))

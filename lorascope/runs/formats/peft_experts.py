@@ -31,11 +31,10 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.runs.formats.peft_lora import CONFIG, RanksAndScales, is_lora, lora_factors, lora_parts
-from lorascope.runs.formats.peft_notes import lora_notes
+from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
-from lorascope.schema.module_roles import parse, position
 
 # Parameters of one module, in the order in which transformers' classes register them.
 _ORDER = ("w1", "v1", "w2", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
@@ -94,9 +93,10 @@ def read_experts(
     parts: dict[str, StoredLoRA] = dict(plain)
     for module, parameter in wrapped.items():
         parts |= _expert_parts(path, parameter, found[module], settings)
-    ordered = sorted(parts, key=lambda module: position(*parse(module)))
-    notes = (*lora_notes(config), *_expert_notes(path, config, own, parts))
-    return AdapterFiles(path, config, {module: parts[module] for module in ordered}, others, files, notes=notes)
+    notes = tuple(_expert_notes(path, config, own, parts))
+    configured = {name: part.parameter for name, part in parts.items() if isinstance(part, ExpertPart)}
+    base = stacked_base(path, config, parts, base)
+    return complete_lora(AdapterFiles(path, config, parts, others, files, "LoRA", False, notes, configured, base))
 
 
 def _parameters(

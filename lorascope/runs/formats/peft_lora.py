@@ -17,7 +17,7 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
-from lorascope.runs.formats.peft_notes import lora_notes
+from lorascope.runs.formats.peft_modules import OUT_PROJ, complete_lora, stacked_base
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredLoRA, StoredTensor
@@ -142,8 +142,8 @@ def read_adapter(
 ) -> AdapterFiles:
     """Read the modules of an opened LoRA folder."""
     found, others = lora_factors(path, files, ("A", "B"))
-    parts = lora_parts(path, config, found)
-    return AdapterFiles(path, config, parts, others, files, notes=tuple(lora_notes(config)))
+    base = stacked_base(path, config, found, base)
+    return complete_lora(AdapterFiles(path, config, lora_parts(path, config, found), others, files, base=base))
 
 
 class RanksAndScales:
@@ -157,15 +157,17 @@ class RanksAndScales:
         self._alpha_keys = Patterns(self._alphas, f"alpha_pattern of {file}")
 
     def rank(self, name: str) -> int:
-        """Return the rank of a module or parameter."""
-        key = self._rank_keys.first(name)
+        """Return the rank of a module or parameter; nn.MultiheadAttention has one rank for its two projections."""
+        key = self._rank_keys.first(name.removesuffix(OUT_PROJ))
         return self.settings.r if key is None else self._ranks[key]
 
     def scale(self, name: str) -> float:
         """Return the scale of a module or parameter: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-        key, rank = self._alpha_keys.first(name), self.rank(name)
+        key, rank = self._alpha_keys.first(name.removesuffix(OUT_PROJ)), self.rank(name)
         alpha = self.settings.lora_alpha if key is None else self._alphas[key]
-        return alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
+        scale = alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
+        # PEFT 0.21 adds the update of this projection twice, in every forward pass and on merging.
+        return 2 * scale if name.endswith(OUT_PROJ) else scale
 
 
 def lora_parts(

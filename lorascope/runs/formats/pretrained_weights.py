@@ -120,12 +120,32 @@ class PretrainedWeights:
         return name
 
     def _find(self, module: str) -> str | None:
-        parts = f"{module}.weight".split(".")
+        # nn.MultiheadAttention has the parameter in_proj_weight.
+        weight = f"{module}_weight" if module.endswith(".in_proj") else f"{module}.weight"
+        parts = weight.split(".")
         for start in range(len(parts) - 1):
             if (name := ".".join(parts[start:])) in self._files:
                 return name
-        longer = list(islice(self._ends.names_with_end(f".{module}.weight"), 2))
+        longer = list(islice(self._ends.names_with_end(f".{weight}"), 2))
         return longer[0] if len(longer) == 1 else None
+
+
+class RenamedWeights(PretrainedWeights):
+    """Weights of a model by other names.
+
+    Parameters
+    ----------
+    weights : PretrainedWeights
+    names : mapping module name -> str
+        Names in ``weights``; modules that are not listed have the same name.
+    """
+
+    def __init__(self, weights: PretrainedWeights, names: Mapping[str, str]) -> None:
+        vars(self).update(vars(weights))
+        self._names = names
+
+    def _find(self, module: str) -> str | None:
+        return super()._find(self._names.get(module, module))
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:

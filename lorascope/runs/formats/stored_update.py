@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lorascope.files.safetensors_io import TensorFile
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.updates import Update, from_factors
 
 PREFIX = "base_model.model."
@@ -131,6 +132,10 @@ class AdapterFiles:
         Whether the adapter can be opened only with the folder of its base.
     notes : tuple of str
         Cautions about the whole adapter, one sentence each.
+    configured : mapping module name -> str
+        Names that the configuration matches, for modules with another name in ``parts`` or with none.
+    base : PretrainedWeights, optional
+        Base weights by the names in ``parts``, if they are others than in the base.
     """
 
     path: Path
@@ -141,3 +146,5 @@ class AdapterFiles:
     kind: str = "LoRA"
     needs_base: bool = False
     notes: tuple[str, ...] = ()
+    configured: Mapping[str, str] = field(default_factory=dict)
+    base: PretrainedWeights | None = None

@@ -1,0 +1,102 @@
+"""Modules of a PEFT LoRA that are not one weight of the base model with the same name.
+
+- ``nn.MultiheadAttention`` with the name ``att``: ``att.lora_A`` adapts the weight of query, key and value, which is
+  shown as ``att.in_proj``, and ``att.base_layer.out_proj.lora_A`` adapts ``att.out_proj``, whose scale is 2 alpha /
+  rank: PEFT 0.21 adds this update twice.
+- Head tied to the embedding (``ensure_weight_tying``): PEFT stores the update twice, once transposed.
+- ``layer_replication``: layers are positions in a stack of copies of the base model's layers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import Count, to_typed, unreadable
+from lorascope.runs.formats.peft_notes import lora_notes
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights, RenamedWeights
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredUpdate
+from lorascope.schema.module_roles import parse, position
+
+OUT_PROJ = ".base_layer.out_proj"
+"""End of the name of the output projection of nn.MultiheadAttention."""
+_LAYER = re.compile(r"(.*?\.(?:layers?|h)\.)(\d{1,4})(\..*)", re.DOTALL)
+_MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class ReplicationConfig:
+    """Setting used from ``adapter_config.json``: first layers and ends of the ranges that form the stack."""
+
+    layer_replication: list[tuple[Count, Count]] | None = None
+
+
+def stacked_base(
+    path: Path, config: Mapping[str, Any], modules: Iterable[str], base: PretrainedWeights | None
+) -> PretrainedWeights | None:
+    """Return the base weights by the names of an adapter's modules, whose layers may be positions in a stack."""
+    stack = _layer_stack(path, config)
+    names = {}
+    for name in modules:
+        if stack and (match := _LAYER.fullmatch(name)):
+            if int(match[2]) >= len(stack):
+                must = f"layer of {printable(name)} must be < {len(stack)}, the layers of layer_replication"
+                raise unreadable(path, f"{must}, got {match[2]}")
+            names[name] = f"{match[1]}{stack[int(match[2])]}{match[3]}"
+    return RenamedWeights(base, names) if base is not None and names else base
+
+
+def complete_lora(files: AdapterFiles) -> AdapterFiles:
+    """Return a LoRA with the names and cautions that follow from its modules and its configuration."""
+    parts, configured = _attention_parts(files.parts)
+    notes = list(lora_notes(files.config))
+    if configured:
+        notes.append("nn.MultiheadAttention: PEFT 0.21 adds the update of out_proj twice, which |dW| includes")
+    for embedding, head in _tied_heads(parts):
+        del parts[head]
+        configured[head] = head
+        one = f"{printable(head)} is tied to {printable(embedding)}: their update is one, and is counted once"
+        notes.append(f"{one}. PEFT 0.21 adds it twice when it merges the adapter")
+    if stack := _layer_stack(files.path, files.config):
+        listed = f"{', '.join(map(str, stack[:16]))}{', ...' * (len(stack) > 16)}"
+        copies = f"layer_replication: layers are positions in a stack of {len(stack)} copies of base layers ({listed})"
+        notes.append(f"{copies}. Copies share their base weight, so the adapter cannot be merged")
+    notes += files.notes
+    return replace(files, parts=parts, notes=tuple(notes), configured={**files.configured, **configured})
+
+
+def _attention_parts(parts: Mapping[str, StoredUpdate]) -> tuple[dict[str, StoredUpdate], dict[str, str]]:
+    """Return the updates with the names of attention projections, and the configured modules of these names."""
+    attention = {name.removesuffix(OUT_PROJ) for name in parts if name.endswith(OUT_PROJ)}
+    names = {module: f"{module}.in_proj" for module in attention}
+    names |= {f"{module}{OUT_PROJ}": f"{module}.out_proj" for module in attention}
+    renamed = {names.get(name, name): part for name, part in parts.items()}
+    ordered = sorted(renamed, key=lambda name: position(*parse(name)))
+    configured = {name: stored.removesuffix(OUT_PROJ) for stored, name in names.items()}
+    return {name: renamed[name] for name in ordered}, configured
+
+
+def _tied_heads(parts: Mapping[str, StoredUpdate]) -> Iterator[tuple[str, str]]:
+    """Yield pairs of an embedding and a head with the same update, transposed."""
+    plain = {name: part for name, part in parts.items() if type(part) is StoredLoRA}
+    embeddings = {name: part for name, part in plain.items() if ".lora_embedding_" in part.A.name}
+    for embedding, table in embeddings.items():
+        for head, part in plain.items():
+            if part.shape != table.shape[::-1] or head in embeddings or part.scale != table.scale:
+                continue
+            if np.array_equal(part.A.read(), table.B.read().T) and np.array_equal(part.B.read(), table.A.read().T):
+                yield embedding, head
+
+
+def _layer_stack(path: Path, config: Mapping[str, Any]) -> list[int]:
+    """Return the base layer of each layer of the stack; empty without ``layer_replication``."""
+    ranges = to_typed(config, ReplicationConfig, path).layer_replication or []
+    if sum(max(end - first, 0) for first, end in ranges) > _MAX_LAYERS:
+        raise unreadable(path, f"layer_replication must have <= {_MAX_LAYERS} layers")
+    return [layer for first, end in ranges for layer in range(first, end)]

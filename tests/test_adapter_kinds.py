@@ -66,6 +66,13 @@ def test_adalora_updates_match_peft(tmp_path: Path, masked: dict[str, list[bool]
     assert {name: array.shape for name, array in again.items()} == {"A": (5, 32), "B": (32, 5), "diagonal": (5,)}
 
 
+@pytest.mark.parametrize("alpha", [0, -3])
+def test_adalora_alpha_of_zero_or_less_is_the_initial_rank(tmp_path: Path, alpha: int) -> None:
+    expected = deltas(adalora(tmp_path, lora_alpha=alpha))
+    for module, update in load(tmp_path).updates().items():
+        assert update.dense() == near(expected[module], terms=5 + 2)
+
+
 def test_adalora_rank_excludes_masked_components(tmp_path: Path) -> None:
     adalora(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)

@@ -322,7 +322,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "variant": (
         lambda a: stored(a, lambda t: t | {f"{Q0}.lora_diag": torch.ones(4)}),
-        "variant of LoRA not supported, with .*lora_diag",
+        "q_proj has lora_diag, but adapter_config.json lacks kasa_config",
     ),
     "rank": (lambda a: configured(a, r=8), "must have rank 8 .*, got 4 and 4"),
     "experts": (lambda a: configured(a, r=3, target_parameters=["x"]), "q_proj.x must have rank 3 .* per expert"),

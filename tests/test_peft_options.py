@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from merged import adapt, changes
-from safetensors.torch import save_file
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+from peft.tuners.lora.variants import QALoraLinearVariant
+from safetensors.torch import load_file, save_file
 from tiny import tiny
 from tolerance import TINY, near
 from torch import nn
@@ -18,7 +20,7 @@ from lorascope.diagnosis.doctor import diagnose
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.safetensors_io import read_json, write_json
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.formats.peft_lora import CONFIG
+from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.loading import load
 
 QV = ["q_proj", "v_proj"]
@@ -87,7 +89,14 @@ def require_equal(base: nn.Module, folder: Path, names: dict[str, str] | None = 
     return run
 
 
+BLOCKS = BdLoraConfig(
+    target_modules_bd_a=["o_proj"], target_modules_bd_b=["0.self_attn.q"], nblocks=2, match_strict=False
+)
 OPTIONS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+    "BD-LoRA": (tiny("llama"), {"target_modules": ["q_proj", "o_proj"], "r": 4, "use_bdlora": BLOCKS}),
+    "KaSA": (tiny("llama"), {"target_modules": [*QV, "up_proj"], "r": 3, "kasa_config": KasaConfig()}),
+    "VeLoRA": (tiny("llama"), {"target_modules": QV, "r": 3, "velora_config": VeloraConfig()}),
+    "MonteCLoRA": (tiny("llama"), {"target_modules": QV, "r": 3, "monteclora_config": MontecloraConfig()}),
     "convolution": (Layers(), {"target_modules": ["line", "image", "volume"], "r": 2}),
     "DoRA": (Layers(), {"target_modules": ["line", "image", "volume", "table"], "r": 2, "use_dora": True}),
 }
@@ -97,6 +106,37 @@ OPTIONS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
 def test_updates_equal_pefts_change(tmp_path: Path, base: nn.Module, config: dict[str, Any]) -> None:
     adapt(base, tmp_path / "adapter", **config)
     require_equal(base, tmp_path / "adapter")
+
+
+def test_kasa_without_a_base_has_the_trained_product(tmp_path: Path) -> None:
+    base, config = OPTIONS["KaSA"]
+    adapt(base, tmp_path, **config)
+    run, name = load(tmp_path), "model.layers.0.self_attn.q_proj"
+    A, B, diagonal = (
+        load_file(tmp_path / WEIGHTS)[f"base_model.model.{name}.lora_{part}"].double()
+        for part in ("A.weight", "B.weight", "diag")
+    )
+    assert run.updates()[name].dense() == near(8 / 3 * B @ diagonal.diag() @ A, terms=TINY)
+    assert any("add --base DIR" in note for note in run.files.notes)
+
+
+def test_qalora_equals_pefts_forward_pass(tmp_path: Path) -> None:
+    """PEFT applies QALoRA only to GPTQ bases, so the layer of PEFT is prepared by hand."""
+    group = 4
+    model = adapt(tiny("llama"), tmp_path, target_modules=["q_proj"], r=3, lora_alpha=5, use_qalora=True)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    settings = model.peft_config["default"]
+    settings.qalora_group_size = group
+    QALoraLinearVariant.init(layer, "default", settings)
+    factors = {name: getattr(layer, f"lora_{name}")["default"].weight.detach() for name in "AB"}
+    stored = {f"base_model.model.q_proj.lora_{name}.weight": value for name, value in factors.items()}
+    save_file(stored, tmp_path / WEIGHTS)
+    configure(tmp_path, qalora_group_size=group)
+    run = load(tmp_path)
+    columns = QALoraLinearVariant.forward(layer, "default", torch.eye(32), torch.zeros(32, 32)).T
+    assert run.files.kind == "QALoRA"
+    assert run.updates()["q_proj"].dense() == near(columns, terms=TINY)
+    assert run.summary()["update_norm"].item() == near(columns.norm(), terms=TINY)
 
 
 def test_attention_has_its_two_projections(tmp_path: Path) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from contract.format_row import FormatRow, Written
+from contract.format_rows_peftlora import ROWS as PEFT_LORA
 from safetensors.numpy import save
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 OUT, IN, RANK = 6, 5, 2
-Written = dict[str, np.ndarray]
 
 
 def draw(seed: int, *shape: int) -> np.ndarray:
@@ -134,16 +133,6 @@ def vera(folder: Path, base: Path) -> Written:
     }
 
 
-@dataclass(frozen=True)
-class FormatRow:
-    """A format: how to write an adapter (returns the dense update of each module), and what it is called."""
-
-    write: Callable[[Path, Path], Written]
-    kind: str
-    exact: bool = True
-    modules: tuple[str, ...] = (Q, V)
-
-
 ROWS = {
     "read_adapter": FormatRow(lora, "LoRA"),
     "read_dora": FormatRow(dora, "DoRA"),
@@ -152,8 +141,5 @@ ROWS = {
     "read_hydra": FormatRow(hydra, "HydraLoRA", exact=False),
     "read_loralib": FormatRow(merged, "LoRA"),
     "read_vera": FormatRow(vera, "VeRA"),
+    **PEFT_LORA,
 }
-
-from contract.format_rows_peftlora import ROWS as PEFT_LORA  # noqa: E402, its rows use the functions above
-
-ROWS |= PEFT_LORA

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from contract.format_rows import ROWS, FormatRow, Q, V
+from contract.format_row import FormatRow
+from contract.format_rows import ROWS, Q, V
 from safetensors.numpy import load_file, save
 
 import lorascope as ls

@@ -3,7 +3,7 @@
 Each module has ``lora_A`` (rank, in), ``lora_E`` (rank, 1) and ``lora_B`` (out, rank). Components that the allocator
 masked are zero in E and do not count toward the rank; modules in ``rank_pattern`` store only the others. In a new
 adapter, E is all zero and all components count. PEFT divides alpha by the initial rank plus 1e-5, regardless of the
-current rank.
+current rank. An alpha of 0 or less counts as the initial rank.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def read_adalora(
     """Read the modules of an opened AdaLoRA folder."""
     settings = to_typed(config, AdaLoraConfig, path / CONFIG)
     found, others = lora_factors(path, files, ("A", "B", "E"))
-    scale = settings.lora_alpha / (settings.init_r + 1e-5)
+    alpha = settings.lora_alpha if settings.lora_alpha > 0 else settings.init_r
+    scale = alpha / (settings.init_r + 1e-5)
     kept = {name.removesuffix(".lora_E"): sum(mask) for name, mask in (settings.rank_pattern or {}).items()}
     parts = {}
     for module, factors in found.items():

@@ -18,6 +18,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
 from lorascope.runs.formats.peft_modules import OUT_PROJ, complete_lora, stacked_base
+from lorascope.runs.formats.peft_whole_weights import UNUSED
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredLoRA, StoredTensor
@@ -30,7 +31,7 @@ STEM = "adapter_model"
 WEIGHTS = f"{STEM}.safetensors"
 # The adapter name may follow that of the factor if a state dict was saved by hand.
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?",
+    r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|diag|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?",
     re.DOTALL,  # a name may contain a line break
 )
 KINDS = ("LORA", "ADALORA", "FOURIERFT", "VERA")
@@ -41,7 +42,6 @@ _VARIANTS = {
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
     "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
     "arrow_config": "Arrow",
 }
 
@@ -112,7 +112,8 @@ def lora_factors(
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
     """Group LoRA factors by module; a ValueError reports a module without exactly those in ``wanted``."""
     found, others = group_factors(files, _FACTOR)
-    foreign = next((name for name in others if re.search(r"\.lora_(?!B\.bias$)", name)), None)
+    kept = (name for name in others if not UNUSED.search(name))
+    foreign = next((name for name in kept if re.search(r"\.lora_(?!B\.bias$)", name)), None)
     if foreign is not None:
         raise unreadable(path, f"variant of LoRA not supported, with {printable(foreign)}")
     if not found:
@@ -125,7 +126,7 @@ def lora_factors(
             raise unreadable(path, f"{printable(module)} has {present} but no lora_{lacking}")
         extra = next((name for name in factors if name not in wanted), None)
         if extra is not None:
-            option = {"magnitude_vector": "use_dora", "E": "peft_type ADALORA"}[extra]
+            option = {"magnitude_vector": "use_dora", "E": "peft_type ADALORA", "diag": "kasa_config"}[extra]
             raise unreadable(path, f"{printable(module)} has lora_{extra}, but {CONFIG} lacks {option}")
     return found, others
 

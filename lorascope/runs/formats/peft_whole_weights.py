@@ -26,7 +26,8 @@ _ENDS: tuple[tuple[str, Kind], ...] = (
     (".base_layer.weight", "copy"),
     (".weight", "full"),
 )
-_UNUSED = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
+UNUSED = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
+"""Tensors of VeLoRA and MonteCLoRA that have no effect after training."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def whole_weights(files: AdapterFiles) -> list[WholeWeight]:
     found = []
     for name in files.others:
         end, kind = next(((end, kind) for end, kind in _ENDS if name.endswith(end)), ("", "ignored"))
-        if kind == "ignored" or _UNUSED.search(name):
+        if kind == "ignored" or UNUSED.search(name):
             found.append(WholeWeight("ignored", name, tensors[name]))
             continue
         module = name.removesuffix(end)

@@ -1,0 +1,92 @@
+"""Reader of PEFT BD-LoRA folders: LoRA with a block-diagonal factor.
+
+The configuration ``use_bdlora`` lists parts of module names. If a name contains one of ``target_modules_bd_a``, A is
+stored as (rank, in / blocks), and its row blocks are the diagonal blocks of A (rank, in). For ``target_modules_bd_b``
+the same holds for B, stored as (out, rank / blocks). The update is the usual product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import Positive, to_typed, unreadable
+from lorascope.runs.formats.peft_lora import CONFIG, RanksAndScales, lora_factors, peft_kind
+from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Settings of ``use_bdlora``, with PEFT's defaults."""
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: Positive = 1
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Settings used from ``adapter_config.json`` in addition to those of LoRA."""
+
+    use_bdlora: Blocks = field(default_factory=Blocks)
+
+
+@dataclass(frozen=True)
+class BlockPart(StoredLoRA):
+    """Update of one module: scale * B @ A, of which one factor has diagonal blocks only."""
+
+    blocks_a: int
+    blocks_b: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.B.shape[0], self.A.shape[1] * self.blocks_a
+
+    def factors(self) -> dict[str, Any]:
+        """Load the factors, with zeros outside the blocks."""
+        return {"A": _block_diagonal(self.A, self.blocks_a), "B": _block_diagonal(self.B, self.blocks_b)}
+
+
+@reads(lambda config, names: peft_kind(config) == "BD-LoRA")
+def read_bdlora(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
+    """Read the modules of an opened BD-LoRA folder."""
+    found, others = lora_factors(path, files, ("A", "B"))
+    settings, blocks = RanksAndScales(path, config), to_typed(config, BlockConfig, path / CONFIG).use_bdlora
+    parts = {}
+    for module, factors in found.items():
+        count_a, count_b = (
+            blocks.nblocks if any(part in module for part in listed or ()) else 1
+            for listed in (blocks.target_modules_bd_a, blocks.target_modules_bd_b)
+        )
+        A, B, rank = factors["A"], factors["B"], settings.rank(module)
+        whole = A.shape[0] % count_a == 0 and B.shape[0] % count_b == 0
+        if not whole or (A.shape[0], B.shape[1] * count_b) != (rank, rank):
+            must = f"factors of {printable(module)} must have rank {rank} and {blocks.nblocks} blocks ({CONFIG})"
+            raise unreadable(path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
+        parts[module] = BlockPart(B, A, settings.scale(module), False, count_a, count_b)
+    base = stacked_base(path, config, found, base)
+    return complete_lora(AdapterFiles(path, dict(config), parts, others, files, "BD-LoRA", base=base))
+
+
+def _block_diagonal(stored: StoredTensor, blocks: int) -> Float[np.ndarray, "rows columns"]:
+    """Load a factor and move its row blocks to the diagonal."""
+    packed = stored.read()
+    rows, width = packed.shape
+    whole = np.zeros((rows, width * blocks), packed.dtype)
+    for number, block in enumerate(np.split(packed, blocks)):
+        place = number * len(block), number * width
+        whole[place[0] : place[0] + len(block), place[1] : place[1] + width] = block
+    return whole

@@ -1,0 +1,79 @@
+"""Reader of PEFT KaSA folders: LoRA with a diagonal, on a truncated base weight.
+
+Each module has ``lora_diag`` (rank,) in addition to the factors of LoRA. While loading, PEFT removes the smallest
+``rank`` singular components of each base weight W_0, so the change of the weight is
+
+    ``scale * B @ diag(lora_diag) @ A - U S V^T``
+
+with these components. It requires the base model. Without it, only the trained product is known.
+
+Source: Wang et al. (arXiv 2412.06071), as in PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import unreadable
+from lorascope.runs.formats.peft_lora import lora_factors, lora_parts, peft_kind
+from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+from lorascope.updates.linalg import as_float64, one_thread
+
+
+@dataclass(frozen=True)
+class KasaPart(StoredLoRA):
+    """Update of one module; without a base it is the trained product only."""
+
+    diagonal: StoredTensor
+    module: str
+    base: PretrainedWeights | None
+
+    @cached_property
+    def _removed(self) -> tuple[Float[np.ndarray, "out rank"], Float[np.ndarray, "rank in"]]:
+        """Components of the base weight that PEFT removes, as U S and V^T."""
+        assert self.base is not None
+        with one_thread():
+            U, sigma, Vt = np.linalg.svd(as_float64(self.base.weight(self.module, self.shape)), full_matrices=False)
+        return U[:, -self.rank :] * sigma[-self.rank :], Vt[-self.rank :]
+
+    def factors(self) -> dict[str, Any]:
+        """Load the factors, of twice the rank with a base."""
+        A, B = self.A.read(), self.B.read() * self.diagonal.read().reshape(-1)
+        if self.base is None:
+            return {"A": A, "B": B}
+        left, right = self._removed
+        return {"A": np.vstack([A, right]), "B": np.hstack([B, -left / self.scale])}
+
+
+@reads(lambda config, names: peft_kind(config) == "KaSA")
+def read_kasa(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
+) -> AdapterFiles:
+    """Read the modules of an opened KaSA folder."""
+    found, others = lora_factors(path, files, ("A", "B", "diag"))
+    base, parts = stacked_base(path, config, found, base), {}
+    for module, plain in lora_parts(path, config, found).items():
+        diagonal = found[module]["diag"]
+        if diagonal.shape != (plain.rank, 1):
+            must = f"lora_diag of {printable(module)} must have {plain.rank} values"
+            raise unreadable(path, f"{must}, got shape {diagonal.shape}")
+        weights = base if base is not None and base.has_weight(module) else None
+        if plain.scale == 0 and weights is not None:
+            raise unreadable(path, f"lora_alpha of {printable(module)} must not be 0")
+        parts[module] = KasaPart(**vars(plain), diagonal=diagonal, module=module, base=weights)
+    known = all(part.base is not None for part in parts.values())
+    unknown = "KaSA: PEFT also removes the smallest singular components of each base weight while loading; |dW| is the "
+    notes = () if known else (f"{unknown}norm of the trained product only; add --base DIR for the whole update",)
+    return complete_lora(AdapterFiles(path, dict(config), parts, others, files, "KaSA", notes=notes, base=base))

@@ -1,0 +1,66 @@
+"""Reader of PEFT QALoRA folders, for quantized bases.
+
+The input of a module is averaged over groups of ``qalora_group_size`` g neighbors and multiplied by their number, in /
+g. A is stored as (rank, in / g). The update is the usual product, with A (rank, in) that repeats every column g times,
+times in / g^2. PEFT applies it only to GPTQ bases and does not merge it.
+
+Source: Xu et al. (arXiv 2309.14717), as in PEFT 0.21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import Positive, to_typed, unreadable
+from lorascope.runs.formats.peft_lora import CONFIG, MAX_SIDE, RanksAndScales, check_rank, lora_factors, peft_kind
+from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Setting used from ``adapter_config.json`` in addition to those of LoRA, with PEFT's default."""
+
+    qalora_group_size: Positive = 16
+
+
+@dataclass(frozen=True)
+class GroupedPart(StoredLoRA):
+    """Update of one module, with one column of ``A`` per group of inputs."""
+
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.B.shape[0], self.A.shape[1] * self.group
+
+    def factors(self) -> dict[str, Any]:
+        """Load the factors, with A (rank, in)."""
+        return {"A": np.repeat(self.A.read(), self.group, axis=1), "B": self.B.read()}
+
+
+@reads(lambda config, names: peft_kind(config) == "QALoRA")
+def read_qalora(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
+    """Read the modules of an opened QALoRA folder."""
+    found, others = lora_factors(path, files, ("A", "B"))
+    settings, group = RanksAndScales(path, config), to_typed(config, GroupConfig, path / CONFIG).qalora_group_size
+    parts = {}
+    for module, factors in found.items():
+        check_rank(path, module, factors, settings.rank(module))
+        A, B = factors["A"], factors["B"]
+        if A.shape[1] * group > MAX_SIDE:
+            raise unreadable(path, f"qalora_group_size must be <= {MAX_SIDE // A.shape[1]}, got {group}")
+        parts[module] = GroupedPart(B, A, settings.scale(module) * A.shape[1] / group, False, group)
+    base = stacked_base(path, config, found, base)
+    return complete_lora(AdapterFiles(path, dict(config), parts, others, files, "QALoRA", base=base))

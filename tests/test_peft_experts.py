@@ -12,7 +12,7 @@ import torch
 import transformers
 from merged import adapt, changes
 from safetensors.numpy import load_file, save_file
-from tolerance import near
+from tolerance import TINY, near
 from torch import nn
 
 from lorascope.cli.main import main
@@ -34,10 +34,10 @@ def mixtral(**sizes: Any) -> nn.Module:
     return transformers.MixtralForCausalLM(config)
 
 
-def gpt_oss() -> nn.Module:
+def gpt_oss(inner: int = INNER) -> nn.Module:
     """Return a model with experts stored as (in, out), which PEFT treats as such."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2, "num_local_experts": EXPERTS}
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": inner, "num_hidden_layers": 2, "num_local_experts": EXPERTS}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_experts_per_tok": 2}
     return transformers.GptOssForCausalLM(transformers.GptOssConfig(vocab_size=64, **sizes | heads))
 
@@ -81,6 +81,36 @@ def test_updates_of_experts_equal_pefts_merged_weights(tmp_path: Path, build: An
     assert set(updates) == set(whole)
     for module, update in updates.items():
         assert update.dense() == near(whole[module], terms=update.rank + 2)
+
+
+def qwen() -> nn.Module:
+    """Return a model whose files have the weights of gate and up apart, by expert."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "moe_intermediate_size": INNER, "num_hidden_layers": 2, "num_experts": EXPERTS}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_experts_per_tok": 2}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(vocab_size=64, **sizes | heads))
+
+
+@pytest.mark.parametrize("build", [mixtral, gpt_oss, lambda: gpt_oss(HIDDEN), qwen])
+def test_experts_are_compared_with_their_base(tmp_path: Path, build: Any) -> None:
+    base = build()
+    base.save_pretrained(tmp_path / "base")
+    adapt(base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=[GATE_UP, DOWN], r=2)
+    merged = changes(base, tmp_path / "adapter")
+    item = inspect(load(tmp_path / "adapter", tmp_path / "base"))
+    table = item.run.summary().set_index("module")
+    assert not [line for line in item.findings if "not in the base" in line]
+    assert item.modules["neuron_median"].notna().all()
+    for layer in (0, 1):
+        for leaf in ("gate_up_proj", "down_proj"):
+            name = f"model.layers.{layer}.mlp.experts.{leaf}"
+            before = base.get_parameter(name).detach().double()
+            for expert in range(EXPERTS):
+                row = table.loc[f"model.layers.{layer}.mlp.experts.{expert}.{leaf}"]
+                norm = (before + merged[name])[expert].norm()
+                assert row["weight_norm"] == near(norm, terms=TINY)
+                ratio = merged[name][expert].norm() / before[expert].norm()
+                assert row["relative_update"] == near(ratio, terms=TINY)
 
 
 def test_experts_are_read_in_pefts_order(tmp_path: Path) -> None:

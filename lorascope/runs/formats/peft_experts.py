@@ -32,6 +32,7 @@ from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.runs.formats.peft_lora import CONFIG, RanksAndScales, is_lora, lora_factors, lora_parts
 from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
+from lorascope.runs.formats.pretrained_experts import ExpertWeights
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
@@ -95,7 +96,10 @@ def read_experts(
         parts |= _expert_parts(path, parameter, found[module], settings)
     notes = tuple(_expert_notes(path, config, own, parts))
     configured = {name: part.parameter for name, part in parts.items() if isinstance(part, ExpertPart)}
-    base = stacked_base(path, config, parts, base)
+    base = stacked_base(path, config, (*parts, *configured.values()), base)
+    if base is not None:
+        experts = {name: part for name, part in parts.items() if isinstance(part, ExpertPart) and part.experts > 1}
+        base = ExpertWeights(base, {name: (part.parameter, part.expert) for name, part in experts.items()})
     return complete_lora(AdapterFiles(path, config, parts, others, files, "LoRA", False, notes, configured, base))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
 from lorascope.runs.formats.peft_notes import lora_notes
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights, RenamedWeights
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredUpdate
 from lorascope.schema.module_roles import parse, position
 
@@ -49,7 +49,7 @@ def stacked_base(
                 must = f"layer of {printable(name)} must be < {len(stack)}, the layers of layer_replication"
                 raise unreadable(path, f"{must}, got {match[2]}")
             names[name] = f"{match[1]}{stack[int(match[2])]}{match[3]}"
-    return RenamedWeights(base, names) if base is not None and names else base
+    return base.renamed(names) if base is not None and names else base
 
 
 def complete_lora(files: AdapterFiles) -> AdapterFiles:

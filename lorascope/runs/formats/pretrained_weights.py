@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Mapping
@@ -41,6 +42,7 @@ class PretrainedWeights:
         self.files = tuple(map(open_tensors, _checkpoint_files(self.folder)))
         self._files = {name: file for file in self.files for name in file}
         self._ends = Ends(self._files)
+        self._names: Mapping[str, str] = {}
 
     def has_weight(self, module: str) -> bool:
         """Return whether a module has a weight; a tied one is stored under only one of its names."""
@@ -92,8 +94,7 @@ class PretrainedWeights:
         ValueError
             The module has no weight, it does not have this shape, or it is not stored as floats.
         """
-        name = self._find_name(module)
-        stored = self._floats(name)[name]
+        name, stored = self._read(module)
         first, *rest = stored.shape or (1,)
         flat = stored.reshape(first, math.prod(rest))
         square = shape[0] == shape[1]
@@ -104,6 +105,17 @@ class PretrainedWeights:
                 f"got {stored.shape}"
             )
         return weight
+
+    def renamed(self, names: Mapping[str, str]) -> PretrainedWeights:
+        """Return the same weights by other names; modules that are not in ``names`` have the same name."""
+        weights = copy.copy(self)
+        weights._names = names
+        return weights
+
+    def _read(self, module: str) -> tuple[str, np.ndarray]:
+        """Return the name of a module's weight in the files, and the array."""
+        name = self._find_name(module)
+        return name, self._floats(name)[name]
 
     def _floats(self, name: str) -> TensorFile:
         """Return the file of a tensor stored as floats; quantized values are meaningless without their scales."""
@@ -120,32 +132,18 @@ class PretrainedWeights:
         return name
 
     def _find(self, module: str) -> str | None:
+        module = self._names.get(module, module)
         # nn.MultiheadAttention has the parameter in_proj_weight.
-        weight = f"{module}_weight" if module.endswith(".in_proj") else f"{module}.weight"
-        parts = weight.split(".")
+        return self._find_tensor(f"{module}_weight" if module.endswith(".in_proj") else f"{module}.weight")
+
+    def _find_tensor(self, tensor: str) -> str | None:
+        """Return the name of a tensor in the files, which may lack first parts or have others before it."""
+        parts = tensor.split(".")
         for start in range(len(parts) - 1):
             if (name := ".".join(parts[start:])) in self._files:
                 return name
-        longer = list(islice(self._ends.names_with_end(f".{weight}"), 2))
+        longer = list(islice(self._ends.names_with_end(f".{tensor}"), 2))
         return longer[0] if len(longer) == 1 else None
-
-
-class RenamedWeights(PretrainedWeights):
-    """Weights of a model by other names.
-
-    Parameters
-    ----------
-    weights : PretrainedWeights
-    names : mapping module name -> str
-        Names in ``weights``; modules that are not listed have the same name.
-    """
-
-    def __init__(self, weights: PretrainedWeights, names: Mapping[str, str]) -> None:
-        vars(self).update(vars(weights))
-        self._names = names
-
-    def _find(self, module: str) -> str | None:
-        return super()._find(self._names.get(module, module))
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:

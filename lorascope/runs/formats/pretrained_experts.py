@@ -1,0 +1,85 @@
+"""Base weights of experts, which a model folder may store in one tensor or one by one.
+
+transformers keeps the experts of a layer in one parameter, ``mlp.experts.gate_up_proj`` (experts, 2 inner, hidden). In
+the files of most models every expert has its own weights: ``mlp.experts.3.gate_proj.weight`` and ``up_proj``, whose
+rows follow each other in ``gate_up_proj``, or ``block_sparse_moe.experts.3.w1.weight`` and ``w3`` (Mixtral, MiniMax).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+
+# Names of a parameter's weights in files with one module per expert; their rows follow each other.
+_SINGLE = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
+
+
+class ExpertWeights(PretrainedWeights):
+    """Weights of a model, with those of single experts.
+
+    Parameters
+    ----------
+    weights : PretrainedWeights
+    experts : mapping module name -> (str, int)
+        Full name of the parameter in transformers and number of the expert.
+    """
+
+    def __init__(self, weights: PretrainedWeights, experts: Mapping[str, tuple[str, int]]) -> None:
+        vars(self).update(vars(weights))
+        self._experts = experts
+
+    def stored_shape(self, module: str) -> tuple[int, ...]:
+        """Return the stored shape of a weight, or of that of one expert."""
+        if module not in self._experts or not (names := self._tensors(module)):
+            return super().stored_shape(module)
+        (first, *rest), *others = (self._files[name].shape(name)[-2:] for name in names)
+        return (first + sum(rows for rows, *_ in others), *rest)
+
+    def weight(self, module: str, shape: tuple[int, int], transposed: bool = False) -> Float[np.ndarray, "out in"]:
+        """Load the weight of a module or expert; see `PretrainedWeights.weight`.
+
+        Square experts stored as (in, out), as in gpt-oss, are recognized by the other parameter of their module.
+        """
+        return super().weight(module, shape, transposed or self._has_inputs_first(module))
+
+    def _has_inputs_first(self, module: str) -> bool:
+        """Return whether square experts are stored as (in, out): ``gate_up_proj`` has twice as many outputs."""
+        parameter, _ = self._experts.get(module, ("", 0))
+        gate_up = self._find_tensor(f"{parameter.rpartition('.')[0]}.gate_up_proj")
+        if not parameter or gate_up is None:
+            return False
+        shape = self._files[gate_up].shape(gate_up)
+        return len(shape) == 3 and shape[1] < shape[2]
+
+    def _find(self, module: str) -> str | None:
+        return next(iter(self._tensors(module)), None) if module in self._experts else super()._find(module)
+
+    def _read(self, module: str) -> tuple[str, np.ndarray]:
+        if module not in self._experts or not (names := self._tensors(module)):
+            return super()._read(module)
+        pieces = [self._floats(name).unread(name) for name in names]
+        _, expert = self._experts[module]
+        return names[0], np.vstack([(piece[expert] if len(piece.shape) == 3 else piece).read() for piece in pieces])
+
+    def _tensors(self, module: str) -> list[str]:
+        """Return the names of the tensors of an expert: one of all experts, or its own; empty if there are none."""
+        parameter, expert = self._experts[module]
+        parameter = self._names.get(parameter, parameter)
+        whole = self._find_tensor(parameter)
+        if whole is not None:
+            shape = self._files[whole].shape(whole)
+            return [whole] if len(shape) == 3 and expert < shape[0] else []
+        above, _, leaf = parameter.rpartition(".")
+        for parent in (above, above.replace(".mlp.experts", ".block_sparse_moe.experts")):
+            for leaves in _SINGLE.get(leaf, ()):
+                found = [self._find_tensor(f"{parent}.{expert}.{each}.weight") for each in leaves]
+                if None not in found:
+                    return [name for name in found if name is not None]
+        return []

@@ -187,7 +187,7 @@ def lora_parts(
 def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], rank: int) -> None:
     """Raise a ValueError if the rank of the factors differs from the configuration."""
     found = factors["A"].shape[0], factors["B"].shape[1]
-    if found == (0, 0):
+    if found == (0, 0) and rank:  # AdaLoRA may remove all components of a module
         raise unreadable(path, f"{printable(module)} is empty: it was saved under ZeRO-3 or FSDP without gathering")
     if found != (rank, rank):
         must = f"factors of {printable(module)} must have rank {rank} ({CONFIG})"

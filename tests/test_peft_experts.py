@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -111,6 +112,26 @@ def test_experts_are_compared_with_their_base(tmp_path: Path, build: Any) -> Non
                 assert row["weight_norm"] == near(norm, terms=TINY)
                 ratio = merged[name][expert].norm() / before[expert].norm()
                 assert row["relative_update"] == near(ratio, terms=TINY)
+
+
+@pytest.mark.parametrize("build", [mixtral, gpt_oss, qwen])
+def test_doctor_finds_experts_in_the_base_and_in_the_merged_model(
+    tmp_path: Path, build: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = build()
+    base.save_pretrained(tmp_path / "base")
+    adapt(base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=[GATE_UP, DOWN], r=2)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    folders = [str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]
+    capsys.readouterr()
+    main(["doctor", *folders, "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert told["applied"] == told["modules"] == 2 + 2 * 2 * EXPERTS
+    assert main(["doctor", *folders, "--merged", str(tmp_path / "merged"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {each["verdict"] for each in told["modules"]} == {"merged"}
+    assert not told["findings"]
 
 
 def test_experts_are_read_in_pefts_order(tmp_path: Path) -> None:

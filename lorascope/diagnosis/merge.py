@@ -151,6 +151,7 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
     if adapter.base is None:
         raise ValueError("a merged model is compared with base and adapter: pass the base")
     base, parts = adapter.base, adapter.files.parts
+    merged = base.named_alike(merged)
     names = [module for module in parts if base.has_weight(module)]
     probes = {module: _Probe.of(adapter.updates()[module]) for module in names}
     found = []
@@ -172,7 +173,8 @@ def _changed(adapter: Adapter, merged: PretrainedWeights) -> Iterator[str]:
     """Yield the weights that are neither adapted nor saved with the adapter, and differ from the base."""
     base = adapter.base
     assert base is not None
-    own = set(adapter.files.parts) | {name.rpartition(".")[0] for name in adapter.files.others}
+    stored = {name.removesuffix(".weight") for module in adapter.files.parts for name in base.stored_names(module)}
+    own = set(adapter.files.parts) | stored | {name.rpartition(".")[0] for name in adapter.files.others}
     for module in base.modules():
         if module in own or any(each.endswith(f".{module}") or module.endswith(f".{each}") for each in own):
             continue

@@ -35,9 +35,31 @@ class ExpertWeights(PretrainedWeights):
         vars(self).update(vars(weights))
         self._experts = experts
 
+    def named_alike(self, other: PretrainedWeights) -> PretrainedWeights:
+        """Return the weights of another folder by the names of these."""
+        return ExpertWeights(super().named_alike(other), self._experts)
+
+    def stored_names(self, module: str) -> list[str]:
+        """Return the names of the tensors with the weight of a module or expert; empty if it has none."""
+        if module not in self._experts:
+            return super().stored_names(module)
+        parameter, expert = self._experts[module]
+        parameter = self._names.get(parameter, parameter)
+        whole = self._find_tensor(parameter)
+        if whole is not None:
+            shape = self._files[whole].shape(whole)
+            return [whole] if len(shape) == 3 and expert < shape[0] else []
+        above, _, leaf = parameter.rpartition(".")
+        for parent in (above, above.replace(".mlp.experts", ".block_sparse_moe.experts")):
+            for leaves in _SINGLE.get(leaf, ()):
+                found = [self._find_tensor(f"{parent}.{expert}.{each}.weight") for each in leaves]
+                if None not in found:
+                    return [name for name in found if name is not None]
+        return []
+
     def stored_shape(self, module: str) -> tuple[int, ...]:
         """Return the stored shape of a weight, or of that of one expert."""
-        if module not in self._experts or not (names := self._tensors(module)):
+        if module not in self._experts or not (names := self.stored_names(module)):
             return super().stored_shape(module)
         (first, *rest), *others = (self._files[name].shape(name)[-2:] for name in names)
         return (first + sum(rows for rows, *_ in others), *rest)
@@ -59,27 +81,11 @@ class ExpertWeights(PretrainedWeights):
         return len(shape) == 3 and shape[1] < shape[2]
 
     def _find(self, module: str) -> str | None:
-        return next(iter(self._tensors(module)), None) if module in self._experts else super()._find(module)
+        return next(iter(self.stored_names(module)), None) if module in self._experts else super()._find(module)
 
     def _read(self, module: str) -> tuple[str, np.ndarray]:
-        if module not in self._experts or not (names := self._tensors(module)):
+        if module not in self._experts or not (names := self.stored_names(module)):
             return super()._read(module)
         pieces = [self._floats(name).unread(name) for name in names]
         _, expert = self._experts[module]
         return names[0], np.vstack([(piece[expert] if len(piece.shape) == 3 else piece).read() for piece in pieces])
-
-    def _tensors(self, module: str) -> list[str]:
-        """Return the names of the tensors of an expert: one of all experts, or its own; empty if there are none."""
-        parameter, expert = self._experts[module]
-        parameter = self._names.get(parameter, parameter)
-        whole = self._find_tensor(parameter)
-        if whole is not None:
-            shape = self._files[whole].shape(whole)
-            return [whole] if len(shape) == 3 and expert < shape[0] else []
-        above, _, leaf = parameter.rpartition(".")
-        for parent in (above, above.replace(".mlp.experts", ".block_sparse_moe.experts")):
-            for leaves in _SINGLE.get(leaf, ()):
-                found = [self._find_tensor(f"{parent}.{expert}.{each}.weight") for each in leaves]
-                if None not in found:
-                    return [name for name in found if name is not None]
-        return []

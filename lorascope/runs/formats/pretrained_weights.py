@@ -112,6 +112,15 @@ class PretrainedWeights:
         weights._names = names
         return weights
 
+    def named_alike(self, other: PretrainedWeights) -> PretrainedWeights:
+        """Return the weights of another folder by the names of these, such as those of a merged model."""
+        return other.renamed(self._names)
+
+    def stored_names(self, module: str) -> list[str]:
+        """Return the names of the tensors that contain the weight of a module; empty if it has none."""
+        name = self._find(module)
+        return [] if name is None else [name]
+
     def _read(self, module: str) -> tuple[str, np.ndarray]:
         """Return the name of a module's weight in the files, and the array."""
         name = self._find_name(module)

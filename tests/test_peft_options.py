@@ -257,7 +257,12 @@ def test_copies_of_the_base_are_named(tmp_path: Path) -> None:
 def test_biases_are_counted(tmp_path: Path) -> None:
     base = tiny("bert")
     adapt(base, tmp_path / "only", target_modules=["query"], bias="lora_only")
+    base.save_pretrained(tmp_path / "base")
+    change = [c for name, c in changes(base, tmp_path / "only").items() if name.endswith("bias")]
+    norm = sum(float(each.square().sum()) for each in change) ** 0.5
     query = "bert.encoder.layer.0.attention.self.query"
+    known = inspect(load(tmp_path / "only", tmp_path / "base")).findings
+    assert f"biases, 64 parameters, |db| {norm:.3g}: {query} and 1 more" in known
     assert f"biases, 64 parameters, not measured: {query} and 1 more" in inspect(load(tmp_path / "only")).findings
     adapt(base, tmp_path / "update", target_modules=["query"], lora_bias=True)
     merged = changes(base, tmp_path / "update")
@@ -273,3 +278,41 @@ def test_rows_of_tokens_that_contradict_the_configuration_are_refused(
     configure(tmp_path, trainable_token_indices=[1])
     assert main(["inspect", str(tmp_path)]) == 2
     assert "must be those of trainable_token_indices (1), got 2 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 3}}, "must have rank 8 and 3 blocks"),
+        ({"use_bdlora": {"target_modules_bd_a": "q_proj"}}, "target_modules_bd_a"),
+        (
+            {"use_bdlora": {"target_modules_bd_b": ["q_proj"], "nblocks": 2}},
+            r"got lora_A \(8, 32\) and lora_B \(32, 8\)",
+        ),
+        ({"use_qalora": True, "qalora_group_size": 10**7}, r"lora_A of .* each <= \d+, .* got shape \(8, 320000000\)"),
+        ({"use_qalora": True, "qalora_group_size": 0}, "qalora_group_size"),
+        ({"kasa_config": {"beta": 1}}, "has lora_A and lora_B but no lora_diag"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication must have <= 10000 layers"),
+        ({"layer_replication": [[-1, 2]]}, "layer_replication"),
+        ({"layer_replication": 3}, "layer_replication"),
+        ({"r": 1, "target_parameters": ["q_proj.x"], "lora_alpha": "2"}, "lora_alpha"),
+    ],
+)
+def test_contradicting_options_are_refused_in_one_line(
+    tmp_path: Path, changes: dict[str, Any], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapt(tiny("llama"), tmp_path, target_modules=["q_proj"])
+    configure(tmp_path, **changes)
+    with pytest.raises(ValueError, match=message) as raised:
+        load(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_too_many_experts_are_refused(tmp_path: Path) -> None:
+    names = (f"base_model.model.m.experts.lora_{name}.weight" for name in "AB")
+    save_file(dict(zip(names, (torch.ones(10_001, 1), torch.ones(1, 10_001)), strict=True)), tmp_path / WEIGHTS)
+    write_json(tmp_path / CONFIG, {"peft_type": "LORA", "r": 1, "target_parameters": ["experts.w"]})
+    with pytest.raises(ValueError, match=r"m\.experts\.w must have <= 10000 experts, got 10001"):
+        load(tmp_path)

@@ -37,7 +37,7 @@ def other_weights(case: Case) -> Found:
         yield from _listed(absent, f"{name}, {{}}, not measured {why}")
     saved = {each.module for each in weights if each.kind == "full"}
     biases = [each for each in weights if each.kind == "bias" and each.module not in saved]
-    yield from _listed(biases, "biases, {}, not measured")
+    yield from _listed(biases, f"biases, {{}}, {_bias_change(base, biases)}")
     updates = [each for each in weights if each.kind == "bias update"]
     scales = {module: part.scale for module, part in case.parts.items()}
     norms = [scales.get(each.module, np.nan) * np.linalg.norm(as_float64(each.tensor.read())) for each in updates]
@@ -53,6 +53,17 @@ def _listed(weights: Sequence[WholeWeight], message: str) -> Found:
     if weights:
         total = sum(each.size for each in weights)
         yield found(message.format(f"{total:,} parameters"), [each.module for each in weights])
+
+
+def _bias_change(base: PretrainedWeights | None, biases: Sequence[WholeWeight]) -> str:
+    """Return the norm of the change of all biases from the base, if it has them all."""
+    norms = []
+    for each in biases:
+        old, new = None if base is None else base.bias(each.module), as_float64(each.tensor.read().reshape(-1))
+        if old is None or old.shape != new.shape:
+            return "not measured"
+        norms.append(np.linalg.norm(new - as_float64(old)))
+    return f"|db| {root_of_squares(np.array(norms)):.3g}"
 
 
 def _distance(base: PretrainedWeights, weight: WholeWeight) -> tuple[float, str]:

@@ -54,8 +54,9 @@ class Target:
         if module in self.modules:
             return self.modules[module]
         # Experts and attention projections have other names in the files, and copies of layers those of their source.
-        if self.base is not None and (module in self.files.configured or self.config.get("layer_replication")):
-            return self.base.stored_shape(module) if self.base.has_weight(module) else None
+        renamed = module in self.files.configured or self.config.get("layer_replication")
+        if renamed and self.base is not None and self.base.has_weight(module):
+            return self.base.stored_shape(module)
         parent = next((each for each in _parents(module) if each.endswith(".experts")), None)
         if parent is not None and any(name.startswith(f"{parent}.") for name in self.modules):
             return ()  # one tensor of all experts in memory, but one per expert in the files

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed, unreadable
-from lorascope.runs.formats.peft_lora import CONFIG, RanksAndScales, lora_factors, peft_kind
+from lorascope.runs.formats.peft_lora import CONFIG, RanksAndScales, lora_factors, peft_kind, require_factor_shape
 from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
@@ -76,6 +76,8 @@ def read_bdlora(
         if not whole or (A.shape[0], B.shape[1] * count_b) != (rank, rank):
             must = f"factors of {printable(module)} must have rank {rank} and {blocks.nblocks} blocks ({CONFIG})"
             raise unreadable(path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
+        for name, factor, count in (("A", A, count_a), ("B", B, count_b)):
+            require_factor_shape(path, f"lora_{name} of {module}", (factor.shape[0], factor.shape[1] * count))
         parts[module] = BlockPart(B, A, settings.scale(module), False, count_a, count_b)
     base = stacked_base(path, config, found, base)
     return complete_lora(AdapterFiles(path, dict(config), parts, others, files, "BD-LoRA", base=base))

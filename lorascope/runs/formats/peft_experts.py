@@ -41,6 +41,8 @@ from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, Store
 _ORDER = ("w1", "v1", "w2", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
 _NESTED = re.compile(r"(\.base_layer)+$")
 LAYOUT, GROUPED = "UNSLOTH_MOE_LORA_B_LAYOUT", "grouped_by_expert"
+_CARD = 2**20  # bytes of a model card
+_MAX_EXPERTS = 10_000  # every expert is a module; published models have up to 512
 _ORIENTED = (0, 19)  # first version of PEFT whose B A has the orientation of the parameter
 
 
@@ -145,6 +147,8 @@ def _expert_parts(
         raise unreadable(path, f"{must}, got lora_A {shapes[0]} and lora_B {shapes[1]}")
     above, _, leaf = parameter.removesuffix(".weight").rpartition(".")
     scale, experts = settings.scale(parameter), rows // rank
+    if experts > _MAX_EXPERTS:
+        raise unreadable(path, f"{printable(parameter)} must have <= {_MAX_EXPERTS} experts, got {experts}")
     if experts == 1:
         return {parameter.removesuffix(".weight"): ExpertPart(B, A, scale, False, parameter, 0, 1)}
     parts = (ExpertPart(B, A, scale, False, parameter, expert, experts, _is_grouped()) for expert in range(experts))
@@ -187,5 +191,8 @@ def _is_grouped() -> bool:
 
 def _names_unsloth(path: Path, config: Mapping[str, Any]) -> bool:
     card = (path if path.is_dir() else path.parent) / "README.md"
-    text = card.read_bytes()[: 2**20].decode(errors="replace") if card.is_file() else ""
-    return "unsloth" in f"{json.dumps(config)} {text}".lower()
+    text = b""
+    if card.is_file():
+        with card.open("rb") as file:
+            text = file.read(_CARD)
+    return b"unsloth" in json.dumps(config).encode().lower() + text.lower()

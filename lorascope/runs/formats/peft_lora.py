@@ -205,8 +205,12 @@ def float_factor(file: TensorFile, name: str) -> StoredTensor:
     if file.dtype(name) not in FLOATS:
         stored = printable(file.dtype(name))
         raise unreadable(file.path, f"{must} be stored as one of {', '.join(FLOATS)}, got {stored}")
-    shape = file.shape(name)
+    require_factor_shape(file.path, name, file.shape(name))
+    return StoredTensor(file, name)
+
+
+def require_factor_shape(path: Path, name: str, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError if an array of this shape is too large for a factor."""
     if not shape or max(shape) > MAX_SIDE or math.prod(shape) > MAX_VALUES:
         limits = f">= 1 dimensions, each <= {MAX_SIDE}, and <= {MAX_VALUES} values"
-        raise unreadable(file.path, f"{must} have {limits}, got shape {shape}")
-    return StoredTensor(file, name)
+        raise unreadable(path, f"{printable(name)} must have {limits}, got shape {shape}")

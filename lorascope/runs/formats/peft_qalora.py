@@ -17,8 +17,15 @@ from typing import Any
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Positive, to_typed, unreadable
-from lorascope.runs.formats.peft_lora import CONFIG, MAX_SIDE, RanksAndScales, check_rank, lora_factors, peft_kind
+from lorascope.files.typed_json import Positive, to_typed
+from lorascope.runs.formats.peft_lora import (
+    CONFIG,
+    RanksAndScales,
+    check_rank,
+    lora_factors,
+    peft_kind,
+    require_factor_shape,
+)
 from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
@@ -59,8 +66,7 @@ def read_qalora(
     for module, factors in found.items():
         check_rank(path, module, factors, settings.rank(module))
         A, B = factors["A"], factors["B"]
-        if A.shape[1] * group > MAX_SIDE:
-            raise unreadable(path, f"qalora_group_size must be <= {MAX_SIDE // A.shape[1]}, got {group}")
+        require_factor_shape(path, f"lora_A of {module}", (A.shape[0], A.shape[1] * group))
         parts[module] = GroupedPart(B, A, settings.scale(module) * A.shape[1] / group, False, group)
     base = stacked_base(path, config, found, base)
     return complete_lora(AdapterFiles(path, dict(config), parts, others, files, "QALoRA", base=base))

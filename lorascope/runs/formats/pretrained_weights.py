@@ -68,6 +68,11 @@ class PretrainedWeights:
         name = self._find_name(module)
         return self._files[name].dtype(name)
 
+    def bias(self, module: str) -> Float[np.ndarray, "n"] | None:
+        """Load the bias of a module, None if there is none."""
+        name = self._find_tensor(f"{self._names.get(module, module)}.bias")
+        return None if name is None else self._floats(name)[name].reshape(-1)
+
     def unread(self, module: str) -> Unread:
         """Return the memory-mapped weight of a module, whose values are not read yet; see ``weight`` for errors."""
         name = self._find_name(module)

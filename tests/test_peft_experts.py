@@ -61,8 +61,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("build", [mixtral, gpt_oss])
+BIASED = {"target_parameters": [GATE_UP, DOWN, f"{GATE_UP}_bias"], "r": 2, "rank_pattern": {"bias": 1, "down_proj": 3}}
+
+
+@pytest.mark.parametrize(
+    ("build", "case"),
+    [*((build, case) for build in (mixtral, gpt_oss) for case in CASES.values()), (gpt_oss, BIASED)],
+    ids=[*(f"{build} {case}" for build in ("mixtral", "gpt-oss") for case in CASES), "gpt-oss with biases"],
+)
 def test_updates_of_experts_equal_pefts_merged_weights(tmp_path: Path, build: Any, case: dict[str, Any]) -> None:
     base = build()
     if build is gpt_oss:
@@ -77,7 +83,7 @@ def test_updates_of_experts_equal_pefts_merged_weights(tmp_path: Path, build: An
             each = change.mT if build is gpt_oss else change
             whole |= {f"{above}.{number}.{leaf}": matrix for number, matrix in enumerate(each)}
         elif change.any():
-            whole[above] = change
+            whole[name.removesuffix(".weight")] = change
     updates = load(tmp_path).updates()
     assert set(updates) == set(whole)
     for module, update in updates.items():
@@ -147,6 +153,30 @@ def test_experts_are_read_in_pefts_order(tmp_path: Path) -> None:
     }
 
 
+def test_experts_of_older_peft_are_transposed(tmp_path: Path) -> None:
+    """PEFT 0.17 and 0.18 gave lora_A the outputs of (out, in) experts, and lora_B their inputs."""
+    base = mixtral()
+    base.save_pretrained(tmp_path / "base")
+    adapt(base, tmp_path / "adapter", target_modules=[], target_parameters=[DOWN], r=2, lora_alpha=2)
+    merged, tensors = changes(base, tmp_path / "adapter"), load_file(tmp_path / "adapter" / WEIGHTS)
+    swapped = {}
+    for name, B in tensors.items():
+        if "lora_B" in name:
+            A = tensors[name.replace("lora_B", "lora_A")]
+            by_component = A.reshape(EXPERTS, 2, INNER).swapaxes(0, 1).reshape(-1, INNER)
+            by_expert = B.reshape(HIDDEN, 2, EXPERTS).transpose(2, 1, 0).reshape(-1, HIDDEN)
+            swapped |= {name: np.ascontiguousarray(by_component.T), name.replace("lora_B", "lora_A"): by_expert}
+    save_file(swapped, tmp_path / "adapter" / WEIGHTS)
+    run = load(tmp_path / "adapter", tmp_path / "base")
+    for row in run.summary().to_dict("records"):
+        layer, expert = row["layer"], int(row["module"].split(".")[-2])
+        name = f"model.layers.{layer}.{DOWN}"
+        change = merged[name][expert]
+        assert run.updates()[row["module"]].dense() == near(change.T, terms=TINY)
+        after = base.get_parameter(name).detach()[expert] + change
+        assert row["weight_norm"] == near(after.norm(), terms=TINY)
+
+
 def dense(folder: Path) -> dict[str, np.ndarray]:
     return {name: update.dense() for name, update in load(folder).updates().items()}
 
@@ -191,6 +221,7 @@ def test_every_expert_has_a_row_with_layer_and_role(tmp_path: Path) -> None:
     adapt(mixtral(), tmp_path, target_modules=["q_proj"], **CASES["patterns"])
     item = inspect(load(tmp_path))
     assert not [line for line in item.findings if "matches no module" in line]
+    assert "12 of 14 modules are experts in one tensor, 3 per parameter" in item.findings
     table = item.modules.set_index("module")
     own = table.loc["model.layers.1.mlp.experts.2.down_proj"]
     assert (own["layer"], own["role"], own["rank"]) == (1, "ffn_out", 3)

@@ -8,6 +8,7 @@ import numpy as np
 
 from lorascope.diagnosis.causes.base import Found, Rule, caution, found
 from lorascope.diagnosis.evidence import SHARE, Case
+from lorascope.runs.formats.peft_experts import ExpertPart
 from lorascope.runs.formats.peft_lora import CONFIG
 from lorascope.schema.name_patterns import Ends, Patterns
 
@@ -26,6 +27,15 @@ def rank_use(case: Case) -> Found:
         ranks = set(known["rank"] // 4)
         bound = f"rank {ranks.pop()} or less" if len(ranks) == 1 else "a quarter of their rank"
         yield found(f"{narrow or 'none'} of {len(known)} modules have {SHARE:.0%} of their energy in {bound}")
+
+
+@Rule(needs="config")
+def experts(case: Case) -> Found:
+    """Count the modules that are experts of one parameter."""
+    counts = [part.experts for part in case.parts.values() if isinstance(part, ExpertPart) and part.experts > 1]
+    if counts:
+        number = " or ".join(map(str, sorted({*counts})))
+        yield found(f"{len(counts)} of {len(case.parts)} modules are experts in one tensor, {number} per parameter")
 
 
 @Rule(needs="config")

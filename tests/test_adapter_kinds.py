@@ -282,7 +282,7 @@ def test_modules_to_save_are_measured_with_a_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ours", "theirs", "message"),
     [
-        (67, 64, "lm_head, 2,144 parameters, |dW| 0 (0% of |W|), and 3 rows that are not in the base"),
+        (67, 64, "lm_head, 2,144 parameters, |dW| 0 (0% of |W|), without 3 new rows"),
         (1, 64, "lm_head, 32 parameters, not measured: it is 1 x 32, in the base 64 x 32"),
     ],
 )

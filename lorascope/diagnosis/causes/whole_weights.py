@@ -8,6 +8,7 @@ import numpy as np
 
 from lorascope.diagnosis.causes.base import Found, Rule, found
 from lorascope.diagnosis.evidence import Case
+from lorascope.files.printable import count_phrase
 from lorascope.runs.formats.peft_whole_weights import WholeWeight, whole_weights
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.schema.module_roles import parse
@@ -87,4 +88,4 @@ def _distance(base: PretrainedWeights, weight: WholeWeight) -> tuple[float, str]
     relative = change / start if start else np.inf if change else 0.0
     message = f"|dW| {change:.3g} ({100 * relative:.3g}% of |W|)"
     added = len(rows) - len(shared)
-    return (np.nan, f"{message}, and {added} rows that are not in the base") if added else (change, message)
+    return (np.nan, f"{message}, without {count_phrase(added, 'new row')}") if added else (change, message)

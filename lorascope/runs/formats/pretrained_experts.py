@@ -50,11 +50,10 @@ class ExpertWeights(PretrainedWeights):
             shape = self._files[whole].shape(whole)
             return [whole] if len(shape) == 3 and expert < shape[0] else []
         above, _, leaf = parameter.rpartition(".")
-        for parent in (above, above.replace(".mlp.experts", ".block_sparse_moe.experts")):
-            for leaves in _SINGLE.get(leaf, ()):
-                found = [self._find_tensor(f"{parent}.{expert}.{each}.weight") for each in leaves]
-                if None not in found:
-                    return [name for name in found if name is not None]
+        for leaves in _SINGLE.get(leaf, ()):
+            found = [self._find_tensor(f"{above}.{expert}.{each}.weight") for each in leaves]
+            if None not in found:
+                return [name for name in found if name is not None]
         return []
 
     def stored_shape(self, module: str) -> tuple[int, ...]:

@@ -20,6 +20,8 @@ from lorascope.files.typed_json import unreadable
 from lorascope.schema.module_roles import parse
 from lorascope.schema.name_patterns import Ends
 
+_EXPERTS = ".mlp."  # in transformers; the files of Mixtral and MiniMax have another name
+
 
 class PretrainedWeights:
     """Model folder written by ``save_pretrained``: one safetensors file, or shards.
@@ -157,6 +159,8 @@ class PretrainedWeights:
             if (name := ".".join(parts[start:])) in self._files:
                 return name
         longer = list(islice(self._ends.names_with_end(f".{tensor}"), 2))
+        if not longer and _EXPERTS in tensor:
+            return self._find_tensor(tensor.replace(_EXPERTS, ".block_sparse_moe."))
         return longer[0] if len(longer) == 1 else None
 
 

@@ -313,7 +313,8 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 BROKEN: dict[str, tuple[Any, str]] = {
     "dora": (lambda a: configured(a, use_dora=True), "q_proj has lora_A and lora_B but no lora_magnitude_vector"),
     "adalora": (lambda a: configured(a, peft_type="ADALORA"), "q_proj has lora_A and lora_B but no lora_E"),
-    "loha": (lambda a: configured(a, peft_type="LOHA"), "type of adapter must be one of .*, got LOHA"),
+    "loha": (lambda a: configured(a, peft_type="LOHA"), "weights must include one of hada_w1_a, .*, got .*lora_A"),
+    "unknown": (lambda a: configured(a, peft_type="NEXT"), "type of adapter must be one of LORA, .*, got NEXT$"),
     "vera": (lambda a: configured(a, peft_type="VERA"), "VERA weights must include vera_lambda_b"),
     "fourier": (lambda a: configured(a, peft_type="FOURIERFT"), "FOURIERFT weights must include fourierft_spectrum"),
     "magnitude": (

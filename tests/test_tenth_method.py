@@ -26,7 +26,7 @@ from lorascope.updates import FORMS, Update
 
 
 @dataclass(frozen=True, eq=False)
-class Kronecker(Update, form="kronecker"):
+class Kronecker(Update, form="krona"):
     """The update kron(left, right)."""
 
     left: np.ndarray
@@ -80,18 +80,18 @@ class KronDelta(Delta):
 
 
 # The statements above registered both, for all tests of this process.
-del METHODS["krona"], FORMS["kronecker"]
+del METHODS["krona"], FORMS["krona"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
-    METHODS["krona"], FORMS["kronecker"] = KronA, Kronecker
+    METHODS["krona"], FORMS["krona"] = KronA, Kronecker
     register(
         "train the tenth method",
         left_norm=Quantity("norm of the small factor", definition="Frobenius norm of the left factor"),
     )
     yield
-    del METHODS["krona"], FORMS["kronecker"], QUANTITIES["left_norm"]
+    del METHODS["krona"], FORMS["krona"], QUANTITIES["left_norm"]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from lorascope.diagnosis.neuron_scores import is_checkpoint
 from lorascope.files.hub import locate
 from lorascope.files.safe_csv import csv_text
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.loading import describe_without_updates
 
 
 @command
@@ -64,6 +65,9 @@ def main(
     shown: Any
     screens: list[tuple[Any, Any]]
     found = [locate(path) for path in paths]
+    if len(found) == 1 and (sentence := describe_without_updates(found[0])) is not None:
+        print(dumps({"path": str(found[0]), "message": sentence}, indent=1) if json else sentence)
+        return 0
     if whole := [path for path in found if is_checkpoint(path)]:
         if len(paths) > 1:
             raise ValueError(f"cannot compare {whole[0]}: only adapters and runs are compared, not whole models")

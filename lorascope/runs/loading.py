@@ -13,8 +13,9 @@ from lorascope.files.safetensors_io import TensorFile, is_plain, open_tensors, r
 from lorascope.files.typed_json import read_json, to_typed, unreadable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import RecipeManifest
-from lorascope.runs.formats import find_reader
+from lorascope.runs.formats import find_reader, find_sentence
 from lorascope.runs.formats.peft_lora import CONFIG, KINDS, STEM, CommonConfig, factor_files, peft_kind
+from lorascope.runs.formats.peft_merge import MERGED
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
 from lorascope.runs.run import Run
@@ -65,6 +66,16 @@ def load_adapter(path: Path, base: str | Path | None) -> Adapter:
     return Adapter(files, files.base or model)
 
 
+def describe_without_updates(path: Path) -> str | None:
+    """Return the sentence about an adapter that changes no weights, such as a trained prompt; None for all others."""
+    if is_run(path) or not is_adapter(path):
+        return None
+    files = tuple(map(open_tensors, _weight_files(path)))
+    config = _configuration(path, files)
+    say = find_sentence(config, {name for each in files for name in each})
+    return None if say is None else say(path, config, files)
+
+
 def is_run(path: str | Path) -> bool:
     """Return whether a folder is a run that lorascope trained or recorded."""
     return any((Path(os.path.expanduser(path)) / mark).exists() for mark in MARKS[:2])
@@ -75,7 +86,8 @@ def is_adapter(path: Path) -> bool:
     if path.is_dir() and (path / CONFIG).exists():
         return True
     files = list(map(open_tensors, _weight_files(path)))
-    return find_reader(_configuration(path, files), {name for file in files for name in file}) is not None
+    config, names = _configuration(path, files), {name for file in files for name in file}
+    return find_reader(config, names) is not None or find_sentence(config, names) is not None
 
 
 def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
@@ -83,11 +95,16 @@ def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
     config = _configuration(path, files)
     if "peft_type" in config:
         to_typed(config, CommonConfig, _config_file(path))
-    reader = find_reader(config, {name for each in files for name in each})
+    names = {name for each in files for name in each}
+    if (say := find_sentence(config, names)) is not None:
+        raise ValueError(f"cannot load {printable(path)}: {say(path, config, files)}")
+    reader = find_reader(config, names)
     if reader is not None:
         return reader.read(path, config, files, base)
     if "peft_type" in config:
-        raise unreadable(path, f"type of adapter must be one of {', '.join(KINDS)}, got {printable(peft_kind(config))}")
+        raise unreadable(
+            path, f"type of adapter must be one of {', '.join((*KINDS, *MERGED))}, got {printable(peft_kind(config))}"
+        )
     raise ValueError(f"cannot load {printable(path)}: it is neither a run nor an adapter{_hint(path)}")
 
 

@@ -2,6 +2,7 @@
 
 from lorascope.updates.base import FORMS, Dense, Update, constant_factors, form_named, from_factors
 from lorascope.updates.fourier import Fourier
+from lorascope.updates.kronecker import Kronecker
 from lorascope.updates.linalg import (
     effective_rank,
     energy_rank,
@@ -23,6 +24,7 @@ __all__ = [
     "FORMS",
     "Dense",
     "Fourier",
+    "Kronecker",
     "LowRank",
     "Mixture",
     "NeuronChange",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from contract.format_row import FormatRow, Written
 from contract.format_rows_peftlora import ROWS as PEFT_LORA
+from contract.format_rows_pefttypes import ROWS as PEFT_TYPES
 from safetensors.numpy import save
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
@@ -142,4 +143,5 @@ ROWS = {
     "read_loralib": FormatRow(merged, "LoRA"),
     "read_vera": FormatRow(vera, "VeRA"),
     **PEFT_LORA,
+    **PEFT_TYPES,
 }

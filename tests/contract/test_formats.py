@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -108,4 +109,4 @@ def test_adapter_of_integers_is_refused_in_one_line(name: str, tmp_path: Path) -
     tensors = load_file(file)
     for key, tensor in tensors.items():
         file.write_bytes(save(tensors | {key: tensor.astype(np.int8)}))
-        assert f"{key} must be stored as one of F64, F32, F16, BF16, got I8" in refused(tmp_path)
+        assert re.search(rf"{re.escape(key)} must be stored as one of [\w, ]+, got I8$", refused(tmp_path))

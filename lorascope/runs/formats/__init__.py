@@ -1,7 +1,7 @@
 """Readers of adapters from other libraries, one module per format; they are found by definition."""
 
 from lorascope.runs.formats.peft_lora import group_factors
-from lorascope.runs.formats.registry import READERS, find_reader, reads
+from lorascope.runs.formats.registry import READERS, find_reader, find_sentence, reads, says
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 
 __all__ = [
@@ -10,6 +10,8 @@ __all__ = [
     "StoredTensor",
     "StoredUpdate",
     "find_reader",
+    "find_sentence",
     "group_factors",
     "reads",
+    "says",
 ]

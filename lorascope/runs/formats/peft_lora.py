@@ -34,7 +34,12 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|diag|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?",
     re.DOTALL,  # a name may contain a line break
 )
-KINDS = ("LORA", "ADALORA", "FOURIERFT", "VERA")
+KINDS = (
+    *("LORA", "ADALORA", "BOFT", "C3A", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING"),
+    *("LOHA", "LOKR", "MISS", "BONE", "OFT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "UNILORA", "VBLORA", "VERA"),
+    "WAVEFT",
+)
+"""Types of adapters with an own reader."""
 # The largest embedding tables have 300,000 rows, so a factor of rank 256 has 75 million values. Larger tensors are not
 # factors of an adapter and could exhaust the memory.
 MAX_SIDE, MAX_VALUES = 2**24, 2**28
@@ -199,12 +204,12 @@ def is_transposed(A: StoredTensor, fan_in_fan_out: bool | None) -> bool:
     return bool(fan_in_fan_out) or ".lora_embedding_" in A.name
 
 
-def float_factor(file: TensorFile, name: str) -> StoredTensor:
-    """Return a stored factor; raise a ValueError if it is not stored as floats or is too large for a factor."""
+def float_factor(file: TensorFile, name: str, dtypes: Sequence[str] = FLOATS) -> StoredTensor:
+    """Return a stored factor; raise a ValueError if it has no dtype of a factor or is too large for one."""
     must = f"{printable(name)} must"
-    if file.dtype(name) not in FLOATS:
+    if file.dtype(name) not in dtypes:
         stored = printable(file.dtype(name))
-        raise unreadable(file.path, f"{must} be stored as one of {', '.join(FLOATS)}, got {stored}")
+        raise unreadable(file.path, f"{must} be stored as one of {', '.join(dtypes)}, got {stored}")
     require_factor_shape(file.path, name, file.shape(name))
     return StoredTensor(file, name)
 

@@ -5,6 +5,9 @@ A reader is a function of an opened adapter that returns its ``AdapterFiles``. `
     @reads(lambda config, names: any(name.endswith(".lokr_w1") for name in names))
     def read_lokr(path, config, files, base): ...
 
+Some adapters have no update of weights, such as trained prompts. ``@says(matches)`` registers a function of the path,
+the configuration and the files that returns one sentence about such an adapter.
+
 Every module of this package is searched for readers, and so are the modules that other packages list under the entry
 point group ``lorascope.readers``.
 """
@@ -31,6 +34,7 @@ class Reader:
     read: Callable[..., AdapterFiles]
 
 
+Sentence = Callable[..., str]
 READERS: dict[str, Reader] = {}
 """Readers by the names of their functions."""
 
@@ -53,6 +57,34 @@ def reads(matches: Matches) -> Callable[[Callable[..., Any]], Callable[..., Any]
         return read
 
     return register
+
+
+SENTENCES: list[tuple[Matches, Sentence]] = []
+"""Functions that describe adapters without updates of weights, and what they match."""
+
+
+def says(matches: Matches) -> Callable[[Sentence], Sentence]:
+    """Register a function ``say(path, config, files)`` for adapters without updates of weights.
+
+    It returns one sentence: what the adapter changes instead. ``load`` raises it as a ValueError.
+
+    Parameters
+    ----------
+    matches : callable
+        See `reads`.
+    """
+
+    def register(say: Sentence) -> Sentence:
+        SENTENCES.append((matches, say))
+        return say
+
+    return register
+
+
+def find_sentence(config: Mapping[str, Any], names: Collection[str]) -> Sentence | None:
+    """Return the function that describes an adapter without updates of weights, or None."""
+    load_plugins("lorascope.runs.formats", "lorascope.readers")
+    return next((say for matches, say in reversed(SENTENCES) if matches(config, names)), None)
 
 
 def find_reader(config: Mapping[str, Any], names: Collection[str]) -> Reader | None:

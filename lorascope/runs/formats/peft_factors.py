@@ -1,0 +1,209 @@
+"""Tensors of PEFT's formats, grouped by module and checked against the shapes that a format prescribes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import unreadable
+from lorascope.runs.formats.peft_lora import CONFIG, float_factor, group_factors
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
+from lorascope.runs.formats.stored_update import PREFIX, StoredTensor, StoredUpdate
+from lorascope.schema.name_patterns import Patterns
+from lorascope.updates import Update
+from lorascope.updates.linalg import as_float64
+
+T = TypeVar("T")
+# Indices of SHiRA are stored as floats on Windows.
+INDICES = ("I64", "I32", "I16", "U8", "F32")
+Factors = Mapping[str, StoredTensor]
+"""Tensors of one module by the names that PEFT gives them, such as ``hada_w1_a``."""
+
+
+@dataclass(frozen=True)
+class StoredFactors(StoredUpdate):
+    """Update of one module that a function of its format builds from all its tensors.
+
+    Parameters
+    ----------
+    tensors : mapping name -> StoredTensor
+    sides : (int, int)
+        Shape (out, in).
+    components : int
+        Largest possible rank.
+    build : callable
+        Function of the loaded arrays, in their stored shapes, that returns the update.
+    scale : float
+        Factor of the update, for display; ``build`` applies it.
+    transposed : bool
+    thin : bool
+        Whether singular values can be computed fast.
+    """
+
+    tensors: Factors
+    sides: tuple[int, int]
+    components: int
+    build: Callable[[dict[str, np.ndarray]], Update]
+    scale: float = 1.0
+    transposed: bool = False
+    thin: bool = True
+
+    @property
+    def has_thin_factors(self) -> bool:
+        return self.thin
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.sides
+
+    @property
+    def rank(self) -> int:
+        return self.components
+
+    def factors(self) -> dict[str, Any]:
+        """Load the tensors in their stored shapes."""
+        return {name: tensor.file[tensor.name] for name, tensor in self.tensors.items()}
+
+    def update(self) -> Update:
+        """Load the tensors, and build the update."""
+        return self.build(self.factors())
+
+    def _tensors(self) -> list[StoredTensor]:
+        return list(self.tensors.values())
+
+
+def peft_factors(
+    path: Path, files: Iterable[TensorFile], names: str, indices: str = ""
+) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
+    """Group tensors by module, ordered by layer and role; return the names of all others, too.
+
+    The name of the adapter may follow that of a tensor, if a state dict was saved by hand.
+
+    Parameters
+    ----------
+    path : path
+    files : TensorFiles
+    names : str
+        Regular expression for the names of tensors that are stored as floats.
+    indices : str
+        Regular expression for the names of tensors that contain indices; "" if there are none.
+
+    Raises
+    ------
+    ValueError
+        No tensor has one of these names, or one is not stored as floats or as indices.
+    """
+    files = list(files)
+    found, others = group_factors(files, _pattern(names))
+    if not found:
+        first = others[0] if others else "no tensor"
+        raise unreadable(path, f"weights must include one of {names.replace('|', ', ')}, got {printable(first)}")
+    taken = set()
+    for file in files:
+        for name in file:
+            bare = name.removeprefix(PREFIX)
+            match = _pattern(indices).fullmatch(bare) if indices else None
+            if match is not None and match["module"] in found:
+                found[match["module"]][match["factor"]] = float_factor(file, name, INDICES)
+                taken.add(bare)
+    return found, tuple(name for name in others if name not in taken)
+
+
+def _pattern(names: str) -> re.Pattern[str]:
+    return re.compile(rf"(?s)(?P<module>.+)\.(?P<factor>{names})(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?")
+
+
+def per_module(path: Path, setting: str, default: T, pattern: Mapping[str, T] | None) -> Callable[[str], T]:
+    """Return the function from a module to its value of a setting: that of the first key that matches, or the default.
+
+    ``pattern`` is the setting ``setting`` of the configuration, such as ``rank_pattern``.
+    """
+    values = pattern or {}
+    keys = Patterns(values, f"{setting} of {path / CONFIG}")
+
+    def value(module: str) -> T:
+        key = keys.first(module)
+        return default if key is None else values[key]
+
+    return value
+
+
+def shared_factor(path: Path, files: Iterable[TensorFile], name: str) -> StoredTensor:
+    """Return the tensor that all modules share, ``base_model.NAME``."""
+    found = next(((file, key) for file in files for key in file if key.rpartition("base_model.")[2] == name), None)
+    if found is None:
+        raise unreadable(path, f"weights must include base_model.{name}")
+    return float_factor(*found)
+
+
+def stored_shape(tensor: StoredTensor) -> tuple[int, ...]:
+    """Return the shape of a tensor in its file, with all its dimensions."""
+    return tensor.file.shape(tensor.name)
+
+
+def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str, str], **sizes: int) -> dict[str, int]:
+    """Check the shapes of a module's tensors, and return the sizes that they name.
+
+    Parameters
+    ----------
+    path : path
+    module : str
+    factors : mapping name -> StoredTensor
+    shapes : mapping name -> str
+        Dimensions of each required tensor, such as ``"out rank"``: numbers, or names of sizes that are equal wherever
+        they occur. A final ``*`` stands for any further dimensions.
+    **sizes : int
+        Sizes that are known.
+
+    Raises
+    ------
+    ValueError
+        A tensor is missing, or has another shape.
+    """
+    for name, dimensions in shapes.items():
+        if name not in factors:
+            raise unreadable(path, f"{printable(module)} has no {name}")
+        stored, wanted = stored_shape(factors[name]), dimensions.split()
+        further = wanted[-1] == "*"
+        wanted = wanted[: len(wanted) - further]
+        fits = len(stored) >= len(wanted) if further else len(stored) == len(wanted)
+        for size, side in zip(wanted, stored, strict=False):
+            fits &= side == (int(size) if size.isdigit() else sizes.setdefault(size, side))
+        if not fits:
+            must = ", ".join(str(sizes.get(size, size)) for size in dimensions.split())
+            raise unreadable(path, f"{name} of {printable(module)} must have shape ({must}), got {stored}")
+    return sizes
+
+
+def require_base(path: Path, config: Mapping[str, Any], base: PretrainedWeights | None, kind: str) -> PretrainedWeights:
+    """Return the base of an adapter that rescales or rotates its weights: the given one, else the one that it names."""
+    found = base or named_base(config)
+    if found is None:
+        name = printable(config.get("base_model_name_or_path") or "unnamed")
+        raise unreadable(path, f"{kind} changes the weights of its base, {name}: pass the base model, --base DIR")
+    return found
+
+
+def from_base(
+    base: PretrainedWeights,
+    module: str,
+    sides: tuple[int, int],
+    change: Callable[[dict[str, np.ndarray], np.ndarray], Update],
+    transposed: bool = False,
+) -> Callable[[dict[str, np.ndarray]], Update]:
+    """Return the function that builds an update by ``change(arrays, W0)``, with W0 (out, in) in float64."""
+    return lambda arrays: change(arrays, as_float64(base.weight(module, sides, transposed)))
+
+
+def check_fit(path: Path, module: str, shape: tuple[int, int], base: tuple[int, int]) -> None:
+    """Raise a ValueError if an update does not have the shape (out, in) of the base weight."""
+    if shape != base:
+        stored, found = (" x ".join(map(str, sides)) for sides in (base, shape))
+        raise unreadable(path, f"factors of {printable(module)} must fit its base weight, {stored}, got {found}")

@@ -1,0 +1,94 @@
+"""Reader of PEFT LoHa folders.
+
+The update is the elementwise product of two low-rank matrices, scale * (w1_a @ w1_b) * (w2_a @ w2_b), with
+``hada_w1_a`` (out, r) and ``hada_w1_b`` (r, in). It is also one product of rank r^2, which is used if that is below
+both sides. A convolution has in * k * k columns; with ``use_effective_conv2d`` each matrix is a Tucker product of
+``hada_t1`` (r, r, k, k) with ``hada_w1_a`` (r, out) and ``hada_w1_b`` (r, in).
+
+Source: Hyeon-Woo et al. (arXiv 2108.06098), equation 4 and its Tucker form, as in PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import Finite, Positive, to_typed
+from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors, per_module
+from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.updates import Dense, LowRank, Update
+from lorascope.updates.linalg import as_float64
+
+_PLAIN = {"hada_w1_a": "out r", "hada_w1_b": "r in", "hada_w2_a": "out r", "hada_w2_b": "r in"}
+_TUCKER = {"hada_w1_a": "r out", "hada_w1_b": "r in", "hada_w2_a": "r out", "hada_w2_b": "r in"} | {
+    "hada_t1": "r r k1 k2",
+    "hada_t2": "r r k1 k2",
+}
+
+
+@dataclass(frozen=True)
+class LycorisConfig:
+    """Settings used from ``adapter_config.json`` of LoHa and LoKr, with PEFT's defaults."""
+
+    r: Positive = 8
+    alpha: Finite = 8
+    rank_pattern: dict[str, Positive] | None = None
+    alpha_pattern: dict[str, Finite] | None = None
+
+
+@reads(lambda config, names: peft_kind(config) == "LOHA")
+def read_loha(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
+    """Read the modules of an opened LoHa folder."""
+    settings = to_typed(config, LycorisConfig, path / CONFIG)
+    rank_of = per_module(path, "rank_pattern", settings.r, settings.rank_pattern)
+    alpha_of = per_module(path, "alpha_pattern", settings.alpha, settings.alpha_pattern)
+    found, others = peft_factors(path, files, "hada_w1_a|hada_w1_b|hada_w2_a|hada_w2_b|hada_t1|hada_t2")
+    parts = {}
+    for module, factors in found.items():
+        rank = rank_of(module)
+        shapes = _TUCKER if {"hada_t1", "hada_t2"} & factors.keys() else _PLAIN
+        sizes = check_shapes(path, module, factors, shapes, r=rank)
+        parts[module] = hadamard_part(factors, sizes, alpha_of(module) / rank)
+    return AdapterFiles(path, dict(config), parts, others, files, "LoHa")
+
+
+def hadamard_part(factors: Mapping[str, Any], sizes: Mapping[str, int], scale: float) -> StoredFactors:
+    """Return the stored update of one module with these factors; ``sizes`` are their sides by name."""
+    sides = sizes["out"], sizes["in"] * sizes.get("k1", 1) * sizes.get("k2", 1)
+    rank = min(sizes["r"] ** 2, *sides)
+    thin = "hada_t1" not in factors and rank < min(sides)
+    return StoredFactors(factors, sides, rank, lambda arrays: hadamard(arrays, scale), scale, thin=thin)
+
+
+def hadamard(arrays: Mapping[str, np.ndarray], scale: float) -> Update:
+    """Compute the elementwise product of two matrices given by their factors, multiplied by ``scale``."""
+    factors = {name: as_float64(array) for name, array in arrays.items()}
+    w1_a, w1_b, w2_a, w2_b = (factors[f"hada_w{number}_{side}"] for number in (1, 2) for side in "ab")
+    if "hada_t1" in factors:
+        first, second = tucker(factors["hada_t1"], w1_a, w1_b), tucker(factors["hada_t2"], w2_a, w2_b)
+        return Dense(scale * first * second)
+    (outer, rank), inner = w1_a.shape, w1_b.shape[1]
+    if rank**2 >= min(outer, inner):
+        return Dense(scale * (w1_a @ w1_b) * (w2_a @ w2_b))
+    B = (w1_a[:, :, None] * w2_a[:, None, :]).reshape(outer, rank**2)
+    A = (w1_b[:, None, :] * w2_b[None, :, :]).reshape(rank**2, inner)
+    return LowRank(B, A, scale)
+
+
+def tucker(
+    core: Float[np.ndarray, "r s *kernel"], left: Float[np.ndarray, "r out"], right: Float[np.ndarray, "s in"]
+) -> Float[np.ndarray, "out columns"]:
+    """Compute sum_ij core[i, j] left[i, p] right[j, q] at [p, q], with the kernel as part of the columns."""
+    product = np.einsum("rskp,ro,sq->oqkp", core.reshape(*core.shape[:2], -1, 1), left, right, optimize=True)
+    return product.reshape(left.shape[1], -1)

@@ -1,0 +1,103 @@
+"""Reader of PEFT LoKr folders.
+
+The update is scale * kron(w1, w2). Each matrix is stored in full, ``lokr_w1`` (a, b), or as a product of ``lokr_w1_a``
+(a, r) and ``lokr_w1_b`` (r, b). In a convolution, w2 has the dimensions of the kernel after its own; with
+``use_effective_conv2d`` it is the Tucker product of ``lokr_t2`` (r, r, k, k) with ``lokr_w2_a`` (r, c) and
+``lokr_w2_b`` (r, d). In one-dimensional convolutions, PEFT aligns w1 with the last two axes of a full w2, and so does
+this reader. The scale is always alpha / r. LyCORIS ignores alpha if both matrices are stored in full; PEFT does not.
+
+Source: Yeh et al. (arXiv 2309.14859), as in PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import to_typed
+from lorascope.runs.formats.peft_factors import (
+    Factors,
+    StoredFactors,
+    check_shapes,
+    peft_factors,
+    per_module,
+    stored_shape,
+)
+from lorascope.runs.formats.peft_loha import LycorisConfig, tucker
+from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.updates import Dense, Kronecker, LowRank, Update
+from lorascope.updates.linalg import as_float64
+
+
+@reads(lambda config, names: peft_kind(config) == "LOKR")
+def read_lokr(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
+    """Read the modules of an opened LoKr folder."""
+    settings = to_typed(config, LycorisConfig, path / CONFIG)
+    rank_of = per_module(path, "rank_pattern", settings.r, settings.rank_pattern)
+    alpha_of = per_module(path, "alpha_pattern", settings.alpha, settings.alpha_pattern)
+    names = "lokr_w1|lokr_w1_a|lokr_w1_b|lokr_w2|lokr_w2_a|lokr_w2_b|lokr_t2"
+    found, others = peft_factors(path, files, names)
+    parts = {}
+    for module, factors in found.items():
+        rank = rank_of(module)
+        sizes = check_shapes(path, module, factors, kronecker_shapes(factors), r=rank)
+        part = kronecker_part(factors, sizes, alpha_of(module) / rank)
+        if "lokr_w2" in factors and len(stored_shape(factors["lokr_w2"])) == 3:
+            part = replace(part, build=partial(_misaligned, part.scale), components=min(part.sides), thin=False)
+        parts[module] = part
+    return AdapterFiles(path, dict(config), parts, others, files, "LoKr")
+
+
+def kronecker_shapes(factors: Factors) -> dict[str, str]:
+    """Return the shapes that the factors of one module must have, judging by their names."""
+    left = {"lokr_w1": "a b"} if "lokr_w1" in factors else {"lokr_w1_a": "a r", "lokr_w1_b": "r b"}
+    if "lokr_w2" in factors:
+        return left | {"lokr_w2": "c d *"}
+    if "lokr_t2" in factors:
+        return left | {"lokr_t2": "r r k1 k2", "lokr_w2_a": "r c", "lokr_w2_b": "r d"}
+    return left | {"lokr_w2_a": "c r", "lokr_w2_b": "r d"}
+
+
+def kronecker_part(factors: Factors, sizes: Mapping[str, int], scale: float) -> StoredFactors:
+    """Return the stored update of one module with factors of these sizes."""
+    right = (sizes["c"], sizes["d"] * sizes.get("k1", 1) * sizes.get("k2", 1))
+    if "lokr_w2" in factors:
+        right = factors["lokr_w2"].shape
+    ranks = [min(sizes["a"], sizes["b"]), min(right)]
+    if "lokr_w1" not in factors:
+        ranks[0] = min(ranks[0], sizes["r"])
+    if not {"lokr_w2", "lokr_t2"} & factors.keys():
+        ranks[1] = min(ranks[1], sizes["r"])
+    sides = sizes["a"] * right[0], sizes["b"] * right[1]
+    return StoredFactors(factors, sides, ranks[0] * ranks[1], lambda arrays: kronecker(arrays, scale), scale)
+
+
+def _misaligned(scale: float, arrays: dict[str, np.ndarray]) -> Dense:
+    """Compute the update of a one-dimensional convolution, where PEFT aligns w1 (a, b) with the last axes of w2."""
+    left, right = _matrix(arrays, "lokr_w1").dense(), as_float64(arrays["lokr_w2"])
+    return Dense(scale * np.kron(left, right).reshape(len(left) * len(right), -1))
+
+
+def kronecker(arrays: Mapping[str, np.ndarray], scale: float) -> Kronecker:
+    """Return the Kronecker product of the stored factors, multiplied by ``scale``."""
+    return Kronecker(_matrix(arrays, "lokr_w1"), _matrix(arrays, "lokr_w2"), scale)
+
+
+def _matrix(arrays: Mapping[str, np.ndarray], name: str) -> Update:
+    if name in arrays:
+        return Dense(arrays[name].reshape(len(arrays[name]), -1))
+    left, right = (as_float64(arrays[f"{name}_{side}"]) for side in "ab")
+    if name == "lokr_w2" and "lokr_t2" in arrays:
+        return Dense(tucker(as_float64(arrays["lokr_t2"]), left, right))
+    return LowRank(left, right)

@@ -1,0 +1,95 @@
+"""Reader of the kinds of PEFT adapters whose update only PEFT computes, such as those of the base's SVD.
+
+PEFT merges the adapter into its base model, and the update is the difference, in float64. This requires the base model
+and the extra ``lorascope[peft]``, and takes the memory of the model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import FLOATS, TensorFile
+from lorascope.files.typed_json import unreadable
+from lorascope.runs.formats.peft_factors import INDICES, require_base
+from lorascope.runs.formats.peft_lora import WEIGHTS, float_factor, peft_kind
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, StoredUpdate
+from lorascope.schema.module_roles import parse, position
+from lorascope.updates import Dense
+
+MERGED = ("ADAMSS", "DEFT", "FROD", "OSF", "PEANUT", "PSOFT", "PVERA", "TINYLORA")
+"""Types of adapters that only PEFT reads."""
+
+
+@dataclass(frozen=True)
+class MergedPart(StoredUpdate):
+    """Update of one module as computed by PEFT; ``tensors`` belong to the module."""
+
+    matrix: Float[np.ndarray, "out in"]
+    transposed: bool
+    tensors: tuple[StoredTensor, ...]
+
+    scale = 1.0
+    has_thin_factors = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return min(self.shape)
+
+    def factors(self) -> dict[str, Any]:
+        """Return the update as a matrix."""
+        return {"matrix": self.matrix}
+
+    def update(self) -> Dense:
+        return Dense(self.matrix)
+
+    def _tensors(self) -> list[StoredTensor]:
+        return list(self.tensors)
+
+
+@reads(lambda config, names: peft_kind(config) in MERGED)
+def read_merged(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
+) -> AdapterFiles:
+    """Merge an opened folder into its base with PEFT, and read the change of every module."""
+    kind = peft_kind(config)
+    weights = require_base(path, config, base, kind)
+    if find_spec("peft") is None:
+        raise unreadable(path, f'only PEFT reads {kind} adapters like this one: pip install "lorascope[peft]"')
+    folder = path if path.is_dir() else path.parent
+    if [file.path for file in files] != [folder / WEIGHTS]:
+        raise unreadable(
+            path, f"PEFT reads only {WEIGHTS}, got {', '.join(printable(file.path.name) for file in files)}"
+        )
+    tensors = [float_factor(file, name, (*FLOATS, *INDICES)) for file in files for name in file]
+    tensors = [tensor for tensor in tensors if tensor.file.dtype(tensor.name) in FLOATS]
+    # Importing it imports torch, which no other reader does.
+    merge = importlib.import_module("lorascope.adapters.peft_merge").merged_updates
+    try:
+        found, used = merge(folder, weights.folder, config)
+    except (ImportError, OSError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = printable(" ".join(str(error).split())[:300])
+        raise unreadable(path, f"PEFT cannot merge it into {printable(weights.folder)}: {reason}") from error
+    parts = {}
+    for module in sorted(found, key=lambda module: position(*parse(module))):
+        own = tuple(tensor for tensor in tensors if tensor.name.startswith(f"{PREFIX}{module}."))
+        matrix, transposed = found[module]
+        parts[module] = MergedPart(matrix, transposed, own or tuple(tensors))
+    if not parts:
+        raise unreadable(path, f"PEFT merges no module of it into {printable(weights.folder)}")
+    others = tuple(name.removeprefix(PREFIX) for file in files for name in file if name not in used)
+    return AdapterFiles(path, dict(config), parts, others, files, kind, named_base(config) is None)

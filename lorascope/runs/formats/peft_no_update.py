@@ -1,0 +1,45 @@
+"""Sentences about PEFT adapters without a single update per weight: routed ones, changes outside the weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.runs.formats.peft_factors import peft_factors
+from lorascope.runs.formats.peft_lora import peft_kind
+from lorascope.runs.formats.registry import says
+from lorascope.runs.formats.stored_update import PREFIX
+from lorascope.updates.linalg import as_float64
+
+_WHY = {
+    "LILY": "a router mixes experts per input",
+    "POLY": "a router mixes skills per task",
+    "XLORA": "a classifier mixes whole LoRA adapters per token; inspect those adapters instead",
+    "SHADOW": "a small network next to the model changes its hidden states",
+}
+_MODULE = re.compile(r"(?s)(.+)\.(?:lily|poly)_.+")
+
+
+@says(lambda config, names: peft_kind(config) in _WHY)
+def describe_routing(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> str:
+    """Return why there is no update per weight, and the number of modules and tensors."""
+    kind = peft_kind(config)
+    names = [name.removeprefix(PREFIX) for file in files for name in file]
+    modules = {match[1] for name in names if (match := _MODULE.fullmatch(name))}
+    where = f"{len(modules)} modules, " if modules else ""
+    return f"{kind} has no single update per weight: {_WHY[kind]} ({where}{len(names)} tensors)"
+
+
+@says(lambda config, names: peft_kind(config) == "BEFT")
+def describe_biases(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> str:
+    """Return the number of changed biases and the norms of their changes."""
+    found, _ = peft_factors(path, files, "beft_bias")
+    stored = [factors["beft_bias"] for factors in found.values()]
+    norms = [float(np.linalg.norm(as_float64(bias.read()))) for bias in stored]
+    span = f"norms {min(norms):.4g} to {max(norms):.4g}"
+    return f"BEFT changes no weights: it adds to the biases of {len(found)} modules, with {span}"

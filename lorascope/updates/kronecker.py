@@ -1,0 +1,92 @@
+"""Kronecker products of two small matrices, whose norm and singular values need only those of the two.
+
+    dW = scale * kron(L, R)
+
+Entry [i c + k, j d + l] is scale * L[i, j] * R[k, l], with R of shape (c, d). Singular values are all products of a
+singular value of L and one of R. Either matrix may be a low-rank product itself.
+
+Source: LoKr, as in LyCORIS (arXiv 2309.14859), section 4.1.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.updates.base import Dense, Shapes, Update
+from lorascope.updates.low_rank import LowRank
+
+
+@dataclass(frozen=True, eq=False)
+class Kronecker(Update, form="kronecker"):
+    """The update scale * kron(left, right).
+
+    Parameters
+    ----------
+    left, right : Update
+        Dense or low-rank matrices, (a, b) and (c, d).
+    scale : float
+    """
+
+    left: Update
+    right: Update
+    scale: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (a c, b d)."""
+        (a, b), (c, d) = self.left.shape, self.right.shape
+        return a * c, b * d
+
+    @property
+    def rank(self) -> int:
+        """Largest possible rank, the product of those of both matrices."""
+        ranks = (min(part.rank, *part.shape) for part in (self.left, self.right))
+        return next(ranks) * next(ranks)
+
+    def dense(self) -> Float[np.ndarray, "out in"]:
+        """Compute the update as a matrix."""
+        return self.scale * np.kron(self.left.dense(), self.right.dense())
+
+    def norm(self) -> float:
+        """Compute the Frobenius norm, the product of those of both matrices."""
+        return abs(self.scale) * self.left.norm() * self.right.norm()
+
+    def singular_values(self) -> Float[np.ndarray, "k"]:
+        """Compute the singular values, largest first."""
+        products = np.multiply.outer(self.left.singular_values(), self.right.singular_values())
+        return abs(self.scale) * np.sort(products, axis=None)[::-1]
+
+    def to_factors(self) -> dict[str, Any]:
+        """Return ``left`` and ``right``, or for a low-rank matrix its factors, as ``left_A`` and ``left_B``."""
+        stored = {}
+        for side, part in (("left", self.left), ("right", self.right)):
+            for name, array in part.to_factors().items():
+                stored[side if name == "matrix" else f"{side}_{name}"] = array
+        return stored
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> Kronecker:
+        """Build an update from the arrays of ``to_factors``."""
+        left, right = (
+            Dense(factors[side]) if side in factors else LowRank(factors[f"{side}_B"], factors[f"{side}_A"])
+            for side in ("left", "right")
+        )
+        return cls(left, right, scale)
+
+    @classmethod
+    def fits(cls, shapes: Shapes, floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]) -> bool:
+        """See `Update.fits`."""
+        for side in ("left", "right"):
+            match shapes.get(side), shapes.get(f"{side}_B"), shapes.get(f"{side}_A"):
+                case ((_, _), _, _) | (None, (_, _), (_, _)):
+                    pass
+                case _:
+                    return False
+            if side not in shapes and shapes[f"{side}_B"][1] != shapes[f"{side}_A"][0]:
+                return False
+        return all(floats.values())

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorascope as ls
 
+pytestmark = pytest.mark.filterwarnings("ignore:Specified to not save:UserWarning")
 M = "model.layers.0.dense"
 LAYERS = {
     "linear": lambda: nn.Linear(4, 6),
@@ -26,6 +27,7 @@ LAYERS = {
     "line": lambda: nn.Conv1d(4, 6, 3),
     "cube": lambda: nn.Conv3d(4, 6, 2),
     "embedding": lambda: nn.Embedding(12, 4),
+    "odd": lambda: nn.Linear(5, 7),
     "norm": lambda: nn.LayerNorm(6),
 }
 
@@ -62,7 +64,52 @@ CASES = [
     *case("linear, square, conv, small conv, line, cube, embedding", "HiraConfig", r=2),
     *case("conv1d, square conv1d", "HiraConfig", r=2, fan_in_fan_out=True),
     *case("norm, linear", "LNTuningConfig"),
+    *case("linear, wide", "C3AConfig", block_size=2),
+    *case("linear, wide, square", "ShiraConfig", r=1),
+    *case("linear", "ShiraConfig", r=1, random_seed=3),
+    *case("linear, wide, square", "MissConfig", r=3),
+    *case("linear", "MissConfig", r=3, mini_r=2, init_weights="mini"),
+    *case("linear, wide", "MissConfig", r=2, init_weights="bat"),
+    *case("linear, wide", "DeloraConfig", r=2),
+    *case("linear", "DeloraConfig", r=1, rank_pattern={"dense": 3}, lambda_pattern={"dense": 2}),
+    *case("linear, wide, conv1d", "VBLoRAConfig", r=2, num_vectors=5, vector_length=2, topk=2),
+    *case("linear", "VBLoRAConfig", r=2, num_vectors=5, vector_length=2, topk=3, save_only_topk_weights=True),
+    *case("linear, wide, square, conv1d", "RandLoraConfig", r=2),
+    *case("linear, wide", "RandLoraConfig", r=4, save_projection=False),
+    *case("wide", "RandLoraConfig", r=2, save_projection=False, sparse=True),
+    *case("wide", "RandLoraConfig", r=4, save_projection=False, very_sparse=True, projection_prng_key=3),
+    *case("linear, wide, conv1d", "GraloraConfig", r=2, gralora_k=2, alpha=3),
+    *case("wide", "GraloraConfig", r=2, gralora_k=1, alpha=3, hybrid_r=1),
+    *case("wide", "GraloraConfig", r=4, gralora_k=2, alpha=3, hybrid_r=1),
+    *case("linear", "RoadConfig", group_size=2),
+    *case("linear", "RoadConfig", group_size=6),
+    *case("linear", "RoadConfig", group_size=6, variant="road_2"),
+    *case("linear", "RoadConfig", group_size=2, variant="road_4"),
+    *case("linear, wide, square, conv1d, odd", "WaveFTConfig", n_frequency=6),
+    *case("linear", "WaveFTConfig", n_frequency=6, use_idwt=False, random_loc_seed=-1),
+    *case("linear", "WaveFTConfig", n_frequency=6, n_frequency_pattern={"dense": 3}),
+    *case("linear", "WaveFTConfig", n_frequency=6, proportional_parameters=True),
+    *case("linear, wide, conv1d", "UniLoraConfig", r=2, theta_d_length=8, save_indices=True),
+    *case("linear", "GloraConfig", r=2),
+    *case("linear", "GloraConfig", r=2, config_A_B="vector"),
+    *case("linear", "GloraConfig", r=2, config_A_B="constant"),
+    *case("linear", "SupertuningConfig", sparsity=0.5),
+    *case("linear, wide", "SupertuningConfig", sparsity=0.5, r=2, lora_alpha=3),
+    *case("linear, wide, square", "VeraConfig", r=2),
+    *case("linear, wide, square", "VeraConfig", r=2, save_projection=False, projection_prng_key=7),
 ]
+
+
+@pytest.mark.parametrize("settings", [{"projection_prng_key": 7}, {"sparse": True}, {"very_sparse": True}])
+@pytest.mark.parametrize("config", ["VeraConfig", "RandLoraConfig"])
+def test_random_factors_are_drawn_for_the_largest_sides(config: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    if config == "VeraConfig" and "projection_prng_key" not in settings:
+        return
+    layers = {"model.layers.0.dense": nn.Linear(40, 9), "model.layers.1.dense": nn.Linear(11, 30)}
+    chosen = getattr(peft, config)(target_modules=["dense"], r=4, save_projection=False, **settings)
+    expected = write_with_peft(tmp_path / "adapter", chosen, layers, tmp_path / "base")
+    for module, update in ls.load(tmp_path / "adapter", tmp_path / "base").updates().items():
+        assert np.linalg.norm(update.dense() - expected[module]) < 1e-6 * np.linalg.norm(expected[module])
 
 
 @pytest.mark.parametrize(("layer", "config", "settings"), CASES)

@@ -10,6 +10,7 @@ Source: VeRA (arXiv 2310.11454), equation 2; drawn as in PEFT, whose generator i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -27,13 +28,20 @@ def projections(
 ) -> tuple[Float[np.ndarray, "rank widest_in"], Float[np.ndarray, "widest_out rank"]]:
     """Draw A and B in float32, as ``torch.empty(shape).uniform_`` does on the CPU with a generator of this seed."""
     words = np.random.RandomState(seed)
-    drawn = []
-    for rows, columns in ((rank, widest_in), (widest_out, rank)):
-        values = words.randint(0, 1 << 32, size=rows * columns, dtype=np.uint32) & np.uint32((1 << 24) - 1)
-        bound = float(np.float32(np.sqrt(6.0 / columns)))
-        # Rounded once, as by a fused multiply-add.
-        drawn.append((values * 2.0**-24 * (2 * bound) - bound).astype(np.float32).reshape(rows, columns))
-    return drawn[0], drawn[1]
+    A, B = (uniform(words, shape, np.sqrt(6.0 / shape[1])) for shape in ((rank, widest_in), (widest_out, rank)))
+    return A, B
+
+
+def uniform(
+    words: np.random.RandomState, shape: tuple[int, ...], bound: float | None = None
+) -> Float[np.ndarray, "..."]:
+    """Draw float32 values as torch does on the CPU: by ``uniform_(-bound, bound)``, or by ``rand`` without a bound."""
+    drawn = words.randint(0, 1 << 32, size=math.prod(shape), dtype=np.uint32) & np.uint32((1 << 24) - 1)
+    values = drawn * 2.0**-24
+    if bound is not None:
+        limit = float(np.float32(bound))
+        values = values * (2 * limit) - limit  # rounded once, as by a fused multiply-add
+    return values.astype(np.float32).reshape(shape)
 
 
 class RandomProjection(LowRank, form="random_projection"):

@@ -11,7 +11,9 @@ Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 TARGETS = ["q_proj", "v_proj"]
 
 
-def by_peft(kind: str, config: str, base: bool = False, layer: Any = None, **settings: Any) -> FormatRow:
+def by_peft(
+    kind: str, config: str, base: bool = False, layer: Any = None, spare: str = "", **settings: Any
+) -> FormatRow:
     """Return the row of a format that PEFT writes with this configuration, for two layers of 6 outputs and 4 inputs."""
 
     def write(folder: Path, base_folder: Path) -> Written:
@@ -23,7 +25,7 @@ def by_peft(kind: str, config: str, base: bool = False, layer: Any = None, **set
         chosen = getattr(peft, config)(target_modules=TARGETS, **settings)
         return write_with_peft(folder, chosen, layers, base_folder if base else None)
 
-    return FormatRow(write, kind)
+    return FormatRow(write, kind, spare=spare)
 
 
 def merged(folder: Path, base: Path) -> Written:
@@ -46,6 +48,18 @@ ROWS = {
     "read_boft": by_peft("BOFT", "BOFTConfig", base=True, boft_block_size=2, boft_n_butterfly_factor=1),
     "read_hra": by_peft("HRA", "HRAConfig", base=True, r=2),
     "read_hira": by_peft("HiRA", "HiraConfig", base=True, r=2),
+    "read_c3a": by_peft("C3A", "C3AConfig", block_size=2),
+    "read_shira": by_peft("SHiRA", "ShiraConfig", base=True, r=1),
+    "read_miss": by_peft("MiSS", "MissConfig", base=True, r=2),
+    "read_delora": by_peft("DeLoRA", "DeloraConfig", r=2),
+    "read_vblora": by_peft("VB-LoRA", "VBLoRAConfig", r=2, num_vectors=5, vector_length=2, topk=2),
+    "read_randlora": by_peft("RandLoRA", "RandLoraConfig", base=True, spare=r"_proj\.randlora_[AB]$", r=2),
+    "read_gralora": by_peft("GraLoRA", "GraloraConfig", r=2, gralora_k=1, hybrid_r=1),
+    "read_road": by_peft("RoAd", "RoadConfig", base=True, group_size=2),
+    "read_waveft": by_peft("WaveFT", "WaveFTConfig", base=True, n_frequency=4),
+    "read_unilora": by_peft("Uni-LoRA", "UniLoraConfig", r=2, theta_d_length=8, save_indices=True),
+    "read_glora": by_peft("GLoRA", "GloraConfig", base=True, spare=r"glora_[C-E]\.", r=2),
+    "read_supertuning": by_peft("SuperTuning", "SupertuningConfig", base=True, sparsity=0.5, r=2, lora_alpha=3),
     "read_merged": FormatRow(merged, "PEANUT"),
     "read_ln_tuning": by_peft("LN_TUNING", "LNTuningConfig", base=True, layer=lambda nn: nn.LayerNorm(6, bias=False)),
 }

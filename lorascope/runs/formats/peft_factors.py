@@ -110,8 +110,8 @@ def peft_factors(
         for name in file:
             bare = name.removeprefix(PREFIX)
             match = _pattern(indices).fullmatch(bare) if indices else None
-            if match is not None and match["module"] in found:
-                found[match["module"]][match["factor"]] = float_factor(file, name, INDICES)
+            if match is not None:
+                found.setdefault(match["module"], {})[match["factor"]] = float_factor(file, name, INDICES)
                 taken.add(bare)
     return found, tuple(name for name in others if name not in taken)
 

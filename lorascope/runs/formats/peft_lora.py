@@ -58,7 +58,7 @@ class CommonConfig(Allocation):
     peft_type: str = field(kw_only=True)
     base_model_name_or_path: str | None = None
     target_modules: str | list[str] | None = None
-    lora_alpha: Finite = 8
+    lora_alpha: Finite | None = 8
     rank_pattern: dict[str, Any] | None = None
     alpha_pattern: dict[str, Any] | None = None
 

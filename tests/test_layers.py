@@ -22,7 +22,7 @@ CONTRACT = {
     "schema": "files",
     "charts": "files",
     "inputs": "torch files schema",
-    "adapters": "torch updates schema",
+    "adapters": "torch updates schema inputs",
     "runs": "files updates schema",
     "analysis": "files updates schema runs",
     "methods": "torch updates schema inputs adapters runs analysis",

@@ -6,7 +6,7 @@ dW = W_merged - W_0, in float64
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorascope.inputs.models import quiet
+
 _TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -29,7 +31,7 @@ _TASKS = {
 
 
 def merged_updates(
-    adapter: Path, base: Path, config: Mapping[str, Any]
+    adapter: Path, base: Path, model_class: str | None = None, task: str | None = None
 ) -> tuple[dict[str, tuple[Float[np.ndarray, "out in"], bool]], set[str]]:
     """Merge an adapter with PEFT, and subtract the base.
 
@@ -37,8 +39,9 @@ def merged_updates(
     ----------
     adapter, base : path
         Folders of the adapter and of its base model.
-    config : mapping
-        Configuration of the adapter, which names the class of the model or its task.
+    model_class, task : str, optional
+        Class of the model in transformers, or its task in PEFT, such as ``"CAUSAL_LM"``; by default the class that the
+        base names.
 
     Returns
     -------
@@ -51,7 +54,8 @@ def merged_updates(
     ValueError
         The model lacks modules of the adapter.
     """
-    model = _load_base(base, config)
+    with quiet():
+        model = _load_base(base, model_class, task)
     before = {name: module.weight.detach().clone() for name, module in _weights(model)}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -64,11 +68,12 @@ def merged_updates(
     return {name: _difference(merged[name], before[name]) for name in changed if name in merged}, used
 
 
-def _load_base(base: Path, config: Mapping[str, Any]) -> nn.Module:
-    architectures = transformers.AutoConfig.from_pretrained(base).architectures or []
-    named = [(config.get("auto_mapping") or {}).get("base_model_class"), _TASKS.get(config.get("task_type") or "")]
-    names = (name for name in [*named, *architectures, "AutoModel"] if name and hasattr(transformers, name))
-    return getattr(transformers, next(names)).from_pretrained(base, dtype="auto", use_safetensors=True)
+def _load_base(base: Path, model_class: str | None, task: str | None) -> nn.Module:
+    architectures = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or []
+    wanted = [model_class, _TASKS.get(task or ""), *architectures, "AutoModel"]
+    names = (name for name in wanted if name and hasattr(getattr(transformers, name, None), "from_pretrained"))
+    options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
+    return getattr(transformers, next(names)).from_pretrained(base, **options)
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -18,9 +18,9 @@ from jaxtyping import Float
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile
-from lorascope.files.typed_json import unreadable
+from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.runs.formats.peft_factors import INDICES, require_base
-from lorascope.runs.formats.peft_lora import WEIGHTS, float_factor, peft_kind
+from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS, float_factor, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, StoredUpdate
@@ -29,6 +29,14 @@ from lorascope.updates import Dense
 
 MERGED = ("ADAMSS", "DEFT", "FROD", "OSF", "PEANUT", "PSOFT", "PVERA", "TINYLORA")
 """Types of adapters that only PEFT reads."""
+
+
+@dataclass(frozen=True)
+class MergedConfig:
+    """Settings used from ``adapter_config.json``, which select the class of the model."""
+
+    task_type: str | None = None
+    auto_mapping: dict[str, str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ def read_merged(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Merge an opened folder into its base with PEFT, and read the change of every module."""
-    kind = peft_kind(config)
+    kind, settings = peft_kind(config), to_typed(config, MergedConfig, path / CONFIG)
     weights = require_base(path, config, base, kind)
     if find_spec("peft") is None:
         raise unreadable(path, f'only PEFT reads {kind} adapters like this one: pip install "lorascope[peft]"')
@@ -80,7 +88,9 @@ def read_merged(
     # Importing it imports torch, which no other reader does.
     merge = importlib.import_module("lorascope.adapters.peft_merge").merged_updates
     try:
-        found, used = merge(folder, weights.folder, config)
+        found, used = merge(
+            folder, weights.folder, (settings.auto_mapping or {}).get("base_model_class"), settings.task_type
+        )
     except (ImportError, OSError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = printable(" ".join(str(error).split())[:300])
         raise unreadable(path, f"PEFT cannot merge it into {printable(weights.folder)}: {reason}") from error
@@ -89,7 +99,7 @@ def read_merged(
         own = tuple(tensor for tensor in tensors if tensor.name.startswith(f"{PREFIX}{module}."))
         matrix, transposed = found[module]
         parts[module] = MergedPart(matrix, transposed, own or tuple(tensors))
-    if not parts:
-        raise unreadable(path, f"PEFT merges no module of it into {printable(weights.folder)}")
-    others = tuple(name.removeprefix(PREFIX) for file in files for name in file if name not in used)
-    return AdapterFiles(path, dict(config), parts, others, files, kind, named_base(config) is None)
+    others = [name for file in files for name in file if name not in used]
+    if foreign := next((name for name in others if name.startswith(PREFIX)), None):
+        raise unreadable(path, f"PEFT finds no module for {printable(foreign)} in {printable(weights.folder)}")
+    return AdapterFiles(path, dict(config), parts, tuple(others), files, kind, named_base(config) is None)

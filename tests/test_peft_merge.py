@@ -92,9 +92,7 @@ def test_a_base_with_other_modules_is_refused(tmp_path: Path, capsys: pytest.Cap
     line = refused(tmp_path, capsys, "--base", str(tmp_path / "short"))
     assert "PEFT finds no module for base_model.model.model.layers.1.self_attn.q_proj." in line
     tiny("bert").save_pretrained(tmp_path / "other")
-    assert "Target modules {'q_proj', 'v_proj'} not found in the base model" in refused(
-        tmp_path, capsys, "--base", str(tmp_path / "other")
-    )
+    assert "not found in the base model" in refused(tmp_path, capsys, "--base", str(tmp_path / "other"))
 
 
 def test_a_broken_configuration_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

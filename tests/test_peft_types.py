@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ import numpy as np
 import peft
 import pytest
 from peft_oracle import write_with_peft
+from safetensors.numpy import load_file, save
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorascope as ls
+from lorascope.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not save:UserWarning")
 M = "model.layers.0.dense"
@@ -132,3 +136,156 @@ def test_update_equals_the_merge_by_peft(layer: str, config: str, settings: dict
     # A base whose shapes are needed, but not its values, is optional for the others.
     if not adapter.files.needs_base:
         assert (ls.load(tmp_path / "adapter").updates()[M].dense() == update.dense()).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "shown"),
+    [
+        ("LoHaConfig", {"r": 1, "alpha": 3}, "LoHa, rank 1, scale 3 (alpha 3)"),
+        ("IA3Config", {"feedforward_modules": []}, "IA3, rank 4, scale 1"),
+        ("SupertuningConfig", {"sparsity": 0.5}, "SuperTuning, rank 4, scale 1"),
+        ("RandLoraConfig", {"r": 2, "randlora_alpha": 6}, "RandLoRA, rank 4, scale 3 (alpha 6)"),
+    ],
+)
+def test_inspect_shows_the_alpha_that_the_kind_has(
+    config: str, settings: dict[str, Any], shown: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = getattr(peft, config)(target_modules=["dense"], **settings)
+    write_with_peft(tmp_path / "adapter", chosen, {M: nn.Linear(4, 6)}, tmp_path / "base")
+    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 0
+    assert f" {shown}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "kind"),
+    [
+        ("IA3Config", {"feedforward_modules": []}, "IA3"),
+        ("OFTConfig", {"oft_block_size": 2}, "OFT"),
+        ("HRAConfig", {"r": 2}, "HRA"),
+        ("LNTuningConfig", {}, "LN_TUNING"),
+    ],
+)
+def test_change_of_the_base_requires_the_base(
+    config: str, settings: dict[str, Any], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = getattr(peft, config)(target_modules=["dense"], **settings)
+    write_with_peft(tmp_path, chosen, {M: nn.Linear(4, 6)})
+    assert main(["inspect", str(tmp_path)]) == 2
+    line = f"{kind} changes the weights of its base, unnamed: pass the base model, --base DIR"
+    assert capsys.readouterr().err == f"lorascope: cannot read {tmp_path}: {line}\n"
+
+
+SPOILED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+    # kind of configuration, its settings, changed settings, changed tensors, message
+    "rank": ("LoHaConfig", {"r": 2}, {"r": 3}, {}, r"hada_w1_a of .*dense must have shape \(6, 3\), got \(6, 2\)"),
+    "side": (
+        "LoHaConfig",
+        {"r": 2},
+        {},
+        {"hada_w2_b": (2, 5)},
+        r"hada_w2_b of .* must have shape \(2, 4\), got \(2, 5\)",
+    ),
+    "dimensions": (
+        "LoKrConfig",
+        {"r": 9},
+        {},
+        {"lokr_w1": (6,)},
+        r"lokr_w1 of .* must have shape \(6, b\), got \(6,\)",
+    ),
+    "base": ("HRAConfig", {"r": 2}, {}, {"hra_u": (5, 2)}, "must fit its base weight, 6 x 4, got 6 x 5"),
+    "triangle": ("OFTConfig", {"oft_block_size": 2}, {}, {"oft_R.weight": (2, 2)}, r"oft_R of .* got shape \(2, 2\)"),
+    "terms": ("OFTConfig", {"oft_block_size": 2}, {"num_cayley_neumann_terms": 10**9}, {}, "num_cayley_neumann_terms"),
+    "group": ("RoadConfig", {"group_size": 2}, {"group_size": 4}, {}, "group_size must be even and divide 6, .* got 4"),
+    "variant": ("RoadConfig", {"group_size": 2}, {"variant": "road_3"}, {}, "road_3"),
+    "topk": (
+        "VBLoRAConfig",
+        {"r": 2, "num_vectors": 5, "vector_length": 2},
+        {"topk": 6},
+        {},
+        "topk must be <= 5, .* got 6",
+    ),
+    "many": (
+        "WaveFTConfig",
+        {"n_frequency": 4},
+        {"n_frequency": 25},
+        {"waveft_spectrum": (25,)},
+        "1 to 6 x 4 coefficients",
+    ),
+    "grid": ("GraloraConfig", {"r": 2, "gralora_k": 2}, {"r": 3}, {}, "r must be a multiple of gralora_k, got 3 and 2"),
+    "pattern": (
+        "DeloraConfig",
+        {"r": 2},
+        {"rank_pattern": {"(": 3}},
+        {},
+        "rank_pattern of .* must be a regular expression",
+    ),
+    "parts": ("GloraConfig", {"r": 2}, {"config_A_B": "constant"}, {}, r"dense has no glora_A\.X"),
+}
+
+
+@pytest.mark.parametrize("spoiled", SPOILED)
+def test_spoiled_adapter_is_refused_in_one_line(
+    spoiled: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, settings, changed, shapes, message = SPOILED[spoiled]
+    chosen = getattr(peft, config)(target_modules=["dense"], **settings)
+    write_with_peft(tmp_path / "adapter", chosen, {M: nn.Linear(4, 6)}, tmp_path / "base")
+    file, weights = tmp_path / "adapter" / "adapter_config.json", tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changed), encoding="utf-8")
+    tensors = load_file(weights)
+    replaced = {f"base_model.model.{M}.{name}": np.ones(shape, np.float32) for name, shape in shapes.items()}
+    assert replaced.keys() <= tensors.keys()
+    weights.write_bytes(save(tensors | replaced))
+    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert re.search(message, line)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "name"),
+    [
+        ("ShiraConfig", {"r": 1}, "shira_indices"),
+        ("SupertuningConfig", {"sparsity": 0.5}, "supertuning_indices"),
+        ("UniLoraConfig", {"r": 2, "theta_d_length": 8, "save_indices": True}, "unilora_indices_B"),
+        (
+            "VBLoRAConfig",
+            {"r": 2, "num_vectors": 5, "vector_length": 2, "save_only_topk_weights": True},
+            "vblora_logits_A_topk_indices",
+        ),
+    ],
+)
+def test_index_outside_is_refused_in_one_line(
+    config: str, settings: dict[str, Any], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = getattr(peft, config)(target_modules=["dense"], **settings)
+    write_with_peft(tmp_path / "adapter", chosen, {M: nn.Linear(4, 6)}, tmp_path / "base")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    key = f"base_model.model.{M}.{name}"
+    weights.write_bytes(save(tensors | {key: np.full_like(tensors[key], 99)}))
+    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert re.search(rf"{name} of {M} must be integers from 0 to below [\d and]+, got 99$", line)
+
+
+def test_bone_is_read_like_miss(tmp_path: Path) -> None:
+    """Bone is what PEFT called MiSS before 0.19; newer versions cannot load it."""
+    expected = write_with_peft(
+        tmp_path / "adapter", peft.MissConfig(r=2, target_modules=["dense"]), {M: nn.Linear(4, 6)}, tmp_path / "base"
+    )
+    file, weights = tmp_path / "adapter" / "adapter_config.json", tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_text(json.dumps({"peft_type": "BONE", "r": 2, "init_weights": True}), encoding="utf-8")
+    weights.write_bytes(save({k.replace("miss_block", "bone_block"): v for k, v in load_file(weights).items()}))
+    adapter = ls.load(tmp_path / "adapter", tmp_path / "base")
+    assert adapter.files.kind == "Bone"
+    assert adapter.updates()[M].dense() == pytest.approx(expected[M], abs=1e-6)
+
+
+def test_shira_draws_its_indices_if_they_are_missing(tmp_path: Path) -> None:
+    config = peft.ShiraConfig(r=1, target_modules=["dense"], random_seed=3)
+    expected = write_with_peft(tmp_path / "adapter", config, {M: nn.Linear(4, 6)}, tmp_path / "base")[M]
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(save({k: v for k, v in load_file(weights).items() if "indices" not in k}))
+    assert ls.load(tmp_path / "adapter", tmp_path / "base").updates()[M].dense() == pytest.approx(expected, abs=1e-6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,8 +130,7 @@ def _run_facts(run: Result, count: int) -> Facts:
 def _adapter_facts(run: Adapter) -> Facts:
     parts, config = run.files.parts.values(), run.files.config
     scales, ranks = _range([part.scale for part in parts]), _range([part.rank for part in parts])
-    alpha = f"alpha {config.get('lora_alpha', 8):g}" + (", rank-stabilized" if config.get("use_rslora") else "")
-    size = f"rank {ranks}, " + (f"scale {scales} ({alpha})" if config else "alpha not saved")
+    size = f"rank {ranks}, " + (f"scale {scales}{_stated_alpha(config)}" if config else "alpha not saved")
     if run.files.kind == "FourierFT":
         size = f"{_range([part.size for part in parts])} coefficients, scale {scales}"
     stored = describe_files([part.dtype for part in parts], run.files.files)
@@ -142,6 +141,14 @@ def _adapter_facts(run: Adapter) -> Facts:
         ("base", f"{run.meta.model} ({'not read' if run.base is None else f'read from {run.base.folder}'})"),
         ("holds", f"{len(parts)} modules, {run.meta.parameters.trained:,} parameters, {stored}"),
     )
+
+
+def _stated_alpha(config: Mapping[str, Any]) -> str:
+    """Return the alpha of a configuration in parentheses, or "" if its kind has none."""
+    values = [config.get(name) for name in ("lora_alpha", "alpha", "randlora_alpha")]
+    default = [8] * (str(config.get("peft_type", "")).upper() == "LORA")
+    alpha = next((value for value in [*values, *default] if isinstance(value, int | float)), None)
+    return "" if alpha is None else f" (alpha {alpha:g}{', rank-stabilized' * bool(config.get('use_rslora'))})"
 
 
 def describe_files(dtypes: Iterable[str], files: Sequence[Any]) -> str:

@@ -182,6 +182,22 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
     return sizes
 
 
+def check_indices(path: Path, module: str, factors: Factors, name: str, *sizes: int) -> None:
+    """Check that indices are integers from 0 to below ``sizes``, one size for all or one per row.
+
+    Raises
+    ------
+    ValueError
+        An index is not.
+    """
+    indices = factors[name].read()
+    inside = (indices >= 0) & (indices < np.array(sizes)[:, None]) & (indices == np.floor(indices))
+    if not inside.all():
+        limits = " and ".join(map(str, sizes))
+        must = f"{name} of {printable(module)} must be integers from 0 to below {limits}"
+        raise unreadable(path, f"{must}, got {indices[~inside][0]:g}")
+
+
 def require_base(path: Path, config: Mapping[str, Any], base: PretrainedWeights | None, kind: str) -> PretrainedWeights:
     """Return the base of an adapter that rescales or rotates its weights: the given one, else the one that it names."""
     found = base or named_base(config)

@@ -20,7 +20,7 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
-from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors
+from lorascope.runs.formats.peft_factors import StoredFactors, check_indices, check_shapes, peft_factors
 from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.runs.formats.registry import reads
@@ -53,34 +53,20 @@ def read_shira(
         if n > sides[0] * sides[1]:
             must = f"shira_weight of {printable(module)} must have <= {sides[0] * sides[1]} values (its base)"
             raise unreadable(path, f"{must}, got {n}")
-        seed = (settings.random_seed or 0) % SEEDS
-        build = partial(_scatter, path, module, sides, seed)
+        if not drawn:
+            check_indices(path, module, factors, "shira_indices", *sides)
+        build = partial(_scatter, sides, (settings.random_seed or 0) % SEEDS)
         parts[module] = StoredFactors(factors, sides, min(n, *sides), build, thin=False)
     return AdapterFiles(path, dict(config), parts, others, files, "SHiRA", named_base(config) is None)
 
 
-def _scatter(path: Path, module: str, sides: tuple[int, int], seed: int, arrays: dict[str, np.ndarray]) -> Dense:
+def _scatter(sides: tuple[int, int], seed: int, arrays: dict[str, np.ndarray]) -> Dense:
     values = as_float64(arrays["shira_weight"])
     if "shira_indices" in arrays:
-        places = arrays["shira_indices"]
+        rows, columns = arrays["shira_indices"].astype(np.int64)
     else:
         rows, columns = entries(sides, len(values), seed)
-        places = np.stack(np.divmod(np.sort(rows * sides[1] + columns), sides[1]))
-    return Dense(scatter(path, module, sides, places, values))
-
-
-def scatter(path: Path, module: str, sides: tuple[int, int], places: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the matrix (out, in) with these values added at ``places``, rows and columns (2, n).
-
-    Raises
-    ------
-    ValueError
-        A place is outside the matrix.
-    """
-    inside = (places >= 0) & (places < np.array(sides)[:, None]) & (places == np.floor(places))
-    if not inside.all():
-        must = f"indices of {printable(module)} must be entries of its base weight, {sides[0]} x {sides[1]}"
-        raise unreadable(path, f"{must}, got {places[~inside][0]:g}")
+        rows, columns = np.divmod(np.sort(rows * sides[1] + columns), sides[1])
     matrix = np.zeros(sides)
-    np.add.at(matrix, tuple(places.astype(np.int64)), values)
-    return matrix
+    np.add.at(matrix, (rows, columns), values)
+    return Dense(matrix)

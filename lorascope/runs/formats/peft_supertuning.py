@@ -19,9 +19,8 @@ import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed
-from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors
+from lorascope.runs.formats.peft_factors import StoredFactors, check_indices, check_shapes, peft_factors
 from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
-from lorascope.runs.formats.peft_shira import scatter
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles
@@ -56,14 +55,16 @@ def read_supertuning(
         sides = weights.shape(module)
         known = {"r": rank, "out": sides[0], "in": sides[1]} if rank else {}
         check_shapes(path, module, factors, shapes, **known)
-        build = partial(_add_sparse, path, module, sides, scale)
+        check_indices(path, module, factors, "supertuning_indices", sides[0] * sides[1])
+        build = partial(_add_sparse, sides, scale)
         parts[module] = StoredFactors(factors, sides, min(sides), build, thin=False)
     return AdapterFiles(path, dict(config), parts, others, files, "SuperTuning", named_base(config) is None)
 
 
-def _add_sparse(path: Path, module: str, sides: tuple[int, int], scale: float, arrays: dict[str, np.ndarray]) -> Dense:
-    places = np.stack(np.divmod(arrays["supertuning_indices"], max(sides[1], 1)))
-    matrix = scatter(path, module, sides, places, as_float64(arrays["supertuning_values"]))
+def _add_sparse(sides: tuple[int, int], scale: float, arrays: dict[str, np.ndarray]) -> Dense:
+    matrix = np.zeros(sides)
+    places = arrays["supertuning_indices"].astype(np.int64)
+    np.add.at(matrix.reshape(-1), places, as_float64(arrays["supertuning_values"]))
     if "supertuning_lora_B" in arrays:
         A, B = (as_float64(arrays[name]) for name in _FACTORS)
         matrix += scale * (B @ A)

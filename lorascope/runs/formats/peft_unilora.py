@@ -9,6 +9,7 @@ Source: Li et al. (arXiv 2506.00799), as in PEFT.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Positive, to_typed, unreadable
-from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors, shared_factor
+from lorascope.files.typed_json import Positive, to_typed
+from lorascope.runs.formats.peft_factors import (
+    StoredFactors,
+    check_indices,
+    check_shapes,
+    peft_factors,
+    shared_factor,
+)
 from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
 from lorascope.runs.formats.peft_merge import read_merged
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
@@ -62,22 +68,19 @@ def read_unilora(
     parts = {}
     for module, factors in found.items():
         sizes = check_shapes(path, module, factors, _SHAPES, r=settings.r)
-        build, transposed = partial(_gathered_product, path, module, vector), bool(settings.fan_in_fan_out)
+        for side in "AB":
+            check_indices(path, module, factors, f"unilora_indices_{side}", math.prod(vector.shape))
+        build, transposed = partial(_gathered_product, vector), bool(settings.fan_in_fan_out)
         sides = sizes["out"], sizes["in"]
         parts[module] = StoredFactors(factors, sides, settings.r, build, transposed=transposed)
     others = tuple(name for name in others if not name.endswith(_VECTOR))
     return AdapterFiles(path, dict(config), parts, others, files, "Uni-LoRA")
 
 
-def _gathered_product(path: Path, module: str, vector: StoredTensor, arrays: dict[str, np.ndarray]) -> LowRank:
+def _gathered_product(vector: StoredTensor, arrays: dict[str, np.ndarray]) -> LowRank:
     theta = as_float64(vector.read()).reshape(-1)
-    A, B = (_gather(path, module, theta, arrays, side) for side in "AB")
+    A, B = (
+        theta[arrays[f"unilora_indices_{side}"].astype(np.int64)] * as_float64(arrays[f"unilora_scales_{side}"])
+        for side in "AB"
+    )
     return LowRank(B, A)
-
-
-def _gather(path: Path, module: str, theta: np.ndarray, arrays: dict[str, np.ndarray], side: str) -> np.ndarray:
-    places = arrays[f"unilora_indices_{side}"].astype(np.int64)
-    if places.min(initial=0) < 0 or places.max(initial=0) >= len(theta):
-        must = f"unilora_indices_{side} of {printable(module)} must be < {len(theta)}, the values of {_VECTOR}"
-        raise unreadable(path, f"{must}, got {places.max()}")
-    return theta[places] * as_float64(arrays[f"unilora_scales_{side}"])

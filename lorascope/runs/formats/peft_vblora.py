@@ -19,10 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed, unreadable
-from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors, shared_factor
+from lorascope.runs.formats.peft_factors import (
+    StoredFactors,
+    check_indices,
+    check_shapes,
+    peft_factors,
+    shared_factor,
+)
 from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
@@ -69,14 +74,17 @@ def read_vblora(
     for module, factors in found.items():
         sizes = check_shapes(path, module, factors, shapes, r=settings.r, **known)
         sides = sizes["rows"] * length, sizes["columns"] * length
-        build = partial(_mixed_product, path, module, settings.topk, bank)
+        if settings.save_only_topk_weights:
+            for name in (A, B):
+                check_indices(path, module, factors, f"{name}_topk_indices", vectors)
+        build = partial(_mixed_product, settings.topk, bank)
         transposed = bool(settings.fan_in_fan_out)
         parts[module] = StoredFactors(factors, sides, settings.r, build, transposed=transposed)
     others = tuple(name for name in others if not name.endswith(_BANK))
     return AdapterFiles(path, dict(config), parts, others, files, "VB-LoRA")
 
 
-def _mixed_product(path: Path, module: str, k: int, bank: StoredTensor, arrays: dict[str, np.ndarray]) -> LowRank:
+def _mixed_product(k: int, bank: StoredTensor, arrays: dict[str, np.ndarray]) -> LowRank:
     vectors = as_float64(bank.read())
     mixed = []
     for name in ("vblora_logits_A", "vblora_logits_B"):
@@ -89,9 +97,6 @@ def _mixed_product(path: Path, module: str, k: int, bank: StoredTensor, arrays: 
         else:
             chosen, first = arrays[f"{name}_topk_indices"], as_float64(arrays[f"{name}_topk_weights"])
             weights = np.concatenate([first, 1 - first.sum(-1, keepdims=True)], -1)
-            if chosen.min() < 0 or chosen.max() >= len(vectors):
-                must = f"{name}_topk_indices of {printable(module)} must be < {len(vectors)}, the vectors of {_BANK}"
-                raise unreadable(path, f"{must}, got {chosen.max()}")
             chosen = chosen.astype(np.int64)
         mixed.append((weights[..., None] * vectors[chosen]).sum(-2))
     A, B = mixed

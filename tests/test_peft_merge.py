@@ -68,13 +68,13 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
     return line
 
 
-def test_without_base_the_line_tells_to_pass_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_base_the_error_says_to_pass_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written(tmp_path, "PEANUT")
     assert "PEANUT changes the weights of its base" in (line := refused(tmp_path, capsys))
     assert line.endswith("pass the base model, --base DIR\n")
 
 
-def test_without_peft_the_line_tells_to_install_it(
+def test_without_peft_the_error_says_to_install_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written(tmp_path, "PEANUT")

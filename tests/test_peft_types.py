@@ -219,6 +219,13 @@ SPOILED: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], st
         {},
         "rank_pattern of .* must be a regular expression",
     ),
+    "memory": (
+        "C3AConfig",
+        {"block_size": 2},
+        {},
+        {"c3a_kernel": (1, 1, 2**16)},
+        "updates must have <= .* 65536 x 65536",
+    ),
     "parts": ("GloraConfig", {"r": 2}, {"config_A_B": "constant"}, {}, r"dense has no glora_A\.X"),
 }
 

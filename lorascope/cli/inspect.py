@@ -36,8 +36,8 @@ def main(
 ) -> int:
     """Show the norms, ranks and findings of a PEFT adapter or a run.
 
-    Several adapters or runs are compared in pairs: norms, cosines, angles, rank allocation. Nothing is trained, and
-    only adapters without shapes, such as FourierFT, or that change the base itself, such as IA3, require their base model.
+    Several adapters or runs are compared in pairs: norms, cosines, angles, rank allocation. Nothing is trained. Only
+    adapters that store no shapes, such as FourierFT, or that rescale the base, such as IA3, require their base model.
     For a whole model, --base shows which neurons rotated.
 
     Example: lorascope inspect my-adapter

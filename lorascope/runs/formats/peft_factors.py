@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lorascope.updates.linalg import as_float64
 T = TypeVar("T")
 # Indices of SHiRA are stored as floats on Windows.
 INDICES = ("I64", "I32", "I16", "U8", "F32")
+MAX_ENTRIES = 2**31  # a small file may describe a matrix that does not fit in memory
 Factors = Mapping[str, StoredTensor]
 """Tensors of one module by the names that PEFT gives them, such as ``hada_w1_a``."""
 
@@ -54,6 +56,13 @@ class StoredFactors(StoredUpdate):
     scale: float = 1.0
     transposed: bool = False
     thin: bool = True
+
+    def __post_init__(self) -> None:
+        size = max(math.prod(self.sides), self.components * sum(self.sides))
+        if size > MAX_ENTRIES:
+            path, (outer, inner) = next(iter(self.tensors.values())).file.path, self.sides
+            must = f"updates must have <= {MAX_ENTRIES} entries, in their matrix and in their factors"
+            raise unreadable(path, f"{must}, got {outer} x {inner} of rank {self.components}")
 
     @property
     def has_thin_factors(self) -> bool:

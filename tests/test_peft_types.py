@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +298,13 @@ def test_shira_draws_its_indices_if_they_are_missing(tmp_path: Path) -> None:
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(save({k: v for k, v in load_file(weights).items() if "indices" not in k}))
     assert ls.load(tmp_path / "adapter", tmp_path / "base").updates()[M].dense() == pytest.approx(expected, abs=1e-6)
+
+
+def test_reading_imports_neither_torch_nor_peft(tmp_path: Path) -> None:
+    config = peft.IA3Config(feedforward_modules=[], target_modules=["dense"])
+    write_with_peft(tmp_path / "adapter", config, {M: nn.Linear(4, 6)}, tmp_path / "base")
+    code = (
+        "import sys, lorascope as ls; summary = ls.load(*sys.argv[1:]).summary(); "
+        "assert summary['update_norm'].gt(0).all(); sys.exit(not {'torch', 'peft'}.isdisjoint(sys.modules))"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "adapter", tmp_path / "base"], check=True)

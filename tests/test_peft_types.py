@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lorascope as ls
 from lorascope.cli.main import main
+from lorascope.runs.formats import find_reader, find_sentence
+from lorascope.runs.formats.peft_lora import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not save:UserWarning")
 M = "model.layers.0.dense"
@@ -308,3 +310,12 @@ def test_reading_imports_neither_torch_nor_peft(tmp_path: Path) -> None:
         "assert summary['update_norm'].gt(0).all(); sys.exit(not {'torch', 'peft'}.isdisjoint(sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "adapter", tmp_path / "base"], check=True)
+
+
+def test_every_type_of_peft_is_read_or_described() -> None:
+    def known(kind: str) -> bool:
+        config = {"peft_type": kind}
+        return find_reader(config, ()) is not None or find_sentence(config, ()) is not None
+
+    assert {kind.value for kind in peft.PeftType if not known(kind.value)} <= {"TRAINABLE_TOKENS"}
+    assert all(map(known, KINDS))

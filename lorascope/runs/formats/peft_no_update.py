@@ -17,6 +17,7 @@ from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.updates.linalg import as_float64
 
 _WHY = {
+    "Arrow": "a router mixes task adapters per token; inspect those adapters instead",
     "LILY": "a router mixes experts per input",
     "POLY": "a router mixes skills per task",
     "XLORA": "a classifier mixes whole LoRA adapters per token; inspect those adapters instead",

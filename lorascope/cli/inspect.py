@@ -14,9 +14,10 @@ from lorascope.cli.arguments import Folder, command
 from lorascope.cli.load_runs import open_runs
 from lorascope.diagnosis import terminal
 from lorascope.diagnosis.comparison import compare
-from lorascope.diagnosis.inspection import Inspection, inspect
+from lorascope.diagnosis.inspection import Inspection, inspect, rows
 from lorascope.diagnosis.neuron_inspection import inspect_neurons
 from lorascope.diagnosis.neuron_scores import is_checkpoint
+from lorascope.diagnosis.null import null_table
 from lorascope.files.hub import locate
 from lorascope.files.safe_csv import csv_text
 from lorascope.runs.adapter import Adapter
@@ -31,6 +32,7 @@ def main(
     base: Folder = None,
     spectra: bool = False,
     all: bool = False,
+    null: bool = False,
     json: bool = False,
     csv: bool = False,
 ) -> int:
@@ -54,6 +56,8 @@ def main(
         wider than 1024.
     all
         Print one line per module.
+    null
+        Compare ranks with random factors of the same shape, and norms with the same role in other layers.
     json
         Print JSON.
     csv
@@ -84,6 +88,8 @@ def main(
         if unfinished := [run for run in runs if not isinstance(run, Adapter) and not run.meta.states]:
             print(*unfinished, sep="\n")
             return 1
+        if null and len(runs) > 1:
+            raise ValueError(f"--null requires one adapter or run, got {len(runs)}")
         inspections = [inspect(run, spectra) for run in runs]
         screens = [(terminal.modules_screen, item) for item in inspections] if all else []
         if len(inspections) > 1:
@@ -92,8 +98,12 @@ def main(
             screens.append((terminal.comparison_screen, shown))
         else:
             (shown,) = inspections
-            table = partial(_named_modules, shown)
-            screens = screens or [(terminal.inspection_screen, shown)]
+            compared = null_table(shown) if null else None
+            table = partial(_named_modules, shown, compared)
+            screens = screens or [(partial(terminal.inspection_screen, null=compared), shown)]
+            if compared is not None and json:
+                print(dumps(shown.to_json() | {"null": rows(compared)}, indent=1))
+                return 0
     if csv:
         print(csv_text(table()), end="")
     elif json:
@@ -103,6 +113,8 @@ def main(
     return 0
 
 
-def _named_modules(item: Inspection) -> pd.DataFrame:
+def _named_modules(item: Inspection, null: pd.DataFrame | None) -> pd.DataFrame:
     table = item.modules.assign(name=item.name)
+    if null is not None:
+        table = table.join(null.drop(columns=["module", "role", "layer"]))
     return table[["name", *table.columns.drop("name")]]

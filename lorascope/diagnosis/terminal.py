@@ -24,6 +24,7 @@ from lorascope.diagnosis.causes.base import Finding
 from lorascope.diagnosis.comparison import Comparison
 from lorascope.diagnosis.inspection import Inspection, Report
 from lorascope.diagnosis.neuron_inspection import NeuronInspection
+from lorascope.diagnosis.null import below_null, outliers
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
 
@@ -122,8 +123,8 @@ _MATRICES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 )
 
 
-def inspection_screen(inspection: Inspection, target: Console) -> str:
-    """Format one adapter or run."""
+def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFrame | None = None) -> str:
+    """Format one adapter or run, with the table of ``null_table`` if there is one."""
     ranks = ("rank", 6, span, "least_rank", "most_rank"), ("effective", 9, number, "effective_rank")
     columns = (("|dW|", 7, norm, "update_norm"), _SHARE[inspection.has_base], *ranks)
     chart = _chart(inspection, target, "|dW| by layer", _pool_layers, columns, "{} per layer", " (RMS)")
@@ -139,7 +140,25 @@ def inspection_screen(inspection: Inspection, target: Console) -> str:
     paths = [min(str(folder), os.path.relpath(folder), key=len) for folder in folders]
     names = paths, ["ADAPTER", "BASE"][: len(paths)]
     commands = [f"lorascope plot spectrum {_join_paths(*each)} -o spectrum.pdf" for each in names]
-    return _screen(inspection, target, *chart, facts=[("largest |dW|", largest)], commands=commands)
+    facts = [("largest |dW|", largest), *([] if null is None else _null_facts(null))]
+    return _screen(inspection, target, *chart, facts=facts, commands=commands)
+
+
+def _null_facts(table: pd.DataFrame) -> Iterator[_Fact]:
+    """Yield the ranks next to those of random factors, and the modules whose norm is an outlier."""
+    compared, lines = table.dropna(subset=["effective_rank_p"]), []
+    for name, words in (("effective_rank", "effective"), ("stable_rank", "stable")):
+        if len(compared):
+            count = int(below_null(table, name).sum())
+            mean = f"{words} rank of random factors: {number(compared[f'{name}_null'].mean())}"
+            lines.append(Text(f"{mean}; lower in {count} of {len(compared)} modules"))
+    yield "null", lines or [Text("no product of two factors of rank >= 2")]
+    far = outliers(table)
+    named = [_Name(row["module"], f"z {row['norm_z']:<6.1f} ") for row in far.head(3).to_dict("records")]
+    more = [Text(f"and {len(far) - 3} more")] if len(far) > 3 else []
+    known = int(table["norm_z"].notna().sum())
+    text = f"norms of {known} modules with a role in five layers or more: none" if known else "needs five layers"
+    yield "outliers", [*named, *more] or [Text(text)]
 
 
 def modules_screen(inspection: Inspection, target: Console) -> str:

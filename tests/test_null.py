@@ -1,0 +1,105 @@
+"""Null of an adapter: p-values are uniform without a pattern and small with one, and outliers are those planted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contract.format_rows import write
+from scipy.stats import kstest
+
+import lorascope as ls
+from lorascope.cli.main import main
+from lorascope.diagnosis.inspection import inspect
+from lorascope.diagnosis.null import below_null, null_table, outliers, random_spectra
+from lorascope.updates import LowRank
+
+LAYERS, OUT, IN, RANK = 8, 12, 10, 4
+
+
+def adapter(folder: Path, seed: int, decay: float = 1.0, larger: dict[str, float] | None = None) -> ls.Adapter:
+    """Write an adapter of normal factors, whose components decay by a factor, with some norms multiplied."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for layer in range(LAYERS):
+        for role in ("q_proj", "v_proj"):
+            module = f"model.layers.{layer}.self_attn.{role}"
+            size = (larger or {}).get(module, 1.0) * decay ** np.arange(RANK)
+            tensors[f"{module}.lora_A.weight"] = rng.standard_normal((RANK, IN)).astype(np.float32)
+            tensors[f"{module}.lora_B.weight"] = (rng.standard_normal((OUT, RANK)) * size).astype(np.float32)
+    write(folder, {"peft_type": "LORA", "r": RANK, "lora_alpha": 3}, tensors)
+    return ls.load(folder)
+
+
+@pytest.mark.parametrize(("out", "inner", "rank"), [(12, 10, 4), (3, 10, 4), (12, 4, 4), (40, 2, 6)])
+def test_random_spectra_match_normal_factors(out: int, inner: int, rank: int) -> None:
+    drawn = random_spectra((out, inner), rank, 2000, np.random.default_rng(0))
+    rng = np.random.default_rng(1)
+    direct = [
+        LowRank(rng.standard_normal((out, rank)), rng.standard_normal((rank, inner))).singular_values()
+        for _ in range(2000)
+    ]
+    for place in range(min(out, inner, rank)):
+        assert kstest(drawn[:, place], [sigma[place] for sigma in direct]).pvalue > 0.01
+
+
+def test_p_values_of_null_adapters_are_uniform(tmp_path: Path) -> None:
+    p = []
+    for seed in range(200):
+        table = null_table(inspect(adapter(tmp_path / str(seed), seed)), draws=199, seed=1000 + seed)
+        p.append(table.loc[seed % len(table)])  # one module each, because the modules of an adapter share the draws
+    for name in ("effective_rank_p", "stable_rank_p"):
+        values = np.array([row[name] for row in p])
+        assert kstest(values, "uniform").pvalue > 0.01
+        assert values * 200 == pytest.approx(np.round(values * 200))
+
+
+def test_false_findings_of_null_adapters_are_rare(tmp_path: Path) -> None:
+    tables = [null_table(inspect(adapter(tmp_path / str(seed), seed)), draws=199) for seed in range(100)]
+    assert np.mean([below_null(table, "effective_rank").any() for table in tables]) <= 0.1  # 0.05 are expected
+    assert np.mean([len(outliers(table)) / len(table) for table in tables]) <= 0.1
+
+
+def test_planted_pattern_is_found(tmp_path: Path) -> None:
+    table = null_table(inspect(adapter(tmp_path / "a", 0, decay=0.2)))
+    assert below_null(table, "effective_rank").all()
+    assert (table["effective_rank_p"] < 0.05).all()
+    assert not below_null(null_table(inspect(adapter(tmp_path / "b", 0))), "effective_rank").any()
+
+
+def test_planted_outlier_is_found(tmp_path: Path) -> None:
+    module = "model.layers.3.self_attn.v_proj"
+    found = outliers(null_table(inspect(adapter(tmp_path / "a", 0, larger={module: 30.0}))))
+    assert found["module"].iloc[0] == module
+    assert found["norm_z"].iloc[0] > 10
+
+
+def test_trend_through_the_depth_is_no_outlier(tmp_path: Path) -> None:
+    larger = {f"model.layers.{layer}.self_attn.{role}": 3.0**layer for layer in range(LAYERS)
+              for role in ("q_proj", "v_proj")}  # fmt: skip
+    flat, steep = (null_table(inspect(adapter(tmp_path / name, 0, larger=given)))["norm_z"]
+                   for name, given in (("a", None), ("b", larger)))  # fmt: skip
+    assert steep.to_numpy() == pytest.approx(flat.to_numpy(), abs=1e-3)
+
+
+def test_benjamini_and_hochberg_by_hand() -> None:
+    import pandas as pd
+
+    table = pd.DataFrame({"effective_rank_p": [0.04, 0.001, np.nan, 0.02, 0.5]})
+    # Sorted: 0.001 <= 0.0125, 0.02 <= 0.025, 0.04 > 0.0375, 0.5 > 0.05.
+    assert below_null(table, "effective_rank").tolist() == [False, True, False, True, False]
+
+
+def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter(tmp_path / "a", 0, decay=0.2)
+    assert main(["inspect", str(tmp_path / "a"), "--null"]) == 0
+    shown = capsys.readouterr().out
+    assert "lower in 16 of 16 modules" in shown
+    assert "outliers" in shown
+    assert main(["inspect", str(tmp_path / "a"), "--null", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["null"]) == 16
+    assert main(["inspect", str(tmp_path / "a"), "--null", "--csv"]) == 0
+    assert "effective_rank_p" in capsys.readouterr().out.splitlines()[0]
+    assert main(["inspect", str(tmp_path / "a"), str(tmp_path / "a"), "--null"]) == 2
+    assert "--null requires one adapter or run, got 2" in capsys.readouterr().err

@@ -1,0 +1,221 @@
+"""Reader of adapter folders by mlx-lm: ``adapters.safetensors`` and ``adapter_config.json`` with ``fine_tune_type``.
+
+Each module has ``lora_a`` (in, rank) and ``lora_b`` (rank, out), transposed compared with PEFT's, and the update is
+``scale * (lora_a @ lora_b)^T``: ``scale`` is the factor itself. Embeddings have ``lora_a`` (vocabulary, rank). Experts
+are stored in one tensor, ``lora_a`` (experts, rank, in) and ``lora_b`` (experts, out, rank), and become one module
+each, with the names that transformers uses in its files. DoRA adds ``m``, the row norms. Fine-tuning of whole weights
+stores them under their own names, so their updates require the base.
+
+Source: mlx-lm 0.32 (``tuner/lora.py``, ``tuner/dora.py``). Folders of early 2024 have ``alpha``: the factor is then
+alpha / rank, times ``scale`` if both are given. Checkpoints (``0000100_adapters.safetensors``) are listed; to read one,
+pass its path.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile, Unread
+from lorascope.files.typed_json import Finite, to_typed, unreadable
+from lorascope.runs.formats.peft_factors import StoredFactors, check_fit
+from lorascope.runs.formats.peft_lora import CONFIG, group_factors
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
+from lorascope.schema.module_roles import parse
+from lorascope.updates import Dense, Update, from_factors
+from lorascope.updates.linalg import as_float64
+
+_FACTOR = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>lora_a|lora_b|m)")
+_WEIGHT = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>weight)")
+# Names of the projections of experts in the files of Mixtral, whose modules are in ``block_sparse_moe``.
+_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+@dataclass(frozen=True)
+class LoraParameters:
+    """Settings used from ``lora_parameters``."""
+
+    scale: Finite | None = None
+    alpha: Finite | None = None
+
+
+@dataclass(frozen=True)
+class MlxConfig:
+    """Settings used from ``adapter_config.json``, with mlx-lm's defaults."""
+
+    fine_tune_type: str = "lora"
+    lora_parameters: LoraParameters = field(default_factory=LoraParameters)
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class MlxPart(StoredUpdate):
+    """Update of one module or expert: scale * B @ A, with B = lora_b^T and A = lora_a^T.
+
+    ``expert`` is the index in tensors of experts, whose A and B are not transposed.
+    """
+
+    lora_a: StoredTensor
+    lora_b: StoredTensor
+    scale: float
+    transposed: bool
+    expert: int | None
+    magnitude: StoredTensor | None
+    module: str
+    base: PretrainedWeights | None
+
+    @property
+    def has_thin_factors(self) -> bool:
+        """Return whether the update has low-rank factors: not that of DoRA with a base."""
+        return self.magnitude is None or self.base is None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._sides()[0]
+
+    @property
+    def rank(self) -> int:
+        return self._sides()[1]
+
+    @property
+    def size(self) -> int:
+        """Number of stored values of this module or expert."""
+        (outer, inner), rank = self._sides()
+        return rank * (outer + inner) + (0 if self.magnitude is None else math.prod(self.magnitude.shape))
+
+    def _sides(self) -> tuple[tuple[int, int], int]:
+        a, b = (tensor.file.shape(tensor.name) for tensor in (self.lora_a, self.lora_b))
+        return ((b[1], a[0]), b[0]) if self.expert is None else ((b[1], a[-1]), b[2])
+
+    def factors(self) -> dict[str, Any]:
+        """Load A (rank, in), B (out, rank) and for DoRA the magnitude."""
+        if self.expert is None:
+            found = {"A": self.lora_a.read().T, "B": self.lora_b.read().T}
+        else:
+            count = self.lora_b.shape[0]
+            found = {"A": _read_expert(self.lora_a, count, self.expert)}
+            found |= {"B": _read_expert(self.lora_b, count, self.expert)}
+        if self.magnitude is None:
+            return found
+        # The rows of an embedding are the columns of its update.
+        return found | {"magnitude": self.magnitude.read().reshape((1, -1) if self.transposed else -1)}
+
+    def update(self) -> Update:
+        """Load the factors, and return the update; without a base, that of DoRA includes only the direction."""
+        W0 = self.base.weight(self.module, self.shape, self.transposed) if self.magnitude and self.base else None
+        return from_factors(self.factors() | ({} if W0 is None else {"W0": W0}), self.scale)
+
+
+def _read_expert(tensor: StoredTensor, count: int, expert: int) -> np.ndarray:
+    """Load the matrix of one of ``count`` experts."""
+    found = tensor.file.unread(tensor.name)
+    own = Unread(found.stored.reshape(count, -1, found.shape[-1])[expert], found.brain)
+    matrix = np.empty(own.shape, own.dtype)
+    own.read_into(matrix)
+    return matrix
+
+
+def _is_mlx(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    return "peft_type" not in config and bool({"fine_tune_type", "lora_parameters", "lora_layers"} & config.keys())
+
+
+@reads(_is_mlx)
+def read_mlx(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
+    """Read the modules of an opened folder."""
+    source = (path if path.is_dir() else path.parent) / CONFIG
+    settings = to_typed(config, MlxConfig, source)
+    if settings.fine_tune_type == "full":
+        parts, others, kind = *_full_parts(path, files, base), "Full"
+    else:
+        found, others = group_factors(files, _FACTOR)
+        if not found:
+            first = printable(next(iter(others), "no tensor"))
+            raise unreadable(path, f"weights must include lora_a and lora_b, got {first}")
+        parts = {
+            name: part
+            for module, factors in found.items()
+            for name, part in _lora_parts(path, module, factors, settings.lora_parameters, base)
+        }
+        kind = "DoRA" if any("m" in factors for factors in found.values()) else "LoRA"
+    described = dict(config) | ({"base_model_name_or_path": settings.model} if settings.model else {})
+    checkpoints = sorted(file.name for file in path.glob("*_adapters.safetensors")) if path.is_dir() else []
+    notes = (f"{len(checkpoints)} checkpoints are not read: {', '.join(checkpoints[:3])}",) if checkpoints else ()
+    return AdapterFiles(path, described, parts, others, files, kind, kind == "Full", notes)
+
+
+def _lora_parts(
+    path: Path,
+    module: str,
+    factors: Mapping[str, StoredTensor],
+    settings: LoraParameters,
+    base: PretrainedWeights | None,
+) -> Iterator[tuple[str, MlxPart]]:
+    """Yield name and update of a module, or of each of its experts."""
+    name = printable(module)
+    if missing := [factor for factor in ("lora_a", "lora_b") if factor not in factors]:
+        raise unreadable(path, f"{name} has {' and '.join(factors)} but no {missing[0]}")
+    a, b, magnitude = (factors.get(factor) for factor in ("lora_a", "lora_b", "m"))
+    assert a is not None
+    assert b is not None
+    first, second = a.file.shape(a.name), b.file.shape(b.name)
+    experts = second[0] if len(second) == 3 else 0
+    rank = second[2] if experts else second[0]
+    fits = first[1:] == (rank,) if not experts else math.prod(first[:-1]) == experts * rank and len(first) in (2, 3)
+    if len(second) not in (2, 3) or not rank or not fits or (experts and magnitude is not None):
+        must = "must have lora_a (in, rank) and lora_b (rank, out), or one of each per expert"
+        raise unreadable(path, f"{name} {must}, got shapes {first} and {second}")
+    scale = (20.0 if settings.alpha is None else 1.0) if settings.scale is None else settings.scale
+    scale *= 1.0 if settings.alpha is None else settings.alpha / rank
+    transposed = parse(module).role == "embed"
+    for expert in range(experts) if experts else (None,):
+        own = module if expert is None else _expert_name(module, expert)
+        known = base if base is not None and base.has_weight(own) else None
+        part = MlxPart(a, b, scale, transposed, expert, magnitude, own, known)
+        if magnitude is not None and math.prod(magnitude.shape) != part.shape[transposed]:
+            raise unreadable(
+                path, f"m of {name} must have {part.shape[transposed]} values, got shape {magnitude.shape}"
+            )
+        yield own, part
+
+
+def _expert_name(module: str, expert: int) -> str:
+    above, _, leaf = module.partition(".switch_mlp.")
+    if not leaf:
+        return f"{module}.{expert}"
+    return f"{above}.experts.{expert}.{_MIXTRAL.get(leaf, leaf) if above.endswith('block_sparse_moe') else leaf}"
+
+
+def _full_parts(
+    path: Path, files: tuple[TensorFile, ...], base: PretrainedWeights | None
+) -> tuple[dict[str, StoredUpdate], tuple[str, ...]]:
+    """Return the updates of modules whose whole weights are stored."""
+    if base is None:
+        raise unreadable(path, "it has whole weights, so their updates require the base model: --base DIR")
+    found, others = group_factors(files, _WEIGHT)
+    parts: dict[str, StoredUpdate] = {}
+    for module, factors in found.items():
+        if not base.has_weight(module):
+            others = (*others, factors["weight"].name)
+            continue
+        sides = base.shape(module)
+        check_fit(path, module, factors["weight"].shape, sides)
+        build = partial(_difference, base, module, sides)
+        parts[module] = StoredFactors(factors, sides, min(sides), build, thin=False)
+    return parts, others
+
+
+def _difference(base: PretrainedWeights, module: str, sides: tuple[int, int], arrays: dict[str, np.ndarray]) -> Dense:
+    weight = as_float64(arrays["weight"]).reshape(sides)
+    return Dense(weight - base.weight(module, sides))

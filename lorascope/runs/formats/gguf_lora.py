@@ -1,0 +1,56 @@
+"""Reader of LoRA adapters for llama.cpp: GGUF files whose ``general.type`` is ``adapter``.
+
+Each weight has ``.lora_a`` (rank, in) and ``.lora_b`` (out, rank), and all have one ``adapter.lora.alpha``. The scale
+is alpha / rank, or 1 if alpha is 0. Modules have llama.cpp's names, such as ``blk.0.attn_q``.
+
+llama.cpp permutes the rows of queries and keys in models like LLaMA. Norms and singular values equal those of the
+original adapter, but rows differ, and no weights of a base have these names.
+
+Source: llama.cpp (``convert_lora_to_gguf.py``, ``src/llama-adapter.cpp``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import Finite, to_typed, unreadable
+from lorascope.runs.formats.peft_lora import group_factors
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA
+
+_FACTOR = re.compile(r"(?s)(?P<module>.+)\.weight\.(?P<factor>lora_a|lora_b)")
+_PERMUTED = "llama.cpp permutes the rows of queries and keys: norms and singular values are kept, rows are not"
+_EMBEDDING = "token_embd"
+
+
+@reads(lambda config, names: config.get("general.type") == "adapter")
+def read_gguf(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
+    """Read the modules of an opened file."""
+    if config.get("adapter.type") != "lora":
+        raise unreadable(path, f"adapter.type must be lora, got {printable(config.get('adapter.type'))}")
+    found, others = group_factors(files, _FACTOR)
+    alpha = to_typed(config.get("adapter.lora.alpha", 0.0), Finite, f"adapter.lora.alpha of {path}")
+    parts = {}
+    for module, factors in found.items():
+        if missing := {"lora_a", "lora_b"} - factors.keys():
+            raise unreadable(path, f"{printable(module)} has no {min(missing)}")
+        a, b = factors["lora_a"], factors["lora_b"]
+        if a.shape[0] != b.shape[1] or not a.shape[0]:
+            raise unreadable(
+                path, f"{printable(module)} must have factors of one rank, got {a.shape[0]} and {b.shape[1]}"
+            )
+        parts[module] = StoredLoRA(b, a, alpha / a.shape[0] if alpha else 1.0, module == _EMBEDDING)
+    if not parts:
+        raise unreadable(path, "it has no tensor whose name ends in .lora_a")
+    model = config.get("general.base_model.0.name") or config.get("general.architecture")
+    described = {"spelling": "gguf", "lora_alpha": alpha, "base_model_name_or_path": str(model or "unknown")}
+    notes = (_PERMUTED,) if any(re.search(r"\.attn_[qk]$", module) for module in parts) else ()
+    return AdapterFiles(path, described, parts, others, files, notes=notes)

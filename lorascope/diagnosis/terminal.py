@@ -30,7 +30,7 @@ from lorascope.runs.adapter import Adapter
 
 WIDTH = 80
 _LABEL, _CHART = 15, 32
-_STACKS = {"encoder": "enc ", "decoder": "dec "}
+_STACKS = {"": "", "encoder": "enc ", "decoder": "dec "}
 _LABELS = {"holds": "size"}  # JSON output has the older key
 # Characters for zero and for norms, smallest first.
 DIGITS, BLOCKS = ".123456789", "·▁▂▃▄▅▆▇█"
@@ -316,7 +316,7 @@ def _chart(
     depth = int(inside["layer"].max()) + 1 if len(inside) else 0
     step = max(1, math.ceil(depth / _CHART))
     repeat = max(1, min(3, _CHART // depth)) if depth else 1
-    stacks = _STACKS if inside["stack"].nunique() > 1 else {}
+    several = inside["stack"].nunique() > 1
     cells = inside.groupby(["stack", "role", inside["layer"] // step], observed=True)
     values = profile(cells).to_dict()
     largest = max((value for value in values.values() if math.isfinite(value)), default=0.0)
@@ -324,7 +324,7 @@ def _chart(
     for stack, role in roles[["stack", "role"]].to_numpy():
         along = (values.get((stack, role, column)) for column in range(math.ceil(depth / step)))
         drawn = "".join(glyph(value, largest, scale) * repeat for value in along)
-        rows.append((_Name(f"{stacks.get(stack, '')}{role}"), drawn))
+        rows.append((_Name(f"{_STACKS.get(stack, f'{stack} ') if several else ''}{role}"), drawn))
     yield _table([(title, _LABEL - 1), (_layer_axis(depth, step, repeat), _CHART)], rows, columns, roles)
     if largest:
         bins = f", {step} layers per column{pooled}" if step > 1 else ""

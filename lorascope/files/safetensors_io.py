@@ -7,6 +7,7 @@ converted to float32.
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import json
@@ -141,6 +142,12 @@ class TensorFile(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def prefixed(self, prefix: str) -> TensorFile:
+        """Return the same file with a prefix before the names of all tensors."""
+        other = copy.copy(self)
+        other._entries = {f"{prefix}{name}": entry for name, entry in self._entries.items()}
+        return other
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor from the header."""

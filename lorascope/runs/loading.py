@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorascope.files.gguf_io import GgufFile
 from lorascope.files.hub import WEIGHTS, locate, locate_base
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, is_plain, open_tensors, reject_pickles, weight_files
@@ -30,7 +31,7 @@ def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter:
     ----------
     path : path or str
         Run folder, folder of phases (opens the last phase, with its parents), adapter folder, a single ``.safetensors``
-        file, or an adapter on the Hugging Face Hub: ``"user/adapter"``, ``"user/adapter@revision"`` or
+        or ``.gguf`` file, or an adapter on the Hugging Face Hub: ``"user/adapter"``, ``"user/adapter@revision"`` or
         ``"hf://user/adapter/folder"``. A local path comes first.
     base : path or str, optional
         Folder of an adapter's base model, or its name on the hub if the cache contains it; only its safetensors files
@@ -70,7 +71,7 @@ def describe_without_updates(path: Path) -> str | None:
     """Return the sentence about an adapter that changes no weights, such as a trained prompt; None for all others."""
     if is_run(path) or not is_adapter(path):
         return None
-    files = tuple(map(open_tensors, _weight_files(path)))
+    files = _open_files(path)
     config = _configuration(path, files)
     say = find_sentence(config, {name for each in files for name in each})
     return None if say is None else say(path, config, files)
@@ -85,13 +86,13 @@ def is_adapter(path: Path) -> bool:
     """Return whether a folder or file has tensors of an adapter, or the configuration of one."""
     if path.is_dir() and (path / CONFIG).exists():
         return True
-    files = list(map(open_tensors, _weight_files(path)))
+    files = _open_files(path)
     config, names = _configuration(path, files), {name for file in files for name in file}
     return find_reader(config, names) is not None or find_sentence(config, names) is not None
 
 
 def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
-    files = tuple(map(open_tensors, _weight_files(path)))
+    files = _open_files(path)
     config = _configuration(path, files)
     if "peft_type" in config:
         to_typed(config, CommonConfig, _config_file(path))
@@ -108,6 +109,13 @@ def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
     raise ValueError(f"cannot load {printable(path)}: it is neither a run nor an adapter{_hint(path)}")
 
 
+def _open_files(path: Path) -> tuple[TensorFile, ...]:
+    """Open the weight files of a folder, or a file; GGUF files by their name."""
+    if path.suffix == ".gguf" and path.is_file():
+        return (GgufFile(path),)
+    return tuple(map(open_tensors, _weight_files(path)))
+
+
 def _config_file(path: Path) -> Path:
     return (path if path.is_dir() else path.parent) / CONFIG
 
@@ -115,9 +123,10 @@ def _config_file(path: Path) -> Path:
 def _configuration(path: Path, files: Sequence[TensorFile]) -> dict[str, Any]:
     """Return the configuration of an adapter, or the metadata of the header of its file if it has none.
 
-    A single file has the configuration next to it if its name is one that the configuration describes.
+    A single file has the configuration next to it if its name is one that the configuration describes; checkpoints of
+    MLX have a number before it.
     """
-    described = path.is_dir() or path.name in WEIGHTS
+    described = path.is_dir() or path.name.lstrip("0123456789").removeprefix("_") in WEIGHTS
     if described and (file := _config_file(path)).exists():
         return read_json(file, dict[str, Any])
     return {name: value for name, value in files[0].words.items() if name != "format"} if files else {}

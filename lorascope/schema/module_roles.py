@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from lorascope.schema import image_roles
+
 ATTENTION = ("q", "k", "v", "o")
 CROSS = tuple(f"cross_{role}" for role in ATTENTION)
 FFN = ("ffn_in", "ffn_gate", "ffn_out")
@@ -14,28 +16,31 @@ ROLES = (*ATTENTION, *CROSS, *FFN, "qkv", "embed", "pos_embed", "head", "norm", 
 LINEAR = (*ATTENTION, *CROSS, *FFN, "qkv", "other")
 
 # At most four digits: a longer number may not fit the Int16 column ``layer``.
-_BLOCK = re.compile(r"(?:^|\.)(?:h|\w*layers?|\w*blocks?)\.(\d{1,4})(?=\.|$)")
+_BLOCK = re.compile(r"(?:^|\.)(?:h|blk|\w*layers?|\w*blocks?)\.(\d{1,4})(?=\.|$)")
 _NORM = re.compile(r"norm|^ln(_|\d|$)")
 _POSITION = re.compile(r"position|pos_embed|^wpe$|^rel_embed|relative_attention_bias")
-_EMBED = re.compile(r"embeddings?$|^embed_(tokens|in)$|^wte$|^shared$")
+_EMBED = re.compile(r"embeddings?$|^embed_(tokens|in)$|^token_embd$|^wte$|^shared$")
 _HEAD = re.compile(r"(^|_)head$|^(score|classifier|embed_out|qa_outputs|vocab_projector)$")
 _HEAD_PART = re.compile(r"(head|classifier|predictions)\.(out_proj|decoder)$")
 _CROSS_ATTENTION = re.compile(r"cross|encdec|encoder_att")
 _LEAVES = {
-    "q": "q q_proj q_lin q_attn query query_proj wq",
-    "k": "k k_proj k_lin key key_proj wk",
-    "v": "v v_proj v_lin value value_proj wv",
-    "qkv": "qkv qkv_proj wqkv w_pack c_attn query_key_value",
-    "o": "o o_proj out_lin",
-    "ffn_in": "up_proj gate_up_proj fc1 fc_in c_fc lin1 linear1 wi wi_1 w3 dense_h_to_4h",
-    "ffn_gate": "gate_proj wi_0 w1",
-    "ffn_out": "down_proj fc2 fc_out lin2 linear2 w2 dense_4h_to_h",
+    "q": "q q_proj q_lin q_attn query query_proj wq attn_q",
+    "k": "k k_proj k_lin key key_proj wk attn_k",
+    "v": "v v_proj v_lin value value_proj wv attn_v",
+    "qkv": "attn_qkv qkv qkv_proj wqkv w_pack c_attn query_key_value",
+    "o": "o o_proj out_lin attn_output",
+    "ffn_in": "up_proj gate_up_proj fc1 fc_in c_fc lin1 linear1 wi wi_1 w3 dense_h_to_4h ffn_up",
+    "ffn_gate": "gate_proj wi_0 w1 ffn_gate",
+    "ffn_out": "down_proj fc2 fc_out lin2 linear2 w2 dense_4h_to_h ffn_down",
 }
 _ROLE_OF_LEAF = {leaf: role for role, leaves in _LEAVES.items() for leaf in leaves.split()}
 
 
 class Place(NamedTuple):
-    """Stack ("encoder", "decoder" or ""), layer (0..L-1 inside the blocks of its stack, else None) and role."""
+    """Stack ("encoder", "decoder" or ""), layer (0..L-1 inside the blocks of its stack, else None) and role.
+
+    Diffusion models have other stacks; see ``image_roles``.
+    """
 
     stack: str
     layer: int | None
@@ -53,6 +58,9 @@ def parse(name: str) -> Place:
     name : str
         Module name, with or without a prefix such as PEFT's ``base_model.model.``.
     """
+    if (found := image_roles.locate(name)) is not None:
+        stack, layer, tail = found
+        return Place(stack, layer, role_outside(tail) if layer is None else image_roles.role(tail) or role_inside(tail))
     block = _BLOCK.search(name)
     if block is None:
         return Place(stack_of(name), None, role_outside(name))
@@ -114,4 +122,5 @@ def position(stack: str, layer: Any, role: str) -> tuple[int, int, int, int]:
     """
     inside = not pd.isna(layer)
     section = 2 if inside else {"embed": 0, "pos_embed": 1, "head": 4}.get(role, 3)
-    return section, int(stack == "decoder"), int(layer) if inside else -1, ROLES.index(role)
+    order = image_roles.ORDER.get(stack, int(stack == "decoder"))
+    return section, order, int(layer) if inside else -1, ROLES.index(role)

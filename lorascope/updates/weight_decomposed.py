@@ -2,7 +2,8 @@
 
     ``W = m V / |V|``, by row, with V = W_0 + scale * B @ A
 
-The update W - W_0 depends on W_0. Without it, only the update of the direction is known, scale * B @ A.
+The update W - W_0 depends on W_0. Without it, only the update of the direction is known, scale * B @ A. LyCORIS and
+OneTrainer can also learn a magnitude per input; in a convolution, the columns of one input channel share it.
 
 Source: DoRA (arXiv 2402.09353), equation 5, with the row norms of (out, in), as in PEFT.
 """
@@ -29,15 +30,15 @@ class WeightDecomposed(Update, form="weight_decomposed"):
     ----------
     B : array (out, rank)
     A : array (rank, in)
-    magnitude : array (out,)
-        m, the row norms of the weight.
+    magnitude : array (out,) or (1, inputs)
+        m, the norms of the rows of the weight, or of its columns, in ``inputs`` groups of neighbors.
     scale : float
     W0 : array (out, in), optional
     """
 
     B: Float[np.ndarray, "out rank"]
     A: Float[np.ndarray, "rank in"]
-    magnitude: Float[np.ndarray, "out"]
+    magnitude: Float[np.ndarray, "out"] | Float[np.ndarray, "1 inputs"]
     scale: float = 1.0
     W0: Float[np.ndarray, "out in"] | None = None
     required = frozenset({"A", "B", "magnitude"})
@@ -71,10 +72,7 @@ class WeightDecomposed(Update, form="weight_decomposed"):
         """Compute the update as a matrix."""
         if self.W0 is None:
             return self.direction.dense()
-        V = self.direction.dense() + self.W0
-        # A zero row has no direction; PEFT also divides by zero there.
-        V *= as_float64(self.magnitude).reshape(-1, 1) / np.linalg.norm(V, axis=1, keepdims=True)
-        return V - self.W0
+        return set_magnitude(self.direction.dense() + self.W0, self.magnitude) - self.W0
 
     def norm(self) -> float:
         """Compute the Frobenius norm."""
@@ -109,3 +107,15 @@ class WeightDecomposed(Update, form="weight_decomposed"):
             case {"A": (rank, _), "B": (outer, width), "magnitude": (rows,)}:
                 return rank == width and outer == rows and all(floats.values())
         return False
+
+
+def set_magnitude(
+    V: Float[np.ndarray, "out in"], magnitude: Float[np.ndarray, "out"] | Float[np.ndarray, "1 inputs"]
+) -> Float[np.ndarray, "out in"]:
+    """Rescale the rows of a weight, or its columns, to the norms ``magnitude``; see `WeightDecomposed`."""
+    wanted = as_float64(magnitude)
+    # A zero row has no direction; PEFT also divides by zero there.
+    if wanted.ndim == 1:
+        return V * (wanted.reshape(-1, 1) / np.linalg.norm(V, axis=1, keepdims=True))
+    groups = V.reshape(len(V), wanted.size, -1)
+    return (groups * (wanted.reshape(1, -1, 1) / np.linalg.norm(groups, axis=(0, 2), keepdims=True))).reshape(V.shape)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from contract.format_row import FormatRow, Written
+from contract.format_rows_imagefiles import ROWS as IMAGE_FILES
 from contract.format_rows_peftlora import ROWS as PEFT_LORA
 from contract.format_rows_pefttypes import ROWS as PEFT_TYPES
 from safetensors.numpy import save
@@ -144,4 +145,5 @@ ROWS = {
     "read_vera": FormatRow(vera, "VeRA"),
     **PEFT_LORA,
     **PEFT_TYPES,
+    **IMAGE_FILES,
 }

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from contract.format_row import FormatRow
-from contract.format_rows import ROWS, Q, V
+from contract.format_rows import ROWS
 from safetensors.numpy import load_file, save
 
 import lorascope as ls
 from lorascope.cli.main import main
 from lorascope.runs.formats import READERS, find_reader
+from lorascope.runs.loading import _configuration
 from lorascope.updates import from_factors
 
 EVERY = pytest.mark.parametrize("name", ROWS)
@@ -32,7 +33,10 @@ def opened(name: str, tmp_path: Path):
 
 def test_every_reader_has_a_row() -> None:
     find_reader({}, ())
-    assert ROWS.keys() == {name for name, each in READERS.items() if each.read.__module__.startswith("lorascope.")}
+    # GGUF files are not safetensors; see test_gguf.py.
+    assert ROWS.keys() | {"read_gguf"} == {
+        name for name, each in READERS.items() if each.read.__module__.startswith("lorascope.")
+    }
 
 
 @EVERY
@@ -57,8 +61,8 @@ def test_updates_are_those_computed_by_hand(opened) -> None:
 @EVERY
 def test_only_its_reader_matches(name: str, tmp_path: Path) -> None:
     ROWS[name].write(tmp_path / "adapter", tmp_path / "base")
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    names = {key for file in ls.load(tmp_path / "adapter", optional(tmp_path / "base")).files.files for key in file}
+    files = ls.load(tmp_path / "adapter", optional(tmp_path / "base")).files.files
+    config, names = _configuration(tmp_path / "adapter", files), {key for file in files for key in file}
     assert [reader for reader, each in READERS.items() if each.matches(config, names)] == [name]
 
 
@@ -100,12 +104,12 @@ def test_adapter_without_one_of_its_tensors_is_refused_in_one_line(name: str, tm
     for lacking in needed(name, tensors):
         rest = {key: tensor for key, tensor in tensors.items() if key != lacking}
         file.write_bytes(save(rest))
-        module = next((each for each in (Q, V) if each in lacking), "")
+        module = next((each for each in ROWS[name].modules if each in lacking), "")
         if any(module in key for key in rest):
             assert module in refused(tmp_path)
         else:  # its only tensor: the module is gone
             adapter = ls.load(tmp_path / "adapter", optional(tmp_path / "base"))
-            assert list(adapter.updates()) == [V if module == Q else Q]
+            assert list(adapter.updates()) == [each for each in ROWS[name].modules if each != module]
 
 
 @EVERY

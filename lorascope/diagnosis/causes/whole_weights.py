@@ -44,6 +44,7 @@ def other_weights(case: Case) -> Found:
     norms = [scales.get(each.module, np.nan) * np.linalg.norm(as_float64(each.tensor.read())) for each in updates]
     yield from _listed(updates, f"bias updates (lora_bias), {{}}, norm {root_of_squares(np.array(norms)):.3g}")
     yield from _listed([each for each in weights if each.kind == "ignored"], "tensors without effect, {}")
+    yield from _listed([each for each in weights if each.kind == "unread"], "tensors that are not read, {}")
     lacking = [module for module in case.parts if base is not None and not base.has_weight(module)]
     if lacking:
         yield found("not in the base, perhaps tied", lacking)

@@ -22,6 +22,7 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
+from lorascope.runs.formats.image_keys import is_image_adapter
 from lorascope.runs.formats.peft_lora import CONFIG, has_heads, is_transposed, lora_factors, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
@@ -64,7 +65,8 @@ class MergedPart(StoredLoRA):
 
 def _is_merged(config: Mapping[str, Any], names: Collection[str]) -> bool:
     plain = not config and any(".lora_" in name for name in names)
-    return (plain or (peft_kind(config) == "LORA" and "enable_lora" in config)) and not has_heads(names)
+    merged = plain or (peft_kind(config) == "LORA" and "enable_lora" in config)
+    return merged and not has_heads(names) and not is_image_adapter(config, names)
 
 
 @reads(_is_merged)

@@ -16,7 +16,7 @@ from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
 from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredTensor
 
-Kind = Literal["full", "copy", "tokens", "bias", "bias update", "ignored"]
+Kind = Literal["full", "copy", "tokens", "bias", "bias update", "ignored", "unread"]
 # Kinds by the end of their names, the first that fits.
 _ENDS: tuple[tuple[str, Kind], ...] = (
     (".lora_B.bias", "bias update"),
@@ -62,10 +62,12 @@ def whole_weights(files: AdapterFiles) -> list[WholeWeight]:
     """
     tensors = {name.removeprefix(PREFIX): StoredTensor(file, name) for file in files.files for name in file}
     found = []
+    # PEFT ignores other tensors when it loads an adapter; what other programs do is not known.
+    other: Kind = "ignored" if "peft_type" in files.config else "unread"
     for name in files.others:
-        end, kind = next(((end, kind) for end, kind in _ENDS if name.endswith(end)), ("", "ignored"))
-        if kind == "ignored" or UNUSED.search(name):
-            found.append(WholeWeight("ignored", name, tensors[name]))
+        end, kind = next(((end, kind) for end, kind in _ENDS if name.endswith(end)), ("", other))
+        if kind == other or UNUSED.search(name):
+            found.append(WholeWeight(other, name, tensors[name]))
             continue
         module = name.removesuffix(end)
         rows = _token_rows(files, module, tensors[name]) if kind == "tokens" else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ _EXPERTS = ".mlp."  # in transformers; the files of Mixtral and MiniMax have ano
 
 
 class PretrainedWeights:
-    """Model folder written by ``save_pretrained``: one safetensors file, or shards.
+    """Model folder written by ``save_pretrained``: one safetensors file, shards, or a pipeline of diffusers.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class PretrainedWeights:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(os.path.expanduser(folder))
-        self.files = tuple(map(open_tensors, _checkpoint_files(self.folder)))
+        self.files = tuple(_open_model(self.folder))
         self._files = {name: file for file in self.files for name in file}
         self._ends = Ends(self._files)
         self._names: Mapping[str, str] = {}
@@ -54,6 +54,10 @@ class PretrainedWeights:
         """Return (out, in) of a module's weight from the header; see ``weight`` for ``transposed`` and errors."""
         first, *rest = self.stored_shape(module)
         return (math.prod(rest), first) if transposed else (first, math.prod(rest))
+
+    def all_modules(self) -> list[str]:
+        """Return the names of all modules that have a weight."""
+        return [name.removesuffix(".weight") for name in self._files if name.endswith(".weight")]
 
     def modules(self) -> list[str]:
         """Return the names of all modules whose weight has two dimensions."""
@@ -162,6 +166,16 @@ class PretrainedWeights:
         if not longer and _EXPERTS in tensor:
             return self._find_tensor(tensor.replace(_EXPERTS, ".block_sparse_moe."))
         return longer[0] if len(longer) == 1 else None
+
+
+def _open_model(folder: Path) -> Iterator[TensorFile]:
+    """Open the files of a model, or those of all models of a pipeline; their names then start with that of a folder."""
+    if not (folder / "model_index.json").exists():
+        yield from map(open_tensors, _checkpoint_files(folder))
+        return
+    for part in sorted({file.parent for file in folder.glob("*/*.safetensors")}):
+        for file in _checkpoint_files(part):
+            yield open_tensors(file).prefixed(f"{part.name}.")
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:

@@ -26,7 +26,7 @@ class StoredTensor:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape in two dimensions; the kernel dimensions of a convolution are part of the second."""
-        first, *rest = self.file.shape(self.name)
+        first, *rest = self.file.shape(self.name) or (1,)
         return first, math.prod(rest)
 
     def read(self) -> Any:

@@ -1,0 +1,137 @@
+"""Names of tensors in adapters of image and video models: module and part for every spelling.
+
+A part is ``A`` and ``B`` of LoRA (also spelled down and up), ``mid`` of its Tucker form, ``alpha``, ``dora_scale``,
+``magnitude``, or a name of LyCORIS such as ``hada_w1_a``. Modules may be flattened, with underscores instead of dots.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import unreadable
+from lorascope.runs.formats.peft_lora import float_factor
+from lorascope.runs.formats.stored_update import StoredTensor
+from lorascope.schema.module_roles import parse, position
+
+Parts = dict[str, StoredTensor]
+"""Tensors of one module by part."""
+
+METADATA = "lora_adapter_metadata"
+"""Key of the configuration that diffusers writes to the header."""
+_FACTOR = re.compile(
+    r"(?s)(?P<module>.+?)(?:"
+    r"\.lora_(?P<plain>A|B|down|up|mid)(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
+    r"|[._]lora(?P<number>\d?)\.(?P<dotted>down|up)\.weight"
+    r"|\.lora_linear_layer\.(?P<layer>down|up)\.weight)"
+)
+_PART = re.compile(
+    r"(?s)(?P<module>.+?)(?:[._]lora)?\.(?P<part>alpha|dora_scale|scalar|lora_magnitude_vector(?:\.weight)?"
+    r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks|rescale|weight|on_input"
+    r"|(?:[ab][12]|bm)\.weight|diff|w_norm)"
+)
+# Spellings that only adapters of image models have, and prefixes of components before spellings that others share.
+_FLAT = re.compile(r"(?:lora_(?:unet|te\d?|prior|transformer)|lycoris|oft_unet)_")
+_SPELLED = re.compile(
+    r"(?:\.lora_(?:up|down)|[._]lora\d?\.(?:up|down)|\.lora_linear_layer\.(?:up|down))\.weight$"
+    r"|\.(?:hada_w1_[ab]|lokr_w1(?:_a)?|oft_blocks|dora_scale|on_input)$"
+)
+_COMPONENT = re.compile(r"(?:unet|transformer|text_encoder(?:_\d)?|prior)\.")
+_BLOCKS = re.compile(
+    r"(?:model\.)?diffusion_model\.|text_encoders\."
+    r"|(?:\w+\.)?(?:(?:single_)?transformer_blocks|(?:double|single|joint|down|up|input|output)_blocks|mid_block)\."
+)
+_PEFT = re.compile(r"\.lora_[AB](?:\.[^.]+)?\.weight$")
+_NUMBERS = {"alpha", "scalar", "on_input"}  # may be integers
+_SPELLINGS = {"down": "A", "up": "B", "lora_magnitude_vector": "magnitude"}
+_ATTENTION = {"1": "img_attn", "2": "txt_attn"}
+
+
+def is_image_adapter(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Return whether an adapter is for an image or video model.
+
+    Parameters
+    ----------
+    config : mapping
+        Content of ``adapter_config.json``, or the metadata of the file.
+    names : collection of str
+        Names of the tensors.
+    """
+    if {"peft_type", "fine_tune_type", "lora_parameters", "lora_layers"} & config.keys():
+        return False
+    return any(map(_is_image_key, names)) or METADATA in config
+
+
+def is_diffusers(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Return whether an adapter for an image model is one of diffusers: its alpha is not in a tensor."""
+    if not is_image_adapter(config, names) or any(name.endswith((".alpha", ".dora_scale")) for name in names):
+        return False
+    return METADATA in config or any(_COMPONENT.match(name) and _FACTOR.fullmatch(name) for name in names)
+
+
+def _is_image_key(name: str) -> bool:
+    split = split_key(name)
+    if split is None or name.startswith("base_model.model."):
+        return False
+    shared = _COMPONENT.match(name) or _BLOCKS.match(name)
+    return bool(_FLAT.match(name) or _SPELLED.search(name) or (shared and (_PEFT.search(name) or split[1] == "diff")))
+
+
+def split_key(name: str) -> tuple[str, str] | None:
+    """Return module and part of a tensor's name, None if it is not the name of a part."""
+    if match := _FACTOR.fullmatch(name):
+        part = match["plain"] or match["dotted"] or match["layer"]
+        return _module(match["module"], match["number"] or ""), _SPELLINGS.get(part, part)
+    if match := _PART.fullmatch(name):
+        part = match["part"].removesuffix(".weight")
+        return _module(match["module"], ""), _SPELLINGS.get(part, part)
+    return None
+
+
+def _module(name: str, number: str) -> str:
+    """Return the name of a module without the parts that trainers add to it."""
+    above, _, leaf = name.rpartition(".processor.")
+    if above and number:  # XLabs
+        return f"{above}.{_ATTENTION.get(number, 'processor')}.{leaf}"
+    if above:
+        return f"{above}.to_out.0" if leaf == "to_out" else f"{above}.{leaf}"
+    return re.sub(r"^((?:[^.]+\.)?)base_model\.model\.", r"\1", name)
+
+
+def group_parts(files: Iterable[TensorFile], rename: Callable[[str], str]) -> tuple[dict[str, Parts], tuple[str, ...]]:
+    """Group the parts by module, ordered by layer and role, and return the names of all other tensors.
+
+    Parameters
+    ----------
+    files : iterable of TensorFile
+    rename : callable
+        Name of a module in the base.
+
+    Raises
+    ------
+    ValueError
+        A part is not stored as floats, or a module has it twice.
+    """
+    found: dict[str, Parts] = {}
+    others = []
+    for file in files:
+        for name in file:
+            split = split_key(name)
+            if split is None:
+                others.append(name)
+                continue
+            module, part = rename(split[0]), split[1]
+            parts = found.setdefault(module, {})
+            if part in parts:
+                raise unreadable(file.path, f"{printable(module)} has {part} twice, in two spellings")
+            parts[part] = StoredTensor(file, name) if part in _NUMBERS else float_factor(file, name)
+    for module, parts in list(found.items()):
+        if "weight" in parts and "on_input" not in parts:  # weights of the model itself
+            others.append(parts.pop("weight").name)
+        if not parts:
+            del found[module]
+    ordered = sorted(found, key=lambda module: position(*parse(module)))
+    return {module: found[module] for module in ordered}, tuple(others)

@@ -1,0 +1,136 @@
+"""Modules of a base model by the names that adapters of image models give them.
+
+kohya replaces the dots of a name by underscores, which cannot be inverted, so names are compared with underscores. It
+trains SDXL with the names of the model's authors, as in single-file checkpoints, and Stable Diffusion 1 with those of
+diffusers; modules of UNets and of Flux are found under both. The authors of Flux join query, key and value in one
+module, whose rows are several modules of diffusers. The last modulation of Flux has another order of rows there, and is
+not found.
+
+Source: diffusers 0.42.1 (``loaders/single_file_utils.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from lorascope.schema.image_roles import FLATTENED
+from lorascope.schema.name_patterns import Ends
+
+_ORIGINAL = re.compile(r"(?:model\.)?diffusion_model\.")
+# Components of a pipeline for the prefixes of kohya; text encoders count from one.
+_COMPONENTS = {
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
+    "lora_te3": "text_encoder_3",
+    "lora_prior_unet": "prior",
+    "lora_prior_te": "text_encoder",
+}
+_BLOCKS = re.compile(r"(?=(?:double|single)_blocks\.)")
+_DENOISERS = ("unet", "transformer")
+
+_BLOCK = re.compile(r"(input|middle|output)_blocks?_(\d+)_(?:(\d)_)?(.+)")
+_RESNET = {
+    "in_layers_0": "norm1",
+    "in_layers_2": "conv1",
+    "emb_layers_1": "time_emb_proj",
+    "out_layers_0": "norm2",
+    "out_layers_3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+_OUTSIDE = {
+    "input_blocks_0_0": "conv_in",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+    "out_0": "conv_norm_out",
+    "out_2": "conv_out",
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "final_layer_linear": "proj_out",
+} | {
+    f"{short}_in_{side}_layer": f"time_text_embed_{name}_embedder_linear_{number}"
+    for short, name in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items()
+    for number, side in enumerate(("in", "out"), 1)
+}
+_FLUX = re.compile(r"(double|single)_blocks_(\d+)_(.+)")
+_FLUX_NAMES = {
+    "img_attn_qkv": ("attn_to_q", "attn_to_k", "attn_to_v"),
+    "txt_attn_qkv": ("attn_add_q_proj", "attn_add_k_proj", "attn_add_v_proj"),
+    "img_attn_proj": ("attn_to_out_0",),
+    "txt_attn_proj": ("attn_to_add_out",),
+    "img_mlp_0": ("ff_net_0_proj",),
+    "img_mlp_2": ("ff_net_2",),
+    "txt_mlp_0": ("ff_context_net_0_proj",),
+    "txt_mlp_2": ("ff_context_net_2",),
+    "img_mod_lin": ("norm1_linear",),
+    "txt_mod_lin": ("norm1_context_linear",),
+    "linear1": ("attn_to_q", "attn_to_k", "attn_to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation_lin": ("norm_linear",),
+}
+"""Modules of diffusers by those of the authors, in the order of the rows."""
+_MIDDLE = {0: "resnets_0", 1: "attentions_0", 2: "resnets_1"}
+
+
+class BaseNames:
+    """Modules of a base model by flattened names.
+
+    Parameters
+    ----------
+    modules : iterable of str
+        Names of the modules that have a weight.
+    """
+
+    def __init__(self, modules: Iterable[str]) -> None:
+        self._modules = set(modules)
+        self._flat: dict[str, list[str]] = {}
+        for module in sorted(self._modules):
+            self._flat.setdefault(module.replace(".", "_"), []).append(module)
+        self._ends = Ends(self._flat)
+
+    def find(self, name: str) -> tuple[str, ...]:
+        """Return the modules of the base that an adapter gives this name, in the order of their rows; () if none."""
+        prefix = _ORIGINAL.match(name) or ("." not in name and FLATTENED.match(name)) or _BLOCKS.match(name)
+        if not prefix or name in self._modules:
+            return (name,) if name in self._modules else ()
+        flat = name[prefix.end() :].replace(".", "_")
+        component = _COMPONENTS.get(prefix[0].strip("_"))
+        components = _DENOISERS if component is None else (component,)
+        for names in ((flat,), to_diffusers(flat)):
+            found = [self._only(each, components) for each in names]
+            if all(found):
+                return tuple(found)
+        longer = [module for end in self._ends.names_with_end(f"_{flat}") for module in self._flat[end]]
+        return (longer[0],) if len(longer) == 1 else ()
+
+    def _only(self, flat: str, components: Iterable[str]) -> str:
+        """Return the only module of this name, with or without one of the components; "" if there is none."""
+        names = (*(f"{component}_{flat}" for component in components), flat)
+        return next((found[0] for name in names if len(found := self._flat.get(name, [])) == 1), "")
+
+
+def to_diffusers(name: str) -> tuple[str, ...]:
+    """Return the names in diffusers of a module, all with underscores, in the order of their rows; () if unknown."""
+    if name in _OUTSIDE:
+        return (_OUTSIDE[name],)
+    if (match := _FLUX.fullmatch(name)) is not None:
+        stem = f"{'single_' * (match[1] == 'single')}transformer_blocks_{match[2]}"
+        return tuple(f"{stem}_{each}" for each in _FLUX_NAMES.get(match[3], ()))
+    match = _BLOCK.fullmatch(name)
+    return () if match is None else (_unet_name(match),)
+
+
+def _unet_name(match: re.Match[str]) -> str:
+    side, number, place, inside = match[1], int(match[2]), int(match[3] or 0), match[4]
+    inside = _RESNET.get(inside, inside)
+    if side == "middle":
+        return f"mid_block_{_MIDDLE.get(number)}_{inside}"
+    block, index = divmod(number - (side == "input"), 3)
+    stem = "down_blocks" if side == "input" else "up_blocks"
+    if inside == "op" or (side == "output" and inside == "conv"):
+        sampler = "downsamplers" if side == "input" else "upsamplers"
+        return f"{stem}_{block}_{sampler}_0_conv"
+    return f"{stem}_{block}_{'attentions' if place else 'resnets'}_{index}_{inside}"

@@ -1,0 +1,151 @@
+"""Reader of LoRA and LyCORIS files for image and video models, as kohya, LyCORIS, ComfyUI and OneTrainer write them.
+
+Each module has a rank r and an ``alpha``, so the scale is alpha / r; without alpha it is 1. Settings of the trainer in
+the header are not used: the tensors decide. Modules may have different algorithms; see ``lycoris``. Differences of
+biases (``diff_b``) and replaced weights (``set_weight``) are listed, but not measured.
+
+Source: kohya-ss/sd-scripts (``networks``), lycoris-lora 4.1.3, ComfyUI (``comfy/lora.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import parse_json, unreadable
+from lorascope.runs.formats.fused_rows import split_rows
+from lorascope.runs.formats.image_keys import Parts, group_parts, is_diffusers, is_image_adapter
+from lorascope.runs.formats.image_names import BaseNames
+from lorascope.runs.formats.lycoris import Module, Scale, read_module
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
+
+# Metadata of the header that describes the training; trainers also write the tags of all images.
+_DESCRIPTION = (
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+    "ss_base_model_version",
+    "modelspec.architecture",
+)
+_MAGNITUDES = {"dora_scale", "magnitude"}
+_MANY = 1e-6  # relative difference of two equal values of alpha, which float16 rounds
+
+
+@reads(lambda config, names: is_image_adapter(config, names) and not is_diffusers(config, names))
+def read_kohya(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
+    """Read the modules of an opened file."""
+    alphas: list[float] = []
+
+    def scale(module: str, parts: Parts) -> Scale:
+        alpha, scalar = (_value(path, parts[name]) if name in parts else None for name in ("alpha", "scalar"))
+        if alpha is not None and "oft_blocks" not in parts:
+            alphas.append(alpha)
+        factor = 1.0 if scalar is None else scalar
+        return lambda rank: factor * alpha / rank if alpha else factor
+
+    found = image_adapter(path, config, files, base, scale, "kohya")
+    return replace(found, notes=(*found.notes, *_notes(config, alphas)))
+
+
+def image_adapter(
+    path: Path,
+    config: Mapping[str, Any],
+    files: tuple[TensorFile, ...],
+    base: PretrainedWeights | None,
+    scale: Callable[[str, Parts], Scale],
+    spelling: str,
+) -> AdapterFiles:
+    """Read the modules of a file for an image model.
+
+    Parameters
+    ----------
+    path, config, files, base
+        See `reads`.
+    scale : callable
+        ``scale(module, parts)`` returns the function from the rank of a module to its scale.
+    spelling : str
+        Name of the format.
+    """
+    if len(files) > 1 and any(set(files[0]) & set(file) for file in files[1:]):
+        each = ", ".join(printable(file.path.name) for file in files[:3])
+        raise unreadable(path, f"it has {len(files)} adapters, pass the path of one: {each}")
+    names = BaseNames(() if base is None else base.all_modules())
+
+    def rename(module: str) -> str:
+        known = names.find(module)
+        return known[0] if len(known) == 1 else module
+
+    found, others = group_parts(files, rename)
+    parts: dict[str, StoredUpdate] = {}
+    kinds: dict[str, None] = {}
+    for name, tensors in found.items():
+        own = base if base is not None and base.has_weight(name) else None
+        kind, part = read_module(Module(path, name, tensors, scale(name, tensors), own))
+        kinds[kind] = None
+        # The magnitudes of DoRA require the weights of all rows.
+        fused = names.find(name) if own is None and not _MAGNITUDES & tensors.keys() else ()
+        parts |= {name: part} if base is None or not fused else split_rows(path, part, fused, base)
+    if not parts:
+        raise unreadable(path, f"it has no factors, got {printable(next(iter(others), 'no tensor'))}")
+    decomposed = any(_MAGNITUDES & tensors.keys() for tensors in found.values())
+    if decomposed and kinds.keys() == {"LoRA"}:
+        kinds = {"DoRA": None}
+    described = {"spelling": spelling} | {key: config[key] for key in _DESCRIPTION if isinstance(config.get(key), str)}
+    model = described.get("modelspec.architecture") or described.get("ss_base_model_version")
+    described |= {"base_model_name_or_path": model} if model else {}
+    needs_base = bool(kinds.keys() & {"IA3", "GLoRA", "OFT"})
+    notes = tuple(_magnitude_notes(found, "DoRA" in kinds, base is not None))
+    return AdapterFiles(path, described, parts, others, files, " and ".join(kinds), needs_base, notes)
+
+
+def _value(path: Path, tensor: StoredTensor) -> float:
+    """Load a tensor of one value."""
+    if tensor.shape != (1, 1):
+        raise unreadable(path, f"{printable(tensor.name)} must be one number, got shape {tensor.shape}")
+    value = float(tensor.read()[0, 0])
+    if not np.isfinite(value):
+        raise unreadable(path, f"{printable(tensor.name)} must be finite, got {value}")
+    return value
+
+
+def _magnitude_notes(found: Mapping[str, Parts], plain: bool, has_base: bool) -> Iterator[str]:
+    scaled = [parts["dora_scale"] for parts in found.values() if "dora_scale" in parts]
+    if scaled and not plain and not has_base:
+        yield "dora_scale: |dW| is the norm of the direction only; add --base DIR for the whole update"
+    if any(tensor.file.shape(tensor.name)[0] > 1 for tensor in scaled):
+        yield "ComfyUI divides dora_scale by the row norms of the base instead of base + update, so its update differs"
+
+
+def _notes(config: Mapping[str, Any], alphas: Collection[float]) -> Iterator[str]:
+    """Yield the known differences between what was trained and what readers of a file apply."""
+    arguments = config.get("ss_network_args")
+    try:
+        split = parse_json(arguments, "ss_network_args") if isinstance(arguments, str) else {}
+    except ValueError:
+        split = {}
+    if isinstance(split, dict) and str(split.get("split_qkv")).lower() == "true":
+        yield (
+            "trained with split_qkv: fused modules have 3 or 4 times the rank at the same alpha, "
+            "so all readers apply a third or a quarter of the trained scale there"
+        )
+    if zeros := sum(alpha == 0 for alpha in alphas):
+        yield f"alpha is 0 in {zeros} modules: kohya and LyCORIS use the rank instead, as here, but ComfyUI uses 0"
+    stated = config.get("ss_network_alpha")
+    try:
+        header = float(stated) if isinstance(stated, str) else np.nan
+    except ValueError:
+        header = np.nan
+    if alphas and not any(abs(alpha - header) <= _MANY * abs(header) for alpha in alphas) and np.isfinite(header):
+        values = " to ".join(f"{value:g}" for value in sorted({min(alphas), max(alphas)}))
+        yield f"the header says alpha {header:g}, the tensors {values}: the tensors decide"

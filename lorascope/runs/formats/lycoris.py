@@ -1,0 +1,305 @@
+"""Updates of one module in the algorithms of LyCORIS: LoRA, LoHa, LoKr, full differences, IA3, GLoRA, OFT and BOFT.
+
+Convolutions are matrices (out, in * kernel). With ``dora_scale``, the norms of the rows or columns of the new weight
+are learned, too: the update then requires the base, and without it only that of the direction is known. IA3, GLoRA, OFT
+and BOFT always require it.
+
+Source: LyCORIS (arXiv 2309.14859) and lycoris-lora 4.1.3; kohya's ``networks.lora`` and ``networks.oft`` are the same.
+A zero alpha counts as the rank, and a LoKr of two full matrices has the scale 1 regardless of alpha, as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import unreadable
+from lorascope.runs.formats.image_keys import Parts
+from lorascope.runs.formats.peft_dora import DoraPart
+from lorascope.runs.formats.peft_factors import StoredFactors, check_fit, check_shapes, stored_shape
+from lorascope.runs.formats.peft_loha import hadamard_part
+from lorascope.runs.formats.peft_lokr import kronecker_part, kronecker_shapes
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.stored_update import StoredLoRA, StoredUpdate
+from lorascope.updates import Dense, LowRank, Update, WeightDecomposed
+from lorascope.updates.linalg import as_float64
+from lorascope.updates.weight_decomposed import set_magnitude
+
+Arrays = dict[str, np.ndarray]
+Scale = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Module:
+    """Parts of one module.
+
+    Parameters
+    ----------
+    path : path
+        The adapter, for error messages.
+    name : str
+    parts : mapping part -> StoredTensor
+    scales : callable
+        Scale of a rank.
+    base : PretrainedWeights, optional
+        Base, if it has the module.
+    """
+
+    path: Path
+    name: str
+    parts: Parts
+    scales: Scale
+    base: PretrainedWeights | None
+
+    def check(self, shapes: dict[str, str], **sizes: int) -> dict[str, int]:
+        """Check the shapes of parts; see `check_shapes`."""
+        return check_shapes(self.path, self.name, self.parts, shapes, **sizes)
+
+    def scale_of(self, rank: int) -> float:
+        """Return the scale of a rank, which must be 1 or more."""
+        if rank < 1:
+            raise self.error(f"must have a rank >= 1, got {rank}")
+        return self.scales(rank)
+
+    def require_no_kernel(self, *names: str) -> None:
+        """Raise a ValueError if one of these parts has a kernel larger than 1."""
+        for name in names:
+            if self.parts[name].shape != (shape := stored_shape(self.parts[name]))[:2]:
+                raise self.error(f"must have {name} with a kernel of 1, got shape {shape}")
+
+    def pick(self, *names: str) -> Parts:
+        """Return those of the named parts that the module has."""
+        return {name: self.parts[name] for name in names if name in self.parts}
+
+    def weight(self) -> np.ndarray:
+        """Load the weight of the base, (out, in)."""
+        assert self.base is not None
+        return as_float64(self.base.weight(self.name, self.base.shape(self.name)))
+
+    def base_shape(self, kind: str) -> tuple[int, int]:
+        """Return the shape of the base's weight; without a base, raise a ValueError."""
+        if self.base is None:
+            reason = f"{kind} changes the weights of its base: pass a base with {printable(self.name)}, --base DIR"
+            raise unreadable(self.path, reason)
+        return self.base.shape(self.name)
+
+    def error(self, reason: str) -> ValueError:
+        """Return the error for a module that cannot be read."""
+        return unreadable(self.path, f"{printable(self.name)} {reason}")
+
+
+def read_module(module: Module) -> tuple[str, StoredUpdate]:
+    """Return the name of a module's algorithm, and its stored update.
+
+    Raises
+    ------
+    ValueError
+        A part is missing or has the wrong shape, or the update requires a base that is not given.
+    """
+    found = [kind for kind, (parts, _) in _ALGORITHMS.items() if module.parts.keys() & set(parts.split())]
+    if len(found) != 1:
+        held = " and ".join(module.parts)
+        raise module.error(f"has {held}, the parts of {' and '.join(found) or 'no algorithm'}")
+    kind = found[0]
+    stored = _ALGORITHMS[kind][1](module)
+    if module.base is not None:
+        check_fit(module.path, module.name, stored.shape, module.base.shape(module.name))
+    return kind, _with_magnitude(module, stored)
+
+
+def _lora(module: Module) -> StoredUpdate:
+    spelled = {"A": "lora_down (lora_A)", "B": "lora_up (lora_B)"}
+    if missing := [name for part, name in spelled.items() if part not in module.parts]:
+        raise module.error(f"has no {' and no '.join(missing)}")
+    A, B = module.parts["A"], module.parts["B"]
+    if "mid" in module.parts:
+        sizes = module.check({"B": "out rank *", "mid": "rank inner *", "A": "inner in *"})
+        module.require_no_kernel("A", "B")
+        kernel = stored_shape(module.parts["mid"])[2:]
+        sides = sizes["out"], sizes["in"] * int(np.prod(kernel))
+        scale = module.scale_of(sizes["inner"])
+        return StoredFactors(module.pick("B", "A", "mid"), sides, sizes["rank"], partial(_tucker, scale), scale)
+    if A.shape[0] != B.shape[1]:
+        raise module.error(f"must have factors of one rank, got {A.shape[0]} and {B.shape[1]}")
+    return StoredLoRA(B, A, module.scale_of(A.shape[0]), False)
+
+
+def _tucker(scale: float, arrays: Arrays) -> Update:
+    """Return the product of up (out, rank) and the core (rank, inner, kernel) times down (inner, in)."""
+    core, up, down = (as_float64(arrays[name]) for name in ("mid", "B", "A"))
+    A = np.einsum("mn...,nj->mj...", core, down.reshape(len(down), -1)).reshape(len(core), -1)
+    return LowRank(up.reshape(len(up), -1), A, scale)
+
+
+def _loha(module: Module) -> StoredUpdate:
+    names = [f"hada_w{number}_{side}" for number in (1, 2) for side in "ab"]
+    tucker = {"hada_t1", "hada_t2"} & module.parts.keys()
+    shapes = dict(zip(names, ("r out", "r in") * 2 if tucker else ("out r", "r in") * 2, strict=True))
+    shapes |= dict.fromkeys(("hada_t1", "hada_t2"), "r r k1 k2") if tucker else {}
+    sizes = module.check(shapes)
+    return hadamard_part(module.pick(*shapes), sizes, module.scale_of(sizes["r"]))
+
+
+def _lokr(module: Module) -> StoredUpdate:
+    shapes = kronecker_shapes(module.parts)
+    sizes = module.check(shapes)
+    scale = module.scale_of(sizes["r"]) if "r" in sizes else 1.0
+    return kronecker_part(module.pick(*shapes), sizes, scale)
+
+
+def _full(module: Module) -> StoredUpdate:
+    parts = module.pick("diff", "w_norm")
+    tensor = next(iter(parts.values()))
+    return StoredFactors(parts, tensor.shape, min(tensor.shape), _difference, thin=False)
+
+
+def _difference(arrays: Arrays) -> Update:
+    matrix = next(iter(arrays.values()))
+    return Dense(matrix.reshape(len(matrix), -1))
+
+
+def _ia3(module: Module) -> StoredUpdate:
+    sides = module.base_shape("IA3")
+    if module.parts["on_input"].shape != (1, 1):
+        raise module.error(f"must have one value on_input, got shape {stored_shape(module.parts['on_input'])}")
+    on_input = bool(module.parts["on_input"].read()[0, 0])
+    if "weight" not in module.parts:
+        raise module.error("has on_input but no weight")
+    count = int(np.prod(stored_shape(module.parts["weight"])))
+    if not count or sides[on_input] % count or (count != sides[0] and not on_input):
+        raise module.error(f"must have a weight for each of {sides[on_input]} {'inputs' if on_input else 'outputs'}")
+    build = partial(_rescaled, module, on_input)
+    return StoredFactors(module.pick("weight"), sides, min(sides), build, thin=False)
+
+
+def _rescaled(module: Module, on_input: bool, arrays: Arrays) -> Update:
+    W, factor = module.weight(), as_float64(arrays["weight"]).reshape(-1)
+    # The inputs of a convolution have one column for each value of the kernel.
+    return Dense(W * (np.repeat(factor, W.shape[1] // factor.size) if on_input else factor[:, None]))
+
+
+def _glora(module: Module) -> StoredUpdate:
+    if "bm" in module.parts:
+        raise module.error("has bm, and GLoRA with a Tucker core is not supported")
+    sides = module.base_shape("GLoRA")
+    sizes = module.check({"a1": "in rank *", "a2": "rank in *", "b1": "out rank *", "b2": "rank in *"}, out=sides[0])
+    module.require_no_kernel("a1", "a2", "b1")
+    kernel = sides[1] // sizes["in"] if sizes["in"] else 0
+    if module.parts["b2"].shape[1] != sides[1] or kernel * sizes["in"] != sides[1]:
+        raise module.error(f"must have b2 with {sides[1]} columns, got {module.parts['b2'].shape[1]}")
+    scale, thin = module.scale_of(sizes["rank"]), kernel == 1 and 2 * sizes["rank"] < min(sides)
+    build = partial(_added_and_multiplied, module, scale, thin)
+    rank = 2 * sizes["rank"] if thin else min(sides)
+    return StoredFactors(module.pick("a1", "a2", "b1", "b2"), sides, rank, build, scale, thin=thin)
+
+
+def _added_and_multiplied(module: Module, scale: float, thin: bool, arrays: Arrays) -> Update:
+    a1, a2, b1, b2 = (as_float64(arrays[name]).reshape(len(arrays[name]), -1) for name in ("a1", "a2", "b1", "b2"))
+    W = module.weight()
+    if thin:
+        return LowRank(np.hstack([b1, W @ a1]), np.vstack([b2, a2]), scale)
+    channels = np.einsum("oik,ir,rj->ojk", W.reshape(len(W), len(a1), -1), a1, a2, optimize=True)
+    return Dense(scale * (b1 @ b2 + channels.reshape(W.shape)))
+
+
+def _oft(module: Module) -> StoredUpdate:
+    blocks = module.parts["oft_blocks"]
+    shape = stored_shape(blocks)
+    kind = "BOFT" if len(shape) == 4 else "OFT"
+    sides = module.base_shape(kind)
+    outer = sides[0]
+    if len(shape) not in (3, 4) or shape[-1] != shape[-2] or shape[-3] * shape[-1] != outer:
+        raise module.error(f"must have square oft_blocks for {outer} rows in total, got shape {shape}")
+    steps = range(shape[0]) if len(shape) == 4 else ()
+    if any(outer % (2**step * shape[-1]) for step in steps) or (steps and shape[-1] % 2):
+        raise module.error(f"must have <= log2 of {outer} / {shape[-1]} steps, got {shape[0]}")
+    if "rescale" in module.parts and module.parts["rescale"].shape != (outer, 1):
+        raise module.error(f"must have {outer} values in rescale, got shape {stored_shape(module.parts['rescale'])}")
+    parts = module.pick("oft_blocks", "rescale", "alpha")
+    return StoredFactors(parts, sides, min(sides), partial(_rotated, module), thin=False)
+
+
+def _rotated(module: Module, arrays: Arrays) -> Update:
+    blocks, W = as_float64(arrays["oft_blocks"]), module.weight()
+    limit = float(arrays["alpha"].reshape(-1)[0]) * len(W) if "alpha" in arrays else 0.0
+    skew = blocks - blocks.swapaxes(-1, -2)
+    norm = np.linalg.norm(skew)
+    if 0 < limit < norm:
+        skew *= limit / norm
+    unit = np.eye(skew.shape[-1])
+    R = (unit + skew) @ np.linalg.inv(unit - skew)
+    rotated = W
+    if R.ndim == 3:
+        rotated = np.einsum("knm,knj->kmj", R, W.reshape(*R.shape[:2], -1)).reshape(W.shape)
+    else:
+        for step, factors in enumerate(R):
+            rotated = _butterfly(rotated, factors, 2**step * len(unit) // 2)
+    if "rescale" in arrays:
+        rotated = as_float64(arrays["rescale"]).reshape(-1, 1) * rotated
+    return Dense(rotated - W)
+
+
+def _butterfly(W: np.ndarray, blocks: np.ndarray, stride: int) -> np.ndarray:
+    """Multiply groups of rows by blocks (count, b, b), after an interleaving with this stride that is then undone."""
+    mixed = W.reshape(-1, 2, stride, W.shape[1]).swapaxes(1, 2).reshape(*blocks.shape[:2], -1)
+    return (blocks @ mixed).reshape(-1, stride, 2, W.shape[1]).swapaxes(1, 2).reshape(W.shape)
+
+
+_ALGORITHMS: dict[str, tuple[str, Callable[[Module], StoredUpdate]]] = {
+    "LoRA": ("A B mid", _lora),
+    "LoHa": ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2", _loha),
+    "LoKr": ("lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2", _lokr),
+    "Full": ("diff w_norm", _full),
+    "IA3": ("on_input", _ia3),
+    "GLoRA": ("a1 a2 b1 b2 bm", _glora),
+    "OFT": ("oft_blocks", _oft),
+}
+"""Parts and reader of every algorithm."""
+
+
+def _with_magnitude(module: Module, stored: StoredUpdate) -> StoredUpdate:
+    """Return the stored update with the learned norms of rows or columns, if the module has them."""
+    magnitude = next(iter(module.pick("magnitude", "dora_scale").values()), None)
+    if magnitude is None:
+        return stored
+    (outer, inner), shape = stored.shape, stored_shape(magnitude)
+    count = int(np.prod(shape))
+    by_row = count == outer and (not shape or shape[0] == outer or "magnitude" in module.parts)
+    by_column = not by_row and len(shape) > 1 and shape[0] == 1 and count > 0 and inner % count == 0
+    if not (by_row or by_column):
+        raise module.error(f"must have {outer} magnitudes (outputs), or one per input, got shape {shape}")
+    if by_row and type(stored) is StoredLoRA:
+        return DoraPart(**vars(stored), magnitude=magnitude, module=module.name, base=module.base)
+    if isinstance(stored, StoredLoRA):
+        tensors, rank, thin = {"B": stored.B, "A": stored.A}, stored.rank, True
+        build: Callable[[Arrays], Update] = partial(_product, stored.scale)
+    else:
+        assert isinstance(stored, StoredFactors)
+        tensors, rank, thin, build = dict(stored.tensors), stored.rank, stored.thin, stored.build
+    return StoredFactors(
+        tensors | {"magnitude": magnitude},
+        stored.shape,
+        rank,
+        partial(_decomposed, module, build, by_row),
+        stored.scale,
+        thin=thin and module.base is None,
+    )
+
+
+def _product(scale: float, arrays: Arrays) -> Update:
+    A, B = arrays["A"], arrays["B"]
+    return LowRank(B.reshape(len(B), -1), A.reshape(len(A), -1), scale)
+
+
+def _decomposed(module: Module, build: Callable[[Arrays], Update], by_row: bool, arrays: Arrays) -> Update:
+    direction = build(arrays)
+    magnitude = arrays["magnitude"].reshape(-1 if by_row else (1, -1))
+    W0 = None if module.base is None else module.weight()
+    if isinstance(direction, LowRank):
+        return WeightDecomposed(direction.B, direction.A, magnitude, direction.scale, W0)
+    return direction if W0 is None else Dense(set_magnitude(direction.dense() + W0, magnitude) - W0)

@@ -26,6 +26,7 @@ import lorascope
 from lorascope.cli.main import COMMANDS, main
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method
+from lorascope.runs.formats.registry import READERS, SENTENCES, find_reader
 from lorascope.schema.records import QUANTITIES
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +144,30 @@ def quantities_page() -> str:
     )
 
 
+READ_AS = {
+    "files": "read from its files",
+    "direction": "read from its files, the whole update with the base",
+    "base": "read with the base",
+    "peft": "merged by PEFT, with the base: `pip install lorascope[peft]`",
+}
+
+
+def formats_page() -> str:
+    """Return the page of the formats of adapters, by what their updates follow from."""
+    find_reader({}, ())
+    own = [reader for reader in READERS.values() if reader.read.__module__.startswith("lorascope.")]
+    rows = [(READ_AS[reader.needs], reader.format) for reader in own]
+    rows += [("described: it changes no weights, or none by itself", format) for _, _, format in SENTENCES]
+    order = [*READ_AS.values(), rows[-1][0]]
+    rows.sort(key=lambda row: (order.index(row[0]), row[1].lower()))
+    lines = [f"| {format} | {how} |" for how, format in rows]
+    return (
+        "# Formats of adapters\n\nA format is recognized by its configuration, or by the header and the tensor names "
+        "of its file. Pickles are never loaded. `--base` names the base model: a folder, or a name on the Hugging Face Hub that "
+        "is in the cache.\n\n| format | how |\n|---|---|\n" + "\n".join(lines) + "\n"
+    )
+
+
 def commands_page() -> str:
     """Return the help of every command, as the terminal prints it."""
     parts = ["# Command line\n\n```text\n" + help_of([]) + "```\n"]
@@ -173,7 +198,7 @@ def write_pages(app: Sphinx, config: Config) -> None:
     """Write all generated pages into the source folder, before Sphinx looks for sources."""
     source = Path(app.srcdir)
     pages = method_pages() | reference_pages() | gallery.pages(source)
-    pages |= {"quantities.md": quantities_page(), "cli.md": commands_page()}
+    pages |= {"quantities.md": quantities_page(), "formats.md": formats_page(), "cli.md": commands_page()}
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         pages[f"tutorials/{notebook.name}"] = notebook.read_text(encoding="utf-8")
     for name, text in pages.items():

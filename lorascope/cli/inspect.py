@@ -36,7 +36,7 @@ def main(
     json: bool = False,
     csv: bool = False,
 ) -> int:
-    """Show the norms, ranks and findings of a PEFT adapter or a run.
+    """Show the norms, ranks and findings of an adapter or a run.
 
     Several adapters or runs are compared in pairs: norms, cosines, angles, rank allocation. Nothing is trained. Only
     adapters that store no shapes, such as FourierFT, or that rescale the base, such as IA3, require their base model.

@@ -14,6 +14,7 @@ from lorascope.diagnosis.runtimes.base import Target, altered, dropped, misfitti
 
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?)\.")
 _KOHYA = re.compile(r"lora_(unet|te\d?|transformer|prior_unet|prior_te)_")
+_MODULE = re.compile(r"\.(lora_.+|alpha|diff|diff_b|w_norm|b_norm|dora_scale)$")
 _FLUX = re.compile(r"lora_unet_(double|single)_blocks_|^(diffusion_model\.)?(double|single)_blocks\.")
 _FLUX_LOST = re.compile(r"^(lora_unet_|diffusion_model\.)?(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)")
 _FILTERED = re.compile(r"^lora_te3_|^text_encoder_3|\.diff_b$|\.w_norm$|\.b_norm$|text_projection|position_embedding")
@@ -23,20 +24,22 @@ _FILTERED = re.compile(r"^lora_te3_|^text_encoder_3|\.diff_b$|\.w_norm$|\.b_norm
 def check_diffusers(target: Target) -> Iterator[Finding]:
     """Find modules that belong to no component, and kohya files that are applied with other scales."""
     modules, keys = list(target.files.parts), target.keys
-    stray = [name for name in modules if not _COMPONENT.match(name) and not _KOHYA.match(name)
-             and not name.startswith("diffusion_model.")]  # fmt: skip
+    prefixed = [key for key in keys if _COMPONENT.match(key) or _KOHYA.match(key) or key.startswith("diffusion_model.")]
+    # A reader may give modules the names of the base, so the stored names decide.
+    stray = modules if not prefixed else [name for name in modules if any(key.startswith(f"{name}.") for key in
+                                                                         set(keys).difference(prefixed))]  # fmt: skip
     if stray:
         names = "their names start with no component (unet, transformer, text_encoder)"
         yield dropped(stray, len(modules), f"with a warning, because {names}", "add the component to the names")
     if any(key.endswith(".dora_scale") for key in keys):
         yield altered("dora_scale is dropped: the adapter is applied as plain LoRA", "convert it to PEFT's DoRA")
     flux = any(_FLUX.search(key) for key in keys)
-    lost = [name for name in modules if (flux and _FLUX_LOST.match(name)) or _FILTERED.search(name)]
+    lost = sorted({_MODULE.sub("", key) for key in keys if (flux and _FLUX_LOST.match(key)) or _FILTERED.search(key)})
     if lost:
         yield dropped(lost, len(modules), "with an info line at most", "load the file in ComfyUI")
     if not flux:
         yield from _uneven_alphas(target)
-    if all(_COMPONENT.match(name) for name in modules):
+    if not stray:
         yield from misfitting_modules(target)
 
 

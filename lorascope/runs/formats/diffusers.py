@@ -30,7 +30,7 @@ from lorascope.schema.name_patterns import Patterns
 _UNKNOWN = "alpha was not kept: |dW| is the norm of B A, without the factor alpha / r"
 
 
-@reads(is_diffusers)
+@reads(is_diffusers, "LoRA of diffusers, with alphas in the file's header")
 def read_diffusers(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

@@ -29,7 +29,7 @@ _PERMUTED = "llama.cpp permutes the rows of queries and keys: norms and singular
 _EMBEDDING = "token_embd"
 
 
-@reads(lambda config, names: config.get("general.type") == "adapter")
+@reads(lambda config, names: config.get("general.type") == "adapter", "LoRA in GGUF files")
 def read_gguf(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

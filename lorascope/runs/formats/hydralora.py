@@ -52,7 +52,10 @@ class HydraPart(StoredLoRA):
         return {"A": self.A.read(), "B": B, "router": self.router.read(), "gates": gates}
 
 
-@reads(lambda config, names: peft_kind(config) in ("LORA", "") and not config.get("use_dora") and has_heads(names))
+@reads(
+    lambda config, names: peft_kind(config) in ("LORA", "") and not config.get("use_dora") and has_heads(names),
+    "HydraLoRA, in the layout of its authors",
+)
 def read_hydra(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

@@ -40,7 +40,10 @@ _MAGNITUDES = {"dora_scale", "magnitude"}
 _MANY = 1e-6  # relative difference of two equal values of alpha, which float16 rounds
 
 
-@reads(lambda config, names: is_image_adapter(config, names) and not is_diffusers(config, names))
+@reads(
+    lambda config, names: is_image_adapter(config, names) and not is_diffusers(config, names),
+    "kohya, ComfyUI, OneTrainer and LyCORIS: LoRA, LoCon, LoHa, LoKr, GLoRA, full differences",
+)
 def read_kohya(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

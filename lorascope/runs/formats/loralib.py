@@ -69,7 +69,7 @@ def _is_merged(config: Mapping[str, Any], names: Collection[str]) -> bool:
     return merged and not has_heads(names) and not is_image_adapter(config, names)
 
 
-@reads(_is_merged)
+@reads(_is_merged, "LoRA of loralib")
 def read_loralib(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

@@ -129,7 +129,7 @@ def _is_mlx(config: Mapping[str, Any], names: Collection[str]) -> bool:
     return "peft_type" not in config and bool({"fine_tune_type", "lora_parameters", "lora_layers"} & config.keys())
 
 
-@reads(_is_mlx)
+@reads(_is_mlx, "LoRA and DoRA of MLX")
 def read_mlx(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

@@ -52,7 +52,7 @@ class AdaPart(StoredLoRA):
         return super().factors() | {"diagonal": self.E.read().reshape(-1)}
 
 
-@reads(lambda config, names: peft_kind(config) == "ADALORA")
+@reads(lambda config, names: peft_kind(config) == "ADALORA", "AdaLoRA (PEFT)")
 def read_adalora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

@@ -58,7 +58,7 @@ class BlockPart(StoredLoRA):
         return {"A": _block_diagonal(self.A, self.blocks_a), "B": _block_diagonal(self.B, self.blocks_b)}
 
 
-@reads(lambda config, names: peft_kind(config) == "BD-LoRA")
+@reads(lambda config, names: peft_kind(config) == "BD-LoRA", "BD-LoRA (PEFT)")
 def read_bdlora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

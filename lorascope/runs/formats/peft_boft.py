@@ -36,7 +36,7 @@ from lorascope.updates import Dense
 from lorascope.updates.linalg import as_float64
 
 
-@reads(lambda config, names: peft_kind(config) == "BOFT")
+@reads(lambda config, names: peft_kind(config) == "BOFT", "BOFT (PEFT)", needs="base")
 def read_boft(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

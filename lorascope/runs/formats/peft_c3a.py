@@ -24,7 +24,7 @@ from lorascope.updates import Dense
 from lorascope.updates.linalg import as_float64
 
 
-@reads(lambda config, names: peft_kind(config) == "C3A")
+@reads(lambda config, names: peft_kind(config) == "C3A", "C3A (PEFT)")
 def read_c3a(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

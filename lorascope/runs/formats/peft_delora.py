@@ -36,7 +36,7 @@ class DeloraConfig:
     rank_pattern: dict[str, Positive] | None = None
 
 
-@reads(lambda config, names: peft_kind(config) == "DELORA")
+@reads(lambda config, names: peft_kind(config) == "DELORA", "DeLoRA (PEFT)")
 def read_delora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

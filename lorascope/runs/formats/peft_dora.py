@@ -48,7 +48,9 @@ class DoraPart(StoredLoRA):
         return from_factors(self.factors() | {"W0": W0}, self.scale)
 
 
-@reads(lambda config, names: peft_kind(config) == "LORA" and bool(config.get("use_dora")))
+@reads(
+    lambda config, names: peft_kind(config) == "LORA" and bool(config.get("use_dora")), "DoRA (PEFT)", needs="direction"
+)
 def read_dora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

@@ -83,7 +83,10 @@ class ExpertPart(StoredLoRA):
         return {"A": self.A.file.unread(self.A.name)[own].read(), "B": np.ascontiguousarray(B)}
 
 
-@reads(lambda config, names: is_lora(config, names) and bool(config.get("target_parameters")))
+@reads(
+    lambda config, names: is_lora(config, names) and bool(config.get("target_parameters")),
+    "LoRA of experts in one tensor (PEFT)",
+)
 def read_experts(
     path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

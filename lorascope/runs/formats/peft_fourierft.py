@@ -74,7 +74,7 @@ class FourierPart(StoredUpdate):
         return {"coefficients": values, "entries": self.entries, "shape": np.array(self.shape)}
 
 
-@reads(lambda config, names: peft_kind(config) == "FOURIERFT")
+@reads(lambda config, names: peft_kind(config) == "FOURIERFT", "FourierFT (PEFT)", needs="base")
 def read_fourier(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

@@ -42,7 +42,7 @@ class GloraConfig:
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
 
 
-@reads(lambda config, names: peft_kind(config) == "GLORA")
+@reads(lambda config, names: peft_kind(config) == "GLORA", "GLoRA (PEFT)", needs="base")
 def read_glora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

@@ -43,7 +43,7 @@ class GraloraConfig:
     fan_in_fan_out: bool | None = None
 
 
-@reads(lambda config, names: peft_kind(config) == "GRALORA")
+@reads(lambda config, names: peft_kind(config) == "GRALORA", "GraLoRA (PEFT)")
 def read_gralora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

@@ -44,7 +44,7 @@ class HiraConfig:
     fan_in_fan_out: bool | None = None
 
 
-@reads(lambda config, names: peft_kind(config) == "HIRA")
+@reads(lambda config, names: peft_kind(config) == "HIRA", "HiRA (PEFT)", needs="base")
 def read_hira(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

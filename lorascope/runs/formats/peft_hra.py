@@ -42,7 +42,7 @@ class HRAConfig:
     apply_GS: bool = False
 
 
-@reads(lambda config, names: peft_kind(config) == "HRA")
+@reads(lambda config, names: peft_kind(config) == "HRA", "HRA (PEFT)", needs="base")
 def read_hra(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

@@ -40,7 +40,7 @@ class IA3Config:
     fan_in_fan_out: bool | None = None
 
 
-@reads(lambda config, names: peft_kind(config) == "IA3")
+@reads(lambda config, names: peft_kind(config) == "IA3", "IA3 (PEFT)", needs="base")
 def read_ia3(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

@@ -57,7 +57,7 @@ class KasaPart(StoredLoRA):
         return {"A": np.vstack([A, right]), "B": np.hstack([B, -left / self.scale])}
 
 
-@reads(lambda config, names: peft_kind(config) == "KaSA")
+@reads(lambda config, names: peft_kind(config) == "KaSA", "KaSA (PEFT)", needs="direction")
 def read_kasa(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

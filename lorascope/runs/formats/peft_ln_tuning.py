@@ -25,7 +25,7 @@ from lorascope.updates import Dense
 from lorascope.updates.linalg import as_float64
 
 
-@reads(lambda config, names: peft_kind(config) == "LN_TUNING")
+@reads(lambda config, names: peft_kind(config) == "LN_TUNING", "LN_TUNING (PEFT)", needs="base")
 def read_ln_tuning(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

@@ -45,7 +45,7 @@ class LycorisConfig:
     alpha_pattern: dict[str, Finite] | None = None
 
 
-@reads(lambda config, names: peft_kind(config) == "LOHA")
+@reads(lambda config, names: peft_kind(config) == "LOHA", "LoHa (PEFT)")
 def read_loha(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

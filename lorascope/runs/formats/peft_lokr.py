@@ -38,7 +38,7 @@ from lorascope.updates import Dense, Kronecker, LowRank, Update
 from lorascope.updates.linalg import as_float64
 
 
-@reads(lambda config, names: peft_kind(config) == "LOKR")
+@reads(lambda config, names: peft_kind(config) == "LOKR", "LoKr (PEFT)")
 def read_lokr(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

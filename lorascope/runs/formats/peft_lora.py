@@ -142,7 +142,10 @@ def is_lora(config: Mapping[str, Any], names: Collection[str]) -> bool:
     return peft_kind(config) == "LORA" and not other
 
 
-@reads(lambda config, names: is_lora(config, names) and not config.get("target_parameters"))
+@reads(
+    lambda config, names: is_lora(config, names) and not config.get("target_parameters"),
+    "LoRA (PEFT), with rsLoRA, patterns, embeddings, convolutions and tied weights",
+)
 def read_adapter(
     path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

@@ -69,7 +69,7 @@ class MergedPart(StoredUpdate):
         return list(self.tensors)
 
 
-@reads(lambda config, names: peft_kind(config) in MERGED)
+@reads(lambda config, names: peft_kind(config) in MERGED, f"{', '.join(MERGED)} (PEFT)", needs="peft")
 def read_merged(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

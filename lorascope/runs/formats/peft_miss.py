@@ -38,7 +38,7 @@ class MissConfig:
     init_weights: bool | str = True
 
 
-@reads(lambda config, names: peft_kind(config) in ("MISS", "BONE"))
+@reads(lambda config, names: peft_kind(config) in ("MISS", "BONE"), "MiSS and Bone (PEFT)", needs="base")
 def read_miss(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

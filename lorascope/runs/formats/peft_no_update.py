@@ -26,7 +26,7 @@ _WHY = {
 _MODULE = re.compile(r"(?s)(.+)\.(?:lily|poly)_.+")
 
 
-@says(lambda config, names: peft_kind(config) in _WHY)
+@says(lambda config, names: peft_kind(config) in _WHY, f"{', '.join(_WHY)} (PEFT)")
 def describe_routing(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> str:
     """Return why there is no update per weight, and the number of modules and tensors."""
     kind = peft_kind(config)
@@ -36,7 +36,7 @@ def describe_routing(path: Path, config: Mapping[str, Any], files: tuple[TensorF
     return f"{kind} has no single update per weight: {_WHY[kind]} ({where}{len(names)} tensors)"
 
 
-@says(lambda config, names: peft_kind(config) == "BEFT")
+@says(lambda config, names: peft_kind(config) == "BEFT", "BEFT (PEFT)")
 def describe_biases(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> str:
     """Return the number of changed biases and the norms of their changes."""
     found, _ = peft_factors(path, files, "beft_bias")

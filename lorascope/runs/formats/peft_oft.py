@@ -45,7 +45,7 @@ class OFTConfig:
     num_cayley_neumann_terms: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
 
 
-@reads(lambda config, names: peft_kind(config) == "OFT")
+@reads(lambda config, names: peft_kind(config) == "OFT", "OFT (PEFT)", needs="base")
 def read_oft(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

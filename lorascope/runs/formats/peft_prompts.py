@@ -31,7 +31,7 @@ _WHERE = {
 _PROMPT = re.compile(r"(?s)(?:.+\.)?(?:prompt_embeddings|adaption_prompt)")
 
 
-@says(lambda config, names: peft_kind(config) in _WHERE)
+@says(lambda config, names: peft_kind(config) in _WHERE, f"{', '.join(_WHERE)} (PEFT)")
 def describe_prompt(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> str:
     """Return the number of virtual tokens, their width and their norms."""
     kind = peft_kind(config)

@@ -55,7 +55,7 @@ class GroupedPart(StoredLoRA):
         return {"A": np.repeat(self.A.read(), self.group, axis=1), "B": self.B.read()}
 
 
-@reads(lambda config, names: peft_kind(config) == "QALoRA")
+@reads(lambda config, names: peft_kind(config) == "QALoRA", "QALoRA (PEFT)")
 def read_qalora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

@@ -53,7 +53,7 @@ class RandLoraConfig:
     fan_in_fan_out: bool | None = None
 
 
-@reads(lambda config, names: peft_kind(config) == "RANDLORA")
+@reads(lambda config, names: peft_kind(config) == "RANDLORA", "RandLoRA (PEFT)", needs="base")
 def read_randlora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

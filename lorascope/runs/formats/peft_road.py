@@ -38,7 +38,7 @@ class RoadConfig:
     group_size: Positive = 64
 
 
-@reads(lambda config, names: peft_kind(config) == "ROAD")
+@reads(lambda config, names: peft_kind(config) == "ROAD", "RoAd (PEFT)", needs="base")
 def read_road(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

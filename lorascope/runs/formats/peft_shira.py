@@ -37,7 +37,7 @@ class ShiraConfig:
     random_seed: int | None = None
 
 
-@reads(lambda config, names: peft_kind(config) == "SHIRA")
+@reads(lambda config, names: peft_kind(config) == "SHIRA", "SHiRA (PEFT)", needs="base")
 def read_shira(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

@@ -38,7 +38,7 @@ class SupertuningConfig:
     lora_alpha: Finite | None = None
 
 
-@reads(lambda config, names: peft_kind(config) == "SUPERTUNING")
+@reads(lambda config, names: peft_kind(config) == "SUPERTUNING", "SuperTuning (PEFT)", needs="base")
 def read_supertuning(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

@@ -53,7 +53,7 @@ class UniLoraConfig:
     fan_in_fan_out: bool | None = None
 
 
-@reads(lambda config, names: peft_kind(config) == "UNILORA")
+@reads(lambda config, names: peft_kind(config) == "UNILORA", "Uni-LoRA (PEFT)")
 def read_unilora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

@@ -48,7 +48,7 @@ class VBLoRAConfig:
     fan_in_fan_out: bool | None = None
 
 
-@reads(lambda config, names: peft_kind(config) == "VBLORA")
+@reads(lambda config, names: peft_kind(config) == "VBLORA", "VB-LoRA (PEFT)")
 def read_vblora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:

@@ -72,7 +72,7 @@ class VeraPart(StoredUpdate):
         return {"A": self.lambda_d.read().reshape(-1, 1) * A, "B": self.lambda_b.read().reshape(-1, 1) * B}
 
 
-@reads(lambda config, names: peft_kind(config) == "VERA")
+@reads(lambda config, names: peft_kind(config) == "VERA", "VeRA (PEFT)", needs="base")
 def read_vera(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

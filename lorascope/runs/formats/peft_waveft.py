@@ -47,7 +47,7 @@ class WaveFTConfig:
     fan_in_fan_out: bool | None = None
 
 
-@reads(lambda config, names: peft_kind(config) == "WAVEFT")
+@reads(lambda config, names: peft_kind(config) == "WAVEFT", "WaveFT (PEFT)", needs="base")
 def read_waveft(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

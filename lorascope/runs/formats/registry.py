@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorascope.schema.plugins import load_plugins
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorascope.runs.formats.stored_update import AdapterFiles
 
 Matches = Callable[[Mapping[str, Any], Collection[str]], bool]
+Needs = Literal["files", "direction", "base", "peft"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Reader:
 
     matches: Matches
     read: Callable[..., AdapterFiles]
+    format: str
+    needs: Needs
 
 
 Sentence = Callable[..., str]
@@ -39,7 +42,9 @@ READERS: dict[str, Reader] = {}
 """Readers by the names of their functions."""
 
 
-def reads(matches: Matches) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def reads(
+    matches: Matches, format: str = "", needs: Needs = "files"
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function ``read(path, config, files, base)`` as a reader.
 
     It returns the adapter's ``AdapterFiles``, or raises a ValueError if a tensor is missing or configuration and
@@ -50,32 +55,37 @@ def reads(matches: Matches) -> Callable[[Callable[..., Any]], Callable[..., Any]
     matches : callable
         ``matches(config, names)``: whether it reads an adapter with this configuration, empty without a file, and these
         names of tensors.
+    format : str
+        Name of the format in the documentation; the name of the function by default.
+    needs : {"files", "direction", "base", "peft"}
+        What an update follows from: the adapter's files (default), the same for its direction and the base model for
+        the whole, the base model, or PEFT with the base model.
     """
 
     def register(read: Callable[..., Any]) -> Callable[..., Any]:
-        READERS[read.__name__] = Reader(matches, read)
+        READERS[read.__name__] = Reader(matches, read, format or read.__name__, needs)
         return read
 
     return register
 
 
-SENTENCES: list[tuple[Matches, Sentence]] = []
-"""Functions that describe adapters without updates of weights, and what they match."""
+SENTENCES: list[tuple[Matches, Sentence, str]] = []
+"""Functions that describe adapters without updates of weights, with what they match and the name of the format."""
 
 
-def says(matches: Matches) -> Callable[[Sentence], Sentence]:
+def says(matches: Matches, format: str) -> Callable[[Sentence], Sentence]:
     """Register a function ``say(path, config, files)`` for adapters without updates of weights.
 
     It returns one sentence: what the adapter changes instead. ``load`` raises it as a ValueError.
 
     Parameters
     ----------
-    matches : callable
+    matches, format
         See `reads`.
     """
 
     def register(say: Sentence) -> Sentence:
-        SENTENCES.append((matches, say))
+        SENTENCES.append((matches, say, format))
         return say
 
     return register
@@ -84,7 +94,7 @@ def says(matches: Matches) -> Callable[[Sentence], Sentence]:
 def find_sentence(config: Mapping[str, Any], names: Collection[str]) -> Sentence | None:
     """Return the function that describes an adapter without updates of weights, or None."""
     load_plugins("lorascope.runs.formats", "lorascope.readers")
-    return next((say for matches, say in reversed(SENTENCES) if matches(config, names)), None)
+    return next((say for matches, say, _ in reversed(SENTENCES) if matches(config, names)), None)
 
 
 def find_reader(config: Mapping[str, Any], names: Collection[str]) -> Reader | None:

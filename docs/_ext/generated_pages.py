@@ -163,8 +163,8 @@ def formats_page() -> str:
     lines = [f"| {format} | {how} |" for how, format in rows]
     return (
         "# Formats of adapters\n\nA format is recognized by its configuration, or by the header and the tensor names "
-        "of its file. Pickles are never loaded. `--base` names the base model: a folder, or a name on the Hugging Face Hub that "
-        "is in the cache.\n\n| format | how |\n|---|---|\n" + "\n".join(lines) + "\n"
+        "of its file. Pickles are never loaded. `--base` names the base model: a folder, or a name on the Hugging Face "
+        "Hub that is in the cache.\n\n| format | how |\n|---|---|\n" + "\n".join(lines) + "\n"
     )
 
 

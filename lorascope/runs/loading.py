@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
 from lorascope.runs.run import Run
 
+# Metadata of a header that describes an adapter: of diffusers, kohya and GGUF. Others are notes of the program.
+_DESCRIBES = re.compile(r"lora_adapter_metadata$|ss_|modelspec\.|general\.|adapter\.")
 MARKS = ("recipe.json", "run.json", CONFIG)
 
 
@@ -129,7 +132,7 @@ def _configuration(path: Path, files: Sequence[TensorFile]) -> dict[str, Any]:
     described = path.is_dir() or path.name.lstrip("0123456789").removeprefix("_") in WEIGHTS
     if described and (file := _config_file(path)).exists():
         return read_json(file, dict[str, Any])
-    return {name: value for name, value in files[0].words.items() if name != "format"} if files else {}
+    return {name: value for name, value in files[0].words.items() if _DESCRIBES.match(name)} if files else {}
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorascope.files import hub
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
@@ -26,7 +27,7 @@ from lorascope.runs.manifest import Allocation
 from lorascope.schema.module_roles import parse, position
 from lorascope.schema.name_patterns import Patterns
 
-CONFIG = "adapter_config.json"
+CONFIG = hub.CONFIG
 STEM = "adapter_model"
 WEIGHTS = f"{STEM}.safetensors"
 # The adapter name may follow that of the factor if a state dict was saved by hand.

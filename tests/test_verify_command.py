@@ -101,6 +101,9 @@ def test_derived_files_are_written_again_but_changed_runs_stay_named(
     shutil.copytree(ROOT / "data" / "evidence", folder)
     for page in ("README.md", "docs/findings.md", "docs/evidence.md", *(f"docs/papers/{name}" for name in PAPERS)):
         shutil.copy(ROOT / page, clone / page)
+    (clone / "figures").mkdir()
+    for figure in (folder / "figures").glob("*.parquet"):
+        shutil.copy(ROOT / "figures" / f"{figure.stem}.png", clone / "figures")
     assert main(["verify"]) == 0
     file, run = folder / "numbers.csv", next(folder.glob("predictions/*.npz"))
     original = file.read_bytes(), (folder / "MANIFEST").read_bytes()

@@ -265,7 +265,7 @@ def test_rule_is_registered_by_its_definition(tmp_path):
 
         @Rule("use an even rank", suppresses=("frozen",))
         def odd_rank(case):
-            yield found("odd rank", case.modules["module"], rank=1)
+            yield found("odd rank", [each.module for each in case.modules], rank=1)
 
         assert [*known, odd_rank] == RULES
         (finding,) = ls.diagnose(run)

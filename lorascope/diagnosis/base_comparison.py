@@ -7,9 +7,9 @@ weight of a large model. By default they are computed only for small weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import StoredUpdate
@@ -20,26 +20,30 @@ DIRECTIONS = 10
 """Number of leading singular vectors of each weight that are checked for intruder dimensions."""
 SIDE = 1024
 """Smaller side up to which weights are decomposed by default, which takes about a second per weight."""
-BASE_COLUMNS = ("intruders", "neuron_median", "neuron_largest")
 _BY_COLUMN = ("ffn_out", "embed")  # a column is the output weights of a neuron, or the vector of a token
+
+
+class BaseChange(NamedTuple):
+    """Comparison of an updated weight with the base.
+
+    ``intruders`` is the number of singular vectors, among the 10 leading ones, with a cosine below 0.5 to all of the
+    base's; NaN if not computed. The others are the median and the maximum of 1 - cos between the weights of each neuron
+    without and with the update. A neuron is a row; in ``ffn_out`` and embedding tables it is a column.
+    """
+
+    intruders: float = np.nan
+    neuron_median: float = np.nan
+    neuron_largest: float = np.nan
 
 
 def compare_with_base(
     parts: Mapping[str, StoredUpdate], base: PretrainedWeights | None, decompose: bool
-) -> pd.DataFrame:
+) -> dict[str, BaseChange]:
     """Compute intruder dimensions and neuron rotation of every module whose weight is in the base.
 
-    ``decompose`` computes intruder dimensions for weights of any size.
-
-    Returns
-    -------
-    DataFrame
-        ``intruders, neuron_median, neuron_largest`` by module. ``intruders`` is the number of singular vectors, among
-        the 10 leading ones, with a cosine below 0.5 to all of the base's; NaN if not computed. The others are the
-        median and the maximum of 1 - cos between the weights of each neuron without and with the update. A neuron is a
-        row; in ``ffn_out`` and embedding tables it is a column. All are NaN for an update with NaN.
+    ``decompose`` computes intruder dimensions for weights of any size. All values of an update with NaN are NaN.
     """
-    rows = {}
+    changes = {}
     with one_thread():
         for module, part in parts.items():
             if base is None or not base.has_weight(module):
@@ -58,5 +62,5 @@ def compare_with_base(
 
                     table = intruders({module: Basis.of(W0)}, {module: update}, DIRECTIONS)
                     intruding = table["intruder"].sum()
-            rows[module] = intruding, median, largest
-    return pd.DataFrame.from_dict(rows, "index", columns=BASE_COLUMNS, dtype="float64")
+            changes[module] = BaseChange(float(intruding), float(median), float(largest))
+    return changes

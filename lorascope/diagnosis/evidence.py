@@ -1,4 +1,4 @@
-"""Evidence about an adapter or a run for the rules: tables of its modules, computed on access.
+"""Evidence about an adapter or a run for the rules: measures of its modules, computed on access.
 
 The folder of an adapter contains its factors; with its base model, the weights are known as well. A run also has a
 training history.
@@ -6,28 +6,74 @@ training history.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
-from lorascope.diagnosis.base_comparison import BASE_COLUMNS, compare_with_base
+from lorascope.diagnosis.base_comparison import BaseChange, compare_with_base
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredUpdate
 from lorascope.runs.manifest import Manifest
+from lorascope.runs.module_summary import ModuleSummary
 from lorascope.runs.result import Result
 from lorascope.updates import constant_factors, effective_rank, energy_rank, stable_rank
 
 SHARE = 0.9  # fraction of the energy that ``energy_rank`` counts
 _UNUSED = 1e-6  # fraction of the largest singular value, below which the two ways to compute them differ
-_TRAINED = "module stack layer role rank scale update_norm moved weight_norm relative_update effective_rank used"
-_MEASURED = (
-    "module stack layer role rank scale parameters update_norm relative_update energy stable_rank effective_rank"
-)
+
+
+@dataclass
+class TrainedModule(ModuleSummary):
+    """A module that trains or has an adapter; NaN or None if unknown.
+
+    ``moved`` is the norm of the learned update, ``used`` the number of nonzero components, and ``empty`` whether all
+    factors are zero.
+    """
+
+    moved: float = np.nan
+    adapted: bool = False
+    scale: float = np.nan
+    used: float = np.nan
+    empty: bool = False
+
+
+@dataclass
+class MeasuredModule:
+    """A module with an update; NaN or None if unknown.
+
+    ``energy`` is the fraction of the summed |dW|^2. ``dead`` counts unused components: those within the rank whose
+    singular value is below 1e-6 of the largest. The last three fields are those of ``BaseChange``.
+    """
+
+    module: str
+    stack: str
+    layer: int | None
+    role: str
+    rank: int | None
+    scale: float
+    parameters: int
+    update_norm: float
+    relative_update: float
+    energy: float
+    stable_rank: float
+    effective_rank: float
+    energy_rank: float
+    dead: float
+    exact: bool
+    intruders: float
+    neuron_median: float
+    neuron_largest: float
+
+
+def largest(rows: Iterable[Any], name: str, count: int = 1) -> list[Any]:
+    """Return the rows with the largest values of a field, the first of equal ones first, without NaN."""
+    known = [row for row in rows if not math.isnan(getattr(row, name))]
+    return sorted(known, key=lambda row: getattr(row, name), reverse=True)[:count]
 
 
 @dataclass
@@ -44,7 +90,7 @@ class Case:
     def has(self, need: str) -> bool:
         """Return whether there is evidence of this kind; see ``Rule.needs``."""
         if need == "weights":
-            return bool(self.modules["weight_norm"].notna().any())
+            return any(not math.isnan(each.weight_norm) for each in self.modules)
         history = self.run.has_history
         base = history or self.base is not None
         return {"config": isinstance(self.run, Adapter), "base": base, "history": history}.get(need, True)
@@ -86,114 +132,136 @@ class Case:
         return bool(self.run.fact("masks_components"))
 
     @cached_property
-    def losses(self) -> pd.Series:
+    def losses(self) -> dict[int, float]:
         """Training loss by step of a run."""
         if "records.parquet" not in self.meta.checksums:
-            return pd.Series(dtype="float64")
+            return {}
         rows = self.run.table[self.run.table["quantity"] == "loss"].sort_values("step")
-        return pd.Series(rows["value"].to_numpy(), index=rows["step"].to_numpy(dtype="int64"))
+        return dict(zip(rows["step"].tolist(), rows["value"].tolist(), strict=True))
 
     @cached_property
     def tied(self) -> list[tuple[str, str]]:
         """Pairs of adapted modules that are one weight of the base."""
-        if not self.meta.states:
-            return []
-        modules = self.run.modules
+        modules = self.meta.modules if self.meta.states else []
         if self.parts:
             # safetensors stores a shared weight once: a head that is missing in the base is tied to the embedding.
-            ends = {role: modules["module"][modules["role"] == role] for role in ("embed", "head")}
-            lacking = [name for name in ends["head"] if self.base is not None and not self.base.has_weight(name)]
-            return [(one, other) for one in ends["embed"] for other in lacking]
-        adapted = {name for name, rank in self.run.ranks().items() if rank}
-        pairs = zip(modules["module"], modules["tied"], strict=True)
-        return [(one, other) for one, tied in pairs for other in tied.split(",") if {one, other} <= adapted]
+            embeds, heads = ([each.module for each in modules if each.role == role] for role in ("embed", "head"))
+            lacking = [name for name in heads if self.base is not None and not self.base.has_weight(name)]
+            return [(one, other) for one in embeds for other in lacking]
+        adapted = {name for name, rank in self.run.ranks().items() if rank} if modules else set()
+        pairs = [(each.module, other) for each in modules for other in (each.tied or "").split(",")]
+        return [pair for pair in pairs if set(pair) <= adapted]
 
     @cached_property
-    def _summary(self) -> pd.DataFrame:
-        return self.run.summary(all=True)
+    def _summaries(self) -> list[ModuleSummary]:
+        return self.run.summaries()
 
     @cached_property
-    def modules(self) -> pd.DataFrame:
-        """Table of the modules that train or have an adapter.
-
-        Columns are ``module, stack, layer, role, rank, adapted, scale, update_norm, moved, weight_norm,
-        relative_update, effective_rank, used, empty``. ``moved`` is the norm of the learned update, ``used`` the number
-        of nonzero components, and ``empty`` whether all factors are zero.
-        """
+    def modules(self) -> list[TrainedModule]:
+        """Modules that train or have an adapter."""
         if not self.meta.states:
-            return pd.DataFrame(columns=_TRAINED.split(), dtype="float64").assign(adapted=False, empty=False)
-        table, frame = self.run.table, self._summary
-        recorded = table["module"][table["quantity"] == "update_norm"]
-        frame = frame[frame["rank"].notna() | frame["module"].isin(recorded)].reset_index(drop=True)
-        frame["adapted"] = (frame["rank"] > 0).fillna(False).astype(bool)
-        # A pruned module has not moved, even if it was recorded before PEFT's allocator masked it.
-        pruned = frame["rank"].eq(0).fillna(False)
-        frame["moved"] = frame["learned_norm"].fillna(frame["update_norm"]).mask(pruned, 0.0)
-        updates = self.run.updates()
-        parts = [_component_evidence(updates.get(name)) for name in frame["module"]]
-        frame[["scale", "used", "empty"]] = pd.DataFrame(parts, columns=["scale", "used", "empty"], index=frame.index)
-        return frame
+            return []
+        recorded, updates = self._recorded_modules(), self.run.updates()
+        found = []
+        for each in self._summaries:
+            if each.rank is None and each.module not in recorded:
+                continue
+            moved = each.update_norm if math.isnan(each.learned_norm) else each.learned_norm
+            # A pruned module has not moved, even if it was recorded before PEFT's allocator masked it.
+            moved = 0.0 if each.rank == 0 else moved
+            scale, used, empty = _component_evidence(updates.get(each.module))
+            own = {"moved": moved, "adapted": bool(each.rank), "scale": scale, "used": used, "empty": empty}
+            found.append(TrainedModule(**vars(each) | own))
+        return found
+
+    def _recorded_modules(self) -> set[str]:
+        """Return the modules of a run with a recorded update norm; those of an adapter all have a rank."""
+        if isinstance(self.run, Adapter):
+            return set()
+        table = self.run.table
+        return set(table["module"][table["quantity"] == "update_norm"])
 
     @property
-    def adapted(self) -> pd.DataFrame:
+    def adapted(self) -> list[TrainedModule]:
         """Modules with an adapter of rank 1 or more."""
-        return self.modules[self.modules["adapted"]]
+        return [each for each in self.modules if each.adapted]
 
     @property
-    def unchanged_adapters(self) -> pd.DataFrame:
+    def unchanged_adapters(self) -> list[TrainedModule]:
         """Adapters with a zero update, although their scale and one of their factors are not zero."""
-        adapted = self.adapted
-        return adapted[(adapted["update_norm"] == 0) & (adapted["scale"] != 0) & ~adapted["empty"]]
+        return [each for each in self.adapted if each.update_norm == 0 and each.scale != 0 and not each.empty]
 
     @cached_property
-    def measured(self) -> pd.DataFrame:
-        """Table of the modules with an update, ``Inspection.modules``.
+    def measured(self) -> list[MeasuredModule]:
+        """Modules with an update, in the order of the axes.
 
         Raises
         ------
         ValueError
             The run has no update: it is unfinished, or no update was recorded.
         """
-        frame = self._summary
-        frame = frame[frame["update_norm"].notna() | bool(self.parts)].reset_index(drop=True)
-        if frame.empty:
+        chosen = [each for each in self._summaries if self.parts or not math.isnan(each.update_norm)]
+        if not chosen:
             raise ValueError(
                 f"cannot inspect run {self.run.id}: no update was recorded. Train with observe=[ls.observe.norms()]"
             )
-        found = self._singular_values(frame["module"])
-        ranks = frame["rank"].to_numpy("float64", na_value=np.nan)
-        rows = [_measure_spectrum(found.get(name), rank) for name, rank in zip(frame["module"], ranks, strict=True)]
-        columns = ["stable_rank", "effective_rank", "energy_rank", "dead"]
-        spectra, missing = pd.DataFrame(rows, columns=columns), frame["effective_rank"].isna()
-        for name in columns[:2]:
-            frame[name] = frame[name].fillna(spectra[name].where(missing))
-        frame[columns[2:]] = spectra[columns[2:]]
-        squares = frame["update_norm"] ** 2
-        # Zero updates have no energy to divide by.
-        frame["energy"] = squares / squares.sum() if squares.sum() > 0 else squares
-        frame["parameters"] = self._parameters(frame)
+        sigmas = self._singular_values([each.module for each in chosen])
+        squares = [each.update_norm * each.update_norm for each in chosen]
+        total = sum(square for square in squares if not math.isnan(square))
+        changes = compare_with_base(self.parts, self.base, self.spectra)
         updates: Mapping[str, Any] = self.parts or self.run.updates()
-        # A dense update has no scale.
-        frame["scale"] = [float(getattr(updates.get(name), "scale", np.nan)) for name in frame["module"]]
-        frame = frame.join(compare_with_base(self.parts, self.base, self.spectra), on="module")
-        return frame[[*_MEASURED.split(), "energy_rank", "dead", "exact", *BASE_COLUMNS]]
+        count = self._parameter_counts()
+        rows = []
+        for each, square in zip(chosen, squares, strict=True):
+            stable, effective, needed, unused = _measure_spectrum(sigmas.get(each.module), each.rank)
+            if not math.isnan(each.effective_rank):
+                stable, effective = each.stable_rank, each.effective_rank
+            rows.append(
+                MeasuredModule(
+                    each.module,
+                    each.stack,
+                    each.layer,
+                    each.role,
+                    each.rank,
+                    # A dense update has no scale.
+                    scale=float(getattr(updates.get(each.module), "scale", np.nan)),
+                    parameters=count(each),
+                    update_norm=each.update_norm,
+                    relative_update=each.relative_update,
+                    # Zero updates have no energy to divide by.
+                    energy=square / (total or 1.0),
+                    stable_rank=stable,
+                    effective_rank=effective,
+                    energy_rank=needed,
+                    dead=unused,
+                    exact=each.exact,
+                    **changes.get(each.module, BaseChange())._asdict(),
+                )
+            )
+        return rows
 
-    def _parameters(self, frame: pd.DataFrame) -> pd.Series:
-        """Count the values per module that an adapter stores or a run trains, from the rank if not stored."""
+    def _parameter_counts(self) -> Callable[[ModuleSummary], int]:
+        """Return a function that counts the values of a module which an adapter stores or a run trains.
+
+        Counts that are not stored follow from the rank.
+        """
         if self.parts:
-            return frame["module"].map({module: part.size for module, part in self.parts.items()})
-        shapes = self.run.modules.set_index("module")[["out_features", "in_features"]].T.to_dict("list")
-        # The second name of a tied weight has no row.
-        sides = [shapes[name] if name in shapes else self.run.updates()[name].shape for name in frame["module"]]
-        outer, inner = np.array(sides, dtype=np.int64).T
-        counted = (frame["rank"] * (outer + inner)).astype("Float64").fillna(pd.Series(outer * inner)).astype("int64")
-        held, constants = self.run.factors(), constant_factors()
-        if constants.isdisjoint(next(iter(held.values()), ())):
-            return counted
-        sizes = {module: sum(parts[name].size for name in parts.keys() - constants) for module, parts in held.items()}
-        return frame["module"].map(sizes).fillna(counted).astype("int64")
+            return lambda each: self.parts[each.module].size
+        shapes = {each.module: (each.out_features or 0, each.in_features or 0) for each in self.meta.modules}
+        updates, held, constants = self.run.updates(), self.run.factors(), constant_factors()
+        varied = not constants.isdisjoint(next(iter(held.values()), ()))
 
-    def _singular_values(self, modules: pd.Series) -> Mapping[str, np.ndarray]:
+        def count(each: ModuleSummary) -> int:
+            if varied and each.module in held:
+                factors = held[each.module]
+                return sum(int(factors[name].size) for name in factors.keys() - constants)
+            # The second name of a tied weight has no row.
+            outer, inner = shapes[each.module] if each.module in shapes else updates[each.module].shape
+            return outer * inner if each.rank is None else each.rank * (outer + inner)
+
+        return count
+
+    def _singular_values(self, modules: Iterable[str]) -> Mapping[str, np.ndarray]:
         """Return spectra of the factored updates, and of the dense ones recorded at the last step."""
         thin = all(part.has_thin_factors for part in self.parts.values())
         found = dict(self.run.spectra) if self.spectra or thin else {}
@@ -216,10 +284,10 @@ def _component_evidence(update: Any) -> tuple[float, float, bool]:
     return float(product.scale), float(np.count_nonzero(used)), not (product.A.any() or product.B.any())
 
 
-def _measure_spectrum(sigma: np.ndarray | None, rank: float) -> tuple[float, float, float, float]:
+def _measure_spectrum(sigma: np.ndarray | None, rank: int | None) -> tuple[float, float, float, float]:
     """Return stable, effective and energy rank, and the number of unused components within a rank."""
     if sigma is None:
         return np.nan, np.nan, np.nan, np.nan
     used = np.count_nonzero(sigma > _UNUSED * np.max(sigma, initial=0.0))
-    unused = max(rank - used, 0.0) if np.isfinite(sigma).all() else np.nan
+    unused = max(float(rank - used), 0.0) if rank is not None and np.isfinite(sigma).all() else np.nan
     return stable_rank(sigma), effective_rank(sigma), energy_rank(sigma, SHARE), unused

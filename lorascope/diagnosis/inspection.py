@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import numpy as np
 import pandas as pd
 
 from lorascope.diagnosis.causes import RULES, Finding
-from lorascope.diagnosis.evidence import Case
+from lorascope.diagnosis.evidence import Case, MeasuredModule
 from lorascope.files.hub import hub_source, label
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.module_summary import table_of
 from lorascope.runs.result import Result
 from lorascope.schema.module_roles import position
 from lorascope.updates.linalg import root_of_squares
@@ -28,7 +31,6 @@ class Report:
 
     path: Path | None
     facts: Facts  # name and method, base or model, size
-    modules: pd.DataFrame  # one row per module, in the order of the axes
     found: tuple[Finding, ...]
 
     @property
@@ -41,8 +43,12 @@ class Report:
         """One sentence per finding."""
         return tuple(finding.message for finding in self.found)
 
-    def roles(self) -> pd.DataFrame:
-        """Return one row per stack and role."""
+    def module_rows(self) -> list[dict[str, Any]]:
+        """Return one row per module, in the order of the axes; a layer outside the blocks is None."""
+        raise NotImplementedError
+
+    def role_rows(self) -> list[dict[str, Any]]:
+        """Return one row per stack and role, in the order of the axes."""
         raise NotImplementedError
 
     def _json(self, **tables: Any) -> dict[str, Any]:
@@ -55,47 +61,66 @@ class Report:
 class Inspection(Report):
     """Result of ``lorascope inspect`` for one adapter or run.
 
-    The columns of ``modules`` are ``module, stack, layer, role, rank, scale, parameters, update_norm, relative_update,
-    energy, stable_rank, effective_rank, energy_rank, dead, exact``. ``energy`` is the fraction of the summed |dW|^2,
-    NaN if factors contain NaN. ``dead`` counts unused components: those within the rank whose singular value is below
-    1e-6 of the largest. The columns of ``compare_with_base`` follow, NaN without a base.
+    The columns of ``modules`` are the fields of ``MeasuredModule``.
     """
 
+    measured: list[MeasuredModule]
     run: Result
+
+    @cached_property
+    def modules(self) -> pd.DataFrame:
+        """One row per module, in the order of the axes."""
+        return table_of(MeasuredModule, self.measured)
+
+    def module_rows(self) -> list[dict[str, Any]]:
+        return [vars(each) for each in self.measured]
 
     @property
     def norm(self) -> float:
         """|dW| of all modules, without those with NaN."""
-        return pool_norms(self.modules["update_norm"])
+        return pool_norms([each.update_norm for each in self.measured])
 
     @property
     def has_base(self) -> bool:
         """Whether the norms of some weights are known."""
-        return bool(self.modules["relative_update"].notna().any())
+        return any(not math.isnan(each.relative_update) for each in self.measured)
 
     def roles(self) -> pd.DataFrame:
-        """Return one row per stack and role.
+        """Return the rows of ``role_rows`` as a table."""
+        return pd.DataFrame(self.role_rows()).astype({"least_rank": "Int64", "most_rank": "Int64"})
 
-        Columns are ``modules, update_norm, relative_update`` (mean), ``energy, least_rank, most_rank, effective_rank``
-        (mean).
+    def role_rows(self) -> list[dict[str, Any]]:
+        """Return one row per stack and role, in the order of the axes.
+
+        Keys are ``stack, role, modules, update_norm, relative_update`` (mean), ``energy, least_rank, most_rank,
+        effective_rank`` (mean).
         """
-        cells = self.modules.groupby(["stack", "role"], sort=False, observed=True)
-        frame = cells.agg(
-            layer=("layer", "min"),
-            modules=("module", "size"),
-            update_norm=("update_norm", pool_norms),
-            relative_update=("relative_update", "mean"),
-            energy=("energy", lambda shares: shares.sum(min_count=1)),
-            least_rank=("rank", "min"),
-            most_rank=("rank", "max"),
-            effective_rank=("effective_rank", "mean"),
-        ).reset_index()
+        cells: dict[tuple[str, str], list[MeasuredModule]] = {}
+        for each in self.measured:
+            cells.setdefault((each.stack, each.role), []).append(each)
+        rows = []
         # All layers count as the first one: only stack and role determine the order.
-        return in_axis_order(frame, frame["layer"].clip(upper=0)).drop(columns="layer")
+        for (stack, role), cell in sorted(cells.items(), key=lambda item: _role_position(*item)):
+            ranks = [each.rank for each in cell if each.rank is not None]
+            energies = _known(each.energy for each in cell)
+            rows.append(
+                {
+                    "stack": stack,
+                    "role": role,
+                    "modules": len(cell),
+                    "update_norm": pool_norms([each.update_norm for each in cell]),
+                    "relative_update": _mean(each.relative_update for each in cell),
+                    "energy": sum(energies) if energies else math.nan,
+                    "least_rank": min(ranks, default=None),
+                    "most_rank": max(ranks, default=None),
+                    "effective_rank": _mean(each.effective_rank for each in cell),
+                }
+            )
+        return rows
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form; unknown values are None."""
-        return self._json(update_norm=self.norm, roles=rows(self.roles()), modules=rows(self.modules))
+        return self._json(update_norm=self.norm, roles=self.role_rows(), modules=self.module_rows())
 
 
 def inspect(run: Result, spectra: bool = False) -> Inspection:
@@ -107,10 +132,24 @@ def inspect(run: Result, spectra: bool = False) -> Inspection:
         The run has no update: it is unfinished, or no update was recorded.
     """
     case = Case(run, spectra)
-    modules = case.measured
-    facts = _adapter_facts(run) if isinstance(run, Adapter) else _run_facts(run, len(modules))
+    measured = case.measured
+    facts = _adapter_facts(run) if isinstance(run, Adapter) else _run_facts(run, len(measured))
     found = (finding for rule in RULES if rule.inspected or not rule.fix for finding in rule.findings(case))
-    return Inspection(run.path, facts, modules, tuple(found), run)
+    return Inspection(run.path, facts, tuple(found), measured, run)
+
+
+def _role_position(place: tuple[str, str], cell: list[MeasuredModule]) -> tuple[int, ...]:
+    stack, role = place
+    return position(stack, None if all(each.layer is None for each in cell) else 0, role)
+
+
+def _known(values: Iterable[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = _known(values)
+    return sum(known) / len(known) if known else math.nan
 
 
 def _run_facts(run: Result, count: int) -> Facts:
@@ -161,10 +200,10 @@ def _range(values: Sequence[float]) -> str:
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
-def pool_norms(norms: pd.Series) -> float:
+def pool_norms(norms: Iterable[float]) -> float:
     """Return the root of the summed squares, ignoring NaN; NaN if all are NaN."""
-    known = norms.dropna().to_numpy()
-    return root_of_squares(known) if len(known) else np.nan
+    known = _known(norms)
+    return root_of_squares(np.array(known)) if known else math.nan
 
 
 def in_axis_order(frame: pd.DataFrame, layers: Iterable[Any]) -> pd.DataFrame:
@@ -173,7 +212,7 @@ def in_axis_order(frame: pd.DataFrame, layers: Iterable[Any]) -> pd.DataFrame:
     return frame.iloc[sorted(range(len(frame)), key=places.__getitem__)].reset_index(drop=True)
 
 
-def rows(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
+def rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Convert a table to JSON values; unknown values are None."""
     return json_values(frame.astype(object).where(frame.notna(), None).to_dict("records"))
 

@@ -29,8 +29,15 @@ class NeuronInspection(Report):
     tenth, median and maximum of 1 - cos, number of neurons with 1 - cos > 0, and |dW|.
     """
 
+    modules: pd.DataFrame
     base: Path
     scores: pd.DataFrame
+
+    def module_rows(self) -> list[dict[str, Any]]:
+        return rows(self.modules)
+
+    def role_rows(self) -> list[dict[str, Any]]:
+        return rows(self.roles())
 
     def roles(self) -> pd.DataFrame:
         """Return the same columns per stack and role."""
@@ -48,8 +55,8 @@ class NeuronInspection(Report):
         """Return the JSON form; unknown values are None."""
         return self._json(
             quantiles={f"{share:g}": value for share, value in self.quantiles().items()},
-            roles=rows(self.roles()),
-            modules=rows(self.modules),
+            roles=self.role_rows(),
+            modules=self.module_rows(),
             largest=rows(self.largest(100).drop(columns="top")),
         )
 
@@ -77,7 +84,7 @@ def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
         ("holds", f"{modules['neurons'].sum():,} neurons in {len(modules)} projections of {len(layers)} layers"),
     )
     seen = tuple(_find(scores, modules, after))
-    return NeuronInspection(Path(tuned), facts, modules, seen, Path(base), scores)
+    return NeuronInspection(Path(tuned), facts, seen, modules, Path(base), scores)
 
 
 def _sum_up_scores(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:

@@ -6,13 +6,14 @@ import math
 import os
 import shlex
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -22,11 +23,13 @@ from rich.text import Text
 from lorascope.analysis.adapter_similarity import DIRECTIONS
 from lorascope.diagnosis.causes.base import Finding
 from lorascope.diagnosis.comparison import Comparison
+from lorascope.diagnosis.evidence import largest
 from lorascope.diagnosis.inspection import Inspection, Report
 from lorascope.diagnosis.neuron_inspection import NeuronInspection
 from lorascope.diagnosis.null import below_null, outliers
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
+from lorascope.updates.linalg import root_of_squares
 
 WIDTH = 80
 _LABEL, _CHART = 15, 32
@@ -71,7 +74,7 @@ class _Name:
 
 def span(low: Any, high: Any) -> str:
     """Format a range of ranks."""
-    if pd.isna(low):
+    if low is None:
         return "-"
     return str(low) if low == high else f"{low}-{high}"
 
@@ -128,11 +131,11 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
     ranks = ("rank", 6, span, "least_rank", "most_rank"), ("effective", 9, number, "effective_rank")
     columns = (("|dW|", 7, norm, "update_norm"), _SHARE[inspection.has_base], *ranks)
     chart = _chart(inspection, target, "|dW| by layer", _pool_layers, columns, "{} per layer", " (RMS)")
-    largest = []
-    for row in inspection.modules.nlargest(3, "update_norm").to_dict("records"):
-        used = "" if math.isnan(row["effective_rank"]) else f"  rank {number(row['effective_rank'])}"
-        used += "" if pd.isna(row["rank"]) else f" of {row['rank']}"
-        largest.append(_Name(row["module"], f"{norm(row['update_norm']):<6} ", used))
+    listed = []
+    for each in largest(inspection.measured, "update_norm", 3):
+        used = "" if math.isnan(each.effective_rank) else f"  rank {number(each.effective_rank)}"
+        used += "" if each.rank is None else f" of {each.rank}"
+        listed.append(_Name(each.module, f"{norm(each.update_norm):<6} ", used))
     run, folders = inspection.run, [Path(inspection.path or "")]
     if isinstance(run, Adapter) and run.base is not None and run.files.needs_base:
         folders.append(run.base.folder)
@@ -140,7 +143,7 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
     paths = [min(str(folder), os.path.relpath(folder), key=len) for folder in folders]
     names = paths, ["ADAPTER", "BASE"][: len(paths)]
     commands = [f"lorascope plot spectrum {_join_paths(*each)} -o spectrum.pdf" for each in names]
-    facts = [("largest |dW|", largest), *([] if null is None else _null_facts(null))]
+    facts = [("largest |dW|", listed), *([] if null is None else _null_facts(null))]
     return _screen(inspection, target, *chart, facts=facts, commands=commands)
 
 
@@ -169,15 +172,16 @@ def modules_screen(inspection: Inspection, target: Console) -> str:
         after = (dead, ("intr", 4, whole, "intruders"), ("1-cos", 7, norm, "neuron_median"))
     ranks = ("rank", 4, span, "rank", "rank"), ("eff", 6, number, "effective_rank")
     columns = (("|dW|", 7, norm, "update_norm"), _SHARE[inspection.has_base], *ranks, *after)
-    modules, width = inspection.modules, WIDTH - sum(width + 1 for _, width, *_ in columns)
+    rows, width = inspection.module_rows(), WIDTH - sum(width + 1 for _, width, *_ in columns)
+    modules = [row["module"] for row in rows]
     # Names that are too long lose their common prefix: cut in the middle, they would lose their layer.
-    cut = len(modules) > 1 and modules["module"].str.len().max() > width
-    parts = zip(*(name.split(".") for name in modules["module"]), strict=False)
+    cut = len(modules) > 1 and max(map(len, modules)) > width
+    parts = zip(*(name.split(".") for name in modules), strict=False)
     same = takewhile(lambda part: len(set(part)) == 1, parts) if cut else ()
     shared = ".".join(part[0] for part in same)
-    names = [[_Name(name.removeprefix(f"{shared}."))] for name in modules["module"]]
+    names = [[_Name(name.removeprefix(f"{shared}."))] for name in modules]
     head = elide(f"module of {shared}" if shared else "module", width)
-    return _screen(inspection, target, _table([(head, width)], names, columns, modules))
+    return _screen(inspection, target, _table([(head, width)], names, columns, rows))
 
 
 def neurons_screen(inspection: NeuronInspection, target: Console) -> str:
@@ -186,26 +190,27 @@ def neurons_screen(inspection: NeuronInspection, target: Console) -> str:
         inspection,
         target,
         "in top 10%",
-        lambda cells: cells["top"].sum() / cells["neurons"].sum(),
+        lambda cell: sum(row["top"] for row in cell) / sum(row["neurons"] for row in cell),
         _NEURONS,
         "{} of a layer's neurons",
         form=percent,
     )
     spread = "  ".join(f"{share:.0%} {norm(value)}" for share, value in inspection.quantiles().items())
-    largest = [
+    listed = [
         _Name(row["module"], f"{norm(row['cosine_distance']):<8} ", f"  neuron {row['neuron']}")
         for row in inspection.largest(3).to_dict("records")
     ]
     names = (inspection.path, inspection.base), ("MODEL", "DIR")
     commands = [f"lorascope inspect {_join_paths(*each)} --csv > neurons.csv" for each in names]
-    facts: list[_Fact] = [("1 - cos", [spread]), ("largest", largest)]
+    facts: list[_Fact] = [("1 - cos", [spread]), ("largest", listed)]
     return _screen(inspection, target, *chart, facts=facts, commands=commands)
 
 
 def projections_screen(inspection: NeuronInspection, target: Console) -> str:
     """Format a whole model and its base, with one line per projection instead of the chart."""
-    names = [map(_Name, each) for each in inspection.modules[["module", "role"]].to_numpy()]
-    return _screen(inspection, target, _table([("projection", 39), ("role", 8)], names, _NEURONS, inspection.modules))
+    rows = inspection.module_rows()
+    names = [(_Name(row["module"]), _Name(row["role"])) for row in rows]
+    return _screen(inspection, target, _table([("projection", 39), ("role", 8)], names, _NEURONS, rows))
 
 
 def comparison_screen(comparison: Comparison, target: Console) -> str:
@@ -214,10 +219,13 @@ def comparison_screen(comparison: Comparison, target: Console) -> str:
     letters = [chr(ord("a") + place) for place in range(len(items))]
     methods = [item.facts[0][1].partition(",")[0] for item in items]
     names = zip(letters, map(_Name, comparison.labels), map(_Name, methods), strict=True)
-    sizes = pd.DataFrame([item.modules["rank"].agg(["min", "max", "size"]) for item in items])
-    sizes["norm"] = [item.norm for item in items]
-    sizes["total"] = [f"{item.modules['parameters'].sum():,}" for item in items]
-    ranks = ("rank", 7, span, "min", "max"), ("modules", 7, str, "size")
+    sizes = []
+    for item in items:
+        held = [each.rank for each in item.measured if each.rank is not None]
+        total = sum(each.parameters for each in item.measured)
+        row = {"norm": item.norm, "least": min(held, default=None), "most": max(held, default=None)}
+        sizes.append(row | {"modules": len(item.measured), "total": f"{total:,}"})
+    ranks = ("rank", 7, span, "least", "most"), ("modules", 7, str, "modules")
     columns = (("|dW|", 7, norm, "norm"), *ranks, ("parameters", 13, str, "total"))
     listed = _table([("", 1), ("", width), ("method", 10)], names, columns, sizes)
     blocks = [_matrix(comparison, letters, *each) for each in _MATRICES]
@@ -276,7 +284,7 @@ def _table(
     first: Sequence[tuple[str, int]],
     names: Iterable[Iterable[RenderableType]],
     columns: Sequence[_Numbers],
-    rows: pd.DataFrame,
+    rows: Iterable[Mapping[str, Any]],
 ) -> Table:
     """Return a table with a bold head, of text columns followed by columns of numbers.
 
@@ -291,7 +299,7 @@ def _table(
         table.add_column(head, width=None if flexible else width, ratio=1 if flexible else None, no_wrap=True)
     for head, width, *_ in columns:
         table.add_column(head, min_width=width, justify="right", no_wrap=True)
-    for texts, row in zip(names, rows.to_dict("records"), strict=True):
+    for texts, row in zip(names, rows, strict=True):
         table.add_row(*texts, *(form(*map(row.get, read)) for _, _, form, *read in columns))
     return table
 
@@ -300,7 +308,7 @@ def _chart(
     report: Report,
     target: Console,
     title: str,
-    profile: Callable[[Any], pd.Series],
+    profile: Callable[[list[dict[str, Any]]], float],
     columns: Sequence[_Numbers],
     caption: str,
     pooled: str = "",
@@ -308,24 +316,26 @@ def _chart(
 ) -> Iterator[RenderableType]:
     """Yield one row per role: its profile along the layers, then its numbers; and the scale.
 
-    ``profile`` maps modules, grouped by stack, role and column, to one value per group.
+    ``profile`` maps the modules of a stack, role and column to a value.
     """
     # A file or a pipe may be read by programs that expect ASCII.
     scale = BLOCKS if target.is_terminal and not target.options.ascii_only else DIGITS
-    inside, roles = report.modules.dropna(subset=["layer"]), report.roles()
-    depth = int(inside["layer"].max()) + 1 if len(inside) else 0
+    inside, roles = [row for row in report.module_rows() if row["layer"] is not None], report.role_rows()
+    depth = max((row["layer"] + 1 for row in inside), default=0)
     step = max(1, math.ceil(depth / _CHART))
     repeat = max(1, min(3, _CHART // depth)) if depth else 1
-    several = inside["stack"].nunique() > 1
-    cells = inside.groupby(["stack", "role", inside["layer"] // step], observed=True)
-    values = profile(cells).to_dict()
+    several = len({row["stack"] for row in inside}) > 1
+    cells: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+    for row in inside:
+        cells.setdefault((row["stack"], row["role"], row["layer"] // step), []).append(row)
+    values = {place: profile(cell) for place, cell in cells.items()}
     largest = max((value for value in values.values() if math.isfinite(value)), default=0.0)
-    rows = []
-    for stack, role in roles[["stack", "role"]].to_numpy():
+    names = []
+    for stack, role in ((row["stack"], row["role"]) for row in roles):
         along = (values.get((stack, role, column)) for column in range(math.ceil(depth / step)))
         drawn = "".join(glyph(value, largest, scale) * repeat for value in along)
-        rows.append((_Name(f"{_STACKS.get(stack, f'{stack} ') if several else ''}{role}"), drawn))
-    yield _table([(title, _LABEL - 1), (_layer_axis(depth, step, repeat), _CHART)], rows, columns, roles)
+        names.append((_Name(f"{_STACKS.get(stack, f'{stack} ') if several else ''}{role}"), drawn))
+    yield _table([(title, _LABEL - 1), (_layer_axis(depth, step, repeat), _CHART)], names, columns, roles)
     if largest:
         bins = f", {step} layers per column{pooled}" if step > 1 else ""
         yield _facts([("", [f"{scale[-1]} is {caption.format(form(largest))}, {scale[0]} is zero{bins}"])])
@@ -341,10 +351,10 @@ def glyph(value: float | None, largest: float, scale: str) -> str:
     return scale[min(steps, 1 + int(steps * (value / largest))) if value else 0]
 
 
-def _pool_layers(cells: Any) -> pd.Series:
-    """Return the root mean square of |dW| over the layers of each cell."""
-    squares = cells["update_norm"].agg(lambda norms: (norms**2).sum(skipna=False))
-    return (squares / cells["layer"].nunique()) ** 0.5
+def _pool_layers(cell: list[dict[str, Any]]) -> float:
+    """Return the root mean square of |dW| over the layers of a cell."""
+    norm = root_of_squares(np.array([row["update_norm"] for row in cell]))
+    return norm / len({row["layer"] for row in cell}) ** 0.5
 
 
 def _layer_axis(depth: int, step: int, repeat: int) -> str:

@@ -15,7 +15,8 @@ from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
 from lorascope.runs.layout import Lazy
 from lorascope.runs.manifest import Manifest, Module, Parameters, State
-from lorascope.runs.result import SUMMARY, Result
+from lorascope.runs.module_summary import ModuleSummary, table_of
+from lorascope.runs.result import Result
 from lorascope.schema import records
 from lorascope.schema.module_roles import parse
 from lorascope.schema.records import Record
@@ -120,12 +121,22 @@ class Adapter(Result):
     def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
         """Return one row per adapted module: position, rank, norms, stable and effective rank."""
         self._require_last_state(None, state)
-        frame = self.modules[["module", "stack", "layer", "role"]]
-        frame = frame.assign(rank=pd.array(list(self.ranks().values()), dtype="Int64"))
-        measured = pd.DataFrame(list(self._measures.values()))
-        return frame.join(measured.reindex(columns=list(SUMMARY)).astype("float64")).assign(
-            exact=[part.exact for part in self.files.parts.values()]
-        )
+        return table_of(ModuleSummary, self.summaries())
+
+    def summaries(self) -> list[ModuleSummary]:
+        parts = self.files.parts
+        return [
+            ModuleSummary(
+                each.module,
+                each.stack,
+                each.layer,
+                each.role,
+                parts[each.module].rank,
+                exact=parts[each.module].exact,
+                **self._measures[each.module],
+            )
+            for each in self.meta.modules
+        ]
 
     def _require_last_state(self, step: int | None, state: str) -> None:
         if step is not None or state != "last":

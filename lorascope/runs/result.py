@@ -16,13 +16,12 @@ import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.manifest import Manifest, State, Test
+from lorascope.runs.module_summary import MEASURES, ModuleSummary
 from lorascope.schema.deprecation import old_attribute
 from lorascope.schema.module_table import parse
 from lorascope.updates import Update, effective_rank, spectra, stable_rank
 
 T = TypeVar("T")
-
-SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 
 # Number of factor values in memory at once; a layer of a large model has 10 million at rank 64.
 _BATCH = 2**24
@@ -159,7 +158,7 @@ class Result(ABC):
         """
         chosen = self._state(state)
         table = self.table[self.table["step"] == chosen.step]
-        wide = table[table["quantity"].isin(SUMMARY) & table["index"].isna()].pivot(
+        wide = table[table["quantity"].isin(MEASURES) & table["index"].isna()].pivot(
             index="module", columns="quantity", values="value"
         )
         modules = self.modules
@@ -168,7 +167,7 @@ class Result(ABC):
         for name in chosen.ranks.keys() - set(frame.index):  # the second name of a tied weight, adapted separately
             frame.loc[name] = parse(name)
         frame["rank"] = pd.Series(chosen.ranks, dtype="Int64").reindex(frame.index)
-        frame = frame.join(wide.astype("float64").reindex(index=frame.index, columns=list(SUMMARY)))
+        frame = frame.join(wide.astype("float64").reindex(index=frame.index, columns=list(MEASURES)))
         updates = self.updates(state=state)
         # Recorded values take precedence, because they include a weight that trains below its adapter.
         unseen = {name: updates[name] for name in frame.index[frame["stable_rank"].isna()] if name in updates}
@@ -179,6 +178,12 @@ class Result(ABC):
         if not all:
             frame = frame[frame["update_norm"].notna()]
         return frame.reset_index()
+
+    def summaries(self) -> list[ModuleSummary]:
+        """Return the rows of ``summary(all=True)``."""
+        frame = self.summary(all=True).astype({"layer": object, "rank": object})
+        rows: Any = frame.where(frame.notna() | ~frame.columns.isin(["layer", "rank"]), None).to_dict("records")
+        return [ModuleSummary(**row) for row in rows]
 
     @cached_property
     def spectra(self) -> dict[str, np.ndarray]:

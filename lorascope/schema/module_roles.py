@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
+from numbers import Real
 from typing import Any, NamedTuple
-
-import pandas as pd
 
 from lorascope.schema import image_roles
 
@@ -120,7 +119,7 @@ def position(stack: str, layer: Any, role: str) -> tuple[int, int, int, int]:
     layer : int, None or NA
         Layer, None or NA outside the blocks. A position table inside a block is sorted with its block.
     """
-    inside = not pd.isna(layer)
+    inside = isinstance(layer, Real) and layer == layer  # not None, NA or NaN
     section = 2 if inside else {"embed": 0, "pos_embed": 1, "head": 4}.get(role, 3)
     order = image_roles.ORDER.get(stack, int(stack == "decoder"))
     return section, order, int(layer) if inside else -1, ROLES.index(role)

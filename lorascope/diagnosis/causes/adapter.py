@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from statistics import median
+
 import numpy as np
 
 from lorascope.diagnosis.base_comparison import DIRECTIONS
-from lorascope.diagnosis.causes.base import Found, Rule, caution, first_and_count, found, some_have
-from lorascope.diagnosis.evidence import Case
+from lorascope.diagnosis.causes.base import Found, Rule, caution, first_and_count, found, names_of, some_have
+from lorascope.diagnosis.evidence import Case, largest
 from lorascope.runs.gated_run import gate_description
+from lorascope.updates.linalg import root_of_squares
 
 FAINT = 1e-3  # fraction of the median change per layer: layers of healthy runs differ by less than a hundredfold
 
@@ -15,14 +19,13 @@ FAINT = 1e-3  # fraction of the median change per layer: layers of healthy runs 
 @Rule()
 def special_norms(case: Case) -> Found:
     """Find norms that depend on the input, and those that are NaN."""
-    norms, count = case.measured["update_norm"], len(case.measured)
-    if routed := int((~case.measured["exact"]).sum()):
+    count = len(case.measured)
+    if routed := sum(not each.exact for each in case.measured):
         gates = f"their updates are evaluated at {gate_description(case.run)}"
         yield caution(f"{routed} of {count} modules depend on their input: {gates}")
-    if broken := int(norms.isna().sum()):
-        contain = "contains" if broken == 1 else "contain"
-        names = case.measured["module"][norms.isna()]
-        yield caution(f"{broken} of {count} modules {contain} NaN or infinity", names, "error")
+    if broken := [each.module for each in case.measured if math.isnan(each.update_norm)]:
+        contain = "contains" if len(broken) == 1 else "contain"
+        yield caution(f"{len(broken)} of {count} modules {contain} NaN or infinity", broken, "error")
 
 
 @Rule(
@@ -31,14 +34,14 @@ def special_norms(case: Case) -> Found:
 )
 def nan(case: Case) -> Found:
     """Find updates whose norm is NaN or infinite."""
-    broken = case.modules[~np.isfinite(case.modules["update_norm"])]
+    broken = [each for each in case.modules if not math.isfinite(each.update_norm)]
     return some_have(broken, case.modules, "NaN or infinity")
 
 
 @Rule("set lora_alpha above 0 (r or 2 r are common), and train again", suppresses=("unused", "untrained"))
 def scale_zero(case: Case) -> Found:
     """Find adapters with scale 0."""
-    mute = case.adapted[case.adapted["scale"] == 0]
+    mute = [each for each in case.adapted if each.scale == 0]
     return some_have(mute, case.adapted, "scale 0, so no output and no gradient", scale=0.0)
 
 
@@ -56,7 +59,7 @@ def untrained(case: Case) -> Found:
 )
 def unused(case: Case) -> Found:
     """Find training runs that did not use the adapters."""
-    method, steps = case.meta.method, int(case.losses.index.max() if len(case.losses) else 0)
+    method, steps = case.meta.method, max(case.losses, default=0)
     # PEFT's prompt and prefix methods adapt no module; the others have target_modules.
     promised = (method.get("name") == "peft" and method.get("target_modules")) or len(case.adapted)
     # Parameters that trained in a module that is left out are in no update.
@@ -74,7 +77,7 @@ def unused(case: Case) -> Found:
 )
 def dead(case: Case) -> Found:
     """Find modules that no gradient can change."""
-    empty = case.adapted[case.adapted["empty"] & (case.adapted["scale"] != 0)]
+    empty = [each for each in case.adapted if each.empty and each.scale != 0]
     return some_have(empty, case.adapted, "zeros in all factors, so their gradients are zero")
 
 
@@ -85,12 +88,15 @@ def dead(case: Case) -> Found:
 )
 def dead_layers(case: Case) -> Found:
     """Find layers that changed far less than the others."""
-    layers = case.modules.dropna(subset=["layer"])
-    moved = (layers["moved"] ** 2).groupby([layers["stack"], layers["layer"]], observed=True).sum() ** 0.5
-    moved = moved[moved > 0]
-    faint = moved[moved < FAINT * moved.median()]
-    if len(faint):
-        names, share = [f"{stack} {layer}".strip() for stack, layer in faint.index], float(faint.min() / moved.median())
+    norms: dict[tuple[str, int], list[float]] = {}
+    for each in case.modules:
+        if each.layer is not None and not math.isnan(each.moved):
+            norms.setdefault((each.stack, each.layer), []).append(each.moved)
+    moved = {layer: norm for layer in sorted(norms) if (norm := root_of_squares(np.array(norms[layer]))) > 0}
+    usual = median(moved.values()) if moved else 0.0
+    faint = {layer: norm for layer, norm in moved.items() if norm < FAINT * usual}
+    if faint:
+        names, share = [f"{stack} {layer}".strip() for stack, layer in faint], min(faint.values()) / usual
         changed = f"{len(faint)} of {len(moved)} layers changed by less than {FAINT:g} of the median layer"
         message = f"{changed}: {first_and_count(names)} ({share:.1e})"
         yield found(message, layers=names, share=share, threshold=FAINT)
@@ -101,17 +107,17 @@ def frozen(case: Case) -> Found:
     """Find adapters that did not change while others did."""
     resting, adapted = case.unchanged_adapters, case.adapted
     # AdaLoRA may remove all components of a module, which is not a fault.
-    if len(resting) < len(adapted) and (adapted["update_norm"] > 0).any() and not case.masks_components:
-        zero, names = "an update of exactly zero while others changed", list(resting["module"])
+    if len(resting) < len(adapted) and any(each.update_norm > 0 for each in adapted) and not case.masks_components:
+        zero, names = "an update of exactly zero while others changed", names_of(resting)
         yield from some_have(resting, adapted, zero, modules=names, update_norm=0.0)
 
 
 @Rule()
 def zero_updates(case: Case) -> Found:
     """Find zero updates, and the factor that is zero; and unused components of the others."""
-    zero = case.measured["update_norm"] == 0
-    names, count = case.measured["module"][zero], int(zero.sum())
-    if zero.all():
+    names = [each.module for each in case.measured if each.update_norm == 0]
+    count = len(names)
+    if count == len(case.measured):
         yield caution(f"all {count} modules have a zero update: saved before training?")
     elif count:
         held = case.run.factors()
@@ -119,28 +125,30 @@ def zero_updates(case: Case) -> Found:
         same = zeros.pop() if len(zeros) == 1 else ()
         why = f" ({' = '.join(same)} = 0)" if same else ""
         yield found(f"{count} zero update{'s' * (count > 1)}: {first_and_count(names)}{why}")
-    worn = case.measured[(case.measured["dead"] > 0) & (case.measured["update_norm"] > 0)]
-    if total := int(worn["dead"].sum()):
+    worn = [each for each in case.measured if each.dead > 0 and each.update_norm > 0]
+    if total := int(sum(each.dead for each in worn)):
         are = "components are" if total > 1 else "component is"
-        yield found(f"{total} {are} unused (below 1e-6 of the largest)", worn["module"])
+        yield found(f"{total} {are} unused (below 1e-6 of the largest)", names_of(worn))
 
 
 @Rule()
 def base_weights(case: Case) -> Found:
     """Count the intruder dimensions, and measure how far the update rotates the neurons."""
-    known, rotated = (case.measured.dropna(subset=[name]) for name in ("intruders", "neuron_largest"))
-    intruded = known[known["intruders"] > 0]
-    if len(intruded):
-        most = intruded.nlargest(1, "intruders").iloc[0]
-        total = f"{intruded['intruders'].sum():.0f} intruder dimensions in {len(intruded)} of {len(known)} modules"
-        yield caution(f"{total}, most in {most['module']} ({most['intruders']:.0f} of {DIRECTIONS})")
-    elif len(known):
+    known = [each for each in case.measured if not math.isnan(each.intruders)]
+    rotated = [each for each in case.measured if not math.isnan(each.neuron_largest)]
+    if intruded := [each for each in known if each.intruders > 0]:
+        (most,) = largest(intruded, "intruders")
+        count = sum(each.intruders for each in intruded)
+        total = f"{count:.0f} intruder dimensions in {len(intruded)} of {len(known)} modules"
+        yield caution(f"{total}, most in {most.module} ({most.intruders:.0f} of {DIRECTIONS})")
+    elif known:
         among = f"among the {DIRECTIONS} leading singular vectors of {len(known)} modules"
         yield caution(f"no intruder dimensions {among}")
-    if len(rotated):
-        most = rotated.nlargest(1, "neuron_largest").iloc[0]
-        median = f"neuron rotation: 1 - cos = {rotated['neuron_median'].median():.2g} (median over modules)"
-        yield caution(f"{median}, at most {most['neuron_largest']:.2g}, in {most['module']}")
+    if rotated:
+        (most,) = largest(rotated, "neuron_largest")
+        usual = median(each.neuron_median for each in rotated)
+        turned = f"neuron rotation: 1 - cos = {usual:.2g} (median over modules)"
+        yield caution(f"{turned}, at most {most.neuron_largest:.2g}, in {most.module}")
     if rest := len(rotated) and len(rotated) - len(known):
         message = f"intruder dimensions of {rest} large modules not computed: add --spectra (slow)"
         yield caution(message)

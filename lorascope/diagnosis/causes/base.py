@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import pandas as pd
-
-from lorascope.diagnosis.evidence import Case
+from lorascope.diagnosis.evidence import Case, MeasuredModule, TrainedModule
 from lorascope.schema.deprecation import accept_old_fields, formerly
 
 Severity = Literal["error", "caution", "note"]
@@ -96,12 +94,23 @@ def caution(message: str, names: Iterable[Any] = (), severity: Severity = "cauti
     return replace(found(message, names), severity=severity)
 
 
-def some_have(rows: pd.DataFrame, modules: pd.DataFrame, what: str, /, **evidence: Any) -> Found:
+def some_have(
+    rows: Sequence[TrainedModule | MeasuredModule],
+    modules: Sequence[TrainedModule | MeasuredModule],
+    what: str,
+    /,
+    **evidence: Any,
+) -> Found:
     """Yield the finding "n of m modules have ...", unless no row has it."""
     if len(rows):
         verb = "has" if len(rows) == 1 else "have"
         counts = {"modules": len(rows), "of": len(modules)}
-        yield found(f"{len(rows)} of {len(modules)} modules {verb} {what}", rows["module"], **counts | evidence)
+        yield found(f"{len(rows)} of {len(modules)} modules {verb} {what}", names_of(rows), **counts | evidence)
+
+
+def names_of(rows: Iterable[TrainedModule | MeasuredModule]) -> list[str]:
+    """Return the names of modules."""
+    return [row.module for row in rows]
 
 
 def first_and_count(names: Iterable[Any]) -> str:

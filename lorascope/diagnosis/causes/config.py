@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from statistics import multimode
 from typing import Any
 
-import numpy as np
-
-from lorascope.diagnosis.causes.base import Found, Rule, caution, found
-from lorascope.diagnosis.evidence import SHARE, Case
+from lorascope.diagnosis.causes.base import Found, Rule, caution, found, names_of
+from lorascope.diagnosis.evidence import SHARE, Case, largest
 from lorascope.runs.formats.peft_experts import ExpertPart
 from lorascope.runs.formats.peft_lora import CONFIG
 from lorascope.schema.name_patterns import Ends, Patterns
@@ -21,10 +21,14 @@ NEARLY = 0.01  # fraction of the components to prune: masking every few steps ma
 @Rule()
 def rank_use(case: Case) -> Found:
     """Count the modules that would need only a quarter of their rank."""
-    known = case.measured[case.measured["update_norm"] > 0].dropna(subset=["energy_rank", "rank"])
-    if len(known) and known["rank"].min() >= 4:
-        narrow = int((known["energy_rank"] <= known["rank"] // 4).sum())
-        ranks = set(known["rank"] // 4)
+    known = {
+        each.module: (each.rank, each.energy_rank)
+        for each in case.measured
+        if each.update_norm > 0 and each.rank is not None and not math.isnan(each.energy_rank)
+    }
+    if known and min(rank for rank, _ in known.values()) >= 4:
+        narrow = sum(needed <= rank // 4 for rank, needed in known.values())
+        ranks = {rank // 4 for rank, _ in known.values()}
         bound = f"rank {ranks.pop()} or less" if len(ranks) == 1 else "a quarter of their rank"
         yield found(f"{narrow or 'none'} of {len(known)} modules have {SHARE:.0%} of their energy in {bound}")
 
@@ -87,12 +91,11 @@ def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Found:
 def overscaled(case: Case) -> Found:
     """Find updates that are larger than the weights, at an unusually large scale."""
     adapted = case.adapted
-    huge = adapted[(adapted["relative_update"] > WHOLE) & (adapted["scale"] > HABIT)]
-    if len(huge):
-        most = huge.nlargest(1, "relative_update").iloc[0]
-        update, scale = float(most["relative_update"]), float(most["scale"])
+    if huge := [each for each in adapted if each.relative_update > WHOLE and each.scale > HABIT]:
+        (most,) = largest(huge, "relative_update")
+        update, scale = most.relative_update, most.scale
         message = f"the update is larger than the weight in {len(huge)} of {len(adapted)} modules"
-        message = f"{message}, up to {update:.3g} |W| in {most['module']}, at scale {scale:.4g}"
+        message = f"{message}, up to {update:.3g} |W| in {most.module}, at scale {scale:.4g}"
         evidence = {"modules": len(huge), "relative_update": update, "threshold": WHOLE, "scale": scale}
         yield found(message, **evidence, habit=HABIT)
 
@@ -103,20 +106,21 @@ def uneven_scale(case: Case) -> Found:
     config, adapted = case.meta.method, case.adapted
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     # Without an alpha_pattern the scale is alpha / r, which AutoLoRA intends.
-    if case.masks_components or not ranks or not alphas or adapted["scale"].isna().all():
+    scales = [each.scale for each in adapted if not math.isnan(each.scale)]
+    if case.masks_components or not ranks or not alphas or not scales:
         return
-    usual = float(adapted["scale"].mode().iloc[0])
+    usual = min(multimode(scales))
     own, scaled = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
-    matched = adapted["module"].map(case.configured)
-    left = [own.first(name) is not None and scaled.first(name) is None for name in matched]
-    ratio = adapted["scale"] / usual
-    off = adapted[np.array(left) & ((ratio >= UNEVEN) | (ratio <= 1 / UNEVEN))]
-    if len(off):
-        scale = float(off["scale"].iloc[0])
-        verb, names = "has" if len(off) == 1 else "have", list(off["module"])
+    names = case.configured
+    odd = [each for each in adapted if each.scale != usual]
+    odd = [each for each in odd if each.scale >= UNEVEN * usual or each.scale <= usual / UNEVEN]
+    ranked = [each for each in odd if own.first(names[each.module]) is not None]
+    if off := [each for each in ranked if scaled.first(names[each.module]) is None]:
+        scale = off[0].scale
+        verb, modules = "has" if len(off) == 1 else "have", names_of(off)
         lacking = f"{verb} an entry in rank_pattern but none in alpha_pattern"
         message = f"{len(off)} of {len(adapted)} modules {lacking}, so scale {scale:.4g} instead of {usual:.4g}"
-        yield found(message, names, modules=names, scale=scale, usual=usual, threshold=UNEVEN)
+        yield found(message, modules, modules=modules, scale=scale, usual=usual, threshold=UNEVEN)
 
 
 @Rule("call model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()")
@@ -142,14 +146,14 @@ def _allocator_excess(case: Case, idle: bool) -> dict[str, Any]:
     """
     method = case.meta.method
     # A module without components counts, because the others received its part of the budget.
-    ranked = case.modules[case.modules["rank"].notna()]
-    if not case.masks_components or ranked.empty:
+    ranked = [(each.rank, each.used) for each in case.modules if each.rank is not None]
+    if not case.masks_components or not ranked:
         return {}
     # A folder is already masked, so only the configuration has the initial rank; 8 and 12 are PEFT's defaults.
     each = method.get("target_rank", method.get("target_r", 8))
     first = method.get("init_rank", method.get("init_r", 12))
     budget, whole = round(each * len(ranked)), first * len(ranked)
-    held = int(ranked[["rank", "used"]].min(axis=1).sum())
+    held = sum(rank if math.isnan(used) else min(rank, int(used)) for rank, used in ranked)
     steps, due = case.meta.states["last"].step, True
     if steps is not None:
         warm, every = method.get("tinit", 0), method.get("deltaT", 1)

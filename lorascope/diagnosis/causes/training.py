@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from lorascope.diagnosis.causes.base import Found, Rule, found
+from lorascope.diagnosis.causes.base import Found, Rule, found, names_of
 from lorascope.diagnosis.evidence import Case
+from lorascope.updates.linalg import root_of_squares
 
 STILL = 1e-4  # fraction of |W|: below the resolution of float16 and bfloat16, 5e-4 and 4e-3, so merging loses it
 WORSE = 1.0  # nats: batches differ by less, and a final loss this far above the first one means failure
@@ -18,9 +21,10 @@ ROOM = 4  # components: with fewer, a single direction is not suspicious
 )
 def rate_small(case: Case) -> Found:
     """Find training runs that changed the weights, but hardly."""
-    rows = case.adapted if len(case.adapted) else case.modules[case.modules["role"] != "head"]
-    known = rows[["moved", "weight_norm"]].dropna()
-    moved, norm = (float(np.sqrt((known[name] ** 2).sum())) for name in ("moved", "weight_norm"))
+    rows = case.adapted or [each for each in case.modules if each.role != "head"]
+    known = [each for each in rows if not math.isnan(each.moved) and not math.isnan(each.weight_norm)]
+    moved = root_of_squares(np.array([each.moved for each in known]))
+    norm = root_of_squares(np.array([each.weight_norm for each in known]))
     share = moved / norm if norm else np.nan
     if 0 < share < STILL:
         rate = case.meta.settings.get("lr")
@@ -36,7 +40,7 @@ def diverged(case: Case) -> Found:
     if "became" in error:
         yield found(f"training stopped: {error.partition(':')[0]}", error=error, lr=rate)
         return
-    losses = case.losses.to_numpy()
+    losses = np.array(list(case.losses.values()))
     if len(losses) < 2:
         return
     start, end = float(losses[0]), float(losses[-max(1, len(losses) // 5) :].mean())
@@ -49,13 +53,15 @@ def diverged(case: Case) -> Found:
 def collapsed(case: Case) -> Found:
     """Find updates that use a single direction of their rank."""
     adapted = case.adapted
-    known = adapted[(adapted["used"] >= ROOM) & (adapted["update_norm"] > 0) & adapted["effective_rank"].notna()]
-    narrow = known[known["effective_rank"] <= SINGLE]
+    wide = [each for each in adapted if each.used >= ROOM and each.update_norm > 0]
+    known = [each for each in wide if not math.isnan(each.effective_rank)]
+    narrow = [each for each in known if each.effective_rank <= SINGLE]
     if len(narrow) > len(known) / 2:
-        rank = f"effective rank at most {SINGLE:g} of {int(known['used'].max())}"
+        rank = f"effective rank at most {SINGLE:g} of {int(max(each.used for each in known))}"
         message = f"{len(narrow)} of {len(known)} updates have one direction ({rank})"
-        evidence = {"modules": len(narrow), "of": len(known), "effective_rank": float(narrow["effective_rank"].max())}
-        yield found(message, narrow["module"], **evidence, threshold=SINGLE)
+        most = max(each.effective_rank for each in narrow)
+        evidence = {"modules": len(narrow), "of": len(known), "effective_rank": most}
+        yield found(message, names_of(narrow), **evidence, threshold=SINGLE)
 
 
 @Rule("adapt only one of them, or untie them first (tie_word_embeddings=False) and save the base", "base")

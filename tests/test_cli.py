@@ -247,8 +247,8 @@ def test_closed_pipe_exits_0(adapter: Path) -> None:
 
 
 def modules_after(code: str, *words: str) -> set[str]:
-    """Return the top-level modules that a fresh interpreter has imported after running code."""
-    report = "import json, sys; print('\\n' + json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    """Return the modules that a fresh interpreter has imported after running code."""
+    report = "import json, sys; print('\\n' + json.dumps(sorted(sys.modules)))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\n{report}", *words], capture_output=True, text=True, check=True, env=environment
@@ -261,11 +261,13 @@ def test_package_and_help_import_no_heavy_modules(code: str) -> None:
     assert not modules_after(code) & {"torch", "transformers", "pandas", "numpy", "matplotlib", "tyro"}
 
 
-def test_inspect_does_not_import_torch(adapter: Path) -> None:
-    call = "import sys; from lorascope.cli.main import main; main(['inspect', sys.argv[1]])"
-    loaded = modules_after(call, str(adapter))
-    assert "pandas" in loaded
-    assert not loaded & {"torch", "transformers", "peft", "matplotlib", "plotly", "scipy"}
+@pytest.mark.parametrize("words", [["inspect"], ["inspect", "--all"], ["inspect", "--json"], ["doctor"]])
+def test_inspect_and_doctor_import_only_what_they_use(adapter: Path, words: list[str]) -> None:
+    call = "import sys; from lorascope.cli.main import main; main(sys.argv[1:])"
+    heavy = {"torch", "transformers", "peft", "matplotlib", "plotly", "scipy", "pyarrow", "pandas.core", "regex"}
+    assert not modules_after(call, *words, str(adapter)) & heavy
+    # pandas is there for a table.
+    assert "pandas.core" in modules_after(call, "inspect", "--csv", str(adapter))
 
 
 def test_plot_does_not_import_torch(adapter: Path, tmp_path: Path) -> None:

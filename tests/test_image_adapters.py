@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save
 
 import lorascope as ls
 from lorascope.diagnosis.inspection import inspect
-from lorascope.diagnosis.neuron_scores import is_checkpoint
+from lorascope.runs.loading import is_checkpoint
 
 LYCORIS = Path(__file__).parent / "fixtures" / "lycoris"
 DENSE = load_file(LYCORIS / "dense.safetensors")

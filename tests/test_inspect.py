@@ -19,6 +19,7 @@ from test_loading import save, write_run
 from lorascope.cli.main import main
 from lorascope.diagnosis import terminal
 from lorascope.diagnosis.inspection import inspect
+from lorascope.diagnosis.inspection_screen import inspection_screen
 from lorascope.files.safetensors_io import write_json, write_tensors
 from lorascope.runs.formats.peft_lora import WEIGHTS
 from lorascope.runs.loading import load
@@ -79,7 +80,7 @@ def plain() -> Console:
 
 
 def lines(path: Path, target: Console | None = None) -> list[str]:
-    return terminal.inspection_screen(inspect(load(path)), target or plain()).splitlines()
+    return inspection_screen(inspect(load(path)), target or plain()).splitlines()
 
 
 def test_inspection_screen_equals_the_expected_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,7 +225,7 @@ def test_nan_module_is_shown_and_excluded_from_totals(tmp_path: Path) -> None:
     spectra = llama(2, [1.0, 0.0])
     spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 2
     item = inspect(load(plant(tmp_path / "a", spectra)))
-    shown = terminal.inspection_screen(item, plain()).splitlines()
+    shown = inspection_screen(item, plain()).splitlines()
     assert next(line for line in shown if line.startswith("ffn_in"))[15:21] == "555!!!"
     assert item.norm == pytest.approx(2 * (4 + 3 * 4) ** 0.5)
     assert item.modules["energy"].sum() == pytest.approx(1)
@@ -248,7 +249,7 @@ def test_dense_run_shows_its_recorded_norms(tmp_path: Path) -> None:
     item = inspect(load(tmp_path / "full"))
     row = item.modules.iloc[0]
     assert (row["update_norm"], row["energy_rank"], row["parameters"]) == (5.0, 2, 12)
-    shown = terminal.inspection_screen(item, plain()).splitlines()
+    shown = inspection_screen(item, plain()).splitlines()
     assert shown[:4] == [
         "full           Full, seed 0",
         "model          m on t",
@@ -296,7 +297,7 @@ def test_blocks_and_color_are_shown_only_on_capable_terminals(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     folder = plant(tmp_path / "a", llama(2, [1.0, 0.1, 0.0, 0.0]))
-    shown = terminal.inspection_screen(inspect(load(folder)), terminal.console(stream))
+    shown = inspection_screen(inspect(load(folder)), terminal.console(stream))
     assert ("█" in shown) == blocks
     assert ("\033[" in shown) == color
     assert shown.isascii() == (not blocks)
@@ -308,9 +309,9 @@ def test_color_changes_only_escape_codes(tmp_path: Path, monkeypatch: pytest.Mon
     item = inspect(load(plant(tmp_path / "a", llama(2, [1.0, 0.1, 0.0, 0.0]))))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    colored = terminal.inspection_screen(item, terminal.console(Terminal()))
+    colored = inspection_screen(item, terminal.console(Terminal()))
     monkeypatch.setenv("NO_COLOR", "1")
-    without = terminal.inspection_screen(item, terminal.console(Terminal()))
+    without = inspection_screen(item, terminal.console(Terminal()))
     assert "\033[" in colored
     stripped = "\n".join(line.rstrip() for line in re.sub(r"\033\[\d+m", "", colored).splitlines())
     assert stripped == without

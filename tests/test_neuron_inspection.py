@@ -14,6 +14,7 @@ from test_inspect import Terminal, plain, run
 from lorascope.cli.main import main
 from lorascope.diagnosis import terminal
 from lorascope.diagnosis.neuron_inspection import NeuronInspection, inspect_neurons
+from lorascope.diagnosis.neuron_screen import neurons_screen, projections_screen
 from lorascope.files.safetensors_io import open_tensors, write_tensors
 
 WIDTH, FEED_FORWARD = 6, 10
@@ -112,17 +113,17 @@ findings       3 of 6 projections have a zero update:
                  model.layers.0.mlp.gate_proj and 2 more
                26 neurons in changed projections did not change
 next           lorascope inspect tuned --base base --csv > neurons.csv"""
-    assert terminal.neurons_screen(inspect_neurons("tuned", "base"), plain()) == expected
+    assert neurons_screen(inspect_neurons("tuned", "base"), plain()) == expected
 
 
 @pytest.mark.parametrize("layers", [1, 2, 17, 33, 80])
 def test_screen_fits_24_lines_at_any_depth(tmp_path: Path, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     base, tuned = plant(tmp_path / ("a-rather-long-name" * 4), layers, {(layers - 1, "up_proj", 0): 0.1})
-    for shown in (terminal.neurons_screen, terminal.projections_screen):
+    for shown in (neurons_screen, projections_screen):
         lines = shown(inspect_neurons(tuned, base), terminal.console(Terminal())).splitlines()
         assert max(map(len, lines)) <= 80
-    assert len(terminal.neurons_screen(inspect_neurons(tuned, base), plain()).splitlines()) <= 24
+    assert len(neurons_screen(inspect_neurons(tuned, base), plain()).splitlines()) <= 24
 
 
 def test_findings_of_equal_and_half_changed_models(tmp_path: Path) -> None:

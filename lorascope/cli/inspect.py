@@ -7,21 +7,19 @@ from functools import partial
 from json import dumps
 from typing import Annotated, Any
 
-import pandas as pd
 from tyro.conf import arg
 
 from lorascope.cli.arguments import Folder, command
 from lorascope.cli.load_runs import open_runs
-from lorascope.diagnosis import terminal
-from lorascope.diagnosis.comparison import compare
 from lorascope.diagnosis.inspection import Inspection, inspect, rows
-from lorascope.diagnosis.neuron_inspection import inspect_neurons
-from lorascope.diagnosis.neuron_scores import is_checkpoint
+from lorascope.diagnosis.inspection_screen import inspection_screen, modules_screen
 from lorascope.diagnosis.null import null_table
+from lorascope.diagnosis.terminal import console
 from lorascope.files.hub import locate
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safe_csv import csv_text
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.loading import describe_without_updates
+from lorascope.runs.loading import describe_without_updates, is_checkpoint
 
 
 @command
@@ -67,6 +65,7 @@ def main(
         raise ValueError("PATH is required: lorascope inspect my-adapter")
     if json and csv:
         raise ValueError("--json and --csv cannot be combined")
+    # The imports below are those of a few uses; they take as long as all others.
     shown: Any
     screens: list[tuple[Any, Any]]
     found = [locate(path) for path in paths]
@@ -80,9 +79,12 @@ def main(
             raise ValueError(
                 f"cannot inspect {whole[0]}: a whole model requires the model it was tuned from, --base DIR"
             )
+        from lorascope.diagnosis.neuron_inspection import inspect_neurons
+        from lorascope.diagnosis.neuron_screen import neurons_screen, projections_screen
+
         shown = inspect_neurons(whole[0], base)
         table = partial(shown.scores.drop, columns="top")
-        screens = [(terminal.projections_screen if all else terminal.neurons_screen, shown)]
+        screens = [(projections_screen if all else neurons_screen, shown)]
     else:
         runs = open_runs(found, base)
         if unfinished := [run for run in runs if not isinstance(run, Adapter) and not run.meta.states]:
@@ -91,16 +93,19 @@ def main(
         if null and len(runs) > 1:
             raise ValueError(f"--null requires one adapter or run, got {len(runs)}")
         inspections = [inspect(run, spectra) for run in runs]
-        screens = [(terminal.modules_screen, item) for item in inspections] if all else []
+        screens = [(modules_screen, item) for item in inspections] if all else []
         if len(inspections) > 1:
+            from lorascope.diagnosis.comparison import compare
+            from lorascope.diagnosis.comparison_screen import comparison_screen
+
             shown = compare(inspections, spectra)
             table = shown.table
-            screens.append((terminal.comparison_screen, shown))
+            screens.append((comparison_screen, shown))
         else:
             (shown,) = inspections
             compared = null_table(shown) if null else None
             table = partial(_named_modules, shown, compared)
-            screens = screens or [(partial(terminal.inspection_screen, null=compared), shown)]
+            screens = screens or [(partial(inspection_screen, null=compared), shown)]
             if compared is not None and json:
                 print(dumps(shown.to_json() | {"null": rows(compared)}, indent=1))
                 return 0
@@ -109,7 +114,7 @@ def main(
     elif json:
         print(dumps(shown.to_json(), indent=1))
     else:
-        print("\n\n".join(screen(item, terminal.console(sys.stdout)) for screen, item in screens))
+        print("\n\n".join(screen(item, console(sys.stdout)) for screen, item in screens))
     return 0
 
 

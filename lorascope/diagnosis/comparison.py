@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
 from lorascope.analysis import adapter_similarity
 from lorascope.diagnosis.inspection import Inspection, rows
+from lorascope.files.lazy_pandas import pandas as pd
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.diagnosis.evidence import Case, MeasuredModule
 from lorascope.files.hub import hub_source, label
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.module_summary import table_of
 from lorascope.runs.result import Result

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from lorascope.diagnosis.causes.base import Finding, found
 from lorascope.diagnosis.inspection import Facts, Report, describe_files, in_axis_order, pool_norms, rows
 from lorascope.diagnosis.neuron_scores import neuron_scores
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 
 TOP = 0.1

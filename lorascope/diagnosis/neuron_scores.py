@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from lorascope.analysis import neurons
 from lorascope.diagnosis.inspection import in_axis_order
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.loading import is_adapter, is_run
 from lorascope.schema.module_roles import FFN, parse
 from lorascope.updates import neuron_change
 
@@ -59,12 +58,6 @@ def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] 
         (_score_part(part, before, after) for part in neurons.parts(modules, present)), ignore_index=True
     )
     return scores.astype(dict.fromkeys(("module", "stack", "role"), "category"))
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a path is a whole model in safetensors files, and neither a run nor an adapter."""
-    whole = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors*"))
-    return whole and not is_run(path) and not is_adapter(path)
 
 
 def describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:

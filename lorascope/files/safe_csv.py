@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pandas as pd
-from pandas.api.types import is_bool_dtype, is_numeric_dtype
-
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 
 # Spreadsheets evaluate a cell that starts with one of these as a formula; full-width ones in East Asian locales.
@@ -22,7 +20,7 @@ def csv_text(table: pd.DataFrame) -> str:
     """
     shown = table.set_axis([_escape_cell(name) for name in table.columns], axis="columns")
     for place, kind in enumerate(table.dtypes):
-        if not (is_numeric_dtype(kind) or is_bool_dtype(kind)):
+        if not (pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_bool_dtype(kind)):
             shown.isetitem(place, table.iloc[:, place].map(_escape_cell, na_action="ignore").to_numpy())
     return shown.to_csv(index=False, lineterminator="\n")
 

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from functools import cached_property
 
 import numpy as np
-import pandas as pd
 
 from lorascope.files.hub import label
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
 from lorascope.runs.layout import Lazy

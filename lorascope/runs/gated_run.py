@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.layout import Lazy, identify
 from lorascope.runs.result import Result
 from lorascope.schema.records import validate

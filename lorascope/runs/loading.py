@@ -94,6 +94,12 @@ def is_adapter(path: Path) -> bool:
     return find_reader(config, names) is not None or find_sentence(config, names) is not None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Return whether a path is a whole model in safetensors files, and neither a run nor an adapter."""
+    whole = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors*"))
+    return whole and not is_run(path) and not is_adapter(path)
+
+
 def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
     files = _open_files(path)
     config = _configuration(path, files)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
-import pandas as pd
 
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, is_plain
 from lorascope.files.typed_json import Count, Finite, Positive, read_json, to_typed, unreadable

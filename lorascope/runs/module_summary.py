@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import pandas as pd
+
+from lorascope.files.lazy_pandas import pandas as pd
 
 MEASURES = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 _DTYPES = {"layer": "Int16", "rank": "Int64"}

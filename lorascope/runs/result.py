@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import pandas as pd
 
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.manifest import Manifest, State, Test
@@ -23,8 +23,8 @@ from lorascope.updates import Update, effective_rank, spectra, stable_rank
 
 T = TypeVar("T")
 
-# Number of factor values in memory at once; a layer of a large model has 10 million at rank 64.
-_BATCH = 2**24
+# Number of factor values in memory at once, at least one module: few enough that most are still in the cache.
+_BATCH = 2**22
 
 
 class Result(ABC):

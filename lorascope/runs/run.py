@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 import lorascope
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, file_hash

@@ -16,8 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pandas as pd
-
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.schema.module_roles import (
     ATTENTION,
     CROSS,

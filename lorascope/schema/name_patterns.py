@@ -10,8 +10,7 @@ import time
 import warnings
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
-
-import regex
+from typing import Any
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import unreadable
@@ -25,6 +24,16 @@ _BACKTRACKS = re.compile(r"[*+?{|]")
 _EXPANDS = re.compile(r"\)\s*\{|\{[^}]*\d{3}")
 
 
+def _compile_with_timeout(expression: str) -> Any:
+    """Return a pattern of the ``regex`` package, whose methods accept a ``timeout``."""
+    import regex  # not at the top, because few adapters have a pattern that needs it
+
+    try:
+        return regex.compile(expression)
+    except regex.error as error:
+        raise ValueError(str(error)) from error
+
+
 class Patterns:
     """Keys of a setting such as ``rank_pattern``: regular expressions that PEFT matches with the end of module names.
 
@@ -36,7 +45,7 @@ class Patterns:
         self._name, self._left, self._seconds = name, MAX_MATCHES, MAX_SECONDS
         self._patterns = {key: self._compile(key) for key in keys}
 
-    def _compile(self, key: str) -> re.Pattern[str] | regex.Pattern[str]:
+    def _compile(self, key: str) -> re.Pattern[str] | Any:
         whole = rf"(.*\.)?({key})$"
         try:
             if len(key) > _MAX_KEY or _EXPANDS.search(key):
@@ -44,8 +53,8 @@ class Patterns:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 pattern = re.compile(whole)
-                return regex.compile(whole) if _BACKTRACKS.search(key) else pattern
-        except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
+                return _compile_with_timeout(whole) if _BACKTRACKS.search(key) else pattern
+        except (re.error, ValueError, OverflowError, RecursionError) as error:
             must = f"{printable(key[:100])!r} must be a regular expression for the end of a module's name"
             raise unreadable(self._name, f"{must}: {printable(error)}") from error
 

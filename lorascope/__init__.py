@@ -23,6 +23,7 @@ _PUBLIC = {
     "sweep": "lorascope.experiments.sweep:sweep",
     "explore": "lorascope.plots.explore:explore",
     "diagnose": "lorascope.diagnosis.doctor:diagnose",
+    "survey": "lorascope.diagnosis.survey:survey",
     "TrainerRecorder": "lorascope.training.hf_trainer.recorder:TrainerRecorder",
     "trainer_kwargs": "lorascope.training.hf_trainer.recorder:trainer_kwargs",
     **_METHODS,

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a model with one method, and record its internals",
     "sweep": "train all runs of a TOML file in parallel, and compare their recipes",
     "inspect": "show norms, ranks and findings of an adapter or run, or compare several",
+    "survey": "show one line for each of many adapters and runs",
     "doctor": "diagnose problems of an adapter or run",
     "plot": "plot one or more runs as a figure",
     "export": "export ranks or an adapter to PEFT, or tables to files",

@@ -176,7 +176,8 @@ def _hint(path: Path) -> str:
         return "; no tensor has the name of an adapter's factor"
     inside = sorted(child.name for child in path.iterdir() if any((child / mark).exists() for mark in MARKS))
     if inside:
-        return f"; it has {len(inside)} in subfolders, such as {printable(path / inside[-1])}"
+        such = f"such as {printable(path / inside[-1])}"
+        return f"; it has {len(inside)} in subfolders, {such}, which `lorascope survey` lists"
     if (path / "config.json").exists():
         return "; it looks like a whole model, which `lorascope inspect PATH --base DIR` compares with its base"
     reject_pickles(path.iterdir())

@@ -1,0 +1,97 @@
+"""``lorascope survey``: a table of many adapters and runs, one line each."""
+
+from __future__ import annotations
+
+import math
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import arg
+
+from lorascope.cli.arguments import Folder, Name, command
+from lorascope.diagnosis.inspection import json_values
+from lorascope.diagnosis.survey import Surveyed, find_adapters, survey
+from lorascope.diagnosis.terminal import elide, norm, number, span
+from lorascope.experiments.executors import use_backend
+from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.files.printable import printable
+from lorascope.files.safe_csv import csv_text
+
+_PATH, _KIND = 34, 10
+
+
+@command
+def main(
+    paths: Annotated[tuple[str, ...], arg(metavar="PATH ...")] = (),
+    /,
+    *,
+    base: Folder = None,
+    backend: Name = None,
+    address: Annotated[str | None, arg(metavar="ADDRESS")] = None,
+    jobs: Annotated[int | None, arg(metavar="N")] = None,
+    json: bool = False,
+    csv: bool = False,
+) -> int:
+    """Show one line for each adapter and run, however many there are: kind, rank, norm, and what the doctor found.
+
+    Lines are printed as they are measured. The exit code is 1 if an adapter cannot be read; its line gives the reason.
+
+    Example: lorascope survey adapters
+
+    Parameters
+    ----------
+    paths
+        Folders, which are searched for adapters and runs, or adapters.
+    base
+        Folder of the base model of all adapters.
+    backend
+        Loky (this machine), dask or ray.
+    address
+        Cluster address, such as tcp://host:8786.
+    jobs
+        Number of parallel readers; 1 if neither this nor a backend is given.
+    json
+        Print JSON: one object per line.
+    csv
+        Print CSV.
+    """
+    if not paths:
+        raise ValueError("PATH is required: lorascope survey adapters")
+    if json and csv:
+        raise ValueError("--json and --csv cannot be combined")
+    absent = next((path for path in paths if not Path(path).exists()), None)
+    if absent is not None:
+        raise FileNotFoundError(f"cannot read {printable(absent)}: there is no such file or folder")
+    found = (each for path in paths for each in (find_adapters(path) if Path(path).is_dir() else [Path(path)]))
+    count = failed = 0
+    with use_backend(backend, address, jobs):
+        for row in survey(found, base):
+            if json:
+                print(dumps(json_values(vars(row))), flush=True)
+            elif csv:
+                text = csv_text(pd.DataFrame([vars(row)]).convert_dtypes())
+                print(text if count == 0 else text.partition("\n")[2], end="", flush=True)
+            else:
+                print(*([_HEAD] if count == 0 else []), _line(row), sep="\n", flush=True)
+            count += 1
+            failed += bool(row.error)
+    if not count:
+        raise ValueError(f"no adapter or run in {', '.join(map(printable, paths))}")
+    return 1 if failed else 0
+
+
+def _columns(path: str, kind: str, rank: str, modules: str, size: str, effective: str, findings: str) -> str:
+    left = f"{elide(path, _PATH):<{_PATH}} {elide(kind, _KIND):<{_KIND}}"
+    return f"{left} {rank:>6} {modules:>7} {size:>7} {effective:>5}  {findings}".rstrip()
+
+
+_HEAD = _columns("path", "kind", "rank", "modules", "|dW|", "eff", "findings")
+
+
+def _line(row: Surveyed) -> str:
+    if row.error:
+        return f"{elide(row.path, _PATH):<{_PATH}} {printable(row.error)}"
+    effective = "-" if math.isnan(row.effective_rank) else number(row.effective_rank)
+    rank = span(row.least_rank, row.most_rank)
+    return _columns(row.path, row.kind, rank, str(row.modules), norm(row.update_norm), effective, row.findings)

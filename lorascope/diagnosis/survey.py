@@ -1,0 +1,107 @@
+"""One row of numbers for each of many adapters and runs, measured in parallel and returned one by one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from joblib import Parallel, delayed
+
+from lorascope.diagnosis.doctor import findings
+from lorascope.diagnosis.evidence import Case
+from lorascope.diagnosis.inspection import inspect, pool_norms
+from lorascope.files.hub import locate
+from lorascope.runs.adapter import Adapter
+from lorascope.runs.loading import MARKS, is_adapter, load
+
+
+@dataclass(kw_only=True)
+class Surveyed:
+    """One adapter or run of a survey; NaN, None or "" if unknown.
+
+    ``effective_rank`` is the mean over the modules, ``findings`` the causes that the doctor found, separated by spaces,
+    and ``error`` the reason why it was not measured.
+    """
+
+    path: str
+    kind: str = ""
+    base: str = ""
+    modules: int | None = None
+    parameters: int | None = None
+    least_rank: int | None = None
+    most_rank: int | None = None
+    update_norm: float = np.nan
+    effective_rank: float = np.nan
+    findings: str = ""
+    error: str = ""
+
+
+def find_adapters(folder: str | Path) -> Iterator[Path]:
+    """Yield the adapters and runs below a folder, sorted by path.
+
+    Files ``*.safetensors`` and ``*.gguf`` outside of an adapter's folder count if their tensors are those of an adapter
+    or cannot be read. Hidden folders are skipped, and those inside of an adapter or a run, such as checkpoints.
+    """
+    for at, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(at)
+        if any(mark in files for mark in MARKS):
+            folders.clear()
+            yield here
+            continue
+        for name in sorted(files):
+            if name.endswith((".safetensors", ".gguf")) and _may_be_adapter(here / name):
+                yield here / name
+
+
+def _may_be_adapter(file: Path) -> bool:
+    try:
+        return is_adapter(file)
+    except (OSError, ValueError):
+        return True  # measuring it reports the reason
+
+
+def survey(paths: Iterable[str | Path], base: str | Path | None = None) -> Iterator[Surveyed]:
+    """Measure many adapters or runs on joblib's backend, and yield their rows in order, each once it is measured.
+
+    Parameters
+    ----------
+    paths : iterable of path or str
+        Adapters and runs, as for ``load``; ``find_adapters`` yields those of a folder. They are read as the rows are
+        consumed, so that the memory does not grow with their number.
+    base : path or str, optional
+        Base model of all adapters.
+
+    Yields
+    ------
+    Surveyed
+        An adapter that cannot be measured has the reason in ``error``.
+    """
+    yield from Parallel(return_as="generator")(delayed(measure)(path, base) for path in paths)
+
+
+def measure(path: str | Path, base: str | Path | None = None) -> Surveyed:
+    """Measure one adapter or run."""
+    try:
+        run = load(locate(path), base)
+        found = inspect(run)
+        ranks = [each.rank for each in found.measured if each.rank is not None]
+        effective = [each.effective_rank for each in found.measured if np.isfinite(each.effective_rank)]
+        return Surveyed(
+            path=str(path),
+            kind=run.files.kind if isinstance(run, Adapter) else re.split("[ ,]", run.label)[0],
+            base=run.meta.model,
+            modules=len(found.measured),
+            parameters=sum(each.parameters for each in found.measured),
+            least_rank=min(ranks, default=None),
+            most_rank=max(ranks, default=None),
+            update_norm=pool_norms(each.update_norm for each in found.measured),
+            effective_rank=float(np.mean(effective)) if effective else np.nan,
+            findings=" ".join(dict.fromkeys(each.cause for each in findings(Case(run)))),
+        )
+    except (OSError, ValueError) as error:
+        return Surveyed(path=str(path), error=" ".join(str(error).split()))

@@ -1,0 +1,114 @@
+"""``lorascope survey``: rows equal those of inspect, are read one by one, and report what cannot be read."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from joblib import parallel_config
+from test_inspect import llama, plant
+from test_loading import write_run
+
+from lorascope.cli.main import main
+from lorascope.diagnosis.inspection import inspect
+from lorascope.diagnosis.survey import find_adapters, survey
+from lorascope.files.safetensors_io import write_tensors
+from lorascope.runs.loading import load
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> Path:
+    """Return a folder with three adapters, one of them broken, a run, and files that are none of these."""
+    folder = tmp_path / "all"
+    plant(folder / "a", llama(2, [1.0, 0.5, 0.2, 0.1]))
+    plant(folder / "a" / "checkpoint-10", llama(2, [1.0, 0.5, 0.2, 0.1]))
+    plant(folder / "deep" / "b", llama(1, [0.0, 0.0, 0.0, 0.0]))
+    plant(folder / ".cache" / "hidden", llama(1, [3.0, 0.0, 0.0, 0.0]))
+    broken = plant(folder / "c", llama(1, [1.0, 1.0])) / "adapter_model.safetensors"
+    broken.write_bytes(broken.read_bytes()[:-5])
+    write_run(folder / "run")
+    shutil.copy(folder / "a" / "adapter_model.safetensors", folder / "single.safetensors")
+    write_tensors(folder / "model.safetensors", {"h.0.q.weight": np.ones((4, 4), np.float32)}, {})
+    (folder / "notes.txt").write_text("nothing")
+    return folder
+
+
+def test_adapters_and_runs_are_found_without_those_inside_of_them(collection: Path) -> None:
+    found = [str(path.relative_to(collection)) for path in find_adapters(collection)]
+    assert found == ["single.safetensors", "a", "c", "deep/b", "run"]
+
+
+def test_rows_equal_those_of_inspect(collection: Path) -> None:
+    rows = {Path(row.path).name: row for row in survey(find_adapters(collection))}
+    assert "truncated" in rows.pop("c").error
+    for name, row in rows.items():
+        item = inspect(load(row.path))
+        assert row.error == ""
+        assert row.modules == len(item.modules)
+        assert row.update_norm == pytest.approx(np.sqrt((item.modules["update_norm"] ** 2).sum()), rel=1e-12), name
+        assert row.effective_rank == pytest.approx(item.modules["effective_rank"].mean(), rel=1e-12)
+        assert row.parameters == item.modules["parameters"].sum()
+    assert (rows["a"].least_rank, rows["a"].most_rank, rows["a"].kind) == (4, 4, "LoRA")
+    assert rows["b"].findings == "untrained"
+
+
+def test_an_adapter_is_read_when_its_row_is_asked_for(collection: Path) -> None:
+    rows = survey([collection / "a", collection / "deep" / "b"])
+    assert next(rows).modules
+    shutil.rmtree(collection / "deep")
+    (last,) = rows
+    assert str(collection / "deep" / "b") in last.error
+
+
+@pytest.mark.slow
+def test_rows_of_processes_equal_those_of_one(collection: Path) -> None:
+    alone = list(map(repr, survey(find_adapters(collection))))
+    with parallel_config("loky", n_jobs=2):
+        assert list(map(repr, survey(find_adapters(collection)))) == alone
+
+
+def test_command_prints_a_line_each_and_names_what_it_cannot_read(
+    collection: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(collection)
+    assert main(["survey", "."]) == 1
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["path", "kind", "rank", "modules", "|dW|", "eff", "findings"]
+    # 2 sqrt(1 + 0.25 + 0.04 + 0.01) sqrt(4 (1 + 4)), and exp of the entropy of (10, 5, 2, 1) / 18.
+    assert lines[1].split() == ["a", "LoRA", "4", "8", "10.2", "3.0"]
+    assert lines[2].startswith("c   ")
+    assert "truncated" in lines[2]
+    assert main(["survey", ".", "--csv"]) == 1
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert main(["survey", ".", "--json"]) == 1
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert (
+        list(table["path"]) == [each["path"] for each in objects] == ["single.safetensors", "a", "c", "deep/b", "run"]
+    )
+    assert objects[2]["modules"] is None
+    assert table["update_norm"].to_numpy()[1] == objects[1]["update_norm"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "PATH is required"),
+        (["absent"], "cannot read absent: there is no such file or folder"),
+        (["empty"], "no adapter or run in empty"),
+        (["empty", "--json", "--csv"], "cannot be combined"),
+        (["empty", "--backend", "nonsense"], "nonsense"),
+    ],
+)
+def test_wrong_use_gets_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert main(["survey", *words]) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line

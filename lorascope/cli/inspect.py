@@ -65,7 +65,7 @@ def main(
         raise ValueError("PATH is required: lorascope inspect my-adapter")
     if json and csv:
         raise ValueError("--json and --csv cannot be combined")
-    # The imports below are those of a few uses; they take as long as all others.
+    # Modules for whole models and comparisons are imported below: together they take as long as all others.
     shown: Any
     screens: list[tuple[Any, Any]]
     found = [locate(path) for path in paths]

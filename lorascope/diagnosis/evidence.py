@@ -47,7 +47,7 @@ class MeasuredModule:
     """A module with an update; NaN or None if unknown.
 
     ``energy`` is the fraction of the summed |dW|^2. ``dead`` counts unused components: those within the rank whose
-    singular value is below 1e-6 of the largest. The last three fields are those of ``BaseChange``.
+    singular value is below 1e-6 of the largest. The last three fields equal ``BaseChange``.
     """
 
     module: str

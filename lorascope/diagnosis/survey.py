@@ -43,8 +43,8 @@ class Surveyed:
 def find_adapters(folder: str | Path) -> Iterator[Path]:
     """Yield the adapters and runs below a folder, sorted by path.
 
-    Files ``*.safetensors`` and ``*.gguf`` outside of an adapter's folder count if their tensors are those of an adapter
-    or cannot be read. Hidden folders are skipped, and those inside of an adapter or a run, such as checkpoints.
+    Files ``*.safetensors`` and ``*.gguf`` outside of an adapter's folder count if they are adapters or cannot be read.
+    Hidden folders are skipped, and those inside of an adapter or a run, such as checkpoints.
     """
     for at, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

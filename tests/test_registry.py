@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def plugin(monkeypatch: Any) -> Iterator[Any]:
 
     def load(**modules: str) -> None:
         points = [EntryPoint(name, value, "lorascope.figures") for name, value in modules.items()]
-        monkeypatch.setattr(plugins, "entry_points", lambda group: [each for each in points if each.group == group])
+        monkeypatch.setattr(plugins, "installed_entry_points", lambda: EntryPoints(points))
         plugins.load_plugins.__wrapped__("lorascope.plots", "lorascope.figures", ("explore",))
 
     yield load

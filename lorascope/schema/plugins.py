@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 import warnings
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoints, entry_points
 
 
 @cache
@@ -19,7 +19,7 @@ def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> N
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if module.name not in skip:
             importlib.import_module(f"{package}.{module.name}")
-    for point in entry_points(group=group) if group else ():
+    for point in installed_entry_points().select(group=group) if group else ():
         try:
             # A package that is being imported, and so caused this import, continues with its own afterwards.
             importlib.import_module(point.module)
@@ -27,3 +27,9 @@ def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> N
             warnings.warn(
                 f"skipped the entry point {point.name!r} of {group}: {point.value} raised {error!r}", stacklevel=2
             )
+
+
+@cache
+def installed_entry_points() -> EntryPoints:
+    """Return the entry points of all installed packages: one search of their metadata for all groups."""
+    return entry_points()

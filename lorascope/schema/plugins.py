@@ -6,7 +6,8 @@ import importlib
 import pkgutil
 import warnings
 from functools import cache
-from importlib.metadata import EntryPoints, entry_points
+from importlib.metadata import entry_points
+from typing import Any
 
 
 @cache
@@ -30,6 +31,6 @@ def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> N
 
 
 @cache
-def installed_entry_points() -> EntryPoints:
+def installed_entry_points() -> Any:
     """Return the entry points of all installed packages: one search of their metadata for all groups."""
     return entry_points()

@@ -1,4 +1,4 @@
-"""``lorascope export``: export of ranks or an adapter to PEFT, and of tables to files."""
+"""``lorascope export``: export of ranks and adapters to PEFT and other formats, and of tables to files."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from lorascope.runs.adapter import Adapter
 from lorascope.runs.export import RankBudget
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.run import Run
+
+File = Annotated[str | None, arg(metavar="FILE")]
 
 _ROUTER = "Ranks and scales that one token sees: a plain LoRA has neither the router nor the experts of this HydraLoRA."
 _NO_LOSS = "Singular values do not show the effect on the task: measure the loss with --model NAME --task NAME."
@@ -40,16 +42,21 @@ def main(
     model: Name = None,
     task: Name = None,
     peft: Folder = None,
+    kohya: File = None,
+    diffusers: Annotated[str | None, arg(metavar="PATH")] = None,
+    mlx: Folder = None,
+    component: Name = None,
     weights: Annotated[tuple[float, ...], arg(metavar="W ...")] = (),
-    table: Annotated[str | None, arg(metavar="FILE")] = None,
+    table: File = None,
     summary: bool = False,
     state: Annotated[str, arg(metavar="NAME")] = "last",
     json: bool = False,
 ) -> int:
-    """Export ranks or an adapter to PEFT, or tables to files.
+    """Export ranks or an adapter to PEFT or another format, or tables to files.
 
     Ranks are printed as a PEFT configuration for a next LoRA; with --budget, also the energy and error of the kept
-    components. An adapter is written as a folder whose README.md shows how to load it.
+    components. A PEFT folder has a README.md that shows how to load it. Other formats get the same numbers, and an
+    adapter that they cannot represent exactly is refused.
 
     Example: lorascope export runs/lora --rank-pattern --budget 0.5, or lorascope export runs/lora --peft my-adapter
 
@@ -57,13 +64,13 @@ def main(
     ----------
     runs
         Run or adapter: a folder, a .safetensors file, or a name on the Hugging Face Hub. Several adapters of one base
-        are summed with --peft.
+        are summed with --peft, --kohya, --diffusers or --mlx.
     base
-        Folder of the adapter's base model; required for FourierFT, whose files have no shapes.
+        Base model of the adapter; required for FourierFT, whose files have no shapes, and for names with underscores.
     rank_pattern
         Print the run's ranks as a peft.LoraConfig.
     budget
-        With --rank-pattern or --peft: fraction of all ranks to keep (0.5), or total rank to keep (96).
+        With --rank-pattern or an adapter to write: fraction of all ranks to keep (0.5), or total rank to keep (96).
     by
         With --budget: keep components by energy (squared singular values), or by loss increase when ablated.
     model
@@ -72,6 +79,15 @@ def main(
         With --model: sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a Hugging Face dataset.
     peft
         Write the adapter to this new folder; with --budget, the best approximation by the components that are kept.
+    kohya
+        Write the adapter to this new .safetensors file, with the names and alphas of kohya's trainer for image models.
+    diffusers
+        Write the adapter to this new .safetensors file, or to a new folder as save_lora_weights does.
+    mlx
+        Write the adapter of a language model to this new folder, for mlx-lm.
+    component
+        With --kohya or --diffusers: component of the pipeline that a PEFT adapter belongs to, such as text_encoder_2;
+        by default it follows from the names of its modules.
     weights
         With several adapters: weight of each in the sum (default: 1 each).
     table
@@ -83,17 +99,26 @@ def main(
     json
         Print JSON; remarks go to stderr.
     """
-    forms = [rank_pattern, peft is not None, table is not None].count(True)
+    paths = {"peft": peft, "kohya": kohya, "diffusers": diffusers, "mlx": mlx}
+    written = [(format, path) for format, path in paths.items() if path is not None]
+    forms = [rank_pattern, table is not None].count(True) + len(written)
     invalid = {
         "RUN is required: lorascope export runs/lora --rank-pattern": not runs,
-        "several adapters require --peft DIR, which writes their sum": len(runs) > 1 and peft is None,
+        "several adapters require --peft DIR, --kohya FILE, --diffusers PATH or --mlx DIR, which writes their sum": len(
+            runs
+        )
+        > 1
+        and not written,
         "--weights requires several adapters": bool(weights) and len(runs) < 2,
-        f"exactly one of --rank-pattern, --peft DIR and --table FILE is required, got {forms}": forms != 1,
+        "exactly one of --rank-pattern, --peft DIR, --kohya FILE, --diffusers PATH, --mlx DIR and --table FILE is "
+        f"required, got {forms}": forms != 1,
+        "--component requires --kohya or --diffusers": component is not None and kohya is None and diffusers is None,
         "--summary requires --table": summary and table is None,
         "--state requires --summary with --table: the table of all records has every step": table is not None
         and state != "last"
         and not summary,
-        "--budget requires --rank-pattern or --peft": budget is not None and not (rank_pattern or peft),
+        "--budget requires --rank-pattern, --peft, --kohya, --diffusers or --mlx": budget is not None
+        and not (rank_pattern or written),
         "--model and --task require each other: the loss is measured with both": (model is None) != (task is None),
         "--by ablation requires --model NAME and --task NAME": by == "ablation" and model is None,
         "--model requires --budget": model is not None and budget is None,
@@ -102,15 +127,17 @@ def main(
         raise ValueError(message)
     opened, *others = open_runs(runs, base)
     if others:
-        return _write_sum([opened, *others], str(peft), weights or None, budget, json)
+        return _write_sum([opened, *others], *written[0], component, weights or None, budget, json)
     scores = None
     if by == "ablation" and model is not None and task is not None:
         from lorascope.experiments.component_importance import component_importance  # imports torch
 
         scores = component_importance(opened, model, task, state=state)
-    if peft is not None or table is not None:
+    if written or table is not None:
         if peft is not None:
             path = export.to_peft(opened, peft, state, budget, scores)
+        elif written:
+            path = export.convert(_adapter(opened), written[0][1], written[0][0], budget, scores, component)
         else:
             path = export.to_table(opened, str(table), summary, state)
         print(dumps({"id": opened.id, "path": str(path)}) if json else printable(path))
@@ -139,19 +166,29 @@ def main(
     return 0
 
 
+def _adapter(opened: Run | Adapter) -> Adapter:
+    """Return an adapter; raise a ValueError if it is a run."""
+    if not isinstance(opened, Adapter):
+        raise ValueError(f"only adapters are summed or converted, got run {opened.label}: export it with --peft first")
+    return opened
+
+
 def _write_sum(
-    adapters: Sequence[Run | Adapter], out: str, weights: Sequence[float] | None, budget: float | None, json: bool
+    adapters: Sequence[Run | Adapter],
+    format: str,
+    out: str,
+    component: str | None,
+    weights: Sequence[float] | None,
+    budget: float | None,
+    json: bool,
 ) -> int:
     """Print how the adapters interfere, and write their sum."""
-    runs = [each.label for each in adapters if not isinstance(each, Adapter)]
-    if runs:
-        raise ValueError(f"only adapters are summed, got run {runs[0]}: export it with --peft first")
-    summed = [each for each in adapters if isinstance(each, Adapter)]
+    summed = [_adapter(each) for each in adapters]
     for row in export.interference(summed).to_dict("records"):
         change = f"cosine {row['cosine']:.3f}, energy of the sum {row['energy']:.3f} of the energies' sum"
         remark = f"{row['one']} + {row['other']}: {row['shared']} shared modules, {change}"
         print(f"# {printable(remark)}", file=sys.stderr if json else sys.stdout)
-    path = export.sum_adapters(summed, out, weights, budget)
+    path = export.sum_adapters(summed, out, weights, budget, format, component)
     print(dumps({"path": str(path)}) if json else printable(path))
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from statistics import mode
@@ -29,13 +30,21 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Upda
     if not kept:
         raise no_rank_error(run)
     factors = products(run, {name: updates[name] for name in kept})
-    alphas = {name: _alpha(factors[name].scale, rank) for name, rank in kept.items()}
-    common_rank, common_alpha = mode(kept.values()), mode(alphas.values())
+    return lora_keywords(kept, {name: factors[name].scale for name in kept}, _known_modules(run))
+
+
+def lora_keywords(ranks: Mapping[str, int], scales: Mapping[str, float], known: Collection[str]) -> dict[str, Any]:
+    """Return PEFT's keywords for a LoRA of modules with these ranks and scales; see `peft_keywords`.
+
+    ``known`` are the names of modules that must not become targets.
+    """
+    alphas = {name: alpha_of(scales[name], rank) for name, rank in ranks.items()}
+    common_rank, common_alpha = mode(ranks.values()), mode(alphas.values())
     return {
         "r": common_rank,
         "lora_alpha": common_alpha,
-        "target_modules": targets(run, kept),
-        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in kept.items() if rank != common_rank},
+        "target_modules": _target_modules(known, ranks),
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common_rank},
         "alpha_pattern": {f"^{re.escape(name)}": alpha for name, alpha in alphas.items() if alpha != common_alpha},
     }
 
@@ -77,14 +86,27 @@ def targets(run: Any, kept: Collection[str]) -> list[str] | str:
 
     They are full names, or one regular expression if the name of another module ends with one of them.
     """
-    modules, ends = run.modules, tuple(f".{name}" for name in kept)
-    known = {*modules["module"], *(name for names in modules["tied"] for name in names.split(","))}
-    if any(name.endswith(ends) for name in known - set(kept)):
+    return _target_modules(_known_modules(run), kept)
+
+
+def _known_modules(run: Any) -> set[str]:
+    modules = run.modules
+    return {*modules["module"], *(name for names in modules["tied"] for name in names.split(","))}
+
+
+def _target_modules(known: Collection[str], kept: Collection[str]) -> list[str] | str:
+    ends = tuple(f".{name}" for name in kept)
+    if any(name.endswith(ends) for name in set(known) - set(kept)):
         return "|".join(map(re.escape, kept))
     return list(kept)
 
 
-def _alpha(scale: float, rank: int) -> float:
-    """Return scale * rank, or the nearest integer if that gives the scale exactly (the product may be rounded)."""
-    whole = round(scale * rank)
-    return whole if whole / rank == scale else scale * rank
+def alpha_of(scale: float, rank: int) -> float:
+    """Return alpha, an integer if possible, such that alpha / rank is the scale.
+
+    The product ``scale * rank`` may be rounded, so its neighbors are tried as well. If none gives the scale, the
+    product does to the last digit of float64.
+    """
+    alpha = scale * rank
+    near = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((each for each in near if each / rank == scale), alpha)

@@ -1,194 +1,96 @@
-"""Adapter of another tool as a PEFT folder: cut to a budget, converted from its format, or summed with others.
+"""Writer of PEFT folders from adapters: converted from another format, cut to a budget, or summed.
 
-The sum of adapters is a LoRA whose rank is the sum of their ranks, so it is exact before it is cut.
+The folder adapts one model, so the names of its modules do not start with the component of a pipeline. The heads,
+biases and token rows of a PEFT adapter are written as well.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pandas as pd
-from jaxtyping import Float
-from safetensors.numpy import save
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes, write_json
-from lorascope.runs.adapter import Adapter
-from lorascope.runs.export.rank_budget import select_from, truncate
-from lorascope.runs.folders import new_folder, require_absent
+from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
+from lorascope.runs.export.lora_layers import LoraLayer, WritableLora
+from lorascope.runs.export.pipeline_names import pipeline_layers, refuse_flat, split_name
+from lorascope.runs.export.writers import writes
+from lorascope.runs.folders import new_folder
 from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
-from lorascope.runs.formats.stored_update import PREFIX, StoredLoRA, StoredTensor
-from lorascope.runs.lora_config import exact_products, peft_keywords
-from lorascope.updates import LowRank
+from lorascope.runs.formats.peft_whole_weights import whole_weights
+from lorascope.runs.formats.stored_update import PREFIX
+from lorascope.runs.lora_config import lora_keywords
 
 # Keys of the configuration that stay; all others describe how the adapter was trained.
-_KEPT = ("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "modules_to_save", "bias")
+_KEPT = (
+    *("base_model_name_or_path", "revision", "task_type", "fan_in_fan_out", "modules_to_save", "bias"),
+    *("trainable_token_indices", "layer_replication", "alora_invocation_tokens"),
+)
+_DEFAULTS = {"fan_in_fan_out": False, "bias": "none"}
 _README = """---
 base_model: {base}
 library_name: peft
 ---
 
-A LoRA adapter, written by lorascope from {sources}{cut}.
+A {kind} adapter, written by lorascope from {source}.
 """
 
 
-def write_adapter(
-    adapter: Adapter,
-    path: Path,
-    updates: Mapping[str, LowRank],
-    budget: float | None = None,
-    scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
-    sources: str = "",
-) -> Path:
-    """Write updates of the modules of an adapter as a new PEFT folder.
-
-    Parameters
-    ----------
-    adapter : Adapter
-        Adapter whose module names, base model and further weights are written.
-    path : path
-        New folder.
-    updates : mapping module -> LowRank
-        Updates to write, by modules of the adapter.
-    budget, scores
-        Components to keep, see ``select_components``; all by default.
-    sources : str
-        What was summed, for the README; the label of the adapter by default.
-
-    Raises
-    ------
-    ValueError
-        A module is not one LoRA layer, such as one expert of several in one tensor.
-    """
-    unfit = next((name for name in updates if not isinstance(adapter.files.parts[name], StoredLoRA)), None)
-    if unfit is not None:
-        kind = f"{printable(unfit)} is stored as {adapter.files.kind}"
-        raise ValueError(f"cannot export {printable(adapter.label)} as LoRA: {kind}")
-    kept = dict(updates)
-    if budget is not None:
-        ranks = {name: update.rank for name, update in kept.items() if update.rank}
-        kept = truncate(kept, select_from(kept, ranks, budget, scores))
-    config = {name: adapter.files.config[name] for name in _KEPT if adapter.files.config.get(name) is not None}
+@writes("peft", "read_adapter", "read_dora")
+def write_peft(lora: WritableLora, path: Path) -> None:
+    """Write layers as a new PEFT folder, with the further weights of a PEFT adapter."""
+    layers = _of_one_model(lora)
+    decomposed = lora.decomposed("PEFT")
+    tensors = dict(_further_weights(lora))
+    for name, layer in layers.items():
+        for factor, tensor in layer_tensors(layer).items():
+            tensors[f"{PREFIX}{name}.{factor}"] = tensor
+    given = _DEFAULTS | ({"task_type": "CAUSAL_LM"} if "fine_tune_type" in lora.config else {}) | dict(lora.config)
+    config = {name: given[name] for name in _KEPT if given.get(name) is not None}
     config |= {"peft_type": "LORA", "inference_mode": True, "lora_dropout": 0.0}
-    config |= peft_keywords(adapter, {name: update.rank for name, update in kept.items()}, kept)
-    tensors = dict(_other_tensors(adapter))
-    for module, update in kept.items():
-        stored = adapter.files.parts[module]
-        assert isinstance(stored, StoredLoRA)
-        embedded = ".lora_embedding_" in stored.A.name
-        for side, tensor, factor in (("A", stored.A, update.A), ("B", stored.B, update.B)):
-            ending = f"lora_embedding_{side}" if embedded else f"lora_{side}.weight"
-            tensors[f"{PREFIX}{module}.{ending}"] = _as_stored(tensor, factor)
-    cut = "" if budget is None else f", cut to {sum(update.rank for update in kept.values())} components"
-    about = _README.format(base=adapter.meta.model, sources=printable(sources or adapter.label), cut=cut)
+    config |= {"use_dora": True} if decomposed else {}
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    known = {split_name(lora.config, module)[1] for module in lora.adapter.files.parts}
+    config |= lora_keywords(ranks, {name: layer.scale for name, layer in layers.items()}, known)
+    kind = "DoRA" if decomposed else "LoRA"
+    about = _README.format(base=lora.adapter.meta.model, kind=kind, source=printable(lora.source))
     with new_folder(path) as draft:
-        write_bytes(draft / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+        write_bytes(draft / WEIGHTS, safetensors_bytes(tensors, {"format": "pt"}))
         write_json(draft / CONFIG, config)
         write_bytes(draft / "README.md", about.encode())
-    return path
 
 
-def _as_stored(tensor: StoredTensor, factor: Any) -> np.ndarray:
-    """Return a factor in float32, with the kernel dimensions of a convolution."""
-    kernel = tensor.file.shape(tensor.name)[2:]
-    outer, inner = factor.shape
-    return np.ascontiguousarray(factor, np.float32).reshape(outer, inner // math.prod(kernel), *kernel)
+def _of_one_model(lora: WritableLora) -> dict[str, LoraLayer]:
+    """Return the layers by their names in the model; raise a ValueError if they belong to several models."""
+    layers = pipeline_layers(lora)
+    refuse_flat(lora, layers, "PEFT")
+    components = dict.fromkeys(each.component for each in layers)
+    if len(components) > 1:
+        named = " and ".join(component or "a model without a name" for component in components)
+        raise lora.error("PEFT", f"a folder has one model, and it adapts {printable(named)}")
+    return {each.name: each.layer for each in layers}
 
 
-def _other_tensors(adapter: Adapter) -> Mapping[str, np.ndarray]:
-    names = set(adapter.files.others)
-    return {
-        name: np.ascontiguousarray(file[name])
-        for file in adapter.files.files for name in file if name.removeprefix(PREFIX) in names
-    }  # fmt: skip
+def layer_tensors(layer: LoraLayer) -> dict[str, TypedTensor]:
+    """Return the tensors of one module by the ends of their names."""
+    A, B = layer.kernel_factors()
+    ending = "lora_embedding_{}" if layer.embedding else "lora_{}.weight"
+    found = {ending.format("A"): A, ending.format("B"): B}
+    if layer.magnitude is not None:
+        sides = (1, -1, *(1 for _ in layer.kernel)) if layer.kernel else (-1,)
+        found["lora_magnitude_vector"] = layer.magnitude.map(lambda values: values.reshape(sides))
+    return found
 
 
-def sum_adapters(
-    adapters: Sequence[Adapter],
-    out: str | Path,
-    weights: Sequence[float] | None = None,
-    budget: float | None = None,
-) -> Path:
-    """Write the weighted sum of adapters of one base as a PEFT folder.
-
-    Parameters
-    ----------
-    adapters : sequence of Adapter
-        Adapters whose updates are products of two factors.
-    out : path
-        New folder.
-    weights : sequence of float, optional
-        Weight of each adapter; 1 by default.
-    budget : float or int, optional
-        Components to keep, see ``select_components``; all by default, which is exact.
-
-    Returns
-    -------
-    path
-        The folder.
-
-    Raises
-    ------
-    FileExistsError
-        The folder exists.
-    ValueError
-        There are fewer than two adapters, the weights do not fit, an update is not a product of two factors, or several
-        adapters contain further weights, such as heads, which have no sum.
-    """
-    path = Path(out)
-    require_absent(path)
-    factors = [1.0] * len(adapters) if weights is None else list(weights)
-    if len(adapters) < 2 or len(factors) != len(adapters):
-        raise ValueError(f"weights must be one number per adapter, of >= 2, got {len(factors)} for {len(adapters)}")
-    headed = [adapter.label for adapter in adapters if adapter.files.others]
-    if headed:
-        raise ValueError(f"cannot sum {printable(headed[0])}: it contains further weights, such as a head")
-    terms: dict[str, list[tuple[float, LowRank]]] = {}
-    whose: dict[str, Adapter] = {}
-    for adapter, weight in zip(adapters, factors, strict=True):
-        for module, product in exact_products(adapter, adapter.updates()).items():
-            terms.setdefault(module, []).append((weight, product))
-            if product.shape != terms[module][0][1].shape:
-                shapes = f"{terms[module][0][1].shape} and {product.shape}"
-                raise ValueError(f"cannot sum adapters of different bases: {printable(module)} has shapes {shapes}")
-            whose.setdefault(module, adapter)
-    summed = {module: _sum(each) for module, each in terms.items()}
-    parts = {module: whose[module].files.parts[module] for module in summed}
-    first = adapters[0]
-    together = Adapter(type(first.files)(**{**vars(first.files), "parts": parts}), first.base)
-    listed = " + ".join(f"{weight:g} x {adapter.label}" for adapter, weight in zip(adapters, factors, strict=True))
-    return write_adapter(together, path, summed, budget, sources=listed)
-
-
-def _sum(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
-    """Return the weighted sum: B side by side, with the scales, and A below each other."""
-    B = np.hstack([weight * product.scale * np.asarray(product.B, np.float64) for weight, product in terms])
-    return LowRank(B, np.vstack([np.asarray(product.A, np.float64) for _, product in terms]))
-
-
-def interference(adapters: Sequence[Adapter]) -> pd.DataFrame:
-    """Tabulate how the updates of adapters interfere in their sum.
-
-    Returns
-    -------
-    DataFrame
-        One row per pair: ``one, other, shared`` (modules that both adapt), ``cosine`` of the updates as one vector over
-        all modules, and ``energy``: the squared norm of the sum relative to the sum of the squared norms, below 1 if
-        they cancel and above 1 if they add up.
-    """
-    products = [exact_products(adapter, adapter.updates()) for adapter in adapters]
-    squares = [sum(update.norm() ** 2 for update in each.values()) for each in products]
-    rows = []
-    for (i, one), (j, other) in combinations(enumerate(products), 2):
-        shared = one.keys() & other.keys()
-        inner = sum(one[module].inner(other[module]) for module in shared)
-        size = np.sqrt(squares[i] * squares[j])
-        energy = 1 + 2 * inner / (squares[i] + squares[j]) if squares[i] + squares[j] else np.nan
-        cosine = inner / size if size else np.nan
-        rows.append((adapters[i].label, adapters[j].label, len(shared), cosine, energy))
-    return pd.DataFrame(rows, columns=["one", "other", "shared", "cosine", "energy"])
+def _further_weights(lora: WritableLora) -> Mapping[str, TypedTensor]:
+    """Return the weights that PEFT stores in addition to factors, by their full names."""
+    if "peft_type" not in lora.config:
+        lora.require_only_layers("PEFT")
+    # lora_B.bias is multiplied by the scale, which a budget changes.
+    biased = next((each.module for each in whole_weights(lora.adapter.files) if each.kind == "bias update"), None)
+    if biased is not None:
+        raise lora.error("PEFT", f"the bias of the factors (lora_bias) of {printable(biased)} is not supported")
+    names = set(lora.adapter.files.others)
+    files = lora.adapter.files.files
+    found = ((file, name) for file in files for name in file if name.removeprefix(PREFIX) in names)
+    return {name: TypedTensor.read(file, name) for file, name in found}

@@ -16,10 +16,10 @@ from safetensors.numpy import save
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, write_bytes, write_json
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.export.peft_adapter import write_adapter
 from lorascope.runs.export.peft_lora import LoraExporter
 from lorascope.runs.export.rank_budget import select_components, truncate
 from lorascope.runs.export.registry import find_exporter
+from lorascope.runs.export.writers import convert
 from lorascope.runs.folders import new_folder, require_absent
 from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.formats.stored_update import PREFIX
@@ -98,10 +98,7 @@ def to_peft(
     path = Path(out)
     require_absent(path)
     if isinstance(run, Adapter):
-        if run.input_dependent_modules():
-            reason = "PEFT has no HydraLoRA; train a run and export it with ls.at_gates"
-            raise ValueError(f"cannot export {run.label}: {reason}")
-        return write_adapter(run, path, exact_products(run, run.updates()), budget, scores)
+        return convert(run, path, "peft", budget, scores)
     if run.meta.method["name"] == "peft":
         refuse_unkept(run, state)
     exporter = find_exporter(run, state)

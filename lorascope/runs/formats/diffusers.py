@@ -35,7 +35,9 @@ def read_diffusers(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
 ) -> AdapterFiles:
     """Read the modules of an opened file."""
-    components = _components(path, config)
+    settings = _settings(path, config)
+    source = f"{METADATA} of {path}"
+    components = {name: _Component(name, to_typed(found, LoraConfig, source)) for name, found in settings.items()}
 
     def scale(module: str, parts: Parts) -> Scale:
         component, _, inside = module.partition(".")
@@ -43,7 +45,11 @@ def read_diffusers(
         return found.scale(inside) if found else components[""].scale(module) if "" in components else lambda rank: 1.0
 
     read = image_adapter(path, config, files, base, scale, "diffusers")
-    return read if components else replace(read, notes=(_UNKNOWN, *read.notes))
+    if not components:
+        return replace(read, notes=(_UNKNOWN, *read.notes))
+    bases = {str(name) for found in settings.values() if (name := found.get("base_model_name_or_path"))}
+    known = {"base_model_name_or_path": bases.pop()} if len(bases) == 1 else {}
+    return replace(read, config=known | read.config)
 
 
 class _Component:
@@ -68,8 +74,8 @@ class _Component:
         return scale
 
 
-def _components(path: Path, config: Mapping[str, Any]) -> dict[str, _Component]:
-    """Return the configuration of each component; "" for the only one of a file without components."""
+def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings of each component; "" for the only one of a file without components."""
     text = config.get(METADATA)
     if text is None:
         return {}
@@ -79,4 +85,4 @@ def _components(path: Path, config: Mapping[str, Any]) -> dict[str, _Component]:
     for key, value in content.items():
         component, _, field = key.rpartition(".")
         settings.setdefault(component, {})[field] = value
-    return {each: _Component(each, to_typed(found, LoraConfig, name)) for each, found in settings.items()}
+    return settings

@@ -72,6 +72,14 @@ _FLUX_NAMES = {
     "modulation_lin": ("norm_linear",),
 }
 """Modules of diffusers by those of the authors, in the order of the rows."""
+_RESNET_AUTHORS = {name: authors for authors, name in _RESNET.items()}
+_UNET_OUTSIDE = {
+    name: authors for authors, name in _OUTSIDE.items() if re.match("input|time_embed|label|out_", authors)
+}
+_UNET_BLOCK = re.compile(
+    r"(?P<side>down|mid|up)_blocks?_(?:(?P<block>\d+)_)?(?P<kind>resnets|attentions|downsamplers|upsamplers)"
+    r"_(?P<index>\d+)_(?P<inside>.+)"
+)
 _MIDDLE = {0: "resnets_0", 1: "attentions_0", 2: "resnets_1"}
 
 
@@ -134,3 +142,18 @@ def _unet_name(match: re.Match[str]) -> str:
         sampler = "downsamplers" if side == "input" else "upsamplers"
         return f"{stem}_{block}_{sampler}_0_conv"
     return f"{stem}_{block}_{'attentions' if place else 'resnets'}_{index}_{inside}"
+
+
+def to_authors(name: str) -> str:
+    """Return the name that the authors of SDXL's UNet give a module of diffusers, with underscores; "" if unknown."""
+    if (match := _UNET_BLOCK.fullmatch(name)) is None:
+        return _UNET_OUTSIDE.get(name, "")
+    side, kind, inside = match["side"], match["kind"], match["inside"]
+    block, index = int(match["block"] or 0), int(match["index"])
+    inside = _RESNET_AUTHORS.get(inside, inside) if kind == "resnets" else inside
+    if side == "mid":
+        return f"middle_block_{2 * index if kind == 'resnets' else 1}_{inside}"
+    if kind.endswith("samplers"):
+        return f"input_blocks_{3 * block + 3}_0_op" if side == "down" else f"output_blocks_{3 * block + 2}_2_conv"
+    number = 3 * block + index + (side == "down")
+    return f"{'input' if side == 'down' else 'output'}_blocks_{number}_{int(kind == 'attentions')}_{inside}"

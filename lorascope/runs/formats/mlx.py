@@ -35,6 +35,7 @@ from lorascope.schema.module_roles import parse
 from lorascope.updates import Dense, Update, from_factors
 from lorascope.updates.linalg import as_float64
 
+WEIGHTS = "adapters.safetensors"
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>lora_a|lora_b|m)")
 _WEIGHT = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>weight)")
 # Names of the projections of experts in the files of Mixtral, whose modules are in ``block_sparse_moe``.

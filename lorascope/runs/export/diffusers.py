@@ -1,0 +1,68 @@
+"""Writer of LoRA files of diffusers: ``pytorch_lora_weights.safetensors``.
+
+The names of modules start with a component of the pipeline. The header has the configuration of each component, with
+ranks and alphas of its modules, which diffusers passes to ``peft.LoraConfig``. A path with the ending .safetensors is
+the file, any other is a folder with the file.
+
+Source: diffusers 0.42.1 (``loaders/lora_base.py``, ``utils/state_dict_utils.py``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import write_bytes
+from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
+from lorascope.runs.export.lora_layers import LoraLayer, WritableLora
+from lorascope.runs.export.peft_adapter import layer_tensors
+from lorascope.runs.export.pipeline_names import PIPELINE, named_layers, refuse_flat
+from lorascope.runs.export.writers import writes
+from lorascope.runs.folders import new_folder
+from lorascope.runs.formats.image_keys import METADATA
+from lorascope.runs.lora_config import lora_keywords
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+@writes("diffusers", "read_diffusers")
+def write_diffusers(lora: WritableLora, path: Path) -> None:
+    """Write layers as a new file, or as a new folder with the file."""
+    lora.require_only_layers("diffusers")
+    layers = named_layers(lora, "diffusers")
+    refuse_flat(lora, layers, "diffusers")
+    components: dict[str, dict[str, LoraLayer]] = {}
+    for each in layers:
+        if each.component not in PIPELINE:
+            reason = f"{printable(each.module)} has a name of the model's authors; pass the base model, --base DIR"
+            raise lora.error("diffusers", reason)
+        if each.layer.embedding:
+            raise lora.error("diffusers", f"{printable(each.module)} is an embedding")
+        components.setdefault(each.component, {})[each.name] = each.layer
+    tensors: dict[str, TypedTensor] = {}
+    settings: dict[str, Any] = {}
+    for component, own in components.items():
+        settings |= {f"{component}.{key}": value for key, value in _settings(lora, own).items()}
+        for name, layer in own.items():
+            tensors |= {f"{component}.{name}.{end}": tensor for end, tensor in layer_tensors(layer).items()}
+    words = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
+    content = safetensors_bytes(tensors, words)
+    if path.suffix == ".safetensors":
+        write_bytes(path, content)
+        return
+    with new_folder(path) as draft:
+        write_bytes(draft / WEIGHTS, content)
+
+
+def _settings(lora: WritableLora, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    """Return the configuration of one component."""
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    keywords = lora_keywords(ranks, {name: layer.scale for name, layer in layers.items()}, layers)
+    decomposed = replace(lora, layers=layers).decomposed("diffusers")
+    kept = ("base_model_name_or_path", "revision")
+    known = {name: lora.config[name] for name in kept if lora.config.get(name) is not None}
+    return known | keywords | {"use_dora": decomposed}

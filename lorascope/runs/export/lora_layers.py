@@ -1,0 +1,237 @@
+"""Layers of a LoRA to write, with the dtypes that their factors are stored in.
+
+They are those of an adapter, or of a sum of adapters, whole or cut to a budget. Factors that are only copied keep every
+bit. What a format cannot hold is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.files.printable import printable
+from lorascope.files.typed_tensors import TypedTensor
+from lorascope.runs.adapter import Adapter
+from lorascope.runs.export.rank_budget import select_from, truncate
+from lorascope.runs.formats.fused_rows import RowsPart
+from lorascope.runs.formats.mlx import MlxPart
+from lorascope.runs.formats.peft_whole_weights import UNUSED, WholeWeight, whole_weights
+from lorascope.runs.formats.stored_update import PREFIX, StoredLoRA, StoredTensor, StoredUpdate
+from lorascope.runs.lora_config import exact_products, no_rank_error
+from lorascope.runs.manifest import RESIDUAL
+from lorascope.updates import Update, WeightDecomposed
+
+ONLY_PEFT = ("layer_replication", "alora_invocation_tokens")
+"""Settings of PEFT that change what the factors do, and have no counterpart in other formats."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraLayer:
+    """LoRA of one module: scale * B @ A.
+
+    Parameters
+    ----------
+    B : TypedTensor (out, rank)
+    A : TypedTensor (rank, in)
+        The kernel of a convolution is part of the second dimension.
+    scale : float
+    kernel : tuple of int
+        Sides of the kernel of a convolution; () for other modules.
+    embedding : bool
+        Whether the module is an embedding, with ``out`` values per row of the vocabulary.
+    magnitude : TypedTensor (out,), optional
+        Row norms of DoRA.
+    """
+
+    B: TypedTensor
+    A: TypedTensor
+    scale: float
+    kernel: tuple[int, ...] = ()
+    embedding: bool = False
+    magnitude: TypedTensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        return self.A.values.shape[0]
+
+    def kernel_factors(self) -> tuple[TypedTensor, TypedTensor]:
+        """Return A (rank, in, *kernel) and B (out, rank, 1, ...); two dimensions without a kernel."""
+        A = self.A.map(lambda values: values.reshape(len(values), -1, *self.kernel) if self.kernel else values)
+        return A, self.B.map(lambda values: values.reshape(*values.shape, *(1 for _ in self.kernel)))
+
+
+@dataclass(frozen=True)
+class WritableLora:
+    """Content of an adapter to write.
+
+    Parameters
+    ----------
+    layers : mapping module -> LoraLayer
+        Layers of rank 1 or more, in the order of the adapter.
+    adapter : Adapter
+        Adapter whose names, configuration and further weights are written.
+    component : str, optional
+        Component of a pipeline that all modules belong to, if their names have none.
+    source : str
+        What it is made from, for people.
+    """
+
+    layers: Mapping[str, LoraLayer]
+    adapter: Adapter
+    component: str | None = None
+    source: str = ""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Configuration of the adapter."""
+        return self.adapter.files.config
+
+    def error(self, format: str, reason: str) -> ValueError:
+        """Return the error for an adapter that a format cannot hold."""
+        return ValueError(f"cannot write {printable(self.adapter.label)} as {format}: {reason}")
+
+    def decomposed(self, format: str) -> bool:
+        """Return whether the layers are those of DoRA; raise a ValueError if only some are."""
+        found = {layer.magnitude is not None for layer in self.layers.values()}
+        if len(found) > 1:
+            plain = next(name for name, layer in self.layers.items() if layer.magnitude is None)
+            raise self.error(format, f"{printable(plain)} has no magnitude, unlike other modules, and DoRA is for all")
+        return found == {True}
+
+    def _is_needless(self, each: WholeWeight) -> bool:
+        """Return whether a stored weight has no effect, or is that of the base."""
+        base = self.adapter.base
+        if each.kind != "copy" or base is None or not base.has_weight(each.module):
+            return UNUSED.search(each.tensor.name) is not None
+        shape = each.tensor.shape
+        return base.shape(each.module) == shape and np.array_equal(base.weight(each.module, shape), each.tensor.read())
+
+    def require_only_layers(self, format: str) -> None:
+        """Raise a ValueError if the adapter has more than layers of LoRA."""
+        further = [each for each in whole_weights(self.adapter.files) if not self._is_needless(each)]
+        if further:
+            name, more = printable(further[0].tensor.name.removeprefix(PREFIX)), len(further) - 1
+            how = "; pass --base DIR to compare it with the base" if further[0].kind == "copy" else ""
+            raise self.error(
+                format, f"only PEFT folders have further weights, such as {name}{f' and {more} more' * (more > 0)}{how}"
+            )
+        setting = next((name for name in ONLY_PEFT if self.config.get(name)), None)
+        if setting is not None:
+            raise self.error(format, f"only PEFT has {setting}")
+
+
+def writable(
+    adapter: Adapter,
+    budget: float | None = None,
+    scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
+    component: str | None = None,
+) -> WritableLora:
+    """Return the layers of an adapter, as stored or cut to a budget.
+
+    Parameters
+    ----------
+    adapter : Adapter
+    budget, scores
+        Components to keep, see ``select_components``; all by default.
+    component : str, optional
+        See `WritableLora`.
+
+    Raises
+    ------
+    ValueError
+        An update is not a LoRA or DoRA, or has no rank, or the budget is out of range.
+    """
+    if adapter.input_dependent_modules():
+        reason = "PEFT has no HydraLoRA; train a run and export it with ls.at_gates"
+        raise ValueError(f"cannot export {adapter.label}: {reason}")
+    updates: Mapping[str, Update] = adapter.updates()
+    if budget is not None:
+        updates = exact_products(adapter, updates)
+    return layers_of(adapter, updates, budget, scores, component)
+
+
+def layers_of(
+    adapter: Adapter,
+    updates: Mapping[str, Update],
+    budget: float | None = None,
+    scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
+    component: str | None = None,
+    source: str = "",
+) -> WritableLora:
+    """Return layers with these updates, by modules of the adapter; see `writable`."""
+    source = source or adapter.label
+    if budget is not None:
+        products = {name: update.low_rank for name, update in updates.items() if update.low_rank is not None}
+        ranks = {name: product.rank for name, product in products.items() if product.rank}
+        if not ranks:
+            raise no_rank_error(adapter)
+        updates = truncate(products, select_from(products, ranks, budget, scores))
+        source += f", cut to {sum(update.rank for update in updates.values())} components"
+    _require_own_names(adapter)
+    layers = {name: layer for name, layer in _layers(adapter, updates) if layer.rank}
+    if not layers:
+        raise no_rank_error(adapter)
+    return WritableLora(layers, adapter, component, source)
+
+
+def _layers(adapter: Adapter, updates: Mapping[str, Update]) -> Iterator[tuple[str, LoraLayer]]:
+    for module, update in updates.items():
+        part = adapter.files.parts[module]
+        stored = part.whole if isinstance(part, RowsPart) else part
+        A, B = _factors(stored)
+        product = update.direction if isinstance(update, WeightDecomposed) else update.low_rank
+        if A is None or B is None or product is None:
+            kind = f"{printable(module)} is stored as {adapter.files.kind}, which is not B A"
+            raise ValueError(f"cannot export {printable(adapter.label)} as LoRA: {kind}")
+        kernel = A.file.shape(A.name)[2:] if isinstance(stored, StoredLoRA) else ()
+        inner = product.A.shape[1]
+        if kernel and inner % math.prod(kernel):
+            raise ValueError(f"{printable(module)} must have a multiple of {math.prod(kernel)} inputs, got {inner}")
+        embedding = ".lora_embedding_" in A.name or (isinstance(stored, MlxPart) and stored.transposed)
+        yield (
+            module,
+            LoraLayer(
+                TypedTensor.fitting(np.asarray(product.B), B.file.dtype(B.name)),
+                TypedTensor.fitting(np.asarray(product.A), A.file.dtype(A.name)),
+                product.scale,
+                kernel,
+                embedding,
+                _magnitude(part, update),
+            ),
+        )
+
+
+def _factors(part: StoredUpdate) -> tuple[StoredTensor | None, StoredTensor | None]:
+    """Return the tensors of A and B; None if an update is not stored as these."""
+    if isinstance(part, StoredLoRA):
+        return part.A, part.B
+    return (part.lora_a, part.lora_b) if isinstance(part, MlxPart) else (None, None)
+
+
+def _magnitude(part: StoredUpdate, update: Update) -> TypedTensor | None:
+    stored: StoredTensor | None = getattr(part, "magnitude", None)
+    if stored is None or not isinstance(update, WeightDecomposed):
+        return None
+    return TypedTensor.fitting(update.magnitude.reshape(-1), stored.file.dtype(stored.name))
+
+
+def _require_own_names(adapter: Adapter) -> None:
+    """Raise a ValueError if modules are not those of the model, or the base is changed when PEFT loads the adapter."""
+    cannot, config = f"cannot export {printable(adapter.label)}", adapter.files.config
+    if config.get("target_parameters"):
+        raise ValueError(f"{cannot}: it adapts experts in one tensor (target_parameters)")
+    if adapter.files.configured:
+        module, stored = next(iter(adapter.files.configured.items()))
+        raise ValueError(f"{cannot}: {printable(module)} is tied or joined with others, as {printable(stored)}")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if any(start.startswith(name) for name in RESIDUAL):
+        how = "save it with path_initial_model_for_weight_conversion"
+        raise ValueError(f"{cannot}: {printable(start)} changes the base model while PEFT loads it; {how}")
+    if config.get("spelling") == "gguf":
+        raise ValueError(f"{cannot}: its modules have the names of llama.cpp")

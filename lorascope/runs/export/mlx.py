@@ -1,0 +1,77 @@
+"""Writer of adapter folders of mlx-lm: ``adapters.safetensors`` and ``adapter_config.json``.
+
+``lora_a`` is A^T and ``lora_b`` is B^T. MLX has one rank and one scale for all modules:
+
+- A module of a smaller rank is filled with components that are zero, which do not change its update.
+- A scale that is a power of two times the common one is folded into ``lora_b``, which is exact. Other scales are
+  refused.
+
+Modules must have the names of a language model, which are those of transformers. The configuration lists them by their
+names inside a layer, for all layers: a module that the file lacks remains at its initial update, which is zero.
+
+Source: mlx-lm 0.32 (``tuner/utils.py``, ``tuner/lora.py``, ``tuner/dora.py``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from statistics import mode
+
+import numpy as np
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import write_bytes, write_json
+from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
+from lorascope.runs.export.lora_layers import WritableLora
+from lorascope.runs.export.writers import writes
+from lorascope.runs.folders import new_folder
+from lorascope.runs.formats.mlx import WEIGHTS
+from lorascope.runs.formats.peft_lora import CONFIG
+
+_NAME = re.compile(r"(?:language_model\.)?(?:model\.layers\.\d+\.(?P<inside>.+)|model\.embed_tokens|lm_head)")
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+@writes("mlx", "read_mlx")
+def write_mlx(lora: WritableLora, path: Path) -> None:
+    """Write layers as a new folder."""
+    lora.require_only_layers("MLX")
+    decomposed = lora.decomposed("MLX")
+    rank = max(layer.rank for layer in lora.layers.values())
+    scale = mode(layer.scale for layer in lora.layers.values())
+    tensors: dict[str, TypedTensor] = {}
+    keys: dict[str, None] = {}
+    for module, layer in lora.layers.items():
+        match = _NAME.fullmatch(module)
+        if match is None or layer.kernel or _EXPERT.search(module):
+            kind = "an expert" if match else "not named like a layer of a language model, model.layers.0. ..."
+            raise lora.error("MLX", f"{printable(module)} is {'a convolution' if layer.kernel else kind}")
+        keys[match["inside"] or module] = None
+        missing = rank - layer.rank
+        tensors[f"{module}.lora_a"] = layer.A.map(lambda A, missing=missing: np.pad(A.T, ((0, 0), (0, missing))))
+        B = _scaled(lora, module, scale)
+        tensors[f"{module}.lora_b"] = B.map(lambda B, missing=missing: np.pad(B.T, ((0, missing), (0, 0))))
+        if layer.magnitude is not None:
+            tensors[f"{module}.m"] = layer.magnitude
+    config = {"model": lora.adapter.meta.model, "fine_tune_type": "dora" if decomposed else "lora", "num_layers": -1}
+    config |= {"lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(keys)}}
+    config |= {"revision": lora.config["revision"]} if lora.config.get("revision") else {}
+    with new_folder(path) as draft:
+        write_bytes(draft / WEIGHTS, safetensors_bytes(tensors, {"format": "mlx"}))
+        write_json(draft / CONFIG, config)
+
+
+def _scaled(lora: WritableLora, module: str, scale: float) -> TypedTensor:
+    """Return B times the layer's scale relative to the common one, which must be a power of two."""
+    layer = lora.layers[module]
+    B, factor = layer.B, layer.scale / scale if scale else 0.0
+    if layer.scale == scale:
+        return B
+    folded = TypedTensor(np.asarray(B.values, np.float64) * factor, B.dtype)
+    if abs(math.frexp(factor)[0]) != 0.5 or factor * scale != layer.scale or not folded.exact:
+        reason = f"{printable(module)} has scale {layer.scale:g}, and MLX has one scale for all modules, here {scale:g}"
+        how = "only a power of two times that is exact; --budget 1 writes factors of scale 1, rounded to float32"
+        raise lora.error("MLX", f"{reason}: {how}")
+    return folded

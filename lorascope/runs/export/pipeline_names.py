@@ -1,0 +1,94 @@
+"""Names of modules in a pipeline of several models: the component, and the name inside it.
+
+diffusers starts a name with its component, such as ``unet``. A PEFT folder adapts one model, so its names have none;
+the names of the blocks show a UNet or a transformer, and any other component is named by the user. Names of kohya have
+underscores instead of dots, which cannot be inverted: they are resolved by reading the file with its base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lorascope.files.printable import printable
+from lorascope.runs.adapter import Adapter
+from lorascope.runs.export.lora_layers import LoraLayer, WritableLora
+from lorascope.schema.image_roles import FLATTENED
+
+PIPELINE = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+"""Components of diffusers."""
+AUTHORS = "diffusion_model"
+"""Prefix of the denoiser with the names of the model's authors."""
+_PREFIX = re.compile(rf"(?s)({'|'.join(PIPELINE)}|{AUTHORS}|text_encoders\.\w+)\.(.+)")
+_IMAGE = ("kohya", "diffusers")  # spellings of readers whose names may have a component
+_KNOWN = {
+    "unet": re.compile(r"(?:down_blocks|up_blocks)\.\d|mid_block\."),
+    "transformer": re.compile(r"(?:single_)?transformer_blocks\.\d"),
+}
+
+
+@dataclass(frozen=True)
+class PipelineLayer:
+    """One layer by its names: ``component`` is "" if it is not known, ``flat`` if the name has underscores for dots."""
+
+    module: str
+    component: str
+    name: str
+    layer: LoraLayer
+    flat: bool = False
+
+
+def split_name(config: Mapping[str, Any], module: str) -> tuple[str, str]:
+    """Return the component, "" if the name has none, and the name inside it."""
+    match = _PREFIX.fullmatch(module) if config.get("spelling") in _IMAGE else None
+    return (match[1], match[2]) if match else ("", module)
+
+
+def pipeline_layers(lora: WritableLora) -> list[PipelineLayer]:
+    """Return the layers of an adapter by component and name."""
+    found = []
+    for module, layer in lora.layers.items():
+        component, name = split_name(lora.config, module)
+        flat = lora.config.get("spelling") in _IMAGE and "." not in module and FLATTENED.match(module) is not None
+        found.append(PipelineLayer(module, "" if flat else component or lora.component or "", name, layer, flat))
+    return found
+
+
+def named_layers(lora: WritableLora, format: str) -> list[PipelineLayer]:
+    """Return the layers of an adapter with a component for each, except of flat names.
+
+    Raises
+    ------
+    ValueError
+        The component is not known, or is not one of a pipeline.
+    """
+    if lora.component not in (None, *PIPELINE):
+        raise lora.error(format, f"component must be one of {', '.join(PIPELINE)}, got {printable(lora.component)}")
+    layers = pipeline_layers(lora)
+    names = [each.name for each in layers if not (each.component or each.flat)]
+    if not names:
+        return layers
+    component = next((component for component, known in _KNOWN.items() if any(map(known.match, names))), None)
+    if component is None:
+        how = f"pass --component, one of {', '.join(PIPELINE)}"
+        raise lora.error(format, f"the component that {printable(names[0])} belongs to is not known; {how}")
+    return [each if each.component or each.flat else replace(each, component=component) for each in layers]
+
+
+def refuse_flat(lora: WritableLora, layers: Collection[PipelineLayer], format: str) -> None:
+    """Raise a ValueError if the name of a module has underscores instead of dots."""
+    flat = next((each.module for each in layers if each.flat), None)
+    if flat is not None:
+        reason = f"{printable(flat)} has underscores instead of dots; pass the base model of the adapter, --base DIR"
+        raise lora.error(format, reason)
+
+
+def naming(adapter: Adapter) -> str:
+    """Return the kind of names that the modules of an adapter have: flat, with a component, or of one model."""
+    config = adapter.files.config
+    modules = list(adapter.files.parts)
+    if config.get("spelling") in _IMAGE and all("." not in module for module in modules):
+        return "names with underscores"
+    return "names of a pipeline" if any(split_name(config, module)[0] for module in modules) else "names of one model"

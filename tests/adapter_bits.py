@@ -26,7 +26,7 @@ def bits(file: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     }
 
 
-def words(file: Path) -> dict[str, str]:
+def read_header(file: Path) -> dict[str, str]:
     """Return the metadata of a file."""
     with safe_open(file, "np") as opened:
         return dict(opened.metadata())

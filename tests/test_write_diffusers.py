@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
 import pytest
 import torch
-from adapter_bits import bits, draw, peft_folder, same_updates, stored_as, words
+from adapter_bits import bits, draw, peft_folder, read_header, same_updates, stored_as
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from torch import nn
@@ -29,7 +30,7 @@ PAIR = (draw(1, 6, 2), draw(2, 2, 5))
 
 
 def settings(file: Path) -> dict[str, object]:
-    return json.loads(words(file)["lora_adapter_metadata"])
+    return json.loads(read_header(file)["lora_adapter_metadata"])
 
 
 @pytest.mark.parametrize("name", ["metadata", "dora"])
@@ -128,7 +129,7 @@ def test_components_are_configured_separately(tmp_path: Path) -> None:
         ls.export.convert(ls.load(both), tmp_path / "peft", "peft")
 
 
-def test_cut_and_sum_are_those_of_peft(tmp_path: Path) -> None:
+def test_cut_and_sum_equal_the_peft_folder(tmp_path: Path) -> None:
     source = ls.load(FOLDER / "metadata.safetensors")
     cut = ls.export.convert(source, tmp_path / "cut.safetensors", "diffusers", budget=0.5)
     folder = ls.export.convert(source, tmp_path / "cut", "peft", budget=0.5)
@@ -207,3 +208,11 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--component requires --kohya or --diffusers" in capsys.readouterr().err
     assert main(["export", source, "--peft", str(tmp_path / "p"), "--mlx", str(tmp_path / "m")]) == 2
     assert np.all([not (tmp_path / name).exists() for name in ("p", "m", "l.safetensors")])
+
+
+def test_run_is_exported_as_peft_first(train_once: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from contract.method_rows import ROWS
+
+    run, _ = train_once("lora", ROWS["lora"].method)
+    assert main(["export", str(run.path), "--diffusers", str(tmp_path / "out")]) == 2
+    assert "only adapters are summed or converted, got run" in capsys.readouterr().err

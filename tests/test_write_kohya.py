@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapter_bits import as_bfloat16, bits, draw, peft_folder, same_updates, stored_as, words
+from adapter_bits import as_bfloat16, bits, draw, peft_folder, read_header, same_updates, stored_as
 from safetensors.numpy import load_file, save_file
 
 import lorascope as ls
@@ -53,7 +53,7 @@ def test_file_of_diffusers_returns_unchanged(name: str, tmp_path: Path) -> None:
     assert bits(ls.export.convert(read, tmp_path / "back.safetensors", "diffusers")) == bits(source)
 
 
-def test_alphas_are_those_of_the_modules(tmp_path: Path) -> None:
+def test_each_module_has_its_alpha(tmp_path: Path) -> None:
     """Worked: rank 2 and alpha 3, or rank 3 and alpha 8; rsLoRA of rank 6 has no alpha in float32."""
     modules = {Q: PAIR, Q.replace("to_q", "to_k"): (draw(1, 6, 3), draw(2, 3, 5))}
     patterns = {"rank_pattern": {"to_k": 3}, "alpha_pattern": {"to_k": 8}}
@@ -61,7 +61,7 @@ def test_alphas_are_those_of_the_modules(tmp_path: Path) -> None:
     flat = f"lora_unet_{Q.replace('.', '_')}"
     tensors = load_file(out)
     assert (tensors[f"{flat}.alpha"], tensors[f"{flat[:-1]}k.alpha"]) == (3, 8)
-    assert words(out) == {
+    assert read_header(out) == {
         "ss_network_module": "networks.lora",
         "ss_network_dim": "Dynamic",
         "ss_network_alpha": "Dynamic",
@@ -89,7 +89,7 @@ def test_dtypes_are_kept(dtype: str, tmp_path: Path) -> None:
 
 
 def test_sdxl_has_the_names_of_its_authors(tmp_path: Path) -> None:
-    """A second transformer block shows SDXL; the names are those of diffusers' conversion of its checkpoints."""
+    """A second transformer block shows SDXL; the names follow diffusers' conversion of its checkpoints."""
     for authors, name in NAMES.items():
         assert to_authors(name.replace(".", "_")) == authors.replace(".", "_")
     attention = "down_blocks.2.attentions.1.transformer_blocks.1.attn2.to_k"
@@ -143,7 +143,7 @@ def test_what_would_be_lost_is_refused_in_one_line(name: str, tmp_path: Path) ->
     assert not list(tmp_path.glob("out*"))
 
 
-def test_cut_is_that_of_peft(tmp_path: Path) -> None:
+def test_cut_equals_the_peft_folder(tmp_path: Path) -> None:
     source = ls.load(LYCORIS / "locon.safetensors", LYCORIS / "base")
     cut = ls.export.convert(source, tmp_path / "cut.safetensors", "kohya", budget=0.75)
     folder = ls.export.convert(source, tmp_path / "cut", "peft", budget=0.75)

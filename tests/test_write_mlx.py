@@ -134,7 +134,7 @@ def test_experts_of_mlx_are_one_module_each_in_peft(tmp_path: Path) -> None:
         ls.export.convert(back, tmp_path / "again", "mlx")
 
 
-def test_cut_and_sum_are_those_of_peft(tmp_path: Path) -> None:
+def test_cut_and_sum_equal_the_peft_folder(tmp_path: Path) -> None:
     source = ls.load(peft_adapter(tmp_path, "llama"))
     cut = ls.load(ls.export.convert(source, tmp_path / "cut", "mlx", budget=0.5)).updates()
     expected = ls.load(ls.export.convert(source, tmp_path / "peft", "peft", budget=0.5)).updates()

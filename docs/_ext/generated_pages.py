@@ -26,6 +26,8 @@ import lorascope
 from lorascope.cli.main import COMMANDS, main
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method
+from lorascope.runs.export.registry import EXPORTERS
+from lorascope.runs.export.writers import writers
 from lorascope.runs.formats.registry import READERS, SENTENCES, find_reader
 from lorascope.schema.records import QUANTITIES
 
@@ -152,19 +154,31 @@ READ_AS = {
 }
 
 
+def written_by() -> dict[str, str]:
+    """Return the options of ``lorascope export`` that write a format, by the name of its reader."""
+    found = {reader: f"`--{name}`" for name, writer in writers().items() for reader in writer.readers}
+    kinds = {f"{exporter.kind} (PEFT)" for exporter in EXPORTERS}
+    runs = {name: "`--peft`, from runs" for name, reader in READERS.items() if reader.format in kinds}
+    return runs | found
+
+
 def formats_page() -> str:
     """Return the page of the formats of adapters, by what their updates follow from."""
     find_reader({}, ())
     own = [reader for reader in READERS.values() if reader.read.__module__.startswith("lorascope.")]
-    rows = [(READ_AS[reader.needs], reader.format) for reader in own]
-    rows += [("described: it changes no weights, or none by itself", format) for _, _, format in SENTENCES]
+    options = written_by()
+    rows = [(READ_AS[reader.needs], reader.format, options.get(reader.read.__name__, "")) for reader in own]
+    rows += [("described: it changes no weights, or none by itself", format, "") for _, _, format in SENTENCES]
     order = [*READ_AS.values(), rows[-1][0]]
     rows.sort(key=lambda row: (order.index(row[0]), row[1].lower()))
-    lines = [f"| {format} | {how} |" for how, format in rows]
+    lines = [f"| {format} | {how} | {option} |" for how, format, option in rows]
     return (
         "# Formats of adapters\n\nA format is recognized by its configuration, or by the header and the tensor names "
         "of its file. Pickles are never loaded. `--base` names the base model: a folder, or a name on the Hugging Face "
-        "Hub that is in the cache.\n\n| format | how |\n|---|---|\n" + "\n".join(lines) + "\n"
+        "Hub that is in the cache.\n\n`lorascope export` writes LoRA and DoRA in some of the formats, "
+        "see [other formats](to-peft.md#other-formats).\n\n| format | read | written |\n|---|---|---|\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 

@@ -117,7 +117,7 @@ def main(
         "--state requires --summary with --table: the table of all records has every step": table is not None
         and state != "last"
         and not summary,
-        "--budget requires --rank-pattern, --peft, --kohya, --diffusers or --mlx": budget is not None
+        "--budget requires --rank-pattern or --peft, --kohya, --diffusers or --mlx": budget is not None
         and not (rank_pattern or written),
         "--model and --task require each other: the loss is measured with both": (model is None) != (task is None),
         "--by ablation requires --model NAME and --task NAME": by == "ablation" and model is None,

@@ -42,7 +42,10 @@ def write_diffusers(lora: WritableLora, path: Path) -> None:
             raise lora.error("diffusers", reason)
         if each.layer.embedding:
             raise lora.error("diffusers", f"{printable(each.module)} is an embedding")
-        components.setdefault(each.component, {})[each.name] = each.layer
+        own = components.setdefault(each.component, {})
+        if each.name in own:
+            raise lora.error("diffusers", f"{printable(each.component)}.{printable(each.name)} would be written twice")
+        own[each.name] = each.layer
     tensors: dict[str, TypedTensor] = {}
     settings: dict[str, Any] = {}
     for component, own in components.items():

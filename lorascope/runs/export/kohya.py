@@ -28,7 +28,7 @@ from lorascope.runs.export.lora_layers import LoraLayer, WritableLora
 from lorascope.runs.export.pipeline_names import AUTHORS, PipelineLayer, named_layers
 from lorascope.runs.export.writers import writes
 from lorascope.runs.formats.image_names import to_authors
-from lorascope.runs.formats.kohya import DESCRIPTION
+from lorascope.runs.formats.kohya import BASE_KEYS
 from lorascope.runs.lora_config import alpha_of
 
 _PREFIXES = {"unet": "lora_unet", AUTHORS: "lora_unet", "prior": "lora_prior_unet", "transformer": "lora_transformer"}
@@ -44,7 +44,8 @@ def write_kohya(lora: WritableLora, path: Path) -> None:
         raise lora.error("kohya", f"the file must end in .safetensors, got {printable(path)}")
     lora.require_only_layers("kohya")
     layers = named_layers(lora, "kohya")
-    large = any(each.component == "unet" and _SDXL.match(each.name) for each in layers)
+    described = "".join(lora.config.get(key, "") for key in BASE_KEYS[:2])
+    large = "xl" in described or any(each.component == "unet" and _SDXL.match(each.name) for each in layers)
     names: dict[str, str] = {}
     tensors: dict[str, TypedTensor] = {}
     for each in layers:
@@ -54,19 +55,17 @@ def write_kohya(lora: WritableLora, path: Path) -> None:
         names[key] = each.module
         tensors |= {f"{key}.{part}": tensor for part, tensor in _tensors(lora, each)}
     ranks, alphas = zip(*((each.layer.rank, _alpha(each.layer)) for each in layers), strict=True)
-    words = {key: lora.config[key] for key in DESCRIPTION if isinstance(lora.config.get(key), str)}
-    words |= {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": _common(ranks),
-        "ss_network_alpha": _common(alphas),
-    }
-    if "ss_base_model_version" not in words and isinstance(lora.config.get("base_model_name_or_path"), str):
-        words["ss_sd_model_name"] = lora.config["base_model_name_or_path"]
+    decomposed = any(each.layer.magnitude for each in layers)
+    words = {key: lora.config[key] for key in BASE_KEYS if key in lora.config}
+    words |= {"ss_network_module": "lycoris.kohya" if decomposed else "networks.lora"}
+    words |= {"ss_network_dim": _common(ranks), "ss_network_alpha": _common(alphas)}
+    if not words.keys() & set(BASE_KEYS) and "base_model_name_or_path" in lora.config:
+        words["ss_sd_model_name"] = str(lora.config["base_model_name_or_path"])
     write_bytes(path, safetensors_bytes(tensors, words))
 
 
 def _flat_name(lora: WritableLora, each: PipelineLayer, components: Collection[str], large: bool) -> str:
-    """Return the name of a module; ``large`` if the UNet is that of SDXL."""
+    """Return the name of a module; ``large`` if the UNet has SDXL's size."""
     flat = each.name.replace(".", "_")
     prefix = _PREFIXES.get(each.component)
     if each.component.startswith("text_encoder"):

@@ -1,6 +1,6 @@
 """Layers of a LoRA to write, with the dtypes that their factors are stored in.
 
-They are those of an adapter, or of a sum of adapters, whole or cut to a budget. Factors that are only copied keep every
+They belong to an adapter or a sum of adapters, whole or cut to a budget. Factors that are only copied keep every
 bit. What a format cannot hold is refused before anything is written.
 """
 
@@ -97,7 +97,7 @@ class WritableLora:
         return ValueError(f"cannot write {printable(self.adapter.label)} as {format}: {reason}")
 
     def decomposed(self, format: str) -> bool:
-        """Return whether the layers are those of DoRA; raise a ValueError if only some are."""
+        """Return whether all layers are DoRA; raise a ValueError if only some are."""
         found = {layer.magnitude is not None for layer in self.layers.values()}
         if len(found) > 1:
             plain = next(name for name, layer in self.layers.items() if layer.magnitude is None)
@@ -105,7 +105,7 @@ class WritableLora:
         return found == {True}
 
     def _is_needless(self, each: WholeWeight) -> bool:
-        """Return whether a stored weight has no effect, or is that of the base."""
+        """Return whether a stored weight has no effect, or equals the base."""
         base = self.adapter.base
         if each.kind != "copy" or base is None or not base.has_weight(each.module):
             return UNUSED.search(each.tensor.name) is not None
@@ -187,7 +187,7 @@ def _layers(adapter: Adapter, updates: Mapping[str, Update]) -> Iterator[tuple[s
         A, B = _factors(stored)
         product = update.direction if isinstance(update, WeightDecomposed) else update.low_rank
         if A is None or B is None or product is None:
-            kind = f"{printable(module)} is stored as {adapter.files.kind}, which is not B A"
+            kind = f"the update of {printable(module)} ({adapter.files.kind}) is not stored as the factors A and B"
             raise ValueError(f"cannot export {printable(adapter.label)} as LoRA: {kind}")
         kernel = A.file.shape(A.name)[2:] if isinstance(stored, StoredLoRA) else ()
         inner = product.A.shape[1]

@@ -6,8 +6,8 @@
 - A scale that is a power of two times the common one is folded into ``lora_b``, which is exact. Other scales are
   refused.
 
-Modules must have the names of a language model, which are those of transformers. The configuration lists them by their
-names inside a layer, for all layers: a module that the file lacks remains at its initial update, which is zero.
+Modules must have the names of a language model, as in transformers. The configuration lists them by their names inside
+a layer, for all layers: a module that the file lacks remains at its initial update, which is zero.
 
 Source: mlx-lm 0.32 (``tuner/utils.py``, ``tuner/lora.py``, ``tuner/dora.py``).
 """
@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 from statistics import mode
+from typing import Any
 
 import numpy as np
 
@@ -49,18 +51,23 @@ def write_mlx(lora: WritableLora, path: Path) -> None:
             kind = "an expert" if match else "not named like a layer of a language model, model.layers.0. ..."
             raise lora.error("MLX", f"{printable(module)} is {'a convolution' if layer.kernel else kind}")
         keys[match["inside"] or module] = None
-        missing = rank - layer.rank
-        tensors[f"{module}.lora_a"] = layer.A.map(lambda A, missing=missing: np.pad(A.T, ((0, 0), (0, missing))))
-        B = _scaled(lora, module, scale)
-        tensors[f"{module}.lora_b"] = B.map(lambda B, missing=missing: np.pad(B.T, ((0, missing), (0, 0))))
+        empty = (0, rank - layer.rank)
+        tensors[f"{module}.lora_a"] = layer.A.map(partial(_transposed, ((0, 0), empty)))
+        tensors[f"{module}.lora_b"] = _scaled(lora, module, scale).map(partial(_transposed, (empty, (0, 0))))
         if layer.magnitude is not None:
             tensors[f"{module}.m"] = layer.magnitude
-    config = {"model": lora.adapter.meta.model, "fine_tune_type": "dora" if decomposed else "lora", "num_layers": -1}
+    named = {"model": lora.config.get("base_model_name_or_path"), "revision": lora.config.get("revision")}
+    config: dict[str, Any] = {key: name for key, name in named.items() if name}
+    config |= {"fine_tune_type": "dora" if decomposed else "lora", "num_layers": -1}
     config |= {"lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(keys)}}
-    config |= {"revision": lora.config["revision"]} if lora.config.get("revision") else {}
     with new_folder(path) as draft:
         write_bytes(draft / WEIGHTS, safetensors_bytes(tensors, {"format": "mlx"}))
         write_json(draft / CONFIG, config)
+
+
+def _transposed(zeros: tuple[tuple[int, int], tuple[int, int]], factor: np.ndarray) -> np.ndarray:
+    """Return the transposed factor with zeros before and after each axis."""
+    return np.pad(factor.T, zeros)
 
 
 def _scaled(lora: WritableLora, module: str, scale: float) -> TypedTensor:

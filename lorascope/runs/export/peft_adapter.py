@@ -53,7 +53,7 @@ def write_peft(lora: WritableLora, path: Path) -> None:
     known = {split_name(lora.config, module)[1] for module in lora.adapter.files.parts}
     config |= lora_keywords(ranks, {name: layer.scale for name, layer in layers.items()}, known)
     kind = "DoRA" if decomposed else "LoRA"
-    about = _README.format(base=lora.adapter.meta.model, kind=kind, source=printable(lora.source))
+    about = _README.format(base=printable(lora.adapter.meta.model), kind=kind, source=printable(lora.source))
     with new_folder(path) as draft:
         write_bytes(draft / WEIGHTS, safetensors_bytes(tensors, {"format": "pt"}))
         write_json(draft / CONFIG, config)

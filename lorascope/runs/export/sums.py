@@ -56,8 +56,8 @@ def sum_adapters(
         The path exists.
     ValueError
         There are fewer than two adapters, the weights do not fit, an update is not a product of two factors, or several
-        adapters contain further weights, such as heads, which have no sum, or the names of their modules are those of
-        different formats.
+        adapters contain further weights, such as heads, which have no sum, or their modules have the names of different
+        formats.
     """
     path = Path(out)
     require_absent(path)

@@ -27,16 +27,10 @@ from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 
-DESCRIPTION = (
-    "ss_network_module",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "ss_network_args",
-    "ss_base_model_version",
-    "modelspec.architecture",
-    "ss_sd_model_name",
-)
-"""Metadata of the header that describes the training; trainers also write the tags of all images."""
+BASE_KEYS = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
+"""Metadata of the header that describes the base model, the most general first."""
+# Metadata that describes the training; trainers also write the tags of all images.
+_DESCRIPTION = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", *BASE_KEYS)
 _MAGNITUDES = {"dora_scale", "magnitude"}
 _MANY = 1e-6  # relative difference of two equal values of alpha, which float16 rounds
 
@@ -105,9 +99,8 @@ def image_adapter(
     decomposed = any(_MAGNITUDES & tensors.keys() for tensors in found.values())
     if decomposed and kinds.keys() == {"LoRA"}:
         kinds = {"DoRA": None}
-    described = {"spelling": spelling} | {key: config[key] for key in DESCRIPTION if isinstance(config.get(key), str)}
-    names = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
-    model = next((described[name] for name in names if name in described), None)
+    described = {"spelling": spelling} | {key: config[key] for key in _DESCRIPTION if isinstance(config.get(key), str)}
+    model = next((described[key] for key in BASE_KEYS if described.get(key)), None)
     described |= {"base_model_name_or_path": model} if model else {}
     needs_base = bool(kinds.keys() & {"IA3", "GLoRA", "OFT"})
     notes = tuple(_magnitude_notes(found, "DoRA" in kinds, base is not None))

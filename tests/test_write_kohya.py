@@ -143,6 +143,27 @@ def test_what_would_be_lost_is_refused_in_one_line(name: str, tmp_path: Path) ->
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dora_input", "is not stored as the factors A and B"),
+        ("loha", r"\(LoHa\) is not stored as the factors A and B"),
+        ("locon_tucker", "is not stored as the factors A and B"),
+    ],
+)
+def test_other_algorithms_are_refused(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        ls.export.convert(ls.load(LYCORIS / f"{name}.safetensors"), tmp_path / "out.safetensors", "kohya")
+
+
+def test_component_without_a_prefix_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="belongs to transformer_2, which has no prefix there"):
+        write(tmp_path, {"transformer_blocks.0.q": PAIR}, component="transformer_2")
+    named = ls.load(DIFFUSERS / "metadata.safetensors")
+    with pytest.raises(ValueError, match="its modules have names of components, so --component text_encoder is not"):
+        ls.export.convert(named, tmp_path / "out.safetensors", "kohya", component="text_encoder")
+
+
 def test_cut_equals_the_peft_folder(tmp_path: Path) -> None:
     source = ls.load(LYCORIS / "locon.safetensors", LYCORIS / "base")
     cut = ls.export.convert(source, tmp_path / "cut.safetensors", "kohya", budget=0.75)

@@ -14,6 +14,8 @@ import torch
 from adapter_bits import bits, draw, peft_folder, same_updates, stored_as
 from safetensors.numpy import load_file
 from test_adapter_export import write as peft_adapter
+from test_mlx import EXPERTS
+from test_mlx import write as mlx_folder
 from transformers import AutoModelForCausalLM
 
 import lorascope as ls
@@ -122,7 +124,6 @@ def test_dtypes_are_kept(dtype: str, tmp_path: Path) -> None:
 
 
 def test_experts_of_mlx_are_one_module_each_in_peft(tmp_path: Path) -> None:
-    from test_mlx import EXPERTS
     from test_mlx import write as mlx_folder
 
     a, b = draw(1, 3, 2, 5), draw(2, 3, 6, 2)
@@ -172,6 +173,38 @@ def test_what_would_be_lost_is_refused_in_one_line(name: str, tmp_path: Path) ->
         write(tmp_path, **options)
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "mlx").exists()
+
+
+def test_magnitudes_of_an_embedding_are_refused(tmp_path: Path) -> None:
+    """PEFT has one per column of the table, MLX one per row."""
+    dora = {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"], "rank_pattern": {}, "alpha_pattern": {}}
+    source = ls.load(peft_adapter(tmp_path, "llama", **dora), tmp_path / "base")
+    with pytest.raises(ValueError, match=r"embed_tokens is an embedding with one magnitude per column"):
+        ls.export.convert(source, tmp_path / "mlx", "mlx")
+    stored = {"model.embed_tokens.lora_a": draw(1, 5, 2), "model.embed_tokens.lora_b": draw(2, 2, 6)}
+    folder = mlx_folder(tmp_path / "own", stored | {"model.embed_tokens.m": draw(3, 5)}, fine_tune_type="dora")
+    with pytest.raises(ValueError, match=r"the magnitudes of model.embed_tokens belong to the inputs"):
+        ls.export.convert(ls.load(folder), tmp_path / "peft", "peft")
+
+
+def test_dora_of_some_modules_is_refused(tmp_path: Path) -> None:
+    stored = {
+        f"{name}.lora_{side}": draw(1, 5, 2) if side == "a" else draw(2, 2, 6) for name in (Q, V) for side in "ab"
+    }
+    folder = mlx_folder(tmp_path / "own", stored | {f"{Q}.m": draw(3, 6)}, fine_tune_type="dora")
+    for format in ("mlx", "peft"):
+        with pytest.raises(ValueError, match=f"{V} has no magnitude, unlike other modules, and DoRA is for all"):
+            ls.export.convert(ls.load(folder), tmp_path / "out", format)
+
+
+def test_sum_refuses_each_adapter_that_changes_its_base(tmp_path: Path) -> None:
+    plain = ls.load(peft_folder(tmp_path / "a", {Q: PAIR}))
+    started = ls.load(peft_folder(tmp_path / "b", {Q: PAIR}, init_lora_weights="pissa"))
+    with pytest.raises(ValueError, match="pissa changes the base model while PEFT loads it"):
+        ls.export.sum_adapters([plain, started], tmp_path / "sum")
+    invoked = ls.load(peft_folder(tmp_path / "c", {Q: PAIR}, alora_invocation_tokens=[1]))
+    with pytest.raises(ValueError, match="cannot sum a and c: they differ in alora_invocation_tokens"):
+        ls.export.sum_adapters([plain, invoked], tmp_path / "sum")
 
 
 def test_tokens_and_heads_stay_in_peft(tmp_path: Path) -> None:

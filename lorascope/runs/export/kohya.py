@@ -75,7 +75,7 @@ def _flat_name(lora: WritableLora, each: PipelineLayer, components: Collection[s
         if "prior" in components:
             prefix = "lora_prior_te"
     if prefix is None or each.component.startswith("text_encoders."):
-        raise lora.error("kohya", f"{printable(each.module)} has no name there; pass the base model, --base DIR")
+        raise lora.error("kohya", f"{printable(each.module)} belongs to {each.component}, which has no prefix there")
     return f"{prefix}_{(to_authors(flat) or flat) if large and each.component == 'unet' else flat}"
 
 

@@ -173,7 +173,7 @@ def layers_of(
             raise no_rank_error(adapter)
         updates = truncate(products, select_from(products, ranks, budget, scores))
         source += f", cut to {sum(update.rank for update in updates.values())} components"
-    _require_own_names(adapter)
+    require_own_names(adapter)
     layers = {name: layer for name, layer in _layers(adapter, updates) if layer.rank}
     if not layers:
         raise no_rank_error(adapter)
@@ -202,7 +202,7 @@ def _layers(adapter: Adapter, updates: Mapping[str, Update]) -> Iterator[tuple[s
                 product.scale,
                 kernel,
                 embedding,
-                _magnitude(part, update),
+                _magnitude(adapter, module, update),
             ),
         )
 
@@ -214,14 +214,17 @@ def _factors(part: StoredUpdate) -> tuple[StoredTensor | None, StoredTensor | No
     return (part.lora_a, part.lora_b) if isinstance(part, MlxPart) else (None, None)
 
 
-def _magnitude(part: StoredUpdate, update: Update) -> TypedTensor | None:
-    stored: StoredTensor | None = getattr(part, "magnitude", None)
+def _magnitude(adapter: Adapter, module: str, update: Update) -> TypedTensor | None:
+    stored: StoredTensor | None = getattr(adapter.files.parts[module], "magnitude", None)
     if stored is None or not isinstance(update, WeightDecomposed):
         return None
+    if update.magnitude.ndim == 2:
+        reason = f"the magnitudes of {printable(module)} belong to the inputs, and DoRA of PEFT has one per output"
+        raise ValueError(f"cannot export {printable(adapter.label)}: {reason}")
     return TypedTensor.fitting(update.magnitude.reshape(-1), stored.file.dtype(stored.name))
 
 
-def _require_own_names(adapter: Adapter) -> None:
+def require_own_names(adapter: Adapter) -> None:
     """Raise a ValueError if modules are not those of the model, or the base is changed when PEFT loads the adapter."""
     cannot, config = f"cannot export {printable(adapter.label)}", adapter.files.config
     if config.get("target_parameters"):

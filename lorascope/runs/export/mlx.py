@@ -50,6 +50,9 @@ def write_mlx(lora: WritableLora, path: Path) -> None:
         if match is None or layer.kernel or _EXPERT.search(module):
             kind = "an expert" if match else "not named like a layer of a language model, model.layers.0. ..."
             raise lora.error("MLX", f"{printable(module)} is {'a convolution' if layer.kernel else kind}")
+        if layer.embedding and layer.magnitude is not None:
+            reason = f"{printable(module)} is an embedding with one magnitude per column, and MLX has one per row"
+            raise lora.error("MLX", reason)
         keys[match["inside"] or module] = None
         empty = (0, rank - layer.rank)
         tensors[f"{module}.lora_a"] = layer.A.map(partial(_transposed, ((0, 0), empty)))

@@ -68,6 +68,8 @@ def named_layers(lora: WritableLora, format: str) -> list[PipelineLayer]:
         raise lora.error(format, f"component must be one of {', '.join(PIPELINE)}, got {printable(lora.component)}")
     layers = pipeline_layers(lora)
     names = [each.name for each in layers if not (each.component or each.flat)]
+    if lora.component and all(each.component != lora.component for each in layers):
+        raise lora.error(format, f"its modules have names of components, so --component {lora.component} is not used")
     if not names:
         return layers
     component = next((component for component, known in _KNOWN.items() if any(map(known.match, names))), None)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.export.lora_layers import ONLY_PEFT, layers_of
+from lorascope.runs.export.lora_layers import ONLY_PEFT, layers_of, require_own_names
 from lorascope.runs.export.pipeline_names import naming
 from lorascope.runs.export.writers import write_lora
 from lorascope.runs.folders import require_absent
@@ -71,6 +71,7 @@ def sum_adapters(
     terms: dict[str, list[tuple[float, LowRank]]] = {}
     whose: dict[str, Adapter] = {}
     for adapter, weight in zip(adapters, factors, strict=True):
+        require_own_names(adapter)
         for module, product in exact_products(adapter, adapter.updates()).items():
             terms.setdefault(module, []).append((weight, product))
             if product.shape != terms[module][0][1].shape:

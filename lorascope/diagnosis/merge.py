@@ -22,12 +22,15 @@ from jaxtyping import Float, Float32
 
 from lorascope.diagnosis.causes.base import Finding, first_and_count
 from lorascope.diagnosis.inspection import DTYPES
+from lorascope.diagnosis.merged_experts import ExpertEntries, swapped_experts
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.formats.peft_experts import ExpertPart
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.updates.base import Update
 
 Verdict = Literal[
-    "merged", "consistent", "unknown", "not merged", "wrong scale", "rounded", "another module's", "wrong adapter"
+    *("merged", "consistent", "unknown"),
+    *("not merged", "wrong scale", "rounded", "experts swapped", "another module's", "wrong adapter"),
 ]
 PRECISION = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
 """Bits after the leading one."""
@@ -42,6 +45,7 @@ _FIXES = {
     "not merged": "merge the adapter again, and check that it is active (PEFT: peft_config, set_adapter)",
     "wrong scale": "merge once, with the scale of the adapter's configuration",
     "rounded": "merge in the dtype of the base",
+    "experts swapped": "keep the order of the experts when their weights are stacked",
     "another module's": "map the modules by their names, and merge again",
     "wrong adapter": "merge this adapter into this base",
     "other weights": "merge into this base; these weights are not adapted",
@@ -85,7 +89,7 @@ class MergeCheck:
 
     def _find(self) -> Iterator[Finding]:
         count = len(self.modules)
-        for verdict in ("not merged", "rounded", "another module's", "wrong adapter"):
+        for verdict in ("not merged", "rounded", "experts swapped", "another module's", "wrong adapter"):
             own = [each for each in self.modules if each.verdict == verdict]
             if own:
                 names = [f"{each.module} ({each.note})" if each.note else each.module for each in own]
@@ -117,6 +121,7 @@ class MergeCheck:
 _WORDS = {
     "not merged": "the weight equals the weight of the base",
     "rounded": "the weight was rounded to a smaller dtype",
+    "experts swapped": "experts swapped, the weight equals the merged weight of another expert",
     "another module's": "the weight contains the update of another module",
     "wrong adapter": "the change of the weight is not the update",
 }
@@ -155,18 +160,43 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
     names = [module for module in parts if base.has_weight(module)]
     probes = {module: _Probe.of(adapter.updates()[module]) for module in names}
     found = []
+    experts: dict[str, ExpertEntries] = {}
     for module in names:
         part = parts[module]
         weights = [model.weight(module, part.shape, part.transposed) for model in (base, merged)]
         W, after = (np.asarray(weight, np.float32) for weight in weights)
         compared = _compare(module, adapter.updates()[module], W, after, base.dtype(module), merged.dtype(module))
         if compared.verdict == "wrong adapter":
+            if isinstance(part, ExpertPart):
+                coarse = _coarser(base.dtype(module), merged.dtype(module))
+                experts[module] = _entries(part, W, after, coarse)
             others = {other: probe for other, probe in probes.items() if other != module and probe.shape == W.shape}
             owner = next((name for name, probe in others.items() if probe.is_in(after - W)), None)
             if owner is not None:
                 compared = MergedModule(module, "another module's", compared.factor, f"that of {owner}")
         found.append(compared)
-    return MergeCheck(tuple(found), tuple(_changed(adapter, merged)))
+    owners = swapped_experts(experts)
+    named = (
+        MergedModule(each.module, "experts swapped", each.factor, f"that of {owners[each.module]}")
+        if each.module in owners
+        else each
+        for each in found
+    )
+    return MergeCheck(tuple(named), tuple(_changed(adapter, merged)))
+
+
+def _entries(
+    part: ExpertPart,
+    W: Float32[np.ndarray, "out in"],
+    after: Float32[np.ndarray, "out in"],
+    dtype: str,
+) -> ExpertEntries:
+    """Return a few entries of an expert; a merge of two roundings differs by at most two units in the last place."""
+    update, places = part.update(), _places(W.shape)
+    d = _float32_update(update)
+    unit = np.maximum.reduce([_spacing(each, dtype) for each in (W, d, W + d)])
+    arrays = (after, W + d, 2 * unit + _summation_error(update, unit))
+    return ExpertEntries(part.parameter, *(each.reshape(-1)[places] for each in arrays))
 
 
 def _changed(adapter: Adapter, merged: PretrainedWeights) -> Iterator[str]:
@@ -293,6 +323,11 @@ def _spacing(values: Float32[np.ndarray, "..."], dtype: str) -> Float32[np.ndarr
     return unit * np.float32(2.0 ** (PRECISION["F32"] - PRECISION["BF16"])) if dtype == "BF16" else unit
 
 
+def _places(shape: tuple[int, int]) -> np.ndarray:
+    """Return the same random entries for all matrices of a shape."""
+    return np.random.default_rng(0).integers(0, shape[0] * shape[1], _PROBES)
+
+
 @dataclass(frozen=True)
 class _Probe:
     """A few entries of an update, by which it is recognized in the change of another weight."""
@@ -303,8 +338,7 @@ class _Probe:
 
     @classmethod
     def of(cls, update: Update) -> _Probe:
-        size = update.shape[0] * update.shape[1]
-        places = np.random.default_rng(0).integers(0, size, _PROBES)
+        places = _places(update.shape)
         rows, columns = np.divmod(places, update.shape[1])
         if (product := update.low_rank) is not None:
             values = np.einsum("pk,kp->p", np.asarray(product.B, np.float64)[rows], np.asarray(product.A)[:, columns])

@@ -103,7 +103,7 @@ def test_export_command_wrong_use_prints_one_line_and_writes_no_file(
     for name in ("out.xlsx", "out", "out.CSV"):
         told = complaint(capsys, *words, "--table", tmp_path / name)
         assert told == f"ending must be one of .csv, .parquet, .json, got {tmp_path / name}"
-    assert "exactly one of --rank-pattern, --peft DIR and --table FILE is required, got 2" in complaint(
+    assert "--mlx DIR and --table FILE is required, got 2" in complaint(
         capsys, *words, "--table", tmp_path / "x.csv", "--rank-pattern"
     )
     assert "--summary requires --table" in complaint(capsys, *words, "--rank-pattern", "--summary")

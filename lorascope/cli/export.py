@@ -104,11 +104,7 @@ def main(
     forms = [rank_pattern, table is not None].count(True) + len(written)
     invalid = {
         "RUN is required: lorascope export runs/lora --rank-pattern": not runs,
-        "several adapters require --peft DIR, --kohya FILE, --diffusers PATH or --mlx DIR, which writes their sum": len(
-            runs
-        )
-        > 1
-        and not written,
+        "several adapters require --peft DIR or another format, which writes their sum": len(runs) > 1 and not written,
         "--weights requires several adapters": bool(weights) and len(runs) < 2,
         "exactly one of --rank-pattern, --peft DIR, --kohya FILE, --diffusers PATH, --mlx DIR and --table FILE is "
         f"required, got {forms}": forms != 1,

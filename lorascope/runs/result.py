@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import html
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -22,9 +22,6 @@ from lorascope.schema.module_table import parse
 from lorascope.updates import Update, effective_rank, spectra, stable_rank
 
 T = TypeVar("T")
-
-# Number of factor values in memory at once, at least one module: few enough that most are still in the cache.
-_BATCH = 2**22
 
 
 class Result(ABC):
@@ -188,10 +185,8 @@ class Result(ABC):
     @cached_property
     def spectra(self) -> dict[str, np.ndarray]:
         """Singular values of every stored update, largest first; NaN if a factor contains NaN."""
-        found: dict[str, np.ndarray] = {}
-        for batch in _batches(self.updates()):
-            found |= zip(batch, spectra(list(batch.values())), strict=True)
-        return found
+        updates = self.updates()
+        return dict(zip(updates, spectra(updates.values()), strict=True))
 
     def lora_config(self, state: str = "last") -> dict[str, Any]:
         """Return PEFT's keywords for a LoRA with these ranks: module names, ``rank_pattern``, ``alpha_pattern``.
@@ -268,17 +263,3 @@ class Result(ABC):
             rank = "" if pd.isna(row["rank"]) else f"  rank {row['rank']}"
             lines.append(("largest" if number == 0 else "", f"{row['module']}  |dW| {row['update_norm']:.3g}{rank}"))
         return lines
-
-
-def _batches(updates: Mapping[str, Update]) -> Iterator[dict[str, Update]]:
-    """Yield updates in batches of limited size, because a run may have any number of modules."""
-    batch: dict[str, Update] = {}
-    size = 0
-    for name, update in updates.items():
-        batch[name] = update
-        size += 0 if update.low_rank is None else update.low_rank.B.size + update.low_rank.A.size
-        if size > _BATCH:
-            yield batch
-            batch, size = {}, 0
-    if batch:
-        yield batch

@@ -140,14 +140,18 @@ def projected_norm(
 
 
 def triangles(factors: Sequence[np.ndarray]) -> Float[np.ndarray, "n small rank"]:
-    """Compute R of X = Q R for arrays X (side, rank) by Cholesky of the Gram matrix or QR; small = min(side, rank)."""
+    """Compute R of X = Q R for arrays X (side, rank) by Cholesky of the Gram matrix or QR; small = min(side, rank).
+
+    R of an array with NaN or infinity contains NaN.
+    """
     rank, small = factors[0].shape[1], min(factors[0].shape)
     result = np.empty((len(factors), small, rank))
     sound = np.zeros(len(factors), dtype=bool)
     if small == rank:
         grams = np.stack([gram(factor) for factor in factors])
-        eigenvalues = np.linalg.eigvalsh(grams)
-        sound = eigenvalues[:, 0] > GRAM_LIMIT * eigenvalues[:, -1]
+        sound = np.isfinite(grams).all(axis=(1, 2))
+        eigenvalues = np.linalg.eigvalsh(grams[sound])
+        sound[sound] = eigenvalues[:, 0] > GRAM_LIMIT * eigenvalues[:, -1]
         result[sound] = np.linalg.cholesky(grams[sound], upper=True)
     for i, factor in enumerate(factors):
         if not sound[i]:
@@ -194,9 +198,11 @@ def all_finite(*arrays: np.ndarray) -> bool:
 
 
 def gram(tall: np.ndarray) -> Float[np.ndarray, "rank rank"]:
-    """Compute X^T X in float64."""
-    X = as_float64(tall)
-    return X.T @ X
+    """Compute X^T X in float64, in tiles of rows that stay in the cache."""
+    result = np.zeros((tall.shape[1], tall.shape[1]))
+    for tile in tiles(tall):
+        result += tile.T @ tile
+    return result
 
 
 def tiles(matrix: Float[np.ndarray, "rows columns"]) -> Iterator[Float[np.ndarray, "tile columns"]]:

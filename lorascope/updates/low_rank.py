@@ -7,7 +7,7 @@ The factors are stored, or computed from stored ones: several experts (``Mixture
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +108,7 @@ class LowRank(Update, form="low_rank"):
             product = np.sqrt(squared)
         else:
             with one_thread():
-                product = np.linalg.norm(_cores([update]))
+                product = np.linalg.norm(_core(update))
         with np.errstate(over="ignore"):
             return float(np.ldexp(abs(update.scale) * product, power))
 
@@ -214,28 +214,33 @@ class Mixture(LowRank, form="mixture"):
         return False
 
 
-def spectra(updates: Sequence[Update]) -> list[Float[np.ndarray, "k"]]:
-    """Compute the singular values of many updates, largest first; low-rank updates of one rank share a batch.
+def spectra(updates: Iterable[Update]) -> list[Float[np.ndarray, "k"]]:
+    """Compute the singular values of many updates, largest first.
 
     The singular values of B A equal those of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A. They agree with a QR
-    decomposition to a relative 1e-8 if they exceed 1e-6 of the largest.
+    decomposition to a relative 1e-8 if they exceed 1e-6 of the largest. Updates are read one at a time, and the small
+    products of one shape are decomposed together.
     """
-    values: list[np.ndarray] = [np.empty(0)] * len(updates)
-    batches = defaultdict(list)
-    for i, update in enumerate(updates):
-        if not isinstance(update, LowRank):
-            values[i] = update.singular_values()
-        elif not all_finite(update.B, update.A):
-            values[i] = np.full(min(*update.shape, update.rank), np.nan)
-        elif update.rank:
-            sides = (min(side, update.rank) for side in update.shape)
-            batches[(update.rank, *sides)].append((i, *_rescale_factors(update)))
-    with one_thread(), np.errstate(over="ignore"):
-        for batch in batches.values():
-            sigmas = np.linalg.svd(_cores([update for _, update, _ in batch]), compute_uv=False)
-            for (i, update, power), sigma in zip(batch, sigmas, strict=True):
-                values[i] = np.ldexp(abs(update.scale) * sigma, power)
-    return values
+    values: dict[int, np.ndarray] = {}
+    cores = defaultdict(list)
+    with one_thread(), np.errstate(over="ignore", invalid="ignore"):
+        for i, update in enumerate(updates):
+            if not isinstance(update, LowRank):
+                values[i] = update.singular_values()
+            elif not update.rank:
+                values[i] = np.empty(0)
+            else:
+                scaled, power = _rescale_factors(update)
+                core = _core(scaled)
+                if np.isfinite(core).all():
+                    cores[core.shape].append((i, core, abs(update.scale), power))
+                else:
+                    values[i] = np.full(min(*update.shape, update.rank), np.nan)
+        for stack in cores.values():
+            sigmas = np.linalg.svd(np.stack([core for _, core, *_ in stack]), compute_uv=False)
+            for (i, _, scale, power), sigma in zip(stack, sigmas, strict=True):
+                values[i] = np.ldexp(scale * sigma, power)
+    return [values[i] for i in range(len(values))]
 
 
 def _rescale_factors(update: LowRank) -> tuple[LowRank, int]:
@@ -247,10 +252,10 @@ def _rescale_factors(update: LowRank) -> tuple[LowRank, int]:
     return scaled, b + a
 
 
-def _cores(updates: Sequence[LowRank]) -> Float[np.ndarray, "n left right"]:
-    """Compute R_B R_A^T of updates of one rank: small matrices with the singular values of B A."""
-    left, right = [update.B for update in updates], [update.A.T for update in updates]
-    if min(left[0].shape) == min(right[0].shape):  # both sides in one batch
-        R = triangles(left + right)
-        return R[: len(left)] @ R[len(left) :].swapaxes(1, 2)
-    return triangles(left) @ triangles(right).swapaxes(1, 2)
+def _core(update: LowRank) -> Float[np.ndarray, "left right"]:
+    """Compute R_B R_A^T, a small matrix with the singular values of B A."""
+    left, right = update.B, update.A.T
+    if min(left.shape) == min(right.shape):  # both sides in one batch
+        R = triangles([left, right])
+        return R[0] @ R[1].T
+    return triangles([left])[0] @ triangles([right])[0].T

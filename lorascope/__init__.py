@@ -19,6 +19,7 @@ _METHODS = {
 _PUBLIC = {
     "train": "lorascope.training.loop:train",
     "load": "lorascope.runs.loading:load",
+    "load_series": "lorascope.runs.loading:load_series",
     "restore": "lorascope.training.state:restore",
     "sweep": "lorascope.experiments.sweep:sweep",
     "explore": "lorascope.plots.explore:explore",
@@ -41,6 +42,7 @@ _PUBLIC = {
     "fold": "lorascope.adapters.delta:fold",
     "deltas": "lorascope.adapters.delta:deltas",
     "Run": "lorascope.runs.run:Run",
+    "Series": "lorascope.runs.series:Series",
     "Record": "lorascope.schema.records:Record",
     "Snapshot": "lorascope.schema.records:Snapshot",
     "QUANTITIES": "lorascope.schema.records:QUANTITIES",

@@ -8,9 +8,10 @@ from pathlib import Path
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import is_run, load
 from lorascope.runs.run import Run
+from lorascope.runs.series import Series
 
 
-def open_runs(paths: Sequence[str | Path], base: str | None) -> list[Run | Adapter]:
+def open_runs(paths: Sequence[str | Path], base: str | None) -> list[Run | Adapter | Series]:
     """Open runs and adapters by path or name on the hub.
 
     Only adapters get the base, because a run has recorded its own norms.

@@ -75,12 +75,13 @@ class Adapter(Result):
         """Norms and ranks of every module, with step NA; NaN if they require base weights or slow spectra."""
         rows = []
         for module, rank in self.ranks().items():
-            values = {"rank": float(rank)} | self._measures[module]
+            values = {"rank": float(rank)} | self.measures[module]
             rows += [(-1, Record(quantity, value, module)) for quantity, value in values.items()]
         return records.frame(self.id, rows, self.modules)
 
     @cached_property
-    def _measures(self) -> dict[str, dict[str, float]]:
+    def measures(self) -> dict[str, dict[str, float]]:
+        """Norms and ranks by module; NaN if they require base weights or slow spectra."""
         return {module: self._measure_module(module) for module in self.files.parts}
 
     def _measure_module(self, module: str) -> dict[str, float]:
@@ -133,7 +134,7 @@ class Adapter(Result):
                 each.role,
                 parts[each.module].rank,
                 exact=parts[each.module].exact,
-                **self._measures[each.module],
+                **self.measures[each.module],
             )
             for each in self.meta.modules
         ]

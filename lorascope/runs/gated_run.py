@@ -104,6 +104,9 @@ class GatedRun(Result):
     def snapshot_names(self) -> list[str]:
         return self.run.snapshot_names()
 
+    def update_steps(self) -> list[int]:
+        return self.run.update_steps()
+
     def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
         return self.run._long_snapshot(name, step)
 

@@ -1,10 +1,11 @@
-"""Loading of run folders, and of adapters that were trained elsewhere."""
+"""Loading of run folders, and of adapters that were trained elsewhere, one or the checkpoints of one training."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, is_plain, open_tensors, reject_pickles, weight_files
 from lorascope.files.typed_json import read_json, to_typed, unreadable
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.checkpoint_names import by_step, find_checkpoints
 from lorascope.runs.folders import RecipeManifest
 from lorascope.runs.formats import find_reader, find_sentence
 from lorascope.runs.formats.peft_lora import CONFIG, KINDS, STEM, CommonConfig, factor_files, peft_kind
@@ -21,21 +23,23 @@ from lorascope.runs.formats.peft_merge import MERGED
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
 from lorascope.runs.run import Run
+from lorascope.runs.series import Series
 
 # Metadata of a header that describes an adapter: of diffusers, kohya and GGUF. Others are notes of the program.
 _DESCRIBES = re.compile(r"lora_adapter_metadata$|ss_|modelspec\.|general\.|adapter\.")
 MARKS = ("recipe.json", "run.json", CONFIG)
 
 
-def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter:
-    """Open a run or an adapter.
+def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter | Series:
+    """Open a run, an adapter, or the checkpoints of one training.
 
     Parameters
     ----------
     path : path or str
         Run folder, folder of phases (opens the last phase, with its parents), adapter folder, a single ``.safetensors``
         or ``.gguf`` file, or an adapter on the Hugging Face Hub: ``"user/adapter"``, ``"user/adapter@revision"`` or
-        ``"hf://user/adapter/folder"``. A local path comes first.
+        ``"hf://user/adapter/folder"``. A local path comes first. A folder without an adapter of its own, but with
+        adapters in subfolders such as ``checkpoint-10``, opens as a series, see ``load_series``.
     base : path or str, optional
         Folder of an adapter's base model, or its name on the hub if the cache contains it; only its safetensors files
         are read. It adds the quantities that require W₀, ``weight_norm`` and ``relative_update``, and the full update
@@ -54,10 +58,79 @@ def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter:
         raise ValueError(f"base must be None for a run, got {printable(base)}: {printable(path)} is a run")
     if is_run(path):
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
-    adapter = load_adapter(path, base)
+    return load_series(path, base) if is_series(path) else _require_own_base(load_adapter(path, base))
+
+
+def load_series(
+    checkpoints: str | Path | Sequence[str | Path] | Mapping[int, str | Path], base: str | Path | None = None
+) -> Series:
+    """Open the checkpoints of one training as a run with a history of norms, spectra and ranks.
+
+    Parameters
+    ----------
+    checkpoints : path or str, sequence of them, or mapping step -> path
+        Folder with subfolders or files such as ``checkpoint-10``, which may also contain the final adapter; or adapters
+        as ``load`` takes them, such as ``["user/adapter@step-100", "user/adapter@step-200"]``. The steps are those in
+        the names, see ``step_of``, or 1, 2, ... in the given order if no name has one.
+    base : path or str, optional
+        Base model of all checkpoints, see ``load``.
+
+    Returns
+    -------
+    Series
+        Checkpoints whose weights are missing or truncated are skipped with a warning, and listed in ``skipped``.
+
+    Raises
+    ------
+    FileNotFoundError
+        A path does not exist.
+    ValueError
+        There is no checkpoint that can be read, two have the same step or different base models, or one is not an
+        adapter.
+    """
+    if isinstance(checkpoints, str | Path):
+        folder = locate(checkpoints)
+        given: Mapping[int, str | Path] = by_step(find_checkpoints(folder) if folder.is_dir() else [])
+        if not given:
+            raise ValueError(
+                f"cannot load a series from {printable(folder)}: it has no checkpoints; expected subfolders such as "
+                "checkpoint-10"
+            )
+    else:
+        given = checkpoints if isinstance(checkpoints, Mapping) else by_step(checkpoints)
+    found: dict[int, Adapter] = {}
+    skipped: dict[int, str] = {}
+    for step, name in sorted(given.items()):
+        path = locate(name)
+        if (reason := _missing_weights(path)) is not None:
+            skipped[step] = reason
+        else:
+            found[step] = load_adapter(path, base)
+    if not found:
+        whose = f"{printable(checkpoints)}: " if isinstance(checkpoints, str | Path) else ""
+        first = next(iter(skipped.values()), "expected at least one checkpoint, got none")
+        raise ValueError(f"cannot load a series: {whose}none of its checkpoints can be read: {first}")
+    for reason in skipped.values():
+        warnings.warn(f"skipped a checkpoint: {reason}", stacklevel=2)
+    series = Series(found, skipped)
+    _require_own_base(series.last)
+    return series
+
+
+def _missing_weights(path: Path) -> str | None:
+    """Return why a checkpoint has no complete weights, as when it was being written; None if it has."""
+    try:
+        files = _open_files(path)
+    except (FileNotFoundError, ValueError) as error:
+        return printable(error)
+    return None if files else f"{printable(path)} has no weights"
+
+
+def _require_own_base(adapter: Adapter) -> Adapter:
+    """Return an adapter; a ValueError reports a base that has none of its modules."""
     if adapter.base is not None and not any(map(adapter.base.has_weight, adapter.files.parts)):
         raise ValueError(
-            f"cannot use {printable(adapter.base.folder)} as the base of {printable(path)}: "
+            f"cannot use {printable(adapter.base.folder)} as the base of {printable(adapter.files.path)}: "
             "it has no weight of any adapted module"
         )
     return adapter
@@ -83,6 +156,12 @@ def describe_without_updates(path: Path) -> str | None:
 def is_run(path: str | Path) -> bool:
     """Return whether a folder is a run that lorascope trained or recorded."""
     return any((Path(os.path.expanduser(path)) / mark).exists() for mark in MARKS[:2])
+
+
+def is_series(path: Path) -> bool:
+    """Return whether a folder has checkpoints in subfolders, and neither a run nor an adapter of its own."""
+    own = path.is_dir() and ((path / CONFIG).exists() or any(path.glob("*.safetensors")))
+    return path.is_dir() and not own and not is_run(path) and bool(find_checkpoints(path))
 
 
 def is_adapter(path: Path) -> bool:

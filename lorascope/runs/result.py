@@ -229,6 +229,10 @@ class Result(ABC):
         """Return the names of all snapshots."""
         return []
 
+    def update_steps(self) -> list[int]:
+        """Return the steps whose updates are stored, so that ``updates(step)`` reads them."""
+        return []
+
     def __repr__(self) -> str:
         return "\n".join(f"{key:8}{printable(value)}" for key, value in self._lines())
 

@@ -144,6 +144,9 @@ class Run(Result):
     def snapshot_names(self) -> list[str]:
         return sorted({name for step in self._all_steps() for name in self._snapshots(step)})
 
+    def update_steps(self) -> list[int]:
+        return [step for step in self._all_steps() if self._about(self._snapshots(step)).scales]
+
     def ranks(self, state: str = "last") -> dict[str, int]:
         return dict(self._state(state).ranks)
 

@@ -1,0 +1,55 @@
+"""Steps of checkpoints from their names: folders of a Trainer, files of MLX and kohya, revisions on the hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lorascope.files.hub import WEIGHTS
+from lorascope.files.printable import printable
+
+_WORD = re.compile(r"(?:.*[^a-z])?(?:checkpoint|ckpt|steps?|iter|epoch)[-_=]?(\d{1,12})", re.IGNORECASE)
+_REVISION = re.compile(r"[^@]*@(\d{1,12})")
+_MLX = re.compile(r"(\d{1,12})_adapters\.safetensors")
+
+
+def step_of(name: str | Path) -> int | None:
+    """Return the step of a checkpoint from its name, such as ``checkpoint-10`` or ``user/adapter@step-10``.
+
+    The number follows one of the words checkpoint, ckpt, step, iter and epoch at the end of the name, precedes
+    ``_adapters.safetensors``, or is the revision itself. None for all other names.
+    """
+    path = Path(name)
+    last = path.parent.name if path.name in WEIGHTS else path.name
+    match = _MLX.fullmatch(last) or _WORD.fullmatch(last.removesuffix(".safetensors")) or _REVISION.fullmatch(last)
+    return None if match is None else int(match[1])
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Return the folders and safetensors files in a folder whose names have a step, in the order of the steps."""
+    found = [path for path in folder.iterdir() if path.suffix == ".safetensors" or path.is_dir()]
+    return sorted((path for path in found if step_of(path) is not None), key=lambda path: (step_of(path), path.name))
+
+
+def by_step(names: Iterable[str | Path]) -> dict[int, str | Path]:
+    """Return checkpoints by step: from their names, or 1, 2, ... if no name has a step.
+
+    Raises
+    ------
+    ValueError
+        Only some names have a step, or two have the same.
+    """
+    listed = list(names)
+    unknown = [name for name in listed if step_of(name) is None]
+    if unknown and len(unknown) < len(listed):
+        raise ValueError(
+            f"the step of {printable(unknown[0])} is unknown, unlike that of others; pass a mapping {{step: path}}"
+        )
+    found: dict[int, str | Path] = {}
+    for place, name in enumerate(listed, start=1):
+        step = place if (own := step_of(name)) is None else own
+        if step in found:
+            raise ValueError(f"{printable(found[step])} and {printable(name)} both have step {step}")
+        found[step] = name
+    return found

@@ -1,0 +1,191 @@
+"""Series of checkpoints of one training: adapters whose norms, spectra and ranks have a history."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lorascope.files.hub import hub_source, label
+from lorascope.files.printable import printable
+from lorascope.runs.adapter import Adapter
+from lorascope.runs.formats.stored_update import StoredLoRA
+from lorascope.runs.manifest import Module, State
+from lorascope.runs.result import Result
+from lorascope.schema import records
+from lorascope.schema.module_roles import position
+from lorascope.schema.records import Record
+from lorascope.updates import Update
+from lorascope.updates.linalg import as_float64, root_of_squares
+
+_SPECTRUM = "/singular_values"
+
+
+class Series(Result):
+    """Checkpoints of one training that were written elsewhere, such as those of a Trainer.
+
+    Its records are those that ``TrainerRecorder`` writes at the same steps, as far as they follow from the adapters:
+    ``step_norm`` requires the step before, ``learned_norm`` of an update that starts nonzero requires checkpoint 0, and
+    ``adapter_norm`` is that of LoRA. Blocks have no rows of their own; ``analysis.norms.pool`` sums their modules.
+    Checkpoints are read on access, one at a time.
+
+    Parameters
+    ----------
+    checkpoints : mapping step -> Adapter
+        At least one.
+    skipped : mapping step -> str
+        Why other checkpoints cannot be read.
+
+    Raises
+    ------
+    ValueError
+        The checkpoints have different base models, or one module has different shapes.
+    """
+
+    kind = "series"
+    has_history = True
+
+    def __init__(self, checkpoints: Mapping[int, Adapter], skipped: Mapping[int, str] | None = None) -> None:
+        self.checkpoints = dict(sorted(checkpoints.items()))
+        self.skipped = dict(skipped or {})
+        *_, (step, self.last) = self.checkpoints.items()
+        path, name = _common_place([adapter.files.path for adapter in self.checkpoints.values()])
+        _require_one_base(list(self.checkpoints.values()))
+        modules = list(_all_modules(list(self.checkpoints.values())))
+        meta = replace(
+            self.last.meta,
+            label=name,
+            recipe={"source": str(path)},
+            modules=modules,
+            states={"last": State(step, self.last.ranks())},
+            source=str(path),
+        )
+        super().__init__(path, meta)
+
+    @cached_property
+    def id(self) -> str:
+        """First twelve hex digits of the SHA-256 of the steps and ids of all checkpoints."""
+        text = " ".join(f"{step}:{adapter.id}" for step, adapter in self.checkpoints.items())
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """Norms and ranks of every module at every checkpoint that has it."""
+        return records.frame(self.id, list(self._rows()), self.modules)
+
+    def _rows(self) -> Iterator[tuple[int, Record]]:
+        for step, adapter in self.checkpoints.items():
+            learned = self._learned_norms(adapter)
+            for module, rank in adapter.ranks().items():
+                values = {"rank": float(rank)} | adapter.measures[module]
+                values |= {"learned_norm": learned[module]} if module in learned else {}
+                part = adapter.files.parts[module]
+                values |= {"adapter_norm": _joint_norm(part)} if type(part) is StoredLoRA else {}
+                yield from ((step, Record(quantity, value, module)) for quantity, value in values.items())
+
+    def _learned_norms(self, adapter: Adapter) -> dict[str, float]:
+        if self.fact("starts_at_zero", True):
+            return {module: values["update_norm"] for module, values in adapter.measures.items()}
+        if 0 not in self.checkpoints:
+            return {}
+        first, updates = self.checkpoints[0].updates(), adapter.updates()
+        return {module: (updates[module] - first[module]).norm() for module in updates if module in first}
+
+    def update_steps(self) -> list[int]:
+        return list(self.checkpoints)
+
+    def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
+        return self._at(step, state).factors()
+
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
+        return self._at(step, state).updates()
+
+    def input_dependent_modules(self, state: str = "last") -> set[str]:
+        return self._at(None, state).input_dependent_modules()
+
+    def ranks(self, state: str = "last") -> dict[str, int]:
+        return self._at(None, state).ranks()
+
+    def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
+        """Return one row per adapted module of the last checkpoint; see `Adapter.summary`."""
+        return self._at(None, state).summary(all)
+
+    def _at(self, step: int | None, state: str) -> Adapter:
+        if state != "last":
+            raise ValueError(f"state must be 'last' for a series of checkpoints, got {state!r}")
+        if step is None:
+            return self.last
+        if step not in self.checkpoints:
+            raise ValueError(f"step must be one of {list(self.checkpoints)} (checkpoints of {self.label}), got {step}")
+        return self.checkpoints[step]
+
+    def snapshot_names(self) -> list[str]:
+        """Return the names of the spectra of all modules."""
+        return sorted(f"{module.module}{_SPECTRUM}" for module in self.meta.modules)
+
+    def snapshot_steps(self, name: str) -> list[int]:
+        module = name.removesuffix(_SPECTRUM)
+        return [step for step, adapter in self.checkpoints.items() if module in adapter.files.parts and module != name]
+
+    def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
+        sigma = self._at(step, "last").spectra[name.removesuffix(_SPECTRUM)]
+        return pd.DataFrame({"component": np.arange(len(sigma)), "step": step, "value": sigma})
+
+    def _lines(self) -> list[tuple[str, str]]:
+        steps = self.update_steps()
+        return [
+            ("series", f"{self.label}  {self.last.files.kind}, {len(steps)} checkpoints, {span(steps)}"),
+            *self.last._lines()[1:3],
+            ("folder", str(self.path)),
+            *(("skipped", reason) for reason in self.skipped.values()),
+            *self._largest_lines(),
+        ]
+
+
+def span(steps: list[int]) -> str:
+    """Format the first and last of several steps."""
+    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+
+
+def _joint_norm(part: StoredLoRA) -> float:
+    """Compute the Frobenius norm of both factors together."""
+    return root_of_squares(np.array([np.linalg.norm(as_float64(factor)) for factor in part.factors().values()]))
+
+
+def _common_place(paths: list[Path]) -> tuple[Path, str]:
+    """Return the folder of all checkpoints and its name; for revisions on the hub, their repository."""
+    last = paths[-1]
+    if all(hub_source(path) for path in paths):
+        return last, label(last).partition("@")[0]
+    folder = last.parent if {path.parent for path in paths} == {last.parent} else last
+    return folder, label(folder)
+
+
+def _require_one_base(adapters: list[Adapter]) -> None:
+    known = [adapter for adapter in adapters if adapter.files.config.get("base_model_name_or_path")]
+    named = [f"{printable(adapter.files.path)} has base model {printable(adapter.meta.model)}" for adapter in known]
+    for adapter, name in zip(known, named, strict=True):
+        if adapter.meta.model != known[0].meta.model:
+            raise ValueError(f"cannot load checkpoints as a series: {name}, and {named[0]}")
+
+
+def _all_modules(adapters: list[Adapter]) -> list[Module]:
+    """Return the modules of all checkpoints in the order of the axes; each has the same shape in all of them."""
+    found: dict[str, tuple[Module, Adapter]] = {}
+    for adapter in adapters:
+        for module in adapter.meta.modules:
+            first, holder = found.setdefault(module.module, (module, adapter))
+            one, other = ((each.out_features, each.in_features) for each in (module, first))
+            if one != other:
+                raise ValueError(
+                    f"cannot load checkpoints as a series: {printable(module.module)} is {one} in "
+                    f"{printable(adapter.files.path)} and {other} in {printable(holder.files.path)}"
+                )
+    return sorted(
+        (module for module, _ in found.values()), key=lambda each: position(each.stack, each.layer, each.role)
+    )

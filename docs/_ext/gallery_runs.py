@@ -58,6 +58,7 @@ def train_gallery_runs(
     runs: dict[str, Any] = {
         "full": full,
         "lora": seeds(lora, WITH_CURVES | {"observe": [EVERY_10, ls.observe.memory()]}),
+        "followed": train(lora, LONG | {"observe": [EVERY_10, ls.observe.factors(every=10)]}),
         "lora_rank_32": train(ls.LoRA(rank=32, targets=LINEAR, **ADAPTER)),
         "adalora": seeds(ls.AdaLoRA(**ADAPTER)),
         "hydralora": experts(num_experts=4),

@@ -10,6 +10,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from lorascope.cli.arguments import Folder, Name, command
+from lorascope.cli.load_runs import open_runs
 from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
 from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import json_values
@@ -20,7 +21,7 @@ from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.loading import is_run, load, load_adapter
+from lorascope.runs.loading import is_run, load_adapter
 from lorascope.runs.run import Run
 
 _INDENT = 15
@@ -62,7 +63,7 @@ def main(
     if merged is not None:
         return _report_merge(path, base, merged, json)
     if base is None and runtime is None:
-        run, use = load(path), None
+        run, use = open_runs([path], None)[0], None
     else:
         run, use = _open_for_runtime(path, base, runtime)
     case = Case(run)

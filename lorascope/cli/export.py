@@ -16,7 +16,7 @@ from lorascope.runs import export
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.export import RankBudget
 from lorascope.runs.lora_config import peft_keywords
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 
 File = Annotated[str | None, arg(metavar="FILE")]
 
@@ -162,7 +162,7 @@ def main(
     return 0
 
 
-def _adapter(opened: Run | Adapter) -> Adapter:
+def _adapter(opened: Result) -> Adapter:
     """Return an adapter; raise a ValueError if it is a run."""
     if not isinstance(opened, Adapter):
         raise ValueError(f"only adapters are summed or converted, got run {opened.label}: export it with --peft first")
@@ -170,7 +170,7 @@ def _adapter(opened: Run | Adapter) -> Adapter:
 
 
 def _write_sum(
-    adapters: Sequence[Run | Adapter],
+    adapters: Sequence[Result],
     format: str,
     out: str,
     component: str | None,

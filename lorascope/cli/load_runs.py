@@ -1,21 +1,32 @@
-"""Loading of the runs and adapters that a command line names."""
+"""Loading of the runs, adapters and series of checkpoints that a command line names."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.loading import is_run, load
+from lorascope.runs.loading import is_run, load, load_series
 from lorascope.runs.run import Run
 from lorascope.runs.series import Series
 
 
-def open_runs(paths: Sequence[str | Path], base: str | None) -> list[Run | Adapter | Series]:
-    """Open runs and adapters by path or name on the hub.
+def open_runs(paths: Sequence[str | Path], base: str | None, series: bool = False) -> list[Run | Adapter | Series]:
+    """Open runs and adapters by path or name on the hub, or the checkpoints in every folder if ``series`` is set.
 
-    Only adapters get the base, because a run has recorded its own norms.
+    Only adapters get the base, because a run has recorded its own norms. Skipped checkpoints are named on stderr.
     """
     if base is not None and all(map(is_run, paths)):
         raise ValueError(f"--base requires an adapter, got only runs: {', '.join(map(str, paths))}")
-    return [load(path, None if is_run(path) else base) for path in paths]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        if series:
+            runs = [load_series(path, base) for path in paths]
+        else:
+            runs = [load(path, None if is_run(path) else base) for path in paths]
+    for warning in caught:
+        print(f"lorascope: {printable(str(warning.message))}", file=sys.stderr)
+    return runs

@@ -12,7 +12,10 @@ from lorascope.schema.plugins import load_plugins
 from lorascope.schema.records import QUANTITIES
 
 UPDATES, SPECTRA, FREQUENCIES, BASIS, HEADS = "updates", "spectra", "frequencies", "basis", "heads"
-OF_UPDATES = frozenset({UPDATES, SPECTRA, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"})
+STEPS = "updates at several steps"
+OF_UPDATES = frozenset(
+    {UPDATES, SPECTRA, STEPS, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"}
+)
 """Needs of figures that show updates."""
 
 _RECORDERS = ("lorascope.methods", "lorascope.observe", "lorascope.experiments")  # packages that register quantities
@@ -24,6 +27,11 @@ _STORED: dict[str, tuple[str, str, Callable[[Result], Sized]]] = {
         lambda run: run.updates(),
     ),
     SPECTRA: ("singular values of updates", "train with observe=[ls.observe.norms()]", singular_values),
+    STEPS: (
+        "the adapters' factors at more than one step",
+        "train with observe=[ls.observe.factors()], or load a folder of checkpoints",
+        lambda run: run.update_steps()[1:],
+    ),
     FREQUENCIES: ("Fourier coefficients", "train with FourierFT", fourier.updates),
     BASIS: ("coefficients on a basis", "train with FourierFT", fourier.basis),
     HEADS: (

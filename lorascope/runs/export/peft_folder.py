@@ -26,6 +26,7 @@ from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
+from lorascope.runs.series import Series
 from lorascope.updates import constant_factors
 
 _HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
@@ -99,6 +100,9 @@ def to_peft(
     require_absent(path)
     if isinstance(run, Adapter):
         return convert(run, path, "peft", budget, scores)
+    if isinstance(run, Series):
+        where = printable(run.last.files.path)
+        raise ValueError(f"cannot export the series {run.label}: load one checkpoint, such as {where}")
     if run.meta.method["name"] == "peft":
         refuse_unkept(run, state)
     exporter = find_exporter(run, state)

@@ -1,0 +1,113 @@
+"""Figures of updates stored at several steps: where each layer settled, and how the leading subspaces rotate."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pandas as pd
+
+from lorascope.analysis import norms
+from lorascope.analysis.adapter_similarity import DIRECTIONS
+from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.settling import THRESHOLD, settling_steps
+from lorascope.analysis.subspace_rotation import AGAINST, SPACES, rotations
+from lorascope.charts.chart import Chart, Panels, set_side_by_side
+from lorascope.charts.marks import Axis, Line
+from lorascope.plots.builders import curves, mean_over_modules, profile
+from lorascope.plots.registry import figure
+from lorascope.plots.requirements import STEPS
+from lorascope.plots.run_groups import Cohort, require_counts
+
+_RANDOM = "random subspaces"
+
+
+@figure(
+    topic="updates",
+    needs=(STEPS,),
+    reads="Each point is the first stored step from which on the update of a layer stays near its last one. Low layers "
+    "settled early; a layer at the last step still moved by more than the threshold just before it.",
+    misleads="A decaying learning rate settles every layer, and nothing is known between two stored steps. Compare "
+    "layers of one training, and trainings only if they have the same length and schedule.",
+    raises="The threshold is not positive.",
+    example="ls.plots.settling(followed)",
+)
+def settling(cohort: Cohort, threshold: float = THRESHOLD) -> Chart:
+    """Plot the step at which each layer settled, one line per recipe.
+
+    Parameters
+    ----------
+    threshold : float
+        Largest distance of a settled update to the last one, relative to the norm of the last one; 0.1 by default.
+    """
+    if not threshold > 0:
+        raise ValueError(f"threshold must be > 0, got {threshold}")
+    found = pd.concat([settling_steps(run, threshold) for run in cohort.runs])
+    layers = found.assign(place=norms.place(found), value=found["layer_settled"]).drop_duplicates(["run", "place"])
+    ends = sorted({run.update_steps()[-1] for run in cohort.runs})
+    return profile(
+        cohort,
+        band(cohort.label(layers), ["recipe", "kind", "place"]),
+        Axis(label="settled at step", limits=(0, ends[-1])),
+        title="Step at which each layer settled",
+        caption=cohort.caption(
+            f"First stored step from which on ‖ΔWₜ − ΔW_T‖ ≤ {threshold:.3g} ‖ΔW_T‖ for all matrices of a layer "
+            f"together; the last step T is {' or '.join(map(str, ends))}."
+        ),
+    )
+
+
+@figure(
+    topic="updates",
+    needs=(STEPS,),
+    reads="Each point is the angle between the leading directions of the updates at a step and at the stored step "
+    "before it, or at the last one. A curve near 0 means that training only rescales the directions it has found.",
+    misleads="Directions with nearly equal singular values rotate into each other although the update hardly changes: "
+    "compare with settling. In narrow models random subspaces are close too: compare with their line.",
+    raises="The module has no nonzero update at two steps.",
+    example="ls.plots.rotation(followed, k=4)",
+)
+def rotation(
+    cohort: Cohort,
+    module: str | None = None,
+    space: Literal["both", "columns", "rows"] = "both",
+    k: int = DIRECTIONS,
+) -> Panels:
+    """Plot the mean principal angle of the updates to the previous and to the last stored step, over the steps.
+
+    Parameters
+    ----------
+    module : str, optional
+        Module to plot; by default the mean over all modules.
+    space : {"both", "columns", "rows"}
+        Column space (outputs), row space (inputs), or the mean over both.
+    k : int
+        Number of leading directions, 8 by default.
+    """
+    require_counts(k=k)
+    found = pd.concat([rotations(run, k, None if module is None else [module]) for run in cohort.runs])
+    if space != "both":
+        found = found[found["space"] == space]
+    if found.empty:
+        raise cohort.no_common_module(module, list(cohort.runs[0].updates()))
+    rows = cohort.label(found.rename(columns={"angle": "value"}))
+    random = found.groupby("step")["chance"].mean().rename("value").reset_index().assign(recipe=_RANDOM)
+    sides = "both spaces" if space == "both" else f"the space of the {SPACES[space]}"
+    whose = "over modules" if module is None else f"in {module}"
+    caption = cohort.caption(
+        f"Mean principal angle between the {k} leading singular directions (fewer if the rank is lower), mean over "
+        f"{sides}, {whose}. Random baseline: as many random directions, {random['value'].mean():.0f}°."
+    )
+    return set_side_by_side(*(_angle_course(cohort, rows, random, against, caption) for against in AGAINST))
+
+
+def _angle_course(cohort: Cohort, rows: pd.DataFrame, random: pd.DataFrame, against: str, caption: str) -> Chart:
+    own = rows[rows["against"] == against]
+    return curves(
+        band(mean_over_modules(own), ["recipe", "kind", "step"]),
+        "step",
+        ("step", Axis(label="angle (degrees)", limits=(0, None))),
+        Line("step", "value", "recipe", data=random[random["step"].isin(own["step"])]),
+        title=f"To the {against} stored step",
+        caption=caption,
+        colors=[*cohort.labels, _RANDOM],
+    )

@@ -158,7 +158,7 @@ def test_values_of_a_series(folder):
     np.testing.assert_array_equal(series.updates()[V].dense(), LowRank(*diagonal(4.0, 3.0)).dense())
     assert series.summary().set_index("module")["update_norm"].to_dict() == pytest.approx({Q: 5.0, V: 5.0})
     assert series.snapshot(f"{V}/singular_values", 20)["value"].tolist() == pytest.approx([2.0, 0.0])
-    assert "3 checkpoints, steps 10 to 100" in repr(series)
+    assert "3, steps 10 to 100" in repr(series)
     assert series.label == "out"
     assert len(series.id) == 12
     with pytest.raises(ValueError, match=r"step must be one of \[10, 20, 100\] .*, got 30"):

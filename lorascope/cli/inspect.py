@@ -19,7 +19,7 @@ from lorascope.files.hub import locate
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safe_csv import csv_text
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.loading import describe_without_updates, is_checkpoint
+from lorascope.runs.loading import describe_without_updates, is_checkpoint, is_series
 
 
 @command
@@ -31,12 +31,14 @@ def main(
     spectra: bool = False,
     all: bool = False,
     null: bool = False,
+    series: bool = False,
     json: bool = False,
     csv: bool = False,
 ) -> int:
     """Show the norms, ranks and findings of an adapter or a run.
 
-    Several adapters or runs are compared in pairs: norms, cosines, angles, rank allocation. Nothing is trained. Only
+    Several adapters or runs are compared in pairs: norms, cosines, angles, rank allocation. A folder of checkpoints is
+    shown as one training: first, last, and where it still moves. Nothing is trained. Only
     adapters that store no shapes, such as FourierFT, or that rescale the base, such as IA3, require their base model.
     For a whole model, --base shows which neurons rotated.
 
@@ -56,6 +58,8 @@ def main(
         Print one line per module.
     null
         Compare ranks with random factors of the same shape, and norms with the same role in other layers.
+    series
+        Show the checkpoints in a folder with a final adapter, or several adapters, as one training.
     json
         Print JSON.
     csv
@@ -65,7 +69,13 @@ def main(
         raise ValueError("PATH is required: lorascope inspect my-adapter")
     if json and csv:
         raise ValueError("--json and --csv cannot be combined")
-    # Modules for whole models and comparisons are imported below: together they take as long as all others.
+    # Modules for whole models, comparisons and series are imported below: together they take as long as all others.
+    if series or (len(paths) == 1 and is_series(locate(paths[0]))):
+        if null:
+            raise ValueError("--null requires one adapter or run: inspect one checkpoint")
+        from lorascope.cli.inspect_series import show_series
+
+        return show_series(paths, base, spectra, all, json, csv)
     shown: Any
     screens: list[tuple[Any, Any]]
     found = [locate(path) for path in paths]

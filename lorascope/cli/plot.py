@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         out: Annotated[str | None, arg(aliases=["-o"], metavar="FILE")] = None,
         control: Folders = (),
         base: Folder = None,
+        series: bool = False,
         width: Name = None,
         theme: Name = None,
         json: bool = False,
@@ -58,6 +59,8 @@ def main(argv: Sequence[str]) -> int:
             Runs to plot as the control.
         base
             Folder of the base model of all adapters; required for FourierFT.
+        series
+            Plot the checkpoints in each folder instead of its final adapter.
         width
             Figure width: column or page.
         theme
@@ -68,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         if not runs:
             raise ValueError(f"RUN is required: lorascope plot {name} runs/my-run -o {name}.pdf")
         labels, folders = zip(*map(_split_label, (*runs, *control)), strict=True)
-        pairs = list(zip(labels, open_runs(folders, base), strict=True))
+        pairs = list(zip(labels, open_runs(folders, base, series), strict=True))
         compared = _group_by_label(pairs[len(runs) :]) if control else None
         chart = figure.draw(_group_by_label(pairs[: len(runs)]), compared, **given)
         path = chart.save(out or f"figures/{name}.pdf", width=width, theme=theme)

@@ -16,6 +16,7 @@ from lorascope.diagnosis.evidence import Case, MeasuredModule
 from lorascope.files.hub import hub_source, label
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.checkpoint_names import describe_checkpoints
 from lorascope.runs.module_summary import table_of
 from lorascope.runs.result import Result
 from lorascope.schema.module_roles import position
@@ -179,6 +180,7 @@ def _adapter_facts(run: Adapter) -> Facts:
         *([("hub", f"{source[0]}, commit {source[1]}")] if source else []),
         ("base", f"{run.meta.model} ({'not read' if run.base is None else f'read from {run.base.folder}'})"),
         ("holds", f"{len(parts)} modules, {run.meta.parameters.trained:,} parameters, {stored}"),
+        *([("checkpoints", line)] if (line := describe_checkpoints(run.files.path)) else []),
     )
 
 

@@ -28,8 +28,23 @@ def step_of(name: str | Path) -> int | None:
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """Return the folders and safetensors files in a folder whose names have a step, in the order of the steps."""
-    found = [path for path in folder.iterdir() if path.suffix == ".safetensors" or path.is_dir()]
+    found = [path for path in folder.iterdir() if path.is_dir() or path.suffix == ".safetensors"]
+    found = [path for path in found if path.name not in WEIGHTS]  # weights of the folder itself
     return sorted((path for path in found if step_of(path) is not None), key=lambda path: (step_of(path), path.name))
+
+
+def count_and_span(steps: Iterable[int]) -> str:
+    """Format the number of steps, and the first and last one, such as ``12, steps 10 to 120``."""
+    found = sorted(steps)
+    return f"{len(found)}, " + (f"step {found[0]}" if len(found) == 1 else f"steps {found[0]} to {found[-1]}")
+
+
+def describe_checkpoints(folder: Path) -> str | None:
+    """Return a line on the checkpoints next to the final adapter of a training, None if there are none."""
+    steps = {
+        step for path in (find_checkpoints(folder) if folder.is_dir() else ()) if (step := step_of(path)) is not None
+    }
+    return f"{count_and_span(steps)}; --series shows them" if steps else None
 
 
 def by_step(names: Iterable[str | Path]) -> dict[int, str | Path]:

@@ -14,8 +14,10 @@ import pandas as pd
 from lorascope.files.hub import hub_source, label
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.checkpoint_names import count_and_span
 from lorascope.runs.formats.stored_update import StoredLoRA
 from lorascope.runs.manifest import Module, State
+from lorascope.runs.module_summary import ModuleSummary
 from lorascope.runs.result import Result
 from lorascope.schema import records
 from lorascope.schema.module_roles import position
@@ -115,6 +117,9 @@ class Series(Result):
         """Return one row per adapted module of the last checkpoint; see `Adapter.summary`."""
         return self._at(None, state).summary(all)
 
+    def summaries(self) -> list[ModuleSummary]:
+        return self.last.summaries()
+
     def _at(self, step: int | None, state: str) -> Adapter:
         if state != "last":
             raise ValueError(f"state must be 'last' for a series of checkpoints, got {state!r}")
@@ -137,19 +142,14 @@ class Series(Result):
         return pd.DataFrame({"component": np.arange(len(sigma)), "step": step, "value": sigma})
 
     def _lines(self) -> list[tuple[str, str]]:
-        steps = self.update_steps()
         return [
-            ("series", f"{self.label}  {self.last.files.kind}, {len(steps)} checkpoints, {span(steps)}"),
+            ("series", f"{self.label}  {self.last.files.kind}"),
+            ("points", count_and_span(self.checkpoints)),
             *self.last._lines()[1:3],
             ("folder", str(self.path)),
             *(("skipped", reason) for reason in self.skipped.values()),
             *self._largest_lines(),
         ]
-
-
-def span(steps: list[int]) -> str:
-    """Format the first and last of several steps."""
-    return f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
 
 
 def _joint_norm(part: StoredLoRA) -> float:

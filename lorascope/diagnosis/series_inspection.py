@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from lorascope.diagnosis.inspection import Inspection, inspect, json_values
 from lorascope.diagnosis.terminal import WIDTH, elide, norm, number, percent
 from lorascope.files.printable import printable
 from lorascope.runs.checkpoint_names import count_and_span
+from lorascope.runs.loading import is_series
 from lorascope.runs.series import Series
 from lorascope.schema.module_roles import position
 from lorascope.updates.linalg import root_of_squares
@@ -50,7 +53,7 @@ class SeriesInspection:
             *(fact for fact in facts if fact[0] != "hub"),
             ("checkpoints", count_and_span(self.distances.steps)),
             *(("skipped", reason) for reason in self.series.skipped.values()),
-            *([("absent", f"{absent} modules of earlier checkpoints are not in the last one")] if absent else []),
+            *([("absent", f"{absent} modules of other checkpoints, which the last one lacks")] if absent else []),
         ]
 
     def modules(self) -> list[_Row]:
@@ -137,10 +140,19 @@ def series_screen(inspection: SeriesInspection, all: bool = False) -> str:
     )
     lines += _fact("settled", f"{count}: the update stays within {THRESHOLD:.0%} of the last one from there on")
     lines += [line for text in inspection.last.findings for line in _fact("findings", text)]
-    lines.append(
-        f"{'next':<{_LABEL}}lorascope plot settling {shlex.quote(printable(inspection.series.path))} -o settling.pdf"
-    )
+    lines += [f"{'next':<{_LABEL}}{command}" for command in _next_command(inspection.series)]
     return "\n".join(lines)
+
+
+def _next_command(series: Series) -> list[str]:
+    """Return the command that plots the series, if one folder has all checkpoints."""
+    folder = Path(series.path or "")
+    if {adapter.files.path.parent for adapter in series.checkpoints.values()} != {folder}:
+        return []
+    paths = [*sorted((str(folder), os.path.relpath(folder)), key=len), "FOLDER"]
+    option = "" if is_series(folder) else " --series"
+    commands = [f"lorascope plot settling {printable(shlex.quote(path))}{option} -o settling.pdf" for path in paths]
+    return [next((command for command in commands if len(command) <= WIDTH - _LABEL), commands[-1])]
 
 
 def _role_lines(rows: Iterable[_Row]) -> list[str]:

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from contract.format_rows import Q, V, lora
+from test_series import write
 
 from lorascope.files.hub import HubName, label, locate, parse_name
 
@@ -32,7 +34,10 @@ for name in sys.argv[1:]:
 
 
 class Hub:
-    """Server with repositories as mappings from file names to contents; "gated" and "private" repositories refuse."""
+    """Server with repositories as mappings from file names to contents; "gated" and "private" repositories refuse.
+
+    A key ``repository@revision`` has the contents of that revision.
+    """
 
     def __init__(self, repositories: dict[str, dict[str, bytes]]) -> None:
         self.repositories, self.requested = repositories, []
@@ -53,12 +58,14 @@ class Hub:
                 files = hub.repositories.get(repository)
                 rest = path.partition(f"{repository}/")[2]
                 revision = rest.split("/")[1] if "/" in rest else "main"
-                content = None
+                content, commit = None, COMMIT
+                if (own := hub.repositories.get(f"{repository}@{revision}")) is not None:
+                    files, commit = own, hashlib.sha1(revision.encode()).hexdigest()
                 if files is None:
                     status, code = 404, "RepoNotFound"
                 elif repository.startswith("gated/"):
                     status, code = 403, "GatedRepo"
-                elif revision not in ("main", "v1", COMMIT):
+                elif own is None and revision not in ("main", "v1", COMMIT):
                     status, code = 404, "RevisionNotFound"
                 elif api:
                     status, code = 200, ""
@@ -67,13 +74,13 @@ class Hub:
                         {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
                         for name, data in files.items()
                     ]
-                    about = {"id": repository, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
+                    about = {"id": repository, "sha": commit, "siblings": siblings, "private": False, "tags": []}
                     content = json.dumps(entries if rest.startswith("tree") else about).encode()
                 else:
                     content = files.get(rest.partition("/")[2].partition("/")[2])
                     status, code = (200, "") if content is not None else (404, "EntryNotFound")
                 self.send_response(status)
-                self.send_header("X-Repo-Commit", COMMIT)
+                self.send_header("X-Repo-Commit", commit)
                 if code:
                     self.send_header("X-Error-Code", code)
                 if content is not None:
@@ -103,6 +110,11 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     lora(folder, folder)
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     weights = files["adapter_model.safetensors"]
+    steps = {}
+    for step in (100, 200):
+        other = folder.with_name(f"step-{step}")
+        write(other, {Q: (np.full((4, 1), step), np.ones((1, 5)))})
+        steps[f"someone/adapter@step-{step}"] = {file.name: file.read_bytes() for file in other.iterdir()}
     inside = {f"final/{name}": data for name, data in files.items()}
     found = Hub({
         "someone/adapter": files | {"pytorch_model.bin": b"whole model", "training_args.bin": b"\x80pickle"},
@@ -111,6 +123,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         "someone/two": {"one.safetensors": weights, "two.safetensors": weights},
         "someone/pickle": {"adapter_config.json": files["adapter_config.json"], "adapter_model.bin": b"\x80pickle"},
         "gated/adapter": files,
+        **steps,
     })  # fmt: skip
     yield found
     found.server.shutdown()
@@ -171,6 +184,24 @@ def test_command_line_names_the_commit(hub: Hub, tmp_path: Path) -> None:
         if command[0] == "inspect":
             assert f"hub            someone/adapter, commit {COMMIT}\n" in done.stdout
     assert hub.run(tmp_path, "-m", "lorascope.cli", "inspect", "someone/absent").returncode == 2
+
+
+SERIES = """
+import sys
+import lorascope as ls
+series = ls.load_series(sys.argv[1:])
+print(series.label, series.update_steps(), [float(series.updates(step)[name].B[0, 0])
+      for step in series.update_steps() for name in series.updates(step)])
+"""
+
+
+def test_revisions_are_the_checkpoints_of_a_series(hub: Hub, tmp_path: Path) -> None:
+    names = ["someone/adapter@step-200", "someone/adapter@step-100"]
+    done = hub.run(tmp_path, "-c", SERIES, *names)
+    assert done.stdout == "someone/adapter [100, 200] [100.0, 200.0]\n", done.stderr
+    done = hub.run(tmp_path, "-m", "lorascope.cli", "inspect", *names, "--series", HF_HUB_OFFLINE="1")
+    assert "checkpoints    2, steps 100 to 200\n" in done.stdout, done.stderr
+    assert f"hub            someone/adapter, commit {hashlib.sha1(b'step-200').hexdigest()}\n" in done.stdout
 
 
 @pytest.mark.parametrize(

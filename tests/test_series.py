@@ -215,7 +215,7 @@ def test_list_takes_its_steps_from_names_or_positions_or_a_mapping(folder, tmp_p
     assert ls.load_series(named).update_steps() == [1, 2]
     assert ls.load_series(named).updates(1)[V].norm() == pytest.approx(5.0)
     assert ls.load_series({7: named[1], 3: named[0]}).update_steps() == [3, 7]
-    with pytest.raises(ValueError, match=r"step of .*a.* is unknown.*\{step: path\}"):
+    with pytest.raises(ValueError, match=r"name .*got .*a without one; .*\{step: path\}"):
         ls.load_series([named[0], paths[0]])
 
 

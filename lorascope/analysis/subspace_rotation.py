@@ -1,7 +1,7 @@
 """Rotation of the leading singular subspaces of updates over the steps of one training.
 
-The column space of an update is that of its outputs, the row space that of its inputs. Neither depends on how the
-update is split into factors.
+The column space of an update contains its outputs, the row space is spanned by the inputs it reads. Neither depends on
+how the update is split into factors.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class SeriesInspection:
         absent = len(self.series.meta.modules) - len(self.distances.values)
         return [
             (self.series.label, kind),
-            *(fact for fact in facts if fact[0] != "hub"),
+            *facts,
             ("checkpoints", count_and_span(self.distances.steps)),
             *(("skipped", reason) for reason in self.series.skipped.values()),
             *([("absent", f"{absent} modules of other checkpoints, which the last one lacks")] if absent else []),
@@ -139,7 +139,8 @@ def series_screen(inspection: SeriesInspection, all: bool = False) -> str:
         f", the first at step {early[0]}" if early else ""
     )
     lines += _fact("settled", f"{count}: the update stays within {THRESHOLD:.0%} of the last one from there on")
-    lines += [line for text in inspection.last.findings for line in _fact("findings", text)]
+    for place, text in enumerate(inspection.last.findings):
+        lines += _fact("" if place else "findings", text)
     lines += [f"{'next':<{_LABEL}}{command}" for command in _next_command(inspection.series)]
     return "\n".join(lines)
 

@@ -38,7 +38,7 @@ def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter | Se
     path : path or str
         Run folder, folder of phases (opens the last phase, with its parents), adapter folder, a single ``.safetensors``
         or ``.gguf`` file, or an adapter on the Hugging Face Hub: ``"user/adapter"``, ``"user/adapter@revision"`` or
-        ``"hf://user/adapter/folder"``. A local path comes first. A folder without an adapter of its own, but with
+        ``"hf://user/adapter/folder"``. A local path comes first. A folder that is not an adapter itself, but has
         adapters in subfolders such as ``checkpoint-10``, opens as a series, see ``load_series``.
     base : path or str, optional
         Folder of an adapter's base model, or its name on the hub if the cache contains it; only its safetensors files
@@ -159,7 +159,7 @@ def is_run(path: str | Path) -> bool:
 
 
 def is_series(path: Path) -> bool:
-    """Return whether a folder has checkpoints in subfolders, and neither a run nor an adapter of its own."""
+    """Return whether a folder has checkpoints in subfolders, and is neither a run nor an adapter itself."""
     own = path.is_dir() and ((path / CONFIG).exists() or any(path.glob("*.safetensors")))
     return path.is_dir() and not own and not is_run(path) and bool(find_checkpoints(path))
 

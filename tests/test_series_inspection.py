@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cli import run
+from test_cli import modules_after, run
 from test_series import Q, V, diagonal, folder, write  # noqa: F401
 
 import lorascope as ls
@@ -127,3 +127,9 @@ def test_inspection_of_a_series_reads_every_checkpoint_once_for_the_distances(fo
     found = inspect_series(series)
     assert found.last.name == "checkpoint-100"
     assert "measures" not in vars(series.checkpoints[20])
+
+
+def test_series_is_inspected_without_pandas(folder):  # noqa: F811
+    call = "import sys; from lorascope.cli.main import main; main(sys.argv[1:])"
+    assert "pandas.core" not in modules_after(call, "inspect", str(folder))
+    assert "pandas.core" in modules_after(call, "inspect", "--csv", str(folder))

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.result import Result
 from lorascope.schema.module_roles import parse
 from lorascope.updates.linalg import one_thread

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pandas as pd
 
 from lorascope.analysis.adapter_similarity import DIRECTIONS, SIDE
 from lorascope.analysis.leading_directions import Directions, chance_angle, leading_singular_vectors
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.result import Result
 from lorascope.schema.module_roles import parse
 from lorascope.updates import Update, principal_angles

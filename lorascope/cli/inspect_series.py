@@ -6,9 +6,8 @@ import warnings
 from collections.abc import Sequence
 from json import dumps
 
-import pandas as pd
-
 from lorascope.diagnosis.series_inspection import inspect_series, series_screen
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safe_csv import csv_text
 from lorascope.runs.loading import load_series
 

@@ -59,7 +59,7 @@ def by_step(names: Iterable[str | Path]) -> dict[int, str | Path]:
     unknown = [name for name in listed if step_of(name) is None]
     if unknown and len(unknown) < len(listed):
         raise ValueError(
-            f"every name or none must have a step, got {printable(unknown[0])} without one; pass a mapping {{step: path}}"
+            f"every name or none must have a step, got {printable(unknown[0])} without one; pass a dict {{step: path}}"
         )
     found: dict[int, str | Path] = {}
     for place, name in enumerate(listed, start=1):

@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from lorascope.files.hub import hub_source, label
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.checkpoint_names import count_and_span

@@ -136,15 +136,15 @@ def test_empty_argument_is_named(words: list[str], start: str, capsys: pytest.Ca
 def test_exit_codes(
     error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(path: str) -> None:
+    def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(doctor, "load", fail)
+    monkeypatch.setattr(doctor, "open_runs", fail)
     assert complaint(capsys, "doctor", "x", code=code) == line
 
 
 def test_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "load", lambda path: {}["x"])
+    monkeypatch.setattr(doctor, "open_runs", lambda *_: {}["x"])
     with pytest.raises(KeyError):
         main(["doctor", "x"])
 

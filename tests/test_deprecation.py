@@ -382,7 +382,7 @@ def test_finding_accepts_its_old_names():
 
 def test_doctor_prints_findings_as_json_under_both_names(tmp_path, monkeypatch, capsys):
     run = Run(tmp_path, manifest(status="done"))
-    monkeypatch.setattr("lorascope.cli.doctor.load", lambda *_: run)
+    monkeypatch.setattr("lorascope.cli.doctor.open_runs", lambda *_: [run])
     monkeypatch.setattr("lorascope.cli.doctor.skipped_checks", lambda _: {})
     monkeypatch.setattr("lorascope.cli.doctor.findings", lambda _: [Finding("dead", "a", {}, "b")])
     assert main(["doctor", str(tmp_path), "--json"]) == 1

@@ -23,10 +23,9 @@ def open_runs(paths: Sequence[str | Path], base: str | None, series: bool = Fals
         raise ValueError(f"--base requires an adapter, got only runs: {', '.join(map(str, paths))}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        if series:
-            runs = [load_series(path, base) for path in paths]
-        else:
-            runs = [load(path, None if is_run(path) else base) for path in paths]
+        runs: list[Run | Adapter | Series] = [
+            load_series(path, base) if series else load(path, None if is_run(path) else base) for path in paths
+        ]
     for warning in caught:
         print(f"lorascope: {printable(str(warning.message))}", file=sys.stderr)
     return runs

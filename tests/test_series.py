@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
+import test_mlx
 from safetensors.numpy import save_file
 from trainers import ROWS, by_trainer, fresh
 
@@ -158,7 +159,7 @@ def test_values_of_a_series(folder):
     np.testing.assert_array_equal(series.updates()[V].dense(), LowRank(*diagonal(4.0, 3.0)).dense())
     assert series.summary().set_index("module")["update_norm"].to_dict() == pytest.approx({Q: 5.0, V: 5.0})
     assert series.snapshot(f"{V}/singular_values", 20)["value"].tolist() == pytest.approx([2.0, 0.0])
-    assert "3, steps 10 to 100" in repr(series)
+    assert "out  LoRA, checkpoints: 3, steps 10 to 100" in repr(series)
     assert series.label == "out"
     assert len(series.id) == 12
     with pytest.raises(ValueError, match=r"step must be one of \[10, 20, 100\] .*, got 30"):
@@ -297,6 +298,18 @@ def test_formats_may_differ_between_checkpoints(folder):
         warnings.simplefilter("error")
         series = ls.load(folder)
     assert series.update_steps() == [10, 20, 100]
+
+
+def test_numbered_files_next_to_the_final_adapter_form_a_series(tmp_path):
+    for step in (100, 200):
+        pair = {f"{Q}.lora_a": np.ones((5, 1), "f4"), f"{Q}.lora_b": np.full((1, 4), step, "f4")}
+        test_mlx.write(tmp_path, pair, f"{step:07d}_adapters.safetensors")
+    test_mlx.write(tmp_path, pair)
+    assert isinstance(ls.load(tmp_path), Adapter)
+    series = ls.load_series(tmp_path)
+    assert series.update_steps() == [100, 200]
+    assert [series.updates(step)[Q].norm() for step in (100, 200)] == pytest.approx([200 * 20**0.5, 400 * 20**0.5])
+    assert series.meta.model == "org/base"
 
 
 def test_checkpoints_of_a_whole_model_are_rejected_in_one_line(folder):

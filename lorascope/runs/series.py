@@ -143,8 +143,7 @@ class Series(Result):
 
     def _lines(self) -> list[tuple[str, str]]:
         return [
-            ("series", f"{self.label}  {self.last.files.kind}"),
-            ("points", count_and_span(self.checkpoints)),
+            ("series", f"{self.label}  {self.last.files.kind}, checkpoints: {count_and_span(self.checkpoints)}"),
             *self.last._lines()[1:3],
             ("folder", str(self.path)),
             *(("skipped", reason) for reason in self.skipped.values()),
@@ -167,7 +166,7 @@ def _common_place(paths: list[Path]) -> tuple[Path, str]:
 
 
 def _require_one_base(adapters: list[Adapter]) -> None:
-    known = [adapter for adapter in adapters if adapter.files.config.get("base_model_name_or_path")]
+    known = [adapter for adapter in adapters if adapter.meta.model != "unknown"]
     named = [f"{printable(adapter.files.path)} has base model {printable(adapter.meta.model)}" for adapter in known]
     for adapter, name in zip(known, named, strict=True):
         if adapter.meta.model != known[0].meta.model:

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import nn
 
 from lorascope.adapters.activation_patching import Batch, Loss, Move, moved_losses
 from lorascope.adapters.delta import attach, attached_deltas, detach
 from lorascope.adapters.hidden_states import evaluation_mode
+from lorascope.array_types import Float
 
 
 class Scores(NamedTuple):

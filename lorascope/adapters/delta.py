@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.adapters.peft_layers import is_peft_layer, peft_update, unwrap_peft_model
+from lorascope.array_types import Float, Int
 from lorascope.updates import Dense, Update
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.host_weights import to_array
+from lorascope.array_types import Float
 
 _STACKS = {"": "hidden_states", "encoder": "encoder_hidden_states", "decoder": "decoder_hidden_states"}
 _ROWS = 32  # per forward pass

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from lorascope.array_types import Float, Shaped
 
 
 def host_weight(module: Any) -> Float[Tensor, "out in"]:

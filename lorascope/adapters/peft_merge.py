@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from jaxtyping import Float
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lorascope.array_types import Float
 from lorascope.inputs.models import quiet
 
 _TASKS = {

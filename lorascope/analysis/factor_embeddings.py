@@ -23,8 +23,8 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.updates import LowRank
 from lorascope.updates.linalg import all_finite, as_float64, numerical_rank
 

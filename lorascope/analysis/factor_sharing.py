@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
 
 from lorascope.analysis.factor_embeddings import (
     VIEWS,
@@ -27,6 +26,7 @@ from lorascope.analysis.factor_embeddings import (
     common_modules,
     view_factor,
 )
+from lorascope.array_types import Float, Int
 from lorascope.updates import principal_angles
 
 _TIE = 1e-9  # cosines closer than this are equal up to rounding, for example between copies of an untrained A_0

@@ -17,12 +17,12 @@ from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from scipy.sparse import csr_matrix
 from sklearn.cluster import DBSCAN, KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
+from lorascope.array_types import Float
 from lorascope.schema.deprecation import accept_old_names
 
 KMEANS, DENSITY = "k-means", "DBSCAN"

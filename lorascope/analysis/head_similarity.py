@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+
+from lorascope.array_types import Float
 
 
 def update_inner(

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from scipy.sparse import dia_array, diags_array
 from scipy.sparse.linalg import LinearOperator, svds
 
+from lorascope.array_types import Float
 from lorascope.runs.layout import Lazy
 from lorascope.updates import Update
 from lorascope.updates.linalg import all_finite, as_float64

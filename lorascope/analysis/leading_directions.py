@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from lorascope.analysis.spectra import Spectra
+from lorascope.array_types import Float
 from lorascope.updates import Update, principal_angles
 
 _DRAWS = 500

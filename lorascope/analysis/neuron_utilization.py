@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from lorascope.analysis.norms import last
+from lorascope.array_types import Float
 
 _EDGES = (0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1)
 # The paper's threshold: 100,000 of the 352,256 utilization ranks of a projection of LLaMA-2-7B.

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.schema.module_roles import FFN
 from lorascope.schema.module_table import gated_input, match, position
 from lorascope.updates import NeuronChange, neuron_change

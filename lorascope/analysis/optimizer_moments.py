@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from lorascope.analysis.norms import evenly_spaced, last, place, select
 from lorascope.analysis.seed_intervals import band
+from lorascope.array_types import Float
 
 # Rows and columns are rescaled alternately, up to this relative error of their sums or this many times.
 _TOLERANCE, _MAX_ITERATIONS = 1e-6, 50

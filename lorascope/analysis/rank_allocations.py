@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from lorascope.analysis import baseline_ranks, norms
 from lorascope.analysis.head_similarity import cosines, mean_of_pairs
 from lorascope.analysis.seed_intervals import CONFIDENCE, Interval, jackknife_estimate, pseudo_values
+from lorascope.array_types import Float
 from lorascope.schema.deprecation import accept_old_names
 
 THIRDS = ("bottom", "middle", "top")

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from scipy.special import stdtr
 
 from lorascope.analysis.seed_intervals import band, t_interval
+from lorascope.array_types import Float
 from lorascope.runs.result import Result
 from lorascope.schema.deprecation import accept_old_names
 from lorascope.schema.labels import to_words

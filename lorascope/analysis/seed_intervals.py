@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
 from scipy.special import stdtr, stdtrit
+
+from lorascope.array_types import Float, Int
 
 CONFIDENCE = 0.95
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.result import Result
 from lorascope.schema.module_roles import parse

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from lorascope import updates as definitions
 from lorascope.analysis import initial_update
+from lorascope.array_types import Float
 from lorascope.runs.layout import Lazy
 from lorascope.runs.result import Result
 

@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.updates import Update, phi_matrix
 
 Side = Literal["A", "B", "update"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable
 from lorascope.charts.geometry import Panel, group
 from lorascope.charts.marks import Bar, Heat

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Band, Bar, Heat, Line, Mark, Point, Rule, Text
 from lorascope.charts.scales import Colors, Ramp, Scale, to_floats

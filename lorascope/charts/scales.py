@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 from pandas.api.types import is_integer_dtype
 
+from lorascope.array_types import Float
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Mark, is_number
 from lorascope.charts.theme import GLYPH, PALETTE_SIZE, Theme

@@ -11,8 +11,7 @@ import shutil
 import types
 import typing
 from collections.abc import Callable, Collection, Sequence
-from functools import partial, reduce
-from operator import or_
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -110,7 +109,7 @@ def headline(function: Callable[..., Any]) -> str:
 def flag_type(hint: Any) -> Any:
     """Return the part of a type that a command line can express (sequences of str as tuples), or None."""
     if get_origin(hint) is Annotated:
-        return hint
+        return Annotated[flag_type(hint.__origin__) or hint.__origin__, *hint.__metadata__]
     union = get_origin(hint) in (Union, types.UnionType)
     kept: list[Any] = []
     for kind in get_args(hint) if union else [hint]:
@@ -120,7 +119,8 @@ def flag_type(hint: Any) -> Any:
             kept.append(tuple[str, ...])
     if str in kept and Path in kept:
         kept.remove(Path)
-    return reduce(or_, kept) if set(kept) - {type(None)} else None
+    # Not kept[0] | kept[1]: to check such a union, tyro imports a package that takes as long as tyro itself.
+    return Union[tuple(kept)] if set(kept) - {type(None)} else None  # noqa: UP007
 
 
 def _parse_error_panel(panel: str) -> str:

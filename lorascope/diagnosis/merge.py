@@ -18,8 +18,8 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Float32
 
+from lorascope.array_types import Float, Float32
 from lorascope.diagnosis.causes.base import Finding, first_and_count
 from lorascope.diagnosis.inspection import DTYPES
 from lorascope.diagnosis.merged_experts import ExpertEntries, swapped_experts

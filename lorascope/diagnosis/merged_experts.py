@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+
+from lorascope.array_types import Float
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.diagnosis.inspection import Inspection
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.updates import effective_rank, stable_rank

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int, Int8
 
+from lorascope.array_types import Float, Int, Int8
 from lorascope.evidence import figures
 from lorascope.evidence.figures import KeptFigure
 from lorascope.files.parquet_tables import read_table

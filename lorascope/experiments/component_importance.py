@@ -8,12 +8,12 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.activation_patching import Batch
 from lorascope.adapters.delta import detach
 from lorascope.adapters.host_weights import host_weight
+from lorascope.array_types import Float
 from lorascope.experiments.component_removal import (
     Triple,
     ablation_loss_increases,

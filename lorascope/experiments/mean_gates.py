@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import nn
 
 from lorascope.adapters.delta import attach, attached_deltas
+from lorascope.array_types import Float
 from lorascope.inputs import models
 from lorascope.methods.hydralora import RoutedDelta
 from lorascope.methods.hydralora_routing import Routing, stack_gates, watch

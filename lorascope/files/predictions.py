@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int, Int8
+
+from lorascope.array_types import Float, Int, Int8
 
 _STEPS_OF_MARGIN = 32
 

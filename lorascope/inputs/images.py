@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
+from lorascope.array_types import Int
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import require_regular
 from lorascope.inputs.tokenization import EncodedRows, groups_of, numbers

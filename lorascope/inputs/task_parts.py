@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Int
 
+from lorascope.array_types import Bool, Int
 from lorascope.inputs.tasks import Task
 
 QUARTERS = (1, 2, 3, 4)

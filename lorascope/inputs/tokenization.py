@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
 from torch import Tensor
+
+from lorascope.array_types import Int
 
 IGNORED = -100
 """Label of tokens that the loss ignores."""

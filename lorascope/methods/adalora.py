@@ -48,10 +48,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import to_array
+from lorascope.array_types import Bool, Float
 from lorascope.methods.base import AdapterMethod, Step, require, require_at_least, require_choice
 from lorascope.methods.lora import LoRADelta
 from lorascope.schema.records import Item, Quantity, Record, register

@@ -59,11 +59,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorascope.adapters.ablation import ablation_scores
 from lorascope.adapters.delta import resize
+from lorascope.array_types import Float, Int
 from lorascope.methods.base import (
     AdapterMethod,
     Step,

@@ -65,10 +65,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import to_array
+from lorascope.array_types import Bool, Float
 from lorascope.methods.base import (
     AdapterMethod,
     Batch,

@@ -33,10 +33,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import host_weight, to_array
+from lorascope.array_types import Float
 from lorascope.methods.lora import LoRA, LoRADelta
 from lorascope.updates import WeightDecomposed
 

@@ -50,10 +50,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
+from lorascope.array_types import Float, Int
 from lorascope.methods.base import AdapterMethod, Step, require, require_choice
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates import fourier

@@ -47,11 +47,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import to_array
 from lorascope.analysis.head_similarity import cosines, head_similarity, mean_of_pairs, update_inner
+from lorascope.array_types import Float
 from lorascope.methods.base import AdapterMethod, Step, added_later, require, require_at_least, require_choice
 from lorascope.methods.hydralora_routing import gate_records, watch
 from lorascope.methods.lora import LoRADelta

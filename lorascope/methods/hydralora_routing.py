@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.adapters.host_weights import to_array
+from lorascope.array_types import Bool, Float, Shaped
 from lorascope.inputs.tokenization import IGNORED
 from lorascope.schema.module_table import parse
 from lorascope.schema.records import Item, Quantity, Record, Snapshot, register

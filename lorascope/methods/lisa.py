@@ -47,9 +47,9 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import nn
 
+from lorascope.array_types import Float
 from lorascope.methods.base import Method, Step, require_at_least, require_choice
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly

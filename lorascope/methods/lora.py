@@ -35,10 +35,10 @@ from typing import Literal
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
+from lorascope.array_types import Float
 from lorascope.methods.base import AdapterMethod, added_later, require_choice
 from lorascope.schema import module_table
 from lorascope.updates import Update, from_factors

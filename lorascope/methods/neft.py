@@ -61,11 +61,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.analysis import neurons, selected_neurons
+from lorascope.array_types import Bool
 from lorascope.inputs.classifier_head import weights_hash
 from lorascope.methods.base import Method, Phase, Step, added_later, require, require_at_least, task_head
 from lorascope.methods.full import Full

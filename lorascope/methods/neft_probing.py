@@ -26,13 +26,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Shaped
 from sklearn.linear_model import RidgeClassifierCV
 from torch import nn
 
 from lorascope.adapters.hidden_states import token_means
 from lorascope.adapters.host_weights import host_weight, to_array
 from lorascope.analysis import neurons, selected_neurons
+from lorascope.array_types import Float, Shaped
 from lorascope.methods.base import Method, Step, task_head
 from lorascope.runs.run import Run
 from lorascope.schema import module_table

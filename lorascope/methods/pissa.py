@@ -33,10 +33,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import host_weight
+from lorascope.array_types import Float
 from lorascope.methods.lora import LoRA, LoRADelta
 
 

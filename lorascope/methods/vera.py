@@ -32,10 +32,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
+from lorascope.array_types import Float
 from lorascope.methods.base import AdapterMethod, require_at_least
 from lorascope.schema import module_table
 from lorascope.updates import RandomProjection

@@ -11,13 +11,13 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import nn
 
 from lorascope.adapters.delta import effective_weight, to_array
 from lorascope.adapters.hidden_states import token_means
 from lorascope.analysis import neurons
 from lorascope.analysis.neuron_utilization import LAYERS, correlations, span
+from lorascope.array_types import Float
 from lorascope.methods.base import Batch, Step, added_later, require_choice
 from lorascope.observe.base import Observer
 from lorascope.schema.deprecation import accept_old_fields, formerly

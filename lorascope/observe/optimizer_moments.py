@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from lorascope.adapters.host_weights import to_array
 from lorascope.analysis import optimizer_moments
+from lorascope.array_types import Float
 from lorascope.methods.base import Step
 from lorascope.methods.optimizers.subspace_iteration import relative_error, s_rsi
 from lorascope.observe.base import Observer

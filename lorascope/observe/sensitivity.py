@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import attached_deltas, effective_weight
 from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.adapters.host_weights import orient_weight, to_host
 from lorascope.analysis.neurons import neuron_roles, parts
+from lorascope.array_types import Float
 from lorascope.methods.base import Batch, Step
 from lorascope.methods.neft import distances
 from lorascope.observe.base import Observer

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attached_deltas
@@ -21,6 +20,7 @@ from lorascope.adapters.peft_layers import (
     unwrap_peft_layer,
     unwrapped_parameters,
 )
+from lorascope.array_types import Float
 from lorascope.methods.base import Step
 from lorascope.updates import Update
 from lorascope.updates.linalg import at_least_float32, product_inner

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from lorascope.adapters.delta import Delta, host_weight
 from lorascope.adapters.host_weights import shared_copies, to_array
 from lorascope.adapters.peft_layers import PeftDelta
+from lorascope.array_types import Float
 from lorascope.methods.base import Step
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import TrainedTensors, factor_inner, tile_sums

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from lorascope.analysis import factor_embeddings, factor_sharing, norms
 from lorascope.analysis.factor_embeddings import Factor, FactorSet, View
+from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point, Text
 from lorascope.plots.registry import figure

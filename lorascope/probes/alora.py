@@ -16,10 +16,10 @@ from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Int
 
 from lorascope import plots
 from lorascope.analysis import rank_allocations
+from lorascope.array_types import Int
 from lorascope.evidence.statistics import alora as statistics
 from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.methods import ALoRA, LoRA

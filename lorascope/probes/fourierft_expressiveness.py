@@ -26,11 +26,11 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attach
 from lorascope.analysis.seed_intervals import band
+from lorascope.array_types import Float, Int
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.marks import Axis, Heat, Point
 from lorascope.evidence.statistics import fourierft as statistics

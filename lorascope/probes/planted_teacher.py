@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Int
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import Whitespace
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorascope.adapters.delta import host_weight
+from lorascope.array_types import Int
 from lorascope.inputs import models, package_assets, tasks
 from lorascope.methods.base import Step
 from lorascope.observe import Observer

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.layout import Lazy, identify
 from lorascope.runs.result import Result

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import UInt8
 
+from lorascope.array_types import UInt8
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, Finite, to_typed

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lorascope.array_types import Bool, Float, Int, Int8
 from lorascope.files.predictions import quantize_margins
 from lorascope.inputs.tokenization import IGNORED, EncodedRows
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.updates.linalg import (
     all_finite,
     as_float64,

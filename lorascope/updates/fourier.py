@@ -18,8 +18,8 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
+from lorascope.array_types import Float, Int
 from lorascope.updates.base import Dense, Shapes, Update
 from lorascope.updates.linalg import all_finite, as_float64
 

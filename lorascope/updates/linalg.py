@@ -12,9 +12,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
+
+from lorascope.array_types import Float
 
 TILE_BYTES = 1 << 19  # float64: a few tiles fit in the cache, and the loop over them costs little
 _QR_ROWS = 1024

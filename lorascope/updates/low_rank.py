@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.updates.base import Shapes, Update
 from lorascope.updates.linalg import (
     GRAM_LIMIT,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
+from lorascope.array_types import Bool, Float, Int
 from lorascope.updates.linalg import TILE_BYTES, as_float64, gram, tiles
 
 # Squares below this may have lost digits to underflow in float32.

@@ -16,8 +16,8 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.updates.base import Shapes
 from lorascope.updates.low_rank import LowRank
 

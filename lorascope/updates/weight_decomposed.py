@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.updates.base import Shapes, Update
 from lorascope.updates.linalg import as_float64
 from lorascope.updates.low_rank import LowRank

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from lorascope.array_types import Float
 from lorascope.methods.base import require, require_at_least, require_choice
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient, subspace_iteration
 

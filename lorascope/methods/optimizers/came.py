@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from lorascope.array_types import Float
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
 
 

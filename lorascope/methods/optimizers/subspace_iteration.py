@@ -39,8 +39,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from lorascope.array_types import Float
 
 RULES = ("restart", "colnorm", "ema", "fixed")
 LOGISTIC = (200.0, -10.0, 2.5, -9.0)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.typed_tensors import TypedTensor
 from lorascope.runs.adapter import Adapter

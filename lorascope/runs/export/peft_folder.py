@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from jaxtyping import Float
 from safetensors.numpy import save
 
+from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, write_bytes, write_json
 from lorascope.runs.adapter import Adapter

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.runs.export.registry import Exporter
 from lorascope.runs.lora_config import exact_products, peft_keywords
 from lorascope.runs.result import Result

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
 
+from lorascope.array_types import Bool, Float
 from lorascope.runs.lora_config import exact_products, no_rank_error, peft_keywords
 from lorascope.runs.result import Result
 from lorascope.updates import LowRank, spectra

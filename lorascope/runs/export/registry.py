@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.runs.result import Result
 from lorascope.schema.plugins import load_plugins
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.export.lora_layers import WritableLora, writable
 from lorascope.runs.folders import require_absent

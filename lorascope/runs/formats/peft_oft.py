@@ -20,8 +20,8 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, to_typed, unreadable

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float
 
+from lorascope.array_types import Float
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 
 # Names of a parameter's weights in files with one module per expert; their rows follow each other.

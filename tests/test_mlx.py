@@ -121,7 +121,7 @@ def test_whole_weights_require_the_base(tmp_path: Path) -> None:
 def test_checkpoints_are_listed_and_read_by_their_path(tmp_path: Path) -> None:
     write(tmp_path, {name: 3 * each for name, each in pair(Q, 5, 6).items()}, "0000100_adapters.safetensors")
     adapter = ls.load(write(tmp_path, pair(Q, 5, 6)))
-    assert adapter.files.notes == ("1 checkpoints are not read: 0000100_adapters.safetensors",)
+    assert adapter.files.notes == ("other weight files in the folder are not read: 0000100_adapters.safetensors",)
     assert adapter.updates()[Q].dense() == pytest.approx(2 * PRODUCT.T, rel=1e-6)
     checkpoint = ls.load(tmp_path / "0000100_adapters.safetensors")
     assert checkpoint.updates()[Q].dense() == pytest.approx(18 * PRODUCT.T, rel=1e-6)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import docstring_parser
+import numpy as np
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
@@ -71,7 +72,8 @@ def call(
     finally:
         del os.environ["COLUMNS"]
         os.environ |= {} if columns is None else {"COLUMNS": columns}
-    return bound()
+    with np.errstate(all="ignore"):  # NaN and infinity are findings; numpy's warnings would print lines of code
+        return bound()
 
 
 def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list[inspect.Parameter]:

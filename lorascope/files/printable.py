@@ -6,6 +6,8 @@ change the terminal that prints it, and a right-to-left override reorders the li
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 # Joiners only change the shape of adjacent letters, and Persian and Indic scripts require them.
 _JOINERS = "\u200c\u200d"
 # Longer names leave no space for the data in a figure.
@@ -27,6 +29,11 @@ def short_name(text: object) -> str:
     """Escape like `printable`, and elide the middle of a name of more than 52 characters."""
     name = printable(text)
     return name if len(name) <= LONGEST_NAME else f"{name[:25]}…{name[-26:]}"
+
+
+def first_of(names: Sequence[str]) -> str:
+    """Return the first name, escaped, and the number of the others."""
+    return f"{printable(names[0])} and {len(names) - 1} more" if len(names) > 1 else printable(names[0])
 
 
 def count_phrase(number: int, noun: str) -> str:

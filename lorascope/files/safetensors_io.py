@@ -101,6 +101,10 @@ class TensorFile(Mapping[str, Any]):
         spans = sorted(entry.data_offsets for entry in self._entries.values())
         if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
             raise ValueError(f"{cannot}: its tensors overlap")
+        # As safetensors itself requires: bytes without a tensor may be a shifted header.
+        taken, data = sum(end - begin for begin, end in spans), size - self._start
+        if taken != data:
+            raise ValueError(f"{cannot}: {data - taken} of {data} bytes of data belong to no tensor")
 
     def _parse_entry(self, name: str, content: Any, size: int) -> _Entry:
         """Return the header entry of one tensor, after checking its offsets against its shape and the file size."""
@@ -258,9 +262,14 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     return [folder / name for name in names]
 
 
+def is_pickle(file: Path) -> bool:
+    """Return whether the name of a file indicates pickled weights."""
+    return file.suffix in _PICKLES and not file.name.startswith(_STATES)
+
+
 def reject_pickles(files: Iterable[Path]) -> None:
     """Raise a ValueError if the name of a file indicates pickled weights."""
-    found = sorted(file for file in files if file.suffix in _PICKLES and not file.name.startswith(_STATES))
+    found = sorted(filter(is_pickle, files))
     if found:
         # Quoted, because the name of a file may contain shell commands.
         names = (shlex.quote(str(file)) for file in (found[0], found[0].with_suffix(".safetensors")))

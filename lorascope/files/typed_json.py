@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -49,7 +50,7 @@ def require_regular(path: Path) -> int:
 
 
 def parse_json(text: str | bytes, name: object) -> Any:
-    """Parse JSON of at most 64 nesting levels; a ValueError names its source ``name``."""
+    """Parse JSON of at most 64 nesting levels and distinct keys; a ValueError names its source ``name``."""
     raw = text.encode() if isinstance(text, str) else text
     try:
         brackets = np.frombuffer(_STRING.sub(b"", raw).translate(None, _OTHERS), np.uint8)
@@ -57,12 +58,20 @@ def parse_json(text: str | bytes, name: object) -> Any:
         if steps.cumsum(dtype=np.int32).max(initial=0) > _DEPTH:
             # Deep nesting causes a RecursionError in this or any later traversal.
             raise ValueError(f"nested deeper than {_DEPTH} levels")
-        content = json.loads(raw)
+        content = json.loads(raw, object_pairs_hook=_distinct)
         # Tables cannot store lone surrogates. Those that stand for bytes of non-UTF-8 file names are accepted.
         if b"\\ud" in raw.lower():
             json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except ValueError as error:
         raise ValueError(f"cannot read {printable(name)} as JSON: {printable(error)}") from error
+    return content
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of JSON, in which a key may not occur twice: programs differ in the value that they use."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]} occurs twice")
     return content
 
 

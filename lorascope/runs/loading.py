@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lorascope.files.gguf_io import GgufFile
 from lorascope.files.hub import WEIGHTS, locate, locate_base
-from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile, is_plain, open_tensors, reject_pickles, weight_files
+from lorascope.files.printable import first_of, printable
+from lorascope.files.safetensors_io import TensorFile, is_pickle, is_plain, open_tensors, reject_pickles, weight_files
 from lorascope.files.typed_json import read_json, to_typed, unreadable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.checkpoint_names import by_step, find_checkpoints
@@ -182,14 +183,17 @@ def is_checkpoint(path: Path) -> bool:
 def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
     files = _open_files(path)
     config = _configuration(path, files)
-    if "peft_type" in config:
-        to_typed(config, CommonConfig, _config_file(path))
+    to_typed(config, CommonConfig, _config_file(path))
     names = {name for each in files for name in each}
     if (say := find_sentence(config, names)) is not None:
         raise ValueError(f"cannot load {printable(path)}: {say(path, config, files)}")
     reader = find_reader(config, names)
     if reader is not None:
-        return reader.read(path, config, files, base)
+        if len(names) < sum(map(len, files)):
+            each = ", ".join(printable(file.path.name) for file in files[:3])
+            raise unreadable(path, f"it has {len(files)} adapters, pass the path of one: {each}")
+        found = reader.read(path, config, files, base)
+        return replace(found, notes=(*found.notes, *_unread_files(path, files)))
     if "peft_type" in config:
         raise unreadable(
             path, f"type of adapter must be one of {', '.join((*KINDS, *MERGED))}, got {printable(peft_kind(config))}"
@@ -202,6 +206,15 @@ def _open_files(path: Path) -> tuple[TensorFile, ...]:
     if path.suffix == ".gguf" and path.is_file():
         return (GgufFile(path),)
     return tuple(map(open_tensors, _weight_files(path)))
+
+
+def _unread_files(path: Path, files: Iterable[TensorFile]) -> Iterator[str]:
+    """Yield a caution about the other weight files in a folder."""
+    opened = {file.path.name for file in files}
+    inside = [] if not path.is_dir() else [file for file in path.iterdir() if file.name not in opened]
+    unread = sorted(each.name for each in inside if each.suffix in (".safetensors", ".gguf") or is_pickle(each))
+    if unread:
+        yield f"other weight files in the folder are not read: {first_of(unread)}"
 
 
 def _config_file(path: Path) -> Path:

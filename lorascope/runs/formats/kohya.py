@@ -75,9 +75,6 @@ def image_adapter(
     spelling : str
         Name of the format.
     """
-    if len(files) > 1 and any(set(files[0]) & set(file) for file in files[1:]):
-        each = ", ".join(printable(file.path.name) for file in files[:3])
-        raise unreadable(path, f"it has {len(files)} adapters, pass the path of one: {each}")
     names = BaseNames(() if base is None else base.all_modules())
 
     def rename(module: str) -> str:

@@ -151,9 +151,7 @@ def read_mlx(
         }
         kind = "DoRA" if any("m" in factors for factors in found.values()) else "LoRA"
     described = dict(config) | ({"base_model_name_or_path": settings.model} if settings.model else {})
-    checkpoints = sorted(file.name for file in path.glob("*_adapters.safetensors")) if path.is_dir() else []
-    notes = (f"{len(checkpoints)} checkpoints are not read: {', '.join(checkpoints[:3])}",) if checkpoints else ()
-    return AdapterFiles(path, described, parts, others, files, kind, kind == "Full", notes)
+    return AdapterFiles(path, described, parts, others, files, kind, kind == "Full")
 
 
 def _lora_parts(

@@ -14,7 +14,7 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.runs.formats.peft_lora import CONFIG, float_factor, group_factors
+from lorascope.runs.formats.peft_lora import CONFIG, add_factor, float_factor, group_factors
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
 from lorascope.runs.formats.stored_update import PREFIX, StoredTensor, StoredUpdate
 from lorascope.schema.name_patterns import Patterns
@@ -120,7 +120,7 @@ def peft_factors(
             bare = name.removeprefix(PREFIX)
             match = _pattern(indices).fullmatch(bare) if indices else None
             if match is not None:
-                found.setdefault(match["module"], {})[match["factor"]] = float_factor(file, name, INDICES)
+                add_factor(found, match, float_factor(file, name, INDICES))
                 taken.add(bare)
     return found, tuple(name for name in others if name not in taken)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,15 @@ _VARIANTS = {
 class CommonConfig(Allocation):
     """Settings used from the configuration of any kind of adapter."""
 
-    peft_type: str = field(kw_only=True)
+    peft_type: str = ""
     base_model_name_or_path: str | None = None
     target_modules: str | list[str] | None = None
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
     lora_alpha: Finite | None = 8
+    alpha: Finite | None = None
+    randlora_alpha: Finite | None = None
     rank_pattern: dict[str, Any] | None = None
     alpha_pattern: dict[str, Any] | None = None
 
@@ -108,9 +113,18 @@ def group_factors(
             if match is None:
                 others.append(name.removeprefix(PREFIX))
             else:
-                found.setdefault(match["module"], {})[match["factor"]] = float_factor(file, name)
+                add_factor(found, match, float_factor(file, name))
     ordered = sorted(found, key=lambda module: position(*parse(module)))
     return {module: found[module] for module in ordered}, tuple(others)
+
+
+def add_factor(found: dict[str, dict[str, StoredTensor]], match: re.Match[str], tensor: StoredTensor) -> None:
+    """Add a factor to its module; raise a ValueError if the module has it already, under another name."""
+    factors = found.setdefault(match["module"], {})
+    if match["factor"] in factors:
+        names = " and ".join(printable(each.name) for each in (factors[match["factor"]], tensor))
+        raise unreadable(tensor.file.path, f"two tensors are the same factor: {names}")
+    factors[match["factor"]] = tensor
 
 
 def lora_factors(

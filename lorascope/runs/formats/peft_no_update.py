@@ -12,7 +12,7 @@ import numpy as np
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.runs.formats.peft_factors import peft_factors
 from lorascope.runs.formats.peft_lora import peft_kind
-from lorascope.runs.formats.registry import says
+from lorascope.runs.formats.registry import says, unread
 from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.updates.linalg import as_float64
 
@@ -39,8 +39,8 @@ def describe_routing(path: Path, config: Mapping[str, Any], files: tuple[TensorF
 @says(lambda config, names: peft_kind(config) == "BEFT", "BEFT (PEFT)")
 def describe_biases(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> str:
     """Return the number of changed biases and the norms of their changes."""
-    found, _ = peft_factors(path, files, "beft_bias")
+    found, others = peft_factors(path, files, "beft_bias")
     stored = [factors["beft_bias"] for factors in found.values()]
     norms = [float(np.linalg.norm(as_float64(bias.read()))) for bias in stored]
     span = f"norms {min(norms):.4g} to {max(norms):.4g}"
-    return f"BEFT changes no weights: it adds to the biases of {len(found)} modules, with {span}"
+    return f"BEFT changes no weights: it adds to the biases of {len(found)} modules, with {span}{unread(others)}"

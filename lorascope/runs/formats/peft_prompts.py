@@ -16,7 +16,7 @@ import numpy as np
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.runs.formats.peft_lora import float_factor, peft_kind
-from lorascope.runs.formats.registry import says
+from lorascope.runs.formats.registry import says, unread
 from lorascope.updates.linalg import as_float64
 
 _WHERE = {
@@ -28,6 +28,8 @@ _WHERE = {
     "CARTRIDGE": "put before the keys and values of every layer",
     "ADAPTION_PROMPT": "attended to by the upper layers",
 }
+# Factors of the prompt: of one task, which PEFT multiplies with the shared prompt, and of its attention.
+_FACTORS = re.compile(r"(?s)(?:.+\.)?(?:prefix_task_(?:cols|rows)|adaption_gate)")
 _PROMPT = re.compile(r"(?s)(?:.+\.)?(?:prompt_embeddings|adaption_prompt)")
 
 
@@ -44,4 +46,6 @@ def describe_prompt(path: Path, config: Mapping[str, Any], files: tuple[TensorFi
     count = f"{len(tokens[0])} virtual tokens" + (f" in each of {len(tokens)} layers" if len(tokens) > 1 else "")
     span = f"{norms.min():.4g} to {norms.max():.4g}, median {np.median(norms):.4g}"
     width = tokens[0].shape[1]
-    return f"{kind} changes no weights: it trains {count} of width {width}, {_WHERE[kind]}, with norms {span}"
+    others = [name for file in files for name in file if not (_PROMPT.fullmatch(name) or _FACTORS.fullmatch(name))]
+    trains = f"it trains {count} of width {width}, {_WHERE[kind]}, with norms {span}"
+    return f"{kind} changes no weights: {trains}{unread(others)}"

@@ -14,10 +14,11 @@ point group ``lorascope.readers``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from lorascope.files.printable import first_of
 from lorascope.schema.plugins import load_plugins
 
 if TYPE_CHECKING:
@@ -89,6 +90,11 @@ def says(matches: Matches, format: str) -> Callable[[Sentence], Sentence]:
         return say
 
     return register
+
+
+def unread(names: Sequence[str]) -> str:
+    """Return the end of a sentence about tensors that are not part of the format; "" if there are none."""
+    return f"; tensors that are not read: {first_of(names)}" if names else ""
 
 
 def find_sentence(config: Mapping[str, Any], names: Collection[str]) -> Sentence | None:

@@ -183,12 +183,37 @@ def test_biases_and_other_tensors_are_listed(tmp_path: Path) -> None:
     more = {"set_weight": UP, "diff_b": draw(1, 6)}
     tensors = lora(Q, **more) | {"bundle_emb.word.string_to_param": UP, "lora_unet_x.w_norm": draw(1, 4)}
     adapter = ls.load(store(tmp_path / "style.safetensors", tensors))
-    names = {f"{Q}.set_weight", f"{Q}.diff_b", "bundle_emb.word.string_to_param"}
-    assert set(adapter.files.others) == names
-    found = next(each for each in inspect(adapter).findings if "not read" in each)
-    assert found.startswith("tensors that are not read, 30 parameters")
-    assert any(name in found for name in names)
-    assert adapter.updates()["lora_unet_x"].shape == (4, 1)
+    word = "bundle_emb.word.string_to_param"
+    assert set(adapter.files.others) == {f"{Q}.set_weight", f"{Q}.diff_b", word}
+    findings = inspect(adapter).findings
+    assert f"saved as full weights, 12 parameters, not measured without a base: {Q}" in findings
+    assert f"tensors that are not read, 12 parameters: {word}" in findings
+    assert f"bias differences, 6 parameters, |db| {np.linalg.norm(more['diff_b']):.3g}: {Q}" in findings
+
+
+def test_differences_of_weights_norms_and_biases_are_measured(tmp_path: Path) -> None:
+    tensors = {"lora_unet_x.w_norm": draw(1, 4), "lora_unet_x.b_norm": draw(2, 4), f"{Q}.diff": draw(3, 6, 5)}
+    adapter = ls.load(store(tmp_path / "style.safetensors", tensors | {f"{Q}.diff_b": draw(4, 6)}))
+    assert adapter.files.kind == "Full"
+    assert adapter.updates()["lora_unet_x"].dense().tolist() == draw(1, 4).astype(float)[:, None].tolist()
+    assert adapter.updates()[Q].dense().tolist() == draw(3, 6, 5).astype(float).tolist()
+    norm = np.hypot(np.linalg.norm(draw(2, 4)), np.linalg.norm(draw(4, 6)))
+    assert f"bias differences, 10 parameters, |db| {norm:.3g}: {Q} and 1 more" in inspect(adapter).findings
+
+
+def test_replaced_weight_is_the_difference_from_the_base(tmp_path: Path) -> None:
+    name = f"unet.{BLOCK}.attn1.to_q"
+    store(tmp_path / "base" / "model_index.json", {}).write_text("{}", encoding="utf-8")
+    weights = {f"{BLOCK}.attn1.to_{side}.weight": draw(each, 6, 5) for each, side in enumerate("qk")}
+    store(tmp_path / "base" / "unet" / "model.safetensors", weights)
+    tensors = {f"{Q}.set_weight": draw(7, 6, 5), "lora_unet_x.set_weight": UP} | lora(f"lora_unet_{FLAT}_attn1_to_k")
+    file = store(tmp_path / "style.safetensors", tensors)
+    adapter = ls.load(file, tmp_path / "base")
+    change = draw(7, 6, 5).astype(float) - weights[f"{BLOCK}.attn1.to_q.weight"]
+    assert adapter.updates()[name].dense() == pytest.approx(change, rel=1e-12)
+    absent = "saved as full weights, 12 parameters, not measured because they are not in the base: lora_unet_x"
+    assert absent in inspect(adapter).findings
+    assert set(ls.load(file).files.others) == {f"{Q}.set_weight", "lora_unet_x.set_weight"}
 
 
 BROKEN = {

@@ -43,6 +43,9 @@ def other_weights(case: Case) -> Found:
     scales = {module: part.scale for module, part in case.parts.items()}
     norms = [scales.get(each.module, np.nan) * np.linalg.norm(as_float64(each.tensor.read())) for each in updates]
     yield from _listed(updates, f"bias updates (lora_bias), {{}}, norm {root_of_squares(np.array(norms)):.3g}")
+    differences = [each for each in weights if each.kind == "bias difference"]
+    norms = [np.linalg.norm(as_float64(each.tensor.read())) for each in differences]
+    yield from _listed(differences, f"bias differences, {{}}, |db| {root_of_squares(np.array(norms)):.3g}")
     yield from _listed([each for each in weights if each.kind == "ignored"], "tensors without effect, {}")
     yield from _listed([each for each in weights if each.kind == "unread"], "tensors that are not read, {}")
     lacking = [module for module in case.parts if base is not None and not base.has_weight(module)]

@@ -31,7 +31,7 @@ _FACTOR = re.compile(
 _PART = re.compile(
     r"(?s)(?P<module>.+?)(?:[._]lora)?\.(?P<part>alpha|dora_scale|scalar|lora_magnitude_vector(?:\.weight)?"
     r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks|rescale|weight|on_input"
-    r"|(?:[ab][12]|bm)\.weight|diff|w_norm)"
+    r"|(?:[ab][12]|bm)\.weight|diff|w_norm|set_weight)"
 )
 # Spellings that only adapters of image models have, and prefixes of components before spellings that others share.
 _FLAT = re.compile(r"(?:lora_(?:unet|te\d?|prior|transformer)|lycoris|oft_unet)_")
@@ -101,7 +101,9 @@ def _module(name: str, number: str) -> str:
     return re.sub(r"^((?:[^.]+\.)?)base_model\.model\.", r"\1", name)
 
 
-def group_parts(files: Iterable[TensorFile], rename: Callable[[str], str]) -> tuple[dict[str, Parts], tuple[str, ...]]:
+def group_parts(
+    files: Iterable[TensorFile], rename: Callable[[str], str], has_weight: Callable[[str], bool]
+) -> tuple[dict[str, Parts], tuple[str, ...]]:
     """Group the parts by module, ordered by layer and role, and return the names of all other tensors.
 
     Parameters
@@ -109,6 +111,8 @@ def group_parts(files: Iterable[TensorFile], rename: Callable[[str], str]) -> tu
     files : iterable of TensorFile
     rename : callable
         Name of a module in the base.
+    has_weight : callable
+        Whether the base has the weight of a module, from which a replaced one (``set_weight``) is subtracted.
 
     Raises
     ------
@@ -131,6 +135,8 @@ def group_parts(files: Iterable[TensorFile], rename: Callable[[str], str]) -> tu
     for module, parts in list(found.items()):
         if "weight" in parts and "on_input" not in parts:  # weights of the model itself
             others.append(parts.pop("weight").name)
+        if "set_weight" in parts and (len(parts) > 1 or not has_weight(module)):
+            others.append(parts.pop("set_weight").name)
         if not parts:
             del found[module]
     ordered = sorted(found, key=lambda module: position(*parse(module)))

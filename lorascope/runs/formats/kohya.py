@@ -2,7 +2,7 @@
 
 Each module has a rank r and an ``alpha``, so the scale is alpha / r; without alpha it is 1. Settings of the trainer in
 the header are not used: the tensors decide. Modules may have different algorithms; see ``lycoris``. Differences of
-biases (``diff_b``) and replaced weights (``set_weight``) are listed, but not measured.
+biases (``diff_b``, ``b_norm``) are other tensors, and so are replaced weights (``set_weight``) without their base.
 
 Source: kohya-ss/sd-scripts (``networks``), lycoris-lora 4.1.3, ComfyUI (``comfy/lora.py``).
 """
@@ -81,7 +81,7 @@ def image_adapter(
         known = names.find(module)
         return known[0] if len(known) == 1 else module
 
-    found, others = group_parts(files, rename)
+    found, others = group_parts(files, rename, lambda module: base is not None and base.has_weight(module))
     parts: dict[str, StoredUpdate] = {}
     kinds: dict[str, None] = {}
     for name, tensors in found.items():

@@ -153,9 +153,14 @@ def _lokr(module: Module) -> StoredUpdate:
 
 
 def _full(module: Module) -> StoredUpdate:
-    parts = module.pick("diff", "w_norm")
+    parts = module.pick("diff", "w_norm", "set_weight")
     tensor = next(iter(parts.values()))
-    return StoredFactors(parts, tensor.shape, min(tensor.shape), _difference, thin=False)
+    build = partial(_from_base, module) if "set_weight" in parts else _difference
+    return StoredFactors(parts, tensor.shape, min(tensor.shape), build, thin=False)
+
+
+def _from_base(module: Module, arrays: Arrays) -> Update:
+    return Dense(as_float64(arrays["set_weight"]).reshape(len(arrays["set_weight"]), -1) - module.weight())
 
 
 def _difference(arrays: Arrays) -> Update:
@@ -254,7 +259,7 @@ _ALGORITHMS: dict[str, tuple[str, Callable[[Module], StoredUpdate]]] = {
     "LoRA": ("A B mid", _lora),
     "LoHa": ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2", _loha),
     "LoKr": ("lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2", _lokr),
-    "Full": ("diff w_norm", _full),
+    "Full": ("diff w_norm set_weight", _full),
     "IA3": ("on_input", _ia3),
     "GLoRA": ("a1 a2 b1 b2 bm", _glora),
     "OFT": ("oft_blocks", _oft),

@@ -1,7 +1,8 @@
-"""Weights that a PEFT folder stores in addition to the factors: full values, rows of tokens, biases, ignored tensors.
+"""Weights that an adapter stores in addition to the factors: full values, rows of tokens, biases, ignored tensors.
 
 PEFT stores full values for ``modules_to_save``, for biases, and for the base of an adapted embedding or a resized
 vocabulary. ``trainable_token_indices`` stores the new rows of some tokens under the name ``trainable_tokens_delta``.
+Adapters of image models store differences of biases (``diff_b``, ``b_norm``) and new weights (``set_weight``).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
 from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredTensor
 
-Kind = Literal["full", "copy", "tokens", "bias", "bias update", "ignored", "unread"]
+Kind = Literal["full", "copy", "tokens", "bias", "bias update", "bias difference", "ignored", "unread"]
 # Kinds by the end of their names, the first that fits.
 _ENDS: tuple[tuple[str, Kind], ...] = (
     (".lora_B.bias", "bias update"),
@@ -25,6 +26,11 @@ _ENDS: tuple[tuple[str, Kind], ...] = (
     (".token_adapter.trainable_tokens_delta", "tokens"),
     (".base_layer.weight", "copy"),
     (".weight", "full"),
+)
+_IMAGE_ENDS: tuple[tuple[str, Kind], ...] = (
+    (".diff_b", "bias difference"),
+    (".b_norm", "bias difference"),
+    (".set_weight", "full"),
 )
 UNUSED = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
 """Tensors of VeLoRA and MonteCLoRA that have no effect after training."""
@@ -64,8 +70,9 @@ def whole_weights(files: AdapterFiles) -> list[WholeWeight]:
     found = []
     # PEFT ignores other tensors when it loads an adapter; what other programs do is not known.
     other: Kind = "ignored" if "peft_type" in files.config else "unread"
+    ends = (*_ENDS, *_IMAGE_ENDS) if "spelling" in files.config else _ENDS
     for name in files.others:
-        end, kind = next(((end, kind) for end, kind in _ENDS if name.endswith(end)), ("", other))
+        end, kind = next(((end, kind) for end, kind in ends if name.endswith(end)), ("", other))
         if kind == other or UNUSED.search(name):
             found.append(WholeWeight(other, name, tensors[name]))
             continue

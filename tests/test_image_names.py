@@ -51,7 +51,7 @@ def test_names_with_several_modules_or_none_are_not_found() -> None:
 @pytest.mark.parametrize("stem", ["lora_unet_{flat}", "diffusion_model.{name}"])
 def test_flux_of_diffusers_has_the_modules_of_the_authors(stem: str) -> None:
     names = BaseNames(f"transformer.{name}" for name in FLUX)
-    for original in {each for each, _, _ in FLUX.values()} - {"final_layer.adaLN_modulation.1"}:
+    for original in {each for each, _, _ in FLUX.values()}:
         rows = {start: f"transformer.{name}" for name, (each, start, _) in FLUX.items() if each == original}
         stored = stem.format(name=original, flat=original.replace(".", "_"))
         assert names.find(stored) == tuple(rows[start] for start in sorted(rows))
@@ -84,3 +84,23 @@ def test_fused_rows_are_the_updates_of_their_modules(tmp_path: Path) -> None:
     (tmp_path / "base.safetensors").write_bytes(save(weights | {"single_transformer_blocks.0.proj_mlp.weight": down}))
     with pytest.raises(ValueError, match="must fit its base weight, 14 x 5, got 20 x 5"):
         ls.load(tmp_path / "style.safetensors", tmp_path / "base.safetensors")
+
+
+def test_last_modulation_of_flux_has_its_halves_swapped(tmp_path: Path) -> None:
+    """The authors store shift, then scale; diffusers stores scale, then shift."""
+    generator = np.random.default_rng(0)
+    up, down, weight = (generator.standard_normal(shape) for shape in ((8, 2), (2, 5), (8, 5)))
+    shift, scale = np.split(up @ down, 2)
+    module = "lora_unet_final_layer_adaLN_modulation_1"
+    (tmp_path / "base.safetensors").write_bytes(save({"norm_out.linear.weight": weight}))
+    for tensors in (
+        {f"{module}.lora_up.weight": up, f"{module}.lora_down.weight": down},
+        {f"{module}.diff": up @ down},
+    ):
+        (tmp_path / "style.safetensors").write_bytes(save(tensors))
+        adapter = ls.load(tmp_path / "style.safetensors", tmp_path / "base.safetensors")
+        assert list(adapter.updates()) == ["norm_out.linear"]
+        change = np.vstack([scale, shift])
+        assert adapter.updates()["norm_out.linear"].dense() == pytest.approx(change)
+        assert adapter.summary(all=True)["weight_norm"].item() == pytest.approx(np.linalg.norm(weight + change))
+    assert ls.load(tmp_path / "style.safetensors").updates()[module].dense() == pytest.approx(up @ down)

@@ -49,6 +49,29 @@ NAMES = {
     "diffusion_model.blocks.4.ffn.0": ("", 4, "ffn_in"),
     "diffusion_model.joint_blocks.4.x_block.attn.qkv": ("", 4, "qkv"),
     "lora_transformer_single_transformer_blocks_9_attn_to_q": ("single", 9, "q"),
+    # Modulations scale and shift by the time step; their names differ in whether they contain "norm".
+    "lora_transformer_transformer_blocks_3_norm1_linear": ("", 3, "other"),
+    "lora_transformer_transformer_blocks_3_norm1_context_linear": ("", 3, "other"),
+    "lora_transformer_single_transformer_blocks_9_norm_linear": ("single", 9, "other"),
+    "transformer.single_transformer_blocks.9.norm.linear": ("single", 9, "other"),
+    "diffusion_model.single_blocks.9.modulation.lin": ("single", 9, "other"),
+    "diffusion_model.double_blocks.3.img_attn.norm.query_norm": ("", 3, "norm"),
+    "lora_transformer_norm_out_linear": ("", None, "other"),
+    "transformer.norm_out.linear": ("", None, "other"),
+    "diffusion_model.final_layer.adaLN_modulation.1": ("", None, "other"),
+    "lora_unet_final_layer_adaLN_modulation_1": ("", None, "other"),
+    # The first and the last linear layers
+    **dict.fromkeys(
+        ("diffusion_model.img_in", "lora_unet_txt_in", "transformer.x_embedder", "lora_transformer_context_embedder"),
+        ("", None, "embed"),
+    ),
+    **dict.fromkeys(
+        ("diffusion_model.final_layer.linear", "lora_unet_final_layer_linear", "transformer.proj_out"),
+        ("", None, "head"),
+    ),
+    "lora_transformer_proj_out": ("", None, "head"),
+    "lora_transformer_single_transformer_blocks_9_proj_out": ("single", 9, "ffn_out"),
+    "lora_unet_down_blocks_0_attentions_0_proj_out": ("down", 0, "other"),
 }
 
 

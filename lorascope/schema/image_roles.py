@@ -18,6 +18,7 @@ ORDER = {"te1": -3, "te2": -2, "te3": -1, "mid": 1, "up": 2, "single": 1}
 _IMAGE = re.compile(
     r"^(?:unet|prior|text_encoder(?:_\d)?|text_encoders|(?:model\.)?diffusion_model)\."
     r"|(?:^|\.)(?:(?:down|up|input|output|double|single|joint|(?:single_)?transformer)_blocks\.\d|(?:mid|middle)_block\.)"
+    r"|^transformer\.(?:x_embedder|context_embedder|time_text_embed|norm_out|proj_out)(?:\.|$)"
     r"|\.attn[12]\."
 )
 _TEXT = re.compile(r"^(?:lora_te(\d?)_|lora_prior_te_|text_encoder(?:_(\d))?\.|text_encoders\.(\w+?)\.)")
@@ -35,6 +36,12 @@ _ENDS = {
     "o": r"to_out(?:\.0)?|to_add_out|o_proj|out_proj|attn\d?[._](?:proj|o)",
     "ffn_in": r"ff\w*[._]net\.0\.proj|proj_mlp|fc1|(?:mlp|ffn)\.0|linear1",
     "ffn_out": r"ff\w*[._]net\.2|fc2|(?:mlp|ffn)\.2|linear2",
+}
+# Linear layers that scale and shift by the time step, in any block and after the last one.
+_MODULATION = re.compile(r"norm\w*[._]linear$|(?:^|[._])\w*mod(?:ulation)?[._](?:lin|1)$", re.IGNORECASE)
+_OUTSIDE = {
+    "embed": re.compile(r"(?:^|[._])(?:img_in|txt_in|x_embedder|context_embedder)$"),
+    "head": re.compile(r"(?:^|\.)proj_out$|final_layer[._]linear$"),
 }
 _ROLES = {role: re.compile(rf"(?:^|[._])(?:{ends})$", re.IGNORECASE) for role, ends in _ENDS.items()}
 
@@ -61,7 +68,15 @@ def role(tail: str) -> str | None:
     found = next((role for role, end in _ROLES.items() if end.search(tail)), None)
     if tail == "proj_out":  # of a block without separate streams, which joins attention and feed-forward
         return "ffn_out"
+    if _MODULATION.search(tail):
+        return "other"
     return f"cross_{found}" if found in ("q", "k", "v", "o") and _CROSS.search(tail) else found
+
+
+def role_outside(name: str) -> str | None:
+    """Return the role of a module outside the blocks of a diffusion model, None if its name is not one of these."""
+    found = next((role for role, end in _OUTSIDE.items() if end.search(name)), None)
+    return "other" if _MODULATION.search(name) else found
 
 
 def _text_stack(match: re.Match[str]) -> str:

@@ -59,7 +59,9 @@ def parse(name: str) -> Place:
     """
     if (found := image_roles.locate(name)) is not None:
         stack, layer, tail = found
-        return Place(stack, layer, role_outside(tail) if layer is None else image_roles.role(tail) or role_inside(tail))
+        if layer is None:
+            return Place(stack, None, image_roles.role_outside(tail) or role_outside(tail))
+        return Place(stack, layer, image_roles.role(tail) or role_inside(tail))
     block = _BLOCK.search(name)
     if block is None:
         return Place(stack_of(name), None, role_outside(name))

@@ -17,11 +17,10 @@ from lorascope.updates import Dense, LowRank, Update
 
 @dataclass(frozen=True)
 class RowsPart(StoredUpdate):
-    """Rows ``start`` to ``stop`` of a stored update: one of several modules that a library joins in one."""
+    """Rows of a stored update, in the order of ranges (first, end): one of several modules that a library joins in one."""
 
     whole: StoredUpdate
-    start: int
-    stop: int
+    ranges: tuple[tuple[int, int], ...]
     scale: float
     transposed: bool
 
@@ -31,7 +30,7 @@ class RowsPart(StoredUpdate):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.stop - self.start, self.whole.shape[1]
+        return sum(stop - start for start, stop in self.ranges), self.whole.shape[1]
 
     @property
     def rank(self) -> int:
@@ -50,8 +49,11 @@ class RowsPart(StoredUpdate):
         """Load the factors, and return the update."""
         update = self.whole.update()
         if isinstance(update, LowRank):
-            return LowRank(update.B[self.start : self.stop], update.A, update.scale)
-        return Dense(update.dense()[self.start : self.stop])
+            return LowRank(self._rows(update.B), update.A, update.scale)
+        return Dense(self._rows(update.dense()))
+
+    def _rows(self, matrix: np.ndarray) -> np.ndarray:
+        return np.concatenate([matrix[start:stop] for start, stop in self.ranges])
 
     def _tensors(self) -> list[StoredTensor]:
         return self.whole._tensors()
@@ -71,6 +73,19 @@ def split_rows(
     stops = [int(stop) for stop in np.cumsum([shape[0] for shape in shapes])]
     check_fit(path, " and ".join(modules), part.shape, (stops[-1], shapes[0][1]))
     return {
-        module: RowsPart(part, stop - shape[0], stop, part.scale, part.transposed)
+        module: RowsPart(part, ((stop - shape[0], stop),), part.scale, part.transposed)
         for module, shape, stop in zip(modules, shapes, stops, strict=True)
     }
+
+
+def swap_halves(path: Path, part: StoredUpdate, module: str, base: PretrainedWeights) -> RowsPart:
+    """Return an update with the two halves of its rows swapped.
+
+    Raises
+    ------
+    ValueError
+        The shape of the module does not fit.
+    """
+    check_fit(path, module, part.shape, base.shape(module))
+    rows = part.shape[0]
+    return RowsPart(part, ((rows // 2, rows), (0, rows // 2)), part.scale, part.transposed)

@@ -3,8 +3,7 @@
 kohya replaces the dots of a name by underscores, which cannot be inverted, so names are compared with underscores. It
 trains SDXL with the names of the model's authors, as in single-file checkpoints, and Stable Diffusion 1 with those of
 diffusers; modules of UNets and of Flux are found under both. The authors of Flux join query, key and value in one
-module, whose rows are several modules of diffusers. The last modulation of Flux has another order of rows there, and is
-not found.
+module, whose rows are several modules of diffusers. The last modulation has its two halves of rows swapped there.
 
 Source: diffusers 0.42.1 (``loaders/single_file_utils.py``).
 """
@@ -50,6 +49,7 @@ _OUTSIDE = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
     "final_layer_linear": "proj_out",
+    "final_layer_adaLN_modulation_1": "norm_out_linear",
 } | {
     f"{short}_in_{side}_layer": f"time_text_embed_{name}_embedder_linear_{number}"
     for short, name in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items()
@@ -118,6 +118,11 @@ class BaseNames:
         """Return the only module of this name, with or without one of the components; "" if there is none."""
         names = (*(f"{component}_{flat}" for component in components), flat)
         return next((found[0] for name in names if len(found := self._flat.get(name, [])) == 1), "")
+
+
+def swaps_halves(name: str, module: str) -> bool:
+    """Return whether diffusers' module has scale before shift in its rows, unlike the name's module of the authors."""
+    return module.endswith("norm_out.linear") and name.replace(".", "_").endswith("final_layer_adaLN_modulation_1")
 
 
 def to_diffusers(name: str) -> tuple[str, ...]:

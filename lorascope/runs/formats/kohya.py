@@ -19,9 +19,9 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import parse_json, unreadable
-from lorascope.runs.formats.fused_rows import split_rows
+from lorascope.runs.formats.fused_rows import split_rows, swap_halves
 from lorascope.runs.formats.image_keys import Parts, group_parts, is_diffusers, is_image_adapter
-from lorascope.runs.formats.image_names import BaseNames
+from lorascope.runs.formats.image_names import BaseNames, swaps_halves
 from lorascope.runs.formats.lycoris import Module, Scale, read_module
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
@@ -79,7 +79,7 @@ def image_adapter(
 
     def rename(module: str) -> str:
         known = names.find(module)
-        return known[0] if len(known) == 1 else module
+        return known[0] if len(known) == 1 and not swaps_halves(module, known[0]) else module
 
     found, others = group_parts(files, rename, lambda module: base is not None and base.has_weight(module))
     parts: dict[str, StoredUpdate] = {}
@@ -90,7 +90,12 @@ def image_adapter(
         kinds[kind] = None
         # The magnitudes of DoRA require the weights of all rows.
         fused = names.find(name) if own is None and not _MAGNITUDES & tensors.keys() else ()
-        parts |= {name: part} if base is None or not fused else split_rows(path, part, fused, base)
+        if base is None or not fused:
+            parts[name] = part
+        elif swaps_halves(name, fused[0]):
+            parts[fused[0]] = swap_halves(path, part, fused[0], base)
+        else:
+            parts |= split_rows(path, part, fused, base)
     if not parts:
         raise unreadable(path, f"it has no factors, got {printable(next(iter(others), 'no tensor'))}")
     decomposed = any(_MAGNITUDES & tensors.keys() for tensors in found.values())

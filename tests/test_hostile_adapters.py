@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from test_gguf import write as write_gguf
 import lorascope as ls
 from lorascope.cli.main import main
 from lorascope.files.printable import printable
+from lorascope.runs.formats.stored_update import StoredTensor
 
 FAST = {"read_adapter": 12, "read_loha": 40, "read_kohya": 12}
 """Readers that the ordinary suite spoils, and how many ways it skips after each."""
@@ -93,8 +95,17 @@ def unlisted(path: Path, base: Path | None) -> set[str]:
         warnings.simplefilter("ignore", RuntimeWarning)
         files = ls.load(path, base).files
     listed = {*files.others, *(PREFIX + name for name in files.others)}
-    used = {tensor.name for part in files.parts.values() for tensor in part._tensors()}
+    used = {tensor.name for part in files.parts.values() for tensor in _tensors(vars(part))}
     return {name for file in files.files for name in file} - used - listed
+
+
+def _tensors(value: Any) -> Iterator[StoredTensor]:
+    """Yield the tensors in a value, such as the factors of one module."""
+    if isinstance(value, StoredTensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)
 
 
 # -- single faults -------------------------------------------------------------------------------------------------

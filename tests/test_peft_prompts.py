@@ -99,3 +99,52 @@ def test_xlora_is_described_by_its_configuration(tmp_path: Path, capsys: pytest.
     classifier = {"base_model.model.internal_xlora_classifier.last.weight": np.ones((2, 3), np.float32)}
     (tmp_path / "adapter_model.safetensors").write_bytes(save(classifier))
     assert "inspect those adapters instead" in described(tmp_path, capsys)
+
+
+@pytest.mark.parametrize("block", [1, 2**22])
+def test_prompt_started_from_tokens_names_them(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lorascope.runs.formats.nearest_tokens._BLOCK", block)
+    draw = np.random.default_rng(0)
+    embedding = draw.standard_normal((50, 8)).astype("f4")
+    embedding[4] = 0
+    base = tmp_path / "base"
+    base.mkdir()
+    tensors = {"model.embed_tokens.weight": embedding, "model.type_embeddings.weight": embedding[:2, ::-1].copy()}
+    (base / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+    started = [7, 3, 49, 7]
+    prompt = np.array([[3], [1], [0.2], [-1]], "f4") * embedding[started] + 1e-3 * draw.standard_normal((4, 8))
+    adapter = write_prompt(tmp_path / "adapter", prompt)
+    unit = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-9)
+    cosines = unit @ prompt[3] / np.linalg.norm(prompt[3])
+    assert main(["inspect", str(adapter), "--base", str(base)]) == 0
+    last = f"{cosines.argmax()} ({cosines.max():.2f})"
+    expected = f"; nearest tokens of the base (cosine): 7 (1.00), 3 (1.00), 49 (1.00), {last}\n"
+    assert capsys.readouterr().out.endswith(expected)
+    vocabulary = {f"word\x1b{number}": number for number in range(50)}
+    (base / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary}}))
+    assert main(["inspect", str(adapter), "--base", str(base)]) == 0
+    assert r": 7 'word\x1b7' (1.00), 3 'word\x1b3' (1.00)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"nearest tokens of the base .*: 7 'word"):
+        ls.load(adapter, base)
+
+
+def write_prompt(folder: Path, prompt: np.ndarray) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "PROMPT_TUNING"}))
+    (folder / "adapter_model.safetensors").write_bytes(save({"prompt_embeddings": prompt.astype("f4")}))
+    return folder
+
+
+def test_prompt_of_another_width_or_without_finite_values_has_no_nearest_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny("llama").save_pretrained(tmp_path / "base")
+    command = ["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]
+    write_prompt(tmp_path / "adapter", np.ones((2, 5)))
+    assert main(command) == 0
+    assert capsys.readouterr().out.endswith("; the base has no embedding of width 5\n")
+    write_prompt(tmp_path / "adapter", np.full((1, 32), np.nan))
+    assert main(command) == 0
+    assert capsys.readouterr().out.endswith("; nearest tokens of the base (cosine): none\n")

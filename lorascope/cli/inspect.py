@@ -79,7 +79,7 @@ def main(
     shown: Any
     screens: list[tuple[Any, Any]]
     found = [locate(path) for path in paths]
-    if len(found) == 1 and (sentence := describe_without_updates(found[0])) is not None:
+    if len(found) == 1 and (sentence := describe_without_updates(found[0], base)) is not None:
         print(dumps({"path": str(found[0]), "message": sentence}, indent=1) if json else sentence)
         return 0
     if whole := [path for path in found if is_checkpoint(path)]:

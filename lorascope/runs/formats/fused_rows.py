@@ -17,7 +17,7 @@ from lorascope.updates import Dense, LowRank, Update
 
 @dataclass(frozen=True)
 class RowsPart(StoredUpdate):
-    """Rows of a stored update, in the order of ranges (first, end): one of several modules that a library joins in one."""
+    """Rows of a stored update, in the order of the ranges (first, end): a module that a library joins with others."""
 
     whole: StoredUpdate
     ranges: tuple[tuple[int, int], ...]

@@ -12,6 +12,7 @@ import numpy as np
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.runs.formats.peft_factors import peft_factors
 from lorascope.runs.formats.peft_lora import peft_kind
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import says, unread
 from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.updates.linalg import as_float64
@@ -27,7 +28,9 @@ _MODULE = re.compile(r"(?s)(.+)\.(?:lily|poly)_.+")
 
 
 @says(lambda config, names: peft_kind(config) in _WHY, f"{', '.join(_WHY)} (PEFT)")
-def describe_routing(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> str:
+def describe_routing(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
+) -> str:
     """Return why there is no update per weight, and the number of modules and tensors."""
     kind = peft_kind(config)
     names = [name.removeprefix(PREFIX) for file in files for name in file]
@@ -37,7 +40,9 @@ def describe_routing(path: Path, config: Mapping[str, Any], files: tuple[TensorF
 
 
 @says(lambda config, names: peft_kind(config) == "BEFT", "BEFT (PEFT)")
-def describe_biases(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> str:
+def describe_biases(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
+) -> str:
     """Return the number of changed biases and the norms of their changes."""
     found, others = peft_factors(path, files, "beft_bias")
     stored = [factors["beft_bias"] for factors in found.values()]

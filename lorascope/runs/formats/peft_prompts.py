@@ -15,7 +15,9 @@ import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
+from lorascope.runs.formats.nearest_tokens import describe_nearest
 from lorascope.runs.formats.peft_lora import float_factor, peft_kind
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import says, unread
 from lorascope.updates.linalg import as_float64
 
@@ -30,12 +32,16 @@ _WHERE = {
 }
 # Factors of the prompt: of one task, which PEFT multiplies with the shared prompt, and of its attention.
 _FACTORS = re.compile(r"(?s)(?:.+\.)?(?:prefix_task_(?:cols|rows)|adaption_gate)")
+# Kinds whose vectors take the place of embeddings of tokens, with nothing added or multiplied.
+_EMBEDDED = ("PROMPT_TUNING", "P_TUNING")
 _PROMPT = re.compile(r"(?s)(?:.+\.)?(?:prompt_embeddings|adaption_prompt)")
 
 
 @says(lambda config, names: peft_kind(config) in _WHERE, f"{', '.join(_WHERE)} (PEFT)")
-def describe_prompt(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> str:
-    """Return the number of virtual tokens, their width and their norms."""
+def describe_prompt(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
+) -> str:
+    """Return the number of virtual tokens, their width and their norms; with a base, its nearest tokens."""
     kind = peft_kind(config)
     found = [float_factor(file, name) for file in files for name in file if _PROMPT.fullmatch(name)]
     shapes = [tensor.file.shape(tensor.name)[-2:] for tensor in found]
@@ -48,4 +54,5 @@ def describe_prompt(path: Path, config: Mapping[str, Any], files: tuple[TensorFi
     width = tokens[0].shape[1]
     others = [name for file in files for name in file if not (_PROMPT.fullmatch(name) or _FACTORS.fullmatch(name))]
     trains = f"it trains {count} of width {width}, {_WHERE[kind]}, with norms {span}"
-    return f"{kind} changes no weights: {trains}{unread(others)}"
+    nearest = f"; {describe_nearest(tokens[0], base)}" if base is not None and kind in _EMBEDDED else ""
+    return f"{kind} changes no weights: {trains}{nearest}{unread(others)}"

@@ -5,8 +5,8 @@ A reader is a function of an opened adapter that returns its ``AdapterFiles``. `
     @reads(lambda config, names: any(name.endswith(".lokr_w1") for name in names))
     def read_lokr(path, config, files, base): ...
 
-Some adapters have no update of weights, such as trained prompts. ``@says(matches)`` registers a function of the path,
-the configuration and the files that returns one sentence about such an adapter.
+Some adapters have no update of weights, such as trained prompts. ``@says(matches)`` registers a function with the
+same parameters that returns one sentence about such an adapter.
 
 Every module of this package is searched for readers, and so are the modules that other packages list under the entry
 point group ``lorascope.readers``.
@@ -75,9 +75,10 @@ SENTENCES: list[tuple[Matches, Sentence, str]] = []
 
 
 def says(matches: Matches, format: str) -> Callable[[Sentence], Sentence]:
-    """Register a function ``say(path, config, files)`` for adapters without updates of weights.
+    """Register a function ``say(path, config, files, base)`` for adapters without updates of weights.
 
-    It returns one sentence: what the adapter changes instead. ``load`` raises it as a ValueError.
+    It returns one sentence: what the adapter changes instead. ``load`` raises it as a ValueError. ``base`` is the base
+    model's ``PretrainedWeights``, or None.
 
     Parameters
     ----------

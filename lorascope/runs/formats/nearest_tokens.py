@@ -1,0 +1,82 @@
+"""Tokens of a base model whose embeddings are nearest to the vectors of a trained prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import read_json
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.schema.module_roles import parse
+from lorascope.updates.linalg import as_float64
+
+_BLOCK = 2**22  # values of the embedding in memory at once
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    """Tokens in ``tokenizer.json``, with their ids or in the order of them."""
+
+    vocab: dict[str, int] | list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class _Tokenizer:
+    model: _Vocabulary
+
+
+def describe_nearest(prompt: Float[np.ndarray, "tokens width"], base: PretrainedWeights) -> str:
+    """Return the nearest token of each vector of a prompt, by cosine: its id, its text if known, and the cosine."""
+    width = prompt.shape[1]
+    tables = {name: base.shape(name) for name in base.all_modules() if parse(name).role == "embed"}
+    fitting = {name: shape for name, shape in tables.items() if shape[1] == width}
+    if not fitting:
+        return f"the base has no embedding of width {width}"
+    ids, cosines = nearest_rows(prompt, base, max(fitting, key=lambda name: fitting[name][0]))
+    texts = _texts(base)
+    named = [
+        f"{row}{texts.get(int(row), '')} ({cosine:.2f})" if np.isfinite(cosine) else "none"
+        for row, cosine in zip(ids, cosines, strict=True)
+    ]
+    more = f" and {len(named) - _SHOWN} more" * (len(named) > _SHOWN)
+    return f"nearest tokens of the base (cosine): {', '.join(named[:_SHOWN])}{more}"
+
+
+def nearest_rows(
+    vectors: Float[np.ndarray, "tokens width"], base: PretrainedWeights, module: str
+) -> tuple[Int[np.ndarray, "tokens"], Float[np.ndarray, "tokens"]]:
+    """Return the row of a weight with the largest cosine to each vector, and that cosine.
+
+    The weight is read in blocks of rows. The cosine is -inf for vectors and rows that are zero or not finite.
+    """
+    table = base.unread(module)
+    rows, best = np.zeros(len(vectors), int), np.full(len(vectors), -np.inf)
+    with np.errstate(all="ignore"):
+        unit = as_float64(vectors) / np.linalg.norm(vectors, axis=1, keepdims=True)
+        step = max(1, _BLOCK // table.shape[1])
+        for first in range(0, table.shape[0], step):
+            block = as_float64(table[first : first + step].read())
+            cosines = unit @ (block / np.linalg.norm(block, axis=1, keepdims=True)).T
+            cosines = np.where(np.isfinite(cosines), cosines, -np.inf)
+            found = cosines.argmax(axis=1)
+            values = np.take_along_axis(cosines, found[:, None], 1)[:, 0]
+            rows, best = np.where(values > best, first + found, rows), np.maximum(best, values)
+    return rows, best
+
+
+def _texts(base: PretrainedWeights) -> dict[int, str]:
+    """Return the quoted text of every token, from the base's tokenizer; {} if it has none that can be read."""
+    file = (base.folder if base.folder.is_dir() else base.folder.parent) / "tokenizer.json"
+    try:
+        vocabulary: Any = read_json(file, _Tokenizer).model.vocab
+    except (OSError, ValueError):
+        return {}
+    ids = (
+        vocabulary.items() if isinstance(vocabulary, dict) else ((each[0], row) for row, each in enumerate(vocabulary))
+    )
+    return {row: f" {printable(repr(text))}" for text, row in ids}

@@ -54,6 +54,7 @@ def spoils(target: Target) -> Iterator[tuple[str, Spoil]]:
     """Yield the ways to spoil a sound adapter, with their names."""
     yield from _bytes(target)
     yield from _headers(target)
+    yield from _alphas(target)
     yield from _tensors(target)
     yield from _names(target)
     yield from _configurations(target)
@@ -114,6 +115,35 @@ def _headers(target: Target) -> Iterator[tuple[str, Spoil]]:
         )
 
 
+# An alpha that is not one number, not finite, or not the rank's sign
+ALPHAS: Mapping[str, np.ndarray] = {
+    "NaN": np.float32(np.nan),
+    "infinity": np.float32(np.inf),
+    "-1": np.float32(-1),
+    "0": np.float32(0),
+    "of two values": np.ones(2, "f4"),
+    "of no value": np.ones(0, "f4"),
+    "of an integer": np.int64(4),
+}
+
+
+def _alphas(target: Target) -> Iterator[tuple[str, Spoil]]:
+    for what, alpha in ALPHAS.items():
+        yield (
+            f"alpha {what}",
+            lambda target, alpha=alpha: target.edit(
+                lambda tensors: tensors | {f"{target.module}.alpha": np.asarray(alpha)}
+            ),
+        )
+    for value in ("8", None, -1, 1e400, [8]):
+        about = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": value, "unet.r": 2})}
+        about |= {"ss_network_alpha": str(value), "ss_network_dim": str(value)}
+        yield (
+            f"metadata with alpha {value!r}",
+            lambda target, about=about: edit_header(target.weights, lambda content: content | {"__metadata__": about}),
+        )
+
+
 # -- tensors and names ---------------------------------------------------------------------------------------------
 
 
@@ -151,6 +181,8 @@ CHANGES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 def _tensors(target: Target) -> Iterator[tuple[str, Spoil]]:
     stored = load_file(target.weights)
     for name, array in stored.items():
+        if target.module not in name and name.count(".") > 1:  # of another module
+            continue
         for what, change in CHANGES.items():
             if array.dtype != np.float32 and what not in ("empty", "with a row more", "of negative numbers", "zero"):
                 continue
@@ -203,7 +235,7 @@ def _names(target: Target) -> Iterator[tuple[str, Spoil]]:
 
 # -- configuration -------------------------------------------------------------------------------------------------
 
-VALUES: tuple[Any, ...] = (None, 0, -1, 10**9, 0.5, "8", "\x1b[31m\n", [], {}, True, float("nan"), 10**400)
+VALUES: tuple[Any, ...] = (None, 0, -1, 10**9, "\x1b[31m\n", [], 0.5, True, float("nan"), 10**400)
 
 
 # Settings that some format uses; others may have them, too.
@@ -237,8 +269,9 @@ def _configurations(target: Target) -> Iterator[tuple[str, Spoil]]:
     known = json.loads(target.config.read_bytes())
     for key in known:
         yield f"no {key}", _without(key)
-    for key in dict.fromkeys([*known, *SETTINGS]):
-        for value in VALUES if key in known else VALUES[-4:]:
+    # Formats have many settings in common: each gets three values, which differ between formats.
+    for number, key in enumerate(dict.fromkeys([*known, *SETTINGS]), len(known)):
+        for value in (VALUES[(number + step) % len(VALUES)] for step in (0, 3, 7)):
             yield f"{key} = {str(value)[:20]!r}", _set(key, value)
     for kind in ("NEW", "\x1b[31m\n", "LORA", "ADALORA", "LOHA", "VERA", "IA3", "PROMPT_TUNING", "POLY", "BEFT", "OSF"):
         yield f"peft_type {kind!r}", _set("peft_type", kind)

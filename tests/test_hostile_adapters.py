@@ -96,7 +96,9 @@ def unlisted(path: Path, base: Path | None) -> set[str]:
         files = ls.load(path, base).files
     listed = {*files.others, *(PREFIX + name for name in files.others)}
     used = {tensor.name for part in files.parts.values() for tensor in _tensors(vars(part))}
-    return {name for file in files.files for name in file} - used - listed
+    stored = {name for file in files.files for name in file} - used - listed
+    # The scales of image adapters contain the alphas.
+    return {name for name in stored if not (name.endswith(".alpha") and "spelling" in files.config)}
 
 
 def _tensors(value: Any) -> Iterator[StoredTensor]:

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save
 
 import lorascope as ls
+from lorascope.diagnosis.inspection import inspect
 
 Q = "model.layers.0.self_attn.q_proj"
 EMBED = "model.embed_tokens"
@@ -121,7 +122,8 @@ def test_whole_weights_require_the_base(tmp_path: Path) -> None:
 def test_checkpoints_are_listed_and_read_by_their_path(tmp_path: Path) -> None:
     write(tmp_path, {name: 3 * each for name, each in pair(Q, 5, 6).items()}, "0000100_adapters.safetensors")
     adapter = ls.load(write(tmp_path, pair(Q, 5, 6)))
-    assert adapter.files.notes == ("other weight files in the folder are not read: 0000100_adapters.safetensors",)
+    assert dict(inspect(adapter).facts)["checkpoints"] == "1, step 100; --series shows them"
+    assert adapter.files.notes == ()
     assert adapter.updates()[Q].dense() == pytest.approx(2 * PRODUCT.T, rel=1e-6)
     checkpoint = ls.load(tmp_path / "0000100_adapters.safetensors")
     assert checkpoint.updates()[Q].dense() == pytest.approx(18 * PRODUCT.T, rel=1e-6)

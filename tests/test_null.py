@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import peft
 import pytest
+import torch
 from contract.format_rows import write
+from peft_oracle import nested
+from safetensors.numpy import save
 from scipy.stats import kstest
 
 import lorascope as ls
@@ -15,6 +20,7 @@ from lorascope.cli.main import main
 from lorascope.diagnosis.inspection import inspect
 from lorascope.diagnosis.null import below_null, null_table, outliers, random_spectra
 from lorascope.updates import LowRank
+from lorascope.updates.fourier import Fourier, entries
 
 LAYERS, OUT, IN, RANK = 8, 12, 10, 4
 
@@ -103,3 +109,70 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "effective_rank_p" in capsys.readouterr().out.splitlines()[0]
     assert main(["inspect", str(tmp_path / "a"), str(tmp_path / "a"), "--null"]) == 2
     assert "--null requires one adapter or run, got 2" in capsys.readouterr().err
+
+
+def written(kind: str, folder: Path, config: dict[str, Any], factor: str, array: np.ndarray) -> tuple[Path, Path]:
+    """Write an adapter of one module with one factor, and its base."""
+    module, base = "model.layers.0.self_attn.q_proj", folder / "base"
+    base.mkdir(parents=True)
+    weight = np.random.default_rng(9).standard_normal((OUT, IN)).astype("f4")
+    (base / "model.safetensors").write_bytes(save({f"{module}.weight": weight}))
+    write(folder / "adapter", {"peft_type": kind} | config, {f"{module}.{factor}": array.astype("f4")})
+    return folder / "adapter", base
+
+
+def untrained(paths: tuple[Path, Path]) -> float:
+    return null_table(inspect(ls.load(*paths)))["untrained_norm"].item()
+
+
+def test_random_coefficients_have_the_norm_of_untrained_adapters(tmp_path: Path) -> None:
+    rng, n = np.random.default_rng(0), 30
+    settings = {"n_frequency": n, "scaling": 9.0, "random_loc_seed": 3}
+    trained = written("FOURIERFT", tmp_path / "f", settings, "fourierft_spectrum", 5 * rng.standard_normal(n))
+    places = entries((OUT, IN), n, 3)
+    drawn = [Fourier(rng.standard_normal(n), places, (OUT, IN), 9.0).norm() for _ in range(2000)]
+    assert untrained(trained) == pytest.approx(np.sqrt(np.mean(np.square(drawn))), rel=0.05)
+    settings |= {"init_weights": True}
+    assert untrained(written("FOURIERFT", tmp_path / "z", settings, "fourierft_spectrum", rng.standard_normal(n))) == 0
+    kernel = rng.standard_normal((OUT // 2, IN // 2, 2))  # every value occurs twice in dW, divided by the inputs
+    exact = np.sqrt(2 / (OUT + IN)) * np.sqrt(2 * kernel.size) / IN
+    assert untrained(written("C3A", tmp_path / "c", {}, "c3a_kernel", kernel)) == pytest.approx(exact)
+    for start, sigma in (("gaussian", 1.0), ("kaiming_uniform", np.sqrt(1 / (3 * IN))), (True, 0.0), ("new", np.nan)):
+        paths = written("C3A", tmp_path / str(start), {"init_weights": start}, "c3a_kernel", kernel)
+        assert untrained(paths) == pytest.approx(sigma * exact / np.sqrt(2 / (OUT + IN)), nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("FourierFTConfig", {"n_frequency": 40}),
+        ("C3AConfig", {"block_size": 4}),
+        ("WaveFTConfig", {"n_frequency": 40, "init_weights": False}),
+    ],
+)
+def test_untrained_norm_equals_that_of_new_peft_adapters(
+    kind: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    layers = {f"h.{layer}.q": torch.nn.Linear(8, 12, bias=False) for layer in range(60)}
+    model = peft.get_peft_model(nested(layers), getattr(peft, kind)(target_modules=["q"], **settings))
+    (tmp_path / "base").mkdir()
+    weights = {f"{name}.weight": np.ones((12, 8), "f4") for name in layers}
+    (tmp_path / "base" / "model.safetensors").write_bytes(save(weights))
+    model.save_pretrained(tmp_path / "adapter")
+    item = inspect(ls.load(tmp_path / "adapter", tmp_path / "base"))
+    table = null_table(item)
+    expected = np.sqrt(np.mean(np.square(item.modules["update_norm"])))
+    assert table["untrained_norm"].mean() == pytest.approx(expected, rel=0.05)
+
+
+def test_start_that_is_not_known_is_stated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter(tmp_path / "a", 0)
+    assert null_table(inspect(ls.load(tmp_path / "a")))["untrained_norm"].eq(0).all()
+    file = tmp_path / "a" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"init_lora_weights": "pissa"}))
+    assert main(["inspect", str(tmp_path / "a"), "--null"]) == 0
+    assert "|dW| before training: unknown for this kind of start" in capsys.readouterr().out
+    trained = written("C3A", tmp_path / "c", {}, "c3a_kernel", np.ones((6, 5, 2)))
+    assert main(["inspect", str(trained[0]), "--null"]) == 0
+    assert "|dW| before training: 0.33 (random coefficients)" in capsys.readouterr().out

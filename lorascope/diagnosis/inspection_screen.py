@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from lorascope.diagnosis.evidence import largest
-from lorascope.diagnosis.inspection import Inspection
+from lorascope.diagnosis.inspection import Inspection, pool_norms
 from lorascope.diagnosis.null import below_null, outliers
 from lorascope.diagnosis.terminal import (
     WIDTH,
@@ -68,7 +68,13 @@ def _null_facts(table: pd.DataFrame) -> Iterator[Fact]:
             count = int(below_null(table, name).sum())
             mean = f"{words} rank of random factors: {number(compared[f'{name}_null'].mean())}"
             lines.append(Text(f"{mean}; lower in {count} of {len(compared)} modules"))
-    yield "null", lines or [Text("no product of two factors of rank >= 2")]
+    lines = lines or [Text("no product of two factors of rank >= 2")]
+    start = pool_norms(table["untrained_norm"])
+    if table["untrained_norm"].isna().any():
+        lines.append(Text("|dW| before training: unknown for this kind of start"))
+    elif start:
+        lines.append(Text(f"|dW| before training: {norm(start)} (random coefficients)"))
+    yield "null", lines
     far = outliers(table)
     named = [Elided(row["module"], f"z {row['norm_z']:<6.1f} ") for row in far.head(3).to_dict("records")]
     more = [Text(f"and {len(far) - 3} more")] if len(far) > 3 else []

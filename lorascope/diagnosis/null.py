@@ -5,8 +5,8 @@ null is ``B A`` with independent normal entries, whose ranks are the same at any
 singular values; its triangular factors are drawn directly (Bartlett, 1933), so the size of the module does not matter.
 A p-value is the fraction of draws with a rank as low, counting the adapter itself.
 
-A norm has no such null: an untrained adapter has norm 0. It is compared with the same role in the other layers, along a
-line through the depth (Theil, 1950; Sen, 1968).
+A norm has no such null: most untrained adapters have norm 0; see ``untrained`` for the others. It is compared with the
+same role in the other layers, along a line through the depth (Theil, 1950; Sen, 1968).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 
 from lorascope.array_types import Float
 from lorascope.diagnosis.inspection import Inspection
+from lorascope.diagnosis.untrained import untrained_norms
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.updates import effective_rank, stable_rank
 
@@ -47,8 +48,9 @@ def null_table(inspection: Inspection, draws: int = DRAWS, seed: int = 0) -> pd.
     -------
     DataFrame
         One row per module: ``module, role, layer``; for effective and stable rank ``*_null`` (mean of the draws) and
-        ``*_p``, NaN unless the update is a product of two factors of rank >= 2; and ``norm_z``, the robust z of the
-        logarithm of the norm, NaN for roles with fewer than five modules.
+        ``*_p``, NaN unless the update is a product of two factors of rank >= 2; ``norm_z``, the robust z of the
+        logarithm of the norm, NaN for roles with fewer than five modules; and ``untrained_norm``, the root mean square
+        of |dW| before training, NaN if it is not known.
     """
     modules = inspection.modules
     updates, rng = inspection.run.updates(), np.random.default_rng(seed)
@@ -67,7 +69,8 @@ def null_table(inspection: Inspection, draws: int = DRAWS, seed: int = 0) -> pd.
                 values[f"{name}_null"] = float(drawn.mean())
                 values[f"{name}_p"] = (1 + int((drawn <= row[name]).sum())) / (draws + 1)
         rows.append({name: row[name] for name in ("module", "role", "layer")} | values)
-    return pd.DataFrame(rows).assign(norm_z=_norm_z(modules))
+    norms = untrained_norms(inspection.run, dict(zip(modules["module"], modules["update_norm"], strict=True)))
+    return pd.DataFrame(rows).assign(norm_z=_norm_z(modules), untrained_norm=list(norms.values()))
 
 
 def random_spectra(

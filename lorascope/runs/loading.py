@@ -16,7 +16,7 @@ from lorascope.files.printable import first_of, printable
 from lorascope.files.safetensors_io import TensorFile, is_pickle, is_plain, open_tensors, reject_pickles, weight_files
 from lorascope.files.typed_json import read_json, to_typed, unreadable
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.checkpoint_names import by_step, find_checkpoints
+from lorascope.runs.checkpoint_names import by_step, find_checkpoints, step_of
 from lorascope.runs.folders import RecipeManifest
 from lorascope.runs.formats import find_reader, find_sentence
 from lorascope.runs.formats.peft_lora import CONFIG, KINDS, STEM, CommonConfig, factor_files, peft_kind
@@ -213,9 +213,10 @@ def _open_files(path: Path) -> tuple[TensorFile, ...]:
 
 
 def _unread_files(path: Path, files: Iterable[TensorFile]) -> Iterator[str]:
-    """Yield a caution about the other weight files in a folder."""
+    """Yield a caution about the other weight files in a folder, except for checkpoints."""
     opened = {file.path.name for file in files}
-    inside = [] if not path.is_dir() else [file for file in path.iterdir() if file.name not in opened]
+    inside = path.iterdir() if path.is_dir() else ()
+    inside = (file for file in inside if file.name not in opened and step_of(file) is None)
     unread = sorted(each.name for each in inside if each.suffix in (".safetensors", ".gguf") or is_pickle(each))
     if unread:
         yield f"other weight files in the folder are not read: {first_of(unread)}"

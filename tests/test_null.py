@@ -150,9 +150,7 @@ def test_random_coefficients_have_the_norm_of_untrained_adapters(tmp_path: Path)
         ("WaveFTConfig", {"n_frequency": 40, "init_weights": False}),
     ],
 )
-def test_untrained_norm_equals_that_of_new_peft_adapters(
-    kind: str, settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_untrained_norm_equals_that_of_new_peft_adapters(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     layers = {f"h.{layer}.q": torch.nn.Linear(8, 12, bias=False) for layer in range(60)}
     model = peft.get_peft_model(nested(layers), getattr(peft, kind)(target_modules=["q"], **settings))
@@ -175,4 +173,4 @@ def test_start_that_is_not_known_is_stated(tmp_path: Path, capsys: pytest.Captur
     assert "|dW| before training: unknown for this kind of start" in capsys.readouterr().out
     trained = written("C3A", tmp_path / "c", {}, "c3a_kernel", np.ones((6, 5, 2)))
     assert main(["inspect", str(trained[0]), "--null"]) == 0
-    assert "|dW| before training: 0.33 (random coefficients)" in capsys.readouterr().out
+    assert "|dW| before training: 0.330 (random coefficients)" in capsys.readouterr().out

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
 
+from lorascope.array_types import Float, Int
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import read_json
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights

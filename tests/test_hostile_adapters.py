@@ -23,6 +23,7 @@ from test_gguf import write as write_gguf
 import lorascope as ls
 from lorascope.cli.main import main
 from lorascope.files.printable import printable
+from lorascope.runs.formats.peft_merge import MERGED
 from lorascope.runs.formats.stored_update import StoredTensor
 
 FAST = {"read_adapter": 12, "read_loha": 40, "read_kohya": 12}
@@ -97,8 +98,13 @@ def unlisted(path: Path, base: Path | None) -> set[str]:
     listed = {*files.others, *(PREFIX + name for name in files.others)}
     used = {tensor.name for part in files.parts.values() for tensor in _tensors(vars(part))}
     stored = {name for file in files.files for name in file} - used - listed
-    # The scales of image adapters contain the alphas.
-    return {name for name in stored if not (name.endswith(".alpha") and "spelling" in files.config)}
+    # The scales of image adapters contain the alphas, and PEFT also merges weights that are stored as integers.
+    return {
+        name
+        for name in stored
+        if not (name.endswith(".alpha") and "spelling" in files.config)
+        and not (files.kind in MERGED and PREFIX in name)
+    }
 
 
 def _tensors(value: Any) -> Iterator[StoredTensor]:

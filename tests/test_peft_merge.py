@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,24 @@ def test_a_broken_configuration_is_refused(tmp_path: Path, capsys: pytest.Captur
     ):
         file.write_text(json.dumps(config | {setting: value}), encoding="utf-8")
         assert message in refused(tmp_path, capsys, "--base", str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"depth": 10**9}, r"Expected `int` <= 1024 - at `\$.depth`: 1000000000"),
+        ({"r": 10**9}, r"Expected `int` <= 16384 - at `\$.r`: 1000000000"),
+        ({"exclude_modules": "["}, "PEFT cannot merge it into .*unterminated character set"),
+    ],
+)
+def test_settings_that_peft_cannot_use_are_refused_in_one_line(
+    setting: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, "PEANUT")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 2
+    shown = capsys.readouterr().err
+    assert re.search(message, shown), shown
+    assert shown.count("\n") == 1

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from lorascope.array_types import Float
@@ -33,9 +34,11 @@ MERGED = ("ADAMSS", "DEFT", "FROD", "OSF", "PEANUT", "PSOFT", "PVERA", "TINYLORA
 
 @dataclass(frozen=True)
 class MergedConfig:
-    """Settings used from ``adapter_config.json``, which select the class of the model."""
+    """Settings used from ``adapter_config.json``, with limits of what PEFT allocates."""
 
     task_type: str | None = None
+    r: Annotated[int, msgspec.Meta(le=2**14)] | None = None
+    depth: Annotated[int, msgspec.Meta(le=2**10)] | None = None
     auto_mapping: dict[str, str | None] | None = None
 
 
@@ -91,7 +94,7 @@ def read_merged(
         found, used = merge(
             folder, weights.folder, (settings.auto_mapping or {}).get("base_model_class"), settings.task_type
         )
-    except (ImportError, OSError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # SafetensorError and re.error are not ValueErrors, and PEFT may raise any other
         reason = printable(" ".join(str(error).split())[:300])
         raise unreadable(path, f"PEFT cannot merge it into {printable(weights.folder)}: {reason}") from error
     parts = {}

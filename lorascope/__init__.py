@@ -26,6 +26,8 @@ _PUBLIC = {
     "diagnose": "lorascope.diagnosis.doctor:diagnose",
     "survey": "lorascope.diagnosis.survey:survey",
     "TrainerRecorder": "lorascope.training.hf_trainer.recorder:TrainerRecorder",
+    "record": "lorascope.training.any_loop:record",
+    "LoopRecorder": "lorascope.training.any_loop:LoopRecorder",
     "trainer_kwargs": "lorascope.training.hf_trainer.recorder:trainer_kwargs",
     **_METHODS,
     "neuron_scores": "lorascope.diagnosis.neuron_scores:neuron_scores",

@@ -13,8 +13,8 @@ import pytest
 
 from lorascope.files.safetensors_io import is_partial
 from lorascope.runs.folders import RunLocked, lock_run, new_folder, remove_run
-from lorascope.training.hf_trainer.run_folder import create_folder
 from lorascope.training.output_folder import prepare_folder
+from lorascope.training.run_folder import create_folder
 
 ID = "0123456789ab"
 MANIFEST = {

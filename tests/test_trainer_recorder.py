@@ -27,8 +27,9 @@ from lorascope.adapters import delta
 from lorascope.analysis import initial_update
 from lorascope.inputs import models
 from lorascope.schema import module_table
+from lorascope.training import run_folder
 from lorascope.training.base_weights import Base
-from lorascope.training.hf_trainer import method_callback, run_folder
+from lorascope.training.foreign_loop import step_of
 from lorascope.training.state import seed_generators
 
 QV = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
@@ -154,7 +155,7 @@ def test_norms_of_a_peft_layer_equal_a_worked_example(quantized):
     if quantized:  # packed, as in a 4-bit model
         model.q.base_layer.weight = nn.Parameter(torch.ones(3, 1, dtype=torch.uint8), requires_grad=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-    step = method_callback.step_of(model, optimizer, Base(model), module_table.describe(model))
+    step = step_of(model, optimizer, Base(model), module_table.describe(model), "here")
     step.total = 1
     found = {item.quantity: item.value for item in ls.observe.norms()(step)}
     assert found["update_norm"] == pytest.approx(10.0)

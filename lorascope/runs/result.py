@@ -246,10 +246,11 @@ class Result(ABC):
         """Return the facts that represent the result, each with its key."""
         meta = self.meta
         done = "" if self.finished else f", {meta.status}"
+        size = meta.settings.get("batch_size")
         lines = [
             ("run", f"{self.id}  {self.label}, seed {meta.seed}{done}"),
             ("model", f"{meta.model} on {meta.task}"),
-            ("steps", f"{meta.settings['steps']}, batch size {meta.settings['batch_size']}"),
+            ("steps", f"{meta.settings['steps']}" + ("" if size is None else f", batch size {size}")),
             ("folder", str(self.path)),
         ]
         if meta.error is not None:

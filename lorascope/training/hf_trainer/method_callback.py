@@ -15,26 +15,25 @@ Under DDP, all processes call the hooks on the same averaged gradients, and the 
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from lorascope.inputs.classifier_head import weights_hash
-from lorascope.methods.base import Method, Step
+from lorascope.methods.base import Method
 from lorascope.training.base_weights import Base, begin_training, reject_adapted
+from lorascope.training.foreign_loop import SHARDED, reject_sharded_weights, step_of, unwrap_optimizer
 from lorascope.training.session import clip_gradients, nonfinite_reason
 from lorascope.training.settings import Settings
 from lorascope.training.state import fingerprint, freeze, frozen_names, load_tree, save_tree, trained_parameters
 
 FILE = "lorascope-method.safetensors"
 MARKER = "_lorascope_driver"  # attribute of a model that holds its callback
+LOOP = "under a Trainer"
 
 
 class MethodCallback(TrainerCallback):
@@ -49,7 +48,7 @@ class MethodCallback(TrainerCallback):
         self.method, self.settings = _only_phase(method, self.base), settings
         self.w0_hash = weights_hash(model)
         self.optimizer, modules = begin_training(self.method, model, self.base, settings)
-        self.step = step_of(model, self.optimizer, self.base, modules)
+        self.step = step_of(model, self.optimizer, self.base, modules, LOOP)
         self.norm: float | None = None
         self._step_pending = False
         setattr(model, MARKER, self)
@@ -107,16 +106,6 @@ class MethodCallback(TrainerCallback):
         write_checkpoint_file(args, state, FILE, self.optimizer, tree)
 
 
-def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, base: Base, modules: pd.DataFrame) -> Step:
-    """Return the Step of a Trainer, which gives no access to batches, their loss or held-out text."""
-    sources = partial(_fail, "the loss of a batch"), partial(_fail, "the search split"), partial(_fail, "held-out text")
-    return Step(-1, 0, model, optimizer, base, modules, *sources, shows_text=False)
-
-
-def _fail(source: str, *_: Any) -> Any:
-    raise ValueError(f"cannot access {source} under a Trainer; train with ls.train")
-
-
 def _only_phase(method: Method, base: Base) -> Method:
     """Return the method of the only phase; raise a ValueError if it needs several phases or a search split."""
     use_train = "train with ls.train, then export"
@@ -131,19 +120,10 @@ def _only_phase(method: Method, base: Base) -> Method:
 
 def reject_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise a ValueError if the weights are sharded, so that no process has all of them."""
-    reason = "no process has all its weights; use DDP or a single process"
-    for name, parameter in model.named_parameters():
-        # ZeRO-3 and the first version of FSDP leave ordinary parameters that only an attribute identifies.
-        if isinstance(parameter, DTensor) or any(hasattr(parameter, key) for key in ("ds_id", "_fsdp_flattened")):
-            raise ValueError(f"cannot use sharded {name} (FSDP, tensor parallelism or ZeRO-3): {reason}")
+    reject_sharded_weights(model)
     known = {id(parameter) for parameter in model.parameters()}
     if any(id(parameter) not in known for parameter in trained_parameters(optimizer)):
-        raise ValueError(f"cannot use an optimizer of sharded weights (FSDP or DeepSpeed): {reason}")
-
-
-def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the optimizer inside accelerate's wrapper, or the optimizer itself without one."""
-    return getattr(optimizer, "optimizer", optimizer)
+        raise ValueError(f"cannot use an optimizer of sharded weights (FSDP or DeepSpeed): {SHARDED}")
 
 
 def write_checkpoint_file(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,22 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
-from lorascope.files.printable import printable
 from lorascope.methods.base import Method, task_head
 from lorascope.observe import Observer, norms
-from lorascope.observe.trainable import unreadable_adapters
 from lorascope.schema import module_table
 from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base
+from lorascope.training.foreign_loop import step_of, unwrap_optimizer, warn_unreadable
 from lorascope.training.hf_trainer.method_callback import (
+    LOOP,
     MARKER,
     MethodCallback,
     read_checkpoint_file,
     reject_sharded,
-    step_of,
-    unwrap_optimizer,
     write_checkpoint_file,
 )
-from lorascope.training.hf_trainer.run_folder import Recording
 from lorascope.training.hf_trainer.run_metadata import describe_run, overlap
+from lorascope.training.run_folder import Recording
 from lorascope.training.settings import Settings
 
 FILE = "lorascope-recorder.safetensors"
@@ -104,7 +101,7 @@ class TrainerRecorder(TrainerCallback):
             model = unwrap_peft_model(trainer["model"])
             base = Base(model)
             base.capture(optimizer)
-            step = step_of(model, optimizer, base, module_table.describe(model))
+            step = step_of(model, optimizer, base, module_table.describe(model), LOOP)
             step.index, step.total = state.global_step - 1, state.max_steps
         else:
             callback.on_train_begin(args, state, *_, **trainer)
@@ -114,13 +111,7 @@ class TrainerRecorder(TrainerCallback):
             return
         if self._recording is not None:
             self._recording.mark_interrupted()
-        if found := list(unreadable_adapters(step.model).items()):
-            module, kind = found[0]
-            more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-            warnings.warn(
-                f"cannot record the adapter of {printable(module)}, a {kind}{more}: the update is not a matrix",
-                stacklevel=2,
-            )
+        warn_unreadable(step.model)
         id = before["id"] if before else secrets.token_hex(6)
         meta = describe_run(args, state, trainer, step, callback, self.observers, id)
         path = self.out or Path(str(args.output_dir)) / "lorascope"

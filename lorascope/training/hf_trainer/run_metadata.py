@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,19 +13,10 @@ from lorascope.methods.base import Step, config
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import unreadable_adapters
 from lorascope.runs.manifest import Manifest
+from lorascope.training.foreign_loop import class_names, describe_recipe, peft_task_type
 from lorascope.training.hf_trainer.method_callback import MethodCallback
 from lorascope.training.run_spec import circumstances
 from lorascope.training.state import trained_parameters
-
-# Fields of a PEFT configuration that are not hyper-parameters.
-_NOT_HYPERPARAMETERS = {
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "task_type",
-    "peft_type",
-    "auto_mapping",
-}
 
 
 def describe_run(
@@ -43,9 +33,8 @@ def describe_run(
     trained = trained_parameters(step.optimizer)
     if method is None:  # an optimizer from PEFT may also contain frozen parameters
         trained = [parameter for parameter in trained if parameter.requires_grad]
-    recipe, label = (config(method), method.label()) if method else _trainer_entry(trainer["model"], step)
+    recipe, label = (config(method), method.label()) if method else describe_recipe(trainer["model"], step, "trainer")
     data = trainer["train_dataloader"].dataset
-    kind = next((each.task_type for each in getattr(trainer["model"], "peft_config", {}).values()), None)
     group = step.optimizer.param_groups[0]
     return Manifest(
         id=id,
@@ -54,11 +43,11 @@ def describe_run(
         recipe=recipe,
         label=label,
         phase=["", "train"],
-        task_type=None if kind is None else str(getattr(kind, "value", kind)),
+        task_type=peft_task_type(trainer["model"]),
         task_kind="image" if getattr(step.model, "main_input_name", None) == "pixel_values" else None,
         left_out=unreadable_adapters(step.model),
         task=getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__,
-        labels=_class_names(step),
+        labels=class_names(step),
         data_hash=getattr(data, "_fingerprint", None),
         w0_hash=None if callback is None else callback.w0_hash,
         settings={
@@ -99,32 +88,3 @@ def _dataset_rows(data: Any) -> tuple[Any, Sequence[int]]:
         origin, rows = _dataset_rows(data.dataset)
         return origin, [rows[index] for index in data.indices] if rows else []
     return getattr(data, "_fingerprint", None) or id(data), range(len(data)) if hasattr(data, "__len__") else ()
-
-
-def _trainer_entry(model: Any, step: Step) -> tuple[dict[str, Any], str]:
-    """Return the configuration of a training without a method of lorascope, and its label."""
-    rule = type(step.optimizer).__name__
-    if not hasattr(model, "peft_config"):
-        return {"name": "trainer", "rule": rule}, f"Trainer, {rule}"
-    peft = next(iter(model.peft_config.values()))
-    # Read the defaults from the fields, because AdaLoraConfig() without arguments raises an error.
-    default = {field.name: field.default for field in dataclasses.fields(peft)}
-    values = {key: sorted(value) if isinstance(value, set) else value for key, value in vars(peft).items()}
-    changed = {
-        key: value
-        for key, value in values.items()
-        if key not in _NOT_HYPERPARAMETERS and isinstance(value, int | float | str | list) and value != default.get(key)
-    }
-    kind = str(getattr(peft.peft_type, "value", peft.peft_type))
-    numbers = [f"{key} {value}" for key, value in changed.items() if isinstance(value, int | float)]
-    return {"name": "peft", "kind": kind, "rule": rule} | changed, ", ".join([f"PEFT {kind}", *numbers])
-
-
-def _class_names(step: Step) -> list[str] | None:
-    """Return the class names, or None if the head does not predict classes."""
-    settings = getattr(step.model, "config", None)
-    heads = step.modules[step.modules["role"] == "head"]["out_features"].tolist()
-    classes = getattr(settings, "id2label", None) or {}
-    if not heads or heads[-1] != len(classes) or heads[-1] == getattr(settings, "vocab_size", None):
-        return None
-    return [str(classes[number]) for number in sorted(classes)]

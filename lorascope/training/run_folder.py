@@ -1,4 +1,4 @@
-"""Run folder of a Trainer: create it, append to it, resume it."""
+"""Run folder of a training that another loop runs: create it, append to it, resume it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorascope.files.typed_json import read_json
 from lorascope.methods.base import Method, Step
@@ -24,16 +24,19 @@ from lorascope.training.checkpoints import pack_rows, unpack_rows
 from lorascope.training.recorder import Recorder
 from lorascope.training.state import load_tree, save_tree
 
+T = TypeVar("T")
+
 FLUSH_SECONDS = 30.0
 # Folders into which this process records, with the finalizer of each recording.
 _OPEN: dict[Path, weakref.finalize] = {}
 
 
 class Recording(Recorder):
-    """Recorder of a Trainer, which writes during the training and never stops it.
+    """Recorder of a training that another loop runs; it writes during the training and never stops it.
 
     Another run in the folder is moved aside; a finished run that resumes is copied aside. ``before`` is the result of
-    ``state`` at the step from which training resumes.
+    ``state`` at the step from which training resumes. A run that is not closed when the process ends is marked as
+    broken with the error ``lost``, or keeps the status "running" if that is None.
     """
 
     def __init__(
@@ -44,19 +47,23 @@ class Recording(Recorder):
         method: Method | None,
         observers: Sequence[Observer],
         before: dict[str, Any] | None,
+        lost: str | None = "the training ended before its last step",
     ) -> None:
         # The traceback of a failed training may still reference its recording, so end that one here.
         if (abandoned := _OPEN.pop(path.resolve(), None)) is not None:
             abandoned()
         create_folder(path, meta.id if before else None)
         super().__init__(path, meta, step, method, observers)
-        self._failing = self._final_state_saved = False
+        self._failing = False
+        self._final_step: int | None = None  # step of the saved final state
         self._flushed = math.inf
         self._base_file = path / "resume/base.safetensors"
         self._lock = ExitStack()
         self._lock.enter_context(lock_run(path))
-        # Mark the run as broken when the recording is deleted or the process ends, without a reference to the model.
-        self.mark_interrupted = _OPEN[path.resolve()] = weakref.finalize(self, mark_lost_run, self.writer, self._lock)
+        # Write the rows when the recording is deleted or the process ends, without a reference to the model.
+        self.mark_interrupted = _OPEN[path.resolve()] = weakref.finalize(
+            self, close_lost_run, self.writer, self._lock, lost
+        )
         if before is None:
             self.writer.begin(None)
             self.record()
@@ -85,15 +92,17 @@ class Recording(Recorder):
         if not self._failing:  # after a failure wait for the next flush: each attempt can block for seconds
             self.attempt(self.writer.write_arrays)
 
-    def attempt(self, write: Callable[[], object]) -> None:
-        """Write, or warn once per outage: a recorder must not stop training."""
+    def attempt(self, write: Callable[[], T]) -> T | None:
+        """Write and return the result, or warn once per outage and return None: a recorder must not stop training."""
         try:
-            write()
+            result = write()
             self._failing = False
+            return result
         except OSError as error:
             if not self._failing:
                 warnings.warn(f"{error}; training continues, and its records are kept in memory", stacklevel=2)
             self._failing = True
+            return None
 
     def state(self) -> dict[str, Any]:
         """Return the state from which a checkpoint resumes the recording; save W_0 in the run folder first."""
@@ -103,7 +112,7 @@ class Recording(Recorder):
 
     def save_final_state(self) -> None:
         """Save the current state as the final state of the training."""
-        self._final_state_saved = True
+        self._final_step = self.step.finished
         if not self.step.last:  # training stopped early, so this step was not recorded as the last
             self.step.total = self.step.finished
             self.observe()
@@ -111,12 +120,15 @@ class Recording(Recorder):
 
     def finish(self) -> Run:
         """Close the folder and return its run."""
-        if not self._final_state_saved:
+        if self._final_step != self.step.finished:
             self.save_final_state()
         meta = self.writer.meta
         if not meta.states:  # too late to save it: the Trainer may have loaded another state
             meta.error = "the state after its last step could not be written"
-        run = self.close("done" if meta.states else "broken")
+        return self.close("done" if meta.states else "broken")
+
+    def close(self, status: str) -> Run:
+        run = super().close(status)
         self.mark_interrupted.detach()
         self._lock.close()
         return run
@@ -144,10 +156,13 @@ def create_folder(folder: Path, resumed: str | None) -> None:
             shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("resume"))
 
 
-def mark_lost_run(writer: RunWriter, lock: ExitStack) -> None:
-    """Mark a run that was not finished as broken, unless another run has replaced it."""
+def close_lost_run(writer: RunWriter, lock: ExitStack, error: str | None) -> None:
+    """Write the rows of a run that was not finished, unless another has replaced it; an error marks it as broken."""
     with lock, suppress(OSError):
         file = writer.path / "run.json"
         if file.exists() and read_json(file, dict[str, Any]).get("started") == writer.meta.started:
-            writer.meta.error = "the training ended before its last step"
-            writer.finish("broken")
+            if error is None:
+                writer.flush()
+            else:
+                writer.meta.error = error
+                writer.finish("broken")

@@ -1,0 +1,118 @@
+"""Step, checks and metadata of a training that another loop runs: a Trainer, or the user's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lorascope.adapters.peft_layers import active_adapters, is_peft_layer
+from lorascope.files.printable import printable
+from lorascope.methods.base import Step
+from lorascope.observe.trainable import unreadable_adapters
+from lorascope.training.base_weights import Base
+
+SHARDED = "no process has all its weights; use DDP or a single process"
+# Fields of a PEFT configuration that are not hyper-parameters.
+_NOT_HYPERPARAMETERS = {
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+}
+_LOOPS = {"trainer": "Trainer", "loop": "PyTorch loop"}
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, base: Base, modules: pd.DataFrame, where: str) -> Step:
+    """Return the Step of a loop that gives no access to batches, their loss or held-out text."""
+    loss, search, text = (
+        partial(_fail, source, where) for source in ("the loss of a batch", "the search split", "held-out text")
+    )
+    return Step(-1, -1, model, optimizer, base, modules, loss, search, text, shows_text=False)
+
+
+def _fail(source: str, where: str, *_: Any) -> Any:
+    raise ValueError(f"cannot access {source} {where}; train with ls.train")
+
+
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer inside accelerate's wrapper, or the optimizer itself without one."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def reject_sharded_weights(model: nn.Module) -> None:
+    """Raise a ValueError if a parameter of the model is sharded, so that no process has all of it."""
+    for name, parameter in model.named_parameters():
+        # ZeRO-3 and the first version of FSDP leave ordinary parameters that only an attribute identifies.
+        if isinstance(parameter, DTensor) or any(hasattr(parameter, key) for key in ("ds_id", "_fsdp_flattened")):
+            raise ValueError(f"cannot use sharded {name} (FSDP, tensor parallelism or ZeRO-3): {SHARDED}")
+
+
+def warn_unreadable(model: nn.Module) -> None:
+    """Warn that adapters whose update is not a matrix are not recorded."""
+    if found := list(unreadable_adapters(model).items()):
+        module, kind = found[0]
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        warnings.warn(
+            f"cannot record the adapter of {printable(module)}, a {kind}{more}: the update is not a matrix",
+            stacklevel=3,
+        )
+
+
+def describe_recipe(model: nn.Module, step: Step, loop: str) -> tuple[dict[str, Any], str]:
+    """Return the configuration of a training without a method of lorascope, and its label.
+
+    With PEFT this is the configuration of the active adapter, and of the first one if several are active.
+    """
+    rule = type(step.optimizer).__name__
+    if not (active := _active_configs(model)):
+        return {"name": loop, "rule": rule}, f"{_LOOPS[loop]}, {rule}"
+    peft = next(iter(active.values()))
+    # Read the defaults from the fields, because AdaLoraConfig() without arguments raises an error.
+    default = {field.name: field.default for field in dataclasses.fields(peft)}
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in vars(peft).items()}
+    changed = {
+        key: value
+        for key, value in values.items()
+        if key not in _NOT_HYPERPARAMETERS and isinstance(value, int | float | str | list) and value != default.get(key)
+    }
+    kind = str(getattr(peft.peft_type, "value", peft.peft_type))
+    numbers = [f"{key} {value}" for key, value in changed.items() if isinstance(value, int | float)]
+    names = {"adapters": list(active)} if len(_configs(model)) > 1 else {}
+    label = ", ".join([f"PEFT {kind}", *numbers, *(f"adapter {' + '.join(each)}" for each in names.values())])
+    return {"name": "peft", "kind": kind, "rule": rule} | changed | names, label
+
+
+def peft_task_type(model: nn.Module) -> str | None:
+    """Return the task type of the active adapter of a PEFT model, None without one."""
+    kind = next((each.task_type for each in _active_configs(model).values()), None)
+    return None if kind is None else str(getattr(kind, "value", kind))
+
+
+def _configs(model: Any) -> dict[str, Any]:
+    return getattr(model, "peft_config", {})
+
+
+def _active_configs(model: nn.Module) -> dict[str, Any]:
+    """Return PEFT's configurations of the active adapters by name, or all of them if no layer has an active one."""
+    configs = _configs(model)
+    active = {name for layer in model.modules() if is_peft_layer(layer) for name in active_adapters(layer)}
+    return {name: config for name, config in configs.items() if name in active} or configs
+
+
+def class_names(step: Step) -> list[str] | None:
+    """Return the class names, or None if the head does not predict classes."""
+    settings = getattr(step.model, "config", None)
+    heads = step.modules[step.modules["role"] == "head"]["out_features"].tolist()
+    classes = getattr(settings, "id2label", None) or {}
+    if not heads or heads[-1] != len(classes) or heads[-1] == getattr(settings, "vocab_size", None):
+        return None
+    return [str(classes[number]) for number in sorted(classes)]

@@ -1,0 +1,399 @@
+"""Tests of the recorder of any loop: the same rows as under a Trainer, and no effect on the training."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.numpy import load_file
+from torch import nn
+from trainers import ROWS, STEPS, by_trainer, fresh, same_rows, same_weights
+from transformers import get_scheduler
+
+import lorascope as ls
+from lorascope.adapters import delta
+from lorascope.inputs import models
+from lorascope.training import run_folder
+from lorascope.training.state import seed_generators
+
+NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3)]
+TIMES = ["seconds", "factor_seconds"]
+
+
+@pytest.fixture(scope="module")
+def rows(bert, task):
+    encoded = task.encode(models.tokenizer(models.load(bert, task=task)), task.split("train").head(STEPS * ROWS))
+    batch = encoded.batch(range(STEPS * ROWS))
+    return [{key: value[i] for key, value in batch.items()} for i in range(STEPS * ROWS)]
+
+
+def full(bert, task):
+    model = fresh(bert, task)
+    model.accepts_loss_kwargs = False  # so that the Trainer divides the loss by the number of micro-batches
+    return model
+
+
+def with_lora(bert, task):
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=3)
+    with seed_generators(0), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(full(bert, task), config)
+    model.accepts_loss_kwargs = False
+    return model
+
+
+def adamw(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def batches(rows, size):
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [{key: torch.stack([row[key] for row in part]) for key in part[0]} for part in parts]
+
+
+def train(model, optimizer, rows, record=lambda **values: None, accumulate=1, clip=0.1):
+    """Train as the Trainer does: AdamW, clipping and a linear schedule, over the rows in order."""
+    model.train()
+    scheduler = get_scheduler("linear", optimizer, 0, STEPS)
+    pieces = batches(rows, ROWS // accumulate)
+    for start in range(0, len(pieces), accumulate):
+        total = torch.zeros(())
+        for piece in pieces[start : start + accumulate]:
+            piece = {("labels" if key == "label" else key): value for key, value in piece.items()}
+            loss = model(**piece).loss / accumulate
+            loss.backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+        optimizer.step()
+        scheduler.step()
+        record(loss=total, grad_norm=norm)
+        optimizer.zero_grad()
+
+
+def small():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def small_step(model, optimizer, seed=0):
+    data = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+    optimizer.zero_grad()
+    loss = model(data).square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def small_step_and_record(model, optimizer, recorder):
+    loss = small_step(model, optimizer)
+    recorder.step(loss=loss)
+    return loss.item()
+
+
+def last(run, quantity, module):
+    table = run.table[(run.table["quantity"] == quantity) & (run.table["module"] == module)]
+    return table.loc[table["step"].idxmax(), "value"]
+
+
+@pytest.mark.parametrize("steps", [STEPS, None])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("make", [full, with_lora])
+def test_rows_arrays_and_states_equal_those_under_a_trainer(make, accumulate, steps, bert, task, rows, tmp_path):
+    one, other = make(bert, task), make(bert, task)
+    settings = {"max_grad_norm": 0.1, "accumulate": accumulate, "optimizer": adamw(one)}
+    by_trainer(one, rows, tmp_path / "trainer", recorder=ls.TrainerRecorder(observe=NORMS), **settings)
+    optimizer = adamw(other)
+    with ls.record(other, optimizer, tmp_path / "loop", NORMS, steps=steps) as recorder:
+        train(other, optimizer, rows, recorder.step, accumulate)
+    same_weights(one, other)
+    expected, found = ls.load(tmp_path / "trainer/lorascope"), ls.load(tmp_path / "loop")
+    same_rows(found.table, expected.table, but=TIMES)
+    assert {"loss", "grad_norm", "lr", "update_norm", "step_norm"} <= set(found.table["quantity"])
+    assert found.meta.status == "done"
+    assert found.meta.checksums.keys() == expected.meta.checksums.keys()
+    for name in expected.meta.checksums:
+        if name.endswith(".safetensors"):
+            arrays = load_file(expected.path / name)
+            assert arrays.keys() == load_file(found.path / name).keys()
+            for key, array in load_file(found.path / name).items():
+                np.testing.assert_array_equal(array, arrays[key])
+    same = ["states", "modules", "hosts", "parameters", "labels", "task_type", "left_out", "quantities", "facts"]
+    for key in same:
+        assert getattr(found.meta, key) == getattr(expected.meta, key), key
+    assert found.meta.settings == {key: expected.meta.settings[key] for key in found.meta.settings}
+
+
+@pytest.mark.parametrize("make", [full, with_lora])
+def test_weights_and_generators_are_bitwise_equal_with_and_without_the_recorder(make, bert, task, rows, tmp_path):
+    trained, states = [], []
+    for recorded in (True, False):
+        torch.manual_seed(0)
+        model = make(bert, task)
+        optimizer = adamw(model)
+        if recorded:
+            with ls.record(model, optimizer, tmp_path / "run", NORMS) as recorder:
+                train(model, optimizer, rows, recorder.step)
+        else:
+            train(model, optimizer, rows)
+        trained.append(model)
+        states.append(torch.get_rng_state())
+    same_weights(*trained)
+    assert torch.equal(*states)
+
+
+def test_run_of_a_plain_model_is_readable(tmp_path):
+    model, optimizer = small()
+    before = model[0].weight.detach().clone()
+    recorder = ls.record(model, optimizer, tmp_path / "run", seed=3, task="noise")
+    losses = [small_step_and_record(model, optimizer, recorder) for _ in range(3)]
+    recorder.evaluate(loss=0.5, metric=torch.tensor(0.75))
+    run = recorder.close()
+    assert recorder.close() is None
+    assert (run.seed, run.task, run.label, run.meta.settings["steps"]) == (3, "noise", "PyTorch loop, SGD", 3)
+    read = ls.load(tmp_path / "run")
+    table = read.table.set_index("quantity")["value"]
+    assert table["loss"].tolist() == losses
+    assert (table["eval_loss"], table["eval_metric"]) == (0.5, 0.75)
+    change = float((model[0].weight.detach() - before).norm())
+    assert last(read, "update_norm", "0") == pytest.approx(change, rel=1e-6)
+    assert "steps   3\n" in repr(read)
+
+
+def test_call_without_an_optimizer_step_records_nothing(tmp_path):
+    model, optimizer = small()
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        recorder.step(loss=1.0)
+        small_step_and_record(model, optimizer, recorder)
+        recorder.step(loss=2.0)
+    assert ls.load(tmp_path / "run").table["step"].max() == 1
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_step_that_grad_scaler_skips_is_not_recorded(fused, tmp_path):
+    model, _ = small()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    with ls.record(model, optimizer, tmp_path / "run", [ls.observe.norms(every=1)]) as recorder:
+        for factor in (1.0, torch.inf, 2.0):
+            optimizer.zero_grad()
+            loss = model(torch.ones(2, 4)).square().mean() * factor
+            scaler.scale(loss).backward()
+            before = model[0].weight.detach().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(before, model[0].weight) == (factor == torch.inf)
+            recorder.step(loss=loss)
+    table = ls.load(tmp_path / "run").table
+    losses = table[table["quantity"] == "loss"]
+    assert losses["step"].tolist() == [1, 2]
+    assert np.isfinite(losses["value"]).all()
+    assert (table[table["quantity"] == "step_norm"]["value"] > 0).all()
+
+
+def test_learning_rate_is_that_of_the_step_regardless_of_the_scheduler(tmp_path):
+    model, optimizer = small()
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        for _ in range(3):
+            loss = small_step(model, optimizer)
+            scheduler.step()
+            recorder.step(loss=loss)
+    table = ls.load(tmp_path / "run").table
+    assert table[table["quantity"] == "lr"]["value"].tolist() == [0.1, 0.05, 0.025]
+
+
+def test_steps_beyond_the_planned_ones_are_recorded(tmp_path):
+    model, optimizer = small()
+    with ls.record(model, optimizer, tmp_path / "run", steps=2) as recorder:
+        for _ in range(3):
+            small_step_and_record(model, optimizer, recorder)
+    run = ls.load(tmp_path / "run")
+    assert (run.meta.states["last"].step, run.meta.settings["steps"]) == (3, 3)
+    assert run.table.query("quantity == 'update_norm' and module == '0'")["step"].tolist() == [0, 2, 3]
+
+
+def test_training_under_accelerate_is_recorded(bert, task, rows, tmp_path):
+    """Accelerate skips the optimizer steps between micro-batches, so the recorder may be called after each of them."""
+    plain, model = with_lora(bert, task), with_lora(bert, task)
+    train(plain, adamw(plain), rows, accumulate=2, clip=torch.inf)
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    optimizer = adamw(model)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, get_scheduler("linear", optimizer, 0, STEPS))
+    model.train()
+    with ls.record(model, optimizer, tmp_path / "run", NORMS) as recorder:
+        for batch in batches(rows, ROWS // 2):
+            with accelerator.accumulate(model):
+                loss = model(**{("labels" if key == "label" else key): value for key, value in batch.items()}).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                scheduler.step()
+                recorder.step(loss=loss)
+                optimizer.zero_grad()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    same_weights(plain, accelerator.unwrap_model(model))
+    run = ls.load(tmp_path / "run")
+    assert run.finished
+    assert run.table.query("quantity == 'loss'")["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert run.ranks() == dict.fromkeys(dict(delta.deltas(plain)), 3)
+
+
+def test_active_adapter_of_several_is_recorded_under_its_name(bert, task, rows, tmp_path):
+    model = with_lora(bert, task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter("second", peft.LoraConfig(task_type="SEQ_CLS", target_modules=["key"], r=2))
+    model.set_adapter("second")
+    optimizer = adamw(model)
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        train(model, optimizer, rows, recorder.step)
+    run = ls.load(tmp_path / "run")
+    found = dict(delta.deltas(model))
+    assert run.ranks() == dict.fromkeys(found, 2)
+    assert {name.rpartition(".")[2] for name in found} == {"key"}
+    assert run.label == "PEFT LORA, r 2, adapter second"
+    assert run.meta.method["adapters"] == ["second"]
+    for name, update in found.items():
+        assert update.norm() > 0
+        assert last(run, "update_norm", name) == pytest.approx(update.norm(), rel=1e-12)
+
+
+def test_wrapped_models_are_recorded_under_their_own_names(tmp_path):
+    for number, wrap in enumerate([nn.DataParallel, lambda model: torch.compile(model, backend="eager")]):
+        model, optimizer = small()
+        with ls.record(wrap(model), optimizer, tmp_path / str(number)) as recorder:
+            small_step_and_record(model, optimizer, recorder)
+        assert set(ls.load(tmp_path / str(number)).summary()["module"]) == {"0", "2"}
+
+
+def test_only_the_first_process_of_ddp_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    model, optimizer = small()
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        small_step_and_record(model, optimizer, recorder)
+        recorder.evaluate(loss=1.0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_exception_marks_the_run_as_broken_and_keeps_its_rows(tmp_path):
+    model, optimizer = small()
+
+    def fail():
+        with ls.record(model, optimizer, tmp_path / "run") as recorder:
+            for _ in range(3):
+                small_step_and_record(model, optimizer, recorder)
+            raise RuntimeError("out of memory\nat step 4")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fail()
+    run = ls.load(tmp_path / "run")
+    assert (run.meta.status, run.meta.error) == ("broken", "RuntimeError: out of memory")
+    assert run.table.query("quantity == 'loss'")["step"].tolist() == [1, 2, 3]
+    assert not run.meta.states
+
+
+def test_run_that_is_not_closed_stays_running_with_all_rows(tmp_path):
+    model, optimizer = small()
+    recorder = ls.record(model, optimizer, tmp_path / "run")
+    small_step_and_record(model, optimizer, recorder)
+    assert ls.load(tmp_path / "run").meta.status == "running"
+    del recorder
+    gc.collect()
+    run = ls.load(tmp_path / "run")
+    assert (run.meta.status, run.meta.error, run.table["step"].max()) == ("running", None, 1)
+
+
+def test_another_run_in_the_folder_is_moved_aside(tmp_path):
+    model, optimizer = small()
+    first = ls.record(model, optimizer, tmp_path / "run").close()
+    open_recorder = ls.record(model, optimizer, tmp_path / "run")
+    small_step_and_record(model, optimizer, open_recorder)
+    last = ls.record(model, optimizer, tmp_path / "run").close()
+    assert ls.load(tmp_path / "run").id == last.id
+    assert ls.load(tmp_path / f"run-{first.id}").finished
+    assert sum(ls.load(path).table["step"].max() for path in tmp_path.iterdir()) == 1
+
+
+KILLED = """
+import os, signal, sys, torch
+import lorascope as ls
+from lorascope.training import run_folder
+
+run_folder.FLUSH_SECONDS = 0.0
+model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+with ls.record(model, optimizer, sys.argv[1]) as recorder:
+    for step in range(5):
+        loss = model(torch.ones(2, 4)).square().mean()
+        loss.backward()
+        optimizer.step()
+        recorder.step(loss=loss)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_killed_process_leaves_a_readable_run(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run")], check=False)
+    assert done.returncode == -signal.SIGKILL
+    run = ls.load(tmp_path / "run")
+    assert run.meta.status == "running"
+    assert run.table.query("quantity == 'loss'")["step"].tolist() == [1, 2, 3, 4, 5]
+    assert run.meta.settings["steps"] == 5
+
+
+def test_run_can_be_read_during_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "FLUSH_SECONDS", 0.0)
+    model, optimizer = small()
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        for step in (1, 2):
+            small_step_and_record(model, optimizer, recorder)
+            run = ls.load(tmp_path / "run")
+            assert (run.meta.status, run.table["step"].max()) == ("running", step)
+
+
+def test_full_disk_does_not_stop_training(tmp_path, monkeypatch):
+    model, optimizer = small()
+
+    def fail(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    recorder = ls.record(model, optimizer, tmp_path / "run", [ls.observe.factors()])
+    small_step_and_record(model, optimizer, recorder)
+    monkeypatch.setattr(os, "fsync", fail)
+    small_step_and_record(model, optimizer, recorder)
+    with pytest.warns(UserWarning, match="No space left"):
+        assert recorder.close() is None
+    monkeypatch.undo()
+    assert ls.load(tmp_path / "run").meta.status == "running"
+
+
+def test_invalid_arguments_are_rejected_in_one_line(tmp_path):
+    model, optimizer = small()
+    other, _ = small()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign/notes.txt").touch()
+    cases = [
+        (lambda: ls.record(other, optimizer, tmp_path / "run"), "trains no parameter of the model"),
+        (lambda: ls.record(model, "adam", tmp_path / "run"), r"optimizer must be a torch\.optim\.Optimizer, got str"),
+        (lambda: ls.record(model, optimizer, tmp_path / "run", steps=0), "steps must be >= 1 or None, got 0"),
+        (lambda: ls.record(model, optimizer, tmp_path / "foreign"), "contains files but no run"),
+        (lambda: ls.record(model, optimizer, tmp_path / "run", [ls.observe.utilization()]), "held-out text in your"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)

@@ -23,6 +23,7 @@ from transformers import get_scheduler
 
 import lorascope as ls
 from lorascope.adapters import delta
+from lorascope.cli.main import main
 from lorascope.inputs import models
 from lorascope.training import run_folder
 from lorascope.training.state import seed_generators
@@ -171,6 +172,15 @@ def test_run_of_a_plain_model_is_readable(tmp_path):
     assert "steps   3\n" in repr(read)
 
 
+def test_unknown_seed_and_task_are_omitted_from_descriptions(tmp_path, capsys):
+    model, optimizer = small()
+    run = ls.record(model, optimizer, tmp_path / "run").close()
+    main(["inspect", str(tmp_path / "run")])
+    shown = repr(run) + capsys.readouterr().out
+    assert shown.count("PyTorch loop, SGD") == shown.count("Sequential") == 2
+    assert "None" not in shown
+
+
 def test_call_without_an_optimizer_step_records_nothing(tmp_path):
     model, optimizer = small()
     with ls.record(model, optimizer, tmp_path / "run") as recorder:
@@ -202,7 +212,7 @@ def test_step_that_grad_scaler_skips_is_not_recorded(fused, tmp_path):
     assert (table[table["quantity"] == "step_norm"]["value"] > 0).all()
 
 
-def test_learning_rate_is_that_of_the_step_regardless_of_the_scheduler(tmp_path):
+def test_learning_rate_equals_that_of_the_step_regardless_of_the_scheduler(tmp_path):
     model, optimizer = small()
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     with ls.record(model, optimizer, tmp_path / "run") as recorder:
@@ -269,6 +279,27 @@ def test_active_adapter_of_several_is_recorded_under_its_name(bert, task, rows, 
     for name, update in found.items():
         assert update.norm() > 0
         assert last(run, "update_norm", name) == pytest.approx(update.norm(), rel=1e-12)
+
+
+def test_frozen_base_weights_in_the_optimizer_are_neither_copied_nor_recorded(bert, task, rows, tmp_path):
+    model = with_lora(bert, task)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        kept = set(recorder._recording.base.kept)
+        train(model, optimizer, rows, recorder.step)
+    assert kept == {"classifier.weight", "classifier.bias"}
+    run = ls.load(tmp_path / "run")
+    assert set(run.summary()["module"]) == {*dict(delta.deltas(model)), "classifier"}
+
+
+def test_parameters_that_are_unfrozen_later_are_recorded(tmp_path):
+    model, optimizer = small()
+    model[0].requires_grad_(False)
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        small_step_and_record(model, optimizer, recorder)
+        model[0].requires_grad_(True)
+        small_step_and_record(model, optimizer, recorder)
+    assert last(ls.load(tmp_path / "run"), "update_norm", "0") > 0
 
 
 def test_wrapped_models_are_recorded_under_their_own_names(tmp_path):

@@ -94,6 +94,11 @@ def is_peft_layer(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
 
 
+def has_peft_layers(model: nn.Module) -> bool:
+    """Return whether a model contains a PEFT layer."""
+    return any(map(is_peft_layer, model.modules()))
+
+
 def active_adapters(layer: Any) -> list[str]:
     """Return the names of the adapters that change a PEFT layer's output; empty if they are disabled."""
     tables = [getattr(layer, name) for name in layer.adapter_layer_names]

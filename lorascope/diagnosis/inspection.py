@@ -156,9 +156,10 @@ def _mean(values: Iterable[float]) -> float:
 def _run_facts(run: Result, count: int) -> Facts:
     meta = run.meta
     name = label(run.path) if run.path else run.id
+    done = "" if run.finished else f", {meta.status}"
     facts = [
-        (name, f"{run.label}, seed {meta.seed}" + ("" if run.finished else f", {meta.status}")),
-        ("model", f"{meta.model} on {meta.task}"),
+        (name, run.label + ("" if meta.seed is None else f", seed {meta.seed}") + done),
+        ("model", meta.model + ("" if meta.task is None else f" on {meta.task}")),
         ("holds", f"{count} modules, {meta.parameters.trained:,} trained parameters"),
     ]
     if meta.test:

@@ -14,6 +14,7 @@ from lorascope.adapters.host_weights import host_kind, orient_weight, to_host
 from lorascope.adapters.peft_layers import (
     PeftDelta,
     active_adapters,
+    has_peft_layers,
     is_peft_layer,
     is_readable,
     retained_components,
@@ -44,7 +45,7 @@ class TrainedTensors:
             for module, tied in zip(rows["module"], rows["tied"], strict=True)
             for name in (module, *filter(None, tied.split(",")))
         }
-        trained = {id(parameter) for group in step.optimizer.param_groups for parameter in group["params"]}
+        trained = trained_ids(step.optimizer, has_peft_layers(step.model))
         parameters = {name: p for name, p in unwrapped_parameters(step.model).items() if name in step.base}
         names = {id(parameter): name for name, parameter in parameters.items()}
         self.dense = {uses.get(name, name): p for name, p in parameters.items() if id(p) in trained}
@@ -81,6 +82,16 @@ class TrainedTensors:
         """Return an adapted module's weight plus an update, in the layout of the weight."""
         matrix = torch.from_numpy(update.dense()).to(weight)
         return weight + orient_weight(self.hosts[module], matrix).reshape(weight.shape)
+
+
+def trained_ids(optimizer: torch.optim.Optimizer, peft: bool) -> set[int]:
+    """Return the ids of the parameters that an optimizer may change.
+
+    A frozen parameter may train later, as in LISA. It never does under PEFT, where the optimizer of all parameters of a
+    model also contains the base weights.
+    """
+    members = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return {id(parameter) for parameter in members if parameter.requires_grad or not peft}
 
 
 def adapters(model: nn.Module) -> dict[str, Delta | PeftDelta]:

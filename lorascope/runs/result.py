@@ -248,8 +248,8 @@ class Result(ABC):
         done = "" if self.finished else f", {meta.status}"
         size = meta.settings.get("batch_size")
         lines = [
-            ("run", f"{self.id}  {self.label}, seed {meta.seed}{done}"),
-            ("model", f"{meta.model} on {meta.task}"),
+            ("run", f"{self.id}  {self.label}" + ("" if meta.seed is None else f", seed {meta.seed}") + done),
+            ("model", meta.model + ("" if meta.task is None else f" on {meta.task}")),
             ("steps", f"{meta.settings['steps']}" + ("" if size is None else f", batch size {size}")),
             ("folder", str(self.path)),
         ]

@@ -50,7 +50,7 @@ def record(
 
     Call it after everything that replaces parameters (``get_peft_model``, ``accelerator.prepare``) and before the first
     step, because W_0 is the model at this call. It records passively: the weights are bitwise equal with and without
-    it. Of several PEFT adapters, the active ones are recorded. Under DDP the first process writes.
+    it. Only active PEFT adapters are recorded. Under DDP the first process writes.
 
     Parameters
     ----------

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import attached_deltas
-from lorascope.adapters.peft_layers import unwrap_peft_model, unwrapped_parameters
+from lorascope.adapters.peft_layers import has_peft_layers, unwrap_peft_model, unwrapped_parameters
 from lorascope.inputs.classifier_head import draw_new_weights, fit_head, weights_hash
 from lorascope.inputs.tasks import Task
 from lorascope.methods.base import Method
-from lorascope.observe.trainable import adapters, unreadable_adapters
+from lorascope.observe.trainable import adapters, trained_ids, unreadable_adapters
 from lorascope.schema import module_table
 from lorascope.training.settings import Settings
 
@@ -31,10 +31,11 @@ class Base(Mapping[str, Tensor]):
         adapters = {id(parameter) for delta in attached_deltas(model).values() for parameter in delta.parameters()}
         self._live = {name: p for name, p in unwrapped_parameters(model).items() if id(p) not in adapters}
         self.kept: dict[str, Tensor] = {}
+        self._peft = has_peft_layers(model)
 
     def capture(self, optimizer: torch.optim.Optimizer) -> None:
         """Copy the parameters that the optimizer is about to change."""
-        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        trained = trained_ids(optimizer, self._peft)
         for name, parameter in self._live.items():
             if id(parameter) in trained and name not in self.kept:
                 self.kept[name] = parameter.detach().clone()

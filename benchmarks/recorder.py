@@ -2,6 +2,7 @@
 
 Run ``python benchmarks/recorder.py [--pairs 10] [--shapes 32x32 8x16]``. Norms are recorded every ten steps, so ten
 steps of a live run are timed at once. Both runs train their own copy of all-MiniLM-L6-v2 and alternate in one process.
+The rows "any loop" time a plain PyTorch loop with ``record`` and without it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from lorascope.inputs import models, tasks
 from lorascope.methods import Full, LoRA
 from lorascope.methods.base import Method, Phase
 from lorascope.observe import Observer, norms
-from lorascope.training.base_weights import Base, prepare_model
+from lorascope.training.any_loop import record
+from lorascope.training.base_weights import Base, begin_training, prepare_model
 from lorascope.training.run_spec import Plan
 from lorascope.training.session import Session, clip_gradients
 from lorascope.training.settings import Settings
@@ -62,6 +64,31 @@ class Training:
             session.record(loss, None, 1e-4)
 
 
+class Loop:
+    """A plain PyTorch loop that trains ten steps per call, recorded into a folder if there is one."""
+
+    def __init__(self, method: Method, shape: tuple[int, int], folder: Path | None) -> None:
+        data = tasks.load("sentiment")
+        self.model = models.load("minilm", task=data)
+        prepare_model(self.model, data, 0)
+        settings = Settings(steps=1, lr=1e-4, head_lr=1e-4)
+        self.optimizer, _ = begin_training(method, self.model, Base(self.model), settings)
+        self.recorder = None if folder is None else record(self.model, self.optimizer, folder)
+        ids = torch.randint(4, self.model.config.vocab_size, shape)
+        self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(shape[0]) % 2}
+        self.model.train()
+
+    def __call__(self) -> None:
+        for _ in range(STEPS):
+            self.optimizer.zero_grad()
+            loss = self.model(**self.batch).loss
+            loss.backward()
+            norm = clip_gradients(self.optimizer, 1.0)
+            self.optimizer.step()
+            if self.recorder is not None:
+                self.recorder.step(loss=loss, grad_norm=norm)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=10)
@@ -75,6 +102,8 @@ def main() -> None:
                 recorded = Training(method, (norms(),), shape, Path(folder) / "on")
                 bare = Training(method, (), shape, Path(folder) / "off")
                 print(compare(recorded, bare, options.pairs, 1).row(f"{name}, {words}: on / off", TARGET), flush=True)
+                own = Loop(method, shape, Path(folder) / "loop"), Loop(method, shape, None)
+                print(compare(*own, options.pairs, 1).row(f"{name}, {words}, any loop", TARGET), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,93 @@
+"""Recorder of a training under Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lorascope.observe import Observer
+from lorascope.training.any_loop import LoopRecorder, record
+
+
+class LightningRecorder(Callback):
+    """Recorder of a training under Lightning, as by ``record``: ``Trainer(..., callbacks=[LightningRecorder()])``.
+
+    Each ``fit`` is a run of its own, also if it resumes from a checkpoint. Automatic optimization with one optimizer is
+    supported, including gradient accumulation, mixed precision and DDP. The loss of a step is the mean over its
+    micro-batches.
+
+    Parameters
+    ----------
+    out : path, optional
+        Run folder; ``lorascope`` in ``default_root_dir`` by default. Another run in it is moved aside.
+    observe : sequence of Observer, optional
+        Observers; ``[observe.norms()]`` by default.
+    model : str
+        Attribute of the LightningModule that contains the model, such as a ``PeftModel``; by default the
+        LightningModule is recorded.
+    seed : int, optional
+        Seed of the training.
+
+    Attributes
+    ----------
+    recorder : LoopRecorder or None
+        Recorder during ``fit``, whose ``evaluate`` records the result of a validation.
+
+    Raises
+    ------
+    ValueError
+        When training starts: the module optimizes manually or with several optimizers, or ``record`` rejects it.
+    """
+
+    def __init__(
+        self,
+        out: str | Path | None = None,
+        observe: Sequence[Observer] | None = None,
+        *,
+        model: str = "",
+        seed: int | None = None,
+    ) -> None:
+        self.out, self.observe, self.model, self.seed = out, observe, model, seed
+        self.recorder: LoopRecorder | None = None
+        self._loss: float | Tensor = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the run folder, and record the state before the first step."""
+        if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
+            found = (
+                f"{len(trainer.optimizers)} optimizers" if pl_module.automatic_optimization else "manual optimization"
+            )
+            raise ValueError(f"cannot record {found} of a LightningModule: call ls.record and its step in the module")
+        out = Path(trainer.default_root_dir) / "lorascope" if self.out is None else self.out
+        steps = trainer.max_steps if trainer.max_steps > 0 else None
+        model = pl_module.get_submodule(self.model)
+        self.recorder = record(model, trainer.optimizers[0], out, self.observe, steps=steps, seed=self.seed)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Start the sum of the losses of the micro-batches."""
+        self._loss = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Record a step while its gradients still exist; Lightning has divided the loss by the number of batches."""
+        if self.recorder is not None and outputs:
+            self._loss = self._loss + outputs["loss"]
+            self.recorder.step(loss=self._loss)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the final state and close the run folder."""
+        self._end(None)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Mark the run as broken."""
+        self._end(exception)
+
+    def _end(self, error: BaseException | None) -> None:
+        if self.recorder is not None:
+            self.recorder.__exit__(type(error), error, None)
+        self.recorder = None

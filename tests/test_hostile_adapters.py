@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from lorascope.runs.formats.stored_update import StoredTensor
 
 FAST = {"read_adapter": 12, "read_loha": 40, "read_kohya": 12}
 """Readers that the ordinary suite spoils, and how many ways it skips after each."""
+STEP = int(os.environ.get("LORASCOPE_SPOIL_STEP", "6"))
+"""Of the ways to spoil an adapter, the slow suite tries one in six: others for each reader, all with a step of 1."""
 Q = "model.layers.0.self_attn.q_proj"
 PREFIX = "base_model.model."
 
@@ -44,7 +47,8 @@ def sound(name: str, tmp_path: Path) -> tuple[Target, Path | None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROWS)
 def test_spoiled_adapter_is_read_and_listed_or_raises_one_line(name: str, sound, tmp_path: Path) -> None:
-    assert faults(*sound, list(spoils(sound[0])), tmp_path / "case") == []
+    first = list(ROWS).index(name) % STEP
+    assert faults(*sound, list(spoils(sound[0]))[first::STEP], tmp_path / "case") == []
 
 
 @pytest.mark.parametrize("name", FAST)

@@ -387,7 +387,7 @@ def test_load_other_folder_raises_with_a_hint(adapter: Path, tmp_path: Path) -> 
         load(tmp_path / "missing")
     assert load(adapter / WEIGHTS).summary().equals(load(adapter).summary())
     with pytest.raises(
-        ValueError, match=r"neither a run nor an adapter; it has 1 in subfolders, such as .*adapter, which"
+        ValueError, match=r"neither a run nor an adapter; it has 1 in subfolders, .*adapter, which"
     ):
         load(tmp_path)
     (tmp_path / "model").mkdir()

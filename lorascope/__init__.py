@@ -8,7 +8,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-__version__ = "0.1.0"
+from lorascope.extras import requirement
+
+__version__ = "0.2.0"
 
 # The classes of the methods are found by their class statements, because importing them would import torch.
 _METHODS = {
@@ -76,12 +78,16 @@ def __getattr__(name: str) -> Any:
     if name in _OLD:
         warnings.warn(f"lorascope: {name} is deprecated, use {_OLD[name]}", FutureWarning, stacklevel=2)
         name = _OLD[name]
-    if name in _MODULES:
-        return importlib.import_module(_MODULES[name])
-    if name in _PUBLIC:
-        module, attribute = _PUBLIC[name].split(":")
-        return getattr(importlib.import_module(module), attribute)
-    raise AttributeError(f"module 'lorascope' has no attribute {name!r}")
+    module, _, attribute = (_MODULES | _PUBLIC).get(name, "").partition(":")
+    if not module:
+        raise AttributeError(f"module 'lorascope' has no attribute {name!r}")
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (required := requirement(error)) is None:
+            raise
+        raise ImportError(f"lorascope.{name} {required}") from error
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

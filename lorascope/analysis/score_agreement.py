@@ -8,11 +8,11 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
 from lorascope.analysis import selected_neurons
 from lorascope.analysis.seed_intervals import CONFIDENCE
 from lorascope.array_types import Float
+from lorascope.files.lazy_scipy import rankdata
 from lorascope.files.printable import printable
 from lorascope.runs.result import Result
 from lorascope.schema.module_roles import FFN

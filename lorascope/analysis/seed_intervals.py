@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtr, stdtrit
 
 from lorascope.array_types import Float, Int
+from lorascope.files.lazy_scipy import stdtr, stdtrit
 
 CONFIDENCE = 0.95
 

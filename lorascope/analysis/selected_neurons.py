@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations, combinations_with_replacement, product
 
 import pandas as pd
-from scipy.stats import hypergeom
 
 from lorascope.analysis import neurons
 from lorascope.analysis.norms import last, place
+from lorascope.files.lazy_scipy import hypergeom
 from lorascope.runs.result import Result
 from lorascope.schema.deprecation import accept_old_names
 from lorascope.schema.module_table import gated_input

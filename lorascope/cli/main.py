@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from lorascope import __version__
+from lorascope.extras import requirement
 from lorascope.files.printable import printable
 from lorascope.schema.suggestions import unknown_name
 
@@ -109,6 +110,10 @@ def _run_command(words: list[str]) -> int:
         except BrokenPipeError:  # the reader of the output, such as `head`, has ended
             return 0
         return _report_failure(error, 1)
+    except ModuleNotFoundError as error:
+        if (required := requirement(error)) is None:
+            raise
+        return _report_failure(required, 2, f"lorascope {words[0]}")
     except (FloatingPointError, OSError, ValueError) as error:
         # A wrong file name raises a subclass of OSError; a full or broken disk raises OSError itself.
         return _report_failure(error, 1 if type(error) in (FloatingPointError, OSError) else 2)
@@ -134,9 +139,9 @@ def _discard_output(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _report_failure(reason: object, code: int) -> int:
+def _report_failure(reason: object, code: int, subject: str = "lorascope:") -> int:
     try:
-        print(f"lorascope: {printable(' '.join(str(reason).split()))}", file=sys.stderr, flush=True)
+        print(f"{subject} {printable(' '.join(str(reason).split()))}", file=sys.stderr, flush=True)
     except OSError:
         _discard_output(sys.stderr)
     return code

@@ -8,6 +8,7 @@ import random
 import sys
 import webbrowser
 from contextlib import redirect_stdout
+from importlib.util import find_spec
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ from tyro.conf import arg
 
 from lorascope.cli.arguments import command
 from lorascope.cli.text_tables import format_table
-from lorascope.evidence import kept_verdicts, store
+from lorascope.evidence import kept_verdicts, registration, store
 from lorascope.files.printable import count_phrase, printable
 
 
@@ -45,7 +46,8 @@ def main(
     out
         Folder for the runs and report.html.
     evidence
-        Instead, train the runs that data/registered.toml asks for and that this folder of evidence lacks, and add them.
+        Instead, train the runs that data/registered.toml asks for and that this folder of evidence lacks, and add them;
+        this needs a clone of the repository.
     minutes
         With --evidence: start no run after N minutes.
     json
@@ -55,10 +57,14 @@ def main(
         raise ValueError(f"--seed must be from 0 to {2**32 - 1}, got {seed}")
     if evidence is not None and (claim is not None or seed is not None):
         raise ValueError("--evidence must be given without --claim and --seed: it trains the registered seeds")
+    if evidence is not None and registration.clone_of(registration.FILE) is None:
+        raise ValueError("--evidence requires a clone of the repository, whose commit and figures it records")
     if evidence is None and minutes != math.inf:
         raise ValueError("--minutes requires --evidence")
     if claim is not None and seed is None:
         raise ValueError(f"--claim requires --seed: lorascope reproduce --claim {printable(claim)} --seed 31")
+    if find_spec("torch") is None:
+        raise ModuleNotFoundError(name="torch")  # now, since the verdicts are printed before torch is imported
     if evidence is not None or claim is not None:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
         os.environ |= store.INSTRUCTIONS

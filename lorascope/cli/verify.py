@@ -28,15 +28,15 @@ def main(
 ) -> int:
     """Compute everything again that follows from the kept runs, and compare it with what is kept.
 
-    This includes the README and the docs, whose tables of verdicts are written from the runs. Without --retrain it
-    needs neither torch nor training. The exit code is 1 if anything differs.
+    In a clone of the repository, this includes the README and the docs, whose tables of verdicts are written from the
+    runs. Without --retrain it needs neither torch nor training. The exit code is 1 if anything differs.
 
     Example: lorascope verify data/evidence
 
     Parameters
     ----------
     evidence
-        Folder of evidence; if omitted, data/evidence of the repository.
+        Folder of evidence; if omitted, data/evidence of the repository or of the installed package.
     write
         Write what follows from the kept runs: tables of the evidence, and blocks of README and docs.
     retrain
@@ -46,8 +46,8 @@ def main(
     """
     registered = registration.FILE
     if not registered.exists():
-        raise FileNotFoundError(f"no registration at {printable(registered)}: run this in a clone of the repository")
-    root, own = registered.parents[1], registered.parent / "evidence"
+        raise FileNotFoundError(f"no registration at {printable(registered)}: install lorascope again")
+    clone, own = registration.clone_of(registered), registered.parent / "evidence"
     folder = Path(evidence) if evidence else own
     kept = (folder / "runs.csv").exists()
     if retrain < 0:
@@ -55,8 +55,10 @@ def main(
     if (evidence or retrain) and not kept:
         raise FileNotFoundError(f"no evidence at {printable(folder)}: it has no runs.csv")
     # Pages state the evidence of the repository, not that of another folder.
-    ours = folder.resolve() == own.resolve()
-    if write and not ours:
+    root = clone if folder.resolve() == own.resolve() else None
+    if write and clone is None:
+        raise ValueError("--write requires a clone of the repository, got an installed package")
+    if write and root is None:
         raise ValueError(f"--write requires the evidence of the repository, {printable(own)}")
     claims = registration.read(registered)
     found = store.read_kept(folder)
@@ -66,7 +68,7 @@ def main(
     if write and kept:
         verification.rewrite_derived(folder, derived, registered)
     differences: list[str] = []
-    if ours:
+    if root:
         texts = blocks.all_blocks(claims, registered.parent, found, derived)
         for page in (root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted(root.glob("docs/papers/*.md"))):
             if write:
@@ -81,7 +83,7 @@ def main(
             lambda id: code_hash(module_of(id), id),
             found,
             derived,
-            root / figures.FOLDER if ours else None,
+            root / figures.FOLDER if root else None,
         )
     if retrain:
         # Before torch is imported, so that machines with other instructions compute the same numbers.

@@ -20,7 +20,10 @@ from lorascope.files.printable import printable
 RATE_RULE = (
     "lowest mean validation loss at the last step; ties to the smaller rate; at most two further rates at an end"
 )
-FILE = Path(__file__).parents[2] / "data" / "registered.toml"
+_PACKAGE = Path(__file__).parents[1]
+# A wheel contains the folder data, and a clone has it next to the package.
+_DATA = next((path for path in (_PACKAGE / "data", _PACKAGE.parent / "data") if path.exists()), _PACKAGE / "data")
+FILE = _DATA / "registered.toml"
 Tier = Literal["primary", "secondary", "published"]
 
 
@@ -262,6 +265,12 @@ def read(file: Path = FILE) -> Registration:
             _ = claim.design.looks
     claims, arms = {claim.id: claim for claim in contents.claim}, {arm.label: arm for arm in contents.arm}
     return Registration(claims, arms, contents.deviation, contents.stage)
+
+
+def clone_of(file: Path) -> Path | None:
+    """Return the root of the clone that has this registration in its folder ``data``; None for that of a wheel."""
+    root = file.parents[1]
+    return root if (root / "README.md").exists() else None
 
 
 def _rename(table: object) -> object:

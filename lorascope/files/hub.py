@@ -103,7 +103,6 @@ def label(path: Path) -> str:
 
 def _fetch(name: HubName, files: Callable[[HubName], Path]) -> Path:
     """Return what ``files`` returns, with one line for each way in which the hub refuses."""
-    import httpx
     from huggingface_hub import constants, errors  # slow import
 
     cannot, where = f"cannot load {name}: it is not a local path, and", constants.ENDPOINT
@@ -117,7 +116,7 @@ def _fetch(name: HubName, files: Callable[[HubName], Path]) -> Path:
         reason = f"{where} has no such revision; expected a branch, a tag or a commit"
     except errors.HfHubHTTPError as error:
         reason = f"{where} answered {error.response.status_code}"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.TransportError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError):
         mode = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
         reason = f"{mode}; the cache does not contain it"
     raise ValueError(f"{cannot} {reason}")

@@ -29,6 +29,8 @@ def read_table(file: Path | Any, name: object) -> pd.DataFrame:
     ------
     FileNotFoundError
         The file does not exist.
+    ModuleNotFoundError
+        pyarrow is not installed.
     ValueError
         The file is not a Parquet table, has nested columns or exceeds a limit.
     """
@@ -38,6 +40,8 @@ def read_table(file: Path | Any, name: object) -> pd.DataFrame:
         # pyarrow cannot open every valid file name.
         with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
             return _decode_table(stream).to_pandas()
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # broken files raise KeyError, TypeError, ArrowException and others
         reason = " ".join(printable(error).split())[:300]
         raise ValueError(f"cannot read {printable(name)} as a Parquet table: {reason}") from error

@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ipywidgets
 import numpy as np
 import pandas as pd
+import traitlets
+from anywidget import AnyWidget
 from plotly.offline import get_plotlyjs
 
 from lorascope.analysis.norms import place
@@ -23,13 +26,6 @@ from lorascope.plots.builders import ends, used_places
 from lorascope.plots.run_groups import MIXTURES, Cohort, Runs, axis_label, gather, mixture_sentences
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import QUANTITIES
-
-try:
-    import ipywidgets
-    import traitlets
-    from anywidget import AnyWidget
-except ModuleNotFoundError:
-    raise ModuleNotFoundError("explore needs Jupyter widgets: pip install 'lorascope[notebook]'") from None
 
 ALL = "all"
 WHOLE = "whole run"  # layer and role of quantities that belong to no module

@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from joblib import Parallel, delayed
 
+from lorascope import __version__
 from lorascope.evidence import blocks, figures, numbers, registration, store, verification
 from lorascope.evidence.open_runs import OpenRun, open_runs
 from lorascope.evidence.registration import Registration, arm_hash
@@ -368,12 +369,12 @@ def _scores(run: Run, arm: Arm, role: str) -> dict[str, Any]:
 
 @cache
 def _version() -> dict[str, Any]:
-    """Return commit and versions."""
-
-    package = Path(__file__).parents[1]
+    """Return commit and versions; the version of an installed package takes the place of a commit."""
+    if (clone := registration.clone_of(registration.FILE)) is None:
+        return {"commit": __version__, "dirty": False, "numpy": np.__version__}
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, check=True, text=True)
+        done = subprocess.run(["git", *arguments], cwd=clone / "lorascope", capture_output=True, check=True, text=True)
         return done.stdout.strip()
 
     dirty = bool(git("status", "--porcelain", "--", "."))

@@ -1,0 +1,29 @@
+"""Functions of scipy, imported at the first call: a plain installation has no scipy, and adapters rarely need it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def _import_on_call(module: str, name: str) -> Callable[..., Any]:
+    """Return a function that imports the one of this name and calls it."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **options)
+
+    return call
+
+
+hypergeom = _import_on_call("scipy.stats", "hypergeom")
+rankdata = _import_on_call("scipy.stats", "rankdata")
+stdtr = _import_on_call("scipy.special", "stdtr")
+_stdtrit = _import_on_call("scipy.special", "stdtrit")
+
+
+def stdtrit(degrees: Any, p: Any) -> Any:
+    """Return a quantile of Student's t; NaN without scipy if all degrees of freedom are, as with one run per curve."""
+    return np.full(np.shape(degrees), np.nan) if np.isnan(degrees).all() else _stdtrit(degrees, p)

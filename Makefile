@@ -62,7 +62,7 @@ gpu: .venv/installed
 	@echo "Creating .venv and installing lorascope with its dependencies (about 2 minutes, 2.8 GB)..."
 	@$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@PYTHONWARNINGS="ignore:Editable installation" $(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev]'
 	@touch $@
 
 clean:

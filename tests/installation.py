@@ -1,0 +1,54 @@
+"""Distributions that an installation of lorascope brings, by its requirements and those of the installed packages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def distributions(requirements: Iterable[str], extras: Collection[str] = ()) -> set[str]:
+    """Return the distributions that these requirements of lorascope and their own requirements install."""
+    own, seen = list(requirements), set()
+
+    def visit(name: str, extras: Collection[str]) -> None:
+        if (key := (name, frozenset(extras))) in seen:
+            return
+        seen.add(key)
+        try:
+            texts = own if name == "lorascope" else metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # an optional package of another package
+            return
+        for requirement in map(Requirement, texts):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras or [""]):
+                visit(canonical(requirement.name), requirement.extras)
+
+    visit("lorascope", extras)
+    return {name for name, _ in seen} - {"lorascope"}
+
+
+def importable(installed: Collection[str]) -> set[str]:
+    """Return the top-level names that these distributions provide."""
+    found = metadata.packages_distributions().items()
+    return {name for name, owners in found if {canonical(owner) for owner in owners} & set(installed)}
+
+
+def hide(packages: Collection[str]) -> str:
+    """Return code after which importing one of these packages fails as if it were not installed."""
+    return f"""
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {sorted(packages)}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name.partition(".")[0])
+
+sys.meta_path.insert(0, Hidden())
+"""

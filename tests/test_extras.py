@@ -38,8 +38,8 @@ def imported() -> set[str]:
 
 def test_every_imported_package_is_in_the_base_or_has_an_extra_that_brings_it() -> None:
     base = installation.importable(installation.distributions(REQUIREMENTS))
-    # Only annotations need jaxtyping.
-    lacking = imported() - base - {"jaxtyping"}
+    # Only checked annotations need jaxtyping, and a user of the recorder for Lightning has lightning.
+    lacking = imported() - base - {"jaxtyping", "lightning"}
     brought = {extra: installation.importable(installation.distributions(REQUIREMENTS, [extra])) for extra in OPTIONAL}
     known = metadata.packages_distributions()
     for name in sorted(lacking & known.keys()):
@@ -54,7 +54,7 @@ def test_base_brings_no_large_package() -> None:
 
 def test_dev_brings_every_extra_that_tests_need() -> None:
     dev = installation.distributions(REQUIREMENTS, ["dev"])
-    for extra in OPTIONAL.keys() - {"hub"}:  # no test needs a dataset of the hub
+    for extra in OPTIONAL.keys() - {"hub"}:  # no test needs a dataset from the Hugging Face Hub
         assert installation.distributions(REQUIREMENTS, [extra]) <= dev
 
 
@@ -97,5 +97,5 @@ def test_missing_module_of_no_extra_is_an_error_of_the_program(monkeypatch: pyte
         main(["survey"])
 
 
-def test_public_names_are_those_of_the_list() -> None:
+def test_public_names_match_the_list() -> None:
     assert lorascope.__all__ == (ROOT / "tests" / "public_names.txt").read_text(encoding="utf-8").split()

@@ -10,6 +10,7 @@ _IMPORTED = {
     "cluster": "dask distributed dask_jobqueue ray",
     "hub": "datasets",
     "peft": "peft",
+    "lightning": "lightning",
 }
 """Packages that an extra installs and this one imports, by extra."""
 _EXTRAS = {package: extra for extra, packages in _IMPORTED.items() for package in packages.split()}

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -177,7 +177,7 @@ class LoopRecorder:
         recording.writer.meta.error = error
         return recording.attempt(lambda: recording.close("broken"))
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LoopRecorder:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:

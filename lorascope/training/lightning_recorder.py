@@ -16,9 +16,8 @@ from lorascope.training.any_loop import LoopRecorder, record
 class LightningRecorder(Callback):
     """Recorder of a training under Lightning, as by ``record``: ``Trainer(..., callbacks=[LightningRecorder()])``.
 
-    Each ``fit`` is a run of its own, also if it resumes from a checkpoint. Automatic optimization with one optimizer is
-    supported, including gradient accumulation, mixed precision and DDP. The loss of a step is the mean over its
-    micro-batches.
+    Each ``fit`` starts a new run, also if it resumes from a checkpoint. The loss of a step is the mean over its
+    micro-batches. Manual optimization is rejected.
 
     Parameters
     ----------
@@ -40,7 +39,7 @@ class LightningRecorder(Callback):
     Raises
     ------
     ValueError
-        When training starts: the module optimizes manually or with several optimizers, or ``record`` rejects it.
+        When training starts: the module optimizes manually, or ``record`` rejects it.
     """
 
     def __init__(
@@ -57,11 +56,10 @@ class LightningRecorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the run folder, and record the state before the first step."""
-        if not pl_module.automatic_optimization or len(trainer.optimizers) != 1:
-            found = (
-                f"{len(trainer.optimizers)} optimizers" if pl_module.automatic_optimization else "manual optimization"
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                "cannot record manual optimization: call ls.record and recorder.step in the module instead"
             )
-            raise ValueError(f"cannot record {found} of a LightningModule: call ls.record and its step in the module")
         out = Path(trainer.default_root_dir) / "lorascope" if self.out is None else self.out
         steps = trainer.max_steps if trainer.max_steps > 0 else None
         model = pl_module.get_submodule(self.model)

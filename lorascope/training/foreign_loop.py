@@ -43,7 +43,7 @@ def _fail(source: str, where: str, *_: Any) -> Any:
     raise ValueError(f"cannot access {source} {where}; train with ls.train")
 
 
-def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: Any) -> Any:
     """Return the optimizer inside accelerate's wrapper, or the optimizer itself without one."""
     return getattr(optimizer, "optimizer", optimizer)
 

@@ -174,7 +174,7 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
     Raises
     ------
     ValueError
-        A tensor is missing, or has another shape.
+        A tensor is missing, is empty, or has another shape.
     """
     for name, dimensions in shapes.items():
         if name not in factors:
@@ -182,7 +182,7 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
         stored, wanted = stored_shape(factors[name]), dimensions.split()
         further = wanted[-1] == "*"
         wanted = wanted[: len(wanted) - further]
-        fits = len(stored) >= len(wanted) if further else len(stored) == len(wanted)
+        fits = 0 not in stored and (len(stored) >= len(wanted) if further else len(stored) == len(wanted))
         for size, side in zip(wanted, stored, strict=False):
             fits &= side == (int(size) if size.isdigit() else sizes.setdefault(size, side))
         if not fits:

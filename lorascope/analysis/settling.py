@@ -109,7 +109,7 @@ def settling_steps(run: Result, threshold: float = THRESHOLD) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``run, module, stack, layer, role``; ``norm``, |dW| at the last step; ``last_change``, the relative distance of
+        ``run, module, stack, layer, role``; ``norm``, ``|dW|`` at the last step; ``last_change``, the relative distance of
         the last two stored updates; ``settled`` and ``layer_settled``, the steps of the module and of its layer.
     """
     found = distances(run)

@@ -109,8 +109,9 @@ def settling_steps(run: Result, threshold: float = THRESHOLD) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``run, module, stack, layer, role``; ``norm`` of the update at the last step; ``last_change``, the relative distance
-        of the last two stored updates; ``settled`` and ``layer_settled``, the steps of the module and of its layer.
+        ``run, module, stack, layer, role``; ``norm`` of the update at the last step; ``last_change``, the relative
+        distance of the last two stored updates; ``settled`` and ``layer_settled``, the steps of the module and of its
+        layer.
     """
     found = distances(run)
     by_layer = {name: found.settled(names, threshold) for names in found.layers.values() for name in names}

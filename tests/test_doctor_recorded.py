@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pandas as pd
+from dataclasses import replace
+
 import peft
 import pytest
 from planted import low_rank, manifest, plant
@@ -10,7 +11,7 @@ from ward import Allocating, Bench, adalora
 
 import lorascope as ls
 from lorascope.diagnosis.causes.config import allocator_idle, budget_missed, overscaled
-from lorascope.diagnosis.evidence import Case
+from lorascope.diagnosis.evidence import Case, TrainedModule
 from lorascope.runs.run import Run
 
 
@@ -55,12 +56,14 @@ def test_peft_allocator_that_was_not_called_is_found(schedule, bench):
 
 
 def case(method, step=None, **columns):
-    frame = pd.DataFrame(columns)
-    frame["module"] = [f"h.{number}.q" for number in frame.index]
-    frame["adapted"] = frame.get("rank", pd.Series(1, frame.index)) > 0
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    modules = [
+        TrainedModule(f"h.{number}.q", "", number, "q", row.pop("rank", 1), weight_norm=1.0, **row)
+        for number, row in enumerate(rows)
+    ]
     meta = manifest(method=method, states={"last": {"step": step, "ranks": {}}})
     given = Case(Run(None, meta))
-    given.modules = frame.assign(weight_norm=1.0)
+    given.modules = [replace(each, adapted=each.rank > 0) for each in modules]
     return given
 
 
@@ -79,17 +82,15 @@ def allocator_causes(given):
     ],
 )
 def test_module_without_components_counts_for_the_budget(ranks, found):
-    given = case(
-        {"name": "peft", "kind": "ADALORA"}, 9, rank=pd.array(ranks, dtype="Int64"), used=[float(n) for n in ranks]
-    )
+    given = case({"name": "peft", "kind": "ADALORA"}, 9, rank=ranks, used=[float(n) for n in ranks])
     assert allocator_causes(given) == found
 
 
 def test_tail_of_a_schedule_is_not_a_missed_budget():
     """100 modules from rank 12 to 8: of 400 components to prune, 4 may remain with masking every few steps."""
     for extra, found in ((4, []), (5, ["budget-missed"])):
-        ranks = pd.array([8] * (100 - extra) + [9] * extra, dtype="Int64")
-        given = case({"name": "peft", "kind": "ADALORA"}, 9, rank=ranks, used=ranks.astype("float64"))
+        ranks = [8] * (100 - extra) + [9] * extra
+        given = case({"name": "peft", "kind": "ADALORA"}, 9, rank=ranks, used=[float(n) for n in ranks])
         assert allocator_causes(given) == found
 
 

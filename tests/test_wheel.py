@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -114,8 +115,7 @@ def test_verify_and_reproduce_name_the_clone_that_they_need(site: Path, tmp_path
     done = call(site, tmp_path, ["-m", "lorascope.cli", "verify", "--write"], "runs")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--write requires a clone of the repository" in done.stderr
-    (tmp_path / "hidden" / "sitecustomize.py").unlink()
-    (tmp_path / "hidden").rmdir()
+    shutil.rmtree(tmp_path / "hidden")
     done = call(site, tmp_path, ["-m", "lorascope.cli", "reproduce", "--evidence", "kept"], "train")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--evidence requires a clone of the repository" in done.stderr

@@ -254,9 +254,8 @@ def test_trained_runs_draw_every_available_figure(bert: Any, task: Any, tmp_path
     assert drawable[needs_nothing_else].all()
     for name in drawable.index[drawable]:
         entry = plots.FIGURES[name]
-        only_lora = {"updates", "updates at several steps", "rank"} & {
-            *entry.needs
-        }  # full fine-tuning has neither factors nor ranks
+        # Full fine-tuning has neither factors nor ranks.
+        only_lora = {"updates", "updates at several steps", "rank"} & {*entry.needs}
         runs = lora if only_lora else [*lora, *full]
         assert not entry.draw(runs).data.empty
     order = plots.update_norm(full).x.order

@@ -57,6 +57,13 @@ def test_rows_equal_those_of_inspect(collection: Path) -> None:
     assert rows["b"].findings == "untrained"
 
 
+def test_ranks_of_the_narrowest_and_the_widest_module_are_shown(tmp_path: Path) -> None:
+    spectra = {"model.layers.0.self_attn.q_proj": [1.0, 0.5, 0.2], "model.layers.0.self_attn.v_proj": [1.0]}
+    plant(tmp_path / "a", spectra, rank_pattern={"v_proj": 1})
+    (row,) = survey([tmp_path / "a"])
+    assert (row.least_rank, row.most_rank, row.base) == (1, 3, "org/base")
+
+
 def test_an_adapter_is_read_when_its_row_is_asked_for(collection: Path) -> None:
     rows = survey([collection / "a", collection / "deep" / "b"])
     assert next(rows).modules

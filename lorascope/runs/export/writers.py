@@ -52,10 +52,9 @@ def writers() -> Mapping[str, Writer]:
 
 
 def write_lora(lora: WritableLora, path: Path, format: str) -> Path:
-    """Write layers in a format, and return the path."""
+    """Write layers in a format to a path that does not exist, and return it."""
     if format not in writers():
         raise ValueError(f"format must be one of {', '.join(writers())}, got {format}")
-    require_absent(path)
     writers()[format].write(lora, path)
     return path
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 _IMPORTED = {
-    "train": "torch transformers tokenizers jinja2 markupsafe platformdirs",
-    "runs": "pyarrow scipy sklearn plotly",
+    "train": "torch transformers tokenizers platformdirs",
+    "runs": "pyarrow scipy sklearn plotly jinja2 markupsafe",
     "trainer": "accelerate",
     "notebook": "anywidget ipywidgets traitlets",
     "cluster": "dask distributed dask_jobqueue ray",

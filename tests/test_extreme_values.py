@@ -11,7 +11,7 @@ from lorascope.charts.marks import Axis, Bar, Heat, Line
 from lorascope.charts.scales import to_floats
 from lorascope.diagnosis import terminal
 from lorascope.diagnosis.terminal import BLOCKS, DIGITS, glyph
-from lorascope.probes.report.tables import format_value
+from lorascope.pages.table_cells import format_value
 
 VALUES = (1e308, np.inf, -0.0, 5e-324, np.nan, 1.7e308)
 COLUMNS = {

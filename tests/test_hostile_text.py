@@ -31,8 +31,8 @@ from lorascope.cli.main import main
 from lorascope.experiments.sweep_table import SweepTable, table
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.safetensors_io import file_hash, write_json, write_tensors
-from lorascope.probes.base import ReportFigure
-from lorascope.probes.report import page as report
+from lorascope.pages import page as report
+from lorascope.pages.report_figure import ReportFigure
 from lorascope.runs.loading import load
 from lorascope.runs.run import Run
 from lorascope.training.checkpoints import Checkpoints

@@ -77,7 +77,7 @@ def _legend_sample(entry: Entry) -> go.Scatter:
     else:
         symbol, size = (entry.style, 8) if entry.kind == "dot" else ("square", 12)
         look = {"mode": "markers", "marker": {"color": entry.color, "symbol": symbol, "size": size}}
-    fields = {"name": escape_tags(entry.label), "legendgroup": entry.group, "showlegend": True}
+    fields = {"name": escape_tags(entry.label), "legendgroup": escape_tags(entry.group), "showlegend": True}
     return go.Scatter(x=[None], y=[None], **fields, **look)
 
 
@@ -103,7 +103,7 @@ def _group_fields(panel: Panel, group: str, x: Numbers, y: Numbers, spelled: str
         lines.append(f"{escape_tags(scale.axis.label) or letter}: {shown}")
     template = "<br>".join(lines) + f"<extra>{escape_tags(group)}</extra>"
     custom = [list(row) for row in zip(*texts, strict=True)] or None
-    return {"legendgroup": group, "hovertemplate": template, "customdata": custom}
+    return {"legendgroup": escape_tags(group), "hovertemplate": template, "customdata": custom}
 
 
 def _error_fields(errors: Errors | None, value: Numbers, panel: Panel) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
                 ys += [*shape.high[part], *shape.low[part][::-1], np.nan]
             outline = {"x": np.array(xs[:-1], float), "y": np.array(ys[:-1], float), "line": {"width": 0}}
             look = {"fill": "toself", "fillcolor": add_opacity(shape.color, FAINT), "hoverinfo": "skip"}
-            yield go.Scatter(mode="lines", legendgroup=shape.group, **outline, **look)
+            yield go.Scatter(mode="lines", legendgroup=escape_tags(shape.group), **outline, **look)
         case Dots():
             size = DOT if shape.share is None else LARGEST * np.sqrt(shape.share)
             look = {"color": shape.colors, "size": size, "symbol": shape.symbol, "opacity": 1}

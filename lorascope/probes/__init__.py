@@ -6,7 +6,8 @@ Every module of this package that defines ``PROBE`` is a probe.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from lorascope.probes.base import PROBES, Arm, Probe, ReportFigure
+from lorascope.pages.report_figure import ReportFigure
+from lorascope.probes.base import PROBES, Arm, Probe
 from lorascope.schema.deprecation import accept_old_names
 
 __all__ = ["PROBES", "Arm", "Probe", "ReportFigure"]

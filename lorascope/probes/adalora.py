@@ -23,8 +23,9 @@ from lorascope.evidence.statistics import adalora as statistics
 from lorascope.evidence.statistics.lora import LOW
 from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.methods import AdaLoRA
+from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.plots.builders import add_printed
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, ReportFigure, draw, encoder_settings, own_labels
+from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, own_labels
 from lorascope.probes.kept_ranks import keep_ranks
 from lorascope.probes.printed_numbers import printed
 from lorascope.runs.run import Run

@@ -29,18 +29,10 @@ from lorascope.evidence.statistics import adapprox as statistics
 from lorascope.evidence.statistics.lora import FULL
 from lorascope.methods import Adapprox, Full
 from lorascope.methods.base import Method
+from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.plots.run_groups import INTERVAL
 from lorascope.probes import pretraining
-from lorascope.probes.base import (
-    Arm,
-    EvidenceFigure,
-    Probe,
-    ReportFigure,
-    draw,
-    encoder_settings,
-    own_labels,
-    training_loss,
-)
+from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, own_labels, training_loss
 from lorascope.runs.run import Run
 
 RANK = 8

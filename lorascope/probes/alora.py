@@ -24,7 +24,8 @@ from lorascope.evidence.statistics import alora as statistics
 from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.methods import ALoRA, LoRA
 from lorascope.methods.alora import allocate, prune
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, ReportFigure, draw, encoder_settings, own_labels
+from lorascope.pages.report_figure import ReportFigure, draw
+from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, own_labels
 from lorascope.probes.kept_ranks import keep_ranks
 from lorascope.runs.run import Run
 

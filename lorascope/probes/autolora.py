@@ -27,7 +27,8 @@ from lorascope.evidence.statistics import autolora as statistics
 from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.inputs import models
 from lorascope.methods import AutoLoRA, LoRA
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, ReportFigure, draw, encoder_settings, own_labels
+from lorascope.pages.report_figure import ReportFigure, draw
+from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, own_labels
 from lorascope.probes.kept_ranks import keep_ranks
 from lorascope.runs.run import Run
 from lorascope.schema import module_table

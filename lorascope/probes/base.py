@@ -105,25 +105,6 @@ def factor_settings(steps: int = 300) -> dict[str, Any]:
     return encoder_settings(steps, observe.factors(every=steps))
 
 
-@dataclass(frozen=True)
-class ReportFigure:
-    """A chart with its reading and its caveat.
-
-    Parameters
-    ----------
-    chart : Chart or Panels
-        Chart to draw.
-    reads : str
-        How to read the chart.
-    misleads : str
-        Caveat: a confounder and its remedy.
-    """
-
-    chart: Drawable
-    reads: str
-    misleads: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvidenceFigure:
     """A figure of the gallery, which is drawn from runs of the evidence.
@@ -209,9 +190,3 @@ def accuracy_bars(runs: Mapping[str, Sequence[Any]], title: str, start: float) -
 def training_loss(runs: Mapping[str, Sequence[Any]]) -> Drawable:
     """Return the training loss over the steps, without validation scores, which arms have only after the last step."""
     return plots.training_curves(runs).charts()[0]
-
-
-def draw(figure: str, *runs: Any, **options: Any) -> ReportFigure:
-    """Return a figure of ``lorascope.plots`` with the reading and the caveat that ``FIGURES`` lists for it."""
-    chart = getattr(plots, figure)(*runs, **options)
-    return ReportFigure(chart, plots.FIGURES[figure].reads, plots.FIGURES[figure].misleads)

@@ -25,17 +25,9 @@ from lorascope import plots
 from lorascope.charts.chart import Chart
 from lorascope.evidence.statistics import autolora
 from lorascope.methods import FourierFT, LoRA
+from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.plots.builders import add_printed
-from lorascope.probes.base import (
-    Arm,
-    EvidenceFigure,
-    Probe,
-    ReportFigure,
-    draw,
-    encoder_settings,
-    factor_settings,
-    own_labels,
-)
+from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, factor_settings, own_labels
 from lorascope.probes.printed_numbers import printed
 from lorascope.runs.run import Run
 

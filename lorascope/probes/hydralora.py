@@ -26,8 +26,9 @@ from lorascope.inputs import tasks
 from lorascope.inputs.task_parts import restrict
 from lorascope.methods import Full, HydraLoRA, LoRA
 from lorascope.methods.base import Method
+from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.plots.builders import add_printed
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, ReportFigure, accuracy_bars, draw, encoder_settings
+from lorascope.probes.base import Arm, EvidenceFigure, Probe, accuracy_bars, encoder_settings
 from lorascope.probes.printed_numbers import printed
 from lorascope.runs.run import Run
 

@@ -17,8 +17,8 @@ from lorascope.evidence.statistics.lisa import NORMS
 from lorascope.evidence.statistics.lora import AMPLIFICATION
 from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.evidence.store import RUN_COLUMNS, Evidence
+from lorascope.pages.report_figure import ReportFigure
 from lorascope.plots.builders import over_kept
-from lorascope.probes.base import ReportFigure
 from lorascope.probes.evidence import block, keep_functions
 from lorascope.runs.run import Run
 

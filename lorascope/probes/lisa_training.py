@@ -18,13 +18,12 @@ from dataclasses import replace
 from lorascope import plots
 from lorascope.evidence.statistics import lisa as statistics
 from lorascope.methods import LISA, Full, LoRA
+from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.probes.base import (
     Arm,
     EvidenceFigure,
     Probe,
-    ReportFigure,
     decoder_settings,
-    draw,
     encoder_settings,
     own_labels,
     training_loss,

@@ -27,15 +27,14 @@ from lorascope.evidence.statistics import lora as statistics
 from lorascope.inputs import models, tasks
 from lorascope.inputs.task_parts import subsample
 from lorascope.methods import Full, LoRA
+from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.plots.builders import add_printed, heat_by_role
 from lorascope.probes.base import (
     Arm,
     EvidenceFigure,
     OwnArm,
     Probe,
-    ReportFigure,
     accuracy_bars,
-    draw,
     encoder_settings,
     factor_settings,
     own_labels,

@@ -27,8 +27,9 @@ from lorascope.charts.marks import Axis
 from lorascope.evidence import registration
 from lorascope.evidence.statistics import neft as statistics
 from lorascope.methods import NeFT
+from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.plots.builders import add_printed, curves
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, ReportFigure, draw, encoder_settings, own_labels
+from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, own_labels
 from lorascope.runs.run import Run
 
 CHANGED, REVERSED, RANDOM = "NeFT, 9%", "NeFT, 9%, reversed", "NeFT, 9%, random"

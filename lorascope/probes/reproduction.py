@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from json import loads
@@ -12,11 +13,11 @@ import pandas as pd
 
 from lorascope.evidence import kept_verdicts, registration, store
 from lorascope.evidence.kept_verdicts import KeptVerdicts
+from lorascope.pages import page
+from lorascope.pages.page import Section
+from lorascope.pages.report_figure import draw
 from lorascope.probes import kept_comparison, short_runs
-from lorascope.probes.base import PROBES, draw
-from lorascope.probes.report import page
-from lorascope.probes.report.page import Section
-from lorascope.probes.report.tables import run_facts
+from lorascope.probes.base import PROBES
 from lorascope.runs.run import Run
 
 REPORT = "report.html"
@@ -107,12 +108,26 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
                 Section(probe.name, probe.title, probe.question, probe.source, figures=shown, notes=probe.notes)
             )
     lead = "Verdicts on the claims of the papers, from kept runs; then one new run of every method."
-    page.write(path, "Low-rank adaptation: kept verdicts and a new run", lead, sections, _facts(runs))
+    page.write(
+        path,
+        "Low-rank adaptation: kept verdicts and a new run",
+        lead,
+        sections,
+        run_facts(list(runs.values()), datetime.now(UTC)),
+    )
     return found
 
 
-def _facts(runs: dict[str, Run]) -> dict[str, str]:
-    return run_facts(list(runs.values()), datetime.now(UTC))
+def run_facts(runs: Sequence[Run], now: datetime) -> dict[str, str]:
+    """Collect the facts of the header: what the runs have in common, and when the report was written."""
+    metas = [run.meta for run in runs]
+    listed = {
+        "Device": (meta.device or "" for meta in metas),
+        "Versions": (", ".join(f"{name} {of}" for name, of in (meta.versions or {}).items()) for meta in metas),
+        "Commit": ((meta.commit or "")[:12] for meta in metas),
+    }
+    joined = {term: ", ".join(filter(None, dict.fromkeys(texts))) for term, texts in listed.items()}
+    return {"Written": f"{now:%Y-%m-%d %H:%M} UTC"} | {term: text for term, text in joined.items() if text}
 
 
 def _runs_table(runs: dict[str, Run]) -> pd.DataFrame:

@@ -22,10 +22,10 @@ from lorascope.charts.chart import Chart, set_side_by_side
 from lorascope.charts.figure_plan import plan
 from lorascope.charts.marks import Axis, Heat, Line, Point
 from lorascope.charts.theme import THEMES, theme
-from lorascope.probes.base import ReportFigure, draw
-from lorascope.probes.report import page as report
-from lorascope.probes.report.figures import changes, embed
-from lorascope.probes.report.tables import run_facts
+from lorascope.pages import page as report
+from lorascope.pages.embedded_charts import changes, embed
+from lorascope.pages.report_figure import ReportFigure, draw
+from lorascope.probes.reproduction import run_facts
 from lorascope.runs.run import Run
 
 EVIL = "</script><script>alert(1)</script><b onclick=x>&amp;"

@@ -20,9 +20,9 @@ from lorascope.charts.plotly_backend import CONFIG
 from lorascope.charts.theme import THEMES
 from lorascope.files.printable import printable_lines
 from lorascope.files.safetensors_io import write_bytes
-from lorascope.probes.base import ReportFigure
-from lorascope.probes.report import tables
-from lorascope.probes.report.figures import embed
+from lorascope.pages import table_cells
+from lorascope.pages.embedded_charts import embed
+from lorascope.pages.report_figure import ReportFigure
 
 _GENERATOR = b'<meta name="generator" content="lorascope">'
 
@@ -59,7 +59,7 @@ def _printable(value: Any) -> Any:
 
 
 TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("lorascope.probes", "report"),
+    loader=jinja2.PackageLoader("lorascope.pages", ""),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -68,8 +68,8 @@ TEMPLATES = jinja2.Environment(
 )
 # ``tojson`` escapes "<", so that a label with "</script>" cannot end the element.
 TEMPLATES.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-TEMPLATES.filters |= {"embed": embed, "table": tables.frame_cells, "value": tables.format_value}
-TEMPLATES.globals |= {"tables": tables}
+TEMPLATES.filters |= {"embed": embed, "table": table_cells.frame_cells, "value": table_cells.format_value}
+TEMPLATES.globals |= {"LONG": table_cells.LONG}
 
 
 def write(

@@ -1,15 +1,11 @@
-"""Tables of the report as text: cells of a DataFrame, and the facts of the header."""
+"""Cells of a page's tables as text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_float, is_numeric_dtype, is_scalar
-
-from lorascope.runs.run import Run
 
 LONG = 20  # rows; a longer table scrolls inside its box
 
@@ -28,15 +24,3 @@ def format_value(value: Any) -> str:
     if is_scalar(value) and pd.isna(value):
         return "–"
     return f"{value:.4g}" if is_float(value) else str(value)
-
-
-def run_facts(runs: Sequence[Run], now: datetime) -> dict[str, str]:
-    """Collect the facts of the header: what the runs have in common, and when the report was written."""
-    metas = [run.meta for run in runs]
-    listed = {
-        "Device": (meta.device or "" for meta in metas),
-        "Versions": (", ".join(f"{name} {of}" for name, of in (meta.versions or {}).items()) for meta in metas),
-        "Commit": ((meta.commit or "")[:12] for meta in metas),
-    }
-    joined = {term: ", ".join(filter(None, dict.fromkeys(texts))) for term, texts in listed.items()}
-    return {"Written": f"{now:%Y-%m-%d %H:%M} UTC"} | {term: text for term, text in joined.items() if text}

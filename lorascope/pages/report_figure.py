@@ -1,0 +1,34 @@
+"""Figure of a page: a chart with its reading and its caveat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorascope import plots
+from lorascope.charts.chart import Drawable
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """A chart with its reading and its caveat.
+
+    Parameters
+    ----------
+    chart : Chart or Panels
+        Chart to draw.
+    reads : str
+        How to read the chart.
+    misleads : str
+        Caveat: a confounder and its remedy.
+    """
+
+    chart: Drawable
+    reads: str
+    misleads: str
+
+
+def draw(figure: str, *runs: Any, **options: Any) -> ReportFigure:
+    """Return a figure of ``lorascope.plots`` with the reading and the caveat that ``FIGURES`` lists for it."""
+    chart = getattr(plots, figure)(*runs, **options)
+    return ReportFigure(chart, plots.FIGURES[figure].reads, plots.FIGURES[figure].misleads)

@@ -1,1 +1,0 @@
-"""HTML report of the probes: one self-contained page."""

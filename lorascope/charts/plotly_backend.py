@@ -46,7 +46,7 @@ def draw(settled: Plan, width: float = WIDTH) -> go.Figure:
         for trace in data:
             if isinstance(trace, go.Heatmap):
                 trace.customdata = None  # the names of cells are the same in all frames
-        frames.append(go.Frame(name=str(frame), data=data, traces=moving))
+        frames.append(go.Frame(name=escape_tags(str(frame)), data=data, traces=moving))
     made.frames = frames
     return made
 

@@ -201,7 +201,7 @@ def _slider(settled: Plan, room: Space) -> dict[str, Any]:
     still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     play = {**still, "frame": {"duration": 400, "redraw": True}, "fromcurrent": True}
     steps = [
-        {"label": escape_tags(str(frame)), "method": "animate", "args": [[str(frame)], still]}
+        {"label": escape_tags(str(frame)), "method": "animate", "args": [[escape_tags(str(frame))], still]}
         for frame in settled.frames
     ]
     look, start = settled.theme, BUTTONS / room.plot

@@ -387,7 +387,8 @@ def test_doctor_prints_findings_as_json_under_both_names(tmp_path, monkeypatch, 
     monkeypatch.setattr("lorascope.cli.doctor.findings", lambda _: [Finding("dead", "a", {}, "b")])
     assert main(["doctor", str(tmp_path), "--json"]) == 1
     (printed,) = json.loads(capsys.readouterr().out)["findings"]
-    assert printed == {"cause": "dead", "evidence": {}, "message": "a", "told": "a", "fix": "b", "mend": "b"}
+    new = {"id": "", "cause": "dead", "severity": "note", "message": "a", "evidence": {}, "fix": "b"}
+    assert printed == new | {"told": "a", "mend": "b"}
 
 
 def test_run_accepts_its_old_names(bert, task, tmp_path):

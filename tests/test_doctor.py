@@ -240,12 +240,12 @@ def test_command_prints_text_and_json(bench, capsys):
     run = saved_too_early(bench)
     assert main(["doctor", str(run.path)]) == 1
     printed = capsys.readouterr().out
-    assert printed.startswith("adapter        1 finding\nuntrained      B is still zero in all 4 modules")
+    assert printed.startswith("adapter        1 finding\nLS003 untrained B is still zero in all 4 modules")
     assert "skipped (no training history): unused, diverged, leak" in printed
     assert max(map(len, printed.splitlines())) <= 80
     assert main(["doctor", str(run.path), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
-    assert [finding["cause"] for finding in told["findings"]] == ["untrained"]
+    assert [(finding["id"], finding["cause"]) for finding in told["findings"]] == [("LS003", "untrained")]
     assert main(["doctor", str(bench.out / "nowhere")]) == 2
     assert main(["doctor"]) == 2
     assert "PATH is required" in capsys.readouterr().err

@@ -194,7 +194,7 @@ def test_findings_of_broken_and_untrained_adapters(tmp_path: Path) -> None:
         ("error", ("model.layers.1.mlp.up_proj",)),
         ("note", ()),
         ("caution", ()),
-        ("note", ("no.such",)),
+        ("caution", ("no.such",)),
     ]
     assert item.findings == (
         "1 of 8 modules contains NaN or infinity: model.layers.1.mlp.up_proj",

@@ -11,6 +11,7 @@ from tyro.conf import arg
 
 from lorascope.cli.arguments import Folder, Name, command
 from lorascope.cli.load_runs import open_runs
+from lorascope.diagnosis.causes import Finding
 from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
 from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import json_values
@@ -72,8 +73,7 @@ def main(
         found += use.findings
     if json:
         told = [
-            {"cause": each.cause, "message": each.message, "evidence": each.evidence, "fix": each.fix}
-            | {"told": each.message, "mend": each.fix}  # the old names stay for one release
+            each.to_json() | {"told": each.message, "mend": each.fix}  # the old names stay for one release
             for each in found
         ]
         about = {} if use is None else {"runtime": use.runtime, "applied": use.applied, "modules": use.modules}
@@ -87,7 +87,7 @@ def main(
         named = "" if base is not None else "; names and shapes are not compared without --base DIR"
         paragraphs.append((use.runtime, f"applies {use.applied} of {use.modules} modules{named}"))
     for finding in found:
-        paragraphs += [(finding.cause, finding.message), ("", f"fix: {finding.fix}")]
+        paragraphs += _finding_paragraphs(finding)
     paragraphs += [("caution", note) for note in case.notes]
     paragraphs += [(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)) for missing, names in skipped.items()]
     _print_paragraphs(paragraphs)
@@ -114,15 +114,19 @@ def _report_merge(path: str, base: str | None, merged: str, json: bool) -> int:
     check = check_merge(adapter, PretrainedWeights(locate_base(merged)))
     if json:
         rows = [vars(each) for each in check.modules]
-        findings = [{"cause": each.cause, "message": each.message, "evidence": each.evidence, "fix": each.fix}
-                    for each in check.findings]  # fmt: skip
+        findings = [each.to_json() for each in check.findings]
         print(dumps(json_values({"path": path, "merged": merged, "modules": rows, "findings": findings}), indent=1))
     else:
         paragraphs = [(adapter.label, f"{len(check.modules)} modules: {check.summary()}")]
         for finding in check.findings:
-            paragraphs += [(finding.cause, finding.message), ("", f"fix: {finding.fix}")]
+            paragraphs += _finding_paragraphs(finding)
         _print_paragraphs(paragraphs)
     return 1 if check.findings else 0 if check.known else 3
+
+
+def _finding_paragraphs(finding: Finding) -> list[tuple[str, str]]:
+    """Return the lines of a finding: its id and cause, its message, and its fix."""
+    return [(f"{finding.id} {finding.cause}".lstrip(), finding.message), ("", f"fix: {finding.fix}")]
 
 
 def _print_paragraphs(paragraphs: Iterable[tuple[str, str]]) -> None:

@@ -55,7 +55,8 @@ class Report:
     def _json(self, **tables: Any) -> dict[str, Any]:
         """Return the JSON form, with other tables between the facts and the findings."""
         head = {"name": self.name, "path": str(self.path), "kind": self.facts[0][1], "facts": dict(self.facts[1:])}
-        return json_values(head | tables | {"findings": list(self.findings)})
+        details = [each.to_json() | {"modules": list(each.modules)} for each in self.found]
+        return json_values(head | tables | {"findings": list(self.findings), "details": details})
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from lorascope.array_types import Float, Float32
-from lorascope.diagnosis.causes.base import Finding, first_and_count
+from lorascope.diagnosis.causes.base import Finding, first_and_count, of_kind
 from lorascope.diagnosis.inspection import DTYPES
 from lorascope.diagnosis.merged_experts import ExpertEntries, swapped_experts
 from lorascope.runs.adapter import Adapter
@@ -41,14 +41,13 @@ _CLOSER = 0.5  # a mistake must explain at least half of the entries that a merg
 _FITTED = 100  # entries that are larger than their rounding, from which a scale can be fitted
 _PROBES = 256  # entries by which updates of other modules are recognized
 _ALIKE = 0.9  # correlation of these entries
-_FIXES = {
-    "not merged": "merge the adapter again, and check that it is active (PEFT: peft_config, set_adapter)",
-    "wrong scale": "merge once, with the scale of the adapter's configuration",
-    "rounded": "merge in the dtype of the base",
-    "experts swapped": "keep the order of the experts when their weights are stacked",
-    "another module's": "map the modules by their names, and merge again",
-    "wrong adapter": "merge this adapter into this base",
-    "other weights": "merge into this base; these weights are not adapted",
+_IDS = {
+    "not merged": "LS301",
+    "wrong scale": "LS302",
+    "rounded": "LS303",
+    "experts swapped": "LS304",
+    "another module's": "LS305",
+    "wrong adapter": "LS306",
 }
 
 
@@ -103,7 +102,7 @@ class MergeCheck:
             how = (
                 f"{len(self.changed)} weights without an adapter differ from the base: {first_and_count(self.changed)}"
             )
-            yield Finding("merge-other-weights", how, {"weights": len(self.changed)}, _FIXES["other weights"], "error")
+            yield of_kind("LS307", how, {"weights": len(self.changed)})
 
     @property
     def known(self) -> bool:
@@ -128,10 +127,9 @@ _WORDS = {
 
 
 def _finding(verdict: str, message: str, names: Sequence[str], own: Sequence[MergedModule]) -> Finding:
-    cause = "merge-" + verdict.replace("'s", "").replace(" ", "-")
     factors = {"factor": round(float(np.median([each.factor for each in own])), 3)}
     evidence, modules = {"modules": len(own)} | factors, tuple(each.module for each in own)
-    return Finding(cause, f"{message}: {first_and_count(names)}", evidence, _FIXES[verdict], "error", modules)
+    return of_kind(_IDS[verdict], f"{message}: {first_and_count(names)}", evidence, modules=modules)
 
 
 def _reason(factor: float) -> str:

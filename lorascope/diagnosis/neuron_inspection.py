@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorascope.diagnosis.causes.base import Finding, found
+from lorascope.diagnosis.causes.base import Finding, first_and_count, of_kind
 from lorascope.diagnosis.inspection import Facts, Report, describe_files, in_axis_order, pool_norms, rows
 from lorascope.diagnosis.neuron_scores import neuron_scores
 from lorascope.files.lazy_pandas import pandas as pd
@@ -105,19 +105,27 @@ def _find(scores: pd.DataFrame, modules: pd.DataFrame, tuned: PretrainedWeights)
     untouched = modules["delta_norm"] == 0
     still = modules["module"][untouched]
     if len(still) == len(modules):
-        yield found("no neuron changed: the feed-forward modules of the two models are equal")
+        yield of_kind("LS401", "no neuron changed: the feed-forward modules of the two models are equal", {})
         return
     if len(still):
-        yield found(f"{len(still)} of {len(modules)} projections have a zero update", still)
+        yield _listed("LS402", f"{len(still)} of {len(modules)} projections have a zero update", still)
     same = int((scores["delta_norm"] == 0).sum()) - int(modules["neurons"][untouched].sum())
     if same:
         narrow = any(tuned.dtype(module) in ("BF16", "F16") for module in modules["module"])
         why = " (16-bit weights lose small changes)" if narrow else ""
-        yield found(f"{same:,} neurons in changed projections did not change{why}")
+        yield of_kind("LS403", f"{same:,} neurons in changed projections did not change{why}", {})
     absent = scores["cosine_distance"].isna()
     short = ~absent & (scores["delta_norm"] > 0) & (scores[["norm_original", "norm_tuned"]].min(axis=1) < SHORT)
     meaningless = f"changed neurons have a norm below {SHORT:g} before or after, so their 1 - cos is not meaningful"
-    problems = ((absent, "neurons are zero before or after and have no direction"), (short, meaningless))
-    for chosen, problem in problems:
+    problems = (
+        ("LS404", absent, "neurons are zero before or after and have no direction"),
+        ("LS405", short, meaningless),
+    )
+    for id, chosen, problem in problems:
         if chosen.any():
-            yield found(f"{chosen.sum():,} {problem}", scores["module"][chosen].unique())
+            yield _listed(id, f"{chosen.sum():,} {problem}", scores["module"][chosen].unique())
+
+
+def _listed(id: str, message: str, names: Iterable[str]) -> Finding:
+    names = tuple(names)
+    return of_kind(id, f"{message}: {first_and_count(names)}", {}, modules=names)

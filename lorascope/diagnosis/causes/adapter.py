@@ -16,7 +16,7 @@ from lorascope.updates.linalg import root_of_squares
 FAINT = 1e-3  # fraction of the median change per layer: layers of healthy runs differ by less than a hundredfold
 
 
-@Rule()
+@Rule(id="LS101")
 def special_norms(case: Case) -> Found:
     """Find norms that depend on the input, and those that are NaN."""
     count = len(case.measured)
@@ -28,24 +28,21 @@ def special_norms(case: Case) -> Found:
         yield caution(f"{len(broken)} of {count} modules {contain} NaN or infinity", broken, "error")
 
 
-@Rule(
-    "train again with bf16 instead of fp16, a lower learning rate or clipping; this adapter cannot be repaired",
-    suppresses=("diverged", "overscaled", "rate-small", "dead", "collapsed"),
-)
+@Rule(id="LS001", suppresses=("diverged", "overscaled", "rate-small", "dead", "collapsed"))
 def nan(case: Case) -> Found:
     """Find updates whose norm is NaN or infinite."""
     broken = [each for each in case.modules if not math.isfinite(each.update_norm)]
     return some_have(broken, case.modules, "NaN or infinity")
 
 
-@Rule("set lora_alpha above 0 (r or 2 r are common), and train again", suppresses=("unused", "untrained"))
+@Rule(id="LS002", suppresses=("unused", "untrained"))
 def scale_zero(case: Case) -> Found:
     """Find adapters with scale 0."""
     mute = [each for each in case.adapted if each.scale == 0]
     return some_have(mute, case.adapted, "scale 0, so no output and no gradient", scale=0.0)
 
 
-@Rule("save after training, and save the adapter that was trained (PEFT saves each adapter name separately)", "config")
+@Rule(id="LS003")
 def untrained(case: Case) -> Found:
     """Find adapters that equal their initialization."""
     count = len(case.adapted)
@@ -54,9 +51,7 @@ def untrained(case: Case) -> Found:
         yield found(f"{zero}, so it has no effect", modules=count, update_norm=0.0)
 
 
-@Rule(
-    "train with the adapter enabled (set_adapter, no disable_adapter), on modules that the forward pass uses", "history"
-)
+@Rule(id="LS004")
 def unused(case: Case) -> Found:
     """Find training runs that did not use the adapters."""
     method, steps = case.meta.method, max(case.losses, default=0)
@@ -71,21 +66,14 @@ def unused(case: Case) -> Found:
     yield found(f"{state} after {steps} steps: {why}", modules=len(case.adapted), update_norm=0.0, steps=steps)
 
 
-@Rule(
-    "initialize one factor randomly and the other with zeros, as PEFT does, and train again",
-    suppresses=("unused", "untrained"),
-)
+@Rule(id="LS005", suppresses=("unused", "untrained"))
 def dead(case: Case) -> Found:
     """Find modules that no gradient can change."""
     empty = [each for each in case.adapted if each.empty and each.scale != 0]
     return some_have(empty, case.adapted, "zeros in all factors, so their gradients are zero")
 
 
-@Rule(
-    "check these layers for a separate learning rate, a mask, or a branch without gradient",
-    suppresses=("unused", "untrained"),
-    name="dead",
-)
+@Rule(id="LS006", suppresses=("unused", "untrained"))
 def dead_layers(case: Case) -> Found:
     """Find layers that changed far less than the others."""
     norms: dict[tuple[str, int], list[float]] = {}
@@ -102,7 +90,7 @@ def dead_layers(case: Case) -> Found:
         yield found(message, layers=names, share=share, threshold=FAINT)
 
 
-@Rule("make them trainable (requires_grad, groups of the optimizer), or remove them from the targets")
+@Rule(id="LS007")
 def frozen(case: Case) -> Found:
     """Find adapters that did not change while others did."""
     resting, adapted = case.unchanged_adapters, case.adapted
@@ -112,7 +100,7 @@ def frozen(case: Case) -> Found:
         yield from some_have(resting, adapted, zero, modules=names, update_norm=0.0)
 
 
-@Rule()
+@Rule(id="LS102")
 def zero_updates(case: Case) -> Found:
     """Find zero updates, and the factor that is zero; and unused components of the others."""
     names = [each.module for each in case.measured if each.update_norm == 0]
@@ -131,7 +119,7 @@ def zero_updates(case: Case) -> Found:
         yield found(f"{total} {are} unused (below 1e-6 of the largest)", names_of(worn))
 
 
-@Rule()
+@Rule(id="LS103")
 def base_weights(case: Case) -> Found:
     """Count the intruder dimensions, and measure how far the update rotates the neurons."""
     known = [each for each in case.measured if not math.isnan(each.intruders)]

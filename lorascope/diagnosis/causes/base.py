@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from lorascope.diagnosis.evidence import Case, MeasuredModule, TrainedModule
+from lorascope.diagnosis.kinds import KINDS, Severity
 from lorascope.schema.deprecation import accept_old_fields, formerly
-
-Severity = Literal["error", "caution", "note"]
 
 
 @accept_old_fields
@@ -31,6 +30,8 @@ class Finding:
         A caution affects the comparison with other adapters. Default "note".
     modules : tuple of str
         The modules concerned, if the message lists them.
+    id : str
+        Stable id of the kind of finding, such as "LS001"; empty for a rule of another package.
     """
 
     cause: str
@@ -39,6 +40,18 @@ class Finding:
     fix: str = field(metadata=formerly("mend"))
     severity: Severity = "note"
     modules: tuple[str, ...] = ()
+    id: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form; evidence may be NaN."""
+        return {
+            "id": self.id,
+            "cause": self.cause,
+            "severity": self.severity,
+            "message": self.message,
+            "evidence": self.evidence,
+            "fix": self.fix,
+        }
 
 
 Found = Iterator[Finding]
@@ -62,6 +75,8 @@ class Rule:
         Whether ``inspect`` shows it in spite of a fix. Default False.
     name : str
         Another name, such as that of another rule.
+    id : str
+        Id of a kind in ``KINDS``, which gives name, fix and needs; only rules of this package have one.
     """
 
     fix: str = ""
@@ -69,6 +84,12 @@ class Rule:
     suppresses: tuple[str, ...] = ()
     inspected: bool = False
     name: str = ""
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if self.id:
+            kind = KINDS[self.id]
+            self.name, self.fix, self.needs = kind.name, kind.fix, kind.needs
 
     def __call__(self, find: Callable[[Case], Found]) -> Rule:
         """Register a function."""
@@ -79,7 +100,9 @@ class Rule:
     def findings(self, case: Case) -> Found:
         """Yield the findings in a case; none without the evidence that the check requires."""
         for seen in self.find(case) if case.has(self.needs) else ():
-            yield replace(seen, cause=self.name, fix=self.fix)
+            # Findings of one observation differ in severity.
+            severity = KINDS[self.id].severity if self.id and self.fix else seen.severity
+            yield replace(seen, cause=self.name, fix=self.fix, id=self.id, severity=severity)
 
 
 def found(message: str, names: Iterable[Any] = (), /, **evidence: Any) -> Finding:
@@ -87,6 +110,20 @@ def found(message: str, names: Iterable[Any] = (), /, **evidence: Any) -> Findin
     modules = tuple(map(str, names))
     listed = f": {first_and_count(modules)}" if modules else ""
     return Finding("", f"{message}{listed}", evidence, "", modules=modules)
+
+
+def of_kind(
+    id: str,
+    message: str,
+    evidence: dict[str, Any],
+    fix: str | None = None,
+    modules: Iterable[str] = (),
+) -> Finding:
+    """Return a finding that no rule yields, with name, severity and (by default) fix of its kind."""
+    kind = KINDS[id]
+    return Finding(
+        kind.name, message, evidence, kind.fix if fix is None else fix, kind.severity, tuple(modules), kind.id
+    )
 
 
 def caution(message: str, names: Iterable[Any] = (), severity: Severity = "caution") -> Finding:

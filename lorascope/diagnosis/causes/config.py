@@ -18,7 +18,7 @@ UNEVEN = 2.0  # ratio of scales: alpha is usually r or 2 r, so a larger ratio of
 NEARLY = 0.01  # fraction of the components to prune: masking every few steps may miss the end of the schedule
 
 
-@Rule()
+@Rule(id="LS104")
 def rank_use(case: Case) -> Found:
     """Count the modules that would need only a quarter of their rank."""
     known = {
@@ -33,7 +33,7 @@ def rank_use(case: Case) -> Found:
         yield found(f"{narrow or 'none'} of {len(known)} modules have {SHARE:.0%} of their energy in {bound}")
 
 
-@Rule(needs="config")
+@Rule(id="LS105")
 def experts(case: Case) -> Found:
     """Count the modules that are experts of one parameter."""
     counts = [part.experts for part in case.parts.values() if isinstance(part, ExpertPart) and part.experts > 1]
@@ -42,7 +42,7 @@ def experts(case: Case) -> Found:
         yield found(f"{len(counts)} of {len(case.parts)} modules are experts in one tensor, {number} per parameter")
 
 
-@Rule(needs="config")
+@Rule(id="LS106")
 def incomplete_norms(case: Case) -> Found:
     """Find adapters of which |dW| is not exactly the norm of the update."""
     if not case.files.config:
@@ -54,10 +54,7 @@ def incomplete_norms(case: Case) -> Found:
         yield caution(note)
 
 
-_UNMATCHED = "compare with model.named_modules(): PEFT matches the end of a name, and ignores other keys"
-
-
-@Rule(_UNMATCHED, "config", name="unmatched")
+@Rule(id="LS008")
 def unmatched_targets(case: Case) -> Found:
     """Find targets that are the end of no module's name: a typing error that PEFT does not report."""
     keys, names = case.files.config.get("target_modules") or (), {*case.configured.values()}
@@ -68,7 +65,7 @@ def unmatched_targets(case: Case) -> Found:
         yield from _unmatched_keys(case, "target_modules", idle)
 
 
-@Rule(_UNMATCHED, "config", inspected=True, name="unmatched")
+@Rule(id="LS009", inspected=True)
 def unmatched_patterns(case: Case) -> Found:
     """Find keys of a pattern that match no module."""
     # AdaLoRA's ranks are masks per parameter.
@@ -83,11 +80,7 @@ def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Found:
         yield found(message, keys, field=field, keys=keys, modules=count)
 
 
-@Rule(
-    "set lora_alpha to r or 2 r: the scale is alpha / r (alpha / sqrt(r) for rsLoRA), not alpha",
-    "weights",
-    suppresses=("diverged",),
-)
+@Rule(id="LS010", suppresses=("diverged",))
 def overscaled(case: Case) -> Found:
     """Find updates that are larger than the weights, at an unusually large scale."""
     adapted = case.adapted
@@ -100,7 +93,7 @@ def overscaled(case: Case) -> Found:
         yield found(message, **evidence, habit=HABIT)
 
 
-@Rule("add the keys of rank_pattern to alpha_pattern, with alpha = scale x rank", "config")
+@Rule(id="LS011")
 def uneven_scale(case: Case) -> Found:
     """Find modules with another rank that are missing in ``alpha_pattern``."""
     config, adapted = case.meta.method, case.adapted
@@ -123,7 +116,7 @@ def uneven_scale(case: Case) -> Found:
         yield found(message, modules, modules=modules, scale=scale, usual=usual, threshold=UNEVEN)
 
 
-@Rule("call model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()")
+@Rule(id="LS012")
 def allocator_idle(case: Case) -> Found:
     """Find AdaLoRA adapters that were never pruned, although they should have been."""
     if excess := _allocator_excess(case, idle=True):
@@ -131,7 +124,7 @@ def allocator_idle(case: Case) -> Found:
         yield found(f"{in_use}: the allocator never removed one", **excess)
 
 
-@Rule("set total_step to the number of steps in training, and tinit + tfinal well below it")
+@Rule(id="LS013")
 def budget_missed(case: Case) -> Found:
     """Find AdaLoRA adapters that were pruned too little, or not yet."""
     if excess := _allocator_excess(case, idle=False):

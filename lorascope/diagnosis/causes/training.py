@@ -16,9 +16,7 @@ SINGLE = 1.01  # effective rank: real training exceeds it, identical components 
 ROOM = 4  # components: with fewer, a single direction is not suspicious
 
 
-@Rule(
-    "raise the learning rate by a factor of 10 or more (FourierFT needs far more than LoRA), or train longer", "weights"
-)
+@Rule(id="LS014")
 def rate_small(case: Case) -> Found:
     """Find training runs that changed the weights, but hardly."""
     rows = case.adapted or [each for each in case.modules if each.role != "head"]
@@ -33,7 +31,7 @@ def rate_small(case: Case) -> Found:
         yield found(message, moved=share, threshold=STILL, lr=rate)
 
 
-@Rule("lower the learning rate (by a factor of 10), warm up longer, or clip gradients", "history")
+@Rule(id="LS015")
 def diverged(case: Case) -> Found:
     """Find losses that ended far above the first one, or became NaN."""
     rate, error = case.meta.settings.get("lr"), str(case.meta.error or "")
@@ -49,7 +47,7 @@ def diverged(case: Case) -> Found:
         yield found(message, start=start, end=end, threshold=WORSE, lr=rate)
 
 
-@Rule("initialize A randomly (equal rows get equal gradients and stay equal); otherwise rank 1 is enough")
+@Rule(id="LS016")
 def collapsed(case: Case) -> Found:
     """Find updates that use a single direction of their rank."""
     adapted = case.adapted
@@ -64,7 +62,7 @@ def collapsed(case: Case) -> Found:
         yield found(message, names_of(narrow), **evidence, threshold=SINGLE)
 
 
-@Rule("adapt only one of them, or untie them first (tie_word_embeddings=False) and save the base", "base")
+@Rule(id="LS017")
 def tied_twice(case: Case) -> Found:
     """Find tied weights with an adapter under each of their two names."""
     for one, other in case.tied:
@@ -72,7 +70,7 @@ def tied_twice(case: Case) -> Found:
         yield found(f"{one} and {other} {problem}", modules=[one, other])
 
 
-@Rule("use separate rows for eval_dataset, such as the test rows of train_test_split", "history")
+@Rule(id="LS018")
 def leak(case: Case) -> Found:
     """Find evaluation rows that training saw."""
     share = case.meta.eval_overlap or 0.0

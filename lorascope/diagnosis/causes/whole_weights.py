@@ -18,7 +18,7 @@ _NAMES = {"full": "saved as full weights", "copy": "saved with their base weight
 _BLOCK = 2**22  # values of a weight in memory at once
 
 
-@Rule(needs="config")
+@Rule(id="LS107")
 def other_weights(case: Case) -> Found:
     """Find weights saved next to the factors, with their distance from the base, and modules not in the base."""
     weights, base = whole_weights(case.files), case.base

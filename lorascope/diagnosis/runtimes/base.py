@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorascope.diagnosis.causes.base import Finding, first_and_count
+from lorascope.diagnosis.causes.base import Finding, first_and_count, of_kind
 from lorascope.files.printable import printable
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles
@@ -157,19 +157,19 @@ def applied(files: AdapterFiles, base: PretrainedWeights | None, name: str) -> A
 
 def refused(reason: str, fix: str, **evidence: Any) -> Finding:
     """Return the finding that a runtime raises an error, so nothing is applied."""
-    return Finding("refused", reason, evidence, fix, "error")
+    return of_kind("LS203", reason, evidence, fix)
 
 
 def altered(reason: str, fix: str, **evidence: Any) -> Finding:
     """Return the finding that a runtime applies another update than was trained."""
-    return Finding("applied-differently", reason, evidence, fix, "caution")
+    return of_kind("LS204", reason, evidence, fix)
 
 
 def dropped(modules: Collection[str], of: int, how: str, fix: str) -> Finding:
     """Return the finding that a runtime leaves out modules; ``how`` says what it prints."""
     verb = "is" if len(modules) == 1 else "are"
     reason = f"{len(modules)} of {of} modules {verb} dropped {how}: {first_and_count(map(printable, modules))}"
-    return Finding("dropped", reason, {"modules": len(modules), "of": of}, fix, "caution", tuple(modules))
+    return of_kind("LS201", reason, {"modules": len(modules), "of": of}, fix, modules)
 
 
 def absent_modules(target: Target, how: str) -> Iterator[Finding]:

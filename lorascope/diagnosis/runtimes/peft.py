@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from lorascope.diagnosis.causes.base import Finding, first_and_count
+from lorascope.diagnosis.causes.base import Finding, first_and_count, of_kind
 from lorascope.diagnosis.runtimes.base import (
     Target,
     absent_modules,
@@ -54,8 +54,7 @@ def check_peft(target: Target) -> Iterator[Finding]:
     lacking = sorted(adapted - modules.keys())
     if lacking and len(lacking) < len(adapted):
         message = f"{len(lacking)} of {len(adapted)} targeted modules have no factors: {first_and_count(lacking)}"
-        yield Finding("missing", f"{message}; they stay at their start", {"modules": len(lacking)},
-                      "save the whole adapter, or name fewer targets", "caution")  # fmt: skip
+        yield of_kind("LS202", f"{message}; they stay at their start", {"modules": len(lacking)})
 
 
 def _targeted(target: Target) -> set[str] | None:

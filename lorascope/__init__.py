@@ -27,6 +27,7 @@ _PUBLIC = {
     "explore": "lorascope.plots.explore:explore",
     "diagnose": "lorascope.diagnosis.doctor:diagnose",
     "survey": "lorascope.diagnosis.survey:survey",
+    "report": "lorascope.pages.report_card:report",
     "TrainerRecorder": "lorascope.training.hf_trainer.recorder:TrainerRecorder",
     "record": "lorascope.training.any_loop:record",
     "LoopRecorder": "lorascope.training.any_loop:LoopRecorder",

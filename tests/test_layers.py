@@ -30,7 +30,7 @@ CONTRACT = {
     "training": "torch files schema inputs adapters runs methods observe",
     "plots": "files updates schema charts runs analysis",
     "diagnosis": "files updates schema runs analysis",
-    "pages": "files schema charts runs plots diagnosis",
+    "pages": "files charts runs plots diagnosis",
     "evidence": "files analysis",
     "experiments": "torch files updates schema inputs adapters runs analysis methods observe training diagnosis",
     "probes": "torch files updates schema charts inputs adapters runs analysis methods observe training plots pages "

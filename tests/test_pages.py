@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from datetime import datetime
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from parsed_pages import Node, Tree
 from planted import low_rank, plant, profile
+from playwright.sync_api import expect, sync_playwright
+from test_explore import BROWSER
 
 from lorascope import plots
 from lorascope.charts import plotly_backend
@@ -29,57 +30,6 @@ from lorascope.probes.reproduction import run_facts
 from lorascope.runs.run import Run
 
 EVIL = "</script><script>alert(1)</script><b onclick=x>&amp;"
-LONE = {"meta", "br", "link", "img", "input", "hr"}
-
-
-class Node:
-    """Element with its parts: nodes and text."""
-
-    def __init__(self, tag: str, attributes: dict[str, str]) -> None:
-        self.tag, self.attributes, self.parts = tag, attributes, []
-
-    def all(self, tag: str = "", class_: str = "") -> list[Node]:
-        """Return all descendants with this tag and class, in the order of the page."""
-        return [
-            node
-            for node in self.walk()
-            if tag in ("", node.tag) and (not class_ or class_ in node.attributes.get("class", "").split())
-        ]
-
-    def walk(self) -> Iterator[Node]:
-        for part in self.parts:
-            if isinstance(part, Node):
-                yield part
-                yield from part.walk()
-
-    @property
-    def text(self) -> str:
-        return "".join(part.text if isinstance(part, Node) else part for part in self.parts)
-
-
-class Tree(HTMLParser):
-    """Page as a tree; tags that are not nested correctly fail an assertion."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.root = Node("", {})
-        self.open = [self.root]
-        self.feed(page)
-        self.close()
-        assert self.open == [self.root], "an element is not closed"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        node = Node(tag, {name: value or "" for name, value in attrs})
-        self.open[-1].parts.append(node)
-        if tag not in LONE:
-            self.open.append(node)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop().tag == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():  # white space between elements is not content
-            self.open[-1].parts.append(data)
 
 
 def runs_of(folder: Path, label: str, seeds: int, size: float) -> list[Run]:
@@ -152,16 +102,20 @@ def test_report_is_one_small_file_without_requests(three: Any) -> None:
 
 def test_section_has_lead_source_tables_figures_and_notes_in_this_order(three: Any) -> None:
     page, _, _ = three
-    first = next(s for s in page.all("section") if s.attributes["aria-labelledby"] == "first")
+    first = next(s for s in page.all("section") if s.attributes["id"] == "first").parts[0]
     assert [part.attributes.get("class", part.tag) for part in first.parts] == [
-        *("h2", "lead", "source", "table", "figure", "figure", "h3", "ul"),
+        *("summary", "lead", "source", "table", "figure", "figure", "h3", "ul"),
     ]
     assert first.parts[0].text == "The first <section>"
     assert [n.text for n in first.all("dt")] == ["How to read", "Caveat"] * 2
     assert first.all("dd")[0].text == plots.FIGURES["norm_over_steps"].reads
     assert [cells(row) for row in first.parts[3].all("tr")[1:]] == [["a", "1", "3"], [EVIL, "–", "40000"]]
-    body = page.all("main")[0]
-    assert [part.tag for part in body.parts if isinstance(part, Node)] == ["header", "section", "nav", "section"]
+    body, links = page.all("main")[0], page.all("nav")[0].all("a")
+    assert [part.tag for part in body.parts if isinstance(part, Node)] == ["header", "section", "section"]
+    assert [(link.attributes["href"], link.text) for link in links] == [
+        ("#first", "The first <section>"),
+        ("#second", "The second"),
+    ]
 
 
 def test_header_has_lead_and_facts_of_the_runs(three: Any) -> None:
@@ -203,7 +157,7 @@ def test_headings_links_ids_and_tables_are_valid(three: Any) -> None:
     assert len(ids) == len(set(ids))
     targets = {node.attributes["href"][1:] for node in page.all("a")}
     targets |= {node.attributes["aria-labelledby"] for node in page.walk() if "aria-labelledby" in node.attributes}
-    assert targets == {"contents", "first", "second"} == set(ids)
+    assert targets == {"contents", "first", "second", "first-title", "second-title"} == set(ids)
     assert all(head.attributes["scope"] in ("col", "row") for head in page.all("th"))
     for table in page.all("table"):
         assert table.parts[0].tag == "caption"
@@ -220,6 +174,40 @@ def test_hostile_labels_never_become_tags(three: Any) -> None:
     assert page.all("figure")[2].all("h3")[0].text == f"Figure 3: {EVIL}"
     names = [trace.get("name") for trace in figures(page)[2]["figure"]["data"]]
     assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;&lt;b onclick=x&gt;&amp;amp;" in names
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH: apt-get install chromium")
+@pytest.mark.parametrize("width", [390, 820, 1280])
+def test_page_filters_unfolds_and_fits_the_screen(width: int, tmp_path: Path) -> None:
+    verdicts = pd.DataFrame({"claim": list("abc"), "outcome": ["supported, above 0", "inconclusive", "supported"]})
+    drawn = ReportFigure(slider(), "Look.", "Beware.")
+    sections = [
+        report.Section("verdicts", "Verdicts", tables={"Verdicts": verdicts}, filter="outcome"),
+        report.Section("paper", "A paper", figures=[drawn], folded=True),
+    ]
+    path = report.write(tmp_path / "page.html", "A page", "It opens.", sections)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])  # required for root
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        errors: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(path.as_uri())
+        shown = page.locator("tbody tr:visible th")
+        expect(shown).to_have_text(["a", "b", "c"])
+        page.get_by_label("supported (2)").check()
+        expect(shown).to_have_text(["a", "c"])
+        page.get_by_label("all (3)").focus()
+        page.keyboard.press("Space")
+        expect(shown).to_have_text(["a", "b", "c"])
+        chart = page.locator(".chart")
+        expect(chart).not_to_be_visible()
+        if width < 600:  # the contents are folded on a phone
+            page.get_by_text("Contents").click()
+        page.get_by_role("link", name="A paper").click()
+        chart.locator("path.point").first.wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert errors == []
 
 
 def test_report_without_figures_is_valid(tmp_path: Path) -> None:

@@ -121,10 +121,10 @@ def done(tiny_arms: None, tmp_path: Path) -> Iterator[reproduction.Reproduction]
 def test_report_has_verdicts_runs_and_the_figures_of_every_paper(done: Any, capsys: pytest.CaptureFixture) -> None:
     page = done.path.read_text(encoding="utf-8")
     titles = [part.partition("<")[0] for part in page.split("<h2 ")[1:]]
-    assert len(titles) == 3 + 9  # verdicts, contents, runs, and nine papers
+    assert len(titles) == 2 + 9  # verdicts, runs, and nine papers
     for text in ("No verdicts here", f"One run per method, seed {SEED}", "Gates", "Active", "Rank allocation"):
         assert text.lower() in page.lower(), text
-    _, _, quick = page.partition('aria-labelledby="runs"')
+    _, _, quick = page.partition('aria-labelledby="runs-title"')
     for word in ("supported", "inconclusive", "void"):
         assert word not in quick.partition("<script>")[0]
     assert done.runs["method"].tolist() == list(ARMS)

@@ -26,6 +26,7 @@ COMMANDS = {
     "inspect": "show norms, ranks and findings of an adapter or run, or compare several",
     "survey": "show one line for each of many adapters and runs",
     "doctor": "diagnose problems of an adapter or run",
+    "report": "write the report card of an adapter or run as one page",
     "plot": "plot one or more runs as a figure",
     "export": "export ranks or an adapter to PEFT, or tables to files",
     "verify": "compute the kept verdicts again from the evidence",

@@ -51,11 +51,23 @@ def compare(inspections: Sequence[Inspection], spectra: bool = False) -> Compari
     ValueError
         They are not on one model, or one occurs twice.
     """
+    labels = distinct_labels(inspections)
+    runs = {label: item.run for label, item in zip(labels, inspections, strict=True)}
+    shared = adapter_similarity.modules(runs, spectra)
+    return Comparison(tuple(inspections), adapter_similarity.matrix(runs, shared), shared)
+
+
+def distinct_labels(inspections: Sequence[Inspection]) -> list[str]:
+    """Return the names of the inspected folders, or their paths where names are equal.
+
+    Raises
+    ------
+    ValueError
+        One occurs twice.
+    """
     names = [item.name for item in inspections]
     labels = [item.name if names.count(item.name) == 1 else str(item.path) for item in inspections]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise ValueError(f"duplicate adapter or run {twice!r}")
-    runs = {label: item.run for label, item in zip(labels, inspections, strict=True)}
-    shared = adapter_similarity.modules(runs, spectra)
-    return Comparison(tuple(inspections), adapter_similarity.matrix(runs, shared), shared)
+    return labels

@@ -18,13 +18,14 @@ from plotly.offline import get_plotlyjs
 
 from lorascope.charts.plotly_backend import CONFIG
 from lorascope.charts.theme import THEMES
-from lorascope.files.printable import printable_lines
+from lorascope.files.printable import printable, printable_lines
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.pages import table_cells
 from lorascope.pages.embedded_charts import embed
 from lorascope.pages.report_figure import ReportFigure
 
-_GENERATOR = b'<meta name="generator" content="lorascope">'
+GENERATORS = {".html": '<meta name="generator" content="lorascope">', ".md": "<!-- written by lorascope -->"}
+"""Mark of a file that lorascope wrote, by extension."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Section:
         Figures below the tables.
     notes : sequence of str
         Notes at the end.
+    findings : sequence of dict
+        Findings in JSON form, each with the ``adapter`` that it is about, or "".
+    filter : str
+        Column of the tables by whose values, up to the first comma, a reader can filter the rows. Default none.
+    folded : bool
+        Whether the section is folded at first. Default False.
     """
 
     name: str
@@ -52,6 +59,9 @@ class Section:
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     figures: Sequence[ReportFigure] = ()
     notes: Sequence[str] = ()
+    findings: Sequence[Mapping[str, Any]] = ()
+    filter: str = ""
+    folded: bool = False
 
 
 def _printable(value: Any) -> Any:
@@ -75,49 +85,50 @@ TEMPLATES.globals |= {"LONG": table_cells.LONG}
 def write(
     path: str | Path, title: str, lead: str, sections: Sequence[Section], facts: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a report as one HTML file. The file is written atomically.
-
-    Charts adapt to light and dark, wide and narrow screens. The page makes no network requests.
-
-    Parameters
-    ----------
-    path : path
-        File to write.
-    title, lead : str
-        Heading of the page, and the paragraph below it.
-    sections : sequence of Section
-        Sections, in order.
-    facts : mapping, optional
-        Terms and texts of the header.
-
-    Returns
-    -------
-    Path
-        ``path``.
+    """Write a page as one HTML file, atomically; see ``render``.
 
     Raises
     ------
     FileExistsError
-        ``path`` exists and is not a report.
+        ``path`` exists, and lorascope did not write it.
     """
     path = Path(path)
-    require_report(path)
-    text = TEMPLATES.get_template("page.html").render(
+    require_own(path)
+    # A label may contain a lone surrogate, which UTF-8 cannot encode.
+    write_bytes(path, render(title, lead, sections, facts or {}).encode("utf-8", "backslashreplace"))
+    return path
+
+
+def render(title: str, lead: str, sections: Sequence[Section], facts: Mapping[str, str], carried: Any = None) -> str:
+    """Return a page, which adapts to light and dark, wide and narrow screens, and makes no network requests.
+
+    Parameters
+    ----------
+    title, lead : str
+        Heading of the page, and the paragraph below it.
+    sections : sequence of Section
+        Sections, in order.
+    facts : mapping
+        Terms and texts of the header.
+    carried : JSON value, optional
+        Data for programs, which the page does not show.
+    """
+    return TEMPLATES.get_template("page.html").render(
         title=title,
         lead=lead,
         sections=sections,
-        facts=facts or {},
+        facts=facts,
+        carried=carried,
         next_number=count(1).__next__,
         themes=THEMES,
         plotly=Markup(get_plotlyjs()),
         config=CONFIG,
     )
-    # A label may contain a lone surrogate, which UTF-8 cannot encode.
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
-    return path
 
 
-def require_report(path: Path) -> None:
-    """Raise a FileExistsError if the path exists and is not a report."""
-    if path.exists() and not (path.is_file() and _GENERATOR in path.read_bytes()):
-        raise FileExistsError(f"cannot write {path}: it exists and was not written by lorascope")
+def require_own(path: Path) -> None:
+    """Raise a FileExistsError if a file exists and lorascope did not write it."""
+    if path.exists() and not (
+        path.is_file() and any(mark.encode() in path.read_bytes() for mark in GENERATORS.values())
+    ):
+        raise FileExistsError(f"cannot write {printable(path)}: it exists and was not written by lorascope")

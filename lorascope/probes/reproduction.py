@@ -77,7 +77,7 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
         A run failed; the others are saved.
     """
     path = Path(out) / REPORT
-    page.require_report(path)
+    page.require_own(path)
     file = data / "registered.toml"
     claims, evidence = (registration.read(file) if file.exists() else None), store.read_kept(data / "evidence")
     blocks = evidence.blocks()
@@ -91,7 +91,9 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
     verdicts = kept_verdicts.read(data)
     found = Reproduction(path, seed, verdicts, _runs_table(runs), places)
     sections = [
-        Section("verdicts", "Kept verdicts", tables={"Verdicts": verdicts.table}, notes=verdicts.notes),
+        Section(
+            "verdicts", "Kept verdicts", tables={"Verdicts": verdicts.table}, notes=verdicts.notes, filter="outcome"
+        ),
         Section(
             "runs",
             f"One run per method, seed {seed}",
@@ -105,7 +107,9 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
         shown = [*probe.figures(runs), *(figure for key, figure in over_kept.items() if key in probe.keep)]
         if shown:
             sections.append(
-                Section(probe.name, probe.title, probe.question, probe.source, figures=shown, notes=probe.notes)
+                Section(
+                    probe.name, probe.title, probe.question, probe.source, figures=shown, notes=probe.notes, folded=True
+                )
             )
     lead = "Verdicts on the claims of the papers, from kept runs; then one new run of every method."
     page.write(

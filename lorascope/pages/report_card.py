@@ -1,0 +1,223 @@
+"""Pages of a report card: HTML that carries its tables and can be built again from them, and Markdown."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pyarrow import ArrowException
+
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import write_bytes
+from lorascope.pages.card import Card, collect, installed_versions
+from lorascope.pages.page import GENERATORS, Section, render, require_own
+from lorascope.pages.table_cells import format_value, frame_cells
+from lorascope.runs.result import Result
+
+_CARRIED = re.compile(r'<script type="application/json" id="carried">(.*?)</script>', re.DOTALL)
+_COLUMNS = {"least_rank": "lowest rank", "most_rank": "highest rank"}
+LIMITS = (
+    "A check reports only what numbers can show. A mistake that gives the same numbers as a choice is not reported, so "
+    "a card without findings does not prove that an adapter does what it was trained for: evaluate it on a task.",
+    "Norms do not show importance: a small update can change an output more than a large one.",
+    "Norms and ranks are computed in float64 from the stored values, which are rounded: by at most 0.4% in bfloat16, "
+    "0.05% in float16.",
+)
+
+
+def report(runs: Result | Sequence[Result], out: str | Path, spectra: bool = False) -> Path:
+    """Write a report card: facts, findings, figures, one row per module, and what was not checked.
+
+    Parameters
+    ----------
+    runs : Result or sequence of Result
+        Adapters or runs, as ``load`` returns them; several are shown side by side.
+    out : path
+        File to write: ``.html``, a page that works offline and carries its tables, or ``.md``, a section for a model
+        card.
+    spectra : bool
+        Whether to compute spectra that require full SVDs, such as those of FourierFT; slow. Default False.
+
+    Returns
+    -------
+    Path
+        ``out``.
+
+    Raises
+    ------
+    ValueError
+        A run has no update, one occurs twice, or the extension is neither ``.html`` nor ``.md``.
+    FileExistsError
+        ``out`` exists, and lorascope did not write it.
+
+    Examples
+    --------
+    >>> ls.report(ls.load("my-adapter"), "card.html")  # doctest: +SKIP
+    """
+    path = Path(out)
+    if path.suffix not in GENERATORS:
+        raise ValueError(f"out must end in .html or .md, got {printable(path)}")
+    require_own(path)
+    card = collect([runs] if isinstance(runs, Result) else list(runs), spectra)
+    text = html(card) if path.suffix == ".html" else markdown(card)
+    # A label may contain a lone surrogate, which UTF-8 cannot encode.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    return path
+
+
+def html(card: Card) -> str:
+    """Return the page of a card; equal cards give equal pages."""
+    one = card.subjects[0] if len(card.subjects) == 1 else None
+    lead = one["kind"] if one else "Adapters and runs side by side."
+    tables = {name: base64.b64encode(file).decode() for name, file in card.parquet.items()}
+    carried = {"document": card.document, "tables": tables}
+    facts = one["facts"] if one else {}
+    return render(card.title, lead, list(_sections(card)), facts, carried)
+
+
+def _sections(card: Card) -> Iterator[Section]:
+    several = len(card.subjects) > 1
+    if several:
+        rows = [{"": subject["label"], "kind": subject["kind"]} | subject["facts"] for subject in card.subjects]
+        found = {"What they are": pd.DataFrame(rows)}
+        if "pairs" in card.parquet:
+            found["Pairs"] = _known_columns(card.table("pairs"))
+        yield Section("subjects", "Adapters and runs", tables=found)
+    listed = [
+        finding | {"adapter": subject["label"] if several else "", "evidence": _numbers(finding["evidence"])}
+        for subject in card.subjects
+        for finding in subject["findings"]
+    ]
+    notes = [
+        f"{subject['label']}: {note}" if several else note for subject in card.subjects for note in subject["notes"]
+    ]
+    yield Section("findings", "Findings", "" if listed else "No findings.", findings=listed, notes=notes)
+    yield Section("figures", "Figures", figures=list(card.figures()))
+    tables = {"Roles": _known_columns(card.table("roles")), "Modules": _known_columns(card.table("modules"))}
+    yield Section("modules", "Modules", tables=tables)
+    lead = "What was not checked or drawn, and what it would need."
+    yield Section("unchecked", "Not checked", lead, tables={"Not checked": _unchecked(card)})
+    yield Section("limits", "Limits", notes=LIMITS)
+
+
+def _numbers(evidence: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the evidence with numbers of modules instead of their names, which are in the message."""
+    numbers = {name: len(value) if isinstance(value, list | dict) else value for name, value in evidence.items()}
+    return {name.replace("_", " "): value for name, value in numbers.items()}
+
+
+def _known_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a table without the columns that have no value; names have spaces instead of underscores."""
+    known = table.loc[:, [bool((column.notna() & (column != "")).any()) for _, column in table.items()]]
+    return known.rename(columns=lambda name: _COLUMNS.get(name, name.replace("_", " ")))
+
+
+def _unchecked(card: Card) -> pd.DataFrame:
+    """Return ``reason, checks and figures``: what the card does not have."""
+    reasons: dict[str, dict[str, None]] = {}
+    for subject in card.subjects:
+        for reason, names in subject["unchecked"].items():
+            reasons.setdefault(reason, {}).update(dict.fromkeys(names))
+    for name, reason in card.document["unseen"].items():
+        reasons.setdefault(reason, {})[name] = None
+    rows = [(", ".join(names), reason) for reason, names in reasons.items()]
+    return pd.DataFrame(rows, columns=["checks and figures", "reason"])
+
+
+def markdown(card: Card) -> str:
+    """Return the section of a model card about the adapter: facts, findings, and norms and ranks by role."""
+    lines = []
+    for subject in card.subjects:
+        lines += [f"## {_inert(subject['label'])}", "", _inert(subject["kind"]), ""]
+        lines += [f"- **{_inert(name)}**: {_inert(text)}" for name, text in subject["facts"].items()]
+        lines += ["", "### Findings", ""]
+        lines += [
+            f"- {_inert(each['id'])} {_inert(each['cause'])} ({each['severity']}): {_inert(each['message'])}"
+            for each in subject["findings"]
+        ] or ["None."]
+        lines.append("")
+    if "pairs" in card.parquet:
+        lines += ["### Pairs", "", *_markdown_table(_known_columns(card.table("pairs"))), ""]
+    lines += ["### Norms and ranks by role", "", *_markdown_table(_known_columns(card.table("roles"))), ""]
+    lines += ["### Limits", "", *(f"- {sentence}" for sentence in LIMITS), ""]
+    return "\n".join(
+        [*lines, f"Measured with lorascope {card.document['versions']['lorascope']}.", "", GENERATORS[".md"], ""]
+    )
+
+
+def _markdown_table(table: pd.DataFrame) -> Iterator[str]:
+    cells = frame_cells(table)
+    yield "| " + " | ".join(_inert(name) for name, _ in cells["columns"]) + " |"
+    yield "|" + "|".join("---:" if numeric else "---" for _, numeric in cells["columns"]) + "|"
+    for row in cells["rows"]:
+        yield "| " + " | ".join(_inert(format_value(value)) for value in row) + " |"
+
+
+def _inert(text: str) -> str:
+    """Escape what Markdown would interpret in a text from a file, such as tags, links and cell borders."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", printable(text))
+
+
+def read(path: str | Path) -> Card:
+    """Read the card that a page carries.
+
+    Raises
+    ------
+    ValueError
+        The file is not the page of a report card, or what it carries is damaged.
+    """
+    found = _CARRIED.search(_text(path))
+    if found is None:
+        raise ValueError(f"{printable(path)} is not a report card: it carries no tables")
+    try:
+        carried: Mapping[str, Any] = json.loads(found[1])
+        return Card(
+            carried["document"],
+            {name: base64.b64decode(file, validate=True) for name, file in carried["tables"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the tables that {printable(path)} carries are damaged: {printable(error)}") from error
+
+
+def verify(path: str | Path) -> list[str]:
+    """Build a page again from the tables that it carries, and return where it differs, one line each.
+
+    Raises
+    ------
+    ValueError
+        The page carries no readable tables, or another version of lorascope or plotly wrote it.
+    """
+    card = read(path)
+    try:
+        if (wrote := card.document["versions"]) != (installed := installed_versions()):
+            raise ValueError(f"written with {_listed(wrote)}, but {_listed(installed)} is installed")
+        built = html(card).encode("utf-8", "backslashreplace").decode().splitlines()
+    except (ArrowException, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot build {printable(path)} again: {printable(error)}") from error
+    return [
+        f"line {number}: the page has {_excerpt(one, other)}, its tables give {_excerpt(other, one)}"
+        for number, (one, other) in enumerate(zip_longest(_text(path).splitlines(), built, fillvalue=""), start=1)
+        if one != other
+    ]
+
+
+def _text(path: str | Path) -> str:
+    if not Path(path).is_file():
+        raise ValueError(f"cannot verify {printable(path)}: no such file")
+    return Path(path).read_text(encoding="utf-8", errors="replace")
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def _excerpt(line: str, other: str) -> str:
+    """Return the part of a line around its first difference from another."""
+    same = next((place for place, pair in enumerate(zip_longest(line, other)) if pair[0] != pair[1]), 0)
+    return repr(printable(line[max(0, same - 20) : same + 40]))

@@ -1,0 +1,274 @@
+"""Report cards: their numbers are those of the inspection, and every change of a page is found."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from adapter_bits import peft_folder
+from parsed_pages import Node, Tree
+from test_hostile_text import EVIL, untreated
+from test_inspect import llama, plant
+
+import lorascope as ls
+from lorascope import cli
+from lorascope.diagnosis.inspection import inspect
+from lorascope.pages.report_card import html, markdown, read, report, verify
+from lorascope.pages.table_cells import format_value
+from lorascope.plots.registry import available
+from lorascope.runs.loading import load
+
+PLANTED = llama(3, [3.0, 1.0]) | {"model.layers.1.self_attn.q_proj": [0.0, 0.0]}
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plant(tmp_path_factory.mktemp("adapters") / "mine", PLANTED)
+
+
+@pytest.fixture(scope="module")
+def card(adapter: Path) -> Path:
+    return report(load(adapter), adapter.parent / "card.html")
+
+
+def section(page: Path, name: str) -> Node:
+    root = Tree(page.read_text(encoding="utf-8")).root
+    return next(each for each in root.all("section") if each.attributes["id"] == name)
+
+
+def rows(table: Node) -> list[list[str]]:
+    return [[cell.text for cell in row.parts] for row in table.all("tr")]
+
+
+def main(*words: object) -> int:
+    return cli.main.main(list(map(str, words)))
+
+
+def test_modules_on_the_page_are_those_of_the_inspection(adapter: Path, card: Path):
+    measured = inspect(load(adapter)).modules
+    (_, table) = section(card, "modules").all("table")
+    head, *found = rows(table)
+    assert [row[0] for row in found] == list(measured["module"])
+    for name in ("update_norm", "energy", "effective_rank", "stable_rank", "rank", "parameters"):
+        place = head.index(name.replace("_", " "))
+        assert [row[place] for row in found] == [format_value(value) for value in measured[name]]
+    # By hand: scale 2, singular values (3, 1) times the layer plus one.
+    norms = dict(zip(measured["module"], [row[head.index("update norm")] for row in found], strict=True))
+    assert norms["model.layers.2.mlp.up_proj"] == f"{2 * 3 * np.sqrt(10):.4g}"
+    assert norms["model.layers.1.self_attn.q_proj"] == "0"
+    pd.testing.assert_frame_equal(read(card).table("modules"), measured)
+
+
+def test_findings_on_the_page_are_those_of_doctor_and_inspect(adapter: Path, card: Path):
+    run = load(adapter)
+    expected = {(each.id, each.message) for each in [*ls.diagnose(run), *inspect(run).found]}
+    found = section(card, "findings").all("li")
+    assert {(each.all("h3")[0].text.split()[0], each.all("p")[0].text) for each in found} == expected
+    assert any("q_proj" in message for _, message in expected)
+    assert [each.attributes["class"] for each in found] == sorted(
+        (each.attributes["class"] for each in found), key=["error", "caution", "note"].index
+    )
+
+
+def test_page_has_every_figure_of_one_run_or_the_reason_for_its_absence(adapter: Path, card: Path):
+    listed = available(load(adapter)).query("runs == 1")
+    drawn = section(card, "figures").all("figure")
+    assert len(drawn) == listed["drawable"].sum() > 3
+    for each in drawn:
+        assert [term.text for term in each.all("dt")] == ["How to read", "Caveat"]
+        assert all(text.text for text in each.all("dd"))
+    absent = section(card, "unchecked").all("table")[0].text
+    assert all(name in absent for name in listed.loc[~listed["drawable"], "figure"])
+    assert "no weight norms" in absent
+
+
+def test_equal_cards_give_equal_pages_that_verify(adapter: Path, card: Path, tmp_path: Path):
+    assert report(load(adapter), tmp_path / "again.html").read_bytes() == card.read_bytes()
+    assert verify(card) == []
+    assert card.stat().st_size < 6 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('<td class="n">18.97</td>', '<td class="n">18.98</td>'),
+        ("LS007", "LS001"),
+        ("How to read", "How to write"),
+        ("<h1>mine</h1>", "<h1>theirs</h1>"),
+        ('"layout":{', '"layout": {'),
+        ("</body>", "<p>Approved.</p>\n</body>"),
+        ("default-src 'none'", "default-src *"),
+    ],
+)
+def test_every_change_of_the_page_is_found(old: str, new: str, card: Path, tmp_path: Path):
+    text = card.read_text(encoding="utf-8")
+    assert old in text
+    changed = tmp_path / "changed.html"
+    changed.write_text(text.replace(old, new, 1), encoding="utf-8")
+    assert verify(changed)
+
+
+def test_change_of_a_carried_table_is_found(card: Path, tmp_path: Path):
+    text = card.read_text(encoding="utf-8")
+    contents = read(card)
+    table = contents.table("modules").assign(update_norm=1.0)
+    file = tmp_path / "table.parquet"
+    table.to_parquet(file)
+    stored = base64.b64encode(contents.parquet["modules"]).decode()
+    changed = tmp_path / "changed.html"
+    changed.write_text(text.replace(stored, base64.b64encode(file.read_bytes()).decode()), encoding="utf-8")
+    assert any("18.97" in line for line in verify(changed))
+
+
+def damage(card: Path, path: Path, kind: str) -> Path:
+    text = card.read_text(encoding="utf-8")
+    carried = json.loads(re.search(r'id="carried">(.*?)</script>', text)[1])  # type: ignore[index]
+    if kind == "none":
+        path.write_text("<html></html>", encoding="utf-8")
+        return path
+    if kind == "json":
+        path.write_text(text.replace('id="carried">{', 'id="carried">['), encoding="utf-8")
+        return path
+    if kind == "base64":
+        carried["tables"]["modules"] = "%%%"
+    elif kind == "parquet":
+        carried["tables"]["modules"] = base64.b64encode(b"PAR1 no").decode()
+    elif kind == "document":
+        carried["document"] = {"versions": carried["document"]["versions"]}
+    elif kind == "chart":
+        carried["document"]["figures"][0]["chart"]["rows"][0][0]["marks"][0]["kind"] = "Evil"
+    else:
+        carried["document"]["versions"]["plotly"] = "1.0"
+    block = f'id="carried">{json.dumps(carried)}</script>'
+    path.write_text(re.sub(r'id="carried">.*?</script>', lambda _: block, text), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("none", "carries no tables"),
+        ("json", "damaged"),
+        ("base64", "damaged"),
+        ("parquet", "cannot build"),
+        ("document", "cannot build"),
+        ("chart", "cannot build"),
+        ("version", "plotly 1.0"),
+    ],
+)
+def test_damaged_page_is_rejected_in_one_line(
+    kind: str, message: str, card: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main("report", "--verify", damage(card, tmp_path / "x.html", kind)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_command_verifies_and_fails_on_a_change(card: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    changed = tmp_path / "changed.html"
+    changed.write_text(card.read_text(encoding="utf-8").replace("LS007", "LS001", 1), encoding="utf-8")
+    assert main("report", "--verify", card) == 0
+    assert main("report", "--verify", card, changed) == 1
+    assert "1 difference" in capsys.readouterr().out
+    assert main("report", "--verify", card, changed, "--json") == 1
+    assert [len(each) for each in json.loads(capsys.readouterr().out).values()] == [0, 1]
+
+
+def test_several_adapters_are_shown_side_by_side(adapter: Path, tmp_path: Path):
+    other = plant(tmp_path / "other", llama(3, [1.0, 1.0]))
+    page = report([load(adapter), load(other)], tmp_path / "two.html")
+    assert verify(page) == []
+    kinds, pairs = section(page, "subjects").all("table")
+    assert [row[0] for row in rows(kinds)[1:]] == ["mine", "other"]
+    assert [row[:2] for row in rows(pairs)[1:]] == [["mine", "other"], ["other", "mine"]]
+    modules = section(page, "modules").all("table")[1]
+    assert [row[0] for row in rows(modules)[1:]] == ["mine"] * 12 + ["other"] * 12
+    shown = section(page, "figures").all(class_="chart")
+    assert any("Adapter pairs" in each.attributes["aria-label"] for each in shown)
+
+
+def test_adapters_of_different_models_have_no_pairs(adapter: Path, tmp_path: Path):
+    factors = np.ones((30, 2), "f4"), np.ones((2, 12), "f4")
+    other = peft_folder(tmp_path / "other", {"model.layers.0.mlp.up_proj": factors})
+    page = report([load(adapter), load(other)], tmp_path / "two.html")
+    assert len(section(page, "subjects").all("table")) == 1
+    assert "comparison in pairs" in section(page, "unchecked").text
+
+
+def test_adapter_cannot_occur_twice(adapter: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="duplicate adapter or run"):
+        report([load(adapter), load(adapter)], tmp_path / "two.html")
+
+
+def test_large_figure_is_left_out_and_named(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lorascope.pages.card._FIGURE_BYTES", 0)
+    page = report(load(adapter), tmp_path / "card.html")
+    assert not section(page, "figures").all("figure")
+    assert "lorascope plot spectrum" in section(page, "unchecked").text
+
+
+def test_hostile_names_stay_text(tmp_path: Path):
+    name = f"model.layers.0.{EVIL.replace('.', '')}.q_proj"
+    adapter = plant(tmp_path / "evil<b>", {name: [1.0, 0.5]}, base_model_name_or_path=EVIL)
+    page = report(load(adapter), tmp_path / "card.html")
+    text = page.read_text(encoding="utf-8")
+    root = Tree(text).root
+    assert not root.all("b")
+    assert untreated(root.all("main")[0].text) <= {"\xa0"}
+    assert verify(page) == []
+    assert untreated(markdown(read(page))) == set()
+
+
+def test_markdown_has_the_facts_the_findings_and_the_roles(
+    adapter: Path, card: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    assert main("report", adapter, "--markdown") == 0
+    text = capsys.readouterr().out
+    assert text == markdown(read(card))
+    roles = inspect(load(adapter)).roles()
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [row[0].replace("\\", "") for row in cells[1:]] == list(roles["role"])
+    assert [row[cells[0].index("update norm")] for row in cells[1:]] == [f"{norm:.4g}" for norm in roles["update_norm"]]
+    assert "LS007" in text
+    file = report(load(adapter), tmp_path / "card.md")
+    assert file.read_text(encoding="utf-8") == text
+    report(load(adapter), file)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "PATH is required"),
+        (["{adapter}", "-o", "card.txt"], "out must end in .html or .md, got card.txt"),
+        (["{adapter}", "--markdown", "-o", "x.md"], "--markdown prints"),
+        (["{adapter}", "--markdown", "--json"], "cannot be combined"),
+        (["{adapter}", "--verify", "-o", "x.html"], "--verify takes report cards only"),
+        (["{adapter}", "--verify"], "no such file"),
+        (["{adapter}/nothing"], "nothing"),
+    ],
+)
+def test_wrong_arguments_are_rejected_in_one_line(
+    words: list[str], message: str, adapter: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main("report", *(word.format(adapter=adapter) for word in words)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_foreign_file_is_not_overwritten(adapter: Path, tmp_path: Path):
+    for name in ("mine.html", "mine.md"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(FileExistsError, match="not written by lorascope"):
+            report(load(adapter), tmp_path / name)
+        assert (tmp_path / name).read_text() == "mine"
+
+
+def test_page_of_a_card_that_was_read_is_the_same(card: Path):
+    assert html(read(card)) == card.read_text(encoding="utf-8")

@@ -27,7 +27,8 @@ except ImportError:  # Windows
 
 _OWN = re.compile(
     r"(records|predictions)\.parquet|snapshots/step-\d+\.safetensors|state/(last|best)\.safetensors"
-    r"|resume/(step-\d+|best-\d+|base)\.safetensors"
+    r"|resume/((step-\d+|best-\d+|base)\.safetensors|trackers\.json)"
+    r"|tensorboard/([\d.]+/)?(events\.out\.tfevents\.[^/]+|hparams\.yml)"
 )
 _PHASE = re.compile(r"\d+-.+")
 _Id = Annotated[str, Meta(pattern="^[0-9a-f]{12}$")]

@@ -31,9 +31,11 @@ from lorascope.training.foreign_loop import (
     unwrap_optimizer,
     warn_unreadable,
 )
+from lorascope.training.report import Report
 from lorascope.training.run_folder import Recording
 from lorascope.training.run_spec import circumstances
 from lorascope.training.state import trained_parameters
+from lorascope.training.trackers import TrackerReport, tracker_names
 
 
 def record(
@@ -45,6 +47,7 @@ def record(
     steps: int | None = None,
     seed: int | None = None,
     task: str | None = None,
+    report_to: str | Sequence[str] | None = None,
 ) -> LoopRecorder:
     """Record a training in any PyTorch loop, as ``TrainerRecorder`` does under a Trainer.
 
@@ -70,6 +73,8 @@ def record(
         Seed of the training, by which figures distinguish runs that they average.
     task : str, optional
         Name of the data.
+    report_to : str or sequence of str, optional
+        Trackers that show the values of the training, as in ``train``.
 
     Returns
     -------
@@ -78,8 +83,11 @@ def record(
 
     Raises
     ------
+    ImportError
+        A tracker of ``report_to`` is not installed.
     ValueError
-        The weights are sharded, the optimizer does not train the model, or ``out`` contains files but no run.
+        The weights are sharded, the optimizer does not train the model, ``out`` contains files but no run, or a tracker
+        cannot start.
 
     Examples
     --------
@@ -91,7 +99,10 @@ def record(
     ...         recorder.step(loss=loss)
     ...         optimizer.zero_grad()
     """
-    return LoopRecorder(model, optimizer, Path(out), (norms(),) if observe is None else observe, steps, seed, task)
+    trackers = tracker_names(report_to)
+    report = TrackerReport(trackers) if trackers else None
+    observers = (norms(),) if observe is None else observe
+    return LoopRecorder(model, optimizer, Path(out), observers, steps, seed, task, report)
 
 
 class LoopRecorder:
@@ -110,6 +121,7 @@ class LoopRecorder:
         steps: int | None,
         seed: int | None,
         task: str | None,
+        report: Report | None,
     ) -> None:
         optimizer, model = unwrap_optimizer(optimizer), _unwrap_model(model)
         _check(model, optimizer, steps)
@@ -124,7 +136,7 @@ class LoopRecorder:
             return
         warn_unreadable(bare_model)
         meta = _describe(model, step, observers, seed, task)
-        self._recording = Recording(out, meta, step, None, observers, None, lost=None)
+        self._recording = Recording(out, meta, step, None, observers, None, lost=None, report=report)
         self._hook = optimizer.register_step_post_hook(self._pending)
 
     def step(self, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from lorascope.observe import Observer
-from lorascope.training.any_loop import LoopRecorder, record
+from lorascope.observe import Observer, norms
+from lorascope.training.any_loop import LoopRecorder
+from lorascope.training.report import HostReport
+
+
+class LoggerReport(HostReport):
+    """Report to the loggers of a Lightning Trainer."""
+
+    def __init__(self, loggers: Sequence[Logger]) -> None:
+        super().__init__()
+        self.loggers = loggers
+
+    def send_to_host(self, values: dict[str, float], step: int) -> None:
+        for logger in self.loggers:
+            self.attempt(type(logger).__name__, partial(logger.log_metrics, values, step))
 
 
 class LightningRecorder(Callback):
@@ -30,6 +45,8 @@ class LightningRecorder(Callback):
         LightningModule is recorded.
     seed : int, optional
         Seed of the training.
+    report : bool
+        Send the recorded values, pooled by layer and role, to the loggers of the Trainer, as ``lorascope/...``.
 
     Attributes
     ----------
@@ -49,8 +66,9 @@ class LightningRecorder(Callback):
         *,
         model: str = "",
         seed: int | None = None,
+        report: bool = False,
     ) -> None:
-        self.out, self.observe, self.model, self.seed = out, observe, model, seed
+        self.out, self.observe, self.model, self.seed, self.report = out, observe, model, seed, report
         self.recorder: LoopRecorder | None = None
         self._loss: float | Tensor = 0.0
 
@@ -63,7 +81,9 @@ class LightningRecorder(Callback):
         out = Path(trainer.default_root_dir) / "lorascope" if self.out is None else self.out
         steps = trainer.max_steps if trainer.max_steps > 0 else None
         model = pl_module.get_submodule(self.model)
-        self.recorder = record(model, trainer.optimizers[0], out, self.observe, steps=steps, seed=self.seed)
+        observers = (norms(),) if self.observe is None else self.observe
+        report = LoggerReport(trainer.loggers) if self.report else None
+        self.recorder = LoopRecorder(model, trainer.optimizers[0], Path(out), observers, steps, self.seed, None, report)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Start the sum of the losses of the micro-batches."""

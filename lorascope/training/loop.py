@@ -26,6 +26,7 @@ from lorascope.training.run_spec import Plan
 from lorascope.training.session import Session, clip_gradients, nonfinite_reason
 from lorascope.training.settings import Settings
 from lorascope.training.state import seed_generators
+from lorascope.training.trackers import tracker_names
 
 
 def train(
@@ -55,6 +56,7 @@ def train(
     checkpoint_every: int = 100,
     device: str | None = None,
     progress: bool = True,
+    report_to: str | Sequence[str] | None = None,
 ) -> Run:
     """Train a model with a method and record what happens inside it.
 
@@ -111,6 +113,10 @@ def train(
         Device; by default an accelerator if available, else the CPU.
     progress : bool
         Show a progress bar.
+    report_to : str or sequence of str, optional
+        Trackers that show the values of the training while it runs, and figures at its end: "tensorboard", "wandb",
+        "mlflow", "trackio", or another name of ``accelerate``; "all" for all that are installed. They have no effect
+        on the training or its id.
 
     Returns
     -------
@@ -119,12 +125,16 @@ def train(
 
     Raises
     ------
+    ImportError
+        A tracker of ``report_to`` is not installed.
     ValueError
-        An argument is invalid, the model was trained as another recipe, or the folder contains another run.
+        An argument is invalid, the model was trained as another recipe, the folder contains another run, or a tracker
+        cannot start.
     FloatingPointError
         The loss or the gradient norm is not finite.
     """
     given = locals()
+    trackers = tracker_names(report_to)
     method = from_config({"name": method}) if isinstance(method, str) else method
     method.prepare()  # before anything is changed
     task = data if isinstance(data, Task) else tasks.load(str(data))
@@ -168,7 +178,7 @@ def train(
                     locks.enter_context(lock_run(path))
                 _reset(model, marker.base)
                 with seed_generators(seed):
-                    session = Session(model, part, marker.base, path, runs, device)
+                    session = Session(model, part, marker.base, path, runs, device, trackers)
                     runs.append(fit(session, checkpoint_every, progress))
             else:
                 runs.append(stored)
@@ -189,8 +199,15 @@ def _rates(method: Method, lr: float | None, head_lr: float | None) -> dict[str,
 
 def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
     """Train one phase and return its run."""
-    step, start = session.step, session.begin()
-    name = session.plan.phase.name or session.method.name
+    try:
+        return _train_steps(session, session.begin(), checkpoint_every, progress)
+    finally:
+        session.close_report()
+
+
+def _train_steps(session: Session, start: int, checkpoint_every: int, progress: bool) -> Run:
+    """Train the steps of a phase from ``start`` on, and close its run."""
+    step, name = session.step, session.plan.phase.name or session.method.name
     with catch_interrupt() as interrupted, progress_bar(name, step.total, start, progress) as bar:
         for index in range(start, step.total):
             values = advance(session, index)

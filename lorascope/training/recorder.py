@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from lorascope.adapters.peft_layers import unwrapped_parameters
 from lorascope.methods.base import Method, Step
 from lorascope.observe import factors_of
@@ -18,6 +20,7 @@ from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Item, Record
 from lorascope.training.base_weights import Base
+from lorascope.training.report import Report
 from lorascope.training.state import save_state, save_tree
 
 
@@ -25,17 +28,31 @@ class Recorder:
     """Recorder of one training in a run folder, by ``train`` or by a Trainer.
 
     The training updates ``step``; ``meta`` is the content of ``run.json``. Observers have a state, so they are copied.
+    A ``report`` gets everything that is recorded after ``begin_rows``.
     """
 
     def __init__(
-        self, path: Path, meta: Manifest, step: Step, method: Method | None, observers: Sequence[Observer]
+        self,
+        path: Path,
+        meta: Manifest,
+        step: Step,
+        method: Method | None,
+        observers: Sequence[Observer],
+        report: Report | None = None,
     ) -> None:
         assert isinstance(step.base, Base)
         self.path, self.step, self.base, self.method = path, step, step.base, method
         self.observers = [dataclasses.replace(observer) for observer in observers]
         self.writer = RunWriter(path, meta)
+        self.report = report
         self._recorded: tuple[int, set[tuple[str, str]]] = (-1, set())
         self._clock, self._seconds_before = time.monotonic(), 0.0
+
+    def begin_rows(self, table: pd.DataFrame | None) -> None:
+        """Start the run folder and the report; see ``RunWriter.begin``."""
+        self.writer.begin(table)
+        if self.report is not None:
+            self.report.open(self.path, self.writer.meta)
 
     @property
     def seconds(self) -> float:
@@ -65,6 +82,8 @@ class Recorder:
         fresh = [i for i in items if not isinstance(i, Record) or (i.quantity, i.module) not in known]
         self._recorded = (finished, known | {(i.quantity, i.module) for i in fresh if isinstance(i, Record)})
         self.writer.collect(finished, fresh)
+        if self.report is not None:
+            self.report.collect(finished, fresh)
 
     def state(self) -> dict[str, Any]:
         """Return the state from which a checkpoint resumes the recording, except for the rows."""
@@ -91,9 +110,22 @@ class Recorder:
         """Return the entry of the current state for ``run.json``."""
         return State(self.step.finished, {name: each.rank for name, each in adapters(self.step.model).items()})
 
+    def flush_report(self) -> None:
+        """Send the values of this step to the report."""
+        if self.report is not None:
+            self.report.flush()
+
+    def close_report(self) -> None:
+        """Close the report of a training that failed; nothing happens if it is closed."""
+        if self.report is not None:
+            self.report.close(None)
+
     def close(self, status: str) -> Run:
         """Write the rows, and ``run.json`` with the time, and return the run."""
         meta = self.writer.meta
         meta.seconds = self.seconds
         meta.total_seconds += meta.seconds
-        return self.writer.finish(status)
+        run = self.writer.finish(status)
+        if self.report is not None:
+            self.report.close(run)
+        return run

@@ -22,6 +22,7 @@ from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Item
 from lorascope.training.checkpoints import pack_rows, unpack_rows
 from lorascope.training.recorder import Recorder
+from lorascope.training.report import Report
 from lorascope.training.state import load_tree, save_tree
 
 T = TypeVar("T")
@@ -48,12 +49,13 @@ class Recording(Recorder):
         observers: Sequence[Observer],
         before: dict[str, Any] | None,
         lost: str | None = "the training ended before its last step",
+        report: Report | None = None,
     ) -> None:
         # The traceback of a failed training may still reference its recording, so end that one here.
         if (abandoned := _OPEN.pop(path.resolve(), None)) is not None:
             abandoned()
         create_folder(path, meta.id if before else None)
-        super().__init__(path, meta, step, method, observers)
+        super().__init__(path, meta, step, method, observers, report)
         self._failing = False
         self._final_step: int | None = None  # step of the saved final state
         self._flushed = math.inf
@@ -62,14 +64,14 @@ class Recording(Recorder):
         self._lock.enter_context(lock_run(path))
         # Write the rows when the recording is deleted or the process ends, without a reference to the model.
         self.mark_interrupted = _OPEN[path.resolve()] = weakref.finalize(
-            self, close_lost_run, self.writer, self._lock, lost
+            self, close_lost_run, self.writer, self._lock, lost, report
         )
         if before is None:
-            self.writer.begin(None)
+            self.begin_rows(None)
             self.record()
         else:
             self.resume(before["observers"], before["seconds"])
-            self.writer.begin(unpack_rows(before["table"]))
+            self.begin_rows(unpack_rows(before["table"]))
             if self.base.kept:
                 if not self._base_file.exists():
                     raise ValueError(
@@ -156,8 +158,10 @@ def create_folder(folder: Path, resumed: str | None) -> None:
             shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("resume"))
 
 
-def close_lost_run(writer: RunWriter, lock: ExitStack, error: str | None) -> None:
+def close_lost_run(writer: RunWriter, lock: ExitStack, error: str | None, report: Report | None) -> None:
     """Write the rows of a run that was not finished, unless another has replaced it; an error marks it as broken."""
+    if report is not None:
+        report.close(None)
     with lock, suppress(OSError):
         file = writer.path / "run.json"
         if file.exists() and read_json(file, dict[str, Any]).get("started") == writer.meta.started:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,27 @@ from lorascope.training.state import (
     trained_parameters,
     trained_tensors,
 )
+from lorascope.training.trackers import TrackerReport
 
 
 class Session(Recorder):
     """State of one phase in training, recorded in its run folder ``path``, after the finished phases ``parents``.
 
-    The model is trained in place; its head must fit the task of the plan.
+    The model is trained in place; its head must fit the task of the plan. ``trackers`` are names of ``tracker_names``.
     """
 
     method: Method
 
-    def __init__(self, model: nn.Module, plan: Plan, base: Base, path: Path, parents: list[Run], device: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        base: Base,
+        path: Path,
+        parents: list[Run],
+        device: str,
+        trackers: Sequence[str] = (),
+    ) -> None:
         self.model, self.plan, self.device = model, plan, device
         self.settings, self.task = plan.settings, plan.task
         self.method = dataclasses.replace(plan.phase.method)
@@ -67,7 +77,8 @@ class Session(Recorder):
         sources = self._batch_loss, self._draw_validation, self._held_out_batch
         step = Step(-1, plan.settings.steps, model, self.optimizer, base, modules, *sources)
         meta = plan.meta(step, self.method, parents, device)
-        super().__init__(path, meta, step, self.method, plan.observers)
+        report = TrackerReport(trackers) if trackers else None
+        super().__init__(path, meta, step, self.method, plan.observers, report)
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -159,7 +170,7 @@ class Session(Recorder):
         self.model.train()
         found = self.checkpoints.newest()
         if found is None:
-            self.writer.begin(None)
+            self.begin_rows(None)
             if self.settings.eval_every != 0:
                 self.evaluate()
             self.record()
@@ -181,7 +192,7 @@ class Session(Recorder):
             ) from error
         self._search_generator, self.best = checkpoint.search, checkpoint.best
         self.step.index = checkpoint.finished - 1
-        self.writer.begin(table)
+        self.begin_rows(table)
         return checkpoint.finished
 
     def checkpoint(self) -> None:

@@ -229,16 +229,23 @@ def load_generators_state(stored: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def seed_generators(seed: int) -> Iterator[None]:
-    """Seed all global generators within the context, and restore the caller's states afterwards."""
+def keep_generators() -> Iterator[None]:
+    """Restore the states of all global generators after the context."""
     before = generators_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
     try:
         yield
     finally:
         load_generators_state(before)
+
+
+@contextmanager
+def seed_generators(seed: int) -> Iterator[None]:
+    """Seed all global generators within the context, and restore the caller's states afterwards."""
+    with keep_generators():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        yield
 
 
 def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None) -> None:

@@ -25,6 +25,7 @@ from lorascope.training.hf_trainer.method_callback import (
     reject_sharded,
     write_checkpoint_file,
 )
+from lorascope.training.hf_trainer.report import TrainerReport, reporting_callbacks
 from lorascope.training.hf_trainer.run_metadata import describe_run, overlap
 from lorascope.training.run_folder import Recording
 from lorascope.training.settings import Settings
@@ -84,11 +85,16 @@ class TrainerRecorder(TrainerCallback):
         Run folder; ``lorascope`` in ``output_dir`` by default. Another run in it is moved aside.
     observe : sequence of Observer, optional
         Observers; ``[observe.norms()]`` by default. ``neurons`` and ``utilization`` are rejected: no held-out text.
+    report : bool
+        Send the recorded values, pooled by layer and role, to the ``report_to`` of the Trainer, as ``lorascope/...``.
     """
 
-    def __init__(self, out: str | Path | None = None, observe: Sequence[Observer] | None = None) -> None:
+    def __init__(
+        self, out: str | Path | None = None, observe: Sequence[Observer] | None = None, *, report: bool = False
+    ) -> None:
         self.out = None if out is None else Path(out)
         self.observers = (norms(),) if observe is None else tuple(observe)
+        self.report = report
         self._recording: Recording | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
@@ -116,7 +122,9 @@ class TrainerRecorder(TrainerCallback):
         meta = describe_run(args, state, trainer, step, callback, self.observers, id)
         path = self.out or Path(str(args.output_dir)) / "lorascope"
         method = None if callback is None else callback.method
-        self._recording = Recording(path, meta, step, method, self.observers, before)
+        report = TrainerReport(args, state, reporting_callbacks()) if self.report else None
+        self._recording = Recording(path, meta, step, method, self.observers, before, report=report)
+        self._recording.flush_report()
 
     def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Record a step while its gradients still exist."""
@@ -129,9 +137,15 @@ class TrainerRecorder(TrainerCallback):
         recording.record(grad_norm=norm, lr=self._optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
-        """Save the state of the last step, after callbacks that change it, such as one that calls PEFT's allocator."""
-        if self._recording is not None and self._recording.step.last:
-            self._recording.attempt(self._recording.save_final_state)
+        """Save the state of the last step, after callbacks that change it, such as one that calls PEFT's allocator.
+
+        The report is sent here, because the Trainer has counted the step.
+        """
+        if (recording := self._recording) is None:
+            return
+        if recording.step.last:
+            recording.attempt(recording.save_final_state)
+        recording.flush_report()
 
     def on_log(self, args: TrainingArguments, *_: Any, logs: Any = None, **trainer: Any) -> None:
         """Record the loss, a mean since the last log, and the gradient norm unless the method has recorded one."""

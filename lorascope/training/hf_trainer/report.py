@@ -1,0 +1,42 @@
+"""Report to the trackers of a Trainer: those of its ``report_to``, through their callbacks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from lorascope.training.report import HostReport
+
+
+class TrainerReport(HostReport):
+    """Report to callbacks of a Trainer, as if it had logged the values.
+
+    ``Trainer.log`` would also print them, and store them in every checkpoint.
+    """
+
+    def __init__(self, args: TrainingArguments, state: TrainerState, callbacks: Sequence[TrainerCallback]) -> None:
+        super().__init__()
+        self.args, self.state, self.callbacks = args, state, callbacks
+
+    def send_to_host(self, values: dict[str, float], step: int) -> None:
+        for callback in self.callbacks:
+            # A callback sets flags of its control, which must not change those of the Trainer.
+            log = partial(callback.on_log, self.args, self.state, TrainerControl(), logs=dict(values))
+            self.attempt(type(callback).__name__, log)
+
+
+def reporting_callbacks() -> list[TrainerCallback]:
+    """Return the callbacks of ``report_to`` of the Trainer that is calling the current callback.
+
+    A Trainer gives its callbacks no reference to itself or to each other, so look for it among the callers.
+    """
+    frame = sys._getframe()
+    while not isinstance(frame.f_locals.get("self"), Trainer):
+        assert frame.f_back is not None, "only a Trainer calls callbacks"
+        frame = frame.f_back
+    kinds = tuple(INTEGRATION_TO_CALLBACK.values())
+    return [each for each in frame.f_locals["self"].callback_handler.callbacks if isinstance(each, kinds)]

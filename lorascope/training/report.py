@@ -1,0 +1,156 @@
+"""Report of a training while it runs: its values, pooled by layer and role, for programs that show curves."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from lorascope.files.printable import printable
+from lorascope.runs.manifest import Manifest
+from lorascope.runs.run import Run
+from lorascope.schema.module_roles import Place, parse
+from lorascope.schema.records import QUANTITIES, Item, Record
+from lorascope.training.state import keep_generators
+
+Places = Mapping[str, Place]
+PREFIX = "lorascope/"
+_OF_THE_HOST = {"loss", "grad_norm", "lr", "seconds", "eval_loss", "eval_metric"}
+# The only indexed quantity whose mean over the index says something without the index.
+_POOLED_OVER_INDEX = ("importance",)
+_POOL: dict[str, Callable[[list[float]], float]] = {
+    "norm": lambda values: math.sqrt(math.fsum(value * value for value in values)),
+    "sum": math.fsum,
+    "mean": lambda values: math.fsum(values) / len(values),
+}
+
+
+class Report:
+    """Report of one training; a subclass sends the values of each step to the programs that show them.
+
+    It has no effect on what is recorded, nor on the global random generators. A program that fails gets no further
+    values, after one warning.
+    """
+
+    def __init__(self) -> None:
+        self._places: Places = {}
+        self._step, self._records = 0, list[Record]()
+        self._failed: set[str] = set()
+
+    def open(self, path: Path, meta: Manifest) -> None:
+        """Start the report of the run in a folder."""
+        # The first row of a name counts, as in the table of the run.
+        self._places = {row.module: Place(row.stack, row.layer, row.role) for row in reversed(meta.modules)}
+
+    def collect(self, step: int, items: Iterable[Item]) -> None:
+        """Take what was recorded after ``step`` finished steps, and send the values of the step before."""
+        if step != self._step:
+            self.flush()
+            self._step = step
+        self._records += [item for item in items if isinstance(item, Record)]
+
+    @keep_generators()
+    def flush(self) -> None:
+        """Send the values that were not sent yet."""
+        records, self._records = self._records, []
+        if values := pool_records(records, self._places):
+            self.send(values, self._step)
+
+    def send(self, values: dict[str, float], step: int) -> None:
+        """Send the values of a step."""
+        raise NotImplementedError
+
+    def close(self, run: Run | None) -> None:
+        """Send the last values; ``run`` is the finished run, or None if training failed."""
+        self.flush()
+
+    def attempt(self, where: str, act: Callable[[], object]) -> None:
+        """Act on a program, unless it failed before; an error becomes a warning."""
+        if where not in self._failed:
+            try:
+                act()
+            except Exception as error:  # it is code of another package
+                self.fail(where, error)
+
+    def fail(self, where: str, error: Exception) -> None:
+        """Warn that a program failed, which must not stop training, and leave it out from now on."""
+        self._failed.add(where)
+        warnings.warn(
+            f"cannot report to {where}: {describe_error(error)}; training and recording continue", stacklevel=2
+        )
+
+
+class HostReport(Report):
+    """Report into the run that another trainer, the host, has already opened in its own programs.
+
+    It leaves out the values that the host logs itself, and prefixes the names of the others.
+    """
+
+    def send(self, values: dict[str, float], step: int) -> None:
+        if own := {f"{PREFIX}{name}": value for name, value in values.items() if name not in _OF_THE_HOST}:
+            self.send_to_host(own, step)
+
+    def send_to_host(self, values: dict[str, float], step: int) -> None:
+        """Send values to the programs of the host."""
+        raise NotImplementedError
+
+
+def pool_records(records: Sequence[Record], places: Places) -> dict[str, float]:
+    """Return the values of one step by the name of their curve.
+
+    A value of the run keeps its name. Values of modules are pooled by the rule of their quantity, as in
+    ``analysis.norms.pool``: over all modules, by layer, and by role within the layers. A cell with an unknown value has
+    no curve.
+
+    Parameters
+    ----------
+    records : sequence of Record
+        Records of one step.
+    places : mapping
+        Place of each module; other names are parsed.
+
+    Returns
+    -------
+    dict
+        Such as ``{"loss": 0.3, "update_norm/all": 1.2, "update_norm/layer_03": 0.4, "update_norm/role_q": 0.2}``.
+    """
+    curves: dict[str, float] = {}
+    modules: dict[str, list[tuple[Place, list[float]]]] = defaultdict(list)
+    for each in records:
+        quantity = QUANTITIES.get(each.quantity)
+        if quantity is None or (quantity.index != "none" and each.quantity not in _POOLED_OVER_INDEX):
+            continue
+        if each.module:
+            place = places.get(each.module) or parse(each.module)
+            modules[each.quantity].append((place, np.atleast_1d(each.value).astype(float).tolist()))
+        else:
+            curves[each.quantity] = float(each.value)
+    several = len({place.stack for place in places.values() if place.layer is not None}) > 1
+    for name, rows in modules.items():
+        cells: dict[str, list[float]] = defaultdict(list)
+        # The row of a block contains those of its modules.
+        blocks = {(place.stack, place.layer) for place, _ in rows if place.role == "block"}
+        for place, values in rows:
+            if place.role == "block" or (place.stack, place.layer) not in blocks:
+                cells["all"] += values
+                cells[_layer_name(place, several)] += values
+            if place.role != "block" and place.layer is not None:
+                cells[f"role_{place.role}"] += values
+        pool = _POOL[QUANTITIES[name].pool]
+        curves |= {f"{name}/{cell}": pool(values) for cell, values in sorted(cells.items()) if values}
+    return {name: value for name, value in curves.items() if not math.isnan(value)}
+
+
+def _layer_name(place: Place, several: bool) -> str:
+    name = place.role if place.layer is None else f"layer_{place.layer:02d}"
+    return f"{place.stack}_{name}" if several and place.stack else name
+
+
+def describe_error(error: Exception) -> str:
+    """Return the type and the first line of an error of another package."""
+    line = printable(str(error).strip().partition("\n")[0])
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -1,0 +1,256 @@
+"""Trackers such as TensorBoard, W&B and MLflow, by the names and the classes of ``accelerate.tracking``.
+
+A run of ``train`` or ``record`` becomes one run of each tracker, in the project ``lorascope`` unless the tracker's own
+environment variable names another. TensorBoard writes into the folder ``tensorboard`` of the run folder. A training
+that resumes continues the runs of TensorBoard, W&B, MLflow and Trackio, and no tracker gets a step twice.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lorascope.array_types import UInt8
+from lorascope.extras import requirement
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import read_json
+from lorascope.runs.manifest import Manifest
+from lorascope.runs.run import Run
+from lorascope.training.report import Report, describe_error
+from lorascope.training.state import keep_generators
+
+# The file in the run folder from which a resumed training continues.
+STATE = "resume/trackers.json"
+_PROJECT = "lorascope"
+# accelerate passes the project explicitly, so that these variables would have no effect.
+_PROJECT_VARIABLES = {
+    "wandb": "WANDB_PROJECT",
+    "trackio": "TRACKIO_PROJECT",
+    "comet_ml": "COMET_PROJECT_NAME",
+    "swanlab": "SWANLAB_PROJECT",
+}
+_DISTRIBUTIONS = {"comet_ml": "comet-ml"}
+# MLflow rejects more values in one call.
+_MOST_VALUES = 1000
+
+
+def tracker_names(report_to: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names of trackers: "all" is every installed one, and "none" is none.
+
+    Raises
+    ------
+    ImportError
+        A tracker, or accelerate, is not installed.
+    ValueError
+        A name is unknown.
+    """
+    given = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    if given in ([], ["none"]):
+        return ()
+    known = _classes()
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    installed = [str(name.value) for name in get_available_trackers()]
+    if given == ["all"]:
+        return tuple(installed)
+    for name in given:
+        if name not in known:
+            names = ", ".join([*sorted(known), "all", "none"])
+            raise ValueError(f"report_to must be one of {names}, got {printable(name)!r}")
+        if name not in installed and name in LoggerType.list():
+            raise ImportError(f"cannot report to {name}: pip install {_DISTRIBUTIONS.get(name, name)}")
+    return tuple(dict.fromkeys(given))
+
+
+def _classes() -> Mapping[str, Any]:
+    """Return the classes of accelerate's trackers by name, with those that the user registered there."""
+    try:
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    except ModuleNotFoundError as error:
+        raise ImportError(f"report_to {requirement(error)}") from error
+    PartialState()  # the trackers need it
+    return LOGGER_TYPE_TO_CLASS
+
+
+@dataclass
+class _State:
+    """Last step that was sent, and the ids by which the trackers know their runs."""
+
+    step: int = -1
+    ids: dict[str, str] = field(default_factory=dict)
+
+
+class TrackerReport(Report):
+    """Report to trackers of accelerate."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = names
+        self._trackers: dict[str, Any] = {}
+        self._state, self._file = _State(), Path()
+
+    @keep_generators()
+    def open(self, path: Path, meta: Manifest) -> None:
+        """Start the trackers, or continue their runs; a ValueError reports one that cannot start.
+
+        In a later phase this is a warning, because it would stop a training.
+        """
+        super().open(path, meta)
+        self._file = path / STATE
+        try:
+            self._state = read_json(self._file, _State)
+        except (OSError, ValueError):
+            self._state = _State()
+        for name in self.names:
+            try:
+                self._trackers[name] = _start(name, path, meta, self._state)
+            except Exception as error:  # it is code of another package
+                if meta.parents:
+                    self.fail(name, error)
+                    continue
+                self.close(None)
+                raise ValueError(f"cannot report to {name}: {describe_error(error)}") from error
+
+    def send(self, values: dict[str, float], step: int) -> None:
+        if step <= self._state.step:
+            return
+        self._state.step = step
+        # Written first: a killed training may lose a step in the trackers, but repeats none.
+        self._write_state()
+        named = [(_curve(name), value) for name, value in values.items()]
+        for start in range(0, len(named), _MOST_VALUES):
+            part = dict(named[start : start + _MOST_VALUES])
+            for name, tracker in self._trackers.items():
+                self.attempt(name, partial(tracker.log, part, step=step))
+
+    def _write_state(self) -> None:
+        """Write the state without waiting for the disk; without it, a resumed training would repeat steps."""
+        draft = self._file.with_name(f".{self._file.name}.{os.getpid()}.part")
+        with suppress(OSError):
+            self._file.parent.mkdir(exist_ok=True)
+            draft.write_text(json.dumps(vars(self._state)), encoding="utf-8")
+            draft.replace(self._file)
+
+    @keep_generators()
+    def close(self, run: Run | None) -> None:
+        super().close(run)
+        if run is not None and run.finished:
+            self._show(run)
+            with suppress(OSError):
+                self._file.unlink()
+                self._file.parent.rmdir()
+        for name, tracker in self._trackers.items():
+            self.attempt(name, tracker.finish)
+        self._trackers.clear()
+
+    def _show(self, run: Run) -> None:
+        """Send figures of a finished run as pictures."""
+        # This package is below the figures, so it finds them by name.
+        overview = importlib.import_module("lorascope.plots.run_overview")
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                files = overview.save_overview(run, Path(folder))
+            except Exception as error:  # a figure of an unusual run must not end a training with an error
+                self.fail("trackers as pictures", error)
+                return
+            for name, tracker in self._trackers.items():
+                self.attempt(name, partial(_log_pictures, name, tracker, files, self._step))
+
+
+# Trackers whose runs continue when a training resumes, and the id of such a run.
+_IDS: dict[str, Callable[[Any], str]] = {
+    "tensorboard": lambda tracker: tracker.run_name,
+    "wandb": lambda tracker: tracker.run.id,
+    "mlflow": lambda tracker: tracker.active_run.info.run_id,
+    "trackio": lambda tracker: tracker.run.name,
+}
+
+
+def _start(name: str, path: Path, meta: Manifest, state: _State) -> Any:
+    """Start a tracker: a new run with the configuration of the training, or the run in the state."""
+    kind, known = _classes()[name], state.ids.get(name)
+    title = f"{path.parent.name}-{path.name}" if meta.phase and meta.phase[0] else path.name
+    project = os.environ.get(_PROJECT_VARIABLES.get(name, ""), _PROJECT)
+    match name:
+        case "tensorboard":
+            tracker = kind("tensorboard", path)
+        case "wandb":
+            tracker = kind(project, name=title, **({"id": known, "resume": "allow"} if known else {}))
+        case "mlflow":  # nested in the active run of the user, if there is one
+            tracker = kind(project, run_name=title, run_id=known, nested_run=True)
+        case "trackio":
+            tracker = kind(project, name=title, resume="allow" if known else "never")
+        case "swanlab":
+            tracker = kind(project, experiment_name=title)
+        case "clearml":
+            tracker = kind(project, task_name=title)
+        case "aim":
+            tracker = kind(title)
+        case _:
+            tracker = kind(project, path) if kind.requires_logging_directory else kind(project)
+    tracker.start()
+    if known is None:
+        tracker.store_init_configuration(_configuration(path, meta))
+    if name in _IDS:
+        state.ids[name] = _IDS[name](tracker)
+    return tracker
+
+
+def _configuration(path: Path, meta: Manifest) -> dict[str, Any]:
+    """Return the id, the recipe and the settings of a run as flat values."""
+    shared = {"id": meta.id, "label": meta.label, "model": meta.model, "task": meta.task, "seed": meta.seed}
+    sizes = {"parameters.trained": meta.parameters.trained, "parameters.total": meta.parameters.total}
+    parts = {"method": meta.method, "settings": meta.settings}
+    nested = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+    return {
+        key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
+        for key, value in (shared | sizes | nested | {"folder": str(path.resolve())}).items()
+        if value is not None
+    }
+
+
+def _curve(name: str) -> str:
+    """Return a name with its group before the slash, as the Trainer's trackers do: ``train/loss``, ``eval/loss``."""
+    if "/" in name:
+        return name
+    group, _, rest = name.partition("_")
+    return f"{group}/{rest}" if group in ("eval", "test") and rest else f"train/{name}"
+
+
+def _log_pictures(name: str, tracker: Any, files: Sequence[Path], step: int) -> None:
+    """Send pictures to a tracker; accelerate has no method for those of Comet and DVCLive."""
+    if name == "mlflow":
+        for file in files:
+            tracker.log_artifact(str(file), "charts")
+        return
+    pictures = {f"charts/{file.stem}": _pixels(file) for file in files}
+    match name:
+        case "tensorboard":
+            batches = {key: value[None] for key, value in pictures.items()}
+            tracker.log_images(batches, step=step, dataformats="NHWC")
+        case "trackio":
+            image = importlib.import_module("trackio").Image
+            tracker.log({key: image(value) for key, value in pictures.items()}, step=step)
+        case "aim":
+            tracker.log_images(pictures, step=step)
+        case _:
+            if hasattr(tracker, "log_images"):
+                tracker.log_images({key: [value] for key, value in pictures.items()}, step=step)
+
+
+def _pixels(file: Path) -> UInt8[np.ndarray, "height width rgb"]:
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))

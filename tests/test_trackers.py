@@ -1,0 +1,235 @@
+"""Tests of trackers: what their own libraries read back is the pooled table of the run, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from accelerate import tracking
+from killing import SETTINGS, TwoPhases
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from trainers import METHODS, ROWS, by_trainer, fresh, same_rows, same_weights
+
+import lorascope as ls
+from lorascope.analysis import norms
+from lorascope.inputs import models
+from lorascope.schema.module_roles import Place
+from lorascope.schema.records import QUANTITIES, Record
+from lorascope.training.report import pool_records
+
+LORA = ls.LoRA(rank=2, lr=1e-2, head_lr=1e-2)
+NORMS = [ls.observe.norms(every=2)]
+
+
+def train(bert, task, out, method=LORA, **settings):
+    model = models.load(bert, task=task)
+    return model, ls.train(model, task, method, out=out, observe=NORMS, **SETTINGS | settings)
+
+
+def pooled(table: pd.DataFrame) -> dict[tuple[str, int], float]:
+    """Pool a table by ``analysis.norms``, which is independent of the report; the values by curve and step."""
+    whole = table[(table["module"] == "") & table["index"].isna()]
+    found = {(row.quantity, row.step): row.value for row in whole.itertuples()}
+    several = table.loc[table["layer"].notna(), "stack"].nunique() > 1
+    for quantity in table.loc[table["module"] != "", "quantity"].unique():
+        if QUANTITIES[quantity].index != "none" and quantity != "importance":
+            continue
+        rows = norms.select(table, quantity)
+        for cell in norms.pool(rows, by=()).itertuples():
+            found[f"{quantity}/all", cell.step] = cell.value
+        for cell in norms.pool(rows).itertuples():
+            inside = not pd.isna(cell.layer)
+            name = f"layer_{cell.layer:02d}" if inside else cell.place.replace(" ", "_")
+            found[f"{quantity}/{cell.stack}_{name}" if several and inside else f"{quantity}/{name}", cell.step] = (
+                cell.value
+            )
+        inside = rows.dropna(subset="layer")
+        inside = inside[inside["role"] != "block"]
+        for cell in norms.pool(inside, by=("role",)).itertuples() if len(inside) else ():
+            found[f"{quantity}/role_{cell.role}", cell.step] = cell.value
+    return {key: value for key, value in found.items() if not np.isnan(value)}
+
+
+def curves(run) -> dict[tuple[str, int], float]:
+    """Pool the rows of a run as its report does, under the names of a tracker: sums are exact, so in any order."""
+    places = {each.module: Place(each.stack, each.layer, each.role) for each in run.meta.modules}
+    found = {}
+    for step, rows in run.table.groupby("step"):
+        records = [
+            Record(row.quantity, row.value, row.module, None if pd.isna(row.index_) else row.index_)
+            for row in rows.rename(columns={"index": "index_"}).itertuples()
+        ]
+        for name, value in pool_records(records, places).items():
+            group, _, rest = name.partition("_")
+            own = f"{group}/{rest}" if group in ("eval", "test") else f"train/{name}"
+            found[name if "/" in name else own, step] = value
+    return found
+
+
+def events(folder) -> dict[tuple[str, int], float]:
+    """Read the scalars in TensorBoard's files; no step may occur twice."""
+    read = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    rows = [(tag, event.step, event.value) for tag in read.Tags()["scalars"] for event in read.Scalars(tag)]
+    found = {(tag, step): value for tag, step, value in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def in_float32(values: dict[tuple[str, int], float]) -> dict[tuple[str, int], float]:
+    return {key: float(np.float32(value)) for key, value in values.items()}
+
+
+@pytest.mark.parametrize("method", [LORA, ls.Full(), ls.AdaLoRA(init_rank=4, target_rank=2), ls.LISA(n_active=1)])
+def test_curves_are_pooled_as_by_the_figures(method, bert, task, tmp_path):
+    _, run = train(bert, task, tmp_path / "run", method)
+    places = {each.module: Place(each.stack, each.layer, each.role) for each in run.meta.modules}
+    found = {}
+    for step, rows in run.table.groupby("step"):
+        columns = zip(rows["quantity"], rows["value"], rows["module"], rows["index"], strict=True)
+        records = [Record(*row[:3], index=None if pd.isna(row[3]) else row[3]) for row in columns]
+        found |= {(name, step): value for name, value in pool_records(records, places).items()}
+    assert found == pytest.approx(pooled(run.table), rel=1e-12)
+
+
+def test_tensorboard_has_the_pooled_table_of_the_run(bert, task, tmp_path):
+    _, run = train(bert, task, tmp_path / "run", report_to="tensorboard")
+    found = events(run.path / "tensorboard")
+    assert found == in_float32(curves(run))
+
+
+def test_tensorboard_has_pictures_and_the_configuration(bert, task, tmp_path):
+    _, run = train(bert, task, tmp_path / "run", ls.AdaLoRA(init_rank=4, target_rank=2), report_to="tensorboard")
+    read = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    drawable = ls.plots.available(run).query("drawable")["figure"]
+    names = {"update_norm_heat", "rank_allocation", "spectrum", "importance"} & {*drawable}
+    assert len(names) >= 3
+    assert {*read.Tags()["images"]} == {f"charts/{name}" for name in names}
+    for name in names:
+        (image,) = read.Images(f"charts/{name}")
+        assert (image.step, image.encoded_image_string[:4]) == (SETTINGS["steps"], b"\x89PNG")
+        assert image.width > 300
+    (hparams,) = (run.path / "tensorboard").glob("*/hparams.yml")
+    text = hparams.read_text(encoding="utf-8").splitlines()
+    assert {f"id: {run.id}", "method.init_rank: 4", "settings.steps: 5", "task: toy"} <= {*text}
+
+
+@pytest.mark.filterwarnings("ignore")  # of MLflow
+def test_mlflow_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    try:
+        with mlflow.start_run() as mine:  # the run of the user continues around it
+            _, run = train(bert, task, tmp_path / "run", report_to="mlflow")
+            assert mlflow.active_run().info.run_id == mine.info.run_id
+        client = mlflow.MlflowClient()
+        (found,) = client.search_runs([client.get_experiment_by_name("lorascope").experiment_id])
+        values = {
+            (name, each.step): each.value
+            for name in found.data.metrics
+            for each in client.get_metric_history(found.info.run_id, name)
+        }
+        assert values == curves(run)
+        assert (found.info.run_name, found.info.status, found.data.params["id"]) == ("run", "FINISHED", run.id)
+        pictures = {file.path for file in client.list_artifacts(found.info.run_id, "charts")}
+        assert "charts/update_norm_heat.png" in pictures
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def wandb_records(file: Path) -> list[Any]:
+    """Read a file of W&B: the log format of LevelDB after 7 bytes, with W&B's own messages."""
+    messages = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    data, found, part, position = file.read_bytes(), [], b"", 7
+    while position + 7 <= len(data):
+        room = -position % 2**15
+        if 0 < room < 7:
+            position += room
+            continue
+        size, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        part += data[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # complete, or the last part
+            found.append(messages.Record.FromString(part))
+            part = b""
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")  # of W&B
+def test_wandb_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    _, run = train(bert, task, tmp_path / "run", report_to="wandb")
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    values, pictures, config = {}, set(), {}
+    for record in wandb_records(file):
+        if record.HasField("run"):
+            assert (record.run.project, record.run.display_name) == ("lorascope", "run")
+        config |= {item.key: json.loads(item.value_json) for item in [*record.run.config.update, *record.config.update]}
+        for item in record.history.item:
+            name, value = "/".join(item.nested_key) or item.key, json.loads(item.value_json)
+            if name.startswith("charts/"):
+                pictures.add(name.rpartition("/")[0])
+            elif not name.startswith("_"):
+                values[name, record.history.step.num] = value
+    assert values == curves(run)
+    assert {"charts/update_norm_heat", "charts/rank_allocation"} <= pictures
+    assert (config["id"], config["method.rank"], config["settings.steps"]) == (run.id, 2, 5)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Trackio
+def test_trackio_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # read when it is imported
+    pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    _, run = train(bert, task, tmp_path / "run", report_to="trackio")
+    values, pictures = {}, set()
+    for row in SQLiteStorage.get_logs("lorascope", "run"):
+        step = row.pop("step")
+        row.pop("timestamp")
+        pictures |= {name for name, value in row.items() if isinstance(value, dict)}
+        values |= {(name, step): value for name, value in row.items() if not isinstance(value, dict)}
+    assert values == curves(run)
+    assert "charts/update_norm_heat" in pictures
+
+
+@pytest.fixture(scope="module")
+def rows(bert, task):
+    encoded = task.encode(models.tokenizer(models.load(bert, task=task)), task.split("train").head(6 * ROWS))
+    batch = encoded.batch(range(6 * ROWS))
+    return [{key: value[i] for key, value in batch.items()} for i in range(6 * ROWS)]
+
+
+def test_trainer_reports_the_recorded_values_to_its_own_tensorboard(bert, task, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    one, other = fresh(bert, task), fresh(bert, task)
+    recorder = ls.TrainerRecorder(observe=NORMS, report=True)
+    trainer = by_trainer(one, rows, tmp_path / "with", recorder=recorder, report_to="tensorboard", logging_steps=4)
+    bare = by_trainer(other, rows, tmp_path / "without", logging_steps=4)
+    same_weights(one, other)
+    run = ls.load(tmp_path / "with/lorascope")
+    found = events(tmp_path / "board")
+    start = "train/lorascope/"
+    sent = {(name.removeprefix(start), step): value for (name, step), value in found.items() if name.startswith(start)}
+    assert sent == {key: value for key, value in in_float32(curves(run)).items() if not key[0].startswith("train/")}
+    assert {step for _, step in sent} == {0, 2, 4, 6}
+    # The Trainer logs when it did before, and its history has nothing else.
+    times = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    history = [
+        [{k: v for k, v in row.items() if k not in times} for row in each.state.log_history] for each in (trainer, bare)
+    ]
+    assert history[0] == history[1]
+    assert [step for name, step in found if name == "train/loss"] == [4]
+
+
+def test_trainer_without_trackers_reports_to_none(bert, task, rows, tmp_path):
+    by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder(report=True))
+    assert ls.load(tmp_path / "lorascope").finished

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from test_trackers import curves
 from torch import nn
 from trainers import same_rows, same_weights
 
@@ -39,17 +40,25 @@ def batches(count):
     return list(torch.randn(count, 6, 4, generator=torch.Generator().manual_seed(0)))
 
 
+class Logger(lightning.loggers.logger.DummyLogger):
+    def __init__(self):
+        super().__init__()
+        self.logged = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.logged |= {(name, step): value for name, value in metrics.items() if name.startswith("lorascope/")}
+
+
 def fit(module, recorder, tmp_path, accumulate=1, **settings):
     trainer = lightning.Trainer(
         accelerator="cpu",
         callbacks=[recorder] if recorder else [],
         default_root_dir=tmp_path,
         accumulate_grad_batches=accumulate,
-        logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"max_epochs": 1} | settings,
+        **{"max_epochs": 1, "logger": False} | settings,
     )
     data = torch.utils.data.DataLoader(batches(STEPS * accumulate), batch_size=None, shuffle=False)
     trainer.fit(module, data)
@@ -98,3 +107,14 @@ def test_exception_marks_the_run_as_broken_and_keeps_its_rows(tmp_path):
 def test_manual_optimization_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"cannot record manual optimization: call ls\.record"):
         fit(Module(manual=True), LightningRecorder(), tmp_path)
+
+
+def test_recorded_values_are_reported_to_the_loggers(tmp_path):
+    loggers, one, other = [Logger(), Logger()], Module(), Module()
+    fit(one, LightningRecorder(tmp_path / "run", NORMS, report=True), tmp_path, logger=loggers)
+    fit(other, None, tmp_path)
+    same_weights(one, other)
+    expected = {(f"lorascope/{name}", step): value for (name, step), value in curves(ls.load(tmp_path / "run")).items()}
+    # Lightning logs loss and learning rate itself.
+    expected = {key: value for key, value in expected.items() if "/train/" not in key[0]}
+    assert [logger.logged for logger in loggers] == [expected] * 2

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 import json
-import warnings
+import random
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from accelerate import tracking
+from accelerate.utils import LoggerType
 from killing import SETTINGS, TwoPhases
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trainers import METHODS, ROWS, by_trainer, fresh, same_rows, same_weights
+from trainers import ROWS, by_trainer, fresh, same_rows, same_weights
 
 import lorascope as ls
 from lorascope.analysis import norms
+from lorascope.cli.main import main
 from lorascope.inputs import models
+from lorascope.plots import run_overview
 from lorascope.schema.module_roles import Place
 from lorascope.schema.records import QUANTITIES, Record
 from lorascope.training.report import pool_records
+from lorascope.training.trackers import tracker_names
 
 LORA = ls.LoRA(rank=2, lr=1e-2, head_lr=1e-2)
 NORMS = [ls.observe.norms(every=2)]
@@ -102,7 +110,7 @@ def test_tensorboard_has_the_pooled_table_of_the_run(bert, task, tmp_path):
     assert found == in_float32(curves(run))
 
 
-def test_tensorboard_has_pictures_and_the_configuration(bert, task, tmp_path):
+def test_tensorboard_has_images_and_the_configuration(bert, task, tmp_path):
     _, run = train(bert, task, tmp_path / "run", ls.AdaLoRA(init_rank=4, target_rank=2), report_to="tensorboard")
     read = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"images": 0}).Reload()
     drawable = ls.plots.available(run).query("drawable")["figure"]
@@ -137,8 +145,8 @@ def test_mlflow_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatc
         }
         assert values == curves(run)
         assert (found.info.run_name, found.info.status, found.data.params["id"]) == ("run", "FINISHED", run.id)
-        pictures = {file.path for file in client.list_artifacts(found.info.run_id, "charts")}
-        assert "charts/update_norm_heat.png" in pictures
+        images = {file.path for file in client.list_artifacts(found.info.run_id, "charts")}
+        assert "charts/update_norm_heat.png" in images
     finally:
         mlflow.set_tracking_uri(before)
 
@@ -168,7 +176,7 @@ def test_wandb_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatch
         monkeypatch.setenv(f"WANDB_{name}", value)
     _, run = train(bert, task, tmp_path / "run", report_to="wandb")
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    values, pictures, config = {}, set(), {}
+    values, images, config = {}, set(), {}
     for record in wandb_records(file):
         if record.HasField("run"):
             assert (record.run.project, record.run.display_name) == ("lorascope", "run")
@@ -176,11 +184,11 @@ def test_wandb_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatch
         for item in record.history.item:
             name, value = "/".join(item.nested_key) or item.key, json.loads(item.value_json)
             if name.startswith("charts/"):
-                pictures.add(name.rpartition("/")[0])
+                images.add(name.rpartition("/")[0])
             elif not name.startswith("_"):
                 values[name, record.history.step.num] = value
     assert values == curves(run)
-    assert {"charts/update_norm_heat", "charts/rank_allocation"} <= pictures
+    assert {"charts/update_norm_heat", "charts/rank_allocation"} <= images
     assert (config["id"], config["method.rank"], config["settings.steps"]) == (run.id, 2, 5)
 
 
@@ -191,14 +199,14 @@ def test_trackio_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypat
     from trackio.sqlite_storage import SQLiteStorage
 
     _, run = train(bert, task, tmp_path / "run", report_to="trackio")
-    values, pictures = {}, set()
+    values, images = {}, set()
     for row in SQLiteStorage.get_logs("lorascope", "run"):
         step = row.pop("step")
         row.pop("timestamp")
-        pictures |= {name for name, value in row.items() if isinstance(value, dict)}
+        images |= {name for name, value in row.items() if isinstance(value, dict)}
         values |= {(name, step): value for name, value in row.items() if not isinstance(value, dict)}
     assert values == curves(run)
-    assert "charts/update_norm_heat" in pictures
+    assert "charts/update_norm_heat" in images
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +241,219 @@ def test_trainer_reports_the_recorded_values_to_its_own_tensorboard(bert, task, 
 def test_trainer_without_trackers_reports_to_none(bert, task, rows, tmp_path):
     by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder(report=True))
     assert ls.load(tmp_path / "lorascope").finished
+
+
+class Fake(tracking.GeneralTracker):
+    """Tracker of a user, which stores what it gets, and fails or draws random numbers on request."""
+
+    name = "fake"
+    requires_logging_directory = False
+    logged: ClassVar[list[tuple[dict[str, float], int]]] = []
+    ended: ClassVar[list[str]] = []
+    fails_at: ClassVar[str] = ""
+
+    def __init__(self, project):
+        super().__init__()
+        self.project = project
+
+    @property
+    def tracker(self):
+        return None
+
+    def act(self, what):
+        torch.rand(3), np.random.rand(3), random.random()
+        if what == self.fails_at:
+            raise ConnectionError("no route to\nthe host")
+
+    def start(self):
+        self.act("start")
+
+    def store_init_configuration(self, values):
+        self.act("configuration")
+
+    def log(self, values, step=None):
+        self.act("log")
+        self.logged.append((values, step))
+
+    def finish(self):
+        self.ended.append(self.project)
+        self.act("finish")
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "fake", Fake)
+    for name in ("logged", "ended"):
+        monkeypatch.setattr(Fake, name, [])
+    return Fake
+
+
+DROPOUT = ls.LoRA(rank=2, lr=1e-2, dropout=0.2)
+
+
+def test_training_is_bitwise_equal_with_and_without_trackers(fake, bert, task, tmp_path):
+    one, plain = train(bert, task, tmp_path / "without", DROPOUT)
+    other, run = train(bert, task, tmp_path / "with", DROPOUT, report_to=["tensorboard", "fake", "fake"])
+    same_weights(one, other)
+    same_rows(plain.table, run.table, but=["seconds"])
+    assert plain.id == run.id
+    assert plain.meta.checksums.keys() == run.meta.checksums.keys()
+    assert {(name, step): value for values, step in fake.logged for name, value in values.items()} == curves(run)
+    assert [step for _, step in fake.logged] == [0, 1, 2, 3, 4, 5]  # one call a step
+    assert not (run.path / "resume").exists()
+
+
+@pytest.mark.parametrize("where", ["log", "finish"])
+def test_tracker_that_fails_warns_once_and_stops_nothing(where, fake, monkeypatch, bert, task, tmp_path):
+    monkeypatch.setattr(fake, "fails_at", where)
+    one, _ = train(bert, task, tmp_path / "without", DROPOUT)
+    line = r"^cannot report to fake: ConnectionError: no route to; training and recording continue$"
+    with pytest.warns(UserWarning, match=line) as found:
+        other, run = train(bert, task, tmp_path / "with", DROPOUT, report_to=["fake", "tensorboard"])
+    assert len(found) == 1
+    same_weights(one, other)
+    assert run.finished
+    assert events(run.path / "tensorboard") == in_float32(curves(run))
+
+
+def test_figure_that_fails_warns_once_and_stops_nothing(monkeypatch, bert, task, tmp_path):
+    monkeypatch.setattr(run_overview, "save_overview", lambda run, folder: 1 / 0)
+    with pytest.warns(UserWarning, match="^cannot report to trackers by images: ZeroDivisionError: "):
+        _, run = train(bert, task, tmp_path / "run", report_to="tensorboard")
+    assert run.finished
+
+
+def test_tracker_that_cannot_start_is_one_line_before_training(fake, monkeypatch, bert, task, tmp_path):
+    monkeypatch.setattr(fake, "fails_at", "start")
+    with pytest.raises(ValueError, match=r"^cannot report to fake: ConnectionError: no route to$"):
+        train(bert, task, tmp_path / "run", report_to=["tensorboard", "fake"])
+    _, run = train(bert, task, tmp_path / "run")  # the folder can be used
+    assert run.finished
+    train(bert, task, tmp_path / "run", overwrite=True)  # its files are known
+
+
+def test_later_phase_trains_without_a_tracker_that_cannot_start(fake, monkeypatch, bert, task, tmp_path):
+    monkeypatch.setattr(fake, "start", lambda self: self.act("start") if not Fake.ended else 1 / 0)
+    with pytest.warns(UserWarning, match=r"^cannot report to fake: ZeroDivisionError"):
+        _, run = train(bert, task, tmp_path / "run", TwoPhases(), report_to=["fake", "tensorboard"])
+    assert run.finished
+    for phase in (*run.parents, run):
+        assert events(phase.path / "tensorboard") == in_float32(curves(phase))
+
+
+@pytest.mark.parametrize("given", ["tensorbord", ["tensorboard", "x\ny"], "", ["all", "none"]])
+def test_unknown_tracker_lists_the_known_ones_before_anything_is_done(given, bert, task, tmp_path):
+    line = r"^report_to must be one of aim, .*mlflow, .*tensorboard, .*wandb, all, none, got '.*'$"
+    with pytest.raises(ValueError, match=line):
+        train(bert, task, tmp_path / "run", report_to=given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tracker_that_is_not_installed_is_one_line_before_training(bert, task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    with pytest.raises(ValueError, match=r"^report_to requires comet_ml: pip install comet-ml$"):
+        train(bert, task, tmp_path / "run", report_to="comet_ml")
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"^report_to requires mlflow: pip install mlflow$"):
+        ls.record(model, torch.optim.SGD(model.parameters()), tmp_path / "run", report_to="mlflow")
+    words = ["train", "lora", "--steps", "1", "--report-to", "wandb", "-o", str(tmp_path / "run")]
+    assert main(words) == 2
+    assert capsys.readouterr().err == "lorascope: report_to requires wandb: pip install wandb\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_report_without_accelerate_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ValueError, match=r"^report_to requires accelerate: pip install 'lorascope\[trackers\]'$"):
+        tracker_names("tensorboard")
+
+
+def test_all_and_none_are_those_of_the_trainer(monkeypatch):
+    monkeypatch.setattr(tracking, "_available_trackers", [LoggerType.TENSORBOARD, LoggerType.COMETML])
+    assert tracker_names("all") == tracker_names(["all"]) == ("tensorboard", "comet_ml")
+    assert tracker_names("none") == tracker_names(None) == tracker_names([]) == ()
+    assert tracker_names(["tensorboard", "tensorboard"]) == ("tensorboard",)
+
+
+@dataclass(kw_only=True)
+class Stop(ls.observe.base.Observer):
+    """Observer that ends the process of the training, in effect, at a step."""
+
+    at: ClassVar[int] = -1
+
+    def __call__(self, step):
+        if step.finished == self.at:
+            raise MemoryError
+        return ()
+
+
+@pytest.mark.parametrize("at", [1, 4], ids=["before a checkpoint", "after a checkpoint"])
+def test_resumed_training_continues_the_curves_without_a_step_twice(at, fake, monkeypatch, bert, task, tmp_path):
+    settings = {"report_to": ["tensorboard", "fake"], "out": tmp_path / "run", "observe": [*NORMS, Stop()]}
+
+    def attempt():
+        return ls.train(models.load(bert, task=task), task, DROPOUT, **SETTINGS | settings)
+
+    monkeypatch.setattr(Stop, "at", at)
+    with pytest.raises(MemoryError):
+        attempt()
+    assert [step for _, step in fake.logged] == [*range(at + 1)]
+    monkeypatch.setattr(Stop, "at", -1)
+    run = attempt()
+    steps = [step for _, step in fake.logged]
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert fake.ended == ["lorascope", "lorascope"]
+    found = events(run.path / "tensorboard")
+    expected = in_float32(curves(run))
+    # The values of the step at which it stopped were sent then, and its rows may have been recorded again since.
+    assert {key: value for key, value in found.items() if key[1] != at and key[0] != "train/seconds"} == {
+        key: value for key, value in expected.items() if key[1] != at and key[0] != "train/seconds"
+    }
+    assert len([*(run.path / "tensorboard").glob("*/hparams.yml")]) == 1
+    attempt()  # a finished run is not trained, so not reported
+    assert len(fake.logged) == 6
+
+
+def test_own_loop_reports_what_it_records(fake, tmp_path):
+    def loop(model, report_to, out):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        with ls.record(model, optimizer, out, NORMS, report_to=report_to) as recorder:
+            for _ in range(4):
+                loss = model(torch.ones(2, 3)).square().mean()
+                loss.backward()
+                optimizer.step()
+                recorder.step(loss=loss)
+                optimizer.zero_grad()
+            recorder.evaluate(loss=0.5)
+
+    one, other = (torch.nn.Sequential(torch.nn.Linear(3, 2)) for _ in range(2))
+    other.load_state_dict(one.state_dict())
+    loop(one, ["tensorboard", "fake"], tmp_path / "with")
+    loop(other, None, tmp_path / "without")
+    same_weights(one, other)
+    run = ls.load(tmp_path / "with")
+    assert events(run.path / "tensorboard") == in_float32(curves(run))
+    assert run.table.query("quantity == 'eval_loss'")["step"].tolist() == [4]
+    assert fake.ended == ["lorascope"]
+    assert not (run.path / "resume").exists()
+
+
+def test_exception_in_an_own_loop_ends_its_trackers(fake, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    with pytest.raises(MemoryError), ls.record(model, torch.optim.SGD(model.parameters()), tmp_path, report_to="fake"):
+        raise MemoryError
+    assert ([step for _, step in fake.logged], fake.ended) == ([0], ["lorascope"])
+
+
+def test_forgotten_recorder_ends_its_trackers(fake, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    recorder = ls.record(model, torch.optim.SGD(model.parameters()), tmp_path, report_to="fake")
+    del recorder
+    gc.collect()
+    assert fake.ended == ["lorascope"]
+
+
+def test_sweep_reports_each_run(bert, task, tmp_path):
+    runs = ls.sweep(bert, task, LORA, seeds=2, jobs=1, root=tmp_path, report_to=["tensorboard"], **SETTINGS)
+    for run in runs:
+        assert events(run.path / "tensorboard") == in_float32(curves(run))

@@ -65,7 +65,11 @@ class SweepResult:
         """Names of the jobs: their own, else method, seed, and the settings, models and tasks in which they differ."""
         settings = [
             {"lr": job.method.lr, "head_lr": job.method.head_lr}
-            | {key: _setting_phrase(value) for key, value in job.settings.items() if key not in ("seed", "root")}
+            | {
+                key: _setting_phrase(value)
+                for key, value in job.settings.items()
+                if key not in ("seed", "root", "report_to")
+            }
             for job in self.wanted
         ]
         parts = [recipes([job.method.label() for job in self.wanted], settings)]

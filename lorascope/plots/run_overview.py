@@ -1,7 +1,8 @@
-"""Overview of one run: the figures that a report of its training shows as pictures."""
+"""Overview of one run: the figures that a report of its training shows as images."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from lorascope.plots.registry import FIGURES
@@ -13,7 +14,11 @@ OVERVIEW = ("update_norm_heat", "rank_allocation", "spectrum", "importance")
 
 
 def save_overview(run: Run, folder: Path) -> list[Path]:
-    """Save those figures of the overview that the run has the records for, as PNG files with the figures' names."""
-    figures = [FIGURES[name] for name in OVERVIEW]
-    drawable = [each for each in figures if not any(missing_reason(run, need, each.history) for need in each.needs)]
-    return [each.draw(run).save(folder / f"{each.name}.png") for each in drawable]
+    """Save the figures of the overview that the run can be drawn as, in PNG files with the names of the figures."""
+    files = []
+    for figure in (FIGURES[name] for name in OVERVIEW):
+        if any(missing_reason(run, need, figure.history) for need in figure.needs):
+            continue
+        with suppress(ValueError):  # such as a figure by block of a model without blocks
+            files.append(figure.draw(run).save(folder / f"{figure.name}.png"))
+    return files

@@ -83,11 +83,9 @@ def record(
 
     Raises
     ------
-    ImportError
-        A tracker of ``report_to`` is not installed.
     ValueError
         The weights are sharded, the optimizer does not train the model, ``out`` contains files but no run, or a tracker
-        cannot start.
+        is not installed or cannot start.
 
     Examples
     --------

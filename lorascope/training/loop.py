@@ -125,11 +125,9 @@ def train(
 
     Raises
     ------
-    ImportError
-        A tracker of ``report_to`` is not installed.
     ValueError
         An argument is invalid, the model was trained as another recipe, the folder contains another run, or a tracker
-        cannot start.
+        is not installed or cannot start.
     FloatingPointError
         The loss or the gradient norm is not finite.
     """

@@ -22,7 +22,6 @@ import numpy as np
 from PIL import Image
 
 from lorascope.array_types import UInt8
-from lorascope.extras import requirement
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import read_json
 from lorascope.runs.manifest import Manifest
@@ -46,14 +45,12 @@ _MOST_VALUES = 1000
 
 
 def tracker_names(report_to: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Return the names of trackers: "all" is every installed one, and "none" is none.
+    """Return the names of trackers: those given, every installed one for "all", or an empty tuple for "none".
 
     Raises
     ------
-    ImportError
-        A tracker, or accelerate, is not installed.
     ValueError
-        A name is unknown.
+        A name is unknown, or the tracker or accelerate is not installed.
     """
     given = [report_to] if isinstance(report_to, str) else list(report_to or ())
     if given in ([], ["none"]):
@@ -70,7 +67,7 @@ def tracker_names(report_to: str | Sequence[str] | None) -> tuple[str, ...]:
             names = ", ".join([*sorted(known), "all", "none"])
             raise ValueError(f"report_to must be one of {names}, got {printable(name)!r}")
         if name not in installed and name in LoggerType.list():
-            raise ImportError(f"cannot report to {name}: pip install {_DISTRIBUTIONS.get(name, name)}")
+            raise ValueError(f"report_to requires {name}: pip install {_DISTRIBUTIONS.get(name, name)}")
     return tuple(dict.fromkeys(given))
 
 
@@ -80,7 +77,7 @@ def _classes() -> Mapping[str, Any]:
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     except ModuleNotFoundError as error:
-        raise ImportError(f"report_to {requirement(error)}") from error
+        raise ValueError("report_to requires accelerate: pip install 'lorascope[trackers]'") from error
     PartialState()  # the trackers need it
     return LOGGER_TYPE_TO_CLASS
 
@@ -157,17 +154,17 @@ class TrackerReport(Report):
         self._trackers.clear()
 
     def _show(self, run: Run) -> None:
-        """Send figures of a finished run as pictures."""
+        """Send figures of a finished run as images."""
         # This package is below the figures, so it finds them by name.
         overview = importlib.import_module("lorascope.plots.run_overview")
         with tempfile.TemporaryDirectory() as folder:
             try:
                 files = overview.save_overview(run, Path(folder))
             except Exception as error:  # a figure of an unusual run must not end a training with an error
-                self.fail("trackers as pictures", error)
+                self.fail("trackers by images", error)
                 return
             for name, tracker in self._trackers.items():
-                self.attempt(name, partial(_log_pictures, name, tracker, files, self._step))
+                self.attempt(name, partial(_log_images, name, tracker, files, self._step))
 
 
 # Trackers whose runs continue when a training resumes, and the id of such a run.
@@ -230,25 +227,25 @@ def _curve(name: str) -> str:
     return f"{group}/{rest}" if group in ("eval", "test") and rest else f"train/{name}"
 
 
-def _log_pictures(name: str, tracker: Any, files: Sequence[Path], step: int) -> None:
-    """Send pictures to a tracker; accelerate has no method for those of Comet and DVCLive."""
+def _log_images(name: str, tracker: Any, files: Sequence[Path], step: int) -> None:
+    """Send images to a tracker; accelerate has no method for those of Comet and DVCLive."""
     if name == "mlflow":
         for file in files:
             tracker.log_artifact(str(file), "charts")
         return
-    pictures = {f"charts/{file.stem}": _pixels(file) for file in files}
+    images = {f"charts/{file.stem}": _pixels(file) for file in files}
     match name:
         case "tensorboard":
-            batches = {key: value[None] for key, value in pictures.items()}
+            batches = {key: value[None] for key, value in images.items()}
             tracker.log_images(batches, step=step, dataformats="NHWC")
         case "trackio":
             image = importlib.import_module("trackio").Image
-            tracker.log({key: image(value) for key, value in pictures.items()}, step=step)
+            tracker.log({key: image(value) for key, value in images.items()}, step=step)
         case "aim":
-            tracker.log_images(pictures, step=step)
+            tracker.log_images(images, step=step)
         case _:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({key: [value] for key, value in pictures.items()}, step=step)
+                tracker.log_images({key: [value] for key, value in images.items()}, step=step)
 
 
 def _pixels(file: Path) -> UInt8[np.ndarray, "height width rgb"]:

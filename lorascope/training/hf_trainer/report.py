@@ -39,4 +39,5 @@ def reporting_callbacks() -> list[TrainerCallback]:
         assert frame.f_back is not None, "only a Trainer calls callbacks"
         frame = frame.f_back
     kinds = tuple(INTEGRATION_TO_CALLBACK.values())
-    return [each for each in frame.f_locals["self"].callback_handler.callbacks if isinstance(each, kinds)]
+    callbacks: list[TrainerCallback] = frame.f_locals["self"].callback_handler.callbacks
+    return [each for each in callbacks if isinstance(each, kinds)]

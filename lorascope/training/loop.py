@@ -200,7 +200,7 @@ def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
     try:
         return _train_steps(session, session.begin(), checkpoint_every, progress)
     finally:
-        session.close_report()
+        session.abandon_report()
 
 
 def _train_steps(session: Session, start: int, checkpoint_every: int, progress: bool) -> Run:
@@ -211,6 +211,8 @@ def _train_steps(session: Session, start: int, checkpoint_every: int, progress: 
             values = advance(session, index)
             score = session.evaluate()
             session.record(*values)
+            if not step.last:  # the test follows
+                session.flush_report()
             bar.show(values[0], score)
             if interrupted.is_set():
                 session.checkpoint()

@@ -115,9 +115,10 @@ class Recorder:
         if self.report is not None:
             self.report.flush()
 
-    def close_report(self) -> None:
-        """Close the report of a training that failed; nothing happens if it is closed."""
+    def abandon_report(self) -> None:
+        """Close the report of a training that failed, without the unfinished step; nothing happens if it is closed."""
         if self.report is not None:
+            self.report.discard()
             self.report.close(None)
 
     def close(self, status: str) -> Run:

@@ -60,6 +60,10 @@ class Report:
         if values := pool_records(records, self._places):
             self.send(values, self._step)
 
+    def discard(self) -> None:
+        """Forget the values that were not sent yet."""
+        self._records = []
+
     def send(self, values: dict[str, float], step: int) -> None:
         """Send the values of a step."""
         raise NotImplementedError

@@ -174,6 +174,7 @@ class Session(Recorder):
             if self.settings.eval_every != 0:
                 self.evaluate()
             self.record()
+            self.flush_report()
             return 0
         checkpoint, table = found
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,7 @@ from lorascope.evidence.blocks import PAPERS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WRITTEN_BY_MAKE_DOCS = ("gallery", "methods", "reference", "tutorials", "cli.md", "quantities.md")
+WRITTEN_BY_MAKE_DOCS = ("gallery", "methods", "reference", "tutorials", "cli.md", "quantities.md", "kinds.md")
 
 
 @pytest.fixture
@@ -120,3 +121,12 @@ def test_blocks_of_the_readme_print_what_is_shown(tmp_path, monkeypatch, capsys)
     command, _, shown = console.partition("\n")
     assert main(shlex.split(command)[2:]) == 0
     assert fits(capsys.readouterr().out, shown)
+
+
+def test_page_of_finding_kinds_has_a_section_with_an_anchor_per_id(generated: ModuleType):
+    page = generated.kinds_page()
+    for id, kind in generated.KINDS.items():
+        assert f"({id})=\n### {id}: `{kind.name}`\n" in page
+        assert generated.sentence(kind.fix) in page if kind.fix else True
+    with pytest.raises(ValueError, match="LS001 must have"):
+        generated.kind_section(replace(generated.KINDS["LS001"], evidence=""))

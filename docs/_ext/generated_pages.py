@@ -1,4 +1,4 @@
-"""Pages written at build from the code: methods, gallery, reference, quantities, commands; and the copied notebooks."""
+"""Pages written at build from the code: methods, gallery, reference, quantities, findings, commands; and notebooks."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from sphinx.config import Config
 
 import lorascope
 from lorascope.cli.main import COMMANDS, main
+from lorascope.diagnosis.kinds import KINDS, Kind
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method
 from lorascope.runs.export.registry import EXPORTERS
@@ -182,6 +183,56 @@ def formats_page() -> str:
     )
 
 
+KIND_GROUPS = {
+    "0": (
+        "Faults of adapters and trainings",
+        "Reported by `lorascope doctor`, and by `ls.observe.alarms` in training.",
+    ),
+    "1": ("Observations", "Shown by `lorascope inspect`."),
+    "2": ("Treatment by a runtime", "Reported by `lorascope doctor` with `--base` or `--runtime`."),
+    "3": ("Mistakes of a merge", "Reported by `lorascope doctor --merged`."),
+    "4": ("Neurons of a whole model", "Shown by `lorascope inspect --base` for a model that was fine-tuned."),
+}
+EVIDENCE_NEEDED = {
+    "factors": "an adapter or a run",
+    "config": "an adapter",
+    "weights": "weight norms: a run, or an adapter with `--base`",
+    "base": "a run, or an adapter with `--base`",
+    "history": "a run",
+    "training": "a training in progress",
+    "merged model": "adapter, base and merged model",
+    "tuned model": "a whole model and its base",
+}
+
+
+def kinds_page() -> str:
+    """Return the page of the kinds of findings, with a section per id."""
+    parts = [
+        "# Kinds of findings\n\nAn id keeps its meaning in later releases; names and messages may improve. "
+        "`lorascope doctor --list` prints this list, and see [the guide](doctor.md) for how to read it.\n"
+    ]
+    for digit, (heading, intro) in KIND_GROUPS.items():
+        parts.append(f"## {heading}\n\n{intro}\n")
+        parts += [kind_section(kind) for kind in KINDS.values() if kind.id[2] == digit]
+    return "\n".join(parts)
+
+
+def kind_section(kind: Kind) -> str:
+    """Return the section of one kind: cause, evidence, fix."""
+    if not (kind.problem and kind.evidence):
+        raise ValueError(f"kind {kind.id} must have a problem and its evidence")
+    fix = f"**Fix.** {sentence(kind.fix)}" if kind.fix else "An observation, not a fault."
+    return (
+        f"({kind.id})=\n### {kind.id}: `{kind.name}`\n\n**Cause.** {kind.problem} Severity: {kind.severity}.\n\n"
+        f"**Evidence.** {sentence(kind.evidence)} Needs {EVIDENCE_NEEDED[kind.needs]}.\n\n{fix}\n"
+    )
+
+
+def sentence(text: str) -> str:
+    """Return a text as a sentence."""
+    return f"{text[0].upper()}{text[1:]}."
+
+
 def commands_page() -> str:
     """Return the help of every command, as the terminal prints it."""
     parts = ["# Command line\n\n```text\n" + help_of([]) + "```\n"]
@@ -213,6 +264,7 @@ def write_pages(app: Sphinx, config: Config) -> None:
     source = Path(app.srcdir)
     pages = method_pages() | reference_pages() | gallery.pages(source)
     pages |= {"quantities.md": quantities_page(), "formats.md": formats_page(), "cli.md": commands_page()}
+    pages["kinds.md"] = kinds_page()
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         pages[f"tutorials/{notebook.name}"] = notebook.read_text(encoding="utf-8")
     for name, text in pages.items():

@@ -20,6 +20,7 @@ import numpy as np
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
+File = Annotated[str | None, arg(metavar="FILE")]
 Folder = Annotated[str | None, arg(metavar="DIR")]
 Name = Annotated[str | None, arg(metavar="NAME")]
 

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from json import dumps
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import Folder, Name, command
+import lorascope
+from lorascope.cli.arguments import File, Folder, Name, command
 from lorascope.cli.load_runs import open_runs
-from lorascope.diagnosis.causes import Finding
+from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
 from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import json_values
+from lorascope.diagnosis.kinds import KINDS, Kind
 from lorascope.diagnosis.merge import check_merge
 from lorascope.diagnosis.runtimes import Application, applied
+from lorascope.diagnosis.sarif import sarif_log
 from lorascope.diagnosis.terminal import WIDTH
 from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import is_run, load_adapter
+from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 
 _INDENT = 15
@@ -36,6 +41,8 @@ def main(
     base: Folder = None,
     runtime: Name = None,
     merged: Folder = None,
+    list: bool = False,
+    sarif: File = None,
     json: bool = False,
 ) -> int:
     """Diagnose problems of an adapter or a run, each with its evidence and a fix.
@@ -56,13 +63,21 @@ def main(
     merged
         Folder of a model into which the adapter was merged; --base is required. Every weight is compared with what the
         merge of base and adapter gives. The exit code is 3 if nothing is wrong and not every weight can be proved.
+    list
+        List all kinds of findings: id, cause, severity, required evidence, and fix.
+    sarif
+        Also write the findings to a file as SARIF 2.1.0, for CI.
     json
         Print JSON.
     """
+    if list:
+        if path is not None:
+            raise ValueError(f"--list takes no PATH, got {printable(path)}")
+        return _list_kinds(json)
     if path is None:
         raise ValueError("PATH is required: lorascope doctor my-adapter")
     if merged is not None:
-        return _report_merge(path, base, merged, json)
+        return _report_merge(path, base, merged, sarif, json)
     if base is None and runtime is None:
         run, use = open_runs([path], None)[0], None
     else:
@@ -71,13 +86,14 @@ def main(
     found, skipped = findings(case), skipped_checks(case)
     if use is not None:
         found += use.findings
+    _write_sarif(sarif, found, run)
     if json:
         told = [
             each.to_json() | {"told": each.message, "mend": each.fix}  # the old names stay for one release
             for each in found
         ]
         about = {} if use is None else {"runtime": use.runtime, "applied": use.applied, "modules": use.modules}
-        notes = {"notes": list(case.notes)}
+        notes = {"notes": [*case.notes]}
         print(dumps(json_values({"path": path, **about, "findings": told, "unseen": skipped, **notes}), indent=1))
         return 1 if found else 0
     count = f"{len(found)} finding{'s' * (len(found) > 1)}" if found else "no findings"
@@ -106,12 +122,13 @@ def _open_for_runtime(path: str, base: str | None, runtime: str | None) -> tuple
     return run, applied(run.files, run.base, runtime or "peft")
 
 
-def _report_merge(path: str, base: str | None, merged: str, json: bool) -> int:
+def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, json: bool) -> int:
     """Print whether an adapter was merged into a model, and return the exit code."""
     if base is None:
         raise ValueError("--merged requires the model before the merge: --base DIR")
     adapter = load_adapter(locate(path), base)
     check = check_merge(adapter, PretrainedWeights(locate_base(merged)))
+    _write_sarif(sarif, check.findings, adapter)
     if json:
         rows = [vars(each) for each in check.modules]
         findings = [each.to_json() for each in check.findings]
@@ -122,6 +139,30 @@ def _report_merge(path: str, base: str | None, merged: str, json: bool) -> int:
             paragraphs += _finding_paragraphs(finding)
         _print_paragraphs(paragraphs)
     return 1 if check.findings else 0 if check.known else 3
+
+
+def _list_kinds(json: bool) -> int:
+    """Print all kinds of findings, those of other packages last."""
+    others = [Kind("", rule.name, "note", rule.needs, "", "", rule.fix) for rule in RULES if not rule.id]
+    kinds = [*KINDS.values(), *others]
+    if json:
+        print(dumps([vars(kind) for kind in kinds], indent=1))
+        return 0
+    paragraphs = []
+    for kind in kinds:
+        paragraphs.append((kind.id, f"{kind.name} ({kind.severity}): {kind.problem}".removesuffix(": ")))
+        paragraphs.append(("", f"needs: {kind.needs}"))
+        texts = {"evidence": kind.evidence, "fix": kind.fix}
+        paragraphs += [("", f"{name}: {text}") for name, text in texts.items() if text]
+    _print_paragraphs(paragraphs)
+    return 0
+
+
+def _write_sarif(file: str | None, found: Sequence[Finding], run: Result) -> None:
+    if file is not None:
+        subject = run.files.files[0].path if isinstance(run, Adapter) else Path(run.path or run.id) / "run.json"
+        log = sarif_log(found, Path(subject), lorascope.__version__)
+        Path(file).write_text(dumps(log, indent=1) + "\n", encoding="utf-8")
 
 
 def _finding_paragraphs(finding: Finding) -> list[tuple[str, str]]:

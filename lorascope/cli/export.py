@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import Folder, Name, command
+from lorascope.cli.arguments import File, Folder, Name, command
 from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.runs import export
@@ -17,8 +17,6 @@ from lorascope.runs.adapter import Adapter
 from lorascope.runs.export import RankBudget
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.result import Result
-
-File = Annotated[str | None, arg(metavar="FILE")]
 
 _ROUTER = "Ranks and scales that one token sees: a plain LoRA has neither the router nor the experts of this HydraLoRA."
 _NO_LOSS = "Singular values do not show the effect on the task: measure the loss with --model NAME --task NAME."

@@ -1,0 +1,81 @@
+"""Findings as a SARIF 2.1.0 log, which services that review code display.
+
+Source: OASIS, Static Analysis Results Interchange Format 2.1.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from lorascope.diagnosis.causes.base import Finding
+from lorascope.diagnosis.inspection import json_values
+from lorascope.diagnosis.kinds import KINDS, Kind
+from lorascope.files.printable import printable
+
+_LEVELS = {"error": "error", "caution": "warning", "note": "note"}
+
+
+def sarif_log(findings: Sequence[Finding], file: Path, version: str) -> dict[str, Any]:
+    """Return the log of one diagnosis, with a rule per kind of finding in it.
+
+    Parameters
+    ----------
+    findings : sequence of Finding
+        Findings about one adapter or run.
+    file : path
+        File that they concern. Its URI is relative to the working directory, or its name if it is outside.
+    version : str
+        Version of lorascope.
+    """
+    ids = list(dict.fromkeys(map(_rule_id, findings)))
+    location = {"physicalLocation": {"artifactLocation": {"uri": _relative_uri(file)}}}
+    first = {_rule_id(each): each for each in reversed(findings)}
+    driver = {"name": "lorascope", "version": version, "rules": [_rule(id, first[id]) for id in ids]}
+    results = [
+        {
+            "ruleId": _rule_id(each),
+            "ruleIndex": ids.index(_rule_id(each)),
+            "level": _LEVELS[each.severity],
+            "message": {"text": printable(f"{each.message}. Fix: {each.fix}")},
+            "locations": [location | _logical_locations(each)],
+            "properties": json_values(each.evidence),
+        }
+        for each in findings
+    ]
+    return {
+        "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
+        "version": "2.1.0",
+        "runs": [{"tool": {"driver": driver}, "results": results}],
+    }
+
+
+def _rule_id(finding: Finding) -> str:
+    return finding.id or finding.cause
+
+
+def _rule(id: str, finding: Finding) -> dict[str, Any]:
+    """Return a rule; one of another package has no kind, so its texts are those of its first finding."""
+    own = Kind("", finding.cause, finding.severity, "", f"{finding.cause}.", finding.message, finding.fix)
+    kind = KINDS.get(id, own)
+    return {
+        "id": id,
+        "name": kind.name,
+        "shortDescription": {"text": printable(kind.problem)},
+        "fullDescription": {"text": printable(f"{kind.problem} Evidence: {kind.evidence}.")},
+        "help": {"text": printable(kind.fix)},
+        "defaultConfiguration": {"level": _LEVELS[kind.severity]},
+    }
+
+
+def _logical_locations(finding: Finding) -> dict[str, Any]:
+    """Return the modules of a finding; SARIF requires at least one."""
+    modules = [{"fullyQualifiedName": printable(module), "kind": "module"} for module in finding.modules]
+    return {"logicalLocations": modules} if modules else {}
+
+
+def _relative_uri(file: Path) -> str:
+    path, here = file.resolve(), Path.cwd().resolve()
+    return quote(path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name)

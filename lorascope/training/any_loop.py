@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.files.printable import printable
@@ -26,7 +26,6 @@ from lorascope.training.foreign_loop import (
     class_names,
     describe_recipe,
     peft_task_type,
-    reject_sharded_weights,
     step_of,
     unwrap_optimizer,
     warn_unreadable,
@@ -34,6 +33,7 @@ from lorascope.training.foreign_loop import (
 from lorascope.training.report import Report
 from lorascope.training.run_folder import Recording
 from lorascope.training.run_spec import circumstances
+from lorascope.training.sharded_weights import WholeWeights, is_first_process, reject_sharded_weights, whole_number
 from lorascope.training.state import trained_parameters
 from lorascope.training.trackers import TrackerReport, tracker_names
 
@@ -53,7 +53,8 @@ def record(
 
     Call it after everything that replaces parameters (``get_peft_model``, ``accelerator.prepare``) and before the first
     step, because W_0 is the model at this call. It records passively: the weights are bitwise equal with and without
-    it. Only active PEFT adapters are recorded. Under DDP the first process writes.
+    it. Only active PEFT adapters are recorded. Under DDP the first process writes. So it does under FSDP2, where every
+    process must make the same calls, and the first one keeps whole weights in CPU memory.
 
     Parameters
     ----------
@@ -84,8 +85,8 @@ def record(
     Raises
     ------
     ValueError
-        The weights are sharded, the optimizer does not train the model, ``out`` contains files but no run, or a tracker
-        is not installed or cannot start.
+        The weights are sharded by ZeRO-3 or the first version of FSDP, the optimizer does not train the model, ``out``
+        contains files but no run, or a tracker is not installed or cannot start.
 
     Examples
     --------
@@ -124,18 +125,20 @@ class LoopRecorder:
         optimizer, model = unwrap_optimizer(optimizer), _unwrap_model(model)
         _check(model, optimizer, steps)
         bare_model = unwrap_peft_model(model)
-        base = Base(bare_model)
-        base.capture(optimizer)
-        step = step_of(bare_model, optimizer, base, module_table.describe(bare_model), "in your own loop")
-        step.total = -1 if steps is None else steps
-        self._pending = _PendingStep()
-        self._recording: Recording | None = None
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_rank():
-            return
-        warn_unreadable(bare_model)
-        meta = _describe(model, step, observers, seed, task)
-        self._recording = Recording(out, meta, step, None, observers, None, lost=None, report=report)
+        self._pending, self._closed = _PendingStep(), False
         self._hook = optimizer.register_step_post_hook(self._pending)
+        self._weights = WholeWeights(model, optimizer, observers)
+        self._recording: Recording | None = None
+        device = str(next(model.parameters()).device)
+        with self._weights.in_place():
+            base = Base(bare_model)
+            self._step = step_of(bare_model, optimizer, base, module_table.describe(bare_model), "in your own loop")
+            self._step.total = -1 if steps is None else steps
+            if is_first_process():
+                base.capture(optimizer)
+                warn_unreadable(bare_model)
+                meta = _describe(model, self._step, observers, seed, task, device)
+                self._recording = Recording(out, meta, self._step, None, observers, None, lost=None, report=report)
 
     def step(self, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
         """Record one optimizer step; call it after the step and before the gradients are reset.
@@ -150,21 +153,27 @@ class LoopRecorder:
         grad_norm : float or tensor, optional
             Global gradient norm before clipping, as ``clip_grad_norm_`` returns it.
         """
-        recording, lr = self._recording, self._pending.lr
-        if recording is None or lr is None:
+        recording, lr, step = self._recording, self._pending.lr, self._step
+        if self._closed or lr is None:
             return
         self._pending.lr = None
-        recording.step.index += 1
+        step.index += 1
+        values = whole_number(loss), whole_number(grad_norm)
+        if self._weights.due(step):
+            self._weights.gather()
+        if recording is None:
+            return
         settings = recording.writer.meta.settings
-        settings["steps"] = max(settings["steps"], recording.step.finished)
-        recording.record(_to_float(loss), _to_float(grad_norm), lr)
-        if recording.step.last:
-            recording.attempt(recording.save_final_state)
+        settings["steps"] = max(settings["steps"], step.finished)
+        with self._weights.in_place():
+            recording.record(*values, lr)
+            if step.last:
+                recording.attempt(recording.save_final_state)
 
     def evaluate(self, loss: float | Tensor | None = None, metric: float | Tensor | None = None) -> None:
         """Record the loss and the metric of a validation after the current step."""
+        values = {"eval_loss": whole_number(loss), "eval_metric": whole_number(metric)}
         if self._recording is not None:
-            values = {"eval_loss": _to_float(loss), "eval_metric": _to_float(metric)}
             self._recording.add(Record(name, value) for name, value in values.items() if value is not None)
 
     def close(self) -> Run | None:
@@ -179,11 +188,17 @@ class LoopRecorder:
 
     def _end(self, error: str | None) -> Run | None:
         recording, self._recording = self._recording, None
+        if self._closed:
+            return None
+        self._closed = True
+        self._hook.remove()
+        if error is None and not self._step.last:
+            self._weights.gather()
         if recording is None:
             return None
-        self._hook.remove()
         if error is None:
-            return recording.attempt(recording.finish)
+            with self._weights.in_place():
+                return recording.attempt(recording.finish)
         recording.writer.meta.error = error
         return recording.attempt(lambda: recording.close("broken"))
 
@@ -210,7 +225,7 @@ def _check(model: nn.Module, optimizer: Any, steps: int | None) -> None:
         raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be >= 1 or None, got {steps}")
-    reject_sharded_weights(model)
+    reject_sharded_weights(model, gathered=True)
     known = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in known for parameter in trained_parameters(optimizer)):
         raise ValueError(
@@ -231,7 +246,7 @@ def _unwrap_model(model: Any) -> nn.Module:
 
 
 def _describe(
-    model: nn.Module, step: Step, observers: Sequence[Observer], seed: int | None, task: str | None
+    model: nn.Module, step: Step, observers: Sequence[Observer], seed: int | None, task: str | None, device: str
 ) -> Manifest:
     """Return the content of ``run.json``."""
     known = {id(parameter) for parameter in model.parameters()}
@@ -257,13 +272,9 @@ def _describe(
             "observers": [observer.config() for observer in observers],
         },
         seed=seed,
-        **circumstances(step, None, trained, str(next(model.parameters()).device)),
+        **circumstances(step, None, trained, device),
     )
 
 
 def _first_line(error: BaseException) -> str:
     return printable(traceback.format_exception_only(error)[0].partition("\n")[0])
-
-
-def _to_float(value: float | Tensor | None) -> float | None:
-    return value.detach().item() if isinstance(value, Tensor) else value

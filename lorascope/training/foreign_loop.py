@@ -10,7 +10,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from lorascope.adapters.peft_layers import active_adapters, is_peft_layer
 from lorascope.files.printable import printable
@@ -18,7 +17,6 @@ from lorascope.methods.base import Step
 from lorascope.observe.trainable import unreadable_adapters
 from lorascope.training.base_weights import Base
 
-SHARDED = "no process has all its weights; use DDP or a single process"
 # Fields of a PEFT configuration that are not hyper-parameters.
 _NOT_HYPERPARAMETERS = {
     "base_model_name_or_path",
@@ -46,14 +44,6 @@ def _fail(source: str, where: str, *_: Any) -> Any:
 def unwrap_optimizer(optimizer: Any) -> Any:
     """Return the optimizer inside accelerate's wrapper, or the optimizer itself without one."""
     return getattr(optimizer, "optimizer", optimizer)
-
-
-def reject_sharded_weights(model: nn.Module) -> None:
-    """Raise a ValueError if a parameter of the model is sharded, so that no process has all of it."""
-    for name, parameter in model.named_parameters():
-        # ZeRO-3 and the first version of FSDP leave ordinary parameters that only an attribute identifies.
-        if isinstance(parameter, DTensor) or any(hasattr(parameter, key) for key in ("ds_id", "_fsdp_flattened")):
-            raise ValueError(f"cannot use sharded {name} (FSDP, tensor parallelism or ZeRO-3): {SHARDED}")
 
 
 def warn_unreadable(model: nn.Module) -> None:

@@ -26,9 +26,10 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from lorascope.inputs.classifier_head import weights_hash
 from lorascope.methods.base import Method
 from lorascope.training.base_weights import Base, begin_training, reject_adapted
-from lorascope.training.foreign_loop import SHARDED, reject_sharded_weights, step_of, unwrap_optimizer
+from lorascope.training.foreign_loop import step_of, unwrap_optimizer
 from lorascope.training.session import clip_gradients, nonfinite_reason
 from lorascope.training.settings import Settings
+from lorascope.training.sharded_weights import SHARDED, reject_sharded_weights
 from lorascope.training.state import fingerprint, freeze, frozen_names, load_tree, save_tree, trained_parameters
 
 FILE = "lorascope-method.safetensors"

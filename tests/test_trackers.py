@@ -23,6 +23,7 @@ from trainers import ROWS, by_trainer, fresh, same_rows, same_weights
 import lorascope as ls
 from lorascope.analysis import norms
 from lorascope.cli.main import main
+from lorascope.experiments import grid
 from lorascope.inputs import models
 from lorascope.observe.base import Observer
 from lorascope.plots import run_overview
@@ -457,6 +458,12 @@ def test_forgotten_recorder_ends_its_trackers(fake, tmp_path):
     del recorder
     gc.collect()
     assert fake.ended == ["lorascope"]
+
+
+def test_sweep_rejects_an_unknown_tracker_before_any_run(bert, tmp_path):
+    table = {"model": bert, "method": ["lora"], "settings": {"steps": 1, "report_to": "tensorbord"}}
+    with pytest.raises(ValueError, match=r"^report_to must be one of aim"):
+        grid.read(table)
 
 
 @pytest.mark.slow

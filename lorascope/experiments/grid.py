@@ -27,6 +27,7 @@ from lorascope.schema.deprecation import to_new_fields, warn_renamed
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
 from lorascope.training.settings import Settings
+from lorascope.training.trackers import tracker_names
 
 _KEYS = ("model", "task", "method", "seeds", "settings", "root", "backend")
 _NONE = "none"
@@ -175,7 +176,8 @@ def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]
     found = _combinations(table, hints)
     names = {field.name for field in dataclasses.fields(Settings)}
     for chosen, method in itertools.product(found, methods):
-        # Settings checks its values, so that an invalid one is reported before any run starts.
+        # Settings and trackers are checked here, so that an invalid one is reported before any run starts.
+        tracker_names(chosen.get("report_to"))
         own = {name: value for name, value in chosen.items() if name in names}
         rates = {name: getattr(method, name) for name in ("lr", "head_lr") if own.get(name) is None}
         Settings(**own | rates)

@@ -460,8 +460,8 @@ def test_forgotten_recorder_ends_its_trackers(fake, tmp_path):
     assert fake.ended == ["lorascope"]
 
 
-def test_sweep_rejects_an_unknown_tracker_before_any_run(bert, tmp_path):
-    table = {"model": bert, "method": ["lora"], "settings": {"steps": 1, "report_to": "tensorbord"}}
+def test_sweep_rejects_an_unknown_tracker_before_any_run(bert):
+    table = {"model": bert, "task": "sentiment", "method": ["lora"], "settings": {"steps": 1, "report_to": "tensorbord"}}
     with pytest.raises(ValueError, match=r"^report_to must be one of aim"):
         grid.read(table)
 

@@ -201,11 +201,14 @@ def wandb_records(file: Path) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of W&B
 def test_wandb_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    run = train_in_two(bert, task, tmp_path / "run", monkeypatch, report_to="wandb")
-    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    with wandb.init(project="mine") as mine:  # the run of the user is another one
+        run = train_in_two(bert, task, tmp_path / "run", monkeypatch, report_to="wandb")
+        assert wandb.run is mine
+        mine.log({"still": 1.0})
+    files = [file for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")) if mine.id not in file.name]
     values, images, config, ids = {}, set(), {}, set()
     for record in [record for file in files for record in wandb_records(file)]:
         if record.HasField("run"):
@@ -461,7 +464,12 @@ def test_forgotten_recorder_ends_its_trackers(fake, tmp_path):
 
 
 def test_sweep_rejects_an_unknown_tracker_before_any_run(bert):
-    table = {"model": bert, "task": "sentiment", "method": ["lora"], "settings": {"steps": 1, "report_to": "tensorbord"}}
+    table = {
+        "model": bert,
+        "task": "sentiment",
+        "method": ["lora"],
+        "settings": {"steps": 1, "report_to": "tensorbord"},
+    }
     with pytest.raises(ValueError, match=r"^report_to must be one of aim"):
         grid.read(table)
 

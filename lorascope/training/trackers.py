@@ -179,13 +179,16 @@ _IDS: dict[str, Callable[[Any], str]] = {
 def _start(name: str, path: Path, meta: Manifest, state: _State) -> Any:
     """Start a tracker: a new run with the configuration of the training, or the run in the state."""
     kind, known = _classes()[name], state.ids.get(name)
+    configuration = {} if known else _configuration(path, meta)
     title = f"{path.parent.name}-{path.name}" if meta.phase and meta.phase[0] else path.name
     project = os.environ.get(_PROJECT_VARIABLES.get(name, ""), _PROJECT)
     match name:
         case "tensorboard":
             tracker = kind("tensorboard", path)
-        case "wandb":
-            tracker = kind(project, name=title, **({"id": known, "resume": "allow"} if known else {}))
+        case "wandb":  # beside the active run of the user, whose configuration accelerate would change
+            resumed = {"id": known, "resume": "allow"} if known else {}
+            tracker = kind(project, name=title, config=configuration, reinit="create_new", **resumed)
+            configuration = {}
         case "mlflow":  # nested in the active run of the user, if there is one
             tracker = kind(project, run_name=title, run_id=known, nested_run=True)
         case "trackio":
@@ -199,8 +202,8 @@ def _start(name: str, path: Path, meta: Manifest, state: _State) -> Any:
         case _:
             tracker = kind(project, path) if kind.requires_logging_directory else kind(project)
     tracker.start()
-    if known is None:
-        tracker.store_init_configuration(_configuration(path, meta))
+    if configuration:
+        tracker.store_init_configuration(configuration)
     if name in _IDS:
         state.ids[name] = _IDS[name](tracker)
     return tracker

@@ -185,9 +185,7 @@ def _start(name: str, path: Path, meta: Manifest, state: _State) -> Any:
     match name:
         case "tensorboard":
             tracker = kind("tensorboard", path)
-        case (
-            "wandb"
-        ):  # a run of its own next to the active one of the user, whose configuration accelerate would change
+        case "wandb":  # next to the active run of the user, whose configuration accelerate would change
             resumed = {"id": known, "resume": "allow"} if known else {}
             tracker = kind(project, name=title, config=configuration, reinit="create_new", **resumed)
             configuration = {}

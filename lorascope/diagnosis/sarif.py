@@ -57,7 +57,7 @@ def _rule_id(finding: Finding) -> str:
 
 
 def _rule(id: str, finding: Finding) -> dict[str, Any]:
-    """Return a rule; one of another package has no kind, so its texts are those of its first finding."""
+    """Return a rule; one of another package has no kind, so it has the texts of its first finding."""
     own = Kind("", finding.cause, finding.severity, "", f"{finding.cause}.", finding.message, finding.fix)
     kind = KINDS.get(id, own)
     return {

@@ -22,6 +22,7 @@ class Bench:
 
     def __init__(self, bert: str, gpt2: str, task: Any, out: Path) -> None:
         self.folder, self.gpt2, self.task, self.out = bert, gpt2, task, out
+        self.observe: Any = None
         encoded = task.encode(models.tokenizer(models.load(bert, task=task)), task.split("train").head(6 * ROWS))
         batch = encoded.batch(range(6 * ROWS))
         self.rows = [{key: value[i] for key, value in batch.items()} for i in range(6 * ROWS)]
@@ -36,7 +37,7 @@ class Bench:
 
     def trained(self, model: Any, **settings: Any) -> ls.Run:
         """Train a model with the Trainer and return the recorded run."""
-        by_trainer(model, self.rows, self.out, recorder=ls.TrainerRecorder(), **settings)
+        by_trainer(model, self.rows, self.out, recorder=ls.TrainerRecorder(observe=self.observe), **settings)
         return ls.load(self.out / "lorascope")
 
     def saved(self, model: Any, base: bool = False) -> ls.Run:
@@ -49,7 +50,8 @@ class Bench:
 
     def by_train(self, method: Any, **settings: Any) -> ls.Run:
         """Return a run of ``train``."""
-        return ls.train(fresh(self.folder, self.task), self.task, method, out=self.out / "run", **SETTINGS | settings)
+        settings = SETTINGS | {"observe": self.observe} | settings
+        return ls.train(fresh(self.folder, self.task), self.task, method, out=self.out / "run", **settings)
 
 
 class Allocating(TrainerCallback):

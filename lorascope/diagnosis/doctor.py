@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lorascope.diagnosis.causes import RULES, Finding
+from lorascope.diagnosis.causes.base import run_rules
 from lorascope.diagnosis.evidence import Case
 from lorascope.runs.result import Result
 
@@ -30,10 +31,7 @@ def diagnose(run: Result) -> list[Finding]:
 
 def findings(case: Case) -> list[Finding]:
     """Return the findings of all checks for faults, without those that only follow from another finding."""
-    found = [(rule, list(rule.findings(case))) for rule in RULES if rule.fix]
-    # A finding may explain others: NaN weights, for example, also make the loss diverge.
-    follows = {name for rule, own in found if own for name in rule.suppresses}
-    return [finding for rule, own in found for finding in own if rule.name not in follows]
+    return run_rules((rule for rule in RULES if rule.fix), case)
 
 
 def skipped_checks(case: Case) -> dict[str, list[str]]:

@@ -41,6 +41,11 @@ class TrainedModule(ModuleSummary):
     used: float = np.nan
     empty: bool = False
 
+    @property
+    def unchanged(self) -> bool:
+        """Whether the adapter has a zero update, although its scale and one of its factors are not zero."""
+        return self.adapted and self.update_norm == 0 and self.scale != 0 and not self.empty
+
 
 @dataclass
 class MeasuredModule:
@@ -86,6 +91,7 @@ class Case:
 
     run: Result
     spectra: bool = False
+    fewest_losses = 1  # that the final loss is a mean of
 
     def has(self, need: str) -> bool:
         """Return whether there is evidence of this kind; see ``Rule.needs``."""
@@ -93,7 +99,8 @@ class Case:
             return any(not math.isnan(each.weight_norm) for each in self.modules)
         history = self.run.has_history
         base = history or self.base is not None
-        return {"config": isinstance(self.run, Adapter), "base": base, "history": history}.get(need, True)
+        known = {"config": isinstance(self.run, Adapter), "base": base, "history": history, "training": False}
+        return known.get(need, True)
 
     @property
     def meta(self) -> Manifest:
@@ -125,6 +132,30 @@ class Case:
     def base(self) -> PretrainedWeights | None:
         """Base weights of an adapter, None if they are unknown."""
         return self.run.base if isinstance(self.run, Adapter) else None
+
+    @property
+    def steps(self) -> int:
+        """Last step with a recorded loss."""
+        return max(self.losses, default=0)
+
+    @property
+    def learning_rate(self) -> float | None:
+        """Learning rate of the training, None if unknown."""
+        return self.meta.settings.get("lr")
+
+    @property
+    def error(self) -> str:
+        """Reason why the training stopped, "" if it did not."""
+        return str(self.meta.error or "")
+
+    @property
+    def expects_adapters(self) -> bool:
+        """Whether adapters should have trained, and all of them are readable."""
+        # PEFT's prompt and prefix methods adapt no module; the others have target_modules.
+        method = self.meta.method
+        promised = (method.get("name") == "peft" and method.get("target_modules")) or self.adapted
+        # Parameters that trained in a module that is left out are in no update.
+        return bool(promised and self.meta.states and not self.meta.left_out)
 
     @property
     def masks_components(self) -> bool:
@@ -169,7 +200,7 @@ class Case:
             moved = each.update_norm if math.isnan(each.learned_norm) else each.learned_norm
             # A pruned module has not moved, even if it was recorded before PEFT's allocator masked it.
             moved = 0.0 if each.rank == 0 else moved
-            scale, used, empty = _component_evidence(updates.get(each.module))
+            scale, used, empty = component_evidence(updates.get(each.module))
             own = {"moved": moved, "adapted": bool(each.rank), "scale": scale, "used": used, "empty": empty}
             found.append(TrainedModule(**vars(each) | own))
         return found
@@ -189,7 +220,7 @@ class Case:
     @property
     def unchanged_adapters(self) -> list[TrainedModule]:
         """Adapters with a zero update, although their scale and one of their factors are not zero."""
-        return [each for each in self.adapted if each.update_norm == 0 and each.scale != 0 and not each.empty]
+        return [each for each in self.modules if each.unchanged]
 
     @cached_property
     def measured(self) -> list[MeasuredModule]:
@@ -273,7 +304,7 @@ class Case:
         return found
 
 
-def _component_evidence(update: Any) -> tuple[float, float, bool]:
+def component_evidence(update: Any) -> tuple[float, float, bool]:
     """Return the scale of an update, its number of nonzero components, and whether all its factors are zero.
 
     These are NaN, NaN and False unless the update is a product B A.

@@ -161,6 +161,37 @@ _KINDS = (
         "use separate rows for eval_dataset, such as the test rows of train_test_split",
     ),
     Kind(
+        *("LS019", "rate-zero", "error", "training", "The learning rate is 0, so nothing trains."),
+        "the learning rate of all parameter groups is 0 at each of the first three steps or more",
+        "set a learning rate above 0, and step the scheduler after the optimizer",
+    ),
+    Kind(
+        *("LS020", "rate-large", "caution", "training", "Training replaces the pretrained weights."),
+        "the learned update of all modules together is more than 10 times the norm of their weights",
+        "lower the learning rate (by a factor of 10), or the scale of the adapter",
+    ),
+    Kind(
+        *("LS021", "no-gradient", "error", "training", "No gradient reaches the trained parameters."),
+        "the gradients of all trained parameters are zero or missing, and no module has changed",
+        "call backward on a loss that depends on them: no torch.no_grad, detach, or labels of which all are ignored; "
+        "gradient checkpointing requires model.enable_input_require_grads()",
+    ),
+    Kind(
+        *("LS022", "not-optimized", "error", "training", "Trainable adapters are not in the optimizer."),
+        "an adapter has parameters with requires_grad, and the optimizer contains none of them",
+        "create the optimizer after the adapter, with all parameters that require gradients",
+    ),
+    Kind(
+        *("LS023", "loss-flat", "caution", "training", "The loss never changes."),
+        "all recorded losses are equal up to 1e-6, at five recordings or more",
+        "check that the batches differ, that the loss depends on the model, and that the optimizer steps",
+    ),
+    Kind(
+        *("LS024", "dominated", "caution", "training", "One module has almost the whole update."),
+        "one of at least four adapters has more than 99.9% of the squared norm (not checked for AdaLoRA)",
+        "check this module for a separate learning rate, another scale, or inputs that are far larger",
+    ),
+    Kind(
         *("LS101", "special-norms", "caution", "factors", "Norms depend on the input, or are NaN."),
         "the update is evaluated at gate weights, or its norm is NaN (an error)",
     ),

@@ -212,6 +212,10 @@ class Step:
         Table of ``ls.names.describe`` for the model before ``attach``.
     shows_text : bool
         Whether held-out text is available; a Trainer provides none.
+    values : dict
+        Latest recorded values of the whole run, such as ``loss`` and ``lr``, each with its step.
+    stop : str
+        Reason for which an observer asks to stop the training; empty to continue.
     """
 
     index: int
@@ -226,6 +230,8 @@ class Step:
     batch: Batch = field(default_factory=dict, repr=False)
     best: bool = False
     shows_text: bool = True
+    values: dict[str, tuple[int, Any]] = field(default_factory=dict, repr=False)
+    stop: str = ""
 
     @property
     def finished(self) -> int:

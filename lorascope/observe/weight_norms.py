@@ -78,7 +78,7 @@ class norms(Observer):
         known = {name: tile_sums(weight) for name, weight in step.base.items() if weight.is_floating_point()}
         sums = zip(known, trained.copy_updates(list(known.values())), strict=True)
         self.base_squares_ = dict.fromkeys(step.base, math.nan) | {name: math.fsum(parts) for name, parts in sums}
-        self.first_ = {module: _to_tree(update) for module, update in trained.updates().items() if update.norm() > 0}
+        self.first_ = {module: to_tree(update) for module, update in trained.updates().items() if update.norm() > 0}
         deltas = {module: delta for module, delta in trained.deltas.items() if not delta.resized}
         self.initial_factors_ = {module: found for module, delta in deltas.items() if (found := _trained(delta))}
 
@@ -93,7 +93,7 @@ class norms(Observer):
                 self._memory[label] = torch.empty_like(tensor)
             self._memory[label].copy_(tensor)
         updates = trained.updates().items()
-        factored = {module: _to_tree(update) for module, update in updates if trained.is_frozen(module)}
+        factored = {module: to_tree(update) for module, update in updates if trained.is_frozen(module)}
         self.before_ = {"dense": self._memory, "factored": factored}
 
     def _record_norms(self, step: Step, trained: TrainedTensors) -> Iterator[Item]:
@@ -142,7 +142,7 @@ class norms(Observer):
             yield (label, "weight"), tile_sums(tensor)
             yield (label, "update"), tile_sums(tensor, base)
             if label in self.first_:
-                yield (label, "learned"), tile_sums(tensor, trained.add(label, base, _from_tree(self.first_[label])))
+                yield (label, "learned"), tile_sums(tensor, trained.add(label, base, from_tree(self.first_[label])))
             if label in before:
                 yield (label, "step"), tile_sums(tensor, before[label])
 
@@ -165,9 +165,9 @@ class norms(Observer):
                 weight = max(0.0, base + 2 * inner + change)
             found[module] = parts = {"base": base, "weight": weight, "update": change, "learned": change}
             if module in self.first_:
-                parts["learned"] = (update - _from_tree(self.first_[module])).norm() ** 2
+                parts["learned"] = (update - from_tree(self.first_[module])).norm() ** 2
             if module in before:
-                parts["step"] = (update - _from_tree(before[module])).norm() ** 2
+                parts["step"] = (update - from_tree(before[module])).norm() ** 2
         return found
 
     def _block_records(self, trained: TrainedTensors, found: Mapping[str, dict[str, float]]) -> Iterator[Record]:
@@ -223,12 +223,12 @@ def _joint_norm(factors: Factors, minus: Factors | None = None) -> float:
     return math.sqrt(math.fsum(math.fsum(parts.tolist()) for parts in sums))
 
 
-def _to_tree(update: Update) -> dict[str, Any]:
+def to_tree(update: Update) -> dict[str, Any]:
     """Return an update in a form that checkpoints can store; it is already a copy."""
     return {**update.to_factors(), "scale": float(update.scale), "form": update.form}
 
 
-def _from_tree(tree: Mapping[str, Any]) -> Update:
+def from_tree(tree: Mapping[str, Any]) -> Update:
     return from_factors(tree, tree.get("scale", 1.0), form=tree.get("form"))  # checkpoints of 0.1 have no form
 
 

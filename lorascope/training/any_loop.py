@@ -26,6 +26,7 @@ from lorascope.training.foreign_loop import (
     class_names,
     describe_recipe,
     peft_task_type,
+    reject_distributed_stop,
     step_of,
     unwrap_optimizer,
     warn_unreadable,
@@ -124,6 +125,7 @@ class LoopRecorder:
     ) -> None:
         optimizer, model = unwrap_optimizer(optimizer), _unwrap_model(model)
         _check(model, optimizer, steps)
+        reject_distributed_stop(observers)
         bare_model = unwrap_peft_model(model)
         self._pending, self._closed = _PendingStep(), False
         self._hook = optimizer.register_step_post_hook(self._pending)
@@ -169,6 +171,11 @@ class LoopRecorder:
             recording.record(*values, lr)
             if step.last:
                 recording.attempt(recording.save_final_state)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether an observer, such as ``alarms(stop=...)``, asks to stop: leave the loop. False in other processes."""
+        return bool(self._step.stop)
 
     def evaluate(self, loss: float | Tensor | None = None, metric: float | Tensor | None = None) -> None:
         """Record the loss and the metric of a validation after the current step."""

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from lorascope.adapters.peft_layers import active_adapters, is_peft_layer
 from lorascope.files.printable import printable
 from lorascope.methods.base import Step
+from lorascope.observe.base import Observer
 from lorascope.observe.trainable import unreadable_adapters
 from lorascope.training.base_weights import Base
 
@@ -44,6 +46,13 @@ def _fail(source: str, where: str, *_: Any) -> Any:
 def unwrap_optimizer(optimizer: Any) -> Any:
     """Return the optimizer inside accelerate's wrapper, or the optimizer itself without one."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def reject_distributed_stop(observers: Sequence[Observer]) -> None:
+    """Raise a ValueError if an observer may stop a training of several processes, of which only the first records."""
+    names = [name for observer in observers for name in getattr(observer, "stop", ())]
+    if names and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(f"stop must be empty with several processes, of which only the first records, got {names}")
 
 
 def warn_unreadable(model: nn.Module) -> None:

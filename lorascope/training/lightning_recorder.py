@@ -96,6 +96,7 @@ class LightningRecorder(Callback):
         if self.recorder is not None and outputs:
             self._loss = self._loss + outputs["loss"]
             self.recorder.step(loss=self._loss)
+            trainer.should_stop |= self.recorder.stopped
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the final state and close the run folder."""

@@ -130,6 +130,8 @@ def train(
         is not installed or cannot start.
     FloatingPointError
         The loss or the gradient norm is not finite.
+    RuntimeError
+        An observer stops the training, such as ``alarms(stop=...)``.
     """
     given = locals()
     trackers = tracker_names(report_to)
@@ -213,6 +215,8 @@ def _train_steps(session: Session, start: int, checkpoint_every: int, progress: 
             session.record(*values)
             if not step.last:  # the test follows
                 session.flush_report()
+            if step.stop:
+                raise RuntimeError(_end_broken(session, step.stop))
             bar.show(values[0], score)
             if interrupted.is_set():
                 session.checkpoint()
@@ -238,13 +242,18 @@ def advance(session: Session, index: int) -> tuple[float, float | None, float]:
     method.after_backward(step)
     norm = clip_gradients(optimizer, session.settings.clip)
     if reason := nonfinite_reason(step, loss, norm, rate):
-        session.writer.meta.error = reason
-        session.writer.finish("broken")
-        raise FloatingPointError(f"{reason}; the records up to this step are in {session.path}")
+        raise FloatingPointError(_end_broken(session, reason))
     optimizer.step()
     session.scheduler.step()
     method.after_step(step)
     return loss, norm, rate
+
+
+def _end_broken(session: Session, reason: str) -> str:
+    """Close the run folder of a training that stops early, and return the error message."""
+    session.writer.meta.error = reason
+    session.writer.finish("broken")
+    return f"{reason}; the records up to this step are in {session.path}"
 
 
 def _reset(model: nn.Module, base: Base) -> None:

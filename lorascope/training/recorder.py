@@ -84,6 +84,8 @@ class Recorder:
         self.writer.collect(finished, fresh)
         if self.report is not None:
             self.report.collect(finished, fresh)
+        own = {i.quantity: (finished, i.value) for i in fresh if isinstance(i, Record) and not i.module}
+        self.step.values |= own
 
     def state(self) -> dict[str, Any]:
         """Return the state from which a checkpoint resumes the recording, except for the rows."""

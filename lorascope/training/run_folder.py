@@ -33,8 +33,9 @@ _OPEN: dict[Path, weakref.finalize] = {}
 
 
 class Recording(Recorder):
-    """Recorder of a training that another loop runs; it writes during the training and never stops it.
+    """Recorder of a training that another loop runs; it writes during the training.
 
+    It never stops the training, unless an observer asks for it.
     Another run in the folder is moved aside; a finished run that resumes is copied aside. ``before`` is the result of
     ``state`` at the step from which training resumes. A run that is not closed when the process ends is marked as
     broken with the error ``lost``, or keeps the status "running" if that is None.
@@ -127,7 +128,8 @@ class Recording(Recorder):
         meta = self.writer.meta
         if not meta.states:  # too late to save it: the Trainer may have loaded another state
             meta.error = "the state after its last step could not be written"
-        return self.close("done" if meta.states else "broken")
+        meta.error = self.step.stop or meta.error
+        return self.close("done" if meta.states and not self.step.stop else "broken")
 
     def close(self, status: str) -> Run:
         run = super().close(status)

@@ -47,6 +47,7 @@ def row(method: str, *quantities: str, snapshots: tuple[str, ...] = (), saves_fa
 
 
 ROWS = {
+    "alarms": row("lora"),  # the run is healthy
     "coefficients": row("fourierft", "coefficient_gradient", "coefficient_importance"),
     "factor_drift": row("adapprox", "factor_drift", "factor_drift_least", "factor_drift_rank_one"),
     "factor_optimum": row("adapprox", "factor_step_error", "factor_step_error_least"),

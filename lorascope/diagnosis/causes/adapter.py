@@ -10,6 +10,7 @@ import numpy as np
 from lorascope.diagnosis.base_comparison import DIRECTIONS
 from lorascope.diagnosis.causes.base import Found, Rule, caution, first_and_count, found, names_of, some_have
 from lorascope.diagnosis.evidence import Case, largest
+from lorascope.diagnosis.training_evidence import Evidence
 from lorascope.runs.gated_run import gate_description
 from lorascope.updates.linalg import root_of_squares
 
@@ -28,15 +29,15 @@ def special_norms(case: Case) -> Found:
         yield caution(f"{len(broken)} of {count} modules {contain} NaN or infinity", broken, "error")
 
 
-@Rule(id="LS001", suppresses=("diverged", "overscaled", "rate-small", "dead", "collapsed"))
-def nan(case: Case) -> Found:
+@Rule(id="LS001", suppresses=("diverged", "overscaled", "rate-small", "rate-large", "dead", "collapsed"), live_from=0)
+def nan(case: Evidence) -> Found:
     """Find updates whose norm is NaN or infinite."""
     broken = [each for each in case.modules if not math.isfinite(each.update_norm)]
     return some_have(broken, case.modules, "NaN or infinity")
 
 
-@Rule(id="LS002", suppresses=("unused", "untrained"))
-def scale_zero(case: Case) -> Found:
+@Rule(id="LS002", suppresses=("unused", "untrained"), live_from=0)
+def scale_zero(case: Evidence) -> Found:
     """Find adapters with scale 0."""
     mute = [each for each in case.adapted if each.scale == 0]
     return some_have(mute, case.adapted, "scale 0, so no output and no gradient", scale=0.0)
@@ -51,30 +52,26 @@ def untrained(case: Case) -> Found:
         yield found(f"{zero}, so it has no effect", modules=count, update_norm=0.0)
 
 
-@Rule(id="LS004")
-def unused(case: Case) -> Found:
+@Rule(id="LS004", live_from=2)
+def unused(case: Evidence) -> Found:
     """Find training runs that did not use the adapters."""
-    method, steps = case.meta.method, max(case.losses, default=0)
-    # PEFT's prompt and prefix methods adapt no module; the others have target_modules.
-    promised = (method.get("name") == "peft" and method.get("target_modules")) or len(case.adapted)
-    # Parameters that trained in a module that is left out are in no update.
-    idle = len(case.unchanged_adapters) == len(case.adapted) and not case.meta.left_out
-    if not case.meta.states or not idle or not promised:
+    steps = case.steps
+    if not case.expects_adapters or len(case.unchanged_adapters) < len(case.adapted):
         return
     state = f"all {len(case.adapted)} adapters are unchanged" if len(case.adapted) else "no adapter was active"
     why = "they are disabled, frozen, or on modules that the forward pass does not use"
     yield found(f"{state} after {steps} steps: {why}", modules=len(case.adapted), update_norm=0.0, steps=steps)
 
 
-@Rule(id="LS005", suppresses=("unused", "untrained"))
-def dead(case: Case) -> Found:
+@Rule(id="LS005", suppresses=("unused", "untrained"), live_from=0)
+def dead(case: Evidence) -> Found:
     """Find modules that no gradient can change."""
     empty = [each for each in case.adapted if each.empty and each.scale != 0]
     return some_have(empty, case.adapted, "zeros in all factors, so their gradients are zero")
 
 
-@Rule(id="LS006", suppresses=("unused", "untrained"))
-def dead_layers(case: Case) -> Found:
+@Rule(id="LS006", suppresses=("unused", "untrained"), live_from=2)
+def dead_layers(case: Evidence) -> Found:
     """Find layers that changed far less than the others."""
     norms: dict[tuple[str, int], list[float]] = {}
     for each in case.modules:
@@ -90,8 +87,8 @@ def dead_layers(case: Case) -> Found:
         yield found(message, layers=names, share=share, threshold=FAINT)
 
 
-@Rule(id="LS007")
-def frozen(case: Case) -> Found:
+@Rule(id="LS007", live_from=2)
+def frozen(case: Evidence) -> Found:
     """Find adapters that did not change while others did."""
     resting, adapted = case.unchanged_adapters, case.adapted
     # AdaLoRA may remove all components of a module, which is not a fault.

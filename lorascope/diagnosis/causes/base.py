@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lorascope.diagnosis.evidence import Case, MeasuredModule, TrainedModule
+from lorascope.diagnosis.evidence import MeasuredModule, TrainedModule
 from lorascope.diagnosis.kinds import KINDS, Severity
+from lorascope.diagnosis.training_evidence import Evidence
 from lorascope.schema.deprecation import accept_old_fields, formerly
 
 
@@ -61,7 +62,9 @@ RULES: list[Rule] = []
 
 @dataclass
 class Rule:
-    """Decorator that registers a function from a ``Case`` to findings, named like the function.
+    """Decorator that registers a function from ``Evidence`` to findings, named like the function.
+
+    The evidence is a ``Case`` unless ``live_from`` is set.
 
     Parameters
     ----------
@@ -77,6 +80,9 @@ class Rule:
         Another name, such as that of another rule.
     id : str
         Id of a kind in ``KINDS``, which gives name, fix and needs; only rules of this package have one.
+    live_from : int, optional
+        Number of steps at a nonzero learning rate from which ``alarms`` checks it in training; None for never, because
+        a training in progress lacks the evidence.
     """
 
     fix: str = ""
@@ -85,24 +91,33 @@ class Rule:
     inspected: bool = False
     name: str = ""
     id: str = ""
+    live_from: int | None = None
 
     def __post_init__(self) -> None:
         if self.id:
             kind = KINDS[self.id]
             self.name, self.fix, self.needs = kind.name, kind.fix, kind.needs
 
-    def __call__(self, find: Callable[[Case], Found]) -> Rule:
+    def __call__(self, find: Callable[[Any], Found]) -> Rule:
         """Register a function."""
         self.find, self.name = find, self.name or find.__name__.replace("_", "-")
         RULES.append(self)
         return self
 
-    def findings(self, case: Case) -> Found:
+    def findings(self, case: Evidence) -> Found:
         """Yield the findings in a case; none without the evidence that the check requires."""
         for seen in self.find(case) if case.has(self.needs) else ():
             # Findings of one observation differ in severity.
             severity = KINDS[self.id].severity if self.id and self.fix else seen.severity
             yield replace(seen, cause=self.name, fix=self.fix, id=self.id, severity=severity)
+
+
+def run_rules(rules: Iterable[Rule], case: Evidence) -> list[Finding]:
+    """Return the findings of rules, without those that only follow from another finding."""
+    found = [(rule, list(rule.findings(case))) for rule in rules]
+    # A finding may explain others: NaN weights, for example, also make the loss diverge.
+    follows = {name for rule, own in found if own for name in rule.suppresses}
+    return [finding for rule, own in found for finding in own if rule.name not in follows]
 
 
 def found(message: str, names: Iterable[Any] = (), /, **evidence: Any) -> Finding:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorascope.diagnosis.causes.base import Found, Rule, caution, found, names_of
 from lorascope.diagnosis.evidence import SHARE, Case, largest
+from lorascope.diagnosis.training_evidence import Evidence
 from lorascope.runs.formats.peft_experts import ExpertPart
 from lorascope.runs.formats.peft_lora import CONFIG
 from lorascope.schema.name_patterns import Ends, Patterns
@@ -80,8 +81,8 @@ def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Found:
         yield found(message, keys, field=field, keys=keys, modules=count)
 
 
-@Rule(id="LS010", suppresses=("diverged",))
-def overscaled(case: Case) -> Found:
+@Rule(id="LS010", suppresses=("diverged", "rate-large"), live_from=2)
+def overscaled(case: Evidence) -> Found:
     """Find updates that are larger than the weights, at an unusually large scale."""
     adapted = case.adapted
     if huge := [each for each in adapted if each.relative_update > WHOLE and each.scale > HABIT]:

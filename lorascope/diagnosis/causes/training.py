@@ -8,6 +8,7 @@ import numpy as np
 
 from lorascope.diagnosis.causes.base import Found, Rule, found, names_of
 from lorascope.diagnosis.evidence import Case
+from lorascope.diagnosis.training_evidence import Evidence
 from lorascope.updates.linalg import root_of_squares
 
 STILL = 1e-4  # fraction of |W|: below the resolution of float16 and bfloat16, 5e-4 and 4e-3, so merging loses it
@@ -31,24 +32,25 @@ def rate_small(case: Case) -> Found:
         yield found(message, moved=share, threshold=STILL, lr=rate)
 
 
-@Rule(id="LS015")
-def diverged(case: Case) -> Found:
+@Rule(id="LS015", suppresses=("rate-large",), live_from=0)
+def diverged(case: Evidence) -> Found:
     """Find losses that ended far above the first one, or became NaN."""
-    rate, error = case.meta.settings.get("lr"), str(case.meta.error or "")
+    rate, error = case.learning_rate, case.error
     if "became" in error:
         yield found(f"training stopped: {error.partition(':')[0]}", error=error, lr=rate)
         return
     losses = np.array(list(case.losses.values()))
     if len(losses) < 2:
         return
-    start, end = float(losses[0]), float(losses[-max(1, len(losses) // 5) :].mean())
+    last = losses[-max(case.fewest_losses, len(losses) // 5) :]
+    start, end = float(losses[0]), float(last.mean())
     if not end - start < WORSE:
         message = f"the loss went from {start:.3g} to {end:.3g} (mean of the last fifth), at learning rate {rate:.3g}"
         yield found(message, start=start, end=end, threshold=WORSE, lr=rate)
 
 
-@Rule(id="LS016")
-def collapsed(case: Case) -> Found:
+@Rule(id="LS016", live_from=2)
+def collapsed(case: Evidence) -> Found:
     """Find updates that use a single direction of their rank."""
     adapted = case.adapted
     wide = [each for each in adapted if each.used >= ROOM and each.update_norm > 0]
@@ -62,8 +64,8 @@ def collapsed(case: Case) -> Found:
         yield found(message, names_of(narrow), **evidence, threshold=SINGLE)
 
 
-@Rule(id="LS017")
-def tied_twice(case: Case) -> Found:
+@Rule(id="LS017", live_from=0)
+def tied_twice(case: Evidence) -> Found:
     """Find tied weights with an adapter under each of their two names."""
     for one, other in case.tied:
         problem = "are one weight of the base, and each has an adapter: merging one overwrites the other"

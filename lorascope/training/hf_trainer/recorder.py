@@ -16,7 +16,7 @@ from lorascope.observe import Observer, norms
 from lorascope.schema import module_table
 from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base
-from lorascope.training.foreign_loop import step_of, unwrap_optimizer, warn_unreadable
+from lorascope.training.foreign_loop import reject_distributed_stop, step_of, unwrap_optimizer, warn_unreadable
 from lorascope.training.hf_trainer.method_callback import (
     LOOP,
     MARKER,
@@ -101,6 +101,7 @@ class TrainerRecorder(TrainerCallback):
         """Open the run folder, and record the state before the first step."""
         callback: MethodCallback | None = getattr(trainer["model"], MARKER, None)
         self._method_callback = callback
+        reject_distributed_stop(self.observers)
         optimizer = self._optimizer = unwrap_optimizer(trainer["optimizer"])
         if callback is None:
             reject_sharded(trainer["model"], trainer["optimizer"])
@@ -126,15 +127,18 @@ class TrainerRecorder(TrainerCallback):
         self._recording = Recording(path, meta, step, method, self.observers, before, report=report)
         self._recording.flush_report()
 
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
-        """Record a step while its gradients still exist."""
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
+    ) -> None:
+        """Record a step while its gradients still exist, and end training if an observer asks for it."""
         if self._method_callback is not None:
-            self._method_callback.on_optimizer_step(args, state, *_, **trainer)
+            self._method_callback.on_optimizer_step(args, state, control, **trainer)
         if (recording := self._recording) is None:
             return
         recording.step.index = state.global_step
         norm = None if self._method_callback is None else self._method_callback.norm
         recording.record(grad_norm=norm, lr=self._optimizer.param_groups[0]["lr"])
+        control.should_training_stop |= bool(recording.step.stop)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Save the state of the last step, after callbacks that change it, such as one that calls PEFT's allocator.

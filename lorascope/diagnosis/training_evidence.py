@@ -1,0 +1,67 @@
+"""Evidence about a training in progress, which ``alarms`` collects from the model and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lorascope.diagnosis.evidence import Case, TrainedModule
+
+
+@dataclass
+class TrainingEvidence:
+    """Evidence about a training in progress.
+
+    Parameters
+    ----------
+    modules : sequence of TrainedModule
+        Modules that train or have an adapter, as they are now.
+    losses : mapping step -> float
+        Losses at the recorded steps.
+    steps : int
+        Number of finished steps.
+    moving_steps : int
+        Number of steps at a nonzero learning rate.
+    learning_rate : float or None
+        Learning rate of the step.
+    masks_components, expects_adapters : bool
+        See ``Case``.
+    tied : sequence of pairs of str
+        See ``Case``.
+    unoptimized : sequence of str
+        Modules whose trainable adapter parameters the optimizer does not contain.
+    has_gradient : bool
+        Whether any trained parameter has a gradient other than zero.
+    """
+
+    modules: Sequence[TrainedModule]
+    losses: Mapping[int, float]
+    steps: int
+    moving_steps: int
+    learning_rate: float | None
+    masks_components: bool
+    expects_adapters: bool
+    tied: Sequence[tuple[str, str]]
+    unoptimized: Sequence[str]
+    has_gradient: bool
+    error = ""  # of a training that has stopped
+    # The losses of single batches differ by more than their means over an epoch.
+    fewest_losses = 3
+
+    def has(self, need: str) -> bool:
+        """Return whether there is evidence of this kind; see ``Rule.needs``."""
+        return need != "config"
+
+    @property
+    def adapted(self) -> list[TrainedModule]:
+        """Modules with an adapter of rank 1 or more."""
+        return [each for each in self.modules if each.adapted]
+
+    @property
+    def unchanged_adapters(self) -> list[TrainedModule]:
+        """Adapters with a zero update, although their scale and one of their factors are not zero."""
+        return [each for each in self.modules if each.unchanged]
+
+
+Evidence = Case | TrainingEvidence
+"""What rules read: a folder, or a training in progress."""

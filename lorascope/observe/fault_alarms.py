@@ -1,0 +1,109 @@
+"""Observer that names faults of a training while it trains."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lorascope.diagnosis.causes import RULES, Finding, Rule
+from lorascope.diagnosis.causes.base import run_rules
+from lorascope.diagnosis.kinds import KINDS
+from lorascope.files.printable import printable
+from lorascope.methods.base import Step
+from lorascope.observe.base import Observer
+from lorascope.observe.live_evidence import LiveModel
+from lorascope.observe.weight_norms import from_tree, to_tree
+from lorascope.schema.records import Quantity, Record, register
+from lorascope.schema.suggestions import unknown_name
+
+register(
+    "observe=[ls.observe.alarms()]",
+    alarm=Quantity("alarm", definition="number of the id of a finding: 15 for LS015, at the module that it concerns"),
+)
+
+
+@dataclass(kw_only=True)
+class alarms(Observer):
+    """Faults of a training, by the checks of ``lorascope doctor`` that apply while it trains.
+
+    A fault is a warning with its id, cause and fix, once for the modules that it concerns. It is also a record of the
+    quantity ``alarm`` at each of these modules, or of the whole run: the number of the id, such as 15 for LS015. The
+    training is not changed unless ``stop`` names the fault.
+
+    Parameters
+    ----------
+    every : int
+        Steps between checks; step 0 and the last step are always checked.
+    stop : sequence of str
+        Causes or ids at which training stops, such as ``("nan", "diverged")``; by default none. ``train`` raises a
+        RuntimeError, a Trainer and Lightning end training, and in your own loop ``recorder.stopped`` becomes true. The
+        run has the status "broken", with the fault as its error.
+
+    Raises
+    ------
+    ValueError
+        ``stop`` has a name that is not checked in training.
+    """
+
+    stop: Sequence[str] = field(default=())
+
+    def __post_init__(self) -> None:
+        self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        known = [name for rule in _rules(math.inf) for name in (rule.name, rule.id)]
+        for name in self.stop:
+            if name not in known:
+                raise ValueError(unknown_name("alarm", printable(name), dict.fromkeys(known)))
+        self.losses_: list[float] = []
+        self.loss_step_ = 0
+        self.moving_steps_ = 0
+        self.reported_: list[str] = []
+        self.initial_: dict[str, Any] = {}
+        self._model: LiveModel | None = None
+
+    def __call__(self, step: Step) -> list[Record]:
+        """Return the records of new faults, if the step is due."""
+        if step.finished:
+            rates = [step.values.get("lr", (0, 0.0))[1], *(group["lr"] for group in step.optimizer.param_groups)]
+            self.moving_steps_ += any(map(float, rates))
+        if not self.due(step.finished, step.total):
+            return []
+        self._model = model = self._model or LiveModel(step)
+        if step.finished == 0:
+            starts = model.trained.updates()
+            self.initial_ = {module: to_tree(update) for module, update in starts.items() if update.norm() > 0}
+        at, loss = step.values.get("loss", (0, None))
+        if loss is not None and at > self.loss_step_:
+            self.loss_step_ = at
+            self.losses_.append(float(loss))
+        initial = {module: from_tree(tree) for module, tree in self.initial_.items()}
+        losses = dict(enumerate(self.losses_, start=1))
+        found = run_rules(_rules(self.moving_steps_), model.measure(step, losses, self.moving_steps_, initial))
+        # A record has one value per module, so a second fault of a module waits for the next check.
+        found.sort(key=lambda each: not self._stops_at(each))
+        items: dict[str, Record] = {}
+        for finding in found:
+            key, places = f"{finding.id} {' '.join(finding.modules)}", finding.modules or ("",)
+            if key in self.reported_ or not items.keys().isdisjoint(places):
+                continue
+            self.reported_.append(key)
+            items |= {module: Record("alarm", KINDS[finding.id].number, module) for module in places}
+            warnings.warn(f"{describe(finding)}; fix: {printable(finding.fix)}", stacklevel=2)
+            if self._stops_at(finding):
+                step.stop = f"stopped by an alarm at step {step.finished}: {describe(finding)}"
+        return list(items.values())
+
+    def _stops_at(self, finding: Finding) -> bool:
+        return finding.id in self.stop or finding.cause in self.stop
+
+
+def describe(finding: Finding) -> str:
+    """Return id, cause and message of a finding."""
+    return f"{finding.id} {finding.cause}: {printable(finding.message)}"
+
+
+def _rules(moving_steps: float) -> list[Rule]:
+    """Return the rules that apply after a number of steps at a nonzero learning rate."""
+    return [rule for rule in RULES if rule.id and rule.live_from is not None and rule.live_from <= moving_steps]

@@ -1,0 +1,222 @@
+"""Alarms: faults that are seeded in live runs are named early, healthy runs give none, and stops are readable."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+
+import pytest
+import test_doctor as doctor
+import torch
+from test_doctor import HEALTHY
+from trainers import by_trainer
+from ward import Bench
+
+import lorascope as ls
+from lorascope.diagnosis.causes import RULES
+from lorascope.diagnosis.kinds import KINDS
+
+
+def rate_zero(bench: Bench) -> None:
+    bench.trained(bench.peft(), learning_rate=0.0)
+
+
+def optimizer_of_the_head(bench: Bench) -> None:
+    model = bench.peft()
+    head = [p for name, p in model.named_parameters() if "classifier" in name]
+    by_trainer(
+        model,
+        bench.rows,
+        bench.out,
+        recorder=ls.TrainerRecorder(observe=bench.observe),
+        optimizer=torch.optim.AdamW(head, lr=1e-2),
+    )
+
+
+def own_loop(bench: Bench, model, loss_of: Callable, lr=1e-2, optimizer=None, steps=10) -> None:
+    """Train in a plain loop, on the first rows in turn."""
+    own = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    with ls.record(model, own, bench.out / "loop", bench.observe) as recorder:
+        for step in range(steps):
+            rows = bench.rows[8 * (step % 6) :][:8]
+            batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+            loss = loss_of(model(**batch))
+            loss.backward()
+            own.step()
+            recorder.step(loss=loss)
+            own.zero_grad()
+            if recorder.stopped:
+                break
+
+
+def loss_of_other_parameters(bench: Bench) -> None:
+    anchor = torch.zeros((), requires_grad=True)
+    own_loop(bench, bench.peft(), lambda out: out.loss.detach() + anchor)
+
+
+def constant_loss(bench: Bench) -> None:
+    own_loop(bench, bench.peft(), lambda out: 0.7 + out.loss - out.loss.detach(), lr=1e-3)
+
+
+def weights_replaced(bench: Bench) -> None:
+    bench.by_train(ls.LoRA(rank=4), lr=5.0, schedule="constant", clip=None)
+
+
+def one_module_at_another_rate(bench: Bench) -> None:
+    model = bench.peft()
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    fast = {name: p for name, p in named.items() if "layer.0" in name and "query" in name}
+    slow = [p for name, p in named.items() if name not in fast]
+    groups = [{"params": slow, "lr": 1e-6}, {"params": list(fast.values()), "lr": 1e-3}]
+    own_loop(bench, model, lambda out: out.loss, optimizer=torch.optim.AdamW(groups))
+
+
+def loss_of_nan(bench: Bench) -> None:
+    own_loop(bench, bench.peft(), lambda out: out.loss * float("nan"))
+
+
+FAULTS: dict[Callable[[Bench], object], str] = {
+    doctor.without_alpha: "LS002",
+    doctor.adapter_switched_off: "LS004",
+    doctor.both_factors_zero: "LS005",
+    doctor.layer_without_gradient: "LS006",
+    doctor.first_layer_frozen: "LS007",
+    doctor.alpha_for_scale: "LS010",
+    doctor.rate_too_large: "LS015",
+    doctor.constant_start: "LS016",
+    doctor.both_names: "LS017",
+    doctor.overflow: "LS001",
+    loss_of_nan: "LS001",
+    rate_zero: "LS019",
+    weights_replaced: "LS020",
+    loss_of_other_parameters: "LS021",
+    optimizer_of_the_head: "LS022",
+    constant_loss: "LS023",
+    one_module_at_another_rate: "LS024",
+}
+
+
+@pytest.fixture
+def watched(bert, gpt2, task, tmp_path):
+    bench = Bench(bert, gpt2, task, tmp_path)
+    bench.observe = [ls.observe.alarms(every=1)]
+    return bench
+
+
+def ids_in(caught: list) -> list[str]:
+    return [found[0] for each in caught if (found := re.match(r"LS\d{3}", str(each.message)))]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_fault_is_named_within_ten_recorded_steps(fault, watched):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fault(watched)
+    (folder,) = (file.parent for file in watched.out.rglob("records.parquet"))
+    table = ls.load(folder).table
+    alarms = table[table["quantity"] == "alarm"]
+    # A rate that is far too large replaces the weights before the loss has increased.
+    others = {"LS020"} if fault is doctor.rate_too_large else set()
+    assert set(ids_in(caught)) - others == {FAULTS[fault]}
+    assert set(alarms["value"]) == {KINDS[id].number for id in ids_in(caught)}
+    named = alarms[alarms["value"] == KINDS[FAULTS[fault]].number]
+    assert named["step"].min() <= 10
+
+
+def test_every_rule_that_alarms_check_has_a_fault():
+    assert {rule.id for rule in RULES if rule.live_from is not None} == set(FAULTS.values())
+
+
+def run_of(bench: Bench) -> ls.Run:
+    (folder,) = (file.parent for file in bench.out.rglob("records.parquet"))
+    return ls.load(folder)
+
+
+@pytest.mark.parametrize("name", ls.METHODS)
+def test_healthy_run_gives_no_alarm(name, watched):
+    watched.by_train(HEALTHY[name], steps=12)  # warnings are errors
+
+
+def test_healthy_trainings_elsewhere_give_no_alarm(watched, tmp_path):
+    watched.trained(watched.peft(), warmup_steps=3, max_steps=12)
+    watched.trained(watched.peft(doctor.adalora(total_step=6, tinit=1, tfinal=2)), others=[doctor.Allocating()])
+    own_loop(watched, watched.peft(), lambda out: out.loss, lr=1e-3, steps=12)
+
+
+def test_alarm_is_a_warning_once_and_a_record_at_each_module(watched):
+    with pytest.warns(UserWarning, match=r"LS007 frozen: .*; fix: make them trainable") as caught:
+        doctor.first_layer_frozen(watched)
+    assert ids_in(caught) == ["LS007"]
+    table = run_of(watched).table
+    rows = table[table["quantity"] == "alarm"]
+    assert sorted(rows["module"]) == sorted(
+        f"bert.encoder.layer.0.attention.self.{name}" for name in ("query", "value")
+    )
+    assert set(rows["layer"]) == {0}
+    assert rows["step"].nunique() == 1
+
+
+def test_stop_leaves_a_readable_broken_run_of_train(watched):
+    watched.observe = [ls.observe.alarms(every=1, stop=("LS015", "nan")), ls.observe.norms(every=1)]
+    with (
+        pytest.warns(UserWarning, match="LS015"),
+        pytest.raises(RuntimeError, match=r"alarm at step \d: LS015 diverged.*records"),
+    ):
+        doctor.rate_too_large(watched)
+    run = run_of(watched)
+    assert (run.meta.status, run.finished) == ("broken", False)
+    assert "LS015 diverged" in run.meta.error
+    table = run.table
+    assert table[table["quantity"] == "alarm"]["step"].max() == table["step"].max() < 6
+    assert [finding.id for finding in ls.diagnose(run)] == ["LS015"]
+
+
+def test_stop_ends_a_trainer_and_saves_the_state(watched):
+    watched.observe = [ls.observe.alarms(every=1, stop=("frozen",))]
+    with pytest.warns(UserWarning, match="LS007"):
+        run = doctor.first_layer_frozen(watched)
+    assert run.table["step"].max() == run.meta.states["last"].step == 2
+    assert run.meta.status == "broken"
+    assert "LS007 frozen" in run.meta.error
+    assert [finding.cause for finding in ls.diagnose(run)] == ["frozen"]
+
+
+def test_stop_is_shown_to_an_own_loop(watched):
+    watched.observe = [ls.observe.alarms(every=1, stop=("loss-flat",))]
+    with pytest.warns(UserWarning, match="LS023"):
+        constant_loss(watched)
+    run = run_of(watched)
+    assert run.meta.states["last"].step == 5
+    assert "LS023 loss-flat" in run.meta.error
+
+
+@pytest.mark.filterwarnings("ignore")  # those of Lightning
+def test_stop_ends_lightning(tmp_path):
+    pytest.importorskip("lightning.pytorch")
+    import test_lightning_recorder as lightning
+
+    module = lightning.Module()
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=0.0)
+    alarms = ls.observe.alarms(every=1, stop=("rate-zero",))
+    with pytest.warns(UserWarning, match="LS019"):
+        lightning.fit(module, lightning.LightningRecorder(tmp_path / "run", [alarms]), tmp_path)
+    run = ls.load(tmp_path / "run")
+    assert run.table["step"].max() == 3
+    assert run.meta.status == "broken"
+
+
+def test_unknown_stop_is_rejected_in_one_line():
+    with pytest.raises(ValueError, match=r"unknown alarm 'divergd'; did you mean 'diverged'\?"):
+        ls.observe.alarms(stop=("divergd",))
+    with pytest.raises(ValueError, match="unknown alarm 'LS014'"):
+        ls.observe.alarms(stop=("LS014",))  # needs the end of the training
+    assert ls.observe.alarms(stop="nan") == ls.observe.alarms(stop=["nan"])
+
+
+def test_stop_of_several_processes_is_rejected(watched, monkeypatch):
+    for name, value in {"is_available": True, "is_initialized": True, "get_world_size": 2}.items():
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    watched.observe = [ls.observe.alarms(stop=("nan",))]
+    with pytest.raises(ValueError, match="stop must be empty with several processes"):
+        own_loop(watched, watched.peft(), lambda out: out.loss)

@@ -157,6 +157,14 @@ def test_alarm_is_a_warning_once_and_a_record_at_each_module(watched):
     assert rows["step"].nunique() == 1
 
 
+def test_second_training_in_a_process_warns_again(watched):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # Python shows equal warnings of one place once
+        rate_zero(watched)
+        rate_zero(watched)
+    assert ids_in(caught) == ["LS019", "LS019"]
+
+
 def test_stop_leaves_a_readable_broken_run_of_train(watched):
     watched.observe = [ls.observe.alarms(every=1, stop=("LS015", "nan")), ls.observe.norms(every=1)]
     with (

@@ -24,6 +24,7 @@ from sphinx.config import Config
 
 import lorascope
 from lorascope.cli.main import COMMANDS, main
+from lorascope.diagnosis.causes import RULES
 from lorascope.diagnosis.kinds import KINDS, Kind
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method
@@ -186,7 +187,7 @@ def formats_page() -> str:
 KIND_GROUPS = {
     "0": (
         "Faults of adapters and trainings",
-        "Reported by `lorascope doctor`, and by `ls.observe.alarms` in training.",
+        "Reported by `lorascope doctor`, and some by alarms in training.",
     ),
     "1": ("Observations", "Shown by `lorascope inspect`."),
     "2": ("Treatment by a runtime", "Reported by `lorascope doctor` with `--base` or `--runtime`."),
@@ -222,9 +223,11 @@ def kind_section(kind: Kind) -> str:
     if not (kind.problem and kind.evidence):
         raise ValueError(f"kind {kind.id} must have a problem and its evidence")
     fix = f"**Fix.** {sentence(kind.fix)}" if kind.fix else "An observation, not a fault."
+    live = any(rule.id == kind.id and rule.live_from is not None for rule in RULES)
+    checked = " Alarms check it in training." if live else ""
     return (
         f"({kind.id})=\n### {kind.id}: `{kind.name}`\n\n**Cause.** {kind.problem} Severity: {kind.severity}.\n\n"
-        f"**Evidence.** {sentence(kind.evidence)} Needs {EVIDENCE_NEEDED[kind.needs]}.\n\n{fix}\n"
+        f"**Evidence.** {sentence(kind.evidence)} Needs {EVIDENCE_NEEDED[kind.needs]}.{checked}\n\n{fix}\n"
     )
 
 

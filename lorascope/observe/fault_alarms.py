@@ -20,7 +20,7 @@ from lorascope.schema.records import Quantity, Record, register
 from lorascope.schema.suggestions import unknown_name
 
 register(
-    "observe=[ls.observe.alarms()]",
+    "train with observe=[ls.observe.alarms()]",
     alarm=Quantity("alarm", definition="number of the id of a finding: 15 for LS015, at the module that it concerns"),
 )
 
@@ -90,7 +90,9 @@ class alarms(Observer):
                 continue
             self.reported_.append(key)
             items |= {module: Record("alarm", KINDS[finding.id].number, module) for module in places}
-            warnings.warn(f"{describe(finding)}; fix: {printable(finding.fix)}", stacklevel=2)
+            # Without a registry, Python also shows a warning that an earlier training has given.
+            text = f"{describe(finding)}; fix: {printable(finding.fix)}"
+            warnings.warn_explicit(text, UserWarning, "lorascope", 0)
             if self._stops_at(finding):
                 step.stop = f"stopped by an alarm at step {step.finished}: {describe(finding)}"
         return list(items.values())

@@ -1,0 +1,129 @@
+"""False alarms of the doctor, and of alarms in training, on healthy runs of varied settings.
+
+Run ``python benchmarks/false_alarms.py --runs 200``. The model is the first two blocks of the bundled encoder, the text
+the bundled sentences. Every method has the same number of runs, up to one. Learning rates are within a factor of three
+of the default of the method. No run has a fault on purpose, so each finding counts as a false alarm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+import warnings
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+import lorascope as ls
+from lorascope.inputs import models, tasks
+from lorascope.inputs.tasks import Task
+from lorascope.runs.run import Run
+
+BLOCKS = 2
+Z = 1.959964  # normal quantile of a 95% interval
+TASKS = ("sentiment/movies", "sentiment/news", "sentiment/tweets")
+# Settings that a method needs for short runs on few modules; all others are its defaults.
+OWN: dict[str, dict[str, Any]] = {
+    "adapprox": {"dense": "embed"},
+    "alora": {"warm_steps": 2, "round_steps": 2, "rounds": 3, "prune": 2},
+    "fourierft": {"coefficients": 500},
+    "neft": {"targets": ("ffn_in", "ffn_out")},
+    "lisa": {"n_active": 1, "interval": 3},
+}
+
+
+def draw_settings(number: int) -> tuple[ls.Method, str, dict[str, Any]]:
+    """Return method, task and settings of a run, drawn from a generator of its number."""
+    draw = np.random.default_rng([25, number])
+    kind = list(ls.METHODS.values())[number % len(ls.METHODS)]
+    names = {field.name for field in fields(kind)}
+    rank = int(draw.choice([2, 4, 8, 16]))
+    options: dict[str, Any] = {
+        "rank": rank,
+        "init_rank": rank,
+        "target_rank": max(1, rank // 2),
+        "alpha": float(rank * draw.choice([0.5, 1.0, 2.0])),
+        "targets": ("q", "v") if draw.random() < 0.5 else "all-linear",
+    } | OWN.get(kind.name, {})
+    method = kind(**{name: value for name, value in options.items() if name in names})
+    factor = float(3 ** draw.uniform(-1, 1))
+    method = replace(method, lr=method.lr * factor, head_lr=method.head_lr * factor)
+    settings = {
+        "steps": int(draw.choice([15, 30])),
+        "batch_size": int(draw.choice([4, 8])),
+        "schedule": str(draw.choice(["linear", "cosine", "constant"])),
+        "warmup": float(draw.choice([0.0, 0.06, 0.2])),
+        "weight_decay": float(draw.choice([0.0, 0.01])),
+        "seed": int(draw.integers(1000)),
+    }
+    return method, str(draw.choice(TASKS)), settings
+
+
+def small_model(task: Task) -> nn.Module:
+    """Return a fresh copy of the first blocks of the bundled encoder."""
+    model = models.load("minilm", task=task)
+    blocks = model.base_model.encoder
+    blocks.layer = blocks.layer[:BLOCKS]
+    model.config.num_hidden_layers = BLOCKS
+    return model
+
+
+def train(number: int, out: Path) -> list[Run]:
+    """Train one run with alarms at every step, and return it with the runs of its earlier phases."""
+    method, name, settings = draw_settings(number)
+    task = tasks.load(name)
+    observers = [ls.observe.norms(), ls.observe.alarms(every=1)]
+    short = {"eval_every": 0, "eval_size": 16, "test_size": 16, "max_length": 16, "progress": False, "device": "cpu"}
+    run = ls.train(small_model(task), task, method, observe=observers, out=out, **short, **settings)
+    return [*run.parents, run]
+
+
+def wilson(count: int, total: int) -> tuple[float, float]:
+    """Return the 95% interval of Wilson for a proportion."""
+    share, square = count / total, Z * Z / total
+    half = Z * math.sqrt(share * (1 - share) / total + square / (4 * total))
+    return max(0.0, (share + square / 2 - half) / (1 + square)), (share + square / 2 + half) / (1 + square)
+
+
+def row(label: str, doctor: int, alarms: int, total: int) -> str:
+    """Return a row of the table."""
+    cells = [f"{count} ({100 * low:.1f}% to {100 * high:.1f}%)" for count in (doctor, alarms)
+             for low, high in [wilson(count, total)]]  # fmt: skip
+    return f"| {label} | {cells[0]} | {cells[1]} |"
+
+
+def main() -> None:
+    """Train the runs and print the number of runs with each finding."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=200, help="number of runs")
+    parser.add_argument("--first", type=int, default=0, help="number of the first run")
+    parsed = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    doctor, alarms, some = Counter[str](), Counter[str](), Counter[str]()
+    for number in range(parsed.first, parsed.first + parsed.runs):
+        with tempfile.TemporaryDirectory() as folder:
+            runs = train(number, Path(folder) / "run")
+            found = {f"{each.id} {each.cause}: {each.message}" for run in runs for each in ls.diagnose(run)}
+            tables = [run.table for run in runs]
+            raised = {f"LS{int(value):03}" for t in tables for value in t["value"][t["quantity"] == "alarm"]}
+        if found or raised:
+            method, name, settings = draw_settings(number)
+            print(
+                f"run {number}: {method.label()}, lr {method.lr:.2g}, {name}, {settings}: {found} {raised}", flush=True
+            )
+        doctor.update({each[:5] for each in found})
+        alarms.update(raised)
+        some.update({"doctor": bool(found), "alarms": bool(raised)})
+    print("| finding | doctor | alarms |\n|---|---|---|")
+    print(row("any", some["doctor"], some["alarms"], parsed.runs))
+    for id in sorted(doctor | alarms):
+        print(row(id, doctor[id], alarms[id], parsed.runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -86,32 +85,36 @@ def row(label: str, doctor: int, alarms: int, total: int) -> str:
     return f"| {label} | {cells[0]} | {cells[1]} |"
 
 
+def examine(number: int) -> tuple[set[str], set[str]]:
+    """Return the findings of the doctor about one run, with their messages, and the ids of the alarms in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = train(number, Path(folder) / "run")
+        found = {f"{each.id} {each.cause}: {each.message}" for run in runs for each in ls.diagnose(run)}
+        values = [run.table["value"][run.table["quantity"] == "alarm"] for run in runs]
+    return found, {f"LS{int(value):03}" for column in values for value in column}
+
+
 def main() -> None:
-    """Train the runs and print the number of runs with each finding."""
+    """Train the runs and print the number of runs with each finding; Ctrl-C prints those so far."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=200, help="number of runs")
-    parser.add_argument("--first", type=int, default=0, help="number of the first run")
     parsed = parser.parse_args()
     warnings.filterwarnings("ignore")
-    doctor, alarms, some = Counter[str](), Counter[str](), Counter[str]()
-    for number in range(parsed.first, parsed.first + parsed.runs):
-        with tempfile.TemporaryDirectory() as folder:
-            runs = train(number, Path(folder) / "run")
-            found = {f"{each.id} {each.cause}: {each.message}" for run in runs for each in ls.diagnose(run)}
-            tables = [run.table for run in runs]
-            raised = {f"LS{int(value):03}" for t in tables for value in t["value"][t["quantity"] == "alarm"]}
-        if found or raised:
-            method, settings = draw_settings(number)
-            print(f"run {number}: {method.label()}, lr {method.lr:.2g}, {settings}: {found} {raised}", flush=True)
-        if number % 20 == 19:
-            print(f"{number + 1 - parsed.first} of {parsed.runs}", file=sys.stderr, flush=True)
-        doctor.update({each[:5] for each in found})
-        alarms.update(raised)
-        some.update({"doctor": bool(found), "alarms": bool(raised)})
+    doctor, alarms, total = Counter[str](), Counter[str](), 0
+    try:
+        for number in range(parsed.runs):
+            found, raised = examine(number)
+            if found or raised:
+                method, settings = draw_settings(number)
+                print(f"run {number}: {method.label()}, lr {method.lr:.2g}, {settings}: {found} {raised}", flush=True)
+            doctor.update({each[:5] for each in found} | ({"any"} if found else set()))
+            alarms.update(raised | ({"any"} if raised else set()))
+            total += 1
+    except KeyboardInterrupt:
+        print(f"stopped after {total} of {parsed.runs} runs")
     print("| finding | doctor | alarms |\n|---|---|---|")
-    print(row("any", some["doctor"], some["alarms"], parsed.runs))
-    for id in sorted(doctor | alarms):
-        print(row(id, doctor[id], alarms[id], parsed.runs))
+    for id in ("any", *sorted((doctor | alarms).keys() - {"any"})):
+        print(row(id, doctor[id], alarms[id], total))
 
 
 if __name__ == "__main__":

@@ -64,4 +64,4 @@ class TrainingEvidence:
 
 
 Evidence = Case | TrainingEvidence
-"""What rules read: a folder, or a training in progress."""
+"""Evidence that rules read: a folder, or a training in progress."""

@@ -26,6 +26,17 @@ def orient_weight(module: Any, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, 
     return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.flatten(1)
 
 
+def dequantized_weight(module: Any) -> Float[Tensor, "out in"]:
+    """Return the weight of a 4-bit or 8-bit layer of bitsandbytes, or another that PEFT dequantizes, as (out, in)."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    stored = module.weight
+    try:
+        return orient_weight(module, dequantize_module_weight(module).detach())
+    finally:
+        module.weight = stored  # on a CPU, PEFT replaces 8-bit weights by copies without their scales
+
+
 def host_kind(module: nn.Module) -> str:
     """Return the class name of a host without its adapter, such as ``"Linear"``."""
     own = (kind.__name__ for kind in (nn.Embedding, Conv1D, nn.Linear) if isinstance(module, kind))

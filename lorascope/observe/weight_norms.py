@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lorascope.adapters.delta import Delta, host_weight
-from lorascope.adapters.host_weights import shared_copies, to_array
+from lorascope.adapters.host_weights import dequantized_weight, shared_copies, to_array
 from lorascope.adapters.peft_layers import PeftDelta
 from lorascope.array_types import Float
-from lorascope.methods.base import Step
+from lorascope.methods.base import Step, added_later
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import TrainedTensors, factor_inner, tile_sums
 from lorascope.schema.records import Item, Record, Snapshot
@@ -41,9 +41,13 @@ class norms(Observer):
         Steps between recordings.
     spectra_every : int or None
         Steps between SVDs of dense updates; None computes them only at step 0 and at the last step.
+    dequantize : bool
+        Whether to dequantize the 4-bit or 8-bit weights of adapted modules, one at a time, so that their norms and
+        relative updates are known; requires peft. By default only the norms of their updates are.
     """
 
     spectra_every: int | None = None
+    dequantize: bool = field(default=False, metadata=added_later())
 
     def __post_init__(self) -> None:
         self.first_: dict[str, Any] = {}
@@ -76,6 +80,8 @@ class norms(Observer):
     def _record_start(self, step: Step, trained: TrainedTensors) -> None:
         # The norm of a quantized weight is not known (NaN), but the norm of its update is.
         known = {name: tile_sums(weight) for name, weight in step.base.items() if weight.is_floating_point()}
+        for module, host in trained.hosts.items() if self.dequantize else ():
+            known.setdefault(trained.parameter_of[module], tile_sums(dequantized_weight(host)))
         sums = zip(known, trained.copy_updates(list(known.values())), strict=True)
         self.base_squares_ = dict.fromkeys(step.base, math.nan) | {name: math.fsum(parts) for name, parts in sums}
         self.first_ = {module: to_tree(update) for module, update in trained.updates().items() if update.norm() > 0}
@@ -103,7 +109,7 @@ class norms(Observer):
         for module in trained.deltas:
             if not trained.is_frozen(module) or math.isnan(self._base(trained, module)):
                 continue
-            found = factor_inner(host_weight(trained.hosts[module]), trained.deltas[module].factors())
+            found = factor_inner(self._host_weight(trained, module), trained.deltas[module].factors())
             sums |= {} if found is None else {(module, "inner"): found.reshape(1)}
         totals = dict(zip(sums, map(math.fsum, trained.copy_updates(list(sums.values()))), strict=True))
         updates = trained.updates()
@@ -127,6 +133,10 @@ class norms(Observer):
             self.initial_factors_.pop(module, None)  # a later change back would be to other components
         elif factors:
             yield Record("factor_change", _joint_norm(factors, self.initial_factors_[module]), module)
+
+    def _host_weight(self, trained: TrainedTensors, module: str) -> Float[Tensor, "out in"]:
+        host = trained.hosts[module]
+        return host_weight(host) if host.weight.is_floating_point() else dequantized_weight(host)
 
     def _base(self, trained: TrainedTensors, module: str) -> float:
         """Return |W_0|^2 of an adapted weight, NaN if it is packed and not a parameter."""
@@ -161,7 +171,7 @@ class norms(Observer):
                 if (module, "inner") in totals:
                     inner = update.scale * totals[module, "inner"]
                 else:
-                    inner = update.inner_weight(host_weight(trained.hosts[module]).detach())
+                    inner = update.inner_weight(self._host_weight(trained, module).detach())
                 weight = max(0.0, base + 2 * inner + change)
             found[module] = parts = {"base": base, "weight": weight, "update": change, "learned": change}
             if module in self.first_:

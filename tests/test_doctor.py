@@ -189,6 +189,12 @@ def test_healthy_adapter_yields_no_finding(bench):
     assert ls.diagnose(bench.saved(model, base=True)) == []
 
 
+def test_small_rate_of_a_search_is_no_finding(bench):
+    run = bench.by_train(ls.AutoLoRA(rank=4, lr=1e-7))
+    assert ls.diagnose(run.parents[0]) == []
+    assert [finding.cause for finding in ls.diagnose(run)] == ["rate-small"]
+
+
 def test_overlap_is_found_without_reading_rows(bench):
     data = torch.utils.data.TensorDataset(torch.arange(6))
     assert overlap(data, data) == 1

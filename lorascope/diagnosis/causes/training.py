@@ -20,6 +20,8 @@ ROOM = 4  # components: with fewer, a single direction is not suspicious
 @Rule(id="LS014")
 def rate_small(case: Case) -> Found:
     """Find training runs that changed the weights, but hardly."""
+    if "search" in (case.meta.phase or ()):  # AutoLoRA discards the factors of its search, and keeps the ranks
+        return
     rows = case.adapted or [each for each in case.modules if each.role != "head"]
     known = [each for each in rows if not math.isnan(each.moved) and not math.isnan(each.weight_norm)]
     moved = root_of_squares(np.array([each.moved for each in known]))

@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import numpy as np
 import peft
 import pytest
@@ -17,6 +16,8 @@ from torch import nn
 import lorascope as ls
 from lorascope.observe import norms
 
+# Not an extra of the project: where it is installed, every import of PEFT loads it, which takes time and prints a line.
+bitsandbytes = pytest.importorskip("bitsandbytes")
 MODULE = "up"
 
 

@@ -6,7 +6,7 @@ _IMPORTED = {
     "train": "torch transformers tokenizers platformdirs",
     "runs": "pyarrow scipy sklearn plotly jinja2 markupsafe",
     "trainer": "accelerate",
-    "notebook": "anywidget ipywidgets traitlets",
+    "notebook": "anywidget traitlets",
     "cluster": "dask distributed dask_jobqueue ray",
     "hub": "datasets",
     "peft": "peft",

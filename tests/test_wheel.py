@@ -66,7 +66,14 @@ def call(site: Path, cwd: Path, arguments: Sequence[str], extra: str = "") -> su
 def test_wheel_has_package_types_templates_and_evidence_but_no_tests(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lorascope").rglob("*.py")}
-    own = {"py.typed", "plots/__init__.pyi", "plots/explore.js", "pages/page.html", "pages/parts.html"}
+    own = {
+        "py.typed",
+        "plots/__init__.pyi",
+        "plots/explore.css",
+        "plots/explore.js",
+        "pages/page.html",
+        "pages/parts.html",
+    }
     files = [path for folder in ("evidence", "published") for path in (ROOT / "data" / folder).rglob("*")]
     data = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()} | {"data/registered.toml"}
     expected = package | {f"lorascope/{name}" for name in own | data}

@@ -1,8 +1,20 @@
-// One message redraws the chart in place. The theme follows the page: light text means a dark background.
+// Controls, chart and table of one explorer. Python chooses options, rows and figure; this script shows the state and
+// reports choices. The controls are plain HTML elements, so keyboards and screen readers work as on any page.
 // The page requests plotly.js once. As part of this script it would take longer to load than the two seconds after
 // which anywidget gives up and drops all messages of the kernel.
-const isDark = (el) => {
-  const [red, green, blue] = (getComputedStyle(el).color.match(/[\d.]+/g) ?? [0, 0, 0]).map(Number);
+const NARROW = 340, WIDE = 600; // layout widths of the chart in pixels
+const make = (tag, attributes = {}, ...children) => {
+  const element = document.createElement(tag);
+  // A focused control gets all keys, instead of JupyterLab's shortcuts.
+  if (["input", "select"].includes(tag) || "tabindex" in attributes)
+    element.setAttribute("data-lm-suppress-shortcuts", "");
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+};
+// Light text means a dark background.
+const isDark = (element) => {
+  const [red, green, blue] = (getComputedStyle(element).color.match(/[\d.]+/g) ?? [0, 0, 0]).map(Number);
   return 0.3 * red + 0.6 * green + 0.1 * blue > 128;
 };
 const load = (model) =>
@@ -12,36 +24,146 @@ const load = (model) =>
     );
     model.send("plotly.js");
   });
+// Return a function that tells whether a part of the state has changed since its last call.
+const watch = () => {
+  const seen = {};
+  return (name, value) => seen[name] !== (seen[name] = JSON.stringify(value));
+};
+
 export default {
   async render({ model, el }) {
-    const plot = el.appendChild(document.createElement("div"));
-    plot.setAttribute("role", "img");
-    const follow = () => {
-      if (!el.isConnected || isDark(el) === model.get("dark")) return;
-      model.set("dark", isDark(el));
+    const quantity = make("select");
+    const layers = make("select", { multiple: "", size: 6 });
+    const roles = make("select", { multiple: "", size: 6 });
+    const step = make("input", { type: "range", min: 0 });
+    const stepName = make("output", { "aria-live": "off" }); // the slider announces its own text
+    const note = make("p");
+    const plot = make("div", { role: "img" });
+    const status = make("p", { role: "status" });
+    const caption = make("caption");
+    const head = make("thead");
+    const body = make("tbody");
+    const listing = make("div", { class: "listing", tabindex: 0, role: "region", "aria-label": "Rows" });
+    listing.append(make("table", {}, caption, head, body));
+    const root = make("div", { class: "lorascope-explorer" });
+    const controls = make("div", { class: "controls" });
+    for (const [name, ...parts] of [["Quantity", quantity], ["Layers", layers], ["Roles", roles], ["Step", step, stepName]])
+      controls.append(make("div", {}, make("label", {}, make("span", {}, name), parts[0]), ...parts.slice(1)));
+    root.append(controls, note, make("div", { class: "views" }, plot, make("div", {}, status, listing)));
+    el.append(root);
+
+    const report = (name, value) => {
+      model.set(name, value);
       model.save_changes();
     };
-    const draw = () => {
-      if (!model.get("figure")) return;
-      const { data, layout } = JSON.parse(model.get("figure"));
+    const chosen = (select) => [...select.selectedOptions].map((option) => option.value);
+    quantity.addEventListener("change", () => report("quantity", quantity.value));
+    layers.addEventListener("change", () => report("layers", chosen(layers)));
+    roles.addEventListener("change", () => report("roles", chosen(roles)));
+    step.addEventListener("input", () => report("step", model.get("options").step[step.value]));
+    const boxes = () => [...body.querySelectorAll("input")];
+    // Checkboxes change only the listed rows: others can be selected in the chart.
+    root.addEventListener("change", ({ target }) => {
+      if (!listing.contains(target)) return;
+      if (head.contains(target)) for (const box of boxes()) box.checked = target.checked;
+      const rows = new Set(model.get("selection"));
+      for (const box of boxes()) box.checked ? rows.add(+box.value) : rows.delete(+box.value);
+      report("selection", [...rows]);
+    });
+
+    const changed = watch();
+    const offer = (select, name, text = (value) => value) => {
+      const values = model.get("options")[name];
+      const selected = [model.get(name)].flat();
+      if (changed(`options ${name}`, values))
+        select.replaceChildren(...values.map((value) => make("option", { value }, text(value))));
+      for (const option of select.options)
+        if (option.selected !== selected.includes(option.value)) option.selected = !option.selected;
+      select.disabled = values.length < (select.multiple ? 3 : 2); // "all" and a single value are the same choice
+    };
+    const list = ({ columns, cells, labels, title }) => {
+      caption.textContent = title;
+      const all = make("input", { type: "checkbox", "aria-label": "Select all listed rows" });
+      const names = columns.map((name) => make("th", { scope: "col", class: name }, name));
+      head.replaceChildren(make("tr", {}, make("th", { scope: "col" }, all), ...names));
+      body.replaceChildren(
+        ...cells.map((row, number) => {
+          const name = row.map((cell, column) => `${columns[column]} ${cell}`).join(", ");
+          const box = make("input", { type: "checkbox", value: labels[number], "aria-label": `Select ${name}` });
+          const texts = row.map((cell, column) => make("td", { class: columns[column] }, cell));
+          return make("tr", {}, make("td", {}, box), ...texts);
+        }),
+      );
+    };
+    const dots = () => plot.data.flatMap((trace, number) => (trace.meta ? [number] : []));
+    let [drawing, marking] = [false, false];
+    const draw = (figure) => {
+      plot.hidden = !figure;
+      if (!figure) return;
+      const { data, layout } = JSON.parse(figure);
       plot.setAttribute("aria-label", layout.title.text);
+      const isFirst = !plot.layout;
       Plotly.react(plot, data, layout, model.get("config"));
+      if (!isFirst) return;
+      plot.on("plotly_deselect", () => report("selection", []));
+      plot.on("plotly_selected", (event) => {
+        if (!event || marking) return;
+        report("selection", event.points.flatMap(({ data, pointNumber }) => data.meta?.[pointNumber] ?? []));
+      });
+    };
+    const mark = async (selection) => {
+      const rows = new Set(selection);
+      const isSelected = (labels) => labels.some((label) => rows.has(label));
+      const numbers = ({ meta }) => meta.flatMap((labels, number) => (isSelected(labels) ? [number] : []));
+      const selectedpoints = dots().map((number) => (rows.size ? numbers(plot.data[number]) : null));
+      marking = true; // removing the outline of a selection reports an empty one
+      await Plotly.update(plot, { selectedpoints }, { selections: [] }, dots());
+      marking = false;
+    };
+    const update = () => {
+      const [rows, steps, selection] = [model.get("listing"), model.get("options").step, model.get("selection")];
+      offer(quantity, "quantity", (name) => `${name}: ${model.get("symbols")[name]}`);
+      offer(layers, "layers");
+      offer(roles, "roles");
+      step.max = steps.length - 1;
+      step.value = steps.indexOf(model.get("step"));
+      step.disabled = steps.length < 2;
+      stepName.textContent = model.get("step") < 0 ? "as stored" : model.get("step");
+      step.setAttribute("aria-valuetext", stepName.textContent);
+      if (changed("listing", rows)) list(rows);
+      note.textContent = rows.note;
+      status.textContent = rows.count + (selection.length ? `, ${selection.length} selected` : "");
+      for (const box of boxes()) box.checked = selection.includes(+box.value);
+      head.querySelector("input").checked = boxes().every((box) => box.checked);
+      if (!drawing) return;
+      const redrawn = changed("figure", model.get("figure"));
+      if (redrawn) draw(model.get("figure"));
+      if ((changed("selection", selection) || redrawn) && model.get("figure")) mark(selection);
+    };
+    const follow = () => {
+      if (!el.isConnected) return;
+      const [dark, width] = [isDark(el), el.clientWidth < WIDE ? NARROW : WIDE];
+      root.style.colorScheme = dark ? "dark" : "light"; // of the browser's own controls
+      model.set("dark", dark);
+      model.set("width", width);
+      model.save_changes();
     };
     const theme = new MutationObserver(follow);
-    theme.observe(document.body, { attributes: true });
+    for (const page of [document.documentElement, document.body]) theme.observe(page, { attributes: true });
     const size = new ResizeObserver(() => {
-      const lists = el.closest(".lorascope-explorer")?.querySelectorAll("select") ?? [];
-      for (const list of lists) list.setAttribute("data-lm-suppress-shortcuts", ""); // arrow keys select options
       follow();
       if (plot.layout && plot.offsetWidth) Plotly.Plots.resize(plot);
     });
     size.observe(el);
+    model.on("change", update);
+    update();
     await (window.lorascopePlotly ??= load(model));
-    model.on("change:figure", draw);
-    draw();
+    drawing = true;
+    update();
     return () => {
       size.disconnect();
       theme.disconnect();
+      model.off("change", update);
       Plotly.purge(plot);
     };
   },

@@ -1,4 +1,4 @@
-"""Jupyter widgets to explore a run: select quantity, layers, roles and step, and see the chart and its table."""
+"""Widget to explore a run: choose quantity, layers, roles and step, see chart and table, and select rows in them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ipywidgets
 import numpy as np
 import pandas as pd
 import traitlets
@@ -21,7 +20,7 @@ from lorascope.charts.chart import Chart
 from lorascope.charts.figure_plan import plan
 from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
 from lorascope.charts.theme import theme
-from lorascope.files.printable import printable
+from lorascope.files.printable import count_phrase, printable
 from lorascope.plots.builders import ends, used_places
 from lorascope.plots.run_groups import MIXTURES, Cohort, Runs, axis_label, gather, mixture_sentences
 from lorascope.schema.module_roles import ROLES
@@ -29,10 +28,9 @@ from lorascope.schema.records import QUANTITIES
 
 ALL = "all"
 WHOLE = "whole run"  # layer and role of quantities that belong to no module
-WIDTH = 600.0  # layout width of the chart in pixels; the chart grows with its container
-_FLOW = {"flex_flow": "row wrap", "align_items": "flex-start"}
-_CHART = {"flex": f"2 1 {WIDTH:.0f}px", "min_width": "0"}
-_LISTING = {"flex": "1 1 340px", "max_height": "420px", "overflow": "auto"}
+WIDTH = (
+    600.0  # layout width of the chart in pixels; the page reports a smaller one, and the chart grows with its container
+)
 _COLUMNS = ("run", "step", "layer", "role", "index", "module")  # shown only if not empty
 END = 2**62  # initial step: the nearest recorded step is the last one
 UNSTEPPED = -1  # step of values stored without one, as in an adapter folder
@@ -41,21 +39,8 @@ _MOST_DOTTED = 60  # largest number of values over the steps at which each has i
 MOST_DRAWN, MOST_LISTED = 4000, 500  # numbers of values that a browser draws and lists without a noticeable delay
 
 
-class Canvas(AnyWidget):
-    """Widget that shows a plotly figure given as JSON; the page sets ``dark``."""
-
-    _esm = Path(__file__).with_name("explore.js").read_text(encoding="utf-8")
-    figure = traitlets.Unicode().tag(sync=True)
-    config = traitlets.Dict(plotly_backend.CONFIG).tag(sync=True)
-    dark = traitlets.Bool(False).tag(sync=True)
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.on_msg(lambda *_: self.send({}, [get_plotlyjs().encode()]))
-
-
-class Explorer(ipywidgets.VBox):
-    """Widgets, chart and table of ``explore``.
+class Explorer(AnyWidget):
+    """Controls, chart and table of ``explore``, as one widget.
 
     Parameters
     ----------
@@ -64,86 +49,154 @@ class Explorer(ipywidgets.VBox):
 
     Attributes
     ----------
-    quantity, layers, roles, step : widget
-        Input widgets: ``value`` is the selection, ``options`` the available values. Each of them limits the options of
-        the next, so that every selection has rows.
+    quantity : str
+        Quantity of the rows. It can be assigned, like ``layers``, ``roles``, ``step`` and ``selection``.
+    layers, roles : list of str
+        Layers and roles of the rows, or ``["all"]``.
+    step : int
+        Recorded step, -1 for values stored without one.
+    options : dict of str to list
+        Values that each of these accepts. Each limits the options of the next, so that every choice has rows.
     rows : DataFrame
-        Selected rows of the tables of the runs.
+        Rows of the tables of the runs with this quantity, layers, roles and step.
     chart : Chart
-        Chart of these rows; save it with ``explorer.chart.save("x.pdf")``.
+        Chart of these rows; save it with ``explorer.chart.save("x.pdf")``. Quantities of the whole run are drawn at
+        all steps.
+    selection : list of int
+        Index labels of the rows selected in the chart or the table. Rows leave it when they are no longer drawn.
+
+    Raises
+    ------
+    traitlets.TraitError
+        An assigned value is not among the options.
     """
+
+    _esm = Path(__file__).with_name("explore.js").read_text(encoding="utf-8")
+    _css = Path(__file__).with_name("explore.css").read_text(encoding="utf-8")
+    quantity = traitlets.Unicode().tag(sync=True)
+    layers = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    roles = traitlets.List(traitlets.Unicode()).tag(sync=True)
+    step = traitlets.CInt().tag(sync=True)
+    selection = traitlets.List(traitlets.CInt()).tag(sync=True)
+    options = traitlets.Dict().tag(sync=True)
+    # What the page shows, and what it reports about itself.
+    symbols = traitlets.Dict().tag(sync=True)
+    figure = traitlets.Unicode().tag(sync=True)
+    listing = traitlets.Dict().tag(sync=True)
+    config = traitlets.Dict(plotly_backend.CONFIG).tag(sync=True)
+    dark = traitlets.Bool(False).tag(sync=True)
+    width = traitlets.Float(WIDTH).tag(sync=True)
 
     def __init__(self, cohort: Cohort) -> None:
         self._cohort, self._table = cohort, _add_places(cohort.label(cohort.table))
-        self._names = {id: name for group in cohort.groups for id, name in group.run_names.items()}
+        self._run_names = {id: name for group in cohort.groups for id, name in group.run_names.items()}
         known = set(self._table["quantity"])
-        names = [name for name in QUANTITIES if name in known]
-        self.quantity = ipywidgets.Dropdown(
-            options=[(f"{name}: {axis_label(name)}", name) for name in names],
-            value="update_norm" if "update_norm" in names else names[0],
-            description="Quantity",
-            layout={"width": "360px"},
-        )
-        several = {"options": [ALL], "value": [ALL], "rows": 8}
-        self.layers = ipywidgets.SelectMultiple(description="Layers", **several)
-        self.roles = ipywidgets.SelectMultiple(description="Roles", **several)
-        self.step = ipywidgets.SelectionSlider(options=[("", END)], description="Step")
-        self.note, self.listing = ipywidgets.HTML(), ipywidgets.HTML(layout=_LISTING)
-        self.listing.add_class("jp-RenderedHTMLCommon")  # Jupyter's table style, in both themes
+        self._names = [name for name in QUANTITIES if name in known]
+        first = "update_norm" if "update_norm" in self._names else self._names[0]
+        self._settling = True
+        # The state is complete from the start, because a page can miss a message sent right after.
+        symbols = {name: axis_label(name) for name in self._names}
+        super().__init__(symbols=symbols, **self._settle(first, [ALL], [ALL], END, []))
         self._settling = False
-        self._pick()
-        self.canvas = Canvas(
-            figure=self._chart_json(False), layout=_CHART
-        )  # complete from the start, because a page can miss a message sent right after
-        self._show()
-        single = ipywidgets.VBox([self.quantity, self.step])
-        controls = ipywidgets.HBox([single, self.layers, self.roles], layout=_FLOW)
-        super().__init__([controls, self.note, ipywidgets.HBox([self.canvas, self.listing], layout=_FLOW)])
-        self.add_class("lorascope-explorer")
-        for widget in (self.quantity, self.layers, self.roles, self.step):
-            widget.observe(self._on_change, "value")
-        self.canvas.observe(self._show, "dark")
+        self.on_msg(lambda *_: self.send({}, [get_plotlyjs().encode()]))
 
     def __repr__(self) -> str:
-        picked = f"layers {', '.join(self.layers.value)}; roles {', '.join(self.roles.value)}; step {self.step.label}"
-        return f"Explorer({self.quantity.value}; {picked}: {len(self.rows)} rows)"
+        picked = f"layers {', '.join(self.layers)}; roles {', '.join(self.roles)}; step {_step_label(self.step)}"
+        return f"Explorer({self.quantity}; {picked}: {len(self.rows)} rows)"
 
-    def _on_change(self, change: Any) -> None:
-        """Update after the user changes a widget; ignore the changes that this update makes itself."""
+    @property
+    def selected(self) -> pd.DataFrame:
+        """Rows selected in the chart or the table, in the order of the tables of the runs."""
+        return self._cohort.table.loc[sorted(self.selection)]
+
+    @traitlets.validate("quantity", "layers", "roles", "step")
+    def _require_options(self, proposal: Any) -> Any:
+        name, value = proposal["trait"].name, proposal["value"]
+        allowed = self.options[name]
+        for each in value if isinstance(value, list) else [value]:
+            if each not in allowed:
+                named = (
+                    [*map(repr, allowed)] if len(allowed) < 20 else [*map(repr, allowed[:10]), "...", repr(allowed[-1])]
+                )
+                raise traitlets.TraitError(f"{name} must be one of {', '.join(named)}, got {each!r}")
+        return value
+
+    @traitlets.validate("selection")
+    def _require_drawn(self, proposal: Any) -> Any:
+        for label in proposal["value"]:
+            if label not in self._cells:
+                raise traitlets.TraitError(f"selection must contain index labels of drawn rows, got {label}")
+        return proposal["value"]
+
+    @traitlets.observe("quantity", "layers", "roles", "step")
+    def _on_choice(self, change: Any) -> None:
+        """Update everything after a choice; ignore the changes that this update makes itself."""
         if self._settling:
             return
         self._settling = True
         try:
-            self._pick()
+            with self.hold_sync():
+                settled = self._settle(self.quantity, self.layers, self.roles, self.step, self.selection)
+                for name, value in settled.items():
+                    self.set_trait(name, value)
         finally:
             self._settling = False
-        self._show()
 
-    def _pick(self) -> None:
-        """Update the options of every widget, keep selections that are still valid, and select the rows."""
-        rows = self._table[self._table["quantity"] == self.quantity.value]
-        rows = _narrow(self.roles, _narrow(self.layers, rows, "place"), "role")
-        _offer_steps(self.step, rows)
-        self.rows = self._cohort.table.loc[_at_step(rows, self.step.value).index]
-        self.chart = _chart(self._cohort, self.quantity.value, band(rows, _VALUE), self.step.value)
+    @traitlets.observe("dark", "width")
+    def _on_page(self, change: Any) -> None:
+        """Redraw for the theme and the width of the page."""
+        self.figure = self._draw()
 
-    def _show(self, change: Any = None) -> None:
-        """Send chart and table to the page, or the reason why there is no chart."""
-        self.canvas.figure = self._chart_json(self.canvas.dark)
-        self.canvas.layout.display = None if self.canvas.figure else "none"
-        too_many = f"cannot draw {len(self.chart.data):,} values at once: select fewer layers or roles"
-        self.note.value = "" if self.canvas.figure else too_many
-        self.listing.value = _as_html(self.rows, self._names)
+    def _settle(
+        self, quantity: str, layers: list[str], roles: list[str], step: int, selection: list[int]
+    ) -> dict[str, Any]:
+        """Select the rows, and return the state: the options, every choice that is still valid, figure and table."""
+        rows = self._table[self._table["quantity"] == quantity]
+        places, layers, rows = _narrow(rows, "place", layers)
+        kinds, roles, rows = _narrow(rows, "role", roles)
+        steps = sorted(map(int, rows["step"].fillna(UNSTEPPED).unique()))
+        step = min(steps, key=lambda recorded: abs(recorded - step))
+        self.rows = self._cohort.table.loc[_at_step(rows, step).index]
+        self.chart = _chart(self._cohort, quantity, band(rows, _VALUE), step)
+        # Number of the drawn value of each row: `band` numbers them in order of first appearance, too.
+        cells = rows.groupby(_VALUE, observed=True, dropna=False, sort=False).ngroup()
+        self._cells = cells[cells.isin(self.chart.data.index)]
+        return {
+            "options": {"quantity": self._names, "layers": places, "roles": kinds, "step": steps},
+            "quantity": quantity,
+            "layers": layers,
+            "roles": roles,
+            "step": step,
+            "selection": [label for label in selection if label in self._cells],
+            "figure": self._draw(),
+            "listing": _list(self.rows, self._run_names) | {"title": self.chart.title, "note": self._note()},
+        }
 
-    def _chart_json(self, dark: bool) -> str:
-        """Return the chart as JSON for the page, "" if it has too many values."""
-        if len(self.chart.data) > MOST_DRAWN:
+    def _note(self) -> str:
+        """Return the reason why there is no chart, "" if there is one."""
+        number = len(self.chart.data)
+        return f"cannot draw {number:,} values at once: select fewer layers or roles" if number > MOST_DRAWN else ""
+
+    def _draw(self) -> str:
+        """Return the chart as JSON for the page, "" if it has too many values; ``meta`` has the rows of each dot."""
+        if self._note():
             return ""
-        return str(plotly_backend.draw(plan(self.chart, theme("dark" if dark else "light")), WIDTH).to_json())
+        chart, mark = _with_dots(self.chart)
+        settled = plan(chart, theme("dark" if self.dark else "light"))
+        figure, (panel,) = plotly_backend.draw(settled, self.width), settled.panels
+        dots = [trace for trace in figure.data if trace.mode == "markers" and trace.hovertemplate]
+        labels = self._cells.groupby(self._cells).groups
+        for trace, (cells, _) in zip(dots, panel.split(mark, None, "color", "shape"), strict=True):
+            trace.meta = [labels[cell].tolist() for cell in cells.index]
+            if mark not in self.chart.marks:
+                visible = {"marker": {"opacity": 1}}
+                trace.update(marker={"opacity": 0}, selected=visible, unselected={"marker": {"opacity": 0}})
+        figure.update_layout(dragmode="select", clickmode="event+select")
+        return str(figure.to_json())
 
 
 def explore(runs: Runs) -> Explorer:
-    """Explore runs in Jupyter: select quantity, layers, roles and step, and see the chart and its table.
+    """Explore runs in Jupyter, VS Code or marimo: choose what to see, and select rows in the chart or its table.
 
     Parameters
     ----------
@@ -153,7 +206,7 @@ def explore(runs: Runs) -> Explorer:
     Returns
     -------
     Explorer
-        Widget; Jupyter displays it as the last line of a cell.
+        Widget, displayed as the last line of a cell; ``selected`` returns the rows selected in it.
 
     Raises
     ------
@@ -178,25 +231,15 @@ def _add_places(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _narrow(widget: Any, rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Offer the categories of the rows, keep the selected ones that still occur, and return their rows."""
-    used = rows[column].cat.remove_unused_categories().cat.categories
-    kept = [name for name in widget.value if name in used] if ALL not in widget.value else []
-    with widget.hold_sync():
-        widget.options = [ALL, *used]
-        widget.value = kept or [ALL]
-        widget.disabled = len(used) < 2
-    return rows[rows[column].isin(kept)] if kept else rows
+def _narrow(rows: pd.DataFrame, column: str, chosen: list[str]) -> tuple[list[str], list[str], pd.DataFrame]:
+    """Return the options of a column, the chosen ones that still occur, and their rows."""
+    used = list(rows[column].cat.remove_unused_categories().cat.categories)
+    kept = [name for name in used if name in chosen] if ALL not in chosen else []
+    return [ALL, *used], kept or [ALL], rows[rows[column].isin(kept)] if kept else rows
 
 
-def _offer_steps(widget: Any, rows: pd.DataFrame) -> None:
-    """Offer the steps of the rows, and select the one nearest to the previous selection."""
-    steps = sorted(map(int, rows["step"].fillna(UNSTEPPED).unique()))
-    near = min(steps, key=lambda step: abs(step - widget.value))
-    # Options and value go in two messages: in one, the page limits the new position to the old number of steps.
-    widget.options = [("as stored" if step == UNSTEPPED else str(step), step) for step in steps]
-    widget.value = near
-    widget.disabled = len(steps) < 2
+def _step_label(step: int) -> str:
+    return "as stored" if step == UNSTEPPED else str(step)
 
 
 def _at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
@@ -245,14 +288,29 @@ def _marks(shown: pd.DataFrame, x: str) -> list[Mark]:
     return [*bands, line, *(dots if x == "place" or len(shown) <= _MOST_DOTTED else [])]
 
 
-def _as_html(rows: pd.DataFrame, names: Mapping[str, str]) -> str:
-    """Return the rows as an HTML table without empty columns, the long ones last; several runs appear by name."""
+def _with_dots(chart: Chart) -> tuple[Chart, Point]:
+    """Return the chart and its dots, added if it has only lines: the page selects dots."""
+    for mark in chart.marks:
+        if isinstance(mark, Point):
+            return chart, mark
+    (line,) = [mark for mark in chart.marks if isinstance(mark, Line)]
+    dots = Point(line.x, line.y, line.color, line.dash)
+    return replace(chart, marks=[*chart.marks, dots]), dots
+
+
+def _list(rows: pd.DataFrame, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the rows as text without empty columns, the long ones last; several runs appear by name."""
     words = dict.fromkeys(_COLUMNS, "str")
     shown = rows.head(MOST_LISTED).astype(words).fillna(dict.fromkeys(words, ""))
     shown = shown.assign(run=shown["run"].map(names) if len(names) > 1 else "")
     filled = [name for name in _COLUMNS if (shown[name] != "").any()]
     filled.insert(len(filled) - ("module" in filled), "value")
-    shown = shown[filled].assign(**{name: shown[name].map(printable) for name in filled if name != "value"})
-    count = f"{len(rows):,} row{'s' * (len(rows) != 1)}"
-    count = count if len(rows) <= MOST_LISTED else f"First {MOST_LISTED} of {count}"
-    return f"<p>{count}</p>{shown.to_html(index=False, na_rep='unknown', float_format='{:.6g}'.format, border=0)}"
+    values = ["unknown" if np.isnan(value) else f"{value:.6g}" for value in shown["value"]]
+    columns = [values if name == "value" else map(printable, shown[name]) for name in filled]
+    count = count_phrase(len(rows), "row")
+    return {
+        "columns": filled,
+        "cells": list(map(list, zip(*columns, strict=True))),
+        "labels": shown.index.tolist(),
+        "count": count if len(rows) <= MOST_LISTED else f"First {MOST_LISTED} of {count}",
+    }

@@ -252,7 +252,7 @@ def test_dots_of_every_quantity_are_the_mean_of_their_rows(tmp_path: Path) -> No
                 assert len(rows.drop_duplicates(["module", "step", "index"])) == 1
                 np.testing.assert_allclose(height, rows["value"].mean())
                 explorer.selection = labels
-                pd.testing.assert_frame_equal(explorer.selected, rows, check_dtype=False)
+                pd.testing.assert_frame_equal(explorer.selected.astype(table.dtypes), rows)
 
 
 def test_selected_rows_are_those_that_pandas_selects(run: Run) -> None:
@@ -307,6 +307,16 @@ def test_assigning_what_is_not_offered_raises_one_line_and_changes_nothing(
         setattr(explorer, name, value)
     assert str(caught.value) == line
     assert repr(explorer) == before
+
+
+def test_page_that_chooses_from_outdated_options_gets_the_state_back(run: Run) -> None:
+    explorer = ls.explore(run)
+    answers: list[Any] = []
+    explorer.send_state = answers.append
+    for stale in ({"layers": ["7"]}, {"selection": [10**6]}):
+        explorer.set_state(stale)
+        assert answers.pop() == list(stale)
+    assert (explorer.layers, explorer.selection) == ([ALL], [])
 
 
 def test_error_for_one_of_many_steps_names_the_first_and_the_last(tmp_path: Path) -> None:
@@ -458,6 +468,8 @@ def drive(page: Page, read: Callable[[], None]) -> None:
 
     plot = check(page, "update norm, after step 9", ["3", "1", "2", "0.5", "1"], [[1.0, 0.5], [2.0, 1.0], [3.0]])
     selected()
+    table = page.get_by_role("table", name="update norm, after step 9")
+    assert table.get_by_role("columnheader").all_inner_texts() == ["", "step", "layer", "role", "value", "module"]
     select_by_mouse(page, plot, [0, 2])  # q and ffn_in of layer 0
     selected(1.0, 2.0)
     assert plot.evaluate(HIGHLIGHTED) == [1.0, 2.0]
@@ -519,3 +531,7 @@ def test_jupyterlab_shows_and_selects_rows(lab: str, page: Page) -> None:
 def test_marimo_shows_and_selects_rows(marimo: str, page: Page) -> None:
     page.goto(marimo)
     drive(page, lambda: None)  # marimo runs the second cell after every change
+    page.set_viewport_size({"width": 390, "height": 800})
+    svg = page.get_by_role("img", name="loss").locator(".main-svg").first
+    expect(svg).to_have_attribute("width", re.compile(r"^3\d\d$"))
+    assert page.locator(".lorascope-explorer").evaluate("it => it.scrollWidth <= it.clientWidth")

@@ -2,7 +2,6 @@
 // reports choices. The controls are plain HTML elements, so keyboards and screen readers work as on any page.
 // The page requests plotly.js once. As part of this script it would take longer to load than the two seconds after
 // which anywidget gives up and drops all messages of the kernel.
-const NARROW = 340, WIDE = 600; // layout widths of the chart in pixels
 const make = (tag, attributes = {}, ...children) => {
   const element = document.createElement(tag);
   // A focused control gets all keys, instead of JupyterLab's shortcuts.
@@ -12,9 +11,12 @@ const make = (tag, attributes = {}, ...children) => {
   element.append(...children);
   return element;
 };
-// Light text means a dark background.
+// Light text means a dark background. The canvas converts any notation of a color, such as oklch.
 const isDark = (element) => {
-  const [red, green, blue] = (getComputedStyle(element).color.match(/[\d.]+/g) ?? [0, 0, 0]).map(Number);
+  const canvas = make("canvas", { width: 1, height: 1 }).getContext("2d");
+  canvas.fillStyle = getComputedStyle(element).color;
+  canvas.fillRect(0, 0, 1, 1);
+  const [red, green, blue] = canvas.getImageData(0, 0, 1, 1).data;
   return 0.3 * red + 0.6 * green + 0.1 * blue > 128;
 };
 const load = (model) =>
@@ -33,11 +35,11 @@ const watch = () => {
 export default {
   async render({ model, el }) {
     const quantity = make("select");
-    const layers = make("select", { multiple: "", size: 6 });
-    const roles = make("select", { multiple: "", size: 6 });
+    const layers = make("select", { multiple: "", size: 7 });
+    const roles = make("select", { multiple: "", size: 7 });
     const step = make("input", { type: "range", min: 0 });
     const stepName = make("output", { "aria-live": "off" }); // the slider announces its own text
-    const note = make("p");
+    const note = make("p", { role: "alert" });
     const plot = make("div", { role: "img" });
     const status = make("p", { role: "status" });
     const caption = make("caption");
@@ -47,8 +49,9 @@ export default {
     listing.append(make("table", {}, caption, head, body));
     const root = make("div", { class: "lorascope-explorer" });
     const controls = make("div", { class: "controls" });
-    for (const [name, ...parts] of [["Quantity", quantity], ["Layers", layers], ["Roles", roles], ["Step", step, stepName]])
-      controls.append(make("div", {}, make("label", {}, make("span", {}, name), parts[0]), ...parts.slice(1)));
+    for (const [name, control] of Object.entries({ Quantity: quantity, Layers: layers, Roles: roles, Step: step }))
+      controls.append(make("div", {}, make("label", {}, make("span", {}, name), control)));
+    controls.lastChild.append(stepName);
     root.append(controls, note, make("div", { class: "views" }, plot, make("div", {}, status, listing)));
     el.append(root);
 
@@ -101,7 +104,6 @@ export default {
       plot.hidden = !figure;
       if (!figure) return;
       const { data, layout } = JSON.parse(figure);
-      plot.setAttribute("aria-label", layout.title.text);
       const isFirst = !plot.layout;
       Plotly.react(plot, data, layout, model.get("config"));
       if (!isFirst) return;
@@ -131,9 +133,11 @@ export default {
       stepName.textContent = model.get("step") < 0 ? "as stored" : model.get("step");
       step.setAttribute("aria-valuetext", stepName.textContent);
       if (changed("listing", rows)) list(rows);
+      plot.setAttribute("aria-label", rows.title);
       note.textContent = rows.note;
       status.textContent = rows.count + (selection.length ? `, ${selection.length} selected` : "");
-      for (const box of boxes()) box.checked = selection.includes(+box.value);
+      const picked = new Set(selection);
+      for (const box of boxes()) box.checked = picked.has(+box.value);
       head.querySelector("input").checked = boxes().every((box) => box.checked);
       if (!drawing) return;
       const redrawn = changed("figure", model.get("figure"));
@@ -142,10 +146,11 @@ export default {
     };
     const follow = () => {
       if (!el.isConnected) return;
-      const [dark, width] = [isDark(el), el.clientWidth < WIDE ? NARROW : WIDE];
+      const dark = isDark(el);
       root.style.colorScheme = dark ? "dark" : "light"; // of the browser's own controls
       model.set("dark", dark);
-      model.set("width", width);
+      // The chart has room for its text at this width, and grows with its container. It is drawn anew every 20 pixels.
+      model.set("width", Math.min(Math.max(20 * Math.floor(el.clientWidth / 20), 260), 600));
       model.save_changes();
     };
     const theme = new MutationObserver(follow);

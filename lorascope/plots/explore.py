@@ -28,9 +28,7 @@ from lorascope.schema.records import QUANTITIES
 
 ALL = "all"
 WHOLE = "whole run"  # layer and role of quantities that belong to no module
-WIDTH = (
-    600.0  # layout width of the chart in pixels; the page reports a smaller one, and the chart grows with its container
-)
+WIDTH = 600.0  # layout width of the chart in pixels, until the page reports its own
 _COLUMNS = ("run", "step", "layer", "role", "index", "module")  # shown only if not empty
 END = 2**62  # initial step: the nearest recorded step is the last one
 UNSTEPPED = -1  # step of values stored without one, as in an adapter folder
@@ -109,16 +107,23 @@ class Explorer(AnyWidget):
         """Rows selected in the chart or the table, in the order of the tables of the runs."""
         return self._cohort.table.loc[sorted(self.selection)]
 
+    def set_state(self, sync_data: dict[str, Any]) -> None:
+        """Take over choices of the page; undo those made while its options were out of date."""
+        try:
+            super().set_state(sync_data)
+        except traitlets.TraitError:
+            self.send_state(list(sync_data))
+
     @traitlets.validate("quantity", "layers", "roles", "step")
     def _require_options(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
         allowed = self.options[name]
         for each in value if isinstance(value, list) else [value]:
             if each not in allowed:
-                named = (
-                    [*map(repr, allowed)] if len(allowed) < 20 else [*map(repr, allowed[:10]), "...", repr(allowed[-1])]
-                )
-                raise traitlets.TraitError(f"{name} must be one of {', '.join(named)}, got {each!r}")
+                listed = list(map(repr, allowed))
+                if len(listed) > 20:
+                    listed[10:-1] = ["..."]
+                raise traitlets.TraitError(f"{name} must be one of {', '.join(listed)}, got {each!r}")
         return value
 
     @traitlets.validate("selection")

@@ -120,6 +120,7 @@ export default {
       const selectedpoints = dots().map((number) => (rows.size ? numbers(plot.data[number]) : null));
       marking = true; // removing the outline of a selection reports an empty one
       await Plotly.update(plot, { selectedpoints }, { selections: [] }, dots());
+      Plotly.Fx.unhover(plot); // else the text at the pointer stays
       marking = false;
     };
     const update = () => {

@@ -533,5 +533,5 @@ def test_marimo_shows_and_selects_rows(marimo: str, page: Page) -> None:
     drive(page, lambda: None)  # marimo runs the second cell after every change
     page.set_viewport_size({"width": 390, "height": 800})
     svg = page.get_by_role("img", name="loss").locator(".main-svg").first
-    expect(svg).to_have_attribute("width", re.compile(r"^3\d\d$"))
+    expect(svg).to_have_attribute("width", re.compile(r"^3\d\d\b"))
     assert page.locator(".lorascope-explorer").evaluate("it => it.scrollWidth <= it.clientWidth")

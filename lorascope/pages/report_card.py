@@ -26,8 +26,8 @@ LIMITS = (
     "A check reports only what numbers can show. A mistake that gives the same numbers as a choice is not reported, so "
     "a card without findings does not prove that an adapter does what it was trained for: evaluate it on a task.",
     # Measured by benchmarks/false_alarms.py.
-    "A check can also report a fault where there is none. On 200 healthy runs of a small model, of 13 methods and varied "
-    "settings, it did so in none, so in at most 1.9% with 95% confidence; larger models may differ.",
+    "A check can also report a fault where there is none. On 200 healthy runs of a small model, with 13 methods and "
+    "varied settings, none was reported, so the rate is at most 1.9% with 95% confidence; larger models may differ.",
     "Norms do not show importance: a small update can change an output more than a large one.",
     "Norms and ranks are computed in float64 from the stored values, which are rounded: by at most 0.4% in bfloat16, "
     "0.05% in float16.",

@@ -439,22 +439,38 @@ def check(page: Page, title: str, listed: list[str], drawn: list[list[float]], c
     plot = page.get_by_role("img", name=title, exact=True)
     plot.locator("path.point").first.wait_for()
     expect(page.locator(f".lorascope-explorer tbody td:nth-child({column})")).to_have_text(listed)
-    assert plot.evaluate(DOTS) == drawn
+    wait_until(page, lambda: plot.evaluate(DOTS), drawn)
     return plot
 
 
+def wait_until(page: Page, read: Callable[[], Any], expected: Any) -> None:
+    """Wait until the page has drawn what is expected, which it does after it has listed the rows."""
+    for _ in range(PATIENCE // 200):
+        if read() == expected:
+            return
+        page.wait_for_timeout(200)
+    assert read() == expected
+
+
 def select_by_mouse(page: Page, plot: Locator, numbers: list[int]) -> None:
-    """Drag a rectangle around some dots."""
-    plot.scroll_into_view_if_needed()
-    boxes = [plot.locator("path.point").nth(number).bounding_box() for number in numbers]
-    left, top = (min(box[name] for box in boxes if box) - 4 for name in "xy")
-    right = max(box["x"] + box["width"] for box in boxes if box) + 4
-    bottom = max(box["y"] + box["height"] for box in boxes if box) + 4
-    page.mouse.move(left, top)
-    page.mouse.down()
-    page.mouse.move((left + right) / 2, (top + bottom) / 2)
-    page.mouse.move(right, bottom)
-    page.mouse.up()
+    """Drag a rectangle around some dots, again if the chart moved meanwhile, as it does when the page is laid out."""
+    status = page.locator(".lorascope-explorer [role=status]")
+    for _ in range(ATTEMPTS):
+        plot.scroll_into_view_if_needed()
+        boxes = [plot.locator("path.point").nth(number).bounding_box() for number in numbers]
+        left, top = (min(box[name] for box in boxes if box) - 4 for name in "xy")
+        right = max(box["x"] + box["width"] for box in boxes if box) + 4
+        bottom = max(box["y"] + box["height"] for box in boxes if box) + 4
+        page.mouse.move(left, top)
+        page.mouse.down()
+        page.mouse.move((left + right) / 2, (top + bottom) / 2)
+        page.mouse.move(right, bottom)
+        page.mouse.up()
+        try:
+            expect(status).to_have_text(re.compile(f", {len(numbers)} selected$"), timeout=PATIENCE / 10)
+        except AssertionError:
+            continue
+        return
 
 
 def drive(page: Page, read: Callable[[], None]) -> None:
@@ -472,7 +488,7 @@ def drive(page: Page, read: Callable[[], None]) -> None:
     assert table.get_by_role("columnheader").all_inner_texts() == ["", "step", "layer", "role", "value", "module"]
     select_by_mouse(page, plot, [0, 2])  # q and ffn_in of layer 0
     selected(1.0, 2.0)
-    assert plot.evaluate(HIGHLIGHTED) == [1.0, 2.0]
+    wait_until(page, lambda: plot.evaluate(HIGHLIGHTED), [1.0, 2.0])
     expect(page.locator("tbody").get_by_role("checkbox", checked=True)).to_have_count(2)
     page.get_by_role("checkbox", name="Select step 9, layer 1, role q").focus()
     page.keyboard.press("Space")
@@ -529,7 +545,13 @@ def test_jupyterlab_shows_and_selects_rows(lab: str, page: Page) -> None:
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH: apt-get install chromium")
 def test_marimo_shows_and_selects_rows(marimo: str, page: Page) -> None:
-    page.goto(marimo)
+    for _ in range(ATTEMPTS):  # as in JupyterLab
+        page.goto(marimo)
+        try:
+            page.locator(".lorascope-explorer tbody tr").first.wait_for(timeout=PATIENCE / ATTEMPTS)
+        except TimeoutError:
+            continue
+        break
     drive(page, lambda: None)  # marimo runs the second cell after every change
     page.set_viewport_size({"width": 390, "height": 800})
     svg = page.get_by_role("img", name="loss").locator(".main-svg").first

@@ -15,7 +15,7 @@ import pytest
 from parsed_pages import Node, Tree
 from planted import low_rank, plant, profile
 from playwright.sync_api import expect, sync_playwright
-from test_explore import BROWSER
+from test_explore import BROWSER, PATIENCE
 
 from lorascope import plots
 from lorascope.charts import plotly_backend
@@ -190,6 +190,8 @@ def test_page_filters_unfolds_and_fits_the_screen(width: int, tmp_path: Path) ->
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])  # required for root
         page = browser.new_page(viewport={"width": width, "height": 800})
+        page.set_default_timeout(PATIENCE)
+        expect.set_options(timeout=PATIENCE)
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(path.as_uri())

@@ -81,7 +81,8 @@ class norms(Observer):
         # The norm of a quantized weight is not known (NaN), but the norm of its update is.
         known = {name: tile_sums(weight) for name, weight in step.base.items() if weight.is_floating_point()}
         for module, host in trained.hosts.items() if self.dequantize else ():
-            known.setdefault(trained.parameter_of[module], tile_sums(dequantized_weight(host)))
+            if (name := trained.parameter_of[module]) and name not in known:
+                known[name] = tile_sums(dequantized_weight(host))
         sums = zip(known, trained.copy_updates(list(known.values())), strict=True)
         self.base_squares_ = dict.fromkeys(step.base, math.nan) | {name: math.fsum(parts) for name, parts in sums}
         self.first_ = {module: to_tree(update) for module, update in trained.updates().items() if update.norm() > 0}

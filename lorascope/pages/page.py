@@ -1,4 +1,4 @@
-"""Writer of the report: sections with tables and charts, in one HTML file that works offline.
+"""Writer of pages: sections with tables and charts, in one HTML file that works offline.
 
 The templates in this folder contain the markup. Every text is escaped, so a label of a run cannot become a tag.
 """
@@ -30,7 +30,7 @@ GENERATORS = {".html": '<meta name="generator" content="lorascope">', ".md": "<!
 
 @dataclass(frozen=True)
 class Section:
-    """A section of the report.
+    """A section of a page.
 
     Parameters
     ----------

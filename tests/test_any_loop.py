@@ -428,3 +428,11 @@ def test_invalid_arguments_are_rejected_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_rejected_recorder_leaves_no_hook_on_the_optimizer(tmp_path):
+    model, optimizer = small()
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match="contains files but no run"):
+        ls.record(model, optimizer, tmp_path)
+    assert not optimizer._optimizer_step_post_hooks

@@ -10,6 +10,7 @@ from tyro.conf import arg
 from lorascope.cli.arguments import Folder, command
 from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
+from lorascope.pages import report_card
 
 
 @command
@@ -49,8 +50,6 @@ def main(
     json
         Print JSON.
     """
-    from lorascope.pages import report_card  # imports plotly
-
     invalid = {
         "PATH is required: lorascope report my-adapter -o card.html": not paths,
         "--verify takes report cards only, without --out, --base, --spectra or --markdown": verify
@@ -73,8 +72,6 @@ def main(
 
 def _verify(paths: tuple[str, ...], json: bool) -> int:
     """Print where pages differ from what their tables give, and return the exit code."""
-    from lorascope.pages import report_card  # imports plotly
-
     found = {path: report_card.verify(path) for path in paths}
     if json:
         print(dumps(found, indent=1))

@@ -81,8 +81,24 @@ def largest(rows: Iterable[Any], name: str, count: int = 1) -> list[Any]:
     return sorted(known, key=lambda row: getattr(row, name), reverse=True)[:count]
 
 
+class ModuleEvidence:
+    """Evidence about modules, of a folder or of a training in progress."""
+
+    modules: list[TrainedModule]
+
+    @property
+    def adapted(self) -> list[TrainedModule]:
+        """Modules with an adapter of rank 1 or more."""
+        return [each for each in self.modules if each.adapted]
+
+    @property
+    def unchanged_adapters(self) -> list[TrainedModule]:
+        """Adapters with a zero update, although their scale and one of their factors are not zero."""
+        return [each for each in self.modules if each.unchanged]
+
+
 @dataclass
-class Case:
+class Case(ModuleEvidence):
     """Evidence about one adapter or run; more is known about an adapter that was loaded with its base.
 
     ``spectra`` also runs full SVDs (slow): singular values of FourierFT and of DoRA with its base, and intruder
@@ -188,7 +204,7 @@ class Case:
         return self.run.summaries()
 
     @cached_property
-    def modules(self) -> list[TrainedModule]:
+    def modules(self) -> list[TrainedModule]:  # type: ignore[override]  # computed on access
         """Modules that train or have an adapter."""
         if not self.meta.states:
             return []
@@ -211,16 +227,6 @@ class Case:
             return set()
         table = self.run.table
         return set(table["module"][table["quantity"] == "update_norm"])
-
-    @property
-    def adapted(self) -> list[TrainedModule]:
-        """Modules with an adapter of rank 1 or more."""
-        return [each for each in self.modules if each.adapted]
-
-    @property
-    def unchanged_adapters(self) -> list[TrainedModule]:
-        """Adapters with a zero update, although their scale and one of their factors are not zero."""
-        return [each for each in self.modules if each.unchanged]
 
     @cached_property
     def measured(self) -> list[MeasuredModule]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorascope.diagnosis.evidence import Case, TrainedModule
+from lorascope.diagnosis.evidence import Case, ModuleEvidence, TrainedModule
 
 
 @dataclass
-class TrainingEvidence:
+class TrainingEvidence(ModuleEvidence):
     """Evidence about a training in progress.
 
     Parameters
     ----------
-    modules : sequence of TrainedModule
+    modules : list of TrainedModule
         Modules that train or have an adapter, as they are now.
     losses : mapping step -> float
         Losses at the recorded steps.
@@ -34,7 +34,7 @@ class TrainingEvidence:
         Whether any trained parameter has a gradient other than zero.
     """
 
-    modules: Sequence[TrainedModule]
+    modules: list[TrainedModule]
     losses: Mapping[int, float]
     steps: int
     moving_steps: int
@@ -51,16 +51,6 @@ class TrainingEvidence:
     def has(self, need: str) -> bool:
         """Return whether there is evidence of this kind; see ``Rule.needs``."""
         return need != "config"
-
-    @property
-    def adapted(self) -> list[TrainedModule]:
-        """Modules with an adapter of rank 1 or more."""
-        return [each for each in self.modules if each.adapted]
-
-    @property
-    def unchanged_adapters(self) -> list[TrainedModule]:
-        """Adapters with a zero update, although their scale and one of their factors are not zero."""
-        return [each for each in self.modules if each.unchanged]
 
 
 Evidence = Case | TrainingEvidence

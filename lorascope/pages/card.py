@@ -45,7 +45,7 @@ class Card:
 
     @property
     def subjects(self) -> list[dict[str, Any]]:
-        """Return the adapters and runs: ``label, kind, facts, update_norm, findings, unchecked, notes``."""
+        """Return the adapters and runs: ``label, kind, facts, findings, unchecked, notes``."""
         return list(self.document["subjects"])
 
     @property
@@ -113,7 +113,6 @@ def _subject(label: str, item: Inspection) -> dict[str, Any]:
         "label": label,
         "kind": kind,
         "facts": dict(facts) | {"id": item.run.id},
-        "update_norm": item.norm,
         "findings": [each.to_json() for each in found],
         "unchecked": {SKIP_REASONS[missing]: names for missing, names in skipped_checks(case).items()},
         "notes": list(case.notes),

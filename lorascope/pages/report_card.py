@@ -175,7 +175,11 @@ def read(path: str | Path) -> Card:
     ValueError
         The file is not the page of a report card, or what it carries is damaged.
     """
-    found = _CARRIED.search(_text(path))
+    return _parse(_text(path), path)
+
+
+def _parse(text: str, path: str | Path) -> Card:
+    found = _CARRIED.search(text)
     if found is None:
         raise ValueError(f"{printable(path)} is not a report card: it carries no tables")
     try:
@@ -196,7 +200,8 @@ def verify(path: str | Path) -> list[str]:
     ValueError
         The page carries no readable tables, or another version of lorascope or plotly wrote it.
     """
-    card = read(path)
+    text = _text(path)
+    card = _parse(text, path)
     try:
         if (wrote := card.document["versions"]) != (installed := installed_versions()):
             raise ValueError(f"written with {_listed(wrote)}, but {_listed(installed)} is installed")
@@ -205,7 +210,7 @@ def verify(path: str | Path) -> list[str]:
         raise ValueError(f"cannot build {printable(path)} again: {printable(error)}") from error
     return [
         f"line {number}: the page has {_excerpt(one, other)}, its tables give {_excerpt(other, one)}"
-        for number, (one, other) in enumerate(zip_longest(_text(path).splitlines(), built, fillvalue=""), start=1)
+        for number, (one, other) in enumerate(zip_longest(text.splitlines(), built, fillvalue=""), start=1)
         if one != other
     ]
 

@@ -128,7 +128,6 @@ class LoopRecorder:
         reject_distributed_stop(observers)
         bare_model = unwrap_peft_model(model)
         self._pending, self._closed = _PendingStep(), False
-        self._hook = optimizer.register_step_post_hook(self._pending)
         self._weights = WholeWeights(model, optimizer, observers)
         self._recording: Recording | None = None
         device = str(next(model.parameters()).device)
@@ -141,6 +140,7 @@ class LoopRecorder:
                 warn_unreadable(bare_model)
                 meta = _describe(model, self._step, observers, seed, task, device)
                 self._recording = Recording(out, meta, self._step, None, observers, None, lost=None, report=report)
+        self._hook = optimizer.register_step_post_hook(self._pending)
 
     def step(self, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
         """Record one optimizer step; call it after the step and before the gradients are reset.

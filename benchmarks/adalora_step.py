@@ -1,29 +1,30 @@
 """Time of a training step of AdaLoRA compared with PEFT's AdaLoRA and with LoRA.
 
-Run ``python benchmarks/adalora_step.py --pairs 40``. The steps are in the middle of a run, where the budget decreases:
-both AdaLoRA versions score components at every step and mask them every ``--every`` steps.
+The steps are in the middle of a run, where the budget decreases: both AdaLoRA versions score components at every step,
+and mask them at every step or at every third one, as in a run of 300 steps. On two threads.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
 import peft
 import torch
-from lora_step import batch_of
-from paired import compare
+from minilm_step import SHAPES, THREADS, batch_of
+from paired import compare, report
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import attached_deltas
+from lorascope.experiments.benchmarks import Line
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, LoRA
 from lorascope.methods.base import Method, Step
 
-TARGETS = {"PEFT's AdaLoRA": 0.97, "LoRA of initial rank": 1.06}
+AIMS = {"PEFT's AdaLoRA step": 0.97, "LoRA step at the initial rank": 1.06}
+MASKED = {1: "masking at each step", 3: "masking every third step"}
 TOTAL = 100_000
 
 
@@ -82,23 +83,17 @@ def contestants(every: int) -> tuple[tuple[nn.Module, Method], nn.Module, tuple[
     return (ours, method), peft.get_peft_model(theirs, config), (plain, lora)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--every", type=int, default=1, help="steps between masks; 1 is the most expensive")
-    parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="batch size x tokens, such as 64x128")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    ours, theirs, plain = contestants(arguments.every)
-    for shape in arguments.shapes:
-        batch = batch_of(*map(int, shape.split("x")))
-        one = our_step(*ours, batch)
-        others = (peft_step(theirs, batch), our_step(*plain, batch))
-        for (name, target), other in zip(TARGETS.items(), others, strict=True):
-            ratio = compare(one, other, arguments.pairs)
-            print(ratio.row(f"AdaLoRA step / {name}, {shape}", target), flush=True)
+def lines(pairs: int) -> Iterator[Line]:
+    """Yield the ratios for each batch and interval of masks."""
+    torch.set_num_threads(THREADS)
+    for every, masked in MASKED.items():
+        ours, theirs, plain = contestants(every)
+        for number, (name, aim) in enumerate(AIMS.items()):
+            for case, shape in SHAPES.items():
+                batch = batch_of(*shape)
+                other = our_step(*plain, batch) if number else peft_step(theirs, batch)
+                yield compare(our_step(*ours, batch), other, pairs).line(f"AdaLoRA step / {name}, {masked}", case, aim)
 
 
 if __name__ == "__main__":
-    main()
+    report(lines, __doc__)

@@ -1,20 +1,23 @@
 """Time of an Adapprox step of one matrix compared with AdamW, and of a rank selection.
 
-Run ``python benchmarks/adapprox_step.py``.
+Adapprox is faster than AdamW at no size. The pass of a layer is its forward and backward pass on 512 tokens. On one
+thread.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle
 
 import torch
-from paired import compare
+from paired import compare, report
 
+from lorascope.experiments.benchmarks import Line
 from lorascope.methods.adapprox import AdapproxOptimizer
 
-SIZES = ((128, 128), (256, 256), (384, 384), (384, 1536), (768, 768), (768, 3072))
+SIZES = ((128, 128), (256, 256), (768, 768), (768, 3072))
+RANK, TOKENS = 8, 512
+OVERSAMPLING = {5: "oversampling 5", 8: "oversampling 8"}
 NEVER = 10**9  # steps between rank selections
 
 
@@ -43,35 +46,6 @@ def factor_size(optimizer: AdapproxOptimizer) -> tuple[int, int]:
     return state["Q"].shape[1], state["Q"].nbytes + state["U"].nbytes
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rank", type=int, default=8, help="rank of the steps between rank selections")
-    parser.add_argument("--oversampling", type=int, default=5)
-    parser.add_argument("--backward", type=int, default=512, help="tokens of the layer to compare with")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    common = {"oversampling": arguments.oversampling, "growth_scale": None}
-    print("size         rank   bytes of V       step (ms)  ratio to AdamW      selection (ms)  ratio to a layer")
-    for shape in SIZES:
-        adam = torch.optim.AdamW([weight_of(shape)])
-        between = AdapproxOptimizer(
-            [weight_of(shape)], reselect_every=NEVER, rank_rule="fixed", init_rank=arguments.rank, **common
-        )
-        choosing = AdapproxOptimizer([weight_of(shape)], reselect_every=1, **common)
-        ratio = compare(stepping(between), stepping(adam), arguments.pairs)
-        choice = compare(stepping(choosing), stepping(adam), max(4, arguments.pairs // 8), warmup=1)
-        passes = compare(stepping(between), layer(shape, arguments.backward), arguments.pairs)
-        rank, size = factor_size(between)
-        print(
-            f"{shape[0]:>4} x {shape[1]:<5} {rank:>3}   {size / (4 * shape[0] * shape[1]):6.1%} of dense"
-            f"   {1e3 * ratio.seconds[0]:8.2f}   {ratio.median:6.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
-            f"   {1e3 * choice.seconds[0]:8.1f} (rank {factor_size(choosing)[0]})   {passes.median:6.2f}",
-            flush=True,
-        )
-
-
 def layer(shape: tuple[int, int], tokens: int) -> Callable[[], object]:
     """Return a forward and backward pass of a linear layer of this size."""
     weight = weight_of(shape)
@@ -85,5 +59,44 @@ def layer(shape: tuple[int, int], tokens: int) -> Callable[[], object]:
     return passes
 
 
+def fixed(shape: tuple[int, int], oversampling: int) -> AdapproxOptimizer:
+    """Return an optimizer that keeps its rank."""
+    options = {"reselect_every": NEVER, "rank_rule": "fixed", "init_rank": RANK, "growth_scale": None}
+    return AdapproxOptimizer([weight_of(shape)], oversampling=oversampling, **options)
+
+
+def selecting(shape: tuple[int, int]) -> AdapproxOptimizer:
+    """Return an optimizer that selects the rank at each step."""
+    return AdapproxOptimizer([weight_of(shape)], reselect_every=1, growth_scale=None)
+
+
+def lines(pairs: int) -> Iterator[Line]:
+    """Yield the ratios for each size, and the memory of the second moment."""
+    torch.set_num_threads(1)
+    cases = {f"{rows} x {columns}": (rows, columns) for rows, columns in SIZES}
+    for oversampling, words in OVERSAMPLING.items():
+        for case, shape in cases.items():
+            steps = stepping(fixed(shape, oversampling)), stepping(torch.optim.AdamW([weight_of(shape)]))
+            yield compare(*steps, pairs).line(f"step of one matrix at rank {RANK}, {words} / AdamW's", case)
+    for case, shape in cases.items():
+        ratio = compare(stepping(fixed(shape, 5)), layer(shape, TOKENS), pairs)
+        yield ratio.line(f"the same, {OVERSAMPLING[5]} / pass of the layer", case)
+    for case, shape in cases.items():
+        chooser = selecting(shape)
+        ratio = compare(stepping(chooser), stepping(fixed(shape, 5)), max(4, pairs // 8), warmup=1)
+        yield ratio.line("step that selects a rank / step that does not", f"{case}, rank {factor_size(chooser)[0]}")
+    for case, shape in cases.items():
+        optimizer = fixed(shape, 5)
+        stepping(optimizer)()
+        percent = 100 * factor_size(optimizer)[1] / (4 * shape[0] * shape[1])
+        yield Line(
+            what=f"bytes of the second moment at rank {RANK} / of a dense one",
+            case=case,
+            value=percent,
+            unit="%",
+            pairs=1,
+        )
+
+
 if __name__ == "__main__":
-    main()
+    report(lines, __doc__)

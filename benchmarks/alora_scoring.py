@@ -1,25 +1,29 @@
 """Time of ALoRA's ablation scores compared with separate evaluations of the whole model.
 
-Run ``python benchmarks/alora_scoring.py``. The separate evaluations set columns of B to zero, and run the whole model
-twice for every component.
+The separate evaluations set columns of B to zero, and run the whole model twice for every component. The model is a
+BERT of width 128 with random weights, the batch has 32 x 32 tokens. On one thread.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 import transformers
-from paired import compare
+from paired import compare, report
 from torch import Tensor, nn
 
 from lorascope.adapters.ablation import ablation_scores
 from lorascope.adapters.delta import attached_deltas
+from lorascope.experiments.benchmarks import Line
 from lorascope.methods import ALoRA
 
-TARGET = 0.6
+AIM = 0.6
+WIDTH, SHAPE = 128, (32, 32)
+RANKS = {6: 8, 12: 8, 30: 1}
+"""Rank by number of blocks."""
 
 
 def batch_of(size: int, length: int) -> dict[str, Tensor]:
@@ -30,10 +34,10 @@ def batch_of(size: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def adapted_bert(blocks: int, width: int, rank: int) -> nn.Module:
+def adapted_bert(blocks: int, rank: int) -> nn.Module:
     """Return a random BERT with MiniLM's proportions and nonzero adapters on all linears of its blocks."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": WIDTH // 32}
     config = transformers.BertConfig(vocab_size=1000, num_hidden_layers=blocks, **sizes)
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     ALoRA(init_rank=rank).attach(model)
@@ -69,43 +73,22 @@ def ours(model: nn.Module, loss: Callable[[dict[str, Tensor]], Tensor], batch: d
     return np.stack([np.concatenate(list(part.values())) for part in (found.without, found.only)])
 
 
-def _swapped(mine: np.ndarray, theirs: np.ndarray) -> int:
-    """Count the pairs of components whose order differs."""
-    one, other = (np.sign(np.subtract.outer(importance, importance)) for importance in (mine, theirs))
-    return int((one * other < 0).sum() // 2)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--blocks", type=int, nargs="+", default=[6, 12, 30])
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--shape", default="32x32", help="rows x tokens of the scoring batch")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    batch = batch_of(*map(int, arguments.shape.split("x")))
-    for blocks in arguments.blocks:
-        model = adapted_bert(blocks, arguments.width, arguments.rank)
+def lines(pairs: int) -> Iterator[Line]:
+    """Yield the ratio for each depth; one pair takes minutes, so there are two or three."""
+    torch.set_num_threads(1)
+    batch = batch_of(*SHAPE)
+    for blocks, rank in RANKS.items():
+        model = adapted_bert(blocks, rank)
 
         def loss(batch: dict[str, Tensor], model: nn.Module = model) -> Tensor:
             return model(**batch).loss
 
-        mine, theirs = ours(model, loss, batch), one_by_one(model, loss, batch)
-        worst = np.abs(mine - theirs).max()
+        worst = np.abs(ours(model, loss, batch) - one_by_one(model, loss, batch)).max()
         assert worst < 1e-5, f"scores differ by {worst}"
-        ratio = compare(
-            lambda: ours(model, loss, batch),  # noqa: B023
-            lambda: one_by_one(model, loss, batch),  # noqa: B023
-            arguments.pairs,
-            warmup=0,
-        )
-        what = f"scores / one by one, {blocks} blocks of {arguments.width}, {arguments.shape}, rank {arguments.rank}"
-        print(ratio.row(what, TARGET), flush=True)
-        mixed = _swapped(mine[1] - mine[0], theirs[1] - theirs[0])
-        print(f"  largest difference of a score {worst:.1e}; pairs of components in a different order: {mixed}")
+        mine, theirs = partial(ours, model, loss, batch), partial(one_by_one, model, loss, batch)
+        ratio = compare(mine, theirs, min(pairs, 3), warmup=0)
+        yield ratio.line("scores of one round / scoring components one by one", f"{blocks} blocks, rank {rank}", AIM)
 
 
 if __name__ == "__main__":
-    main()
+    report(lines, __doc__)

@@ -1,27 +1,37 @@
-"""Time of FourierFT's two forms of the adapted product, by width, coefficients and tokens.
+"""Time of FourierFT's basis-function form compared with its transform, by width, coefficients and tokens.
 
-Run ``python benchmarks/fourierft_paths.py``. It times the forward and backward pass of one square layer. The sum form
-adds the update, computed by a transform, to the weight. The basis-function form applies the cosines and sines of each
-coefficient to the activations. Ratios are medians over pairs of process CPU times. Cells with slow passes have fewer
-pairs, because each cell has a time limit. The last column is the form that FourierFT uses.
+FourierFT has two forms of the forward pass. If 4 n (d1 + d2) < d1 d2 (for a square weight: fewer coefficients than an
+eighth of its width), it multiplies the activations with the basis functions of its coefficients. Otherwise it adds the
+update, computed by an inverse transform, to the weight. Each line gives the time of the first form relative to the
+second, forward and backward pass of one square layer of width d on one thread, and names the form that FourierFT uses.
+With many tokens, both forms take about the same time near the threshold. With few tokens the basis-function form is
+faster at d/4 as well. The default is 4 d coefficients.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from paired import compare
+from paired import compare, report
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import attach
+from lorascope.experiments.benchmarks import Line
 from lorascope.methods import fourierft
 from lorascope.methods.fourierft import FourierDelta, use_basis_form
 from lorascope.updates.fourier import entries
 
-SHARES = {"d/32": 1 / 32, "d/8 - 1": 1 / 8, "d/4": 1 / 4, "4 d": 4}
+WIDTHS, TOKENS = (384, 768, 1024, 2048, 4096), (16, 128, 1024)
+COEFFICIENTS = {
+    "d/32": lambda d: d // 32,
+    "d/8 - 1": lambda d: d // 8 - 1,
+    "d/4": lambda d: d // 4,
+    "4 d": lambda d: 4 * d,
+}
+SECONDS = 4.0
+"""CPU time per line, after which no new pair starts."""
 
 
 def layer(d: int, n: int) -> nn.Linear:
@@ -44,33 +54,16 @@ def passes(host: nn.Linear, tokens: int, basis_form: bool) -> Callable[[], None]
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument(
-        "--seconds", type=float, default=4.0, help="CPU seconds per cell, after which no new pair starts"
-    )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--widths", type=int, nargs="+", default=[384, 768, 1024, 2048, 4096])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128, 1024])
-    parser.add_argument("--coefficients", nargs="+", choices=list(SHARES), default=list(SHARES))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print(f"{'width':>6} {'n':>6} {'tokens':>7} {'basis / sum':>12} {'interval':>16} {'ms':>17} {'pairs':>6}  used")
-    for d in arguments.widths:
-        for label in arguments.coefficients:
-            n = int(d * SHARES[label]) - label.count("- 1")
-            host, used = layer(d, n), "basis" if use_basis_form(n, (d, d)) else "sum"
-            for tokens in arguments.tokens:
-                basis, dense = (passes(host, tokens, basis_form) for basis_form in (True, False))
-                ratio = compare(basis, dense, arguments.pairs, 1, arguments.seconds)
-                times = "/".join(f"{1e3 * seconds:.1f}" for seconds in ratio.seconds)
-                interval = f"[{ratio.low:.2f}, {ratio.high:.2f}]"
-                print(
-                    f"{d:6} {n:6} {tokens:7} {ratio.median:12.2f} {interval:>16} {times:>17} {ratio.pairs:6}  {used}",
-                    flush=True,
-                )
+def lines(pairs: int) -> Iterator[Line]:
+    """Yield the ratio for each width, number of coefficients and number of tokens."""
+    torch.set_num_threads(1)
+    for d in WIDTHS:
+        for words, number in COEFFICIENTS.items():
+            host, used = layer(d, number(d)), "basis functions" if use_basis_form(number(d), (d, d)) else "transform"
+            for tokens in TOKENS:
+                ratio = compare(passes(host, tokens, True), passes(host, tokens, False), pairs, 1, SECONDS)
+                yield ratio.line(f"width {d}, {words} coefficients ({used} used)", f"{tokens} tokens")
 
 
 if __name__ == "__main__":
-    main()
+    report(lines, __doc__)

@@ -1,22 +1,23 @@
 """Time of a training step of HydraLoRA compared with LoRA of one expert's rank.
 
-Run ``python benchmarks/hydralora_step.py --pairs 40``.
+The adapters are on the feed-forward layers of MiniLM. On one thread.
 """
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 
 import torch
-from lora_step import batch_of, step_of
-from paired import compare
+from minilm_step import SHAPES, batch_of, step_of
+from paired import compare, report
 from torch import nn
 
+from lorascope.experiments.benchmarks import Line
 from lorascope.inputs import models
 from lorascope.methods import HydraLoRA, LoRA
 from lorascope.methods.base import Method
 
-TARGET = 1.15
+AIM, EXPERTS = 1.15, (3, 10)
 FEED_FORWARD = ("ffn_in", "ffn_out")
 
 
@@ -27,22 +28,17 @@ def contestant(method: Method) -> nn.Module:
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--heads", type=int, nargs="+", default=[3, 10])
-    parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="batch size x tokens, such as 64x128")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def lines(pairs: int) -> Iterator[Line]:
+    """Yield the ratio for each number of experts and each batch."""
+    torch.set_num_threads(1)
     lora = contestant(LoRA(rank=4, alpha=16, targets=FEED_FORWARD))
-    for number in arguments.heads:
+    for number in EXPERTS:
         hydra = contestant(HydraLoRA(rank=4, num_experts=number, targets=FEED_FORWARD))
-        for shape in arguments.shapes:
-            batch = batch_of(*map(int, shape.split("x")))
-            ratio = compare(step_of(hydra, batch), step_of(lora, batch), arguments.pairs)
-            print(ratio.row(f"HydraLoRA step, {number} experts / LoRA, {shape}", TARGET), flush=True)
+        for case, shape in SHAPES.items():
+            batch = batch_of(*shape)
+            ratio = compare(step_of(hydra, batch), step_of(lora, batch), pairs)
+            yield ratio.line(f"HydraLoRA step with {number} experts / LoRA step", case, AIM)
 
 
 if __name__ == "__main__":
-    main()
+    report(lines, __doc__)

@@ -1,19 +1,21 @@
-"""Time of ``import lorascope``: CPU seconds of a process minus an interpreter that imports nothing.
+"""Time of ``import lorascope``: CPU seconds of a process minus those of an interpreter that imports nothing.
 
-Run ``python benchmarks/import_time.py [--pairs 40]``. The torch row is the time saved because lorascope does not import
-torch.
+The time of ``import torch`` is what is saved because lorascope imports it only where it trains.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
+from paired import median_interval, report
 
-SECONDS = 0.3
+from lorascope.experiments.benchmarks import Line
+
+AIM = 0.3
 
 
 def cpu_seconds(code: str) -> float:
@@ -25,21 +27,17 @@ def cpu_seconds(code: str) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=40)
-    pairs = parser.parse_args().pairs
-    codes = ("pass", "import lorascope", "import torch")
+def lines(pairs: int) -> Iterator[Line]:
+    """Yield the seconds of both imports."""
+    codes = {"pass": None, "import lorascope": AIM, "import torch": None}
     for code in codes:
         cpu_seconds(code)
     times = np.array([[cpu_seconds(code) for code in codes] for _ in range(pairs)])
-    costs = times[:, 1:] - times[:, :1]
-    low, lorascope, high = np.quantile(costs[:, 0], [0.25, 0.5, 0.75])
-    verdict = "met" if lorascope <= SECONDS else "MISSED"
-    print(f"import lorascope  {lorascope:.3f} s [quartiles {low:.3f}, {high:.3f}]  target {SECONDS} s {verdict}")
-    print(f"import torch      {np.median(costs[:, 1]):.3f} s, {pairs} pairs")
-    print(f"lorascope / torch {np.median(costs[:, 0] / costs[:, 1]):.4f}")
+    for number, (code, aim) in enumerate(codes.items()):
+        if number:
+            value, low, high = median_interval(times[:, number] - times[:, 0])
+            yield Line(what=f"`{code}`", value=value, low=low, high=high, unit="s", pairs=pairs, aim=aim)
 
 
 if __name__ == "__main__":
-    main()
+    report(lines, __doc__)

@@ -1,27 +1,27 @@
 """Time of ``lorascope inspect`` for a large adapter, compared with an import of numpy and safetensors, and with peers.
 
-python benchmarks/inspect_adapter.py --shapes 7b 70b --peers
-
-Prints wall-clock and CPU seconds of the whole process, peak memory, and the ratios of CPU seconds to an interpreter
-that only imports numpy and safetensors, and to two other programs that measure the norms and ranks of an adapter (pip
-install adaptersentry gradience). The programs take turns, and each number is the smallest of the repeats, because other
-jobs on the machine increase it.
+The times are CPU seconds of whole processes, which take turns. The peers are two other programs that measure the norms
+and ranks of an adapter, if they are installed (``pip install adaptersentry gradience``). A steep spectrum has an
+ill-conditioned B, which needs another algorithm.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from paired import median_interval, report
+
+from lorascope.experiments.benchmarks import Line
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,13 @@ class Shape:
 
 
 SHAPES = {
-    "7b": Shape(32, 4096, 4096, 11008, 16),
-    "70b": Shape(80, 8192, 1024, 28672, 64),
+    "7B, rank 16": Shape(32, 4096, 4096, 11008, 16),
+    "70B, rank 64": Shape(80, 8192, 1024, 28672, 64),
 }
 # Singular values of real adapters decay; a steep decay needs the slower QR route.
 FALL = {"gentle": 3.0, "steep": 9.0}
+SECONDS, IMPORTS = {"7B, rank 16": 2.0, "70B, rank 64": 15.0}, {"7B, rank 16": 2.5}
+"""Aims of the seconds, and of the ratio to the imports, by shape."""
 
 
 def factors(shape: Shape, fall: float) -> Iterator[tuple[str, np.ndarray]]:
@@ -88,49 +90,54 @@ def write(folder: Path, shape: Shape, fall: float) -> Path:
     return file
 
 
-def programs(folder: Path, peers: bool) -> dict[str, list[str]]:
-    """Return the arguments of the interpreter for each program."""
-    found = {
-        "imports": ["-c", "import numpy, safetensors"],
-        "lorascope": ["-m", "lorascope.cli", "inspect", str(folder)],
-    }
-    if peers:
+def programs(folder: Path) -> dict[str, list[str]]:
+    """Return the arguments of the interpreter for each program that is installed."""
+    found = {"imports": ["-c", "import numpy, safetensors"], "lorascope": inspect(folder)}
+    if find_spec("adaptersentry"):
         found["adaptersentry"] = ["-m", "adaptersentry", "scan", str(folder / "adapter_model.safetensors")]
+    if find_spec("gradience"):
         found["gradience"] = ["-m", "gradience", "audit", "--peft-dir", str(folder)]
     return found
 
 
-def measure(words: list[str]) -> tuple[float, float, float]:
-    """Return wall-clock seconds, CPU seconds and peak MB of a process."""
-    start = time.perf_counter()
+def inspect(folder: Path) -> list[str]:
+    """Return the arguments of the interpreter for ``lorascope inspect``."""
+    return ["-m", "lorascope.cli", "inspect", str(folder)]
+
+
+def measure(words: list[str]) -> tuple[float, float]:
+    """Return CPU seconds and peak MB of a process."""
     process = subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"{' '.join(words[:3])} failed")
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7b"])
-    parser.add_argument("--falls", nargs="+", choices=FALL, default=list(FALL))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--peers", action="store_true")
-    arguments = parser.parse_args()
-    for name in arguments.shapes:
-        for fall in arguments.falls:
+def lines(pairs: int) -> Iterator[Line]:
+    """Yield seconds, memory and ratios for each shape and spectrum; a process has an eighth of the pairs as repeats."""
+    repeats = max(3, pairs // 8)
+    for name, shape in SHAPES.items():
+        for fall, steepness in FALL.items():
             with tempfile.TemporaryDirectory() as folder:
-                file = write(Path(folder), SHAPES[name], FALL[fall])
-                print(f"{name}, {fall} spectra, {file.stat().st_size / 2**20:.0f} MB")
-                tried = programs(Path(folder), arguments.peers)
-                rounds = [[measure(words) for words in tried.values()] for _ in range(arguments.repeats)]
-            least = dict(zip(tried, np.min(rounds, axis=0), strict=True))
-            for program, (wall, cpu, memory) in least.items():
-                ratios = f"{cpu / least['imports'][1]:6.1f} x imports  {cpu / least['lorascope'][1]:5.2f} x lorascope"
-                print(
-                    f"  {program:<14} wall {wall:6.2f} s  CPU {cpu:6.2f} s  peak {memory:5.0f} MB  {ratios}", flush=True
-                )
+                write(Path(folder), shape, steepness)
+                tried = programs(Path(folder))
+                rounds = np.array([[measure(words) for words in tried.values()] for _ in range(repeats)])
+            seconds, memory = (dict(zip(tried, rounds[..., column].T, strict=True)) for column in (0, 1))
+            own, case = seconds["lorascope"], f"{fall} spectra"
+            whole = f"inspect of {name}"
+            yield interval(whole, case, own, "s", aim=SECONDS[name])
+            yield interval(f"{whole} / the imports", case, own / seconds["imports"], aim=IMPORTS.get(name))
+            for peer in [*tried][2:]:
+                yield interval(f"{peer} / {whole}", case, seconds[peer] / own, aim=1, at_least=True)
+            yield interval(f"peak memory, {whole}", case, memory["lorascope"], "MB")
+
+
+def interval(what: str, case: str, values: np.ndarray, unit: str = "", **aim: Any) -> Line:
+    """Return the median of repeats as a line."""
+    value, low, high = median_interval(values)
+    return Line(what=what, case=case, value=value, low=low, high=high, unit=unit, pairs=len(values), **aim)
 
 
 if __name__ == "__main__":
-    main()
+    report(lines, __doc__)

@@ -1,43 +1,37 @@
-"""Time of ``lorascope inspect`` for many checkpoints of a large adapter, compared with one of them.
+"""Time of ``lorascope inspect`` for 20 checkpoints of a 7B adapter, compared with one of them.
 
-python benchmarks/inspect_series.py --shapes 7b --checkpoints 20
-
-Prints wall-clock and CPU seconds and peak memory of both processes, and the ratio of their CPU seconds, which should
-be at most the number of checkpoints.
+The times are CPU seconds of whole processes, which take turns.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from inspect_adapter import FALL, SHAPES, measure, programs, write
+from inspect_adapter import FALL, SHAPES, inspect, interval, measure, write
+from paired import report
+
+from lorascope.experiments.benchmarks import Line
+
+CHECKPOINTS = 20
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7b"])
-    parser.add_argument("--checkpoints", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    for name in arguments.shapes:
-        with tempfile.TemporaryDirectory() as root:
-            folders = [Path(root, "out", f"checkpoint-{100 * (i + 1)}") for i in range(arguments.checkpoints)]
-            for place, folder in enumerate(folders):
-                folder.mkdir(parents=True)
-                # The spectrum changes, so that no update equals the last one.
-                write(folder, SHAPES[name], FALL["gentle"] + place / len(folders))
-            words = [programs(folder, peers=False)["lorascope"] for folder in (folders[-1], folders[0].parent)]
-            # The least of several is what the program takes; the rest is other work of the machine.
-            one, series = np.min([[measure(each) for each in words] for _ in range(arguments.repeats)], axis=0)
-        ratio = float(series[1] / one[1])
-        for count, (wall, cpu, memory) in ((1, one), (len(folders), series)):
-            print(f"{name} {count:>3} checkpoints  wall {wall:.2f} s  CPU {cpu:.2f} s  peak {memory:.0f} MB")
-        met = "met" if ratio <= len(folders) else "MISSED"
-        print(f"{name} ratio {ratio:.1f}, target {len(folders)} {met}", flush=True)
+def lines(pairs: int) -> Iterator[Line]:
+    """Yield the ratio and the memory; a process has an eighth of the pairs as repeats."""
+    with tempfile.TemporaryDirectory() as root:
+        folders = [Path(root, "out", f"checkpoint-{100 * (i + 1)}") for i in range(CHECKPOINTS)]
+        for place, folder in enumerate(folders):
+            folder.mkdir(parents=True)
+            # The spectrum changes, so that no update equals the last one.
+            write(folder, SHAPES["7B, rank 16"], FALL["gentle"] + place / CHECKPOINTS)
+        both = [inspect(folder) for folder in (folders[-1], folders[0].parent)]
+        rounds = np.array([[measure(words) for words in both] for _ in range(max(3, pairs // 8))])
+    one, series = rounds[:, 0], rounds[:, 1]
+    yield interval(f"{CHECKPOINTS} checkpoints / one of them", "", series[:, 0] / one[:, 0], aim=CHECKPOINTS)
+    yield interval("peak memory of all", "", series[:, 1], "MB")
 
 
 if __name__ == "__main__":
-    main()
+    report(lines, __doc__)

@@ -1,7 +1,5 @@
 """Time of the scores of all feed-forward neurons between two checkpoints, compared with copying all their tensors.
 
-python benchmarks/neuron_scores.py --dtypes F32 BF16
-
 The two files have two layers of LLaMA-7B shape, including attention, and are in the page cache. The copy reads one
 tensor after the other in its dtype and frees it. Peak memory is measured in a fresh process, relative to the memory
 after its imports.
@@ -9,7 +7,6 @@ after its imports.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,9 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from paired import compare
+from paired import compare, report
 
 from lorascope.diagnosis.neuron_scores import neuron_scores
+from lorascope.experiments.benchmarks import Line
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.updates.linalg import one_thread
 
@@ -31,7 +29,7 @@ SHAPES |= {"mlp.gate_proj": (FEED_FORWARD, WIDTH), "mlp.up_proj": (FEED_FORWARD,
 SHAPES |= {"mlp.down_proj": (WIDTH, FEED_FORWARD)}
 SIZES = {"F32": 4, "BF16": 2}
 ROLES = {"all three": ("ffn_in", "ffn_gate", "ffn_out"), "input, output": ("ffn_in", "ffn_out")}
-CHANGE, TARGET = 1e-2, 1.5
+CHANGE, AIM = 1e-2, 1.5
 # Peak memory of this program only: the peak in getrusage starts from the parent's memory.
 PEAK = """
 import re, sys
@@ -82,25 +80,21 @@ def copy(*files: Path) -> None:
             np.array(file.unread(name).stored)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtypes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--folder", help="folder for the checkpoints (default: a temporary one)")
-    arguments = parser.parse_args()
-    for dtype in arguments.dtypes:
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, one_thread():
+def lines(pairs: int) -> Iterator[Line]:
+    """Yield ratio and memory for each dtype and set of neurons; a ratio has half the pairs."""
+    for dtype, size in SIZES.items():
+        with tempfile.TemporaryDirectory() as folder, one_thread():
             files = Path(folder) / "base.safetensors", Path(folder) / "tuned.safetensors"
             for file, change in zip(files, (0.0, CHANGE), strict=True):
                 write(file, dtype, change)
             for label, roles in ROLES.items():
-                ratio = compare(partial(neuron_scores, *files, roles), partial(copy, *files), arguments.pairs, warmup=1)
-                print(ratio.row(f"{dtype} {label} / copy", TARGET), flush=True)
+                scores, copies = partial(neuron_scores, *files, roles), partial(copy, *files)
+                ratio = compare(scores, copies, max(3, pairs // 2), warmup=1)
+                yield ratio.line(f"scores of two layers / copying them, {label}", dtype, AIM)
             peak = subprocess.run([sys.executable, "-c", PEAK, *files], capture_output=True, check=True).stdout
-            layer = sum(map(np.prod, SHAPES.values())) * SIZES[dtype] / 2**20
-            verdict = "met" if float(peak) <= layer else "MISSED"
-            print(f"{dtype} peak memory {float(peak):.0f} MB, one layer {layer:.0f} MB {verdict}", flush=True)
+            layer = float(sum(map(np.prod, SHAPES.values()))) * size / 2**20
+            yield Line(what="peak memory / one layer", case=dtype, value=float(peak) / layer, pairs=1, aim=1)
 
 
 if __name__ == "__main__":
-    main()
+    report(lines, __doc__)

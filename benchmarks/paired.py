@@ -1,13 +1,18 @@
-"""Fair timing of two functions: alternating in one process, by CPU time, with a confidence interval."""
+"""Fair timing of two functions, alternating in one process, by CPU time; and the command line of a benchmark."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
+
+from lorascope.experiments.benchmarks import PAIRS, Line, text
 
 
 @dataclass(frozen=True)
@@ -30,18 +35,16 @@ class Ratio:
     seconds: tuple[float, float]
     pairs: int
 
-    def meets(self, target: float) -> bool:
-        """Return whether the median meets the target and the interval exceeds it by at most 3%."""
-        return self.median <= target and self.high <= 1.03 * target
-
-    def row(self, label: str, target: float) -> str:
-        """Format the ratio as one line of a report."""
-        verdict = "met" if self.meets(target) else "MISSED"
-        first, second = (1e3 * value for value in self.seconds)
-        return (
-            f"{label:<38} {self.median:.3f} [{self.low:.3f}, {self.high:.3f}]  target {target:.2f} {verdict:<6}"
-            f"  {first:8.1f} / {second:.1f} ms, {self.pairs} pairs"
+    def line(self, what: str, case: str = "", aim: float | None = None, **more: Any) -> Line:
+        """Return the ratio as a line of the page."""
+        return Line(
+            what=what, case=case, value=self.median, low=self.low, high=self.high, pairs=self.pairs, aim=aim, **more
         )
+
+    def inverse(self, times: float = 1) -> Ratio:
+        """Return the time of the second function relative to the first one, multiplied by ``times``."""
+        low, median, high = (times / value for value in (self.high, self.median, self.low))
+        return Ratio(median, low, high, self.seconds[::-1], self.pairs)
 
 
 def compare(
@@ -77,7 +80,29 @@ def compare(
             row[which] = clock() - start
         rows.append(row)
     times, pairs = np.array(rows), len(rows)
-    ratios = times[:, 0] / times[:, 1]
-    draws = np.random.default_rng(0).integers(pairs, size=(2000, pairs))
-    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
-    return Ratio(float(np.median(ratios)), float(low), float(high), tuple(np.median(times, axis=0).tolist()), pairs)
+    return Ratio(*median_interval(times[:, 0] / times[:, 1]), tuple(np.median(times, axis=0).tolist()), pairs)
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Return the median of measured values, and its bootstrap interval of 95%."""
+    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
+    low, high = np.quantile(np.median(values[draws], axis=1), [0.025, 0.975])
+    return float(np.median(values)), float(low), float(high)
+
+
+def report(lines: Callable[[int], Iterable[Line]], documented: str | None) -> None:
+    """Run a benchmark as a script, and print its lines: the ``main`` of every benchmark.
+
+    Parameters
+    ----------
+    lines : callable
+        The benchmark: from a number of pairs to its lines.
+    documented : str, optional
+        Docstring of the script, whose first line is its help.
+    """
+    parser = argparse.ArgumentParser(description=(documented or "").partition("\n")[0])
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="pairs of fast contestants; slow ones have fewer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    options = parser.parse_args()
+    for line in lines(options.pairs):
+        print(json.dumps(asdict(line)) if options.json else text(line), flush=True)

@@ -1,19 +1,20 @@
 """Overhead of the default observers: CPU time of training with and without them.
 
-Run ``python benchmarks/recorder.py [--pairs 10] [--shapes 32x32 8x16]``. Norms are recorded every ten steps, so ten
-steps of a live run are timed at once. Both runs train their own copy of all-MiniLM-L6-v2 and alternate in one process.
-The rows "any loop" time a plain PyTorch loop with ``record`` and without it.
+Norms are recorded every ten steps, so ten steps of a live run are timed at once. Both runs train their own copy of
+MiniLM: in ``train``, or in a plain PyTorch loop with and without ``record``. On two threads.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from paired import compare
+from minilm_step import SHAPES, THREADS
+from paired import compare, report
 
+from lorascope.experiments.benchmarks import Line
 from lorascope.inputs import models, tasks
 from lorascope.methods import Full, LoRA
 from lorascope.methods.base import Method, Phase
@@ -24,8 +25,9 @@ from lorascope.training.run_spec import Plan
 from lorascope.training.session import Session, clip_gradients
 from lorascope.training.settings import Settings
 
-TARGET = 1.02
+AIM = 1.02
 STEPS = 10
+METHODS = {"LoRA": LoRA(targets="all-linear"), "full fine-tuning": Full()}
 
 
 class Training:
@@ -89,22 +91,20 @@ class Loop:
                 self.recorder.step(loss=loss, grad_norm=norm)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--shapes", nargs="+", default=["32x32"], help="rows x tokens")
-    options = parser.parse_args()
+def lines(pairs: int) -> Iterator[Line]:
+    """Yield the ratio for each door, method and batch; a pair has twenty steps, so there is a quarter of the pairs."""
+    torch.set_num_threads(THREADS)
     torch.manual_seed(0)
-    for words in options.shapes:
-        shape = tuple(map(int, words.split("x")))
-        for name, method in (("LoRA", LoRA(targets="all-linear")), ("full fine-tuning", Full())):
+    number = max(3, pairs // 4)
+    for name, method in METHODS.items():
+        for case, shape in SHAPES.items():
             with tempfile.TemporaryDirectory() as folder:
                 recorded = Training(method, (norms(),), shape, Path(folder) / "on")
                 bare = Training(method, (), shape, Path(folder) / "off")
-                print(compare(recorded, bare, options.pairs, 1).row(f"{name}, {words}: on / off", TARGET), flush=True)
-                own = Loop(method, shape, Path(folder) / "loop"), Loop(method, shape, None)
-                print(compare(*own, options.pairs, 1).row(f"{name}, {words}, any loop", TARGET), flush=True)
+                yield compare(recorded, bare, number, 1).line(f"{name} with observers / without, `train`", case, AIM)
+                both = Loop(method, shape, Path(folder) / "loop"), Loop(method, shape, None)
+                yield compare(*both, number, 1).line(f"{name} with `record` / without, plain loop", case, AIM)
 
 
 if __name__ == "__main__":
-    main()
+    report(lines, __doc__)

@@ -1,18 +1,19 @@
 """Time of singular values from factors: of a whole adapter, and of one module compared with a dense SVD.
 
-python benchmarks/spectra.py
+The adapter is one of a 7B model: 224 modules of width 4096, rank 16.
 """
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Iterator
 
 import numpy as np
-from paired import compare
+from paired import compare, report
 
+from lorascope.experiments.benchmarks import Line
 from lorascope.updates import LowRank, spectra
 
-SECONDS, SPEEDUP = 1.0, 1000
+SECONDS, SPEEDUP, REPEATED = 1.0, 1000, 100
 
 
 def updates(count: int, side: int, rank: int, grown: bool) -> list[LowRank]:
@@ -26,27 +27,23 @@ def updates(count: int, side: int, rank: int, grown: bool) -> list[LowRank]:
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=10)
-    arguments = parser.parse_args()
-    for grown, label in ((False, "fresh"), (True, "ill-conditioned B")):
+def lines(pairs: int) -> Iterator[Line]:
+    """Yield the seconds of an adapter, with a quarter of the pairs, and the speedup of one module."""
+    number = max(3, pairs // 4)
+    for grown, case in ((False, "well-conditioned B"), (True, "ill-conditioned B")):
         adapter = updates(224, 4096, 16, grown)
-        one = adapter[:1]
-        seconds = compare(lambda u=adapter: spectra(u), lambda u=one: spectra(u), arguments.pairs).seconds[0]
-        verdict = "met" if seconds <= SECONDS else "MISSED"
-        print(f"224 modules, d=4096, rank 16, {label:<18} {seconds:.3f} s      target {SECONDS:.0f} s {verdict}")
+        seconds = compare(lambda u=adapter: spectra(u), lambda u=adapter[:1]: spectra(u), number).seconds[0]
+        yield Line(what="spectra of the adapter", case=case, value=seconds, unit="s", pairs=number, aim=SECONDS)
     factored = updates(1, 1024, 16, grown=False)
     dense = factored[0].dense()
     ratio = compare(
+        # Once is too short to time.
+        lambda: [spectra(factored) for _ in range(REPEATED)],
         lambda: np.linalg.svd(dense, compute_uv=False),
-        lambda: [spectra(factored) for _ in range(100)],  # a single one is too short to time
-        arguments.pairs,
+        number,
     )
-    speedup = [100 * value for value in (ratio.median, ratio.low, ratio.high)]
-    verdict = "met" if speedup[0] >= SPEEDUP else "MISSED"
-    print("dense SVD / from factors, d=1024   {:.0f} [{:.0f}, {:.0f}]   target".format(*speedup), SPEEDUP, verdict)
+    yield ratio.inverse(REPEATED).line("dense SVD / SVD of the factors, width 1024", aim=SPEEDUP, at_least=True)
 
 
 if __name__ == "__main__":
-    main()
+    report(lines, __doc__)

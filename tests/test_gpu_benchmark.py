@@ -43,7 +43,7 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(step_memory, "run_in_own_process", here)
     yield importlib.import_module("gpu")
-    for name in ("gpu", "recorder", "paired"):
+    for name in ("gpu", "recorder", "minilm_step", "paired"):
         sys.modules.pop(name)
 
 

@@ -1,0 +1,86 @@
+"""``lorascope bench``: measure the benchmarks of the repository again."""
+
+from __future__ import annotations
+
+import sys
+from json import dumps
+from typing import Annotated
+
+from tyro.conf import arg
+
+from lorascope.cli.arguments import command
+from lorascope.evidence import registration
+from lorascope.experiments import benchmarks
+from lorascope.experiments.benchmark_page import page
+from lorascope.files.printable import count_phrase, printable
+from lorascope.schema.suggestions import unknown_name
+
+PAGE, STORED = "docs/benchmarks.md", "data/benchmarks.json"
+
+
+@command
+def main(
+    names: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
+    /,
+    *,
+    pairs: Annotated[int, arg(metavar="N")] = benchmarks.PAIRS,
+    write: bool = False,
+    json: bool = False,
+) -> int:
+    """Measure times and memory, and compare each number with its aim.
+
+    Every benchmark is a script in the folder benchmarks of a clone. All of them take about an hour on two cores, on
+    which nothing else should run. The exit code is 1 if a script fails; a missed aim is only reported.
+
+    Example: lorascope bench lora_step recorder
+
+    Parameters
+    ----------
+    names
+        Benchmarks, such as lora_step; all if omitted.
+    pairs
+        Number of paired measurements of a fast contestant; slow ones have fewer.
+    write
+        Store the results in data/benchmarks.json, and write docs/benchmarks.md from it.
+    json
+        Print the results as JSON, with machine and versions.
+    """
+    root = registration.clone_of(registration.FILE)
+    if root is None:
+        raise ValueError("bench requires a clone of the repository, got an installed package")
+    scripts = benchmarks.find_scripts(root / "benchmarks")
+    for name in names:
+        if name not in scripts:
+            raise ValueError(unknown_name("benchmark", name, scripts))
+    if pairs < 1:
+        raise ValueError(f"--pairs must be >= 1, got {pairs}")
+    stored = root / STORED
+    kept = benchmarks.read(stored) if write else {}
+    measured: dict[str, benchmarks.Measurement] = {}
+    failed = 0
+    for name in dict.fromkeys(names or scripts):
+        measurement = benchmarks.begin()
+        if measurement.load > benchmarks.BUSY:
+            busy = f"{name}: other work runs on this machine (load {measurement.load:g}), which widens the intervals"
+            print(busy, file=sys.stderr, flush=True)
+        try:
+            for line in benchmarks.run_script(scripts[name], pairs):
+                measurement.lines.append(line)
+                if not json:
+                    print(benchmarks.text(line), flush=True)
+        except ChildProcessError as error:
+            failed += 1
+            print(f"{name} failed: {printable(error)}", file=sys.stderr, flush=True)
+            continue
+        measured[name] = measurement
+        if write:
+            kept[name] = measurement
+            benchmarks.write(stored, kept)
+            (root / PAGE).write_text(page(kept, scripts), encoding="utf-8")
+    if json:
+        print(dumps(benchmarks.to_json(measured), ensure_ascii=False))
+    else:
+        verdicts = [line.verdict for each in measured.values() for line in each.lines]
+        missed = verdicts.count("missed")
+        print(f"{verdicts.count('met')} of {count_phrase(verdicts.count('met') + missed, 'aim')} met.")
+    return 1 if failed else 0

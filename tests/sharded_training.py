@@ -1,7 +1,7 @@
 """A small training in one process, or in two that share the weights by FSDP2; started by test_sharded_weights.py.
 
-Usage: python sharded_training.py {lora,full,second_moments} WORLD RANK FOLDER {recorded,bare}. All processes have the
-same batches, so their mean gradient equals that of one process exactly.
+Usage: python sharded_training.py {lora,full,second_moments,gradients} WORLD RANK FOLDER {recorded,bare}. All processes
+have the same batches, so their mean gradient equals that of one process exactly.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def main(kind: str, world: int, rank: int, folder: Path, recorded: bool) -> None
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     observers = [ls.observe.norms(every=2), ls.observe.factors(every=2)]
-    if kind == "second_moments":
-        observers = [ls.observe.second_moments()]
+    if kind in ("second_moments", "gradients"):
+        observers = [getattr(ls.observe, kind)()]
     recorder = ls.record(model, optimizer, folder / "run", observers, steps=STEPS) if recorded else None
     draw = torch.Generator().manual_seed(1)
     for _ in range(STEPS):

@@ -28,7 +28,7 @@ from lorascope.inputs import models
 from lorascope.training import run_folder
 from lorascope.training.state import seed_generators
 
-NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3)]
+NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3), ls.observe.gradients(every=2)]
 TIMES = ["seconds", "factor_seconds"]
 
 
@@ -121,7 +121,7 @@ def test_rows_arrays_and_states_equal_those_under_a_trainer(make, accumulate, st
     same_weights(one, other)
     expected, found = ls.load(tmp_path / "trainer/lorascope"), ls.load(tmp_path / "loop")
     same_rows(found.table, expected.table, but=TIMES)
-    assert {"loss", "grad_norm", "lr", "update_norm", "step_norm"} <= set(found.table["quantity"])
+    assert {"loss", "grad_norm", "gradient_norm", "lr", "update_norm", "step_norm"} <= set(found.table["quantity"])
     assert found.meta.status == "done"
     assert found.meta.checksums.keys() == expected.meta.checksums.keys()
     for name in expected.meta.checksums:

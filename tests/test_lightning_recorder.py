@@ -15,7 +15,7 @@ lightning = pytest.importorskip("lightning.pytorch")
 from lorascope.training.lightning_recorder import LightningRecorder  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=2)]
+NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=2), ls.observe.gradients(every=2)]
 STEPS = 5
 
 

@@ -62,10 +62,11 @@ def test_two_processes_record_what_one_process_records(kind: str, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_observer_of_more_than_weights_is_rejected(tmp_path: Path) -> None:
-    for code, errors in run("second_moments", 2, tmp_path / "run"):
+@pytest.mark.parametrize("name", ["second_moments", "gradients"])
+def test_observer_of_more_than_weights_is_rejected(name: str, tmp_path: Path) -> None:
+    for code, errors in run(name, 2, tmp_path / "run"):
         assert code == 1
-        assert "ValueError: cannot record second_moments of sharded weights: only norms and factors" in errors
+        assert f"ValueError: cannot record {name} of sharded weights: only norms and factors" in errors
 
 
 def test_weights_that_cannot_be_gathered_are_rejected(tmp_path: Path) -> None:

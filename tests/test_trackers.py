@@ -140,6 +140,28 @@ def test_tensorboard_has_the_pooled_table_of_the_run(bert, task, tmp_path):
     assert found == in_float32(curves(run))
 
 
+@pytest.mark.parametrize("method", [LORA, ls.Full()])
+def test_tensorboard_has_gradient_norms_by_layer_and_role(method, bert, task, tmp_path):
+    model, out = models.load(bert, task=task), tmp_path / "run"
+    settings = SETTINGS | {"clip": 1e6, "observe": [ls.observe.gradients(every=1)], "report_to": "tensorboard"}
+    run = ls.train(model, task, method, out=out, **settings)
+    found = events(out / "tensorboard")
+    rows = run.table[run.table["quantity"] == "gradient_norm"]
+    rows = rows.assign(squares=rows["value"] ** 2)
+    expected = {}
+    for (step, layer), part in rows.groupby(["step", "layer"]):
+        expected[f"gradient_norm/layer_{layer:02d}", step] = part["squares"].sum() ** 0.5
+    for (step, role), part in rows.dropna(subset="layer").groupby(["step", "role"], observed=True):
+        expected[f"gradient_norm/role_{role}", step] = part["squares"].sum() ** 0.5
+    for step in range(1, SETTINGS["steps"] + 1):
+        expected["gradient_norm/all", step] = found["train/grad_norm", step]  # nothing is clipped
+    assert {"gradient_norm/layer_00", "gradient_norm/layer_01", "gradient_norm/role_q"} < {name for name, _ in expected}
+    own = {key: value for key, value in found.items() if key[0].startswith("gradient_norm/")}
+    outside = {f"gradient_norm/{role}" for role in rows.loc[rows["layer"].isna(), "role"].unique()}
+    assert {key for key in own if key[0] not in outside} == expected.keys()
+    assert {key: own[key] for key in expected} == pytest.approx(expected, rel=1e-5)
+
+
 def test_tensorboard_has_images_and_the_configuration(bert, task, tmp_path):
     _, run = train(bert, task, tmp_path / "run", ls.AdaLoRA(init_rank=4, target_rank=2), report_to="tensorboard")
     read = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"images": 0}).Reload()

@@ -57,7 +57,8 @@ def by_train(folder: str, task, method, out: Path, **settings: Any):
     """Return a model trained by ``train``, its run, and its training rows in order."""
     model = without_dropout(models.load(folder, task=task))
     own = {"steps": STEPS, "batch_size": ROWS, "warmup": 0, "eval_every": 0, "progress": False, "device": "cpu"}
-    run = ls.train(model, task, method, out=out, observe=[Batches(), ls.observe.norms(every=2)], **own | settings)
+    own["observe"] = [Batches(), ls.observe.norms(every=2)]
+    run = ls.train(model, task, method, out=out, **own | settings)
     rows = [{key: value[i] for key, value in batch.items()} for batch in Batches.kept for i in range(ROWS)]
     return model, run, rows
 

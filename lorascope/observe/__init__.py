@@ -7,6 +7,7 @@ An observer is a dataclass whose fields are its settings. It is called at step 0
 from lorascope.observe.base import Observer
 from lorascope.observe.factor_snapshots import factors, factors_of
 from lorascope.observe.fault_alarms import alarms
+from lorascope.observe.gradient_norms import gradients
 from lorascope.observe.memory_use import memory, storage_bytes
 from lorascope.observe.neuron_utilization import utilization
 from lorascope.observe.optimizer_moments import factor_drift, factor_optimum, factorings, second_moments
@@ -23,6 +24,7 @@ __all__ = [
     "factorings",
     "factors",
     "factors_of",
+    "gradients",
     "memory",
     "neurons",
     "norms",

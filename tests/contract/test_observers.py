@@ -53,6 +53,7 @@ ROWS = {
     "factor_optimum": row("adapprox", "factor_step_error", "factor_step_error_least"),
     "factorings": row("full", *(f"factoring_{what}_{how}" for what in ("error", "seconds") for how in _SCHEMES)),
     "factors": row("lora", saves_factors=True),
+    "gradients": row("lora", "gradient_norm"),
     "memory": row("lora", "gradient_bytes", "optimizer_bytes", "parameter_bytes"),
     "neurons": row("lora", "neuron_cosine", "neuron_update", "sensitivity_in", "sensitivity_out"),
     "norms": row(

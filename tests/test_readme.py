@@ -17,7 +17,7 @@ from lorascope.evidence.blocks import PAPERS
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WRITTEN_BY_MAKE_DOCS = ("gallery", "methods", "reference", "tutorials", "cli.md", "quantities.md", "kinds.md")
+WRITTEN_BY_MAKE_DOCS = ("gallery", "methods", "reference", "tutorials", "cli.md", "quantities.md", "kinds", "kinds.md")
 
 
 @pytest.fixture
@@ -123,10 +123,18 @@ def test_blocks_of_the_readme_print_what_is_shown(tmp_path, monkeypatch, capsys)
     assert fits(capsys.readouterr().out, shown)
 
 
-def test_page_of_finding_kinds_has_a_section_with_an_anchor_per_id(generated: ModuleType):
-    page = generated.kinds_page()
+def test_every_kind_of_finding_has_a_page_with_an_anchor_and_a_row_of_the_index(generated: ModuleType):
+    pages = generated.kind_pages()
+    index = pages.pop("kinds.md")
+    assert pages.keys() == {f"kinds/{id}.md" for id in generated.KINDS}
+    rows = [line.strip("| ").split(" | ") for line in index.splitlines() if line.startswith("| [")]
+    kinds = generated.KINDS.values()
+    assert [row[:3] for row in rows] == [[f"[{k.id}](kinds/{k.id}.md)", f"`{k.name}`", k.severity] for k in kinds]
+    assert [row[3].replace("\\|", "|") for row in rows] == [kind.problem for kind in kinds]
     for id, kind in generated.KINDS.items():
-        assert f"({id})=\n### {id}: `{kind.name}`\n" in page
-        assert generated.sentence(kind.fix) in page if kind.fix else True
+        page = pages[f"kinds/{id}.md"]
+        assert page.startswith(f"({id})=\n# {id}: `{kind.name}`\n")
+        assert index.count(f"\nkinds/{id}\n") == 1  # in the table of contents
+        assert all(generated.sentence(text) in page for text in (kind.evidence, kind.fix) if text)
     with pytest.raises(ValueError, match="LS001 must have"):
-        generated.kind_section(replace(generated.KINDS["LS001"], evidence=""))
+        generated.kind_page(replace(generated.KINDS["LS001"], evidence=""))

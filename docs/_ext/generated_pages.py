@@ -140,12 +140,16 @@ def quantities_page() -> str:
     for name, quantity in sorted(QUANTITIES.items()):
         cells = (quantity.label, quantity.unit, quantity.index, quantity.definition, quantity.source)
         cells += (f"`{quantity.recorded_by}`",)
-        escaped = (str(cell).replace("|", r"\|").replace("<", "&lt;").replace("*", r"\*") for cell in cells)
-        rows.append(f"| `{name}` | {' | '.join(escaped)} |")
+        rows.append(f"| `{name}` | {' | '.join(map(escape_cell, cells))} |")
     return (
         "# Quantities\n\nA row of `run.table` holds one value of one of these quantities. `index` names what the "
         "column of the same name counts.\n\n" + "\n".join(rows) + "\n"
     )
+
+
+def escape_cell(text: str) -> str:
+    """Return a text for a cell of a Markdown table."""
+    return text.replace("|", r"\|").replace("<", "&lt;").replace("*", r"\*")
 
 
 READ_AS = {
@@ -206,27 +210,38 @@ EVIDENCE_NEEDED = {
 }
 
 
-def kinds_page() -> str:
-    """Return the page of the kinds of findings, with a section per id."""
+def kind_pages() -> dict[str, str]:
+    """Return a page per kind of finding, and their index."""
+    pages = {f"kinds/{id}.md": kind_page(kind) for id, kind in KINDS.items()}
+    return {"kinds.md": kinds_index()} | pages
+
+
+def kinds_index() -> str:
+    """Return the index of the kinds of findings, with a table per group."""
     parts = [
         "# Kinds of findings\n\nAn id keeps its meaning in later releases; names and messages may improve. "
         "`lorascope doctor --list` prints this list, and see [the guide](doctor.md) for how to read it.\n"
     ]
     for digit, (heading, intro) in KIND_GROUPS.items():
-        parts.append(f"## {heading}\n\n{intro}\n")
-        parts += [kind_section(kind) for kind in KINDS.values() if kind.id[2] == digit]
-    return "\n".join(parts)
+        rows = "\n".join(
+            f"| [{kind.id}](kinds/{kind.id}.md) | `{kind.name}` | {kind.severity} | {escape_cell(kind.problem)} |"
+            for kind in KINDS.values()
+            if kind.id[2] == digit
+        )
+        parts.append(f"## {heading}\n\n{intro}\n\n| id | name | severity | cause |\n|---|---|---|---|\n{rows}\n")
+    listed = "\n".join(f"kinds/{id}" for id in KINDS)
+    return "\n".join([*parts, f"```{{toctree}}\n:hidden:\n\n{listed}\n```\n"])
 
 
-def kind_section(kind: Kind) -> str:
-    """Return the section of one kind: cause, evidence, fix."""
+def kind_page(kind: Kind) -> str:
+    """Return the page of one kind: cause, evidence, fix."""
     if not (kind.problem and kind.evidence):
         raise ValueError(f"kind {kind.id} must have a problem and its evidence")
     fix = f"**Fix.** {sentence(kind.fix)}" if kind.fix else "An observation, not a fault."
     live = any(rule.id == kind.id and rule.live_from is not None for rule in RULES)
     checked = " Alarms check it in training." if live else ""
     return (
-        f"({kind.id})=\n### {kind.id}: `{kind.name}`\n\n**Cause.** {kind.problem} Severity: {kind.severity}.\n\n"
+        f"({kind.id})=\n# {kind.id}: `{kind.name}`\n\n**Cause.** {kind.problem} Severity: {kind.severity}.\n\n"
         f"**Evidence.** {sentence(kind.evidence)} Needs {EVIDENCE_NEEDED[kind.needs]}.{checked}\n\n{fix}\n"
     )
 
@@ -265,9 +280,8 @@ def write_if_changed(path: Path, text: str) -> None:
 def write_pages(app: Sphinx, config: Config) -> None:
     """Write all generated pages into the source folder, before Sphinx looks for sources."""
     source = Path(app.srcdir)
-    pages = method_pages() | reference_pages() | gallery.pages(source)
+    pages = method_pages() | reference_pages() | kind_pages() | gallery.pages(source)
     pages |= {"quantities.md": quantities_page(), "formats.md": formats_page(), "cli.md": commands_page()}
-    pages["kinds.md"] = kinds_page()
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         pages[f"tutorials/{notebook.name}"] = notebook.read_text(encoding="utf-8")
     for name, text in pages.items():

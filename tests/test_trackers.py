@@ -6,6 +6,7 @@ import gc
 import json
 import random
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -248,6 +249,29 @@ def test_wandb_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatch
     assert without_time(values) == without_time(curves(run))
     assert {"charts/update_norm_heat", "charts/rank_allocation"} <= images
     assert (config["id"], config["method.rank"], config["settings.steps"]) == (run.id, 2, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of ClearML
+def test_clearml_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatch):
+    clearml = pytest.importorskip("clearml")
+    monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path))
+    clearml.Task.set_offline(True)
+    _, run = train(bert, task, tmp_path / "run", report_to="clearml")
+    (session,) = tmp_path.glob("**/offline-*.zip")
+    with zipfile.ZipFile(session) as archive:
+        lines = archive.read("metrics.jsonl").decode().splitlines()
+    events = [event for line in lines for event in json.loads(line)]
+    values, images = {}, set()
+    for event in events:
+        title, series = event["metric"], event["variant"]
+        if "url" in event:
+            images.add(title)
+        elif not title.startswith(":"):  # a value of the machine
+            values[title if "/" in title else f"{series}/{title}", event["iter"]] = event["value"]
+    assert without_time(values) == pytest.approx(without_time(curves(run)))
+    assert {event["variant"] for event in events if event["metric"] == "loss"} == {"train", "eval", "test"}
+    assert {"charts/update_norm_heat", "charts/rank_allocation"} <= images
 
 
 @pytest.mark.filterwarnings("ignore")  # of Trackio

@@ -127,11 +127,12 @@ class TrackerReport(Report):
         self._state.step = step
         # Written first: a killed training may lose a step in the trackers, but repeats none.
         self._write_state()
-        named = [(_curve(name), value) for name, value in values.items()]
+        named = [*values.items()]
         for start in range(0, len(named), _MOST_VALUES):
-            part = dict(named[start : start + _MOST_VALUES])
+            part = named[start : start + _MOST_VALUES]
             for name, tracker in self._trackers.items():
-                self.attempt(name, partial(tracker.log, part, step=step))
+                curves = {_curve(value_name, name): value for value_name, value in part}
+                self.attempt(name, partial(tracker.log, curves, step=step))
 
     def _write_state(self) -> None:
         """Write the state without waiting for the disk; without it, a resumed training would repeat steps."""
@@ -222,12 +223,16 @@ def _configuration(path: Path, meta: Manifest) -> dict[str, Any]:
     }
 
 
-def _curve(name: str) -> str:
-    """Return a name with its group before the slash, as the Trainer's trackers do: ``train/loss``, ``eval/loss``."""
+def _curve(name: str, tracker: str) -> str:
+    """Return a name with its group, as the Trainer's trackers do: ``train/loss``, ``eval/loss``.
+
+    For ClearML it is ``train_loss``, from which accelerate makes the series ``train`` of the plot ``loss``.
+    """
     if "/" in name:
         return name
     group, _, rest = name.partition("_")
-    return f"{group}/{rest}" if group in ("eval", "test") and rest else f"train/{name}"
+    group, rest = (group, rest) if group in ("eval", "test") and rest else ("train", name)
+    return f"{group}{'_' if tracker == 'clearml' else '/'}{rest}"
 
 
 def _log_images(name: str, tracker: Any, files: Sequence[Path], step: int) -> None:
@@ -244,7 +249,7 @@ def _log_images(name: str, tracker: Any, files: Sequence[Path], step: int) -> No
         case "trackio":
             image = importlib.import_module("trackio").Image
             tracker.log({key: image(value) for key, value in images.items()}, step=step)
-        case "aim":
+        case "aim" | "clearml":
             tracker.log_images(images, step=step)
         case _:
             if hasattr(tracker, "log_images"):

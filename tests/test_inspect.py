@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from adapter_bits import draw, peft_folder, stored_as
 from planted import manifest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -401,3 +402,17 @@ def test_entries_near_the_limit_of_float64_are_shown(
     shown = capsys.readouterr().out
     if not words:
         assert {1e152: "e+306", 1e300: "inf", np.inf: "NaN"}[largest] in shown
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+def test_spectra_read_in_tiles_equal_those_of_loaded_factors(tmp_path: Path, dtype: str) -> None:
+    """Tall and wide factors of several tiles, with a last tile that is shorter, and columns of any order in memory."""
+    sides = {"layers.0.q_proj": (5000, 40), "layers.0.v_proj": (40, 5000), "layers.1.q_proj": (5, 9)}
+    modules = {name: (draw(0, out, 12), draw(1, 12, inner)) for name, (out, inner) in sides.items()}
+    folder = peft_folder(tmp_path / "adapter", modules, r=12)
+    stored_as(folder / "adapter_model.safetensors", dtype)
+    adapter = load(folder)
+    for name, update in adapter.updates().items():
+        assert adapter.spectra[name].tolist() == update.singular_values().tolist()
+        expected = np.linalg.svd(update.dense(), compute_uv=False)[: len(adapter.spectra[name])]
+        assert adapter.spectra[name] == pytest.approx(expected, rel=1e-9)

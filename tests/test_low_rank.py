@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import lorascope.updates as update
-from lorascope.updates import Dense, LowRank, WeightDecomposed
+from lorascope.updates import Dense, LowRank, WeightDecomposed, linalg
 
 RNG = np.random.default_rng(7)
 
@@ -83,6 +83,17 @@ def test_tall_factors_are_decomposed_in_blocks(side):
     expected = np.linalg.svd(np.linalg.qr(B, mode="r") @ np.linalg.qr(A.T, mode="r").T, compute_uv=False)
     large = expected > 1e-6 * expected[0]
     assert LowRank(B, A).singular_values()[large] == pytest.approx(expected[large], rel=1e-9)
+
+
+def test_columns_of_different_scales_are_accurate_without_qr(monkeypatch):
+    """Cholesky of a Gram matrix is accurate for columns of any scale, as QR is; only dependent columns require QR."""
+    B, A = with_condition(3000, 12, 30) * np.geomspace(1, 1e-7, 12), with_condition(70, 12, 30).T
+    R_left, R_right = np.linalg.qr(B, mode="r"), np.linalg.qr(A.T, mode="r")
+    expected = np.linalg.svd(R_left @ R_right.T, compute_uv=False)
+    large = expected > 1e-6 * expected[0]
+    monkeypatch.delattr(linalg, "_qr_triangle")
+    for size in (2.0**-100, 1.0, 2.0**100):
+        assert LowRank(size * B, A).singular_values()[large] == pytest.approx(size * expected[large], rel=1e-10)
 
 
 def test_batches_of_mixed_shapes_keep_their_order():

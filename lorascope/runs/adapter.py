@@ -20,7 +20,7 @@ from lorascope.runs.result import Result
 from lorascope.schema import records
 from lorascope.schema.module_roles import parse
 from lorascope.schema.records import Record
-from lorascope.updates import Dense, Update, effective_rank, stable_rank
+from lorascope.updates import Dense, Update, effective_rank, spectra, stable_rank
 from lorascope.updates.linalg import root_of_squares
 
 
@@ -83,6 +83,12 @@ class Adapter(Result):
     def measures(self) -> dict[str, dict[str, float]]:
         """Norms and ranks by module; NaN if they require base weights or slow spectra."""
         return {module: self._measure_module(module) for module in self.files.parts}
+
+    @cached_property
+    def spectra(self) -> dict[str, np.ndarray]:
+        """See `Result.spectra`; factors are read in tiles that stay in the cache."""
+        parts = self.files.parts
+        return dict(zip(parts, spectra(part.unread() for part in parts.values()), strict=True))
 
     def _measure_module(self, module: str) -> dict[str, float]:
         part = self.files.parts[module]

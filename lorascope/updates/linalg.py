@@ -22,6 +22,9 @@ _QR_ROWS = 1024
 # A Gram matrix squares the condition number. If its own exceeds 1e6, its Cholesky factor loses the digits that
 # ``spectra`` promises.
 GRAM_LIMIT = 1e-6
+_SMALLEST_SQUARE = 1e-290  # smaller ones lose digits, and so do their products
+GRAM_VALUES = 1 << 15  # of a tile: several copies fit in the cache
+_LEAST_COLUMNS = 8  # of a block of a Gram matrix: a narrower one takes as long
 
 
 def effective_rank(sigma: Float[np.ndarray, "k"]) -> float:
@@ -140,20 +143,25 @@ def projected_norm(
     return float(np.linalg.norm(as_float64(U).T @ as_float64(W) @ as_float64(V)))
 
 
-def triangles(factors: Sequence[np.ndarray]) -> Float[np.ndarray, "n small rank"]:
+def triangles(factors: Sequence[Any], buffer: np.ndarray | None = None) -> Float[np.ndarray, "n small rank"]:
     """Compute R of X = Q R for arrays X (side, rank) by Cholesky of the Gram matrix or QR; small = min(side, rank).
 
-    R of an array with NaN or infinity contains NaN.
+    R of an array with NaN or infinity contains NaN. See ``tiles`` for other arrays than those of numpy and ``buffer``.
     """
     rank, small = factors[0].shape[1], min(factors[0].shape)
     result = np.empty((len(factors), small, rank))
     sound = np.zeros(len(factors), dtype=bool)
     if small == rank:
-        grams = np.stack([gram(factor) for factor in factors])
-        sound = np.isfinite(grams).all(axis=(1, 2))
-        eigenvalues = np.linalg.eigvalsh(grams[sound])
-        sound[sound] = eigenvalues[:, 0] > GRAM_LIMIT * eigenvalues[:, -1]
-        result[sound] = np.linalg.cholesky(grams[sound], upper=True)
+        grams = np.stack([gram(factor, buffer) for factor in factors])
+        squares = np.diagonal(grams, axis1=1, axis2=2)
+        sound = np.isfinite(grams).all(axis=(1, 2)) & (squares > _SMALLEST_SQUARE).all(axis=1)
+        # Rounding errors of a Gram matrix are relative to the norms of its columns, so their scale does not matter.
+        sizes = np.sqrt(squares[sound])[:, None, :]
+        cosines = grams[sound] / (sizes * sizes.swapaxes(1, 2))
+        eigenvalues = np.linalg.eigvalsh(cosines)
+        accurate = eigenvalues[:, 0] > GRAM_LIMIT * eigenvalues[:, -1]
+        sound[sound] = accurate
+        result[sound] = np.linalg.cholesky(cosines[accurate], upper=True) * sizes[accurate]
     for i, factor in enumerate(factors):
         if not sound[i]:
             result[i] = _qr_triangle(as_float64(factor))
@@ -198,19 +206,58 @@ def all_finite(*arrays: np.ndarray) -> bool:
     return all(np.isfinite(array).all() for array in arrays)
 
 
-def gram(tall: np.ndarray) -> Float[np.ndarray, "rank rank"]:
-    """Compute X^T X in float64, in tiles of rows that stay in the cache."""
-    result = np.zeros((tall.shape[1], tall.shape[1]))
-    for tile in tiles(tall):
-        result += tile.T @ tile
+def gram(tall: Any, buffer: np.ndarray | None = None) -> Float[np.ndarray, "rank rank"]:
+    """Compute X^T X in float64, in tiles of rows that stay in the cache; see ``tiles`` for X and ``buffer``."""
+    rank = tall.shape[1]
+    width = max(_LEAST_COLUMNS, -(-rank // 4))
+    result = np.zeros((rank, rank))
+    # BLAS multiplies narrow blocks of columns faster than it computes X^T X, which numpy would ask of it for the last
+    # block without one more row. Blocks above the diagonal are copied.
+    blocks = [(slice(max(0, first - 1), None), slice(first, first + width)) for first in range(0, rank, width)]
+    for tile in tiles(tall, max(rank, GRAM_VALUES // max(1, rank)), buffer):
+        for rows, columns in blocks:
+            result[rows, columns] += tile.T[rows] @ tile[:, columns]
+    for rows, columns in blocks:
+        result[columns, rows] = result[rows, columns].T
     return result
 
 
-def tiles(matrix: Float[np.ndarray, "rows columns"]) -> Iterator[Float[np.ndarray, "tile columns"]]:
-    """Yield blocks of rows in float64, small enough for the cache."""
-    rows = max(1, TILE_BYTES // (8 * max(1, matrix.shape[1])))
-    for start in range(0, matrix.shape[0], rows):
-        yield as_float64(matrix[start : start + rows])
+def tiles(
+    matrix: Any, rows: int | None = None, buffer: np.ndarray | None = None
+) -> Iterator[Float[np.ndarray, "tile columns"]]:
+    """Yield blocks of rows in float64; the next one may overwrite a block.
+
+    Parameters
+    ----------
+    matrix : array (height, columns)
+        An array, a tensor, or stored values with ``shape``, ``dtype``, ``strides`` and slices that have ``read_into``.
+    rows : int, optional
+        Rows of a block, by default as many as fit in the cache.
+    buffer : array of float64, optional
+        Memory for 2 blocks: many calls with the same one touch fewer pages.
+    """
+    height, columns = matrix.shape
+    rows = max(1, min(height, rows or TILE_BYTES // (8 * max(1, columns))))
+    if matrix.dtype == np.float64 or hasattr(matrix, "detach"):
+        for start in range(0, height, rows):
+            yield as_float64(matrix[start : start + rows])
+        return
+    size = rows * columns
+    if buffer is None or len(buffer) < 2 * size:
+        buffer = np.empty(2 * size)
+    wide, narrow = buffer[:size], buffer[size:].view(np.float32)[:size]
+    if matrix.strides[0] >= matrix.strides[1]:  # in the order of the matrix in memory
+        wide, narrow = wide.reshape(rows, columns), narrow.reshape(rows, columns)
+    else:
+        wide, narrow = wide.reshape(columns, rows).T, narrow.reshape(columns, rows).T
+    for start in range(0, height, rows):
+        part = matrix[start : start + rows]
+        count = part.shape[0]
+        if not isinstance(part, np.ndarray):
+            part.read_into(narrow[:count])
+            part = narrow[:count]
+        np.copyto(wide[:count], part)
+        yield wide[:count]
 
 
 def root_of_squares(values: Float[np.ndarray, "n"]) -> float:

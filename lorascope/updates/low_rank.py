@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from lorascope.array_types import Float
 from lorascope.updates.base import Shapes, Update
 from lorascope.updates.linalg import (
     GRAM_LIMIT,
+    GRAM_VALUES,
     all_finite,
     as_float64,
     beside,
@@ -214,7 +215,15 @@ class Mixture(LowRank, form="mixture"):
         return False
 
 
-def spectra(updates: Iterable[Update]) -> list[Float[np.ndarray, "k"]]:
+class Product(NamedTuple):
+    """Update scale * B @ A of stored factors; see `linalg.tiles`."""
+
+    B: Any
+    A: Any
+    scale: float
+
+
+def spectra(updates: Iterable[Update | Product]) -> list[Float[np.ndarray, "k"]]:
     """Compute the singular values of many updates, largest first.
 
     The singular values of B A equal those of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A. They agree with a QR
@@ -223,19 +232,20 @@ def spectra(updates: Iterable[Update]) -> list[Float[np.ndarray, "k"]]:
     """
     values: dict[int, np.ndarray] = {}
     cores = defaultdict(list)
+    buffer = np.empty(2 * GRAM_VALUES)
     with one_thread(), np.errstate(over="ignore", invalid="ignore"):
         for i, update in enumerate(updates):
-            if not isinstance(update, LowRank):
+            if not isinstance(update, LowRank | Product):
                 values[i] = update.singular_values()
-            elif not update.rank:
+            elif not update.B.shape[1]:
                 values[i] = np.empty(0)
             else:
                 scaled, power = _rescale_factors(update)
-                core = _core(scaled)
+                core = _core(scaled, buffer)
                 if np.isfinite(core).all():
                     cores[core.shape].append((i, core, abs(update.scale), power))
                 else:
-                    values[i] = np.full(min(*update.shape, update.rank), np.nan)
+                    values[i] = np.full(min(*update.B.shape, update.A.shape[1]), np.nan)
         for stack in cores.values():
             sigmas = np.linalg.svd(np.stack([core for _, core, *_ in stack]), compute_uv=False)
             for (i, _, scale, power), sigma in zip(stack, sigmas, strict=True):
@@ -243,19 +253,25 @@ def spectra(updates: Iterable[Update]) -> list[Float[np.ndarray, "k"]]:
     return [values[i] for i in range(len(values))]
 
 
-def _rescale_factors(update: LowRank) -> tuple[LowRank, int]:
-    """Return the update with factors whose products fit in float64, and the power of two to multiply it by."""
-    # Products of narrower dtypes always fit in float64.
-    largest = [max(X.max(initial=0), -X.min(initial=0)) if X.dtype == np.float64 else 1 for X in (update.B, update.A)]
-    b, a = (0 if size == 0 or 2.0**-200 < size < 2.0**200 else int(np.frexp(size)[1]) for size in largest)
-    scaled = LowRank(np.ldexp(update.B, -b), np.ldexp(update.A, -a), update.scale) if b or a else update
-    return scaled, b + a
+def _rescale_factors(update: LowRank | Product) -> tuple[Product, int]:
+    """Return factors whose products fit in float64, and the power of two to multiply their product by."""
+    (B, b), (A, a) = _rescale(update.B), _rescale(update.A)
+    return Product(B, A, update.scale), b + a
 
 
-def _core(update: LowRank) -> Float[np.ndarray, "left right"]:
+def _rescale(X: Any) -> tuple[Any, int]:
+    """Divide a factor by a power of two, which is also returned, if products of its values may not fit in float64."""
+    if X.dtype != np.float64:  # products of narrower dtypes always fit
+        return X, 0
+    size = max(np.max(X, initial=0), -np.min(X, initial=0))
+    power = 0 if size == 0 or 2.0**-200 < size < 2.0**200 else int(np.frexp(size)[1])
+    return (np.ldexp(X, -power) if power else X), power
+
+
+def _core(update: Product, buffer: np.ndarray | None = None) -> Float[np.ndarray, "left right"]:
     """Compute R_B R_A^T, a small matrix with the singular values of B A."""
     left, right = update.B, update.A.T
     if min(left.shape) == min(right.shape):  # both sides in one batch
-        R = triangles([left, right])
+        R = triangles([left, right], buffer)
         return R[0] @ R[1].T
-    return triangles([left])[0] @ triangles([right])[0].T
+    return triangles([left], buffer)[0] @ triangles([right], buffer)[0].T

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.safetensors_io import TensorFile, Unread
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.updates import Update, from_factors
+from lorascope.updates.low_rank import Product
 
 PREFIX = "base_model.model."
 """Prefix of module names in PEFT's files."""
@@ -32,6 +33,11 @@ class StoredTensor:
     def read(self) -> Any:
         """Load the array with the two dimensions of ``shape``."""
         return self.file[self.name].reshape(self.shape)
+
+    def unread(self) -> Unread:
+        """Return the tensor with the two dimensions of ``shape``, whose values are not read yet."""
+        found = self.file.unread(self.name)
+        return Unread(found.stored.reshape(self.shape), found.brain)
 
 
 class StoredUpdate:
@@ -83,6 +89,10 @@ class StoredUpdate:
         """Load the factors, and return the update, whose form follows from their names."""
         return from_factors(self.factors(), self.scale, self.exact)
 
+    def unread(self) -> Update | Product:
+        """Return what ``spectra`` computes the singular values from, without loading the factors if possible."""
+        return self.update()
+
     def _tensors(self) -> list[StoredTensor]:
         return [value for value in vars(self).values() if isinstance(value, StoredTensor)]
 
@@ -109,6 +119,10 @@ class StoredLoRA(StoredUpdate):
 
     def factors(self) -> dict[str, Any]:
         return {"A": self.A.read(), "B": self.B.read()}
+
+    def unread(self) -> Update | Product:
+        # A subclass has other factors.
+        return Product(self.B.unread(), self.A.unread(), self.scale) if type(self) is StoredLoRA else self.update()
 
 
 @dataclass(frozen=True)

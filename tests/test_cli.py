@@ -265,7 +265,7 @@ def test_package_and_help_import_no_heavy_modules(code: str) -> None:
 def test_inspect_and_doctor_import_only_what_they_use(adapter: Path, words: list[str]) -> None:
     call = "import sys; from lorascope.cli.main import main; main(sys.argv[1:])"
     heavy = {"torch", "transformers", "peft", "matplotlib", "plotly", "scipy", "pyarrow", "pandas.core", "regex"}
-    heavy |= {"jaxtyping"} | ({"typeguard", "asyncio"} if words == ["doctor"] else set())
+    heavy |= {"jaxtyping", "typeguard", "asyncio", "importlib.metadata", "html.entities"}
     assert not modules_after(call, *words, str(adapter)) & heavy
     # pandas is there for a table.
     assert "pandas.core" in modules_after(call, "inspect", "--csv", str(adapter))

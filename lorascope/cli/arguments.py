@@ -19,10 +19,14 @@ import docstring_parser
 import numpy as np
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 File = Annotated[str | None, arg(metavar="FILE")]
 Folder = Annotated[str | None, arg(metavar="DIR")]
 Name = Annotated[str | None, arg(metavar="NAME")]
+# To check a tuple[str, ...], tyro imports a package that takes as long as tyro itself.
+_WORDS = PrimitiveConstructorSpec("*", "WORD ...", tuple, lambda value: isinstance(value, tuple), list)
+Paths = Annotated[tuple[str, ...], arg(metavar="PATH ..."), _WORDS]
 
 _NUMPYDOC = partial(docstring_parser.parse, style=docstring_parser.DocstringStyle.NUMPYDOC)
 _PLAIN = (bool, int, float, str, Path, type(None))
@@ -112,7 +116,8 @@ def headline(function: Callable[..., Any]) -> str:
 def flag_type(hint: Any) -> Any:
     """Return the part of a type that a command line can express (sequences of str as tuples), or None."""
     if get_origin(hint) is Annotated:
-        return Annotated[flag_type(hint.__origin__) or hint.__origin__, *hint.__metadata__]
+        kind = tuple if _WORDS in hint.__metadata__ else flag_type(hint.__origin__) or hint.__origin__
+        return Annotated[kind, *hint.__metadata__]
     union = get_origin(hint) in (Union, types.UnionType)
     kept: list[Any] = []
     for kind in get_args(hint) if union else [hint]:
@@ -122,7 +127,7 @@ def flag_type(hint: Any) -> Any:
             kept.append(tuple[str, ...])
     if str in kept and Path in kept:
         kept.remove(Path)
-    # Not kept[0] | kept[1]: to check such a union, tyro imports a package that takes as long as tyro itself.
+    # Not kept[0] | kept[1]: to check such a union, tyro imports the same package.
     return Union[tuple(kept)] if set(kept) - {type(None)} else None  # noqa: UP007
 
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import sys
 from functools import partial
 from json import dumps
-from typing import Annotated, Any
+from typing import Any
 
-from tyro.conf import arg
-
-from lorascope.cli.arguments import Folder, command
+from lorascope.cli.arguments import Folder, Paths, command
 from lorascope.cli.load_runs import open_runs
 from lorascope.diagnosis.inspection import Inspection, inspect, rows
 from lorascope.diagnosis.inspection_screen import inspection_screen, modules_screen
@@ -24,7 +22,7 @@ from lorascope.runs.loading import describe_without_updates, is_checkpoint, is_s
 
 @command
 def main(
-    paths: Annotated[tuple[str, ...], arg(metavar="PATH ...")] = (),
+    paths: Paths = (),
     /,
     *,
     base: Folder = None,

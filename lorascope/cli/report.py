@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import Folder, command
+from lorascope.cli.arguments import Folder, Paths, command
 from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.pages import report_card
@@ -15,7 +15,7 @@ from lorascope.pages import report_card
 
 @command
 def main(
-    paths: Annotated[tuple[str, ...], arg(metavar="PATH ...")] = (),
+    paths: Paths = (),
     /,
     *,
     out: Annotated[str | None, arg(aliases=["-o"], metavar="FILE")] = None,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import Folder, Name, command
+from lorascope.cli.arguments import Folder, Name, Paths, command
 from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.survey import Surveyed, find_adapters, survey
 from lorascope.diagnosis.terminal import elide, norm, number, span
@@ -23,7 +23,7 @@ _PATH, _KIND = 34, 10
 
 @command
 def main(
-    paths: Annotated[tuple[str, ...], arg(metavar="PATH ...")] = (),
+    paths: Paths = (),
     /,
     *,
     base: Folder = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import html
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import cached_property
@@ -237,6 +236,8 @@ class Result(ABC):
         return "\n".join(f"{key:8}{printable(value)}" for key, value in self._lines())
 
     def _repr_html_(self) -> str:
+        import html  # slow import
+
         left = " style='text-align:left'"
         lines = ((key, html.escape(printable(value))) for key, value in self._lines())
         rows = (f"<tr><th{left}>{key}</th><td{left}>{value}</td></tr>" for key, value in lines)

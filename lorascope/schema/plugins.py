@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import sys
 import warnings
 from functools import cache
-from importlib.metadata import entry_points
 from typing import Any
 
 
@@ -20,7 +21,8 @@ def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> N
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if module.name not in skip:
             importlib.import_module(f"{package}.{module.name}")
-    for point in installed_entry_points().select(group=group) if group else ():
+    points = installed_entry_points() if group else None
+    for point in points.select(group=group) if points else ():
         try:
             # A package that is being imported, and so caused this import, continues with its own afterwards.
             importlib.import_module(point.module)
@@ -32,5 +34,29 @@ def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> N
 
 @cache
 def installed_entry_points() -> Any:
-    """Return the entry points of all installed packages: one search of their metadata for all groups."""
+    """Return the entry points of all installed packages, or None if none of them has a group of this package.
+
+    Importing ``importlib.metadata`` to parse the files takes as long as reading an adapter.
+    """
+    if not any(map(_has_group, sys.path)):
+        return None
+    from importlib.metadata import entry_points
+
     return entry_points()
+
+
+def _has_group(folder: str) -> bool:
+    """Return whether a package in a folder of ``sys.path`` has a group of this package; True for an archive."""
+    try:
+        names = os.listdir(folder or ".")
+    except OSError:  # not a folder
+        return os.path.isfile(folder)
+    for name in names:
+        if name.endswith((".dist-info", ".egg-info")):
+            try:
+                with open(os.path.join(folder, name, "entry_points.txt"), "rb") as file:
+                    if b"[lorascope." in file.read():
+                        return True
+            except OSError:  # it has no entry points
+                continue
+    return False

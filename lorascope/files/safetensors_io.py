@@ -56,8 +56,7 @@ MAX_NAME = 1000
 _ABOUT = "about"
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(msgspec.Struct, frozen=True):
     """Header entry of one tensor."""
 
     dtype: str
@@ -243,8 +242,7 @@ def open_tensors(file: Path) -> TensorFile:
     return TensorFile(file)
 
 
-@dataclass(frozen=True)
-class _Index:
+class _Index(msgspec.Struct, frozen=True):
     """Index of shards: the file of each tensor."""
 
     weight_map: dict[str, str]

@@ -66,8 +66,7 @@ class Test:
     groups: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Allocation:
+class Allocation(msgspec.Struct, frozen=True):
     """Budget and schedule of AdaLoRA, under the names of lorascope and of PEFT."""
 
     kind: str | None = None
@@ -81,27 +80,23 @@ class Allocation:
     total_step: Count | None = None
 
 
-@dataclass(frozen=True)
-class _Method(Allocation):
-    name: str = field(kw_only=True)
+class _Method(Allocation, frozen=True, kw_only=True):
+    name: str
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(msgspec.Struct, frozen=True):
     steps: Count
     batch_size: Count | None = None
     lr: float | None = None
     observers: list[dict[str, Any]] | None = None
 
 
-@dataclass(frozen=True)
-class _SavedState:
+class _SavedState(msgspec.Struct, frozen=True):
     step: Count
     ranks: dict[str, Count]
 
 
-@dataclass(frozen=True)
-class _RunFile:
+class _RunFile(msgspec.Struct, frozen=True):
     """Fields that ``run.json`` must have, unlike an adapter, and the values in its dictionaries that readers use."""
 
     status: Literal["running", "done", "broken"]
@@ -208,21 +203,19 @@ class Manifest:
         }
 
 
-@dataclass(frozen=True)
-class _Axes:
-    axes: list[str] = field(default_factory=list)
-    labels: dict[str, list[str | float | bool | None]] = field(default_factory=dict)
+class _Axes(msgspec.Struct, frozen=True):
+    axes: list[str] = msgspec.field(default_factory=list)
+    labels: dict[str, list[str | float | bool | None]] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class About:
+class About(msgspec.Struct, frozen=True):
     """Description of the arrays of a snapshot, from its header."""
 
     factors: dict[str, list[str]]
     scales: dict[str, Finite]
     exact: dict[str, bool]
     axes: dict[str, _Axes]
-    forms: dict[str, str] = field(default_factory=dict)
+    forms: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 def assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:

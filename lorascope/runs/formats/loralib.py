@@ -32,8 +32,7 @@ from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA
 MAX_OUTPUTS = 64
 
 
-@dataclass(frozen=True)
-class MergedConfig:
+class MergedConfig(msgspec.Struct, frozen=True):
     """Settings used from an added ``adapter_config.json``; without ``r``, lora_B determines the rank."""
 
     r: Positive | None = None

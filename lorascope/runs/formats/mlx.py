@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
@@ -42,20 +43,18 @@ _WEIGHT = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>weight)")
 _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
-@dataclass(frozen=True)
-class LoraParameters:
+class LoraParameters(msgspec.Struct, frozen=True):
     """Settings used from ``lora_parameters``."""
 
     scale: Finite | None = None
     alpha: Finite | None = None
 
 
-@dataclass(frozen=True)
-class MlxConfig:
+class MlxConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with mlx-lm's defaults."""
 
     fine_tune_type: str = "lora"
-    lora_parameters: LoraParameters = field(default_factory=LoraParameters)
+    lora_parameters: LoraParameters = msgspec.field(default_factory=LoraParameters)
     model: str | None = None
 
 

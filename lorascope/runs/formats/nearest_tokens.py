@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.array_types import Float, Int
@@ -18,15 +18,13 @@ _BLOCK = 2**22  # values of the embedding in memory at once
 _SHOWN = 20
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
+class _Vocabulary(msgspec.Struct, frozen=True):
     """Tokens in ``tokenizer.json``, with their ids or in the order of them."""
 
     vocab: dict[str, int] | list[tuple[str, float]]
 
 
-@dataclass(frozen=True)
-class _Tokenizer:
+class _Tokenizer(msgspec.Struct, frozen=True):
     model: _Vocabulary
 
 

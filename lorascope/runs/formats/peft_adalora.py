@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
@@ -25,8 +26,7 @@ from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 
 
-@dataclass(frozen=True)
-class AdaLoraConfig:
+class AdaLoraConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults; ``rank_pattern`` masks components."""
 
     init_r: Positive = 12

@@ -8,10 +8,11 @@ the same holds for B, stored as (out, rank / blocks). The update is the usual pr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.array_types import Float
@@ -25,8 +26,7 @@ from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 
 
-@dataclass(frozen=True)
-class Blocks:
+class Blocks(msgspec.Struct, frozen=True):
     """Settings of ``use_bdlora``, with PEFT's defaults."""
 
     target_modules_bd_a: list[str] | None = None
@@ -34,11 +34,10 @@ class Blocks:
     nblocks: Positive = 1
 
 
-@dataclass(frozen=True)
-class BlockConfig:
+class BlockConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json`` in addition to those of LoRA."""
 
-    use_bdlora: Blocks = field(default_factory=Blocks)
+    use_bdlora: Blocks = msgspec.field(default_factory=Blocks)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ Source: Bini et al. (arXiv 2503.18225), equation 8, as in PEFT.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
@@ -28,8 +28,7 @@ from lorascope.updates.linalg import as_float64
 _SHAPES = {"delora_A": "r in", "delora_B": "out r", "delora_lambda": "1", "delora_w_norm": "in"}
 
 
-@dataclass(frozen=True)
-class DeloraConfig:
+class DeloraConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     r: Positive = 8

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
@@ -46,8 +47,7 @@ _MAX_EXPERTS = 10_000  # every expert is a module; published models have up to 5
 _ORIENTED = (0, 19)  # first version of PEFT whose B A has the orientation of the parameter
 
 
-@dataclass(frozen=True)
-class ExpertsConfig:
+class ExpertsConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json`` in addition to those of LoRA."""
 
     target_parameters: list[str]

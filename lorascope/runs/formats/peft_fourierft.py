@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.array_types import Int
@@ -31,8 +32,7 @@ from lorascope.updates.fourier import SEEDS, Fourier, entries
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>fourierft_spectrum)(?:\.[^.]+)?")
 
 
-@dataclass(frozen=True)
-class FourierConfig:
+class FourierConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     n_frequency: Positive = 1000

@@ -10,10 +10,10 @@ Source: Chavan et al. (arXiv 2306.07967), equation 10, as in PEFT.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
@@ -34,8 +34,7 @@ _SHAPES: dict[str, dict[str, str]] = {
 }
 
 
-@dataclass(frozen=True)
-class GloraConfig:
+class GloraConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     r: Positive = 4

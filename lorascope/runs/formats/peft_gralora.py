@@ -11,11 +11,11 @@ Source: Jung et al. (arXiv 2505.20355), equation 6, as in PEFT.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
@@ -32,8 +32,7 @@ _GRID = {"gralora_A": "k inner r", "gralora_B": "k r outer"}
 _GENERAL = {"gralora_A_general": "hybrid in", "gralora_B_general": "out hybrid"}
 
 
-@dataclass(frozen=True)
-class GraloraConfig:
+class GraloraConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     r: Positive = 32

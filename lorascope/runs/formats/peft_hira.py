@@ -9,11 +9,11 @@ Source: Huang et al. (ICLR 2025, "HiRA"), equation 2, as in PEFT.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
@@ -35,8 +35,7 @@ from lorascope.updates import Dense
 from lorascope.updates.linalg import as_float64
 
 
-@dataclass(frozen=True)
-class HiraConfig:
+class HiraConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     r: Positive = 32

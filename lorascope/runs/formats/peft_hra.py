@@ -10,11 +10,11 @@ Source: Yuan et al. (arXiv 2405.17484), equations 5 and 6, as in PEFT.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
@@ -35,8 +35,7 @@ from lorascope.updates import LowRank
 from lorascope.updates.linalg import as_float64
 
 
-@dataclass(frozen=True)
-class HRAConfig:
+class HRAConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     apply_GS: bool = False

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
@@ -32,8 +32,7 @@ from lorascope.updates import Dense
 from lorascope.updates.linalg import as_float64
 
 
-@dataclass(frozen=True)
-class IA3Config:
+class IA3Config(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     feedforward_modules: str | list[str] | None = None

@@ -11,10 +11,10 @@ Source: Hyeon-Woo et al. (arXiv 2108.06098), equation 4 and its Tucker form, as 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.array_types import Float
@@ -35,8 +35,7 @@ _TUCKER = {"hada_w1_a": "r out", "hada_w1_b": "r in", "hada_w2_a": "r out", "had
 }
 
 
-@dataclass(frozen=True)
-class LycorisConfig:
+class LycorisConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json`` of LoHa and LoKr, with PEFT's defaults."""
 
     r: Positive = 8

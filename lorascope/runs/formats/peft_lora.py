@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from lorascope.files import hub
 from lorascope.files.printable import printable
@@ -52,8 +53,7 @@ _VARIANTS = {
 }
 
 
-@dataclass(frozen=True)
-class CommonConfig(Allocation):
+class CommonConfig(Allocation, frozen=True):
     """Settings used from the configuration of any kind of adapter."""
 
     peft_type: str = ""
@@ -69,8 +69,7 @@ class CommonConfig(Allocation):
     alpha_pattern: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json`` of LoRA and DoRA, with PEFT's defaults."""
 
     r: Positive = 8

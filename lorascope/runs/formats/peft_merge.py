@@ -32,8 +32,7 @@ MERGED = ("ADAMSS", "DEFT", "FROD", "OSF", "PEANUT", "PSOFT", "PVERA", "TINYLORA
 """Types of adapters that only PEFT reads."""
 
 
-@dataclass(frozen=True)
-class MergedConfig:
+class MergedConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with limits of what PEFT allocates."""
 
     task_type: str | None = None

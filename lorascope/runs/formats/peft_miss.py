@@ -11,11 +11,11 @@ Source: Kang and Yin (arXiv 2409.15371), as in PEFT; Bone and its two forms as i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
@@ -29,8 +29,7 @@ from lorascope.updates import Dense, LowRank
 from lorascope.updates.linalg import as_float64
 
 
-@dataclass(frozen=True)
-class MissConfig:
+class MissConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     r: Positive = 64

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
@@ -30,8 +31,7 @@ _LAYER = re.compile(r"(.*?\.(?:layers?|h)\.)(\d{1,4})(\..*)", re.DOTALL)
 _MAX_LAYERS = 10_000
 
 
-@dataclass(frozen=True)
-class ReplicationConfig:
+class ReplicationConfig(msgspec.Struct, frozen=True):
     """Setting used from ``adapter_config.json``: first layers and ends of the ranges that form the stack."""
 
     layer_replication: list[tuple[Count, Count]] | None = None

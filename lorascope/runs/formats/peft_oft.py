@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,8 +33,7 @@ from lorascope.updates import Dense
 from lorascope.updates.linalg import as_float64
 
 
-@dataclass(frozen=True)
-class OFTConfig:
+class OFTConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     coft: bool = False

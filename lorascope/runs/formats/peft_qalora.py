@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
@@ -32,8 +33,7 @@ from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA
 
 
-@dataclass(frozen=True)
-class GroupConfig:
+class GroupConfig(msgspec.Struct, frozen=True):
     """Setting used from ``adapter_config.json`` in addition to those of LoRA, with PEFT's default."""
 
     qalora_group_size: Positive = 16

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.array_types import Float
@@ -40,8 +40,7 @@ from lorascope.updates.random_projection import uniform
 Bases = tuple[Float[np.ndarray, "r 1 smaller"], Float[np.ndarray, "larger n r"]]
 
 
-@dataclass(frozen=True)
-class RandLoraConfig:
+class RandLoraConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     r: Positive = 32

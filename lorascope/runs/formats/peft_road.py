@@ -11,11 +11,11 @@ Source: Liao and Monz (arXiv 2409.00119), equation 4, as in PEFT.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
@@ -30,8 +30,7 @@ from lorascope.updates import Dense
 from lorascope.updates.linalg import as_float64
 
 
-@dataclass(frozen=True)
-class RoadConfig:
+class RoadConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"

@@ -10,11 +10,11 @@ Source: Bhardwaj et al. (arXiv 2406.13175), as in PEFT.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
@@ -30,8 +30,7 @@ from lorascope.updates.fourier import SEEDS, entries
 from lorascope.updates.linalg import as_float64
 
 
-@dataclass(frozen=True)
-class ShiraConfig:
+class ShiraConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     random_seed: int | None = None

@@ -10,11 +10,11 @@ Source: as in PEFT (arXiv 2607.09287).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
@@ -30,8 +30,7 @@ from lorascope.updates.linalg import as_float64
 _FACTORS = {"supertuning_lora_A": "r in", "supertuning_lora_B": "out r"}
 
 
-@dataclass(frozen=True)
-class SupertuningConfig:
+class SupertuningConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults; without ``r`` there are no factors."""
 
     r: Positive | None = None

@@ -12,11 +12,11 @@ Source: Li et al. (arXiv 2405.15179), equations 1 to 3, as in PEFT.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
@@ -38,8 +38,7 @@ from lorascope.updates.linalg import as_float64
 _BANK = "vblora_vector_bank"
 
 
-@dataclass(frozen=True)
-class VBLoRAConfig:
+class VBLoRAConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     r: Positive = 4

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
@@ -33,8 +34,7 @@ _FACTOR = re.compile(r"(?s)(?P<module>.+)\.vera_(?P<factor>lambda_b|lambda_d)(?:
 _SHARED = re.compile(r"(^|\.)vera_[AB]$")
 
 
-@dataclass(frozen=True)
-class VeraConfig:
+class VeraConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     r: Positive = 256

@@ -11,11 +11,11 @@ Source: Bilican et al. (arXiv 2505.12532), as in PEFT.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from lorascope.array_types import Float
@@ -33,8 +33,7 @@ from lorascope.updates.fourier import SEEDS, entries
 from lorascope.updates.linalg import as_float64
 
 
-@dataclass(frozen=True)
-class WaveFTConfig:
+class WaveFTConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     n_frequency: Positive = 2592

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
 from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredTensor
@@ -36,8 +38,7 @@ UNUSED = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
 """Tensors of VeLoRA and MonteCLoRA that have no effect after training."""
 
 
-@dataclass(frozen=True)
-class TokensConfig:
+class TokensConfig(msgspec.Struct, frozen=True):
     """Setting used from ``adapter_config.json``: indices of the embedding, or by module."""
 
     trainable_token_indices: list[Count] | dict[str, list[Count]] | None = None

@@ -17,7 +17,7 @@ from lorascope.files.hub import locate
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safe_csv import csv_text
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.loading import describe_without_updates, is_checkpoint, is_series
+from lorascope.runs.loading import NoUpdatesError, is_checkpoint, is_series
 
 
 @command
@@ -77,9 +77,6 @@ def main(
     shown: Any
     screens: list[tuple[Any, Any]]
     found = [locate(path) for path in paths]
-    if len(found) == 1 and (sentence := describe_without_updates(found[0], base)) is not None:
-        print(dumps({"path": str(found[0]), "message": sentence}, indent=1) if json else sentence)
-        return 0
     if whole := [path for path in found if is_checkpoint(path)]:
         if len(paths) > 1:
             raise ValueError(f"cannot compare {whole[0]}: only adapters and runs are compared, not whole models")
@@ -94,7 +91,13 @@ def main(
         table = partial(shown.scores.drop, columns="top")
         screens = [(projections_screen if all else neurons_screen, shown)]
     else:
-        runs = open_runs(found, base)
+        try:
+            runs = open_runs(found, base)
+        except NoUpdatesError as error:
+            if len(found) > 1:
+                raise
+            print(dumps({"path": str(found[0]), "message": error.sentence}, indent=1) if json else error.sentence)
+            return 0
         if unfinished := [run for run in runs if not isinstance(run, Adapter) and not run.meta.states]:
             print(*unfinished, sep="\n")
             return 1

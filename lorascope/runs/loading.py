@@ -31,6 +31,14 @@ _DESCRIBES = re.compile(r"lora_adapter_metadata$|ss_|modelspec\.|general\.|adapt
 MARKS = ("recipe.json", "run.json", CONFIG)
 
 
+class NoUpdatesError(ValueError):
+    """An adapter that changes no weights, such as a trained prompt; ``sentence`` describes it."""
+
+    def __init__(self, path: Path, sentence: str) -> None:
+        super().__init__(f"cannot load {printable(path)}: {sentence}")
+        self.sentence = sentence
+
+
 def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter | Series:
     """Open a run, an adapter, or the checkpoints of one training.
 
@@ -144,20 +152,6 @@ def load_adapter(path: Path, base: str | Path | None) -> Adapter:
     return Adapter(files, files.base or model)
 
 
-def describe_without_updates(path: Path, base: str | Path | None = None) -> str | None:
-    """Return the sentence about an adapter that changes no weights, such as a trained prompt; None for all others.
-
-    With a base, it names the base's tokens that are nearest to a prompt.
-    """
-    if is_run(path) or not is_adapter(path):
-        return None
-    files = _open_files(path)
-    config = _configuration(path, files)
-    say = find_sentence(config, {name for each in files for name in each})
-    model = None if base is None or say is None else PretrainedWeights(locate_base(base))
-    return None if say is None else say(path, config, files, model)
-
-
 def is_run(path: str | Path) -> bool:
     """Return whether a folder is a run that lorascope trained or recorded."""
     return any((Path(os.path.expanduser(path)) / mark).exists() for mark in MARKS[:2])
@@ -190,7 +184,7 @@ def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
     to_typed(config, CommonConfig, _config_file(path))
     names = {name for each in files for name in each}
     if (say := find_sentence(config, names)) is not None:
-        raise ValueError(f"cannot load {printable(path)}: {say(path, config, files, base)}")
+        raise NoUpdatesError(path, say(path, config, files, base))
     reader = find_reader(config, names)
     if reader is not None:
         if len(names) < sum(map(len, files)):

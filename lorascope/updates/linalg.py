@@ -152,9 +152,9 @@ def triangles(factors: Sequence[Any], buffer: np.ndarray | None = None) -> Float
     result = np.empty((len(factors), small, rank))
     sound = np.zeros(len(factors), dtype=bool)
     if small == rank:
-        grams = np.stack([gram(factor, buffer) for factor in factors])
-        squares = np.diagonal(grams, axis1=1, axis2=2)
-        sound = np.isfinite(grams).all(axis=(1, 2)) & (squares > _SMALLEST_SQUARE).all(axis=1)
+        grams = np.array([gram(factor, buffer) for factor in factors])
+        squares = grams.diagonal(axis1=1, axis2=2)
+        sound = ((squares > _SMALLEST_SQUARE) & (squares < np.inf)).all(axis=1)
         # Rounding errors of a Gram matrix are relative to the norms of its columns, so their scale does not matter.
         sizes = np.sqrt(squares[sound])[:, None, :]
         cosines = grams[sound] / (sizes * sizes.swapaxes(1, 2))

@@ -271,6 +271,18 @@ def test_inspect_and_doctor_import_only_what_they_use(adapter: Path, words: list
     assert "pandas.core" in modules_after(call, "inspect", "--csv", str(adapter))
 
 
+@pytest.mark.parametrize(("call", "frozen"), [("main()", True), ("main(sys.argv[1:])", False)])
+def test_garbage_collector_skips_modules_in_a_process_of_the_command_only(
+    adapter: Path, call: str, frozen: bool
+) -> None:
+    code = (
+        f"import gc, sys; from lorascope.cli.main import main; {call}; print(gc.isenabled(), gc.get_freeze_count() > 0)"
+    )
+    words = [sys.executable, "-c", code, "inspect", str(adapter)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"True {frozen}"
+
+
 def test_plot_does_not_import_torch(adapter: Path, tmp_path: Path) -> None:
     call = "import sys; from lorascope.cli.main import main; main(['plot', 'spectrum', sys.argv[1], '-o', sys.argv[2]])"
     assert not modules_after(call, str(adapter), str(tmp_path / "x.pdf")) & {"torch", "transformers", "peft"}

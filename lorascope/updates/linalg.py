@@ -154,7 +154,7 @@ def triangles(factors: Sequence[Any], buffer: np.ndarray | None = None) -> Float
     if small == rank:
         grams = np.array([gram(factor, buffer) for factor in factors])
         squares = grams.diagonal(axis1=1, axis2=2)
-        sound = ((squares > _SMALLEST_SQUARE) & (squares < np.inf)).all(axis=1)
+        sound = np.asarray(((squares > _SMALLEST_SQUARE) & (squares < np.inf)).all(axis=1))
         # Rounding errors of a Gram matrix are relative to the norms of its columns, so their scale does not matter.
         sizes = np.sqrt(squares[sound])[:, None, :]
         cosines = grams[sound] / (sizes * sizes.swapaxes(1, 2))

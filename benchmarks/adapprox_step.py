@@ -80,7 +80,7 @@ def lines(pairs: int) -> Iterator[Line]:
             yield compare(*steps, pairs).line(f"step of one matrix at rank {RANK}, {words} / AdamW's", case)
     for case, shape in cases.items():
         ratio = compare(stepping(fixed(shape, 5)), layer(shape, TOKENS), pairs)
-        yield ratio.line(f"the same, {OVERSAMPLING[5]} / pass of the layer", case)
+        yield ratio.line(f"step of one matrix at rank {RANK}, {OVERSAMPLING[5]} / pass of the layer", case)
     for case, shape in cases.items():
         chooser = selecting(shape)
         ratio = compare(stepping(chooser), stepping(fixed(shape, 5)), max(4, pairs // 8), warmup=1)

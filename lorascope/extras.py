@@ -11,6 +11,7 @@ _IMPORTED = {
     "hub": "datasets",
     "peft": "peft",
     "lightning": "lightning",
+    "dev": "psutil",
 }
 """Packages that an extra installs and this one imports, by extra."""
 _EXTRAS = {package: extra for extra, packages in _IMPORTED.items() for package in packages.split()}

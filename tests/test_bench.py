@@ -60,6 +60,7 @@ def test_values_have_the_digits_that_comparisons_need():
     shown = [line(value).measured for value in (0.0221, 1.0034, 2.345, 45.67, 1034.5)]
     assert shown == ["0.022", "1.003", "2.35", "45.7", "1034"]
     assert line(0.5, 0.4, 0.6, unit="s").measured == "0.500 [0.400, 0.600] s"
+    assert line(12.5, unit="%").measured == "12.5%"
     assert line(0.5, aim=2.5, unit="s").goal == "at most 2.5 s"
     assert line(0.5, aim=1000, at_least=True).goal == "at least 1000"
 

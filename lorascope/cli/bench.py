@@ -61,7 +61,7 @@ def main(
     for name in dict.fromkeys(names or scripts):
         measurement = benchmarks.begin()
         if measurement.load > benchmarks.BUSY:
-            busy = f"{name}: other work runs on this machine (load {measurement.load:g}), which widens the intervals"
+            busy = f"{name}: other work uses {measurement.load:g} cores of this machine, which widens the intervals"
             print(busy, file=sys.stderr, flush=True)
         try:
             for line in benchmarks.run_script(scripts[name], pairs):

@@ -37,7 +37,7 @@ def _conditions(kept: Mapping[str, Measurement]) -> str:
     places: dict[str, list[str]] = {}
     for name, each in kept.items():
         versions = ", ".join(f"{package} {number}" for package, number in each.versions.items())
-        load = f"; other work ran on the machine, load {each.load:g}" if each.load > BUSY else ""
+        load = f"; other work used {each.load:g} cores" if each.load > BUSY else ""
         places.setdefault(f"{each.date}, {each.machine}; {versions}{load}", []).append(name)
     if len(places) == 1:
         return f"Measured on {next(iter(places))}."

@@ -27,7 +27,7 @@ PAIRS = 40
 LARGEST_EXCESS = 1.03
 """Factor by which the end of an interval may miss the aim that the median reaches."""
 BUSY = 0.5
-"""Load average above which other work on the machine may have changed the times."""
+"""Cores in use above which other work on the machine may have changed the times."""
 _PACKAGES = ("lorascope", "torch", "numpy", "transformers", "peft", "safetensors")
 _FUNCTION = re.compile(r"^def lines\(", re.MULTILINE)
 
@@ -81,7 +81,8 @@ class Line:
     def measured(self) -> str:
         """The value with its interval and unit."""
         interval = "" if self.low is None or self.high is None else f" [{_digits(self.low)}, {_digits(self.high)}]"
-        return f"{_digits(self.value)}{interval} {self.unit}".rstrip()
+        unit = "%" if self.unit == "%" else f" {self.unit}".rstrip()
+        return f"{_digits(self.value)}{interval}{unit}"
 
     @property
     def goal(self) -> str:
@@ -104,7 +105,7 @@ class Measurement:
     versions : dict of str
         Versions of Python and of the packages.
     load : float
-        Load average of the last minute before the measurement; above 0.5 other work ran on the machine.
+        Cores in use during the second before the script; above 0.5 other work ran on the machine.
     lines : list of Line
     """
 
@@ -124,11 +125,14 @@ def find_scripts(folder: Path) -> dict[str, Path]:
 
 def begin() -> Measurement:
     """Return the measurement that begins now on this machine, without lines."""
+    import psutil
+
+    cores = os.cpu_count() or 1
     return Measurement(
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        machine=f"{_processor()}, {os.cpu_count()} cores",
+        machine=f"{_processor()}, {cores} cores",
         versions={"python": platform.python_version()} | dict(_installed()),
-        load=round(os.getloadavg()[0], 1),
+        load=round(psutil.cpu_percent(interval=1) / 100 * cores, 1),
         lines=[],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ def pytest_collection_modifyitems(items) -> None:
         module = getattr(item, "module", None)
         if any(getattr(value, "__module__", None) in TOLERANT for value in vars(module).values()) if module else False:
             item.add_marker(pytest.mark.numbers)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt all imported modules from garbage collection, which transformers' trainer runs after each training."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

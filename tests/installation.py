@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+from functools import cache
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -13,19 +14,27 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+@cache
+def required(name: str) -> list[Requirement]:
+    return [Requirement(text) for text in metadata.requires(name) or []]
+
+
+packages = cache(metadata.packages_distributions)
+
+
 def distributions(requirements: Iterable[str], extras: Collection[str] = ()) -> set[str]:
     """Return the distributions that these requirements of lorascope and their own requirements install."""
-    own, seen = list(requirements), set()
+    own, seen = [Requirement(text) for text in requirements], set()
 
     def visit(name: str, extras: Collection[str]) -> None:
         if (key := (name, frozenset(extras))) in seen:
             return
         seen.add(key)
         try:
-            texts = own if name == "lorascope" else metadata.requires(name) or []
+            parsed = own if name == "lorascope" else required(name)
         except metadata.PackageNotFoundError:  # an optional package of another package
             return
-        for requirement in map(Requirement, texts):
+        for requirement in parsed:
             marker = requirement.marker
             if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras or [""]):
                 visit(canonical(requirement.name), requirement.extras)
@@ -36,7 +45,7 @@ def distributions(requirements: Iterable[str], extras: Collection[str] = ()) -> 
 
 def importable(installed: Collection[str]) -> set[str]:
     """Return the top-level names that these distributions provide."""
-    found = metadata.packages_distributions().items()
+    found = packages().items()
     return {name for name, owners in found if {canonical(owner) for owner in owners} & set(installed)}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,13 @@ def draw_totals(runs: Any) -> Chart:
 
 
 class Study:
-    """A registration of three claims on tiny arms, with its folders."""
+    """The folders of a registration of three claims on tiny arms."""
 
     def __init__(self, root: Path) -> None:
-        data, self.out, self.images = root / "data", root / "runs", root / "figures"
-        self.folder, self.file = data / "evidence", data / "registered.toml"
+        self.root, self.out, self.images = root, root / "runs", root / "figures"
+        self.folder, self.file = root / "data" / "evidence", root / "data" / "registered.toml"
+
+    def register(self) -> None:
         self.file.parent.mkdir()
         rows = [("better", "two-way", '["A", "B"]'), ("words", "two-way", '["A", "words"]'), ("rank", "t", '["A"]')]
         claims = [CLAIM.format(name=name, interval=how, seeds=SEEDS, arms=arms) for name, how, arms in rows]
@@ -119,8 +122,9 @@ def _filled(part: str, hashes: dict[str, str]) -> str:
     return part + "\n\n"
 
 
-@pytest.fixture
-def study(bert: str, tmp_path: Path, task: Any, monkeypatch: pytest.MonkeyPatch) -> Study:
+@contextmanager
+def planted_probe(bert: str, task: Any) -> Iterator[None]:
+    """Let the evidence consist of one probe of two tiny arms and word counts."""
     settings = {"steps": 3, "batch_size": 4, "eval_every": 0, "eval_size": 20}
     lora = LoRA(rank=2, targets="all-linear")
 
@@ -148,11 +152,42 @@ def study(bert: str, tmp_path: Path, task: Any, monkeypatch: pytest.MonkeyPatch)
             EvidenceFigure(name="moments", alt="Not recorded", arms={"B": "B"}, draw=plots.second_moments, seeds=2),
         ],
     )  # fmt: skip
-    monkeypatch.setattr(evidence, "PROBES", {"p": probe})
-    monkeypatch.setattr(evidence, "PAIRS", PAIRS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "PROBES", {"p": probe})
+        patch.setattr(evidence, "PAIRS", PAIRS)
+        evidence.registered_arms.cache_clear()
+        yield
     evidence.registered_arms.cache_clear()
-    yield Study(tmp_path)
-    evidence.registered_arms.cache_clear()
+
+
+@pytest.fixture
+def planted(bert: str, task: Any) -> Iterator[None]:
+    with planted_probe(bert, task):
+        yield
+
+
+@pytest.fixture
+def study(planted: None, tmp_path: Path) -> Study:
+    """A study of which nothing is trained."""
+    made = Study(tmp_path)
+    made.register()
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(bert: str, task: Any, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    made = Study(tmp_path_factory.mktemp("study"))
+    with planted_probe(bert, task):
+        made.register()
+        made.write()
+    return made
+
+
+@pytest.fixture
+def finished(planted: None, trained: Study, tmp_path: Path) -> Study:
+    """A copy of a study of which everything is trained."""
+    shutil.copytree(trained.root, tmp_path / "study")
+    return Study(tmp_path / "study")
 
 
 def count(study: Study) -> dict[tuple[str, str], int]:
@@ -160,25 +195,23 @@ def count(study: Study) -> dict[tuple[str, str], int]:
     return {key: int(number) for key, number in runs.groupby(["arm", "role"]).size().items()}
 
 
-def test_from_nothing_to_verdicts_that_verify(study: Study) -> None:
-    study.write()
-    found = count(study)
+def test_from_nothing_to_verdicts_that_verify(finished: Study) -> None:
+    found = count(finished)
     assert found.pop(("A", "tuning")) >= 3  # three registered rates, and further ones if the best is at an end
     assert found == {("A", "judged"): SEEDS, ("B", "judged"): SEEDS, ("words", "baseline"): 1}
-    assert study.differences() == []
-    verdicts = pd.read_csv(study.folder / "verdicts.csv").set_index("claim")
+    assert finished.differences() == []
+    verdicts = pd.read_csv(finished.folder / "verdicts.csv").set_index("claim")
     assert verdicts["n"].eq(SEEDS).all()
-    ranks = 2 * len(store.read(study.folder).table(RANKS, "A", 100))
+    ranks = 2 * len(store.read(finished.folder).table(RANKS, "A", 100))
     assert verdicts.loc["p.rank", "effect"] == ranks - 1
-    rate = pd.read_csv(study.folder / "tuning.csv").query("chosen")["rate"].item()
-    judged = store.read(study.folder).runs.query("arm == 'A' and role == 'judged'")
+    rate = pd.read_csv(finished.folder / "tuning.csv").query("chosen")["rate"].item()
+    judged = store.read(finished.folder).runs.query("arm == 'A' and role == 'judged'")
     assert judged["rate"].eq(rate).all()
 
 
-def test_kept_predictions_are_those_of_the_runs_and_states_are_removed(study: Study) -> None:
-    study.write()
-    kept = store.read(study.folder)
-    for file in study.out.glob("*/run.json"):
+def test_kept_predictions_are_those_of_the_runs_and_states_are_removed(finished: Study) -> None:
+    kept = store.read(finished.folder)
+    for file in finished.out.glob("*/run.json"):
         run = Run.read(file.parent)
         assert not run.restorable
         if run.seed == 100:
@@ -186,12 +219,11 @@ def test_kept_predictions_are_those_of_the_runs_and_states_are_removed(study: St
             assert kept.correct(arm, 100).mean() == run.score.metric
 
 
-def test_a_finished_study_trains_nothing(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    study.write()
-    before = {file: file.read_bytes() for file in study.folder.rglob("*") if file.is_file()}
+def test_a_finished_study_trains_nothing(finished: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {file: file.read_bytes() for file in finished.folder.rglob("*") if file.is_file()}
     monkeypatch.setattr(evidence, "train_job", None)
-    study.write()
-    assert before == {file: file.read_bytes() for file in study.folder.rglob("*") if file.is_file()}
+    finished.write()
+    assert before == {file: file.read_bytes() for file in finished.folder.rglob("*") if file.is_file()}
 
 
 def test_an_interrupted_study_loses_no_finished_run(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,22 +277,21 @@ def test_another_arm_than_registered_is_refused_before_training(study: Study) ->
     assert not study.folder.exists()
 
 
-def test_runs_trained_again_agree_and_show_a_consistent_forgery(study: Study) -> None:
-    study.write()
+def test_runs_trained_again_agree_and_show_a_consistent_forgery(finished: Study) -> None:
     with parallel_config(n_jobs=1):
-        assert evidence.retrain(study.folder, 100, study.file) == []
-    kept = store.read(study.folder)
+        assert evidence.retrain(finished.folder, 100, finished.file) == []
+    kept = store.read(finished.folder)
     run = kept.run("A", 101)
     margins = kept.margins[run].copy()
     margins[np.flatnonzero(margins > 0)[:2]] = -5  # two right rows become wrong, and every number follows from them
-    np.savez_compressed(study.folder / "predictions" / f"{run}.npz", margin=margins)
+    np.savez_compressed(finished.folder / "predictions" / f"{run}.npz", margin=margins)
     rows = kept.runs.assign(
         test_metric=kept.runs["test_metric"].where(kept.runs["run"] != run, float((margins > 0).mean()))
     )
-    (study.folder / "runs.csv").write_bytes(store.to_csv(rows))
-    study.write()
-    assert study.differences() == []
-    lines = evidence.retrain(study.folder, 100, study.file)
+    (finished.folder / "runs.csv").write_bytes(store.to_csv(rows))
+    finished.write()
+    assert finished.differences() == []
+    lines = evidence.retrain(finished.folder, 100, finished.file)
     assert lines[0] == "A, seed 101: margin of 2 rows differs"
     assert lines[1].startswith("A, seed 101: test_metric: kept ")
 
@@ -270,61 +301,58 @@ def image_facts(study: Study, name: str) -> dict[str, Any]:
         return json.loads(image.info["lorascope"])
 
 
-def test_figures_show_kept_runs_and_agree_with_their_data(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
-    study.write()
-    kept, printed = store.read(study.folder), capsys.readouterr().out
+def test_figures_show_kept_runs_and_agree_with_their_data(finished: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    finished.write()  # again, for its lines
+    kept, printed = store.read(finished.folder), capsys.readouterr().out
     assert kept.figures.keys() == {"ranks", "scores", "table"}
     assert re.search("^cannot draw moments: second_moments needs records of moment_sigma", printed, re.MULTILINE)
     about = kept.figures["ranks"].about
     assert about.runs == (kept.run("A", 100), kept.run("A", 101))
     assert set(kept.figures["scores"].about.runs) == {kept.run(arm, seed) for arm in "AB" for seed in (100, 101, 102)}
-    facts = image_facts(study, "ranks")
+    facts = image_facts(finished, "ranks")
     assert facts["runs"] == list(about.runs)
-    assert facts["data_sha256"] == store.digest(study.folder / "figures" / "ranks.parquet")
+    assert facts["data_sha256"] == store.digest(finished.folder / "figures" / "ranks.parquet")
     assert facts["commit"] == kept.runs["commit"].iloc[0]
-    chart = pd.read_parquet(study.folder / "figures" / "scores.parquet")
+    chart = pd.read_parquet(finished.folder / "figures" / "scores.parquet")
     means = kept.runs[kept.runs["role"] == "judged"].groupby("arm")["test_metric"].mean()
     assert chart.drop_duplicates("recipe").set_index("recipe")["value"].to_dict() == pytest.approx(means.to_dict())
 
 
-def test_a_figure_of_a_kept_table_shows_the_seeds_that_have_it(study: Study) -> None:
-    study.write()
-    kept = store.read(study.folder)
+def test_a_figure_of_a_kept_table_shows_the_seeds_that_have_it(finished: Study) -> None:
+    kept = store.read(finished.folder)
     runs = [kept.run("A", seed) for seed in (100, 101, 102)]
     assert kept.figures["table"].about.runs == tuple(runs)
-    (study.folder / "kept" / RANKS / f"{runs[2]}.parquet").unlink()
-    (study.folder / "figures" / "table.parquet").unlink()
-    evidence.draw_figures(study.folder, study.out, study.images, evidence.PROBES.values(), "abc")
-    assert store.read(study.folder).figures["table"].about.runs == tuple(runs[:2])
+    (finished.folder / "kept" / RANKS / f"{runs[2]}.parquet").unlink()
+    (finished.folder / "figures" / "table.parquet").unlink()
+    evidence.draw_figures(finished.folder, finished.out, finished.images, evidence.PROBES.values(), "abc")
+    assert store.read(finished.folder).figures["table"].about.runs == tuple(runs[:2])
 
 
-def test_a_kept_figure_stays_without_the_runs_and_is_drawn_again_if_the_image_is_lost(study: Study) -> None:
-    study.write()
-    before = {file: file.read_bytes() for file in study.images.iterdir()}
-    (study.images / "ranks.png").unlink()
-    (study.images / "scores.png").unlink()
-    study.out.rename(study.out.with_name("elsewhere"))
-    study.write()
+def test_a_kept_figure_stays_without_the_runs_and_is_drawn_again_if_the_image_is_lost(finished: Study) -> None:
+    before = {file: file.read_bytes() for file in finished.images.iterdir()}
+    (finished.images / "ranks.png").unlink()
+    (finished.images / "scores.png").unlink()
+    finished.out.rename(finished.out.with_name("elsewhere"))
+    finished.write()
     # The others are drawn from the evidence alone.
-    assert sorted(file.name for file in study.images.iterdir()) == ["scores.png", "table.png"]
-    assert study.differences() == [
+    assert sorted(file.name for file in finished.images.iterdir()) == ["scores.png", "table.png"]
+    assert finished.differences() == [
         f"figures/ranks.png: data_sha256: kept no image with chart data, recomputed "
-        f"{store.read(study.folder).figures['ranks'].digest[:12]}"
+        f"{store.read(finished.folder).figures['ranks'].digest[:12]}"
     ]
-    study.out.with_name("elsewhere").rename(study.out)
-    study.write()
-    assert before == {file: file.read_bytes() for file in study.images.iterdir()}
-    assert study.differences() == []
+    finished.out.with_name("elsewhere").rename(finished.out)
+    finished.write()
+    assert before == {file: file.read_bytes() for file in finished.images.iterdir()}
+    assert finished.differences() == []
 
 
-def test_a_figure_is_not_drawn_from_runs_with_other_scores_than_kept(study: Study) -> None:
-    study.write()
-    shutil.rmtree(study.folder / "figures")
-    runs = pd.read_csv(study.folder / "runs.csv")
-    other = runs["run"] == store.read(study.folder).run("A", 101)
-    (study.folder / "runs.csv").write_bytes(store.to_csv(runs.assign(test_loss=runs["test_loss"] + 0.1 * other)))
-    study.write()
-    assert store.read(study.folder).figures.keys() == {"scores", "table"}
+def test_a_figure_is_not_drawn_from_runs_with_other_scores_than_kept(finished: Study) -> None:
+    shutil.rmtree(finished.folder / "figures")
+    runs = pd.read_csv(finished.folder / "runs.csv")
+    other = runs["run"] == store.read(finished.folder).run("A", 101)
+    (finished.folder / "runs.csv").write_bytes(store.to_csv(runs.assign(test_loss=runs["test_loss"] + 0.1 * other)))
+    finished.write()
+    assert store.read(finished.folder).figures.keys() == {"scores", "table"}
 
 
 def change_point(study: Study) -> None:
@@ -346,9 +374,8 @@ def name_another_run(study: Study) -> None:
     figures.write(study.folder, "ranks", table, replace(known, runs=("0123456789ab", *known.runs[1:])))
 
 
-def test_tampered_figures_are_named(study: Study) -> None:
-    study.write()
-    folders = (study.folder, study.images)
+def test_tampered_figures_are_named(finished: Study) -> None:
+    folders = (finished.folder, finished.images)
     for folder in folders:
         shutil.copytree(folder, folder.with_name(f"{folder.name}-copy"))
     for tamper, place in (
@@ -359,15 +386,10 @@ def test_tampered_figures_are_named(study: Study) -> None:
         for folder in folders:
             shutil.rmtree(folder)
             shutil.copytree(folder.with_name(f"{folder.name}-copy"), folder)
-        assert study.differences() == []
-        tamper(study)
-        lines = study.differences()
+        assert finished.differences() == []
+        tamper(finished)
+        lines = finished.differences()
         assert any(line.startswith(place) for line in lines), lines
         assert any(line.startswith("MANIFEST: figures/ranks.parquet") for line in lines) == (tamper != exchange_images)
-        (study.folder / "MANIFEST").write_text(verification._manifest(study.folder, study.file))
-        assert any(line.startswith(place) for line in study.differences())
-
-
-def test_hashes_of_all_arms_are_as_registered() -> None:
-    claims = registration.read()
-    assert evidence.arm_hashes(claims) == {label: arm.hash for label, arm in claims.arms.items()}
+        (finished.folder / "MANIFEST").write_text(verification._manifest(finished.folder, finished.file))
+        assert any(line.startswith(place) for line in finished.differences())

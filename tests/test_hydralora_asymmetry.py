@@ -125,7 +125,7 @@ def test_runs_of_a_replicate_share_only_the_initial_a_of_the_shared_set():
     arms = {arm.label: arm for arm in hydralora_asymmetry.arms()}
     assert len(arms) == 15 + 8
     for seed in (0, 1, 4):
-        made = {label: arm.vary(arm, seed) for label, arm in arms.items()}
+        made = {label: arms[label].vary(arms[label], seed) for label in {*asymmetry.OWN, *asymmetry.COMMON}}
         own, common = ([made[label] for label in labels] for labels in (asymmetry.OWN, asymmetry.COMMON))
         seeds = [arm.settings["seed"] for arm in own]
         assert seeds == [arm.settings["seed"] for arm in common] == list(range(8 * seed, 8 * seed + 8))

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from joblib import parallel_config
-from test_evidence_training import PAIRS, SEEDS, Study, study  # noqa: F401
+from test_evidence_training import PAIRS, SEEDS, Study, finished, planted, study, trained  # noqa: F401
 
 from lorascope.cli import main as cli
 from lorascope.cli import reproduce as command
@@ -20,14 +20,13 @@ MINE = 31
 
 
 @pytest.fixture
-def kept(study: Study, monkeypatch: pytest.MonkeyPatch) -> Study:  # noqa: F811
+def kept(finished: Study, monkeypatch: pytest.MonkeyPatch) -> Study:  # noqa: F811
     """Evidence of three seeds, in a folder ``data``."""
     monkeypatch.setattr(own_seeds, "PAIRS", PAIRS)
-    study.write()
-    return study
+    return finished
 
 
-def train(kept: Study, claim: str, seed: int = MINE) -> own_seeds.OwnSeeds:
+def train_own(kept: Study, claim: str, seed: int = MINE) -> own_seeds.OwnSeeds:
     data, mine = kept.folder.parent, kept.folder.parent / "mine"
     with parallel_config(n_jobs=1):
         planned = own_seeds.plan(claim, seed, mine, data)
@@ -39,7 +38,7 @@ def train(kept: Study, claim: str, seed: int = MINE) -> own_seeds.OwnSeeds:
 @pytest.mark.parametrize("claim", ["p.better", "p.rank", "p.words"])
 def test_rows_are_kept_own_and_joined_seeds(kept: Study, claim: str) -> None:
     before = {file: file.read_bytes() for file in kept.folder.rglob("*") if file.is_file()}
-    found = train(kept, claim)
+    found = train_own(kept, claim)
     assert before == {file: file.read_bytes() for file in kept.folder.rglob("*") if file.is_file()}
     verdict = pd.read_csv(kept.folder / "verdicts.csv").set_index("claim").loc[claim]
     rows = found.rows.set_index("seeds")
@@ -71,20 +70,20 @@ def test_without_kept_runs_the_rate_is_the_middle_one_and_the_time_unknown(
     planned = own_seeds.plan("p.better", MINE, data / "mine", data)
     assert {run.arm: run.rate for run in planned.runs()} == {"A": 1e-2, "B": 1e-3}
     assert planned.minutes() is None
-    found = train(study, "p.better")
+    found = train_own(study, "p.better")
     assert found.rows.set_index("seeds")["n"].to_dict() == {"kept": 0, "yours": 1, "both": 1}
     assert "no other kept seeds" in found.place
 
 
 def test_own_run_of_a_kept_seed_counts_once(kept: Study) -> None:
-    found = train(kept, "p.better", 101)
+    found = train_own(kept, "p.better", 101)
     assert found.rows.set_index("seeds")["n"].to_dict() == {"kept": SEEDS, "yours": 1, "both": SEEDS}
 
 
 def test_changed_arm_is_refused_before_training(kept: Study) -> None:
     kept.edit(lambda text: text.replace("head_lr = 0.5", "head_lr = 0.25"))
     with pytest.raises(ValueError, match=r"^cannot train 'A': it differs from the registered arm"):
-        train(kept, "p.better")
+        train_own(kept, "p.better")
 
 
 def test_command_prints_the_time_first_and_three_rows(

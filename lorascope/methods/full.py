@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import nn
-from transformers.optimization import Adafactor
 
 from lorascope.methods.base import Method, added_later, parameter_groups, require_choice
 from lorascope.methods.optimizers.came import CAME
@@ -52,5 +51,8 @@ class Full(Method, name="full"):
         groups = parameter_groups(model, lr, head_lr, weight_decay)
         if self.optimizer_name == "came":
             return CAME(groups, lr)
+        # Imported here because it takes two seconds: it imports PEFT and the parallelism of transformers.
+        from transformers.optimization import Adafactor
+
         # Absolute steps: the learning rate has the same meaning as in the other optimizers.
         return Adafactor(groups, lr, beta1=0.9, scale_parameter=False, relative_step=False)

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import RidgeClassifierCV
 from torch import nn
 
 from lorascope.adapters.hidden_states import token_means
@@ -105,6 +104,9 @@ def directions(
     if len(np.unique(labels)) < 2:
         reason = f"all {len(labels)} texts belong to one class"
         raise ValueError(f"cannot fit linear probes: {reason}. Increase tune_steps or batch_size")
+    # Imported here because it takes half a second, and only this mode needs it.
+    from sklearn.linear_model import RidgeClassifierCV
+
     probes = [RidgeClassifierCV(_STRENGTHS).fit(layer, labels) for layer in states.transpose(1, 0, 2)]
     return np.vstack([probe.coef_ for probe in probes])
 

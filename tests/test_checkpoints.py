@@ -38,8 +38,14 @@ def check_not_mistaken_for_finished(folder: Path, whole: Path) -> None:
         assert {name: found[name] for name in contents(whole)} == contents(whole)
 
 
-@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
-@pytest.mark.parametrize("method", list(killing.METHODS))
+@pytest.mark.parametrize(
+    ("method", "every"),
+    [
+        ("two phases", 7),
+        ("growing", 7),
+        *(pytest.param(method, 1, marks=pytest.mark.slow) for method in killing.METHODS),
+    ],
+)
 def test_run_killed_at_any_change_of_its_folder_resumes_bitwise(method, every, forks, tmp_path):
     """Copies of the folder amid (every 7th of) its writes and before removals equal what a kill would leave."""
     whole, copies = tmp_path / "whole", tmp_path / "copies"

@@ -57,6 +57,7 @@ def test_training_starts_where_the_row_says(row: MethodRow, bert, task) -> None:
     assert (change <= rounding(terms=TINY, growth=TEXT)) == row.starts_at_zero
 
 
+@pytest.mark.slow
 @EVERY
 def test_killed_run_resumes_bitwise(row: MethodRow, forks, tmp_path: Path) -> None:
     check_that_a_killed_run_goes_on(forks, row.method, tmp_path, at=row.killed_at, after=row.killed_after)

@@ -81,17 +81,19 @@ def test_smallest_rates_are_registered_ones(label: str) -> None:
     assert found == pytest.approx({name: middle * ratio for name, ratio in arm.fields.items()})
 
 
-@pytest.fixture
-def tiny_arms(bert: str, task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def tiny_arms(bert: str, task: Any) -> Iterator[None]:
     arms = {label: Arm(label=label, method=method, settings={}, model=bert) for label, method in METHODS.items()}
-    monkeypatch.setattr(short_runs, "registered_arms", lambda: arms)
     shorts = {
         label: replace(short, changes=CHANGES.get(label, {}), observers=OBSERVERS.get(label, ()), steps=8)
         for label, short in ARMS.items()
     }
-    monkeypatch.setattr(short_runs, "ARMS", shorts)
-    monkeypatch.setattr(short_runs, "TEST_ROWS", 20)
-    monkeypatch.setattr(short_runs.tasks, "load", lambda name: task)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(short_runs, "registered_arms", lambda: arms)
+        patch.setattr(short_runs, "ARMS", shorts)
+        patch.setattr(short_runs, "TEST_ROWS", 20)
+        patch.setattr(short_runs.tasks, "load", lambda name: task)
+        yield
 
 
 @pytest.mark.parametrize(("best", "used"), [(3e-4, 1e-3), (1e-3, 1e-3), (3e-3, 3e-3)])
@@ -112,10 +114,11 @@ def test_chosen_rate_is_used_if_few_steps_learn_at_it(tiny_arms: None, best: flo
 SEED = 7
 
 
-@pytest.fixture
-def done(tiny_arms: None, tmp_path: Path) -> Iterator[reproduction.Reproduction]:
+@pytest.fixture(scope="module")
+def done(tiny_arms: None, tmp_path_factory: pytest.TempPathFactory) -> reproduction.Reproduction:
+    folder = tmp_path_factory.mktemp("reproduction")
     with parallel_config(n_jobs=1):
-        yield reproduction.reproduce(tmp_path / "out", SEED, tmp_path / "none")
+        return reproduction.reproduce(folder / "out", SEED, folder / "none")
 
 
 def test_report_has_verdicts_runs_and_the_figures_of_every_paper(done: Any, capsys: pytest.CaptureFixture) -> None:

@@ -116,6 +116,9 @@ class AdaptedLinear(_Adapted, nn.Linear):
 class AdaptedConv1D(_Adapted, Conv1D):
     """GPT-2's ``Conv1D``, which stores (in, out), with a Delta."""
 
+    weight: Tensor
+    bias: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         return self.delta.affine(x, self.weight.T, self.bias)
 

@@ -43,6 +43,7 @@ def pytest_collection_modifyitems(items) -> None:
 def pytest_collection_finish() -> None:
     """Exempt all imported modules from garbage collection, which transformers' trainer runs after each training."""
     gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 @pytest.fixture(autouse=True)

@@ -106,6 +106,7 @@ def just_missed(registered: Registered) -> Estimate:
     return replace(effect, mean=at + 0.99 * half)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", CLAIMS)
 def test_claim_on_planted_evidence(id: str) -> None:
     assert list(failures(CLAIMS[id], PAIRS[id])) == []

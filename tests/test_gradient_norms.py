@@ -139,7 +139,12 @@ def test_trainer_records_what_train_records(name, bert, task, tmp_path):
     assert len(norms_of(run)) == STEPS
 
 
-TOKENS = {"trainable_token_indices": {"word_embeddings": [3, 4]}}
+OPTIONS: dict[str, Any] = {
+    "bias": "all",
+    "lora_bias": True,
+    "use_dora": True,
+    "trainable_token_indices": {"word_embeddings": [3, 4]},
+}
 
 
 def lora(model: nn.Module, **settings: Any) -> nn.Module:
@@ -149,8 +154,11 @@ def lora(model: nn.Module, **settings: Any) -> nn.Module:
         return peft.get_peft_model(model, config)
 
 
-@pytest.mark.parametrize("clip", [1e6, 0.05])
-@pytest.mark.parametrize("settings", [{}, {"bias": "all"}, {"lora_bias": True}, {"use_dora": True}, TOKENS])
+@pytest.mark.parametrize(
+    ("settings", "clip"),
+    [({}, 1e6), ({}, 0.05), *(({name: value}, 0.05) for name, value in OPTIONS.items())],
+    ids=lambda value: next(iter(value), "none") if isinstance(value, dict) else None,
+)
 def test_tensors_of_peft_count_at_the_adapted_modules(settings, clip, bert, task, tmp_path, used):
     _, _, rows = by_train(bert, task, METHODS["lora"], tmp_path / "rows")
     used.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -154,12 +155,13 @@ def plant_evidence(data: Path, runs: dict[str, Any], values: dict[int, int]) -> 
         store.add_run(data / "evidence", row, {}, {RANKS: places.assign(value=value)})
 
 
-def test_quantities_have_their_place_among_the_kept_seeds(tiny_arms: None, tmp_path: Path) -> None:
+def test_quantities_have_their_place_among_the_kept_seeds(done: Any, tmp_path: Path) -> None:
     """With 2 feed-forward and 4 attention modules per block, ranks r and 1 give the fraction 2r / (2r + 4)."""
     data = tmp_path / "data"
     data.mkdir()
     (data / "registered.toml").write_bytes(registration.FILE.read_bytes())
     (data / "published").symlink_to(registration.FILE.parent / "published")
+    shutil.copytree(done.path.parent / "runs", tmp_path / "out" / "runs")
     with parallel_config(n_jobs=1):
         runs = short_runs.train(tmp_path / "out" / "runs", SEED, None, pd.DataFrame())
         plant_evidence(data, runs, {100: 1, 101: 2, 102: 8})

@@ -94,6 +94,7 @@ def test_measured_number_in_the_text_is_named(clone: Path, capsys: pytest.Captur
     )
 
 
+@pytest.mark.slow
 def test_derived_files_are_written_again_but_changed_runs_stay_named(
     clone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -256,6 +256,10 @@ def modules_after(code: str, *words: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+def test_methods_import_no_models_no_peft_and_no_scikit_learn() -> None:
+    assert not modules_after("import lorascope.methods") & {"transformers.modeling_utils", "peft", "sklearn"}
+
+
 @pytest.mark.parametrize("code", ["import lorascope", "from lorascope.cli.main import main; main(['--help'])"])
 def test_package_and_help_import_no_heavy_modules(code: str) -> None:
     assert not modules_after(code) & {"torch", "transformers", "pandas", "numpy", "matplotlib", "tyro"}

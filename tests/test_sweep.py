@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -90,6 +91,26 @@ def test_worker_that_always_dies_is_reported(bert, task, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "ATTEMPTS", 2)  # each attempt starts new processes
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed.*LoRA, seed 0: its worker was killed 2 times"):
         ls.sweep(Dying(), csv(task, tmp_path), LoRA(), seeds=1, jobs=2, root=tmp_path, **FAST)
+
+
+class Hoarding:
+    """A model whose memory stays occupied after its run."""
+
+    memory: ClassVar[list[bytes]] = []
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self):
+        self.memory.append(b"x" * 350_000_000)
+        time.sleep(1.1)  # joblib looks at the memory of a worker once a second
+        return ls.models.load(self.folder)
+
+
+@pytest.mark.slow
+def test_replaced_worker_is_not_remarked(bert, task, tmp_path, recwarn):
+    ls.sweep(Hoarding(bert), csv(task, tmp_path), LoRA(), seeds=6, jobs=2, root=tmp_path, **FAST)
+    assert not [str(warning.message) for warning in recwarn if "worker stopped" in str(warning.message)]
 
 
 class Pool:

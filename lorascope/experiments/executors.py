@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -50,6 +51,17 @@ def use_backend(
             raise ValueError(f"cannot connect to a {name} cluster at {address}") from None
         except TypeError as error:
             raise ValueError(f"cannot pass these options to backend {name}: {error}") from None
+        yield
+
+
+@contextmanager
+def ignore_replaced_workers() -> Iterator[None]:
+    """Ignore joblib's warning that a worker stopped inside the context.
+
+    joblib replaces a worker whose memory has grown by 300 MB, between two jobs. No job is lost.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A worker stopped while some jobs were given to the executor")
         yield
 
 

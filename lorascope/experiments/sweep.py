@@ -23,7 +23,7 @@ from joblib.parallel import get_active_backend
 
 from lorascope.analysis.recipe_comparison import recipes
 from lorascope.experiments import grid
-from lorascope.experiments.executors import is_death, use_backend
+from lorascope.experiments.executors import ignore_replaced_workers, is_death, use_backend
 from lorascope.experiments.grid import Data, Grid, Job
 from lorascope.experiments.sweep_table import SweepTable
 from lorascope.methods.base import Method
@@ -173,7 +173,8 @@ def run_jobs(
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=root, ignore_cleanup_errors=True) as notes:
         files = [Path(notes).resolve() / f"{number}.json" for number in range(len(wanted))]
         costs = [job.cost for job in wanted]
-        with SweepTable(swept.names, files.__getitem__, sys.stderr if progress else None, costs) as board:
+        table = SweepTable(swept.names, files.__getitem__, sys.stderr if progress else None, costs)
+        with table as board, ignore_replaced_workers():
 
             def fail(number: int, reason: str) -> None:
                 swept.failures[number] = reason

@@ -28,6 +28,7 @@ from lorascope.evidence import blocks, figures, numbers, registration, store, ve
 from lorascope.evidence.open_runs import OpenRun, open_runs
 from lorascope.evidence.registration import Registration, arm_hash
 from lorascope.evidence.statistics import PAIRS
+from lorascope.experiments.executors import ignore_replaced_workers
 from lorascope.experiments.sweep import Job, train_job, width
 from lorascope.inputs import models, tasks
 from lorascope.inputs.classifier_head import fit_head, weights_hash
@@ -153,11 +154,12 @@ def train_runs(
     """
     calls = (delayed(finish)(each, claims, reads.get(each.arm, []), out) for each in needed)
     workers = Parallel(width(), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-    for kept in workers(calls):
-        if len(kept.rows):
-            store.add_rows(folder, kept.rows)
-        store.add_run(folder, kept.row, kept.scores, kept.tables)
-        print(_line(kept.row), flush=True)
+    with ignore_replaced_workers():
+        for kept in workers(calls):
+            if len(kept.rows):
+                store.add_rows(folder, kept.rows)
+            store.add_run(folder, kept.row, kept.scores, kept.tables)
+            print(_line(kept.row), flush=True)
 
 
 def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> list[str]:

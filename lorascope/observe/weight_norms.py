@@ -20,6 +20,7 @@ from lorascope.observe.base import Observer
 from lorascope.observe.trainable import TrainedTensors, factor_inner, tile_sums
 from lorascope.schema.records import Item, Record, Snapshot
 from lorascope.updates import Dense, Update, constant_factors, effective_rank, from_factors, spectra, stable_rank
+from lorascope.updates.linalg import root_of_squares
 
 Factors = dict[str, Float[np.ndarray, "..."]]
 NORMS = {"weight": "weight_norm", "update": "update_norm", "learned": "learned_norm", "step": "step_norm"}
@@ -118,7 +119,8 @@ class norms(Observer):
         for (label, key), total in totals.items():
             if label in squares:
                 squares[label] |= {"update": total, "learned": total} if key == "update" else {key: total}
-        squares |= self._adapter_squares(trained, updates, totals)
+        sigmas = self._spectra(step, trained, tensors, updates)
+        squares |= self._adapter_squares(trained, updates, totals, sigmas)
         for label, parts in squares.items():
             if label in trained.modules:
                 yield from _norm_records(label, parts)
@@ -126,7 +128,7 @@ class norms(Observer):
         for module, delta in trained.deltas.items():
             yield from self._factor_records(module, _trained(delta))
             yield Record("rank", delta.rank, module)
-        yield from self._rank_records(step, trained, tensors, updates)
+        yield from self._rank_records(step, trained, tensors, sigmas)
 
     def _factor_records(self, module: str, factors: Factors) -> Iterator[Record]:
         yield Record("adapter_norm", _joint_norm(factors), module)
@@ -158,14 +160,21 @@ class norms(Observer):
                 yield (label, "step"), tile_sums(tensor, before[label])
 
     def _adapter_squares(
-        self, trained: TrainedTensors, updates: Mapping[str, Update], totals: Mapping[tuple[str, str], float]
+        self,
+        trained: TrainedTensors,
+        updates: Mapping[str, Update],
+        totals: Mapping[tuple[str, str], float],
+        sigmas: Mapping[str, Float[np.ndarray, "k"]],
     ) -> dict[str, dict[str, float]]:
         """Compute squared norms for every adapted weight that is frozen itself."""
         found = {}
         before = self.before_.get("factored", {})
         for module in filter(trained.is_frozen, updates):
             update = updates[module]
-            base, change = self._base(trained, module), update.norm() ** 2
+            base = self._base(trained, module)
+            # The norm of a product follows from its spectrum.
+            norm = update.norm() if update.low_rank is None else root_of_squares(sigmas[module])
+            change = norm**2
             weight = base  # for a packed weight that is not a parameter, only the update is known
             if not math.isnan(base):
                 # |W_0 + dW|^2 from its parts, which rounding can make negative.
@@ -194,24 +203,38 @@ class norms(Observer):
             total["base"] = everything
             yield from _norm_records(block, total)
 
-    def _rank_records(
+    def _spectra(
         self, step: Step, trained: TrainedTensors, tensors: Mapping[str, Tensor], updates: Mapping[str, Update]
-    ) -> Iterator[Item]:
-        first, kept = step.finished == 0, step.last or self._is_decomposition_due(step.finished)
+    ) -> dict[str, Float[np.ndarray, "k"]]:
+        """Compute the singular values of the updates whose ranks are recorded at this step."""
+        first, kept = step.finished == 0, self._are_spectra_kept(step)
         cheap = {name: update for name, update in updates.items() if update.low_rank is not None or first or kept}
         chosen = {module: update for module, update in cheap.items() if trained.is_frozen(module)}
-        for label, tensor in tensors.items():
-            if label not in trained.modules or tensor.ndim < 2:
-                continue
+        for label in _matrices(trained, tensors) if kept else ():
             if first and label not in self.first_:
-                yield from _rank_pair(label, np.zeros(1))
-            elif kept:  # one matrix at a time, because all of them in float64 may not fit on the device
-                change = tensor.double() - step.base[trained.parameter_of[label]].double()
-                chosen[label] = Dense(to_array(change.flatten(1)))
-        for module, sigma in zip(chosen, spectra(list(chosen.values())), strict=True):
-            yield from _rank_pair(module, sigma)
-            if kept:
+                continue
+            # One matrix at a time, because all of them in float64 may not fit on the device.
+            change = tensors[label].double() - step.base[trained.parameter_of[label]].double()
+            chosen[label] = Dense(to_array(change.flatten(1)))
+        return dict(zip(chosen, spectra(list(chosen.values())), strict=True))
+
+    def _rank_records(
+        self,
+        step: Step,
+        trained: TrainedTensors,
+        tensors: Mapping[str, Tensor],
+        sigmas: Mapping[str, Float[np.ndarray, "k"]],
+    ) -> Iterator[Item]:
+        at_start = _matrices(trained, tensors) if step.finished == 0 else []
+        unchanged = {label: np.zeros(1) for label in at_start if label not in self.first_}
+        for module, sigma in {**unchanged, **sigmas}.items():
+            yield Record("stable_rank", stable_rank(sigma), module)
+            yield Record("effective_rank", effective_rank(sigma), module)
+            if module in sigmas and self._are_spectra_kept(step):
                 yield Snapshot(f"{module}/singular_values", sigma, ("component",))
+
+    def _are_spectra_kept(self, step: Step) -> bool:
+        return step.last or self._is_decomposition_due(step.finished)
 
     def _is_decomposition_due(self, finished: int) -> bool:
         return bool(self.spectra_every and finished % self.spectra_every == 0)
@@ -227,11 +250,17 @@ def _shapes(factors: Factors) -> dict[str, tuple[int, ...]]:
     return {name: factor.shape for name, factor in factors.items()}
 
 
+def _matrices(trained: TrainedTensors, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the modules whose trained tensor is a matrix, or a kernel of a convolution."""
+    return [label for label, tensor in tensors.items() if label in trained.modules and tensor.ndim >= 2]
+
+
 def _joint_norm(factors: Factors, minus: Factors | None = None) -> float:
     """Compute the Frobenius norm of all factors together, or of their difference from others."""
-    others = {} if minus is None else {name: torch.from_numpy(factor) for name, factor in minus.items()}
-    sums = (tile_sums(torch.from_numpy(factor), others.get(name)) for name, factor in factors.items())
-    return math.sqrt(math.fsum(math.fsum(parts.tolist()) for parts in sums))
+    others = minus or {}
+    # Numpy sums pairwise, in float64 here; a dot product would depend on the alignment of the memory.
+    changes = (np.subtract(factor, others.get(name, 0), dtype=np.float64) for name, factor in factors.items())
+    return math.sqrt(math.fsum(float(np.square(change).sum()) for change in changes))
 
 
 def to_tree(update: Update) -> dict[str, Any]:
@@ -249,8 +278,3 @@ def _norm_records(module: str, parts: Mapping[str, float]) -> Iterator[Record]:
             yield Record(quantity, math.sqrt(parts[key]), module)
     if parts["base"] > 0:
         yield Record("relative_update", math.sqrt(parts["update"] / parts["base"]), module)
-
-
-def _rank_pair(module: str, sigma: Float[np.ndarray, "k"]) -> Iterator[Record]:
-    yield Record("stable_rank", stable_rank(sigma), module)
-    yield Record("effective_rank", effective_rank(sigma), module)

@@ -7,7 +7,7 @@ The factors are stored, or computed from stored ones: several experts (``Mixture
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ from lorascope.updates.linalg import (
     triangles,
 )
 from lorascope.updates.neuron_angles import NeuronChange, factored_change
+
+_GROUP_VALUES = 1 << 18  # of updates that are decomposed together: 2 MiB in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,18 +100,19 @@ class LowRank(Update, form="low_rank"):
         difference of two updates of different ranks. In this case the norm of R_B R_A^T is used, with the triangular
         factors of B and A^T.
         """
-        if not all_finite(self.B, self.A):
+        with np.errstate(over="ignore", invalid="ignore"):
+            update, power = _rescale_factors(self)
+            left, right = gram(update.B), gram(update.A.T)
+            squared = np.vdot(left, right)
+            # The sum of the components' norms is an upper bound of |B A|, and far above it if components cancel.
+            together = np.sum(np.sqrt(np.diagonal(left) * np.diagonal(right)))
+        if not np.isfinite(together):
             return np.nan
-        update, power = _rescale_factors(self)
-        left, right = gram(update.B), gram(update.A.T)
-        squared = np.vdot(left, right)
-        # The sum of the components' norms is an upper bound of |B A|, and far above it if components cancel.
-        together = np.sum(np.sqrt(np.diagonal(left) * np.diagonal(right)))
         if squared >= GRAM_LIMIT * together**2:
             product = np.sqrt(squared)
         else:
             with one_thread():
-                product = np.linalg.norm(_core(update))
+                product = np.linalg.norm(_cores([update])[0])
         with np.errstate(over="ignore"):
             return float(np.ldexp(abs(update.scale) * product, power))
 
@@ -227,12 +230,23 @@ def spectra(updates: Iterable[Update | Product]) -> list[Float[np.ndarray, "k"]]
     """Compute the singular values of many updates, largest first.
 
     The singular values of B A equal those of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A. They agree with a QR
-    decomposition to a relative 1e-8 if they exceed 1e-6 of the largest. Updates are read one at a time, and the small
-    products of one shape are decomposed together.
+    decomposition to a relative 1e-8 if they exceed 1e-6 of the largest. Large updates are read one at a time, and small
+    ones of one shape are decomposed together.
     """
     values: dict[int, np.ndarray] = {}
+    waiting: defaultdict[Any, list[tuple[int, Product, int]]] = defaultdict(list)
     cores = defaultdict(list)
     buffer = np.empty(2 * GRAM_VALUES)
+
+    def multiply(group: list[tuple[int, Product, int]]) -> None:
+        products = _cores([update for _, update, _ in group], buffer)
+        for (i, update, power), core in zip(group, products, strict=True):
+            if np.isfinite(core).all():
+                cores[core.shape].append((i, core, abs(update.scale), power))
+            else:
+                values[i] = np.full(min(*update.B.shape, update.A.shape[1]), np.nan)
+        group.clear()
+
     with one_thread(), np.errstate(over="ignore", invalid="ignore"):
         for i, update in enumerate(updates):
             if not isinstance(update, LowRank | Product):
@@ -240,12 +254,12 @@ def spectra(updates: Iterable[Update | Product]) -> list[Float[np.ndarray, "k"]]
             elif not update.B.shape[1]:
                 values[i] = np.empty(0)
             else:
-                scaled, power = _rescale_factors(update)
-                core = _core(scaled, buffer)
-                if np.isfinite(core).all():
-                    cores[core.shape].append((i, core, abs(update.scale), power))
-                else:
-                    values[i] = np.full(min(*update.B.shape, update.A.shape[1]), np.nan)
+                group = waiting[update.B.shape, update.A.shape]
+                group.append((i, *_rescale_factors(update)))
+                if (update.B.shape[0] + update.A.shape[1]) * update.B.shape[1] * len(group) > _GROUP_VALUES:
+                    multiply(group)
+        for group in filter(None, waiting.values()):
+            multiply(group)
         for stack in cores.values():
             sigmas = np.linalg.svd(np.stack([core for _, core, *_ in stack]), compute_uv=False)
             for (i, _, scale, power), sigma in zip(stack, sigmas, strict=True):
@@ -263,15 +277,22 @@ def _rescale(X: Any) -> tuple[Any, int]:
     """Divide a factor by a power of two, which is also returned, if products of its values may not fit in float64."""
     if X.dtype != np.float64:  # products of narrower dtypes always fit
         return X, 0
-    size = max(np.max(X, initial=0), -np.min(X, initial=0))
+    values = np.asarray(X)
+    if 2.0**-400 * values.size < np.vdot(values, values) < 2.0**400:  # the largest is between 2^-200 and 2^200
+        return X, 0
+    size = max(np.max(values, initial=0), -np.min(values, initial=0))
     power = 0 if size == 0 or 2.0**-200 < size < 2.0**200 else int(np.frexp(size)[1])
     return (np.ldexp(X, -power) if power else X), power
 
 
-def _core(update: Product, buffer: np.ndarray | None = None) -> Float[np.ndarray, "left right"]:
-    """Compute R_B R_A^T, a small matrix with the singular values of B A."""
-    left, right = update.B, update.A.T
-    if min(left.shape) == min(right.shape):  # both sides in one batch
-        R = triangles([left, right], buffer)
-        return R[0] @ R[1].T
-    return triangles([left], buffer)[0] @ triangles([right], buffer)[0].T
+def _cores(
+    updates: Sequence[LowRank | Product], buffer: np.ndarray | None = None
+) -> Float[np.ndarray, "updates left right"]:
+    """Compute R_B R_A^T for updates of one shape: small matrices with the singular values of B A."""
+    left, right = [update.B for update in updates], [update.A.T for update in updates]
+    if min(left[0].shape) == min(right[0].shape):  # both sides in one batch
+        R = triangles(left + right, buffer)
+        R_left, R_right = R[: len(left)], R[len(left) :]
+    else:
+        R_left, R_right = triangles(left, buffer), triangles(right, buffer)
+    return R_left @ R_right.swapaxes(1, 2)

@@ -63,10 +63,13 @@ def shared_copies() -> Iterator[None]:
 def to_array(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
     """Return a copy as a numpy array; bfloat16, which numpy does not support, becomes float32."""
     shared = _SHARED.get()
-    owner = tensor if tensor._base is None else tensor._base
-    # Other tensors are not shared by themselves: copies of the frozen base would double its memory.
-    if shared is not None and (_memory(tensor) in shared or (isinstance(owner, nn.Parameter) and owner.requires_grad)):
-        return to_host([tensor])[0]
+    if shared is not None:
+        if (known := shared.get(_memory(tensor))) is not None:
+            return known[1]
+        owner = tensor if tensor._base is None else tensor._base
+        # Other tensors are not shared by themselves: copies of the frozen base would double its memory.
+        if isinstance(owner, nn.Parameter) and owner.requires_grad:
+            return to_host([tensor])[0]
     return _transfer([tensor])[0]
 
 

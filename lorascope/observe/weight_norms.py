@@ -257,10 +257,10 @@ def _matrices(trained: TrainedTensors, tensors: Mapping[str, Tensor]) -> list[st
 
 def _joint_norm(factors: Factors, minus: Factors | None = None) -> float:
     """Compute the Frobenius norm of all factors together, or of their difference from others."""
-    others = minus or {}
-    # Numpy sums pairwise, in float64 here; a dot product would depend on the alignment of the memory.
-    changes = (np.subtract(factor, others.get(name, 0), dtype=np.float64) for name, factor in factors.items())
-    return math.sqrt(math.fsum(float(np.square(change).sum()) for change in changes))
+    if minus is not None:
+        factors = {name: np.subtract(factor, minus[name], dtype=np.float64) for name, factor in factors.items()}
+    # Numpy sums pairwise, here in float64; a dot product would depend on the alignment of the memory.
+    return math.sqrt(math.fsum(float(np.square(factor, dtype=np.float64).sum()) for factor in factors.values()))
 
 
 def to_tree(update: Update) -> dict[str, Any]:

@@ -196,6 +196,54 @@ def test_difference_of_similar_updates_keeps_its_digits():
     assert (Dense(after.dense()) - before).dense() == pytest.approx(difference.dense(), abs=1e-15)
 
 
+def states(out, inner, rank, dtype="float32", scale=0.5, step=1e-3):
+    """Return two states of one product, one step apart."""
+    B, A = RNG.standard_normal((out, rank)).astype(dtype), RNG.standard_normal((rank, inner)).astype(dtype)
+    moved = [(X + step * RNG.standard_normal(X.shape)).astype(dtype) for X in (B, A)]
+    return LowRank(*moved, scale), LowRank(B, A, scale)
+
+
+def changed(pair, **entries):
+    """Return the pair with other first entries in the factors of its first update."""
+    B, A = pair[0].B.copy(), pair[0].A.copy()
+    B[0, 0], A[0, 0] = entries.get("B", B[0, 0]), entries.get("A", A[0, 0])
+    return LowRank(B, A, pair[0].scale), pair[1]
+
+
+def test_change_norms_are_those_of_the_differences():
+    pairs = [states(out, 9, 3) for out in (12, 7, 12, 9, 12)]
+    pairs += [states(12, 9, 3, scale=scale) for scale in (-2.0, 0.0)]
+    pairs += [states(12, 9, 3, dtype="float64"), states(500, 300, 2), (pairs[0][0], pairs[0][0])]
+    pairs += [(states(12, 9, 2)[0], states(12, 9, 3)[0]), (states(12, 9, 3)[0], states(12, 9, 3, scale=1.0)[0])]
+    pairs += [(Dense(np.ones((12, 9))), pairs[0][0]), (pairs[0][0], Dense(np.ones((12, 9))))]
+    expected = [np.linalg.norm(after.dense() - before.dense()) for after, before in pairs]
+    assert update.change_norms(iter(pairs)) == pytest.approx(expected, rel=1e-11, abs=0)
+    assert update.change_norms([]) == []
+
+
+@pytest.mark.parametrize(("entries", "norm"), [({"B": np.nan}, np.nan), ({"A": np.inf}, np.nan), ({"B": 1e38}, None)])
+def test_change_norms_of_extreme_entries_are_those_of_the_differences(entries, norm):
+    pairs = [states(12, 9, 3), changed(states(12, 9, 3), **entries), states(12, 9, 3)]
+    expected = [np.linalg.norm(after.dense() - before.dense()) if norm is None else norm for after, before in pairs]
+    found = update.change_norms(pairs)
+    assert found[1] == pytest.approx(expected[1], rel=1e-11, nan_ok=True)
+    assert np.isfinite([found[0], found[2]]).all()
+
+
+def test_change_norms_of_cancelling_components_keep_their_digits():
+    """Both components are large, and their sum is a millionth of them."""
+    b, a = np.float32([[1.0], [2.0]]), np.float32([[3.0, 4.0]])
+    before = LowRank(np.hstack([b, b]), np.vstack([a, -a]))
+    after = LowRank(before.B * np.float32(1 + 2**-20), before.A * np.float32([[1], [1 + 2**-21]]))
+    exact = np.linalg.norm(after.B.astype(float) @ after.A.astype(float))
+    assert update.change_norms([(after, before)]) == pytest.approx([exact], rel=1e-9)
+
+
+def test_change_norms_compares_states_of_one_product_in_a_batch(monkeypatch):
+    monkeypatch.setattr(LowRank, "__sub__", None)
+    assert len(update.change_norms([states(40, 30, 3) for _ in range(5)])) == 5
+
+
 def test_ranks_of_known_spectra():
     flat, steep = np.ones(6), np.array([3.0, 1.0])
     for rank in (update.effective_rank, update.entropy_rank, update.participation_rank, update.stable_rank):

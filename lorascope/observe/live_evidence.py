@@ -17,7 +17,7 @@ from lorascope.diagnosis.training_evidence import TrainingEvidence
 from lorascope.methods.base import Step
 from lorascope.observe.trainable import TrainedTensors, tile_sums, unreadable_adapters
 from lorascope.schema.module_table import parse
-from lorascope.updates import Update, effective_rank, spectra
+from lorascope.updates import Update, change_norms, effective_rank, spectra
 
 
 class LiveModel:
@@ -57,9 +57,11 @@ class LiveModel:
         updates = {name: update for name, update in self.trained.updates().items() if self.trained.is_frozen(name)}
         products = {name: update for name, update in updates.items() if update.low_rank is not None}
         sigmas = dict(zip(products, spectra(list(products.values())), strict=True))
+        started = [name for name in updates if name in initial]
+        changes = dict(zip(started, change_norms((updates[name], initial[name]) for name in started), strict=True))
         for module, update in updates.items():
             norm, rank = update.norm(), self.trained.deltas[module].rank
-            moved = (update - initial[module]).norm() if module in initial else norm
+            moved = changes.get(module, norm)
             scale, used, empty = component_evidence(update)
             yield self._row(
                 module,

@@ -19,7 +19,16 @@ from lorascope.methods.base import Step, added_later
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import TrainedTensors, factor_inner, tile_sums
 from lorascope.schema.records import Item, Record, Snapshot
-from lorascope.updates import Dense, Update, constant_factors, effective_rank, from_factors, spectra, stable_rank
+from lorascope.updates import (
+    Dense,
+    Update,
+    change_norms,
+    constant_factors,
+    effective_rank,
+    from_factors,
+    spectra,
+    stable_rank,
+)
 from lorascope.updates.linalg import root_of_squares
 
 Factors = dict[str, Float[np.ndarray, "..."]]
@@ -167,8 +176,7 @@ class norms(Observer):
         sigmas: Mapping[str, Float[np.ndarray, "k"]],
     ) -> dict[str, dict[str, float]]:
         """Compute squared norms for every adapted weight that is frozen itself."""
-        found = {}
-        before = self.before_.get("factored", {})
+        found: dict[str, dict[str, float]] = {}
         for module in filter(trained.is_frozen, updates):
             update = updates[module]
             base = self._base(trained, module)
@@ -183,11 +191,12 @@ class norms(Observer):
                 else:
                     inner = update.inner_weight(self._host_weight(trained, module).detach())
                 weight = max(0.0, base + 2 * inner + change)
-            found[module] = parts = {"base": base, "weight": weight, "update": change, "learned": change}
-            if module in self.first_:
-                parts["learned"] = (update - from_tree(self.first_[module])).norm() ** 2
-            if module in before:
-                parts["step"] = (update - from_tree(before[module])).norm() ** 2
+            found[module] = {"base": base, "weight": weight, "update": change, "learned": change}
+        for key, states in {"learned": self.first_, "step": self.before_.get("factored", {})}.items():
+            moved = [module for module in found if module in states]
+            changes = change_norms((updates[module], from_tree(states[module])) for module in moved)
+            for module, change in zip(moved, changes, strict=True):
+                found[module][key] = change**2
         return found
 
     def _block_records(self, trained: TrainedTensors, found: Mapping[str, dict[str, float]]) -> Iterator[Record]:

@@ -22,7 +22,7 @@ from lorascope.runs.result import Result
 from lorascope.schema import records
 from lorascope.schema.module_roles import position
 from lorascope.schema.records import Record
-from lorascope.updates import Update
+from lorascope.updates import Update, change_norms
 from lorascope.updates.linalg import as_float64, root_of_squares
 
 _SPECTRUM = "/singular_values"
@@ -96,7 +96,8 @@ class Series(Result):
         if 0 not in self.checkpoints:
             return {}
         first, updates = self.checkpoints[0].updates(), adapter.updates()
-        return {module: (updates[module] - first[module]).norm() for module in updates if module in first}
+        shared = [module for module in updates if module in first]
+        return dict(zip(shared, change_norms((updates[module], first[module]) for module in shared), strict=True))
 
     def update_steps(self) -> list[int]:
         return list(self.checkpoints)

@@ -15,7 +15,7 @@ from lorascope.updates.linalg import (
     stable_rank,
     subspace_similarity,
 )
-from lorascope.updates.low_rank import LowRank, Mixture, Residual, spectra
+from lorascope.updates.low_rank import LowRank, Mixture, Residual, change_norms, spectra
 from lorascope.updates.neuron_angles import NeuronChange, factored_change, neuron_change
 from lorascope.updates.random_projection import RandomProjection
 from lorascope.updates.weight_decomposed import WeightDecomposed
@@ -32,6 +32,7 @@ __all__ = [
     "Residual",
     "Update",
     "WeightDecomposed",
+    "change_norms",
     "constant_factors",
     "effective_rank",
     "energy_rank",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -265,6 +265,53 @@ def spectra(updates: Iterable[Update | Product]) -> list[Float[np.ndarray, "k"]]
             for (i, _, scale, power), sigma in zip(stack, sigmas, strict=True):
                 values[i] = np.ldexp(scale * sigma, power)
     return [values[i] for i in range(len(values))]
+
+
+def change_norms(pairs: Iterable[tuple[Update, Update]]) -> list[float]:
+    """Compute ``|after - before|_F`` for many pairs (after, before) of updates.
+
+    Two states of a product with factors in float32 are compared in a batch of their shape, others one at a time.
+    """
+    norms: dict[int, float] = {}
+    waiting: defaultdict[Any, list[tuple[int, LowRank, LowRank]]] = defaultdict(list)
+
+    def subtract(group: list[tuple[int, LowRank, LowRank]]) -> None:
+        for (i, after, before), norm in zip(group, _change_norms_of_one_shape(group), strict=True):
+            norms[i] = (after - before).norm() if np.isnan(norm) else float(norm)
+        group.clear()
+
+    for i, (after, before) in enumerate(pairs):
+        if (
+            _has_narrow_factors(after)
+            and _has_narrow_factors(before)
+            and (after.rank, after.scale) == (before.rank, before.scale)
+        ):
+            group = waiting[after.B.shape, after.A.shape]
+            group.append((i, after, before))
+            if 2 * (after.B.size + after.A.size) * len(group) > _GROUP_VALUES:
+                subtract(group)
+        else:
+            norms[i] = (after - before).norm()
+    for group in filter(None, waiting.values()):
+        subtract(group)
+    return [norms[i] for i in range(len(norms))]
+
+
+def _has_narrow_factors(update: Update) -> TypeGuard[LowRank]:
+    return isinstance(update, LowRank) and update.B.dtype == update.A.dtype == np.float32
+
+
+def _change_norms_of_one_shape(group: Sequence[tuple[int, LowRank, LowRank]]) -> Float[np.ndarray, "pairs"]:
+    """Compute the norms of B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0), NaN where `LowRank.norm` is more accurate."""
+    B, A = (np.stack([getattr(after, name) for _, after, _ in group], dtype=np.float64) for name in "BA")
+    B0, A0 = (np.stack([getattr(before, name) for _, _, before in group], dtype=np.float64) for name in "BA")
+    with np.errstate(over="ignore", invalid="ignore"), one_thread():
+        left, right = np.concatenate([B - B0, B0], 2), np.concatenate([A, A - A0], 1)
+        left, right = left.swapaxes(1, 2) @ left, right @ right.swapaxes(1, 2)
+        squares = np.sum(left * right, (1, 2))
+        together = np.sum(np.sqrt(np.diagonal(left, 0, 1, 2) * np.diagonal(right, 0, 1, 2)), 1)
+        scales = np.abs([after.scale for _, after, _ in group])
+        return np.where(squares >= GRAM_LIMIT * together**2, scales * np.sqrt(squares), np.nan)
 
 
 def _rescale_factors(update: LowRank | Product) -> tuple[Product, int]:

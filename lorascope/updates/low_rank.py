@@ -7,9 +7,9 @@ The factors are stored, or computed from stored ones: several experts (``Mixture
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -29,7 +29,8 @@ from lorascope.updates.linalg import (
 )
 from lorascope.updates.neuron_angles import NeuronChange, factored_change
 
-_GROUP_VALUES = 1 << 18  # of updates that are decomposed together: 2 MiB in float64
+_BATCH_VALUES = 1 << 18  # of updates that are computed together: 2 MiB in float64
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,32 +235,26 @@ def spectra(updates: Iterable[Update | Product]) -> list[Float[np.ndarray, "k"]]
     ones of one shape are decomposed together.
     """
     values: dict[int, np.ndarray] = {}
-    waiting: defaultdict[Any, list[tuple[int, Product, int]]] = defaultdict(list)
     cores = defaultdict(list)
     buffer = np.empty(2 * GRAM_VALUES)
 
-    def multiply(group: list[tuple[int, Product, int]]) -> None:
-        products = _cores([update for _, update, _ in group], buffer)
-        for (i, update, power), core in zip(group, products, strict=True):
-            if np.isfinite(core).all():
-                cores[core.shape].append((i, core, abs(update.scale), power))
-            else:
-                values[i] = np.full(min(*update.B.shape, update.A.shape[1]), np.nan)
-        group.clear()
-
-    with one_thread(), np.errstate(over="ignore", invalid="ignore"):
+    def products() -> Iterator[tuple[Any, int, tuple[int, Product, int]]]:
         for i, update in enumerate(updates):
             if not isinstance(update, LowRank | Product):
                 values[i] = update.singular_values()
             elif not update.B.shape[1]:
                 values[i] = np.empty(0)
             else:
-                group = waiting[update.B.shape, update.A.shape]
-                group.append((i, *_rescale_factors(update)))
-                if (update.B.shape[0] + update.A.shape[1]) * update.B.shape[1] * len(group) > _GROUP_VALUES:
-                    multiply(group)
-        for group in filter(None, waiting.values()):
-            multiply(group)
+                size = (update.B.shape[0] + update.A.shape[1]) * update.B.shape[1]
+                yield (update.B.shape, update.A.shape), size, (i, *_rescale_factors(update))
+
+    with one_thread(), np.errstate(over="ignore", invalid="ignore"):
+        for batch in _batches(products()):
+            for (i, update, power), core in zip(batch, _cores([update for _, update, _ in batch], buffer), strict=True):
+                if np.isfinite(core).all():
+                    cores[core.shape].append((i, core, abs(update.scale), power))
+                else:
+                    values[i] = np.full(min(*update.B.shape, update.A.shape[1]), np.nan)
         for stack in cores.values():
             sigmas = np.linalg.svd(np.stack([core for _, core, *_ in stack]), compute_uv=False)
             for (i, _, scale, power), sigma in zip(stack, sigmas, strict=True):
@@ -273,44 +268,48 @@ def change_norms(pairs: Iterable[tuple[Update, Update]]) -> list[float]:
     Two states of a product with factors in float32 are compared in a batch of their shape, others one at a time.
     """
     norms: dict[int, float] = {}
-    waiting: defaultdict[Any, list[tuple[int, LowRank, LowRank]]] = defaultdict(list)
 
-    def subtract(group: list[tuple[int, LowRank, LowRank]]) -> None:
-        for (i, after, before), norm in zip(group, _change_norms_of_one_shape(group), strict=True):
+    def products() -> Iterator[tuple[Any, int, tuple[int, LowRank, LowRank]]]:
+        for i, (after, before) in enumerate(pairs):
+            if (
+                _has_narrow_factors(after)
+                and _has_narrow_factors(before)
+                and (after.rank, after.scale) == (before.rank, before.scale)
+            ):
+                yield (after.B.shape, after.A.shape), 2 * (after.B.size + after.A.size), (i, after, before)
+            else:
+                norms[i] = (after - before).norm()
+
+    for batch in _batches(products()):
+        for (i, after, before), norm in zip(batch, _change_norms_of_one_shape(batch), strict=True):
             norms[i] = (after - before).norm() if np.isnan(norm) else float(norm)
-        group.clear()
-
-    for i, (after, before) in enumerate(pairs):
-        if (
-            _has_narrow_factors(after)
-            and _has_narrow_factors(before)
-            and (after.rank, after.scale) == (before.rank, before.scale)
-        ):
-            group = waiting[after.B.shape, after.A.shape]
-            group.append((i, after, before))
-            if 2 * (after.B.size + after.A.size) * len(group) > _GROUP_VALUES:
-                subtract(group)
-        else:
-            norms[i] = (after - before).norm()
-    for group in filter(None, waiting.values()):
-        subtract(group)
     return [norms[i] for i in range(len(norms))]
+
+
+def _batches(products: Iterable[tuple[Any, int, T]]) -> Iterator[list[T]]:
+    """Yield lists of products of one shape from tuples (shape, number of values, product); a large one is alone."""
+    waiting = defaultdict(list)
+    for shape, size, product in products:
+        waiting[shape].append(product)
+        if size * len(waiting[shape]) > _BATCH_VALUES:
+            yield waiting.pop(shape)
+    yield from waiting.values()
 
 
 def _has_narrow_factors(update: Update) -> TypeGuard[LowRank]:
     return isinstance(update, LowRank) and update.B.dtype == update.A.dtype == np.float32
 
 
-def _change_norms_of_one_shape(group: Sequence[tuple[int, LowRank, LowRank]]) -> Float[np.ndarray, "pairs"]:
+def _change_norms_of_one_shape(batch: Sequence[tuple[int, LowRank, LowRank]]) -> Float[np.ndarray, "pairs"]:
     """Compute the norms of B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0), NaN where `LowRank.norm` is more accurate."""
-    B, A = (np.stack([getattr(after, name) for _, after, _ in group], dtype=np.float64) for name in "BA")
-    B0, A0 = (np.stack([getattr(before, name) for _, _, before in group], dtype=np.float64) for name in "BA")
+    B, A = (np.stack([getattr(after, name) for _, after, _ in batch], dtype=np.float64) for name in "BA")
+    B0, A0 = (np.stack([getattr(before, name) for _, _, before in batch], dtype=np.float64) for name in "BA")
     with np.errstate(over="ignore", invalid="ignore"), one_thread():
         left, right = np.concatenate([B - B0, B0], 2), np.concatenate([A, A - A0], 1)
         left, right = left.swapaxes(1, 2) @ left, right @ right.swapaxes(1, 2)
         squares = np.sum(left * right, (1, 2))
         together = np.sum(np.sqrt(np.diagonal(left, 0, 1, 2) * np.diagonal(right, 0, 1, 2)), 1)
-        scales = np.abs([after.scale for _, after, _ in group])
+        scales = np.abs([after.scale for _, after, _ in batch])
         return np.where(squares >= GRAM_LIMIT * together**2, scales * np.sqrt(squares), np.nan)
 
 

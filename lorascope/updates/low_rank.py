@@ -265,7 +265,7 @@ def spectra(updates: Iterable[Update | Product]) -> list[Float[np.ndarray, "k"]]
 def change_norms(pairs: Iterable[tuple[Update, Update]]) -> list[float]:
     """Compute ``|after - before|_F`` for many pairs (after, before) of updates.
 
-    Two states of a product with factors in float32 are compared in a batch of their shape, others one at a time.
+    Two states of a product with factors in float32 are compared in batches of one shape, other updates one at a time.
     """
     norms: dict[int, float] = {}
 
@@ -287,7 +287,7 @@ def change_norms(pairs: Iterable[tuple[Update, Update]]) -> list[float]:
 
 
 def _batches(products: Iterable[tuple[Any, int, T]]) -> Iterator[list[T]]:
-    """Yield lists of products of one shape from tuples (shape, number of values, product); a large one is alone."""
+    """Yield lists of products of one shape, one product if it is large, from tuples (shape, values, product)."""
     waiting = defaultdict(list)
     for shape, size, product in products:
         waiting[shape].append(product)

@@ -230,13 +230,22 @@ def test_change_norms_of_extreme_entries_are_those_of_the_differences(entries, n
     assert np.isfinite([found[0], found[2]]).all()
 
 
-def test_change_norms_of_cancelling_components_keep_their_digits():
-    """Both components are large, and their sum is a millionth of them."""
-    b, a = np.float32([[1.0], [2.0]]), np.float32([[3.0, 4.0]])
-    before = LowRank(np.hstack([b, b]), np.vstack([a, -a]))
-    after = LowRank(before.B * np.float32(1 + 2**-20), before.A * np.float32([[1], [1 + 2**-21]]))
-    exact = np.linalg.norm(after.B.astype(float) @ after.A.astype(float))
-    assert update.change_norms([(after, before)]) == pytest.approx([exact], rel=1e-9)
+def test_change_norms_of_cancelling_changes_keep_their_digits():
+    """B doubles and A halves, so their changes cancel, up to one entry in its last digit."""
+    _, before = states(12, 9, 3)
+    after = LowRank(2 * before.B, before.A / 2, before.scale)
+    after.B[0, 0] = np.nextafter(after.B[0, 0], np.float32(9))
+    exact = np.linalg.norm(after.dense() - before.dense())
+    assert update.change_norms([(after, before)]) == pytest.approx([exact], rel=1e-6)
+
+
+def test_full_batches_keep_their_order(monkeypatch):
+    monkeypatch.setattr("lorascope.updates.low_rank._BATCH_VALUES", 200)
+    pairs = [states(out, 9, 3) for out in (12, 7, 12, 9, 12, 12, 7, 12)]
+    expected = [np.linalg.norm(after.dense() - before.dense()) for after, before in pairs]
+    assert update.change_norms(pairs) == pytest.approx(expected, rel=1e-11)
+    for sigma, (product, _) in zip(update.spectra([product for product, _ in pairs]), pairs, strict=True):
+        assert sigma == pytest.approx(np.linalg.svd(product.dense(), compute_uv=False)[:3], rel=1e-8)
 
 
 def test_change_norms_compares_states_of_one_product_in_a_batch(monkeypatch):

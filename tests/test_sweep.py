@@ -224,6 +224,7 @@ def test_killed_dask_worker_loses_no_step(bert, task, tmp_path):
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, **place) as cluster:
         backend = {"name": "dask", "address": cluster.scheduler_address}
         check_no_step_is_lost(bert, task, tmp_path, backend)
+        assert not [client for client in distributed.Client._instances if client.status == "running"]
 
 
 @pytest.mark.ray

@@ -86,7 +86,12 @@ def _dask(address: str | None, options: dict[str, Any]) -> Iterator[Any]:
             future.add_done_callback(lambda done: done.exception() is not None and callback(done.exception()))
             return future
 
-    yield Dask(scheduler_host=address, **options)
+    backend = Dask(scheduler_host=address, **options)
+    try:
+        yield backend
+    finally:
+        if address is not None:  # the backend has opened a client, which would try to reconnect forever
+            backend.client.close()
 
 
 @contextmanager

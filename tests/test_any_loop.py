@@ -26,10 +26,12 @@ from lorascope.adapters import delta
 from lorascope.cli.main import main
 from lorascope.inputs import models
 from lorascope.training import run_folder
+from lorascope.training.any_loop import UNSTEPPED
 from lorascope.training.state import seed_generators
 
 NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3), ls.observe.gradients(every=2)]
 TIMES = ["seconds", "factor_seconds"]
+unchecked = pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="beartype rejects other types before")
 
 
 @pytest.fixture(scope="module")
@@ -363,6 +365,7 @@ KILLED = """
 import os, signal, sys, torch
 import lorascope as ls
 from lorascope.training import run_folder
+from lorascope.training.any_loop import UNSTEPPED
 
 run_folder.FLUSH_SECONDS = 0.0
 model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
@@ -412,6 +415,7 @@ def test_full_disk_does_not_stop_training(tmp_path, monkeypatch):
     assert ls.load(tmp_path / "run").meta.status == "running"
 
 
+@unchecked
 def test_invalid_arguments_are_rejected_in_one_line(tmp_path):
     model, optimizer = small()
     other, _ = small()
@@ -420,9 +424,19 @@ def test_invalid_arguments_are_rejected_in_one_line(tmp_path):
     cases = [
         (lambda: ls.record(other, optimizer, tmp_path / "run"), "trains no parameter of the model"),
         (lambda: ls.record(model, "adam", tmp_path / "run"), r"optimizer must be a torch\.optim\.Optimizer, got str"),
-        (lambda: ls.record(model, optimizer, tmp_path / "run", steps=0), "steps must be >= 1 or None, got 0"),
+        (
+            lambda: ls.record(model, optimizer, tmp_path / "run", steps=0),
+            "steps must be an integer >= 1 or None, got 0",
+        ),
         (lambda: ls.record(model, optimizer, tmp_path / "foreign"), "contains files but no run"),
         (lambda: ls.record(model, optimizer, tmp_path / "run", [ls.observe.utilization()]), "held-out text in your"),
+        (lambda: ls.record(model, optimizer, tmp_path / "run", [ls.observe.norms]), "observe must be a list of observ"),
+        (lambda: ls.record(model, optimizer, tmp_path / "run", ls.observe.norms()), "observe must be a list of observ"),
+        (lambda: ls.record(model, optimizer, tmp_path / "run", seed="x"), "seed must be an integer or None, got 'x'"),
+        (lambda: ls.record(model, optimizer, tmp_path / "run", seed=1.0), "seed must be an integer or None, got 1.0"),
+        (lambda: ls.record(model, optimizer, tmp_path / "run", task=3), "task must be a string or None, got 3"),
+        (lambda: ls.record(model, optimizer, tmp_path / "run", steps=2.5), "steps must be an integer >= 1 or None"),
+        (lambda: ls.record(model, optimizer, tmp_path / "run", report_to=3), "report_to must be .* got 3"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message) as caught:
@@ -436,3 +450,200 @@ def test_rejected_recorder_leaves_no_hook_on_the_optimizer(tmp_path):
     with pytest.raises(ValueError, match="contains files but no run"):
         ls.record(model, optimizer, tmp_path)
     assert not optimizer._optimizer_step_post_hooks
+
+
+def test_optimizer_that_was_replaced_is_named_at_its_first_step(tmp_path):
+    model, optimizer = small()
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        small_step_and_record(model, optimizer, recorder)
+        other = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.warns(UserWarning, match="has not stepped in the last call of recorder.step"):
+            small_step_and_record(model, other, recorder)
+        small_step_and_record(model, other, recorder)  # warned once
+    assert ls.load(tmp_path / "run").table["step"].max() == 1
+
+
+def test_optimizer_that_never_steps_is_named_at_the_end_or_after_many_calls(tmp_path):
+    model, optimizer = small()
+    recorder = ls.record(model, optimizer, tmp_path / "run")
+    recorder.step(loss=1.0)
+    with pytest.warns(UserWarning, match="has not stepped in the last call"):
+        recorder.close()
+    recorder = ls.record(model, optimizer, tmp_path / "run")
+    for _ in range(UNSTEPPED - 1):
+        recorder.step(loss=1.0)
+    with pytest.warns(UserWarning, match=f"has not stepped in the last {UNSTEPPED} calls"):
+        recorder.step(loss=1.0)
+    recorder.close()  # warned once
+
+
+def test_accumulation_before_the_first_step_is_no_unused_optimizer(tmp_path):
+    model, optimizer = small()
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        for _ in range(3):
+            recorder.step(loss=1.0)
+        small_step_and_record(model, optimizer, recorder)
+
+
+@pytest.mark.parametrize("end", [False, True])
+def test_steps_between_two_calls_are_counted_and_named(end, tmp_path):
+    model, optimizer = small()
+    recorder = ls.record(model, optimizer, tmp_path / "run")
+    small_step_and_record(model, optimizer, recorder)
+    for _ in range(2):
+        small_step(model, optimizer)
+    with pytest.warns(UserWarning, match="the optimizer has stepped 2 times since the last call"):
+        recorder.close() if end else recorder.step()
+    recorder.close()
+    assert ls.load(tmp_path / "run").table["step"].max() == (1 if end else 2)
+
+
+def test_closed_recorder_says_so_once(tmp_path):
+    model, optimizer = small()
+    recorder = ls.record(model, optimizer, tmp_path / "run")
+    recorder.close()
+    with pytest.warns(UserWarning, match="the recorder is closed"):
+        small_step_and_record(model, optimizer, recorder)
+    recorder.evaluate(loss=1.0)
+    with pytest.raises(ValueError, match="the recorder is closed"), recorder:
+        pass
+    assert ls.load(tmp_path / "run").table["step"].max() == 0
+
+
+def test_recorder_whose_folder_another_one_has_taken_writes_no_more(tmp_path):
+    model, optimizer = small()
+    first = ls.record(model, optimizer, tmp_path / "run")
+    small_step_and_record(model, optimizer, first)
+    second = ls.record(model, optimizer, tmp_path / "run")
+    loss = small_step(model, optimizer)
+    with pytest.warns(UserWarning, match="another recorder writes to .*run: pass it another out"):
+        first.step(loss=loss)
+    second.step(loss=loss)
+    loss = small_step(model, optimizer)
+    first.step(loss=loss)
+    second.step(loss=loss)
+    first.evaluate(loss=1.0)
+    assert first.close() is None
+    second.evaluate(loss=2.0)
+    run = second.close()
+    found = ls.load(tmp_path / "run")
+    assert (found.id, found.meta.status, found.table["step"].max()) == (run.id, "done", 2)
+    assert found.table.query("quantity == 'eval_loss'")["value"].tolist() == [2.0]
+    (aside,) = (path for path in tmp_path.iterdir() if path.name != "run")
+    assert ls.load(aside).table["step"].max() == 1
+
+
+@unchecked
+def test_seed_may_be_an_integer_of_numpy(tmp_path):
+    model, optimizer = small()
+    assert ls.record(model, optimizer, tmp_path / "run", seed=np.int64(3)).close().seed == 3
+
+
+@unchecked
+@pytest.mark.parametrize("value", ["x", {"loss": 1.0}, [1.0, 2.0], 1j, torch.ones(2)])
+def test_values_that_are_no_number_are_rejected_when_they_are_passed(value, tmp_path):
+    model, optimizer = small()
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        small_step_and_record(model, optimizer, recorder)
+        small_step(model, optimizer)
+        for name, call in {
+            "loss": lambda: recorder.step(loss=value),
+            "grad_norm": lambda: recorder.step(grad_norm=value),
+            "metric": lambda: recorder.evaluate(metric=value),
+        }.items():
+            with pytest.raises(ValueError, match=f"{name} must be a number") as caught:
+                call()
+            assert "\n" not in str(caught.value)
+        recorder.step(loss=np.float32(2.0), grad_norm=3)
+    losses = ls.load(tmp_path / "run").table.query("quantity == 'loss'")
+    assert losses["step"].tolist() == [1, 2]
+    assert losses["value"].iloc[-1] == 2.0
+
+
+def test_loss_of_a_step_is_the_mean_over_the_micro_batches_of_accelerate(bert, task, rows, tmp_path):
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, optimizer = accelerator.prepare(*small())
+    found = []
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        for factor in (1.0, 3.0, 5.0, 7.0):
+            with accelerator.accumulate(model):
+                loss = model(torch.ones(2, 4)).square().mean() * factor
+                found.append(loss.item())
+                accelerator.backward(loss)
+                optimizer.step()
+                recorder.step(loss=loss)
+                optimizer.zero_grad()
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    losses = ls.load(tmp_path / "run").table.query("quantity == 'loss'")["value"]
+    assert losses.tolist() == [(found[0] + found[1]) / 2, (found[2] + found[3]) / 2]
+
+
+def test_parameters_that_join_the_optimizer_later_are_named(tmp_path):
+    model, _ = small()
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        small_step_and_record(model, optimizer, recorder)
+        optimizer.add_param_group({"params": model[2].parameters()})
+        with pytest.warns(UserWarning, match="2 parameters have joined the optimizer since ls.record"):
+            small_step_and_record(model, optimizer, recorder)
+        small_step_and_record(model, optimizer, recorder)
+
+
+def with_two_adapters(bert, task):
+    model = with_lora(bert, task)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter("second", peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2))
+    return model
+
+
+def test_adapter_stays_recorded_while_another_one_or_none_is_active(bert, task, rows, tmp_path):
+    model = with_two_adapters(bert, task)
+    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if "lora_" in name], lr=1e-2)
+    found = dict(delta.deltas(model))
+    with ls.record(model, optimizer, tmp_path / "run", [ls.observe.norms(every=1)]) as recorder:
+
+        def step_and_record(loss=None):
+            optimizer.step()
+            recorder.step(loss=loss)
+            optimizer.zero_grad()
+
+        train(model, optimizer, rows, recorder.step)
+        trained = {name: update.norm() for name, update in delta.deltas(model)}
+        with model.disable_adapter():
+            step_and_record()
+        model.set_adapter("second")
+        train(model, optimizer, rows, recorder.step)
+    run = ls.load(tmp_path / "run")
+    assert run.ranks() == dict.fromkeys(found, 3)
+    table = run.table.query("quantity == 'update_norm' and step == @STEPS").set_index("module")["value"]
+    model.set_adapter("default")
+    now = dict(delta.deltas(model))
+    for name, norm in trained.items():
+        assert table[name] == pytest.approx(norm, rel=1e-12)
+        assert last(run, "update_norm", name) == pytest.approx(now[name].norm(), rel=1e-12)
+        np.testing.assert_array_equal(run.updates()[name].dense(), now[name].dense())
+
+
+def test_adapters_that_train_in_turn_have_a_recorder_each(bert, task, rows, tmp_path):
+    model = with_two_adapters(bert, task)
+    recorders = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        optimizer = torch.optim.SGD([p for key, p in model.named_parameters() if f".{name}." in key], lr=0.1)
+        recorders[name] = optimizer, ls.record(model, optimizer, tmp_path / name, [ls.observe.norms(every=1)])
+    for batch in batches(rows, ROWS):
+        for name, (optimizer, recorder) in recorders.items():
+            model.set_adapter(name)
+            model(**{("labels" if key == "label" else key): value for key, value in batch.items()}).loss.backward()
+            optimizer.step()
+            recorder.step()
+            optimizer.zero_grad()
+    for name, rank in {"default": 3, "second": 2}.items():
+        run = recorders[name][1].close()
+        model.set_adapter(name)
+        for module, update in delta.deltas(model):
+            assert run.ranks()[module] == rank
+            assert last(run, "update_norm", module) == pytest.approx(update.norm(), rel=1e-12)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from lorascope.adapters.host_weights import host_weight, to_array
 from lorascope.updates import Dense, Update, from_factors
 
-# Results of ``_is_mergeable`` by layer and active adapters, because each trial copies the layer.
+# Results of ``_is_mergeable`` by layer and adapters, because each trial copies the layer.
 _TRIED: WeakKeyDictionary[Any, dict[tuple[str, ...], bool]] = WeakKeyDictionary()
 
 
 class PeftDelta:
-    """A PEFT layer with active adapters, with the interface of a ``Delta``.
+    """Adapters of a PEFT layer, active or not, with the interface of a ``Delta``.
 
     ``kept`` is the number of components that AdaLoRA's allocator retains, None if it has not decided yet.
     """
 
     resized = False
 
-    def __init__(self, layer: Any, kept: int | None = None) -> None:
-        self.layer, self.kept = layer, kept
+    def __init__(self, layer: Any, names: Sequence[str], kept: int | None = None) -> None:
+        self.layer, self.names, self.kept = layer, names, kept
 
     @property
     def rank(self) -> int:
@@ -36,13 +36,11 @@ class PeftDelta:
 
     def update(self) -> Update:
         """Return a copy of the update in numpy."""
-        update = peft_update(self.layer)
-        assert update is not None
-        return update
+        return _update_of(self.layer, self.names)
 
     def factors(self) -> dict[str, Tensor]:
         """Return the factors of the update; empty for a dense update."""
-        found = _active_factors(self.layer)
+        found = _factors_of(self.layer, self.names)
         return {} if found is None else found[0]
 
 
@@ -101,13 +99,17 @@ def has_peft_layers(model: nn.Module) -> bool:
 
 def active_adapters(layer: Any) -> list[str]:
     """Return the names of the adapters that change a PEFT layer's output; empty if they are disabled."""
+    return [] if layer.disable_adapters else adapters_among(layer, layer.active_adapters)
+
+
+def adapters_among(layer: Any, names: Sequence[str]) -> list[str]:
+    """Return those of the names that a PEFT layer has an adapter of."""
     tables = [getattr(layer, name) for name in layer.adapter_layer_names]
-    active = [adapter for adapter in layer.active_adapters if any(adapter in table for table in tables)]
-    return [] if layer.disable_adapters else active
+    return [adapter for adapter in names if any(adapter in table for table in tables)]
 
 
-def is_readable(layer: Any) -> bool:
-    """Return whether the active adapters make an update of one matrix, from their factors or by merging.
+def is_readable(layer: Any, names: Sequence[str]) -> bool:
+    """Return whether adapters of a layer make an update of one matrix, from their factors or by merging.
 
     This is False for norms, grouped convolutions, and several experts in one tensor. For packed (quantized) weights it
     is True only with plain LoRA or AdaLoRA.
@@ -118,19 +120,19 @@ def is_readable(layer: Any) -> bool:
     weight = getattr(host, "weight", None)
     mergeable = isinstance(weight, nn.Parameter) and weight.ndim > 1 and weight.is_floating_point()
     if mergeable:
-        return getattr(host, "groups", 1) == 1 and _is_mergeable(layer)
-    return all(_is_product(layer, adapter) for adapter in active_adapters(layer))
+        return getattr(host, "groups", 1) == 1 and _is_mergeable(layer, tuple(names))
+    return all(_is_product(layer, adapter) for adapter in names)
 
 
-def _is_mergeable(layer: Any) -> bool:
+def _is_mergeable(layer: Any, names: tuple[str, ...]) -> bool:
     """Return whether the update can be read from factors or merged; aLoRA's, for one, depends on the text."""
-    known, active = _TRIED.setdefault(layer, {}), tuple(active_adapters(layer))
-    if active not in known:
-        known[active] = False
+    known = _TRIED.setdefault(layer, {})
+    if names not in known:
+        known[names] = False
         with suppress(NotImplementedError, ValueError):
-            peft_update(layer)
-            known[active] = True
-    return known[active]
+            _update_of(layer, names)
+            known[names] = True
+    return known[names]
 
 
 def _is_product(layer: Any, adapter: str) -> bool:
@@ -140,35 +142,37 @@ def _is_product(layer: Any, adapter: str) -> bool:
 
 
 def peft_update(layer: Any) -> Update | None:
-    """Return the total update of a PEFT layer's active adapters; None if it has none or they are disabled.
+    """Return the total update of a PEFT layer's active adapters; None if it has none or they are disabled."""
+    active = active_adapters(layer)
+    return _update_of(layer, active) if active else None
+
+
+def _update_of(layer: Any, names: Sequence[str]) -> Update:
+    """Return the total update of adapters of a PEFT layer.
 
     LoRA and AdaLoRA updates are read from their factors, and FourierFT updates from their coefficients. All other
     adapters, including DoRA and multiplicative ones, are merged into a copy of the layer in float64: the update is the
     difference of the weights.
     """
-    active = active_adapters(layer)
-    if not active:
-        return None
-    if (found := _active_factors(layer)) is not None:
+    if (found := _factors_of(layer, names)) is not None:
         factors, scale = found
         return from_factors({name: to_array(factor) for name, factor in factors.items()}, scale)
     twin = copy.deepcopy(layer).double()
     if twin.merged:  # the weight already contains the update
         twin.unmerge()
     before = to_array(host_weight(twin.get_base_layer()))
-    twin.merge(adapter_names=active)
+    twin.merge(adapter_names=list(names))
     return Dense(to_array(host_weight(twin.get_base_layer())) - before)
 
 
-def _active_factors(layer: Any) -> tuple[dict[str, Tensor], float] | None:
-    """Return factors and scale of a FourierFT adapter, or of all LoRA and AdaLoRA adapters; None for other adapters."""
-    active = active_adapters(layer)
-    if len(active) == 1 and active[0] in getattr(layer, "fourierft_spectrum", ()):
-        spectrum, entries = layer.fourierft_spectrum[active[0]], layer.indices[active[0]]
+def _factors_of(layer: Any, names: Sequence[str]) -> tuple[dict[str, Tensor], float] | None:
+    """Return factors and scale of one FourierFT adapter, or of LoRA and AdaLoRA adapters; None for other adapters."""
+    if len(names) == 1 and names[0] in getattr(layer, "fourierft_spectrum", ()):
+        spectrum, entries = layer.fourierft_spectrum[names[0]], layer.indices[names[0]]
         shape = torch.tensor(host_weight(layer.get_base_layer()).shape)
-        return {"coefficients": spectrum, "entries": entries, "shape": shape}, float(layer.fourierft_scaling[active[0]])
-    parts = [part for part in (_lora_factors(layer, adapter) for adapter in active) if part is not None]
-    if len(parts) < len(active):
+        return {"coefficients": spectrum, "entries": entries, "shape": shape}, float(layer.fourierft_scaling[names[0]])
+    parts = [part for part in (_lora_factors(layer, adapter) for adapter in names) if part is not None]
+    if len(parts) < len(names):
         return None
     if len(parts) == 1:
         B, A, scale = parts[0]

@@ -216,6 +216,8 @@ class Step:
         Latest recorded values of the whole run, such as ``loss`` and ``lr``, each with its step.
     stop : str
         Reason for which an observer asks to stop the training; empty to continue.
+    adapter_names : tuple of str, optional
+        Names of the PEFT adapters that train, as they were active at the start; by default those active now.
     """
 
     index: int
@@ -232,6 +234,7 @@ class Step:
     shows_text: bool = True
     values: dict[str, tuple[int, Any]] = field(default_factory=dict, repr=False)
     stop: str = ""
+    adapter_names: tuple[str, ...] | None = None
 
     @property
     def finished(self) -> int:

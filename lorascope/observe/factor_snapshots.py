@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -21,12 +21,12 @@ class factors(Observer):
     every: int = 50
 
     def __call__(self, step: Step) -> Iterable[Item]:
-        return factors_of(step.model) if self.due(step.finished, step.total) else ()
+        return factors_of(step.model, step.adapter_names) if self.due(step.finished, step.total) else ()
 
 
-def factors_of(model: nn.Module) -> list[Factors]:
-    """Return the factors of every adapter of a model, from lorascope or PEFT."""
-    found = adapters(model)
+def factors_of(model: nn.Module, names: Sequence[str] | None = None) -> list[Factors]:
+    """Return the factors of every adapter of a model, from lorascope or PEFT; see ``adapters`` for ``names``."""
+    found = adapters(model, names)
     kept = []
     with shared_copies():
         factors = {module: delta.factors() for module, delta in found.items()}

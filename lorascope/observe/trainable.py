@@ -14,6 +14,7 @@ from lorascope.adapters.host_weights import host_kind, orient_weight, to_host
 from lorascope.adapters.peft_layers import (
     PeftDelta,
     active_adapters,
+    adapters_among,
     has_peft_layers,
     is_peft_layer,
     is_readable,
@@ -49,7 +50,7 @@ class TrainedTensors:
         parameters = {name: p for name, p in unwrapped_parameters(step.model).items() if name in step.base}
         names = {id(parameter): name for name, parameter in parameters.items()}
         self.dense = {uses.get(name, name): p for name, p in parameters.items() if id(p) in trained}
-        self.deltas = adapters(step.model)
+        self.deltas = adapters(step.model, step.adapter_names)
         self.hosts: dict[str, Any] = {name: unwrap_peft_layer(step.model.get_submodule(name)) for name in self.deltas}
         self.parameter_of = {label: names[id(p)] for label, p in self.dense.items()}
         self.changed = set(self.parameter_of.values())
@@ -94,25 +95,29 @@ def trained_ids(optimizer: torch.optim.Optimizer, peft: bool) -> set[int]:
     return {id(parameter) for parameter in members if parameter.requires_grad or not peft}
 
 
-def adapters(model: nn.Module) -> dict[str, Delta | PeftDelta]:
-    """Return the adapters from lorascope or PEFT, by module name without PEFT; see also ``unreadable_adapters``."""
-    kept = retained_components(model)
-    active = {name: PeftDelta(layer, kept.get(name)) for name, layer in _active_layers(model) if is_readable(layer)}
-    return {**attached_deltas(model), **active}
+def adapters(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, Delta | PeftDelta]:
+    """Return the adapters from lorascope or PEFT, by module name without PEFT; see also ``unreadable_adapters``.
+
+    ``names`` are the PEFT adapters to read, by default the active ones.
+    """
+    kept, layers = retained_components(model), _peft_layers(model, names)
+    found = {name: PeftDelta(layer, own, kept.get(name)) for name, layer, own in layers if is_readable(layer, own)}
+    return {**attached_deltas(model), **found}
 
 
 def unreadable_adapters(model: nn.Module) -> dict[str, str]:
     """Return the modules whose PEFT adapters do not make an update of a matrix, with their class names."""
-    return {
-        name: host_kind(unwrap_peft_layer(layer)) for name, layer in _active_layers(model) if not is_readable(layer)
-    }
+    layers = _peft_layers(model, None)
+    return {name: host_kind(unwrap_peft_layer(layer)) for name, layer, own in layers if not is_readable(layer, own)}
 
 
-def _active_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the PEFT layers with active adapters, by name."""
+def _peft_layers(model: nn.Module, names: Sequence[str] | None) -> Iterator[tuple[str, Any, list[str]]]:
+    """Yield the PEFT layers with adapters among ``names``, by default the active ones: name, layer, its adapters."""
     for name, module in model.named_modules():
-        if is_peft_layer(module) and active_adapters(module):
-            yield name, module
+        if is_peft_layer(module):
+            own = active_adapters(module) if names is None else adapters_among(module, names)
+            if own:
+                yield name, module, own
 
 
 def tile_sums(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> Float[Tensor, "tiles"]:

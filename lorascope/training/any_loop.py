@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import secrets
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -38,6 +41,9 @@ from lorascope.training.sharded_weights import WholeWeights, is_first_process, r
 from lorascope.training.state import trained_parameters
 from lorascope.training.trackers import TrackerReport, tracker_names
 
+UNSTEPPED = 100  # calls without an optimizer step: more than most trainings accumulate
+_CLOSED = "the recorder is closed; open another one with ls.record"
+
 
 def record(
     model: nn.Module,
@@ -54,8 +60,8 @@ def record(
 
     Call it after everything that replaces parameters (``get_peft_model``, ``accelerator.prepare``) and before the first
     step, because W_0 is the model at this call. It records passively: the weights are bitwise equal with and without
-    it. Only active PEFT adapters are recorded. Under DDP the first process writes. So it does under FSDP2, where every
-    process must make the same calls, and the first one keeps whole weights in CPU memory.
+    it. Of PEFT adapters, those active now are recorded. Under DDP the first process writes. So it does under FSDP2,
+    where every process must make the same calls, and the first one keeps whole weights in CPU memory.
 
     Parameters
     ----------
@@ -109,7 +115,8 @@ class LoopRecorder:
     """Recorder of a training in any loop; ``record`` returns it.
 
     ``load`` can open the folder during training, and new rows are written every 30 seconds. An exception in a ``with``
-    block marks the run as broken. Without ``close``, its status stays "running".
+    block marks the run as broken. Without ``close``, its status stays "running". What would leave gaps in the records,
+    such as an optimizer that was replaced, is a warning.
     """
 
     def __init__(
@@ -123,11 +130,15 @@ class LoopRecorder:
         task: str | None,
         report: Report | None,
     ) -> None:
+        self._gradients = getattr(optimizer, "gradient_state", None)  # of accelerate
         optimizer, model = unwrap_optimizer(optimizer), _unwrap_model(model)
-        _check(model, optimizer, steps)
+        _check(model, optimizer, steps, observers, seed, task)
         reject_distributed_stop(observers)
         bare_model = unwrap_peft_model(model)
-        self._pending, self._closed = _PendingStep(), False
+        self._closed = False
+        self._done = _DoneSteps(optimizer)
+        self._losses: list[float] = []  # of the micro-batches since the last step
+        self._warned: set[str] = set()
         self._weights = WholeWeights(model, optimizer, observers)
         self._recording: Recording | None = None
         device = str(next(model.parameters()).device)
@@ -140,7 +151,7 @@ class LoopRecorder:
                 warn_unreadable(bare_model)
                 meta = _describe(model, self._step, observers, seed, task, device)
                 self._recording = Recording(out, meta, self._step, None, observers, None, lost=None, report=report)
-        self._hook = optimizer.register_step_post_hook(self._pending)
+        self._hook = optimizer.register_step_post_hook(self._done)
 
     def step(self, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:
         """Record one optimizer step; call it after the step and before the gradients are reset.
@@ -151,16 +162,39 @@ class LoopRecorder:
         Parameters
         ----------
         loss : float or tensor, optional
-            Loss of the step's batch. A tensor is copied to the host.
+            Loss of the step's batch. A tensor is copied to the host. Under accelerate's ``accumulate`` it may be that
+            of a micro-batch, and the mean over those of the step is recorded.
         grad_norm : float or tensor, optional
             Global gradient norm before clipping, as ``clip_grad_norm_`` returns it.
+
+        Raises
+        ------
+        ValueError
+            A value is not a number.
         """
-        recording, lr, step = self._recording, self._pending.lr, self._step
-        if self._closed or lr is None:
+        recording, done, step = self._recording, self._done, self._step
+        own, norm = whole_number("loss", loss), whole_number("grad_norm", grad_norm)
+        if self._closed:
+            self._warn("closed", _CLOSED)
             return
-        self._pending.lr = None
+        if not done.steps:
+            if own is not None and self._gradients is not None and not self._gradients.sync_gradients:
+                self._losses.append(own)
+            done.empty_calls += 1
+            if done.empty_calls == UNSTEPPED or done.have_weights_changed():
+                self._warn_unstepped()
+            return
+        if done.steps > 1:
+            self._warn_skipped()
+        if len(done.optimized()) > done.number:
+            more = len(done.optimized()) - done.number
+            problem = f"{more} parameters have joined the optimizer since ls.record, and are not recorded"
+            self._warn("joined", f"{problem}; call ls.record again to record them")
+        lr = done.take()
+        losses = self._losses if own is None else [*self._losses, own]
+        self._losses = []
+        values = fmean(losses) if losses else None, norm
         step.index += 1
-        values = whole_number(loss), whole_number(grad_norm)
         if self._weights.due(step):
             self._weights.gather()
         if recording is None:
@@ -178,8 +212,10 @@ class LoopRecorder:
         return bool(self._step.stop)
 
     def evaluate(self, loss: float | Tensor | None = None, metric: float | Tensor | None = None) -> None:
-        """Record the loss and the metric of a validation after the current step."""
-        values = {"eval_loss": whole_number(loss), "eval_metric": whole_number(metric)}
+        """Record the loss and the metric of a validation after the current step; other values raise a ValueError."""
+        values = {"eval_loss": whole_number("loss", loss), "eval_metric": whole_number("metric", metric)}
+        if self._closed:
+            self._warn("closed", _CLOSED)
         if self._recording is not None:
             self._recording.add(Record(name, value) for name, value in values.items() if value is not None)
 
@@ -199,6 +235,10 @@ class LoopRecorder:
             return None
         self._closed = True
         self._hook.remove()
+        if error is None and self._done.steps:
+            self._warn_skipped()
+        elif error is None and self._done.empty_calls and not self._step.finished:
+            self._warn_unstepped()
         if error is None and not self._step.last:
             self._weights.gather()
         if recording is None:
@@ -209,29 +249,82 @@ class LoopRecorder:
         recording.writer.meta.error = error
         return recording.attempt(lambda: recording.close("broken"))
 
+    def _warn_unstepped(self) -> None:
+        number = self._done.empty_calls
+        calls = "call" if number == 1 else f"{number} calls"
+        fix = "pass the optimizer that trains the model to ls.record, after get_peft_model and accelerator.prepare"
+        self._warn("unstepped", f"the recorded optimizer has not stepped in the last {calls} of recorder.step; {fix}")
+
+    def _warn_skipped(self) -> None:
+        times = "once" if self._done.steps == 1 else f"{self._done.steps} times"
+        problem = f"the optimizer has stepped {times} since the last call of recorder.step"
+        self._warn("skipped", f"{problem}, and the step axis counts the calls; call it after every optimizer step")
+
+    def _warn(self, problem: str, text: str) -> None:
+        """Warn of each problem once: a recorder must not stop training."""
+        if problem not in self._warned:
+            self._warned.add(problem)
+            warnings.warn(text, stacklevel=4)
+
     def __enter__(self) -> LoopRecorder:
+        if self._closed:
+            raise ValueError(f"cannot record: {_CLOSED}")
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._end(None if error is None else _first_line(error))
 
 
-class _PendingStep:
-    """Hook of an optimizer that stores the learning rate of its last step until the recorder takes it."""
+class _DoneSteps:
+    """Hook of an optimizer that counts its steps until the recorder takes them, and the calls that found none."""
 
-    lr: float | None = None
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self.number = len(self.optimized())
+        self.steps, self.empty_calls, self._lr = 0, 0, 0.0
+        self._versions = self._count_writes()
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         # GradScaler calls a fused optimizer even if gradients overflow, and it skips the update itself.
         if not bool(getattr(optimizer, "found_inf", False)):
-            self.lr = float(optimizer.param_groups[0]["lr"])
+            self.steps, self._lr = self.steps + 1, float(optimizer.param_groups[0]["lr"])
+        self._versions = self._count_writes()
+
+    def take(self) -> float:
+        """Forget the steps that were counted, and return the learning rate of the last one."""
+        self.steps = self.empty_calls = 0
+        return self._lr
+
+    def optimized(self) -> list[Tensor]:
+        """Return the parameters of the optimizer."""
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def have_weights_changed(self) -> bool:
+        """Return whether anything but the optimizer has written to its parameters since its last step."""
+        return self._count_writes() != self._versions
+
+    def _count_writes(self) -> int:
+        return sum(parameter._version for parameter in self.optimized())
 
 
-def _check(model: nn.Module, optimizer: Any, steps: int | None) -> None:
+def _check(
+    model: nn.Module,
+    optimizer: Any,
+    steps: int | None,
+    observers: Sequence[Observer],
+    seed: int | None,
+    task: str | None,
+) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be >= 1 or None, got {steps}")
+    if steps is not None and (not _is_integer(steps) or steps < 1):
+        raise ValueError(f"steps must be an integer >= 1 or None, got {steps!r}")
+    if not isinstance(observers, Sequence) or not all(isinstance(each, Observer) for each in observers):
+        raise ValueError(f"observe must be a list of observers such as [ls.observe.norms()], got {observers!r}")
+    if seed is not None and not _is_integer(seed):
+        raise ValueError(f"seed must be an integer or None, got {seed!r}")
+    if task is not None and not isinstance(task, str):
+        raise ValueError(f"task must be a string or None, got {task!r}")
     reject_sharded_weights(model, gathered=True)
     known = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in known for parameter in trained_parameters(optimizer)):
@@ -239,6 +332,10 @@ def _check(model: nn.Module, optimizer: Any, steps: int | None) -> None:
             "cannot record an optimizer that trains no parameter of the model: create it after get_peft_model, and "
             "pass the results of accelerator.prepare"
         )
+
+
+def _is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _unwrap_model(model: Any) -> nn.Module:
@@ -278,7 +375,7 @@ def _describe(
             "weight_decay": float(group.get("weight_decay", 0.0)),
             "observers": [observer.config() for observer in observers],
         },
-        seed=seed,
+        seed=None if seed is None else operator.index(seed),
         **circumstances(step, None, trained, device),
     )
 

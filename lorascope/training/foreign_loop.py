@@ -36,7 +36,8 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, base: Base, modu
     loss, search, text = (
         partial(_fail, source, where) for source in ("the loss of a batch", "the search split", "held-out text")
     )
-    return Step(-1, -1, model, optimizer, base, modules, loss, search, text, shows_text=False)
+    names = tuple(_active_names(model))
+    return Step(-1, -1, model, optimizer, base, modules, loss, search, text, shows_text=False, adapter_names=names)
 
 
 def _fail(source: str, where: str, *_: Any) -> Any:
@@ -103,8 +104,14 @@ def _configs(model: Any) -> dict[str, Any]:
 def _active_configs(model: nn.Module) -> dict[str, Any]:
     """Return PEFT's configurations of the active adapters by name, or all of them if no layer has an active one."""
     configs = _configs(model)
-    active = {name for layer in model.modules() if is_peft_layer(layer) for name in active_adapters(layer)}
+    active = _active_names(model)
     return {name: config for name, config in configs.items() if name in active} or configs
+
+
+def _active_names(model: nn.Module) -> list[str]:
+    """Return the names of PEFT's active adapters, in the order in which layers add them."""
+    layers = [layer for layer in model.modules() if is_peft_layer(layer)]
+    return list(dict.fromkeys(name for layer in layers for name in active_adapters(layer)))
 
 
 def class_names(step: Step) -> list[str] | None:

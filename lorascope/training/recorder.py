@@ -100,17 +100,20 @@ class Recorder:
     def save_state(self, file: Path) -> State:
         """Write what training changed, record the factors, and return the entry of the state for ``run.json``."""
         model = self.step.model
-        self.add(factors_of(model))
+        self.add(factors_of(model, self.step.adapter_names))
         if self.method is not None:
             save_state(file, model, self.step.optimizer, self.method)
-        elif adapters(model):  # an export includes other parameters that PEFT trains, such as a head
+        elif adapters(
+            model, self.step.adapter_names
+        ):  # an export includes other parameters that PEFT trains, such as a head
             live = unwrapped_parameters(model)
             save_tree(file, {name: live[name] for name in self.base.kept if live[name].requires_grad})
         return self.state_entry()
 
     def state_entry(self) -> State:
         """Return the entry of the current state for ``run.json``."""
-        return State(self.step.finished, {name: each.rank for name, each in adapters(self.step.model).items()})
+        found = adapters(self.step.model, self.step.adapter_names)
+        return State(self.step.finished, {name: each.rank for name, each in found.items()})
 
     def flush_report(self) -> None:
         """Send the values of this step to the report."""

@@ -82,6 +82,8 @@ class Recording(Recorder):
         self._write_rows()
 
     def record(self, loss: float | None = None, grad_norm: float | None = None, lr: float | None = None) -> None:
+        if self._is_replaced():
+            return
         super().record(loss, grad_norm, lr)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.attempt(self._write_rows)
@@ -91,12 +93,16 @@ class Recording(Recorder):
         self.writer.flush()
 
     def add(self, items: Iterable[Item]) -> None:
+        if self._is_replaced():
+            return
         self._collect(items)
         if not self._failing:  # after a failure wait for the next flush: each attempt can block for seconds
             self.attempt(self.writer.write_arrays)
 
     def attempt(self, write: Callable[[], T]) -> T | None:
         """Write and return the result, or warn once per outage and return None: a recorder must not stop training."""
+        if self._is_replaced():
+            return None
         try:
             result = write()
             self._failing = False
@@ -106,6 +112,14 @@ class Recording(Recorder):
                 warnings.warn(f"{error}; training continues, and its records are kept in memory", stacklevel=2)
             self._failing = True
             return None
+
+    def _is_replaced(self) -> bool:
+        """Return whether another recording has ended this one and taken its folder; warn once if so."""
+        replaced = not self.mark_interrupted.alive
+        if replaced and not self._failing:
+            warnings.warn(f"another recorder writes to {self.path}: pass it another out", stacklevel=4)
+        self._failing |= replaced
+        return replaced
 
     def state(self) -> dict[str, Any]:
         """Return the state from which a checkpoint resumes the recording; save W_0 in the run folder first."""

@@ -23,11 +23,18 @@ def is_first_process() -> bool:
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
 
 
-def whole_number(value: float | Tensor | None) -> float | None:
-    """Return a number; all processes must call it, since that of FSDP2's gradient norm is sharded as well."""
+def whole_number(name: str, value: float | Tensor | None) -> float | None:
+    """Return a number; all processes must call it, since that of FSDP2's gradient norm is sharded as well.
+
+    Raise a ValueError, which calls it ``name``, if it is not a number.
+    """
     if isinstance(value, DTensor):
         value = value.full_tensor()
-    return value.detach().item() if isinstance(value, Tensor) else value
+    try:
+        return value if value is None else float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        shown = printable(repr(value))
+        raise ValueError(f"{name} must be a number or a tensor with one value, got {shown}") from None
 
 
 def reject_sharded_weights(model: nn.Module, gathered: bool = False) -> None:

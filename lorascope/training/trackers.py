@@ -52,6 +52,8 @@ def tracker_names(report_to: str | Sequence[str] | None) -> tuple[str, ...]:
     ValueError
         A name is unknown, or the tracker or accelerate is not installed.
     """
+    if not isinstance(report_to, str | Sequence | None):
+        raise ValueError(f"report_to must be a name or a list of names, got {report_to!r}")
     given = [report_to] if isinstance(report_to, str) else list(report_to or ())
     if given in ([], ["none"]):
         return ()

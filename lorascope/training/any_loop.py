@@ -60,7 +60,7 @@ def record(
 
     Call it after everything that replaces parameters (``get_peft_model``, ``accelerator.prepare``) and before the first
     step, because W_0 is the model at this call. It records passively: the weights are bitwise equal with and without
-    it. Of PEFT adapters, those active now are recorded. Under DDP the first process writes. So it does under FSDP2,
+    it. The PEFT adapters that are active now are recorded. Under DDP the first process writes, also under FSDP2,
     where every process must make the same calls, and the first one keeps whole weights in CPU memory.
 
     Parameters

@@ -321,6 +321,16 @@ def test_run_of_a_deleted_recorder_is_broken(bert, task, rows, tmp_path):
     assert ls.load(tmp_path / "lorascope").meta.status == "broken"
 
 
+def test_second_recorder_of_one_folder_ends_the_first_and_keeps_its_own_rows(bert, task, rows, tmp_path):
+    recorders = [ls.TrainerRecorder(observe=[ls.observe.norms(every=2)]) for _ in range(2)]
+    with pytest.warns(UserWarning, match="another recorder writes to .*lorascope: pass it another out") as caught:
+        by_trainer(fresh(bert, task), rows, tmp_path, recorder=recorders[0], others=[recorders[1]])
+    assert len(caught) == 1
+    run = ls.load(tmp_path / "lorascope")
+    assert run.finished
+    assert run.table.query("quantity == 'loss'")["step"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
 def test_finished_run_is_moved_aside_and_other_files_raise(bert, task, rows, tmp_path):
     ids = []
     for _ in range(2):

@@ -533,11 +533,13 @@ def test_hostile_image_raises_one_line(tmp_path: Path) -> None:
     assert "bomb.png" in outcome(lambda: open_image(tmp_path / "bomb.png"), gigabytes=0.5)
 
 
-def test_parquet_of_too_many_rows_raises(monkeypatch: pytest.MonkeyPatch, templates: dict[str, Path]) -> None:
+def test_parquet_of_too_many_rows_or_too_long_text_raises(templates: dict[str, Path]) -> None:
     file = templates["run"] / "records.parquet"
     rows = len(parquet_tables.read_table(file, file))
-    monkeypatch.setattr(parquet_tables, "MAX_ROWS", rows - 1)
-    assert f"{rows} rows" in outcome(lambda: parquet_tables.read_table(file, file))
+    assert f"{rows} rows" in outcome(lambda: parquet_tables.read_table(file, file, rows - 1))
+    buffer = io.BytesIO()
+    pd.DataFrame({"text": ["a" * 1000] * 1000}).to_parquet(buffer)
+    assert "1000000" in outcome(lambda: parquet_tables.read_table(buffer, "x", 1000))
 
 
 def test_parquet_of_too_many_columns_raises() -> None:

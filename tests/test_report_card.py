@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from adapter_bits import peft_folder
+from hostile import outcome
 from parsed_pages import Node, Tree
 from test_hostile_text import EVIL, untreated
 from test_inspect import llama, plant
@@ -18,7 +21,8 @@ from test_inspect import llama, plant
 import lorascope as ls
 from lorascope import cli
 from lorascope.diagnosis.inspection import inspect
-from lorascope.pages.report_card import html, markdown, read, report, verify
+from lorascope.pages.card import MAX_ROWS
+from lorascope.pages.report_card import MAX_PAGE, html, markdown, read, report, verify
 from lorascope.pages.table_cells import format_value
 from lorascope.plots.registry import available
 from lorascope.runs.loading import load
@@ -138,6 +142,15 @@ def damage(card: Path, path: Path, kind: str) -> Path:
         carried["tables"]["modules"] = "%%%"
     elif kind == "parquet":
         carried["tables"]["modules"] = base64.b64encode(b"PAR1 no").decode()
+    elif kind == "rows":
+        file = BytesIO()
+        pd.DataFrame({"module": ["a"] * (MAX_ROWS + 1)}).to_parquet(file)
+        carried["tables"]["modules"] = base64.b64encode(file.getvalue()).decode()
+    elif kind == "types":
+        carried["tables"]["modules"] = 5
+    elif kind == "deep":
+        path.write_text(re.sub(r'id="carried">.*?</script>', f'id="carried">{"[" * 10**5}</script>', text), "utf-8")
+        return path
     elif kind == "document":
         carried["document"] = {"versions": carried["document"]["versions"]}
     elif kind == "chart":
@@ -153,8 +166,11 @@ def damage(card: Path, path: Path, kind: str) -> Path:
     ("kind", "message"),
     [
         ("none", "carries no tables"),
-        ("json", "damaged"),
-        ("base64", "damaged"),
+        ("json", "as JSON"),
+        ("deep", "nested deeper"),
+        ("types", "Expected `str`, got `int`"),
+        ("base64", "base64"),
+        ("rows", f"must have <= {MAX_ROWS} rows"),
         ("parquet", "cannot build"),
         ("document", "cannot build"),
         ("chart", "cannot build"),
@@ -168,6 +184,16 @@ def test_damaged_page_is_rejected_in_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_hostile_file_is_rejected_with_little_memory(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.html")
+    with (tmp_path / "sparse.html").open("wb") as file:
+        file.truncate(MAX_PAGE + 1)
+    (tmp_path / "starts.html").write_text('<script type="application/json" id="carried">' * 10**5, "utf-8")
+    reasons = {"pipe": "not a regular file", "sparse": f"must be <= {MAX_PAGE} bytes", "starts": "Expecting value"}
+    for name, reason in reasons.items():
+        assert reason in outcome(lambda name=name: verify(tmp_path / f"{name}.html"), gigabytes=0.2)
 
 
 def test_command_verifies_and_fails_on_a_change(card: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -249,7 +275,8 @@ def test_markdown_has_the_facts_the_findings_and_the_roles(
         (["{adapter}", "--markdown", "-o", "x.md"], "--markdown prints"),
         (["{adapter}", "--markdown", "--json"], "cannot be combined"),
         (["{adapter}", "--verify", "-o", "x.html"], "--verify takes report cards only"),
-        (["{adapter}", "--verify"], "no such file"),
+        (["{adapter}", "--verify"], "not a regular file"),
+        (["{adapter}/nothing", "--verify"], "No such file"),
         (["{adapter}/nothing"], "nothing"),
     ],
 )

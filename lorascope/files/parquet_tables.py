@@ -18,12 +18,12 @@ MAX_FILE = 2**30
 MAX_ROWS = 2**25
 """Enough for the importance of 100,000 components at 300 steps: 30 million rows, 2 GB in memory."""
 MAX_COLUMNS = 200
-MAX_TEXT = 2**32
-"""Maximum bytes of a text column, if every row were as long as its longest text."""
+MAX_TEXT = 128
+"""Maximum bytes of a text column per row of ``max_rows``, if every row were as long as its longest text."""
 
 
-def read_table(file: Path | Any, name: object) -> pd.DataFrame:
-    """Read a Parquet table from a path or file object, after checking its size; errors call it ``name``.
+def read_table(file: Path | Any, name: object, max_rows: int = MAX_ROWS) -> pd.DataFrame:
+    """Read a Parquet table of at most ``max_rows`` from a path or file object; errors call it ``name``.
 
     Raises
     ------
@@ -39,7 +39,7 @@ def read_table(file: Path | Any, name: object) -> pd.DataFrame:
     try:
         # pyarrow cannot open every valid file name.
         with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
-            return _decode_table(stream).to_pandas()
+            return _decode_table(stream, max_rows).to_pandas()
     except ModuleNotFoundError:
         raise
     except Exception as error:  # broken files raise KeyError, TypeError, ArrowException and others
@@ -47,7 +47,7 @@ def read_table(file: Path | Any, name: object) -> pd.DataFrame:
         raise ValueError(f"cannot read {printable(name)} as a Parquet table: {reason}") from error
 
 
-def _decode_table(file: Any) -> Any:
+def _decode_table(file: Any, max_rows: int) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -56,9 +56,9 @@ def _decode_table(file: Any) -> Any:
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
         size = sum(group.total_byte_size for group in groups)
-        if rows > MAX_ROWS or len(schema) > MAX_COLUMNS or size > 4 * MAX_FILE:
+        if rows > max_rows or len(schema) > MAX_COLUMNS or size > 4 * MAX_FILE:
             raise ValueError(
-                f"it must have <= {MAX_ROWS} rows, {MAX_COLUMNS} columns and {4 * MAX_FILE} bytes, "
+                f"it must have <= {max_rows} rows, {MAX_COLUMNS} columns and {4 * MAX_FILE} bytes, "
                 f"got {rows} rows, {len(schema)} columns and {size} bytes"
             )
     nested = next((field for field in schema if pa.types.is_nested(field.type)), None)
@@ -78,8 +78,8 @@ def _decode_table(file: Any) -> Any:
         for part in column.chunks:
             lengths = (len(text) for text in part.dictionary.to_pylist() if isinstance(text, str | bytes))
             size += len(part) * max(lengths, default=0)
-        if size > MAX_TEXT:
-            raise ValueError(f"column {name!r} must have <= {MAX_TEXT} bytes of text, got {size}")
+        if size > MAX_TEXT * max_rows:
+            raise ValueError(f"column {name!r} must have <= {MAX_TEXT * max_rows} bytes of text, got {size}")
         if name in texts:
             table = table.set_column(number, name, column.cast(texts[name]))
     return table.replace_schema_metadata(schema.metadata)

@@ -19,12 +19,15 @@ from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
 from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import Inspection, inspect, json_values
 from lorascope.diagnosis.kinds import Severity
+from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.plots.registry import FIGURES, Topic, available
 from lorascope.runs.result import Result
 
 _FIGURE_BYTES = 300_000  # Parquet: the page repeats the data as JSON, and plotly.js takes 4.6 of its 6 MiB
+MAX_ROWS = 2**18
+"""Maximum rows of a table of a card: enough for two adapters with 100,000 modules each."""
 _SEVERITIES, _TOPICS = get_args(Severity), get_args(Topic)
 
 
@@ -55,7 +58,7 @@ class Card:
 
     def table(self, name: str) -> pd.DataFrame:
         """Return a table: "modules", "roles" or, for several subjects on one model, "pairs"."""
-        return pd.read_parquet(BytesIO(self.parquet[name]))
+        return read_table(BytesIO(self.parquet[name]), f"the table {name!r}", MAX_ROWS)
 
     def figures(self) -> Iterator[ReportFigure]:
         """Yield the figures."""

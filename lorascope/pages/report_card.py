@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from pyarrow import ArrowException
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
+from lorascope.files.typed_json import parse_json, require_regular, require_size, to_typed, unreadable
 from lorascope.pages.card import Card, collect, installed_versions
 from lorascope.pages.page import GENERATORS, Section, render, require_own
 from lorascope.pages.table_cells import format_value, frame_cells
 from lorascope.runs.result import Result
 
-_CARRIED = re.compile(r'<script type="application/json" id="carried">(.*?)</script>', re.DOTALL)
+MAX_PAGE = 2**27
+"""Maximum bytes of a page: enough for an adapter with 100,000 modules."""
 _COLUMNS = {"least_rank": "lowest rank", "most_rank": "highest rank"}
 LIMITS = (
     "A check reports only what numbers can show. A mistake that gives the same numbers as a choice is not reported, so "
@@ -74,12 +76,20 @@ def report(runs: Result | Sequence[Result], out: str | Path, spectra: bool = Fal
     return path
 
 
+@dataclass(frozen=True)
+class _Carried:
+    """Document of a card, and its Parquet files in base64 by name."""
+
+    document: dict[str, Any]
+    tables: dict[str, str]
+
+
 def html(card: Card) -> str:
     """Return the page of a card; equal cards give equal pages."""
     one = card.subjects[0] if len(card.subjects) == 1 else None
     lead = one["kind"] if one else "Adapters and runs side by side."
     tables = {name: base64.b64encode(file).decode() for name, file in card.parquet.items()}
-    carried = {"document": card.document, "tables": tables}
+    carried = vars(_Carried(card.document, tables))
     facts = one["facts"] if one else {}
     return render(card.title, lead, list(_sections(card)), facts, carried)
 
@@ -179,17 +189,17 @@ def read(path: str | Path) -> Card:
 
 
 def _parse(text: str, path: str | Path) -> Card:
-    found = _CARRIED.search(text)
-    if found is None:
+    carried = text.partition('<script type="application/json" id="carried">')[2].partition("</script>")[0]
+    if not carried:
         raise ValueError(f"{printable(path)} is not a report card: it carries no tables")
+    name = f"the tables that {path} carries"
+    require_size(len(carried), name)
+    content = to_typed(parse_json(carried, name), _Carried, name)
     try:
-        carried: Mapping[str, Any] = json.loads(found[1])
-        return Card(
-            carried["document"],
-            {name: base64.b64decode(file, validate=True) for name, file in carried["tables"].items()},
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the tables that {printable(path)} carries are damaged: {printable(error)}") from error
+        tables = {table: base64.b64decode(file, validate=True) for table, file in content.tables.items()}
+    except ValueError as error:
+        raise unreadable(name, printable(error)) from error
+    return Card(content.document, tables)
 
 
 def verify(path: str | Path) -> list[str]:
@@ -216,8 +226,8 @@ def verify(path: str | Path) -> list[str]:
 
 
 def _text(path: str | Path) -> str:
-    if not Path(path).is_file():
-        raise ValueError(f"cannot verify {printable(path)}: no such file")
+    if (size := require_regular(Path(path))) > MAX_PAGE:
+        raise unreadable(path, f"file size must be <= {MAX_PAGE} bytes, got {size}")
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
 

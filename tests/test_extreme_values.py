@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
+from hostile import LORA, Q, factors, outcome, sign, trained, write
 
+from lorascope import plots
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Bar, Heat, Line
 from lorascope.charts.scales import to_floats
 from lorascope.diagnosis import terminal
 from lorascope.diagnosis.terminal import BLOCKS, DIGITS, glyph
 from lorascope.pages.table_cells import format_value
+from lorascope.runs.loading import load
 
 VALUES = (1e308, np.inf, -0.0, 5e-324, np.nan, 1.7e308)
 COLUMNS = {
@@ -60,6 +65,43 @@ def test_both_renderers_draw_extreme_values(values: list[float], log: bool) -> N
     for chart in (lines, Chart(data, [Heat("r", "c", "v", label="l", text=".2g")])):
         chart.mpl().draw_without_rendering()
         assert "Infinity" not in chart.plotly().to_json()
+
+
+def extreme_adapter(root: Path, value: float) -> Path:
+    """Write a float64 LoRA adapter of which one entry of one factor is a value."""
+    tensors = {name: array.astype("f8") for name, array in factors("A", "B").items()}
+    tensors[f"{Q}.lora_B.weight"][0, 0] = value
+    return write(root / "adapter", LORA, tensors)
+
+
+def extreme_run(root: Path, value: float) -> Path:
+    """Write a run of which every second recorded value is a value."""
+    folder = trained(root / "run")
+    table = pd.read_parquet(folder / "records.parquet")
+    table.loc[::2, "value"] = value
+    table.to_parquet(folder / "records.parquet", index=False)
+    sign(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "value", [1e308, *(pytest.param(value, marks=pytest.mark.slow) for value in (-1e308, 1e-308, np.inf, np.nan))]
+)
+@pytest.mark.parametrize("made", [extreme_adapter, extreme_run])
+def test_every_figure_draws_extreme_values_or_names_what_it_needs(made, value: float, tmp_path: Path) -> None:
+    run = load(made(tmp_path, value))
+    names = plots.available(run).query("drawable and runs == 1")["figure"]
+    assert "update_norm_heat" in set(names)
+
+    def draw(name: str) -> None:
+        chart = getattr(plots, name)(run)
+        chart.mpl().draw_without_rendering()
+        assert "Infinity" not in chart.plotly().to_json()
+
+    reasons = {name: outcome(lambda name=name: draw(name), seconds=30) for name in names}
+    # The run has no ranks, and no update is known where every recorded norm is NaN.
+    reasons.pop("importance", None)
+    assert {name: reason for name, reason in reasons.items() if reason and f"{name} needs" not in reason} == {}
 
 
 LONG = "layers.0." + "module." * 700 + "q"

@@ -10,12 +10,14 @@ from lorascope.analysis import norms
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Axis, Heat
+from lorascope.charts.scales import to_floats
 from lorascope.plots.builders import heat_by_role, profile
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, axis_label, define, require_counts
 
 _CELL = ["recipe", "kind", "place"]
 _MOST_LABELED = 12  # largest number of columns, over all panels, whose cells have room for numbers
+_MOST_DIGITS = 6  # of a number in a cell, before its exponent is shown
 _SINCE_START = "adapter_norm minus step 0"
 
 
@@ -71,15 +73,17 @@ def update_norm_heat(cohort: Cohort, quantity: str | None = None) -> Drawable:
     inside = norms.select(cohort.table, quantity).dropna(subset="layer")
     pooled = norms.last(norms.pool(inside, by=("place", "role")))
     cells = band(cohort.label(pooled), [*_CELL, "role"])
-    largest = float(cells["value"].max())
+    largest = float(pd.Series(to_floats(cells["value"])).max())
     half: float = ((cells["high"] - cells["low"]) / 2 / cells["value"]).max()
-    widest = "" if pd.isna(half) else f" Widest interval of a cell: ±{half:.0%}."
+    widest = "" if not math.isfinite(half) else f" Widest interval of a cell: ±{half:.0%}."
     caption = cohort.caption(
         f"{define(quantity)} {_step_phrase(pooled)}{widest}", interval="95% t-intervals are in the data"
     )
-    legible = cells[["recipe", "place"]].drop_duplicates().shape[0] <= _MOST_LABELED and largest > 0
-    text = f".{max(0, 2 - math.floor(math.log10(largest)))}f" if legible else None  # three digits for the largest
-    heat = Heat("place", "role", "value", axis_label(quantity), text, limits=(0.0, largest))
+    text = None
+    if largest > 0 and cells[["recipe", "place"]].drop_duplicates().shape[0] <= _MOST_LABELED:
+        digits = 2 - math.floor(math.log10(largest))  # three digits for the largest
+        text = f".{max(0, digits)}f" if abs(digits) < _MOST_DIGITS else ".2e"
+    heat = Heat("place", "role", "value", axis_label(quantity), text, limits=(0.0, largest) if largest > 0 else None)
     panels = heat_by_role(cells, cohort.labels, lambda _: heat, "block", caption)
     return wrap(panels, len(panels))
 

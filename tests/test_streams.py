@@ -8,9 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pandas as pd
 import pytest
+from test_inspect import llama, plant
 from test_loading import write_run
 
 from lorascope.runs.run import Run
@@ -65,6 +67,50 @@ def test_ascii_locale_reads_writes_and_prints_non_ascii_text(tmp_path: Path) -> 
     page = (tmp_path / "spectrum.html").read_text(encoding="utf-8")
     assert json.dumps(LABEL)[1:-1] in page or LABEL in page  # Plotly escapes it unless orjson is installed
     assert set(pd.read_csv(tmp_path / "spectrum.csv", encoding="utf-8")["recipe"]) == {LABEL}
+
+
+IN_TURN = """
+import json, sys
+from lorascope.cli.main import main
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["lorascope", *command]
+    code = main()
+    assert code == (command[0] == "doctor"), (command, code)
+"""
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="file names are Unicode")
+@pytest.mark.parametrize(
+    ("locale", "name", "shown"),
+    [({}, b"ad\xff", r"ad\xff"), (ASCII, b"ad\xff", r"ad\xff"), (ASCII, "Größe".encode(), "Größe")],
+)
+def test_commands_accept_folder_names_outside_the_encoding_of_the_locale(
+    locale: dict[str, str], name: bytes, shown: str, tmp_path: Path
+) -> None:
+    for parent in ("one", "other"):
+        unused = {"model.layers.1.self_attn.q_proj": [0.0, 0.0]}
+        plant(Path(os.fsdecode(os.fsencode(tmp_path / parent) + b"/" + name)), llama(2, [2.0, 1.0]) | unused)
+    # The locale C decodes each byte above 127 of a file name to a surrogate.
+    one, other = (f"{parent}/{name.decode('ascii', 'surrogateescape')}" for parent in ("one", "other"))
+    label = name.decode("ascii", "surrogateescape")
+    figures = [["plot", "spectrum", f"{label}={one}", "-o", f"labeled.{kind}"] for kind in ("csv", "svg")]
+    figures += [["plot", "spectrum", one, "-o", f"spectrum.{kind}"] for kind in ("csv", "html")]
+    commands = [
+        ["inspect", one, "--csv"],
+        ["inspect", one, other],
+        ["inspect", one, other, "--csv"],
+        ["survey", one, "--csv"],
+        ["doctor", one, "--sarif", "log.sarif"],
+        *figures,
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, json.dumps(commands)],
+        env=os.environ | locale | {"PYTHONWARNDEFAULTENCODING": ""}, capture_output=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert (done.stderr, done.returncode) == (b"", 0)
+    for file in ("spectrum.csv", "labeled.csv"):
+        assert set(pd.read_csv(tmp_path / file, encoding="utf-8")["recipe"]) == {shown}
+    assert quote(name) in (tmp_path / "log.sarif").read_text(encoding="utf-8")
 
 
 def lorascope(

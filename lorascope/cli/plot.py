@@ -13,7 +13,7 @@ from tyro.conf import arg
 
 from lorascope.cli.arguments import Folder, Name, call, headline, options_of
 from lorascope.cli.load_runs import open_runs
-from lorascope.files.printable import printable
+from lorascope.files.printable import printable, utf8_text
 from lorascope.plots import FIGURES, OLD_FIGURES
 from lorascope.runs.result import Result
 from lorascope.schema.suggestions import unknown_name
@@ -95,7 +95,7 @@ def _group_by_label(pairs: Sequence[tuple[str, Result]]) -> list[Result] | dict[
 
 def _split_label(word: str) -> tuple[str, str]:
     label, equals, path = word.partition("=")
-    return (label, path) if equals and not Path(word).exists() else ("", word)
+    return (utf8_text(label), path) if equals and not Path(word).exists() else ("", word)
 
 
 def _list_figures() -> str:

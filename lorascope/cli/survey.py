@@ -70,7 +70,7 @@ def main(
             if json:
                 print(dumps(json_values(vars(row))), flush=True)
             elif csv:
-                text = csv_text(pd.DataFrame([vars(row)]).convert_dtypes())
+                text = csv_text(pd.DataFrame([vars(row)], dtype=object))  # paths may have surrogates
                 print(text if count == 0 else text.partition("\n")[2], end="", flush=True)
             else:
                 print(*([_HEAD] if count == 0 else []), _line(row), sep="\n", flush=True)

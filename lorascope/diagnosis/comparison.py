@@ -9,6 +9,7 @@ from typing import Any
 from lorascope.analysis import adapter_similarity
 from lorascope.diagnosis.inspection import Inspection, rows
 from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.files.printable import utf8_text
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def distinct_labels(inspections: Sequence[Inspection]) -> list[str]:
         One occurs twice.
     """
     names = [item.name for item in inspections]
-    labels = [item.name if names.count(item.name) == 1 else str(item.path) for item in inspections]
+    labels = [item.name if names.count(item.name) == 1 else utf8_text(item.path) for item in inspections]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise ValueError(f"duplicate adapter or run {twice!r}")

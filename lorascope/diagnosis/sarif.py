@@ -5,6 +5,7 @@ Source: OASIS, Static Analysis Results Interchange Format 2.1.0.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,4 +79,4 @@ def _logical_locations(finding: Finding) -> dict[str, Any]:
 
 def _relative_uri(file: Path) -> str:
     path, here = file.resolve(), Path.cwd().resolve()
-    return quote(path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name)
+    return quote(os.fsencode(path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorascope.files.printable import printable
+from lorascope.files.printable import printable, utf8_text
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
@@ -98,7 +98,7 @@ def label(path: Path) -> str:
     """Return the name of a file or folder; in the cache of the Hugging Face Hub, repository and commit."""
     if (source := hub_source(path)) is not None:
         return f"{source[0]}@{source[1][:7]}"
-    return path.name if path.is_file() else path.resolve().name
+    return utf8_text(path.name if path.is_file() else path.resolve().name)
 
 
 def _fetch(name: HubName, files: Callable[[HubName], Path]) -> Path:

@@ -25,6 +25,15 @@ def printable(text: object) -> str:
     )
 
 
+def utf8_text(path: object) -> str:
+    r"""Return a path, or another text from the operating system, as text that tables and UTF-8 can store.
+
+    Bytes that are not in the encoding of the locale are surrogates there. They are decoded as UTF-8, or escaped if they
+    are not UTF-8: ``\xff``.
+    """
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def short_name(text: object) -> str:
     """Escape like `printable`, and elide the middle of a name of more than 52 characters."""
     name = printable(text)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from lorascope.files.lazy_pandas import pandas as pd
-from lorascope.files.printable import printable
+from lorascope.files.printable import printable, utf8_text
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.manifest import Manifest, State, Test
 from lorascope.runs.module_summary import MEASURES, ModuleSummary
@@ -54,7 +54,7 @@ class Result(ABC):
     @property
     def label(self) -> str:
         """Name of the recipe, equal for all seeds, such as ``LoRA, rank 8``."""
-        return self.meta.label
+        return utf8_text(self.meta.label)
 
     @property
     def seed(self) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 from test_inspect import llama, plant
@@ -20,6 +23,29 @@ def adapter(tmp_path, monkeypatch):
     spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 4
     monkeypatch.chdir(tmp_path)
     return plant(tmp_path / "my adapter", spectra)
+
+
+def test_doctor_replaces_its_own_log_only(adapter, monkeypatch, capsys):
+    log, words = Path("log.sarif"), ["doctor", str(adapter), "--sarif", "log.sarif"]
+    assert main(words) == main(words) == 1
+    written = log.read_bytes()
+
+    def fail(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "fsync", fail)
+        assert main(words) == 1
+    assert "cannot write log.sarif" in capsys.readouterr().err
+    assert log.read_bytes() == written
+    foreign = written.replace(b'"name": "lorascope"', b'"name": "CodeQL"')
+    log.write_bytes(foreign)
+    assert main(words) == 2
+    assert capsys.readouterr() == (
+        "",
+        "lorascope: cannot write log.sarif: it exists and was not written by lorascope\n",
+    )
+    assert log.read_bytes() == foreign
 
 
 def test_doctor_writes_one_result_per_finding_with_a_relative_uri(adapter, capsys):

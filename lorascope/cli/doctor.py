@@ -20,11 +20,13 @@ from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.kinds import KINDS, Kind
 from lorascope.diagnosis.merge import check_merge
 from lorascope.diagnosis.runtimes import Application, applied
-from lorascope.diagnosis.sarif import sarif_log
+from lorascope.diagnosis.sarif import MARK, sarif_log
 from lorascope.diagnosis.terminal import WIDTH
 from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import write_json
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.folders import require_own
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import is_run, load_adapter
 from lorascope.runs.result import Result
@@ -76,6 +78,8 @@ def main(
         return _list_kinds(json)
     if path is None:
         raise ValueError("PATH is required: lorascope doctor my-adapter")
+    if sarif is not None:
+        require_own(Path(sarif), MARK)
     if merged is not None:
         return _report_merge(path, base, merged, sarif, json)
     if base is None and runtime is None:
@@ -162,7 +166,7 @@ def _write_sarif(file: str | None, found: Sequence[Finding], run: Result) -> Non
     if file is not None:
         subject = run.files.files[0].path if isinstance(run, Adapter) else Path(run.path or run.id) / "run.json"
         log = sarif_log(found, Path(subject), lorascope.__version__)
-        Path(file).write_text(dumps(log, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(file), log)
 
 
 def _finding_paragraphs(finding: Finding) -> list[tuple[str, str]]:

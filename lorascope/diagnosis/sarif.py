@@ -16,6 +16,8 @@ from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.kinds import KINDS, Kind
 from lorascope.files.printable import printable
 
+MARK = '"driver": {\n     "name": "lorascope"'
+"""Text in every log that lorascope wrote."""
 _LEVELS = {"error": "error", "caution": "warning", "note": "note"}
 
 

@@ -18,11 +18,12 @@ from plotly.offline import get_plotlyjs
 
 from lorascope.charts.plotly_backend import CONFIG
 from lorascope.charts.theme import THEMES
-from lorascope.files.printable import printable, printable_lines
+from lorascope.files.printable import printable_lines
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.pages import table_cells
 from lorascope.pages.embedded_charts import embed
 from lorascope.pages.report_figure import ReportFigure
+from lorascope.runs.folders import require_own
 
 GENERATORS = {".html": '<meta name="generator" content="lorascope">', ".md": "<!-- written by lorascope -->"}
 """Mark of a file that lorascope wrote, by extension."""
@@ -93,7 +94,7 @@ def write(
         ``path`` exists, and lorascope did not write it.
     """
     path = Path(path)
-    require_own(path)
+    require_own(path, *GENERATORS.values())
     # A label may contain a lone surrogate, which UTF-8 cannot encode.
     write_bytes(path, render(title, lead, sections, facts or {}).encode("utf-8", "backslashreplace"))
     return path
@@ -124,11 +125,3 @@ def render(title: str, lead: str, sections: Sequence[Section], facts: Mapping[st
         plotly=Markup(get_plotlyjs()),
         config=CONFIG,
     )
-
-
-def require_own(path: Path) -> None:
-    """Raise a FileExistsError if a file exists and lorascope did not write it."""
-    if path.exists() and not (
-        path.is_file() and any(mark.encode() in path.read_bytes() for mark in GENERATORS.values())
-    ):
-        raise FileExistsError(f"cannot write {printable(path)}: it exists and was not written by lorascope")

@@ -17,8 +17,9 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_json import parse_json, require_regular, require_size, to_typed, unreadable
 from lorascope.pages.card import Card, collect, installed_versions
-from lorascope.pages.page import GENERATORS, Section, render, require_own
+from lorascope.pages.page import GENERATORS, Section, render
 from lorascope.pages.table_cells import format_value, frame_cells
+from lorascope.runs.folders import require_own
 from lorascope.runs.result import Result
 
 MAX_PAGE = 2**27
@@ -68,7 +69,7 @@ def report(runs: Result | Sequence[Result], out: str | Path, spectra: bool = Fal
     path = Path(out)
     if path.suffix not in GENERATORS:
         raise ValueError(f"out must end in .html or .md, got {printable(path)}")
-    require_own(path)
+    require_own(path, *GENERATORS.values())
     card = collect([runs] if isinstance(runs, Result) else list(runs), spectra)
     text = html(card) if path.suffix == ".html" else markdown(card)
     # A label may contain a lone surrogate, which UTF-8 cannot encode.

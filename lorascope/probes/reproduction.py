@@ -18,6 +18,7 @@ from lorascope.pages.page import Section
 from lorascope.pages.report_figure import draw
 from lorascope.probes import kept_comparison, short_runs
 from lorascope.probes.base import PROBES
+from lorascope.runs.folders import require_own
 from lorascope.runs.run import Run
 
 REPORT = "report.html"
@@ -77,7 +78,7 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
         A run failed; the others are saved.
     """
     path = Path(out) / REPORT
-    page.require_own(path)
+    require_own(path, *page.GENERATORS.values())
     file = data / "registered.toml"
     claims, evidence = (registration.read(file) if file.exists() else None), store.read_kept(data / "evidence")
     blocks = evidence.blocks()

@@ -164,6 +164,12 @@ def require_absent(path: Path) -> None:
         raise FileExistsError(f"cannot create {path}: it exists, pass a new {new}")
 
 
+def require_own(path: Path, *marks: str) -> None:
+    """Raise a FileExistsError if a path exists and is not a file with one of the marks that lorascope writes."""
+    if path.exists() and not (path.is_file() and any(mark.encode() in path.read_bytes() for mark in marks)):
+        raise FileExistsError(f"cannot write {printable(path)}: it exists and was not written by lorascope")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Write a folder atomically: yield a temporary folder, and rename it if the block ends without an error.

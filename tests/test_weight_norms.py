@@ -377,6 +377,20 @@ def test_recording_copies_each_factor_to_the_host_once(method, transfers):
         assert set(copied.values()) == {1}
 
 
+@pytest.mark.parametrize("method", [LoRA(), HydraLoRA(), FourierFT(coefficients=9)], ids=lambda method: method.label())
+def test_observers_in_one_context_copy_each_factor_to_the_host_once(method, transfers):
+    step = recorded_step(method)
+    observers = observe.norms(every=1), observe.alarms(), observe.factors()
+    trained = {p.data_ptr() for each in delta.attached_deltas(step.model).values() for p in each.parameters()}
+    for step.index in (-1, 0):
+        transfers.clear()
+        with shared_copies():
+            for observer in observers:
+                list(observer(step))
+        copied = Counter(place for tensors in transfers for place in tensors if place in trained)
+        assert set(copied.values()) == {1}
+
+
 @pytest.mark.parametrize("method", [LoRA(), LoRA(targets="all-linear"), AdaLoRA(), ALoRA(), Full(), LISA(n_active=1)],
                          ids=lambda method: method.label())  # fmt: skip
 def test_norms_copy_to_the_host_once_per_recording(method, transfers):
@@ -415,6 +429,9 @@ def test_shared_copies_shares_arrays_of_trained_parameters_in_its_context():
         assert to_array(weight.T).shape == (3, 2)
         assert to_array(frozen) is not to_array(frozen)
         before = to_array(weight)
+        with shared_copies():
+            assert to_array(weight) is before
+        assert to_array(weight) is before
     with torch.no_grad():
         weight.add_(1)
     assert (before == 1).all()

@@ -51,9 +51,11 @@ _SHARED: ContextVar[dict[Any, tuple[Tensor, Shaped[np.ndarray, "..."]]] | None] 
 def shared_copies() -> Iterator[None]:
     """Let ``to_array`` and ``to_host`` copy each trained parameter only once in this context.
 
-    The tensors that ``to_host`` has copied are shared as well. Do not modify the shared arrays.
+    The tensors that ``to_host`` has copied are shared as well. A context in another one shares the copies of the outer
+    one. Do not modify the shared arrays, or the tensors before the context ends.
     """
-    token = _SHARED.set({})
+    outer = _SHARED.get()
+    token = _SHARED.set({} if outer is None else outer)
     try:
         yield
     finally:

@@ -22,9 +22,10 @@ import lorascope as ls
 from lorascope import cli
 from lorascope.diagnosis.inspection import inspect
 from lorascope.pages.card import MAX_ROWS
-from lorascope.pages.report_card import MAX_PAGE, html, markdown, read, report, verify
+from lorascope.pages.report_card import html, markdown, read, report, verify
 from lorascope.pages.table_cells import format_value
 from lorascope.plots.registry import available
+from lorascope.runs.folders import MAX_PAGE
 from lorascope.runs.loading import load
 
 PLANTED = llama(3, [3.0, 1.0]) | {"model.layers.1.self_attn.q_proj": [0.0, 0.0]}
@@ -295,6 +296,9 @@ def test_foreign_file_is_not_overwritten(adapter: Path, tmp_path: Path):
         with pytest.raises(FileExistsError, match="not written by lorascope"):
             report(load(adapter), tmp_path / name)
         assert (tmp_path / name).read_text() == "mine"
+    with (tmp_path / "mine.html").open("wb") as file:
+        file.truncate(20 * 2**30)
+    assert "not written by lorascope" in outcome(lambda: report(load(adapter), tmp_path / "mine.html"))
 
 
 def test_page_of_a_card_that_was_read_is_the_same(card: Path):

@@ -19,11 +19,9 @@ from lorascope.files.typed_json import parse_json, require_regular, require_size
 from lorascope.pages.card import Card, collect, installed_versions
 from lorascope.pages.page import GENERATORS, Section, render
 from lorascope.pages.table_cells import format_value, frame_cells
-from lorascope.runs.folders import require_own
+from lorascope.runs.folders import MAX_PAGE, require_own
 from lorascope.runs.result import Result
 
-MAX_PAGE = 2**27
-"""Maximum bytes of a page: enough for an adapter with 100,000 modules."""
 _COLUMNS = {"least_rank": "lowest rank", "most_rank": "highest rank"}
 LIMITS = (
     "A check reports only what numbers can show. A mistake that gives the same numbers as a choice is not reported, so "

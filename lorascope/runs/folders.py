@@ -30,6 +30,8 @@ _OWN = re.compile(
     r"|resume/((step-\d+|best-\d+|base)\.safetensors|trackers\.json)"
     r"|tensorboard/([\d.]+/)?(events\.out\.tfevents\.[^/]+|hparams\.yml)"
 )
+MAX_PAGE = 2**27
+"""Maximum bytes of a page or log that is read again: enough for an adapter with 100,000 modules."""
 _PHASE = re.compile(r"\d+-.+")
 _Id = Annotated[str, Meta(pattern="^[0-9a-f]{12}$")]
 
@@ -166,7 +168,10 @@ def require_absent(path: Path) -> None:
 
 def require_own(path: Path, *marks: str) -> None:
     """Raise a FileExistsError if a path exists and is not a file with one of the marks that lorascope writes."""
-    if path.exists() and not (path.is_file() and any(mark.encode() in path.read_bytes() for mark in marks)):
+    if not path.exists():
+        return
+    small = path.is_file() and path.stat().st_size <= MAX_PAGE
+    if not (small and any(mark.encode() in path.read_bytes() for mark in marks)):
         raise FileExistsError(f"cannot write {printable(path)}: it exists and was not written by lorascope")
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections import Counter
 
 import numpy as np
 import peft
@@ -22,7 +23,7 @@ from trainers import ROWS, STEPS, by_trainer, fresh, same_rows, same_weights
 from transformers import get_scheduler
 
 import lorascope as ls
-from lorascope.adapters import delta
+from lorascope.adapters import delta, host_weights
 from lorascope.cli.main import main
 from lorascope.inputs import models
 from lorascope.training import run_folder
@@ -647,3 +648,17 @@ def test_adapters_that_train_in_turn_have_a_recorder_each(bert, task, rows, tmp_
         for module, update in delta.deltas(model):
             assert run.ranks()[module] == rank
             assert last(run, "update_norm", module) == pytest.approx(update.norm(), rel=1e-12)
+
+
+def test_observers_of_a_recorder_copy_each_trained_parameter_once_per_step(bert, task, rows, tmp_path, monkeypatch):
+    model = with_lora(bert, task)
+    optimizer = adamw(model)
+    places = {p.data_ptr() for name, p in model.named_parameters() if "lora_" in name}
+    copied, plain = Counter(), host_weights._transfer
+    observers = [ls.observe.norms(every=1), ls.observe.alarms(every=1), ls.observe.factors(every=1)]
+    with ls.record(model, optimizer, tmp_path / "run", observers) as recorder:
+        monkeypatch.setattr(
+            host_weights, "_transfer", lambda tensors: copied.update(t.data_ptr() for t in tensors) or plain(tensors)
+        )
+        train(model, optimizer, rows, recorder.step)
+        assert {copied[place] for place in places} == {STEPS}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorascope.adapters.host_weights import shared_copies
 from lorascope.adapters.peft_layers import unwrapped_parameters
 from lorascope.methods.base import Method, Step
 from lorascope.observe import factors_of
@@ -67,8 +68,10 @@ class Recorder:
         self.observe()
 
     def observe(self) -> None:
-        """Record the values of the observers in this step."""
-        self.add([item for observer in self.observers for item in observer(self.step)])
+        """Record the values of the observers in this step, which share copies of the trained parameters."""
+        with shared_copies():
+            items = [item for observer in self.observers for item in observer(self.step)]
+        self.add(items)
 
     def add(self, items: Iterable[Item]) -> None:
         """Record further items in this step."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,18 @@ from lorascope.evidence.store import RUN_COLUMNS, Evidence
 
 CLAIMS = registration.read().of_tier("primary", "secondary")
 SEEDS, REPETITIONS = 5, 20
+PRECISION = 1 / 8
+"""Largest error of a planted effect, as a fraction of the bound."""
 NOTHING = Evidence(pd.DataFrame(columns=list(RUN_COLUMNS)), pd.DataFrame())
 """Evidence without runs, which suffices for constants."""
 
 
 @dataclass(frozen=True)
 class Planted:
-    """Evidence of one situation, and the outcome that it must have."""
+    """Evidence of one situation, and the effect and the outcome that it must have."""
 
     evidence: Evidence
+    effect: float
     outcome: str
 
 
@@ -74,7 +77,7 @@ def situations(id: str) -> tuple[Planted, ...]:
         "non-inferiority": ((0.0, "supported"), (-3 * bound, "not supported"), (-bound / 2, "supported")),
         "equivalence": ((0.0, "supported"), (3 * bound, "not supported"), (bound / 2, "supported")),
     }[claim.kind]
-    return tuple(Planted(draw(registered, effect, small), outcome) for effect, outcome in effects)
+    return tuple(Planted(draw(registered, effect, small), effect, outcome) for effect, outcome in effects)
 
 
 @cache
@@ -92,9 +95,12 @@ def failures(registered: Registered, pair: Pair) -> Iterator[str]:
     """Return the situations in which a claim is judged wrongly."""
     interval, level = registered.design.interval, registered.design.levels[0]
     for name, planted in zip(("true", "null", "half"), situations(registered.id), strict=True):
-        found = registered.claim.outcome(estimate(pair, planted.evidence, interval), level)
+        effect = estimate(pair, planted.evidence, interval)
+        found = registered.claim.outcome(effect, level)
         if found != planted.outcome:
             yield f"{name}: {found}"
+        elif abs(effect.mean - planted.effect) > PRECISION * CLAIMS[registered.id].claim.bound:
+            yield f"{name}: effect {effect.mean:g} instead of {planted.effect:g}"
 
 
 def just_missed(registered: Registered) -> Estimate:
@@ -160,18 +166,34 @@ def edited(id: str) -> Iterator[tuple[str, Pair]]:
     }
     if moves_with_seeds(CLAIMS[id]):
         texts["next seed"] = f"({statistic}, Shifted({control}))"
-    ours, theirs = ([each for each in sorted(pair.arms())] for pair in PAIRS[id])
-    labels = {names[name]: name for name in names if isinstance(names[name], str)}
-    if len(ours) == len(theirs) == 1 and ours != theirs:
-        other = re.sub(rf"\b{labels[ours[0]]}\b", labels[theirs[0]], statistic)
-        texts["another arm"] = f"({other}, {control})"
     for name, text in texts.items():
-        if CLAIMS[id].claim.kind == "equivalence" and name in ("exchanged", "sign turned"):
-            continue  # it is the same for both signs
         pair = eval(text, names)
         if name == "control is 0" and not PAIRS[id][1].arms() and float(PAIRS[id][1](NOTHING, [])) == 0:
             continue
         yield name, pair
+    yield from with_another_arm(id)
+
+
+def with_another_arm(id: str) -> Iterator[tuple[str, Pair]]:
+    """Return the row of a claim with each arm replaced by each other one of the claim.
+
+    Arms that are only trained, and whose tables are not read, are left out.
+    """
+    row, names = row_of(id)
+    labels = sorted(PAIRS[id][0].arms() | PAIRS[id][1].arms())
+    for node in (each for each in ast.walk(row) if isinstance(each, ast.Name)):
+        name, value = node.id, names.get(node.id)
+        used = (value,) if isinstance(value, str) else value
+        if not (isinstance(used, tuple) and set(used) <= set(labels)):
+            continue
+        node.id = "another"
+        text = ast.unparse(row)
+        node.id = name
+        for (at, arm), label in product(enumerate(used), labels):
+            changed = (*used[:at], label, *used[at + 1 :])
+            pair = eval(text, names | {"another": label if isinstance(value, str) else changed})
+            if [part.reads().keys() for part in pair] != [part.reads().keys() for part in PAIRS[id]]:
+                yield f"{name}: {label} instead of {arm}", pair
 
 
 @pytest.mark.slow

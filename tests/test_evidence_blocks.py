@@ -21,6 +21,7 @@ from lorascope.evidence.registration import Change, Deviation, Registration
 from lorascope.evidence.statistics import PAIRS
 from lorascope.evidence.store import Evidence
 from lorascope.evidence.verification import CHANGED, Derived, derive
+from lorascope.probes.evidence import BUDGET
 
 ROOT = Path(__file__).parents[1]
 CLAIM, OURS, LORA = "fourierft.parity", "FourierFT, 1536 coefficients", "LoRA, rank 8, q and v"
@@ -59,12 +60,45 @@ def test_verdicts_equal_those_of_the_runs() -> None:
     assert verdict["outcome"] == "supported"
     claim, seeds, effect, bound, p, adjusted, outcome, marks = cells(blocks["verdicts"], f"`{CLAIM}`")
     assert claim == f"`{CLAIM}` {REGISTERED.claims[CLAIM].text.sentence}"
-    assert (seeds, effect, bound, outcome, marks) == ("5", verdict["shown"], "above -0.01 (accuracy)", "supported", "")
+    assert (seeds, effect, bound, outcome) == ("5", verdict["shown"], "above -0.01 (accuracy)", "supported")
+    assert marks == f"all seeds: {verdict['all_seeds']}"
     assert float(p) == pytest.approx(verdict["p_looks"], rel=0.05)
     assert float(adjusted) == pytest.approx(verdict["adjusted_p"], rel=0.05)
     assert cells(blocks["fourierft-verdicts"], f"`{CLAIM}`")[2:] == [seeds, effect, bound, p, adjusted, outcome, marks]
-    assert cells(blocks["primary"], "[FourierFT]")[2:] == [effect, bound, outcome]
+    assert cells(blocks["primary"], "[FourierFT]")[2:] == [seeds, effect, bound, p, adjusted, outcome]
     assert cells(blocks["before"], f"`{CLAIM}`")[2:] == ["inconclusive", f"`{CLAIM}`, restated", "supported"]
+
+
+def test_estimate_over_all_seeds_is_shown_only_after_the_verdict() -> None:
+    evidence = planted(7, spread=0.001)
+    blocks, derived = write(evidence)
+    effects = accuracies(evidence, OURS) - accuracies(evidence, LORA)
+    shown = derived.verdicts.set_index("claim")["all_seeds"][CLAIM]
+    assert shown.startswith(f"{effects.mean():#.3g} [")
+    assert shown.endswith("], 7 seeds")
+    assert "all seeds" not in write(planted(5, spread=0.001))[0]["verdicts"]
+    assert "all seeds" not in write(planted(7, -0.01, 0.02))[0]["verdicts"]  # more seeds to train
+    assert "all seeds" not in blocks["primary"]
+
+
+def test_all_seeds_are_those_whose_files_are_kept() -> None:
+    evidence = planted(8, spread=0.001)
+    lost = evidence.runs.loc[evidence.runs["seed"] == 106, "run"]
+    margins = {run: margin for run, margin in evidence.margins.items() if run not in set(lost)}
+    _, derived = write(Evidence(evidence.runs, evidence.rows, margins, evidence.nll))
+    assert derived.verdicts.set_index("claim")["all_seeds"][CLAIM].endswith("], 6 seeds")
+
+
+def test_open_claims_are_stopped_by_the_budget_when_it_is_used() -> None:
+    evidence = planted(3)
+    of_run = 60 * BUDGET / len(evidence.runs)
+    for seconds, marks in ((0.99 * of_run, ("more seeds to train", "")), (of_run, ("stopped by the budget",) * 2)):
+        blocks, _ = write(with_runs(evidence, evidence.runs.assign(cpu_seconds=seconds)))
+        assert tuple(cells(blocks["verdicts"], f"`{id}`")[-1] for id in (CLAIM, "lora.parity")) == marks
+
+
+def accuracies(evidence: Evidence, arm: str) -> np.ndarray:
+    return evidence.runs.loc[evidence.runs["arm"] == arm, "test_metric"].to_numpy(np.float64)
 
 
 def test_tables_have_every_claim_once_primary_first() -> None:
@@ -155,8 +189,7 @@ def test_registered_change_of_an_arm_is_marked_with_its_reason() -> None:
 def test_arms_have_the_mean_and_interval_of_their_seeds() -> None:
     evidence = planted(5, spread=0.01)
     blocks, _ = write(evidence)
-    accuracy = 100 * evidence.runs.loc[evidence.runs["arm"] == OURS, "test_metric"].to_numpy(np.float64)
-    mean, low, high, _ = t_interval(accuracy)
+    mean, low, high, _ = t_interval(100 * accuracies(evidence, OURS))
     row = [OURS, "0.001", "5", f"{mean:.1f} ± {(high - low) / 2:.1f}", "0.4000 ± 0.0000"]
     assert cells(blocks["arms"], f"{OURS} |") == row
     assert blocks["arms"].strip().count("\n") == 3  # two rows below the header

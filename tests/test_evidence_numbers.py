@@ -38,6 +38,10 @@ def test_numbers_are_those_that_the_blocks_print() -> None:
     assert list(found.loc["all runs: CPU-minutes"]) == ["45", 2, "runs.csv"]
     assert list(found.loc["published.hydralora: effect"]) == ["2.05", 3, "data/published"]
     assert "published.hydralora: low" not in found.index
+    assert not [key for key in found.index if key.startswith("published.neft:")]  # printed by the paper
+    assert row[-1] == "depends on the machine; all seeds: {} [{}, {}], 10 seeds".format(
+        *(value[f"{CLAIM}, all seeds: {name}"] for name in ("effect", "low", "high"))
+    )
     assert f"{CLAIM} on AVX512 / 2.6.0 / 1 / cpu: effect" in found.index
     assert found.index.is_unique
     every = " ".join(blocks[name] for name in ("published", "verdicts", "arms", "budget"))

@@ -16,7 +16,7 @@ import pandas as pd
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.evidence import published
 from lorascope.evidence.judging import name_machine
-from lorascope.evidence.looks import STOPPED
+from lorascope.evidence.looks import BUDGET, STOPPED
 from lorascope.evidence.registration import Change, Registered, Registration
 from lorascope.evidence.store import BLOCK, Evidence
 from lorascope.evidence.verification import Derived
@@ -38,6 +38,7 @@ SCORES = ("test accuracy (%)", "test loss (nats)")
 NO_RUNS = "No runs are kept yet."
 NO_FIGURES = "No figures are drawn from the kept runs yet."
 _SMALLEST_P = 1e-4
+_JUDGED = ("seeds", "effect", "bound", "p", "adjusted p")
 
 
 def all_blocks(registration: Registration, data: Path, evidence: Evidence, derived: Derived) -> Mapping[str, str]:
@@ -153,7 +154,7 @@ class Tables:
     @cached_property
     def rows(self) -> dict[str, dict[str, Any]]:
         """Verdicts by claim; look 0 means that none was made, also if the runs are of another arm than registered."""
-        empty = {"look": 0.0, "shown": "", "side": "", "p_looks": np.nan}
+        empty = {"look": 0.0, "shown": "", "side": "", "p_looks": np.nan, "all_seeds": ""}
         found = {}
         for row in self.derived.verdicts.to_dict("records"):
             known = empty | {str(name): value for name, value in row.items() if pd.notna(value)}
@@ -210,8 +211,8 @@ class Tables:
                 if claim.paper.arxiv == arxiv:
                     verdict = "; ".join(filter(None, (self._outcome(id), *self._marks(id))))
                     link = f"[{name}](docs/papers/{name.lower()}.md)"
-                    rows.append((link, claim.text.sentence, self._effect(id), _bound(claim), verdict))
-        table = _table(("paper", "claim", "effect", "bound", "verdict"), rows)
+                    rows.append((link, claim.text.sentence, *self._judged(id), verdict))
+        table = _table(("paper", "claim", *_JUDGED, "verdict"), rows)
         return "\n\n".join([*self._without_runs(), table])
 
     def of_paper(self, name: str) -> str:
@@ -355,21 +356,23 @@ class Tables:
     def _verdict_table(self, claims: Mapping[str, Registered], place: bool = False) -> str:
         rows = []
         for id, claim in claims.items():
-            row, looked = self.rows[id], self.rows[id]["look"] >= 1
-            seeds = f"{row['n']:g}" if looked else f"{row['n']:g} of {claim.design.seeds[0]}"
-            p = [format_p(row["p_looks"]), format_p(row["adjusted_p"])] if looked else ["", ""]
+            row = self.rows[id]
+            all_seeds = [f"all seeds: {row['all_seeds']}"] if row["look"] >= 1 and row["all_seeds"] else []
             rows.append((
-                f"`{id}` {claim.text.sentence}", *([claim.paper.place] if place else []),
-                "" if row["outcome"] == "void" else seeds, self._effect(id), _bound(claim), *p, self._outcome(id),
-                "; ".join([*self._marks(id), *self._deviations(id)]),
+                f"`{id}` {claim.text.sentence}", *([claim.paper.place] if place else []), *self._judged(id),
+                self._outcome(id), "; ".join([*self._marks(id), *all_seeds, *self._deviations(id)]),
             ))  # fmt: skip
         named = ("claim", *(["in the paper"] if place else []))
-        return _table((*named, "seeds", "effect", "bound", "p", "adjusted p", "verdict", "marks"), rows)
+        return _table((*named, *_JUDGED, "verdict", "marks"), rows)
 
-    def _effect(self, id: str) -> str:
-        """Return the effect with its interval at the look that was made; seeds before the first look show none."""
-        row = self.rows[id]
-        return row["shown"] if row["look"] >= 1 else ""
+    def _judged(self, id: str) -> tuple[str, ...]:
+        """Return the columns ``_JUDGED`` at the look that was made; seeds before the first look show no numbers."""
+        row, claim = self.rows[id], self.registration.claims[id]
+        if row["look"] >= 1:
+            p = format_p(row["p_looks"]), format_p(row["adjusted_p"])
+            return f"{row['n']:g}", row["shown"], _bound(claim), *p
+        seeds = "" if row["outcome"] == "void" else f"{row['n']:g} of {claim.design.seeds[0]}"
+        return seeds, "", _bound(claim), "", ""
 
     def _outcome(self, id: str) -> str:
         row = self.rows[id]
@@ -385,7 +388,9 @@ class Tables:
         row = self.rows[id]
         if row["arms_state"] == "deviated":
             yield "deviated"
-        if row["note"] and not self._has_no_runs(id):
+        if row["note"] == STOPPED and self.minutes >= BUDGET:
+            yield "stopped by the budget"
+        elif row["note"] and not self._has_no_runs(id):
             yield row["note"]
         if id in self._elsewhere:
             yield "depends on the machine"

@@ -114,10 +114,10 @@ def format_effect(claim: Claim, effect: float, low: float, high: float) -> str:
     the claim each end is.
     """
     if math.isnan(low):
-        return f"{effect:.3g} [no interval]"
+        return f"{_format_digits(effect, 3)} [no interval]"
     bounds = (0.0, claim.bound, -claim.bound)
     for digits in range(3, 17):
-        shown = [f"{value:.{digits}g}" for value in (effect, low, high)]
+        shown = [_format_digits(value, digits) for value in (effect, low, high)]
         if all(
             (float(text) > at) == (end > at) and (float(text) < at) == (end < at)
             for text, end in zip(shown[1:], (low, high), strict=True)
@@ -125,3 +125,9 @@ def format_effect(claim: Claim, effect: float, low: float, high: float) -> str:
         ):
             break
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+
+
+def _format_digits(value: float, digits: int) -> str:
+    """Format a number with these significant digits, including zeros at the end, and with all before the point."""
+    text = f"{value:#.{digits}g}"
+    return f"{value:.0f}" if "e+" in text else text.removesuffix(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -172,11 +173,31 @@ def judge_all(
             _describe(registered) | ({} if found is None or block is None else _numbers(registered, found[0], block))
         )
         if found is not None:
+            rows[-1]["all_seeds"] = _over_all_seeds(registered, pairs[id], part, found[0])
             table = add_sources(found[1], pairs[id], part, registered.design.interval)
             values.append(table.assign(claim=id, look=found[0].look))
     verdicts = correct(pd.DataFrame(rows))
     columns = ["claim", "seed", "look", "statistic", "control", "effect", *COLUMNS]
     return verdicts, (pd.concat(values) if values else pd.DataFrame(columns=columns))[columns].reset_index(drop=True)
+
+
+def _over_all_seeds(registered: Registered, pair: Pair, evidence: Evidence, verdict: looks.Verdict) -> str:
+    """Return the effect over all kept seeds as text; "" for an open claim, and if no seeds came after its verdict."""
+    if verdict.note == looks.STOPPED:
+        return ""
+    statistic, control = pair
+    reads = {**statistic.reads(), **control.reads()}
+
+    def is_kept(seed: int) -> bool:
+        tables = {"margin": evidence.margins, "nll": evidence.nll} | evidence.kept
+        return all(evidence.run(arm, seed) in tables.get(name, {}) for name, arm in reads)
+
+    # Seeds that an arm got for other claims may lack what this one reads.
+    seeds = list(takewhile(is_kept, evidence.seeds(_arms(pair), registered.design.first_seed)))
+    if len(seeds) <= verdict.effect.n:
+        return ""
+    effect, low, high, n = estimate_claim(registered, pair, evidence, seeds)[0].interval(looks.ERROR)
+    return f"{format_effect(registered.claim, effect, low, high)}, {count_phrase(n, 'seed')}"
 
 
 def _describe(registered: Registered) -> dict[str, Any]:

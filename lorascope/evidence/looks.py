@@ -14,6 +14,8 @@ from lorascope.evidence.claims import Claim, Outcome, side
 ERROR = 0.025
 """One-sided error of a claim over all its looks."""
 STOPPED = "more seeds to train"
+BUDGET = 2400
+"""CPU-minutes of all runs after which no further look begins."""
 
 
 @dataclass(frozen=True)

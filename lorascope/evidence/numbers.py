@@ -48,13 +48,15 @@ def _printed(tables: Tables) -> Iterator[tuple[str, str, str]]:
     """Return key, text and source of every number."""
     claims = tables.registration.of_tier("published")
     for on_figures in published.judge(claims, tables.data / "published").to_dict("records"):
-        yield from _numbers(on_figures["claim"], _EFFECT, on_figures["shown"], "data/published")
+        if on_figures["outcome"] != published.SHOWN:
+            yield from _numbers(on_figures["claim"], _EFFECT, on_figures["shown"], "data/published")
     for id, row in tables.rows.items():
         if row["look"] >= 1:
             yield from _numbers(id, _EFFECT, row["shown"], "verdicts.csv")
             for name, p in (("p", row["p_looks"]), ("adjusted p", row["adjusted_p"])):
                 if not (text := format_p(p)).startswith("<"):
                     yield from _numbers(id, (name,), text, "verdicts.csv")
+            yield from _numbers(f"{id}, all seeds", _EFFECT, row["all_seeds"], "verdicts.csv")
     for other in tables.derived.machines.to_dict("records"):
         yield from _numbers(f"{other['claim']} on {other['block']}", _EFFECT, other["shown"], "runs.csv")
     for label, *_, accuracy, loss in tables.arm_rows:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -104,21 +105,28 @@ EFFECTS: dict[str, Effect] = {
     "published.hydralora": hydralora,
 }
 """Effects of the judged claims on published figures, by the id of the claim."""
+SHOWN = "shown, not judged"
+"""Outcome of a claim on printed numbers that have no interval by their nature."""
 _WITHOUT_SEEDS = {"published.adalora"}  # its interval covers the rounding of the printed numbers
 
 
 def judge(claims: Mapping[str, Registered], folder: Path) -> pd.DataFrame:
     """Judge the claims on published figures, which are not corrected for their number.
 
-    A claim whose effect has no interval, or comes from fewer than three runs or lists, is inconclusive.
+    A claim whose effect has no interval, or comes from fewer than three runs or lists, is inconclusive. NeFT's overlap
+    is only shown next to its chance level.
 
     Returns
     -------
     DataFrame
-        ``claim, effect, low, high, n, outcome, side, shown``; claims without a computed effect are left out.
+        ``claim, effect, low, high, n, outcome, side, shown``; claims on trained runs are left out.
     """
-    rows = []
-    for id in filter(EFFECTS.__contains__, claims):
+    rows: list[dict[str, Any]] = []
+    for id in claims:
+        if id == "published.neft":
+            rows.append({"claim": id} | _show_overlap(folder))
+        if id not in EFFECTS:
+            continue
         claim, (effect, low, high, n) = claims[id].claim, EFFECTS[id](folder)
         decided = not np.isnan(low) and (n >= MINIMUM_SEEDS or id in _WITHOUT_SEEDS)
         rows.append({
@@ -127,6 +135,15 @@ def judge(claims: Mapping[str, Registered], folder: Path) -> pd.DataFrame:
             "side": side(low, high), "shown": format_effect(claim, effect, low, high),
         })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _show_overlap(folder: Path) -> dict[str, Any]:
+    """Return the row of the claim on NeFT's overlap between two samples of one corpus, at four sizes of the choice."""
+    table = neft_overlap(folder)
+    table = table[table["comparison"].str.startswith("two disjoint")]
+    overlap, chance = (f"{table[name].min():.2f} to {table[name].max():.2f}" for name in ("overlap", "chance"))
+    shown = {"n": len(table), "outcome": SHOWN, "side": "", "shown": f"{overlap}; chance {chance}"}
+    return dict.fromkeys(("effect", "low", "high"), np.nan) | shown
 
 
 def neft_overlap(folder: Path) -> pd.DataFrame:

@@ -80,6 +80,54 @@ def test_own_run_of_a_kept_seed_counts_once(kept: Study) -> None:
     assert found.rows.set_index("seeds")["n"].to_dict() == {"kept": SEEDS, "yours": 1, "both": SEEDS}
 
 
+def test_single_run_of_another_machine_leaves_the_kept_seeds(kept: Study) -> None:
+    file = kept.folder / "runs.csv"
+    runs = pd.read_csv(file)
+    first = runs[runs["role"] == "judged"].head(1).assign(run="other", capability="other")
+    file.write_bytes(store.to_csv(pd.concat([first, runs])))
+    found = train_own(kept, "p.better")
+    assert found.rows.set_index("seeds")["n"].to_dict() == {"kept": SEEDS, "yours": 1, "both": SEEDS + 1}
+    assert f"of {SEEDS}." in found.place
+
+
+def test_pairs_of_runs_and_missing_kept_seeds_have_their_own_messages() -> None:
+    effects = pd.DataFrame({"effect": [0.1, 0.2]})
+    none, pairs = "There are no other kept seeds to compare with.", "the claim compares pairs of runs"
+    for both, kept_seeds, parts in (
+        (effects, 1, (False, False)), (effects, 0, (True, False)), (effects.head(0), 1, (False, True)),
+        (effects.head(0), 0, (True, True)),
+    ):  # fmt: skip
+        own = pd.Series([index >= kept_seeds for index in range(len(both))], dtype=bool)
+        place = own_seeds._place(both, own, kept_seeds)
+        assert (none in place, pairs in place) == parts
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "reason"),
+    [
+        ("arm_hash", "sha256:other", "it is another arm than registered"),
+        ("rate", 0.5, "its rate is 0.5, and not 0.0001"),
+    ],
+)
+def test_own_run_that_does_not_fit_is_named_and_trained_again(
+    kept: Study, column: str, value: Any, reason: str
+) -> None:
+    first = train_own(kept, "p.better")
+    data, mine = kept.folder.parent, kept.folder.parent / "mine"
+    runs = pd.read_csv(mine / "runs.csv")
+    changed = runs["arm"] == "A"
+    runs.loc[changed, column] = value
+    (mine / "runs.csv").write_bytes(store.to_csv(runs))
+    planned = own_seeds.plan("p.better", MINE, mine, data)
+    (line,) = planned.unfit().values()
+    assert line == f"own run not used: A, seed {MINE}: {reason}"
+    assert [run.arm for run in planned.runs()] == ["A"]
+    assert planned.minutes() is not None
+    assert own_seeds.compare(planned, data).rows.set_index("seeds")["n"]["yours"] == 0
+    pd.testing.assert_frame_equal(train_own(kept, "p.better").rows, first.rows)
+    assert planned.unfit() == {}
+
+
 def test_changed_arm_is_refused_before_training(kept: Study) -> None:
     kept.edit(lambda text: text.replace("head_lr = 0.5", "head_lr = 0.25"))
     with pytest.raises(ValueError, match=r"^cannot train 'A': it differs from the registered arm"):

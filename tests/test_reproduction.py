@@ -142,14 +142,15 @@ def test_copies_of_the_whole_model_are_removed(done: Any, task: Any) -> None:
     assert [name for name in kept if name.startswith("lora")]
 
 
-def plant_evidence(data: Path, runs: dict[str, Any], values: dict[int, int]) -> None:
+def plant_evidence(data: Path, runs: dict[str, Any], values: dict[int, int], capability: str = "X") -> None:
     """Write evidence with seeds of AdaLoRA whose feed-forward modules have the given rank, all others rank 1."""
     modules = runs[adalora.ADAPTED].modules
     places = modules[modules["module"].isin(runs[adalora.ADAPTED].ranks())][["module", "stack", "layer", "role"]]
     for seed, rank in values.items():
         value = np.where(places["role"].isin(["ffn_in", "ffn_out"]), rank, 1).astype("int16")
         row = dict.fromkeys(store.RUN_COLUMNS, 0) | {
-            "run": f"r{seed}", "arm": adalora.ADAPTED, "role": "judged", "seed": seed, "capability": "X",
+            "run": f"r{seed}{capability}", "arm": adalora.ADAPTED, "role": "judged", "seed": seed,
+            "capability": capability,
             "torch": "2", "device": "cpu", "commit": "c", "test_metric": rank / 10,
         }  # fmt: skip
         store.add_run(data / "evidence", row, {}, {RANKS: places.assign(value=value)})
@@ -164,6 +165,7 @@ def test_quantities_have_their_place_among_the_kept_seeds(done: Any, tmp_path: P
     shutil.copytree(done.path.parent / "runs", tmp_path / "out" / "runs")
     with parallel_config(n_jobs=1):
         runs = short_runs.train(tmp_path / "out" / "runs", SEED, None, pd.DataFrame())
+        plant_evidence(data, runs, {100: 3}, "a machine with one run")
         plant_evidence(data, runs, {100: 1, 101: 2, 102: 8})
         found = reproduction.reproduce(tmp_path / "out", SEED, data)
     row = found.places.set_index("claim").loc["adalora.ffn"]

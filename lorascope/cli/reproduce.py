@@ -112,6 +112,8 @@ def _train_claim(claim: str, seed: int, out: Path, json: bool) -> int:
     from lorascope.probes import own_seeds
 
     planned = own_seeds.plan(claim, seed, out / "evidence")
+    for line in planned.unfit().values():
+        print(line, file=sys.stderr)
     minutes = planned.minutes()
     time = "unknown" if minutes is None else f"about {minutes:.1f} CPU-minutes"
     print(f"{count_phrase(len(planned.runs()), 'run')} to train; time: {time}.", file=sys.stderr, flush=True)

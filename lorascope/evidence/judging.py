@@ -117,6 +117,14 @@ def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Map
     return min(found, key=lambda each: each[:2])[2] if found else None
 
 
+def main_block(
+    claims: Mapping[str, Registered], pairs: Mapping[str, Pair], evidence: Evidence
+) -> Mapping[str, Any] | None:
+    """Return the machine that judges the most claims, or None if none has runs."""
+    found = [block for id, claim in claims.items() if (block := judging_block(claim, pairs[id], evidence))]
+    return max(found, key=found.count, default=None)
+
+
 def untrained_arms(evidence: Evidence, may_void: Callable[[str], bool] = lambda arm: True) -> set[str]:
     """Return the arms that did not train, whose claims are void.
 
@@ -189,7 +197,7 @@ def _over_all_seeds(registered: Registered, pair: Pair, evidence: Evidence, verd
     reads = {**statistic.reads(), **control.reads()}
 
     def is_kept(seed: int) -> bool:
-        tables = {"margin": evidence.margins, "nll": evidence.nll} | evidence.kept
+        tables: dict[str, Any] = {"margin": evidence.margins, "nll": evidence.nll, **evidence.kept}
         return all(evidence.run(arm, seed) in tables.get(name, {}) for name, arm in reads)
 
     # Seeds that an arm got for other claims may lack what this one reads.

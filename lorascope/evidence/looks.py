@@ -15,7 +15,7 @@ ERROR = 0.025
 """One-sided error of a claim over all its looks."""
 STOPPED = "more seeds to train"
 BUDGET = 2400
-"""CPU-minutes of all runs after which no further look begins."""
+"""CPU-minutes of all runs after which none is trained."""
 
 
 @dataclass(frozen=True)

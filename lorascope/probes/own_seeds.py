@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from json import loads
@@ -13,7 +14,7 @@ import pandas as pd
 
 from lorascope.evidence import registration, store
 from lorascope.evidence.claims import format_effect
-from lorascope.evidence.judging import estimate_claim, name_machine
+from lorascope.evidence.judging import estimate_claim, judging_block, name_machine
 from lorascope.evidence.looks import ERROR
 from lorascope.evidence.open_runs import OpenRun
 from lorascope.evidence.registration import Registration
@@ -53,16 +54,39 @@ class Plan:
 
     def runs(self) -> list[OpenRun]:
         """Return the runs that the folder lacks, at the chosen rates, or at the middle ones if none are chosen."""
-        mine, found = store.read_kept(self.folder).in_block(block()), []
+        own, found = self.own(), []
         for label in self.claims.claims[self.claim].arms:
-            arm = self.claims.arms[label]
-            if mine.has(label, self.seed):
+            if not own.has(label, self.seed):
+                role: Any = "baseline" if self.claims.arms[label].baseline else "judged"
+                found.append(OpenRun(label, self.seed, role, self._rate(label)))
+        return found
+
+    def _rate(self, label: str) -> float | None:
+        if not self.claims.arms[label].fields:
+            return None
+        tuned, choice = chosen(self.claims, self.kept.runs, label)
+        return choice.rate or tuned.rates[len(tuned.rates) // 2]
+
+    def own(self) -> Evidence:
+        """Return the own runs of this machine that fit the plan."""
+        mine = self._of_this_machine()
+        return replace(mine, runs=mine.runs[~mine.runs["run"].isin(self.unfit())])
+
+    def _of_this_machine(self) -> Evidence:
+        return store.read_kept(self.folder).in_block(block())
+
+    def unfit(self) -> dict[str, str]:
+        """Return one line for each own run of another arm than registered, or at another rate, by the id of the run."""
+        runs, found = self._of_this_machine().runs, {}
+        for row in runs[(runs["role"] == "judged") & runs["arm"].isin(self.claims.arms.keys())].to_dict("records"):
+            rate = self._rate(row["arm"])
+            if row["arm_hash"] != self.claims.arms[row["arm"]].hash:
+                reason = "it is another arm than registered"
+            elif rate is not None and not math.isclose(row["rate"], rate):
+                reason = f"its rate is {row['rate']:g}, and not {rate:g}"
+            else:
                 continue
-            rate = None
-            if arm.fields:
-                tuned, choice = chosen(self.claims, self.kept.runs, label)
-                rate = choice.rate or tuned.rates[len(tuned.rates) // 2]
-            found.append(OpenRun(label, self.seed, "baseline" if arm.baseline else "judged", rate))
+            found[row["run"]] = f"own run not used: {row['arm']}, seed {row['seed']}: {reason}"
         return found
 
     def minutes(self) -> float | None:
@@ -72,7 +96,7 @@ class Plan:
         return float(used[needed].sum()) / 60 if set(needed) <= set(used.index) else None
 
     def train(self, out: Path) -> None:
-        """Train the runs and add them to the folder of evidence.
+        """Train the runs and add them to the folder of evidence, and remove runs of this seed that do not fit.
 
         Raises
         ------
@@ -80,9 +104,16 @@ class Plan:
             An arm differs from the registered one.
         """
         require_registered(self.claims)
+        needed, file = self.runs(), self.folder / "runs.csv"
+        if unfit := self.unfit():
+            runs = store.read(self.folder).runs
+            replaced = set(runs.loc[runs["run"].isin(unfit) & (runs["seed"] == self.seed), "run"])
+            lines = file.read_bytes().splitlines(keepends=True)  # not parsed, so that no number changes
+            kept = (line for line in lines if line.partition(b",")[0].decode() not in replaced)
+            store.write_bytes(file, b"".join(kept))
         seeds = range(self.seed, self.seed + 1)
         reads = {arm: [replace(each, seeds=seeds) for each in of] for arm, of in read_by_claims(self.claims).items()}
-        train_runs(self.runs(), self.claims, reads, self.folder, out)
+        train_runs(needed, self.claims, reads, self.folder, out)
 
 
 def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.parent) -> Plan:
@@ -148,8 +179,7 @@ def compare(planned: Plan, data: Path = registration.FILE.parent) -> OwnSeeds:
     """Compute a claim's effect for the kept seeds, for the own ones, and for both; only kept ones have a verdict."""
     pair, registered = PAIRS[planned.claim], planned.claims.claims[planned.claim]
     arms, here = set(registered.arms), block()
-    mine, blocks = store.read_kept(planned.folder).in_block(here), planned.kept.blocks()
-    kept = planned.kept.in_block(blocks[0]) if blocks else planned.kept
+    mine, kept = planned.own(), planned.kept.in_block(judging_block(registered, pair, planned.kept) or here)
     own_seeds = sorted({int(seed) for seed in mine.runs["seed"] if all(mine.has(arm, int(seed)) for arm in arms)})
     kept_seeds = [seed for seed in kept.seeds(arms, registered.design.first_seed) if seed not in own_seeds]
 
@@ -165,7 +195,9 @@ def compare(planned: Plan, data: Path = registration.FILE.parent) -> OwnSeeds:
     rows += [{"seeds": name, "n": n, "effect": shown, "verdict": ""} for name, (n, shown, _) in parts.items()]
     both = parts["both"][2]
     own = both["seed"].isin(own_seeds)
-    return OwnSeeds(pd.DataFrame(rows), both[own], f"{_place(both, own)} Your machine: {name_machine(here)}.")
+    return OwnSeeds(
+        pd.DataFrame(rows), both[own], f"{_place(both, own, len(kept_seeds))} Your machine: {name_machine(here)}."
+    )
 
 
 def _join(kept: Evidence, mine: Evidence) -> Evidence:
@@ -187,12 +219,13 @@ def _kept_row(claim: str, data: Path) -> dict[str, Any]:
     return {"seeds": "kept", "n": int(found["n"]), "effect": found["shown"], "verdict": found["outcome"]}
 
 
-def _place(both: pd.DataFrame, own: pd.Series) -> str:
-    kept = both.loc[~own, "effect"].to_numpy(np.float64)
+def _place(both: pd.DataFrame, own: pd.Series, kept_seeds: int) -> str:
+    lacks = [] if kept_seeds else ["There are no other kept seeds to compare with."]
     if not len(both):
-        return "No effect yet: the claim compares pairs of runs, which needs three seeds."
-    if not len(kept):
-        return "There are no other kept seeds to compare with."
+        lacks.append("No effect yet: the claim compares pairs of runs, which needs three seeds.")
+    if lacks:
+        return " ".join(lacks)
+    kept = both.loc[~own, "effect"].to_numpy(np.float64)
     below = [int((kept < effect).sum()) for effect in both.loc[own, "effect"]]
     counts = ", ".join(f"{count} of {len(kept)}" for count in below)
     return f"Kept seeds below yours: {counts}. Their range is {kept.min():.3g} to {kept.max():.3g}."

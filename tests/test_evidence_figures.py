@@ -14,11 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Point
 from lorascope.charts.save import save_small
-from lorascope.evidence import registration
+from lorascope.evidence import figures, registration
+from lorascope.evidence.figures import About, KeptFigure
 from lorascope.evidence.statistics import agreement, lora
 from lorascope.inputs import models, tasks
 from lorascope.methods.base import config
@@ -55,6 +57,56 @@ def test_every_earlier_figure_but_two_has_a_successor() -> None:
     earlier = set(pd.read_csv(registration.FILE.parent / "figures_before.csv")["name"])
     # No arm is registered with guidance, and clusters of sentences are not runs.
     assert earlier - set(FIGURES) == {"guidance", "head-choice"}
+
+
+ABOUT = About("LoRA", "a point", ("run a", "run b"), "c" * 40)
+
+
+@pytest.fixture
+def drawn(tmp_path: Path) -> tuple[Path, KeptFigure]:
+    """Return the image of a kept figure, and the figure."""
+    chart = Chart(pd.DataFrame({"x": [1.0], "y": [2.0]}), [Point("x", "y")])
+    kept = figures.write(tmp_path, "point", chart.flat(), ABOUT)
+    facts = {"runs": list(ABOUT.runs), "commit": ABOUT.commit, "data_sha256": kept.digest}
+    return save_small(chart, tmp_path / "point.png", **facts), kept
+
+
+def rewrite(image: Path, black: bool = False, **facts: Any) -> None:
+    """Write an image again with other entries of its provenance, or with the same and black pixels."""
+    with Image.open(image) as opened:
+        about, copied = json.loads(opened.info["lorascope"]) | facts, opened.convert("RGB")
+    text = PngInfo()
+    text.add_text("lorascope", json.dumps(about))
+    (Image.new("RGB", copied.size) if black else copied).save(image, "PNG", pnginfo=text)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda image: rewrite(image), ""),  # the same pixels in another file
+        (lambda image: rewrite(image, runs=["zzz"]), "runs: kept ['zzz'], recomputed ['run a', 'run b']"),
+        (lambda image: rewrite(image, commit="0" * 40), f"commit: kept '{'0' * 40}', recomputed '{'c' * 40}'"),
+        (lambda image: rewrite(image, black=True), "pixels_sha256: kept "),
+        (lambda image: image.write_bytes(image.read_bytes()[:3000]), "data_sha256: kept no image with chart data"),
+        (lambda image: image.write_bytes(b"x"), "data_sha256: kept no image with chart data"),
+    ],
+)
+def test_image_that_differs_from_its_figure_is_named(
+    drawn: tuple[Path, KeptFigure], change: Callable[[Path], None], line: str
+) -> None:
+    image, kept = drawn
+    change(image)
+    lines = list(figures.differences({"point": kept}, set(ABOUT.runs), image.parent))
+    assert len(lines) == bool(line)
+    assert all(found.startswith(f"figures/point.png: {line}") for found in lines)
+
+
+def test_image_from_before_the_digest_of_pixels_agrees(tmp_path: Path, drawn: tuple[Path, KeptFigure]) -> None:
+    image, _ = drawn
+    table = pd.DataFrame({"x": [1.0]})
+    kept = figures.write(tmp_path, "point", table, replace(ABOUT, commit=""))
+    rewrite(image, data_sha256=kept.digest, commit="another", pixels_sha256="none")
+    assert list(figures.differences({"point": kept}, set(ABOUT.runs), image.parent)) == []
 
 
 def kept_run(label: str, seed: int, role: str = "judged", rate: float = 1e-3) -> KeptRun:

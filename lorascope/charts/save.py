@@ -23,6 +23,7 @@ from typing import Any
 from lorascope import __version__
 from lorascope.charts import theme as themes
 from lorascope.charts.chart import Drawable
+from lorascope.files.png_pixels import pixel_digest
 from lorascope.files.printable import printable
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.safetensors_io import write_bytes
@@ -67,6 +68,8 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
 def save_small(drawable: Drawable, path: Path, **facts: Any) -> Path:
     """Write a PNG of page width with 256 colors, which look the same and keep clones of a repository small.
 
+    Its provenance has the entry ``pixels_sha256``; see ``files.png_pixels``.
+
     Parameters
     ----------
     drawable : Drawable
@@ -88,6 +91,7 @@ def save_small(drawable: Drawable, path: Path, **facts: Any) -> Path:
     with Image.open(path) as image:
         about, small = dict(image.info), image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
     kept, buffer = PngInfo(), io.BytesIO()
+    facts |= {"pixels_sha256": pixel_digest(small)}
     source = json.dumps(json.loads(about["lorascope"]) | facts, sort_keys=True)
     for name, text in {"Title": about["Title"], "Software": about["Software"], "lorascope": source}.items():
         kept.add_text(name, text)  # quantizing drops it

@@ -1,7 +1,7 @@
 """Kept figures: the data of charts that were drawn from runs of the evidence.
 
 ``figures/NAME.parquet`` has the data of a chart; its metadata has the heading and the description of the figure and
-the runs that it shows. The image next to the pages, ``NAME.png``, contains the SHA-256 of this file.
+the runs that it shows. The image next to the pages, ``NAME.png``, contains the SHA-256 of this file and of its pixels.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import io
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pandas as pd
 from PIL import Image
 
 from lorascope.files.parquet_tables import read_table
+from lorascope.files.png_pixels import pixel_digest
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_json import parse_json, to_typed, unreadable
@@ -38,11 +40,14 @@ class About:
         What it shows, in one line.
     runs : tuple of str
         Ids of its runs in ``runs.csv``.
+    commit : str
+        Commit that drew it; "" for figures from before images had a digest of their pixels.
     """
 
     heading: str
     alt: str
     runs: tuple[str, ...]
+    commit: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,16 +95,20 @@ def _read_figure(file: Path) -> KeptFigure:
 
 def digest_in(image: Path) -> str:
     """Return the SHA-256 of the chart data that an image contains, or "" if there is no image or it has none."""
+    return str(_read_image(image)[0].get("data_sha256", ""))
+
+
+def _read_image(image: Path) -> tuple[dict[str, Any], str]:
+    """Return provenance and digest of the pixels of an image; empty if there is no image, or only a part."""
     try:
         with Image.open(image) as opened:
-            text = opened.info.get("lorascope", "{}")
-    except OSError:  # no file, or no image
-        return ""
-    return str(parse_json(text, image).get("data_sha256", ""))
+            return parse_json(opened.info.get("lorascope", "{}"), image), pixel_digest(opened)
+    except (OSError, SyntaxError):  # no file, no image, a truncated or a damaged one
+        return {}, ""
 
 
 def differences(figures: Mapping[str, KeptFigure], runs: Collection[str], images: Path | None) -> Iterator[str]:
-    """Return one line for each run of a figure that is not kept, and each image with other data.
+    """Return one line for each run of a figure that is not kept, and each image with other data, runs or pixels.
 
     Parameters
     ----------
@@ -114,6 +123,16 @@ def differences(figures: Mapping[str, KeptFigure], runs: Collection[str], images
         for run in figure.about.runs:
             if run not in runs:
                 yield f"{FOLDER}/{name}.parquet: run {printable(run)} is not in runs.csv"
-        if images is not None and (kept := digest_in(images / f"{name}.png")) != figure.digest:
+        if images is None:
+            continue
+        facts, pixels = _read_image(images / f"{name}.png")
+        if (kept := str(facts.get("data_sha256", ""))) != figure.digest:
             shown = kept[:12] or "no image with chart data"
             yield f"{FOLDER}/{name}.png: data_sha256: kept {shown}, recomputed {figure.digest[:12]}"
+            continue
+        expected: dict[str, Any] = {"runs": list(figure.about.runs)}
+        if figure.about.commit:
+            expected |= {"commit": figure.about.commit, "pixels_sha256": pixels}
+        for fact, value in expected.items():
+            if facts.get(fact) != value:
+                yield f"{FOLDER}/{name}.png: {fact}: kept {facts.get(fact)!r}, recomputed {value!r}"

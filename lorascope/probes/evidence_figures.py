@@ -115,7 +115,9 @@ def draw_figures(folder: Path, out: Path, images: Path, probes: Iterable[Probe],
     for heading, figure in [(_heading(each), figure) for each in probes for figure in each.evidence_figures()]:
         rows, image = _rows_of(figure, judging), images / f"{figure.name}.png"
         known = evidence.figures.get(figure.name)
-        if known and known.digest == figures.digest_in(image) and set(known.about.runs) == {row["run"] for row in rows}:
+        # A figure without a commit is from before images had a digest of their pixels.
+        same_image = known and known.about.commit and known.digest == figures.digest_in(image)
+        if known and same_image and set(known.about.runs) == {row["run"] for row in rows}:
             continue
         runs = [_kept_run(row, evidence) if figure.scores_only else find(row) for row in rows]
         if not rows or None in runs:
@@ -129,7 +131,7 @@ def draw_figures(folder: Path, out: Path, images: Path, probes: Iterable[Probe],
         except ValueError as error:  # runs of an earlier version may lack records
             print(f"cannot draw {figure.name}: {error}", flush=True)
             continue
-        about = About(heading, figure.alt, tuple(row["run"] for row in rows))
+        about = About(heading, figure.alt, tuple(row["run"] for row in rows), commit)
         ids = {run.id: row["run"] for run, row in zip(runs, rows, strict=True) if run}
         kept = figures.write(folder, figure.name, _plain_table(chart, ids), about)
         save_small(chart, image, runs=list(about.runs), commit=commit, data_sha256=kept.digest)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 import http.server
 import json
+import os
 import shutil
 import threading
+from pathlib import Path
 
 import huggingface_hub
 import pandas as pd
 import pytest
 import torch
 import transformers
+from hostile import limits, outcome
 from tiny import FAMILIES, inputs, tiny
 from torch import nn
 
@@ -189,6 +192,163 @@ def test_damaged_file_raises_one_line(tmp_path, damage):
         models.load(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+OUTSIDE = ("../secret/model.safetensors", "/etc/passwd", "..", "below/model.safetensors", "C:model.safetensors")
+
+
+def move_weights(folder, shard, index="model.safetensors.index.json"):
+    """Move the weights of a saved model next to its folder, and name a shard in an index."""
+    (folder.parent / "secret").mkdir()
+    (folder / "model.safetensors").rename(folder.parent / "secret" / "model.safetensors")
+    weight_map = {name: shard for name in tiny("bert").state_dict()}
+    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("shard", OUTSIDE)
+def test_shard_outside_the_folder_raises(tmp_path, shard, index):
+    tiny("bert").save_pretrained(tmp_path / "model")
+    move_weights(tmp_path / "model", shard, index)
+    with pytest.raises(ValueError, match="shards must be in its folder") as caught:
+        models.load(tmp_path / "model")
+    assert index in str(caught.value)
+    assert shard in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["own.safetensors.index.json", "below/own.safetensors.index.json"])
+def test_shard_outside_the_folder_raises_for_an_index_that_the_configuration_names(tmp_path, name):
+    tiny("bert").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "below").mkdir()
+    move_weights(tmp_path / "model", "../secret/model.safetensors", name)
+    spoil_config(tmp_path / "model", transformers_weights=name)
+    with pytest.raises(ValueError, match="must be in its folder"):
+        models.load(tmp_path / "model")
+
+
+def test_index_that_is_not_used_may_name_missing_shards(tmp_path):
+    saved = tiny("bert")
+    saved.save_pretrained(tmp_path)
+    index = {"metadata": {}, "weight_map": {"a": "pytorch_model-00001-of-00001.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert torch.equal(models.load(tmp_path).classifier.weight, saved.classifier.weight)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights_of_a_folder_are_loaded(tmp_path, sharded):
+    """Transformers unpickles tensors only."""
+    saved = tiny("bert")
+    saved.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    weights = saved.state_dict()
+    if sharded:
+        for number, name in enumerate(weights):
+            torch.save({name: weights[name]}, tmp_path / f"{number}.bin")
+        index = {"metadata": {}, "weight_map": {name: f"{number}.bin" for number, name in enumerate(weights)}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    assert torch.equal(models.load(tmp_path).classifier.weight, saved.classifier.weight)
+
+
+def spoil_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes))
+
+
+def replace(name, make):
+    def spoil(folder):
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+
+    return spoil
+
+
+def shard_of(make):
+    def spoil(folder):
+        (folder / "model.safetensors").unlink()
+        make(folder / "shard.safetensors")
+        index = {"metadata": {}, "weight_map": {"a": "shard.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return spoil
+
+
+def pickle(content):
+    def spoil(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(content)
+
+    return spoil
+
+
+def sparse(file):
+    with file.open("wb") as stream:
+        stream.truncate(20 * 2**30)
+
+
+HOSTILE = {
+    "width of text": lambda folder: spoil_config(folder, hidden_size="x"),
+    "architectures of a number": lambda folder: spoil_config(folder, architectures=5),
+    "architectures of numbers": lambda folder: spoil_config(folder, architectures=[5]),
+    "negative width": lambda folder: spoil_config(folder, hidden_size=-8),
+    "no heads": lambda folder: spoil_config(folder, num_attention_heads=0),
+    "labels of a number": lambda folder: spoil_config(folder, id2label=5),
+    "unknown activation": lambda folder: spoil_config(folder, hidden_act="no"),
+    "model type of a list": lambda folder: spoil_config(folder, model_type=[]),
+    "weights of a number": lambda folder: spoil_config(folder, transformers_weights=5),
+    "code of the folder": lambda folder: spoil_config(folder, model_type="own", auto_map={"AutoConfig": "a.B"}),
+    "deep config": replace("config.json", lambda file: file.write_bytes(b'{"a":' * 100_000)),
+    "list for the config": replace("config.json", lambda file: file.write_text("[]")),
+    "pipe for the config": replace("config.json", os.mkfifo),
+    "folder for the config": replace("config.json", Path.mkdir),
+    "sparse config": replace("config.json", sparse),
+    "sparse index": replace("model.safetensors.index.json", sparse),
+    "deep index": replace("model.safetensors.index.json", lambda file: file.write_bytes(b'{"a":' * 100_000)),
+    "pipe for the weights": replace("model.safetensors", os.mkfifo),
+    "pipe for a shard": shard_of(os.mkfifo),
+    "device for a shard": shard_of(lambda file: file.symlink_to("/dev/zero")),
+    "sparse shard": shard_of(sparse),
+    "sparse weights": replace("model.safetensors", sparse),
+    "index without metadata": lambda folder: (
+        (folder / "model.safetensors").rename(folder / "a.safetensors"),
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}'),
+    ),
+    "start of a pickle": pickle(b"\x80\x02"),
+    "pickle of text": pickle(b"root:x:0:0"),
+    "pickle that calls": pickle(b"cos\nsystem\n(S'true'\ntR."),
+    "empty pickle": pickle(b""),
+}
+
+
+@pytest.mark.parametrize("spoil", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_folder_raises_one_line(tmp_path, capsys, spoil):
+    tiny("bert").save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with limits(20.0, 4.0), pytest.raises(ValueError, match="cannot read") as caught:
+        models.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert capsys.readouterr().out == ""
+
+
+def test_setting_of_the_wrong_type_raises_with_its_value(tmp_path):
+    tiny("bert").save_pretrained(tmp_path)
+    spoil_config(tmp_path, hidden_size="x")
+    with pytest.raises(ValueError, match=r"hidden_size.*'x'"):
+        models.load(tmp_path)
+
+
+TOKENIZERS = (b"", b"{", b"[]", b'{"a":' * 100_000, b'{"model": 5}', b'{"version": "1.0"}')
+
+
+@pytest.mark.parametrize("content", TOKENIZERS, ids=range(len(TOKENIZERS)))
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_hostile_tokenizer_raises_one_line_or_is_loaded(bert, tmp_path, name, content):
+    folder = shutil.copytree(bert, tmp_path / "bert")
+    (folder / name).write_bytes(content)
+    said = outcome(lambda: models.tokenizer(models.load(folder)))
+    assert not said or str(folder) in said
 
 
 def test_hub_is_reachable_only_if_it_responds(monkeypatch):

@@ -263,17 +263,23 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         return [whole]
     if not index.exists():
         return sorted(folder.glob(f"{stem}*.safetensors"))
+    shards = indexed_shards(index)
+    missing = [shard.name for shard in shards if not shard.exists()]
+    if missing:
+        count = f"{len(missing)} of {len(shards)}"
+        raise FileNotFoundError(
+            f"cannot read {printable(folder)}: missing {count} shards, such as {printable(missing[0])}"
+        )
+    return shards
+
+
+def indexed_shards(index: Path) -> list[Path]:
+    """Return the shards that an index lists, which may not exist; those outside of its folder raise a ValueError."""
     names = sorted(set(read_json(index, _Index).weight_map.values()))
     outside = next((name for name in names if not is_plain(name)), None)
     if outside is not None:
         raise unreadable(index, f"shards must be in its folder, got {printable(outside)}")
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        count = f"{len(missing)} of {len(names)}"
-        raise FileNotFoundError(
-            f"cannot read {printable(folder)}: missing {count} shards, such as {printable(missing[0])}"
-        )
-    return [folder / name for name in names]
+    return [index.parent / name for name in names]
 
 
 def is_pickle(file: Path) -> bool:

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import msgspec
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-from lorascope.files.safetensors_io import file_hash
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import file_hash, indexed_shards, is_plain
+from lorascope.files.typed_json import read_json, require_regular, to_typed, unreadable
 from lorascope.inputs.package_assets import SMOLLM2, build_once, cache, fetch, first_line
 from lorascope.inputs.tasks import Task
 
@@ -53,8 +55,10 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
         This kind of model has no head, ``blocks`` exceeds the number of blocks, or the files are damaged.
     """
     source = locate(str(name))
+    if (folder := Path(source)).is_dir():
+        _require_own_files(folder)
     with quiet():
-        config = _load_quietly(transformers.AutoConfig, source, name)
+        config = _load_quietly(transformers.AutoConfig, source, name, trust_remote_code=False)
         if blocks is not None:
             _keep_blocks(config, blocks, name)
         head = _head_class(config, name)
@@ -123,8 +127,9 @@ def _load_processor(kind: Any, model: nn.Module, wanted: str, hint: str = "") ->
     with quiet():
         try:
             return kind.from_pretrained(locate(source))
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"cannot load {wanted} from {source}: {first_line(error)}{hint}") from None
+        except Exception as error:  # transformers checks no types, so that broken files raise any error
+            reason = printable(first_line(error))
+            raise ValueError(f"cannot load {wanted} from {printable(source)}: {reason}{hint}") from None
 
 
 def tokenizer(model: nn.Module) -> Any:
@@ -194,10 +199,29 @@ def _dequantize(gguf: Path, folder: Path) -> None:
         transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
+class _WeightsName(msgspec.Struct, frozen=True):
+    """Setting of config.json: the name of a weight file or an index that replaces the default ones."""
+
+    transformers_weights: str | None = None
+
+
+def _require_own_files(folder: Path) -> None:
+    """Raise a ValueError unless all weights are regular files in the folder, which transformers does not check."""
+    config = folder / "config.json"
+    name = read_json(config, _WeightsName).transformers_weights
+    if name is not None and not is_plain(name):
+        raise unreadable(config, f"transformers_weights must be in its folder, got {printable(name)}")
+    for pattern in ("*.safetensors.index.json", "pytorch_model.bin.index.json"):
+        for index in folder.glob(pattern):
+            for shard in indexed_shards(index):
+                if shard.exists():
+                    require_regular(shard)
+
+
 def _head_class(config: Any, name: object) -> Any:
     """Return the auto class with the head for a model of this configuration."""
     kind = type(config)
-    saved_as = (config.architectures or [""])[0]
+    saved_as = (to_typed(config.architectures, list[str] | None, f"architectures of {name}") or [""])[0]
     if saved_as.endswith("ForSequenceClassification"):
         return transformers.AutoModelForSequenceClassification
     if config.is_encoder_decoder and kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
@@ -238,10 +262,11 @@ def _load_quietly(kind: Any, source: str, name: object, **options: Any) -> Any:
     local = Path(source).is_dir()
     try:
         return kind.from_pretrained(source, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers checks no types, so that broken files raise any error
+        reason = printable(first_line(error))
         if local:
-            raise ValueError(f"cannot read the model in {source}: {first_line(error)}") from None
-        raise FileNotFoundError(f"{_unknown_model(name)} ({first_line(error)})") from None
+            raise ValueError(f"cannot read the model in {printable(source)}: {reason}") from None
+        raise FileNotFoundError(f"{_unknown_model(name)} ({reason})") from None
 
 
 def _unknown_model(name: object) -> str:

@@ -80,9 +80,12 @@ def cache() -> Path:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error without its final punctuation, or the type of an error without text."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
+    """Return the first line of an error without its final punctuation, or the type of an error without text.
+
+    A line that ends in a colon is followed by the next one, which has the reason.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(map(str.strip, lines[: 1 + lines[0].endswith(":")])).rstrip(".:")
 
 
 @contextmanager

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import struct
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
+from hostile import limits, outcome
 
 import lorascope as ls
 from lorascope.cli.main import main
+from lorascope.diagnosis.survey import find_adapters, survey
+from lorascope.files.gguf_io import GgufFile
 
 Q, DOWN = "blk.0.attn_q", "blk.1.ffn_down"
 
@@ -84,3 +89,143 @@ def test_damaged_files_raise_one_line(tmp_path: Path) -> None:
             lines.append(str(error))
     assert len(lines) > 100
     assert not any("\n" in line for line in lines)
+
+
+def write_all_kinds(file: Path) -> Path:
+    """Write values of every kind, and tensors of every type that is not quantized and of one that is."""
+    writer = gguf.GGUFWriter(file, "llama")
+    numbers = {
+        "uint8": 200, "int8": -100, "uint16": 60_000, "int16": -30_000, "uint32": 2**32 - 1, "int32": -(2**31),
+        "uint64": 2**63 + 7, "int64": -(2**63), "float32": 0.1, "float64": 0.1, "bool": True, "string": "Größe\x1b",
+    }  # fmt: skip
+    for kind, number in numbers.items():
+        getattr(writer, f"add_{kind}")(f"a.{kind}", number)
+    for number, values in enumerate(([1, 2], [0.5], [True, False], ["", "ab"], b"\1\2\3")):
+        writer.add_array(f"array.{number}", values)
+    writer.add_custom_alignment(128)
+    for dtype in ("f2", "f4", "f8", "i1", "i2", "i4", "i8"):
+        writer.add_tensor(dtype, (9 * draw(3, 3, 5)).astype(dtype))
+    writer.add_tensor("three axes", draw(4, 2, 3, 4))
+    for name in ("Q8_0", "Q4_K", "BF16"):
+        kind = gguf.GGMLQuantizationType[name]
+        rows = np.ones((3, 256 // gguf.GGML_QUANT_SIZES[kind][0] * gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+        writer.add_tensor(name, rows, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_values_and_tensors_equal_those_of_the_package_gguf(tmp_path: Path) -> None:
+    file = write_all_kinds(tmp_path / "all.gguf")
+    found, expected = GgufFile(file), gguf.GGUFReader(file)
+    scalars = [f for f in expected.fields.values() if f.types[:1] != [gguf.GGUFValueType.ARRAY]]
+    assert found.words == {f.name: f.contents() for f in scalars if not f.name.startswith("GGUF.")}
+    assert {name: type(value) for name, value in found.words.items() if name == "a.bool"} == {"a.bool": bool}
+    assert list(found) == [tensor.name for tensor in expected.tensors]
+    for tensor in expected.tensors:
+        name = tensor.tensor_type.name
+        assert (found.dtype(tensor.name), found.shape(tensor.name)) == (name, tuple(map(int, tensor.shape[::-1])))
+        if name == "BF16":
+            assert np.array_equal(found[tensor.name], gguf.dequantize(tensor.data, tensor.tensor_type))
+        elif name in ("Q8_0", "Q4_K"):
+            with pytest.raises(ValueError, match=name):
+                found[tensor.name]
+        else:
+            assert np.array_equal(found[tensor.name], tensor.data)
+            assert found[tensor.name].dtype == tensor.data.dtype
+
+
+def test_version_2_is_read_and_others_are_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "lora.gguf", pair(Q))
+    whole = file.read_bytes()
+    for version, byte_order in ((1, "little"), (2, "little"), (4, "little"), (3, "big")):
+        file.write_bytes(whole[:4] + version.to_bytes(4, byte_order) + whole[8:])
+        assert bool(outcome(lambda: ls.load(file))) == (version != 2)
+    file.write_bytes(b"GGML" + whole[4:])
+    assert "GGUF" in outcome(lambda: ls.load(file))
+
+
+def text(content: bytes) -> bytes:
+    return struct.pack("<Q", len(content)) + content
+
+
+def value(key: bytes, kind: int, content: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + content
+
+
+def array(kind: int, count: int, content: bytes = b"") -> bytes:
+    return struct.pack("<IQ", kind, count) + content
+
+
+def tensor(name: bytes, sides: tuple[int, ...], kind: int = 0, offset: int = 0, axes: int | None = None) -> bytes:
+    axes = len(sides) if axes is None else axes
+    return text(name) + struct.pack(f"<I{len(sides)}QIQ", axes, *sides, kind, offset)
+
+
+ADAPTER = (value(b"general.type", 8, text(b"adapter")), value(b"adapter.type", 8, text(b"lora")))
+GIANT = 20 * 2**30
+
+
+def header(*values: bytes, tensors: tuple[bytes, ...] = (), counts: tuple[int, int] | None = None) -> bytes:
+    counts = counts or (len(tensors), len(ADAPTER) + len(values))
+    return b"GGUF" + struct.pack("<IQQ", 3, *counts) + b"".join(ADAPTER + values + tensors)
+
+
+HOSTILE = {
+    "nested array": (header(value(b"t", 9, array(9, 1) * 100_000)), 0, "nested"),
+    "array of an array": (header(value(b"t", 9, array(9, 1, array(0, 1, b"1")))), 0, "nested"),
+    "sparse array of bytes": (header(value(b"t", 9, array(0, GIANT))), GIANT, "header"),
+    "sparse array of texts": (header(value(b"t", 9, array(8, 2**31))), GIANT, "header"),
+    "array of 2**64 - 1 values": (header(value(b"t", 9, array(12, 2**64 - 1))), 0, "header"),
+    "array of an unknown kind": (header(value(b"t", 9, array(13, 1))), 0, "13"),
+    "unknown kind": (header(value(b"t", 99, b"")), 0, "99"),
+    "text of 2**62 bytes": (header(value(b"t", 8, struct.pack("<Q", 2**62))), 0, "header"),
+    "sparse text": (header(value(b"t", 8, struct.pack("<Q", GIANT))), GIANT, "header"),
+    "key of 2**64 - 1 bytes": (header(struct.pack("<Q", 2**64 - 1)), 0, "header"),
+    "2**40 values": (header(counts=(0, 2**40)), GIANT, ""),
+    "2**40 tensors": (header(counts=(2**40, len(ADAPTER))), GIANT, ""),
+    "key that occurs twice": (header(*ADAPTER[:1]), 0, "general.type.*twice"),
+    "tensor that occurs twice": (header(tensors=(tensor(b"x", (1,)),) * 2), 999, "x.*twice"),
+    "text in another encoding": (header(value(b"\xff\x1b", 8, text(b"\xfe"))), 0, "utf-8"),
+    "alignment 0": (header(value(b"general.alignment", 4, struct.pack("<I", 0))), 0, "general.alignment"),
+    "alignment 3": (header(value(b"general.alignment", 4, struct.pack("<I", 3))), 0, "general.alignment"),
+    "alignment of text": (header(value(b"general.alignment", 8, text(b"32"))), 0, "general.alignment"),
+    "type of an adapter": (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + value(b"general.type", 8, text(b"\x1b[2J")), 0, ""),
+    "tensor of an unknown type": (header(tensors=(tensor(b"x", (1,), 99),)), 999, "99"),
+    "tensor of 2**32 - 1 axes": (header(tensors=(tensor(b"x", (1,), axes=2**32 - 1),)), 999, "axes"),
+    "tensor of a size that overflows": (header(tensors=(tensor(b"x", (2**63, 2**63)),)), 999, "shape"),
+    "empty tensor that overflows": (header(tensors=(tensor(b"x", (0, 2**62, 2**62)),)), 999, "shape"),
+    "tensor behind the end": (header(tensors=(tensor(b"x", (1,), offset=2**62),)), 999, "x"),
+    "tensor without values": (header(tensors=(tensor(b"x", (10**6,)),)), 999, "truncated"),
+    "quantized tensor without values": (header(tensors=(tensor(b"x", (2**20,), 8),)), 999, "truncated"),
+    "name of a tensor without end": (header(tensors=(tensor(b"x" * 10**6, (1,)),)), 10**7, "characters"),
+    "sparse factor": (header(tensors=(tensor(b"x.weight.lora_a", (2**30, 4)),)), GIANT, "values"),
+    "empty file": (b"", 0, "GGUF"),
+}
+
+
+@pytest.mark.parametrize(("content", "size", "match"), HOSTILE.values(), ids=HOSTILE)
+def test_hostile_file_raises_one_line_within_limits(content: bytes, size: int, match: str, tmp_path: Path) -> None:
+    file = tmp_path / "lora.gguf"
+    with file.open("wb") as stream:
+        stream.write(content)
+        stream.truncate(max(size, len(content)))
+    said = outcome(lambda: ls.load(file), gigabytes=1.0)
+    assert str(file) in said
+    assert re.search(match, said), said
+
+
+def test_long_array_of_bytes_is_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "lora.gguf"
+    file.write_bytes(header(value(b"t", 9, array(0, 3_000_000, bytes(3_000_000)))))
+    with limits(0.5):
+        assert len(GgufFile(file)) == 0
+
+
+def test_survey_measures_the_others_next_to_a_hostile_file(tmp_path: Path) -> None:
+    write(tmp_path / "good.gguf", pair(Q))
+    (tmp_path / "bad.gguf").write_bytes(HOSTILE["nested array"][0])
+    rows = list(survey(find_adapters(tmp_path)))
+    assert [bool(row.error) for row in rows] == [True, False]

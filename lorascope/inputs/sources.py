@@ -12,6 +12,7 @@ from typing import IO, Any, cast
 import pandas as pd
 from PIL import Image
 
+from lorascope.files.parquet_tables import require_declared_size, require_table_file
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import require_regular
 from lorascope.inputs.package_assets import SENTIMENT, build_once, cache, fetch, first_line
@@ -106,15 +107,18 @@ def read_file(path: Path) -> pd.DataFrame:
     """Return the rows of a CSV, JSONL or Parquet file, unchanged."""
     if not path.exists():
         raise FileNotFoundError(f"cannot read {printable(path)}: no such file")
-    require_regular(path)
+    require_table_file(path)
     try:
         if path.suffix == ".csv":
             return pd.read_csv(path, dtype=str, keep_default_na=False)
         if path.suffix == ".jsonl":
             return pd.read_json(path, lines=True, dtype=False)
         with path.open("rb") as file:  # pyarrow cannot open all file names
+            require_declared_size(file)
             return pd.read_parquet(file)
-    except (ValueError, OSError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # broken files raise KeyError and others
         complaint = printable(first_line(error))
         raise ValueError(f"cannot read {printable(path)} as {_FILES[path.suffix]}: {complaint}") from None
 

@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from contract.format_rows_imagefiles import diffusers, kohya, mlx
+from gguf_bytes import ADAPTER, array, text, value, write_gguf
 from planted import manifest
 from safetensors.numpy import save
 
@@ -168,6 +171,32 @@ def phases(root: Path) -> Path:
     return root / "run"
 
 
+def lycoris(root: Path) -> Path:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    shapes = {"hada_w1_a": (OUT, RANK), "hada_w1_b": (RANK, IN), "hada_w2_a": (OUT, RANK), "hada_w2_b": (RANK, IN)}
+    tensors = {f"{name}.{factor}": draw(*shape, seed=i) for i, (factor, shape) in enumerate(shapes.items())}
+    return write(root / "adapter", None, tensors | {f"{name}.alpha": draw()}, prefix="")
+
+
+def gguf_lora(root: Path) -> Path:
+    (root / "adapter").mkdir(parents=True)
+    pair = {"blk.0.attn_q.weight.lora_a": draw(RANK, IN), "blk.0.attn_q.weight.lora_b": draw(OUT, RANK)}
+    tokens = value(b"tokenizer.ggml.tokens", 9, array(8, 2, text(b"a") + text(b"b")))
+    alpha = value(b"adapter.lora.alpha", 6, struct.pack("<f", 8.0))
+    write_gguf(root / "adapter" / "lora.gguf", pair, *ADAPTER, tokens, alpha)
+    return root / "adapter"
+
+
+def by_row(write: Callable[[Path, Path], Any]) -> Callable[[Path], Path]:
+    """Return a function that writes the adapter of a row of the contract."""
+
+    def make(root: Path) -> Path:
+        write(root / "adapter", root / "base")
+        return root / "adapter"
+
+    return make
+
+
 FORMATS: dict[str, Callable[[Path], Path]] = {
     "lora": lora,
     "dora": dora,
@@ -176,6 +205,11 @@ FORMATS: dict[str, Callable[[Path], Path]] = {
     "hydra": hydra,
     "loralib": loralib,
     "bare": bare,
+    "lycoris": lycoris,
+    "kohya": by_row(kohya),
+    "diffusers": by_row(diffusers),
+    "mlx": by_row(mlx),
+    "gguf": gguf_lora,
     "run": run,
     "phases": phases,
 }
@@ -211,6 +245,11 @@ def limits(seconds: float = 5.0, gigabytes: float = 2.0) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, space)
 
 
+def readable(folder: Path) -> Path:
+    """Return the path of the adapter or run in a folder: GGUF files are read by their own path."""
+    return next(folder.glob("*.gguf"), folder)
+
+
 def read_all(folder: Path, base: Path | None = None) -> None:
     """Read everything in a folder through the library."""
     from lorascope.diagnosis import doctor
@@ -218,7 +257,7 @@ def read_all(folder: Path, base: Path | None = None) -> None:
     from lorascope.runs.adapter import Adapter
     from lorascope.runs.loading import load
 
-    found = load(folder, base)
+    found = load(readable(folder), base)
     _ = found.id, found.modules, found.ranks() if found.meta.states else {}, repr(found)
     doctor.diagnose(found)
     inspect(found).to_json()

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf_bytes
 import numpy as np
+from gguf_bytes import ADAPTER, write_gguf
 from hostile import edit_header, header, put_header
 from safetensors.numpy import load_file, save
+
+from lorascope.files.gguf_io import GgufFile
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HOSTILE = ("../../etc/passwd", "\x1b[31mred", "<script>x</script>", "a\nb", "\u202ea", "%s{0}$\\", "=1+1", "..")
@@ -28,9 +33,19 @@ class Target:
     module: str
 
     @property
+    def path(self) -> Path:
+        """The path by which the adapter is read."""
+        return self.folder
+
+    @property
     def weights(self) -> Path:
         """The weight file."""
         return self.folder / WEIGHTS
+
+    @property
+    def tensors(self) -> Tensors:
+        """The tensors of the weight file."""
+        return load_file(self.weights)
 
     @property
     def config(self) -> Path:
@@ -40,11 +55,31 @@ class Target:
     def edit(self, change: Callable[[Tensors], Tensors]) -> None:
         """Replace the tensors; the metadata of the header stays."""
         about = header(self.weights)[0].get("__metadata__")
-        self.weights.write_bytes(save(change(load_file(self.weights)), about))
+        self.weights.write_bytes(save(change(self.tensors), about))
 
     def configure(self, **changes: Any) -> None:
         """Change settings of the configuration."""
         self.config.write_text(json.dumps(json.loads(self.config.read_bytes()) | changes), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class GgufTarget(Target):
+    """As ``Target``, but a GGUF file; an edit replaces the metadata by that of an adapter."""
+
+    @property
+    def path(self) -> Path:
+        return self.weights
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "lora.gguf"
+
+    @property
+    def tensors(self) -> Tensors:
+        return dict(GgufFile(self.weights))
+
+    def edit(self, change: Callable[[Tensors], Tensors]) -> None:
+        write_gguf(self.weights, change(self.tensors), *ADAPTER)
 
 
 Spoil = Callable[[Target], Any]
@@ -59,6 +94,25 @@ def spoils(target: Target) -> Iterator[tuple[str, Spoil]]:
     yield from _names(target)
     yield from _configurations(target)
     yield from _folders()
+
+
+def gguf_spoils(target: GgufTarget) -> Iterator[tuple[str, Spoil]]:
+    """Yield the ways to spoil a sound GGUF file, with their names; test_gguf.py has those of its header."""
+    whole = target.weights.stat().st_size
+    for size in (*range(0, whole, 29), whole - 1):
+        yield f"cut to {size} bytes", _cut(size)
+    yield from _tensors(target)
+    yield from _names(target)
+    alpha, name = b"adapter.lora.alpha", b"general.base_model.0.name"
+    alphas = [(6, struct.pack("<f", number)) for number in (float("nan"), float("inf"), -1.0, 0.0, 3e38)]
+    alphas += [(8, gguf_bytes.text(b"8")), (9, gguf_bytes.array(6, 1, bytes(4))), (10, b"\xff" * 8), (7, b"\2")]
+    values = [gguf_bytes.value(alpha, kind, content) for kind, content in alphas]
+    values += [gguf_bytes.value(name, 8, gguf_bytes.text(piece.encode())) for piece in HOSTILE]
+    for value in values:
+        yield (
+            f"metadata {value!r}",
+            lambda target, value=value: write_gguf(target.weights, target.tensors, *ADAPTER, value),
+        )
 
 
 # -- bytes and header ----------------------------------------------------------------------------------------------
@@ -179,8 +233,7 @@ CHANGES: Mapping[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def _tensors(target: Target) -> Iterator[tuple[str, Spoil]]:
-    stored = load_file(target.weights)
-    for name, array in stored.items():
+    for name, array in target.tensors.items():
         if target.module not in name and name.count(".") > 1:  # of another module
             continue
         for what, change in CHANGES.items():
@@ -206,8 +259,7 @@ def _respelled(name: str) -> str:
 
 
 def _names(target: Target) -> Iterator[tuple[str, Spoil]]:
-    stored = load_file(target.weights)
-    first = sorted(stored)[0]
+    first = sorted(target.tensors)[0]
     leaf = target.module.rpartition(".")[2]
     for piece in HOSTILE:
         yield f"modules named {piece!r}", _renamed(leaf, leaf + piece)

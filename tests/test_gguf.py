@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf_bytes import ADAPTER, array, entry, header, text, value
 from hostile import limits, outcome
 
 import lorascope as ls
@@ -147,61 +148,42 @@ def test_version_2_is_read_and_others_are_refused(tmp_path: Path) -> None:
     assert "GGUF" in outcome(lambda: ls.load(file))
 
 
-def text(content: bytes) -> bytes:
-    return struct.pack("<Q", len(content)) + content
-
-
-def value(key: bytes, kind: int, content: bytes) -> bytes:
-    return text(key) + struct.pack("<I", kind) + content
-
-
-def array(kind: int, count: int, content: bytes = b"") -> bytes:
-    return struct.pack("<IQ", kind, count) + content
-
-
-def tensor(name: bytes, sides: tuple[int, ...], kind: int = 0, offset: int = 0, axes: int | None = None) -> bytes:
-    axes = len(sides) if axes is None else axes
-    return text(name) + struct.pack(f"<I{len(sides)}QIQ", axes, *sides, kind, offset)
-
-
-ADAPTER = (value(b"general.type", 8, text(b"adapter")), value(b"adapter.type", 8, text(b"lora")))
 GIANT = 20 * 2**30
 
 
-def header(*values: bytes, tensors: tuple[bytes, ...] = (), counts: tuple[int, int] | None = None) -> bytes:
-    counts = counts or (len(tensors), len(ADAPTER) + len(values))
-    return b"GGUF" + struct.pack("<IQQ", 3, *counts) + b"".join(ADAPTER + values + tensors)
+def of_adapter(*values: bytes, tensors: tuple[bytes, ...] = ()) -> bytes:
+    return header(*ADAPTER, *values, tensors=tensors)
 
 
 HOSTILE = {
-    "nested array": (header(value(b"t", 9, array(9, 1) * 100_000)), 0, "nested"),
-    "array of an array": (header(value(b"t", 9, array(9, 1, array(0, 1, b"1")))), 0, "nested"),
-    "sparse array of bytes": (header(value(b"t", 9, array(0, GIANT))), GIANT, "header"),
-    "sparse array of texts": (header(value(b"t", 9, array(8, 2**31))), GIANT, "header"),
-    "array of 2**64 - 1 values": (header(value(b"t", 9, array(12, 2**64 - 1))), 0, "header"),
-    "array of an unknown kind": (header(value(b"t", 9, array(13, 1))), 0, "13"),
-    "unknown kind": (header(value(b"t", 99, b"")), 0, "99"),
-    "text of 2**62 bytes": (header(value(b"t", 8, struct.pack("<Q", 2**62))), 0, "header"),
-    "sparse text": (header(value(b"t", 8, struct.pack("<Q", GIANT))), GIANT, "header"),
-    "key of 2**64 - 1 bytes": (header(struct.pack("<Q", 2**64 - 1)), 0, "header"),
-    "2**40 values": (header(counts=(0, 2**40)), GIANT, ""),
-    "2**40 tensors": (header(counts=(2**40, len(ADAPTER))), GIANT, ""),
-    "key that occurs twice": (header(*ADAPTER[:1]), 0, "general.type.*twice"),
-    "tensor that occurs twice": (header(tensors=(tensor(b"x", (1,)),) * 2), 999, "x.*twice"),
-    "text in another encoding": (header(value(b"\xff\x1b", 8, text(b"\xfe"))), 0, "utf-8"),
-    "alignment 0": (header(value(b"general.alignment", 4, struct.pack("<I", 0))), 0, "general.alignment"),
-    "alignment 3": (header(value(b"general.alignment", 4, struct.pack("<I", 3))), 0, "general.alignment"),
-    "alignment of text": (header(value(b"general.alignment", 8, text(b"32"))), 0, "general.alignment"),
-    "type of an adapter": (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + value(b"general.type", 8, text(b"\x1b[2J")), 0, ""),
-    "tensor of an unknown type": (header(tensors=(tensor(b"x", (1,), 99),)), 999, "99"),
-    "tensor of 2**32 - 1 axes": (header(tensors=(tensor(b"x", (1,), axes=2**32 - 1),)), 999, "axes"),
-    "tensor of a size that overflows": (header(tensors=(tensor(b"x", (2**63, 2**63)),)), 999, "shape"),
-    "empty tensor that overflows": (header(tensors=(tensor(b"x", (0, 2**62, 2**62)),)), 999, "shape"),
-    "tensor behind the end": (header(tensors=(tensor(b"x", (1,), offset=2**62),)), 999, "x"),
-    "tensor without values": (header(tensors=(tensor(b"x", (10**6,)),)), 999, "truncated"),
-    "quantized tensor without values": (header(tensors=(tensor(b"x", (2**20,), 8),)), 999, "truncated"),
-    "name of a tensor without end": (header(tensors=(tensor(b"x" * 10**6, (1,)),)), 10**7, "characters"),
-    "sparse factor": (header(tensors=(tensor(b"x.weight.lora_a", (2**30, 4)),)), GIANT, "values"),
+    "nested array": (of_adapter(value(b"t", 9, array(9, 1) * 100_000)), 0, "nested"),
+    "array of an array": (of_adapter(value(b"t", 9, array(9, 1, array(0, 1, b"1")))), 0, "nested"),
+    "sparse array of bytes": (of_adapter(value(b"t", 9, array(0, GIANT))), GIANT, "header"),
+    "sparse array of texts": (of_adapter(value(b"t", 9, array(8, 2**31))), GIANT, "header"),
+    "array of 2**64 - 1 values": (of_adapter(value(b"t", 9, array(12, 2**64 - 1))), 0, "header"),
+    "array of an unknown kind": (of_adapter(value(b"t", 9, array(13, 1))), 0, "13"),
+    "unknown kind": (of_adapter(value(b"t", 99, b"")), 0, "99"),
+    "text of 2**62 bytes": (of_adapter(value(b"t", 8, struct.pack("<Q", 2**62))), 0, "header"),
+    "sparse text": (of_adapter(value(b"t", 8, struct.pack("<Q", GIANT))), GIANT, "header"),
+    "key of 2**64 - 1 bytes": (of_adapter(struct.pack("<Q", 2**64 - 1)), 0, "header"),
+    "2**40 values": (header(*ADAPTER, counts=(0, 2**40)), GIANT, ""),
+    "2**40 tensors": (header(*ADAPTER, counts=(2**40, len(ADAPTER))), GIANT, ""),
+    "key that occurs twice": (of_adapter(*ADAPTER[:1]), 0, "general.type.*twice"),
+    "tensor that occurs twice": (of_adapter(tensors=(entry(b"x", (1,)),) * 2), 999, "x.*twice"),
+    "text in another encoding": (of_adapter(value(b"\xff\x1b", 8, text(b"\xfe"))), 0, "utf-8"),
+    "alignment 0": (of_adapter(value(b"general.alignment", 4, struct.pack("<I", 0))), 0, "general.alignment"),
+    "alignment 3": (of_adapter(value(b"general.alignment", 4, struct.pack("<I", 3))), 0, "general.alignment"),
+    "alignment of text": (of_adapter(value(b"general.alignment", 8, text(b"32"))), 0, "general.alignment"),
+    "type of an adapter": (header(value(b"general.type", 8, text(b"\x1b[2J"))), 0, ""),
+    "tensor of an unknown type": (of_adapter(tensors=(entry(b"x", (1,), 99),)), 999, "99"),
+    "tensor of 2**32 - 1 axes": (of_adapter(tensors=(entry(b"x", (1,), axes=2**32 - 1),)), 999, "axes"),
+    "tensor of a size that overflows": (of_adapter(tensors=(entry(b"x", (2**63, 2**63)),)), 999, "shape"),
+    "empty tensor that overflows": (of_adapter(tensors=(entry(b"x", (0, 2**62, 2**62)),)), 999, "shape"),
+    "tensor behind the end": (of_adapter(tensors=(entry(b"x", (1,), offset=2**62),)), 999, "x"),
+    "tensor without values": (of_adapter(tensors=(entry(b"x", (10**6,)),)), 999, "truncated"),
+    "quantized tensor without values": (of_adapter(tensors=(entry(b"x", (2**20,), 8),)), 999, "truncated"),
+    "name of a tensor without end": (of_adapter(tensors=(entry(b"x" * 10**6, (1,)),)), 10**7, "characters"),
+    "sparse factor": (of_adapter(tensors=(entry(b"x.weight.lora_a", (2**30, 4)),)), GIANT, "values"),
     "empty file": (b"", 0, "GGUF"),
 }
 
@@ -219,7 +201,7 @@ def test_hostile_file_raises_one_line_within_limits(content: bytes, size: int, m
 
 def test_long_array_of_bytes_is_skipped(tmp_path: Path) -> None:
     file = tmp_path / "lora.gguf"
-    file.write_bytes(header(value(b"t", 9, array(0, 3_000_000, bytes(3_000_000)))))
+    file.write_bytes(of_adapter(value(b"t", 9, array(0, 3_000_000, bytes(3_000_000)))))
     with limits(0.5):
         assert len(GgufFile(file)) == 0
 

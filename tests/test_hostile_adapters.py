@@ -9,15 +9,16 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from contract.format_rows import ROWS
-from hostile import command, edit_header, limits
+from hostile import command, edit_header, gguf_lora, limits
 from safetensors.numpy import load_file, save
-from spoiling import CHANGES, CONFIG, HOSTILE, WEIGHTS, Spoil, Target, spoils
+from spoiling import CHANGES, CONFIG, HOSTILE, WEIGHTS, GgufTarget, Spoil, Target, gguf_spoils, spoils
 from test_gguf import pair
 from test_gguf import write as write_gguf
 
@@ -56,15 +57,21 @@ def test_adapter_spoiled_in_some_ways_is_read_and_listed_or_raises_one_line(name
     assert faults(*sound, list(spoils(sound[0]))[:: FAST[name]], tmp_path / "case") == []
 
 
+def test_spoiled_gguf_file_is_read_and_listed_or_raises_one_line(tmp_path: Path) -> None:
+    target = GgufTarget(gguf_lora(tmp_path), "blk.0.attn_q")
+    assert faults(target, None, list(gguf_spoils(target)), tmp_path / "case") == []
+
+
 def faults(target: Target, base: Path | None, ways: Sequence[tuple[str, Spoil]], case: Path) -> list[str]:
     """Return what is wrong with the output of ``inspect`` and ``doctor`` for each way to spoil an adapter."""
-    shared = unlisted(target.folder, base)
+    shared = unlisted(target.path, base)
     found = []
     for what, spoil in ways:
         shutil.rmtree(case, ignore_errors=True)
         shutil.copytree(target.folder, case)
-        spoil(Target(case, target.module))
-        found += [f"{what}: {fault}" for fault in _faults(case, base, shared)]
+        copy = replace(target, folder=case)
+        spoil(copy)
+        found += [f"{what}: {fault}" for fault in _faults(copy.path, base, shared)]
     return found
 
 

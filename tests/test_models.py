@@ -16,8 +16,8 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from gguf_bytes import array, header, text, value
 from hostile import limits, outcome
-from test_gguf import array, header, text, value
 from tiny import FAMILIES, inputs, tiny
 from torch import nn
 

@@ -94,11 +94,14 @@ class _Header:
             name, kind = self.take_text(), self.take("I")
             if name in found:
                 raise ValueError(f"{name} occurs twice")
-            found[name] = self.skip_array() if kind == _ARRAY else self.take_value(kind)
+            found[name] = self.take_value(kind)
         return {name: value for name, value in found.items() if value is not None}
 
     def take_value(self, kind: int) -> Any:
-        """Return the next number or text."""
+        """Return the next number or text; None for an array, which is skipped."""
+        if kind == _ARRAY:
+            self.skip_array()
+            return None
         return self.take_text() if kind == _TEXT else self.take(_format_of(kind))
 
     def skip_array(self) -> None:

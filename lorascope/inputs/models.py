@@ -221,7 +221,7 @@ def _require_own_files(folder: Path) -> None:
 def _head_class(config: Any, name: object) -> Any:
     """Return the auto class with the head for a model of this configuration."""
     kind = type(config)
-    saved_as = (to_typed(config.architectures, list[str] | None, f"architectures of {name}") or [""])[0]
+    saved_as = to_typed(config.architectures or [""], list[str], f"architectures of {name}")[0]
     if saved_as.endswith("ForSequenceClassification"):
         return transformers.AutoModelForSequenceClassification
     if config.is_encoder_decoder and kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:

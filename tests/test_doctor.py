@@ -17,9 +17,10 @@ from ward import SETTINGS, Allocating, Bench, adalora
 import lorascope as ls
 from lorascope.cli.main import main
 from lorascope.diagnosis.causes import RULES, Finding, Rule
-from lorascope.diagnosis.causes.base import found
+from lorascope.diagnosis.causes.base import found, run_rules
 from lorascope.diagnosis.doctor import skipped_checks
 from lorascope.diagnosis.evidence import Case
+from lorascope.diagnosis.training_evidence import TrainingEvidence
 from lorascope.inputs import models
 from lorascope.training.hf_trainer.run_metadata import overlap
 
@@ -232,6 +233,42 @@ def test_thresholds_with_planted_numbers(tmp_path, capsys):
     assert main(["doctor", str(tmp_path / "e"), "--json"]) == 1
     told = strictly(capsys.readouterr().out)
     assert told["findings"][0]["evidence"] == {"start": 1.0, "end": None, "threshold": 1.0, "lr": 0.5}
+
+
+def wave(*levels: float) -> list[float]:
+    """Return levels with noise of 5%, which is the same in all cases."""
+    return [level * (1 + 0.05 * math.sin(2.5 * step)) for step, level in enumerate(levels)]
+
+
+def line(start: float, end: float, steps: int = 20) -> list[float]:
+    return [start + (end - start) * step / (steps - 1) for step in range(steps)]
+
+
+LOSSES = {
+    "language model, 3 to 10": (wave(*line(3, 10)), True),
+    "two classes, 0.7 to 2": (wave(*line(0.7, 2.2)), True),
+    "two classes, 0.7 to 2 at once": (wave(0.7, *[2.1] * 19), True),
+    "language model, 6 to 10.5 at once": (wave(6, *[10.5] * 19), True),
+    "falls, then increases": (wave(*line(3, 1), *line(1, 8)), True),
+    "jumps from 0.7 to 50, with noise as large": ([0.7, *[5.0, 200.0, 20.0, 100.0, 30.0] * 4], True),
+    "infinite": ([3.0, 3.0, *[math.inf] * 6], True),
+    "two classes, learns": (wave(*line(0.7, 0.1)), False),
+    "regression with a large last batch": ([435, 300, 283, 224, 228, 441, 349, 969], False),
+    "regression with a small first batch": ([100, 420, 250, 600, 180, 390, 510, 230, 440, 310], False),
+    "large loss that increases by less than half": (wave(*line(400, 520)), False),
+    "negative, as of a policy gradient": ([-0.5, 0.8, -0.3, 1.2, 0.9, 1.4, 1.1, 1.3], False),
+    "exactly 0 at first, as of a policy gradient": ([0.0, 0.2, 0.9, 1.4, 1.6, 1.5, 1.2, 1.3], False),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_diverged_compares_the_increase_with_the_loss_and_its_noise(case, tmp_path):
+    losses, diverged = LOSSES[case]
+    run = plant(tmp_path, "run", {("loss", ""): dict(enumerate(losses, start=1))}, settings={"steps": len(losses)})
+    assert [finding.cause for finding in ls.diagnose(run)] == ["diverged"] * diverged
+    live = TrainingEvidence([], dict(enumerate(losses, start=1)), len(losses), 1, None, False, False, [], [], True)
+    (rule,) = (rule for rule in RULES if rule.id == "LS015")
+    assert [finding.id for finding in run_rules([rule], live)] == ["LS015"] * diverged
 
 
 def test_run_stopped_by_a_nan_loss_is_diverged(bench):

@@ -186,7 +186,8 @@ _KINDS = (
         severity="error",
         needs="history",
         problem="The loss increased far above its first value, or became NaN.",
-        evidence="the mean of the last fifth of the losses is at least 1 nat above the first one, or NaN",
+        evidence="the median of the last losses exceeds the first loss by 1 nat, by half of it, and by 3 usual "
+        "differences of losses or 10 times the first loss; or it is NaN",
         fix="lower the learning rate (by a factor of 10), warm up longer, or clip gradients",
     ),
     Kind(

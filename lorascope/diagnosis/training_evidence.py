@@ -45,8 +45,7 @@ class TrainingEvidence(ModuleEvidence):
     unoptimized: Sequence[str]
     has_gradient: bool
     error = ""  # of a training that has stopped
-    # The losses of single batches differ by more than their means over an epoch.
-    fewest_losses = 3
+    fewest_losses = 5  # that show a divergence: they are losses of single batches
 
     def has(self, need: str) -> bool:
         """Return whether there is evidence of this kind; see ``Rule.needs``."""

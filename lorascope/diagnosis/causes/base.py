@@ -165,6 +165,11 @@ def names_of(rows: Iterable[TrainedModule | MeasuredModule]) -> list[str]:
     return [row.module for row in rows]
 
 
+def at_rate(rate: float | None) -> str:
+    """Return the end of a message that names the learning rate, "" if it is unknown."""
+    return f" at learning rate {rate:.3g}" if rate else ""
+
+
 def first_and_count(names: Iterable[Any]) -> str:
     """Return the first name, and the number of the others."""
     first, *others = map(str, names)

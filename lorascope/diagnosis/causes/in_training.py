@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from lorascope.diagnosis.causes.base import Found, Rule, found
+from lorascope.diagnosis.causes.base import Found, Rule, at_rate, found
 from lorascope.diagnosis.evidence import largest
 from lorascope.diagnosis.training_evidence import TrainingEvidence
 from lorascope.updates.linalg import root_of_squares
@@ -36,9 +36,8 @@ def rate_large(case: TrainingEvidence) -> Found:
     if known and moved > LARGE * norm:
         (most,) = largest(known, "relative_update")
         rate = case.learning_rate
-        at_rate = f" at learning rate {rate:.3g}" if rate else ""
         message = f"training changed the weights by {moved / norm if norm else math.inf:.3g} |W| in {case.steps} steps"
-        message = f"{message}{at_rate}, most in {most.module}"
+        message = f"{message}{at_rate(rate)}, most in {most.module}"
         yield found(message, moved=moved, weight_norm=norm, threshold=LARGE, lr=rate)
 
 

@@ -6,13 +6,16 @@ import math
 
 import numpy as np
 
-from lorascope.diagnosis.causes.base import Found, Rule, found, names_of
+from lorascope.diagnosis.causes.base import Found, Rule, at_rate, found, names_of
 from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.training_evidence import Evidence
 from lorascope.updates.linalg import root_of_squares
 
 STILL = 1e-4  # fraction of |W|: below the resolution of float16 and bfloat16, 5e-4 and 4e-3, so merging loses it
-WORSE = 1.0  # nats: batches differ by less, and a final loss this far above the first one means failure
+WORSE = 1.0  # nats: cross-entropies of batches differ by less
+NOISE = 3.0  # median differences of successive losses: the first of noisy losses is rarely this far below the others
+FAR = 10.0  # multiple of the first loss: a sufficient increase, because a diverged loss may be as noisy as it is large
+FEW = 5  # losses: fewer have no usual difference
 SINGLE = 1.01  # effective rank: real training exceeds it, identical components give 1 up to rounding
 ROOM = 4  # components: with fewer, a single direction is not suspicious
 
@@ -29,9 +32,8 @@ def rate_small(case: Case) -> Found:
     share = moved / norm if norm else np.nan
     if 0 < share < STILL:
         rate = case.meta.settings.get("lr")
-        at_rate = f" at learning rate {rate:.3g}" if rate else ""
-        message = f"training changed the weights by only {share:.1e} of |W|, less than {STILL:g}{at_rate}"
-        yield found(message, moved=share, threshold=STILL, lr=rate)
+        message = f"training changed the weights by only {share:.1e} of |W|, less than {STILL:g}"
+        yield found(f"{message}{at_rate(rate)}", moved=share, threshold=STILL, lr=rate)
 
 
 @Rule(id="LS015", suppresses=("rate-large",), live_from=0)
@@ -42,13 +44,19 @@ def diverged(case: Evidence) -> Found:
         yield found(f"training stopped: {error.partition(':')[0]}", error=error, lr=rate)
         return
     losses = np.array(list(case.losses.values()))
-    if len(losses) < 2:
+    count = len(losses)
+    if not count:
         return
-    last = losses[-max(case.fewest_losses, len(losses) // 5) :]
-    start, end = float(losses[0]), float(last.mean())
-    if not end - start < WORSE:
-        message = f"the loss went from {start:.3g} to {end:.3g} (mean of the last fifth), at learning rate {rate:.3g}"
-        yield found(message, start=start, end=end, threshold=WORSE, lr=rate)
+    last = losses[-max(min(FEW, count // 2), count // 5) :]
+    start, end = float(losses[0]), float(np.median(last))
+    with np.errstate(invalid="ignore"):  # infinite losses
+        usual = float(np.median(np.abs(np.diff(losses)))) if count >= FEW else 0.0
+    limit = max(WORSE, start / 2, min(FAR * start, NOISE * usual))
+    # The value of a policy-gradient loss, which starts at 0 or has both signs, does not show success.
+    comparable = count >= case.fewest_losses and start > 0 and not (losses < 0).any()
+    if math.isnan(end) or (comparable and end - start >= limit):
+        message = f"the loss went from {start:.3g} to {end:.3g} (median of the last {len(last)} of {count})"
+        yield found(f"{message}{at_rate(rate)}", start=start, end=end, threshold=limit, lr=rate)
 
 
 @Rule(id="LS016", live_from=2)

@@ -157,6 +157,22 @@ def test_alarm_is_a_warning_once_and_a_record_at_each_module(watched):
     assert rows["step"].nunique() == 1
 
 
+def zero(out):
+    """Return a loss that is 0 and has a gradient, as GRPO's at its first step on each batch."""
+    return out.loss - out.loss.detach()
+
+
+def test_loss_of_0_with_moving_weights_is_not_flat(watched):
+    own_loop(watched, watched.peft(), zero, lr=1e-3)  # warnings are errors
+
+
+@pytest.mark.filterwarnings("ignore:LS0(04|21)")  # the adapters rest as well
+def test_loss_of_0_with_resting_weights_is_flat(watched, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda optimizer: None)
+    with pytest.warns(UserWarning, match="LS023"):
+        own_loop(watched, watched.peft(), zero)
+
+
 def test_second_training_in_a_process_warns_again(watched):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")  # Python shows equal warnings of one place once

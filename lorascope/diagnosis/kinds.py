@@ -262,7 +262,7 @@ _KINDS = (
         severity="caution",
         needs="training",
         problem="The loss never changes.",
-        evidence="all recorded losses are equal up to 1e-6, at five recordings or more",
+        evidence="all recorded losses are equal up to 1e-6, at five recordings or more, and not 0 while weights change",
         fix="check that the batches differ, that the loss depends on the model, and that the optimizer steps",
     ),
     Kind(

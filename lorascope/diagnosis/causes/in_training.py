@@ -61,7 +61,9 @@ def not_optimized(case: TrainingEvidence) -> Found:
 def loss_flat(case: TrainingEvidence) -> Found:
     """Find losses that never change."""
     losses = np.array(list(case.losses.values()))
-    if len(losses) >= FLAT and np.ptp(losses) <= SAME * np.abs(losses).max():
+    # A policy-gradient loss is 0 by its advantages, and has a gradient.
+    learns = not losses.any() and any(each.moved > 0 for each in case.modules)
+    if len(losses) >= FLAT and not learns and np.ptp(losses) <= SAME * np.abs(losses).max():
         evidence = {"loss": float(losses[0]), "recordings": len(losses), "threshold": SAME}
         yield found(f"the loss is {losses[0]:.6g} at all {len(losses)} recordings", **evidence)
 

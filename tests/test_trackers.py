@@ -28,7 +28,7 @@ from lorascope.experiments import grid
 from lorascope.inputs import models
 from lorascope.observe.base import Observer
 from lorascope.plots import run_overview
-from lorascope.schema.module_roles import Place
+from lorascope.schema.module_roles import Place, parse
 from lorascope.schema.records import QUANTITIES, Record
 from lorascope.training.report import pool_records
 from lorascope.training.trackers import tracker_names
@@ -492,6 +492,16 @@ def test_own_loop_reports_what_it_records(fake, tmp_path):
     assert run.table.query("quantity == 'eval_loss'")["step"].tolist() == [4]
     assert fake.ended == ["lorascope"]
     assert not (run.path / "resume").exists()
+
+
+def test_alarms_have_one_curve_per_id_with_the_number_of_modules():
+    places = {name: parse(name) for name in ("layers.0.q", "layers.0.v", "layers.1.q")}
+    records = [Record("alarm", 22, "layers.0.q"), Record("alarm", 22, "layers.0.v"), Record("alarm", 1, "layers.1.q")]
+    assert pool_records([*records, Record("alarm", 15)], places) == {
+        "alarm/LS022": 2,
+        "alarm/LS001": 1,
+        "alarm/LS015": 1,
+    }
 
 
 def test_exception_in_an_own_loop_ends_its_trackers(fake, tmp_path):

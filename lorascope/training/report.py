@@ -108,7 +108,7 @@ def pool_records(records: Sequence[Record], places: Places) -> dict[str, float]:
 
     A value of the run keeps its name. Values of modules are pooled by the rule of their quantity, as in
     ``analysis.norms.pool``: over all modules, by layer, and by role within the layers. A cell with an unknown value has
-    no curve.
+    no curve. An alarm has one curve per id: the number of modules that it concerns, 1 for the whole run.
 
     Parameters
     ----------
@@ -128,7 +128,10 @@ def pool_records(records: Sequence[Record], places: Places) -> dict[str, float]:
         quantity = QUANTITIES.get(each.quantity)
         if quantity is None or (quantity.index != "none" and each.quantity not in _POOLED_OVER_INDEX):
             continue
-        if each.module:
+        if each.quantity == "alarm":  # the number of an id: a mean of several would be another id
+            name = f"alarm/LS{int(each.value):03}"
+            curves[name] = curves.get(name, 0.0) + 1
+        elif each.module:
             place = places.get(each.module) or parse(each.module)
             modules[each.quantity].append((place, np.atleast_1d(each.value).astype(float).tolist()))
         else:

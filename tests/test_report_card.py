@@ -233,8 +233,25 @@ def test_adapter_cannot_occur_twice(adapter: Path, tmp_path: Path):
         report([load(adapter), load(adapter)], tmp_path / "two.html")
 
 
-def test_large_figure_is_left_out_and_named(adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lorascope.pages.card._FIGURE_BYTES", 0)
+def test_largest_figure_of_a_too_large_page_is_left_out_and_named(
+    adapter: Path, card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lorascope.pages.report_card._PAGE_BYTES", card.stat().st_size - 1)
+    page = report(load(adapter), tmp_path / "card.html")
+    assert page.stat().st_size < card.stat().st_size
+    assert verify(page) == []
+    before, after = read(card).document["figures"], read(page).document["figures"]
+    (left_out,) = {each["name"] for each in before} - {each["name"] for each in after}
+    sizes = [len(each) for each in re.findall("<figure>.*?</figure>", card.read_text(encoding="utf-8"), re.DOTALL)]
+    assert left_out == before[int(np.argmax(sizes))]["name"]
+    assert f"lorascope plot {left_out}" in section(page, "unchecked").text
+    assert read(page).parquet.keys() == {"modules", "roles"} | {name for each in after for name in each["tables"]}
+
+
+def test_page_that_is_too_large_without_figures_has_none(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lorascope.pages.report_card._PAGE_BYTES", 0)
     page = report(load(adapter), tmp_path / "card.html")
     assert not section(page, "figures").all("figure")
     assert "lorascope plot spectrum" in section(page, "unchecked").text

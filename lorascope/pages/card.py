@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from io import BytesIO
@@ -25,7 +25,6 @@ from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.plots.registry import FIGURES, Topic, available
 from lorascope.runs.result import Result
 
-_FIGURE_BYTES = 300_000  # Parquet: the page repeats the data as JSON, and plotly.js takes 4.6 of its 6 MiB
 MAX_ROWS = 2**18
 """Maximum rows of a table of a card: enough for two adapters with 100,000 modules each."""
 _SEVERITIES, _TOPICS = get_args(Severity), get_args(Topic)
@@ -66,6 +65,13 @@ class Card:
             chart = unpack(stored["chart"], [self.table(name) for name in stored["tables"]])
             yield ReportFigure(chart, stored["reads"], stored["misleads"])
 
+    def without(self, figures: Mapping[str, str]) -> Card:
+        """Return the card without some figures, with the reasons for their absence by name."""
+        kept = [each for each in self.document["figures"] if each["name"] not in figures]
+        gone = {name for each in self.document["figures"] if each["name"] in figures for name in each["tables"]}
+        changed = {"figures": kept, "unseen": self.document["unseen"] | dict(figures)}
+        return Card(self.document | changed, {name: file for name, file in self.parquet.items() if name not in gone})
+
 
 def collect(runs: Sequence[Result], spectra: bool = False) -> Card:
     """Collect the card of adapters or runs; ``spectra`` also runs full SVDs."""
@@ -88,11 +94,9 @@ def collect(runs: Sequence[Result], spectra: bool = False) -> Card:
     for name, drawn in _draw({label: item.run for label, item in named.items()}, unseen):
         packed, own = pack(drawn.chart)
         files = {f"figure {len(figures) + 1}, table {n}": _parquet(table) for n, table in enumerate(own, start=1)}
-        if (size := sum(map(len, files.values()))) > _FIGURE_BYTES:
-            unseen[name] = f"too large for this page ({size:,} bytes): lorascope plot {name}"
-            continue
         parquet |= files
-        figures.append({"chart": packed, "tables": [*files], "reads": drawn.reads, "misleads": drawn.misleads})
+        texts = {"reads": drawn.reads, "misleads": drawn.misleads}
+        figures.append({"name": name, "chart": packed, "tables": [*files]} | texts)
     document = {
         "versions": installed_versions(),
         "subjects": [_subject(label, item) for label, item in named.items()],

@@ -22,6 +22,8 @@ from lorascope.pages.table_cells import format_value, frame_cells
 from lorascope.runs.folders import MAX_PAGE, require_own
 from lorascope.runs.result import Result
 
+_FIGURE = re.compile("<figure>.*?</figure>", re.DOTALL)
+_PAGE_BYTES = 6 * 2**20  # plotly.js takes 4.6 MiB
 _COLUMNS = {"least_rank": "lowest rank", "most_rank": "highest rank"}
 LIMITS = (
     "A check reports only what numbers can show. A mistake that gives the same numbers as a choice is not reported, so "
@@ -69,9 +71,7 @@ def report(runs: Result | Sequence[Result], out: str | Path, spectra: bool = Fal
         raise ValueError(f"out must end in .html or .md, got {printable(path)}")
     require_own(path, *GENERATORS.values())
     card = collect([runs] if isinstance(runs, Result) else list(runs), spectra)
-    text = html(card) if path.suffix == ".html" else markdown(card)
-    # A label may contain a lone surrogate, which UTF-8 cannot encode.
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    write_bytes(path, _encode(_limited_html(card) if path.suffix == ".html" else markdown(card)))
     return path
 
 
@@ -81,6 +81,26 @@ class _Carried:
 
     document: dict[str, Any]
     tables: dict[str, str]
+
+
+def _encode(text: str) -> bytes:
+    """Encode a text as UTF-8, in which a label with a lone surrogate has an escape."""
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _limited_html(card: Card) -> str:
+    """Return the page of a card, without its largest figures if it would be larger than 6 MiB."""
+    text = html(card)
+    excess, left_out = len(_encode(text)) - _PAGE_BYTES, {}
+    sizes = {
+        each["name"]: len(_encode(drawn)) + sum(len(card.parquet[name]) * 4 // 3 for name in each["tables"])  # Base64
+        for each, drawn in zip(card.document["figures"], _FIGURE.findall(text), strict=True)
+    }
+    for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
+        if excess > 0:
+            left_out[name] = f"too large for this page ({size:,} bytes): lorascope plot {name}"
+            excess -= size
+    return html(card.without(left_out)) if left_out else text
 
 
 def html(card: Card) -> str:
@@ -214,7 +234,7 @@ def verify(path: str | Path) -> list[str]:
     try:
         if (wrote := card.document["versions"]) != (installed := installed_versions()):
             raise ValueError(f"written with {_listed(wrote)}, but {_listed(installed)} is installed")
-        built = html(card).encode("utf-8", "backslashreplace").decode().splitlines()
+        built = _encode(html(card)).decode().splitlines()
     except (ArrowException, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"cannot build {printable(path)} again: {printable(error)}") from error
     return [

@@ -3,6 +3,9 @@
 Run ``python benchmarks/false_alarms.py --runs 200``. The model is the student of ``planted_teacher``, which
 learns the text of its teacher. Every method has the same number of runs, up to one. Learning rates are within a factor
 of three of the default of the method. No run has a fault on purpose, so each finding counts as a false alarm.
+
+``--loss squared-error`` and ``--loss policy-gradient`` train LoRA in a plain loop instead, on a small network with
+noisy batches: a regression whose loss is of any size, and a bandit whose loss has both signs.
 """
 
 from __future__ import annotations
@@ -17,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
+import torch
+from torch import Tensor, nn
 
 import lorascope as ls
 from lorascope.probes import planted_teacher
@@ -71,6 +77,44 @@ def train(number: int, out: Path) -> list[Run]:
     return [*run.parents, run]
 
 
+def squared_error(outputs: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """Return the loss of a regression whose target depends on two features."""
+    return (scale * (outputs[:, 0] - rows[:, 0] - rows[:, 1])).square().mean()
+
+
+def policy_gradient(outputs: Tensor, rows: Tensor, scale: float) -> Tensor:
+    """Return the loss of a bandit that earns ``scale`` for the right action, with the mean as its baseline."""
+    policy = torch.distributions.Categorical(logits=outputs)
+    actions = policy.sample()
+    rewards = scale * (actions == (rows[:, 0] > 0)).float()
+    return -((rewards - rewards.mean()) * policy.log_prob(actions)).mean()
+
+
+LOSSES = {"squared-error": squared_error, "policy-gradient": policy_gradient}
+
+
+def train_in_loop(number: int, out: Path, loss: str) -> list[Run]:
+    """Train LoRA in a plain loop, with alarms at every step, and return the run."""
+    draw = np.random.default_rng([26, number])
+    torch.manual_seed(number)
+    network = nn.Sequential(*(layer for _ in range(4) for layer in (nn.Linear(16, 16), nn.Tanh())), nn.Linear(16, 3))
+    rank = int(draw.choice([2, 4, 8]))
+    adapter = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["0", "2", "4", "6"], modules_to_save=["8"])
+    model = peft.get_peft_model(network, adapter)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=float(5e-3 * 3 ** draw.uniform(-1, 1)))
+    scale, size, steps = float(10 ** draw.uniform(-1, 1.5)), int(draw.choice([4, 8, 32])), int(draw.choice([30, 80]))
+    with ls.record(model, optimizer, out, [ls.observe.norms(), ls.observe.alarms(every=1)], steps=steps) as recorder:
+        for _ in range(steps):
+            rows = torch.randn(size, 16)
+            value = LOSSES[loss](model(rows), rows, scale)
+            value.backward()
+            optimizer.step()
+            recorder.step(loss=value)
+            optimizer.zero_grad()
+    return [ls.load(out)]
+
+
 def wilson(count: int, total: int) -> tuple[float, float]:
     """Return the 95% interval of Wilson for a proportion."""
     share, square = count / total, Z * Z / total
@@ -85,10 +129,11 @@ def row(label: str, doctor: int, alarms: int, total: int) -> str:
     return f"| {label} | {cells[0]} | {cells[1]} |"
 
 
-def examine(number: int) -> tuple[set[str], set[str]]:
+def examine(number: int, loss: str) -> tuple[set[str], set[str]]:
     """Return the findings of the doctor about one run, with their messages, and the ids of the alarms in it."""
     with tempfile.TemporaryDirectory() as folder:
-        runs = train(number, Path(folder) / "run")
+        out = Path(folder) / "run"
+        runs = train_in_loop(number, out, loss) if loss in LOSSES else train(number, out)
         found = {f"{each.id} {each.cause}: {each.message}" for run in runs for each in ls.diagnose(run)}
         values = [run.table["value"][run.table["quantity"] == "alarm"] for run in runs]
     return found, {f"LS{int(value):03}" for column in values for value in column}
@@ -98,15 +143,17 @@ def main() -> None:
     """Train the runs and print the number of runs with each finding; Ctrl-C prints those so far."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=200, help="number of runs")
+    parser.add_argument("--loss", choices=["cross-entropy", *LOSSES], default="cross-entropy", help="loss of the runs")
     parsed = parser.parse_args()
     warnings.filterwarnings("ignore")
     doctor, alarms, total = Counter[str](), Counter[str](), 0
     try:
         for number in range(parsed.runs):
-            found, raised = examine(number)
+            found, raised = examine(number, parsed.loss)
             if found or raised:
                 method, settings = draw_settings(number)
-                print(f"run {number}: {method.label()}, lr {method.lr:.2g}, {settings}: {found} {raised}", flush=True)
+                drawn = "" if parsed.loss in LOSSES else f" {method.label()}, lr {method.lr:.2g}, {settings}:"
+                print(f"run {number}:{drawn} {found} {raised}", flush=True)
             doctor.update({each[:5] for each in found} | ({"any"} if found else set()))
             alarms.update(raised | ({"any"} if raised else set()))
             total += 1

@@ -266,9 +266,21 @@ def test_diverged_compares_the_increase_with_the_loss_and_its_noise(case, tmp_pa
     losses, diverged = LOSSES[case]
     run = plant(tmp_path, "run", {("loss", ""): dict(enumerate(losses, start=1))}, settings={"steps": len(losses)})
     assert [finding.cause for finding in ls.diagnose(run)] == ["diverged"] * diverged
+    assert in_training(losses) == ["LS015"] * diverged
+
+
+def in_training(losses):
     live = TrainingEvidence([], dict(enumerate(losses, start=1)), len(losses), 1, None, False, False, [], [], True)
     (rule,) = (rule for rule in RULES if rule.id == "LS015")
-    assert [finding.id for finding in run_rules([rule], live)] == ["LS015"] * diverged
+    return [finding.id for finding in run_rules([rule], live)]
+
+
+def test_diverged_needs_ten_losses_or_a_tenfold_one_in_training():
+    noisy = [95.4, 169.0, 102.5, 346.0, 341.3]  # the first of a healthy regression with batches of 4
+    assert in_training(noisy) == []
+    assert in_training([3.0, 9.0, 9.5, 10.0, 9.0]) == []
+    assert in_training([3.0, 9.0, 9.5, 10.0, 9.0] * 2) == ["LS015"]
+    assert in_training([0.7, 5.4, 288.0]) == ["LS015"]
 
 
 def test_run_stopped_by_a_nan_loss_is_diverged(bench):

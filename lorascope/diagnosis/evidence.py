@@ -107,7 +107,7 @@ class Case(ModuleEvidence):
 
     run: Result
     spectra: bool = False
-    fewest_losses = 2  # that show a divergence: they may be means over epochs
+    fewest_losses = 0  # whose noise is known: they may be means over epochs
 
     def has(self, need: str) -> bool:
         """Return whether there is evidence of this kind; see ``Rule.needs``."""

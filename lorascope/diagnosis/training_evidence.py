@@ -45,7 +45,7 @@ class TrainingEvidence(ModuleEvidence):
     unoptimized: Sequence[str]
     has_gradient: bool
     error = ""  # of a training that has stopped
-    fewest_losses = 5  # that show a divergence: they are losses of single batches
+    fewest_losses = 10  # whose noise is known: they are losses of single batches, compared at each check
 
     def has(self, need: str) -> bool:
         """Return whether there is evidence of this kind; see ``Rule.needs``."""

@@ -51,9 +51,10 @@ def diverged(case: Evidence) -> Found:
     start, end = float(losses[0]), float(np.median(last))
     with np.errstate(invalid="ignore"):  # infinite losses
         usual = float(np.median(np.abs(np.diff(losses)))) if count >= FEW else 0.0
-    limit = max(WORSE, start / 2, min(FAR * start, NOISE * usual))
+    noise = NOISE * usual if count >= case.fewest_losses else math.inf
+    limit = max(WORSE, start / 2, min(FAR * start, noise))
     # The value of a policy-gradient loss, which starts at 0 or has both signs, does not show success.
-    comparable = count >= case.fewest_losses and start > 0 and not (losses < 0).any()
+    comparable = start > 0 and not (losses < 0).any()
     if math.isnan(end) or (comparable and end - start >= limit):
         message = f"the loss went from {start:.3g} to {end:.3g} (median of the last {len(last)} of {count})"
         yield found(f"{message}{at_rate(rate)}", start=start, end=end, threshold=limit, lr=rate)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import random
 import sys
 import zipfile
@@ -502,6 +503,14 @@ def test_alarms_have_one_curve_per_id_with_the_number_of_modules():
         "alarm/LS001": 1,
         "alarm/LS015": 1,
     }
+
+
+@pytest.mark.parametrize("quantity", ["update_norm", "relative_update", "rank"])  # pooled by norm, mean and sum
+def test_infinite_and_huge_values_of_a_diverging_training_do_not_end_it(quantity):
+    places = {name: parse(name) for name in ("layers.0.q", "layers.0.v")}
+    for one, other in ((math.inf, -math.inf), (1.7e308, 1.7e308)):
+        records = [Record(quantity, one, "layers.0.q"), Record(quantity, other, "layers.0.v")]
+        assert not math.isfinite(pool_records(records, places).get(f"{quantity}/all", math.nan))
 
 
 def test_exception_in_an_own_loop_ends_its_trackers(fake, tmp_path):

@@ -23,9 +23,9 @@ _OF_THE_HOST = {"loss", "grad_norm", "lr", "seconds", "eval_loss", "eval_metric"
 # The only indexed quantity whose mean over the index says something without the index.
 _POOLED_OVER_INDEX = ("importance",)
 _POOL: dict[str, Callable[[list[float]], float]] = {
-    "norm": lambda values: math.sqrt(math.fsum(value * value for value in values)),
-    "sum": math.fsum,
-    "mean": lambda values: math.fsum(values) / len(values),
+    "norm": lambda values: float(np.linalg.norm(values)),
+    "sum": lambda values: float(np.sum(values)),
+    "mean": lambda values: float(np.mean(values)),
 }
 
 
@@ -148,7 +148,8 @@ def pool_records(records: Sequence[Record], places: Places) -> dict[str, float]:
             if place.role != "block" and place.layer is not None:
                 cells[f"role_{place.role}"] += values
         pool = _POOL[QUANTITIES[name].pool]
-        curves |= {f"{name}/{cell}": pool(values) for cell, values in sorted(cells.items()) if values}
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite values of a training that diverges
+            curves |= {f"{name}/{cell}": pool(values) for cell, values in sorted(cells.items()) if values}
     return {name: value for name, value in curves.items() if not math.isnan(value)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -343,8 +344,10 @@ def test_evidence_comes_back_from_its_files(tmp_path: Path) -> None:
     assert all((found.nll[run] == evidence.nll[run]).all() for run in evidence.nll)
     assert first(found.table("ranks", "B", 102)) == 102
     assert found.clusters("A", 100).tolist() == (np.arange(ROWS) // 3).tolist()
+    (tmp_path / "MANIFEST").touch()
+    (tmp_path / "kept" / "MANIFEST").touch()  # only the one of the folder itself is left out
     lines = store.manifest(tmp_path).splitlines()
-    assert len(lines) == 2 + 6 + 6
+    assert len(lines) == 2 + 6 + 6 + 1
     assert lines == sorted(lines, key=lambda line: line.split("  ")[1])
 
 
@@ -378,21 +381,58 @@ def test_interrupted_write_leaves_no_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert store.read(tmp_path).runs["run"].tolist() == evidence.runs["run"].tolist()
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("runs.csv", b"run,arm\na,b\n", "runs.csv: its columns differ from schema 1"),
-        ("runs.csv", b"\xff\xfe", "runs.csv"),
-        ("runs.csv", b"half", "runs.csv: its last row is incomplete"),
-        ("predictions/A-100AVX2.npz", b"PK\x03\x04 half", "A-100AVX2.npz"),
-        ("kept/ranks/A-100AVX2.parquet", b"PAR1", "A-100AVX2.parquet"),
-    ],
-)
-def test_damaged_file_is_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def table_without(file: Path, column: str) -> None:
+    pd.read_parquet(file).drop(columns=column).to_parquet(file)
+
+
+def arrays(**changed: Any) -> Callable[[Path], None]:
+    return lambda file: np.savez(file, **changed)
+
+
+def replace(old: bytes, new: bytes) -> Callable[[Path], None]:
+    """Replace the first occurrence in a file."""
+
+    def change(file: Path) -> None:
+        assert old in file.read_bytes()
+        file.write_bytes(file.read_bytes().replace(old, new, 1))
+
+    return change
+
+
+RUN = "predictions/A-100AVX2.npz"
+SEED = b",100,0.001,300,"
+DAMAGED: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("runs.csv", lambda file: file.write_bytes(b"run,arm\na,b\n"), "runs.csv: its columns differ from schema 1"),
+    ("runs.csv", lambda file: file.write_bytes(b"\xff\xfe\n"), "runs.csv: 'utf-8' codec can't decode"),
+    ("runs.csv", lambda file: file.write_bytes(b""), "runs.csv: its last row is incomplete"),
+    ("runs.csv", lambda file: file.write_bytes(file.read_bytes()[:-40]), "runs.csv: its last row is incomplete"),
+    ("runs.csv", replace(b"\nA-100AVX2", b"\nx,A-100AVX2"), "runs.csv: row 2 must have 27 fields, got 28"),
+    ("runs.csv", replace(SEED, b",abc,0.001,300,"), "runs.csv: row 2: seed must be an integer >= 0, got 'abc'"),
+    ("runs.csv", replace(SEED, b",100.5,0.001,300,"), "row 2: seed must be an integer >= 0, got '100.5'"),
+    ("runs.csv", replace(SEED, b",,0.001,300,"), "row 2: seed must be an integer >= 0, got ''"),
+    ("runs.csv", replace(SEED, b",-1,0.001,300,"), "row 2: seed must be an integer >= 0, got '-1'"),
+    ("runs.csv", replace(SEED, b",100,x,300,"), "row 2: rate must be a number or empty, got 'x'"),
+    ("runs.csv", replace(b",1.5,", b",x,"), "row 2: cpu_seconds must be a number >= 0, got 'x'"),
+    ("runs.csv", replace(b",judged,", b",Judged,"), "row 2: role must be tuning, judged or baseline, got 'Judged'"),
+    ("runs.csv", replace(b",False,", b",maybe,"), "row 2: dirty must be True or False, got 'maybe'"),
+    ("runs.csv", replace(b"A-100AVX2", b""), "runs.csv: invalid run id ''"),
+    ("runs.csv", replace(b"A-101AVX2", b"A-100AVX2"), "runs.csv: run ids must be unique, got 'A-100AVX2' twice"),
+    ("rows.parquet", lambda file: table_without(file, "task_hash"), "rows.parquet: .* schema 1: task_hash"),
+    ("rows.parquet", lambda file: table_without(file, "cluster"), "rows.parquet: .* schema 1: cluster"),
+    (RUN, lambda file: file.write_bytes(b"PK\x03\x04 half"), "A-100AVX2.npz"),
+    (RUN, arrays(margin=np.array(["9", "-9"])), "A-100AVX2.npz: margin must be a vector of dtype int8"),
+    (RUN, arrays(margin=np.zeros((1, ROWS), np.int8)), "A-100AVX2.npz: margin must be a vector"),
+    (RUN, arrays(nll=np.array([1, np.nan], np.float16)), "nll must be a vector of dtype floating without NaN"),
+    (RUN, arrays(x=np.zeros(ROWS)), "A-100AVX2.npz: unknown array 'x', expected margin or nll"),
+    ("kept/ranks/A-100AVX2.parquet", lambda file: file.write_bytes(b"PAR1"), "A-100AVX2.parquet"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGED)
+def test_damaged_file_is_one_line(tmp_path: Path, name: str, damage: Callable[[Path], Any], message: str) -> None:
     write(tmp_path, planted({"A": 0.8}, 2))
-    file = tmp_path / name
-    file.write_bytes(file.read_bytes()[:-40] if content == b"half" else content)
-    with pytest.raises(ValueError, match="cannot read .*" + message) as raised:
+    damage(tmp_path / name)
+    with pytest.raises(ValueError, match=message) as raised:
         store.read(tmp_path)
     assert "\n" not in str(raised.value)
 

@@ -151,7 +151,7 @@ def plant_evidence(data: Path, runs: dict[str, Any], values: dict[int, int], cap
         row = dict.fromkeys(store.RUN_COLUMNS, 0) | {
             "run": f"r{seed}{capability}", "arm": adalora.ADAPTED, "role": "judged", "seed": seed,
             "capability": capability,
-            "torch": "2", "device": "cpu", "commit": "c", "test_metric": rank / 10,
+            "torch": "2", "device": "cpu", "commit": "c", "dirty": False, "test_metric": rank / 10,
         }  # fmt: skip
         store.add_run(data / "evidence", row, {}, {RANKS: places.assign(value=value)})
 

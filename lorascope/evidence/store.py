@@ -16,9 +16,11 @@ A finished run is written once: its files first, its row in ``runs.csv`` last. A
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,21 +32,52 @@ from lorascope.array_types import Float, Int, Int8
 from lorascope.evidence import figures
 from lorascope.evidence.figures import KeptFigure
 from lorascope.files.parquet_tables import read_table
-from lorascope.files.printable import printable
+from lorascope.files.printable import count_phrase, printable
 from lorascope.files.safetensors_io import is_plain, write_bytes
+from lorascope.files.typed_json import unreadable
 
 SCHEMA = 1
-RUN_COLUMNS = (
-    "run", "arm", "arm_hash", "role", "seed", "rate", "steps", "model", "w0", "task", "task_hash", "method", "settings",
-    "commit", "dirty", "torch", "numpy", "capability", "threads", "device", "cpu_seconds", "trained_parameters",
-    "validation_loss", "validation_metric", "validation_chance", "test_loss", "test_metric",
-)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Values of a column of a CSV file: their description in errors, dtype, and conversion from text.
+
+    The conversion raises a KeyError or ValueError for other texts.
+    """
+
+    name: str
+    dtype: str
+    convert: Callable[[str], Any]
+
+
+def _at_least_zero(value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise ValueError("must be >= 0")
+    return value
+
+
+TEXT = Kind("text", "str", str)
+FLAG = Kind("True or False", "bool", {"True": True, "False": False}.__getitem__)
+COUNT = Kind("an integer >= 0", "int64", lambda text: _at_least_zero(int(text)))
+SECONDS = Kind("a number >= 0", "float64", lambda text: _at_least_zero(float(text)))
+NUMBER = Kind("a number or empty", "float64", lambda text: float(text or "nan"))
+ROLE = Kind("tuning, judged or baseline", "str", {name: name for name in ("tuning", "judged", "baseline")}.__getitem__)
+RUN_COLUMNS = {
+    "run": TEXT, "arm": TEXT, "arm_hash": TEXT, "role": ROLE, "seed": COUNT, "rate": NUMBER, "steps": NUMBER,
+    "model": TEXT, "w0": TEXT, "task": TEXT, "task_hash": TEXT, "method": TEXT, "settings": TEXT, "commit": TEXT,
+    "dirty": FLAG, "torch": TEXT, "numpy": TEXT, "capability": TEXT, "threads": COUNT, "device": TEXT,
+    "cpu_seconds": SECONDS, "trained_parameters": NUMBER, "validation_loss": NUMBER, "validation_metric": NUMBER,
+    "validation_chance": NUMBER, "test_loss": NUMBER, "test_metric": NUMBER,
+}  # fmt: skip
 """Columns of ``runs.csv``.
 
 A role is "judged", "tuning" or "baseline", such as word counts, which has no seeds and enters with every seed.
 ``validation_chance`` is the accuracy of always answering with the most frequent class.
 """
 ROW_COLUMNS = ("task_hash", "row", "text", "label", "group", "cluster")
+SCORES = {"margin": np.int8, "nll": np.floating}
+"""Arrays of ``predictions/RUN.npz`` with their dtypes."""
 BLOCK = ["capability", "torch", "threads", "device"]
 """Columns that identify a machine: a seed gives other numbers where one of them differs."""
 INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -86,8 +119,10 @@ class Evidence:
         twice = keys[keys.duplicated(["arm", "seed", "tuning", "rate", *BLOCK])]
         if len(twice):
             raise ValueError(
-                f"runs must be unique, got two of arm {twice['arm'].iloc[0]!r}, seed {twice['seed'].iloc[0]}"
+                f"runs.csv: runs must be unique, got two of arm {twice['arm'].iloc[0]!r}, seed {twice['seed'].iloc[0]}"
             )
+        if len(twice := self.runs["run"][self.runs["run"].duplicated()]):
+            raise ValueError(f"runs.csv: run ids must be unique, got {printable(twice.iloc[0])!r} twice")
         judged, baselines = used[used["role"] == "judged"], used[used["role"] == "baseline"]
         self._runs = dict(zip(zip(judged["arm"], judged["seed"], strict=True), judged["run"], strict=True))
         self._parts: dict[tuple[Any, ...], Evidence] = {}
@@ -167,15 +202,14 @@ def read(folder: str | Path) -> Evidence:
         A file has another schema, is damaged or missing, or two rows describe the same run.
     """
     folder = Path(folder)
-    runs = _read_csv(folder / "runs.csv", RUN_COLUMNS)
-    file = folder / "rows.parquet"
-    rows = read_table(file, file) if file.exists() else pd.DataFrame(columns=list(ROW_COLUMNS))
+    runs = read_csv(folder / "runs.csv", RUN_COLUMNS)
+    rows = _read_rows(folder / "rows.parquet")
     margins, nll = {}, {}
     for run in runs["run"]:
         if not is_plain(run):
-            raise ValueError(f"cannot read {printable(folder / 'runs.csv')}: invalid run id {printable(run)!r}")
+            raise unreadable(folder / "runs.csv", f"invalid run id {printable(run)!r}")
         if (file := folder / "predictions" / f"{run}.npz").exists():
-            scores = _read_arrays(file)
+            scores = _read_scores(file)
             if "margin" in scores:
                 margins[run] = scores["margin"]
             if "nll" in scores:
@@ -195,28 +229,84 @@ def read_kept(folder: Path) -> Evidence:
     return Evidence(pd.DataFrame(columns=list(RUN_COLUMNS)), pd.DataFrame())
 
 
-def _read_csv(file: Path, columns: Iterable[str]) -> pd.DataFrame:
+def read_csv(file: Path, columns: Mapping[str, Kind]) -> pd.DataFrame:
+    """Read a CSV file with exactly these columns.
+
+    Raises
+    ------
+    FileNotFoundError
+        The file does not exist.
+    ValueError
+        The last row is incomplete, the columns are others, or a value is not of the kind of its column.
+    """
     try:
-        if not (content := file.read_bytes()).endswith(b"\n"):
-            raise ValueError("its last row is incomplete")
-        text = dict.fromkeys(("run", "arm", "commit", "capability", "torch"), "str")
-        table = pd.read_csv(io.BytesIO(content), dtype=text)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
+        return _parse_csv(file.read_bytes(), columns)
+    except ValueError as error:
+        raise unreadable(file, printable(error)) from error
+
+
+def _parse_csv(content: bytes, columns: Mapping[str, Kind]) -> pd.DataFrame:
+    if not content.endswith(b"\n"):
+        raise ValueError("its last row is incomplete")
+    table = text_table(content)
     if list(table.columns) != list(columns):
         different = sorted(set(table.columns) ^ set(columns)) or ["another order"]
-        raise ValueError(
-            f"cannot read {printable(file)}: its columns differ from schema {SCHEMA}: {', '.join(different)}"
-        )
-    return table
+        raise ValueError(f"its columns differ from schema {SCHEMA}: {', '.join(different)}")
+    return pd.DataFrame({name: _convert(table[name], kind) for name, kind in columns.items()})
 
 
-def _read_arrays(file: Path) -> dict[str, np.ndarray]:
+def text_table(content: bytes) -> pd.DataFrame:
+    """Return the content of a CSV file as a table of texts.
+
+    Raises
+    ------
+    ValueError
+        The file is not UTF-8, is empty, or a row has more or fewer fields than the header.
+    """
+    try:
+        header, *rows = csv.reader(io.StringIO(content.decode("utf-8"), newline=""), strict=True) if content else [[]]
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    if not header:
+        raise ValueError("it has no columns")
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise ValueError(f"row {number} must have {count_phrase(len(header), 'field')}, got {len(row)}")
+    return pd.DataFrame(rows, columns=header, dtype="object")
+
+
+def _convert(column: pd.Series, kind: Kind) -> pd.Series:
+    """Convert texts to a kind of values."""
+    values = []
+    for number, text in enumerate(column, start=2):
+        try:
+            values.append(kind.convert(text))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"row {number}: {column.name} must be {kind.name}, got {text!r}") from error
+    return pd.Series(values, index=column.index, dtype=kind.dtype)
+
+
+def _read_rows(file: Path) -> pd.DataFrame:
+    if not file.exists():
+        return pd.DataFrame(columns=list(ROW_COLUMNS))
+    rows = read_table(file, file)
+    if different := sorted(set(rows.columns) ^ set(ROW_COLUMNS)):
+        raise unreadable(file, f"its columns differ from schema {SCHEMA}: {', '.join(map(printable, different))}")
+    return rows
+
+
+def _read_scores(file: Path) -> dict[str, np.ndarray]:
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            return dict(arrays)
+            scores = dict(arrays)
     except Exception as error:  # a damaged archive raises BadZipFile, EOFError, OSError, ValueError and others
-        raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
+        raise unreadable(file, printable(error)) from error
+    for name, values in scores.items():
+        if name not in SCORES:
+            raise unreadable(file, f"unknown array {printable(name)!r}, expected {' or '.join(SCORES)}")
+        if values.ndim != 1 or not np.issubdtype(values.dtype, SCORES[name]) or (values != values).any():
+            raise unreadable(file, f"{name} must be a vector of dtype {SCORES[name].__name__} without NaN")
+    return scores
 
 
 def add_run(
@@ -245,11 +335,11 @@ def add_run(
     """
     folder, run = Path(folder), str(row["run"])
     file = folder / "runs.csv"
-    known = _read_csv(file, RUN_COLUMNS) if file.exists() else pd.DataFrame(columns=list(RUN_COLUMNS))
+    known = read_csv(file, RUN_COLUMNS) if file.exists() else pd.DataFrame(columns=list(RUN_COLUMNS))
     new = pd.DataFrame([row])[list(RUN_COLUMNS)]
     if (known["run"] == run).any():
-        old = to_csv(known[known["run"] == run].assign(cpu_seconds=0.0))
-        if old != to_csv(pd.read_csv(io.BytesIO(to_csv(new))).astype(known.dtypes).assign(cpu_seconds=0.0)):
+        old, again = known[known["run"] == run], _parse_csv(to_csv(new), RUN_COLUMNS)
+        if to_csv(old.assign(cpu_seconds=0.0)) != to_csv(again.assign(cpu_seconds=0.0)):
             raise ValueError(f"cannot add run {printable(run)}: {printable(file)} has it with other numbers")
         return
     if scores:
@@ -290,5 +380,5 @@ def digest(file: Path) -> str:
 def manifest(folder: str | Path) -> str:
     """Return SHA-256 and path of every file of a folder of evidence but ``MANIFEST``, as ``sha256sum`` prints them."""
     folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "MANIFEST")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "MANIFEST")
     return "".join(f"{digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths)

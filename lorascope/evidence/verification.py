@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ from lorascope.evidence.looks import STOPPED
 from lorascope.evidence.registration import Arm, Registered, Registration, arm_hash
 from lorascope.evidence.store import BLOCK, Evidence
 from lorascope.evidence.tuning import chosen, tuning_table
-from lorascope.files.printable import count_phrase
+from lorascope.files.printable import count_phrase, printable
 
 _CLOSE = 1e-9
 _HALF = 2e-3  # losses are kept in float16
@@ -298,21 +297,28 @@ def _check_registration(
 
 
 def _compare(file: Path, content: bytes) -> Iterator[str]:
-    """Compare a kept table with the recomputed one, cell by cell."""
+    """Compare a kept table with the recomputed one."""
     if not file.exists():
         yield f"{file.name}: no such file"
-        return
-    if (raw := file.read_bytes()) == content:
-        return
-    kept, found = (pd.read_csv(io.BytesIO(each), keep_default_na=False, dtype="str") for each in (raw, content))
+    elif (raw := file.read_bytes()) != content:
+        try:
+            kept = store.text_table(raw)
+        except ValueError as error:
+            yield f"{file.name}: {printable(error)}"
+        else:
+            yield from compare_tables(file.name, kept, store.text_table(content))
+
+
+def compare_tables(name: str, kept: pd.DataFrame, found: pd.DataFrame) -> Iterator[str]:
+    """Compare two tables of texts cell by cell, and return one line for each difference."""
     if list(kept.columns) != list(found.columns) or len(kept) != len(found):
-        yield f"{file.name}: kept {_shape(kept)}, recomputed {_shape(found)}"
+        yield f"{name}: kept {_shape(kept)}, recomputed {_shape(found)}"
         return
     for number, column in zip(*np.nonzero((kept != found).to_numpy()), strict=True):
         one, two = str(kept.iat[number, column]), str(found.iat[number, column])
         if not _equal(one, two):
             named = " ".join(map(str, kept.iloc[number, :2]))
-            yield f"{file.name}: row {number + 2} ({named}): {kept.columns[column]}: kept {one!r}, recomputed {two!r}"
+            yield f"{name}: row {number + 2} ({named}): {kept.columns[column]}: kept {one!r}, recomputed {two!r}"
 
 
 def _shape(table: pd.DataFrame) -> str:

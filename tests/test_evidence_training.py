@@ -292,8 +292,28 @@ def test_runs_trained_again_agree_and_show_a_consistent_forgery(finished: Study)
     finished.write()
     assert finished.differences() == []
     lines = evidence.retrain(finished.folder, 100, finished.file)
-    assert lines[0] == "A, seed 101: margin of 2 rows differs"
+    assert lines[0].startswith("A, seed 101: margin: row ")
+    assert lines[0].endswith(", and 1 more")
     assert lines[1].startswith("A, seed 101: test_metric: kept ")
+    assert len(lines) == 2
+
+
+def test_forged_tables_and_scores_are_named_when_trained_again(finished: Study) -> None:
+    kept = store.read(finished.folder)
+    low, high = kept.run("A", 100), kept.run("A", 102)
+    kept.kept[RANKS][low].assign(value=7).to_parquet(finished.folder / "kept" / RANKS / f"{low}.parquet", index=False)
+    forged = {"validation_loss": 0.5, "test_loss": 0.25, "trained_parameters": 3}
+    rows = kept.runs.astype(dict.fromkeys(forged, "object"))
+    rows.loc[rows["run"] == high, list(forged)] = list(forged.values())
+    (finished.folder / "runs.csv").write_bytes(store.to_csv(rows))
+    finished.write()
+    assert finished.differences() == []
+    with parallel_config(n_jobs=1):
+        table, *scores = sorted(evidence.retrain(finished.folder, 100, finished.file))
+    assert re.match(rf"A, seed 100: {RANKS}: row 2 .*: value: kept '7', recomputed '2', and \d+ more$", table)
+    assert [line.partition(", trained")[0] for line in scores] == [
+        f"A, seed 102: {name}: kept {float(value)}" for name, value in sorted(forged.items())
+    ]
 
 
 def image_facts(study: Study, name: str) -> dict[str, Any]:

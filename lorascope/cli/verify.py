@@ -40,7 +40,7 @@ def main(
     write
         Write what follows from the kept runs: tables of the evidence, and blocks of README and docs.
     retrain
-        Train N random judged runs again and compare their predictions, 2 to 5 minutes each; this needs torch.
+        Train N random judged runs again and compare them with the kept ones, 2 to 5 minutes each; this needs torch.
     json
         Print the differences as JSON.
     """

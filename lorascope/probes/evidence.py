@@ -45,6 +45,7 @@ BUDGET = 2400
 """CPU-minutes after which no further runs are trained."""
 # The rates and what is observed or scored do not change how a run trains.
 _NOT_HASHED = ("lr", "head_lr", "eval_every", "test_size")
+_COMPARED = ("trained_parameters", "validation_loss", "validation_metric", "test_loss", "test_metric")
 
 
 @cache
@@ -165,8 +166,8 @@ def train_runs(
 def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> list[str]:
     """Train judged runs again, drawn at random, and compare them with the evidence.
 
-    On the machine of a run, all predictions must be equal. On another one, its metric must be within three standard
-    deviations of those of the arm's seeds.
+    On the machine of a run, its predictions, its scores and the tables that claims read must be equal. On another one,
+    its metric must be within three standard deviations of those of the arm's seeds.
 
     Parameters
     ----------
@@ -183,26 +184,36 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
         One line per difference.
     """
     claims, evidence = registration.read(registered), store.read(folder)
+    claimed, by_name = read_by_claims(claims), {"margin": evidence.margins, "nll": evidence.nll, **evidence.kept}
     judged, found = evidence.runs[evidence.runs["role"] == "judged"], []
     for _, kept in judged.sample(min(number, len(judged))).iterrows():
-        rate = None if pd.isna(kept["rate"]) else float(kept["rate"])
-        open_run = OpenRun(str(kept["arm"]), int(kept["seed"]), "judged", rate)
-        by_name = {"margin": evidence.margins, "nll": evidence.nll}
-        scores = {name: of[kept["run"]] for name, of in by_name.items() if kept["run"] in of}
-        reads = [Read(name, range(open_run.seed, open_run.seed + 1), ()) for name in scores]
+        arm, seed = str(kept["arm"]), int(kept["seed"])
+        open_run = OpenRun(arm, seed, "judged", None if pd.isna(kept["rate"]) else float(kept["rate"]))
+        old = {name: of[kept["run"]] for name, of in by_name.items() if kept["run"] in of}
+        reads = [replace(read, seeds=range(seed, seed + 1)) for read in claimed.get(arm, []) if read.name in old]
         with tempfile.TemporaryDirectory() as out:
             again = finish(open_run, claims, reads, Path(out))
         print(_line(again.row), flush=True)
-        run, old, new = f"{kept['arm']}, seed {kept['seed']}", kept["test_metric"], again.row["test_metric"]
         if all(kept[name] == value for name, value in block().items()):
-            differing = {name: int((values != scores[name]).sum()) for name, values in again.scores.items()}
-            found += [f"{run}: {name} of {rows} rows differs" for name, rows in differing.items() if rows]
-            allowed = 1e-9  # a number that was written and read
+            compared = {name: 1e-9 for name in _COMPARED}  # numbers that were written and read
+            new = {**again.scores, **again.tables}
+            lines = [line for name in old.keys() & new.keys() for line in _first_difference(name, old[name], new[name])]
         else:
-            allowed = 3 * judged.loc[judged["arm"] == kept["arm"], "test_metric"].std(ddof=1)
-        if not abs(new - old) <= allowed:
-            found.append(f"{run}: test_metric: kept {old!r}, trained again {new!r}")
+            deviation = judged.loc[judged["arm"] == arm, "test_metric"].std(ddof=1)
+            compared, lines = {"test_metric": 3 * deviation}, []
+        for name, allowed in compared.items():
+            if not np.isclose(again.row[name], kept[name], rtol=0, atol=allowed, equal_nan=True):
+                lines.append(f"{name}: kept {kept[name]!r}, trained again {again.row[name]!r}")
+        found += [f"{arm}, seed {seed}: {line}" for line in lines]
     return found
+
+
+def _first_difference(name: str, old: Any, new: Any) -> list[str]:
+    """Compare a kept table, or kept scores, with those of a run that was trained again."""
+    tables = [value if isinstance(value, pd.DataFrame) else pd.DataFrame({"score": value}) for value in (old, new)]
+    kept, again = (store.text_table(store.to_csv(table)) for table in tables)
+    lines = list(verification.compare_tables(name, kept, again))
+    return [f"{lines[0]}, and {len(lines) - 1} more"] if lines[1:] else lines
 
 
 def _line(row: Mapping[str, Any]) -> str:

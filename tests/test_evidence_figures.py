@@ -20,7 +20,7 @@ from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Point
 from lorascope.charts.save import save_small
 from lorascope.evidence import figures, registration
-from lorascope.evidence.figures import About, KeptFigure
+from lorascope.evidence.figures import About, KeptFigure, digest_in
 from lorascope.evidence.statistics import agreement, lora
 from lorascope.inputs import models, tasks
 from lorascope.methods.base import config
@@ -211,3 +211,14 @@ def test_amplification_is_the_logarithm_of_the_ratio_of_norms() -> None:
     chart = FIGURES["amplification"].draw({lora.LOW: runs})
     assert sorted(chart.flat()["value"]) == pytest.approx(sorted(np.log10(ratios[0] * ratios[1]) / 2))
     assert set(chart.flat()["role"]) == {"q", "k"}
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_image_with_damaged_metadata_is_one_line(tmp_path: Path, text: str) -> None:
+    metadata = PngInfo()
+    metadata.add_text("lorascope", text)
+    file = tmp_path / "a.png"
+    Image.new("L", (1, 1)).save(file, pnginfo=metadata)
+    with pytest.raises(ValueError, match=r"^cannot read .*a\.png") as raised:
+        digest_in(file)
+    assert "\n" not in str(raised.value)

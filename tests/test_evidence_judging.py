@@ -234,7 +234,7 @@ def test_run_without_its_files_is_one_line(statistic: Statistic, lacks: str) -> 
 def test_value_that_is_not_finite_names_its_claim() -> None:
     evidence = planted({"A": 0.5})
     evidence = kept(evidence, dict.fromkeys(evidence.runs["run"], np.nan))
-    with pytest.raises(ValueError, match=r"cannot judge a\.b: values must be finite, got nan"):
+    with pytest.raises(ValueError, match=r"cannot judge a\.b from kept/ranks: values must be finite, got nan"):
         judge_all({"a.b": registered(interval="t")}, {"a.b": (OfRun(first, "ranks", "A"), Constant(0.0))}, evidence)
 
 

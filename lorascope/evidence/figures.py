@@ -102,7 +102,8 @@ def _read_image(image: Path) -> tuple[dict[str, Any], str]:
     """Return provenance and digest of the pixels of an image; empty if there is no image, or only a part."""
     try:
         with Image.open(image) as opened:
-            return parse_json(opened.info.get("lorascope", "{}"), image), pixel_digest(opened)
+            facts = to_typed(parse_json(opened.info.get("lorascope", "{}"), image), dict[str, Any], image)
+            return facts, pixel_digest(opened)
     except (OSError, SyntaxError):  # no file, no image, a truncated or a damaged one
         return {}, ""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -17,9 +19,9 @@ from lorascope.evidence import looks
 from lorascope.evidence.claims import format_effect
 from lorascope.evidence.registration import Registered
 from lorascope.evidence.statistics.base import Statistic, estimate_effect
-from lorascope.evidence.store import BLOCK, Evidence
+from lorascope.evidence.store import BLOCK, SCORES, Evidence
 from lorascope.evidence.value_sources import COLUMNS, add_sources
-from lorascope.files.printable import count_phrase
+from lorascope.files.printable import count_phrase, printable
 
 Pair = tuple[Statistic, Statistic]
 """Statistic and control of a claim."""
@@ -59,16 +61,31 @@ def estimate_claim(
     Raises
     ------
     ValueError
-        A value is not finite, such as the log of a norm of zero, or a file of a run is missing.
+        A value is not finite, such as the log of a norm of zero, or a file of a run is missing or has other columns.
     """
     statistic, control = pair
     method = registered.design.interval
     if method == "t" and _tasks_vary(evidence, _arms(pair), seeds):
         statistic, control = _SeedBySeed(statistic), _SeedBySeed(control)
-    try:
+    with _naming(registered.id, pair):
+        if method == "two-way" and evidence.clusters(min(_arms(pair)), seeds[0]).max(initial=0) < 1:
+            raise ValueError("rows.parquet must have two or more clusters of test rows")
         return estimate_effect(statistic, control, evidence, seeds, method)
-    except ValueError as error:
-        raise ValueError(f"cannot judge {registered.id}: {error}") from error
+
+
+@contextmanager
+def _naming(id: str, pair: Pair) -> Iterator[None]:
+    """Name the claim and its files in the error if a statistic cannot be computed."""
+    try:
+        with warnings.catch_warnings():
+            # The mean of a table without rows is not finite, which is an error.
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
+    except Exception as error:  # a table without a column, or with texts, raises KeyError, TypeError and others
+        names = sorted({name for name, _ in pair[0].reads() | pair[1].reads()})
+        files = dict.fromkeys("predictions" if name in SCORES else f"kept/{name}" for name in names)
+        reason = error if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot judge {id} from {' and '.join(files)}: {printable(reason)}") from error
 
 
 def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple[looks.Verdict, pd.DataFrame] | None:
@@ -181,8 +198,9 @@ def judge_all(
             _describe(registered) | ({} if found is None or block is None else _numbers(registered, found[0], block))
         )
         if found is not None:
-            rows[-1]["all_seeds"] = _over_all_seeds(registered, pairs[id], part, found[0])
-            table = add_sources(found[1], pairs[id], part, registered.design.interval)
+            with _naming(id, pairs[id]):
+                rows[-1]["all_seeds"] = _over_all_seeds(registered, pairs[id], part, found[0])
+                table = add_sources(found[1], pairs[id], part, registered.design.interval)
             values.append(table.assign(claim=id, look=found[0].look))
     verdicts = correct(pd.DataFrame(rows))
     columns = ["claim", "seed", "look", "statistic", "control", "effect", *COLUMNS]

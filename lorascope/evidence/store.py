@@ -121,8 +121,8 @@ class Evidence:
             raise ValueError(
                 f"runs.csv: runs must be unique, got two of arm {twice['arm'].iloc[0]!r}, seed {twice['seed'].iloc[0]}"
             )
-        if len(twice := self.runs["run"][self.runs["run"].duplicated()]):
-            raise ValueError(f"runs.csv: run ids must be unique, got {printable(twice.iloc[0])!r} twice")
+        if len(ids := self.runs["run"][self.runs["run"].duplicated()]):
+            raise ValueError(f"runs.csv: run ids must be unique, got {printable(ids.iloc[0])!r} twice")
         judged, baselines = used[used["role"] == "judged"], used[used["role"] == "baseline"]
         self._runs = dict(zip(zip(judged["arm"], judged["seed"], strict=True), judged["run"], strict=True))
         self._parts: dict[tuple[Any, ...], Evidence] = {}

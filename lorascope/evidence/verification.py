@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from lorascope.evidence.registration import Arm, Registered, Registration, arm_h
 from lorascope.evidence.store import BLOCK, Evidence
 from lorascope.evidence.tuning import chosen, tuning_table
 from lorascope.files.printable import count_phrase, printable
+from lorascope.files.typed_json import parse_json, read_text, to_typed
 
 _CLOSE = 1e-9
 _HALF = 2e-3  # losses are kept in float16
@@ -147,7 +147,7 @@ def _digests(manifest: str) -> dict[str, str]:
 
 def _kept_manifest(folder: Path) -> dict[str, str]:
     file = folder / "MANIFEST"
-    return _digests(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return _digests(read_text(file)) if file.exists() else {}
 
 
 def _manifest(folder: Path, registered: Path) -> str:
@@ -234,6 +234,11 @@ def _check_scores(evidence: Evidence) -> Iterator[str]:
             yield f"runs.csv: {row.run}: test_loss: kept {row.test_loss!r}, recomputed {losses.mean(dtype='f8')!r}"
 
 
+def _parse(row: Any, column: str) -> dict[str, Any]:
+    place = f"runs.csv: {row.run}: {column}"
+    return to_typed(parse_json(getattr(row, column), place), dict[str, Any], place)
+
+
 def _check_arms(evidence: Evidence, registration: Registration) -> Iterator[str]:
     """Compare the hash of each run's arm with its method and settings, and these with its rate."""
     for row in _rows(evidence.runs[evidence.runs["role"] != "baseline"]):
@@ -241,13 +246,17 @@ def _check_arms(evidence: Evidence, registration: Registration) -> Iterator[str]
         if arm is None:
             yield f"runs.csv: {row.run}: arm {row.arm!r} is not registered"
             continue
-        method = json.loads(row.method)
-        found = arm_hash(arm, method, json.loads(row.settings), row.task_hash, row.w0)
+        try:
+            method, settings = _parse(row, "method"), _parse(row, "settings")
+        except ValueError as error:
+            yield str(error)
+            continue
+        found = arm_hash(arm, method, settings, row.task_hash, row.w0)
         if row.arm_hash != found:
             yield f"runs.csv: {row.run}: arm_hash: kept {row.arm_hash}, recomputed {found}"
         for name, ratio in arm.fields.items():
-            if not np.isclose(method[name], row.rate * ratio, rtol=_CLOSE, atol=0):
-                yield f"runs.csv: {row.run}: {name}: kept {method[name]!r}, the rate gives {row.rate * ratio!r}"
+            if not _equal(str(method.get(name)), str(row.rate * ratio)):
+                yield f"runs.csv: {row.run}: {name}: kept {method.get(name)!r}, the rate gives {row.rate * ratio!r}"
 
 
 def _check_rates(evidence: Evidence, registration: Registration) -> Iterator[str]:

@@ -49,6 +49,14 @@ def require_regular(path: Path) -> int:
     return found.st_size
 
 
+def read_text(path: Path) -> str:
+    """Read a text file; a ValueError names one that is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise unreadable(path, printable(error)) from error
+
+
 def parse_json(text: str | bytes, name: object) -> Any:
     """Parse JSON of at most 64 nesting levels and distinct keys; a ValueError names its source ``name``."""
     raw = text.encode() if isinstance(text, str) else text

@@ -105,7 +105,7 @@ class Planted:
         registered, evidence = self.registration(), store.read(self.folder)
         texts = self.blocks(evidence, derive(evidence, registered, PAIRS))
         found = verify(self.folder, self.registered, registered, PAIRS, code, evidence)
-        return [*found, *pages.differences(self.page, texts)]
+        return [*found, *pages.differences([self.page], texts)]
 
     def derive(self) -> None:
         derived = derive(store.read(self.folder), self.registration(), PAIRS)
@@ -301,6 +301,51 @@ TAMPERED: dict[str, tuple[Callable[[Planted], None], str]] = {
         ),
         "values.csv: row .*p.share 100",
     ),
+    "a column of a kept table": (
+        lambda planted: pd.DataFrame({"other": [0.9]}).to_parquet(
+            planted.folder / "kept/shares/Ajudged100r0.001.parquet"
+        ),
+        "cannot judge p.share from kept/shares: KeyError: 'value'",
+    ),
+    "texts in a kept table": (
+        lambda planted: pd.DataFrame({"value": ["a"]}).to_parquet(
+            planted.folder / "kept/shares/Ajudged100r0.001.parquet"
+        ),
+        "cannot judge p.share from kept/shares: TypeError: ",
+    ),
+    "rows of a kept table": (
+        lambda planted: pd.DataFrame({"value": [0.9]}).head(0).to_parquet(
+            planted.folder / "kept/shares/Ajudged100r0.001.parquet"
+        ),
+        "cannot judge p.share from kept/shares: values must be finite",
+    ),
+    "all clusters but one": (
+        lambda planted: pd.read_parquet(planted.folder / "rows.parquet").assign(cluster="c").to_parquet(
+            planted.folder / "rows.parquet"
+        ),
+        "cannot judge p.better from predictions: rows.parquet must have two or more clusters of test rows",
+    ),
+    "a method that is not JSON": (cell("runs.csv", "Ajudged103", "method", "{"), "Ajudged103r0.001: method as JSON"),
+    "a method that is a list": (cell("runs.csv", "Ajudged103", "method", "[]"), "Ajudged103r0.001: method: Expected"),
+    "settings without text": (cell("runs.csv", "Ajudged103", "settings", ""), "Ajudged103r0.001: settings as JSON"),
+    "a method without a rate": (
+        cell("runs.csv", "Ajudged103", "method", '{"name": "lora"}'),
+        "Ajudged103r0.001: lr: kept None, the rate gives 0.001",
+    ),
+    "a field more in a row": (
+        lambda planted: (planted.folder / "values.csv").write_bytes(
+            (planted.folder / "values.csv").read_bytes().replace(b"\n", b",x\n", 2).replace(b",x\n", b"\n", 1)
+        ),
+        "values.csv: row 2 must have 10 fields, got 11",
+    ),
+    "a byte": (
+        lambda planted: (planted.folder / "verdicts.csv").write_bytes(b"claim\n\xff\n"),
+        "verdicts.csv: 'utf-8' codec can't decode",
+    ),
+    "an empty file": (
+        lambda planted: (planted.folder / "tuning.csv").write_bytes(b""),
+        "tuning.csv: it has no columns",
+    ),
     "a file removed": (lambda planted: (planted.folder / "values.csv").unlink(), "values.csv: no such file"),
     "a row removed": (edit_csv("values.csv", lambda table: table[1:]), "values.csv: kept .* rows"),
 }  # fmt: skip
@@ -315,11 +360,11 @@ def test_tampering_is_named(planted: Planted, name: str, manifest: str) -> None:
         planted.manifest()
     try:
         lines = planted.verify()
-    except ValueError as error:  # the registration itself is refused
-        lines = [str(error)]
+    except ValueError as error:  # the registration is refused, or a claim cannot be judged
+        lines, manifest = [str(error)], "not read"
     assert any(pd.Series([line]).str.contains(place, regex=True).item() for line in lines), lines
     assert all("\n" not in line for line in lines)
-    if manifest == "as it was" and name not in ("a number of the page", "a level"):
+    if manifest == "as it was" and name != "a number of the page":
         file = {"a margin": "registered.toml"}.get(name, "")
         assert any(line.startswith("MANIFEST") and file in line for line in lines) or name in RECOMPUTED
 
@@ -351,6 +396,34 @@ def test_page_is_written_from_the_evidence(planted: Planted) -> None:
     assert planted.verify() == []
     assert planted.page.read_text().startswith("# Page\n<!-- evidence verdicts -->\n| p.better | supported |")
     text("page", "evidence verdicts", "evidence other")(planted)
-    assert planted.verify() == [f"{planted.page}:2: unknown block 'other', expected one of verdicts"]
+    assert planted.verify() == [f"{planted.page}:2: unknown block 'other', expected one of verdicts", MISSING]
     text("page", "<!-- /evidence -->", "")(planted)
-    assert planted.verify() == [f"{planted.page}:2: block 'other' has no end"]
+    assert planted.verify() == [f"{planted.page}:2: block 'other' has no end", MISSING]
+
+
+MISSING = "README.md or docs: block 'verdicts' is missing"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line"),
+    [
+        ("<!-- evidence verdicts -->", "<!-- evidence  verdicts -->", 2),
+        ("<!-- evidence verdicts -->", "<!--evidence verdicts-->", 2),
+        ("<!-- evidence verdicts -->", "<!-- Evidence verdicts -->", 2),
+        ("<!-- evidence verdicts -->", "<!-- evidence verdicts --> ", 2),
+        ("<!-- evidence verdicts -->\n", "", 5),
+        ("<!-- /evidence -->", "<!-- / evidence -->", 2),
+    ],
+)
+def test_damaged_marker_is_named(planted: Planted, old: str, new: str, line: int) -> None:
+    text("page", old, new)(planted)
+    lines = planted.verify()
+    assert lines[0].startswith(f"{planted.page}:{line}: ")
+    assert (MISSING in lines) == (old != "<!-- /evidence -->")
+
+
+def test_block_without_markers_and_block_on_two_pages_are_named(planted: Planted) -> None:
+    text("page", "End.", planted.page.read_text().partition("\n")[2])(planted)
+    assert planted.verify() == [f"{planted.page}:7: block 'verdicts' occurs twice"]
+    planted.page.write_text("# Page\n", encoding="utf-8")
+    assert planted.verify() == [MISSING]

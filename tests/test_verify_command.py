@@ -94,6 +94,52 @@ def test_measured_number_in_the_text_is_named(clone: Path, capsys: pytest.Captur
     )
 
 
+def test_deleted_pages_are_named(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for page, block in ("README.md", "primary"), ("docs/papers/lisa.md", "lisa-verdicts"):
+        (clone / page).unlink()
+        capsys.readouterr()
+        assert main(["verify"]) == 1
+        assert f"README.md or docs: block {block!r} is missing" in capsys.readouterr().err.splitlines()
+    shutil.rmtree(clone / "docs")  # a copy of package and data alone has no pages
+    assert main(["verify"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("README.md", b"\xff", "README.md: 'utf-8' codec can't decode"),
+        (
+            "data/published/autolora_lists.csv",
+            b"list,judged,sd\na,True,x\n",
+            "published: cannot compute published.autolora",
+        ),
+        ("data/published/printed_gains.csv", b"", "published: cannot compute published.hydralora"),
+        ("data/registered.toml", b"[[claim", "registered.toml: "),
+    ],
+)
+def test_damaged_file_beside_the_evidence_is_a_difference(
+    clone: Path, capsys: pytest.CaptureFixture[str], file: str, content: bytes, message: str
+) -> None:
+    (clone / file).write_bytes(content)
+    capsys.readouterr()
+    assert main(["verify"]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert message in error
+    assert main(["verify", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == {"differences": [error]}
+
+
+def test_damaged_runs_are_a_difference(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = clone / "data" / "evidence"
+    folder.mkdir()
+    (folder / "runs.csv").write_text("run\n")
+    for words in ([], [str(folder)], ["--write"]):
+        capsys.readouterr()
+        assert main(["verify", *words]) == 1
+        (error,) = capsys.readouterr().err.splitlines()
+        assert error.startswith(f"cannot read {folder / 'runs.csv'}: its columns differ")
+
+
 @pytest.mark.slow
 def test_derived_files_are_written_again_but_changed_runs_stay_named(
     clone: Path, capsys: pytest.CaptureFixture[str]

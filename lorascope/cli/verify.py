@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from json import dumps
 from pathlib import Path
@@ -14,7 +15,9 @@ from tyro.conf import Positional, arg
 from lorascope.cli.arguments import command
 from lorascope.evidence import blocks, figures, numbers, pages, registration, store, verification
 from lorascope.evidence.code_hash import code_hash
+from lorascope.evidence.registration import Registration
 from lorascope.evidence.statistics import PAIRS, module_of
+from lorascope.evidence.store import Evidence
 from lorascope.files.printable import count_phrase, printable
 
 
@@ -29,7 +32,8 @@ def main(
     """Compute everything again that follows from the kept runs, and compare it with what is kept.
 
     In a clone of the repository, this includes the README and the docs, whose tables of verdicts are written from the
-    runs. Without --retrain it needs neither torch nor training. The exit code is 1 if anything differs.
+    runs. Without --retrain it needs neither torch nor training. The exit code is 1 if anything differs or a
+    file is damaged.
 
     Example: lorascope verify data/evidence
 
@@ -49,10 +53,10 @@ def main(
         raise FileNotFoundError(f"no registration at {printable(registered)}: install lorascope again")
     clone, own = registration.clone_of(registered), registered.parent / "evidence"
     folder = Path(evidence) if evidence else own
-    kept = (folder / "runs.csv").exists()
+    has_runs = (folder / "runs.csv").exists()
     if retrain < 0:
         raise ValueError(f"--retrain must be >= 0, got {retrain}")
-    if (evidence or retrain) and not kept:
+    if (evidence or retrain) and not has_runs:
         raise FileNotFoundError(f"no evidence at {printable(folder)}: it has no runs.csv")
     # Pages state the evidence of the repository, not that of another folder.
     root = clone if folder.resolve() == own.resolve() else None
@@ -60,30 +64,52 @@ def main(
         raise ValueError("--write requires a clone of the repository, got an installed package")
     if write and root is None:
         raise ValueError(f"--write requires the evidence of the repository, {printable(own)}")
-    claims = registration.read(registered)
-    found = store.read_kept(folder)
+    differences: list[str] = []
+    kept = ""
+    try:
+        claims, found = registration.read(registered), store.read_kept(folder)
+        runs = f"Kept: {count_phrase(len(found.runs), 'run')}" if has_runs else "No runs are kept yet"
+        kept = f" {runs} for {count_phrase(len(claims.of_tier('primary', 'secondary')), 'claim')}."
+        for line in _find_differences(claims, found, folder, root, write, retrain):
+            differences.append(line)
+    except (OSError, ValueError) as error:  # a damaged or missing file
+        differences.append(printable(" ".join(str(error).split())))
+    if json:
+        print(dumps({"differences": differences}))
+    else:
+        for line in differences:
+            print(line, file=sys.stderr)
+        agrees = f"{count_phrase(len(differences), 'difference')}." if differences else "All agrees."
+        print(f"{agrees}{kept}")
+    return 1 if differences else 0
+
+
+def _find_differences(
+    claims: Registration, found: Evidence, folder: Path, root: Path | None, write: bool, retrain: int
+) -> Iterator[str]:
+    registered, has_runs = registration.FILE, (folder / "runs.csv").exists()
     derived = verification.derive(found, claims, PAIRS)
     measured = numbers.measured_numbers(blocks.Tables(claims, registered.parent, found, derived))
     derived = derived.with_file(numbers.FILE, measured)
-    if write and kept:
+    if write and has_runs:
         verification.rewrite_derived(folder, derived, registered)
-    differences: list[str] = []
     if root:
         texts = blocks.all_blocks(claims, registered.parent, found, derived)
-        for page in (root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted(root.glob("docs/papers/*.md"))):
-            if write:
+        listed = [
+            *root.glob("README.md"),
+            *sorted((root / "docs").glob("*.md")),
+            *sorted(root.glob("docs/papers/*.md")),
+        ]
+        if write:
+            for page in listed:
                 pages.write(page, texts)
-            differences += [*pages.differences(page, texts), *numbers.repeated(page, measured)]
-    if kept:
-        differences += verification.verify(
-            folder,
-            registered,
-            claims,
-            PAIRS,
-            lambda id: code_hash(module_of(id), id),
-            found,
-            derived,
-            root / figures.FOLDER if root else None,
+        yield from pages.differences(listed, texts)
+        for page in listed:
+            yield from numbers.repeated(page, measured)
+    if has_runs:
+        images = root / figures.FOLDER if root else None
+        yield from verification.verify(
+            folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), found, derived, images
         )
     if retrain:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
@@ -91,14 +117,4 @@ def main(
         from lorascope.probes import evidence as training
 
         with redirect_stdout(sys.stderr):  # its progress must not mix with JSON
-            differences += training.retrain(folder, retrain, registered)
-    if json:
-        print(dumps({"differences": differences}))
-    else:
-        for line in differences:
-            print(line, file=sys.stderr)
-        judged = len(claims.of_tier("primary", "secondary"))
-        agrees = f"{count_phrase(len(differences), 'difference')}." if differences else "All agrees."
-        runs = f"Kept: {count_phrase(len(found.runs), 'run')}" if kept else "No runs are kept yet"
-        print(f"{agrees} {runs} for {count_phrase(judged, 'claim')}.")
-    return 1 if differences else 0
+            yield from training.retrain(folder, retrain, registered)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from lorascope.evidence import published
 from lorascope.evidence.judging import name_machine
 from lorascope.evidence.looks import BUDGET, STOPPED
 from lorascope.evidence.registration import Change, Registered, Registration
-from lorascope.evidence.store import BLOCK, Evidence
+from lorascope.evidence.store import BLOCK, Evidence, text_table
 from lorascope.evidence.verification import Derived
-from lorascope.files.printable import count_phrase
+from lorascope.files.printable import count_phrase, printable
+from lorascope.files.typed_json import unreadable
 
 PAPERS = {
     "LoRA": "2106.09685",
@@ -107,9 +107,11 @@ def _list_earlier_figures(evidence: Evidence, file: Path) -> str:
     return "\n\n".join(lines) or "Figures of the kept runs have replaced all of them."
 
 
-def _read_csv(file: Path) -> list[dict[str, str]]:
-    with file.open(encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
+def _read_csv(file: Path) -> list[dict[Any, str]]:
+    try:
+        return text_table(file.read_bytes()).to_dict("records")
+    except ValueError as error:
+        raise unreadable(file, printable(error)) from error
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

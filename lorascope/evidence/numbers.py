@@ -12,6 +12,7 @@ import pandas as pd
 from lorascope.evidence import pages, published
 from lorascope.evidence.blocks import SCORES, Tables, format_p
 from lorascope.files.printable import printable
+from lorascope.files.typed_json import read_text
 
 FILE = "numbers.csv"
 COLUMNS = ("key", "value", "digits", "from")
@@ -77,7 +78,7 @@ def repeated(page: Path, numbers: pd.DataFrame) -> Iterator[str]:
     Numbers with a decimal point and at least ``LEAST_DIGITS`` significant digits are compared, regardless of the sign.
     Code is left out, because it shows the output of other runs.
     """
-    text = page.read_text(encoding="utf-8")
+    text = read_text(page)
     outside = pages.without_blocks(text)
     if outside == text:
         return

@@ -15,6 +15,7 @@ import pandas as pd
 from lorascope.analysis.seed_intervals import Estimate, Interval, t_interval
 from lorascope.evidence.claims import MINIMUM_SEEDS, format_effect, side
 from lorascope.evidence.registration import Registered
+from lorascope.files.printable import printable
 
 LEVEL = 0.025
 Effect = Callable[[Path], Interval]
@@ -120,14 +121,22 @@ def judge(claims: Mapping[str, Registered], folder: Path) -> pd.DataFrame:
     -------
     DataFrame
         ``claim, effect, low, high, n, outcome, side, shown``; claims on trained runs are left out.
+
+    Raises
+    ------
+    ValueError
+        A table is damaged.
     """
     rows: list[dict[str, Any]] = []
     for id in claims:
-        if id == "published.neft":
-            rows.append({"claim": id} | _show_overlap(folder))
-        if id not in EFFECTS:
-            continue
-        claim, (effect, low, high, n) = claims[id].claim, EFFECTS[id](folder)
+        try:
+            if id == "published.neft":
+                rows.append({"claim": id} | _show_overlap(folder))
+            if id not in EFFECTS:
+                continue
+            claim, (effect, low, high, n) = claims[id].claim, EFFECTS[id](folder)
+        except Exception as error:  # a damaged table raises KeyError, TypeError, ValueError and others
+            raise ValueError(f"{printable(folder)}: cannot compute {id}: {printable(error)}") from error
         decided = not np.isnan(low) and (n >= MINIMUM_SEEDS or id in _WITHOUT_SEEDS)
         rows.append({
             "claim": id, "effect": effect, "low": low, "high": high, "n": n,

@@ -270,7 +270,7 @@ def read(file: Path = FILE) -> Registration:
 def clone_of(file: Path) -> Path | None:
     """Return the root of the clone that has this registration in its folder ``data``; None for that of a wheel."""
     root = file.parents[1]
-    return root if (root / "README.md").exists() else None
+    return root if (root / "README.md").exists() or (root / "docs").exists() else None
 
 
 def _rename(table: object) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from lorascope.methods import (
     LoRA,
     NeFT,
 )
-from lorascope.probes import reproduction, short_runs
+from lorascope.probes import own_seeds, reproduction, short_runs
 from lorascope.probes.base import Arm
 from lorascope.probes.short_runs import ARMS
 
@@ -191,6 +192,29 @@ def test_verdicts_are_read_without_torch_and_missing_files_give_one_line(tmp_pat
     kept = pd.read_csv(registration.FILE.parent / "evidence" / "verdicts.csv")
     judged = kept["claim"][(kept["look"] >= 1) | (kept["outcome"] == "void")]
     assert here.table["claim"].tolist()[-len(judged) :] == judged.tolist()  # no verdict before the first look
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[: len(content) // 2], "its last row is incomplete"),
+        (lambda content: content[: content.index(b"\n", len(content) // 2) + 1], "claim '.*' must occur 1 time, got 0"),
+        (lambda content: content + content.splitlines(keepends=True)[-1], "claim '.*' must occur 1 time, got 2"),
+        (lambda content: content.replace(b"look", b"glance", 1), "its columns differ from schema 1: glance, look"),
+        (lambda content: content.replace(b",0,", b",x,", 1), "row 2: n must be an integer >= 0, got 'x'"),
+        (lambda content: content.replace(b"lora.parity", b"\xff", 1), "'utf-8' codec can't decode"),
+    ],
+)
+def test_damaged_verdicts_are_one_line(tmp_path: Path, damage: Any, message: str) -> None:
+    data, file = registration.FILE.parent, tmp_path / "evidence" / "verdicts.csv"
+    (tmp_path / "registered.toml").write_bytes(registration.FILE.read_bytes())
+    (tmp_path / "published").symlink_to(data / "published")
+    file.parent.mkdir()
+    file.write_bytes(damage((data / "evidence" / "verdicts.csv").read_bytes()))
+    for read in kept_verdicts.read, lambda folder: own_seeds._kept_row("lora.parity", folder):
+        with pytest.raises(ValueError, match=f"^cannot read {re.escape(str(file))}: {message}") as raised:
+            read(tmp_path)
+        assert "\n" not in str(raised.value)
 
 
 def run(*words: str) -> int:

@@ -19,7 +19,7 @@ from lorascope.evidence import looks
 from lorascope.evidence.claims import format_effect
 from lorascope.evidence.registration import Registered
 from lorascope.evidence.statistics.base import Statistic, estimate_effect
-from lorascope.evidence.store import BLOCK, SCORES, Evidence
+from lorascope.evidence.store import BLOCK, COUNT, NUMBER, SCORES, TEXT, Evidence
 from lorascope.evidence.value_sources import COLUMNS, add_sources
 from lorascope.files.printable import count_phrase, printable
 
@@ -27,6 +27,13 @@ Pair = tuple[Statistic, Statistic]
 """Statistic and control of a claim."""
 FALSE_DISCOVERIES = 0.05
 """Bound on the share of false verdicts among those of the secondary claims (Benjamini and Hochberg)."""
+VERDICT_COLUMNS = {
+    "claim": TEXT, "tier": TEXT, "kind": TEXT, "bound": NUMBER, "unit": TEXT, "interval": TEXT, "outcome": TEXT,
+    "n": COUNT, "note": TEXT, "look": NUMBER, "level": NUMBER, "effect": NUMBER, "low": NUMBER, "high": NUMBER,
+    "half_seed": NUMBER, "p": NUMBER, "p_looks": NUMBER, "side": TEXT, "block": TEXT, "shown": TEXT,
+    "uncorrected": TEXT, "adjusted_p": NUMBER, "arms_state": TEXT,
+}  # fmt: skip
+"""Columns of ``verdicts.csv``."""
 
 _TRIED, _FAILED, _AT_CHANCE = 5, 2, 0.05
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
-from lorascope.evidence import published, registration
+from lorascope.evidence import published, registration, store
+from lorascope.evidence.judging import VERDICT_COLUMNS
 from lorascope.evidence.registration import Registration
+from lorascope.files.printable import count_phrase, printable
+from lorascope.files.typed_json import unreadable
 
 COLUMNS = ("claim", "sentence", "n", "effect", "control", "outcome")
 
@@ -45,14 +49,33 @@ def read(data: Path = registration.FILE.parent) -> KeptVerdicts:
     claims, file = registration.read(data / "registered.toml"), data / "evidence" / "verdicts.csv"
     tables, notes = [published.judge(claims.claims, data / "published")], []
     if file.exists():
-        kept = pd.read_csv(file)
+        kept = read_file(file, claims)
         judged = (kept["look"] >= 1) | (kept["outcome"] == "void")
-        tables.append(kept[judged].fillna({"side": "", "shown": ""}))
+        tables.append(kept[judged])
         if missing := int((~judged).sum()):
             notes.append(f"Claims without a verdict: {missing} of {len(kept)}.")
     else:
         notes.append("No trained runs are judged yet: data/evidence has no verdicts.csv.")
     return KeptVerdicts(pd.concat([_rows(table, claims) for table in tables], ignore_index=True), tuple(notes))
+
+
+def read_file(file: Path, claims: Registration) -> pd.DataFrame:
+    """Read a file ``verdicts.csv``, with one row per claim on trained runs.
+
+    Raises
+    ------
+    FileNotFoundError
+        The file does not exist.
+    ValueError
+        The file is damaged, or does not have every claim once.
+    """
+    kept = store.read_csv(file, VERDICT_COLUMNS)
+    found, needed = Counter(kept["claim"]), Counter([*claims.of_tier("primary", "secondary")])
+    for id in (*needed, *found):
+        if found[id] != needed[id]:
+            expected = count_phrase(needed[id], "time")
+            raise unreadable(file, f"claim {printable(id)!r} must occur {expected}, got {found[id]}")
+    return kept
 
 
 def _rows(verdicts: pd.DataFrame, claims: Registration) -> pd.DataFrame:

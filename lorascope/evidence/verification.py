@@ -12,7 +12,7 @@ import pandas as pd
 
 from lorascope.evidence import figures, store
 from lorascope.evidence.claims import format_effect
-from lorascope.evidence.judging import Pair, judge_all, judge_claim, name_machine, untrained_arms
+from lorascope.evidence.judging import VERDICT_COLUMNS, Pair, judge_all, judge_claim, name_machine, untrained_arms
 from lorascope.evidence.looks import STOPPED
 from lorascope.evidence.registration import Arm, Registered, Registration, arm_hash
 from lorascope.evidence.store import BLOCK, Evidence
@@ -67,6 +67,7 @@ def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, P
     may_void = {arm.label: arm.may_void for arm in registration.arms.values()}
     verdicts, values = judge_all(judged, pairs, evidence, lambda arm: may_void.get(arm, True))
     verdicts = verdicts.assign(arms_state=[state(id, registration, evidence) for id in judged])
+    verdicts = verdicts.reindex(columns=list(VERDICT_COLUMNS))
     changed = verdicts["arms_state"] == "changed"
     verdicts.loc[changed, ["outcome", "note"]] = "inconclusive", CHANGED
     machines = _on_other_machines(judged, pairs, evidence, verdicts, lambda arm: may_void.get(arm, True))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.evidence import registration, store
+from lorascope.evidence import kept_verdicts, registration, store
 from lorascope.evidence.claims import format_effect
 from lorascope.evidence.judging import estimate_claim, judging_block, name_machine
 from lorascope.evidence.looks import ERROR
@@ -213,7 +213,8 @@ def _join(kept: Evidence, mine: Evidence) -> Evidence:
 
 def _kept_row(claim: str, data: Path) -> dict[str, Any]:
     file = data / "evidence" / "verdicts.csv"
-    found = pd.read_csv(file).set_index("claim").loc[claim] if file.exists() else None
+    claims = registration.read(data / "registered.toml")
+    found = kept_verdicts.read_file(file, claims).set_index("claim").loc[claim] if file.exists() else None
     if found is None or not found["n"]:
         return {"seeds": "kept", "n": 0, "effect": "", "verdict": "none yet"}
     return {"seeds": "kept", "n": int(found["n"]), "effect": found["shown"], "verdict": found["outcome"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,7 +20,7 @@ import pytest
 from joblib import parallel_config
 from PIL import Image
 
-from lorascope import plots
+from lorascope import __version__, plots
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Point
 from lorascope.evidence import figures, registration, store, verification
@@ -314,6 +315,23 @@ def test_forged_tables_and_scores_are_named_when_trained_again(finished: Study) 
     assert [line.partition(", trained")[0] for line in scores] == [
         f"A, seed 102: {name}: kept {float(value)}" for name, value in sorted(forged.items())
     ]
+
+
+def test_source_tree_without_git_has_the_version_instead_of_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "lorascope").mkdir()
+    (tmp_path / "README.md").touch()
+    monkeypatch.setattr(registration, "FILE", tmp_path / "data" / "registered.toml")
+    expected = {"commit": __version__, "dirty": False, "numpy": np.__version__}
+    assert evidence._version.__wrapped__() == expected
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path.parent, check=True)  # a repository around the tree
+    assert evidence._version.__wrapped__() == expected
+    monkeypatch.setenv("PATH", "")
+    assert evidence._version.__wrapped__() == expected
+    monkeypatch.undo()
+    assert len(evidence._version.__wrapped__()["commit"]) == 40
 
 
 def image_facts(study: Study, name: str) -> dict[str, Any]:

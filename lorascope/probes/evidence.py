@@ -382,13 +382,17 @@ def _scores(run: Run, arm: Arm, role: str) -> dict[str, Any]:
 
 @cache
 def _version() -> dict[str, Any]:
-    """Return commit and versions; the version of an installed package takes the place of a commit."""
-    if (clone := registration.clone_of(registration.FILE)) is None:
-        return {"commit": __version__, "dirty": False, "numpy": np.__version__}
+    """Return commit and versions; without a git repository, the version of the package takes the place of a commit."""
+    root = registration.FILE.parents[1]
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=clone / "lorascope", capture_output=True, check=True, text=True)
+        # The repository of this project, not one that contains the folder.
+        command = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", *arguments]
+        done = subprocess.run(command, cwd=root / "lorascope", capture_output=True, check=True, text=True)
         return done.stdout.strip()
 
-    dirty = bool(git("status", "--porcelain", "--", "."))
-    return {"commit": git("rev-parse", "HEAD"), "dirty": dirty, "numpy": np.__version__}
+    try:
+        found = {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "."))}
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        found = {"commit": __version__, "dirty": False}
+    return found | {"numpy": np.__version__}

@@ -16,6 +16,7 @@ import pytest
 from lorascope.evidence import pages, registration, store, verification
 from lorascope.evidence.registration import Arm, Registration, arm_hash
 from lorascope.evidence.statistics.base import Accuracy, Constant, OfPairs, OfRun
+from lorascope.evidence.statistics.fourierft import COURSE
 from lorascope.evidence.store import RUN_COLUMNS
 from lorascope.evidence.verification import derive, verify, write_derived
 
@@ -325,6 +326,14 @@ TAMPERED: dict[str, tuple[Callable[[Planted], None], str]] = {
         ),
         "cannot judge p.better from predictions: rows.parquet must have two or more clusters of test rows",
     ),
+    "a number of steps": (
+        cell("runs.csv", "Ajudged101", "steps", 30),
+        "Ajudged101r0.001: steps: kept 30, the settings give 300",
+    ),
+    "a perplexity": (
+        edit_csv("runs.csv", lambda table: table.assign(validation_chance="")),
+        "Ajudged101r0.001: validation_metric: kept 0.8, exp.validation_loss. gives 1.28",
+    ),
     "a method that is not JSON": (cell("runs.csv", "Ajudged103", "method", "{"), "Ajudged103r0.001: method as JSON"),
     "a method that is a list": (cell("runs.csv", "Ajudged103", "method", "[]"), "Ajudged103r0.001: method: Expected"),
     "settings without text": (cell("runs.csv", "Ajudged103", "settings", ""), "Ajudged103r0.001: settings as JSON"),
@@ -370,6 +379,25 @@ def test_tampering_is_named(planted: Planted, name: str, manifest: str) -> None:
 
 
 RECOMPUTED = {"a seed dropped", "a tuned seed judged", "runs of another arm"}  # written with their manifest
+
+
+def test_best_accuracy_and_epochs_of_a_course_agree_with_the_run(original: Planted) -> None:
+    evidence = store.read(original.folder)
+    run = evidence.run("A", 100)
+    runs = evidence.runs[evidence.runs["run"] == run].assign(settings="{}", test_metric=0.75, steps=40)
+    for best, epochs, lines in [
+        (0.75, 40, []),
+        (0.8, 40, []),  # the accuracy fell after its best epoch
+        (0.7, 40, [f"runs.csv: {run}: test_metric: kept 0.75, above best_accuracy of kept/course: 0.7"]),
+        (0.8, 50, [f"runs.csv: {run}: steps: kept 40, epochs of kept/course: 50"]),
+    ]:
+        course = pd.DataFrame({"best_accuracy": [best], "epochs": [epochs]})
+        checked = store.Evidence(runs, evidence.rows, kept={COURSE: {run: course}})
+        assert list(verification._check_scores(checked)) == lines
+    for damaged in (course[["epochs"]], course.astype(str) + "x", course.head(0)):
+        checked = store.Evidence(runs, evidence.rows, kept={COURSE: {run: damaged}})
+        (line,) = verification._check_scores(checked)
+        assert line.startswith(f"kept/{COURSE}/{run}.parquet: ")
 
 
 def test_registered_deviation_is_marked_for_good_and_its_removal_is_found(planted: Planted) -> None:

@@ -15,6 +15,7 @@ from lorascope.evidence.claims import format_effect
 from lorascope.evidence.judging import VERDICT_COLUMNS, Pair, judge_all, judge_claim, name_machine, untrained_arms
 from lorascope.evidence.looks import STOPPED
 from lorascope.evidence.registration import Arm, Registered, Registration, arm_hash
+from lorascope.evidence.statistics.fourierft import COURSE
 from lorascope.evidence.store import BLOCK, Evidence
 from lorascope.evidence.tuning import chosen, tuning_table
 from lorascope.files.printable import count_phrase, printable
@@ -222,7 +223,7 @@ def _short(digest: str | None) -> str:
 
 def _check_scores(evidence: Evidence) -> Iterator[str]:
     """Compare accuracies and losses with the predictions that they are means of."""
-    count = evidence.rows.groupby("task_hash")["row"].nunique()
+    count, courses = evidence.rows.groupby("task_hash")["row"].nunique(), evidence.kept.get(COURSE, {})
     for row in _rows(evidence.runs):
         margins, losses = evidence.margins.get(row.run), evidence.nll.get(row.run)
         for name, scores in (("margin", margins), ("nll", losses)):
@@ -230,9 +231,34 @@ def _check_scores(evidence: Evidence) -> Iterator[str]:
                 expected = count.get(row.task_hash, 0)
                 yield f"predictions/{row.run}.npz: rows of {name}: kept {len(scores)}, expected {expected}"
         if margins is not None and not np.isclose(row.test_metric, (margins > 0).mean(), rtol=_CLOSE, atol=0):
-            yield f"runs.csv: {row.run}: test_metric: kept {row.test_metric!r}, recomputed {(margins > 0).mean()!r}"
+            yield f"runs.csv: {row.run}: test_metric: kept {row.test_metric}, recomputed {(margins > 0).mean()}"
         if losses is not None and not np.isclose(row.test_loss, losses.mean(dtype="f8"), rtol=_HALF, atol=_HALF):
-            yield f"runs.csv: {row.run}: test_loss: kept {row.test_loss!r}, recomputed {losses.mean(dtype='f8')!r}"
+            yield f"runs.csv: {row.run}: test_loss: kept {row.test_loss}, recomputed {losses.mean(dtype='f8')}"
+        yield from _check_perplexity(row)
+        if row.run in courses:
+            yield from _check_course(row, courses[row.run])
+
+
+def _check_perplexity(row: Any) -> Iterator[str]:
+    """Compare metrics with losses where the metric is a perplexity, which has no chance level."""
+    for split in ("validation", "test"):
+        metric, loss = getattr(row, f"{split}_metric"), getattr(row, f"{split}_loss")
+        if np.isnan(row.validation_chance) and loss < np.inf and not np.isclose(metric, np.exp(loss), rtol=_CLOSE):
+            expected = float(np.exp(loss))
+            yield f"runs.csv: {row.run}: {split}_metric: kept {metric!r}, exp({split}_loss) gives {expected!r}"
+
+
+def _check_course(row: Any, course: pd.DataFrame) -> Iterator[str]:
+    """Compare the final accuracy and the steps of a run with its kept course, whose best accuracy may be earlier."""
+    try:
+        best, epochs = (float(course[name].iloc[0]) for name in ("best_accuracy", "epochs"))
+    except (LookupError, TypeError, ValueError):
+        yield f"kept/{COURSE}/{row.run}.parquet: its row must have the numbers best_accuracy and epochs"
+        return
+    if row.test_metric > best:
+        yield f"runs.csv: {row.run}: test_metric: kept {row.test_metric}, above best_accuracy of kept/{COURSE}: {best}"
+    if row.steps != epochs:
+        yield f"runs.csv: {row.run}: steps: kept {row.steps:g}, epochs of kept/{COURSE}: {epochs:g}"
 
 
 def _parse(row: Any, column: str) -> dict[str, Any]:
@@ -253,6 +279,8 @@ def _check_arms(evidence: Evidence, registration: Registration) -> Iterator[str]
             yield str(error)
             continue
         found = arm_hash(arm, method, settings, row.task_hash, row.w0)
+        if row.steps != settings.get("steps", row.steps):
+            yield f"runs.csv: {row.run}: steps: kept {row.steps:g}, the settings give {settings['steps']!r}"
         if row.arm_hash != found:
             yield f"runs.csv: {row.run}: arm_hash: kept {row.arm_hash}, recomputed {found}"
         for name, ratio in arm.fields.items():

@@ -230,6 +230,8 @@ def run(*words: str) -> int:
         (("--seed", "-1"), "--seed must be from 0"),
         (("--evidence", "x", "--seed", "1"), "--evidence must be given without"),
         (("--minutes", "3"), "--minutes requires --evidence"),
+        (("--minutes", "nan", "--evidence", "x"), "--minutes must be >= 0, got nan"),
+        (("--minutes", "-1", "--evidence", "x"), "--minutes must be >= 0, got -1"),
         (("--quick",), "--quick"),
         (("--probe", "lora"), "--probe"),
     ],

@@ -59,6 +59,8 @@ def main(
         raise ValueError("--evidence must be given without --claim and --seed: it trains the registered seeds")
     if evidence is not None and registration.clone_of(registration.FILE) is None:
         raise ValueError("--evidence requires a clone of the repository, whose commit and figures it records")
+    if not minutes >= 0:
+        raise ValueError(f"--minutes must be >= 0, got {minutes:g}")
     if evidence is None and minutes != math.inf:
         raise ValueError("--minutes requires --evidence")
     if claim is not None and seed is None:

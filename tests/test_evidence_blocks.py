@@ -17,11 +17,11 @@ from lorascope.analysis.seed_intervals import t_interval
 from lorascope.evidence import store
 from lorascope.evidence.blocks import NO_FIGURES, PAPERS, all_blocks
 from lorascope.evidence.figures import About, KeptFigure
+from lorascope.evidence.looks import BUDGET
 from lorascope.evidence.registration import Change, Deviation, Registration
 from lorascope.evidence.statistics import PAIRS
 from lorascope.evidence.store import Evidence
 from lorascope.evidence.verification import CHANGED, Derived, derive
-from lorascope.probes.evidence import BUDGET
 
 ROOT = Path(__file__).parents[1]
 CLAIM, OURS, LORA = "fourierft.parity", "FourierFT, 1536 coefficients", "LoRA, rank 8, q and v"

@@ -25,6 +25,7 @@ from joblib import Parallel, delayed
 
 from lorascope import __version__
 from lorascope.evidence import blocks, figures, numbers, registration, store, verification
+from lorascope.evidence.looks import BUDGET
 from lorascope.evidence.open_runs import OpenRun, open_runs
 from lorascope.evidence.registration import Registration, arm_hash
 from lorascope.evidence.statistics import PAIRS
@@ -41,8 +42,6 @@ from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
 from lorascope.training.settings import Settings
 
-BUDGET = 2400
-"""CPU-minutes after which no further runs are trained."""
 # The rates and what is observed or scored do not change how a run trains.
 _NOT_HASHED = ("lr", "head_lr", "eval_every", "test_size")
 _COMPARED = ("trained_parameters", "validation_loss", "validation_metric", "test_loss", "test_metric")

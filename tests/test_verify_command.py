@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lorascope.cli.main import main
@@ -210,3 +214,44 @@ def test_runs_that_differ_when_trained_again_are_named(
     assert output.err == "training\n"
     assert main(["verify", "--retrain", "-1"]) == 2
     assert capsys.readouterr().err == "lorascope: --retrain must be >= 0, got -1\n"
+
+
+def fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
+def sparse(file: Path) -> None:
+    with file.open("ab") as stream:
+        stream.truncate(20 * 10**9)
+
+
+def bomb(file: Path) -> None:
+    np.savez_compressed(file, margin=np.zeros(5 * 10**6))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "reason"),
+    [
+        ("runs.csv", fifo, "not a regular file"),
+        ("runs.csv", sparse, "file size must be <= "),
+        ("predictions/{run}.npz", sparse, "file size must be <= "),
+        ("predictions/{run}.npz", bomb, "its arrays must have <= "),
+        ("notes.bin", sparse, "file size must be <= "),
+        ("\x1b[2J.bin", sparse, r"\\x1b\[2J.bin: file size must be <= "),
+        ("\x1b[2J.bin", Path.touch, r"MANIFEST: \\x1b\[2J.bin"),
+    ],
+)
+def test_hostile_file_of_a_foreign_folder_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, spoil: Callable[[Path], None], reason: str
+) -> None:
+    folder = tmp_path / "evidence"
+    folder.mkdir()
+    runs = (ROOT / "data/evidence/runs.csv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "runs.csv").write_text("".join(runs[:2]), encoding="utf-8")
+    (folder / "predictions").mkdir()
+    spoil(folder / name.format(run=runs[1].partition(",")[0]))
+    assert main(["verify", str(folder)]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert any(re.search(reason, line) for line in lines), lines
+    assert "\x1b" not in "".join(lines)

@@ -71,7 +71,7 @@ def main(
         runs = f"Kept: {count_phrase(len(found.runs), 'run')}" if has_runs else "No runs are kept yet"
         kept = f" {runs} for {count_phrase(len(claims.of_tier('primary', 'secondary')), 'claim')}."
         for line in _find_differences(claims, found, folder, root, write, retrain):
-            differences.append(line)
+            differences.append(printable(line))  # it may name a foreign file
     except (OSError, ValueError) as error:  # a damaged or missing file
         differences.append(printable(" ".join(str(error).split())))
     if json:

@@ -31,7 +31,7 @@ VERDICT_COLUMNS = {
     "claim": TEXT, "tier": TEXT, "kind": TEXT, "bound": NUMBER, "unit": TEXT, "interval": TEXT, "outcome": TEXT,
     "n": COUNT, "note": TEXT, "look": NUMBER, "level": NUMBER, "effect": NUMBER, "low": NUMBER, "high": NUMBER,
     "half_seed": NUMBER, "p": NUMBER, "p_looks": NUMBER, "side": TEXT, "block": TEXT, "shown": TEXT,
-    "uncorrected": TEXT, "adjusted_p": NUMBER, "arms_state": TEXT,
+    "all_seeds": TEXT, "uncorrected": TEXT, "adjusted_p": NUMBER, "arms_state": TEXT,
 }  # fmt: skip
 """Columns of ``verdicts.csv``."""
 

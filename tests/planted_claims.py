@@ -385,6 +385,7 @@ def plant_pairs(
 def row(run: str, arm: str, seed: int, role: str = "judged") -> dict[str, Any]:
     base: dict[str, Any] = dict.fromkeys(RUN_COLUMNS, "x")
     base |= {"run": run, "arm": arm, "role": role, "seed": seed, "rate": 1e-3, "task_hash": "t", "capability": "AVX2"}
+    base |= {"steps": 1, "dirty": False, "cpu_seconds": 1.0, "trained_parameters": 1, "test_metric": 0.8}
     base |= {"validation_metric": 0.8, "validation_chance": 0.5, "validation_loss": 0.4, "test_loss": 0.4}
     return base | {"torch": "2.6.0", "threads": 1, "device": "cpu"}
 

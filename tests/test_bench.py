@@ -132,6 +132,7 @@ def test_wrong_arguments_get_one_line(clone: Path, capsys: pytest.CaptureFixture
 
 def test_an_installed_package_says_that_it_has_no_benchmarks(clone: Path, capsys: pytest.CaptureFixture[str]):
     (clone / "README.md").unlink()
+    (clone / "docs").rmdir()
     assert main(["bench"]) == 2
     assert "bench requires a clone of the repository" in capsys.readouterr().err
 

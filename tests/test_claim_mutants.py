@@ -7,7 +7,7 @@ import importlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -66,7 +66,7 @@ def draw(registered: Registered, effect: float, noise: float, seed: int = 0) -> 
     return plant(registered, pair, statistic.tolist(), control.tolist(), seed)
 
 
-@cache
+@lru_cache(maxsize=1)  # the evidence of all claims takes gigabytes
 def situations(id: str) -> tuple[Planted, ...]:
     """Return a true claim, a null, an effect of half the bound, and one whose interval just reaches the bound."""
     registered = CLAIMS[id]
@@ -80,11 +80,10 @@ def situations(id: str) -> tuple[Planted, ...]:
     return tuple(Planted(draw(registered, effect, small), effect, outcome) for effect, outcome in effects)
 
 
-@cache
-def at_the_edge(id: str) -> tuple[Evidence, ...]:
+def at_the_edge(id: str) -> Iterator[Evidence]:
     registered = CLAIMS[id]
     edge = -registered.claim.bound if registered.claim.kind == "non-inferiority" else registered.claim.bound
-    return tuple(draw(registered, edge, registered.claim.bound, seed) for seed in range(REPETITIONS))
+    return (draw(registered, edge, registered.claim.bound, seed) for seed in range(REPETITIONS))
 
 
 def estimate(pair: Pair, evidence: Evidence, interval: Any) -> Estimate:

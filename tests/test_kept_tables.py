@@ -38,7 +38,7 @@ from lorascope.evidence.statistics import (
     planted,
     ranks,
 )
-from lorascope.evidence.store import Evidence, add_run, read
+from lorascope.evidence.store import ROW_COLUMNS, Evidence, add_run, read
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, Full, HydraLoRA, LoRA, NeFT
 from lorascope.methods.base import Method
@@ -76,7 +76,7 @@ def train(bert, task, tmp_path):
 def evidence(folder: Path, kept: Kept) -> Evidence:
     """Store tables by name and arm, one per seed from 0, and read them."""
     folder.mkdir()
-    pd.DataFrame({"task_hash": [], "row": []}).to_parquet(folder / "rows.parquet")
+    pd.DataFrame(columns=list(ROW_COLUMNS)).to_parquet(folder / "rows.parquet")
     for arm in {arm for _, arm in kept}:
         tables = {name: of for (name, other), of in kept.items() if other == arm}
         for seed in range(max(map(len, tables.values()))):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -579,6 +580,17 @@ def test_loss_of_a_step_is_the_mean_over_the_micro_batches_of_accelerate(bert, t
     GradientState._reset_state()
     losses = ls.load(tmp_path / "run").table.query("quantity == 'loss'")["value"]
     assert losses.tolist() == [(found[0] + found[1]) / 2, (found[2] + found[3]) / 2]
+
+
+def test_losses_of_a_step_that_was_skipped_are_not_those_of_the_next(tmp_path):
+    model, optimizer = small()
+    state = SimpleNamespace(sync_gradients=False)
+    with ls.record(model, SimpleNamespace(optimizer=optimizer, gradient_state=state), tmp_path / "run") as recorder:
+        for loss, state.sync_gradients, steps in [(1.0, False, 0), (9.0, True, 0), (3.0, False, 0), (5.0, True, 1)]:
+            if steps:
+                small_step(model, optimizer)
+            recorder.step(loss=loss)
+    assert ls.load(tmp_path / "run").table.query("quantity == 'loss'")["value"].tolist() == [4.0]
 
 
 def test_parameters_that_join_the_optimizer_later_are_named(tmp_path):

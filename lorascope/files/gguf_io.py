@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,17 @@ class _Header:
         size = self.take("Q")
         return self.data[self.skip(size) : self.at].decode()
 
+    def take_name(self, known: Container[str]) -> str:
+        """Return the next text, which must not be known."""
+        if (name := self.take_text()) in known:
+            raise ValueError(f"{name} occurs twice")
+        return name
+
     def take_values(self, count: int) -> dict[str, Any]:
         """Return the metadata, without its arrays."""
         found: dict[str, Any] = {}
         for _ in range(count):
-            name, kind = self.take_text(), self.take("I")
-            if name in found:
-                raise ValueError(f"{name} occurs twice")
+            name, kind = self.take_name(found), self.take("I")
             found[name] = self.take_value(kind)
         return {name: value for name, value in found.items() if value is not None}
 
@@ -127,9 +132,7 @@ class _Header:
 
         found: dict[str, Any] = {}
         for _ in range(count):
-            name, axes = self.take_text(), self.take("I")
-            if name in found:
-                raise ValueError(f"{name} occurs twice")
+            name, axes = self.take_name(found), self.take("I")
             if axes > _MAX_AXES:
                 raise ValueError(f"{name} must have <= {_MAX_AXES} axes, got {axes}")
             # GGUF lists the dimensions with the fastest first.

@@ -178,16 +178,15 @@ class LoopRecorder:
             self._warn("closed", _CLOSED)
             return
         if not done.steps:
-            if own is not None and self._gradients is not None and not self._gradients.sync_gradients:
-                self._losses.append(own)
+            accumulates = self._gradients is not None and not self._gradients.sync_gradients
+            self._losses = [*self._losses, own] if accumulates and own is not None else []
             done.empty_calls += 1
             if done.empty_calls == UNSTEPPED or done.have_weights_changed():
                 self._warn_unstepped()
             return
         if done.steps > 1:
             self._warn_skipped()
-        if len(done.optimized()) > done.number:
-            more = len(done.optimized()) - done.number
+        if (more := len(trained_parameters(step.optimizer)) - done.number) > 0:
             problem = f"{more} parameters have joined the optimizer since ls.record, and are not recorded"
             self._warn("joined", f"{problem}; call ls.record again to record them")
         lr = done.take()
@@ -280,7 +279,7 @@ class _DoneSteps:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self.number = len(self.optimized())
+        self.number = len(trained_parameters(optimizer))
         self.steps, self.empty_calls, self._lr = 0, 0, 0.0
         self._versions = self._count_writes()
 
@@ -295,16 +294,12 @@ class _DoneSteps:
         self.steps = self.empty_calls = 0
         return self._lr
 
-    def optimized(self) -> list[Tensor]:
-        """Return the parameters of the optimizer."""
-        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-
     def have_weights_changed(self) -> bool:
         """Return whether anything but the optimizer has written to its parameters since its last step."""
         return self._count_writes() != self._versions
 
     def _count_writes(self) -> int:
-        return sum(parameter._version for parameter in self.optimized())
+        return sum(parameter._version for parameter in trained_parameters(self._optimizer))
 
 
 def _check(

@@ -84,7 +84,7 @@ class Delta(nn.Module):
         For an update ``scale * B @ diag(diagonal) @ A`` the names are ``B``, ``diagonal`` and ``A``, without
         ``diagonal`` if it is all ones. The update can be rebuilt from these.
         """
-        return dict(self.named_parameters(recurse=False))
+        return {name: factor for name, factor in self._parameters.items() if factor is not None}
 
     @property
     def rank(self) -> int:

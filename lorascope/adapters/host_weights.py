@@ -80,10 +80,11 @@ def to_host(tensors: Sequence[Tensor]) -> list[Shaped[np.ndarray, "..."]]:
     shared = _SHARED.get()
     if shared is None:
         return _transfer(tensors)
-    fresh = {key: tensor for tensor in tensors if (key := _memory(tensor)) not in shared}
+    places = [_memory(tensor) for tensor in tensors]
+    fresh = {place: tensor for place, tensor in zip(places, tensors, strict=True) if place not in shared}
     copies = _transfer(list(fresh.values()))
-    shared.update((key, (tensor, copy)) for (key, tensor), copy in zip(fresh.items(), copies, strict=True))
-    return [shared[_memory(tensor)][1] for tensor in tensors]
+    shared.update((place, (tensor, copy)) for (place, tensor), copy in zip(fresh.items(), copies, strict=True))
+    return [shared[place][1] for place in places]
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:

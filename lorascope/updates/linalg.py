@@ -5,6 +5,7 @@ Source: LoRA (arXiv 2106.09685), section 7 and equation 4 for the subspaces.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -152,7 +153,7 @@ def triangles(factors: Sequence[Any], buffer: np.ndarray | None = None) -> Float
     result = np.empty((len(factors), small, rank))
     sound = np.zeros(len(factors), dtype=bool)
     if small == rank:
-        grams = np.array([gram(factor, buffer) for factor in factors])
+        grams = _grams(factors, buffer)
         squares = grams.diagonal(axis1=1, axis2=2)
         sound = np.asarray(((squares > _SMALLEST_SQUARE) & (squares < np.inf)).all(axis=1))
         # Rounding errors of a Gram matrix are relative to the norms of its columns, so their scale does not matter.
@@ -166,6 +167,14 @@ def triangles(factors: Sequence[Any], buffer: np.ndarray | None = None) -> Float
         if not sound[i]:
             result[i] = _qr_triangle(as_float64(factor))
     return result
+
+
+def _grams(factors: Sequence[Any], buffer: np.ndarray | None) -> Float[np.ndarray, "n rank rank"]:
+    """Compute X^T X in float64 for arrays of one shape, small ones together."""
+    if math.prod(factors[0].shape) > GRAM_VALUES or not all(isinstance(factor, np.ndarray) for factor in factors):
+        return np.array([gram(factor, buffer) for factor in factors])
+    stack = np.stack(factors, dtype=np.float64)
+    return np.asarray(stack.swapaxes(1, 2) @ stack)
 
 
 def _qr_triangle(X: NDArray[np.float64]) -> NDArray[np.float64]:

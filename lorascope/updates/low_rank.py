@@ -336,7 +336,7 @@ def _cores(
 ) -> Float[np.ndarray, "updates left right"]:
     """Compute R_B R_A^T for updates of one shape: small matrices with the singular values of B A."""
     left, right = [update.B for update in updates], [update.A.T for update in updates]
-    if min(left[0].shape) == min(right[0].shape):  # both sides in one batch
+    if left[0].shape == right[0].shape:  # both sides in one batch
         R = triangles(left + right, buffer)
         R_left, R_right = R[: len(left)], R[len(left) :]
     else:

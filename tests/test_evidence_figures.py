@@ -21,18 +21,19 @@ from lorascope.charts.marks import Point
 from lorascope.charts.save import save_small
 from lorascope.evidence import figures, registration
 from lorascope.evidence.figures import About, KeptFigure, digest_in
-from lorascope.evidence.statistics import agreement, lora
+from lorascope.evidence.statistics import agreement, lora, planted
+from lorascope.gallery import SECTIONS, GalleryFigure
+from lorascope.gallery.kept_scores import KeptScores
+from lorascope.gallery.printed_numbers import printed
 from lorascope.inputs import models, tasks
 from lorascope.methods.base import config
 from lorascope.plots.builders import add_printed
-from lorascope.probes import PROBES
-from lorascope.probes.base import EvidenceFigure
 from lorascope.probes.evidence import registered_arms
-from lorascope.probes.evidence_figures import KeptRun
-from lorascope.probes.printed_numbers import printed
+from lorascope.runs.excerpt import write_excerpt
 from lorascope.training import loop
 
-FIGURES = {figure.name: figure for probe in PROBES.values() for figure in probe.evidence_figures()}
+LISTED = [figure for section in SECTIONS.values() for figure in section]
+FIGURES = {figure.name: figure for figure in LISTED}
 # Values of fields that fit a tiny model and few steps.
 SMALL: dict[str, dict[str, Any]] = {
     "adalora": {"init_rank": 4, "target_rank": 2},
@@ -46,8 +47,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def test_figures_have_distinct_names_and_registered_arms() -> None:
-    listed = [figure.name for probe in PROBES.values() for figure in probe.evidence_figures()]
-    assert len(listed) == len(set(listed))
+    assert len(FIGURES) == len(LISTED)
     arms = registration.read().arms
     assert {label for figure in FIGURES.values() for label in figure.arms.values()} <= set(arms)
     assert not any(arms[label].baseline for figure in FIGURES.values() for label in figure.arms.values())
@@ -109,13 +109,13 @@ def test_image_from_before_the_digest_of_pixels_agrees(tmp_path: Path, drawn: tu
     assert list(figures.differences({"point": kept}, set(ABOUT.runs), image.parent)) == []
 
 
-def kept_run(label: str, seed: int, role: str = "judged", rate: float = 1e-3) -> KeptRun:
+def kept_run(label: str, seed: int, role: str = "judged", rate: float = 1e-3) -> KeptScores:
     """Return a run of an arm with planted scores, as the evidence keeps it."""
     arm: Any = registered_arms()[label]
     draw = np.random.default_rng(zlib.crc32(f"{label} {seed} {rate}".encode()))
     tested = role == "judged"
     row = {
-        "run": f"{label} {role} {seed} {rate}", "seed": seed, "rate": rate, "validation_chance": 0.5,
+        "arm": label, "run": f"{label} {role} {seed} {rate}", "seed": seed, "rate": rate, "validation_chance": 0.5,
         "method": json.dumps(config(replace(arm.of_seed(seed).method, lr=rate))), "model": "minilm", "task": "t",
         "settings": json.dumps({"steps": 300, "batch_size": 16}), "trained_parameters": 1000 * len(label),
         "validation_loss": np.nan if tested else draw.random(), "validation_metric": draw.random(),
@@ -127,7 +127,10 @@ def kept_run(label: str, seed: int, role: str = "judged", rate: float = 1e-3) ->
     names = [f"encoder.layer.{layer}.attention.self.{role}" for layer in (0, 1) for role in ("query", "key")]
     norms = pd.DataFrame({"module": names, "update": draw.uniform(4, 8, len(names)), "random": 1.0})
     tables = {agreement.SCORES: scores.assign(value=draw.random(len(scores))), lora.AMPLIFICATION: norms}
-    return KeptRun(row, tables)
+    if label in planted.ALLOCATORS.values():
+        ranks = pd.DataFrame({"module": ["m0", "m1", "m2"], "planted": [0, 2, 2], "found": draw.integers(0, 4, 3)})
+        tables[planted.RECOVERY] = ranks
+    return KeptScores(row, tables)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +158,7 @@ def train(bert: str, llama: str, task: tasks.Task, tmp_path_factory: pytest.Temp
     return trained
 
 
-def runs_of(figure: EvidenceFigure, train: Callable[..., Any]) -> dict[str, list[Any]]:
+def runs_of(figure: GalleryFigure, train: Callable[..., Any]) -> dict[str, list[Any]]:
     seeds = range(100, 100 + min(figure.seeds or 2, 2))
     runs: dict[str, list[Any]] = {}
     for label, arm in figure.arms.items():
@@ -180,6 +183,22 @@ def test_figure_is_drawn_from_runs_with_the_observers_of_its_arms(
         assert image.mode == "P"
     assert about["extra"] == "fact"
     assert len(about["data_sha256"]) == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, figure in FIGURES.items() if figure.quantities or figure.arrays])
+def test_figure_is_the_same_when_drawn_from_what_the_evidence_keeps_of_its_runs(
+    name: str, train: Callable[..., Any], tmp_path: Path
+) -> None:
+    figure = FIGURES[name]
+    runs = runs_of(figure, train)
+    kept = {
+        label: [write_excerpt(run, tmp_path / run.id, figure.quantities, figure.arrays) for run in of]
+        for label, of in runs.items()
+    }
+    assert not any((run.path / "state").exists() for of in kept.values() for run in of)
+    found, expected = figure.draw(kept).flat(), figure.draw(runs).flat()
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_categorical=False)
 
 
 def test_printed_numbers_are_separate_points_of_the_chart() -> None:
@@ -211,6 +230,18 @@ def test_amplification_is_the_logarithm_of_the_ratio_of_norms() -> None:
     chart = FIGURES["amplification"].draw({lora.LOW: runs})
     assert sorted(chart.flat()["value"]) == pytest.approx(sorted(np.log10(ratios[0] * ratios[1]) / 2))
     assert set(chart.flat()["role"]) == {"q", "k"}
+
+
+def test_planted_ranks_are_drawn_from_the_kept_tables() -> None:
+    figure = FIGURES["planted"]
+    runs = {label: [kept_run(arm, seed) for seed in (100, 101)] for label, arm in figure.arms.items()}
+    drawn = figure.draw(runs).flat().set_index(["recipe", "planted"])["value"]
+    tables = [run.tables[planted.RECOVERY] for run in runs["ALoRA"]]
+    for rank in (0, 2):
+        found = np.mean([table.loc[table["planted"] == rank, "found"].mean() for table in tables])
+        assert drawn["ALoRA", rank] == pytest.approx(found)
+        # The rank of uniform ranks is a setting, and their modules are those of the seed.
+        assert drawn["uniform ranks", rank] == runs["uniform ranks"][0].meta.method["rank"]
 
 
 @pytest.mark.parametrize("text", ["[]", "{"])

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from joblib import parallel_config
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from lorascope import __version__, plots
 from lorascope.charts.chart import Chart
@@ -27,9 +28,10 @@ from lorascope.evidence import figures, registration, store, verification
 from lorascope.evidence.judging import untrained_arms
 from lorascope.evidence.statistics.base import Accuracy, Constant, OfRun
 from lorascope.evidence.statistics.ranks import RANKS
+from lorascope.gallery import GalleryFigure, drawing
 from lorascope.methods import Full, LoRA
 from lorascope.probes import evidence
-from lorascope.probes.base import Arm, EvidenceFigure, Probe
+from lorascope.probes.base import Arm, Probe
 from lorascope.probes.kept_ranks import keep_ranks
 from lorascope.probes.tfidf_baseline import tfidf_arm
 from lorascope.runs.run import Run
@@ -89,6 +91,26 @@ def draw_totals(runs: Any) -> Chart:
     return Chart(pd.DataFrame(rows), [Point("seed", "value")])
 
 
+FIGURES = [
+    GalleryFigure(name="ranks", alt="Ranks of A", arms={"low rank": "A"}, draw=plots.rank_allocation, seeds=2,
+        quantities=("rank",),
+    ),
+    GalleryFigure(
+        name="scores", alt="Accuracy", arms={"A": "A", "B": "B"}, draw=plots.ablations, seeds=None,
+        scores_only=True,
+    ),
+    GalleryFigure(
+        name="table", alt="Total rank", arms={"A": "A"}, draw=draw_totals, seeds=None, scores_only=True,
+        table=RANKS,
+    ),
+    GalleryFigure(name="moments", alt="Not recorded", arms={"B": "B"}, draw=plots.second_moments, seeds=2,
+        quantities=("moment_sigma",),
+    ),
+    GalleryFigure(name="phi", alt="Factors", arms={"A": "A"}, draw=plots.subspace_similarity, seeds=2),
+]  # fmt: skip
+SECTIONS = {"p": FIGURES}
+
+
 class Study:
     """The folders of a registration of three claims on tiny arms."""
 
@@ -114,7 +136,10 @@ class Study:
     def differences(self) -> list[str]:
         code: Callable[[str], str] = "sha256:{}".format
         claims = registration.read(self.file)
-        return verification.verify(self.folder, self.file, claims, PAIRS, code, images=self.images)
+        return [
+            *verification.verify(self.folder, self.file, claims, PAIRS, code, images=self.images),
+            *drawing.differences(self.folder, store.read(self.folder), SECTIONS),
+        ]
 
 
 def _filled(part: str, hashes: dict[str, str]) -> str:
@@ -140,22 +165,11 @@ def planted_probe(bert: str, task: Any) -> Iterator[None]:
             tfidf_arm("words", task),
         ],
         keep={(RANKS, "A"): keep_ranks},
-        evidence_figures=lambda: [
-            EvidenceFigure(name="ranks", alt="Ranks of A", arms={"low rank": "A"}, draw=plots.rank_allocation, seeds=2),
-            EvidenceFigure(
-                name="scores", alt="Accuracy", arms={"A": "A", "B": "B"}, draw=plots.ablations, seeds=None,
-                scores_only=True,
-            ),
-            EvidenceFigure(
-                name="table", alt="Total rank", arms={"A": "A"}, draw=draw_totals, seeds=None, scores_only=True,
-                table=RANKS,
-            ),
-            EvidenceFigure(name="moments", alt="Not recorded", arms={"B": "B"}, draw=plots.second_moments, seeds=2),
-        ],
-    )  # fmt: skip
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence, "PROBES", {"p": probe})
         patch.setattr(evidence, "PAIRS", PAIRS)
+        patch.setattr(evidence, "SECTIONS", SECTIONS)
         evidence.registered_arms.cache_clear()
         yield
     evidence.registered_arms.cache_clear()
@@ -282,7 +296,7 @@ def test_runs_trained_again_agree_and_show_a_consistent_forgery(finished: Study)
     with parallel_config(n_jobs=1):
         assert evidence.retrain(finished.folder, 100, finished.file) == []
     kept = store.read(finished.folder)
-    run = kept.run("A", 101)
+    run = kept.run("A", 102)
     margins = kept.margins[run].copy()
     margins[np.flatnonzero(margins > 0)[:2]] = -5  # two right rows become wrong, and every number follows from them
     np.savez_compressed(finished.folder / "predictions" / f"{run}.npz", margin=margins)
@@ -293,9 +307,9 @@ def test_runs_trained_again_agree_and_show_a_consistent_forgery(finished: Study)
     finished.write()
     assert finished.differences() == []
     lines = evidence.retrain(finished.folder, 100, finished.file)
-    assert lines[0].startswith("A, seed 101: margin: row ")
+    assert lines[0].startswith("A, seed 102: margin: row ")
     assert lines[0].endswith(", and 1 more")
-    assert lines[1].startswith("A, seed 101: test_metric: kept ")
+    assert lines[1].startswith("A, seed 102: test_metric: kept ")
     assert len(lines) == 2
 
 
@@ -315,6 +329,22 @@ def test_forged_tables_and_scores_are_named_when_trained_again(finished: Study) 
     assert [line.partition(", trained")[0] for line in scores] == [
         f"A, seed 102: {name}: kept {float(value)}" for name, value in sorted(forged.items())
     ]
+
+
+def test_a_forged_record_that_a_figure_shows_is_named_when_trained_again(finished: Study) -> None:
+    run = store.read(finished.folder).run("A", 101)
+    excerpt = finished.folder / "shown" / run
+    table = pd.read_parquet(excerpt / "records.parquet")
+    table.assign(value=table["value"] + 1).to_parquet(excerpt / "records.parquet", index=False)
+    about = json.loads((excerpt / "run.json").read_text())
+    about["checksums"]["records.parquet"] = store.digest(excerpt / "records.parquet")
+    (excerpt / "run.json").write_text(json.dumps(about))
+    shutil.rmtree(finished.out)
+    finished.write()  # draws the figures from the forged record
+    assert finished.differences() == []
+    with parallel_config(n_jobs=1):
+        lines = evidence.retrain(finished.folder, 100, finished.file)
+    assert lines == [f"A, seed 101: shown/{run}: records of rank: kept, but other values when trained again"]
 
 
 def test_source_tree_without_git_has_the_version_instead_of_a_commit(
@@ -342,7 +372,7 @@ def image_facts(study: Study, name: str) -> dict[str, Any]:
 def test_figures_show_kept_runs_and_agree_with_their_data(finished: Study, capsys: pytest.CaptureFixture[str]) -> None:
     finished.write()  # again, for its lines
     kept, printed = store.read(finished.folder), capsys.readouterr().out
-    assert kept.figures.keys() == {"ranks", "scores", "table"}
+    assert kept.figures.keys() == {"phi", "ranks", "scores", "table"}
     assert re.search("^cannot draw moments: second_moments needs records of moment_sigma", printed, re.MULTILINE)
     about = kept.figures["ranks"].about
     assert about.runs == (kept.run("A", 100), kept.run("A", 101))
@@ -362,21 +392,21 @@ def test_a_figure_of_a_kept_table_shows_the_seeds_that_have_it(finished: Study) 
     assert kept.figures["table"].about.runs == tuple(runs)
     (finished.folder / "kept" / RANKS / f"{runs[2]}.parquet").unlink()
     (finished.folder / "figures" / "table.parquet").unlink()
-    evidence.draw_figures(finished.folder, finished.out, finished.images, evidence.PROBES.values(), "abc")
+    drawing.draw_figures(finished.folder, finished.out, finished.images, SECTIONS, "abc")
     assert store.read(finished.folder).figures["table"].about.runs == tuple(runs[:2])
 
 
 def test_a_kept_figure_stays_without_the_runs_and_is_drawn_again_if_the_image_is_lost(finished: Study) -> None:
     before = {file: file.read_bytes() for file in finished.images.iterdir()}
-    (finished.images / "ranks.png").unlink()
-    (finished.images / "scores.png").unlink()
+    for name in ("phi", "ranks", "scores"):
+        (finished.images / f"{name}.png").unlink()
     finished.out.rename(finished.out.with_name("elsewhere"))
     finished.write()
-    # The others are drawn from the evidence alone.
-    assert sorted(file.name for file in finished.images.iterdir()) == ["scores.png", "table.png"]
+    # Only factors are not kept in the evidence.
+    assert sorted(file.name for file in finished.images.iterdir()) == ["ranks.png", "scores.png", "table.png"]
     assert finished.differences() == [
-        f"figures/ranks.png: data_sha256: kept no image with chart data, recomputed "
-        f"{store.read(finished.folder).figures['ranks'].digest[:12]}"
+        f"figures/phi.png: data_sha256: kept no image with chart data, recomputed "
+        f"{store.read(finished.folder).figures['phi'].digest[:12]}"
     ]
     finished.out.with_name("elsewhere").rename(finished.out)
     finished.write()
@@ -431,3 +461,79 @@ def test_tampered_figures_are_named(finished: Study) -> None:
         assert any(line.startswith("MANIFEST: figures/ranks.parquet") for line in lines) == (tamper != exchange_images)
         (finished.folder / "MANIFEST").write_text(verification._manifest(finished.folder, finished.file))
         assert any(line.startswith(place) for line in finished.differences())
+
+
+def forge_image(study: Study, name: str) -> None:
+    """Give an image the hash of the chart data, and the manifest those of all files."""
+    image = study.images / f"{name}.png"
+    with Image.open(image) as opened:
+        facts, copied = json.loads(opened.info["lorascope"]), opened.copy()
+    text = PngInfo()
+    text.add_text(
+        "lorascope", json.dumps(facts | {"data_sha256": store.digest(study.folder / "figures" / f"{name}.parquet")})
+    )
+    copied.save(image, pnginfo=text)
+    (study.folder / "MANIFEST").write_text(verification._manifest(study.folder, study.file))
+
+
+def test_a_point_that_does_not_follow_from_the_runs_is_named_even_if_all_hashes_fit(finished: Study) -> None:
+    data, name = finished.folder / "figures" / "ranks.parquet", "figures/ranks.parquet"
+    before = pd.read_parquet(data)["value"].iloc[0]
+    change_point(finished)
+    forge_image(finished, "ranks")
+    (line,) = finished.differences()
+    assert re.fullmatch(rf"{name}: row 2 \(.*\): value: kept '{before + 1}', recomputed '{before}'", line)
+
+
+def test_a_figure_of_factors_is_not_drawn_again(finished: Study) -> None:
+    file = finished.folder / "figures" / "phi.parquet"
+    table, known = pd.read_parquet(file), store.read(finished.folder).figures["phi"]
+    column = table.select_dtypes("float").columns[0]
+    figures.write(finished.folder, "phi", table.assign(**{column: table[column] + 1}), known.about)
+    forge_image(finished, "phi")
+    assert finished.differences() == []
+
+
+def test_the_kept_part_of_a_run_has_what_figures_show_of_it(finished: Study) -> None:
+    kept = store.read(finished.folder)
+    parts = {path.name: Run.read(path) for path in (finished.folder / "shown").iterdir()}
+    assert set(parts) == {kept.run(arm, seed) for arm in "AB" for seed in (100, 101)}
+    for seed in (100, 101):
+        run = parts[kept.run("A", seed)]
+        assert set(run.table["quantity"]) == {"rank"}
+        assert run.snapshot_names() == []
+        assert {path.name for path in run.path.iterdir()} == {"run.json", "records.parquet"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "line"),
+    [
+        (shutil.rmtree, r"shown/RUN: no such run, but figures/ranks\.parquet shows it"),
+        (
+            lambda run: (run / "records.parquet").write_bytes(b"x"),
+            r"figures/ranks\.parquet: cannot be drawn again: cannot read .*records\.parquet.*checksum differs.*",
+        ),
+        (
+            lambda run: (run / "run.json").write_text("{"),
+            r"figures/ranks\.parquet: cannot be drawn again: .*run\.json.*",
+        ),
+    ],
+)
+def test_a_damaged_part_of_a_run_is_one_line(finished: Study, damage: Callable[[Path], None], line: str) -> None:
+    run = store.read(finished.folder).run("A", 101)
+    damage(finished.folder / "shown" / run)
+    (finished.folder / "MANIFEST").write_text(verification._manifest(finished.folder, finished.file))
+    (found,) = finished.differences()
+    assert re.fullmatch(line.replace("RUN", run), found), found
+
+
+def test_figures_are_drawn_from_the_kept_parts_of_the_runs(finished: Study) -> None:
+    kept = (finished.folder / "figures" / "ranks.parquet").read_bytes()
+    for file in (finished.folder / "figures" / "ranks.parquet", finished.images / "ranks.png"):
+        file.unlink()
+    shutil.rmtree(finished.out)
+    drawing.draw_figures(
+        finished.folder, finished.out, finished.images, SECTIONS, store.read(finished.folder).runs["commit"].iloc[0]
+    )
+    assert (finished.folder / "figures" / "ranks.parquet").read_bytes() == kept
+    assert finished.differences() == []

@@ -32,10 +32,11 @@ CONTRACT = {
     "plots": "files updates schema charts runs analysis",
     "pages": "files charts runs plots diagnosis",
     "evidence": "files analysis",
+    "gallery": "files updates schema charts runs analysis plots evidence",
     "experiments": "torch files updates schema inputs adapters runs analysis methods observe training diagnosis",
     "probes": "torch files updates schema charts inputs adapters runs analysis methods observe training plots pages "
-    "evidence experiments",
-    "cli": "files schema runs analysis methods training plots diagnosis pages evidence experiments probes",
+    "evidence gallery experiments",
+    "cli": "files schema runs analysis methods training plots diagnosis pages evidence gallery experiments probes",
 }
 LONGEST = 500  # lines of a file
 

@@ -19,6 +19,7 @@ from lorascope.evidence.registration import Registration
 from lorascope.evidence.statistics import PAIRS, module_of
 from lorascope.evidence.store import Evidence
 from lorascope.files.printable import count_phrase, printable
+from lorascope.gallery import SECTIONS, drawing
 
 
 @command
@@ -111,6 +112,7 @@ def _find_differences(
         yield from verification.verify(
             folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), found, derived, images
         )
+        yield from drawing.differences(folder, found, SECTIONS)
     if retrain:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
         os.environ |= store.INSTRUCTIONS

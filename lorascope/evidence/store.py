@@ -7,6 +7,7 @@ A folder of evidence has
 - ``predictions/RUN.npz``: what a run scored on each test row;
 - ``kept/NAME/RUN.parquet``: tables from which values other than accuracies and losses are computed;
 - ``figures/NAME.parquet``: data of the figures, with the runs that they show;
+- ``shown/RUN/``: the records and arrays of a run that figures show, as a run folder;
 - ``tuning.csv``, ``values.csv``, ``verdicts.csv``: chosen rates, values by seed and verdicts, computed from the above;
 - ``numbers.csv``: the measured numbers that README and docs print;
 - ``MANIFEST``: SHA-256 of every file, in the format of ``sha256sum``.

@@ -37,7 +37,11 @@ _TRUTH = "planted rank"
 )
 def planted(cohort: Cohort) -> Chart:
     """Plot found rank against planted rank, one line per recipe."""
-    found = pd.concat([recovered_ranks(run) for run in cohort.runs])
+    return found_by_planted(cohort, pd.concat([recovered_ranks(run) for run in cohort.runs]))
+
+
+def found_by_planted(cohort: Cohort, found: pd.DataFrame) -> Chart:
+    """Plot the planted and found ranks ``run, planted, found`` of the runs of a cohort, one line per recipe."""
     means = found.groupby(["run", "planted"], sort=True)["found"].mean().rename("value").reset_index()
     cells = band(cohort.label(means), ["recipe", "kind", "planted"])
     truth = pd.DataFrame({"planted": sorted(set(means["planted"]))}).assign(recipe=_TRUTH)

@@ -10,15 +10,14 @@ Departs:
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 
 import pandas as pd
 
-from lorascope import plots
 from lorascope.analysis.baseline_ranks import equal_parameters
 from lorascope.inputs import models
 from lorascope.methods import LoRA
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, own_labels
+from lorascope.probes.base import Arm, Probe, encoder_settings
 from lorascope.schema import module_table
 
 TYPES = {"W_q": "q", "W_k": "k", "W_v": "v", "W_o": "o", "W_f1": "ffn_in", "W_f2": "ffn_out"}
@@ -54,34 +53,10 @@ def arms() -> list[Arm]:
     ]
 
 
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figures of accuracy by weight type and by group of layers."""
-    draw = partial(plots.adapted_types, start=0.5)  # the chance level
-    return [
-        EvidenceFigure(
-            name="adapted-types",
-            alt="Accuracy of LoRA on one type of weight at a time, with equal parameters",
-            arms=own_labels(*TYPES),
-            draw=draw,
-            seeds=None,
-            scores_only=True,
-        ),
-        EvidenceFigure(
-            name="adapted-layers",
-            alt="Accuracy of LoRA on the first two and on the last two layers, with equal parameters",
-            arms=own_labels(BOTTOM, TOP),
-            draw=draw,
-            seeds=None,
-            scores_only=True,
-        ),
-    ]
-
-
 PROBE = Probe(
     name="placement",
     title="AdaLoRA's motivation: equal parameters in different modules",
     source="Zhang et al., AdaLoRA, arXiv 2303.10512",
     question="Does accuracy depend on which weight type or which layers are adapted, at equal parameters?",
     arms=arms,
-    evidence_figures=evidence_figures,
 )

@@ -16,23 +16,20 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 
-from lorascope import observe, plots
+from lorascope import observe
 from lorascope.analysis import optimizer_moments
-from lorascope.charts.chart import Drawable, set_side_by_side
 from lorascope.evidence.statistics import adapprox as statistics
 from lorascope.evidence.statistics.lora import FULL
 from lorascope.methods import Adapprox, Full
 from lorascope.methods.base import Method
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.plots.run_groups import INTERVAL
 from lorascope.probes import pretraining
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, own_labels, training_loss
+from lorascope.probes.base import Arm, Probe, encoder_settings
 from lorascope.runs.run import Run
 
 RANK = 8
@@ -81,63 +78,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     return [draw("second_moments", adam), draw("factor_rank", ours), draw("factor_error", ours)]
 
 
-def _draw_rates(runs: Mapping[str, Sequence[Any]]) -> Drawable:
-    by_rate: dict[str, list[Any]] = {}
-    for label, of in runs.items():
-        for run in of:
-            by_rate.setdefault(f"{label} at {run.meta.settings['lr']:g}", []).append(run)
-    # The default caption lists the seeds of every rate.
-    caption = f"Left: tuning runs, which choose the rate. Right: judged runs at the chosen rate. Bars: {INTERVAL}."
-    return set_side_by_side(*(replace(chart, caption=caption) for chart in plots.learning_rates(by_rate).charts()))
-
-
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figures of second moments, of their factors, and of losses by learning rate and over training."""
-    adam, ours = own_labels(statistics.ADAMW), own_labels(statistics.OURS)
-    names = (statistics.OURS, statistics.ADAMW, statistics.ADAFACTOR, statistics.CAME)
-    return [
-        EvidenceFigure(
-            name="second-moments",
-            alt="Singular values of second moments by layer, as they are and shuffled",
-            arms=adam,
-            draw=plots.second_moments,
-        ),
-        EvidenceFigure(
-            name="moment-error",
-            alt="Relative error of a second moment by rank, S-RSI and Adafactor",
-            arms=adam,
-            draw=plots.moment_error,
-        ),
-        EvidenceFigure(
-            name="factor-rank",
-            alt="Adapprox's ranks by layer, role and step, as a fraction of the maximum",
-            arms=ours,
-            draw=plots.factor_rank,
-        ),
-        EvidenceFigure(
-            name="factor-error",
-            alt="Error of one step's factors, and drift from the exact average",
-            arms=ours,
-            draw=plots.factor_error,
-        ),
-        EvidenceFigure(
-            name="learning-rates",
-            alt="Validation loss by learning rate in fine-tuning, and test loss at the chosen one",
-            arms=own_labels(*names),
-            draw=_draw_rates,
-            seeds=None,
-            scores_only=True,
-            tuning=True,
-        ),
-        EvidenceFigure(
-            name="training-curves-optimizers",
-            alt="Training loss of pre-training: Adapprox, AdamW, Adafactor and CAME",
-            arms={name: f"{name}, pre-training" for name in names},
-            draw=training_loss,
-        ),
-    ]
-
-
 PROBE = Probe(
     name="adapprox",
     title="Adapprox: low-rank second moments",
@@ -146,7 +86,6 @@ PROBE = Probe(
     arms=arms,
     keep={(statistics.TAILS, statistics.ADAMW): keep_tails},
     figures=figures,
-    evidence_figures=evidence_figures,
     notes=(
         "Under Adapprox the embeddings and the head, which has two rows, keep a dense second moment; all other "
         "matrices are factored.",

@@ -17,7 +17,6 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from lorascope import plots
 from lorascope.analysis import rank_allocations
 from lorascope.array_types import Int
 from lorascope.evidence.statistics import alora as statistics
@@ -25,7 +24,7 @@ from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.methods import ALoRA, LoRA
 from lorascope.methods.alora import allocate, prune
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, own_labels
+from lorascope.probes.base import Arm, Probe, encoder_settings
 from lorascope.probes.kept_ranks import keep_ranks
 from lorascope.runs.run import Run
 
@@ -75,31 +74,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     return [draw("rank_allocation", run, chance=True), draw("rank_replay", run), draw("importance", run)]
 
 
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figures of the allocation and its history."""
-    return [
-        EvidenceFigure(
-            name="rank-alora",
-            alt="Ranks that ALoRA finds with its scores and with random ones",
-            arms=own_labels(statistics.ADAPTED, statistics.RANDOM),
-            draw=plots.rank_allocation,
-        ),
-        EvidenceFigure(
-            name="rank-replay-alora",
-            alt="Ranks of ALoRA over the steps, next to the budget",
-            arms=own_labels(statistics.ADAPTED),
-            draw=plots.rank_replay,
-            seeds=1,
-        ),
-        EvidenceFigure(
-            name="importance-alora",
-            alt="ALoRA's scores of retained and dropped components over the rounds",
-            arms=own_labels(statistics.ADAPTED),
-            draw=plots.importance,
-        ),
-    ]
-
-
 PROBE = Probe(
     name="alora",
     title="ALoRA: rank allocation by ablation",
@@ -108,6 +82,5 @@ PROBE = Probe(
     arms=arms,
     keep={(RANKS, statistics.ADAPTED): keep_ranks, (statistics.REPLAYS, statistics.ADAPTED): keep_replays},
     figures=figures,
-    evidence_figures=evidence_figures,
     notes=("This run has fewer rounds than the registered arm, because scoring costs more than training.",),
 )

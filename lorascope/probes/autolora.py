@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from lorascope import plots
 from lorascope.evidence.statistics import autolora as statistics
 from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.inputs import models
 from lorascope.methods import AutoLoRA, LoRA
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, own_labels
+from lorascope.probes.base import Arm, Probe, encoder_settings
 from lorascope.probes.kept_ranks import keep_ranks
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
@@ -63,26 +62,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     return [draw("rank_allocation", {label: run}), draw("importance", {label: run.parents[0]}, quantity="alpha")]
 
 
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figures of the ranks of two tasks and of random logits, and of the search."""
-    return [
-        EvidenceFigure(
-            name="rank-by-task",
-            alt="Ranks that AutoLoRA finds for two tasks, and ranks from random logits",
-            arms={"sentiment": statistics.ADAPTED, "domains": statistics.DOMAINS, "random logits": statistics.RANDOM},
-            draw=plots.rank_allocation,
-        ),
-        EvidenceFigure(
-            name="selection-weights",
-            alt="Selection weights of retained and dropped components in AutoLoRA's search",
-            arms=own_labels(statistics.ADAPTED),
-            draw=lambda runs: plots.importance(
-                {label: [run.parents[0] for run in of] for label, of in runs.items()}, quantity="alpha"
-            ),
-        ),
-    ]
-
-
 PROBE = Probe(
     name="autolora",
     title="AutoLoRA: learned ranks compared with noise",
@@ -91,7 +70,6 @@ PROBE = Probe(
     arms=arms,
     keep={(RANKS, label): keep_ranks for label in (statistics.ADAPTED, statistics.DOMAINS)},
     figures=figures,
-    evidence_figures=evidence_figures,
     notes=(
         "AutoLoRA has no rank budget: its total rank is a result. Even random logits keep about half of the initial "
         "rank if they are small, and less if they are large.",

@@ -10,13 +10,10 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from lorascope import observe, plots
-from lorascope.charts.chart import Drawable
+from lorascope import observe
 from lorascope.inputs.tasks import Task
 from lorascope.methods.base import Method
 from lorascope.observe import Observer
-from lorascope.plots.builders import metric_bars
-from lorascope.plots.run_groups import gather
 from lorascope.runs.run import Run
 
 PROBES: dict[str, Probe] = {}
@@ -106,46 +103,6 @@ def factor_settings(steps: int = 300) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvidenceFigure:
-    """A figure of the gallery, which is drawn from runs of the evidence.
-
-    Parameters
-    ----------
-    name : str
-        Name of its file, without ".png".
-    alt : str
-        What it shows, in one line.
-    arms : mapping label -> label
-        Label of the runs in the figure -> label of their registered arm.
-    draw : callable
-        ``draw(runs)`` returns the chart, given the runs of each label in the order of their seeds.
-    seeds : int or None
-        Number of seeds, from the first judged one on. None shows all seeds that all arms have, at least two. Default
-        5, the first look of most claims; with two, intervals are seven times as wide.
-    scores_only : bool
-        Whether scores and kept tables are enough. If so, ``runs`` are ``KeptRun``.
-    table : str
-        Name of a kept table that all runs must have, which requires ``scores_only``. Default none.
-    tuning : bool
-        Whether the tuning runs are shown as well, which requires ``scores_only``.
-    """
-
-    name: str
-    alt: str
-    arms: Mapping[str, str]
-    draw: Callable[[Mapping[str, Sequence[Any]]], Drawable]
-    seeds: int | None = 5
-    scores_only: bool = False
-    table: str = ""
-    tuning: bool = False
-
-
-def own_labels(*labels: str) -> dict[str, str]:
-    """Return the arms of a figure in which they have the labels of the registration."""
-    return {label: label for label in labels}
-
-
-@dataclass(frozen=True, kw_only=True)
 class Probe:
     """Study of one paper: the runs that its registered claims need, and the paper's figures of a single run.
 
@@ -164,8 +121,6 @@ class Probe:
         ``figures(runs)`` returns the paper's figures of one run per method, by label of the arm. Default none.
     notes : sequence of str
         What to know about these figures. Default none.
-    evidence_figures : callable
-        ``evidence_figures()`` returns the figures of the gallery, which show kept runs. Default none.
     order : int
         Place in the report; probes with the same number are in the order of their files. Default 1.
     """
@@ -178,15 +133,4 @@ class Probe:
     keep: Mapping[tuple[str, str], Callable[..., pd.DataFrame]] = field(default_factory=dict)
     figures: Callable[[Mapping[str, Run]], Sequence[ReportFigure]] = lambda runs: ()
     notes: Sequence[str] = ()
-    evidence_figures: Callable[[], Sequence[EvidenceFigure]] = lambda: ()
     order: int = 1
-
-
-def accuracy_bars(runs: Mapping[str, Sequence[Any]], title: str, start: float) -> Drawable:
-    """Return the test accuracy of arms as bars, on an axis from ``start``; they may have different tasks."""
-    return metric_bars(gather("accuracy", runs), start, "", (), title)
-
-
-def training_loss(runs: Mapping[str, Sequence[Any]]) -> Drawable:
-    """Return the training loss over the steps, without validation scores, which arms have only after the last step."""
-    return plots.training_curves(runs).charts()[0]

@@ -31,13 +31,13 @@ from lorascope.evidence.registration import Registration, arm_hash
 from lorascope.evidence.statistics import PAIRS
 from lorascope.experiments.executors import ignore_replaced_workers
 from lorascope.experiments.sweep import Job, train_job, width
+from lorascope.gallery import SECTIONS, drawing
 from lorascope.inputs import models, tasks
 from lorascope.inputs.classifier_head import fit_head, weights_hash
 from lorascope.inputs.task_parts import first_test_rows, identify_test_rows
 from lorascope.inputs.tasks import Task
 from lorascope.methods.base import config
 from lorascope.probes.base import PROBES, Arm, OwnArm
-from lorascope.probes.evidence_figures import draw_figures
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
 from lorascope.training.settings import Settings
@@ -125,7 +125,7 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
         derived = derived.with_file(numbers.FILE, measured)
         verification.write_derived(folder, derived, registered)
         images = registered.parents[1] / figures.FOLDER
-        draw_figures(folder, out, images, PROBES.values(), str(_version()["commit"]))
+        drawing.draw_figures(folder, out, images, SECTIONS, str(_version()["commit"]))
         verification.write_derived(folder, derived, registered)  # again, since the manifest lists the figures
 
 
@@ -165,8 +165,9 @@ def train_runs(
 def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> list[str]:
     """Train judged runs again, drawn at random, and compare them with the evidence.
 
-    On the machine of a run, its predictions, its scores and the tables that claims read must be equal. On another one,
-    its metric must be within three standard deviations of those of the arm's seeds.
+    On the machine of a run, its predictions and scores, the tables that claims read, and the records and arrays that
+    figures show must be equal. On another one, its metric must be within three standard deviations of those of the
+    arm's seeds.
 
     Parameters
     ----------
@@ -192,11 +193,13 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
         reads = [replace(read, seeds=range(seed, seed + 1)) for read in claimed.get(arm, []) if read.name in old]
         with tempfile.TemporaryDirectory() as out:
             again = finish(open_run, claims, reads, Path(out))
+            shown = drawing.changed_excerpts(folder, str(kept["run"]), Path(out))
         print(_line(again.row), flush=True)
         if all(kept[name] == value for name, value in block().items()):
             compared = {name: 1e-9 for name in _COMPARED}  # numbers that were written and read
             new = {**again.scores, **again.tables}
             lines = [line for name in old.keys() & new.keys() for line in _first_difference(name, old[name], new[name])]
+            lines += shown
         else:
             deviation = judged.loc[judged["arm"] == arm, "test_metric"].std(ddof=1)
             compared, lines = {"test_metric": 3 * deviation}, []

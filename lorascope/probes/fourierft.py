@@ -14,21 +14,13 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import pandas as pd
-
-from lorascope import plots
-from lorascope.charts.chart import Chart
-from lorascope.evidence.statistics import autolora
 from lorascope.methods import FourierFT, LoRA
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.plots.builders import add_printed
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, factor_settings, own_labels
-from lorascope.probes.printed_numbers import printed
+from lorascope.probes.base import Arm, Probe, encoder_settings, factor_settings
 from lorascope.runs.run import Run
 
 # For minilm's 384 x 384 query and value weights, 1536 coefficients have the parameters of LoRA of rank 2, 6144 of rank
@@ -79,71 +71,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     return [draw("fourier_spectrum", run), draw("update_image", run, added=True)]
 
 
-def _draw_sizes(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="FourierFT", table="Table 2", model="RoBERTa-base", data="SST-2")
-    numbers = numbers[numbers["method"].isin(["LoRA", "FourierFT"])]
-    return add_printed(plots.accuracy_by_parameters(runs), numbers, "parameters", "FourierFT, table 2, SST-2")
-
-
-def _draw_bases(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    models = ("RoBERTa-base", "RoBERTa-large")
-    numbers = pd.concat(
-        printed(paper="FourierFT", table="Table 6", model=model, data="RTE").assign(source=f"printed: {model}")
-        for model in models
-    )
-    numbers = numbers.assign(basis=numbers["method"].str.removesuffix(" basis"))
-    return add_printed(plots.basis_ablation(runs), numbers, "basis", "FourierFT, table 6, RTE")
-
-
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figures of accuracy by size, basis and band, of spectra, and of one update."""
-    sizes = own_labels(FEW, DEFAULT, MANY, EQUAL, LARGE)
-    return [
-        EvidenceFigure(
-            name="quality",
-            alt="Accuracy by trained parameters: FourierFT, LoRA, and printed numbers",
-            arms=sizes,
-            draw=_draw_sizes,
-            seeds=None,
-        ),
-        EvidenceFigure(
-            name="basis-ablation",
-            alt="Accuracy by basis, and printed numbers",
-            arms={"Fourier": DEFAULT, "random": RANDOM, "orthogonal": ORTHOGONAL},
-            draw=_draw_bases,
-            seeds=None,
-            scores_only=True,
-        ),
-        EvidenceFigure(
-            name="bias-curve",
-            alt="Accuracy by frequency band",
-            arms={"uniform": DEFAULT} | {f"around {center}": label for label, center in BANDS.items()},
-            draw=plots.bias_curve,
-            seeds=None,
-        ),
-        EvidenceFigure(
-            name="fourier-spectrum",
-            alt="Fourier coefficients in the spectrum, and their size by radius",
-            arms={"48 coefficients": FEW, "1536 coefficients": DEFAULT, "1536, from zero": ZEROS},
-            draw=plots.fourier_spectrum,
-            seeds=1,
-        ),
-        EvidenceFigure(
-            name="update-image",
-            alt="A corner of the update of one module: FourierFT and LoRA with as many parameters",
-            arms=own_labels(DEFAULT, EQUAL),
-            draw=partial(plots.update_image, added=True),
-            seeds=1,
-        ),
-        EvidenceFigure(
-            name="atlas",
-            alt="Spectra, norms and angles of FourierFT, LoRA and AutoLoRA on the same matrices",
-            arms={"FourierFT": DEFAULT, "LoRA": LARGE, "AutoLoRA": autolora.ADAPTED},
-            draw=plots.atlas,
-        ),
-    ]
-
-
 PROBE = Probe(
     name="fourierft",
     title="FourierFT: a few coefficients compared with low rank",
@@ -151,5 +78,4 @@ PROBE = Probe(
     question="Is FourierFT as accurate as LoRA, do more coefficients help, and does the Fourier basis matter?",
     arms=arms,
     figures=figures,
-    evidence_figures=evidence_figures,
 )

@@ -13,23 +13,18 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import pandas as pd
 
-from lorascope import plots
-from lorascope.charts.chart import Chart
 from lorascope.evidence.statistics import hydralora as statistics
 from lorascope.inputs import tasks
 from lorascope.inputs.task_parts import restrict
 from lorascope.methods import Full, HydraLoRA, LoRA
 from lorascope.methods.base import Method
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.plots.builders import add_printed
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, accuracy_bars, encoder_settings
-from lorascope.probes.printed_numbers import printed
+from lorascope.probes.base import Arm, Probe, encoder_settings
 from lorascope.runs.run import Run
 
 # Four experts are one per domain, as in the authors' script; with 3, the rank of LoRA with equal parameters would not
@@ -84,62 +79,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     return [draw(figure, run) for figure in ("gates", "gate_course")]
 
 
-def _draw_ablations(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="HydraLoRA", table="Figure 6", data="MMLU")
-    # In the order of the table: without a mixture, uniform gates, separate A's, and the full method.
-    numbers = numbers.assign(recipe=["LoRA", "uniform gates", "separate A's", "HydraLoRA"], source="printed")
-    return add_printed(plots.ablations(runs), numbers, "recipe", "HydraLoRA, figure 6, MMLU")
-
-
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figures of the ablations, the gates, and pairs of adapters."""
-    routed = {"shared A": statistics.ROUTED, "separate A's": statistics.SPLIT}
-    return [
-        EvidenceFigure(
-            name="left-out",
-            alt="Accuracy of HydraLoRA and its ablations on a mixture of four tasks, and printed numbers",
-            arms={
-                "HydraLoRA": statistics.ROUTED,
-                "uniform gates": statistics.EVEN,
-                "separate A's": statistics.SPLIT,
-                "LoRA": statistics.LORA,
-            },
-            draw=_draw_ablations,
-            seeds=None,
-            scores_only=True,
-        ),
-        EvidenceFigure(
-            name="gap",
-            alt="Accuracy of full fine-tuning and LoRA on one task and on a mixture of four",
-            arms={
-                "full, one task": statistics.FULL_ONE,
-                "LoRA, one task": statistics.LORA_ONE,
-                "full, four tasks": statistics.FULL_MANY,
-                "LoRA, four tasks": statistics.LORA,
-            },
-            draw=lambda runs: accuracy_bars(runs, "Gap between full fine-tuning and LoRA", start=0.0),
-            seeds=None,
-            scores_only=True,
-        ),
-        EvidenceFigure(
-            name="gates", alt="Mean gate weights of four experts by task", arms=routed, draw=plots.gates, seeds=1
-        ),
-        EvidenceFigure(
-            name="gate-course",
-            alt="Entropy of the gate weights over the steps, and their mutual information with the task",
-            arms=routed,
-            draw=plots.gate_course,
-        ),
-        EvidenceFigure(
-            name="adapter-pairs",
-            alt="Norm ratio, cosine, angle and allocation of two seeds each of LoRA and HydraLoRA",
-            arms={"LoRA": statistics.LORA, "HydraLoRA": statistics.ROUTED},
-            draw=plots.adapter_pairs,
-            seeds=2,
-        ),
-    ]
-
-
 PROBE = Probe(
     name="hydralora",
     title="HydraLoRA: several experts with a shared A",
@@ -148,6 +87,5 @@ PROBE = Probe(
     arms=arms,
     keep={(statistics.INFORMATION, statistics.ROUTED): keep_gate_information},
     figures=figures,
-    evidence_figures=evidence_figures,
     notes=("This run is on sentiment, whose groups are domains. The kept seeds are on a mixture of four tasks.",),
 )

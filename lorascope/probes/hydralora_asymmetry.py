@@ -28,14 +28,12 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from lorascope import plots
 from lorascope.analysis.factor_embeddings import Factor, View, clouds, factored_updates
-from lorascope.charts.chart import Drawable
 from lorascope.evidence.statistics import asymmetry
 from lorascope.inputs import tasks
 from lorascope.inputs.task_parts import quarter
 from lorascope.methods import LoRA
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, factor_settings, own_labels
+from lorascope.probes.base import Arm, Probe, factor_settings
 from lorascope.runs.run import Run
 
 _RUNS = len(asymmetry.OWN)
@@ -123,40 +121,6 @@ def keep_similarities(run: Run, *others: Run, parts: Sequence[tuple[str, Factor,
     return pd.concat(tables, ignore_index=True)
 
 
-def _by_domain(runs: Mapping[str, Sequence[Any]], labels: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
-    """Group the runs of a set by domain or by quarter; each has two."""
-    return {name: [run for label in labels[2 * n : 2 * n + 2] for run in runs[label]] for n, name in enumerate(names)}
-
-
-def _draw_domains(runs: Mapping[str, Sequence[Any]]) -> Drawable:
-    shared, separate = (_by_domain(runs, labels, asymmetry.DOMAINS) for labels in (asymmetry.COMMON, asymmetry.OWN))
-    return plots.factor_embedding(shared, control=separate)
-
-
-def _draw_quarters(runs: Mapping[str, Sequence[Any]]) -> Drawable:
-    return plots.factor_embedding(_by_domain(runs, asymmetry.QUARTERS, [f"quarter {n}" for n in (1, 2, 3, 4)]))
-
-
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figures of the factors of one replicate, by domain and by random quarter of the text."""
-    return [
-        EvidenceFigure(
-            name="factor-embedding",
-            alt="Factors of LoRAs trained on four domains: above from a shared initial A, below from separate ones",
-            arms=own_labels(*asymmetry.COMMON, *asymmetry.OWN),
-            draw=_draw_domains,
-            seeds=1,
-        ),
-        EvidenceFigure(
-            name="factor-quarters",
-            alt="Factors of LoRAs trained on four random quarters of the text, from a shared initial A",
-            arms=own_labels(*asymmetry.QUARTERS),
-            draw=_draw_quarters,
-            seeds=1,
-        ),
-    ]
-
-
 PROBE = Probe(
     name="asymmetry",
     title="HydraLoRA's motivation: similarity of A and B between domains",
@@ -167,5 +131,4 @@ PROBE = Probe(
         (asymmetry.SIMILARITIES, labels[-1]): partial(keep_similarities, parts=parts)
         for labels, parts in COSINES.items()
     },
-    evidence_figures=evidence_figures,
 )

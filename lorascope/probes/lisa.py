@@ -23,11 +23,10 @@ from dataclasses import replace
 
 import pandas as pd
 
-from lorascope import plots
 from lorascope.analysis import norms
 from lorascope.evidence.statistics import lisa as statistics
 from lorascope.methods import LoRA
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, decoder_settings, encoder_settings
+from lorascope.probes.base import Arm, Probe, decoder_settings, encoder_settings
 from lorascope.runs.run import Run
 
 
@@ -61,35 +60,6 @@ def keep_layer_norms(run: Run) -> pd.DataFrame:
     return found.astype({"quantity": "str"}).reset_index(drop=True)
 
 
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figures of norms by layer, in the readings of "weight norm"."""
-    small, usual = "LoRA, small initial B", "LoRA"
-    return [
-        EvidenceFigure(
-            name=name,
-            alt=f"Mean norms by layer, in four readings, on {model}",
-            arms=arms,
-            draw=plots.mean_norm,
-        )
-        for name, model, arms in (
-            (
-                "mean-norm",
-                "minilm",
-                {statistics.FULL: statistics.FULL, usual: statistics.ADAPTED, small: statistics.SMALL},
-            ),
-            (
-                "mean-norm-decoder",
-                "SmolLM2",
-                {
-                    statistics.FULL: statistics.WHOLE_FULL,
-                    usual: statistics.ADAPTED_DECODER,
-                    small: statistics.SMALL_DECODER,
-                },
-            ),
-        )
-    ]
-
-
 PROBE = Probe(
     name="lisa",
     title="LISA's motivation: norms of embedding and head with LoRA",
@@ -107,5 +77,4 @@ PROBE = Probe(
             statistics.SMALL_DECODER,
         )
     },
-    evidence_figures=evidence_figures,
 )

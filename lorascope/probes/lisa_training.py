@@ -13,20 +13,15 @@ Departs:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
-from lorascope import plots
 from lorascope.evidence.statistics import lisa as statistics
 from lorascope.methods import LISA, Full, LoRA
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.probes.base import (
     Arm,
-    EvidenceFigure,
     Probe,
     decoder_settings,
     encoder_settings,
-    own_labels,
-    training_loss,
 )
 from lorascope.runs.run import Run
 
@@ -60,49 +55,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     return [draw(figure, run) for figure in ("active_layers", "draw_frequency")]
 
 
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figures of the schedule, the training loss and the accuracy by number of blocks."""
-    return [
-        EvidenceFigure(
-            name="active-layers",
-            alt="Blocks that LISA trained, and the number of blocks trained so far",
-            arms=own_labels(statistics.DRAWN, statistics.ONCE),
-            draw=plots.active_layers,
-        ),
-        EvidenceFigure(
-            name="draw-frequency",
-            alt="How often LISA drew each block",
-            arms=own_labels(statistics.DRAWN),
-            draw=plots.draw_frequency,
-        ),
-        EvidenceFigure(
-            name="training-curves-lisa",
-            alt="Training loss on the whole of SmolLM2: full fine-tuning, LoRA and LISA",
-            arms={
-                statistics.FULL: statistics.WHOLE_FULL,
-                "LoRA": statistics.WHOLE_LORA,
-                "LISA": statistics.WHOLE,
-                "LISA, one draw": statistics.WHOLE_ONCE,
-            },
-            draw=training_loss,
-        ),
-        EvidenceFigure(
-            name="accuracy-lisa",
-            alt="Accuracy of LISA by number of blocks, and of full fine-tuning",
-            arms={
-                "full": statistics.FULL,
-                "no block": statistics.ENDS,
-                "2 blocks": statistics.DRAWN,
-                "4 blocks": statistics.FOUR,
-                "2, one draw": statistics.ONCE,
-            },
-            draw=lambda runs: replace(plots.ablations(runs, start=0.5), title="LISA compared with full fine-tuning"),
-            seeds=None,
-            scores_only=True,
-        ),
-    ]
-
-
 PROBE = Probe(
     name="lisa_training",
     title="LISA: a few blocks at a time compared with full fine-tuning",
@@ -110,6 +62,5 @@ PROBE = Probe(
     question="Does training a few blocks at a time match full fine-tuning, and does resampling them help?",
     arms=arms,
     figures=figures,
-    evidence_figures=evidence_figures,
     notes=("Embedding, its norm, pooler and classifier head train at all steps.",),
 )

@@ -13,23 +13,18 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from lorascope import observe, plots
+from lorascope import observe
 from lorascope.analysis import norms, selected_neurons
-from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis
-from lorascope.evidence import registration
 from lorascope.evidence.statistics import neft as statistics
 from lorascope.methods import NeFT
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.plots.builders import add_printed, curves
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings, own_labels
+from lorascope.probes.base import Arm, Probe, encoder_settings
 from lorascope.runs.run import Run
 
 CHANGED, REVERSED, RANDOM = "NeFT, 9%", "NeFT, 9%, reversed", "NeFT, 9%, random"
@@ -80,65 +75,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     return [draw(figure, run) for figure in ("neurons", "neuron_cosine", "rank_shift")]
 
 
-def _draw_overlap(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    """Plot the overlap between seeds by size of the selection, at the sizes of the paper's table 6."""
-    numbers = pd.read_csv(registration.FILE.parent / "published" / "neft_overlap.csv")
-    numbers = numbers[numbers["comparison"] == "two disjoint 20k samples of one corpus"]
-    scores = [selected_neurons.scores(run, "selection_cosine") for run in runs[CHANGED]]
-    pool = selected_neurons.sizes(runs[CHANGED][0]).total()
-    cells = []
-    for fraction in numbers["share_of_pool"]:
-        choices = [selected_neurons.as_set(each.nlargest(round(fraction * pool), "value")) for each in scores]
-        found = selected_neurons.overlaps({CHANGED: choices}, pool)
-        for label, column in (("two seeds", "overlap"), ("chance", "chance")):
-            cells.append({"fraction": fraction, "recipe": label, "value": found[column].mean()})
-    chart = curves(
-        pd.DataFrame(cells).assign(low=np.nan, high=np.nan),
-        "fraction",
-        ("fraction of all neurons selected", Axis(label="overlap", limits=(0, 1))),
-        title="Overlap of selected neurons by size of the selection",
-        caption=f"Largest cosine distances after the tuning phase; mean over the pairs of {len(scores)} seeds.",
-    )
-    printed = numbers.assign(fraction=numbers["share_of_pool"], value=numbers["overlap"], source="printed: two samples")
-    return add_printed(chart, printed, "fraction", "NeFT, table 6, two samples of one corpus")
-
-
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figures of the chosen neurons, their rotation and overlap, and the shifts of utilization."""
-    return [
-        EvidenceFigure(
-            name="neurons",
-            alt="Selected neurons by layer and projection: largest and smallest rotation, random, linear probes",
-            arms=own_labels(CHANGED, statistics.REVERSED, RANDOM, PROBED),
-            draw=plots.neurons,
-        ),
-        EvidenceFigure(
-            name="neuron-cosine",
-            alt="Cosine distance of neurons by layer, and the selection threshold",
-            arms=own_labels(CHANGED),
-            draw=plots.neuron_cosine,
-        ),
-        EvidenceFigure(
-            name="neuron-overlap",
-            alt="Overlap of selected neurons between domains and between seeds",
-            arms={"all": CHANGED, "movies": MOVIES, "tweets": TWEETS},
-            draw=plots.neuron_overlap,
-        ),
-        EvidenceFigure(
-            name="overlap-by-size",
-            alt="Overlap of selected neurons between seeds by size of the selection, at chance, and printed numbers",
-            arms=own_labels(CHANGED),
-            draw=_draw_overlap,
-        ),
-        EvidenceFigure(
-            name="rank-shift",
-            alt="Shift of neurons in utilization rank, by percentile and kind",
-            arms=own_labels(CHANGED, statistics.FEW, statistics.REVERSED),
-            draw=plots.rank_shift,
-        ),
-    ]
-
-
 PROBE = Probe(
     name="neft",
     title="NeFT: choice of the trained neurons",
@@ -148,6 +84,5 @@ PROBE = Probe(
     keep={(statistics.SELECTED, label): keep_selected for label in (CHANGED, MOVIES, TWEETS)}
     | {(statistics.UTILIZATION, label): keep_utilization for label in (CHANGED, statistics.FEW, statistics.REVERSED)},
     figures=figures,
-    evidence_figures=evidence_figures,
     notes=("NeFT's full fine-tuning before the choice counts in its time, but not in its steps.",),
 )

@@ -16,13 +16,12 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope import plots
 from lorascope.analysis.planted_ranks import recovered_ranks
 from lorascope.evidence.statistics import planted as statistics
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, LoRA
 from lorascope.methods.base import Method
 from lorascope.probes import planted_teacher
-from lorascope.probes.base import Arm, EvidenceFigure, Probe, encoder_settings
+from lorascope.probes.base import Arm, Probe, encoder_settings
 from lorascope.runs.run import Run
 
 UNIFORM = "LoRA, uniform ranks"
@@ -63,19 +62,6 @@ def keep_recovery(run: Run) -> pd.DataFrame:
     return found.astype({"planted": "int16", "found": "int16"}).reset_index(drop=True)
 
 
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figure of found ranks by planted ranks."""
-    return [
-        EvidenceFigure(
-            name="planted",
-            alt="Rank found by planted rank, for three allocators and uniform ranks",
-            arms=ALLOCATORS | {"uniform ranks": UNIFORM},
-            draw=plots.planted,
-            seeds=None,
-        )
-    ]
-
-
 PROBE = Probe(
     name="planted",
     title="Planted ranks: recovery of known ranks by allocators",
@@ -83,5 +69,4 @@ PROBE = Probe(
     question="Do allocators recover the rank of each module if it is known, and does this lower the test loss?",
     arms=arms,
     keep={(statistics.RECOVERY, label): keep_recovery for label in ALLOCATORS.values()},
-    evidence_figures=evidence_figures,
 )

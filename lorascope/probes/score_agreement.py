@@ -14,24 +14,19 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from lorascope import plots
 from lorascope.adapters.delta import attached_deltas, detach
-from lorascope.analysis.score_agreement import correlate
 from lorascope.evidence.statistics import agreement
 from lorascope.evidence.statistics.lora import LOW
 from lorascope.experiments import component_removal
 from lorascope.inputs import models, tasks
 from lorascope.methods.autolora import retained_mask
 from lorascope.probes import component_scores
-from lorascope.probes.base import EvidenceFigure, Probe, own_labels
+from lorascope.probes.base import Probe
 from lorascope.runs.run import Run
 
 # The stored tables use these names of scores, so they must not change.
@@ -118,31 +113,6 @@ def keep_scores(run: Run) -> pd.DataFrame:
     return found.assign(score=score, value=value)[["module", "component", "score", "value"]].reset_index(drop=True)
 
 
-def _correlate_components(runs: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-    """Correlate the kept scores of components within each run."""
-    found = pd.concat(run.tables[agreement.SCORES].assign(run=run.id) for run in runs[LOW])
-    return correlate(found[found["component"] >= 0])
-
-
-def evidence_figures() -> list[EvidenceFigure]:
-    """Return the figures of the correlations with the loss increase, and of all pairs of scores."""
-    shared: dict[str, Any] = {"arms": own_labels(LOW), "seeds": None, "scores_only": True, "table": agreement.SCORES}
-    return [
-        EvidenceFigure(
-            name="against-truth",
-            alt="Rank correlation of every score with the loss increase on removal of a component",
-            draw=lambda runs: plots.against_truth(_correlate_components(runs), agreement.HALVES[0], "components"),
-            **shared,
-        ),
-        EvidenceFigure(
-            name="agreement",
-            alt="Rank correlation of every pair of scores",
-            draw=lambda runs: plots.agreement(_correlate_components(runs), "components"),
-            **shared,
-        ),
-    ]
-
-
 PROBE = Probe(
     name="agreement",
     title="Importance scores: agreement with each other and with ablation",
@@ -150,5 +120,4 @@ PROBE = Probe(
     "arXiv 2403.09113",
     question="Do three importance scores order the components of a trained adapter by loss increase on removal?",
     keep={(agreement.SCORES, LOW): keep_scores},
-    evidence_figures=evidence_figures,
 )

@@ -1,0 +1,75 @@
+"""Definition of a figure of the gallery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lorascope import plots
+from lorascope.charts.chart import Drawable
+from lorascope.plots.builders import metric_bars
+from lorascope.plots.run_groups import gather
+
+
+@dataclass(frozen=True, kw_only=True)
+class GalleryFigure:
+    """A figure of the gallery, which is drawn from runs of the evidence.
+
+    Parameters
+    ----------
+    name : str
+        Name of its file, without ".png".
+    alt : str
+        What it shows, in one line.
+    arms : mapping label -> label
+        Label of the runs in the figure -> label of their registered arm.
+    draw : callable
+        ``draw(runs)`` returns the chart, given the runs of each label in the order of their seeds.
+    seeds : int or None
+        Number of seeds, from the first judged one on. None shows all seeds that all arms have, at least two. Default
+        5, the first look of most claims; with two, intervals are seven times as wide.
+    scores_only : bool
+        Whether scores and kept tables are enough. If so, ``runs`` are ``KeptScores``.
+    table : str
+        Name of a kept table that all runs must have, which requires ``scores_only``. Default none.
+    tuning : bool
+        Whether the tuning runs are shown as well, which requires ``scores_only``.
+    quantities : tuple of str
+        Quantities that the figure shows of the records of its runs. The evidence keeps them, so that the figure can be
+        drawn again without the runs.
+    arrays : tuple of str
+        Arrays that the figure shows of the snapshots of its runs, such as "selected"; kept likewise. A figure without
+        quantities and arrays shows factors, which are too large to keep: it is only drawn where its runs are.
+    """
+
+    name: str
+    alt: str
+    arms: Mapping[str, str]
+    draw: Callable[[Mapping[str, Sequence[Any]]], Drawable]
+    seeds: int | None = 5
+    scores_only: bool = False
+    table: str = ""
+    tuning: bool = False
+    quantities: tuple[str, ...] = ()
+    arrays: tuple[str, ...] = ()
+
+    @property
+    def shows_factors(self) -> bool:
+        """Whether the figure needs the factors of its runs, which the evidence does not keep."""
+        return not (self.scores_only or self.quantities or self.arrays)
+
+
+def own_labels(*labels: str) -> dict[str, str]:
+    """Return the arms of a figure in which they have the labels of the registration."""
+    return {label: label for label in labels}
+
+
+def accuracy_bars(runs: Mapping[str, Sequence[Any]], title: str, start: float) -> Drawable:
+    """Return the test accuracy of arms as bars, on an axis from ``start``; they may have different tasks."""
+    return metric_bars(gather("accuracy", runs), start, "", (), title)
+
+
+def training_loss(runs: Mapping[str, Sequence[Any]]) -> Drawable:
+    """Return the training loss over the steps, without validation scores, which arms have only after the last step."""
+    return plots.training_curves(runs).charts()[0]

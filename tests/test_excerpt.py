@@ -1,0 +1,74 @@
+"""Excerpts of runs: chosen records and arrays, and comparison with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorascope import observe
+from lorascope.methods import AutoLoRA, LoRA
+from lorascope.runs.excerpt import excerpt_differences, write_excerpt
+from lorascope.runs.run import Run
+from lorascope.training import loop
+
+
+@pytest.fixture(scope="module")
+def train(bert: str, task: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    from lorascope.inputs import models
+
+    def trained(method: Any, seed: int = 0) -> Run:
+        settings = {"steps": 4, "batch_size": 4, "eval_size": 8, "test_size": 8, "progress": False, "device": "cpu"}
+        root = tmp_path_factory.mktemp("runs")
+        model = models.load(bert, task=task)
+        return loop.train(model, task, method, seed=seed, root=root, observe=[observe.norms(every=2)], **settings)
+
+    return trained
+
+
+@pytest.fixture(scope="module")
+def run(train: Callable[..., Run]) -> Run:
+    return train(LoRA(rank=2))
+
+
+def test_excerpt_has_the_named_records_and_arrays_only(run: Run, tmp_path: Path) -> None:
+    excerpt = write_excerpt(run, tmp_path / "part", {"update_norm", "loss"}, {"singular_values"})
+    kept = run.table[run.table["quantity"].isin(["update_norm", "loss"])]
+    assert excerpt.table.astype("object").equals(kept.astype("object").reset_index(drop=True))
+    arrays = [name for name in run.snapshot_names() if name.endswith("/singular_values")]
+    assert arrays
+    assert excerpt.snapshot_names() == arrays
+    for name in arrays:
+        assert excerpt.snapshot(name, 4).equals(run.snapshot(name, 4))
+    assert excerpt.score == run.score
+    assert excerpt.ranks() == run.ranks()
+    assert excerpt.update_steps() == []
+    assert {path.name for path in excerpt.path.iterdir()} == {"run.json", "records.parquet", "snapshots"}
+
+
+def test_excerpt_with_all_factors_has_the_updates(run: Run, tmp_path: Path) -> None:
+    excerpt = write_excerpt(run, tmp_path / "part", (), {"A", "B"})
+    assert excerpt.updates().keys() == run.updates().keys()
+    for module, update in run.updates().items():
+        np.testing.assert_array_equal(excerpt.updates()[module].dense(), update.dense())
+    assert write_excerpt(run, tmp_path / "half", (), {"A"}).update_steps() == []
+
+
+def test_excerpt_of_the_last_phase_has_the_earlier_ones(train: Callable[..., Run], tmp_path: Path) -> None:
+    run = train(AutoLoRA(rank=2, search_steps=2))
+    excerpt = write_excerpt(run, tmp_path / "part", {"alpha"}, ())
+    assert excerpt.path.parent == tmp_path / "part"
+    (search,) = excerpt.parents
+    assert search.id == run.parents[0].id
+    assert set(search.table["quantity"]) == {"alpha"}
+
+
+def test_differences_name_the_quantity_and_the_array(run: Run, train: Callable[..., Run], tmp_path: Path) -> None:
+    excerpt = write_excerpt(run, tmp_path / "part", {"update_norm", "loss"}, {"singular_values"})
+    assert excerpt_differences(excerpt, run) == []
+    arrays = [f"{name} at step 4" for name in excerpt.snapshot_names()]
+    other = train(LoRA(rank=2), seed=1)
+    assert excerpt_differences(excerpt, other) == ["records of loss", "records of update_norm", *arrays]

@@ -13,7 +13,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import command
-from lorascope.evidence import blocks, figures, numbers, pages, registration, store, verification
+from lorascope.evidence import blocks, figures, numbers, pages, registration, registration_history, store, verification
 from lorascope.evidence.code_hash import code_hash
 from lorascope.evidence.registration import Registration
 from lorascope.evidence.statistics import PAIRS, module_of
@@ -113,6 +113,8 @@ def _find_differences(
             folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), found, derived, images
         )
         yield from drawing.differences(folder, found, SECTIONS)
+        if root:
+            yield from registration_history.differences(registered, found.runs["commit"].unique())
     if retrain:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
         os.environ |= store.INSTRUCTIONS

@@ -251,8 +251,13 @@ def read(file: Path = FILE) -> Registration:
     ValueError
         It is not TOML, a value has another type, a bound or design is not allowed, or an id is registered twice.
     """
+    return parse(file.read_bytes(), file)
+
+
+def parse(content: bytes, file: Path | str) -> Registration:
+    """Parse the content of a registration; see ``read``."""
     try:
-        tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        tables = tomllib.loads(content.decode("utf-8"))
         contents = msgspec.convert(tables | {"claim": _rename(tables.get("claim"))}, _Contents, strict=False)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error

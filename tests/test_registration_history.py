@@ -1,0 +1,101 @@
+"""The registration compared with its versions at the commits of the runs."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lorascope.evidence import registration
+from lorascope.evidence.registration_history import differences
+
+DEVIATION = """
+[[deviation]]
+claim = "{claim}"
+what = {{ what = "the margin", why = "a slip"{arms} }}
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> tuple[Path, str]:
+    """Return the registration of this repository in a new one, and its commit."""
+    file = tmp_path / "data" / "registered.toml"
+    file.parent.mkdir()
+    file.write_bytes(registration.FILE.read_bytes())
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "register"]):
+        subprocess.run([*git, *words], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    return file, head
+
+
+def edit(file: Path, old: str, new: str, after: str = "") -> None:
+    text = file.read_text(encoding="utf-8")
+    start = text.index(after)
+    assert old in text[start:]
+    file.write_text(text[:start] + text[start:].replace(old, new, 1), encoding="utf-8")
+
+
+def append(file: Path, claim: str, arms: str = "") -> None:
+    file.write_text(file.read_text(encoding="utf-8") + DEVIATION.format(claim=claim, arms=arms), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda file: edit(file, "id =", "# a comment\nid =", "[[claim]]"), ""),
+        (
+            lambda file: edit(file, 'sentence = "', 'sentence = "Perhaps ', 'id = "lora.lowdata"'),
+            "claim lora.lowdata: ",
+        ),
+        (lambda file: edit(file, "margin = 0.", "margin = 0.1", 'id = "lora.lowdata"'), "claim lora.lowdata: "),
+        (lambda file: edit(file, "first_seed = 100", "first_seed = 105", 'id = "lisa.blocks"'), "claim lisa.blocks: "),
+        (lambda file: edit(file, "looks = [1, 2]", "looks = [1]"), "stages: "),
+        (
+            lambda file: edit(file, "rates = [0.0003", "rates = [0.0004", 'label = "LoRA, rank 8"'),
+            "arm 'LoRA, rank 8': ",
+        ),
+        (lambda file: edit(file, "[[deviation]]\nclaim = ", "[[deviation]]\nclaim = 'x' #"), "deviation of "),
+    ],
+)
+def test_change_since_the_runs_is_named(clone: tuple[Path, str], change: Callable[[Path], None], line: str) -> None:
+    file, commit = clone
+    assert list(differences(file, [commit])) == []
+    change(file)
+    lines = list(differences(file, ["0" * 40, commit, commit]))
+    assert len(lines) == bool(line)
+    assert all(found.startswith(f"registered.toml: {line}") for found in lines)
+
+
+def test_a_later_deviation_allows_a_change_of_its_claim(clone: tuple[Path, str]) -> None:
+    file, commit = clone
+    edit(file, "margin = 0.", "margin = 0.1", 'id = "lora.lowdata"')
+    append(file, "lora.words")
+    assert len(list(differences(file, [commit]))) == 1
+    append(file, "lora.lowdata")
+    assert list(differences(file, [commit])) == []
+
+
+def test_a_deviation_of_before_the_runs_allows_nothing(clone: tuple[Path, str]) -> None:
+    file, commit = clone
+    known = next(each.claim for each in registration.read(file).deviations if each.claim != "*")
+    claim = next(id for id in registration.read(file).claims if id.startswith(known.partition(".")[0]))
+    edit(file, 'sentence = "', 'sentence = "Perhaps ', f'id = "{claim}"')
+    (line,) = differences(file, [commit])
+    assert line.startswith(f"registered.toml: claim {claim}: another one at commit {commit[:12]}")
+
+
+def test_a_deviation_with_the_hashes_of_an_arm_allows_its_change(clone: tuple[Path, str]) -> None:
+    file, commit = clone
+    edit(file, "rates = [0.0003", "rates = [0.0004", 'label = "LoRA, rank 8"')
+    append(file, "lora.parity", ', arms = { "LoRA, rank 8" = ["sha256:a", "sha256:b"] }')
+    assert list(differences(file, [commit])) == []
+
+
+def test_without_git_nothing_is_compared(clone: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    file, commit = clone
+    edit(file, "looks = [1, 2]", "looks = [1]")
+    monkeypatch.setenv("PATH", "")
+    assert list(differences(file, [commit])) == []

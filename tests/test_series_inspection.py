@@ -71,7 +71,7 @@ def test_skipped_checkpoint_is_named(folder, capsys):  # noqa: F811
     (folder / "checkpoint-20/adapter_model.safetensors").unlink()
     code, out, err = run(capsys, "inspect", folder)
     assert (code, err) == (0, "")
-    assert "skipped        cannot read " in out
+    assert "skipped        cannot read" in out  # the path may be on the next line
     assert "checkpoint-20" in out
     code, out, err = run(capsys, "plot", "norm_over_steps", folder, "-o", folder.parent / "norms.csv")
     assert code == 0

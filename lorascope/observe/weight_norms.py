@@ -30,6 +30,7 @@ from lorascope.updates import (
     stable_rank,
 )
 from lorascope.updates.linalg import root_of_squares
+from lorascope.updates.low_rank import batches
 
 Factors = dict[str, Float[np.ndarray, "..."]]
 NORMS = {"weight": "weight_norm", "update": "update_norm", "learned": "learned_norm", "step": "step_norm"}
@@ -134,17 +135,20 @@ class norms(Observer):
             if label in trained.modules:
                 yield from _norm_records(label, parts)
         yield from self._block_records(trained, squares)
+        yield from self._factor_records({module: _trained(delta) for module, delta in trained.deltas.items()})
         for module, delta in trained.deltas.items():
-            yield from self._factor_records(module, _trained(delta))
             yield Record("rank", delta.rank, module)
         yield from self._rank_records(step, trained, tensors, sigmas)
 
-    def _factor_records(self, module: str, factors: Factors) -> Iterator[Record]:
-        yield Record("adapter_norm", _joint_norm(factors), module)
-        if _shapes(self.initial_factors_.get(module, {})) != _shapes(factors):
-            self.initial_factors_.pop(module, None)  # a later change back would be to other components
-        elif factors:
-            yield Record("factor_change", _joint_norm(factors, self.initial_factors_[module]), module)
+    def _factor_records(self, factors: Mapping[str, Factors]) -> Iterator[Record]:
+        for module, norm in _joint_norms(factors).items():
+            yield Record("adapter_norm", norm, module)
+        initial = self.initial_factors_
+        for module in initial.keys() & factors.keys():
+            if _shapes(initial[module]) != _shapes(factors[module]):
+                del initial[module]  # a later change back would be to other components
+        for module, norm in _joint_norms({module: factors[module] for module in initial}, initial).items():
+            yield Record("factor_change", norm, module)
 
     def _host_weight(self, trained: TrainedTensors, module: str) -> Float[Tensor, "out in"]:
         host = trained.hosts[module]
@@ -264,12 +268,19 @@ def _matrices(trained: TrainedTensors, tensors: Mapping[str, Tensor]) -> list[st
     return [label for label, tensor in tensors.items() if label in trained.modules and tensor.ndim >= 2]
 
 
-def _joint_norm(factors: Factors, minus: Factors | None = None) -> float:
-    """Compute the Frobenius norm of all factors together, or of their difference from others."""
-    if minus is not None:
-        factors = {name: np.subtract(factor, minus[name], dtype=np.float64) for name, factor in factors.items()}
-    # Numpy sums pairwise, here in float64; a dot product would depend on the alignment of the memory.
-    return math.sqrt(math.fsum(float(np.square(factor, dtype=np.float64).sum()) for factor in factors.values()))
+def _joint_norms(factors: Mapping[str, Factors], minus: Mapping[str, Factors] | None = None) -> dict[str, float]:
+    """Compute the Frobenius norm of all factors of each module together, or of their difference from others."""
+    places = ((f.shape, f.size, (module, name)) for module, named in factors.items() for name, f in named.items())
+    squares: dict[str, list[float]] = {module: [] for module in factors}
+    for batch in batches(places):
+        stack = np.stack([factors[module][name] for module, name in batch], dtype=np.float64)
+        if minus is not None:
+            stack -= np.stack([minus[module][name] for module, name in batch])
+        # Numpy sums pairwise, here in float64; a dot product would depend on the alignment of the memory.
+        sums = np.square(stack, out=stack).sum(axis=tuple(range(1, stack.ndim)))
+        for (module, _), total in zip(batch, sums.tolist(), strict=True):
+            squares[module].append(total)
+    return {module: math.sqrt(math.fsum(totals)) for module, totals in squares.items()}
 
 
 def to_tree(update: Update) -> dict[str, Any]:

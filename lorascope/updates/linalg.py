@@ -56,24 +56,24 @@ def energy_rank(sigma: Float[np.ndarray, "k"], share: float = 0.9) -> float:
 def stable_rank(sigma: Float[np.ndarray, "k"]) -> float:
     """Compute the stable rank, sum sigma^2 / max sigma^2."""
     shares = _power_fractions(sigma, 2)
-    return float(1.0 / np.max(shares)) if shares.any() else 0.0
+    return float(1.0 / shares.max()) if shares.any() else 0.0
 
 
 def _power_fractions(sigma: np.ndarray, power: int) -> Float[np.ndarray, "k"]:
     """Return sigma^power / sum(sigma^power): zeros for a zero spectrum, NaN if any value is not finite."""
     sigma = as_float64(sigma)
-    largest = np.max(sigma, initial=0.0)
-    if not np.isfinite(largest):
+    largest = float(sigma.max(initial=0.0))
+    if not math.isfinite(largest):
         return np.full_like(sigma, np.nan)
     if largest == 0.0:
         return np.zeros_like(sigma)
     scaled = (sigma / largest) ** power
-    return scaled / scaled.sum()
+    return np.asarray(scaled / scaled.sum())
 
 
 def _exp_entropy(shares: np.ndarray) -> float:
     positive = shares[shares != 0.0]
-    return float(np.exp(-np.sum(positive * np.log(positive)))) if len(positive) else 0.0
+    return math.exp(-(positive * np.log(positive)).sum()) if len(positive) else 0.0
 
 
 def subspace_similarity(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"]) -> Float[np.ndarray, "m n"]:
@@ -153,7 +153,7 @@ def triangles(factors: Sequence[Any], buffer: np.ndarray | None = None) -> Float
     result = np.empty((len(factors), small, rank))
     sound = np.zeros(len(factors), dtype=bool)
     if small == rank:
-        grams = _grams(factors, buffer)
+        grams = np.array([gram(factor, buffer) for factor in factors])
         squares = grams.diagonal(axis1=1, axis2=2)
         sound = np.asarray(((squares > _SMALLEST_SQUARE) & (squares < np.inf)).all(axis=1))
         # Rounding errors of a Gram matrix are relative to the norms of its columns, so their scale does not matter.
@@ -167,14 +167,6 @@ def triangles(factors: Sequence[Any], buffer: np.ndarray | None = None) -> Float
         if not sound[i]:
             result[i] = _qr_triangle(as_float64(factor))
     return result
-
-
-def _grams(factors: Sequence[Any], buffer: np.ndarray | None) -> Float[np.ndarray, "n rank rank"]:
-    """Compute X^T X in float64 for arrays of one shape, small ones together."""
-    if math.prod(factors[0].shape) > GRAM_VALUES or not all(isinstance(factor, np.ndarray) for factor in factors):
-        return np.array([gram(factor, buffer) for factor in factors])
-    stack = np.stack(factors, dtype=np.float64)
-    return np.asarray(stack.swapaxes(1, 2) @ stack)
 
 
 def _qr_triangle(X: NDArray[np.float64]) -> NDArray[np.float64]:

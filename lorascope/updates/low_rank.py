@@ -249,7 +249,7 @@ def spectra(updates: Iterable[Update | Product]) -> list[Float[np.ndarray, "k"]]
                 yield (update.B.shape, update.A.shape), size, (i, *_rescale_factors(update))
 
     with one_thread(), np.errstate(over="ignore", invalid="ignore"):
-        for batch in _batches(products()):
+        for batch in batches(products()):
             for (i, update, power), core in zip(batch, _cores([update for _, update, _ in batch], buffer), strict=True):
                 if np.isfinite(core).all():
                     cores[core.shape].append((i, core, abs(update.scale), power))
@@ -280,13 +280,13 @@ def change_norms(pairs: Iterable[tuple[Update, Update]]) -> list[float]:
             else:
                 norms[i] = (after - before).norm()
 
-    for batch in _batches(products()):
+    for batch in batches(products()):
         for (i, after, before), norm in zip(batch, _change_norms_of_one_shape(batch), strict=True):
             norms[i] = (after - before).norm() if np.isnan(norm) else float(norm)
     return [norms[i] for i in range(len(norms))]
 
 
-def _batches(products: Iterable[tuple[Any, int, T]]) -> Iterator[list[T]]:
+def batches(products: Iterable[tuple[Any, int, T]]) -> Iterator[list[T]]:
     """Yield lists of products of one shape, one product if it is large, from tuples (shape, values, product)."""
     waiting = defaultdict(list)
     for shape, size, product in products:
@@ -301,14 +301,15 @@ def _has_narrow_factors(update: Update) -> TypeGuard[LowRank]:
 
 
 def _change_norms_of_one_shape(batch: Sequence[tuple[int, LowRank, LowRank]]) -> Float[np.ndarray, "pairs"]:
-    """Compute the norms of B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0), NaN where `LowRank.norm` is more accurate."""
+    """Compute the norms of B A - B_0 A_0 = dB A + B_0 dA, NaN where `LowRank.norm` is more accurate."""
     B, A = (np.stack([getattr(after, name) for _, after, _ in batch], dtype=np.float64) for name in "BA")
     B0, A0 = (np.stack([getattr(before, name) for _, _, before in batch], dtype=np.float64) for name in "BA")
     with np.errstate(over="ignore", invalid="ignore"), one_thread():
-        left, right = np.concatenate([B - B0, B0], 2), np.concatenate([A, A - A0], 1)
-        left, right = left.swapaxes(1, 2) @ left, right @ right.swapaxes(1, 2)
-        squares = np.sum(left * right, (1, 2))
-        together = np.sum(np.sqrt(np.diagonal(left, 0, 1, 2) * np.diagonal(right, 0, 1, 2)), 1)
+        dB, dA = np.subtract(B, B0, out=B).swapaxes(1, 2), np.subtract(A, A0, out=A0).swapaxes(1, 2)
+        first, last = (dB @ B, A @ A.swapaxes(1, 2)), (B0.swapaxes(1, 2) @ B0, dA.swapaxes(1, 2) @ dA)
+        squares = np.sum(first[0] * first[1] + last[0] * last[1] + 2 * (dB @ B0) * (A @ dA), (1, 2))
+        sizes = (np.diagonal(left, 0, 1, 2) * np.diagonal(right, 0, 1, 2) for left, right in (first, last))
+        together = sum(np.sum(np.sqrt(size), 1) for size in sizes)
         scales = np.abs([after.scale for _, after, _ in batch])
         return np.where(squares >= GRAM_LIMIT * together**2, scales * np.sqrt(squares), np.nan)
 
@@ -336,7 +337,7 @@ def _cores(
 ) -> Float[np.ndarray, "updates left right"]:
     """Compute R_B R_A^T for updates of one shape: small matrices with the singular values of B A."""
     left, right = [update.B for update in updates], [update.A.T for update in updates]
-    if left[0].shape == right[0].shape:  # both sides in one batch
+    if min(left[0].shape) == min(right[0].shape):  # both sides in one batch
         R = triangles(left + right, buffer)
         R_left, R_right = R[: len(left)], R[len(left) :]
     else:

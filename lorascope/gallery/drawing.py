@@ -52,7 +52,7 @@ def draw_figures(
         return
     judging, find = evidence.in_block(blocks[0]), _finder(out)
     listed = [(heading, figure) for heading, section in sections.items() for figure in section]
-    _keep_parts(folder, judging, find, [figure for _, figure in listed])
+    _keep_excerpts(folder, judging, find, [figure for _, figure in listed])
     for heading, figure in listed:
         rows = _rows_of(figure, judging)
         runs: list[Any] = [
@@ -74,10 +74,10 @@ def draw_figures(
         print(f"{figure.name}: drawn from {len(rows)} runs", flush=True)
 
 
-def _keep_parts(
+def _keep_excerpts(
     folder: Path, judging: Evidence, find: Callable[[Mapping[str, Any]], Run | None], listed: Sequence[GalleryFigure]
 ) -> None:
-    """Add what figures show of each run, even before a figure has all its runs: the folder of a run may be lost."""
+    """Add the excerpts of all runs that figures show, also of incomplete figures: the folder of a run may be lost."""
     judged: list[Any] = judging.runs[judging.runs["role"] == "judged"].to_dict("records")
     first = min((row["seed"] for row in judged), default=0)
     for row in judged:

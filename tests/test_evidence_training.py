@@ -344,7 +344,7 @@ def test_a_forged_record_that_a_figure_shows_is_named_when_trained_again(finishe
     assert finished.differences() == []
     with parallel_config(n_jobs=1):
         lines = evidence.retrain(finished.folder, 100, finished.file)
-    assert lines == [f"A, seed 101: shown/{run}: records of rank: kept, but other values when trained again"]
+    assert lines == [f"A, seed 101: shown/{run}: records of rank: other values when trained again"]
 
 
 def test_source_tree_without_git_has_the_version_instead_of_a_commit(
@@ -463,15 +463,14 @@ def test_tampered_figures_are_named(finished: Study) -> None:
         assert any(line.startswith(place) for line in finished.differences())
 
 
-def forge_image(study: Study, name: str) -> None:
-    """Give an image the hash of the chart data, and the manifest those of all files."""
+def forge_image(study: Study, name: str, **facts: Any) -> None:
+    """Give an image the hash of the chart data and other facts, and the manifest the hashes of all files."""
     image = study.images / f"{name}.png"
     with Image.open(image) as opened:
-        facts, copied = json.loads(opened.info["lorascope"]), opened.copy()
+        known, copied = json.loads(opened.info["lorascope"]), opened.copy()
+    digest = store.digest(study.folder / "figures" / f"{name}.parquet")
     text = PngInfo()
-    text.add_text(
-        "lorascope", json.dumps(facts | {"data_sha256": store.digest(study.folder / "figures" / f"{name}.parquet")})
-    )
+    text.add_text("lorascope", json.dumps(known | {"data_sha256": digest} | facts))
     copied.save(image, pnginfo=text)
     (study.folder / "MANIFEST").write_text(verification._manifest(study.folder, study.file))
 
@@ -505,26 +504,83 @@ def test_the_kept_part_of_a_run_has_what_figures_show_of_it(finished: Study) -> 
         assert {path.name for path in run.path.iterdir()} == {"run.json", "records.parquet"}
 
 
+def edit_json(file: Path, **fields: Any) -> None:
+    file.write_bytes(json.dumps(json.loads(file.read_bytes()) | fields).encode())
+
+
+def copy_inside(excerpt: Path) -> None:
+    shutil.copytree(excerpt, excerpt / "sub")
+
+
+def move_outside(excerpt: Path) -> None:
+    moved = excerpt.parents[4] / "elsewhere"
+    shutil.move(excerpt, moved)
+    excerpt.symlink_to(moved)
+
+
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
-        (shutil.rmtree, r"shown/RUN: no such run, but figures/ranks\.parquet shows it"),
         (
-            lambda run: (run / "records.parquet").write_bytes(b"x"),
-            r"figures/ranks\.parquet: cannot be drawn again: cannot read .*records\.parquet.*checksum differs.*",
+            shutil.rmtree,
+            r"shown/RUN: no finished run with the scores in runs\.csv, but figures/ranks\.parquet .*",
         ),
-        (
-            lambda run: (run / "run.json").write_text("{"),
-            r"figures/ranks\.parquet: cannot be drawn again: .*run\.json.*",
-        ),
+        (lambda run: (run / "records.parquet").write_bytes(b"x"), r"FIGURE: cannot read .*checksum differs.*"),
+        (lambda run: (run / "records.parquet").unlink(), r"FIGURE: cannot read records\.parquet.*"),
+        (lambda run: (run / "run.json").write_text("{"), r"FIGURE: .*run\.json.*"),
+        (lambda run: edit_json(run / "run.json", id=[]), r"FIGURE: cannot read id of .*run\.json.*"),
+        (lambda run: edit_json(run / "run.json", seed=7), r"FIGURE: shown/RUN: seed differs from runs\.csv"),
+        (lambda run: edit_json(run / "run.json", method={"name": "lora"}), r"FIGURE: shown/RUN: method differs .*"),
+        (lambda run: edit_json(run / "run.json", parents=["../x"]), r"FIGURE: shown/RUN: its earlier phases .*"),
+        (copy_inside, r"FIGURE: two folders of run .*"),
+        (move_outside, r"shown/RUN: a symbolic link, whose target is not kept"),
     ],
 )
-def test_a_damaged_part_of_a_run_is_one_line(finished: Study, damage: Callable[[Path], None], line: str) -> None:
+def test_a_damaged_excerpt_is_one_line(finished: Study, damage: Callable[[Path], None], line: str) -> None:
     run = store.read(finished.folder).run("A", 101)
     damage(finished.folder / "shown" / run)
     (finished.folder / "MANIFEST").write_text(verification._manifest(finished.folder, finished.file))
     (found,) = finished.differences()
-    assert re.fullmatch(line.replace("RUN", run), found), found
+    line = line.replace("FIGURE", r"figures/ranks\.parquet: cannot be drawn again").replace("RUN", run)
+    assert re.fullmatch(line, found), found
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda about: replace(about, runs=about.runs[:1]), "runs: kept 1 run (A), recomputed 2 runs (A, B)"),
+        (lambda about: replace(about, runs=(*about.runs, about.runs[0])), "runs: kept 3 runs (A, B, A), recomputed "),
+        (lambda about: replace(about, alt="Ranks of B"), "alt: kept 'Ranks of B', recomputed 'Ranks of A'"),
+        (lambda about: replace(about, heading="q"), "heading: kept 'q', recomputed 'p'"),
+    ],
+)
+def test_a_figure_that_shows_other_runs_or_has_other_text_is_named(
+    finished: Study, change: Callable[[Any], Any], line: str
+) -> None:
+    kept = store.read(finished.folder)
+    about = change(kept.figures["ranks"].about)
+    figures.write(finished.folder, "ranks", pd.read_parquet(finished.folder / "figures" / "ranks.parquet"), about)
+    forge_image(finished, "ranks", runs=list(about.runs))
+    (found,) = finished.differences()
+    for run, name in zip(kept.figures["ranks"].about.runs, "AB", strict=True):
+        found = found.replace(run, name)
+    assert found.startswith(f"figures/ranks.parquet: {line}")
+
+
+def test_an_excerpt_of_no_run_is_named(finished: Study) -> None:
+    (finished.folder / "shown" / "0123456789ab").mkdir()
+    (finished.folder / "shown" / "other").write_bytes(b"")
+    (finished.folder / "MANIFEST").write_text(verification._manifest(finished.folder, finished.file))
+    assert finished.differences() == ["shown/0123456789ab: not a run of runs.csv", "shown/other: not a run of runs.csv"]
+
+
+@pytest.mark.parametrize(("column", "value"), [("settings", "[]"), ("method", "[]"), ("trained_parameters", "inf")])
+def test_a_damaged_cell_of_a_shown_run_raises_nothing(finished: Study, column: str, value: str) -> None:
+    runs = pd.read_csv(finished.folder / "runs.csv", dtype="str", keep_default_na=False)
+    runs.loc[runs["arm"] == "B", column] = value
+    (finished.folder / "runs.csv").write_bytes(store.to_csv(runs))
+    assert any(line.startswith("figures/scores.parquet: ") for line in finished.differences())
+    drawing.draw_figures(finished.folder, finished.out, finished.images, SECTIONS, "abc")
 
 
 def test_figures_are_drawn_from_the_kept_parts_of_the_runs(finished: Study) -> None:

@@ -66,9 +66,38 @@ def test_excerpt_of_the_last_phase_has_the_earlier_ones(train: Callable[..., Run
     assert set(search.table["quantity"]) == {"alpha"}
 
 
-def test_differences_name_the_quantity_and_the_array(run: Run, train: Callable[..., Run], tmp_path: Path) -> None:
-    excerpt = write_excerpt(run, tmp_path / "part", {"update_norm", "loss"}, {"singular_values"})
-    assert excerpt_differences(excerpt, run) == []
+def test_differences_name_the_field_the_quantity_and_the_array(
+    run: Run, train: Callable[..., Run], tmp_path: Path
+) -> None:
+    shown = ({"update_norm", "loss"}, {"singular_values"})
+    excerpt = write_excerpt(run, tmp_path / "part", *shown)
+    assert excerpt_differences(excerpt, write_excerpt(run, tmp_path / "again", *shown)) == []
     arrays = [f"{name} at step 4" for name in excerpt.snapshot_names()]
-    other = train(LoRA(rank=2), seed=1)
-    assert excerpt_differences(excerpt, other) == ["records of loss", "records of update_norm", *arrays]
+    other = write_excerpt(train(LoRA(rank=2), seed=1), tmp_path / "other", *shown)
+    found = excerpt_differences(excerpt, other)
+    assert found == ["id", "seed", "states", "records of loss", "records of update_norm", *arrays]
+
+
+@pytest.mark.parametrize("less", [0, 1])
+def test_records_and_arrays_of_one_excerpt_only_are_differences(run: Run, tmp_path: Path, less: int) -> None:
+    both = [
+        write_excerpt(run, tmp_path / "all", {"loss"}, {"singular_values"}),
+        write_excerpt(run, tmp_path / "no", (), ()),
+    ]
+    found = excerpt_differences(both[less], both[1 - less])
+    assert found[:2] == ["quantities", "records of loss"]
+    assert len(found) == 2 + len(both[0].snapshot_names())
+
+
+def test_rounding_is_no_difference(run: Run, tmp_path: Path) -> None:
+    one, two = (write_excerpt(run, tmp_path / name, {"update_norm"}, ()) for name in ("a", "b"))
+    vars(two)["table"] = two.table.assign(value=two.table["value"] * (1 + 1e-12))
+    assert excerpt_differences(one, two) == []
+    vars(two)["table"] = two.table.assign(value=two.table["value"] * (1 + 1e-6))
+    assert excerpt_differences(one, two) == ["records of update_norm"]
+
+
+def test_a_rewritten_excerpt_has_no_earlier_files(run: Run, tmp_path: Path) -> None:
+    write_excerpt(run, tmp_path / "part", (), {"A", "B"})
+    excerpt = write_excerpt(run, tmp_path / "part", {"loss"}, ())
+    assert {path.name for path in excerpt.path.iterdir()} == {"run.json", "records.parquet"}

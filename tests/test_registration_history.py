@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorascope.evidence import registration
-from lorascope.evidence.registration_history import differences
+from lorascope.evidence.registration_history import Comparison, compare
 
 DEVIATION = """
 [[deviation]]
@@ -29,6 +29,10 @@ def clone(tmp_path: Path) -> tuple[Path, str]:
         subprocess.run([*git, *words], check=True)
     head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
     return file, head
+
+
+def differences(file: Path, commits: list[str]) -> list[str]:
+    return compare(file, commits).differences
 
 
 def edit(file: Path, old: str, new: str, after: str = "") -> None:
@@ -62,9 +66,9 @@ def append(file: Path, claim: str, arms: str = "") -> None:
 )
 def test_change_since_the_runs_is_named(clone: tuple[Path, str], change: Callable[[Path], None], line: str) -> None:
     file, commit = clone
-    assert list(differences(file, [commit])) == []
+    assert differences(file, [commit]) == []
     change(file)
-    lines = list(differences(file, ["0" * 40, commit, commit]))
+    lines = differences(file, ["0" * 40, commit])
     assert len(lines) == bool(line)
     assert all(found.startswith(f"registered.toml: {line}") for found in lines)
 
@@ -73,29 +77,45 @@ def test_a_later_deviation_allows_a_change_of_its_claim(clone: tuple[Path, str])
     file, commit = clone
     edit(file, "margin = 0.", "margin = 0.1", 'id = "lora.lowdata"')
     append(file, "lora.words")
-    assert len(list(differences(file, [commit]))) == 1
+    assert len(differences(file, [commit])) == 1
     append(file, "lora.lowdata")
-    assert list(differences(file, [commit])) == []
+    assert differences(file, [commit]) == []
 
 
 def test_a_deviation_of_before_the_runs_allows_nothing(clone: tuple[Path, str]) -> None:
     file, commit = clone
     known = next(each.claim for each in registration.read(file).deviations if each.claim != "*")
-    claim = next(id for id in registration.read(file).claims if id.startswith(known.partition(".")[0]))
-    edit(file, 'sentence = "', 'sentence = "Perhaps ', f'id = "{claim}"')
+    edit(file, 'sentence = "', 'sentence = "Perhaps ', f'id = "{known}"')
     (line,) = differences(file, [commit])
-    assert line.startswith(f"registered.toml: claim {claim}: another one at commit {commit[:12]}")
+    assert line.startswith(f"registered.toml: claim {known}: differs from commit {commit[:12]}")
 
 
-def test_a_deviation_with_the_hashes_of_an_arm_allows_its_change(clone: tuple[Path, str]) -> None:
+def test_an_arm_may_change_with_a_deviation_of_a_claim_that_uses_it(clone: tuple[Path, str]) -> None:
     file, commit = clone
     edit(file, "rates = [0.0003", "rates = [0.0004", 'label = "LoRA, rank 8"')
-    append(file, "lora.parity", ', arms = { "LoRA, rank 8" = ["sha256:a", "sha256:b"] }')
-    assert list(differences(file, [commit])) == []
+    append(file, "autolora.spread", ', arms = { "LoRA, rank 8" = ["sha256:a", "sha256:b"] }')
+    assert len(differences(file, [commit])) == 1
+    append(file, "lora.parity")
+    assert differences(file, [commit]) == []
 
 
-def test_without_git_nothing_is_compared(clone: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commits_that_are_not_known_are_counted(clone: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     file, commit = clone
-    edit(file, "looks = [1, 2]", "looks = [1]")
+    output = file.parents[1] / "written"
+    # Neither an option nor a branch is passed on to git.
+    assert compare(file, [commit, "0" * 40, "HEAD", f"--output={output}"]) == Comparison([], 1, 4)
+    assert not list(file.parents[1].glob("written*"))
     monkeypatch.setenv("PATH", "")
-    assert list(differences(file, [commit])) == []
+    assert compare(file, [commit]) == Comparison([], 0, 1)
+
+
+def test_an_earlier_version_that_cannot_be_read_is_one_line(clone: tuple[Path, str]) -> None:
+    file, _ = clone
+    content = file.read_bytes()
+    file.write_text("{")
+    git = ["git", "-C", str(file.parents[1]), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "commit", "-qam", "break"], check=True)
+    broken = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    file.write_bytes(content)
+    (line,) = differences(file, [broken])
+    assert line.startswith(f"cannot read registered.toml at commit {broken[:12]}: ")

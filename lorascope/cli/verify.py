@@ -73,6 +73,11 @@ def main(
         kept = f" {runs} for {count_phrase(len(claims.of_tier('primary', 'secondary')), 'claim')}."
         for line in _find_differences(claims, found, folder, root, write, retrain):
             differences.append(printable(line))  # it may name a foreign file
+        if root:
+            history = registration_history.compare(registered, found.runs["commit"].unique().tolist())
+            differences.extend(history.differences)
+            if history.known < history.all:
+                kept += f" The registration was compared at {history.known} of {history.all} commits of runs."
     except (OSError, ValueError) as error:  # a damaged or missing file
         differences.append(printable(" ".join(str(error).split())))
     if json:
@@ -113,8 +118,6 @@ def _find_differences(
             folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), found, derived, images
         )
         yield from drawing.differences(folder, found, SECTIONS)
-        if root:
-            yield from registration_history.differences(registered, found.runs["commit"].unique())
     if retrain:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
         os.environ |= store.INSTRUCTIONS

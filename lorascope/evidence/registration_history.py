@@ -2,56 +2,82 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorascope.evidence import registration
 from lorascope.evidence.registration import Registration
 from lorascope.files.printable import printable
 
+_COMMIT = re.compile("[0-9a-f]{40}")  # an option or a branch would give another file
 
-def differences(file: Path, commits: Collection[str]) -> Iterator[str]:
-    """Return one line per change of the registration since runs were trained that no later deviation names.
+
+@dataclass(frozen=True)
+class Comparison:
+    """Comparison of the registration with its earlier versions.
 
     Parameters
     ----------
-    file : path
-        The registration, in the folder ``data`` of a clone.
-    commits : collection of str
-        Commits of the runs. Those that the clone lacks are left out, such as all without git or in a shallow clone.
+    differences : list of str
+        One line for each change that no later deviation names.
+    known, all : int
+        Number of commits whose version is known, and of all commits of runs. None is known without git, and few are in
+        a shallow clone.
     """
-    root, now = file.parents[1], file.read_bytes()
-    compared = {now}
-    for commit in commits:
-        earlier = _content(root, commit, f"{file.parent.name}/{file.name}")
-        if earlier is not None and earlier not in compared:
-            compared.add(earlier)
-            when = f"another one at commit {printable(commit[:12])}, with which runs were trained"
-            yield from changes(registration.parse(earlier, f"{file} at {commit}"), registration.read(file), when)
+
+    differences: list[str]
+    known: int
+    all: int
 
 
-def changes(earlier: Registration, now: Registration, when: str) -> Iterator[str]:
-    """Return one line per claim, arm, deviation or order of the work that was changed without a later deviation."""
-    later = [deviation for deviation in now.deviations if deviation not in earlier.deviations]
-    named, arms = {deviation.claim for deviation in later}, {arm for each in later for arm in each.what.arms}
-    for id in earlier.claims.keys() | now.claims.keys():
-        if earlier.claims.get(id) != now.claims.get(id) and not named & {id, "*"}:
-            yield f"registered.toml: claim {id}: {when}, and no deviation names it"
-    for label in earlier.arms.keys() | now.arms.keys():
-        if earlier.arms.get(label) != now.arms.get(label) and label not in arms and "*" not in named:
-            yield f"registered.toml: arm {printable(label)!r}: {when}, and no deviation names it"
-    if earlier.stages != now.stages and "*" not in named:
-        yield f"registered.toml: stages: {when}, and no deviation of all claims"
+def compare(file: Path, commits: Collection[str]) -> Comparison:
+    """Compare the registration, in the folder ``data`` of a clone, with its versions at the commits of the runs."""
+    root, now, found = file.parents[1], file.read_bytes(), []
+    versions = {commit: _content(root, commit, f"{file.parent.name}/{file.name}") for commit in commits}
+    known = {commit: content for commit, content in versions.items() if content is not None}
+    for content in dict.fromkeys(known.values()):
+        commit = next(each for each in known if known[each] == content)
+        if content != now:
+            try:
+                earlier = registration.parse(content, f"{file.name} at commit {commit[:12]}")
+            except ValueError as error:
+                found.append(str(error))
+            else:
+                found.extend(changes(earlier, registration.read(file), commit[:12]))
+    return Comparison(found, len(known), len(versions))
+
+
+def changes(earlier: Registration, now: Registration, commit: str) -> Iterator[str]:
+    """Return one line per claim, arm, deviation or stage that was changed without a later deviation.
+
+    A deviation allows changes of its claim and of the arms that the claim uses; "*" allows all.
+    """
+    changed = f"differs from commit {commit}, with which runs were trained"
+    later = {deviation.claim for deviation in now.deviations if deviation not in earlier.deviations}
+    for id in sorted(earlier.claims.keys() | now.claims.keys()):
+        if earlier.claims.get(id) != now.claims.get(id) and not later & {id, "*"}:
+            yield f"registered.toml: claim {id}: {changed}; no later deviation names it"
+    for label in sorted(earlier.arms.keys() | now.arms.keys()):
+        users = {id for claims in (earlier.claims, now.claims) for id in claims if label in claims[id].arms}
+        if earlier.arms.get(label) != now.arms.get(label) and not later & {*users, "*"}:
+            yield f"registered.toml: arm {printable(label)!r}: {changed}; no later deviation of its claims"
+    if earlier.stages != now.stages and "*" not in later:
+        yield f"registered.toml: stages: {changed}; no later deviation of all claims"
     for deviation in earlier.deviations:
         if deviation not in now.deviations:
-            yield f"registered.toml: deviation of {printable(deviation.claim)}: missing, but not at a commit of runs"
+            yield f"registered.toml: deviation of {printable(deviation.claim)}: missing, but is in commit {commit}"
 
 
 def _content(root: Path, commit: str, path: str) -> bytes | None:
     """Return a file at a commit; None if it is not known."""
+    if not _COMMIT.fullmatch(commit):  # without git, a run has a version instead
+        return None
+    words = ["git", "-C", str(root), "cat-file", "blob", f"{commit}:{path}"]
     try:
-        shown = subprocess.run(["git", "-C", str(root), "show", f"{commit}:{path}"], capture_output=True, check=False)
+        shown = subprocess.run(words, capture_output=True, check=False)
     except OSError:  # git is not installed
         return None
     return shown.stdout if shown.returncode == 0 else None

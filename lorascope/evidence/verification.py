@@ -153,7 +153,10 @@ def _kept_manifest(folder: Path) -> dict[str, str]:
 
 
 def _manifest(folder: Path, registered: Path) -> str:
-    return store.manifest(folder) + f"{store.digest(registered)}  ../{registered.name}\n"
+    data = registered.parent
+    files = [registered, *sorted(data.glob("published/*.csv"))]
+    outside = (f"{store.digest(file)}  ../{file.relative_to(data).as_posix()}\n" for file in files)
+    return store.manifest(folder) + "".join(outside)
 
 
 def verify(
@@ -208,6 +211,8 @@ def verify(
 
 def _check_manifest(folder: Path, registered: Path) -> Iterator[str]:
     kept, found = _kept_manifest(folder), _digests(_manifest(folder, registered))
+    for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
+        yield f"{link.relative_to(folder).as_posix()}: a symbolic link, whose target is not kept"
     for path in sorted(kept.keys() | found.keys()):
         if kept.get(path) != found.get(path):
             yield f"MANIFEST: {path}: kept {_short(kept.get(path))}, recomputed {_short(found.get(path))}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ from lorascope.evidence.figures import About, KeptFigure
 from lorascope.evidence.store import Evidence
 from lorascope.evidence.verification import compare_tables
 from lorascope.files.parquet_tables import read_table
-from lorascope.files.typed_json import read_json
+from lorascope.files.printable import count_phrase, printable
+from lorascope.files.typed_json import read_json, to_typed
 from lorascope.gallery.base import GalleryFigure
 from lorascope.gallery.kept_scores import KeptScores
 from lorascope.runs.excerpt import excerpt_differences, write_excerpt
@@ -24,14 +28,13 @@ from lorascope.runs.run import Run
 
 SHOWN = "shown"
 """Folder in a folder of evidence: the excerpts of runs that the figures show."""
-_PARTS = ("quantities", "arrays")
 _LEAST = 2  # seeds of a figure that shows all
 
 
 def draw_figures(
     folder: Path, out: Path, images: Path, sections: Mapping[str, Sequence[GalleryFigure]], commit: str
 ) -> None:
-    """Draw the figures whose runs are in the evidence, unless they are kept with the same runs.
+    """Draw the figures whose runs are in the evidence, unless they are kept with the same runs and data.
 
     Parameters
     ----------
@@ -47,22 +50,18 @@ def draw_figures(
         Commit of this repository, which the images contain.
     """
     evidence = store.read(folder)
-    blocks = evidence.blocks()
-    if not blocks:
-        return
-    judging, find = evidence.in_block(blocks[0]), _finder(out)
-    listed = [(heading, figure) for heading, section in sections.items() for figure in section]
-    _keep_excerpts(folder, judging, find, [figure for _, figure in listed])
-    for heading, figure in listed:
+    judging, find = _judging(evidence), _finder(out)
+    _keep_excerpts(folder, judging, find, [figure for section in sections.values() for figure in section])
+    for heading, figure in [(heading, figure) for heading, section in sections.items() for figure in section]:
         rows = _rows_of(figure, judging)
-        runs: list[Any] = [
-            find(row) if figure.shows_factors else _kept_run(figure, evidence, folder, row) for row in rows
-        ]
-        if not rows or None in runs:
-            continue
         try:
+            runs: list[Any] = [
+                find(row) if figure.shows_factors else _kept_run(figure, evidence, folder, row) for row in rows
+            ]
+            if not rows or None in runs:
+                continue
             table, chart = _draw(figure, rows, runs)
-        except ValueError as error:  # runs of an earlier version may lack records
+        except Exception as error:  # runs of an earlier version may lack records, and any value may be damaged
             print(f"cannot draw {figure.name}: {error}", flush=True)
             continue
         about = About(heading, figure.alt, tuple(row["run"] for row in rows), commit)
@@ -74,72 +73,123 @@ def draw_figures(
         print(f"{figure.name}: drawn from {len(rows)} runs", flush=True)
 
 
+def _judging(evidence: Evidence) -> Evidence:
+    """Return the runs of the machine that judges the claims."""
+    blocks = evidence.blocks()
+    return evidence.in_block(blocks[0]) if blocks else evidence
+
+
 def _keep_excerpts(
     folder: Path, judging: Evidence, find: Callable[[Mapping[str, Any]], Run | None], listed: Sequence[GalleryFigure]
 ) -> None:
     """Add the excerpts of all runs that figures show, also of incomplete figures: the folder of a run may be lost."""
-    judged: list[Any] = judging.runs[judging.runs["role"] == "judged"].to_dict("records")
-    first = min((row["seed"] for row in judged), default=0)
-    for row in judged:
-        showing = [
-            figure
-            for figure in listed
-            if (figure.quantities or figure.arrays)
-            and row["arm"] in figure.arms.values()
-            and row["seed"] - first < (figure.seeds or math.inf)
-        ]
-        run = find(row) if showing else None
+    rows: list[Any] = judging.runs.to_dict("records")
+    for row in rows:
+        shown = _shown_of(row, judging, listed)
+        run = find(row) if any(shown) else None
         if run is not None:
-            quantities, arrays = ({name for each in showing for name in getattr(each, kind)} for kind in _PARTS)
-            write_excerpt(run, folder / SHOWN / row["run"], quantities, arrays)
+            write_excerpt(run, folder / SHOWN / row["run"], *shown)
+
+
+def _shown_of(row: Mapping[str, Any], judging: Evidence, listed: Sequence[GalleryFigure]) -> tuple[set[str], set[str]]:
+    """Return the quantities and arrays that figures show of a run."""
+    judged = judging.runs[judging.runs["role"] == "judged"]
+    place = row["seed"] - judged["seed"].min() if row["role"] == "judged" else math.inf
+    chosen = [each for each in listed if row["arm"] in each.arms.values() and place < (each.seeds or math.inf)]
+    return {name for each in chosen for name in each.quantities}, {name for each in chosen for name in each.arrays}
 
 
 def _is_kept(folder: Path, name: str, known: KeptFigure | None, about: About, table: pd.DataFrame, image: Path) -> bool:
-    """Return whether a figure is kept with these runs and data, and with its image."""
-    # A figure without a commit is from before images had a digest of their pixels.
-    if known is None or not known.about.commit or known.digest != figures.digest_in(image):
+    """Return whether a figure is kept with these runs, text and data, and with its image."""
+    if known is None or known.digest != figures.digest_in(image):
         return False
-    same_runs = set(known.about.runs) == set(about.runs)
-    return same_runs and not list(compare_tables("", *_texts(_read(folder, name), table)))
+    same = known.about == replace(about, commit=known.about.commit)
+    return same and not list(compare_tables("", *_texts(_read(folder, name), table)))
 
 
 def differences(folder: Path, evidence: Evidence, sections: Mapping[str, Sequence[GalleryFigure]]) -> Iterator[str]:
-    """Draw the kept figures again from kept scores, tables and excerpts; return one line for each different value.
+    """Draw the kept figures again from kept scores, tables and excerpts; return one line for each difference.
 
-    Figures of factors are left out, because factors are not kept.
+    The data of figures of factors are left out, because factors are not kept.
     """
-    known = {figure.name: figure for listed in sections.values() for figure in listed}
+    known = {each.name: (heading, each) for heading, section in sections.items() for each in section}
+    judging = _judging(evidence)
     for name, kept in evidence.figures.items():
         file = f"{figures.FOLDER}/{name}.parquet"
-        figure = known.get(name)
-        if figure is None:
+        if name not in known:
             yield f"{file}: no figure of the gallery has this name"
             continue
-        chosen = evidence.runs[evidence.runs["run"].isin(kept.about.runs)]
-        if figure.shows_factors or len(chosen) < len(kept.about.runs):  # a missing run is reported by its name
-            continue
-        rows = _in_order(figure, chosen)
+        heading, figure = known[name]
         try:
-            runs = [_kept_run(figure, evidence, folder, row) for row in rows]
-            if None in runs:
-                yield f"{SHOWN}/{rows[runs.index(None)]['run']}: no such run, but {file} shows it"
-                continue
-            found, _ = _draw(figure, rows, runs)
-            table = _read(folder, name)
-        except (LookupError, ValueError) as error:
-            yield f"{file}: cannot be drawn again: {error}"
-            continue
-        yield from compare_tables(file, *_texts(table, found))
+            yield from _figure_differences(file, folder, evidence, heading, figure, kept, _rows_of(figure, judging))
+        except Exception as error:  # any cell of runs.csv, excerpt or table may be damaged
+            yield f"{file}: cannot be drawn again: {' '.join(str(error).split()) or repr(error)}"
+    for path in sorted((folder / SHOWN).glob("*")):
+        if not path.is_dir() or path.name not in set(evidence.runs["run"]):
+            yield f"{SHOWN}/{path.name}: not a run of runs.csv"
 
 
-def changed_excerpts(folder: Path, run: str, out: Path) -> list[str]:
-    """Return what differs between the excerpts of a run and the same run in another folder, in one line each."""
-    excerpts, runs = (_folders(path) for path in (folder / SHOWN / run, out))
-    return [
-        f"{SHOWN}/{run}: {difference}: kept, but other values when trained again"
-        for id, path in excerpts.items()
-        for difference in excerpt_differences(Run.read(path), Run.read(runs[id]))
-    ]
+def _figure_differences(
+    file: str,
+    folder: Path,
+    evidence: Evidence,
+    heading: str,
+    figure: GalleryFigure,
+    kept: KeptFigure,
+    rows: Sequence[Mapping[str, Any]],
+) -> Iterator[str]:
+    """Compare a kept figure with the gallery and the runs that it should show."""
+    expected = About(heading, figure.alt, tuple(row["run"] for row in rows))
+    for field in ("heading", "alt", "runs"):
+        found, right = getattr(kept.about, field), getattr(expected, field)
+        if found != right:
+            yield f"{file}: {field}: kept {_shorten(found)}, recomputed {_shorten(right)}"
+    if figure.shows_factors or kept.about.runs != expected.runs:
+        return
+    runs = [_kept_run(figure, evidence, folder, row) for row in rows]
+    if None in runs:
+        missing = rows[runs.index(None)]["run"]
+        yield f"{SHOWN}/{missing}: no finished run with the scores in runs.csv, but {file} shows it"
+        return
+    found, _ = _draw(figure, rows, runs)
+    yield from compare_tables(file, *_texts(_read(folder, figure.name), found))
+
+
+def _shorten(value: str | tuple[str, ...]) -> str:
+    if isinstance(value, str):
+        return repr(printable(value))
+    return f"{count_phrase(len(value), 'run')} ({printable(', '.join(value[:3]))}{', ...' if value[3:] else ''})"
+
+
+def changed_excerpts(
+    folder: Path, row: Mapping[str, Any], again: Path, sections: Mapping[str, Sequence[GalleryFigure]]
+) -> list[str]:
+    """Return what differs between the excerpt of a run and the same run that was trained again, in one line each.
+
+    Parameters
+    ----------
+    folder : path
+        Folder of evidence.
+    row : mapping
+        Row of ``runs.csv``.
+    again : path
+        Folder of the run that was trained again.
+    sections : mapping heading -> sequence of GalleryFigure
+        Figures by heading.
+    """
+    path = folder / SHOWN / row["run"]
+    if not path.exists():
+        return []
+    listed = [figure for section in sections.values() for figure in section]
+    kept, run = _finder(path)(row), _finder(again)(row)
+    if kept is None or run is None:
+        return [f"{SHOWN}/{row['run']}: no finished run with the scores of the one that was trained again"]
+    with tempfile.TemporaryDirectory() as new:
+        fresh = write_excerpt(run, Path(new) / "run", *_shown_of(row, _judging(store.read(folder)), listed))
+        return [
+            f"{SHOWN}/{row['run']}: {difference}: other values when trained again"
+            for difference in excerpt_differences(kept, fresh)
+        ]
 
 
 def _read(folder: Path, name: str) -> pd.DataFrame:
@@ -148,7 +198,7 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
 
 
 def _texts(*tables: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    return (table.astype("object").map(str) for table in tables)
+    return (table.reset_index(drop=True).astype("object").map(str) for table in tables)
 
 
 def _draw(
@@ -165,7 +215,7 @@ def _draw(
 
 
 def _rows_of(figure: GalleryFigure, evidence: Evidence) -> list[dict[str, Any]]:
-    """Return the rows of the runs that a figure shows; none if some are missing or diverged."""
+    """Return the rows of the runs that a figure shows, in its order; none if some are missing or diverged."""
     arms = set(figure.arms.values())
     runs = evidence.runs[evidence.runs["arm"].isin(list(arms))]
     judged, diverged = runs[runs["role"] == "judged"], runs["trained_parameters"].isna()
@@ -176,16 +226,12 @@ def _rows_of(figure: GalleryFigure, evidence: Evidence) -> list[dict[str, Any]]:
         seeds = [seed for seed in seeds if all(evidence.run(arm, seed) in having for arm in arms)]
     if len(seeds) < (figure.seeds or _LEAST) or diverged[judged.index].any():
         return []
-    tuned = runs[(runs["role"] == "tuning") & ~diverged & figure.tuning]
-    return _in_order(figure, pd.concat([tuned, judged[judged["seed"].isin(seeds)]]))
-
-
-def _in_order(figure: GalleryFigure, runs: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return rows of ``runs.csv`` in the order in which a figure shows them."""
-    tuned, judged = runs[runs["role"] == "tuning"], runs[runs["role"] == "judged"].sort_values("seed", kind="stable")
-    if figure.tuning:  # the validation loss of judged runs chose no rate
-        judged = judged.assign(validation_loss=math.nan, validation_metric=math.nan)
-    listed: list[Any] = pd.concat([tuned, judged]).to_dict("records")
+    rows = judged[judged["seed"].isin(seeds)].sort_values("seed", kind="stable")
+    if figure.tuning:
+        tuned = runs[(runs["role"] == "tuning") & ~diverged]
+        # The validation loss of judged runs chose no rate.
+        rows = pd.concat([tuned, rows.assign(validation_loss=math.nan, validation_metric=math.nan)])
+    listed: list[Any] = rows.to_dict("records")
     return listed
 
 
@@ -196,12 +242,25 @@ def _kept_run(
     if figure.scores_only:
         tables = {name: tables[row["run"]] for name, tables in evidence.kept.items() if row["run"] in tables}
         return KeptScores(row, tables)
-    return _finder(folder / SHOWN / row["run"])(row)
+    path = folder / SHOWN / row["run"]
+    run = _finder(path)(row)
+    if run is not None:
+        for name, value in (("seed", row["seed"]), ("method", json.loads(row["method"]))):
+            if getattr(run.meta, name) != value:
+                raise ValueError(f"{SHOWN}/{row['run']}: {name} differs from runs.csv")
+        if run.meta.parents and run.path == path:
+            raise ValueError(f"{SHOWN}/{row['run']}: its earlier phases are not in this folder")
+    return run
 
 
-def _folders(out: Path) -> dict[Any, Path]:
+def _folders(out: Path) -> dict[str, Path]:
     """Return the run folders below a folder by the id of their runs."""
-    return {read_json(file, dict[str, Any]).get("id"): file.parent for file in out.rglob("run.json")}
+    found: dict[str, Path] = {}
+    for file in sorted(out.rglob("run.json")):
+        id = to_typed(read_json(file, dict[str, Any]).get("id"), str, f"id of {file}")
+        if found.setdefault(id, file.parent) != file.parent:
+            raise ValueError(f"two folders of run {printable(id)}: {printable(found[id])} and {printable(file.parent)}")
+    return found
 
 
 def _finder(out: Path) -> Callable[[Mapping[str, Any]], Run | None]:

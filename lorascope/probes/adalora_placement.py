@@ -15,13 +15,14 @@ from functools import cache
 import pandas as pd
 
 from lorascope.analysis.baseline_ranks import equal_parameters
+from lorascope.evidence.statistics.adalora import BOTTOM, TOP
 from lorascope.inputs import models
 from lorascope.methods import LoRA
 from lorascope.probes.base import Arm, Probe, encoder_settings
 from lorascope.schema import module_table
 
 TYPES = {"W_q": "q", "W_k": "k", "W_v": "v", "W_o": "o", "W_f1": "ffn_in", "W_f2": "ffn_out"}
-BOTTOM, MIDDLE, TOP = "layers 0, 1", "layers 2, 3", "layers 4, 5"
+MIDDLE = "layers 2, 3"
 GROUPS = {BOTTOM: (0, 1), MIDDLE: (2, 3), TOP: (4, 5)}
 
 

@@ -193,9 +193,10 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
         reads = [replace(read, seeds=range(seed, seed + 1)) for read in claimed.get(arm, []) if read.name in old]
         with tempfile.TemporaryDirectory() as out:
             again = finish(open_run, claims, reads, Path(out))
-            shown = drawing.changed_excerpts(folder, str(kept["run"]), Path(out))
+            same_machine = all(kept[name] == value for name, value in block().items())
+            shown = drawing.changed_excerpts(folder, {**kept}, Path(out), SECTIONS) if same_machine else []
         print(_line(again.row), flush=True)
-        if all(kept[name] == value for name, value in block().items()):
+        if same_machine:
             compared = {name: 1e-9 for name in _COMPARED}  # numbers that were written and read
             new = {**again.scores, **again.tables}
             lines = [line for name in old.keys() & new.keys() for line in _first_difference(name, old[name], new[name])]

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from lorascope.evidence.statistics.fourierft import BANDS, DEFAULT, EQUAL, FEW, LARGE, MANY, ORTHOGONAL, RANDOM, ZEROS
 from lorascope.methods import FourierFT, LoRA
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.probes.base import Arm, Probe, encoder_settings, factor_settings
@@ -26,17 +27,17 @@ from lorascope.runs.run import Run
 # For minilm's 384 x 384 query and value weights, 1536 coefficients have the parameters of LoRA of rank 2, 6144 of rank
 # 8.
 METHOD = FourierFT()
-DEFAULT, FEW, MANY = "FourierFT, 1536 coefficients", "FourierFT, 48 coefficients", "FourierFT, 6144 coefficients"
-RANDOM, ORTHOGONAL, ZEROS = f"{DEFAULT}, random basis", f"{DEFAULT}, orthogonal basis", f"{DEFAULT}, from zero"
-BANDS = {f"{DEFAULT}, band around {center}": center for center in (0, 100, 240)}
+BAND_CENTERS = (0, 100, 240)
 BAND_WIDTH = 100
-EQUAL, LARGE = "LoRA, rank 2, q and v", "LoRA, rank 8, q and v"
 # Short names for figures with little room.
 
 
 def arms() -> list[Arm]:
     """Return the registered arms: FourierFT in three sizes and its variants, and LoRA on the same modules."""
-    bands = {label: replace(METHOD, center=center, width=BAND_WIDTH) for label, center in BANDS.items()}
+    bands = {
+        label: replace(METHOD, center=center, width=BAND_WIDTH)
+        for label, center in zip(BANDS, BAND_CENTERS, strict=True)
+    }
     drawn = {
         DEFAULT: METHOD,
         FEW: replace(METHOD, coefficients=48),

@@ -21,15 +21,21 @@ import pandas as pd
 
 from lorascope import observe
 from lorascope.analysis import norms, selected_neurons
-from lorascope.evidence.statistics import neft as statistics
+from lorascope.evidence.statistics.neft import (
+    CHANGED,
+    FEW,
+    MOVIES,
+    PROBED,
+    RANDOM,
+    REVERSED,
+    SELECTED,
+    TWEETS,
+    UTILIZATION,
+)
 from lorascope.methods import NeFT
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.probes.base import Arm, Probe, encoder_settings
 from lorascope.runs.run import Run
-
-CHANGED, REVERSED, RANDOM = "NeFT, 9%", "NeFT, 9%, reversed", "NeFT, 9%, random"
-PROBED = "NeFT, 9%, linear probes"
-MOVIES, TWEETS = "NeFT, choice only, movies", "NeFT, choice only, tweets"
 
 
 def arms() -> list[Arm]:
@@ -46,15 +52,15 @@ def arms() -> list[Arm]:
         Arm(label=CHANGED, method=nine, settings=seen),
         Arm(label=RANDOM, method=replace(nine, select_by="random"), settings=settings),
         Arm(label=PROBED, method=replace(nine, select_by="probed"), settings=settings),
-        Arm(label=statistics.FEW, method=three, settings=seen),
-        Arm(label=statistics.REVERSED, method=replace(three, reversed_share=0.06), settings=seen),
+        Arm(label=FEW, method=three, settings=seen),
+        Arm(label=REVERSED, method=replace(three, reversed_share=0.06), settings=seen),
         Arm(label=MOVIES, method=nine, task="sentiment/movies", settings=choice),
         Arm(label=TWEETS, method=nine, task="sentiment/tweets", settings=choice),
     ]
 
 
 def keep_selected(run: Run) -> pd.DataFrame:
-    """Return the kept table ``selected``; see ``evidence.statistics.neft``."""
+    """Return the kept table ``selected``; see ``evidence.neft``."""
     found = selected_neurons.list_selected(run)[["module", "neuron"]].astype({"module": "str", "neuron": "uint16"})
     sizes = selected_neurons.sizes(run)
     found = found.assign(size=found["module"].map(sizes).astype("uint16"), pool=sizes.total())
@@ -62,7 +68,7 @@ def keep_selected(run: Run) -> pd.DataFrame:
 
 
 def keep_utilization(run: Run) -> pd.DataFrame:
-    """Return the kept table ``utilization``, after the last step; see ``evidence.statistics.neft``."""
+    """Return the kept table ``utilization``, after the last step; see ``evidence.neft``."""
     rows = norms.last(run.table[run.table["quantity"] == "utilisation"]).astype({"module": "str", "role": "str"})
     rows = rows.sort_values(["role", "module", "index"], ignore_index=True)
     rank = rows.groupby("role")["value"].rank(method="first", ascending=False)
@@ -71,7 +77,7 @@ def keep_utilization(run: Run) -> pd.DataFrame:
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     """Draw the chosen neurons, their rotation, and the shifts of utilization."""
-    run = {statistics.CHANGED: runs[statistics.CHANGED]}
+    run = {CHANGED: runs[CHANGED]}
     return [draw(figure, run) for figure in ("neurons", "neuron_cosine", "rank_shift")]
 
 
@@ -81,8 +87,8 @@ PROBE = Probe(
     source="Xu et al., NeFT, arXiv 2403.11621",
     question="Do the neurons that rotate most in full fine-tuning outperform others, and are they task-specific?",
     arms=arms,
-    keep={(statistics.SELECTED, label): keep_selected for label in (CHANGED, MOVIES, TWEETS)}
-    | {(statistics.UTILIZATION, label): keep_utilization for label in (CHANGED, statistics.FEW, statistics.REVERSED)},
+    keep={(SELECTED, label): keep_selected for label in (CHANGED, MOVIES, TWEETS)}
+    | {(UTILIZATION, label): keep_utilization for label in (CHANGED, FEW, REVERSED)},
     figures=figures,
     notes=("NeFT's full fine-tuning before the choice counts in its time, but not in its steps.",),
 )

@@ -17,15 +17,13 @@ from typing import Any
 import pandas as pd
 
 from lorascope.analysis.planted_ranks import recovered_ranks
-from lorascope.evidence.statistics import planted as statistics
+from lorascope.evidence.statistics.planted import ADALORA, ALLOCATORS, ALORA, AUTOLORA, RECOVERY, UNIFORM
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, LoRA
 from lorascope.methods.base import Method
 from lorascope.probes import planted_teacher
 from lorascope.probes.base import Arm, Probe, encoder_settings
 from lorascope.runs.run import Run
 
-UNIFORM = "LoRA, uniform ranks"
-ALLOCATORS = {"AdaLoRA": "AdaLoRA, planted", "AutoLoRA": "AutoLoRA, planted", "ALoRA": "ALoRA, planted"}
 _SCALE = 4.0
 
 
@@ -37,9 +35,9 @@ def arms() -> list[Arm]:
     # and AdaLoRA's P starts small.
     methods: dict[str, Method] = {
         UNIFORM: LoRA(rank=rank, alpha=_SCALE * rank, **everywhere),
-        ALLOCATORS["AdaLoRA"]: AdaLoRA(init_rank=start, target_rank=rank, alpha=4 * _SCALE * start, **everywhere),
-        ALLOCATORS["AutoLoRA"]: AutoLoRA(rank=start, alpha=_SCALE * start, selection_lr=1e-2, **everywhere),
-        ALLOCATORS["ALoRA"]: ALoRA(init_rank=rank, alpha=_SCALE * rank, **everywhere),
+        ADALORA: AdaLoRA(init_rank=start, target_rank=rank, alpha=4 * _SCALE * start, **everywhere),
+        AUTOLORA: AutoLoRA(rank=start, alpha=_SCALE * start, selection_lr=1e-2, **everywhere),
+        ALORA: ALoRA(init_rank=rank, alpha=_SCALE * rank, **everywhere),
     }
     settings = encoder_settings(400) | {"eval_size": 300}
     return [
@@ -68,5 +66,5 @@ PROBE = Probe(
     source="this project",
     question="Do allocators recover the rank of each module if it is known, and does this lower the test loss?",
     arms=arms,
-    keep={(statistics.RECOVERY, label): keep_recovery for label in ALLOCATORS.values()},
+    keep={(RECOVERY, label): keep_recovery for label in ALLOCATORS.values()},
 )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
+import numpy as np
 
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safetensors_io import TensorFile, file_hash, write_bytes, write_json, write_tensors
+from lorascope.runs.folders import new_folder
 from lorascope.runs.layout import snapshot_file
 from lorascope.runs.manifest import About, read_about
 from lorascope.runs.run import Run
 
 T = TypeVar("T")
+_PLACE = ["step", "module", "index"]
+_COMPARED = ("id", "method", "recipe", "settings", "task", "seed", "status", "modules", "states", "facts", "quantities")
 
 
 def write_excerpt(run: Run, path: Path, quantities: Collection[str], arrays: Collection[str]) -> Run:
@@ -25,7 +31,7 @@ def write_excerpt(run: Run, path: Path, quantities: Collection[str], arrays: Col
     run : Run
         A finished run; earlier phases are written next to it, each in a separate folder.
     path : path
-        Folder of the excerpt.
+        Folder of the excerpt, which is replaced.
     quantities : collection of str
         Quantities of the records.
     arrays : collection of str
@@ -37,12 +43,15 @@ def write_excerpt(run: Run, path: Path, quantities: Collection[str], arrays: Col
         The excerpt. It has no saved parameters and no predictions.
     """
     phases = [*run.parents, run]
-    for phase in phases:
-        excerpt = _write_phase(phase, path / phase._folder.name if len(phases) > 1 else path, quantities, arrays)
-    return excerpt
+    if path.exists():
+        shutil.rmtree(path)
+    with new_folder(path) as draft:
+        for phase in phases:
+            _write_phase(phase, draft / phase._folder.name if run.parents else draft, quantities, arrays)
+    return Run.read(path / run._folder.name if run.parents else path)
 
 
-def _write_phase(run: Run, path: Path, quantities: Collection[str], arrays: Collection[str]) -> Run:
+def _write_phase(run: Run, path: Path, quantities: Collection[str], arrays: Collection[str]) -> None:
     table = run.table[run.table["quantity"].isin(list(quantities))]
     texts = table.select_dtypes("category").columns
     table = table.assign(**{name: table[name].cat.remove_unused_categories() for name in texts})
@@ -58,7 +67,6 @@ def _write_phase(run: Run, path: Path, quantities: Collection[str], arrays: Coll
     known = {name: entry for name, entry in (run.meta.quantities or {}).items() if name in quantities}
     meta = replace(run.meta, checksums={name: file_hash(path / name) for name in written}, quantities=known)
     write_json(path / "run.json", meta.to_json())
-    return Run.read(path)
 
 
 def _about_arrays(about: About, names: Collection[str]) -> About:
@@ -69,26 +77,39 @@ def _about_arrays(about: About, names: Collection[str]) -> About:
         if all(f"{module}/{factor}" in names for factor in factors)
     }
 
-    def of_factors(values: Mapping[str, T]) -> dict[str, T]:
+    def select(values: Mapping[str, T]) -> dict[str, T]:
         return {module: value for module, value in values.items() if module in factors}
 
     axes = {name: found for name, found in about.axes.items() if name in names}
-    return About(factors, of_factors(about.scales), of_factors(about.exact), axes, of_factors(about.forms))
+    return About(factors, select(about.scales), select(about.exact), axes, select(about.forms))
 
 
-def excerpt_differences(excerpt: Run, run: Run) -> list[str]:
-    """Return what differs between an excerpt and a run: "records of QUANTITY", or an array with its step."""
-    same = {name: _values(excerpt, name) == _values(run, name) for name in sorted(set(excerpt.table["quantity"]))}
-    found = [f"records of {name}" for name, equal in same.items() if not equal]
-    for name in excerpt.snapshot_names():
-        for step in excerpt.snapshot_steps(name):
-            in_both = step in run.snapshot_steps(name)
-            if not (in_both and excerpt.snapshot(name, step).equals(run.snapshot(name, step))):
-                found.append(f"{name} at step {step}")
-    return found
+def excerpt_differences(excerpt: Run, other: Run) -> list[str]:
+    """Return what differs between two excerpts of a run: fields of "run.json", quantities, and arrays with their step.
+
+    Numbers may differ by the rounding of another version.
+    """
+    two = (excerpt, other)
+    fields = [name for name in _COMPARED if getattr(excerpt.meta, name) != getattr(other.meta, name)]
+    quantities = sorted(set().union(*(run.table["quantity"] for run in two)))
+    records = [name for name in quantities if not _are_close(*(_records(run, name) for run in two))]
+    places = sorted({(name, step) for run in two for name in run.snapshot_names() for step in run.snapshot_steps(name)})
+    arrays = [
+        f"{name} at step {step}"
+        for name, step in places
+        if not all(step in run.snapshot_steps(name) for run in two)
+        or not _are_close(*(run.snapshot(name, step) for run in two))
+    ]
+    return [*fields, *(f"records of {name}" for name in records), *arrays]
 
 
-def _values(run: Run, quantity: str) -> bytes:
-    """Return the values of a quantity in the order of the table, with their places."""
-    rows = run.table[run.table["quantity"] == quantity]
-    return rows[["step", "module", "index", "value"]].to_csv(index=False).encode()
+def _records(run: Run, quantity: str) -> pd.DataFrame:
+    """Return the records of a quantity, sorted by step, module and index."""
+    rows = run.table.loc[run.table["quantity"] == quantity, [*_PLACE, "value"]]
+    return rows.sort_values(_PLACE).reset_index(drop=True)
+
+
+def _are_close(one: pd.DataFrame, two: pd.DataFrame) -> bool:
+    places, values = zip(*((table.drop(columns="value"), table["value"]) for table in (one, two)), strict=True)
+    same_places = places[0].astype("object").map(str).equals(places[1].astype("object").map(str))
+    return same_places and np.allclose(values[0], values[1], rtol=1e-9, atol=0, equal_nan=True)

@@ -242,7 +242,7 @@ def test_every_earlier_claim_has_its_successor_or_was_dropped() -> None:
 
 def test_kept_figures_are_listed_by_paper_and_replace_earlier_ones() -> None:
     known = {
-        name: KeptFigure(About(heading, f"alt of {name}", ("run",)), "0" * 64)
+        name: KeptFigure(About(heading, f"alt of {name}", ("run",), "c" * 40), "0" * 64)
         for heading, name in (("Planted ranks", "planted"), ("NeFT", "neurons"), ("LoRA", "new"), ("LoRA", "spectrum"))
     }
     blocks, _ = write(replace(planted(), figures=known))

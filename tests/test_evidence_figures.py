@@ -101,14 +101,6 @@ def test_image_that_differs_from_its_figure_is_named(
     assert all(found.startswith(f"figures/point.png: {line}") for found in lines)
 
 
-def test_image_from_before_the_digest_of_pixels_agrees(tmp_path: Path, drawn: tuple[Path, KeptFigure]) -> None:
-    image, _ = drawn
-    table = pd.DataFrame({"x": [1.0]})
-    kept = figures.write(tmp_path, "point", table, replace(ABOUT, commit=""))
-    rewrite(image, data_sha256=kept.digest, commit="another", pixels_sha256="none")
-    assert list(figures.differences({"point": kept}, set(ABOUT.runs), image.parent)) == []
-
-
 def kept_run(label: str, seed: int, role: str = "judged", rate: float = 1e-3) -> KeptScores:
     """Return a run of an arm with planted scores, as the evidence keeps it."""
     arm: Any = registered_arms()[label]

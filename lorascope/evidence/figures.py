@@ -41,13 +41,13 @@ class About:
     runs : tuple of str
         Ids of its runs in ``runs.csv``.
     commit : str
-        Commit that drew it; "" for figures from before images had a digest of their pixels.
+        Commit that drew it.
     """
 
     heading: str
     alt: str
     runs: tuple[str, ...]
-    commit: str = ""
+    commit: str
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,8 @@ def differences(figures: Mapping[str, KeptFigure], runs: Collection[str], images
             shown = kept[:12] or "no image with chart data"
             yield f"{FOLDER}/{name}.png: data_sha256: kept {shown}, recomputed {figure.digest[:12]}"
             continue
-        expected: dict[str, Any] = {"runs": list(figure.about.runs)}
-        if figure.about.commit:
-            expected |= {"commit": figure.about.commit, "pixels_sha256": pixels}
+        about = figure.about
+        expected = {"runs": list(about.runs), "commit": about.commit, "pixels_sha256": pixels}
         for fact, value in expected.items():
             if facts.get(fact) != value:
                 yield f"{FOLDER}/{name}.png: {fact}: kept {facts.get(fact)!r}, recomputed {value!r}"

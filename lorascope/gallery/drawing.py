@@ -139,7 +139,7 @@ def _figure_differences(
     rows: Sequence[Mapping[str, Any]],
 ) -> Iterator[str]:
     """Compare a kept figure with the gallery and the runs that it should show."""
-    expected = About(heading, figure.alt, tuple(row["run"] for row in rows))
+    expected = About(heading, figure.alt, tuple(row["run"] for row in rows), kept.about.commit)
     for field in ("heading", "alt", "runs"):
         found, right = getattr(kept.about, field), getattr(expected, field)
         if found != right:

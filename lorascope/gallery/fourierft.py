@@ -9,12 +9,15 @@ from typing import Any
 import pandas as pd
 
 from lorascope import plots
+from lorascope.analysis import fourier
 from lorascope.charts.chart import Chart
 from lorascope.evidence.statistics import autolora
 from lorascope.evidence.statistics.fourierft import BANDS, DEFAULT, EQUAL, FEW, LARGE, MANY, ORTHOGONAL, RANDOM, ZEROS
 from lorascope.gallery.base import GalleryFigure, own_labels
 from lorascope.gallery.printed_numbers import printed
 from lorascope.plots.builders import add_printed
+from lorascope.plots.component_ablations import metric_by_band
+from lorascope.plots.run_groups import gather
 
 HEADING = "FourierFT"
 
@@ -33,6 +36,11 @@ def _draw_bases(runs: Mapping[str, Sequence[Any]]) -> Chart:
     )
     numbers = numbers.assign(basis=numbers["method"].str.removesuffix(" basis"))
     return add_printed(plots.basis_ablation(runs), numbers, "basis", "FourierFT, table 6, RTE")
+
+
+def _draw_bands(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    highest = fourier.corner((384, 384))  # of minilm's query and value weights
+    return metric_by_band(gather("bias_curve", runs), highest)
 
 
 _SIZES = own_labels(FEW, DEFAULT, MANY, EQUAL, LARGE)
@@ -58,7 +66,9 @@ FIGURES = [
         name="bias-curve",
         alt="Accuracy by frequency band",
         arms={"uniform": DEFAULT} | {label.removeprefix(f"{DEFAULT}, band "): label for label in BANDS},
-        draw=plots.bias_curve,
+        draw=lambda runs: metric_by_band(
+            gather("bias_curve", runs), fourier.corner((384, 384))
+        ),  # minilm's W_q and W_v
         seeds=None,
         scores_only=True,
     ),

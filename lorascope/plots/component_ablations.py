@@ -13,7 +13,7 @@ from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Band, Line, Point, Text
 from lorascope.plots.builders import ends, metric_bars
 from lorascope.plots.registry import figure
-from lorascope.plots.requirements import BASIS, HEADS
+from lorascope.plots.requirements import BASIS, FREQUENCIES, HEADS
 from lorascope.plots.run_groups import INTERVAL, Cohort
 
 _UNIFORM = "uniform draw"
@@ -25,7 +25,7 @@ _LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
 
 @figure(
     topic="updates",
-    needs=("test_metric",),
+    needs=(FREQUENCIES, "test_metric"),
     runs=2,
     takes="Runs of FourierFT that differ only in their band; runs without a band form the horizontal line.",
     reads="Each point is the test metric when entries are drawn around that distance from frequency zero; the "
@@ -37,6 +37,13 @@ _LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
 )
 def bias_curve(cohort: Cohort) -> Chart:
     """Plot test metric against the center of the frequency band (FourierFT, Fig. 5)."""
+    return metric_by_band(
+        cohort, max(analysis.corner(update.shape) for update in analysis.updates(cohort.runs[0]).values())
+    )
+
+
+def metric_by_band(cohort: Cohort, highest: float) -> Chart:
+    """Plot test metric against the center of the frequency band, on an axis up to the highest frequency."""
     cohort.require_differ_only_in("center", "width")
     recipes = {group.label: group.runs[0].meta.recipe for group in cohort.groups}
     uniform = [label for label, recipe in recipes.items() if recipe.get("center") is None]
@@ -52,9 +59,6 @@ def bias_curve(cohort: Cohort) -> Chart:
     rows = cohort.scores()
     cells = band(rows.merge(pd.DataFrame(drawn, columns=["recipe", *keys]), on="recipe"), keys).sort_values(keys[1:])
     curves = cells.dropna(subset="center")
-    corners = [analysis.corner(update.shape) for update in analysis.updates(cohort.runs[0]).values()]
-    highest = max(corners, default=float((curves["center"] + curves["width"] / 2).max()))
-    end = "the axis ends at the highest." if corners else "the axis ends where the last band does."
     return _curve_and_level(
         cohort,
         "center",
@@ -62,7 +66,7 @@ def bias_curve(cohort: Cohort) -> Chart:
         pd.concat(cells[cells["center"].isna()].assign(center=end) for end in (0.0, highest)),
         Axis(label="band center (distance from zero)", limits=(-_LEFT_MARGIN * highest, highest)),
         "Test metric by frequency band",
-        f"Entries are drawn around one distance from frequency zero (Eq. 5); {end}",
+        "Entries are drawn around one distance from frequency zero (Eq. 5); the axis ends at the highest.",
         *_differences(cohort, rows, uniform),
         colors=[*dict.fromkeys(curves["series"]), _UNIFORM],
     )

@@ -162,7 +162,11 @@ def _shorten(value: str | tuple[str, ...]) -> str:
 
 
 def changed_excerpts(
-    folder: Path, row: Mapping[str, Any], again: Path, sections: Mapping[str, Sequence[GalleryFigure]]
+    folder: Path,
+    evidence: Evidence,
+    row: Mapping[str, Any],
+    again: Path,
+    sections: Mapping[str, Sequence[GalleryFigure]],
 ) -> list[str]:
     """Return what differs between the excerpt of a run and the same run that was trained again, in one line each.
 
@@ -170,6 +174,8 @@ def changed_excerpts(
     ----------
     folder : path
         Folder of evidence.
+    evidence : Evidence
+        Its content.
     row : mapping
         Row of ``runs.csv``.
     again : path
@@ -185,7 +191,7 @@ def changed_excerpts(
     if kept is None or run is None:
         return [f"{SHOWN}/{row['run']}: no finished run with the scores of the one that was trained again"]
     with tempfile.TemporaryDirectory() as new:
-        fresh = write_excerpt(run, Path(new) / "run", *_shown_of(row, _judging(store.read(folder)), listed))
+        fresh = write_excerpt(run, Path(new) / "run", *_shown_of(row, _judging(evidence), listed))
         return [
             f"{SHOWN}/{row['run']}: {difference}: other values when trained again"
             for difference in excerpt_differences(kept, fresh)

@@ -194,7 +194,7 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
         with tempfile.TemporaryDirectory() as out:
             again = finish(open_run, claims, reads, Path(out))
             same_machine = all(kept[name] == value for name, value in block().items())
-            shown = drawing.changed_excerpts(folder, {**kept}, Path(out), SECTIONS) if same_machine else []
+            shown = drawing.changed_excerpts(folder, evidence, {**kept}, Path(out), SECTIONS) if same_machine else []
         print(_line(again.row), flush=True)
         if same_machine:
             compared = {name: 1e-9 for name in _COMPARED}  # numbers that were written and read

@@ -68,7 +68,7 @@ def _power_fractions(sigma: np.ndarray, power: int) -> Float[np.ndarray, "k"]:
     if largest == 0.0:
         return np.zeros_like(sigma)
     scaled = (sigma / largest) ** power
-    return np.asarray(scaled / scaled.sum())
+    return scaled / scaled.sum()
 
 
 def _exp_entropy(shares: np.ndarray) -> float:

@@ -125,7 +125,7 @@ def differences(folder: Path, evidence: Evidence, sections: Mapping[str, Sequenc
         except Exception as error:  # any cell of runs.csv, excerpt or table may be damaged
             yield f"{file}: cannot be drawn again: {' '.join(str(error).split()) or repr(error)}"
     for path in sorted((folder / SHOWN).glob("*")):
-        if not path.is_dir() or path.name not in set(evidence.runs["run"]):
+        if path.name not in set(evidence.runs["run"]):
             yield f"{SHOWN}/{path.name}: not a run of runs.csv"
 
 

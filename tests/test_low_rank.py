@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -258,6 +259,49 @@ def test_ranks_of_known_spectra():
     assert [update.energy_rank(steep, share) for share in (0.89, 0.9, 0.91, 1.0)] == [1, 1, 2, 2]
     assert update.energy_rank(steep[::-1], 0.9) == 1
     assert update.energy_rank(np.full(10, 0.1), 1.0) == 10
+
+
+def test_ranks_of_many_spectra_equal_those_of_each():
+    spectra = [RNG.random(k) for k in (8, 3, 8, 1)] + [np.zeros(3), np.empty(0), np.array([2.0, 0.0, 1.0])]
+    spectra += [np.array([1.0, np.nan, 0.0]), np.array([np.inf, 1.0, 0.0])]
+    found = linalg.stable_and_effective_ranks(spectra)
+    for ranks, sigma in zip(found[:4], spectra[:4], strict=True):
+        assert ranks == pytest.approx((update.stable_rank(sigma), update.effective_rank(sigma)), rel=1e-14)
+    assert found[4:6] == [(0.0, 0.0)] * 2
+    assert found[6] == pytest.approx((5 / 4, 3 / 2 ** (2 / 3)))  # p = 2/3, 1/3: exp(-sum p log p) = 3 / 2^(2/3)
+    assert np.isnan(found[7:]).all()
+    assert linalg.stable_and_effective_ranks([]) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("side", "rank"), [(40, 6), (40, 8), (50, 16), (60, 33), (4, 8), (9000, 5)])
+def test_grams_together_equal_those_one_by_one(side, rank, dtype):
+    """In both orders of memory, for heights of one tile and of several; equal bits, which the figures rely on."""
+    tall = [RNG.standard_normal((side + i % 2, rank)).astype(dtype) for i in range(4)]
+    wide = [RNG.standard_normal((rank, side)).astype(dtype).T for _ in range(3)]
+    found = linalg._grams(tall + wide, None)
+    assert np.array_equal(found, [linalg.gram(X) for X in tall + wide])
+    exact = [X.T.astype(np.float64) @ X.astype(np.float64) for X in tall + wide]
+    assert np.allclose(found, exact, rtol=0, atol=4 * (side + 1) * np.finfo(np.float64).eps * np.abs(exact).max())
+
+
+def test_stacks_share_memory_within_a_thread():
+    one, two = [np.ones((2, 3), np.float32)] * 2, [np.full(5, 2.0)] * 3
+    first, second = linalg.stacks(one, two)
+    assert first.dtype == second.dtype == np.float64
+    assert first.shape == (2, 2, 3)
+    assert second.shape == (3, 5)
+    assert not np.shares_memory(first, second)
+    assert (first == 1).all()
+    assert (second == 2).all()
+    with ThreadPoolExecutor(1) as pool:
+        (other,) = pool.submit(linalg.stacks, [np.zeros(27)]).result()
+    assert (first == 1).all()
+    assert (other == 0).all()
+    (again,) = linalg.stacks([np.full(4, 3.0)])
+    assert np.shares_memory(again, first)
+    large = np.ones(linalg._WORKSPACE_VALUES + 1)
+    assert not np.shares_memory(linalg.stacks([large])[0], again)
 
 
 def test_phi_on_the_worked_example():

@@ -20,7 +20,6 @@ from lorascope.runs.checkpoint_names import describe_checkpoints
 from lorascope.runs.module_summary import table_of
 from lorascope.runs.result import Result
 from lorascope.schema.module_roles import position
-from lorascope.updates.linalg import root_of_squares
 
 Facts = tuple[tuple[str, str], ...]
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -207,7 +206,7 @@ def _range(values: Sequence[float]) -> str:
 def pool_norms(norms: Iterable[float]) -> float:
     """Return the root of the summed squares, ignoring NaN; NaN if all are NaN."""
     known = _known(norms)
-    return root_of_squares(np.array(known)) if known else math.nan
+    return math.hypot(*known) if known else math.nan
 
 
 def in_axis_order(frame: pd.DataFrame, layers: Iterable[Any]) -> pd.DataFrame:

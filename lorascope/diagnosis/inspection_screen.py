@@ -9,7 +9,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -34,7 +33,6 @@ from lorascope.diagnosis.terminal import (
 )
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.adapter import Adapter
-from lorascope.updates.linalg import root_of_squares
 
 _SHARE = {False: ("energy", 7, percent, "energy"), True: ("dW/W", 7, percent, "relative_update")}
 
@@ -105,5 +103,5 @@ def modules_screen(inspection: Inspection, target: Console) -> str:
 
 def _pool_layers(cell: list[dict[str, Any]]) -> float:
     """Return the root mean square of |dW| over the layers of a cell."""
-    norm = root_of_squares(np.array([row["update_norm"] for row in cell]))
+    norm = math.hypot(*(row["update_norm"] for row in cell))
     return norm / len({row["layer"] for row in cell}) ** 0.5

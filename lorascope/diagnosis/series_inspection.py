@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import textwrap
@@ -20,7 +21,6 @@ from lorascope.runs.checkpoint_names import count_and_span
 from lorascope.runs.loading import is_series
 from lorascope.runs.series import Series
 from lorascope.schema.module_roles import position
-from lorascope.updates.linalg import root_of_squares
 
 _LABEL = 15
 _Row = dict[str, Any]
@@ -87,7 +87,10 @@ class SeriesInspection:
 
         return [
             {"stack": stack, "role": role, "modules": len(groups[stack, role])}
-            | {name: _known(groups[stack, role], name, root_of_squares) for name in ("first_norm", "update_norm")}
+            | {
+                name: _known(groups[stack, role], name, lambda norms: math.hypot(*norms))
+                for name in ("first_norm", "update_norm")
+            }
             | {name: _known(groups[stack, role], name, np.mean) for name in ("first_effective_rank", "effective_rank")}
             | self._movement([row["module"] for row in groups[stack, role]])
             for stack, role in sorted(groups, key=axis_order)

@@ -24,12 +24,10 @@ from lorascope.updates import (
     Update,
     change_norms,
     constant_factors,
-    effective_rank,
     from_factors,
     spectra,
-    stable_rank,
 )
-from lorascope.updates.linalg import root_of_squares
+from lorascope.updates.linalg import stable_and_effective_ranks, stacks
 from lorascope.updates.low_rank import batches
 
 Factors = dict[str, Float[np.ndarray, "..."]]
@@ -141,14 +139,13 @@ class norms(Observer):
         yield from self._rank_records(step, trained, tensors, sigmas)
 
     def _factor_records(self, factors: Mapping[str, Factors]) -> Iterator[Record]:
-        for module, norm in _joint_norms(factors).items():
-            yield Record("adapter_norm", norm, module)
         initial = self.initial_factors_
         for module in initial.keys() & factors.keys():
             if _shapes(initial[module]) != _shapes(factors[module]):
                 del initial[module]  # a later change back would be to other components
-        for module, norm in _joint_norms({module: factors[module] for module in initial}, initial).items():
-            yield Record("factor_change", norm, module)
+        for module, norms in _joint_norms(factors, initial).items():
+            for quantity, norm in zip(("adapter_norm", "factor_change"), norms, strict=False):
+                yield Record(quantity, norm, module)
 
     def _host_weight(self, trained: TrainedTensors, module: str) -> Float[Tensor, "out in"]:
         host = trained.hosts[module]
@@ -185,7 +182,7 @@ class norms(Observer):
             update = updates[module]
             base = self._base(trained, module)
             # The norm of a product follows from its spectrum.
-            norm = update.norm() if update.low_rank is None else root_of_squares(sigmas[module])
+            norm = update.norm() if update.low_rank is None else math.hypot(*sigmas[module].tolist())
             change = norm**2
             weight = base  # for a packed weight that is not a parameter, only the update is known
             if not math.isnan(base):
@@ -240,10 +237,12 @@ class norms(Observer):
     ) -> Iterator[Item]:
         at_start = _matrices(trained, tensors) if step.finished == 0 else []
         unchanged = {label: np.zeros(1) for label in at_start if label not in self.first_}
-        for module, sigma in {**unchanged, **sigmas}.items():
-            yield Record("stable_rank", stable_rank(sigma), module)
-            yield Record("effective_rank", effective_rank(sigma), module)
-            if module in sigmas and self._are_spectra_kept(step):
+        every = {**unchanged, **sigmas}
+        for module, (stable, effective) in zip(every, stable_and_effective_ranks(list(every.values())), strict=True):
+            yield Record("stable_rank", stable, module)
+            yield Record("effective_rank", effective, module)
+        if self._are_spectra_kept(step):
+            for module, sigma in sigmas.items():
                 yield Snapshot(f"{module}/singular_values", sigma, ("component",))
 
     def _are_spectra_kept(self, step: Step) -> bool:
@@ -268,19 +267,25 @@ def _matrices(trained: TrainedTensors, tensors: Mapping[str, Tensor]) -> list[st
     return [label for label, tensor in tensors.items() if label in trained.modules and tensor.ndim >= 2]
 
 
-def _joint_norms(factors: Mapping[str, Factors], minus: Mapping[str, Factors] | None = None) -> dict[str, float]:
-    """Compute the Frobenius norm of all factors of each module together, or of their difference from others."""
-    places = ((f.shape, f.size, (module, name)) for module, named in factors.items() for name, f in named.items())
-    squares: dict[str, list[float]] = {module: [] for module in factors}
+def _joint_norms(factors: Mapping[str, Factors], initial: Mapping[str, Factors]) -> dict[str, list[float]]:
+    """Compute the Frobenius norm of all factors of each module together and, with initial ones, of their change."""
+    places = (
+        ((factor.shape, module in initial), 2 * factor.size, (module, name))
+        for module, named in factors.items()
+        for name, factor in named.items()
+    )
+    squares: dict[str, list[list[float]]] = {module: [] for module in factors}
     for batch in batches(places):
-        stack = np.stack([factors[module][name] for module, name in batch], dtype=np.float64)
-        if minus is not None:
-            stack -= np.stack([minus[module][name] for module, name in batch])
+        states = [factors, initial] if batch[0][0] in initial else [factors]
+        now, *first = stacks(*([state[module][name] for module, name in batch] for state in states))
+        changes = [np.subtract(now, values, out=values) for values in first]
         # Numpy sums pairwise, here in float64; a dot product would depend on the alignment of the memory.
-        sums = np.square(stack, out=stack).sum(axis=tuple(range(1, stack.ndim)))
-        for (module, _), total in zip(batch, sums.tolist(), strict=True):
-            squares[module].append(total)
-    return {module: math.sqrt(math.fsum(totals)) for module, totals in squares.items()}
+        sums = [np.square(X, out=X).sum(axis=tuple(range(1, X.ndim))).tolist() for X in (now, *changes)]
+        for (module, _), *parts in zip(batch, *sums, strict=True):
+            squares[module].append(parts)
+    return {
+        module: [math.sqrt(math.fsum(sums)) for sums in zip(*parts, strict=True)] for module, parts in squares.items()
+    }
 
 
 def to_tree(update: Update) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -21,7 +22,6 @@ from lorascope.schema import records
 from lorascope.schema.module_roles import parse
 from lorascope.schema.records import Record
 from lorascope.updates import Dense, Update, effective_rank, spectra, stable_rank
-from lorascope.updates.linalg import root_of_squares
 
 
 class Adapter(Result):
@@ -94,7 +94,7 @@ class Adapter(Result):
         part = self.files.parts[module]
         if part.has_thin_factors:
             sigma = self.spectra[module]
-            norm, stable, effective = root_of_squares(sigma), stable_rank(sigma), effective_rank(sigma)
+            norm, stable, effective = math.hypot(*sigma.tolist()), stable_rank(sigma), effective_rank(sigma)
         else:
             norm, stable, effective = part.update().norm(), np.nan, np.nan
         values = {"update_norm": norm, "stable_rank": stable, "effective_rank": effective}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from lorascope.schema import records
 from lorascope.schema.module_roles import position
 from lorascope.schema.records import Record
 from lorascope.updates import Update, change_norms
-from lorascope.updates.linalg import as_float64, root_of_squares
+from lorascope.updates.linalg import as_float64
 
 _SPECTRUM = "/singular_values"
 
@@ -154,7 +155,7 @@ class Series(Result):
 
 def _joint_norm(part: StoredLoRA) -> float:
     """Compute the Frobenius norm of both factors together."""
-    return root_of_squares(np.array([np.linalg.norm(as_float64(factor)) for factor in part.factors().values()]))
+    return math.hypot(*(np.linalg.norm(as_float64(factor)) for factor in part.factors().values()))
 
 
 def _common_place(paths: list[Path]) -> tuple[Path, str]:

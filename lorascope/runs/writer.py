@@ -29,7 +29,7 @@ class RunWriter:
         self.path, self.meta = path, meta
         self._modules = meta.table()
         self._table = records.concat([])
-        self._rows: list[tuple[int, Record]] = []
+        self._rows: list[tuple[int, list[Record]]] = []
         self._arrays: dict[int, list[Snapshot | Factors]] = {}
 
     def begin(self, table: pd.DataFrame | None) -> None:
@@ -55,11 +55,13 @@ class RunWriter:
 
     def collect(self, step: int, items: Iterable[Item]) -> None:
         """Add the records after ``step`` finished steps without writing them to disk."""
+        rows: list[Record] = []
         for item in items:
             if isinstance(item, Record):
-                self._rows.append((step, item))
+                rows.append(item)
             else:
                 self._arrays.setdefault(step, []).append(item)
+        self._rows.append((step, rows))
 
     def write_arrays(self) -> None:
         """Write pending arrays to disk; an array that cannot be written stays pending for the next call."""
@@ -97,7 +99,8 @@ class RunWriter:
     def table(self) -> pd.DataFrame:
         """Return all rows so far."""
         if self._rows:
-            self._table = records.concat([self._table, records.frame(self.meta.id, self._rows, self._modules)])
+            rows = [(step, record) for step, group in self._rows for record in group]
+            self._table = records.concat([self._table, records.frame(self.meta.id, rows, self._modules)])
             self._rows = []
         return self._table
 

@@ -299,7 +299,7 @@ class _DoneSteps:
         return self._count_writes() != self._versions
 
     def _count_writes(self) -> int:
-        return sum(parameter._version for parameter in trained_parameters(self._optimizer))
+        return sum(map(operator.attrgetter("_version"), trained_parameters(self._optimizer)))
 
 
 def _check(

@@ -82,13 +82,22 @@ class Recorder:
         """Take all items but the values that an earlier call has, such as a rank of the method and of an observer."""
         finished = self.step.finished
         known = self._recorded[1] if self._recorded[0] == finished else set()
-        fresh = [i for i in items if not isinstance(i, Record) or (i.quantity, i.module) not in known]
-        self._recorded = (finished, known | {(i.quantity, i.module) for i in fresh if isinstance(i, Record)})
+        fresh: list[Item] = []
+        added = []
+        for item in items:
+            if isinstance(item, Record):
+                key = item.quantity, item.module
+                if key in known:
+                    continue
+                added.append(key)
+                if not item.module:
+                    self.step.values[item.quantity] = finished, item.value
+            fresh.append(item)
+        known.update(added)  # at the end, since a quantity with an index has several records
+        self._recorded = finished, known
         self.writer.collect(finished, fresh)
         if self.report is not None:
             self.report.collect(finished, fresh)
-        own = {i.quantity: (finished, i.value) for i in fresh if isinstance(i, Record) and not i.module}
-        self.step.values |= own
 
     def state(self) -> dict[str, Any]:
         """Return the state from which a checkpoint resumes the recording, except for the rows."""

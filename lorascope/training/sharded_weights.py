@@ -89,7 +89,9 @@ class WholeWeights:
         self.gather()
 
     def due(self, step: Step) -> bool:
-        """Return whether an observer reads the weights after this step; norms also read those before a recording."""
+        """Return whether an observer reads shards after this step; norms also read those before a recording."""
+        if not self._shards:
+            return False
         return step.last or any(
             observer.due(finished, step.total)
             for observer in self._observers

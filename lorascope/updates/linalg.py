@@ -5,8 +5,9 @@ Source: LoRA (arXiv 2106.09685), section 7 and equation 4 for the subspaces.
 
 from __future__ import annotations
 
-import math
 import sys
+import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -26,16 +27,18 @@ GRAM_LIMIT = 1e-6
 _SMALLEST_SQUARE = 1e-290  # smaller ones lose digits, and so do their products
 GRAM_VALUES = 1 << 15  # of a tile: several copies fit in the cache
 _LEAST_COLUMNS = 8  # of a block of a Gram matrix: a narrower one takes as long
+_WORKSPACE_VALUES = 1 << 19  # 4 MiB in float64
+_workspace = threading.local()
 
 
 def effective_rank(sigma: Float[np.ndarray, "k"]) -> float:
     """Compute the effective rank, exp of the entropy of sigma / sum(sigma)."""
-    return _exp_entropy(_power_fractions(sigma, 1))
+    return float(_exp_entropy(_power_fractions(sigma, 1)))
 
 
 def entropy_rank(sigma: Float[np.ndarray, "k"]) -> float:
     """Compute the entropy rank, exp of the entropy of sigma^2 / sum(sigma^2)."""
-    return _exp_entropy(_power_fractions(sigma, 2))
+    return float(_exp_entropy(_power_fractions(sigma, 2)))
 
 
 def participation_rank(sigma: Float[np.ndarray, "k"]) -> float:
@@ -55,25 +58,42 @@ def energy_rank(sigma: Float[np.ndarray, "k"], share: float = 0.9) -> float:
 
 def stable_rank(sigma: Float[np.ndarray, "k"]) -> float:
     """Compute the stable rank, sum sigma^2 / max sigma^2."""
-    shares = _power_fractions(sigma, 2)
-    return float(1.0 / shares.max()) if shares.any() else 0.0
+    return float(_inverse_of_largest(_power_fractions(sigma, 2)))
 
 
-def _power_fractions(sigma: np.ndarray, power: int) -> Float[np.ndarray, "k"]:
+def stable_and_effective_ranks(sigmas: Sequence[Float[np.ndarray, "_"]]) -> list[tuple[float, float]]:
+    """Compute ``stable_rank`` and ``effective_rank`` of many spectra, those of one length together."""
+    found: dict[int, tuple[float, float]] = {}
+    of_length = defaultdict(list)
+    for i, sigma in enumerate(sigmas):
+        of_length[len(sigma)].append(i)
+    for chosen in of_length.values():
+        stack = np.stack([sigmas[i] for i in chosen])
+        ranks = np.stack([_inverse_of_largest(_power_fractions(stack, 2)), _exp_entropy(_power_fractions(stack, 1))])
+        found |= zip(chosen, map(tuple, ranks.T.tolist()), strict=True)
+    return [found[i] for i in range(len(sigmas))]
+
+
+def _power_fractions(sigma: Float[np.ndarray, "*n k"], power: int) -> Float[np.ndarray, "*n k"]:
     """Return sigma^power / sum(sigma^power): zeros for a zero spectrum, NaN if any value is not finite."""
     sigma = as_float64(sigma)
-    largest = float(sigma.max(initial=0.0))
-    if not math.isfinite(largest):
-        return np.full_like(sigma, np.nan)
-    if largest == 0.0:
-        return np.zeros_like(sigma)
-    scaled = (sigma / largest) ** power
-    return scaled / scaled.sum()
+    largest = sigma.max(axis=-1, initial=0.0, keepdims=True)
+    with np.errstate(invalid="ignore"):  # inf / inf is NaN, as required
+        scaled = (sigma / np.where(largest == 0.0, 1.0, largest)) ** power
+        total = scaled.sum(axis=-1, keepdims=True)
+        return scaled / np.where(total == 0.0, 1.0, total) + (largest - largest)  # 0 or NaN
 
 
-def _exp_entropy(shares: np.ndarray) -> float:
-    positive = shares[shares != 0.0]
-    return math.exp(-(positive * np.log(positive)).sum()) if len(positive) else 0.0
+def _exp_entropy(shares: Float[np.ndarray, "*n k"]) -> np.float64 | Float[np.ndarray, "*n"]:
+    """Return exp of the entropy of shares, 0 if all of them are 0."""
+    logs = np.log(np.where(shares == 0.0, 1.0, shares))
+    return np.exp(-(shares * logs).sum(axis=-1)) * shares.any(axis=-1)
+
+
+def _inverse_of_largest(shares: Float[np.ndarray, "*n k"]) -> np.float64 | Float[np.ndarray, "*n"]:
+    """Return 1 / max(shares), 0 if all of them are 0."""
+    largest = shares.max(axis=-1, initial=0.0)
+    return np.where(largest == 0.0, 0.0, 1.0 / np.where(largest == 0.0, 1.0, largest))
 
 
 def subspace_similarity(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"]) -> Float[np.ndarray, "m n"]:
@@ -153,7 +173,7 @@ def triangles(factors: Sequence[Any], buffer: np.ndarray | None = None) -> Float
     result = np.empty((len(factors), small, rank))
     sound = np.zeros(len(factors), dtype=bool)
     if small == rank:
-        grams = np.array([gram(factor, buffer) for factor in factors])
+        grams = _grams(factors, buffer)
         squares = grams.diagonal(axis1=1, axis2=2)
         sound = np.asarray(((squares > _SMALLEST_SQUARE) & (squares < np.inf)).all(axis=1))
         # Rounding errors of a Gram matrix are relative to the norms of its columns, so their scale does not matter.
@@ -178,6 +198,22 @@ def _qr_triangle(X: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.linalg.qr(X, mode="r"))
 
 
+def stacks(*groups: Sequence[np.ndarray]) -> list[Float[np.ndarray, "_ ..."]]:
+    """Stack the arrays of each group, which have one shape, in float64; the next call in this thread overwrites them.
+
+    All calls use the same memory unless it is too small: the system clears fresh memory page by page, which takes
+    longer than a sum over it.
+    """
+    sizes = [len(group) * group[0].size for group in groups]
+    if sum(sizes) > _WORKSPACE_VALUES:
+        return [np.stack(group, dtype=np.float64) for group in groups]
+    if not hasattr(_workspace, "values"):
+        _workspace.values = np.empty(_WORKSPACE_VALUES)
+    parts = np.split(_workspace.values[: sum(sizes)], np.cumsum(sizes[:-1]))
+    places = [part.reshape(len(group), *group[0].shape) for part, group in zip(parts, groups, strict=True)]
+    return [np.stack(group, out=place) for group, place in zip(groups, places, strict=True)]
+
+
 def as_float64(array: Any) -> NDArray[np.float64]:
     """Return an array or a tensor as an array in float64, without a copy if it already is one."""
     if not isinstance(array, np.ndarray) and hasattr(array, "detach"):
@@ -199,7 +235,7 @@ def product_inner(W: Any, B: Any, A: Any) -> Any:
     """Compute <W, B A> of tensors on one device, without the product of the factors, as a tensor in float64."""
     B, A = at_least_float32(B), at_least_float32(A)
     wide = W.to(A.dtype) if A.element_size() > W.element_size() else W
-    return ((wide @ A.to(wide.dtype).T).double() * B.double()).sum()
+    return ((wide @ A.to(wide.dtype).T).double() * B).sum()
 
 
 def all_finite(*arrays: np.ndarray) -> bool:
@@ -210,16 +246,46 @@ def all_finite(*arrays: np.ndarray) -> bool:
 def gram(tall: Any, buffer: np.ndarray | None = None) -> Float[np.ndarray, "rank rank"]:
     """Compute X^T X in float64, in tiles of rows that stay in the cache; see ``tiles`` for X and ``buffer``."""
     rank = tall.shape[1]
-    width = max(_LEAST_COLUMNS, -(-rank // 4))
     result = np.zeros((rank, rank))
+    for tile in tiles(tall, _tile_rows(rank), buffer):
+        result += _tile_gram(tile)
+    return result
+
+
+def _grams(factors: Sequence[Any], buffer: np.ndarray | None) -> Float[np.ndarray, "n rank rank"]:
+    """Compute ``gram`` of many arrays of one rank, with equal results: those that are single tiles together."""
+    rank = factors[0].shape[1]
+    result = np.empty((len(factors), rank, rank))
+    together = defaultdict(list)
+    for i, factor in enumerate(factors):
+        if isinstance(factor, np.ndarray) and len(factor) <= _tile_rows(rank):
+            # The order of memory is kept, because products are rounded differently in another one.
+            together[len(factor), factor.strides[0] < factor.strides[1]].append(i)
+        else:
+            result[i] = gram(factor, buffer)
+    for (_, by_column), chosen in together.items():
+        (stack,) = stacks([factors[i].T if by_column else factors[i] for i in chosen])
+        result[chosen] = _tile_gram(stack.swapaxes(1, 2) if by_column else stack)
+    return result
+
+
+def _tile_rows(rank: int) -> int:
+    return max(rank, GRAM_VALUES // max(1, rank))
+
+
+def _tile_gram(tile: Float[np.ndarray, "*n rows rank"]) -> Float[np.ndarray, "*n rank rank"]:
+    rank = tile.shape[-1]
+    width = max(_LEAST_COLUMNS, -(-rank // 4))
+    if rank <= width:
+        return tile.swapaxes(-1, -2) @ tile
     # BLAS multiplies narrow blocks of columns faster than it computes X^T X, which numpy would ask of it for the last
     # block without one more row. Blocks above the diagonal are copied.
     blocks = [(slice(max(0, first - 1), None), slice(first, first + width)) for first in range(0, rank, width)]
-    for tile in tiles(tall, max(rank, GRAM_VALUES // max(1, rank)), buffer):
-        for rows, columns in blocks:
-            result[rows, columns] += tile.T[rows] @ tile[:, columns]
+    result = np.empty((*tile.shape[:-2], rank, rank))
     for rows, columns in blocks:
-        result[columns, rows] = result[rows, columns].T
+        result[..., rows, columns] = tile.swapaxes(-1, -2)[..., rows, :] @ tile[..., columns]
+    for rows, columns in blocks:
+        result[..., columns, rows] = result[..., rows, columns].swapaxes(-1, -2)
     return result
 
 
@@ -259,15 +325,6 @@ def tiles(
             part = narrow[:count]
         np.copyto(wide[:count], part)
         yield wide[:count]
-
-
-def root_of_squares(values: Float[np.ndarray, "n"]) -> float:
-    """Compute the root of the sum of squares, even if the sum overflows float64."""
-    largest = np.max(np.abs(values), initial=0.0)
-    # Squares of smaller values do not overflow.
-    if not 2.0**500 < largest < np.inf:
-        return float(np.linalg.norm(values))
-    return float(largest * np.linalg.norm(values / largest))
 
 
 def numerical_rank(sigma: np.ndarray, shape: tuple[int, ...]) -> int:

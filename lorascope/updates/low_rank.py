@@ -25,6 +25,7 @@ from lorascope.updates.linalg import (
     numerical_rank,
     one_thread,
     product_inner,
+    stacks,
     triangles,
 )
 from lorascope.updates.neuron_angles import NeuronChange, factored_change
@@ -302,15 +303,15 @@ def _has_narrow_factors(update: Update) -> TypeGuard[LowRank]:
 
 def _change_norms_of_one_shape(batch: Sequence[tuple[int, LowRank, LowRank]]) -> Float[np.ndarray, "pairs"]:
     """Compute the norms of B A - B_0 A_0 = dB A + B_0 dA, NaN where `LowRank.norm` is more accurate."""
-    B, A = (np.stack([getattr(after, name) for _, after, _ in batch], dtype=np.float64) for name in "BA")
-    B0, A0 = (np.stack([getattr(before, name) for _, _, before in batch], dtype=np.float64) for name in "BA")
+    _, now, before = zip(*batch, strict=True)
+    B, A, B0, A0 = stacks(*([getattr(update, name) for update in state] for state in (now, before) for name in "BA"))
     with np.errstate(over="ignore", invalid="ignore"), one_thread():
         dB, dA = np.subtract(B, B0, out=B).swapaxes(1, 2), np.subtract(A, A0, out=A0).swapaxes(1, 2)
         first, last = (dB @ B, A @ A.swapaxes(1, 2)), (B0.swapaxes(1, 2) @ B0, dA.swapaxes(1, 2) @ dA)
         squares = np.sum(first[0] * first[1] + last[0] * last[1] + 2 * (dB @ B0) * (A @ dA), (1, 2))
         sizes = (np.diagonal(left, 0, 1, 2) * np.diagonal(right, 0, 1, 2) for left, right in (first, last))
         together = sum(np.sum(np.sqrt(size), 1) for size in sizes)
-        scales = np.abs([after.scale for _, after, _ in batch])
+        scales = np.abs([update.scale for update in now])
         return np.where(squares >= GRAM_LIMIT * together**2, scales * np.sqrt(squares), np.nan)
 
 

@@ -12,7 +12,6 @@ from lorascope.diagnosis.causes.base import Found, Rule, caution, first_and_coun
 from lorascope.diagnosis.evidence import Case, largest
 from lorascope.diagnosis.training_evidence import Evidence
 from lorascope.runs.gated_run import gate_description
-from lorascope.updates.linalg import root_of_squares
 
 FAINT = 1e-3  # fraction of the median change per layer: layers of healthy runs differ by less than a hundredfold
 
@@ -77,7 +76,7 @@ def dead_layers(case: Evidence) -> Found:
     for each in case.modules:
         if each.layer is not None and not math.isnan(each.moved):
             norms.setdefault((each.stack, each.layer), []).append(each.moved)
-    moved = {layer: norm for layer in sorted(norms) if (norm := root_of_squares(np.array(norms[layer]))) > 0}
+    moved = {layer: norm for layer in sorted(norms) if (norm := math.hypot(*norms[layer])) > 0}
     usual = median(moved.values()) if moved else 0.0
     faint = {layer: norm for layer, norm in moved.items() if norm < FAINT * usual}
     if faint:

@@ -9,7 +9,6 @@ import numpy as np
 from lorascope.diagnosis.causes.base import Found, Rule, at_rate, found
 from lorascope.diagnosis.evidence import largest
 from lorascope.diagnosis.training_evidence import TrainingEvidence
-from lorascope.updates.linalg import root_of_squares
 
 RESTING = 3  # steps: a warm-up starts with at most one step at learning rate 0
 LARGE = 10.0  # fraction of |W|: healthy adapters of tiny models, whose weights are small, reach about 3
@@ -31,8 +30,8 @@ def rate_large(case: TrainingEvidence) -> Found:
     """Find trainings that replace the pretrained weights."""
     rows = case.adapted or [each for each in case.modules if each.role != "head"]
     known = [each for each in rows if math.isfinite(each.moved) and math.isfinite(each.weight_norm)]
-    moved = root_of_squares(np.array([each.moved for each in known]))
-    norm = root_of_squares(np.array([each.weight_norm for each in known]))
+    moved = math.hypot(*(each.moved for each in known))
+    norm = math.hypot(*(each.weight_norm for each in known))
     if known and moved > LARGE * norm:
         (most,) = largest(known, "relative_update")
         rate = case.learning_rate

@@ -9,7 +9,6 @@ import numpy as np
 from lorascope.diagnosis.causes.base import Found, Rule, at_rate, found, names_of
 from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.training_evidence import Evidence
-from lorascope.updates.linalg import root_of_squares
 
 STILL = 1e-4  # fraction of |W|: below the resolution of float16 and bfloat16, 5e-4 and 4e-3, so merging loses it
 WORSE = 1.0  # nats: cross-entropies of batches differ by less
@@ -27,8 +26,8 @@ def rate_small(case: Case) -> Found:
         return
     rows = case.adapted or [each for each in case.modules if each.role != "head"]
     known = [each for each in rows if not math.isnan(each.moved) and not math.isnan(each.weight_norm)]
-    moved = root_of_squares(np.array([each.moved for each in known]))
-    norm = root_of_squares(np.array([each.weight_norm for each in known]))
+    moved = math.hypot(*(each.moved for each in known))
+    norm = math.hypot(*(each.weight_norm for each in known))
     share = moved / norm if norm else np.nan
     if 0 < share < STILL:
         rate = case.meta.settings.get("lr")

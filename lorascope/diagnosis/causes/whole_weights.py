@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from lorascope.files.printable import count_phrase
 from lorascope.runs.formats.peft_whole_weights import WholeWeight, whole_weights
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.schema.module_roles import parse
-from lorascope.updates.linalg import as_float64, root_of_squares
+from lorascope.updates.linalg import as_float64
 
 _NAMES = {"full": "saved as full weights", "copy": "saved with their base weight", "tokens": "rows of single tokens"}
 _BLOCK = 2**22  # values of a weight in memory at once
@@ -42,10 +43,10 @@ def other_weights(case: Case) -> Found:
     updates = [each for each in weights if each.kind == "bias update"]
     scales = {module: part.scale for module, part in case.parts.items()}
     norms = [scales.get(each.module, np.nan) * np.linalg.norm(as_float64(each.tensor.read())) for each in updates]
-    yield from _listed(updates, f"bias updates (lora_bias), {{}}, norm {root_of_squares(np.array(norms)):.3g}")
+    yield from _listed(updates, f"bias updates (lora_bias), {{}}, norm {math.hypot(*norms):.3g}")
     differences = [each for each in weights if each.kind == "bias difference"]
     norms = [np.linalg.norm(as_float64(each.tensor.read())) for each in differences]
-    yield from _listed(differences, f"bias differences, {{}}, |db| {root_of_squares(np.array(norms)):.3g}")
+    yield from _listed(differences, f"bias differences, {{}}, |db| {math.hypot(*norms):.3g}")
     yield from _listed([each for each in weights if each.kind == "ignored"], "tensors without effect, {}")
     yield from _listed([each for each in weights if each.kind == "unread"], "tensors that are not read, {}")
     lacking = [module for module in case.parts if base is not None and not base.has_weight(module)]
@@ -68,7 +69,7 @@ def _bias_change(base: PretrainedWeights | None, biases: Sequence[WholeWeight]) 
         if old is None or old.shape != new.shape:
             return "not measured"
         norms.append(np.linalg.norm(new - as_float64(old)))
-    return f"|db| {root_of_squares(np.array(norms)):.3g}"
+    return f"|db| {math.hypot(*norms):.3g}"
 
 
 def _distance(base: PretrainedWeights, weight: WholeWeight) -> tuple[float, str]:
@@ -88,7 +89,7 @@ def _distance(base: PretrainedWeights, weight: WholeWeight) -> tuple[float, str]
     for block in np.array_split(shared, max(1, len(shared) * stored[1] // _BLOCK)):
         old, new = as_float64(W0[rows[block]].read()), as_float64(W[block].read())
         norms.append((np.linalg.norm(new - old), np.linalg.norm(old)))
-    change, start = (root_of_squares(np.array(each)) for each in zip(*norms, strict=True))
+    change, start = (math.hypot(*each) for each in zip(*norms, strict=True))
     relative = change / start if start else np.inf if change else 0.0
     message = f"|dW| {change:.3g} ({100 * relative:.3g}% of |W|)"
     added = len(rows) - len(shared)

@@ -30,7 +30,7 @@ from lorascope.inputs import models
 from lorascope.observe.base import Observer
 from lorascope.plots import run_overview
 from lorascope.schema.module_roles import Place, parse
-from lorascope.schema.records import QUANTITIES, Record
+from lorascope.schema.records import QUANTITIES, Message, Record
 from lorascope.training.report import pool_records
 from lorascope.training.trackers import tracker_names
 
@@ -93,6 +93,12 @@ def events(folder) -> dict[tuple[str, int], float]:
     return found
 
 
+def texts(folder, name: str) -> list[tuple[int, str]]:
+    """Read the texts of a name in TensorBoard's files, with their steps."""
+    read = EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    return [(event.step, event.tensor_proto.string_val[0].decode()) for event in read.Tensors(f"{name}/text_summary")]
+
+
 def in_float32(values: dict[tuple[str, int], float]) -> dict[tuple[str, int], float]:
     return {key: float(np.float32(value)) for key, value in values.items()}
 
@@ -121,9 +127,19 @@ class Stop(Observer):
         return ()
 
 
+@dataclass(kw_only=True)
+class Messages(Observer):
+    """Observer that has a message after two of the steps."""
+
+    every: int = 2
+
+    def __call__(self, step):
+        return [Message("alarm/LS001", f"text {step.finished}")] if step.finished in (2, 4) else []
+
+
 def train_in_two(bert, task, out, monkeypatch, at=4, **settings):
     """Train until a step that fails, and resume."""
-    settings = {"out": out, "observe": [*NORMS, Stop()]} | SETTINGS | settings
+    settings = {"out": out, "observe": [*NORMS, Messages(), Stop()]} | SETTINGS | settings
     monkeypatch.setattr(Stop, "at", at)
     with pytest.raises(MemoryError):
         ls.train(models.load(bert, task=task), task, DROPOUT, **settings)
@@ -140,6 +156,12 @@ def test_tensorboard_has_the_pooled_table_of_the_run(bert, task, tmp_path):
     _, run = train(bert, task, tmp_path / "run", report_to="tensorboard")
     found = events(run.path / "tensorboard")
     assert found == in_float32(curves(run))
+
+
+def test_tensorboard_has_the_messages_once_each_and_the_run_has_none(bert, task, tmp_path, monkeypatch):
+    run = train_in_two(bert, task, tmp_path / "run", monkeypatch, report_to="tensorboard")
+    assert texts(run.path / "tensorboard", "alarm/LS001") == [(2, "text 2"), (4, "text 4")]
+    assert "alarm" not in run.table["quantity"].cat.categories
 
 
 @pytest.mark.parametrize("method", [LORA, ls.Full()])
@@ -200,6 +222,8 @@ def test_mlflow_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatc
         assert (found.info.run_name, found.info.status, found.data.params["id"]) == ("run", "FINISHED", run.id)
         images = {file.path for file in client.list_artifacts(found.info.run_id, "charts")}
         assert "charts/update_norm_heat.png" in images
+        tags = {name: text for name, text in found.data.tags.items() if name.startswith("alarm")}
+        assert tags == {"alarm/LS001/step_2": "text 2", "alarm/LS001/step_4": "text 4"}
     finally:
         mlflow.set_tracking_uri(before)
 
@@ -233,11 +257,13 @@ def test_wandb_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatch
         assert wandb.run is mine
         mine.log({"still": 1.0})
     files = [file for file in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")) if mine.id not in file.name]
-    values, images, config, ids = {}, set(), {}, set()
+    values, images, config, ids, alerts = {}, set(), {}, set(), []
     for record in [record for file in files for record in wandb_records(file)]:
         if record.HasField("run"):
             assert (record.run.project, record.run.display_name) == ("lorascope", "run")
             ids.add(record.run.run_id)
+        if record.HasField("alert"):
+            alerts.append((record.alert.title, record.alert.text, record.alert.level))
         config |= {item.key: json.loads(item.value_json) for item in [*record.run.config.update, *record.config.update]}
         for item in record.history.item:
             name, value = "/".join(item.nested_key) or item.key, json.loads(item.value_json)
@@ -250,6 +276,7 @@ def test_wandb_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypatch
     assert without_time(values) == without_time(curves(run))
     assert {"charts/update_norm_heat", "charts/rank_allocation"} <= images
     assert (config["id"], config["method.rank"], config["settings.steps"]) == (run.id, 2, 5)
+    assert alerts == [("alarm/LS001", f"step {step}: text {step}", "WARN") for step in (2, 4)]
 
 
 @pytest.mark.slow
@@ -258,10 +285,13 @@ def test_clearml_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypat
     clearml = pytest.importorskip("clearml")
     monkeypatch.setenv("CLEARML_CACHE_DIR", str(tmp_path))
     clearml.Task.set_offline(True)
-    _, run = train(bert, task, tmp_path / "run", report_to="clearml")
+    model, observe = models.load(bert, task=task), [*NORMS, Messages()]
+    run = ls.train(model, task, LORA, out=tmp_path / "run", observe=observe, report_to="clearml", **SETTINGS)
     (session,) = tmp_path.glob("**/offline-*.zip")
     with zipfile.ZipFile(session) as archive:
         lines = archive.read("metrics.jsonl").decode().splitlines()
+        log = archive.read("log.jsonl").decode()
+    assert "step 2: alarm/LS001: text 2" in log
     events = [event for line in lines for event in json.loads(line)]
     values, images = {}, set()
     for event in events:
@@ -294,6 +324,10 @@ def test_trackio_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypat
         values |= new
     assert without_time(values) == without_time(curves(run))
     assert "charts/update_norm_heat" in images
+    alerts = [
+        (each["title"], each["text"], each["level"], each["step"]) for each in SQLiteStorage.get_alerts("lorascope")
+    ]
+    assert sorted(alerts) == [("alarm/LS001", f"text {step}", "warn", step) for step in (2, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -467,7 +501,9 @@ def test_resumed_training_continues_the_curves_without_a_step_twice(at, fake, mo
     assert without_time(events(run.path / "tensorboard")) == without_time(in_float32(curves(run)))
     assert len([*(run.path / "tensorboard").glob("*/hparams.yml")]) == 1
     # A finished run is not trained, so it is not reported.
-    ls.train(models.load(bert, task=task), task, DROPOUT, out=run.path, observe=[*NORMS, Stop()], **SETTINGS)
+    ls.train(
+        models.load(bert, task=task), task, DROPOUT, out=run.path, observe=[*NORMS, Messages(), Stop()], **SETTINGS
+    )
     assert len(fake.logged) == 6
 
 
@@ -503,6 +539,24 @@ def test_alarms_have_one_curve_per_id_with_the_number_of_modules():
         "alarm/LS001": 1,
         "alarm/LS015": 1,
     }
+
+
+@pytest.mark.filterwarnings("ignore:LS019")
+def test_alarm_that_stops_a_training_is_its_last_message(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    optimizer, observe = torch.optim.SGD(model.parameters(), lr=0.0), [ls.observe.alarms(every=1, stop="LS019")]
+    with ls.record(model, optimizer, tmp_path, observe, report_to="tensorboard") as recorder:
+        for _ in range(10):
+            loss = model(torch.ones(4, 3)).sum()
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss=loss)
+            if recorder.stopped:
+                break
+    run = ls.load(tmp_path)
+    (found,) = texts(tmp_path / "tensorboard", "alarm/LS019")
+    assert run.meta.error.endswith(found[1].partition("; fix: ")[0])
+    assert [found[0]] == run.table.query("quantity == 'alarm'")["step"].unique().tolist()
 
 
 @pytest.mark.parametrize("quantity", ["update_norm", "relative_update", "rank"])  # pooled by norm, mean and sum

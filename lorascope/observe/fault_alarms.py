@@ -16,7 +16,7 @@ from lorascope.methods.base import Step
 from lorascope.observe.base import Observer
 from lorascope.observe.live_evidence import LiveModel
 from lorascope.observe.weight_norms import from_tree, to_tree
-from lorascope.schema.records import Quantity, Record, register
+from lorascope.schema.records import Item, Message, Quantity, Record, register
 from lorascope.schema.suggestions import unknown_name
 
 register(
@@ -63,8 +63,8 @@ class alarms(Observer):
         self.initial_: dict[str, Any] = {}
         self._model: LiveModel | None = None
 
-    def __call__(self, step: Step) -> list[Record]:
-        """Return the records of new faults, if the step is due."""
+    def __call__(self, step: Step) -> list[Item]:
+        """Return the records and messages of new faults, if the step is due."""
         if step.finished:
             rates = [step.values.get("lr", (0, 0.0))[1], *(group["lr"] for group in step.optimizer.param_groups)]
             self.moving_steps_ += any(map(float, rates))
@@ -84,6 +84,7 @@ class alarms(Observer):
         # A record has one value per module, so a second fault of a module waits for the next check.
         found.sort(key=lambda each: not self._stops_at(each))
         items: dict[str, Record] = {}
+        messages = []
         for finding in found:
             key, places = f"{finding.id} {' '.join(finding.modules)}", finding.modules or ("",)
             if key in self.reported_ or not items.keys().isdisjoint(places):
@@ -93,9 +94,10 @@ class alarms(Observer):
             # Without a registry, Python also shows a warning that an earlier training has given.
             text = f"{describe(finding)}; fix: {printable(finding.fix)}"
             warnings.warn_explicit(text, UserWarning, "lorascope", 0)
+            messages.append(Message(f"alarm/{finding.id}", text))
             if self._stops_at(finding):
                 step.stop = f"stopped by an alarm at step {step.finished}: {describe(finding)}"
-        return list(items.values())
+        return [*items.values(), *messages]
 
     def _stops_at(self, finding: Finding) -> bool:
         return finding.id in self.stop or finding.cause in self.stop

@@ -70,20 +70,24 @@ class norms(Observer):
         """Return whether the state should be recorded, which includes the steps of ``spectra_every``."""
         return super().due(finished, total) or self._is_decomposition_due(finished)
 
-    @torch.no_grad()
-    @shared_copies()
     def __call__(self, step: Step) -> list[Item]:
         """Return norms and ranks after this step, if it is due or the best so far."""
-        self._found = trained = self._found or TrainedTensors(step)
-        items: list[Item] = []
-        if step.finished == 0:
-            self._record_start(step, trained)
-        if self.due(step.finished, step.total) or step.best:
-            items.extend(self._record_norms(step, trained))
-        self.before_ = {}
+        due = self.due(step.finished, step.total) or step.best
         # The norm of the next step needs the state before it.
-        if not step.last and self.due(step.finished + 1, step.total):
-            self._remember(trained)
+        due_next = not step.last and self.due(step.finished + 1, step.total)
+        if not (due or due_next or step.finished == 0):
+            self.before_ = {}
+            return []
+        items: list[Item] = []
+        with torch.no_grad(), shared_copies():
+            self._found = trained = self._found or TrainedTensors(step)
+            if step.finished == 0:
+                self._record_start(step, trained)
+            if due:
+                items.extend(self._record_norms(step, trained))
+            self.before_ = {}
+            if due_next:
+                self._remember(trained)
         return items
 
     def _record_start(self, step: Step, trained: TrainedTensors) -> None:

@@ -19,7 +19,7 @@ from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, snapshot_file
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.schema import records
-from lorascope.schema.records import QUANTITIES, Factors, Item, Record, Snapshot
+from lorascope.schema.records import QUANTITIES, Factors, Item, Message, Record, Snapshot
 
 
 class RunWriter:
@@ -59,7 +59,7 @@ class RunWriter:
         for item in items:
             if isinstance(item, Record):
                 rows.append(item)
-            else:
+            elif not isinstance(item, Message):
                 self._arrays.setdefault(step, []).append(item)
         self._rows.append((step, rows))
 

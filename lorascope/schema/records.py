@@ -122,7 +122,23 @@ class Factors:
     form: str | None = None
 
 
-Item = Record | Snapshot | Factors
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A text for those who watch a training, such as an alarm: trackers show it, and runs do not store it.
+
+    Parameters
+    ----------
+    name : str
+        Name under which trackers show it, such as ``"alarm/LS001"``.
+    text : str
+        What it says.
+    """
+
+    name: str
+    text: str
+
+
+Item = Record | Snapshot | Factors | Message
 
 QUANTITIES: dict[str, Quantity] = {}
 _adopted: set[str] = set()  # known only from a stored run; replaced when the module that records them is imported

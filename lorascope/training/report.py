@@ -14,7 +14,7 @@ from lorascope.files.printable import printable
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import Place, parse
-from lorascope.schema.records import QUANTITIES, Item, Record
+from lorascope.schema.records import QUANTITIES, Item, Message, Record
 from lorascope.training.state import keep_generators
 
 Places = Mapping[str, Place]
@@ -38,7 +38,7 @@ class Report:
 
     def __init__(self) -> None:
         self._places: Places = {}
-        self._step, self._records = 0, list[Record]()
+        self._step, self._records, self._messages = 0, list[Record](), list[Message]()
         self._failed: set[str] = set()
 
     def open(self, path: Path, meta: Manifest) -> None:
@@ -51,21 +51,26 @@ class Report:
         if step != self._step:
             self.flush()
             self._step = step
-        self._records += [item for item in items if isinstance(item, Record)]
+        for item in items:
+            if isinstance(item, Record):
+                self._records.append(item)
+            elif isinstance(item, Message):
+                self._messages.append(item)
 
     @keep_generators()
     def flush(self) -> None:
-        """Send the values that were not sent yet."""
-        records, self._records = self._records, []
-        if values := pool_records(records, self._places):
-            self.send(values, self._step)
+        """Send the values and messages that were not sent yet."""
+        values, messages = pool_records(self._records, self._places), self._messages
+        self.discard()
+        if values or messages:
+            self.send(values, messages, self._step)
 
     def discard(self) -> None:
-        """Forget the values that were not sent yet."""
-        self._records = []
+        """Forget the values and messages that were not sent yet."""
+        self._records, self._messages = [], []
 
-    def send(self, values: dict[str, float], step: int) -> None:
-        """Send the values of a step."""
+    def send(self, values: dict[str, float], messages: Sequence[Message], step: int) -> None:
+        """Send the values and messages of a step."""
         raise NotImplementedError
 
     def close(self, run: Run | None) -> None:
@@ -91,10 +96,10 @@ class Report:
 class HostReport(Report):
     """Report into the run that another trainer, the host, has already opened in its own programs.
 
-    It leaves out the values that the host logs itself, and prefixes the names of the others.
+    It leaves out the values that the host logs itself, and prefixes the names of the others. Hosts take no messages.
     """
 
-    def send(self, values: dict[str, float], step: int) -> None:
+    def send(self, values: dict[str, float], messages: Sequence[Message], step: int) -> None:
         if own := {f"{PREFIX}{name}": value for name, value in values.items() if name not in _OF_THE_HOST}:
             self.send_to_host(own, step)
 

@@ -26,6 +26,7 @@ from lorascope.files.printable import printable
 from lorascope.files.typed_json import read_json
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
+from lorascope.schema.records import Message
 from lorascope.training.report import Report, describe_error
 from lorascope.training.state import keep_generators
 
@@ -123,7 +124,7 @@ class TrackerReport(Report):
                 self.close(None)
                 raise ValueError(f"cannot report to {name}: {describe_error(error)}") from error
 
-    def send(self, values: dict[str, float], step: int) -> None:
+    def send(self, values: dict[str, float], messages: Sequence[Message], step: int) -> None:
         if step <= self._state.step:
             return
         self._state.step = step
@@ -135,6 +136,9 @@ class TrackerReport(Report):
             for name, tracker in self._trackers.items():
                 curves = {_curve(value_name, name): value for value_name, value in part}
                 self.attempt(name, partial(tracker.log, curves, step=step))
+        for message in messages:
+            for name, tracker in self._trackers.items():
+                self.attempt(f"{name} by messages", partial(_log_message, name, tracker, message, step))
 
     def _write_state(self) -> None:
         """Write the state without waiting for the disk; without it, a resumed training would repeat steps."""
@@ -235,6 +239,23 @@ def _curve(name: str, tracker: str) -> str:
     group, _, rest = name.partition("_")
     group, rest = (group, rest) if group in ("eval", "test") and rest else ("train", name)
     return f"{group}{'_' if tracker == 'clearml' else '/'}{rest}"
+
+
+def _log_message(name: str, tracker: Any, message: Message, step: int) -> None:
+    """Send a message to a tracker, as an alert where it has alerts."""
+    match name:
+        case "tensorboard" | "comet_ml":
+            tracker.log({message.name: message.text}, step=step)
+        case "wandb":
+            tracker.run.alert(message.name, f"step {step}: {message.text}", level="WARN", wait_duration=0)
+        case "trackio":
+            tracker.run.alert(message.name, message.text, step=step)
+        case "mlflow":  # a second message of one name does not replace the first
+            importlib.import_module("mlflow").MlflowClient().set_tag(
+                tracker.active_run.info.run_id, f"{message.name}/step_{step}", message.text
+            )
+        case "clearml":
+            tracker.task.get_logger().report_text(f"step {step}: {message.name}: {message.text}")
 
 
 def _log_images(name: str, tracker: Any, files: Sequence[Path], step: int) -> None:

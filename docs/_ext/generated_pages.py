@@ -240,9 +240,11 @@ def kind_page(kind: Kind) -> str:
     fix = f"**Fix.** {sentence(kind.fix)}" if kind.fix else "An observation, not a fault."
     live = any(rule.id == kind.id and rule.live_from is not None for rule in RULES)
     checked = " Alarms check it in training." if live else ""
+    of_runtime = kind.needs == "base" and kind.id[2] == "2"  # these checks take no runs
+    needed = "an adapter with `--base`" if of_runtime else EVIDENCE_NEEDED[kind.needs]
     return (
         f"({kind.id})=\n# {kind.id}: `{kind.name}`\n\n**Cause.** {kind.problem} Severity: {kind.severity}.\n\n"
-        f"**Evidence.** {sentence(kind.evidence)} Needs {EVIDENCE_NEEDED[kind.needs]}.{checked}\n\n{fix}\n"
+        f"**Evidence.** {sentence(kind.evidence)} Needs {needed}.{checked}\n\n{fix}\n"
     )
 
 

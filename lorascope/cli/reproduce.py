@@ -1,4 +1,4 @@
-"""``lorascope reproduce``: kept verdicts and a new run of every method, one claim with any seed, or the evidence."""
+"""``lorascope reproduce``: kept verdicts and a new run per paper, one claim with any seed, or the evidence."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(
     minutes: Annotated[float, arg(metavar="N")] = math.inf,
     json: bool = False,
 ) -> int:
-    """Show the kept verdicts, train every method once with a new seed, and write a report of both.
+    """Show the kept verdicts, train each paper's method once with a new seed, and write a report of both.
 
     Finished runs in the folder are not trained again, and interrupted ones resume.
 

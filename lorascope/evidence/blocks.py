@@ -378,7 +378,8 @@ class Tables:
 
     def _outcome(self, id: str) -> str:
         row = self.rows[id]
-        if self._has_no_runs(id):
+        waits = row["note"] == STOPPED and not row["look"] >= 1 and self.minutes < BUDGET
+        if waits or self._has_no_runs(id):
             return "not judged"
         side = row["side"] if row["look"] >= 1 else ""
         return ", ".join(filter(None, (row["outcome"], side)))

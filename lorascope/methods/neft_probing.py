@@ -40,7 +40,7 @@ from lorascope.schema.records import Quantity, Record, register
 PROBE_COSINE = "probe_cosine"
 _LARGEST = "largest |cosine| between a neuron's weights and the coefficients of a probe"
 _QUANTITY = Quantity("|cos| with probes", "", "neuron", "mean", _LARGEST, "NeFT, section 3")
-register('train NeFT(mode="probed")', **{PROBE_COSINE: _QUANTITY})
+register('train NeFT(select_by="probed")', **{PROBE_COSINE: _QUANTITY})
 _STRENGTHS = np.logspace(0.8, 4.1, 12)  # of the ridge penalty, as in the authors' code
 
 

@@ -45,8 +45,8 @@ def trainer_kwargs(
     Parameters
     ----------
     method : Method
-        Method with one phase that needs no search split, batch loss or held-out text: Full, LoRA, AdaLoRA, FourierFT,
-        HydraLoRA, LISA, Adapprox, and NeFT with ``neurons``.
+        Method with one phase that needs no search split, batch loss or held-out text: not AutoLoRA, ALoRA, or NeFT
+        without ``neurons``.
     model : Module
         Freshly loaded model, changed in place. For a classifier, ``accepts_loss_kwargs`` is set to False. Its loss is a
         mean over rows, and otherwise the Trainer would not divide it by the number of accumulated micro-batches.

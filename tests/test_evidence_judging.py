@@ -307,6 +307,18 @@ def test_claim_on_an_arm_that_did_not_train_is_void(metrics: tuple[float, ...], 
     assert kept_from_text["outcome"].item() == "supported"
 
 
+def test_arms_are_void_by_their_first_five_judged_seeds() -> None:
+    evidence = planted({"A": 0.95, "B": 0.5}, seeds=10)
+    runs = evidence.runs.copy()
+    for seeds, void in (((103, 105), False), ((103, 104), True)):
+        failed = (runs["arm"] == "B") & runs["seed"].isin(seeds)
+        changed = Evidence(
+            runs.assign(validation_metric=np.where(failed, 0.34, 0.9)), evidence.rows, evidence.margins, evidence.nll
+        )
+        verdicts, _ = judge_all({"a.b": registered()}, {"a.b": (Accuracy("A"), Accuracy("B"))}, changed)
+        assert (verdicts["outcome"].item() == "void") == void
+
+
 def table_of(tiers: list[str], p: list[float], outcomes: list[str]) -> pd.DataFrame:
     return pd.DataFrame({"claim": range(len(p)), "tier": tiers, "p_looks": p, "outcome": outcomes, "note": ""})
 
@@ -320,6 +332,25 @@ def test_secondary_verdicts_are_corrected_by_benjamini_hochberg() -> None:
     assert found["outcome"].tolist() == ["supported", "not supported", "inconclusive", "inconclusive", "void"]
     assert found["uncorrected"].tolist() == ["supported", "not supported", "supported", "inconclusive", "void"]
     assert found["note"][2] == "decided before the correction for 5 claims"
+
+
+@pytest.mark.parametrize("note", [looks.STOPPED, judging.CHANGED])
+def test_claims_without_a_verdict_count_with_p_of_1(note: str) -> None:
+    table = table_of(["secondary"] * 3, [1e-6, 0.03, 0.9], ["inconclusive", "supported", "inconclusive"])
+    found = correct(table.assign(note=[note, "", ""]))
+    assert found["adjusted_p"].tolist() == pytest.approx(scipy.stats.false_discovery_control([1.0, 0.03, 0.9]))
+    assert found["outcome"][1] == "inconclusive"
+
+
+def test_changed_claims_get_no_verdict_and_do_not_help_others() -> None:
+    evidence = planted({"A": 0.97, "B": 0.5})
+    claims = {id: registered(id) for id in ("a.b", "c.d")}
+    pairs: Any = dict.fromkeys(claims, (Accuracy("A"), Accuracy("B")))
+    verdicts, _ = judge_all(claims, pairs, evidence, changed={"a.b"})
+    assert verdicts["outcome"].tolist() == ["inconclusive", "supported"]
+    assert verdicts["note"].tolist() == [judging.CHANGED, ""]
+    p = verdicts["p_looks"]
+    assert verdicts["adjusted_p"].tolist() == pytest.approx(scipy.stats.false_discovery_control([1.0, p[1]]))
 
 
 def test_primary_verdicts_stand_with_holms_p_beside_and_published_ones_without() -> None:
@@ -399,6 +430,11 @@ def replace(old: bytes, new: bytes) -> Callable[[Path], None]:
     return change
 
 
+def twice(file: Path) -> None:
+    rows = pd.read_parquet(file)
+    pd.concat([rows, rows]).to_parquet(file)
+
+
 RUN = "predictions/A-100AVX2.npz"
 SEED = b",100,0.001,300,"
 DAMAGED: list[tuple[str, Callable[[Path], Any], str]] = [
@@ -407,10 +443,19 @@ DAMAGED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("runs.csv", lambda file: file.write_bytes(b""), "runs.csv: its last row is incomplete"),
     ("runs.csv", lambda file: file.write_bytes(file.read_bytes()[:-40]), "runs.csv: its last row is incomplete"),
     ("runs.csv", replace(b"\nA-100AVX2", b"\nx,A-100AVX2"), "runs.csv: row 2 must have 27 fields, got 28"),
-    ("runs.csv", replace(SEED, b",abc,0.001,300,"), "runs.csv: row 2: seed must be an integer >= 0, got 'abc'"),
-    ("runs.csv", replace(SEED, b",100.5,0.001,300,"), "row 2: seed must be an integer >= 0, got '100.5'"),
-    ("runs.csv", replace(SEED, b",,0.001,300,"), "row 2: seed must be an integer >= 0, got ''"),
-    ("runs.csv", replace(SEED, b",-1,0.001,300,"), "row 2: seed must be an integer >= 0, got '-1'"),
+    (
+        "runs.csv",
+        replace(SEED, b",abc,0.001,300,"),
+        "runs.csv: row 2: seed must be an integer from 0 to 4294967295, got 'abc'",
+    ),
+    (
+        "runs.csv",
+        replace(SEED, b",100.5,0.001,300,"),
+        "row 2: seed must be an integer from 0 to 4294967295, got '100.5'",
+    ),
+    ("runs.csv", replace(SEED, b",,0.001,300,"), "row 2: seed must be an integer from 0 to 4294967295, got ''"),
+    ("runs.csv", replace(SEED, b",-1,0.001,300,"), "row 2: seed must be an integer from 0 to 4294967295, got '-1'"),
+    ("runs.csv", replace(SEED, b",4294967296,0.001,300,"), "an integer from 0 to 4294967295, got '4294967296'"),
     ("runs.csv", replace(SEED, b",100,x,300,"), "row 2: rate must be a number or empty, got 'x'"),
     ("runs.csv", replace(b",1.5,", b",x,"), "row 2: cpu_seconds must be a number >= 0, got 'x'"),
     ("runs.csv", replace(b",judged,", b",Judged,"), "row 2: role must be tuning, judged or baseline, got 'Judged'"),
@@ -419,6 +464,8 @@ DAMAGED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("runs.csv", replace(b"A-101AVX2", b"A-100AVX2"), "runs.csv: run ids must be unique, got 'A-100AVX2' twice"),
     ("rows.parquet", lambda file: table_without(file, "task_hash"), "rows.parquet: .* schema 1: task_hash"),
     ("rows.parquet", lambda file: table_without(file, "cluster"), "rows.parquet: .* schema 1: cluster"),
+    ("rows.parquet", Path.unlink, "rows.parquet: it has no test rows, but there are predictions of them"),
+    ("rows.parquet", twice, "rows.parquet: row 0 of a task occurs twice"),
     (RUN, lambda file: file.write_bytes(b"PK\x03\x04 half"), "A-100AVX2.npz"),
     (RUN, arrays(margin=np.array(["9", "-9"])), "A-100AVX2.npz: margin must be a vector of dtype int8"),
     (RUN, arrays(margin=np.zeros((1, ROWS), np.int8)), "A-100AVX2.npz: margin must be a vector"),

@@ -34,6 +34,7 @@ from lorascope.probes import evidence
 from lorascope.probes.base import Arm, Probe
 from lorascope.probes.kept_ranks import keep_ranks
 from lorascope.probes.tfidf_baseline import tfidf_arm
+from lorascope.runs.folders import RunLocked, lock_run
 from lorascope.runs.run import Run
 
 TOML = """
@@ -259,6 +260,12 @@ def test_an_interrupted_study_loses_no_finished_run(study: Study, monkeypatch: p
     study.write()
     assert len(trained) == sum(count(study).values()) - 5 - 1  # the baseline is not trained
     assert study.differences() == []
+
+
+def test_two_commands_cannot_add_runs_to_one_folder(study: Study) -> None:
+    with lock_run(study.folder), pytest.raises(RunLocked, match="by another process"):
+        study.write()
+    assert not (study.folder / "runs.csv").exists()
 
 
 def test_no_run_starts_after_the_given_minutes(study: Study) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from lorascope import observe
 from lorascope.methods import AutoLoRA, LoRA
+from lorascope.runs import excerpt as excerpts
 from lorascope.runs.excerpt import excerpt_differences, write_excerpt
 from lorascope.runs.run import Run
 from lorascope.training import loop
@@ -95,6 +96,21 @@ def test_rounding_is_no_difference(run: Run, tmp_path: Path) -> None:
     assert excerpt_differences(one, two) == []
     vars(two)["table"] = two.table.assign(value=two.table["value"] * (1 + 1e-6))
     assert excerpt_differences(one, two) == ["records of update_norm"]
+
+
+def test_an_excerpt_that_cannot_be_written_leaves_the_earlier_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = write_excerpt(run, tmp_path / "part", {"loss"}, ())
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(excerpts, "write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_excerpt(run, tmp_path / "part", {"update_norm"}, ())
+    assert [path.name for path in tmp_path.iterdir()] == ["part"]
+    assert excerpt_differences(Run.read(tmp_path / "part"), before) == []
 
 
 def test_a_rewritten_excerpt_has_no_earlier_files(run: Run, tmp_path: Path) -> None:

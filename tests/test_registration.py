@@ -59,6 +59,12 @@ def changed(folder: Path, old: str, new: str) -> Path:
         ('tier = "primary"', 'tier = "first"', "Invalid enum value 'first'"),
         ('kind = "non-inferiority"', 'kind = "parity"', "Invalid enum value 'parity'"),
         ("[[claim]]", "[[claim]", "cannot read"),
+        (
+            'rate_of = "LoRA, rank 4"',
+            'rate_of = "LoRA"',
+            "arm 'ALoRA.*' names the arm 'LoRA', which is not registered",
+        ),
+        ('arms = ["', 'arms = ["X, ', "claim 'lora.parity' names the arm 'X, .*', which is not registered"),
     ],
 )
 def test_other_registrations_are_refused_in_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:

@@ -202,7 +202,10 @@ def test_verdicts_are_read_without_torch_and_missing_files_give_one_line(tmp_pat
         (lambda content: content[: content.index(b"\n", len(content) // 2) + 1], "claim '.*' must occur 1 time, got 0"),
         (lambda content: content + content.splitlines(keepends=True)[-1], "claim '.*' must occur 1 time, got 2"),
         (lambda content: content.replace(b"look", b"glance", 1), "its columns differ from schema 1: glance, look"),
-        (lambda content: content.replace(b",0,", b",x,", 1), r"row \d+: n must be an integer >= 0, got 'x'"),
+        (
+            lambda content: content.replace(b",0,", b",x,", 1),
+            r"row \d+: n must be an integer from 0 to 4294967295, got 'x'",
+        ),
         (lambda content: content.replace(b"lora.parity", b"\xff", 1), "'utf-8' codec can't decode"),
     ],
 )
@@ -216,6 +219,30 @@ def test_damaged_verdicts_are_one_line(tmp_path: Path, damage: Any, message: str
         with pytest.raises(ValueError, match=f"^cannot read {re.escape(str(file))}: {message}") as raised:
             read(tmp_path)
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        ({"look": 1.0, "outcome": "supported", "arms_state": "registered"}, "supported"),
+        ({"look": 0.0, "outcome": "inconclusive", "arms_state": "registered"}, "none yet"),
+        ({"look": np.nan, "outcome": "void", "arms_state": "registered"}, "void"),
+        ({"look": 1.0, "outcome": "inconclusive", "arms_state": "changed"}, "none yet"),
+    ],
+)
+def test_kept_verdict_next_to_own_seeds(tmp_path: Path, change: dict[str, Any], verdict: str) -> None:
+    data, file = registration.FILE.parent, tmp_path / "evidence" / "verdicts.csv"
+    (tmp_path / "registered.toml").write_bytes(registration.FILE.read_bytes())
+    (tmp_path / "published").symlink_to(data / "published")
+    table = kept_verdicts.read_file(data / "evidence" / "verdicts.csv", registration.read())
+    chosen = table["claim"] == "lora.parity"
+    file.parent.mkdir()
+    changed = table.assign(**{name: table[name].where(~chosen, value) for name, value in change.items()})
+    file.write_bytes(store.to_csv(changed.assign(shown=changed["shown"].where(~chosen, "0.01 [0, 0.02]"))))
+    row = own_seeds._kept_row("lora.parity", tmp_path)
+    assert (row["verdict"], row["effect"]) == (verdict, "0.01 [0, 0.02]" if verdict == "supported" else "")
+    shown = kept_verdicts.read(tmp_path).table
+    assert ("lora.parity" in shown["claim"].tolist()) == (verdict in ("supported", "void"))
 
 
 def run(*words: str) -> int:

@@ -10,6 +10,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -32,7 +33,7 @@ from lorascope.plots import run_overview
 from lorascope.schema.module_roles import Place, parse
 from lorascope.schema.records import QUANTITIES, Message, Record
 from lorascope.training.report import pool_records
-from lorascope.training.trackers import tracker_names
+from lorascope.training.trackers import _log_message, tracker_names
 
 LORA = ls.LoRA(rank=2, lr=1e-2, head_lr=1e-2)
 DROPOUT = ls.LoRA(rank=2, lr=1e-2, dropout=0.2)
@@ -426,8 +427,10 @@ def test_tracker_that_fails_warns_once_and_stops_nothing(where, fake, monkeypatc
     monkeypatch.setattr(fake, "fails_at", where)
     one, _ = train(bert, task, tmp_path / "without", DROPOUT)
     line = r"^cannot report to fake: ConnectionError: no route to; training and recording continue$"
+    other, observe = models.load(bert, task=task), [*NORMS, Messages()]
+    settings = SETTINGS | {"observe": observe, "report_to": ["fake", "tensorboard"]}
     with pytest.warns(UserWarning, match=line) as found:
-        other, run = train(bert, task, tmp_path / "with", DROPOUT, report_to=["fake", "tensorboard"])
+        run = ls.train(other, task, DROPOUT, out=tmp_path / "with", **settings)
     assert len(found) == 1
     same_weights(one, other)
     assert run.finished
@@ -539,6 +542,35 @@ def test_alarms_have_one_curve_per_id_with_the_number_of_modules():
         "alarm/LS001": 1,
         "alarm/LS015": 1,
     }
+
+
+@dataclass(kw_only=True)
+class StopsLast(Observer):
+    """Observer that stops a training at its last step, with a message."""
+
+    every: int = 1
+
+    def __call__(self, step):
+        if not step.last:
+            return []
+        step.stop = "stopped"
+        return [Message("alarm/LS001", "the end")]
+
+
+def test_stop_at_the_last_step_is_reported(bert, task, tmp_path):
+    settings = SETTINGS | {"observe": [*NORMS, StopsLast()], "report_to": "tensorboard"}
+    with pytest.raises(RuntimeError, match="stopped"):
+        ls.train(models.load(bert, task=task), task, LORA, out=tmp_path, **settings)
+    assert texts(tmp_path / "tensorboard", "alarm/LS001") == [(SETTINGS["steps"], "the end")]
+    assert events(tmp_path / "tensorboard") == in_float32(curves(ls.load(tmp_path)))
+
+
+def test_comet_gets_every_message_with_its_step():
+    writer, found = SimpleNamespace(), []
+    writer.log_text = lambda text, step, metadata: found.append((text, step, metadata["name"]))
+    for step in (2, 4):
+        _log_message("comet_ml", SimpleNamespace(writer=writer), Message("alarm/LS001", f"text {step}"), step)
+    assert found == [("text 2", 2, "alarm/LS001"), ("text 4", 4, "alarm/LS001")]
 
 
 @pytest.mark.filterwarnings("ignore:LS019")

@@ -119,6 +119,11 @@ def test_deleted_pages_are_named(clone: Path, capsys: pytest.CaptureFixture[str]
         ),
         ("data/published/printed_gains.csv", b"", "published: cannot compute published.hydralora"),
         ("data/registered.toml", b"[[claim", "registered.toml: "),
+        (
+            "data/registered.toml",
+            registration.FILE.read_bytes().replace(b'tier = "primary"', b'tier = "secondary"', 1),
+            "registered.toml: LoRA must have one primary claim, got 0",
+        ),
     ],
 )
 def test_damaged_file_beside_the_evidence_is_a_difference(

@@ -221,7 +221,7 @@ class Tables:
         """Return the rule of the primary claim of a paper, and the verdicts of all its claims."""
         claims = {id: each for id, each in self.registration.claims.items() if each.paper.arxiv == PAPERS[name]}
         judged = {id: each for id, each in claims.items() if each.paper.tier != "published"}
-        main = next(each for each in judged.values() if each.paper.tier == "primary")
+        main = self._primary(name)
         seeds = " and ".join(filter(None, (", ".join(map(str, main.design.seeds[:-1])), str(main.design.seeds[-1]))))
         rule = (
             f"The primary claim, `{main.id}`, is judged at {seeds} seeds. It is supported if the whole interval is "
@@ -243,9 +243,15 @@ class Tables:
             *self._footnotes(judged),
         ])  # fmt: skip
 
+    def _primary(self, name: str) -> Registered:
+        of_paper = [each for each in self.registration.of_tier("primary").values() if each.paper.arxiv == PAPERS[name]]
+        if len(of_paper) != 1:
+            raise ValueError(f"registered.toml: {name} must have one primary claim, got {len(of_paper)}")
+        return of_paper[0]
+
     def printed(self, name: str) -> str:
         """Return the primary claim of a paper with its source, and the numbers that the paper prints."""
-        main = next(each for each in self.registration.of_tier("primary").values() if each.paper.arxiv == PAPERS[name])
+        main = self._primary(name)
         lines = [
             f"- arXiv {main.paper.arxiv}, {main.paper.place}",
             f"- Claim: {main.text.sentence}",

@@ -104,7 +104,7 @@ def _read_image(image: Path) -> tuple[dict[str, Any], str]:
         with Image.open(image) as opened:
             facts = to_typed(parse_json(opened.info.get("lorascope", "{}"), image), dict[str, Any], image)
             return facts, pixel_digest(opened)
-    except (OSError, SyntaxError):  # no file, no image, a truncated or a damaged one
+    except (OSError, SyntaxError, Image.DecompressionBombError):  # no file, no image, a truncated or a damaged one
         return {}, ""
 
 

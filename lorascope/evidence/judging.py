@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -34,6 +34,9 @@ VERDICT_COLUMNS = {
     "all_seeds": TEXT, "uncorrected": TEXT, "adjusted_p": NUMBER, "arms_state": TEXT,
 }  # fmt: skip
 """Columns of ``verdicts.csv``."""
+
+CHANGED = "its runs are of another arm than registered"
+"""Note of a claim that gets no verdict because its runs are not the registered ones."""
 
 _TRIED, _FAILED, _AT_CHANCE = 5, 2, 0.05
 
@@ -169,6 +172,7 @@ def judge_all(
     pairs: Mapping[str, Pair],
     evidence: Evidence,
     may_void: Callable[[str], bool] = lambda arm: True,
+    changed: Container[str] = (),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Judge every claim that has runs.
 
@@ -182,6 +186,8 @@ def judge_all(
         All runs.
     may_void : callable
         ``may_void(arm)`` returns whether claims are void if this arm does not train.
+    changed : container of str
+        Claims that get no verdict because their runs are of another arm than registered.
 
     Returns
     -------
@@ -209,6 +215,8 @@ def judge_all(
                 rows[-1]["all_seeds"] = _over_all_seeds(registered, pairs[id], part, found[0])
                 table = add_sources(found[1], pairs[id], part, registered.design.interval)
             values.append(table.assign(claim=id, look=found[0].look))
+    for row in rows:
+        row |= {"outcome": "inconclusive", "note": CHANGED} if row["claim"] in changed else {}
     verdicts = correct(pd.DataFrame(rows))
     columns = ["claim", "seed", "look", "statistic", "control", "effect", *COLUMNS]
     return verdicts, (pd.concat(values) if values else pd.DataFrame(columns=columns))[columns].reset_index(drop=True)
@@ -275,7 +283,7 @@ def correct(verdicts: pd.DataFrame) -> pd.DataFrame:
     """
     verdicts = verdicts.reindex(columns=[*dict.fromkeys([*verdicts.columns, "p_looks", "p"])])
     p = verdicts["p_looks"].astype("float64").fillna(1.0).where(verdicts["outcome"] != "void", 1.0)
-    p = p.where(verdicts["note"].fillna("") != looks.STOPPED, 1.0)
+    p = p.where(~verdicts["note"].isin([looks.STOPPED, CHANGED]), 1.0)
     verdicts = verdicts.assign(uncorrected=verdicts["outcome"], adjusted_p=np.nan)
     for tier, adjust in (("primary", holm), ("secondary", false_discovery_control)):
         if (of_tier := verdicts["tier"] == tier).any():

@@ -50,7 +50,7 @@ def read(data: Path = registration.FILE.parent) -> KeptVerdicts:
     tables, notes = [published.judge(claims.claims, data / "published")], []
     if file.exists():
         kept = read_file(file, claims)
-        judged = (kept["look"] >= 1) | (kept["outcome"] == "void")
+        judged = ((kept["look"] >= 1) & (kept["arms_state"] != "changed")) | (kept["outcome"] == "void")
         tables.append(kept[judged])
         if missing := int((~judged).sum()):
             notes.append(f"Claims without a verdict: {missing} of {len(kept)}.")

@@ -269,6 +269,11 @@ def parse(content: bytes, file: Path | str) -> Registration:
         if claim.paper.tier != "published":
             _ = claim.design.looks
     claims, arms = {claim.id: claim for claim in contents.claim}, {arm.label: arm for arm in contents.arm}
+    named_by = [(f"claim {claim.id!r}", label) for claim in contents.claim for label in claim.arms]
+    named_by += [(f"arm {arm.label!r}", arm.rate_of) for arm in contents.arm if arm.rate_of]
+    if unknown := next(((name, label) for name, label in named_by if label not in arms), None):
+        name, label = map(printable, unknown)
+        raise ValueError(f"cannot read {printable(file)}: {name} names the arm {label!r}, which is not registered")
     return Registration(claims, arms, contents.deviation, contents.stage)
 
 

@@ -58,9 +58,15 @@ def _at_least_zero(value: float) -> float:
     return value
 
 
+def _to_count(text: str) -> int:
+    if not 0 <= int(text) < 2**32:
+        raise ValueError("must be from 0 to 4294967295")
+    return int(text)
+
+
 TEXT = Kind("text", "str", str)
 FLAG = Kind("True or False", "bool", {"True": True, "False": False}.__getitem__)
-COUNT = Kind("an integer >= 0", "int64", lambda text: _at_least_zero(int(text)))
+COUNT = Kind("an integer from 0 to 4294967295", "int64", _to_count)
 SECONDS = Kind("a number >= 0", "float64", lambda text: _at_least_zero(float(text)))
 NUMBER = Kind("a number or empty", "float64", lambda text: float(text or "nan"))
 ROLE = Kind("tuning, judged or baseline", "str", {name: name for name in ("tuning", "judged", "baseline")}.__getitem__)
@@ -220,6 +226,8 @@ def read(folder: str | Path) -> Evidence:
         name: {path.stem: read_table(path, path) for path in sorted((folder / "kept" / name).glob("*.parquet"))}
         for name in names
     }
+    if margins and not len(rows):
+        raise unreadable(folder / "rows.parquet", "it has no test rows, but there are predictions of them")
     return Evidence(runs, rows, margins, nll, kept, figures.read(folder))
 
 
@@ -300,6 +308,8 @@ def _read_rows(file: Path) -> pd.DataFrame:
     rows = read_table(file, file)
     if different := sorted(set(rows.columns) ^ set(ROW_COLUMNS)):
         raise unreadable(file, f"its columns differ from schema {SCHEMA}: {', '.join(map(printable, different))}")
+    if len(twice := rows[rows.duplicated(["task_hash", "row"])]):
+        raise unreadable(file, f"row {printable(twice['row'].iloc[0])} of a task occurs twice")
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ import pandas as pd
 
 from lorascope.evidence import figures, store
 from lorascope.evidence.claims import format_effect
-from lorascope.evidence.judging import VERDICT_COLUMNS, Pair, judge_all, judge_claim, name_machine, untrained_arms
+from lorascope.evidence.judging import (
+    CHANGED,
+    VERDICT_COLUMNS,
+    Pair,
+    judge_all,
+    judge_claim,
+    name_machine,
+    untrained_arms,
+)
 from lorascope.evidence.looks import STOPPED
 from lorascope.evidence.registration import Arm, Registered, Registration, arm_hash
 from lorascope.evidence.statistics.fourierft import COURSE
@@ -23,7 +32,6 @@ from lorascope.files.typed_json import parse_json, read_text, to_typed
 
 _CLOSE = 1e-9
 _HALF = 2e-3  # losses are kept in float16
-CHANGED = "its runs are of another arm than registered"
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,10 @@ def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, P
     grids = {arm.label: (arm.rates, arm.tuning_seeds) for arm in registration.arms.values() if len(arm.rates) > 1}
     judged = {id: claim for id, claim in registration.of_tier("primary", "secondary").items() if id in pairs}
     may_void = {arm.label: arm.may_void for arm in registration.arms.values()}
-    verdicts, values = judge_all(judged, pairs, evidence, lambda arm: may_void.get(arm, True))
-    verdicts = verdicts.assign(arms_state=[state(id, registration, evidence) for id in judged])
-    verdicts = verdicts.reindex(columns=list(VERDICT_COLUMNS))
-    changed = verdicts["arms_state"] == "changed"
-    verdicts.loc[changed, ["outcome", "note"]] = "inconclusive", CHANGED
+    states = {id: state(id, registration, evidence) for id in judged}
+    changed = {id for id, of_arms in states.items() if of_arms == "changed"}
+    verdicts, values = judge_all(judged, pairs, evidence, lambda arm: may_void.get(arm, True), changed)
+    verdicts = verdicts.assign(arms_state=[*states.values()]).reindex(columns=list(VERDICT_COLUMNS))
     machines = _on_other_machines(judged, pairs, evidence, verdicts, lambda arm: may_void.get(arm, True))
     tables = {"tuning.csv": tuning_table(evidence.runs, grids), "values.csv": values, "verdicts.csv": verdicts}
     files = {name: store.to_csv(table) for name, table in tables.items()}
@@ -312,8 +319,8 @@ def _check_seeds(evidence: Evidence, registration: Registration) -> Iterator[str
     judged = evidence.runs[evidence.runs["role"] == "judged"]
     for (arm, *block), runs in judged.groupby(["arm", *BLOCK]):
         seeds = set(runs["seed"])
-        if missing := sorted(set(range(min(firsts), max(seeds) + 1)) - seeds):
-            yield f"runs.csv: arm {arm!r} on {' / '.join(map(str, block))}: seed {missing[0]} is missing"
+        if (missing := next(seed for seed in count(min(firsts)) if seed not in seeds)) < max(seeds):
+            yield f"runs.csv: arm {arm!r} on {' / '.join(map(str, block))}: seed {missing} is missing"
         tuning: Arm | None = registration.arms.get(str(arm))
         for seed in sorted(seeds & set(tuning.tuning_seeds if tuning else ())):
             yield f"runs.csv: arm {arm!r}: seed {seed} is a tuning seed and must not be judged"

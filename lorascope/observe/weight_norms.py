@@ -76,7 +76,7 @@ class norms(Observer):
         # The norm of the next step needs the state before it.
         due_next = not step.last and self.due(step.finished + 1, step.total)
         if not (due or due_next or step.finished == 0):
-            self.before_ = {}
+            self.before_ = {}  # not empty if the planned number of steps has changed
             return []
         items: list[Item] = []
         with torch.no_grad(), shared_copies():

@@ -38,6 +38,7 @@ from lorascope.inputs.task_parts import first_test_rows, identify_test_rows
 from lorascope.inputs.tasks import Task
 from lorascope.methods.base import config
 from lorascope.probes.base import PROBES, Arm, OwnArm
+from lorascope.runs.folders import lock_run
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
 from lorascope.training.settings import Settings
@@ -151,10 +152,15 @@ def train_runs(
         Scores and tables to keep.
     folder, out : path
         Folder of evidence, and folder of the runs.
+
+    Raises
+    ------
+    RunLocked
+        Another process adds runs to the folder of evidence.
     """
     calls = (delayed(finish)(each, claims, reads.get(each.arm, []), out) for each in needed)
     workers = Parallel(width(), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-    with ignore_replaced_workers():
+    with lock_run(folder), ignore_replaced_workers():
         for kept in workers(calls):
             if len(kept.rows):
                 store.add_rows(folder, kept.rows)
@@ -202,8 +208,12 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
             lines = [line for name in old.keys() & new.keys() for line in _first_difference(name, old[name], new[name])]
             lines += shown
         else:
-            deviation = judged.loc[judged["arm"] == arm, "test_metric"].std(ddof=1)
-            compared, lines = {"test_metric": 3 * deviation}, []
+            of_machine = evidence.in_block({name: kept[name] for name in store.BLOCK}).runs
+            seeds = of_machine[(of_machine["arm"] == arm) & (of_machine["role"] == "judged")]
+            compared, lines = {"test_metric": 3 * seeds["test_metric"].std(ddof=1)}, []
+            if len(seeds) < 2:
+                print(f"{arm}, seed {seed}: not compared, because a single kept seed has no deviation", flush=True)
+                continue
         for name, allowed in compared.items():
             if not np.isclose(again.row[name], kept[name], rtol=0, atol=allowed, equal_nan=True):
                 lines.append(f"{name}: kept {kept[name]!r}, trained again {again.row[name]!r}")
@@ -283,7 +293,7 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
                         kept[read.name] = _keep(read, run, open_run, claims, out)
             remove_states(run)
         except FloatingPointError:  # a learning rate that is too high
-            row |= dict.fromkeys(("validation_loss", "test_loss"), math.inf) | {"run": f"{id}-{open_run.rate:g}"}
+            row |= dict.fromkeys(("validation_loss", "test_loss"), math.inf) | {"run": _at_rate(id, open_run.rate)}
             row |= dict.fromkeys(("validation_metric", "test_metric"), 0.0)
             if open_run.role == "judged":  # wrong on every row
                 lost = {"margin": np.int8(0), "nll": np.float16(np.inf)}
@@ -293,6 +303,10 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
     # Another machine gives the same run other numbers.
     row |= {"run": f"{row['run']}-{_digest(json.dumps(block()), 6)}", "cpu_seconds": time.process_time() - start}
     return FinishedRun(row, scores, kept, rows)
+
+
+def _at_rate(id: str, rate: float | None) -> str:
+    return id if rate is None else f"{id}-{rate:g}"
 
 
 def _digest(text: str, length: int) -> str:

@@ -214,10 +214,14 @@ def _join(kept: Evidence, mine: Evidence) -> Evidence:
 def _kept_row(claim: str, data: Path) -> dict[str, Any]:
     file = data / "evidence" / "verdicts.csv"
     claims = registration.read(data / "registered.toml")
-    found = kept_verdicts.read_file(file, claims).set_index("claim").loc[claim] if file.exists() else None
-    if found is None or not found["n"]:
+    if not file.exists():
         return {"seeds": "kept", "n": 0, "effect": "", "verdict": "none yet"}
-    return {"seeds": "kept", "n": int(found["n"]), "effect": found["shown"], "verdict": found["outcome"]}
+    found: dict[str, Any] = {**kept_verdicts.read_file(file, claims).set_index("claim").loc[claim]}
+    verdict = found["outcome"]
+    if verdict != "void" and (not found["look"] >= 1 or found["arms_state"] == "changed"):
+        verdict = "none yet"
+    effect = "" if verdict in ("void", "none yet") else found["shown"]
+    return {"seeds": "kept", "n": int(found["n"]), "effect": effect, "verdict": verdict}
 
 
 def _place(both: pd.DataFrame, own: pd.Series, kept_seeds: int) -> str:

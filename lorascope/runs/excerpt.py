@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,6 @@ import numpy as np
 
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safetensors_io import TensorFile, file_hash, write_bytes, write_json, write_tensors
-from lorascope.runs.folders import new_folder
 from lorascope.runs.layout import snapshot_file
 from lorascope.runs.manifest import About, read_about
 from lorascope.runs.run import Run
@@ -43,11 +42,14 @@ def write_excerpt(run: Run, path: Path, quantities: Collection[str], arrays: Col
         The excerpt. It has no saved parameters and no predictions.
     """
     phases = [*run.parents, run]
-    if path.exists():
-        shutil.rmtree(path)
-    with new_folder(path) as draft:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as beside:
+        draft, old = Path(beside) / "draft", Path(beside) / "old"
         for phase in phases:
             _write_phase(phase, draft / phase._folder.name if run.parents else draft, quantities, arrays)
+        if path.exists():  # it stays until the new one is complete
+            path.rename(old)
+        draft.rename(path)
     return Run.read(path / run._folder.name if run.parents else path)
 
 

@@ -213,7 +213,7 @@ def _train_steps(session: Session, start: int, checkpoint_every: int, progress: 
             values = advance(session, index)
             score = session.evaluate()
             session.record(*values)
-            if not step.last:  # the test follows
+            if step.stop or not step.last:  # after the last step, the test follows
                 session.flush_report()
             if step.stop:
                 raise RuntimeError(_end_broken(session, step.stop))

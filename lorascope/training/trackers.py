@@ -138,7 +138,8 @@ class TrackerReport(Report):
                 self.attempt(name, partial(tracker.log, curves, step=step))
         for message in messages:
             for name, tracker in self._trackers.items():
-                self.attempt(f"{name} by messages", partial(_log_message, name, tracker, message, step))
+                if name not in self._failed:
+                    self.attempt(f"{name} by messages", partial(_log_message, name, tracker, message, step))
 
     def _write_state(self) -> None:
         """Write the state without waiting for the disk; without it, a resumed training would repeat steps."""
@@ -244,8 +245,10 @@ def _curve(name: str, tracker: str) -> str:
 def _log_message(name: str, tracker: Any, message: Message, step: int) -> None:
     """Send a message to a tracker, as an alert where it has alerts."""
     match name:
-        case "tensorboard" | "comet_ml":
+        case "tensorboard":
             tracker.log({message.name: message.text}, step=step)
+        case "comet_ml":  # accelerate would replace the text of an earlier step
+            tracker.writer.log_text(message.text, step=step, metadata={"name": message.name})
         case "wandb":
             tracker.run.alert(message.name, f"step {step}: {message.text}", level="WARN", wait_duration=0)
         case "trackio":

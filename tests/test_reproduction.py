@@ -238,11 +238,12 @@ def test_kept_verdict_next_to_own_seeds(tmp_path: Path, change: dict[str, Any], 
     chosen = table["claim"] == "lora.parity"
     file.parent.mkdir()
     changed = table.assign(**{name: table[name].where(~chosen, value) for name, value in change.items()})
-    file.write_bytes(store.to_csv(changed.assign(shown=changed["shown"].where(~chosen, "0.01 [0, 0.02]"))))
+    shown = "" if verdict == "void" else "0.01 [0, 0.02]"
+    file.write_bytes(store.to_csv(changed.assign(shown=changed["shown"].where(~chosen, shown))))
     row = own_seeds._kept_row("lora.parity", tmp_path)
-    assert (row["verdict"], row["effect"]) == (verdict, "0.01 [0, 0.02]" if verdict == "supported" else "")
-    shown = kept_verdicts.read(tmp_path).table
-    assert ("lora.parity" in shown["claim"].tolist()) == (verdict in ("supported", "void"))
+    assert (row["verdict"], row["effect"]) == (verdict, shown if verdict == "supported" else "")
+    judged = kept_verdicts.read(tmp_path).table
+    assert ("lora.parity" in judged["claim"].tolist()) == (verdict in ("supported", "void"))
 
 
 def run(*words: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import textwrap
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lorascope.analysis.settling import THRESHOLD, Distances, distances
-from lorascope.diagnosis.inspection import Inspection, inspect, json_values
+from lorascope.diagnosis.inspection import Inspection, inspect, json_values, pool_norms
 from lorascope.diagnosis.terminal import WIDTH, elide, norm, number, percent
 from lorascope.files.printable import printable
 from lorascope.runs.checkpoint_names import count_and_span
@@ -87,11 +86,8 @@ class SeriesInspection:
 
         return [
             {"stack": stack, "role": role, "modules": len(groups[stack, role])}
-            | {
-                name: _known(groups[stack, role], name, lambda norms: math.hypot(*norms))
-                for name in ("first_norm", "update_norm")
-            }
-            | {name: _known(groups[stack, role], name, np.mean) for name in ("first_effective_rank", "effective_rank")}
+            | {name: pool_norms(row[name] for row in groups[stack, role]) for name in ("first_norm", "update_norm")}
+            | {name: _mean(groups[stack, role], name) for name in ("first_effective_rank", "effective_rank")}
             | self._movement([row["module"] for row in groups[stack, role]])
             for stack, role in sorted(groups, key=axis_order)
         ]
@@ -194,8 +190,8 @@ def _fact(label: str, text: str) -> list[str]:
     return [f"{head:<{_LABEL}}{line}".rstrip() for head, line in zip(labels, lines, strict=True)]
 
 
-def _known(rows: Iterable[_Row], name: str, pool: Any) -> float:
-    """Pool the known values of a column; NaN if there is none."""
+def _mean(rows: Iterable[_Row], name: str) -> float:
+    """Return the mean of the known values of a column; NaN if there is none."""
     values = np.array([row[name] for row in rows])
     known = values[~np.isnan(values)]
-    return float(pool(known)) if len(known) else np.nan
+    return float(known.mean()) if len(known) else np.nan

@@ -50,13 +50,18 @@ def read(data: Path = registration.FILE.parent) -> KeptVerdicts:
     tables, notes = [published.judge(claims.claims, data / "published")], []
     if file.exists():
         kept = read_file(file, claims)
-        judged = ((kept["look"] >= 1) & (kept["arms_state"] != "changed")) | (kept["outcome"] == "void")
+        judged = have_verdict(kept)
         tables.append(kept[judged])
         if missing := int((~judged).sum()):
             notes.append(f"Claims without a verdict: {missing} of {len(kept)}.")
     else:
         notes.append("No trained runs are judged yet: data/evidence has no verdicts.csv.")
     return KeptVerdicts(pd.concat([_rows(table, claims) for table in tables], ignore_index=True), tuple(notes))
+
+
+def have_verdict(kept: pd.DataFrame) -> pd.Series:
+    """Return which claims of a ``verdicts.csv`` are judged: at a look, by runs of the registered arms, or as void."""
+    return ((kept["look"] >= 1) & (kept["arms_state"] != "changed")) | (kept["outcome"] == "void")
 
 
 def read_file(file: Path, claims: Registration) -> pd.DataFrame:

@@ -293,8 +293,9 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
                         kept[read.name] = _keep(read, run, open_run, claims, out)
             remove_states(run)
         except FloatingPointError:  # a learning rate that is too high
-            row |= dict.fromkeys(("validation_loss", "test_loss"), math.inf) | {"run": _at_rate(id, open_run.rate)}
+            row |= dict.fromkeys(("validation_loss", "test_loss"), math.inf)
             row |= dict.fromkeys(("validation_metric", "test_metric"), 0.0)
+            row |= {} if open_run.rate is None else {"run": f"{id}-{open_run.rate:g}"}
             if open_run.role == "judged":  # wrong on every row
                 lost = {"margin": np.int8(0), "nll": np.float16(np.inf)}
                 count = len(_task(arm).split("test"))
@@ -303,10 +304,6 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
     # Another machine gives the same run other numbers.
     row |= {"run": f"{row['run']}-{_digest(json.dumps(block()), 6)}", "cpu_seconds": time.process_time() - start}
     return FinishedRun(row, scores, kept, rows)
-
-
-def _at_rate(id: str, rate: float | None) -> str:
-    return id if rate is None else f"{id}-{rate:g}"
 
 
 def _digest(text: str, length: int) -> str:

@@ -216,11 +216,9 @@ def _kept_row(claim: str, data: Path) -> dict[str, Any]:
     claims = registration.read(data / "registered.toml")
     if not file.exists():
         return {"seeds": "kept", "n": 0, "effect": "", "verdict": "none yet"}
-    found: dict[str, Any] = {**kept_verdicts.read_file(file, claims).set_index("claim").loc[claim]}
-    verdict = found["outcome"]
-    if verdict != "void" and (not found["look"] >= 1 or found["arms_state"] == "changed"):
-        verdict = "none yet"
-    effect = "" if verdict in ("void", "none yet") else found["shown"]
+    kept = kept_verdicts.read_file(file, claims)
+    found: dict[str, Any] = {**kept.assign(judged=kept_verdicts.have_verdict(kept)).set_index("claim").loc[claim]}
+    effect, verdict = (found["shown"], found["outcome"]) if found["judged"] else ("", "none yet")
     return {"seeds": "kept", "n": int(found["n"]), "effect": effect, "verdict": verdict}
 
 

@@ -61,7 +61,8 @@ class RunWriter:
                 rows.append(item)
             elif not isinstance(item, Message):
                 self._arrays.setdefault(step, []).append(item)
-        self._rows.append((step, rows))
+        if rows:
+            self._rows.append((step, rows))
 
     def write_arrays(self) -> None:
         """Write pending arrays to disk; an array that cannot be written stays pending for the next call."""

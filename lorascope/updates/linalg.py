@@ -276,8 +276,6 @@ def _tile_rows(rank: int) -> int:
 def _tile_gram(tile: Float[np.ndarray, "*n rows rank"]) -> Float[np.ndarray, "*n rank rank"]:
     rank = tile.shape[-1]
     width = max(_LEAST_COLUMNS, -(-rank // 4))
-    if rank <= width:
-        return tile.swapaxes(-1, -2) @ tile
     # BLAS multiplies narrow blocks of columns faster than it computes X^T X, which numpy would ask of it for the last
     # block without one more row. Blocks above the diagonal are copied.
     blocks = [(slice(max(0, first - 1), None), slice(first, first + width)) for first in range(0, rank, width)]

@@ -544,6 +544,17 @@ def test_alarms_have_one_curve_per_id_with_the_number_of_modules():
     }
 
 
+def test_tracker_that_failed_gets_no_messages(bert, task, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tracking.TensorBoardTracker, "log", fail)
+    settings = SETTINGS | {"observe": [*NORMS, Messages()], "report_to": "tensorboard"}
+    with pytest.warns(UserWarning, match="^cannot report to tensorboard: OSError: disk full;") as found:
+        ls.train(models.load(bert, task=task), task, LORA, out=tmp_path, **settings)
+    assert len(found) == 1
+
+
 @dataclass(kw_only=True)
 class StopsLast(Observer):
     """Observer that stops a training at its last step, with a message."""

@@ -78,10 +78,10 @@ def _power_fractions(sigma: Float[np.ndarray, "*n k"], power: int) -> Float[np.n
     """Return sigma^power / sum(sigma^power): zeros for a zero spectrum, NaN if any value is not finite."""
     sigma = as_float64(sigma)
     largest = sigma.max(axis=-1, initial=0.0, keepdims=True)
-    with np.errstate(invalid="ignore"):  # inf / inf is NaN, as required
+    with np.errstate(invalid="ignore"):  # inf / inf is NaN, and so is then the sum
         scaled = (sigma / np.where(largest == 0.0, 1.0, largest)) ** power
         total = scaled.sum(axis=-1, keepdims=True)
-        return scaled / np.where(total == 0.0, 1.0, total) + (largest - largest)  # 0 or NaN
+        return scaled / np.where(total == 0.0, 1.0, total)
 
 
 def _exp_entropy(shares: Float[np.ndarray, "*n k"]) -> np.float64 | Float[np.ndarray, "*n"]:
@@ -259,7 +259,7 @@ def _grams(factors: Sequence[Any], buffer: np.ndarray | None) -> Float[np.ndarra
     together = defaultdict(list)
     for i, factor in enumerate(factors):
         if isinstance(factor, np.ndarray) and len(factor) <= _tile_rows(rank):
-            # The order of memory is kept, because products are rounded differently in another one.
+            # The order of memory is kept: copies into another one are slow, and products may be rounded differently.
             together[len(factor), factor.strides[0] < factor.strides[1]].append(i)
         else:
             result[i] = gram(factor, buffer)

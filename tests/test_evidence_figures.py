@@ -23,6 +23,7 @@ from lorascope.evidence import figures, registration
 from lorascope.evidence.figures import About, KeptFigure, digest_in
 from lorascope.evidence.statistics import agreement, lora, planted
 from lorascope.gallery import SECTIONS, GalleryFigure
+from lorascope.gallery.drawing import SHOWN, _kept_run
 from lorascope.gallery.kept_scores import KeptScores
 from lorascope.gallery.printed_numbers import printed
 from lorascope.inputs import models, tasks
@@ -185,10 +186,18 @@ def test_figure_is_the_same_when_drawn_from_what_the_evidence_keeps_of_its_runs(
     figure = FIGURES[name]
     runs = runs_of(figure, train)
     kept = {
-        label: [write_excerpt(run, tmp_path / run.id, figure.quantities, figure.arrays) for run in of]
+        label: [write_excerpt(run, tmp_path / SHOWN / run.id, figure.quantities, figure.arrays) for run in of]
         for label, of in runs.items()
     }
     assert not any((run.path / "state").exists() for of in kept.values() for run in of)
+    evidence: Any = None  # an excerpt is enough
+    for run in (run for of in runs.values() for run in of):
+        method = (run.parents or [run])[0].meta.method
+        row = {"run": run.id, "seed": run.meta.seed, "method": json.dumps(method)}
+        row |= {"test_loss": run.score.loss, "test_metric": run.score.metric}
+        assert _kept_run(figure, evidence, tmp_path, row).id == run.id
+        with pytest.raises(ValueError, match="method differs from"):
+            _kept_run(figure, evidence, tmp_path, row | {"method": '{"name": "full"}'})
     found, expected = figure.draw(kept).flat(), figure.draw(runs).flat()
     pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_categorical=False)
 

@@ -112,7 +112,7 @@ def test_number_of_experts_plots_metric_by_number_with_seed_interval(run: Any) -
     assert chart.x.ticks == {1: "1", 4: "4", 8: "8"}
     assert "Difference from 4 experts" in chart.caption
     assert "1 experts: -0.100 [" in chart.caption
-    assert "Trained parameters: 4 experts 1,000; 1 experts 1,000; 8 experts 1,000." in chart.caption
+    assert "Trained parameters: 4 experts: 1,000; 1 experts: 1,000; 8 experts: 1,000." in chart.caption
 
 
 def test_number_of_experts_draws_controls_as_horizontal_lines(run: Any) -> None:

@@ -8,9 +8,9 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from planted import manifest
-from scipy.stats import spearmanr
 from test_loading import write_run
 from test_sensitivity import FAST, LOOK, Copying, gradients
 from tolerance import TEXT, TINY, near, rounding
@@ -253,7 +253,13 @@ def test_charts_show_the_correlations(trained):
     assert matrix.data.set_index(["first", "second"])["value"]["x", "t"] == pytest.approx(0.3)
     dots = plots.against_truth(cells, "t", "components")
     assert dots.data["first"].tolist() == ["x"]
-    assert dots.data[["value", "low", "high"]].to_numpy()[0] == pytest.approx([0.3, 0.2, 0.4])
+    # Several runs have an interval over seeds, whose half width is t_(1, 0.975) 0.1 for 0.2 and 0.4.
+    half = scipy.stats.t.ppf(0.975, 1) * 0.1
+    assert dots.data[["value", "low", "high"]].to_numpy()[0] == pytest.approx([0.3, 0.3 - half, 0.3 + half])
+    assert "Mean of 2 seeds; bars: 95% t-interval over seeds" in dots.caption
+    alone = plots.against_truth(cells[cells["run"] == "r"], "t", "components")
+    assert alone.data[["value", "low", "high"]].to_numpy()[0] == pytest.approx([0.2, 0.1, 0.3])
+    assert "One run; bars: 95% bootstrap interval over modules" in alone.caption
     for chart in (matrix, dots):
         chart.mpl()
         chart.plotly()
@@ -413,7 +419,7 @@ def test_neuron_scores_of_trained_recipes_match_their_weights(bert, task, tmp_pa
     theirs = [value for key, value in by_hand.items() if key[0] == "Full: sensitivity"]
     cells = correlate(table).set_index(["first", "second"])["value"]
     assert cells.notna().all()
-    expected = spearmanr(ours, theirs).statistic
+    expected = scipy.stats.spearmanr(ours, theirs).statistic
     assert cells["NeFT: 1 − cos after tuning", "Full: sensitivity"] == pytest.approx(expected, abs=1e-3)
 
 

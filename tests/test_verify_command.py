@@ -40,13 +40,13 @@ def test_the_repository_agrees_with_its_evidence_and_needs_no_torch() -> None:
     code = "import sys; from lorascope.cli.main import main; print(main(['verify'])); assert 'torch' not in sys.modules"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert found.stdout.startswith("All agrees. "), found.stderr
+    assert found.stdout.startswith("No differences. "), found.stderr
     assert found.stdout.endswith(" for 88 claims.\n0\n")
 
 
 def test_without_runs_the_pages_state_that(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "All agrees. No runs are kept yet for 88 claims."
+    assert capsys.readouterr().out.splitlines()[-1] == "No differences. No runs are kept yet for 88 claims."
     for page in ("README.md", "docs/findings.md", "docs/papers/lora.md"):
         assert "No runs are kept yet." in (clone / page).read_text(encoding="utf-8")
 

@@ -30,7 +30,7 @@ def main(
     retrain: Annotated[int, arg(metavar="N")] = 0,
     json: bool = False,
 ) -> int:
-    """Compute everything again that follows from the kept runs, and compare it with what is kept.
+    """Recompute everything that follows from the kept runs, and compare it with the kept results.
 
     In a clone of the repository, this includes the README and the docs, whose tables of verdicts are written from the
     runs. Without --retrain it needs neither torch nor training. The exit code is 1 if anything differs or a
@@ -85,8 +85,8 @@ def main(
     else:
         for line in differences:
             print(line, file=sys.stderr)
-        agrees = f"{count_phrase(len(differences), 'difference')}." if differences else "All agrees."
-        print(f"{agrees}{kept}")
+        result = f"{count_phrase(len(differences), 'difference')}." if differences else "No differences."
+        print(f"{result}{kept}")
     return 1 if differences else 0
 
 

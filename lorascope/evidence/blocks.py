@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -215,7 +216,15 @@ class Tables:
                     link = f"[{name}](docs/papers/{name.lower()}.md)"
                     rows.append((link, claim.text.sentence, *self._judged(id), verdict))
         table = _table(("paper", "claim", *_JUDGED, "verdict"), rows)
-        return "\n\n".join([*self._without_runs(), table])
+        return "\n\n".join([*self._without_runs(), self._progress(), table])
+
+    def _progress(self) -> str:
+        """Return how many claims are judged, and with which outcomes."""
+        outcomes = Counter(map(self._outcome_alone, self.rows))
+        waiting = outcomes.pop("not judged", 0)
+        counts = ", ".join(f"{number} {outcome}" for outcome, number in sorted(outcomes.items()))
+        total = count_phrase(len(self.rows), "claim")
+        return f"Judged so far: {len(self.rows) - waiting} of {total}" + (f" ({counts})." if counts else ".")
 
     def of_paper(self, name: str) -> str:
         """Return the rule of the primary claim of a paper, and the verdicts of all its claims."""
@@ -306,8 +315,8 @@ class Tables:
         judged, on_figures = self.registration.of_tier("primary", "secondary"), self.registration.of_tier("published")
         lines = [
             f"- Registration: {when[1]}, tag `{when[2]}`; " if when else "- Registration: ",
-            f"{count_phrase(len(judged), 'judged claim')}, {len(on_figures)} on published figures, "
-            f"{count_phrase(len(self.registration.arms), 'arm')}.",
+            f"{count_phrase(len(judged), 'claim')} on runs, {len(on_figures)} on published numbers, "
+            f"{count_phrase(len(self.registration.arms), 'arm')}. {self._progress()}",
         ]
         runs = self.evidence.runs
         if runs.empty:
@@ -384,14 +393,13 @@ class Tables:
 
     def _outcome(self, id: str) -> str:
         row = self.rows[id]
-        waits = row["note"] == STOPPED and not row["look"] >= 1 and self.minutes < BUDGET
-        if waits or self._has_no_runs(id):
-            return "not judged"
         side = row["side"] if row["look"] >= 1 else ""
-        return ", ".join(filter(None, (row["outcome"], side)))
+        return ", ".join(filter(None, (self._outcome_alone(id), side)))
 
-    def _has_no_runs(self, id: str) -> bool:
-        return bool(self.rows[id]["n"] == 0 and self.rows[id]["outcome"] != "void")
+    def _outcome_alone(self, id: str) -> str:
+        row = self.rows[id]
+        waits = row["note"] == STOPPED and not row["look"] >= 1 and self.minutes < BUDGET
+        return "not judged" if waits else str(row["outcome"])
 
     def _marks(self, id: str) -> Iterator[str]:
         row = self.rows[id]
@@ -399,7 +407,7 @@ class Tables:
             yield "deviated"
         if row["note"] == STOPPED and self.minutes >= BUDGET:
             yield "stopped by the budget"
-        elif row["note"] and not self._has_no_runs(id):
+        elif row["note"] and not (row["note"] == STOPPED and row["n"] == 0):
             yield row["note"]
         if id in self._elsewhere:
             yield "depends on the machine"

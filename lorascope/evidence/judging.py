@@ -115,11 +115,10 @@ def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple
     Verdict
         Verdict of the look at which the claim ended.
     DataFrame
-        ``seed, statistic, control, effect`` at this look. None instead of both if fewer than two seeds have all runs,
-        which have no interval, and no pairs.
+        ``seed, statistic, control, effect`` at this look. None instead of both before the first look.
     """
     seeds = evidence.seeds(_arms(pair), registered.design.first_seed)
-    if len(seeds) < 2:
+    if len(seeds) < registered.design.looks.seeds[0]:
         return None
     tables: dict[int, pd.DataFrame] = {}
 
@@ -207,10 +206,11 @@ def judge_all(
             rows.append(_describe(registered) | {"outcome": "void", "note": f"{failed[0]} did not train"})
             continue
         found = judge_claim(registered, pairs[id], part) if block else None
-        rows.append(
-            _describe(registered) | ({} if found is None or block is None else _numbers(registered, found[0], block))
-        )
-        if found is not None:
+        rows.append(_describe(registered))
+        if block and found is None:
+            rows[-1]["n"] = len(part.seeds(_arms(pairs[id]), registered.design.first_seed))
+        if block and found is not None:
+            rows[-1] |= _numbers(registered, found[0], block)
             with _naming(id, pairs[id]):
                 rows[-1]["all_seeds"] = _over_all_seeds(registered, pairs[id], part, found[0])
                 table = add_sources(found[1], pairs[id], part, registered.design.interval)

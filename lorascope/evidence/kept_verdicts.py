@@ -25,7 +25,7 @@ class KeptVerdicts:
     ----------
     table : DataFrame
         ``COLUMNS``: one row per claim with a verdict. ``n`` is the number of seeds, or of published values; ``effect``
-        has the interval, and ``outcome`` the side of zero of an interval that does not contain it.
+        has the interval, and ``outcome`` the side of zero of an interval that does not contain it and the claim's note.
     notes : tuple of str
         What the table lacks.
     """
@@ -60,7 +60,7 @@ def read(data: Path = registration.FILE.parent) -> KeptVerdicts:
 
 
 def have_verdict(kept: pd.DataFrame) -> pd.Series:
-    """Return which claims of a ``verdicts.csv`` are judged: at a look, by runs of the registered arms, or as void."""
+    """Return which claims of a ``verdicts.csv`` have a verdict: void, or by runs of the registered arms."""
     return ((kept["look"] >= 1) & (kept["arms_state"] != "changed")) | (kept["outcome"] == "void")
 
 
@@ -86,6 +86,7 @@ def read_file(file: Path, claims: Registration) -> pd.DataFrame:
 def _rows(verdicts: pd.DataFrame, claims: Registration) -> pd.DataFrame:
     texts = [claims.claims[id].text for id in verdicts["claim"]]
     sides = verdicts["side"].map(lambda side: f", {side}" if side else "")
+    notes = verdicts.get("note", pd.Series("", verdicts.index)).map(lambda note: f"; {note}" if note else "")
     return pd.DataFrame(
         {
             "claim": verdicts["claim"],
@@ -93,6 +94,6 @@ def _rows(verdicts: pd.DataFrame, claims: Registration) -> pd.DataFrame:
             "n": verdicts["n"].astype("int64"),
             "effect": verdicts["shown"],
             "control": [text.control for text in texts],
-            "outcome": verdicts["outcome"] + sides,
+            "outcome": verdicts["outcome"] + sides + notes,
         }
     )

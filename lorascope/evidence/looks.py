@@ -58,7 +58,7 @@ class Verdict:
     outcome : {"supported", "not supported", "inconclusive", "void"}
         Result of the rule of the claim.
     look : int
-        Number of the look, from 1; 0 if there were too few seeds for the first.
+        Number of the look, from 1.
     level : float
         One-sided level of the look; the interval has an error of ``level`` at each end.
     effect : Interval
@@ -96,13 +96,13 @@ def judge(claim: Claim, design: Design, estimate: Callable[[int], Estimate], ava
     estimate : callable
         ``estimate(n)`` returns the estimate of the effect from the first n seeds.
     available : int
-        Number of seeds that both statistic and control have. Seeds after the look at which the claim ends are not read.
+        Number of seeds that both statistic and control have, enough for the first look. Seeds after the look at which
+        the claim ends are not read.
 
     Returns
     -------
     Verdict
-        Verdict of the deciding look, or of the last one that the seeds allow. With too few seeds for the first look,
-        the numbers use all seeds, and the outcome is inconclusive.
+        Verdict of the deciding look, or of the last one that the seeds allow.
     """
     reached = [n for n in design.seeds if n <= available]
     for look, (n, level) in enumerate(zip(reached, design.levels, strict=False), start=1):
@@ -110,9 +110,7 @@ def judge(claim: Claim, design: Design, estimate: Callable[[int], Estimate], ava
         outcome = claim.outcome(effect, level)
         if outcome != "inconclusive" or look == len(design.seeds):
             return _verdict(claim, outcome, look, level, effect, "")
-    if reached:
-        return _verdict(claim, "inconclusive", look, level, effect, STOPPED)
-    return _verdict(claim, "inconclusive", 0, design.levels[0], estimate(available), STOPPED)
+    return _verdict(claim, "inconclusive", look, level, effect, STOPPED)
 
 
 def _verdict(claim: Claim, outcome: Outcome, look: int, level: float, effect: Estimate, note: str) -> Verdict:

@@ -85,7 +85,7 @@ def _of_look(
     if look > len(design.seeds) or untrained_arms(here, lambda arm: registration.arms[arm].may_void) & set(claim.arms):
         return
     verdict = judge_claim(claim, pairs[claim.id], here)
-    if verdict is not None and verdict[0].look and verdict[0].note != STOPPED:
+    if verdict is not None and verdict[0].note != STOPPED:
         return  # an earlier look decided it
     for seed in range(design.first_seed, design.first_seed + design.seeds[look - 1]):
         for label in claim.arms:

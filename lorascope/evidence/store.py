@@ -400,7 +400,7 @@ def digest(file: Path) -> str:
 
 
 def manifest(folder: str | Path) -> str:
-    """Return SHA-256 and path of every file of a folder of evidence but ``MANIFEST``, as ``sha256sum`` prints them."""
+    """Return SHA-256 and path of every file of a folder except ``MANIFEST``, as ``sha256sum`` prints them."""
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "MANIFEST")
     return "".join(f"{digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths)

@@ -251,11 +251,12 @@ def _kept_run(
     path = folder / SHOWN / row["run"]
     run = _finder(path)(row)
     if run is not None:
-        for name, value in (("seed", row["seed"]), ("method", json.loads(row["method"]))):
-            if getattr(run.meta, name) != value:
-                raise ValueError(f"{SHOWN}/{row['run']}: {name} differs from runs.csv")
         if run.meta.parents and run.path == path:
             raise ValueError(f"{SHOWN}/{row['run']}: its earlier phases are not in this folder")
+        methods = [phase.meta.method for phase in (*run.parents, run)]  # AutoLoRA's retraining is a LoRA
+        same = {"seed": run.meta.seed == row["seed"], "method": json.loads(row["method"]) in methods}
+        if differing := next((name for name, equal in same.items() if not equal), None):
+            raise ValueError(f"{SHOWN}/{row['run']}: {differing} differs from runs.csv")
     return run
 
 

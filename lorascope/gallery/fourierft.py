@@ -66,9 +66,7 @@ FIGURES = [
         name="bias-curve",
         alt="Accuracy by frequency band",
         arms={"uniform": DEFAULT} | {label.removeprefix(f"{DEFAULT}, band "): label for label in BANDS},
-        draw=lambda runs: metric_by_band(
-            gather("bias_curve", runs), fourier.corner((384, 384))
-        ),  # minilm's W_q and W_v
+        draw=_draw_bands,
         seeds=None,
         scores_only=True,
     ),

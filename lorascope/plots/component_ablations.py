@@ -215,7 +215,7 @@ def _curve_and_level(
 
 def _parameter_counts(cohort: Cohort) -> str:
     """Return the trained parameters of every recipe, including the classifier head, as a sentence."""
-    counts = (f"{group.label} {group.runs[0].meta.parameters.trained:,}" for group in cohort.groups)
+    counts = (f"{group.label}: {group.runs[0].meta.parameters.trained:,}" for group in cohort.groups)
     return f"Trained parameters: {'; '.join(counts)}."
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pandas as pd
 
+from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Heat, Point, Rule
 from lorascope.plots.builders import pair_heat
 from lorascope.plots.registry import table_figure
+from lorascope.plots.run_groups import INTERVAL
 
 
 @table_figure
@@ -21,12 +23,13 @@ def agreement(cells: pd.DataFrame, level: str) -> Chart:
     level : str
         Scored objects, such as "components", "modules" or "neurons".
     """
+    sample, interval = _describe_runs(cells)
     return pair_heat(
         _mean_cells(cells),
         Heat("second", "first", "value", "Spearman correlation", ".2f", scale="diverging", limits=(-1, 1)),
         list(dict.fromkeys(cells["first"])),
         title=f"Agreement of scores over {level}",
-        caption=f"Spearman rank correlation over {level}. {_describe_runs(cells)}; intervals are in the data.",
+        caption=f"Spearman rank correlation over {level}. {sample}; {interval} in the data.",
         meta={"figure": "agreement", "runs": list(dict.fromkeys(cells["run"]))},
     )
 
@@ -44,6 +47,7 @@ def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
     level : str
         Scored objects, as for :func:`agreement`.
     """
+    sample, interval = _describe_runs(cells)
     found = cells[(cells["second"] == truth) & (cells["first"] != truth)]
     means = _mean_cells(found).sort_values("value", ascending=False)
     return Chart(
@@ -52,15 +56,17 @@ def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
         title=f"Agreement with the {truth} ({level})",
         x=Axis(label=f"Spearman correlation with the {truth}", limits=(-1, 1)),
         y=Axis(order=means["first"]),
-        caption=f"Rank correlation over {level}. {_describe_runs(cells)}; bars: 95% bootstrap interval over modules.",
+        caption=f"Rank correlation over {level}. {sample}; bars: {interval}.",
         meta={"figure": "against_truth", "runs": list(dict.fromkeys(cells["run"]))},
     )
 
 
 def _mean_cells(cells: pd.DataFrame) -> pd.DataFrame:
-    return cells.groupby(["first", "second"], sort=False)[["value", "low", "high"]].mean().reset_index()
+    """Return the cells of one run with their intervals over modules, or the mean of several with one over seeds."""
+    return cells if cells["run"].nunique() == 1 else band(cells, ["first", "second"])
 
 
-def _describe_runs(cells: pd.DataFrame) -> str:
+def _describe_runs(cells: pd.DataFrame) -> tuple[str, str]:
+    """Return what is shown, and its interval."""
     number = cells["run"].nunique()
-    return "One run" if number == 1 else f"Mean of values and of bounds over {number} seeds"
+    return ("One run", "95% bootstrap interval over modules") if number == 1 else (f"Mean of {number} seeds", INTERVAL)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import test_doctor as doctor
@@ -15,7 +16,9 @@ from ward import Bench
 
 import lorascope as ls
 from lorascope.diagnosis.causes import RULES
+from lorascope.diagnosis.causes.base import of_kind
 from lorascope.diagnosis.kinds import KINDS
+from lorascope.observe import fault_alarms
 
 
 def rate_zero(bench: Bench) -> None:
@@ -245,3 +248,40 @@ def test_stop_of_several_processes_is_rejected(watched, monkeypatch):
     watched.observe = [ls.observe.alarms(stop=("nan",))]
     with pytest.raises(ValueError, match="stop must be empty with several processes"):
         own_loop(watched, watched.peft(), lambda out: out.loss)
+
+
+def planted_alarms(monkeypatch, folder, rules, steps, every):
+    """Train three or more steps with planted rules, id -> findings by number of steps, and return the warnings."""
+    own = [
+        SimpleNamespace(id=id, name=id, suppresses=(), findings=lambda case, id=id, find=find: find(id, case.steps))
+        for id, find in rules.items()
+    ]
+    monkeypatch.setattr(fault_alarms, "_rules", lambda moving: own)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with ls.record(model, optimizer, folder, [ls.observe.alarms(every=every)], steps=steps) as recorder:
+            for _ in range(steps):
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+                recorder.step(loss=1.0)
+    return caught
+
+
+def test_two_faults_of_one_place_at_the_last_step_are_both_named(monkeypatch, tmp_path):
+    def find(id, steps):
+        return [of_kind(id, "a fault", {})] * (steps == 3)
+
+    caught = planted_alarms(monkeypatch, tmp_path / "run", {"LS006": find, "LS015": find}, steps=3, every=10)
+    assert ids_in(caught) == ["LS006", "LS015"]
+
+
+def test_fault_of_a_growing_set_of_modules_is_not_repeated(monkeypatch, tmp_path):
+    def find(id, steps):
+        return [of_kind(id, "a fault", {}, modules=("0", "1")[: 1 + steps % 2])] * (steps > 0)
+
+    caught = planted_alarms(monkeypatch, tmp_path / "run", {"LS016": find}, steps=4, every=1)
+    assert len(caught) == 1
+    table = ls.load(tmp_path / "run").table
+    assert sorted(table.loc[table["quantity"] == "alarm", "module"]) == ["0", "1"]

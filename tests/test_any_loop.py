@@ -674,3 +674,58 @@ def test_observers_of_a_recorder_copy_each_trained_parameter_once_per_step(bert,
         )
         train(model, optimizer, rows, recorder.step)
         assert {copied[place] for place in places} == {STEPS}
+
+
+def test_two_observers_of_one_kind_record_each_value_once(tmp_path):
+    model, optimizer = small()
+    with ls.record(
+        model, optimizer, tmp_path / "run", [ls.observe.norms(every=3), ls.observe.norms(every=2)]
+    ) as recorder:
+        for _ in range(6):
+            small_step_and_record(model, optimizer, recorder)
+    table = ls.load(tmp_path / "run").table
+    norms = table[(table["quantity"] == "update_norm") & (table["module"] == "0")]
+    assert norms["step"].tolist() == [0, 2, 3, 4, 6]
+
+
+def test_run_stays_in_its_folder_if_the_program_changes_its_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    model, optimizer = small()
+    recorder = ls.record(model, optimizer, "run")
+    monkeypatch.chdir(tmp_path / "other")
+    small_step_and_record(model, optimizer, recorder)
+    recorder.close()
+    assert ls.load(tmp_path / "run").finished
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_version_of_peft_is_not_part_of_the_recipe(bert, task, tmp_path):
+    model = with_lora(bert, task)
+    recorder = ls.record(model, adamw(model), tmp_path / "run")
+    assert "peft_version" not in recorder.close().meta.recipe
+
+
+def test_file_that_was_replaced_after_it_was_opened_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "FLUSH_SECONDS", 0)
+    model, optimizer = small()
+    recorder = ls.record(model, optimizer, tmp_path / "run", [ls.observe.norms(every=1, spectra_every=1)])
+    small_step_and_record(model, optimizer, recorder)
+    live = ls.load(tmp_path / "run")
+    before = live.snapshot("0/singular_values", 1)["value"].tolist()
+    recorder.close()
+    (file,) = tmp_path.glob("run/snapshots/step-*1.safetensors")
+    file.with_suffix(".new").write_bytes(file.read_bytes())
+    file.with_suffix(".new").replace(file)  # as the recorder replaces it when it adds arrays
+    with pytest.raises(ValueError, match="it was replaced or changed after it was opened; open it again"):
+        live.snapshot("2/singular_values", 1)
+    assert ls.load(tmp_path / "run").snapshot("0/singular_values", 1)["value"].tolist() == before
+
+
+def test_warnings_name_the_line_of_the_call(tmp_path):
+    model, optimizer = small()
+    recorder = ls.record(model, optimizer, tmp_path / "run")
+    recorder.close()
+    with pytest.warns(UserWarning, match="the recorder is closed") as caught:
+        recorder.step(loss=1.0)
+    assert caught[0].filename == __file__

@@ -196,6 +196,11 @@ def test_small_rate_of_a_search_is_no_finding(bench):
     assert [finding.cause for finding in ls.diagnose(run)] == ["rate-small"]
 
 
+class Streamed(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(())
+
+
 def test_overlap_is_found_without_reading_rows(bench):
     data = torch.utils.data.TensorDataset(torch.arange(6))
     assert overlap(data, data) == 1
@@ -205,6 +210,8 @@ def test_overlap_is_found_without_reading_rows(bench):
     assert overlap(data, Subset(data, [4])) == 1
     assert overlap(Subset(data, [4]), Subset(Subset(data, [3, 4]), [1])) == 1
     assert overlap(data, torch.utils.data.TensorDataset(torch.arange(6))) is None
+    stream = Streamed()
+    assert overlap(stream, stream) is None
     assert overlap(bench.rows[:4], bench.rows[2:6]) == 0.5
 
 

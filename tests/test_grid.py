@@ -112,7 +112,7 @@ def observing(observers):
         (observing([{"name": "neurons", "every": "x"}]), "observer neurons: every must be an integer, got 'x'"),
         (
             observing([{"name": "norms", "every": 0}]),
-            "observer norms: every must be >= 1 (steps between recordings), got 0",
+            "observer norms: every must be an integer >= 1, got 0",
         ),
         (observing([{"name": "norms", "spectra_every": True}]), 'must be an integer or "none", got True'),
         ({"root": 3}, "root must be a string (folder of the runs), got 3"),

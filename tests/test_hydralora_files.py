@@ -142,6 +142,7 @@ def test_at_gates_of_a_text_matches_the_model(tmp_path, llama):
     row = seen.summary().set_index("module").loc[name]
     assert row["update_norm"] == near(expected.norm(), terms=TINY)
     assert "at mean gates on a text." in plots.update_norm(seen).caption
+    assert "mean gates on a text" in str(seen)
     routed = f"{len(modules)} of {len(modules)} modules depend on their input: their updates are evaluated at"
     assert f"{routed} mean gates on a text" in inspection.inspect(seen).findings
     assert ls.mean_gates(run, [text])[name] == near(gates[name], 1, terms=TINY, growth=10)

@@ -13,6 +13,8 @@ from torch import nn
 
 import lorascope as ls
 from lorascope.training.state import (
+    generators_state,
+    load_generators_state,
     load_optimizer_state,
     load_tree,
     optimizer_state,
@@ -216,3 +218,12 @@ def test_process_that_only_restores_finds_the_registered_methods(bert, task, tmp
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "8", done.stderr[-500:]
+
+
+def test_generators_of_more_devices_than_there_are_now_are_left_out(monkeypatch):
+    stored = generators_state() | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 2}
+    restored = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: restored.append(device))
+    load_generators_state(stored)
+    assert restored == [0]

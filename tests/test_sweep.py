@@ -239,3 +239,17 @@ def test_killed_ray_worker_loses_no_step(bert, task, tmp_path, monkeypatch):
         check_no_step_is_lost(bert, task, tmp_path, {"name": "ray", "ray_remote_args": {"num_cpus": 1}})
     finally:
         ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"method": LoRA(), "seeds": 0}, "seeds must be an integer >= 1 or a list of integers .*, got 0"),
+        ({"method": LoRA(), "seeds": []}, r"seeds must be .*, got \[\]"),
+        ({"method": []}, "method must be a method or a list of methods, got none"),
+        ({"data": None, "seeds": 5}, "or only a grid, which contains them and seeds"),
+    ],
+)
+def test_sweep_of_nothing_is_rejected(given, reason, bert, task, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        ls.sweep(bert, **{"data": task, **given}, root=tmp_path, **({} if "data" in given else FAST))

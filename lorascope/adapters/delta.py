@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
-from lorascope.adapters.peft_layers import is_peft_layer, peft_update, unwrap_peft_model
+from lorascope.adapters.peft_layers import (
+    is_peft_layer,
+    name_without_peft,
+    peft_update,
+    unwrap_peft_layer,
+    unwrap_peft_model,
+)
 from lorascope.array_types import Float, Int
 from lorascope.updates import Dense, Update
 
@@ -316,19 +322,27 @@ def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> I
         Base weights W_0 of weights that may have been trained; weights without an entry count as unchanged. A weight
         with several names is one update, under its first name.
 
+    PEFT adapters whose update is not a matrix, such as those of norms and of experts in one tensor, are skipped, as
+    ``TrainerRecorder`` does.
+
     Yields
     ------
     (str, Update)
         Module name, and a copy of the update that later training does not change.
     """
     counted: set[int] = set()
-    for name, module in unwrap_peft_model(model).named_modules():
-        before = (reference or {}).get(f"{name}.weight".lstrip("."))
-        if before is not None and id(module.weight) in counted:
-            before = None
-        elif before is not None:
-            counted.add(id(module.weight))
-        update = peft_update(module) if is_peft_layer(module) else _own_update(module, before)
+    for path, module in unwrap_peft_model(model).named_modules():
+        name = name_without_peft(path)
+        if is_peft_layer(module):
+            update = peft_update(module)
+        else:
+            host = unwrap_peft_layer(module)
+            before = (reference or {}).get(f"{name}.weight".lstrip("."))
+            if before is not None and id(host.weight) in counted:
+                before = None
+            elif before is not None:
+                counted.add(id(host.weight))
+            update = _own_update(host, before)
         if update is not None:
             yield name, update
 

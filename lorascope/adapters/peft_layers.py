@@ -92,6 +92,11 @@ def is_peft_layer(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
 
 
+def name_without_peft(path: str) -> str:
+    """Return the module name of a PEFT layer in the base model: PEFT puts adapters of tokens below their module."""
+    return path.removesuffix(".token_adapter")
+
+
 def has_peft_layers(model: nn.Module) -> bool:
     """Return whether a model contains a PEFT layer."""
     return any(map(is_peft_layer, model.modules()))
@@ -104,6 +109,8 @@ def active_adapters(layer: Any) -> list[str]:
 
 def adapters_among(layer: Any, names: Sequence[str]) -> list[str]:
     """Return those of the names that a PEFT layer has an adapter of."""
+    if getattr(layer, "tied_adapter", None) is not None:
+        return []  # the embedding has the same adapter, which counts there
     tables = [getattr(layer, name) for name in layer.adapter_layer_names]
     return [adapter for adapter in names if any(adapter in table for table in tables)]
 
@@ -142,9 +149,9 @@ def _is_product(layer: Any, adapter: str) -> bool:
 
 
 def peft_update(layer: Any) -> Update | None:
-    """Return the total update of a PEFT layer's active adapters; None if it has none or they are disabled."""
+    """Return the total update of a PEFT layer's active adapters; None without one that is enabled and readable."""
     active = active_adapters(layer)
-    return _update_of(layer, active) if active else None
+    return _update_of(layer, active) if active and is_readable(layer, active) else None
 
 
 def _update_of(layer: Any, names: Sequence[str]) -> Update:

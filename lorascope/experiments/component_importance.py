@@ -128,6 +128,8 @@ def _open_trained(
 ) -> tuple[nn.Module, Task, dict[str, Triple]]:
     """Return the base with all trained parameters except adapters, the fitted task, and the updates."""
     parts = {module: canonical(update) for module, update in exact_products(run, run.updates(state=state)).items()}
+    if not parts:
+        raise ValueError(f"run {run.id} has no low-rank updates, whose components could be removed")
     task = task if isinstance(task, Task) else tasks.load(task)
     base = models.load(name, task, base_of(run)[1])
     if isinstance(run, Adapter) or run.meta.w0_hash is None:

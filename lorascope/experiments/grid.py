@@ -139,7 +139,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
                 raise ValueError(f"{key} must be a string or a list of strings, got {place!r}")
     methods = [method for entry in lists["method"] for method in _methods(entry)]
     settings = [{**chosen, "root": str(root)} for chosen in _read_settings(table["settings"], methods)]
-    grid = Grid(lists["model"], lists["task"], methods, settings, _seeds(table.get("seeds", 3)), backend)
+    grid = Grid(lists["model"], lists["task"], methods, settings, parse_seeds(table.get("seeds", 3)), backend)
     _require_distinct(grid.models, "model")
     _require_distinct(grid.tasks, "task")
     _require_distinct([config(method) for method in methods], "method")
@@ -197,9 +197,10 @@ def _observers(value: Any) -> Any:
         given[key] = each = _toml_to_value(each, hints[key])
         _require_type(f"observer {name}: {key}", each, hints[key])
         given[key] = tuple(each) if isinstance(each, list) else each
-    if given.get("every", 1) < 1:
-        raise ValueError(f"observer {name}: every must be >= 1 (steps between recordings), got {given['every']}")
-    return _OBSERVERS[name](**given)
+    try:
+        return _OBSERVERS[name](**given)
+    except ValueError as error:
+        raise ValueError(f"observer {name}: {error}") from error
 
 
 def _read_named(
@@ -220,7 +221,7 @@ def _read_named(
     return name, given, own
 
 
-def _seeds(value: Any) -> list[int]:
+def parse_seeds(value: Any) -> list[int]:
     """Return the listed seeds, or 0, 1, ... for a number of seeds."""
     # One seed too many is enough to reject a huge number without listing it.
     found = range(min(value, _MOST + 1)) if type(value) is int else value

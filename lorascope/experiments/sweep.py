@@ -103,7 +103,7 @@ def sweep(
     data: Data | None = None,
     method: Method | Sequence[Method] | None = None,
     *,
-    seeds: int | Sequence[int] = 3,
+    seeds: int | Sequence[int] | None = None,
     jobs: int | None = None,
     progress: bool = True,
     **settings: Any,
@@ -121,7 +121,7 @@ def sweep(
     method : Method or sequence of Method
         Methods to train.
     seeds : int or sequence of int
-        Number of seeds, counted from 0, or the seeds themselves. Default 3.
+        Number of seeds, counted from 0, or the seeds themselves. Default 3, or those of the grid.
     jobs : int, optional
         Number of parallel processes, default the number of cores. A joblib backend set by
         ``joblib.parallel_config`` replaces local processes.
@@ -143,11 +143,13 @@ def sweep(
         The grid is invalid; nothing was trained.
     """
     if data is None or method is None:
-        if data is not None or settings:
-            raise ValueError("a sweep requires model, data and method, or only a grid, which contains them")
+        if data is not None or seeds is not None or settings:
+            raise ValueError("a sweep requires model, data and method, or only a grid, which contains them and seeds")
         return run_grid(grid.read(model), jobs, progress).all_runs()
     methods = [method] if isinstance(method, Method) else list(method)
-    numbers = range(seeds) if isinstance(seeds, int) else seeds
+    if not methods:
+        raise ValueError("method must be a method or a list of methods, got none")
+    numbers = grid.parse_seeds(3 if seeds is None else seeds)
     return run_jobs(Grid([model], [data], methods, [settings], numbers).jobs(), jobs, progress).all_runs()
 
 

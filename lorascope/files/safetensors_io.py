@@ -69,6 +69,12 @@ class _Entry(msgspec.Struct, frozen=True):
         return math.prod(self.shape)
 
 
+def file_version(file: int) -> tuple[int, ...]:
+    """Return what changes if an open file is replaced or written to."""
+    found = os.fstat(file)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class TensorFile(Mapping[str, Any]):
     """Safetensors file as a lazy mapping from tensor names to arrays.
 
@@ -88,6 +94,7 @@ class TensorFile(Mapping[str, Any]):
         cannot = f"cannot read {printable(self.path)} as safetensors"
         size = require_regular(self.path)
         with self.path.open("rb") as file:
+            self._version = file_version(file.fileno())
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
                 raise ValueError(f"{cannot}: its header does not fit into {size} bytes")
@@ -146,6 +153,8 @@ class TensorFile(Mapping[str, Any]):
         before = start % mmap.ALLOCATIONGRANULARITY
         file = os.open(self.path, os.O_RDONLY)  # in a fifth of the time of ``open``
         try:
+            if file_version(file) != self._version:  # the header gives no places in another file
+                raise unreadable(self.path, "it was replaced or changed after it was opened; open it again")
             size = before + entry.count * stored.itemsize
             mapped = mmap.mmap(file, size, access=mmap.ACCESS_READ, offset=start - before)
         finally:

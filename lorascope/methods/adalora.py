@@ -9,7 +9,8 @@ r"""AdaLoRA: adapters in the form of a singular value decomposition; the least i
     s &= \bar I \bar U, \qquad S_i = s(\lambda_i) + \operatorname{mean}_j s(P_{ji}) + \operatorname{mean}_j s(Q_{ij})
 
 Every DeltaT steps after t_i the components of all matrices are ordered by S, and only the b(t) highest retain their
-lambda. P and Q do not change and lambda continues to train, so a masked component can return until the last t_f steps.
+lambda. Masking leaves P and Q unchanged and lambda continues to train, so a masked component can return until the last
+t_f steps.
 
 =============  =====================================================
 paper          here

@@ -43,8 +43,9 @@ Departs:
 Cost: factors of rank k are smaller than V if k < m n / (m + n). At the largest rank they take half the memory of V for
 a square matrix, and between a quarter and a half for any other. By default 64 x 64 is the smallest factored matrix: its
 factors take 8 KiB of 16 at the largest rank and 0.5 KiB at rank 1. For 256 x 256 they take 128 KiB of 256, and 2 KiB.
-A matrix below the default ``min_dim`` could save less than 16 KiB, and a step takes several times as long as AdamW's at
-any size. The saving pays off from about 256 x 256 on, and only between steps: during a step V exists in full.
+A square matrix below the default ``min_dim`` could save less than 16 KiB, and a step takes several times as long as
+AdamW's at any size. The saving pays off from about 256 x 256 on, and only between steps: during a step V exists in
+full.
 """
 
 from __future__ import annotations

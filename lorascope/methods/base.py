@@ -375,6 +375,18 @@ def require(settings: object, name: str, allowed: str, valid: bool) -> None:
         raise ValueError(f"{name} must be {allowed}, got {repr(value) if isinstance(value, str) else value}")
 
 
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer, also of numpy, and not a bool."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def require_integer(settings: object, least: int, *names: str) -> None:
+    """Raise a ValueError unless each of these fields is None or an integer of at least ``least``."""
+    for name in names:
+        value = getattr(settings, name)
+        require(settings, name, f"an integer >= {least}", value is None or (is_integer(value) and value >= least))
+
+
 def require_choice(settings: object, name: str, choices: Iterable[str]) -> None:
     """Raise a ValueError unless the field ``name`` is one of the choices."""
     require(settings, name, f"one of {', '.join(map(repr, choices))}", getattr(settings, name) in choices)

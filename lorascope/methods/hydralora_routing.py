@@ -91,7 +91,7 @@ class Routing:
         return self.weights.sum(0) / self.tokens.sum()
 
     def statistics(self) -> dict[str, Any]:
-        """Compute the quantities that are recorded of every router, by name; see their registered definitions.
+        """Compute the quantities that are recorded for every router, by name; see their registered definitions.
 
         ``gate_switch`` is NaN if no token has a neighbor, and ``head_share`` if no expert adds to the output.
         """

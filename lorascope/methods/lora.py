@@ -60,7 +60,7 @@ class LoRA(AdapterMethod, name="lora"):
     targets : str or tuple of str
         Roles, "all-linear", module names or a regular expression; see ``ls.names.match``.
     rslora : bool
-        Whether to scale by alpha / sqrt(rank) instead.
+        Scale by alpha / sqrt(rank) instead.
     init_seed : int or None
         Seed of the initial factors, drawn with a separate generator, so that runs on other data or in another order
         can share them. They are the factors that a run with this ``seed`` draws. None uses the run's seed.
@@ -91,7 +91,11 @@ class LoRA(AdapterMethod, name="lora"):
         """Return the modules to adapt: the targets, or those with a rank in the mapping."""
         if isinstance(self.rank, int):
             return super().select_targets(modules)
-        names = [name for name in module_table.match(modules, tuple(self.rank)) if self.rank[name]]
+        matched = module_table.match(modules, tuple(self.rank))
+        if not set(matched) <= self.rank.keys():  # a role or a pattern
+            others = ", ".join(repr(name) for name in self.rank if name not in matched)
+            raise ValueError(f"rank must map names of modules to ranks, got {others}")
+        names = [name for name in matched if self.rank[name]]
         if not names:
             raise ValueError("rank must be >= 1 for at least one module, got 0 for all")
         return names

@@ -22,7 +22,7 @@ Departs:
 
 - The host keeps W_0, and the adapter subtracts s B_0 A_0, so that the update is exactly W - W_0.
 - Singular vectors are exact; the paper's fast variant uses a randomized SVD.
-- alpha equals the rank by default, so s = 1, as in the authors' code.
+- The defaults alpha = rank = 8 give s = 1, as in the authors' code: set alpha with the rank.
 - Dropout applies to the input of A only, as in PEFT.
 - Embeddings are rejected.
 """
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import host_weight
 from lorascope.array_types import Float
+from lorascope.methods.base import require
 from lorascope.methods.lora import LoRA, LoRADelta
 
 
@@ -49,6 +50,10 @@ class PiSSA(LoRA, name="pissa"):
     rank, alpha, dropout, targets, rslora
         See ``LoRA``.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "alpha", "> 0", self.alpha > 0)
 
     def delta(self, name: str, host: nn.Module) -> ResidualDelta:
         """Return the factors of one module at its principal singular components."""

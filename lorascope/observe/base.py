@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorascope.methods.base import Stateful, Step, stored_fields
+from lorascope.methods.base import Stateful, Step, require_integer, stored_fields
 from lorascope.schema.records import Item
 
 
@@ -24,6 +24,9 @@ class Observer(Stateful):
     # Name of a renamed observer in stored runs.
     stored_name: ClassVar[str] = ""
 
+    def __post_init__(self) -> None:
+        require_integer(self, 1, "every")
+
     def due(self, finished: int, total: int) -> bool:
         """Return whether the state after ``finished`` steps should be recorded."""
         return finished % self.every == 0 or finished == total
@@ -35,3 +38,9 @@ class Observer(Stateful):
     def config(self) -> dict[str, Any]:
         """Return the JSON form, which is part of a run's identity."""
         return {"name": vars(type(self)).get("stored_name") or type(self).__name__} | stored_fields(self)
+
+
+def require_observers(observers: Any) -> None:
+    """Raise a ValueError unless these are observers in a sequence."""
+    if not isinstance(observers, Sequence) or not all(isinstance(each, Observer) for each in observers):
+        raise ValueError(f"observe must be a list of observers such as [ls.observe.norms()], got {observers!r}")

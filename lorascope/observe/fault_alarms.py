@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ register(
 class alarms(Observer):
     """Faults of a training, by the checks of ``lorascope doctor`` that apply while it trains.
 
-    A fault is a warning with its id, cause and fix, once for the modules that it concerns. It is also a record of the
+    A fault is a warning with its id, cause and fix, again if it concerns further modules. It is also a record of the
     quantity ``alarm`` at each of these modules, or of the whole run: the number of the id, such as 15 for LS015. The
     training is not changed unless ``stop`` names the fault.
 
@@ -51,6 +51,7 @@ class alarms(Observer):
     stop: Sequence[str] = field(default=())
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         known = [name for rule in _rules(math.inf) for name in (rule.name, rule.id)]
         for name in self.stop:
@@ -60,6 +61,7 @@ class alarms(Observer):
         self.loss_step_ = 0
         self.moving_steps_ = 0
         self.reported_: list[str] = []
+        self.unrecorded_: list[str] = []
         self.initial_: dict[str, Any] = {}
         self._model: LiveModel | None = None
 
@@ -81,23 +83,33 @@ class alarms(Observer):
         initial = {module: from_tree(tree) for module, tree in self.initial_.items()}
         losses = dict(enumerate(self.losses_, start=1))
         found = run_rules(_rules(self.moving_steps_), model.measure(step, losses, self.moving_steps_, initial))
-        # A record has one value per module, so a second fault of a module waits for the next check.
         found.sort(key=lambda each: not self._stops_at(each))
-        items: dict[str, Record] = {}
         messages = []
         for finding in found:
-            key, places = f"{finding.id} {' '.join(finding.modules)}", finding.modules or ("",)
-            if key in self.reported_ or not items.keys().isdisjoint(places):
+            keys = [f"{finding.id} {module}" for module in finding.modules or ("",)]
+            if not (fresh := [key for key in keys if key not in self.reported_]):
                 continue
-            self.reported_.append(key)
-            items |= {module: Record("alarm", KINDS[finding.id].number, module) for module in places}
+            self.reported_ += fresh
+            self.unrecorded_ += fresh
             # Without a registry, Python also shows a warning that an earlier training has given.
             text = f"{describe(finding)}; fix: {printable(finding.fix)}"
             warnings.warn_explicit(text, UserWarning, "lorascope", 0)
             messages.append(Message(f"alarm/{finding.id}", text))
             if self._stops_at(finding):
                 step.stop = f"stopped by an alarm at step {step.finished}: {describe(finding)}"
-        return [*items.values(), *messages]
+        return [*self._records(), *messages]
+
+    def _records(self) -> Iterator[Record]:
+        """Yield one record per module, because it has one value at a step; further faults of a module follow later."""
+        waiting, self.unrecorded_ = self.unrecorded_, []
+        taken = set()
+        for key in waiting:
+            id, _, module = key.partition(" ")
+            if module in taken:
+                self.unrecorded_.append(key)
+            else:
+                taken.add(module)
+                yield Record("alarm", KINDS[id].number, module)
 
     def _stops_at(self, finding: Finding) -> bool:
         return finding.id in self.stop or finding.cause in self.stop

@@ -46,6 +46,7 @@ class gradients(Observer):
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.seen_ = 0
 
     def __call__(self, step: Step) -> Iterator[Record]:

@@ -63,6 +63,7 @@ class utilization(Observer):
     standardize: bool = field(default=False, metadata=added_later() | formerly("standardise"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_choice(self, "layers", LAYERS)
 
     def __call__(self, step: Step) -> Iterable[Record]:

@@ -182,6 +182,7 @@ class factor_drift(Observer):
     every: int = 50
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.exact_: dict[str, Tensor] = {}
 
     @torch.no_grad()
@@ -208,6 +209,7 @@ class factor_optimum(Observer):
     every: int = 50
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.before_: dict[str, dict[str, Tensor]] = {}
 
     @torch.no_grad()

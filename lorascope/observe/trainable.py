@@ -18,6 +18,7 @@ from lorascope.adapters.peft_layers import (
     has_peft_layers,
     is_peft_layer,
     is_readable,
+    name_without_peft,
     retained_components,
     unwrap_peft_layer,
     unwrapped_parameters,
@@ -117,7 +118,7 @@ def _peft_layers(model: nn.Module, names: Sequence[str] | None) -> Iterator[tupl
         if is_peft_layer(module):
             own = active_adapters(module) if names is None else adapters_among(module, names)
             if own:
-                yield name, module, own
+                yield name_without_peft(name), module, own
 
 
 def tile_sums(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> Float[Tensor, "tiles"]:

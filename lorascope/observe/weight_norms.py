@@ -15,7 +15,7 @@ from lorascope.adapters.delta import Delta, host_weight
 from lorascope.adapters.host_weights import dequantized_weight, shared_copies, to_array
 from lorascope.adapters.peft_layers import PeftDelta
 from lorascope.array_types import Float
-from lorascope.methods.base import Step, added_later
+from lorascope.methods.base import Step, added_later, require_integer
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import TrainedTensors, factor_inner, tile_sums
 from lorascope.schema.records import Item, Record, Snapshot
@@ -59,6 +59,8 @@ class norms(Observer):
     dequantize: bool = field(default=False, metadata=added_later())
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        require_integer(self, 1, "spectra_every")
         self.first_: dict[str, Any] = {}
         self.before_: dict[str, Any] = {}
         self.base_squares_: dict[str, float] = {}

@@ -94,6 +94,9 @@ class GatedRun(Result):
             raise AttributeError(name)
         return getattr(self.run, name)
 
+    def _lines(self) -> list[tuple[str, str]]:
+        return [*self.run._lines(), ("gates", self.gates_label)]
+
     @property
     def parents(self) -> list[Any]:
         return self.run.parents

@@ -153,7 +153,8 @@ class Result(ABC):
         state : {"last", "best"}
         """
         chosen = self._state(state)
-        table = self.table[self.table["step"] == chosen.step]
+        steps = self.table["step"]
+        table = self.table[steps.isna() if chosen.step is None else steps == chosen.step]
         wide = table[table["quantity"].isin(MEASURES) & table["index"].isna()].pivot(
             index="module", columns="quantity", values="value"
         )

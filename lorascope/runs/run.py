@@ -85,12 +85,11 @@ class Run(Result):
         Raises
         ------
         FileNotFoundError
-            The run is unfinished, or was written by a Trainer or an earlier version.
+            The run is unfinished, or was not written by ``train`` of this version.
         """
         if self.finished and PREDICTIONS not in self.meta.checksums:
             raise FileNotFoundError(
-                f"cannot read the predictions of run {self.id}: it was written by a Trainer or an earlier version. "
-                f"{TRAIN_AGAIN}"
+                f"cannot read the predictions of run {self.id}: only ls.train writes them, since 0.2. {TRAIN_AGAIN}"
             )
         file = self._file(PREDICTIONS)
         table = read_table(file, file)
@@ -209,7 +208,9 @@ class Run(Result):
         if expected == REMOVED:
             raise ValueError(f"cannot read {name} of run {self.id}: it was removed to save disk space. {TRAIN_AGAIN}")
         if expected is None or not file.exists():
-            hint = "" if self.finished else f"; the run is {self.meta.status}, the same call of train resumes it"
+            hint = (
+                "" if self.finished else f"; the run is {self.meta.status}: the same call of ls.train resumes its run"
+            )
             raise FileNotFoundError(
                 f"cannot read {printable(name)} of run {printable(self.id)}: not in {printable(self._folder)}{hint}"
             )

@@ -105,7 +105,7 @@ def _collect(module: Any, path: str, block: tuple[str, int] | None) -> Iterator[
 def _unwrap_peft(module: Any) -> Any:
     """Return the module inside PEFT's wrappers."""
     for name, child in module.named_children():
-        if name in ("base_layer", "original_module"):
+        if name in ("base_layer", "original_module", "token_adapter"):
             return _unwrap_peft(child)
     return module
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.files.printable import printable
-from lorascope.methods.base import Step
+from lorascope.methods.base import Step, is_integer
 from lorascope.observe import Observer, norms
+from lorascope.observe.base import require_observers
 from lorascope.observe.trainable import unreadable_adapters
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
@@ -116,7 +117,7 @@ class LoopRecorder:
 
     ``load`` can open the folder during training, and new rows are written every 30 seconds. An exception in a ``with``
     block marks the run as broken. Without ``close``, its status stays "running". What would leave gaps in the records,
-    such as an optimizer that was replaced, is a warning.
+    such as a replaced optimizer, raises a warning.
     """
 
     def __init__(
@@ -252,18 +253,20 @@ class LoopRecorder:
         number = self._done.empty_calls
         calls = "call" if number == 1 else f"{number} calls"
         fix = "pass the optimizer that trains the model to ls.record, after get_peft_model and accelerator.prepare"
-        self._warn("unstepped", f"the recorded optimizer has not stepped in the last {calls} of recorder.step; {fix}")
+        self._warn(
+            "unstepped", f"the recorded optimizer has not stepped in the last {calls} of recorder.step; {fix}", 4
+        )
 
     def _warn_skipped(self) -> None:
         times = "once" if self._done.steps == 1 else f"{self._done.steps} times"
         problem = f"the optimizer has stepped {times} since the last call of recorder.step"
-        self._warn("skipped", f"{problem}, and the step axis counts the calls; call it after every optimizer step")
+        self._warn("skipped", f"{problem}, and the step axis counts the calls; call it after every optimizer step", 4)
 
-    def _warn(self, problem: str, text: str) -> None:
+    def _warn(self, problem: str, text: str, level: int = 3) -> None:
         """Warn of each problem once: a recorder must not stop training."""
         if problem not in self._warned:
             self._warned.add(problem)
-            warnings.warn(text, stacklevel=4)
+            warnings.warn(text, stacklevel=level)
 
     def __enter__(self) -> LoopRecorder:
         if self._closed:
@@ -312,11 +315,10 @@ def _check(
 ) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if steps is not None and (not _is_integer(steps) or steps < 1):
+    if steps is not None and (not is_integer(steps) or steps < 1):
         raise ValueError(f"steps must be an integer >= 1 or None, got {steps!r}")
-    if not isinstance(observers, Sequence) or not all(isinstance(each, Observer) for each in observers):
-        raise ValueError(f"observe must be a list of observers such as [ls.observe.norms()], got {observers!r}")
-    if seed is not None and not _is_integer(seed):
+    require_observers(observers)
+    if seed is not None and not is_integer(seed):
         raise ValueError(f"seed must be an integer or None, got {seed!r}")
     if task is not None and not isinstance(task, str):
         raise ValueError(f"task must be a string or None, got {task!r}")
@@ -327,10 +329,6 @@ def _check(
             "cannot record an optimizer that trains no parameter of the model: create it after get_peft_model, and "
             "pass the results of accelerator.prepare"
         )
-
-
-def _is_integer(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def _unwrap_model(model: Any) -> nn.Module:

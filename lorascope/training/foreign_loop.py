@@ -22,6 +22,7 @@ from lorascope.training.base_weights import Base
 # Fields of a PEFT configuration that are not hyper-parameters.
 _NOT_HYPERPARAMETERS = {
     "base_model_name_or_path",
+    "peft_version",
     "revision",
     "inference_mode",
     "task_type",

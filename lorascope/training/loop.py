@@ -15,8 +15,9 @@ from torch import nn
 from lorascope.adapters import delta
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
-from lorascope.methods.base import Method, Phase, from_config
+from lorascope.methods.base import Method, Phase, from_config, is_integer
 from lorascope.observe import Observer, norms
+from lorascope.observe.base import require_observers
 from lorascope.runs.folders import lock_run, read_manifest
 from lorascope.runs.run import Run
 from lorascope.training.base_weights import Base, prepare_model
@@ -72,9 +73,11 @@ def train(
         Optimizer steps per phase, unless the method sets another number for a phase.
     seed : int
         Seed for new weights, data order, adapter initialization and dropout.
-    lr, head_lr : float, optional
-        Learning rates of adapter and head; by default those of the method. A rate that a method sets for one phase,
-        such as NeFT's ``tune_lr``, takes precedence over ``lr``.
+    lr : float, optional
+        Learning rate of the adapter, by default that of the method. A rate that a method sets for one phase, such as
+        NeFT's ``tune_lr``, takes precedence.
+    head_lr : float, optional
+        Learning rate of the head, by default that of the method.
     batch_size : int
         Rows per optimizer step.
     schedule : {"linear", "cosine", "constant"}
@@ -134,6 +137,10 @@ def train(
         An observer stops the training, such as ``alarms(stop=...)``.
     """
     given = locals()
+    observers = (norms(),) if observe is None else observe
+    require_observers(observers)
+    if not is_integer(checkpoint_every) or checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}")
     trackers = tracker_names(report_to)
     method = from_config({"name": method}) if isinstance(method, str) else method
     method.prepare()  # before anything is changed
@@ -147,8 +154,7 @@ def train(
         device = "cpu" if accelerator is None else accelerator.type
     model.to(device)
     marker = prepare_model(model, task, seed)
-    observers = (norms(),) if observe is None else tuple(observe)
-    plan = Plan(method, Phase(method), task, settings, seed, marker.w0_hash, observers)
+    plan = Plan(method, Phase(method), task, settings, seed, marker.w0_hash, tuple(observers))
     if marker.recipe not in ("", plan.id):
         raise ValueError(f"cannot train a model twice: it was trained as recipe {marker.recipe}; load a fresh model")
     data_name = re.sub(r"[^\w.]+", "-", Path(task.name).stem if Path(task.name).suffix else task.name).strip("-")

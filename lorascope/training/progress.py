@@ -118,7 +118,8 @@ def progress_bar(name: str, total: int, start: int, visible: bool) -> AbstractCo
 def catch_interrupt() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event, so that the current step can finish; a second one interrupts at once."""
     pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # in a background job of a shell
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield pressed
         return
 

@@ -70,8 +70,9 @@ class Recorder:
     def observe(self) -> None:
         """Record the values of the observers in this step, which share copies of the trained parameters."""
         with shared_copies():
-            items = [item for observer in self.observers for item in observer(self.step)]
-        self.add(items)
+            for observer in self.observers:  # one by one: two of a kind may be due at the same step
+                if items := list(observer(self.step)):
+                    self.add(items)
 
     def add(self, items: Iterable[Item]) -> None:
         """Record further items in this step."""

@@ -52,10 +52,11 @@ class Recording(Recorder):
         lost: str | None = "the training ended before its last step",
         report: Report | None = None,
     ) -> None:
+        path = path.absolute()  # the program may change its directory
         # The traceback of a failed training may still reference its recording, so end that one here.
         if (abandoned := _OPEN.pop(path.resolve(), None)) is not None:
             abandoned()
-        create_folder(path, meta.id if before else None)
+        aside = create_folder(path, meta.id if before else None)
         super().__init__(path, meta, step, method, observers, report)
         self._failing = False
         self._final_step: int | None = None  # step of the saved final state
@@ -68,7 +69,15 @@ class Recording(Recorder):
             self, close_lost_run, self.writer, self._lock, lost, report
         )
         if before is None:
-            self.begin_rows(None)
+            try:
+                self.begin_rows(None)
+            except ValueError:  # a tracker cannot start: leave everything as it was
+                _OPEN.pop(path.resolve()).detach()
+                self._lock.close()
+                shutil.rmtree(path)
+                if aside is not None:
+                    aside.rename(path)
+                raise
             self.record()
         else:
             self.resume(before["observers"], before["seconds"])
@@ -152,15 +161,15 @@ class Recording(Recorder):
         return run
 
 
-def create_folder(folder: Path, resumed: str | None) -> None:
-    """Move another run in the folder aside; if the run that resumes was finished, copy it aside.
+def create_folder(folder: Path, resumed: str | None) -> Path | None:
+    """Move another run in the folder aside, and return its new place; copy a finished run that resumes aside.
 
     Raise RunLocked if another process writes to the folder, and a ValueError if it contains files but no run.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, got the file {folder}")
     if not folder.exists() or not any(folder.iterdir()):
-        return
+        return None
     if not (folder / "run.json").exists():
         raise ValueError(f"cannot record into {folder}: it contains files but no run; pass another out")
     run = Run.read(folder)
@@ -170,8 +179,10 @@ def create_folder(folder: Path, resumed: str | None) -> None:
     with lock_run(folder):
         if run.id != resumed:
             folder.rename(aside)
-        elif run.finished:
+            return aside
+        if run.finished:
             shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("resume"))
+        return None
 
 
 def close_lost_run(writer: RunWriter, lock: ExitStack, error: str | None, report: Report | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lorascope.methods.base import require, require_at_least, require_choice
+from lorascope.methods.base import require, require_choice, require_integer
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
@@ -40,17 +40,17 @@ class Settings:
     max_length: int = 128
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "steps", "batch_size", "accumulate", "eval_size", "max_length")
-        require(self, "test_size", ">= 1 or None (the whole split)", self.test_size is None or self.test_size >= 1)
+        require_integer(self, 1, "steps", "batch_size", "accumulate", "eval_size", "test_size", "max_length")
+        require_integer(self, 0, "eval_every")
         for name in ("lr", "head_lr"):
             require(self, name, "> 0 and finite", 0 < getattr(self, name) < math.inf)
-        require_at_least(self, 0, "warmup", "weight_decay")
+        for name in ("warmup", "weight_decay"):
+            require(self, name, ">= 0 and finite", 0 <= getattr(self, name) < math.inf)
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}")
         require(self, "clip", "> 0 or None (no clipping)", self.clip is None or self.clip > 0)
         require_choice(self, "schedule", SCHEDULES)
         require_choice(self, "precision", PRECISIONS)
-        require(self, "eval_every", ">= 0 or None (a fifth of the run)", (self.eval_every or 0) >= 0)
 
     @property
     def evaluation_steps(self) -> int:

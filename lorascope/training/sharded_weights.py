@@ -24,7 +24,7 @@ def is_first_process() -> bool:
 
 
 def whole_number(name: str, value: float | Tensor | None) -> float | None:
-    """Return a number; all processes must call it, since that of FSDP2's gradient norm is sharded as well.
+    """Return a number; all processes must call it, because FSDP2 also shards the gradient norm.
 
     Raise a ValueError, which calls it ``name``, if it is not a number.
     """

@@ -222,8 +222,8 @@ def generators_state() -> dict[str, Any]:
 def load_generators_state(stored: Mapping[str, Any]) -> None:
     """Restore the result of ``generators_state``."""
     torch.set_rng_state(stored["torch"])
-    if stored["cuda"]:
-        torch.cuda.set_rng_state_all([state.cpu() for state in stored["cuda"]])
+    for device, state in enumerate(stored["cuda"][: torch.cuda.device_count()]):  # there may be fewer now
+        torch.cuda.set_rng_state(state.cpu(), device)
     np.random.set_state(stored["numpy"])
     random.setstate(stored["python"])
 

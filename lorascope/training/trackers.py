@@ -66,6 +66,8 @@ def tracker_names(report_to: str | Sequence[str] | None) -> tuple[str, ...]:
     if given == ["all"]:
         return tuple(installed)
     for name in given:
+        if name in ("all", "none"):
+            raise ValueError(f"report_to {name!r} must be the only name, got {printable(given)}")
         if name not in known:
             names = ", ".join([*sorted(known), "all", "none"])
             raise ValueError(f"report_to must be one of {names}, got {printable(name)!r}")

@@ -59,8 +59,14 @@ def _encode_json(table: pd.DataFrame) -> bytes:
     return ("[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n").encode()
 
 
+def _encode_parquet(table: pd.DataFrame) -> bytes:
+    import pyarrow  # noqa: F401 - if it is missing, pandas would not name the extra that installs it
+
+    return table.to_parquet(index=False)
+
+
 _WRITERS: dict[str, Callable[[pd.DataFrame], bytes]] = {
     ".csv": lambda table: csv_text(table).encode(),
-    ".parquet": lambda table: table.to_parquet(index=False),
+    ".parquet": _encode_parquet,
     ".json": _encode_json,
 }

@@ -79,7 +79,7 @@ def overlap(trained: Any, evaluated: Any) -> float | None:
         known = {id(row) for row in trained}
         return sum(id(row) in known for row in evaluated) / max(1, len(evaluated))
     (one, seen), (other, rows) = _dataset_rows(trained), _dataset_rows(evaluated)
-    return len(set(seen) & set(rows)) / max(1, len(rows)) if one == other else None
+    return len(set(seen) & set(rows)) / len(rows) if rows and one == other else None
 
 
 def _dataset_rows(data: Any) -> tuple[Any, Sequence[int]]:

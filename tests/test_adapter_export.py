@@ -166,9 +166,29 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"{out}\n"
     assert main(["export", source, source, "--peft", str(tmp_path / "sum"), "--weights", "1", "0.5"]) == 0
     shown = capsys.readouterr().out
-    assert "6 shared modules, cosine 1.000, energy of the sum 2.000 of the energies' sum" in shown
+    assert "6 shared modules, cosine 1.000, energy of the sum / sum of energies 2.000" in shown
     assert main(["export", source, source]) == 2
     assert main(["export", source, source, "--rank-pattern"]) == 2
     assert "several adapters require --peft DIR" in capsys.readouterr().err
     assert main(["export", source, "--peft", str(tmp_path / "w"), "--weights", "2"]) == 2
     assert "--weights requires several adapters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (
+            ["--budget", "0.5", "--by", "ablation", "--model", "m", "--task", "t"],
+            "--by, --model and --task require one",
+        ),
+        (["--state", "best"], "--state requires one run"),
+    ],
+)
+def test_sum_rejects_options_of_one_adapter(words, reason, tmp_path, capsys):
+    assert main(["export", "a", "b", "--peft", str(tmp_path / "sum"), *words]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_state_of_a_run_is_not_ignored_by_other_formats(tmp_path, capsys):
+    assert main(["export", "a", "--kohya", str(tmp_path / "a.safetensors"), "--state", "best"]) == 2
+    assert "--state requires one run, with --rank-pattern, --peft or --summary" in capsys.readouterr().err

@@ -329,7 +329,7 @@ def test_options_take_help_from_the_docstring() -> None:
     assert depth.default == 3.0
     assert isinstance(depth.default, float)
     assert depth.annotation.__metadata__[0].help == "How deep, in metres"
-    assert fast.annotation.__metadata__[0].help == "disable: Be fast"
+    assert fast.annotation.__metadata__[0].help == "disable: be fast"
 
 
 def test_train_options_of_a_method_exclude_learning_rates(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_loading import save, write_run
 
 from lorascope.cli.main import main
-from lorascope.diagnosis import terminal
+from lorascope.diagnosis import comparison_screen, terminal
 from lorascope.diagnosis.inspection import inspect
 from lorascope.diagnosis.inspection_screen import inspection_screen
 from lorascope.files.safetensors_io import write_json, write_tensors
@@ -254,7 +254,7 @@ def test_dense_run_shows_its_recorded_norms(tmp_path: Path) -> None:
     assert shown[:4] == [
         "full           Full, seed 0",
         "model          m on t",
-        "size           1 modules, 12 trained parameters",
+        "size           1 module, 12 trained parameters",
         "test           accuracy 0.75, loss 0.5 after 9 steps",
     ]
     assert shown[6].split() == ["q", "999", "5.00", "100.0%", "-", "1.9"]
@@ -416,3 +416,15 @@ def test_spectra_read_in_tiles_equal_those_of_loaded_factors(tmp_path: Path, dty
         assert adapter.spectra[name].tolist() == update.singular_values().tolist()
         expected = np.linalg.svd(update.dense(), compute_uv=False)[: len(adapter.spectra[name])]
         assert adapter.spectra[name] == pytest.approx(expected, rel=1e-9)
+
+
+def test_many_adapters_have_letters_that_a_terminal_can_show() -> None:
+    assert [comparison_screen._letters(place) for place in (0, 25, 26, 51, 52, 701, 702)] == [
+        *("a", "z", "aa", "az", "ba", "zz", "aaa")
+    ]
+
+
+def test_norms_have_at_most_seven_characters() -> None:
+    assert [terminal.norm(value) for value in (999.4, 999.6, 1000.0, 999_999.4, 999_999.6)] == [
+        *("999", "1000", "1000", "999999", "1.0e+06")
+    ]

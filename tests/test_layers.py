@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -138,3 +141,27 @@ def test_star_import_defines_every_exported_name(module):
 def test_no_file_is_longer_than_500_lines():
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in MODULES.items()}
     assert {name: number for name, number in lines.items() if number > LONGEST} == {}
+
+
+def test_names_outside_of_shapes_are_defined() -> None:
+    # The linter's own rule is off, because a shape such as "out" looks like an undefined name.
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--select",
+        "F821",
+        "--output-format",
+        "json",
+        "--exit-zero",
+        PACKAGE,
+    ]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    undefined = []
+    for each in found:
+        file, place = Path(each["filename"]), each["location"]
+        line = file.read_text(encoding="utf-8").splitlines()[place["row"] - 1]
+        if line[: place["column"] - 1].count('"') % 2 == 0:
+            undefined.append(f"{file.relative_to(PACKAGE)}:{place['row']}: {each['message']}")
+    assert undefined == []

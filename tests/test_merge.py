@@ -292,3 +292,41 @@ def test_rounding_to_bfloat16_matches_torch() -> None:
     drawn = np.random.default_rng(0).normal(size=10_000).astype(np.float32) * 10.0 ** np.arange(-5, 5).repeat(1000)
     values = drawn.astype(np.float32)
     assert np.array_equal(_round(values, "BF16"), torch.from_numpy(values).bfloat16().float().numpy())
+
+
+def without_adapter(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path, str], None]:
+    """Return a fault of the weight ``up_proj`` of layer 0, to which no adapter belongs; None removes it."""
+
+    def changed(merged: Weights, base: Weights) -> Weights:
+        found = {name: change(W) if "layers.0.mlp.up_proj" in name else W for name, W in merged.items()}
+        return {name: W for name, W in found.items() if W is not None}
+
+    return changed_weights(changed)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("change", "causes"),
+    [
+        (lambda W: W.float(), set()),
+        (lambda W: W.float() + 0.1, {"merge-other-weights"}),
+        (lambda W: None, {"merge-other-weights"}),
+        (lambda W: W[:2], {"merge-other-weights"}),
+    ],
+    ids=["another dtype", "another dtype, changed", "missing", "another shape"],
+)
+def test_weights_without_adapter_are_all_compared(
+    change: Callable[[torch.Tensor], torch.Tensor | None], causes: set[str], tmp_path: Path
+) -> None:
+    write(tmp_path, dtype="bfloat16", size=0.5)
+    without_adapter(change)(tmp_path, "bfloat16")
+    assert {finding.cause for finding in checked(tmp_path).findings} == causes
+
+
+def test_base_of_another_model_proves_nothing(tmp_path: Path) -> None:
+    write(tmp_path)
+    by_peft(tmp_path, "float32")
+    other = {"transformer.h.0.attn.c_attn.weight": torch.ones(4, 4)}
+    save_file(other, tmp_path / "base/model.safetensors")
+    with pytest.raises(ValueError, match=r"cannot check the merge: .* has no weight of model\.layers\.0"):
+        checked(tmp_path)

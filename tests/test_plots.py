@@ -265,3 +265,37 @@ def test_trained_runs_draw_every_available_figure(bert: Any, task: Any, tmp_path
     for layer in ("0", "1"):
         inside = summary.loc[summary["layer"] == int(layer), "update_norm"]
         assert layers[layer] == near(np.linalg.norm(inside), terms=TINY)
+
+
+def test_title_names_a_quantity_that_is_no_update(write: Any) -> None:
+    run = write("a", {(quantity, "h.0.q"): {4: 1.0, 9: 1.0} for quantity in ("update_norm", "weight_norm")})
+    assert plots.update_norm(run).title == "Update by layer"
+    label = QUANTITIES["weight_norm"].label.capitalize()
+    assert plots.update_norm(run, quantity="weight_norm").title == f"{label} by layer"
+    assert plots.norm_over_steps(run, quantity="weight_norm").title == f"{label} by layer"
+
+
+def test_spectrum_without_recorded_norms_shows_the_largest_update(write: Any) -> None:
+    run = write("a", {}, factors={"h.0.q": low_rank(1, 1), "h.1.q": low_rank(3, 2)})
+    assert plots.spectrum(run).meta["module"] == "h.1.q"
+
+
+def test_invalid_choices_are_rejected_with_the_valid_ones(write: Any) -> None:
+    factored = [
+        write(
+            f"s{seed}", profile(1, 1, 1) | {("rank", "h.0.q"): {9: 2.0}}, seed=seed, factors={"h.0.q": low_rank(1, 1)}
+        )
+        for seed in range(2)
+    ]
+    outside = write("o", {("update_norm", "words"): {9: 1.0}})
+    for draw, reason in [
+        (lambda: plots.subspace_similarity(factored, side="C"), "side must be one of 'A', 'B', 'update', got 'C'"),
+        (lambda: plots.factor_embedding(factored, view="x"), "view must be one of 'raw', .*, got 'x'"),
+        (lambda: plots.factor_embedding(factored, factors=("C",)), "factors must be one of 'A', 'B', got 'C'"),
+        (lambda: plots.factor_embedding(factored, factors=()), "factors must include 'A' or 'B', got none"),
+        (lambda: plots.rank_allocation(factored, step=999), "step must be from 0 to 9, the last step, got 999"),
+        (lambda: plots.importance(factored, quantity="rank"), "must have a value per component, .*, got 'rank'"),
+        (lambda: plots.update_norm_heat(outside), "needs update_norm of modules inside blocks, got none"),
+    ]:
+        with pytest.raises(ValueError, match=reason):
+            draw()

@@ -133,3 +133,15 @@ def test_series_is_inspected_without_pandas(folder):  # noqa: F811
     call = "import sys; from lorascope.cli.main import main; main(sys.argv[1:])"
     assert "pandas.core" not in modules_after(call, "inspect", str(folder))
     assert "pandas.core" in modules_after(call, "inspect", "--csv", str(folder))
+
+
+def test_doctor_checks_the_last_checkpoint_of_a_series(folder, capsys):  # noqa: F811
+    alone = run(capsys, "doctor", folder / "checkpoint-100")
+    code, out, err = run(capsys, "doctor", folder)
+    assert (code, err) == (alone[0], "")
+    assert out.splitlines()[1:] == alone[1].splitlines()[1:]
+
+
+def test_series_next_to_an_adapter_has_the_method_of_its_last_checkpoint(folder, capsys):  # noqa: F811
+    _, out, _ = run(capsys, "inspect", folder, folder / "checkpoint-20")
+    assert [line.split()[2] for line in out.splitlines()[1:3]] == ["LoRA", "LoRA"]

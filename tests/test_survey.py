@@ -119,3 +119,12 @@ def test_wrong_use_gets_one_line(
     assert main(["survey", *words]) in (1, 2)
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_item_that_needs_an_extra_does_not_end_the_survey(collection: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def needs_pyarrow(path: Path, base: object) -> None:
+        raise ModuleNotFoundError(name="pyarrow")
+
+    monkeypatch.setattr("lorascope.diagnosis.survey.load", needs_pyarrow)
+    (row,) = survey([collection / "run"])
+    assert row.error == "requires pyarrow: pip install 'lorascope[runs]'"

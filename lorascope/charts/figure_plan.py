@@ -165,7 +165,10 @@ def _entries(panel: Panel) -> Iterator[Entry]:
 
 
 def _merge_entries(entries: Sequence[Entry]) -> list[Entry]:
-    """Merge entries with equal name, color and group: a line replaces a dot, and a dot a patch. One needs no legend."""
+    """Merge entries with equal name, color and group: a line replaces a dot, and a dot a patch.
+
+    A single entry needs no legend.
+    """
     kinds = ("line", "dot", "patch")
     best: dict[tuple[str, str, str], Entry] = {}
     for entry in entries:

@@ -23,7 +23,7 @@ from lorascope.diagnosis.runtimes import Application, applied
 from lorascope.diagnosis.sarif import MARK, sarif_log
 from lorascope.diagnosis.terminal import WIDTH
 from lorascope.files.hub import label, locate, locate_base
-from lorascope.files.printable import printable
+from lorascope.files.printable import count_phrase, printable
 from lorascope.files.safetensors_io import write_json
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import require_own
@@ -50,7 +50,7 @@ def main(
     """Diagnose problems of an adapter or a run, each with its evidence and a fix.
 
     Only files are read: factors and configuration of an adapter, the base weights with --base, and the training history
-    of a run. The exit code is 0 without findings and 1 with findings; cautions are not findings.
+    of a run. The exit code is 1 with findings of any severity, else 0; notes about the format are not findings.
 
     Example: lorascope doctor my-adapter
 
@@ -100,7 +100,7 @@ def main(
         notes = {"notes": [*case.notes]}
         print(dumps(json_values({"path": path, **about, "findings": told, "unseen": skipped, **notes}), indent=1))
         return 1 if found else 0
-    count = f"{len(found)} finding{'s' * (len(found) > 1)}" if found else "no findings"
+    count = count_phrase(len(found), "finding") if found else "no findings"
     state = "" if run.meta.states else f", {run.meta.status}: no factors saved yet"
     paragraphs = [(label(run.path) if run.path else run.id, count + state)]
     if use is not None:
@@ -108,7 +108,7 @@ def main(
         paragraphs.append((use.runtime, f"applies {use.applied} of {use.modules} modules{named}"))
     for finding in found:
         paragraphs += _finding_paragraphs(finding)
-    paragraphs += [("caution", note) for note in case.notes]
+    paragraphs += [("note", note) for note in case.notes]
     paragraphs += [(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)) for missing, names in skipped.items()]
     _print_paragraphs(paragraphs)
     return 1 if found else 0
@@ -138,7 +138,7 @@ def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, j
         findings = [each.to_json() for each in check.findings]
         print(dumps(json_values({"path": path, "merged": merged, "modules": rows, "findings": findings}), indent=1))
     else:
-        paragraphs = [(adapter.label, f"{len(check.modules)} modules: {check.summary()}")]
+        paragraphs = [(adapter.label, f"{count_phrase(len(check.modules), 'module')}: {check.summary()}")]
         for finding in check.findings:
             paragraphs += _finding_paragraphs(finding)
         _print_paragraphs(paragraphs)

@@ -116,6 +116,9 @@ def main(
         "--model and --task require each other: the loss is measured with both": (model is None) != (task is None),
         "--by ablation requires --model NAME and --task NAME": by == "ablation" and model is None,
         "--model requires --budget": model is not None and budget is None,
+        "--by, --model and --task require one adapter or run": len(runs) > 1 and model is not None,
+        "--state requires one run, with --rank-pattern, --peft or --summary": state != "last"
+        and (len(runs) > 1 or bool(written and peft is None)),
     }
     for message in (message for message, found in invalid.items() if found):
         raise ValueError(message)
@@ -179,7 +182,7 @@ def _write_sum(
     """Print how the adapters interfere, and write their sum."""
     summed = [_adapter(each) for each in adapters]
     for row in export.interference(summed).to_dict("records"):
-        change = f"cosine {row['cosine']:.3f}, energy of the sum {row['energy']:.3f} of the energies' sum"
+        change = f"cosine {row['cosine']:.3f}, energy of the sum / sum of energies {row['energy']:.3f}"
         remark = f"{row['one']} + {row['other']}: {row['shared']} shared modules, {change}"
         print(f"# {printable(remark)}", file=sys.stderr if json else sys.stdout)
     path = export.sum_adapters(summed, out, weights, budget, format, component)

@@ -99,7 +99,11 @@ def main(
             print(dumps({"path": str(found[0]), "message": error.sentence}, indent=1) if json else error.sentence)
             return 0
         if unfinished := [run for run in runs if not isinstance(run, Adapter) and not run.meta.states]:
-            print(*unfinished, sep="\n")
+            if json:
+                states = [{"path": str(run.path), "status": run.meta.status, "message": str(run)} for run in unfinished]
+                print(dumps(states, indent=1))
+            else:
+                print(*unfinished, sep="\n", file=sys.stderr if csv else None)
             return 1
         if null and len(runs) > 1:
             raise ValueError(f"--null requires one adapter or run, got {len(runs)}")

@@ -35,7 +35,7 @@ COMMANDS = {
 }
 _USAGE = """usage: lorascope COMMAND ...
 
-Look inside low-rank adaptation: train, record, inspect and plot it.
+See inside low-rank fine-tuning: train, record, inspect and plot it.
 
 commands:"""
 _EXAMPLES = """

@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from lorascope.cli.arguments import Folder, Paths, command
 from lorascope.cli.load_runs import open_runs
-from lorascope.files.printable import printable
+from lorascope.files.printable import count_phrase, printable
 from lorascope.pages import report_card
 
 
@@ -77,7 +77,7 @@ def _verify(paths: tuple[str, ...], json: bool) -> int:
         print(dumps(found, indent=1))
         return int(any(found.values()))
     for path, differences in found.items():
-        count = f"{len(differences)} difference{'s' * (len(differences) != 1)}"
-        print(f"{printable(path)}: {count if differences else 'all agrees'}")
+        count = count_phrase(len(differences), "difference") if differences else "no differences"
+        print(f"{printable(path)}: {count}")
         print(*(f"  {each}" for each in differences[:5]), sep="\n", end="\n" if differences else "")
     return int(any(found.values()))

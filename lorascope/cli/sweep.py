@@ -45,7 +45,7 @@ def main(
     Parameters
     ----------
     file
-        TOML file with task, method, settings, seeds, ...
+        TOML file with the keys task, method, settings and seeds, among others.
     backend
         Loky (this machine), dask or ray; overrides the file.
     address

@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         Parameters
         ----------
         model
-            Name: minilm, smollm2, a folder, a GGUF file or a Hub id.
+            minilm, smollm2, a folder, a GGUF file or a Hub id.
         task
             sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a Hugging Face dataset.
         out

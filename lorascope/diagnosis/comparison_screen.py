@@ -25,9 +25,9 @@ _MATRICES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 def comparison_screen(comparison: Comparison, target: Console) -> str:
-    """Format a comparison of several adapters or runs, with one letter each."""
+    """Format a comparison of several adapters or runs, with one letter each, or more after z."""
     items, width = comparison.inspections, WIDTH - 52
-    letters = [chr(ord("a") + place) for place in range(len(items))]
+    letters = [_letters(place) for place in range(len(items))]
     methods = [item.facts[0][1].partition(",")[0] for item in items]
     names = zip(letters, map(Elided, comparison.labels), map(Elided, methods), strict=True)
     sizes = []
@@ -38,7 +38,7 @@ def comparison_screen(comparison: Comparison, target: Console) -> str:
         sizes.append(row | {"modules": len(item.measured), "total": f"{total:,}"})
     ranks = ("rank", 7, span, "least", "most"), ("modules", 7, str, "modules")
     columns = (("|dW|", 7, norm, "norm"), *ranks, ("parameters", 13, str, "total"))
-    listed = numbers_table([("", 1), ("", width), ("method", 10)], names, columns, sizes)
+    listed = numbers_table([("", len(letters[-1])), ("", width), ("method", 10)], names, columns, sizes)
     blocks = [_matrix(comparison, letters, *each) for each in _MATRICES]
     several = 2 if 2 + _CELL * len(items) < WIDTH // 2 else 1
     matrices = Table.grid(*(Column(width=WIDTH // several) for _ in range(several)))
@@ -62,12 +62,18 @@ def comparison_screen(comparison: Comparison, target: Console) -> str:
     return to_text(target, listed, "", matrices, *lines, *([""] if cautions else []), *cautions)
 
 
+def _letters(place: int) -> str:
+    """Return a to z, then aa, ab and so on."""
+    before, last = divmod(place, 26)
+    return (_letters(before - 1) if before else "") + chr(ord("a") + last)
+
+
 def _matrix(
     comparison: Comparison, letters: Sequence[str], title: str, column: str, form: Callable[[float], str]
 ) -> Group:
     """Return a matrix: its title, then one letter per row and column."""
     heads = [Column(letter, width=_CELL, justify="right") for letter in letters[:_MOST]]
-    table = Table(Column(width=2), *heads, box=None, padding=0, header_style="")
+    table = Table(Column(width=max(2, len(letters[-1]) + 1)), *heads, box=None, padding=0, header_style="")
     cells = comparison.matrix.pivot(index="one", columns="other", values=column)
     cells = cells.loc[comparison.labels, comparison.labels[:_MOST]]
     for letter, values in zip(letters, cells.to_numpy(float), strict=True):

@@ -21,6 +21,7 @@ from lorascope.runs.formats.stored_update import AdapterFiles, StoredUpdate
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.module_summary import ModuleSummary
 from lorascope.runs.result import Result
+from lorascope.runs.series import Series
 from lorascope.updates import constant_factors, effective_rank, energy_rank, stable_rank
 
 SHARE = 0.9  # fraction of the energy that ``energy_rank`` counts
@@ -101,13 +102,19 @@ class ModuleEvidence:
 class Case(ModuleEvidence):
     """Evidence about one adapter or run; more is known about an adapter that was loaded with its base.
 
+    Of a series of checkpoints it is the last one.
+
     ``spectra`` also runs full SVDs (slow): singular values of FourierFT and of DoRA with its base, and intruder
     dimensions in weights of any size.
     """
 
     run: Result
     spectra: bool = False
-    fewest_losses = 0  # whose noise is known: they may be means over epochs
+    fewest_losses = 0  # for an estimate of their noise: they may be means over epochs
+
+    def __post_init__(self) -> None:
+        if isinstance(self.run, Series):
+            self.run = self.run.last
 
     def has(self, need: str) -> bool:
         """Return whether there is evidence of this kind; see ``Rule.needs``."""

@@ -15,6 +15,7 @@ from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.diagnosis.evidence import Case, MeasuredModule
 from lorascope.files.hub import hub_source, label
 from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.files.printable import count_phrase
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.checkpoint_names import describe_checkpoints
 from lorascope.runs.module_summary import table_of
@@ -134,7 +135,7 @@ def inspect(run: Result, spectra: bool = False) -> Inspection:
     """
     case = Case(run, spectra)
     measured = case.measured
-    facts = _adapter_facts(run) if isinstance(run, Adapter) else _run_facts(run, len(measured))
+    facts = _adapter_facts(case.run) if isinstance(case.run, Adapter) else _run_facts(run, len(measured))
     found = (finding for rule in RULES if rule.inspected or not rule.fix for finding in rule.findings(case))
     return Inspection(run.path, facts, tuple(found), measured, run)
 
@@ -160,7 +161,7 @@ def _run_facts(run: Result, count: int) -> Facts:
     facts = [
         (name, run.label + ("" if meta.seed is None else f", seed {meta.seed}") + done),
         ("model", meta.model + ("" if meta.task is None else f" on {meta.task}")),
-        ("holds", f"{count} modules, {meta.parameters.trained:,} trained parameters"),
+        ("holds", f"{count_phrase(count, 'module')}, {meta.parameters.trained:,} trained parameters"),
     ]
     if meta.test:
         test, steps = meta.test, meta.settings["steps"]
@@ -180,7 +181,7 @@ def _adapter_facts(run: Adapter) -> Facts:
         (run.label, f"{run.files.kind}, {size}"),
         *([("hub", f"{source[0]}, commit {source[1]}")] if source else []),
         ("base", f"{run.meta.model} ({'not read' if run.base is None else f'read from {run.base.folder}'})"),
-        ("holds", f"{len(parts)} modules, {run.meta.parameters.trained:,} parameters, {stored}"),
+        ("holds", f"{count_phrase(len(parts), 'module')}, {run.meta.parameters.trained:,} parameters, {stored}"),
         *([("checkpoints", line)] if (line := describe_checkpoints(run.files.path)) else []),
     )
 
@@ -195,7 +196,7 @@ def _stated_alpha(config: Mapping[str, Any]) -> str:
 
 def describe_files(dtypes: Iterable[str], files: Sequence[Any]) -> str:
     """Return the dtypes of tensors, and the number of their files."""
-    return f"{' and '.join(sorted({DTYPES[dtype] for dtype in dtypes}))}, {len(files)} file{'s' * (len(files) > 1)}"
+    return f"{' and '.join(sorted({DTYPES[dtype] for dtype in dtypes}))}, {count_phrase(len(files), 'file')}"
 
 
 def _range(values: Sequence[float]) -> str:

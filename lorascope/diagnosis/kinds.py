@@ -25,8 +25,8 @@ class Kind:
     severity : {"error", "caution", "note"}
         Severity of a fault, and the usual one of an observation.
     needs : str
-        Evidence that the check requires: factors, config, weights, base, history, training (checked only while it
-        trains), merged model, or tuned model.
+        Evidence that the check requires: factors, config, weights, base, history, training (checked only
+        during training), merged model, or tuned model.
     problem : str
         What is wrong, as one sentence.
     evidence : str
@@ -122,7 +122,7 @@ _KINDS = (
         severity="caution",
         needs="config",
         problem="An entry of target_modules names no module.",
-        evidence="it is the end of no module's name, so PEFT ignores it",
+        evidence="no module name ends with it, so PEFT ignores it",
         fix=_UNMATCHED,
     ),
     Kind(
@@ -149,8 +149,8 @@ _KINDS = (
         severity="caution",
         needs="config",
         problem="Modules with their own rank have another scale.",
-        evidence="alpha_pattern misses modules of rank_pattern, whose scale differs from the others by a "
-        "factor of 2 or more",
+        evidence="modules of rank_pattern have no entry in alpha_pattern, and their scale differs from the others "
+        "by a factor of 2 or more",
         fix="add the keys of rank_pattern to alpha_pattern, with alpha = scale x rank",
     ),
     Kind(
@@ -304,8 +304,8 @@ _KINDS = (
         name="rank-use",
         severity="note",
         needs="factors",
-        problem="A quarter of the rank would be enough for some modules.",
-        evidence="number of modules with 90% of their energy in a quarter of their rank",
+        problem="Some modules have 90% of their energy in a quarter of their rank.",
+        evidence="their number",
     ),
     Kind(
         id="LS105",
@@ -345,7 +345,7 @@ _KINDS = (
         name="missing",
         severity="caution",
         needs="base",
-        problem="Targeted modules have no factors, so they stay at their start.",
+        problem="Targeted modules have no factors, so their base weights are used unchanged.",
         evidence="modules of the base that the configuration targets and the file does not have",
         fix="save the whole adapter, or name fewer targets",
     ),

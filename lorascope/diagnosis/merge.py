@@ -1,4 +1,4 @@
-"""Check of a merged model: whether the adapter is in its weights, once and rightly.
+"""Check of a merged model: whether the adapter is in its weights, exactly once and correctly.
 
 Every weight is compared with what a merge of base and update gives. PEFT merges LoRA on a CPU in float32: d is
 ``(B @ A) * scale``, and ``W + d`` is rounded once to the dtype of W, or d is rounded first (``safe_merge``). numpy
@@ -11,6 +11,7 @@ One weight is in memory at a time.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.updates.base import Update
 
 Verdict = Literal[
-    *("merged", "consistent", "unknown"),
+    *("merged", "consistent", "unknown", "not compared"),
     *("not merged", "wrong scale", "rounded", "experts swapped", "another module's", "wrong adapter"),
 ]
 PRECISION = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
@@ -61,9 +62,9 @@ class MergedModule:
         Name of the module.
     verdict : str
         ``"merged"`` is proved bit by bit, ``"consistent"`` within one unit in the last place, ``"unknown"`` if the
-        update is smaller than the rounding.
+        update is smaller than the rounding, ``"not compared"`` if the base has no such weight.
     factor : float
-        Multiple of the update that the weight contains, by least squares.
+        Multiple of the update that the weight contains, by least squares; NaN if it was not compared.
     note : str
         Dtype that it was rounded to, or module whose update it contains.
     """
@@ -113,7 +114,7 @@ class MergeCheck:
         """Return the number of modules of each verdict in one line."""
         counts = Counter(each.verdict for each in self.modules)
         words = {"merged": "merged, bit by bit", "consistent": "within one unit in the last place, not proved",
-                 "unknown": "smaller than the rounding"}  # fmt: skip
+                 "unknown": "smaller than the rounding", "not compared": "not in the base"}  # fmt: skip
         return "; ".join(f"{number} {words.get(verdict, verdict)}" for verdict, number in counts.most_common())
 
 
@@ -149,15 +150,17 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
     Raises
     ------
     ValueError
-        The adapter has no base, or the merged model lacks a weight.
+        The adapter has no base, the base has none of its modules, or the merged model lacks one.
     """
     if adapter.base is None:
-        raise ValueError("a merged model is compared with base and adapter: pass the base")
+        raise ValueError("cannot check a merged model without its base: pass base")
     base, parts = adapter.base, adapter.files.parts
     merged = base.named_alike(merged)
     names = [module for module in parts if base.has_weight(module)]
+    if not names:
+        raise ValueError(f"cannot check the merge: {base.folder} has no weight of {first_and_count(list(parts))}")
     probes = {module: _Probe.of(adapter.updates()[module]) for module in names}
-    found = []
+    found = [MergedModule(module, "not compared", math.nan) for module in parts if module not in probes]
     experts: dict[str, ExpertEntries] = {}
     for module in names:
         part = parts[module]
@@ -206,11 +209,30 @@ def _changed(adapter: Adapter, merged: PretrainedWeights) -> Iterator[str]:
     for module in base.modules():
         if module in own or any(each.endswith(f".{module}") or module.endswith(f".{each}") for each in own):
             continue
-        if not merged.has_weight(module) or merged.stored_shape(module) != base.stored_shape(module):
-            continue
-        W, after = base.unread(module), merged.unread(module)
-        if W.stored.dtype == after.stored.dtype and not np.array_equal(W.stored, after.stored, equal_nan=not W.brain):
+        if not merged.has_weight(module):
+            if not _is_tied(base, merged, module):
+                yield module
+        elif merged.stored_shape(module) != base.stored_shape(module) or _differs(base, merged, module):
             yield module
+
+
+def _is_tied(base: PretrainedWeights, merged: PretrainedWeights, module: str) -> bool:
+    """Return whether a weight that the merged model lacks equals another one of the base that it has."""
+    W, shape = base.unread(module).stored, base.stored_shape(module)
+    return any(
+        np.array_equal(W, base.unread(other).stored)
+        for other in base.modules()
+        if other != module and base.stored_shape(other) == shape and merged.has_weight(other)
+    )
+
+
+def _differs(base: PretrainedWeights, merged: PretrainedWeights, module: str) -> bool:
+    """Return whether a weight of one shape has other values, apart from a rounding to the dtype of the merged model."""
+    W, after = base.unread(module), merged.unread(module)
+    if W.stored.dtype == after.stored.dtype:
+        return not np.array_equal(W.stored, after.stored, equal_nan=not W.brain)
+    expected = _round(np.asarray(W.read(), np.float32), merged.dtype(module))
+    return not np.array_equal(expected, np.asarray(after.read(), np.float32), equal_nan=True)
 
 
 def _compare(

@@ -14,6 +14,7 @@ from joblib import Parallel, delayed
 from lorascope.diagnosis.doctor import findings
 from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import inspect, pool_norms
+from lorascope.extras import requirement
 from lorascope.files.hub import locate
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import MARKS, is_adapter, load
@@ -103,5 +104,6 @@ def measure(path: str | Path, base: str | Path | None = None) -> Surveyed:
             effective_rank=float(np.mean(effective)) if effective else np.nan,
             findings=" ".join(dict.fromkeys(each.cause for each in findings(Case(run)))),
         )
-    except (OSError, ValueError) as error:
-        return Surveyed(path=str(path), error=" ".join(str(error).split()))
+    except (ModuleNotFoundError, OSError, ValueError) as error:
+        needed = requirement(error) if isinstance(error, ModuleNotFoundError) else None
+        return Surveyed(path=str(path), error=needed or " ".join(str(error).split()))

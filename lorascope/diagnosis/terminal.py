@@ -69,9 +69,9 @@ def norm(value: float) -> str:
     """Format a norm with three digits in at most seven characters."""
     if math.isnan(value):
         return "NaN"
-    if 1000 <= value < 1e6:
+    if 999.5 <= value < 999999.5:
         return f"{value:.0f}"
-    return f"{value:#.3g}".rstrip(".") if value == 0 or 1e-3 <= value < 1000 else f"{value:.1e}"
+    return f"{value:#.3g}".rstrip(".") if value == 0 or 1e-3 <= value < 999.5 else f"{value:.1e}"
 
 
 def percent(share: float) -> str:

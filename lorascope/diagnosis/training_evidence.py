@@ -45,11 +45,11 @@ class TrainingEvidence(ModuleEvidence):
     unoptimized: Sequence[str]
     has_gradient: bool
     error = ""  # of a training that has stopped
-    fewest_losses = 10  # whose noise is known: they are losses of single batches, compared at each check
+    fewest_losses = 10  # for an estimate of their noise: they are losses of single batches, compared at each check
 
     def has(self, need: str) -> bool:
         """Return whether there is evidence of this kind; see ``Rule.needs``."""
-        return need != "config"
+        return True
 
 
 Evidence = Case | TrainingEvidence

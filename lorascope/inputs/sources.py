@@ -32,7 +32,7 @@ _FILES = {".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 
 
 def read(name: str) -> pd.DataFrame:
-    """Return the rows of a source by name, but of ``MIXTURE``; see ``tasks.load`` for the names and errors."""
+    """Return the rows of a source by name, except of ``MIXTURE``; see ``tasks.load`` for the names and errors."""
     if name in BUNDLED:
         rows = sentiment()
         rows = rows.assign(cluster=clusters(rows))

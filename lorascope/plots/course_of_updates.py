@@ -16,7 +16,7 @@ from lorascope.charts.marks import Axis, Line
 from lorascope.plots.builders import curves, mean_over_modules, profile
 from lorascope.plots.registry import figure
 from lorascope.plots.requirements import STEPS
-from lorascope.plots.run_groups import Cohort, require_counts
+from lorascope.plots.run_groups import Cohort, require_choice, require_counts
 
 _RANDOM = "random subspaces"
 
@@ -84,6 +84,7 @@ def rotation(
         Number of leading directions, 8 by default.
     """
     require_counts(k=k)
+    require_choice(space=(space, ("both", *SPACES)))
     found = pd.concat([rotations(run, k, None if module is None else [module]) for run in cohort.runs])
     if space != "both":
         found = found[found["space"] == space]

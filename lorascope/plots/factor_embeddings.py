@@ -17,7 +17,7 @@ from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point, Text
 from lorascope.plots.registry import figure
 from lorascope.plots.requirements import UPDATES
-from lorascope.plots.run_groups import Cohort
+from lorascope.plots.run_groups import Cohort, require_choice
 
 _VIEWS = {
     "raw": "raw factors",
@@ -78,6 +78,11 @@ def factor_embedding(
     modules : sequence of str
         Modules to plot, all by default; up to 12 have their layer and role next to their dots (Fig. 10).
     """
+    require_choice(view=(view, _VIEWS))
+    if not factors:
+        raise ValueError("factors must include 'A' or 'B', got none")
+    for factor in factors:
+        require_choice(factors=(factor, ("A", "B")))
     caption = (
         f"Each dot is a factor of one module in one run ({_VIEWS[view]}), scaled to norm 1; dots in one place appear "
         "as rings. PCA axes: fraction of variance in parentheses."

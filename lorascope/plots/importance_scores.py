@@ -40,6 +40,9 @@ def importance(cohort: Cohort, module: str | None = None, quantity: str = "impor
     quantity : str
         Quantity of components, such as "importance" (default), "importance_lambda" or "alpha".
     """
+    if (known := QUANTITIES.get(quantity)) and known.index not in ("component", "rank_id"):
+        scores = [name for name, each in QUANTITIES.items() if each.index in ("component", "rank_id")]
+        raise ValueError(f"quantity must have a value per component, such as {', '.join(scores)}, got {quantity!r}")
     cohort.require(quantity, history=True)
     found = cohort.label(rank_allocations.components(cohort.table, quantity))
     found = found.assign(fate=found["kept"].map(dict(zip((True, False), _FATES, strict=True))))

@@ -14,8 +14,10 @@ from lorascope.charts.scales import to_floats
 from lorascope.plots.builders import heat_by_role, profile
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, axis_label, define, require_counts
+from lorascope.schema.records import QUANTITIES
 
 _CELL = ["recipe", "kind", "place"]
+_OF_UPDATES = ("update_norm", "learned_norm", "relative_update")
 _MOST_LABELED = 12  # largest number of columns, over all panels, whose cells have room for numbers
 _MOST_DIGITS = 6  # of a number in a cell, before its exponent is shown
 _SINCE_START = "adapter_norm minus step 0"
@@ -40,10 +42,15 @@ def update_norm(cohort: Cohort, quantity: str | None = None) -> Chart:
         Recorded quantity of modules. By default ``update_norm``; for several recipes that all recorded it,
         ``learned_norm``, because the initial update of some methods is nonzero.
     """
-    return update_profile(cohort, quantity or _comparable_quantity(cohort))
+    quantity = quantity or _comparable_quantity(cohort)
+    return update_profile(cohort, quantity, _title(quantity))
 
 
-def update_profile(cohort: Cohort, quantity: str, title: str = "Update by layer", log: bool = False) -> Chart:
+def _title(quantity: str) -> str:
+    return "Update by layer" if quantity in _OF_UPDATES else f"{QUANTITIES[quantity].label.capitalize()} by layer"
+
+
+def update_profile(cohort: Cohort, quantity: str, title: str, log: bool = False) -> Chart:
     """Plot the last value of a quantity of modules, pooled by layer, one line per recipe."""
     cells = cohort.label(norms.last(_layers(cohort, quantity)))
     caption = cohort.caption(f"{define(quantity)} {_step_phrase(cells)}")
@@ -71,6 +78,8 @@ def update_norm_heat(cohort: Cohort, quantity: str | None = None) -> Drawable:
     quantity = quantity or _comparable_quantity(cohort)
     cohort.require(quantity)
     inside = norms.select(cohort.table, quantity).dropna(subset="layer")
+    if inside.empty:
+        raise ValueError(f"{cohort.name} needs {quantity} of modules inside blocks, got none")
     pooled = norms.last(norms.pool(inside, by=("place", "role")))
     cells = band(cohort.label(pooled), [*_CELL, "role"])
     largest = float(pd.Series(to_floats(cells["value"])).max())
@@ -112,7 +121,7 @@ def norm_over_steps(cohort: Cohort, quantity: str = "update_norm", frames: int =
     require_counts(frames=frames)
     rows = cohort.label(norms.frames(_layers(cohort, quantity, history=True), frames))
     cells, caption = band(rows, ["step", *_CELL]), cohort.caption(define(quantity))
-    return profile(cohort, cells, axis_label(quantity), title="Update by layer", caption=caption, frame="step")
+    return profile(cohort, cells, axis_label(quantity), title=_title(quantity), caption=caption, frame="step")
 
 
 @figure(

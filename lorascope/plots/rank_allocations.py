@@ -79,6 +79,9 @@ def rank_allocation(cohort: Cohort, step: int | None = None, chance: bool = Fals
     chance : bool
         Add a panel per recipe with its budget allocated at random, resampled for every seed.
     """
+    last = cohort.table["step"].dropna().max()
+    if step is not None and not 0 <= step <= last:  # NaN of an adapter rejects every step
+        raise ValueError(f"step must be from 0 to {last}, the last step, got {step}")
     found = cohort.label(rank_allocations.current_ranks(cohort.table, step))
     sums = found.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
     means = sums.groupby("recipe", sort=False).mean()

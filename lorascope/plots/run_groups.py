@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -240,6 +240,13 @@ def require_counts(**counts: int | None) -> None:
             raise ValueError(f"{name} must be >= 1, got {count}")
 
 
+def require_choice(**given: tuple[str, Collection[str]]) -> None:
+    """Raise a ValueError for the first value that is not among its choices."""
+    for name, (value, choices) in given.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
 def join_by_label(notes: Mapping[str, str]) -> str:
     """Join the notes of all labels, or return the note once if it is the same for all."""
     if len(set(notes.values())) == 1:
@@ -281,7 +288,7 @@ def present_label(label: str, method: str) -> str:
 
 def present_run_label(run: Result) -> str:
     """Return the label of a run with the present names of its settings."""
-    return present_label(run.label, (run.meta.recipe or {}).get("name", ""))
+    return present_label(run.label, run.meta.recipe.get("name", ""))
 
 
 def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lorascope.analysis import norms, spectra
@@ -17,7 +18,7 @@ from lorascope.charts.marks import Axis, Heat
 from lorascope.plots.builders import curves
 from lorascope.plots.registry import figure
 from lorascope.plots.requirements import SPECTRA, UPDATES
-from lorascope.plots.run_groups import Cohort
+from lorascope.plots.run_groups import Cohort, require_choice
 from lorascope.runs.result import Result
 
 _MOST_DOTS = 64  # largest number of components with a dot each
@@ -101,6 +102,7 @@ def subspace_similarity(cohorts: Sequence[Cohort], module: str | None = None, si
         Directions of A (as in the paper), of B, or of the inputs of the update, which do not depend on how the update
         was factored.
     """
+    require_choice(side=(side, ("A", "B", "update")))
     updates = [run.updates() for cohort in cohorts for run in cohort.runs]
     module = common_module(cohorts[0], updates, module)
     panels: list[Chart] = []
@@ -122,13 +124,18 @@ def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: 
     """Return the given module, or the one with the largest mean update over runs; all runs must have it."""
     common = [name for name in updates[0] if all(name in found for found in updates)]
     if module is None and common:
-        cohort.require("update_norm")
-        rows = norms.last(norms.select(cohort.table, "update_norm"))
-        sizes = rows[rows["module"].isin(common)].groupby("module", observed=True)["value"].mean()
-        return str(sizes.idxmax())
+        rows = cohort.table[(cohort.table["quantity"] == "update_norm") & cohort.table["module"].isin(common)]
+        if rows.empty:  # no norms were recorded
+            return max(common, key=lambda name: sum(_size(found[name]) for found in updates))
+        return str(norms.last(rows).groupby("module", observed=True)["value"].mean().idxmax())
     if module not in common:
         raise cohort.no_common_module(module, common)
     return module
+
+
+def _size(update: Any) -> float:
+    """Return the norm of an update, or of its singular values."""
+    return float(np.linalg.norm(update) if isinstance(update, np.ndarray) else update.norm())
 
 
 def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Result, Result]]]:

@@ -14,6 +14,7 @@ from lorascope import observe
 from lorascope.inputs.tasks import Task
 from lorascope.methods.base import Method
 from lorascope.observe import Observer
+from lorascope.pages.report_figure import ReportFigure
 from lorascope.runs.run import Run
 
 PROBES: dict[str, Probe] = {}

@@ -60,7 +60,7 @@ def arms() -> list[Arm]:
 
 
 def keep_selected(run: Run) -> pd.DataFrame:
-    """Return the kept table ``selected``; see ``evidence.neft``."""
+    """Return the kept table ``selected``; see ``evidence.statistics.neft``."""
     found = selected_neurons.list_selected(run)[["module", "neuron"]].astype({"module": "str", "neuron": "uint16"})
     sizes = selected_neurons.sizes(run)
     found = found.assign(size=found["module"].map(sizes).astype("uint16"), pool=sizes.total())
@@ -68,7 +68,7 @@ def keep_selected(run: Run) -> pd.DataFrame:
 
 
 def keep_utilization(run: Run) -> pd.DataFrame:
-    """Return the kept table ``utilization``, after the last step; see ``evidence.neft``."""
+    """Return the kept table ``utilization``, after the last step; see ``evidence.statistics.neft``."""
     rows = norms.last(run.table[run.table["quantity"] == "utilisation"]).astype({"module": "str", "role": "str"})
     rows = rows.sort_values(["role", "module", "index"], ignore_index=True)
     rank = rows.groupby("role")["value"].rank(method="first", ascending=False)

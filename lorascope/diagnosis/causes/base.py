@@ -70,7 +70,7 @@ class Rule:
     ----------
     fix : str
         Suggested fix. ``doctor`` shows the rules with a fix, ``inspect`` those without. Default "".
-    needs : {"factors", "config", "weights", "base", "history"}
+    needs : {"factors", "config", "weights", "base", "history", "training"}
         Evidence that the check requires. Default "factors".
     suppresses : tuple of str
         Findings that only follow from this one, and are omitted. Default none.

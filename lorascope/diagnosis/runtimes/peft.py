@@ -54,7 +54,7 @@ def check_peft(target: Target) -> Iterator[Finding]:
     lacking = sorted(adapted - modules.keys())
     if lacking and len(lacking) < len(adapted):
         message = f"{len(lacking)} of {len(adapted)} targeted modules have no factors: {first_and_count(lacking)}"
-        yield of_kind("LS202", f"{message}; they stay at their start", {"modules": len(lacking)})
+        yield of_kind("LS202", f"{message}; their base weights are used unchanged", {"modules": len(lacking)})
 
 
 def _targeted(target: Target) -> set[str] | None:

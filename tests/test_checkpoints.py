@@ -21,6 +21,7 @@ import lorascope as ls
 from lorascope.inputs import models
 from lorascope.methods import LoRA
 from lorascope.runs.folders import lock_run
+from lorascope.training.progress import catch_interrupt
 from lorascope.training.session import Session
 from lorascope.training.state import load_tree, save_tree
 
@@ -119,7 +120,7 @@ def test_ctrl_c_finishes_the_step_and_the_same_call_resumes(index, fresh, whole,
         ls.train(model, task, method, out=out, **FAST)
     assert signal.getsignal(signal.SIGINT) is before
     assert [file.stem for file in out.glob("resume/step-*")] == [f"step-{index + 1:08d}"]
-    with pytest.raises(FileNotFoundError, match=r"not in .*the same call of train"):
+    with pytest.raises(FileNotFoundError, match=r"not in .*the same call of ls.train"):
         ls.load(out).table  # noqa: B018
     done = []
     at_step(index, lambda: done.append("again"))
@@ -287,3 +288,13 @@ def test_files_of_the_user_survive_overwrite_and_resume(bert, task, tmp_path, at
     assert [file.read_text(encoding="utf-8") for file in mine] == ["years of work"] * 4
     assert not any("mine" in name for name in run.meta.checksums)
     assert [path.name for path in (out / "resume").iterdir()] == ["mine.safetensors"]
+
+
+def test_ignored_ctrl_c_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a background job of a shell
+    try:
+        with catch_interrupt() as pressed:
+            signal.raise_signal(signal.SIGINT)
+        assert not pressed.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)

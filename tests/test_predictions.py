@@ -110,7 +110,7 @@ def test_run_without_predictions_raises_one_line(copied):
     with pytest.raises(FileNotFoundError, match=r"cannot read the predictions of run \w{12}: .*overwrite=True$"):
         Run.read(copied).predictions  # noqa: B018
     (copied / "run.json").write_text(json.dumps(meta | {"status": "running", "states": {}}), encoding="utf-8")
-    with pytest.raises(FileNotFoundError, match="the same call of train resumes it"):
+    with pytest.raises(FileNotFoundError, match=r"the same call of ls\.train resumes its run"):
         Run.read(copied).predictions  # noqa: B018
 
 

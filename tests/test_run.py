@@ -339,7 +339,7 @@ def test_unfinished_run_shows_its_status_and_error(copied):
         assert f"seed 0, {status}" in repr(run)
         assert extra.get("error", "") in run._repr_html_()
         assert not run.finished
-        with pytest.raises(FileNotFoundError, match=f"cannot read records.parquet .* is {status}, the same call"):
+        with pytest.raises(FileNotFoundError, match=f"cannot read records.parquet .* is {status}: the same call"):
             run.table  # noqa: B018
         with pytest.raises(ValueError, match=f"cannot read state 'last' .* is {status}"):
             run.summary()

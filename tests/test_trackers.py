@@ -462,12 +462,18 @@ def test_later_phase_trains_without_a_tracker_that_cannot_start(fake, monkeypatc
         assert events(phase.path / "tensorboard") == in_float32(curves(phase))
 
 
-@pytest.mark.parametrize("given", ["tensorbord", ["tensorboard", "x\ny"], "", ["all", "none"]])
+@pytest.mark.parametrize("given", ["tensorbord", ["tensorboard", "x\ny"], ""])
 def test_unknown_tracker_lists_the_known_ones_before_anything_is_done(given, bert, task, tmp_path):
     line = r"^report_to must be one of aim, .*mlflow, .*tensorboard, .*wandb, all, none, got '.*'$"
     with pytest.raises(ValueError, match=line):
         train(bert, task, tmp_path / "run", report_to=given)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("given", [["all", "none"], ["tensorboard", "all"]])
+def test_all_trackers_next_to_another_name_are_rejected(given, bert, task, tmp_path):
+    with pytest.raises(ValueError, match=r"^report_to .(all|none). must be the only name, got"):
+        train(bert, task, tmp_path / "run", report_to=given)
 
 
 def test_tracker_that_is_not_installed_is_one_line_before_training(bert, task, tmp_path, monkeypatch, capsys):

@@ -98,7 +98,7 @@ class Planted:
         return registration.read(self.registered)
 
     def blocks(self, evidence: Any, derived: Any) -> dict[str, str]:
-        rows = derived.verdicts[["claim", "outcome", "shown"]].itertuples(index=False)
+        rows = derived.verdicts[["claim", "outcome", "shown"]].astype("object").fillna("").itertuples(index=False)
         return {"verdicts": "".join(f"| {' | '.join(row)} |\n" for row in rows)}
 
     def verify(self) -> list[str]:

@@ -55,7 +55,7 @@ NUMBERS = [
     ("README.md", "primary", "above 0.02 (nats)", "above 0.01 (nats)"),
     ("docs/findings.md", "published", "-0.674", "0.674"),
     ("docs/findings.md", "verdicts", "0 of 24", "24"),
-    ("docs/evidence.md", "budget", "88 judged claims", "80 judged claims"),
+    ("docs/evidence.md", "budget", "88 claims on runs", "80 judged claims"),
     ("docs/evidence.md", "before", "-0.08 [-0.09, -0.08]", "0.08 [0.07, 0.09]"),
     ("docs/papers/neft.md", "neft-printed", "7.167", "9.167"),
     ("docs/papers/neft.md", "neft-verdicts", "0.221 [no interval]", "0.221 [0.1, 0.3]"),

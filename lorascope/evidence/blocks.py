@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -186,13 +186,18 @@ class Tables:
     def on_published_figures(self) -> str:
         """Return the table of verdicts on published figures."""
         claims = self.registration.of_tier("published")
-        rows = []
-        for row in published.judge(claims, self.data / "published").to_dict("records"):
-            claim = claims[row["claim"]]
-            compared = f"{claim.text.statistic}; {claim.text.control}"
-            outcome = ", ".join(filter(None, (row["outcome"], row["side"])))
-            rows.append((claim.text.sentence, compared, row["shown"], _bound(claim), outcome))
+        rows = self._published(claims, lambda claim: f"{claim.text.statistic}; {claim.text.control}")
         return _table(("claim", "compared", "effect", "bound", "verdict"), rows)
+
+    def _published(
+        self, claims: Mapping[str, Registered], second: Callable[[Registered], str]
+    ) -> list[tuple[str, str, str, str, str]]:
+        """Return sentence, a second column, effect, bound and verdict of the claims on published numbers."""
+        return [
+            (claims[row["claim"]].text.sentence, second(claims[row["claim"]]), row["shown"],
+             _bound(claims[row["claim"]]), ", ".join(filter(None, (row["outcome"], row["side"]))))
+            for row in published.judge(claims, self.data / "published").to_dict("records")
+        ]  # fmt: skip
 
     def verdicts(self) -> str:
         """Return the tables of verdicts, primary claims first, with the deviations."""
@@ -236,13 +241,8 @@ class Tables:
             f"The primary claim, `{main.id}`, is judged at {seeds} seeds. It is supported if the whole interval is "
             f"{_bound(main)}, and not supported if the whole interval is below."
         )
-        figures = published.judge(claims, self.data / "published")
-        rows = [
-            (claims[row["claim"]].text.sentence, claims[row["claim"]].paper.place, row["shown"],
-             _bound(claims[row["claim"]]), ", ".join(filter(None, (row["outcome"], row["side"]))))
-            for row in figures.to_dict("records")
-        ]  # fmt: skip
-        on_figures = ["On published figures, without training:",
+        rows = self._published(claims, lambda claim: claim.paper.place)
+        on_figures = ["On published numbers, without training:",
                       _table(("claim", "in the paper", "effect", "bound", "verdict"), rows)]  # fmt: skip
         return "\n\n".join([
             *self._without_runs(),

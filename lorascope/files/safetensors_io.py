@@ -19,6 +19,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -310,6 +311,17 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[
     """Write arrays and their description ``about`` (JSON values) to one safetensors file."""
     arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
     write_bytes(path, save(arrays, metadata={_ABOUT: json.dumps(about, sort_keys=True)}))
+
+
+def write_note(file: Path, content: Any) -> None:
+    """Write JSON under a temporary name and rename it, without waiting for the disk; errors are ignored.
+
+    It is for progress, which is written often, and whose folder another process may remove.
+    """
+    draft = file.with_name(f".{file.name}.{os.getpid()}.part")
+    with suppress(OSError):
+        draft.write_text(json.dumps(content), encoding="utf-8")
+        draft.replace(file)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorascope.files.safe_csv import is_number
 from lorascope.inputs import images, questions, sources, splits
 from lorascope.inputs.splits import SPLITS
-from lorascope.inputs.tokenization import EncodedRows, encode_classes, encode_pairs, encode_text
+from lorascope.inputs.tokenization import IGNORED, EncodedRows, encode_classes, encode_pairs, encode_text
 from lorascope.schema.deprecation import old_attribute
 
 # Part of the class name of a model -> kind of task that its head can do.
@@ -159,7 +159,7 @@ class Task:
         labels = batch["labels"]
         if self.kind in ("prompt", "lm"):
             labels = labels[:, 1:]  # a causal LM does not predict the first token
-        return int((labels != -100).sum())
+        return int((labels != IGNORED).sum())
 
     counted = old_attribute("counted", "count_targets")
 

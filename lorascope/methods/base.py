@@ -361,6 +361,11 @@ def _to_json_value(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer may change and that clipping covers."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
 def frozen_entries(method: Method) -> int:
     """Return ``method.frozen_entry_count()``, or ``held_still()`` if the class defines the hook by its old name."""
     if type(method).held_still is not Method.held_still:

@@ -67,7 +67,16 @@ from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.analysis import neurons, selected_neurons
 from lorascope.array_types import Bool
 from lorascope.inputs.classifier_head import weights_hash
-from lorascope.methods.base import Method, Phase, Step, added_later, require, require_at_least, task_head
+from lorascope.methods.base import (
+    Method,
+    Phase,
+    Step,
+    added_later,
+    require,
+    require_at_least,
+    task_head,
+    trained_parameters,
+)
 from lorascope.methods.full import Full
 from lorascope.methods.neft_probing import PROBE_COSINE, Probing, probe_scores
 from lorascope.runs import loading
@@ -272,7 +281,7 @@ class NeFT(Method, name="neft"):
 
     def after_backward(self, step: Step) -> None:
         """Mask the gradients, once they include the whole batch."""
-        trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
+        trained = trained_parameters(step.optimizer)
         self._unmasked = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if self.clip_before is not None:
             torch.nn.utils.clip_grads_with_norm_(trained, self.clip_before, self._unmasked)

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorascope.adapters.host_weights import to_host
 from lorascope.adapters.peft_layers import is_peft_layer, unwrap_peft_layer
 from lorascope.array_types import Float
-from lorascope.methods.base import Step
+from lorascope.methods.base import Step, trained_parameters
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import tile_sums
 from lorascope.schema.records import Quantity, Record, register
@@ -57,7 +57,7 @@ class gradients(Observer):
             return
         # A shared tensor counts at the first module that has it.
         modules = dict(reversed([*_modules_of_parameters(step.model, "")]))
-        members = {id(p): p for group in step.optimizer.param_groups for p in group["params"]}
+        members = {id(p): p for p in trained_parameters(step.optimizer)}
         used = {key: p.grad for key, p in members.items() if key in modules and p.grad is not None}
         sums = to_host([tile_sums(_entries(gradient)) for gradient in used.values()])
         squares: dict[str, list[float]] = defaultdict(list)

@@ -14,7 +14,7 @@ from lorascope.adapters.host_weights import shared_copies
 from lorascope.adapters.peft_layers import PeftDelta, has_peft_layers
 from lorascope.diagnosis.evidence import TrainedModule, component_evidence
 from lorascope.diagnosis.training_evidence import TrainingEvidence
-from lorascope.methods.base import Step
+from lorascope.methods.base import Step, trained_parameters
 from lorascope.observe.trainable import TrainedTensors, tile_sums, unreadable_adapters
 from lorascope.schema.module_table import parse
 from lorascope.updates import Update, change_norms, effective_rank, spectra
@@ -36,7 +36,7 @@ class LiveModel:
         self, step: Step, losses: Mapping[int, float], moving_steps: int, initial: Mapping[str, Update]
     ) -> TrainingEvidence:
         """Return the evidence at a step; ``initial`` are the initial updates that are not zero."""
-        optimized = {id(p): p for group in step.optimizer.param_groups for p in group["params"]}
+        optimized = {id(p): p for p in trained_parameters(step.optimizer)}
         used = [p for p in optimized.values() if p.requires_grad]
         adapted = self.trained.deltas
         return TrainingEvidence(

@@ -24,7 +24,7 @@ from lorascope.adapters.peft_layers import (
     unwrapped_parameters,
 )
 from lorascope.array_types import Float
-from lorascope.methods.base import Step
+from lorascope.methods.base import Step, trained_parameters
 from lorascope.updates import Update
 from lorascope.updates.linalg import at_least_float32, product_inner
 
@@ -92,8 +92,7 @@ def trained_ids(optimizer: torch.optim.Optimizer, peft: bool) -> set[int]:
     A frozen parameter may train later, as in LISA. It never does under PEFT, where the optimizer of all parameters of a
     model also contains the base weights.
     """
-    members = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return {id(parameter) for parameter in members if parameter.requires_grad or not peft}
+    return {id(parameter) for parameter in trained_parameters(optimizer) if parameter.requires_grad or not peft}
 
 
 def adapters(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, Delta | PeftDelta]:

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Chart, Panels
+from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Text
 from lorascope.plots.run_groups import INTERVAL, Cohort
 from lorascope.schema.module_roles import ROLES
@@ -152,7 +152,7 @@ def add_printed(chart: Chart, printed: pd.DataFrame, x: str, place: str) -> Char
 
 def over_kept(
     own: pd.DataFrame, kept: Sequence[pd.DataFrame], axes: tuple[str, str], title: str, caption: str
-) -> Panels:
+) -> Drawable:
     """Plot the values of one run over the range of those of kept seeds, one panel per ``panel``.
 
     ``own`` and every table in ``kept`` have the columns ``panel``, ``x`` and ``value``; ``axes`` are the labels of x
@@ -179,8 +179,7 @@ def over_kept(
                 colors=list(dict.fromkeys(cells["who"])),
             )
         )
-    columns = min(3, len(charts))
-    return Panels(tuple(tuple(charts[at : at + columns]) for at in range(0, len(charts), columns)))
+    return wrap(charts, 3)
 
 
 def stacked_bars(

@@ -29,15 +29,6 @@ def tfidf_correct(task: Task) -> pd.Series:
     return pd.Series(fit(task).predict(test["text"]) == test["label"])
 
 
-def tfidf_accuracy(task: Task) -> dict[str, float]:
-    """Compute the test accuracy of the TF-IDF baseline: "all" first, then each group of the task."""
-    right, test = tfidf_correct(task), task.split("test")
-    found = {"all": float(right.mean())}
-    if "group" in test:
-        found |= {str(group): float(part.mean()) for group, part in right.groupby(test["group"])}
-    return found
-
-
 def tfidf_arm(label: str, task: str | Task) -> OwnArm:
     """Return the baseline on a task as a registered arm."""
     method = {"name": "tfidf", "ngrams": [1, 2], "classifier": "logistic regression"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import secrets
-import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -17,29 +16,25 @@ from torch import Tensor, nn
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.files.printable import printable
-from lorascope.methods.base import Step, is_integer
+from lorascope.methods.base import Step, is_integer, trained_parameters
 from lorascope.observe import Observer, norms
 from lorascope.observe.base import require_observers
-from lorascope.observe.trainable import unreadable_adapters
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
 from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base
 from lorascope.training.foreign_loop import (
-    class_names,
     describe_recipe,
-    peft_task_type,
     reject_distributed_stop,
+    run_manifest,
     step_of,
     unwrap_optimizer,
     warn_unreadable,
 )
 from lorascope.training.report import Report
 from lorascope.training.run_folder import Recording
-from lorascope.training.run_spec import circumstances
 from lorascope.training.sharded_weights import WholeWeights, is_first_process, reject_sharded_weights, whole_number
-from lorascope.training.state import trained_parameters
 from lorascope.training.trackers import TrackerReport, tracker_names
 
 UNSTEPPED = 100  # calls without an optimizer step: more than most trainings accumulate
@@ -348,28 +343,17 @@ def _describe(
     """Return the content of ``run.json``."""
     known = {id(parameter) for parameter in model.parameters()}
     trained = [p for p in trained_parameters(step.optimizer) if p.requires_grad and id(p) in known]
-    recipe, label = describe_recipe(model, step, "loop")
-    group = step.optimizer.param_groups[0]
-    return Manifest(
+    return run_manifest(
+        model,
+        step,
+        observers,
+        (None, *describe_recipe(model, step, "loop")),
+        trained,
+        device,
+        {"steps": max(step.total, 0)},
         id=secrets.token_hex(6),
-        started=time.time_ns(),
-        method=recipe,
-        recipe=recipe,
-        label=label,
-        phase=["", "train"],
-        task_type=peft_task_type(model),
-        task_kind="image" if getattr(step.model, "main_input_name", None) == "pixel_values" else None,
-        left_out=unreadable_adapters(step.model),
         task=task,
-        labels=class_names(step),
-        settings={
-            "steps": max(step.total, 0),
-            "lr": float(group.get("initial_lr", group["lr"])),
-            "weight_decay": float(group.get("weight_decay", 0.0)),
-            "observers": [observer.config() for observer in observers],
-        },
         seed=None if seed is None else operator.index(seed),
-        **circumstances(step, None, trained, device),
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import distributed, nn
 
 from lorascope.adapters.peft_layers import active_adapters, is_peft_layer
 from lorascope.files.printable import printable
-from lorascope.methods.base import Step
+from lorascope.methods.base import Method, Step
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import unreadable_adapters
+from lorascope.runs.manifest import Manifest
 from lorascope.training.base_weights import Base
+from lorascope.training.run_spec import circumstances
 
 # Fields of a PEFT configuration that are not hyper-parameters.
 _NOT_HYPERPARAMETERS = {
@@ -68,6 +71,43 @@ def warn_unreadable(model: nn.Module) -> None:
         )
 
 
+def run_manifest(
+    model: nn.Module,
+    step: Step,
+    observers: Sequence[Observer],
+    method: tuple[Method | None, dict[str, Any], str],
+    trained: Sequence[nn.Parameter],
+    device: str,
+    settings: Mapping[str, Any],
+    **own: Any,
+) -> Manifest:
+    """Return the content of ``run.json``; ``own`` are the fields that depend on the loop.
+
+    ``method`` is a method of lorascope or None, its configuration, and its label; ``model`` may be a PEFT model.
+    """
+    _, recipe, label = method
+    group = step.optimizer.param_groups[0]
+    common = {
+        "lr": float(group.get("initial_lr", group["lr"])),
+        "weight_decay": float(group.get("weight_decay", 0.0)),
+        "observers": [observer.config() for observer in observers],
+    }
+    return Manifest(
+        started=time.time_ns(),
+        method=recipe,
+        recipe=recipe,
+        label=label,
+        phase=["", "train"],
+        task_type=_peft_task_type(model),
+        task_kind="image" if getattr(step.model, "main_input_name", None) == "pixel_values" else None,
+        left_out=unreadable_adapters(step.model),
+        labels=_class_names(step),
+        settings={**settings, **common},
+        **circumstances(step, method[0], trained, device),
+        **own,
+    )
+
+
 def describe_recipe(model: nn.Module, step: Step, loop: str) -> tuple[dict[str, Any], str]:
     """Return the configuration of a training without a method of lorascope, and its label.
 
@@ -92,7 +132,7 @@ def describe_recipe(model: nn.Module, step: Step, loop: str) -> tuple[dict[str, 
     return {"name": "peft", "kind": kind, "rule": rule} | changed | names, label
 
 
-def peft_task_type(model: nn.Module) -> str | None:
+def _peft_task_type(model: nn.Module) -> str | None:
     """Return the task type of the active adapter of a PEFT model, None without one."""
     kind = next((each.task_type for each in _active_configs(model).values()), None)
     return None if kind is None else str(getattr(kind, "value", kind))
@@ -115,7 +155,7 @@ def _active_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in layers for name in active_adapters(layer)))
 
 
-def class_names(step: Step) -> list[str] | None:
+def _class_names(step: Step) -> list[str] | None:
     """Return the class names, or None if the head does not predict classes."""
     settings = getattr(step.model, "config", None)
     heads = step.modules[step.modules["role"] == "head"]["out_features"].tolist()

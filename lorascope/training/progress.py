@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 import threading
 import time
@@ -17,6 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import write_note
 from lorascope.files.typed_json import read_json
 from lorascope.training.evaluation import Score
 
@@ -63,12 +62,9 @@ class ProgressFile:
         self.write()
 
     def write(self) -> None:
-        """Write the file; errors are ignored, because the process that reads it may have removed the folder."""
+        """Write the file."""
         self._written = time.monotonic()
-        draft = self.file.with_name(f".{self.file.name}.{os.getpid()}")
-        with suppress(OSError):
-            draft.write_text(json.dumps(self.content), encoding="utf-8")
-            draft.replace(self.file)
+        write_note(self.file, self.content)
 
     def show(self, loss: float, score: Score | None) -> None:
         """Advance by one step and show its loss and score."""

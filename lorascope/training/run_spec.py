@@ -16,14 +16,13 @@ from lorascope.adapters.host_weights import host_kind
 from lorascope.adapters.peft_layers import unwrap_peft_layer
 from lorascope.inputs.models import name_of
 from lorascope.inputs.tasks import Task
-from lorascope.methods.base import Method, Phase, Step, config, frozen_entries, task_head
+from lorascope.methods.base import Method, Phase, Step, config, frozen_entries, task_head, trained_parameters
 from lorascope.observe import Observer
 from lorascope.observe.trainable import adapters
 from lorascope.runs.layout import identify
 from lorascope.runs.manifest import SCHEMA, Manifest, Parameters, describe_modules
 from lorascope.runs.run import Run
 from lorascope.training.settings import Settings
-from lorascope.training.state import trained_parameters
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.inputs.models import processor
 from lorascope.inputs.tokenization import EncodedRows
-from lorascope.methods.base import Batch, HeldOut, Method, Step
+from lorascope.methods.base import Batch, HeldOut, Method, Step, trained_parameters
 from lorascope.runs.manifest import State, Test
 from lorascope.runs.run import Run
 from lorascope.schema.records import Record
@@ -36,7 +36,6 @@ from lorascope.training.state import (
     load_optimizer_state,
     load_tensors,
     optimizer_state,
-    trained_parameters,
     trained_tensors,
 )
 from lorascope.training.trackers import TrackerReport

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from lorascope.files.printable import printable
-from lorascope.methods.base import Step
+from lorascope.methods.base import Step, trained_parameters
 from lorascope.observe.base import Observer
 from lorascope.observe.factor_snapshots import factors
 from lorascope.observe.weight_norms import norms
@@ -101,7 +101,7 @@ class WholeWeights:
     @torch.no_grad()
     def gather(self) -> None:
         """Update the copies in the first process; the other processes send their shards."""
-        trained = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        trained = set(map(id, trained_parameters(self._optimizer)))
         for key, shard in self._shards.items():
             if key in self._copies and key not in trained:
                 continue

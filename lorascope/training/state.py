@@ -27,7 +27,7 @@ from lorascope.files.typed_json import parse_json, require_regular
 from lorascope.inputs.classifier_head import fit_head
 from lorascope.inputs.models import missing
 from lorascope.methods import METHODS
-from lorascope.methods.base import Method, from_config
+from lorascope.methods.base import Method, from_config, trained_parameters
 from lorascope.runs.run import Run
 from lorascope.training.base_weights import attach_method
 
@@ -129,11 +129,6 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         generator.set_state(tensors[tree["__generator__"]])
         return generator
     return tensors[tree["__tensor__"]].to(device)
-
-
-def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return the parameters that an optimizer may change and that clipping covers."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def frozen_names(model: nn.Module) -> list[str]:

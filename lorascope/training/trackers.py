@@ -23,6 +23,7 @@ from PIL import Image
 
 from lorascope.array_types import UInt8
 from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import write_note
 from lorascope.files.typed_json import read_json
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
@@ -145,11 +146,9 @@ class TrackerReport(Report):
 
     def _write_state(self) -> None:
         """Write the state without waiting for the disk; without it, a resumed training would repeat steps."""
-        draft = self._file.with_name(f".{self._file.name}.{os.getpid()}.part")
         with suppress(OSError):
             self._file.parent.mkdir(exist_ok=True)
-            draft.write_text(json.dumps(vars(self._state)), encoding="utf-8")
-            draft.replace(self._file)
+        write_note(self._file, vars(self._state))
 
     @keep_generators()
     def close(self, run: Run | None) -> None:

@@ -24,13 +24,13 @@ from torch import distributed, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from lorascope.inputs.classifier_head import weights_hash
-from lorascope.methods.base import Method
+from lorascope.methods.base import Method, trained_parameters
 from lorascope.training.base_weights import Base, begin_training, reject_adapted
 from lorascope.training.foreign_loop import step_of, unwrap_optimizer
 from lorascope.training.session import clip_gradients, nonfinite_reason
 from lorascope.training.settings import Settings
 from lorascope.training.sharded_weights import SHARDED, reject_sharded_weights
-from lorascope.training.state import fingerprint, freeze, frozen_names, load_tree, save_tree, trained_parameters
+from lorascope.training.state import fingerprint, freeze, frozen_names, load_tree, save_tree
 
 FILE = "lorascope-method.safetensors"
 MARKER = "_lorascope_driver"  # attribute of a model that holds its callback

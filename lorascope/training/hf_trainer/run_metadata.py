@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 from torch.utils.data import Subset
 from transformers import TrainerState, TrainingArguments
 
-from lorascope.methods.base import Step, config
+from lorascope.methods.base import Step, config, trained_parameters
 from lorascope.observe.base import Observer
-from lorascope.observe.trainable import unreadable_adapters
 from lorascope.runs.manifest import Manifest
-from lorascope.training.foreign_loop import class_names, describe_recipe, peft_task_type
+from lorascope.training.foreign_loop import describe_recipe, run_manifest
 from lorascope.training.hf_trainer.method_callback import MethodCallback
-from lorascope.training.run_spec import circumstances
-from lorascope.training.state import trained_parameters
 
 
 def describe_run(
@@ -35,36 +31,29 @@ def describe_run(
         trained = [parameter for parameter in trained if parameter.requires_grad]
     recipe, label = (config(method), method.label()) if method else describe_recipe(trainer["model"], step, "trainer")
     data = trainer["train_dataloader"].dataset
-    group = step.optimizer.param_groups[0]
-    return Manifest(
+    settings = {
+        "steps": state.max_steps,
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "warmup": float(args.get_warmup_steps(state.max_steps)),
+        "clip": (args.max_grad_norm or None) if callback is None else callback.settings.clip,
+        "accumulate": args.gradient_accumulation_steps,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+    }
+    return run_manifest(
+        trainer["model"],
+        step,
+        observers,
+        (method, recipe, label),
+        trained,
+        str(args.device),
+        settings,
         id=id,
-        started=time.time_ns(),
-        method=recipe,
-        recipe=recipe,
-        label=label,
-        phase=["", "train"],
-        task_type=peft_task_type(trainer["model"]),
-        task_kind="image" if getattr(step.model, "main_input_name", None) == "pixel_values" else None,
-        left_out=unreadable_adapters(step.model),
         task=getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__,
-        labels=class_names(step),
         data_hash=getattr(data, "_fingerprint", None),
         w0_hash=None if callback is None else callback.w0_hash,
-        settings={
-            "steps": state.max_steps,
-            "lr": float(group.get("initial_lr", group["lr"])),
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-            "warmup": float(args.get_warmup_steps(state.max_steps)),
-            "clip": (args.max_grad_norm or None) if callback is None else callback.settings.clip,
-            "weight_decay": float(group.get("weight_decay", 0.0)),
-            "accumulate": args.gradient_accumulation_steps,
-            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-            "observers": [observer.config() for observer in observers],
-        },
         seed=args.seed,
         facts=None if callback is None else callback.method.describe(),
-        **circumstances(step, method, trained, str(args.device)),
     )
 
 

@@ -161,7 +161,7 @@ def _run_facts(run: Result, count: int) -> Facts:
     facts = [
         (name, run.label + ("" if meta.seed is None else f", seed {meta.seed}") + done),
         ("model", meta.model + ("" if meta.task is None else f" on {meta.task}")),
-        ("holds", f"{count_phrase(count, 'module')}, {meta.parameters.trained:,} trained parameters"),
+        ("size", f"{count_phrase(count, 'module')}, {meta.parameters.trained:,} trained parameters"),
     ]
     if meta.test:
         test, steps = meta.test, meta.settings["steps"]
@@ -181,7 +181,7 @@ def _adapter_facts(run: Adapter) -> Facts:
         (run.label, f"{run.files.kind}, {size}"),
         *([("hub", f"{source[0]}, commit {source[1]}")] if source else []),
         ("base", f"{run.meta.model} ({'not read' if run.base is None else f'read from {run.base.folder}'})"),
-        ("holds", f"{count_phrase(len(parts), 'module')}, {run.meta.parameters.trained:,} parameters, {stored}"),
+        ("size", f"{count_phrase(len(parts), 'module')}, {run.meta.parameters.trained:,} parameters, {stored}"),
         *([("checkpoints", line)] if (line := describe_checkpoints(run.files.path)) else []),
     )
 

@@ -80,7 +80,7 @@ def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
     facts: Facts = (
         (after.folder.resolve().name, f"a whole model, {formats[0]}"),
         ("base", f"{before.folder} ({formats[1]})"),
-        ("holds", f"{modules['neurons'].sum():,} neurons in {len(modules)} projections of {len(layers)} layers"),
+        ("size", f"{modules['neurons'].sum():,} neurons in {len(modules)} projections of {len(layers)} layers"),
     )
     seen = tuple(_find(scores, modules, after))
     return NeuronInspection(Path(tuned), facts, seen, modules, Path(base), scores)

@@ -126,7 +126,7 @@ def series_screen(inspection: SeriesInspection, all: bool = False) -> str:
     """Format a series as text of 80 columns: one line per role, or per module if ``all`` is set."""
     modules = inspection.modules()
     before, last = inspection.distances.steps[-2:]
-    lines = [line for label, text in inspection.facts for line in _fact("size" if label == "holds" else label, text)]
+    lines = [line for label, text in inspection.facts for line in _fact(label, text)]
     lines += ["", *(_module_lines(modules) if all else _role_lines(inspection.roles())), ""]
     lines += _fact("last change", f"of the update from step {before} to {last}, relative to its norm at step {last}")
     moving = sorted(modules, key=lambda row: -np.nan_to_num(row["last_change"], nan=np.inf))[:3]

@@ -23,7 +23,6 @@ from lorascope.files.printable import printable
 WIDTH = 80
 _LABEL, _CHART = 15, 32
 _STACKS = {"": "", "encoder": "enc ", "decoder": "dec "}
-_LABELS = {"holds": "size"}  # JSON output has the older key
 # Characters for zero and for norms, smallest first.
 DIGITS, BLOCKS = ".123456789", "·▁▂▃▄▅▆▇█"
 
@@ -104,7 +103,7 @@ def report_screen(
 ) -> str:
     """Format header, body, facts, findings, and the first command that fits in a line, else the last."""
     room = WIDTH - _LABEL
-    header = [(elide(_LABELS.get(key, key), _LABEL - 1), [Elided(text)]) for key, text in report.facts]
+    header = [(elide(key, _LABEL - 1), [Elided(text)]) for key, text in report.facts]
     findings = ("findings", [wrapped(finding, room, subsequent_indent="  ") for finding in report.found])
     fitting = [command for command in commands if len(command) <= room] or commands[-1:]
     following = ("next", [Text(command, "cyan") for command in fitting[:1]])

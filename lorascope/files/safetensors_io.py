@@ -219,7 +219,7 @@ class Unread:
 
     def read(self) -> np.ndarray:
         """Return the array."""
-        return _bfloat16_to_float32(self.stored) if self.brain else self.stored
+        return bfloat16_to_float32(self.stored) if self.brain else self.stored
 
     def read_into(self, out: np.ndarray) -> None:
         """Read the values into an array of float32 or float64."""
@@ -231,7 +231,7 @@ class Unread:
             np.copyto(out, self.read())
 
 
-def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
+def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
     """Convert the bits of bfloat16, which are the upper half of float32."""
     wide = bits.astype("<u4")
     wide <<= 16

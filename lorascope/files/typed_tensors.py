@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.safetensors_io import TensorFile, bfloat16_to_float32
 
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
@@ -47,9 +47,11 @@ class TypedTensor:
 
     @property
     def exact(self) -> bool:
-        """Return whether the dtype represents all values exactly."""
+        """Whether the dtype represents all values exactly."""
         stored = self._stored()
-        return np.array_equal(_widened(stored) if self.dtype == "BF16" else stored, self.values, equal_nan=True)
+        return np.array_equal(
+            bfloat16_to_float32(stored) if self.dtype == "BF16" else stored, self.values, equal_nan=True
+        )
 
     def _stored(self) -> np.ndarray:
         """Return the array whose bytes are stored."""
@@ -59,10 +61,6 @@ class TypedTensor:
         with np.errstate(over="ignore"):
             given = _FLOATS.get(self.dtype, self.values.dtype)
             return np.ascontiguousarray(self.values, given).reshape(self.values.shape)
-
-
-def _widened(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype("<u4") << 16).view("<f4")
 
 
 def safetensors_bytes(tensors: Mapping[str, TypedTensor], words: Mapping[str, str]) -> bytes:

@@ -77,7 +77,7 @@ class Result(ABC):
 
     @property
     def finished(self) -> bool:
-        """Return whether the training was recorded here and reached its last step."""
+        """Whether the training was recorded here and reached its last step."""
         return self.meta.status == "done"
 
     @property

@@ -160,7 +160,7 @@ class Run(Result):
 
     @property
     def restorable(self) -> bool:
-        """Return whether the saved parameters are still stored."""
+        """Whether the saved parameters are still stored."""
         return REMOVED not in self.meta.checksums.values()
 
     def restore(self, model: Any, state: str = "last", method: Any = None) -> None:

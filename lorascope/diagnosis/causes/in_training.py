@@ -9,6 +9,7 @@ import numpy as np
 from lorascope.diagnosis.causes.base import Found, Rule, at_rate, found
 from lorascope.diagnosis.evidence import largest
 from lorascope.diagnosis.training_evidence import TrainingEvidence
+from lorascope.files.printable import count_phrase
 
 RESTING = 3  # steps: a warm-up starts with at most one step at learning rate 0
 LARGE = 10.0  # fraction of |W|: healthy adapters of tiny models, whose weights are small, reach about 3
@@ -52,8 +53,11 @@ def no_gradient(case: TrainingEvidence) -> Found:
 def not_optimized(case: TrainingEvidence) -> Found:
     """Find adapters that require gradients and are not in the optimizer."""
     if case.unoptimized:
-        count, verb = len(case.unoptimized), "is" if len(case.unoptimized) == 1 else "are"
-        yield found(f"{count} trainable adapters {verb} not in the optimizer", case.unoptimized, modules=count)
+        count = len(case.unoptimized)
+        verb = "is" if count == 1 else "are"
+        yield found(
+            f"{count_phrase(count, 'trainable adapter')} {verb} not in the optimizer", case.unoptimized, modules=count
+        )
 
 
 @Rule(id="LS023", live_from=FLAT)

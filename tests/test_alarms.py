@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import test_doctor as doctor
@@ -16,7 +16,7 @@ from ward import Bench
 
 import lorascope as ls
 from lorascope.diagnosis.causes import RULES
-from lorascope.diagnosis.causes.base import of_kind
+from lorascope.diagnosis.causes.base import Rule, of_kind
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.observe import fault_alarms
 
@@ -252,10 +252,9 @@ def test_stop_of_several_processes_is_rejected(watched, monkeypatch):
 
 def planted_alarms(monkeypatch, folder, rules, steps, every):
     """Train three or more steps with planted rules, id -> findings by number of steps, and return the warnings."""
-    own = [
-        SimpleNamespace(id=id, name=id, suppresses=(), findings=lambda case, id=id, find=find: find(id, case.steps))
-        for id, find in rules.items()
-    ]
+    own = [Rule(id=id) for id in rules]
+    for rule, find in zip(own, rules.values(), strict=True):
+        rule.find = partial(lambda find, id, case: iter(find(id, case.steps)), find, rule.id)
     monkeypatch.setattr(fault_alarms, "_rules", lambda moving: own)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

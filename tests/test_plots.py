@@ -280,6 +280,7 @@ def test_spectrum_without_recorded_norms_shows_the_largest_update(write: Any) ->
     assert plots.spectrum(run).meta["module"] == "h.1.q"
 
 
+@pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="types are checked at every call")
 def test_invalid_choices_are_rejected_with_the_valid_ones(write: Any) -> None:
     factored = [
         write(

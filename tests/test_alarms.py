@@ -276,6 +276,17 @@ def test_two_faults_of_one_place_at_the_last_step_are_both_named(monkeypatch, tm
     assert ids_in(caught) == ["LS006", "LS015"]
 
 
+def test_record_of_a_second_fault_of_a_place_follows_at_the_next_check(monkeypatch, tmp_path):
+    def find(id, steps):
+        return [of_kind(id, "a fault", {})] * (steps > 0)
+
+    caught = planted_alarms(monkeypatch, tmp_path / "run", {"LS006": find, "LS015": find}, steps=3, every=1)
+    assert ids_in(caught) == ["LS006", "LS015"]
+    table = ls.load(tmp_path / "run").table
+    rows = table[table["quantity"] == "alarm"]
+    assert dict(zip(rows["step"], rows["value"], strict=True)) == {1: 6, 2: 15}
+
+
 def test_fault_of_a_growing_set_of_modules_is_not_repeated(monkeypatch, tmp_path):
     def find(id, steps):
         return [of_kind(id, "a fault", {}, modules=("0", "1")[: 1 + steps % 2])] * (steps > 0)

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from adapter_bits import draw, peft_folder, stored_as
 from planted import manifest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_loading import save, write_run
 
+import lorascope as ls
 from lorascope.cli.main import main
 from lorascope.diagnosis import comparison_screen, terminal
 from lorascope.diagnosis.inspection import inspect
@@ -428,3 +430,14 @@ def test_norms_have_at_most_seven_characters() -> None:
     assert [terminal.norm(value) for value in (999.4, 999.6, 1000.0, 999_999.4, 999_999.6)] == [
         *("999", "1000", "1000", "999999", "1.0e+06")
     ]
+
+
+def test_unfinished_run_is_json_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = torch.nn.Linear(2, 2)
+    recorder = ls.record(model, torch.optim.SGD(model.parameters(), lr=0.1), tmp_path / "run")
+    assert main(["inspect", str(tmp_path / "run"), "--json"]) == 1
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["status"], Path(found["path"])) == ("running", tmp_path / "run")
+    assert main(["inspect", str(tmp_path / "run"), "--csv"]) == 1
+    assert capsys.readouterr().out == ""
+    recorder.close()

@@ -460,6 +460,16 @@ def test_nan_loss_stops_training_and_leaves_a_readable_broken_run(fresh_bert, ta
     assert "broken" in repr(run)
 
 
+unchecked = pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="types are checked at every call")
+
+
+@pytest.mark.parametrize("every", [0, -1, pytest.param(2.5, marks=unchecked)])
+def test_observer_with_an_invalid_number_of_steps_is_rejected(every):
+    for observer in (ls.observe.norms, ls.observe.factors, ls.observe.gradients, ls.observe.alarms):
+        with pytest.raises(ValueError, match=f"every must be an integer >= 1, got {every}"):
+            observer(every=every)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -469,6 +479,12 @@ def test_nan_loss_stops_training_and_leaves_a_readable_broken_run(fresh_bert, ta
         ({"schedule": "step"}, "schedule .*'linear', 'cosine', 'constant', got 'step'"),
         ({"precision": "fp16"}, "precision .*got 'fp16'"),
         ({"clip": 0}, "clip .*got 0"),
+        ({"warmup": math.inf}, "warmup must be >= 0 and finite, got inf"),
+        ({"eval_size": True}, "eval_size must be an integer >= 1, got True"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be an integer >= 1, got 0"),
+        pytest.param({"steps": 2.0}, r"steps must be an integer >= 1, got 2\.0", marks=unchecked),
+        pytest.param({"observe": ls.observe.norms()}, "observe must be a list of observers", marks=unchecked),
+        pytest.param({"observe": [ls.observe.norms]}, "observe must be a list of observers", marks=unchecked),
     ],
 )
 def test_invalid_setting_raises_and_writes_nothing(settings, message, fresh_bert, task, tmp_path):

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lorascope.adapters.delta import attach, attached_deltas, deltas, fold
-from lorascope.methods import Full, LoRA
+from lorascope.methods import Full, LoRA, PiSSA
 from lorascope.methods.base import config
 from lorascope.methods.lora import LoRADelta
 from lorascope.updates import LowRank
@@ -185,6 +185,14 @@ def test_rank_mapping_sets_the_rank_of_each_module():
             LoRA(rank=rank).attach(tiny("bert"))
     with pytest.raises(ValueError, match=r"rank must be >= 1 .*, got 0"):
         LoRA(rank={query: 0}).attach(tiny("bert"))
+    with pytest.raises(ValueError, match="rank must map names of modules to ranks, got 'q'"):
+        LoRA(rank={"q": 2}).attach(tiny("bert"))
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0])
+def test_pissa_without_a_positive_alpha_is_rejected(alpha):
+    with pytest.raises(ValueError, match=f"alpha must be > 0, got {alpha}"):
+        PiSSA(alpha=alpha)
 
 
 PEFT = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ from test_cli import complaint, modules_after, run
 from test_loading import save
 
 import lorascope as ls
-from lorascope.runs.export import to_table
+from lorascope.extras import requirement
+from lorascope.runs.export import tables, to_table
 
 VALUES = {
     ("loss", ""): {0: 0.1 + 0.2, 1: 1 / 3, 2: 1e-300},
@@ -118,3 +120,11 @@ def test_export_table_does_not_import_torch(planted: ls.Run, tmp_path: Path) -> 
     call = "import sys; from lorascope.cli.main import main; main(['export', *sys.argv[1:]])"
     found = modules_after(call, str(planted.path), "--table", str(tmp_path / "out.parquet"))
     assert not found & {"torch", "transformers", "peft", "matplotlib"}
+
+
+def test_parquet_without_pyarrow_names_the_extra(planted: ls.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = planted.table  # reading it needs pyarrow as well
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ModuleNotFoundError) as caught:
+        tables._encode_parquet(table)
+    assert requirement(caught.value) == "requires pyarrow: pip install 'lorascope[runs]'"

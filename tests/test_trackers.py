@@ -647,3 +647,15 @@ def test_sweep_reports_each_run(bert, task, tmp_path):
     runs = ls.sweep(bert, task, LORA, seeds=2, jobs=1, root=tmp_path, report_to=["tensorboard"], **SETTINGS)
     for run in runs:
         assert events(run.path / "tensorboard") == in_float32(curves(run))
+
+
+def test_tracker_that_cannot_start_leaves_the_folder_of_a_recording_as_it_was(fake, monkeypatch, tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = ls.record(model, optimizer, tmp_path / "run").close()
+    monkeypatch.setattr(fake, "fails_at", "start")
+    for out in ("run", "new"):
+        with pytest.raises(ValueError, match=r"^cannot report to fake: ConnectionError"):
+            ls.record(model, optimizer, tmp_path / out, report_to="fake")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert ls.load(tmp_path / "run").id == before.id

@@ -322,3 +322,10 @@ def test_checkpoints_of_a_whole_model_are_rejected_in_one_line(folder):
         ValueError, match="checkpoint-10: it is neither a run nor an adapter; it looks like a whole model"
     ):
         ls.load(folder)
+
+
+def test_ranks_of_an_adapter_have_no_steps(tmp_path: Path) -> None:
+    adapter = ls.load(write(tmp_path / "adapter", {Q: diagonal(1.0)}))
+    ls.plots.rank_allocation(adapter)
+    with pytest.raises(ValueError, match="step must be None for adapters, whose steps are not known, got 3"):
+        ls.plots.rank_allocation(adapter, step=3)

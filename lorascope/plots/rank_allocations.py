@@ -79,9 +79,11 @@ def rank_allocation(cohort: Cohort, step: int | None = None, chance: bool = Fals
     chance : bool
         Add a panel per recipe with its budget allocated at random, resampled for every seed.
     """
-    last = cohort.table["step"].dropna().max()
-    if step is not None and not 0 <= step <= last:  # NaN of an adapter rejects every step
-        raise ValueError(f"step must be from 0 to {last}, the last step, got {step}")
+    steps = cohort.table["step"].dropna()
+    if step is not None and steps.empty:
+        raise ValueError(f"step must be None for adapters, whose steps are not known, got {step}")
+    if step is not None and not 0 <= step <= steps.max():
+        raise ValueError(f"step must be from 0 to {steps.max()}, the last step, got {step}")
     found = cohort.label(rank_allocations.current_ranks(cohort.table, step))
     sums = found.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
     means = sums.groupby("recipe", sort=False).mean()

@@ -75,7 +75,9 @@ def run_manifest(
     model: nn.Module,
     step: Step,
     observers: Sequence[Observer],
-    method: tuple[Method | None, dict[str, Any], str],
+    method: Method | None,
+    recipe: dict[str, Any],
+    label: str,
     trained: Sequence[nn.Parameter],
     device: str,
     settings: Mapping[str, Any],
@@ -83,9 +85,8 @@ def run_manifest(
 ) -> Manifest:
     """Return the content of ``run.json``; ``own`` are the fields that depend on the loop.
 
-    ``method`` is a method of lorascope or None, its configuration, and its label; ``model`` may be a PEFT model.
+    ``method`` is a method of lorascope or None; ``model`` may be a PEFT model.
     """
-    _, recipe, label = method
     group = step.optimizer.param_groups[0]
     common = {
         "lr": float(group.get("initial_lr", group["lr"])),
@@ -103,7 +104,7 @@ def run_manifest(
         left_out=unreadable_adapters(step.model),
         labels=_class_names(step),
         settings={**settings, **common},
-        **circumstances(step, method[0], trained, device),
+        **circumstances(step, method, trained, device),
         **own,
     )
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lorascope.adapters.delta import attach, attached_deltas, deltas, fold
-from lorascope.methods import Full, LoRA, PiSSA
+from lorascope.methods import DoRA, FourierFT, Full, LoRA, PiSSA, VeRA
 from lorascope.methods.base import config
 from lorascope.methods.lora import LoRADelta
 from lorascope.updates import LowRank
@@ -193,6 +193,22 @@ def test_rank_mapping_sets_the_rank_of_each_module():
 def test_pissa_without_a_positive_alpha_is_rejected(alpha):
     with pytest.raises(ValueError, match=f"alpha must be > 0, got {alpha}"):
         PiSSA(alpha=alpha)
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [(PiSSA, "init_seed", 3), (PiSSA, "embedding_init", "linear"), (DoRA, "embedding_init", "linear")],
+)
+def test_fields_of_lora_without_effect_on_a_variant_are_rejected(method, field, value):
+    with pytest.raises(ValueError, match=rf"^{field} must be .*, because {method.__name__} .*, got '?{value}'?$"):
+        method(**{field: value})
+
+
+@pytest.mark.parametrize("method", [DoRA, FourierFT, PiSSA, VeRA])
+def test_embeddings_are_rejected_by_methods_of_linear_layers(method):
+    message = rf"^cannot adapt embedding '.*word_embeddings': {method.__name__} supports linear layers"
+    with pytest.raises(ValueError, match=message):
+        method(targets="embed").attach(tiny("bert"))
 
 
 PEFT = {

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -249,7 +249,8 @@ def read(file: Path = FILE) -> Registration:
     FileNotFoundError
         The file does not exist.
     ValueError
-        It is not TOML, a value has another type, a bound or design is not allowed, or an id is registered twice.
+        It is not TOML, a key is unknown, a value has another type, a bound or design is not allowed, or an id is
+        registered twice.
     """
     return parse(file.read_bytes(), file)
 
@@ -258,9 +259,12 @@ def parse(content: bytes, file: Path | str) -> Registration:
     """Parse the content of a registration; see ``read``."""
     try:
         tables = tomllib.loads(content.decode("utf-8"))
-        contents = msgspec.convert(tables | {"claim": _rename(tables.get("claim"))}, _Contents, strict=False)
+        tables |= {"claim": _rename(tables.get("claim"))}
+        contents = msgspec.convert(tables, _Contents, strict=False)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
+    if unread := next(_unread_keys(tables, msgspec.to_builtins(contents)), None):
+        raise ValueError(f"cannot read {printable(file)}: unknown key {printable(unread)!r}. Correct or remove it")
     named = [f"claim {claim.id!r}" for claim in contents.claim] + [f"arm {arm.label!r}" for arm in contents.arm]
     if twice := [name for name, count in Counter(named).items() if count > 1]:
         raise ValueError(f"cannot read {printable(file)}: {printable(twice[0])} is registered twice")
@@ -287,3 +291,14 @@ def _rename(table: object) -> object:
     if isinstance(table, dict):
         return {_KEYS.get(name, name): _rename(value) for name, value in table.items()}
     return [_rename(value) for value in table] if isinstance(table, list) else table
+
+
+def _unread_keys(table: Any, read: Any) -> Iterator[str]:
+    """Yield the keys of a table, and of the tables in it, that are not among those that were read."""
+    if isinstance(table, dict):
+        yield from table.keys() - read.keys()
+        for name in table.keys() & read.keys():
+            yield from _unread_keys(table[name], read[name])
+    elif isinstance(table, list):
+        for part, found in zip(table, read, strict=True):
+            yield from _unread_keys(part, found)

@@ -373,6 +373,13 @@ def frozen_entries(method: Method) -> int:
     return method.frozen_entry_count()
 
 
+def reject_embedding(method: Method, name: str, host: nn.Module) -> None:
+    """Raise a ValueError if the target ``name`` of a method that adapts linear layers only is an embedding."""
+    if isinstance(host, nn.Embedding):
+        supports = f"{type(method).__name__} supports linear layers"
+        raise ValueError(f"cannot adapt embedding {name!r}: {supports}. Remove it from targets")
+
+
 def require(settings: object, name: str, allowed: str, valid: bool) -> None:
     """Raise a ValueError that states the value of a field and what is ``allowed``, unless it is valid."""
     if not valid:

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import host_weight, to_array
 from lorascope.array_types import Float
+from lorascope.methods.base import reject_embedding, require
 from lorascope.methods.lora import LoRA, LoRADelta
 from lorascope.updates import WeightDecomposed
 
@@ -51,10 +52,13 @@ class DoRA(LoRA, name="dora"):
         See ``LoRA``.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "embedding_init", "'peft', because DoRA adapts no embeddings", self.embedding_init == "peft")
+
     def delta(self, name: str, host: nn.Module) -> DoRADelta:
         """Return direction and magnitude of one module."""
-        if isinstance(host, nn.Embedding):
-            raise ValueError(f"cannot adapt embedding {name!r}: DoRA supports linear layers. Remove it from targets")
+        reject_embedding(self, name, host)
         return DoRADelta(host, *self.factor_options(name), self._generator)
 
 

@@ -54,7 +54,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float, Int
-from lorascope.methods.base import AdapterMethod, Step, require, require_choice
+from lorascope.methods.base import AdapterMethod, Step, reject_embedding, require, require_choice
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates import fourier
 
@@ -107,10 +107,7 @@ class FourierFT(AdapterMethod, name="fourierft"):
 
     def delta(self, name: str, host: nn.Module) -> Delta:
         """Return the update of one module, with entries drawn for its shape."""
-        if isinstance(host, nn.Embedding):
-            raise ValueError(
-                f"cannot adapt embedding {name!r}: FourierFT supports linear layers. Remove it from targets"
-            )
+        reject_embedding(self, name, host)
         weight = host_weight(host)
         d1, d2 = weight.shape
         n = 4 * min(d1, d2) if self.coefficients is None else self.coefficients

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import host_weight
 from lorascope.array_types import Float
-from lorascope.methods.base import require
+from lorascope.methods.base import reject_embedding, require
 from lorascope.methods.lora import LoRA, LoRADelta
 
 
@@ -54,11 +54,12 @@ class PiSSA(LoRA, name="pissa"):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "alpha", "> 0", self.alpha > 0)
+        require(self, "init_seed", "None, because PiSSA starts from the weight, not at random", self.init_seed is None)
+        require(self, "embedding_init", "'peft', because PiSSA adapts no embeddings", self.embedding_init == "peft")
 
     def delta(self, name: str, host: nn.Module) -> ResidualDelta:
         """Return the factors of one module at its principal singular components."""
-        if isinstance(host, nn.Embedding):
-            raise ValueError(f"cannot adapt embedding {name!r}: PiSSA supports linear layers. Remove it from targets")
+        reject_embedding(self, name, host)
         rank, scale, dropout = self.factor_options(name)
         return ResidualDelta(host, *principal_factors(host_weight(host).detach(), rank, scale), scale, dropout)
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float
-from lorascope.methods.base import AdapterMethod, require_at_least
+from lorascope.methods.base import AdapterMethod, reject_embedding, require_at_least
 from lorascope.schema import module_table
 from lorascope.updates import RandomProjection
 from lorascope.updates.random_projection import projections
@@ -82,8 +82,7 @@ class VeRA(AdapterMethod, name="vera"):
 
     def delta(self, name: str, host: nn.Module) -> VeRADelta:
         """Return the vectors of one module, with its slices of A and B."""
-        if isinstance(host, nn.Embedding):
-            raise ValueError(f"cannot adapt embedding {name!r}: VeRA supports linear layers. Remove it from targets")
+        reject_embedding(self, name, host)
         return VeRADelta(host, self.rank, self.d_initial, (self.projection_seed, *self._widest), self.dropout)
 
 

@@ -788,13 +788,13 @@ def test_target_rank_of_all_or_zero_retains_all_or_no_components(bert, task, tmp
     [
         ({"target_rank": 13}, r"target_rank must be .*12.*, got 13"),
         ({"target_rank": -1}, r"target_rank must be .*12.*, got -1"),
-        ({"init_rank": 0, "target_rank": 0}, r"init_rank must be >= 1, got 0"),
-        ({"alpha": 0}, r"alpha must be > 0, got 0"),
+        ({"init_rank": 0, "target_rank": 0}, r"init_rank must be an integer >= 1, got 0"),
+        ({"alpha": 0}, r"alpha must be finite and > 0, got 0"),
         ({"beta1": 1.0}, r"beta1 must be .*, got 1.0"),
         ({"beta2": 0}, r"beta2 must be .*, got 0"),
-        ({"mask_every": 0}, r"mask_every must be >= 1, got 0"),
-        ({"initial_steps": -1}, r"initial_steps must be >= 0, got -1"),
-        ({"final_steps": -2}, r"final_steps must be >= 0, got -2"),
+        ({"mask_every": 0}, r"mask_every must be an integer >= 1, got 0"),
+        ({"initial_steps": -1}, r"initial_steps must be an integer >= 0, got -1"),
+        ({"final_steps": -2}, r"final_steps must be an integer >= 0, got -2"),
     ],
 )
 def test_invalid_fields_raise_one_line(fields, line):

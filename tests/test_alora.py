@@ -553,10 +553,10 @@ def test_parameter_count_matches_the_paper():
         ({"search_share": 0}, "search_share must be > 0, got 0"),
         ({"prune": "layer"}, "prune must be .*, got 'layer'"),
         ({"prune": 0}, "prune must be .*, got 0"),
-        ({"init_rank": 0}, "init_rank must be >= 1, got 0"),
-        ({"rounds": 0}, "^rounds must be >= 1, got 0"),
-        ({"warm_steps": 0}, "warm_steps must be >= 1, got 0"),
-        ({"score_rows": 0}, "score_rows must be >= 1, got 0"),
+        ({"init_rank": 0}, "init_rank must be an integer >= 1, got 0"),
+        ({"rounds": 0}, "^rounds must be an integer >= 1, got 0"),
+        ({"warm_steps": 0}, "warm_steps must be an integer >= 1, got 0"),
+        ({"score_rows": 0}, "score_rows must be an integer >= 1, got 0"),
     ],
 )
 def test_invalid_settings_raise_one_line(wrong, line):

@@ -733,8 +733,8 @@ def test_attention_without_second_derivatives_raises_one_line(llama, task, tmp_p
 
 
 WRONG = [
-    ({"rank": 0}, "rank must be >= 1, got 0"),
-    ({"search_steps": 0}, "search_steps must be >= 1, got 0"),
+    ({"rank": 0}, "rank must be an integer >= 1, got 0"),
+    ({"search_steps": 0}, "search_steps must be an integer >= 1, got 0"),
     ({"selection_lr": -1e-3}, "selection_lr must be .*>= 0, got -0.001"),
     ({"selection_lr": float("nan")}, "selection_lr must be .*, got nan"),
     ({"search_share": 0}, r"search_share must be in \(0, 1\), got 0"),

@@ -351,11 +351,11 @@ def test_single_expert_or_uniform_gates_have_no_router():
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"rank": 0}, "^rank must be >= 1, got 0$"),
-        ({"num_experts": 0}, "^num_experts must be >= 1, got 0"),
-        ({"num_experts": -3}, "^num_experts must be >= 1, got -3"),
-        ({"gates_every": 0}, "^gates_every must be >= 1, got 0"),
-        ({"gate_rows": 0}, "^gate_rows must be >= 1, got 0"),
+        ({"rank": 0}, "^rank must be an integer >= 1, got 0$"),
+        ({"num_experts": 0}, "^num_experts must be an integer >= 1, got 0"),
+        ({"num_experts": -3}, "^num_experts must be an integer >= 1, got -3"),
+        ({"gates_every": 0}, "^gates_every must be an integer >= 1, got 0"),
+        ({"gate_rows": 0}, "^gate_rows must be an integer >= 1, got 0"),
         ({"alpha": 0.0}, "^alpha must be .*, got 0.0$"),
         ({"alpha": math.nan}, "^alpha must be .*, got nan"),
         ({"dropout": 1.0}, r"^dropout must be in \[0, 1\), got 1.0$"),

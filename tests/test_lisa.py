@@ -459,11 +459,11 @@ def test_short_interval_with_reset_moments_warns(fields, total, warned, recwarn)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n_active": -1}, "n_active must be >= 0, got -1"),
+        ({"n_active": -1}, "n_active must be an integer >= 0, got -1"),
         ({"n_active": 3}, "n_active must be <= 2, .*, got 3"),
         ({"n_active": 2, "weights": (0, 1)}, "n_active must be <= 1, .*, got 2"),
-        ({"interval": 0}, "interval must be >= 1, got 0"),
-        ({"draw_seed": -1}, "draw_seed must be >= 0, got -1"),
+        ({"interval": 0}, "interval must be an integer >= 1, got 0"),
+        ({"draw_seed": -1}, "draw_seed must be an integer >= 0, got -1"),
         ({"weights": (1, 2, 3)}, "weights must have 2 .*, got 3"),
         ({"weights": (1, -2)}, "weights must be .*, got -2"),
         ({"weights": (1, float("nan"))}, "weights must be .*, got nan"),

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny
@@ -20,6 +21,7 @@ from lorascope.methods.base import Method, Phase
 from lorascope.runs.manifest import State
 from lorascope.runs.run import Run
 
+unchecked = pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="types are checked at every call")
 FAST = {"steps": 6, "batch_size": 8, "progress": False, "device": "cpu"}
 
 
@@ -386,6 +388,24 @@ def test_run_id_depends_on_method_settings_and_seed(bert, task, tmp_path):
     assert run("i", method=LoRA(alpha=8)).id == first.id
 
 
+@unchecked
+def test_numbers_of_numpy_are_the_same_settings(bert, task, tmp_path):
+    runs = [
+        ls.train(
+            models.load(bert, task=task),
+            task,
+            LoRA(rank=integer(3), alpha=real(4)),
+            observe=[ls.observe.norms(every=integer(5))],
+            seed=integer(1),
+            out=tmp_path / name,
+            **FAST | {"steps": integer(6), "lr": real(0.5)},
+        )
+        for name, integer, real in (("python", int, float), ("numpy", np.int64, np.float32))
+    ]
+    assert runs[0].id == runs[1].id
+    assert ls.load(runs[1].path).meta.settings == runs[0].meta.settings
+
+
 def test_new_weights_depend_only_on_the_seed(bert, task):
     torch.manual_seed(1)
     one = models.load(bert, task=task)
@@ -460,9 +480,6 @@ def test_nan_loss_stops_training_and_leaves_a_readable_broken_run(fresh_bert, ta
     assert "broken" in repr(run)
 
 
-unchecked = pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="types are checked at every call")
-
-
 @pytest.mark.parametrize("every", [0, -1, pytest.param(2.5, marks=unchecked)])
 def test_observer_with_an_invalid_number_of_steps_is_rejected(every):
     for observer in (ls.observe.norms, ls.observe.factors, ls.observe.gradients, ls.observe.alarms):
@@ -482,6 +499,7 @@ def test_observer_with_an_invalid_number_of_steps_is_rejected(every):
         ({"warmup": math.inf}, "warmup must be >= 0 and finite, got inf"),
         ({"eval_size": True}, "eval_size must be an integer >= 1, got True"),
         ({"checkpoint_every": 0}, "checkpoint_every must be an integer >= 1, got 0"),
+        pytest.param({"seed": 0.5}, r"seed must be an integer, got 0\.5", marks=unchecked),
         pytest.param({"steps": 2.0}, r"steps must be an integer >= 1, got 2\.0", marks=unchecked),
         pytest.param({"observe": ls.observe.norms()}, "observe must be a list of observers", marks=unchecked),
         pytest.param({"observe": [ls.observe.norms]}, "observe must be a list of observers", marks=unchecked),

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from lorascope.adapters.delta import attach, attached_deltas, deltas, fold
-from lorascope.methods import DoRA, FourierFT, Full, LoRA, PiSSA, VeRA
+from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, DoRA, FourierFT, Full, HydraLoRA, LoRA, PiSSA, VeRA
 from lorascope.methods.base import config
 from lorascope.methods.lora import LoRADelta
 from lorascope.updates import LowRank
@@ -181,18 +181,24 @@ def test_rank_mapping_sets_the_rank_of_each_module():
     with pytest.raises(ValueError, match=r"qury.*mean .*query"):
         LoRA(rank={query.replace("query", "qury"): 2}).attach(tiny("bert"))
     for rank in (0, -1):
-        with pytest.raises(ValueError, match=f"rank must be >= 1, got {rank}"):
-            LoRA(rank=rank).attach(tiny("bert"))
+        with pytest.raises(ValueError, match=f"^rank must be an integer >= 1, got {rank}$"):
+            LoRA(rank=rank)
+    with pytest.raises(ValueError, match=f"^rank of '{query}' must be an integer >= 0, got -1$"):
+        LoRA(rank={query: -1})
     with pytest.raises(ValueError, match=r"rank must be >= 1 .*, got 0"):
         LoRA(rank={query: 0}).attach(tiny("bert"))
     with pytest.raises(ValueError, match="rank must map names of modules to ranks, got 'q'"):
         LoRA(rank={"q": 2}).attach(tiny("bert"))
 
 
-@pytest.mark.parametrize("alpha", [0.0, -1.0])
-def test_pissa_without_a_positive_alpha_is_rejected(alpha):
-    with pytest.raises(ValueError, match=f"alpha must be > 0, got {alpha}"):
-        PiSSA(alpha=alpha)
+@pytest.mark.parametrize("method", [LoRA, DoRA, PiSSA, AdaLoRA, ALoRA, AutoLoRA, HydraLoRA])
+@pytest.mark.parametrize(
+    ("field", "allowed", "value"),
+    [("alpha", "finite and > 0", 0.0), ("alpha", "finite and > 0", np.nan), ("dropout", r"in \[0, 1\)", 1.0)],
+)
+def test_scaling_and_dropout_that_cannot_train_are_rejected(method, field, allowed, value):
+    with pytest.raises(ValueError, match=f"^{field} must be {allowed}, got {value}$"):
+        method(**{field: value})
 
 
 @pytest.mark.parametrize(

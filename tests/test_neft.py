@@ -466,8 +466,9 @@ WRONG = [
     ({"reversed_share": 0.1, "select_by": "random"}, "reversed_share must be 0 .*'random', got 0.1"),
     ({"reversed_share": 0.1, "select_by": "reversed"}, "reversed_share must be 0 .*'reversed', got 0.1"),
     ({"targets": ("q",)}, "targets must be .*'ffn_out', got 'q'"),
-    ({"num_neurons": 0}, "num_neurons must be >= 1, got 0"),
-    ({"tune_steps": 0}, "tune_steps must be >= 1, got 0"),
+    ({"targets": "query"}, "targets must be .*'ffn_out', got 'query'"),
+    ({"num_neurons": 0}, "num_neurons must be an integer >= 1, got 0"),
+    ({"tune_steps": 0}, "tune_steps must be an integer >= 1, got 0"),
     ({"clip_before": 0}, "clip_before must be > 0 or None, got 0"),
     ({"clip_before": -1.0}, "clip_before must be .*, got -1.0"),
     ({"neurons": {"up": [1, 0.5]}}, r"neurons of up.*got 0\.5"),
@@ -481,6 +482,10 @@ def test_invalid_settings_raise_one_line(given, line):
     with pytest.raises(ValueError, match=line) as caught:
         NeFT(**given)
     assert "\n" not in str(caught.value)
+
+
+def test_one_target_is_a_string_as_in_other_methods():
+    assert NeFT(targets="ffn_in").targets == NeFT(targets=("ffn_in",)).targets == ("ffn_in",)
 
 
 WRONG_NEURONS = [

@@ -53,7 +53,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import to_array
 from lorascope.array_types import Bool, Float
-from lorascope.methods.base import AdapterMethod, Step, require, require_at_least, require_choice
+from lorascope.methods.base import AdapterMethod, Step, require, require_choice, require_integer, require_scaling
 from lorascope.methods.lora import LoRADelta
 from lorascope.schema.records import Item, Quantity, Record, register
 
@@ -127,11 +127,11 @@ class AdaLoRA(AdapterMethod, name="adalora"):
     head_lr: float = 1e-3
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "init_rank", "mask_every")
-        require_at_least(self, 0, "initial_steps", "final_steps")
+        require_integer(self, 1, "init_rank", "mask_every")
+        require_integer(self, 0, "initial_steps", "final_steps")
         allowed = f"in [0, init_rank = {self.init_rank}]"
         require(self, "target_rank", allowed, 0 <= self.target_rank <= self.init_rank)
-        require(self, "alpha", "> 0", self.alpha > 0)
+        require_scaling(self)
         require(self, "beta1", "in (0, 1)", 0 < self.beta1 < 1)
         require(self, "beta2", "in (0, 1)", 0 < self.beta2 < 1)
         require_choice(self, "penalty", ("mean-norm", "sum-square"))

@@ -70,8 +70,9 @@ from lorascope.methods.base import (
     added_later,
     parameter_groups,
     require,
-    require_at_least,
     require_choice,
+    require_integer,
+    require_scaling,
 )
 from lorascope.methods.lora import LoRADelta
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
@@ -137,7 +138,8 @@ class ALoRA(AdapterMethod, name="alora"):
     head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "init_rank", "rounds", "warm_steps", "round_steps", "score_rows")
+        require_integer(self, 1, "init_rank", "rounds", "warm_steps", "round_steps", "score_rows")
+        require_scaling(self)
         if self.search_share <= 0:
             raise ValueError(f"search_share must be > 0, got {self.search_share}: the search split scores components")
         valid = self.prune in ("block", "network") if isinstance(self.prune, str) else self.prune >= 1

@@ -76,8 +76,9 @@ from lorascope.methods.base import (
     Step,
     added_later,
     require,
-    require_at_least,
     require_choice,
+    require_integer,
+    require_scaling,
 )
 from lorascope.methods.lora import LoRA, LoRADelta
 from lorascope.runs.run import Run
@@ -146,7 +147,8 @@ class AutoLoRA(AdapterMethod, name="autolora"):
     search_steps: int | None = field(default=None, metadata=added_later())
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "rank", "search_steps")
+        require_integer(self, 1, "rank", "search_steps")
+        require_scaling(self)
         require(self, "selection_lr", "finite and >= 0", 0 <= self.selection_lr < math.inf)
         require_choice(self, "hypergradient", HYPERGRADIENTS)
         require(self, "search_share", "in (0, 1)", 0 < self.search_share < 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -345,9 +346,15 @@ def stored_fields(settings: Any) -> dict[str, Any]:
     return {before.name: before.to_old(value) for before, value in stored}
 
 
+def python_number(value: Any) -> Any:
+    """Return a scalar of numpy as a number that JSON can store, and other values as they are."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def _to_json_value(value: Any) -> Any:
     if isinstance(value, Run):
         return {"run": value.id}
+    value = python_number(value)
     if isinstance(value, Tensor):
         value = value.detach().cpu().numpy()
     if isinstance(value, np.ndarray):
@@ -397,6 +404,12 @@ def require_integer(settings: object, least: int, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         require(settings, name, f"an integer >= {least}", value is None or (is_integer(value) and value >= least))
+
+
+def require_scaling(settings: Any) -> None:
+    """Raise a ValueError unless the fields ``alpha`` and ``dropout`` allow training."""
+    require(settings, "alpha", "finite and > 0", 0 < settings.alpha < math.inf)
+    require(settings, "dropout", "in [0, 1)", 0 <= settings.dropout < 1)
 
 
 def require_choice(settings: object, name: str, choices: Iterable[str]) -> None:

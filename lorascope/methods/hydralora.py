@@ -52,7 +52,15 @@ from torch import Tensor, nn
 from lorascope.adapters.delta import to_array
 from lorascope.analysis.head_similarity import cosines, head_similarity, mean_of_pairs, update_inner
 from lorascope.array_types import Float
-from lorascope.methods.base import AdapterMethod, Step, added_later, require, require_at_least, require_choice
+from lorascope.methods.base import (
+    AdapterMethod,
+    Step,
+    added_later,
+    require,
+    require_choice,
+    require_integer,
+    require_scaling,
+)
 from lorascope.methods.hydralora_routing import gate_records, watch
 from lorascope.methods.lora import LoRADelta
 from lorascope.schema import module_table
@@ -113,9 +121,8 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
     head_lr: float = 2e-3
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "rank", "num_experts", "gates_every", "gate_rows")
-        require(self, "alpha", "finite and > 0", 0 < self.alpha < math.inf)
-        require(self, "dropout", "in [0, 1)", 0 <= self.dropout < 1)
+        require_integer(self, 1, "rank", "num_experts", "gates_every", "gate_rows")
+        require_scaling(self)
         require(self, "shared_a", "True or False", isinstance(self.shared_a, bool))
         require_choice(self, "router", ("learned", "uniform"))
 

@@ -50,7 +50,7 @@ import torch
 from torch import nn
 
 from lorascope.array_types import Float
-from lorascope.methods.base import Method, Step, require_at_least, require_choice
+from lorascope.methods.base import Method, Step, require_choice, require_integer
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Item, Quantity, Record, register
@@ -96,8 +96,8 @@ class LISA(Method, name="lisa"):
     head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        require_at_least(self, 0, "n_active", "draw_seed")
-        require_at_least(self, 1, "interval")
+        require_integer(self, 0, "n_active", "draw_seed")
+        require_integer(self, 1, "interval")
         require_choice(self, "moment_policy", ("reset", "keep", "reset_all"))
         if self.weights is None:
             return

@@ -39,7 +39,14 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float
-from lorascope.methods.base import AdapterMethod, added_later, require_choice
+from lorascope.methods.base import (
+    AdapterMethod,
+    added_later,
+    is_integer,
+    require_choice,
+    require_integer,
+    require_scaling,
+)
 from lorascope.schema import module_table
 from lorascope.updates import Update, from_factors
 
@@ -80,6 +87,14 @@ class LoRA(AdapterMethod, name="lora"):
     head_lr: float = 5e-4
 
     def __post_init__(self) -> None:
+        if isinstance(self.rank, Mapping):
+            for module, rank in self.rank.items():
+                if not is_integer(rank) or rank < 0:
+                    raise ValueError(f"rank of {module!r} must be an integer >= 0, got {rank}")
+        else:
+            require_integer(self, 1, "rank")
+        require_integer(self, 0, "init_seed")
+        require_scaling(self)
         require_choice(self, "embedding_init", ("peft", "linear"))
 
     def attach(self, model: nn.Module) -> None:
@@ -89,7 +104,7 @@ class LoRA(AdapterMethod, name="lora"):
 
     def select_targets(self, modules: pd.DataFrame) -> list[str]:
         """Return the modules to adapt: the targets, or those with a rank in the mapping."""
-        if isinstance(self.rank, int):
+        if not isinstance(self.rank, Mapping):
             return super().select_targets(modules)
         matched = module_table.match(modules, tuple(self.rank))
         if not set(matched) <= self.rank.keys():  # a role or a pattern
@@ -110,9 +125,7 @@ class LoRA(AdapterMethod, name="lora"):
 
     def factor_options(self, name: str) -> tuple[int, float, float]:
         """Return rank, scale and dropout of a module's factors."""
-        rank = self.rank if isinstance(self.rank, int) else self.rank[name]
-        if rank < 1:
-            raise ValueError(f"rank must be >= 1, got {rank}")
+        rank = self.rank[name] if isinstance(self.rank, Mapping) else self.rank
         return rank, self.alpha / (math.sqrt(rank) if self.rslora else rank), self.dropout
 
 

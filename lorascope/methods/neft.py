@@ -73,7 +73,8 @@ from lorascope.methods.base import (
     Step,
     added_later,
     require,
-    require_at_least,
+    require_choice,
+    require_integer,
     task_head,
     trained_parameters,
 )
@@ -115,7 +116,7 @@ class NeFT(Method, name="neft"):
         Number of neurons that train; None derives it from ``parameter_share``.
     parameter_share : float
         Fraction of the model's parameters that train if ``num_neurons`` is None.
-    targets : tuple of str
+    targets : str or tuple of str
         Roles whose neurons are candidates: rows of ``ffn_in`` and ``ffn_gate``, columns of ``ffn_out``.
     select_by : {"changed", "reversed", "random", "probed"}
         Selection rule, see ``neurons.select``; "reversed" and "random" are controls, "probed" uses linear probes.
@@ -136,7 +137,7 @@ class NeFT(Method, name="neft"):
 
     num_neurons: int | None = field(default=None, metadata=formerly("k"))
     parameter_share: float = field(default=0.09, metadata=formerly("share"))
-    targets: tuple[str, ...] = neurons.DEFAULT
+    targets: str | tuple[str, ...] = neurons.DEFAULT
     select_by: str = field(default="changed", metadata=formerly("mode"))
     reference: Run | Mapping[str, str] | str | Path | None = field(default=None, metadata=formerly("tuned"))
     neurons: Mapping[str, Collection[Any]] | None = None
@@ -148,11 +149,12 @@ class NeFT(Method, name="neft"):
     head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        rules = (*neurons.MODES, "probed")
-        require(self, "select_by", f"one of {', '.join(map(repr, rules))}", self.select_by in rules)
+        if isinstance(self.targets, str):
+            self.targets = (self.targets,)
+        require_choice(self, "select_by", (*neurons.MODES, "probed"))
         if unknown := [role for role in self.targets if role not in neurons.ROLES]:
             raise ValueError(f"targets must be among {', '.join(map(repr, neurons.ROLES))}, got {unknown[0]!r}")
-        require_at_least(self, 1, "num_neurons", "tune_steps")
+        require_integer(self, 1, "num_neurons", "tune_steps")
         require(self, "parameter_share", "in (0, 1]", 0 < self.parameter_share <= 1)
         require(self, "reversed_share", "in [0, 1]", 0 <= self.reversed_share <= 1)
         valid = self.select_by in ("changed", "probed") or not self.reversed_share
@@ -201,7 +203,7 @@ class NeFT(Method, name="neft"):
             yield Phase(self)
             return
         if self.select_by == "probed":
-            probing = Probing(targets=self.targets, head_lr=self.head_lr)
+            probing = Probing(targets=tuple(self.targets), head_lr=self.head_lr)
             reference = yield Phase(probing, "probe", steps=self.tune_steps)
         else:
             full = Full(lr=self.lr if self.tune_lr is None else self.tune_lr, head_lr=self.head_lr)

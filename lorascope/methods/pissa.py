@@ -53,7 +53,6 @@ class PiSSA(LoRA, name="pissa"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "alpha", "> 0", self.alpha > 0)
         require(self, "init_seed", "None, because PiSSA starts from the weight, not at random", self.init_seed is None)
         require(self, "embedding_init", "'peft', because PiSSA adapts no embeddings", self.embedding_init == "peft")
 

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float
-from lorascope.methods.base import AdapterMethod, reject_embedding, require_at_least
+from lorascope.methods.base import AdapterMethod, reject_embedding, require, require_integer
 from lorascope.schema import module_table
 from lorascope.updates import RandomProjection
 from lorascope.updates.random_projection import projections
@@ -69,7 +69,8 @@ class VeRA(AdapterMethod, name="vera"):
     head_lr: float = 5e-4
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "rank")
+        require_integer(self, 1, "rank")
+        require(self, "dropout", "in [0, 1)", 0 <= self.dropout < 1)
         if not 0 <= self.projection_seed < 1 << 32:
             raise ValueError(f"projection_seed must be from 0 to {(1 << 32) - 1}, got {self.projection_seed}")
 

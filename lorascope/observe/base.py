@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorascope.methods.base import Stateful, Step, require_integer, stored_fields
+from lorascope.methods.base import Stateful, Step, python_number, require_integer, stored_fields
 from lorascope.schema.records import Item
 
 
@@ -37,7 +37,9 @@ class Observer(Stateful):
 
     def config(self) -> dict[str, Any]:
         """Return the JSON form, which is part of a run's identity."""
-        return {"name": vars(type(self)).get("stored_name") or type(self).__name__} | stored_fields(self)
+        return {"name": vars(type(self)).get("stored_name") or type(self).__name__} | {
+            name: python_number(value) for name, value in stored_fields(self).items()
+        }
 
 
 def require_observers(observers: Any) -> None:

@@ -141,6 +141,9 @@ def train(
     require_observers(observers)
     if not is_integer(checkpoint_every) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}")
+    if not is_integer(seed):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
+    seed = int(seed)  # random.seed accepts no integers of numpy
     trackers = tracker_names(report_to)
     method = from_config({"name": method}) if isinstance(method, str) else method
     method.prepare()  # before anything is changed

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lorascope.methods.base import require, require_choice, require_integer
+from lorascope.methods.base import python_number, require, require_choice, require_integer
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
@@ -80,6 +80,6 @@ class Settings:
         """Return the JSON form, in which 1 and 1.0 are the same setting."""
         real = ("lr", "head_lr", "warmup", "clip", "weight_decay")
         return {
-            name: float(value) if name in real and value is not None else value
+            name: float(value) if name in real and value is not None else python_number(value)
             for name, value in dataclasses.asdict(self).items()
         }

@@ -55,10 +55,10 @@ def bare(run: Run, bert: str, task: Any) -> torch.nn.Module:
     return model
 
 
-def text(model: torch.nn.Module, task: Any, which: int, rows: int) -> dict[str, torch.Tensor]:
+def text(model: torch.nn.Module, task: Any, which: int, rows: int, max_length: int = 128) -> dict[str, torch.Tensor]:
     """Return every other row of the validation split, encoded."""
     chosen = task.split("validation").iloc[which::2].head(rows)
-    return task.encode(models.tokenizer(model), chosen).batch(range(len(chosen)))
+    return task.encode(models.tokenizer(model), chosen, max_length).batch(range(len(chosen)))
 
 
 def matrices(run: Run, kept: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -118,6 +118,15 @@ def test_pruned_losses_equal_losses_by_hand_on_other_rows(budget: float, lora: R
     assert found.after == near(loss_with(model, matrices(lora, dict(chosen.kept)), batch), terms=TINY)
     assert (found.before == found.after) == (budget == 1)
     assert not set(task.split("validation")["text"][0::2]) & set(task.split("validation")["text"][1::2])
+
+
+def test_texts_are_truncated_as_in_the_training(bert: str, task: Any, tmp_path: Path) -> None:
+    short = trained(bert, task, LoRA(rank=2, lr=1e-2, head_lr=1e-2), tmp_path / "run", max_length=3)[1]
+    found = component_importance.pruned_losses(short, select_components(short, 1.0), bert, task, rows=ROWS)
+    model = bare(short, bert, task)
+    batch = text(model, task, 1, ROWS, max_length=3)
+    assert batch["input_ids"].shape[1] == 3 < text(model, task, 1, ROWS)["input_ids"].shape[1]
+    assert found.before == near(loss_with(model, matrices(short, ones(short)), batch), terms=TINY)
 
 
 def test_importance_of_an_exported_adapter_equals_that_of_its_run(

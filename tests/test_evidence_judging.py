@@ -208,6 +208,15 @@ def test_claim_is_judged_on_the_machine_that_first_reached_the_look() -> None:
     assert verdicts["block"].item() == "AVX512 / 2.6.0 / 1 / cpu"
 
 
+def test_main_machine_has_the_most_judged_runs() -> None:
+    few, many = (planted({"A": 0.8}, n, MACHINE | {"capability": name}) for n, name in ((2, "AVX2"), (3, "AVX512")))
+    tuning = pd.DataFrame([run_row("A", 9000 + i, run=f"tuning-{i}", role="tuning") for i in range(5)])
+    runs = pd.concat([tuning, few.runs, many.runs], ignore_index=True)
+    found = Evidence(runs, few.rows, few.margins | many.margins, few.nll | many.nll).of_main_machine()
+    assert set(found.runs["run"]) == set(many.runs["run"])
+    assert few.of_main_machine().runs["run"].tolist() == few.runs["run"].tolist()
+
+
 def test_two_runs_of_one_seed_are_refused() -> None:
     evidence = planted({"A": 0.9})
     with pytest.raises(ValueError, match="two of arm 'A', seed 100"):

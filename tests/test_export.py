@@ -471,7 +471,7 @@ def test_export_command_writes_the_adapter(lora: ls.Run, tmp_path: Path, capsys:
     assert load(out).ranks() == lora.ranks()
     code, told, _ = run(capsys, "export", lora.path, "--peft", tmp_path / "best", "--state", "best", "--json")
     assert (code, json.loads(told)) == (0, {"id": lora.id, "path": str(tmp_path / "best")})
-    assert "adapter: it exists, pass a new folder" in complaint(capsys, "export", lora.path, "--peft", out)
+    assert "adapter: it exists, pass a new path" in complaint(capsys, "export", lora.path, "--peft", out)
 
 
 def test_export_command_wrong_use_prints_one_line(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import killing
 import numpy as np
 import pytest
@@ -146,7 +148,20 @@ METHOD = Adapprox(lr=1e-3, min_dim=8, rank_rule="fixed", init_rank=3)
 SQUARES: dict = {"terms": TINY, "growth": 4 * TEXT}  # gradients, and the smallest singular values of their average
 
 
-def test_drift_is_the_error_compared_with_the_exact_average(bert, task, tmp_path):
+@dataclass(kw_only=True)
+class LastGroupFirst(Adapprox):
+    """Adapprox whose first group has no matrix of a block, and another beta2."""
+
+    def optimizer(self, *arguments):
+        found = super().optimizer(*arguments)
+        first, last = found.param_groups[0], found.param_groups[-1]
+        first["params"], last["params"] = last["params"], first["params"]
+        first["betas"] = (0.9, 0.5)
+        return found
+
+
+@pytest.mark.parametrize("method", [METHOD, LastGroupFirst(**vars(METHOD))], ids=["as given", "last group first"])
+def test_drift_is_the_error_compared_with_the_exact_average(method, bert, task, tmp_path):
     """The gradients of every step are stored and averaged here."""
     seen, factors = {}, {}
 
@@ -160,7 +175,7 @@ def test_drift_is_the_error_compared_with_the_exact_average(bert, task, tmp_path
             return ()
 
     settings = FAST | {"observe": [observe.factor_drift(every=9), Catching()]}
-    run = ls.train(models.load(bert, task=task), task, METHOD, out=tmp_path / "run", **settings)
+    run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "run", **settings)
     drifts = run.table[run.table["quantity"].str.startswith("factor_drift")]
     assert set(drifts["step"]) == {4}
     for module, rows in drifts.groupby("module", observed=True):

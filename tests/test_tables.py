@@ -101,10 +101,16 @@ def test_export_command_wrong_use_prints_one_line_and_writes_no_file(
     there = tmp_path / "there.csv"
     there.write_text("mine")
     words = ("export", planted.path)
-    assert "there.csv: it exists, pass a new file" in complaint(capsys, *words, "--table", there)
+    assert "there.csv: it exists, pass a new path" in complaint(capsys, *words, "--table", there)
+    (dangling := tmp_path / "dangling.csv").symlink_to(tmp_path / "nowhere")
+    assert "dangling.csv: it exists, pass a new path" in complaint(capsys, *words, "--table", dangling)
+    dangling.unlink()
     for name in ("out.xlsx", "out", "out.CSV"):
         told = complaint(capsys, *words, "--table", tmp_path / name)
-        assert told == f"ending must be one of .csv, .parquet, .json, got {tmp_path / name}"
+        suffix = Path(name).suffix
+        assert (
+            told == f"ending of the table must be one of '.csv', '.parquet', '.json', got '{suffix}': {tmp_path / name}"
+        )
     assert "--mlx DIR and --table FILE is required, got 2" in complaint(
         capsys, *words, "--table", tmp_path / "x.csv", "--rank-pattern"
     )

@@ -23,7 +23,7 @@ from lorascope.analysis.initial_update import at_start
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.formats.peft_merge import MERGED
 from lorascope.runs.formats.stored_update import StoredUpdate
-from lorascope.runs.manifest import RESIDUAL
+from lorascope.runs.manifest import RESIDUAL_INITS
 from lorascope.runs.result import Result
 from lorascope.updates.linalg import as_float64
 
@@ -70,4 +70,4 @@ def _deviation(kind: str, config: Mapping[str, Any], part: StoredUpdate) -> floa
         known |= {"xavier_uniform": math.sqrt(2 / (outer + inner)), "True": 0.0}
         return known.get(str(given or "xavier_uniform"), np.nan)
     start = str(config.get("init_lora_weights", True)).lower()
-    return np.nan if kind in _RANDOM or start.startswith(("false", *RESIDUAL)) else 0.0
+    return np.nan if kind in _RANDOM or start.startswith(("false", *RESIDUAL_INITS)) else 0.0

@@ -143,14 +143,6 @@ def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Map
     return min(found, key=lambda each: each[:2])[2] if found else None
 
 
-def main_block(
-    claims: Mapping[str, Registered], pairs: Mapping[str, Pair], evidence: Evidence
-) -> Mapping[str, Any] | None:
-    """Return the machine that judges the most claims, or None if none has runs."""
-    found = [block for id, claim in claims.items() if (block := judging_block(claim, pairs[id], evidence))]
-    return max(found, key=found.count, default=None)
-
-
 def untrained_arms(evidence: Evidence, may_void: Callable[[str], bool] = lambda arm: True) -> set[str]:
     """Return the arms that did not train, whose claims are void.
 

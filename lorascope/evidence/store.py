@@ -149,6 +149,11 @@ class Evidence:
         judged = self.runs[self.runs["role"] == "judged"]
         return [dict(zip(BLOCK, row, strict=True)) for row in judged[BLOCK].drop_duplicates().itertuples(index=False)]
 
+    def of_main_machine(self) -> Evidence:
+        """Return the runs of the machine with the most judged runs, the first one if several have as many."""
+        machines = [self.in_block(block) for block in self.blocks()]
+        return max(machines, key=lambda found: (found.runs["role"] == "judged").sum(), default=self)
+
     def seeds(self, arms: Iterable[str], first: int) -> list[int]:
         """Return the seeds from ``first`` on that all arms have, up to the first one that is missing."""
         varied = [arm for arm in arms if arm not in self._baselines]

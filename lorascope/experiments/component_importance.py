@@ -36,6 +36,7 @@ from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 from lorascope.schema.deprecation import accept_old_names
 from lorascope.training.evaluation import evaluate
+from lorascope.training.settings import Settings
 from lorascope.training.state import load_tensors
 
 BATCH = 32
@@ -90,7 +91,7 @@ def component_importance(
         The model is not the base, an update is not a product of two factors, or trained parameters were not saved.
     """
     base, fitted, parts = _open_trained(run, model, task, state)
-    encoded = _validation_half(base, fitted, 0, rows)
+    encoded = _validation_half(run, base, fitted, 0, rows)
     size = min(BATCH, len(encoded))
     # Only full batches, so that every row has the same weight in the mean.
     batches = [encoded.batch(range(at, at + size)) for at in range(0, len(encoded) - size + 1, size)]
@@ -112,7 +113,7 @@ def pruned_losses(
     Uses at most ``rows`` validation rows that ``component_importance`` does not use; see it for the other parameters.
     """
     base, fitted, parts = _open_trained(run, model, task, state)
-    encoded = _validation_half(base, fitted, 1, rows)
+    encoded = _validation_half(run, base, fitted, 1, rows)
     masks = {name: cut.kept[name][: len(sigma)] for name, (_, sigma, _) in parts.items()}
     chosen = {name: (P[:, masks[name]], sigma[masks[name]], Q[masks[name]]) for name, (P, sigma, Q) in parts.items()}
     losses = []
@@ -200,13 +201,14 @@ def _adapter_weights(run: Adapter) -> dict[str, Tensor]:
     return {other.replace(".base_layer.", "."): torch.tensor(file[name]) for other, (file, name) in found.items()}
 
 
-def _validation_half(model: nn.Module, task: Task, which: int, rows: int) -> EncodedRows:
-    """Encode every other row of the validation split, which is ordered by a hash."""
+def _validation_half(run: Result, model: nn.Module, task: Task, which: int, rows: int) -> EncodedRows:
+    """Encode every other row of the validation split, which is ordered by a hash, truncated as in the training."""
     split = task.split("validation")
     chosen = split.iloc[which::2].head(rows)
     if chosen.empty:
         raise ValueError(f"the validation split of {task.name} must have at least 2 rows, got {len(split)}")
-    return task.encode(models.processor(model), chosen)
+    settings = run.meta.settings if isinstance(run, Run) else {}
+    return task.encode(models.processor(model), chosen, settings.get("max_length", Settings.max_length))
 
 
 accept_old_names(__name__, losses="pruned_losses", rises="component_importance")

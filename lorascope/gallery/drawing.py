@@ -50,10 +50,10 @@ def draw_figures(
         Commit of this repository, which the images contain.
     """
     evidence = store.read(folder)
-    judging, find = _judging(evidence), _finder(out)
-    _keep_excerpts(folder, judging, find, [figure for section in sections.values() for figure in section])
+    main, find = evidence.of_main_machine(), _finder(out)
+    _keep_excerpts(folder, main, find, [figure for section in sections.values() for figure in section])
     for heading, figure in [(heading, figure) for heading, section in sections.items() for figure in section]:
-        rows = _rows_of(figure, judging)
+        rows = _rows_of(figure, main)
         try:
             runs: list[Any] = [
                 find(row) if figure.shows_factors else _kept_run(figure, evidence, folder, row) for row in rows
@@ -73,27 +73,21 @@ def draw_figures(
         print(f"{figure.name}: drawn from {len(rows)} runs", flush=True)
 
 
-def _judging(evidence: Evidence) -> Evidence:
-    """Return the runs of the machine that judges the claims."""
-    blocks = evidence.blocks()
-    return evidence.in_block(blocks[0]) if blocks else evidence
-
-
 def _keep_excerpts(
-    folder: Path, judging: Evidence, find: Callable[[Mapping[str, Any]], Run | None], listed: Sequence[GalleryFigure]
+    folder: Path, main: Evidence, find: Callable[[Mapping[str, Any]], Run | None], listed: Sequence[GalleryFigure]
 ) -> None:
     """Add the excerpts of all runs that figures show, also of incomplete figures: the folder of a run may be lost."""
-    rows: list[Any] = judging.runs.to_dict("records")
+    rows: list[Any] = main.runs.to_dict("records")
     for row in rows:
-        shown = _shown_of(row, judging, listed)
+        shown = _shown_of(row, main, listed)
         run = find(row) if any(shown) else None
         if run is not None:
             write_excerpt(run, folder / SHOWN / row["run"], *shown)
 
 
-def _shown_of(row: Mapping[str, Any], judging: Evidence, listed: Sequence[GalleryFigure]) -> tuple[set[str], set[str]]:
+def _shown_of(row: Mapping[str, Any], main: Evidence, listed: Sequence[GalleryFigure]) -> tuple[set[str], set[str]]:
     """Return the quantities and arrays that figures show of a run."""
-    judged = judging.runs[judging.runs["role"] == "judged"]
+    judged = main.runs[main.runs["role"] == "judged"]
     place = row["seed"] - judged["seed"].min() if row["role"] == "judged" else math.inf
     chosen = [each for each in listed if row["arm"] in each.arms.values() and place < (each.seeds or math.inf)]
     return {name for each in chosen for name in each.quantities}, {name for each in chosen for name in each.arrays}
@@ -113,7 +107,7 @@ def differences(folder: Path, evidence: Evidence, sections: Mapping[str, Sequenc
     The data of figures of factors are left out, because factors are not kept.
     """
     known = {each.name: (heading, each) for heading, section in sections.items() for each in section}
-    judging = _judging(evidence)
+    main = evidence.of_main_machine()
     for name, kept in evidence.figures.items():
         file = f"{figures.FOLDER}/{name}.parquet"
         if name not in known:
@@ -121,7 +115,7 @@ def differences(folder: Path, evidence: Evidence, sections: Mapping[str, Sequenc
             continue
         heading, figure = known[name]
         try:
-            yield from _figure_differences(file, folder, evidence, heading, figure, kept, _rows_of(figure, judging))
+            yield from _figure_differences(file, folder, evidence, heading, figure, kept, _rows_of(figure, main))
         except Exception as error:  # any cell of runs.csv, excerpt or table may be damaged
             yield f"{file}: cannot be drawn again: {' '.join(str(error).split()) or repr(error)}"
     for path in sorted((folder / SHOWN).glob("*")):
@@ -191,7 +185,7 @@ def changed_excerpts(
     if kept is None or run is None:
         return [f"{SHOWN}/{row['run']}: no finished run with the scores of the one that was trained again"]
     with tempfile.TemporaryDirectory() as new:
-        fresh = write_excerpt(run, Path(new) / "run", *_shown_of(row, _judging(evidence), listed))
+        fresh = write_excerpt(run, Path(new) / "run", *_shown_of(row, evidence.of_main_machine(), listed))
         return [
             f"{SHOWN}/{row['run']}: {difference}: other values when trained again"
             for difference in excerpt_differences(kept, fresh)

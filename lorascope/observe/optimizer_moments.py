@@ -188,8 +188,7 @@ class factor_drift(Observer):
     @torch.no_grad()
     def __call__(self, step: Step) -> Iterator[Item]:
         """Update the average with this step's gradients, and return the errors if they are due."""
-        for module, state, gradient in _factored_matrices(step):
-            beta2 = step.optimizer.param_groups[0]["betas"][1]
+        for module, state, gradient, beta2 in _factored_matrices(step):
             squares = gradient.to(state["Q"].dtype).flatten(1).square()
             exact = self.exact_.setdefault(module, torch.zeros_like(squares)).lerp_(squares, 1 - beta2)
             if self.due(step.finished, step.total) and exact.any():
@@ -215,9 +214,8 @@ class factor_optimum(Observer):
     @torch.no_grad()
     def __call__(self, step: Step) -> Iterator[Item]:
         """Recompute V and return its errors if they are due; store the factors for the next step."""
-        for module, state, gradient in _factored_matrices(step):
+        for module, state, gradient, beta2 in _factored_matrices(step):
             if self.due(step.finished, step.total):
-                beta2 = step.optimizer.param_groups[0]["betas"][1]
                 V = (1 - beta2) * gradient.double().flatten(1).square()
                 if module in self.before_:
                     Q, U = (self.before_[module][name].double() for name in "QU")
@@ -227,11 +225,13 @@ class factor_optimum(Observer):
         self.before_ |= {module: {name: state[name] for name in "QU"} for module, state in _block_matrices(step, "Q")}
 
 
-def _factored_matrices(step: Step) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
-    """Yield module, Adapprox's state and gradient of the factored weights that have a gradient."""
+def _factored_matrices(step: Step) -> Iterator[tuple[str, dict[str, Any], Tensor, float]]:
+    """Yield module, Adapprox's state, gradient and beta2 of the factored weights that have a gradient."""
+    group_of = {weight: group for group in step.optimizer.param_groups for weight in group["params"]}
     for module, state in _block_matrices(step, "Q"):
-        if (gradient := step.model.get_parameter(f"{module}.weight").grad) is not None:
-            yield module, state, gradient
+        weight = step.model.get_parameter(f"{module}.weight")
+        if weight.grad is not None:
+            yield module, state, weight.grad, group_of[weight]["betas"][1]
 
 
 def _factor_errors(name: str, module: str, V: Float[np.ndarray, "m n"], state: dict[str, Any]) -> Iterator[Record]:

@@ -12,9 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lorascope.evidence import kept_verdicts, registration, store
-from lorascope.evidence.judging import main_block
 from lorascope.evidence.kept_verdicts import KeptVerdicts
-from lorascope.evidence.statistics import PAIRS
 from lorascope.pages import page
 from lorascope.pages.page import Section
 from lorascope.pages.report_figure import draw
@@ -83,8 +81,7 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
     require_own(path, *page.GENERATORS.values())
     file = data / "registered.toml"
     claims, evidence = (registration.read(file) if file.exists() else None), store.read_kept(data / "evidence")
-    main = main_block(claims.of_tier("primary", "secondary"), PAIRS, evidence) if claims else None
-    kept = evidence.in_block(main) if main else evidence
+    kept = evidence.of_main_machine()
     runs = short_runs.train(Path(out) / "runs", seed, claims, evidence.runs)
     compared = [label for label in runs if short_runs.has_task_of_kept_runs(label)]
     needed = kept_comparison.quantities(claims, compared) if claims else []

@@ -162,8 +162,7 @@ def _foreign_file(folder: Path) -> Path | None:
 def require_absent(path: Path) -> None:
     """Raise a FileExistsError if a path exists."""
     if path.exists() or path.is_symlink():
-        new = "file" if path.suffix == ".safetensors" else "folder"
-        raise FileExistsError(f"cannot create {path}: it exists, pass a new {new}")
+        raise FileExistsError(f"cannot create {path}: it exists, pass a new path")
 
 
 def require_own(path: Path, *marks: str) -> None:

@@ -20,7 +20,7 @@ from lorascope.schema.records import Quantity
 from lorascope.updates.base import form_named
 
 SCHEMA = 1
-RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
+RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Prefixes of the PEFT initializations that subtract B A from the base weights, so that B A starts nonzero."""
 
 
@@ -231,7 +231,7 @@ def assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
         roles = method.get("targets")
         own = {"neuron_roles": roles if isinstance(roles, list) else [], "selection_score": by}
         return {"starts_at_zero": True, **own}
-    zero = not str(method.get("init_lora_weights", True)).lower().startswith(("false", *RESIDUAL))
+    zero = not str(method.get("init_lora_weights", True)).lower().startswith(("false", *RESIDUAL_INITS))
     return {"starts_at_zero": zero, "masks_components": "adalora" in kinds}
 
 

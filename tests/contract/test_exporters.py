@@ -180,7 +180,7 @@ def test_existing_folder_is_not_replaced(kind: str, train_once, tmp_path: Path) 
     mine.parent.mkdir()
     mine.write_text("years of work")
     for out in (mine, mine.parent):
-        with pytest.raises(FileExistsError, match=f"cannot create {out}: it exists, pass a new folder"):
+        with pytest.raises(FileExistsError, match=f"cannot create {out}: it exists, pass a new path"):
             to_peft(run, out)
     assert mine.read_text(encoding="utf-8") == "years of work"
     assert [file.name for file in tmp_path.rglob("*")] == ["there", "mine.txt"]

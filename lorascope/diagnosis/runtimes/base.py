@@ -13,6 +13,7 @@ from lorascope.diagnosis.causes.base import Finding, first_and_count, of_kind
 from lorascope.files.printable import printable
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles
+from lorascope.runs.manifest import RESIDUAL_INITS
 from lorascope.schema.plugins import load_plugins
 
 
@@ -195,7 +196,7 @@ def stored_options(config: Mapping[str, Any]) -> list[str]:
         "use_dora": config.get("use_dora"),
         "lora_bias": config.get("lora_bias"),
         f"bias={config.get('bias')!r}": config.get("bias") not in (None, "none"),
-        f"init_lora_weights={start!r}": start.startswith(("pissa", "olora", "corda", "loftq")),
+        f"init_lora_weights={start!r}": start.startswith(RESIDUAL_INITS),
         "alora_invocation_tokens": config.get("alora_invocation_tokens"),
         "layer_replication": config.get("layer_replication"),
         "use_bdlora": config.get("use_bdlora"),

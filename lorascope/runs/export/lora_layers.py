@@ -23,7 +23,7 @@ from lorascope.runs.formats.mlx import MlxPart
 from lorascope.runs.formats.peft_whole_weights import UNUSED, WholeWeight, whole_weights
 from lorascope.runs.formats.stored_update import PREFIX, StoredLoRA, StoredTensor, StoredUpdate
 from lorascope.runs.lora_config import exact_products, no_rank_error
-from lorascope.runs.manifest import RESIDUAL
+from lorascope.runs.manifest import RESIDUAL_INITS
 from lorascope.updates import Update, WeightDecomposed
 
 ONLY_PEFT = ("layer_replication", "alora_invocation_tokens")
@@ -233,7 +233,7 @@ def require_own_names(adapter: Adapter) -> None:
         module, stored = next(iter(adapter.files.configured.items()))
         raise ValueError(f"{cannot}: {printable(module)} is tied or joined with others, as {printable(stored)}")
     start = str(config.get("init_lora_weights", True)).lower()
-    if any(start.startswith(name) for name in RESIDUAL):
+    if start.startswith(RESIDUAL_INITS):
         how = "save it with path_initial_model_for_weight_conversion"
         raise ValueError(f"{cannot}: {printable(start)} changes the base model while PEFT loads it; {how}")
     if config.get("spelling") == "gguf":

@@ -11,6 +11,7 @@ import pandas as pd
 
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.safetensors_io import write_bytes
+from lorascope.runs.folders import require_absent
 from lorascope.runs.result import Result
 
 
@@ -46,9 +47,9 @@ def to_table(run: Result, out: str | Path, summary: bool = False, state: str = "
     """
     path = Path(out)
     if path.suffix not in _WRITERS:
-        raise ValueError(f"ending must be one of {', '.join(_WRITERS)}, got {path}")
-    if path.exists():
-        raise FileExistsError(f"cannot create {path}: it exists, pass a new file")
+        endings = ", ".join(map(repr, _WRITERS))
+        raise ValueError(f"ending of the table must be one of {endings}, got {path.suffix!r}: {path}")
+    require_absent(path)
     write_bytes(path, _WRITERS[path.suffix](run.summary(state=state) if summary else run.table))
     return path
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorascope.files.printable import printable
-from lorascope.runs.manifest import RESIDUAL
+from lorascope.runs.manifest import RESIDUAL_INITS
 
 _START = {
     "pissa": "PEFT subtracts the leading singular components of each base weight while loading",
@@ -20,7 +20,7 @@ _START = {
 def lora_notes(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield the cautions about an adapter with this configuration."""
     start = str(config.get("init_lora_weights", True)).lower()
-    kind = next((name for name in RESIDUAL if start.startswith(name)), None)
+    kind = next((name for name in RESIDUAL_INITS if start.startswith(name)), None)
     if kind is not None:
         change = "|dW| is the norm of B A only, not of the change from the original base"
         yield f"initialized by {printable(start)}: {_START[kind]}; {change}"

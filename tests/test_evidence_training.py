@@ -32,7 +32,7 @@ from lorascope.gallery import GalleryFigure, drawing
 from lorascope.methods import Full, LoRA
 from lorascope.probes import evidence
 from lorascope.probes.base import Arm, Probe
-from lorascope.probes.kept_ranks import keep_ranks
+from lorascope.probes.rank_allocators import keep_ranks
 from lorascope.probes.tfidf_baseline import tfidf_arm
 from lorascope.runs.folders import RunLocked, lock_run
 from lorascope.runs.run import Run

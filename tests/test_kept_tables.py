@@ -49,8 +49,8 @@ from lorascope.probes import lisa as lisa_probe
 from lorascope.probes import lora as lora_probe
 from lorascope.probes import neft as neft_probe
 from lorascope.probes.adapprox import keep_tails
-from lorascope.probes.kept_ranks import keep_ranks
 from lorascope.probes.planted import keep_recovery
+from lorascope.probes.rank_allocators import keep_ranks
 from lorascope.runs.run import Run
 
 Kept = Mapping[tuple[str, str], Sequence[pd.DataFrame]]

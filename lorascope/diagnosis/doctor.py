@@ -7,7 +7,6 @@ from lorascope.diagnosis.causes.base import run_rules
 from lorascope.diagnosis.evidence import Case
 from lorascope.runs.result import Result
 
-# Names of the evidence in ``skipped_checks``, which are also keys of the JSON output.
 _NEEDS = {"weights": "norms of the weights", "base": "norms of the weights", "history": "a history"}
 SKIP_REASONS = {"norms of the weights": "no weight norms", "a history": "no training history"}
 """Missing evidence -> reason to print."""

@@ -93,6 +93,16 @@ class ModuleEvidence:
         return [each for each in self.modules if each.adapted]
 
     @property
+    def total_change(self) -> tuple[list[TrainedModule], float, float]:
+        """Modules whose change and weight are known, and the norms of all these changes and of all these weights.
+
+        The modules are the adapted ones, or without adapters all but the head.
+        """
+        rows = self.adapted or [each for each in self.modules if each.role != "head"]
+        known = [each for each in rows if math.isfinite(each.moved) and math.isfinite(each.weight_norm)]
+        return known, math.hypot(*(each.moved for each in known)), math.hypot(*(each.weight_norm for each in known))
+
+    @property
     def unchanged_adapters(self) -> list[TrainedModule]:
         """Adapters with a zero update, although their scale and one of their factors are not zero."""
         return [each for each in self.modules if each.unchanged]

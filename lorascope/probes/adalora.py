@@ -12,16 +12,14 @@ therefore fail in the paper's setting as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from lorascope.evidence.statistics import adalora as statistics
 from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.methods import AdaLoRA
-from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.probes.base import Arm, Probe, encoder_settings
-from lorascope.probes.kept_ranks import keep_ranks
-from lorascope.runs.run import Run
+from lorascope.probes.rank_allocators import allocation_figures, keep_ranks
 
 
 def arms() -> list[Arm]:
@@ -37,12 +35,6 @@ def arms() -> list[Arm]:
     ]
 
 
-def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the allocation and its history."""
-    run = {statistics.ADAPTED: runs[statistics.ADAPTED]}
-    return [draw("rank_allocation", run, chance=True), draw("rank_replay", run), draw("importance", run)]
-
-
 PROBE = Probe(
     name="adalora",
     title="AdaLoRA: rank allocation by importance",
@@ -50,5 +42,5 @@ PROBE = Probe(
     question="Do feed-forward modules and upper layers get more rank for every seed, and does accuracy improve?",
     arms=arms,
     keep={(RANKS, label): keep_ranks for label in (statistics.ADAPTED, statistics.DOMAINS)},
-    figures=figures,
+    figures=partial(allocation_figures, label=statistics.ADAPTED),
 )

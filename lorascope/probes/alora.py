@@ -11,8 +11,8 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -23,9 +23,8 @@ from lorascope.evidence.statistics import alora as statistics
 from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.methods import ALoRA, LoRA
 from lorascope.methods.alora import allocate, prune
-from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.probes.base import Arm, Probe, encoder_settings
-from lorascope.probes.kept_ranks import keep_ranks
+from lorascope.probes.rank_allocators import allocation_figures, keep_ranks
 from lorascope.runs.run import Run
 
 DRAWS = 1000
@@ -68,12 +67,6 @@ def keep_replays(run: Run) -> pd.DataFrame:
     return pd.DataFrame({"group": list(groups), "value": fractions.mean(axis=0), "draws": DRAWS, "error": error})
 
 
-def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the allocation and its history."""
-    run = {statistics.ADAPTED: runs[statistics.ADAPTED]}
-    return [draw("rank_allocation", run, chance=True), draw("rank_replay", run), draw("importance", run)]
-
-
 PROBE = Probe(
     name="alora",
     title="ALoRA: rank allocation by ablation",
@@ -81,6 +74,6 @@ PROBE = Probe(
     question="Does rank move to queries and keys more than with random scores, and does it improve accuracy?",
     arms=arms,
     keep={(RANKS, statistics.ADAPTED): keep_ranks, (statistics.REPLAYS, statistics.ADAPTED): keep_replays},
-    figures=figures,
+    figures=partial(allocation_figures, label=statistics.ADAPTED),
     notes=("This run has fewer rounds than the registered arm, because scoring costs more than training.",),
 )

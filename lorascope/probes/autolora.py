@@ -28,7 +28,7 @@ from lorascope.inputs import models
 from lorascope.methods import AutoLoRA, LoRA
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.probes.base import Arm, Probe, encoder_settings
-from lorascope.probes.kept_ranks import keep_ranks
+from lorascope.probes.rank_allocators import keep_ranks
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
 

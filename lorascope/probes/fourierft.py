@@ -29,7 +29,6 @@ from lorascope.runs.run import Run
 METHOD = FourierFT()
 BAND_CENTERS = (0, 100, 240)
 BAND_WIDTH = 100
-# Short names for figures with little room.
 
 
 def arms() -> list[Arm]:

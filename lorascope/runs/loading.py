@@ -17,7 +17,7 @@ from lorascope.files.safetensors_io import TensorFile, is_pickle, is_plain, open
 from lorascope.files.typed_json import read_json, to_typed, unreadable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.checkpoint_names import by_step, find_checkpoints, step_of
-from lorascope.runs.folders import RecipeManifest
+from lorascope.runs.folders import MANIFESTS, RecipeManifest
 from lorascope.runs.formats import find_reader, find_sentence
 from lorascope.runs.formats.peft_lora import CONFIG, KINDS, STEM, CommonConfig, factor_files, peft_kind
 from lorascope.runs.formats.peft_merge import MERGED
@@ -28,7 +28,7 @@ from lorascope.runs.series import Series
 
 # Metadata of a header that describes an adapter: of diffusers, kohya and GGUF. Others are notes of the program.
 _DESCRIBES = re.compile(r"lora_adapter_metadata$|ss_|modelspec\.|general\.|adapter\.")
-MARKS = ("recipe.json", "run.json", CONFIG)
+MARKS = (*MANIFESTS, CONFIG)
 
 
 class NoUpdatesError(ValueError):
@@ -154,7 +154,7 @@ def load_adapter(path: Path, base: str | Path | None) -> Adapter:
 
 def is_run(path: str | Path) -> bool:
     """Return whether a folder is a run that lorascope trained or recorded."""
-    return any((Path(os.path.expanduser(path)) / mark).exists() for mark in MARKS[:2])
+    return any((Path(os.path.expanduser(path)) / name).exists() for name in MANIFESTS)
 
 
 def is_series(path: Path) -> bool:

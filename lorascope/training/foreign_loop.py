@@ -14,7 +14,7 @@ import torch
 from torch import distributed, nn
 
 from lorascope.adapters.peft_layers import active_adapters, is_peft_layer
-from lorascope.files.printable import printable
+from lorascope.files.printable import first_of
 from lorascope.methods.base import Method, Step
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import unreadable_adapters
@@ -63,12 +63,8 @@ def reject_distributed_stop(observers: Sequence[Observer]) -> None:
 def warn_unreadable(model: nn.Module) -> None:
     """Warn that adapters whose update is not a matrix are not recorded."""
     if found := list(unreadable_adapters(model).items()):
-        module, kind = found[0]
-        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        warnings.warn(
-            f"cannot record the adapter of {printable(module)}, a {kind}{more}: the update is not a matrix",
-            stacklevel=3,
-        )
+        named = first_of([f"{module} ({kind})" for module, kind in found])
+        warnings.warn(f"cannot record adapters whose update is not a matrix: {named}", stacklevel=3)
 
 
 def run_manifest(

@@ -29,10 +29,7 @@ def rate_zero(case: TrainingEvidence) -> Found:
 @Rule(id="LS020", live_from=2)
 def rate_large(case: TrainingEvidence) -> Found:
     """Find trainings that replace the pretrained weights."""
-    rows = case.adapted or [each for each in case.modules if each.role != "head"]
-    known = [each for each in rows if math.isfinite(each.moved) and math.isfinite(each.weight_norm)]
-    moved = math.hypot(*(each.moved for each in known))
-    norm = math.hypot(*(each.weight_norm for each in known))
+    known, moved, norm = case.total_change
     if known and moved > LARGE * norm:
         (most,) = largest(known, "relative_update")
         rate = case.learning_rate
@@ -73,7 +70,7 @@ def loss_flat(case: TrainingEvidence) -> Found:
 
 @Rule(id="LS024", live_from=2)
 def dominated(case: TrainingEvidence) -> Found:
-    """Find adapters of which a single module has almost the whole update."""
+    """Find adapters in which one module has almost the whole update."""
     known = [each for each in case.adapted if math.isfinite(each.moved)]
     total = math.fsum(each.moved**2 for each in known)
     if len(known) >= SEVERAL and not case.masks_components and total > 0:

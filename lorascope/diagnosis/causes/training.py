@@ -24,10 +24,7 @@ def rate_small(case: Case) -> Found:
     """Find training runs that changed the weights, but hardly."""
     if "search" in (case.meta.phase or ()):  # AutoLoRA discards the factors of its search, and keeps the ranks
         return
-    rows = case.adapted or [each for each in case.modules if each.role != "head"]
-    known = [each for each in rows if not math.isnan(each.moved) and not math.isnan(each.weight_norm)]
-    moved = math.hypot(*(each.moved for each in known))
-    norm = math.hypot(*(each.weight_norm for each in known))
+    _, moved, norm = case.total_change
     share = moved / norm if norm else np.nan
     if 0 < share < STILL:
         rate = case.meta.settings.get("lr")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.files.printable import printable
+from lorascope.files.printable import first_of, printable
 from lorascope.files.typed_tensors import TypedTensor
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.export.rank_budget import select_from, truncate
@@ -116,11 +116,9 @@ class WritableLora:
         """Raise a ValueError if the adapter has more than layers of LoRA."""
         further = [each for each in whole_weights(self.adapter.files) if not self._is_needless(each)]
         if further:
-            name, more = printable(further[0].tensor.name.removeprefix(PREFIX)), len(further) - 1
+            names = first_of([each.tensor.name.removeprefix(PREFIX) for each in further])
             how = "; pass --base DIR to compare it with the base" if further[0].kind == "copy" else ""
-            raise self.error(
-                format, f"only PEFT folders have further weights, such as {name}{f' and {more} more' * (more > 0)}{how}"
-            )
+            raise self.error(format, f"only PEFT folders have further weights, such as {names}{how}")
         setting = next((name for name in ONLY_PEFT if self.config.get(name)), None)
         if setting is not None:
             raise self.error(format, f"only PEFT has {setting}")

@@ -155,7 +155,7 @@ def trained(folder: Path, **meta: Any) -> Path:
         mixed = {"A": A, "B": np.stack([B, B]), "gates": np.array([0.5, 0.5])}
         arrays = [Factors("h.0.q", {"A": A, "B": B}, 2.0), Factors("h.1.q", mixed, 1.0, exact=False)]
         seen = Snapshot("h.2.q/seen", draw(2, 3), ("head", "text"), {"head": ["one", "two"]})
-        writer.add(step, [*rows, Record("importance", np.ones(2), "h.0.q"), *arrays, seen])
+        writer.collect(step, [*rows, Record("importance", np.ones(2), "h.0.q"), *arrays, seen])
     writer.finish("done")
     return folder
 

@@ -67,13 +67,13 @@ def plant(
     writer = RunWriter(folder / id, manifest(**content | {"method": meta.get("method", content["recipe"])}))
     for (quantity, module), steps in values.items():
         for step, value in steps.items():
-            writer.add(step, [Record(quantity, value, module)])
+            writer.collect(step, [Record(quantity, value, module)])
     if factors is not None:
-        writer.add(last, _factors(factors, exact))
+        writer.collect(last, _factors(factors, exact))
     if starts is not None:
-        writer.add(0, _factors(starts, exact))
+        writer.collect(0, _factors(starts, exact))
     for module, sigma in (sigmas or {}).items():
-        writer.add(last, [Snapshot(f"{module}/singular_values", np.array(sigma), ("component",))])
+        writer.collect(last, [Snapshot(f"{module}/singular_values", np.array(sigma), ("component",))])
     writer.finish("done")
     return Run.read(folder / id)
 
@@ -124,15 +124,15 @@ def plant_fourier(
     is_fourier = recipe.get("basis", "fourier") == "fourier"
     for module, steps in found.items():
         for quantity in ("update_norm", "learned_norm"):
-            writer.add(9, [Record(quantity, float(np.linalg.norm(steps[9])), module)])
+            writer.collect(9, [Record(quantity, float(np.linalg.norm(steps[9])), module)])
         for step, coefficients in steps.items():
             arrays = {"coefficients": np.array(coefficients), "entries": np.array(entries)}
             arrays |= {"shape": np.array(SHAPE)} if is_fourier else {}
-            writer.add(step, [Factors(module, arrays, 12.0 if is_fourier else None)])
+            writer.collect(step, [Factors(module, arrays, 12.0 if is_fourier else None)])
         if not is_fourier:  # the norms observer saves spectra of such updates
-            writer.add(9, [Snapshot(f"{module}/singular_values", np.ones(min(SHAPE)), ("component",))])
+            writer.collect(9, [Snapshot(f"{module}/singular_values", np.ones(min(SHAPE)), ("component",))])
     if metric is not None:
-        writer.add(9, [Record("test_metric", metric)])
+        writer.collect(9, [Record("test_metric", metric)])
     writer.finish("done")
     return Run.read(folder / id)
 

@@ -159,17 +159,6 @@ def test_since_start_without_step_0_raises() -> None:
         norms.since_start(norms.pool(norms.select(rows, "adapter_norm")))
 
 
-def test_ratio_to_block_median_is_per_step_and_over_blocks_only() -> None:
-    places = [("words", "", None, "embed"), *((f"b.{n}.q", "", n, "q") for n in range(3))]
-    modules = pd.DataFrame(places, columns=["module", "stack", "layer", "role"]).astype({"layer": "Int16"})
-    norm = {1: (8.0, 1.0, 2.0, 30.0), 2: (5.0, 5.0, 5.0, 5.0)}
-    rows = [(t, module, "update_norm", v) for t in norm for module, v in zip(modules["module"], norm[t], strict=True)]
-    found = norms.ratio_to_block_median(norms.pool(norms.select(table(rows, modules=modules), "update_norm")))
-    ratio = cells(found, "step", "place")
-    assert {place: ratio[1, place] for place in ("embed", "0", "1", "2")} == {"embed": 4, "0": 0.5, "1": 1, "2": 15}
-    assert {ratio[2, place] for place in ("embed", "0", "1", "2")} == {1.0}
-
-
 def test_frames_are_evenly_spaced_over_common_steps() -> None:
     def steps(run: str, recorded: range) -> pd.DataFrame:
         return table([(step, "words", "update_norm", 1.0) for step in recorded], run)

@@ -11,13 +11,13 @@ import scipy.stats
 
 from lorascope.analysis.seed_intervals import Estimate, t_estimate
 from lorascope.evidence.claims import Claim, format_effect, side
-from lorascope.evidence.looks import ERROR, STOPPED, Design, judge
+from lorascope.evidence.looks import ERROR, STOPPED, Looks, judge
 
 TEXT: Any = {"id": "a.b", "sentence": "s", "statistic": "x", "control": "y"}
 S = Claim(**TEXT, kind="superiority", margin=1.0)
 N = Claim(**TEXT, kind="non-inferiority", tolerance=1.0)
 E = Claim(**TEXT, kind="equivalence", tolerance=1.0)
-L3, L2, F5 = Design((5, 10, 20), (0.005, 0.0075, 0.015)), Design((5, 10), (0.005, 0.0215)), Design((5,), (0.025,))
+L3, L2, F5 = Looks((5, 10, 20), (0.005, 0.0075, 0.015)), Looks((5, 10), (0.005, 0.0215)), Looks((5,), (0.025,))
 
 
 def spread(low: float, high: float, level: float = ERROR) -> Estimate:
@@ -153,22 +153,22 @@ def test_seeds_beyond_the_look_are_not_read() -> None:
     assert asked == [5]
 
 
-@pytest.mark.parametrize(("design", "error"), [(L3, 0.0242), (L2, 0.0248), (F5, 0.025)])
-def test_error_of_all_looks_together(design: Design, error: float) -> None:
+@pytest.mark.parametrize(("looks", "error"), [(L3, 0.0242), (L2, 0.0248), (F5, 0.025)])
+def test_error_of_all_looks_together(looks: Looks, error: float) -> None:
     # At the margin's edge "supported" is an error. The share of 200,000 has a standard error of 0.00035.
-    values = np.random.default_rng(1).normal(1.0, 1.0, (200_000, max(design.seeds)))
+    values = np.random.default_rng(1).normal(1.0, 1.0, (200_000, max(looks.seeds)))
     supported, open_ = np.zeros(len(values), bool), np.ones(len(values), bool)
-    for n, level in zip(design.seeds, design.levels, strict=True):
+    for n, level in zip(looks.seeds, looks.levels, strict=True):
         part = values[:, :n]
         t = (part.mean(1) - 1) / (part.std(1, ddof=1) / np.sqrt(n))
         limit = scipy.stats.t.ppf(1 - level, n - 1)
         supported |= open_ & (t > limit)
         open_ &= np.abs(t) <= limit
     assert supported.mean() == pytest.approx(error, abs=4 * 0.00035)
-    verdicts = [judge(S, design, looks_at(row), len(row)).outcome == "supported" for row in values[:300]]
+    verdicts = [judge(S, looks, looks_at(row), len(row)).outcome == "supported" for row in values[:300]]
     assert verdicts == supported[:300].tolist()
 
 
-def test_design_refuses_other_looks() -> None:
+def test_looks_of_other_levels_are_refused() -> None:
     with pytest.raises(ValueError, match=r"looks must be .*, got \[5, 7\] at \[0.025, 0.025\]"):
-        Design((5, 7), (0.025, 0.025))
+        Looks((5, 7), (0.025, 0.025))

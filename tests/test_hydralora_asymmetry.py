@@ -166,8 +166,8 @@ def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: i
                     | {"states": {"last": {"step": 9, "ranks": dict.fromkeys(names, 2)}}}
                 ),
             )
-            run.add(0, [Factors(name, {"B": np.zeros((10, 2)), "A": A[name]}, 1.0) for name in names])
-            run.add(9, [Factors(name, {"B": B[name], "A": moved[name]}, 1.0) for name in names])
+            run.collect(0, [Factors(name, {"B": np.zeros((10, 2)), "A": A[name]}, 1.0) for name in names])
+            run.collect(9, [Factors(name, {"B": B[name], "A": moved[name]}, 1.0) for name in names])
             run.finish("done")
             found.setdefault(arm.label, []).append(Run.read(run.path))
     return found

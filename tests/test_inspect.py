@@ -246,8 +246,8 @@ def test_dense_run_shows_its_recorded_norms(tmp_path: Path) -> None:
         "test": {"name": "accuracy", "metric": 0.75, "loss": 0.5},
     }
     writer = RunWriter(tmp_path / "full", manifest(**meta | changes))
-    writer.add(9, [Record("update_norm", 5.0, "h.0.q"), Record("effective_rank", 1.9, "h.0.q")])
-    writer.add(9, [Snapshot("h.0.q/singular_values", np.array([4.0, 3.0, 0.0]), ("component",))])
+    writer.collect(9, [Record("update_norm", 5.0, "h.0.q"), Record("effective_rank", 1.9, "h.0.q")])
+    writer.collect(9, [Snapshot("h.0.q/singular_values", np.array([4.0, 3.0, 0.0]), ("component",))])
     writer.finish("done")
     item = inspect(load(tmp_path / "full"))
     row = item.modules.iloc[0]

@@ -418,7 +418,9 @@ META = {
 
 def write_run(path: Path, status: str = "done", **meta: Any) -> Path:
     writer = RunWriter(path, manifest(**META | meta))
-    writer.add(9, [Record("update_norm", 2.0, "h.0.q"), Factors("h.0.q", {"A": np.eye(2, 3), "B": np.eye(3, 2)}, 1.0)])
+    writer.collect(
+        9, [Record("update_norm", 2.0, "h.0.q"), Factors("h.0.q", {"A": np.eye(2, 3), "B": np.eye(3, 2)}, 1.0)]
+    )
     writer.finish(status)
     return path
 

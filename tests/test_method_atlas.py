@@ -135,7 +135,7 @@ def test_atlas_names_the_gates_of_input_dependent_updates(tmp_path: Path, write:
     states = {"last": {"step": 9, "ranks": {"h.0.q": 1}}}
     named = {"id": "h", "label": "Hydra", "seed": 0, "modules": MODULES, "states": states}
     writer = RunWriter(tmp_path / "h", manifest(**common | named))
-    writer.add(9, [Record("learned_norm", 1.0, "h.0.q"), Factors("h.0.q", {"B": B, "A": A}, 1.0, exact=False)])
+    writer.collect(9, [Record("learned_norm", 1.0, "h.0.q"), Factors("h.0.q", {"B": B, "A": A}, 1.0, exact=False)])
     writer.finish("done")
     plain = write("a", label="LoRA", factors={"h.0.q": (B, A)})
     assert "Updates of Hydra at mean gates." in panels(plots.atlas([Run.read(tmp_path / "h"), plain]))[0].caption

@@ -138,7 +138,7 @@ def test_probing_run_of_an_earlier_version_loads_but_raises_as_reference(bert, t
     with monkeypatch.context() as known:
         known.setitem(records.QUANTITIES, "probe_similarity", Quantity("likeness to probes", index="neuron"))
         writer = RunWriter(tmp_path / "old", manifest(**meta))
-        writer.add(4, [Record("probe_similarity", np.arange(3.0), probed.table["module"].iloc[-1])])
+        writer.collect(4, [Record("probe_similarity", np.arange(3.0), probed.table["module"].iloc[-1])])
         writer.finish("done")
     old = ls.load(tmp_path / "old")
     assert old.table["value"].tolist() == [0, 1, 2]

@@ -40,12 +40,12 @@ def planted(
     named = {"id": id, "label": label, "seed": seed, "modules": places}
     writer = RunWriter(folder / id, manifest(**common | named | {"states": {"last": {"step": 9, "ranks": {}}}}))
     for module, numbers in chosen.items():
-        writer.add(0, [Record("selected", np.ones(len(numbers)), module, np.array(numbers))])
+        writer.collect(0, [Record("selected", np.ones(len(numbers)), module, np.array(numbers))])
     for number, row in enumerate(places):
-        writer.add(0, [Record("selection_cosine", DISTANCES * 10.0**number, row["module"])])
-        writer.add(9, [Record("neuron_cosine", DISTANCES, row["module"])])
+        writer.collect(0, [Record("selection_cosine", DISTANCES * 10.0**number, row["module"])])
+        writer.collect(9, [Record("neuron_cosine", DISTANCES, row["module"])])
         for step, values in (used or {}).items():
-            writer.add(step, [Record("utilisation", np.array(values, float), row["module"])])
+            writer.collect(step, [Record("utilisation", np.array(values, float), row["module"])])
     writer.finish("done")
     return Run.read(folder / id)
 

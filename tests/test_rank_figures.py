@@ -205,7 +205,9 @@ def test_importance_counts_components_without_a_final_score_as_dropped(write: An
     writer = RunWriter(run.path.parent / "b", replace(run.meta, id="b"))
     module = MODULES[0]["module"]
     for step, ids, scores, rank in ((4, [0, 1, 5], [1.0, 2.0, 3.0], 2), (9, [1, 5], [5.0, 4.0], 4)):
-        writer.add(step, [Record("importance", np.array(scores), module, np.array(ids)), Record("rank", rank, module)])
+        writer.collect(
+            step, [Record("importance", np.array(scores), module, np.array(ids)), Record("rank", rank, module)]
+        )
     writer.finish("done")
     chart = plots.importance(Run.read(run.path.parent / "b"), module=module)
     assert lookup(chart, "component", value="fate") == {0: "dropped", 1: "retained", 5: "retained"}

@@ -42,7 +42,7 @@ def routed(folder: Path, id: str, shift: float = 0.0, seed: int = 0, label: str 
             items = [Record("gate", by_domain.mean(0), module), Record("gate_entropy", entropy, module)]
             items += [Record("gate_information", information, module), Record("gate_chance", 0.01, module)]
             snapshot = Snapshot(f"{module}/gate_by_domain", by_domain, ("domain", "head"), {"domain": DOMAINS})
-            writer.add(step, [*items, snapshot])
+            writer.collect(step, [*items, snapshot])
     writer.finish("done")
     return Run.read(folder / id)
 

@@ -280,8 +280,8 @@ def write_scores(folder, seed, scores, rows=9, **more):
     for name, own, *_ in places.values():
         other = "sensitivity_in" if own == "sensitivity_out" else "sensitivity_out"
         values = dict(zip(("neuron_cosine", "neuron_update", own), scores[name], strict=True)) | {other: np.ones(4)}
-        writer.add(9, [Record(quantity, value, name) for quantity, value in values.items()])
-        writer.add(4, [Record("neuron_cosine", np.arange(rows), name)])  # an earlier recording
+        writer.collect(9, [Record(quantity, value, name) for quantity, value in values.items()])
+        writer.collect(4, [Record("neuron_cosine", np.arange(rows), name)])  # an earlier recording
     writer.finish("done")
     return load(folder / "run")
 

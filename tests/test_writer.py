@@ -80,11 +80,13 @@ def test_write_json_preserves_a_name_that_is_not_utf8(tmp_path: Path) -> None:
 def test_run_writer_writes_failed_arrays_with_the_next_ones(failing, tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run", manifest(**META))
     factors = [Factors("h.0.q", {"A": np.eye(2, 3) * step, "B": np.eye(3, 2)}, 1.0) for step in range(3)]
-    writer.add(0, [Record("update_norm", 1.0, "h.0.q"), factors[0]])
+    writer.collect(0, [Record("update_norm", 1.0, "h.0.q"), factors[0]])
+    writer.write_arrays()
     failing(1, errno.ENOSPC)
+    writer.collect(1, [Record("update_norm", 2.0, "h.0.q"), factors[1]])
     with pytest.raises(OSError, match="No space left"):
-        writer.add(1, [Record("update_norm", 2.0, "h.0.q"), factors[1]])
-    writer.add(2, [factors[2]])
+        writer.write_arrays()
+    writer.collect(2, [factors[2]])
     run = writer.finish("done")
     assert run.table["value"].tolist() == [1.0, 2.0]
     for step in range(3):

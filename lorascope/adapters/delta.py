@@ -314,6 +314,9 @@ def resize(
 def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Update]]:
     """Yield the update of every module: from a Delta, a PEFT layer, or training of the weight itself.
 
+    PEFT adapters whose update is not a matrix, such as those of norms and of experts in one tensor, are skipped, as
+    ``TrainerRecorder`` does.
+
     Parameters
     ----------
     model : Module
@@ -321,9 +324,6 @@ def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> I
     reference : mapping parameter name -> Tensor, optional
         Base weights W_0 of weights that may have been trained; weights without an entry count as unchanged. A weight
         with several names is one update, under its first name.
-
-    PEFT adapters whose update is not a matrix, such as those of norms and of experts in one tensor, are skipped, as
-    ``TrainerRecorder`` does.
 
     Yields
     ------

@@ -157,13 +157,6 @@ def since_start(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(value=both["value"].to_numpy() - both["value_start"].to_numpy())
 
 
-def ratio_to_block_median(layers: pd.DataFrame) -> pd.DataFrame:
-    """Divide the value of every layer from ``pool`` by the median over the blocks of its run, step and quantity."""
-    same = [layers[column] for column in _KEY if column in layers.columns]
-    blocks = layers["value"].where(layers["layer"].notna())
-    return layers.assign(value=layers["value"] / blocks.groupby(same, observed=True, dropna=False).transform("median"))
-
-
 def frames(cells: pd.DataFrame, most: int) -> pd.DataFrame:
     """Return the rows at up to ``most`` evenly spaced steps that all runs recorded, including the first and last.
 

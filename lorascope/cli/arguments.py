@@ -10,7 +10,7 @@ import re
 import shutil
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -48,7 +48,7 @@ def call(
 
     The parameters of the function are the options; positional-only ones have no flag. ``name`` is the command in the
     help and in errors, such as ``"lorascope inspect"``. The function receives ``extra`` options by ``**``, and a
-    ``description`` replaces its docstring in the help. A ValueError for an invalid argument has one line.
+    ``description`` replaces its docstring in the help. Raise a ValueError of one line for an invalid argument.
     """
     for number, word in enumerate(argv):
         if not word or re.fullmatch(r"--[^=]+=", word):
@@ -107,6 +107,13 @@ def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list
         annotation = Annotated[kind, arg(help=help, help_behavior_hint=hint)]
         found.append(parameter.replace(annotation=annotation, default=default))
     return found
+
+
+def reject(invalid: Mapping[str, bool]) -> None:
+    """Raise a ValueError with the first message that is true of the arguments."""
+    for message, found in invalid.items():
+        if found:
+            raise ValueError(message)
 
 
 def headline(function: Callable[..., Any]) -> str:

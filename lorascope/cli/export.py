@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import File, Folder, Name, command
+from lorascope.cli.arguments import File, Folder, Name, command, reject
 from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.runs import export
@@ -100,28 +100,31 @@ def main(
     paths = {"peft": peft, "kohya": kohya, "diffusers": diffusers, "mlx": mlx}
     written = [(format, path) for format, path in paths.items() if path is not None]
     forms = [rank_pattern, table is not None].count(True) + len(written)
-    invalid = {
-        "RUN is required: lorascope export runs/lora --rank-pattern": not runs,
-        "several adapters require --peft DIR or another format, which writes their sum": len(runs) > 1 and not written,
-        "--weights requires several adapters": bool(weights) and len(runs) < 2,
-        "exactly one of --rank-pattern, --peft DIR, --kohya FILE, --diffusers PATH, --mlx DIR and --table FILE is "
-        f"required, got {forms}": forms != 1,
-        "--component requires --kohya or --diffusers": component is not None and kohya is None and diffusers is None,
-        "--summary requires --table": summary and table is None,
-        "--state requires --summary with --table: the table of all records has every step": table is not None
-        and state != "last"
-        and not summary,
-        "--budget requires --rank-pattern or --peft, --kohya, --diffusers or --mlx": budget is not None
-        and not (rank_pattern or written),
-        "--model and --task require each other: the loss is measured with both": (model is None) != (task is None),
-        "--by ablation requires --model NAME and --task NAME": by == "ablation" and model is None,
-        "--model requires --budget": model is not None and budget is None,
-        "--by, --model and --task require one adapter or run": len(runs) > 1 and model is not None,
-        "--state requires one run, with --rank-pattern, --peft or --summary": state != "last"
-        and (len(runs) > 1 or bool(written and peft is None)),
-    }
-    for message in (message for message, found in invalid.items() if found):
-        raise ValueError(message)
+    reject(
+        {
+            "RUN is required: lorascope export runs/lora --rank-pattern": not runs,
+            "several adapters require --peft DIR or another format, which writes their sum": len(runs) > 1
+            and not written,
+            "--weights requires several adapters": bool(weights) and len(runs) < 2,
+            "exactly one of --rank-pattern, --peft DIR, --kohya FILE, --diffusers PATH, --mlx DIR and --table FILE is "
+            f"required, got {forms}": forms != 1,
+            "--component requires --kohya or --diffusers": component is not None
+            and kohya is None
+            and diffusers is None,
+            "--summary requires --table": summary and table is None,
+            "--state requires --summary with --table: the table of all records has every step": table is not None
+            and state != "last"
+            and not summary,
+            "--budget requires --rank-pattern or --peft, --kohya, --diffusers or --mlx": budget is not None
+            and not (rank_pattern or written),
+            "--model and --task require each other: the loss is measured with both": (model is None) != (task is None),
+            "--by ablation requires --model NAME and --task NAME": by == "ablation" and model is None,
+            "--model requires --budget": model is not None and budget is None,
+            "--by, --model and --task require one adapter or run": len(runs) > 1 and model is not None,
+            "--state requires one run, with --rank-pattern, --peft or --summary": state != "last"
+            and (len(runs) > 1 or bool(written and peft is None)),
+        }
+    )
     opened, *others = open_runs(runs, base)
     if others:
         return _write_sum([opened, *others], *written[0], component, weights or None, budget, json)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import Folder, Paths, command
+from lorascope.cli.arguments import Folder, Paths, command, reject
 from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import count_phrase, printable
 from lorascope.pages import report_card
@@ -50,15 +50,15 @@ def main(
     json
         Print JSON.
     """
-    invalid = {
-        "PATH is required: lorascope report my-adapter -o card.html": not paths,
-        "--verify takes report cards only, without --out, --base, --spectra or --markdown": verify
-        and (out is not None or base is not None or spectra or markdown),
-        "--markdown prints: give either it or --out FILE.md": markdown and out is not None,
-        "--markdown and --json cannot be combined": markdown and json,
-    }
-    for message in (message for message, found in invalid.items() if found):
-        raise ValueError(message)
+    reject(
+        {
+            "PATH is required: lorascope report my-adapter -o card.html": not paths,
+            "--verify takes report cards only, without --out, --base, --spectra or --markdown": verify
+            and (out is not None or base is not None or spectra or markdown),
+            "--markdown prints: give either it or --out FILE.md": markdown and out is not None,
+            "--markdown and --json cannot be combined": markdown and json,
+        }
+    )
     if verify:
         return _verify(paths, json)
     runs = open_runs(paths, base)

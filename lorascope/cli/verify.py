@@ -94,9 +94,7 @@ def _find_differences(
     claims: Registration, found: Evidence, folder: Path, root: Path | None, write: bool, retrain: int
 ) -> Iterator[str]:
     registered, has_runs = registration.FILE, (folder / "runs.csv").exists()
-    derived = verification.derive(found, claims, PAIRS)
-    measured = numbers.measured_numbers(blocks.Tables(claims, registered.parent, found, derived))
-    derived = derived.with_file(numbers.FILE, measured)
+    derived = numbers.derive_all(found, claims, PAIRS, registered.parent)
     if write and has_runs:
         verification.rewrite_derived(folder, derived, registered)
     if root:
@@ -110,6 +108,7 @@ def _find_differences(
             for page in listed:
                 pages.write(page, texts)
         yield from pages.differences(listed, texts)
+        measured = store.text_table(derived.files[numbers.FILE])
         for page in listed:
             yield from numbers.repeated(page, measured)
     if has_runs:

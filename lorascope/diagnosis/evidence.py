@@ -112,7 +112,7 @@ class ModuleEvidence:
 class Case(ModuleEvidence):
     """Evidence about one adapter or run; more is known about an adapter that was loaded with its base.
 
-    Of a series of checkpoints it is the last one.
+    For a series of checkpoints, the last one is used.
 
     ``spectra`` also runs full SVDs (slow): singular values of FourierFT and of DoRA with its base, and intruder
     dimensions in weights of any size.

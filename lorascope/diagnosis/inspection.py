@@ -101,8 +101,11 @@ class Inspection(Report):
         for each in self.measured:
             cells.setdefault((each.stack, each.role), []).append(each)
         rows = []
-        # All layers count as the first one: only stack and role determine the order.
-        for (stack, role), cell in sorted(cells.items(), key=lambda item: _role_position(*item)):
+
+        def in_order(item: tuple[tuple[str, str], list[MeasuredModule]]) -> tuple[int, ...]:
+            return role_position(*item[0], [each.layer for each in item[1]])
+
+        for (stack, role), cell in sorted(cells.items(), key=in_order):
             ranks = [each.rank for each in cell if each.rank is not None]
             energies = _known(each.energy for each in cell)
             rows.append(
@@ -111,11 +114,11 @@ class Inspection(Report):
                     "role": role,
                     "modules": len(cell),
                     "update_norm": pool_norms([each.update_norm for each in cell]),
-                    "relative_update": _mean(each.relative_update for each in cell),
+                    "relative_update": known_mean(each.relative_update for each in cell),
                     "energy": sum(energies) if energies else math.nan,
                     "least_rank": min(ranks, default=None),
                     "most_rank": max(ranks, default=None),
-                    "effective_rank": _mean(each.effective_rank for each in cell),
+                    "effective_rank": known_mean(each.effective_rank for each in cell),
                 }
             )
         return rows
@@ -140,16 +143,17 @@ def inspect(run: Result, spectra: bool = False) -> Inspection:
     return Inspection(run.path, facts, tuple(found), measured, run)
 
 
-def _role_position(place: tuple[str, str], cell: list[MeasuredModule]) -> tuple[int, ...]:
-    stack, role = place
-    return position(stack, None if all(each.layer is None for each in cell) else 0, role)
+def role_position(stack: str, role: str, layers: Iterable[int | None]) -> tuple[int, ...]:
+    """Return the position of a role on an axis; all of its layers count as the first one."""
+    return position(stack, None if all(layer is None for layer in layers) else 0, role)
 
 
 def _known(values: Iterable[float]) -> list[float]:
     return [value for value in values if not math.isnan(value)]
 
 
-def _mean(values: Iterable[float]) -> float:
+def known_mean(values: Iterable[float]) -> float:
+    """Return the mean of the values that are not NaN; NaN if all are NaN."""
     known = _known(values)
     return sum(known) / len(known) if known else math.nan
 

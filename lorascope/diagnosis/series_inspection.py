@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from lorascope.analysis.settling import THRESHOLD, Distances, distances
-from lorascope.diagnosis.inspection import Inspection, inspect, json_values, pool_norms
+from lorascope.diagnosis.inspection import Inspection, inspect, json_values, known_mean, pool_norms, role_position
 from lorascope.diagnosis.terminal import WIDTH, elide, norm, number, percent
 from lorascope.files.printable import printable
 from lorascope.runs.checkpoint_names import count_and_span
 from lorascope.runs.loading import is_series
 from lorascope.runs.series import Series
-from lorascope.schema.module_roles import position
 
 _LABEL = 15
 _Row = dict[str, Any]
@@ -81,15 +80,15 @@ class SeriesInspection:
         for row in self.modules():
             groups.setdefault((row["stack"], row["role"]), []).append(row)
 
-        def axis_order(key: tuple[str, str]) -> tuple[int, ...]:
-            return position(key[0], None if groups[key][0]["layer"] is None else 0, key[1])
+        def in_order(item: tuple[tuple[str, str], list[_Row]]) -> tuple[int, ...]:
+            return role_position(*item[0], [row["layer"] for row in item[1]])
 
         return [
-            {"stack": stack, "role": role, "modules": len(groups[stack, role])}
-            | {name: pool_norms(row[name] for row in groups[stack, role]) for name in ("first_norm", "update_norm")}
-            | {name: _mean(groups[stack, role], name) for name in ("first_effective_rank", "effective_rank")}
-            | self._movement([row["module"] for row in groups[stack, role]])
-            for stack, role in sorted(groups, key=axis_order)
+            {"stack": stack, "role": role, "modules": len(group)}
+            | {name: pool_norms(row[name] for row in group) for name in ("first_norm", "update_norm")}
+            | {name: known_mean(row[name] for row in group) for name in ("first_effective_rank", "effective_rank")}
+            | self._movement([row["module"] for row in group])
+            for (stack, role), group in sorted(groups.items(), key=in_order)
         ]
 
     def _movement(self, modules: Sequence[str]) -> _Row:
@@ -188,10 +187,3 @@ def _fact(label: str, text: str) -> list[str]:
     lines = textwrap.wrap(printable(text), WIDTH - _LABEL) or [""]
     labels = [elide(label, _LABEL - 1), *[""] * (len(lines) - 1)]
     return [f"{head:<{_LABEL}}{line}".rstrip() for head, line in zip(labels, lines, strict=True)]
-
-
-def _mean(rows: Iterable[_Row], name: str) -> float:
-    """Return the mean of the known values of a column; NaN if there is none."""
-    values = np.array([row[name] for row in rows])
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else np.nan

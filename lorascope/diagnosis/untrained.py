@@ -1,7 +1,7 @@
 """Norms of the updates that adapters have before training, as far as they follow from an adapter's files.
 
 Most kinds start at zero. FourierFT, C3A and WaveFT (with ``init_weights: false``) may start from independent random
-coefficients, of which |dW| is a weighted norm. Its root mean square before training is sqrt(n) sigma |dW| / |c|, with
+coefficients; |dW| is a weighted norm of them. Its root mean square before training is sqrt(n) sigma |dW| / |c|, with
 n coefficients c and the standard deviation sigma at the start. This is exact if all coefficients have the same weight,
 as in C3A; entries of FourierFT that are their own mirror image weigh more.
 

@@ -1,4 +1,4 @@
-"""Hash of the code that computes a claim: its row in the table of a probe, and every function that the row reaches."""
+"""Hash of the code that computes a claim: its row in ``CLAIMS``, and every function that the row reaches."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def code_hash(module: str, claim: str) -> str:
     Parameters
     ----------
     module : str
-        Name of the module whose ``PROBE`` has the claim.
+        Name of the module of ``evidence.statistics`` whose ``CLAIMS`` has the claim.
     claim : str
         Id of the claim.
 
@@ -103,7 +103,7 @@ def _follow(node: ast.AST, module: str, reached: dict[str, str]) -> None:
 
 
 def _names(node: ast.AST) -> Iterator[str]:
-    """Return the dotted names in a node, the longest of each chain of attributes."""
+    """Yield the dotted names in a node, the longest of each chain of attributes."""
     attributes, inner = [], node
     while isinstance(inner, ast.Attribute):
         attributes.append(inner.attr)

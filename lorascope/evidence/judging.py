@@ -26,7 +26,7 @@ from lorascope.files.printable import count_phrase, printable
 Pair = tuple[Statistic, Statistic]
 """Statistic and control of a claim."""
 FALSE_DISCOVERIES = 0.05
-"""Bound on the share of false verdicts among those of the secondary claims (Benjamini and Hochberg)."""
+"""Bound on the false discovery rate of the secondary claims (Benjamini and Hochberg)."""
 VERDICT_COLUMNS = {
     "claim": TEXT, "tier": TEXT, "kind": TEXT, "bound": NUMBER, "unit": TEXT, "interval": TEXT, "outcome": TEXT,
     "n": COUNT, "note": TEXT, "look": NUMBER, "level": NUMBER, "effect": NUMBER, "low": NUMBER, "high": NUMBER,

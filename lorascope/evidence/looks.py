@@ -19,8 +19,8 @@ BUDGET = 2400
 
 
 @dataclass(frozen=True)
-class Design:
-    """Numbers of seeds at the looks of a claim, and their one-sided levels.
+class Looks:
+    """Looks at which a claim is judged: their numbers of seeds, and their one-sided levels.
 
     Parameters
     ----------
@@ -84,14 +84,14 @@ class Verdict:
     note: str
 
 
-def judge(claim: Claim, design: Design, estimate: Callable[[int], Estimate], available: int) -> Verdict:
+def judge(claim: Claim, looks: Looks, estimate: Callable[[int], Estimate], available: int) -> Verdict:
     """Judge a claim at its looks, in order, until one decides it or the seeds do not suffice for the next.
 
     Parameters
     ----------
     claim : Claim
         Claim to judge.
-    design : Design
+    looks : Looks
         Its looks.
     estimate : callable
         ``estimate(n)`` returns the estimate of the effect from the first n seeds.
@@ -104,11 +104,11 @@ def judge(claim: Claim, design: Design, estimate: Callable[[int], Estimate], ava
     Verdict
         Verdict of the deciding look, or of the last one that the seeds allow.
     """
-    reached = [n for n in design.seeds if n <= available]
-    for look, (n, level) in enumerate(zip(reached, design.levels, strict=False), start=1):
+    reached = [n for n in looks.seeds if n <= available]
+    for look, (n, level) in enumerate(zip(reached, looks.levels, strict=False), start=1):
         effect = estimate(n)
         outcome = claim.outcome(effect, level)
-        if outcome != "inconclusive" or look == len(design.seeds):
+        if outcome != "inconclusive" or look == len(looks.seeds):
             return _verdict(claim, outcome, look, level, effect, "")
     return _verdict(claim, "inconclusive", look, level, effect, STOPPED)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,6 +11,10 @@ import pandas as pd
 
 from lorascope.evidence import pages, published
 from lorascope.evidence.blocks import SCORES, Tables, format_p
+from lorascope.evidence.judging import Pair
+from lorascope.evidence.registration import Registration
+from lorascope.evidence.store import Evidence
+from lorascope.evidence.verification import Derived, derive
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import read_text
 
@@ -38,6 +42,15 @@ def measured_numbers(tables: Tables) -> pd.DataFrame:
     """
     rows = [(key, text.replace(",", ""), significant_digits(text), source) for key, text, source in _printed(tables)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def derive_all(evidence: Evidence, claims: Registration, pairs: Mapping[str, Pair], data: Path) -> Derived:
+    """Compute everything that follows from the runs: what `verification.derive` does, and the measured numbers.
+
+    ``data`` is the folder of the registration.
+    """
+    derived = derive(evidence, claims, pairs)
+    return derived.with_file(FILE, measured_numbers(Tables(claims, data, evidence, derived)))
 
 
 def significant_digits(text: str) -> int:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from lorascope.evidence import looks
 from lorascope.evidence.claims import Claim, Kind
+from lorascope.evidence.looks import Looks
 from lorascope.files.printable import printable
 
 RATE_RULE = (
@@ -70,9 +70,9 @@ class Design:
     first_seed: int = 100
 
     @property
-    def looks(self) -> looks.Design:
+    def looks(self) -> Looks:
         """Looks at which the claim is judged."""
-        return looks.Design(self.seeds, self.levels)
+        return Looks(self.seeds, self.levels)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from lorascope.evidence.figures import KeptFigure
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.safetensors_io import is_plain, write_bytes
-from lorascope.files.typed_json import MAX_BYTES, require_regular, unreadable
+from lorascope.files.typed_json import MAX_BYTES, require_small, unreadable
 
 SCHEMA = 1
 
@@ -253,17 +253,11 @@ def read_csv(file: Path, columns: Mapping[str, Kind]) -> pd.DataFrame:
     ValueError
         The last row is incomplete, the columns are others, or a value is not of the kind of its column.
     """
-    _require_small(file)
+    require_small(file, MAX_BYTES)
     try:
         return _parse_csv(file.read_bytes(), columns)
     except ValueError as error:
         raise unreadable(file, printable(error)) from error
-
-
-def _require_small(file: Path) -> None:
-    """Raise a ValueError unless a file is regular and fits into a folder of evidence."""
-    if (size := require_regular(file)) > MAX_BYTES:
-        raise unreadable(file, f"file size must be <= {MAX_BYTES} bytes, got {size}")
 
 
 def _parse_csv(content: bytes, columns: Mapping[str, Kind]) -> pd.DataFrame:
@@ -319,7 +313,7 @@ def _read_rows(file: Path) -> pd.DataFrame:
 
 
 def _read_scores(file: Path) -> dict[str, np.ndarray]:
-    _require_small(file)
+    require_small(file, MAX_BYTES)
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             if (size := sum(member.file_size for member in arrays.zip.infolist())) > MAX_BYTES:
@@ -400,7 +394,7 @@ def to_csv(table: pd.DataFrame) -> bytes:
 
 def digest(file: Path) -> str:
     """Return the SHA-256 of a file; raise a ValueError if it is too large for evidence."""
-    _require_small(file)
+    require_small(file, MAX_BYTES)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

@@ -63,7 +63,7 @@ def _measure_memory(job: IsolatedRun) -> Path:
             with allocator.window() if index == step.total - 1 else nullcontext():
                 loss, norm, rate = advance(session, index)
             session.record(loss, norm, rate)
-        session.writer.add(step.finished, [Record("peak_bytes", allocator.peak())])
+        session.add([Record("peak_bytes", allocator.peak())])
 
     return job.run("memory", take, (memory(every=1),))
 

@@ -63,7 +63,7 @@ def _measure_seconds(job: IsolatedRun) -> Path:
             loss, norm, rate = advance(session, index)
             rest = clock(session.device) - start - session.both
             parts = {"forward": session.forward, "backward": session.both - session.forward, "rest": rest}
-            session.writer.add(index + 1, [Record(f"{name}_seconds", seconds) for name, seconds in parts.items()])
+            session.add([Record(f"{name}_seconds", seconds) for name, seconds in parts.items()])
             session.record(loss, norm, rate)
 
     return job.run("pace", take, session=_TimedSession)

@@ -12,7 +12,7 @@ from typing import Any
 
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
-from lorascope.files.typed_json import require_regular, unreadable
+from lorascope.files.typed_json import require_small
 
 MAX_FILE = 2**30
 MAX_ROWS = 2**25
@@ -49,8 +49,7 @@ def read_table(file: Path | Any, name: object, max_rows: int = MAX_ROWS) -> pd.D
 
 def require_table_file(file: Path) -> None:
     """Raise a ValueError unless a file is regular and small enough for a table of any format."""
-    if (size := require_regular(file)) > MAX_FILE:
-        raise unreadable(file, f"file size must be <= {MAX_FILE} bytes, got {size}")
+    require_small(file, MAX_FILE)
 
 
 def require_declared_size(file: Any, max_rows: int = MAX_ROWS) -> Any:

@@ -49,6 +49,12 @@ def require_regular(path: Path) -> int:
     return found.st_size
 
 
+def require_small(file: Path, most: int) -> None:
+    """Raise a ValueError unless a file is regular and has at most ``most`` bytes."""
+    if (size := require_regular(file)) > most:
+        raise unreadable(file, f"file size must be <= {most} bytes, got {size}")
+
+
 def read_text(path: Path) -> str:
     """Read a text file; a ValueError names one that is not UTF-8."""
     try:
@@ -86,7 +92,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def to_typed(content: Any, schema: Callable[..., T], name: object) -> T:
     """Convert parsed JSON to a dataclass or another type that `msgspec` supports, without coercion.
 
-    Unknown fields are ignored. A ValueError names the path of a value of the wrong type, and its source ``name``.
+    Unknown fields are ignored. Raise a ValueError for a value of the wrong type, with its path and its source ``name``.
     """
     try:
         return msgspec.convert(content, schema)

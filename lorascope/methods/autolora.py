@@ -256,7 +256,7 @@ def hypergradient(
 ) -> Hypergradient:
     """Compute the gradient of the search loss after the look-ahead with respect to the logits, changing no argument.
 
-    ``rates`` is eta of each weight, and ``form`` one of ``HYPERGRADIENTS``. A ValueError says if the attention of the
+    ``rates`` is eta of each weight, and ``form`` one of ``HYPERGRADIENTS``. Raise a ValueError if the attention of the
     model does not support the second derivatives of "exact".
     """
     # Leaves share the memory of the given tensors and start a new graph.

@@ -15,7 +15,7 @@ from pyarrow import ArrowException
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
-from lorascope.files.typed_json import parse_json, require_regular, require_size, to_typed, unreadable
+from lorascope.files.typed_json import parse_json, require_size, require_small, to_typed, unreadable
 from lorascope.pages.card import Card, collect, installed_versions
 from lorascope.pages.page import GENERATORS, Section, render
 from lorascope.pages.table_cells import format_value, frame_cells
@@ -246,8 +246,7 @@ def verify(path: str | Path) -> list[str]:
 
 
 def _text(path: str | Path) -> str:
-    if (size := require_regular(Path(path))) > MAX_PAGE:
-        raise unreadable(path, f"file size must be <= {MAX_PAGE} bytes, got {size}")
+    require_small(Path(path), MAX_PAGE)
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
 

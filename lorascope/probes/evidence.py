@@ -24,7 +24,7 @@ import torch
 from joblib import Parallel, delayed
 
 from lorascope import __version__
-from lorascope.evidence import blocks, figures, numbers, registration, store, verification
+from lorascope.evidence import figures, numbers, registration, store, verification
 from lorascope.evidence.looks import BUDGET
 from lorascope.evidence.open_runs import OpenRun, open_runs
 from lorascope.evidence.registration import Registration, arm_hash
@@ -121,9 +121,7 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
         train_runs((run for run in needed if time.monotonic() < end), claims, reads, folder, out)
     if (folder / "runs.csv").exists():
         evidence = store.read(folder)
-        derived = verification.derive(evidence, claims, PAIRS)
-        measured = numbers.measured_numbers(blocks.Tables(claims, registered.parent, evidence, derived))
-        derived = derived.with_file(numbers.FILE, measured)
+        derived = numbers.derive_all(evidence, claims, PAIRS, registered.parent)
         verification.write_derived(folder, derived, registered)
         images = registered.parents[1] / figures.FOLDER
         drawing.draw_figures(folder, out, images, SECTIONS, str(_version()["commit"]))

@@ -48,13 +48,8 @@ class RunWriter:
         for file in (self._content_files() - known).union(left):
             file.unlink()
 
-    def add(self, step: int, items: Iterable[Item]) -> None:
-        """Add the records after ``step`` finished steps, and write their arrays to disk immediately."""
-        self.collect(step, items)
-        self.write_arrays()
-
     def collect(self, step: int, items: Iterable[Item]) -> None:
-        """Add the records after ``step`` finished steps without writing them to disk."""
+        """Add the records after ``step`` finished steps; ``write_arrays`` or ``flush`` writes them."""
         rows: list[Record] = []
         for item in items:
             if isinstance(item, Record):

@@ -68,7 +68,7 @@ def old_fields(cls: type) -> dict[str, tuple[str, Former]]:
 def to_new_fields(cls: type, given: Mapping[str, Any], stacklevel: int | None = None) -> dict[str, Any]:
     """Return the given fields under their new names; warn about each old name if ``stacklevel`` is given.
 
-    A ValueError reports a field under both names, or an unknown old value.
+    Raise a ValueError for a field under both names, or an unknown old value.
     """
     renamed, found = old_fields(cls), {}
     for key, value in given.items():

@@ -9,11 +9,13 @@ import re
 import time
 import warnings
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import unreadable
+
+T = TypeVar("T")
 
 MAX_MATCHES = 10_000_000  # patterns times modules; this many take about half a minute
 MAX_SECONDS = 0.5  # total matching time of the patterns that can backtrack
@@ -84,6 +86,21 @@ class Patterns:
             reason = f"matching the pattern {printable(key[:100])!r} with the names of the modules takes too long"
             raise unreadable(self._name, reason)
         return found is not None
+
+
+def per_module(source: object, setting: str, default: T, pattern: Mapping[str, T] | None) -> Callable[[str], T]:
+    """Return the function from a module to its value of a setting: that of the first key that matches, or the default.
+
+    ``pattern`` is the setting ``setting`` of the configuration ``source``, such as ``rank_pattern``.
+    """
+    values = pattern or {}
+    keys = Patterns(values, f"{setting} of {source}")
+
+    def value(module: str) -> T:
+        key = keys.first(module)
+        return default if key is None else values[key]
+
+    return value
 
 
 class Ends:

@@ -45,7 +45,7 @@ def experts(case: Case) -> Found:
 
 @Rule(id="LS106")
 def incomplete_norms(case: Case) -> Found:
-    """Find adapters of which |dW| is not exactly the norm of the update."""
+    """Find adapters whose |dW| is only approximately the norm of their update."""
     if not case.files.config:
         unknown = f"no {CONFIG}, so alpha is unknown: |dW| is the norm of B A, without the factor alpha / r"
         yield caution(unknown)

@@ -1,7 +1,7 @@
 """Layers of a LoRA to write, with the dtypes that their factors are stored in.
 
 They belong to an adapter or a sum of adapters, whole or cut to a budget. Factors that are only copied keep every
-bit. What a format cannot hold is refused before anything is written.
+bit. If the format cannot represent the adapter, a ValueError is raised before anything is written.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def writers() -> Mapping[str, Writer]:
 def write_lora(lora: WritableLora, path: Path, format: str) -> Path:
     """Write layers in a format to a path that does not exist, and return it."""
     if format not in writers():
-        raise ValueError(f"format must be one of {', '.join(writers())}, got {format}")
+        raise ValueError(f"format must be one of {', '.join(map(repr, writers()))}, got {format!r}")
     writers()[format].write(lora, path)
     return path
 
@@ -69,7 +69,7 @@ def convert(
 ) -> Path:
     """Write an adapter in another format, with the same numbers.
 
-    Factors are copied bit by bit, and the scales are exact. What a format cannot hold is refused.
+    Factors are copied bit by bit, and the scales are exact.
 
     Parameters
     ----------

@@ -9,7 +9,6 @@ Source: diffusers 0.42.1 (``loaders``).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,28 +20,28 @@ from lorascope.files.typed_json import parse_json, to_typed, unreadable
 from lorascope.runs.formats.image_keys import METADATA, Parts, is_diffusers
 from lorascope.runs.formats.kohya import image_adapter
 from lorascope.runs.formats.lycoris import Scale
-from lorascope.runs.formats.peft_lora import LoraConfig
+from lorascope.runs.formats.peft_lora import RanksAndScales
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles
-from lorascope.schema.name_patterns import Patterns
 
 _UNKNOWN = "alpha was not kept: |dW| is the norm of B A, without the factor alpha / r"
 
 
 @reads(is_diffusers, "LoRA of diffusers, with alphas in the file's header")
 def read_diffusers(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened file."""
     settings = _settings(path, config)
     source = f"{METADATA} of {path}"
-    components = {name: _Component(name, to_typed(found, LoraConfig, source)) for name, found in settings.items()}
+    components = {name: RanksAndScales(source, found) for name, found in settings.items()}
 
     def scale(module: str, parts: Parts) -> Scale:
         component, _, inside = module.partition(".")
-        found = components.get(component)
-        return found.scale(inside) if found else components[""].scale(module) if "" in components else lambda rank: 1.0
+        if component in components:
+            return _scale(components[component], inside)
+        return _scale(components[""], module) if "" in components else lambda rank: 1.0
 
     read = image_adapter(path, config, files, base, scale, "diffusers")
     if not components:
@@ -52,26 +51,15 @@ def read_diffusers(
     return replace(read, config=known | read.config)
 
 
-class _Component:
-    """Configuration of one component."""
+def _scale(settings: RanksAndScales, module: str) -> Scale:
+    """Return the scale of a module, which checks the rank of its factors."""
 
-    def __init__(self, name: str, config: LoraConfig) -> None:
-        self._name, self._config = name, config
-        self._ranks = Patterns(config.rank_pattern or {}, f"{name}.rank_pattern")
-        self._alphas = Patterns(config.alpha_pattern or {}, f"{name}.alpha_pattern")
+    def scale(rank: int) -> float:
+        if rank != (stated := settings.rank(module)):
+            raise unreadable(METADATA, f"factors of {printable(module)} must have rank {stated}, got {rank}")
+        return settings.scale(module)
 
-    def scale(self, module: str) -> Scale:
-        """Return the scale of a module, checked against the rank of its factors."""
-        config, rank_key, alpha_key = self._config, self._ranks.first(module), self._alphas.first(module)
-        stated = config.r if rank_key is None else (config.rank_pattern or {})[rank_key]
-        alpha = config.lora_alpha if alpha_key is None else (config.alpha_pattern or {})[alpha_key]
-
-        def scale(rank: int) -> float:
-            if rank != stated:
-                raise unreadable(METADATA, f"factors of {printable(module)} must have rank {stated}, got {rank}")
-            return alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-        return scale
+    return scale
 
 
 def _settings(path: Path, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -31,7 +31,7 @@ _EMBEDDING = "token_embd"
 
 @reads(lambda config, names: config.get("general.type") == "adapter", "LoRA in GGUF files")
 def read_gguf(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened file."""
     if config.get("adapter.type") != "lora":

@@ -57,7 +57,7 @@ class HydraPart(StoredLoRA):
     "HydraLoRA, in the layout of its authors",
 )
 def read_hydra(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened HydraLoRA folder."""
     found, others = group_factors(files, _FACTOR)

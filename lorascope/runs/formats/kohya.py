@@ -40,7 +40,7 @@ _MANY = 1e-6  # relative difference of two equal values of alpha, which float16 
     "kohya, ComfyUI, OneTrainer and LyCORIS: LoRA, LoCon, LoHa, LoKr, GLoRA, full differences",
 )
 def read_kohya(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened file."""
     alphas: list[float] = []

@@ -70,7 +70,7 @@ def _is_merged(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 @reads(_is_merged, "LoRA of loralib")
 def read_loralib(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened folder; without a configuration, the scale is 1."""
     found, others = lora_factors(path, files, ("A", "B"))

@@ -131,7 +131,7 @@ def _is_mlx(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 @reads(_is_mlx, "LoRA and DoRA of MLX")
 def read_mlx(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened folder."""
     source = (path if path.is_dir() else path.parent) / CONFIG

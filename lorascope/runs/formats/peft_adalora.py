@@ -54,7 +54,7 @@ class AdaPart(StoredLoRA):
 
 @reads(lambda config, names: peft_kind(config) == "ADALORA", "AdaLoRA (PEFT)")
 def read_adalora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened AdaLoRA folder."""
     settings = to_typed(config, AdaLoraConfig, path / CONFIG)

@@ -59,11 +59,11 @@ class BlockPart(StoredLoRA):
 
 @reads(lambda config, names: peft_kind(config) == "BD-LoRA", "BD-LoRA (PEFT)")
 def read_bdlora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened BD-LoRA folder."""
     found, others = lora_factors(path, files, ("A", "B"))
-    settings, blocks = RanksAndScales(path, config), to_typed(config, BlockConfig, path / CONFIG).use_bdlora
+    settings, blocks = RanksAndScales(path / CONFIG, config), to_typed(config, BlockConfig, path / CONFIG).use_bdlora
     parts = {}
     for module, factors in found.items():
         count_a, count_b = (

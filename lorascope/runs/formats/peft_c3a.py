@@ -26,7 +26,7 @@ from lorascope.updates.linalg import as_float64
 
 @reads(lambda config, names: peft_kind(config) == "C3A", "C3A (PEFT)")
 def read_c3a(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened C3A folder."""
     found, others = peft_factors(path, files, "c3a_kernel")

@@ -17,11 +17,12 @@ import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed
-from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors, per_module
+from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors
 from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.schema.name_patterns import per_module
 from lorascope.updates import LowRank
 from lorascope.updates.linalg import as_float64
 
@@ -37,11 +38,11 @@ class DeloraConfig(msgspec.Struct, frozen=True):
 
 @reads(lambda config, names: peft_kind(config) == "DELORA", "DeLoRA (PEFT)")
 def read_delora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened DeLoRA folder."""
     settings = to_typed(config, DeloraConfig, path / CONFIG)
-    rank_of = per_module(path, "rank_pattern", settings.r, settings.rank_pattern)
+    rank_of = per_module(path / CONFIG, "rank_pattern", settings.r, settings.rank_pattern)
     found, others = peft_factors(path, files, "|".join(_SHAPES))
     parts = {}
     for module, factors in found.items():

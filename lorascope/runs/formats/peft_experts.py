@@ -88,12 +88,12 @@ class ExpertPart(StoredLoRA):
     "LoRA of experts in one tensor (PEFT)",
 )
 def read_experts(
-    path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened folder: one per expert, and the modules that are adapted as a whole."""
     own = to_typed(config, ExpertsConfig, path / CONFIG)
     found, others = lora_factors(path, files, ("A", "B"))
-    settings = RanksAndScales(path, config)
+    settings = RanksAndScales(path / CONFIG, config)
     wrapped = dict(_parameters(path, own.target_parameters, found, settings))
     plain = lora_parts(path, config, {module: found[module] for module in found if module not in wrapped})
     parts: dict[str, StoredLoRA] = dict(plain)

@@ -7,21 +7,19 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.runs.formats.peft_lora import CONFIG, add_factor, float_factor, group_factors
+from lorascope.runs.formats.peft_lora import add_factor, float_factor, group_factors
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
 from lorascope.runs.formats.stored_update import PREFIX, StoredTensor, StoredUpdate
-from lorascope.schema.name_patterns import Patterns
 from lorascope.updates import Update
 from lorascope.updates.linalg import as_float64
 
-T = TypeVar("T")
 # Indices of SHiRA are stored as floats on Windows.
 INDICES = ("I64", "I32", "I16", "U8", "F32")
 MAX_ENTRIES = 2**31  # a small file may describe a matrix that does not fit in memory
@@ -127,21 +125,6 @@ def peft_factors(
 
 def _pattern(names: str) -> re.Pattern[str]:
     return re.compile(rf"(?s)(?P<module>.+)\.(?P<factor>{names})(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?")
-
-
-def per_module(path: Path, setting: str, default: T, pattern: Mapping[str, T] | None) -> Callable[[str], T]:
-    """Return the function from a module to its value of a setting: that of the first key that matches, or the default.
-
-    ``pattern`` is the setting ``setting`` of the configuration, such as ``rank_pattern``.
-    """
-    values = pattern or {}
-    keys = Patterns(values, f"{setting} of {path / CONFIG}")
-
-    def value(module: str) -> T:
-        key = keys.first(module)
-        return default if key is None else values[key]
-
-    return value
 
 
 def shared_factor(path: Path, files: Iterable[TensorFile], name: str) -> StoredTensor:

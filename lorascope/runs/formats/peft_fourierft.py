@@ -25,7 +25,7 @@ from lorascope.runs.formats.peft_lora import CONFIG, group_factors, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
-from lorascope.schema.name_patterns import Patterns
+from lorascope.schema.name_patterns import per_module
 from lorascope.updates.fourier import SEEDS, Fourier, entries
 
 # The adapter name may follow if a state dict was saved by hand.
@@ -85,12 +85,10 @@ def read_fourier(
         raise unreadable(path, f"FOURIERFT weights must include fourierft_spectrum, got {printable(first)}")
     shapes = base_with_shapes(path, config, base, "FourierFT")
     settings = to_typed(config, FourierConfig, path / CONFIG)
-    numbers, transposed = settings.n_frequency_pattern or {}, bool(settings.fan_in_fan_out)
-    keys = Patterns(numbers, f"n_frequency_pattern of {path / CONFIG}")
-    seed, parts = entry_seed(config), {}
+    count_of = per_module(path / CONFIG, "n_frequency_pattern", settings.n_frequency, settings.n_frequency_pattern)
+    seed, transposed, parts = entry_seed(config), bool(settings.fan_in_fan_out), {}
     for module, factors in found.items():
-        stored, key, name = factors["fourierft_spectrum"], keys.first(module), printable(module)
-        n = settings.n_frequency if key is None else numbers[key]
+        stored, n, name = factors["fourierft_spectrum"], count_of(module), printable(module)
         if stored.shape != (n, 1):
             raise unreadable(path, f"{name} must have {n} coefficients ({CONFIG}), got {stored.shape[0]}")
         outer, inner = sides = shapes.shape(module, transposed)

@@ -44,7 +44,7 @@ class GraloraConfig(msgspec.Struct, frozen=True):
 
 @reads(lambda config, names: peft_kind(config) == "GRALORA", "GraLoRA (PEFT)")
 def read_gralora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened GraLoRA folder."""
     settings = to_typed(config, GraloraConfig, path / CONFIG)

@@ -24,13 +24,13 @@ from lorascope.runs.formats.peft_factors import (
     check_shapes,
     from_base,
     peft_factors,
-    per_module,
     require_base,
 )
 from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.schema.name_patterns import per_module
 from lorascope.updates import Dense
 from lorascope.updates.linalg import as_float64
 
@@ -50,7 +50,7 @@ def read_hira(
     """Read the modules of an opened HiRA folder."""
     settings = to_typed(config, HiraConfig, path / CONFIG)
     weights = require_base(path, config, base, "HiRA")
-    rank_of = per_module(path, "rank_pattern", settings.r, settings.rank_pattern)
+    rank_of = per_module(path / CONFIG, "rank_pattern", settings.r, settings.rank_pattern)
     found, others = peft_factors(path, files, "hira_A|hira_B|hira_embedding_A|hira_embedding_B")
     parts = {}
     for module, factors in found.items():

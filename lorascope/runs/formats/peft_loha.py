@@ -20,11 +20,12 @@ import numpy as np
 from lorascope.array_types import Float
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed
-from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors, per_module
+from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors
 from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.schema.name_patterns import per_module
 from lorascope.updates import Dense, LowRank, Update
 from lorascope.updates.linalg import as_float64
 
@@ -46,12 +47,12 @@ class LycorisConfig(msgspec.Struct, frozen=True):
 
 @reads(lambda config, names: peft_kind(config) == "LOHA", "LoHa (PEFT)")
 def read_loha(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened LoHa folder."""
     settings = to_typed(config, LycorisConfig, path / CONFIG)
-    rank_of = per_module(path, "rank_pattern", settings.r, settings.rank_pattern)
-    alpha_of = per_module(path, "alpha_pattern", settings.alpha, settings.alpha_pattern)
+    rank_of = per_module(path / CONFIG, "rank_pattern", settings.r, settings.rank_pattern)
+    alpha_of = per_module(path / CONFIG, "alpha_pattern", settings.alpha, settings.alpha_pattern)
     found, others = peft_factors(path, files, "hada_w1_a|hada_w1_b|hada_w2_a|hada_w2_b|hada_t1|hada_t2")
     parts = {}
     for module, factors in found.items():

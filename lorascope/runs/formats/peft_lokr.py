@@ -26,7 +26,6 @@ from lorascope.runs.formats.peft_factors import (
     StoredFactors,
     check_shapes,
     peft_factors,
-    per_module,
     stored_shape,
 )
 from lorascope.runs.formats.peft_loha import LycorisConfig, tucker
@@ -34,18 +33,19 @@ from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.schema.name_patterns import per_module
 from lorascope.updates import Dense, Kronecker, LowRank, Update
 from lorascope.updates.linalg import as_float64
 
 
 @reads(lambda config, names: peft_kind(config) == "LOKR", "LoKr (PEFT)")
 def read_lokr(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened LoKr folder."""
     settings = to_typed(config, LycorisConfig, path / CONFIG)
-    rank_of = per_module(path, "rank_pattern", settings.r, settings.rank_pattern)
-    alpha_of = per_module(path, "alpha_pattern", settings.alpha, settings.alpha_pattern)
+    rank_of = per_module(path / CONFIG, "rank_pattern", settings.r, settings.rank_pattern)
+    alpha_of = per_module(path / CONFIG, "alpha_pattern", settings.alpha, settings.alpha_pattern)
     names = "lokr_w1|lokr_w1_a|lokr_w1_b|lokr_w2|lokr_w2_a|lokr_w2_b|lokr_t2"
     found, others = peft_factors(path, files, names)
     parts = {}

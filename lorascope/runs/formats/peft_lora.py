@@ -26,7 +26,7 @@ from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredLoRA, StoredTensor
 from lorascope.runs.manifest import Allocation
 from lorascope.schema.module_roles import parse, position
-from lorascope.schema.name_patterns import Patterns
+from lorascope.schema.name_patterns import per_module
 
 CONFIG = hub.CONFIG
 STEM = "adapter_model"
@@ -161,7 +161,7 @@ def is_lora(config: Mapping[str, Any], names: Collection[str]) -> bool:
     "LoRA (PEFT), with rsLoRA, patterns, embeddings, convolutions and tied weights",
 )
 def read_adapter(
-    path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened LoRA folder."""
     found, others = lora_factors(path, files, ("A", "B"))
@@ -172,22 +172,18 @@ def read_adapter(
 class RanksAndScales:
     """Rank and scale that a LoRA configuration gives to each module."""
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        file = path / CONFIG
-        self.settings = to_typed(config, LoraConfig, file)
-        self._ranks, self._alphas = self.settings.rank_pattern or {}, self.settings.alpha_pattern or {}
-        self._rank_keys = Patterns(self._ranks, f"rank_pattern of {file}")
-        self._alpha_keys = Patterns(self._alphas, f"alpha_pattern of {file}")
+    def __init__(self, source: object, config: Mapping[str, Any]) -> None:
+        self.settings = settings = to_typed(config, LoraConfig, source)
+        self._rank_of = per_module(source, "rank_pattern", settings.r, settings.rank_pattern)
+        self._alpha_of = per_module(source, "alpha_pattern", settings.lora_alpha, settings.alpha_pattern)
 
     def rank(self, name: str) -> int:
         """Return the rank of a module or parameter; nn.MultiheadAttention has one rank for its two projections."""
-        key = self._rank_keys.first(name.removesuffix(OUT_PROJ))
-        return self.settings.r if key is None else self._ranks[key]
+        return self._rank_of(name.removesuffix(OUT_PROJ))
 
     def scale(self, name: str) -> float:
         """Return the scale of a module or parameter: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-        key, rank = self._alpha_keys.first(name.removesuffix(OUT_PROJ)), self.rank(name)
-        alpha = self.settings.lora_alpha if key is None else self._alphas[key]
+        alpha, rank = self._alpha_of(name.removesuffix(OUT_PROJ)), self.rank(name)
         scale = alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
         # PEFT 0.21 adds the update of this projection twice, in every forward pass and on merging.
         return 2 * scale if name.endswith(OUT_PROJ) else scale
@@ -197,7 +193,7 @@ def lora_parts(
     path: Path, config: Mapping[str, Any], found: Mapping[str, Mapping[str, StoredTensor]]
 ) -> dict[str, StoredLoRA]:
     """Return the update scale * B @ A of every module, with the ranks and scales of the configuration."""
-    settings, parts = RanksAndScales(path, config), {}
+    settings, parts = RanksAndScales(path / CONFIG, config), {}
     for module, factors in found.items():
         check_rank(path, module, factors, settings.rank(module))
         A = factors["A"]

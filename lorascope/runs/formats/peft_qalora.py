@@ -57,11 +57,14 @@ class GroupedPart(StoredLoRA):
 
 @reads(lambda config, names: peft_kind(config) == "QALoRA", "QALoRA (PEFT)")
 def read_qalora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened QALoRA folder."""
     found, others = lora_factors(path, files, ("A", "B"))
-    settings, group = RanksAndScales(path, config), to_typed(config, GroupConfig, path / CONFIG).qalora_group_size
+    settings, group = (
+        RanksAndScales(path / CONFIG, config),
+        to_typed(config, GroupConfig, path / CONFIG).qalora_group_size,
+    )
     parts = {}
     for module, factors in found.items():
         check_rank(path, module, factors, settings.rank(module))

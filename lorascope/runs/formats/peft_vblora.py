@@ -49,7 +49,7 @@ class VBLoRAConfig(msgspec.Struct, frozen=True):
 
 @reads(lambda config, names: peft_kind(config) == "VBLORA", "VB-LoRA (PEFT)")
 def read_vblora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened VB-LoRA folder."""
     settings = to_typed(config, VBLoRAConfig, path / CONFIG)

@@ -22,12 +22,13 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
-from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors, per_module
+from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors
 from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
 from lorascope.runs.formats.peft_merge import read_merged
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.schema.name_patterns import per_module
 from lorascope.updates import Dense
 from lorascope.updates.fourier import SEEDS, entries
 from lorascope.updates.linalg import as_float64
@@ -56,7 +57,7 @@ def read_waveft(
     if settings.use_idwt and settings.wavelet_family != "db1":
         return read_merged(path, config, files, base)
     weights, transposed = base_with_shapes(path, config, base, "WaveFT"), bool(settings.fan_in_fan_out)
-    count_of = per_module(path, "n_frequency_pattern", settings.n_frequency, settings.n_frequency_pattern)
+    count_of = per_module(path / CONFIG, "n_frequency_pattern", settings.n_frequency, settings.n_frequency_pattern)
     parts = {}
     for module, factors in found.items():
         # With proportional_parameters, PEFT divides the number among the modules by their sizes.

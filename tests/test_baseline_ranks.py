@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
-from math import comb
+from math import comb, factorial, prod
 from typing import Any
 
 import pandas as pd
@@ -50,10 +50,14 @@ def test_random_with_a_cap_is_hypergeometric() -> None:
         assert found.count(ranks) / draws == pytest.approx(ways / total, abs=4 * 0.5 / draws**0.5)
 
 
-def test_random_without_a_cap_draws_any_rank_and_depends_on_the_seed_only() -> None:
-    found = [baseline_ranks.random(NAMES, 2, seed) for seed in range(60)]
-    assert {max(ranks.values()) for ranks in found} == {1, 2}
-    assert found[7] == baseline_ranks.random(NAMES, 2, 7)
+def test_random_without_a_cap_is_multinomial_and_depends_on_the_seed_only() -> None:
+    """Compare frequencies over seeds with the counted probabilities: each of three units goes to any module."""
+    draws, budget = 4000, 3
+    found = [tuple(baseline_ranks.random(NAMES, budget, seed).values()) for seed in range(draws)]
+    for ranks in product(range(budget + 1), repeat=3):
+        ways = factorial(budget) / prod(map(factorial, ranks)) if sum(ranks) == budget else 0
+        assert found.count(ranks) / draws == pytest.approx(ways / 3**budget, abs=4 * 0.5 / draws**0.5)
+    assert found[7] == tuple(baseline_ranks.random(NAMES, budget, 7).values())
 
 
 @pytest.mark.parametrize(

@@ -466,7 +466,9 @@ def test_run_stores_coefficients_and_entries_and_returns_its_updates(run, bert, 
 
 def test_step_zero_of_the_table_is_the_initial_update(run):
     start = run.table[run.table["step"] == 0].set_index(["quantity", "module"])["value"]
-    for name, update in run.updates(step=0).items():
+    updates = run.updates(step=0)
+    assert set(updates) == set(run.ranks())
+    for name, update in updates.items():
         assert start["update_norm", name] == pytest.approx(update.norm())
         assert start["learned_norm", name] == 0
 

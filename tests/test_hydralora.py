@@ -583,9 +583,11 @@ def test_run_records_gates_at_the_expected_steps(run, bert, task):
 
 def test_gate_rows_sets_the_number_of_recorded_rows(bert, task, tmp_path):
     model = models.load(bert, task=task)
-    found = ls.train(model, task, HydraLoRA(gate_rows=3), out=tmp_path / "run", **FAST)
-    last = found.table[(found.table["quantity"] == "gate") & (found.table["step"] == 5)].set_index(["module", "index"])
-    for name, gates in ls.mean_gates(model, task.split("validation").head(3)["text"].tolist()).items():
+    table = ls.train(model, task, HydraLoRA(gate_rows=3), out=tmp_path / "run", **FAST).table
+    last = table[(table["quantity"] == "gate") & (table["step"] == 5)].set_index(["module", "index"])
+    found = ls.mean_gates(model, task.split("validation").head(3)["text"].tolist())
+    assert set(found) == set(attached_deltas(model)) == set(last.index.get_level_values("module"))
+    for name, gates in found.items():
         assert gates == near(last.loc[name, "value"].sort_index().to_numpy(), terms=TINY, growth=TEXT)
 
 
@@ -626,6 +628,7 @@ def test_norms_and_ranks_use_the_update_at_mean_gates(run, bert, task):
 def test_best_state_stores_the_gates_of_its_records(run):
     summary = run.summary(state="best").dropna(subset="rank").set_index("module")
     updates = run.updates(state="best")
+    assert set(updates) == set(summary.index)
     for name, update in updates.items():
         assert summary.loc[name, "update_norm"] == near(update.norm(), terms=TINY)
 

@@ -95,7 +95,9 @@ def test_representations_name_hydralora_and_uniform_gates(tmp_path):
 
 def test_single_expert_is_a_lora(tmp_path):
     tensors = write(tmp_path, heads=1)
-    for module, update in ls.load(tmp_path).updates().items():
+    updates = ls.load(tmp_path).updates()
+    assert set(updates) == set(MODULES)
+    for module, update in updates.items():
         A, B = (tensors[f"{PREFIX}{module}.lora_{name}.weight"].double().numpy() for name in ("A", "B0"))
         assert update.exact
         assert update.dense() == near(8 * B @ A, terms=4)

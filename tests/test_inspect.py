@@ -414,7 +414,9 @@ def test_spectra_read_in_tiles_equal_those_of_loaded_factors(tmp_path: Path, dty
     folder = peft_folder(tmp_path / "adapter", modules, r=12)
     stored_as(folder / "adapter_model.safetensors", dtype)
     adapter = load(folder)
+    assert set(adapter.updates()) == set(sides)
     for name, update in adapter.updates().items():
+        assert len(adapter.spectra[name]) == min(12, *sides[name])
         assert adapter.spectra[name].tolist() == update.singular_values().tolist()
         expected = np.linalg.svd(update.dense(), compute_uv=False)[: len(adapter.spectra[name])]
         assert adapter.spectra[name] == pytest.approx(expected, rel=1e-9)

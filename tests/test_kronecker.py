@@ -11,14 +11,15 @@ rng = np.random.default_rng(0)
 LEFT, RIGHT = rng.standard_normal((2, 3)), rng.standard_normal((5, 4))
 B, A = rng.standard_normal((5, 2)), rng.standard_normal((2, 4))
 CASES = {
-    "dense": (Kronecker(Dense(LEFT), Dense(RIGHT), -1.5), LEFT, RIGHT),
-    "low rank": (Kronecker(Dense(LEFT), LowRank(B, A), -1.5), LEFT, B @ A),
-    "zero": (Kronecker(Dense(LEFT), Dense(np.zeros((5, 4))), -1.5), LEFT, np.zeros((5, 4))),
+    "dense": (Kronecker(Dense(LEFT), Dense(RIGHT), -1.5), LEFT, RIGHT, 2 * 4),
+    "low rank": (Kronecker(Dense(LEFT), LowRank(B, A), -1.5), LEFT, B @ A, 2 * 2),
+    "zero": (Kronecker(Dense(LEFT), Dense(np.zeros((5, 4))), -1.5), LEFT, np.zeros((5, 4)), 2 * 4),
 }
 
 
-@pytest.mark.parametrize(("update", "left", "right"), CASES.values(), ids=CASES)
-def test_kronecker_equals_the_dense_product(update: Kronecker, left: np.ndarray, right: np.ndarray) -> None:
+@pytest.mark.parametrize(("update", "left", "right", "rank"), CASES.values(), ids=CASES)
+def test_kronecker_equals_the_dense_product(update: Kronecker, left: np.ndarray, right: np.ndarray, rank: int) -> None:
+    """The rank is the largest possible one for these shapes, and exact unless a matrix is zero."""
     dense = -1.5 * np.kron(left, right)
     assert update.shape == dense.shape == (10, 12)
     assert update.dense() == pytest.approx(dense)
@@ -26,13 +27,14 @@ def test_kronecker_equals_the_dense_product(update: Kronecker, left: np.ndarray,
     sigma = np.linalg.svd(dense, compute_uv=False)
     found = update.singular_values()
     assert found == pytest.approx(sigma[: len(found)], abs=1e-7)
-    assert update.rank >= np.linalg.matrix_rank(dense)
+    assert update.rank == rank
+    assert np.linalg.matrix_rank(dense) == (rank if right.any() else 0)
     assert (sigma[len(found) :] < 1e-12).all()
     U, values, V = update.svd()
     assert (U * values) @ V.T == pytest.approx(dense)
 
 
-@pytest.mark.parametrize("update", [update for update, _, _ in CASES.values()], ids=CASES)
+@pytest.mark.parametrize("update", [update for update, *_ in CASES.values()], ids=CASES)
 def test_stored_factors_rebuild_the_update(update: Kronecker) -> None:
     factors = update.to_factors()
     again = from_factors(factors, update.scale, form="kronecker")

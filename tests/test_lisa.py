@@ -44,17 +44,15 @@ def drawn() -> np.ndarray:
 def test_draws_are_uniform(drawn):
     """Pearson's statistic is too small by (L - gamma) / (L - 1), because blocks of one draw are distinct."""
     counts, expected = drawn.sum(0), 4000 * 2 / 8
-    assert counts.tolist() == [1032, 953, 981, 994, 1033, 978, 1000, 1029]
+    assert counts.sum() == 4000 * 2
     raw = ((counts - expected) ** 2 / expected).sum()
-    corrected = 7 / 6 * raw
-    assert (raw, corrected) == (pytest.approx(6.044), pytest.approx(7.0513, abs=1e-4))
-    assert stats.chi2.sf(corrected, 7) == pytest.approx(0.424, abs=1e-3)
+    assert stats.chi2.sf(7 / 6 * raw, 7) > 0.01
 
 
 def test_pairs_and_repetitions_have_the_expected_frequency(drawn):
     pairs = np.array([(drawn[:, i] & drawn[:, j]).sum() for i, j in itertools.combinations(range(8), 2)])
-    statistic = ((pairs - 4000 / 28) ** 2 / (4000 / 28)).sum()
-    assert statistic == pytest.approx(20.534, abs=1e-3)
+    assert pairs.sum() == 4000
+    assert stats.chisquare(pairs).pvalue > 0.01
     again = (drawn[1:] & drawn[:-1]).sum()
     assert stats.binomtest(int(again), 3999 * 2, 2 / 8).pvalue > 0.01
 
@@ -257,14 +255,13 @@ def expected_bytes(parameters: int, tensors: int) -> int:
     return 8 * parameters + 4 * tensors
 
 
-@pytest.mark.parametrize(("moments", "blocks"), [("reset", 1), ("keep", 3), ("reset_all", 1)])
-def test_optimizer_state_size_follows_the_policy(moments, blocks, scripted):
-    """With draws 3, 2, 2 and 1, each moment has 280 of 544 entries if state is dropped, else 456."""
+@pytest.mark.parametrize("moments", POLICIES)
+def test_optimizer_state_size_follows_the_policy(moments, scripted):
+    """Draws 3, 2, 2 and 1: each moment has 192 entries outside, and 88 for the drawn block or for all drawn so far."""
     scripted([3], [2], [2], [1])
     steps = [state_bytes(step) for step in drive(toy(), LISA(n_active=1, interval=3, moment_policy=moments), 12)]
     visited = [1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3] if moments == "keep" else [1] * 12
     assert steps == [expected_bytes(192 + 88 * blocks, 2 + 4 * blocks) for blocks in visited]
-    assert 192 + 88 * visited[-1] == (456 if blocks == 3 else 280)
 
 
 @pytest.mark.parametrize("moments", POLICIES)

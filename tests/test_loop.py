@@ -232,6 +232,7 @@ def test_held_out_text_is_the_first_validation_rows_with_their_groups(bert, task
     ls.train(model, task, ReadsHeldOut(), steps=2, batch_size=4, out=tmp_path / "run", progress=False)
     rows = task.split("validation")
     expected = task.encode(models.tokenizer(model), rows).batch(range(4))
+    assert len(seen) == 2
     for found in seen:
         assert found.groups == rows["group"].to_list()[:4]
         assert found.batch.keys() == expected.keys()

@@ -82,7 +82,9 @@ def test_mean_gates_on_the_recorded_text_match_the_records(run, bert, task):
     table = run.table
     last = table[(table["quantity"] == "gate") & (table["step"] == 4)].set_index(["module", "index"])["value"]
     for source in (restored(run, bert, task), run):
-        for name, gates in ls.mean_gates(source, held_out).items():
+        found = ls.mean_gates(source, held_out)
+        assert set(found) == set(last.index.get_level_values("module"))
+        for name, gates in found.items():
             assert gates == near(last[name].sort_index().to_numpy(), terms=TINY, growth=TEXT)
 
 

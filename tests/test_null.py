@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import peft
 import pytest
 import torch
 from contract.format_rows import write
 from peft_oracle import nested
 from safetensors.numpy import save
-from scipy.stats import kstest
+from scipy.stats import kstest, median_abs_deviation, theilslopes
 
 import lorascope as ls
 from lorascope.cli.main import main
@@ -89,9 +90,24 @@ def test_trend_through_the_depth_is_no_outlier(tmp_path: Path) -> None:
     assert steep.to_numpy() == pytest.approx(flat.to_numpy(), abs=1e-3)
 
 
-def test_benjamini_and_hochberg_by_hand() -> None:
-    import pandas as pd
+def test_norm_z_is_the_distance_from_the_line_of_theil_and_sen_in_robust_deviations(tmp_path: Path) -> None:
+    table = null_table(inspect(adapter(tmp_path / "a", 3)))
+    norms = inspect(ls.load(tmp_path / "a")).modules.set_index("module")["update_norm"]
+    for _, rows in table.groupby("role", observed=True):
+        logs, layers = np.log10(norms[rows["module"]].to_numpy()), rows["layer"].to_numpy(np.float64)
+        rest = logs - theilslopes(logs, layers).slope * layers
+        expected = (rest - np.median(rest)) / median_abs_deviation(rest, scale="normal")
+        assert len(rows) == LAYERS
+        assert rows["norm_z"].to_numpy() == pytest.approx(expected, rel=1e-5)  # the constant has five digits
 
+
+def test_outlier_has_a_robust_z_above_three_and_a_half_in_either_direction() -> None:
+    """3.5 is the threshold of Iglewicz and Hoaglin (1993)."""
+    table = pd.DataFrame({"module": list("abcdef"), "norm_z": [3.49, 3.51, -3.49, -3.6, np.nan, 0.0]})
+    assert outliers(table)["module"].tolist() == ["d", "b"]
+
+
+def test_benjamini_and_hochberg_by_hand() -> None:
     table = pd.DataFrame({"effective_rank_p": [0.04, 0.001, np.nan, 0.02, 0.5]})
     # Sorted: 0.001 <= 0.0125, 0.02 <= 0.025, 0.04 > 0.0375, 0.5 > 0.05.
     assert below_null(table, "effective_rank").tolist() == [False, True, False, True, False]

@@ -108,15 +108,22 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("settings", [{"projection_prng_key": 7}, {"sparse": True}, {"very_sparse": True}])
-@pytest.mark.parametrize("config", ["VeraConfig", "RandLoraConfig"])
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ("VeraConfig", {"projection_prng_key": 7}),
+        ("RandLoraConfig", {"projection_prng_key": 7}),
+        ("RandLoraConfig", {"sparse": True}),
+        ("RandLoraConfig", {"very_sparse": True}),
+    ],
+)
 def test_random_factors_are_drawn_for_the_largest_sides(config: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    if config == "VeraConfig" and "projection_prng_key" not in settings:
-        return
     layers = {"model.layers.0.dense": nn.Linear(40, 9), "model.layers.1.dense": nn.Linear(11, 30)}
     chosen = getattr(peft, config)(target_modules=["dense"], r=4, save_projection=False, **settings)
     expected = write_with_peft(tmp_path / "adapter", chosen, layers, tmp_path / "base")
-    for module, update in ls.load(tmp_path / "adapter", tmp_path / "base").updates().items():
+    updates = ls.load(tmp_path / "adapter", tmp_path / "base").updates()
+    assert set(updates) == set(expected) == set(layers)
+    for module, update in updates.items():
         assert np.linalg.norm(update.dense() - expected[module]) < 1e-6 * np.linalg.norm(expected[module])
 
 

@@ -207,7 +207,9 @@ def test_recorded_statistics_match_the_restored_model(run, bert, task):
     batch = {name: value for name, value in batch.items() if name != "labels"}
     seen = watched(model, batch)
     for quantity in ("gate_std", "gate_top1", "gate_cv2", "gate_switch", "head_importance", "head_share"):
-        for module, found in values(run, quantity, 5).items():
+        recorded = values(run, quantity, 5)
+        assert set(recorded) == set(seen) != set()
+        for module, found in recorded.items():
             expected = seen[module].statistics()[quantity]
             assert found == near(np.atleast_1d(expected), terms=TINY, growth=SHARP)
     for module, delta in attached_deltas(model).items():

@@ -116,7 +116,9 @@ def test_norms_and_own_quantity_are_recorded(trained) -> None:
     run, model = trained
     table = ls.load(run.path).table
     last = table[table["step"] == run.meta.states["last"].step].set_index(["quantity", "module"])["value"]
-    for module, delta in attached_deltas(model).items():
+    deltas = attached_deltas(model)
+    assert deltas
+    for module, delta in deltas.items():
         dense = delta.weight().detach().double().numpy()
         assert last["update_norm", module] == pytest.approx(np.linalg.norm(dense), rel=1e-5)
         assert last["left_norm", module] == pytest.approx(float(delta.left.detach().norm()))
@@ -128,7 +130,9 @@ def test_norms_and_own_quantity_are_recorded(trained) -> None:
 
 def test_stored_updates_have_the_form(trained) -> None:
     run, model = trained
-    for module, update in ls.load(run.path).updates().items():
+    updates = ls.load(run.path).updates()
+    assert set(updates) == set(attached_deltas(model))
+    for module, update in updates.items():
         assert type(update) is Kronecker
         assert (update.dense() == attached_deltas(model)[module].update().dense()).all()
 

@@ -44,6 +44,7 @@ def test_updates_are_those_computed_by_hand(opened) -> None:
     row, adapter, expected = opened
     assert adapter.files.kind == row.kind
     assert tuple(adapter.updates()) == row.modules
+    assert set(expected) == set(row.modules)
     for module, dense in expected.items():
         update = adapter.updates()[module]
         assert update.dense() == pytest.approx(dense, rel=1e-6, abs=1e-6 * np.abs(dense).max())

@@ -142,6 +142,7 @@ def test_observer_records_at_its_steps(name: str, train) -> None:
     for every, steps in ((1, {1, 2, 3}), (2, {2, 3})):
         run = train(ROWS[name].method, name, every).run
         added = run.table[run.table["quantity"].isin(ROWS[name].quantities)]
+        assert set(added["quantity"]) == ROWS[name].quantities
         for quantity, rows in added.groupby("quantity", observed=True):
             assert set(rows["step"]) - {0} == steps, quantity
         if ROWS[name].saves_factors:

@@ -167,6 +167,12 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["export", source, source, "--peft", str(tmp_path / "sum"), "--weights", "1", "0.5"]) == 0
     shown = capsys.readouterr().out
     assert "6 shared modules, cosine 1.000, energy of the sum / sum of energies 2.000" in shown
+    assert main(["export", source, str(out), "--peft", str(tmp_path / "other"), "--weights", "1", "-0.25"]) == 0
+    whole, cut, total = (load(path).updates() for path in (source, out, tmp_path / "other"))
+    assert set(total) == set(whole) >= set(cut) != set()
+    for module, update in whole.items():
+        expected = update.dense() - (0.25 * cut[module].dense() if module in cut else 0)
+        assert total[module].dense() == near(expected, terms=TINY)
     assert main(["export", source, source]) == 2
     assert main(["export", source, source, "--rank-pattern"]) == 2
     assert "several adapters require --peft DIR" in capsys.readouterr().err

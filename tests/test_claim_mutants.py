@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from planted_claims import FIRST, Pair, in_range, plant
+from planted_claims import BY_SEED, FIRST, Pair, in_range, plant
 
 from lorascope.analysis.seed_intervals import Estimate
 from lorascope.evidence import registration
@@ -109,6 +109,10 @@ def just_missed(registered: Registered) -> Estimate:
     half = effect.half_width(level)
     at = {"superiority": claim.bound, "non-inferiority": -claim.bound, "equivalence": -claim.bound}[claim.kind]
     return replace(effect, mean=at + 0.99 * half)
+
+
+def test_planted_tables_are_of_claims() -> None:
+    assert BY_SEED.keys() <= CLAIMS.keys()
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from joblib.parallel import get_active_backend
 from test_inspect import llama, plant
 
 import lorascope
@@ -373,6 +375,24 @@ def test_sweep_prints_a_table_and_a_line_per_failed_run(
     assert told["recipes"][0]["value"] == pytest.approx(sum(row["value"] for row in told["runs"][:2]) / 2)
     assert stamps == {path: path.stat().st_mtime_ns for path in root.glob("*/run.json")}
     assert "[4/6] done    LoRA, rank 4, seed 1" in err
+
+
+def test_sweep_options_override_the_backend_of_the_file(
+    bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, seen = tmp_path / "ranks.toml", []
+
+    def no_runs(wanted: Sequence[sweep.Job], *rest: Any) -> sweep.SweepResult:
+        backend, jobs = get_active_backend()
+        seen.append((type(backend).__name__, jobs))
+        return sweep.SweepResult(wanted)
+
+    monkeypatch.setattr(sweep, "run_jobs", no_runs)
+    text = SWEEP.format(model=bert, task=reviews, root=tmp_path / "runs")
+    file.write_text(text.replace('name = "sequential"', 'name = "threading", jobs = 2'))
+    for words in ((), ("--jobs", "3"), ("--backend", "threading", "--jobs", "4"), ("--backend", "loky", "--jobs", "5")):
+        assert run(capsys, "sweep", file, "--no-progress", *words)[:2] == (0, "no finished runs\n")
+    assert seen == [("ThreadingBackend", 2), ("ThreadingBackend", 3), ("ThreadingBackend", 4), ("LokyBackend", 5)]
 
 
 @pytest.mark.slow

@@ -119,8 +119,12 @@ def test_spellings_name_the_same_update(name: str, tmp_path: Path) -> None:
     adapter = ls.load(store(tmp_path / "style.safetensors", tensors))
     assert list(adapter.updates()) == [module or stored]
     assert adapter.updates()[module or stored].dense() == pytest.approx(UP.astype(float) @ DOWN, rel=1e-6)
-    if name == "XLabs":  # has no alpha
-        return
+
+
+@pytest.mark.parametrize("name", SPELLINGS.keys() - {"XLabs"})  # which has no alpha
+def test_spellings_of_alpha_scale_the_update(name: str, tmp_path: Path) -> None:
+    stored, up, down, module = SPELLINGS[name]
+    tensors = {f"{stored}{up}": UP, f"{stored}{down}": DOWN}
     alpha = {f"{stored}{'_lora' if '_lora.' in up else ''}.alpha": np.array(6, np.float32)}
     scaled = ls.load(store(tmp_path / "style.safetensors", tensors | alpha))
     assert scaled.updates()[module or stored].dense() == pytest.approx(3 * UP.astype(float) @ DOWN, rel=1e-6)

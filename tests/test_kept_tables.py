@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from killing import SETTINGS
-from planted import low_rank, plant
+from planted import blocks, low_rank, plant
 from planted_claims import row
 from scipy.stats import kendalltau, spearmanr
 from test_hydralora_asymmetry import planted_runs
@@ -43,7 +43,7 @@ from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, Full, HydraLoRA, LoRA, NeFT
 from lorascope.methods.base import Method
 from lorascope.probes import alora as alora_probe
-from lorascope.probes import fourierft_expressiveness, hydralora_asymmetry, score_agreement
+from lorascope.probes import fourierft_expressiveness, hydralora_asymmetry, planted_teacher, score_agreement
 from lorascope.probes import hydralora as hydralora_probe
 from lorascope.probes import lisa as lisa_probe
 from lorascope.probes import lora as lora_probe
@@ -316,6 +316,44 @@ def test_tails_give_the_energy_beyond_eight_singular_values(train, tmp_path):
     ratio = np.log10(energy["moment_sigma_dealt"] / energy["moment_sigma"]).mean()
     assert value("adapprox.tail", 0, found) == pytest.approx(ratio)
     assert abs(ratio) > 0.01
+
+
+def test_agreement_beyond_role_and_layer_is_kendalls_tau_of_the_residuals():
+    """The residuals are those of least squares on indicators of roles and layers, whose effects cancel."""
+    draw = np.random.default_rng(0)
+    places = [(f"{layer}.{role}", role, layer) for layer in range(5) for role in ("q", "v", "up")]
+    table = pd.DataFrame(places, columns=["module", "role", "layer"])
+    indicators = pd.get_dummies(table[["role", "layer"]].astype("str")).to_numpy(np.float64)
+    own = draw.standard_normal((2, len(table))) + draw.standard_normal(len(table))
+    effects = indicators @ draw.normal(0, 9, (indicators.shape[1], 2))  # of the two runs, far larger
+    first, second = (table.assign(value=value) for value in own + effects.T)
+    residuals = [each - indicators @ np.linalg.lstsq(indicators, each, rcond=None)[0] for each in own]
+    expected = kendalltau(*residuals).statistic
+    assert ranks.residual_tau(first, second.sample(frac=1, random_state=0)) == pytest.approx(expected)
+    assert 0.1 < expected < 0.9
+    assert abs(ranks.tau(first, second) - expected) > 0.1
+
+
+def test_residuals_that_are_equal_but_for_rounding_have_no_order():
+    """A sum of effects of roles and layers leaves no residual, so nothing is left to agree on."""
+    places = [(f"{layer}.{role}", role, layer, of_role * 0.1 + layer * 0.7) for layer in range(4)
+              for of_role, role in enumerate(("q", "v", "up"))]  # fmt: skip
+    table = pd.DataFrame(places, columns=["module", "role", "layer", "value"])
+    assert ranks.residual_tau(table, table) == 0
+
+
+def test_fixed_controls_equal_those_of_their_null(tmp_path):
+    """Even ranks in six of the roles and layers of thirds; rank 2 in place of 0, 1, 3 and 4; ranks by random logits."""
+    even = pd.DataFrame(blocks(6)).assign(value=4.0)
+    uniform = pd.DataFrame({"planted": planted_teacher.RANKS, "found": float(planted_teacher.BUDGET)})
+    kept = {(ranks.RANKS, adalora.ADAPTED): [even]}
+    found = evidence(tmp_path / "e", kept | {(planted.RECOVERY, arm): [uniform] for arm in planted.ALLOCATORS.values()})
+    for claim in ("adalora.ffn", "adalora.top", *(f"planted.{name}_distance" for name in planted.ALLOCATORS)):
+        assert value(claim, 0, found).item() == pytest.approx(value(claim, 1, found).item()), claim
+    logits = np.random.default_rng(0).standard_normal((200_000, 12, 8), dtype=np.float32)
+    deviations = (logits >= logits.mean(2, keepdims=True)).sum(2).std(1, ddof=1)
+    error = deviations.std() / len(deviations) ** 0.5
+    assert value("autolora.spread", 1, found).item() == pytest.approx(deviations.mean(), abs=4 * error)
 
 
 def test_recovery_gives_correlation_and_distance_of_ranks(tmp_path):

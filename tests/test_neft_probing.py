@@ -33,15 +33,27 @@ def cosine(one, other):
     return one @ other / np.sqrt(one @ one) / np.sqrt(other @ other)
 
 
-def test_coefficients_match_the_closed_form_at_one_of_the_strengths():
+def leave_one_out(states, labels, strength):
+    """Return the mean squared error of predictions for each row by ridge regression on all other rows."""
+    errors = []
+    for row in range(len(labels)):
+        rest = np.arange(len(labels)) != row
+        coefficients = ridge(states[rest], labels[rest], strength)
+        predicted = labels[rest].mean() + (states[row] - states[rest].mean(0)) @ coefficients
+        errors.append((predicted - labels[row]) ** 2)
+    return np.mean(errors)
+
+
+def test_coefficients_match_the_closed_form_at_the_strength_of_the_least_error():
     draw = np.random.default_rng(0)
     states = draw.normal(size=(40, 2, 5))
     labels = (states[:, 1, 3] + 0.3 * draw.normal(size=40) > 0).astype(int)
     found = directions(states, labels)
     assert found.shape == (2, 5)
     for layer in range(2):
-        closed = [ridge(states[:, layer], 2.0 * labels - 1, s) for s in np.logspace(0.8, 4.1, 12)]
-        assert min(np.abs(found[layer] - each).max() for each in closed) < 1e-10
+        signs = 2.0 * labels - 1
+        best = min(np.logspace(0.8, 4.1, 12), key=lambda s: leave_one_out(states[:, layer], signs, s))
+        assert found[layer] == pytest.approx(ridge(states[:, layer], signs, best), abs=1e-10)
     assert np.abs(found[1]).argmax() == 3
     three = directions(states, labels + (states[:, 0, 0] > 1))
     assert three.shape == (6, 5)
@@ -64,15 +76,14 @@ def test_texts_of_one_class_raise():
         directions(np.ones((3, 1, 2)), np.zeros(3))
 
 
-@pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_scores_match_the_hidden_states_of_the_base(family, request, task, tmp_path):
-    folder = request.getfixturevalue(family)
-    if family == "gpt2":
-        method = NeFT(num_neurons=5, select_by="probed")
-        with pytest.raises(ValueError, match=r"select_by='probed'.* classes"):
-            ls.train(models.load(folder, task=task), task, method, out=tmp_path / "r", **FAST)
-        return
-    model = models.load(folder, task=task)
+def test_probing_a_model_without_classes_raises(gpt2, task, tmp_path):
+    method = NeFT(num_neurons=5, select_by="probed")
+    with pytest.raises(ValueError, match=r"select_by='probed'.* classes"):
+        ls.train(models.load(gpt2, task=task), task, method, out=tmp_path / "r", **FAST)
+
+
+def test_scores_match_the_hidden_states_of_the_base(bert, task, tmp_path):
+    model = models.load(bert, task=task)
     method = NeFT(num_neurons=7, select_by="probed", tune_steps=5, lr=1e-2)
     run = ls.train(model, task, method, out=tmp_path / "run", **FAST)
     (probed,) = run.parents
@@ -80,7 +91,7 @@ def test_scores_match_the_hidden_states_of_the_base(family, request, task, tmp_p
     assert probed.path.name == "1-probe"
     assert probed.meta.parameters.trained == probed.meta.parameters.head
 
-    fresh, fitted = models.load(folder, task=task).eval(), task.fit(model)
+    fresh, fitted = models.load(bert, task=task).eval(), task.fit(model)
     encoded = fitted.encode(models.tokenizer(fresh), fitted.split("train"), 128)
     order = [np.random.default_rng([0, epoch]).permutation(len(encoded)) for epoch in range(9)]
     states, labels = [], []

@@ -171,7 +171,7 @@ def test_growth_is_small_near_the_tolerance_and_large_far_from_it():
 
 @pytest.mark.parametrize(("scale", "tried"), [(1.0, [1, 11]), (0.02, [1, 3, 5, 7, 9, 11]), (None, [1, 6, 11])])
 def test_growth_scale_of_none_scales_the_increment_to_the_cap(scale, tried):
-    """The errors at ranks 1 and 6 are 0.25 and 0.2334, for which f is 91 and 82.7; the cap of 11 scales it by 10/191."""
+    """The errors at ranks 1 and 6 are 0.25 and 0.2334, for which f is 91 and 82.7; a cap of 11 scales it by 10/191."""
     sigma = torch.cat([torch.tensor([15**0.5]), torch.full((39,), 39**-0.5)]).double()
     ranks = []
 

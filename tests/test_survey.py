@@ -11,9 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from joblib import parallel_config
+from joblib.parallel import get_active_backend
 from test_inspect import llama, plant
 from test_loading import write_run
 
+from lorascope.cli import survey as survey_command
 from lorascope.cli.main import main
 from lorascope.diagnosis.inspection import inspect
 from lorascope.diagnosis.survey import find_adapters, survey
@@ -109,6 +111,7 @@ def test_command_prints_a_line_each_and_names_what_it_cannot_read(
         (["empty"], "no adapter or run in empty"),
         (["empty", "--json", "--csv"], "cannot be combined"),
         (["empty", "--backend", "nonsense"], "nonsense"),
+        (["empty", "--jobs", "0"], "jobs must be a nonzero integer (number of parallel runs), got 0"),
     ],
 )
 def test_wrong_use_gets_one_line(
@@ -116,9 +119,22 @@ def test_wrong_use_gets_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert main(["survey", *words]) in (1, 2)
+    assert main(["survey", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [(["--jobs", "3"], 3), (["--backend", "loky", "--jobs", "2"], 2), ([], 1)]
+)
+def test_jobs_is_the_number_of_workers_of_joblib(
+    words: list[str], expected: int, collection: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(survey_command, "survey", lambda *given: seen.append(get_active_backend()[1]) or survey(*given))
+    with parallel_config(n_jobs=1):
+        assert main(["survey", str(collection / "a"), *words]) == 0
+    assert seen == [expected]
 
 
 def test_item_that_needs_an_extra_does_not_end_the_survey(collection: Path, monkeypatch: pytest.MonkeyPatch) -> None:

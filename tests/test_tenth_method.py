@@ -164,7 +164,8 @@ def test_run_is_drawn_inspected_and_doctored(trained, tmp_path: Path, capsys: py
         chart.save(tmp_path / f"{name}.svg")
     assert main(["inspect", str(run.path)]) == 0
     assert "KronA" in capsys.readouterr().out
-    assert main(["doctor", str(run.path)]) in (0, 1)
+    code = main(["doctor", str(run.path), "--json"])
+    assert code == bool(json.loads(capsys.readouterr().out)["findings"])
     assert main(["plot", "update_norm", str(run.path), "-o", str(tmp_path / "cli.svg")]) == 0
 
 

@@ -1,0 +1,114 @@
+"""Thresholds of the doctor: planted evidence just below and just above each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from adapter_bits import peft_folder
+from test_doctor_recorded import case
+
+import lorascope as ls
+from lorascope.diagnosis.causes.adapter import dead_layers
+from lorascope.diagnosis.causes.base import Rule
+from lorascope.diagnosis.causes.in_training import dominated, loss_flat, rate_large, rate_zero
+from lorascope.diagnosis.causes.training import collapsed
+from lorascope.diagnosis.evidence import Case, TrainedModule
+from lorascope.diagnosis.training_evidence import TrainingEvidence
+
+
+def found(rule: Rule, given: Case | TrainingEvidence) -> bool:
+    """Return whether a rule has a finding."""
+    return bool(list(rule.findings(given)))
+
+
+def live(moved: tuple[float, ...] = (1.0,), **more: object) -> TrainingEvidence:
+    """Return evidence of a training whose modules moved that far, with weights of norm 1."""
+    modules = [
+        TrainedModule(
+            f"h.{number}.q", "", number, "q", 1, each, relative_update=each, weight_norm=1.0, moved=each, adapted=True
+        )
+        for number, each in enumerate(moved)
+    ]
+    given = {"modules": modules, "losses": {}, "steps": 9, "moving_steps": 9, "learning_rate": 0.1}
+    given |= {"masks_components": False, "expects_adapters": True, "tied": [], "unoptimized": [], "has_gradient": True}
+    return TrainingEvidence(**(given | more))
+
+
+@pytest.mark.parametrize(("least", "expected"), [(1.01e-3, False), (0.99e-3, True)])
+def test_layer_is_dead_below_a_thousandth_of_the_median_layer(least: float, expected: bool) -> None:
+    given = case({"name": "lora"}, moved=[5.0, 1.0, least], update_norm=[5.0, 1.0, least])
+    assert found(dead_layers, given) == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "effective", "expected"),
+    [(4, 1.0101, False), (4, 1.0099, True), (3, 1.0, False)],
+    ids=["above one", "one direction", "few components"],
+)
+def test_update_is_collapsed_if_at_least_four_components_have_one_direction(
+    rank: int, effective: float, expected: bool
+) -> None:
+    given = case({"name": "lora"}, rank=[rank], used=[float(rank)], update_norm=[1.0], effective_rank=[effective])
+    assert found(collapsed, given) == expected
+
+
+def test_updates_are_collapsed_if_more_than_half_of_them_are() -> None:
+    for ranks, expected in (([1.0, 2.0], False), ([1.0, 1.0, 2.0], True)):
+        count = len(ranks)
+        given = case(
+            {"name": "lora"}, rank=[4] * count, used=[4.0] * count, update_norm=[1.0] * count, effective_rank=ranks
+        )
+        assert found(collapsed, given) == expected
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(8, True), (7, False), (3, False), (2, True)])
+def test_scale_is_uneven_from_twice_or_half_the_usual_one(rank: int, expected: bool, tmp_path: Path) -> None:
+    """The usual scale is 8 / 4; without an entry in alpha_pattern, that of v is 8 / rank."""
+    draw = np.random.default_rng(0)
+    ranks = {f"layers.{layer}.{name}": size for layer in (0, 1) for name, size in (("q", 4), ("k", 5), ("v", rank))}
+    pairs = {
+        name: (draw.standard_normal((9, size)).astype("f4"), draw.standard_normal((size, 7)).astype("f4"))
+        for name, size in ranks.items()
+    }
+    patterns = {"rank_pattern": {"k": 5, "v": rank}, "alpha_pattern": {"k": 10}}
+    adapter = ls.load(peft_folder(tmp_path / "adapter", pairs, r=4, lora_alpha=8, **patterns))
+    causes = [finding.cause for finding in ls.diagnose(adapter)]
+    assert causes == ["uneven-scale"] * expected
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(2, False), (3, True)])
+def test_learning_rate_is_zero_from_the_third_step_on(steps: int, expected: bool) -> None:
+    assert found(rate_zero, live(steps=steps, moving_steps=0)) == expected
+    assert not found(rate_zero, live(steps=steps, moving_steps=1))
+
+
+@pytest.mark.parametrize(("moved", "expected"), [(9.99, False), (10.01, True)])
+def test_rate_is_large_if_the_change_exceeds_ten_times_the_weights(moved: float, expected: bool) -> None:
+    assert found(rate_large, live((moved, moved))) == expected
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([0.7] * 4, False),
+        ([0.7] * 5, True),
+        ([0.7, 0.7, 0.7, 0.7, 0.7 * (1 + 0.99e-6)], True),
+        ([0.7, 0.7, 0.7, 0.7, 0.7 * (1 + 1.01e-6)], False),
+    ],
+)
+def test_loss_is_flat_if_five_are_equal_to_a_millionth(losses: list[float], expected: bool) -> None:
+    assert found(loss_flat, live(losses=dict(enumerate(losses, start=1)))) == expected
+
+
+@pytest.mark.parametrize(
+    ("fraction", "others", "expected"),
+    [(0.9989, 3, False), (0.9991, 3, True), (0.9999, 2, False)],
+    ids=["not enough", "dominated", "few modules"],
+)
+def test_one_of_at_least_four_modules_dominates_above_999_thousandths(
+    fraction: float, others: int, expected: bool
+) -> None:
+    rest = ((1 - fraction) / others) ** 0.5
+    assert found(dominated, live((fraction**0.5, *[rest] * others))) == expected

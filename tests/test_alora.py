@@ -16,9 +16,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorascope as ls
+from lorascope.adapters import ablation
 from lorascope.adapters.delta import attached_deltas, fold, resize
 from lorascope.inputs import models
-from lorascope.methods import ALoRA
+from lorascope.methods import ALoRA, alora
 from lorascope.methods.alora import ALoRADelta, CountingAdamW, allocate, importance, prune
 from lorascope.methods.base import Step, config
 from lorascope.schema.module_table import describe
@@ -454,6 +455,22 @@ def test_module_of_rank_zero_appears_in_every_output(run):
     targets = found.lora_config()["target_modules"]
     assert set(targets) == {name for name, rank in ranks.items() if rank}
     assert found.meta.states["best"].step >= 6
+
+
+def test_components_are_scored_on_the_first_rows_of_the_search_split(bert, task, tmp_path, monkeypatch):
+    """Every round uses the same rows, in another order than the training and as many as asked for."""
+    seen, score = [], ablation.ablation_scores
+    monkeypatch.setattr(alora, "ablation_scores", lambda *given: seen.append(given[2]) or score(*given))
+    model = models.load(bert, task=task)
+    method = ALoRA(init_rank=2, score_rows=5, warm_steps=1, round_steps=2, rounds=3, search_share=0.2)
+    ls.train(model, task, method, out=tmp_path / "run", **SHORT)
+    rows = task.encode(models.tokenizer(model), task.split("search", 0.2))
+    assert len(rows) > 5
+    expected = rows.batch(range(5))
+    assert len(seen) == 3
+    for batch in seen:
+        assert batch.keys() == expected.keys()
+        assert all(torch.equal(batch[key], expected[key]) for key in expected)
 
 
 # -- random scores ----------------------------------------------------------------------------------------------------

@@ -154,6 +154,14 @@ def low_rank(*sigma: float) -> tuple[Any, Any]:
     return np.eye(4)[:, : len(sigma)] * sigma, np.eye(len(sigma), 5)
 
 
+SPECTRA = {"h.0.q": (5.0, 1.0, 0.5), "h.0.up": (4.0, 1.0), "h.1.q": (0.1, 0.05), "h.1.up": (3.0, 1.0, 1.0)}
+
+
+def plant_spectra(folder: Path) -> Run:
+    """Write a run whose updates have the singular values ``SPECTRA``, ten in all."""
+    return plant(folder, "run", {}, factors={name: low_rank(*sigma) for name, sigma in SPECTRA.items()})
+
+
 def blocks(layers: int, roles: Sequence[str] = tuple(SHAPES), hidden: int = 768) -> list[dict[str, Any]]:
     """Return the modules of a Transformer in model order with sizes, such as ``encoder.layer.3.ffn_in``."""
     return [

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from conftest import tiny_folder
-from planted import low_rank, plant
+from planted import SPECTRA, low_rank, plant, plant_spectra
 from safetensors.numpy import load_file
 from test_cli import complaint, modules_after, run
 from test_loading import adapted, deltas, save
@@ -107,12 +107,10 @@ def test_peft_keywords_alpha_preserves_the_scale(alpha: float, rank: int, tmp_pa
 
 # -- the budget -----------------------------------------------------------------------------------------------------
 
-SPECTRA = {"h.0.q": (5.0, 1.0, 0.5), "h.0.up": (4.0, 1.0), "h.1.q": (0.1, 0.05), "h.1.up": (3.0, 1.0, 1.0)}
-
 
 @pytest.fixture
 def spectral(tmp_path: Path) -> ls.Run:
-    return plant(tmp_path, "run", {}, factors={name: low_rank(*sigma) for name, sigma in SPECTRA.items()})
+    return plant_spectra(tmp_path)
 
 
 def pattern_ranks(keywords: dict[str, Any], targets: list[str]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from contract.format_rows import draw
 from safetensors.numpy import save
 
 import lorascope as ls
@@ -77,10 +78,6 @@ def registered():
 
     yield
     del FORMS["test_kronecker"], READERS["read_test_kronecker"]
-
-
-def draw(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
 
 
 FACTORS = {module: (draw(number, 2, 3), draw(number, 4, 5)) for number, module in enumerate((Q, V))}

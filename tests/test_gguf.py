@@ -9,6 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from adapter_bits import draw
 from gguf_bytes import ADAPTER, array, entry, header, text, value
 from hostile import limits, outcome
 
@@ -18,10 +19,6 @@ from lorascope.diagnosis.survey import find_adapters, survey
 from lorascope.files.gguf_io import GgufFile
 
 Q, DOWN = "blk.0.attn_q", "blk.1.ffn_down"
-
-
-def draw(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 A, B = draw(1, 2, 5), draw(2, 6, 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from adapter_bits import draw
 from safetensors.numpy import load_file, save
 
 import lorascope as ls
@@ -57,10 +58,6 @@ def test_diffusers_updates_match_the_library(name: str) -> None:
         dense = expected[module.removeprefix(prefix)].astype(np.float64)
         assert np.linalg.norm(update.dense() - dense.reshape(len(dense), -1)) < 1e-5 * np.linalg.norm(dense)
     assert any("alpha was not kept" in note for note in adapter.files.notes) == (name in ("plain", "old"))
-
-
-def draw(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 UP, DOWN = draw(1, 6, 2), draw(2, 2, 5)

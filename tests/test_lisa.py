@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from scipy import stats
+from test_adalora import step_of
 from tiny import tiny
 from tolerance import TEXT, TINY, near
 from torch import Tensor, nn
@@ -204,13 +205,6 @@ def toy() -> nn.Module:
     parts = {"words": nn.Embedding(12, 8), "score": nn.Linear(8, 12, bias=False)}
     blocks = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(4)]
     return nn.ModuleDict(parts | {"layers": nn.ModuleList(blocks)})
-
-
-def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, total: int) -> Step:
-    """Build a step outside of a training run."""
-    return Step(
-        -1, total, model, optimizer, {}, pd.DataFrame(), lambda *_: torch.zeros(()), lambda *_: {}, lambda *_: None
-    )
 
 
 def drive(

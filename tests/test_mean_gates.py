@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from test_hydralora import restored
 from tiny import inputs, tiny
 from tolerance import TEXT, TINY, near, rounding
 from torch import nn
@@ -29,12 +30,6 @@ def run(bert, task, tmp_path_factory) -> Run:
         model, task, HydraLoRA(lr=3e-2), out=tmp_path_factory.mktemp("runs") / "run",
         observe=[observe.norms(every=2), observe.factors(every=2)], **FAST,
     )  # fmt: skip
-
-
-def restored(run: Run, bert: str, task) -> nn.Module:
-    model = models.load(bert, task=task)
-    run.restore(model)
-    return model
 
 
 def token_by_token(model: nn.Module, texts: list[str]) -> dict[str, np.ndarray]:

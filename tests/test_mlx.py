@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from adapter_bits import draw
 from safetensors.numpy import save
 
 import lorascope as ls
@@ -17,10 +18,6 @@ from lorascope.diagnosis.inspection import inspect
 Q = "model.layers.0.self_attn.q_proj"
 EMBED = "model.embed_tokens"
 EXPERTS = "model.layers.0.mlp.switch_mlp.up_proj"
-
-
-def draw(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def write(folder: Path, tensors: dict[str, np.ndarray], name: str = "adapters.safetensors", **config: Any) -> Path:

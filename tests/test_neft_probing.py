@@ -114,7 +114,7 @@ def test_scores_match_the_hidden_states_of_the_base(bert, task, tmp_path):
     best = set(sorted(found, key=found.get)[-7:])
     assert selected_neurons.as_set(selected_neurons.list_selected(run)) == best
     method = NeFT(num_neurons=7, select_by="probed", reference=probed, lr=1e-2)
-    again = ls.train(models.load(folder, task=task), task, method, out=tmp_path / "again", **FAST)
+    again = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "again", **FAST)
     assert selected_neurons.as_set(selected_neurons.list_selected(again)) == best
     for mode in neurons.MODES:
         with pytest.raises(ValueError, match=rf"'{mode}'.*{probed.id} .*linear probing"):

@@ -7,18 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planted import low_rank, plant
+from planted import SPECTRA, low_rank, plant, plant_spectra
 from test_cli import complaint, run
 
 import lorascope as ls
 from lorascope.runs.export import RankBudget, rank_pattern, select_components
 
-SPECTRA = {"h.0.q": (5.0, 1.0, 0.5), "h.0.up": (4.0, 1.0), "h.1.q": (0.1, 0.05), "h.1.up": (3.0, 1.0, 1.0)}
-
 
 @pytest.fixture
 def spectral(tmp_path: Path) -> ls.Run:
-    return plant(tmp_path, "run", {}, factors={name: low_rank(*sigma) for name, sigma in SPECTRA.items()})
+    return plant_spectra(tmp_path)
 
 
 @pytest.fixture

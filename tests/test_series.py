@@ -12,12 +12,12 @@ import numpy as np
 import peft
 import pytest
 import test_mlx
+from planted import low_rank
 from safetensors.numpy import save_file
-from trainers import ROWS, by_trainer, fresh
+from trainers import by_trainer, fresh, training_rows
 
 import lorascope as ls
 from lorascope.analysis import norms
-from lorascope.inputs import models
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.checkpoint_names import step_of
 from lorascope.runs.series import Series
@@ -59,16 +59,9 @@ def write(folder: Path, factors: dict[str, tuple[Any, Any]], alpha: float | None
     return folder
 
 
-def diagonal(*values: float) -> tuple[Any, Any]:
-    """Return factors of diag(values) in four rows and five columns."""
-    return np.eye(4)[:, : len(values)] * values, np.eye(len(values), 5)
-
-
 @pytest.fixture(scope="module")
 def rows(bert, task):
-    encoded = task.encode(models.tokenizer(models.load(bert, task=task)), task.split("train").head(6 * ROWS))
-    batch = encoded.batch(range(6 * ROWS))
-    return [{key: value[i] for key, value in batch.items()} for i in range(6 * ROWS)]
+    return training_rows(bert, task)
 
 
 @pytest.fixture
@@ -79,7 +72,7 @@ def folder(tmp_path: Path) -> Path:
         20: ((3.0, 4.0), (2.0, 0.0)),
         100: ((3.0, 4.0), (4.0, 3.0)),
     }.items():
-        write(tmp_path / f"out/checkpoint-{step}", {Q: diagonal(*q), V: diagonal(*v)})
+        write(tmp_path / f"out/checkpoint-{step}", {Q: low_rank(*q), V: low_rank(*v)})
     return tmp_path / "out"
 
 
@@ -138,7 +131,7 @@ def test_records_equal_those_of_a_recorder_of_the_same_training(name, bert, task
 
 
 def test_final_adapter_next_to_its_checkpoints_is_loaded_as_today(folder):
-    write(folder / "final", {Q: diagonal(1.0)})
+    write(folder / "final", {Q: low_rank(1.0)})
     for file in (folder / "final").iterdir():
         shutil.copy(file, folder)
     assert isinstance(ls.load(folder), Adapter)
@@ -155,8 +148,8 @@ def test_values_of_a_series(folder):
     assert values[100, V, "stable_rank"] == pytest.approx(25 / 16)
     assert values[20, V, "stable_rank"] == pytest.approx(1.0)
     assert series.ranks() == {Q: 2, V: 2}
-    np.testing.assert_array_equal(series.updates(20)[Q].dense(), LowRank(*diagonal(3.0, 4.0)).dense())
-    np.testing.assert_array_equal(series.updates()[V].dense(), LowRank(*diagonal(4.0, 3.0)).dense())
+    np.testing.assert_array_equal(series.updates(20)[Q].dense(), LowRank(*low_rank(3.0, 4.0)).dense())
+    np.testing.assert_array_equal(series.updates()[V].dense(), LowRank(*low_rank(4.0, 3.0)).dense())
     assert series.summary().set_index("module")["update_norm"].to_dict() == pytest.approx({Q: 5.0, V: 5.0})
     assert series.snapshot(f"{V}/singular_values", 20)["value"].tolist() == pytest.approx([2.0, 0.0])
     assert "out  LoRA, checkpoints: 3, steps 10 to 100" in repr(series)
@@ -262,8 +255,8 @@ def test_folder_without_a_readable_checkpoint_is_rejected_in_one_line(tmp_path):
 
 def test_module_that_a_checkpoint_lacks_has_no_rows_there(folder, tmp_path):
     shutil.rmtree(folder / "checkpoint-10")
-    write(folder / "checkpoint-10", {Q: diagonal(1.0)})
-    write(folder / "checkpoint-5", {Q: diagonal(1.0, 1.0, 1.0), "model.layers.0.mlp.up_proj": diagonal(2.0)})
+    write(folder / "checkpoint-10", {Q: low_rank(1.0)})
+    write(folder / "checkpoint-5", {Q: low_rank(1.0, 1.0, 1.0), "model.layers.0.mlp.up_proj": low_rank(2.0)})
     series = ls.load(folder)
     values = plain(series.table[series.table["quantity"] == "rank"])
     assert values.to_dict() == {
@@ -325,7 +318,7 @@ def test_checkpoints_of_a_whole_model_are_rejected_in_one_line(folder):
 
 
 def test_ranks_of_an_adapter_have_no_steps(tmp_path: Path) -> None:
-    adapter = ls.load(write(tmp_path / "adapter", {Q: diagonal(1.0)}))
+    adapter = ls.load(write(tmp_path / "adapter", {Q: low_rank(1.0)}))
     ls.plots.rank_allocation(adapter)
     with pytest.raises(ValueError, match="step must be None for adapters, whose steps are not known, got 3"):
         ls.plots.rank_allocation(adapter, step=3)

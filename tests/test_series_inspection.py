@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from planted import low_rank
 from test_cli import modules_after, run
-from test_series import Q, V, diagonal, folder, write  # noqa: F401
+from test_series import Q, V, folder, write  # noqa: F401
 
 import lorascope as ls
 from lorascope.diagnosis.series_inspection import inspect_series
@@ -37,7 +38,7 @@ def test_screen_shows_first_and_last_and_what_still_moves(folder, capsys):  # no
 
 
 def test_all_shows_one_line_per_module_and_formats_agree(folder, capsys):  # noqa: F811
-    write(folder / "checkpoint-110", {Q: diagonal(3.0, 4.0), LONG: diagonal(1.0)})
+    write(folder / "checkpoint-110", {Q: low_rank(3.0, 4.0), LONG: low_rank(1.0)})
     code, out, _ = run(capsys, "inspect", folder, "--all")
     assert code == 0
     assert any(line.startswith(Q) for line in out.splitlines())
@@ -93,7 +94,7 @@ def test_skipped_checkpoint_is_named(folder, capsys):  # noqa: F811
 )
 def test_bad_input_is_reported_in_one_line(words, message, folder, capsys, monkeypatch):  # noqa: F811
     monkeypatch.chdir(folder.parent)
-    write(Path("one/checkpoint-3"), {Q: diagonal(1.0)})
+    write(Path("one/checkpoint-3"), {Q: low_rank(1.0)})
     Path("empty").mkdir()
     code, out, err = run(capsys, *words)
     assert (code, out) == (2, "")
@@ -116,7 +117,7 @@ def test_figures_of_a_series_are_drawn(figure, folder, capsys):  # noqa: F811
 
 
 def test_doctor_of_a_series_diagnoses_the_last_checkpoint(folder, capsys):  # noqa: F811
-    write(folder / "checkpoint-110", {Q: diagonal(0.0, 0.0), V: diagonal(1.0, float("nan"))})
+    write(folder / "checkpoint-110", {Q: low_rank(0.0, 0.0), V: low_rank(1.0, float("nan"))})
     code, out, err = run(capsys, "doctor", folder)
     assert (code, err) == (1, "")
     assert "NaN" in out

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from planted import plant
+from planted import low_rank, plant
 from scipy.linalg import subspace_angles
-from test_series import Q, V, diagonal, write
+from test_series import Q, V, write
 
 import lorascope as ls
 from lorascope.analysis import settling, subspace_rotation
@@ -23,9 +23,9 @@ def series(tmp_path: Path) -> ls.Series:
     first = {10: 0.0, 20: 9.5, 30: 10.5, 40: 10.0}
     second = {10: 10.0, 20: 10.5, 30: 8.0, 40: 10.0}
     for step in first:
-        both = {Q: diagonal(0.0, first[step]), V: diagonal(second[step], 0.0)}
+        both = {Q: low_rank(0.0, first[step]), V: low_rank(second[step], 0.0)}
         if step > 10:
-            both[UP] = diagonal(0.0)
+            both[UP] = low_rank(0.0)
         write(tmp_path / f"out/checkpoint-{step}", both)
     return ls.load(tmp_path / "out")
 
@@ -126,6 +126,6 @@ def test_rotation_has_no_row_where_an_update_is_zero_or_absent_or_not_finite(ser
     assert set(table.query("module == @Q")["step"]) == {30, 20, 40}
     assert set(table.query("module == @Q and against == 'previous'")["step"]) == {30, 40}
     assert subspace_rotation.rotations(series, modules=[V])["module"].unique().tolist() == [V]
-    write(tmp_path / "nan/step-1", {Q: diagonal(np.nan)})
-    write(tmp_path / "nan/step-2", {Q: diagonal(1.0)})
+    write(tmp_path / "nan/step-1", {Q: low_rank(np.nan)})
+    write(tmp_path / "nan/step-2", {Q: low_rank(1.0)})
     assert subspace_rotation.rotations(ls.load(tmp_path / "nan")).empty

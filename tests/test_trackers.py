@@ -21,7 +21,7 @@ from accelerate import tracking
 from accelerate.utils import LoggerType
 from killing import SETTINGS, TwoPhases
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trainers import ROWS, by_trainer, fresh, same_rows, same_weights
+from trainers import by_trainer, fresh, same_rows, same_weights, training_rows
 
 import lorascope as ls
 from lorascope.analysis import norms
@@ -333,9 +333,7 @@ def test_trackio_has_the_pooled_table_of_the_run(bert, task, tmp_path, monkeypat
 
 @pytest.fixture(scope="module")
 def rows(bert, task):
-    encoded = task.encode(models.tokenizer(models.load(bert, task=task)), task.split("train").head(6 * ROWS))
-    batch = encoded.batch(range(6 * ROWS))
-    return [{key: value[i] for key, value in batch.items()} for i in range(6 * ROWS)]
+    return training_rows(bert, task)
 
 
 def test_trainer_reports_the_recorded_values_to_its_own_tensorboard(bert, task, rows, tmp_path, monkeypatch):

@@ -19,13 +19,12 @@ from test_export import by_the_card, distance
 from tiny import tiny
 from tolerance import TINY, near, rounding
 from torch import nn
-from trainers import METHODS, ROWS, by_trainer, fresh, same_rows, same_weights
+from trainers import METHODS, ROWS, by_trainer, fresh, same_rows, same_weights, training_rows
 from transformers import TrainerCallback
 
 import lorascope as ls
 from lorascope.adapters import delta
 from lorascope.analysis import initial_update
-from lorascope.inputs import models
 from lorascope.schema import module_table
 from lorascope.training import run_folder
 from lorascope.training.base_weights import Base
@@ -38,9 +37,7 @@ NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3)]
 
 @pytest.fixture(scope="module")
 def rows(bert, task):
-    encoded = task.encode(models.tokenizer(models.load(bert, task=task)), task.split("train").head(6 * ROWS))
-    batch = encoded.batch(range(6 * ROWS))
-    return [{key: value[i] for key, value in batch.items()} for i in range(6 * ROWS)]
+    return training_rows(bert, task)
 
 
 def with_peft(bert, task, config, seed=0):

@@ -53,6 +53,14 @@ def without_dropout(model):
     return model
 
 
+def training_rows(folder: str, task) -> list[dict[str, torch.Tensor]]:
+    """Return the encoded rows that a training of ``STEPS`` steps reads."""
+    count = STEPS * ROWS
+    batch = task.encode(models.tokenizer(models.load(folder, task=task)), task.split("train").head(count))
+    batch = batch.batch(range(count))
+    return [{key: value[i] for key, value in batch.items()} for i in range(count)]
+
+
 def by_train(folder: str, task, method, out: Path, **settings: Any):
     """Return a model trained by ``train``, its run, and its training rows in order."""
     model = without_dropout(models.load(folder, task=task))

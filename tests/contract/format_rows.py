@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from contract.format_row import FormatRow, Written
 from contract.format_rows_imagefiles import ROWS as IMAGE_FILES
+from contract.format_rows_imagefiles import as_float64
 from contract.format_rows_peftlora import ROWS as PEFT_LORA
 from contract.format_rows_pefttypes import ROWS as PEFT_TYPES
 from safetensors.numpy import save
@@ -19,10 +20,6 @@ OUT, IN, RANK = 6, 5, 2
 
 def draw(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32)
-
-
-def as_float64(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float64)
 
 
 def write(folder: Path, config: dict[str, Any] | None, tensors: dict[str, np.ndarray]) -> None:

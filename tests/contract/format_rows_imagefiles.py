@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from adapter_bits import draw
 from contract.format_row import FormatRow, Written
 from safetensors.numpy import save
 
@@ -13,10 +14,6 @@ OUT, IN, RANK = 6, 5, 2
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 FLAT = ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_unet_mid_block_attentions_0_proj_in")
 DOTTED = ("text_encoder.text_model.encoder.layers.0.mlp.fc1", "unet.mid_block.attentions.0.proj_in")
-
-
-def draw(seed: int, *shape: int) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def as_float64(array: np.ndarray) -> np.ndarray:

@@ -204,7 +204,16 @@ def test_chance_angle_matches_random_subspaces() -> None:
     assert leading_directions.chance_angle(4, 4) == pytest.approx(0.0, abs=1e-6)
     assert leading_directions.chance_angle(3, 1) == pytest.approx(math.degrees(1), abs=2)  # mean arccos, uniform
     assert leading_directions.chance_angle(2, 1) == pytest.approx(45, abs=2)
-    drawn = np.random.default_rng(5)
-    pairs = [[np.linalg.qr(drawn.standard_normal((40, k)))[0] for k in (3, 3)] for _ in range(300)]
-    angles = [np.degrees(np.arccos(np.linalg.svd(U.T @ V, compute_uv=False))).mean() for U, V in pairs]
-    assert leading_directions.chance_angle(40, 3) == pytest.approx(np.mean(angles), abs=1)
+
+
+@pytest.mark.parametrize(("dim", "k"), [(40, 3), (7, 3), (5, 3), (9, 1)])
+def test_chance_angle_with_many_draws_is_that_of_two_drawn_subspaces(
+    dim: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draws, draw = 20_000, np.random.default_rng(5)
+    monkeypatch.setattr(leading_directions, "_DRAWS", draws)
+    U, V = (np.linalg.qr(draw.standard_normal((draws, dim, k)))[0] for _ in range(2))
+    cosines = np.linalg.svd(U.swapaxes(1, 2) @ V, compute_uv=False)
+    angles = np.degrees(np.arccos(np.minimum(cosines, 1))).mean(1)
+    error = angles.std() * (2 / draws) ** 0.5
+    assert leading_directions.chance_angle.__wrapped__(dim, k) == pytest.approx(angles.mean(), abs=4 * error)

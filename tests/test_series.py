@@ -232,7 +232,7 @@ def test_half_written_checkpoint_is_named_and_skipped(folder):
         series = ls.load(folder)
     assert series.update_steps() == [10, 100]
     assert list(series.skipped) == [20, 110, 120]
-    assert [f"checkpoint-{step}" in str(each.message) for step, each in zip(series.skipped, caught, strict=True)]
+    assert all(f"checkpoint-{step}" in str(each.message) for step, each in zip(series.skipped, caught, strict=True))
     assert "truncated" in series.skipped[110]
     assert all(f"checkpoint-{step}" in repr(series) for step in series.skipped)
 

@@ -227,8 +227,9 @@ def test_from_nothing_to_verdicts_that_verify(finished: Study) -> None:
 
 def test_kept_predictions_are_those_of_the_runs_and_states_are_removed(finished: Study) -> None:
     kept = store.read(finished.folder)
-    for file in finished.out.glob("*/run.json"):
-        run = Run.read(file.parent)
+    runs = [Run.read(file.parent) for file in finished.out.glob("*/run.json")]
+    assert {run.seed for run in runs} >= {100}
+    for run in runs:
         assert not run.restorable
         if run.seed == 100:
             arm = "A" if run.meta.method["name"] == "lora" else "B"

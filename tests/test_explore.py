@@ -239,8 +239,10 @@ def test_dots_of_every_quantity_are_the_mean_of_their_rows(tmp_path: Path) -> No
     other = plant(tmp_path, "other", scale(VALUES, 5.0), label="other")
     explorer = ls.explore({"ours": runs, "theirs": other})
     table = pd.concat([run.table for run in (*runs, other)], ignore_index=True)
+    assert set(explorer.options["quantity"]) == {quantity for quantity, _ in VALUES} - {"weight_norm"}  # only NaN
     for quantity in explorer.options["quantity"]:
         explorer.quantity = quantity
+        assert explorer.options["step"]
         for step in explorer.options["step"]:
             explorer.step = step
             found = dots(explorer)

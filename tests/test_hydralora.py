@@ -468,7 +468,8 @@ def test_gates_exclude_padding():
     batch["attention_mask"][2, 5:] = 0
     sharp = {"scale": 1, "terms": TINY, "growth": 10}
     seen = watch(model, routers(model), batch, lambda: model(**batch))
-    for name in attached_deltas(model):
+    assert set(seen) == set(attached_deltas(model)) != set()
+    for name in seen:
         rows = by_hand(model, name, batch, batch["attention_mask"].bool())
         every = np.array([gates for row in rows for gates in row])
         assert len(every) == 3 + 7 + 5
@@ -488,6 +489,7 @@ def test_encoder_and_decoder_use_separate_padding():
     batch["attention_mask"][:, 4:] = 0
     batch["labels"][:, 1:] = -100
     seen = watch(model, routers(model), batch, lambda: model(**batch))
+    assert set(seen) == set(attached_deltas(model)) != set()
     for name, gates in seen.items():
         decoded = name.startswith("decoder") and "EncDecAttention" not in name
         assert gates.tokens.tolist() == ([1.0] * 3 if decoded else [4.0] * 3), name

@@ -273,6 +273,7 @@ def test_optimizer_state_size_of_a_run_follows_the_policy(moments, request, tmp_
     blocks = [list(model.get_submodule(name).parameters()) for name in run.modules.query("role == 'block'")["module"]]
     outside = [p for p in model.parameters() if all(p is not q for block in blocks for q in block)]
     coverage = dict(zip(table_of(run, "coverage")["step"], table_of(run, "coverage")["value"], strict=True))
+    assert len(observer.seen) == 1 + FAST["steps"]
     for finished, (weight, _) in list(enumerate(observer.seen))[1:]:
         count = int(coverage[finished - (finished - 1) % 2]) if moments == "keep" else 1
         tensors = [*outside, *blocks[0] * count]

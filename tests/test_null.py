@@ -92,6 +92,7 @@ def test_trend_through_the_depth_is_no_outlier(tmp_path: Path) -> None:
 
 def test_norm_z_is_the_distance_from_the_line_of_theil_and_sen_in_robust_deviations(tmp_path: Path) -> None:
     table = null_table(inspect(adapter(tmp_path / "a", 3)))
+    assert set(table["role"]) == {"q", "v"}
     norms = inspect(ls.load(tmp_path / "a")).modules.set_index("module")["update_norm"]
     for _, rows in table.groupby("role", observed=True):
         logs, layers = np.log10(norms[rows["module"]].to_numpy()), rows["layer"].to_numpy(np.float64)

@@ -171,6 +171,7 @@ def test_experts_of_older_peft_are_transposed(tmp_path: Path) -> None:
             swapped |= {name: np.ascontiguousarray(by_component.T), name.replace("lora_B", "lora_A"): by_expert}
     save_file(swapped, tmp_path / "adapter" / WEIGHTS)
     run = load(tmp_path / "adapter", tmp_path / "base")
+    assert len(run.updates()) == len(run.summary()) == 2 * EXPERTS
     for row in run.summary().to_dict("records"):
         layer, expert = row["layer"], int(row["module"].split(".")[-2])
         name = f"model.layers.{layer}.{DOWN}"

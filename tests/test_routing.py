@@ -117,6 +117,7 @@ def test_stacked_batches_equal_one_batch():
     halves = [
         watched(model, {name: part[half] for name, part in batch.items()}) for half in (slice(0, 1), slice(1, None))
     ]
+    assert set(whole) == set(attached_deltas(model)) != set()
     for name, seen in whole.items():
         both, expected = stack_gates([half[name] for half in halves]).statistics(), seen.statistics()
         assert both["gate_switch"] == pytest.approx(expected["gate_switch"])
@@ -245,6 +246,7 @@ def test_experts_without_router_have_norms_and_a_single_one_no_cosine(bert, task
 def test_recording_gates_does_not_change_training(run, bert, task, tmp_path):
     """Training with another interval of recordings ends with the same weights."""
     rare = trained(bert, task, HydraLoRA(gates_every=5), tmp_path / "rare")
+    assert set(run.factors()) == set(rare.factors()) == set(run.ranks()) != set()
     for module, held in run.factors().items():
         for name in ("A", "B", "router"):
             assert np.array_equal(held[name], rare.factors()[module][name])

@@ -643,6 +643,7 @@ def test_sweep_rejects_an_unknown_tracker_before_any_run(bert):
 @pytest.mark.slow
 def test_sweep_reports_each_run(bert, task, tmp_path):
     runs = ls.sweep(bert, task, LORA, seeds=2, jobs=1, root=tmp_path, report_to=["tensorboard"], **SETTINGS)
+    assert len(runs) == 2
     for run in runs:
         assert events(run.path / "tensorboard") == in_float32(curves(run))
 

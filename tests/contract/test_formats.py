@@ -95,7 +95,9 @@ def refused(folder: Path) -> str:
 
 def needed(name: str, tensors: Iterable[str]) -> list[str]:
     spare = ROWS[name].spare
-    return [key for key in tensors if not (spare and re.search(spare, key))]
+    found = [key for key in tensors if not (spare and re.search(spare, key))]
+    assert found
+    return found
 
 
 @EVERY

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +89,11 @@ def test_learning_rate_is_zero_from_the_third_step_on(steps: int, expected: bool
 @pytest.mark.parametrize(("moved", "expected"), [(9.99, False), (10.01, True)])
 def test_rate_is_large_if_the_change_exceeds_ten_times_the_weights(moved: float, expected: bool) -> None:
     assert found(rate_large, live((moved, moved))) == expected
+
+
+def test_rate_is_not_large_if_all_weights_were_zero() -> None:
+    modules = [replace(each, weight_norm=0.0, relative_update=math.nan) for each in live((1.0, 1.0)).modules]
+    assert not found(rate_large, live(modules=modules))
 
 
 @pytest.mark.parametrize(

@@ -31,5 +31,5 @@ def test_page_of_formats_has_the_option_that_writes_each(generated: ModuleType) 
 
 
 def test_unknown_format_is_refused_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^format must be one of peft, .*, got onnx$"):
+    with pytest.raises(ValueError, match=r"^format must be one of 'peft', .*, got 'onnx'$"):
         ls.export.convert(ls.load(FILE), tmp_path / "out", "onnx")

@@ -30,10 +30,10 @@ def rate_zero(case: TrainingEvidence) -> Found:
 def rate_large(case: TrainingEvidence) -> Found:
     """Find trainings that replace the pretrained weights."""
     known, moved, norm = case.total_change
-    if known and moved > LARGE * norm:
+    if norm and moved > LARGE * norm:  # weights that are all zero are not pretrained
         (most,) = largest(known, "relative_update")
         rate = case.learning_rate
-        message = f"training changed the weights by {moved / norm if norm else math.inf:.3g} |W| in {case.steps} steps"
+        message = f"training changed the weights by {moved / norm:.3g} |W| in {case.steps} steps"
         message = f"{message}{at_rate(rate)}, most in {most.module}"
         yield found(message, moved=moved, weight_norm=norm, threshold=LARGE, lr=rate)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,20 @@ def test_interference_matches_the_dense_updates(tmp_path: Path) -> None:
     assert row["shared"] == 6
     assert row["cosine"] == pytest.approx(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
     assert row["energy"] == pytest.approx(np.sum((one + other) ** 2) / (np.sum(one**2) + np.sum(other**2)))
+    (weighted,) = export.interference(opened, [1, -0.5]).to_dict("records")
+    assert weighted["cosine"] == row["cosine"]
+    assert weighted["energy"] == pytest.approx(np.sum((one - 0.5 * other) ** 2) / (one @ one + 0.25 * other @ other))
     (same,) = export.interference([opened[0], opened[0]]).to_dict("records")
     assert (same["cosine"], same["energy"]) == (pytest.approx(1), pytest.approx(2))
+
+
+def test_sum_of_adapters_that_name_different_bases_warns(tmp_path: Path) -> None:
+    first, other = (write(tmp_path, "llama", out=name) for name in ("first", "other"))
+    for folder, base in ((first, "org/one"), (other, "org/two")):
+        file = folder / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
+    with pytest.warns(UserWarning, match=r"different bases, org/one \(first\), org/two \(other\): their sum fits"):
+        export.sum_adapters([load(first), load(other)], tmp_path / "sum")
 
 
 def test_adapters_that_cannot_be_summed_are_refused(tmp_path: Path) -> None:
@@ -136,8 +149,11 @@ def test_adapters_that_cannot_be_summed_are_refused(tmp_path: Path) -> None:
     headed = load(write(tmp_path, "llama", out="headed", modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match=r"cannot sum headed: it contains further weights, such as a head$"):
         export.sum_adapters([plain, headed], tmp_path / "sum")
-    with pytest.raises(ValueError, match=r"weights must be one number per adapter, of >= 2, got 3 for 2$"):
-        export.sum_adapters([plain, plain], tmp_path / "sum", [1, 2, 3])
+    for weights in ([1, 2, 3], [math.nan, 1], [1, math.inf], [0, 0]):
+        with pytest.raises(ValueError, match=r"^weights must be 2 finite numbers, one per adapter and not all 0, got"):
+            export.sum_adapters([plain, plain], tmp_path / "sum", weights)
+    with pytest.raises(ValueError, match=r"^a sum needs at least two adapters, got 1$"):
+        export.sum_adapters([plain], tmp_path / "sum", [1])
     other = load(write(tmp_path / "other", "gpt2"))
     assert not set(plain.ranks()) & set(other.ranks())
     dora = load(write(tmp_path, "llama", out="dora", use_dora=True))
@@ -166,7 +182,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"{out}\n"
     assert main(["export", source, source, "--peft", str(tmp_path / "sum"), "--weights", "1", "0.5"]) == 0
     shown = capsys.readouterr().out
-    assert "6 shared modules, cosine 1.000, energy of the sum / sum of energies 2.000" in shown
+    assert "6 shared modules, cosine 1.000, energy of the sum / sum of energies 1.800" in shown
     assert main(["export", source, str(out), "--peft", str(tmp_path / "other"), "--weights", "1", "-0.25"]) == 0
     whole, cut, total = (load(path).updates() for path in (source, out, tmp_path / "other"))
     assert set(total) == set(whole) >= set(cut) != set()

@@ -224,7 +224,7 @@ def test_figure_shows_the_matrix(three: dict[str, Adapter]) -> None:
     assert cosine.data["cosine"].tolist() == table["cosine"].tolist()
     assert angles.data["words"].tolist()[1].startswith(f"{table['angle'][1]:.0f}° (")
     assert moved.data["rank_moved"].tolist() == table["rank_moved"].tolist()
-    assert charts[0].caption.endswith("1 run, so no interval.")
+    assert charts[0].caption.endswith("the allocations equal. 1 run.")
     with pytest.raises(ValueError, match=r"adapter_pairs.*got 1"):
         plots.adapter_pairs(three["a"])
 

@@ -225,6 +225,13 @@ def test_plot_passes_arguments_to_the_figure(
     assert values.max() == pytest.approx(4.0)  # 2 (the scale) x 2 (layer 1) x 1.0
     assert "no.such" in complaint(capsys, "plot", "spectrum", adapter, "--module", "no.such")
     assert "extension must be one of" in complaint(capsys, "plot", "spectrum", adapter, "-o", "s.doc")
+    for name in ("s.csv", "figures/spectrum.pdf"):  # its own figures are replaced
+        assert run(capsys, "plot", "spectrum", adapter, "-o", name)[0] == 0
+    for name in ("mine.csv", "mine.pdf"):
+        Path(name).write_text("kept", encoding="utf-8")
+        foreign = f"cannot write {name}: it exists and was not written by lorascope"
+        assert foreign in complaint(capsys, "plot", "spectrum", adapter, "-o", name)
+        assert Path(name).read_text(encoding="utf-8") == "kept"
 
 
 def test_plot_accepts_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,7 +338,7 @@ def test_options_take_help_from_the_docstring() -> None:
     assert depth.default == 3.0
     assert isinstance(depth.default, float)
     assert depth.annotation.__metadata__[0].help == "How deep, in metres"
-    assert fast.annotation.__metadata__[0].help == "disable: be fast"
+    assert fast.annotation.__metadata__[0].help == "do not be fast"
 
 
 def test_train_options_of_a_method_exclude_learning_rates(capsys: pytest.CaptureFixture[str]) -> None:

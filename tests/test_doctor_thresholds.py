@@ -80,6 +80,22 @@ def test_scale_is_uneven_from_twice_or_half_the_usual_one(rank: int, expected: b
     assert causes == ["uneven-scale"] * expected
 
 
+def test_scale_that_alpha_pattern_sets_is_not_the_usual_one(tmp_path: Path) -> None:
+    """Scale 1 / 4 of q is meant; of the others, v has 8 / 2 by its rank alone, which differs from 8 / 4 only with o."""
+    draw, patterns = np.random.default_rng(0), {"rank_pattern": {"v": 2}, "alpha_pattern": {"q": 1}}
+
+    def found_with(**ranks: int) -> list[str]:
+        pairs = {
+            f"layers.0.{name}": (draw.standard_normal((9, r)).astype("f4"), draw.standard_normal((r, 7)).astype("f4"))
+            for name, r in ranks.items()
+        }
+        adapter = ls.load(peft_folder(tmp_path / "-".join(ranks), pairs, r=4, lora_alpha=8, **patterns))
+        return [finding.message for finding in ls.diagnose(adapter) if finding.cause == "uneven-scale"]
+
+    assert found_with(q=4, v=2) == []
+    assert ["so scale 4 instead of 2" in message for message in found_with(q=4, v=2, o=4)] == [True]
+
+
 @pytest.mark.parametrize(("steps", "expected"), [(2, False), (3, True)])
 def test_learning_rate_is_zero_from_the_third_step_on(steps: int, expected: bool) -> None:
     assert found(rate_zero, live(steps=steps, moving_steps=0)) == expected

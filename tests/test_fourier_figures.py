@@ -291,3 +291,9 @@ def test_frequency_bias_by_distance_has_the_values_of_the_paper() -> None:
             expected.append(math.exp(-(((distance**2 - center**2) / (distance * 200)) ** 2)))
         np.testing.assert_allclose([cells[0, column] for column in across], expected, atol=1e-9)
         assert chart.marks[0].limits == (0, 1)
+
+
+def test_spectrum_omits_components_that_are_rounding_errors(tmp_path: Path) -> None:
+    """A removed component of AdaLoRA leaves a singular value at the rounding error of the others."""
+    run = plant(tmp_path, "run", {}, factors={"h.0.q": low_rank(5.0, 1.0, 1e-17)})
+    assert plots.spectrum(run, module="h.0.q").data["value"].tolist() == pytest.approx([5, 1, 0], abs=0)

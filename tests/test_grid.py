@@ -101,7 +101,7 @@ def observing(observers):
         ({"settings": {"steps": 3, "seed": 3}}, "unknown setting 'seed'"),
         ({"settings": {"steps": [3, "4"]}}, "(one run per value), got [3, '4']"),
         ({"settings": {"steps": 3, "schedule": "liner"}}, "got 'liner'"),
-        ({"settings": {"steps": 3, "lr": [0.1, -0.1]}}, "lr must be > 0 and finite, got -0.1"),
+        ({"settings": {"steps": 3, "lr": [0.1, -0.1]}}, "lr must be > 0 and finite in float32, got -0.1"),
         (observing("norms"), "observe must be a list of observers such as [\"norms\"], got 'norms'"),
         (observing(["nroms"]), "unknown observer 'nroms'; did you mean 'norms'"),
         (observing([3]), "every = 10}, got 3"),
@@ -125,6 +125,11 @@ def test_invalid_grid_raises_one_line(bert, task, change, line):
         grid.read(right | change)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_folder_is_not_a_sweep(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"as a sweep: it is a folder, pass its TOML file$"):
+        grid.read(tmp_path)
 
 
 OBSERVING = """

@@ -208,6 +208,8 @@ def test_findings_of_broken_and_untrained_adapters(tmp_path: Path) -> None:
     )
     fresh = inspect(load(plant(tmp_path / "b", llama(2, [0.0] * 4)))).findings
     assert fresh == ("all 8 modules have a zero update: saved before training?",)
+    off = inspect(load(plant(tmp_path / "c", llama(2, [1.0] * 4), lora_alpha=0))).findings
+    assert "all 8 modules have a zero update: their scale is 0" in off
 
 
 def test_norm_has_three_digits_in_seven_characters() -> None:

@@ -179,7 +179,7 @@ BROKEN = {
     "truncated": (cut, "tuned/model.safetensors: it is truncated"),
     "shard missing": (shard_lost, "missing 1 of 2 shards.* model-00002-of-00002.safetensors"),
     "pickle": (pickled, "pytorch_model.bin: pickles are never loaded"),
-    "empty": (emptied, "tuned: it has no safetensors file"),
+    "empty": (emptied, "tuned: it has no safetensors file of a model"),
     "shape": (rewrite(other_shape), r"up_proj: it has shape \(48, 32\) in .*base and \(46, 32\) in .*tuned"),
     "nan": (rewrite(with_nan), "tuned: 2 of 48 neurons of model.layers.1.mlp.up_proj contain NaN or infinity"),
     "packed": (rewrite(packed), f"{UP} must be stored as .*, got I8"),

@@ -249,9 +249,12 @@ def stored(adapter: Path, **changes: torch.Tensor) -> None:
 BROKEN: dict[str, tuple[Any, str]] = {
     "no shapes": (
         lambda a: configured(a, base_model_name_or_path="org/model"),
-        "stores no shapes.* its base org/model",
+        "stores no shapes: pass the folder of its base model, org/model, as base= or --base$",
     ),
-    "no base": (lambda a: configured(a, base_model_name_or_path=None), "stores no shapes.* its base unnamed"),
+    "no base": (
+        lambda a: configured(a, base_model_name_or_path=None),
+        "stores no shapes: pass the folder of its base model, as base= or --base$",
+    ),
     "length": (lambda a: stored(a, **{Q0: torch.ones(49)}), "q_proj must have 50 coefficients .*, got 49"),
     "another base": (lambda a: (tiny("bert").save_pretrained(a.parent / "base"),), "cannot find the weight of"),
     "small base": (

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import peft
 import pytest
-from peft_oracle import write_with_peft
+from peft_oracle import nested, write_with_peft
 from safetensors.numpy import load_file, save
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -147,6 +147,27 @@ def test_update_equals_the_merge_by_peft(layer: str, config: str, settings: dict
     # A base whose shapes are needed, but not its values, is optional for the others.
     if not adapter.files.needs_base:
         assert (ls.load(tmp_path / "adapter").updates()[M].dense() == update.dense()).all()
+
+
+COUNTED = [
+    each
+    for each in CASES
+    # Their files lack values that were trained: the bias of an output, and the logits that were not among the largest.
+    if each.values[1] != "LNTuningConfig" and "save_only_topk_weights" not in each.values[2]
+]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, as above
+@pytest.mark.parametrize(("layer", "config", "settings"), COUNTED)
+def test_number_of_parameters_is_that_of_peft(
+    layer: str, config: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    chosen = getattr(peft, config)(target_modules=["dense"], **settings)
+    layers = {M: LAYERS[layer]()}
+    write_with_peft(tmp_path / "adapter", chosen, layers, tmp_path / "base")
+    tuned = peft.get_peft_model(nested({M: LAYERS[layer]()}), chosen)
+    trained = sum(each.numel() for each in tuned.parameters() if each.requires_grad)
+    assert ls.load(tmp_path / "adapter", tmp_path / "base").meta.parameters.trained == trained
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from PIL import Image
 import lorascope
 from lorascope.charts.chart import Chart, set_side_by_side
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Point, Rule
+from lorascope.charts.scales import Scale
 
 META = {"runs": ["0123456789ab", "ba9876543210"], "claim": 'norms grow <fast> & "far"'}
 
@@ -366,3 +367,16 @@ def test_saving_to_a_symbolic_link_writes_the_file_it_points_to(chart: Chart, tm
     assert link.is_symlink()
     assert target.read_bytes().startswith(b"<?xml")
     assert {file.name for file in tmp_path.iterdir()} == {"figure.svg", "link.svg"}
+
+
+@pytest.mark.parametrize(
+    ("names", "room", "kept"),
+    [
+        (["LoRA", "full fine-tuning", "AdaLoRA"], 150, ["LoRA", "full fine-tuning", "AdaLoRA"]),
+        (["a", "b", "c"], 4, ["a"]),
+    ],
+    ids=["a long name between short ones", "no room"],
+)
+def test_every_name_that_fits_is_written(names: list[str], room: float, kept: list[str]) -> None:
+    ticks = Scale(Axis(label="x"), tuple(names)).ticks(room, size=6, across=False)
+    assert ticks.names == kept

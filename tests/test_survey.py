@@ -59,6 +59,10 @@ def test_rows_equal_those_of_inspect(collection: Path) -> None:
     assert rows["b"].findings == "untrained"
 
 
+def test_a_single_path_is_one_adapter(collection: Path) -> None:
+    assert list(survey(str(collection / "a"))) == list(survey([collection / "a"]))
+
+
 def test_ranks_of_the_narrowest_and_the_widest_module_are_shown(tmp_path: Path) -> None:
     spectra = {"model.layers.0.self_attn.q_proj": [1.0, 0.5, 0.2], "model.layers.0.self_attn.v_proj": [1.0]}
     plant(tmp_path / "a", spectra, rank_pattern={"v_proj": 1})

@@ -121,7 +121,8 @@ def _spread_names(digits: Sequence[bool], lengths: Sequence[float]) -> list[int]
     words = [index for index, number in enumerate(digits) if not number]
     numbers = [index for index, number in enumerate(digits) if number]
     if not numbers:
-        return words[:: int(np.ceil(max(lengths, default=1.0)))]
+        fit = all(one + other <= 2 for one, other in pairwise(lengths))
+        return words if fit else words[:: int(np.ceil(max(lengths)))]
     longest = max(lengths[index] for index in numbers)
     step = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step >= longest), 1000)
     kept: list[int] = []

@@ -102,7 +102,7 @@ def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list
             default = float(default)
         help = " ".join(docs.get(name, "").replace("``", "").split()).rstrip(".")
         if default is True:  # the only option is --no-NAME
-            help = f"disable: {help[:1].lower()}{help[1:]}"
+            help = f"do not {help[:1].lower()}{help[1:]}"
         hint = "" if default is None or isinstance(default, bool) or default in ("", ()) else None  # "" omits it
         annotation = Annotated[kind, arg(help=help, help_behavior_hint=hint)]
         found.append(parameter.replace(annotation=annotation, default=default))

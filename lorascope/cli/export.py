@@ -184,7 +184,7 @@ def _write_sum(
 ) -> int:
     """Print how the adapters interfere, and write their sum."""
     summed = [_adapter(each) for each in adapters]
-    for row in export.interference(summed).to_dict("records"):
+    for row in export.interference(summed, weights).to_dict("records"):
         change = f"cosine {row['cosine']:.3f}, energy of the sum / sum of energies {row['energy']:.3f}"
         remark = f"{row['one']} + {row['other']}: {row['shared']} shared modules, {change}"
         print(f"# {printable(remark)}", file=sys.stderr if json else sys.stdout)

@@ -15,6 +15,7 @@ from lorascope.cli.arguments import Folder, Name, call, headline, options_of
 from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable, utf8_text
 from lorascope.plots import FIGURES, OLD_FIGURES
+from lorascope.runs.folders import foreign, require_own
 from lorascope.runs.result import Result
 from lorascope.schema.suggestions import unknown_name
 
@@ -74,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
         pairs = list(zip(labels, open_runs(folders, base, series), strict=True))
         compared = _group_by_label(pairs[len(runs) :]) if control else None
         chart = figure.draw(_group_by_label(pairs[: len(runs)]), compared, **given)
+        _require_own_figure(Path(out or f"figures/{name}.pdf"))
         path = chart.save(out or f"figures/{name}.pdf", width=width, theme=theme)
         print(dumps({"figure": name, "path": str(path)}) if json else printable(path))
         return 0
@@ -81,6 +83,14 @@ def main(argv: Sequence[str]) -> int:
     example = f"Example: lorascope plot {name} runs/my-run -o {name}.pdf"
     description = f"{headline(figure.draw)}\n\n{figure.reads}\n\n{example}"
     return call(draw, f"lorascope plot {name}", rest, options_of(figure.draw, skip=("runs", "control")), description)
+
+
+def _require_own_figure(path: Path) -> None:
+    """Raise a FileExistsError if a path exists and is not a figure that lorascope saved."""
+    described = path.with_name(f"{path.name}-metadata.json") if path.suffix.lower() == ".csv" else path
+    if path.exists() and not described.exists():
+        raise foreign(path)
+    require_own(described, "lorascope")
 
 
 def _group_by_label(pairs: Sequence[tuple[str, Result]]) -> list[Result] | dict[str, list[Result]]:

@@ -66,12 +66,12 @@ def _may_be_adapter(file: Path) -> bool:
         return True  # measuring it reports the reason
 
 
-def survey(paths: Iterable[str | Path], base: str | Path | None = None) -> Iterator[Surveyed]:
+def survey(paths: str | Path | Iterable[str | Path], base: str | Path | None = None) -> Iterator[Surveyed]:
     """Measure many adapters or runs on joblib's backend, and yield their rows in order, each once it is measured.
 
     Parameters
     ----------
-    paths : iterable of path or str
+    paths : path, str or iterable of them
         Adapters and runs, as for ``load``; ``find_adapters`` yields those of a folder. They are read as the rows are
         consumed, so that the memory does not grow with their number.
     base : path or str, optional
@@ -82,6 +82,7 @@ def survey(paths: Iterable[str | Path], base: str | Path | None = None) -> Itera
     Surveyed
         An adapter that cannot be measured has the reason in ``error``.
     """
+    paths = [paths] if isinstance(paths, str | Path) else paths
     yield from Parallel(return_as="generator")(delayed(measure)(path, base) for path in paths)
 
 

@@ -101,7 +101,8 @@ def read(source: str | Path | Mapping[str, Any]) -> Grid:
         return _read_grid(source)
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"cannot read {path} as a sweep: no such file")
+        reason = "it is a folder, pass its TOML file" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"cannot read {path} as a sweep: {reason}")
     require_size(path.stat().st_size, path)
     try:
         return _read_grid(tomllib.loads(path.read_text(encoding="utf-8")))

@@ -62,7 +62,7 @@ class GgufFile(TensorFile):
         except ValueError as error:
             raise ValueError(f"cannot read {printable(self.path)} as GGUF: {printable(error)}") from error
         self._start = -(-header.at // alignment) * alignment
-        self._entries = {name: self._parse_entry(name, entry, size) for name, entry in entries.items()}
+        self._entries = self._parse_entries(entries, size)
 
 
 class _Header:

@@ -104,7 +104,7 @@ class TensorFile(Mapping[str, Any]):
         self._start = 8 + length
         words = header.pop("__metadata__", None)
         self.words = {} if words is None else to_typed(words, dict[str, Any], f"__metadata__ of {path}")
-        self._entries = {name: self._parse_entry(name, entry, size) for name, entry in header.items()}
+        self._entries = self._parse_entries(header, size)
         spans = sorted(entry.data_offsets for entry in self._entries.values())
         if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
             raise ValueError(f"{cannot}: its tensors overlap")
@@ -113,8 +113,16 @@ class TensorFile(Mapping[str, Any]):
         if taken != data:
             raise ValueError(f"{cannot}: {data - taken} of {data} bytes of data belong to no tensor")
 
-    def _parse_entry(self, name: str, content: Any, size: int) -> _Entry:
-        """Return the header entry of one tensor, after checking its offsets against its shape and the file size."""
+    def _parse_entries(self, contents: Mapping[str, Any], size: int) -> dict[str, _Entry]:
+        """Return the header entries of all tensors, after checking that the file has their bytes."""
+        entries = {name: self._parse_entry(name, content) for name, content in contents.items()}
+        whole = max((self._start + entry.data_offsets[1] for entry in entries.values()), default=0)
+        if whole > size:
+            raise unreadable(self.path, f"it is truncated, {size} of {whole} bytes")
+        return entries
+
+    def _parse_entry(self, name: str, content: Any) -> _Entry:
+        """Return the header entry of one tensor, after checking its offsets against its shape."""
         whose = f"{self.path}, the header's entry for {name[:MAX_NAME]}"
         if len(name) > MAX_NAME:
             raise unreadable(whose, f"name must be <= {MAX_NAME} characters, got {len(name)}")
@@ -125,8 +133,6 @@ class TensorFile(Mapping[str, Any]):
         fits = math.prod(side or 1 for side in entry.shape) * width < 2**63
         if not (fits and begin <= end and (end - begin == entry.count * width or entry.dtype not in _DTYPES)):
             raise unreadable(whose, f"data_offsets must match shape {entry.shape}, got {begin} and {end}")
-        if self._start + end > size:
-            raise unreadable(self.path, f"it is truncated, {size} of {self._start + end} bytes")
         return entry
 
     @cached_property

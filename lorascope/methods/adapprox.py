@@ -68,7 +68,7 @@ _NEGATIVE = "fraction of negative entries of Q U^T, before they are set to zero"
 _RMS = "root mean square of G / (sqrt(V) + eps), before clipping"
 _COSINE = "cosine of the clipped direction and the first moment of this step"
 register(
-    "train with Adapprox",
+    "train with Adapprox and a min_dim that a weight matrix reaches on both sides",
     "Adapprox, algorithm 2",
     factor_rank=Quantity("rank of the second moment", pool="sum", definition="number of columns of Q and U"),
     factor_error=Quantity("‖V − QUᵀ‖ / ‖V‖", definition="relative error of this step's V, at a rank selection"),
@@ -76,7 +76,7 @@ register(
     factor_share=Quantity("k / k_max", definition="number of columns of Q and U divided by the largest rank"),
 )
 register(
-    "train with Adapprox",
+    "train with Adapprox and a min_dim that a weight matrix reaches on both sides",
     factor_seconds=Quantity("selection time", "s", pool="sum", definition=_SELECTION),
     factor_norm=Quantity("‖QUᵀ‖", pool="norm", definition="Frobenius norm of the factored second moment"),
     factor_bytes=Quantity("factors of V", "bytes", pool="sum", definition="bytes of Q and U"),

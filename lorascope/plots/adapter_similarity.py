@@ -42,11 +42,12 @@ def adapter_pairs(cohort: Cohort, spectra: bool = False) -> Panels:
         for run in group.runs
     }
     table = pairs.matrix(labelled, pairs.modules(labelled, spectra))
-    caption = cohort.caption(
+    caption = (
         "Norms and cosines cover all modules; a module without an adapter counts as zero. Angles: principal angles "
         f"between the first {pairs.DIRECTIONS} singular vectors (fewer if an update has fewer), averaged over outputs, "
         "inputs and shared modules; in brackets, the same for random directions. Rank in different modules: fraction "
-        "of the rank that would have to move to make the allocations equal.",
+        "of the rank that would have to move to make the allocations equal. "
+        f"{cohort.sample_sentence}"
     )
     with np.errstate(divide="ignore"):
         ratios = table.assign(log_ratio=np.log2(table["norm_ratio"]), words=table["norm_ratio"].map("{:.2g}×".format))

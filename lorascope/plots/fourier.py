@@ -77,7 +77,7 @@ def fourier_spectrum(cohort: Cohort, module: str | None = None) -> Panels:
     needs=(UPDATES,),
     reads="The image shows the entries of one module's update. Stripes along rows or columns are single outputs or "
     "inputs, typical of low-rank updates; waves over the whole image, typical of FourierFT, change every weight.",
-    misleads="Rows and columns have no order, and each image shows a corner scaled by its own root mean square, so "
+    misleads="Rows and columns have no order, and each image is scaled by its own root mean square, so "
     "colors do not compare sizes. FourierFT updates include their random initial value: set added=True to subtract it.",
     takes="Runs to plot; recipes with equal numbers of parameters are easiest to compare.",
     example='ls.plots.update_image({"FourierFT": fourierft, "LoRA": lora[0]})',

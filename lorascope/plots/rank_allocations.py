@@ -131,7 +131,8 @@ def rank_replay(cohort: Cohort, frames: int = 30) -> Panels:
     steps = rank_allocations.decisions(records.concat(run.table for run in own), frames)
     found = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))
     cells = _rank_cells(found, ["recipe", "kind", "step"])
-    caption = cohort.caption(f"{define('rank')} Steps are those at which ranks were decided.", interval=_SPREAD)
+    taken = "decided" if (cohort.table["quantity"] == "budget").any() else "recorded"
+    caption = cohort.caption(f"{define('rank')} Steps are those at which ranks were {taken}.", interval=_SPREAD)
     heats = _rank_heats(cells, cohort.labels, caption, frame="step")
     courses = [_rank_course(cohort, found, label, caption) for label in cohort.labels]
     return stack_vertically(*(set_side_by_side(*row) for row in zip(heats, courses, strict=True)))

@@ -148,9 +148,10 @@ class Cohort:
     def no_common_module(self, module: str | None, common: Sequence[str]) -> ValueError:
         """Return the error for a module that not all runs have; ``common`` lists those that they have."""
         given = "" if module is None else f", got {module!r}"
-        return ValueError(
-            f"{self.name} needs a module that all runs have{given}; expected one of {', '.join(common[:5]) or 'none'}"
-        )
+        if not common:
+            return ValueError(f"{self.name} needs a module that all runs have, and these have none in common{given}")
+        listed = ", ".join(common[:5]) + (f" or {len(common) - 5} others" if len(common) > 5 else "")
+        return ValueError(f"{self.name} needs a module that all runs have{given}; expected one of {listed}")
 
     def label(self, table: pd.DataFrame) -> pd.DataFrame:
         """Add the columns ``recipe`` (the label) and ``kind`` (run or control) to a table with a column ``run``."""
@@ -181,7 +182,7 @@ class Cohort:
     @property
     def sample_sentence(self) -> str:
         """Number of runs and their seeds as a sentence."""
-        return f"{self.sample[0].upper()}{self.sample[1:]}."
+        return f"{self.sample}."
 
     def split(self, table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
         """Return the rows of every label, in the order of the legend."""

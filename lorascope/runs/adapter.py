@@ -54,7 +54,7 @@ class Adapter(Result):
             seed=None,
             status="not trained here",
             settings={},
-            parameters=Parameters(sum(part.size for part in files.parts.values())),
+            parameters=Parameters(sum(part.size for part in files.parts.values()) + files.shared_size),
             modules=[Module(module, *parse(module), *part.shape) for module, part in files.parts.items()],
             states={"last": State(None, ranks)},
             source=str(files.path),

@@ -171,7 +171,12 @@ def require_own(path: Path, *marks: str) -> None:
         return
     small = path.is_file() and path.stat().st_size <= MAX_PAGE
     if not (small and any(mark.encode() in path.read_bytes() for mark in marks)):
-        raise FileExistsError(f"cannot write {printable(path)}: it exists and was not written by lorascope")
+        raise foreign(path)
+
+
+def foreign(path: Path) -> FileExistsError:
+    """Return the error for a file that lorascope must not replace."""
+    return FileExistsError(f"cannot write {printable(path)}: it exists and was not written by lorascope")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import nn
 
 from lorascope.adapters import delta
 from lorascope.inputs import models, tasks
+from lorascope.inputs.package_assets import first_line
 from lorascope.inputs.tasks import Task
 from lorascope.methods.base import Method, Phase, from_config, is_integer
 from lorascope.observe import Observer, norms
@@ -141,10 +142,10 @@ def train(
     require_observers(observers)
     if not is_integer(checkpoint_every) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}")
-    if not is_integer(seed):
-        raise ValueError(f"seed must be an integer, got {seed!r}")
+    if not is_integer(seed) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed!r}")
     seed = int(seed)  # random.seed accepts no integers of numpy
-    trackers = tracker_names(report_to)
+    trackers, device = tracker_names(report_to), _usable_device(device)
     method = from_config({"name": method}) if isinstance(method, str) else method
     method.prepare()  # before anything is changed
     task = data if isinstance(data, Task) else tasks.load(str(data))
@@ -152,9 +153,6 @@ def train(
     chosen = {field.name: given[field.name] for field in fields(Settings)}
     settings = Settings(**chosen | _rates(method, lr, head_lr))
     task = task.fit(model)
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = "cpu" if accelerator is None else accelerator.type
     model.to(device)
     marker = prepare_model(model, task, seed)
     plan = Plan(method, Phase(method), task, settings, seed, marker.w0_hash, tuple(observers))
@@ -199,6 +197,20 @@ def train(
         _reset(model, marker.base)
         stored.restore(model, method=replace(phase.method))
     return runs[-1]
+
+
+def _usable_device(device: str | None) -> str:
+    """Return the device, or the accelerator or CPU by default; raise a ValueError if torch cannot use it."""
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return "cpu" if accelerator is None else accelerator.type
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"device must be one that torch can use, such as 'cpu', got {device!r}: {first_line(error)}"
+        ) from None
+    return device
 
 
 def _rates(method: Method, lr: float | None, head_lr: float | None) -> dict[str, Any]:

@@ -65,5 +65,6 @@ def finished_run(path: Path, plan: Plan) -> Run | None:
 
 def _other_run(folder: Path, kind: str, found: str, wanted: str) -> ValueError:
     return ValueError(
-        f"cannot train {kind} {wanted} in {folder}: it contains {kind} {found}; pass another out or overwrite=True"
+        f"cannot train {kind} {wanted} in {folder}: it contains {kind} {found}; "
+        "pass another out, or overwrite=True (--overwrite)"
     )

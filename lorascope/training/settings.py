@@ -8,10 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from lorascope.methods.base import python_number, require, require_choice, require_integer
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +47,11 @@ class Settings:
         require_integer(self, 1, "steps", "batch_size", "accumulate", "eval_size", "test_size", "max_length")
         require_integer(self, 0, "eval_every")
         for name in ("lr", "head_lr"):
-            require(self, name, "> 0 and finite", 0 < getattr(self, name) < math.inf)
+            require(self, name, "> 0 and finite in float32", 0 < getattr(self, name) <= _LARGEST)
         for name in ("warmup", "weight_decay"):
             require(self, name, ">= 0 and finite", 0 <= getattr(self, name) < math.inf)
+        whole = self.warmup < 1 or float(self.warmup).is_integer()
+        require(self, "warmup", "a fraction below 1 or an integer number of steps", whole)
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}")
         require(self, "clip", "> 0 or None (no clipping)", self.clip is None or self.clip > 0)

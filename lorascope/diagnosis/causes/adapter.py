@@ -102,7 +102,8 @@ def zero_updates(case: Case) -> Found:
     names = [each.module for each in case.measured if each.update_norm == 0]
     count = len(names)
     if count == len(case.measured):
-        yield caution(f"all {count} modules have a zero update: saved before training?")
+        why = "their scale is 0" if all(each.scale == 0 for each in case.measured) else "saved before training?"
+        yield caution(f"all {count} modules have a zero update: {why}")
     elif count:
         held = case.run.factors()
         zeros = {tuple(name for name, array in held.get(each, {}).items() if not np.any(array)) for each in names}

@@ -7,7 +7,7 @@ from statistics import multimode
 from typing import Any
 
 from lorascope.diagnosis.causes.base import Found, Rule, caution, found, names_of
-from lorascope.diagnosis.evidence import SHARE, Case, largest
+from lorascope.diagnosis.evidence import SHARE, Case, TrainedModule, largest
 from lorascope.diagnosis.training_evidence import Evidence
 from lorascope.runs.formats.peft_experts import ExpertPart
 from lorascope.runs.formats.peft_lora import CONFIG
@@ -100,16 +100,21 @@ def uneven_scale(case: Case) -> Found:
     config, adapted = case.meta.method, case.adapted
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     # Without an alpha_pattern the scale is alpha / r, which AutoLoRA intends.
-    scales = [each.scale for each in adapted if not math.isnan(each.scale)]
-    if case.masks_components or not ranks or not alphas or not scales:
+    known = [each for each in adapted if not math.isnan(each.scale)]
+    if case.masks_components or not ranks or not alphas or not known:
         return
-    usual = min(multimode(scales))
     own, scaled = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
-    names = case.configured
-    odd = [each for each in adapted if each.scale != usual]
-    odd = [each for each in odd if each.scale >= UNEVEN * usual or each.scale <= usual / UNEVEN]
-    ranked = [each for each in odd if own.first(names[each.module]) is not None]
-    if off := [each for each in ranked if scaled.first(names[each.module]) is None]:
+    groups: dict[tuple[bool, bool], list[TrainedModule]] = {}
+    for each in known:
+        name = case.configured[each.module]
+        groups.setdefault((own.first(name) is not None, scaled.first(name) is not None), []).append(each)
+    # A scale that alpha_pattern sets for a module of the usual rank is meant to be unusual.
+    usual_ones = groups.get((False, False)) or groups.get((True, True))
+    if not usual_ones:
+        return
+    usual = min(multimode(each.scale for each in usual_ones))
+    ranked = groups.get((True, False), [])
+    if off := [each for each in ranked if each.scale >= UNEVEN * usual or each.scale <= usual / UNEVEN]:
         scale = off[0].scale
         verb, modules = "has" if len(off) == 1 else "have", names_of(off)
         lacking = f"{verb} an entry in rank_pattern but none in alpha_pattern"

@@ -5,6 +5,7 @@ The sum is a LoRA whose rank is the sum of their ranks, so it is exact before it
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -61,13 +62,12 @@ def sum_adapters(
     """
     path = Path(out)
     require_absent(path)
-    factors = [1.0] * len(adapters) if weights is None else list(weights)
-    if len(adapters) < 2 or len(factors) != len(adapters):
-        raise ValueError(f"weights must be one number per adapter, of >= 2, got {len(factors)} for {len(adapters)}")
+    factors = _weights(adapters, weights)
     headed = [adapter.label for adapter in adapters if adapter.files.others]
     if headed:
         raise ValueError(f"cannot sum {printable(headed[0])}: it contains further weights, such as a head")
     _require_one_naming(adapters)
+    _warn_of_other_bases(adapters)
     terms: dict[str, list[tuple[float, LowRank]]] = {}
     whose: dict[str, Adapter] = {}
     for adapter, weight in zip(adapters, factors, strict=True):
@@ -84,6 +84,26 @@ def sum_adapters(
     together = Adapter(type(first.files)(**{**vars(first.files), "parts": parts}), first.base)
     listed = " + ".join(f"{weight:g} x {adapter.label}" for adapter, weight in zip(adapters, factors, strict=True))
     return write_lora(layers_of(together, summed, budget, component=component, source=listed), path, format)
+
+
+def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
+    """Return the weight of each adapter; raise a ValueError unless they define a sum."""
+    if len(adapters) < 2:
+        raise ValueError(f"a sum needs at least two adapters, got {len(adapters)}")
+    found = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
+    if len(found) != len(adapters) or not np.isfinite(found).all() or not any(found):
+        raise ValueError(f"weights must be {len(adapters)} finite numbers, one per adapter and not all 0, got {found}")
+    return found
+
+
+def _warn_of_other_bases(adapters: Sequence[Adapter]) -> None:
+    """Warn if the adapters name different bases, which may still be two names of one model."""
+    named = {adapter.label: adapter.files.config.get("base_model_name_or_path") for adapter in adapters}
+    if len({name for name in named.values() if name}) > 1:
+        listed = ", ".join(f"{printable(name)} ({printable(label)})" for label, name in named.items() if name)
+        warnings.warn(
+            f"the adapters name different bases, {listed}: their sum fits neither of two models", stacklevel=3
+        )
 
 
 def _require_one_naming(adapters: Sequence[Adapter]) -> None:
@@ -106,16 +126,29 @@ def _sum(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
     return LowRank(B, np.vstack([np.asarray(product.A, np.float64) for _, product in terms]))
 
 
-def interference(adapters: Sequence[Adapter]) -> pd.DataFrame:
-    """Tabulate how the updates of adapters interfere in their sum.
+def interference(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> pd.DataFrame:
+    """Tabulate how the updates of adapters interfere in their weighted sum.
+
+    Parameters
+    ----------
+    adapters : sequence of Adapter
+        Adapters whose updates are products of two factors.
+    weights : sequence of float, optional
+        Weight of each adapter; 1 by default.
 
     Returns
     -------
     DataFrame
         One row per pair: ``one, other, shared`` (modules that both adapt), ``cosine`` of the updates as one vector over
-        all modules, and ``energy``: the squared norm of the sum relative to the sum of the squared norms, below 1 if
-        they cancel and above 1 if they add up.
+        all modules, and ``energy``: the squared norm of the weighted sum relative to the sum of the squared norms of
+        its terms, below 1 if they cancel and above 1 if they add up.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two adapters, the weights do not fit, or an update is not a product of two factors.
     """
+    factors = _weights(adapters, weights)
     products = [exact_products(adapter, adapter.updates()) for adapter in adapters]
     squares = [sum(update.norm() ** 2 for update in each.values()) for each in products]
     rows = []
@@ -123,7 +156,8 @@ def interference(adapters: Sequence[Adapter]) -> pd.DataFrame:
         shared = one.keys() & other.keys()
         inner = sum(one[module].inner(other[module]) for module in shared)
         size = np.sqrt(squares[i] * squares[j])
-        energy = 1 + 2 * inner / (squares[i] + squares[j]) if squares[i] + squares[j] else np.nan
+        alone = factors[i] ** 2 * squares[i] + factors[j] ** 2 * squares[j]
+        energy = 1 + 2 * factors[i] * factors[j] * inner / alone if alone else np.nan
         cosine = inner / size if size else np.nan
         rows.append((adapters[i].label, adapters[j].label, len(shared), cosine, energy))
     return pd.DataFrame(rows, columns=["one", "other", "shared", "cosine", "energy"])

@@ -47,7 +47,8 @@ def read_delora(
     parts = {}
     for module, factors in found.items():
         sizes = check_shapes(path, module, factors, _SHAPES, r=rank_of(module))
-        parts[module] = StoredFactors(factors, (sizes["out"], sizes["in"]), sizes["r"], _bounded_product)
+        shape, frozen = (sizes["out"], sizes["in"]), frozenset({"delora_w_norm"})
+        parts[module] = StoredFactors(factors, shape, sizes["r"], _bounded_product, frozen=frozen)
     return AdapterFiles(path, dict(config), parts, others, files, "DeLoRA")
 
 

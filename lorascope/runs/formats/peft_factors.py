@@ -45,6 +45,8 @@ class StoredFactors(StoredUpdate):
     transposed : bool
     thin : bool
         Whether singular values can be computed fast.
+    frozen : frozenset of str
+        Names of the tensors that are not trained, besides those of indices.
     """
 
     tensors: Factors
@@ -54,6 +56,7 @@ class StoredFactors(StoredUpdate):
     scale: float = 1.0
     transposed: bool = False
     thin: bool = True
+    frozen: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         size = max(math.prod(self.sides), self.components * sum(self.sides))
@@ -61,6 +64,11 @@ class StoredFactors(StoredUpdate):
             path, (outer, inner) = next(iter(self.tensors.values())).file.path, self.sides
             must = f"updates must have <= {MAX_ENTRIES} entries, in their matrix and in their factors"
             raise unreadable(path, f"{must}, got {outer} x {inner} of rank {self.components}")
+
+    @property
+    def size(self) -> int:
+        trained = [name for name in self.tensors if "indices" not in name and name not in self.frozen]
+        return sum(math.prod(self.tensors[name].shape) for name in trained)
 
     @property
     def has_thin_factors(self) -> bool:

@@ -70,10 +70,10 @@ def read_unilora(
         for side in "AB":
             check_indices(path, module, factors, f"unilora_indices_{side}", math.prod(vector.shape))
         build, transposed = partial(_gathered_product, vector), bool(settings.fan_in_fan_out)
-        sides = sizes["out"], sizes["in"]
-        parts[module] = StoredFactors(factors, sides, settings.r, build, transposed=transposed)
+        sides, scales = (sizes["out"], sizes["in"]), frozenset({"unilora_scales_A", "unilora_scales_B"})
+        parts[module] = StoredFactors(factors, sides, settings.r, build, transposed=transposed, frozen=scales)
     others = tuple(name for name in others if not name.endswith(_VECTOR))
-    return AdapterFiles(path, dict(config), parts, others, files, "Uni-LoRA")
+    return AdapterFiles(path, dict(config), parts, others, files, "Uni-LoRA", shared_size=math.prod(vector.shape))
 
 
 def _gathered_product(vector: StoredTensor, arrays: dict[str, np.ndarray]) -> LowRank:

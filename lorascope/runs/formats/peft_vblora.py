@@ -80,7 +80,7 @@ def read_vblora(
         transposed = bool(settings.fan_in_fan_out)
         parts[module] = StoredFactors(factors, sides, settings.r, build, transposed=transposed)
     others = tuple(name for name in others if not name.endswith(_BANK))
-    return AdapterFiles(path, dict(config), parts, others, files, "VB-LoRA")
+    return AdapterFiles(path, dict(config), parts, others, files, "VB-LoRA", shared_size=vectors * length)
 
 
 def _mixed_product(k: int, bank: StoredTensor, arrays: dict[str, np.ndarray]) -> LowRank:

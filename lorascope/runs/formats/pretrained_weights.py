@@ -189,7 +189,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     found = found or [file for file in others if not file.name.startswith("adapter_")]
     if not found:
         reject_pickles(folder.glob("*model*"))
-        raise FileNotFoundError(f"cannot read model {printable(folder)}: it has no safetensors file")
+        raise FileNotFoundError(f"cannot read model {printable(folder)}: it has no safetensors file of a model")
     return found
 
 
@@ -206,6 +206,7 @@ def base_with_shapes(
     """Return the base for an adapter of a kind that stores no shapes: the given one, else the one that it names."""
     found = base or named_base(config)
     if found is None:
-        name = config.get("base_model_name_or_path") or "unnamed"
-        raise unreadable(path, f"{kind} stores no shapes, pass the folder of its base {printable(name)}")
+        name = config.get("base_model_name_or_path")
+        model = f"its base model{f', {printable(name)}' if name else ''}"
+        raise unreadable(path, f"{kind} stores no shapes: pass the folder of {model}, as base= or --base")
     return found

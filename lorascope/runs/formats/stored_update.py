@@ -67,7 +67,7 @@ class StoredUpdate:
 
     @property
     def size(self) -> int:
-        """Number of stored values."""
+        """Number of stored values that were trained."""
         return sum(math.prod(tensor.shape) for tensor in self._tensors())
 
     @property
@@ -150,6 +150,8 @@ class AdapterFiles:
         Names that the configuration matches, for modules with another name in ``parts`` or with none.
     base : PretrainedWeights, optional
         Base weights by the names in ``parts``, if they are others than in the base.
+    shared_size : int
+        Number of trained values that all modules share.
     """
 
     path: Path
@@ -162,3 +164,4 @@ class AdapterFiles:
     notes: tuple[str, ...] = ()
     configured: Mapping[str, str] = field(default_factory=dict)
     base: PretrainedWeights | None = None
+    shared_size: int = 0

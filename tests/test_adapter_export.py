@@ -140,7 +140,7 @@ def test_sum_of_adapters_that_name_different_bases_warns(tmp_path: Path) -> None
     for folder, base in ((first, "org/one"), (other, "org/two")):
         file = folder / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
-    with pytest.warns(UserWarning, match=r"different bases, org/one \(first\), org/two \(other\): their sum fits"):
+    with pytest.warns(UserWarning, match=r"different bases, org/one \(first\), org/two \(other\): their sum is"):
         export.sum_adapters([load(first), load(other)], tmp_path / "sum")
 
 

@@ -151,6 +151,12 @@ def test_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None
         main(["doctor", "x"])
 
 
+def test_warnings_are_printed_in_one_line() -> None:
+    code = "import warnings; from lorascope.cli.main import main; main(); warnings.warn('one\\ntwo')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "lorascope: warning: one two"
+
+
 def test_reproduce_with_failed_runs_prints_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any, TextIO
@@ -78,6 +79,12 @@ def _prepare_process() -> None:
         setattr(sys, name, stream)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
         signal.signal(signal.SIGINT, _interrupt)
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(message: Warning | str, *_: object) -> str:
+    """Return a warning as one line, without the place in the code."""
+    return f"lorascope: warning: {printable(' '.join(str(message).split()))}\n"
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

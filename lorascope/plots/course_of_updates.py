@@ -47,7 +47,7 @@ def settling(cohort: Cohort, threshold: float = THRESHOLD) -> Chart:
     return profile(
         cohort,
         band(cohort.label(layers), ["recipe", "kind", "place"]),
-        Axis(label="settled at step", limits=(0, ends[-1])),
+        Axis(label="settled at step", limits=(0, 1.04 * ends[-1])),  # room for markers at the last step
         title="Step at which each layer settled",
         caption=cohort.caption(
             f"First stored step from which on ‖ΔWₜ − ΔW_T‖ ≤ {threshold:.3g} ‖ΔW_T‖ for all matrices of a layer "

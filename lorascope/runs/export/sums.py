@@ -102,7 +102,8 @@ def _warn_of_other_bases(adapters: Sequence[Adapter]) -> None:
     if len({name for name in named.values() if name}) > 1:
         listed = ", ".join(f"{printable(name)} ({printable(label)})" for label, name in named.items() if name)
         warnings.warn(
-            f"the adapters name different bases, {listed}: their sum fits neither of two models", stacklevel=3
+            f"the adapters name different bases, {listed}: their sum is meaningful only if these are one model",
+            stacklevel=3,
         )
 
 

@@ -136,11 +136,11 @@ def test_interference_matches_the_dense_updates(tmp_path: Path) -> None:
 
 
 def test_sum_of_adapters_that_name_different_bases_warns(tmp_path: Path) -> None:
-    first, other = (write(tmp_path, "llama", out=name) for name in ("first", "other"))
+    first, other = (write(tmp_path / name, "llama", out="adapter") for name in ("first", "other"))
     for folder, base in ((first, "org/one"), (other, "org/two")):
         file = folder / "adapter_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": base}))
-    with pytest.warns(UserWarning, match=r"different bases, org/one \(first\), org/two \(other\): their sum is"):
+    with pytest.warns(UserWarning, match=r"different bases, org/one \(adapter\), org/two \(adapter\): their sum is"):
         export.sum_adapters([load(first), load(other)], tmp_path / "sum")
 
 

@@ -98,9 +98,9 @@ def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> li
 
 def _warn_of_other_bases(adapters: Sequence[Adapter]) -> None:
     """Warn if the adapters name different bases, which may still be two names of one model."""
-    named = {adapter.label: adapter.files.config.get("base_model_name_or_path") for adapter in adapters}
-    if len({name for name in named.values() if name}) > 1:
-        listed = ", ".join(f"{printable(name)} ({printable(label)})" for label, name in named.items() if name)
+    named = [(adapter.files.config.get("base_model_name_or_path"), adapter.label) for adapter in adapters]
+    if len({base for base, _ in named if base}) > 1:
+        listed = ", ".join(f"{printable(base)} ({printable(label)})" for base, label in named if base)
         warnings.warn(
             f"the adapters name different bases, {listed}: their sum is meaningful only if these are one model",
             stacklevel=3,

@@ -46,7 +46,7 @@ class StoredFactors(StoredUpdate):
     thin : bool
         Whether singular values can be computed fast.
     frozen : frozenset of str
-        Names of the tensors that are not trained, and not indices, which never are.
+        Names of further tensors that are not trained; indices never are.
     """
 
     tensors: Factors

@@ -18,7 +18,7 @@ from lorascope.inputs import models
 from lorascope.methods import HydraLoRA
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
-from lorascope.schema.records import Record, Snapshot
+from lorascope.schema.records import QUANTITIES, Record, Snapshot
 
 DOMAINS = ["film", "music"]
 UPPER = np.array([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
@@ -70,6 +70,13 @@ def test_gates_at_step_zero_are_available_and_unsaved_steps_raise(tmp_path):
     assert early["0", "ffn_in 2", "music"] == pytest.approx(0.1 * (0.6 - 1 / 3))
     with pytest.raises(ValueError, match=r"step must be one of 0, 9.*got 4"):
         plots.gates(run, step=4)
+
+
+def test_gates_of_an_excerpt_need_no_records_of_gates(tmp_path, monkeypatch):
+    """An excerpt keeps only their array, and without HydraLoRA's module their definition is unknown."""
+    run = routed(tmp_path, "a")
+    monkeypatch.delitem(QUANTITIES, "gate", raising=False)
+    assert "Mean gate weight of each expert" in plots.gates(run).caption
 
 
 def test_gates_draw_the_first_of_several_seeds(tmp_path):

@@ -49,7 +49,10 @@ def gates(cohort: Cohort, step: int | None = None) -> Drawable:
         experts = sorted(cells["head"].unique())
         columns = [f"{role} {expert}" for role in used_roles(cells) for expert in experts]
         numbers = ".2f" if len(columns) <= _MOST_NUMBERED else None
-        shown = f"{define('gate')} By domain, minus 1/{len(experts)}, after step {cells['step'].iloc[0]}."
+        shown = (
+            f"Mean gate weight of each expert over held-out tokens of a domain, minus 1/{len(experts)}; modules of "
+            f"a role pooled by mean; after step {cells['step'].iloc[0]}."
+        )
         seed = group.runs[0].meta.seed
         which = "" if seed is None else f" (seed {seed})"
         panels.append(

@@ -82,7 +82,9 @@ def _prepare_process() -> None:
     warnings.formatwarning = _format_warning
 
 
-def _format_warning(message: Warning | str, *_: object) -> str:
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Return a warning as one line, without the place in the code."""
     return f"lorascope: warning: {printable(' '.join(str(message).split()))}\n"
 

@@ -102,7 +102,7 @@ def _warn_of_other_bases(adapters: Sequence[Adapter]) -> None:
     if len({base for base, _ in named if base}) > 1:
         listed = ", ".join(f"{printable(base)} ({printable(label)})" for base, label in named if base)
         warnings.warn(
-            f"the adapters name different bases, {listed}: their sum is meaningful only if these are one model",
+            f"the adapters name different bases, {listed}: their sum is meaningful only for one model",
             stacklevel=3,
         )
 

@@ -71,7 +71,7 @@ def survey(paths: str | Path | Iterable[str | Path], base: str | Path | None = N
 
     Parameters
     ----------
-    paths : path, str or iterable of them
+    paths : path, str, or iterable of path or str
         Adapters and runs, as for ``load``; ``find_adapters`` yields those of a folder. They are read as the rows are
         consumed, so that the memory does not grow with their number.
     base : path or str, optional

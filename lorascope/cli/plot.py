@@ -71,12 +71,13 @@ def main(argv: Sequence[str]) -> int:
         """
         if not runs:
             raise ValueError(f"RUN is required: lorascope plot {name} runs/my-run -o {name}.pdf")
+        file = Path(out or f"figures/{name}.pdf")
+        _require_own_figure(file)
         labels, folders = zip(*map(_split_label, (*runs, *control)), strict=True)
         pairs = list(zip(labels, open_runs(folders, base, series), strict=True))
         compared = _group_by_label(pairs[len(runs) :]) if control else None
         chart = figure.draw(_group_by_label(pairs[: len(runs)]), compared, **given)
-        _require_own_figure(Path(out or f"figures/{name}.pdf"))
-        path = chart.save(out or f"figures/{name}.pdf", width=width, theme=theme)
+        path = chart.save(file, width=width, theme=theme)
         print(dumps({"figure": name, "path": str(path)}) if json else printable(path))
         return 0
 

@@ -21,15 +21,15 @@ from lorascope.plots.registry import figure
 from lorascope.plots.requirements import SPECTRA, UPDATES
 from lorascope.plots.run_groups import Cohort, require_choice
 from lorascope.runs.result import Result
+from lorascope.updates.linalg import numerical_rank
 
-_ROUNDING = 1e-12  # relative to the largest singular value: above the rounding errors of float64 decompositions
 _MOST_DOTS = 64  # largest number of components with a dot each
 _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
 
 
 def _above_rounding(sigma: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
     """Set the singular values to 0 that are rounding errors of zero, as of components that AdaLoRA removed."""
-    return np.where(sigma > _ROUNDING * sigma.max(initial=0), sigma, 0)
+    return np.where(np.arange(len(sigma)) < numerical_rank(sigma, sigma.shape), sigma, 0)
 
 
 @figure(

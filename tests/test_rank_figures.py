@@ -164,6 +164,13 @@ def test_rank_replay_shows_a_control_at_the_same_steps(write: Any) -> None:
     assert "line" not in [mark.kind for mark in course.marks]
 
 
+def test_rank_replay_says_whether_ranks_were_decided(write: Any) -> None:
+    decided, recorded = write("a", allotted(), "Ada"), write("b", allotted(budget=False), "LoRA")
+    for run, control, word in ((decided, recorded, "decided"), (recorded, decided, "recorded")):
+        caption = plots.rank_replay(run, control=control).charts()[0].caption
+        assert f"Steps are those at which ranks were {word}." in caption
+
+
 SCORES = {"encoder.layer.0.q": [[1, 9, 4], [2, 8, 3]], "encoder.layer.1.q": [[7, 5, 6], [1, 1, 9]]}
 
 

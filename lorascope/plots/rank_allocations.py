@@ -128,10 +128,11 @@ def rank_replay(cohort: Cohort, frames: int = 30) -> Panels:
     """
     require_counts(frames=frames)
     own = [run for group in cohort.groups if not group.control for run in group.runs]
-    steps = rank_allocations.decisions(records.concat(run.table for run in own), frames)
+    table = records.concat(run.table for run in own)
+    steps = rank_allocations.decisions(table, frames)
     found = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))
     cells = _rank_cells(found, ["recipe", "kind", "step"])
-    taken = "decided" if (cohort.table["quantity"] == "budget").any() else "recorded"
+    taken = "decided" if (table["quantity"] == "budget").any() else "recorded"
     caption = cohort.caption(f"{define('rank')} Steps are those at which ranks were {taken}.", interval=_SPREAD)
     heats = _rank_heats(cells, cohort.labels, caption, frame="step")
     courses = [_rank_course(cohort, found, label, caption) for label in cohort.labels]

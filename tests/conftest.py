@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from comparisons import are_tolerant, compares_values
 from forks import Forks
 from hypothesis import settings
 from killing import SETTINGS
@@ -29,15 +30,12 @@ GOOD = ["fine", "great", "lovely", "superb"]
 BAD = ["awful", "boring", "dreadful", "poor"]
 FILLER = ["the", "film", "plot", "was", "a", "very", "rather", "it", "and", "music"]
 
-TOLERANT = {"tolerance", "cells", "trainers"}  # modules that compare values up to rounding
-
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """Mark the tests of every file that imports a tolerance, because they depend on the processor's rounding."""
+    """Mark the tests that compare values in files with a tolerance: they depend on the processor's rounding."""
     for item in items:
-        module = getattr(item, "module", None)
-        if any(getattr(value, "__module__", None) in TOLERANT for value in vars(module).values()) if module else False:
+        if are_tolerant(vars(item.module).values()) and compares_values(item.function):
             item.add_marker(pytest.mark.numbers)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lorascope.analysis.seed_intervals import Estimate, t_estimate
+from lorascope.analysis.seed_intervals import Estimate, t_estimate, two_way_estimate
 from lorascope.evidence.claims import Claim, format_effect, side
 from lorascope.evidence.looks import ERROR, STOPPED, Looks, judge
 
@@ -132,6 +132,15 @@ def test_claim_ends_at_the_first_look_that_decides() -> None:
     low, high = scipy.stats.t.interval(0.99, 4, clear[:5].mean(), scipy.stats.sem(clear[:5]))
     assert (verdict.effect.low, verdict.effect.high) == pytest.approx((low, high))
     assert verdict.p_looks == pytest.approx(5 * verdict.p)
+
+
+def test_verdict_has_the_degrees_of_freedom_and_the_half_width_over_seeds() -> None:
+    table, clusters = np.array([[1.0, 0, -1, 0], [1, 1, 0, 0], [0, 0, 0, 1]]), np.array([0, 0, 1, 2])
+    crossed = two_way_estimate(table, clusters)  # of worked variances: 43/768 with 2 degrees, 1/48 over seeds
+    verdict = judge(S, L2, lambda n: Estimate(crossed.mean, n, crossed.errors), 5)
+    assert verdict.degrees == 2
+    assert verdict.half_seed == pytest.approx(scipy.stats.t.ppf(1 - verdict.level, 2) / 48**0.5, rel=1e-12)
+    assert verdict.effect.high - verdict.effect.mean == pytest.approx(verdict.half_seed * (43 / 16) ** 0.5, rel=1e-12)
 
 
 def test_undecided_claim_goes_on_to_its_last_look_and_stays_inconclusive() -> None:

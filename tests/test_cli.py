@@ -114,6 +114,8 @@ def test_wrong_arguments_print_one_line_with_a_suggestion(capsys: pytest.Capture
         (["inspect", ""], "argument '' must not be empty"),
         (["plot", "spectrum", "x", "-o", ""], "argument '' after -o must not be empty"),
         (["train", "lora", "--steps", "3", "--task="], "argument --task= must not be empty"),
+        (["plot", "spectrum", "x", "--control"], "argument --control must not be empty"),
+        (["plot", "spectrum", "x", "--control", "-o", "y.pdf"], "argument --control must not be empty"),
     ],
 )
 def test_empty_argument_is_named(words: list[str], start: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,8 +50,11 @@ def call(
     help and in errors, such as ``"lorascope inspect"``. The function receives ``extra`` options by ``**``, and a
     ``description`` replaces its docstring in the help. Raise a ValueError of one line for an invalid argument.
     """
+    parameters = [*options_of(function), *(each.replace(kind=each.KEYWORD_ONLY) for each in extra)]
+    lists = {f"--{each.name.replace('_', '-')}" for each in parameters if isinstance(each.default, tuple)}
     for number, word in enumerate(argv):
-        if not word or re.fullmatch(r"--[^=]+=", word):
+        is_last_or_before_a_flag = all(following.startswith("-") for following in argv[number + 1 : number + 2])
+        if not word or re.fullmatch(r"--[^=]+=", word) or (word in lists and is_last_or_before_a_flag):
             before = f" after {argv[number - 1]}" if number and not word else ""
             argument = f"argument {word or repr(word)}{before}"
             raise ValueError(f"{argument} must not be empty: omit it or set a value (see {name} --help)")
@@ -59,7 +62,6 @@ def call(
     def bind(*given: Any, **options: Any) -> Callable[[], int]:
         return partial(function, *given, **options)
 
-    parameters = [*options_of(function), *(each.replace(kind=each.KEYWORD_ONLY) for each in extra)]
     for each in {bind, inspect.unwrap(bind)}:  # they differ if types are checked at every call, as in the tests
         each.__dict__["__signature__"] = inspect.Signature(parameters)
         each.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -65,6 +65,8 @@ class Verdict:
         Effect with its interval and the number of seeds.
     half_seed : float
         Half width of the interval over seeds.
+    degrees : float
+        Degrees of freedom of the effect's standard error.
     side : str
         "above 0" or "below 0" if the whole interval is there, else "".
     p, p_looks : float
@@ -78,6 +80,7 @@ class Verdict:
     level: float
     effect: Interval
     half_seed: float
+    degrees: float
     side: str
     p: float
     p_looks: float
@@ -114,9 +117,17 @@ def judge(claim: Claim, looks: Looks, estimate: Callable[[int], Estimate], avail
 
 
 def _verdict(claim: Claim, outcome: Outcome, look: int, level: float, effect: Estimate, note: str) -> Verdict:
-    p, seeds = claim.p(effect), Estimate(effect.mean, effect.n, effect.errors[-1:])
-    p_looks = min(1.0, p * ERROR / level)
-    interval = effect.interval(level)
+    seeds = Estimate(effect.mean, effect.n, effect.errors[-1:])
+    interval, p = effect.interval(level), claim.p(effect)
     return Verdict(
-        outcome, look, level, interval, seeds.half_width(level), side(interval.low, interval.high), p, p_looks, note
+        outcome=outcome,
+        look=look,
+        level=level,
+        effect=interval,
+        half_seed=seeds.half_width(level),
+        degrees=effect.errors[0][1],
+        side=side(interval.low, interval.high),
+        p=p,
+        p_looks=min(1.0, p * ERROR / level),
+        note=note,
     )

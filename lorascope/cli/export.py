@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from json import dumps
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -133,36 +133,22 @@ def main(
         from lorascope.experiments.component_importance import component_importance  # imports torch
 
         scores = component_importance(opened, model, task, state=state)
-    if written or table is not None:
-        if peft is not None:
-            path = export.to_peft(opened, peft, state, budget, scores)
-        elif written:
-            path = export.convert(_adapter(opened), written[0][1], written[0][0], budget, scores, component)
+    if rank_pattern:
+        if budget is None:
+            keywords = export.rank_pattern(opened, state=state)
+            remarks = [_ROUTER] if opened.input_dependent_modules(state) else []
         else:
-            path = export.to_table(opened, str(table), summary, state)
-        print(dumps({"id": opened.id, "path": str(path)}) if json else printable(path))
-        return 0
-    if budget is None:
-        keywords = export.rank_pattern(opened, state=state)
-        remarks = [_ROUTER] if opened.input_dependent_modules(state) else []
+            chosen = export.select_components(opened, budget, state, scores)
+            keywords = peft_keywords(opened, chosen.ranks, opened.updates(state=state))
+            remarks = [*_budget_remarks(chosen, by), *_loss_remarks(opened, chosen, model, task, state), *_ELSEWHERE]
+        return _print_ranks(keywords, remarks, json)
+    if peft is not None:
+        path = export.to_peft(opened, peft, state, budget, scores)
+    elif written:
+        path = export.convert(_adapter(opened), written[0][1], written[0][0], budget, scores, component)
     else:
-        loss = [_NO_LOSS]
-        chosen = export.select_components(opened, budget, state, scores)
-        if model is not None and task is not None:
-            from lorascope.experiments.component_importance import pruned_losses  # imports torch
-
-            before, after, texts = pruned_losses(opened, chosen, model, task, state=state)
-            measured = f"{before:.4f} before pruning, {after:.4f} after."
-            loss = [f"Loss on {texts} validation texts not used for selection: {measured}", _OTHER_LOSS]
-        keywords = peft_keywords(opened, chosen.ranks, opened.updates(state=state))
-        remarks = [*_budget_remarks(chosen, by), *loss, *_ELSEWHERE]
-    if json:
-        print(dumps(keywords, indent=1))
-    else:  # JSON and Python write these values in the same way
-        lines = [f"    {key}={dumps(value, indent=4)},".replace("\n", "\n    ") for key, value in keywords.items()]
-        print("from peft import LoraConfig", "", "config = LoraConfig(", *lines, ")", sep="\n")
-    for remark in remarks:
-        print(f"# {printable(remark)}", file=sys.stderr if json else sys.stdout)
+        path = export.to_table(opened, str(table), summary, state)
+    print(dumps({"id": opened.id, "path": str(path)}) if json else printable(path))
     return 0
 
 
@@ -207,3 +193,26 @@ def _budget_remarks(chosen: RankBudget, by: str) -> list[str]:
         f"Relative error of the pruned adapter (Frobenius): {chosen.error:.1%}{optimal}; "
         f"{worst['error']:.1%} in that module.",
     ]
+
+
+def _loss_remarks(opened: Result, chosen: RankBudget, model: str | None, task: str | None, state: str) -> list[str]:
+    """Return the loss before and after pruning, or how to measure it if no model and task are given."""
+    if model is None or task is None:
+        return [_NO_LOSS]
+    from lorascope.experiments.component_importance import pruned_losses  # imports torch
+
+    before, after, texts = pruned_losses(opened, chosen, model, task, state=state)
+    measured = f"{before:.4f} before pruning, {after:.4f} after."
+    return [f"Loss on {texts} validation texts not used for selection: {measured}", _OTHER_LOSS]
+
+
+def _print_ranks(keywords: Mapping[str, Any], remarks: Sequence[str], json: bool) -> int:
+    """Print a peft.LoraConfig as Python or JSON, and remarks as comments."""
+    if json:
+        print(dumps(keywords, indent=1))
+    else:  # JSON and Python write these values in the same way
+        lines = [f"    {key}={dumps(value, indent=4)},".replace("\n", "\n    ") for key, value in keywords.items()]
+        print("from peft import LoraConfig", "", "config = LoraConfig(", *lines, ")", sep="\n")
+    for remark in remarks:
+        print(f"# {printable(remark)}", file=sys.stderr if json else sys.stdout)
+    return 0

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from json import dumps
+from pathlib import Path
 from typing import Any
 
 from lorascope.cli.arguments import Folder, Paths, command
@@ -74,8 +77,6 @@ def main(
         from lorascope.cli.inspect_series import show_series
 
         return show_series(paths, base, spectra, all, json, csv)
-    shown: Any
-    screens: list[tuple[Any, Any]]
     found = [locate(path) for path in paths]
     if whole := [path for path in found if is_checkpoint(path)]:
         if len(paths) > 1:
@@ -84,12 +85,7 @@ def main(
             raise ValueError(
                 f"cannot inspect {whole[0]}: a whole model requires the model it was tuned from, --base DIR"
             )
-        from lorascope.diagnosis.neuron_inspection import inspect_neurons
-        from lorascope.diagnosis.neuron_screen import neurons_screen, projections_screen
-
-        shown = inspect_neurons(whole[0], base)
-        table = partial(shown.scores.drop, columns="top")
-        screens = [(projections_screen if all else neurons_screen, shown)]
+        shown = _neurons(whole[0], base, all)
     else:
         try:
             runs = open_runs(found, base)
@@ -108,29 +104,51 @@ def main(
         if null and len(runs) > 1:
             raise ValueError(f"--null requires one adapter or run, got {len(runs)}")
         inspections = [inspect(run, spectra) for run in runs]
-        screens = [(modules_screen, item) for item in inspections] if all else []
-        if len(inspections) > 1:
-            from lorascope.diagnosis.comparison import compare
-            from lorascope.diagnosis.comparison_screen import comparison_screen
-
-            shown = compare(inspections, spectra)
-            table = shown.table
-            screens.append((comparison_screen, shown))
-        else:
-            (shown,) = inspections
-            compared = null_table(shown) if null else None
-            table = partial(_named_modules, shown, compared)
-            screens = screens or [(partial(inspection_screen, null=compared), shown)]
-            if compared is not None and json:
-                print(dumps(shown.to_json() | {"null": rows(compared)}, indent=1))
-                return 0
+        shown = _comparison(inspections, spectra, all) if len(runs) > 1 else _modules(inspections[0], all, null)
     if csv:
-        print(csv_text(table()), end="")
+        print(csv_text(shown.table()), end="")
     elif json:
         print(dumps(shown.to_json(), indent=1))
     else:
-        print("\n\n".join(screen(item, console(sys.stdout)) for screen, item in screens))
+        print("\n\n".join(screen(item, console(sys.stdout)) for screen, item in shown.screens))
     return 0
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """An inspection as JSON, as a table and on the screen."""
+
+    to_json: Callable[[], Any]
+    table: Callable[[], pd.DataFrame]
+    screens: Sequence[tuple[Callable[..., str], Any]]
+
+
+def _neurons(model: Path, base: str, all: bool) -> _Shown:
+    from lorascope.diagnosis.neuron_inspection import inspect_neurons
+    from lorascope.diagnosis.neuron_screen import neurons_screen, projections_screen
+
+    found = inspect_neurons(model, base)
+    screens = [(projections_screen if all else neurons_screen, found)]
+    return _Shown(found.to_json, partial(found.scores.drop, columns="top"), screens)
+
+
+def _comparison(inspections: Sequence[Inspection], spectra: bool, all: bool) -> _Shown:
+    from lorascope.diagnosis.comparison import compare
+    from lorascope.diagnosis.comparison_screen import comparison_screen
+
+    compared = compare(inspections, spectra)
+    modules = [(modules_screen, item) for item in inspections] if all else []
+    return _Shown(compared.to_json, compared.table, [*modules, (comparison_screen, compared)])
+
+
+def _modules(item: Inspection, all: bool, null: bool) -> _Shown:
+    random = null_table(item) if null else None
+    screen = modules_screen if all else partial(inspection_screen, null=random)
+
+    def to_json() -> dict[str, Any]:
+        return item.to_json() | ({} if random is None else {"null": rows(random)})
+
+    return _Shown(to_json, partial(_named_modules, item, random), [(screen, item)])
 
 
 def _named_modules(item: Inspection, null: pd.DataFrame | None) -> pd.DataFrame:

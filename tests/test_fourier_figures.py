@@ -262,6 +262,24 @@ def test_accuracy_by_parameters_counts_default_coefficients_and_ignores_alpha_eq
     assert chart.data["family"].tolist() == ["FourierFT", "LoRA", "LoRA", "LoRA, alpha 8"]
 
 
+def test_accuracy_by_parameters_reads_sizes_from_labels_of_runs_without_updates(write: Any) -> None:
+    values = {("test_metric", ""): {9: 0.8}}
+    labels = {"FourierFT, 48 coefficients": 48, "FourierFT, 1536 coefficients": None, "FourierFT, uniform rank": None}
+    runs = [
+        write(
+            label,
+            values,
+            label,
+            recipe={"name": "fourierft", "coefficients": number},
+            parameters={"trained": 9 + place},
+        )
+        for place, (label, number) in enumerate(labels.items())
+    ]
+    drawn = plots.accuracy_by_parameters(runs).data
+    assert drawn["size"].tolist() == ["48", "1536", ""]
+    assert drawn["family"].tolist() == ["FourierFT", "FourierFT", "FourierFT, uniform rank"]
+
+
 def test_accuracy_by_parameters_with_two_tasks_raises(write: Any) -> None:
     values = {("test_metric", ""): {9: 0.5}}
     runs = [write(id, values, id, task=task, parameters={"trained": 1}) for id, task in (("a", "t"), ("b", "u"))]

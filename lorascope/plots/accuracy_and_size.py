@@ -85,10 +85,12 @@ def _recipe_size(group: Group) -> dict[str, object]:
     recipe = first.meta.recipe
     # If alpha equals the rank, the scale is 1 at every size, so alpha does not distinguish methods.
     names = (*_SIZES, "entry_seed", *(["alpha"] if recipe.get("alpha") == recipe.get("rank") else []))
-    label = ", ".join(part for part in first.label.split(", ") if part.partition(" ")[0] not in names)
+    parts = [_setting(part) for part in first.label.split(", ")]
+    label = ", ".join(part for part, name, _ in parts if name not in names)
     sizes: list[Any] = [recipe.get(name) for name in _SIZES]
     if not any(isinstance(size, int) for size in sizes):  # the default depends on the shape of the weight
         sizes = sorted({len(update.coefficients) for update in fourier.updates(first).values()})
+        sizes = sizes or [int(value) for _, name, value in parts if name in _SIZES and value.isdigit()]
     counted = np.mean([run.meta.parameters.trained for run in group.runs])
     return {
         "recipe": group.label,
@@ -96,3 +98,9 @@ def _recipe_size(group: Group) -> dict[str, object]:
         "size": "/".join(str(size) for size in sizes if isinstance(size, int)),
         "parameters": float(counted),
     }
+
+
+def _setting(part: str) -> tuple[str, str, str]:
+    """Return a part of a label, such as "rank 8" or "48 coefficients", with the name and the value that it states."""
+    first, _, rest = part.partition(" ")
+    return (part, rest, first) if first.isdigit() else (part, first, rest)

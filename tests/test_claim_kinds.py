@@ -138,9 +138,9 @@ def test_verdict_has_the_degrees_of_freedom_and_the_half_width_over_seeds() -> N
     table, clusters = np.array([[1.0, 0, -1, 0], [1, 1, 0, 0], [0, 0, 0, 1]]), np.array([0, 0, 1, 2])
     crossed = two_way_estimate(table, clusters)  # of worked variances: 43/768 with 2 degrees, 1/48 over seeds
     verdict = judge(S, L2, lambda n: Estimate(crossed.mean, n, crossed.errors), 5)
-    assert verdict.degrees == 2
     assert verdict.half_seed == pytest.approx(scipy.stats.t.ppf(1 - verdict.level, 2) / 48**0.5, rel=1e-12)
     assert verdict.effect.high - verdict.effect.mean == pytest.approx(verdict.half_seed * (43 / 16) ** 0.5, rel=1e-12)
+    assert judge(S, L2, lambda n: Estimate(0.25, n, ((0.3, 7.5), (0.2, 4.0))), 5).degrees == 7.5
 
 
 def test_undecided_claim_goes_on_to_its_last_look_and_stays_inconclusive() -> None:

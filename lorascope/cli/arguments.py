@@ -53,8 +53,8 @@ def call(
     parameters = [*options_of(function), *(each.replace(kind=each.KEYWORD_ONLY) for each in extra)]
     lists = {f"--{each.name.replace('_', '-')}" for each in parameters if isinstance(each.default, tuple)}
     for number, word in enumerate(argv):
-        is_last_or_before_a_flag = all(following.startswith("-") for following in argv[number + 1 : number + 2])
-        if not word or re.fullmatch(r"--[^=]+=", word) or (word in lists and is_last_or_before_a_flag):
+        has_value = number + 1 < len(argv) and not argv[number + 1].startswith("-")
+        if not word or re.fullmatch(r"--[^=]+=", word) or (word in lists and not has_value):
             before = f" after {argv[number - 1]}" if number and not word else ""
             argument = f"argument {word or repr(word)}{before}"
             raise ValueError(f"{argument} must not be empty: omit it or set a value (see {name} --help)")

@@ -85,12 +85,12 @@ def _recipe_size(group: Group) -> dict[str, object]:
     recipe = first.meta.recipe
     # If alpha equals the rank, the scale is 1 at every size, so alpha does not distinguish methods.
     names = (*_SIZES, "entry_seed", *(["alpha"] if recipe.get("alpha") == recipe.get("rank") else []))
-    parts = [_setting(part) for part in first.label.split(", ")]
-    label = ", ".join(part for part, name, _ in parts if name not in names)
+    settings = {part: _name_and_value(part) for part in first.label.split(", ")}
+    label = ", ".join(part for part, (name, _) in settings.items() if name not in names)
     sizes: list[Any] = [recipe.get(name) for name in _SIZES]
     if not any(isinstance(size, int) for size in sizes):  # the default depends on the shape of the weight
         sizes = sorted({len(update.coefficients) for update in fourier.updates(first).values()})
-        sizes = sizes or [int(value) for _, name, value in parts if name in _SIZES and value.isdigit()]
+        sizes = sizes or [int(value) for name, value in settings.values() if name in _SIZES and value.isdigit()]
     counted = np.mean([run.meta.parameters.trained for run in group.runs])
     return {
         "recipe": group.label,
@@ -100,7 +100,7 @@ def _recipe_size(group: Group) -> dict[str, object]:
     }
 
 
-def _setting(part: str) -> tuple[str, str, str]:
-    """Return a part of a label, such as "rank 8" or "48 coefficients", with the name and the value that it states."""
-    first, _, rest = part.partition(" ")
-    return (part, rest, first) if first.isdigit() else (part, first, rest)
+def _name_and_value(setting: str) -> tuple[str, str]:
+    """Return the name and the value of a setting in a label, such as "rank 8" or "48 coefficients"."""
+    first, _, rest = setting.partition(" ")
+    return (rest, first) if first.isdigit() else (first, rest)

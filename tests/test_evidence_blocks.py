@@ -15,7 +15,7 @@ from planted_claims import REGISTERED, plant
 
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.evidence import store
-from lorascope.evidence.blocks import NO_FIGURES, PAPERS, all_blocks
+from lorascope.evidence.blocks import MIXTURE, NO_FIGURES, NO_RUNS, PAPERS, all_blocks
 from lorascope.evidence.figures import About, KeptFigure
 from lorascope.evidence.looks import BUDGET
 from lorascope.evidence.registration import Change, Deviation, Registration
@@ -60,13 +60,16 @@ def test_verdicts_equal_those_of_the_runs() -> None:
     assert verdict["outcome"] == "supported"
     claim, seeds, effect, bound, p, adjusted, outcome, marks = cells(blocks["verdicts"], f"`{CLAIM}`")
     assert claim == f"`{CLAIM}` {REGISTERED.claims[CLAIM].text.sentence}"
-    assert (seeds, effect, bound, outcome) == ("5", verdict["shown"], "above -0.01 (accuracy)", "supported")
+    assert (seeds, effect, bound, outcome) == ("5", f"{verdict['shown']} (99%)", "above -0.01 (accuracy)", "supported")
     assert marks == f"all seeds: {verdict['all_seeds']}"
     assert float(p) == pytest.approx(verdict["p_looks"], rel=0.05)
     assert float(adjusted) == pytest.approx(verdict["adjusted_p"], rel=0.05)
     assert cells(blocks["fourierft-verdicts"], f"`{CLAIM}`")[2:] == [seeds, effect, bound, p, adjusted, outcome, marks]
     assert cells(blocks["primary"], "[FourierFT]")[2:] == [seeds, effect, bound, p, adjusted, outcome]
-    assert cells(blocks["before"], f"`{CLAIM}`")[2:] == ["inconclusive", f"`{CLAIM}`, restated", "supported"]
+    why = REGISTERED.claims[CLAIM].why
+    assert cells(blocks["before"], f"`{CLAIM}`")[2:] == [
+        "inconclusive", f"`{CLAIM}`, restated", effect, "supported", why
+    ]  # fmt: skip
 
 
 def test_estimate_over_all_seeds_is_shown_only_after_the_verdict() -> None:
@@ -107,7 +110,7 @@ def test_tables_have_every_claim_once_primary_first() -> None:
     assert listed == [*REGISTERED.of_tier("primary"), *REGISTERED.of_tier("secondary")]
     of_papers = [re.findall(r"^\| `([\w.]+)`", blocks[f"{name.lower()}-verdicts"], re.MULTILINE) for name in PAPERS]
     assert sorted(id for ids in of_papers for id in ids) == sorted(listed)
-    links = re.findall(r"\]\(([^)]+)\)", blocks["primary"])
+    links = re.findall(r"^\| \[\w+\]\(([^)]+)\)", blocks["primary"], re.MULTILINE)
     assert len(links) == 9
     assert all((ROOT / link).exists() for link in links)
     for name in ("verdicts", "primary", "arms", "budget", "fourierft-verdicts"):
@@ -188,9 +191,10 @@ def test_registered_change_of_an_arm_is_marked_with_its_reason() -> None:
 
 def test_arms_have_the_mean_and_interval_of_their_seeds() -> None:
     evidence = planted(5, spread=0.01)
+    evidence.runs["trained_parameters"] = 898 + evidence.runs["seed"]
     blocks, _ = write(evidence)
     mean, low, high, _ = t_interval(100 * accuracies(evidence, OURS))
-    row = [OURS, "0.001", "5", f"{mean:.1f} ± {(high - low) / 2:.1f}", "0.4000 ± 0.0000"]
+    row = [OURS, "0.001", "5", "1,000", f"{mean:.1f} ± {(high - low) / 2:.1f}", "0.4000 ± 0.0000"]
     assert cells(blocks["arms"], f"{OURS} |") == row
     assert blocks["arms"].strip().count("\n") == 3  # two rows below the header
 
@@ -201,7 +205,7 @@ def test_arm_with_a_diverged_run_has_no_mean_loss() -> None:
     runs.loc[runs["arm"] == OURS, "test_loss"] = [0.4, np.inf, np.inf, 0.4, 0.4]
     arm = cells(write(with_runs(evidence, runs))[0]["arms"], f"{OURS} |")
     assert arm[2] == "5"
-    assert arm[4] == ""
+    assert arm[5] == ""
 
 
 def test_costs_and_missing_looks_are_stated() -> None:
@@ -216,10 +220,34 @@ def test_costs_and_missing_looks_are_stated() -> None:
         "- Machines (instruction set / torch / threads / device): AVX2 / 2.6.0 / 1 / cpu (10 runs).",
         "- Commits: `abcdef1` (10 runs).",
     ]
-    assert lines[4].startswith("- Look 1 was not made for 87 claims: `lora.parity`, ")
+    assert lines[4].startswith("- Look 1 is missing for 87 claims: `lora.parity`, ")
     assert len(lines) == 5
     undecided, _ = write(planted(7, -0.01, 0.02))
-    assert undecided["budget"].strip().splitlines()[-1] == f"- Look 2 was not made for 1 claim: `{CLAIM}`."
+    assert undecided["budget"].strip().splitlines()[-1] == f"- Look 2 is missing for 1 claim: `{CLAIM}`."
+
+
+def test_readme_says_how_far_the_evidence_is() -> None:
+    blocks, _ = write(planted(7, -0.01, 0.02))
+    assert (
+        "Judged so far: 1 of 88 claims (1 inconclusive). Runs so far: 21 CPU-minutes of at most 2,400. "
+        "Look 1 is missing for 87 claims. Look 2 is missing for 1 claim. [Details](docs/evidence.md#cost-and-state)"
+    ) in blocks["primary"]
+
+
+def test_accuracy_on_the_mixture_is_that_of_each_task() -> None:
+    rows = pd.DataFrame({
+        "task_hash": "mixed", "row": [3, 2, 1, 0], "text": "", "cluster": "",
+        "label": ["b", "a", "yes", "yes"], "group": ["order", "order", "domain", "domain"],
+    })  # fmt: skip
+    one = planted(2)
+    runs = one.runs.assign(task=MIXTURE, task_hash="mixed")[one.runs["arm"] == OURS]
+    margins = dict(zip(runs["run"], np.array([[1, -1, 1, 1], [1, -1, 1, -1]], np.int8), strict=True))
+    table = write(Evidence(runs, rows, margins))[0]["mixture"].strip().splitlines()
+    assert table[0] == "| arm | seeds | domain (%) | order (%) |"
+    assert table[2] == "| most frequent class of the task |  | 100.0 | 50.0 |"
+    mean, low, high, _ = t_interval(np.array([100.0, 50.0]))
+    assert table[3:] == [f"| {OURS} | 2 | 50.0 ± 0.0 | {mean:.1f} ± {(high - low) / 2:.1f} |"]
+    assert write(one)[0]["mixture"].strip() == NO_RUNS
 
 
 def test_nouns_agree_with_their_number_in_the_costs() -> None:
@@ -239,6 +267,12 @@ def test_every_earlier_claim_has_its_successor_or_was_dropped() -> None:
     }  # fmt: skip
     earlier = {id for claim in REGISTERED.claims.values() for id in claim.earlier}
     assert len(rows) == len(earlier) + len(dropped) == 75
+    reasons = {re.match(r"\| `([\w.]+)`", row[0])[1]: row[-1].removesuffix(" |") for row in rows}  # type: ignore[index]
+    assert all(reasons.values())
+    assert reasons["asymmetry.space"] == "nothing but the seeds"
+    assert reasons["asymmetry.raw"] == (
+        "the A's start random and the B's at zero, so their similarities cannot be compared"
+    )
 
 
 def test_kept_figures_are_listed_by_paper_and_replace_earlier_ones() -> None:

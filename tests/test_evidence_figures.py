@@ -21,7 +21,7 @@ from lorascope.charts.marks import Point
 from lorascope.charts.save import save_small
 from lorascope.evidence import figures, registration, store
 from lorascope.evidence.figures import About, KeptFigure, digest_in
-from lorascope.evidence.statistics import agreement, lora, planted
+from lorascope.evidence.statistics import agreement, fourierft, lora, planted
 from lorascope.gallery import SECTIONS, GalleryFigure
 from lorascope.gallery.drawing import SHOWN, _kept_run
 from lorascope.gallery.kept_scores import KeptScores
@@ -29,6 +29,7 @@ from lorascope.gallery.printed_numbers import printed
 from lorascope.inputs import models, tasks
 from lorascope.methods.base import config
 from lorascope.plots.builders import add_printed
+from lorascope.probes.base import OwnArm
 from lorascope.probes.evidence import registered_arms
 from lorascope.runs.excerpt import write_excerpt
 from lorascope.training import loop
@@ -107,9 +108,11 @@ def kept_run(label: str, seed: int, role: str = "judged", rate: float = 1e-3) ->
     arm: Any = registered_arms()[label]
     draw = np.random.default_rng(zlib.crc32(f"{label} {seed} {rate}".encode()))
     tested = role == "judged"
+    toy = isinstance(arm, OwnArm)
+    method = arm.method if toy else config(replace(arm.of_seed(seed).method, lr=rate))
     row = {
         "arm": label, "run": f"{label} {role} {seed} {rate}", "seed": seed, "rate": rate, "validation_chance": 0.5,
-        "method": json.dumps(config(replace(arm.of_seed(seed).method, lr=rate))), "model": "minilm", "task": "t",
+        "method": json.dumps(method), "model": "minilm", "task": "t",
         "settings": json.dumps({"steps": 300, "batch_size": 16}), "trained_parameters": 1000 * len(label),
         "validation_loss": np.nan if tested else draw.random(), "validation_metric": draw.random(),
         "test_loss": draw.random() if tested else np.nan,
@@ -120,6 +123,8 @@ def kept_run(label: str, seed: int, role: str = "judged", rate: float = 1e-3) ->
     names = [f"encoder.layer.{layer}.attention.self.{role}" for layer in (0, 1) for role in ("query", "key")]
     norms = pd.DataFrame({"module": names, "update": draw.uniform(4, 8, len(names)), "random": 1.0})
     tables = {agreement.SCORES: scores.assign(value=draw.random(len(scores))), lora.AMPLIFICATION: norms}
+    if toy:
+        tables[fourierft.COURSE] = pd.DataFrame({"best_accuracy": [draw.choice([0.8, 1.0])], "epochs": [seed]})
     if label in planted.ALLOCATORS.values():
         ranks = pd.DataFrame({"module": ["m0", "m1", "m2"], "planted": [0, 2, 2], "found": draw.integers(0, 4, 3)})
         tables[planted.RECOVERY] = ranks
@@ -243,6 +248,23 @@ def test_planted_ranks_are_drawn_from_the_kept_tables() -> None:
         assert drawn["ALoRA", rank] == pytest.approx(found)
         # The rank of uniform ranks is a setting, and their modules are those of the seed.
         assert drawn["uniform ranks", rank] == runs["uniform ranks"][0].meta.method["rank"]
+
+
+def test_toy_task_shows_the_fraction_of_seeds_that_fit_all_points() -> None:
+    figure = FIGURES["toy-task"]
+    runs = {label: [kept_run(arm, seed) for seed in (100, 101)] for label, arm in figure.arms.items()}
+    fitted = {"Fourier": [(1.0, 100), (1.0, 400)], "random basis": [(1.0, 50), (0.9, 1000)]}
+    for label, courses in fitted.items():
+        for run, (best, epochs) in zip(runs[label], courses, strict=True):
+            run.tables[fourierft.COURSE] = pd.DataFrame({"best_accuracy": [best], "epochs": [epochs]})
+    drawn = figure.draw(runs).flat()
+    for label, epoch, fraction in (
+        ("Fourier", 99, 0), ("Fourier", 399, 0.5), ("Fourier", 1000, 1), ("random basis", 1000, 0.5)
+    ):  # fmt: skip
+        line = drawn[(drawn["recipe"] == label) & (drawn["epoch"] <= epoch)]
+        assert line["value"].iloc[-1] == fraction
+    best = drawn[drawn["epoch"].isna()].set_index("recipe")["value"]
+    assert best["random basis"] == pytest.approx(0.95)
 
 
 @pytest.mark.parametrize("text", ["[]", "{"])

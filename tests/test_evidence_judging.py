@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 
 from lorascope.analysis.seed_intervals import pseudo_values, t_estimate, t_interval, two_way_estimate
-from lorascope.evidence import judging, looks, store
+from lorascope.evidence import judging, looks, registration, store
 from lorascope.evidence.judging import correct, judge_all
 from lorascope.evidence.registration import Bound, Design, Paper, Registered, Text
 from lorascope.evidence.statistics.base import (
@@ -501,3 +501,14 @@ def test_run_id_cannot_lead_outside_the_folder(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("A-100AVX2", "../../secret"))
     with pytest.raises(ValueError, match="invalid run id"):
         store.read(tmp_path)
+
+
+def test_simulated_controls_of_the_kept_effects_are_known_to_a_twentieth_of_their_margin() -> None:
+    """An effect is a mean over seeds, so the errors of single seeds may be larger than its own."""
+    folder = registration.FILE.parent / "evidence"
+    bounds = pd.read_csv(folder / "verdicts.csv").set_index("claim")["bound"]
+    simulated = pd.read_csv(folder / "values.csv").dropna(subset=["draw_error", "look"])
+    assert {"alora.queries", "autolora.spread"} <= set(simulated["claim"])
+    for id, rows in simulated.groupby("claim"):
+        error = np.sqrt(np.sum(rows["draw_error"] ** 2)) / len(rows)
+        assert error < abs(bounds[id]) / 20, id

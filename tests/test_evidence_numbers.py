@@ -30,10 +30,10 @@ def test_numbers_are_those_that_the_blocks_print() -> None:
     effect, low, high, p, adjusted = (
         value[f"{CLAIM}: {name}"] for name in ("effect", "low", "high", "p", "adjusted p")
     )
-    assert row[2] == f"{effect} [{low}, {high}]"
+    assert row[2] == f"{effect} [{low}, {high}] (99%)"
     assert row[4:6] == [p, adjusted]
     arm = cells(blocks["arms"], f"{OURS} |")
-    for cell, score in zip(arm[3:], ("test accuracy (%)", "test loss (nats)"), strict=True):
+    for cell, score in zip(arm[4:], ("test accuracy (%)", "test loss (nats)"), strict=True):
         assert cell == f"{value[f'{OURS}: {score}']} ± {value[f'{OURS}: {score}, half interval']}"
     assert list(found.loc["all runs: CPU-minutes"]) == ["45", 2, "runs.csv"]
     assert list(found.loc["published.hydralora: effect"]) == ["2.05", 3, "data/published"]

@@ -36,6 +36,8 @@ PAPERS = {
 }
 """arXiv ids of the papers by method, in the order of the tables."""
 SCORES = ("test accuracy (%)", "test loss (nats)")
+MIXTURE = "sentiment/mixture"
+"""Name of the task that consists of four tasks."""
 NO_RUNS = "No runs are kept yet."
 NO_FIGURES = "No figures are drawn from the kept runs yet."
 _SMALLEST_P = 1e-4
@@ -62,6 +64,7 @@ def all_blocks(registration: Registration, data: Path, evidence: Evidence, deriv
         "verdicts": tables.verdicts(),
         "primary": tables.primary(),
         "arms": tables.arms(),
+        "mixture": tables.mixture(),
         "budget": tables.budget(),
         "before": tables.before(),
         "figures": _list_figures(evidence),
@@ -133,6 +136,11 @@ def format_p(value: float) -> str:
 
 def _percent(values: pd.Series) -> str:
     return _mean(100 * values, 1)
+
+
+def _count(values: pd.Series) -> str:
+    """Format the mean of counts; without values, an empty text."""
+    return "" if values.isna().all() else f"{values.mean():,.0f}"
 
 
 def _nats(values: pd.Series) -> str:
@@ -221,7 +229,16 @@ class Tables:
                     link = f"[{name}](docs/papers/{name.lower()}.md)"
                     rows.append((link, claim.text.sentence, *self._judged(id), verdict))
         table = _table(("paper", "claim", *_JUDGED, "verdict"), rows)
-        return "\n\n".join([*self._without_runs(), self._progress(), table])
+        state = [
+            self._progress(),
+            f"Runs so far: {count_phrase(self.minutes, 'CPU-minute')} of at most {BUDGET:,}.",
+            *(
+                f"Look {look} is missing for {count_phrase(len(ids), 'claim')}."
+                for look, ids in self._missing_looks().items()
+            ),
+            "[Details](docs/evidence.md#cost-and-state)",
+        ]
+        return "\n\n".join([*self._without_runs(), " ".join(state), table])
 
     def _progress(self) -> str:
         """Return how many claims are judged, and with which outcomes."""
@@ -285,9 +302,9 @@ class Tables:
         return _table(("source", "model and data", "metric", "method", "printed value"), rows)
 
     def arms(self) -> str:
-        """Return the chosen learning rate, the number of seeds and the scores of every arm with judged runs."""
+        """Return rate, seeds, trained parameters and scores of every arm with judged runs."""
         rows = self.arm_rows
-        return _table(("arm", "learning rate", "seeds", *SCORES), rows) if rows else NO_RUNS
+        return _table(("arm", "learning rate", "seeds", "trained parameters", *SCORES), rows) if rows else NO_RUNS
 
     @cached_property
     def arm_rows(self) -> list[tuple[str, ...]]:
@@ -303,7 +320,7 @@ class Tables:
                 classified = of_arm["validation_chance"].notna().any() or role == "baseline"
                 rows.append((
                     f"{label}{elsewhere}", rate + " (end of the grid)" * (self._rate_of(label) in self._at_end),
-                    str(len(of_arm)) if role == "judged" else "",
+                    str(len(of_arm)) if role == "judged" else "", _count(of_arm["trained_parameters"]),
                     _percent(of_arm["test_metric"]) if classified else "", _nats(of_arm["test_loss"]),
                 ))  # fmt: skip
         return rows
@@ -343,29 +360,63 @@ class Tables:
         return round(self.evidence.runs["cpu_seconds"].sum() / 60)
 
     def _open_looks(self) -> Iterator[str]:
+        missing = self._missing_looks()
+        for look, ids in missing.items():
+            yield f"- Look {look} is missing for {count_phrase(len(ids), 'claim')}: {', '.join(ids)}."
+        if not missing:
+            yield "- Every claim was judged to its end."
+
+    def _missing_looks(self) -> dict[int, list[str]]:
+        """Return the claims that need more seeds, by the number of the missing look."""
         missing: dict[int, list[str]] = {}
         for id, row in self.rows.items():
             if row["note"] == STOPPED:
                 missing.setdefault(1 + int(row["look"]), []).append(f"`{id}`")
-        for look, ids in sorted(missing.items()):
-            yield f"- Look {look} was not made for {count_phrase(len(ids), 'claim')}: {', '.join(ids)}."
-        if not missing:
-            yield "- Every claim was judged to its end."
+        return dict(sorted(missing.items()))
+
+    def mixture(self) -> str:
+        """Return the accuracy of every arm by task of the mixture, next to that of the most frequent class."""
+        header, *rows = self.mixture_rows or [()]
+        return _table(header, rows) if rows else NO_RUNS
+
+    @cached_property
+    def mixture_rows(self) -> list[tuple[str, ...]]:
+        """Header and rows of the table of the mixture; nothing without runs on it."""
+        runs = self.evidence.runs
+        runs = runs[(runs["role"] == "judged") & (runs["task"] == MIXTURE)]
+        if runs.empty:
+            return []
+        rows = self.evidence.rows
+        rows = rows[rows["task_hash"] == runs["task_hash"].iloc[0]].sort_values("row")
+        task_of = rows["group"].to_numpy()
+        tasks = list(dict.fromkeys(task_of))
+        frequent = (rows.loc[task_of == task, "label"].value_counts(normalize=True).max() for task in tasks)
+        found = [
+            ("arm", "seeds", *(f"{task} (%)" for task in tasks)),
+            ("most frequent class of the task", "", *(f"{100 * share:.1f}" for share in frequent)),
+        ]
+        for arm in filter(set(runs["arm"]).__contains__, self.registration.arms):
+            right = [self.evidence.margins[run] > 0 for run in runs.loc[runs["arm"] == arm, "run"]]
+            by_task = (_percent(pd.Series([each[task_of == task].mean() for each in right])) for task in tasks)
+            found.append((arm, str(len(right)), *by_task))
+        return found
 
     def before(self) -> str:
-        """Return the verdicts of the claims under the earlier rules, with the claims that replace them."""
+        """Return the verdicts of the claims under the earlier rules, with the claims that replace them and why."""
         rows = []
         for each in _read_csv(self.data / "verdicts_before.csv"):
             now = [id for id, claim in self.registration.claims.items() if each["claim"] in claim.earlier]
             effect = f"{each['effect']} [{each['low']}, {each['high']}]" if each["effect"] else "not reported"
             then = f"{effect}; margin {each['margin']} ({each['unit']})"
-            same = [f"`{id}`, {self.registration.claims[id].decision}" for id in now] or ["dropped"]
-            outcomes = [self._outcome(id) for id in now] or ["-"]
+            found = [(f"`{id}`, {self.registration.claims[id].decision}", self._effect(id), self._outcome(id),
+                      self.registration.claims[id].why or "nothing but the seeds") for id in now]  # fmt: skip
+            parts = found or [("dropped", "", "", each["dropped"])]
             rows.append((
-                f"`{each['claim']}` {each['sentence']}", then, each["outcome"] or "not reported", "; ".join(same),
-                "; ".join(outcomes),
+                f"`{each['claim']}` {each['sentence']}", then, each["outcome"] or "not reported",
+                *("; ".join(filter(None, column)) for column in zip(*parts, strict=True)),
             ))  # fmt: skip
-        return _table(("earlier claim", "effect then", "verdict then", "now", "verdict now"), rows)
+        header = ("earlier claim", "effect then", "verdict then", "now", "effect now", "verdict now", "what changed")
+        return _table(header, rows)
 
     def _without_runs(self) -> list[str]:
         return [NO_RUNS] if self.evidence.runs.empty else []
@@ -387,9 +438,14 @@ class Tables:
         row, claim = self.rows[id], self.registration.claims[id]
         if row["look"] >= 1:
             p = format_p(row["p_looks"]), format_p(row["adjusted_p"])
-            return f"{row['n']:g}", row["shown"], _bound(claim), *p
+            return f"{row['n']:g}", self._effect(id), _bound(claim), *p
         seeds = "" if row["outcome"] == "void" else f"{row['n']:g} of {claim.design.seeds[0]}"
         return seeds, "", _bound(claim), "", ""
+
+    def _effect(self, id: str) -> str:
+        """Return the effect at the look that was made, with its interval and the level of this."""
+        row = self.rows[id]
+        return f"{row['shown']} ({100 * (1 - 2 * row['level']):.3g}%)" if row["look"] >= 1 else ""
 
     def _outcome(self, id: str) -> str:
         row = self.rows[id]

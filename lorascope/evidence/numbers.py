@@ -76,6 +76,11 @@ def _printed(tables: Tables) -> Iterator[tuple[str, str, str]]:
     for label, *_, accuracy, loss in tables.arm_rows:
         for score, text in zip(SCORES, (accuracy, loss), strict=True):
             yield from _numbers(label, (score, f"{score}, half interval"), text, "runs.csv")
+    if tables.mixture_rows:
+        (_, _, *tasks), _, *arms = tables.mixture_rows
+        for arm, _, *accuracies in arms:
+            for task, text in zip(tasks, accuracies, strict=True):
+                yield from _numbers(arm, (task, f"{task}, half interval"), text, "predictions")
     if len(tables.evidence.runs):
         yield from _numbers("all runs", ("CPU-minutes",), f"{tables.minutes:,}", "runs.csv")
 

@@ -6,20 +6,39 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from lorascope import plots
 from lorascope.analysis import fourier
-from lorascope.charts.chart import Chart
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Chart, Drawable, set_side_by_side
+from lorascope.charts.marks import Axis, Line, Point
 from lorascope.evidence.statistics import autolora
-from lorascope.evidence.statistics.fourierft import BANDS, DEFAULT, EQUAL, FEW, LARGE, MANY, ORTHOGONAL, RANDOM, ZEROS
+from lorascope.evidence.statistics.fourierft import (
+    BANDS,
+    COURSE,
+    DEFAULT,
+    EQUAL,
+    FEW,
+    LARGE,
+    MANY,
+    ORTHOGONAL,
+    POINTS,
+    POINTS_FAST,
+    POINTS_RANDOM,
+    POINTS_SLOW,
+    RANDOM,
+    ZEROS,
+)
 from lorascope.gallery.base import GalleryFigure, own_labels
 from lorascope.gallery.printed_numbers import printed
-from lorascope.plots.builders import add_printed
+from lorascope.plots.builders import add_printed, ends
 from lorascope.plots.component_ablations import metric_by_band
-from lorascope.plots.run_groups import gather
+from lorascope.plots.run_groups import INTERVAL, gather
 
 HEADING = "FourierFT"
+_FIRST_EPOCH = 10  # of the toy task's axis; no seed fits all points before it
 
 
 def _draw_sizes(runs: Mapping[str, Sequence[Any]]) -> Chart:
@@ -41,6 +60,42 @@ def _draw_bases(runs: Mapping[str, Sequence[Any]]) -> Chart:
 def _draw_bands(runs: Mapping[str, Sequence[Any]]) -> Chart:
     highest = fourier.corner((384, 384))  # of minilm's query and value weights
     return metric_by_band(gather("bias_curve", runs), highest)
+
+
+def _draw_toy_task(runs: Mapping[str, Sequence[Any]]) -> Drawable:
+    """Plot the kept tables ``course``: the fraction of seeds that fit all points by epoch, and the best accuracy."""
+    rows = pd.concat(run.tables[COURSE].assign(recipe=label, run=run.id) for label, of in runs.items() for run in of)
+    epochs = np.append(_FIRST_EPOCH, np.unique(rows["epochs"]))
+    fractions = []
+    for label, own in rows.groupby("recipe", sort=False):
+        fitted = own.loc[own["best_accuracy"] == 1, "epochs"].to_numpy()
+        share = (fitted <= epochs[:, None]).sum(1) / len(own)
+        # Every value holds until the next epoch, at which the line rises vertically.
+        steps = {"epoch": np.repeat(epochs, 2)[1:], "value": np.repeat(share, 2)[:-1]}
+        fractions.append(pd.DataFrame(steps).assign(recipe=label))
+    best = band(rows.assign(value=rows["best_accuracy"]), ["recipe"])
+    caption = (
+        "Eight classes of points, learned by a network whose hidden layer has an adapter of 128 parameters; "
+        f"{len(rows) // len(runs)} seeds. The paper does not state its points. Right: mean; bars: {INTERVAL}."
+    )
+    return set_side_by_side(
+        Chart(
+            pd.concat(fractions),
+            [Line("epoch", "value", "recipe")],
+            title="Seeds that fit all points",
+            x=Axis(label="epoch", log=True),
+            y=Axis(label="fraction of seeds", limits=(0, 1.02)),
+            caption=caption,
+        ),
+        Chart(
+            best,
+            [Point("recipe", "value", "recipe", **ends(best))],
+            title="Best accuracy",
+            x=Axis(order=list(runs)),
+            y=Axis(label="training accuracy"),
+            caption=caption,
+        ),
+    )
 
 
 _SIZES = own_labels(FEW, DEFAULT, MANY, EQUAL, LARGE)
@@ -69,6 +124,20 @@ FIGURES = [
         draw=_draw_bands,
         seeds=None,
         scores_only=True,
+    ),
+    GalleryFigure(
+        name="toy-task",
+        alt="Toy task: seeds that fit all points by epoch, and best accuracy, with 128 parameters",
+        arms={
+            "Fourier": POINTS,
+            "random basis": POINTS_RANDOM,
+            "LoRA, lr 0.01": POINTS_SLOW,
+            "LoRA, lr 0.1": POINTS_FAST,
+        },
+        draw=_draw_toy_task,
+        seeds=None,
+        scores_only=True,
+        table=COURSE,
     ),
     GalleryFigure(
         name="fourier-spectrum",

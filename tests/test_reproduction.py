@@ -245,6 +245,9 @@ def test_kept_verdict_next_to_own_seeds(tmp_path: Path, change: dict[str, Any], 
     assert (row["verdict"], row["effect"]) == (verdict, shown if verdict == "supported" else "")
     judged = kept_verdicts.read(tmp_path).table
     assert ("lora.parity" in judged["claim"].tolist()) == (verdict in ("supported", "void"))
+    if verdict == "supported":
+        assert judged.set_index("claim")["effect"]["lora.parity"] == f"{shown} (99%)"
+        assert not judged.set_index("claim")["effect"]["published.adalora"].endswith("%)")
 
 
 def run(*words: str) -> int:

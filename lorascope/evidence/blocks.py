@@ -15,6 +15,7 @@ import pandas as pd
 
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.evidence import published
+from lorascope.evidence.claims import with_level
 from lorascope.evidence.judging import name_machine
 from lorascope.evidence.looks import BUDGET, STOPPED
 from lorascope.evidence.registration import Change, Registered, Registration
@@ -445,7 +446,7 @@ class Tables:
     def _effect(self, id: str) -> str:
         """Return the effect at the look that was made, with its interval and the level of this."""
         row = self.rows[id]
-        return f"{row['shown']} ({100 * (1 - 2 * row['level']):.3g}%)" if row["look"] >= 1 else ""
+        return with_level(row["shown"], row["level"]) if row["look"] >= 1 else ""
 
     def _outcome(self, id: str) -> str:
         row = self.rows[id]

@@ -127,6 +127,14 @@ def format_effect(claim: Claim, effect: float, low: float, high: float) -> str:
     return f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
+def with_level(effect: str, one_sided: float) -> str:
+    """Add the level of its interval to a formatted effect, such as ``0.0112 [0.0041, 0.0183] (99%)``.
+
+    ``one_sided`` is the error of the interval on each side. An effect without a known one stays as it is.
+    """
+    return effect if not effect or math.isnan(one_sided) else f"{effect} ({100 * (1 - 2 * one_sided):.3g}%)"
+
+
 def _format_digits(value: float, digits: int) -> str:
     """Format a number with these significant digits, including zeros at the end, and with all before the point."""
     text = f"{value:#.{digits}g}"

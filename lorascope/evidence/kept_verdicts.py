@@ -6,9 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lorascope.evidence import published, registration, store
+from lorascope.evidence.claims import with_level
 from lorascope.evidence.judging import VERDICT_COLUMNS
 from lorascope.evidence.registration import Registration
 from lorascope.files.printable import count_phrase, printable
@@ -25,7 +27,7 @@ class KeptVerdicts:
     ----------
     table : DataFrame
         ``COLUMNS``: one row per claim with a verdict. ``n`` is the number of seeds, or of published values; ``effect``
-        has the interval, and ``outcome`` the side of zero of an interval that does not contain it and the claim's note.
+        has the interval and its level, and ``outcome`` the side of zero of an interval that does not contain it and the claim's note.
     notes : tuple of str
         What the table lacks.
     """
@@ -87,12 +89,13 @@ def _rows(verdicts: pd.DataFrame, claims: Registration) -> pd.DataFrame:
     texts = [claims.claims[id].text for id in verdicts["claim"]]
     sides = verdicts["side"].map(lambda side: f", {side}" if side else "")
     notes = verdicts.get("note", pd.Series("", verdicts.index)).map(lambda note: f"; {note}" if note else "")
+    levels = verdicts.get("level", pd.Series(np.nan, verdicts.index))  # published figures have their own intervals
     return pd.DataFrame(
         {
             "claim": verdicts["claim"],
             "sentence": [text.sentence for text in texts],
             "n": verdicts["n"].astype("int64"),
-            "effect": verdicts["shown"],
+            "effect": [with_level(*row) for row in zip(verdicts["shown"], levels, strict=True)],
             "control": [text.control for text in texts],
             "outcome": verdicts["outcome"] + sides + notes,
         }

@@ -97,6 +97,25 @@ def test_columns_of_different_scales_are_accurate_without_qr(monkeypatch):
         assert LowRank(size * B, A).singular_values()[large] == pytest.approx(size * expected[large], rel=1e-10)
 
 
+def test_only_ill_conditioned_factors_of_a_batch_are_decomposed_by_qr(monkeypatch):
+    """Conditions on both sides of 1e3, the square root of the limit of the Gram matrix, and a singular factor."""
+    conditions = (2.0, 100.0, 5e3, 1e6)
+    factors = [with_condition(40, 6, condition) for condition in conditions]
+    factors = [factor / np.linalg.norm(factor, axis=0) for factor in factors]
+    factors.append(np.repeat(factors[0][:, :1], 6, axis=1))
+    eigenvalues = np.array([np.linalg.eigvalsh(factor.T @ factor)[[0, -1]] for factor in factors])
+    ill = set(np.flatnonzero(eigenvalues[:, 0] <= linalg.GRAM_LIMIT * eigenvalues[:, 1]))
+    assert ill == {2, 3, 4}
+    by_qr, qr = [], linalg._qr_triangle
+    monkeypatch.setattr(linalg, "_qr_triangle", lambda X: by_qr.append(X) or qr(X))
+    for chosen in ([0, 1], range(5)):
+        by_qr.clear()
+        R = linalg.triangles([factors[i] for i in chosen])
+        assert len(by_qr) == len(ill & set(chosen))
+        for i, one in zip(chosen, R, strict=True):
+            assert one.T @ one == pytest.approx(factors[i].T @ factors[i], abs=1e-13)
+
+
 def test_batches_of_mixed_shapes_keep_their_order():
     updates = [
         low_rank(8, 6, 3),

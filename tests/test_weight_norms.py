@@ -26,8 +26,30 @@ from lorascope.methods.lora import LoRADelta
 from lorascope.observe.trainable import tile_sums
 from lorascope.schema import module_table
 from lorascope.updates import constant_factors
+from lorascope.updates.linalg import product_inner
 
 FAST = {"steps": 7, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6)])
+@pytest.mark.parametrize(
+    "types", [("float32",) * 3, ("bfloat16", "float32", "float32"), ("float64", "float32", "float64")]
+)
+def test_inner_product_with_a_product_equals_the_dense_one(shape: tuple[int, int], types: tuple[str, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sides = (shape, (shape[0], 3), (3, shape[1]))
+    W, B, A = (
+        torch.randn(side, generator=generator, dtype=torch.float64).to(getattr(torch, name))
+        for side, name in zip(sides, types, strict=True)
+    )
+    dense = W.double() * (B.double() @ A.double())
+    # The error of a sum is relative to the absolute values of its terms.
+    tolerance = rounding(torch.float32, max(shape), 2) * float(
+        (W.double().abs() @ A.double().abs().T @ B.double().abs().T).trace()
+    )
+    found = product_inner(W, B, A)
+    assert found.dtype == torch.float64
+    assert float(found) == pytest.approx(float(dense.sum()), abs=tolerance)
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,8 @@ class KeptVerdicts:
     ----------
     table : DataFrame
         ``COLUMNS``: one row per claim with a verdict. ``n`` is the number of seeds, or of published values; ``effect``
-        has the interval and its level, and ``outcome`` the side of zero of an interval that does not contain it and the claim's note.
+        has the interval and its level, and ``outcome`` the side of zero of an interval that does not contain it and the
+        claim's note.
     notes : tuple of str
         What the table lacks.
     """

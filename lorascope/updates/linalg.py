@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-from lorascope.array_types import Float
+from lorascope.array_types import Bool, Float
 
 TILE_BYTES = 1 << 19  # float64: a few tiles fit in the cache, and the loop over them costs little
 _QR_ROWS = 1024
@@ -179,14 +179,26 @@ def triangles(factors: Sequence[Any], buffer: np.ndarray | None = None) -> Float
         # Rounding errors of a Gram matrix are relative to the norms of its columns, so their scale does not matter.
         sizes = np.sqrt(squares[sound])[:, None, :]
         cosines = grams[sound] / (sizes * sizes.swapaxes(1, 2))
-        eigenvalues = np.linalg.eigvalsh(cosines)
-        accurate = eigenvalues[:, 0] > GRAM_LIMIT * eigenvalues[:, -1]
+        accurate = _are_well_conditioned(cosines)
         sound[sound] = accurate
         result[sound] = np.linalg.cholesky(cosines[accurate], upper=True) * sizes[accurate]
     for i, factor in enumerate(factors):
         if not sound[i]:
             result[i] = _qr_triangle(as_float64(factor))
     return result
+
+
+def _are_well_conditioned(cosines: Float[np.ndarray, "n rank rank"]) -> Bool[np.ndarray, "n"]:
+    """Return which matrices with a diagonal of ones have a condition below that of ``GRAM_LIMIT``."""
+    rank = cosines.shape[-1]
+    try:
+        # It succeeds only if all eigenvalues exceed what is subtracted, and the largest is at most the rank. The first
+        # call of eigvalsh after a training step takes ten times as long.
+        np.linalg.cholesky(cosines - GRAM_LIMIT * rank * np.eye(rank))
+        return np.ones(len(cosines), dtype=bool)
+    except np.linalg.LinAlgError:
+        eigenvalues = np.linalg.eigvalsh(cosines)
+        return np.asarray(eigenvalues[:, 0] > GRAM_LIMIT * eigenvalues[:, -1])
 
 
 def _qr_triangle(X: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -234,9 +246,10 @@ def at_least_float32(tensor: Any) -> Any:
 def product_inner(W: Any, B: Any, A: Any) -> Any:
     """Compute <W, B A> of tensors on one device, without the product of the factors, as a tensor in float64."""
     B, A = at_least_float32(B), at_least_float32(A)
-    wide = W.to(A.dtype) if A.element_size() > W.element_size() else W
-    # A W^T takes about a tenth less time than W A^T.
-    return ((A.to(wide.dtype) @ wide.T).double() * B.T).sum()
+    dtype = max((W, B, A), key=lambda X: X.element_size()).dtype
+    W, B, A = W.to(dtype), B.to(dtype), A.to(dtype)
+    # The smaller of both products takes less time, and A W^T and B^T W take less than W A^T and W^T B.
+    return (((A @ W.T).double() * B.T) if W.shape[0] < W.shape[1] else ((B.T @ W).double() * A)).sum()
 
 
 def all_finite(*arrays: np.ndarray) -> bool:

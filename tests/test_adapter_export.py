@@ -192,6 +192,9 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["export", source, source]) == 2
     assert main(["export", source, source, "--rank-pattern"]) == 2
     assert "several adapters require --peft DIR" in capsys.readouterr().err
+    assert main(["export", source, source, "--peft", str(tmp_path / "less"), "--weights", "-1", "0.5"]) == 0
+    assert main(["export", source, source, "--peft", str(tmp_path / "none"), "--weights", "--json"]) == 2
+    assert "argument --weights must not be empty" in capsys.readouterr().err
     assert main(["export", source, "--peft", str(tmp_path / "w"), "--weights", "2"]) == 2
     assert "--weights requires several adapters" in capsys.readouterr().err
 

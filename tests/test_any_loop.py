@@ -730,3 +730,39 @@ def test_warnings_name_the_line_of_the_call(tmp_path):
     with pytest.warns(UserWarning, match="the recorder is closed") as caught:
         recorder.step(loss=1.0)
     assert caught[0].filename == __file__
+
+
+def test_start_that_changes_the_base_is_not_exported(bert, task, rows, tmp_path):
+    """PEFT subtracts the initial product of PiSSA from the base, so B A does not fit the original one."""
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=3, init_lora_weights="pissa")
+    model = peft.get_peft_model(full(bert, task), config)
+    optimizer = adamw(model)
+    with ls.record(model, optimizer, tmp_path / "run") as recorder:
+        train(model, optimizer, rows, recorder.step)
+    with pytest.raises(ValueError, match=r"^cannot export run .*: pissa changes the base model while PEFT loads it"):
+        ls.export.to_peft(ls.load(tmp_path / "run"), tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_recording_of_full_fine_tuning_has_no_weights_to_restore(tmp_path):
+    model, optimizer = small()
+    ls.record(model, optimizer, tmp_path / "run").close()
+    run = ls.load(tmp_path / "run")
+    assert not run.restorable
+    with pytest.raises(
+        FileNotFoundError, match=r"; a recording stores only the weights of adapters that are matrices$"
+    ):
+        run.tensors()
+
+
+def test_rejected_observer_leaves_the_run_of_the_folder(tmp_path):
+    model, optimizer = small()
+    first = ls.record(model, optimizer, tmp_path / "run").close()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="held-out text in your"):
+            ls.record(model, optimizer, tmp_path / "run", [ls.observe.utilization()])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert ls.load(tmp_path / "run").id == first.id
+    assert ls.load(tmp_path / "run").finished
+    small_step_and_record(model, optimizer, recorder := ls.record(model, optimizer, tmp_path / "next"))
+    assert recorder.close().table["step"].max() == 1

@@ -15,10 +15,11 @@ from planted_claims import REGISTERED, plant
 
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.evidence import store
-from lorascope.evidence.blocks import MIXTURE, NO_FIGURES, NO_RUNS, PAPERS, all_blocks
+from lorascope.evidence.blocks import MIXTURE, NO_RUNS, all_blocks
+from lorascope.evidence.figure_lists import NO_FIGURES
 from lorascope.evidence.figures import About, KeptFigure
 from lorascope.evidence.looks import BUDGET
-from lorascope.evidence.registration import Change, Deviation, Registration
+from lorascope.evidence.registration import PAPERS, Change, Deviation, Registration
 from lorascope.evidence.statistics import PAIRS
 from lorascope.evidence.store import Evidence
 from lorascope.evidence.verification import CHANGED, Derived, derive

@@ -344,6 +344,15 @@ def test_long_names_show_their_layers(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [line.split(".")[0] for line in shown[5:7]] == ["3", "11"]
 
 
+def test_long_names_show_their_layers_next_to_a_module_outside_the_blocks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "bert.encoder.layer.{}.attention.output.dense.of_some_length".format
+    names = [*map(long, (3, 11)), "classifier"]
+    shown = run(capsys, plant(tmp_path / "a", {name: [1.0] for name in names}), "--all").splitlines()
+    assert [line.split()[0].split(".")[0] for line in shown[5:8]] == ["3", "11", "classifier"]
+
+
 def test_command_prints_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = plant(tmp_path / "a", llama(2, [1.0, 0.5]))
     told = json.loads(run(capsys, a, "--json"))

@@ -14,12 +14,14 @@ from tiny import tiny
 from tolerance import TEXT, TINY, near, rounding
 
 import lorascope as ls
+from lorascope import observe
 from lorascope.adapters import delta
 from lorascope.inputs import models, tasks
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, Full, LoRA, NeFT
 from lorascope.methods.base import Method, Phase
 from lorascope.runs.manifest import State
 from lorascope.runs.run import Run
+from lorascope.training.settings import Settings
 
 unchecked = pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="types are checked at every call")
 FAST = {"steps": 6, "batch_size": 8, "progress": False, "device": "cpu"}
@@ -604,3 +606,38 @@ def test_position_biases_are_not_decayed(method):
     biases = {name for name in matrices if "relative_attention_bias" in name}
     assert len(biases) == (2 if isinstance(method, Full | LISA | Adapprox) else 4 if "bias" in str(method) else 0)
     assert {name for name, decay in decays.items() if decay == 0.1} == matrices - biases
+
+
+def test_model_can_be_trained_after_a_call_that_was_rejected(fresh_bert, task, tmp_path):
+    with pytest.raises(ValueError, match="querry"):
+        ls.train(fresh_bert, task, LoRA(targets="querry"), out=tmp_path / "run", **FAST)
+    assert ls.train(fresh_bert, task, LoRA(targets="q"), out=tmp_path / "run", **FAST).finished
+
+
+@pytest.mark.skipif(hasattr(ls.train, "__wrapped__"), reason="types are checked at every call")
+def test_arguments_of_another_type_are_named(fresh_bert, task, tmp_path):
+    cases = [
+        ((fresh_bert, task, LoRA), r"^method must be a name or an object such as ls\.LoRA\(\), got <class"),
+        ((fresh_bert, task.table, LoRA()), r"^data must be a name, a file or a Task, such as .*from_frame.*DataFrame"),
+        ((3, task, LoRA()), r"^model must be a PyTorch model, a name or a folder, got 3$"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            ls.train(*arguments, out=tmp_path / "run", **FAST)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["lr", "head_lr", "warmup", "weight_decay", "clip"])
+def test_settings_that_are_no_numbers_are_named(name):
+    with pytest.raises(ValueError, match=f"^{name} must be a number, got '1e-4'$"):
+        Settings(**{"steps": 1, "lr": 1e-3, "head_lr": 1e-3, name: "1e-4"})
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5])
+def test_observers_reject_batches_and_rows_below_one(value):
+    for make, name in (
+        (observe.neurons, "batches"), (observe.neurons, "rows"), (observe.coefficients, "batches"),
+        (observe.coefficients, "rows"), (observe.utilization, "size"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"^{name} must be an integer >= 1, got {value}$"):
+            make(**{name: value})

@@ -13,6 +13,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from planted import plant_spectra
 from safetensors.torch import load_file, save_file
 from tiny import tiny
 from transformers import AutoModelForCausalLM
@@ -330,3 +331,24 @@ def test_base_of_another_model_proves_nothing(tmp_path: Path) -> None:
     save_file(other, tmp_path / "base/model.safetensors")
     with pytest.raises(ValueError, match=r"cannot check the merge: .* has no weight of model\.layers\.0"):
         checked(tmp_path)
+
+
+def test_untrained_dora_is_found_with_and_without_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the base, the rounding of its magnitudes gives an update that is not exactly zero."""
+    torch.manual_seed(0)
+    tiny("llama").save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(**LORA, use_dora=True)
+    peft.get_peft_model(loaded(tmp_path / "base", "float32"), config).save_pretrained(tmp_path / "adapter")
+    for words in ([], ["--base", str(tmp_path / "base")]):
+        assert main(["doctor", str(tmp_path / "adapter"), *words, "--json"]) == 1
+        assert [each["id"] for each in json.loads(capsys.readouterr().out)["findings"]] == ["LS003"]
+
+
+def test_merge_of_a_run_or_for_a_runtime_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, base = write(tmp_path), ["--base", str(tmp_path / "base"), "--merged", str(tmp_path / "base")]
+    run = plant_spectra(tmp_path / "runs").path
+    capsys.readouterr()
+    assert main(["doctor", str(run), *base]) == 2
+    assert capsys.readouterr().err == f"lorascope: --merged requires an adapter, got a run: {run}\n"
+    assert main(["doctor", str(folder / "adapter"), *base, "--runtime", "vllm"]) == 2
+    assert capsys.readouterr().err == "lorascope: --merged and --runtime cannot be combined: run doctor twice\n"

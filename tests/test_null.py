@@ -15,6 +15,8 @@ from contract.format_rows import write
 from peft_oracle import nested
 from safetensors.numpy import save
 from scipy.stats import kstest, median_abs_deviation, theilslopes
+from test_inspect import plant
+from tiny import tiny
 
 import lorascope as ls
 from lorascope.cli.main import main
@@ -191,3 +193,14 @@ def test_start_that_is_not_known_is_stated(tmp_path: Path, capsys: pytest.Captur
     trained = written("C3A", tmp_path / "c", {}, "c3a_kernel", np.ones((6, 5, 2)))
     assert main(["inspect", str(trained[0]), "--null"]) == 0
     assert "|dW| before training: 0.330 (random coefficients)" in capsys.readouterr().out
+
+
+def test_null_is_refused_where_it_would_not_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = plant(tmp_path / "a", {"model.layers.0.self_attn.q_proj": [1.0, 2.0]})
+    assert main(["inspect", str(adapter), "--all", "--null"]) == 2
+    assert "--null has no place on the screen of --all: add --json or --csv, or omit --all" in capsys.readouterr().err
+    assert main(["inspect", str(adapter), "--all", "--null", "--json"]) == 0
+    tiny("llama").save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    assert main(["inspect", base, "--base", base, "--null"]) == 2
+    assert f"--null requires one adapter or run, got a whole model: {base}" in capsys.readouterr().err

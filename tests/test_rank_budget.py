@@ -133,3 +133,18 @@ def test_export_command_wrong_use_of_budget_options_fails(spectral: ls.Run, caps
     assert "--model and --task require each other" in complaint(capsys, *words, "--budget", 4, "--model", "m")
     assert "--model requires --budget" in complaint(capsys, *words, "--model", "m", "--task", "t")
     assert "--by" in complaint(capsys, *words, "--budget", 4, "--by", "size")
+
+
+def test_residual_has_all_its_components(fresh_bert: Any, task: Any, tmp_path: Path) -> None:
+    """The update of PiSSA has twice the rank that trains."""
+    settings = {"steps": 3, "batch_size": 4, "progress": False, "device": "cpu", "eval_size": 8}
+    run = ls.train(fresh_bert, task, ls.PiSSA(rank=2, lr=1e-2), out=tmp_path / "run", **settings)
+    whole = {name: update.dense() for name, update in run.updates().items()}
+    for budget in (0.3, 0.8, 1.0):
+        chosen = select_components(run, budget)
+        lost = [np.linalg.norm(whole[name] - part) for name, part in truncated(run, chosen).items()]
+        total = np.linalg.norm([np.linalg.norm(matrix) for matrix in whole.values()])
+        assert chosen.error == pytest.approx(np.linalg.norm(lost) / total, abs=1e-6)
+    exported = ls.load(ls.export.to_peft(run, tmp_path / "peft", budget=1.0))
+    for name, update in exported.updates().items():
+        assert update.dense() == pytest.approx(whole[name], abs=1e-6 * np.abs(whole[name]).max())

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from forks import same
+from planted import plant_spectra
 from tolerance import TEXT, TINY, near
 from torch import nn
 
@@ -366,3 +367,20 @@ def test_lazy_contains_computes_no_value() -> None:
     assert not made
     assert lazy.get("b") == "B"
     assert made == ["b"]
+
+
+def test_snapshot_of_an_unknown_name_or_step_is_named(tmp_path: Path) -> None:
+    run = plant_spectra(tmp_path)
+    name, step = run.snapshot_names()[0], run.snapshot_steps(run.snapshot_names()[0])[0]
+    with pytest.raises(ValueError, match=r"^unknown snapshot 'nope'"):
+        run.snapshot("nope", step)
+    assert len(run.snapshot(name, step))
+
+
+def test_only_adapters_are_converted_or_summed(tmp_path: Path) -> None:
+    run = plant_spectra(tmp_path)
+    only = r"^only adapters are summed or converted, got run .*: export it with to_peft"
+    with pytest.raises(ValueError, match=only):
+        ls.export.convert(run, tmp_path / "x", "mlx")
+    with pytest.raises(ValueError, match=only):
+        ls.export.sum_adapters([run, run], tmp_path / "x")

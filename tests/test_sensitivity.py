@@ -15,8 +15,10 @@ from torch import nn
 import lorascope as ls
 from lorascope import observe
 from lorascope.adapters import delta
+from lorascope.adapters.hidden_states import token_means
 from lorascope.adapters.host_weights import orient_weight
 from lorascope.inputs import models
+from lorascope.inputs.tokenization import IGNORED
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
 from lorascope.methods.base import Step
 from lorascope.observe.sensitivity import _changes
@@ -177,3 +179,22 @@ def test_changes_include_gates_fused_with_inputs():
     )
     assert turned[3] == near(1 - 0.5**0.5, terms=TINY)
     assert turned[55] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("targets", [6, 7])
+def test_decoder_states_are_averaged_over_the_labels(targets: int) -> None:
+    """Source and labels have different padding, also if they are equally long."""
+    model = tiny("t5", "seq2seq").eval()
+    draw = torch.Generator().manual_seed(0)
+    ids, labels = (torch.randint(4, 60, (2, size), generator=draw) for size in (6, targets))
+    mask = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+    labels[0, 4:] = IGNORED
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    with torch.no_grad():
+        output = model(**batch, output_hidden_states=True)
+    found = token_means(model, batch)
+    encoder, decoder = output.encoder_hidden_states, output.decoder_hidden_states
+    for stack, states, kept in (("encoder", encoder, mask == 1), ("decoder", decoder, labels != IGNORED)):
+        for row in range(2):
+            wanted = torch.stack(states[1:])[:, row, kept[row]].double().mean(1).numpy()
+            np.testing.assert_allclose(found[stack][row], wanted, rtol=1e-12)

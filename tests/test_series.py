@@ -18,6 +18,7 @@ from trainers import by_trainer, fresh, training_rows
 
 import lorascope as ls
 from lorascope.analysis import norms
+from lorascope.cli.main import main
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.checkpoint_names import step_of
 from lorascope.runs.series import Series
@@ -322,3 +323,23 @@ def test_ranks_of_an_adapter_have_no_steps(tmp_path: Path) -> None:
     ls.plots.rank_allocation(adapter)
     with pytest.raises(ValueError, match="step must be None for adapters, whose steps are not known, got 3"):
         ls.plots.rank_allocation(adapter, step=3)
+
+
+def test_wrong_kinds_and_snapshots_of_a_series_are_one_line(folder, tmp_path):
+    series = ls.load(folder)
+    with pytest.raises(ValueError, match=r"^cannot export the series .*: load one checkpoint, such as "):
+        ls.export.convert(series, tmp_path / "x", "kohya")
+    with pytest.raises(ValueError, match=r"^cannot export the series "):
+        ls.export.sum_adapters([series, series], tmp_path / "x")
+    with pytest.raises(ValueError, match=r"^unknown snapshot 'x'"):
+        series.snapshot("x", 20)
+
+
+def test_sarif_of_a_series_names_a_file_of_its_last_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for step in (10, 20):
+        write(tmp_path / f"out/checkpoint-{step}", {Q: low_rank(0.0, 0.0)})
+    assert main(["doctor", str(tmp_path / "out"), "--sarif", str(tmp_path / "log.sarif")]) == 1
+    (run,) = json.loads((tmp_path / "log.sarif").read_text())["runs"]
+    places = {each["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for each in run["results"]}
+    assert places == {"out/checkpoint-20/adapter_model.safetensors"}

@@ -543,3 +543,11 @@ def test_final_state_that_cannot_be_written_leaves_a_broken_run_without_stopping
     run = ls.load(tmp_path / "lorascope")
     assert (run.meta.status, run.meta.states) == ("broken", {})
     assert run.table["step"].max() == 6
+
+
+@pytest.mark.parametrize("observers", [ls.observe.norms(), ["norms"], [ls.observe.norms]])
+def test_observers_that_are_none_are_rejected_when_they_are_passed(observers):
+    with pytest.raises(
+        ValueError, match=r"^observe must be a list of observers such as \[ls\.observe\.norms\(\)\], got"
+    ):
+        ls.TrainerRecorder(observe=observers)

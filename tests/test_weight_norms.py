@@ -246,6 +246,14 @@ def step_of(model, finished, total, base, modules, optimizer):
     return Step(finished - 1, total, model, optimizer, base, modules, lambda *_: None, lambda *_: None, lambda *_: None)
 
 
+def test_weight_norm_of_dora_is_that_of_the_effective_weight(fresh_bert, task, tmp_path):
+    run = ls.train(fresh_bert, task, DoRA(rank=2, lr=1e-1), observe=[observe.norms()], out=tmp_path / "run", **FAST)
+    rows = run.table[(run.table["quantity"] == "weight_norm") & (run.table["step"] == 7)].set_index("module")["value"]
+    for module in run.ranks():
+        norm = float(delta.effective_weight(fresh_bert, module).double().norm())
+        assert rows[module] == near(norm, terms=TINY, growth=TEXT)
+
+
 def test_norms_of_worked_example():
     """B = (1, 2)^T, A = (2, 0, 1), scale 2: |dW| 10, |W_0 + dW| 10.48809, adapter 3.16228; half of B: step 5."""
     model = Pair()

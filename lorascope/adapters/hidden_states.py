@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.host_weights import to_array
 from lorascope.array_types import Float
+from lorascope.inputs.tokenization import IGNORED
 
 _STACKS = {"": "hidden_states", "encoder": "encoder_hidden_states", "decoder": "decoder_hidden_states"}
 _ROWS = 32  # per forward pass
@@ -52,7 +53,9 @@ def token_means(
         for stack, name in _STACKS.items():
             if name in output:
                 states = torch.stack(output[name][1:]).double()  # the first is the embedding
-                mask = piece.get("attention_mask")
+                mask, labels = piece.get("attention_mask"), piece.get("labels")
+                if stack == "decoder" and labels is not None and labels.ndim == 2:
+                    mask = labels != IGNORED
                 if mask is None or mask.shape != states.shape[1:3]:  # the mask of other tokens
                     mask = states.new_ones(states.shape[1:3])
                 kept = mask.double()

@@ -53,7 +53,8 @@ def call(
     parameters = [*options_of(function), *(each.replace(kind=each.KEYWORD_ONLY) for each in extra)]
     lists = {f"--{each.name.replace('_', '-')}" for each in parameters if isinstance(each.default, tuple)}
     for number, word in enumerate(argv):
-        has_value = number + 1 < len(argv) and not argv[number + 1].startswith("-")
+        # A negative number is a value.
+        has_value = number + 1 < len(argv) and not re.match(r"--?[^\W\d]", argv[number + 1])
         if not word or re.fullmatch(r"--[^=]+=", word) or (word in lists and not has_value):
             before = f" after {argv[number - 1]}" if number and not word else ""
             argument = f"argument {word or repr(word)}{before}"

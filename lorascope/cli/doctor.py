@@ -81,6 +81,8 @@ def main(
     if sarif is not None:
         require_own(Path(sarif), MARK)
     if merged is not None:
+        if runtime is not None:
+            raise ValueError("--merged and --runtime cannot be combined: run doctor twice")
         return _report_merge(path, base, merged, sarif, json)
     if base is None and runtime is None:
         run, use = open_runs([path], None)[0], None
@@ -90,7 +92,7 @@ def main(
     found, skipped = findings(case), skipped_checks(case)
     if use is not None:
         found += use.findings
-    _write_sarif(sarif, found, run)
+    _write_sarif(sarif, found, case.run)
     if json:
         told = [
             each.to_json() | {"told": each.message, "mend": each.fix}  # the old names stay for one release
@@ -116,21 +118,25 @@ def main(
 
 def _open_for_runtime(path: str, base: str | None, runtime: str | None) -> tuple[Run | Adapter, Application | None]:
     """Open an adapter, with a base that may be of another model, and return what a runtime applies of it."""
-    found = locate(path)
-    if is_run(found):
-        option = "--base" if runtime is None else "--runtime"
-        raise ValueError(f"{option} requires an adapter, got a run: {printable(found)}")
-    run = load_adapter(found, base)
+    run = load_adapter(_require_adapter(path, "--base" if runtime is None else "--runtime"), base)
     if runtime is None and "peft_type" not in run.files.config:
         return run, None
     return run, applied(run.files, run.base, runtime or "peft")
+
+
+def _require_adapter(path: str, option: str) -> Path:
+    """Return the place of an adapter; raise a ValueError if it is a run, for which there is no such option."""
+    found = locate(path)
+    if is_run(found):
+        raise ValueError(f"{option} requires an adapter, got a run: {printable(found)}")
+    return found
 
 
 def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, json: bool) -> int:
     """Print whether an adapter was merged into a model, and return the exit code."""
     if base is None:
         raise ValueError("--merged requires the model before the merge: --base DIR")
-    adapter = load_adapter(locate(path), base)
+    adapter = load_adapter(_require_adapter(path, "--merged"), base)
     check = check_merge(adapter, PretrainedWeights(locate_base(merged)))
     _write_sarif(sarif, check.findings, adapter)
     if json:

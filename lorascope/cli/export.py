@@ -13,8 +13,8 @@ from lorascope.cli.arguments import File, Folder, Name, command, reject
 from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.runs import export
-from lorascope.runs.adapter import Adapter
 from lorascope.runs.export import RankBudget
+from lorascope.runs.export.writers import require_adapter
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.result import Result
 
@@ -145,18 +145,11 @@ def main(
     if peft is not None:
         path = export.to_peft(opened, peft, state, budget, scores)
     elif written:
-        path = export.convert(_adapter(opened), written[0][1], written[0][0], budget, scores, component)
+        path = export.convert(require_adapter(opened), written[0][1], written[0][0], budget, scores, component)
     else:
         path = export.to_table(opened, str(table), summary, state)
     print(dumps({"id": opened.id, "path": str(path)}) if json else printable(path))
     return 0
-
-
-def _adapter(opened: Result) -> Adapter:
-    """Return an adapter; raise a ValueError if it is a run."""
-    if not isinstance(opened, Adapter):
-        raise ValueError(f"only adapters are summed or converted, got run {opened.label}: export it with --peft first")
-    return opened
 
 
 def _write_sum(
@@ -169,7 +162,7 @@ def _write_sum(
     json: bool,
 ) -> int:
     """Print how the adapters interfere, and write their sum."""
-    summed = [_adapter(each) for each in adapters]
+    summed = [require_adapter(each) for each in adapters]
     for row in export.interference(summed, weights).to_dict("records"):
         change = f"cosine {row['cosine']:.3f}, energy of the sum / sum of energies {row['energy']:.3f}"
         remark = f"{row['one']} + {row['other']}: {row['shared']} shared modules, {change}"

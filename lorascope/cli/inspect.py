@@ -77,6 +77,8 @@ def main(
         from lorascope.cli.inspect_series import show_series
 
         return show_series(paths, base, spectra, all, json, csv)
+    if null and all and not (json or csv):
+        raise ValueError("--null has no place on the screen of --all: add --json or --csv, or omit --all")
     found = [locate(path) for path in paths]
     if whole := [path for path in found if is_checkpoint(path)]:
         if len(paths) > 1:
@@ -85,6 +87,8 @@ def main(
             raise ValueError(
                 f"cannot inspect {whole[0]}: a whole model requires the model it was tuned from, --base DIR"
             )
+        if null:
+            raise ValueError(f"--null requires one adapter or run, got a whole model: {whole[0]}")
         shown = _neurons(whole[0], base, all)
     else:
         try:

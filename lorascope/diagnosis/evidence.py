@@ -22,9 +22,10 @@ from lorascope.runs.manifest import Manifest
 from lorascope.runs.module_summary import ModuleSummary
 from lorascope.runs.result import Result
 from lorascope.runs.series import Series
-from lorascope.updates import constant_factors, effective_rank, energy_rank, stable_rank
+from lorascope.updates import WeightDecomposed, constant_factors, effective_rank, energy_rank, stable_rank
 
 SHARE = 0.9  # fraction of the energy that ``energy_rank`` counts
+_ROUNDED = 1e-6  # of |W|: rounding of a magnitude in float32
 _UNUSED = 1e-6  # fraction of the largest singular value, below which the two ways to compute them differ
 
 
@@ -45,7 +46,9 @@ class TrainedModule(ModuleSummary):
     @property
     def unchanged(self) -> bool:
         """Whether the adapter has a zero update, although its scale and one of its factors are not zero."""
-        return self.adapted and self.update_norm == 0 and self.scale != 0 and not self.empty
+        # The update of DoRA with its base is never exactly zero: its magnitude is rounded.
+        rounded = self.used == 0 and self.update_norm <= _ROUNDED * self.weight_norm
+        return self.adapted and (self.update_norm == 0 or rounded) and self.scale != 0 and not self.empty
 
 
 @dataclass
@@ -330,9 +333,10 @@ class Case(ModuleEvidence):
 def component_evidence(update: Any) -> tuple[float, float, bool]:
     """Return the scale of an update, its number of nonzero components, and whether all its factors are zero.
 
-    These are NaN, NaN and False unless the update is a product B A.
+    These are NaN, NaN and False unless the update, or that of its direction, is a product B A.
     """
-    if update is None or (product := update.low_rank) is None:
+    product = update.direction if isinstance(update, WeightDecomposed) else update and update.low_rank
+    if product is None:
         return np.nan, np.nan, False
     used = product.A.any(axis=1) & product.B.any(axis=0)
     return float(product.scale), float(np.count_nonzero(used)), not (product.A.any() or product.B.any())

@@ -93,7 +93,7 @@ def modules_screen(inspection: Inspection, target: Console) -> str:
     modules = [row["module"] for row in rows]
     # Names that are too long lose their common prefix: cut in the middle, they would lose their layer.
     cut = len(modules) > 1 and max(map(len, modules)) > width
-    parts = zip(*(name.split(".") for name in modules), strict=False)
+    parts = zip(*(row["module"].split(".") for row in rows if row["layer"] is not None), strict=False)
     same = takewhile(lambda part: len(set(part)) == 1, parts) if cut else ()
     shared = ".".join(part[0] for part in same)
     names = [[Elided(name.removeprefix(f"{shared}."))] for name in modules]

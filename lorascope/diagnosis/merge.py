@@ -24,6 +24,7 @@ from lorascope.array_types import Float, Float32
 from lorascope.diagnosis.causes.base import Finding, first_and_count, of_kind
 from lorascope.diagnosis.inspection import DTYPES
 from lorascope.diagnosis.merged_experts import ExpertEntries, swapped_experts
+from lorascope.files.safetensors_io import round_to_bfloat16
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.formats.peft_experts import ExpertPart
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
@@ -329,9 +330,7 @@ def _round(values: Float32[np.ndarray, "..."], dtype: str) -> Float32[np.ndarray
             return values.astype(np.float16).astype(np.float32)
     if dtype != "BF16":
         return values
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(values), values, rounded.view(np.float32))
+    return round_to_bfloat16(values)
 
 
 def _spacing(values: Float32[np.ndarray, "..."], dtype: str) -> Float32[np.ndarray, "..."]:

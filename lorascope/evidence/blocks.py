@@ -16,31 +16,18 @@ import pandas as pd
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.evidence import published
 from lorascope.evidence.claims import with_level
+from lorascope.evidence.figure_lists import NO_FIGURES, figures_of, list_earlier_figures, list_figures
 from lorascope.evidence.judging import name_machine
 from lorascope.evidence.looks import BUDGET, STOPPED
-from lorascope.evidence.registration import Change, Registered, Registration
-from lorascope.evidence.store import BLOCK, Evidence, text_table
+from lorascope.evidence.registration import PAPERS, Change, Registered, Registration
+from lorascope.evidence.store import BLOCK, Evidence, read_texts
 from lorascope.evidence.verification import Derived
-from lorascope.files.printable import count_phrase, printable
-from lorascope.files.typed_json import unreadable
+from lorascope.files.printable import count_phrase
 
-PAPERS = {
-    "LoRA": "2106.09685",
-    "LISA": "2403.17919",
-    "AdaLoRA": "2303.10512",
-    "AutoLoRA": "2403.09113",
-    "ALoRA": "2403.16187",
-    "HydraLoRA": "2404.19245",
-    "FourierFT": "2405.03003",
-    "NeFT": "2403.11621",
-    "Adapprox": "2403.14958",
-}
-"""arXiv ids of the papers by method, in the order of the tables."""
 SCORES = ("test accuracy (%)", "test loss (nats)")
 MIXTURE = "sentiment/mixture"
 """Name of the task that consists of four tasks."""
 NO_RUNS = "No runs are kept yet."
-NO_FIGURES = "No figures are drawn from the kept runs yet."
 _SMALLEST_P = 1e-4
 _JUDGED = ("seeds", "effect", "bound", "p", "adjusted p")
 
@@ -68,55 +55,16 @@ def all_blocks(registration: Registration, data: Path, evidence: Evidence, deriv
         "mixture": tables.mixture(),
         "budget": tables.budget(),
         "before": tables.before(),
-        "figures": _list_figures(evidence),
-        "earlier-figures": _list_earlier_figures(evidence, data / "figures_before.csv"),
+        "figures": list_figures(evidence),
+        "earlier-figures": list_earlier_figures(evidence, data / "figures_before.csv"),
     }
     for name in PAPERS:
         blocks |= {
             f"{name.lower()}-printed": tables.printed(name),
             f"{name.lower()}-verdicts": tables.of_paper(name),
-            f"{name.lower()}-figures": "\n\n".join(_figures_of(evidence, name, "../../")) or NO_FIGURES,
+            f"{name.lower()}-figures": "\n\n".join(figures_of(evidence, name, "../../")) or NO_FIGURES,
         }
     return {name: f"\n{text}\n\n" for name, text in blocks.items()}
-
-
-def _figures_of(evidence: Evidence, heading: str, root: str) -> list[str]:
-    """Return the kept figures under a heading, for a page from which the repository is at ``root``."""
-    return [
-        f"![{figure.about.alt}]({root}figures/{name}.png)"
-        for name, figure in evidence.figures.items()
-        if figure.about.heading == heading
-    ]
-
-
-def _list_figures(evidence: Evidence) -> str:
-    """Return all kept figures, by paper."""
-    found = dict.fromkeys(figure.about.heading for figure in evidence.figures.values())
-    headings = [*(name for name in PAPERS if name in found), *(name for name in found if name not in PAPERS)]
-    parts = (part for name in headings for part in (f"### {name}", *_figures_of(evidence, name, "../")))
-    return "\n\n".join(parts) or NO_FIGURES
-
-
-def _list_earlier_figures(evidence: Evidence, file: Path) -> str:
-    """Return the figures of earlier runs that no kept figure replaces, in the order of the file."""
-    lines: list[str] = []
-    for row in _read_csv(file):
-        if row["name"] in evidence.figures:
-            continue
-        heading = f"### Earlier runs: {row['heading']}"
-        lines += [
-            *([] if heading in lines else [heading]),
-            *filter(None, [row["note"]]),
-            f"![{row['alt']}](../figures/{row['name']}.png)",
-        ]
-    return "\n\n".join(lines) or "Figures of the kept runs have replaced all of them."
-
-
-def _read_csv(file: Path) -> list[dict[Any, str]]:
-    try:
-        return text_table(file.read_bytes()).to_dict("records")
-    except ValueError as error:
-        raise unreadable(file, printable(error)) from error
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -284,7 +232,7 @@ class Tables:
             f"- Claim: {main.text.sentence}",
             f"- Bound: {_bound(main)}. Source: {main.bound.origin}",
         ]
-        gains = _read_csv(self.data / "published/printed_gains.csv")
+        gains = read_texts(self.data / "published/printed_gains.csv")
         rows = [
             (each["comparison"], f"{each['table']}, {each['model']}", each["cells"], each["mean_gain"],
              f"{each['smallest']} to {each['largest']}", each["unit"])
@@ -298,7 +246,7 @@ class Tables:
         rows = [
             (f"{each['paper']}, {each['table']}", ", ".join(filter("-".__ne__, (each["model"], each["data"]))),
              each["metric"], each["method"], each["value"])
-            for each in _read_csv(self.data / "published/reported.csv") if re.search(rf"\b{name}\b", each["paper"])
+            for each in read_texts(self.data / "published/reported.csv") if re.search(rf"\b{name}\b", each["paper"])
         ]  # fmt: skip
         return _table(("source", "model and data", "metric", "method", "printed value"), rows)
 
@@ -405,7 +353,7 @@ class Tables:
     def before(self) -> str:
         """Return the verdicts of the claims under the earlier rules, with the claims that replace them and why."""
         rows = []
-        for each in _read_csv(self.data / "verdicts_before.csv"):
+        for each in read_texts(self.data / "verdicts_before.csv"):
             now = [id for id, claim in self.registration.claims.items() if each["claim"] in claim.earlier]
             effect = f"{each['effect']} [{each['low']}, {each['high']}]" if each["effect"] else "not reported"
             then = f"{effect}; margin {each['margin']} ({each['unit']})"

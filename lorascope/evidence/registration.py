@@ -24,6 +24,18 @@ _PACKAGE = Path(__file__).parents[1]
 # A wheel contains the folder data, and a clone has it next to the package.
 _DATA = next((path for path in (_PACKAGE / "data", _PACKAGE.parent / "data") if path.exists()), _PACKAGE / "data")
 FILE = _DATA / "registered.toml"
+PAPERS = {
+    "LoRA": "2106.09685",
+    "LISA": "2403.17919",
+    "AdaLoRA": "2303.10512",
+    "AutoLoRA": "2403.09113",
+    "ALoRA": "2403.16187",
+    "HydraLoRA": "2404.19245",
+    "FourierFT": "2405.03003",
+    "NeFT": "2403.11621",
+    "Adapprox": "2403.14958",
+}
+"""arXiv ids of the papers by method, in the order of the tables."""
 Tier = Literal["primary", "secondary", "published"]
 
 

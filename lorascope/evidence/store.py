@@ -290,6 +290,14 @@ def text_table(content: bytes) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=header, dtype="object")
 
 
+def read_texts(file: Path) -> list[dict[Any, str]]:
+    """Return the rows of a CSV file as texts by column; raise a ValueError of one line if it is damaged."""
+    try:
+        return text_table(file.read_bytes()).to_dict("records")
+    except ValueError as error:
+        raise unreadable(file, printable(error)) from error
+
+
 def _convert(column: pd.Series, kind: Kind) -> pd.Series:
     """Convert texts to a kind of values."""
     values = []

@@ -244,6 +244,13 @@ def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
     return wide.view("<f4")
 
 
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Round float32 to the nearest bfloat16, of two the even one; infinities and NaN stay."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(values), values, rounded.view(np.float32))
+
+
 def open_tensors(file: Path) -> TensorFile:
     """Open a safetensors file; a ValueError reports Git LFS pointers and pickles."""
     require_regular(file)

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -397,6 +398,11 @@ def require(settings: object, name: str, allowed: str, valid: bool) -> None:
 def is_integer(value: Any) -> bool:
     """Return whether a value is an integer, also of numpy, and not a bool."""
     return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a real number, also of numpy, and not a bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def require_integer(settings: object, least: int, *names: str) -> None:

@@ -18,7 +18,7 @@ from lorascope.adapters.hidden_states import token_means
 from lorascope.analysis import neurons
 from lorascope.analysis.neuron_utilization import LAYERS, correlations, span
 from lorascope.array_types import Float
-from lorascope.methods.base import Batch, Step, added_later, require_choice
+from lorascope.methods.base import Batch, Step, added_later, require_choice, require_integer
 from lorascope.observe.base import Observer
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
@@ -64,6 +64,7 @@ class utilization(Observer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_integer(self, 1, "size")
         require_choice(self, "layers", LAYERS)
 
     def __call__(self, step: Step) -> Iterable[Record]:

@@ -18,7 +18,7 @@ from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.adapters.host_weights import orient_weight, to_host
 from lorascope.analysis.neurons import neuron_roles, parts
 from lorascope.array_types import Float
-from lorascope.methods.base import Batch, Step
+from lorascope.methods.base import Batch, Step, require_integer
 from lorascope.methods.neft import distances
 from lorascope.observe.base import Observer
 from lorascope.schema import module_table
@@ -64,6 +64,10 @@ class neurons(Observer):
     rows: int = 16
     targets: str | tuple[str, ...] = "all-linear"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_integer(self, 1, "batches", "rows")
+
     def __call__(self, step: Step) -> Iterable[Record]:
         if not self.due(step.finished, step.total):
             return
@@ -100,6 +104,10 @@ class coefficients(Observer):
     every: int = 100
     batches: int = 4
     rows: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_integer(self, 1, "batches", "rows")
 
     def __call__(self, step: Step) -> Iterable[Record]:
         found = {

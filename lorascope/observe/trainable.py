@@ -133,7 +133,7 @@ def tile_sums(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None =
 def factor_inner(weight: Float[Tensor, "out in"], factors: Mapping[str, Tensor]) -> Float[Tensor, ""] | None:
     """Compute <W, dW> / scale from the factors of dW on their device; None if they do not form one product."""
     match {name: at_least_float32(factor.detach()) for name, factor in factors.items()}:
-        case {"gates": _}:
+        case {"gates": _} | {"magnitude": _}:
             return None
         case {"A": A, "B": B, "A0": A0, "B0": B0}:
             A, B, A0, B0 = A.double(), B.double(), A0.double(), B0.double()

@@ -211,12 +211,18 @@ class Result(ABC):
         """
         steps = self.snapshot_steps(name) if step is None else [step]
         if not steps:
-            known = self.snapshot_names()
-            near = difflib.get_close_matches(name, known, 3)
-            listed = f"expected one of {', '.join(known[:3]) or 'none'} ({len(known)} snapshots)"
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else listed
-            raise ValueError(f"unknown snapshot {name!r} in {self.kind} {self.id}; {hint}")
+            raise self._no_snapshot(name)
         return pd.concat([self._long_snapshot(name, at) for at in steps], ignore_index=True)
+
+    def _no_snapshot(self, name: str) -> ValueError:
+        """Return the error for a snapshot that was not saved, or not at this step."""
+        if steps := self.snapshot_steps(name):
+            return ValueError(f"step of snapshot {name!r} must be one of {', '.join(map(str, steps))}")
+        known = self.snapshot_names()
+        near = difflib.get_close_matches(name, known, 3)
+        listed = f"expected one of {', '.join(known[:3]) or 'none'} ({len(known)} snapshots)"
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else listed
+        return ValueError(f"unknown snapshot {name!r} in {self.kind} {self.id}; {hint}")
 
     def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
         raise ValueError(f"{self.kind} {self.id} has no snapshots")

@@ -128,6 +128,8 @@ class Run(Result):
 
     def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
         file = self._snapshots(step)
+        if name not in file:
+            raise self._no_snapshot(name)
         axes, array = self._about(file).axes.get(name), file[name]
         axis_names = (axes and axes.axes) or [f"axis{i}" for i in range(array.ndim)]
         labels = axes.labels if axes else {}
@@ -161,7 +163,8 @@ class Run(Result):
     @property
     def restorable(self) -> bool:
         """Whether the saved parameters are still stored."""
-        return REMOVED not in self.meta.checksums.values()
+        stored = any(name.startswith("state/") for name in self.meta.checksums)
+        return stored and REMOVED not in self.meta.checksums.values()
 
     def restore(self, model: Any, state: str = "last", method: Any = None) -> None:
         """Load the trained state into a fresh base model in place; its logits then equal the trained model's.
@@ -208,9 +211,11 @@ class Run(Result):
         if expected == REMOVED:
             raise ValueError(f"cannot read {name} of run {self.id}: it was removed to save disk space. {TRAIN_AGAIN}")
         if expected is None or not file.exists():
-            hint = (
-                "" if self.finished else f"; the run is {self.meta.status}: the same call of ls.train resumes its run"
-            )
+            hint = ""
+            if not self.finished:
+                hint = f"; the run is {self.meta.status}: the same call of ls.train resumes its run"
+            elif name.startswith("state/") and not self.restorable:
+                hint = "; a recording stores only the weights of adapters that are matrices"
             raise FileNotFoundError(
                 f"cannot read {printable(name)} of run {printable(self.id)}: not in {printable(self._folder)}{hint}"
             )

@@ -140,7 +140,10 @@ class Series(Result):
         return [step for step, adapter in self.checkpoints.items() if module in adapter.files.parts and module != name]
 
     def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
-        sigma = self._at(step, "last").spectra[name.removesuffix(_SPECTRUM)]
+        module, spectra = name.removesuffix(_SPECTRUM), self._at(step, "last").spectra
+        if module == name or module not in spectra:
+            raise self._no_snapshot(name)
+        sigma = spectra[module]
         return pd.DataFrame({"component": np.arange(len(sigma)), "step": step, "value": sigma})
 
     def _lines(self) -> list[tuple[str, str]]:

@@ -147,9 +147,15 @@ def train(
     seed = int(seed)  # random.seed accepts no integers of numpy
     trackers, device = tracker_names(report_to), _usable_device(device)
     method = from_config({"name": method}) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        raise ValueError(f"method must be a name or an object such as ls.LoRA(), got {method!r}")
+    if not isinstance(data, Task | str | Path):
+        raise ValueError(f"data must be a name, a file or a Task, such as ls.tasks.from_frame(table), got {type(data)}")
+    if not isinstance(model, nn.Module | str | Path):
+        raise ValueError(f"model must be a PyTorch model, a name or a folder, got {model!r}")
     method.prepare()  # before anything is changed
     task = data if isinstance(data, Task) else tasks.load(str(data))
-    model = models.load(model, task=task) if isinstance(model, str) else model
+    model = models.load(str(model), task=task) if isinstance(model, str | Path) else model
     chosen = {field.name: given[field.name] for field in fields(Settings)}
     settings = Settings(**chosen | _rates(method, lr, head_lr))
     task = task.fit(model)
@@ -161,7 +167,6 @@ def train(
     data_name = re.sub(r"[^\w.]+", "-", Path(task.name).stem if Path(task.name).suffix else task.name).strip("-")
     folder = Path(out or Path(root) / f"{method.name}-{data_name}-{plan.id}")
     prepare_folder(folder, plan.id, overwrite)
-    marker.attach(model, plan.id)
     runs: list[Run] = []
     started: list[str] = []
     stored = None
@@ -186,6 +191,7 @@ def train(
                 _reset(model, marker.base)
                 with seed_generators(seed):
                     session = Session(model, part, marker.base, path, runs, device, trackers)
+                    marker.attach(model, plan.id)  # now the model has changed
                     runs.append(fit(session, checkpoint_every, progress))
             else:
                 runs.append(stored)
@@ -195,6 +201,7 @@ def train(
         if not stored.restorable:
             raise StateRemoved(stored)
         _reset(model, marker.base)
+        marker.attach(model, plan.id)
         stored.restore(model, method=replace(phase.method))
     return runs[-1]
 

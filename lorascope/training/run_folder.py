@@ -71,14 +71,15 @@ class Recording(Recorder):
         if before is None:
             try:
                 self.begin_rows(None)
-            except ValueError:  # a tracker cannot start: leave everything as it was
+                self.record()
+            except Exception:  # a tracker cannot start, or an observer is rejected: leave everything as it was
+                self.abandon_report()
                 _OPEN.pop(path.resolve()).detach()
                 self._lock.close()
                 shutil.rmtree(path)
                 if aside is not None:
                     aside.rename(path)
                 raise
-            self.record()
         else:
             self.resume(before["observers"], before["seconds"])
             self.begin_rows(unpack_rows(before["table"]))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.methods.base import python_number, require, require_choice, require_integer
+from lorascope.methods.base import is_number, python_number, require, require_choice, require_integer
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
@@ -46,6 +46,8 @@ class Settings:
     def __post_init__(self) -> None:
         require_integer(self, 1, "steps", "batch_size", "accumulate", "eval_size", "test_size", "max_length")
         require_integer(self, 0, "eval_every")
+        for name in ("lr", "head_lr", "warmup", "weight_decay", *([] if self.clip is None else ["clip"])):
+            require(self, name, "a number", is_number(getattr(self, name)))
         for name in ("lr", "head_lr"):
             require(self, name, "> 0 and finite in float32", 0 < getattr(self, name) <= _LARGEST)
         for name in ("warmup", "weight_decay"):

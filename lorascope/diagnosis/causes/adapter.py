@@ -42,7 +42,7 @@ def scale_zero(case: Evidence) -> Found:
     return some_have(mute, case.adapted, "scale 0, so no output and no gradient", scale=0.0)
 
 
-@Rule(id="LS003")
+@Rule(id="LS003", suppresses=("rate-small",))
 def untrained(case: Case) -> Found:
     """Find adapters that equal their initialization."""
     count = len(case.adapted)
@@ -51,7 +51,7 @@ def untrained(case: Case) -> Found:
         yield found(f"{zero}, so it has no effect", modules=count, update_norm=0.0)
 
 
-@Rule(id="LS004", live_from=2)
+@Rule(id="LS004", suppresses=("rate-small",), live_from=2)
 def unused(case: Evidence) -> Found:
     """Find training runs that did not use the adapters."""
     steps = case.steps

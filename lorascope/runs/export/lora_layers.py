@@ -222,6 +222,14 @@ def _magnitude(adapter: Adapter, module: str, update: Update) -> TypedTensor | N
     return TypedTensor.fitting(update.magnitude.reshape(-1), stored.file.dtype(stored.name))
 
 
+def require_unchanged_base(cannot: str, config: Mapping[str, Any]) -> None:
+    """Raise a ValueError that begins with ``cannot`` if PEFT changes the base to initialize an adapter."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(RESIDUAL_INITS):
+        how = "save it with path_initial_model_for_weight_conversion"
+        raise ValueError(f"{cannot}: {printable(start)} changes the base model while PEFT loads it; {how}")
+
+
 def require_own_names(adapter: Adapter) -> None:
     """Raise a ValueError if modules are not those of the model, or the base is changed when PEFT loads the adapter."""
     cannot, config = f"cannot export {printable(adapter.label)}", adapter.files.config
@@ -230,9 +238,6 @@ def require_own_names(adapter: Adapter) -> None:
     if adapter.files.configured:
         module, stored = next(iter(adapter.files.configured.items()))
         raise ValueError(f"{cannot}: {printable(module)} is tied or joined with others, as {printable(stored)}")
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(RESIDUAL_INITS):
-        how = "save it with path_initial_model_for_weight_conversion"
-        raise ValueError(f"{cannot}: {printable(start)} changes the base model while PEFT loads it; {how}")
+    require_unchanged_base(cannot, config)
     if config.get("spelling") == "gguf":
         raise ValueError(f"{cannot}: its modules have the names of llama.cpp")

@@ -16,10 +16,11 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, write_bytes, write_json
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.export.lora_layers import require_unchanged_base
 from lorascope.runs.export.peft_lora import LoraExporter
 from lorascope.runs.export.rank_budget import select_components, truncate
 from lorascope.runs.export.registry import find_exporter
-from lorascope.runs.export.writers import convert
+from lorascope.runs.export.writers import convert, one_of_series
 from lorascope.runs.folders import new_folder, require_absent
 from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.formats.stored_update import PREFIX
@@ -101,9 +102,9 @@ def to_peft(
     if isinstance(run, Adapter):
         return convert(run, path, "peft", budget, scores)
     if isinstance(run, Series):
-        where = printable(run.last.files.path)
-        raise ValueError(f"cannot export the series {run.label}: load one checkpoint, such as {where}")
+        raise one_of_series(run)
     if run.meta.method["name"] == "peft":
+        require_unchanged_base(f"cannot export run {run.id} ({run.label})", run.meta.method)
         refuse_unkept(run, state)
     exporter = find_exporter(run, state)
     updates, weights = exporter.updates(run, state), _other_weights(run, state)

@@ -107,7 +107,15 @@ def select_components(
     ranks = {name: rank for name, rank in run.ranks(state).items() if name in updates and rank > 0}
     if not ranks:
         raise no_rank_error(run)
-    return select_from(exact_products(run, updates), ranks, budget, scores)
+    products = exact_products(run, updates)
+    # A residual has twice the rank that trains: two products of which one is constant.
+    ranks = {name: max(rank, _count_used(products[name])) for name, rank in ranks.items()}
+    return select_from(products, ranks, budget, scores)
+
+
+def _count_used(product: LowRank) -> int:
+    """Return the number of components whose factors are not zero."""
+    return int(np.count_nonzero(product.A.any(axis=1) & product.B.any(axis=0)))
 
 
 def select_from(

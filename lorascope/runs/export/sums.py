@@ -17,14 +17,15 @@ from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.export.lora_layers import ONLY_PEFT, layers_of, require_own_names
 from lorascope.runs.export.pipeline_names import naming
-from lorascope.runs.export.writers import write_lora
+from lorascope.runs.export.writers import require_adapter, write_lora
 from lorascope.runs.folders import require_absent
 from lorascope.runs.lora_config import exact_products
+from lorascope.runs.result import Result
 from lorascope.updates import LowRank
 
 
 def sum_adapters(
-    adapters: Sequence[Adapter],
+    adapters: Sequence[Result],
     out: str | Path,
     weights: Sequence[float] | None = None,
     budget: float | None = None,
@@ -62,15 +63,16 @@ def sum_adapters(
     """
     path = Path(out)
     require_absent(path)
-    factors = _weights(adapters, weights)
-    headed = [adapter.label for adapter in adapters if adapter.files.others]
+    opened = [require_adapter(each) for each in adapters]
+    factors = _weights(opened, weights)
+    headed = [adapter.label for adapter in opened if adapter.files.others]
     if headed:
         raise ValueError(f"cannot sum {printable(headed[0])}: it contains further weights, such as a head")
-    _require_one_naming(adapters)
-    _warn_of_other_bases(adapters)
+    _require_one_naming(opened)
+    _warn_of_other_bases(opened)
     terms: dict[str, list[tuple[float, LowRank]]] = {}
     whose: dict[str, Adapter] = {}
-    for adapter, weight in zip(adapters, factors, strict=True):
+    for adapter, weight in zip(opened, factors, strict=True):
         require_own_names(adapter)
         for module, product in exact_products(adapter, adapter.updates()).items():
             terms.setdefault(module, []).append((weight, product))
@@ -80,9 +82,9 @@ def sum_adapters(
             whose.setdefault(module, adapter)
     summed = {module: _sum(each) for module, each in terms.items()}
     parts = {module: whose[module].files.parts[module] for module in summed}
-    first = adapters[0]
+    first = opened[0]
     together = Adapter(type(first.files)(**{**vars(first.files), "parts": parts}), first.base)
-    listed = " + ".join(f"{weight:g} x {adapter.label}" for adapter, weight in zip(adapters, factors, strict=True))
+    listed = " + ".join(f"{weight:g} x {adapter.label}" for adapter, weight in zip(opened, factors, strict=True))
     return write_lora(layers_of(together, summed, budget, component=component, source=listed), path, format)
 
 

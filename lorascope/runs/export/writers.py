@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from lorascope.array_types import Float
+from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.export.lora_layers import WritableLora, writable
 from lorascope.runs.folders import require_absent
+from lorascope.runs.result import Result
+from lorascope.runs.series import Series
 from lorascope.schema.plugins import load_plugins
 
 Write = Callable[[WritableLora, Path], None]
@@ -60,7 +63,7 @@ def write_lora(lora: WritableLora, path: Path, format: str) -> Path:
 
 
 def convert(
-    adapter: Adapter,
+    adapter: Result,
     out: str | Path,
     format: str,
     budget: float | None = None,
@@ -100,4 +103,21 @@ def convert(
         The format cannot hold the adapter.
     """
     require_absent(Path(out))
-    return write_lora(writable(adapter, budget, scores, component), Path(out), format)
+    return write_lora(writable(require_adapter(adapter), budget, scores, component), Path(out), format)
+
+
+def require_adapter(opened: Result) -> Adapter:
+    """Return an adapter; raise a ValueError if it is a run or a series of checkpoints."""
+    if isinstance(opened, Series):
+        raise one_of_series(opened)
+    if not isinstance(opened, Adapter):
+        raise ValueError(
+            f"only adapters are summed or converted, got run {opened.label}: export it with to_peft (--peft) first"
+        )
+    return opened
+
+
+def one_of_series(series: Series) -> ValueError:
+    """Return the error for a series of checkpoints, of which only one can be exported."""
+    where = printable(series.last.files.path)
+    return ValueError(f"cannot export the series {series.label}: load one checkpoint, such as {where}")

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.safetensors_io import TensorFile, round_to_bfloat16
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
 from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors, shared_factor
 from lorascope.runs.formats.peft_lora import CONFIG, MAX_VALUES, peft_kind
@@ -105,20 +105,13 @@ def draw_bases(settings: RandLoraConfig, smaller: int, larger: int) -> Bases:
 def _draw(words: np.random.RandomState, shape: tuple[int, int, int]) -> np.ndarray:
     """Draw one random factor in bfloat16, as PEFT does; devices without bfloat16 draw others, in float16."""
     bound = math.sqrt(3) * math.sqrt(2 / 6) / math.sqrt(shape[2])
-    drawn, largest = _to_bfloat16(uniform(words, shape, bound)), _to_bfloat16(np.array([bound], np.float32))
+    drawn, largest = round_to_bfloat16(uniform(words, shape, bound)), round_to_bfloat16(np.array([bound], np.float32))
     return np.where(drawn == largest, -largest, drawn)  # the upper end of the interval is excluded
 
 
 def _standardize(values: np.ndarray) -> np.ndarray:
     deviation = np.array([values.std(ddof=1, dtype=np.float64)], np.float32)
-    return _to_bfloat16(values / _to_bfloat16(deviation))
-
-
-def _to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Round float32 to the nearest bfloat16, of two the even one."""
-    bits = values.view(np.uint32).astype(np.int64)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return rounded.astype(np.uint32).view(np.float32)
+    return round_to_bfloat16(values / round_to_bfloat16(deviation))
 
 
 def _sum_of_bases(

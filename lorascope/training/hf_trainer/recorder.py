@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.methods.base import Method, task_head
 from lorascope.observe import Observer, norms
+from lorascope.observe.base import require_observers
 from lorascope.schema import module_table
 from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base
@@ -93,7 +94,9 @@ class TrainerRecorder(TrainerCallback):
         self, out: str | Path | None = None, observe: Sequence[Observer] | None = None, *, report: bool = False
     ) -> None:
         self.out = None if out is None else Path(out)
-        self.observers = (norms(),) if observe is None else tuple(observe)
+        observers = (norms(),) if observe is None else observe
+        require_observers(observers)
+        self.observers = tuple(observers)
         self.report = report
         self._recording: Recording | None = None
 

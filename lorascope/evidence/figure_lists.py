@@ -1,0 +1,42 @@
+"""Lists of figures on the pages of the docs: those of the kept runs, and those of earlier runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorascope.evidence.registration import PAPERS
+from lorascope.evidence.store import Evidence, read_texts
+
+NO_FIGURES = "No figures are drawn from the kept runs yet."
+
+
+def figures_of(evidence: Evidence, heading: str, root: str) -> list[str]:
+    """Return the kept figures under a heading, for a page from which the repository is at ``root``."""
+    return [
+        f"![{figure.about.alt}]({root}figures/{name}.png)"
+        for name, figure in evidence.figures.items()
+        if figure.about.heading == heading
+    ]
+
+
+def list_figures(evidence: Evidence) -> str:
+    """Return all kept figures, by paper."""
+    found = dict.fromkeys(figure.about.heading for figure in evidence.figures.values())
+    headings = [*(name for name in PAPERS if name in found), *(name for name in found if name not in PAPERS)]
+    parts = (part for name in headings for part in (f"### {name}", *figures_of(evidence, name, "../")))
+    return "\n\n".join(parts) or NO_FIGURES
+
+
+def list_earlier_figures(evidence: Evidence, file: Path) -> str:
+    """Return the figures of earlier runs that no kept figure replaces, in the order of the file."""
+    lines: list[str] = []
+    for row in read_texts(file):
+        if row["name"] in evidence.figures:
+            continue
+        heading = f"### Earlier runs: {row['heading']}"
+        lines += [
+            *([] if heading in lines else [heading]),
+            *filter(None, [row["note"]]),
+            f"![{row['alt']}](../figures/{row['name']}.png)",
+        ]
+    return "\n\n".join(lines) or "Figures of the kept runs have replaced all of them."

@@ -291,6 +291,8 @@ def test_kept_figures_are_listed_by_paper_and_replace_earlier_ones() -> None:
         in (blocks["figures"])
     )
     assert blocks["lora-figures"].count("](../../figures/") == 2
+    for name in ("adalora", "autolora", "alora"):  # which the planted ranks compare
+        assert blocks[f"{name}-figures"].strip() == "![alt of planted](../../figures/planted.png)"
     assert blocks["lisa-figures"].strip() == NO_FIGURES
     earlier = re.findall(r"\(\.\./figures/([\w-]+)\.png\)", blocks["earlier-figures"])
     assert not {*earlier} & {*known}

@@ -16,7 +16,7 @@ import pandas as pd
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.evidence import published
 from lorascope.evidence.claims import with_level
-from lorascope.evidence.figure_lists import NO_FIGURES, figures_of, list_earlier_figures, list_figures
+from lorascope.evidence.figure_lists import list_earlier_figures, list_figures, list_figures_of_paper
 from lorascope.evidence.judging import name_machine
 from lorascope.evidence.looks import BUDGET, STOPPED
 from lorascope.evidence.registration import PAPERS, Change, Registered, Registration
@@ -62,7 +62,7 @@ def all_blocks(registration: Registration, data: Path, evidence: Evidence, deriv
         blocks |= {
             f"{name.lower()}-printed": tables.printed(name),
             f"{name.lower()}-verdicts": tables.of_paper(name),
-            f"{name.lower()}-figures": "\n\n".join(figures_of(evidence, name, "../../")) or NO_FIGURES,
+            f"{name.lower()}-figures": list_figures_of_paper(evidence, name),
         }
     return {name: f"\n{text}\n\n" for name, text in blocks.items()}
 

@@ -127,7 +127,7 @@ def tile_sums(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None =
     if minus is None:
         return torch.stack([at_least_float32(tile).square().sum() for tile in tiles])
     pairs = zip(tiles, minus.reshape(-1).split(TILE), strict=True)
-    return torch.stack([(at_least_float32(a) - at_least_float32(b)).square().sum() for a, b in pairs])
+    return torch.stack([(at_least_float32(a) - at_least_float32(b)).square_().sum() for a, b in pairs])
 
 
 def factor_inner(weight: Float[Tensor, "out in"], factors: Mapping[str, Tensor]) -> Float[Tensor, ""] | None:

@@ -112,6 +112,8 @@ def test_chosen_rate_is_used_if_few_steps_learn_at_it(tiny_arms: None, best: flo
     arm = short_runs.shorten(lora.LOW, ARMS[lora.LOW], 7, CLAIMS, pd.DataFrame(rows))
     assert (arm.method.lr, arm.method.head_lr) == (used, used)
     assert short_runs.shorten(lora.LOW, ARMS[lora.LOW], 7, None, pd.DataFrame()).method.lr == 1e-3
+    capped = replace(ARMS[lora.LOW], largest=True)
+    assert short_runs.shorten(lora.LOW, capped, 7, CLAIMS, pd.DataFrame(rows)).method.lr == 1e-3
 
 
 SEED = 7

@@ -18,6 +18,7 @@ from lorascope.analysis import adapter_similarity
 from lorascope.analysis.leading_directions import chance_angle
 from lorascope.cli.main import main
 from lorascope.files.safetensors_io import write_json, write_tensors
+from lorascope.plots.adapter_similarity import _format_ratio
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.formats.stored_update import PREFIX
@@ -257,3 +258,8 @@ def test_inspect_lists_notes_on_special_adapters_below_the_matrix(
     assert "zero update" not in printed(capsys, plain, bare)
     write_hydra(tmp_path / "hydra")
     assert "depend on their input" in printed(capsys, tmp_path / "hydra", plain)
+
+
+@pytest.mark.parametrize(("ratio", "text"), [(0.0123, "0.012×"), (1.0, "1×"), (12.6, "13×"), (187.0, "187×")])
+def test_ratios_of_norms_are_readable(ratio: float, text: str) -> None:
+    assert _format_ratio(ratio) == text

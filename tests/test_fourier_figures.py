@@ -242,6 +242,8 @@ def test_accuracy_by_parameters_writes_labels_of_equal_sizes_above_and_below(wri
     }
     drawn = plots.accuracy_by_parameters(runs).data
     assert (drawn["above"] > drawn["value"]).tolist() == [True, False, True, True]
+    assert (drawn["right"] > 1.01 * drawn["parameters"]).all()
+    assert (plots.accuracy_by_parameters(runs["a"]).data["right"] > 1.01 * 190).all()  # one size
 
 
 def test_accuracy_by_parameters_counts_default_coefficients_and_ignores_alpha_equal_to_rank(

@@ -238,3 +238,9 @@ def test_toml_values_have_the_expected_types():
     assert grid.is_of_type(["q"], str | tuple[str, ...])
     assert not grid.is_of_type(["q", 1], str | tuple[str, ...])
     assert not grid.is_of_type("x", Path | None)
+
+
+def test_table_of_neuron_numbers_is_a_value():
+    hint = typing.get_type_hints(METHODS["neft"])["neurons"]
+    assert grid.is_of_type({"encoder.layer.0.intermediate.dense": [1, 2]}, hint)
+    assert not grid.is_of_type({"encoder.layer.0.intermediate.dense": 1}, hint)

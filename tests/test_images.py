@@ -180,3 +180,14 @@ def test_hub_dataset_with_an_image_column_gives_an_image_task():
     features = {"img": image(), "title": words, "label": SimpleNamespace(names=["right", "left"], dtype="int64")}
     part = SimpleNamespace(features=features, to_pandas=lambda: table)
     assert tasks.from_frame(sources._canonical(part)).hash == tasks.from_frame(rows).hash
+
+
+def test_hub_dataset_without_a_column_text_keeps_its_domain_as_group():
+    table = pd.DataFrame({"sentence": ["good", "bad"] * 20, "domain": ["film", "music"] * 20, "label": [1, 0] * 20})
+    kinds = {name: SimpleNamespace(dtype="string") for name in ("sentence", "domain")}
+    part = SimpleNamespace(
+        features=kinds | {"label": SimpleNamespace(names=["no", "yes"], dtype="int64")}, to_pandas=lambda: table.copy()
+    )
+    found = sources._canonical(part)
+    assert list(found) == ["text", "label", "domain"]
+    assert found["label"].tolist() == ["yes", "no"] * 20

@@ -435,6 +435,9 @@ def test_draws_and_probabilities_are_recorded(request, tmp_path):
         ({"interval": 4}, 4, 0),  # a single draw
         ({}, 20, 2),  # a tenth of the run
         ({}, 41, 0),
+        ({"interval": 4, "n_active": 0}, 20, 0),  # no block trains
+        ({"interval": 4, "n_active": 4}, 20, 0),  # all blocks of the toy always train
+        ({"interval": 4, "n_active": 4, "moment_policy": "reset_all"}, 20, 4),
     ],
 )
 def test_short_interval_with_reset_moments_warns(fields, total, warned, recwarn):

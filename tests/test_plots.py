@@ -300,3 +300,8 @@ def test_invalid_choices_are_rejected_with_the_valid_ones(write: Any) -> None:
     ]:
         with pytest.raises(ValueError, match=reason):
             draw()
+
+
+def test_unknown_quantity_is_one_line(write: Any) -> None:
+    with pytest.raises(ValueError, match="update_norn"):
+        plots.update_norm(write("a", {("update_norm", "h.0.q"): {4: 1.0}}), quantity="update_norn")

@@ -568,3 +568,11 @@ def test_task_is_frozen():
     with pytest.raises(AttributeError):
         task.kind = "lm"
     assert replace(task, name="other").hash == task.hash
+
+
+@pytest.mark.parametrize("column", ["group", "domain", "cluster"])
+def test_missing_group_or_cluster_is_named(column):
+    rows = pd.DataFrame({"text": ["good", "bad", "fine"], "label": ["a", "b", "a"], column: ["x", None, "y"]})
+    name = "cluster" if column == "cluster" else "group"
+    with pytest.raises(ValueError, match=f"^{name} in row 2 of reviews must be a name, got a missing value$"):
+        tasks.from_frame(rows, "reviews")

@@ -1,7 +1,7 @@
 """Distance of every update to its last one over the steps, and the step from which a module has settled.
 
 The distance is relative: ``|dW_t - dW_T|_F / |dW_T|_F``, where T is the last step whose updates are stored. A module
-has settled at the first of these steps from which on the distance stays below a threshold, 10% by default.
+has settled at the first of these steps from which on the distance is at most a threshold, 10% by default.
 """
 
 from __future__ import annotations

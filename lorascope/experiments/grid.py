@@ -268,7 +268,9 @@ def is_of_type(value: Any, hint: Any) -> bool:
         return any(is_of_type(value, each) for each in arguments)
     if origin is Literal:
         return value in arguments
-    if origin in (tuple, Sequence):
+    if hint is Any:
+        return True
+    if origin in (tuple, Sequence, Collection):
         return isinstance(value, list | tuple) and all(is_of_type(item, arguments[0]) for item in value)
     if origin is Mapping:
         return isinstance(value, Mapping) and all(is_of_type(item, arguments[1]) for item in value.values())
@@ -283,7 +285,7 @@ def _describe_type(hint: Any) -> str:
         return " or ".join(dict.fromkeys(name for each in arguments if (name := _describe_type(each))))
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
-    if origin in (tuple, Sequence):
+    if origin in (tuple, Sequence, Collection):
         return "a list"
     if origin is Mapping:
         return "a table"

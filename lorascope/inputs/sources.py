@@ -164,7 +164,8 @@ def _canonical(part: Any) -> pd.DataFrame:
         return rows
     images = [column for column, kind in kinds.items() if type(kind).__name__ == "Image"][:1]
     strings = [column for column, kind in kinds.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
-    texts = ["text"] if "text" in strings else [column for column in strings if column != "label"][:2]
+    others = ("label", "group", "domain")
+    texts = ["text"] if "text" in strings else [column for column in strings if column not in others][:2]
     renamed = dict(zip(images or texts, ["image"] if images else ["text", "pair"], strict=False))
     classes = [column for column, kind in kinds.items() if column == "label" or hasattr(kind, "names")][:1]
     groups = [column for column in ("group", "domain") if column in rows]

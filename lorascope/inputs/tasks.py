@@ -235,6 +235,10 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
         )
         if len(labels) < 2:
             raise ValueError(f"column label of {name} must have at least 2 classes, got {len(labels)}")
+    for column in ("group", "cluster"):
+        if column in rows and rows[column].isna().any():
+            number = 1 + int(rows[column].isna().to_numpy().argmax())
+            raise ValueError(f"{column} in row {number} of {name} must be a name, got a missing value")
     if "group" in rows:
         table["group"] = rows["group"].astype(str).to_list()
     columns = [str(column) for column in table]

@@ -1,4 +1,4 @@
-"""Fine-tuning methods, one file per paper. Its class statement registers a method; no list names it.
+"""Fine-tuning methods, one file per paper. The class statement of a method registers it; no list names it.
 
 Other packages add methods through the entry point group ``lorascope.methods``. An entry point names the module with the
 class statement, as in ``yours = "your_package.your_method"``.

@@ -68,6 +68,7 @@ from lorascope.methods.base import (
     AdapterMethod,
     Step,
     added_later,
+    is_integer,
     parameter_groups,
     require,
     require_choice,
@@ -142,8 +143,8 @@ class ALoRA(AdapterMethod, name="alora"):
         require_scaling(self)
         if self.search_share <= 0:
             raise ValueError(f"search_share must be > 0, got {self.search_share}: the search split scores components")
-        valid = self.prune in ("block", "network") if isinstance(self.prune, str) else self.prune >= 1
-        require(self, "prune", "'block', 'network' or >= 1", valid)
+        valid = self.prune in ("block", "network") or (is_integer(self.prune) and self.prune >= 1)
+        require(self, "prune", "'block', 'network' or an integer >= 1", valid)
         require_choice(self, "scores", ("ablation", "random"))
 
     def attach(self, model: nn.Module) -> None:

@@ -143,8 +143,9 @@ class LISA(Method, name="lisa"):
         if step.index % self.period(step.total):
             return
         steps = self.period(step.total)
-        # A run with a single interval has no second draw and so no reset.
-        if not step.index and steps < min(_SETTLES, step.total) and self.moment_policy != "keep":
+        # A run with a single interval has no second draw, and blocks that never change their state are not reset.
+        resets = self.moment_policy == "reset_all" or 0 < self.size < len(self._blocks)
+        if not step.index and steps < min(_SETTLES, step.total) and self.moment_policy != "keep" and resets:
             warnings.warn(
                 f"interval {steps} resets AdamW's moments before they settle, so steps have full size for any "
                 f"gradient: use interval >= {_SETTLES} or moment_policy='keep'",

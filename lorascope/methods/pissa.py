@@ -1,4 +1,4 @@
-r"""PiSSA: the factors start at the principal singular vectors of the weight, which is trained less their product.
+r"""PiSSA: the factors start at the principal singular vectors of the weight; the rest stays frozen.
 
 .. math::
 

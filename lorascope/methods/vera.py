@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float
-from lorascope.methods.base import AdapterMethod, reject_embedding, require, require_integer
+from lorascope.methods.base import AdapterMethod, is_integer, reject_embedding, require, require_integer
 from lorascope.schema import module_table
 from lorascope.updates import RandomProjection
 from lorascope.updates.random_projection import projections
@@ -71,8 +71,8 @@ class VeRA(AdapterMethod, name="vera"):
     def __post_init__(self) -> None:
         require_integer(self, 1, "rank")
         require(self, "dropout", "in [0, 1)", 0 <= self.dropout < 1)
-        if not 0 <= self.projection_seed < 1 << 32:
-            raise ValueError(f"projection_seed must be from 0 to {(1 << 32) - 1}, got {self.projection_seed}")
+        valid = is_integer(self.projection_seed) and 0 <= self.projection_seed < 1 << 32
+        require(self, "projection_seed", f"an integer from 0 to {(1 << 32) - 1}", valid)
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; their largest sides give the shapes of A and B."""

@@ -65,7 +65,8 @@ def _label_offsets(cells: pd.DataFrame) -> dict[str, pd.Series]:
     Among points with similar numbers of parameters, only the highest has its label above; the others have it below.
     """
     high, low = (cells[end].fillna(cells["value"]) for end in ("high", "low"))
-    wide = cells["parameters"].max() / cells["parameters"].min()
+    # A logarithmic axis of one value shows about a factor of 2.
+    wide = max(cells["parameters"].max() / cells["parameters"].min(), 2.0)
     shift = _OFFSET * (1 + 0.6 * cells["size"].str.len())
     place = np.log(cells["parameters"].to_numpy())
     near = np.abs(place[:, None] - place) <= 3 * _OFFSET * np.log(wide)

@@ -50,7 +50,7 @@ def adapter_pairs(cohort: Cohort, spectra: bool = False) -> Panels:
         f"{cohort.sample_sentence}"
     )
     with np.errstate(divide="ignore"):
-        ratios = table.assign(log_ratio=np.log2(table["norm_ratio"]), words=table["norm_ratio"].map("{:.2g}×".format))
+        ratios = table.assign(log_ratio=np.log2(table["norm_ratio"]), words=table["norm_ratio"].map(_format_ratio))
     ratios = ratios.replace({"log_ratio": {-np.inf: np.nan}})
     chance = table["chance"].map(" ({:.0f}°)".format).where(table["chance"].notna(), "")
     angles = table.assign(words=table["angle"].map("{:.0f}°".format) + chance)
@@ -69,3 +69,8 @@ def adapter_pairs(cohort: Cohort, spectra: bool = False) -> Panels:
         )
     ]
     return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]))
+
+
+def _format_ratio(ratio: float) -> str:
+    """Format a ratio of norms with two digits, and a large one as an integer."""
+    return f"{ratio:.0f}×" if ratio >= 100 else f"{ratio:.2g}×"

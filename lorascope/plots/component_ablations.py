@@ -228,5 +228,5 @@ def _differences(cohort: Cohort, rows: pd.DataFrame, bases: list[str]) -> list[s
         one, base = (values["value"][values["recipe"] == name].sort_index() for name in (label, bases[0]))
         if label not in bases and len(one) > 1 and one.index.equals(base.index):
             mean, low, high, _ = t_interval((one - base).to_numpy())
-            found.append(f"{label}: {mean:.3f} [{low:.3f}, {high:.3f}]")
+            found.append(f"{label}: {mean:z.3f} [{low:z.3f}, {high:z.3f}]")
     return [f"Difference from {bases[0]}, paired by seed [95% t-interval]: {'; '.join(found)}."] if found else []

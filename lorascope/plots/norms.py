@@ -43,6 +43,7 @@ def update_norm(cohort: Cohort, quantity: str | None = None) -> Chart:
         ``learned_norm``, because the initial update of some methods is nonzero.
     """
     quantity = quantity or _comparable_quantity(cohort)
+    cohort.require(quantity)
     return update_profile(cohort, quantity, _title(quantity))
 
 

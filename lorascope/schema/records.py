@@ -124,14 +124,14 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A text for those who watch a training, such as an alarm: trackers show it, and runs do not store it.
+    """Text that trackers show during training, such as an alarm; runs do not store it.
 
     Parameters
     ----------
     name : str
         Name under which trackers show it, such as ``"alarm/LS001"``.
     text : str
-        What it says.
+        The text.
     """
 
     name: str

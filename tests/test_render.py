@@ -570,3 +570,16 @@ def test_values_near_the_limit_of_float64_are_drawn_or_omitted(values, log, tmp_
     assert np.isfinite([low, high]).all()
     known = [value for value in values if abs(value) < 1e200 and (value > 0 or not log)]
     assert all(low <= value <= high for value in known if value > 1e-300)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_long_names_beside_a_panel_leave_room_for_it(rows: int) -> None:
+    names = [f"NeFT, parameter_share 0.1, tune_lr 0.001, seed {number}" for number in range(rows)]
+    cells = pd.DataFrame({"one": names, "other": names[:1] * rows, "value": 1.0})
+    chart = Chart(cells, [Heat("other", "one", "value", "overlap", ".2f")], y=Axis(order=names))
+    made = matplotlib_backend.figure(chart, width="column")
+    width = made.axes[0].get_window_extent().width / made.dpi
+    assert width > 0.15 * made.get_figwidth()
+    written = {label.get_text().replace("\n", " ") for label in made.axes[0].get_yticklabels()}
+    assert written
+    assert all(text in names or ("…" in text and text[-1].isdigit()) for text in written)

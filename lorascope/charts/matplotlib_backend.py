@@ -47,6 +47,8 @@ FRAMES = 8  # maximum number of small multiples
 ACROSS = {"column": 2, "page": 4}  # small multiples per row
 SHAPE = 0.68  # height of a panel as a fraction of its width
 LABELS = 0.7  # inches for the title and labels of an axis
+_NAMES_SHARE = 0.4  # of the width of a figure: room for the names on a vertical axis
+_LINE = 1.2  # height of a line of text, in font sizes
 
 
 @dataclass(frozen=True)
@@ -187,18 +189,22 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
     if settled.entries:
         foot.append(_draw_legend(made, settled, width))
     head = count_lines(title) * 1.6 * size / 72
+    turned = 0.0
     for _ in range(2):  # twice: y labels take width from x, titles and vertical names take height
-        _stack_foot(made, sum(heights) + head, foot, renderer)
+        _stack_foot(made, sum(heights) + head + turned, foot, renderer)
         for place, ax, panel in panels:
             titles = [panel.chart.title] if len(settled.panels) > 1 else []
             titles += [f"{settled.frame_label} {place.frame}"] if place.frame is not None else []
             room = 1.1 * _size_in_points(ax)[0]
             ax.set_title(escape_dollar(fold(", ".join(filter(None, titles)), room, size)))
         depths = [(place.row, names(ax, panel)) for place, ax, panel in panels]
-    turned = sum(max(depth for row, depth in depths if row == number) for number in range(len(heights))) / 72
+        turned = sum(max(depth for row, depth in depths if row == number) for number in range(len(heights))) / 72
     _stack_foot(made, sum(heights) + head + turned, foot, renderer)
-    for place, ax, panel in panels:
+    for _, ax, panel in panels:
         names(ax, panel)  # all may fit now that vertical names have room
+    engine: Any = made.get_layout_engine()
+    engine.execute(made)  # these may take width from the cells
+    for place, ax, panel in panels:
         numbers(ax, panel, place.frame)
     return made
 
@@ -279,11 +285,24 @@ def names(ax: Axes, panel: Panel) -> float:
         ticks = scale.ticks(room, size, across=axis.axis_name == "y")
         if ticks is not None:
             axis.set_minor_locator(NullLocator())
-            axis.set_ticks(ticks.positions, map(escape_dollar, ticks.names), rotation=90 if ticks.turned else 0)
+            shown = ticks.names
+            if axis.axis_name == "y":
+                width = 72 * ax.figure.bbox.width / ax.figure.dpi
+                shown = [_fit_beside(name, _NAMES_SHARE * width, room / len(shown), size) for name in shown]
+            axis.set_ticks(ticks.positions, map(escape_dollar, shown), rotation=90 if ticks.turned else 0)
             depth = max(map(len, ticks.names)) * GLYPH * size if ticks.turned else depth
         elif _is_short(scale):
             _thin_ticks(axis, room, size)
     return depth
+
+
+def _fit_beside(name: str, width: float, height: float, size: float) -> str:
+    """Fold a name to a width, or cut it in its middle if its lines are higher than its place; all in points."""
+    folded = fold(name, width, size)
+    if count_lines(folded) * _LINE * size <= max(height, _LINE * size):
+        return folded
+    kept = max(8, int(width / (GLYPH * size))) - 1
+    return name if len(name) <= kept else f"{name[: kept - kept // 2]}…{name[-(kept // 2) :]}"
 
 
 def numbers(ax: Axes, panel: Panel, frame: Any = None) -> None:

@@ -143,7 +143,8 @@ class ALoRA(AdapterMethod, name="alora"):
         require_scaling(self)
         if self.search_share <= 0:
             raise ValueError(f"search_share must be > 0, got {self.search_share}: the search split scores components")
-        valid = self.prune in ("block", "network") or (is_integer(self.prune) and self.prune >= 1)
+        number = not isinstance(self.prune, str) and is_integer(self.prune) and self.prune >= 1
+        valid = number or self.prune in ("block", "network")
         require(self, "prune", "'block', 'network' or an integer >= 1", valid)
         require_choice(self, "scores", ("ablation", "random"))
 

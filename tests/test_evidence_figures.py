@@ -55,12 +55,6 @@ def test_figures_have_distinct_names_and_registered_arms() -> None:
     assert not any(arms[label].baseline for figure in FIGURES.values() for label in figure.arms.values())
 
 
-def test_every_earlier_figure_but_two_has_a_successor() -> None:
-    earlier = set(pd.read_csv(registration.FILE.parent / "figures_before.csv")["name"])
-    # No arm is registered with guidance, and clusters of sentences are not runs.
-    assert earlier - set(FIGURES) == {"guidance", "head-choice"}
-
-
 ABOUT = About("LoRA", "a point", ("run a", "run b"), "c" * 40)
 
 

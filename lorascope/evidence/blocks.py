@@ -16,7 +16,7 @@ import pandas as pd
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.evidence import published
 from lorascope.evidence.claims import with_level
-from lorascope.evidence.figure_lists import list_earlier_figures, list_figures, list_figures_of_paper
+from lorascope.evidence.figure_lists import list_figures, list_figures_of_paper
 from lorascope.evidence.judging import name_machine
 from lorascope.evidence.looks import BUDGET, STOPPED
 from lorascope.evidence.registration import PAPERS, Change, Registered, Registration
@@ -56,7 +56,6 @@ def all_blocks(registration: Registration, data: Path, evidence: Evidence, deriv
         "budget": tables.budget(),
         "before": tables.before(),
         "figures": list_figures(evidence),
-        "earlier-figures": list_earlier_figures(evidence, data / "figures_before.csv"),
     }
     for name in PAPERS:
         blocks |= {

@@ -1,11 +1,9 @@
-"""Lists of figures on the pages of the docs: those of the kept runs, and those of earlier runs."""
+"""Lists of the kept figures on the pages of the docs."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lorascope.evidence.registration import PAPERS
-from lorascope.evidence.store import Evidence, read_texts
+from lorascope.evidence.store import Evidence
 
 NO_FIGURES = "No figures are drawn from the kept runs yet."
 _OF_SEVERAL = {"Planted ranks": ("AdaLoRA", "AutoLoRA", "ALoRA"), "Importance scores": ("AdaLoRA", "AutoLoRA", "ALoRA")}
@@ -33,18 +31,3 @@ def _figures(evidence: Evidence, heading: str, root: str) -> list[str]:
         for name, figure in evidence.figures.items()
         if figure.about.heading == heading
     ]
-
-
-def list_earlier_figures(evidence: Evidence, file: Path) -> str:
-    """Return the figures of earlier runs that no kept figure replaces, in the order of the file."""
-    lines: list[str] = []
-    for row in read_texts(file):
-        if row["name"] in evidence.figures:
-            continue
-        heading = f"### Earlier runs: {row['heading']}"
-        lines += [
-            *([] if heading in lines else [heading]),
-            *filter(None, [row["note"]]),
-            f"![{row['alt']}](../figures/{row['name']}.png)",
-        ]
-    return "\n\n".join(lines) or "Figures of the kept runs have replaced all of them."

@@ -247,20 +247,24 @@ def _kept_run(
     if run is not None:
         if run.meta.parents and run.path == path:
             raise ValueError(f"{SHOWN}/{row['run']}: its earlier phases are not in this folder")
-        methods = [phase.meta.method for phase in (*run.parents, run)]  # AutoLoRA's retraining is a LoRA
+        # AutoLoRA's retraining is a LoRA, and a phase of NeFT refers to the one before it.
+        earlier = [{"run": phase.id} for phase in run.parents]
+        methods = [
+            {name: None if value in earlier else value for name, value in phase.meta.method.items()}
+            for phase in (*run.parents, run)
+        ]
         same = {"seed": run.meta.seed == row["seed"], "method": json.loads(row["method"]) in methods}
         if differing := next((name for name, equal in same.items() if not equal), None):
             raise ValueError(f"{SHOWN}/{row['run']}: {differing} differs from runs.csv")
     return run
 
 
-def _folders(out: Path) -> dict[str, Path]:
-    """Return the run folders below a folder by the id of their runs."""
-    found: dict[str, Path] = {}
+def _folders(out: Path) -> dict[str, list[Path]]:
+    """Return the run folders below a folder by the id of their runs; runs may share an earlier phase."""
+    found: dict[str, list[Path]] = {}
     for file in sorted(out.rglob("run.json")):
         id = to_typed(read_json(file, dict[str, Any]).get("id"), str, f"id of {file}")
-        if found.setdefault(id, file.parent) != file.parent:
-            raise ValueError(f"two folders of run {printable(id)}: {printable(found[id])} and {printable(file.parent)}")
+        found.setdefault(id, []).append(file.parent)
     return found
 
 
@@ -270,8 +274,11 @@ def _finder(out: Path) -> Callable[[Mapping[str, Any]], Run | None]:
 
     def find(row: Mapping[str, Any]) -> Run | None:
         # The id in the evidence ends with a hash of the machine, because another one gives the run other numbers.
-        folder = folders.get(str(row["run"]).partition("-")[0])
-        run = Run.read(folder) if folder else None
+        id = str(row["run"]).partition("-")[0]
+        own = folders.get(id, [])
+        if len(own) > 1:
+            raise ValueError(f"two folders of run {printable(id)}: {printable(own[0])} and {printable(own[1])}")
+        run = Run.read(own[0]) if own else None
         if run is None or not run.finished:
             return None
         same = (math.isclose(run.score.loss, row["test_loss"]), math.isclose(run.score.metric, row["test_metric"]))

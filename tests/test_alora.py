@@ -570,7 +570,11 @@ def test_parameter_count_matches_the_paper():
         ({"search_share": 0}, "search_share must be > 0, got 0"),
         ({"prune": "layer"}, "prune must be .*, got 'layer'"),
         ({"prune": 0}, "prune must be .*, got 0"),
-        ({"prune": 1.5}, "prune must be 'block', 'network' or an integer >= 1, got 1.5"),
+        pytest.param(
+            {"prune": 1.5},
+            "prune must be 'block', 'network' or an integer >= 1, got 1.5",
+            marks=pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="types are checked at every call"),
+        ),
         ({"init_rank": 0}, "init_rank must be an integer >= 1, got 0"),
         ({"rounds": 0}, "^rounds must be an integer >= 1, got 0"),
         ({"warm_steps": 0}, "warm_steps must be an integer >= 1, got 0"),

@@ -614,7 +614,7 @@ def test_model_can_be_trained_after_a_call_that_was_rejected(fresh_bert, task, t
     assert ls.train(fresh_bert, task, LoRA(targets="q"), out=tmp_path / "run", **FAST).finished
 
 
-@pytest.mark.skipif(hasattr(ls.train, "__wrapped__"), reason="types are checked at every call")
+@unchecked
 def test_arguments_of_another_type_are_named(fresh_bert, task, tmp_path):
     cases = [
         ((fresh_bert, task, LoRA), r"^method must be a name or an object such as ls\.LoRA\(\), got <class"),
@@ -627,13 +627,14 @@ def test_arguments_of_another_type_are_named(fresh_bert, task, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@unchecked
 @pytest.mark.parametrize("name", ["lr", "head_lr", "warmup", "weight_decay", "clip"])
 def test_settings_that_are_no_numbers_are_named(name):
     with pytest.raises(ValueError, match=f"^{name} must be a number, got '1e-4'$"):
         Settings(**{"steps": 1, "lr": 1e-3, "head_lr": 1e-3, name: "1e-4"})
 
 
-@pytest.mark.parametrize("value", [0, -1, 2.5])
+@pytest.mark.parametrize("value", [0, -1, pytest.param(2.5, marks=unchecked)])
 def test_observers_reject_batches_and_rows_below_one(value):
     for make, name in (
         (observe.neurons, "batches"), (observe.neurons, "rows"), (observe.coefficients, "batches"),

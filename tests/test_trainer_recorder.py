@@ -545,6 +545,7 @@ def test_final_state_that_cannot_be_written_leaves_a_broken_run_without_stopping
     assert run.table["step"].max() == 6
 
 
+@pytest.mark.skipif(hasattr(ls.record, "__wrapped__"), reason="types are checked at every call")
 @pytest.mark.parametrize("observers", [ls.observe.norms(), ["norms"], [ls.observe.norms]])
 def test_observers_that_are_none_are_rejected_when_they_are_passed(observers):
     with pytest.raises(

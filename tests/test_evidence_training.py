@@ -20,6 +20,7 @@ import pytest
 from joblib import parallel_config
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from planted import plant_spectra
 
 from lorascope import __version__, plots
 from lorascope.charts.chart import Chart
@@ -29,6 +30,7 @@ from lorascope.evidence.judging import untrained_arms
 from lorascope.evidence.statistics.base import Accuracy, Constant, OfRun
 from lorascope.evidence.statistics.ranks import RANKS
 from lorascope.gallery import GalleryFigure, drawing
+from lorascope.gallery.drawing import _finder
 from lorascope.methods import Full, LoRA
 from lorascope.probes import evidence
 from lorascope.probes.base import Arm, Probe
@@ -601,3 +603,12 @@ def test_figures_are_drawn_from_the_kept_parts_of_the_runs(finished: Study) -> N
     )
     assert (finished.folder / "figures" / "ranks.parquet").read_bytes() == kept
     assert finished.differences() == []
+
+
+def test_runs_may_share_an_earlier_phase_but_no_run_has_two_folders(tmp_path: Path) -> None:
+    for run in "ab":
+        plant_spectra(tmp_path / run / "1-tune")
+    find = _finder(tmp_path)
+    assert find({"run": "other-0123"}) is None
+    with pytest.raises(ValueError, match=r"^two folders of run run: .*a/1-tune/run and .*b/1-tune/run$"):
+        find({"run": "run-0123"})

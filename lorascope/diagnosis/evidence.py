@@ -23,6 +23,7 @@ from lorascope.runs.module_summary import ModuleSummary
 from lorascope.runs.result import Result
 from lorascope.runs.series import Series
 from lorascope.updates import WeightDecomposed, constant_factors, effective_rank, energy_rank, stable_rank
+from lorascope.updates.low_rank import count_used
 
 SHARE = 0.9  # fraction of the energy that ``energy_rank`` counts
 _ROUNDED = 1e-6  # of |W|: rounding of a magnitude in float32
@@ -338,8 +339,7 @@ def component_evidence(update: Any) -> tuple[float, float, bool]:
     product = update.direction if isinstance(update, WeightDecomposed) else update and update.low_rank
     if product is None:
         return np.nan, np.nan, False
-    used = product.A.any(axis=1) & product.B.any(axis=0)
-    return float(product.scale), float(np.count_nonzero(used)), not (product.A.any() or product.B.any())
+    return float(product.scale), float(count_used(product)), not (product.A.any() or product.B.any())
 
 
 def _measure_spectrum(sigma: np.ndarray | None, rank: int | None) -> tuple[float, float, float, float]:

@@ -287,6 +287,11 @@ def change_norms(pairs: Iterable[tuple[Update, Update]]) -> list[float]:
     return [norms[i] for i in range(len(norms))]
 
 
+def count_used(product: LowRank) -> int:
+    """Return the number of components of which neither factor is zero."""
+    return int(np.count_nonzero(product.A.any(axis=1) & product.B.any(axis=0)))
+
+
 def batches(products: Iterable[tuple[Any, int, T]]) -> Iterator[list[T]]:
     """Yield lists of products of one shape, one product if it is large, from tuples (shape, values, product)."""
     waiting = defaultdict(list)

@@ -13,6 +13,7 @@ from lorascope.array_types import Bool, Float
 from lorascope.runs.lora_config import exact_products, no_rank_error, peft_keywords
 from lorascope.runs.result import Result
 from lorascope.updates import LowRank, spectra
+from lorascope.updates.low_rank import count_used
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,13 +110,8 @@ def select_components(
         raise no_rank_error(run)
     products = exact_products(run, updates)
     # A residual has twice the rank that trains: two products of which one is constant.
-    ranks = {name: max(rank, _count_used(products[name])) for name, rank in ranks.items()}
+    ranks = {name: max(rank, count_used(products[name])) for name, rank in ranks.items()}
     return select_from(products, ranks, budget, scores)
-
-
-def _count_used(product: LowRank) -> int:
-    """Return the number of components whose factors are not zero."""
-    return int(np.count_nonzero(product.A.any(axis=1) & product.B.any(axis=0)))
 
 
 def select_from(

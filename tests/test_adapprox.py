@@ -486,6 +486,9 @@ def test_invalid_options_raise_one_line(options, line):
     with pytest.raises(ValueError, match=line):
         optimizer.add_param_group({"params": [parameter(3, 3)], **options})
     assert len(optimizer.param_groups) == 1
+    if own := {name: value for name, value in options.items() if name not in ("lr", "weight_decay")}:
+        with pytest.raises(ValueError, match=line):
+            Adapprox(**own)
 
 
 # -- the method ----------------------------------------------------------------------------------------------------

@@ -151,6 +151,13 @@ def test_hydralora_requires_fixed_gates(bert: str, task: Any, tmp_path: Path) ->
     assert component_importance.pruned_losses(at, select_components(at, 1.0), bert, task, rows=ROWS).before > 0
 
 
+@pytest.mark.parametrize("settings", [{"rows": 0}, {"exact_rows": -1}], ids=lambda settings: next(iter(settings)))
+def test_number_of_rows_outside_its_range_raises(lora: Run, bert: str, task: Any, settings: dict[str, int]) -> None:
+    ((name, value),) = settings.items()
+    with pytest.raises(ValueError, match=rf"^{name} must be an integer >= {value + 1}, got {value}$"):
+        component_importance.component_importance(lora, bert, task, **settings)
+
+
 def test_wrong_base_task_or_method_raises(lora: Run, bert: str, task: Any, tmp_path: Path) -> None:
     other = tiny_folder(tmp_path / "other", "bert", "base")
     weights = models.load(other)

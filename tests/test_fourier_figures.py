@@ -18,7 +18,7 @@ from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update, leading_directions
 from lorascope.runs.manifest import Parameters
 from lorascope.runs.run import Run
-from lorascope.updates import Fourier
+from lorascope.updates import Dense, Fourier
 
 # Coefficient of each entry and its mirror, by frequency (row, column) from the center of the spectrum.
 PLACES = {
@@ -317,3 +317,8 @@ def test_spectrum_omits_components_that_are_rounding_errors(tmp_path: Path) -> N
     """A removed component of AdaLoRA leaves a singular value at the rounding error of the others."""
     run = plant(tmp_path, "run", {}, factors={"h.0.q": low_rank(5.0, 1.0, 1e-17)})
     assert plots.spectrum(run, module="h.0.q").data["value"].tolist() == pytest.approx([5, 1, 0], abs=0)
+    rng = np.random.default_rng(0)
+    matrix = rng.standard_normal((40, 3)) @ rng.standard_normal((3, 40))
+    sigma = Dense(matrix).singular_values()
+    dense = plant(tmp_path, "dense", {}, factors={"h.0.q": (np.diag(sigma), np.eye(40))})
+    assert np.count_nonzero(plots.spectrum(dense, module="h.0.q").data["value"]) == 3

@@ -508,6 +508,7 @@ def test_observer_with_an_invalid_number_of_steps_is_rejected(every):
         ({"seed": -1}, "seed must be an integer from 0 to 4294967295, got -1"),
         ({"device": "gpu"}, "device must be one that torch can use, such as 'cpu', got 'gpu': .*cuda"),
         pytest.param({"seed": 0.5}, r"seed must be an integer from 0 to 4294967295, got 0\.5", marks=unchecked),
+        pytest.param({"batch_size": None}, "batch_size must be an integer >= 1, got None", marks=unchecked),
         pytest.param({"steps": 2.0}, r"steps must be an integer >= 1, got 2\.0", marks=unchecked),
         pytest.param({"observe": ls.observe.norms()}, "observe must be a list of observers", marks=unchecked),
         pytest.param({"observe": [ls.observe.norms]}, "observe must be a list of observers", marks=unchecked),

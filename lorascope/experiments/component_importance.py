@@ -90,6 +90,8 @@ def component_importance(
     ValueError
         The model is not the base, an update is not a product of two factors, or trained parameters were not saved.
     """
+    if exact_rows < 0:
+        raise ValueError(f"exact_rows must be an integer >= 0, got {exact_rows}")
     base, fitted, parts = _open_trained(run, model, task, state)
     encoded = _validation_half(run, base, fitted, 0, rows)
     size = min(BATCH, len(encoded))
@@ -203,6 +205,8 @@ def _adapter_weights(run: Adapter) -> dict[str, Tensor]:
 
 def _validation_half(run: Result, model: nn.Module, task: Task, which: int, rows: int) -> EncodedRows:
     """Encode every other row of the validation split, which is ordered by a hash, truncated as in the training."""
+    if rows < 1:
+        raise ValueError(f"rows must be an integer >= 1, got {rows}")
     split = task.split("validation")
     chosen = split.iloc[which::2].head(rows)
     if chosen.empty:

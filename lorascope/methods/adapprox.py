@@ -58,7 +58,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lorascope.methods.base import Method, Step, added_later, parameter_groups
-from lorascope.methods.optimizers.adapprox import AdapproxOptimizer
+from lorascope.methods.optimizers.adapprox import AdapproxOptimizer, check_options
 from lorascope.methods.optimizers.subspace_iteration import LOGISTIC, largest_rank
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
@@ -153,6 +153,9 @@ class Adapprox(Method, name="adapprox"):
     min_dim: int | None = 64
     dense: str | tuple[str, ...] = ()
     sketch_seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
     def attach(self, model: nn.Module) -> None:
         """Make every parameter trainable."""

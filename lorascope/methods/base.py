@@ -406,10 +406,11 @@ def is_number(value: Any) -> bool:
 
 
 def require_integer(settings: object, least: int, *names: str) -> None:
-    """Raise a ValueError unless each of these fields is None or an integer of at least ``least``."""
+    """Raise a ValueError unless each of these fields is an integer of at least ``least``, or None by default."""
     for name in names:
         value = getattr(settings, name)
-        require(settings, name, f"an integer >= {least}", value is None or (is_integer(value) and value >= least))
+        unset = value is None and getattr(type(settings), name, least) is None
+        require(settings, name, f"an integer >= {least}", unset or (is_integer(value) and value >= least))
 
 
 def require_scaling(settings: Any) -> None:

@@ -21,7 +21,6 @@ from lorascope.plots.registry import figure
 from lorascope.plots.requirements import SPECTRA, UPDATES
 from lorascope.plots.run_groups import Cohort, require_choice
 from lorascope.runs.result import Result
-from lorascope.updates.linalg import numerical_rank
 
 _MOST_DOTS = 64  # largest number of components with a dot each
 _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
@@ -29,7 +28,9 @@ _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
 
 def _above_rounding(sigma: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
     """Set the singular values to 0 that are rounding errors of zero, as of components that AdaLoRA removed."""
-    return np.where(np.arange(len(sigma)) < numerical_rank(sigma, sigma.shape), sigma, 0)
+    # Those of a dense update are square roots of eigenvalues, and so are their errors.
+    largest = np.max(sigma, initial=0.0)
+    return np.where(sigma > np.sqrt(len(sigma) * np.finfo(np.float64).eps) * largest, sigma, 0)
 
 
 @figure(

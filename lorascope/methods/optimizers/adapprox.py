@@ -68,7 +68,9 @@ class AdapproxOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group after checking its options."""
-        _check_group(self.defaults | param_group)
+        settings = SimpleNamespace(**self.defaults | param_group)
+        require_at_least(settings, 0, "lr", "weight_decay")
+        check_options(settings)
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -247,16 +249,16 @@ def _promote_to_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    settings = SimpleNamespace(**group | {name: tuple(group[name]) for name in ("betas", "growth")})
+def check_options(settings: Any) -> None:
+    """Raise a ValueError unless the options of the moments and of the rank selection allow training."""
     require_choice(settings, "rank_rule", subspace_iteration.RULES)
     require_choice(settings, "denominator", DENOMINATORS)
     require_at_least(settings, 1, "iterations", "sketch_multiple", "init_rank", "max_rank", "reselect_every")
-    require_at_least(settings, 0, "lr", "eps", "weight_decay", "oversampling")  # rejects NaN as well
+    require_at_least(settings, 0, "eps", "oversampling")  # rejects NaN as well
     for name in ("clip_threshold", "cosine_floor"):
-        require(settings, name, "> 0", group[name] > 0)
+        require(settings, name, "> 0", getattr(settings, name) > 0)
     require(settings, "betas", "two numbers", len(settings.betas) == 2)
     require(settings, "growth", "four numbers (eta, omega, phi, tau)", len(settings.growth) == 4)
     require(settings, "betas", "in [0, 1)", all(0 <= beta < 1 for beta in settings.betas))
-    if group["cosine"] and not settings.betas[0]:
+    if settings.cosine and not settings.betas[0]:
         raise ValueError(f"betas[0] must be > 0 with cosine=True, got {settings.betas[0]}")

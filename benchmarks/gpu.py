@@ -94,9 +94,8 @@ def recorders(options: argparse.Namespace, pairs: int, root: Path) -> Iterator[R
     shape = (BATCH["batch_size"], 32)
     for name in (FULL, "lora"):
         training = partial(Training, METHODS[name], model=options.model, task=options.task, device=options.device)
-        recorded = training(observers=(norms(),), shape=shape, folder=root / f"{name}-on")
-        bare = training(observers=(), shape=shape, folder=root / f"{name}-off")
-        found = compare(recorded, bare, pairs, 1, clock=partial(step_time.clock, options.device))
+        recorded = training(observers=(norms(),), shape=shape, folder=root / f"{name}-recorded")
+        found = compare(recorded, recorded.without, pairs, 1, clock=partial(step_time.clock, options.device))
         note = f"ratio to no observers [{found.low:.3f}, {found.high:.3f}]"
         yield {"row": f"{name}, recorded", "seconds": found.seconds[0] / STEPS, "ratio": found.median, "note": note}
 

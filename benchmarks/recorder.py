@@ -1,8 +1,7 @@
 """Overhead of the default observers: CPU time of training with and without them.
 
 Norms are recorded every ten steps, so ten steps of a live run are timed at once: in ``train``, or in a plain PyTorch
-loop with and without ``record``. One copy of MiniLM trains both ways in turn, because the steps of two copies can
-differ by two percent. On two threads.
+loop with and without ``record``. On two threads.
 """
 
 from __future__ import annotations
@@ -113,6 +112,7 @@ def lines(pairs: int) -> Iterator[Line]:
     for name, method in METHODS.items():
         for case, shape in SHAPES.items():
             with tempfile.TemporaryDirectory() as folder:
+                # One copy of the model trains both ways in turn: the steps of two copies can differ by two percent.
                 session = Training(method, (norms(),), shape, Path(folder) / "session")
                 ratio = compare(session, session.without, pairs, 1)
                 yield ratio.line(f"{name} with observers / without, `train`", case, AIM)

@@ -29,8 +29,8 @@ def main(
 ) -> int:
     """Measure times and memory, and compare each number with its aim.
 
-    Every benchmark is a script in the folder benchmarks of a clone. All of them take about an hour on two cores, on
-    which nothing else should run. The exit code is 1 if a script fails; a missed aim is only reported.
+    Every benchmark is a script in the folder benchmarks of a clone. All of them take an hour and a half on two cores,
+    on which nothing else should run. The exit code is 1 if a script fails; a missed aim is only reported.
 
     Example: lorascope bench lora_step recorder
 

@@ -486,9 +486,22 @@ def test_invalid_options_raise_one_line(options, line):
     with pytest.raises(ValueError, match=line):
         optimizer.add_param_group({"params": [parameter(3, 3)], **options})
     assert len(optimizer.param_groups) == 1
-    if own := {name: value for name, value in options.items() if name not in ("lr", "weight_decay")}:
-        with pytest.raises(ValueError, match=line):
-            Adapprox(**own)
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"iterations": 0}, "^iterations must be >= 1, got 0$"),
+        ({"eps": -1e-8}, "^eps must be >= 0, got -1e-08$"),
+        ({"cosine_floor": 0.0}, "^cosine_floor must be > 0, got 0.0$"),
+        ({"growth": (200.0, -10.0)}, r"^growth must be four .*, got \(200.0, -10.0\)$"),
+        ({"betas": (0.0, 0.9), "cosine": True}, r"^betas\[0\] must be > 0 .*, got 0.0$"),
+    ],
+    ids=lambda each: next(iter(each)) if isinstance(each, dict) else "",
+)
+def test_method_rejects_the_options_that_its_optimizer_rejects(fields, line):
+    with pytest.raises(ValueError, match=line):
+        Adapprox(**fields)
 
 
 # -- the method ----------------------------------------------------------------------------------------------------

@@ -322,3 +322,4 @@ def test_spectrum_omits_components_that_are_rounding_errors(tmp_path: Path) -> N
     sigma = Dense(matrix).singular_values()
     dense = plant(tmp_path, "dense", {}, factors={"h.0.q": (np.diag(sigma), np.eye(40))})
     assert np.count_nonzero(plots.spectrum(dense, module="h.0.q").data["value"]) == 3
+    assert leading_directions.pool_spectra({"h.0.q": sigma}, ["h.0.q"])["value"].tolist() == sigma[:3].tolist()

@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.spectra import Spectra
+from lorascope.analysis.spectra import Spectra, above_rounding
 from lorascope.array_types import Float
 from lorascope.updates import Update, principal_angles
 
 _DRAWS = 500
-_ROUNDING = 1e-8  # relative to the largest: smaller singular values are rounding error if a Gram matrix gave them
 
 
 class Directions(NamedTuple):
@@ -86,7 +85,7 @@ def angles(pairs: Sequence[tuple[Mapping[str, Directions], Mapping[str, Directio
 def pool_spectra(spectra: Spectra, modules: Sequence[str]) -> pd.DataFrame:
     """Compute the root mean square over modules of the largest singular values, of the second largest, and so on.
 
-    Modules with fewer singular values count as zero, as do values below 1e-8 of a module's largest (rounding error).
+    Modules with fewer singular values count as zero, as do values that are rounding errors of zero.
 
     Returns
     -------
@@ -96,6 +95,6 @@ def pool_spectra(spectra: Spectra, modules: Sequence[str]) -> pd.DataFrame:
     sigmas: list[Any] = [spectra[module] for module in modules]
     squares = np.zeros(max(map(len, sigmas)))
     for sigma in sigmas:
-        squares[: len(sigma)] += np.where(sigma > _ROUNDING * np.max(sigma, initial=0.0), sigma, 0.0) ** 2
+        squares[: len(sigma)] += above_rounding(sigma) ** 2
     squares = squares[: np.count_nonzero(squares)]
     return pd.DataFrame({"component": np.arange(1, len(squares) + 1), "value": np.sqrt(squares / len(sigmas))})

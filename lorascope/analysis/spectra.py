@@ -23,6 +23,13 @@ _KEPT = "/singular_values"
 Spectra = Mapping[str, Float[np.ndarray, "_"]]
 
 
+def above_rounding(sigma: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
+    """Set the singular values to 0 that are rounding errors of zero, as of components that AdaLoRA removed."""
+    # Those of a dense update are square roots of eigenvalues, and so are their errors.
+    largest = np.max(sigma, initial=0.0)
+    return np.where(sigma > np.sqrt(len(sigma) * np.finfo(np.float64).eps) * largest, sigma, 0.0)
+
+
 def singular_values(run: Result, step: int | None = None) -> Spectra:
     """Return the singular values of every saved update of a run, by module, largest first, loaded on access.
 

@@ -13,7 +13,6 @@ from lorascope.analysis import norms, spectra
 from lorascope.analysis import subspace_similarity as subspace
 from lorascope.analysis.seed_intervals import band
 from lorascope.analysis.subspace_similarity import Side
-from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Heat
 from lorascope.plots.builders import curves
@@ -24,13 +23,6 @@ from lorascope.runs.result import Result
 
 _MOST_DOTS = 64  # largest number of components with a dot each
 _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
-
-
-def _above_rounding(sigma: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """Set the singular values to 0 that are rounding errors of zero, as of components that AdaLoRA removed."""
-    # Those of a dense update are square roots of eigenvalues, and so are their errors.
-    largest = np.max(sigma, initial=0.0)
-    return np.where(sigma > np.sqrt(len(sigma) * np.finfo(np.float64).eps) * largest, sigma, 0)
 
 
 @figure(
@@ -58,7 +50,7 @@ def spectrum(cohort: Cohort, module: str | None = None, step: int | None = None,
     values_of = spectra.added_values if added else spectra.singular_values
     by_run = {run.id: values_of(run, step) for run in cohort.runs}
     module = common_module(cohort, list(by_run.values()), module)
-    found = {run: _above_rounding(sigmas[module]) for run, sigmas in by_run.items()}
+    found = {run: spectra.above_rounding(sigmas[module]) for run, sigmas in by_run.items()}
     values = spectra.spectrum(found).rename(columns={"module": "run", "sigma": "value"})
     ranks = spectra.ranks(found).rename(columns={"module": "run", "effective_rank": "value"})
     cells = band(cohort.label(values), ["recipe", "kind", "component"])

@@ -384,8 +384,10 @@ def test_default_phases_are_fractions_of_the_run():
 # -- training -------------------------------------------------------------------------------------------------------
 
 
-def by_hand(averages: dict, weights: dict, gradients: dict, b1: float, b2: float) -> dict[tuple[str, int], float]:
-    """Compute equations 9 to 13 element by element."""
+def by_hand(
+    averages: dict, weights: dict, gradients: dict, b1: float, b2: float, smoothed: bool = True
+) -> dict[tuple[str, int], float]:
+    """Compute equations 9 to 13 element by element, or 9 with 10 in place of 13."""
     scores = {}
     for key, weight in weights.items():
         for at in np.ndindex(weight.shape):
@@ -393,7 +395,8 @@ def by_hand(averages: dict, weights: dict, gradients: dict, b1: float, b2: float
             mean, spread = averages.get((key, at), (0.0, 0.0))
             mean = b1 * mean + (1 - b1) * now
             averages[key, at] = mean, b2 * spread + (1 - b2) * abs(now - mean)
-            scores.setdefault((key, at[1 if key[1] == "B" else 0]), []).append(math.prod(averages[key, at]))
+            score = math.prod(averages[key, at]) if smoothed else now
+            scores.setdefault((key, at[1 if key[1] == "B" else 0]), []).append(score)
     total: dict[tuple[str, int], float] = {}
     for ((module, _), rank), values in scores.items():
         total[module, rank] = total.get((module, rank), 0.0) + sum(values) / len(values)
@@ -401,19 +404,20 @@ def by_hand(averages: dict, weights: dict, gradients: dict, b1: float, b2: float
 
 
 @pytest.mark.parametrize(
-    ("kind", "order", "form"),
+    ("kind", "order", "form", "score"),
     [
-        (torch.optim.AdamW, "after", "mean-norm"),
-        (torch.optim.AdamW, "before", "sum-square"),
-        (torch.optim.SGD, "after", "mean-norm"),
+        (torch.optim.AdamW, "after", "mean-norm", "smoothed"),
+        (torch.optim.AdamW, "before", "sum-square", "smoothed"),
+        (torch.optim.SGD, "after", "mean-norm", "smoothed"),
+        (torch.optim.AdamW, "after", "mean-norm", "sensitivity"),
     ],
-    ids=["as the code", "as the paper", "by plain descent"],
+    ids=["as the code", "as the paper", "by plain descent", "by sensitivity"],
 )
-def test_training_follows_the_definition_step_by_step(kind, order, form):
+def test_training_follows_the_definition_step_by_step(kind, order, form, score):
     """Masks, lambdas, and unchanged P and Q match scores from Python loops; components return before the end."""
     method = AdaLoRA(
         init_rank=3, target_rank=1, targets=("q", "ffn_out"), beta1=0.7, beta2=0.6, gamma=0.5, scores=order,
-        penalty=form, initial_steps=2, final_steps=4, mask_every=2,
+        penalty=form, importance=score, initial_steps=2, final_steps=4, mask_every=2,
     )  # fmt: skip
     model = started(method)
     deltas = attached_deltas(model)
@@ -435,7 +439,8 @@ def test_training_follows_the_definition_step_by_step(kind, order, form):
         else:
             t, after = step.index, state()
             if t < 16:
-                scores = by_hand(averages, moved if order == "after" else before, gradients, 0.7, 0.6)
+                weights = moved if order == "after" else before
+                scores = by_hand(averages, weights, gradients, 0.7, 0.6, score == "smoothed")
             if t in (4, 6, 8, 10, 12, 14, 16):
                 ranked = sorted(scores, key=lambda key: -scores[key])
                 chosen = set(ranked[: schedule.budget(t)])
@@ -806,7 +811,7 @@ def test_invalid_fields_raise_one_line(fields, line):
         AdaLoRA(**fields)
 
 
-@pytest.mark.parametrize("field", ["penalty", "scores"])
+@pytest.mark.parametrize("field", ["penalty", "scores", "importance"])
 def test_unknown_option_raises(field):
     """The value is set as the command line sets it, without type checks."""
     method = AdaLoRA()

@@ -21,7 +21,7 @@ from lorascope.charts.marks import Point
 from lorascope.charts.save import save_small
 from lorascope.evidence import figures, registration, store
 from lorascope.evidence.figures import About, KeptFigure, digest_in
-from lorascope.evidence.statistics import agreement, fourierft, lora, planted
+from lorascope.evidence.statistics import agreement, fourierft, lora, neft, planted
 from lorascope.gallery import SECTIONS, GalleryFigure
 from lorascope.gallery.drawing import SHOWN, _kept_run
 from lorascope.gallery.kept_scores import KeptScores
@@ -119,6 +119,8 @@ def kept_run(label: str, seed: int, role: str = "judged", rate: float = 1e-3) ->
     tables = {agreement.SCORES: scores.assign(value=draw.random(len(scores))), lora.AMPLIFICATION: norms}
     if toy:
         tables[fourierft.COURSE] = pd.DataFrame({"best_accuracy": [draw.choice([0.8, 1.0])], "epochs": [seed]})
+    if label.startswith("NeFT"):
+        tables[neft.UTILIZATION] = pd.DataFrame({"role": list("aaaabb"), "rank": [*draw.permutation(4), 0, 1]})
     if label in planted.ALLOCATORS.values():
         ranks = pd.DataFrame({"module": ["m0", "m1", "m2"], "planted": [0, 2, 2], "found": draw.integers(0, 4, 3)})
         tables[planted.RECOVERY] = ranks
@@ -223,6 +225,85 @@ def test_printed_ablations_of_hydralora_belong_to_their_bars() -> None:
     assert table.set_index("recipe")["value"].to_dict() == pytest.approx(
         {"HydraLoRA": 0.4722, "separate A's": 0.4694, "uniform gates": 0.4281, "LoRA": 0.4322}
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "expected"),
+    [
+        ("ranks-lora", ["rank"], {1: 0.912, 2: 0.917, 4: 0.917, 8: 0.915, 64: 0.914}),
+        (
+            "budgets",
+            ["source", "rank"],
+            {
+                **{
+                    ("printed: AdaLoRA", rank): value
+                    for rank, value in ((1, 0.9564), (2, 0.958), (4, 0.961), (8, 0.961))
+                },
+                **{("printed: LoRA", rank): value for rank, value in ((1, 0.9438), (2, 0.9495), (8, 0.9495))},
+            },
+        ),
+        ("left-out-adalora", ["recipe"], {"AdaLoRA": 0.961, "no penalty": 0.951, "sensitivity only": 0.9564}),
+        ("accuracy-neft", ["recipe"], {"NeFT, 9%": 0.8227, "NeFT, 3% and 6% reversed": 0.8124}),
+        ("use-shift", ["recipe"], {"NeFT, 9%": 22295 / 352256, "NeFT, 3% and 6% reversed": 38135 / 352256}),
+        (
+            "low-data",
+            ["recipe"],
+            {
+                **{"full": 0.895, "full, 1,000 examples": 0.858, "full, 100 examples": 0.602},
+                **{"LoRA": 0.917, "LoRA, 1,000 examples": 0.856, "LoRA, 100 examples": 0.638},
+            },
+        ),
+    ],
+)
+def test_printed_numbers_are_at_their_place(name: str, keys: list[str], expected: dict[Any, float]) -> None:
+    figure = FIGURES[name]
+    runs = {label: [kept_run(arm, seed) for seed in (100, 101)] for label, arm in figure.arms.items()}
+    tables = [table for _, table in figure.draw(runs).charts()[0].tables()]
+    (found,) = [table for table in tables if table.get("source", pd.Series("")).str.startswith("printed").all()]
+    assert found.set_index(keys)["value"].to_dict() == pytest.approx(expected)
+
+
+def test_accuracy_is_drawn_at_the_rank_of_its_arm() -> None:
+    figure = FIGURES["budgets"]
+    runs = {label: [kept_run(arm, seed) for seed in (100, 101)] for label, arm in figure.arms.items()}
+    chart = figure.draw(runs).charts()[0]
+    drawn = chart.data.set_index(["method", "rank"])["value"]
+    for label, of in runs.items():
+        method, last = of[0].meta.method, of[0].meta.method.get("target_rank", of[0].meta.method.get("rank"))
+        mean = np.mean([run.score.metric for run in of])
+        assert drawn[{"lora": "LoRA", "adalora": "AdaLoRA"}[method["name"]], last] == pytest.approx(mean), label
+    assert len(drawn) == 8
+
+
+def test_accuracy_is_drawn_at_the_number_of_experts() -> None:
+    figure = FIGURES["number-of-experts"]
+    runs = {label: [kept_run(arm, seed) for seed in (100, 101)] for label, arm in figure.arms.items()}
+    drawn = figure.draw(runs).charts()[0].data.set_index(["series", "number"])["value"]
+    means = {label: np.mean([run.score.metric for run in of]) for label, of in runs.items()}
+    assert drawn.to_dict() == pytest.approx({
+        ("HydraLoRA", 2): means["2 experts"], ("HydraLoRA", 4): means["4 experts"],
+        ("LoRA", 2): means["LoRA"], ("LoRA", 4): means["LoRA"],
+    })  # fmt: skip
+
+
+def test_shift_in_utilization_is_a_fraction_of_the_ranks_of_each_role() -> None:
+    tables = {neft.FEW: [0, 1, 2, 3, 0, 1], neft.CHANGED: [1, 0, 2, 3, 0, 1], neft.REVERSED: [3, 1, 2, 0, 1, 0]}
+    runs = {label: [kept_run(label, 100)] for label in tables}
+    for label, ranks in tables.items():
+        runs[label][0].tables[neft.UTILIZATION] = pd.DataFrame({"role": list("aaaabb"), "rank": ranks})
+    drawn = FIGURES["use-shift"].draw(runs).charts()[0].data.set_index("recipe")["value"]
+    # Two neurons by one of four ranks; two by three of four, and two by one of two.
+    assert drawn.to_dict() == pytest.approx({neft.CHANGED: 2 / 4 / 6, neft.REVERSED: (2 * 3 / 4 + 2 / 2) / 6})
+
+
+def test_published_ranks_of_the_authors_lists_agree_with_their_summary() -> None:
+    lists, ranks = (
+        pd.read_csv(registration.FILE.parent / f"published/autolora_{name}.csv") for name in ("lists", "ranks")
+    )
+    known, found = lists[lists["judged"]].set_index("list"), ranks.groupby("list")["rank"]
+    assert found.size().eq(24).all()
+    np.testing.assert_allclose(found.mean()[known.index], known["mean"], rtol=0, atol=5e-4)  # three decimals
+    np.testing.assert_allclose(found.std()[known.index], known["sd"], rtol=0, atol=5e-5)
 
 
 def test_amplification_is_the_logarithm_of_the_ratio_of_norms() -> None:

@@ -75,6 +75,16 @@ design = {{ interval = "{interval}", looks = [{seeds}], levels = [0.025], first_
 arms = {arms}
 code = "sha256:p.{name}"
 """
+SHOWN_ARM = """
+[[arm]]
+label = "C"
+hash = "{hash}"
+rate_of = "A"
+tuning_seeds = []
+fields = {{ lr = 1.0, head_lr = 0.5 }}
+seeds = 2
+
+"""
 SEEDS = 3
 
 
@@ -165,6 +175,7 @@ def planted_probe(bert: str, task: Any) -> Iterator[None]:
         arms=lambda: [
             Arm(label="A", method=lora, settings=settings, model=bert, task=task),
             Arm(label="B", method=Full(), settings=settings, model=bert, task=task),
+            Arm(label="C", method=replace(lora, rank=1), settings=settings, model=bert, task=task),
             tfidf_arm("words", task),
         ],
         keep={(RANKS, "A"): keep_ranks},
@@ -262,6 +273,21 @@ def test_an_interrupted_study_loses_no_finished_run(study: Study, monkeypatch: p
     monkeypatch.setattr(evidence, "train_job", lambda job: trained.append(job) or train(job))
     study.write()
     assert len(trained) == sum(count(study).values()) - 5 - 1  # the baseline is not trained
+    assert study.differences() == []
+
+
+def test_runs_that_only_figures_show_are_trained_and_kept_with_predictions(study: Study) -> None:
+    arm = SHOWN_ARM.format(hash="?")
+    study.edit(lambda text: text.replace("[[claim]]", f"{arm}[[claim]]", 1))
+    found = evidence.arm_hashes(registration.read(study.file))["C"]
+    study.edit(lambda text: text.replace(arm, SHOWN_ARM.format(hash=found)))
+    study.write()
+    kept = store.read(study.folder)
+    runs = kept.runs[kept.runs["arm"] == "C"].set_index("seed")
+    assert runs["role"].to_dict() == {100: "judged", 101: "judged"}
+    assert runs["rate"].unique() == kept.runs.query("arm == 'A' and role == 'judged'")["rate"].unique()
+    for seed, metric in runs["test_metric"].items():
+        assert kept.correct("C", seed).mean() == metric
     assert study.differences() == []
 
 

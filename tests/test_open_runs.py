@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,9 +47,9 @@ def claim(id: str, design: Design, *arms: str) -> Registered:
     return Registered(id, Paper("1", "table 1", "primary"), Text("s", "x", "y", "arm"), bound, design, arms)
 
 
-def registration(*stages: Stage) -> Registration:
+def registration(*stages: Stage, shown: Sequence[Arm] = ()) -> Registration:
     claims = [claim("p.better", LOOKS, "A", "B"), claim("p.words", ONCE, "A", "words"), claim("q.more", ONCE, "points")]
-    return Registration({each.id: each for each in claims}, {arm.label: arm for arm in ARMS}, (), stages)
+    return Registration({each.id: each for each in claims}, {arm.label: arm for arm in (*ARMS, *shown)}, (), stages)
 
 
 class Runs:
@@ -83,8 +84,8 @@ class Runs:
         return Evidence(columns, pd.DataFrame(), kept={"values": self.tables})
 
 
-def found(runs: Runs, *stages: Stage) -> list[OpenRun]:
-    return open_runs(registration(*stages), PAIRS, runs.evidence(), BLOCK)
+def found(runs: Runs, *stages: Stage, shown: Sequence[Arm] = ()) -> list[OpenRun]:
+    return open_runs(registration(*stages, shown=shown), PAIRS, runs.evidence(), BLOCK)
 
 
 EVERYTHING = (Stage(("*",), (0,)), Stage(("p",), (1, 2)), Stage(("q.more",), (1,)))
@@ -134,6 +135,18 @@ def test_claims_on_an_arm_that_did_not_train_end() -> None:
     runs = Runs().tuned().judged(5.0, range(100, 102), validation_metric=0.5)
     runs.add("words", 0, "baseline")
     assert found(runs, *EVERYTHING[:2]) == []
+
+
+def test_arms_that_only_figures_show_come_before_the_looks_seed_by_seed() -> None:
+    shown = [Arm(label, rate_of="A", fields={"lr": 1.0}, seeds=seeds) for label, seeds in (("C", 1), ("D", 3))]
+    assert {run.role for run in found(Runs(), *EVERYTHING, shown=shown)} == {"tuning"}
+    runs = Runs().tuned()
+    needed = [("C", 100), ("D", 100), ("D", 101), ("D", 102)]
+    assert found(runs, *EVERYTHING, shown=shown) == [OpenRun(label, seed, "judged", 1e-2) for label, seed in needed]
+    for label, seed in needed:
+        assert found(runs, *EVERYTHING, shown=shown)[0] == OpenRun(label, seed, "judged", 1e-2)
+        runs.add(label, seed)
+    assert found(runs, *EVERYTHING, shown=shown) == found(runs, *EVERYTHING)
 
 
 @pytest.mark.parametrize(

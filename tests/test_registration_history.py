@@ -99,6 +99,18 @@ def test_an_arm_may_change_with_a_deviation_of_a_claim_that_uses_it(clone: tuple
     assert differences(file, [commit]) == []
 
 
+def test_a_new_arm_needs_no_deviation_if_no_claim_uses_it(clone: tuple[Path, str]) -> None:
+    file, commit = clone
+    edit(file, "[[claim]]", '[[arm]]\nlabel = "new"\nhash = "sha256:a"\nseeds = 3\n\n[[claim]]')
+    assert differences(file, [commit]) == []
+    git = ["git", "-C", str(file.parents[1]), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "commit", "-qam", "add an arm"], check=True)
+    later = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    edit(file, "sha256:a", "sha256:b", 'label = "new"')  # its runs have been trained since
+    (line,) = differences(file, [commit, later])
+    assert line.startswith(f"registered.toml: arm 'new': differs from commit {later[:12]}")
+
+
 def test_commits_that_are_not_known_are_counted(clone: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> None:
     file, commit = clone
     output = file.parents[1] / "written"

@@ -31,6 +31,9 @@ def open_runs(
 ) -> list[OpenRun]:
     """Return the runs to train next: all that the first unfinished look of the first unfinished stage lacks.
 
+    Runs that only figures show come before them, as soon as the rate of their arm is chosen: they are few, and the
+    looks may use up the budget.
+
     Parameters
     ----------
     registration : Registration
@@ -45,9 +48,11 @@ def open_runs(
     Returns
     -------
     list of OpenRun
-        In the order of the claims; empty if every claim is judged.
+        In the order of the claims; empty if every claim is judged and every figure has its runs.
     """
     here = evidence.in_block(block)
+    if shown := list(_of_figures(registration, evidence, here)):
+        return shown
     for stage in registration.stages:
         claims = [claim for id, claim in registration.of_tier("primary", "secondary").items() if stage.has(id)]
         for look in stage.looks:
@@ -58,6 +63,16 @@ def open_runs(
             if needed := list(dict.fromkeys(found)):
                 return needed
     return []
+
+
+def _of_figures(registration: Registration, evidence: Evidence, here: Evidence) -> Iterator[OpenRun]:
+    """Yield the runs of arms that no claim uses, seed by seed, so that all arms have the first ones early."""
+    shown = [arm for arm in registration.arms.values() if arm.seeds]
+    for number in range(max((arm.seeds for arm in shown), default=0)):
+        for arm in shown:
+            seed, rate = registration.first_seed + number, chosen(registration, evidence.runs, arm.label)[1].rate
+            if number < arm.seeds and rate is not None and not here.has(arm.label, seed):
+                yield OpenRun(arm.label, seed, "judged", rate)
 
 
 def _of_tuning(claim: Registered, registration: Registration, evidence: Evidence) -> Iterator[OpenRun]:

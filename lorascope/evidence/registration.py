@@ -111,6 +111,8 @@ class Arm:
         What is drawn by the seed of a run: fields of the method, and "task" or "w0".
     baseline : bool
         Whether it is the same for every seed, such as word counts.
+    seeds : int
+        Number of seeds of an arm that figures show and no claim uses; 0 if the claims determine it.
     """
 
     label: str
@@ -122,12 +124,13 @@ class Arm:
     may_void: bool = True
     by_seed: tuple[str, ...] = ()
     baseline: bool = False
+    seeds: int = 0
 
 
 def arm_hash(arm: Arm, method: Mapping[str, Any], settings: Mapping[str, Any], task_hash: str, w0: str) -> str:
     """Hash what the runs of an arm have in common, and how their rate is chosen.
 
-    Label, rate and cost are left out, and so is what the seed of a run draws.
+    Label, rate, number of seeds and cost are left out, and so is what the seed of a run draws.
 
     Parameters
     ----------
@@ -236,6 +239,12 @@ class Registration:
     arms: Mapping[str, Arm]
     deviations: tuple[Deviation, ...]
     stages: tuple[Stage, ...] = ()
+
+    @property
+    def first_seed(self) -> int:
+        """First judged seed of all claims on runs, with which arms for figures start."""
+        found = (claim.design.first_seed for claim in self.of_tier("primary", "secondary").values())
+        return min(found, default=Design.first_seed)
 
     def of_tier(self, *tiers: Tier) -> dict[str, Registered]:
         """Return the claims of these tiers, in their order."""

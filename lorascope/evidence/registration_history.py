@@ -53,7 +53,8 @@ def compare(file: Path, commits: Collection[str]) -> Comparison:
 def changes(earlier: Registration, now: Registration, commit: str) -> Iterator[str]:
     """Return one line per claim, arm, deviation or stage that was changed without a later deviation.
 
-    A deviation allows changes of its claim and of the arms that the claim uses; "*" allows all.
+    A deviation allows changes of its claim and of the arms that the claim uses; "*" allows all. A new arm that no claim
+    uses needs none, because it changes no verdict.
     """
     changed = f"differs from commit {commit}, with which runs were trained"
     later = {deviation.claim for deviation in now.deviations if deviation not in earlier.deviations}
@@ -62,7 +63,8 @@ def changes(earlier: Registration, now: Registration, commit: str) -> Iterator[s
             yield f"registered.toml: claim {id}: {changed}; no later deviation names it"
     for label in sorted(earlier.arms.keys() | now.arms.keys()):
         users = {id for claims in (earlier.claims, now.claims) for id in claims if label in claims[id].arms}
-        if earlier.arms.get(label) != now.arms.get(label) and not later & {*users, "*"}:
+        shown = label not in earlier.arms and not users
+        if earlier.arms.get(label) != now.arms.get(label) and not shown and not later & {*users, "*"}:
             yield f"registered.toml: arm {printable(label)!r}: {changed}; no later deviation of its claims"
     if earlier.stages != now.stages and "*" not in later:
         yield f"registered.toml: stages: {changed}; no later deviation of all claims"

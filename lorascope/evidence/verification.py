@@ -315,17 +315,17 @@ def _check_rates(evidence: Evidence, registration: Registration) -> Iterator[str
 
 def _check_seeds(evidence: Evidence, registration: Registration) -> Iterator[str]:
     """Check that no judged seed is missing, and that none was used for tuning."""
-    firsts = {claim.design.first_seed for claim in registration.of_tier("primary", "secondary").values()}
+    first = registration.first_seed
     judged = evidence.runs[evidence.runs["role"] == "judged"]
     for (arm, *block), runs in judged.groupby(["arm", *BLOCK]):
         seeds = set(runs["seed"])
-        if (missing := next(seed for seed in count(min(firsts)) if seed not in seeds)) < max(seeds):
+        if (missing := next(seed for seed in count(first) if seed not in seeds)) < max(seeds):
             yield f"runs.csv: arm {arm!r} on {' / '.join(map(str, block))}: seed {missing} is missing"
         tuning: Arm | None = registration.arms.get(str(arm))
         for seed in sorted(seeds & set(tuning.tuning_seeds if tuning else ())):
             yield f"runs.csv: arm {arm!r}: seed {seed} is a tuning seed and must not be judged"
-        for seed in sorted(seed for seed in seeds if seed < min(firsts)):
-            yield f"runs.csv: arm {arm!r}: seed {seed} is below the first judged seed {min(firsts)}"
+        for seed in sorted(seed for seed in seeds if seed < first):
+            yield f"runs.csv: arm {arm!r}: seed {seed} is below the first judged seed {first}"
 
 
 def _check_registration(

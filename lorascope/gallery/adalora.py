@@ -7,13 +7,20 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pandas as pd
+
 from lorascope import plots
+from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Axis
 from lorascope.evidence.statistics import adalora as statistics
-from lorascope.evidence.statistics.lora import LOW
-from lorascope.gallery.base import GalleryFigure, own_labels
+from lorascope.evidence.statistics import alora
+from lorascope.evidence.statistics.lora import LOW, LOWER
+from lorascope.gallery.base import GalleryFigure, accuracy_by_rank, own_labels
+from lorascope.gallery.lora import LORA_RATES
 from lorascope.gallery.printed_numbers import printed
-from lorascope.plots.builders import add_printed
+from lorascope.plots.builders import add_printed, course
+from lorascope.plots.run_groups import gather
 
 HEADING = "AdaLoRA"
 
@@ -26,6 +33,38 @@ def _draw_accuracy(runs: Mapping[str, Sequence[Any]]) -> Chart:
     return add_printed(chart, numbers, "recipe", "AdaLoRA, table 1, SST-2")
 
 
+def _draw_parts(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    numbers = pd.concat(printed(paper="AdaLoRA", table=table, data="SST-2") for table in ("Table 4", "Table 5"))
+    names = {"AdaLoRA": "AdaLoRA", "without the penalty": "no penalty", "sensitivity": "sensitivity only"}
+    found = numbers["method"].str.extract("(^AdaLoRA$|without the penalty|sensitivity)")[0]
+    numbers = numbers.assign(recipe=found.map(names), source="printed")
+    numbers = numbers[numbers["size"] == "0.65 %"].dropna(subset="recipe").drop_duplicates("recipe")
+    chart = replace(plots.ablations(runs, start=0.5), title="AdaLoRA without one of its parts")
+    return add_printed(chart, numbers, "recipe", "AdaLoRA, tables 4 and 5, SST-2, 0.65% of the parameters")
+
+
+def _draw_penalty(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    cohort = gather("penalty", runs)
+    return course(
+        band(cohort.select("penalty"), ["step", "recipe"]),
+        Axis(label="penalty", log=True),
+        title="Distance of P and Q from orthogonality",
+        caption=cohort.caption("Mean of the Frobenius norms of PᵀP − I and QQᵀ − I over all P and Q (Eq. 4)."),
+    )
+
+
+def _draw_budgets(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    numbers = printed(paper="AdaLoRA", table="Table 5", data="SST-2")
+    numbers = numbers[numbers["method"].isin(["AdaLoRA", "LoRA"])]
+    numbers = numbers.assign(rank=numbers["size"].map({"0.08 %": 1, "0.16 %": 2, "0.32 %": 4, "0.65 %": 8}))
+    ranks = {label: rank for arms in (_BUDGETS, _UNIFORM) for rank, label in arms.items()}
+    rates = f"All budgets of AdaLoRA have one learning rate. {LORA_RATES}"
+    chart = accuracy_by_rank(runs, ranks, "Accuracy by budget", rates)
+    return add_printed(chart, numbers, "rank", "AdaLoRA, table 5, SST-2, budgets as percentages of parameters")
+
+
+_BUDGETS = {**statistics.SMALLER, 8: statistics.ADAPTED}
+_UNIFORM = {**LOWER, 4: alora.UNIFORM, 8: LOW}
 _ADAPTED = own_labels(statistics.ADAPTED)
 _by_place = partial(plots.adapted_types, start=0.5)  # the chance level
 
@@ -66,6 +105,30 @@ FIGURES = [
         draw=_draw_accuracy,
         seeds=None,
         scores_only=True,
+    ),
+    GalleryFigure(
+        name="budgets",
+        alt="Accuracy of AdaLoRA and LoRA by budget, and printed numbers",
+        arms=own_labels(*_BUDGETS.values(), *_UNIFORM.values()),
+        draw=_draw_budgets,
+        seeds=None,
+        scores_only=True,
+    ),
+    GalleryFigure(
+        name="left-out-adalora",
+        alt="Accuracy of AdaLoRA without its penalty, and with the sensitivity only, and printed numbers",
+        arms={"AdaLoRA": statistics.ADAPTED, "no penalty": statistics.FREE, "sensitivity only": statistics.RAW},
+        draw=_draw_parts,
+        seeds=None,
+        scores_only=True,
+    ),
+    GalleryFigure(
+        name="penalty",
+        alt="Orthogonality penalty of AdaLoRA over the steps, with and without its gradient",
+        arms={"AdaLoRA": statistics.ADAPTED, "no penalty": statistics.FREE},
+        draw=_draw_penalty,
+        seeds=3,
+        quantities=("penalty",),
     ),
     GalleryFigure(
         name="adapted-types",

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorascope import plots
-from lorascope.charts.chart import Drawable
-from lorascope.plots.builders import metric_bars
-from lorascope.plots.run_groups import gather
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Chart, Drawable
+from lorascope.charts.marks import Axis, Line, Point
+from lorascope.plots.builders import ends, metric_bars
+from lorascope.plots.run_groups import INTERVAL, gather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +67,37 @@ def own_labels(*labels: str) -> dict[str, str]:
     return {label: label for label in labels}
 
 
-def accuracy_bars(runs: Mapping[str, Sequence[Any]], title: str, start: float) -> Drawable:
+def accuracy_bars(runs: Mapping[str, Sequence[Any]], title: str, start: float) -> Chart:
     """Return the test accuracy of arms as bars, on an axis from ``start``; they may have different tasks."""
     return metric_bars(gather("accuracy", runs), start, "", (), title)
+
+
+def accuracy_by_rank(runs: Mapping[str, Sequence[Any]], ranks: Mapping[str, int], title: str, rates: str) -> Chart:
+    """Return the test accuracy of arms by rank, one line per method.
+
+    Parameters
+    ----------
+    runs : mapping label -> sequence of run
+        Runs of each arm; labels start with the name of the method, up to a comma.
+    ranks : mapping label -> rank
+        Rank of each arm, averaged over its modules.
+    title : str
+        Title of the chart.
+    rates : str
+        Which learning rates the arms have, as a sentence of the caption.
+    """
+    cohort = gather("accuracy", runs)
+    cells = band(cohort.scores(), ["recipe"])
+    cells = cells.assign(rank=cells["recipe"].map(ranks), method=cells["recipe"].str.partition(",")[0])
+    return Chart(
+        cells.sort_values("rank"),
+        [Line("rank", "value", "method"), Point("rank", "value", "method", **ends(cells))],
+        title=title,
+        x=Axis(label="rank per module", log=True, ticks={rank: str(rank) for rank in sorted(set(ranks.values()))}),
+        y=Axis(label=cohort.metric),
+        caption=cohort.caption(rates, interval=f"bars: {INTERVAL}"),
+        colors=dict.fromkeys(cells["method"]),
+    )
 
 
 def training_loss(runs: Mapping[str, Sequence[Any]]) -> Drawable:

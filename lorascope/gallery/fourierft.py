@@ -23,12 +23,14 @@ from lorascope.evidence.statistics.fourierft import (
     FEW,
     LARGE,
     MANY,
+    MEDIUM,
     ORTHOGONAL,
     POINTS,
     POINTS_FAST,
     POINTS_RANDOM,
     POINTS_SLOW,
     RANDOM,
+    SMALL,
     ZEROS,
 )
 from lorascope.gallery.base import GalleryFigure, own_labels
@@ -98,7 +100,7 @@ def _draw_toy_task(runs: Mapping[str, Sequence[Any]]) -> Drawable:
     )
 
 
-_SIZES = own_labels(FEW, DEFAULT, MANY, EQUAL, LARGE)
+_SIZES = own_labels(FEW, MEDIUM, DEFAULT, MANY, SMALL, EQUAL, LARGE)
 
 FIGURES = [
     GalleryFigure(

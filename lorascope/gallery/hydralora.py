@@ -12,6 +12,8 @@ from lorascope.evidence.statistics import hydralora as statistics
 from lorascope.gallery.base import GalleryFigure, accuracy_bars, own_labels
 from lorascope.gallery.printed_numbers import printed
 from lorascope.plots.builders import add_printed
+from lorascope.plots.component_ablations import metric_by_experts
+from lorascope.plots.run_groups import gather
 
 HEADING = "HydraLoRA"
 
@@ -21,6 +23,11 @@ def _draw_ablations(runs: Mapping[str, Sequence[Any]]) -> Chart:
     # In the order of the table: without a mixture, uniform gates, separate A's, and the full method.
     numbers = numbers.assign(recipe=["LoRA", "uniform gates", "separate A's", "HydraLoRA"], source="printed")
     return add_printed(plots.ablations(runs), numbers, "recipe", "HydraLoRA, figure 6, MMLU")
+
+
+def _draw_experts(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    experts = {label: of for label, of in runs.items() if label != "LoRA"}
+    return metric_by_experts(gather("number_of_experts", experts, {"LoRA": runs["LoRA"]}))
 
 
 def _by_domain(runs: Mapping[str, Sequence[Any]], labels: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
@@ -50,6 +57,14 @@ FIGURES = [
             "LoRA": statistics.LORA,
         },
         draw=_draw_ablations,
+        seeds=None,
+        scores_only=True,
+    ),
+    GalleryFigure(
+        name="number-of-experts",
+        alt="Accuracy of HydraLoRA by number of experts, and of LoRA with the parameters of four",
+        arms={"2 experts": statistics.TWO, "4 experts": statistics.ROUTED, "LoRA": statistics.LORA},
+        draw=_draw_experts,
         seeds=None,
         scores_only=True,
     ),

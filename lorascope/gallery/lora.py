@@ -13,8 +13,9 @@ from lorascope import plots
 from lorascope.analysis import norms
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Heat
+from lorascope.evidence.statistics import alora
 from lorascope.evidence.statistics import lora as statistics
-from lorascope.gallery.base import GalleryFigure, accuracy_bars, own_labels, training_loss
+from lorascope.gallery.base import GalleryFigure, accuracy_bars, accuracy_by_rank, own_labels, training_loss
 from lorascope.gallery.printed_numbers import printed
 from lorascope.plots.builders import add_printed, heat_by_role
 from lorascope.schema import module_table
@@ -26,6 +27,25 @@ def _draw_sizes(runs: Mapping[str, Sequence[Any]]) -> Chart:
     numbers = printed(paper="LoRA", table="Table 2", model="RoBERTa-base", data="SST-2")
     numbers = numbers[numbers["method"].isin([statistics.FULL, "LoRA"])]
     return add_printed(plots.accuracy_by_parameters(runs), numbers, "parameters", "LoRA, table 2, SST-2")
+
+
+def _draw_ranks(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    numbers = printed(paper="LoRA", table="Table 6", data="MNLI-m")
+    numbers = numbers.assign(rank=numbers["method"].map({f"all four, rank {rank}": rank for rank in _BY_RANK}))
+    numbers = numbers.dropna(subset="rank").assign(source="printed")
+    ranks = {label: rank for rank, label in _BY_RANK.items()}
+    chart = accuracy_by_rank(runs, ranks, "Accuracy by rank", LORA_RATES)
+    return add_printed(chart, numbers, "rank", "LoRA, table 6, MNLI-m, all four attention matrices")
+
+
+def _draw_low_data(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    numbers = printed(paper="LoRA", table="Table 16")
+    bars = {f"MNLI, {rows} rows": f", {rows} examples" for rows in ("1,000", "100")} | {"MNLI, 392,000 rows": ""}
+    names = {"full fine-tuning": "full", "LoRA": "LoRA"}
+    numbers = numbers[numbers["data"].isin(list(bars)) & numbers["method"].isin(list(names))]
+    recipe = numbers["method"].map(names) + numbers["data"].map(bars)
+    chart = accuracy_bars(runs, "Accuracy by number of training examples", start=0.5)
+    return add_printed(chart, numbers.assign(recipe=recipe, source="printed"), "recipe", "LoRA, table 16, MNLI")
 
 
 def _draw_amplification(runs: Mapping[str, Sequence[Any]]) -> Chart:
@@ -47,6 +67,8 @@ def _draw_amplification(runs: Mapping[str, Sequence[Any]]) -> Chart:
 
 
 _BOTH, _RANKS = own_labels(statistics.FULL, statistics.LOW), own_labels(statistics.LOW, statistics.HIGH)
+LORA_RATES = "LoRA of rank 1 and 2 has the learning rate of rank 8; the other ranks have their own."
+_BY_RANK = {**statistics.LOWER, 4: alora.UNIFORM, 8: statistics.LOW, 64: statistics.HIGH}
 _COMPARED = "full fine-tuning and LoRA"
 
 FIGURES = [
@@ -105,14 +127,16 @@ FIGURES = [
     ),
     GalleryFigure(
         name="low-data",
-        alt="Accuracy of full fine-tuning and LoRA on all examples and on 100",
+        alt="Accuracy of full fine-tuning and LoRA on all examples, on 1,000 and on 100, and printed numbers",
         arms={
             "full": statistics.FULL,
             "LoRA": statistics.LOW,
+            "full, 1,000 examples": statistics.MORE_FULL,
+            "LoRA, 1,000 examples": statistics.MORE_LOW,
             "full, 100 examples": statistics.FEW_FULL,
             "LoRA, 100 examples": statistics.FEW_LOW,
         },
-        draw=lambda runs: accuracy_bars(runs, "Accuracy by number of training examples", start=0.5),
+        draw=_draw_low_data,
         seeds=None,
         scores_only=True,
     ),
@@ -127,9 +151,17 @@ FIGURES = [
     ),
     GalleryFigure(
         name="accuracy-lora",
-        alt="Accuracy by trained parameters: full fine-tuning, LoRA of rank 8 and 64, and printed numbers",
-        arms=_BOTH | _RANKS,
+        alt="Accuracy by trained parameters: full fine-tuning, LoRA of rank 1 to 64, and printed numbers",
+        arms=own_labels(statistics.FULL, *_BY_RANK.values()),
         draw=_draw_sizes,
+        seeds=None,
+        scores_only=True,
+    ),
+    GalleryFigure(
+        name="ranks-lora",
+        alt="Accuracy of LoRA by rank, and printed numbers",
+        arms=own_labels(*_BY_RANK.values()),
+        draw=_draw_ranks,
         seeds=None,
         scores_only=True,
     ),

@@ -10,14 +10,50 @@ import pandas as pd
 
 from lorascope import plots
 from lorascope.analysis import selected_neurons
+from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis
 from lorascope.evidence import registration
-from lorascope.evidence.statistics.neft import CHANGED, FEW, MOVIES, PROBED, RANDOM, REVERSED, TWEETS
-from lorascope.gallery.base import GalleryFigure, own_labels
-from lorascope.plots.builders import add_printed, curves
+from lorascope.evidence.statistics.lora import FULL, LOW
+from lorascope.evidence.statistics.neft import CHANGED, FEW, MOVIES, PROBED, RANDOM, REVERSED, TWEETS, UTILIZATION
+from lorascope.gallery.base import GalleryFigure, accuracy_bars, own_labels, training_loss
+from lorascope.gallery.printed_numbers import printed
+from lorascope.plots.builders import add_printed, bars, curves
+from lorascope.plots.run_groups import INTERVAL
 
 HEADING = "NeFT"
+_RANKS = 352_256  # of the neurons of one projection of LLaMA-2 7B, the paper's model
+
+
+def _draw_accuracy(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    numbers = printed(paper="NeFT", table="Figure 3")
+    further = numbers["method"].str.extract("(lowest|highest), x = 6$")[0]  # in percent, after 3% of the lowest cosine
+    recipe = further.map({"lowest": CHANGED, "highest": REVERSED})
+    numbers = numbers.assign(recipe=recipe, source="printed").dropna(subset="recipe")
+    chart = accuracy_bars(runs, "Accuracy by selection of neurons", start=0.5)
+    return add_printed(chart, numbers, "recipe", "NeFT, figure 3, COMET of a translation")
+
+
+def _draw_use(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    """Plot the kept tables ``utilization``: mean shift of the ranks from those of NeFT, 3%, with the same seed."""
+    shifts = []
+    for label in (CHANGED, REVERSED):
+        for run, reference in zip(runs[label], runs[FEW], strict=True):
+            before, after = (each.tables[UTILIZATION].astype({"rank": "float64"}) for each in (reference, run))
+            moved = (after["rank"] - before["rank"]).abs() / after.groupby("role")["rank"].transform("size")
+            shifts.append({"recipe": label, "run": run.id, "value": moved.mean()})
+    numbers = printed(paper="NeFT", table="Figure 4 (a)")
+    numbers = numbers.assign(recipe=numbers["method"].map({"NeFT, 9 %": CHANGED, "3 % and 6 % reversed": REVERSED}))
+    numbers = numbers.dropna(subset="recipe").assign(value=100 * numbers["value"] / _RANKS, source="printed")
+    chart = bars(
+        band(pd.DataFrame(shifts), ["recipe"]),
+        "recipe",
+        (Axis(order=[CHANGED, REVERSED]), "mean shift (fraction of the ranks)"),
+        title=f"Shift in utilization rank from {FEW}",
+        caption="Neurons of each role are ranked by utilization and compared with NeFT, 3%, of the same seed. "
+        f"Mean of {len(runs[FEW])} seeds; bars: {INTERVAL}.",
+    )
+    return add_printed(chart, numbers, "recipe", f"NeFT, figure 4 (a), divided by {_RANKS:,} ranks")
 
 
 def _draw_overlap(runs: Mapping[str, Sequence[Any]]) -> Chart:
@@ -44,6 +80,30 @@ def _draw_overlap(runs: Mapping[str, Sequence[Any]]) -> Chart:
 
 
 FIGURES = [
+    GalleryFigure(
+        name="accuracy-neft",
+        alt="Accuracy of NeFT by selection of neurons, of full fine-tuning and of LoRA, and printed numbers",
+        arms=own_labels(CHANGED, FEW, REVERSED, PROBED, RANDOM, FULL, LOW),
+        draw=_draw_accuracy,
+        seeds=None,
+        scores_only=True,
+    ),
+    GalleryFigure(
+        name="training-curves-neft",
+        alt="Training loss: full fine-tuning, NeFT and LoRA",
+        arms=own_labels(FULL, CHANGED, LOW),
+        draw=training_loss,
+        quantities=("loss",),
+    ),
+    GalleryFigure(
+        name="use-shift",
+        alt="Mean shift in utilization rank of neurons, largest and smallest rotation, and printed numbers",
+        arms=own_labels(CHANGED, REVERSED, FEW),
+        draw=_draw_use,
+        seeds=None,
+        scores_only=True,
+        table=UTILIZATION,
+    ),
     GalleryFigure(
         name="neurons",
         alt="Selected neurons by layer and projection: largest and smallest rotation, random, linear probes",

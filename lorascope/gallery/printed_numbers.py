@@ -18,12 +18,13 @@ def printed(**columns: str) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``method, parameters, value, source``; ``parameters`` is NaN where the paper prints none, and ``source`` is an
-        entry of a legend.
+        ``method, data, size, parameters, value, source``; ``size`` is the number or percentage of parameters as
+        printed, ``parameters`` is NaN where the paper prints no number, and ``source`` is an entry of a legend.
     """
     table = pd.read_csv(registration.FILE.parent / "published" / "reported.csv")
     for name, value in columns.items():
         table = table[table[name] == value]
-    millions = pd.to_numeric(table["parameters"].str.removesuffix("M"))
-    found = table[["method"]].assign(parameters=1e6 * millions, value=table["value"] / 100)
+    size = table["parameters"]
+    millions = pd.to_numeric(size.where(size.str.endswith("M").eq(True)).str.removesuffix("M"))
+    found = table[["method", "data"]].assign(size=size, parameters=1e6 * millions, value=table["value"] / 100)
     return found.assign(source="printed: " + found["method"]).reset_index(drop=True)

@@ -10,7 +10,7 @@ r"""AdaLoRA: adapters in the form of a singular value decomposition; the least i
 
 Every DeltaT steps after t_i the components of all matrices are ordered by S, and only the b(t) highest retain their
 lambda. Masking leaves P and Q unchanged and lambda continues to train, so a masked component can return until the last
-t_f steps.
+t_f steps. With ``importance="sensitivity"``, s = I, as in the ablation of table 4.
 
 =============  =====================================================
 paper          here
@@ -45,7 +45,7 @@ Departs:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -53,7 +53,15 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import to_array
 from lorascope.array_types import Bool, Float
-from lorascope.methods.base import AdapterMethod, Step, require, require_choice, require_integer, require_scaling
+from lorascope.methods.base import (
+    AdapterMethod,
+    Step,
+    added_later,
+    require,
+    require_choice,
+    require_integer,
+    require_scaling,
+)
 from lorascope.methods.lora import LoRADelta
 from lorascope.schema.records import Item, Quantity, Record, register
 
@@ -108,6 +116,9 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         Form of the penalty: that of the authors' code, or of the paper.
     scores : {"after", "before"}
         Whether sensitivity uses the weights after the optimizer's step, or before it.
+    importance : {"smoothed", "sensitivity"}
+        Score s of a weight: smoothed sensitivity times uncertainty, or the sensitivity of the last step only, which is
+        then recorded as ``sensitivity``.
     """
 
     init_rank: int = 12
@@ -123,6 +134,7 @@ class AdaLoRA(AdapterMethod, name="adalora"):
     gamma: float = 0.1
     penalty: Literal["mean-norm", "sum-square"] = "mean-norm"
     scores: Literal["after", "before"] = "after"
+    importance: Literal["smoothed", "sensitivity"] = field(default="smoothed", metadata=added_later())
     lr: float = 1e-2
     head_lr: float = 1e-3
 
@@ -136,6 +148,7 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         require(self, "beta2", "in (0, 1)", 0 < self.beta2 < 1)
         require_choice(self, "penalty", ("mean-norm", "sum-square"))
         require_choice(self, "scores", ("after", "before"))
+        require_choice(self, "importance", ("smoothed", "sensitivity"))
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets, leave adapters and head trainable, and start the moving averages at zero."""
@@ -175,15 +188,16 @@ class AdaLoRA(AdapterMethod, name="adalora"):
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
         """Update the scores until the selection is fixed, select components if due, and mask the others."""
-        schedule = self.schedule(step.total)
+        schedule, smoothed = self.schedule(step.total), self.importance == "smoothed"
         deltas = self._deltas.values()
         if step.index < schedule.fixed:
             weights = self._before if self.scores == "before" else self._weights
             # A module that the batch did not use has no gradient, which counts as zero.
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
-            smooth(self.sensitivity_, self.uncertainty_, weights, gradients, (self.beta1, self.beta2))
+            betas = (self.beta1 if smoothed else 0.0, self.beta2)
+            smooth(self.sensitivity_, self.uncertainty_, weights, gradients, betas)
         if schedule.chooses(step.index) or step.last:
-            self._parts = importance(self.sensitivity_, self.uncertainty_)
+            self._parts = importance(self.sensitivity_, self.uncertainty_ if smoothed else None)
         if schedule.chooses(step.index):
             kept = most_important(self._parts.sum(0), schedule.budget(step.index))
             torch._foreach_copy_([d.kept for d in deltas], list(kept))
@@ -307,9 +321,9 @@ def smooth(
     torch._foreach_lerp_(uncertainty, now, 1 - betas[1])
 
 
-def importance(sensitivity: Tensors, uncertainty: Tensors) -> Float[Tensor, "3 modules rank"]:
+def importance(sensitivity: Tensors, uncertainty: Tensors | None) -> Float[Tensor, "3 modules rank"]:
     """Compute the terms of equation 9 in float64, from averages ordered P, lambda, Q per module."""
-    scores = torch._foreach_mul(sensitivity, uncertainty)
+    scores = sensitivity if uncertainty is None else torch._foreach_mul(sensitivity, uncertainty)
     left = [P.mean(0, dtype=torch.float64) for P in scores[0::3]]
     right = [Q.mean(1, dtype=torch.float64) for Q in scores[2::3]]
     return torch.stack([torch.stack(left), torch.stack(scores[1::3])[..., 0].double(), torch.stack(right)])

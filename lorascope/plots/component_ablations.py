@@ -136,9 +136,14 @@ def number_of_experts(cohort: Cohort) -> Chart:
     control : as ``runs``, optional
         Runs of any method on the same task, one horizontal line per label.
     """
-    own = Cohort(cohort.name, tuple(group for group in cohort.groups if not group.control))
-    own.require(HEADS)
+    Cohort(cohort.name, tuple(group for group in cohort.groups if not group.control)).require(HEADS)
     cohort.require("test_metric")
+    return metric_by_experts(cohort)
+
+
+def metric_by_experts(cohort: Cohort) -> Chart:
+    """Plot test metric against the number of experts."""
+    own = Cohort(cohort.name, tuple(group for group in cohort.groups if not group.control))
     own.require_differ_only_in("number")
     cohort.require_same("model", "task")
     numbers = {group.label: group.runs[0].meta.recipe["number"] for group in own.groups}

@@ -23,15 +23,28 @@ from lorascope.probes.rank_allocators import allocation_figures, keep_ranks
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms: AdaLoRA on sentiment and on its domains, and with rank 8 everywhere throughout."""
+    """Return the registered arms: AdaLoRA on sentiment and on its domains, and with rank 8 everywhere throughout.
+
+    Smaller budgets, and AdaLoRA without one of its parts, are for figures.
+    """
     adapted = AdaLoRA(init_rank=12, target_rank=8)
-    # The scale is alpha / init_rank, the same for both.
+    # The scale is alpha / init_rank, the same for all.
     uniform = replace(adapted, init_rank=8, alpha=adapted.alpha * 8 / 12)
     settings = encoder_settings()
     return [
         Arm(label=statistics.ADAPTED, method=adapted, settings=settings),
         Arm(label=statistics.DOMAINS, method=adapted, settings=settings, task="sentiment/domains"),
         Arm(label=statistics.UNIFORM, method=uniform, settings=settings),
+        Arm(label=statistics.FREE, method=replace(adapted, gamma=0.0), settings=settings),
+        Arm(label=statistics.RAW, method=replace(adapted, importance="sensitivity"), settings=settings),
+        *(
+            Arm(
+                label=label,
+                method=replace(adapted, init_rank=first, target_rank=last, alpha=adapted.alpha * first / 12),
+                settings=settings,
+            )
+            for (last, label), first in zip(statistics.SMALLER.items(), (2, 4, 6), strict=True)
+        ),
     ]
 
 

@@ -243,8 +243,12 @@ class Read:
 
 
 def read_by_claims(claims: Registration) -> dict[str, list[Read]]:
-    """Return what claims read, by arm."""
-    found: dict[tuple[str, str], Read] = {}
+    """Return what claims read, by arm, and the predictions of arms that only figures show."""
+    found = {
+        ("margin", label): Read("margin", range(claims.first_seed, claims.first_seed + arm.seeds), ())
+        for label, arm in claims.arms.items()
+        if arm.seeds
+    }
     for id, claim in claims.of_tier("primary", "secondary").items():
         seeds = range(claim.design.first_seed, claim.design.first_seed + claim.design.seeds[-1])
         for key, others in (PAIRS[id][0].reads() | PAIRS[id][1].reads()).items():

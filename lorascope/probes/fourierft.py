@@ -18,7 +18,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from lorascope.evidence.statistics.fourierft import BANDS, DEFAULT, EQUAL, FEW, LARGE, MANY, ORTHOGONAL, RANDOM, ZEROS
+from lorascope.evidence.statistics.fourierft import (
+    BANDS,
+    DEFAULT,
+    EQUAL,
+    FEW,
+    LARGE,
+    MANY,
+    MEDIUM,
+    ORTHOGONAL,
+    RANDOM,
+    SMALL,
+    ZEROS,
+)
 from lorascope.methods import FourierFT, LoRA
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.probes.base import Arm, Probe, encoder_settings, factor_settings
@@ -32,7 +44,10 @@ BAND_WIDTH = 100
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms: FourierFT in three sizes and its variants, and LoRA on the same modules."""
+    """Return the registered arms: FourierFT in three sizes and its variants, and LoRA on the same modules.
+
+    A further size of each is for a figure.
+    """
     bands = {
         label: replace(METHOD, center=center, width=BAND_WIDTH)
         for label, center in zip(BANDS, BAND_CENTERS, strict=True)
@@ -45,8 +60,9 @@ def arms() -> list[Arm]:
         ORTHOGONAL: replace(METHOD, basis="orthogonal"),
         ZEROS: replace(METHOD, init="zeros"),
         **bands,
+        MEDIUM: replace(METHOD, coefficients=192),
     }
-    factored = {EQUAL: LoRA(rank=2, alpha=2.0), LARGE: LoRA(rank=8, alpha=8.0)}
+    factored = {EQUAL: LoRA(rank=2, alpha=2.0), LARGE: LoRA(rank=8, alpha=8.0), SMALL: LoRA(rank=1, alpha=1.0)}
     settings = encoder_settings()
     # The initial coefficients, which figures subtract. On other bases the factors include the bases, which are large.
     seen = dict.fromkeys((DEFAULT, FEW, ZEROS, *BANDS), factor_settings())

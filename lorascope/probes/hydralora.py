@@ -45,7 +45,10 @@ def equal_rank(method: HydraLoRA) -> int:
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms on the mixture of four tasks, and full fine-tuning and LoRA on one of them."""
+    """Return the registered arms on the mixture of four tasks, and full fine-tuning and LoRA on one of them.
+
+    Two experts are for a figure.
+    """
     four = tasks.load("sentiment/mixture")
     one = restrict(four, "sentiment")
     settings, rank = encoder_settings(400), equal_rank(METHOD)
@@ -58,6 +61,7 @@ def arms() -> list[Arm]:
         statistics.FULL_MANY: (Full(), four),
         statistics.FULL_ONE: (Full(), one),
         statistics.LORA_ONE: (lora, one),
+        statistics.TWO: (replace(METHOD, num_experts=2), four),
     }
     return [Arm(label=label, method=method, task=task, settings=settings) for label, (method, task) in methods.items()]
 

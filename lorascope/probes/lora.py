@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -36,7 +37,10 @@ from lorascope.updates.linalg import as_float64
 
 
 def arms() -> list[Arm | OwnArm]:
-    """Return the registered arms: full fine-tuning and LoRA, both also on 100 drawn examples, and word counts."""
+    """Return the registered arms: full fine-tuning and LoRA, both also on few drawn examples, and word counts.
+
+    The lowest ranks and 1,000 examples are for figures.
+    """
     few = encoder_settings(150)
     low = LoRA(rank=8, alpha=8.0, targets="all-linear")
     high = LoRA(rank=64, alpha=64.0, targets="all-linear")
@@ -44,14 +48,25 @@ def arms() -> list[Arm | OwnArm]:
         Arm(label=statistics.FULL, method=Full(), settings=encoder_settings()),
         Arm(label=statistics.LOW, method=low, settings=factor_settings()),
         Arm(label=statistics.HIGH, method=high, settings=factor_settings()),
-        Arm(label=statistics.FEW_FULL, method=Full(), settings=few, vary=_with_few_examples),
-        Arm(label=statistics.FEW_LOW, method=low, settings=few, vary=_with_few_examples),
+        *(
+            Arm(label=label, method=method, settings=few, vary=partial(_draw_examples, number))
+            for label, method, number in (
+                (statistics.FEW_FULL, Full(), 100),
+                (statistics.FEW_LOW, low, 100),
+                (statistics.MORE_FULL, Full(), 1000),
+                (statistics.MORE_LOW, low, 1000),
+            )
+        ),
         tfidf_arm(statistics.WORDS, "sentiment"),
+        *(
+            Arm(label=label, method=replace(low, rank=rank, alpha=float(rank)), settings=encoder_settings())
+            for rank, label in statistics.LOWER.items()
+        ),
     ]
 
 
-def _with_few_examples(arm: Arm, seed: int) -> Arm:
-    return replace(arm, task=subsample(tasks.load("sentiment"), 100, seed))
+def _draw_examples(number: int, arm: Arm, seed: int) -> Arm:
+    return replace(arm, task=subsample(tasks.load("sentiment"), number, seed))
 
 
 def keep_directions(run: Run) -> pd.DataFrame:

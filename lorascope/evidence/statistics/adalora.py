@@ -8,6 +8,9 @@ from lorascope.evidence.statistics.ranks import FEED_FORWARD, RANKS, agreement, 
 
 ADAPTED = "AdaLoRA, from rank 12 to 8"
 DOMAINS, UNIFORM = f"{ADAPTED}, domains", "AdaLoRA, from rank 8 to 8"
+# Only figures show these.
+SMALLER = {1: "AdaLoRA, from rank 2 to 1", 2: "AdaLoRA, from rank 4 to 2", 4: "AdaLoRA, from rank 6 to 4"}
+FREE, RAW = f"{ADAPTED}, no penalty", f"{ADAPTED}, sensitivity only"
 ATTENTION_TYPES, FEED_FORWARD_TYPES = ("W_q", "W_k", "W_v", "W_o"), ("W_f1", "W_f2")
 BOTTOM, TOP = "layers 0, 1", "layers 4, 5"
 

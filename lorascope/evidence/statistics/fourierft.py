@@ -15,6 +15,7 @@ DEFAULT, FEW, MANY = "FourierFT, 1536 coefficients", "FourierFT, 48 coefficients
 RANDOM, ORTHOGONAL, ZEROS = f"{DEFAULT}, random basis", f"{DEFAULT}, orthogonal basis", f"{DEFAULT}, from zero"
 BANDS = tuple(f"{DEFAULT}, band around {center}" for center in (0, 100, 240))
 EQUAL, LARGE = "LoRA, rank 2, q and v", "LoRA, rank 8, q and v"
+MEDIUM, SMALL = "FourierFT, 192 coefficients", "LoRA, rank 1, q and v"  # only a figure shows these
 POINTS, POINTS_RANDOM = "FourierFT", "random basis"
 POINTS_SLOW, POINTS_FAST = "LoRA, rank 1, lr 0.01", "LoRA, rank 1, lr 0.1"
 COURSE = "course"

@@ -10,6 +10,7 @@ from lorascope.evidence.statistics.base import Accuracy, MeanOverRows, OfRun
 
 ROUTED = "HydraLoRA, 4 experts"
 EVEN, SPLIT = f"{ROUTED}, uniform gates", f"{ROUTED}, separate A's"
+TWO = "HydraLoRA, 2 experts"  # only a figure shows it
 LORA = "LoRA, rank 12, feed-forward"
 FULL_MANY, FULL_ONE, LORA_ONE = "full fine-tuning, four tasks", "full fine-tuning, one task", f"{LORA}, one task"
 INFORMATION = "gate_information"

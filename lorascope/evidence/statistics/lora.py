@@ -12,6 +12,9 @@ from lorascope.evidence.statistics.base import Accuracy, OfPairs, OfRun
 FULL, LOW, HIGH = "full fine-tuning", "LoRA, rank 8", "LoRA, rank 64"
 FEW_FULL, FEW_LOW = f"{FULL}, 100 examples", f"{LOW}, 100 examples"
 WORDS = "TF-IDF, logistic regression"
+# Only figures show these.
+LOWER = {1: "LoRA, rank 1", 2: "LoRA, rank 2"}
+MORE_FULL, MORE_LOW = f"{FULL}, 1,000 examples", f"{LOW}, 1,000 examples"
 DIRECTIONS = "directions"
 """Kept table ``module, when, index, value``: first right singular vector of A, ``when`` is "start" or "end"."""
 AMPLIFICATION = "amplification"

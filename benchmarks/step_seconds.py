@@ -1,8 +1,8 @@
 """Time of one training step by part and method, on minilm.
 
-Run ``python benchmarks/step_seconds.py``. It prints the rows of a table in ``docs/memory.md`` and plots its figure. Every
-method is measured in a separate process on one thread. The runs are stored in ``--runs``, where a second call finds
-them.
+Run ``python benchmarks/step_seconds.py``. It prints the rows of a table in ``docs/memory.md`` and plots its figure.
+Every method is measured in a separate process on one thread. The runs are stored in ``--runs``, where a second call
+finds them.
 """
 
 from __future__ import annotations

@@ -1,16 +1,21 @@
 """Train LoRA, AdaLoRA and NeFT on all 30 blocks of SmolLM2 and draw the figures: python figures/smollm2.py runs/smollm2
 
-Finished runs in the folder are reused, so a second call only draws. docs/smollm2.md describes the results.
+Finished runs in the folder are reused, so a second call only draws. docs/smollm2.md describes the results, with the
+captions and numbers that are printed.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 import lorascope as ls
+from lorascope.analysis import factor_sharing, selected_neurons
+from lorascope.analysis.norms import last
 from lorascope.charts.chart import Drawable
 from lorascope.charts.save import save_small
 from lorascope.runs.run import Run
@@ -56,13 +61,41 @@ def draw(found: Mapping[str, Mapping[str, list[Run]]]) -> dict[str, Drawable]:
     }
 
 
+def describe(found: Mapping[str, Mapping[str, list[Run]]]) -> Iterator[str]:
+    """Yield the numbers of the page: accuracies, largest updates, and shared factors and neurons of all modules."""
+    for name, groups in found.items():
+        for label, runs in groups.items():
+            accuracies = ", ".join(f"{run.score.metric:.2f}" for run in runs)
+            share = runs[0].meta.parameters.trained / runs[0].meta.parameters.total
+            yield f"{name}, {label}: accuracy {accuracies}; trained parameters {share:.1%}"
+    runs = [run for of in found[OWN_A].values() for run in of]
+    changes = pd.concat(last(run.table[run.table["quantity"] == "relative_update"]) for run in runs)
+    means = changes.groupby(["role", "layer"], observed=True)["value"].mean()
+    for role in ("v", "o"):
+        yield f"relative update of {role} in the first block: {means[role, 0]:.2%}; largest: {means[role].max():.2%}"
+    for name in (ONE_A, OWN_A):
+        domains = {run.id: domain for domain, of in found[name].items() for run in of}
+        updates = {run.id: run.updates() for of in found[name].values() for run in of}
+        table = factor_sharing.numbers(updates, domains, views=("raw", "space"), draws=99)
+        shown = table[["factor", "view", "sharedness", "sharedness_chance", "cosine"]].round(2)
+        yield f"factors, {name}:\n{shown.to_string(index=False, float_format='{:.2f}'.format)}"
+    one, other = (run for (run,) in found["neurons"].values())
+    first, second = (selected_neurons.as_set(selected_neurons.list_selected(run)) for run in (one, other))
+    shared = selected_neurons.common(first, second, selected_neurons.sizes(one).total())["overlap"]
+    chance = selected_neurons.compute_expected_overlap(first, second, selected_neurons.sizes(one))
+    yield f"{len(first):,} neurons of each text, {shared:.0%} shared; as many random ones in each module: {chance:.0%}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("root", help="folder of the runs")
     parser.add_argument("--jobs", type=int, help="number of parallel runs, about 4 GB each (default: number of cores)")
     given = parser.parse_args()
-    for file, chart in draw(train(given.root, given.jobs)).items():
+    found = train(given.root, given.jobs)
+    for file, chart in draw(found).items():
         print(save_small(chart, Path(__file__).parent / f"{file}.png"))
+        print("\n".join({part.caption for part in chart.charts()}))
+    print("\n".join(describe(found)))
 
 
 if __name__ == "__main__":

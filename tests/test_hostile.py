@@ -685,7 +685,7 @@ def test_spoiled_folder_is_read_or_raises_one_line(
 
 
 @pytest.mark.slow
-@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
 @given(**CASES)
 def test_many_spoiled_folders_are_read_or_raise_one_line(
     templates: dict[str, Path], tmp_path_factory: Any, **case: Any
@@ -694,7 +694,7 @@ def test_many_spoiled_folders_are_read_or_raise_one_line(
 
 
 @pytest.mark.slow
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
 @given(name=st.sampled_from(["run", "phases", "lora", "hydra"]), seed=st.integers(0, 2**32))
 def test_spoiled_folder_is_plotted_and_exported_or_raises_one_line(
     templates: dict[str, Path], tmp_path_factory: Any, name: str, seed: int

@@ -401,6 +401,26 @@ def test_run_can_be_read_during_training(tmp_path, monkeypatch):
             assert (run.meta.status, run.table["step"].max()) == ("running", step)
 
 
+@pytest.mark.parametrize(("took", "flushes"), [(0.1, 33), (0.3, 33), (3.0, 3)])
+def test_writing_takes_at_most_one_percent_of_a_long_training(took, flushes, tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now)
+    model, optimizer = small()
+    recorder = ls.record(model, optimizer, tmp_path / "run")
+    written = []
+
+    def flush():
+        nonlocal now
+        now += took
+        written.append(now)
+
+    monkeypatch.setattr(recorder._recording.writer, "flush", flush)
+    for _ in range(1000):
+        now += 1.0
+        small_step_and_record(model, optimizer, recorder)
+    assert len(written) == pytest.approx(flushes, abs=1)
+
+
 def test_full_disk_does_not_stop_training(tmp_path, monkeypatch):
     model, optimizer = small()
 

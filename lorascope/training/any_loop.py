@@ -110,9 +110,9 @@ def record(
 class LoopRecorder:
     """Recorder of a training in any loop; ``record`` returns it.
 
-    ``load`` can open the folder during training, and new rows are written every 30 seconds. An exception in a ``with``
-    block marks the run as broken. Without ``close``, its status stays "running". What would leave gaps in the records,
-    such as a replaced optimizer, raises a warning.
+    ``load`` can open the folder during training, and new rows are written every 30 seconds, less often if writing takes
+    more than 1% of the time. An exception in a ``with`` block marks the run as broken. Without ``close``, its status
+    stays "running". What would leave gaps in the records, such as a replaced optimizer, raises a warning.
     """
 
     def __init__(

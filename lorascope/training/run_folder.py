@@ -28,6 +28,8 @@ from lorascope.training.state import load_tree, save_tree
 T = TypeVar("T")
 
 FLUSH_SECONDS = 30.0
+# The whole table is written each time. If that takes longer, the pause before the next time is longer in proportion.
+_LONG_FLUSH = 0.3
 # Folders into which this process records, with the finalizer of each recording.
 _OPEN: dict[Path, weakref.finalize] = {}
 
@@ -60,7 +62,7 @@ class Recording(Recorder):
         super().__init__(path, meta, step, method, observers, report)
         self._failing = False
         self._final_step: int | None = None  # step of the saved final state
-        self._flushed = math.inf
+        self._next_flush = math.inf
         self._base_file = path / "resume/base.safetensors"
         self._lock = ExitStack()
         self._lock.enter_context(lock_run(path))
@@ -95,12 +97,15 @@ class Recording(Recorder):
         if self._is_replaced():
             return
         super().record(loss, grad_norm, lr)
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+        if time.monotonic() > self._next_flush:
             self.attempt(self._write_rows)
 
     def _write_rows(self) -> None:
-        self._flushed = time.monotonic()
+        start = time.monotonic()
+        self._next_flush = start + FLUSH_SECONDS  # if writing fails
         self.writer.flush()
+        end = time.monotonic()
+        self._next_flush = end + FLUSH_SECONDS * max(1.0, (end - start) / _LONG_FLUSH)
 
     def add(self, items: Iterable[Item]) -> None:
         if self._is_replaced():

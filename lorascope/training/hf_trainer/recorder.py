@@ -78,7 +78,8 @@ class TrainerRecorder(TrainerCallback):
 
     It records passively: the weights are bitwise equal with and without it. PEFT's adapters are read as by ``deltas``,
     and a method of ``trainer_kwargs`` records its own decisions. Under DDP the first process writes. ``load`` can open
-    the folder during training, and new rows are written every 30 seconds.
+    the folder during training, and new rows are written every 30 seconds, less often if writing takes more than 1% of
+    the time.
 
     Parameters
     ----------

@@ -53,6 +53,12 @@ def _draw_penalty(runs: Mapping[str, Sequence[Any]]) -> Chart:
     )
 
 
+def _draw_types(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    numbers = printed(paper="LoRA", table="Table 5", data="MNLI-m")
+    numbers = numbers.assign(recipe=numbers["method"].str.removesuffix(", rank 8"), source="printed")
+    return add_printed(_by_place(runs), numbers[numbers["recipe"].isin(list(runs))], "recipe", "LoRA, table 5, MNLI-m")
+
+
 def _draw_budgets(runs: Mapping[str, Sequence[Any]]) -> Chart:
     numbers = printed(paper="AdaLoRA", table="Table 5", data="SST-2")
     numbers = numbers[numbers["method"].isin(["AdaLoRA", "LoRA"])]
@@ -132,9 +138,9 @@ FIGURES = [
     ),
     GalleryFigure(
         name="adapted-types",
-        alt="Accuracy of LoRA on one type of weight at a time, with equal parameters",
+        alt="Accuracy of LoRA on one type of weight at a time, with equal parameters, and printed numbers",
         arms=own_labels(*statistics.ATTENTION_TYPES, *statistics.FEED_FORWARD_TYPES),
-        draw=_by_place,
+        draw=_draw_types,
         seeds=None,
         scores_only=True,
     ),

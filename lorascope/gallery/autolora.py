@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from lorascope import plots
-from lorascope.charts.chart import Chart, Panels, stack_vertically
+from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Axis, Heat
 from lorascope.evidence import registration
 from lorascope.evidence.statistics import autolora as statistics
@@ -19,20 +20,25 @@ HEADING = "AutoLoRA"
 
 def _draw_ranks(runs: Mapping[str, Sequence[Any]]) -> Panels:
     """Plot the found ranks, and below them those of the authors' lists."""
-    ranks = pd.read_csv(registration.FILE.parent / "published" / "autolora_ranks.csv")
+    published = registration.FILE.parent / "published"
+    ranks, chance = (pd.read_csv(published / f"autolora_{name}.csv") for name in ("ranks", "chance"))
     count = ranks["list"].nunique()
     cells = ranks.groupby(["projection", "layer"])["rank"].mean().rename("value").reset_index()
     deviation = ranks.groupby("list")["rank"].std().mean()
+    found = plots.rank_allocation(runs).charts()
+    caption = (
+        f"{found[0].caption} Authors' lists: mean of {count} lists of RoBERTa-base with starting rank 8; standard "
+        f"deviation of the ranks of one list: {deviation:.2f}, by random logits: {chance['expected_sd_of_24'][0]:.2f}."
+    )
     authors = Chart(
         cells,
-        [Heat("layer", "projection", "value", "rank", ".1f")],
+        [Heat("layer", "projection", "value", "rank", ".1f", limits=(0.0, float(cells["value"].max())))],
         title="authors' lists",
         x=Axis(label="layer", order=sorted(cells["layer"].unique())),
         y=Axis(order=["q", "v"]),
-        caption=f"Authors' lists: mean of {count} lists of RoBERTa-base with starting rank 8. Standard deviation of "
-        f"the ranks of one list: {deviation:.2f}.",
+        caption=caption,
     )
-    return stack_vertically(plots.rank_allocation(runs), authors)
+    return stack_vertically(set_side_by_side(*(replace(chart, caption=caption) for chart in found)), authors)
 
 
 FIGURES = [

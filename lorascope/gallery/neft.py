@@ -28,7 +28,7 @@ _RANKS = 352_256  # of the neurons of one projection of LLaMA-2 7B, the paper's 
 def _draw_accuracy(runs: Mapping[str, Sequence[Any]]) -> Chart:
     numbers = printed(paper="NeFT", table="Figure 3")
     further = numbers["method"].str.extract("(lowest|highest), x = 6$")[0]  # in percent, after 3% of the lowest cosine
-    recipe = further.map({"lowest": CHANGED, "highest": REVERSED})
+    recipe = further.map({"lowest": "NeFT, 9%", "highest": "reversed"})
     numbers = numbers.assign(recipe=recipe, source="printed").dropna(subset="recipe")
     chart = accuracy_bars(runs, "Accuracy by selection of neurons", start=0.5)
     return add_printed(chart, numbers, "recipe", "NeFT, figure 3, COMET of a translation")
@@ -83,7 +83,15 @@ FIGURES = [
     GalleryFigure(
         name="accuracy-neft",
         alt="Accuracy of NeFT by selection of neurons, of full fine-tuning and of LoRA, and printed numbers",
-        arms=own_labels(CHANGED, FEW, REVERSED, PROBED, RANDOM, FULL, LOW),
+        arms={
+            "NeFT, 9%": CHANGED,
+            "NeFT, 3%": FEW,
+            "reversed": REVERSED,
+            "probes": PROBED,
+            "random": RANDOM,
+            "full": FULL,
+            "LoRA": LOW,
+        },
         draw=_draw_accuracy,
         seeds=None,
         scores_only=True,

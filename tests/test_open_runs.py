@@ -137,7 +137,7 @@ def test_claims_on_an_arm_that_did_not_train_end() -> None:
     assert found(runs, *EVERYTHING[:2]) == []
 
 
-def test_arms_that_only_figures_show_come_before_the_looks_seed_by_seed() -> None:
+def test_arms_that_only_figures_show_come_before_the_looks() -> None:
     shown = [Arm(label, rate_of="A", fields={"lr": 1.0}, seeds=seeds) for label, seeds in (("C", 1), ("D", 3))]
     assert {run.role for run in found(Runs(), *EVERYTHING, shown=shown)} == {"tuning"}
     runs = Runs().tuned()

@@ -66,12 +66,11 @@ def open_runs(
 
 
 def _of_figures(registration: Registration, evidence: Evidence, here: Evidence) -> Iterator[OpenRun]:
-    """Yield the runs of arms that no claim uses, seed by seed, so that all arms have the first ones early."""
-    shown = [arm for arm in registration.arms.values() if arm.seeds]
-    for number in range(max((arm.seeds for arm in shown), default=0)):
-        for arm in shown:
-            seed, rate = registration.first_seed + number, chosen(registration, evidence.runs, arm.label)[1].rate
-            if number < arm.seeds and rate is not None and not here.has(arm.label, seed):
+    """Yield the runs of arms that no claim uses, arm by arm, so that the first figures are complete early."""
+    for arm in (arm for arm in registration.arms.values() if arm.seeds):
+        rate = chosen(registration, evidence.runs, arm.label)[1].rate
+        for seed in range(registration.first_seed, registration.first_seed + arm.seeds):
+            if rate is not None and not here.has(arm.label, seed):
                 yield OpenRun(arm.label, seed, "judged", rate)
 
 

@@ -213,7 +213,7 @@ def test_costs_and_missing_looks_are_stated() -> None:
     blocks, _ = write(planted(5))
     lines = blocks["budget"].strip().splitlines()
     assert lines[0] == (
-        "- Registration: 2026-11-27, tag `registered-1`; 88 claims on runs, 7 on published numbers, 100 arms. "
+        "- Registration: 2026-11-27, tag `registered-1`; 88 claims on runs, 7 on published numbers, 112 arms. "
         "Judged so far: 1 of 88 claims (1 supported)."
     )
     assert lines[1:4] == [

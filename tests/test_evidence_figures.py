@@ -250,8 +250,8 @@ def test_printed_ablations_of_hydralora_belong_to_their_bars() -> None:
             "low-data",
             ["recipe"],
             {
-                **{"full": 0.895, "full, 1,000 examples": 0.858, "full, 100 examples": 0.602},
-                **{"LoRA": 0.917, "LoRA, 1,000 examples": 0.856, "LoRA, 100 examples": 0.638},
+                **{"full": 0.895, "full, 1,000": 0.858, "full, 100": 0.602},
+                **{"LoRA": 0.917, "LoRA, 1,000": 0.856, "LoRA, 100": 0.638},
             },
         ),
     ],

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from lorascope import plots
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable
 from lorascope.charts.marks import Axis, Line, Point
-from lorascope.plots.builders import ends, metric_bars
+from lorascope.plots.builders import add_printed, ends, metric_bars
 from lorascope.plots.run_groups import INTERVAL, gather
 
 
@@ -98,6 +101,19 @@ def accuracy_by_rank(runs: Mapping[str, Sequence[Any]], ranks: Mapping[str, int]
         caption=cohort.caption(rates, interval=f"bars: {INTERVAL}"),
         colors=dict.fromkeys(cells["method"]),
     )
+
+
+def add_printed_sizes(chart: Chart, printed: pd.DataFrame, place: str) -> Chart:
+    """Add numbers that a paper prints to accuracy by trained parameters; labels are then above or below their points.
+
+    The printed numbers widen the axis, so that labels on the right would be on the lines.
+    """
+    data = chart.data
+    side = np.sign(data["above"] - data["value"])
+    ends = data["high"].where(side > 0, data["low"]).fillna(data["value"])
+    span = max(ends.max(), printed["value"].max()) - ends.min()
+    labeled = replace(chart, data=data.assign(right=data["parameters"], above=ends + side * 0.03 * span))
+    return add_printed(labeled, printed, "parameters", place)
 
 
 def training_loss(runs: Mapping[str, Sequence[Any]]) -> Drawable:

@@ -33,7 +33,7 @@ from lorascope.evidence.statistics.fourierft import (
     SMALL,
     ZEROS,
 )
-from lorascope.gallery.base import GalleryFigure, own_labels
+from lorascope.gallery.base import GalleryFigure, add_printed_sizes, own_labels
 from lorascope.gallery.printed_numbers import printed
 from lorascope.plots.builders import add_printed, ends
 from lorascope.plots.component_ablations import metric_by_band
@@ -46,7 +46,7 @@ _FIRST_EPOCH = 10  # of the toy task's axis; no seed fits all points before it
 def _draw_sizes(runs: Mapping[str, Sequence[Any]]) -> Chart:
     numbers = printed(paper="FourierFT", table="Table 2", model="RoBERTa-base", data="SST-2")
     numbers = numbers[numbers["method"].isin(["LoRA", "FourierFT"])]
-    return add_printed(plots.accuracy_by_parameters(runs), numbers, "parameters", "FourierFT, table 2, SST-2")
+    return add_printed_sizes(plots.accuracy_by_parameters(runs), numbers, "FourierFT, table 2, SST-2")
 
 
 def _draw_bases(runs: Mapping[str, Sequence[Any]]) -> Chart:

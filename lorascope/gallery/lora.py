@@ -12,10 +12,17 @@ import pandas as pd
 from lorascope import plots
 from lorascope.analysis import norms
 from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Heat
+from lorascope.charts.marks import Bar, Heat
 from lorascope.evidence.statistics import alora
 from lorascope.evidence.statistics import lora as statistics
-from lorascope.gallery.base import GalleryFigure, accuracy_bars, accuracy_by_rank, own_labels, training_loss
+from lorascope.gallery.base import (
+    GalleryFigure,
+    accuracy_bars,
+    accuracy_by_rank,
+    add_printed_sizes,
+    own_labels,
+    training_loss,
+)
 from lorascope.gallery.printed_numbers import printed
 from lorascope.plots.builders import add_printed, heat_by_role
 from lorascope.schema import module_table
@@ -26,7 +33,7 @@ HEADING = "LoRA"
 def _draw_sizes(runs: Mapping[str, Sequence[Any]]) -> Chart:
     numbers = printed(paper="LoRA", table="Table 2", model="RoBERTa-base", data="SST-2")
     numbers = numbers[numbers["method"].isin([statistics.FULL, "LoRA"])]
-    return add_printed(plots.accuracy_by_parameters(runs), numbers, "parameters", "LoRA, table 2, SST-2")
+    return add_printed_sizes(plots.accuracy_by_parameters(runs), numbers, "LoRA, table 2, SST-2")
 
 
 def _draw_ranks(runs: Mapping[str, Sequence[Any]]) -> Chart:
@@ -40,11 +47,12 @@ def _draw_ranks(runs: Mapping[str, Sequence[Any]]) -> Chart:
 
 def _draw_low_data(runs: Mapping[str, Sequence[Any]]) -> Chart:
     numbers = printed(paper="LoRA", table="Table 16")
-    bars = {f"MNLI, {rows} rows": f", {rows} examples" for rows in ("1,000", "100")} | {"MNLI, 392,000 rows": ""}
+    bars = {f"MNLI, {rows} rows": f", {rows}" for rows in ("1,000", "100")} | {"MNLI, 392,000 rows": ""}
     names = {"full fine-tuning": "full", "LoRA": "LoRA"}
     numbers = numbers[numbers["data"].isin(list(bars)) & numbers["method"].isin(list(names))]
     recipe = numbers["method"].map(names) + numbers["data"].map(bars)
     chart = accuracy_bars(runs, "Accuracy by number of training examples", start=0.5)
+    chart = replace(chart, marks=[mark for mark in chart.marks if isinstance(mark, Bar)])  # no numbers under the dots
     return add_printed(chart, numbers.assign(recipe=recipe, source="printed"), "recipe", "LoRA, table 16, MNLI")
 
 
@@ -131,10 +139,10 @@ FIGURES = [
         arms={
             "full": statistics.FULL,
             "LoRA": statistics.LOW,
-            "full, 1,000 examples": statistics.MORE_FULL,
-            "LoRA, 1,000 examples": statistics.MORE_LOW,
-            "full, 100 examples": statistics.FEW_FULL,
-            "LoRA, 100 examples": statistics.FEW_LOW,
+            "full, 1,000": statistics.MORE_FULL,
+            "LoRA, 1,000": statistics.MORE_LOW,
+            "full, 100": statistics.FEW_FULL,
+            "LoRA, 100": statistics.FEW_LOW,
         },
         draw=_draw_low_data,
         seeds=None,

@@ -25,7 +25,7 @@ def main() -> None:
         found[way] = ls.step_time.measure("minilm", "sentiment", method, steps=30, root=arguments.runs)
         parts = 1e3 * medians(found[way].table).set_index("part")["value"]
         print("|", " | ".join([way, *(f"{parts[part]:.0f}" for part in PARTS.values())]), "|", flush=True)
-    ls.plots.step_seconds(found).save(arguments.figure, width="column")
+    ls.plots.step_seconds(found).save(arguments.figure, width="page")
 
 
 if __name__ == "__main__":

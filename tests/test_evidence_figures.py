@@ -276,6 +276,14 @@ def test_accuracy_is_drawn_at_the_rank_of_its_arm() -> None:
     assert len(drawn) == 8
 
 
+def test_sizes_are_beyond_the_error_bars_where_printed_numbers_widen_the_axis() -> None:
+    figure = FIGURES["quality"]
+    runs = {label: [kept_run(arm, seed) for seed in (100, 101)] for label, arm in figure.arms.items()}
+    data = figure.draw(runs).charts()[0].data
+    assert data["right"].equals(data["parameters"])
+    assert ((data["above"] > data["high"]) | (data["above"] < data["low"])).all()
+
+
 def test_accuracy_is_drawn_at_the_number_of_experts() -> None:
     figure = FIGURES["number-of-experts"]
     runs = {label: [kept_run(arm, seed) for seed in (100, 101)] for label, arm in figure.arms.items()}

@@ -110,9 +110,9 @@ def add_printed_sizes(chart: Chart, printed: pd.DataFrame, place: str) -> Chart:
     """
     data = chart.data
     side = np.sign(data["above"] - data["value"])
-    ends = data["high"].where(side > 0, data["low"]).fillna(data["value"])
-    span = max(ends.max(), printed["value"].max()) - ends.min()
-    labeled = replace(chart, data=data.assign(right=data["parameters"], above=ends + side * 0.03 * span))
+    tips = data["high"].where(side > 0, data["low"]).fillna(data["value"])
+    span = max(tips.max(), printed["value"].max()) - tips.min()
+    labeled = replace(chart, data=data.assign(right=data["parameters"], above=tips + side * 0.03 * span))
     return add_printed(labeled, printed, "parameters", place)
 
 

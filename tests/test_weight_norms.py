@@ -23,7 +23,7 @@ from lorascope.inputs import models
 from lorascope.methods import LISA, AdaLoRA, ALoRA, AutoLoRA, DoRA, FourierFT, Full, HydraLoRA, LoRA, PiSSA
 from lorascope.methods.base import Method, Step, train_adapters
 from lorascope.methods.lora import LoRADelta
-from lorascope.observe.trainable import tile_sums
+from lorascope.observe.trainable import TILE, TILES, joint_tile_sums, tile_sums
 from lorascope.schema import module_table
 from lorascope.updates import constant_factors
 from lorascope.updates.linalg import product_inner
@@ -340,6 +340,32 @@ def test_sum_of_squares_of_a_long_tensor_is_accurate():
     assert math.fsum(tile_sums(tensor, near).tolist()) == pytest.approx(
         1e7 * float(tensor[0].double() - near[0].double()) ** 2, rel=1e-6
     )
+
+
+@pytest.fixture
+def one_thread():
+    """Sums on several threads have several partial sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [0, 1, TILE - 1, TILE, TILE + 7, TILES * TILE, (TILES + 1) * TILE + 5])
+def test_joint_sums_equal_those_of_one_tile_at_a_time_to_the_last_bit(size, dtype):
+    """Kept runs can be compared with new ones only while the sums round alike."""
+    drawn = torch.randn(3, size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    W, W0, before = drawn
+    wide = drawn if dtype == torch.float64 else drawn.float()
+    expected = [
+        torch.stack([tile.square().sum() for tile in change.split(TILE)])
+        for change in (wide[0], wide[0] - wide[1], wide[0] - wide[2])
+    ]
+    found = joint_tile_sums(W, [None, W0, before])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert torch.equal(tile_sums(W, before), found[2])
 
 
 def test_sum_of_squares_does_not_depend_on_memory_alignment():

@@ -28,8 +28,10 @@ from lorascope.methods.base import Step, trained_parameters
 from lorascope.updates import Update
 from lorascope.updates.linalg import at_least_float32, product_inner
 
-# Elements per tile of a tensor, few enough for the cache.
+# Elements per tile of a tensor. Another number would round the recorded norms differently.
 TILE = 1 << 18
+# Tiles per group, few enough for the cache and enough to occupy several threads.
+TILES = 8
 
 
 class TrainedTensors:
@@ -122,12 +124,31 @@ def _peft_layers(model: nn.Module, names: Sequence[str] | None) -> Iterator[tupl
 
 def tile_sums(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> Float[Tensor, "tiles"]:
     """Compute the sums of squares of the tiles of a tensor, or of its difference from another one, on its device."""
+    return joint_tile_sums(tensor, [minus])[0]
+
+
+def joint_tile_sums(
+    tensor: Float[Tensor, "..."], others: Sequence[Float[Tensor, "..."] | None]
+) -> list[Float[Tensor, "tiles"]]:
+    """Compute the sums of squares of the tiles of the tensor's difference from each of the others; None is zero."""
+    # The tensor is read from memory once for all sums. Each row is one tile, so its sum does not depend on the group.
     # sum() adds pairwise. A norm or dot product would lose digits and depend on the alignment of the memory.
-    tiles = tensor.reshape(-1).split(TILE)
-    if minus is None:
-        return torch.stack([at_least_float32(tile).square().sum() for tile in tiles])
-    pairs = zip(tiles, minus.reshape(-1).split(TILE), strict=True)
-    return torch.stack([(at_least_float32(a) - at_least_float32(b)).square_().sum() for a, b in pairs])
+    own, sums = _tile_groups(tensor), [list[Tensor]() for _ in others]
+    groups = [[None] * len(own) if other is None else _tile_groups(other) for other in others]
+    for tiles, *rest in zip(own, *groups, strict=True):
+        tiles = at_least_float32(tiles)
+        for found, other in zip(sums, rest, strict=True):
+            squares = tiles.square() if other is None else (tiles - at_least_float32(other)).square_()
+            found.append(squares.sum(1))
+    return [torch.cat(found) for found in sums]
+
+
+def _tile_groups(tensor: Float[Tensor, "..."]) -> list[Float[Tensor, "tiles size"]]:
+    """Return a tensor as groups of whole tiles, and the rest as a separate, shorter tile."""
+    flat = tensor.reshape(-1)
+    whole, rest = flat.split([flat.numel() // TILE * TILE, flat.numel() % TILE])
+    groups = list(whole.view(-1, TILE).split(TILES)) if whole.numel() else []
+    return [*groups, rest.unsqueeze(0)] if rest.numel() or not groups else groups
 
 
 def factor_inner(weight: Float[Tensor, "out in"], factors: Mapping[str, Tensor]) -> Float[Tensor, ""] | None:

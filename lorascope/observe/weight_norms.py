@@ -17,7 +17,7 @@ from lorascope.adapters.peft_layers import PeftDelta
 from lorascope.array_types import Float
 from lorascope.methods.base import Step, added_later, require_integer
 from lorascope.observe.base import Observer
-from lorascope.observe.trainable import TrainedTensors, factor_inner, tile_sums
+from lorascope.observe.trainable import TrainedTensors, factor_inner, joint_tile_sums, tile_sums
 from lorascope.schema.records import Item, Record, Snapshot
 from lorascope.updates import (
     Dense,
@@ -168,12 +168,13 @@ class norms(Observer):
         before = self.before_.get("dense", {})
         for label, tensor in tensors.items():
             base = step.base[trained.parameter_of[label]]
-            yield (label, "weight"), tile_sums(tensor)
-            yield (label, "update"), tile_sums(tensor, base)
+            minus: dict[str, Tensor | None] = {"weight": None, "update": base}
             if label in self.first_:
-                yield (label, "learned"), tile_sums(tensor, trained.add(label, base, from_tree(self.first_[label])))
+                minus["learned"] = trained.add(label, base, from_tree(self.first_[label]))
             if label in before:
-                yield (label, "step"), tile_sums(tensor, before[label])
+                minus["step"] = before[label]
+            for key, sums in zip(minus, joint_tile_sums(tensor, list(minus.values())), strict=True):
+                yield (label, key), sums
 
     def _adapter_squares(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -134,12 +135,14 @@ def test_claim_ends_at_the_first_look_that_decides() -> None:
     assert verdict.p_looks == pytest.approx(5 * verdict.p)
 
 
-def test_verdict_has_the_degrees_of_freedom_and_the_half_width_over_seeds() -> None:
+def test_verdict_has_the_degrees_of_freedom_and_the_half_widths_over_seeds_and_over_rows() -> None:
     table, clusters = np.array([[1.0, 0, -1, 0], [1, 1, 0, 0], [0, 0, 0, 1]]), np.array([0, 0, 1, 2])
-    crossed = two_way_estimate(table, clusters)  # of worked variances: 43/768 with 2 degrees, 1/48 over seeds
-    verdict = judge(S, L2, lambda n: Estimate(crossed.mean, n, crossed.errors), 5)
+    crossed = two_way_estimate(table, clusters)  # of worked variances: 43/768 over rows and in all, 1/48 over seeds
+    verdict = judge(S, L2, lambda n: replace(crossed, n=n), 5)
     assert verdict.half_seed == pytest.approx(scipy.stats.t.ppf(1 - verdict.level, 2) / 48**0.5, rel=1e-12)
     assert verdict.effect.high - verdict.effect.mean == pytest.approx(verdict.half_seed * (43 / 16) ** 0.5, rel=1e-12)
+    assert verdict.half_row == pytest.approx(scipy.stats.t.ppf(1 - verdict.level, 2) * (43 / 768) ** 0.5, rel=1e-12)
+    assert math.isnan(judge(S, L2, looks_at(np.array([2.0, 2.1, 1.9, 2.05, 1.95])), 5).half_row)
     assert judge(S, L2, lambda n: Estimate(0.25, n, ((0.3, 7.5), (0.2, 4.0))), 5).degrees == 7.5
 
 

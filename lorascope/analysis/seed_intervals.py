@@ -43,12 +43,15 @@ class Estimate:
     n : int
         Number of seeds.
     errors : tuple of (float, float)
-        Standard errors with their degrees of freedom; none with a single seed.
+        Standard errors with their degrees of freedom, the last one over seeds; none with a single seed.
+    rows : tuple of (float, float)
+        Standard error over test rows alone, with its degrees of freedom; none where rows are not samples.
     """
 
     mean: float
     n: int
     errors: tuple[tuple[float, float], ...]
+    rows: tuple[tuple[float, float], ...] = ()
 
     def half_width(self, level: float) -> float:
         """Return half the width of the interval with an error of ``level`` at each end; NaN with a single seed."""
@@ -131,7 +134,8 @@ def two_way_estimate(differences: Float[np.ndarray, "seed row"], clusters: Int[n
     total = max(v_seed + v_row - v_cell, v_seed, v_row)
     parts = v_seed**2 / (seeds - 1) + v_row**2 / (used - 1) + v_cell**2 / ((seeds - 1) * (used - 1))
     degrees = max(total**2 / parts, seeds - 1) if parts else seeds - 1
-    return Estimate(mean, seeds, ((total**0.5, float(degrees)), (v_seed**0.5, float(seeds - 1))))
+    errors = (total**0.5, float(degrees)), (v_seed**0.5, float(seeds - 1))
+    return Estimate(mean, seeds, errors, rows=((v_row**0.5, float(used - 1)),))
 
 
 def pseudo_values(pairs: Float[np.ndarray, "seed seed"]) -> Float[np.ndarray, "seed"]:

@@ -30,8 +30,8 @@ FALSE_DISCOVERIES = 0.05
 VERDICT_COLUMNS = {
     "claim": TEXT, "tier": TEXT, "kind": TEXT, "bound": NUMBER, "unit": TEXT, "interval": TEXT, "outcome": TEXT,
     "n": COUNT, "note": TEXT, "look": NUMBER, "level": NUMBER, "effect": NUMBER, "low": NUMBER, "high": NUMBER,
-    "half_seed": NUMBER, "df": NUMBER, "p": NUMBER, "p_looks": NUMBER, "side": TEXT, "block": TEXT, "shown": TEXT,
-    "all_seeds": TEXT, "uncorrected": TEXT, "adjusted_p": NUMBER, "arms_state": TEXT,
+    "half_seed": NUMBER, "half_row": NUMBER, "df": NUMBER, "p": NUMBER, "p_looks": NUMBER, "side": TEXT, "block": TEXT,
+    "shown": TEXT, "all_seeds": TEXT, "uncorrected": TEXT, "adjusted_p": NUMBER, "arms_state": TEXT,
 }  # fmt: skip
 """Columns of ``verdicts.csv``."""
 
@@ -255,8 +255,8 @@ def _numbers(registered: Registered, verdict: looks.Verdict, block: Mapping[str,
     effect, low, high, n = verdict.effect
     return {
         "look": verdict.look, "n": n, "level": verdict.level, "effect": effect, "low": low, "high": high,
-        "half_seed": verdict.half_seed, "df": verdict.degrees, "p": verdict.p, "p_looks": verdict.p_looks,
-        "outcome": verdict.outcome,
+        "half_seed": verdict.half_seed, "half_row": verdict.half_row, "df": verdict.degrees,
+        "p": verdict.p, "p_looks": verdict.p_looks, "outcome": verdict.outcome,
         "side": verdict.side, "block": name_machine(block), "note": verdict.note,
         "shown": format_effect(registered.claim, effect, low, high),
     }  # fmt: skip

@@ -65,6 +65,8 @@ class Verdict:
         Effect with its interval and the number of seeds.
     half_seed : float
         Half width of the interval over seeds.
+    half_row : float
+        Half width of the interval over test rows, NaN where rows are not samples.
     degrees : float
         Degrees of freedom of the effect's standard error.
     side : str
@@ -80,6 +82,7 @@ class Verdict:
     level: float
     effect: Interval
     half_seed: float
+    half_row: float
     degrees: float
     side: str
     p: float
@@ -117,7 +120,7 @@ def judge(claim: Claim, looks: Looks, estimate: Callable[[int], Estimate], avail
 
 
 def _verdict(claim: Claim, outcome: Outcome, look: int, level: float, effect: Estimate, note: str) -> Verdict:
-    seeds = Estimate(effect.mean, effect.n, effect.errors[-1:])
+    seeds, rows = (Estimate(effect.mean, effect.n, errors) for errors in (effect.errors[-1:], effect.rows))
     interval, p = effect.interval(level), claim.p(effect)
     return Verdict(
         outcome=outcome,
@@ -125,6 +128,7 @@ def _verdict(claim: Claim, outcome: Outcome, look: int, level: float, effect: Es
         level=level,
         effect=interval,
         half_seed=seeds.half_width(level),
+        half_row=rows.half_width(level),
         degrees=effect.errors[0][1],
         side=side(interval.low, interval.high),
         p=p,

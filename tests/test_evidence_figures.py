@@ -284,6 +284,15 @@ def test_sizes_are_beyond_the_error_bars_where_printed_numbers_widen_the_axis() 
     assert ((data["above"] > data["high"]) | (data["above"] < data["low"])).all()
 
 
+def test_seeds_that_fail_without_the_penalty_are_drawn_one_by_one() -> None:
+    figure = FIGURES["left-out-adalora"]
+    runs = {label: [kept_run(arm, seed) for seed in (100, 101)] for label, arm in figure.arms.items()}
+    drawn = figure.draw(runs).charts()[0].data
+    for label, rows in drawn.groupby("recipe", observed=True):
+        assert rows["value"].tolist() == pytest.approx([run.score.metric for run in runs[str(label)]])
+    assert len(drawn) == 6
+
+
 def test_accuracy_is_drawn_at_the_number_of_experts() -> None:
     figure = FIGURES["number-of-experts"]
     runs = {label: [kept_run(arm, seed) for seed in (100, 101)] for label, arm in figure.arms.items()}

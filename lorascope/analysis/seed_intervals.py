@@ -45,7 +45,7 @@ class Estimate:
     errors : tuple of (float, float)
         Standard errors with their degrees of freedom, the last one over seeds; none with a single seed.
     rows : tuple of (float, float)
-        Standard error over test rows alone, with its degrees of freedom; none where rows are not samples.
+        Standard error over test rows only, with its degrees of freedom; none where rows are not samples.
     """
 
     mean: float

@@ -10,16 +10,15 @@ from typing import Any
 import pandas as pd
 
 from lorascope import plots
-from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis
+from lorascope.charts.marks import Axis, Line, Point
 from lorascope.evidence.statistics import adalora as statistics
 from lorascope.evidence.statistics import alora
 from lorascope.evidence.statistics.lora import LOW, LOWER
 from lorascope.gallery.base import GalleryFigure, accuracy_by_rank, own_labels
 from lorascope.gallery.lora import LORA_RATES
 from lorascope.gallery.printed_numbers import printed
-from lorascope.plots.builders import add_printed, course
+from lorascope.plots.builders import add_printed
 from lorascope.plots.run_groups import gather
 
 HEADING = "AdaLoRA"
@@ -39,20 +38,31 @@ def _draw_parts(runs: Mapping[str, Sequence[Any]]) -> Chart:
     found = numbers["method"].str.extract("(^AdaLoRA$|without the penalty|sensitivity)")[0]
     numbers = numbers.assign(recipe=found.map(names), source="printed")
     numbers = numbers[numbers["size"] == "0.65 %"].dropna(subset="recipe").drop_duplicates("recipe")
-    chart = replace(plots.ablations(runs, start=0.5), title="AdaLoRA without one of its parts")
+    # Seeds instead of a mean: without the penalty, some fail and others do not.
+    cohort = gather("accuracy", runs)
+    chart = Chart(
+        cohort.scores().assign(source="measured, one dot per seed"),
+        [Point("recipe", "value", "source")],
+        title="AdaLoRA without one of its parts",
+        x=Axis(order=cohort.labels),
+        y=Axis(label=cohort.metric),
+        caption=f"{cohort.sample_sentence} All have the learning rate that was tuned for AdaLoRA.",
+    )
     return add_printed(chart, numbers, "recipe", "AdaLoRA, tables 4 and 5, SST-2, 0.65% of the parameters")
 
 
 def _draw_penalty(runs: Mapping[str, Sequence[Any]]) -> Chart:
     cohort = gather("penalty", runs)
-    return course(
-        band(cohort.select("penalty"), ["step", "recipe"]),
-        Axis(label="penalty", log=True),
+    seeds = {run.id: f"seed {run.meta.seed}" for run in cohort.runs}
+    penalties = cohort.select("penalty")
+    return Chart(
+        penalties.assign(seed=penalties["run"].astype("str").map(seeds)),
+        [Line("step", "value", "recipe", "seed")],
         title="Distance of P and Q from orthogonality",
-        caption=cohort.caption(
-            "Mean of the Frobenius norms of PᵀP − I and QQᵀ − I over all P and Q (Eq. 4). The variant scored by the "
-            "sensitivity only trains with the penalty."
-        ),
+        x=Axis(label="step"),
+        y=Axis(label="penalty", log=True),
+        caption="Mean of the Frobenius norms of PᵀP − I and QQᵀ − I over all P and Q (Eq. 4). The variant scored by "
+        f"the sensitivity only trains with the penalty. {cohort.sample_sentence}",
     )
 
 

@@ -54,7 +54,7 @@ def _draw_parts(runs: Mapping[str, Sequence[Any]]) -> Chart:
 def _draw_penalty(runs: Mapping[str, Sequence[Any]]) -> Chart:
     cohort = gather("penalty", runs)
     seeds = {run.id: f"seed {run.meta.seed}" for run in cohort.runs}
-    penalties = cohort.select("penalty")
+    penalties = cohort.select("penalty").reset_index(drop=True)
     return Chart(
         penalties.assign(seed=penalties["run"].astype("str").map(seeds)),
         [Line("step", "value", "recipe", "seed")],

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from joblib import Parallel, delayed
 from paired import compare
-from recorder import STEPS, Training
+from recorder import STEPS, TURNS, Training
 
 import lorascope as ls
 from lorascope.analysis.step_time import medians
@@ -95,9 +95,15 @@ def recorders(options: argparse.Namespace, pairs: int, root: Path) -> Iterator[R
     for name in (FULL, "lora"):
         training = partial(Training, METHODS[name], model=options.model, task=options.task, device=options.device)
         recorded = training(observers=(norms(),), shape=shape, folder=root / f"{name}-recorded")
-        found = compare(recorded, recorded.without, pairs, 1, clock=partial(step_time.clock, options.device))
+        clock = partial(step_time.clock, options.device)
+        found = compare(recorded, recorded.without, pairs, 1, clock=clock, turns=TURNS)
         note = f"ratio to no observers [{found.low:.3f}, {found.high:.3f}]"
-        yield {"row": f"{name}, recorded", "seconds": found.seconds[0] / STEPS, "ratio": found.median, "note": note}
+        yield {
+            "row": f"{name}, recorded",
+            "seconds": found.seconds[0] / (TURNS * STEPS),
+            "ratio": found.median,
+            "note": note,
+        }
 
 
 def decoder(options: argparse.Namespace, steps: int, root: Path) -> Row:

@@ -54,6 +54,7 @@ def compare(
     warmup: int = 3,
     seconds: float = math.inf,
     clock: Callable[[], float] = time.process_time,
+    turns: int = 1,
 ) -> Ratio:
     """Time two functions in pairs; the function that runs first alternates from pair to pair.
 
@@ -68,16 +69,19 @@ def compare(
         CPU time after which no further pair starts; at least three pairs are timed.
     clock : callable
         Function that returns seconds; by default the CPU seconds of this process.
+    turns : int
+        Number of calls of each function per pair, in turn. With more turns, a machine that slows down or
+        speeds up within a pair favors one of the two less.
     """
-    for _ in range(warmup):
+    for _ in range(warmup * turns):
         first(), second()
     rows: list[list[float]] = []
     while len(rows) < pairs and (len(rows) < 3 or np.sum(rows) < seconds):
         row = [0.0, 0.0]
-        for which in (0, 1) if len(rows) % 2 else (1, 0):
+        for which in ((0, 1) if len(rows) % 2 else (1, 0)) * turns:
             start = clock()
             (first, second)[which]()
-            row[which] = clock() - start
+            row[which] += clock() - start
         rows.append(row)
     times, pairs = np.array(rows), len(rows)
     return Ratio(*median_interval(times[:, 0] / times[:, 1]), tuple(np.median(times, axis=0).tolist()), pairs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +143,25 @@ def test_the_page_of_the_docs_follows_from_the_stored_results():
     scripts, stored = find_scripts(ROOT / "benchmarks"), read(ROOT / bench.STORED)
     assert stored.keys() == scripts.keys()
     assert (ROOT / bench.PAGE).read_text(encoding="utf-8") == page(stored, scripts)
+
+
+@pytest.mark.parametrize(("turns", "steps"), [(1, 10), (5, 2)])
+def test_a_machine_that_slows_down_favors_one_function_by_one_turn_only(
+    turns: int, steps: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Both functions take the same steps, and each step takes a hundredth longer than the one before."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    paired, calls, times = importlib.import_module("paired"), [], [1.0]
+
+    def call(name: str) -> None:
+        calls.append(name)
+        times.extend(times[-1] * 1.01 ** np.arange(1, steps + 1))
+
+    settings = {"pairs": 4, "warmup": 1, "clock": lambda: sum(times), "turns": turns}
+    ratio = paired.compare(lambda: call("a"), lambda: call("b"), **settings)
+    assert "".join(calls) == "ab" * turns + ("ba" * turns + "ab" * turns) * 2
+    assert (ratio.low, ratio.high) == pytest.approx((1.01**-steps, 1.01**steps))
+    sys.modules.pop("paired")
 
 
 @pytest.mark.slow

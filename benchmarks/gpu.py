@@ -98,12 +98,8 @@ def recorders(options: argparse.Namespace, pairs: int, root: Path) -> Iterator[R
         clock = partial(step_time.clock, options.device)
         found = compare(recorded, recorded.without, pairs, 1, clock=clock, turns=TURNS)
         note = f"ratio to no observers [{found.low:.3f}, {found.high:.3f}]"
-        yield {
-            "row": f"{name}, recorded",
-            "seconds": found.seconds[0] / (TURNS * STEPS),
-            "ratio": found.median,
-            "note": note,
-        }
+        seconds = found.seconds[0] / (TURNS * STEPS)
+        yield {"row": f"{name}, recorded", "seconds": seconds, "ratio": found.median, "note": note}
 
 
 def decoder(options: argparse.Namespace, steps: int, root: Path) -> Row:

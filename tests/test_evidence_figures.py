@@ -204,6 +204,22 @@ def test_figure_is_the_same_when_drawn_from_what_the_evidence_keeps_of_its_runs(
     pd.testing.assert_frame_equal(found, expected, check_dtype=False, check_categorical=False)
 
 
+@pytest.mark.slow
+def test_penalty_has_a_line_for_each_variant_and_seed(train: Callable[..., Any]) -> None:
+    runs = runs_of(FIGURES["penalty"], train)
+    chart = FIGURES["penalty"].draw(runs).charts()[0]
+    (line,) = chart.marks
+    drawn = chart.data.groupby([line.color, line.dash], observed=True)[["step", "value"]]
+    lines = {key: list(zip(rows["step"], rows["value"], strict=True)) for key, rows in drawn}
+    expected = {}
+    for label, of in runs.items():
+        for run in of:
+            rows = run.table[run.table["quantity"] == "penalty"]
+            expected[label, f"seed {run.meta.seed}"] = list(zip(rows["step"], rows["value"], strict=True))
+    assert lines == expected
+    assert len(lines) > 2
+
+
 def test_printed_numbers_are_separate_points_of_the_chart() -> None:
     found = printed(paper="FourierFT", table="Table 2", model="RoBERTa-base", data="SST-2").set_index("method")
     assert found.loc["FourierFT", ["parameters", "value"]].tolist() == pytest.approx([24_000, 0.942])

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from minilm_step import SHAPES, THREADS
+from minilm_step import SHAPES, THREADS, batch_of
 from paired import compare, report
 from recorder import AIM, METHODS, STEPS, TURNS
 
@@ -35,8 +35,7 @@ class Loop:
         settings = Settings(steps=1, lr=1e-4, head_lr=1e-4)
         self.optimizer, _ = begin_training(method, self.model, Base(self.model), settings)
         self.recorder: LoopRecorder | None = record(self.model, self.optimizer, folder)
-        ids = torch.randint(4, self.model.config.vocab_size, shape)
-        self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(shape[0]) % 2}
+        self.batch = batch_of(*shape)
         self.model.train()
 
     def __call__(self) -> None:

@@ -13,15 +13,15 @@ from typing import Any
 import pandas as pd
 import peft
 import torch
+from measurements import MeasuredLine
 from minilm_step import SHAPES, THREADS, batch_of
 from paired import compare, report
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import attached_deltas
-from lorascope.experiments.benchmarks import Line
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, LoRA
-from lorascope.methods.base import Method, Step
+from lorascope.methods.method import Method, Step
 
 AIMS = {"PEFT's AdaLoRA step": 0.97, "LoRA step at the initial rank": 1.06}
 MASKED = {1: "masking at each step", 3: "masking every third step"}
@@ -83,7 +83,7 @@ def contestants(every: int) -> tuple[tuple[nn.Module, Method], nn.Module, tuple[
     return (ours, method), peft.get_peft_model(theirs, config), (plain, lora)
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the ratios for each batch and interval of masks."""
     torch.set_num_threads(THREADS)
     for every, masked in MASKED.items():

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from itertools import cycle
 
 import torch
+from measurements import MeasuredLine
 from paired import compare, report
 
-from lorascope.experiments.benchmarks import Line
 from lorascope.methods.adapprox import AdapproxOptimizer
 
 SIZES = ((128, 128), (256, 256), (768, 768), (768, 3072))
@@ -70,7 +70,7 @@ def selecting(shape: tuple[int, int]) -> AdapproxOptimizer:
     return AdapproxOptimizer([weight_of(shape)], reselect_every=1, growth_scale=None)
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the ratios for each size, and the memory of the second moment."""
     torch.set_num_threads(1)
     cases = {f"{rows} x {columns}": (rows, columns) for rows, columns in SIZES}
@@ -89,7 +89,7 @@ def lines(pairs: int) -> Iterator[Line]:
         optimizer = fixed(shape, 5)
         stepping(optimizer)()
         percent = 100 * factor_size(optimizer)[1] / (4 * shape[0] * shape[1])
-        yield Line(
+        yield MeasuredLine(
             what=f"bytes of the second moment at rank {RANK} / of a dense one",
             case=case,
             value=percent,

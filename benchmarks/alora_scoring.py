@@ -12,12 +12,12 @@ from functools import partial
 import numpy as np
 import torch
 import transformers
+from measurements import MeasuredLine
 from paired import compare, report
 from torch import Tensor, nn
 
 from lorascope.adapters.ablation import ablation_scores
 from lorascope.adapters.delta import attached_deltas
-from lorascope.experiments.benchmarks import Line
 from lorascope.methods import ALoRA
 
 AIM = 0.6
@@ -73,7 +73,7 @@ def ours(model: nn.Module, loss: Callable[[dict[str, Tensor]], Tensor], batch: d
     return np.stack([np.concatenate(list(part.values())) for part in (found.without, found.only)])
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the ratio for each depth; a pair takes minutes, so there are three at most."""
     torch.set_num_threads(1)
     batch = batch_of(*SHAPE)

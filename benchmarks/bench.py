@@ -1,4 +1,4 @@
-"""``lorascope bench``: measure the benchmarks of the repository again."""
+"""``python benchmarks/bench.py``: measure the benchmarks again, and write their page."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import sys
 from json import dumps
 from typing import Annotated
 
+import measurements
+from benchmark_page import page
 from tyro.conf import arg
 
 from lorascope.cli.arguments import command
-from lorascope.evidence import registration
-from lorascope.experiments import benchmarks
-from lorascope.experiments.benchmark_page import page
 from lorascope.files.printable import count_phrase, printable
+from lorascope.papers.judging import registration
 from lorascope.schema.suggestions import unknown_name
 
 PAGE, STORED = "docs/benchmarks.md", "data/benchmarks.json"
@@ -23,7 +23,7 @@ def main(
     names: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
     /,
     *,
-    pairs: Annotated[int, arg(metavar="N")] = benchmarks.PAIRS,
+    pairs: Annotated[int, arg(metavar="N")] = measurements.PAIRS,
     write: bool = False,
     json: bool = False,
 ) -> int:
@@ -32,7 +32,7 @@ def main(
     Every benchmark is a script in the folder benchmarks of a clone. All of them take an hour and a half on two cores,
     on which nothing else should run. The exit code is 1 if a script fails; a missed aim is only reported.
 
-    Example: lorascope bench lora_step recorder
+    Example: python benchmarks/bench.py lora_step recorder
 
     Parameters
     ----------
@@ -48,26 +48,26 @@ def main(
     root = registration.clone_of(registration.FILE)
     if root is None:
         raise ValueError("bench requires a clone of the repository, got an installed package")
-    scripts = benchmarks.find_scripts(root / "benchmarks")
+    scripts = measurements.find_scripts(root / "benchmarks")
     for name in names:
         if name not in scripts:
             raise ValueError(unknown_name("benchmark", name, scripts))
     if pairs < 1:
         raise ValueError(f"--pairs must be >= 1, got {pairs}")
     stored = root / STORED
-    kept = benchmarks.read(stored) if write else {}
-    measured: dict[str, benchmarks.Measurement] = {}
+    kept = measurements.read(stored) if write else {}
+    measured: dict[str, measurements.Measurement] = {}
     failed = 0
     for name in dict.fromkeys(names or scripts):
-        measurement = benchmarks.begin()
-        if measurement.load > benchmarks.BUSY:
+        measurement = measurements.begin()
+        if measurement.load > measurements.BUSY:
             busy = f"{name}: other work uses {measurement.load:g} cores of this machine, which widens the intervals"
             print(busy, file=sys.stderr, flush=True)
         try:
-            for line in benchmarks.run_script(scripts[name], pairs):
+            for line in measurements.run_script(scripts[name], pairs):
                 measurement.lines.append(line)
                 if not json:
-                    print(benchmarks.text(line), flush=True)
+                    print(measurements.text(line), flush=True)
         except ChildProcessError as error:
             failed += 1
             print(f"{name} failed: {printable(error)}", file=sys.stderr, flush=True)
@@ -75,12 +75,16 @@ def main(
         measured[name] = measurement
         if write:
             kept[name] = measurement
-            benchmarks.write(stored, kept)
+            measurements.write(stored, kept)
             (root / PAGE).write_text(page(kept, scripts), encoding="utf-8")
     if json:
-        print(dumps(benchmarks.to_json(measured), ensure_ascii=False))
+        print(dumps(measurements.to_json(measured), ensure_ascii=False))
     else:
         verdicts = [line.verdict for each in measured.values() for line in each.lines]
         missed = verdicts.count("missed")
         print(f"{verdicts.count('met')} of {count_phrase(verdicts.count('met') + missed, 'aim')} met.")
     return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

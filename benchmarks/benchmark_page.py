@@ -9,7 +9,7 @@ import ast
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from lorascope.experiments.benchmarks import BUSY, Line, Measurement
+from measurements import BUSY, MeasuredLine, Measurement
 
 
 def page(measurements: Mapping[str, Measurement], scripts: Mapping[str, Path]) -> str:
@@ -19,7 +19,7 @@ def page(measurements: Mapping[str, Measurement], scripts: Mapping[str, Path]) -
     met = sum(line.verdict == "met" for line in lines)
     parts = [
         "# Benchmarks",
-        "`lorascope bench` measures every line of this page again, and `lorascope bench --write` writes the page. A "
+        "`benchmarks/bench.py` measures every line of this page again, and writes the page with `--write`. A "
         "ratio is a median of paired ratios of process CPU time: the contestants take turns in one process. Brackets "
         f"hold its bootstrap interval of 95%. An aim is met if the median reaches it and the interval misses it by at "
         f"most 3%. **{met} of {len(lines)} aims are met**; the others are marked.",
@@ -45,9 +45,9 @@ def _conditions(kept: Mapping[str, Measurement]) -> str:
     return f"Measured on\n\n{listed}"
 
 
-def _table(lines: Iterable[Line]) -> str:
+def _table(lines: Iterable[MeasuredLine]) -> str:
     """Return a Markdown table with a row for the cases of one thing with one aim."""
-    grouped: dict[tuple[str, str], list[Line]] = {}
+    grouped: dict[tuple[str, str], list[MeasuredLine]] = {}
     for line in lines:
         grouped.setdefault((line.what, line.goal), []).append(line)
     rows = ["| what | measured | pairs | aim |", "|---|---|---|---|"]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import lorascope as ls
-from lorascope.probes import planted_teacher
+from lorascope.papers.setups import planted_teacher
 from lorascope.runs.run import Run
 
 Z = 1.959964  # normal quantile of a 95% interval

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
+from measurements import MeasuredLine
 from paired import compare, report
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import attach
-from lorascope.experiments.benchmarks import Line
 from lorascope.methods import fourierft
 from lorascope.methods.fourierft import FourierDelta, use_basis_form
 from lorascope.updates.fourier import entries
@@ -54,7 +54,7 @@ def passes(host: nn.Linear, tokens: int, basis_form: bool) -> Callable[[], None]
     return run
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the ratio for each width, number of coefficients and number of tokens."""
     torch.set_num_threads(1)
     for d in WIDTHS:

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import peft
 import torch
+from measurements import MeasuredLine
 from minilm_step import SHAPES, THREADS, batch_of, step_of
 from paired import compare, report
 from torch import nn
 
 from lorascope.adapters.delta import attached_deltas
-from lorascope.experiments.benchmarks import Line
 from lorascope.inputs import models
 from lorascope.methods import FourierFT, Full
 
@@ -45,7 +45,7 @@ def contestants(targets: str) -> dict[str, nn.Module]:
     return {OURS: ours, THEIRS: peft.get_peft_model(theirs, config), FULL: full, REST: rest}
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the ratios to each baseline, on each set of layers and each batch."""
     torch.set_num_threads(THREADS)
     for targets in TARGETS:

@@ -1,9 +1,9 @@
 """Time and memory of training on a CUDA device, as one table.
 
 Run ``python benchmarks/gpu.py``. The table has the time per optimizer step of every method and its ratio to full
-fine-tuning, the peak memory according to CUDA and to lorascope.memory, the overhead of the default observers, and LoRA
-on all of SmolLM2 under bf16 autocast. With ``--device cpu`` it runs on the CPU, where only lorascope.memory reports a
-peak.
+fine-tuning, the peak memory according to CUDA and to lorascope.step_memory, the overhead of the default observers, and
+LoRA on all of SmolLM2 under bf16 autocast. With ``--device cpu`` it runs on the CPU, where only lorascope.step_memory
+reports a peak.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import lorascope as ls
 from lorascope.analysis.step_time import medians
 from lorascope.experiments import step_memory, step_time
 from lorascope.experiments.isolated_run import IsolatedRun
-from lorascope.methods.base import Method
+from lorascope.methods.method import Method
 from lorascope.observe import norms
 
 FULL = "full"
@@ -133,7 +133,7 @@ def table(found: Iterable[Row]) -> pd.DataFrame:
             "ms per step": 1e3 * frame["seconds"],
             "ratio": frame["ratio"],
             "max allocated (MiB)": frame["allocated"] / 2**20,
-            "lorascope.memory (MiB)": frame["reported"] / 2**20,
+            "lorascope.step_memory (MiB)": frame["reported"] / 2**20,
             "note": frame["note"].fillna(""),
         }
     )

@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from measurements import MeasuredLine
 from minilm_step import SHAPES, batch_of, step_of
 from paired import compare, report
 from torch import nn
 
-from lorascope.experiments.benchmarks import Line
 from lorascope.inputs import models
 from lorascope.methods import HydraLoRA, LoRA
-from lorascope.methods.base import Method
+from lorascope.methods.method import Method
 
 AIM, EXPERTS = 1.15, (3, 10)
 FEED_FORWARD = ("ffn_in", "ffn_out")
@@ -28,7 +28,7 @@ def contestant(method: Method) -> nn.Module:
     return model
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the ratio for each number of experts and each batch."""
     torch.set_num_threads(1)
     lora = contestant(LoRA(rank=4, alpha=16, targets=FEED_FORWARD))

@@ -11,9 +11,8 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
+from measurements import MeasuredLine
 from paired import median_interval, report
-
-from lorascope.experiments.benchmarks import Line
 
 AIM = 0.3
 
@@ -27,7 +26,7 @@ def cpu_seconds(code: str) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the seconds of both imports."""
     codes = {"pass": None, "import lorascope": AIM, "import torch": None}
     for code in codes:
@@ -36,7 +35,7 @@ def lines(pairs: int) -> Iterator[Line]:
     for number, (code, aim) in enumerate(codes.items()):
         if number:
             value, low, high = median_interval(times[:, number] - times[:, 0])
-            yield Line(what=f"`{code}`", value=value, low=low, high=high, unit="s", pairs=pairs, aim=aim)
+            yield MeasuredLine(what=f"`{code}`", value=value, low=low, high=high, unit="s", pairs=pairs, aim=aim)
 
 
 if __name__ == "__main__":

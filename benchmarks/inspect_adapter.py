@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measurements import MeasuredLine
 from paired import median_interval, report
-
-from lorascope.experiments.benchmarks import Line
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def measure(words: list[str]) -> tuple[float, float]:
     return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield seconds, memory and ratios for each shape and spectrum; a process has an eighth of the pairs as repeats."""
     repeats = max(3, pairs // 8)
     for name, shape in SHAPES.items():
@@ -133,10 +132,10 @@ def lines(pairs: int) -> Iterator[Line]:
             yield interval(f"peak memory, {whole}", case, memory["lorascope"], "MB")
 
 
-def interval(what: str, case: str, values: np.ndarray, unit: str = "", **aim: Any) -> Line:
+def interval(what: str, case: str, values: np.ndarray, unit: str = "", **aim: Any) -> MeasuredLine:
     """Return the median of repeats as a line."""
     value, low, high = median_interval(values)
-    return Line(what=what, case=case, value=value, low=low, high=high, unit=unit, pairs=len(values), **aim)
+    return MeasuredLine(what=what, case=case, value=value, low=low, high=high, unit=unit, pairs=len(values), **aim)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import numpy as np
 from inspect_adapter import FALL, SHAPES, inspect, interval, measure, write
+from measurements import MeasuredLine
 from paired import report
-
-from lorascope.experiments.benchmarks import Line
 
 CHECKPOINTS = 20
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the ratio and the memory; a process has an eighth of the pairs as repeats."""
     with tempfile.TemporaryDirectory() as root:
         folders = [Path(root, "out", f"checkpoint-{100 * (i + 1)}") for i in range(CHECKPOINTS)]

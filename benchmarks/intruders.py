@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from measurements import MeasuredLine
 from paired import compare, report
 
 from lorascope.analysis.intruders import bases, intruders
-from lorascope.experiments.benchmarks import Line
 from lorascope.updates import Dense, LowRank
 from lorascope.updates.linalg import one_thread
 
 SIDE, RANK, K, SPEEDUP = 1024, 16, 10, 10
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the speedup for each definition and form; a dense SVD takes seconds, so there is an eighth of the pairs."""
     rng = np.random.default_rng(0)
     W0 = rng.standard_normal((SIDE, SIDE)) / SIDE**0.5

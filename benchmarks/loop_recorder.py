@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from measurements import MeasuredLine
 from minilm_step import SHAPES, THREADS, batch_of
 from paired import compare, report
 from recorder import AIM, METHODS, STEPS, TURNS
 
-from lorascope.experiments.benchmarks import Line
 from lorascope.inputs import models, tasks
-from lorascope.methods.base import Method
+from lorascope.methods.method import Method
 from lorascope.training.any_loop import LoopRecorder, record
 from lorascope.training.base_weights import Base, begin_training, prepare_model
 from lorascope.training.session import clip_gradients
@@ -55,7 +55,7 @@ class Loop:
         self.recorder = recorder
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the ratio for each method and batch."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)

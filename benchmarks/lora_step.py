@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import peft
 import torch
+from measurements import MeasuredLine
 from minilm_step import SHAPES, THREADS, batch_of, step_of
 from paired import compare, report
 from torch import nn
 
 from lorascope.adapters.delta import attached_deltas
-from lorascope.experiments.benchmarks import Line
 from lorascope.inputs import models
 from lorascope.methods import LoRA
 
@@ -32,7 +32,7 @@ def contestants() -> tuple[nn.Module, nn.Module]:
     return ours, peft.get_peft_model(theirs, config)
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the ratio for each batch; long ones have a fifth of the pairs."""
     torch.set_num_threads(THREADS)
     ours, theirs = contestants()

@@ -1,7 +1,7 @@
 """Benchmarks: measured lines with their aims, and the scripts that measure them.
 
 A benchmark is a script in the folder ``benchmarks`` of the repository with a function ``lines(pairs)`` that yields
-``Line``s.
+``MeasuredLine``s.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FUNCTION = re.compile(r"^def lines\(", re.MULTILINE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class MeasuredLine:
     """A measured number.
 
     Parameters
@@ -113,7 +113,7 @@ class Measurement:
     machine: str
     versions: dict[str, str]
     load: float
-    lines: list[Line]
+    lines: list[MeasuredLine]
 
 
 def find_scripts(folder: Path) -> dict[str, Path]:
@@ -137,7 +137,7 @@ def begin() -> Measurement:
     )
 
 
-def run_script(script: Path, pairs: int) -> Iterator[Line]:
+def run_script(script: Path, pairs: int) -> Iterator[MeasuredLine]:
     """Run a benchmark in its own process, and yield its lines as they are measured.
 
     Raises
@@ -155,7 +155,7 @@ def run_script(script: Path, pairs: int) -> Iterator[Line]:
         ) as process,
     ):
         for text in process.stdout or ():
-            yield Line(**json.loads(text))
+            yield MeasuredLine(**json.loads(text))
         code = process.wait()
         errors.seek(0)
         said = errors.read().strip().splitlines()
@@ -182,7 +182,7 @@ def to_json(measurements: Mapping[str, Measurement]) -> dict[str, Any]:
     return found
 
 
-def text(line: Line) -> str:
+def text(line: MeasuredLine) -> str:
     """Return a line for the terminal."""
     what = f"{line.what}, {line.case}" if line.case else line.what
     verdict = "" if line.aim is None else f"   {line.verdict}, aim {line.goal}"

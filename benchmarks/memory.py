@@ -35,7 +35,7 @@ def main() -> None:
     for name in arguments.models:
         print(f"| {name} | parameters | gradients | optimizer | peak |")
         for way, method in WAYS.items():
-            run = ls.memory.measure(MODELS[name], "sentiment", method, root=arguments.runs)
+            run = ls.step_memory.measure(MODELS[name], "sentiment", method, root=arguments.runs)
             found[way].append(run)
             memory = norms.last(run.table).set_index("quantity")["value"] / 2**20
             parameters, gradients, optimizer, peak = (memory[part] for part in PARTS)

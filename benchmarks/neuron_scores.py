@@ -16,10 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from measurements import MeasuredLine
 from paired import compare, report
 
 from lorascope.diagnosis.neuron_scores import neuron_scores
-from lorascope.experiments.benchmarks import Line
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.updates.linalg import one_thread
 
@@ -80,7 +80,7 @@ def copy(*files: Path) -> None:
             np.array(file.unread(name).stored)
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield ratio and memory for each dtype and set of neurons; a ratio has half the pairs."""
     for dtype, size in SIZES.items():
         with tempfile.TemporaryDirectory() as folder, one_thread():
@@ -93,7 +93,7 @@ def lines(pairs: int) -> Iterator[Line]:
                 yield ratio.line(f"scores of two layers / copying them, {label}", dtype, AIM)
             peak = subprocess.run([sys.executable, "-c", PEAK, *files], capture_output=True, check=True).stdout
             layer = float(sum(map(np.prod, SHAPES.values()))) * size / 2**20
-            yield Line(what="peak memory / one layer", case=dtype, value=float(peak) / layer, pairs=1, aim=1)
+            yield MeasuredLine(what="peak memory / one layer", case=dtype, value=float(peak) / layer, pairs=1, aim=1)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-
-from lorascope.experiments.benchmarks import PAIRS, Line, text
+from measurements import PAIRS, MeasuredLine, text
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,9 @@ class Ratio:
     seconds: tuple[float, float]
     pairs: int
 
-    def line(self, what: str, case: str = "", aim: float | None = None, **more: Any) -> Line:
+    def line(self, what: str, case: str = "", aim: float | None = None, **more: Any) -> MeasuredLine:
         """Return the ratio as a line of the page."""
-        return Line(
+        return MeasuredLine(
             what=what, case=case, value=self.median, low=self.low, high=self.high, pairs=self.pairs, aim=aim, **more
         )
 
@@ -94,7 +93,7 @@ def median_interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(np.median(values)), float(low), float(high)
 
 
-def report(lines: Callable[[int], Iterable[Line]], documented: str | None) -> None:
+def report(lines: Callable[[int], Iterable[MeasuredLine]], documented: str | None) -> None:
     """Run a benchmark as a script, and print its lines: the ``main`` of every benchmark.
 
     Parameters

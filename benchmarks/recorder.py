@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from measurements import MeasuredLine
 from minilm_step import SHAPES, THREADS
 from paired import compare, report
 
-from lorascope.experiments.benchmarks import Line
 from lorascope.inputs import models, tasks
 from lorascope.methods import Full, LoRA
-from lorascope.methods.base import Method, Phase
+from lorascope.methods.method import Method, Phase
 from lorascope.observe import Observer, norms
 from lorascope.training.base_weights import Base, prepare_model
-from lorascope.training.run_spec import Plan
+from lorascope.training.run_spec import RunSpec
 from lorascope.training.session import Session, clip_gradients
 from lorascope.training.settings import Settings
 
@@ -47,7 +47,7 @@ class Training:
         living = models.load(model, task=data).to(device)
         mark = prepare_model(living, data, 0)
         settings = Settings(steps=10**6, lr=1e-4, head_lr=1e-4, batch_size=shape[0], schedule="constant", warmup=0)
-        plan = Plan(method, Phase(method), data.fit(living), settings, 0, mark.w0_hash, observers)
+        plan = RunSpec(method, Phase(method), data.fit(living), settings, 0, mark.w0_hash, observers)
         self.session = Session(living, plan, Base(living), folder, [], device)
         ids = torch.randint(4, living.config.vocab_size, shape)
         labels = torch.randint(0, 2, shape[:1])
@@ -72,7 +72,7 @@ class Training:
         self.session.observers = observers
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the ratio for each method and batch."""
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)

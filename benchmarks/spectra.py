@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from measurements import MeasuredLine
 from paired import compare, report
 
-from lorascope.experiments.benchmarks import Line
 from lorascope.updates import LowRank, spectra
 
 SECONDS, SPEEDUP, REPEATED = 1.0, 1000, 100
@@ -27,13 +27,13 @@ def updates(count: int, side: int, rank: int, grown: bool) -> list[LowRank]:
     return made
 
 
-def lines(pairs: int) -> Iterator[Line]:
+def lines(pairs: int) -> Iterator[MeasuredLine]:
     """Yield the seconds of an adapter, with a quarter of the pairs, and the speedup of one module."""
     number = max(3, pairs // 4)
     for grown, case in ((False, "well-conditioned B"), (True, "ill-conditioned B")):
         adapter = updates(224, 4096, 16, grown)
         seconds = compare(lambda u=adapter: spectra(u), lambda u=adapter[:1]: spectra(u), number).seconds[0]
-        yield Line(what="spectra of the adapter", case=case, value=seconds, unit="s", pairs=number, aim=SECONDS)
+        yield MeasuredLine(what="spectra of the adapter", case=case, value=seconds, unit="s", pairs=number, aim=SECONDS)
     factored = updates(1, 1024, 16, grown=False)
     dense = factored[0].dense()
     ratio = compare(

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.inputs import tasks
-from lorascope.probes.tfidf_baseline import tfidf_correct
+from lorascope.papers.lora import tfidf_correct
 
 TABLE = Path(__file__).resolve().parents[1] / "data" / "sentiment_tfidf.csv"
 

@@ -38,7 +38,7 @@ from lorascope.methods import (
     PiSSA,
     VeRA,
 )
-from lorascope.methods.base import Method
+from lorascope.methods.method import Method
 from lorascope.schema.module_roles import CROSS, FFN
 
 STEPS, ROWS, NEURONS = 4, 6, 24

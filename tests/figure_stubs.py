@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from lorascope import plots
-from lorascope.plots.registry import DRAWN
+from lorascope.plots.figure_registry import DRAWN
 from lorascope.plots.run_groups import Runs
 
 FILE = Path(plots.__file__).with_suffix(".pyi")
@@ -21,10 +21,10 @@ from typing import Literal
 from pandas import DataFrame
 
 from lorascope.charts.chart import Chart, Drawable, Panels
-from lorascope.plots.registry import FIGURES as FIGURES
-from lorascope.plots.registry import OLD_FIGURES as OLD_FIGURES
-from lorascope.plots.registry import Figure as Figure
-from lorascope.plots.registry import available as available
+from lorascope.plots.figure_registry import FIGURES as FIGURES
+from lorascope.plots.figure_registry import OLD_FIGURES as OLD_FIGURES
+from lorascope.plots.figure_registry import Figure as Figure
+from lorascope.plots.figure_registry import available as available
 from lorascope.plots.run_groups import Runs
 from lorascope.runs.result import Result
 

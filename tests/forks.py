@@ -15,7 +15,7 @@ import killing
 import pandas as pd
 import pytest
 
-from lorascope.methods.base import Method, config
+from lorascope.methods.method import Method, config
 from lorascope.schema.records import QUANTITIES
 from lorascope.training.session import Session
 

@@ -24,7 +24,7 @@ from lorascope import observe
 from lorascope.adapters import delta
 from lorascope.inputs import models, tasks
 from lorascope.methods import AdaLoRA, Full, LoRA
-from lorascope.methods.base import Phase, from_config
+from lorascope.methods.method import Phase, from_config
 from lorascope.methods.pissa import ResidualDelta
 
 SETTINGS = {

@@ -13,24 +13,24 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from lorascope.evidence import registration
-from lorascope.evidence.registration import Registered
-from lorascope.evidence.statistics import (
+from lorascope.papers import (
     adalora,
     adapprox,
-    agreement,
     alora,
-    asymmetry,
     fourierft,
     hydralora,
+    hydralora_asymmetry,
     lisa,
     lora,
     neft,
-    planted,
-    ranks,
+    planted_ranks,
+    rank_tables,
+    score_agreement,
 )
-from lorascope.evidence.statistics.base import LogLikelihood, MeanOverRows
-from lorascope.evidence.store import RUN_COLUMNS, Evidence
+from lorascope.papers.judging import registration
+from lorascope.papers.judging.kept_runs import RUN_COLUMNS, Evidence
+from lorascope.papers.judging.registration import Registered
+from lorascope.papers.judging.statistics import LogLikelihood, MeanOverRows
 
 REGISTERED = registration.read()
 FIRST, ROWS = 100, 3000
@@ -84,7 +84,7 @@ def scores(values: dict[str, float], rng: np.random.Generator) -> pd.DataFrame:
     truth = rng.standard_normal(COMPONENTS)
     found = {name: correlated(truth, rho, rng) for name, rho in values.items()}
     noise = rng.standard_normal(COMPONENTS) * 0.5
-    found |= {half: truth + sign * noise for half, sign in zip(agreement.HALVES, (1, -1), strict=True)}
+    found |= {half: truth + sign * noise for half, sign in zip(score_agreement.HALVES, (1, -1), strict=True)}
     parts = [
         pd.DataFrame({"module": "m", "component": np.arange(COMPONENTS), "score": name, "value": value})
         for name, value in found.items()
@@ -170,20 +170,22 @@ BY_SEED: dict[str, Callable[[float, float, np.random.Generator], Tables]] = {
         (lora.AMPLIFICATION, lora.LOW): pd.DataFrame({"module": ["a", "b"], "update": 10**s, "random": 10**c})
     },
     "adalora.ffn": lambda s, c, rng: {
-        (ranks.RANKS, "AdaLoRA, from rank 12 to 8"): with_fraction(modules()["role"].isin(ranks.FEED_FORWARD), s)
+        (rank_tables.RANKS, "AdaLoRA, from rank 12 to 8"): with_fraction(
+            modules()["role"].isin(rank_tables.FEED_FORWARD), s
+        )
     },
     "adalora.top": lambda s, c, rng: {
-        (ranks.RANKS, "AdaLoRA, from rank 12 to 8"): with_fraction(modules()["layer"] >= 2 * len(LAYERS) // 3, s)
+        (rank_tables.RANKS, "AdaLoRA, from rank 12 to 8"): with_fraction(modules()["layer"] >= 2 * len(LAYERS) // 3, s)
     },
     "autolora.spread": lambda s, c, rng: {
-        (ranks.RANKS, "AutoLoRA"): spread_ranks(s)
+        (rank_tables.RANKS, "AutoLoRA"): spread_ranks(s)
     },
     "alora.attention": lambda s, c, rng: {
-        (ranks.RANKS, "ALoRA"): role_fractions(q=s / 4, k=s / 4, v=s / 4, o=s / 4),
+        (rank_tables.RANKS, "ALoRA"): role_fractions(q=s / 4, k=s / 4, v=s / 4, o=s / 4),
         (alora.REPLAYS, "ALoRA"): replays(c, c - 0.3),
     },
     "alora.queries": lambda s, c, rng: {
-        (ranks.RANKS, "ALoRA"): role_fractions(q=0.15 + s / 4, k=0.15 + s / 4, v=0.15 - s / 4, o=0.15 - s / 4),
+        (rank_tables.RANKS, "ALoRA"): role_fractions(q=0.15 + s / 4, k=0.15 + s / 4, v=0.15 - s / 4, o=0.15 - s / 4),
         (alora.REPLAYS, "ALoRA"): replays(c - 0.3, c),
     },
     "hydralora.tasks": lambda s, c, rng: {
@@ -241,16 +243,20 @@ BY_SEED |= {
 
 
 def of_scores(score: str, size: bool) -> Callable[..., Tables]:
-    every = (agreement.ADALORA, agreement.AUTOLORA, agreement.ALORA, agreement.SIZE)
+    every = (score_agreement.ADALORA, score_agreement.AUTOLORA, score_agreement.ALORA, score_agreement.SIZE)
 
     def make(s: float, c: float, rng: np.random.Generator) -> Tables:
-        values = dict.fromkeys(every, -0.5) | {score: s} | ({agreement.SIZE: c} if size else {})
-        return {(agreement.SCORES, lora.LOW): scores(values, rng)}
+        values = dict.fromkeys(every, -0.5) | {score: s} | ({score_agreement.SIZE: c} if size else {})
+        return {(score_agreement.SCORES, lora.LOW): scores(values, rng)}
 
     return make
 
 
-for _name, _score in (("adalora", agreement.ADALORA), ("autolora", agreement.AUTOLORA), ("alora", agreement.ALORA)):
+for _name, _score in (
+    ("adalora", score_agreement.ADALORA),
+    ("autolora", score_agreement.AUTOLORA),
+    ("alora", score_agreement.ALORA),
+):
     if _name != "alora":  # its claim is on the size of the update only
         BY_SEED[f"agreement.{_name}"] = of_scores(_score, size=False)
     BY_SEED[f"agreement.size.{_name}"] = of_scores(_score, size=True)
@@ -262,7 +268,7 @@ def of_sharing(**parts: Any) -> Callable[..., Tables]:
     def make(s: float, c: float, rng: np.random.Generator) -> Tables:
         pick = {"s": s, "c": c}
         return {
-            (asymmetry.SIMILARITIES, getattr(asymmetry, name)[-1]): similarities(
+            (hydralora_asymmetry.SIMILARITIES, getattr(hydralora_asymmetry, name)[-1]): similarities(
                 {(f, view, when): (what, pick.get(value, value)) for f, view, when, what, value in of}, rng
             )
             for name, of in parts.items()
@@ -308,12 +314,12 @@ def of_recovery(name: str, quantity: str) -> Callable[..., Tables]:
     def make(s: float, c: float, rng: np.random.Generator) -> Tables:
         found = correlated(truth, s, rng) if quantity == "correlation" else truth + np.tile([s, -s], 1000)
         table = pd.DataFrame({"module": np.arange(2000).astype(str), "planted": truth, "found": found})
-        return {(planted.RECOVERY, planted.ALLOCATORS[name]): table}
+        return {(planted_ranks.RECOVERY, planted_ranks.ALLOCATORS[name]): table}
 
     return make
 
 
-for _name in planted.ALLOCATORS:
+for _name in planted_ranks.ALLOCATORS:
     for _quantity in ("correlation", "distance"):
         BY_SEED[f"planted.{_name}_{_quantity}"] = of_recovery(_name, _quantity)
 
@@ -352,7 +358,7 @@ def plant_pairs(
         shared, rest = (by_layer, 0) if claim == "adalora.stable" else (common, by_role)
         for seed, s, noise in zip(seeds, statistic, own, strict=False):
             value = copula([(share_for_tau(s), shared)], noise) + rest
-            found[seed][ranks.RANKS, "AdaLoRA, from rank 12 to 8"] = table.assign(value=value)
+            found[seed][rank_tables.RANKS, "AdaLoRA, from rank 12 to 8"] = table.assign(value=value)
     elif claim in ("adalora.task", "autolora.tasks"):
         name = {"adalora.task": "AdaLoRA, from rank 12 to 8"}.get(claim, "AutoLoRA")
         domains = {"adalora.task": f"{name}, domains"}.get(claim, f"{name}, search only, domains")
@@ -362,7 +368,7 @@ def plant_pairs(
             for seed, s, noise in zip(seeds, statistic, noises, strict=True):
                 within = share_for_tau(s + shift * (s - c))  # of each arm another, with the mean s
                 parts = [(between, common), (max(within - between, 0.0), of_task)]
-                found[seed][ranks.RANKS, arm] = table.assign(value=copula(parts, noise))
+                found[seed][rank_tables.RANKS, arm] = table.assign(value=copula(parts, noise))
     elif claim == "lora.direction":
         shared = {when: rng.standard_normal(4_000) for when in ("start", "end")}
         for seed, s in zip(seeds, statistic, strict=True):

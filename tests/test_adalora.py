@@ -25,8 +25,8 @@ from lorascope.adapters.delta import attach, attached_deltas, fold
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA
 from lorascope.methods.adalora import AdaLoRADelta, Schedule, importance, most_important, orthogonality, smooth
-from lorascope.methods.base import Step
 from lorascope.methods.lora import LoRADelta
+from lorascope.methods.method import Step
 
 SIX = ("q", "k", "v", "o", "ffn_in", "ffn_out")
 SHORT = {"initial_steps": 2, "final_steps": 4, "mask_every": 2}

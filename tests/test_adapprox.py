@@ -16,7 +16,7 @@ import lorascope as ls
 from lorascope.inputs import models
 from lorascope.methods import Adapprox
 from lorascope.methods.adapprox import AdapproxOptimizer
-from lorascope.methods.base import Step, config, from_config
+from lorascope.methods.method import Step, config, from_config
 from lorascope.methods.optimizers import adapprox, subspace_iteration
 from lorascope.runs.layout import identify
 

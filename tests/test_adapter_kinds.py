@@ -19,7 +19,7 @@ from tolerance import TINY, near
 from lorascope.cli.main import main
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.safetensors_io import write_json
-from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.loading import load
 
 QV = ["q_proj", "v_proj"]

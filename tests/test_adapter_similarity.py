@@ -18,10 +18,10 @@ from lorascope.analysis import adapter_similarity
 from lorascope.analysis.leading_directions import chance_angle
 from lorascope.cli.main import main
 from lorascope.files.safetensors_io import write_json, write_tensors
+from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.stored_update import PREFIX
 from lorascope.plots.adapter_similarity import _format_ratio
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
-from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.runs.loading import load
 from lorascope.updates import Dense, Fourier, LowRank
 

@@ -16,7 +16,7 @@ from ward import Bench
 
 import lorascope as ls
 from lorascope.diagnosis.causes import RULES
-from lorascope.diagnosis.causes.base import Rule, of_kind
+from lorascope.diagnosis.causes.finding import DoctorRule, of_kind
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.observe import fault_alarms
 
@@ -252,7 +252,7 @@ def test_stop_of_several_processes_is_rejected(watched, monkeypatch):
 
 def planted_alarms(monkeypatch, folder, rules, steps, every):
     """Train three or more steps with planted rules, id -> findings by number of steps, and return the warnings."""
-    own = [Rule(id=id) for id in rules]
+    own = [DoctorRule(id=id) for id in rules]
     for rule, find in zip(own, rules.values(), strict=True):
         rule.find = partial(lambda find, id, case: iter(find(id, case.steps)), find, rule.id)
     monkeypatch.setattr(fault_alarms, "_rules", lambda moving: own)

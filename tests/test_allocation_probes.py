@@ -12,7 +12,8 @@ from lorascope import plots
 from lorascope.adapters import delta
 from lorascope.analysis.planted_ranks import absolute_error, rank_correlation
 from lorascope.inputs import models
-from lorascope.probes import adalora_placement, planted_teacher
+from lorascope.papers import adalora
+from lorascope.papers.setups import planted_teacher
 from lorascope.schema import module_table
 
 RANKS = {"h.0.q": 1, "h.0.up": 3, "h.1.q": 0, "h.1.up": 4}
@@ -81,16 +82,14 @@ def test_teacher_update_has_the_planted_ranks_and_singular_values(small_teacher)
 def test_placement_arms_have_equal_parameters():
     """Count the parameters of each arm's adapters on the model; the ranks have the paper's ratios of 5 and 2."""
     counted, ranks = {}, {}
-    for arm in adalora_placement.arms():
+    for arm in adalora.arms():
         model = models.load("minilm")
         arm.method.attach(model)
         deltas = delta.attached_deltas(model)
         counted[arm.label] = sum(parameter.numel() for one in deltas.values() for parameter in one.parameters())
         ranks[arm.label] = {one.rank for one in deltas.values()}
         layers = {name.split("layer.")[1][0] for name in deltas}
-        assert len(deltas) == (6 if arm.label in adalora_placement.TYPES else 12)
-        assert layers == (
-            {*"012345"} if arm.label in adalora_placement.TYPES else {*arm.label.removeprefix("layers ")} - {*", "}
-        )
+        assert len(deltas) == (6 if arm.label in adalora.TYPES else 12)
+        assert layers == ({*"012345"} if arm.label in adalora.TYPES else {*arm.label.removeprefix("layers ")} - {*", "})
     assert set(counted.values()) == {69_120}
     assert list(ranks.values()) == [{15}] * 4 + [{6}] * 2 + [{5}] * 2

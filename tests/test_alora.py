@@ -21,7 +21,7 @@ from lorascope.adapters.delta import attached_deltas, fold, resize
 from lorascope.inputs import models
 from lorascope.methods import ALoRA, alora
 from lorascope.methods.alora import ALoRADelta, CountingAdamW, allocate, importance, prune
-from lorascope.methods.base import Step, config
+from lorascope.methods.method import Step, config
 from lorascope.schema.module_table import describe
 
 # -- from scores to ranks ----------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from lorascope.cli import main
 from lorascope.inputs import models, tasks
 from lorascope.methods import AutoLoRA, LoRA
 from lorascope.methods.autolora import RADIUS, AutoLoRADelta, adam, hypergradient, retained_mask
-from lorascope.methods.base import Phase, config
+from lorascope.methods.method import Phase, config
 from lorascope.training.session import Session
 from lorascope.training.state import generators_state
 
@@ -709,7 +709,7 @@ COLA = [3, 2, 4, 4, 5, 3, 3, 4, 5, 3, 5, 4, 3, 3, 5, 4, 2, 5, 4, 4, 3, 3, 3, 4]
 def test_parameter_count_of_the_published_ranks():
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("roberta"))
-    names = ls.names.match(ls.names.describe(model), ("q", "v"))
+    names = ls.module_table.match(ls.module_table.describe(model), ("q", "v"))
     method = AutoLoRA(dropout=0.1, head_lr=2e-4)
     phases = method.phases({})
     assert next(phases) == Phase(method, "search")

@@ -15,11 +15,11 @@ from tiny import tiny
 
 from lorascope.analysis.intruders import bases, intruders
 from lorascope.cli.main import main
-from lorascope.diagnosis import base_comparison, terminal
+from lorascope.diagnosis import change_from_base, terminal
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.safetensors_io import write_json, write_tensors
-from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
-from lorascope.runs.formats.stored_update import PREFIX
+from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.stored_update import PREFIX
 from lorascope.runs.loading import load
 from lorascope.updates import factored_change, neuron_change
 
@@ -83,7 +83,7 @@ def test_planted_intruder_is_found_and_reported(tmp_path: Path) -> None:
 def test_large_weights_are_decomposed_only_with_spectra(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(base_comparison, "SIDE", 16)
+    monkeypatch.setattr(change_from_base, "SIDE", 16)
     quick, whole = inspect(load(*pair)), inspect(load(*pair), spectra=True)
     assert quick.modules["intruders"].isna().all()
     assert any("of 5 large modules not computed: add --spectra" in line for line in quick.findings)

@@ -7,14 +7,14 @@ import json
 import sys
 from pathlib import Path
 
+import bench
 import numpy as np
 import pytest
+from benchmark_page import page
+from measurements import MeasuredLine, find_scripts, read
 
-from lorascope.cli import bench
 from lorascope.cli.main import main
-from lorascope.evidence import registration
-from lorascope.experiments.benchmark_page import page
-from lorascope.experiments.benchmarks import Line, find_scripts, read
+from lorascope.papers.judging import registration
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,8 +36,8 @@ report(lines, __doc__)
 BAD = "def lines(pairs):\n    pass\n\nraise ModuleNotFoundError(\"No module named 'peers'\")\n"
 
 
-def line(value: float, low: float | None = None, high: float | None = None, **more) -> Line:
-    return Line(what="x", value=value, low=low, high=high, pairs=40, **more)
+def line(value: float, low: float | None = None, high: float | None = None, **more) -> MeasuredLine:
+    return MeasuredLine(what="x", value=value, low=low, high=high, pairs=40, **more)
 
 
 @pytest.mark.parametrize(

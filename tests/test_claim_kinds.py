@@ -11,8 +11,8 @@ import pytest
 import scipy.stats
 
 from lorascope.analysis.seed_intervals import Estimate, t_estimate, two_way_estimate
-from lorascope.evidence.claims import Claim, format_effect, side
-from lorascope.evidence.looks import ERROR, STOPPED, Looks, judge
+from lorascope.papers.judging.claims import Claim, format_effect, side
+from lorascope.papers.judging.looks import ERROR, STOPPED, Looks, judge
 
 TEXT: Any = {"id": "a.b", "sentence": "s", "statistic": "x", "control": "y"}
 S = Claim(**TEXT, kind="superiority", margin=1.0)

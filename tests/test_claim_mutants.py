@@ -17,12 +17,12 @@ import pytest
 from planted_claims import BY_SEED, FIRST, Pair, in_range, plant
 
 from lorascope.analysis.seed_intervals import Estimate
-from lorascope.evidence import registration
-from lorascope.evidence.claims import Claim
-from lorascope.evidence.registration import Registered
-from lorascope.evidence.statistics import PAIRS, module_of
-from lorascope.evidence.statistics.base import Constant, Statistic, estimate_effect
-from lorascope.evidence.store import RUN_COLUMNS, Evidence
+from lorascope.papers.judging import registration
+from lorascope.papers.judging.claims import Claim
+from lorascope.papers.judging.kept_runs import RUN_COLUMNS, Evidence
+from lorascope.papers.judging.registration import Registered
+from lorascope.papers.judging.statistics import Constant, Statistic, estimate_effect
+from lorascope.papers.registry import PAIRS, module_of
 
 CLAIMS = registration.read().of_tier("primary", "secondary")
 SEEDS, REPETITIONS = 5, 20

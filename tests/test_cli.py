@@ -22,8 +22,8 @@ from lorascope.cli.arguments import flag_type, options_of
 from lorascope.cli.main import COMMANDS, main
 from lorascope.experiments import sweep
 from lorascope.methods import METHODS
+from lorascope.papers.training import reproduction
 from lorascope.plots import FIGURES
-from lorascope.probes import reproduction
 from lorascope.runs.loading import load
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorascope.evidence import code_hash
-from lorascope.evidence.code_hash import code_hash as hash_of
+from lorascope.papers.judging import code_hash
+from lorascope.papers.judging.code_hash import code_hash as hash_of
 
 PROBE = '''"""A probe."""
 from planted_code import helpers
@@ -53,7 +54,7 @@ def planted(tmp_path: Path, monkeypatch: Any) -> Any:
     folder.mkdir()
     (folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(code_hash, "PACKAGES", ("planted_code",))
+    monkeypatch.setattr(code_hash, "_PART_OF_CLAIM", re.compile(r"planted_code(\.\w+)*"))
 
     def write(old: str = "", new: str = "", claim: str = "p.first") -> str:
         assert old in PROBE + HELPERS

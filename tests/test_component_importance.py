@@ -23,11 +23,11 @@ from trainers import by_trainer, without_dropout
 import lorascope as ls
 from lorascope.adapters import delta
 from lorascope.experiments import component_importance
+from lorascope.export import rank_pattern, select_components, to_peft
+from lorascope.formats.peft_lora import WEIGHTS
+from lorascope.formats.stored_update import PREFIX
 from lorascope.inputs import models
 from lorascope.methods import Full, HydraLoRA, LoRA
-from lorascope.runs.export import rank_pattern, select_components, to_peft
-from lorascope.runs.formats.peft_lora import WEIGHTS
-from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.runs.run import Run
 from lorascope.training.state import seed_generators
 

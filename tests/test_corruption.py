@@ -12,8 +12,8 @@ import pytest
 
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.safetensors_io import TensorFile, write_json, write_tensors
-from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
-from lorascope.runs.formats.stored_update import PREFIX
+from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.stored_update import PREFIX
 from lorascope.runs.loading import load
 
 GIVEN: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"q": 2}}

@@ -220,7 +220,7 @@ def test_memory_reports_the_peak_that_cuda_counts(name, device, task, tmp_path, 
     where = {"seed": 0, "out": None, "root": tmp_path, "overwrite": False, "device": device}
     job = IsolatedRun.of(str(tmp_path / "wide"), task, METHODS[name], {"steps": 3, "batch_size": 8}, **where)
     _, allocated = gpu.with_peak(device, lambda: ls.Run.read(gpu.step_time._measure_seconds(job)))
-    run = ls.memory.measure(str(tmp_path / "wide"), task, METHODS[name], batch_size=8, **where)
+    run = ls.step_memory.measure(str(tmp_path / "wide"), task, METHODS[name], batch_size=8, **where)
     last = run.table[run.table["step"] == run.table["step"].max()].set_index("quantity")["value"]
     parts = last["parameter_bytes"] + last["gradient_bytes"] + last["optimizer_bytes"]
     assert parts <= last["peak_bytes"]

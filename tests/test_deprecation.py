@@ -19,12 +19,12 @@ from lorascope.cli.main import main
 from lorascope.diagnosis.causes import Finding
 from lorascope.experiments import grid
 from lorascope.inputs.tasks import Task
-from lorascope.methods.base import Phase, config, from_config, frozen_entries
 from lorascope.methods.hydralora import HydraDelta
+from lorascope.methods.method import Phase, config, from_config, frozen_entries
 from lorascope.runs.run import Run
 from lorascope.schema import deprecation
 from lorascope.training.loop import train
-from lorascope.training.run_spec import Plan
+from lorascope.training.run_spec import RunSpec
 from lorascope.training.settings import Settings
 
 # Run-time type checks wrap every function, which adds frames between a warning and its caller.
@@ -95,7 +95,7 @@ each_field = pytest.mark.parametrize(
 
 def plan(method, observers=()):
     settings = Settings(steps=10, lr=1e-3, head_lr=1e-3)
-    return Plan(method, Phase(method), Task("", "lm", pd.DataFrame(), (), "data"), settings, 0, "weights", observers)
+    return RunSpec(method, Phase(method), Task("", "lm", pd.DataFrame(), (), "data"), settings, 0, "weights", observers)
 
 
 def silently(build, **given):
@@ -317,8 +317,8 @@ FUNCTIONS = [
     ("lorascope.experiments.component_importance", "losses", "pruned_losses"),
     ("lorascope.experiments.component_importance", "rises", "component_importance"),
     ("lorascope.observe", "utilisation", "utilization"),
-    ("lorascope.runs.export", "Cut", "RankBudget"),
-    ("lorascope.runs.export", "cut", "select_components"),
+    ("lorascope.export", "Cut", "RankBudget"),
+    ("lorascope.export", "cut", "select_components"),
     ("lorascope.analysis.rank_allocations", "by_lot", "random_ranks"),
     ("lorascope.analysis.rank_allocations", "in_force", "current_ranks"),
     ("lorascope.analysis.rank_allocations", "tau", "kendall_tau"),

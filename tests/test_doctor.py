@@ -16,11 +16,11 @@ from ward import SETTINGS, Allocating, Bench, adalora
 
 import lorascope as ls
 from lorascope.cli.main import main
-from lorascope.diagnosis.causes import RULES, Finding, Rule
-from lorascope.diagnosis.causes.base import found, run_rules
+from lorascope.diagnosis.case import Case
+from lorascope.diagnosis.causes import RULES, DoctorRule, Finding
+from lorascope.diagnosis.causes.finding import found, run_rules
 from lorascope.diagnosis.doctor import skipped_checks
-from lorascope.diagnosis.evidence import Case
-from lorascope.diagnosis.training_evidence import TrainingEvidence
+from lorascope.diagnosis.training_case import TrainingEvidence
 from lorascope.inputs import models
 from lorascope.training.hf_trainer.run_metadata import overlap
 
@@ -325,7 +325,7 @@ def test_rule_is_registered_by_its_definition(tmp_path):
     known = list(RULES)
     try:
 
-        @Rule("use an even rank", suppresses=("frozen",))
+        @DoctorRule("use an even rank", suppresses=("frozen",))
         def odd_rank(case):
             yield found("odd rank", [each.module for each in case.modules], rank=1)
 

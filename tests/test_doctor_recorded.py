@@ -10,8 +10,8 @@ from planted import low_rank, manifest, plant
 from ward import Allocating, Bench, adalora
 
 import lorascope as ls
+from lorascope.diagnosis.case import Case, TrainedModule
 from lorascope.diagnosis.causes.config import allocator_idle, budget_missed, overscaled
-from lorascope.diagnosis.evidence import Case, TrainedModule
 from lorascope.runs.run import Run
 
 

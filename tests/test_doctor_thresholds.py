@@ -12,15 +12,15 @@ from adapter_bits import peft_folder
 from test_doctor_recorded import case
 
 import lorascope as ls
+from lorascope.diagnosis.case import Case, TrainedModule
 from lorascope.diagnosis.causes.adapter import dead_layers
-from lorascope.diagnosis.causes.base import Rule
+from lorascope.diagnosis.causes.finding import DoctorRule
 from lorascope.diagnosis.causes.in_training import dominated, loss_flat, rate_large, rate_zero
 from lorascope.diagnosis.causes.training import collapsed
-from lorascope.diagnosis.evidence import Case, TrainedModule
-from lorascope.diagnosis.training_evidence import TrainingEvidence
+from lorascope.diagnosis.training_case import TrainingEvidence
 
 
-def found(rule: Rule, given: Case | TrainingEvidence) -> bool:
+def found(rule: DoctorRule, given: Case | TrainingEvidence) -> bool:
     """Return whether a rule has a finding."""
     return bool(list(rule.findings(given)))
 

@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from figure_lists import NO_FIGURES
 from planted_claims import REGISTERED, plant
+from verdict_tables import MIXTURE, NO_RUNS, all_blocks
 
 from lorascope.analysis.seed_intervals import t_interval
-from lorascope.evidence import store
-from lorascope.evidence.blocks import MIXTURE, NO_RUNS, all_blocks
-from lorascope.evidence.figure_lists import NO_FIGURES
-from lorascope.evidence.figures import About, KeptFigure
-from lorascope.evidence.looks import BUDGET
-from lorascope.evidence.registration import PAPERS, Change, Deviation, Registration
-from lorascope.evidence.statistics import PAIRS
-from lorascope.evidence.store import Evidence
-from lorascope.evidence.verification import CHANGED, Derived, derive
+from lorascope.papers.judging import kept_runs
+from lorascope.papers.judging.kept_figures import FigureAbout, KeptFigure
+from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.looks import BUDGET
+from lorascope.papers.judging.registration import PAPERS, Change, Deviation, Registration
+from lorascope.papers.judging.verification import CHANGED, Derived, derive
+from lorascope.papers.registry import PAIRS
 
 ROOT = Path(__file__).parents[1]
 CLAIM, OURS, LORA = "fourierft.parity", "FourierFT, 1536 coefficients", "LoRA, rank 8, q and v"
@@ -106,7 +106,7 @@ def accuracies(evidence: Evidence, arm: str) -> np.ndarray:
 
 
 def test_tables_have_every_claim_once_primary_first() -> None:
-    blocks, _ = write(store.read_kept(Path("no folder")))
+    blocks, _ = write(kept_runs.read_kept(Path("no folder")))
     listed = re.findall(r"^\| `([\w.]+)`", blocks["verdicts"], re.MULTILINE)
     assert listed == [*REGISTERED.of_tier("primary"), *REGISTERED.of_tier("secondary")]
     of_papers = [re.findall(r"^\| `([\w.]+)`", blocks[f"{name.lower()}-verdicts"], re.MULTILINE) for name in PAPERS]
@@ -260,7 +260,7 @@ def test_nouns_agree_with_their_number_in_the_costs() -> None:
 
 
 def test_every_earlier_claim_has_its_successor_or_was_dropped() -> None:
-    blocks, _ = write(store.read_kept(Path("no folder")))
+    blocks, _ = write(kept_runs.read_kept(Path("no folder")))
     rows = [line.split(" | ") for line in blocks["before"].strip().splitlines()[2:]]
     dropped = {re.match(r"\| `([\w.]+)`", row[0])[1] for row in rows if row[3] == "dropped"}  # type: ignore[index]
     assert dropped == {
@@ -278,7 +278,7 @@ def test_every_earlier_claim_has_its_successor_or_was_dropped() -> None:
 
 def test_kept_figures_are_listed_by_paper() -> None:
     known = {
-        name: KeptFigure(About(heading, f"alt of {name}", ("run",), "c" * 40), "0" * 64)
+        name: KeptFigure(FigureAbout(heading, f"alt of {name}", ("run",), "c" * 40), "0" * 64)
         for heading, name in (("Planted ranks", "planted"), ("NeFT", "neurons"), ("LoRA", "new"), ("LoRA", "spectrum"))
     }
     blocks, _ = write(replace(planted(), figures=known))

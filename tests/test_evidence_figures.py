@@ -19,19 +19,19 @@ from PIL.PngImagePlugin import PngInfo
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Point
 from lorascope.charts.save import save_small
-from lorascope.evidence import figures, registration, store
-from lorascope.evidence.figures import About, KeptFigure, digest_in
-from lorascope.evidence.statistics import agreement, fourierft, lora, neft, planted
-from lorascope.gallery import SECTIONS, GalleryFigure
-from lorascope.gallery.drawing import SHOWN, _kept_run
-from lorascope.gallery.kept_scores import KeptScores
-from lorascope.gallery.printed_numbers import printed
 from lorascope.inputs import models, tasks
-from lorascope.methods.base import config
+from lorascope.methods.method import config
+from lorascope.papers import fourierft, lora, neft, planted_ranks, score_agreement
+from lorascope.papers.figures.excerpt import write_excerpt
+from lorascope.papers.figures.kept_scores import KeptScores
+from lorascope.papers.figures.printed_numbers import printed
+from lorascope.papers.figures.redraw import SHOWN, _kept_run
+from lorascope.papers.judging import kept_figures, kept_runs, registration
+from lorascope.papers.judging.kept_figures import FigureAbout, KeptFigure, digest_in
+from lorascope.papers.probe import OwnArm
+from lorascope.papers.registry import SECTIONS, GalleryFigure
+from lorascope.papers.training.train_arms import registered_arms
 from lorascope.plots.builders import add_printed
-from lorascope.probes.base import OwnArm
-from lorascope.probes.evidence import registered_arms
-from lorascope.runs.excerpt import write_excerpt
 from lorascope.training import loop
 
 LISTED = [figure for section in SECTIONS.values() for figure in section]
@@ -55,14 +55,14 @@ def test_figures_have_distinct_names_and_registered_arms() -> None:
     assert not any(arms[label].baseline for figure in FIGURES.values() for label in figure.arms.values())
 
 
-ABOUT = About("LoRA", "a point", ("run a", "run b"), "c" * 40)
+ABOUT = FigureAbout("LoRA", "a point", ("run a", "run b"), "c" * 40)
 
 
 @pytest.fixture
 def drawn(tmp_path: Path) -> tuple[Path, KeptFigure]:
     """Return the image of a kept figure, and the figure."""
     chart = Chart(pd.DataFrame({"x": [1.0], "y": [2.0]}), [Point("x", "y")])
-    kept = figures.write(tmp_path, "point", chart.flat(), ABOUT)
+    kept = kept_figures.write(tmp_path, "point", chart.flat(), ABOUT)
     facts = {"runs": list(ABOUT.runs), "commit": ABOUT.commit, "data_sha256": kept.digest}
     return save_small(chart, tmp_path / "point.png", **facts), kept
 
@@ -92,7 +92,7 @@ def test_image_that_differs_from_its_figure_is_named(
 ) -> None:
     image, kept = drawn
     change(image)
-    lines = list(figures.differences({"point": kept}, set(ABOUT.runs), image.parent))
+    lines = list(kept_figures.differences({"point": kept}, set(ABOUT.runs), image.parent))
     assert len(lines) == bool(line)
     assert all(found.startswith(f"figures/point.png: {line}") for found in lines)
 
@@ -112,18 +112,20 @@ def kept_run(label: str, seed: int, role: str = "judged", rate: float = 1e-3) ->
         "test_loss": draw.random() if tested else np.nan,
         "test_metric": draw.uniform(0.7, 0.72) if tested else np.nan,
     }  # fmt: skip
-    cells = [(f"m{n // 2}", n % 2, score) for n in range(8) for score in (*agreement.HALVES, agreement.SIZE)]
+    cells = [
+        (f"m{n // 2}", n % 2, score) for n in range(8) for score in (*score_agreement.HALVES, score_agreement.SIZE)
+    ]
     scores = pd.DataFrame(cells, columns=["module", "component", "score"])
     names = [f"encoder.layer.{layer}.attention.self.{role}" for layer in (0, 1) for role in ("query", "key")]
     norms = pd.DataFrame({"module": names, "update": draw.uniform(4, 8, len(names)), "random": 1.0})
-    tables = {agreement.SCORES: scores.assign(value=draw.random(len(scores))), lora.AMPLIFICATION: norms}
+    tables = {score_agreement.SCORES: scores.assign(value=draw.random(len(scores))), lora.AMPLIFICATION: norms}
     if toy:
         tables[fourierft.COURSE] = pd.DataFrame({"best_accuracy": [draw.choice([0.8, 1.0])], "epochs": [seed]})
     if label.startswith("NeFT"):
         tables[neft.UTILIZATION] = pd.DataFrame({"role": list("aaaabb"), "rank": [*draw.permutation(4), 0, 1]})
-    if label in planted.ALLOCATORS.values():
+    if label in planted_ranks.ALLOCATORS.values():
         ranks = pd.DataFrame({"module": ["m0", "m1", "m2"], "planted": [0, 2, 2], "found": draw.integers(0, 4, 3)})
-        tables[planted.RECOVERY] = ranks
+        tables[planted_ranks.RECOVERY] = ranks
     return KeptScores(row, tables)
 
 
@@ -191,7 +193,7 @@ def test_figure_is_the_same_when_drawn_from_what_the_evidence_keeps_of_its_runs(
         for label, of in runs.items()
     }
     assert not any((run.path / "state").exists() for of in kept.values() for run in of)
-    evidence = store.read_kept(tmp_path / "empty")  # an excerpt is enough
+    evidence = kept_runs.read_kept(tmp_path / "empty")  # an excerpt is enough
     for run in (run for of in runs.values() for run in of):
         first, last = (run.parents or [run])[0].meta.method, run.meta.method
         method = last | {"tuned": None} if last["name"] == "neft" else first  # as the arm has it
@@ -352,7 +354,7 @@ def test_planted_ranks_are_drawn_from_the_kept_tables() -> None:
     figure = FIGURES["planted"]
     runs = {label: [kept_run(arm, seed) for seed in (100, 101)] for label, arm in figure.arms.items()}
     drawn = figure.draw(runs).flat().set_index(["recipe", "planted"])["value"]
-    tables = [run.tables[planted.RECOVERY] for run in runs["ALoRA"]]
+    tables = [run.tables[planted_ranks.RECOVERY] for run in runs["ALoRA"]]
     for rank in (0, 2):
         found = np.mean([table.loc[table["planted"] == rank, "found"].mean() for table in tables])
         assert drawn["ALoRA", rank] == pytest.approx(found)

@@ -13,10 +13,11 @@ import pytest
 import scipy.stats
 
 from lorascope.analysis.seed_intervals import pseudo_values, t_estimate, t_interval, two_way_estimate
-from lorascope.evidence import judging, looks, registration, store
-from lorascope.evidence.judging import correct, judge_all
-from lorascope.evidence.registration import Bound, Design, Paper, Registered, Text
-from lorascope.evidence.statistics.base import (
+from lorascope.papers.judging import kept_runs, looks, registration
+from lorascope.papers.judging import verdicts as judging
+from lorascope.papers.judging.kept_runs import RUN_COLUMNS, Evidence
+from lorascope.papers.judging.registration import Bound, ClaimText, Design, Paper, Registered
+from lorascope.papers.judging.statistics import (
     Accuracy,
     Constant,
     LogLikelihood,
@@ -28,7 +29,7 @@ from lorascope.evidence.statistics.base import (
     average,
     estimate_effect,
 )
-from lorascope.evidence.store import RUN_COLUMNS, Evidence
+from lorascope.papers.judging.verdicts import correct, judge_all
 
 ROWS = 60
 MACHINE = {"capability": "AVX2", "torch": "2.6.0", "threads": 1, "device": "cpu"}
@@ -60,7 +61,7 @@ def planted(accuracies: dict[str, float], seeds: int = 5, machine: dict[str, Any
 def registered(id: str = "a.b", interval: Any = "two-way", tier: Any = "secondary", **bound: Any) -> Registered:
     bound = bound or {"kind": "superiority", "margin": 0.1}
     return Registered(
-        id, Paper("0", "t", tier), Text("s", "x", "y", "arm"), Bound(unit="u", origin="o", **bound),
+        id, Paper("0", "t", tier), ClaimText("s", "x", "y", "arm"), Bound(unit="u", origin="o", **bound),
         Design(interval, (5, 10), (0.005, 0.0215)),
     )  # fmt: skip
 
@@ -168,7 +169,7 @@ def test_draws_of_a_simulated_control_are_kept_with_its_values() -> None:
     assert of["a.replays"]["runs_control"].tolist() == of["a.replays"]["runs_statistic"].tolist()
     assert of["a.simulated"][["draws", "draw_error"]].drop_duplicates().to_numpy().tolist() == [[10_000, 0.003]]
     assert of["a.constant"][["draws", "draw_error"]].isna().all(axis=None)
-    assert b",10000,0.003,A-100AVX2,\n" in store.to_csv(values)
+    assert b",10000,0.003,A-100AVX2,\n" in kept_runs.to_csv(values)
 
 
 def test_baseline_enters_with_every_seed_and_has_none() -> None:
@@ -373,14 +374,14 @@ def test_primary_verdicts_stand_with_holms_p_beside_and_published_ones_without()
 def write(folder: Path, evidence: Evidence) -> None:
     for row in evidence.runs.to_dict("records"):
         scores = {"margin": evidence.margins[row["run"]], "nll": evidence.nll[row["run"]]}
-        store.add_run(folder, row, scores, {"ranks": pd.DataFrame({"value": [row["seed"] * 1.0]})})
+        kept_runs.add_run(folder, row, scores, {"ranks": pd.DataFrame({"value": [row["seed"] * 1.0]})})
     evidence.rows.to_parquet(folder / "rows.parquet")
 
 
 def test_evidence_comes_back_from_its_files(tmp_path: Path) -> None:
     evidence = planted({"A": 0.8, "B": 0.5}, 3)
     write(tmp_path, evidence)
-    found = store.read(tmp_path)
+    found = kept_runs.read(tmp_path)
     pd.testing.assert_frame_equal(found.runs, evidence.runs, check_dtype=False)
     assert all((found.margins[run] == evidence.margins[run]).all() for run in evidence.margins)
     assert all((found.nll[run] == evidence.nll[run]).all() for run in evidence.nll)
@@ -388,7 +389,7 @@ def test_evidence_comes_back_from_its_files(tmp_path: Path) -> None:
     assert found.clusters("A", 100).tolist() == (np.arange(ROWS) // 3).tolist()
     (tmp_path / "MANIFEST").touch()
     (tmp_path / "kept" / "MANIFEST").touch()  # only the one of the folder itself is left out
-    lines = store.manifest(tmp_path).splitlines()
+    lines = kept_runs.manifest(tmp_path).splitlines()
     assert len(lines) == 2 + 6 + 6 + 1
     assert lines == sorted(lines, key=lambda line: line.split("  ")[1])
 
@@ -396,18 +397,18 @@ def test_evidence_comes_back_from_its_files(tmp_path: Path) -> None:
 def test_run_is_never_written_twice(tmp_path: Path) -> None:
     evidence = planted({"A": 0.8}, 2)
     write(tmp_path, evidence)
-    before = store.manifest(tmp_path)
+    before = kept_runs.manifest(tmp_path)
     row = evidence.runs.iloc[0].to_dict()
-    store.add_run(tmp_path, row | {"cpu_seconds": 99.0}, {}, {})  # trained again, as slowly as the machine is busy
-    assert store.manifest(tmp_path) == before
+    kept_runs.add_run(tmp_path, row | {"cpu_seconds": 99.0}, {}, {})  # trained again, as slowly as the machine is busy
+    assert kept_runs.manifest(tmp_path) == before
     with pytest.raises(ValueError, match=r"cannot add run A-100AVX2: .*runs.csv has it with other numbers"):
-        store.add_run(tmp_path, row | {"test_metric": 0.6}, {}, {})
+        kept_runs.add_run(tmp_path, row | {"test_metric": 0.6}, {}, {})
 
 
 def test_interrupted_write_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evidence = planted({"A": 0.8}, 2)
     write(tmp_path, evidence)
-    real, written = store.write_bytes, []
+    real, written = kept_runs.write_bytes, []
 
     def stop(file: Path, content: bytes) -> None:
         if file.name == "runs.csv":
@@ -415,12 +416,12 @@ def test_interrupted_write_leaves_no_run(tmp_path: Path, monkeypatch: pytest.Mon
         written.append(file)
         real(file, content)
 
-    monkeypatch.setattr(store, "write_bytes", stop)
+    monkeypatch.setattr(kept_runs, "write_bytes", stop)
     row = run_row("A", 102) | {"run": "late"}
     with pytest.raises(KeyboardInterrupt):
-        store.add_run(tmp_path, row, {"margin": np.zeros(ROWS, np.int8)}, {})
+        kept_runs.add_run(tmp_path, row, {"margin": np.zeros(ROWS, np.int8)}, {})
     assert written
-    assert store.read(tmp_path).runs["run"].tolist() == evidence.runs["run"].tolist()
+    assert kept_runs.read(tmp_path).runs["run"].tolist() == evidence.runs["run"].tolist()
 
 
 def table_without(file: Path, column: str) -> None:
@@ -491,7 +492,7 @@ def test_damaged_file_is_one_line(tmp_path: Path, name: str, damage: Callable[[P
     write(tmp_path, planted({"A": 0.8}, 2))
     damage(tmp_path / name)
     with pytest.raises(ValueError, match=message) as raised:
-        store.read(tmp_path)
+        kept_runs.read(tmp_path)
     assert "\n" not in str(raised.value)
 
 
@@ -500,7 +501,7 @@ def test_run_id_cannot_lead_outside_the_folder(tmp_path: Path) -> None:
     file = tmp_path / "runs.csv"
     file.write_text(file.read_text().replace("A-100AVX2", "../../secret"))
     with pytest.raises(ValueError, match="invalid run id"):
-        store.read(tmp_path)
+        kept_runs.read(tmp_path)
 
 
 def test_simulated_controls_of_the_kept_effects_are_known_to_a_twentieth_of_their_margin() -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from measured_numbers import measured_numbers, repeated, significant_digits
 from planted_claims import REGISTERED
 from test_evidence_blocks import CLAIM, OURS, ROOT, cells, other_machine, planted, write
+from verdict_tables import Tables
 
-from lorascope.evidence import store
-from lorascope.evidence.blocks import Tables
-from lorascope.evidence.numbers import measured_numbers, repeated, significant_digits
-from lorascope.evidence.statistics import PAIRS
-from lorascope.evidence.store import Evidence
-from lorascope.evidence.verification import derive
+from lorascope.papers.judging import kept_runs
+from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.verification import derive
+from lorascope.papers.registry import PAIRS
 
 
 def listed(evidence: Evidence) -> pd.DataFrame:
@@ -49,7 +49,7 @@ def test_numbers_are_those_that_the_blocks_print() -> None:
 
 
 def test_without_runs_only_published_figures_are_listed() -> None:
-    assert set(listed(store.read_kept(Path("no folder")))["from"]) == {"data/published"}
+    assert set(listed(kept_runs.read_kept(Path("no folder")))["from"]) == {"data/published"}
 
 
 @pytest.mark.parametrize(

@@ -25,17 +25,17 @@ from planted import plant_spectra
 from lorascope import __version__, plots
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Point
-from lorascope.evidence import figures, registration, store, verification
-from lorascope.evidence.judging import untrained_arms
-from lorascope.evidence.statistics.base import Accuracy, Constant, OfRun
-from lorascope.evidence.statistics.ranks import RANKS
-from lorascope.gallery import GalleryFigure, drawing
-from lorascope.gallery.drawing import _finder
 from lorascope.methods import Full, LoRA
-from lorascope.probes import evidence
-from lorascope.probes.base import Arm, Probe
-from lorascope.probes.rank_allocators import keep_ranks
-from lorascope.probes.tfidf_baseline import tfidf_arm
+from lorascope.papers.figures import redraw
+from lorascope.papers.figures.redraw import _finder
+from lorascope.papers.judging import kept_figures, kept_runs, registration, verification
+from lorascope.papers.judging.statistics import Accuracy, Constant, OfRun
+from lorascope.papers.judging.verdicts import untrained_arms
+from lorascope.papers.lora import tfidf_arm
+from lorascope.papers.probe import Arm, Probe
+from lorascope.papers.rank_tables import RANKS, keep_ranks
+from lorascope.papers.registry import GalleryFigure
+from lorascope.papers.training import train_arms
 from lorascope.runs.folders import RunLocked, lock_run
 from lorascope.runs.run import Run
 
@@ -136,7 +136,7 @@ class Study:
         rows = [("better", "two-way", '["A", "B"]'), ("words", "two-way", '["A", "words"]'), ("rank", "t", '["A"]')]
         claims = [CLAIM.format(name=name, interval=how, seeds=SEEDS, arms=arms) for name, how, arms in rows]
         self.file.write_text(TOML + "".join(claims), encoding="utf-8")
-        hashes = evidence.arm_hashes(registration.read(self.file))
+        hashes = train_arms.arm_hashes(registration.read(self.file))
         self.edit(lambda text: "".join(_filled(part, hashes) for part in text.split("\n\n")))
 
     def edit(self, change: Callable[[str], str]) -> None:
@@ -144,14 +144,14 @@ class Study:
 
     def write(self, **options: Any) -> None:
         with parallel_config(n_jobs=1):
-            evidence.write_evidence(self.folder, self.out, registered=self.file, **options)
+            train_arms.write_evidence(self.folder, self.out, registered=self.file, **options)
 
     def differences(self) -> list[str]:
         code: Callable[[str], str] = "sha256:{}".format
         claims = registration.read(self.file)
         return [
             *verification.verify(self.folder, self.file, claims, PAIRS, code, images=self.images),
-            *drawing.differences(self.folder, store.read(self.folder), SECTIONS),
+            *redraw.differences(self.folder, kept_runs.read(self.folder), SECTIONS),
         ]
 
 
@@ -181,12 +181,12 @@ def planted_probe(bert: str, task: Any) -> Iterator[None]:
         keep={(RANKS, "A"): keep_ranks},
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evidence, "PROBES", {"p": probe})
-        patch.setattr(evidence, "PAIRS", PAIRS)
-        patch.setattr(evidence, "SECTIONS", SECTIONS)
-        evidence.registered_arms.cache_clear()
+        patch.setattr(train_arms, "PROBES", {"p": probe})
+        patch.setattr(train_arms, "PAIRS", PAIRS)
+        patch.setattr(train_arms, "SECTIONS", SECTIONS)
+        train_arms.registered_arms.cache_clear()
         yield
-    evidence.registered_arms.cache_clear()
+    train_arms.registered_arms.cache_clear()
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def finished(planted: None, trained: Study, tmp_path: Path) -> Study:
 
 
 def count(study: Study) -> dict[tuple[str, str], int]:
-    runs = store.read(study.folder).runs
+    runs = kept_runs.read(study.folder).runs
     return {key: int(number) for key, number in runs.groupby(["arm", "role"]).size().items()}
 
 
@@ -231,15 +231,15 @@ def test_from_nothing_to_verdicts_that_verify(finished: Study) -> None:
     assert finished.differences() == []
     verdicts = pd.read_csv(finished.folder / "verdicts.csv").set_index("claim")
     assert verdicts["n"].eq(SEEDS).all()
-    ranks = 2 * len(store.read(finished.folder).table(RANKS, "A", 100))
+    ranks = 2 * len(kept_runs.read(finished.folder).table(RANKS, "A", 100))
     assert verdicts.loc["p.rank", "effect"] == ranks - 1
     rate = pd.read_csv(finished.folder / "tuning.csv").query("chosen")["rate"].item()
-    judged = store.read(finished.folder).runs.query("arm == 'A' and role == 'judged'")
+    judged = kept_runs.read(finished.folder).runs.query("arm == 'A' and role == 'judged'")
     assert judged["rate"].eq(rate).all()
 
 
 def test_kept_predictions_are_those_of_the_runs_and_states_are_removed(finished: Study) -> None:
-    kept = store.read(finished.folder)
+    kept = kept_runs.read(finished.folder)
     runs = [Run.read(file.parent) for file in finished.out.glob("*/run.json")]
     assert {run.seed for run in runs} >= {100}
     for run in runs:
@@ -251,13 +251,13 @@ def test_kept_predictions_are_those_of_the_runs_and_states_are_removed(finished:
 
 def test_a_finished_study_trains_nothing(finished: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {file: file.read_bytes() for file in finished.folder.rglob("*") if file.is_file()}
-    monkeypatch.setattr(evidence, "train_job", None)
+    monkeypatch.setattr(train_arms, "train_job", None)
     finished.write()
     assert before == {file: file.read_bytes() for file in finished.folder.rglob("*") if file.is_file()}
 
 
 def test_an_interrupted_study_loses_no_finished_run(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained, train = [], evidence.train_job
+    trained, train = [], train_arms.train_job
 
     def interrupted(job: Any) -> Run:
         if len(trained) == 5:
@@ -265,12 +265,12 @@ def test_an_interrupted_study_loses_no_finished_run(study: Study, monkeypatch: p
         trained.append(job)
         return train(job)
 
-    monkeypatch.setattr(evidence, "train_job", interrupted)
+    monkeypatch.setattr(train_arms, "train_job", interrupted)
     with pytest.raises(KeyboardInterrupt):
         study.write()
     assert sum(count(study).values()) == 5
     trained.clear()
-    monkeypatch.setattr(evidence, "train_job", lambda job: trained.append(job) or train(job))
+    monkeypatch.setattr(train_arms, "train_job", lambda job: trained.append(job) or train(job))
     study.write()
     assert len(trained) == sum(count(study).values()) - 5 - 1  # the baseline is not trained
     assert study.differences() == []
@@ -279,10 +279,10 @@ def test_an_interrupted_study_loses_no_finished_run(study: Study, monkeypatch: p
 def test_runs_that_only_figures_show_are_trained_and_kept_with_predictions(study: Study) -> None:
     arm = SHOWN_ARM.format(hash="?")
     study.edit(lambda text: text.replace("[[claim]]", f"{arm}[[claim]]", 1))
-    found = evidence.arm_hashes(registration.read(study.file))["C"]
+    found = train_arms.arm_hashes(registration.read(study.file))["C"]
     study.edit(lambda text: text.replace(arm, SHOWN_ARM.format(hash=found)))
     study.write()
-    kept = store.read(study.folder)
+    kept = kept_runs.read(study.folder)
     runs = kept.runs[kept.runs["arm"] == "C"].set_index("seed")
     assert runs["role"].to_dict() == {100: "judged", 101: "judged"}
     assert runs["rate"].unique() == kept.runs.query("arm == 'A' and role == 'judged'")["rate"].unique()
@@ -303,14 +303,14 @@ def test_no_run_starts_after_the_given_minutes(study: Study) -> None:
 
 
 def test_a_rate_that_diverges_is_kept_and_not_chosen(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    train = evidence.train_job
+    train = train_arms.train_job
 
     def diverging(job: Any) -> Run:
         if job.method.lr == 1e-3:
             raise FloatingPointError("the loss became nan")
         return train(job)
 
-    monkeypatch.setattr(evidence, "train_job", diverging)
+    monkeypatch.setattr(train_arms, "train_job", diverging)
     study.edit(lambda text: text.replace("may_void = false", ""))
     study.write()
     tuning = pd.read_csv(study.folder / "tuning.csv").set_index("rate")
@@ -318,7 +318,7 @@ def test_a_rate_that_diverges_is_kept_and_not_chosen(study: Study, monkeypatch: 
     assert not tuning.loc[1e-3, "chosen"]
     verdicts = pd.read_csv(study.folder / "verdicts.csv").set_index("claim")
     assert verdicts.loc["p.better", "outcome"] == "void"
-    assert "B" in untrained_arms(store.read(study.folder))  # it has no other rate
+    assert "B" in untrained_arms(kept_runs.read(study.folder))  # it has no other rate
 
 
 def test_another_arm_than_registered_is_refused_before_training(study: Study) -> None:
@@ -330,8 +330,8 @@ def test_another_arm_than_registered_is_refused_before_training(study: Study) ->
 
 def test_runs_trained_again_agree_and_show_a_consistent_forgery(finished: Study) -> None:
     with parallel_config(n_jobs=1):
-        assert evidence.retrain(finished.folder, 100, finished.file) == []
-    kept = store.read(finished.folder)
+        assert train_arms.retrain(finished.folder, 100, finished.file) == []
+    kept = kept_runs.read(finished.folder)
     run = kept.run("A", 102)
     margins = kept.margins[run].copy()
     margins[np.flatnonzero(margins > 0)[:2]] = -5  # two right rows become wrong, and every number follows from them
@@ -339,10 +339,10 @@ def test_runs_trained_again_agree_and_show_a_consistent_forgery(finished: Study)
     rows = kept.runs.assign(
         test_metric=kept.runs["test_metric"].where(kept.runs["run"] != run, float((margins > 0).mean()))
     )
-    (finished.folder / "runs.csv").write_bytes(store.to_csv(rows))
+    (finished.folder / "runs.csv").write_bytes(kept_runs.to_csv(rows))
     finished.write()
     assert finished.differences() == []
-    lines = evidence.retrain(finished.folder, 100, finished.file)
+    lines = train_arms.retrain(finished.folder, 100, finished.file)
     assert lines[0].startswith("A, seed 102: margin: row ")
     assert lines[0].endswith(", and 1 more")
     assert lines[1].startswith("A, seed 102: test_metric: kept ")
@@ -350,17 +350,17 @@ def test_runs_trained_again_agree_and_show_a_consistent_forgery(finished: Study)
 
 
 def test_forged_tables_and_scores_are_named_when_trained_again(finished: Study) -> None:
-    kept = store.read(finished.folder)
+    kept = kept_runs.read(finished.folder)
     low, high = kept.run("A", 100), kept.run("A", 102)
     kept.kept[RANKS][low].assign(value=7).to_parquet(finished.folder / "kept" / RANKS / f"{low}.parquet", index=False)
     forged = {"validation_loss": 0.5, "test_loss": 0.25, "trained_parameters": 3}
     rows = kept.runs.astype(dict.fromkeys(forged, "object"))
     rows.loc[rows["run"] == high, list(forged)] = list(forged.values())
-    (finished.folder / "runs.csv").write_bytes(store.to_csv(rows))
+    (finished.folder / "runs.csv").write_bytes(kept_runs.to_csv(rows))
     finished.write()
     assert finished.differences() == []
     with parallel_config(n_jobs=1):
-        table, *scores = sorted(evidence.retrain(finished.folder, 100, finished.file))
+        table, *scores = sorted(train_arms.retrain(finished.folder, 100, finished.file))
     assert re.match(rf"A, seed 100: {RANKS}: row 2 .*: value: kept '7', recomputed '2', and \d+ more$", table)
     assert [line.partition(", trained")[0] for line in scores] == [
         f"A, seed 102: {name}: kept {float(value)}" for name, value in sorted(forged.items())
@@ -368,18 +368,18 @@ def test_forged_tables_and_scores_are_named_when_trained_again(finished: Study) 
 
 
 def test_a_forged_record_that_a_figure_shows_is_named_when_trained_again(finished: Study) -> None:
-    run = store.read(finished.folder).run("A", 101)
+    run = kept_runs.read(finished.folder).run("A", 101)
     excerpt = finished.folder / "shown" / run
     table = pd.read_parquet(excerpt / "records.parquet")
     table.assign(value=table["value"] + 1).to_parquet(excerpt / "records.parquet", index=False)
     about = json.loads((excerpt / "run.json").read_text())
-    about["checksums"]["records.parquet"] = store.digest(excerpt / "records.parquet")
+    about["checksums"]["records.parquet"] = kept_runs.digest(excerpt / "records.parquet")
     (excerpt / "run.json").write_text(json.dumps(about))
     shutil.rmtree(finished.out)
     finished.write()  # draws the figures from the forged record
     assert finished.differences() == []
     with parallel_config(n_jobs=1):
-        lines = evidence.retrain(finished.folder, 100, finished.file)
+        lines = train_arms.retrain(finished.folder, 100, finished.file)
     assert lines == [f"A, seed 101: shown/{run}: records of rank: other values when trained again"]
 
 
@@ -391,13 +391,13 @@ def test_source_tree_without_git_has_the_version_instead_of_a_commit(
     (tmp_path / "README.md").touch()
     monkeypatch.setattr(registration, "FILE", tmp_path / "data" / "registered.toml")
     expected = {"commit": __version__, "dirty": False, "numpy": np.__version__}
-    assert evidence._version.__wrapped__() == expected
+    assert train_arms._version.__wrapped__() == expected
     subprocess.run(["git", "init", "-q"], cwd=tmp_path.parent, check=True)  # a repository around the tree
-    assert evidence._version.__wrapped__() == expected
+    assert train_arms._version.__wrapped__() == expected
     monkeypatch.setenv("PATH", "")
-    assert evidence._version.__wrapped__() == expected
+    assert train_arms._version.__wrapped__() == expected
     monkeypatch.undo()
-    assert len(evidence._version.__wrapped__()["commit"]) == 40
+    assert len(train_arms._version.__wrapped__()["commit"]) == 40
 
 
 def image_facts(study: Study, name: str) -> dict[str, Any]:
@@ -407,7 +407,7 @@ def image_facts(study: Study, name: str) -> dict[str, Any]:
 
 def test_figures_show_kept_runs_and_agree_with_their_data(finished: Study, capsys: pytest.CaptureFixture[str]) -> None:
     finished.write()  # again, for its lines
-    kept, printed = store.read(finished.folder), capsys.readouterr().out
+    kept, printed = kept_runs.read(finished.folder), capsys.readouterr().out
     assert kept.figures.keys() == {"phi", "ranks", "scores", "table"}
     assert re.search("^cannot draw moments: second_moments needs records of moment_sigma", printed, re.MULTILINE)
     about = kept.figures["ranks"].about
@@ -415,7 +415,7 @@ def test_figures_show_kept_runs_and_agree_with_their_data(finished: Study, capsy
     assert set(kept.figures["scores"].about.runs) == {kept.run(arm, seed) for arm in "AB" for seed in (100, 101, 102)}
     facts = image_facts(finished, "ranks")
     assert facts["runs"] == list(about.runs)
-    assert facts["data_sha256"] == store.digest(finished.folder / "figures" / "ranks.parquet")
+    assert facts["data_sha256"] == kept_runs.digest(finished.folder / "figures" / "ranks.parquet")
     assert facts["commit"] == kept.runs["commit"].iloc[0]
     chart = pd.read_parquet(finished.folder / "figures" / "scores.parquet")
     means = kept.runs[kept.runs["role"] == "judged"].groupby("arm")["test_metric"].mean()
@@ -423,13 +423,13 @@ def test_figures_show_kept_runs_and_agree_with_their_data(finished: Study, capsy
 
 
 def test_a_figure_of_a_kept_table_shows_the_seeds_that_have_it(finished: Study) -> None:
-    kept = store.read(finished.folder)
+    kept = kept_runs.read(finished.folder)
     runs = [kept.run("A", seed) for seed in (100, 101, 102)]
     assert kept.figures["table"].about.runs == tuple(runs)
     (finished.folder / "kept" / RANKS / f"{runs[2]}.parquet").unlink()
     (finished.folder / "figures" / "table.parquet").unlink()
-    drawing.draw_figures(finished.folder, finished.out, finished.images, SECTIONS, "abc")
-    assert store.read(finished.folder).figures["table"].about.runs == tuple(runs[:2])
+    redraw.draw_figures(finished.folder, finished.out, finished.images, SECTIONS, "abc")
+    assert kept_runs.read(finished.folder).figures["table"].about.runs == tuple(runs[:2])
 
 
 def test_a_kept_figure_stays_without_the_runs_and_is_drawn_again_if_the_image_is_lost(finished: Study) -> None:
@@ -442,7 +442,7 @@ def test_a_kept_figure_stays_without_the_runs_and_is_drawn_again_if_the_image_is
     assert sorted(file.name for file in finished.images.iterdir()) == ["ranks.png", "scores.png", "table.png"]
     assert finished.differences() == [
         f"figures/phi.png: data_sha256: kept no image with chart data, recomputed "
-        f"{store.read(finished.folder).figures['phi'].digest[:12]}"
+        f"{kept_runs.read(finished.folder).figures['phi'].digest[:12]}"
     ]
     finished.out.with_name("elsewhere").rename(finished.out)
     finished.write()
@@ -453,10 +453,10 @@ def test_a_kept_figure_stays_without_the_runs_and_is_drawn_again_if_the_image_is
 def test_a_figure_is_not_drawn_from_runs_with_other_scores_than_kept(finished: Study) -> None:
     shutil.rmtree(finished.folder / "figures")
     runs = pd.read_csv(finished.folder / "runs.csv")
-    other = runs["run"] == store.read(finished.folder).run("A", 101)
-    (finished.folder / "runs.csv").write_bytes(store.to_csv(runs.assign(test_loss=runs["test_loss"] + 0.1 * other)))
+    other = runs["run"] == kept_runs.read(finished.folder).run("A", 101)
+    (finished.folder / "runs.csv").write_bytes(kept_runs.to_csv(runs.assign(test_loss=runs["test_loss"] + 0.1 * other)))
     finished.write()
-    assert store.read(finished.folder).figures.keys() == {"scores", "table"}
+    assert kept_runs.read(finished.folder).figures.keys() == {"scores", "table"}
 
 
 def change_point(study: Study) -> None:
@@ -473,9 +473,9 @@ def exchange_images(study: Study) -> None:
 
 
 def name_another_run(study: Study) -> None:
-    known = store.read(study.folder).figures["ranks"].about
+    known = kept_runs.read(study.folder).figures["ranks"].about
     table = pd.read_parquet(study.folder / "figures" / "ranks.parquet")
-    figures.write(study.folder, "ranks", table, replace(known, runs=("0123456789ab", *known.runs[1:])))
+    kept_figures.write(study.folder, "ranks", table, replace(known, runs=("0123456789ab", *known.runs[1:])))
 
 
 def test_tampered_figures_are_named(finished: Study) -> None:
@@ -504,7 +504,7 @@ def forge_image(study: Study, name: str, **facts: Any) -> None:
     image = study.images / f"{name}.png"
     with Image.open(image) as opened:
         known, copied = json.loads(opened.info["lorascope"]), opened.copy()
-    digest = store.digest(study.folder / "figures" / f"{name}.parquet")
+    digest = kept_runs.digest(study.folder / "figures" / f"{name}.parquet")
     text = PngInfo()
     text.add_text("lorascope", json.dumps(known | {"data_sha256": digest} | facts))
     copied.save(image, pnginfo=text)
@@ -522,15 +522,15 @@ def test_a_point_that_does_not_follow_from_the_runs_is_named_even_if_all_hashes_
 
 def test_a_figure_of_factors_is_not_drawn_again(finished: Study) -> None:
     file = finished.folder / "figures" / "phi.parquet"
-    table, known = pd.read_parquet(file), store.read(finished.folder).figures["phi"]
+    table, known = pd.read_parquet(file), kept_runs.read(finished.folder).figures["phi"]
     column = table.select_dtypes("float").columns[0]
-    figures.write(finished.folder, "phi", table.assign(**{column: table[column] + 1}), known.about)
+    kept_figures.write(finished.folder, "phi", table.assign(**{column: table[column] + 1}), known.about)
     forge_image(finished, "phi")
     assert finished.differences() == []
 
 
 def test_the_kept_part_of_a_run_has_what_figures_show_of_it(finished: Study) -> None:
-    kept = store.read(finished.folder)
+    kept = kept_runs.read(finished.folder)
     parts = {path.name: Run.read(path) for path in (finished.folder / "shown").iterdir()}
     assert set(parts) == {kept.run(arm, seed) for arm in "AB" for seed in (100, 101)}
     for seed in (100, 101):
@@ -573,7 +573,7 @@ def move_outside(excerpt: Path) -> None:
     ],
 )
 def test_a_damaged_excerpt_is_one_line(finished: Study, damage: Callable[[Path], None], line: str) -> None:
-    run = store.read(finished.folder).run("A", 101)
+    run = kept_runs.read(finished.folder).run("A", 101)
     damage(finished.folder / "shown" / run)
     (finished.folder / "MANIFEST").write_text(verification._manifest(finished.folder, finished.file))
     (found,) = finished.differences()
@@ -593,9 +593,9 @@ def test_a_damaged_excerpt_is_one_line(finished: Study, damage: Callable[[Path],
 def test_a_figure_that_shows_other_runs_or_has_other_text_is_named(
     finished: Study, change: Callable[[Any], Any], line: str
 ) -> None:
-    kept = store.read(finished.folder)
+    kept = kept_runs.read(finished.folder)
     about = change(kept.figures["ranks"].about)
-    figures.write(finished.folder, "ranks", pd.read_parquet(finished.folder / "figures" / "ranks.parquet"), about)
+    kept_figures.write(finished.folder, "ranks", pd.read_parquet(finished.folder / "figures" / "ranks.parquet"), about)
     forge_image(finished, "ranks", runs=list(about.runs))
     (found,) = finished.differences()
     for run, name in zip(kept.figures["ranks"].about.runs, "AB", strict=True):
@@ -614,9 +614,9 @@ def test_an_excerpt_of_no_run_is_named(finished: Study) -> None:
 def test_a_damaged_cell_of_a_shown_run_raises_nothing(finished: Study, column: str, value: str) -> None:
     runs = pd.read_csv(finished.folder / "runs.csv", dtype="str", keep_default_na=False)
     runs.loc[runs["arm"] == "B", column] = value
-    (finished.folder / "runs.csv").write_bytes(store.to_csv(runs))
+    (finished.folder / "runs.csv").write_bytes(kept_runs.to_csv(runs))
     assert any(line.startswith("figures/scores.parquet: ") for line in finished.differences())
-    drawing.draw_figures(finished.folder, finished.out, finished.images, SECTIONS, "abc")
+    redraw.draw_figures(finished.folder, finished.out, finished.images, SECTIONS, "abc")
 
 
 def test_figures_are_drawn_from_the_kept_parts_of_the_runs(finished: Study) -> None:
@@ -624,8 +624,8 @@ def test_figures_are_drawn_from_the_kept_parts_of_the_runs(finished: Study) -> N
     for file in (finished.folder / "figures" / "ranks.parquet", finished.images / "ranks.png"):
         file.unlink()
     shutil.rmtree(finished.out)
-    drawing.draw_figures(
-        finished.folder, finished.out, finished.images, SECTIONS, store.read(finished.folder).runs["commit"].iloc[0]
+    redraw.draw_figures(
+        finished.folder, finished.out, finished.images, SECTIONS, kept_runs.read(finished.folder).runs["commit"].iloc[0]
     )
     assert (finished.folder / "figures" / "ranks.parquet").read_bytes() == kept
     assert finished.differences() == []

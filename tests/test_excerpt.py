@@ -11,8 +11,8 @@ import pytest
 
 from lorascope import observe
 from lorascope.methods import AutoLoRA, LoRA
-from lorascope.runs import excerpt as excerpts
-from lorascope.runs.excerpt import excerpt_differences, write_excerpt
+from lorascope.papers.figures import excerpt as excerpts
+from lorascope.papers.figures.excerpt import excerpt_differences, write_excerpt
 from lorascope.runs.run import Run
 from lorascope.training import loop
 

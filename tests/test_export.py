@@ -24,12 +24,12 @@ from torch import nn
 import lorascope as ls
 from lorascope.adapters import delta
 from lorascope.adapters.delta import Delta, host_weight
+from lorascope.export import rank_pattern, to_peft
+from lorascope.export.peft_lora import drop_unused
+from lorascope.formats.peft_lora import WEIGHTS
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, LoRA
-from lorascope.methods.base import Method, train_adapters
-from lorascope.runs.export import rank_pattern, to_peft
-from lorascope.runs.export.peft_lora import drop_unused
-from lorascope.runs.formats.peft_lora import WEIGHTS
+from lorascope.methods.method import Method, train_adapters
 from lorascope.runs.loading import load
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.schema import module_table

@@ -14,9 +14,9 @@ from test_export import Nested, by_the_card, distance, trained
 from tolerance import TINY, rounding
 from torch import nn
 
+from lorascope.export.peft_folder import to_peft
+from lorascope.export.peft_fourierft import frequency_pattern
 from lorascope.methods import FourierFT
-from lorascope.runs.export.peft_folder import to_peft
-from lorascope.runs.export.peft_fourierft import frequency_pattern
 from lorascope.runs.loading import load
 
 

@@ -15,9 +15,9 @@ from tolerance import TINY, rounding
 
 import lorascope as ls
 from lorascope.adapters import delta
+from lorascope.export import rank_pattern, to_peft
 from lorascope.inputs import models
 from lorascope.methods import HydraLoRA
-from lorascope.runs.export import rank_pattern, to_peft
 from lorascope.runs.run import Run
 
 TEXTS = ["the film was great", "a very boring plot and music", "lovely"]

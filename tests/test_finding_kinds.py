@@ -50,7 +50,7 @@ def test_findings_are_created_only_with_a_kind():
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Finding":
-                assert file == DIAGNOSIS / "causes/base.py"
+                assert file == DIAGNOSIS / "causes/finding.py"
             if isinstance(node, ast.Constant) and re.fullmatch(r"LS\d{3}", str(node.value)):
                 used.add(node.value)
     assert used == KINDS.keys()

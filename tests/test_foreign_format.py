@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 import lorascope as ls
 from lorascope.cli.main import main
-from lorascope.runs.formats import READERS, AdapterFiles, StoredTensor, StoredUpdate, group_factors, reads
+from lorascope.formats import READERS, AdapterFiles, StoredTensor, StoredUpdate, group_factors, reads
 from lorascope.updates import FORMS, LowRank, Update
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorascope as ls
-from lorascope import plots
+from lorascope import export, plots
 from lorascope.adapters.delta import attach, attached_deltas, deltas, detach, fold, host_weight
 from lorascope.analysis import initial_update, subspace_similarity
 from lorascope.diagnosis.inspection import inspect
@@ -32,7 +32,6 @@ from lorascope.methods.fourierft import (
     synthesize,
     use_basis_form,
 )
-from lorascope.runs import export
 from lorascope.updates import fourier, stable_rank
 from lorascope.updates.fourier import Fourier, entries
 

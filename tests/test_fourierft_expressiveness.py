@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lorascope.probes import fourierft_expressiveness as study
-from lorascope.probes.fourierft_expressiveness import FOURIER, SLOW, Course, Points
+from lorascope.papers import fourierft_expressiveness as study
+from lorascope.papers.fourierft_expressiveness import FOURIER, SLOW, Course, Points
 from lorascope.updates import fourier
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tiny import tiny
 
 from lorascope.adapters.delta import attached_deltas
-from lorascope.probes import fourierft as probe
+from lorascope.papers import fourierft as probe
 
 
 def test_arms_with_equal_parameters_have_equal_counts():

@@ -51,7 +51,7 @@ def test_the_table_has_a_row_per_method_recorder_and_decoder(gpu, toy, bert, lla
     trained = [*gpu.METHODS]
     assert list(found.index) == [*trained, "full, recorded", "lora, recorded", f"lora, {llama}, bf16"]
     assert found["max allocated (MiB)"].isna().all()
-    assert (found.loc[trained, "lorascope.memory (MiB)"] > 0).all()
+    assert (found.loc[trained, "lorascope.step_memory (MiB)"] > 0).all()
     milliseconds, ratio = found["ms per step"], found.loc[trained, "ratio"]
     assert (milliseconds > 0).all()
     assert ratio["full"] == 1

@@ -118,7 +118,7 @@ def test_every_trained_tensor_counts_once_at_the_layer_that_has_it(family, tmp_p
     run = ls.load(tmp_path / "run")
     squares = {n: float(p.grad.double().square().sum()) for n, p in model.named_parameters() if p.grad is not None}
     assert totals(run)[1] == pytest.approx(math.sqrt(math.fsum(squares.values())), rel=CLOSE)
-    modules = ls.names.describe(model)
+    modules = ls.module_table.describe(model)
     rows = run.table[run.table["quantity"] == "gradient_norm"]
     for block in modules[modules["role"] == "block"].itertuples():
         inside = [value for name, value in squares.items() if name.startswith(f"{block.module}.")]

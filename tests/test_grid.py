@@ -12,7 +12,7 @@ from lorascope.experiments import grid
 from lorascope.experiments.sweep import SweepResult
 from lorascope.methods import METHODS, LoRA
 from lorascope.observe import factors, neurons, norms
-from lorascope.probes import planted_teacher
+from lorascope.papers.setups import planted_teacher
 
 TOML = """
 model = "{bert}"

@@ -26,11 +26,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
-from lorascope import plots
+from lorascope import export, plots
 from lorascope.files import parquet_tables, typed_json
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.runs import export
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import load
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import parse

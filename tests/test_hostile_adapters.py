@@ -25,8 +25,8 @@ from test_gguf import write as write_gguf
 import lorascope as ls
 from lorascope.cli.main import main
 from lorascope.files.printable import printable
-from lorascope.runs.formats.peft_merge import MERGED
-from lorascope.runs.formats.stored_update import StoredTensor
+from lorascope.formats.peft_merge import MERGED
+from lorascope.formats.stored_update import StoredTensor
 
 FAST = {"read_adapter": 12, "read_loha": 40, "read_kohya": 12}
 """Readers that the ordinary suite spoils, and how many ways it skips after each."""

@@ -21,10 +21,10 @@ from lorascope.analysis.head_similarity import cosines, update_inner
 from lorascope.diagnosis import inspection
 from lorascope.inputs import models
 from lorascope.methods import HydraLoRA, LoRA
-from lorascope.methods.base import config, from_config
 from lorascope.methods.hydralora import HydraDelta, RoutedDelta, head_similarity
 from lorascope.methods.hydralora_routing import Routing, watch
 from lorascope.methods.lora import LoRADelta
+from lorascope.methods.method import config, from_config
 from lorascope.runs.layout import identify
 from lorascope.runs.run import Run
 from lorascope.updates import effective_rank

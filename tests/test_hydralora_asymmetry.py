@@ -16,12 +16,12 @@ from torch import nn
 from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.analysis.factor_embeddings import clouds
 from lorascope.analysis.factor_sharing import sharedness
-from lorascope.evidence.statistics import asymmetry
 from lorascope.inputs.sources import DOMAINS
 from lorascope.methods import LoRA
-from lorascope.methods.base import config, from_config
 from lorascope.methods.lora import LoRADelta
-from lorascope.probes import hydralora_asymmetry
+from lorascope.methods.method import config, from_config
+from lorascope.papers import hydralora_asymmetry
+from lorascope.papers import hydralora_asymmetry as asymmetry
 from lorascope.runs.layout import identify
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter

@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 from tolerance import TINY, near
 
 import lorascope as ls
-from lorascope import plots
+from lorascope import export, plots
 from lorascope.diagnosis import inspection
+from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.inputs import models
-from lorascope.runs import export
-from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
 
 PREFIX = "base_model.model."
 MODULES = {

@@ -11,8 +11,8 @@ from tiny import tiny
 import lorascope as ls
 from lorascope.adapters.delta import attached_deltas
 from lorascope.analysis.head_similarity import cosines, update_inner
-from lorascope.evidence.statistics import hydralora as statistics
-from lorascope.probes import hydralora
+from lorascope.papers import hydralora
+from lorascope.papers import hydralora as statistics
 
 
 def test_cosines_of_updates_equal_cosines_of_dense_matrices():
@@ -27,8 +27,8 @@ def test_cosines_of_updates_equal_cosines_of_dense_matrices():
 
 @pytest.mark.parametrize(("rank", "number"), [(4, 4), (2, 6)])
 def test_equal_rank_gives_lora_the_same_number_of_parameters(rank, number):
-    method = replace(hydralora.METHOD, rank=rank, num_experts=number)
-    assert replace(hydralora.METHOD, rank=4, num_experts=4) == hydralora.METHOD
+    method = replace(hydralora.routed_method(), rank=rank, num_experts=number)
+    assert replace(hydralora.routed_method(), rank=4, num_experts=4) == hydralora.routed_method()
     counts = []
     for other in (method, ls.LoRA(rank=hydralora.equal_rank(method), targets=("ffn_in", "ffn_out"))):
         model = tiny("bert")

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save
 
 import lorascope as ls
 from lorascope.diagnosis.inspection import inspect
-from lorascope.runs.loading import is_checkpoint
+from lorascope.runs.loading import is_whole_model
 
 LYCORIS = Path(__file__).parent / "fixtures" / "lycoris"
 DENSE = load_file(LYCORIS / "dense.safetensors")
@@ -281,8 +281,8 @@ def test_folder_with_several_adapters_asks_for_one(tmp_path: Path) -> None:
 def test_models_do_not_count_as_adapters(tmp_path: Path) -> None:
     names = ("model.diffusion_model.input_blocks.0.0.weight", "act.alpha", "decoder.diff", "a1.weight", "transformer.x")
     file = store(tmp_path / "model.safetensors", dict.fromkeys(names, UP))
-    assert is_checkpoint(file)
-    assert not is_checkpoint(store(tmp_path / "lokr.safetensors", {f"{Q}.lokr_w1": UP, f"{Q}.lokr_w2": UP}))
+    assert is_whole_model(file)
+    assert not is_whole_model(store(tmp_path / "lokr.safetensors", {f"{Q}.lokr_w1": UP, f"{Q}.lokr_w2": UP}))
 
 
 def test_alpha_tensors_come_before_the_metadata(tmp_path: Path) -> None:

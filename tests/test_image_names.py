@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save
 
 import lorascope as ls
-from lorascope.runs.formats.image_names import BaseNames
+from lorascope.formats.image_names import BaseNames
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = json.loads((FIXTURES / "unet_names.json").read_text(encoding="utf-8"))

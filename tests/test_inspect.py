@@ -20,11 +20,11 @@ from test_loading import save, write_run
 
 import lorascope as ls
 from lorascope.cli.main import main
-from lorascope.diagnosis import comparison_screen, terminal
+from lorascope.diagnosis import pair_screen, terminal
 from lorascope.diagnosis.inspection import inspect
 from lorascope.diagnosis.inspection_screen import inspection_screen
 from lorascope.files.safetensors_io import write_json, write_tensors
-from lorascope.runs.formats.peft_lora import WEIGHTS
+from lorascope.formats.peft_lora import WEIGHTS
 from lorascope.runs.loading import load
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Record, Snapshot
@@ -434,7 +434,7 @@ def test_spectra_read_in_tiles_equal_those_of_loaded_factors(tmp_path: Path, dty
 
 
 def test_many_adapters_have_letters_that_a_terminal_can_show() -> None:
-    assert [comparison_screen._letters(place) for place in (0, 25, 26, 51, 52, 701, 702)] == [
+    assert [pair_screen._letters(place) for place in (0, 25, 26, 51, 52, 701, 702)] == [
         *("a", "z", "aa", "az", "ba", "zz", "aaa")
     ]
 

@@ -22,35 +22,42 @@ from lorascope.analysis import norms, rank_allocations, selected_neurons
 from lorascope.analysis.factor_embeddings import factored_updates
 from lorascope.analysis.factor_sharing import numbers
 from lorascope.analysis.neuron_utilization import shifts
-from lorascope.evidence.statistics import (
-    PAIRS,
+from lorascope.inputs import models
+from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, Full, HydraLoRA, LoRA, NeFT
+from lorascope.methods.method import Method
+from lorascope.papers import (
     adalora,
     adapprox,
-    agreement,
     alora,
-    asymmetry,
     autolora,
     fourierft,
+    fourierft_expressiveness,
     hydralora,
+    hydralora_asymmetry,
     lisa,
     lora,
     neft,
-    planted,
-    ranks,
+    planted_ranks,
+    rank_tables,
+    score_agreement,
 )
-from lorascope.evidence.store import ROW_COLUMNS, Evidence, add_run, read
-from lorascope.inputs import models
-from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, Full, HydraLoRA, LoRA, NeFT
-from lorascope.methods.base import Method
-from lorascope.probes import alora as alora_probe
-from lorascope.probes import fourierft_expressiveness, hydralora_asymmetry, planted_teacher, score_agreement
-from lorascope.probes import hydralora as hydralora_probe
-from lorascope.probes import lisa as lisa_probe
-from lorascope.probes import lora as lora_probe
-from lorascope.probes import neft as neft_probe
-from lorascope.probes.adapprox import keep_tails
-from lorascope.probes.planted import keep_recovery
-from lorascope.probes.rank_allocators import keep_ranks
+from lorascope.papers import alora as alora_probe
+from lorascope.papers import hydralora as hydralora_probe
+from lorascope.papers import (
+    hydralora_asymmetry as asymmetry,
+)
+from lorascope.papers import lisa as lisa_probe
+from lorascope.papers import lora as lora_probe
+from lorascope.papers import neft as neft_probe
+from lorascope.papers import (
+    score_agreement as agreement,
+)
+from lorascope.papers.adapprox import keep_tails
+from lorascope.papers.judging.kept_runs import ROW_COLUMNS, Evidence, add_run, read
+from lorascope.papers.planted_ranks import keep_recovery
+from lorascope.papers.rank_tables import keep_ranks
+from lorascope.papers.registry import PAIRS
+from lorascope.papers.setups import planted_teacher
 from lorascope.runs.run import Run
 
 Kept = Mapping[tuple[str, str], Sequence[pd.DataFrame]]
@@ -100,8 +107,8 @@ def test_ranks_of_allocators_give_fractions_spread_and_agreement(train, tmp_path
     ada = train(AdaLoRA(lr=1e-1, init_rank=3, target_rank=1, initial_steps=0, final_steps=2, mask_every=1), (0, 1))
     (auto,) = train(AutoLoRA(lr=1e-2, rank=4, selection_lr=1.0, targets="all-linear"))
     kept = {
-        (ranks.RANKS, adalora.ADAPTED): list(map(keep_ranks, ada)),
-        (ranks.RANKS, autolora.ADAPTED): [keep_ranks(auto)],
+        (rank_tables.RANKS, adalora.ADAPTED): list(map(keep_ranks, ada)),
+        (rank_tables.RANKS, autolora.ADAPTED): [keep_ranks(auto)],
     }
     found = evidence(tmp_path / "e", kept)
     shares = {
@@ -179,7 +186,7 @@ def test_replays_have_the_mean_that_equal_modules_imply(train, tmp_path):
     table = alora_probe.keep_replays(run)
     assert table["draws"].tolist() == [1000, 1000]
     assert table["error"].between(1e-4, 1e-2).all()
-    kept = {(alora.REPLAYS, alora.ADAPTED): [table], (ranks.RANKS, alora.ADAPTED): [keep_ranks(run)]}
+    kept = {(alora.REPLAYS, alora.ADAPTED): [table], (rank_tables.RANKS, alora.ADAPTED): [keep_ranks(run)]}
     found = evidence(tmp_path / "e", kept)
     errors = table.set_index("group")["error"]
     assert value("alora.attention", 1, found) == pytest.approx(4 / 6, abs=4 * errors["attention"])
@@ -329,9 +336,9 @@ def test_agreement_beyond_role_and_layer_is_kendalls_tau_of_the_residuals():
     first, second = (table.assign(value=value) for value in own + effects.T)
     residuals = [each - indicators @ np.linalg.lstsq(indicators, each, rcond=None)[0] for each in own]
     expected = kendalltau(*residuals).statistic
-    assert ranks.residual_tau(first, second.sample(frac=1, random_state=0)) == pytest.approx(expected)
+    assert rank_tables.residual_tau(first, second.sample(frac=1, random_state=0)) == pytest.approx(expected)
     assert 0.1 < expected < 0.9
-    assert abs(ranks.tau(first, second) - expected) > 0.1
+    assert abs(rank_tables.tau(first, second) - expected) > 0.1
 
 
 def test_residuals_that_are_equal_but_for_rounding_have_no_order():
@@ -339,16 +346,18 @@ def test_residuals_that_are_equal_but_for_rounding_have_no_order():
     places = [(f"{layer}.{role}", role, layer, of_role * 0.1 + layer * 0.7) for layer in range(4)
               for of_role, role in enumerate(("q", "v", "up"))]  # fmt: skip
     table = pd.DataFrame(places, columns=["module", "role", "layer", "value"])
-    assert ranks.residual_tau(table, table) == 0
+    assert rank_tables.residual_tau(table, table) == 0
 
 
 def test_fixed_controls_equal_those_of_their_null(tmp_path):
     """Even ranks in six of the roles and layers of thirds; rank 2 in place of 0, 1, 3 and 4; ranks by random logits."""
     even = pd.DataFrame(blocks(6)).assign(value=4.0)
     uniform = pd.DataFrame({"planted": planted_teacher.RANKS, "found": float(planted_teacher.BUDGET)})
-    kept = {(ranks.RANKS, adalora.ADAPTED): [even]}
-    found = evidence(tmp_path / "e", kept | {(planted.RECOVERY, arm): [uniform] for arm in planted.ALLOCATORS.values()})
-    for claim in ("adalora.ffn", "adalora.top", *(f"planted.{name}_distance" for name in planted.ALLOCATORS)):
+    kept = {(rank_tables.RANKS, adalora.ADAPTED): [even]}
+    found = evidence(
+        tmp_path / "e", kept | {(planted_ranks.RECOVERY, arm): [uniform] for arm in planted_ranks.ALLOCATORS.values()}
+    )
+    for claim in ("adalora.ffn", "adalora.top", *(f"planted.{name}_distance" for name in planted_ranks.ALLOCATORS)):
         assert value(claim, 0, found).item() == pytest.approx(value(claim, 1, found).item()), claim
     logits = np.random.default_rng(0).standard_normal((200_000, 12, 8), dtype=np.float32)
     deviations = (logits >= logits.mean(2, keepdims=True)).sum(2).std(1, ddof=1)
@@ -361,7 +370,7 @@ def test_recovery_gives_correlation_and_distance_of_ranks(tmp_path):
     planted_rank = {("planted_rank", module): {0: float(rank)} for module, rank in truth.items()}
     factors = {"h.0.q": low_rank(1), "h.0.up": low_rank(1, 1), "h.1.q": low_rank(1, 1, 1)}
     run = plant(tmp_path, "a", planted_rank, factors=factors)
-    found = evidence(tmp_path / "e", {(planted.RECOVERY, planted.ADALORA): [keep_recovery(run)]})
+    found = evidence(tmp_path / "e", {(planted_ranks.RECOVERY, planted_ranks.ADALORA): [keep_recovery(run)]})
     assert value("planted.adalora_correlation", 0, found) == pytest.approx(
         spearmanr([1, 3, 0, 4], [1, 2, 3, 0]).statistic
     )

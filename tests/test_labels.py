@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from lorascope.analysis.recipe_comparison import recipes
+from lorascope.analysis.recipe_tests import recipes
 from lorascope.experiments.sweep import Job, SweepResult
 from lorascope.inputs import models
 from lorascope.methods import METHODS
-from lorascope.methods.base import Method, config
+from lorascope.methods.method import Method, config
 from lorascope.schema.labels import to_words
 
 NAMES = tuple(f"model.layers.{layer}.self_attn.{leaf}" for layer in range(18) for leaf in ("q_proj", "v_proj"))
@@ -71,7 +71,7 @@ def test_objects_are_described_without_addresses(value: object, shown: str) -> N
 
 
 def test_fields_of_a_method_show_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorascope.methods import base as module
+    from lorascope.methods import method as module
 
     shown = {"builder": student, "schedule": Schedule(), "mask": {"array": "0123456789abcdef"}, "long": list(range(99))}
     monkeypatch.setattr(module, "config", lambda each: shown if each is mine else {})

@@ -23,8 +23,8 @@ import lorascope as ls
 from lorascope import observe
 from lorascope.inputs import models
 from lorascope.methods import LISA, Full, lisa
-from lorascope.methods.base import Step, config
 from lorascope.methods.lisa import draw, marginals
+from lorascope.methods.method import Step, config
 
 POLICIES = ["reset", "keep", "reset_all"]
 

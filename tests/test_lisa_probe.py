@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from lorascope.evidence.statistics import lisa as statistics
-from lorascope.methods.base import config
-from lorascope.probes import lisa_training as probe
+from lorascope.methods.method import config
+from lorascope.papers import lisa as probe
+from lorascope.papers import lisa as statistics
 
 
 def test_arms_differ_only_in_the_draws():
-    arms = {arm.label: arm for arm in probe.arms()}
+    arms = {arm.label: arm for arm in probe.training_arms()}
     drawn = config(arms[statistics.DRAWN].method)
     for label, field in {statistics.ONCE: "interval", statistics.ENDS: "n_active", statistics.FOUR: "n_active"}.items():
         varied = config(arms[label].method)

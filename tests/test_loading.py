@@ -23,8 +23,8 @@ from tolerance import TINY, near
 
 import lorascope
 from lorascope.files.safetensors_io import write_json
+from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.loading import load
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Factors, Record

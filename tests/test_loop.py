@@ -18,7 +18,7 @@ from lorascope import observe
 from lorascope.adapters import delta
 from lorascope.inputs import models, tasks
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, Full, LoRA, NeFT
-from lorascope.methods.base import Method, Phase
+from lorascope.methods.method import Method, Phase
 from lorascope.runs.manifest import State
 from lorascope.runs.run import Run
 from lorascope.training.settings import Settings

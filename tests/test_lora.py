@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from lorascope.adapters.delta import attach, attached_deltas, deltas, fold
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, DoRA, FourierFT, Full, HydraLoRA, LoRA, PiSSA, VeRA
-from lorascope.methods.base import config
 from lorascope.methods.lora import LoRADelta
+from lorascope.methods.method import config
 from lorascope.updates import LowRank
 
 SIX = ("q", "k", "v", "o", "ffn_in", "ffn_out")

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lorascope.cli.main import main
 from lorascope.diagnosis.merge import MergeCheck, check_merge
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import load_adapter
 
 LORA = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "o_proj"]}

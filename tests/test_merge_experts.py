@@ -16,7 +16,7 @@ from test_peft_experts import DOWN, GATE_UP, gpt_oss, mixtral
 from torch import nn
 
 from lorascope.diagnosis.merge import MergeCheck, check_merge
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import load_adapter
 
 EXPERTS = "model.layers.0.mlp.experts"

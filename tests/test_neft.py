@@ -21,7 +21,7 @@ from lorascope.analysis import neurons, selected_neurons
 from lorascope.cli import main
 from lorascope.inputs import models
 from lorascope.methods import Full, LoRA, NeFT
-from lorascope.methods.base import Step, config, task_head
+from lorascope.methods.method import Step, config, task_head
 from lorascope.methods.neft import Mask, distances
 
 FAST = {"steps": 4, "batch_size": 8, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
@@ -214,7 +214,7 @@ def test_selected_neurons_rotated_most_and_training_restarts_from_the_base(phase
     fresh, tuned = models.load(folder, task=task), models.load(folder, task=task)
     tune.restore(tuned)
     found = {}
-    for part in neurons.parts(ls.names.describe(fresh)):
+    for part in neurons.parts(ls.module_table.describe(fresh)):
         one, two = (host_weight(m.get_submodule(part.module)).detach().double() for m in (fresh, tuned))
         cosine = torch.nn.functional.cosine_similarity(one, two, dim=part.axis)
         found |= {(part.module, i): 1 - float(value) for i, value in enumerate(cosine)}
@@ -228,7 +228,7 @@ def test_selected_neurons_rotated_most_and_training_restarts_from_the_base(phase
     )
     for module in {module for module, _ in found}:
         rows, columns = changed_rows_and_columns(model, before, module)
-        lines = rows if ls.names.parse(module).role == "ffn_in" else columns
+        lines = rows if ls.module_table.parse(module).role == "ffn_in" else columns
         assert set(lines) == {number for name, number in worst if name == module}
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in {module for module, _ in worst} and name not in task_head(model):
@@ -237,7 +237,7 @@ def test_selected_neurons_rotated_most_and_training_restarts_from_the_base(phase
 
 def test_recorded_distances_match_the_trained_model(phased, task):
     _, model, before, run = phased
-    places = neurons.parts(ls.names.describe(model))
+    places = neurons.parts(ls.module_table.describe(model))
     expected = distances(model, places, before, dict(model.named_parameters()))
     found = run.table[run.table["quantity"] == "neuron_cosine"]
     assert set(found["step"]) == {4}
@@ -344,7 +344,7 @@ def test_both_ends_together_have_as_many_neurons_as_their_sum(share, more, selec
 
     def chosen(**given):
         method = NeFT(select_by=select_by, **given)
-        method._parts = neurons.parts(ls.names.describe(model))
+        method._parts = neurons.parts(ls.module_table.describe(model))
         pool = neurons.unscored_neurons(method._parts)
         method._scores = pool.assign(**{method.score_names[0]: scores})
         found = method._choose(sum(parameter.numel() for parameter in model.parameters()))

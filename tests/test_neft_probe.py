@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lorascope.evidence.statistics import neft as statistics
-from lorascope.probes import neft as probe
+from lorascope.papers import neft as probe
+from lorascope.papers import neft as statistics
 
 
 def test_arms_differ_only_in_the_choice_of_neurons():

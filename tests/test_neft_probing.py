@@ -103,7 +103,7 @@ def test_scores_match_the_hidden_states_of_the_base(bert, task, tmp_path):
         labels.append(int(batch["labels"]))
     probes = directions(np.array(states), np.array(labels))
     expected = {}
-    for part in neurons.parts(ls.names.describe(fresh)):
+    for part in neurons.parts(ls.module_table.describe(fresh)):
         weight = host_weight(fresh.get_submodule(part.module)).detach().numpy()
         vectors = weight if part.axis == 1 else weight.T
         each = [max(abs(cosine(vector, probe)) for probe in probes) for vector in vectors]

@@ -10,20 +10,29 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorascope.evidence.open_runs import OpenRun, open_runs
-from lorascope.evidence.registration import Arm, Bound, Design, Paper, Registered, Registration, Stage, Text
-from lorascope.evidence.statistics.base import Constant, OfRun
-from lorascope.evidence.store import RUN_COLUMNS, Evidence
+from lorascope.papers.judging.kept_runs import RUN_COLUMNS, Evidence
+from lorascope.papers.judging.registration import (
+    Bound,
+    ClaimText,
+    Design,
+    Paper,
+    Registered,
+    RegisteredArm,
+    Registration,
+    Stage,
+)
+from lorascope.papers.judging.statistics import Constant, OfRun
+from lorascope.papers.training.missing_runs import OpenRun, missing_runs
 
 GRID = (1e-3, 1e-2, 1e-1)
 BLOCK = {"capability": "AVX2", "torch": "2", "threads": 1, "device": "cpu"}
 LOOKS = Design("t", (5, 10), (0.005, 0.0215))
 ONCE = Design("t", (5,), (0.025,))
 ARMS = [
-    Arm("A", rates=GRID, fields={"lr": 1.0}, tuning_seeds=(9001, 9002)),
-    Arm("B", rate_of="A", fields={"lr": 1.0}),
-    Arm("words", baseline=True),
-    Arm("points"),
+    RegisteredArm("A", rates=GRID, fields={"lr": 1.0}, tuning_seeds=(9001, 9002)),
+    RegisteredArm("B", rate_of="A", fields={"lr": 1.0}),
+    RegisteredArm("words", baseline=True),
+    RegisteredArm("points"),
 ]
 
 
@@ -44,10 +53,10 @@ PAIRS: Any = {
 
 def claim(id: str, design: Design, *arms: str) -> Registered:
     bound = Bound("superiority", "accuracy", "planted", margin=0.1)
-    return Registered(id, Paper("1", "table 1", "primary"), Text("s", "x", "y", "arm"), bound, design, arms)
+    return Registered(id, Paper("1", "table 1", "primary"), ClaimText("s", "x", "y", "arm"), bound, design, arms)
 
 
-def registration(*stages: Stage, shown: Sequence[Arm] = ()) -> Registration:
+def registration(*stages: Stage, shown: Sequence[RegisteredArm] = ()) -> Registration:
     claims = [claim("p.better", LOOKS, "A", "B"), claim("p.words", ONCE, "A", "words"), claim("q.more", ONCE, "points")]
     return Registration({each.id: each for each in claims}, {arm.label: arm for arm in (*ARMS, *shown)}, (), stages)
 
@@ -84,8 +93,8 @@ class Runs:
         return Evidence(columns, pd.DataFrame(), kept={"values": self.tables})
 
 
-def found(runs: Runs, *stages: Stage, shown: Sequence[Arm] = ()) -> list[OpenRun]:
-    return open_runs(registration(*stages, shown=shown), PAIRS, runs.evidence(), BLOCK)
+def found(runs: Runs, *stages: Stage, shown: Sequence[RegisteredArm] = ()) -> list[OpenRun]:
+    return missing_runs(registration(*stages, shown=shown), PAIRS, runs.evidence(), BLOCK)
 
 
 EVERYTHING = (Stage(("*",), (0,)), Stage(("p",), (1, 2)), Stage(("q.more",), (1,)))
@@ -138,7 +147,9 @@ def test_claims_on_an_arm_that_did_not_train_end() -> None:
 
 
 def test_arms_that_only_figures_show_come_before_the_looks() -> None:
-    shown = [Arm(label, rate_of="A", fields={"lr": 1.0}, seeds=seeds) for label, seeds in (("C", 1), ("D", 3))]
+    shown = [
+        RegisteredArm(label, rate_of="A", fields={"lr": 1.0}, seeds=seeds) for label, seeds in (("C", 1), ("D", 3))
+    ]
     assert {run.role for run in found(Runs(), *EVERYTHING, shown=shown)} == {"tuning"}
     runs = Runs().tuned()
     needed = [("C", 100), ("D", 100), ("D", 101), ("D", 102)]

@@ -13,7 +13,7 @@ from transformers.optimization import Adafactor
 import lorascope as ls
 from lorascope.inputs import models
 from lorascope.methods import Full
-from lorascope.methods.base import config
+from lorascope.methods.method import config
 from lorascope.methods.optimizers.came import CAME
 
 

@@ -13,8 +13,8 @@ from test_evidence_training import PAIRS, SEEDS, Study, finished, planted, study
 
 from lorascope.cli import main as cli
 from lorascope.cli import reproduce as command
-from lorascope.evidence import store
-from lorascope.probes import own_seeds
+from lorascope.papers.judging import kept_runs
+from lorascope.papers.training import own_seeds
 
 MINE = 31
 
@@ -57,7 +57,7 @@ def test_runs_have_the_chosen_rate_and_the_kept_time(kept: Study) -> None:
     planned = own_seeds.plan("p.better", MINE, data / "mine", data)
     rate = pd.read_csv(kept.folder / "tuning.csv").query("chosen")["rate"].item()
     assert {run.arm: run.rate for run in planned.runs()} == {"A": rate, "B": 1e-3}
-    used = store.read(kept.folder).runs.query("role == 'judged'").groupby("arm")["cpu_seconds"].mean()
+    used = kept_runs.read(kept.folder).runs.query("role == 'judged'").groupby("arm")["cpu_seconds"].mean()
     assert planned.minutes() == pytest.approx(used.sum() / 60)
 
 
@@ -84,7 +84,7 @@ def test_single_run_of_another_machine_leaves_the_kept_seeds(kept: Study) -> Non
     file = kept.folder / "runs.csv"
     runs = pd.read_csv(file)
     first = runs[runs["role"] == "judged"].head(1).assign(run="other", capability="other")
-    file.write_bytes(store.to_csv(pd.concat([first, runs])))
+    file.write_bytes(kept_runs.to_csv(pd.concat([first, runs])))
     found = train_own(kept, "p.better")
     assert found.rows.set_index("seeds")["n"].to_dict() == {"kept": SEEDS, "yours": 1, "both": SEEDS + 1}
     assert f"of {SEEDS}." in found.place
@@ -117,7 +117,7 @@ def test_own_run_that_does_not_fit_is_named_and_trained_again(
     runs = pd.read_csv(mine / "runs.csv")
     changed = runs["arm"] == "A"
     runs.loc[changed, column] = value
-    (mine / "runs.csv").write_bytes(store.to_csv(runs))
+    (mine / "runs.csv").write_bytes(kept_runs.to_csv(runs))
     planned = own_seeds.plan("p.better", MINE, mine, data)
     (line,) = planned.unfit().values()
     assert line == f"own run not used: A, seed {MINE}: {reason}"

@@ -26,7 +26,7 @@ from lorascope.charts.theme import THEMES, theme
 from lorascope.pages import page as report
 from lorascope.pages.embedded_charts import changes, embed
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.probes.reproduction import run_facts
+from lorascope.papers.training.reproduction import run_facts
 from lorascope.runs.run import Run
 
 EVIL = "</script><script>alert(1)</script><b onclick=x>&amp;"

@@ -16,7 +16,7 @@ from tiny import tiny
 
 import lorascope as ls
 from lorascope.cli.main import main
-from lorascope.runs.formats.peft_merge import MERGED
+from lorascope.formats.peft_merge import MERGED
 
 MODULES = [f"model.layers.{layer}.self_attn.{role}_proj" for layer in range(2) for role in "qv"]
 LINEAR: dict[str, tuple[str, dict[str, Any]]] = {
@@ -80,9 +80,7 @@ def test_without_peft_the_error_says_to_install_it(
 ) -> None:
     written(tmp_path, "PEANUT")
     found = importlib.util.find_spec
-    monkeypatch.setattr(
-        "lorascope.runs.formats.peft_merge.find_spec", lambda name: None if name == "peft" else found(name)
-    )
+    monkeypatch.setattr("lorascope.formats.peft_merge.find_spec", lambda name: None if name == "peft" else found(name))
     line = refused(tmp_path, capsys, "--base", str(tmp_path / "base"))
     assert line.endswith('only PEFT reads PEANUT adapters like this one: pip install "lorascope[peft]"\n')
 

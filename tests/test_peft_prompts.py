@@ -105,7 +105,7 @@ def test_xlora_is_described_by_its_configuration(tmp_path: Path, capsys: pytest.
 def test_prompt_started_from_tokens_names_them(
     block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lorascope.runs.formats.nearest_tokens._BLOCK", block)
+    monkeypatch.setattr("lorascope.formats.nearest_tokens._BLOCK", block)
     draw = np.random.default_rng(0)
     embedding = draw.standard_normal((50, 8)).astype("f4")
     embedding[4] = 0

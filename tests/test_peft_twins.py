@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lorascope as ls
 from lorascope.adapters.delta import attached_deltas
-from lorascope.methods.base import Method
+from lorascope.methods.method import Method
 
 pytestmark = pytest.mark.numbers
 TARGETS = ["query", "value", "intermediate.dense"]

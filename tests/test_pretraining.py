@@ -14,7 +14,7 @@ import torch
 import lorascope as ls
 from lorascope.inputs import models, sources, tasks
 from lorascope.methods import Adapprox, Full
-from lorascope.probes import pretraining
+from lorascope.papers.setups import pretraining
 from lorascope.training.base_weights import prepare_model
 from lorascope.training.evaluation import evaluate
 

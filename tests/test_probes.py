@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from lorascope import observe, probes
-from lorascope.evidence import registration
+from lorascope import observe
 from lorascope.inputs.models import load
 from lorascope.methods import Full, NeFT
 from lorascope.methods.lora import LoRADelta
-from lorascope.probes import evidence
-from lorascope.probes.tfidf_baseline import tfidf_correct
+from lorascope.papers import registry
+from lorascope.papers.judging import registration
+from lorascope.papers.lora import tfidf_correct
+from lorascope.papers.training import train_arms
 from lorascope.runs.writer import remove_states
 from lorascope.training import loop
 from lorascope.training.output_folder import StateRemoved
@@ -58,9 +59,9 @@ def test_train_on_a_run_with_removed_state_names_overwrite(method, bert, task, t
 
 def test_report_figure_accepts_its_old_name():
     with pytest.warns(FutureWarning, match="Exhibit.*ReportFigure"):
-        assert probes.Exhibit is probes.ReportFigure
+        assert registry.Exhibit is registry.ReportFigure
 
 
 def test_arms_are_those_of_the_registration():
     claims = registration.read()
-    assert {label: arm.hash for label, arm in claims.arms.items()} == evidence.arm_hashes(claims)
+    assert {label: arm.hash for label, arm in claims.arms.items()} == train_arms.arm_hashes(claims)

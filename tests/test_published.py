@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from lorascope.evidence import published, registration
+from lorascope.papers.judging import published_numbers, registration
 
 FOLDER = Path(__file__).parents[1] / "data" / "published"
 
 
 def test_fourierft_is_within_two_points_of_lora_and_below_it() -> None:
-    found = published.fourierft(FOLDER)
+    found = published_numbers.fourierft(FOLDER)
     assert tuple(found) == pytest.approx((-0.67, -1.27, -0.07, 5), abs=0.005)
 
 
@@ -23,7 +23,7 @@ def test_fourierft_of_a_single_cell_is_the_welch_test(tmp_path: Path) -> None:
     for name in ("fourierft_glue_cells.csv", "fourierft_glue_seeds.csv"):
         table = pd.read_csv(FOLDER / name)
         table[(table["task"] == "sst2") & (table["size"] == "base")].to_csv(tmp_path / name, index=False)
-    found, cell = published.fourierft(tmp_path), pd.read_csv(tmp_path / "fourierft_glue_cells.csv").iloc[0]
+    found, cell = published_numbers.fourierft(tmp_path), pd.read_csv(tmp_path / "fourierft_glue_cells.csv").iloc[0]
     scores = pd.read_csv(tmp_path / "fourierft_glue_seeds.csv").query("used")["best"]
     test = scipy.stats.ttest_ind_from_stats(
         scores.mean(),
@@ -42,7 +42,7 @@ def test_fourierft_of_a_single_cell_is_the_welch_test(tmp_path: Path) -> None:
 
 
 def test_autolora_spreads_little_more_than_random_logits() -> None:
-    found = published.autolora(FOLDER)
+    found = published_numbers.autolora(FOLDER)
     assert tuple(found) == pytest.approx((0.1195, 0.0589, 0.1802, 22), abs=1e-3)
 
 
@@ -55,27 +55,27 @@ def test_autolora_expectation_is_that_of_random_logits() -> None:
 
 
 def test_autolora_agrees_with_its_own_data_set_no_more_than_with_others() -> None:
-    assert tuple(published.autolora_data(FOLDER)) == (-0.0235, -0.1109, 0.0612, 22)
+    assert tuple(published_numbers.autolora_data(FOLDER)) == (-0.0235, -0.1109, 0.0612, 22)
 
 
 def test_adalora_has_less_than_a_third_in_feed_forward_matrices_in_both_sizes() -> None:
-    found = published.adalora(FOLDER)
+    found = published_numbers.adalora(FOLDER)
     assert (found.low + 1 / 3, found.high + 1 / 3) == pytest.approx((0.2823, 0.3125), abs=5e-4)
     printed = pd.read_csv(FOLDER / "adalora_parameters.csv")
     assert found.mean + 1 / 3 == pytest.approx(printed["ffn_share_implied"].mean(), abs=5e-4)
     # An allocation of the same rank everywhere has a third there, and the count that follows from it.
-    uniform = printed["budget"] * (published._ATTENTION * 2 / 3 + published._FEED_FORWARD / 3) / 1e6
+    uniform = printed["budget"] * (published_numbers._ATTENTION * 2 / 3 + published_numbers._FEED_FORWARD / 3) / 1e6
     assert uniform.tolist() == pytest.approx(printed["uniform_millions"].tolist(), abs=5e-5)
 
 
 def test_losses_of_two_pairs_and_gains_without_runs_decide_nothing() -> None:
-    losses, gains = published.neft_loss(FOLDER), published.hydralora(FOLDER)
+    losses, gains = published_numbers.neft_loss(FOLDER), published_numbers.hydralora(FOLDER)
     assert (losses.mean, losses.n) == (pytest.approx((0.2359 + 0.206) / 2), 2)
     assert (gains.mean, gains.n) == (2.05, 0)
 
 
 def test_chance_of_the_overlap_is_hypergeometric() -> None:
-    table = published.neft_overlap(FOLDER)
+    table = published_numbers.neft_overlap(FOLDER)
     row = table.iloc[0]
     law = scipy.stats.hypergeom(row["pool"], row["neurons"], row["neurons"])
     assert row["chance"] == pytest.approx(law.mean() / row["neurons"])
@@ -85,7 +85,7 @@ def test_chance_of_the_overlap_is_hypergeometric() -> None:
 
 def test_verdicts_on_published_figures() -> None:
     claims = registration.read().of_tier("published")
-    found = published.judge(claims, FOLDER).set_index("claim")
+    found = published_numbers.judge(claims, FOLDER).set_index("claim")
     assert found[["outcome", "side"]].apply(tuple, axis=1).to_dict() == {
         "published.fourierft": ("inconclusive", "below 0"),
         "published.autolora": ("not supported", "above 0"),

@@ -11,7 +11,7 @@ from planted import SPECTRA, low_rank, plant, plant_spectra
 from test_cli import complaint, run
 
 import lorascope as ls
-from lorascope.runs.export import RankBudget, rank_pattern, select_components
+from lorascope.export import RankBudget, rank_pattern, select_components
 
 
 @pytest.fixture

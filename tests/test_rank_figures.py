@@ -21,7 +21,7 @@ import lorascope as ls
 from lorascope import plots
 from lorascope.charts.marks import Heat
 from lorascope.methods import AdaLoRA
-from lorascope.plots.registry import FIGURES
+from lorascope.plots.figure_registry import FIGURES
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Record

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from lorascope.cli.main import COMMANDS, main
-from lorascope.evidence.registration import PAPERS
+from lorascope.papers.judging.registration import PAPERS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -8,8 +8,8 @@ import pytest
 from planted import manifest
 from scipy.stats import ttest_rel
 
-from lorascope.analysis import recipe_comparison
-from lorascope.analysis.recipe_comparison import describe_comparison, holm, paired_p, pairs, recipes, scores, standings
+from lorascope.analysis import recipe_tests
+from lorascope.analysis.recipe_tests import describe_comparison, holm, paired_p, pairs, recipes, scores, standings
 from lorascope.runs.run import Run
 
 
@@ -123,4 +123,4 @@ def test_duplicate_runs_count_once_and_different_ones_are_distinguished():
 
 def test_words_is_a_deprecated_alias() -> None:
     with pytest.warns(FutureWarning, match="describe_comparison"):
-        assert recipe_comparison.words is describe_comparison
+        assert recipe_tests.words is describe_comparison

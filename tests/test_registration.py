@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lorascope.evidence import registration
-from lorascope.evidence.registration import FILE, Arm, arm_hash
-from lorascope.gallery import SECTIONS
+from lorascope.papers.judging import registration
+from lorascope.papers.judging.registration import FILE, RegisteredArm, arm_hash
+from lorascope.papers.registry import SECTIONS
 
 REGISTERED = registration.read()
 
@@ -43,7 +43,7 @@ def test_arms_without_claims_are_shown_by_figures_and_have_a_number_of_seeds() -
     for label, arm in REGISTERED.arms.items():
         assert (arm.seeds > 0) == (label not in used)
         assert label in used | shown
-    arm = Arm("LoRA", rates=(1e-3,))
+    arm = RegisteredArm("LoRA", rates=(1e-3,))
     assert arm_hash(arm, {}, {}, "task", "w0") == arm_hash(replace(arm, seeds=3), {}, {}, "task", "w0")
 
 
@@ -89,18 +89,18 @@ def test_other_registrations_are_refused_in_one_line(tmp_path: Path, old: str, n
 
 
 def test_hash_of_an_arm_leaves_out_rate_and_label() -> None:
-    arm = Arm("LoRA", rates=(1e-3, 3e-3), fields={"lr": 1.0, "head_lr": 0.1})
+    arm = RegisteredArm("LoRA", rates=(1e-3, 3e-3), fields={"lr": 1.0, "head_lr": 0.1})
     method, settings = {"name": "lora", "rank": 8, "lr": 1e-3, "head_lr": 1e-4}, {"steps": 300}
     found = arm_hash(arm, method, settings, "task", "w0")
     assert found == arm_hash(
-        Arm("other", rates=arm.rates, fields=arm.fields), method | {"lr": 9.0}, settings, "task", "w0"
+        RegisteredArm("other", rates=arm.rates, fields=arm.fields), method | {"lr": 9.0}, settings, "task", "w0"
     )
     for other in (
         arm_hash(arm, method | {"rank": 9}, settings, "task", "w0"),
         arm_hash(arm, method, {"steps": 301}, "task", "w0"),
         arm_hash(arm, method, settings, "another", "w0"),
         arm_hash(arm, method, settings, "task", "another"),
-        arm_hash(Arm("LoRA", rates=(1e-3,), fields=arm.fields), method, settings, "task", "w0"),
-        arm_hash(Arm("LoRA", rates=arm.rates, fields={"lr": 1.0}), method, settings, "task", "w0"),
+        arm_hash(RegisteredArm("LoRA", rates=(1e-3,), fields=arm.fields), method, settings, "task", "w0"),
+        arm_hash(RegisteredArm("LoRA", rates=arm.rates, fields={"lr": 1.0}), method, settings, "task", "w0"),
     ):
         assert other != found

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 import lorascope as ls
 from lorascope import plots
 from lorascope.methods import METHODS
-from lorascope.plots import registry, requirements
+from lorascope.plots import figure_registry, requirements
 from lorascope.plots.run_groups import RENAMED, VALUES, Cohort, present_label
 from lorascope.schema import plugins, records
 from lorascope.schema.deprecation import old_fields
@@ -55,7 +55,7 @@ def test_figure_without_records_names_the_missing_recorder(write: Any, name: str
 
 
 def test_every_quantity_says_how_to_record_it() -> None:
-    for package in ("methods", "observe", "experiments", "probes"):
+    for package in ("methods", "observe", "experiments", "papers.setups"):
         plugins.load_plugins(f"lorascope.{package}")
     own = records.QUANTITIES.keys() - records._adopted  # without those of stored runs that other tests loaded
     assert not [name for name in own if not records.QUANTITIES[name].recorded_by]
@@ -140,7 +140,7 @@ def test_figures_list_in_the_order_of_their_modules_and_all_can_be_found_by_name
 @pytest.fixture
 def plugin(monkeypatch: Any) -> Iterator[Any]:
     """Return a function that offers modules as entry points and loads them; their figures go at the end."""
-    before = set(registry.FIGURES)
+    before = set(figure_registry.FIGURES)
 
     def load(**modules: str) -> None:
         points = [EntryPoint(name, value, "lorascope.figures") for name, value in modules.items()]
@@ -148,14 +148,14 @@ def plugin(monkeypatch: Any) -> Iterator[Any]:
         plugins.load_plugins.__wrapped__("lorascope.plots", "lorascope.figures", ("explore",))
 
     yield load
-    for name in set(registry.FIGURES) - before:
-        del registry.FIGURES[name], registry.DRAWN[name]
+    for name in set(figure_registry.FIGURES) - before:
+        del figure_registry.FIGURES[name], figure_registry.DRAWN[name]
 
 
 PLUGIN = """
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Line
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 
 @figure(topic="updates", needs=("update_norm",), reads="Reads.", misleads="Misleads.", takes="Any runs.")
 def {name}(cohort, scale: float = 1.0) -> Chart:

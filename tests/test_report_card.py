@@ -24,7 +24,7 @@ from lorascope.diagnosis.inspection import inspect
 from lorascope.pages.card import MAX_ROWS
 from lorascope.pages.report_card import html, markdown, read, report, verify
 from lorascope.pages.table_cells import format_value
-from lorascope.plots.registry import available
+from lorascope.plots.figure_registry import available
 from lorascope.runs.folders import MAX_PAGE
 from lorascope.runs.loading import load
 

@@ -19,25 +19,14 @@ from joblib import parallel_config
 from lorascope import observe
 from lorascope.cli import main as cli
 from lorascope.cli import reproduce as command
-from lorascope.evidence import kept_verdicts, registration, store
-from lorascope.evidence.statistics import adalora, adapprox, alora, autolora, fourierft, hydralora, lisa, lora, neft
-from lorascope.evidence.statistics.ranks import RANKS
-from lorascope.evidence.tuning import choose
-from lorascope.methods import (
-    LISA,
-    AdaLoRA,
-    Adapprox,
-    ALoRA,
-    AutoLoRA,
-    FourierFT,
-    Full,
-    HydraLoRA,
-    LoRA,
-    NeFT,
-)
-from lorascope.probes import own_seeds, reproduction, short_runs
-from lorascope.probes.base import Arm
-from lorascope.probes.short_runs import ARMS
+from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
+from lorascope.papers import adalora, adapprox, alora, autolora, fourierft, hydralora, lisa, lora, neft
+from lorascope.papers.judging import kept_runs, kept_verdicts, registration
+from lorascope.papers.judging.learning_rates import choose
+from lorascope.papers.probe import Arm
+from lorascope.papers.rank_tables import RANKS
+from lorascope.papers.training import own_seeds, reproduction, short_runs
+from lorascope.papers.training.short_runs import ARMS
 
 CLAIMS = registration.read()
 LINEAR: Any = {"targets": "all-linear"}
@@ -152,12 +141,12 @@ def plant_evidence(data: Path, runs: dict[str, Any], values: dict[int, int], cap
     places = modules[modules["module"].isin(runs[adalora.ADAPTED].ranks())][["module", "stack", "layer", "role"]]
     for seed, rank in values.items():
         value = np.where(places["role"].isin(["ffn_in", "ffn_out"]), rank, 1).astype("int16")
-        row = dict.fromkeys(store.RUN_COLUMNS, 0) | {
+        row = dict.fromkeys(kept_runs.RUN_COLUMNS, 0) | {
             "run": f"r{seed}{capability}", "arm": adalora.ADAPTED, "role": "judged", "seed": seed,
             "capability": capability,
             "torch": "2", "device": "cpu", "commit": "c", "dirty": False, "test_metric": rank / 10,
         }  # fmt: skip
-        store.add_run(data / "evidence", row, {}, {RANKS: places.assign(value=value)})
+        kept_runs.add_run(data / "evidence", row, {}, {RANKS: places.assign(value=value)})
 
 
 def test_quantities_have_their_place_among_the_kept_seeds(done: Any, tmp_path: Path) -> None:
@@ -242,7 +231,7 @@ def test_kept_verdict_next_to_own_seeds(tmp_path: Path, change: dict[str, Any], 
     file.parent.mkdir()
     changed = table.assign(**{name: table[name].where(~chosen, value) for name, value in change.items()})
     shown = "" if verdict == "void" else "0.01 [0, 0.02]"
-    file.write_bytes(store.to_csv(changed.assign(shown=changed["shown"].where(~chosen, shown))))
+    file.write_bytes(kept_runs.to_csv(changed.assign(shown=changed["shown"].where(~chosen, shown))))
     row = own_seeds._kept_row("lora.parity", tmp_path)
     assert (row["verdict"], row["effect"]) == (verdict, shown if verdict == "supported" else "")
     judged = kept_verdicts.read(tmp_path).table

@@ -24,7 +24,7 @@ from lorascope.adapters import delta
 from lorascope.adapters.delta import Delta
 from lorascope.inputs import models, tasks
 from lorascope.methods import Full, LoRA
-from lorascope.methods.base import Method, Phase, train_adapters
+from lorascope.methods.method import Method, Phase, train_adapters
 from lorascope.runs.layout import Lazy
 from lorascope.runs.manifest import SCHEMA
 from lorascope.runs.run import Run
@@ -181,7 +181,7 @@ def test_lora_config_gives_peft_the_same_adapter(family, task, tmp_path, request
     """PEFT creates the same modules, shapes and scales; ranks and scales differ between modules."""
     folder = request.getfixturevalue(family)
     model = models.load(folder, task=task)
-    found = ls.names.match(ls.names.describe(model), ("all-linear", "embed"))
+    found = ls.module_table.match(ls.module_table.describe(model), ("all-linear", "embed"))
     ranks = {name: 2 if number % 3 else 3 + number % 2 for number, name in enumerate(found)}
     run = ls.train(model, task, LoRA(rank=ranks, alpha=6.0), out=tmp_path / "run", **FAST)
     keywords = run.lora_config()

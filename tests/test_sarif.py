@@ -11,7 +11,7 @@ import pytest
 from test_inspect import llama, plant
 
 from lorascope.cli.main import main
-from lorascope.diagnosis.causes.base import Finding
+from lorascope.diagnosis.causes.finding import Finding
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.diagnosis.sarif import sarif_log
 

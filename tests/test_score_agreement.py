@@ -23,7 +23,8 @@ from lorascope.analysis.score_agreement import correlate, neuron_scores, spearma
 from lorascope.experiments import component_removal
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, Full, LoRA, NeFT
-from lorascope.probes import component_scores, score_agreement
+from lorascope.papers import score_agreement
+from lorascope.papers.setups import component_scores
 from lorascope.runs.loading import load
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Record
@@ -408,7 +409,7 @@ def test_neuron_scores_of_trained_recipes_match_their_weights(bert, task, tmp_pa
         kept, batches, base = Copying.kept
         if delta.attached_deltas(kept):
             delta.fold(kept)
-        parts = ls.analysis.neurons.parts(ls.names.describe(kept))
+        parts = ls.analysis.neurons.parts(ls.module_table.describe(kept))
         modules = [part.module for part in parts]
         after = {name: delta.host_weight(kept.get_submodule(name)).detach().double() for name in modules}
         slopes = gradients(kept, modules, batches)

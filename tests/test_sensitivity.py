@@ -20,7 +20,7 @@ from lorascope.adapters.host_weights import orient_weight
 from lorascope.inputs import models
 from lorascope.inputs.tokenization import IGNORED
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
-from lorascope.methods.base import Step
+from lorascope.methods.method import Step
 from lorascope.observe.sensitivity import _changes
 from lorascope.schema import module_table
 from lorascope.schema.module_roles import FFN

@@ -25,7 +25,7 @@ from lorascope.experiments import isolated_run
 from lorascope.experiments import step_memory as measuring
 from lorascope.experiments.isolated_run import IsolatedRun, LiveWeights
 from lorascope.methods import Full, LoRA
-from lorascope.methods.base import Step
+from lorascope.methods.method import Step
 from lorascope.training.settings import Settings
 
 FAST = {"steps": 3, "batch_size": 8, "eval_every": 0, "eval_size": 16, "progress": False, "device": "cpu"}
@@ -182,7 +182,7 @@ def wide_bert(tmp_path_factory) -> str:
 
 def test_measure_reports_the_peak_of_a_step(wide_bert, task, tmp_path):
     """The known tensor is frozen, so it is allocated once; everything else is small."""
-    run = ls.memory.measure(wide_bert, task, LoRA(), batch_size=4, root=tmp_path)
+    run = ls.step_memory.measure(wide_bert, task, LoRA(), batch_size=4, root=tmp_path)
     cells = run.table.pivot_table(index="step", columns="quantity", values="value", observed=True).loc[2]
     held = cells[["parameter_bytes", "gradient_bytes", "optimizer_bytes"]].sum()
     assert BLOCK < cells["parameter_bytes"] < held < cells["peak_bytes"] < 1.02 * BLOCK
@@ -223,7 +223,7 @@ def test_lisa_in_the_benchmark_does_not_resample_in_the_measured_step():
 
 def test_unknown_method_raises_with_the_nearest_name(task):
     with pytest.raises(ValueError, match=r"unknown method 'lorra'.*'lora'"):
-        ls.memory.measure("minilm", task, "lorra")
+        ls.step_memory.measure("minilm", task, "lorra")
 
 
 def test_live_weights_are_not_copied():

@@ -14,8 +14,8 @@ from test_cli import complaint, modules_after, run
 from test_loading import save
 
 import lorascope as ls
+from lorascope.export import tables, to_table
 from lorascope.extras import requirement
-from lorascope.runs.export import tables, to_table
 
 VALUES = {
     ("loss", ""): {0: 0.1 + 0.2, 1: 1 / 3, 2: 1e-300},

@@ -20,7 +20,7 @@ from lorascope.adapters.delta import Delta, attached_deltas, fold, host_weight, 
 from lorascope.cli.main import main
 from lorascope.inputs import models
 from lorascope.methods import METHODS
-from lorascope.methods.base import AdapterMethod, Step, config, from_config
+from lorascope.methods.method import AdapterMethod, Step, config, from_config
 from lorascope.schema.records import QUANTITIES, Item, Quantity, Record, register
 from lorascope.updates import FORMS, Update
 

@@ -28,11 +28,11 @@ from lorascope.analysis import norms
 from lorascope.cli.main import main
 from lorascope.experiments import grid
 from lorascope.inputs import models
-from lorascope.observe.base import Observer
+from lorascope.observe.observer import Observer
 from lorascope.plots import run_overview
 from lorascope.schema.module_roles import Place, parse
 from lorascope.schema.records import QUANTITIES, Message, Record
-from lorascope.training.report import pool_records
+from lorascope.training.curve_report import pool_records
 from lorascope.training.trackers import _log_message, tracker_names
 
 LORA = ls.LoRA(rank=2, lr=1e-2, head_lr=1e-2)

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorascope.evidence.tuning import Choice, choose, losses_by_rate, tuning_table
+from lorascope.papers.judging.learning_rates import Choice, choose, losses_by_rate, tuning_table
 
 GRID = (3e-5, 1e-4, 3e-4)
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import page_blocks
 import pandas as pd
 import pytest
 
-from lorascope.evidence import pages, registration, store, verification
-from lorascope.evidence.registration import Arm, Registration, arm_hash
-from lorascope.evidence.statistics.base import Accuracy, Constant, OfPairs, OfRun
-from lorascope.evidence.statistics.fourierft import COURSE
-from lorascope.evidence.store import RUN_COLUMNS
-from lorascope.evidence.verification import derive, verify, write_derived
+from lorascope.papers.judging import kept_runs, registration, verification
+from lorascope.papers.judging.kept_runs import RUN_COLUMNS
+from lorascope.papers.judging.registration import RegisteredArm, Registration, arm_hash
+from lorascope.papers.judging.statistics import COURSE, Accuracy, Constant, OfPairs, OfRun
+from lorascope.papers.judging.verification import derive, verify, write_derived
 
 ROWS = 40
 GRID = (3e-4, 1e-3, 3e-3)
@@ -103,13 +103,13 @@ class Planted:
 
     def verify(self) -> list[str]:
         code: Callable[[str], str] = "sha256:{}".format
-        registered, evidence = self.registration(), store.read(self.folder)
+        registered, evidence = self.registration(), kept_runs.read(self.folder)
         texts = self.blocks(evidence, derive(evidence, registered, PAIRS))
         found = verify(self.folder, self.registered, registered, PAIRS, code, evidence)
-        return [*found, *pages.differences([self.page], texts)]
+        return [*found, *page_blocks.differences([self.page], texts)]
 
     def derive(self) -> None:
-        derived = derive(store.read(self.folder), self.registration(), PAIRS)
+        derived = derive(kept_runs.read(self.folder), self.registration(), PAIRS)
         write_derived(self.folder, derived, self.registered)
 
     def manifest(self) -> None:
@@ -119,7 +119,7 @@ class Planted:
 def write(planted: Planted) -> None:
     text = TOML
     for label in "AB":
-        arm = Arm(label, rates=GRID if label == "A" else (), rate_of="" if label == "A" else "A")
+        arm = RegisteredArm(label, rates=GRID if label == "A" else (), rate_of="" if label == "A" else "A")
         arm = replace(arm, fields={"lr": 1.0, "head_lr": 0.1} if label == "A" else {"lr": 1.0})
         text = text.replace(f"HASH_{label}", arm_hash(arm, METHODS[label](1e-3), SETTINGS, "task", "w0"))
     planted.registered.parent.mkdir(parents=True, exist_ok=True)
@@ -138,11 +138,11 @@ def write(planted: Planted) -> None:
             "validation_chance": 0.5, "test_loss": 0.5, "test_metric": float((margins > 0).mean()),
         }  # fmt: skip
         value = rng.uniform(0.5, 0.6)
-        store.add_run(planted.folder, row, {"margin": margins}, {"shares": pd.DataFrame({"value": [value, value]})})
+        kept_runs.add_run(planted.folder, row, {"margin": margins}, {"shares": pd.DataFrame({"value": [value, value]})})
     rows = pd.DataFrame({"task_hash": "task", "row": range(ROWS), "text": "", "label": 0, "group": "g"})
     rows.assign(cluster=[f"c{row // 2}" for row in range(ROWS)]).to_parquet(planted.folder / "rows.parquet")
     planted.derive()
-    verdicts = planted.blocks(None, derive(store.read(planted.folder), registered, PAIRS))["verdicts"]
+    verdicts = planted.blocks(None, derive(kept_runs.read(planted.folder), registered, PAIRS))["verdicts"]
     planted.page.write_text(
         f"# Page\n<!-- evidence verdicts -->\n{verdicts}<!-- /evidence -->\nEnd.\n", encoding="utf-8"
     )
@@ -382,7 +382,7 @@ RECOMPUTED = {"a seed dropped", "a tuned seed judged", "runs of another arm"}  #
 
 
 def test_best_accuracy_and_epochs_of_a_course_agree_with_the_run(original: Planted) -> None:
-    evidence = store.read(original.folder)
+    evidence = kept_runs.read(original.folder)
     run = evidence.run("A", 100)
     runs = evidence.runs[evidence.runs["run"] == run].assign(settings="{}", test_metric=0.75, steps=40)
     for best, epochs, lines in [
@@ -392,10 +392,10 @@ def test_best_accuracy_and_epochs_of_a_course_agree_with_the_run(original: Plant
         (0.8, 50, [f"runs.csv: {run}: steps: kept 40, epochs of kept/course: 50"]),
     ]:
         course = pd.DataFrame({"best_accuracy": [best], "epochs": [epochs]})
-        checked = store.Evidence(runs, evidence.rows, kept={COURSE: {run: course}})
+        checked = kept_runs.Evidence(runs, evidence.rows, kept={COURSE: {run: course}})
         assert list(verification._check_scores(checked)) == lines
     for damaged in (course[["epochs"]], course.astype(str) + "x", course.head(0)):
-        checked = store.Evidence(runs, evidence.rows, kept={COURSE: {run: damaged}})
+        checked = kept_runs.Evidence(runs, evidence.rows, kept={COURSE: {run: damaged}})
         (line,) = verification._check_scores(checked)
         assert line.startswith(f"kept/{COURSE}/{run}.parquet: ")
 
@@ -419,8 +419,8 @@ def test_registered_deviation_is_marked_for_good_and_its_removal_is_found(plante
 
 def test_page_is_written_from_the_evidence(planted: Planted) -> None:
     text("page", "supported", "not supported")(planted)
-    derived = derive(store.read(planted.folder), planted.registration(), PAIRS)
-    pages.write(planted.page, planted.blocks(None, derived))
+    derived = derive(kept_runs.read(planted.folder), planted.registration(), PAIRS)
+    page_blocks.write(planted.page, planted.blocks(None, derived))
     assert planted.verify() == []
     assert planted.page.read_text().startswith("# Page\n<!-- evidence verdicts -->\n| p.better | supported |")
     text("page", "evidence verdicts", "evidence other")(planted)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from lorascope.cli.main import main
-from lorascope.evidence import registration, store
-from lorascope.evidence.store import RUN_COLUMNS
+from lorascope.papers.judging import kept_runs, registration
+from lorascope.papers.judging.kept_runs import RUN_COLUMNS
 
 ROOT = Path(__file__).parents[1]
 PAPERS = [path.name for path in (ROOT / "docs" / "papers").glob("*.md")]
@@ -210,8 +210,8 @@ def test_runs_that_differ_when_trained_again_are_named(
         print("training")
         return [f"{given[0]}: {given[1]} runs differ"]
 
-    monkeypatch.setattr("lorascope.probes.evidence.retrain", retrain)
-    for name, value in store.INSTRUCTIONS.items():
+    monkeypatch.setattr("lorascope.papers.training.train_arms.retrain", retrain)
+    for name, value in kept_runs.INSTRUCTIONS.items():
         monkeypatch.setenv(name, value)  # removed at the end, because processes of later tests inherit it
     assert main(["verify", "--retrain", "2", "--json"]) == 1
     output = capsys.readouterr()

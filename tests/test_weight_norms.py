@@ -21,8 +21,8 @@ from lorascope.adapters import delta, host_weights
 from lorascope.adapters.host_weights import orient_weight, shared_copies, to_array
 from lorascope.inputs import models
 from lorascope.methods import LISA, AdaLoRA, ALoRA, AutoLoRA, DoRA, FourierFT, Full, HydraLoRA, LoRA, PiSSA
-from lorascope.methods.base import Method, Step, train_adapters
 from lorascope.methods.lora import LoRADelta
+from lorascope.methods.method import Method, Step, train_adapters
 from lorascope.observe.trainable import TILE, TILES, joint_tile_sums, tile_sums
 from lorascope.schema import module_table
 from lorascope.updates import constant_factors

@@ -17,7 +17,7 @@ import pytest
 from test_inspect import llama, plant
 
 import lorascope
-from lorascope.evidence import kept_verdicts, registration
+from lorascope.papers.judging import kept_verdicts, registration
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [
@@ -130,7 +130,7 @@ def test_verify_and_reproduce_name_the_clone_that_they_need(site: Path, tmp_path
 
 def test_installed_package_has_the_kept_verdicts(site: Path, tmp_path: Path) -> None:
     code = (
-        "from lorascope.evidence import kept_verdicts, registration as r; "
+        "from lorascope.papers.judging import kept_verdicts, registration as r; "
         "print(r.FILE); print(kept_verdicts.read().table.to_csv(index=False), end='')"
     )
     done = call(site, tmp_path, ["-c", code], "train")

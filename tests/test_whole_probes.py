@@ -14,15 +14,17 @@ import pytest
 import torch
 from joblib import parallel_config
 
-from lorascope.evidence import registration, store
-from lorascope.evidence.judging import judge_all
-from lorascope.evidence.open_runs import OpenRun
-from lorascope.evidence.statistics import PAIRS
 from lorascope.inputs import tasks
-from lorascope.methods import adalora, alora, autolora, base
-from lorascope.probes import component_scores, evidence, hydralora_asymmetry, score_agreement
-from lorascope.probes.base import Arm
-from lorascope.probes.tfidf_baseline import tfidf_arm
+from lorascope.methods import adalora, alora, autolora, method
+from lorascope.papers import hydralora_asymmetry, score_agreement
+from lorascope.papers.judging import kept_runs, registration
+from lorascope.papers.judging.verdicts import judge_all
+from lorascope.papers.lora import tfidf_arm
+from lorascope.papers.probe import Arm
+from lorascope.papers.registry import PAIRS
+from lorascope.papers.setups import component_scores
+from lorascope.papers.training import train_arms
+from lorascope.papers.training.missing_runs import OpenRun
 
 SEEDS = 3
 CLAIMS = registration.read()
@@ -42,7 +44,7 @@ def judge(bert: str, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.Monke
 
     A statistic that is not finite is rejected, and the outcome here is "undefined".
     """
-    registered = evidence.registered_arms()
+    registered = train_arms.registered_arms()
 
     def tiny(arm: Any, rows: tasks.Task, steps: int) -> Any:
         if not isinstance(arm, Arm):
@@ -56,21 +58,21 @@ def judge(bert: str, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.Monke
 
     def judged(ids: tuple[str, ...], rows: tasks.Task = task, may_void: bool = True, steps: int = 30) -> pd.Series:
         made = {label: tiny(arm, rows, steps) for label, arm in registered.items()}
-        monkeypatch.setattr(evidence, "registered_arms", lambda: made)
+        monkeypatch.setattr(train_arms, "registered_arms", lambda: made)
         claims = {id: CLAIMS.claims[id] for id in ids}
         design = {"seeds": (SEEDS,), "levels": (0.025,)}
         claims = {id: replace(each, design=replace(each.design, **design)) for id, each in claims.items()}
-        reads = evidence.read_by_claims(replace(CLAIMS, claims=claims))
+        reads = train_arms.read_by_claims(replace(CLAIMS, claims=claims))
         for label in dict.fromkeys(label for claim in claims.values() for label in claim.arms):
             arm = CLAIMS.arms[label]
             for seed in range(100, 100 + (1 if arm.baseline else SEEDS)):
                 rate = 1e-2 if arm.fields else None
                 run = OpenRun(label, seed, "baseline" if arm.baseline else "judged", rate)
-                kept = evidence.finish(run, CLAIMS, reads.get(label, []), tmp_path / "runs")
+                kept = train_arms.finish(run, CLAIMS, reads.get(label, []), tmp_path / "runs")
                 if len(kept.rows):
-                    store.add_rows(tmp_path / "evidence", kept.rows)
-                store.add_run(tmp_path / "evidence", kept.row, kept.scores, kept.tables)
-        found = store.read(tmp_path / "evidence")
+                    kept_runs.add_rows(tmp_path / "evidence", kept.rows)
+                kept_runs.add_run(tmp_path / "evidence", kept.row, kept.scores, kept.tables)
+        found = kept_runs.read(tmp_path / "evidence")
 
         def outcome(id: str) -> str:
             try:
@@ -132,12 +134,12 @@ def test_random_scores_support_no_claim_on_scores(
 @pytest.fixture
 def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train heads, but give adapters a learning rate of zero, so that updates keep their initial values."""
-    groups = base.parameter_groups
+    groups = method.parameter_groups
 
     def without_adapters(model: Any, lr: float, *rates: float) -> Any:
-        return groups(model, 0.0 if base.attached_deltas(model) else lr, *rates)
+        return groups(model, 0.0 if method.attached_deltas(model) else lr, *rates)
 
-    monkeypatch.setattr(base, "parameter_groups", without_adapters)
+    monkeypatch.setattr(method, "parameter_groups", without_adapters)
 
 
 @pytest.mark.usefixtures("frozen")
@@ -153,14 +155,14 @@ def test_frozen_adapters_support_no_claim_on_updates(judge: Callable[..., Any]) 
 def test_frozen_factors_support_no_claim_on_factors(
     judge: Callable[..., Any], task: tasks.Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attach, draw = base.AdapterMethod.attach, torch.Generator().manual_seed(0)
+    attach, draw = method.AdapterMethod.attach, torch.Generator().manual_seed(0)
 
     def with_random_b(self: Any, model: Any) -> None:
         attach(self, model)
-        for delta in base.attached_deltas(model).values():
+        for delta in method.attached_deltas(model).values():
             torch.nn.init.normal_(delta.B, generator=draw)  # a B of zeros has no direction
 
-    monkeypatch.setattr(base.AdapterMethod, "attach", with_random_b)
+    monkeypatch.setattr(method.AdapterMethod, "attach", with_random_b)
     monkeypatch.setattr(hydralora_asymmetry.tasks, "load", lambda name: task)
     found = judge(FACTORS, may_void=False, steps=2)
     assert found.pop("asymmetry.picture") == "supported"  # it only needs a shared start

@@ -15,7 +15,7 @@ from tolerance import rounding
 
 import lorascope as ls
 from lorascope.cli.main import main
-from lorascope.runs.formats.image_names import to_authors
+from lorascope.formats.image_names import to_authors
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LYCORIS, DIFFUSERS = FIXTURES / "lycoris", FIXTURES / "diffusers"

@@ -9,8 +9,8 @@ import pytest
 from test_readme import generated
 
 import lorascope as ls
-from lorascope.runs.export.writers import writers
-from lorascope.runs.formats.registry import READERS, find_reader
+from lorascope.export.writers import writers
+from lorascope.formats.readers import READERS, find_reader
 
 __all__ = ["generated"]
 FILE = Path(__file__).parent / "fixtures" / "diffusers" / "metadata.safetensors"

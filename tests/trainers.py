@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 import lorascope as ls
 from lorascope.inputs import models
-from lorascope.observe.base import Observer
+from lorascope.observe.observer import Observer
 from lorascope.training.base_weights import prepare_model
 from lorascope.training.state import seed_generators
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lorascope.evidence.registration import PAPERS
-from lorascope.evidence.store import Evidence
+from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.registration import PAPERS
 
 NO_FIGURES = "No figures are drawn from the kept runs yet."
 _OF_SEVERAL = {"Planted ranks": ("AdaLoRA", "AutoLoRA", "ALoRA"), "Importance scores": ("AdaLoRA", "AutoLoRA", "ALoRA")}

@@ -16,7 +16,7 @@ from gallery_runs import train_gallery_runs
 
 import lorascope as ls
 from lorascope.charts.chart import Drawable
-from lorascope.plots.registry import FIGURES, Figure
+from lorascope.plots.figure_registry import FIGURES, Figure
 
 RUNS = "_build/gallery-runs"
 IMAGES = "gallery/images"

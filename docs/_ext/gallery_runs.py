@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lorascope as ls
-from lorascope.probes import planted_teacher
+from lorascope.papers.setups import planted_teacher
 
 LINEAR = "all-linear"
 TWEETS = "sentiment/tweets"

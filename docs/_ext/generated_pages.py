@@ -26,11 +26,11 @@ import lorascope
 from lorascope.cli.main import COMMANDS, main
 from lorascope.diagnosis.causes import RULES
 from lorascope.diagnosis.kinds import KINDS, Kind
+from lorascope.export.exporters import EXPORTERS
+from lorascope.export.writers import writers
+from lorascope.formats.readers import READERS, SENTENCES, find_reader
 from lorascope.methods import METHODS
-from lorascope.methods.base import Method
-from lorascope.runs.export.registry import EXPORTERS
-from lorascope.runs.export.writers import writers
-from lorascope.runs.formats.registry import READERS, SENTENCES, find_reader
+from lorascope.methods.method import Method
 from lorascope.schema.records import QUANTITIES
 
 ROOT = Path(__file__).parents[2]

@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 
+import page_blocks
 import pandas as pd
+from verdict_tables import SCORES, Tables, format_p
 
-from lorascope.evidence import pages, published
-from lorascope.evidence.blocks import SCORES, Tables, format_p
-from lorascope.evidence.judging import Pair
-from lorascope.evidence.registration import Registration
-from lorascope.evidence.store import Evidence
-from lorascope.evidence.verification import Derived, derive
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import read_text
+from lorascope.papers.judging import published_numbers
+from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.registration import Registration
+from lorascope.papers.judging.verdicts import Pair
+from lorascope.papers.judging.verification import Derived, derive
 
 FILE = "numbers.csv"
 COLUMNS = ("key", "value", "digits", "from")
@@ -61,8 +62,8 @@ def significant_digits(text: str) -> int:
 def _printed(tables: Tables) -> Iterator[tuple[str, str, str]]:
     """Return key, text and source of every number."""
     claims = tables.registration.of_tier("published")
-    for on_figures in published.judge(claims, tables.data / "published").to_dict("records"):
-        if on_figures["outcome"] != published.SHOWN:
+    for on_figures in published_numbers.judge(claims, tables.data / "published").to_dict("records"):
+        if on_figures["outcome"] != published_numbers.SHOWN:
             yield from _numbers(on_figures["claim"], _EFFECT, on_figures["shown"], "data/published")
     for id, row in tables.rows.items():
         if row["look"] >= 1:
@@ -97,7 +98,7 @@ def repeated(page: Path, numbers: pd.DataFrame) -> Iterator[str]:
     Code is left out, because it shows the output of other runs.
     """
     text = read_text(page)
-    outside = pages.without_blocks(text)
+    outside = page_blocks.without_blocks(text)
     if outside == text:
         return
     measured = {abs(Decimal(value)): key for key, value in zip(numbers["key"], numbers["value"], strict=True)}

@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from figure_lists import list_figures, list_figures_of_paper
 
 from lorascope.analysis.seed_intervals import t_interval
-from lorascope.evidence import published
-from lorascope.evidence.claims import with_level
-from lorascope.evidence.figure_lists import list_figures, list_figures_of_paper
-from lorascope.evidence.judging import name_machine
-from lorascope.evidence.looks import BUDGET, STOPPED
-from lorascope.evidence.registration import PAPERS, Change, Registered, Registration
-from lorascope.evidence.store import BLOCK, Evidence, read_texts
-from lorascope.evidence.verification import Derived
 from lorascope.files.printable import count_phrase
+from lorascope.papers.judging import published_numbers
+from lorascope.papers.judging.claims import with_level
+from lorascope.papers.judging.kept_runs import BLOCK, Evidence, read_texts
+from lorascope.papers.judging.looks import BUDGET, STOPPED
+from lorascope.papers.judging.registration import PAPERS, Change, Registered, Registration
+from lorascope.papers.judging.verdicts import name_machine
+from lorascope.papers.judging.verification import Derived
 
 SCORES = ("test accuracy (%)", "test loss (nats)")
 MIXTURE = "sentiment/mixture"
@@ -152,7 +152,7 @@ class Tables:
         return [
             (claims[row["claim"]].text.sentence, second(claims[row["claim"]]), row["shown"],
              _bound(claims[row["claim"]]), ", ".join(filter(None, (row["outcome"], row["side"]))))
-            for row in published.judge(claims, self.data / "published").to_dict("records")
+            for row in published_numbers.judge(claims, self.data / "published").to_dict("records")
         ]  # fmt: skip
 
     def verdicts(self) -> str:

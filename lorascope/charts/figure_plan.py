@@ -42,7 +42,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FigurePlan:
     """A figure ready to be drawn; ``rows`` contains the numbers of the panels row by row."""
 
     panels: list[Panel]
@@ -57,7 +57,7 @@ class Plan:
     theme: Theme
 
 
-def plan(drawable: Drawable, theme: Theme) -> Plan:
+def plan(drawable: Drawable, theme: Theme) -> FigurePlan:
     """Compute everything that does not depend on the renderer."""
     charts = drawable.charts()
     framed = [chart.data[chart.frame] for chart in charts if chart.frame is not None]
@@ -80,7 +80,7 @@ def plan(drawable: Drawable, theme: Theme) -> Plan:
     captions = list(dict.fromkeys(chart.caption for chart in charts if chart.caption))
     if len(captions) > 1:
         captions = [f"{chart.title}: {chart.caption}".removeprefix(": ") for chart in charts if chart.caption]
-    return Plan(
+    return FigurePlan(
         panels=_set_limits(panels, frames),
         rows=[[next(numbers) for _ in row] for row in drawable.rows()],
         frames=frames,

@@ -28,7 +28,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lorascope.charts.chart import Drawable
-from lorascope.charts.figure_plan import Entry, Plan, plan
+from lorascope.charts.figure_plan import Entry, FigurePlan, plan
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
 from lorascope.charts.scales import Ramp, Scale
 from lorascope.charts.theme import FAINT, GLYPH, STYLES, WIDTHS, Theme, count_lines, fold, is_dark, theme
@@ -52,7 +52,7 @@ _LINE = 1.2  # height of a line of text, in font sizes
 
 
 @dataclass(frozen=True)
-class Place:
+class GridPlace:
     """Row and columns (from ``start`` to before ``stop``) of one frame of a panel in the grid of a figure."""
 
     panel: int
@@ -122,7 +122,7 @@ def style(look: Theme) -> Any:
     return matplotlib.style.context(settings, after_reset=True)
 
 
-def _lay_out_grid(settled: Plan, across: int) -> list[Place]:
+def _lay_out_grid(settled: FigurePlan, across: int) -> list[GridPlace]:
     """Place the panels as arranged or, with frames, the frames of each panel in rows of ``across``."""
     rows: list[tuple[int, list[tuple[int, Any]]]] = []  # number of equal parts, and the panels and frames in them
     if settled.frames:
@@ -140,13 +140,13 @@ def _lay_out_grid(settled: Plan, across: int) -> list[Place]:
     # A common multiple lets rows with different numbers of panels share one grid.
     columns = math.lcm(*(parts for parts, _ in rows))
     return [
-        Place(panel, frame, number, column * columns // parts, (column + 1) * columns // parts)
+        GridPlace(panel, frame, number, column * columns // parts, (column + 1) * columns // parts)
         for number, (parts, row) in enumerate(rows)
         for column, (panel, frame) in enumerate(row)
     ]
 
 
-def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
+def _compose(settled: FigurePlan, places: list[GridPlace], width: float) -> Figure:
     """Draw axes, legend, color bars and caption on a figure ``width`` inches wide and as high as necessary."""
     size = settled.theme.size
     columns = max(place.stop for place in places)
@@ -161,7 +161,9 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
     renderer = FigureCanvasAgg(made).get_renderer()
     grid = made.add_gridspec(len(heights), columns, height_ratios=heights)
     axes = {place: made.add_subplot(grid[place.row, place.start : place.stop]) for place in places}
-    panels: list[tuple[Place, Axes, Panel]] = [(place, ax, settled.panels[place.panel]) for place, ax in axes.items()]
+    panels: list[tuple[GridPlace, Axes, Panel]] = [
+        (place, ax, settled.panels[place.panel]) for place, ax in axes.items()
+    ]
     for place, ax, panel in panels:
         draw(ax, panel, place.frame)
         ax.set_xlabel(escape_dollar(fold(panel.x.axis.label, 0.8 * 72 * cells[place], size)))
@@ -209,7 +211,7 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
     return made
 
 
-def _draw_legend(made: Figure, settled: Plan, width: float) -> Legend:
+def _draw_legend(made: Figure, settled: FigurePlan, width: float) -> Legend:
     """Draw the legend with as many entries per row as fit, at least one."""
     size = settled.theme.size
     entries = [replace(entry, label=fold(entry.label, 72 * width - 4 * size, size)) for entry in settled.entries]

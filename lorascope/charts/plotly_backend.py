@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lorascope.charts.chart import Drawable
-from lorascope.charts.figure_plan import Entry, Plan, plan
+from lorascope.charts.figure_plan import Entry, FigurePlan, plan
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Numbers, Panel, Shape, Words
 from lorascope.charts.plotly_layout import NOTE, WIDTH, add_opacity, axis_suffix, escape_tags, layout
 from lorascope.charts.theme import FAINT, theme
@@ -24,7 +24,7 @@ def figure(drawable: Drawable, name: str | None = None) -> go.Figure:
     return draw(plan(drawable, theme(name or "light")))
 
 
-def draw(settled: Plan, width: float = WIDTH) -> go.Figure:
+def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
     """Draw a planned figure for a screen ``width`` pixels wide."""
     made = ground(settled, width)
     framed = [panel for panel in settled.panels if panel.chart.frame is not None]
@@ -51,7 +51,7 @@ def draw(settled: Plan, width: float = WIDTH) -> go.Figure:
     return made
 
 
-def ground(settled: Plan, width: float = WIDTH) -> go.Figure:
+def ground(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
     """Return a planned figure without traces, for a screen ``width`` pixels wide."""
     return go.Figure(layout=layout(settled, width))
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.charts.figure_plan import Plan
+from lorascope.charts.figure_plan import FigurePlan
 from lorascope.charts.geometry import Panel, Ruler
 from lorascope.charts.scales import Limits, Ramp, Scale, Ticks
 from lorascope.charts.theme import GLYPH, channels, count_lines, fold
@@ -54,7 +54,7 @@ class Space:
     caption: str
 
 
-def layout(settled: Plan, width: float = WIDTH) -> dict[str, Any]:
+def layout(settled: FigurePlan, width: float = WIDTH) -> dict[str, Any]:
     """Return the layout of a figure ``width`` pixels wide, which is everything except the traces."""
     look, room = settled.theme, _measure(settled, width)
     top: dict[str, Any] = {"yanchor": "top", "yref": "container"}
@@ -96,7 +96,7 @@ def _sized_text(text: str, size: float) -> dict[str, Any]:
     return {"text": escape_tags(text), "font": {"size": size}}
 
 
-def _measure(settled: Plan, width: float) -> Space:
+def _measure(settled: FigurePlan, width: float) -> Space:
     """Compute margins, and the room of each panel."""
     panels, rows = settled.panels, settled.rows
     shared = {new for row in rows for old, new in pairwise(row) if panels[old].y == panels[new].y}
@@ -149,7 +149,7 @@ def _depth(scale: Scale, ticks: Ticks | None, width: float) -> float:
     return names + LINE * count_lines(fold(scale.axis.label, width, FONT)) + 6
 
 
-def _legend_height(settled: Plan, plot: float) -> float:
+def _legend_height(settled: FigurePlan, plot: float) -> float:
     """Return the height of the legend; plotly uses columns of the widest entry if one line is too short."""
     widths = [GLYPH * FONT * len(entry.label) + 48 for entry in settled.entries]
     if not widths:
@@ -196,7 +196,7 @@ def _color_axis(ramp: Ramp, ramps: list[Ramp], room: Space) -> dict[str, Any]:
     return {"colorscale": colors, "cmin": ramp.limits[0], "cmax": ramp.limits[1], "colorbar": bar}
 
 
-def _slider(settled: Plan, room: Space) -> dict[str, Any]:
+def _slider(settled: FigurePlan, room: Space) -> dict[str, Any]:
     """Return the slider over the frames and the button that plays them."""
     still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     play = {**still, "frame": {"duration": 400, "redraw": True}, "fromcurrent": True}

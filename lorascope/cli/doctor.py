@@ -12,10 +12,10 @@ from tyro.conf import arg
 
 import lorascope
 from lorascope.cli.arguments import File, Folder, Name, command
-from lorascope.cli.load_runs import open_runs
+from lorascope.cli.opened_runs import open_runs
+from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
-from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.kinds import KINDS, Kind
 from lorascope.diagnosis.merge import check_merge
@@ -25,9 +25,9 @@ from lorascope.diagnosis.terminal import WIDTH
 from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.safetensors_io import write_json
+from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import require_own
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import is_run, load_adapter
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from lorascope import export
 from lorascope.cli.arguments import File, Folder, Name, command, reject
-from lorascope.cli.load_runs import open_runs
+from lorascope.cli.opened_runs import open_runs
+from lorascope.export import RankBudget
+from lorascope.export.writers import require_adapter
 from lorascope.files.printable import printable
-from lorascope.runs import export
-from lorascope.runs.export import RankBudget
-from lorascope.runs.export.writers import require_adapter
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.result import Result
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.cli.arguments import Folder, Paths, command
-from lorascope.cli.load_runs import open_runs
+from lorascope.cli.opened_runs import open_runs
 from lorascope.diagnosis.inspection import Inspection, inspect, rows
 from lorascope.diagnosis.inspection_screen import inspection_screen, modules_screen
 from lorascope.diagnosis.null import null_table
@@ -20,7 +20,7 @@ from lorascope.files.hub import locate
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safe_csv import csv_text
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.loading import NoUpdatesError, is_checkpoint, is_series
+from lorascope.runs.loading import NoUpdatesError, is_series, is_whole_model
 
 
 @command
@@ -80,7 +80,7 @@ def main(
     if null and all and not (json or csv):
         raise ValueError("--null has no place on the screen of --all: add --json or --csv, or omit --all")
     found = [locate(path) for path in paths]
-    if whole := [path for path in found if is_checkpoint(path)]:
+    if whole := [path for path in found if is_whole_model(path)]:
         if len(paths) > 1:
             raise ValueError(f"cannot compare {whole[0]}: only adapters and runs are compared, not whole models")
         if base is None:
@@ -137,8 +137,8 @@ def _neurons(model: Path, base: str, all: bool) -> _Shown:
 
 
 def _comparison(inspections: Sequence[Inspection], spectra: bool, all: bool) -> _Shown:
-    from lorascope.diagnosis.comparison import compare
-    from lorascope.diagnosis.comparison_screen import comparison_screen
+    from lorascope.diagnosis.pair_comparison import compare
+    from lorascope.diagnosis.pair_screen import comparison_screen
 
     compared = compare(inspections, spectra)
     modules = [(modules_screen, item) for item in inspections] if all else []

@@ -32,7 +32,6 @@ COMMANDS = {
     "plot": "plot one or more runs as a figure",
     "export": "export ranks or an adapter to PEFT, or tables to files",
     "verify": "compute the kept verdicts again from the evidence",
-    "bench": "measure times and memory, and compare them with their aims",
 }
 _USAGE = """usage: lorascope COMMAND ...
 

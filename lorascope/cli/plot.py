@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from lorascope.cli.arguments import Folder, Name, call, headline, options_of
-from lorascope.cli.load_runs import open_runs
+from lorascope.cli.opened_runs import open_runs
 from lorascope.files.printable import printable, utf8_text
 from lorascope.plots import FIGURES, OLD_FIGURES
 from lorascope.runs.folders import foreign, require_own

@@ -8,7 +8,7 @@ from typing import Annotated
 from tyro.conf import arg
 
 from lorascope.cli.arguments import Folder, Paths, command, reject
-from lorascope.cli.load_runs import open_runs
+from lorascope.cli.opened_runs import open_runs
 from lorascope.files.printable import count_phrase, printable
 from lorascope.pages import report_card
 

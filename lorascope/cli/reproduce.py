@@ -17,8 +17,8 @@ from tyro.conf import arg
 
 from lorascope.cli.arguments import command
 from lorascope.cli.text_tables import format_table
-from lorascope.evidence import kept_verdicts, registration, store
 from lorascope.files.printable import count_phrase, printable
+from lorascope.papers.judging import kept_runs, kept_verdicts, registration
 
 
 @command
@@ -69,9 +69,11 @@ def main(
         raise ModuleNotFoundError(name="torch")  # now, since the verdicts are printed before torch is imported
     if evidence is not None or claim is not None:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
-        os.environ |= store.INSTRUCTIONS
+        os.environ |= kept_runs.INSTRUCTIONS
     if evidence is not None:
-        from lorascope.probes.evidence import write_evidence  # imported here, so that --help does not import torch
+        from lorascope.papers.training.train_arms import (
+            write_evidence,  # imported here, so that --help does not import torch
+        )
 
         write_evidence(Path(evidence), Path(out) / "runs", minutes)
         return 0
@@ -87,7 +89,7 @@ def _train_methods(seed: int, out: Path, json: bool) -> int:
             print(format_table(kept.table[["claim", "n", "effect", "outcome", "control"]]))
         print("\n".join([*kept.notes, "", f"One run of every method with seed {seed}:"]), flush=True)
     from lorascope.experiments.sweep import RunsFailed  # imported here, so that the verdicts do not wait for torch
-    from lorascope.probes.reproduction import reproduce
+    from lorascope.papers.training.reproduction import reproduce
 
     try:
         found = reproduce(out, seed)
@@ -111,7 +113,7 @@ def has_screen() -> bool:
 
 
 def _train_claim(claim: str, seed: int, out: Path, json: bool) -> int:
-    from lorascope.probes import own_seeds
+    from lorascope.papers.training import own_seeds
 
     planned = own_seeds.plan(claim, seed, out / "evidence")
     for line in planned.unfit().values():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pandas as pd
 from tyro.conf import arg
 
-from lorascope.analysis import recipe_comparison
+from lorascope.analysis import recipe_tests
 from lorascope.analysis.seed_intervals import Interval
 from lorascope.cli.arguments import Name, command
 from lorascope.diagnosis.terminal import WIDTH, elide
@@ -79,11 +79,11 @@ def main(
 
 def format_standings(swept: SweepResult) -> str:
     """Format the comparison of the recipes as a table with notes."""
-    table = recipe_comparison.scores(swept.runs())
+    table = recipe_tests.scores(swept.runs())
     if table.empty:
         return "no finished runs"
-    compared = recipe_comparison.pairs(table)
-    rows = recipe_comparison.standings(table, compared)
+    compared = recipe_tests.pairs(table)
+    rows = recipe_tests.standings(table, compared)
     several = [column for column in ("model", "task") if rows[column].nunique() > 1]
     cells = [["recipe", *several, "test", "seeds", "place"]]
     for row in rows.to_dict("records"):
@@ -93,7 +93,7 @@ def format_standings(swept: SweepResult) -> str:
         cells.append([*names, f"{printable(row['metric'])} {value}", str(row["n"]), place])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-    notes = [_NOTE, *recipe_comparison.describe_comparison(compared)]
+    notes = [_NOTE, *recipe_tests.describe_comparison(compared)]
     return "\n".join([*lines, "", *(textwrap.fill(printable(note), WIDTH) for note in notes)])
 
 
@@ -103,13 +103,13 @@ def sweep_to_json(swept: SweepResult) -> dict[str, Any]:
     def rows(table: pd.DataFrame) -> Any:
         return loads(table.to_json(orient="records", double_precision=15))
 
-    table = recipe_comparison.scores(swept.runs())
-    compared = recipe_comparison.pairs(table)
+    table = recipe_tests.scores(swept.runs())
+    compared = recipe_tests.pairs(table)
     folders = [str(swept.folders[number]) for number in sorted(swept.folders)]
     return {
         "runs": rows(table.assign(path=folders)),
         "failed": swept.complaints(),
-        "recipes": rows(recipe_comparison.standings(table, compared)) if len(table) else [],
+        "recipes": rows(recipe_tests.standings(table, compared)) if len(table) else [],
         "pairs": rows(compared),
-        "words": recipe_comparison.describe_comparison(compared),
+        "words": recipe_tests.describe_comparison(compared),
     }

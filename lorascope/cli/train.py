@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from lorascope.cli.arguments import call, headline, options_of
 from lorascope.methods import METHODS
-from lorascope.methods.base import Method
+from lorascope.methods.method import Method
 from lorascope.schema.deprecation import old_fields
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train

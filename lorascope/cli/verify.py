@@ -13,13 +13,13 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import command
-from lorascope.evidence import blocks, figures, numbers, pages, registration, registration_history, store, verification
-from lorascope.evidence.code_hash import code_hash
-from lorascope.evidence.registration import Registration
-from lorascope.evidence.statistics import PAIRS, module_of
-from lorascope.evidence.store import Evidence
 from lorascope.files.printable import count_phrase, printable
-from lorascope.gallery import SECTIONS, drawing
+from lorascope.papers.figures import redraw
+from lorascope.papers.judging import kept_figures, kept_runs, registration, registration_history, verification
+from lorascope.papers.judging.code_hash import code_hash
+from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.registration import Registration
+from lorascope.papers.registry import PAIRS, SECTIONS, module_of
 
 
 @command
@@ -32,9 +32,9 @@ def main(
 ) -> int:
     """Recompute everything that follows from the kept runs, and compare it with the kept results.
 
-    In a clone of the repository, this includes the README and the docs, whose tables of verdicts are written from the
-    runs. Without --retrain it needs neither torch nor training. The exit code is 1 if anything differs or a
-    file is damaged.
+    In a clone of the repository, this includes the images of the figures; docs/_ext/write_pages.py compares the tables
+    of README and docs. Without --retrain it needs neither torch nor training. The exit code is 1 if anything differs or
+    a file is damaged.
 
     Example: lorascope verify data/evidence
 
@@ -43,7 +43,7 @@ def main(
     evidence
         Folder of evidence; if omitted, data/evidence of the repository or of the installed package.
     write
-        Write what follows from the kept runs: tables of the evidence, and blocks of README and docs.
+        Write the tables of the evidence that follow from the kept runs.
     retrain
         Train N random judged runs again and compare them with the kept ones, 2 to 5 minutes each; this needs torch.
     json
@@ -59,7 +59,6 @@ def main(
         raise ValueError(f"--retrain must be >= 0, got {retrain}")
     if (evidence or retrain) and not has_runs:
         raise FileNotFoundError(f"no evidence at {printable(folder)}: it has no runs.csv")
-    # Pages state the evidence of the repository, not that of another folder.
     root = clone if folder.resolve() == own.resolve() else None
     if write and clone is None:
         raise ValueError("--write requires a clone of the repository, got an installed package")
@@ -68,7 +67,7 @@ def main(
     differences: list[str] = []
     kept = ""
     try:
-        claims, found = registration.read(registered), store.read_kept(folder)
+        claims, found = registration.read(registered), kept_runs.read_kept(folder)
         runs = f"Kept: {count_phrase(len(found.runs), 'run')}" if has_runs else "No runs are kept yet"
         kept = f" {runs} for {count_phrase(len(claims.of_tier('primary', 'secondary')), 'claim')}."
         for line in _find_differences(claims, found, folder, root, write, retrain):
@@ -94,33 +93,19 @@ def _find_differences(
     claims: Registration, found: Evidence, folder: Path, root: Path | None, write: bool, retrain: int
 ) -> Iterator[str]:
     registered, has_runs = registration.FILE, (folder / "runs.csv").exists()
-    derived = numbers.derive_all(found, claims, PAIRS, registered.parent)
+    derived = verification.derive(found, claims, PAIRS)
     if write and has_runs:
         verification.rewrite_derived(folder, derived, registered)
-    if root:
-        texts = blocks.all_blocks(claims, registered.parent, found, derived)
-        listed = [
-            *root.glob("README.md"),
-            *sorted((root / "docs").glob("*.md")),
-            *sorted(root.glob("docs/papers/*.md")),
-        ]
-        if write:
-            for page in listed:
-                pages.write(page, texts)
-        yield from pages.differences(listed, texts)
-        measured = store.text_table(derived.files[numbers.FILE])
-        for page in listed:
-            yield from numbers.repeated(page, measured)
     if has_runs:
-        images = root / figures.FOLDER if root else None
+        images = root / kept_figures.FOLDER if root else None
         yield from verification.verify(
             folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), found, derived, images
         )
-        yield from drawing.differences(folder, found, SECTIONS)
+        yield from redraw.differences(folder, found, SECTIONS)
     if retrain:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
-        os.environ |= store.INSTRUCTIONS
-        from lorascope.probes import evidence as training
+        os.environ |= kept_runs.INSTRUCTIONS
+        from lorascope.papers.training import train_arms as training
 
         with redirect_stdout(sys.stderr):  # its progress must not mix with JSON
             yield from training.retrain(folder, retrain, registered)

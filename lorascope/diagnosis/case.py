@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.diagnosis.base_comparison import BaseChange, compare_with_base
+from lorascope.diagnosis.change_from_base import BaseChange, compare_with_base
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.stored_update import AdapterFiles, StoredUpdate
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredUpdate
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.module_summary import ModuleSummary
 from lorascope.runs.result import Result

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.stored_update import StoredUpdate
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.stored_update import StoredUpdate
 from lorascope.schema.module_roles import parse
 from lorascope.updates.linalg import one_thread
 

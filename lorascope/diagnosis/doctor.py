@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, Finding
-from lorascope.diagnosis.causes.base import run_rules
-from lorascope.diagnosis.evidence import Case
+from lorascope.diagnosis.causes.finding import run_rules
 from lorascope.runs.result import Result
 
 _NEEDS = {"weights": "norms of the weights", "base": "norms of the weights", "history": "a history"}

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from lorascope.diagnosis.case import Case, MeasuredModule
 from lorascope.diagnosis.causes import RULES, Finding
-from lorascope.diagnosis.evidence import Case, MeasuredModule
 from lorascope.files.hub import hub_source, label
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import count_phrase
@@ -27,7 +27,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 
 @dataclass(frozen=True)
-class Report:
+class InspectionReport:
     """Result of ``lorascope inspect``."""
 
     path: Path | None
@@ -60,7 +60,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Inspection(Report):
+class Inspection(InspectionReport):
     """Result of ``lorascope inspect`` for one adapter or run.
 
     The columns of ``modules`` are the fields of ``MeasuredModule``.

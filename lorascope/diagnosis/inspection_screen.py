@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from lorascope.diagnosis.evidence import largest
+from lorascope.diagnosis.case import largest
 from lorascope.diagnosis.inspection import Inspection, pool_norms
 from lorascope.diagnosis.null import below_null, outliers
 from lorascope.diagnosis.terminal import (

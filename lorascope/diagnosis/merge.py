@@ -21,14 +21,14 @@ from typing import Literal
 import numpy as np
 
 from lorascope.array_types import Float, Float32
-from lorascope.diagnosis.causes.base import Finding, first_and_count, of_kind
+from lorascope.diagnosis.causes.finding import Finding, first_and_count, of_kind
 from lorascope.diagnosis.inspection import DTYPES
 from lorascope.diagnosis.merged_experts import ExpertEntries, swapped_experts
 from lorascope.files.safetensors_io import round_to_bfloat16
+from lorascope.formats.peft_experts import ExpertPart
+from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.formats.peft_experts import ExpertPart
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.updates.base import Update
+from lorascope.updates.weight_update import Update
 
 Verdict = Literal[
     *("merged", "consistent", "unknown", "not compared"),

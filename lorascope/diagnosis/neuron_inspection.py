@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorascope.diagnosis.causes.base import Finding, first_and_count, of_kind
-from lorascope.diagnosis.inspection import Facts, Report, describe_files, in_axis_order, pool_norms, rows
+from lorascope.diagnosis.causes.finding import Finding, first_and_count, of_kind
+from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_files, in_axis_order, pool_norms, rows
 from lorascope.diagnosis.neuron_scores import neuron_scores
 from lorascope.files.lazy_pandas import pandas as pd
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.pretrained_weights import PretrainedWeights
 
 TOP = 0.1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
@@ -19,7 +19,7 @@ SHORT = 1e-8  # norm of a neuron's weights below which their direction is not me
 
 
 @dataclass(frozen=True)
-class NeuronInspection(Report):
+class NeuronInspection(InspectionReport):
     """Result of ``lorascope inspect`` for a whole model and its base.
 
     ``scores`` has the columns of ``neuron_scores`` and ``top``: whether the neuron is in the tenth of all neurons

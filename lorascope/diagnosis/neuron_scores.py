@@ -16,7 +16,7 @@ import numpy as np
 from lorascope.analysis import neurons
 from lorascope.diagnosis.inspection import in_axis_order
 from lorascope.files.lazy_pandas import pandas as pd
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.schema.module_roles import FFN, parse
 from lorascope.updates import neuron_change
 

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lorascope.analysis.adapter_similarity import DIRECTIONS
-from lorascope.diagnosis.comparison import Comparison
+from lorascope.diagnosis.pair_comparison import Comparison
 from lorascope.diagnosis.terminal import WIDTH, Elided, norm, numbers_table, ratio, span, to_text, wrapped
 
 # Matrices of a comparison: width of a cell, and the number of columns that fit.

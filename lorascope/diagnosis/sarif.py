@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lorascope.diagnosis.causes.base import Finding
+from lorascope.diagnosis.causes.finding import Finding
 from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.kinds import KINDS, Kind
 from lorascope.files.printable import printable

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from joblib import Parallel, delayed
 
+from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.doctor import findings
-from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import inspect, pool_norms
 from lorascope.extras import requirement
 from lorascope.files.hub import locate

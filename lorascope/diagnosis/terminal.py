@@ -16,8 +16,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from lorascope.diagnosis.causes.base import Finding
-from lorascope.diagnosis.inspection import Report
+from lorascope.diagnosis.causes.finding import Finding
+from lorascope.diagnosis.inspection import InspectionReport
 from lorascope.files.printable import printable
 
 WIDTH = 80
@@ -99,7 +99,11 @@ Fact = tuple[RenderableType, Sequence[RenderableType]]
 
 
 def report_screen(
-    report: Report, target: Console, *body: RenderableType, facts: Sequence[Fact] = (), commands: Sequence[str] = ()
+    report: InspectionReport,
+    target: Console,
+    *body: RenderableType,
+    facts: Sequence[Fact] = (),
+    commands: Sequence[str] = (),
 ) -> str:
     """Format header, body, facts, findings, and the first command that fits in a line, else the last."""
     room = WIDTH - _LABEL
@@ -152,7 +156,7 @@ def numbers_table(
 
 
 def layer_chart(
-    report: Report,
+    report: InspectionReport,
     target: Console,
     title: str,
     profile: Callable[[list[dict[str, Any]]], float],

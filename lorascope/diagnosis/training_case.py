@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lorascope.diagnosis.evidence import Case, ModuleEvidence, TrainedModule
+from lorascope.diagnosis.case import Case, ModuleEvidence, TrainedModule
 
 
 @dataclass

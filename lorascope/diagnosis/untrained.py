@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from lorascope.analysis.initial_update import at_start
+from lorascope.formats.peft_config import RESIDUAL_INITS
+from lorascope.formats.peft_merge import MERGED
+from lorascope.formats.stored_update import StoredUpdate
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.formats.peft_merge import MERGED
-from lorascope.runs.formats.stored_update import StoredUpdate
-from lorascope.runs.manifest import RESIDUAL_INITS
 from lorascope.runs.result import Result
 from lorascope.updates.linalg import as_float64
 

@@ -21,16 +21,16 @@ from lorascope.experiments.component_removal import (
     canonical,
     fill_plain,
 )
+from lorascope.export import RankBudget, base_of
+from lorascope.export.peft_folder import refuse_unkept
+from lorascope.formats.stored_update import PREFIX
 from lorascope.inputs import models, tasks
 from lorascope.inputs.classifier_head import fit_head, weights_hash
 from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import EncodedRows
 from lorascope.methods.alora import ALoRADelta
-from lorascope.methods.base import task_head
+from lorascope.methods.method import task_head
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.export import RankBudget, base_of
-from lorascope.runs.export.peft_folder import refuse_unkept
-from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run

@@ -22,8 +22,8 @@ from lorascope.files.typed_json import require_size
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
-from lorascope.methods.base import Method, config, from_config
-from lorascope.observe.base import Observer
+from lorascope.methods.method import Method, config, from_config
+from lorascope.observe.observer import Observer
 from lorascope.schema.deprecation import to_new_fields, warn_renamed
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train

@@ -13,13 +13,13 @@ from torch import nn
 
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
-from lorascope.methods.base import Method, from_config
-from lorascope.observe.base import Observer
+from lorascope.methods.method import Method, from_config
+from lorascope.observe.observer import Observer
 from lorascope.runs.folders import lock_run
 from lorascope.runs.run import Run
 from lorascope.training.base_weights import Base, prepare_model
 from lorascope.training.output_folder import finished_run, prepare_folder
-from lorascope.training.run_spec import Plan
+from lorascope.training.run_spec import RunSpec
 from lorascope.training.session import Session
 from lorascope.training.settings import Settings
 from lorascope.training.state import seed_generators
@@ -74,7 +74,7 @@ class IsolatedRun:
         mark = prepare_model(living, task, self.seed)
         base = LiveWeights(living)
         phase = replace(next(self.method.phases(base)), name=name)
-        plan = Plan(self.method, phase, task, self.settings, self.seed, mark.w0_hash, observers)
+        plan = RunSpec(self.method, phase, task, self.settings, self.seed, mark.w0_hash, observers)
         place = "" if self.device == "cpu" else f"-{self.device.replace(':', '-')}"
         folder = Path(self.out or Path(self.root) / f"{name}-{self.method.name}-{plan.id}{place}")
         prepare_folder(folder, plan.id, self.overwrite)

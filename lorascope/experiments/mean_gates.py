@@ -12,11 +12,11 @@ from torch import nn
 
 from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.array_types import Float
+from lorascope.export import base_of
 from lorascope.inputs import models
 from lorascope.methods.hydralora import RoutedDelta
 from lorascope.methods.hydralora_routing import Routing, stack_gates, watch
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.export import base_of
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 

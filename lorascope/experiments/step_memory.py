@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lorascope.experiments.isolated_run import Data, IsolatedRun, Model, run_in_own_process
-from lorascope.methods.base import Method
+from lorascope.methods.method import Method
 from lorascope.observe import memory
 from lorascope.runs.run import Run
 from lorascope.schema.records import Record

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorascope.experiments.isolated_run import Data, IsolatedRun, Model, run_in_own_process
-from lorascope.methods.base import Batch, Method
+from lorascope.methods.method import Batch, Method
 from lorascope.runs.run import Run
 from lorascope.schema.records import Quantity, Record, register
 from lorascope.training.loop import advance
@@ -39,7 +39,7 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, 
     Parameters
     ----------
     model, data, method, **options
-        See ``lorascope.memory.measure``.
+        See ``lorascope.step_memory.measure``.
     steps : int
         Number of steps, default 12. The figure excludes the first two, which are slower. For LISA, pass the interval of
         a real run, such as 20: by default it would resample blocks every second step.

@@ -21,12 +21,12 @@ import torch
 from joblib import Parallel, cpu_count, delayed
 from joblib.parallel import get_active_backend
 
-from lorascope.analysis.recipe_comparison import recipes
+from lorascope.analysis.recipe_tests import recipes
 from lorascope.experiments import grid
 from lorascope.experiments.executors import ignore_replaced_workers, is_death, use_backend
 from lorascope.experiments.grid import Data, Grid, Job
 from lorascope.experiments.sweep_table import SweepTable
-from lorascope.methods.base import Method
+from lorascope.methods.method import Method
 from lorascope.runs.folders import RunLocked
 from lorascope.runs.run import Run
 from lorascope.schema.labels import to_words

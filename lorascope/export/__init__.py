@@ -1,10 +1,10 @@
 """Export of runs and adapters: ranks for a next LoRA, adapters in several formats, and tables as files."""
 
-from lorascope.runs.export.peft_folder import base_of, to_peft
-from lorascope.runs.export.rank_budget import RankBudget, rank_pattern, select_components
-from lorascope.runs.export.sums import interference, sum_adapters
-from lorascope.runs.export.tables import to_table
-from lorascope.runs.export.writers import convert
+from lorascope.export.peft_folder import base_of, to_peft
+from lorascope.export.rank_budget import RankBudget, rank_pattern, select_components
+from lorascope.export.sums import interference, sum_adapters
+from lorascope.export.tables import to_table
+from lorascope.export.writers import convert
 from lorascope.schema.deprecation import accept_old_names
 
 __all__ = [

@@ -15,15 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorascope.export.lora_layers import LoraLayer, WritableLora
+from lorascope.export.peft_adapter import layer_tensors
+from lorascope.export.pipeline_names import PIPELINE, named_layers, refuse_flat
+from lorascope.export.writers import writes
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
-from lorascope.runs.export.lora_layers import LoraLayer, WritableLora
-from lorascope.runs.export.peft_adapter import layer_tensors
-from lorascope.runs.export.pipeline_names import PIPELINE, named_layers, refuse_flat
-from lorascope.runs.export.writers import writes
+from lorascope.formats.image_keys import METADATA
 from lorascope.runs.folders import new_folder
-from lorascope.runs.formats.image_keys import METADATA
 from lorascope.runs.lora_config import lora_keywords
 
 WEIGHTS = "pytorch_lora_weights.safetensors"

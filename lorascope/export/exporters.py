@@ -50,7 +50,7 @@ class Exporter(ABC):
 
 def find_exporter(run: Result, state: str) -> Exporter:
     """Return the exporter of a run."""
-    load_plugins("lorascope.runs.export")
+    load_plugins("lorascope.export")
     names = {name for factors in run.factors(state=state).values() for name in factors} | {""}
     fitting = [exporter for exporter in reversed(EXPORTERS) if exporter.factor in names]
     return next((exporter for exporter in fitting if exporter.factor), fitting[0])

@@ -21,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
+from lorascope.export.lora_layers import LoraLayer, WritableLora
+from lorascope.export.pipeline_names import AUTHORS, PipelineLayer, named_layers
+from lorascope.export.writers import writes
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
-from lorascope.runs.export.lora_layers import LoraLayer, WritableLora
-from lorascope.runs.export.pipeline_names import AUTHORS, PipelineLayer, named_layers
-from lorascope.runs.export.writers import writes
-from lorascope.runs.formats.image_names import to_authors
-from lorascope.runs.formats.kohya import BASE_KEYS
+from lorascope.formats.image_names import to_authors
+from lorascope.formats.kohya import BASE_KEYS
 from lorascope.runs.lora_config import alpha_of
 
 _PREFIXES = {"unet": "lora_unet", AUTHORS: "lora_unet", "prior": "lora_prior_unet", "transformer": "lora_transformer"}

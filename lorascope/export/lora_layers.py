@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from lorascope.array_types import Float
+from lorascope.export.rank_budget import select_from, truncate
 from lorascope.files.printable import first_of, printable
 from lorascope.files.typed_tensors import TypedTensor
+from lorascope.formats.fused_rows import RowsPart
+from lorascope.formats.mlx import MlxPart
+from lorascope.formats.peft_config import RESIDUAL_INITS
+from lorascope.formats.peft_whole_weights import UNUSED, WholeWeight, whole_weights
+from lorascope.formats.stored_update import PREFIX, StoredLoRA, StoredTensor, StoredUpdate
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.export.rank_budget import select_from, truncate
-from lorascope.runs.formats.fused_rows import RowsPart
-from lorascope.runs.formats.mlx import MlxPart
-from lorascope.runs.formats.peft_whole_weights import UNUSED, WholeWeight, whole_weights
-from lorascope.runs.formats.stored_update import PREFIX, StoredLoRA, StoredTensor, StoredUpdate
 from lorascope.runs.lora_config import exact_products, no_rank_error
-from lorascope.runs.manifest import RESIDUAL_INITS
 from lorascope.updates import Update, WeightDecomposed
 
 ONLY_PEFT = ("layer_replication", "alora_invocation_tokens")

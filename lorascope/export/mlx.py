@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 
+from lorascope.export.lora_layers import WritableLora
+from lorascope.export.writers import writes
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes, write_json
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
-from lorascope.runs.export.lora_layers import WritableLora
-from lorascope.runs.export.writers import writes
+from lorascope.formats.mlx import WEIGHTS
+from lorascope.formats.peft_lora import CONFIG
 from lorascope.runs.folders import new_folder
-from lorascope.runs.formats.mlx import WEIGHTS
-from lorascope.runs.formats.peft_lora import CONFIG
 
 _NAME = re.compile(r"(?:language_model\.)?(?:model\.layers\.\d+\.(?P<inside>.+)|model\.embed_tokens|lm_head)")
 _EXPERT = re.compile(r"\.experts\.\d+\.")

@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from lorascope.export.lora_layers import LoraLayer, WritableLora
+from lorascope.export.pipeline_names import pipeline_layers, refuse_flat, split_name
+from lorascope.export.writers import writes
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes, write_json
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
-from lorascope.runs.export.lora_layers import LoraLayer, WritableLora
-from lorascope.runs.export.pipeline_names import pipeline_layers, refuse_flat, split_name
-from lorascope.runs.export.writers import writes
+from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.peft_whole_weights import whole_weights
+from lorascope.formats.stored_update import PREFIX
 from lorascope.runs.folders import new_folder
-from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
-from lorascope.runs.formats.peft_whole_weights import whole_weights
-from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.runs.lora_config import lora_keywords
 
 # Keys of the configuration that stay; all others describe how the adapter was trained.

@@ -13,17 +13,17 @@ import numpy as np
 from safetensors.numpy import save
 
 from lorascope.array_types import Float
+from lorascope.export.exporters import find_exporter
+from lorascope.export.lora_layers import require_unchanged_base
+from lorascope.export.peft_lora import LoraExporter
+from lorascope.export.rank_budget import select_components, truncate
+from lorascope.export.writers import convert, one_of_series
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, write_bytes, write_json
+from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.stored_update import PREFIX
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.export.lora_layers import require_unchanged_base
-from lorascope.runs.export.peft_lora import LoraExporter
-from lorascope.runs.export.rank_budget import select_components, truncate
-from lorascope.runs.export.registry import find_exporter
-from lorascope.runs.export.writers import convert, one_of_series
 from lorascope.runs.folders import new_folder, require_absent
-from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
-from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.runs.export.registry import Exporter
-from lorascope.runs.formats.peft_fourierft import entry_seed
+from lorascope.export.exporters import Exporter
+from lorascope.formats.peft_fourierft import entry_seed
 from lorascope.runs.lora_config import targets
 from lorascope.runs.result import Result
 from lorascope.updates.fourier import Fourier, entries

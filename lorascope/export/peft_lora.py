@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.runs.export.registry import Exporter
+from lorascope.export.exporters import Exporter
 from lorascope.runs.lora_config import exact_products, peft_keywords
 from lorascope.runs.result import Result
 from lorascope.updates import LowRank, WeightDecomposed

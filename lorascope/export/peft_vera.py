@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.runs.export.registry import Exporter
+from lorascope.export.exporters import Exporter
 from lorascope.runs.lora_config import targets
 from lorascope.runs.result import Result
 from lorascope.updates import RandomProjection

@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lorascope.export.lora_layers import LoraLayer, WritableLora
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.export.lora_layers import LoraLayer, WritableLora
 from lorascope.schema.image_roles import FLATTENED
 
 PIPELINE = ("unet", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")

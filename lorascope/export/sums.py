@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lorascope.export.lora_layers import ONLY_PEFT, layers_of, require_own_names
+from lorascope.export.pipeline_names import naming
+from lorascope.export.writers import require_adapter, write_lora
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.export.lora_layers import ONLY_PEFT, layers_of, require_own_names
-from lorascope.runs.export.pipeline_names import naming
-from lorascope.runs.export.writers import require_adapter, write_lora
 from lorascope.runs.folders import require_absent
 from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result

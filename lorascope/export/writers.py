@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from lorascope.array_types import Float
+from lorascope.export.lora_layers import WritableLora, writable
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.export.lora_layers import WritableLora, writable
 from lorascope.runs.folders import require_absent
 from lorascope.runs.result import Result
 from lorascope.runs.series import Series
@@ -50,7 +50,7 @@ def writes(name: str, *readers: str) -> Callable[[Write], Write]:
 
 def writers() -> Mapping[str, Writer]:
     """Return the writers by the names of their formats."""
-    load_plugins("lorascope.runs.export")
+    load_plugins("lorascope.export")
     return _WRITERS
 
 

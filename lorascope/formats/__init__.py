@@ -1,8 +1,8 @@
 """Readers of adapters from other libraries, one module per format; they are found by definition."""
 
-from lorascope.runs.formats.peft_lora import group_factors
-from lorascope.runs.formats.registry import READERS, find_reader, find_sentence, reads, says
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
+from lorascope.formats.peft_lora import group_factors
+from lorascope.formats.readers import READERS, find_reader, find_sentence, reads, says
+from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 
 __all__ = [
     "READERS",

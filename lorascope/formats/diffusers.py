@@ -17,13 +17,13 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import parse_json, to_typed, unreadable
-from lorascope.runs.formats.image_keys import METADATA, Parts, is_diffusers
-from lorascope.runs.formats.kohya import image_adapter
-from lorascope.runs.formats.lycoris import Scale
-from lorascope.runs.formats.peft_lora import RanksAndScales
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.formats.image_keys import METADATA, Parts, is_diffusers
+from lorascope.formats.kohya import image_adapter
+from lorascope.formats.lycoris import Scale
+from lorascope.formats.peft_lora import RanksAndScales
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles
 
 _UNKNOWN = "alpha was not kept: |dW| is the norm of B A, without the factor alpha / r"
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.runs.formats.peft_factors import check_fit
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.stored_update import StoredTensor, StoredUpdate
+from lorascope.formats.peft_factors import check_fit
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.stored_update import StoredTensor, StoredUpdate
 from lorascope.updates import Dense, LowRank, Update
 
 

@@ -19,10 +19,10 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, to_typed, unreadable
-from lorascope.runs.formats.peft_lora import group_factors
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA
+from lorascope.formats.peft_lora import group_factors
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles, StoredLoRA
 
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.weight\.(?P<factor>lora_a|lora_b)")
 _PERMUTED = "llama.cpp permutes the rows of queries and keys: norms and singular values are kept, rows are not"

@@ -19,10 +19,10 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
-from lorascope.runs.formats.peft_lora import CONFIG, LoraConfig, group_factors, has_heads, peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+from lorascope.formats.peft_lora import CONFIG, LoraConfig, group_factors, has_heads, peft_kind
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight")
 

@@ -13,8 +13,8 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.runs.formats.peft_lora import float_factor
-from lorascope.runs.formats.stored_update import StoredTensor
+from lorascope.formats.peft_lora import float_factor
+from lorascope.formats.stored_update import StoredTensor
 from lorascope.schema.module_roles import parse, position
 
 Parts = dict[str, StoredTensor]

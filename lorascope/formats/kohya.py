@@ -19,13 +19,13 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import parse_json, unreadable
-from lorascope.runs.formats.fused_rows import split_rows, swap_halves
-from lorascope.runs.formats.image_keys import Parts, group_parts, is_diffusers, is_image_adapter
-from lorascope.runs.formats.image_names import BaseNames, swaps_halves
-from lorascope.runs.formats.lycoris import Module, Scale, read_module
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
+from lorascope.formats.fused_rows import split_rows, swap_halves
+from lorascope.formats.image_keys import Parts, group_parts, is_diffusers, is_image_adapter
+from lorascope.formats.image_names import BaseNames, swaps_halves
+from lorascope.formats.lycoris import LycorisModule, Scale, read_module
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 
 BASE_KEYS = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
 """Metadata of the header that describes the base model, the most general first."""
@@ -86,7 +86,7 @@ def image_adapter(
     kinds: dict[str, None] = {}
     for name, tensors in found.items():
         own = base if base is not None and base.has_weight(name) else None
-        kind, part = read_module(Module(path, name, tensors, scale(name, tensors), own))
+        kind, part = read_module(LycorisModule(path, name, tensors, scale(name, tensors), own))
         kinds[kind] = None
         # The magnitudes of DoRA require the weights of all rows.
         fused = names.find(name) if own is None and not _MAGNITUDES & tensors.keys() else ()

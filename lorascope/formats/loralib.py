@@ -22,17 +22,17 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
-from lorascope.runs.formats.image_keys import is_image_adapter
-from lorascope.runs.formats.peft_lora import CONFIG, has_heads, is_transposed, lora_factors, peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA
+from lorascope.formats.image_keys import is_image_adapter
+from lorascope.formats.peft_lora import CONFIG, has_heads, is_transposed, lora_factors, peft_kind
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles, StoredLoRA
 
 # Query, key and value are three outputs. Each one takes memory for its block, even if it is disabled.
 MAX_OUTPUTS = 64
 
 
-class MergedConfig(msgspec.Struct, frozen=True):
+class LoralibConfig(msgspec.Struct, frozen=True):
     """Settings used from an added ``adapter_config.json``; without ``r``, lora_B determines the rank."""
 
     r: Positive | None = None
@@ -42,7 +42,7 @@ class MergedConfig(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class MergedPart(StoredLoRA):
+class LoralibPart(StoredLoRA):
     """Updates of several outputs of one weight: scale * blocks(B) @ A, with one block per enabled output."""
 
     enabled: tuple[bool, ...]
@@ -74,7 +74,7 @@ def read_loralib(
 ) -> AdapterFiles:
     """Read the modules of an opened folder; without a configuration, the scale is 1."""
     found, others = lora_factors(path, files, ("A", "B"))
-    settings = to_typed(config, MergedConfig, path / CONFIG)
+    settings = to_typed(config, LoralibConfig, path / CONFIG)
     parts = {}
     for module, factors in found.items():
         A, B = factors["A"], factors["B"]
@@ -86,5 +86,5 @@ def read_loralib(
             must = f"factors of {printable(module)} must have rank {rank} and {count} outputs ({source})"
             raise unreadable(path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
         scale = settings.lora_alpha / rank if config else 1.0
-        parts[module] = MergedPart(B, A, scale, is_transposed(A, settings.fan_in_fan_out), tuple(enabled))
+        parts[module] = LoralibPart(B, A, scale, is_transposed(A, settings.fan_in_fan_out), tuple(enabled))
     return AdapterFiles(path, dict(config), parts, others, files)

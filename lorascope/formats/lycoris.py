@@ -19,13 +19,13 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import unreadable
-from lorascope.runs.formats.image_keys import Parts
-from lorascope.runs.formats.peft_dora import DoraPart
-from lorascope.runs.formats.peft_factors import StoredFactors, check_fit, check_shapes, stored_shape
-from lorascope.runs.formats.peft_loha import hadamard_part
-from lorascope.runs.formats.peft_lokr import kronecker_part, kronecker_shapes
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.stored_update import StoredLoRA, StoredUpdate
+from lorascope.formats.image_keys import Parts
+from lorascope.formats.peft_dora import DoraPart
+from lorascope.formats.peft_factors import StoredFactors, check_fit, check_shapes, stored_shape
+from lorascope.formats.peft_loha import hadamard_part
+from lorascope.formats.peft_lokr import kronecker_part, kronecker_shapes
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.stored_update import StoredLoRA, StoredUpdate
 from lorascope.updates import Dense, LowRank, Update, WeightDecomposed
 from lorascope.updates.linalg import as_float64
 from lorascope.updates.weight_decomposed import set_magnitude
@@ -35,7 +35,7 @@ Scale = Callable[[int], float]
 
 
 @dataclass(frozen=True)
-class Module:
+class LycorisModule:
     """Parts of one module.
 
     Parameters
@@ -93,7 +93,7 @@ class Module:
         return unreadable(self.path, f"{printable(self.name)} {reason}")
 
 
-def read_module(module: Module) -> tuple[str, StoredUpdate]:
+def read_module(module: LycorisModule) -> tuple[str, StoredUpdate]:
     """Return the name of a module's algorithm, and its stored update.
 
     Raises
@@ -112,7 +112,7 @@ def read_module(module: Module) -> tuple[str, StoredUpdate]:
     return kind, _with_magnitude(module, stored)
 
 
-def _lora(module: Module) -> StoredUpdate:
+def _lora(module: LycorisModule) -> StoredUpdate:
     spelled = {"A": "lora_down (lora_A)", "B": "lora_up (lora_B)"}
     if missing := [name for part, name in spelled.items() if part not in module.parts]:
         raise module.error(f"has no {' and no '.join(missing)}")
@@ -136,7 +136,7 @@ def _tucker(scale: float, arrays: Arrays) -> Update:
     return LowRank(up.reshape(len(up), -1), A, scale)
 
 
-def _loha(module: Module) -> StoredUpdate:
+def _loha(module: LycorisModule) -> StoredUpdate:
     names = [f"hada_w{number}_{side}" for number in (1, 2) for side in "ab"]
     tucker = {"hada_t1", "hada_t2"} & module.parts.keys()
     shapes = dict(zip(names, ("r out", "r in") * 2 if tucker else ("out r", "r in") * 2, strict=True))
@@ -145,21 +145,21 @@ def _loha(module: Module) -> StoredUpdate:
     return hadamard_part(module.pick(*shapes), sizes, module.scale_of(sizes["r"]))
 
 
-def _lokr(module: Module) -> StoredUpdate:
+def _lokr(module: LycorisModule) -> StoredUpdate:
     shapes = kronecker_shapes(module.parts)
     sizes = module.check(shapes)
     scale = module.scale_of(sizes["r"]) if "r" in sizes else 1.0
     return kronecker_part(module.pick(*shapes), sizes, scale)
 
 
-def _full(module: Module) -> StoredUpdate:
+def _full(module: LycorisModule) -> StoredUpdate:
     parts = module.pick("diff", "w_norm", "set_weight")
     tensor = next(iter(parts.values()))
     build = partial(_from_base, module) if "set_weight" in parts else _difference
     return StoredFactors(parts, tensor.shape, min(tensor.shape), build, thin=False)
 
 
-def _from_base(module: Module, arrays: Arrays) -> Update:
+def _from_base(module: LycorisModule, arrays: Arrays) -> Update:
     return Dense(as_float64(arrays["set_weight"]).reshape(len(arrays["set_weight"]), -1) - module.weight())
 
 
@@ -168,7 +168,7 @@ def _difference(arrays: Arrays) -> Update:
     return Dense(matrix.reshape(len(matrix), -1))
 
 
-def _ia3(module: Module) -> StoredUpdate:
+def _ia3(module: LycorisModule) -> StoredUpdate:
     sides = module.base_shape("IA3")
     if module.parts["on_input"].shape != (1, 1):
         raise module.error(f"must have one value on_input, got shape {stored_shape(module.parts['on_input'])}")
@@ -182,13 +182,13 @@ def _ia3(module: Module) -> StoredUpdate:
     return StoredFactors(module.pick("weight"), sides, min(sides), build, thin=False)
 
 
-def _rescaled(module: Module, on_input: bool, arrays: Arrays) -> Update:
+def _rescaled(module: LycorisModule, on_input: bool, arrays: Arrays) -> Update:
     W, factor = module.weight(), as_float64(arrays["weight"]).reshape(-1)
     # The inputs of a convolution have one column for each value of the kernel.
     return Dense(W * (np.repeat(factor, W.shape[1] // factor.size) if on_input else factor[:, None]))
 
 
-def _glora(module: Module) -> StoredUpdate:
+def _glora(module: LycorisModule) -> StoredUpdate:
     if "bm" in module.parts:
         raise module.error("has bm, and GLoRA with a Tucker core is not supported")
     sides = module.base_shape("GLoRA")
@@ -203,7 +203,7 @@ def _glora(module: Module) -> StoredUpdate:
     return StoredFactors(module.pick("a1", "a2", "b1", "b2"), sides, rank, build, scale, thin=thin)
 
 
-def _added_and_multiplied(module: Module, scale: float, thin: bool, arrays: Arrays) -> Update:
+def _added_and_multiplied(module: LycorisModule, scale: float, thin: bool, arrays: Arrays) -> Update:
     a1, a2, b1, b2 = (as_float64(arrays[name]).reshape(len(arrays[name]), -1) for name in ("a1", "a2", "b1", "b2"))
     W = module.weight()
     if thin:
@@ -212,7 +212,7 @@ def _added_and_multiplied(module: Module, scale: float, thin: bool, arrays: Arra
     return Dense(scale * (b1 @ b2 + channels.reshape(W.shape)))
 
 
-def _oft(module: Module) -> StoredUpdate:
+def _oft(module: LycorisModule) -> StoredUpdate:
     blocks = module.parts["oft_blocks"]
     shape = stored_shape(blocks)
     kind = "BOFT" if len(shape) == 4 else "OFT"
@@ -229,7 +229,7 @@ def _oft(module: Module) -> StoredUpdate:
     return StoredFactors(parts, sides, min(sides), partial(_rotated, module), thin=False)
 
 
-def _rotated(module: Module, arrays: Arrays) -> Update:
+def _rotated(module: LycorisModule, arrays: Arrays) -> Update:
     blocks, W = as_float64(arrays["oft_blocks"]), module.weight()
     limit = float(arrays["alpha"].reshape(-1)[0]) * len(W) if "alpha" in arrays else 0.0
     skew = blocks - blocks.swapaxes(-1, -2)
@@ -255,7 +255,7 @@ def _butterfly(W: np.ndarray, blocks: np.ndarray, stride: int) -> np.ndarray:
     return (blocks @ mixed).reshape(-1, stride, 2, W.shape[1]).swapaxes(1, 2).reshape(W.shape)
 
 
-_ALGORITHMS: dict[str, tuple[str, Callable[[Module], StoredUpdate]]] = {
+_ALGORITHMS: dict[str, tuple[str, Callable[[LycorisModule], StoredUpdate]]] = {
     "LoRA": ("A B mid", _lora),
     "LoHa": ("hada_w1_a hada_w1_b hada_w2_a hada_w2_b hada_t1 hada_t2", _loha),
     "LoKr": ("lokr_w1 lokr_w1_a lokr_w1_b lokr_w2 lokr_w2_a lokr_w2_b lokr_t2", _lokr),
@@ -267,7 +267,7 @@ _ALGORITHMS: dict[str, tuple[str, Callable[[Module], StoredUpdate]]] = {
 """Parts and reader of every algorithm."""
 
 
-def _with_magnitude(module: Module, stored: StoredUpdate) -> StoredUpdate:
+def _with_magnitude(module: LycorisModule, stored: StoredUpdate) -> StoredUpdate:
     """Return the stored update with the learned norms of rows or columns, if the module has them."""
     magnitude = next(iter(module.pick("magnitude", "dora_scale").values()), None)
     if magnitude is None:
@@ -301,7 +301,7 @@ def _product(scale: float, arrays: Arrays) -> Update:
     return LowRank(B.reshape(len(B), -1), A.reshape(len(A), -1), scale)
 
 
-def _decomposed(module: Module, build: Callable[[Arrays], Update], by_row: bool, arrays: Arrays) -> Update:
+def _decomposed(module: LycorisModule, build: Callable[[Arrays], Update], by_row: bool, arrays: Arrays) -> Update:
     direction = build(arrays)
     magnitude = arrays["magnitude"].reshape(-1 if by_row else (1, -1))
     W0 = None if module.base is None else module.weight()

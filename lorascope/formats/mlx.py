@@ -27,11 +27,11 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, Unread
 from lorascope.files.typed_json import Finite, to_typed, unreadable
-from lorascope.runs.formats.peft_factors import StoredFactors, check_fit
-from lorascope.runs.formats.peft_lora import CONFIG, group_factors
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
+from lorascope.formats.peft_factors import StoredFactors, check_fit
+from lorascope.formats.peft_lora import CONFIG, group_factors
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 from lorascope.schema.module_roles import parse
 from lorascope.updates import Dense, Update, from_factors
 from lorascope.updates.linalg import as_float64

@@ -10,7 +10,7 @@ import numpy as np
 from lorascope.array_types import Float, Int
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import read_json
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.schema.module_roles import parse
 from lorascope.updates.linalg import as_float64
 

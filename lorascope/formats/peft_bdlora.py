@@ -19,11 +19,11 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed, unreadable
-from lorascope.runs.formats.peft_lora import CONFIG, RanksAndScales, lora_factors, peft_kind, require_factor_shape
-from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+from lorascope.formats.peft_lora import CONFIG, RanksAndScales, lora_factors, peft_kind, require_factor_shape
+from lorascope.formats.peft_modules import complete_lora, stacked_base
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 
 
 class Blocks(msgspec.Struct, frozen=True):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.runs.formats.peft_factors import (
+from lorascope.formats.peft_factors import (
     StoredFactors,
     check_fit,
     check_shapes,
@@ -26,12 +26,12 @@ from lorascope.runs.formats.peft_factors import (
     require_base,
     stored_shape,
 )
-from lorascope.runs.formats.peft_lora import peft_kind
-from lorascope.runs.formats.peft_merge import read_merged
-from lorascope.runs.formats.peft_oft import rotate
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.formats.peft_lora import peft_kind
+from lorascope.formats.peft_merge import read_merged
+from lorascope.formats.peft_oft import rotate
+from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles
 from lorascope.updates import Dense
 from lorascope.updates.linalg import as_float64
 

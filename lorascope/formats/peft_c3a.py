@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors
-from lorascope.runs.formats.peft_lora import peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.formats.peft_factors import StoredFactors, check_shapes, peft_factors
+from lorascope.formats.peft_lora import peft_kind
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles
 from lorascope.updates import Dense
 from lorascope.updates.linalg import as_float64
 

@@ -31,12 +31,12 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
-from lorascope.runs.formats.peft_lora import CONFIG, RanksAndScales, is_lora, lora_factors, lora_parts
-from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
-from lorascope.runs.formats.pretrained_experts import ExpertWeights
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+from lorascope.formats.peft_lora import CONFIG, RanksAndScales, is_lora, lora_factors, lora_parts
+from lorascope.formats.peft_modules import complete_lora, stacked_base
+from lorascope.formats.pretrained_experts import ExpertWeights
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 
 # Parameters of one module, in the order in which transformers' classes register them.
 _ORDER = ("w1", "v1", "w2", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")

@@ -14,9 +14,9 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.runs.formats.peft_lora import add_factor, float_factor, group_factors
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
-from lorascope.runs.formats.stored_update import PREFIX, StoredTensor, StoredUpdate
+from lorascope.formats.peft_lora import add_factor, float_factor, group_factors
+from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
+from lorascope.formats.stored_update import PREFIX, StoredTensor, StoredUpdate
 from lorascope.updates import Update
 from lorascope.updates.linalg import as_float64
 

@@ -22,11 +22,11 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
-from lorascope.runs.formats.peft_factors import StoredFactors, from_base, peft_factors, require_base, stored_shape
-from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.formats.peft_factors import StoredFactors, from_base, peft_factors, require_base, stored_shape
+from lorascope.formats.peft_lora import CONFIG, peft_kind
+from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles
 from lorascope.schema.name_patterns import Patterns
 from lorascope.updates import Dense
 from lorascope.updates.linalg import as_float64

@@ -24,11 +24,11 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.runs.formats.peft_lora import lora_factors, lora_parts, peft_kind
-from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+from lorascope.formats.peft_lora import lora_factors, lora_parts, peft_kind
+from lorascope.formats.peft_modules import complete_lora, stacked_base
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 from lorascope.updates.linalg import as_float64, one_thread
 
 

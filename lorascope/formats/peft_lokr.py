@@ -21,18 +21,12 @@ import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed
-from lorascope.runs.formats.peft_factors import (
-    Factors,
-    StoredFactors,
-    check_shapes,
-    peft_factors,
-    stored_shape,
-)
-from lorascope.runs.formats.peft_loha import LycorisConfig, tucker
-from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.formats.peft_factors import Factors, StoredFactors, check_shapes, peft_factors, stored_shape
+from lorascope.formats.peft_loha import LycorisConfig, tucker
+from lorascope.formats.peft_lora import CONFIG, peft_kind
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles
 from lorascope.schema.name_patterns import per_module
 from lorascope.updates import Dense, Kronecker, LowRank, Update
 from lorascope.updates.linalg import as_float64

@@ -19,12 +19,12 @@ from lorascope.files import hub
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
-from lorascope.runs.formats.peft_modules import OUT_PROJ, complete_lora, stacked_base
-from lorascope.runs.formats.peft_whole_weights import UNUSED
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredLoRA, StoredTensor
-from lorascope.runs.manifest import Allocation
+from lorascope.formats.peft_config import Allocation
+from lorascope.formats.peft_modules import OUT_PROJ, complete_lora, stacked_base
+from lorascope.formats.peft_whole_weights import UNUSED
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredLoRA, StoredTensor
 from lorascope.schema.module_roles import parse, position
 from lorascope.schema.name_patterns import per_module
 

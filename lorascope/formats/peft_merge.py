@@ -20,11 +20,11 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
-from lorascope.runs.formats.peft_factors import INDICES, require_base
-from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS, float_factor, peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, StoredUpdate
+from lorascope.formats.peft_factors import INDICES, require_base
+from lorascope.formats.peft_lora import CONFIG, WEIGHTS, float_factor, peft_kind
+from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, StoredUpdate
 from lorascope.schema.module_roles import parse, position
 from lorascope.updates import Dense
 
@@ -88,7 +88,7 @@ def read_merged(
     tensors = [float_factor(file, name, (*FLOATS, *INDICES)) for file in files for name in file]
     tensors = [tensor for tensor in tensors if tensor.file.dtype(tensor.name) in FLOATS]
     # Importing it imports torch, which no other reader does.
-    merge = importlib.import_module("lorascope.adapters.peft_merge").merged_updates
+    merge = importlib.import_module("lorascope.adapters.peft_merged_updates").merged_updates
     try:
         found, used = merge(
             folder, weights.folder, (settings.auto_mapping or {}).get("base_model_class"), settings.task_type

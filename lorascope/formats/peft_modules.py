@@ -20,9 +20,9 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
-from lorascope.runs.formats.peft_notes import lora_notes
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredUpdate
+from lorascope.formats.peft_notes import lora_notes
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredUpdate
 from lorascope.schema.module_roles import parse, position
 
 OUT_PROJ = ".base_layer.out_proj"

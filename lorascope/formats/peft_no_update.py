@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.runs.formats.peft_factors import peft_factors
-from lorascope.runs.formats.peft_lora import peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import says, unread
-from lorascope.runs.formats.stored_update import PREFIX
+from lorascope.formats.peft_factors import peft_factors
+from lorascope.formats.peft_lora import peft_kind
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import says, unread
+from lorascope.formats.stored_update import PREFIX
 from lorascope.updates.linalg import as_float64
 
 _WHY = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lorascope.files.printable import printable
-from lorascope.runs.manifest import RESIDUAL_INITS
+from lorascope.formats.peft_config import RESIDUAL_INITS
 
 _START = {
     "pissa": "PEFT subtracts the leading singular components of each base weight while loading",

@@ -15,10 +15,10 @@ import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.runs.formats.nearest_tokens import describe_nearest
-from lorascope.runs.formats.peft_lora import float_factor, peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import says, unread
+from lorascope.formats.nearest_tokens import describe_nearest
+from lorascope.formats.peft_lora import float_factor, peft_kind
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import says, unread
 from lorascope.updates.linalg import as_float64
 
 _WHERE = {

@@ -19,7 +19,7 @@ import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed
-from lorascope.runs.formats.peft_lora import (
+from lorascope.formats.peft_lora import (
     CONFIG,
     RanksAndScales,
     check_rank,
@@ -27,10 +27,10 @@ from lorascope.runs.formats.peft_lora import (
     peft_kind,
     require_factor_shape,
 )
-from lorascope.runs.formats.peft_modules import complete_lora, stacked_base
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA
+from lorascope.formats.peft_modules import complete_lora, stacked_base
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles, StoredLoRA
 
 
 class GroupConfig(msgspec.Struct, frozen=True):

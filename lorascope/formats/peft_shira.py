@@ -20,11 +20,11 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
-from lorascope.runs.formats.peft_factors import StoredFactors, check_indices, check_shapes, peft_factors
-from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.formats.peft_factors import StoredFactors, check_indices, check_shapes, peft_factors
+from lorascope.formats.peft_lora import CONFIG, peft_kind
+from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles
 from lorascope.updates import Dense
 from lorascope.updates.fourier import SEEDS, entries
 from lorascope.updates.linalg import as_float64

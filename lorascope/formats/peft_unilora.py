@@ -20,18 +20,12 @@ import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed
-from lorascope.runs.formats.peft_factors import (
-    StoredFactors,
-    check_indices,
-    check_shapes,
-    peft_factors,
-    shared_factor,
-)
-from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
-from lorascope.runs.formats.peft_merge import read_merged
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor
+from lorascope.formats.peft_factors import StoredFactors, check_indices, check_shapes, peft_factors, shared_factor
+from lorascope.formats.peft_lora import CONFIG, peft_kind
+from lorascope.formats.peft_merge import read_merged
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles, StoredTensor
 from lorascope.updates import LowRank
 from lorascope.updates.linalg import as_float64
 

@@ -23,10 +23,10 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed, unreadable
-from lorascope.runs.formats.peft_lora import CONFIG, MAX_VALUES, float_factor, group_factors, peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
+from lorascope.formats.peft_lora import CONFIG, MAX_VALUES, float_factor, group_factors, peft_kind
+from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 from lorascope.updates.fourier import SEEDS
 from lorascope.updates.random_projection import projections
 

@@ -22,12 +22,12 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
-from lorascope.runs.formats.peft_factors import StoredFactors, check_shapes, peft_factors
-from lorascope.runs.formats.peft_lora import CONFIG, peft_kind
-from lorascope.runs.formats.peft_merge import read_merged
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
-from lorascope.runs.formats.registry import reads
-from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.formats.peft_factors import StoredFactors, check_shapes, peft_factors
+from lorascope.formats.peft_lora import CONFIG, peft_kind
+from lorascope.formats.peft_merge import read_merged
+from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
+from lorascope.formats.readers import reads
+from lorascope.formats.stored_update import AdapterFiles
 from lorascope.schema.name_patterns import per_module
 from lorascope.updates import Dense
 from lorascope.updates.fourier import SEEDS, entries

@@ -17,7 +17,7 @@ import msgspec
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
-from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredTensor
+from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredTensor
 
 Kind = Literal["full", "copy", "tokens", "bias", "bias update", "bias difference", "ignored", "unread"]
 # Kinds by the end of their names, the first that fits.

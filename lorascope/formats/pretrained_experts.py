@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.pretrained_weights import PretrainedWeights
 
 # Names of a parameter's weights in files with one module per expert; their rows follow each other.
 _SINGLE = {

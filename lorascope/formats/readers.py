@@ -22,7 +22,7 @@ from lorascope.files.printable import first_of
 from lorascope.schema.plugins import load_plugins
 
 if TYPE_CHECKING:
-    from lorascope.runs.formats.stored_update import AdapterFiles
+    from lorascope.formats.stored_update import AdapterFiles
 
 Matches = Callable[[Mapping[str, Any], Collection[str]], bool]
 Needs = Literal["files", "direction", "base", "peft"]
@@ -100,11 +100,11 @@ def unread(names: Sequence[str]) -> str:
 
 def find_sentence(config: Mapping[str, Any], names: Collection[str]) -> Sentence | None:
     """Return the function that describes an adapter without updates of weights, or None."""
-    load_plugins("lorascope.runs.formats", "lorascope.readers")
+    load_plugins("lorascope.formats", "lorascope.readers")
     return next((say for matches, say, _ in reversed(SENTENCES) if matches(config, names)), None)
 
 
 def find_reader(config: Mapping[str, Any], names: Collection[str]) -> Reader | None:
     """Return the reader of an adapter, or None; of several, the one that was registered last."""
-    load_plugins("lorascope.runs.formats", "lorascope.readers")
+    load_plugins("lorascope.formats", "lorascope.readers")
     return next((reader for reader in reversed(READERS.values()) if reader.matches(config, names)), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.files.safetensors_io import TensorFile, Unread
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.updates import Update, from_factors
 from lorascope.updates.low_rank import Product
 

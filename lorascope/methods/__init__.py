@@ -7,7 +7,7 @@ class statement, as in ``yours = "your_package.your_method"``.
 import sys
 from typing import TYPE_CHECKING, Any
 
-from lorascope.methods.base import METHODS
+from lorascope.methods.method import METHODS
 from lorascope.schema.plugins import load_plugins
 
 __all__ = ["METHODS"]

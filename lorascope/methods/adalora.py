@@ -53,7 +53,8 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import to_array
 from lorascope.array_types import Bool, Float
-from lorascope.methods.base import (
+from lorascope.methods.lora import LoRADelta
+from lorascope.methods.method import (
     AdapterMethod,
     Step,
     added_later,
@@ -62,7 +63,6 @@ from lorascope.methods.base import (
     require_integer,
     require_scaling,
 )
-from lorascope.methods.lora import LoRADelta
 from lorascope.schema.records import Item, Quantity, Record, register
 
 # Quantities of each component in the order in which they are computed: label, definition, equation.
@@ -100,7 +100,7 @@ class AdaLoRA(AdapterMethod, name="adalora"):
     dropout : float
         Dropout probability on the input of A.
     targets : str or tuple of str
-        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``. "all-linear" includes
+        Roles, "all-linear", module names or a regular expression; see ``ls.module_table.match``. "all-linear" includes
         gate projections and cross-attention.
     initial_steps : int, optional
         Steps before the budget falls; by default a tenth of the run.

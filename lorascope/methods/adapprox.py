@@ -57,7 +57,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorascope.methods.base import Method, Step, added_later, parameter_groups
+from lorascope.methods.method import Method, Step, added_later, parameter_groups
 from lorascope.methods.optimizers.adapprox import AdapproxOptimizer, check_options
 from lorascope.methods.optimizers.subspace_iteration import LOGISTIC, largest_rank
 from lorascope.schema import module_table
@@ -129,7 +129,7 @@ class Adapprox(Method, name="adapprox"):
     min_dim : int or None
         Matrices with a side below it store V without factors; None factors no matrix.
     dense : str or tuple of str
-        Roles or modules that store V without factors, such as a large embedding; see ``ls.names.match``.
+        Roles or modules that store V without factors, such as a large embedding; see ``ls.module_table.match``.
     sketch_seed : int
         Seed of the sketches; nothing else uses it.
     """

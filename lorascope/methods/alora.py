@@ -64,7 +64,8 @@ from torch import Tensor, nn
 from lorascope.adapters.ablation import ablation_scores
 from lorascope.adapters.delta import resize
 from lorascope.array_types import Float, Int
-from lorascope.methods.base import (
+from lorascope.methods.lora import LoRADelta
+from lorascope.methods.method import (
     AdapterMethod,
     Step,
     added_later,
@@ -75,7 +76,6 @@ from lorascope.methods.base import (
     require_integer,
     require_scaling,
 )
-from lorascope.methods.lora import LoRADelta
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
 from lorascope.schema.records import Item, Quantity, Record, register
 
@@ -106,7 +106,7 @@ class ALoRA(AdapterMethod, name="alora"):
     dropout : float
         Dropout probability on the input of A.
     targets : str or tuple of str
-        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``.
+        Roles, "all-linear", module names or a regular expression; see ``ls.module_table.match``.
     prune : int, "block" or "network"
         Components deleted per round: a number, or the number of adapted modules of a block or of the network.
     rounds : int, optional

@@ -69,7 +69,8 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import to_array
 from lorascope.array_types import Bool, Float
-from lorascope.methods.base import (
+from lorascope.methods.lora import LoRA, LoRADelta
+from lorascope.methods.method import (
     AdapterMethod,
     Batch,
     Phase,
@@ -80,7 +81,6 @@ from lorascope.methods.base import (
     require_integer,
     require_scaling,
 )
-from lorascope.methods.lora import LoRA, LoRADelta
 from lorascope.runs.run import Run
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
@@ -123,7 +123,7 @@ class AutoLoRA(AdapterMethod, name="autolora"):
     dropout : float
         Dropout probability on the input of A, in both phases.
     targets : str or tuple of str
-        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``.
+        Roles, "all-linear", module names or a regular expression; see ``ls.module_table.match``.
     selection_lr : float
         Learning rate of the logits.
     hypergradient : str

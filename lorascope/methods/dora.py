@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import host_weight, to_array
 from lorascope.array_types import Float
-from lorascope.methods.base import reject_embedding, require
 from lorascope.methods.lora import LoRA, LoRADelta
+from lorascope.methods.method import reject_embedding, require
 from lorascope.updates import WeightDecomposed
 
 

@@ -54,7 +54,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float, Int
-from lorascope.methods.base import AdapterMethod, Step, reject_embedding, require, require_choice
+from lorascope.methods.method import AdapterMethod, Step, reject_embedding, require, require_choice
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates import fourier
 
@@ -78,7 +78,7 @@ class FourierFT(AdapterMethod, name="fourierft"):
     alpha : float
         Factor of the inverse transform, which itself divides by d1 d2.
     targets : str or tuple of str
-        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``.
+        Roles, "all-linear", module names or a regular expression; see ``ls.module_table.match``.
     entry_seed : int
         Seed of the entries, and of the bases that are drawn; the global generators are not used.
     center, width : float

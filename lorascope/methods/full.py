@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lorascope.methods.base import Method, added_later, parameter_groups, require_choice
+from lorascope.methods.method import Method, added_later, parameter_groups, require_choice
 from lorascope.methods.optimizers.came import CAME
 from lorascope.schema.deprecation import accept_old_fields, formerly
 

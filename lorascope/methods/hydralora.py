@@ -52,7 +52,9 @@ from torch import Tensor, nn
 from lorascope.adapters.delta import to_array
 from lorascope.analysis.head_similarity import cosines, head_similarity, mean_of_pairs, update_inner
 from lorascope.array_types import Float
-from lorascope.methods.base import (
+from lorascope.methods.hydralora_routing import gate_records, watch
+from lorascope.methods.lora import LoRADelta
+from lorascope.methods.method import (
     AdapterMethod,
     Step,
     added_later,
@@ -61,8 +63,6 @@ from lorascope.methods.base import (
     require_integer,
     require_scaling,
 )
-from lorascope.methods.hydralora_routing import gate_records, watch
-from lorascope.methods.lora import LoRADelta
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.module_roles import FFN
@@ -94,7 +94,7 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
     dropout : float
         Dropout probability on the input of A.
     targets : str or tuple of str, optional
-        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``. By default the
+        Roles, "all-linear", module names or a regular expression; see ``ls.module_table.match``. By default the
         feed-forward modules: input, output and, if present, gate projection.
     shared_a : bool
         Whether all experts share one A; False gives every expert its own.

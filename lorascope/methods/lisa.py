@@ -50,7 +50,7 @@ import torch
 from torch import nn
 
 from lorascope.array_types import Float
-from lorascope.methods.base import Method, Step, require_choice, require_integer
+from lorascope.methods.method import Method, Step, require_choice, require_integer
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Item, Quantity, Record, register

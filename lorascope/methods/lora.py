@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float
-from lorascope.methods.base import (
+from lorascope.methods.method import (
     AdapterMethod,
     added_later,
     is_integer,
@@ -65,7 +65,7 @@ class LoRA(AdapterMethod, name="lora"):
     dropout : float
         Dropout probability on the input of A.
     targets : str or tuple of str
-        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``.
+        Roles, "all-linear", module names or a regular expression; see ``ls.module_table.match``.
     rslora : bool
         Scale by alpha / sqrt(rank) instead.
     init_seed : int or None

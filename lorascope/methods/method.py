@@ -142,7 +142,7 @@ class AdapterMethod(Method):
     """A method that adds an adapter to every target module and trains only adapters and the task's head.
 
     A subclass is a dataclass with a field ``targets``: roles, "all-linear", module names or a regular expression, see
-    ``ls.names.match``. It implements ``delta``.
+    ``ls.module_table.match``. It implements ``delta``.
     """
 
     targets: Any
@@ -211,7 +211,7 @@ class Step:
     base : mapping parameter name -> tensor
         Base weights W_0, read-only.
     modules : DataFrame
-        Table of ``ls.names.describe`` for the model before ``attach``.
+        Table of ``ls.module_table.describe`` for the model before ``attach``.
     shows_text : bool
         Whether held-out text is available; a Trainer provides none.
     values : dict

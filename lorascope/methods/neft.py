@@ -67,7 +67,8 @@ from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.analysis import neurons, selected_neurons
 from lorascope.array_types import Bool
 from lorascope.inputs.classifier_head import weights_hash
-from lorascope.methods.base import (
+from lorascope.methods.full import Full
+from lorascope.methods.method import (
     Method,
     Phase,
     Step,
@@ -78,7 +79,6 @@ from lorascope.methods.base import (
     task_head,
     trained_parameters,
 )
-from lorascope.methods.full import Full
 from lorascope.methods.neft_probing import PROBE_COSINE, Probing, probe_scores
 from lorascope.runs import loading
 from lorascope.runs.layout import Lazy

@@ -32,7 +32,7 @@ from lorascope.adapters.hidden_states import token_means
 from lorascope.adapters.host_weights import host_weight, to_array
 from lorascope.analysis import neurons, selected_neurons
 from lorascope.array_types import Float, Shaped
-from lorascope.methods.base import Method, Step, task_head
+from lorascope.methods.method import Method, Step, task_head
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
 from lorascope.schema.records import Quantity, Record, register

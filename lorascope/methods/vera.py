@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float
-from lorascope.methods.base import AdapterMethod, is_integer, reject_embedding, require, require_integer
+from lorascope.methods.method import AdapterMethod, is_integer, reject_embedding, require, require_integer
 from lorascope.schema import module_table
 from lorascope.updates import RandomProjection
 from lorascope.updates.random_projection import projections
@@ -57,7 +57,7 @@ class VeRA(AdapterMethod, name="vera"):
     dropout : float
         Dropout probability on the input of A.
     targets : str or tuple of str
-        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``.
+        Roles, "all-linear", module names or a regular expression; see ``ls.module_table.match``.
     """
 
     rank: int = 256

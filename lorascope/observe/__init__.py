@@ -4,12 +4,12 @@ An observer is a dataclass whose fields are its settings. It is called at step 0
 ``every`` steps. ``norms`` is used by default.
 """
 
-from lorascope.observe.base import Observer
 from lorascope.observe.factor_snapshots import factors, factors_of
 from lorascope.observe.fault_alarms import alarms
 from lorascope.observe.gradient_norms import gradients
 from lorascope.observe.memory_use import memory, storage_bytes
 from lorascope.observe.neuron_utilization import utilization
+from lorascope.observe.observer import Observer
 from lorascope.observe.optimizer_moments import factor_drift, factor_optimum, factorings, second_moments
 from lorascope.observe.sensitivity import coefficients, neurons
 from lorascope.observe.weight_norms import norms

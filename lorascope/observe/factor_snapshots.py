@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lorascope.adapters.host_weights import shared_copies, to_array, to_host
-from lorascope.methods.base import Step
-from lorascope.observe.base import Observer
+from lorascope.methods.method import Step
+from lorascope.observe.observer import Observer
 from lorascope.observe.trainable import adapters
 from lorascope.schema.records import Factors, Item
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorascope.diagnosis.causes import RULES, Finding, Rule
-from lorascope.diagnosis.causes.base import run_rules
+from lorascope.diagnosis.causes import RULES, DoctorRule, Finding
+from lorascope.diagnosis.causes.finding import run_rules
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.files.printable import printable
-from lorascope.methods.base import Step
-from lorascope.observe.base import Observer
-from lorascope.observe.live_evidence import LiveModel
+from lorascope.methods.method import Step
+from lorascope.observe.live_case import LiveModel
+from lorascope.observe.observer import Observer
 from lorascope.observe.weight_norms import from_tree, to_tree
 from lorascope.schema.records import Item, Message, Quantity, Record, register
 from lorascope.schema.suggestions import unknown_name
@@ -120,6 +120,6 @@ def describe(finding: Finding) -> str:
     return f"{finding.id} {finding.cause}: {printable(finding.message)}"
 
 
-def _rules(moving_steps: float) -> list[Rule]:
+def _rules(moving_steps: float) -> list[DoctorRule]:
     """Return the rules that apply after a number of steps at a nonzero learning rate."""
     return [rule for rule in RULES if rule.id and rule.live_from is not None and rule.live_from <= moving_steps]

@@ -14,8 +14,8 @@ from torch import Tensor
 from lorascope.adapters.host_weights import to_host
 from lorascope.adapters.peft_layers import is_peft_layer, unwrap_peft_layer
 from lorascope.array_types import Float
-from lorascope.methods.base import Step, trained_parameters
-from lorascope.observe.base import Observer
+from lorascope.methods.method import Step, trained_parameters
+from lorascope.observe.observer import Observer
 from lorascope.observe.trainable import tile_sums
 from lorascope.schema.records import Quantity, Record, register
 

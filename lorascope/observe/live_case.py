@@ -12,9 +12,9 @@ from torch import nn
 from lorascope.adapters.delta import Delta
 from lorascope.adapters.host_weights import shared_copies
 from lorascope.adapters.peft_layers import PeftDelta, has_peft_layers
-from lorascope.diagnosis.evidence import TrainedModule, component_evidence
-from lorascope.diagnosis.training_evidence import TrainingEvidence
-from lorascope.methods.base import Step, trained_parameters
+from lorascope.diagnosis.case import TrainedModule, component_evidence
+from lorascope.diagnosis.training_case import TrainingEvidence
+from lorascope.methods.method import Step, trained_parameters
 from lorascope.observe.trainable import TrainedTensors, tile_sums, unreadable_adapters
 from lorascope.schema.module_table import parse
 from lorascope.updates import Update, change_norms, effective_rank, spectra

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lorascope.methods.base import Step
-from lorascope.observe.base import Observer
+from lorascope.methods.method import Step
+from lorascope.observe.observer import Observer
 from lorascope.schema.records import Item, Record
 
 
@@ -20,7 +20,7 @@ from lorascope.schema.records import Item, Record
 class memory(Observer):
     """Bytes of parameters, gradients and optimizer state, summed over all tensors that exist.
 
-    Peak memory is not included, because it must be measured in a separate process; see ``ls.memory.measure``.
+    Peak memory is not included, because it must be measured in a separate process; see ``ls.step_memory.measure``.
     """
 
     def __call__(self, step: Step) -> Iterable[Item]:

@@ -18,8 +18,8 @@ from lorascope.adapters.hidden_states import token_means
 from lorascope.analysis import neurons
 from lorascope.analysis.neuron_utilization import LAYERS, correlations, span
 from lorascope.array_types import Float
-from lorascope.methods.base import Batch, Step, added_later, require_choice, require_integer
-from lorascope.observe.base import Observer
+from lorascope.methods.method import Batch, Step, added_later, require_choice, require_integer
+from lorascope.observe.observer import Observer
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lorascope.methods.base import Stateful, Step, python_number, require_integer, stored_fields
+from lorascope.methods.method import Stateful, Step, python_number, require_integer, stored_fields
 from lorascope.schema.records import Item
 
 

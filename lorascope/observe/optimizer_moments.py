@@ -15,9 +15,9 @@ from torch import Tensor
 from lorascope.adapters.host_weights import to_array
 from lorascope.analysis import optimizer_moments
 from lorascope.array_types import Float
-from lorascope.methods.base import Step
+from lorascope.methods.method import Step
 from lorascope.methods.optimizers.subspace_iteration import relative_error, s_rsi
-from lorascope.observe.base import Observer
+from lorascope.observe.observer import Observer
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates import Dense, spectra
 

@@ -18,9 +18,9 @@ from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.adapters.host_weights import orient_weight, to_host
 from lorascope.analysis.neurons import neuron_roles, parts
 from lorascope.array_types import Float
-from lorascope.methods.base import Batch, Step, require_integer
+from lorascope.methods.method import Batch, Step, require_integer
 from lorascope.methods.neft import distances
-from lorascope.observe.base import Observer
+from lorascope.observe.observer import Observer
 from lorascope.schema import module_table
 from lorascope.schema.records import Quantity, Record, register
 

@@ -24,7 +24,7 @@ from lorascope.adapters.peft_layers import (
     unwrapped_parameters,
 )
 from lorascope.array_types import Float
-from lorascope.methods.base import Step, trained_parameters
+from lorascope.methods.method import Step, trained_parameters
 from lorascope.updates import Update
 from lorascope.updates.linalg import at_least_float32, product_inner
 

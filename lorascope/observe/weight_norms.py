@@ -15,18 +15,11 @@ from lorascope.adapters.delta import Delta, host_weight
 from lorascope.adapters.host_weights import dequantized_weight, shared_copies, to_array
 from lorascope.adapters.peft_layers import PeftDelta
 from lorascope.array_types import Float
-from lorascope.methods.base import Step, added_later, require_integer
-from lorascope.observe.base import Observer
+from lorascope.methods.method import Step, added_later, require_integer
+from lorascope.observe.observer import Observer
 from lorascope.observe.trainable import TrainedTensors, factor_inner, joint_tile_sums, tile_sums
 from lorascope.schema.records import Item, Record, Snapshot
-from lorascope.updates import (
-    Dense,
-    Update,
-    change_norms,
-    constant_factors,
-    from_factors,
-    spectra,
-)
+from lorascope.updates import Dense, Update, change_norms, constant_factors, from_factors, spectra
 from lorascope.updates.linalg import stable_and_effective_ranks, stacks
 from lorascope.updates.low_rank import batches
 

@@ -13,16 +13,16 @@ import pandas as pd
 from lorascope import __version__
 from lorascope.charts.chart import Chart
 from lorascope.charts.stored_chart import pack, unpack
+from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import Finding
-from lorascope.diagnosis.comparison import compare, distinct_labels
 from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
-from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import Inspection, inspect, json_values
 from lorascope.diagnosis.kinds import Severity
+from lorascope.diagnosis.pair_comparison import compare, distinct_labels
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.plots.registry import FIGURES, Topic, available
+from lorascope.plots.figure_registry import FIGURES, Topic, available
 from lorascope.runs.result import Result
 
 MAX_ROWS = 2**18

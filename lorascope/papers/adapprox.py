@@ -1,11 +1,46 @@
-"""Adapprox: test loss against other optimizers, and the tail of Adam's second moments."""
+"""Adapprox: test loss against other optimizers, and the tail of Adam's second moments.
+
+Probe of Adapprox: rank of Adam's second moments, error of their factors, and loss compared with other optimizers.
+
+Each optimizer has the best of three learning rates by validation loss. All have the same schedule and clipping, and no
+weight decay.
+
+Source: Adapprox (arXiv 2403.14958), figure 1 (singular values of second moments), abstract (few singular values;
+training no worse than with AdamW, and better than with Adafactor and CAME).
+
+Departs:
+
+- Fine-tuning of a small encoder, and pre-training of a small GPT-2 on little text.
+- The embeddings keep a dense second moment, because factoring 30,522 rows at every step costs more than the model.
+- The head keeps a dense second moment, because it has fewer rows than ``min_dim``.
+- The growth of ranks is scaled to the width.
+
+Figures of Adapprox.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from lorascope.evidence.statistics.base import Constant, LogLikelihood, OfRun
+from lorascope import plots
+from lorascope.analysis import optimizer_moments
+from lorascope.charts.chart import Drawable, set_side_by_side
+from lorascope.pages.report_figure import ReportFigure, draw
+from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels, training_loss
+from lorascope.papers.judging.statistics import Constant, LogLikelihood, OfRun
+from lorascope.papers.lora import FULL
+from lorascope.papers.probe import Arm, Probe, encoder_settings
+from lorascope.plots.run_groups import INTERVAL
+from lorascope.runs.run import Run
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from lorascope.methods.method import Method
 
 OURS, ADAMW, ADAFACTOR, CAME = "Adapprox", "AdamW", "Adafactor", "CAME"
 PRE_OURS, PRE_ADAMW, PRE_ADAFACTOR, PRE_CAME = (f"{name}, pre-training" for name in (OURS, ADAMW, ADAFACTOR, CAME))
@@ -27,3 +62,134 @@ CLAIMS = {
     "adapprox.over_adafactor": (LogLikelihood(OURS), LogLikelihood(ADAFACTOR)),
     "adapprox.over_came": (LogLikelihood(OURS), LogLikelihood(CAME)),
 }
+
+
+RANK = 8
+
+
+def arms() -> list[Arm]:
+    """Return the registered arms: four optimizers, in fine-tuning of minilm and in pre-training of a small GPT-2."""
+    from lorascope import observe
+    from lorascope.methods import Adapprox, Full
+    from lorascope.papers.setups import pretraining
+
+    ours = Adapprox(dense=("embed", "pos_embed"), growth_scale=None)
+    methods: dict[str, Method] = {
+        OURS: ours,
+        ADAMW: Full(),
+        ADAFACTOR: Full(optimizer_name="adafactor"),
+        CAME: Full(optimizer_name="came"),
+    }
+    tuning = encoder_settings(100)
+    seen = {
+        ADAMW: tuning | {"observe": [observe.second_moments()]},
+        OURS: tuning | {"observe": [*tuning["observe"], observe.factor_drift()]},
+    }
+    scratch = encoder_settings(600) | {"max_length": pretraining.LENGTH}
+    text = pretraining.task()
+    # The embedding of the small GPT-2 is small enough to be factored.
+    scratched = methods | {OURS: replace(ours, dense=())}
+    return [
+        *(Arm(label=name, method=method, settings=seen.get(name, tuning)) for name, method in methods.items()),
+        *(
+            Arm(label=f"{name}, pre-training", method=method, settings=scratch, model=pretraining.untrained, task=text)
+            for name, method in scratched.items()
+        ),
+    ]
+
+
+def keep_tails(run: Run) -> pd.DataFrame:
+    """Return the kept table ``tails``, of fractions of energy; see ``papers.adapprox``."""
+    columns = {"beyond": "moment_error", "dealt": "moment_error_dealt"}
+    found = {
+        name: optimizer_moments.final(run.table, quantity).xs(RANK, level="index") ** 2
+        for name, quantity in columns.items()
+    }
+    return pd.DataFrame(found).reset_index().astype({"module": "str"})
+
+
+def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
+    """Draw the second moments of Adam, and the ranks and errors of their factors."""
+    adam, ours = {FULL: runs[FULL]}, {OURS: runs[OURS]}
+    return [draw("second_moments", adam), draw("factor_rank", ours), draw("factor_error", ours)]
+
+
+PROBE = Probe(
+    name="adapprox",
+    title="Adapprox: low-rank second moments",
+    source="Zhao et al., Adapprox, arXiv 2403.14958",
+    question="Are Adam's second moments of low rank, and is a rank above one worth its cost?",
+    arms=arms,
+    keep={(TAILS, ADAMW): keep_tails},
+    figures=figures,
+    notes=(
+        "Under Adapprox the embeddings and the head, which has two rows, keep a dense second moment; all other "
+        "matrices are factored.",
+        "Any matrix of positive entries has one large singular value. The random baseline therefore has the same row "
+        "and column sums.",
+    ),
+)
+
+
+HEADING = "Adapprox"
+
+
+def _draw_rates(runs: Mapping[str, Sequence[Any]]) -> Drawable:
+    by_rate: dict[str, list[Any]] = {}
+    for label, of in runs.items():
+        for run in of:
+            by_rate.setdefault(f"{label} at {run.meta.settings['lr']:g}", []).append(run)
+    # The default caption lists the seeds of every rate.
+    caption = f"Left: tuning runs, which choose the rate. Right: judged runs at the chosen rate. Bars: {INTERVAL}."
+    return set_side_by_side(*(replace(chart, caption=caption) for chart in plots.learning_rates(by_rate).charts()))
+
+
+_ADAM, _OURS = own_labels(ADAMW), own_labels(OURS)
+_NAMES = (OURS, ADAMW, ADAFACTOR, CAME)
+
+FIGURES = [
+    GalleryFigure(
+        name="second-moments",
+        alt="Singular values of second moments by layer, as they are and shuffled",
+        arms=_ADAM,
+        draw=plots.second_moments,
+        quantities=("moment_sigma", "moment_sigma_dealt"),
+    ),
+    GalleryFigure(
+        name="moment-error",
+        alt="Relative error of a second moment by rank, S-RSI and Adafactor",
+        arms=_ADAM,
+        draw=plots.moment_error,
+        quantities=("moment_error", "moment_error_dealt", "moment_error_rank_one", "moment_error_s_rsi"),
+    ),
+    GalleryFigure(
+        name="factor-rank",
+        alt="Adapprox's ranks by layer, role and step, as a fraction of the maximum",
+        arms=_OURS,
+        draw=plots.factor_rank,
+        quantities=("factor_rank", "factor_share"),
+    ),
+    GalleryFigure(
+        name="factor-error",
+        alt="Error of one step's factors, and drift from the exact average",
+        arms=_OURS,
+        draw=plots.factor_error,
+        quantities=("factor_error", "factor_drift", "factor_drift_rank_one", "factor_drift_least"),
+    ),
+    GalleryFigure(
+        name="learning-rates",
+        alt="Validation loss by learning rate in fine-tuning, and test loss at the chosen one",
+        arms=own_labels(*_NAMES),
+        draw=_draw_rates,
+        seeds=None,
+        scores_only=True,
+        tuning=True,
+    ),
+    GalleryFigure(
+        name="training-curves-optimizers",
+        alt="Training loss of pre-training: Adapprox, AdamW, Adafactor and CAME",
+        arms={name: f"{name}, pre-training" for name in _NAMES},
+        draw=training_loss,
+        quantities=("loss",),
+    ),
+]

@@ -1,13 +1,34 @@
-"""ALoRA: rank moved to attention, and to queries and keys; accuracy; and whether its score matters."""
+"""ALoRA: rank moved to attention, and to queries and keys; accuracy; and whether its score matters.
+
+Probe of ALoRA (Allocating LoRA): rank moved from feed-forward modules to queries and keys, and accuracy.
+
+The control applies the same rules of deletion and growth in the same number of rounds, but to random scores.
+
+Source: ALoRA (arXiv 2403.16187), figure 3 and section 4.5 (rank allocation), table 1 (accuracy).
+
+Departs:
+
+- A small encoder instead of LLaMA-2 7B.
+
+Figures of ALoRA.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pandas as pd
 
-from lorascope.evidence.statistics.base import Accuracy, OfRun
-from lorascope.evidence.statistics.ranks import ATTENTION, of_roles
+from lorascope import plots
+from lorascope.analysis import rank_allocations
+from lorascope.array_types import Int
+from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
+from lorascope.papers.judging.statistics import Accuracy, OfRun
+from lorascope.papers.probe import Arm, Probe, encoder_settings
+from lorascope.papers.rank_tables import ATTENTION, RANKS, allocation_figures, keep_ranks, of_roles
+from lorascope.runs.run import Run
 
 ADAPTED, RANDOM, UNIFORM = "ALoRA", "ALoRA, random scores", "LoRA, rank 4"
 REPLAYS = "replays"
@@ -28,3 +49,88 @@ CLAIMS = {
     "alora.better": (Accuracy(ADAPTED), Accuracy(UNIFORM)),
     "alora.score": (Accuracy(ADAPTED), Accuracy(RANDOM)),
 }
+
+
+DRAWS = 1000
+
+
+def arms() -> list[Arm]:
+    """Return the registered arms: ALoRA with its scores and with random ones, and LoRA of the same rank."""
+    from lorascope.methods import ALoRA, LoRA
+
+    method, settings = ALoRA(init_rank=4, alpha=4.0), encoder_settings()
+    return [
+        Arm(label=ADAPTED, method=method, settings=settings),
+        Arm(label=RANDOM, method=replace(method, scores="random"), settings=settings),
+        Arm(label=UNIFORM, method=LoRA(rank=4, alpha=4.0, targets="all-linear"), settings=settings),
+    ]
+
+
+def _replay_rounds(run: Run, found: pd.DataFrame, draws: int) -> Int[np.ndarray, "draws modules"]:
+    """Replay the rounds of a run with random scores: the final ranks of each draw, from those of the run."""
+    from lorascope.methods.alora import allocate, prune
+
+    draw = np.random.default_rng(run.seed)
+    per_round = run.meta.method["prune"]
+    in_block = int(found.groupby(["stack", "layer"], observed=True).size().max())
+    number = {"block": in_block, "network": len(found)}.get(per_round, per_round)
+    rounds = run.table.loc[run.table["quantity"] == "score_full", "step"].nunique()
+    replayed = np.full((draws, len(found)), run.meta.method["init_rank"])
+    for sizes in replayed:
+        for _ in range(rounds):
+            scores = [draw.random(size) for size in sizes]
+            lost = prune(scores, number)
+            sizes += allocate(scores, lost) - np.array([len(positions) for positions in lost])
+    return replayed
+
+
+def keep_replays(run: Run) -> pd.DataFrame:
+    """Return the kept table ``replays``; see ``papers.alora``."""
+    found = rank_allocations.current_ranks(run.table)
+    ranks = _replay_rounds(run, found, DRAWS)
+    q_k, v_o = (found["role"].isin(roles).to_numpy(np.float64) for roles in (("q", "k"), ("v", "o")))
+    groups = {"attention": q_k + v_o, "q and k less v and o": q_k - v_o}
+    fractions = ranks @ np.column_stack(list(groups.values())) / ranks.sum(axis=1, keepdims=True)
+    error = fractions.std(axis=0, ddof=1) / np.sqrt(DRAWS)
+    return pd.DataFrame({"group": list(groups), "value": fractions.mean(axis=0), "draws": DRAWS, "error": error})
+
+
+PROBE = Probe(
+    name="alora",
+    title="ALoRA: rank allocation by ablation",
+    source="Liu et al., ALoRA: Allocating Low-Rank Adaptation, arXiv 2403.16187",
+    question="Does rank move to queries and keys more than with random scores, and does it improve accuracy?",
+    arms=arms,
+    keep={(RANKS, ADAPTED): keep_ranks, (REPLAYS, ADAPTED): keep_replays},
+    figures=partial(allocation_figures, label=ADAPTED),
+    notes=("This run has fewer rounds than the registered arm, because scoring costs more than training.",),
+)
+
+
+HEADING = "ALoRA"
+
+
+FIGURES = [
+    GalleryFigure(
+        name="rank-alora",
+        alt="Ranks that ALoRA finds with its scores and with random ones",
+        arms=own_labels(ADAPTED, RANDOM),
+        draw=plots.rank_allocation,
+        quantities=("rank",),
+    ),
+    GalleryFigure(
+        name="rank-replay-alora",
+        alt="Ranks of ALoRA over the steps, next to the budget",
+        arms=own_labels(ADAPTED),
+        draw=plots.rank_replay,
+        seeds=1,
+        quantities=("rank", "budget"),
+    ),
+    GalleryFigure(
+        name="importance-alora",
+        alt="ALoRA's scores of retained and dropped components over the rounds",
+        arms=own_labels(ADAPTED),
+        draw=plots.importance,
+        quantities=("importance", "rank"),
+    ),
+]

@@ -1,11 +1,43 @@
-"""AutoLoRA: spread of the learned ranks, agreement of seeds and tasks, and accuracy with these ranks."""
+"""AutoLoRA: spread of the learned ranks, agreement of seeds and tasks, and accuracy with these ranks.
+
+Probe of AutoLoRA: variation of learned ranks between layers and between tasks, compared with noise.
+
+A threshold at the mean turns any logits, including random ones, into ranks that differ between layers. With k = 8
+components, it keeps 4 on average for small random logits and 2.9 for standard normal ones. The controls are therefore
+random logits and a second seed.
+
+Source: AutoLoRA (arXiv 2403.09113), section 5.4 and figure 3 (ranks differ between layers, projections and tasks),
+section 5.2 (accuracy).
+
+Departs:
+
+- A small encoder.
+- Two tasks on the same sentences, sentiment and domain, instead of different datasets.
+- A shorter search.
+
+Figures of AutoLoRA.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 import pandas as pd
 
-from lorascope.evidence.statistics.base import Accuracy, OfRun, Simulated, average
-from lorascope.evidence.statistics.ranks import RANKS, agreement
+from lorascope import plots
+from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
+from lorascope.charts.marks import Axis, Heat
+from lorascope.pages.report_figure import ReportFigure, draw
+from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
+from lorascope.papers.judging import registration
+from lorascope.papers.judging.statistics import Accuracy, OfRun, Simulated, average
+from lorascope.papers.probe import Arm, Probe, encoder_settings
+from lorascope.papers.rank_tables import RANKS, agreement, keep_ranks
+from lorascope.runs.run import Run
+from lorascope.schema import module_table
 
 ADAPTED, DOMAINS = "AutoLoRA", "AutoLoRA, search only, domains"
 UNIFORM, RANDOM = "LoRA, rank 4, q and v", "LoRA, ranks from random logits, q and v"
@@ -23,3 +55,97 @@ CLAIMS = {
     "autolora.better": (Accuracy(ADAPTED), Accuracy(UNIFORM)),
     "autolora.over_random": (Accuracy(ADAPTED), Accuracy(RANDOM)),
 }
+
+
+def arms() -> list[Arm]:
+    """Return the registered arms: AutoLoRA, its search on the domains, and LoRA of rank 4 and of random ranks."""
+    from lorascope.methods import AutoLoRA, LoRA
+
+    method = AutoLoRA(rank=8, alpha=16.0, selection_lr=1e-2, search_steps=100)
+    lora, settings = LoRA(rank=4, alpha=16.0), encoder_settings()
+    return [
+        Arm(label=ADAPTED, method=method, settings=settings),
+        # Its ranks come from the search, so one step of retraining is enough.
+        Arm(label=DOMAINS, method=method, settings=encoder_settings(1), task="sentiment/domains"),
+        Arm(label=UNIFORM, method=lora, settings=settings),
+        Arm(label=RANDOM, method=lora, settings=settings, vary=_with_random_ranks),
+    ]
+
+
+def _with_random_ranks(arm: Arm, seed: int) -> Arm:
+    """Return the arm with the ranks that small random logits give: on average half of 8 components."""
+    from lorascope.inputs import models
+
+    names = module_table.match(module_table.describe(models.load("minilm")), ("q", "v"))
+    logits = np.random.default_rng(seed).standard_normal((len(names), 8))
+    # The softmax of small logits is at least its mean where they are.
+    kept = (logits >= logits.mean(axis=1, keepdims=True)).sum(axis=1).tolist()
+    method: Any = arm.method
+    return replace(arm, method=replace(method, rank=dict(zip(names, kept, strict=True))))
+
+
+def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
+    """Draw the allocation, and the search."""
+    label, run = ADAPTED, runs[ADAPTED]
+    return [draw("rank_allocation", {label: run}), draw("importance", {label: run.parents[0]}, quantity="alpha")]
+
+
+PROBE = Probe(
+    name="autolora",
+    title="AutoLoRA: learned ranks compared with noise",
+    source="Zhang et al., AutoLoRA, arXiv 2403.09113",
+    question="Do ranks differ between layers more than random ones do, and between tasks more than between seeds?",
+    arms=arms,
+    keep={(RANKS, label): keep_ranks for label in (ADAPTED, DOMAINS)},
+    figures=figures,
+    notes=(
+        "AutoLoRA has no rank budget: its total rank is a result. Even random logits keep about half of the initial "
+        "rank if they are small, and less if they are large.",
+    ),
+)
+
+
+HEADING = "AutoLoRA"
+
+
+def _draw_ranks(runs: Mapping[str, Sequence[Any]]) -> Panels:
+    """Plot the found ranks, and below them those of the authors' lists."""
+    published = registration.FILE.parent / "published"
+    ranks, chance = (pd.read_csv(published / f"autolora_{name}.csv") for name in ("ranks", "chance"))
+    count = ranks["list"].nunique()
+    cells = ranks.groupby(["projection", "layer"])["rank"].mean().rename("value").reset_index()
+    deviation = ranks.groupby("list")["rank"].std().mean()
+    found = plots.rank_allocation(runs).charts()
+    caption = (
+        f"{found[0].caption} Authors' lists: mean of {count} lists of RoBERTa-base with starting rank 8; standard "
+        f"deviation of the ranks of one list: {deviation:.2f}, by random logits: {chance['expected_sd_of_24'][0]:.2f}."
+    )
+    authors = Chart(
+        cells,
+        [Heat("layer", "projection", "value", "rank", ".1f", limits=(0.0, float(cells["value"].max())))],
+        title="authors' lists",
+        x=Axis(label="layer", order=sorted(cells["layer"].unique())),
+        y=Axis(order=["q", "v"]),
+        caption=caption,
+    )
+    return stack_vertically(set_side_by_side(*(replace(chart, caption=caption) for chart in found)), authors)
+
+
+FIGURES = [
+    GalleryFigure(
+        name="rank-by-task",
+        alt="Ranks that AutoLoRA finds for two tasks, ranks from random logits, and those of the authors' lists",
+        arms={"sentiment": ADAPTED, "domains": DOMAINS, "random logits": RANDOM},
+        draw=_draw_ranks,
+        quantities=("rank",),
+    ),
+    GalleryFigure(
+        name="selection-weights",
+        alt="Selection weights of retained and dropped components in AutoLoRA's search",
+        arms=own_labels(ADAPTED),
+        draw=lambda runs: plots.importance(
+            {label: [run.parents[0] for run in of] for label, of in runs.items()}, quantity="alpha"
+        ),
+        quantities=("alpha", "rank"),
+    ),
+]

@@ -18,28 +18,28 @@ Departs:
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from lorascope.adapters.delta import Delta, attach
 from lorascope.analysis.seed_intervals import band
 from lorascope.array_types import Float, Int
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
 from lorascope.charts.marks import Axis, Heat, Point
-from lorascope.evidence.statistics import fourierft as statistics
-from lorascope.methods.fourierft import BasisDelta, FourierDelta
-from lorascope.methods.lora import LoRADelta
+from lorascope.papers import fourierft as statistics
+from lorascope.papers.probe import OwnArm, Probe, Scored
 from lorascope.plots import builders
 from lorascope.plots.run_groups import INTERVAL
-from lorascope.probes.base import OwnArm, Probe, Scored
 from lorascope.updates import fourier
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from torch import Tensor, nn
+
+    from lorascope.adapters.delta import Delta
 
 CLASSES, POINTS, CENTER, NOISE = 8, 30, 5.0, 0.5
 WIDTH, COEFFICIENTS = 64, 128
@@ -73,6 +73,8 @@ Courses = Mapping[tuple[str, int], Course]
 
 def points(seed: int) -> Points:
     """Draw the clusters, whose centers are on a circle."""
+    import torch
+
     angle = 2 * torch.pi * torch.arange(CLASSES) / CLASSES
     centers = CENTER * torch.stack([angle.cos(), angle.sin()], dim=1)
     noise = NOISE * torch.randn(CLASSES, POINTS, 2, generator=torch.Generator().manual_seed(seed))
@@ -81,6 +83,9 @@ def points(seed: int) -> Points:
 
 def network(seed: int) -> nn.Sequential:
     """Build a network of three random, frozen layers; the middle one has no bias."""
+    import torch
+    from torch import nn
+
     with torch.random.fork_rng(devices=[]):  # keeps the global generator unchanged
         torch.manual_seed(seed)
         middle = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -89,22 +94,38 @@ def network(seed: int) -> nn.Sequential:
 
 
 def _new_lora_delta(seed: int) -> Delta:
+    import torch
+    from torch import nn
+
+    from lorascope.methods.lora import LoRADelta
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LoRADelta(nn.Linear(WIDTH, WIDTH), rank=1)
 
 
 def _coefficients(seed: int) -> tuple[Float[Tensor, "n"], Int[Tensor, "2 n"]]:
+    import torch
+
     places = torch.from_numpy(fourier.entries((WIDTH, WIDTH), COEFFICIENTS, _ENTRY_SEED))
     return torch.randn(COEFFICIENTS, generator=torch.Generator().manual_seed(seed)), places
 
 
+def _new_fourier_delta(seed: int) -> Delta:
+    from lorascope.methods.fourierft import FourierDelta
+
+    return FourierDelta(*_coefficients(seed), (WIDTH, WIDTH), _ALPHA)
+
+
+def _new_random_delta(seed: int) -> Delta:
+    from lorascope.methods.fourierft import BasisDelta
+
+    return BasisDelta(*_coefficients(seed), *fourier.bases((WIDTH, WIDTH), seed, "random"), _ALPHA)
+
+
 ADAPTERS: dict[str, tuple[Callable[[int], Delta], float]] = {
-    FOURIER: (lambda seed: FourierDelta(*_coefficients(seed), (WIDTH, WIDTH), _ALPHA), 1e-2),
-    RANDOM: (
-        lambda seed: BasisDelta(*_coefficients(seed), *fourier.bases((WIDTH, WIDTH), seed, "random"), _ALPHA),
-        1e-2,
-    ),
+    FOURIER: (_new_fourier_delta, 1e-2),
+    RANDOM: (_new_random_delta, 1e-2),
     SLOW: (_new_lora_delta, 1e-2),
     FAST: (_new_lora_delta, 1e-1),
 }
@@ -113,6 +134,11 @@ ADAPTERS: dict[str, tuple[Callable[[int], Delta], float]] = {
 
 def learn(label: str, seed: int, epochs: int = EPOCHS) -> Course:
     """Train one adapter with full-batch Adam until all points are classified correctly or the epochs are used up."""
+    import torch
+    import torch.nn.functional as F
+
+    from lorascope.adapters.delta import attach
+
     make, rate = ADAPTERS[label]
     model, (x, y) = network(seed), points(seed)
     delta = make(seed)
@@ -132,8 +158,11 @@ def learn(label: str, seed: int, epochs: int = EPOCHS) -> Course:
 def course_table(label: str, seed: int) -> tuple[pd.DataFrame, float, float]:
     """Train one adapter; return the kept table ``course`` and the final training accuracy and loss.
 
-    See ``evidence.statistics.fourierft`` for the table.
+    See ``papers.fourierft`` for the table.
     """
+    import torch
+    import torch.nn.functional as F
+
     course, (x, y) = learn(label, seed), points(seed)
     with torch.no_grad():
         loss = F.cross_entropy(course.network(x), y)
@@ -189,6 +218,8 @@ def curves(found: Courses) -> Chart:
 
 def regions(networks: Mapping[str, nn.Module], shown: Points) -> Drawable:
     """Plot the predicted class at every position of the plane, with the points on top, one panel per network."""
+    import torch
+
     panels = []
     ticks = torch.arange(-_REACH, _REACH + 1) * _CELL
     plane = torch.cartesian_prod(ticks, ticks)

@@ -1,13 +1,56 @@
-"""LoRA: accuracy, the first direction of A, rank, few examples, and the directions of the base weight."""
+"""LoRA: accuracy, the first direction of A, rank, few examples, and the directions of the base weight.
+
+TF-IDF baseline: a text classifier without a neural network, on the same splits.
+
+Probe of LoRA: accuracy compared with full fine-tuning, and similarity of subspaces between ranks.
+
+Source: LoRA (arXiv 2106.09685), section 5 (quality), section 7.2 with figures 3 and 4 (subspace similarity).
+
+Departs:
+
+- Much smaller tasks and models.
+- The two runs of a pair never share a seed. With the same seed, a smaller random A equals the first rows of a larger
+  one. The paper does not state whether the ranks of its figure 3 share an initialization.
+
+Figures of LoRA.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from lorascope.evidence.statistics.base import Accuracy, OfPairs, OfRun
+from lorascope import plots
+from lorascope.analysis import norms
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Bar, Heat
+from lorascope.files.predictions import quantize_margins
+from lorascope.pages.report_figure import ReportFigure, draw
+from lorascope.papers import alora
+from lorascope.papers.figures.gallery_figure import (
+    GalleryFigure,
+    accuracy_bars,
+    accuracy_by_rank,
+    add_printed_sizes,
+    own_labels,
+    training_loss,
+)
+from lorascope.papers.figures.printed_numbers import printed
+from lorascope.papers.judging.statistics import Accuracy, OfPairs, OfRun
+from lorascope.papers.probe import Arm, OwnArm, Probe, Scored, encoder_settings, factor_settings
+from lorascope.plots.builders import add_printed, heat_by_role
+from lorascope.runs.run import Run
+from lorascope.schema import module_table
+from lorascope.updates.linalg import as_float64
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from lorascope.inputs.tasks import Task
 
 FULL, LOW, HIGH = "full fine-tuning", "LoRA, rank 8", "LoRA, rank 64"
 FEW_FULL, FEW_LOW = f"{FULL}, 100 examples", f"{LOW}, 100 examples"
@@ -49,3 +92,285 @@ CLAIMS = {
         OfRun(partial(log_norm, directions="random"), AMPLIFICATION, LOW),
     ),
 }
+
+
+def fit(task: Task) -> Any:
+    """Fit logistic regression on TF-IDF features (unigrams and bigrams) of the train split; return the pipeline."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    train = task.split("train")
+    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
+    return model.fit(train["text"], train["label"])
+
+
+def tfidf_correct(task: Task) -> pd.Series:
+    """Return whether each example of the test split is classified correctly, in the order of the split."""
+    test = task.split("test")
+    return pd.Series(fit(task).predict(test["text"]) == test["label"])
+
+
+def tfidf_arm(label: str, task: str | Task) -> OwnArm:
+    """Return the baseline on a task as a registered arm."""
+    from lorascope.inputs import tasks
+    from lorascope.inputs.tasks import Task
+
+    method = {"name": "tfidf", "ngrams": [1, 2], "classifier": "logistic regression"}
+
+    def score(seed: int) -> Scored:
+        return _score(task if isinstance(task, Task) else tasks.load(task))
+
+    return OwnArm(label=label, method=method, compute=score, task=task)
+
+
+def _score(task: Task) -> Scored:
+    model = fit(task)
+    row: dict[str, Any] = {"trained_parameters": model[-1].coef_.size + model[-1].intercept_.size, "steps": 0}
+    for split in ("validation", "test"):
+        rows = task.split(split)
+        labels = np.searchsorted(model.classes_, rows["label"])
+        logits = model.predict_log_proba(rows["text"])
+        nll = -logits[np.arange(len(rows)), labels]
+        row |= {f"{split}_loss": float(nll.mean()), f"{split}_metric": float((logits.argmax(axis=1) == labels).mean())}
+        if split == "validation":
+            row |= {"validation_chance": float(np.bincount(labels).max() / len(labels))}
+    return Scored(row, {"margin": quantize_margins(logits, labels)})
+
+
+def arms() -> list[Arm | OwnArm]:
+    """Return the registered arms: full fine-tuning and LoRA, both also on few drawn examples, and word counts.
+
+    The lowest ranks and 1,000 examples are for figures.
+    """
+    from lorascope.methods import Full, LoRA
+
+    few = encoder_settings(150)
+    low = LoRA(rank=8, alpha=8.0, targets="all-linear")
+    high = LoRA(rank=64, alpha=64.0, targets="all-linear")
+    return [
+        Arm(label=FULL, method=Full(), settings=encoder_settings()),
+        Arm(label=LOW, method=low, settings=factor_settings()),
+        Arm(label=HIGH, method=high, settings=factor_settings()),
+        *(
+            Arm(label=label, method=method, settings=few, vary=partial(_draw_examples, number))
+            for label, method, number in (
+                (FEW_FULL, Full(), 100),
+                (FEW_LOW, low, 100),
+                (MORE_FULL, Full(), 1000),
+                (MORE_LOW, low, 1000),
+            )
+        ),
+        tfidf_arm(WORDS, "sentiment"),
+        *(
+            Arm(label=label, method=replace(low, rank=rank, alpha=float(rank)), settings=encoder_settings())
+            for rank, label in LOWER.items()
+        ),
+    ]
+
+
+def _draw_examples(number: int, arm: Arm, seed: int) -> Arm:
+    from lorascope.inputs import tasks
+    from lorascope.inputs.task_parts import subsample
+
+    return replace(arm, task=subsample(tasks.load("sentiment"), number, seed))
+
+
+def keep_directions(run: Run) -> pd.DataFrame:
+    """Return the kept table ``directions``; see ``papers.lora``."""
+    parts = []
+    for when, step in (("start", 0), ("end", None)):
+        for module, factors in run.factors(step).items():
+            first = np.linalg.svd(as_float64(factors["A"]), full_matrices=False)[2][0]
+            index = np.arange(len(first), dtype=np.uint16)
+            parts.append(
+                pd.DataFrame({"module": module, "when": when, "index": index, "value": first.astype(np.float16)})
+            )
+    return pd.concat(parts, ignore_index=True)
+
+
+def keep_amplification(run: Run) -> pd.DataFrame:
+    """Return the kept table ``amplification``; see ``papers.lora``.
+
+    The norm between k left and k right random directions is the root mean square over all directions,
+    ``k |W| / sqrt(out * in)``, which is exact.
+    """
+    from lorascope.adapters.host_weights import host_weight, to_array
+    from lorascope.inputs import models
+
+    model, rows = models.load(run.meta.model), []
+    for module, update in run.updates().items():
+        weight = as_float64(to_array(host_weight(model.get_submodule(module))))
+        left, sigma, right = update.svd()
+        between, whole = np.linalg.norm(left.T @ weight @ right), np.linalg.norm(weight)
+        rows.append((module, between, len(sigma) * whole / np.sqrt(weight.size)))
+    return pd.DataFrame(rows, columns=["module", "update", "random"])
+
+
+def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
+    """Draw the norms of the updates of full fine-tuning and LoRA."""
+    both = {label: runs[label] for label in (FULL, LOW)}
+    return [draw(figure, both) for figure in ("update_norm", "update_norm_heat", "norm_over_steps")]
+
+
+PROBE = Probe(
+    name="lora",
+    title="LoRA: low-rank compared with full-rank updates",
+    source="Hu et al., LoRA, arXiv 2106.09685",
+    question="Is LoRA of rank 8 as accurate as full fine-tuning, and does a larger rank learn the same subspace?",
+    order=0,  # first, because other probes compare their methods with its arms
+    arms=arms,
+    keep={
+        (DIRECTIONS, LOW): keep_directions,
+        (DIRECTIONS, HIGH): keep_directions,
+        (AMPLIFICATION, LOW): keep_amplification,
+    },
+    figures=figures,
+)
+
+
+HEADING = "LoRA"
+
+
+def _draw_sizes(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    numbers = printed(paper="LoRA", table="Table 2", model="RoBERTa-base", data="SST-2")
+    numbers = numbers[numbers["method"].isin([FULL, "LoRA"])]
+    return add_printed_sizes(plots.accuracy_by_parameters(runs), numbers, "LoRA, table 2, SST-2")
+
+
+def _draw_ranks(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    numbers = printed(paper="LoRA", table="Table 6", data="MNLI-m")
+    numbers = numbers.assign(rank=numbers["method"].map({f"all four, rank {rank}": rank for rank in _BY_RANK}))
+    numbers = numbers.dropna(subset="rank").assign(source="printed")
+    ranks = {label: rank for rank, label in _BY_RANK.items()}
+    chart = accuracy_by_rank(runs, ranks, "Accuracy by rank", LORA_RATES)
+    return add_printed(chart, numbers, "rank", "LoRA, table 6, MNLI-m, all four attention matrices")
+
+
+def _draw_low_data(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    numbers = printed(paper="LoRA", table="Table 16")
+    bars = {f"MNLI, {rows} rows": f", {rows}" for rows in ("1,000", "100")} | {"MNLI, 392,000 rows": ""}
+    names = {"full fine-tuning": "full", "LoRA": "LoRA"}
+    numbers = numbers[numbers["data"].isin(list(bars)) & numbers["method"].isin(list(names))]
+    recipe = numbers["method"].map(names) + numbers["data"].map(bars)
+    chart = accuracy_bars(runs, "Accuracy by number of training examples", start=0.5)
+    chart = replace(chart, marks=[mark for mark in chart.marks if isinstance(mark, Bar)])  # no numbers under the dots
+    return add_printed(chart, numbers.assign(recipe=recipe, source="printed"), "recipe", "LoRA, table 16, MNLI")
+
+
+def _draw_amplification(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    """Plot the kept table ``amplification`` by layer and role, averaged over seeds on a logarithmic scale."""
+    tables = pd.concat(run.tables[AMPLIFICATION] for run in runs[LOW])
+    ratios = np.log10(tables["update"] / tables["random"]).groupby(tables["module"]).mean()
+    cells = pd.DataFrame([module_table.parse(name) for name in ratios.index], columns=["stack", "layer", "role"])
+    cells = cells.assign(value=ratios.to_numpy(), recipe="").astype({"layer": "Int16"})
+    cells = cells.assign(place=norms.place(cells))
+    (chart,) = heat_by_role(
+        cells,
+        [""],
+        lambda own: Heat("place", "role", "value", "log10 of the ratio", ".2f", scale="diverging"),
+        "layer",
+        "Norm of W between eight left and right singular vectors of the update, over its expectation for random "
+        f"directions; mean of {len(runs[LOW])} seeds. 0: no amplification.",
+    )
+    return replace(chart, title="Base weight along the update, relative to random directions")
+
+
+_BOTH, _RANKS = own_labels(FULL, LOW), own_labels(LOW, HIGH)
+LORA_RATES = "LoRA of rank 1 and 2 has the learning rate of rank 8; the other ranks have their own."
+_BY_RANK = {**LOWER, 4: alora.UNIFORM, 8: LOW, 64: HIGH}
+_COMPARED = "full fine-tuning and LoRA"
+
+FIGURES = [
+    GalleryFigure(
+        name="update-norm",
+        alt=f"Update norm by layer: {_COMPARED}",
+        arms=_BOTH,
+        draw=plots.update_norm,
+        quantities=("update_norm",),
+    ),
+    GalleryFigure(
+        name="update-norm-heat",
+        alt=f"Update norm by block and role: {_COMPARED}",
+        arms=_BOTH,
+        draw=plots.update_norm_heat,
+        quantities=("update_norm",),
+    ),
+    GalleryFigure(
+        name="norm-over-steps",
+        alt=f"Update norm by layer over the steps: {_COMPARED}",
+        arms=_BOTH,
+        draw=plots.norm_over_steps,
+        quantities=("update_norm",),
+    ),
+    GalleryFigure(
+        name="training-curves",
+        alt=f"Training loss: {_COMPARED} of rank 8 and 64",
+        arms=_BOTH | _RANKS,
+        draw=training_loss,
+        quantities=("loss",),
+    ),
+    GalleryFigure(
+        name="spectrum",
+        alt="Singular values of the updates of rank 8 and 64",
+        arms=_RANKS,
+        draw=plots.spectrum,
+        quantities=("update_norm",),
+        arrays=("singular_values",),
+    ),
+    GalleryFigure(
+        name="subspace-similarity",
+        alt="Subspace similarity of rank 8 and rank 64 with different seeds, and at chance",
+        arms=_RANKS,
+        # With one seed, the smaller random A equals the first rows of the larger one.
+        draw=lambda runs: plots.subspace_similarity({LOW: runs[LOW][0], HIGH: runs[HIGH][1]}),
+        seeds=2,
+    ),
+    GalleryFigure(
+        name="subspace-seeds",
+        alt="Subspace similarity of two seeds of rank 64, and at chance",
+        arms=own_labels(HIGH),
+        draw=plots.subspace_similarity,
+        seeds=2,
+    ),
+    GalleryFigure(
+        name="low-data",
+        alt="Accuracy of full fine-tuning and LoRA on all examples, on 1,000 and on 100, and printed numbers",
+        arms={
+            "full": FULL,
+            "LoRA": LOW,
+            "full, 1,000": MORE_FULL,
+            "LoRA, 1,000": MORE_LOW,
+            "full, 100": FEW_FULL,
+            "LoRA, 100": FEW_LOW,
+        },
+        draw=_draw_low_data,
+        seeds=None,
+        scores_only=True,
+    ),
+    GalleryFigure(
+        name="amplification",
+        alt="Norm of the base weight along the directions of the update, relative to random ones",
+        arms=own_labels(LOW),
+        draw=_draw_amplification,
+        seeds=None,
+        scores_only=True,
+        table=AMPLIFICATION,
+    ),
+    GalleryFigure(
+        name="accuracy-lora",
+        alt="Accuracy by trained parameters: full fine-tuning, LoRA of rank 1 to 64, and printed numbers",
+        arms=own_labels(FULL, *_BY_RANK.values()),
+        draw=_draw_sizes,
+        seeds=None,
+        scores_only=True,
+    ),
+    GalleryFigure(
+        name="ranks-lora",
+        alt="Accuracy of LoRA by rank, and printed numbers",
+        arms=own_labels(*_BY_RANK.values()),
+        draw=_draw_ranks,
+        seeds=None,
+        scores_only=True,
+    ),
+]

@@ -1,12 +1,40 @@
-"""Planted ranks: whether allocators find the ranks that a teacher needs, and learn it better with them."""
+"""Planted ranks: whether allocators find the ranks that a teacher needs, and learn it better with them.
+
+Probe with planted ranks: recovery of known ranks by the allocators AdaLoRA, AutoLoRA and ALoRA.
+
+Students learn from a teacher whose update has a known rank in every module (see ``planted_teacher``). Each allocator is
+compared with uniform ranks of the same budget.
+
+Departs:
+
+- No paper has this experiment.
+- AutoLoRA has no budget: its thresholds determine the total rank. Its retraining phase is judged.
+
+Figure of the planted ranks.
+"""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from lorascope.analysis.planted_ranks import recovered_ranks
 from lorascope.analysis.score_agreement import spearman
-from lorascope.evidence.statistics.base import Constant, LogLikelihood, MeanOverRows, OfRun
+from lorascope.charts.chart import Chart
+from lorascope.papers.figures.gallery_figure import GalleryFigure
+from lorascope.papers.judging.statistics import Constant, LogLikelihood, MeanOverRows, OfRun
+from lorascope.papers.probe import Arm, Probe, encoder_settings
+from lorascope.plots.rank_allocations import found_by_planted
+from lorascope.plots.run_groups import gather
+from lorascope.runs.run import Run
+
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from lorascope.methods.method import Method
 
 ALLOCATORS = {"adalora": "AdaLoRA, planted", "autolora": "AutoLoRA, planted", "alora": "ALoRA, planted"}
 UNIFORM = "LoRA, uniform ranks"
@@ -45,3 +73,79 @@ CLAIMS = {
     "planted.alora_distance": (-OfRun(distance, RECOVERY, ALORA), -Constant(UNIFORM_DISTANCE)),
     "planted.alora_loss": (log_likelihood(ALORA), log_likelihood(UNIFORM)),
 }
+
+
+_SCALE = 4.0
+
+
+def arms() -> list[Arm]:
+    """Return the registered arms: three allocators, and LoRA with uniform ranks, on the text of the seed's teacher."""
+    from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, LoRA
+    from lorascope.papers.setups import planted_teacher
+
+    rank, start = planted_teacher.BUDGET, max(planted_teacher.RANKS)
+    everywhere: dict[str, Any] = {"targets": "all-linear", "lr": 1e-2, "head_lr": 1e-2}
+    # With these alphas, components have about the same initial scale in all methods: AutoLoRA multiplies them by 1/k,
+    # and AdaLoRA's P starts small.
+    methods: dict[str, Method] = {
+        UNIFORM: LoRA(rank=rank, alpha=_SCALE * rank, **everywhere),
+        ADALORA: AdaLoRA(init_rank=start, target_rank=rank, alpha=4 * _SCALE * start, **everywhere),
+        AUTOLORA: AutoLoRA(rank=start, alpha=_SCALE * start, selection_lr=1e-2, **everywhere),
+        ALORA: ALoRA(init_rank=rank, alpha=_SCALE * rank, **everywhere),
+    }
+    settings = encoder_settings(400) | {"eval_size": 300}
+    return [
+        Arm(label=label, method=method, settings=settings, model=planted_teacher.student, vary=_with_teacher)
+        for label, method in methods.items()
+    ]
+
+
+def _with_teacher(arm: Arm, seed: int) -> Arm:
+    """Return the arm on the text of the seed's teacher, with an observer that records the planted ranks."""
+    from lorascope.papers.setups import planted_teacher
+
+    truth = planted_teacher.planted(ranks=planted_teacher.planted_ranks(seed))
+    return replace(
+        arm, task=planted_teacher.task(seed), settings={**arm.settings, "observe": [*arm.settings["observe"], truth]}
+    )
+
+
+def keep_recovery(run: Run) -> pd.DataFrame:
+    """Return the kept table ``recovery``; see ``papers.planted_ranks``."""
+    found = recovered_ranks(run)[["module", "planted", "found"]]
+    return found.astype({"planted": "int16", "found": "int16"}).reset_index(drop=True)
+
+
+PROBE = Probe(
+    name="planted",
+    title="Planted ranks: recovery of known ranks by allocators",
+    source="this project",
+    question="Do allocators recover the rank of each module if it is known, and does this lower the test loss?",
+    arms=arms,
+    keep={(RECOVERY, label): keep_recovery for label in ALLOCATORS.values()},
+)
+
+
+HEADING = "Planted ranks"
+_ALLOCATORS = {"AdaLoRA": ADALORA, "AutoLoRA": AUTOLORA, "ALoRA": ALORA}
+
+
+def _draw(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    """Plot the kept tables ``recovery``; uniform ranks have none, but share the planted ranks of their seed."""
+    truths = {run.seed: run.tables[RECOVERY] for run in runs["AdaLoRA"]}
+    uniform = [truths[run.seed].assign(run=run.id, found=run.meta.method["rank"]) for run in runs["uniform ranks"]]
+    allocated = [run.tables[RECOVERY].assign(run=run.id) for name in _ALLOCATORS for run in runs[name]]
+    found = pd.concat([*allocated, *uniform])
+    return found_by_planted(gather("planted", runs), found)
+
+
+FIGURES = [
+    GalleryFigure(
+        name="planted",
+        alt="Rank found by planted rank, for three allocators and uniform ranks",
+        arms=_ALLOCATORS | {"uniform ranks": UNIFORM},
+        draw=_draw,
+        seeds=None,
+        scores_only=True,
+    )
+]

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from torch import nn
 
-from lorascope import observe
-from lorascope.inputs.tasks import Task
-from lorascope.methods.base import Method
-from lorascope.observe import Observer
 from lorascope.pages.report_figure import ReportFigure
 from lorascope.runs.run import Run
 
-PROBES: dict[str, Probe] = {}
-"""Probes by name, in the order of the report."""
+if TYPE_CHECKING or "jaxtyping" in sys.modules:
+    from torch import nn
+
+    from lorascope.inputs.tasks import Task
+    from lorascope.methods.method import Method
+    from lorascope.observe import Observer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,8 @@ class OwnArm:
 
 def encoder_settings(steps: int = 300, *observers: Observer) -> dict[str, Any]:
     """Return the training settings of the arms on minilm, which are scored after the last step only."""
+    from lorascope import observe
+
     # The validation split of sentiment has 1,968 rows; a mixture of tasks has more, and is scored on as many.
     observed = [observe.norms(every=10), *observers]
     return {"steps": steps, "batch_size": 16, "eval_every": 0, "eval_size": 1968, "observe": observed}
@@ -94,12 +96,16 @@ def encoder_settings(steps: int = 300, *observers: Observer) -> dict[str, Any]:
 
 def decoder_settings() -> dict[str, Any]:
     """Return the training settings of the arms on the whole of SmolLM2."""
+    from lorascope import observe
+
     settings = {"steps": 40, "batch_size": 8, "eval_every": 0, "eval_size": 200}
     return settings | {"observe": [observe.norms(every=5)]}
 
 
 def factor_settings(steps: int = 300) -> dict[str, Any]:
     """Return the settings of arms whose factors are read at the start and at the end."""
+    from lorascope import observe
+
     return encoder_settings(steps, observe.factors(every=steps))
 
 
@@ -107,7 +113,7 @@ def factor_settings(steps: int = 300) -> dict[str, Any]:
 class Probe:
     """Study of one paper: the runs that its registered claims need, and the paper's figures of a single run.
 
-    A module of ``lorascope.probes`` defines its probe as ``PROBE``.
+    A module of ``papers`` defines one or several.
 
     Parameters
     ----------

@@ -1,15 +1,20 @@
-"""Statistics of rank allocations, from the kept table ``ranks``: one row per module, with role and layer."""
+"""Statistics of rank allocations, from the kept table ``ranks``: one row per module, with role and layer.
+
+Kept ranks and figures of methods that allocate ranks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from lorascope.analysis.rank_allocations import kendall_tau, thirds
-from lorascope.evidence.statistics.base import OfPairs, OfRun
+from lorascope.pages.report_figure import ReportFigure, draw
+from lorascope.papers.judging.statistics import OfPairs, OfRun
+from lorascope.runs.run import Run
 
 RANKS = "ranks"
 """Kept table ``module, stack, layer, role, value``: the final rank of every module of a run."""
@@ -53,3 +58,16 @@ def of_roles(arm: str, *roles: str) -> OfRun:
 def agreement(arm: str, other: str = "") -> OfPairs:
     """Return Kendall's tau between the ranks of pairs of runs of one arm, or of two."""
     return OfPairs(tau, RANKS, arm, other or arm)
+
+
+def keep_ranks(run: Run) -> pd.DataFrame:
+    """Return the kept table ``ranks``; see ``papers.rank_tables``."""
+    ranks = run.ranks()
+    found = run.modules[run.modules["module"].isin(ranks)]
+    return found[["module", "stack", "layer", "role"]].assign(value=found["module"].map(ranks).astype("int16"))
+
+
+def allocation_figures(runs: Mapping[str, Run], label: str) -> list[ReportFigure]:
+    """Draw the allocation of the run ``label``, its history and the scores that decided it."""
+    run = {label: runs[label]}
+    return [draw("rank_allocation", run, chance=True), draw("rank_replay", run), draw("importance", run)]

@@ -6,7 +6,7 @@ figures with how to read them; ``available(run)`` lists those that a run has the
 
 from typing import Any
 
-from lorascope.plots.registry import DRAWN, FIGURES, OLD_FIGURES, Figure, available
+from lorascope.plots.figure_registry import DRAWN, FIGURES, OLD_FIGURES, Figure, available
 from lorascope.schema.deprecation import accept_old_names
 from lorascope.schema.plugins import load_plugins
 

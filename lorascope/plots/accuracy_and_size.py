@@ -12,7 +12,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Line, Point, Text
 from lorascope.plots.builders import ends
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, present_label
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")

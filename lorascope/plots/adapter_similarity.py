@@ -8,7 +8,7 @@ from lorascope.analysis import adapter_similarity as pairs
 from lorascope.charts.chart import Panels, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Heat
 from lorascope.plots.builders import pair_heat
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.run_groups import Cohort
 
 

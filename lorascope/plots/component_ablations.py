@@ -12,7 +12,7 @@ from lorascope.analysis.seed_intervals import band, t_interval
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Band, Line, Point, Text
 from lorascope.plots.builders import ends, metric_bars
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.requirements import BASIS, FREQUENCIES, HEADS
 from lorascope.plots.run_groups import INTERVAL, Cohort
 

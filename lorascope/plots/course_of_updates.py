@@ -14,7 +14,7 @@ from lorascope.analysis.subspace_rotation import AGAINST, SPACES, rotations
 from lorascope.charts.chart import Chart, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Line
 from lorascope.plots.builders import curves, mean_over_modules, profile
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.requirements import STEPS
 from lorascope.plots.run_groups import Cohort, require_choice, require_counts
 

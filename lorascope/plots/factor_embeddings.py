@@ -15,7 +15,7 @@ from lorascope.analysis.factor_embeddings import Factor, FactorSet, View
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point, Text
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.requirements import UPDATES
 from lorascope.plots.run_groups import Cohort, require_choice
 

@@ -13,7 +13,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Heat, Line, Point
 from lorascope.plots.builders import curves
-from lorascope.plots.registry import figure, table_figure
+from lorascope.plots.figure_registry import figure, table_figure
 from lorascope.plots.requirements import FREQUENCIES, UPDATES
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, require_counts
 from lorascope.plots.subspaces import common_module

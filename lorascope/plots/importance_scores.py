@@ -10,7 +10,7 @@ import pandas as pd
 from lorascope.analysis import rank_allocations
 from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Axis, Band, Line, Mark
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.run_groups import Cohort, axis_label
 from lorascope.schema.records import QUANTITIES
 

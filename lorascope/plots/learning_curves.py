@@ -11,7 +11,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Line, Point
 from lorascope.plots.builders import course, ends, mean_over_modules
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label, require_counts
 
 

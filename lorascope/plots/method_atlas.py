@@ -16,8 +16,8 @@ from lorascope.analysis.spectra import added_values
 from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Axis, Heat, Text
 from lorascope.plots.builders import curves, pair_heat
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.norms import update_profile
-from lorascope.plots.registry import figure
 from lorascope.plots.requirements import SPECTRA
 from lorascope.plots.run_groups import Cohort, define, require_counts
 

@@ -12,7 +12,7 @@ from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Axis, Heat
 from lorascope.charts.scales import to_floats
 from lorascope.plots.builders import heat_by_role, profile
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.run_groups import Cohort, axis_label, define, require_counts
 from lorascope.schema.records import QUANTITIES
 

@@ -11,7 +11,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Heat, Line
 from lorascope.plots.builders import course, curves, mean_over_modules, used_places
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.run_groups import Cohort, axis_label
 from lorascope.schema.module_roles import ROLES
 

@@ -13,7 +13,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point
 from lorascope.plots.builders import curves, heat_by_role, metric_bars
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.run_groups import Cohort, Group, define, join_by_label, require_counts
 from lorascope.schema import records
 
@@ -146,7 +146,7 @@ def rank_replay(cohort: Cohort, frames: int = 30) -> Panels:
     "comparable at equal parameters (see the caption); overlapping intervals mean that the seeds do not order them.",
     misleads="A type that does well on its own may add nothing to the others: also train combinations. Types with "
     "larger matrices may need another learning rate, or else the bars compare rates: tune it per type.",
-    takes="Runs labeled by role or by group of layers; ``ls.allocation.equal_parameters`` computes their ranks.",
+    takes="Runs labeled by role or by group of layers; ``ls.baseline_ranks.equal_parameters`` computes their ranks.",
     example="ls.plots.adapted_types(types)",
 )
 def adapted_types(cohort: Cohort, start: float = 0.0) -> Chart:

@@ -12,7 +12,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point, Rule, Text
 from lorascope.plots.builders import course, mean_over_modules, used_roles
-from lorascope.plots.registry import figure, table_figure
+from lorascope.plots.figure_registry import figure, table_figure
 from lorascope.plots.run_groups import Cohort, axis_label, define
 from lorascope.runs.result import Result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from lorascope.plots.registry import FIGURES
+from lorascope.plots.figure_registry import FIGURES
 from lorascope.plots.requirements import missing_reason
 from lorascope.runs.run import Run
 

@@ -8,7 +8,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Heat, Point, Rule
 from lorascope.plots.builders import pair_heat
-from lorascope.plots.registry import table_figure
+from lorascope.plots.figure_registry import table_figure
 from lorascope.plots.run_groups import INTERVAL
 
 

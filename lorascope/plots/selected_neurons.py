@@ -13,7 +13,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Rule
 from lorascope.plots.builders import bars, pair_heat, used_roles
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, axis_label, require_counts
 from lorascope.runs.result import Result
 from lorascope.schema.records import QUANTITIES

@@ -11,7 +11,7 @@ from lorascope.analysis import memory_estimate, norms, step_time
 from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Rule
 from lorascope.plots.builders import stacked_bars
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.run_groups import Cohort
 
 _PARTS = {
@@ -30,7 +30,8 @@ _COUNTS = "no interval, because seeds differ only in the length of their texts"
 @figure(
     topic="optimizers",
     needs=tuple(_PARTS),
-    takes="Runs of ``ls.memory.measure``, or runs with ``observe.memory()``, which have no peak. One panel per model.",
+    takes="Runs of ``ls.step_memory.measure``, or runs with ``observe.memory()``, which have no peak. "
+    "One panel per model.",
     reads="Each bar ends at the peak memory of one step; parameters, gradients and optimizer state are counted, the "
     "rest is everything else at the peak. Panels of larger models are computed from shapes and have no rest.",
     misleads="Peaks hold for one batch size and text length: with longer texts the rest outgrows all that a method can "

@@ -16,7 +16,7 @@ from lorascope.analysis.subspace_similarity import Side
 from lorascope.charts.chart import Chart, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Heat
 from lorascope.plots.builders import curves
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 from lorascope.plots.requirements import SPECTRA, UPDATES
 from lorascope.plots.run_groups import Cohort, require_choice
 from lorascope.runs.result import Result

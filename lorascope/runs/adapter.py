@@ -12,8 +12,8 @@ import numpy as np
 
 from lorascope.files.hub import label
 from lorascope.files.lazy_pandas import pandas as pd
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.stored_update import AdapterFiles
 from lorascope.runs.layout import Lazy
 from lorascope.runs.manifest import Manifest, Module, Parameters, State
 from lorascope.runs.module_summary import ModuleSummary, table_of

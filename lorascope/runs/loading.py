@@ -15,14 +15,14 @@ from lorascope.files.hub import WEIGHTS, locate, locate_base
 from lorascope.files.printable import first_of, printable
 from lorascope.files.safetensors_io import TensorFile, is_pickle, is_plain, open_tensors, reject_pickles, weight_files
 from lorascope.files.typed_json import read_json, to_typed, unreadable
+from lorascope.formats import find_reader, find_sentence
+from lorascope.formats.peft_lora import CONFIG, KINDS, STEM, CommonConfig, factor_files, peft_kind
+from lorascope.formats.peft_merge import MERGED
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.stored_update import AdapterFiles
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.checkpoint_names import by_step, find_checkpoints, step_of
 from lorascope.runs.folders import MANIFESTS, RecipeManifest
-from lorascope.runs.formats import find_reader, find_sentence
-from lorascope.runs.formats.peft_lora import CONFIG, KINDS, STEM, CommonConfig, factor_files, peft_kind
-from lorascope.runs.formats.peft_merge import MERGED
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.stored_update import AdapterFiles
 from lorascope.runs.run import Run
 from lorascope.runs.series import Series
 
@@ -172,7 +172,7 @@ def is_adapter(path: Path) -> bool:
     return find_reader(config, names) is not None or find_sentence(config, names) is not None
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_whole_model(path: Path) -> bool:
     """Return whether a path is a whole model in safetensors files, and neither a run nor an adapter."""
     whole = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors*"))
     return whole and not is_run(path) and not is_adapter(path)

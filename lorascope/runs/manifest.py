@@ -12,15 +12,15 @@ import msgspec
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, is_plain
-from lorascope.files.typed_json import Count, Finite, Positive, read_json, to_typed, unreadable
+from lorascope.files.typed_json import Count, Finite, read_json, to_typed, unreadable
+from lorascope.formats.peft_config import RESIDUAL_INITS, Allocation
 from lorascope.runs.layout import Lazy
 from lorascope.schema.deprecation import warn_renamed
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import Quantity
-from lorascope.updates.base import form_named
+from lorascope.updates.weight_update import form_named
 
 SCHEMA = 1
-RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """Prefixes of the PEFT initializations that subtract B A from the base weights, so that B A starts nonzero."""
 
 
@@ -64,20 +64,6 @@ class Test:
     metric: float
     loss: float
     groups: dict[str, float] = field(default_factory=dict)
-
-
-class Allocation(msgspec.Struct, frozen=True):
-    """Budget and schedule of AdaLoRA, under the names of lorascope and of PEFT."""
-
-    kind: str | None = None
-    target_rank: Finite = 1
-    target_r: Finite = 1
-    init_rank: Positive = 1
-    init_r: Positive = 1
-    tinit: Count = 0
-    deltaT: Positive = 1
-    tfinal: Count = 0
-    total_step: Count | None = None
 
 
 class _Method(Allocation, frozen=True, kw_only=True):
@@ -208,7 +194,7 @@ class _Axes(msgspec.Struct, frozen=True):
     labels: dict[str, list[str | float | bool | None]] = msgspec.field(default_factory=dict)
 
 
-class About(msgspec.Struct, frozen=True):
+class SnapshotAbout(msgspec.Struct, frozen=True):
     """Description of the arrays of a snapshot, from its header."""
 
     factors: dict[str, list[str]]
@@ -263,10 +249,10 @@ def read_manifest(file: Path) -> Manifest:
     return manifest
 
 
-def read_about(file: TensorFile) -> About:
+def read_about(file: TensorFile) -> SnapshotAbout:
     """Return the description of a snapshot's arrays; a ValueError reports where it does not fit them."""
     whose = f"the header of {file.path}"
-    about = to_typed(file.about, About, whose)
+    about = to_typed(file.about, SnapshotAbout, whose)
     for module, names in about.factors.items():
         lacking = next((name for name in names if f"{module}/{name}" not in file), None)
         if lacking is not None:

@@ -23,7 +23,7 @@ from lorascope.files.safetensors_io import TensorFile, file_hash
 from lorascope.files.typed_json import unreadable
 from lorascope.runs.folders import new_folder
 from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, Lazy, snapshot_file
-from lorascope.runs.manifest import About, read_about, read_manifest
+from lorascope.runs.manifest import SnapshotAbout, read_about, read_manifest
 from lorascope.runs.result import Result
 from lorascope.schema import records
 from lorascope.updates import Update, from_factors
@@ -240,8 +240,8 @@ class Run(Result):
             opened[step] = TensorFile(self._file(snapshot_file(step)))
         return opened[step]
 
-    def _about(self, file: TensorFile) -> About:
-        known: dict[Path, About] = self.__dict__.setdefault("_abouts", {})
+    def _about(self, file: TensorFile) -> SnapshotAbout:
+        known: dict[Path, SnapshotAbout] = self.__dict__.setdefault("_abouts", {})
         if file.path not in known:
             known[file.path] = read_about(file)
         return known[file.path]

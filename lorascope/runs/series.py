@@ -14,9 +14,9 @@ import numpy as np
 from lorascope.files.hub import hub_source, label
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
+from lorascope.formats.stored_update import StoredLoRA
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.checkpoint_names import count_and_span
-from lorascope.runs.formats.stored_update import StoredLoRA
 from lorascope.runs.manifest import Module, State
 from lorascope.runs.module_summary import ModuleSummary
 from lorascope.runs.result import Result

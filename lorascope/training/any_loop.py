@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.files.printable import printable
-from lorascope.methods.base import Step, is_integer, trained_parameters
+from lorascope.methods.method import Step, is_integer, trained_parameters
 from lorascope.observe import Observer, norms
-from lorascope.observe.base import require_observers
+from lorascope.observe.observer import require_observers
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
 from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base
+from lorascope.training.curve_report import CurveReport
 from lorascope.training.foreign_loop import (
     describe_recipe,
     reject_distributed_stop,
@@ -32,7 +33,6 @@ from lorascope.training.foreign_loop import (
     unwrap_optimizer,
     warn_unreadable,
 )
-from lorascope.training.report import Report
 from lorascope.training.run_folder import Recording
 from lorascope.training.sharded_weights import WholeWeights, is_first_process, reject_sharded_weights, whole_number
 from lorascope.training.trackers import TrackerReport, tracker_names
@@ -124,7 +124,7 @@ class LoopRecorder:
         steps: int | None,
         seed: int | None,
         task: str | None,
-        report: Report | None,
+        report: CurveReport | None,
     ) -> None:
         self._gradients = getattr(optimizer, "gradient_state", None)  # of accelerate
         optimizer, model = unwrap_optimizer(optimizer), _unwrap_model(model)

@@ -13,7 +13,7 @@ from lorascope.adapters.delta import attached_deltas
 from lorascope.adapters.peft_layers import has_peft_layers, unwrap_peft_model, unwrapped_parameters
 from lorascope.inputs.classifier_head import draw_new_weights, fit_head, weights_hash
 from lorascope.inputs.tasks import Task
-from lorascope.methods.base import Method
+from lorascope.methods.method import Method
 from lorascope.observe.trainable import adapters, trained_ids, unreadable_adapters
 from lorascope.schema import module_table
 from lorascope.training.settings import Settings

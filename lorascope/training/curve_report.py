@@ -29,7 +29,7 @@ _POOL: dict[str, Callable[[list[float]], float]] = {
 }
 
 
-class Report:
+class CurveReport:
     """Report of one training; a subclass sends the values of each step to the programs that show them.
 
     It has no effect on what is recorded, nor on the global random generators. A program that fails gets no further
@@ -93,7 +93,7 @@ class Report:
         )
 
 
-class HostReport(Report):
+class HostReport(CurveReport):
     """Report into the run that another trainer, the host, has already opened in its own programs.
 
     It leaves out the values that the host logs itself, and prefixes the names of the others. Hosts take no messages.

@@ -15,8 +15,8 @@ from torch import distributed, nn
 
 from lorascope.adapters.peft_layers import active_adapters, is_peft_layer
 from lorascope.files.printable import first_of
-from lorascope.methods.base import Method, Step
-from lorascope.observe.base import Observer
+from lorascope.methods.method import Method, Step
+from lorascope.observe.observer import Observer
 from lorascope.observe.trainable import unreadable_adapters
 from lorascope.runs.manifest import Manifest
 from lorascope.training.base_weights import Base

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorascope.observe import Observer, norms
 from lorascope.training.any_loop import LoopRecorder
-from lorascope.training.report import HostReport
+from lorascope.training.curve_report import HostReport
 
 
 class LoggerReport(HostReport):

@@ -16,15 +16,15 @@ from lorascope.adapters import delta
 from lorascope.inputs import models, tasks
 from lorascope.inputs.package_assets import first_line
 from lorascope.inputs.tasks import Task
-from lorascope.methods.base import Method, Phase, from_config, is_integer
+from lorascope.methods.method import Method, Phase, from_config, is_integer
 from lorascope.observe import Observer, norms
-from lorascope.observe.base import require_observers
+from lorascope.observe.observer import require_observers
 from lorascope.runs.folders import lock_run, read_manifest
 from lorascope.runs.run import Run
 from lorascope.training.base_weights import Base, prepare_model
 from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
 from lorascope.training.progress import catch_interrupt, progress_bar
-from lorascope.training.run_spec import Plan
+from lorascope.training.run_spec import RunSpec
 from lorascope.training.session import Session, clip_gradients, nonfinite_reason
 from lorascope.training.settings import Settings
 from lorascope.training.state import seed_generators
@@ -161,7 +161,7 @@ def train(
     task = task.fit(model)
     model.to(device)
     marker = prepare_model(model, task, seed)
-    plan = Plan(method, Phase(method), task, settings, seed, marker.w0_hash, tuple(observers))
+    plan = RunSpec(method, Phase(method), task, settings, seed, marker.w0_hash, tuple(observers))
     if marker.recipe not in ("", plan.id):
         raise ValueError(f"cannot train a model twice: it was trained as recipe {marker.recipe}; load a fresh model")
     data_name = re.sub(r"[^\w.]+", "-", Path(task.name).stem if Path(task.name).suffix else task.name).strip("-")

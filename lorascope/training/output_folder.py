@@ -9,7 +9,7 @@ from lorascope.files.safetensors_io import is_partial, write_json
 from lorascope.runs.folders import MANIFESTS, read_manifest, remove_run
 from lorascope.runs.run import TRAIN_AGAIN, Run
 from lorascope.training.checkpoints import Checkpoints
-from lorascope.training.run_spec import Plan
+from lorascope.training.run_spec import RunSpec
 
 
 class StateRemoved(ValueError):
@@ -39,7 +39,7 @@ def prepare_folder(folder: Path, recipe: str, overwrite: bool) -> None:
             raise _other_run(folder, "recipe", found.id, recipe)
 
 
-def write_phases(folder: Path, plan: Plan, names: Sequence[str], status: str) -> None:
+def write_phases(folder: Path, plan: RunSpec, names: Sequence[str], status: str) -> None:
     """Write ``recipe.json``: the phases of a recipe that have started, and its status, "running" or "done"."""
     for left in folder.glob(".recipe.json.*"):
         if is_partial(left):
@@ -47,7 +47,7 @@ def write_phases(folder: Path, plan: Plan, names: Sequence[str], status: str) ->
     write_json(folder / "recipe.json", {"id": plan.id, "status": status, "phases": list(names)})
 
 
-def finished_run(path: Path, plan: Plan) -> Run | None:
+def finished_run(path: Path, plan: RunSpec) -> Run | None:
     """Return the finished run of this plan in a folder, or None if it must be trained or resumed.
 
     Raise a ValueError if the folder contains another run.

@@ -12,16 +12,16 @@ import pandas as pd
 
 from lorascope.adapters.host_weights import shared_copies
 from lorascope.adapters.peft_layers import unwrapped_parameters
-from lorascope.methods.base import Method, Step
+from lorascope.methods.method import Method, Step
 from lorascope.observe import factors_of
-from lorascope.observe.base import Observer
+from lorascope.observe.observer import Observer
 from lorascope.observe.trainable import adapters
 from lorascope.runs.manifest import Manifest, State
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Item, Record
 from lorascope.training.base_weights import Base
-from lorascope.training.report import Report
+from lorascope.training.curve_report import CurveReport
 from lorascope.training.state import save_state, save_tree
 
 
@@ -39,7 +39,7 @@ class Recorder:
         step: Step,
         method: Method | None,
         observers: Sequence[Observer],
-        report: Report | None = None,
+        report: CurveReport | None = None,
     ) -> None:
         assert isinstance(step.base, Base)
         self.path, self.step, self.base, self.method = path, step, step.base, method

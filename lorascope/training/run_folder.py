@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorascope.files.typed_json import read_json
-from lorascope.methods.base import Method, Step
-from lorascope.observe.base import Observer
+from lorascope.methods.method import Method, Step
+from lorascope.observe.observer import Observer
 from lorascope.runs.folders import lock_run
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Item
 from lorascope.training.checkpoints import pack_rows, unpack_rows
+from lorascope.training.curve_report import CurveReport
 from lorascope.training.recorder import Recorder
-from lorascope.training.report import Report
 from lorascope.training.state import load_tree, save_tree
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Recording(Recorder):
         observers: Sequence[Observer],
         before: dict[str, Any] | None,
         lost: str | None = "the training ended before its last step",
-        report: Report | None = None,
+        report: CurveReport | None = None,
     ) -> None:
         path = path.absolute()  # the program may change its directory
         # The traceback of a failed training may still reference its recording, so end that one here.
@@ -191,7 +191,7 @@ def create_folder(folder: Path, resumed: str | None) -> Path | None:
         return None
 
 
-def close_lost_run(writer: RunWriter, lock: ExitStack, error: str | None, report: Report | None) -> None:
+def close_lost_run(writer: RunWriter, lock: ExitStack, error: str | None, report: CurveReport | None) -> None:
     """Write the rows of a run that was not finished, unless another has replaced it; an error marks it as broken."""
     if report is not None:
         report.close(None)

@@ -16,7 +16,7 @@ from lorascope.adapters.host_weights import host_kind
 from lorascope.adapters.peft_layers import unwrap_peft_layer
 from lorascope.inputs.models import name_of
 from lorascope.inputs.tasks import Task
-from lorascope.methods.base import Method, Phase, Step, config, frozen_entries, task_head, trained_parameters
+from lorascope.methods.method import Method, Phase, Step, config, frozen_entries, task_head, trained_parameters
 from lorascope.observe import Observer
 from lorascope.observe.trainable import adapters
 from lorascope.runs.layout import identify
@@ -26,7 +26,7 @@ from lorascope.training.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunSpec:
     """Specification of one phase: everything that its run id is computed from.
 
     ``recipe`` is the method that was passed to ``train``; ``settings`` have the learning rates and steps of the phase.

@@ -19,7 +19,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.inputs.models import processor
 from lorascope.inputs.tokenization import EncodedRows
-from lorascope.methods.base import Batch, HeldOut, Method, Step, trained_parameters
+from lorascope.methods.method import Batch, HeldOut, Method, Step, trained_parameters
 from lorascope.runs.manifest import State, Test
 from lorascope.runs.run import Run
 from lorascope.schema.records import Record
@@ -27,7 +27,7 @@ from lorascope.training.base_weights import Base, begin_training
 from lorascope.training.checkpoints import Best, Checkpoint, Checkpoints
 from lorascope.training.evaluation import Score, evaluate
 from lorascope.training.recorder import Recorder
-from lorascope.training.run_spec import Plan
+from lorascope.training.run_spec import RunSpec
 from lorascope.training.state import (
     freeze,
     frozen_names,
@@ -52,7 +52,7 @@ class Session(Recorder):
     def __init__(
         self,
         model: nn.Module,
-        plan: Plan,
+        plan: RunSpec,
         base: Base,
         path: Path,
         parents: list[Run],

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.methods.base import is_number, python_number, require, require_choice, require_integer
+from lorascope.methods.method import is_number, python_number, require, require_choice, require_integer
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")

@@ -10,9 +10,9 @@ from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from lorascope.files.printable import printable
-from lorascope.methods.base import Step, trained_parameters
-from lorascope.observe.base import Observer
+from lorascope.methods.method import Step, trained_parameters
 from lorascope.observe.factor_snapshots import factors
+from lorascope.observe.observer import Observer
 from lorascope.observe.weight_norms import norms
 
 SHARDED = "no process has all its weights; use DDP or a single process"

@@ -27,7 +27,7 @@ from lorascope.files.typed_json import parse_json, require_regular
 from lorascope.inputs.classifier_head import fit_head
 from lorascope.inputs.models import missing
 from lorascope.methods import METHODS
-from lorascope.methods.base import Method, from_config, trained_parameters
+from lorascope.methods.method import Method, from_config, trained_parameters
 from lorascope.runs.run import Run
 from lorascope.training.base_weights import attach_method
 

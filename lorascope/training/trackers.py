@@ -28,7 +28,7 @@ from lorascope.files.typed_json import read_json
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.schema.records import Message
-from lorascope.training.report import Report, describe_error
+from lorascope.training.curve_report import CurveReport, describe_error
 from lorascope.training.state import keep_generators
 
 # The file in the run folder from which a resumed training continues.
@@ -96,7 +96,7 @@ class _State:
     ids: dict[str, str] = field(default_factory=dict)
 
 
-class TrackerReport(Report):
+class TrackerReport(CurveReport):
     """Report to trackers of accelerate."""
 
     def __init__(self, names: Sequence[str]) -> None:

@@ -1,6 +1,5 @@
 """Weight updates: their forms, ranks, subspaces and the rotation of neurons."""
 
-from lorascope.updates.base import FORMS, Dense, Update, constant_factors, form_named, from_factors
 from lorascope.updates.fourier import Fourier
 from lorascope.updates.kronecker import Kronecker
 from lorascope.updates.linalg import (
@@ -19,6 +18,7 @@ from lorascope.updates.low_rank import LowRank, Mixture, Residual, change_norms,
 from lorascope.updates.neuron_angles import NeuronChange, factored_change, neuron_change
 from lorascope.updates.random_projection import RandomProjection
 from lorascope.updates.weight_decomposed import WeightDecomposed
+from lorascope.updates.weight_update import FORMS, Dense, Update, constant_factors, form_named, from_factors
 
 __all__ = [
     "FORMS",

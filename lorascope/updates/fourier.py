@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from lorascope.array_types import Float, Int
-from lorascope.updates.base import Dense, Shapes, Update
 from lorascope.updates.linalg import all_finite, as_float64
+from lorascope.updates.weight_update import Dense, Shapes, Update
 
 SEEDS = 1 << 32
 

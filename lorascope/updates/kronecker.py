@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.updates.base import Dense, Shapes, Update
 from lorascope.updates.low_rank import LowRank
+from lorascope.updates.weight_update import Dense, Shapes, Update
 
 
 @dataclass(frozen=True, eq=False)

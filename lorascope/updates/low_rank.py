@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeGuard, TypeVar
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.updates.base import Shapes, Update
 from lorascope.updates.linalg import (
     GRAM_LIMIT,
     GRAM_VALUES,
@@ -29,6 +28,7 @@ from lorascope.updates.linalg import (
     triangles,
 )
 from lorascope.updates.neuron_angles import NeuronChange, factored_change
+from lorascope.updates.weight_update import Shapes, Update
 
 _BATCH_VALUES = 1 << 18  # of updates that are computed together: 2 MiB in float64
 T = TypeVar("T")

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.updates.base import Shapes
 from lorascope.updates.low_rank import LowRank
+from lorascope.updates.weight_update import Shapes
 
 
 @lru_cache(maxsize=4)

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.updates.base import Shapes, Update
 from lorascope.updates.linalg import as_float64
 from lorascope.updates.low_rank import LowRank
+from lorascope.updates.weight_update import Shapes, Update
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from contract.method_rows import ROWS as METHODS
 
 from lorascope import methods
-from lorascope.methods.base import Method
+from lorascope.methods.method import Method
 
 Targets = tuple[str, ...]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lorascope import methods
-from lorascope.methods.base import Method
+from lorascope.methods.method import Method
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from torch import nn
 
 import lorascope as ls
 from lorascope.adapters.delta import attached_deltas
+from lorascope.export import exporters, to_peft
+from lorascope.export.exporters import EXPORTERS, find_exporter
 from lorascope.inputs import models
-from lorascope.methods.base import Method
-from lorascope.runs.export import registry, to_peft
-from lorascope.runs.export.registry import EXPORTERS, find_exporter
+from lorascope.methods.method import Method
 
 EVERY = pytest.mark.parametrize("kind", ROWS)
 WRITTEN = [(kind, method) for kind, row in ROWS.items() for method in row.writes]
@@ -68,7 +68,7 @@ def test_exporter_of_a_run_does_not_depend_on_the_order_of_imports(
     run, _ = train_once(name, METHODS[name].method)
     assert find_exporter(run, "last").kind == kind
     lora_last = sorted(EXPORTERS, key=lambda exporter: exporter.factor, reverse=True)
-    monkeypatch.setattr(registry, "EXPORTERS", lora_last)
+    monkeypatch.setattr(exporters, "EXPORTERS", lora_last)
     assert find_exporter(run, "last").kind == kind
 
 

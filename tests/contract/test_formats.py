@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save
 
 import lorascope as ls
 from lorascope.cli.main import main
-from lorascope.runs.formats import READERS, find_reader
+from lorascope.formats import READERS, find_reader
 from lorascope.runs.loading import _configuration
 from lorascope.updates import from_factors
 

@@ -18,7 +18,7 @@ import lorascope as ls
 from lorascope.adapters.delta import attached_deltas, fold
 from lorascope.inputs import models
 from lorascope.methods import METHODS
-from lorascope.methods.base import config, from_config
+from lorascope.methods.method import config, from_config
 from lorascope.updates import from_factors
 
 EVERY = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)

@@ -19,7 +19,7 @@ from killing import SETTINGS
 import lorascope as ls
 from lorascope import observe
 from lorascope.inputs import models
-from lorascope.observe.base import Observer
+from lorascope.observe.observer import Observer
 from lorascope.schema.records import QUANTITIES
 
 METHODS = {

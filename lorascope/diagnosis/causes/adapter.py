@@ -7,16 +7,16 @@ from statistics import median
 
 import numpy as np
 
-from lorascope.diagnosis.base_comparison import DIRECTIONS
-from lorascope.diagnosis.causes.base import Found, Rule, caution, first_and_count, found, names_of, some_have
-from lorascope.diagnosis.evidence import Case, largest
-from lorascope.diagnosis.training_evidence import Evidence
+from lorascope.diagnosis.case import Case, largest
+from lorascope.diagnosis.causes.finding import DoctorRule, Found, caution, first_and_count, found, names_of, some_have
+from lorascope.diagnosis.change_from_base import DIRECTIONS
+from lorascope.diagnosis.training_case import Evidence
 from lorascope.runs.gated_run import gate_description
 
 FAINT = 1e-3  # fraction of the median change per layer: layers of healthy runs differ by less than a hundredfold
 
 
-@Rule(id="LS101")
+@DoctorRule(id="LS101")
 def special_norms(case: Case) -> Found:
     """Find norms that depend on the input, and those that are NaN."""
     count = len(case.measured)
@@ -28,21 +28,23 @@ def special_norms(case: Case) -> Found:
         yield caution(f"{len(broken)} of {count} modules {contain} NaN or infinity", broken, "error")
 
 
-@Rule(id="LS001", suppresses=("diverged", "overscaled", "rate-small", "rate-large", "dead", "collapsed"), live_from=0)
+@DoctorRule(
+    id="LS001", suppresses=("diverged", "overscaled", "rate-small", "rate-large", "dead", "collapsed"), live_from=0
+)
 def nan(case: Evidence) -> Found:
     """Find updates whose norm is NaN or infinite."""
     broken = [each for each in case.modules if not math.isfinite(each.update_norm)]
     return some_have(broken, case.modules, "NaN or infinity")
 
 
-@Rule(id="LS002", suppresses=("unused", "untrained"), live_from=0)
+@DoctorRule(id="LS002", suppresses=("unused", "untrained"), live_from=0)
 def scale_zero(case: Evidence) -> Found:
     """Find adapters with scale 0."""
     mute = [each for each in case.adapted if each.scale == 0]
     return some_have(mute, case.adapted, "scale 0, so no output and no gradient", scale=0.0)
 
 
-@Rule(id="LS003", suppresses=("rate-small",))
+@DoctorRule(id="LS003", suppresses=("rate-small",))
 def untrained(case: Case) -> Found:
     """Find adapters that equal their initialization."""
     count = len(case.adapted)
@@ -51,7 +53,7 @@ def untrained(case: Case) -> Found:
         yield found(f"{zero}, so it has no effect", modules=count, update_norm=0.0)
 
 
-@Rule(id="LS004", suppresses=("rate-small",), live_from=2)
+@DoctorRule(id="LS004", suppresses=("rate-small",), live_from=2)
 def unused(case: Evidence) -> Found:
     """Find training runs that did not use the adapters."""
     steps = case.steps
@@ -62,14 +64,14 @@ def unused(case: Evidence) -> Found:
     yield found(f"{state} after {steps} steps: {why}", modules=len(case.adapted), update_norm=0.0, steps=steps)
 
 
-@Rule(id="LS005", suppresses=("unused", "untrained"), live_from=0)
+@DoctorRule(id="LS005", suppresses=("unused", "untrained"), live_from=0)
 def dead(case: Evidence) -> Found:
     """Find modules that no gradient can change."""
     empty = [each for each in case.adapted if each.empty and each.scale != 0]
     return some_have(empty, case.adapted, "zeros in all factors, so their gradients are zero")
 
 
-@Rule(id="LS006", suppresses=("unused", "untrained"), live_from=2)
+@DoctorRule(id="LS006", suppresses=("unused", "untrained"), live_from=2)
 def dead_layers(case: Evidence) -> Found:
     """Find layers that changed far less than the others."""
     norms: dict[tuple[str, int], list[float]] = {}
@@ -86,7 +88,7 @@ def dead_layers(case: Evidence) -> Found:
         yield found(message, layers=names, share=share, threshold=FAINT)
 
 
-@Rule(id="LS007", live_from=2)
+@DoctorRule(id="LS007", live_from=2)
 def frozen(case: Evidence) -> Found:
     """Find adapters that did not change while others did."""
     resting, adapted = case.unchanged_adapters, case.adapted
@@ -96,7 +98,7 @@ def frozen(case: Evidence) -> Found:
         yield from some_have(resting, adapted, zero, modules=names, update_norm=0.0)
 
 
-@Rule(id="LS102")
+@DoctorRule(id="LS102")
 def zero_updates(case: Case) -> Found:
     """Find zero updates, and the factor that is zero; and unused components of the others."""
     names = [each.module for each in case.measured if each.update_norm == 0]
@@ -116,7 +118,7 @@ def zero_updates(case: Case) -> Found:
         yield found(f"{total} {are} unused (below 1e-6 of the largest)", names_of(worn))
 
 
-@Rule(id="LS103")
+@DoctorRule(id="LS103")
 def base_weights(case: Case) -> Found:
     """Count the intruder dimensions, and measure how far the update rotates the neurons."""
     known = [each for each in case.measured if not math.isnan(each.intruders)]

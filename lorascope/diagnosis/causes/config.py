@@ -6,11 +6,11 @@ import math
 from statistics import multimode
 from typing import Any
 
-from lorascope.diagnosis.causes.base import Found, Rule, caution, found, names_of
-from lorascope.diagnosis.evidence import SHARE, Case, TrainedModule, largest
-from lorascope.diagnosis.training_evidence import Evidence
-from lorascope.runs.formats.peft_experts import ExpertPart
-from lorascope.runs.formats.peft_lora import CONFIG
+from lorascope.diagnosis.case import SHARE, Case, TrainedModule, largest
+from lorascope.diagnosis.causes.finding import DoctorRule, Found, caution, found, names_of
+from lorascope.diagnosis.training_case import Evidence
+from lorascope.formats.peft_experts import ExpertPart
+from lorascope.formats.peft_lora import CONFIG
 from lorascope.schema.name_patterns import Ends, Patterns
 
 WHOLE = 1.0  # fraction of |W|: an update as large as the weight replaces the pretrained weight
@@ -19,7 +19,7 @@ UNEVEN = 2.0  # ratio of scales: alpha is usually r or 2 r, so a larger ratio of
 NEARLY = 0.01  # fraction of the components to prune: masking every few steps may miss the end of the schedule
 
 
-@Rule(id="LS104")
+@DoctorRule(id="LS104")
 def rank_use(case: Case) -> Found:
     """Count the modules that would need only a quarter of their rank."""
     known = {
@@ -34,7 +34,7 @@ def rank_use(case: Case) -> Found:
         yield found(f"{narrow or 'none'} of {len(known)} modules have {SHARE:.0%} of their energy in {bound}")
 
 
-@Rule(id="LS105")
+@DoctorRule(id="LS105")
 def experts(case: Case) -> Found:
     """Count the modules that are experts of one parameter."""
     counts = [part.experts for part in case.parts.values() if isinstance(part, ExpertPart) and part.experts > 1]
@@ -43,7 +43,7 @@ def experts(case: Case) -> Found:
         yield found(f"{len(counts)} of {len(case.parts)} modules are experts in one tensor, {number} per parameter")
 
 
-@Rule(id="LS106")
+@DoctorRule(id="LS106")
 def incomplete_norms(case: Case) -> Found:
     """Find adapters whose |dW| is only approximately the norm of their update."""
     if not case.files.config:
@@ -55,7 +55,7 @@ def incomplete_norms(case: Case) -> Found:
         yield caution(note)
 
 
-@Rule(id="LS008")
+@DoctorRule(id="LS008")
 def unmatched_targets(case: Case) -> Found:
     """Find targets that are the end of no module's name: a typing error that PEFT does not report."""
     keys, names = case.files.config.get("target_modules") or (), {*case.configured.values()}
@@ -66,7 +66,7 @@ def unmatched_targets(case: Case) -> Found:
         yield from _unmatched_keys(case, "target_modules", idle)
 
 
-@Rule(id="LS009", inspected=True)
+@DoctorRule(id="LS009", inspected=True)
 def unmatched_patterns(case: Case) -> Found:
     """Find keys of a pattern that match no module."""
     # AdaLoRA's ranks are masks per parameter.
@@ -81,7 +81,7 @@ def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Found:
         yield found(message, keys, field=field, keys=keys, modules=count)
 
 
-@Rule(id="LS010", suppresses=("diverged", "rate-large"), live_from=2)
+@DoctorRule(id="LS010", suppresses=("diverged", "rate-large"), live_from=2)
 def overscaled(case: Evidence) -> Found:
     """Find updates that are larger than the weights, at an unusually large scale."""
     adapted = case.adapted
@@ -94,7 +94,7 @@ def overscaled(case: Evidence) -> Found:
         yield found(message, **evidence, habit=HABIT)
 
 
-@Rule(id="LS011")
+@DoctorRule(id="LS011")
 def uneven_scale(case: Case) -> Found:
     """Find modules with another rank that are missing in ``alpha_pattern``."""
     config, adapted = case.meta.method, case.adapted
@@ -122,7 +122,7 @@ def uneven_scale(case: Case) -> Found:
         yield found(message, modules, modules=modules, scale=scale, usual=usual, threshold=UNEVEN)
 
 
-@Rule(id="LS012")
+@DoctorRule(id="LS012")
 def allocator_idle(case: Case) -> Found:
     """Find AdaLoRA adapters that were never pruned, although they should have been."""
     if excess := _allocator_excess(case, idle=True):
@@ -130,7 +130,7 @@ def allocator_idle(case: Case) -> Found:
         yield found(f"{in_use}: the allocator never removed one", **excess)
 
 
-@Rule(id="LS013")
+@DoctorRule(id="LS013")
 def budget_missed(case: Case) -> Found:
     """Find AdaLoRA adapters that were pruned too little, or not yet."""
     if excess := _allocator_excess(case, idle=False):

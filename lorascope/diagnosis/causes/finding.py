@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lorascope.diagnosis.evidence import MeasuredModule, TrainedModule
+from lorascope.diagnosis.case import MeasuredModule, TrainedModule
 from lorascope.diagnosis.kinds import KINDS, Severity
-from lorascope.diagnosis.training_evidence import Evidence
+from lorascope.diagnosis.training_case import Evidence
 from lorascope.schema.deprecation import accept_old_fields, formerly
 
 
@@ -56,12 +56,12 @@ class Finding:
 
 
 Found = Iterator[Finding]
-RULES: list[Rule] = []
+RULES: list[DoctorRule] = []
 """All rules, in the order of the files in ``causes`` and of the functions in them."""
 
 
 @dataclass
-class Rule:
+class DoctorRule:
     """Decorator that registers a function from ``Evidence`` to findings, named like the function.
 
     The evidence is a ``Case`` unless ``live_from`` is set.
@@ -98,7 +98,7 @@ class Rule:
             kind = KINDS[self.id]
             self.name, self.fix, self.needs = kind.name, kind.fix, kind.needs
 
-    def __call__(self, find: Callable[[Any], Found]) -> Rule:
+    def __call__(self, find: Callable[[Any], Found]) -> DoctorRule:
         """Register a function."""
         self.find, self.name = find, self.name or find.__name__.replace("_", "-")
         RULES.append(self)
@@ -112,7 +112,7 @@ class Rule:
             yield replace(seen, cause=self.name, fix=self.fix, id=self.id, severity=severity)
 
 
-def run_rules(rules: Iterable[Rule], case: Evidence) -> list[Finding]:
+def run_rules(rules: Iterable[DoctorRule], case: Evidence) -> list[Finding]:
     """Return the findings of rules, without those that only follow from another finding."""
     found = [(rule, list(rule.findings(case))) for rule in rules]
     # A finding may explain others: NaN weights, for example, also make the loss diverge.

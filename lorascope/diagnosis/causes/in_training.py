@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from lorascope.diagnosis.causes.base import Found, Rule, at_rate, found
-from lorascope.diagnosis.evidence import largest
-from lorascope.diagnosis.training_evidence import TrainingEvidence
+from lorascope.diagnosis.case import largest
+from lorascope.diagnosis.causes.finding import DoctorRule, Found, at_rate, found
+from lorascope.diagnosis.training_case import TrainingEvidence
 from lorascope.files.printable import count_phrase
 
 RESTING = 3  # steps: a warm-up starts with at most one step at learning rate 0
@@ -19,14 +19,14 @@ SOLE = 0.999  # fraction of the squared norm: one module has more than 30 times 
 SEVERAL = 4  # modules: with fewer, one may well have most of the update
 
 
-@Rule(id="LS019", suppresses=("unused", "no-gradient", "loss-flat"), live_from=0)
+@DoctorRule(id="LS019", suppresses=("unused", "no-gradient", "loss-flat"), live_from=0)
 def rate_zero(case: TrainingEvidence) -> Found:
     """Find trainings whose learning rate is 0 at every step."""
     if case.steps >= RESTING and case.moving_steps == 0:
         yield found(f"the learning rate is 0 at all {case.steps} steps", steps=case.steps, threshold=RESTING)
 
 
-@Rule(id="LS020", live_from=2)
+@DoctorRule(id="LS020", live_from=2)
 def rate_large(case: TrainingEvidence) -> Found:
     """Find trainings that replace the pretrained weights."""
     known, moved, norm = case.total_change
@@ -38,7 +38,7 @@ def rate_large(case: TrainingEvidence) -> Found:
         yield found(message, moved=moved, weight_norm=norm, threshold=LARGE, lr=rate)
 
 
-@Rule(id="LS021", suppresses=("unused", "loss-flat"), live_from=1)
+@DoctorRule(id="LS021", suppresses=("unused", "loss-flat"), live_from=1)
 def no_gradient(case: TrainingEvidence) -> Found:
     """Find trainings without any gradient, in which nothing changes."""
     # A loop that resets the gradients before it records has none either, but its weights change.
@@ -46,7 +46,7 @@ def no_gradient(case: TrainingEvidence) -> Found:
         yield found(f"no trained parameter has a gradient at step {case.steps}, and no module has changed")
 
 
-@Rule(id="LS022", suppresses=("unused", "no-gradient", "frozen", "loss-flat"), live_from=0)
+@DoctorRule(id="LS022", suppresses=("unused", "no-gradient", "frozen", "loss-flat"), live_from=0)
 def not_optimized(case: TrainingEvidence) -> Found:
     """Find adapters that require gradients and are not in the optimizer."""
     if case.unoptimized:
@@ -57,7 +57,7 @@ def not_optimized(case: TrainingEvidence) -> Found:
         )
 
 
-@Rule(id="LS023", live_from=FLAT)
+@DoctorRule(id="LS023", live_from=FLAT)
 def loss_flat(case: TrainingEvidence) -> Found:
     """Find losses that never change."""
     losses = np.array(list(case.losses.values()))
@@ -68,7 +68,7 @@ def loss_flat(case: TrainingEvidence) -> Found:
         yield found(f"the loss is {losses[0]:.6g} at all {len(losses)} recordings", **evidence)
 
 
-@Rule(id="LS024", live_from=2)
+@DoctorRule(id="LS024", live_from=2)
 def dominated(case: TrainingEvidence) -> Found:
     """Find adapters in which one module has almost the whole update."""
     known = [each for each in case.adapted if math.isfinite(each.moved)]

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from lorascope.diagnosis.causes.base import Found, Rule, at_rate, found, names_of
-from lorascope.diagnosis.evidence import Case
-from lorascope.diagnosis.training_evidence import Evidence
+from lorascope.diagnosis.case import Case
+from lorascope.diagnosis.causes.finding import DoctorRule, Found, at_rate, found, names_of
+from lorascope.diagnosis.training_case import Evidence
 
 STILL = 1e-4  # fraction of |W|: below the resolution of float16 and bfloat16, 5e-4 and 4e-3, so merging loses it
 WORSE = 1.0  # nats: cross-entropies of batches differ by less
@@ -19,7 +19,7 @@ SINGLE = 1.01  # effective rank: real training exceeds it, identical components 
 ROOM = 4  # components: with fewer, a single direction is not suspicious
 
 
-@Rule(id="LS014")
+@DoctorRule(id="LS014")
 def rate_small(case: Case) -> Found:
     """Find training runs that changed the weights, but hardly."""
     if "search" in (case.meta.phase or ()):  # AutoLoRA discards the factors of its search, and keeps the ranks
@@ -32,7 +32,7 @@ def rate_small(case: Case) -> Found:
         yield found(f"{message}{at_rate(rate)}", moved=share, threshold=STILL, lr=rate)
 
 
-@Rule(id="LS015", suppresses=("rate-large",), live_from=0)
+@DoctorRule(id="LS015", suppresses=("rate-large",), live_from=0)
 def diverged(case: Evidence) -> Found:
     """Find losses that ended far above the first one, or became NaN."""
     rate, error = case.learning_rate, case.error
@@ -56,7 +56,7 @@ def diverged(case: Evidence) -> Found:
         yield found(f"{message}{at_rate(rate)}", start=start, end=end, threshold=limit, lr=rate)
 
 
-@Rule(id="LS016", live_from=2)
+@DoctorRule(id="LS016", live_from=2)
 def collapsed(case: Evidence) -> Found:
     """Find updates that use a single direction of their rank."""
     adapted = case.adapted
@@ -71,7 +71,7 @@ def collapsed(case: Evidence) -> Found:
         yield found(message, names_of(narrow), **evidence, threshold=SINGLE)
 
 
-@Rule(id="LS017", live_from=0)
+@DoctorRule(id="LS017", live_from=0)
 def tied_twice(case: Evidence) -> Found:
     """Find tied weights with an adapter under each of their two names."""
     for one, other in case.tied:
@@ -79,7 +79,7 @@ def tied_twice(case: Evidence) -> Found:
         yield found(f"{one} and {other} {problem}", modules=[one, other])
 
 
-@Rule(id="LS018")
+@DoctorRule(id="LS018")
 def leak(case: Case) -> Found:
     """Find evaluation rows that training saw."""
     share = case.meta.eval_overlap or 0.0

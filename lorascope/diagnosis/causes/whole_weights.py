@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lorascope.diagnosis.causes.base import Found, Rule, found
-from lorascope.diagnosis.evidence import Case
+from lorascope.diagnosis.case import Case
+from lorascope.diagnosis.causes.finding import DoctorRule, Found, found
 from lorascope.files.printable import count_phrase
-from lorascope.runs.formats.peft_whole_weights import WholeWeight, whole_weights
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.peft_whole_weights import WholeWeight, whole_weights
+from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.schema.module_roles import parse
 from lorascope.updates.linalg import as_float64
 
@@ -19,7 +19,7 @@ _NAMES = {"full": "saved as full weights", "copy": "saved with their base weight
 _BLOCK = 2**22  # values of a weight in memory at once
 
 
-@Rule(id="LS107")
+@DoctorRule(id="LS107")
 def other_weights(case: Case) -> Found:
     """Find weights saved next to the factors, with their distance from the base, and modules not in the base."""
     weights, base = whole_weights(case.files), case.base

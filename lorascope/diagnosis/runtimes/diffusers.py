@@ -9,8 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from lorascope.diagnosis.causes.base import Finding
-from lorascope.diagnosis.runtimes.base import Target, altered, dropped, misfitting_modules, runtime
+from lorascope.diagnosis.causes.finding import Finding
+from lorascope.diagnosis.runtimes.runtime import Target, altered, dropped, misfitting_modules, runtime
 
 _COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?)\.")
 _KOHYA = re.compile(r"lora_(unet|te\d?|transformer|prior_unet|prior_te)_")

@@ -9,8 +9,8 @@ import math
 import re
 from collections.abc import Iterator
 
-from lorascope.diagnosis.causes.base import Finding, first_and_count
-from lorascope.diagnosis.runtimes.base import Target, altered, largest_rank, misfitting_modules, refused, runtime
+from lorascope.diagnosis.causes.finding import Finding, first_and_count
+from lorascope.diagnosis.runtimes.runtime import Target, altered, largest_rank, misfitting_modules, refused, runtime
 
 _READ = re.compile(r"\.lora_[AB](\.weight)?$|\.lora_embedding_[AB]$|\.base_layer\.weight$|_norm")
 

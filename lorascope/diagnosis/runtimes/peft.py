@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from lorascope.diagnosis.causes.base import Finding, first_and_count, of_kind
-from lorascope.diagnosis.runtimes.base import (
+from lorascope.diagnosis.causes.finding import Finding, first_and_count, of_kind
+from lorascope.diagnosis.runtimes.runtime import (
     Target,
     absent_modules,
     dropped,

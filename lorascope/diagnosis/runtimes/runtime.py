@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorascope.diagnosis.causes.base import Finding, first_and_count, of_kind
+from lorascope.diagnosis.causes.finding import Finding, first_and_count, of_kind
 from lorascope.files.printable import printable
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles
-from lorascope.runs.manifest import RESIDUAL_INITS
+from lorascope.formats.peft_config import RESIDUAL_INITS
+from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.stored_update import PREFIX, AdapterFiles
 from lorascope.schema.plugins import load_plugins
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from lorascope.diagnosis.causes.base import Finding, first_and_count
-from lorascope.diagnosis.runtimes.base import (
+from lorascope.diagnosis.causes.finding import Finding, first_and_count
+from lorascope.diagnosis.runtimes.runtime import (
     Target,
     absent_modules,
     largest_rank,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorascope.array_types import Float
-from lorascope.methods.base import require, require_at_least, require_choice
+from lorascope.methods.method import require, require_at_least, require_choice
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient, subspace_iteration
 
 DENOMINATORS = ("pre", "post")

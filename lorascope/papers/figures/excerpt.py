@@ -14,7 +14,7 @@ import numpy as np
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safetensors_io import TensorFile, file_hash, write_bytes, write_json, write_tensors
 from lorascope.runs.layout import snapshot_file
-from lorascope.runs.manifest import About, read_about
+from lorascope.runs.manifest import SnapshotAbout, read_about
 from lorascope.runs.run import Run
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ def _write_phase(run: Run, path: Path, quantities: Collection[str], arrays: Coll
     write_json(path / "run.json", meta.to_json())
 
 
-def _about_arrays(about: About, names: Collection[str]) -> About:
+def _about_arrays(about: SnapshotAbout, names: Collection[str]) -> SnapshotAbout:
     """Return the description of some arrays of a snapshot."""
     factors = {
         module: factors
@@ -83,7 +83,7 @@ def _about_arrays(about: About, names: Collection[str]) -> About:
         return {module: value for module, value in values.items() if module in factors}
 
     axes = {name: found for name, found in about.axes.items() if name in names}
-    return About(factors, select(about.scales), select(about.exact), axes, select(about.forms))
+    return SnapshotAbout(factors, select(about.scales), select(about.exact), axes, select(about.forms))
 
 
 def excerpt_differences(excerpt: Run, other: Run) -> list[str]:

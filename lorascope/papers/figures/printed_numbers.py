@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lorascope.evidence import registration
+from lorascope.papers.judging import registration
 
 
 def printed(**columns: str) -> pd.DataFrame:

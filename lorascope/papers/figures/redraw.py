@@ -14,16 +14,16 @@ import pandas as pd
 
 from lorascope.charts.chart import Drawable
 from lorascope.charts.save import save_small
-from lorascope.evidence import figures, store
-from lorascope.evidence.figures import About, KeptFigure
-from lorascope.evidence.store import Evidence
-from lorascope.evidence.verification import compare_tables
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.typed_json import read_json, to_typed
-from lorascope.gallery.base import GalleryFigure
-from lorascope.gallery.kept_scores import KeptScores
-from lorascope.runs.excerpt import excerpt_differences, write_excerpt
+from lorascope.papers.figures.excerpt import excerpt_differences, write_excerpt
+from lorascope.papers.figures.gallery_figure import GalleryFigure
+from lorascope.papers.figures.kept_scores import KeptScores
+from lorascope.papers.judging import kept_figures, kept_runs
+from lorascope.papers.judging.kept_figures import FigureAbout, KeptFigure
+from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.verification import compare_tables
 from lorascope.runs.run import Run
 
 SHOWN = "shown"
@@ -49,7 +49,7 @@ def draw_figures(
     commit : str
         Commit of this repository, which the images contain.
     """
-    evidence = store.read(folder)
+    evidence = kept_runs.read(folder)
     main, find = evidence.of_main_machine(), _finder(out)
     _keep_excerpts(folder, main, find, [figure for section in sections.values() for figure in section])
     for heading, figure in [(heading, figure) for heading, section in sections.items() for figure in section]:
@@ -64,11 +64,11 @@ def draw_figures(
         except Exception as error:  # runs of an earlier version may lack records, and any value may be damaged
             print(f"cannot draw {figure.name}: {error}", flush=True)
             continue
-        about = About(heading, figure.alt, tuple(row["run"] for row in rows), commit)
+        about = FigureAbout(heading, figure.alt, tuple(row["run"] for row in rows), commit)
         image = images / f"{figure.name}.png"
         if _is_kept(folder, figure.name, evidence.figures.get(figure.name), about, table, image):
             continue
-        kept = figures.write(folder, figure.name, table, about)
+        kept = kept_figures.write(folder, figure.name, table, about)
         save_small(chart, image, runs=list(about.runs), commit=commit, data_sha256=kept.digest)
         print(f"{figure.name}: drawn from {len(rows)} runs", flush=True)
 
@@ -93,9 +93,11 @@ def _shown_of(row: Mapping[str, Any], main: Evidence, listed: Sequence[GalleryFi
     return {name for each in chosen for name in each.quantities}, {name for each in chosen for name in each.arrays}
 
 
-def _is_kept(folder: Path, name: str, known: KeptFigure | None, about: About, table: pd.DataFrame, image: Path) -> bool:
+def _is_kept(
+    folder: Path, name: str, known: KeptFigure | None, about: FigureAbout, table: pd.DataFrame, image: Path
+) -> bool:
     """Return whether a figure is kept with these runs, text and data, and with its image."""
-    if known is None or known.digest != figures.digest_in(image):
+    if known is None or known.digest != kept_figures.digest_in(image):
         return False
     same = known.about == replace(about, commit=known.about.commit)
     return same and not list(compare_tables("", *_texts(_read(folder, name), table)))
@@ -109,7 +111,7 @@ def differences(folder: Path, evidence: Evidence, sections: Mapping[str, Sequenc
     known = {each.name: (heading, each) for heading, section in sections.items() for each in section}
     main = evidence.of_main_machine()
     for name, kept in evidence.figures.items():
-        file = f"{figures.FOLDER}/{name}.parquet"
+        file = f"{kept_figures.FOLDER}/{name}.parquet"
         if name not in known:
             yield f"{file}: no figure of the gallery has this name"
             continue
@@ -133,7 +135,7 @@ def _figure_differences(
     rows: Sequence[Mapping[str, Any]],
 ) -> Iterator[str]:
     """Compare a kept figure with the gallery and the runs that it should show."""
-    expected = About(heading, figure.alt, tuple(row["run"] for row in rows), kept.about.commit)
+    expected = FigureAbout(heading, figure.alt, tuple(row["run"] for row in rows), kept.about.commit)
     for field in ("heading", "alt", "runs"):
         found, right = getattr(kept.about, field), getattr(expected, field)
         if found != right:
@@ -193,7 +195,7 @@ def changed_excerpts(
 
 
 def _read(folder: Path, name: str) -> pd.DataFrame:
-    file = folder / figures.FOLDER / f"{name}.parquet"
+    file = folder / kept_figures.FOLDER / f"{name}.parquet"
     return read_table(file, file)
 
 

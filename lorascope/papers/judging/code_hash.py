@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -11,8 +12,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("lorascope.analysis", "lorascope.evidence.statistics")
-"""Packages whose functions are part of a claim."""
+_PART_OF_CLAIM = re.compile(
+    r"lorascope\.(analysis|papers\.judging\.statistics|papers\.(?!judging|training|figures)\w+)(\.\w+)*"
+)
+"""Names of the modules, and of what is in them, whose functions are part of a claim."""
 # Fields that differ between versions of Python or do not change what the code computes.
 _IGNORED = {"ctx", "type_comment", "type_params", "type_ignores", "returns", "annotation", "kind"}
 
@@ -65,15 +68,15 @@ def code_hash(module: str, claim: str) -> str:
     Parameters
     ----------
     module : str
-        Name of the module of ``evidence.statistics`` whose ``CLAIMS`` has the claim.
+        Name of the module of ``papers.registry`` whose ``CLAIMS`` has the claim.
     claim : str
         Id of the claim.
 
     Returns
     -------
     str
-        ``sha256:`` and the digest of the row of the claim, and of all functions, classes and constants in ``PACKAGES``
-        that it reaches by name, without docstrings, annotations and comments.
+        ``sha256:`` and the digest of the row of the claim, and of all functions, classes and constants of papers and of
+        ``analysis`` that it reaches by name, without paths, docstrings, annotations and comments.
 
     Raises
     ------
@@ -92,7 +95,9 @@ def code_hash(module: str, claim: str) -> str:
         raise KeyError(f"{module} must have one row for claim {claim!r}, got {len(rows)}")
     reached: dict[str, str] = {}
     _follow(rows[0], module, reached)
-    text = "\n".join([_canonical(rows[0]), *(f"{name}: {reached[name]}" for name in sorted(reached))])
+    # Without the paths of modules, so that moving a function changes no hash.
+    bodies = sorted(f"{name.rpartition('.')[2]}: {body}" for name, body in reached.items())
+    text = "\n".join([_canonical(rows[0]), *bodies])
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
@@ -122,7 +127,7 @@ def _resolve(parts: list[str], module: str, reached: dict[str, str]) -> None:
     first = parts[0]
     if first in found.imported and first not in found.defined:
         target = found.imported[first]
-        if not target.startswith(PACKAGES):
+        if not _PART_OF_CLAIM.fullmatch(target):
             return
         if _module(target) is not None:  # ``from package import module``
             if len(parts) > 1:
@@ -132,7 +137,7 @@ def _resolve(parts: list[str], module: str, reached: dict[str, str]) -> None:
         _resolve([name], package, reached)
         return
     key = f"{module}.{first}"
-    if key in reached or first not in found.defined or not module.startswith(PACKAGES):
+    if key in reached or first not in found.defined or not _PART_OF_CLAIM.fullmatch(module):
         return
     nodes = found.defined[first]
     reached[key] = "; ".join(map(_canonical, nodes))

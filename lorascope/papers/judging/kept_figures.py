@@ -29,7 +29,7 @@ _METADATA = b"lorascope"
 
 
 @dataclass(frozen=True)
-class About:
+class FigureAbout:
     """Description of a figure.
 
     Parameters
@@ -54,11 +54,11 @@ class About:
 class KeptFigure:
     """Description of a kept figure, and the SHA-256 of the file with its data."""
 
-    about: About
+    about: FigureAbout
     digest: str
 
 
-def write(folder: Path, name: str, table: pd.DataFrame, about: About) -> KeptFigure:
+def write(folder: Path, name: str, table: pd.DataFrame, about: FigureAbout) -> KeptFigure:
     """Write the data of a chart to a folder of evidence."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -89,7 +89,7 @@ def _read_figure(file: Path) -> KeptFigure:
     found = (pq.read_schema(pa.BufferReader(file.read_bytes())).metadata or {}).get(_METADATA)
     if found is None:
         raise unreadable(file, "it must have the description of a figure")
-    about = to_typed(parse_json(found.decode(), file), About, file)
+    about = to_typed(parse_json(found.decode(), file), FigureAbout, file)
     return KeptFigure(about, hashlib.sha256(file.read_bytes()).hexdigest())
 
 

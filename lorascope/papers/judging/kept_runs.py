@@ -30,18 +30,18 @@ import numpy as np
 import pandas as pd
 
 from lorascope.array_types import Float, Int, Int8
-from lorascope.evidence import figures
-from lorascope.evidence.figures import KeptFigure
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.safetensors_io import is_plain, write_bytes
 from lorascope.files.typed_json import MAX_BYTES, require_small, unreadable
+from lorascope.papers.judging import kept_figures as figures
+from lorascope.papers.judging.kept_figures import KeptFigure
 
 SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Kind:
+class ColumnKind:
     """Values of a column of a CSV file: their description in errors, dtype, and conversion from text.
 
     The conversion raises a KeyError or ValueError for other texts.
@@ -64,12 +64,14 @@ def _to_count(text: str) -> int:
     return int(text)
 
 
-TEXT = Kind("text", "str", str)
-FLAG = Kind("True or False", "bool", {"True": True, "False": False}.__getitem__)
-COUNT = Kind("an integer from 0 to 4294967295", "int64", _to_count)
-SECONDS = Kind("a number >= 0", "float64", lambda text: _at_least_zero(float(text)))
-NUMBER = Kind("a number or empty", "float64", lambda text: float(text or "nan"))
-ROLE = Kind("tuning, judged or baseline", "str", {name: name for name in ("tuning", "judged", "baseline")}.__getitem__)
+TEXT = ColumnKind("text", "str", str)
+FLAG = ColumnKind("True or False", "bool", {"True": True, "False": False}.__getitem__)
+COUNT = ColumnKind("an integer from 0 to 4294967295", "int64", _to_count)
+SECONDS = ColumnKind("a number >= 0", "float64", lambda text: _at_least_zero(float(text)))
+NUMBER = ColumnKind("a number or empty", "float64", lambda text: float(text or "nan"))
+ROLE = ColumnKind(
+    "tuning, judged or baseline", "str", {name: name for name in ("tuning", "judged", "baseline")}.__getitem__
+)
 RUN_COLUMNS = {
     "run": TEXT, "arm": TEXT, "arm_hash": TEXT, "role": ROLE, "seed": COUNT, "rate": NUMBER, "steps": NUMBER,
     "model": TEXT, "w0": TEXT, "task": TEXT, "task_hash": TEXT, "method": TEXT, "settings": TEXT, "commit": TEXT,
@@ -243,7 +245,7 @@ def read_kept(folder: Path) -> Evidence:
     return Evidence(pd.DataFrame(columns=list(RUN_COLUMNS)), pd.DataFrame())
 
 
-def read_csv(file: Path, columns: Mapping[str, Kind]) -> pd.DataFrame:
+def read_csv(file: Path, columns: Mapping[str, ColumnKind]) -> pd.DataFrame:
     """Read a CSV file with exactly these columns.
 
     Raises
@@ -260,7 +262,7 @@ def read_csv(file: Path, columns: Mapping[str, Kind]) -> pd.DataFrame:
         raise unreadable(file, printable(error)) from error
 
 
-def _parse_csv(content: bytes, columns: Mapping[str, Kind]) -> pd.DataFrame:
+def _parse_csv(content: bytes, columns: Mapping[str, ColumnKind]) -> pd.DataFrame:
     if not content.endswith(b"\n"):
         raise ValueError("its last row is incomplete")
     table = text_table(content)
@@ -298,7 +300,7 @@ def read_texts(file: Path) -> list[dict[Any, str]]:
         raise unreadable(file, printable(error)) from error
 
 
-def _convert(column: pd.Series, kind: Kind) -> pd.Series:
+def _convert(column: pd.Series, kind: ColumnKind) -> pd.Series:
     """Convert texts to a kind of values."""
     values = []
     for number, text in enumerate(column, start=2):

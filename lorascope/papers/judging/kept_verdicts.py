@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lorascope.evidence import published, registration, store
-from lorascope.evidence.claims import with_level
-from lorascope.evidence.judging import VERDICT_COLUMNS
-from lorascope.evidence.registration import Registration
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.typed_json import unreadable
+from lorascope.papers.judging import kept_runs, published_numbers, registration
+from lorascope.papers.judging.claims import with_level
+from lorascope.papers.judging.registration import Registration
+from lorascope.papers.judging.verdicts import VERDICT_COLUMNS
 
 COLUMNS = ("claim", "sentence", "n", "effect", "control", "outcome")
 
@@ -50,7 +50,7 @@ def read(data: Path = registration.FILE.parent) -> KeptVerdicts:
             pd.DataFrame(columns=list(COLUMNS)), ("No verdicts here: they are kept in a clone of the repository.",)
         )
     claims, file = registration.read(data / "registered.toml"), data / "evidence" / "verdicts.csv"
-    tables, notes = [published.judge(claims.claims, data / "published")], []
+    tables, notes = [published_numbers.judge(claims.claims, data / "published")], []
     if file.exists():
         kept = read_file(file, claims)
         judged = have_verdict(kept)
@@ -77,7 +77,7 @@ def read_file(file: Path, claims: Registration) -> pd.DataFrame:
     ValueError
         The file is damaged, or does not have every claim once.
     """
-    kept = store.read_csv(file, VERDICT_COLUMNS)
+    kept = kept_runs.read_csv(file, VERDICT_COLUMNS)
     found, needed = Counter(kept["claim"]), Counter([*claims.of_tier("primary", "secondary")])
     for id in (*needed, *found):
         if found[id] != needed[id]:

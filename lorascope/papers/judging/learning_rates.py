@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lorascope.evidence.registration import Arm, Registration
+from lorascope.papers.judging.registration import RegisteredArm, Registration
 
 MAX_EXTENSIONS = 2
 """Number of further rates that are tried if the best is at an end of the grid."""
@@ -85,7 +85,7 @@ def losses_by_rate(runs: pd.DataFrame, arm: str, seeds: Sequence[int]) -> dict[f
     return {float(str(rate)): float(of_rate["validation_loss"].mean(skipna=False)) for rate, of_rate in complete}
 
 
-def chosen(registration: Registration, runs: pd.DataFrame, arm: str) -> tuple[Arm, Choice]:
+def chosen(registration: Registration, runs: pd.DataFrame, arm: str) -> tuple[RegisteredArm, Choice]:
     """Return the arm whose rate an arm takes, which may be itself, and the state of the choice.
 
     Parameters

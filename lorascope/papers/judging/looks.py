@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lorascope.analysis.seed_intervals import Estimate, Interval
-from lorascope.evidence.claims import Claim, Outcome, side
+from lorascope.papers.judging.claims import Claim, Outcome, side
 
 ERROR = 0.025
 """One-sided error of a claim over all its looks."""

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis.seed_intervals import Estimate, Interval, t_interval
-from lorascope.evidence.claims import MINIMUM_SEEDS, format_effect, side
-from lorascope.evidence.registration import Registered
 from lorascope.files.printable import printable
+from lorascope.papers.judging.claims import MINIMUM_SEEDS, format_effect, side
+from lorascope.papers.judging.registration import Registered
 
 LEVEL = 0.025
 Effect = Callable[[Path], Interval]

@@ -13,14 +13,14 @@ from typing import Any, Literal
 
 import msgspec
 
-from lorascope.evidence.claims import Claim, Kind
-from lorascope.evidence.looks import Looks
 from lorascope.files.printable import printable
+from lorascope.papers.judging.claims import Claim, Kind
+from lorascope.papers.judging.looks import Looks
 
 RATE_RULE = (
     "lowest mean validation loss at the last step; ties to the smaller rate; at most two further rates at an end"
 )
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(__file__).parents[2]
 # A wheel contains the folder data, and a clone has it next to the package.
 _DATA = next((path for path in (_PACKAGE / "data", _PACKAGE.parent / "data") if path.exists()), _PACKAGE / "data")
 FILE = _DATA / "registered.toml"
@@ -49,7 +49,7 @@ class Paper:
 
 
 @dataclass(frozen=True)
-class Text:
+class ClaimText:
     """The claim as text: its sentence, what is compared, and where the control comes from."""
 
     sentence: str
@@ -88,7 +88,7 @@ class Design:
 
 
 @dataclass(frozen=True)
-class Arm:
+class RegisteredArm:
     """A registered arm: what its runs have in common, and how its rate is chosen.
 
     Parameters
@@ -127,7 +127,9 @@ class Arm:
     seeds: int = 0
 
 
-def arm_hash(arm: Arm, method: Mapping[str, Any], settings: Mapping[str, Any], task_hash: str, w0: str) -> str:
+def arm_hash(
+    arm: RegisteredArm, method: Mapping[str, Any], settings: Mapping[str, Any], task_hash: str, w0: str
+) -> str:
     """Hash what the runs of an arm have in common, and how their rate is chosen.
 
     Label, rate, number of seeds and cost are left out, and so is what the seed of a run draws.
@@ -174,7 +176,7 @@ class Registered:
 
     id: str
     paper: Paper
-    text: Text
+    text: ClaimText
     bound: Bound
     design: Design
     arms: tuple[str, ...] = ()
@@ -236,7 +238,7 @@ class Registration:
     """All registered claims by id, their arms by label, the deviations from them, and the stages of the work."""
 
     claims: Mapping[str, Registered]
-    arms: Mapping[str, Arm]
+    arms: Mapping[str, RegisteredArm]
     deviations: tuple[Deviation, ...]
     stages: tuple[Stage, ...] = ()
 
@@ -254,7 +256,7 @@ class Registration:
 @dataclass(frozen=True)
 class _Contents:
     claim: tuple[Registered, ...]
-    arm: tuple[Arm, ...] = ()
+    arm: tuple[RegisteredArm, ...] = ()
     deviation: tuple[Deviation, ...] = ()
     stage: tuple[Stage, ...] = ()
 

@@ -8,15 +8,15 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorascope.evidence import registration
-from lorascope.evidence.registration import Registration
 from lorascope.files.printable import printable
+from lorascope.papers.judging import registration
+from lorascope.papers.judging.registration import Registration
 
 _COMMIT = re.compile("[0-9a-f]{40}")  # an option or a branch would give another file
 
 
 @dataclass(frozen=True)
-class Comparison:
+class HistoryComparison:
     """Comparison of the registration with its earlier versions.
 
     Parameters
@@ -33,7 +33,7 @@ class Comparison:
     all: int
 
 
-def compare(file: Path, commits: Collection[str]) -> Comparison:
+def compare(file: Path, commits: Collection[str]) -> HistoryComparison:
     """Compare the registration, in the folder ``data`` of a clone, with its versions at the commits of the runs."""
     root, now, found = file.parents[1], file.read_bytes(), []
     versions = {commit: _content(root, commit, f"{file.parent.name}/{file.name}") for commit in commits}
@@ -47,7 +47,7 @@ def compare(file: Path, commits: Collection[str]) -> Comparison:
                 found.append(str(error))
             else:
                 found.extend(changes(earlier, registration.read(file), commit[:12]))
-    return Comparison(found, len(known), len(versions))
+    return HistoryComparison(found, len(known), len(versions))
 
 
 def changes(earlier: Registration, now: Registration, commit: str) -> Iterator[str]:

@@ -15,16 +15,12 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.seed_intervals import (
-    Estimate,
-    jackknife_estimate,
-    pseudo_values,
-    t_estimate,
-    two_way_estimate,
-)
-from lorascope.evidence.store import Evidence
+from lorascope.analysis.seed_intervals import Estimate, jackknife_estimate, pseudo_values, t_estimate, two_way_estimate
+from lorascope.papers.judging.kept_runs import Evidence
 
 Method = Literal["t", "two-way", "jackknife", "published"]
+COURSE = "course"
+"""Kept table ``best_accuracy, epochs``, one row: of a network with one adapter that learns eight classes of points."""
 
 
 class Statistic:

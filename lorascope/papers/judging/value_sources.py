@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lorascope.evidence.statistics.base import Method, OfRun, Simulated, Statistic
-from lorascope.evidence.store import Evidence
+from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.statistics import Method, OfRun, Simulated, Statistic
 
 COLUMNS = ("draws", "draw_error", "runs_statistic", "runs_control")
 

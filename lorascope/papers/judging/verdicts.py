@@ -13,15 +13,15 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from lorascope.analysis.recipe_comparison import holm
+from lorascope.analysis.recipe_tests import holm
 from lorascope.analysis.seed_intervals import Estimate
-from lorascope.evidence import looks
-from lorascope.evidence.claims import format_effect
-from lorascope.evidence.registration import Registered
-from lorascope.evidence.statistics.base import Statistic, estimate_effect
-from lorascope.evidence.store import BLOCK, COUNT, NUMBER, SCORES, TEXT, Evidence
-from lorascope.evidence.value_sources import COLUMNS, add_sources
 from lorascope.files.printable import count_phrase, printable
+from lorascope.papers.judging import looks
+from lorascope.papers.judging.claims import format_effect
+from lorascope.papers.judging.kept_runs import BLOCK, COUNT, NUMBER, SCORES, TEXT, Evidence
+from lorascope.papers.judging.registration import Registered
+from lorascope.papers.judging.statistics import Statistic, estimate_effect
+from lorascope.papers.judging.value_sources import COLUMNS, add_sources
 
 Pair = tuple[Statistic, Statistic]
 """Statistic and control of a claim."""

@@ -11,9 +11,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.evidence import figures, store
-from lorascope.evidence.claims import format_effect
-from lorascope.evidence.judging import (
+from lorascope.files.printable import count_phrase, printable
+from lorascope.files.typed_json import parse_json, read_text, to_typed
+from lorascope.papers.judging import kept_figures, kept_runs
+from lorascope.papers.judging.claims import format_effect
+from lorascope.papers.judging.kept_runs import BLOCK, Evidence
+from lorascope.papers.judging.learning_rates import chosen, tuning_table
+from lorascope.papers.judging.looks import STOPPED
+from lorascope.papers.judging.registration import Registered, RegisteredArm, Registration, arm_hash
+from lorascope.papers.judging.statistics import COURSE
+from lorascope.papers.judging.verdicts import (
     CHANGED,
     VERDICT_COLUMNS,
     Pair,
@@ -22,13 +29,6 @@ from lorascope.evidence.judging import (
     name_machine,
     untrained_arms,
 )
-from lorascope.evidence.looks import STOPPED
-from lorascope.evidence.registration import Arm, Registered, Registration, arm_hash
-from lorascope.evidence.statistics.fourierft import COURSE
-from lorascope.evidence.store import BLOCK, Evidence
-from lorascope.evidence.tuning import chosen, tuning_table
-from lorascope.files.printable import count_phrase, printable
-from lorascope.files.typed_json import parse_json, read_text, to_typed
 
 _CLOSE = 1e-9
 _HALF = 2e-3  # losses are kept in float16
@@ -56,7 +56,7 @@ class Derived:
 
     def with_file(self, name: str, table: pd.DataFrame) -> Derived:
         """Return these results with one more file."""
-        return replace(self, files={**self.files, name: store.to_csv(table)})
+        return replace(self, files={**self.files, name: kept_runs.to_csv(table)})
 
 
 def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, Pair]) -> Derived:
@@ -80,7 +80,7 @@ def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, P
     verdicts = verdicts.assign(arms_state=[*states.values()]).reindex(columns=list(VERDICT_COLUMNS))
     machines = _on_other_machines(judged, pairs, evidence, verdicts, lambda arm: may_void.get(arm, True))
     tables = {"tuning.csv": tuning_table(evidence.runs, grids), "values.csv": values, "verdicts.csv": verdicts}
-    files = {name: store.to_csv(table) for name, table in tables.items()}
+    files = {name: kept_runs.to_csv(table) for name, table in tables.items()}
     return Derived(files, tables["tuning.csv"], verdicts, machines)
 
 
@@ -128,7 +128,7 @@ def state(claim: str, registration: Registration, evidence: Evidence) -> str:
 def write_derived(folder: Path, derived: Derived, registered: Path) -> None:
     """Write what is computed from the runs, and the manifest."""
     _write_files(folder, derived)
-    store.write_bytes(folder / "MANIFEST", _manifest(folder, registered).encode())
+    kept_runs.write_bytes(folder / "MANIFEST", _manifest(folder, registered).encode())
 
 
 def rewrite_derived(folder: Path, derived: Derived, registered: Path) -> None:
@@ -141,12 +141,12 @@ def rewrite_derived(folder: Path, derived: Derived, registered: Path) -> None:
     digests = kept | {path: found[path] for path in (derived.files if kept else found)}
     paths = [*found, *sorted(kept.keys() - found.keys())]
     text = "".join(f"{digests[path]}  {path}\n" for path in paths if path in digests)
-    store.write_bytes(folder / "MANIFEST", text.encode())
+    kept_runs.write_bytes(folder / "MANIFEST", text.encode())
 
 
 def _write_files(folder: Path, derived: Derived) -> None:
     for name, content in derived.files.items():
-        store.write_bytes(folder / name, content)
+        kept_runs.write_bytes(folder / name, content)
 
 
 def _digests(manifest: str) -> dict[str, str]:
@@ -162,8 +162,8 @@ def _kept_manifest(folder: Path) -> dict[str, str]:
 def _manifest(folder: Path, registered: Path) -> str:
     data = registered.parent
     files = [registered, *sorted(data.glob("published/*.csv"))]
-    outside = (f"{store.digest(file)}  ../{file.relative_to(data).as_posix()}\n" for file in files)
-    return store.manifest(folder) + "".join(outside)
+    outside = (f"{kept_runs.digest(file)}  ../{file.relative_to(data).as_posix()}\n" for file in files)
+    return kept_runs.manifest(folder) + "".join(outside)
 
 
 def verify(
@@ -202,7 +202,7 @@ def verify(
     list of str
         One line per difference: the place, what is kept and what was recomputed. Empty if all agree.
     """
-    evidence = evidence or store.read(folder)
+    evidence = evidence or kept_runs.read(folder)
     derived = derived or derive(evidence, registration, pairs)
     return [
         *_check_manifest(folder, registered),
@@ -211,7 +211,7 @@ def verify(
         *_check_rates(evidence, registration),
         *_check_seeds(evidence, registration),
         *_check_registration(registration, pairs, code, derived),
-        *figures.differences(evidence.figures, set(evidence.runs["run"]), images),
+        *kept_figures.differences(evidence.figures, set(evidence.runs["run"]), images),
         *(line for name, content in derived.files.items() for line in _compare(folder / name, content)),
     ]
 
@@ -321,7 +321,7 @@ def _check_seeds(evidence: Evidence, registration: Registration) -> Iterator[str
         seeds = set(runs["seed"])
         if (missing := next(seed for seed in count(first) if seed not in seeds)) < max(seeds):
             yield f"runs.csv: arm {arm!r} on {' / '.join(map(str, block))}: seed {missing} is missing"
-        tuning: Arm | None = registration.arms.get(str(arm))
+        tuning: RegisteredArm | None = registration.arms.get(str(arm))
         for seed in sorted(seeds & set(tuning.tuning_seeds if tuning else ())):
             yield f"runs.csv: arm {arm!r}: seed {seed} is a tuning seed and must not be judged"
         for seed in sorted(seed for seed in seeds if seed < first):
@@ -352,11 +352,11 @@ def _compare(file: Path, content: bytes) -> Iterator[str]:
         yield f"{file.name}: no such file"
     elif (raw := file.read_bytes()) != content:
         try:
-            kept = store.text_table(raw)
+            kept = kept_runs.text_table(raw)
         except ValueError as error:
             yield f"{file.name}: {printable(error)}"
         else:
-            yield from compare_tables(file.name, kept, store.text_table(content))
+            yield from compare_tables(file.name, kept, kept_runs.text_table(content))
 
 
 def compare_tables(name: str, kept: pd.DataFrame, found: pd.DataFrame) -> Iterator[str]:

@@ -26,7 +26,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from lorascope.adapters.delta import host_weight
 from lorascope.array_types import Int
 from lorascope.inputs import models, package_assets, tasks
-from lorascope.methods.base import Step
+from lorascope.methods.method import Step
 from lorascope.observe import Observer
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.evidence.registration import Registration
-from lorascope.evidence.statistics import PAIRS
-from lorascope.evidence.statistics.agreement import SCORES
-from lorascope.evidence.statistics.base import Statistic
-from lorascope.evidence.statistics.lisa import NORMS
-from lorascope.evidence.statistics.lora import AMPLIFICATION
-from lorascope.evidence.statistics.ranks import RANKS
-from lorascope.evidence.store import RUN_COLUMNS, Evidence
 from lorascope.pages.report_figure import ReportFigure
+from lorascope.papers.judging.kept_runs import RUN_COLUMNS, Evidence
+from lorascope.papers.judging.registration import Registration
+from lorascope.papers.judging.statistics import Statistic
+from lorascope.papers.lisa import NORMS
+from lorascope.papers.lora import AMPLIFICATION
+from lorascope.papers.rank_tables import RANKS
+from lorascope.papers.registry import PAIRS
+from lorascope.papers.score_agreement import SCORES
+from lorascope.papers.training.train_arms import block, keep_functions
 from lorascope.plots.builders import over_kept
-from lorascope.probes.evidence import block, keep_functions
 from lorascope.runs.run import Run
 
 # Predictions are on other test rows; scores of components take longer than the training of the run.
@@ -29,7 +29,7 @@ Tables = Mapping[tuple[str, str], pd.DataFrame]
 
 
 @dataclass(frozen=True)
-class Quantity:
+class ComparedQuantity:
     """A quantity that a claim computes of each run of one arm."""
 
     claim: str
@@ -43,7 +43,7 @@ class Quantity:
         return label
 
 
-def quantities(claims: Registration, labels: Collection[str]) -> list[Quantity]:
+def quantities(claims: Registration, labels: Collection[str]) -> list[ComparedQuantity]:
     """Return what the claims compute of single runs of these arms, except predictions and scores of components."""
     found = []
     for id, claim in claims.of_tier("primary", "secondary").items():
@@ -51,18 +51,18 @@ def quantities(claims: Registration, labels: Collection[str]) -> list[Quantity]:
         for statistic, text in zip(PAIRS[id], texts, strict=True):
             arms, read = statistic.arms(), {name for name, _ in statistic.reads()}
             if claim.design.interval == "t" and len(arms) == 1 and arms <= set(labels) and not read & _LEFT_OUT:
-                found.append(Quantity(id, text, statistic))
+                found.append(ComparedQuantity(id, text, statistic))
     return found
 
 
-def keep_tables(runs: Mapping[str, Run], needed: Sequence[Quantity]) -> dict[tuple[str, str], pd.DataFrame]:
+def keep_tables(runs: Mapping[str, Run], needed: Sequence[ComparedQuantity]) -> dict[tuple[str, str], pd.DataFrame]:
     """Compute the tables that the quantities read from the runs, as the evidence keeps them."""
     make = keep_functions()
     keys = {key for quantity in needed for key in quantity.statistic.reads()}
     return {(name, label): make[name, label](runs[label]) for name, label in sorted(keys)}
 
 
-def places(runs: Mapping[str, Run], tables: Tables, needed: Sequence[Quantity], kept: Evidence) -> pd.DataFrame:
+def places(runs: Mapping[str, Run], tables: Tables, needed: Sequence[ComparedQuantity], kept: Evidence) -> pd.DataFrame:
     """Tabulate accuracy and quantities of the runs, and their places among the kept seeds.
 
     Returns

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lorascope.evidence.judging import Pair, judge_claim, untrained_arms
-from lorascope.evidence.looks import STOPPED
-from lorascope.evidence.registration import Registered, Registration
-from lorascope.evidence.store import Evidence
-from lorascope.evidence.tuning import chosen
+from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.learning_rates import chosen
+from lorascope.papers.judging.looks import STOPPED
+from lorascope.papers.judging.registration import Registered, Registration
+from lorascope.papers.judging.verdicts import Pair, judge_claim, untrained_arms
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class OpenRun:
     rate: float | None
 
 
-def open_runs(
+def missing_runs(
     registration: Registration,
     pairs: Mapping[str, Pair],
     evidence: Evidence,

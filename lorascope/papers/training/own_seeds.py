@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.evidence import kept_verdicts, registration, store
-from lorascope.evidence.claims import format_effect
-from lorascope.evidence.judging import estimate_claim, judging_block, name_machine
-from lorascope.evidence.looks import ERROR
-from lorascope.evidence.open_runs import OpenRun
-from lorascope.evidence.registration import Registration
-from lorascope.evidence.statistics import PAIRS
-from lorascope.evidence.store import Evidence
-from lorascope.evidence.tuning import chosen
-from lorascope.probes.evidence import block, read_by_claims, require_registered, train_runs
+from lorascope.papers.judging import kept_runs, kept_verdicts, registration
+from lorascope.papers.judging.claims import format_effect
+from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.learning_rates import chosen
+from lorascope.papers.judging.looks import ERROR
+from lorascope.papers.judging.registration import Registration
+from lorascope.papers.judging.verdicts import estimate_claim, judging_block, name_machine
+from lorascope.papers.registry import PAIRS
+from lorascope.papers.training.missing_runs import OpenRun
+from lorascope.papers.training.train_arms import block, read_by_claims, require_registered, train_runs
 from lorascope.schema.suggestions import unknown_name
 
 # The jackknife of pairs of runs needs as many seeds.
@@ -29,7 +29,7 @@ _SEEDS_OF_PAIRS = 3
 
 
 @dataclass(frozen=True)
-class Plan:
+class SeedPlan:
     """The runs that one seed of a claim needs.
 
     Parameters
@@ -73,7 +73,7 @@ class Plan:
         return replace(mine, runs=mine.runs[~mine.runs["run"].isin(self.unfit())])
 
     def _of_this_machine(self) -> Evidence:
-        return store.read_kept(self.folder).in_block(block())
+        return kept_runs.read_kept(self.folder).in_block(block())
 
     def unfit(self) -> dict[str, str]:
         """Return one line for each own run of another arm than registered, or at another rate, by the id of the run."""
@@ -106,17 +106,17 @@ class Plan:
         require_registered(self.claims)
         needed, file = self.runs(), self.folder / "runs.csv"
         if unfit := self.unfit():
-            runs = store.read(self.folder).runs
+            runs = kept_runs.read(self.folder).runs
             replaced = set(runs.loc[runs["run"].isin(unfit) & (runs["seed"] == self.seed), "run"])
             lines = file.read_bytes().splitlines(keepends=True)  # not parsed, so that no number changes
             kept = (line for line in lines if line.partition(b",")[0].decode() not in replaced)
-            store.write_bytes(file, b"".join(kept))
+            kept_runs.write_bytes(file, b"".join(kept))
         seeds = range(self.seed, self.seed + 1)
         reads = {arm: [replace(each, seeds=seeds) for each in of] for arm, of in read_by_claims(self.claims).items()}
         train_runs(needed, self.claims, reads, self.folder, out)
 
 
-def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.parent) -> Plan:
+def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.parent) -> SeedPlan:
     """Plan the runs of one seed of a claim.
 
     Parameters
@@ -146,7 +146,7 @@ def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.par
     only = Registration(
         {claim: found.claims[claim]}, {label: arm for label, arm in found.arms.items() if label in arms}, ()
     )
-    return Plan(claim, seed, only, store.read_kept(data / "evidence"), folder)
+    return SeedPlan(claim, seed, only, kept_runs.read_kept(data / "evidence"), folder)
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class OwnSeeds:
         return listed | {"place": self.place}
 
 
-def compare(planned: Plan, data: Path = registration.FILE.parent) -> OwnSeeds:
+def compare(planned: SeedPlan, data: Path = registration.FILE.parent) -> OwnSeeds:
     """Compute a claim's effect for the kept seeds, for the own ones, and for both; only kept ones have a verdict."""
     pair, registered = PAIRS[planned.claim], planned.claims.claims[planned.claim]
     arms, here = set(registered.arms), block()

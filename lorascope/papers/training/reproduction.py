@@ -11,13 +11,13 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.evidence import kept_verdicts, registration, store
-from lorascope.evidence.kept_verdicts import KeptVerdicts
 from lorascope.pages import page
 from lorascope.pages.page import Section
 from lorascope.pages.report_figure import draw
-from lorascope.probes import kept_comparison, short_runs
-from lorascope.probes.base import PROBES
+from lorascope.papers.judging import kept_runs, kept_verdicts, registration
+from lorascope.papers.judging.kept_verdicts import KeptVerdicts
+from lorascope.papers.registry import PROBES
+from lorascope.papers.training import kept_comparison, short_runs
 from lorascope.runs.folders import require_own
 from lorascope.runs.run import Run
 
@@ -80,7 +80,7 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
     path = Path(out) / REPORT
     require_own(path, *page.GENERATORS.values())
     file = data / "registered.toml"
-    claims, evidence = (registration.read(file) if file.exists() else None), store.read_kept(data / "evidence")
+    claims, evidence = (registration.read(file) if file.exists() else None), kept_runs.read_kept(data / "evidence")
     kept = evidence.of_main_machine()
     runs = short_runs.train(Path(out) / "runs", seed, claims, evidence.runs)
     compared = [label for label in runs if short_runs.has_task_of_kept_runs(label)]

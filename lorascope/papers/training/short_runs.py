@@ -10,24 +10,14 @@ from typing import Any
 import pandas as pd
 
 from lorascope import observe
-from lorascope.evidence.registration import Registration
-from lorascope.evidence.statistics import (
-    adalora,
-    adapprox,
-    alora,
-    autolora,
-    fourierft,
-    hydralora,
-    lisa,
-    lora,
-    neft,
-)
-from lorascope.evidence.tuning import chosen
 from lorascope.experiments.sweep import Job, run_jobs
 from lorascope.inputs import tasks
 from lorascope.inputs.task_parts import first_test_rows
-from lorascope.probes.base import Arm, encoder_settings
-from lorascope.probes.evidence import registered_arms
+from lorascope.papers import adalora, adapprox, alora, autolora, fourierft, hydralora, lisa, lora, neft
+from lorascope.papers.judging.learning_rates import chosen
+from lorascope.papers.judging.registration import Registration
+from lorascope.papers.probe import Arm, encoder_settings
+from lorascope.papers.training.train_arms import registered_arms
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
 

@@ -24,20 +24,20 @@ import torch
 from joblib import Parallel, delayed
 
 from lorascope import __version__
-from lorascope.evidence import figures, numbers, registration, store, verification
-from lorascope.evidence.looks import BUDGET
-from lorascope.evidence.open_runs import OpenRun, open_runs
-from lorascope.evidence.registration import Registration, arm_hash
-from lorascope.evidence.statistics import PAIRS
 from lorascope.experiments.executors import ignore_replaced_workers
 from lorascope.experiments.sweep import Job, train_job, width
-from lorascope.gallery import SECTIONS, drawing
 from lorascope.inputs import models, tasks
 from lorascope.inputs.classifier_head import fit_head, weights_hash
 from lorascope.inputs.task_parts import first_test_rows, identify_test_rows
 from lorascope.inputs.tasks import Task
-from lorascope.methods.base import config
-from lorascope.probes.base import PROBES, Arm, OwnArm
+from lorascope.methods.method import config
+from lorascope.papers.figures import redraw
+from lorascope.papers.judging import kept_figures, kept_runs, registration, verification
+from lorascope.papers.judging.looks import BUDGET
+from lorascope.papers.judging.registration import Registration, arm_hash
+from lorascope.papers.probe import Arm, OwnArm
+from lorascope.papers.registry import PAIRS, PROBES, SECTIONS
+from lorascope.papers.training.missing_runs import OpenRun, missing_runs
 from lorascope.runs.folders import lock_run
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
@@ -112,19 +112,19 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
     reads = read_by_claims(claims)
     require_registered(claims)
     while time.monotonic() < end:
-        evidence = store.read_kept(folder)
-        needed, spent = open_runs(claims, PAIRS, evidence, block()), evidence.runs["cpu_seconds"].sum() / 60
+        evidence = kept_runs.read_kept(folder)
+        needed, spent = missing_runs(claims, PAIRS, evidence, block()), evidence.runs["cpu_seconds"].sum() / 60
         print(f"Open runs: {len(needed)}. CPU-minutes used: {spent:.0f} of {BUDGET}.", flush=True)
         if not needed or spent >= BUDGET:
             break
         # A run is only taken from the list when a process is free, so the time is read then.
         train_runs((run for run in needed if time.monotonic() < end), claims, reads, folder, out)
     if (folder / "runs.csv").exists():
-        evidence = store.read(folder)
-        derived = numbers.derive_all(evidence, claims, PAIRS, registered.parent)
+        evidence = kept_runs.read(folder)
+        derived = verification.derive(evidence, claims, PAIRS)
         verification.write_derived(folder, derived, registered)
-        images = registered.parents[1] / figures.FOLDER
-        drawing.draw_figures(folder, out, images, SECTIONS, str(_version()["commit"]))
+        images = registered.parents[1] / kept_figures.FOLDER
+        redraw.draw_figures(folder, out, images, SECTIONS, str(_version()["commit"]))
         verification.write_derived(folder, derived, registered)  # again, since the manifest lists the figures
 
 
@@ -161,8 +161,8 @@ def train_runs(
     with lock_run(folder), ignore_replaced_workers():
         for kept in workers(calls):
             if len(kept.rows):
-                store.add_rows(folder, kept.rows)
-            store.add_run(folder, kept.row, kept.scores, kept.tables)
+                kept_runs.add_rows(folder, kept.rows)
+            kept_runs.add_run(folder, kept.row, kept.scores, kept.tables)
             print(_line(kept.row), flush=True)
 
 
@@ -187,7 +187,7 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
     list of str
         One line per difference.
     """
-    claims, evidence = registration.read(registered), store.read(folder)
+    claims, evidence = registration.read(registered), kept_runs.read(folder)
     claimed, by_name = read_by_claims(claims), {"margin": evidence.margins, "nll": evidence.nll, **evidence.kept}
     judged, found = evidence.runs[evidence.runs["role"] == "judged"], []
     for _, kept in judged.sample(min(number, len(judged))).iterrows():
@@ -198,7 +198,7 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
         with tempfile.TemporaryDirectory() as out:
             again = finish(open_run, claims, reads, Path(out))
             same_machine = all(kept[name] == value for name, value in block().items())
-            shown = drawing.changed_excerpts(folder, evidence, {**kept}, Path(out), SECTIONS) if same_machine else []
+            shown = redraw.changed_excerpts(folder, evidence, {**kept}, Path(out), SECTIONS) if same_machine else []
         print(_line(again.row), flush=True)
         if same_machine:
             compared = {name: 1e-9 for name in _COMPARED}  # numbers that were written and read
@@ -206,7 +206,7 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
             lines = [line for name in old.keys() & new.keys() for line in _first_difference(name, old[name], new[name])]
             lines += shown
         else:
-            of_machine = evidence.in_block({name: kept[name] for name in store.BLOCK}).runs
+            of_machine = evidence.in_block({name: kept[name] for name in kept_runs.BLOCK}).runs
             seeds = of_machine[(of_machine["arm"] == arm) & (of_machine["role"] == "judged")]
             compared, lines = {"test_metric": 3 * seeds["test_metric"].std(ddof=1)}, []
             if len(seeds) < 2:
@@ -222,7 +222,7 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
 def _first_difference(name: str, old: Any, new: Any) -> list[str]:
     """Compare a kept table, or kept scores, with those of a run that was trained again."""
     tables = [value if isinstance(value, pd.DataFrame) else pd.DataFrame({"score": value}) for value in (old, new)]
-    kept, again = (store.text_table(store.to_csv(table)) for table in tables)
+    kept, again = (kept_runs.text_table(kept_runs.to_csv(table)) for table in tables)
     lines = list(verification.compare_tables(name, kept, again))
     return [f"{lines[0]}, and {len(lines) - 1} more"] if lines[1:] else lines
 
@@ -276,7 +276,7 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
     start = time.process_time()
     arm = _at(open_run, claims)
     id = f"{_digest(arm.label, 12)}-{open_run.seed}"
-    row = dict.fromkeys(store.RUN_COLUMNS) | vars(open_run) | block() | _describe(arm) | _version()
+    row = dict.fromkeys(kept_runs.RUN_COLUMNS) | vars(open_run) | block() | _describe(arm) | _version()
     row |= {"run": id, "arm_hash": claims.arms[arm.label].hash}
     scores: dict[str, np.ndarray] = {}
     kept: dict[str, pd.DataFrame] = {}

@@ -24,7 +24,7 @@ from torch import distributed, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from lorascope.inputs.classifier_head import weights_hash
-from lorascope.methods.base import Method, trained_parameters
+from lorascope.methods.method import Method, trained_parameters
 from lorascope.training.base_weights import Base, begin_training, reject_adapted
 from lorascope.training.foreign_loop import step_of, unwrap_optimizer
 from lorascope.training.session import clip_gradients, nonfinite_reason

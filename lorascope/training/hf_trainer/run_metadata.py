@@ -8,8 +8,8 @@ from typing import Any
 from torch.utils.data import Subset
 from transformers import TrainerState, TrainingArguments
 
-from lorascope.methods.base import Step, config, trained_parameters
-from lorascope.observe.base import Observer
+from lorascope.methods.method import Step, config, trained_parameters
+from lorascope.observe.observer import Observer
 from lorascope.runs.manifest import Manifest
 from lorascope.training.foreign_loop import describe_recipe, run_manifest
 from lorascope.training.hf_trainer.method_callback import MethodCallback

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
-from lorascope.methods.base import Method, task_head
+from lorascope.methods.method import Method, task_head
 from lorascope.observe import Observer, norms
-from lorascope.observe.base import require_observers
+from lorascope.observe.observer import require_observers
 from lorascope.schema import module_table
 from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base
@@ -26,8 +26,8 @@ from lorascope.training.hf_trainer.method_callback import (
     reject_sharded,
     write_checkpoint_file,
 )
-from lorascope.training.hf_trainer.report import TrainerReport, reporting_callbacks
 from lorascope.training.hf_trainer.run_metadata import describe_run, overlap
+from lorascope.training.hf_trainer.trainer_report import TrainerReport, reporting_callbacks
 from lorascope.training.run_folder import Recording
 from lorascope.training.settings import Settings
 

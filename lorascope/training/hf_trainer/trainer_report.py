@@ -9,7 +9,7 @@ from functools import partial
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from lorascope.training.report import HostReport
+from lorascope.training.curve_report import HostReport
 
 
 class TrainerReport(HostReport):

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Bar
-from lorascope.plots.registry import figure
+from lorascope.plots.figure_registry import figure
 
 
 @figure(topic="updates", needs=("updates",), reads="A bar is a role.", misleads="Modules differ in size.")

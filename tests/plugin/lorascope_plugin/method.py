@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight
-from lorascope.methods.base import AdapterMethod
+from lorascope.methods.method import AdapterMethod
 
 
 @dataclass(kw_only=True)

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorascope.runs.formats import AdapterFiles, group_factors, reads
-from lorascope.runs.formats.stored_update import StoredLoRA
+from lorascope.formats import AdapterFiles, group_factors, reads
+from lorascope.formats.stored_update import StoredLoRA
 
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>down|up)")
 

@@ -1,0 +1,1 @@
+"""Studies of the papers: one file per paper with its claims, arms, kept tables and figures."""

@@ -1,0 +1,1 @@
+"""Figures of the kept runs: their definition, drawing and excerpts; without torch."""

@@ -1,0 +1,1 @@
+"""What arms train on besides tasks and models of `inputs`: planted teacher, pre-training text, scores of components."""

@@ -1,0 +1,1 @@
+"""Training of the arms: missing runs, own seeds, short runs and the report of `reproduce`."""

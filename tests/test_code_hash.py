@@ -39,7 +39,15 @@ def share(table: int) -> float:
 
 
 def _half(table):
-    return table / 2
+    result = [entry / 2 for entry in table]
+    return result
+
+
+def decide(claim):
+    return claim.low > BOUND
+
+
+BOUND = 0
 
 
 def unused(table):
@@ -55,6 +63,7 @@ def planted(tmp_path: Path, monkeypatch: Any) -> Any:
     (folder / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(code_hash, "_PART_OF_CLAIM", re.compile(r"planted_code(\.\w+)*"))
+    monkeypatch.setattr(code_hash, "_DECIDING", ("planted_code.helpers", "decide"))
 
     def write(old: str = "", new: str = "", claim: str = "p.first") -> str:
         assert old in PROBE + HELPERS
@@ -75,9 +84,12 @@ def planted(tmp_path: Path, monkeypatch: Any) -> Any:
         ('LABEL = "LoRA"', 'LABEL = "AdaLoRA"'),
         ("helpers.scale(table) + part", "helpers.scale(table) - part"),
         ("FACTOR = 2", "FACTOR = 3"),
-        ("table / 2", "table / 3"),
+        ("entry / 2", "entry / 3"),
         ("return _half(table)", "return -_half(table)"),
         ("import share as part", "import unused as part"),
+        ("return result", "return table"),
+        ("claim.low > BOUND", "claim.high > BOUND"),
+        ("BOUND = 0", "BOUND = 0.01"),
     ],
 )
 def test_what_computes_the_claim_changes_its_hash(planted: Any, old: str, new: str) -> None:
@@ -89,6 +101,10 @@ def test_what_computes_the_claim_changes_its_hash(planted: Any, old: str, new: s
     [
         ('OTHER = "full"', 'OTHER = "other"'),
         ("    return 0", "    return 1"),
+        (
+            "    result = [entry / 2 for entry in table]\n    return result",
+            "    halves = [x / 2 for x in table]\n    return halves",
+        ),
         ('"""Return the value."""', '"""Return it."""'),
         ("# a comment", "# another comment"),
         ("table: int) -> float", "table) -> Any"),
@@ -103,3 +119,23 @@ def test_claims_have_hashes_of_their_own(planted: Any) -> None:
     assert planted(claim="p.second") != planted()
     with pytest.raises(KeyError, match=r"planted_code.probe must have one row for claim 'p.third', got 0"):
         planted(claim="p.third")
+
+
+def test_hash_covers_the_code_that_decides() -> None:
+    code_hash._module.cache_clear()
+    reached: dict[str, str] = {}
+    code_hash._resolve(["judge_all"], "lorascope.papers.judging.verdicts", reached)
+    names = {name.removeprefix("lorascope.") for name in reached}
+    assert {
+        "analysis.seed_intervals.t_estimate",
+        "analysis.seed_intervals.two_way_estimate",
+        "analysis.seed_intervals.jackknife_estimate",
+        "analysis.seed_intervals.Estimate",
+        "analysis.recipe_tests.holm",
+        "papers.judging.looks.judge",
+        "papers.judging.looks.Looks",
+        "papers.judging.claims.Claim",
+        "papers.judging.verdicts.correct",
+        "papers.judging.verdicts.untrained_arms",
+        "papers.judging.verdicts.FALSE_DISCOVERIES",
+    } <= names

@@ -23,7 +23,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
 from lorascope.array_types import Float
-from lorascope.schema.deprecation import accept_old_names
 
 KMEANS, DENSITY = "k-means", "DBSCAN"
 _DENSE = 5  # minimum number of texts in a DBSCAN neighborhood
@@ -146,6 +145,3 @@ def chord_distance(curve: Float[np.ndarray, "k"]) -> Float[np.ndarray, "k"]:
     fall = curve[0] - curve[-1]
     height = (curve - curve[-1]) / fall if fall > 0 else 1 - across
     return (1 - across - height) / math.sqrt(2)
-
-
-accept_old_names(__name__, choose_heads="choose_num_experts")

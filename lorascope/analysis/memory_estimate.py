@@ -31,7 +31,6 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from lorascope.schema.deprecation import accept_old_names
 from lorascope.schema.module_table import match, parse
 
 Shape: TypeAlias = tuple[int, ...]
@@ -322,6 +321,3 @@ def _factored_memory(shapes: Shapes, second: Callable[[str, Shape], int], first:
     numbers = size(shapes)
     kept = first * numbers + sum(second(name, shape) for name, shape in shapes.items())
     return MemoryUse(width * numbers, width * numbers, _STATE * kept)
-
-
-accept_old_names(__name__, visited="expect_visited_blocks")

@@ -12,7 +12,6 @@ from lorascope.analysis import baseline_ranks, norms
 from lorascope.analysis.head_similarity import cosines, mean_of_pairs
 from lorascope.analysis.seed_intervals import CONFIDENCE, Interval, jackknife_estimate, pseudo_values
 from lorascope.array_types import Float
-from lorascope.schema.deprecation import accept_old_names
 
 THIRDS = ("bottom", "middle", "top")
 PHASES = ("warm-up", "decay", "final")
@@ -196,8 +195,3 @@ def _draw_ranks(ranks: Float[np.ndarray, "module"], cap: int | None, seed: int) 
 def _pivot_ranks(ranks: pd.DataFrame) -> pd.DataFrame:
     wide = ranks.astype({"run": "str", "module": "str"}).pivot(index="run", columns="module", values="value")
     return wide.dropna(axis="columns")
-
-
-accept_old_names(
-    __name__, by_lot="random_ranks", in_force="current_ranks", stability_by_lot="random_stability", tau="kendall_tau"
-)

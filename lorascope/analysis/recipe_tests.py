@@ -21,7 +21,6 @@ from scipy.special import stdtr
 from lorascope.analysis.seed_intervals import band, t_interval
 from lorascope.array_types import Float
 from lorascope.runs.result import Result
-from lorascope.schema.deprecation import accept_old_names
 from lorascope.schema.labels import to_words
 
 LEVEL = 0.05
@@ -190,6 +189,3 @@ def describe_comparison(compared: pd.DataFrame) -> list[str]:
         few = f" (fewer than {MINIMUM_SEEDS} seeds)" if open_pairs["n"].max() < MINIMUM_SEEDS else ""
         lines.append(f"{where}no significant difference{few}: {named}{more}")
     return lines
-
-
-accept_old_names(__name__, words="describe_comparison")

@@ -15,7 +15,6 @@ from lorascope.analysis import neurons
 from lorascope.analysis.norms import last, place
 from lorascope.files.lazy_scipy import hypergeom
 from lorascope.runs.result import Result
-from lorascope.schema.deprecation import accept_old_names
 from lorascope.schema.module_table import gated_input
 
 Neurons = frozenset[tuple[str, int]]
@@ -159,6 +158,3 @@ def overlaps(choices: Mapping[str, Sequence[Neurons]], pool: int) -> pd.DataFram
 def as_set(found: pd.DataFrame) -> Neurons:
     """Convert a table of neurons to a set of (module, neuron)."""
     return frozenset(zip(found["module"].astype("str"), found["neuron"].astype(int), strict=True))
-
-
-accept_old_names(__name__, chosen="list_selected", expected="compute_expected_overlap")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Sequence
 from json import dumps
@@ -14,7 +13,7 @@ from tyro.conf import arg
 from lorascope.cli.arguments import Folder, Name, call, headline, options_of
 from lorascope.cli.opened_runs import open_runs
 from lorascope.files.printable import printable, utf8_text
-from lorascope.plots import FIGURES, OLD_FIGURES
+from lorascope.plots import FIGURES
 from lorascope.runs.folders import foreign, require_own
 from lorascope.runs.result import Result
 from lorascope.schema.suggestions import unknown_name
@@ -28,9 +27,6 @@ def main(argv: Sequence[str]) -> int:
         print(_list_figures())
         return 0
     name, *rest = argv
-    if name in OLD_FIGURES:
-        print(f"lorascope: {name} is deprecated, use {OLD_FIGURES[name]}", file=sys.stderr)
-        name = OLD_FIGURES[name]
     if name not in FIGURES:
         raise ValueError(unknown_name("figure", name, FIGURES))
     figure = FIGURES[name]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from collections.abc import Sequence
 from json import dumps
 from typing import Annotated, Any
@@ -12,8 +10,6 @@ from tyro.conf import arg
 
 from lorascope.cli.arguments import call, headline, options_of
 from lorascope.methods import METHODS
-from lorascope.methods.method import Method
-from lorascope.schema.deprecation import old_fields
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
 
@@ -71,26 +67,4 @@ def main(argv: Sequence[str]) -> int:
 
     example = f"Example: lorascope train {name} --task sentiment --steps 300 -o runs/{name}"
     command = f"lorascope train {name}"
-    return call(run, command, _rename_old_flags(method, rest), [*settings, *fields], f"{headline(method)}\n\n{example}")
-
-
-def _rename_old_flags(method: type[Method], words: Sequence[str]) -> list[str]:
-    """Replace deprecated options of a method by their new names, and print one line for each."""
-    renamed, found = old_fields(method), []
-    rest = iter(words)
-    for word in rest:
-        flag, equals, value = word.partition("=")
-        old = flag.removeprefix("--").replace("-", "_")
-        if not flag.startswith("--") or old not in renamed:
-            found.append(word)
-            continue
-        new, before = renamed[old]
-        option = new.replace("_", "-")
-        print(f"lorascope: {flag} is deprecated, use --{option}", file=sys.stderr)
-        if before.values:  # the new option is a flag without a value
-            chosen = before.to_new(value if equals else next(rest, ""))
-            default = next(field.default for field in dataclasses.fields(method) if field.name == new)
-            found += [] if chosen == default else [f"--{'' if chosen else 'no-'}{option}"]
-        else:
-            found.append(f"--{option}{equals}{value}")
-    return found
+    return call(run, command, rest, [*settings, *fields], f"{headline(method)}\n\n{example}")

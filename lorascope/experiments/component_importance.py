@@ -34,7 +34,6 @@ from lorascope.runs.adapter import Adapter
 from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
-from lorascope.schema.deprecation import accept_old_names
 from lorascope.training.evaluation import evaluate
 from lorascope.training.settings import Settings
 from lorascope.training.state import load_tensors
@@ -213,6 +212,3 @@ def _validation_half(run: Result, model: nn.Module, task: Task, which: int, rows
         raise ValueError(f"the validation split of {task.name} must have at least 2 rows, got {len(split)}")
     settings = run.meta.settings if isinstance(run, Run) else {}
     return task.encode(models.processor(model), chosen, settings.get("max_length", Settings.max_length))
-
-
-accept_old_names(__name__, losses="pruned_losses", rises="component_importance")

@@ -24,7 +24,6 @@ from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
 from lorascope.methods.method import Method, config, from_config
 from lorascope.observe.observer import Observer
-from lorascope.schema.deprecation import to_new_fields, warn_renamed
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
 from lorascope.training.settings import Settings
@@ -211,11 +210,8 @@ def _read_named(
     table = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(table, Mapping) or not isinstance(name := table.get("name"), str):
         raise ValueError(f"{what} must be a name or a table with a name, such as {example}, got {entry!r}")
-    if what == "observer" and name in observe.OLD_OBSERVERS:
-        warn_renamed("observe", name, observe.OLD_OBSERVERS[name], stacklevel=3)
-        name = observe.OLD_OBSERVERS[name]
     _require_known([name], kinds, what)
-    given = to_new_fields(kinds[name], {key: value for key, value in table.items() if key != "name"}, stacklevel=4)
+    given = {key: value for key, value in table.items() if key != "name"}
     hints = get_type_hints(kinds[name])
     own = {f.name: hints[f.name] for f in dataclasses.fields(kinds[name]) if f.init and not f.name.endswith("_")}
     _require_known(given, own, f"field of {what} {name}")

@@ -5,7 +5,6 @@ from lorascope.export.rank_budget import RankBudget, rank_pattern, select_compon
 from lorascope.export.sums import interference, sum_adapters
 from lorascope.export.tables import to_table
 from lorascope.export.writers import convert
-from lorascope.schema.deprecation import accept_old_names
 
 __all__ = [
     "RankBudget",
@@ -18,5 +17,3 @@ __all__ = [
     "to_peft",
     "to_table",
 ]
-
-accept_old_names(__name__, Cut="RankBudget", cut="select_components")

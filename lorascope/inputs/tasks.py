@@ -17,7 +17,6 @@ from lorascope.files.safe_csv import is_number
 from lorascope.inputs import images, questions, sources, splits
 from lorascope.inputs.splits import SPLITS
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, encode_classes, encode_pairs, encode_text
-from lorascope.schema.deprecation import old_attribute
 
 # Part of the class name of a model -> kind of task that its head can do.
 _HEADS = {
@@ -160,8 +159,6 @@ class Task:
         if self.kind in ("prompt", "lm"):
             labels = labels[:, 1:]  # a causal LM does not predict the first token
         return int((labels != IGNORED).sum())
-
-    counted = old_attribute("counted", "count_targets")
 
 
 def load(name: str | os.PathLike[str]) -> Task:

@@ -82,7 +82,6 @@ from lorascope.methods.method import (
     require_scaling,
 )
 from lorascope.runs.run import Run
-from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
 
 BETAS = (0.5, 0.999)
@@ -109,7 +108,6 @@ register(
 )
 
 
-@accept_old_fields
 @dataclass(kw_only=True)
 class AutoLoRA(AdapterMethod, name="autolora"):
     """Ranks found by meta-learning, then LoRA with these ranks.
@@ -136,7 +134,7 @@ class AutoLoRA(AdapterMethod, name="autolora"):
     """
 
     rank: int = 8
-    alpha: float = field(default=16.0, metadata=formerly("lora_alpha"))
+    alpha: float = 16.0
     dropout: float = 0.0
     targets: str | tuple[str, ...] = ("q", "v")
     selection_lr: float = 1e-3

@@ -15,12 +15,10 @@ from torch import nn
 
 from lorascope.methods.method import Method, added_later, parameter_groups, require_choice
 from lorascope.methods.optimizers.came import CAME
-from lorascope.schema.deprecation import accept_old_fields, formerly
 
 RULES = ("adamw", "adafactor", "came")
 
 
-@accept_old_fields
 @dataclass(kw_only=True)
 class Full(Method, name="full"):
     """Full fine-tuning: every parameter trains.
@@ -31,9 +29,7 @@ class Full(Method, name="full"):
         Optimizer of all weights; "adafactor" and "came" are baselines for ``Adapprox``.
     """
 
-    optimizer_name: Literal["adamw", "adafactor", "came"] = field(
-        default="adamw", metadata=added_later() | formerly("rule")
-    )
+    optimizer_name: Literal["adamw", "adafactor", "came"] = field(default="adamw", metadata=added_later())
     lr: float = 1e-4
     head_lr: float = 1e-4
 

@@ -64,7 +64,6 @@ from lorascope.methods.method import (
     require_scaling,
 )
 from lorascope.schema import module_table
-from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.module_roles import FFN
 from lorascope.schema.records import Item, Quantity, Record, Snapshot, register
 
@@ -78,7 +77,6 @@ register(
 )
 
 
-@accept_old_fields
 @dataclass(kw_only=True)
 class HydraLoRA(AdapterMethod, name="hydralora"):
     """Low-rank adaptation with one shared A and several B, weighted per token by a router.
@@ -109,11 +107,11 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
     """
 
     rank: int = 4
-    num_experts: int = field(default=3, metadata=formerly("number"))
+    num_experts: int = 3
     alpha: float = 16.0
     dropout: float = 0.0
     targets: str | tuple[str, ...] | None = None
-    shared_a: bool = field(default=True, metadata=formerly("heads", {"shared": True, "split": False}))
+    shared_a: bool = True
     router: str = "learned"
     gates_every: int = 50
     gate_rows: int = field(default=64, metadata=added_later())

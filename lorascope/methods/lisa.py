@@ -42,7 +42,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -52,7 +52,6 @@ from torch import nn
 from lorascope.array_types import Float
 from lorascope.methods.method import Method, Step, require_choice, require_integer
 from lorascope.schema import module_table
-from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Item, Quantity, Record, register
 
 _DRAWN = "probability that a draw includes this block"
@@ -67,7 +66,6 @@ register(
 _SETTLES = 5
 
 
-@accept_old_fields
 @dataclass(kw_only=True)
 class LISA(Method, name="lisa"):
     """Full fine-tuning of a few random blocks at a time, resampled at intervals.
@@ -89,7 +87,7 @@ class LISA(Method, name="lisa"):
 
     n_active: int | None = None
     interval: int | None = None
-    moment_policy: Literal["reset", "keep", "reset_all"] = field(default="reset", metadata=formerly("moments"))
+    moment_policy: Literal["reset", "keep", "reset_all"] = "reset"
     weights: tuple[float, ...] | None = None
     draw_seed: int | None = None
     lr: float = 1e-4

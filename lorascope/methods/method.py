@@ -18,7 +18,6 @@ from lorascope.adapters.delta import Delta, attach, attached_deltas
 from lorascope.inputs.models import missing
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
-from lorascope.schema.deprecation import former, old_attribute, to_new_fields, warn_renamed
 from lorascope.schema.labels import to_words
 from lorascope.schema.records import Item
 from lorascope.schema.suggestions import unknown_name
@@ -75,8 +74,6 @@ class Method(Stateful):
         cls.name = name or cls.__name__.lower()
         if name:
             METHODS[name] = cls
-        if "held_still" in vars(cls) and "frozen_entry_count" not in vars(cls):
-            warn_renamed(cls.__name__, "held_still", "frozen_entry_count")
 
     def prepare(self) -> None:
         """Load what the hyperparameters refer to, such as a run's folder; called before they are stored or used."""
@@ -105,8 +102,6 @@ class Method(Stateful):
     def frozen_entry_count(self) -> int:
         """Return the number of optimizer entries that never change and so are not counted as trained."""
         return 0
-
-    held_still = old_attribute("held_still", "frozen_entry_count")
 
     def label(self) -> str:
         """Return the method's name and its non-default hyperparameters as text, without learning rates."""
@@ -341,10 +336,9 @@ def config(method: Method) -> dict[str, Any]:
 
 
 def stored_fields(settings: Any) -> dict[str, Any]:
-    """Return the fields of a method or observer that identify a run; renamed ones keep their old names and values."""
+    """Return the fields of a method or observer that identify a run."""
     values = [(f, getattr(settings, f.name)) for f in fields(settings) if f.init and not f.name.endswith("_")]
-    stored = [(former(f), value) for f, value in values if "later" not in f.metadata or value != f.default]
-    return {before.name: before.to_old(value) for before, value in stored}
+    return {f.name: value for f, value in values if "later" not in f.metadata or value != f.default}
 
 
 def python_number(value: Any) -> Any:
@@ -372,13 +366,6 @@ def _to_json_value(value: Any) -> Any:
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Return the parameters that an optimizer may change and that clipping covers."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def frozen_entries(method: Method) -> int:
-    """Return ``method.frozen_entry_count()``, or ``held_still()`` if the class defines the hook by its old name."""
-    if type(method).held_still is not Method.held_still:
-        return method.held_still()
-    return method.frozen_entry_count()
 
 
 def reject_embedding(method: Method, name: str, host: nn.Module) -> None:
@@ -435,4 +422,4 @@ def from_config(stored: Mapping[str, Any]) -> Method:
     if (name := stored["name"]) not in METHODS:
         raise ValueError(unknown_name("method", name, METHODS))
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k != "name"}
-    return METHODS[name](**to_new_fields(METHODS[name], values))
+    return METHODS[name](**values)

@@ -85,7 +85,6 @@ from lorascope.runs.layout import Lazy
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
-from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
 
 _NORM = "norm of all trained gradients before the mask"
@@ -105,7 +104,6 @@ register(
 )
 
 
-@accept_old_fields
 @dataclass(kw_only=True)
 class NeFT(Method, name="neft"):
     """Training of the neurons that full fine-tuning rotates most, from the original model.
@@ -135,11 +133,11 @@ class NeFT(Method, name="neft"):
         neurons with the lowest scores: 0.03 and 0.06 are together as many neurons as ``parameter_share=0.09``.
     """
 
-    num_neurons: int | None = field(default=None, metadata=formerly("k"))
-    parameter_share: float = field(default=0.09, metadata=formerly("share"))
+    num_neurons: int | None = None
+    parameter_share: float = 0.09
     targets: str | tuple[str, ...] = neurons.DEFAULT
-    select_by: str = field(default="changed", metadata=formerly("mode"))
-    reference: Run | Mapping[str, str] | str | Path | None = field(default=None, metadata=formerly("tuned"))
+    select_by: str = "changed"
+    reference: Run | Mapping[str, str] | str | Path | None = None
     neurons: Mapping[str, Collection[Any]] | None = None
     tune_steps: int | None = None
     tune_lr: float | None = None

@@ -13,7 +13,6 @@ from lorascope.observe.observer import Observer
 from lorascope.observe.optimizer_moments import factor_drift, factor_optimum, factorings, second_moments
 from lorascope.observe.sensitivity import coefficients, neurons
 from lorascope.observe.weight_norms import norms
-from lorascope.schema.deprecation import accept_old_names
 
 __all__ = [
     "Observer",
@@ -32,8 +31,3 @@ __all__ = [
     "storage_bytes",
     "utilization",
 ]
-
-# Old names of renamed observers, with their new names.
-OLD_OBSERVERS = {"utilisation": "utilization"}
-
-accept_old_names(__name__, **OLD_OBSERVERS)

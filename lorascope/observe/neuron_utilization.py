@@ -20,7 +20,6 @@ from lorascope.analysis.neuron_utilization import LAYERS, correlations, span
 from lorascope.array_types import Float
 from lorascope.methods.method import Batch, Step, added_later, require_choice, require_integer
 from lorascope.observe.observer import Observer
-from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
 
 _SOURCE = "NeFT, section 6.1"
@@ -34,7 +33,6 @@ register(
 )
 
 
-@accept_old_fields
 @dataclass(kw_only=True)
 class utilization(Observer):
     """Utilization of feed-forward neurons: largest absolute correlation of their weights with the mean hidden states.
@@ -60,7 +58,7 @@ class utilization(Observer):
     every: int = 100
     size: int = 128
     layers: str = field(default="later", metadata=added_later())
-    standardize: bool = field(default=False, metadata=added_later() | formerly("standardise"))
+    standardize: bool = field(default=False, metadata=added_later())
 
     def __post_init__(self) -> None:
         super().__post_init__()

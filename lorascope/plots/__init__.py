@@ -6,22 +6,21 @@ figures with how to read them; ``available(run)`` lists those that a run has the
 
 from typing import Any
 
-from lorascope.plots.figure_registry import DRAWN, FIGURES, OLD_FIGURES, Figure, available
-from lorascope.schema.deprecation import accept_old_names
+from lorascope.plots.figure_registry import DRAWN, FIGURES, Figure, available
 from lorascope.schema.plugins import load_plugins
 
 load_plugins(__name__, "lorascope.figures", skip=("explore",))  # the widget draws no figure, and imports Jupyter
 globals().update(DRAWN)
-accept_old_names(__name__, **OLD_FIGURES)
-_find_old = globals()["__getattr__"]
 
 __all__ = ["FIGURES", "Figure", "available"]
 __all__ += sorted(DRAWN)
 
 
 def __getattr__(name: str) -> Any:
-    """Find figures that were registered after this import, and renamed ones."""
-    return DRAWN[name] if name in DRAWN else _find_old(name)
+    """Find figures that were registered after this import."""
+    if name in DRAWN:
+        return DRAWN[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

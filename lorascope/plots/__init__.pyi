@@ -7,7 +7,6 @@ from pandas import DataFrame
 
 from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.plots.figure_registry import FIGURES as FIGURES
-from lorascope.plots.figure_registry import OLD_FIGURES as OLD_FIGURES
 from lorascope.plots.figure_registry import Figure as Figure
 from lorascope.plots.figure_registry import available as available
 from lorascope.plots.run_groups import Runs

@@ -13,7 +13,7 @@ from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Line, Point, Text
 from lorascope.plots.builders import ends
 from lorascope.plots.figure_registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group, present_label
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")
 _OFFSET = 0.03  # distance between a point and its label, as a fraction of the range of the points
@@ -95,7 +95,7 @@ def _recipe_size(group: Group) -> dict[str, object]:
     counted = np.mean([run.meta.parameters.trained for run in group.runs])
     return {
         "recipe": group.label,
-        "family": present_label(label, recipe.get("name", "")),
+        "family": label,
         "size": "/".join(str(size) for size in sizes if isinstance(size, int)),
         "parameters": float(counted),
     }

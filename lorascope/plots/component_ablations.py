@@ -144,9 +144,9 @@ def number_of_experts(cohort: Cohort) -> Chart:
 def metric_by_experts(cohort: Cohort) -> Chart:
     """Plot test metric against the number of experts."""
     own = Cohort(cohort.name, tuple(group for group in cohort.groups if not group.control))
-    own.require_differ_only_in("number")
+    own.require_differ_only_in("num_experts")
     cohort.require_same("model", "task")
-    numbers = {group.label: group.runs[0].meta.recipe["number"] for group in own.groups}
+    numbers = {group.label: group.runs[0].meta.recipe["num_experts"] for group in own.groups}
     rows = cohort.scores()
     cells = band(rows, ["recipe", "kind"])
     curve = cells[cells["kind"] == "run"]

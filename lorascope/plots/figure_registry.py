@@ -15,7 +15,6 @@ from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.plots.requirements import missing_reason
 from lorascope.plots.run_groups import MIXTURES, Runs, gather, mixture_sentences
 from lorascope.runs.result import Result
-from lorascope.schema.deprecation import warn_renamed
 
 Topic = Literal["updates", "ranks", "factors", "routers", "neurons", "schedules", "optimizers"]
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Drawable])
@@ -60,26 +59,7 @@ class Figure:
     example: str = ""
 
 
-# Renamed figures: old name -> new name.
-OLD_FIGURES = {
-    "factorings": "factorization_methods",
-    "left_out": "ablations",
-    "number_of_heads": "number_of_experts",
-    "quality": "accuracy_by_parameters",
-}
-
-
-class _Figures(dict[str, Figure]):
-    """Figures by name; an old name also works, with a warning."""
-
-    def __missing__(self, name: str) -> Figure:
-        if name not in OLD_FIGURES:
-            raise KeyError(name)
-        warn_renamed("FIGURES", name, OLD_FIGURES[name])
-        return self[OLD_FIGURES[name]]
-
-
-FIGURES: dict[str, Figure] = _Figures()
+FIGURES: dict[str, Figure] = {}
 DRAWN: dict[str, Callable[..., Any]] = {}
 """All functions of ``lorascope.plots`` that draw: the figures, and those that take tables instead of runs."""
 

@@ -37,7 +37,7 @@ _STORED: dict[str, tuple[str, str, Callable[[Result], Sized]]] = {
     HEADS: (
         "a number of experts",
         "train HydraLoRA",
-        lambda run: {"number"} & {*run.meta.recipe},
+        lambda run: {"num_experts"} & {*run.meta.recipe},
     ),
 }
 

@@ -25,17 +25,6 @@ MIXTURES = "mixtures"
 _SAME = ("model", "task", "recipe", "settings")
 _DRAWN = "entry_seed"  # a seed as well: the arms of a study can draw entries from the seed of the run
 _POOLS = {"norm": "root sum of squares", "sum": "sum", "mean": "mean"}
-# Method -> old -> new name of a setting. A renamed setting keeps its old name in run.json, because the id of a run is
-# computed from it. The list is repeated here because importing the methods would import torch.
-RENAMED: dict[str, dict[str, str]] = {
-    "autolora": {"lora_alpha": "alpha"},
-    "full": {"rule": "optimizer_name"},
-    "hydralora": {"heads": "shared_a", "number": "num_experts"},
-    "lisa": {"moments": "moment_policy"},
-    "neft": {"k": "num_neurons", "mode": "select_by", "share": "parameter_share", "tuned": "reference"},
-}
-# Values that were renamed with their setting.
-VALUES: dict[tuple[str, str], dict[str, Any]] = {("hydralora", "heads"): {"shared": True, "split": False}}
 
 
 @dataclass(frozen=True)
@@ -109,7 +98,7 @@ class Cohort:
         for run in self.runs:
             for need in needs:
                 if lacking := missing_reason(run, need, history):
-                    raise ValueError(f"{self.name} needs {lacking} (run {run.id}, {present_run_label(run)})")
+                    raise ValueError(f"{self.name} needs {lacking} (run {run.id}, {run.label})")
 
     def require_runs(self, least: int) -> None:
         """Raise a ValueError if there are fewer runs than this."""
@@ -131,18 +120,15 @@ class Cohort:
         """Raise a ValueError if two runs differ in more than the seed and these stored settings of the method."""
         self.require_same("model", "task")
         first = self.runs[0]
-        method = first.meta.recipe.get("name", "")
         for run in self.runs:
             for part in ("recipe", "settings"):
                 one, other = getattr(first.meta, part), getattr(run.meta, part)
                 for key in sorted({*one, *other} - {*free, _DRAWN}):
                     if one.get(key) != other.get(key):
-                        allowed = " and ".join(present_setting(method, name, None)[0] for name in free)
-                        shown, mine = present_setting(method, key, one.get(key))
-                        _, theirs = present_setting(method, key, other.get(key))
+                        allowed = " and ".join(free)
                         raise ValueError(
-                            f"{self.name} needs runs that differ only in {allowed}, got {shown} {mine} "
-                            f"(run {first.id}) and {theirs} (run {run.id})"
+                            f"{self.name} needs runs that differ only in {allowed}, got {key} {one.get(key)} "
+                            f"(run {first.id}) and {other.get(key)} (run {run.id})"
                         )
 
     def no_common_module(self, module: str | None, common: Sequence[str]) -> ValueError:
@@ -273,32 +259,13 @@ def axis_label(quantity: str) -> str:
     return f"{entry.label} ({entry.unit})" if entry.unit else entry.label
 
 
-def present_setting(method: str, name: str, value: Any) -> tuple[str, Any]:
-    """Return the present name and value of a stored setting of a method ("" if unknown)."""
-    values = VALUES.get((method, name), {})
-    return RENAMED.get(method, {}).get(name, name), values.get(value, value) if values else value
-
-
-def present_label(label: str, method: str) -> str:
-    """Return the label of a run, such as "HydraLoRA, number 4", with the present names of its method's settings."""
-    name, *settings = label.split(", ")
-    pairs = [setting.partition(" ") for setting in settings]
-    shown = [" ".join(map(str, present_setting(method, key, value))) if space else key for key, space, value in pairs]
-    return ", ".join([name, *shown])
-
-
-def present_run_label(run: Result) -> str:
-    """Return the label of a run with the present names of its settings."""
-    return present_label(run.label, run.meta.recipe.get("name", ""))
-
-
 def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:
     if isinstance(runs, Mapping):
         lists = {label: (found,) if isinstance(found, Result) else tuple(found) for label, found in runs.items()}
         return tuple(Group(label, found, control) for label, found in lists.items() if found)
     by_label: dict[str, list[Result]] = {}
     for run in [runs] if isinstance(runs, Result) else runs:
-        by_label.setdefault(f"control: {present_run_label(run)}" if control else present_run_label(run), []).append(run)
+        by_label.setdefault(f"control: {run.label}" if control else run.label, []).append(run)
     for label, found in by_label.items():
         for run in found[1:]:
             if differing := [key for key in _SAME if getattr(run.meta, key) != getattr(found[0].meta, key)]:

@@ -214,7 +214,7 @@ def _utilization_states(cohort: Cohort) -> str:
         for observer in run.meta.settings.get("observers", ()):
             if observer["name"] == "utilisation":
                 which = "a later" if observer.get("layers", "later") == "later" else "an earlier"
-                kind = "standardized " if observer.get("standardise") else ""
+                kind = "standardized " if observer.get("standardize") else ""
                 states.add(f"the mean {kind}hidden state of the same or {which} layer")
     if len(states) > 1:
         raise ValueError(

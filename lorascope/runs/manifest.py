@@ -15,7 +15,6 @@ from lorascope.files.safetensors_io import TensorFile, is_plain
 from lorascope.files.typed_json import Count, Finite, read_json, to_typed, unreadable
 from lorascope.formats.peft_config import RESIDUAL_INITS, Allocation
 from lorascope.runs.layout import Lazy
-from lorascope.schema.deprecation import warn_renamed
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import Quantity
 from lorascope.updates.weight_update import form_named
@@ -168,11 +167,6 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.facts is None:
             self.facts = assumed_facts(self.method)
-
-    def __getitem__(self, key: str) -> Any:
-        """Return a field by its name in ``run.json``; ``meta.seed`` replaces ``meta["seed"]``."""
-        warn_renamed("run.meta", f'["{key}"]', key)
-        return msgspec.to_builtins(getattr(self, key))
 
     def table(self) -> pd.DataFrame:
         """Return the modules, as ``names.describe`` does."""

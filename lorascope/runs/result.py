@@ -16,7 +16,6 @@ from lorascope.files.printable import printable, utf8_text
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.manifest import Manifest, State, Test
 from lorascope.runs.module_summary import MEASURES, ModuleSummary
-from lorascope.schema.deprecation import old_attribute
 from lorascope.schema.module_table import parse
 from lorascope.updates import Update, effective_rank, spectra, stable_rank
 
@@ -136,8 +135,6 @@ class Result(ABC):
     @abstractmethod
     def input_dependent_modules(self, state: str = "last") -> set[str]:
         """Return the modules with an input-dependent update, such as HydraLoRA's, stored at mean gate weights."""
-
-    inexact = old_attribute("inexact", "input_dependent_modules")
 
     @abstractmethod
     def ranks(self, state: str = "last") -> dict[str, int]:

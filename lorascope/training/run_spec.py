@@ -16,7 +16,7 @@ from lorascope.adapters.host_weights import host_kind
 from lorascope.adapters.peft_layers import unwrap_peft_layer
 from lorascope.inputs.models import name_of
 from lorascope.inputs.tasks import Task
-from lorascope.methods.method import Method, Phase, Step, config, frozen_entries, task_head, trained_parameters
+from lorascope.methods.method import Method, Phase, Step, config, task_head, trained_parameters
 from lorascope.observe import Observer
 from lorascope.observe.trainable import adapters
 from lorascope.runs.layout import identify
@@ -92,7 +92,7 @@ def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parame
         "status": "running",
         "parameters": Parameters(
             total=sum(p.numel() for p in model.parameters()),
-            trained=sum(p.numel() for p in trained) - (frozen_entries(method) if method else 0),
+            trained=sum(p.numel() for p in trained) - (method.frozen_entry_count() if method else 0),
             head=sum(p.numel() for p in trained if id(p) in head),
         ),
         "hosts": {name: host_kind(unwrap_peft_layer(model.get_submodule(name))) for name in adapters(model)},

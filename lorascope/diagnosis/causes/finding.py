@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorascope.diagnosis.case import MeasuredModule, TrainedModule
 from lorascope.diagnosis.kinds import KINDS, Severity
 from lorascope.diagnosis.training_case import Evidence
-from lorascope.schema.deprecation import accept_old_fields, formerly
 
 
-@accept_old_fields
 @dataclass(frozen=True)
 class Finding:
     """A finding about an adapter, a run or a whole model.
@@ -36,9 +34,9 @@ class Finding:
     """
 
     cause: str
-    message: str = field(metadata=formerly("told"))
+    message: str
     evidence: dict[str, Any]
-    fix: str = field(metadata=formerly("mend"))
+    fix: str
     severity: Severity = "note"
     modules: tuple[str, ...] = ()
     id: str = ""

@@ -1,21 +1,24 @@
-"""Hash of the code that computes a claim: its row in ``CLAIMS``, and every function that the row reaches."""
+"""Hash of the code that computes and judges a claim: its row in ``CLAIMS``, and every function that these reach."""
 
 from __future__ import annotations
 
 import ast
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 _PART_OF_CLAIM = re.compile(
-    r"lorascope\.(analysis|papers\.judging\.statistics|papers\.(?!judging|training|figures)\w+)(\.\w+)*"
+    r"lorascope\.(analysis|papers\.judging\.(statistics|claims|looks|verdicts)|papers\.(?!judging|training|figures)\w+)(\.\w+)*"
 )
 """Names of the modules, and of what is in them, whose functions are part of a claim."""
+_DECIDING = ("lorascope.papers.judging.verdicts", "judge_all")
+"""Module and name of the function that decides claims: intervals, looks, rules and correction are what it reaches."""
 # Fields that differ between versions of Python or do not change what the code computes.
 _IGNORED = {"ctx", "type_comment", "type_params", "type_ignores", "returns", "annotation", "kind"}
 
@@ -75,8 +78,9 @@ def code_hash(module: str, claim: str) -> str:
     Returns
     -------
     str
-        ``sha256:`` and the digest of the row of the claim, and of all functions, classes and constants of papers and of
-        ``analysis`` that it reaches by name, without paths, docstrings, annotations and comments.
+        ``sha256:`` and the digest of the row of the claim, and of all functions, classes and constants of papers,
+        ``analysis`` and ``judging`` that the row or the rule reaches by name. Paths of modules, names of local
+        variables, docstrings, annotations and comments are not part of it.
 
     Raises
     ------
@@ -95,6 +99,8 @@ def code_hash(module: str, claim: str) -> str:
         raise KeyError(f"{module} must have one row for claim {claim!r}, got {len(rows)}")
     reached: dict[str, str] = {}
     _follow(rows[0], module, reached)
+    deciding_module, deciding_function = _DECIDING
+    _resolve([deciding_function], deciding_module, reached)
     # Without the paths of modules, so that moving a function changes no hash.
     bodies = sorted(f"{name.rpartition('.')[2]}: {body}" for name, body in reached.items())
     text = "\n".join([_canonical(rows[0]), *bodies])
@@ -140,15 +146,26 @@ def _resolve(parts: list[str], module: str, reached: dict[str, str]) -> None:
     if key in reached or first not in found.defined or not _PART_OF_CLAIM.fullmatch(module):
         return
     nodes = found.defined[first]
-    reached[key] = "; ".join(map(_canonical, nodes))
+    reached[key] = "; ".join(_canonical(node, _local_names(node)) for node in nodes)
     for node in nodes:
         _follow(node, module, reached)
 
 
-def _canonical(node: Any) -> str:
-    """Write a syntax tree without what depends on the version of Python; see ``_IGNORED``."""
+def _local_names(definition: ast.stmt) -> dict[str, str]:
+    """Number the variables that functions bind in a definition, so that renaming one changes no hash."""
+    numbers: dict[str, str] = {}
+    for function in ast.walk(definition):
+        if isinstance(function, ast.FunctionDef | ast.Lambda):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    numbers.setdefault(node.id, f"local {len(numbers)}")
+    return numbers
+
+
+def _canonical(node: Any, local_names: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Write a syntax tree without what depends on the version of Python, see ``_IGNORED``, and without local names."""
     if isinstance(node, list):
-        return f"[{', '.join(map(_canonical, node))}]"
+        return f"[{', '.join(_canonical(child, local_names) for child in node)}]"
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = []
@@ -156,8 +173,10 @@ def _canonical(node: Any) -> str:
         value = getattr(node, name, None)
         if name == "body" and isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
             value = [each for each in node.body if not _is_docstring(each)]
+        if name == "id" and value in local_names:
+            value = local_names[value]
         if name not in _IGNORED and value not in (None, []):
-            fields.append(f"{name}={_canonical(value)}")
+            fields.append(f"{name}={_canonical(value, local_names)}")
     return f"{type(node).__name__}({', '.join(fields)})"
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from json import dumps
+from pathlib import Path
 from typing import Annotated
 
 import measurements
 from benchmark_page import page
 from tyro.conf import arg
 
-from lorascope.cli.arguments import command
+from lorascope.cli.arguments import call
 from lorascope.files.printable import count_phrase, printable
-from lorascope.papers.judging import registration
 from lorascope.schema.suggestions import unknown_name
 
+ROOT = Path(__file__).parents[1]
 PAGE, STORED = "docs/benchmarks.md", "data/benchmarks.json"
 
 
-@command
-def main(
+def measure(
     names: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = (),
     /,
     *,
@@ -29,7 +30,7 @@ def main(
 ) -> int:
     """Measure times and memory, and compare each number with its aim.
 
-    Every benchmark is a script in the folder benchmarks of a clone. All of them take an hour and a half on two cores,
+    Every benchmark is a script in this folder. All of them take an hour and a half on two cores,
     on which nothing else should run. The exit code is 1 if a script fails; a missed aim is only reported.
 
     Example: python benchmarks/bench.py lora_step recorder
@@ -45,16 +46,13 @@ def main(
     json
         Print the results as JSON, with machine and versions.
     """
-    root = registration.clone_of(registration.FILE)
-    if root is None:
-        raise ValueError("bench requires a clone of the repository, got an installed package")
-    scripts = measurements.find_scripts(root / "benchmarks")
+    scripts = measurements.find_scripts(ROOT / "benchmarks")
     for name in names:
         if name not in scripts:
             raise ValueError(unknown_name("benchmark", name, scripts))
     if pairs < 1:
         raise ValueError(f"--pairs must be >= 1, got {pairs}")
-    stored = root / STORED
+    stored = ROOT / STORED
     kept = measurements.read(stored) if write else {}
     measured: dict[str, measurements.Measurement] = {}
     failed = 0
@@ -76,7 +74,7 @@ def main(
         if write:
             kept[name] = measurement
             measurements.write(stored, kept)
-            (root / PAGE).write_text(page(kept, scripts), encoding="utf-8")
+            (ROOT / PAGE).write_text(page(kept, scripts), encoding="utf-8")
     if json:
         print(dumps(measurements.to_json(measured), ensure_ascii=False))
     else:
@@ -84,6 +82,15 @@ def main(
         missed = verdicts.count("missed")
         print(f"{verdicts.count('met')} of {count_phrase(verdicts.count('met') + missed, 'aim')} met.")
     return 1 if failed else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command line and return its exit code: 2 for wrong arguments, which get one line."""
+    try:
+        return call(measure, "bench", argv)
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +66,11 @@ _MODULES = {
     "tasks": "lorascope.inputs.tasks",
     "updates": "lorascope.updates",
 }
-# Deprecated names and their replacements; accepted for one more release.
-_OLD = {"choose_heads": "choose_num_experts", "pace": "step_time"}
-
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, which keeps ``import lorascope`` fast."""
-    if name in _OLD:
-        warnings.warn(f"lorascope: {name} is deprecated, use {_OLD[name]}", FutureWarning, stacklevel=2)
-        name = _OLD[name]
     module, _, attribute = (_MODULES | _PUBLIC).get(name, "").partition(":")
     if not module:
         raise AttributeError(f"module 'lorascope' has no attribute {name!r}")

@@ -82,7 +82,7 @@ def test_teacher_update_has_the_planted_ranks_and_singular_values(small_teacher)
 def test_placement_arms_have_equal_parameters():
     """Count the parameters of each arm's adapters on the model; the ranks have the paper's ratios of 5 and 2."""
     counted, ranks = {}, {}
-    for arm in adalora.arms():
+    for arm in adalora.placement_arms():
         model = models.load("minilm")
         arm.method.attach(model)
         deltas = delta.attached_deltas(model)

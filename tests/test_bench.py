@@ -1,4 +1,4 @@
-"""``lorascope bench``: verdicts of lines, scripts run in their own process, stored results and the page from them."""
+"""``benchmarks/bench.py``: verdicts of lines, scripts in their own process, stored results and their page."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ import pytest
 from benchmark_page import page
 from measurements import MeasuredLine, find_scripts, read
 
-from lorascope.cli.main import main
-from lorascope.papers.judging import registration
-
 ROOT = Path(__file__).parents[1]
 
 GOOD = '''"""Time of one thing compared with ``another``.
@@ -24,12 +21,12 @@ The text of the section.
 """
 import sys
 sys.path.insert(0, BENCHMARKS)
-from paired import Line, report
+from paired import MeasuredLine, report
 
 def lines(pairs):
-    yield Line(what="one / another", case="few", value=0.9712, low=0.9, high=1.02, pairs=pairs, aim=1)
-    yield Line(what="seconds", value=12.345, unit="s", pairs=1)
-    yield Line(what="one / another", case="many", value=1.5, low=1.4, high=1.6, pairs=pairs, aim=1)
+    yield MeasuredLine(what="one / another", case="few", value=0.9712, low=0.9, high=1.02, pairs=pairs, aim=1)
+    yield MeasuredLine(what="seconds", value=12.345, unit="s", pairs=1)
+    yield MeasuredLine(what="one / another", case="many", value=1.5, low=1.4, high=1.6, pairs=pairs, aim=1)
 
 report(lines, __doc__)
 '''
@@ -72,15 +69,14 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A clone with one benchmark that works, one that fails, and a script that is none."""
     for name in ("benchmarks", "data", "docs"):
         (tmp_path / name).mkdir()
-    (tmp_path / "README.md").touch()
     (tmp_path / "benchmarks" / "good.py").write_text(GOOD.replace("BENCHMARKS", repr(str(ROOT / "benchmarks"))))
     (tmp_path / "benchmarks" / "other.py").write_text("raise SystemExit(1)\n")
-    monkeypatch.setattr(registration, "FILE", tmp_path / "data" / "registered.toml")
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
     return tmp_path
 
 
 def test_results_are_printed_stored_and_written_to_the_page(clone: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["bench", "--pairs", "7", "--write"]) == 0
+    assert bench.main(["--pairs", "7", "--write"]) == 0
     out = capsys.readouterr().out
     assert [" ".join(each.split()) for each in out.splitlines()] == [
         "one / another, few 0.971 [0.900, 1.020] met, aim at most 1",
@@ -105,7 +101,7 @@ def test_results_are_printed_stored_and_written_to_the_page(clone: Path, capsys:
 
 
 def test_json_has_lines_verdicts_machine_and_versions(clone: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["bench", "good", "--pairs", "3", "--json"]) == 0
+    assert bench.main(["good", "--pairs", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["good"]
     assert [each["verdict"] for each in found["lines"]] == ["met", "no aim", "missed"]
     assert found["machine"]
@@ -115,7 +111,7 @@ def test_json_has_lines_verdicts_machine_and_versions(clone: Path, capsys: pytes
 
 def test_a_script_that_fails_is_named_and_the_others_are_kept(clone: Path, capsys: pytest.CaptureFixture[str]):
     (clone / "benchmarks" / "bad.py").write_text(BAD)
-    assert main(["bench", "--pairs", "3", "--write"]) == 1
+    assert bench.main(["--pairs", "3", "--write"]) == 1
     assert "bad failed: ModuleNotFoundError: No module named 'peers'\n" in capsys.readouterr().err
     assert [*read(clone / bench.STORED)] == ["good"]
 
@@ -128,15 +124,8 @@ def test_a_script_that_fails_is_named_and_the_others_are_kept(clone: Path, capsy
     ],
 )
 def test_wrong_arguments_get_one_line(clone: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str):
-    assert main(["bench", *words]) == 2
-    assert capsys.readouterr().err == f"lorascope: {message}\n"
-
-
-def test_an_installed_package_says_that_it_has_no_benchmarks(clone: Path, capsys: pytest.CaptureFixture[str]):
-    (clone / "README.md").unlink()
-    (clone / "docs").rmdir()
-    assert main(["bench"]) == 2
-    assert "bench requires a clone of the repository" in capsys.readouterr().err
+    assert bench.main(words) == 2
+    assert capsys.readouterr().err == f"bench: {message}\n"
 
 
 def test_the_page_of_the_docs_follows_from_the_stored_results():
@@ -167,5 +156,5 @@ def test_a_machine_that_slows_down_favors_one_function_by_one_turn_only(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["spectra", "import_time"])
 def test_a_benchmark_of_the_repository_runs(name: str, capsys: pytest.CaptureFixture[str]):
-    assert main(["bench", name, "--pairs", "1", "--json"]) == 0
+    assert bench.main([name, "--pairs", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[name]["lines"]

@@ -46,7 +46,7 @@ def test_to_peft_at_fixed_gates_gives_the_logits_of_fixed_routers(
     for gates in (means, {name: [0.0, 1.0, 0.0] for name in means}):
         out = tmp_path / f"adapter-{gates is means}"
         theirs = by_the_card(to_peft(ls.at_gates(hydra, gates), out), monkeypatch)
-        assert {rank for rank, _ in layers(theirs).values()} == {6 if hydra.meta.method["heads"] == "split" else 2}
+        assert {rank for rank, _ in layers(theirs).values()} == {6 if hydra.meta.method["shared_a"] is False else 2}
         free = models.load(bert, task=task)
         hydra.restore(free)
         assert distance(free, theirs) > 1e-4  # the export has no router

@@ -98,7 +98,7 @@ def run(tmp_path: Path) -> Any:
 def by_number(run: Any) -> dict[str, list[Run]]:
     reached = {4: (0.81, 0.83), 1: (0.70, 0.74), 8: (0.80, 0.80)}
     return {
-        f"{n} experts": [run(metric, seed, f"{n} experts", number=n) for seed, metric in enumerate(two)]
+        f"{n} experts": [run(metric, seed, f"{n} experts", num_experts=n) for seed, metric in enumerate(two)]
         for n, two in reached.items()
     }
 
@@ -129,20 +129,14 @@ def test_number_of_experts_draws_controls_as_horizontal_lines(run: Any) -> None:
 def test_number_of_experts_without_experts_or_with_other_differences_raises(run: Any) -> None:
     with pytest.raises(ValueError, match=r"^number_of_experts.*number of experts.*HydraLoRA \(run"):
         plots.number_of_experts(run(0.5, name="lora", rank=2))
-    one, two = run(0.5, label="a", number=1, rank=2), run(0.6, label="b", number=2, rank=4)
+    one, two = run(0.5, label="a", num_experts=1, rank=2), run(0.6, label="b", num_experts=2, rank=4)
     with pytest.raises(ValueError, match=r"num_experts, got rank 2 \(run .*\) and 4 \(run"):
-        plots.number_of_experts([one, two])
-
-
-def test_errors_print_present_names_and_values_of_renamed_settings(run: Any) -> None:
-    one, two = run(0.5, label="a", number=1, heads="shared"), run(0.6, label="b", number=2, heads="split")
-    with pytest.raises(ValueError, match=r"got shared_a True \(run .*\) and False \(run"):
         plots.number_of_experts([one, two])
 
 
 def test_ablations_draw_one_bar_per_variant(run: Any) -> None:
     reached = {"full": (0.80, 0.90), "uniform gates": (0.70, 0.78)}
-    runs = {name: [run(m, seed, name, number=seed) for seed, m in enumerate(two)] for name, two in reached.items()}
+    runs = {name: [run(m, seed, name, num_experts=seed) for seed, m in enumerate(two)] for name, two in reached.items()}
     chart = plots.ablations(runs, start=0.5)
     assert lookup(chart, "recipe") == pytest.approx({"full": 0.85, "uniform gates": 0.74})
     assert lookup(chart, "recipe", value="words") == {"full": "0.850", "uniform gates": "0.740"}

@@ -98,11 +98,6 @@ def test_expected_number_of_visited_blocks_matches_the_formula(intervals, blocks
     assert round(acc.expect_visited_blocks(32, 2, intervals), 1) == blocks
 
 
-def test_visited_is_a_deprecated_alias():
-    with pytest.warns(FutureWarning, match="expect_visited_blocks"):
-        assert acc.visited is acc.expect_visited_blocks
-
-
 @pytest.mark.parametrize(
     ("shapes", "adamw", "first", "most", "first_alone", "most_alone", "adafactor", "came", "savings"),
     [

@@ -259,8 +259,8 @@ def test_masked_reference_raises_and_names_the_phase_before_it(phased):
 
 
 STORED = {
-    "name": "neft", "lr": 2e-5, "head_lr": 1e-4, "search_share": 0, "k": 5, "share": 0.09,
-    "targets": ["ffn_in", "ffn_out"], "mode": "changed", "neurons": None, "tune_steps": None, "tune_lr": None,
+    "name": "neft", "lr": 2e-5, "head_lr": 1e-4, "search_share": 0, "num_neurons": 5, "parameter_share": 0.09,
+    "targets": ["ffn_in", "ffn_out"], "select_by": "changed", "neurons": None, "tune_steps": None, "tune_lr": None,
     "clip_before": None,
 }  # fmt: skip
 
@@ -274,7 +274,8 @@ def test_reference_folder_is_read_only_when_needed(phased, task, tmp_path):
         config(method)
     shutil.copytree(tune, folder)
     tune_run = run.parents[0]
-    assert config(method) == config(NeFT(num_neurons=5, reference=tune_run)) == STORED | {"tuned": {"run": tune_run.id}}
+    stored = STORED | {"reference": {"run": tune_run.id}}
+    assert config(method) == config(NeFT(num_neurons=5, reference=tune_run)) == stored
     model, method = models.load(base, task=task), NeFT(num_neurons=5, reference=folder)
     for wrong, error in ((run.path, ValueError), (tmp_path / "nowhere", FileNotFoundError)):
         with pytest.raises(error):
@@ -303,7 +304,7 @@ def test_finished_reference_is_used_and_reversed_selects_the_other_end(bert, tas
         method = NeFT(num_neurons=60, select_by=mode, reference=full if mode == "changed" else str(full.path))
         _, _, run = train(bert, task, method, tmp_path / mode)
         assert not run.parents
-        assert run.meta.recipe["tuned"] == {"run": full.id}
+        assert run.meta.recipe["reference"] == {"run": full.id}
         table = run.table[run.table["quantity"] == "selected"]
         chosen[mode] = set(zip(table["module"].astype(str), table["index"], strict=True))
         assert len(chosen[mode]) == 60

@@ -31,10 +31,18 @@ DISTANCES = np.logspace(-4, -1, 16)
 
 
 def planted(
-    folder: Path, id: str, chosen=CHOSEN, seed=0, label="NeFT, k 6", mode="changed", used=None, places=MODULES, **more
+    folder: Path,
+    id: str,
+    chosen=CHOSEN,
+    seed=0,
+    label="NeFT, num_neurons 6",
+    select_by="changed",
+    used=None,
+    places=MODULES,
+    **more,
 ) -> Run:
     """Write a run of NeFT on a model with two blocks, by default with 16 hidden units."""
-    method = {"name": "neft", "targets": ["ffn_in", "ffn_out"], "mode": mode, **more}
+    method = {"name": "neft", "targets": ["ffn_in", "ffn_out"], "select_by": select_by, **more}
     common = COMMON | {"recipe": method, "method": method}
     named = {"id": id, "label": label, "seed": seed, "modules": places}
     writer = RunWriter(folder / id, manifest(**common | named | {"states": {"last": {"step": 9, "ranks": {}}}}))
@@ -76,7 +84,9 @@ def test_neurons_have_one_baseline_per_projection_of_unequal_size(tmp_path):
 
 
 def test_neurons_draw_a_control_in_a_separate_panel_with_present_setting_names(tmp_path):
-    control = planted(tmp_path, "b", {IN.format(1): [1]}, label="NeFT, k 1, mode random", mode="random")
+    control = planted(
+        tmp_path, "b", {IN.format(1): [1]}, label="NeFT, num_neurons 1, select_by random", select_by="random"
+    )
     found = plots.neurons(planted(tmp_path, "a"), control)
     titles = [chart.title for row in found.rows() for chart in row]
     assert titles == ["NeFT, num_neurons 6", "control: NeFT, num_neurons 1, select_by random"]
@@ -97,7 +107,7 @@ def test_neuron_cosine_by_layer_with_the_threshold(tmp_path):
     assert not any(isinstance(mark, Rule) for mark in own.marks)
 
 
-@pytest.mark.parametrize("more", [{"reversed_share": 0.02}, {"neurons": CHOSEN}, {"mode": "random"}])
+@pytest.mark.parametrize("more", [{"reversed_share": 0.02}, {"neurons": CHOSEN}, {"select_by": "random"}])
 def test_neuron_cosine_has_no_threshold_if_selection_was_not_by_distance(more, tmp_path):
     """With ``reversed_share`` the least rotated neurons are selected too, so there is no threshold."""
     chart = plots.neuron_cosine(planted(tmp_path, "a", **more))
@@ -188,10 +198,10 @@ def test_rank_shift_compares_each_seed_with_its_reference(tmp_path):
 def test_rank_shift_with_two_kinds_of_utilization_raises(tmp_path):
     before = list(range(16))
     runs = [planted(tmp_path, id, used={0: before, 9: before}) for id in "ab"]
-    runs[0].meta.settings["observers"] = [{"name": "utilisation", "layers": "earlier", "standardise": True}]
+    runs[0].meta.settings["observers"] = [{"name": "utilization", "layers": "earlier", "standardize": True}]
     caption = plots.rank_shift(runs[0]).rows()[0][0].caption
     assert "with the mean standardized hidden state of the same or an earlier layer" in caption
-    runs[1].meta.settings["observers"] = [{"name": "norms"}, {"name": "utilisation"}]
+    runs[1].meta.settings["observers"] = [{"name": "norms"}, {"name": "utilization"}]
     with pytest.raises(ValueError, match=r"rank_shift.*utilization, got the mean hidden state of"):
         plots.rank_shift({"a": runs[0], "b": runs[1]})
 
@@ -235,7 +245,7 @@ def test_standardized_mean_states_ignore_a_huge_coordinate():
 
 def test_observer_config_omits_later_fields_at_their_default():
     """The id of a run is computed from the config, so runs from before these fields keep their ids."""
-    assert observe.utilization(every=7).config() == {"name": "utilisation", "every": 7, "size": 128}
+    assert observe.utilization(every=7).config() == {"name": "utilization", "every": 7, "size": 128}
     assert observe.utilization(layers="earlier").config()["layers"] == "earlier"
     with pytest.raises(ValueError, match=r"layers .*got 'own'"):
         observe.utilization(layers="own")

@@ -11,7 +11,6 @@ from lorascope import observe
 from lorascope.inputs.models import load
 from lorascope.methods import Full, NeFT
 from lorascope.methods.lora import LoRADelta
-from lorascope.papers import registry
 from lorascope.papers.judging import registration
 from lorascope.papers.lora import tfidf_correct
 from lorascope.papers.training import train_arms
@@ -55,11 +54,6 @@ def test_train_on_a_run_with_removed_state_names_overwrite(method, bert, task, t
     again = loop.train(load(bert, task=task), task, method, overwrite=True, **settings)
     assert again.id == run.id
     again.restore(load(bert, task=task))
-
-
-def test_report_figure_accepts_its_old_name():
-    with pytest.warns(FutureWarning, match="Exhibit.*ReportFigure"):
-        assert registry.Exhibit is registry.ReportFigure
 
 
 def test_arms_are_those_of_the_registration():

@@ -8,7 +8,6 @@ import pytest
 from planted import manifest
 from scipy.stats import ttest_rel
 
-from lorascope.analysis import recipe_tests
 from lorascope.analysis.recipe_tests import describe_comparison, holm, paired_p, pairs, recipes, scores, standings
 from lorascope.runs.run import Run
 
@@ -119,8 +118,3 @@ def test_duplicate_runs_count_once_and_different_ones_are_distinguished():
         assert found[name].nunique() == 2
         assert found[name].iloc[1].endswith(" (bbbbbb)")
         assert standings(found, pairs(found))["n"].tolist() == [1, 1]
-
-
-def test_words_is_a_deprecated_alias() -> None:
-    with pytest.warns(FutureWarning, match="describe_comparison"):
-        assert recipe_tests.words is describe_comparison

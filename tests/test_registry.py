@@ -22,11 +22,9 @@ from safetensors.numpy import save_file
 
 import lorascope as ls
 from lorascope import plots
-from lorascope.methods import METHODS
 from lorascope.plots import figure_registry, requirements
-from lorascope.plots.run_groups import RENAMED, VALUES, Cohort, present_label
+from lorascope.plots.run_groups import Cohort
 from lorascope.schema import plugins, records
-from lorascope.schema.deprecation import old_fields
 from lorascope.schema.records import Quantity
 
 
@@ -205,26 +203,6 @@ def test_figures_of_entry_points_register_and_a_broken_one_is_named(
     assert str(inspect.signature(plots.scaled_values)).endswith("scale: float = 1.0) -> lorascope.charts.chart.Chart")
     with pytest.raises(ValueError, match="scaled_values needs records of update_norm"):
         plots.scaled_values(write("b", {("lr", ""): {1: 0.1}}))
-
-
-def test_present_setting_names_match_the_renamed_fields_of_the_methods() -> None:
-    found = {name: old_fields(method) for name, method in METHODS.items()}
-    assert {name: {old: new for old, (new, _) in fields.items()} for name, fields in found.items() if fields} == RENAMED
-    values = {(name, old): dict(before.values) for name, fields in found.items() for old, (_, before) in fields.items()}
-    assert {key: renamed for key, renamed in values.items() if renamed} == VALUES
-
-
-@pytest.mark.parametrize(
-    ("method", "stored", "shown"),
-    [
-        ("hydralora", "HydraLoRA, number 4, heads split", "HydraLoRA, num_experts 4, shared_a False"),
-        ("neft", "NeFT, k 6, mode random", "NeFT, num_neurons 6, select_by random"),
-        ("lora", "LoRA, rank 4, targets q v", "LoRA, rank 4, targets q v"),
-        ("", "adapter, number 4", "adapter, number 4"),
-    ],
-)
-def test_present_label_replaces_the_old_names_of_settings(method: str, stored: str, shown: str) -> None:
-    assert present_label(stored, method) == shown
 
 
 @pytest.mark.parametrize(

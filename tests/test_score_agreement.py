@@ -355,11 +355,11 @@ def test_neuron_scores_omit_a_constant_score_with_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize(("choice", "score", "probes"), [
-    ({"mode": "changed"}, "1 − cos after tuning", "probe_cosine"),
-    ({"mode": "probed"}, "similarity to linear probes", "probe_cosine"),
-    ({"mode": "probed"}, "similarity to linear probes", "probe_similarity"),  # the quantity of earlier versions
-    ({"mode": "random"}, None, "probe_cosine"),
-    ({"mode": "changed", "neurons": {"h.0.up": [1]}}, None, "probe_cosine"),
+    ({"select_by": "changed"}, "1 − cos after tuning", "probe_cosine"),
+    ({"select_by": "probed"}, "similarity to linear probes", "probe_cosine"),
+    ({"select_by": "probed"}, "similarity to linear probes", "probe_similarity"),  # the quantity of earlier versions
+    ({"select_by": "random"}, None, "probe_cosine"),
+    ({"select_by": "changed", "neurons": {"h.0.up": [1]}}, None, "probe_cosine"),
 ])  # fmt: skip
 def test_neuron_scores_of_neft_use_its_selection_score(choice, score, probes, tmp_path):
     """Each quantity has different values. A selection at random or by hand has no selection score."""
@@ -385,7 +385,7 @@ def test_neuron_scores_of_neft_use_its_selection_score(choice, score, probes, tm
         assert [str(each.message).partition(" omitted")[0] for each in warned] == ["b: 1 − cos"]
     else:
         assert not warned
-        expected = by[probes if choice["mode"] == "probed" else "selection_cosine"].ravel()
+        expected = by[probes if choice["select_by"] == "probed" else "selection_cosine"].ravel()
         found = table[table["score"] == f"b: {score}"].sort_values(["module", "component"])
         assert sorted(found["value"]) == sorted(expected)
         assert found["value"].iloc[0] == expected[9]  # the output projection comes first by name

@@ -87,9 +87,3 @@ def test_buckets_count_every_neuron_once():
     assert found["n"].tolist() == [1, 2, 7, 20, 20, 20, 20, 7, 2, 1, 100]
     assert found["value"].tolist() == [1] * 9 + [99, pytest.approx(1.98)]
     assert found[["low", "high"]].iloc[[0, -2, -1]].to_numpy().tolist() == [[0, 0.01], [0.99, 1], [0, 1]]
-
-
-@pytest.mark.parametrize(("old", "new"), [("chosen", "list_selected"), ("expected", "compute_expected_overlap")])
-def test_old_names_are_deprecated_aliases(old, new):
-    with pytest.warns(FutureWarning, match=new):
-        assert getattr(selected_neurons, old) is getattr(selected_neurons, new)

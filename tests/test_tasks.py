@@ -16,7 +16,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from hostile import limits
 from PIL import Image
 from tiny import tiny
@@ -554,13 +553,6 @@ def test_task_that_does_not_fit_the_model_raises_one_line(family, head, columns,
     with pytest.raises(ValueError, match=expected) as caught:
         task.fit(tiny(family, head))
     assert "\n" not in str(caught.value)
-
-
-def test_counted_is_a_deprecated_name_of_count_targets():
-    task = tasks.from_frame(table())
-    batch = {"labels": torch.tensor([0, 1, 1])}
-    with pytest.warns(FutureWarning, match="counted is deprecated, use count_targets"):
-        assert task.counted(batch) == task.count_targets(batch) == 3
 
 
 def test_task_is_frozen():

@@ -60,7 +60,7 @@ def threshold(run: Result, quantity: str) -> float | None:
     method = run.meta.method
     # Neurons chosen by hand or from both ends of the ranking are not separated by one threshold.
     by_hand_or_both_ends = method.get("neurons") is not None or method.get("reversed_share")
-    if quantity != "selection_cosine" or method.get("mode") != "changed" or by_hand_or_both_ends:
+    if quantity != "selection_cosine" or method.get("select_by") != "changed" or by_hand_or_both_ends:
         return None
     both = scores(run, quantity).merge(list_selected(run).astype({"module": "str"}), on=["module", "neuron"])
     return float(both["value"].min())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import textwrap
-import warnings
 from dataclasses import replace
 from json import dumps, loads
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,11 +60,7 @@ def main(
         raise ValueError("FILE is required: lorascope sweep ranks.toml")
     from lorascope.experiments import grid, sweep  # imported here, so that --help does not import torch
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", FutureWarning)
-        found = grid.read(file)
-    for warning in caught:
-        print(f"lorascope: {printable(str(warning.message))}", file=sys.stderr)
+    found = grid.read(file)
     # Another backend discards the file's options.
     kept = found.backend if backend in (None, found.backend.get("name")) else {}
     given = {"name": backend, "address": address, "jobs": jobs}

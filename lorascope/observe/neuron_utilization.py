@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -52,8 +51,6 @@ class utilization(Observer):
         Divide each coordinate of a block's mean state by its root mean square over the tokens, so that a few huge
         coordinates do not dominate.
     """
-
-    stored_name: ClassVar[str] = "utilisation"
 
     every: int = 100
     size: int = 128

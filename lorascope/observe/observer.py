@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from lorascope.methods.method import Stateful, Step, python_number, require_integer, stored_fields
 from lorascope.schema.records import Item
@@ -21,8 +21,6 @@ class Observer(Stateful):
     """
 
     every: int = 10
-    # Name of a renamed observer in stored runs.
-    stored_name: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "every")
@@ -37,7 +35,7 @@ class Observer(Stateful):
 
     def config(self) -> dict[str, Any]:
         """Return the JSON form, which is part of a run's identity."""
-        return {"name": vars(type(self)).get("stored_name") or type(self).__name__} | {
+        return {"name": type(self).__name__} | {
             name: python_number(value) for name, value in stored_fields(self).items()
         }
 

@@ -212,7 +212,7 @@ def _utilization_states(cohort: Cohort) -> str:
     states = set()
     for run in cohort.runs:
         for observer in run.meta.settings.get("observers", ()):
-            if observer["name"] == "utilisation":
+            if observer["name"] == "utilization":
                 which = "a later" if observer.get("layers", "later") == "later" else "an earlier"
                 kind = "standardized " if observer.get("standardize") else ""
                 states.add(f"the mean {kind}hidden state of the same or {which} layer")

@@ -199,7 +199,7 @@ class SnapshotAbout(msgspec.Struct, frozen=True):
 
 
 def assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts about a method, from its configuration or PEFT's, for runs of 0.1, of PEFT, and adapters."""
+    """Return the facts about a method, from its configuration or PEFT's, for runs of PEFT and adapters."""
     kinds = {str(method.get(key)).lower() for key in ("name", "kind")}
     if "fourierft" in kinds:
         # "init" is our setting; "init_weights" is PEFT's, whose true value means zeros.
@@ -207,7 +207,7 @@ def assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
     if "neft" in kinds:
         scores = {"changed": "selection_cosine", "reversed": "selection_cosine", "probed": "probe_cosine"}
         given = method.get("neurons") is not None
-        by = None if given else scores.get(str(method.get("mode")))
+        by = None if given else scores.get(str(method.get("select_by")))
         roles = method.get("targets")
         own = {"neuron_roles": roles if isinstance(roles, list) else [], "selection_score": by}
         return {"starts_at_zero": True, **own}

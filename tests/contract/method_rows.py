@@ -41,7 +41,7 @@ class MethodRow:
 
 
 ROWS = {
-    "full": MethodRow(methods.Full(lr=1e-2), {"Full, rule came": methods.Full(optimizer_name="came")}),
+    "full": MethodRow(methods.Full(lr=1e-2), {"Full, optimizer_name came": methods.Full(optimizer_name="came")}),
     "lora": MethodRow(
         methods.LoRA(rank=2, rslora=True, lr=1e-2, dropout=0.1),
         {
@@ -90,7 +90,7 @@ ROWS = {
     "hydralora": MethodRow(
         methods.HydraLoRA(gates_every=1, dropout=0.1, lr=1e-2),
         {
-            "HydraLoRA, number 7, targets q, heads split, router uniform": methods.HydraLoRA(
+            "HydraLoRA, num_experts 7, targets q, shared_a False, router uniform": methods.HydraLoRA(
                 num_experts=7, targets=("q",), shared_a=False, router="uniform"
             )
         },
@@ -100,7 +100,7 @@ ROWS = {
     "lisa": MethodRow(
         methods.LISA(n_active=1, interval=3, weights=(2, 3), lr=1e-2),
         {
-            "LISA, n_active 0, interval 9, moments keep, weights 1.5 2, draw_seed 4": methods.LISA(
+            "LISA, n_active 0, interval 9, moment_policy keep, weights 1.5 2, draw_seed 4": methods.LISA(
                 n_active=0, interval=9, moment_policy="keep", weights=(1.5, 2), draw_seed=4
             )
         },
@@ -109,7 +109,7 @@ ROWS = {
     "neft": MethodRow(
         methods.NeFT(num_neurons=9, lr=1e-2),
         {
-            "NeFT, k 5, mode reversed": methods.NeFT(num_neurons=5, select_by="reversed"),
+            "NeFT, num_neurons 5, select_by reversed": methods.NeFT(num_neurons=5, select_by="reversed"),
             "NeFT, neurons by module, tune_lr 0.0001": methods.NeFT(neurons={"a.b": [0, 3]}, tune_lr=1e-4),
         },
         killed_after=("1-tune/resume/step-*", "2-masked/resume/step-*"),

@@ -23,48 +23,11 @@ from lorascope import observe
 from lorascope.adapters import delta
 from lorascope.adapters.host_weights import orient_weight
 from lorascope.inputs import models
-from lorascope.methods import (
-    LISA,
-    AdaLoRA,
-    Adapprox,
-    ALoRA,
-    AutoLoRA,
-    DoRA,
-    FourierFT,
-    Full,
-    HydraLoRA,
-    LoRA,
-    NeFT,
-    PiSSA,
-    VeRA,
-)
-from lorascope.methods.method import Method
+from lorascope.methods.method import AdapterMethod, Method
 from lorascope.schema.module_roles import CROSS, FFN
 
-STEPS, ROWS, NEURONS = 4, 6, 24
-METHODS: dict[str, Method] = {
-    "full": Full(lr=1e-2),
-    "lora": LoRA(lr=1e-2, rank=2),
-    "dora": DoRA(lr=1e-2, rank=2),
-    "pissa": PiSSA(lr=1e-2, rank=2),
-    "vera": VeRA(lr=1e-1, rank=8),
-    "adalora": AdaLoRA(lr=1e-2, init_rank=3, target_rank=2),
-    "autolora": AutoLoRA(lr=1e-2),
-    "alora": ALoRA(lr=1e-2, init_rank=2, score_rows=4, rounds=1, warm_steps=2),
-    "hydralora": HydraLoRA(lr=1e-1, rank=2, gate_rows=ROWS),
-    "fourierft": FourierFT(lr=1e-1, coefficients=20),
-    "lisa": LISA(lr=1e-2, n_active=1, interval=2, moment_policy="keep"),
-    "neft": NeFT(lr=1e-2, num_neurons=NEURONS, tune_steps=2),
-    "adapprox": Adapprox(lr=1e-2, min_dim=8),
-}
-ADAPTED = {  # defaults of the papers; "all-linear" for ALoRA
-    **dict.fromkeys(("lora", "dora", "pissa", "vera"), ("q", "v")),
-    "autolora": ("q", "v"),
-    "fourierft": ("q", "v"),
-    "adalora": ("q", "k", "v", "o", "ffn_in", "ffn_out"),
-    "hydralora": FFN,
-    "alora": ("q", "k", "v", "o", *CROSS, *FFN),
-}
+STEPS = 4
+ROLES = ("q", "k", "v", "o", *CROSS, *FFN)
 
 
 @dataclass(kw_only=True)
@@ -87,7 +50,7 @@ class Cell:
     """A run and its model, with the freshly loaded ``base`` and W_0 of every phase (``start``)."""
 
     family: str
-    method: str
+    method: Method
     base: nn.Module
     task: Any
     run: ls.Run
@@ -101,13 +64,13 @@ class Cell:
         return model.eval()
 
 
-def check(family: str, name: str, base: nn.Module, task: Any, out: Path, method: Method, **settings: Any) -> None:
+def check(family: str, method: Method, base: nn.Module, task: Any, out: Path, **settings: Any) -> None:
     """Train a copy of a freshly loaded model and compare the result with the oracle."""
     model, start = copy.deepcopy(base), Start(every=1)
     observers = [observe.norms(every=STEPS), start]
     quiet = {"steps": STEPS, "eval_every": 0, "progress": False, "device": "cpu"}
     run = ls.train(model, task, method, observe=observers, out=out, **quiet, **settings)
-    cell = Cell(family, name, base, task, run, model.eval(), start.kept)
+    cell = Cell(family, method, base, task, run, model.eval(), start.kept)
     check_start_of_phases(cell)
     check_changed_parameters(cell)
     for phase, before in zip([*run.parents, run], start.kept, strict=True):
@@ -131,17 +94,22 @@ def check_changed_parameters(cell):
     moved = {name for name in base if not torch.equal(now[name], base[name])}
     head = families.HEADS.get(cell.family, set())
     carriers = set(delta.attached_deltas(cell.model))
-    if cell.method in ("full", "adapprox"):
-        assert (moved, carriers) == (set(base), set())
-    elif cell.method == "lisa":
+    if isinstance(cell.method, AdapterMethod):
+        assert moved == head
+        # HydraLoRA has no default targets, because not all families have a gate projection.
+        targets = ROLES if cell.method.targets == "all-linear" else cell.method.targets or FFN
+        assert carriers == set(families.modules(cell.family, *targets))
+        return
+    assert carriers == set()
+    if cell.method.name == "lisa":
         active = cell.run.table.query("quantity == 'active' and value == 1")["module"].unique()
         still = [block for block in families.blocks(cell.family) if block not in set(active)]
         assert len(still) == len(families.blocks(cell.family)) - len(active) > 0
         assert moved == {name for name in base if not name.startswith(tuple(f"{block}." for block in still))}
-    elif cell.method == "neft":
+    elif cell.method.name == "neft":
         chosen = neurons_of(cell)
         assert moved == head | {f"{module}.weight" for module in chosen}
-        assert sum(map(len, chosen.values())) == NEURONS
+        assert sum(map(len, chosen.values())) == cell.method.num_neurons
         if cell.family == "phi3":  # gate and input are fused, and only inputs are targets
             fused = [number for module, numbers in chosen.items() if "gate_up" in module for number in numbers]
             assert families.HALF <= min(fused) < max(fused) < 2 * families.HALF
@@ -151,8 +119,7 @@ def check_changed_parameters(cell):
             differs = orient_weight(host, now[f"{module}.weight"] != base[f"{module}.weight"])
             assert differs.any(across).nonzero().flatten().tolist() == numbers
     else:
-        assert moved == head
-        assert carriers == set(families.modules(cell.family, *ADAPTED[cell.method]))
+        assert moved == set(base)
 
 
 def neurons_of(cell) -> dict[str, list[int]]:
@@ -164,7 +131,7 @@ def neurons_of(cell) -> dict[str, list[int]]:
 def changes(cell, run, base) -> dict[str, torch.Tensor]:
     """Compute W - W_0 of every tensor and adapted module of a restored model, in float64."""
     model = cell.restored(run)
-    gates = mean_gates(cell, model) if cell.method == "hydralora" else {}
+    gates = mean_gates(cell, model) if cell.method.name == "hydralora" else {}
     model = copy.deepcopy(model).double()
     found = {name: model.get_parameter(name).detach() - base[name].double() for name in base}
     for module, adapter in delta.attached_deltas(model).items():
@@ -187,7 +154,7 @@ def mean_gates(cell, model) -> dict[str, torch.Tensor]:
     """Average softmax(W_g x) over all tokens of the first validation rows, one row per pass and so without padding."""
     task = cell.task.fit(model)
     longest = cell.run.meta.settings["max_length"]
-    rows = task.encode(models.processor(model), task.split("validation").head(ROWS), longest)
+    rows = task.encode(models.processor(model), task.split("validation").head(cell.method.gate_rows), longest)
     seen: dict[str, list] = {name: [] for name in delta.attached_deltas(model)}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -195,7 +162,7 @@ def mean_gates(cell, model) -> dict[str, torch.Tensor]:
         )
         for name, kept in seen.items()
     ]
-    for row in range(ROWS):
+    for row in range(len(rows)):
         model(**rows.batch([row]))
     for hook in hooks:
         hook.remove()

@@ -163,9 +163,9 @@ def test_adapters_that_cannot_be_summed_are_refused(tmp_path: Path) -> None:
 
 
 def test_run_is_cut_to_a_budget(train_once: Any, tmp_path: Path) -> None:
-    from contract.method_rows import ROWS
+    from examples import EXAMPLES
 
-    run, _ = train_once("lora", ROWS["lora"].method)
+    run, _ = train_once("lora", EXAMPLES["lora"])
     chosen = export.select_components(run, 0.5)
     cut = load(export.to_peft(run, tmp_path / "cut", budget=0.5))
     assert cut.ranks() == {module: rank for module, rank in chosen.ranks.items() if rank}

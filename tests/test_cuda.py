@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from cells import METHODS
 from conftest import tiny_tokenizer
+from examples import EXAMPLES
 from forks import same
 from tiny import tiny
 from torch import nn
@@ -129,7 +130,7 @@ APART = {"alora": 1e-3, "adapprox": 1e-3}
 
 
 @pytest.mark.parametrize(
-    ("name", "device"), [("lora", "cpu"), *(pytest.param(name, "cuda", marks=CARD.marks) for name in METHODS)]
+    ("name", "device"), [("lora", "cpu"), *(pytest.param(name, "cuda", marks=CARD.marks) for name in EXAMPLES)]
 )
 def test_a_training_on_a_device_records_what_it_records_on_the_cpu(name, device, still_bert, task, tmp_path):
     observers = [
@@ -139,10 +140,14 @@ def test_a_training_on_a_device_records_what_it_records_on_the_cpu(name, device,
         observe.utilization(every=2),
     ]
 
+    method = EXAMPLES[name]
+    if hasattr(method, "dropout"):
+        method = replace(method, dropout=0.0)
+
     def train(device: str) -> tuple[ls.Run, nn.Module]:
         model = models.load(still_bert, task=task)
         where = {"device": device, "out": tmp_path / f"{len(list(tmp_path.iterdir()))}"}
-        return ls.train(model, task, METHODS[name], observe=observers, **SETTINGS, **where), model
+        return ls.train(model, task, method, observe=observers, **SETTINGS, **where), model
 
     here, (there, model) = train("cpu")[0], train(device)
     assert {parameter.device.type for parameter in model.parameters()} == {device}
@@ -177,7 +182,7 @@ def deterministic(monkeypatch):
 )
 def test_an_interrupted_run_resumes_bit_for_bit(name, device, bert, task, tmp_path, monkeypatch, deterministic):
     """With dropout, whose draws belong to the generator of the device."""
-    method = METHODS[name]
+    method = EXAMPLES[name]
     settings = {**SETTINGS, "device": device, "observe": [observe.norms(every=1)]}
     ls.train(models.load(bert, task=task), task, method, out=tmp_path / "whole", **settings)
     before_step, pressed = type(method).before_step, []
@@ -202,7 +207,7 @@ def test_bf16_autocast_trains_fp32_weights_without_a_scaler(device, bert, task, 
 
     monkeypatch.setattr(torch.amp.GradScaler, "__init__", refuse)
     model = models.load(bert, task=task)
-    run = ls.train(model, task, METHODS["lora"], precision="bf16", device=device, out=tmp_path / "run", **SETTINGS)
+    run = ls.train(model, task, EXAMPLES["lora"], precision="bf16", device=device, out=tmp_path / "run", **SETTINGS)
     losses = run.table.query("quantity == 'loss'")["value"]
     assert len(losses) == SETTINGS["steps"]
     assert np.isfinite(losses).all()
@@ -218,9 +223,9 @@ def test_memory_reports_the_peak_that_cuda_counts(name, device, task, tmp_path, 
     tiny("bert", "base", vocab_size=100 * 2**20 // 4 // 32).save_pretrained(tmp_path / "wide")
     tiny_tokenizer().save_pretrained(tmp_path / "wide")
     where = {"seed": 0, "out": None, "root": tmp_path, "overwrite": False, "device": device}
-    job = IsolatedRun.of(str(tmp_path / "wide"), task, METHODS[name], {"steps": 3, "batch_size": 8}, **where)
+    job = IsolatedRun.of(str(tmp_path / "wide"), task, EXAMPLES[name], {"steps": 3, "batch_size": 8}, **where)
     _, allocated = gpu.with_peak(device, lambda: ls.Run.read(gpu.step_time._measure_seconds(job)))
-    run = ls.step_memory.measure(str(tmp_path / "wide"), task, METHODS[name], batch_size=8, **where)
+    run = ls.step_memory.measure(str(tmp_path / "wide"), task, EXAMPLES[name], batch_size=8, **where)
     last = run.table[run.table["step"] == run.table["step"].max()].set_index("quantity")["value"]
     parts = last["parameter_bytes"] + last["gradient_bytes"] + last["optimizer_bytes"]
     assert parts <= last["peak_bytes"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import families
 import pytest
-from cells import METHODS, check
+from cells import check
+from examples import EXAMPLES
 from tiny import tiny
 
-from lorascope import methods
 from lorascope.inputs import models
 from lorascope.methods import FourierFT, HydraLoRA, LoRA, NeFT
 
@@ -27,22 +27,17 @@ def bases(tmp_path_factory):
     return of
 
 
-def test_cells_cover_all_registered_methods():
-    own = {name for name, method in methods.METHODS.items() if method.__module__.startswith("lorascope.")}
-    assert set(METHODS) == own
-
-
 def cells():
     """Yield all pairs of family and method; one family per method is not marked slow."""
     for place, family in enumerate(families.FAMILIES):
-        for number, method in enumerate(METHODS):
+        for number, method in enumerate(EXAMPLES):
             fast = number % len(families.FAMILIES) == place
             yield pytest.param(family, method, marks=() if fast else pytest.mark.slow, id=f"{family}-{method}")
 
 
 @pytest.mark.parametrize(("family", "method"), list(cells()))
 def test_method_on_family(family, method, bases, tmp_path):
-    check(family, method, *bases(family), tmp_path / "run", METHODS[method], batch_size=6, eval_size=12, test_size=8)
+    check(family, EXAMPLES[method], *bases(family), tmp_path / "run", batch_size=6, eval_size=12, test_size=8)
 
 
 @pytest.mark.parametrize(

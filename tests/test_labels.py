@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from lorascope.analysis.recipe_tests import recipes
 from lorascope.experiments.sweep import Job, SweepResult
 from lorascope.inputs import models
 from lorascope.methods import METHODS
-from lorascope.methods.method import Method, config
+from lorascope.methods.method import Method, config, from_config
 from lorascope.schema.labels import to_words
 
 NAMES = tuple(f"model.layers.{layer}.self_attn.{leaf}" for layer in range(18) for leaf in ("q_proj", "v_proj"))
@@ -47,6 +48,23 @@ def test_other_fields_with_many_modules_are_short() -> None:
     chosen = {name: list(range(50)) for name in NAMES}
     assert METHODS["neft"](neurons=chosen).label() == "NeFT, neurons by module"
     assert METHODS["lora"](rank=dict.fromkeys(NAMES, 4)).label() == "LoRA, rank by module"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "shown"),
+    [
+        ("lora", {"rank": {"a.b": 3}, "targets": ("q",)}, "LoRA, rank by module, targets q"),
+        ("lora", {"dropout": 0.1, "targets": "all-linear"}, "LoRA, dropout 0.1, targets all-linear"),
+        ("lisa", {"n_active": 0, "weights": (1.5, 2)}, "LISA, n_active 0, weights 1.5 2"),
+        ("neft", {"neurons": {"a.b": [0, 3]}, "tune_lr": 1e-4}, "NeFT, neurons by module, tune_lr 0.0001"),
+        ("adapprox", {"betas": (0.0, 0.99), "min_dim": None}, "Adapprox, betas 0 0.99, min_dim None"),
+        ("hydralora", {"num_experts": 7, "shared_a": False}, "HydraLoRA, num_experts 7, shared_a False"),
+    ],
+)
+def test_fields_of_every_type_are_labeled_and_survive_json(name: str, fields: dict[str, Any], shown: str) -> None:
+    method = METHODS[name](**fields)
+    assert method.label() == shown
+    assert from_config(json.loads(json.dumps(config(method)))) == method
 
 
 @pytest.mark.parametrize(

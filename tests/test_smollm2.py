@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from cells import METHODS, check
+from cells import check
+from examples import EXAMPLES
 from PIL import Image
 
 from lorascope.analysis.factor_embeddings import factored_updates
@@ -36,10 +37,11 @@ def smollm2():
     return models.load("smollm2", blocks=BLOCKS), task
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", EXAMPLES)
 def test_method_on_smollm2(method, smollm2, tmp_path):
     settings = {"batch_size": 2, "eval_size": 6, "test_size": 6, "max_length": 24}
-    check("llama", method, *smollm2, tmp_path / "run", replace(METHODS[method], **OWN.get(method, {})), **settings)
+    example = replace(EXAMPLES[method], **OWN.get(method, {}))
+    check("llama", example, *smollm2, tmp_path / "run", **settings)
     shutil.rmtree(tmp_path / "run")  # a fully trained model is stored there twice
 
 

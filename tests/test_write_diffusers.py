@@ -211,8 +211,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_run_is_exported_as_peft_first(train_once: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from contract.method_rows import ROWS
+    from examples import EXAMPLES
 
-    run, _ = train_once("lora", ROWS["lora"].method)
+    run, _ = train_once("lora", EXAMPLES["lora"])
     assert main(["export", str(run.path), "--diffusers", str(tmp_path / "out")]) == 2
     assert "only adapters are summed or converted, got run" in capsys.readouterr().err

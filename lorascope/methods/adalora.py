@@ -46,7 +46,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,8 @@ from lorascope.methods.method import (
     Step,
     added_later,
     require,
-    require_choice,
     require_integer,
+    require_literals,
     require_scaling,
 )
 from lorascope.schema.records import Item, Quantity, Record, register
@@ -146,9 +146,11 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         require_scaling(self)
         require(self, "beta1", "in (0, 1)", 0 < self.beta1 < 1)
         require(self, "beta2", "in (0, 1)", 0 < self.beta2 < 1)
-        require_choice(self, "penalty", ("mean-norm", "sum-square"))
-        require_choice(self, "scores", ("after", "before"))
-        require_choice(self, "importance", ("smoothed", "sensitivity"))
+        require_literals(self)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(init_rank=3, target_rank=1, initial_steps=0, final_steps=2, mask_every=1, dropout=0.1, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets, leave adapters and head trainable, and start the moving averages at zero."""

@@ -53,7 +53,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import nn
 
@@ -156,6 +156,10 @@ class Adapprox(Method, name="adapprox"):
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(min_dim=8, reselect_every=2, growth_scale=None, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:
         """Make every parameter trainable."""

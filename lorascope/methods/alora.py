@@ -53,7 +53,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -72,8 +72,8 @@ from lorascope.methods.method import (
     is_integer,
     parameter_groups,
     require,
-    require_choice,
     require_integer,
+    require_literals,
     require_scaling,
 )
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
@@ -146,7 +146,11 @@ class ALoRA(AdapterMethod, name="alora"):
         number = not isinstance(self.prune, str) and is_integer(self.prune) and self.prune >= 1
         valid = number or self.prune in ("block", "network")
         require(self, "prune", "'block', 'network' or an integer >= 1", valid)
-        require_choice(self, "scores", ("ablation", "random"))
+        require_literals(self)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(init_rank=1, prune=5, score_rows=4, fresh_moments=True, dropout=0.1, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""

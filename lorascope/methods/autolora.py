@@ -62,7 +62,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +77,8 @@ from lorascope.methods.method import (
     Step,
     added_later,
     require,
-    require_choice,
     require_integer,
+    require_literals,
     require_scaling,
 )
 from lorascope.runs.run import Run
@@ -87,7 +87,6 @@ from lorascope.schema.records import Quantity, Record, register
 BETAS = (0.5, 0.999)
 RADIUS = 0.01
 LOOK_EVERY = 10
-HYPERGRADIENTS = ("finite_difference", "exact", "first_order", "betty")
 
 Tensors = Mapping[str, Tensor]
 Loss = Callable[[Tensors, Tensors], Tensor]
@@ -124,9 +123,9 @@ class AutoLoRA(AdapterMethod, name="autolora"):
         Roles, "all-linear", module names or a regular expression; see ``ls.module_table.match``.
     selection_lr : float
         Learning rate of the logits.
-    hypergradient : str
-        "finite_difference"; "exact", which differentiates twice; "first_order", at w as if eta were 0; or "betty", the
-        authors' code: differences around w' instead of w, with eta = 1. Differences lose digits in bfloat16.
+    hypergradient : {"finite_difference", "exact", "first_order", "betty"}
+        "exact" differentiates twice, "first_order" is at w as if eta were 0, and "betty" is the authors' code:
+        differences around w' instead of w, with eta = 1. Differences lose digits in bfloat16.
     search_share : float
         Fraction of the train split on which the logits train.
     search_steps : int or None
@@ -138,7 +137,7 @@ class AutoLoRA(AdapterMethod, name="autolora"):
     dropout: float = 0.0
     targets: str | tuple[str, ...] = ("q", "v")
     selection_lr: float = 1e-3
-    hypergradient: str = "finite_difference"
+    hypergradient: Literal["finite_difference", "exact", "first_order", "betty"] = "finite_difference"
     lr: float = 1e-4
     head_lr: float = 1e-4
     search_share: float = 0.5
@@ -148,8 +147,12 @@ class AutoLoRA(AdapterMethod, name="autolora"):
         require_integer(self, 1, "rank", "search_steps")
         require_scaling(self)
         require(self, "selection_lr", "finite and >= 0", 0 <= self.selection_lr < math.inf)
-        require_choice(self, "hypergradient", HYPERGRADIENTS)
+        require_literals(self)
         require(self, "search_share", "in (0, 1)", 0 < self.search_share < 1)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(rank=3, selection_lr=0.1, dropout=0.1, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; the optimizer trains factors and head, ``before_step`` the logits."""
@@ -254,7 +257,7 @@ def hypergradient(
 ) -> Hypergradient:
     """Compute the gradient of the search loss after the look-ahead with respect to the logits, changing no argument.
 
-    ``rates`` is eta of each weight, and ``form`` one of ``HYPERGRADIENTS``. Raise a ValueError if the attention of the
+    ``rates`` is eta of each weight, and ``form`` ``AutoLoRA.hypergradient``. Raise a ValueError if the attention of the
     model does not support the second derivatives of "exact".
     """
     # Leaves share the memory of the given tensors and start a new graph.

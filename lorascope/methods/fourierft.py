@@ -45,7 +45,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float, Int
-from lorascope.methods.method import AdapterMethod, Step, reject_embedding, require, require_choice
+from lorascope.methods.method import AdapterMethod, Step, reject_embedding, require, require_literals
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates import fourier
 
@@ -101,9 +101,12 @@ class FourierFT(AdapterMethod, name="fourierft"):
     head_lr: float = 5e-3
 
     def __post_init__(self) -> None:
-        require_choice(self, "init", ("normal", "zeros"))
-        require_choice(self, "basis", ("fourier", "random", "orthogonal"))
+        require_literals(self)
         require(self, "alpha", "finite and nonzero", math.isfinite(self.alpha) and self.alpha != 0)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(coefficients=20, targets="all-linear", lr=1e-1)
 
     def delta(self, name: str, host: nn.Module) -> Delta:
         """Return the update of one module, with entries drawn for its shape."""

@@ -13,10 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lorascope.methods.method import Method, added_later, parameter_groups, require_choice
+from lorascope.methods.method import Method, added_later, parameter_groups, require_literals
 from lorascope.methods.optimizers.came import CAME
-
-RULES = ("adamw", "adafactor", "came")
 
 
 @dataclass(kw_only=True)
@@ -34,7 +32,7 @@ class Full(Method, name="full"):
     head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        require_choice(self, "optimizer_name", RULES)
+        require_literals(self)
 
     def attach(self, model: nn.Module) -> None:
         """Make every parameter trainable."""

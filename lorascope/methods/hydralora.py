@@ -41,7 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
@@ -59,8 +59,8 @@ from lorascope.methods.method import (
     Step,
     added_later,
     require,
-    require_choice,
     require_integer,
+    require_literals,
     require_scaling,
 )
 from lorascope.schema import module_table
@@ -112,7 +112,7 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
     dropout: float = 0.0
     targets: str | tuple[str, ...] | None = None
     shared_a: bool = True
-    router: str = "learned"
+    router: Literal["learned", "uniform"] = "learned"
     gates_every: int = 50
     gate_rows: int = field(default=64, metadata=added_later())
     lr: float = 2e-3
@@ -122,7 +122,11 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
         require_integer(self, 1, "rank", "num_experts", "gates_every", "gate_rows")
         require_scaling(self)
         require(self, "shared_a", "True or False", isinstance(self.shared_a, bool))
-        require_choice(self, "router", ("learned", "uniform"))
+        require_literals(self)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(rank=2, gates_every=1, gate_rows=6, dropout=0.1, lr=1e-2)
 
     def select_targets(self, modules: pd.DataFrame) -> list[str]:
         """Return the modules to adapt, by default the feed-forward modules."""

@@ -43,14 +43,14 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
 from torch import nn
 
 from lorascope.array_types import Float
-from lorascope.methods.method import Method, Step, require_choice, require_integer
+from lorascope.methods.method import Method, Step, require_integer, require_literals
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
 
@@ -96,7 +96,7 @@ class LISA(Method, name="lisa"):
     def __post_init__(self) -> None:
         require_integer(self, 0, "n_active", "draw_seed")
         require_integer(self, 1, "interval")
-        require_choice(self, "moment_policy", ("reset", "keep", "reset_all"))
+        require_literals(self)
         if self.weights is None:
             return
         self.weights = tuple(map(float, self.weights))
@@ -105,6 +105,10 @@ class LISA(Method, name="lisa"):
                 raise ValueError(f"weights must be finite and >= 0, got {weight:g}")
         if not any(self.weights):
             raise ValueError("weights must contain a number > 0, got only zeros")
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(n_active=1, interval=3, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:
         """Make every parameter trainable: the optimizer, which is built next, must contain all of them."""

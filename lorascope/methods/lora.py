@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import pandas as pd
 import torch
@@ -43,8 +43,8 @@ from lorascope.methods.method import (
     AdapterMethod,
     added_later,
     is_integer,
-    require_choice,
     require_integer,
+    require_literals,
     require_scaling,
 )
 from lorascope.schema import module_table
@@ -95,7 +95,11 @@ class LoRA(AdapterMethod, name="lora"):
             require_integer(self, 1, "rank")
         require_integer(self, 0, "init_seed")
         require_scaling(self)
-        require_choice(self, "embedding_init", ("peft", "linear"))
+        require_literals(self)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(rank=2, rslora=True, dropout=0.1, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets, with factors drawn by ``init_seed``; leave adapters and head trainable."""

@@ -6,8 +6,9 @@ import hashlib
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -74,6 +75,11 @@ class Method(Stateful):
         cls.name = name or cls.__name__.lower()
         if name:
             METHODS[name] = cls
+
+    @classmethod
+    def example(cls) -> Self:
+        """Return the method for a few steps of a tiny model, on which the tests train every method."""
+        return cls(lr=1e-2)
 
     def prepare(self) -> None:
         """Load what the hyperparameters refer to, such as a run's folder; called before they are stored or used."""
@@ -409,6 +415,19 @@ def require_scaling(settings: Any) -> None:
 def require_choice(settings: object, name: str, choices: Iterable[str]) -> None:
     """Raise a ValueError unless the field ``name`` is one of the choices."""
     require(settings, name, f"one of {', '.join(map(repr, choices))}", getattr(settings, name) in choices)
+
+
+@cache
+def literal_fields(settings: type) -> dict[str, tuple[Any, ...]]:
+    """Return the values of every field of a class that is annotated with ``Literal``."""
+    hints = get_type_hints(settings).items()
+    return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
+
+
+def require_literals(settings: Any) -> None:
+    """Raise a ValueError unless every field that is annotated with ``Literal`` has one of its values."""
+    for name, values in literal_fields(type(settings)).items():
+        require_choice(settings, name, values)
 
 
 def require_at_least(settings: object, least: int, *names: str) -> None:

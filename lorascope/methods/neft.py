@@ -56,7 +56,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
@@ -74,8 +74,8 @@ from lorascope.methods.method import (
     Step,
     added_later,
     require,
-    require_choice,
     require_integer,
+    require_literals,
     task_head,
     trained_parameters,
 )
@@ -136,7 +136,7 @@ class NeFT(Method, name="neft"):
     num_neurons: int | None = None
     parameter_share: float = 0.09
     targets: str | tuple[str, ...] = neurons.DEFAULT
-    select_by: str = "changed"
+    select_by: Literal["changed", "reversed", "random", "probed"] = "changed"
     reference: Run | Mapping[str, str] | str | Path | None = None
     neurons: Mapping[str, Collection[Any]] | None = None
     tune_steps: int | None = None
@@ -149,7 +149,7 @@ class NeFT(Method, name="neft"):
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
             self.targets = (self.targets,)
-        require_choice(self, "select_by", (*neurons.MODES, "probed"))
+        require_literals(self)
         if unknown := [role for role in self.targets if role not in neurons.ROLES]:
             raise ValueError(f"targets must be among {', '.join(map(repr, neurons.ROLES))}, got {unknown[0]!r}")
         require_integer(self, 1, "num_neurons", "tune_steps")
@@ -163,6 +163,10 @@ class NeFT(Method, name="neft"):
         if isinstance(self.reference, Result):
             self._check_reference(self.reference)
         self.neurons_: dict[str, list[int]] = {}
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(num_neurons=24, lr=1e-2)
 
     @property
     def score_names(self) -> tuple[str, str]:

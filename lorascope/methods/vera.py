@@ -29,6 +29,7 @@ Departs:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +74,10 @@ class VeRA(AdapterMethod, name="vera"):
         require(self, "dropout", "in [0, 1)", 0 <= self.dropout < 1)
         valid = is_integer(self.projection_seed) and 0 <= self.projection_seed < 1 << 32
         require(self, "projection_seed", f"an integer from 0 to {(1 << 32) - 1}", valid)
+
+    @classmethod
+    def example(cls) -> Self:
+        return cls(rank=8, dropout=0.1, lr=1e-1)
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; their largest sides give the shapes of A and B."""

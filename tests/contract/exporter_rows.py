@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from contract.method_rows import ROWS as METHODS
+from examples import EXAMPLES
 
 from lorascope import methods
 from lorascope.methods.method import Method
@@ -22,7 +22,7 @@ class ExporterRow:
     method : callable (targets) -> Method
         Method whose updates it writes, for models of any architecture.
     writes : tuple of str
-        Rows of ``method_rows`` whose runs it writes.
+        Methods of ``examples`` whose runs it writes.
     refuses : mapping of str to (Method, str)
         Methods whose runs match it but cannot be written, and words of the error.
     """
@@ -33,8 +33,8 @@ class ExporterRow:
 
 
 def of_rows(**words: str) -> dict[str, tuple[Method, str]]:
-    """Return rows of ``method_rows`` that are refused with these words."""
-    return {name: (METHODS[name].method, line) for name, line in words.items()}
+    """Return methods of ``examples`` that are refused with these words."""
+    return {name: (EXAMPLES[name], line) for name, line in words.items()}
 
 
 WHOLE = "as LoRA: it trained the weights themselves"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import tiny_folder
 from contract.exporter_rows import ROWS
-from contract.method_rows import ROWS as METHODS
+from examples import EXAMPLES
 from test_export import by_the_card, distance, trained
 from tolerance import TINY, near, rounding
 from torch import nn
@@ -51,21 +51,21 @@ def check(out: Path, kind: str, ours: nn.Module, base: str, monkeypatch: pytest.
 
 
 def test_every_exporter_has_a_row(train_once) -> None:
-    run, _ = train_once("lora", METHODS["lora"].method)
+    run, _ = train_once("lora", EXAMPLES["lora"])
     assert find_exporter(run, "last").kind == "LoRA"
     assert ROWS.keys() == {each.kind for each in EXPORTERS if type(each).__module__.startswith("lorascope.")}
 
 
 def test_every_method_is_written_or_refused() -> None:
-    named = [name for _, name in WRITTEN] + [name for _, name in REFUSED if name in METHODS]
-    assert sorted(named) == sorted(METHODS)
+    named = [name for _, name in WRITTEN] + [name for _, name in REFUSED if name in EXAMPLES]
+    assert sorted(named) == sorted(EXAMPLES)
 
 
 @pytest.mark.parametrize(("kind", "name"), WRITTEN)
 def test_exporter_of_a_run_does_not_depend_on_the_order_of_imports(
     kind: str, name: str, train_once, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, _ = train_once(name, METHODS[name].method)
+    run, _ = train_once(name, EXAMPLES[name])
     assert find_exporter(run, "last").kind == kind
     lora_last = sorted(EXPORTERS, key=lambda exporter: exporter.factor, reverse=True)
     monkeypatch.setattr(exporters, "EXPORTERS", lora_last)
@@ -76,7 +76,7 @@ def test_exporter_of_a_run_does_not_depend_on_the_order_of_imports(
 def test_adapter_has_the_logits_and_updates_of_its_run(
     kind: str, name: str, train_once, bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, model = train_once(name, METHODS[name].method)
+    run, model = train_once(name, EXAMPLES[name])
     adapted = check(to_peft(run, tmp_path / "adapter"), kind, model, bert, monkeypatch)
     assert adapted == {module for module, rank in run.ranks().items() if rank}
 
@@ -175,7 +175,7 @@ def test_run_without_an_adapter_of_its_own_is_refused_in_one_line(
 
 @EVERY
 def test_existing_folder_is_not_replaced(kind: str, train_once, tmp_path: Path) -> None:
-    run, _ = train_once(ROWS[kind].writes[0], METHODS[ROWS[kind].writes[0]].method)
+    run, _ = train_once(ROWS[kind].writes[0], EXAMPLES[ROWS[kind].writes[0]])
     mine = tmp_path / "there" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("years of work")
@@ -192,7 +192,7 @@ def written(folder: Path) -> dict[str, bytes]:
 
 @EVERY
 def test_failed_export_leaves_nothing_and_can_be_repeated(kind: str, train_once, tmp_path: Path) -> None:
-    run, _ = train_once(ROWS[kind].writes[0], METHODS[ROWS[kind].writes[0]].method)
+    run, _ = train_once(ROWS[kind].writes[0], EXAMPLES[ROWS[kind].writes[0]])
     whole = written(to_peft(run, tmp_path / "whole" / "adapter"))
     assert whole.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     for write in range(len(whole)):

@@ -1,4 +1,4 @@
-"""Contract of every registered method, with one row of ``method_rows`` each."""
+"""Contract of every registered method, on its ``example``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from contract.method_rows import ROWS, MethodRow
+from examples import EXAMPLES, variants
 from forks import check_that_a_killed_run_goes_on
 from tiny import inputs
 from tolerance import TEXT, TINY, rounding
@@ -17,11 +17,10 @@ from tolerance import TEXT, TINY, rounding
 import lorascope as ls
 from lorascope.adapters.delta import attached_deltas, fold
 from lorascope.inputs import models
-from lorascope.methods import METHODS
-from lorascope.methods.method import config, from_config
+from lorascope.methods.method import Method, config, from_config
 from lorascope.updates import from_factors
 
-EVERY = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+EVERY = pytest.mark.parametrize("method", EXAMPLES.values(), ids=EXAMPLES)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -30,37 +29,31 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.fixture
-def trained(row: MethodRow, train_once) -> tuple[ls.Run, Any]:
-    """Return the run and the model of a row, trained once."""
-    return train_once(row.method.name, row.method)
-
-
-def test_every_method_has_a_row() -> None:
-    own = {name: cls for name, cls in METHODS.items() if cls.__module__.startswith("lorascope.")}
-    assert {name: type(row.method) for name, row in ROWS.items()} == own
+def trained(method: Method, train_once) -> tuple[ls.Run, Any]:
+    """Return the run and the model of a method, trained once."""
+    return train_once(method.name, method)
 
 
 @EVERY
-def test_method_survives_json(row: MethodRow) -> None:
-    assert row.method.label().startswith(type(row.method).__name__)
-    for label, method in {row.method.label(): row.method, **row.others}.items():
-        assert method.label() == label
-        assert from_config(json.loads(json.dumps(config(method)))) == method
+def test_method_survives_json(method: Method) -> None:
+    for words, variant in [(type(method).__name__, method), *variants(method)]:
+        assert words in variant.label()
+        assert from_config(json.loads(json.dumps(config(variant)))) == variant
 
 
 @EVERY
-def test_training_starts_where_the_row_says(row: MethodRow, bert, task) -> None:
+def test_training_starts_where_the_method_says(method: Method, bert, task) -> None:
     model = models.load(bert, task=task)
     before = logits(model)
-    row.method.attach(model)
+    method.attach(model)
     change = float((logits(model) - before).abs().max() / before.abs().max())
-    assert (change <= rounding(terms=TINY, growth=TEXT)) == row.starts_at_zero
+    assert (change <= rounding(terms=TINY, growth=TEXT)) == method.describe()["starts_at_zero"]
 
 
 @pytest.mark.slow
 @EVERY
-def test_killed_run_resumes_bitwise(row: MethodRow, forks, tmp_path: Path) -> None:
-    check_that_a_killed_run_goes_on(forks, row.method, tmp_path, at=row.killed_at, after=row.killed_after)
+def test_killed_run_resumes_bitwise(method: Method, forks, tmp_path: Path) -> None:
+    check_that_a_killed_run_goes_on(forks, method, tmp_path)
 
 
 @EVERY
@@ -86,10 +79,9 @@ def check_updates(run: ls.Run, state: str, model: Any) -> None:
 
 
 @EVERY
-def test_every_state_of_every_phase_is_restored(row: MethodRow, trained, bert, task) -> None:
+def test_every_state_of_every_phase_is_restored(trained, bert, task) -> None:
     run, model = trained
     check_updates(run, "last", model)
-    assert (0 in run.ranks().values()) == row.empties
     for phase in (*run.parents, run):
         assert phase.meta.states.keys() == {"last", "best"}
         for state in phase.meta.states:
@@ -101,14 +93,20 @@ def test_every_state_of_every_phase_is_restored(row: MethodRow, trained, bert, t
                     assert np.array_equal(again.state_dict(keep_vars=True)[name].detach(), tensor), name
 
 
+@pytest.mark.parametrize("name", ["adalora", "alora"])
+def test_examples_include_modules_of_rank_zero(name: str, train_once) -> None:
+    run, _ = train_once(name, EXAMPLES[name])
+    assert 0 in run.ranks().values()
+
+
 @EVERY
-def test_trained_updates_fold_exactly(row: MethodRow, trained, bert, task) -> None:
+def test_trained_updates_fold_exactly(trained, bert, task) -> None:
     run, _ = trained
     for phase in (*run.parents, run):
         model = models.load(bert, task=task)
         phase.restore(model)
         before = logits(model.double())
-        if not row.folds:
+        if not all(delta.linear for delta in attached_deltas(model).values()):
             with pytest.raises(ValueError, match="depends on the input"):
                 fold(model)
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import re
@@ -14,9 +13,9 @@ from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
 
-import figure_stubs
 import numpy as np
 import pytest
+from numpydoc.docscrape import NumpyDocString
 from planted import lookup, low_rank, plant, profile
 from safetensors.numpy import save_file
 
@@ -26,6 +25,8 @@ from lorascope.plots import figure_registry, requirements
 from lorascope.plots.run_groups import Cohort
 from lorascope.schema import plugins, records
 from lorascope.schema.records import Quantity
+
+FIGURES = [name for name, entry in plots.FIGURES.items() if entry.draw.__module__.startswith("lorascope.")]
 
 
 @pytest.fixture
@@ -124,15 +125,20 @@ def test_reads_and_misleads_are_one_or_two_sentences_without_markup(entry: plots
         assert not re.search(r"[`|*]|_\W", text)
 
 
-def test_stub_has_the_signature_of_every_figure() -> None:
-    written = figure_stubs.FILE.read_text(encoding="utf-8")
-    assert ast.dump(ast.parse(written)) == ast.dump(ast.parse(figure_stubs.stub())), "run tests/figure_stubs.py"
+@pytest.mark.parametrize("name", FIGURES)
+def test_signature_and_docstring_of_a_figure_are_complete(name: str) -> None:
+    draw = plots.FIGURES[name].draw
+    parameters = inspect.signature(draw).parameters
+    documented = [one for each in NumpyDocString(inspect.getdoc(draw))["Parameters"] for one in each.name.split(", ")]
+    assert documented == list(parameters)
+    assert documented[:2] == ["runs", "control"]
+    assert parameters["control"].default is None
+    assert f"ls.plots.{name}(" in plots.FIGURES[name].example
 
 
 def test_figures_list_in_the_order_of_their_modules_and_all_can_be_found_by_name() -> None:
-    names = [name for name, entry in plots.FIGURES.items() if entry.draw.__module__.startswith("lorascope.")]
-    assert (names[0], names[-1]) == ("accuracy_by_parameters", "step_seconds")
-    assert {*names, "agreement", "head_choice", "frequency_bias"} <= set(plots.__all__) <= set(dir(plots))
+    assert (FIGURES[0], FIGURES[-1]) == ("accuracy_by_parameters", "step_seconds")
+    assert {*FIGURES, "agreement", "head_choice", "frequency_bias"} <= vars(plots).keys() <= set(dir(plots))
 
 
 @pytest.fixture
@@ -147,19 +153,21 @@ def plugin(monkeypatch: Any) -> Iterator[Any]:
 
     yield load
     for name in set(figure_registry.FIGURES) - before:
-        del figure_registry.FIGURES[name], figure_registry.DRAWN[name]
+        del figure_registry.FIGURES[name]
 
 
 PLUGIN = """
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Line
-from lorascope.plots.figure_registry import figure
+from lorascope.plots.figure_registry import figure, gather_runs
 
-@figure(topic="updates", needs=("update_norm",), reads="Reads.", misleads="Misleads.", takes="Any runs.")
-def {name}(cohort, scale: float = 1.0) -> Chart:
+@figure(topic="updates", needs=("update_norm",), reads="Reads.", misleads="Misleads.")
+def {name}(runs, control=None, scale=1.0):
     '''Plot scaled values.'''
+    cohort = gather_runs("{name}", runs, control)
     table = cohort.label(cohort.table)
-    return Chart(table.assign(value=scale * table["value"]), [Line("step", "value", "recipe")])
+    chart = Chart(table.assign(value=scale * table["value"]), [Line("step", "value", "recipe")])
+    return cohort.complete(chart)
 """
 
 
@@ -199,8 +207,6 @@ def test_figures_of_entry_points_register_and_a_broken_one_is_named(
     assert drawn.meta == {"figure": "scaled_values", "runs": ["a"]}
     assert list(plots.FIGURES)[-1] == "scaled_values"
     assert "scaled_values" in dir(plots)
-    assert "runs, control : Run" in plots.scaled_values.__doc__
-    assert str(inspect.signature(plots.scaled_values)).endswith("scale: float = 1.0) -> lorascope.charts.chart.Chart")
     with pytest.raises(ValueError, match="scaled_values needs records of update_norm"):
         plots.scaled_values(write("b", {("lr", ""): {1: 0.1}}))
 

@@ -6,7 +6,6 @@ image shown is what the code draws.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,15 +66,14 @@ def index_page() -> str:
 
 def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
     """Return the section of a figure: image, code, reading, caveat."""
-    function = inspect.unwrap(figure.draw)
     code = figure.example
     chart = run_example(code, runs)
     shown = "\n".join(save_images(chart, figure.name, images))
-    summary = " ".join(numpydoc.docscrape.FunctionDoc(function)["Summary"])
+    summary = " ".join(numpydoc.docscrape.FunctionDoc(figure.draw)["Summary"])
     return (
         f"(figure-{figure.name})=\n## `{figure.name}`\n\n{summary}\n\n{shown}\n\n"
         f"```python\n{code}\n```\n\n**How to read.** {figure.reads}\n\n**Caveat.** {figure.misleads}\n\n"
-        f"{{py:func}}`Parameters of ls.plots.{figure.name} <{function.__module__}.{figure.name}>`\n"
+        f"{{py:func}}`Parameters of ls.plots.{figure.name} <{figure.draw.__module__}.{figure.name}>`\n"
     )
 
 

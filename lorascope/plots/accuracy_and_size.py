@@ -12,8 +12,8 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Line, Point, Text
 from lorascope.plots.builders import ends
-from lorascope.plots.figure_registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group
+from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.run_groups import INTERVAL, Group, Runs
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")
 _OFFSET = 0.03  # distance between a point and its label, as a fraction of the range of the points
@@ -22,40 +22,55 @@ _OFFSET = 0.03  # distance between a point and its label, as a fraction of the r
 @figure(
     topic="updates",
     needs=("test_metric",),
-    takes="Runs on one task, of any methods and sizes.",
     reads="Each point is one recipe, labeled with its rank or coefficients; lines join the sizes of one method. A "
     "method is more parameter-efficient where its line is better at the same x and the intervals do not overlap.",
     misleads="If all sizes share one learning rate, a line that gets worse to the right may need a lower rate: tune it "
     "per size. The count includes the classifier head, which dominates it at few coefficients.",
-    raises="The runs were trained on different tasks.",
-    example="""runs = {
-    "LoRA, rank 8": lora,
-    "LoRA, rank 32": lora_rank_32,
-    "FourierFT": fourierft,
-}
-ls.plots.accuracy_by_parameters(runs)""",
 )
-def accuracy_by_parameters(cohort: Cohort) -> Chart:
-    """Plot test metric against trained parameters (FourierFT, Figs. 1 and 4)."""
+def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
+    """Plot test metric against trained parameters (FourierFT, Figs. 1 and 4).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs on one task, of any methods and sizes.
+
+    Raises
+    ------
+    ValueError
+        The runs were trained on different tasks.
+
+    Examples
+    --------
+    >>> runs = {
+    ...     "LoRA, rank 8": lora,
+    ...     "LoRA, rank 32": lora_rank_32,
+    ...     "FourierFT": fourierft,
+    ... }
+    >>> ls.plots.accuracy_by_parameters(runs)
+    """
+    cohort = gather_runs("accuracy_by_parameters", runs, control)
     cohort.require_same("task")
     sizes = pd.DataFrame([_recipe_size(group) for group in cohort.groups])
     cells = band(cohort.scores(), ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
     cells = cells.assign(**_label_offsets(cells))
-    return Chart(
-        cells,
-        [
-            Line("parameters", "value", "family"),
-            Point("parameters", "value", "family", **ends(cells)),
-            Text("right", "above", "size"),
-        ],
-        title="Test metric by trained parameters",
-        x=Axis(label="trained parameters", log=True),
-        y=Axis(label=cohort.metric),
-        caption=cohort.caption(
-            "Trained parameters of the last phase, including the head; labels: rank or number of coefficients.",
-            interval=f"bars: {INTERVAL}",
-        ),
-        colors=dict.fromkeys(sizes["family"]),
+    return cohort.complete(
+        Chart(
+            cells,
+            [
+                Line("parameters", "value", "family"),
+                Point("parameters", "value", "family", **ends(cells)),
+                Text("right", "above", "size"),
+            ],
+            title="Test metric by trained parameters",
+            x=Axis(label="trained parameters", log=True),
+            y=Axis(label=cohort.metric),
+            caption=cohort.caption(
+                "Trained parameters of the last phase, including the head; labels: rank or number of coefficients.",
+                interval=f"bars: {INTERVAL}",
+            ),
+            colors=dict.fromkeys(sizes["family"]),
+        )
     )
 
 

@@ -8,8 +8,8 @@ from lorascope.analysis import adapter_similarity as pairs
 from lorascope.charts.chart import Panels, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Heat
 from lorascope.plots.builders import pair_heat
-from lorascope.plots.figure_registry import figure
-from lorascope.plots.run_groups import Cohort
+from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.run_groups import Runs
 
 
 @figure(
@@ -21,19 +21,27 @@ from lorascope.plots.run_groups import Cohort
     "brackets show shared directions.",
     misleads="Cosines near zero are normal even between seeds, and runs of one seed share the initial A, which lowers "
     "their angles: compare different seeds. Norm ratios mostly reflect learning rates and numbers of steps.",
-    takes="At least two runs on one model, of any methods and ranks.",
-    check=False,
-    raises="There are fewer than two runs, or they have different models.",
-    example='ls.plots.adapter_pairs({"LoRA": lora, "AdaLoRA": adalora})',
 )
-def adapter_pairs(cohort: Cohort, spectra: bool = False) -> Panels:
+def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False) -> Panels:
     """Plot norm ratio, cosine, angle and difference in rank allocation for every pair of adapters or runs.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        At least two runs on one model, of any methods and ranks.
     spectra : bool
         Decompose dense updates of any size; by default only those whose smaller side is at most 1024.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two runs, or they have different models.
+
+    Examples
+    --------
+    >>> ls.plots.adapter_pairs({"LoRA": lora, "AdaLoRA": adalora})
     """
+    cohort = gather_runs("adapter_pairs", runs, control, check=False)
     cohort.require_runs(2)
     cohort.require("update_norm")
     labelled = {
@@ -68,7 +76,7 @@ def adapter_pairs(cohort: Cohort, spectra: bool = False) -> Panels:
             ("Rank in different modules", table, moved),
         )
     ]
-    return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]))
+    return cohort.complete(stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:])))
 
 
 def _format_ratio(ratio: float) -> str:

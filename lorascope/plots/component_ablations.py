@@ -12,9 +12,9 @@ from lorascope.analysis.seed_intervals import band, t_interval
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Band, Line, Point, Text
 from lorascope.plots.builders import ends, metric_bars
-from lorascope.plots.figure_registry import figure
+from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import BASIS, FREQUENCIES, HEADS
-from lorascope.plots.run_groups import INTERVAL, Cohort
+from lorascope.plots.run_groups import INTERVAL, Cohort, Runs
 
 _UNIFORM = "uniform draw"
 _BASES = {"fourier": "Fourier", "random": "random", "orthogonal": "orthogonal"}
@@ -27,18 +27,33 @@ _LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
     topic="updates",
     needs=(FREQUENCIES, "test_metric"),
     runs=2,
-    takes="Runs of FourierFT that differ only in their band; runs without a band form the horizontal line.",
     reads="Each point is the test metric when entries are drawn around that distance from frequency zero; the "
     "horizontal line is the uniform draw. A band helps where its seed-paired difference in the caption excludes zero.",
     misleads="The best of several bands beats the line by chance: choose the band on some seeds and evaluate it on "
     "others. A high frequency is not a fine detail, because rows and columns of a weight have no order.",
-    raises="No run has a band, or the runs differ in other settings.",
-    example='ls.plots.bias_curve({"uniform": fourierft, **bands})',
 )
-def bias_curve(cohort: Cohort) -> Chart:
-    """Plot test metric against the center of the frequency band (FourierFT, Fig. 5)."""
-    return metric_by_band(
-        cohort, max(analysis.corner(update.shape) for update in analysis.updates(cohort.runs[0]).values())
+def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
+    """Plot test metric against the center of the frequency band (FourierFT, Fig. 5).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of FourierFT that differ only in their band; runs without a band form the horizontal line.
+
+    Raises
+    ------
+    ValueError
+        No run has a band, or the runs differ in other settings.
+
+    Examples
+    --------
+    >>> ls.plots.bias_curve({"uniform": fourierft, **bands})
+    """
+    cohort = gather_runs("bias_curve", runs, control)
+    return cohort.complete(
+        metric_by_band(
+            cohort, max(analysis.corner(update.shape) for update in analysis.updates(cohort.runs[0]).values())
+        )
     )
 
 
@@ -76,16 +91,29 @@ def metric_by_band(cohort: Cohort, highest: float) -> Chart:
     topic="updates",
     needs=(BASIS, "test_metric"),
     runs=2,
-    takes="Runs of FourierFT that differ only in their basis; the others are compared with the first.",
     reads="Each dot with a bar is the mean test metric on one basis, surrounded by its seeds; all bases have the same "
     "number of coefficients. The basis matters where the seed-paired difference in the caption excludes zero.",
     misleads="All bases share the learning rate and alpha, which may suit some better: tune them per basis. Equal "
     "results mean that the number of coefficients matters, not that any basis would work.",
-    raises="The runs differ in more than their basis.",
-    example='ls.plots.basis_ablation({"Fourier": fourierft, **bases})',
 )
-def basis_ablation(cohort: Cohort) -> Chart:
-    """Plot test metric by the basis of the coefficients (FourierFT, Table 6)."""
+def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
+    """Plot test metric by the basis of the coefficients (FourierFT, Table 6).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of FourierFT that differ only in their basis; the others are compared with the first.
+
+    Raises
+    ------
+    ValueError
+        The runs differ in more than their basis.
+
+    Examples
+    --------
+    >>> ls.plots.basis_ablation({"Fourier": fourierft, **bases})
+    """
+    cohort = gather_runs("basis_ablation", runs, control)
     cohort.require_differ_only_in("basis")
     names = {group.label: _BASES[analysis.basis(group.runs[0])["basis"]] for group in cohort.groups}
     rows = cohort.scores()
@@ -94,22 +122,24 @@ def basis_ablation(cohort: Cohort) -> Chart:
     top, bottom = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
     above = top + 0.06 * (top.max() - bottom.min())
     cells = cells.assign(words=cells["value"].map("{:.3f}".format), above=above)
-    return Chart(
-        cells,
-        [
-            *([Point("basis", "value", "what", data=rows)] if ends(cells) else []),
-            Point("basis", "value", "what", **ends(cells)),
-            Text("basis", "above", "words"),
-        ],
-        title="Test metric by basis",
-        x=Axis(label="basis", order=dict.fromkeys(names.values())),
-        y=Axis(label=cohort.metric),
-        caption=cohort.caption(
-            "All bases are scaled to the expected norm of the initial update on the Fourier basis.",
-            *_differences(cohort, rows, cohort.labels[:1]),
-            interval=f"bars: {INTERVAL}",
-        ),
-        colors=(_MEAN, _SEED),
+    return cohort.complete(
+        Chart(
+            cells,
+            [
+                *([Point("basis", "value", "what", data=rows)] if ends(cells) else []),
+                Point("basis", "value", "what", **ends(cells)),
+                Text("basis", "above", "words"),
+            ],
+            title="Test metric by basis",
+            x=Axis(label="basis", order=dict.fromkeys(names.values())),
+            y=Axis(label=cohort.metric),
+            caption=cohort.caption(
+                "All bases are scaled to the expected norm of the initial update on the Fourier basis.",
+                *_differences(cohort, rows, cohort.labels[:1]),
+                interval=f"bars: {INTERVAL}",
+            ),
+            colors=(_MEAN, _SEED),
+        )
     )
 
 
@@ -117,16 +147,13 @@ def basis_ablation(cohort: Cohort) -> Chart:
     topic="routers",
     needs=(HEADS, "test_metric"),
     runs=2,
-    check=False,
     reads="Each point is the test metric with that many experts; overlapping bars mean that the seeds do not "
     "distinguish the numbers. A flat line means that the number matters little; the caption has seed-paired "
     "differences.",
     misleads="Each expert adds parameters (see the caption), so a rise may come from size: add a LoRA of equal size as "
     "control. The best of several numbers also wins by chance.",
-    raises="The runs have no experts or differ in more than their number, or the controls have another task or model.",
-    example='ls.plots.number_of_experts({"one expert": one_expert, "four experts": hydralora})',
 )
-def number_of_experts(cohort: Cohort) -> Chart:
+def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
     """Plot test metric against the number of experts (HydraLoRA, Fig. 8).
 
     Parameters
@@ -135,10 +162,20 @@ def number_of_experts(cohort: Cohort) -> Chart:
         Runs of HydraLoRA that differ only in ``num_experts``; the others are compared with the first.
     control : as ``runs``, optional
         Runs of any method on the same task, one horizontal line per label.
+
+    Raises
+    ------
+    ValueError
+        The runs have no experts or differ in more than their number, or the controls have another task or model.
+
+    Examples
+    --------
+    >>> ls.plots.number_of_experts({"one expert": one_expert, "four experts": hydralora})
     """
+    cohort = gather_runs("number_of_experts", runs, control, check=False)
     Cohort(cohort.name, tuple(group for group in cohort.groups if not group.control)).require(HEADS)
     cohort.require("test_metric")
-    return metric_by_experts(cohort)
+    return cohort.complete(metric_by_experts(cohort))
 
 
 def metric_by_experts(cohort: Cohort) -> Chart:
@@ -170,25 +207,34 @@ def metric_by_experts(cohort: Cohort) -> Chart:
     topic="routers",
     needs=("test_metric",),
     runs=2,
-    takes="Runs on one task; the first label is the full method, with which the others are compared.",
     reads="Each bar is the test metric of one variant: the full method first, then the method without one component. A "
     "component helps where removing it lowers the metric: its seed-paired interval in the caption is below zero.",
     misleads="Removing a component also changes the number of trained parameters (see the caption) and the best "
     "learning rate. Components that replace each other all look useless one at a time: remove them together.",
-    raises="The runs have different tasks or models.",
-    example='ls.plots.ablations({"HydraLoRA": hydralora, "uniform router": uniform_router})',
 )
-def ablations(cohort: Cohort, start: float = 0.0) -> Chart:
+def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
     """Plot test metric of a method and its ablations, one bar per label (HydraLoRA, Fig. 6).
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs on one task; the first label is the full method, with which the others are compared.
     start : float
         Lower end of the metric axis; above 0, small differences look large.
+
+    Raises
+    ------
+    ValueError
+        The runs have different tasks or models.
+
+    Examples
+    --------
+    >>> ls.plots.ablations({"HydraLoRA": hydralora, "uniform router": uniform_router})
     """
+    cohort = gather_runs("ablations", runs, control)
     cohort.require_same("model", "task")
     sentences = [_parameter_counts(cohort), *_differences(cohort, cohort.scores(), cohort.labels[:1])]
-    return metric_bars(cohort, start, "", sentences, "Ablations")
+    return cohort.complete(metric_bars(cohort, start, "", sentences, "Ablations"))
 
 
 def _curve_and_level(

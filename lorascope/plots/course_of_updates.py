@@ -14,9 +14,9 @@ from lorascope.analysis.subspace_rotation import AGAINST, SPACES, rotations
 from lorascope.charts.chart import Chart, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Line
 from lorascope.plots.builders import curves, mean_over_modules, profile
-from lorascope.plots.figure_registry import figure
+from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import STEPS
-from lorascope.plots.run_groups import Cohort, require_choice, require_counts
+from lorascope.plots.run_groups import Cohort, Runs, require_choice, require_counts
 
 _RANDOM = "random subspaces"
 
@@ -28,31 +28,43 @@ _RANDOM = "random subspaces"
     "settled early; a layer at the last step still moved by more than the threshold just before it.",
     misleads="A decaying learning rate settles every layer, and nothing is known between two stored steps. Compare "
     "layers of one training, and trainings only if they have the same length and schedule.",
-    raises="The threshold is not positive.",
-    example="ls.plots.settling(followed)",
 )
-def settling(cohort: Cohort, threshold: float = THRESHOLD) -> Chart:
+def settling(runs: Runs, control: Runs | None = None, threshold: float = THRESHOLD) -> Chart:
     """Plot the step at which each layer settled, one line per recipe.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
     threshold : float
         Largest distance of a settled update to the last one, relative to the norm of the last one; 0.1 by default.
+
+    Raises
+    ------
+    ValueError
+        The threshold is not positive.
+
+    Examples
+    --------
+    >>> ls.plots.settling(followed)
     """
+    cohort = gather_runs("settling", runs, control)
     if not threshold > 0:
         raise ValueError(f"threshold must be > 0, got {threshold}")
     found = pd.concat([settling_steps(run, threshold) for run in cohort.runs])
     layers = found.assign(place=norms.place(found), value=found["layer_settled"]).drop_duplicates(["run", "place"])
     ends = sorted({run.update_steps()[-1] for run in cohort.runs})
-    return profile(
-        cohort,
-        band(cohort.label(layers), ["recipe", "kind", "place"]),
-        Axis(label="settled at step", limits=(0, 1.04 * ends[-1])),  # room for markers at the last step
-        title="Step at which each layer settled",
-        caption=cohort.caption(
-            f"First stored step from which on ‖ΔWₜ − ΔW_T‖ ≤ {threshold:.3g} ‖ΔW_T‖ for all matrices of a layer "
-            f"together; the last step T is {' or '.join(map(str, ends))}."
-        ),
+    return cohort.complete(
+        profile(
+            cohort,
+            band(cohort.label(layers), ["recipe", "kind", "place"]),
+            Axis(label="settled at step", limits=(0, 1.04 * ends[-1])),  # room for markers at the last step
+            title="Step at which each layer settled",
+            caption=cohort.caption(
+                f"First stored step from which on ‖ΔWₜ − ΔW_T‖ ≤ {threshold:.3g} ‖ΔW_T‖ for all matrices of a layer "
+                f"together; the last step T is {' or '.join(map(str, ends))}."
+            ),
+        )
     )
 
 
@@ -63,11 +75,10 @@ def settling(cohort: Cohort, threshold: float = THRESHOLD) -> Chart:
     "before it, or at the last one. A curve near 0 means that training only rescales the directions it has found.",
     misleads="Directions with nearly equal singular values rotate into each other although the update hardly changes: "
     "compare with settling. In narrow models random subspaces are close too: compare with their line.",
-    raises="The module has no nonzero update at two steps.",
-    example="ls.plots.rotation(followed, k=4)",
 )
 def rotation(
-    cohort: Cohort,
+    runs: Runs,
+    control: Runs | None = None,
     module: str | None = None,
     space: Literal["both", "columns", "rows"] = "both",
     k: int = DIRECTIONS,
@@ -76,13 +87,25 @@ def rotation(
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
     module : str, optional
         Module to plot; by default the mean over all modules.
     space : {"both", "columns", "rows"}
         Column space (outputs), row space (inputs), or the mean over both.
     k : int
         Number of leading directions, 8 by default.
+
+    Raises
+    ------
+    ValueError
+        The module has no nonzero update at two steps.
+
+    Examples
+    --------
+    >>> ls.plots.rotation(followed, k=4)
     """
+    cohort = gather_runs("rotation", runs, control)
     require_counts(k=k)
     require_choice(space=(space, ("both", *SPACES)))
     found = pd.concat([rotations(run, k, None if module is None else [module]) for run in cohort.runs])
@@ -98,7 +121,9 @@ def rotation(
         f"Mean principal angle between the {k} leading singular directions (fewer if the rank is lower), mean over "
         f"{sides}, {whose}. Random baseline: as many random directions, {random['value'].mean():.0f}°."
     )
-    return set_side_by_side(*(_angle_course(cohort, rows, random, against, caption) for against in AGAINST))
+    return cohort.complete(
+        set_side_by_side(*(_angle_course(cohort, rows, random, against, caption) for against in AGAINST))
+    )
 
 
 def _angle_course(cohort: Cohort, rows: pd.DataFrame, random: pd.DataFrame, against: str, caption: str) -> Chart:

@@ -15,9 +15,9 @@ from lorascope.analysis.factor_embeddings import Factor, FactorSet, View
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point, Text
-from lorascope.plots.figure_registry import figure
+from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import UPDATES
-from lorascope.plots.run_groups import Cohort, require_choice
+from lorascope.plots.run_groups import Cohort, Runs, require_choice
 
 _VIEWS = {
     "raw": "raw factors",
@@ -32,7 +32,6 @@ _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the
 @figure(
     topic="factors",
     needs=(UPDATES,),
-    apart=True,
     runs=2,
     reads="Each dot is the A or B of one module in one run; mixed colors mean factors shared between domains, separate "
     "colors mean domain-specific factors. Only structure that remains in the control, whose runs have separate initial "
@@ -40,12 +39,10 @@ _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the
     misleads="Runs with the same initial A stay together because A moves little, and t-SNE distances between groups "
     "mean nothing: use the numbers of lorascope.analysis.factor_sharing. Raw factors also depend on how the update was "
     "split into B and A, which view='space' avoids.",
-    raises="There are fewer than two runs, they have no factors or not these modules, or a perplexity is not "
-    "smaller than the number of points.",
-    example="ls.plots.factor_embedding(domains)",
 )
 def factor_embedding(
-    cohorts: Sequence[Cohort],
+    runs: Runs,
+    control: Runs | None = None,
     factors: Sequence[Factor] = ("A", "B"),
     together: bool = False,
     view: View = "raw",
@@ -77,7 +74,18 @@ def factor_embedding(
         Seeds of random t-SNE initializations, on a slider after the initialization by PCA.
     modules : sequence of str
         Modules to plot, all by default; up to 12 have their layer and role next to their dots (Fig. 10).
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two runs, they have no factors or not these modules, or a perplexity is not smaller than
+        the number of points.
+
+    Examples
+    --------
+    >>> ls.plots.factor_embedding(domains)
     """
+    cohorts = [gather_runs("factor_embedding", group) for group in (runs, control) if group is not None]
     require_choice(view=(view, _VIEWS))
     if not factors:
         raise ValueError("factors must include 'A' or 'B', got none")
@@ -112,7 +120,7 @@ def factor_embedding(
             title = f"{prefix}PCA of {_factor_set_name(cloud)}"
             drawn.append(_embedding_chart(_place_points(cloud, cohort, whole[:, :2]), cohort, title, axes, None))
             rows.append([_name_dots(chart) for chart in drawn] if 0 < len(modules) <= _MOST_NAMED else drawn)
-    return Panels(tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows))
+    return cohorts[0].complete(Panels(tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows)))
 
 
 def factor_caption(prefix: str, cohort: Cohort, found: Sequence[Sequence[FactorSet]]) -> str:

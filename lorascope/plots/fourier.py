@@ -13,9 +13,9 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Heat, Line, Point
 from lorascope.plots.builders import curves
-from lorascope.plots.figure_registry import figure, table_figure
+from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import FREQUENCIES, UPDATES
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group, require_counts
+from lorascope.plots.run_groups import INTERVAL, Group, Runs, require_counts
 from lorascope.plots.subspaces import common_module
 from lorascope.updates import Fourier
 
@@ -32,17 +32,22 @@ _REACH = 4.0  # ends of the color scale of an image, in units of its root mean s
     misleads="Only randomly drawn entries train, and low frequencies are not smooth structure, because rows and "
     "columns of a weight have no order. Without saved factors at step 0, the figure mostly shows the random initial "
     "coefficients.",
-    takes="Runs of FourierFT. If all of them saved their factors at step 0, the change since then is plotted.",
-    example="ls.plots.fourier_spectrum(fourierft)",
 )
-def fourier_spectrum(cohort: Cohort, module: str | None = None) -> Panels:
+def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None = None) -> Panels:
     """Plot the trained frequencies and the size of their coefficients, one panel per recipe, and a profile by radius.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of FourierFT. If all of them saved their factors at step 0, the change since then is plotted.
     module : str, optional
         Adapted module; by default the one with the largest update.
+
+    Examples
+    --------
+    >>> ls.plots.fourier_spectrum(fourierft)
     """
+    cohort = gather_runs("fourier_spectrum", runs, control)
     whole = [analysis.updates(run) for run in cohort.runs]
     module = common_module(cohort, whole, module)
     learned = [analysis.since_start(run) for run in cohort.runs]
@@ -69,7 +74,7 @@ def fourier_spectrum(cohort: Cohort, module: str | None = None) -> Panels:
         caption=caption,
         colors=cohort.labels,
     )
-    return stack_vertically(set_side_by_side(*planes), by_radius)
+    return cohort.complete(stack_vertically(set_side_by_side(*planes), by_radius))
 
 
 @figure(
@@ -79,21 +84,28 @@ def fourier_spectrum(cohort: Cohort, module: str | None = None) -> Panels:
     "inputs, typical of low-rank updates; waves over the whole image, typical of FourierFT, change every weight.",
     misleads="Rows and columns have no order, and each image is scaled by its own root mean square, so "
     "colors do not compare sizes. FourierFT updates include their random initial value: set added=True to subtract it.",
-    takes="Runs to plot; recipes with equal numbers of parameters are easiest to compare.",
-    example='ls.plots.update_image({"FourierFT": fourierft, "LoRA": lora[0]})',
 )
-def update_image(cohort: Cohort, module: str | None = None, cells: int = 64, added: bool = False) -> Drawable:
+def update_image(
+    runs: Runs, control: Runs | None = None, module: str | None = None, cells: int = 64, added: bool = False
+) -> Drawable:
     """Plot the update of one module as an image, one panel per recipe (its first run).
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot; recipes with equal numbers of parameters are easiest to compare.
     module : str, optional
         Adapted module; by default the one with the largest update.
     cells : int
         Number of rows and columns shown, from the first.
     added : bool
         Subtract the initial update where it is nonzero, as in FourierFT.
+
+    Examples
+    --------
+    >>> ls.plots.update_image({"FourierFT": fourierft, "LoRA": lora[0]})
     """
+    cohort = gather_runs("update_image", runs, control)
     require_counts(cells=cells)
     first = {group.label: group.runs[0] for group in cohort.groups}
     shown = {label: initial_update.learned_updates(run) if added else run.updates() for label, run in first.items()}
@@ -116,10 +128,9 @@ def update_image(cohort: Cohort, module: str | None = None, cells: int = 64, add
                 caption=" ".join([f"{'ΔW − ΔW₀' if added else 'ΔW'} of {module}: {scaled}", *notes]),
             )
         )
-    return wrap(panels, len(panels))
+    return cohort.complete(wrap(panels, len(panels)))
 
 
-@table_figure
 def frequency_bias(
     shape: tuple[int, int] = (768, 768),
     centers: Sequence[float] = (0, 100, 200, 350, 480),

@@ -10,8 +10,8 @@ import pandas as pd
 from lorascope.analysis import rank_allocations
 from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Axis, Band, Line, Mark
-from lorascope.plots.figure_registry import figure
-from lorascope.plots.run_groups import Cohort, axis_label
+from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.run_groups import Runs, axis_label
 from lorascope.schema.records import QUANTITIES
 
 _FATES = ("retained", "dropped")
@@ -22,24 +22,31 @@ _LOG_FROM = 100.0  # ratio of largest to smallest value above which the axis is 
     topic="ranks",
     needs=("importance",),
     history=True,
-    check=False,
     reads="Bands that separate early and stay separate mean a clear selection that could have been made then. Bands "
     "that overlap to the end mean that the allocator separated components with nearly equal scores.",
     misleads="The score itself decides what is dropped, so lower scores of dropped components prove nothing: compare "
     "with an independent score. Gradient-based scores fall as training converges, so compare them within a step, not "
     "over the steps.",
-    example="ls.plots.importance(adalora[0])",
 )
-def importance(cohort: Cohort, module: str | None = None, quantity: str = "importance") -> Drawable:
+def importance(
+    runs: Runs, control: Runs | None = None, module: str | None = None, quantity: str = "importance"
+) -> Drawable:
     """Plot importance scores of retained and dropped components over the steps.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
     module : str, optional
         Plot each component of this module, one panel per run. By default pool all modules, one panel per recipe.
     quantity : str
         Quantity of components, such as "importance" (default), "importance_lambda" or "alpha".
+
+    Examples
+    --------
+    >>> ls.plots.importance(adalora[0])
     """
+    cohort = gather_runs("importance", runs, control, check=False)
     if (known := QUANTITIES.get(quantity)) and known.index not in ("component", "rank_id"):
         scores = [name for name, each in QUANTITIES.items() if each.index in ("component", "rank_id")]
         raise ValueError(f"quantity must have a value per component, such as {', '.join(scores)}, got {quantity!r}")
@@ -55,7 +62,7 @@ def importance(cohort: Cohort, module: str | None = None, quantity: str = "impor
             marks = [Band("step", "low", "high", "fate"), Line("step", "value", "fate")]
             spread = f"Lines: median over the components of {cohort.sample}; bands: 10th to 90th percentile."
             panels.append(_importance_chart(cells, own, marks, label, quantity, spread))
-        return wrap(panels, 2)
+        return cohort.complete(wrap(panels, 2))
     for run in cohort.runs:
         own = found[(found["run"] == run.id) & (found["module"] == module)]
         if own.empty:
@@ -70,7 +77,7 @@ def importance(cohort: Cohort, module: str | None = None, quantity: str = "impor
         line = Line("step", "value", "component", "fate")
         sentence = f"Components of {module}, one line each."
         panels.append(_importance_chart(cells, own, [line], title, quantity, sentence))
-    return wrap(panels, 2)
+    return cohort.complete(wrap(panels, 2))
 
 
 def _importance_chart(

@@ -11,8 +11,8 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Line, Point
 from lorascope.plots.builders import course, ends, mean_over_modules
-from lorascope.plots.figure_registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label, require_counts
+from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.run_groups import INTERVAL, Cohort, Runs, axis_label, require_counts
 
 
 @figure(
@@ -23,20 +23,26 @@ from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label, require_cou
     "order them. A falling training loss with a growing validation loss means overfitting.",
     misleads="The training loss is averaged over windows of steps, so it lags and hides spikes: use more windows. The "
     "best state is chosen on validation, so its validation score is optimistic: judge runs on the test split.",
-    example='ls.plots.training_curves({"full fine-tuning": full, "LoRA": lora})',
 )
-def training_curves(cohort: Cohort, windows: int = 25) -> Drawable:
+def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) -> Drawable:
     """Plot training loss and, if recorded, validation loss and metric over the steps, one line per recipe.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
     windows : int
         Maximum number of windows of equal length over which the training loss is averaged.
+
+    Examples
+    --------
+    >>> ls.plots.training_curves({"full fine-tuning": full, "LoRA": lora})
     """
+    cohort = gather_runs("training_curves", runs, control)
     losses, averaged = _average_windows(cohort, windows)
     rows = {"loss": losses} | {quantity: cohort.select(quantity) for quantity in ("eval_loss", "eval_metric")}
     panels = [_curve_chart(cohort, quantity, found, averaged) for quantity, found in rows.items() if len(found)]
-    return wrap(panels, len(panels))
+    return cohort.complete(wrap(panels, len(panels)))
 
 
 @figure(
@@ -48,38 +54,51 @@ def training_curves(cohort: Cohort, windows: int = 25) -> Drawable:
     misleads="The paper's formula and results could not be verified, and the first step depends only on the floor, "
     "because its cosine is 1. Independent directions already have cosine 0.44 with their average at β₁ = 0.9, so steps "
     "grow even without a signal.",
-    takes="Runs of Adapprox, some of them with ``cosine=True``.",
-    example='ls.plots.guidance({"Adapprox": adapprox, "with guidance": guided})',
 )
-def guidance(cohort: Cohort, windows: int = 25) -> Panels:
+def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Panels:
     """Plot training loss with and without cosine guidance, and the cosine of direction and first moment (Adapprox).
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of Adapprox, some of them with ``cosine=True``.
     windows : int
         Maximum number of windows of equal length over which the training loss is averaged.
+
+    Examples
+    --------
+    >>> ls.plots.guidance({"Adapprox": adapprox, "with guidance": guided})
     """
+    cohort = gather_runs("guidance", runs, control)
     losses, averaged = _average_windows(cohort, windows)
     cosines = mean_over_modules(cohort.select("direction_cosine").dropna(subset="layer"))
     caption = f"{averaged} Cosine: mean over the factored matrices in the blocks."
     left = _curve_chart(cohort, "loss", losses, caption)
-    return set_side_by_side(left, _curve_chart(cohort, "direction_cosine", cosines, caption))
+    return cohort.complete(set_side_by_side(left, _curve_chart(cohort, "direction_cosine", cosines, caption)))
 
 
 @figure(
     topic="schedules",
     needs=("eval_loss", "test_loss"),
-    check=False,
     reads="Left: validation loss by learning rate; a minimum inside the range means that the range includes the best "
     "rate. Right: test loss at the rate with the lowest validation loss; overlapping intervals mean that the seeds do "
     "not order the methods.",
     misleads="A best rate at an end of the range may not be the best overall: extend the range. Short training favors "
     "methods that move fast at first, and equal rates are not comparable between methods.",
-    takes='Runs labeled "METHOD at RATE"; the method is the part before " at ". Each has at least one of the losses.',
-    example="ls.plots.learning_rates(learning_rates)",
 )
-def learning_rates(cohort: Cohort) -> Panels:
-    """Plot validation loss by learning rate, and the test loss of each method at its best rate."""
+def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
+    """Plot validation loss by learning rate, and the test loss of each method at its best rate.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs labeled "METHOD at RATE"; the method is the part before " at ". Each has at least one of the losses.
+
+    Examples
+    --------
+    >>> ls.plots.learning_rates(learning_rates)
+    """
+    cohort = gather_runs("learning_rates", runs, control, check=False)
     if not {"eval_loss", "test_loss"} <= set(cohort.table["quantity"]):
         cohort.require("eval_loss", "test_loss")
     rates = {run.id: run.meta.settings["lr"] for run in cohort.runs}
@@ -111,7 +130,7 @@ def learning_rates(cohort: Cohort) -> Panels:
                 colors=methods,
             )
         )
-    return set_side_by_side(*panels)
+    return cohort.complete(set_side_by_side(*panels))
 
 
 def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> Chart:

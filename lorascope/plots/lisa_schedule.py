@@ -9,8 +9,8 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Heat, Line
 from lorascope.plots.builders import bars, course
-from lorascope.plots.figure_registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label
+from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.run_groups import INTERVAL, Runs, axis_label
 
 
 @figure(
@@ -20,11 +20,20 @@ from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label
     "counts the blocks trained so far: below the expected line, fewer than random draws reach on average.",
     misleads="Parameters outside the blocks (embedding, norm, head) always train and are not shown, though they may be "
     "most of the model. With a decaying learning rate, blocks drawn late move little: check update_norm.",
-    takes="Runs to plot, and runs to compare with in the rows below.",
-    example="ls.plots.active_layers(lisa)",
 )
-def active_layers(cohort: Cohort) -> Panels:
-    """Plot the blocks that trained in each interval and the number trained so far (LISA), one row per recipe."""
+def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
+    """Plot the blocks that trained in each interval and the number trained so far (LISA), one row per recipe.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with in the rows below.
+
+    Examples
+    --------
+    >>> ls.plots.active_layers(lisa)
+    """
+    cohort = gather_runs("active_layers", runs, control)
     cells = cohort.label(lisa_schedule.intervals(cohort.table))
     reached = cohort.label(lisa_schedule.coverage(cohort.table))
     caption = cohort.caption(
@@ -54,7 +63,7 @@ def active_layers(cohort: Cohort) -> Panels:
             colors=[label, expected],
         )
         rows.append(set_side_by_side(activity, coverage))
-    return stack_vertically(*rows)
+    return cohort.complete(stack_vertically(*rows))
 
 
 @figure(
@@ -64,10 +73,20 @@ def active_layers(cohort: Cohort) -> Panels:
     "the line by chance; an interval over many seeds that excludes the line contradicts the probability.",
     misleads="Few draws scatter widely, and blocks of one draw exclude others, so one high bar lowers the rest: add "
     "seeds. The frequency does not show how far a block moved: check update_norm.",
-    example="ls.plots.draw_frequency(lisa)",
 )
-def draw_frequency(cohort: Cohort) -> Drawable:
-    """Plot how often each block was drawn, and its draw probability, one panel per recipe (LISA, section 3.2)."""
+def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
+    """Plot how often each block was drawn, and its draw probability, one panel per recipe (LISA, section 3.2).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
+
+    Examples
+    --------
+    >>> ls.plots.draw_frequency(lisa)
+    """
+    cohort = gather_runs("draw_frequency", runs, control)
     found = cohort.label(lisa_schedule.visits(cohort.table).rename(columns={"frequency": "value"}))
     caption = cohort.caption(
         "Fraction of draws that include a block; the line is its draw probability.", interval=f"bars: {INTERVAL}"
@@ -87,24 +106,37 @@ def draw_frequency(cohort: Cohort) -> Drawable:
                 caption=caption,
             )
         )
-    return wrap(panels, len(panels))
+    return cohort.complete(wrap(panels, len(panels)))
 
 
 @figure(
     topic="schedules",
     needs=("active", "draw_probability", "test_metric"),
     runs=2,
-    takes="Runs of LISA on one task that differ only in these two settings.",
     reads="Each cell is the test metric for a number of active blocks and of steps between draws; hatched cells: no "
     "data. Higher rows train more blocks at once, columns further right draw less often, down to a single draw.",
     misleads="More blocks also need more memory, so the brightest cell need not be the best choice. All cells share "
     "one learning rate, which the paper lowers for more blocks, and differences within the caption's interval do not "
     "order cells.",
-    raises="The runs differ in other settings, or two labels have the same cell.",
-    example="ls.plots.draw_grid(lisa_grid)",
 )
-def draw_grid(cohort: Cohort) -> Chart:
-    """Plot test metric by active blocks and steps between draws (LISA, Table 6 and Figs. 7 to 9)."""
+def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
+    """Plot test metric by active blocks and steps between draws (LISA, Table 6 and Figs. 7 to 9).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of LISA on one task that differ only in these two settings.
+
+    Raises
+    ------
+    ValueError
+        The runs differ in other settings, or two labels have the same cell.
+
+    Examples
+    --------
+    >>> ls.plots.draw_grid(lisa_grid)
+    """
+    cohort = gather_runs("draw_grid", runs, control)
     cohort.require_differ_only_in("n_active", "interval")
     rows = cohort.scores().astype({"run": "str"}).merge(lisa_schedule.sizes(cohort.table), on="run")
     for (blocks, steps), own in rows.groupby(["blocks", "steps"]):
@@ -117,14 +149,16 @@ def draw_grid(cohort: Cohort) -> Chart:
     half: float = ((cells["high"] - cells["low"]) / 2).max()
     widest = "" if pd.isna(half) else f" Widest interval of a cell: ±{half:.3f}."
     sides = {name: [str(size) for size in sorted(set(cells[name]))] for name in ("blocks", "steps")}
-    return Chart(
-        cells.astype({"blocks": "str", "steps": "str"}),
-        [Heat("steps", "blocks", "value", cohort.metric, ".3f")],
-        title="Active blocks and steps between draws",
-        x=Axis(label="steps between draws", order=sides["steps"]),
-        y=Axis(label="active blocks", order=sides["blocks"][::-1]),
-        caption=cohort.caption(
-            f"Test metric after the last step; a run that is no longer than the interval draws once.{widest}",
-            interval="95% t-intervals are in the data",
-        ),
+    return cohort.complete(
+        Chart(
+            cells.astype({"blocks": "str", "steps": "str"}),
+            [Heat("steps", "blocks", "value", cohort.metric, ".3f")],
+            title="Active blocks and steps between draws",
+            x=Axis(label="steps between draws", order=sides["steps"]),
+            y=Axis(label="active blocks", order=sides["blocks"][::-1]),
+            caption=cohort.caption(
+                f"Test metric after the last step; a run that is no longer than the interval draws once.{widest}",
+                interval="95% t-intervals are in the data",
+            ),
+        )
     )

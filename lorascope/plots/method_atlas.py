@@ -16,10 +16,10 @@ from lorascope.analysis.spectra import added_values
 from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Axis, Heat, Text
 from lorascope.plots.builders import curves, pair_heat
-from lorascope.plots.figure_registry import figure
+from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.norms import update_profile
 from lorascope.plots.requirements import SPECTRA
-from lorascope.plots.run_groups import Cohort, define, require_counts
+from lorascope.plots.run_groups import Cohort, Runs, define, require_counts
 
 
 @figure(
@@ -32,11 +32,8 @@ from lorascope.plots.run_groups import Cohort, define, require_counts
     misleads="Heights of spectra and norms follow the learning rates, which differ between methods: compare shapes. "
     "Small angles may come from shared initial factors (runs of one seed) or shared frequencies (all FourierFT runs): "
     "compare different seeds and methods.",
-    takes="At least two runs of one model on one task.",
-    raises="There are fewer than two runs, or they differ in task or model.",
-    example='ls.plots.atlas({"LoRA": lora, "AdaLoRA": adalora, "full fine-tuning": full})',
 )
-def atlas(cohort: Cohort, module: str | None = None, k: int = 8) -> Panels:
+def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k: int = 8) -> Panels:
     """Plot spectra, norms by layer and angles between the learned updates of several methods on one task.
 
     The learned update of a run is ΔW − ΔW₀. If an update depends on the input (HydraLoRA), it is evaluated at the gate
@@ -44,12 +41,24 @@ def atlas(cohort: Cohort, module: str | None = None, k: int = 8) -> Panels:
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        At least two runs of one model on one task.
     module : str, optional
         Module whose spectrum is plotted. By default pool the modules in blocks whose spectrum all runs have; if there
         are none, pool those of each run.
     k : int
         Number of leading singular vectors to compare.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two runs, or they differ in task or model.
+
+    Examples
+    --------
+    >>> ls.plots.atlas({"LoRA": lora, "AdaLoRA": adalora, "full fine-tuning": full})
     """
+    cohort = gather_runs("atlas", runs, control)
     require_counts(k=k)
     cohort.require_runs(2)
     cohort.require_same("task", "model")
@@ -64,7 +73,7 @@ def atlas(cohort: Cohort, module: str | None = None, k: int = 8) -> Panels:
     )
     norms = update_profile(cohort, "learned_norm", "Learned update by layer", log=True)
     top = set_side_by_side(*(replace(chart, caption=caption) for chart in (spectrum, norms)))
-    return stack_vertically(top, replace(heat, caption=caption))
+    return cohort.complete(stack_vertically(top, replace(heat, caption=caption)))
 
 
 def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:

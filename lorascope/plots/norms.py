@@ -12,8 +12,8 @@ from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Axis, Heat
 from lorascope.charts.scales import to_floats
 from lorascope.plots.builders import heat_by_role, profile
-from lorascope.plots.figure_registry import figure
-from lorascope.plots.run_groups import Cohort, axis_label, define, require_counts
+from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.run_groups import Cohort, Runs, axis_label, define, require_counts
 from lorascope.schema.records import QUANTITIES
 
 _CELL = ["recipe", "kind", "place"]
@@ -26,25 +26,30 @@ _SINCE_START = "adapter_norm minus step 0"
 @figure(
     topic="updates",
     needs=("update_norm",),
-    check=False,
     reads="Each point is the norm of the update of one layer; high points are layers that changed most. Where the "
     "bands of two recipes overlap, the seeds do not distinguish them.",
     misleads="Layers with more weights have larger norms for the same change per weight, so embeddings and heads are "
     "high for their size: compare relative_update. Learning rates set the height of a curve: compare shapes.",
-    example='ls.plots.update_norm({"full fine-tuning": full, "LoRA": lora})',
 )
-def update_norm(cohort: Cohort, quantity: str | None = None) -> Chart:
+def update_norm(runs: Runs, control: Runs | None = None, quantity: str | None = None) -> Chart:
     """Plot the norm of the update by layer, one line per recipe.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
     quantity : str, optional
         Recorded quantity of modules. By default ``update_norm``; for several recipes that all recorded it,
         ``learned_norm``, because the initial update of some methods is nonzero.
+
+    Examples
+    --------
+    >>> ls.plots.update_norm({"full fine-tuning": full, "LoRA": lora})
     """
+    cohort = gather_runs("update_norm", runs, control, check=False)
     quantity = quantity or _comparable_quantity(cohort)
     cohort.require(quantity)
-    return update_profile(cohort, quantity, _title(quantity))
+    return cohort.complete(update_profile(cohort, quantity, _title(quantity)))
 
 
 def _title(quantity: str) -> str:
@@ -61,21 +66,26 @@ def update_profile(cohort: Cohort, quantity: str, title: str, log: bool = False)
 @figure(
     topic="updates",
     needs=("update_norm",),
-    check=False,
     reads="Each cell is the norm of the update of one role in one block; hatched cells: no data. Rows compare the "
     "depth of blocks, columns the roles within a block.",
     misleads="Rows of larger matrices, such as the feed-forward ones, are brighter for their size: compare "
     "relative_update. Colors show means: differences within the caption's interval do not order cells.",
-    example='ls.plots.update_norm_heat({"full fine-tuning": full, "LoRA": lora})',
 )
-def update_norm_heat(cohort: Cohort, quantity: str | None = None) -> Drawable:
+def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | None = None) -> Drawable:
     """Plot the norm of the update by block and role, one panel per recipe.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
     quantity : str, optional
         Recorded quantity of modules; by default as for `update_norm`.
+
+    Examples
+    --------
+    >>> ls.plots.update_norm_heat({"full fine-tuning": full, "LoRA": lora})
     """
+    cohort = gather_runs("update_norm_heat", runs, control, check=False)
     quantity = quantity or _comparable_quantity(cohort)
     cohort.require(quantity)
     inside = norms.select(cohort.table, quantity).dropna(subset="layer")
@@ -95,34 +105,41 @@ def update_norm_heat(cohort: Cohort, quantity: str | None = None) -> Drawable:
         text = f".{max(0, digits)}f" if abs(digits) < _MOST_DIGITS else ".2e"
     heat = Heat("place", "role", "value", axis_label(quantity), text, limits=(0.0, largest) if largest > 0 else None)
     panels = heat_by_role(cells, cohort.labels, lambda _: heat, "block", caption)
-    return wrap(panels, len(panels))
+    return cohort.complete(wrap(panels, len(panels)))
 
 
 @figure(
     topic="updates",
     needs=("update_norm",),
-    check=False,
     history=True,
     reads="The frames show the profile at successive steps, all on one scale. A layer that stops rising early has "
     "converged; a layer that rises to the end has not.",
     misleads="A decaying learning rate slows down every layer, so a flat end does not prove convergence: train longer "
     "at a constant rate. Early frames are small because the update of most methods starts at zero.",
-    example='ls.plots.norm_over_steps({"full fine-tuning": full, "LoRA": lora})',
 )
-def norm_over_steps(cohort: Cohort, quantity: str = "update_norm", frames: int = 30) -> Chart:
+def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "update_norm", frames: int = 30) -> Chart:
     """Plot the norm of the update by layer, with the step on a slider.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
     quantity : str
         Recorded quantity of modules.
     frames : int
         Maximum number of steps shown, evenly spaced among those that all runs recorded.
+
+    Examples
+    --------
+    >>> ls.plots.norm_over_steps({"full fine-tuning": full, "LoRA": lora})
     """
+    cohort = gather_runs("norm_over_steps", runs, control, check=False)
     require_counts(frames=frames)
     rows = cohort.label(norms.frames(_layers(cohort, quantity, history=True), frames))
     cells, caption = band(rows, ["step", *_CELL]), cohort.caption(define(quantity))
-    return profile(cohort, cells, axis_label(quantity), title=_title(quantity), caption=caption, frame="step")
+    return cohort.complete(
+        profile(cohort, cells, axis_label(quantity), title=_title(quantity), caption=caption, frame="step")
+    )
 
 
 @figure(
@@ -134,9 +151,8 @@ def norm_over_steps(cohort: Cohort, quantity: str = "update_norm", frames: int =
     misleads="The norm of the whole weight hardly changes in training, so the first panel shows the base model. The "
     "raw adapter norm is mostly initialization, because B of an embedding starts random and large: use the panel minus "
     "step 0.",
-    example='ls.plots.mean_norm({"full fine-tuning": full, "LoRA": lora})',
 )
-def mean_norm(cohort: Cohort, per_weight: bool = False) -> Drawable:
+def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False) -> Drawable:
     """Plot norms by layer averaged over training, for each reading of "weight norm" (LISA, section 3.1 and Fig. 2).
 
     LISA's Figure 2 suggests that LoRA mostly changes the first and last layers. The panels show the norms of weight and
@@ -146,9 +162,16 @@ def mean_norm(cohort: Cohort, per_weight: bool = False) -> Drawable:
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
     per_weight : bool
         Divide the norms of weight and update by the root of the number of weights, which makes layers comparable.
+
+    Examples
+    --------
+    >>> ls.plots.mean_norm({"full fine-tuning": full, "LoRA": lora})
     """
+    cohort = gather_runs("mean_norm", runs, control)
     quantities = ("weight_norm", "update_norm")
     if per_weight:
         modules = pd.concat([run.modules for run in cohort.runs])
@@ -170,7 +193,7 @@ def mean_norm(cohort: Cohort, per_weight: bool = False) -> Drawable:
         label = f"{axis_label('adapter_norm')} − step 0" if since_start else axis_label(name)
         y = Axis(label=f"{label} / √n" if per_weight else label, log=not since_start)
         panels.append(profile(cohort, cells, y, title=named[name], caption=cohort.caption(caption)))
-    return wrap(panels, 2)
+    return cohort.complete(wrap(panels, 2))
 
 
 def _comparable_quantity(cohort: Cohort) -> str:

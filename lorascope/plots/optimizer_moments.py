@@ -11,8 +11,8 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Heat, Line
 from lorascope.plots.builders import course, curves, mean_over_modules, used_places
-from lorascope.plots.figure_registry import figure
-from lorascope.plots.run_groups import Cohort, axis_label
+from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.run_groups import Runs, axis_label
 from lorascope.schema.module_roles import ROLES
 
 _SHUFFLED = "shuffled"
@@ -47,17 +47,22 @@ _MOST_STEPS = 12
     "shuffled panel, with the same row and column sums, exceeds the row-column product that Adafactor also stores.",
     misleads="A matrix of positive entries always has one large singular value, so a drop after the first proves "
     "nothing. Early recordings show only a few batches, and spectra flatten during training: compare late steps.",
-    takes="Runs with ``observe.second_moments()``; one pair of panels per label.",
-    example="ls.plots.second_moments(moments)",
 )
-def second_moments(cohort: Cohort, role: str | None = None) -> Panels:
+def second_moments(runs: Runs, control: Runs | None = None, role: str | None = None) -> Panels:
     """Plot singular values of Adam's second moments by layer, next to a shuffled baseline (Adapprox, Fig. 1).
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs with ``observe.second_moments()``; one pair of panels per label.
     role : str, optional
         Role of the matrices to plot; by default the mean over all matrices of a layer.
+
+    Examples
+    --------
+    >>> ls.plots.second_moments(moments)
     """
+    cohort = gather_runs("second_moments", runs, control)
     table = cohort.label(cohort.table)
     what = "all matrices of a layer" if role is None else f"role {role}"
     caption = cohort.caption(
@@ -84,7 +89,7 @@ def second_moments(cohort: Cohort, role: str | None = None) -> Panels:
                     colors=dict.fromkeys(cells["layer"]),
                 )
             )
-    return set_side_by_side(*panels)
+    return cohort.complete(set_side_by_side(*panels))
 
 
 @figure(
@@ -94,11 +99,20 @@ def second_moments(cohort: Cohort, role: str | None = None) -> Panels:
     "Below the flat line, factors of this rank describe the second moment better than Adafactor's row-column product.",
     misleads="The largest entries dominate the Frobenius norm, but the optimizer divides by the root of every entry, "
     "so small ones matter as much. Compare with the shuffled matrix: only the gap to it exceeds row and column sums.",
-    takes="Runs with ``observe.second_moments()``; one panel per label.",
-    example="ls.plots.moment_error(moments)",
 )
-def moment_error(cohort: Cohort) -> Drawable:
-    """Plot the relative error of factored second moments by rank, and of Adafactor's rank one (Adapprox)."""
+def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
+    """Plot the relative error of factored second moments by rank, and of Adafactor's rank one (Adapprox).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs with ``observe.second_moments()``; one panel per label.
+
+    Examples
+    --------
+    >>> ls.plots.moment_error(moments)
+    """
+    cohort = gather_runs("moment_error", runs, control)
     caption = cohort.caption(
         "Relative error in Frobenius norm, mean over all matrices in blocks, at the last recorded step; S-RSI with "
         "l = p = 5."
@@ -117,7 +131,7 @@ def moment_error(cohort: Cohort) -> Drawable:
         cells = band(pd.concat([found[~flat], everywhere]).astype({"index": int}), ["measure", "index"])
         y = Axis(label=axis_label("moment_error"), limits=(0, None))
         panels.append(_by_rank(cells, y, cohort.title(label), caption, _ERRORS.values()))
-    return wrap(panels, len(panels))
+    return cohort.complete(wrap(panels, len(panels)))
 
 
 @figure(
@@ -128,11 +142,20 @@ def moment_error(cohort: Cohort) -> Drawable:
     misleads="Times are from one machine and the shapes of one block, the shorter of two runs, and other processes "
     "distort them: measure on your machine. They do not grow evenly, because some libraries multiply by few columns "
     "more slowly than by sixteen.",
-    takes="Runs with ``observe.factorings()``; one pair of panels per label.",
-    example="ls.plots.factorization_methods(moments)",
 )
-def factorization_methods(cohort: Cohort) -> Panels:
-    """Plot error and time of S-RSI by rank, power iterations and oversampling, and of torch's SVDs (Adapprox)."""
+def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
+    """Plot error and time of S-RSI by rank, power iterations and oversampling, and of torch's SVDs (Adapprox).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs with ``observe.factorings()``; one pair of panels per label.
+
+    Examples
+    --------
+    >>> ls.plots.factorization_methods(moments)
+    """
+    cohort = gather_runs("factorization_methods", runs, control)
     caption = cohort.caption(
         "Second moments of one block at the last recorded step. Errors: mean Frobenius error over the matrices, "
         "relative to that of the full SVD. Times: sum over the matrices."
@@ -143,7 +166,7 @@ def factorization_methods(cohort: Cohort) -> Panels:
         for what, name, log in (("excess", "error / SVD error", False), ("seconds", "time (s)", True)):
             cells = band(found.assign(value=found[what]), ["measure", "index"])
             panels.append(_by_rank(cells, Axis(label=name, log=log), cohort.title(label), caption, _WAYS.values()))
-    return set_side_by_side(*panels)
+    return cohort.complete(set_side_by_side(*panels))
 
 
 @figure(
@@ -154,10 +177,8 @@ def factorization_methods(cohort: Cohort) -> Panels:
     misleads="The selection error starts from factors, so with a loose tolerance a sufficient rank persists despite "
     "drift: check factor_error. Plateaus also come from the cap (a quarter of the smaller side by default) and from "
     "coarse growth.",
-    takes="Runs of Adapprox; one panel per label.",
-    example="ls.plots.factor_rank(adapprox)",
 )
-def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
+def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None) -> Drawable:
     """Plot the rank of Adapprox's second moments by layer, role and step.
 
     Columns are steps at which ranks were selected and the last step; at most 12 columns. Cells print rank and cap if
@@ -165,9 +186,16 @@ def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of Adapprox; one panel per label.
     role : str, optional
         Role to plot; by default all roles, as frames.
+
+    Examples
+    --------
+    >>> ls.plots.factor_rank(adapprox)
     """
+    cohort = gather_runs("factor_rank", runs, control)
     rows = optimizer_moments.ranks(cohort.label(cohort.table))
     rows = rows[rows["role"] == role] if role is not None else rows
     if rows.empty:
@@ -204,7 +232,7 @@ def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
         )
         for label, own in cohort.split(cells)
     ]
-    return wrap(panels, len(panels))
+    return cohort.complete(wrap(panels, len(panels)))
 
 
 @figure(
@@ -215,11 +243,20 @@ def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
     "steps.",
     misleads="The selection error compares factors with a matrix made from factors, so it falls below the tolerance by "
     "itself. It does not measure the error of the second moment: record observe.factor_drift() for that.",
-    takes="Runs of Adapprox, ideally with ``observe.factor_drift()``; one panel per label.",
-    example="ls.plots.factor_error(adapprox)",
 )
-def factor_error(cohort: Cohort) -> Drawable:
-    """Plot the errors of Adapprox's second moments over the steps, averaged over all factored matrices in blocks."""
+def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
+    """Plot the errors of Adapprox's second moments over the steps, averaged over all factored matrices in blocks.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of Adapprox, ideally with ``observe.factor_drift()``; one panel per label.
+
+    Examples
+    --------
+    >>> ls.plots.factor_error(adapprox)
+    """
+    cohort = gather_runs("factor_error", runs, control)
     rows = cohort.select(*_COURSES).dropna(subset="layer").astype({"quantity": "str"})
     means = mean_over_modules(rows, "quantity")
     cells = band(means.assign(measure=means["quantity"].map(_COURSES)), ["recipe", "measure", "step"])
@@ -238,7 +275,7 @@ def factor_error(cohort: Cohort) -> Drawable:
         )
         for label, own in cohort.split(cells)
     ]
-    return wrap(panels, len(panels))
+    return cohort.complete(wrap(panels, len(panels)))
 
 
 def _by_rank(cells: pd.DataFrame, y: Axis, title: str, caption: str, colors: Iterable[str]) -> Chart:

@@ -13,8 +13,8 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point
 from lorascope.plots.builders import curves, heat_by_role, metric_bars
-from lorascope.plots.figure_registry import figure
-from lorascope.plots.run_groups import Cohort, Group, define, join_by_label, require_counts
+from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.run_groups import Cohort, Group, Runs, define, join_by_label, require_counts
 from lorascope.schema import records
 
 _MOST_COLUMNS = 26  # largest number of columns of cells in one row of panels
@@ -32,12 +32,21 @@ _TRUTH = "planted rank"
     "ignores the need. Where bands overlap, these seeds do not distinguish two allocators.",
     misleads="Planted components have similar sizes, unlike those of a real task: confirm the result there. A method "
     "whose ranks cannot exceed the initial rank, or cannot reach 0, must leave the diagonal at that end.",
-    takes="Runs on the text of a planted teacher, and runs to compare with.",
-    example='ls.plots.planted({"AdaLoRA": planted})',
 )
-def planted(cohort: Cohort) -> Chart:
-    """Plot found rank against planted rank, one line per recipe."""
-    return found_by_planted(cohort, pd.concat([recovered_ranks(run) for run in cohort.runs]))
+def planted(runs: Runs, control: Runs | None = None) -> Chart:
+    """Plot found rank against planted rank, one line per recipe.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs on the text of a planted teacher, and runs to compare with.
+
+    Examples
+    --------
+    >>> ls.plots.planted({"AdaLoRA": planted})
+    """
+    cohort = gather_runs("planted", runs, control)
+    return cohort.complete(found_by_planted(cohort, pd.concat([recovered_ranks(run) for run in cohort.runs])))
 
 
 def found_by_planted(cohort: Cohort, found: pd.DataFrame) -> Chart:
@@ -67,18 +76,24 @@ def found_by_planted(cohort: Cohort, found: pd.DataFrame) -> Chart:
     "for unrelated ones.",
     misleads="Random allocation also produces a pattern: compare with chance=True or a control. A rank costs more "
     "parameters in larger matrices, and a high rank shows what a module received, not what it needs.",
-    example='ls.plots.rank_allocation({"AdaLoRA": adalora}, chance=True)',
 )
-def rank_allocation(cohort: Cohort, step: int | None = None, chance: bool = False) -> Drawable:
+def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = None, chance: bool = False) -> Drawable:
     """Plot rank by layer and role, one panel per recipe (AdaLoRA, AutoLoRA and ALoRA, each in its Fig. 3).
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
     step : int, optional
         Step after which the ranks are shown; by default the end.
     chance : bool
         Add a panel per recipe with its budget allocated at random, resampled for every seed.
+
+    Examples
+    --------
+    >>> ls.plots.rank_allocation({"AdaLoRA": adalora}, chance=True)
     """
+    cohort = gather_runs("rank_allocation", runs, control)
     steps = cohort.table["step"].dropna()
     if step is not None and steps.empty:
         raise ValueError(f"step must be None for adapters, whose steps are not known, got {step}")
@@ -104,7 +119,7 @@ def rank_allocation(cohort: Cohort, step: int | None = None, chance: bool = Fals
     cells = _rank_cells(found, ["recipe", "kind"])
     caption = cohort.caption(*sentences, interval=_SPREAD)
     panels = _rank_heats(cells, list(dict.fromkeys(found["recipe"])), caption)
-    return wrap(panels, _MOST_COLUMNS // cells["place"].nunique())
+    return cohort.complete(wrap(panels, _MOST_COLUMNS // cells["place"].nunique()))
 
 
 @figure(
@@ -115,17 +130,22 @@ def rank_allocation(cohort: Cohort, step: int | None = None, chance: bool = Fals
     "follows the budget. Changes after the budget is final are exchanges between modules, not pruning.",
     misleads="Masked components of AdaLoRA keep training between decisions, so a rank of 0 can recover. While the "
     "budget falls, all modules lose rank: only those that lose it more slowly were spared.",
-    takes="Runs to plot, and runs to compare with in the rows below.",
-    example="ls.plots.rank_replay(adalora[0])",
 )
-def rank_replay(cohort: Cohort, frames: int = 30) -> Panels:
+def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Panels:
     """Plot ranks by layer and role at the decisions of the allocator, with the budget; one row per recipe.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with in the rows below.
     frames : int
         Maximum number of steps shown, evenly spaced among the decisions of the runs.
+
+    Examples
+    --------
+    >>> ls.plots.rank_replay(adalora[0])
     """
+    cohort = gather_runs("rank_replay", runs, control)
     require_counts(frames=frames)
     own = [run for group in cohort.groups if not group.control for run in group.runs]
     table = records.concat(run.table for run in own)
@@ -136,7 +156,7 @@ def rank_replay(cohort: Cohort, frames: int = 30) -> Panels:
     caption = cohort.caption(f"{define('rank')} Steps are those at which ranks were {taken}.", interval=_SPREAD)
     heats = _rank_heats(cells, cohort.labels, caption, frame="step")
     courses = [_rank_course(cohort, found, label, caption) for label in cohort.labels]
-    return stack_vertically(*(set_side_by_side(*row) for row in zip(heats, courses, strict=True)))
+    return cohort.complete(stack_vertically(*(set_side_by_side(*row) for row in zip(heats, courses, strict=True))))
 
 
 @figure(
@@ -146,19 +166,24 @@ def rank_replay(cohort: Cohort, frames: int = 30) -> Panels:
     "comparable at equal parameters (see the caption); overlapping intervals mean that the seeds do not order them.",
     misleads="A type that does well on its own may add nothing to the others: also train combinations. Types with "
     "larger matrices may need another learning rate, or else the bars compare rates: tune it per type.",
-    takes="Runs labeled by role or by group of layers; ``ls.baseline_ranks.equal_parameters`` computes their ranks.",
-    example="ls.plots.adapted_types(types)",
 )
-def adapted_types(cohort: Cohort, start: float = 0.0) -> Chart:
+def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
     """Plot test metric by adapted weights, one bar per label (AdaLoRA, Fig. 1).
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs labeled by role or by group of layers; ``ls.baseline_ranks.equal_parameters`` computes their ranks.
     start : float
         Lower end of the metric axis; above 0, small differences look large.
+
+    Examples
+    --------
+    >>> ls.plots.adapted_types(types)
     """
+    cohort = gather_runs("adapted_types", runs, control)
     title = "Test metric by adapted weights"
-    return metric_bars(cohort, start, "adapted weights", [_spent_parameters(cohort)], title)
+    return cohort.complete(metric_bars(cohort, start, "adapted weights", [_spent_parameters(cohort)], title))
 
 
 def _rank_cells(found: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:

@@ -12,8 +12,8 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point, Rule, Text
 from lorascope.plots.builders import course, mean_over_modules, used_roles
-from lorascope.plots.figure_registry import figure, table_figure
-from lorascope.plots.run_groups import Cohort, axis_label, define
+from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.run_groups import Cohort, Runs, axis_label, define
 from lorascope.runs.result import Result
 
 _BASELINE = ", shuffled domains"
@@ -31,17 +31,22 @@ _MOST_NUMBERED = 6  # largest number of columns whose cells have room for number
     misleads="Experts of different layers or seeds do not correspond, so one run is drawn, and random routers also "
     "separate domains slightly: compare with step 0. Means hide tokens that are routed sharply to different experts: "
     "check gate_course.",
-    takes="Runs to plot, and runs to compare with below; one panel per recipe, its first run.",
-    example='ls.plots.gates({"HydraLoRA": hydralora})',
 )
-def gates(cohort: Cohort, step: int | None = None) -> Drawable:
+def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> Drawable:
     """Plot the mean gate weight of every expert by domain minus a uniform weight, one layer per frame.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with below; one panel per recipe, its first run.
     step : int, optional
         First or last step of the run; by default the last.
+
+    Examples
+    --------
+    >>> ls.plots.gates({"HydraLoRA": hydralora})
     """
+    cohort = gather_runs("gates", runs, control)
     found = [(group, _gates_by_domain(group.runs[0], step)) for group in cohort.groups]
     most = max(float(cells["value"].abs().max()) for _, cells in found)
     panels = []
@@ -66,7 +71,7 @@ def gates(cohort: Cohort, step: int | None = None) -> Drawable:
                 frame="layer",
             )
         )
-    return wrap(panels, 1)
+    return cohort.complete(wrap(panels, 1))
 
 
 @figure(
@@ -79,11 +84,20 @@ def gates(cohort: Cohort, step: int | None = None) -> Drawable:
     misleads="Confident routing need not help, and all tokens may use the same expert: check the gates figure. The "
     "recorded text is short, so even a router that ignores domains exceeds 0 in the second panel: compare with the "
     "baseline.",
-    takes="Runs to plot, and runs to compare with; curves are means over modules.",
-    example='ls.plots.gate_course({"HydraLoRA": hydralora})',
 )
-def gate_course(cohort: Cohort) -> Drawable:
-    """Plot the entropy of a token's gate weights over the steps, and their mutual information with the domain."""
+def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
+    """Plot the entropy of a token's gate weights over the steps, and their mutual information with the domain.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with; curves are means over modules.
+
+    Examples
+    --------
+    >>> ls.plots.gate_course({"HydraLoRA": hydralora})
+    """
+    cohort = gather_runs("gate_course", runs, control)
     experts = cohort.table[cohort.table["quantity"] == "gate"].groupby("run", observed=True)["index"].max() + 1
     uniform = [Rule(y=math.log(number), label=f"uniform, {number} experts") for number in sorted(experts.unique())]
     panels = [_course_chart(cohort, "gate_entropy", _module_means(cohort, "gate_entropy"), *uniform)]
@@ -92,10 +106,9 @@ def gate_course(cohort: Cohort) -> Drawable:
         baseline = _module_means(cohort, "gate_chance")
         baseline = baseline.assign(recipe=baseline["recipe"] + _BASELINE)
         panels.append(_course_chart(cohort, "gate_information", pd.concat([information, baseline])))
-    return wrap(panels, len(panels))
+    return cohort.complete(wrap(panels, len(panels)))
 
 
-@table_figure
 def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     """Plot the k-means error against K and the number of clusters chosen per sample (HydraLoRA, App. B and Fig. 7).
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, cast
 
 import pandas as pd
 
 from lorascope.analysis import initial_update, norms
+from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.plots.requirements import OF_UPDATES, missing_reason
 from lorascope.runs.gated_run import gate_description
 from lorascope.runs.result import Result
@@ -18,6 +19,7 @@ from lorascope.schema import records
 from lorascope.schema.records import QUANTITIES
 
 Runs: TypeAlias = Result | Sequence[Result] | Mapping[str, Result | Sequence[Result]]
+AnyDrawable = TypeVar("AnyDrawable", bound=Drawable)
 
 INTERVAL = "95% t-interval over seeds"
 MIXTURES = "mixtures"
@@ -184,6 +186,20 @@ class Cohort:
             return " ".join([*sentences, f"{self.sample_sentence[:-1]}, so no interval."])
         equal = len({group.sample for group in self.groups}) == 1
         return " ".join([*sentences, f"{'Mean of' if equal else 'Mean over seeds:'} {self.sample}; {interval}."])
+
+    def complete(self, drawn: AnyDrawable) -> AnyDrawable:
+        """Add the origin of the figure to its charts, and the gates of input-dependent updates to every caption."""
+        mixtures: dict[str, str] = {}
+        for chart in drawn.charts():
+            mixtures |= (self.meta | dict(chart.meta)).get(MIXTURES, {})
+        sentences = mixture_sentences(mixtures)
+
+        def complete_chart(chart: Chart) -> Chart:
+            caption = " ".join([chart.caption, *sentences])
+            return replace(chart, caption=caption, meta=self.meta | dict(chart.meta))
+
+        rows = tuple(tuple(map(complete_chart, row)) for row in drawn.rows())
+        return cast("AnyDrawable", Panels(rows) if isinstance(drawn, Panels) else rows[0][0])
 
     def method_notes(self) -> list[str]:
         """Return the sentences that the methods of the runs add to captions, such as which moments are not factored."""

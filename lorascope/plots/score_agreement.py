@@ -8,11 +8,9 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Heat, Point, Rule
 from lorascope.plots.builders import pair_heat
-from lorascope.plots.figure_registry import table_figure
 from lorascope.plots.run_groups import INTERVAL
 
 
-@table_figure
 def agreement(cells: pd.DataFrame, level: str) -> Chart:
     """Plot the rank correlation of every pair of scores, averaged over runs.
 
@@ -34,7 +32,6 @@ def agreement(cells: pd.DataFrame, level: str) -> Chart:
     )
 
 
-@table_figure
 def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
     """Plot the rank correlation of every score with the true one, averaged over runs, with its interval.
 

@@ -13,8 +13,8 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Rule
 from lorascope.plots.builders import bars, pair_heat, used_roles
-from lorascope.plots.figure_registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group, axis_label, require_counts
+from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, axis_label, require_counts
 from lorascope.runs.result import Result
 from lorascope.schema.records import QUANTITIES
 
@@ -30,11 +30,20 @@ _KINDS = ("strong", "suppressed", "indirect")
     "layers.",
     misleads="One threshold for all layers prefers small weights and large gradients, regardless of function: compare "
     "with select_by='random'. A pattern that repeats over seeds may reflect depth, not the task: compare tasks.",
-    takes='Runs of NeFT, and controls such as runs with ``select_by="reversed"`` or ``"random"``.',
-    example='ls.plots.neurons({"NeFT": neft, "random neurons": random_neurons})',
 )
-def neurons(cohort: Cohort) -> Drawable:
-    """Plot the number of selected neurons by layer and projection, one panel per recipe."""
+def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
+    """Plot the number of selected neurons by layer and projection, one panel per recipe.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of NeFT, and controls such as runs with ``select_by="reversed"`` or ``"random"``.
+
+    Examples
+    --------
+    >>> ls.plots.neurons({"NeFT": neft, "random neurons": random_neurons})
+    """
+    cohort = gather_runs("neurons", runs, control)
     found = cohort.label(pd.concat([selected_neurons.by_layer(run) for run in cohort.runs], ignore_index=True))
     found["place"] = place(found)
     cells = band(found, ["recipe", "place", "role"])
@@ -55,57 +64,72 @@ def neurons(cohort: Cohort) -> Drawable:
                 colors=used_roles(cells),
             )
         )
-    return wrap(panels, _MOST_LAYERS // cells["place"].nunique())
+    return cohort.complete(wrap(panels, _MOST_LAYERS // cells["place"].nunique()))
 
 
 @figure(
     topic="neurons",
     needs=("neuron_cosine",),
-    check=False,
     reads="Lines are the median cosine distance of the neurons of a projection by layer, bands contain 90% of them. "
     "Neurons above the threshold, if one is drawn, were selected; a layer whose whole band is above it was selected "
     "almost entirely.",
     misleads="Cosine distance ignores growth and, for small changes, scales with the squared change over the squared "
     "norm, so small weights rotate easily: compare update norms. Neurons that did not rotate are missing from the "
     "logarithmic axis.",
-    example='ls.plots.neuron_cosine({"NeFT": neft})',
 )
-def neuron_cosine(cohort: Cohort, quantity: str | None = None) -> Drawable:
+def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None = None) -> Drawable:
     """Plot the cosine distance of neurons from their base weights by layer and projection, one panel per recipe.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
     quantity : str, optional
         Recorded cosine distance. By default ``selection_cosine``, by which NeFT selects, if all runs have it, else
         ``neuron_cosine``, that of the run itself.
+
+    Examples
+    --------
+    >>> ls.plots.neuron_cosine({"NeFT": neft})
     """
+    cohort = gather_runs("neuron_cosine", runs, control, check=False)
     recorded = cohort.table.loc[cohort.table["quantity"] == "selection_cosine", "run"].nunique()
     quantity = quantity or ("selection_cosine" if recorded == len(cohort.runs) else "neuron_cosine")
     cohort.require(quantity)
-    return wrap([_rotation_quantiles(cohort, group, quantity) for group in cohort.groups], len(cohort.groups))
+    return cohort.complete(
+        wrap([_rotation_quantiles(cohort, group, quantity) for group in cohort.groups], len(cohort.groups))
+    )
 
 
 @figure(
     topic="neurons",
     needs=("selected",),
     runs=2,
-    check=False,
     reads="Each cell is the fraction of neurons that two selections share, averaged over pairs of runs; the diagonal "
     "compares seeds of one label. Neurons are task-specific only as far as cells off the diagonal are lower.",
     misleads="All overlaps exceed the random baseline in the caption, because some layers rotate more on any task: "
     "compare with the diagonal. Larger selections overlap more at random: compare selections of equal size.",
-    takes="At least two runs, labeled by domain for example, ideally with several seeds of each label.",
-    raises="There are fewer than two runs, or they have different models.",
-    example='ls.plots.neuron_overlap({"NeFT": neft, "random neurons": random_neurons})',
 )
-def neuron_overlap(cohort: Cohort, k: int | None = None) -> Chart:
+def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None) -> Chart:
     """Plot the overlap of selected neurons between labels, and between the seeds of each label (NeFT, Table 6).
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        At least two runs, labeled by domain for example, ideally with several seeds of each label.
     k : int, optional
         Number of neurons selected from each run by cosine distance; by default the neurons that it trained.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two runs, or they have different models.
+
+    Examples
+    --------
+    >>> ls.plots.neuron_overlap({"NeFT": neft, "random neurons": random_neurons})
     """
+    cohort = gather_runs("neuron_overlap", runs, control, check=False)
     require_counts(k=k)
     cohort.require("selected" if k is None else "neuron_cosine")
     cohort.require_runs(2)
@@ -120,39 +144,49 @@ def neuron_overlap(cohort: Cohort, k: int | None = None) -> Chart:
     baseline = f"Random baseline: mean {found['chance'].mean():.2f}, 95th percentile {found['most'].max():.2f}"
     sizes = sorted({len(each) for group in sets.values() for each in group})
     shared = f"Fraction of {' or '.join(f'{size:,}' for size in sizes)} neurons that two selections share"
-    return pair_heat(
-        cells,
-        Heat("second", "first", "overlap", "overlap", ".2f", limits=(0, 1)),
-        cohort.labels,
-        title="Overlap of selected neurons",
-        caption=f"{shared}, mean over pairs; on the diagonal, between seeds. {baseline} (hypergeometric). "
-        f"{cohort.sample_sentence}",
+    return cohort.complete(
+        pair_heat(
+            cells,
+            Heat("second", "first", "overlap", "overlap", ".2f", limits=(0, 1)),
+            cohort.labels,
+            title="Overlap of selected neurons",
+            caption=f"{shared}, mean over pairs; on the diagonal, between seeds. {baseline} (hypergeometric). "
+            f"{cohort.sample_sentence}",
+        )
     )
 
 
 @figure(
     topic="neurons",
     needs=("utilisation",),
-    check=False,
     history=True,
     reads="Left: mean shift of utilization ranks by percentile in the reference (0: most used) and over all; the paper "
     "finds both ends stable. Right: neurons that moved by at least 28% of the ranks (strong), and how many of them "
     "fell (suppressed) or were not trained (indirect).",
     misleads="Ranks in the middle are close together, so small changes shift them far, and ranks also rise because "
     "others fall: compare with random selection. If all neurons train, none counts as indirect.",
-    takes="Runs with ``observe.utilization()``.",
-    raises="The runs have different models, recorded utilization with different settings, or a seed has no reference.",
-    example='ls.plots.rank_shift({"NeFT": neft, "random neurons": random_neurons})',
 )
-def rank_shift(cohort: Cohort, reference: Result | Sequence[Result] | None = None) -> Panels:
+def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequence[Result] | None = None) -> Panels:
     """Plot the shift of utilization ranks, and the paper's three kinds of neurons (NeFT, Figs. 2, 4 and 5).
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs with ``observe.utilization()``.
     reference : Run or sequence of Run, optional
         Runs to compare with, such as NeFT with fewer neurons: one for all, or one per seed. By default the model
         before training.
+
+    Raises
+    ------
+    ValueError
+        The runs have different models, recorded utilization with different settings, or a seed has no reference.
+
+    Examples
+    --------
+    >>> ls.plots.rank_shift({"NeFT": neft, "random neurons": random_neurons})
     """
+    cohort = gather_runs("rank_shift", runs, control, check=False)
     others = [reference] if isinstance(reference, Result) else list(reference or ())
     known = Cohort(cohort.name, (*cohort.groups, *((Group("reference", tuple(others)),) if others else ())))
     known.require("utilisation", history=not others)
@@ -204,7 +238,7 @@ def rank_shift(cohort: Cohort, reference: Result | Sequence[Result] | None = Non
             (pd.DataFrame(kinds), "category", (Axis(order=_KINDS), "neurons")),
         )
     ]
-    return set_side_by_side(*panels)
+    return cohort.complete(set_side_by_side(*panels))
 
 
 def _utilization_states(cohort: Cohort) -> str:

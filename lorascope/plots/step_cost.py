@@ -11,8 +11,8 @@ from lorascope.analysis import memory_estimate, norms, step_time
 from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Rule
 from lorascope.plots.builders import stacked_bars
-from lorascope.plots.figure_registry import figure
-from lorascope.plots.run_groups import Cohort
+from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.run_groups import Cohort, Runs
 
 _PARTS = {
     "parameter_bytes": "parameters",
@@ -30,25 +30,33 @@ _COUNTS = "no interval, because seeds differ only in the length of their texts"
 @figure(
     topic="optimizers",
     needs=tuple(_PARTS),
-    takes="Runs of ``ls.step_memory.measure``, or runs with ``observe.memory()``, which have no peak. "
-    "One panel per model.",
     reads="Each bar ends at the peak memory of one step; parameters, gradients and optimizer state are counted, the "
     "rest is everything else at the peak. Panels of larger models are computed from shapes and have no rest.",
     misleads="Peaks hold for one batch size and text length: with longer texts the rest outgrows all that a method can "
     "save. In small models the embedding is up to half of all parameters, and LISA always trains it, so LISA saves "
     "little there.",
-    raises="A computed size is unknown.",
-    example='ls.plots.memory({"full fine-tuning": full[0], "LoRA": lora})',
 )
-def memory(cohort: Cohort, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
+def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
     """Plot the memory of a step by part, measured and computed for larger models (LISA, Fig. 3; Adapprox).
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of ``ls.step_memory.measure``, or runs with ``observe.memory()``, which have no peak. One panel per model.
     computed : sequence of str
         Model sizes to add below: "7B" and "70B" (LLaMA-2 with every method), "117M" and "345M" (GPT-2 with every
         optimizer of all weights, with and without a first moment).
+
+    Raises
+    ------
+    ValueError
+        A computed size is unknown.
+
+    Examples
+    --------
+    >>> ls.plots.memory({"full fine-tuning": full[0], "LoRA": lora})
     """
+    cohort = gather_runs("memory", runs, control)
     sizes = (*_PAPERS, *memory_estimate.GPT2)
     if unknown := [size for size in computed if size not in sizes]:
         raise ValueError(f"computed must be one of {', '.join(map(repr, sizes))}, got {unknown[0]!r}")
@@ -86,7 +94,7 @@ def memory(cohort: Cohort, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
         panels.append(
             stacked_bars(rows, list(rows["recipe"].unique()), label, _COLORS, *card, title=title, caption=caption)
         )
-    return wrap(panels, 1)
+    return cohort.complete(wrap(panels, 1))
 
 
 def _measured_memory(cohort: Cohort) -> pd.DataFrame:
@@ -111,16 +119,25 @@ def _batch_phrase(cohort: Cohort) -> list[str]:
 @figure(
     topic="optimizers",
     needs=tuple(step_time.PARTS),
-    takes="Runs of ``ls.step_time.measure``.",
     reads="Each bar is the time of one step: forward (the loss), backward (its gradients) and the rest, mostly the "
     "optimizer. A method is faster where its bar is shorter by more than the spread in the caption.",
     misleads="Times hold for one machine, model, batch size and text length: with large embeddings or short texts the "
     "optimizer's fraction is larger than usual. Adapters slow down the forward pass, which offsets their savings: "
     "compare whole bars.",
-    example="ls.plots.step_seconds(timed)",
 )
-def step_seconds(cohort: Cohort) -> Chart:
-    """Plot the time of a step by part in milliseconds, one bar per label (LISA, Fig. 4)."""
+def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
+    """Plot the time of a step by part in milliseconds, one bar per label (LISA, Fig. 4).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of ``ls.step_time.measure``.
+
+    Examples
+    --------
+    >>> ls.plots.step_seconds(timed)
+    """
+    cohort = gather_runs("step_seconds", runs, control)
     rows = cohort.label(step_time.medians(cohort.table))
     cells = rows.groupby(["recipe", "part"], sort=False)["value"].mean().mul(1e3).reset_index()
     caption = cohort.caption(
@@ -129,4 +146,4 @@ def step_seconds(cohort: Cohort) -> Chart:
         interval=_COUNTS,
     )
     parts, label = list(step_time.PARTS.values()), "time per step (ms)"
-    return stacked_bars(cells, cohort.labels, label, parts, title="Time per step", caption=caption)
+    return cohort.complete(stacked_bars(cells, cohort.labels, label, parts, title="Time per step", caption=caption))

@@ -16,9 +16,9 @@ from lorascope.analysis.subspace_similarity import Side
 from lorascope.charts.chart import Chart, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Heat
 from lorascope.plots.builders import curves
-from lorascope.plots.figure_registry import figure
+from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import SPECTRA, UPDATES
-from lorascope.plots.run_groups import Cohort, require_choice
+from lorascope.plots.run_groups import Cohort, Runs, require_choice
 from lorascope.runs.result import Result
 
 _MOST_DOTS = 64  # largest number of components with a dot each
@@ -32,21 +32,33 @@ _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
     "effective rank in the caption is the number of equal singular values with the same entropy.",
     misleads="After short training, small singular values may be remnants of the random initialization, not learned "
     "directions. Runs with equal spectra may still share no direction: check subspace_similarity.",
-    raises="The runs have no such module, or no snapshot of the step.",
-    example='ls.plots.spectrum({"LoRA, rank 8": lora, "LoRA, rank 32": lora_rank_32})',
 )
-def spectrum(cohort: Cohort, module: str | None = None, step: int | None = None, added: bool = False) -> Chart:
+def spectrum(
+    runs: Runs, control: Runs | None = None, module: str | None = None, step: int | None = None, added: bool = False
+) -> Chart:
     """Plot the singular values of one module's update, one line per recipe.
 
     Parameters
     ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
     module : str, optional
         Module to plot; by default the one with the largest update among those whose spectrum all runs have.
     step : int, optional
         Step with a snapshot; by default the last step.
     added : bool
         Subtract the initial update where it is nonzero, as in FourierFT.
+
+    Raises
+    ------
+    ValueError
+        The runs have no such module, or no snapshot of the step.
+
+    Examples
+    --------
+    >>> ls.plots.spectrum({"LoRA, rank 8": lora, "LoRA, rank 32": lora_rank_32})
     """
+    cohort = gather_runs("spectrum", runs, control)
     values_of = spectra.added_values if added else spectra.singular_values
     by_run = {run.id: values_of(run, step) for run in cohort.runs}
     module = common_module(cohort, list(by_run.values()), module)
@@ -59,34 +71,33 @@ def spectrum(cohort: Cohort, module: str | None = None, step: int | None = None,
         + ("" if pd.isna(row["low"]) else f" [{row['low']:.1f}, {row['high']:.1f}]")
         for row in band(cohort.label(ranks), ["recipe"]).to_dict("records")
     )
-    return curves(
-        cells,
-        "component",
-        ("component", Axis(label="singular value", log=True)),
-        points=bool(cells["component"].max() <= _MOST_DOTS),
-        title=f"Spectrum of {module}",
-        caption=cohort.caption(
-            f"Singular values of {'ΔW − ΔW₀' if added else 'ΔW'}. Effective rank: {effective}.",
-            *(cohort.missing_initial_updates() if added else []),
-        ),
-        colors=cohort.labels,
-        meta={"module": module},
+    return cohort.complete(
+        curves(
+            cells,
+            "component",
+            ("component", Axis(label="singular value", log=True)),
+            points=bool(cells["component"].max() <= _MOST_DOTS),
+            title=f"Spectrum of {module}",
+            caption=cohort.caption(
+                f"Singular values of {'ΔW − ΔW₀' if added else 'ΔW'}. Effective rank: {effective}.",
+                *(cohort.missing_initial_updates() if added else []),
+            ),
+            colors=cohort.labels,
+            meta={"module": module},
+        )
     )
 
 
 @figure(
     topic="updates",
     needs=(UPDATES,),
-    apart=True,
     runs=2,
     reads="Cell (i, j) is the overlap of the first i directions of one run with the first j of another: 1 if "
     "contained, 0 if orthogonal. Only what is brighter than the same cell of the random panel is shared.",
     misleads="Runs with the same random initial A are similar before they learn anything: use different seeds. In "
     "narrow models, or for large i or j, the random baseline itself is close to 1.",
-    raises="There are no two runs to compare.",
-    example='ls.plots.subspace_similarity({"rank 8": lora[0], "rank 32": lora_rank_32})',
 )
-def subspace_similarity(cohorts: Sequence[Cohort], module: str | None = None, side: Side = "A") -> Panels:
+def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | None = None, side: Side = "A") -> Panels:
     """Plot LoRA's subspace similarity φ between runs, next to a random baseline (section 7.2, Figs. 3 and 4).
 
     Parameters
@@ -101,7 +112,17 @@ def subspace_similarity(cohorts: Sequence[Cohort], module: str | None = None, si
     side : {"A", "B", "update"}
         Directions of A (as in the paper), of B, or of the inputs of the update, which do not depend on how the update
         was factored.
+
+    Raises
+    ------
+    ValueError
+        There are no two runs to compare.
+
+    Examples
+    --------
+    >>> ls.plots.subspace_similarity({"rank 8": lora[0], "rank 32": lora_rank_32})
     """
+    cohorts = [gather_runs("subspace_similarity", group) for group in (runs, control) if group is not None]
     require_choice(side=(side, ("A", "B", "update")))
     updates = [run.updates() for cohort in cohorts for run in cohort.runs]
     module = common_module(cohorts[0], updates, module)
@@ -117,7 +138,7 @@ def subspace_similarity(cohorts: Sequence[Cohort], module: str | None = None, si
         caption = _phi_caption(cells, len(pairs), module, side)
         panels.append(_phi_heat(cells, "phi", prefix + title, caption, cohort))
     random = _phi_heat(panels[0].data, "phi_random", "random subspaces", panels[0].caption, cohorts[0])
-    return set_side_by_side(*panels, random)
+    return cohorts[0].complete(set_side_by_side(*panels, random))
 
 
 def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: str | None) -> str:

@@ -5,22 +5,37 @@ null is ``B A`` with independent normal entries, whose ranks are the same at any
 singular values; its triangular factors are drawn directly (Bartlett, 1933), so the size of the module does not matter.
 A p-value is the fraction of draws with a rank as low, counting the adapter itself.
 
-A norm has no such null: most untrained adapters have norm 0; see ``untrained`` for the others. It is compared with the
-same role in the other layers, along a line through the depth (Theil, 1950; Sen, 1968).
+A norm has no such null: most untrained adapters have norm 0. It is compared with the same role in the other layers,
+along a line through the depth (Theil, 1950; Sen, 1968), and with the norm before training, as far as that follows from
+the files. Only FourierFT, C3A and WaveFT (with ``init_weights: false``) may start from independent random
+coefficients; |dW| is a weighted norm of them. Its root mean square before training is sqrt(n) sigma |dW| / |c|, with
+n coefficients c and the standard deviation sigma at the start. This is exact if all coefficients have the same weight,
+as in C3A; entries of FourierFT that are their own mirror image weigh more. VB-LoRA and Uni-LoRA start from random
+vectors that modules share, and PiSSA, OLoRA and similar initializations of LoRA from factors of the base weights. The
+updates of these starts are not in the files.
+
+Source: PEFT 0.21.2, for the initializations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from lorascope.analysis.initial_update import at_start
 from lorascope.array_types import Float
 from lorascope.diagnosis.inspection import Inspection
-from lorascope.diagnosis.untrained import untrained_norms
 from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.formats.peft_config import RESIDUAL_INITS
+from lorascope.formats.peft_merge import MERGED
+from lorascope.formats.stored_update import StoredUpdate
+from lorascope.runs.adapter import Adapter
+from lorascope.runs.result import Result
 from lorascope.updates import effective_rank, stable_rank
+from lorascope.updates.linalg import as_float64
 
 DRAWS = 999
 LEVEL = 0.05
@@ -30,6 +45,8 @@ OUTLIER = 3.5
 _FEWEST = 5  # modules of a role, for a line and a spread
 _NORMAL = 1.4826  # standard deviation of normal values relative to their median absolute deviation
 _RANKS: dict[str, Callable[[Any], float]] = {"effective_rank": effective_rank, "stable_rank": stable_rank}
+_NONZERO_STARTS = {"VB-LoRA", "Uni-LoRA", "KaSA", *MERGED}
+"""Kinds whose start is random or depends on the base."""
 
 
 def null_table(inspection: Inspection, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
@@ -54,23 +71,29 @@ def null_table(inspection: Inspection, draws: int = DRAWS, seed: int = 0) -> pd.
     """
     modules = inspection.modules
     updates, rng = inspection.run.updates(), np.random.default_rng(seed)
-    null: dict[tuple[tuple[int, int], int], dict[str, Float[np.ndarray, "draws"]]] = {}
+    draws_of_shape: dict[tuple[tuple[int, int], int], dict[str, Float[np.ndarray, "draws"]]] = {}
     rows = []
     for row in modules.to_dict("records"):
-        values = dict.fromkeys([f"{name}_{kind}" for name in _RANKS for kind in ("null", "p")], np.nan)
+        values = dict.fromkeys([f"{name}_{column}" for name in _RANKS for column in ("null", "p")], np.nan)
         update = updates.get(row["module"])
         product = None if update is None else update.low_rank
         if product is not None and product.rank >= 2 and np.isfinite(row["effective_rank"]) and row["update_norm"] > 0:
             key = product.shape, product.rank
-            if key not in null:
-                spectra = random_spectra(*key, draws, rng)
-                null[key] = {name: np.array([rank(sigma) for sigma in spectra]) for name, rank in _RANKS.items()}
-            for name, drawn in null[key].items():
-                values[f"{name}_null"] = float(drawn.mean())
-                values[f"{name}_p"] = (1 + int((drawn <= row[name]).sum())) / (draws + 1)
+            if key not in draws_of_shape:
+                draws_of_shape[key] = _random_ranks(*key, draws, rng)
+            for name, ranks in draws_of_shape[key].items():
+                values[f"{name}_null"] = float(ranks.mean())
+                values[f"{name}_p"] = (1 + int((ranks <= row[name]).sum())) / (draws + 1)
         rows.append({name: row[name] for name in ("module", "role", "layer")} | values)
     norms = untrained_norms(inspection.run, dict(zip(modules["module"], modules["update_norm"], strict=True)))
     return pd.DataFrame(rows).assign(norm_z=_norm_z(modules), untrained_norm=list(norms.values()))
+
+
+def _random_ranks(
+    shape: tuple[int, int], rank: int, draws: int, rng: np.random.Generator
+) -> dict[str, Float[np.ndarray, "draws"]]:
+    spectra = random_spectra(shape, rank, draws, rng)
+    return {name: np.array([compute(sigma) for sigma in spectra]) for name, compute in _RANKS.items()}
 
 
 def random_spectra(
@@ -101,13 +124,13 @@ def _norm_z(modules: pd.DataFrame) -> pd.Series:
             continue
         y = logs[modules.index.get_indexer(cell.index)]
         x = cell["layer"].to_numpy(np.float64)
-        apart = x[:, None] < x[None]
-        slopes = ((y[None] - y[:, None])[apart]) / ((x[None] - x[:, None])[apart])
-        rest = y - (np.median(slopes) if len(slopes) else 0.0) * x
-        rest -= np.median(rest)
-        spread = _NORMAL * np.median(np.abs(rest))
+        pairs = x[:, None] < x[None]
+        slopes = ((y[None] - y[:, None])[pairs]) / ((x[None] - x[:, None])[pairs])
+        residuals = y - (np.median(slopes) if len(slopes) else 0.0) * x
+        residuals -= np.median(residuals)
+        spread = _NORMAL * np.median(np.abs(residuals))
         if spread > 0:
-            z[cell.index] = rest / spread
+            z[cell.index] = residuals / spread
     return z
 
 
@@ -123,3 +146,45 @@ def outliers(table: pd.DataFrame) -> pd.DataFrame:
     """Return the modules whose norm is an outlier, the largest first."""
     far = table[table["norm_z"].abs() > OUTLIER]
     return far.reindex(far["norm_z"].abs().sort_values(ascending=False).index)
+
+
+def untrained_norms(run: Result, norms: Mapping[str, float]) -> dict[str, float]:
+    """Return the root mean square of |dW| of every module before training; NaN if it is not known.
+
+    Parameters
+    ----------
+    run : Result
+        Adapter, or a run, whose initial update is saved unless it is zero.
+    norms : mapping module -> float
+        |dW| after training.
+    """
+    if not isinstance(run, Adapter):
+        starts, default = at_start(run.updates), 0.0 if run.fact("starts_at_zero", True) else np.nan
+        return {module: starts[module].norm() if module in starts else default for module in norms}
+    kind, config = run.files.kind, run.files.config
+    return {module: _untrained_norm(kind, config, run.files.parts[module], norm) for module, norm in norms.items()}
+
+
+def _untrained_norm(kind: str, config: Mapping[str, Any], part: StoredUpdate, norm: float) -> float:
+    sigma = _deviation(kind, config, part)
+    if sigma == 0 or np.isnan(sigma):
+        return sigma
+    coefficients = as_float64(next(iter(part._tensors())).read())
+    size = float(np.linalg.norm(coefficients))
+    return math.sqrt(coefficients.size) * sigma * norm / size if size else np.nan
+
+
+def _deviation(kind: str, config: Mapping[str, Any], part: StoredUpdate) -> float:
+    """Return the standard deviation of the coefficients at the start, 0 if the update is zero, NaN if unknown."""
+    init = config.get("init_weights")
+    outer, inner = part.shape
+    if kind == "FourierFT":
+        return 0.0 if init else 1.0
+    if kind == "WaveFT":
+        return 0.01 if init is False else 0.0
+    if kind == "C3A":
+        deviations = {"gaussian": 1.0, "kaiming_uniform": math.sqrt(1 / (3 * inner))}
+        deviations |= {"xavier_uniform": math.sqrt(2 / (outer + inner)), "True": 0.0}
+        return deviations.get(str(init or "xavier_uniform"), np.nan)
+    start = str(config.get("init_lora_weights", True)).lower()
+    return np.nan if kind in _NONZERO_STARTS or start.startswith(("false", *RESIDUAL_INITS)) else 0.0

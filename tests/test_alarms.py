@@ -16,7 +16,7 @@ from ward import Bench
 
 import lorascope as ls
 from lorascope.diagnosis.causes import RULES
-from lorascope.diagnosis.causes.finding import DoctorRule, of_kind
+from lorascope.diagnosis.causes.finding import DoctorRule, finding
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.observe import fault_alarms
 
@@ -254,7 +254,7 @@ def planted_alarms(monkeypatch, folder, rules, steps, every):
     """Train three or more steps with planted rules, id -> findings by number of steps, and return the warnings."""
     own = [DoctorRule(id=id) for id in rules]
     for rule, find in zip(own, rules.values(), strict=True):
-        rule.find = partial(lambda find, id, case: iter(find(id, case.steps)), find, rule.id)
+        rule.find = partial(lambda find, case: iter(find(case.steps)), find)
     monkeypatch.setattr(fault_alarms, "_rules", lambda moving: own)
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -269,16 +269,16 @@ def planted_alarms(monkeypatch, folder, rules, steps, every):
 
 
 def test_two_faults_of_one_place_at_the_last_step_are_both_named(monkeypatch, tmp_path):
-    def find(id, steps):
-        return [of_kind(id, "a fault", {})] * (steps == 3)
+    def find(steps):
+        return [finding("a fault")] * (steps == 3)
 
     caught = planted_alarms(monkeypatch, tmp_path / "run", {"LS006": find, "LS015": find}, steps=3, every=10)
     assert ids_in(caught) == ["LS006", "LS015"]
 
 
 def test_record_of_a_second_fault_of_a_place_follows_at_the_next_check(monkeypatch, tmp_path):
-    def find(id, steps):
-        return [of_kind(id, "a fault", {})] * (steps > 0)
+    def find(steps):
+        return [finding("a fault")] * (steps > 0)
 
     caught = planted_alarms(monkeypatch, tmp_path / "run", {"LS006": find, "LS015": find}, steps=3, every=1)
     assert ids_in(caught) == ["LS006", "LS015"]
@@ -288,8 +288,8 @@ def test_record_of_a_second_fault_of_a_place_follows_at_the_next_check(monkeypat
 
 
 def test_fault_of_a_growing_set_of_modules_is_not_repeated(monkeypatch, tmp_path):
-    def find(id, steps):
-        return [of_kind(id, "a fault", {}, modules=("0", "1")[: 1 + steps % 2])] * (steps > 0)
+    def find(steps):
+        return [finding("a fault", ("0", "1")[: 1 + steps % 2])] * (steps > 0)
 
     caught = planted_alarms(monkeypatch, tmp_path / "run", {"LS016": find}, steps=4, every=1)
     assert len(caught) == 1

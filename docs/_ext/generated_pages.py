@@ -24,8 +24,8 @@ from sphinx.config import Config
 
 import lorascope
 from lorascope.cli.main import COMMANDS, main
-from lorascope.diagnosis.causes import RULES
-from lorascope.diagnosis.kinds import KINDS, Kind
+from lorascope.diagnosis.causes.finding import DoctorRule, Kind
+from lorascope.diagnosis.kinds import KINDS
 from lorascope.export.exporters import EXPORTERS
 from lorascope.export.writers import writers
 from lorascope.formats.readers import READERS, SENTENCES, find_reader
@@ -238,7 +238,7 @@ def kind_page(kind: Kind) -> str:
     if not (kind.problem and kind.evidence):
         raise ValueError(f"kind {kind.id} must have a problem and its evidence")
     fix = f"**Fix.** {sentence(kind.fix)}" if kind.fix else "An observation, not a fault."
-    live = any(rule.id == kind.id and rule.live_from is not None for rule in RULES)
+    live = isinstance(kind, DoctorRule) and kind.live_from is not None
     checked = " Alarms check it in training." if live else ""
     of_runtime = kind.needs == "base" and kind.id[2] == "2"  # these checks take no runs
     needed = "an adapter with `--base`" if of_runtime else EVIDENCE_NEEDED[kind.needs]

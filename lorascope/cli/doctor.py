@@ -17,7 +17,7 @@ from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
 from lorascope.diagnosis.inspection import json_values
-from lorascope.diagnosis.kinds import KINDS, Kind
+from lorascope.diagnosis.kinds import KINDS
 from lorascope.diagnosis.merge import check_merge
 from lorascope.diagnosis.runtimes import Application, applied
 from lorascope.diagnosis.sarif import MARK, sarif_log
@@ -153,10 +153,9 @@ def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, j
 
 def _list_kinds(json: bool) -> int:
     """Print all kinds of findings, those of other packages last."""
-    others = [Kind("", rule.name, "note", rule.needs, "", "", rule.fix) for rule in RULES if not rule.id]
-    kinds = [*KINDS.values(), *others]
+    kinds = [*KINDS.values(), *(rule for rule in RULES if not rule.id)]
     if json:
-        print(dumps([vars(kind) for kind in kinds], indent=1))
+        print(dumps([kind.to_json() for kind in kinds], indent=1))
         return 0
     paragraphs = []
     for kind in kinds:

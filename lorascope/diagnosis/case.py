@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from lorascope.updates.low_rank import count_used
 
 SHARE = 0.9  # fraction of the energy that ``energy_rank`` counts
 _ROUNDED = 1e-6  # of |W|: rounding of a magnitude in float32
-_UNUSED = 1e-6  # fraction of the largest singular value, below which the two ways to compute them differ
+UNUSED = 1e-6  # fraction of the largest singular value, below which the two ways to compute them differ
 
 
 @dataclass
@@ -86,6 +86,14 @@ def largest(rows: Iterable[Any], name: str, count: int = 1) -> list[Any]:
     return sorted(known, key=lambda row: getattr(row, name), reverse=True)[:count]
 
 
+class TotalChange(NamedTuple):
+    """Modules whose change and weight are known, the norm of all these changes, and that of all these weights."""
+
+    modules: list[TrainedModule]
+    moved: float
+    weight_norm: float
+
+
 class ModuleEvidence:
     """Evidence about modules, of a folder or of a training in progress."""
 
@@ -97,14 +105,14 @@ class ModuleEvidence:
         return [each for each in self.modules if each.adapted]
 
     @property
-    def total_change(self) -> tuple[list[TrainedModule], float, float]:
-        """Modules whose change and weight are known, and the norms of all these changes and of all these weights.
-
-        The modules are the adapted ones, or without adapters all but the head.
-        """
-        rows = self.adapted or [each for each in self.modules if each.role != "head"]
-        known = [each for each in rows if math.isfinite(each.moved) and math.isfinite(each.weight_norm)]
-        return known, math.hypot(*(each.moved for each in known)), math.hypot(*(each.weight_norm for each in known))
+    def total_change(self) -> TotalChange:
+        """Change of the adapted modules together, or without adapters of all but the head."""
+        rows = self.adapted or [row for row in self.modules if row.role != "head"]
+        measured = [row for row in rows if math.isfinite(row.moved) and math.isfinite(row.weight_norm)]
+        moved, weight_norm = (
+            math.hypot(*(getattr(row, name) for row in measured)) for name in ("moved", "weight_norm")
+        )
+        return TotalChange(measured, moved, weight_norm)
 
     @property
     def unchanged_adapters(self) -> list[TrainedModule]:
@@ -131,7 +139,7 @@ class Case(ModuleEvidence):
             self.run = self.run.last
 
     def has(self, need: str) -> bool:
-        """Return whether there is evidence of this kind; see ``Rule.needs``."""
+        """Return whether there is evidence of this kind; see ``Kind.needs``."""
         if need == "weights":
             return any(not math.isnan(each.weight_norm) for each in self.modules)
         history = self.run.has_history
@@ -346,6 +354,6 @@ def _measure_spectrum(sigma: np.ndarray | None, rank: int | None) -> tuple[float
     """Return stable, effective and energy rank, and the number of unused components within a rank."""
     if sigma is None:
         return np.nan, np.nan, np.nan, np.nan
-    used = np.count_nonzero(sigma > _UNUSED * np.max(sigma, initial=0.0))
+    used = np.count_nonzero(sigma > UNUSED * np.max(sigma, initial=0.0))
     unused = max(float(rank - used), 0.0) if rank is not None and np.isfinite(sigma).all() else np.nan
     return stable_rank(sigma), effective_rank(sigma), energy_rank(sigma, SHARE), unused

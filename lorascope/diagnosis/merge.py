@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
 
 from lorascope.array_types import Float, Float32
-from lorascope.diagnosis.causes.finding import Finding, first_and_count, of_kind
+from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count
 from lorascope.diagnosis.inspection import DTYPES
-from lorascope.diagnosis.merged_experts import ExpertEntries, swapped_experts
 from lorascope.files.safetensors_io import round_to_bfloat16
 from lorascope.formats.peft_experts import ExpertPart
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -36,20 +35,73 @@ Verdict = Literal[
 ]
 PRECISION = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
 """Bits after the leading one."""
-_KNOWN_FACTORS = (0.0, 2.0, -1.0, 0.5, 1 / 3)  # not merged, merged twice, subtracted; alpha = r, and three for one
-_FACTOR = 0.02  # relative error of a fitted scale, below that of the closest mistake, rank 17 instead of 16
-_MOST = 0.999  # of the entries, that must fit a mistake: a sum in another order rounds few entries another way
+_COMMON_FACTORS = (0.0, 2.0, -1.0, 0.5, 1 / 3)  # not merged, merged twice, subtracted; alpha = r, and three for one
+_FACTOR_ERROR = 0.02  # relative error of a fitted scale, below that of the closest mistake, rank 17 instead of 16
+_FITTING = 0.999  # of the entries must fit a mistake: a sum in another order rounds few entries another way
 _CLOSER = 0.5  # a mistake must explain at least half of the entries that a merge does not
-_FITTED = 100  # entries that are larger than their rounding, from which a scale can be fitted
-_PROBES = 256  # entries by which updates of other modules are recognized
-_ALIKE = 0.9  # correlation of these entries
-_IDS = {
-    "not merged": "LS301",
-    "wrong scale": "LS302",
-    "rounded": "LS303",
-    "experts swapped": "LS304",
-    "another module's": "LS305",
-    "wrong adapter": "LS306",
+_FEWEST_FITTED = 100  # entries that are larger than their rounding, from which a scale can be fitted
+_SAMPLED = 256  # entries by which updates of other modules are recognized
+_CORRELATION = 0.9  # of these entries
+
+_mistake = partial(Kind, severity="error", needs="merged model")
+_KINDS = {
+    "not merged": _mistake(
+        "LS301",
+        "merge-not-merged",
+        problem="The adapter is not in the merged weight.",
+        evidence="the weight equals the weight of the base",
+        fix="merge the adapter again, and check that it is active (PEFT: peft_config, set_adapter)",
+    ),
+    "wrong scale": _mistake(
+        "LS302",
+        "merge-wrong-scale",
+        problem="The weight has another multiple of the update.",
+        evidence="the multiple by least squares: 2 if it was merged twice, -1 if it was subtracted",
+        fix="merge once, with the scale of the adapter's configuration",
+    ),
+    "rounded": _mistake(
+        "LS303",
+        "merge-rounded",
+        problem="The weight was rounded to a smaller dtype.",
+        evidence="all entries are values of the smaller dtype",
+        fix="merge in the dtype of the base",
+    ),
+    "experts swapped": _mistake(
+        "LS304",
+        "merge-experts-swapped",
+        problem="Experts have each other's merged weights.",
+        evidence="the weight equals the merged weight of another expert",
+        fix="keep the order of the experts when their weights are stacked",
+    ),
+    "another module's": _mistake(
+        "LS305",
+        "merge-another-module",
+        problem="The weight contains another module's update.",
+        evidence=f"correlation above {_CORRELATION:g} of its change with that update",
+        fix="map the modules by their names, and merge again",
+    ),
+    "wrong adapter": _mistake(
+        "LS306",
+        "merge-wrong-adapter",
+        problem="The change of the weight is not the update.",
+        evidence="entries differ from base + update by more than the rounding, at any scale",
+        fix="merge this adapter into this base",
+    ),
+}
+_CHANGED = _mistake(
+    "LS307",
+    "merge-other-weights",
+    problem="A weight without an adapter was changed.",
+    evidence="entries that are not equal bit by bit",
+    fix="merge into this base; these weights are not adapted",
+)
+KINDS = (*_KINDS.values(), _CHANGED)
+_STATEMENTS = {
+    "not merged": "the weight equals the weight of the base",
+    "rounded": "the weight was rounded to a smaller dtype",
+    "experts swapped": "experts swapped, the weight equals the merged weight of another expert",
+    "another module's": "the weight contains the update of another module",
+    "wrong adapter": "the change of the weight is not the update",
 }
 
 
@@ -90,52 +142,42 @@ class MergeCheck:
 
     def _find(self) -> Iterator[Finding]:
         count = len(self.modules)
-        for verdict in ("not merged", "rounded", "experts swapped", "another module's", "wrong adapter"):
-            own = [each for each in self.modules if each.verdict == verdict]
-            if own:
-                names = [f"{each.module} ({each.note})" if each.note else each.module for each in own]
-                yield _finding(verdict, f"{len(own)} of {count} modules: {_WORDS[verdict]}", names, own)
-        scaled = [each for each in self.modules if each.verdict == "wrong scale"]
-        for factor in sorted({round(each.factor, 2) for each in scaled}):
-            own = [each for each in scaled if round(each.factor, 2) == factor]
-            how = f"{len(own)} of {count} modules contain {factor:g} times the update{_reason(factor)}"
-            yield _finding("wrong scale", how, [each.module for each in own], own)
+        for verdict, statement in _STATEMENTS.items():
+            affected = [module for module in self.modules if module.verdict == verdict]
+            if affected:
+                yield _finding(f"{len(affected)} of {count} modules: {statement}", affected)
+        scaled = [module for module in self.modules if module.verdict == "wrong scale"]
+        for factor in sorted({round(module.factor, 2) for module in scaled}):
+            affected = [module for module in scaled if round(module.factor, 2) == factor]
+            reason = {2.0: ", so it was merged twice", -1.0: ", so it was subtracted"}.get(factor, "")
+            yield _finding(f"{len(affected)} of {count} modules contain {factor:g} times the update{reason}", affected)
         if self.changed:
-            how = (
-                f"{len(self.changed)} weights without an adapter differ from the base: {first_and_count(self.changed)}"
-            )
-            yield of_kind("LS307", how, {"weights": len(self.changed)})
+            message = f"{len(self.changed)} weights without an adapter differ from the base"
+            yield _CHANGED.finding(f"{message}: {first_and_count(self.changed)}", weights=len(self.changed))
 
     @property
     def known(self) -> bool:
         """Whether every weight is proved to be merged, or a fault was found."""
-        return bool(self.findings) or all(each.verdict == "merged" for each in self.modules)
+        return bool(self.findings) or all(module.verdict == "merged" for module in self.modules)
 
     def summary(self) -> str:
         """Return the number of modules of each verdict in one line."""
-        counts = Counter(each.verdict for each in self.modules)
-        words = {"merged": "merged, bit by bit", "consistent": "within one unit in the last place, not proved",
-                 "unknown": "smaller than the rounding", "not compared": "not in the base"}  # fmt: skip
-        return "; ".join(f"{number} {words.get(verdict, verdict)}" for verdict, number in counts.most_common())
+        counts = Counter(module.verdict for module in self.modules)
+        phrases = {"merged": "merged, bit by bit", "consistent": "within one unit in the last place, not proved",
+                   "unknown": "smaller than the rounding", "not compared": "not in the base"}  # fmt: skip
+        return "; ".join(f"{number} {phrases.get(verdict, verdict)}" for verdict, number in counts.most_common())
 
 
-_WORDS = {
-    "not merged": "the weight equals the weight of the base",
-    "rounded": "the weight was rounded to a smaller dtype",
-    "experts swapped": "experts swapped, the weight equals the merged weight of another expert",
-    "another module's": "the weight contains the update of another module",
-    "wrong adapter": "the change of the weight is not the update",
-}
-
-
-def _finding(verdict: str, message: str, names: Sequence[str], own: Sequence[MergedModule]) -> Finding:
-    factors = {"factor": round(float(np.median([each.factor for each in own])), 3)}
-    evidence, modules = {"modules": len(own)} | factors, tuple(each.module for each in own)
-    return of_kind(_IDS[verdict], f"{message}: {first_and_count(names)}", evidence, modules=modules)
-
-
-def _reason(factor: float) -> str:
-    return {2.0: ", so it was merged twice", -1.0: ", so it was subtracted"}.get(factor, "")
+def _finding(message: str, affected: Sequence[MergedModule]) -> Finding:
+    """Return the finding about modules with one verdict."""
+    names = [f"{module.module} ({module.note})" if module.note else module.module for module in affected]
+    factor = round(float(np.median([module.factor for module in affected])), 3)
+    return _KINDS[affected[0].verdict].finding(
+        f"{message}: {first_and_count(names)}",
+        [module.module for module in affected],
+        modules=len(affected),
+        factor=factor,
+    )
 
 
 def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
@@ -160,61 +202,56 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
     names = [module for module in parts if base.has_weight(module)]
     if not names:
         raise ValueError(f"cannot check the merge: {base.folder} has no weight of {first_and_count(list(parts))}")
-    probes = {module: _Probe.of(adapter.updates()[module]) for module in names}
-    found = [MergedModule(module, "not compared", math.nan) for module in parts if module not in probes]
-    experts: dict[str, ExpertEntries] = {}
+    updates = adapter.updates()
+    samples = {module: _Sample.of(updates[module]) for module in names}
+    experts: dict[str, _ExpertSample] = {}
+    compared = [MergedModule(module, "not compared", math.nan) for module in parts if module not in samples]
     for module in names:
-        part = parts[module]
-        weights = [model.weight(module, part.shape, part.transposed) for model in (base, merged)]
-        W, after = (np.asarray(weight, np.float32) for weight in weights)
-        compared = _compare(module, adapter.updates()[module], W, after, base.dtype(module), merged.dtype(module))
-        if compared.verdict == "wrong adapter":
+        part, dtype, merged_dtype = parts[module], base.dtype(module), merged.dtype(module)
+        W, after = (
+            np.asarray(model.weight(module, part.shape, part.transposed), np.float32) for model in (base, merged)
+        )
+        result = _compare(module, updates[module], W, after, dtype, merged_dtype)
+        if result.verdict == "wrong adapter":
             if isinstance(part, ExpertPart):
-                coarse = _coarser(base.dtype(module), merged.dtype(module))
-                experts[module] = _entries(part, W, after, coarse)
-            others = {other: probe for other, probe in probes.items() if other != module and probe.shape == W.shape}
-            owner = next((name for name, probe in others.items() if probe.is_in(after - W)), None)
-            if owner is not None:
-                compared = MergedModule(module, "another module's", compared.factor, f"that of {owner}")
-        found.append(compared)
-    owners = swapped_experts(experts)
-    named = (
-        MergedModule(each.module, "experts swapped", each.factor, f"that of {owners[each.module]}")
-        if each.module in owners
-        else each
-        for each in found
-    )
-    return MergeCheck(tuple(named), tuple(_changed(adapter, merged)))
+                experts[module] = _ExpertSample.of(part, W, after, _coarser(dtype, merged_dtype))
+            if owner := _owner(module, after - W, samples):
+                result = MergedModule(module, "another module's", result.factor, f"that of {owner}")
+        compared.append(result)
+    owners = _swapped_experts(experts)
+    for index, result in enumerate(compared):
+        if owner := owners.get(result.module):
+            compared[index] = MergedModule(result.module, "experts swapped", result.factor, f"that of {owner}")
+    return MergeCheck(tuple(compared), tuple(_changed_weights(adapter, merged)))
 
 
-def _entries(
-    part: ExpertPart,
-    W: Float32[np.ndarray, "out in"],
-    after: Float32[np.ndarray, "out in"],
-    dtype: str,
-) -> ExpertEntries:
-    """Return a few entries of an expert; a merge of two roundings differs by at most two units in the last place."""
-    update, places = part.update(), _places(W.shape)
-    d = _float32_update(update)
-    unit = np.maximum.reduce([_spacing(each, dtype) for each in (W, d, W + d)])
-    arrays = (after, W + d, 2 * unit + _summation_error(update, unit))
-    return ExpertEntries(part.parameter, *(each.reshape(-1)[places] for each in arrays))
+def _owner(module: str, change: Float32[np.ndarray, "out in"], samples: Mapping[str, _Sample]) -> str | None:
+    """Return the first other module whose update is in the change of a weight, None if there is none."""
+    for other, sample in samples.items():
+        if other != module and sample.shape == change.shape and sample.is_in(change):
+            return other
+    return None
 
 
-def _changed(adapter: Adapter, merged: PretrainedWeights) -> Iterator[str]:
+def _changed_weights(adapter: Adapter, merged: PretrainedWeights) -> Iterator[str]:
     """Yield the weights that are neither adapted nor saved with the adapter, and differ from the base."""
     base = adapter.base
     assert base is not None
     stored = {name.removesuffix(".weight") for module in adapter.files.parts for name in base.stored_names(module)}
-    own = set(adapter.files.parts) | stored | {name.rpartition(".")[0] for name in adapter.files.others}
+    saved = {name.rpartition(".")[0] for name in adapter.files.others}
+    expected = saved | stored | set(adapter.files.parts)
     for module in base.modules():
-        if module in own or any(each.endswith(f".{module}") or module.endswith(f".{each}") for each in own):
+        if module in expected or any(_is_end(module, name) or _is_end(name, module) for name in expected):
             continue
         if not merged.has_weight(module):
             if not _is_tied(base, merged, module):
                 yield module
         elif merged.stored_shape(module) != base.stored_shape(module) or _differs(base, merged, module):
             yield module
+
+
+def _is_end(end: str, name: str) -> bool:
+    return name.endswith(f".{end}")
 
 
 def _is_tied(base: PretrainedWeights, merged: PretrainedWeights, module: str) -> bool:
@@ -244,34 +281,39 @@ def _compare(
     dtype: str,
     merged_dtype: str,
 ) -> MergedModule:
+    """Return the comparison of a weight after the merge with the weight of the base and its update.
+
+    The order matters: a weight that fits a merge exactly is merged, even if it also fits a mistake.
+    """
     d = _float32_update(update)
     coarse = _coarser(dtype, merged_dtype)
-    whole = [_round(W + d, each) for each in dict.fromkeys((coarse, merged_dtype))]
-    merges = [*whole, _round(W + _round(d, coarse), coarse)]
-    visible = not all(np.array_equal(each, W) for each in merges)
-    unit = np.maximum.reduce([_spacing(each, coarse) for each in (W, d, whole[0])])
+    rounded_once = [_round(W + d, target) for target in dict.fromkeys((coarse, merged_dtype))]
+    merges = [*rounded_once, _round(W + _round(d, coarse), coarse)]
+    is_visible = not all(np.array_equal(merge, W) for merge in merges)
+    unit = np.maximum.reduce([_spacing(values, coarse) for values in (W, d, rounded_once[0])])
     factor = _fit_factor(after, W, d, unit)
-    if update.low_rank is not None and any(np.array_equal(after, each) for each in merges):
-        return MergedModule(module, "merged" if visible or not d.any() else "unknown", factor)
-    if not visible and _misfit(after, W, unit) == 0:
+    if update.low_rank is not None and any(np.array_equal(after, merge) for merge in merges):
+        return MergedModule(module, "merged" if is_visible or not d.any() else "unknown", factor)
+    if not is_visible and _misfit(after, W, unit) == 0:
         return MergedModule(module, "unknown", factor)
-    ranked = np.sqrt(max(update.rank, 1))
-    factors = [*_KNOWN_FACTORS, *((factor,) if factor else ()), 1 / ranked, ranked]
-    mistakes = {each: _round((whole[0] + d) if each == 2.0 else W + np.float32(each) * d, coarse) for each in factors}
-    unequal = {each: float((after != mistake).mean()) for each, mistake in mistakes.items()}
+    root = np.sqrt(max(update.rank, 1))  # rsLoRA's scale is alpha / sqrt(r) instead of alpha / r
+    factors = [*_COMMON_FACTORS, *((factor,) if factor else ()), 1 / root, root]
+    mistakes = {multiple: _round(W + np.float32(multiple) * d, coarse) for multiple in factors}
+    mistakes[2.0] = _round(rounded_once[0] + d, coarse)  # a second merge adds to the rounded first one
+    unequal = {multiple: float((after != mistake).mean()) for multiple, mistake in mistakes.items()}
     closest = min(unequal, key=unequal.__getitem__)
-    right = min(float((after != each).mean()) for each in merges)
-    fits_mistake = _misfit(after, mistakes[closest], unit) <= 1 - _MOST and abs(closest - 1) > _FACTOR
-    if fits_mistake and unequal[closest] < _CLOSER * right:
+    unequal_to_merge = min(float((after != merge).mean()) for merge in merges)
+    fits_mistake = _misfit(after, mistakes[closest], unit) <= 1 - _FITTING and abs(closest - 1) > _FACTOR_ERROR
+    if fits_mistake and unequal[closest] < _CLOSER * unequal_to_merge:
         return MergedModule(module, "wrong scale" if closest else "not merged", closest)
-    if min(_misfit(after, each, unit + _summation_error(update, unit)) for each in merges) == 0:
+    if min(_misfit(after, merge, unit + _summation_error(update, unit)) for merge in merges) == 0:
         return MergedModule(module, "consistent", factor)
     for smaller in ("F16", "BF16"):
         fits = PRECISION[smaller] < PRECISION[coarse] and np.array_equal(after, _round(after, smaller))
-        if fits and _misfit(after, _round(W + d, smaller), _spacing(whole[0], smaller)) == 0:
+        if fits and _misfit(after, _round(W + d, smaller), _spacing(rounded_once[0], smaller)) == 0:
             return MergedModule(module, "rounded", factor, DTYPES[smaller])
     scaled = _round(W + np.float32(factor) * d, coarse)
-    if factor and _misfit(after, scaled, unit + _FACTOR * abs(factor) * np.abs(d)) <= 1 - _MOST:
+    if factor and _misfit(after, scaled, unit + _FACTOR_ERROR * abs(factor) * np.abs(d)) <= 1 - _FITTING:
         return MergedModule(module, "wrong scale", factor)
     return MergedModule(module, "wrong adapter", factor)
 
@@ -283,7 +325,7 @@ def _summation_error(update: Update, unit: Float32[np.ndarray, "out in"]) -> Flo
     """
     if (product := update.low_rank) is None:
         return 2 * unit.max(axis=1, keepdims=True)
-    B, A = (np.abs(np.asarray(each, np.float32)) for each in (product.B, product.A))
+    B, A = (np.abs(np.asarray(factor, np.float32)) for factor in (product.B, product.A))
     return np.float32(product.rank * abs(product.scale) * 2.0**-24) * (B @ A)
 
 
@@ -305,7 +347,7 @@ def _fit_factor(
     """Return the multiple of the update in a change, by least squares over entries larger than their rounding."""
     delta, wide = after.astype(np.float64) - W, d.astype(np.float64)
     large = np.abs(d) > unit
-    if large.sum() >= _FITTED:
+    if large.sum() >= _FEWEST_FITTED:
         delta, wide = delta[large], wide[large]
     energy = float(np.vdot(wide, wide))
     return float(np.vdot(delta, wide)) / energy if energy else 0.0
@@ -319,8 +361,8 @@ def _float32_update(update: Update) -> Float32[np.ndarray, "out in"]:
     return update.dense().astype(np.float32)
 
 
-def _coarser(one: str, other: str) -> str:
-    return min(one, other, key=PRECISION.__getitem__)
+def _coarser(left: str, right: str) -> str:
+    return min(left, right, key=PRECISION.__getitem__)
 
 
 def _round(values: Float32[np.ndarray, "..."], dtype: str) -> Float32[np.ndarray, "..."]:
@@ -342,31 +384,73 @@ def _spacing(values: Float32[np.ndarray, "..."], dtype: str) -> Float32[np.ndarr
     return unit * np.float32(2.0 ** (PRECISION["F32"] - PRECISION["BF16"])) if dtype == "BF16" else unit
 
 
-def _places(shape: tuple[int, int]) -> np.ndarray:
+def _sampled_positions(shape: tuple[int, int]) -> np.ndarray:
     """Return the same random entries for all matrices of a shape."""
-    return np.random.default_rng(0).integers(0, shape[0] * shape[1], _PROBES)
+    return np.random.default_rng(0).integers(0, shape[0] * shape[1], _SAMPLED)
 
 
 @dataclass(frozen=True)
-class _Probe:
+class _Sample:
     """A few entries of an update, by which it is recognized in the change of another weight."""
 
     shape: tuple[int, int]
-    places: np.ndarray
-    values: Float[np.ndarray, "probes"]
+    positions: np.ndarray
+    values: Float[np.ndarray, "entries"]
 
     @classmethod
-    def of(cls, update: Update) -> _Probe:
-        places = _places(update.shape)
-        rows, columns = np.divmod(places, update.shape[1])
+    def of(cls, update: Update) -> _Sample:
+        positions = _sampled_positions(update.shape)
+        rows, columns = np.divmod(positions, update.shape[1])
         if (product := update.low_rank) is not None:
             values = np.einsum("pk,kp->p", np.asarray(product.B, np.float64)[rows], np.asarray(product.A)[:, columns])
         else:
             values = update.dense()[rows, columns]
-        return cls(update.shape, places, values)
+        return cls(update.shape, positions, values)
 
-    def is_in(self, delta: Float[np.ndarray, "out in"]) -> bool:
+    def is_in(self, change: Float[np.ndarray, "out in"]) -> bool:
         """Return whether the change of a weight is a multiple of this update."""
-        change = delta.reshape(-1)[self.places]
-        size = np.linalg.norm(change) * np.linalg.norm(self.values)
-        return bool(size > 0 and abs(float(change @ self.values)) / size > _ALIKE)
+        values = change.reshape(-1)[self.positions]
+        size = np.linalg.norm(values) * np.linalg.norm(self.values)
+        return bool(size > 0 and abs(float(values @ self.values)) / size > _CORRELATION)
+
+
+@dataclass(frozen=True, eq=False)
+class _ExpertSample:
+    """A few entries of the weight of one expert, at the same positions for all experts of a tensor.
+
+    Base and update of an expert belong together, so its change is not an update if its whole weight has another
+    position. ``allowed`` is the difference from base + update, ``expected``, that rounding may cause.
+    """
+
+    parameter: str
+    merged: Float[np.ndarray, "entries"]
+    expected: Float[np.ndarray, "entries"]
+    allowed: Float[np.ndarray, "entries"]
+
+    @classmethod
+    def of(
+        cls, part: ExpertPart, W: Float32[np.ndarray, "out in"], after: Float32[np.ndarray, "out in"], dtype: str
+    ) -> _ExpertSample:
+        update, positions = part.update(), _sampled_positions(W.shape)
+        d = _float32_update(update)
+        unit = np.maximum.reduce([_spacing(values, dtype) for values in (W, d, W + d)])
+        # A merge of two roundings differs by at most two units in the last place.
+        allowed = 2 * unit + _summation_error(update, unit)
+        return cls(part.parameter, *(values.reshape(-1)[positions] for values in (after, W + d, allowed)))
+
+    def is_at(self, other: _ExpertSample) -> bool:
+        """Return whether the position of another expert of the tensor has this expert's weight."""
+        if self.parameter != other.parameter or self.merged.shape != other.merged.shape:
+            return False
+        return bool((np.abs(other.merged - self.expected) <= self.allowed).all())
+
+
+def _swapped_experts(experts: Mapping[str, _ExpertSample]) -> dict[str, str]:
+    """Return the experts that have the weight of another expert, and that other expert."""
+    owners = {}
+    for module, expert in experts.items():
+        for name, other in experts.items():
+            if name != module and other.is_at(expert):
+                owners[module] = name
+                break
+    return owners

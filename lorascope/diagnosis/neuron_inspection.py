@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorascope.diagnosis.causes.finding import Finding, first_and_count, of_kind
+from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, power_of_ten
 from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_files, in_axis_order, pool_norms, rows
 from lorascope.diagnosis.neuron_scores import neuron_scores
 from lorascope.files.lazy_pandas import pandas as pd
@@ -16,6 +16,44 @@ from lorascope.formats.pretrained_weights import PretrainedWeights
 TOP = 0.1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 SHORT = 1e-8  # norm of a neuron's weights below which their direction is not meaningful
+
+UNCHANGED_MODEL = Kind(
+    "LS401",
+    "neurons-unchanged",
+    "caution",
+    needs="tuned model",
+    problem="The feed-forward modules of two models are equal.",
+    evidence="no neuron changed",
+)
+UNCHANGED_PROJECTIONS = Kind(
+    "LS402",
+    "projections-unchanged",
+    needs="tuned model",
+    problem="Projections have a zero update.",
+    evidence="number of projections in which no neuron changed",
+)
+UNCHANGED_NEURONS = Kind(
+    "LS403",
+    "neurons-still",
+    needs="tuned model",
+    problem="Neurons in changed projections did not change.",
+    evidence="number of neurons whose weights are equal before and after; 16-bit weights lose small changes",
+)
+ZERO_NEURONS = Kind(
+    "LS404",
+    "neurons-zero",
+    needs="tuned model",
+    problem="Neurons have no direction, so 1 - cos is unknown.",
+    evidence="weights of the neuron are zero before or after",
+)
+SHORT_NEURONS = Kind(
+    "LS405",
+    "neurons-short",
+    needs="tuned model",
+    problem="The rotation of short neurons is not meaningful.",
+    evidence=f"norm of a changed neuron below {power_of_ten(SHORT)} before or after",
+)
+KINDS = (UNCHANGED_MODEL, UNCHANGED_PROJECTIONS, UNCHANGED_NEURONS, ZERO_NEURONS, SHORT_NEURONS)
 
 
 @dataclass(frozen=True)
@@ -102,30 +140,30 @@ def _sum_up_scores(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 def _find(scores: pd.DataFrame, modules: pd.DataFrame, tuned: PretrainedWeights) -> Iterator[Finding]:
     # Not the cosine distance, which is 0 or NaN for neurons that only grew or became zero.
-    untouched = modules["delta_norm"] == 0
-    still = modules["module"][untouched]
-    if len(still) == len(modules):
-        yield of_kind("LS401", "no neuron changed: the feed-forward modules of the two models are equal", {})
+    unchanged = modules["delta_norm"] == 0
+    names = modules["module"][unchanged]
+    if len(names) == len(modules):
+        yield UNCHANGED_MODEL.finding("no neuron changed: the feed-forward modules of the two models are equal")
         return
-    if len(still):
-        yield _listed("LS402", f"{len(still)} of {len(modules)} projections have a zero update", still)
-    same = int((scores["delta_norm"] == 0).sum()) - int(modules["neurons"][untouched].sum())
+    if len(names):
+        message = f"{len(names)} of {len(modules)} projections have a zero update"
+        yield _finding_about(UNCHANGED_PROJECTIONS, message, names)
+    same = int((scores["delta_norm"] == 0).sum()) - int(modules["neurons"][unchanged].sum())
     if same:
-        narrow = any(tuned.dtype(module) in ("BF16", "F16") for module in modules["module"])
-        why = " (16-bit weights lose small changes)" if narrow else ""
-        yield of_kind("LS403", f"{same:,} neurons in changed projections did not change{why}", {})
-    absent = scores["cosine_distance"].isna()
-    short = ~absent & (scores["delta_norm"] > 0) & (scores[["norm_original", "norm_tuned"]].min(axis=1) < SHORT)
-    meaningless = f"changed neurons have a norm below {SHORT:g} before or after, so their 1 - cos is not meaningful"
-    problems = (
-        ("LS404", absent, "neurons are zero before or after and have no direction"),
-        ("LS405", short, meaningless),
-    )
-    for id, chosen, problem in problems:
-        if chosen.any():
-            yield _listed(id, f"{chosen.sum():,} {problem}", scores["module"][chosen].unique())
+        is_narrow = any(tuned.dtype(module) in ("BF16", "F16") for module in modules["module"])
+        reason = " (16-bit weights lose small changes)" if is_narrow else ""
+        yield UNCHANGED_NEURONS.finding(f"{same:,} neurons in changed projections did not change{reason}")
+    zero = scores["cosine_distance"].isna()
+    if zero.any():
+        message = f"{zero.sum():,} neurons are zero before or after and have no direction"
+        yield _finding_about(ZERO_NEURONS, message, scores["module"][zero].unique())
+    short = ~zero & (scores["delta_norm"] > 0) & (scores[["norm_original", "norm_tuned"]].min(axis=1) < SHORT)
+    if short.any():
+        neurons = f"{short.sum():,} changed neurons have a norm below {SHORT:g} before or after"
+        message = f"{neurons}, so their 1 - cos is not meaningful"
+        yield _finding_about(SHORT_NEURONS, message, scores["module"][short].unique())
 
 
-def _listed(id: str, message: str, names: Iterable[str]) -> Finding:
+def _finding_about(kind: Kind, message: str, names: Iterable[str]) -> Finding:
     names = tuple(names)
-    return of_kind(id, f"{message}: {first_and_count(names)}", {}, modules=names)
+    return kind.finding(f"{message}: {first_and_count(names)}", names)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from lorascope.diagnosis.causes.finding import Finding
+from lorascope.diagnosis.causes.finding import Finding, Kind
 from lorascope.diagnosis.inspection import json_values
-from lorascope.diagnosis.kinds import KINDS, Kind
+from lorascope.diagnosis.kinds import KINDS
 from lorascope.files.printable import printable
 
 MARK = '"driver": {\n     "name": "lorascope"'
@@ -35,18 +35,18 @@ def sarif_log(findings: Sequence[Finding], file: Path, version: str) -> dict[str
     """
     ids = list(dict.fromkeys(map(_rule_id, findings)))
     location = {"physicalLocation": {"artifactLocation": {"uri": _relative_uri(file)}}}
-    first = {_rule_id(each): each for each in reversed(findings)}
+    first = {_rule_id(finding): finding for finding in reversed(findings)}
     driver = {"name": "lorascope", "version": version, "rules": [_rule(id, first[id]) for id in ids]}
     results = [
         {
-            "ruleId": _rule_id(each),
-            "ruleIndex": ids.index(_rule_id(each)),
-            "level": _LEVELS[each.severity],
-            "message": {"text": printable(f"{each.message}. Fix: {each.fix}")},
-            "locations": [location | _logical_locations(each)],
-            "properties": json_values(each.evidence),
+            "ruleId": _rule_id(finding),
+            "ruleIndex": ids.index(_rule_id(finding)),
+            "level": _LEVELS[finding.severity],
+            "message": {"text": printable(f"{finding.message}. Fix: {finding.fix}")},
+            "locations": [location | _logical_locations(finding)],
+            "properties": json_values(finding.evidence),
         }
-        for each in findings
+        for finding in findings
     ]
     return {
         "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
@@ -61,8 +61,9 @@ def _rule_id(finding: Finding) -> str:
 
 def _rule(id: str, finding: Finding) -> dict[str, Any]:
     """Return a rule; one of another package has no kind, so it has the texts of its first finding."""
-    own = Kind("", finding.cause, finding.severity, "", f"{finding.cause}.", finding.message, finding.fix)
-    kind = KINDS.get(id, own)
+    kind = KINDS.get(id) or Kind(
+        "", finding.cause, finding.severity, problem=f"{finding.cause}.", evidence=finding.message, fix=finding.fix
+    )
     return {
         "id": id,
         "name": kind.name,

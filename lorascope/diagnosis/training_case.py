@@ -48,7 +48,7 @@ class TrainingEvidence(ModuleEvidence):
     fewest_losses = 10  # for an estimate of their noise: they are losses of single batches, compared at each check
 
     def has(self, need: str) -> bool:
-        """Return whether there is evidence of this kind; see ``Rule.needs``."""
+        """Return whether there is evidence of this kind; see ``Kind.needs``."""
         return True
 
 

@@ -15,9 +15,9 @@ from lorascope.charts.chart import Chart
 from lorascope.charts.stored_chart import pack, unpack
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import Finding
+from lorascope.diagnosis.causes.finding import Severity
 from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
 from lorascope.diagnosis.inspection import Inspection, inspect, json_values
-from lorascope.diagnosis.kinds import Severity
 from lorascope.diagnosis.pair_comparison import compare, distinct_labels
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable

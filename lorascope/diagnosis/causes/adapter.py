@@ -3,139 +3,300 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from statistics import median
 
 import numpy as np
 
-from lorascope.diagnosis.case import Case, largest
-from lorascope.diagnosis.causes.finding import DoctorRule, Found, caution, first_and_count, found, names_of, some_have
-from lorascope.diagnosis.change_from_base import DIRECTIONS
+from lorascope.diagnosis.case import UNUSED, Case, MeasuredModule, largest
+from lorascope.diagnosis.causes.finding import (
+    DoctorRule,
+    Findings,
+    finding,
+    finding_if_any,
+    first_and_count,
+    names_of,
+    power_of_ten,
+)
+from lorascope.diagnosis.change_from_base import DIRECTIONS, SIDE
 from lorascope.diagnosis.training_case import Evidence
 from lorascope.runs.gated_run import gate_description
 
 FAINT = 1e-3  # fraction of the median change per layer: layers of healthy runs differ by less than a hundredfold
 
 
-@DoctorRule(id="LS101")
-def special_norms(case: Case) -> Found:
-    """Find norms that depend on the input, and those that are NaN."""
-    count = len(case.measured)
-    if routed := sum(not each.exact for each in case.measured):
+@DoctorRule(
+    "LS101",
+    "input-dependent-norms",
+    "caution",
+    problem="Norms depend on the input.",
+    evidence="the update is evaluated at gate weights",
+)
+def input_dependent_norms(case: Case) -> Findings:
+    """Find norms that depend on the input."""
+    if routed := sum(not module.exact for module in case.measured):
         gates = f"their updates are evaluated at {gate_description(case.run)}"
-        yield caution(f"{routed} of {count} modules depend on their input: {gates}")
-    if broken := [each.module for each in case.measured if math.isnan(each.update_norm)]:
-        contain = "contains" if len(broken) == 1 else "contain"
-        yield caution(f"{len(broken)} of {count} modules {contain} NaN or infinity", broken, "error")
+        yield finding(f"{routed} of {len(case.measured)} modules depend on their input: {gates}")
 
 
 @DoctorRule(
-    id="LS001", suppresses=("diverged", "overscaled", "rate-small", "rate-large", "dead", "collapsed"), live_from=0
+    "LS108",
+    "nan-norms",
+    "error",
+    problem="Norms are NaN.",
+    evidence="the norm of the update of a module is NaN",
 )
-def nan(case: Evidence) -> Found:
+def nan_norms(case: Case) -> Findings:
+    """Find norms that are NaN."""
+    if broken := [module for module in case.measured if math.isnan(module.update_norm)]:
+        verb = "contains" if len(broken) == 1 else "contain"
+        yield finding(f"{len(broken)} of {len(case.measured)} modules {verb} NaN or infinity", names_of(broken))
+
+
+@DoctorRule(
+    "LS001",
+    "nan",
+    "error",
+    problem="The update contains NaN or infinity.",
+    evidence="the norm of the update of a module is NaN or infinite",
+    fix="train again with bf16 instead of fp16, a lower learning rate or clipping; this adapter cannot be repaired",
+    suppresses=("diverged", "overscaled", "rate-small", "rate-large", "dead", "collapsed"),
+    live_from=0,
+)
+def nan(case: Evidence) -> Findings:
     """Find updates whose norm is NaN or infinite."""
-    broken = [each for each in case.modules if not math.isfinite(each.update_norm)]
-    return some_have(broken, case.modules, "NaN or infinity")
+    broken = [module for module in case.modules if not math.isfinite(module.update_norm)]
+    return finding_if_any(broken, case.modules, "NaN or infinity")
 
 
-@DoctorRule(id="LS002", suppresses=("unused", "untrained"), live_from=0)
-def scale_zero(case: Evidence) -> Found:
+@DoctorRule(
+    "LS002",
+    "scale-zero",
+    "error",
+    problem="The scale is 0, so the adapter has no output and no gradient.",
+    evidence="the scale of a module is 0, for example because lora_alpha is 0",
+    fix="set lora_alpha above 0 (r or 2 r are common), and train again",
+    suppresses=("unused", "untrained"),
+    live_from=0,
+)
+def scale_zero(case: Evidence) -> Findings:
     """Find adapters with scale 0."""
-    mute = [each for each in case.adapted if each.scale == 0]
-    return some_have(mute, case.adapted, "scale 0, so no output and no gradient", scale=0.0)
+    mute = [module for module in case.adapted if module.scale == 0]
+    return finding_if_any(mute, case.adapted, "scale 0, so no output and no gradient", scale=0.0)
 
 
-@DoctorRule(id="LS003", suppresses=("rate-small",))
-def untrained(case: Case) -> Found:
+@DoctorRule(
+    "LS003",
+    "untrained",
+    "error",
+    needs="config",
+    problem="The adapter equals its initialization.",
+    evidence="B (E in AdaLoRA) is zero in all modules of a saved adapter",
+    fix="save after training, and save the adapter that was trained (PEFT saves each adapter name separately)",
+    suppresses=("rate-small",),
+)
+def untrained(case: Case) -> Findings:
     """Find adapters that equal their initialization."""
     count = len(case.adapted)
     if 0 < count == len(case.unchanged_adapters):
         zero = f"{'E' if case.masks_components else 'B'} is still zero in all {count} modules"
-        yield found(f"{zero}, so it has no effect", modules=count, update_norm=0.0)
+        yield finding(f"{zero}, so it has no effect", modules=count, update_norm=0.0)
 
 
-@DoctorRule(id="LS004", suppresses=("rate-small",), live_from=2)
-def unused(case: Evidence) -> Found:
+@DoctorRule(
+    "LS004",
+    "unused",
+    "error",
+    needs="history",
+    problem="Training did not change any adapter.",
+    evidence="B is zero in all modules after the recorded steps, or no PEFT adapter was active",
+    fix="train with the adapter enabled (set_adapter, no disable_adapter), on modules that the forward pass uses",
+    suppresses=("rate-small",),
+    live_from=2,
+)
+def unused(case: Evidence) -> Findings:
     """Find training runs that did not use the adapters."""
-    steps = case.steps
-    if not case.expects_adapters or len(case.unchanged_adapters) < len(case.adapted):
+    count, steps = len(case.adapted), case.steps
+    if not case.expects_adapters or len(case.unchanged_adapters) < count:
         return
-    state = f"all {len(case.adapted)} adapters are unchanged" if len(case.adapted) else "no adapter was active"
-    why = "they are disabled, frozen, or on modules that the forward pass does not use"
-    yield found(f"{state} after {steps} steps: {why}", modules=len(case.adapted), update_norm=0.0, steps=steps)
+    state = f"all {count} adapters are unchanged" if count else "no adapter was active"
+    reason = "they are disabled, frozen, or on modules that the forward pass does not use"
+    yield finding(f"{state} after {steps} steps: {reason}", modules=count, update_norm=0.0, steps=steps)
 
 
-@DoctorRule(id="LS005", suppresses=("unused", "untrained"), live_from=0)
-def dead(case: Evidence) -> Found:
+@DoctorRule(
+    "LS005",
+    "dead",
+    "error",
+    problem="All factors are zero, so their gradients are zero as well.",
+    evidence="A and B of a module are both zero, and its scale is not",
+    fix="initialize one factor randomly and the other with zeros, as PEFT does, and train again",
+    suppresses=("unused", "untrained"),
+    live_from=0,
+)
+def dead(case: Evidence) -> Findings:
     """Find modules that no gradient can change."""
-    empty = [each for each in case.adapted if each.empty and each.scale != 0]
-    return some_have(empty, case.adapted, "zeros in all factors, so their gradients are zero")
+    empty = [module for module in case.adapted if module.empty and module.scale != 0]
+    return finding_if_any(empty, case.adapted, "zeros in all factors, so their gradients are zero")
 
 
-@DoctorRule(id="LS006", suppresses=("unused", "untrained"), live_from=2)
-def dead_layers(case: Evidence) -> Found:
+@DoctorRule(
+    "LS006",
+    "dead",
+    "caution",
+    problem="A layer changed far less than the others.",
+    evidence=f"the learned update of a layer is below {power_of_ten(FAINT)} of the median layer, and not zero",
+    fix="check these layers for a separate learning rate, a mask, or a branch without gradient",
+    suppresses=("unused", "untrained"),
+    live_from=2,
+)
+def dead_layers(case: Evidence) -> Findings:
     """Find layers that changed far less than the others."""
-    norms: dict[tuple[str, int], list[float]] = {}
-    for each in case.modules:
-        if each.layer is not None and not math.isnan(each.moved):
-            norms.setdefault((each.stack, each.layer), []).append(each.moved)
-    moved = {layer: norm for layer in sorted(norms) if (norm := math.hypot(*norms[layer])) > 0}
+    module_norms: dict[tuple[str, int], list[float]] = {}
+    for module in case.modules:
+        if module.layer is not None and not math.isnan(module.moved):
+            module_norms.setdefault((module.stack, module.layer), []).append(module.moved)
+    norms = {layer: math.hypot(*module_norms[layer]) for layer in sorted(module_norms)}
+    moved = {layer: norm for layer, norm in norms.items() if norm > 0}
     usual = median(moved.values()) if moved else 0.0
     faint = {layer: norm for layer, norm in moved.items() if norm < FAINT * usual}
     if faint:
-        names, share = [f"{stack} {layer}".strip() for stack, layer in faint], min(faint.values()) / usual
+        names, fraction = [f"{stack} {layer}".strip() for stack, layer in faint], min(faint.values()) / usual
         changed = f"{len(faint)} of {len(moved)} layers changed by less than {FAINT:g} of the median layer"
-        message = f"{changed}: {first_and_count(names)} ({share:.1e})"
-        yield found(message, layers=names, share=share, threshold=FAINT)
+        message = f"{changed}: {first_and_count(names)} ({fraction:.1e})"
+        yield finding(message, layers=names, share=fraction, threshold=FAINT)
 
 
-@DoctorRule(id="LS007", live_from=2)
-def frozen(case: Evidence) -> Found:
+@DoctorRule(
+    "LS007",
+    "frozen",
+    "caution",
+    problem="Some adapters did not change while others did.",
+    evidence="the update is exactly zero in some modules but not in others (not checked for AdaLoRA, which may prune)",
+    fix="make them trainable (requires_grad, groups of the optimizer), or remove them from the targets",
+    live_from=2,
+)
+def frozen(case: Evidence) -> Findings:
     """Find adapters that did not change while others did."""
-    resting, adapted = case.unchanged_adapters, case.adapted
+    unchanged, adapted = case.unchanged_adapters, case.adapted
     # AdaLoRA may remove all components of a module, which is not a fault.
-    if len(resting) < len(adapted) and any(each.update_norm > 0 for each in adapted) and not case.masks_components:
-        zero, names = "an update of exactly zero while others changed", names_of(resting)
-        yield from some_have(resting, adapted, zero, modules=names, update_norm=0.0)
+    if len(unchanged) == len(adapted) or case.masks_components:
+        return
+    if any(module.update_norm > 0 for module in adapted):
+        zero = "an update of exactly zero while others changed"
+        yield from finding_if_any(unchanged, adapted, zero, modules=names_of(unchanged), update_norm=0.0)
 
 
-@DoctorRule(id="LS102")
-def zero_updates(case: Case) -> Found:
-    """Find zero updates, and the factor that is zero; and unused components of the others."""
-    names = [each.module for each in case.measured if each.update_norm == 0]
+@DoctorRule(
+    "LS109",
+    "no-update",
+    "caution",
+    problem="All updates are zero.",
+    evidence="|dW| is 0 in all modules",
+)
+def no_update(case: Case) -> Findings:
+    """Find adapters without any update."""
+    if all(module.update_norm == 0 for module in case.measured):
+        unscaled = all(module.scale == 0 for module in case.measured)
+        reason = "their scale is 0" if unscaled else "saved before training?"
+        yield finding(f"all {len(case.measured)} modules have a zero update: {reason}")
+
+
+@DoctorRule(
+    "LS102",
+    "zero-updates",
+    "note",
+    problem="Some updates are zero.",
+    evidence="|dW| is 0 in some modules, and not in others",
+)
+def zero_updates(case: Case) -> Findings:
+    """Find zero updates among others, and the factor that is zero."""
+    names = [module.module for module in case.measured if module.update_norm == 0]
     count = len(names)
-    if count == len(case.measured):
-        why = "their scale is 0" if all(each.scale == 0 for each in case.measured) else "saved before training?"
-        yield caution(f"all {count} modules have a zero update: {why}")
-    elif count:
-        held = case.run.factors()
-        zeros = {tuple(name for name, array in held.get(each, {}).items() if not np.any(array)) for each in names}
-        same = zeros.pop() if len(zeros) == 1 else ()
-        why = f" ({' = '.join(same)} = 0)" if same else ""
-        yield found(f"{count} zero update{'s' * (count > 1)}: {first_and_count(names)}{why}")
-    worn = [each for each in case.measured if each.dead > 0 and each.update_norm > 0]
-    if total := int(sum(each.dead for each in worn)):
-        are = "components are" if total > 1 else "component is"
-        yield found(f"{total} {are} unused (below 1e-6 of the largest)", names_of(worn))
+    if 0 < count < len(case.measured):
+        factors = case.run.factors()
+        zeros = {_zero_factors(factors.get(name, {})) for name in names}
+        common = zeros.pop() if len(zeros) == 1 else ()
+        reason = f" ({' = '.join(common)} = 0)" if common else ""
+        yield finding(f"{count} zero update{'s' * (count > 1)}: {first_and_count(names)}{reason}")
 
 
-@DoctorRule(id="LS103")
-def base_weights(case: Case) -> Found:
-    """Count the intruder dimensions, and measure how far the update rotates the neurons."""
-    known = [each for each in case.measured if not math.isnan(each.intruders)]
-    rotated = [each for each in case.measured if not math.isnan(each.neuron_largest)]
-    if intruded := [each for each in known if each.intruders > 0]:
-        (most,) = largest(intruded, "intruders")
-        count = sum(each.intruders for each in intruded)
-        total = f"{count:.0f} intruder dimensions in {len(intruded)} of {len(known)} modules"
-        yield caution(f"{total}, most in {most.module} ({most.intruders:.0f} of {DIRECTIONS})")
-    elif known:
-        among = f"among the {DIRECTIONS} leading singular vectors of {len(known)} modules"
-        yield caution(f"no intruder dimensions {among}")
-    if rotated:
-        (most,) = largest(rotated, "neuron_largest")
-        usual = median(each.neuron_median for each in rotated)
-        turned = f"neuron rotation: 1 - cos = {usual:.2g} (median over modules)"
-        yield caution(f"{turned}, at most {most.neuron_largest:.2g}, in {most.module}")
-    if rest := len(rotated) and len(rotated) - len(known):
-        message = f"intruder dimensions of {rest} large modules not computed: add --spectra (slow)"
-        yield caution(message)
+def _zero_factors(factors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Return the names of the factors that are zero."""
+    return tuple(name for name, factor in factors.items() if not np.any(factor))
+
+
+@DoctorRule(
+    "LS110",
+    "unused-components",
+    "note",
+    problem="Components are unused.",
+    evidence=f"a singular value within the rank is below {power_of_ten(UNUSED)} of the largest",
+)
+def unused_components(case: Case) -> Findings:
+    """Count unused components of updates that are not zero."""
+    worn = [module for module in case.measured if module.dead > 0 and module.update_norm > 0]
+    if total := int(sum(module.dead for module in worn)):
+        components = "components are" if total > 1 else "component is"
+        yield finding(f"{total} {components} unused (below {power_of_ten(UNUSED)} of the largest)", names_of(worn))
+
+
+@DoctorRule(
+    "LS103",
+    "intruders",
+    "caution",
+    needs="base",
+    problem="The update adds intruder dimensions.",
+    evidence=f"singular vectors among the {DIRECTIONS} leading ones with a cosine below 0.5 to all of the base's",
+)
+def intruders(case: Case) -> Findings:
+    """Count the intruder dimensions."""
+    measured = _with_intruders(case)
+    if intruded := [module for module in measured if module.intruders > 0]:
+        (worst,) = largest(intruded, "intruders")
+        count = sum(module.intruders for module in intruded)
+        total = f"{count:.0f} intruder dimensions in {len(intruded)} of {len(measured)} modules"
+        yield finding(f"{total}, most in {worst.module} ({worst.intruders:.0f} of {DIRECTIONS})")
+    elif measured:
+        vectors = f"the {DIRECTIONS} leading singular vectors of {len(measured)} modules"
+        yield finding(f"no intruder dimensions among {vectors}")
+
+
+@DoctorRule(
+    "LS111",
+    "neuron-rotation",
+    "caution",
+    needs="base",
+    problem="The update rotates neurons.",
+    evidence="1 - cos of neurons",
+)
+def neuron_rotation(case: Case) -> Findings:
+    """Measure how far the update rotates the neurons."""
+    if rotated := _with_rotation(case):
+        (worst,) = largest(rotated, "neuron_largest")
+        usual = median(module.neuron_median for module in rotated)
+        rotation = f"neuron rotation: 1 - cos = {usual:.2g} (median over modules)"
+        yield finding(f"{rotation}, at most {worst.neuron_largest:.2g}, in {worst.module}")
+
+
+@DoctorRule(
+    "LS112",
+    "intruders-unknown",
+    "caution",
+    needs="base",
+    problem="Intruder dimensions of large modules are not computed.",
+    evidence=f"the smaller side of their weight is above {SIDE}",
+)
+def intruders_unknown(case: Case) -> Findings:
+    """Count the modules whose intruder dimensions take long, and were not requested."""
+    rotated = _with_rotation(case)
+    if count := len(rotated) and len(rotated) - len(_with_intruders(case)):
+        yield finding(f"intruder dimensions of {count} large modules not computed: add --spectra (slow)")
+
+
+def _with_intruders(case: Case) -> list[MeasuredModule]:
+    return [module for module in case.measured if not math.isnan(module.intruders)]
+
+
+def _with_rotation(case: Case) -> list[MeasuredModule]:
+    return [module for module in case.measured if not math.isnan(module.neuron_largest)]

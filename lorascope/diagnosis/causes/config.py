@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from statistics import multimode
-from typing import Any
+from typing import NamedTuple
 
 from lorascope.diagnosis.case import SHARE, Case, TrainedModule, largest
-from lorascope.diagnosis.causes.finding import DoctorRule, Found, caution, found, names_of
+from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, names_of
 from lorascope.diagnosis.training_case import Evidence
 from lorascope.formats.peft_experts import ExpertPart
 from lorascope.formats.peft_lora import CONFIG
@@ -17,57 +18,93 @@ WHOLE = 1.0  # fraction of |W|: an update as large as the weight replaces the pr
 HABIT = 16.0  # alpha / r: alpha 16 is common down to rank 1, so only a larger scale is called a cause
 UNEVEN = 2.0  # ratio of scales: alpha is usually r or 2 r, so a larger ratio of two modules is not intended
 NEARLY = 0.01  # fraction of the components to prune: masking every few steps may miss the end of the schedule
+_UNMATCHED = "compare with model.named_modules(): PEFT matches the end of a name, and ignores other keys"
 
 
-@DoctorRule(id="LS104")
-def rank_use(case: Case) -> Found:
+@DoctorRule(
+    "LS104",
+    "rank-use",
+    "note",
+    problem=f"Some modules have {SHARE:.0%} of their energy in a quarter of their rank.",
+    evidence="their number",
+)
+def rank_use(case: Case) -> Findings:
     """Count the modules that would need only a quarter of their rank."""
-    known = {
-        each.module: (each.rank, each.energy_rank)
-        for each in case.measured
-        if each.update_norm > 0 and each.rank is not None and not math.isnan(each.energy_rank)
-    }
-    if known and min(rank for rank, _ in known.values()) >= 4:
-        narrow = sum(needed <= rank // 4 for rank, needed in known.values())
-        ranks = {rank // 4 for rank, _ in known.values()}
-        bound = f"rank {ranks.pop()} or less" if len(ranks) == 1 else "a quarter of their rank"
-        yield found(f"{narrow or 'none'} of {len(known)} modules have {SHARE:.0%} of their energy in {bound}")
+    ranks: list[int] = []
+    narrow = 0
+    for module in case.measured:
+        if module.update_norm > 0 and module.rank is not None and not math.isnan(module.energy_rank):
+            ranks.append(module.rank)
+            narrow += module.energy_rank <= module.rank // 4
+    if ranks and min(ranks) >= 4:
+        quarters = {rank // 4 for rank in ranks}
+        bound = f"rank {quarters.pop()} or less" if len(quarters) == 1 else "a quarter of their rank"
+        yield finding(f"{narrow or 'none'} of {len(ranks)} modules have {SHARE:.0%} of their energy in {bound}")
 
 
-@DoctorRule(id="LS105")
-def experts(case: Case) -> Found:
+@DoctorRule(
+    "LS105",
+    "experts",
+    "note",
+    needs="config",
+    problem="Modules are experts that are stored in one tensor.",
+    evidence="number of experts per parameter",
+)
+def experts(case: Case) -> Findings:
     """Count the modules that are experts of one parameter."""
     counts = [part.experts for part in case.parts.values() if isinstance(part, ExpertPart) and part.experts > 1]
     if counts:
         number = " or ".join(map(str, sorted({*counts})))
-        yield found(f"{len(counts)} of {len(case.parts)} modules are experts in one tensor, {number} per parameter")
+        yield finding(f"{len(counts)} of {len(case.parts)} modules are experts in one tensor, {number} per parameter")
 
 
-@DoctorRule(id="LS106")
-def incomplete_norms(case: Case) -> Found:
+@DoctorRule(
+    "LS106",
+    "incomplete-norms",
+    "caution",
+    needs="config",
+    problem="|dW| is not exactly the norm of the update.",
+    evidence="alpha is not saved, DoRA was read without its base, or a note of the format",
+)
+def incomplete_norms(case: Case) -> Findings:
     """Find adapters whose |dW| is only approximately the norm of their update."""
     if not case.files.config:
-        unknown = f"no {CONFIG}, so alpha is unknown: |dW| is the norm of B A, without the factor alpha / r"
-        yield caution(unknown)
+        yield finding(f"no {CONFIG}, so alpha is unknown: |dW| is the norm of B A, without the factor alpha / r")
     if case.files.kind == "DoRA" and any(part.has_thin_factors for part in case.parts.values()):
-        yield caution("DoRA: |dW| is the norm of B A only; add --base DIR for the whole update")
-    for note in case.notes:
-        yield caution(note)
+        yield finding("DoRA: |dW| is the norm of B A only; add --base DIR for the whole update")
+    yield from map(finding, case.notes)
 
 
-@DoctorRule(id="LS008")
-def unmatched_targets(case: Case) -> Found:
+@DoctorRule(
+    "LS008",
+    "unmatched",
+    "caution",
+    needs="config",
+    problem="An entry of target_modules names no module.",
+    evidence="no module name ends with it, so PEFT ignores it",
+    fix=_UNMATCHED,
+)
+def unmatched_targets(case: Case) -> Findings:
     """Find targets that are the end of no module's name: a typing error that PEFT does not report."""
-    keys, names = case.files.config.get("target_modules") or (), {*case.configured.values()}
+    targets, names = case.files.config.get("target_modules") or (), {*case.configured.values()}
     # PEFT rejects a single pattern that matches nothing.
-    if not isinstance(keys, str):
+    if not isinstance(targets, str):
         ends = Ends(names)
-        idle = [key for key in keys if key not in names and not any(ends.names_with_end(f".{key}"))]
-        yield from _unmatched_keys(case, "target_modules", idle)
+        unmatched = [key for key in targets if key not in names and not any(ends.names_with_end(f".{key}"))]
+        yield from _unmatched_keys(case, "target_modules", unmatched)
 
 
-@DoctorRule(id="LS009", inspected=True)
-def unmatched_patterns(case: Case) -> Found:
+@DoctorRule(
+    "LS009",
+    "unmatched",
+    "caution",
+    needs="config",
+    problem="A key of rank_pattern or alpha_pattern names no module.",
+    evidence="the key matches the name of no adapted module, so PEFT ignores it",
+    fix=_UNMATCHED,
+    inspected=True,
+)
+def unmatched_patterns(case: Case) -> Findings:
     """Find keys of a pattern that match no module."""
     # AdaLoRA's ranks are masks per parameter.
     for field in ("rank_pattern", "alpha_pattern")[case.masks_components :]:
@@ -75,89 +112,148 @@ def unmatched_patterns(case: Case) -> Found:
         yield from _unmatched_keys(case, field, keys.unused_keys(case.configured.values()))
 
 
-def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Found:
+def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Findings:
     if keys:
         message, count = f"{field} matches no module of this adapter", len(case.parts)
-        yield found(message, keys, field=field, keys=keys, modules=count)
+        yield finding(message, keys, field=field, keys=keys, modules=count)
 
 
-@DoctorRule(id="LS010", suppresses=("diverged", "rate-large"), live_from=2)
-def overscaled(case: Evidence) -> Found:
+@DoctorRule(
+    "LS010",
+    "overscaled",
+    "caution",
+    needs="weights",
+    problem="The update outweighs the weights: its scale is too large.",
+    evidence=f"the update is larger than the weight, at a scale above {HABIT:g}",
+    fix="set lora_alpha to r or 2 r: the scale is alpha / r (alpha / sqrt(r) for rsLoRA), not alpha",
+    suppresses=("diverged", "rate-large"),
+    live_from=2,
+)
+def overscaled(case: Evidence) -> Findings:
     """Find updates that are larger than the weights, at an unusually large scale."""
     adapted = case.adapted
-    if huge := [each for each in adapted if each.relative_update > WHOLE and each.scale > HABIT]:
-        (most,) = largest(huge, "relative_update")
-        update, scale = most.relative_update, most.scale
+    if huge := [module for module in adapted if module.relative_update > WHOLE and module.scale > HABIT]:
+        (worst,) = largest(huge, "relative_update")
+        update, scale = worst.relative_update, worst.scale
         message = f"the update is larger than the weight in {len(huge)} of {len(adapted)} modules"
-        message = f"{message}, up to {update:.3g} |W| in {most.module}, at scale {scale:.4g}"
+        message = f"{message}, up to {update:.3g} |W| in {worst.module}, at scale {scale:.4g}"
         evidence = {"modules": len(huge), "relative_update": update, "threshold": WHOLE, "scale": scale}
-        yield found(message, **evidence, habit=HABIT)
+        yield finding(message, **evidence, habit=HABIT)
 
 
-@DoctorRule(id="LS011")
-def uneven_scale(case: Case) -> Found:
+@DoctorRule(
+    "LS011",
+    "uneven-scale",
+    "caution",
+    needs="config",
+    problem="Modules with their own rank have another scale.",
+    evidence="modules of rank_pattern have no entry in alpha_pattern, and their scale differs from the others "
+    f"by a factor of {UNEVEN:g} or more",
+    fix="add the keys of rank_pattern to alpha_pattern, with alpha = scale x rank",
+)
+def uneven_scale(case: Case) -> Findings:
     """Find modules with another rank that are missing in ``alpha_pattern``."""
     config, adapted = case.meta.method, case.adapted
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     # Without an alpha_pattern the scale is alpha / r, which AutoLoRA intends.
-    known = [each for each in adapted if not math.isnan(each.scale)]
-    if case.masks_components or not ranks or not alphas or not known:
+    scaled = [module for module in adapted if not math.isnan(module.scale)]
+    if case.masks_components or not ranks or not alphas or not scaled:
         return
-    own, scaled = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
+    rank_keys, alpha_keys = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
     groups: dict[tuple[bool, bool], list[TrainedModule]] = {}
-    for each in known:
-        name = case.configured[each.module]
-        groups.setdefault((own.first(name) is not None, scaled.first(name) is not None), []).append(each)
+    for module in scaled:
+        name = case.configured[module.module]
+        has_patterns = rank_keys.first(name) is not None, alpha_keys.first(name) is not None
+        groups.setdefault(has_patterns, []).append(module)
     # A scale that alpha_pattern sets for a module of the usual rank is meant to be unusual.
-    usual_ones = groups.get((False, False)) or groups.get((True, True))
-    if not usual_ones:
+    usual_modules = groups.get((False, False)) or groups.get((True, True))
+    if not usual_modules:
         return
-    usual = min(multimode(each.scale for each in usual_ones))
+    usual = min(multimode(module.scale for module in usual_modules))
     ranked = groups.get((True, False), [])
-    if off := [each for each in ranked if each.scale >= UNEVEN * usual or each.scale <= usual / UNEVEN]:
-        scale = off[0].scale
-        verb, modules = "has" if len(off) == 1 else "have", names_of(off)
-        lacking = f"{verb} an entry in rank_pattern but none in alpha_pattern"
-        message = f"{len(off)} of {len(adapted)} modules {lacking}, so scale {scale:.4g} instead of {usual:.4g}"
-        yield found(message, modules, modules=modules, scale=scale, usual=usual, threshold=UNEVEN)
+    if uneven := [module for module in ranked if module.scale >= UNEVEN * usual or module.scale <= usual / UNEVEN]:
+        scale, names = uneven[0].scale, names_of(uneven)
+        verb = "has" if len(uneven) == 1 else "have"
+        patterns = f"{verb} an entry in rank_pattern but none in alpha_pattern"
+        message = f"{len(uneven)} of {len(adapted)} modules {patterns}, so scale {scale:.4g} instead of {usual:.4g}"
+        yield finding(message, names, modules=names, scale=scale, usual=usual, threshold=UNEVEN)
 
 
-@DoctorRule(id="LS012")
-def allocator_idle(case: Case) -> Found:
+@DoctorRule(
+    "LS012",
+    "allocator-idle",
+    "caution",
+    problem="AdaLoRA never removed a component.",
+    evidence="all components are still in use at a step at which some should have been removed",
+    fix="call model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()",
+)
+def allocator_idle(case: Case) -> Findings:
     """Find AdaLoRA adapters that were never pruned, although they should have been."""
-    if excess := _allocator_excess(case, idle=True):
-        in_use = f"all {excess['of']} components are still in use, the budget is {excess['budget']}"
-        yield found(f"{in_use}: the allocator never removed one", **excess)
+    use = _component_use(case)
+    if use and use.is_idle:
+        in_use = f"all {use.initial} components are still in use, the budget is {use.budget}"
+        yield finding(f"{in_use}: the allocator never removed one", **use.evidence())
 
 
-@DoctorRule(id="LS013")
-def budget_missed(case: Case) -> Found:
+@DoctorRule(
+    "LS013",
+    "budget-missed",
+    "caution",
+    problem="AdaLoRA exceeds its budget: the schedule was cut short.",
+    evidence=f"more components are in use than the budget, by over {NEARLY:.0%} of those to remove",
+    fix="set total_step to the number of steps in training, and tinit + tfinal well below it",
+)
+def budget_missed(case: Case) -> Findings:
     """Find AdaLoRA adapters that were pruned too little, or not yet."""
-    if excess := _allocator_excess(case, idle=False):
-        in_use = f"{excess['components']} of {excess['of']} components are in use, the budget is {excess['budget']}"
-        yield found(f"{in_use}: the schedule did not finish", **excess)
+    use = _component_use(case)
+    if use and not use.is_idle:
+        in_use = f"{use.components} of {use.initial} components are in use, the budget is {use.budget}"
+        yield finding(f"{in_use}: the schedule did not finish", **use.evidence())
 
 
-def _allocator_excess(case: Case, idle: bool) -> dict[str, Any]:
-    """Return the components of an AdaLoRA adapter that exceeds its budget, idle or not; else an empty dict.
+class _ComponentUse(NamedTuple):
+    """Components of an AdaLoRA adapter that exceeds its budget.
 
-    The allocator is idle if it removed no component by the last step, although it should have.
+    ``is_idle``: it removed no component by the last step, although it should have.
     """
+
+    components: int
+    budget: int
+    initial: int
+    is_idle: bool
+
+    def evidence(self) -> dict[str, float]:
+        return {"components": self.components, "budget": self.budget, "of": self.initial, "threshold": NEARLY}
+
+
+def _component_use(case: Case) -> _ComponentUse | None:
+    """Return the components of an AdaLoRA adapter that exceeds its budget, None for any other."""
     method = case.meta.method
     # A module without components counts, because the others received its part of the budget.
-    ranked = [(each.rank, each.used) for each in case.modules if each.rank is not None]
+    ranked = [module for module in case.modules if module.rank is not None]
     if not case.masks_components or not ranked:
-        return {}
+        return None
     # A folder is already masked, so only the configuration has the initial rank; 8 and 12 are PEFT's defaults.
-    each = method.get("target_rank", method.get("target_r", 8))
-    first = method.get("init_rank", method.get("init_r", 12))
-    budget, whole = round(each * len(ranked)), first * len(ranked)
-    held = sum(rank if math.isnan(used) else min(rank, int(used)) for rank, used in ranked)
-    steps, due = case.meta.states["last"].step, True
-    if steps is not None:
-        warm, every = method.get("tinit", 0), method.get("deltaT", 1)
-        fixed = (method.get("total_step") or steps) - method.get("tfinal", 0)
-        due = steps - 1 >= fixed or (steps - 1) // every * every > warm
-    if held - budget <= NEARLY * (whole - budget) or (held == whole and due) != idle:
-        return {}
-    return {"components": held, "budget": budget, "of": whole, "threshold": NEARLY}
+    target_rank = method.get("target_rank", method.get("target_r", 8))
+    initial_rank = method.get("init_rank", method.get("init_r", 12))
+    budget, initial = round(target_rank * len(ranked)), initial_rank * len(ranked)
+    components = sum(_components_in_use(ranked))
+    if components - budget <= NEARLY * (initial - budget):
+        return None
+    return _ComponentUse(components, budget, initial, components == initial and _has_pruning_step(case))
+
+
+def _components_in_use(modules: Iterable[TrainedModule]) -> Iterable[int]:
+    for module in modules:
+        assert module.rank is not None
+        yield module.rank if math.isnan(module.used) else min(module.rank, int(module.used))
+
+
+def _has_pruning_step(case: Case) -> bool:
+    """Return whether AdaLoRA should have removed components by the last step; True if the step is unknown."""
+    method, steps = case.meta.method, case.meta.states["last"].step
+    if steps is None:
+        return True
+    warmup, interval = method.get("tinit", 0), method.get("deltaT", 1)
+    final = (method.get("total_step") or steps) - method.get("tfinal", 0)
+    return bool(steps - 1 >= final or (steps - 1) // interval * interval > warmup)

@@ -1,14 +1,15 @@
-"""Contract of a cause: a rule reads the evidence of an adapter or a run, and yields findings."""
+"""Contract of a cause: a rule reads the evidence of an adapter or a run, and yields findings of its kind."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
 from lorascope.diagnosis.case import MeasuredModule, TrainedModule
-from lorascope.diagnosis.kinds import KINDS, Severity
 from lorascope.diagnosis.training_case import Evidence
+
+Severity = Literal["error", "caution", "note"]
 
 
 @dataclass(frozen=True)
@@ -53,109 +54,139 @@ class Finding:
         }
 
 
-Found = Iterator[Finding]
+Findings = Iterator[Finding]
+
+
+@dataclass
+class Kind:
+    """Kind of finding, written next to the code that yields it.
+
+    An id keeps its meaning, and the id of a removed kind is never used again. LS0xx are faults of adapters and
+    trainings, LS1xx observations, LS2xx treatments by a runtime, LS3xx mistakes of a merge, and LS4xx observations
+    about neurons.
+
+    Parameters
+    ----------
+    id : str
+        Stable id, such as "LS001"; only kinds of this package have one.
+    name : str
+        Name of the cause; two kinds may share one.
+    severity : {"error", "caution", "note"}
+        Severity of the findings. Default "note".
+    needs : str
+        Evidence that the check requires: factors, config, weights, base, history, training (checked only
+        during training), merged model, or tuned model. Default "factors".
+    problem : str
+        What is wrong, as one sentence.
+    evidence : str
+        Numbers that show it, with the threshold.
+    fix : str
+        Suggested fix, empty for an observation. Findings of runtimes have one for the case at hand.
+    """
+
+    id: str = ""
+    name: str = ""
+    severity: Severity = "note"
+    _: KW_ONLY
+    needs: str = "factors"
+    problem: str = ""
+    evidence: str = ""
+    fix: str = ""
+
+    @property
+    def number(self) -> int:
+        """Id as a number, which is the value of the recorded quantity ``alarm``."""
+        return int(self.id.removeprefix("LS"))
+
+    def finding(self, message: str, modules: Iterable[str] = (), fix: str = "", /, **evidence: Any) -> Finding:
+        """Return a finding of this kind, with a fix for the case at hand or by default that of the kind."""
+        return Finding(self.name, message, evidence, fix or self.fix, self.severity, tuple(modules), self.id)
+
+    def to_json(self) -> dict[str, str]:
+        """Return the JSON form."""
+        return {
+            "id": self.id,
+            "name": self.name,
+            "severity": self.severity,
+            "needs": self.needs,
+            "problem": self.problem,
+            "evidence": self.evidence,
+            "fix": self.fix,
+        }
+
+
 RULES: list[DoctorRule] = []
 """All rules, in the order of the files in ``causes`` and of the functions in them."""
 
 
-@dataclass
-class DoctorRule:
-    """Decorator that registers a function from ``Evidence`` to findings, named like the function.
+@dataclass(kw_only=True)
+class DoctorRule(Kind):
+    """Decorator that registers a function from ``Evidence`` to findings of one kind.
 
-    The evidence is a ``Case`` unless ``live_from`` is set.
+    The evidence is a ``Case`` unless ``live_from`` is set. ``doctor`` shows the rules with a fix, ``inspect`` those
+    without. The name is by default that of the function.
 
     Parameters
     ----------
-    fix : str
-        Suggested fix. ``doctor`` shows the rules with a fix, ``inspect`` those without. Default "".
-    needs : {"factors", "config", "weights", "base", "history", "training"}
-        Evidence that the check requires. Default "factors".
     suppresses : tuple of str
         Findings that only follow from this one, and are omitted. Default none.
     inspected : bool
         Whether ``inspect`` shows it in spite of a fix. Default False.
-    name : str
-        Another name, such as that of another rule.
-    id : str
-        Id of a kind in ``KINDS``, which gives name, fix and needs; only rules of this package have one.
     live_from : int, optional
         Number of steps at a nonzero learning rate from which ``alarms`` checks it in training; None for never, because
         a training in progress lacks the evidence.
     """
 
-    fix: str = ""
-    needs: str = "factors"
     suppresses: tuple[str, ...] = ()
     inspected: bool = False
-    name: str = ""
-    id: str = ""
     live_from: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.id:
-            kind = KINDS[self.id]
-            self.name, self.fix, self.needs = kind.name, kind.fix, kind.needs
-
-    def __call__(self, find: Callable[[Any], Found]) -> DoctorRule:
+    def __call__(self, find: Callable[[Any], Findings]) -> DoctorRule:
         """Register a function."""
         self.find, self.name = find, self.name or find.__name__.replace("_", "-")
         RULES.append(self)
         return self
 
-    def findings(self, case: Evidence) -> Found:
+    def findings(self, case: Evidence) -> Findings:
         """Yield the findings in a case; none without the evidence that the check requires."""
-        for seen in self.find(case) if case.has(self.needs) else ():
-            # Findings of one observation differ in severity.
-            severity = KINDS[self.id].severity if self.id and self.fix else seen.severity
-            yield replace(seen, cause=self.name, fix=self.fix, id=self.id, severity=severity)
+        if case.has(self.needs):
+            for draft in self.find(case):
+                yield self.finding(draft.message, draft.modules, **draft.evidence)
 
 
 def run_rules(rules: Iterable[DoctorRule], case: Evidence) -> list[Finding]:
     """Return the findings of rules, without those that only follow from another finding."""
-    found = [(rule, list(rule.findings(case))) for rule in rules]
+    findings: list[Finding] = []
     # A finding may explain others: NaN weights, for example, also make the loss diverge.
-    follows = {name for rule, own in found if own for name in rule.suppresses}
-    return [finding for rule, own in found for finding in own if rule.name not in follows]
+    suppressed: set[str] = set()
+    for rule in rules:
+        rule_findings = list(rule.findings(case))
+        findings += rule_findings
+        if rule_findings:
+            suppressed.update(rule.suppresses)
+    return [finding for finding in findings if finding.cause not in suppressed]
 
 
-def found(message: str, names: Iterable[Any] = (), /, **evidence: Any) -> Finding:
-    """Return a finding of a rule, which adds its name and its fix; the message ends with the first of the names."""
+def finding(message: str, names: Iterable[Any] = (), /, **evidence: Any) -> Finding:
+    """Return a finding of a rule, which adds its kind; the message ends with the first of the names."""
     modules = tuple(map(str, names))
-    listed = f": {first_and_count(modules)}" if modules else ""
-    return Finding("", f"{message}{listed}", evidence, "", modules=modules)
+    if modules:
+        message = f"{message}: {first_and_count(modules)}"
+    return Kind().finding(message, modules, **evidence)
 
 
-def of_kind(
-    id: str,
-    message: str,
-    evidence: dict[str, Any],
-    fix: str | None = None,
-    modules: Iterable[str] = (),
-) -> Finding:
-    """Return a finding that no rule yields, with name, severity and (by default) fix of its kind."""
-    kind = KINDS[id]
-    return Finding(
-        kind.name, message, evidence, kind.fix if fix is None else fix, kind.severity, tuple(modules), kind.id
-    )
-
-
-def caution(message: str, names: Iterable[Any] = (), severity: Severity = "caution") -> Finding:
-    """Return a finding that affects the comparison with other adapters."""
-    return replace(found(message, names), severity=severity)
-
-
-def some_have(
+def finding_if_any(
     rows: Sequence[TrainedModule | MeasuredModule],
     modules: Sequence[TrainedModule | MeasuredModule],
-    what: str,
+    attribute: str,
     /,
     **evidence: Any,
-) -> Found:
+) -> Findings:
     """Yield the finding "n of m modules have ...", unless no row has it."""
     if len(rows):
         verb = "has" if len(rows) == 1 else "have"
         counts = {"modules": len(rows), "of": len(modules)}
-        yield found(f"{len(rows)} of {len(modules)} modules {verb} {what}", names_of(rows), **counts | evidence)
+        yield finding(f"{len(rows)} of {len(modules)} modules {verb} {attribute}", names_of(rows), **counts | evidence)
 
 
 def names_of(rows: Iterable[TrainedModule | MeasuredModule]) -> list[str]:
@@ -163,7 +194,7 @@ def names_of(rows: Iterable[TrainedModule | MeasuredModule]) -> list[str]:
     return [row.module for row in rows]
 
 
-def at_rate(rate: float | None) -> str:
+def rate_phrase(rate: float | None) -> str:
     """Return the end of a message that names the learning rate, "" if it is unknown."""
     return f" at learning rate {rate:.3g}" if rate else ""
 
@@ -172,3 +203,8 @@ def first_and_count(names: Iterable[Any]) -> str:
     """Return the first name, and the number of the others."""
     first, *others = map(str, names)
     return f"{first} and {len(others)} more" if others else first
+
+
+def power_of_ten(value: float) -> str:
+    """Return a threshold such as 0.001 as "1e-3"."""
+    return f"{value:.0e}".replace("e-0", "e-")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from lorascope.diagnosis.case import Case
-from lorascope.diagnosis.causes.finding import DoctorRule, Found, at_rate, found, names_of
+from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, names_of, power_of_ten, rate_phrase
 from lorascope.diagnosis.training_case import Evidence
 
 STILL = 1e-4  # fraction of |W|: below the resolution of float16 and bfloat16, 5e-4 and 4e-3, so merging loses it
@@ -19,32 +19,51 @@ SINGLE = 1.01  # effective rank: real training exceeds it, identical components 
 ROOM = 4  # components: with fewer, a single direction is not suspicious
 
 
-@DoctorRule(id="LS014")
-def rate_small(case: Case) -> Found:
+@DoctorRule(
+    "LS014",
+    "rate-small",
+    "caution",
+    needs="weights",
+    problem="Training changed the weights, but hardly.",
+    evidence=f"the learned update of all modules together is below {power_of_ten(STILL)} of the norm of their weights",
+    fix="raise the learning rate by a factor of 10 or more (FourierFT needs far more than LoRA), or train longer",
+)
+def rate_small(case: Case) -> Findings:
     """Find training runs that changed the weights, but hardly."""
     if "search" in (case.meta.phase or ()):  # AutoLoRA discards the factors of its search, and keeps the ranks
         return
-    _, moved, norm = case.total_change
-    share = moved / norm if norm else np.nan
-    if 0 < share < STILL:
+    change = case.total_change
+    fraction = change.moved / change.weight_norm if change.weight_norm else np.nan
+    if 0 < fraction < STILL:
         rate = case.meta.settings.get("lr")
-        message = f"training changed the weights by only {share:.1e} of |W|, less than {STILL:g}"
-        yield found(f"{message}{at_rate(rate)}", moved=share, threshold=STILL, lr=rate)
+        message = f"training changed the weights by only {fraction:.1e} of |W|, less than {STILL:g}"
+        yield finding(f"{message}{rate_phrase(rate)}", moved=fraction, threshold=STILL, lr=rate)
 
 
-@DoctorRule(id="LS015", suppresses=("rate-large",), live_from=0)
-def diverged(case: Evidence) -> Found:
+@DoctorRule(
+    "LS015",
+    "diverged",
+    "error",
+    needs="history",
+    problem="The loss increased far above its first value, or became NaN.",
+    evidence=f"the median of the last losses exceeds the first loss by {WORSE:g} nat, by half of it, and by "
+    f"{NOISE:g} usual differences of losses or {FAR:g} times the first loss; or it is NaN",
+    fix="lower the learning rate (by a factor of 10), warm up longer, or clip gradients",
+    suppresses=("rate-large",),
+    live_from=0,
+)
+def diverged(case: Evidence) -> Findings:
     """Find losses that ended far above the first one, or became NaN."""
     rate, error = case.learning_rate, case.error
     if "became" in error:
-        yield found(f"training stopped: {error.partition(':')[0]}", error=error, lr=rate)
+        yield finding(f"training stopped: {error.partition(':')[0]}", error=error, lr=rate)
         return
     losses = np.array(list(case.losses.values()))
     count = len(losses)
     if not count:
         return
-    last = losses[-max(min(FEW, count // 2), count // 5) :]
-    start, end = float(losses[0]), float(np.median(last))
+    tail = losses[-max(min(FEW, count // 2), count // 5) :]
+    start, end = float(losses[0]), float(np.median(tail))
     with np.errstate(invalid="ignore"):  # infinite losses
         usual = float(np.median(np.abs(np.diff(losses)))) if count >= FEW else 0.0
     noise = NOISE * usual if count >= case.fewest_losses else math.inf
@@ -52,37 +71,62 @@ def diverged(case: Evidence) -> Found:
     # The value of a policy-gradient loss, which starts at 0 or has both signs, does not show success.
     comparable = start > 0 and not (losses < 0).any()
     if math.isnan(end) or (comparable and end - start >= limit):
-        message = f"the loss went from {start:.3g} to {end:.3g} (median of the last {len(last)} of {count})"
-        yield found(f"{message}{at_rate(rate)}", start=start, end=end, threshold=limit, lr=rate)
+        message = f"the loss went from {start:.3g} to {end:.3g} (median of the last {len(tail)} of {count})"
+        yield finding(f"{message}{rate_phrase(rate)}", start=start, end=end, threshold=limit, lr=rate)
 
 
-@DoctorRule(id="LS016", live_from=2)
-def collapsed(case: Evidence) -> Found:
+@DoctorRule(
+    "LS016",
+    "collapsed",
+    "caution",
+    problem="The updates use a single direction of their rank.",
+    evidence=f"the effective rank is at most {SINGLE:g} in more than half of the modules that use at least "
+    f"{ROOM} components",
+    fix="initialize A randomly (equal rows get equal gradients and stay equal); otherwise rank 1 is enough",
+    live_from=2,
+)
+def collapsed(case: Evidence) -> Findings:
     """Find updates that use a single direction of their rank."""
-    adapted = case.adapted
-    wide = [each for each in adapted if each.used >= ROOM and each.update_norm > 0]
-    known = [each for each in wide if not math.isnan(each.effective_rank)]
-    narrow = [each for each in known if each.effective_rank <= SINGLE]
-    if len(narrow) > len(known) / 2:
-        rank = f"effective rank at most {SINGLE:g} of {int(max(each.used for each in known))}"
-        message = f"{len(narrow)} of {len(known)} updates have one direction ({rank})"
-        most = max(each.effective_rank for each in narrow)
-        evidence = {"modules": len(narrow), "of": len(known), "effective_rank": most}
-        yield found(message, names_of(narrow), **evidence, threshold=SINGLE)
+    wide = [module for module in case.adapted if module.used >= ROOM and module.update_norm > 0]
+    measured = [module for module in wide if not math.isnan(module.effective_rank)]
+    narrow = [module for module in measured if module.effective_rank <= SINGLE]
+    if len(narrow) > len(measured) / 2:
+        rank = f"effective rank at most {SINGLE:g} of {int(max(module.used for module in measured))}"
+        message = f"{len(narrow)} of {len(measured)} updates have one direction ({rank})"
+        highest = max(module.effective_rank for module in narrow)
+        evidence = {"modules": len(narrow), "of": len(measured), "effective_rank": highest}
+        yield finding(message, names_of(narrow), **evidence, threshold=SINGLE)
 
 
-@DoctorRule(id="LS017", live_from=0)
-def tied_twice(case: Evidence) -> Found:
+@DoctorRule(
+    "LS017",
+    "tied-twice",
+    "error",
+    needs="base",
+    problem="Two names of one weight each have an adapter.",
+    evidence="embedding and head share their weight, and both are adapted",
+    fix="adapt only one of them, or untie them first (tie_word_embeddings=False) and save the base",
+    live_from=0,
+)
+def tied_twice(case: Evidence) -> Findings:
     """Find tied weights with an adapter under each of their two names."""
-    for one, other in case.tied:
+    for pair in case.tied:
         problem = "are one weight of the base, and each has an adapter: merging one overwrites the other"
-        yield found(f"{one} and {other} {problem}", modules=[one, other])
+        yield finding(f"{' and '.join(pair)} {problem}", modules=[*pair])
 
 
-@DoctorRule(id="LS018")
-def leak(case: Case) -> Found:
+@DoctorRule(
+    "LS018",
+    "leak",
+    "caution",
+    needs="history",
+    problem="Evaluation rows are also training rows.",
+    evidence="the fraction of the evaluation rows that training saw is above 0 (by object identity, for a Trainer)",
+    fix="use separate rows for eval_dataset, such as the test rows of train_test_split",
+)
+def leak(case: Case) -> Findings:
     """Find evaluation rows that training saw."""
-    share = case.meta.eval_overlap or 0.0
-    if share > 0:
-        message = f"{100 * share:.3g}% of the evaluation rows are training rows, so they do not measure generalization"
-        yield found(message, share=share, threshold=0.0)
+    overlap = case.meta.eval_overlap or 0.0
+    if overlap > 0:
+        rows = f"{100 * overlap:.3g}% of the evaluation rows are training rows"
+        yield finding(f"{rows}, so they do not measure generalization", share=overlap, threshold=0.0)

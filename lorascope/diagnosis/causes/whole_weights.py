@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lorascope.diagnosis.case import Case
-from lorascope.diagnosis.causes.finding import DoctorRule, Found, found
+from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding
 from lorascope.files.printable import count_phrase
 from lorascope.formats.peft_whole_weights import WholeWeight, whole_weights
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -19,56 +19,81 @@ _NAMES = {"full": "saved as full weights", "copy": "saved with their base weight
 _BLOCK = 2**22  # values of a weight in memory at once
 
 
-@DoctorRule(id="LS107")
-def other_weights(case: Case) -> Found:
+@DoctorRule(
+    "LS107",
+    "other-weights",
+    "note",
+    needs="config",
+    problem="Weights are saved next to the factors.",
+    evidence="number of parameters, and the distance from the base",
+)
+def other_weights(case: Case) -> Findings:
     """Find weights saved next to the factors, with their distance from the base, and modules not in the base."""
     weights, base = whole_weights(case.files), case.base
-    known = [each for each in weights if each.kind in _NAMES and base is not None and base.has_weight(each.module)]
-    same = []
-    for each in known:
-        assert base is not None
-        norm, message = _distance(base, each)
-        if each.kind == "copy" and norm == 0:
-            same.append(each)
-        else:
-            yield found(f"{_NAMES[each.kind]}: {each.module}, {each.size:,} parameters, {message}")
-    yield from _listed(same, "copies of base weights, {}, equal to the base")
-    why = "without a base" if base is None else "because they are not in the base"
+    by_kind: dict[str, list[WholeWeight]] = {}
+    for weight in weights:
+        by_kind.setdefault(weight.kind, []).append(weight)
+    if base is not None:
+        yield from _measured_weights(weights, base)
+    reason = "without a base" if base is None else "because they are not in the base"
     for kind, name in _NAMES.items():
-        absent = [each for each in weights if each.kind == kind and each not in known]
-        yield from _listed(absent, f"{name}, {{}}, not measured {why}")
-    saved = {each.module for each in weights if each.kind == "full"}
-    biases = [each for each in weights if each.kind == "bias" and each.module not in saved]
-    yield from _listed(biases, f"biases, {{}}, {_bias_change(base, biases)}")
-    updates = [each for each in weights if each.kind == "bias update"]
+        unmeasured = [weight for weight in by_kind.get(kind, ()) if not _is_in_base(weight.module, base)]
+        yield from _total_size(unmeasured, f"{name}, {{}}, not measured {reason}")
+    full_modules = {weight.module for weight in by_kind.get("full", ())}
+    biases = [weight for weight in by_kind.get("bias", ()) if weight.module not in full_modules]
+    yield from _total_size(biases, f"biases, {{}}, {_bias_change(base, biases)}")
+    updates = by_kind.get("bias update", ())
     scales = {module: part.scale for module, part in case.parts.items()}
-    norms = [scales.get(each.module, np.nan) * np.linalg.norm(as_float64(each.tensor.read())) for each in updates]
-    yield from _listed(updates, f"bias updates (lora_bias), {{}}, norm {math.hypot(*norms):.3g}")
-    differences = [each for each in weights if each.kind == "bias difference"]
-    norms = [np.linalg.norm(as_float64(each.tensor.read())) for each in differences]
-    yield from _listed(differences, f"bias differences, {{}}, |db| {math.hypot(*norms):.3g}")
-    yield from _listed([each for each in weights if each.kind == "ignored"], "tensors without effect, {}")
-    yield from _listed([each for each in weights if each.kind == "unread"], "tensors that are not read, {}")
-    lacking = [module for module in case.parts if base is not None and not base.has_weight(module)]
-    if lacking:
-        yield found("not in the base, perhaps tied", lacking)
+    norms = [scales.get(weight.module, np.nan) * _stored_norm(weight) for weight in updates]
+    yield from _total_size(updates, f"bias updates (lora_bias), {{}}, norm {math.hypot(*norms):.3g}")
+    differences = by_kind.get("bias difference", ())
+    norms = [_stored_norm(weight) for weight in differences]
+    yield from _total_size(differences, f"bias differences, {{}}, |db| {math.hypot(*norms):.3g}")
+    yield from _total_size(by_kind.get("ignored", ()), "tensors without effect, {}")
+    yield from _total_size(by_kind.get("unread", ()), "tensors that are not read, {}")
+    if base is not None:
+        missing = [module for module in case.parts if not base.has_weight(module)]
+        if missing:
+            yield finding("not in the base, perhaps tied", missing)
 
 
-def _listed(weights: Sequence[WholeWeight], message: str) -> Found:
-    """Yield one finding about several weights, if there is one."""
+def _measured_weights(weights: Sequence[WholeWeight], base: PretrainedWeights) -> Findings:
+    """Yield the weights that are in the base, with their distance from it; copies that equal it are one finding."""
+    unchanged_copies = []
+    for weight in weights:
+        if weight.kind not in _NAMES or not _is_in_base(weight.module, base):
+            continue
+        norm, message = _distance(base, weight)
+        if weight.kind == "copy" and norm == 0:
+            unchanged_copies.append(weight)
+        else:
+            yield finding(f"{_NAMES[weight.kind]}: {weight.module}, {weight.size:,} parameters, {message}")
+    yield from _total_size(unchanged_copies, "copies of base weights, {}, equal to the base")
+
+
+def _is_in_base(module: str, base: PretrainedWeights | None) -> bool:
+    return base is not None and base.has_weight(module)
+
+
+def _total_size(weights: Sequence[WholeWeight], message: str) -> Findings:
+    """Yield one finding with the size of several weights, if there is one."""
     if weights:
-        total = sum(each.size for each in weights)
-        yield found(message.format(f"{total:,} parameters"), [each.module for each in weights])
+        total = sum(weight.size for weight in weights)
+        yield finding(message.format(f"{total:,} parameters"), [weight.module for weight in weights])
+
+
+def _stored_norm(weight: WholeWeight) -> float:
+    return float(np.linalg.norm(as_float64(weight.tensor.read())))
 
 
 def _bias_change(base: PretrainedWeights | None, biases: Sequence[WholeWeight]) -> str:
     """Return the norm of the change of all biases from the base, if it has them all."""
     norms = []
-    for each in biases:
-        old, new = None if base is None else base.bias(each.module), as_float64(each.tensor.read().reshape(-1))
-        if old is None or old.shape != new.shape:
+    for bias in biases:
+        before, after = None if base is None else base.bias(bias.module), as_float64(bias.tensor.read().reshape(-1))
+        if before is None or before.shape != after.shape:
             return "not measured"
-        norms.append(np.linalg.norm(new - as_float64(old)))
+        norms.append(np.linalg.norm(after - as_float64(before)))
     return f"|db| {math.hypot(*norms):.3g}"
 
 
@@ -77,20 +102,23 @@ def _distance(base: PretrainedWeights, weight: WholeWeight) -> tuple[float, str]
 
     Rows of a vocabulary that are not in the base are new tokens, which have no change.
     """
-    before, stored = base.shape(weight.module), weight.tensor.shape
-    rows = np.array(weight.rows or range(stored[0]))
-    shared = np.flatnonzero(rows < before[0])
+    base_shape, shape = base.shape(weight.module), weight.tensor.shape
+    rows = np.array(weight.rows or range(shape[0]))
+    shared = np.flatnonzero(rows < base_shape[0])
     is_vocabulary = weight.kind == "copy" or parse(weight.module).role == "embed" or weight.module.endswith("lm_head")
-    if before[1] != stored[1] or not (weight.rows or before[0] == stored[0] or (is_vocabulary and before < stored)):
-        sizes = ", in the base ".join(" x ".join(map(str, sides)) for sides in (stored, before))
+    has_rows = weight.rows or base_shape[0] == shape[0] or (is_vocabulary and base_shape < shape)
+    if base_shape[1] != shape[1] or not has_rows:
+        sizes = ", in the base ".join(" x ".join(map(str, sides)) for sides in (shape, base_shape))
         return np.nan, f"not measured: it is {sizes}"
     W0, W = base.unread(weight.module), weight.tensor.file.unread(weight.tensor.name)
-    norms = []
-    for block in np.array_split(shared, max(1, len(shared) * stored[1] // _BLOCK)):
-        old, new = as_float64(W0[rows[block]].read()), as_float64(W[block].read())
-        norms.append((np.linalg.norm(new - old), np.linalg.norm(old)))
-    change, start = (math.hypot(*each) for each in zip(*norms, strict=True))
+    changes, starts = [], []
+    for block in np.array_split(shared, max(1, len(shared) * shape[1] // _BLOCK)):
+        before, after = as_float64(W0[rows[block]].read()), as_float64(W[block].read())
+        changes.append(np.linalg.norm(after - before))
+        starts.append(np.linalg.norm(before))
+    change, start = math.hypot(*changes), math.hypot(*starts)
     relative = change / start if start else np.inf if change else 0.0
     message = f"|dW| {change:.3g} ({100 * relative:.3g}% of |W|)"
-    added = len(rows) - len(shared)
-    return (np.nan, f"{message}, without {count_phrase(added, 'new row')}") if added else (change, message)
+    if new_rows := len(rows) - len(shared):
+        return np.nan, f"{message}, without {count_phrase(new_rows, 'new row')}"
+    return change, message

@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from lorascope.diagnosis.causes.finding import Finding, first_and_count, of_kind
+from lorascope.diagnosis.causes.finding import Finding, first_and_count
 from lorascope.diagnosis.runtimes.runtime import (
+    MISSING,
     Target,
     absent_modules,
     dropped,
@@ -54,7 +55,7 @@ def check_peft(target: Target) -> Iterator[Finding]:
     lacking = sorted(adapted - modules.keys())
     if lacking and len(lacking) < len(adapted):
         message = f"{len(lacking)} of {len(adapted)} targeted modules have no factors: {first_and_count(lacking)}"
-        yield of_kind("LS202", f"{message}; their base weights are used unchanged", {"modules": len(lacking)})
+        yield MISSING.finding(f"{message}; their base weights are used unchanged", modules=len(lacking))
 
 
 def _targeted(target: Target) -> set[str] | None:

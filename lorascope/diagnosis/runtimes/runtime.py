@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lorascope.diagnosis.causes.finding import Finding, first_and_count, of_kind
+from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count
 from lorascope.files.printable import printable
 from lorascope.formats.peft_config import RESIDUAL_INITS
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -123,6 +123,44 @@ class Application:
     findings: tuple[Finding, ...]
 
 
+DROPPED = Kind(
+    "LS201",
+    "dropped",
+    "caution",
+    needs="config",
+    problem="The runtime leaves out modules, usually without a warning.",
+    evidence="names that the runtime does not find in the base, or not in its format",
+    fix="rename the tensors as the finding says, or load the adapter into the model that it was trained on",
+)
+MISSING = Kind(
+    "LS202",
+    "missing",
+    "caution",
+    needs="base",
+    problem="Targeted modules have no factors, so their base weights are used unchanged.",
+    evidence="modules of the base that the configuration targets and the file does not have",
+    fix="save the whole adapter, or name fewer targets",
+)
+REFUSED = Kind(
+    "LS203",
+    "refused",
+    "error",
+    needs="config",
+    problem="The runtime raises an error, so nothing is applied.",
+    evidence="an unsupported option or tensor, a rank above the limit, or a shape that does not fit the weight",
+    fix="change the option that the finding names, or merge the adapter into the base",
+)
+ALTERED = Kind(
+    "LS204",
+    "applied-differently",
+    "caution",
+    needs="config",
+    problem="The runtime applies another update than was trained.",
+    evidence="an option that the runtime does not read, such as use_rslora in llama.cpp",
+    fix="store the adapter without the option, as the finding says",
+)
+KINDS = (DROPPED, MISSING, REFUSED, ALTERED)
+
 Check = Callable[[Target], Iterable[Finding]]
 RUNTIMES: dict[str, Check] = {}
 """Checks of the runtimes by name; a finding lists the modules that are not applied."""
@@ -158,19 +196,19 @@ def applied(files: AdapterFiles, base: PretrainedWeights | None, name: str) -> A
 
 def refused(reason: str, fix: str, **evidence: Any) -> Finding:
     """Return the finding that a runtime raises an error, so nothing is applied."""
-    return of_kind("LS203", reason, evidence, fix)
+    return REFUSED.finding(reason, (), fix, **evidence)
 
 
 def altered(reason: str, fix: str, **evidence: Any) -> Finding:
     """Return the finding that a runtime applies another update than was trained."""
-    return of_kind("LS204", reason, evidence, fix)
+    return ALTERED.finding(reason, (), fix, **evidence)
 
 
 def dropped(modules: Collection[str], of: int, how: str, fix: str) -> Finding:
     """Return the finding that a runtime leaves out modules; ``how`` says what it prints."""
     verb = "is" if len(modules) == 1 else "are"
     reason = f"{len(modules)} of {of} modules {verb} dropped {how}: {first_and_count(map(printable, modules))}"
-    return of_kind("LS201", reason, {"modules": len(modules), "of": of}, fix, modules)
+    return DROPPED.finding(reason, modules, fix, modules=len(modules), of=of)
 
 
 def absent_modules(target: Target, how: str) -> Iterator[Finding]:

@@ -32,6 +32,7 @@ test-all: lint
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python docs/_ext/write_pages.py --check
 
 types: .venv/installed
 	@found=$$($(BIN)/mypy 2>&1); code=$$?; echo "mypy: $$found"; exit $$code

@@ -1,4 +1,4 @@
-"""``lorascope verify``: green on the repository, red on a page that differs, one line for wrong use."""
+"""``lorascope verify``: green on the repository, red on evidence that differs, one line for wrong use."""
 
 from __future__ import annotations
 
@@ -19,18 +19,14 @@ from lorascope.papers.judging import kept_runs, registration
 from lorascope.papers.judging.kept_runs import RUN_COLUMNS
 
 ROOT = Path(__file__).parents[1]
-PAPERS = [path.name for path in (ROOT / "docs" / "papers").glob("*.md")]
 
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Copy of pages and data without runs, which the command takes for the repository."""
+    """Copy of the data without runs, which the command takes for the repository."""
     root = tmp_path / "clone"
     shutil.copytree(ROOT / "data", root / "data", ignore=shutil.ignore_patterns("evidence"))
-    (root / "docs" / "papers").mkdir(parents=True)
-    for page in ("README.md", *(path.relative_to(ROOT) for path in (ROOT / "docs").glob("**/*.md"))):
-        if Path(page).parent.name in ("", "docs", "papers"):
-            shutil.copy(ROOT / page, root / page)
+    (root / "README.md").touch()  # a clone has one, a wheel does not
     monkeypatch.setattr(registration, "FILE", root / "data" / "registered.toml")
     assert main(["verify", "--write"]) == 0
     return root
@@ -42,100 +38,6 @@ def test_the_repository_agrees_with_its_evidence_and_needs_no_torch() -> None:
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("No differences. "), found.stderr
     assert found.stdout.endswith(" for 88 claims.\n0\n")
-
-
-def test_without_runs_the_pages_state_that(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "No differences. No runs are kept yet for 88 claims."
-    for page in ("README.md", "docs/findings.md", "docs/papers/lora.md"):
-        assert "No runs are kept yet." in (clone / page).read_text(encoding="utf-8")
-
-
-NUMBERS = [
-    ("README.md", "primary", "above 0.02 (nats)", "above 0.01 (nats)"),
-    ("docs/findings.md", "published", "-0.674", "0.674"),
-    ("docs/findings.md", "verdicts", "0 of 24", "24"),
-    ("docs/evidence.md", "budget", "88 claims on runs", "80 judged claims"),
-    ("docs/evidence.md", "before", "-0.08 [-0.09, -0.08]", "0.08 [0.07, 0.09]"),
-    ("docs/papers/neft.md", "neft-printed", "7.167", "9.167"),
-    ("docs/papers/neft.md", "neft-verdicts", "0.221 [no interval]", "0.221 [0.1, 0.3]"),
-]
-"""Page, block, a number of it, and another one."""
-
-
-def test_numbers_changed_in_blocks_are_named_and_written_again(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    original, places = {page: (clone / page).read_text(encoding="utf-8") for page, *_ in NUMBERS}, []
-    for page, block, old, new in NUMBERS:
-        content = (clone / page).read_text(encoding="utf-8")
-        assert content.count(old)
-        (clone / page).write_text(content.replace(old, new, 1), encoding="utf-8")
-        places.append(f"{clone / page}:{content[: content.index(old)].count(chr(10)) + 1}: block {block}: kept ")
-    capsys.readouterr()
-    assert main(["verify", "--json"]) == 1
-    lines = json.loads(capsys.readouterr().out)["differences"]
-    for place, (_, _, old, new) in zip(places, NUMBERS, strict=True):
-        (line,) = [line for line in lines if line.startswith(place)]
-        kept, _, recomputed = line.partition(", recomputed ")
-        assert new in kept
-        assert old in recomputed
-    assert len(lines) == len(NUMBERS)
-    assert main(["verify"]) == 1
-    assert capsys.readouterr().err.splitlines() == lines
-    assert main(["verify", "--write"]) == 0
-    assert original == {page: (clone / page).read_text(encoding="utf-8") for page in original}
-
-
-def test_measured_number_in_the_text_is_named(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = clone / "docs" / "papers" / "fourierft.md"
-    content = page.read_text(encoding="utf-8")
-    page.write_text(content.replace("## Scope", "The logs differ by 0.674 points.\n\n## Scope", 1), encoding="utf-8")
-    capsys.readouterr()
-    assert main(["verify"]) == 1
-    line = content[: content.index("## Scope")].count("\n") + 1
-    (error,) = capsys.readouterr().err.splitlines()
-    assert error.startswith(
-        f"{page}:{line}: 0.674 is a measured number outside a block (published.fourierft: effect): "
-    )
-
-
-def test_deleted_pages_are_named(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for page, block in ("README.md", "primary"), ("docs/papers/lisa.md", "lisa-verdicts"):
-        (clone / page).unlink()
-        capsys.readouterr()
-        assert main(["verify"]) == 1
-        assert f"README.md or docs: block {block!r} is missing" in capsys.readouterr().err.splitlines()
-    shutil.rmtree(clone / "docs")  # a copy of package and data alone has no pages
-    assert main(["verify"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("README.md", b"\xff", "README.md: 'utf-8' codec can't decode"),
-        (
-            "data/published/autolora_lists.csv",
-            b"list,judged,sd\na,True,x\n",
-            "published: cannot compute published.autolora",
-        ),
-        ("data/published/printed_gains.csv", b"", "published: cannot compute published.hydralora"),
-        ("data/registered.toml", b"[[claim", "registered.toml: "),
-        (
-            "data/registered.toml",
-            registration.FILE.read_bytes().replace(b'tier = "primary"', b'tier = "secondary"', 1),
-            "registered.toml: LoRA must have one primary claim, got 0",
-        ),
-    ],
-)
-def test_damaged_file_beside_the_evidence_is_a_difference(
-    clone: Path, capsys: pytest.CaptureFixture[str], file: str, content: bytes, message: str
-) -> None:
-    (clone / file).write_bytes(content)
-    capsys.readouterr()
-    assert main(["verify"]) == 1
-    (error,) = capsys.readouterr().err.splitlines()
-    assert message in error
-    assert main(["verify", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out) == {"differences": [error]}
 
 
 def test_damaged_runs_are_a_difference(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,22 +57,20 @@ def test_derived_files_are_written_again_but_changed_runs_stay_named(
 ) -> None:
     folder = clone / "data" / "evidence"
     shutil.copytree(ROOT / "data" / "evidence", folder)
-    for page in ("README.md", "docs/findings.md", "docs/evidence.md", *(f"docs/papers/{name}" for name in PAPERS)):
-        shutil.copy(ROOT / page, clone / page)
     (clone / "figures").mkdir()
     for figure in (folder / "figures").glob("*.parquet"):
         shutil.copy(ROOT / "figures" / f"{figure.stem}.png", clone / "figures")
     assert main(["verify"]) == 0
-    file, run = folder / "numbers.csv", next(folder.glob("predictions/*.npz"))
+    file, run = folder / "verdicts.csv", next(folder.glob("predictions/*.npz"))
     original = file.read_bytes(), (folder / "MANIFEST").read_bytes()
-    file.write_bytes(original[0].replace(b"effect,-0.674,", b"effect,0.674,", 1))
+    file.write_bytes(
+        original[0].replace(b"lora.words,secondary,superiority,0.02", b"lora.words,secondary,superiority,0.03")
+    )
     capsys.readouterr()
     assert main(["verify"]) == 1
     lines = capsys.readouterr().err.splitlines()
-    assert lines[1:] == [
-        "numbers.csv: row 2 (published.fourierft: effect 0.674): value: kept '0.674', recomputed '-0.674'"
-    ]
-    assert lines[0].startswith("MANIFEST: numbers.csv: kept ")
+    assert lines[1:] == ["verdicts.csv: row 3 (lora.words secondary): bound: kept '0.03', recomputed '0.02'"]
+    assert lines[0].startswith("MANIFEST: verdicts.csv: kept ")
     assert main(["verify", "--write"]) == 0
     assert original == (file.read_bytes(), (folder / "MANIFEST").read_bytes())
     with run.open("ab") as stream:

@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import measured_numbers
 import page_blocks
 from verdict_tables import all_blocks
 
+from lorascope.files.printable import printable
 from lorascope.papers.judging import kept_runs, registration
 from lorascope.papers.registry import PAIRS
 
 ROOT = Path(__file__).parents[2]
 
 
-def pages() -> list[Path]:
-    """Return the pages that may have blocks."""
-    return [
-        ROOT / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-        *sorted((ROOT / "docs" / "papers").glob("*.md")),
-    ]
+def pages(root: Path) -> list[Path]:
+    """Return the pages of a clone that may have blocks."""
+    docs = root / "docs"
+    return [*root.glob("README.md"), *sorted(docs.glob("*.md")), *sorted((docs / "papers").glob("*.md"))]
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: Sequence[str], root: Path = ROOT) -> int:
     """Write or compare the blocks of all pages, and return 1 if one differs or a text repeats a measured number."""
-    data = ROOT / "data"
+    try:
+        differences = list(find_differences(root, write="--check" not in arguments))
+    except (OSError, ValueError) as error:  # a damaged or missing file
+        differences = [printable(" ".join(str(error).split()))]
+    for line in differences:
+        print(line, file=sys.stderr)
+    if not differences:
+        print("No differences.")
+    return 1 if differences else 0
+
+
+def find_differences(root: Path, write: bool) -> Iterator[str]:
+    """Yield one line per block that differs, and per measured number that a text repeats; write the blocks first."""
+    data = root / "data"
     claims, evidence = registration.read(data / "registered.toml"), kept_runs.read_kept(data / "evidence")
     derived = measured_numbers.derive_all(evidence, claims, PAIRS, data)
     blocks = all_blocks(claims, data, evidence, derived)
-    if "--check" not in arguments:
-        for page in pages():
+    if write:
+        for page in pages(root):
             page_blocks.write(page, blocks)
+    yield from page_blocks.differences(pages(root), blocks)
     measured = kept_runs.text_table(derived.files[measured_numbers.FILE])
-    found = [*page_blocks.differences(pages(), blocks)]
-    found += [line for page in pages() for line in measured_numbers.repeated(page, measured)]
-    print("\n".join(found) or "No differences.")
-    return 1 if found else 0
+    for page in pages(root):
+        yield from measured_numbers.repeated(page, measured)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ import lorascope
 from lorascope.cli.main import COMMANDS, main
 from lorascope.diagnosis.causes.finding import DoctorRule, Kind
 from lorascope.diagnosis.kinds import KINDS
-from lorascope.export.exporters import EXPORTERS
-from lorascope.export.writers import writers
+from lorascope.export.exporters import EXPORTERS, RunExporter, layer_exporters
 from lorascope.formats.readers import READERS, SENTENCES, find_reader
 from lorascope.methods import METHODS
 from lorascope.methods.method import Method
@@ -162,10 +161,11 @@ READ_AS = {
 
 def written_by() -> dict[str, str]:
     """Return the options of ``lorascope export`` that write a format, by the name of its reader."""
-    found = {reader: f"`--{name}`" for name, writer in writers().items() for reader in writer.readers}
-    kinds = {f"{exporter.kind} (PEFT)" for exporter in EXPORTERS}
-    runs = {name: "`--peft`, from runs" for name, reader in READERS.items() if reader.format in kinds}
-    return runs | found
+    kinds = {f"{exporter.kind} (PEFT)" for exporter in EXPORTERS if isinstance(exporter, RunExporter)}
+    options = {name: "`--peft`, from runs" for name, reader in READERS.items() if reader.format in kinds}
+    for format, exporter in layer_exporters().items():
+        options |= dict.fromkeys(exporter.readers, f"`--{format}`")
+    return options
 
 
 def formats_page() -> str:

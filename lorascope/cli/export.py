@@ -13,7 +13,7 @@ from lorascope import export
 from lorascope.cli.arguments import File, Folder, Name, command, reject
 from lorascope.cli.opened_runs import open_runs
 from lorascope.export import RankBudget
-from lorascope.export.writers import require_adapter
+from lorascope.export.conversion import require_adapter
 from lorascope.files.printable import printable
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.result import Result

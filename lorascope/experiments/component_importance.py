@@ -22,7 +22,7 @@ from lorascope.experiments.component_removal import (
     fill_plain,
 )
 from lorascope.export import RankBudget, base_of
-from lorascope.export.peft_folder import refuse_unkept
+from lorascope.export.peft_folder import require_all_recorded
 from lorascope.formats.stored_update import PREFIX
 from lorascope.inputs import models, tasks
 from lorascope.inputs.classifier_head import fit_head, weights_hash
@@ -138,7 +138,7 @@ def _open_trained(
         if isinstance(run, Adapter):
             held = _adapter_weights(run)
         else:  # a recording of another trainer
-            refuse_unkept(run, state)
+            require_all_recorded(run, state)
             held = {other: torch.tensor(array) for other, array in cast(Run, run).tensors(state).items()}
         _load_other_weights(run, held, base, str(name))
         _check_hosts(run, parts, base, str(name))

@@ -1,10 +1,10 @@
 """Export of runs and adapters: ranks for a next LoRA, adapters in several formats, and tables as files."""
 
+from lorascope.export.conversion import convert
 from lorascope.export.peft_folder import base_of, to_peft
 from lorascope.export.rank_budget import RankBudget, rank_pattern, select_components
 from lorascope.export.sums import interference, sum_adapters
 from lorascope.export.tables import to_table
-from lorascope.export.writers import convert
 
 __all__ = [
     "RankBudget",

@@ -15,10 +15,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorascope.export.exporters import LayerExporter
 from lorascope.export.lora_layers import LoraLayer, WritableLora
 from lorascope.export.peft_adapter import layer_tensors
 from lorascope.export.pipeline_names import PIPELINE, named_layers, refuse_flat
-from lorascope.export.writers import writes
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
@@ -29,36 +29,41 @@ from lorascope.runs.lora_config import lora_keywords
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
-@writes("diffusers", "read_diffusers")
-def write_diffusers(lora: WritableLora, path: Path) -> None:
-    """Write layers as a new file, or as a new folder with the file."""
-    lora.require_only_layers("diffusers")
-    layers = named_layers(lora, "diffusers")
-    refuse_flat(lora, layers, "diffusers")
-    components: dict[str, dict[str, LoraLayer]] = {}
-    for each in layers:
-        if each.component not in PIPELINE:
-            reason = f"{printable(each.module)} has a name of the model's authors; pass the base model, --base DIR"
-            raise lora.error("diffusers", reason)
-        if each.layer.embedding:
-            raise lora.error("diffusers", f"{printable(each.module)} is an embedding")
-        own = components.setdefault(each.component, {})
-        if each.name in own:
-            raise lora.error("diffusers", f"{printable(each.component)}.{printable(each.name)} would be written twice")
-        own[each.name] = each.layer
-    tensors: dict[str, TypedTensor] = {}
-    settings: dict[str, Any] = {}
-    for component, own in components.items():
-        settings |= {f"{component}.{key}": value for key, value in _settings(lora, own).items()}
-        for name, layer in own.items():
-            tensors |= {f"{component}.{name}.{end}": tensor for end, tensor in layer_tensors(layer).items()}
-    words = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
-    content = safetensors_bytes(tensors, words)
-    if path.suffix == ".safetensors":
-        write_bytes(path, content)
-        return
-    with new_folder(path) as draft:
-        write_bytes(draft / WEIGHTS, content)
+class DiffusersExporter(LayerExporter):
+    """LoRA files of diffusers, or folders with one."""
+
+    format = "diffusers"
+    readers = ("read_diffusers",)
+
+    def write(self, lora: WritableLora, path: Path) -> None:
+        lora.require_only_layers("diffusers")
+        modules = named_layers(lora, "diffusers")
+        refuse_flat(lora, modules, "diffusers")
+        components: dict[str, dict[str, LoraLayer]] = {}
+        for module in modules:
+            if module.component not in PIPELINE:
+                reason = f"{printable(module.path)} has a name of the model's authors; pass the base model, --base DIR"
+                raise lora.error("diffusers", reason)
+            if module.layer.embedding:
+                raise lora.error("diffusers", f"{printable(module.path)} is an embedding")
+            layers = components.setdefault(module.component, {})
+            if module.name in layers:
+                name = f"{printable(module.component)}.{printable(module.name)}"
+                raise lora.error("diffusers", f"{name} would be written twice")
+            layers[module.name] = module.layer
+        tensors: dict[str, TypedTensor] = {}
+        settings: dict[str, Any] = {}
+        for component, layers in components.items():
+            settings |= {f"{component}.{key}": value for key, value in _settings(lora, layers).items()}
+            for name, layer in layers.items():
+                tensors |= {f"{component}.{name}.{end}": tensor for end, tensor in layer_tensors(layer).items()}
+        metadata = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
+        content = safetensors_bytes(tensors, metadata)
+        if path.suffix == ".safetensors":
+            write_bytes(path, content)
+            return
+        with new_folder(path) as draft:
+            write_bytes(draft / WEIGHTS, content)
 
 
 def _settings(lora: WritableLora, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
@@ -66,6 +71,5 @@ def _settings(lora: WritableLora, layers: Mapping[str, LoraLayer]) -> dict[str, 
     ranks = {name: layer.rank for name, layer in layers.items()}
     keywords = lora_keywords(ranks, {name: layer.scale for name, layer in layers.items()}, layers)
     decomposed = replace(lora, layers=layers).decomposed("diffusers")
-    kept = ("base_model_name_or_path", "revision")
-    known = {name: lora.config[name] for name in kept if lora.config.get(name) is not None}
-    return known | keywords | {"use_dora": decomposed}
+    base = {name: lora.config.get(name) for name in ("base_model_name_or_path", "revision")}
+    return {name: value for name, value in base.items() if value is not None} | keywords | {"use_dora": decomposed}

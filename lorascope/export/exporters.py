@@ -1,31 +1,64 @@
-"""Registry of the exporters to PEFT: a class statement registers one, and every module of this package is searched."""
+"""Registry of the exporters: a class statement registers one, and every module of this package is searched.
+
+A `LayerExporter` writes the layers of a LoRA or DoRA, of whichever format, and a `RunExporter` states how PEFT stores
+the updates of a run.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from inspect import isabstract
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from lorascope.array_types import Float
+from lorascope.export.lora_layers import WritableLora
 from lorascope.runs.result import Result
 from lorascope.schema.plugins import load_plugins
 
 EXPORTERS: list[Exporter] = []
-"""Exporters; of several that fit a run, one with a factor writes it, and of several of these the last one."""
+"""Exporters, in the order of their class statements."""
 
 
 class Exporter(ABC):
-    """Writer of one kind of adapter in PEFT's form."""
+    """Writer of adapters in one format."""
 
-    kind: ClassVar[str]
-    """Name of the kind, such as LoRA."""
-    factor: ClassVar[str] = ""
-    """Factor that marks the runs of this kind; any run fits without one."""
+    format: ClassVar[str]
+    """Name of the format, and of the option of ``lorascope export``."""
 
     def __init_subclass__(cls) -> None:
-        EXPORTERS.append(cls())
+        if not isabstract(cls):
+            EXPORTERS.append(cls())
+
+
+class LayerExporter(Exporter):
+    """Writer of the layers of a LoRA or DoRA."""
+
+    readers: ClassVar[tuple[str, ...]]
+    """Names of the functions that read what it writes."""
+
+    @abstractmethod
+    def write(self, lora: WritableLora, path: Path) -> None:
+        """Write layers to a path that does not exist.
+
+        Raises
+        ------
+        ValueError
+            The format cannot hold the adapter; nothing is written.
+        """
+
+
+class RunExporter(Exporter):
+    """Content of a PEFT folder for the updates of a run."""
+
+    format = "peft"
+    kind: ClassVar[str]
+    """Name of the kind of adapter, such as LoRA."""
+    factor: ClassVar[str] = ""
+    """Factor that marks the runs of this kind; any run fits without one."""
 
     def updates(self, run: Result, state: str) -> dict[str, Any]:
         """Return the update of every module to export; raise a ValueError if PEFT cannot express one."""
@@ -48,9 +81,16 @@ class Exporter(ABC):
         return {}
 
 
-def find_exporter(run: Result, state: str) -> Exporter:
-    """Return the exporter of a run."""
+def layer_exporters() -> dict[str, LayerExporter]:
+    """Return the exporters of layers by the names of their formats."""
     load_plugins("lorascope.export")
-    names = {name for factors in run.factors(state=state).values() for name in factors} | {""}
-    fitting = [exporter for exporter in reversed(EXPORTERS) if exporter.factor in names]
-    return next((exporter for exporter in fitting if exporter.factor), fitting[0])
+    return {exporter.format: exporter for exporter in EXPORTERS if isinstance(exporter, LayerExporter)}
+
+
+def find_exporter(run: Result, state: str) -> RunExporter:
+    """Return the exporter of a run: the last one whose factor it has, else the last one without a factor."""
+    load_plugins("lorascope.export")
+    run_exporters = [exporter for exporter in reversed(EXPORTERS) if isinstance(exporter, RunExporter)]
+    factor_names = {name for factors in run.factors(state=state).values() for name in factors}
+    marked = [exporter for exporter in run_exporters if exporter.factor in factor_names]
+    return marked[0] if marked else next(exporter for exporter in run_exporters if not exporter.factor)

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lorascope.export.exporters import LayerExporter
 from lorascope.export.lora_layers import LoraLayer, WritableLora
 from lorascope.export.pipeline_names import AUTHORS, PipelineLayer, named_layers
-from lorascope.export.writers import writes
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
@@ -37,51 +37,70 @@ _T5 = re.compile(r"encoder\.block\.\d")
 _SDXL = re.compile(r"(?:down|mid|up)_block\S*\.transformer_blocks\.[1-9]")
 
 
-@writes("kohya", "read_kohya")
-def write_kohya(lora: WritableLora, path: Path) -> None:
-    """Write layers as a new file."""
-    if path.suffix != ".safetensors":
-        raise lora.error("kohya", f"the file must end in .safetensors, got {printable(path)}")
-    lora.require_only_layers("kohya")
-    layers = named_layers(lora, "kohya")
-    described = "".join(lora.config.get(key, "") for key in BASE_KEYS[:2])
-    large = "xl" in described or any(each.component == "unet" and _SDXL.match(each.name) for each in layers)
-    names: dict[str, str] = {}
-    tensors: dict[str, TypedTensor] = {}
-    for each in layers:
-        key = each.name if each.flat else _flat_name(lora, each, {each.component for each in layers}, large)
-        if key in names:
-            raise lora.error("kohya", f"{printable(names[key])} and {printable(each.module)} would both be {key}")
-        names[key] = each.module
-        tensors |= {f"{key}.{part}": tensor for part, tensor in _tensors(lora, each)}
-    ranks, alphas = zip(*((each.layer.rank, _alpha(each.layer)) for each in layers), strict=True)
-    decomposed = any(each.layer.magnitude for each in layers)
-    words = {key: lora.config[key] for key in BASE_KEYS if key in lora.config}
-    words |= {"ss_network_module": "lycoris.kohya" if decomposed else "networks.lora"}
-    words |= {"ss_network_dim": _common(ranks), "ss_network_alpha": _common(alphas)}
-    if not words.keys() & set(BASE_KEYS) and "base_model_name_or_path" in lora.config:
-        words["ss_sd_model_name"] = str(lora.config["base_model_name_or_path"])
-    write_bytes(path, safetensors_bytes(tensors, words))
+class KohyaExporter(LayerExporter):
+    """LoRA files of kohya's trainer."""
+
+    format = "kohya"
+    readers = ("read_kohya",)
+
+    def write(self, lora: WritableLora, path: Path) -> None:
+        if path.suffix != ".safetensors":
+            raise lora.error("kohya", f"the file must end in .safetensors, got {printable(path)}")
+        lora.require_only_layers("kohya")
+        modules = named_layers(lora, "kohya")
+        components = {module.component for module in modules}
+        base_names = "".join(lora.config.get(key, "") for key in BASE_KEYS[:2])
+        is_sdxl = any(module.component == "unet" and _SDXL.match(module.name) for module in modules)
+        paths: dict[str, str] = {}
+        tensors: dict[str, TypedTensor] = {}
+        for module in modules:
+            key = module.name if module.flat else _flat_name(lora, module, components, is_sdxl or "xl" in base_names)
+            if key in paths:
+                pair = f"{printable(paths[key])} and {printable(module.path)}"
+                raise lora.error("kohya", f"{pair} would both be {key}")
+            paths[key] = module.path
+            tensors |= {f"{key}.{end}": tensor for end, tensor in _tensors(lora, module)}
+        layers = [module.layer for module in modules]
+        metadata = {key: lora.config[key] for key in BASE_KEYS if key in lora.config}
+        names_base = bool(metadata)
+        decomposed = any(layer.magnitude for layer in layers)
+        metadata["ss_network_module"] = "lycoris.kohya" if decomposed else "networks.lora"
+        metadata["ss_network_dim"] = _common([layer.rank for layer in layers])
+        metadata["ss_network_alpha"] = _common(list(map(_alpha, layers)))
+        if not names_base and "base_model_name_or_path" in lora.config:
+            metadata["ss_sd_model_name"] = str(lora.config["base_model_name_or_path"])
+        write_bytes(path, safetensors_bytes(tensors, metadata))
 
 
-def _flat_name(lora: WritableLora, each: PipelineLayer, components: Collection[str], large: bool) -> str:
-    """Return the name of a module; ``large`` if the UNet has SDXL's size."""
-    flat = each.name.replace(".", "_")
-    prefix = _PREFIXES.get(each.component)
-    if each.component.startswith("text_encoder"):
-        number = each.component.removeprefix("text_encoder").removeprefix("_")
-        several = large or any(name not in ("unet", "text_encoder") for name in components)
-        prefix = "lora_te3" if _T5.match(each.name) else f"lora_te{number or '1' * several}"
-        if "prior" in components:
-            prefix = "lora_prior_te"
-    if prefix is None or each.component.startswith("text_encoders."):
-        raise lora.error("kohya", f"{printable(each.module)} belongs to {each.component}, which has no prefix there")
-    return f"{prefix}_{(to_authors(flat) or flat) if large and each.component == 'unet' else flat}"
+def _flat_name(lora: WritableLora, module: PipelineLayer, components: Collection[str], is_sdxl: bool) -> str:
+    """Return the name of a module with its prefix, and underscores instead of dots."""
+    name = module.name.replace(".", "_")
+    prefix = _PREFIXES.get(module.component)
+    if module.component.startswith("text_encoder"):
+        prefix = _text_encoder_prefix(module, components, is_sdxl)
+    if prefix is None or module.component.startswith("text_encoders."):
+        reason = f"{printable(module.path)} belongs to {module.component}, which has no prefix there"
+        raise lora.error("kohya", reason)
+    if is_sdxl and module.component == "unet":
+        name = to_authors(name) or name
+    return f"{prefix}_{name}"
 
 
-def _tensors(lora: WritableLora, each: PipelineLayer) -> Iterator[tuple[str, TypedTensor]]:
-    """Yield the tensors of one module."""
-    layer, name = each.layer, printable(each.module)
+def _text_encoder_prefix(module: PipelineLayer, components: Collection[str], is_sdxl: bool) -> str:
+    """Return the prefix of a module of a text encoder."""
+    if "prior" in components:
+        return "lora_prior_te"
+    if _T5.match(module.name):
+        return "lora_te3"
+    number = module.component.removeprefix("text_encoder").removeprefix("_")
+    # Only Stable Diffusion 1 and 2 have a single text encoder, next to a UNet.
+    is_numbered = is_sdxl or not {"unet", "text_encoder"}.issuperset(components)
+    return f"lora_te{number or '1' * is_numbered}"
+
+
+def _tensors(lora: WritableLora, module: PipelineLayer) -> Iterator[tuple[str, TypedTensor]]:
+    """Yield the tensors of one module by the ends of their names."""
+    layer, name = module.layer, printable(module.path)
     if layer.embedding:
         raise lora.error("kohya", f"{name} is an embedding")
     alpha = _alpha(layer)
@@ -90,6 +109,7 @@ def _tensors(lora: WritableLora, each: PipelineLayer) -> Iterator[tuple[str, Typ
     A, B = layer.kernel_factors()
     yield "lora_down.weight", A
     yield "lora_up.weight", B
+    # float64 only where float32 would round the scale, because kohya's trainer writes float32.
     yield "alpha", TypedTensor(np.array(alpha), "F32" if float(np.float32(alpha)) == alpha else "F64")
     if layer.magnitude is not None:
         sides = (-1, 1, *(1 for _ in layer.kernel))

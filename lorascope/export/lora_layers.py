@@ -98,27 +98,26 @@ class WritableLora:
 
     def decomposed(self, format: str) -> bool:
         """Return whether all layers are DoRA; raise a ValueError if only some are."""
-        found = {layer.magnitude is not None for layer in self.layers.values()}
-        if len(found) > 1:
-            plain = next(name for name, layer in self.layers.items() if layer.magnitude is None)
-            raise self.error(format, f"{printable(plain)} has no magnitude, unlike other modules, and DoRA is for all")
-        return found == {True}
+        plain = [name for name, layer in self.layers.items() if layer.magnitude is None]
+        if plain and len(plain) < len(self.layers):
+            reason = f"{printable(plain[0])} has no magnitude, unlike other modules, and DoRA is for all"
+            raise self.error(format, reason)
+        return not plain
 
-    def _is_needless(self, each: WholeWeight) -> bool:
+    def _is_needless(self, weight: WholeWeight) -> bool:
         """Return whether a stored weight has no effect, or equals the base."""
-        base = self.adapter.base
-        if each.kind != "copy" or base is None or not base.has_weight(each.module):
-            return UNUSED.search(each.tensor.name) is not None
-        shape = each.tensor.shape
-        return base.shape(each.module) == shape and np.array_equal(base.weight(each.module, shape), each.tensor.read())
+        base, module, shape = self.adapter.base, weight.module, weight.tensor.shape
+        if weight.kind != "copy" or base is None or not base.has_weight(module):
+            return UNUSED.search(weight.tensor.name) is not None
+        return base.shape(module) == shape and np.array_equal(base.weight(module, shape), weight.tensor.read())
 
     def require_only_layers(self, format: str) -> None:
         """Raise a ValueError if the adapter has more than layers of LoRA."""
-        further = [each for each in whole_weights(self.adapter.files) if not self._is_needless(each)]
+        further = [weight for weight in whole_weights(self.adapter.files) if not self._is_needless(weight)]
         if further:
-            names = first_of([each.tensor.name.removeprefix(PREFIX) for each in further])
-            how = "; pass --base DIR to compare it with the base" if further[0].kind == "copy" else ""
-            raise self.error(format, f"only PEFT folders have further weights, such as {names}{how}")
+            names = first_of([weight.tensor.name.removeprefix(PREFIX) for weight in further])
+            fix = "; pass --base DIR to compare it with the base" if further[0].kind == "copy" else ""
+            raise self.error(format, f"only PEFT folders have further weights, such as {names}{fix}")
         setting = next((name for name in ONLY_PEFT if self.config.get(name)), None)
         if setting is not None:
             raise self.error(format, f"only PEFT has {setting}")
@@ -180,8 +179,9 @@ def layers_of(
 
 def _layers(adapter: Adapter, updates: Mapping[str, Update]) -> Iterator[tuple[str, LoraLayer]]:
     for module, update in updates.items():
-        part = adapter.files.parts[module]
-        stored = part.whole if isinstance(part, RowsPart) else part
+        stored = adapter.files.parts[module]
+        if isinstance(stored, RowsPart):
+            stored = stored.whole
         A, B = _factors(stored)
         product = update.direction if isinstance(update, WeightDecomposed) else update.low_rank
         if A is None or B is None or product is None:
@@ -192,24 +192,24 @@ def _layers(adapter: Adapter, updates: Mapping[str, Update]) -> Iterator[tuple[s
         if kernel and inner % math.prod(kernel):
             raise ValueError(f"{printable(module)} must have a multiple of {math.prod(kernel)} inputs, got {inner}")
         embedding = ".lora_embedding_" in A.name or (isinstance(stored, MlxPart) and stored.transposed)
-        yield (
-            module,
-            LoraLayer(
-                TypedTensor.fitting(np.asarray(product.B), B.file.dtype(B.name)),
-                TypedTensor.fitting(np.asarray(product.A), A.file.dtype(A.name)),
-                product.scale,
-                kernel,
-                embedding,
-                _magnitude(adapter, module, update),
-            ),
+        layer = LoraLayer(
+            TypedTensor.fitting(np.asarray(product.B), B.file.dtype(B.name)),
+            TypedTensor.fitting(np.asarray(product.A), A.file.dtype(A.name)),
+            product.scale,
+            kernel,
+            embedding,
+            _magnitude(adapter, module, update),
         )
+        yield module, layer
 
 
-def _factors(part: StoredUpdate) -> tuple[StoredTensor | None, StoredTensor | None]:
+def _factors(stored: StoredUpdate) -> tuple[StoredTensor | None, StoredTensor | None]:
     """Return the tensors of A and B; None if an update is not stored as these."""
-    if isinstance(part, StoredLoRA):
-        return part.A, part.B
-    return (part.lora_a, part.lora_b) if isinstance(part, MlxPart) else (None, None)
+    if isinstance(stored, StoredLoRA):
+        return stored.A, stored.B
+    if isinstance(stored, MlxPart):
+        return stored.lora_a, stored.lora_b
+    return None, None
 
 
 def _magnitude(adapter: Adapter, module: str, update: Update) -> TypedTensor | None:
@@ -226,8 +226,8 @@ def require_unchanged_base(cannot: str, config: Mapping[str, Any]) -> None:
     """Raise a ValueError that begins with ``cannot`` if PEFT changes the base to initialize an adapter."""
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(RESIDUAL_INITS):
-        how = "save it with path_initial_model_for_weight_conversion"
-        raise ValueError(f"{cannot}: {printable(start)} changes the base model while PEFT loads it; {how}")
+        fix = "save it with path_initial_model_for_weight_conversion"
+        raise ValueError(f"{cannot}: {printable(start)} changes the base model while PEFT loads it; {fix}")
 
 
 def require_own_names(adapter: Adapter) -> None:

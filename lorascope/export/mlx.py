@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from lorascope.export.exporters import LayerExporter
 from lorascope.export.lora_layers import WritableLora
-from lorascope.export.writers import writes
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes, write_json
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
@@ -36,36 +36,51 @@ _NAME = re.compile(r"(?:language_model\.)?(?:model\.layers\.\d+\.(?P<inside>.+)|
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-@writes("mlx", "read_mlx")
-def write_mlx(lora: WritableLora, path: Path) -> None:
-    """Write layers as a new folder."""
-    lora.require_only_layers("MLX")
-    decomposed = lora.decomposed("MLX")
-    rank = max(layer.rank for layer in lora.layers.values())
-    scale = mode(layer.scale for layer in lora.layers.values())
-    tensors: dict[str, TypedTensor] = {}
-    keys: dict[str, None] = {}
-    for module, layer in lora.layers.items():
-        match = _NAME.fullmatch(module)
-        if match is None or layer.kernel or _EXPERT.search(module):
-            kind = "an expert" if match else "not named like a layer of a language model, model.layers.0. ..."
-            raise lora.error("MLX", f"{printable(module)} is {'a convolution' if layer.kernel else kind}")
-        if layer.embedding and layer.magnitude is not None:
-            reason = f"{printable(module)} is an embedding with one magnitude per column, and MLX has one per row"
-            raise lora.error("MLX", reason)
-        keys[match["inside"] or module] = None
-        empty = (0, rank - layer.rank)
-        tensors[f"{module}.lora_a"] = layer.A.map(partial(_transposed, ((0, 0), empty)))
-        tensors[f"{module}.lora_b"] = _scaled(lora, module, scale).map(partial(_transposed, (empty, (0, 0))))
-        if layer.magnitude is not None:
-            tensors[f"{module}.m"] = layer.magnitude
-    named = {"model": lora.config.get("base_model_name_or_path"), "revision": lora.config.get("revision")}
-    config: dict[str, Any] = {key: name for key, name in named.items() if name}
-    config |= {"fine_tune_type": "dora" if decomposed else "lora", "num_layers": -1}
-    config |= {"lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(keys)}}
-    with new_folder(path) as draft:
-        write_bytes(draft / WEIGHTS, safetensors_bytes(tensors, {"format": "mlx"}))
-        write_json(draft / CONFIG, config)
+class MlxExporter(LayerExporter):
+    """Adapter folders of mlx-lm."""
+
+    format = "mlx"
+    readers = ("read_mlx",)
+
+    def write(self, lora: WritableLora, path: Path) -> None:
+        lora.require_only_layers("MLX")
+        decomposed = lora.decomposed("MLX")
+        rank = max(layer.rank for layer in lora.layers.values())
+        scale = mode(layer.scale for layer in lora.layers.values())
+        tensors: dict[str, TypedTensor] = {}
+        keys: dict[str, None] = {}
+        for module, layer in lora.layers.items():
+            keys[_key(lora, module)] = None
+            empty = (0, rank - layer.rank)
+            tensors[f"{module}.lora_a"] = layer.A.map(partial(_transposed, ((0, 0), empty)))
+            tensors[f"{module}.lora_b"] = _scaled(lora, module, scale).map(partial(_transposed, (empty, (0, 0))))
+            if layer.magnitude is not None:
+                tensors[f"{module}.m"] = layer.magnitude
+        base = {"model": lora.config.get("base_model_name_or_path"), "revision": lora.config.get("revision")}
+        config: dict[str, Any] = {key: name for key, name in base.items() if name}
+        config |= {"fine_tune_type": "dora" if decomposed else "lora", "num_layers": -1}
+        config |= {"lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(keys)}}
+        with new_folder(path) as draft:
+            write_bytes(draft / WEIGHTS, safetensors_bytes(tensors, {"format": "mlx"}))
+            write_json(draft / CONFIG, config)
+
+
+def _key(lora: WritableLora, module: str) -> str:
+    """Return the name of a module inside its block; raise a ValueError if MLX cannot adapt it."""
+    match, layer = _NAME.fullmatch(module), lora.layers[module]
+    kind = ""
+    if layer.kernel:
+        kind = "a convolution"
+    elif match is None:
+        kind = "not named like a layer of a language model, model.layers.0. ..."
+    elif _EXPERT.search(module):
+        kind = "an expert"
+    if match is None or kind:
+        raise lora.error("MLX", f"{printable(module)} is {kind}")
+    if layer.embedding and layer.magnitude is not None:
+        reason = f"{printable(module)} is an embedding with one magnitude per column, and MLX has one per row"
+        raise lora.error("MLX", reason)
+    return match["inside"] or module
 
 
 def _transposed(zeros: tuple[tuple[int, int], tuple[int, int]], factor: np.ndarray) -> np.ndarray:
@@ -82,6 +97,6 @@ def _scaled(lora: WritableLora, module: str, scale: float) -> TypedTensor:
     folded = TypedTensor(np.asarray(B.values, np.float64) * factor, B.dtype)
     if abs(math.frexp(factor)[0]) != 0.5 or factor * scale != layer.scale or not folded.exact:
         reason = f"{printable(module)} has scale {layer.scale:g}, and MLX has one scale for all modules, here {scale:g}"
-        how = "only a power of two times that is exact; --budget 1 writes factors of scale 1, rounded to float32"
-        raise lora.error("MLX", f"{reason}: {how}")
+        fix = "only a power of two times that is exact; --budget 1 writes factors of scale 1, rounded to float32"
+        raise lora.error("MLX", f"{reason}: {fix}")
     return folded

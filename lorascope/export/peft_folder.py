@@ -13,11 +13,11 @@ import numpy as np
 from safetensors.numpy import save
 
 from lorascope.array_types import Float
-from lorascope.export.exporters import find_exporter
+from lorascope.export.conversion import convert, series_error
+from lorascope.export.exporters import RunExporter, find_exporter
 from lorascope.export.lora_layers import require_unchanged_base
 from lorascope.export.peft_lora import LoraExporter
 from lorascope.export.rank_budget import select_components, truncate
-from lorascope.export.writers import convert, one_of_series
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, write_bytes, write_json
 from lorascope.formats.peft_lora import CONFIG, WEIGHTS
@@ -102,68 +102,90 @@ def to_peft(
     if isinstance(run, Adapter):
         return convert(run, path, "peft", budget, scores)
     if isinstance(run, Series):
-        raise one_of_series(run)
+        raise series_error(run)
     if run.meta.method["name"] == "peft":
         require_unchanged_base(f"cannot export run {run.id} ({run.label})", run.meta.method)
-        refuse_unkept(run, state)
-    exporter = find_exporter(run, state)
+        require_all_recorded(run, state)
+    exporter: RunExporter = find_exporter(run, state)
     updates, weights = exporter.updates(run, state), _other_weights(run, state)
     if budget is not None:
-        exporter, chosen = LoraExporter(), select_components(run, budget, state, scores)
-        updates = dict(truncate(exact_products(run, updates), chosen))
-    if run.meta.hosts is None:
+        exporter = LoraExporter()
+        updates = dict(truncate(exact_products(run, updates), select_components(run, budget, state, scores)))
+    hosts = _hosts(run, updates)
+    _merge_trained_weights(run, exporter, updates, weights)
+    tensors = dict(weights)
+    for name, update in updates.items():
+        tensors.update(exporter.tensors(name, update, hosts[name]))
+    modules_to_save = _owners(run, weights)
+    config = {
+        "task_type": _peft_task_type(run, modules_to_save),
+        "base_model_name_or_path": _base(run)[0],
+        "inference_mode": True,
+        **exporter.keywords(run, updates),
+        "modules_to_save": modules_to_save or None,
+        "fan_in_fan_out": any(hosts[name] == "Conv1D" for name in updates),
+        "bias": "none",
+    }
+    stored = {PREFIX + name: array for name, array in tensors.items()} | exporter.shared_tensors(updates)
+    arrays = {name: np.ascontiguousarray(array) for name, array in stored.items()}
+    content = save(arrays, metadata={"format": "pt"})
+    write_peft_folder(path, content, config, _card(run, config, exporter.kind, path.name))
+    return path
+
+
+def write_peft_folder(path: Path, weights: bytes, config: Mapping[str, Any], card: str) -> None:
+    """Write a new PEFT folder: weights as safetensors, configuration and README."""
+    with new_folder(path) as draft:
+        write_bytes(draft / WEIGHTS, weights)
+        write_json(draft / CONFIG, config)
+        write_bytes(draft / "README.md", card.encode())
+
+
+def _hosts(run: Result, updates: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the class of every adapted layer; raise a ValueError if PEFT needs more than it to load an update."""
+    hosts = run.meta.hosts
+    if hosts is None:
         raise ValueError(
             f"cannot export run {run.id}: it did not record its adapted layers (old version); train it again"
         )
-    hosts = run.meta.hosts
-    rolled = next((name for name in updates if hosts[name] in ("Conv1d", "Conv2d", "Conv3d")), None)
-    if rolled is not None:
-        reason = f"the kernel shape of {rolled} ({hosts[rolled]}) was not recorded; use the folder that PEFT saved"
-        raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}")
-    merged = [name for name in updates if f"{name}.weight" in weights]  # PEFT saves an adapter or a whole weight
+    convolution = next((name for name in updates if hosts[name] in ("Conv1d", "Conv2d", "Conv3d")), None)
+    if convolution is not None:
+        reason = f"the kernel shape of {convolution} ({hosts[convolution]}) was not recorded"
+        raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}; use the folder that PEFT saved")
+    return hosts
+
+
+def _merge_trained_weights(
+    run: Result, exporter: RunExporter, updates: dict[str, Any], weights: dict[str, np.ndarray]
+) -> None:
+    """Move the updates of weights that trained as well into these weights: PEFT saves an adapter or a weight."""
+    merged = [name for name in updates if f"{name}.weight" in weights]
     if merged and len(merged) == len(updates):
         raise ValueError(f"cannot export run {run.id}: no adapter is left, because all adapted weights also trained")
     for name in merged:
-        W, turned = weights[f"{name}.weight"], hosts[name] != "Linear"
-        whole = exporter.merge(updates.pop(name), W.T if turned else W)
-        weights[f"{name}.weight"] = whole.T if turned else whole
+        W, update = weights[f"{name}.weight"], updates.pop(name)
+        is_linear = (run.meta.hosts or {})[name] == "Linear"  # all others store their weight as (in, out)
+        weights[f"{name}.weight"] = exporter.merge(update, W) if is_linear else exporter.merge(update, W.T).T
     biased = next((name for name in updates if f"{name}.bias" in weights), None)
     if biased is not None:
         reason = f"the trained bias of adapted module {biased} is not supported; use the folder that PEFT saved"
         raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}")
-    saved = _owners(run, weights)
-    config = {
-        "task_type": _peft_task_type(run, saved),
-        "base_model_name_or_path": _base(run)[0],
-        "inference_mode": True,
-        **exporter.keywords(run, updates),
-        "modules_to_save": saved or None,
-        "fan_in_fan_out": any(hosts[name] == "Conv1D" for name in updates),
-        "bias": "none",
-    }
-    own = dict(pair for name, update in updates.items() for pair in exporter.tensors(name, update, hosts[name]))
-    stored = {PREFIX + name: array for name, array in (own | weights).items()} | exporter.shared_tensors(updates)
-    with new_folder(path) as draft:
-        arrays = {name: np.ascontiguousarray(array) for name, array in stored.items()}
-        write_bytes(draft / WEIGHTS, save(arrays, metadata={"format": "pt"}))
-        write_json(draft / CONFIG, config)
-        write_bytes(draft / "README.md", _card(run, config, exporter.kind, path.name).encode())
-    return path
 
 
-def refuse_unkept(run: Result, state: str) -> None:
+def require_all_recorded(run: Result, state: str) -> None:
     """Raise a ValueError if PEFT trained more parameters than the recording of its training stored.
 
     A recording stores the factors and the trained parameters of the base model.
     """
-    factors = list(run.factors(state=state).values())
-    kept = sum(array.size for each in factors for name, array in each.items() if name not in constant_factors())
-    if run.meta.method.get("kind") == "ADALORA":  # its diagonals are stored as part of A
-        kept += sum(len(each["A"]) for each in factors if "A" in each)
-    saved = TensorFile(cast(Run, run).state_file(state))
-    kept += sum(math.prod(saved.shape(name)) for name in saved)
+    recorded = 0
+    for factors in run.factors(state=state).values():
+        recorded += sum(array.size for name, array in factors.items() if name not in constant_factors())
+        if run.meta.method.get("kind") == "ADALORA" and "A" in factors:  # its diagonals are stored as part of A
+            recorded += len(factors["A"])
+    file = TensorFile(cast(Run, run).state_file(state))
+    recorded += sum(math.prod(file.shape(name)) for name in file)
     # The difference is negative if a factor was frozen.
-    if (missing := run.meta.parameters.trained - kept) > 0:
+    if (missing := run.meta.parameters.trained - recorded) > 0:
         raise ValueError(
             f"cannot restore the adapter of run {run.id} ({run.label}): {missing:,} trained parameters, such as biases "
             "of the factors, were not recorded; use the folder that PEFT saved"
@@ -175,16 +197,19 @@ def _other_weights(run: Result, state: str) -> dict[str, np.ndarray]:
     file = TensorFile(cast(Run, run).state_file(state))
     adapted = run.ranks(state)
     # Names with a slash are method state; a name without a dot is a buffer of the model itself, which PEFT cannot save.
-    others = (name for name in file if "." in name and "/" not in name)
-    return {name: file[name] for name in others if name.partition(".delta.")[0] not in adapted}
+    parameters = (name for name in file if "." in name and "/" not in name)
+    return {name: file[name] for name in parameters if name.partition(".delta.")[0] not in adapted}
 
 
 def _owners(run: Result, weights: Mapping[str, np.ndarray]) -> list[str]:
     """Return ``modules_to_save``; for a head of several layers, it is their parent, as in PEFT."""
     roots = _head_roots(run)
-    owners = [name.rpartition(".")[0] for name in weights]
-    found = (next((root for root in roots if f"{owner}.".startswith(f"{root}.")), owner) for owner in owners)
-    return list(dict.fromkeys(found))
+    owners: dict[str, None] = {}
+    for name in weights:
+        module = name.rpartition(".")[0]
+        root = next((root for root in roots if f"{module}.".startswith(f"{root}.")), module)
+        owners[root] = None
+    return list(owners)
 
 
 def _head_roots(run: Result) -> list[str]:
@@ -239,6 +264,10 @@ def _card(run: Result, config: Mapping[str, Any], kind: str, folder: str) -> str
         arguments=", ".join([repr(base), *options]),
         folder=folder,
     )
-    head = config["task_type"] == "SEQ_CLS" or (image and bool(config["modules_to_save"]))
-    notes = head * _HEAD_NOTE + (base == _HUB["smollm2"]) * _GGUF_NOTE
-    return text + notes + (_GATES_NOTE.format(gates=run.gates_label) if run.gates else "")
+    if config["task_type"] == "SEQ_CLS" or (image and config["modules_to_save"]):
+        text += _HEAD_NOTE
+    if base == _HUB["smollm2"]:
+        text += _GGUF_NOTE
+    if run.gates:
+        text += _GATES_NOTE.format(gates=run.gates_label)
+    return text

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.export.exporters import Exporter
+from lorascope.export.exporters import RunExporter
 from lorascope.formats.peft_fourierft import entry_seed
 from lorascope.runs.lora_config import targets
 from lorascope.runs.result import Result
 from lorascope.updates.fourier import Fourier, entries
 
 
-class FourierExporter(Exporter):
+class FourierExporter(RunExporter):
     """Coefficients, as FourierFT."""
 
     kind = "FourierFT"

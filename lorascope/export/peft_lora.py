@@ -1,4 +1,4 @@
-"""Low-rank updates in PEFT's form, LoRA and DoRA: configuration, and the factors of every module.
+"""Products of two factors in PEFT's form: configuration, and the factors of every module.
 
 Components with an exactly zero diagonal, which an allocator has masked, are omitted.
 """
@@ -6,19 +6,18 @@ Components with an exactly zero diagonal, which an allocator has masked, are omi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.export.exporters import Exporter
+from lorascope.export.exporters import RunExporter
 from lorascope.runs.lora_config import exact_products, peft_keywords
 from lorascope.runs.result import Result
-from lorascope.updates import LowRank, WeightDecomposed
+from lorascope.updates import LowRank
 
 
-class LoraExporter(Exporter):
+class LoraExporter(RunExporter):
     """Products of two factors, as LoRA."""
 
     kind = "LoRA"
@@ -31,8 +30,8 @@ class LoraExporter(Exporter):
             reason = f"the update of {unfit} is not a product B A" if unfit else "it trained the weights themselves"
             raise ValueError(f"cannot export run {run.id} ({run.label}) as LoRA: {reason}")
         factors = run.factors(state=state)
-        found = {name: drop_unused(update, factors[name].get("diagonal")) for name, update in updates.items()}
-        return {name: update for name, update in found.items() if update.rank}
+        used = {name: drop_unused(update, factors[name].get("diagonal")) for name, update in updates.items()}
+        return {name: update for name, update in used.items() if update.rank}
 
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
         ranks = {name: update.rank for name, update in updates.items()}
@@ -42,26 +41,6 @@ class LoraExporter(Exporter):
         pattern = "lora_embedding_{}" if host == "Embedding" else "lora_{}.weight"
         for key, factor in (("A", update.A), ("B", update.B)):
             yield f"{module}.{pattern.format(key)}", factor
-
-
-class DoraExporter(LoraExporter):
-    """Directions and magnitudes, as DoRA."""
-
-    kind = "DoRA"
-    factor = "magnitude"
-
-    def updates(self, run: Result, state: str) -> dict[str, Any]:
-        return dict(run.updates(state=state))
-
-    def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
-        return super().keywords(run, updates) | {"use_dora": True}
-
-    def merge(self, update: WeightDecomposed, W0: Float[np.ndarray, "out in"]) -> Float[np.ndarray, "out in"]:
-        return super().merge(replace(update, W0=W0), W0)
-
-    def tensors(self, module: str, update: WeightDecomposed, host: str) -> Iterator[tuple[str, np.ndarray]]:
-        yield from super().tensors(module, update, host)
-        yield f"{module}.lora_magnitude_vector", update.magnitude
 
 
 def drop_unused(update: LowRank, diagonal: Float[np.ndarray, "rank"] | None) -> LowRank:

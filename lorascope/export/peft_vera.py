@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.export.exporters import Exporter
+from lorascope.export.exporters import RunExporter
 from lorascope.runs.lora_config import targets
 from lorascope.runs.result import Result
 from lorascope.updates import RandomProjection
 from lorascope.updates.random_projection import projections
 
 
-class VeraExporter(Exporter):
+class VeraExporter(RunExporter):
     """Scaled random factors, as VeRA."""
 
     kind = "VeRA"

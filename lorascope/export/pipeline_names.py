@@ -23,7 +23,8 @@ AUTHORS = "diffusion_model"
 """Prefix of the denoiser with the names of the model's authors."""
 _PREFIX = re.compile(rf"(?s)({'|'.join(PIPELINE)}|{AUTHORS}|text_encoders\.\w+)\.(.+)")
 _IMAGE = ("kohya", "diffusers")  # spellings of readers whose names may have a component
-_KNOWN = {
+# Names of blocks that only one component has.
+_BLOCKS = {
     "unet": re.compile(r"(?:down_blocks|up_blocks)\.\d|mid_block\."),
     "transformer": re.compile(r"(?:single_)?transformer_blocks\.\d"),
 }
@@ -31,9 +32,12 @@ _KNOWN = {
 
 @dataclass(frozen=True)
 class PipelineLayer:
-    """One layer by its names: ``component`` is "" if it is not known, ``flat`` if the name has underscores for dots."""
+    """Layer of a module, by its ``path`` in the adapter and its name in a component.
 
-    module: str
+    ``component`` is "" if it is not known; ``flat`` means that the name has underscores for dots.
+    """
+
+    path: str
     component: str
     name: str
     layer: LoraLayer
@@ -48,12 +52,13 @@ def split_name(config: Mapping[str, Any], module: str) -> tuple[str, str]:
 
 def pipeline_layers(lora: WritableLora) -> list[PipelineLayer]:
     """Return the layers of an adapter by component and name."""
-    found = []
-    for module, layer in lora.layers.items():
-        component, name = split_name(lora.config, module)
-        flat = lora.config.get("spelling") in _IMAGE and "." not in module and FLATTENED.match(module) is not None
-        found.append(PipelineLayer(module, "" if flat else component or lora.component or "", name, layer, flat))
-    return found
+    modules = []
+    is_image = lora.config.get("spelling") in _IMAGE
+    for path, layer in lora.layers.items():
+        component, name = split_name(lora.config, path)
+        flat = is_image and "." not in path and FLATTENED.match(path) is not None
+        modules.append(PipelineLayer(path, "" if flat else component or lora.component or "", name, layer, flat))
+    return modules
 
 
 def named_layers(lora: WritableLora, format: str) -> list[PipelineLayer]:
@@ -66,22 +71,22 @@ def named_layers(lora: WritableLora, format: str) -> list[PipelineLayer]:
     """
     if lora.component not in (None, *PIPELINE):
         raise lora.error(format, f"component must be one of {', '.join(PIPELINE)}, got {printable(lora.component)}")
-    layers = pipeline_layers(lora)
-    names = [each.name for each in layers if not (each.component or each.flat)]
-    if lora.component and all(each.component != lora.component for each in layers):
+    modules = pipeline_layers(lora)
+    if lora.component and all(module.component != lora.component for module in modules):
         raise lora.error(format, f"its modules have names of components, so --component {lora.component} is not used")
+    names = [module.name for module in modules if not (module.component or module.flat)]
     if not names:
-        return layers
-    component = next((component for component, known in _KNOWN.items() if any(map(known.match, names))), None)
+        return modules
+    component = next((component for component, block in _BLOCKS.items() if any(map(block.match, names))), None)
     if component is None:
-        how = f"pass --component, one of {', '.join(PIPELINE)}"
-        raise lora.error(format, f"the component that {printable(names[0])} belongs to is not known; {how}")
-    return [each if each.component or each.flat else replace(each, component=component) for each in layers]
+        fix = f"pass --component, one of {', '.join(PIPELINE)}"
+        raise lora.error(format, f"the component that {printable(names[0])} belongs to is not known; {fix}")
+    return [module if module.component or module.flat else replace(module, component=component) for module in modules]
 
 
-def refuse_flat(lora: WritableLora, layers: Collection[PipelineLayer], format: str) -> None:
+def refuse_flat(lora: WritableLora, modules: Collection[PipelineLayer], format: str) -> None:
     """Raise a ValueError if the name of a module has underscores instead of dots."""
-    flat = next((each.module for each in layers if each.flat), None)
+    flat = next((module.path for module in modules if module.flat), None)
     if flat is not None:
         reason = f"{printable(flat)} has underscores instead of dots; pass the base model of the adapter, --base DIR"
         raise lora.error(format, reason)

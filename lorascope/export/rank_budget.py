@@ -37,7 +37,7 @@ class RankBudget:
     @property
     def ranks(self) -> dict[str, int]:
         """Number of kept components per module."""
-        return {module: int(kept.sum()) for module, kept in self.kept.items()}
+        return {module: int(mask.sum()) for module, mask in self.kept.items()}
 
     @property
     def energy(self) -> float:
@@ -55,17 +55,18 @@ class RankBudget:
         """One row per module: rank, kept, parameters, parameters_kept, energy, energy_kept, share, error."""
         rows = []
         for module, sigma in self.sigma.items():
-            kept, whole, part = self.kept[module], float(sigma @ sigma), float((sigma**2) @ self.kept[module])
-            sizes = len(sigma) * self.sides[module], int(kept.sum()) * self.sides[module]
-            rows.append((module, len(sigma), int(kept.sum()), *sizes, whole, part, _share(part, whole)))
+            energy, energy_kept = float(sigma @ sigma), float((sigma**2) @ self.kept[module])
+            rank, rank_kept = len(sigma), int(self.kept[module].sum())
+            sizes = rank * self.sides[module], rank_kept * self.sides[module]
+            rows.append((module, rank, rank_kept, *sizes, energy, energy_kept, _share(energy_kept, energy)))
         names = ["module", "rank", "kept", "parameters", "parameters_kept", "energy", "energy_kept", "share"]
         table = pd.DataFrame(rows, columns=names)
         return table.assign(error=table["share"].map(_error))
 
 
-def _share(part: float, whole: float) -> float:
+def _share(energy_kept: float, energy: float) -> float:
     """Return the kept fraction, which is 1 for a zero update."""
-    return part / whole if whole else 1.0
+    return energy_kept / energy if energy else 1.0
 
 
 def _error(share: float) -> float:
@@ -122,32 +123,32 @@ def select_from(
 ) -> RankBudget:
     """Select components of updates with these ranks; see ``select_components``."""
     sigma = {}
-    for (name, rank), found in zip(ranks.items(), spectra([products[name] for name in ranks]), strict=True):
-        if not np.isfinite(found).all():
+    for (name, rank), spectrum in zip(ranks.items(), spectra([products[name] for name in ranks]), strict=True):
+        if not np.isfinite(spectrum).all():
             raise ValueError(f"update of {name} must be finite, got NaN or infinity")
-        sigma[name] = _padded(found[:rank], rank)
-    count = _count(budget, sum(ranks.values()))
+        sigma[name] = _padded(spectrum[:rank], rank)
+    total = sum(ranks.values())
+    count = _count(budget, total)
     values = sigma if scores is None else {name: _scores(name, scores, rank) for name, rank in ranks.items()}
-    best = np.argsort(-np.concatenate(list(values.values())), kind="stable")[:count]
-    chosen = np.isin(np.arange(sum(ranks.values())), best)
-    kept = np.split(chosen, np.cumsum(list(ranks.values()))[:-1])
-    return RankBudget(sigma, dict(zip(ranks, kept, strict=True)), {name: sum(products[name].shape) for name in ranks})
+    best = np.argsort(-np.concatenate(list(values.values())), kind="stable")[:count]  # stable: ties in module order
+    masks = np.split(np.isin(np.arange(total), best), np.cumsum(list(ranks.values()))[:-1])
+    return RankBudget(sigma, dict(zip(ranks, masks, strict=True)), {name: sum(products[name].shape) for name in ranks})
 
 
-def truncate(products: Mapping[str, LowRank], chosen: RankBudget) -> dict[str, LowRank]:
+def truncate(products: Mapping[str, LowRank], selection: RankBudget) -> dict[str, LowRank]:
     """Return the updates with only their selected components, without the modules that have none.
 
     The factors of a module are ``U sqrt(sigma)`` and ``sqrt(sigma) V^T``. With the largest components, the result is
     the best approximation of this rank in the Frobenius norm (Eckart and Young, 1936).
     """
-    found = {}
-    for module, kept in chosen.kept.items():
+    truncated = {}
+    for module, mask in selection.kept.items():
         U, sigma, V = products[module].svd()
-        used = np.flatnonzero(kept[: len(sigma)])
+        used = np.flatnonzero(mask[: len(sigma)])
         root = np.sqrt(sigma[used])
         if len(used):
-            found[module] = LowRank(U[:, used] * root, root[:, None] * V[:, used].T)
-    return found
+            truncated[module] = LowRank(U[:, used] * root, root[:, None] * V[:, used].T)
+    return truncated
 
 
 def _scores(name: str, scores: Mapping[str, Float[np.ndarray, "_"]], rank: int) -> Float[np.ndarray, "rank"]:

@@ -9,19 +9,27 @@ import warnings
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from lorascope.export.conversion import require_adapter, write_lora
 from lorascope.export.lora_layers import ONLY_PEFT, layers_of, require_own_names
 from lorascope.export.pipeline_names import naming
-from lorascope.export.writers import require_adapter, write_lora
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import require_absent
 from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.updates import LowRank
+
+
+class Term(NamedTuple):
+    """Update of one adapter in a sum, with its weight."""
+
+    weight: float
+    product: LowRank
 
 
 def sum_adapters(
@@ -63,48 +71,50 @@ def sum_adapters(
     """
     path = Path(out)
     require_absent(path)
-    opened = [require_adapter(each) for each in adapters]
+    opened = [require_adapter(adapter) for adapter in adapters]
     factors = _weights(opened, weights)
-    headed = [adapter.label for adapter in opened if adapter.files.others]
-    if headed:
-        raise ValueError(f"cannot sum {printable(headed[0])}: it contains further weights, such as a head")
+    headed = next((adapter.label for adapter in opened if adapter.files.others), None)
+    if headed is not None:
+        raise ValueError(f"cannot sum {printable(headed)}: it contains further weights, such as a head")
     _require_one_naming(opened)
     _warn_of_other_bases(opened)
-    terms: dict[str, list[tuple[float, LowRank]]] = {}
-    whose: dict[str, Adapter] = {}
+    terms: dict[str, list[Term]] = {}
+    stored: dict[str, Any] = {}  # of the first adapter with the module, whose dtypes the sum gets
     for adapter, weight in zip(opened, factors, strict=True):
         require_own_names(adapter)
         for module, product in exact_products(adapter, adapter.updates()).items():
-            terms.setdefault(module, []).append((weight, product))
-            if product.shape != terms[module][0][1].shape:
-                shapes = f"{terms[module][0][1].shape} and {product.shape}"
+            terms.setdefault(module, []).append(Term(weight, product))
+            shape = terms[module][0].product.shape
+            if product.shape != shape:
+                shapes = f"{shape} and {product.shape}"
                 raise ValueError(f"cannot sum adapters of different bases: {printable(module)} has shapes {shapes}")
-            whose.setdefault(module, adapter)
-    summed = {module: _sum(each) for module, each in terms.items()}
-    parts = {module: whose[module].files.parts[module] for module in summed}
+            stored.setdefault(module, adapter.files.parts[module])
     first = opened[0]
-    together = Adapter(type(first.files)(**{**vars(first.files), "parts": parts}), first.base)
-    listed = " + ".join(f"{weight:g} x {adapter.label}" for adapter, weight in zip(opened, factors, strict=True))
-    return write_lora(layers_of(together, summed, budget, component=component, source=listed), path, format)
+    merged = Adapter(type(first.files)(**{**vars(first.files), "parts": stored}), first.base)
+    updates = {module: _sum(module_terms) for module, module_terms in terms.items()}
+    source = " + ".join(f"{weight:g} x {adapter.label}" for adapter, weight in zip(opened, factors, strict=True))
+    return write_lora(layers_of(merged, updates, budget, component=component, source=source), path, format)
 
 
 def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> list[float]:
     """Return the weight of each adapter; raise a ValueError unless they define a sum."""
     if len(adapters) < 2:
         raise ValueError(f"a sum needs at least two adapters, got {len(adapters)}")
-    found = [1.0] * len(adapters) if weights is None else [float(weight) for weight in weights]
-    if len(found) != len(adapters) or not np.isfinite(found).all() or not any(found):
-        raise ValueError(f"weights must be {len(adapters)} finite numbers, one per adapter and not all 0, got {found}")
-    return found
+    if weights is None:
+        return [1.0] * len(adapters)
+    values = [float(weight) for weight in weights]
+    if len(values) != len(adapters) or not np.isfinite(values).all() or not any(values):
+        raise ValueError(f"weights must be {len(adapters)} finite numbers, one per adapter and not all 0, got {values}")
+    return values
 
 
 def _warn_of_other_bases(adapters: Sequence[Adapter]) -> None:
     """Warn if the adapters name different bases, which may still be two names of one model."""
-    named = [(adapter.files.config.get("base_model_name_or_path"), adapter.label) for adapter in adapters]
-    if len({base for base, _ in named if base}) > 1:
-        listed = ", ".join(f"{printable(base)} ({printable(label)})" for base, label in named if base)
+    bases = [(adapter.files.config.get("base_model_name_or_path"), adapter.label) for adapter in adapters]
+    if len({base for base, _ in bases if base}) > 1:
+        names = ", ".join(f"{printable(base)} ({printable(label)})" for base, label in bases if base)
         warnings.warn(
-            f"the adapters name different bases, {listed}: their sum is meaningful only for one model",
+            f"the adapters name different bases, {names}: their sum is meaningful only for one model",
             stacklevel=3,
         )
 
@@ -113,9 +123,9 @@ def _require_one_naming(adapters: Sequence[Adapter]) -> None:
     """Raise a ValueError if the modules of two adapters have names of different kinds, or different meanings."""
     first = adapters[0]
     for other in adapters[1:]:
-        one, two = (naming(each) for each in (first, other))
-        if one != two:
-            pair = f"{printable(first.label)} ({one}) and {printable(other.label)} ({two})"
+        first_names, other_names = naming(first), naming(other)
+        if first_names != other_names:
+            pair = f"{printable(first.label)} ({first_names}) and {printable(other.label)} ({other_names})"
             raise ValueError(f"cannot sum {pair}: their modules have different names; convert one first")
         setting = next((key for key in ONLY_PEFT if first.files.config.get(key) != other.files.config.get(key)), None)
         if setting is not None:
@@ -123,10 +133,10 @@ def _require_one_naming(adapters: Sequence[Adapter]) -> None:
             raise ValueError(f"cannot sum {pair}: they differ in {setting}")
 
 
-def _sum(terms: Sequence[tuple[float, LowRank]]) -> LowRank:
+def _sum(terms: Sequence[Term]) -> LowRank:
     """Return the weighted sum: B side by side, with the scales, and A below each other."""
     B = np.hstack([weight * product.scale * np.asarray(product.B, np.float64) for weight, product in terms])
-    return LowRank(B, np.vstack([np.asarray(product.A, np.float64) for _, product in terms]))
+    return LowRank(B, np.vstack([np.asarray(term.product.A, np.float64) for term in terms]))
 
 
 def interference(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> pd.DataFrame:
@@ -153,14 +163,14 @@ def interference(adapters: Sequence[Adapter], weights: Sequence[float] | None = 
     """
     factors = _weights(adapters, weights)
     products = [exact_products(adapter, adapter.updates()) for adapter in adapters]
-    squares = [sum(update.norm() ** 2 for update in each.values()) for each in products]
+    squares = [sum(update.norm() ** 2 for update in updates.values()) for updates in products]
     rows = []
-    for (i, one), (j, other) in combinations(enumerate(products), 2):
-        shared = one.keys() & other.keys()
-        inner = sum(one[module].inner(other[module]) for module in shared)
-        size = np.sqrt(squares[i] * squares[j])
-        alone = factors[i] ** 2 * squares[i] + factors[j] ** 2 * squares[j]
-        energy = 1 + 2 * factors[i] * factors[j] * inner / alone if alone else np.nan
-        cosine = inner / size if size else np.nan
+    for i, j in combinations(range(len(adapters)), 2):
+        shared = products[i].keys() & products[j].keys()
+        inner = sum(products[i][module].inner(products[j][module]) for module in shared)
+        norms = np.sqrt(squares[i] * squares[j])
+        separate = factors[i] ** 2 * squares[i] + factors[j] ** 2 * squares[j]
+        energy = 1 + 2 * factors[i] * factors[j] * inner / separate if separate else np.nan
+        cosine = inner / norms if norms else np.nan
         rows.append((adapters[i].label, adapters[j].label, len(shared), cosine, energy))
     return pd.DataFrame(rows, columns=["one", "other", "shared", "cosine", "energy"])

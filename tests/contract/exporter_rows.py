@@ -1,4 +1,4 @@
-"""One row per exporter: the runs that it writes, and those that it refuses."""
+"""One row per exporter of runs: a method for any architecture, and the words of its errors."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ class ExporterRow:
     ----------
     method : callable (targets) -> Method
         Method whose updates it writes, for models of any architecture.
-    writes : tuple of str
-        Methods of ``examples`` whose runs it writes.
     refuses : mapping of str to (Method, str)
         Methods whose runs match it but cannot be written, and words of the error.
     """
 
     method: Callable[[Targets], Method]
-    writes: tuple[str, ...]
     refuses: Mapping[str, tuple[Method, str]] = field(default_factory=dict)
 
 
@@ -42,7 +39,6 @@ RATES = {"lr": 0.05, "head_lr": 0.05}
 ROWS = {
     "LoRA": ExporterRow(
         lambda targets: methods.LoRA(rank=3, alpha=5.0, targets=targets, **RATES),
-        ("lora", "pissa", "adalora", "autolora", "alora"),
         of_rows(
             full=WHOLE,
             lisa=WHOLE,
@@ -51,15 +47,14 @@ ROWS = {
             hydralora=r"depends on its input, and a LoRA has no router; use ls\.at_gates",
         ),
     ),
-    "DoRA": ExporterRow(lambda targets: methods.DoRA(rank=3, alpha=5.0, targets=targets, **RATES), ("dora",)),
+    "DoRA": ExporterRow(lambda targets: methods.DoRA(rank=3, alpha=5.0, targets=targets, **RATES)),
     "FourierFT": ExporterRow(
         lambda targets: methods.FourierFT(targets=targets, alpha=30.0, entry_seed=5, **RATES),
-        ("fourierft",),
         {
             "band": (methods.FourierFT(center=4.0, width=6.0), r"center must be None .*, got 4 for .*query"),
             "random": (methods.FourierFT(basis="random"), "basis must be 'fourier', got 'random'"),
             "orthogonal": (methods.FourierFT(basis="orthogonal"), "basis must be 'fourier', got 'orthogonal'"),
         },
     ),
-    "VeRA": ExporterRow(lambda targets: methods.VeRA(rank=8, targets=targets, **RATES), ("vera",)),
+    "VeRA": ExporterRow(lambda targets: methods.VeRA(rank=8, targets=targets, **RATES)),
 }

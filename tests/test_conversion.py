@@ -1,4 +1,4 @@
-"""Registry of the writers: their readers exist, and are listed with the option that writes the format."""
+"""Exporters of layers: their readers exist, and are listed with the option that writes the format."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import pytest
 from test_readme import generated
 
 import lorascope as ls
-from lorascope.export.writers import writers
+from lorascope.export.exporters import layer_exporters
 from lorascope.formats.readers import READERS, find_reader
 
 __all__ = ["generated"]
 FILE = Path(__file__).parent / "fixtures" / "diffusers" / "metadata.safetensors"
 
 
-def test_every_writer_names_its_readers() -> None:
+def test_every_layer_exporter_names_its_readers() -> None:
     find_reader({}, ())  # loads all readers
-    assert set(writers()) == {"peft", "kohya", "diffusers", "mlx"}
-    assert {reader for writer in writers().values() for reader in writer.readers} <= READERS.keys()
+    assert set(layer_exporters()) == {"peft", "kohya", "diffusers", "mlx"}
+    assert {reader for exporter in layer_exporters().values() for reader in exporter.readers} <= READERS.keys()
 
 
 def test_page_of_formats_has_the_option_that_writes_each(generated: ModuleType) -> None:
     rows = [line.strip("| ").split(" | ") for line in generated.formats_page().splitlines() if line.startswith("| ")]
     written = {row[0]: row[2] for row in rows if len(row) == 3}
-    for name, writer in writers().items():
-        assert {written[READERS[reader].format] for reader in writer.readers} == {f"`--{name}`"}
+    for name, exporter in layer_exporters().items():
+        assert {written[READERS[reader].format] for reader in exporter.readers} == {f"`--{name}`"}
     assert written["VeRA (PEFT)"] == "`--peft`, from runs"
 
 

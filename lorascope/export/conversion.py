@@ -1,64 +1,28 @@
-"""Registry of the writers of adapter formats.
-
-A writer is a function of a `WritableLora` and a new path. ``@writes(name, readers)`` registers it, and every module of
-this package is searched for writers.
-"""
+"""Conversion of adapters to other formats."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
 from lorascope.array_types import Float
+from lorascope.export.exporters import layer_exporters
 from lorascope.export.lora_layers import WritableLora, writable
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import require_absent
 from lorascope.runs.result import Result
 from lorascope.runs.series import Series
-from lorascope.schema.plugins import load_plugins
-
-Write = Callable[[WritableLora, Path], None]
-
-
-@dataclass(frozen=True)
-class Writer:
-    """Writer of one format; ``readers`` are the names of the functions that read what it writes."""
-
-    write: Write
-    readers: tuple[str, ...]
-
-
-_WRITERS: dict[str, Writer] = {}
-
-
-def writes(name: str, *readers: str) -> Callable[[Write], Write]:
-    """Register a function ``write(lora, path)`` as the writer of a format.
-
-    It raises a ValueError before it writes anything if the format cannot hold the adapter.
-    """
-
-    def register(write: Write) -> Write:
-        _WRITERS[name] = Writer(write, readers)
-        return write
-
-    return register
-
-
-def writers() -> Mapping[str, Writer]:
-    """Return the writers by the names of their formats."""
-    load_plugins("lorascope.export")
-    return _WRITERS
 
 
 def write_lora(lora: WritableLora, path: Path, format: str) -> Path:
     """Write layers in a format to a path that does not exist, and return it."""
-    if format not in writers():
-        raise ValueError(f"format must be one of {', '.join(map(repr, writers()))}, got {format!r}")
-    writers()[format].write(lora, path)
+    exporters = layer_exporters()
+    if format not in exporters:
+        raise ValueError(f"format must be one of {', '.join(map(repr, exporters))}, got {format!r}")
+    exporters[format].write(lora, path)
     return path
 
 
@@ -109,7 +73,7 @@ def convert(
 def require_adapter(opened: Result) -> Adapter:
     """Return an adapter; raise a ValueError if it is a run or a series of checkpoints."""
     if isinstance(opened, Series):
-        raise one_of_series(opened)
+        raise series_error(opened)
     if not isinstance(opened, Adapter):
         raise ValueError(
             f"only adapters are summed or converted, got run {opened.label}: export it with to_peft (--peft) first"
@@ -117,7 +81,7 @@ def require_adapter(opened: Result) -> Adapter:
     return opened
 
 
-def one_of_series(series: Series) -> ValueError:
+def series_error(series: Series) -> ValueError:
     """Return the error for a series of checkpoints, of which only one can be exported."""
-    where = printable(series.last.files.path)
-    return ValueError(f"cannot export the series {series.label}: load one checkpoint, such as {where}")
+    checkpoint = printable(series.last.files.path)
+    return ValueError(f"cannot export the series {series.label}: load one checkpoint, such as {checkpoint}")

@@ -33,6 +33,7 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python docs/_ext/write_pages.py --check
+	$(BIN)/python tests/name_budget.py
 
 types: .venv/installed
 	@found=$$($(BIN)/mypy 2>&1); code=$$?; echo "mypy: $$found"; exit $$code

@@ -98,9 +98,9 @@ class Kind:
         """Id as a number, which is the value of the recorded quantity ``alarm``."""
         return int(self.id.removeprefix("LS"))
 
-    def finding(self, message: str, modules: Iterable[str] = (), fix: str = "", /, **evidence: Any) -> Finding:
-        """Return a finding of this kind, with a fix for the case at hand or by default that of the kind."""
-        return Finding(self.name, message, evidence, fix or self.fix, self.severity, tuple(modules), self.id)
+    def finding(self, message: str, names: Iterable[str] = (), fix: str = "", /, **evidence: Any) -> Finding:
+        """Return a finding of this kind about modules, with a fix for the case at hand or else that of the kind."""
+        return Finding(self.name, message, evidence, fix or self.fix, self.severity, tuple(names), self.id)
 
     def to_json(self) -> dict[str, str]:
         """Return the JSON form."""

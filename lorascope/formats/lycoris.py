@@ -22,7 +22,7 @@ from lorascope.files.typed_json import unreadable
 from lorascope.formats.image_keys import Parts
 from lorascope.formats.peft_dora import DoraPart
 from lorascope.formats.peft_factors import StoredFactors, check_fit, check_shapes, stored_shape
-from lorascope.formats.peft_loha import hadamard_part
+from lorascope.formats.peft_loha import hadamard_part, hadamard_shapes
 from lorascope.formats.peft_lokr import kronecker_part, kronecker_shapes
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.stored_update import StoredLoRA, StoredUpdate
@@ -137,10 +137,7 @@ def _tucker(scale: float, arrays: Arrays) -> Update:
 
 
 def _loha(module: LycorisModule) -> StoredUpdate:
-    names = [f"hada_w{number}_{side}" for number in (1, 2) for side in "ab"]
-    tucker = {"hada_t1", "hada_t2"} & module.parts.keys()
-    shapes = dict(zip(names, ("r out", "r in") * 2 if tucker else ("out r", "r in") * 2, strict=True))
-    shapes |= dict.fromkeys(("hada_t1", "hada_t2"), "r r k1 k2") if tucker else {}
+    shapes = hadamard_shapes(module.parts)
     sizes = module.check(shapes)
     return hadamard_part(module.pick(*shapes), sizes, module.scale_of(sizes["r"]))
 

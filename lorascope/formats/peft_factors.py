@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,11 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.formats.peft_lora import add_factor, float_factor, group_factors
+from lorascope.formats.peft_lora import INDICES, float_factor, group_factors
 from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
-from lorascope.formats.stored_update import PREFIX, StoredTensor, StoredUpdate
+from lorascope.formats.stored_update import StoredTensor, StoredUpdate
 from lorascope.updates import Update
-from lorascope.updates.linalg import as_float64
 
-# Indices of SHiRA are stored as floats on Windows.
-INDICES = ("I64", "I32", "I16", "U8", "F32")
 MAX_ENTRIES = 2**31  # a small file may describe a matrix that does not fit in memory
 Factors = Mapping[str, StoredTensor]
 """Tensors of one module by the names that PEFT gives them, such as ``hada_w1_a``."""
@@ -67,7 +64,7 @@ class StoredFactors(StoredUpdate):
 
     @property
     def size(self) -> int:
-        trained = [name for name in self.tensors if "indices" not in name and name not in self.frozen]
+        trained = [name for name in self.tensors if INDICES not in name and name not in self.frozen]
         return sum(math.prod(self.tensors[name].shape) for name in trained)
 
     @property
@@ -91,48 +88,30 @@ class StoredFactors(StoredUpdate):
         return self.build(self.factors())
 
     def _tensors(self) -> list[StoredTensor]:
-        return list(self.tensors.values())
+        # The dtype of an update is that of its values, not of its indices.
+        return sorted(self.tensors.values(), key=lambda tensor: INDICES in tensor.name)
 
 
 def peft_factors(
-    path: Path, files: Iterable[TensorFile], names: str, indices: str = ""
+    path: Path, files: Iterable[TensorFile], names: Collection[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
     """Group tensors by module, ordered by layer and role; return the names of all others, too.
 
     The name of the adapter may follow that of a tensor, if a state dict was saved by hand.
 
-    Parameters
-    ----------
-    path : path
-    files : TensorFiles
-    names : str
-        Regular expression for the names of tensors that are stored as floats.
-    indices : str
-        Regular expression for the names of tensors that contain indices; "" if there are none.
-
     Raises
     ------
     ValueError
-        No tensor has one of these names, or one is not stored as floats or as indices.
+        No tensor has one of these names, or one is not stored as floats or, with ``indices`` in its name, as integers.
     """
-    files = list(files)
-    found, others = group_factors(files, _pattern(names))
+    alternatives = "|".join(map(re.escape, names))
+    pattern = rf"(?s)(?P<module>.+)\.(?P<factor>{alternatives})(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
+    found, others = group_factors(files, re.compile(pattern))
     if not found:
         first = others[0] if others else "no tensor"
-        raise unreadable(path, f"weights must include one of {names.replace('|', ', ')}, got {printable(first)}")
-    taken = set()
-    for file in files:
-        for name in file:
-            bare = name.removeprefix(PREFIX)
-            match = _pattern(indices).fullmatch(bare) if indices else None
-            if match is not None:
-                add_factor(found, match, float_factor(file, name, INDICES))
-                taken.add(bare)
-    return found, tuple(name for name in others if name not in taken)
-
-
-def _pattern(names: str) -> re.Pattern[str]:
-    return re.compile(rf"(?s)(?P<module>.+)\.(?P<factor>{names})(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?")
+        listed = ", ".join(name for name in names if INDICES not in name)
+        raise unreadable(path, f"weights must include one of {listed}, got {printable(first)}")
+    return found, others
 
 
 def shared_factor(path: Path, files: Iterable[TensorFile], name: str) -> StoredTensor:
@@ -158,7 +137,7 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
     factors : mapping name -> StoredTensor
     shapes : mapping name -> str
         Dimensions of each required tensor, such as ``"out rank"``: numbers, or names of sizes that are equal wherever
-        they occur. A final ``*`` stands for any further dimensions.
+        they occur. A final ``*`` stands for any further dimensions, and a final ``in*`` for their product.
     **sizes : int
         Sizes that are known.
 
@@ -170,32 +149,19 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
     for name, dimensions in shapes.items():
         if name not in factors:
             raise unreadable(path, f"{printable(module)} has no {name}")
-        stored, wanted = stored_shape(factors[name]), dimensions.split()
-        further = wanted[-1] == "*"
-        wanted = wanted[: len(wanted) - further]
-        fits = 0 not in stored and (len(stored) >= len(wanted) if further else len(stored) == len(wanted))
-        for size, side in zip(wanted, stored, strict=False):
-            fits &= side == (int(size) if size.isdigit() else sizes.setdefault(size, side))
-        if not fits:
+        stored, names = stored_shape(factors[name]), dimensions.split()
+        sides, fits = stored, len(stored) == len(names)
+        if names[-1].endswith("*"):
+            last = len(names) - 1
+            sides, fits = (*stored[:last], math.prod(stored[last:])), len(stored) >= last
+            names[-1] = names[-1].removesuffix("*")
+        for size, side in zip(names, sides, strict=False):
+            if size:
+                fits &= side == (int(size) if size.isdigit() else sizes.setdefault(size, side))
+        if not fits or 0 in stored:
             must = ", ".join(str(sizes.get(size, size)) for size in dimensions.split())
             raise unreadable(path, f"{name} of {printable(module)} must have shape ({must}), got {stored}")
     return sizes
-
-
-def check_indices(path: Path, module: str, factors: Factors, name: str, *sizes: int) -> None:
-    """Check that indices are integers from 0 to below ``sizes``, one size for all or one per row.
-
-    Raises
-    ------
-    ValueError
-        An index is not.
-    """
-    indices = factors[name].read()
-    inside = (indices >= 0) & (indices < np.array(sizes)[:, None]) & (indices == np.floor(indices))
-    if not inside.all():
-        limits = " and ".join(map(str, sizes))
-        must = f"{name} of {printable(module)} must be integers from 0 to below {limits}"
-        raise unreadable(path, f"{must}, got {indices[~inside][0]:g}")
 
 
 def require_base(path: Path, config: Mapping[str, Any], base: PretrainedWeights | None, kind: str) -> PretrainedWeights:
@@ -205,17 +171,6 @@ def require_base(path: Path, config: Mapping[str, Any], base: PretrainedWeights 
         name = printable(config.get("base_model_name_or_path") or "unnamed")
         raise unreadable(path, f"{kind} changes the weights of its base, {name}: pass the base model, --base DIR")
     return found
-
-
-def from_base(
-    base: PretrainedWeights,
-    module: str,
-    sides: tuple[int, int],
-    change: Callable[[dict[str, np.ndarray], np.ndarray], Update],
-    transposed: bool = False,
-) -> Callable[[dict[str, np.ndarray]], Update]:
-    """Return the function that builds an update by ``change(arrays, W0)``, with W0 (out, in) in float64."""
-    return lambda arrays: change(arrays, as_float64(base.weight(module, sides, transposed)))
 
 
 def check_fit(path: Path, module: str, shape: tuple[int, int], base: tuple[int, int]) -> None:

@@ -9,64 +9,44 @@ Source: Chavan et al. (arXiv 2306.07967), equation 10, as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Collection
+from typing import Literal
 
-import msgspec
 import numpy as np
 
-from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Positive, to_typed
-from lorascope.formats.peft_factors import StoredFactors, check_shapes, from_base, peft_factors, require_base
-from lorascope.formats.peft_lora import CONFIG, peft_kind
-from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
-from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import AdapterFiles
+from lorascope.files.typed_json import Positive
+from lorascope.formats.peft_format import Arrays, PeftFormat
 from lorascope.updates import Dense
-from lorascope.updates.linalg import as_float64
-
-_SHAPES: dict[str, dict[str, str]] = {
-    "lora": {"Xd": "out r", "Xu": "r in"},
-    "vector": {"X": "out 1"},
-    "constant": {"X": "1"},
-    "none": {},
-}
 
 
-class GloraConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json``, with PEFT's defaults."""
+class GLoRA(PeftFormat, frozen=True):
+    """Scaled base weights plus a matrix."""
 
+    kind, needs = "GLoRA", "base"
+    tensors = {f"glora_{matrix}.{name}": "*" for matrix in "ABCDE" for name in ("Xd", "Xu", "X")}
     r: Positive = 4
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
 
+    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
+        outer, inner = shape
+        shapes: dict[str, dict[str, str]] = {
+            "lora": {"Xd": f"{outer} r", "Xu": f"r {inner}"},
+            "vector": {"X": f"{outer} 1"},
+            "constant": {"X": "1"},
+            "none": {},
+        }
+        sides = shapes[self.config_A_B].items()
+        return {f"glora_{matrix}.{name}": dimensions for matrix in "AB" for name, dimensions in sides}
 
-@reads(lambda config, names: peft_kind(config) == "GLORA", "GLoRA (PEFT)", needs="base")
-def read_glora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
-    """Read the modules of an opened GLoRA folder."""
-    settings = to_typed(config, GloraConfig, path / CONFIG)
-    weights = require_base(path, config, base, "GLoRA")
-    found, others = peft_factors(path, files, r"glora_[A-E]\.(?:Xd|Xu|X)")
-    chosen = _SHAPES[settings.config_A_B].items()
-    shapes = {f"glora_{side}.{name}": dimensions for side in "AB" for name, dimensions in chosen}
-    parts = {}
-    for module, factors in found.items():
-        sides = weights.shape(module)
-        check_shapes(path, module, factors, shapes, r=settings.r, out=sides[0], **{"in": sides[1]})
-        build = from_base(weights, module, sides, _scale_and_add)
-        parts[module] = StoredFactors(factors, sides, min(sides), build, thin=False)
-    notes = ("GLoRA also changes the biases of its modules; updates do not include biases",)
-    return AdapterFiles(path, dict(config), parts, others, files, "GLoRA", named_base(config) is None, notes)
+    def notes(self) -> tuple[str, ...]:
+        return ("GLoRA also changes the biases of its modules; updates do not include biases",)
+
+    def update(self, arrays: Arrays, W0: np.ndarray) -> Dense:
+        return Dense(W0 * _matrix(arrays, "glora_A") + _matrix(arrays, "glora_B"))
 
 
-def _scale_and_add(arrays: dict[str, np.ndarray], W0: np.ndarray) -> Dense:
-    return Dense(W0 * _matrix(arrays, "glora_A") + _matrix(arrays, "glora_B"))
-
-
-def _matrix(arrays: dict[str, np.ndarray], side: str) -> np.ndarray:
+def _matrix(arrays: Arrays, name: str) -> np.ndarray:
     """Return a matrix that is broadcast to the shape of the weight."""
-    if f"{side}.Xd" in arrays:
-        return as_float64(arrays[f"{side}.Xd"]) @ as_float64(arrays[f"{side}.Xu"])
-    return as_float64(arrays[f"{side}.X"]) if f"{side}.X" in arrays else np.zeros(())
+    if f"{name}.Xd" in arrays:
+        return arrays[f"{name}.Xd"] @ arrays[f"{name}.Xu"]
+    return arrays.get(f"{name}.X", np.zeros(()))

@@ -10,73 +10,64 @@ Source: Jung et al. (arXiv 2505.20355), equation 6, as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection
 
-import msgspec
 import numpy as np
 
-from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Count, Finite, Positive, to_typed, unreadable
-from lorascope.formats.peft_factors import StoredFactors, check_shapes, peft_factors
-from lorascope.formats.peft_lora import CONFIG, peft_kind
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import AdapterFiles
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import Count, Finite, Positive
+from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule, Sizes
 from lorascope.updates import Dense, LowRank, Update
-from lorascope.updates.linalg import as_float64
 
-_GRID = {"gralora_A": "k inner r", "gralora_B": "k r outer"}
-_GENERAL = {"gralora_A_general": "hybrid in", "gralora_B_general": "out hybrid"}
+_GRID = {"gralora_A": "gralora_k inner r", "gralora_B": "gralora_k r outer"}
+_GENERAL = {"gralora_A_general": "hybrid_r in", "gralora_B_general": "out hybrid_r"}
 
 
-class GraloraConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json``, with PEFT's defaults."""
+class GraLoRA(PeftFormat, frozen=True):
+    """Grid of blocks with an update each, plus a common product."""
 
+    kind = "GraLoRA"
+    tensors = _GRID | _GENERAL
     r: Positive = 32
     hybrid_r: Count = 0
     alpha: Finite = 64
     gralora_k: Positive = 2
     fan_in_fan_out: bool | None = None
 
+    def __post_init__(self) -> None:
+        if self.r % self.gralora_k:
+            raise ValueError(f"r must be a multiple of gralora_k, got {self.r} and {self.gralora_k}")
 
-@reads(lambda config, names: peft_kind(config) == "GRALORA", "GraLoRA (PEFT)")
-def read_gralora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
-    """Read the modules of an opened GraLoRA folder."""
-    settings = to_typed(config, GraloraConfig, path / CONFIG)
-    k, rank, hybrid = settings.gralora_k, settings.r, settings.hybrid_r
-    if rank % k:
-        raise unreadable(path / CONFIG, f"r must be a multiple of gralora_k, got {rank} and {k}")
-    found, others = peft_factors(path, files, "gralora_A|gralora_B|gralora_A_general|gralora_B_general")
-    scale = settings.alpha / (rank + hybrid)
-    parts = {}
-    for module, factors in found.items():
-        sizes = check_shapes(path, module, factors, _GRID, k=k, r=rank)
-        sides = k * sizes["outer"], k * sizes["inner"]
-        if hybrid:
-            check_shapes(path, module, factors, _GENERAL, hybrid=hybrid, out=sides[0], **{"in": sides[1]})
-        components = min(k * rank + hybrid, *sides)
-        thin, transposed = components < min(sides), bool(settings.fan_in_fan_out)
-        build = partial(_grid_product, scale, bool(hybrid))
-        parts[module] = StoredFactors(factors, sides, components, build, scale, transposed, thin)
-    return AdapterFiles(path, dict(config), parts, others, files, "GraLoRA")
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.r + self.hybrid_r)
 
+    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
+        return self.tensors if self.hybrid_r else _GRID
 
-def _grid_product(scale: float, hybrid: bool, arrays: dict[str, np.ndarray]) -> Update:
-    grid_A, grid_B = as_float64(arrays["gralora_A"]), as_float64(arrays["gralora_B"])
-    k, inner, rank = grid_A.shape
-    outer, q = grid_B.shape[2], rank // k
-    A, B = np.zeros((k, k, q, k, inner)), np.zeros((k, outer, k, k, q))
-    for block in range(k):
-        A[:, block, :, block] = grid_A[block].T.reshape(k, q, inner)
-        B[block, :, block] = grid_B[block].T.reshape(outer, k, q)
-    A, B = A.reshape(k * rank, k * inner), B.reshape(k * outer, k * rank)
-    if hybrid:
-        A = np.vstack([A, as_float64(arrays["gralora_A_general"])])
-        B = np.hstack([B, as_float64(arrays["gralora_B_general"])])
-    product = LowRank(B, A, scale)
-    return product if product.rank < min(product.shape) else Dense(product.dense())
+    def shape(self, sizes: Sizes) -> tuple[int, int]:
+        return self.gralora_k * sizes["outer"], self.gralora_k * sizes["inner"]
+
+    def check(self, module: PeftModule) -> None:
+        sizes, (outer, inner) = module.sizes, self.shape(module.sizes)
+        if self.hybrid_r and (sizes["out"], sizes["in"]) != (outer, inner):
+            must = f"general factors of {printable(module.name)} must fit its blocks, {outer} x {inner}"
+            raise module.error(f"{must}, got {sizes['out']} x {sizes['in']}")
+
+    def rank(self, sizes: Sizes) -> int | None:
+        rank = self.gralora_k * self.r + self.hybrid_r
+        return rank if rank < min(self.shape(sizes)) else None
+
+    def update(self, arrays: Arrays) -> Update:
+        grid_A, grid_B = arrays["gralora_A"], arrays["gralora_B"]
+        k, inner, rank = grid_A.shape
+        outer, q = grid_B.shape[2], rank // k
+        A, B = np.zeros((k, k, q, k, inner)), np.zeros((k, outer, k, k, q))
+        for block in range(k):
+            A[:, block, :, block] = grid_A[block].T.reshape(k, q, inner)
+            B[block, :, block] = grid_B[block].T.reshape(outer, k, q)
+        A, B = A.reshape(k * rank, k * inner), B.reshape(k * outer, k * rank)
+        if self.hybrid_r:
+            A, B = np.vstack([A, arrays["gralora_A_general"]]), np.hstack([B, arrays["gralora_B_general"]])
+        product = LowRank(B, A, self.scale)
+        return product if product.rank < min(product.shape) else Dense(product.dense())

@@ -10,60 +10,50 @@ Source: Hyeon-Woo et al. (arXiv 2108.06098), equation 4 and its Tucker form, as 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping
 
-import msgspec
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Finite, Positive, to_typed
-from lorascope.formats.peft_factors import StoredFactors, check_shapes, peft_factors
-from lorascope.formats.peft_lora import CONFIG, peft_kind
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import AdapterFiles
-from lorascope.schema.name_patterns import per_module
+from lorascope.files.typed_json import Finite, Positive
+from lorascope.formats.peft_factors import Factors, StoredFactors
+from lorascope.formats.peft_format import PeftFormat, PeftModule, Sizes
 from lorascope.updates import Dense, LowRank, Update
 from lorascope.updates.linalg import as_float64
 
-_PLAIN = {"hada_w1_a": "out r", "hada_w1_b": "r in", "hada_w2_a": "out r", "hada_w2_b": "r in"}
-_TUCKER = {"hada_w1_a": "r out", "hada_w1_b": "r in", "hada_w2_a": "r out", "hada_w2_b": "r in"} | {
-    "hada_t1": "r r k1 k2",
-    "hada_t2": "r r k1 k2",
-}
+_TUCKER = ("hada_t1", "hada_t2")
 
 
-class LycorisConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json`` of LoHa and LoKr, with PEFT's defaults."""
+class LoHa(PeftFormat, frozen=True):
+    """Elementwise product of two low-rank matrices."""
 
+    kind = "LoHa"
+    tensors = dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", *_TUCKER), "*")
     r: Positive = 8
     alpha: Finite = 8
     rank_pattern: dict[str, Positive] | None = None
     alpha_pattern: dict[str, Finite] | None = None
 
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.r
 
-@reads(lambda config, names: peft_kind(config) == "LOHA", "LoHa (PEFT)")
-def read_loha(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
-    """Read the modules of an opened LoHa folder."""
-    settings = to_typed(config, LycorisConfig, path / CONFIG)
-    rank_of = per_module(path / CONFIG, "rank_pattern", settings.r, settings.rank_pattern)
-    alpha_of = per_module(path / CONFIG, "alpha_pattern", settings.alpha, settings.alpha_pattern)
-    found, others = peft_factors(path, files, "hada_w1_a|hada_w1_b|hada_w2_a|hada_w2_b|hada_t1|hada_t2")
-    parts = {}
-    for module, factors in found.items():
-        rank = rank_of(module)
-        shapes = _TUCKER if {"hada_t1", "hada_t2"} & factors.keys() else _PLAIN
-        sizes = check_shapes(path, module, factors, shapes, r=rank)
-        parts[module] = hadamard_part(factors, sizes, alpha_of(module) / rank)
-    return AdapterFiles(path, dict(config), parts, others, files, "LoHa")
+    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
+        return hadamard_shapes(names)
+
+    def stored_update(self, module: PeftModule) -> StoredFactors:
+        return hadamard_part(module.tensors, module.sizes, self.scale)
 
 
-def hadamard_part(factors: Mapping[str, Any], sizes: Mapping[str, int], scale: float) -> StoredFactors:
+def hadamard_shapes(names: Collection[str]) -> dict[str, str]:
+    """Return the shapes that the factors of one module must have, judging by their names."""
+    if not any(name in names for name in _TUCKER):
+        return {"hada_w1_a": "out r", "hada_w1_b": "r in", "hada_w2_a": "out r", "hada_w2_b": "r in"}
+    factors = {"hada_w1_a": "r out", "hada_w1_b": "r in", "hada_w2_a": "r out", "hada_w2_b": "r in"}
+    return factors | dict.fromkeys(_TUCKER, "r r k1 k2")
+
+
+def hadamard_part(factors: Factors, sizes: Sizes, scale: float) -> StoredFactors:
     """Return the stored update of one module with these factors; ``sizes`` are their sides by name."""
     sides = sizes["out"], sizes["in"] * sizes.get("k1", 1) * sizes.get("k2", 1)
     rank = min(sizes["r"] ** 2, *sides)

@@ -11,63 +11,57 @@ Source: Yeh et al. (arXiv 2309.14859), as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import to_typed
-from lorascope.formats.peft_factors import Factors, StoredFactors, check_shapes, peft_factors, stored_shape
-from lorascope.formats.peft_loha import LycorisConfig, tucker
-from lorascope.formats.peft_lora import CONFIG, peft_kind
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import AdapterFiles
-from lorascope.schema.name_patterns import per_module
+from lorascope.files.typed_json import Finite, Positive
+from lorascope.formats.peft_factors import Factors, StoredFactors, stored_shape
+from lorascope.formats.peft_format import PeftFormat, PeftModule, Sizes
+from lorascope.formats.peft_loha import tucker
 from lorascope.updates import Dense, Kronecker, LowRank, Update
 from lorascope.updates.linalg import as_float64
 
 
-@reads(lambda config, names: peft_kind(config) == "LOKR", "LoKr (PEFT)")
-def read_lokr(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
-    """Read the modules of an opened LoKr folder."""
-    settings = to_typed(config, LycorisConfig, path / CONFIG)
-    rank_of = per_module(path / CONFIG, "rank_pattern", settings.r, settings.rank_pattern)
-    alpha_of = per_module(path / CONFIG, "alpha_pattern", settings.alpha, settings.alpha_pattern)
-    names = "lokr_w1|lokr_w1_a|lokr_w1_b|lokr_w2|lokr_w2_a|lokr_w2_b|lokr_t2"
-    found, others = peft_factors(path, files, names)
-    parts = {}
-    for module, factors in found.items():
-        rank = rank_of(module)
-        sizes = check_shapes(path, module, factors, kronecker_shapes(factors), r=rank)
-        part = kronecker_part(factors, sizes, alpha_of(module) / rank)
-        if "lokr_w2" in factors and len(stored_shape(factors["lokr_w2"])) == 3:
-            part = replace(part, build=partial(_misaligned, part.scale), components=min(part.sides), thin=False)
-        parts[module] = part
-    return AdapterFiles(path, dict(config), parts, others, files, "LoKr")
+class LoKr(PeftFormat, frozen=True):
+    """Kronecker product of two matrices."""
+
+    kind = "LoKr"
+    tensors = dict.fromkeys(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"), "*")
+    r: Positive = 8
+    alpha: Finite = 8
+    rank_pattern: dict[str, Positive] | None = None
+    alpha_pattern: dict[str, Finite] | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.r
+
+    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
+        return kronecker_shapes(names)
+
+    def stored_update(self, module: PeftModule) -> StoredFactors:
+        part, w2 = kronecker_part(module.tensors, module.sizes, self.scale), module.tensors.get("lokr_w2")
+        if w2 is None or len(stored_shape(w2)) != 3:
+            return part
+        return replace(part, build=partial(_misaligned, self.scale), components=min(part.sides), thin=False)
 
 
-def kronecker_shapes(factors: Factors) -> dict[str, str]:
+def kronecker_shapes(names: Collection[str]) -> dict[str, str]:
     """Return the shapes that the factors of one module must have, judging by their names."""
-    left = {"lokr_w1": "a b"} if "lokr_w1" in factors else {"lokr_w1_a": "a r", "lokr_w1_b": "r b"}
-    if "lokr_w2" in factors:
-        return left | {"lokr_w2": "c d *"}
-    if "lokr_t2" in factors:
+    left = {"lokr_w1": "a b"} if "lokr_w1" in names else {"lokr_w1_a": "a r", "lokr_w1_b": "r b"}
+    if "lokr_w2" in names:
+        return left | {"lokr_w2": "c d*"}
+    if "lokr_t2" in names:
         return left | {"lokr_t2": "r r k1 k2", "lokr_w2_a": "r c", "lokr_w2_b": "r d"}
     return left | {"lokr_w2_a": "c r", "lokr_w2_b": "r d"}
 
 
-def kronecker_part(factors: Factors, sizes: Mapping[str, int], scale: float) -> StoredFactors:
+def kronecker_part(factors: Factors, sizes: Sizes, scale: float) -> StoredFactors:
     """Return the stored update of one module with factors of these sizes."""
     right = (sizes["c"], sizes["d"] * sizes.get("k1", 1) * sizes.get("k2", 1))
-    if "lokr_w2" in factors:
-        right = factors["lokr_w2"].shape
     ranks = [min(sizes["a"], sizes["b"]), min(right)]
     if "lokr_w1" not in factors:
         ranks[0] = min(ranks[0], sizes["r"])

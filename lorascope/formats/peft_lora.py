@@ -36,15 +36,15 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|diag|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?",
     re.DOTALL,  # a name may contain a line break
 )
-KINDS = (
-    *("LORA", "ADALORA", "BOFT", "C3A", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LN_TUNING"),
-    *("LOHA", "LOKR", "MISS", "BONE", "OFT", "RANDLORA", "ROAD", "SHIRA", "SUPERTUNING", "UNILORA", "VBLORA", "VERA"),
-    "WAVEFT",
-)
-"""Types of adapters with an own reader."""
+KINDS = ["LORA", "ADALORA", "FOURIERFT", "VERA"]
+"""Types of adapters with an own reader; every `PeftFormat` adds its own."""
 # The largest embedding tables have 300,000 rows, so a factor of rank 256 has 75 million values. Larger tensors are not
 # factors of an adapter and could exhaust the memory.
 MAX_SIDE, MAX_VALUES = 2**24, 2**28
+INDICES = "indices"
+"""Part of the names of tensors that contain integers."""
+# Indices of SHiRA are stored as floats on Windows.
+INDEX_DTYPES = ("I64", "I32", "I16", "U8", "F32")
 _VARIANTS = {
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
@@ -102,7 +102,8 @@ def group_factors(
     """Group factors by module, ordered by layer and role, and return the names of all other tensors.
 
     ``pattern`` matches the names of factors without PEFT's prefix, with the groups ``module`` and ``factor``. A factor
-    that is not stored as floats or does not have the shape of one raises a ValueError.
+    that is not stored as floats, or as integers if it is named ``indices``, or does not have the shape of one raises a
+    ValueError.
     """
     found: dict[str, dict[str, StoredTensor]] = {}
     others = []
@@ -112,7 +113,8 @@ def group_factors(
             if match is None:
                 others.append(name.removeprefix(PREFIX))
             else:
-                add_factor(found, match, float_factor(file, name))
+                dtypes = INDEX_DTYPES if INDICES in match["factor"] else FLOATS
+                add_factor(found, match, float_factor(file, name, dtypes))
     ordered = sorted(found, key=lambda module: position(*parse(module)))
     return {module: found[module] for module in ordered}, tuple(others)
 

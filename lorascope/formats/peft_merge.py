@@ -20,8 +20,8 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
-from lorascope.formats.peft_factors import INDICES, require_base
-from lorascope.formats.peft_lora import CONFIG, WEIGHTS, float_factor, peft_kind
+from lorascope.formats.peft_factors import require_base
+from lorascope.formats.peft_lora import CONFIG, INDEX_DTYPES, WEIGHTS, float_factor, peft_kind
 from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, StoredUpdate
@@ -85,7 +85,7 @@ def read_merged(
         raise unreadable(
             path, f"PEFT reads only {WEIGHTS}, got {', '.join(printable(file.path.name) for file in files)}"
         )
-    tensors = [float_factor(file, name, (*FLOATS, *INDICES)) for file in files for name in file]
+    tensors = [float_factor(file, name, (*FLOATS, *INDEX_DTYPES)) for file in files for name in file]
     tensors = [tensor for tensor in tensors if tensor.file.dtype(tensor.name) in FLOATS]
     # Importing it imports torch, which no other reader does.
     merge = importlib.import_module("lorascope.adapters.peft_merged_updates").merged_updates

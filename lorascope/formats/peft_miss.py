@@ -10,65 +10,49 @@ Source: Kang and Yin (arXiv 2409.15371), as in PEFT; Bone and its two forms as i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection
 
-import msgspec
 import numpy as np
 
-from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Positive, to_typed
-from lorascope.formats.peft_factors import StoredFactors, check_fit, check_shapes, from_base, peft_factors
-from lorascope.formats.peft_lora import CONFIG, peft_kind
-from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
-from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import AdapterFiles
-from lorascope.updates import Dense, LowRank
-from lorascope.updates.linalg import as_float64
+from lorascope.files.typed_json import Positive
+from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule, Sizes
+from lorascope.updates import Dense, LowRank, Update
 
 
-class MissConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json``, with PEFT's defaults."""
+class MiSS(PeftFormat, frozen=True):
+    """Block of rows that is repeated along the inputs."""
 
+    kind, needs = "MiSS", "shapes"
+    tensors = {"miss_block": "r out"}
     r: Positive = 64
     mini_r: Positive = 1
     init_weights: bool | str = True
 
+    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
+        shapes: dict[bool | str, str] = {"bat": "rows r r", "mini": "r mini_r"}
+        return dict.fromkeys(self.tensors, shapes.get(self.init_weights, "r out"))
 
-@reads(lambda config, names: peft_kind(config) in ("MISS", "BONE"), "MiSS and Bone (PEFT)", needs="base")
-def read_miss(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
-    """Read the modules of an opened MiSS or Bone folder."""
-    settings = to_typed(config, MissConfig, path / CONFIG)
-    name = f"{peft_kind(config).lower()}_block"
-    found, others = peft_factors(path, files, name)
-    weights, r = base_with_shapes(path, config, base, "MiSS"), settings.r
-    parts = {}
-    for module, factors in found.items():
-        outer, inner = sides = weights.shape(module)
-        if settings.init_weights == "bat":
-            sizes = check_shapes(path, module, factors, {name: "rows r r"}, r=r)
-            check_fit(path, module, (sizes["rows"] * r, inner // r * r), sides)
-            build = from_base(weights, module, sides, partial(_block_change, name))
-            parts[module] = StoredFactors(factors, sides, min(sides), build, thin=False)
-            continue
-        repeats = outer // settings.mini_r if settings.init_weights == "mini" else 1
-        check_shapes(path, module, factors, {name: "r out"}, r=r, out=outer // repeats)
-        check_fit(path, module, (outer // repeats * repeats, inner), sides)
-        parts[module] = StoredFactors(factors, sides, min(r, *sides), partial(_repeat, name, repeats, inner))
-    kind = "MiSS" if name == "miss_block" else "Bone"
-    return AdapterFiles(path, dict(config), parts, others, files, kind, named_base(config) is None)
+    def shape(self, sizes: Sizes) -> tuple[int, int]:
+        if self.init_weights == "bat":
+            return sizes["rows"] * self.r, sizes["in"] // self.r * self.r
+        width = self.mini_r if self.init_weights == "mini" else 1
+        return sizes["out"] // width * width, sizes["in"]
+
+    def rank(self, sizes: Sizes) -> int | None:
+        return None if self.init_weights == "bat" else min(self.r, *self.shape(sizes))
+
+    def update(self, arrays: Arrays, module: PeftModule) -> Update:
+        (block,) = arrays.values()
+        if self.init_weights == "bat":
+            W0 = module.weight().reshape(len(block), self.r, -1, self.r).swapaxes(1, 2)  # (rows, columns, r, r)
+            return Dense((W0 @ block[:, None] + block[:, None]).swapaxes(1, 2).reshape(module.shape))
+        outer, inner = module.shape
+        B = np.tile(block, (1, outer // block.shape[1])).T
+        return LowRank(B, np.eye(len(block))[:, np.arange(inner) % len(block)])
 
 
-def _repeat(name: str, repeats: int, inner: int, arrays: dict[str, np.ndarray]) -> LowRank:
-    block = as_float64(arrays[name])
-    return LowRank(np.tile(block, (1, repeats)).T, np.eye(len(block))[:, np.arange(inner) % len(block)])
+class Bone(MiSS, frozen=True):
+    """MiSS in PEFT before 0.19."""
 
-
-def _block_change(name: str, arrays: dict[str, np.ndarray], W0: np.ndarray) -> Dense:
-    B = as_float64(arrays[name])
-    blocks = W0.reshape(len(B), B.shape[1], -1, B.shape[1]).swapaxes(1, 2)  # (rows, columns, r, r)
-    return Dense((blocks @ B[:, None] + B[:, None]).swapaxes(1, 2).reshape(W0.shape))
+    kind = "Bone"
+    tensors = {"bone_block": "r out"}

@@ -44,7 +44,7 @@ def describe_biases(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> str:
     """Return the number of changed biases and the norms of their changes."""
-    found, others = peft_factors(path, files, "beft_bias")
+    found, others = peft_factors(path, files, ["beft_bias"])
     stored = [factors["beft_bias"] for factors in found.values()]
     norms = [float(np.linalg.norm(as_float64(bias.read()))) for bias in stored]
     span = f"norms {min(norms):.4g} to {max(norms):.4g}"

@@ -16,22 +16,16 @@ base, and the columns of the left one by base, then by component, as in PEFT.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping
+from functools import lru_cache
 
-import msgspec
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.files.safetensors_io import TensorFile, round_to_bfloat16
-from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
-from lorascope.formats.peft_factors import StoredFactors, check_shapes, peft_factors, shared_factor
-from lorascope.formats.peft_lora import CONFIG, MAX_VALUES, peft_kind
-from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
-from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import AdapterFiles
+from lorascope.files.safetensors_io import round_to_bfloat16
+from lorascope.files.typed_json import Finite, Positive
+from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule
+from lorascope.formats.peft_lora import MAX_VALUES
 from lorascope.updates import Dense
 from lorascope.updates.fourier import SEEDS
 from lorascope.updates.linalg import as_float64
@@ -40,9 +34,13 @@ from lorascope.updates.random_projection import uniform
 Bases = tuple[Float[np.ndarray, "r 1 smaller"], Float[np.ndarray, "larger n r"]]
 
 
-class RandLoraConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json``, with PEFT's defaults."""
+class RandLoRA(PeftFormat, frozen=True):
+    """Sum of products of random factors with trained scales."""
 
+    kind, needs = "RandLoRA", "shapes"
+    tensors = {"randlora_lambda": "r n", "randlora_gamma": "n smaller"}
+    shared = {"randlora_A": "r 1 smallest", "randlora_B": "largest bases r"}
+    frozen = ("randlora_A", "randlora_B")
     r: Positive = 32
     randlora_alpha: Finite = 640
     projection_prng_key: int = 0
@@ -51,45 +49,41 @@ class RandLoraConfig(msgspec.Struct, frozen=True):
     very_sparse: bool = False
     fan_in_fan_out: bool | None = None
 
+    @property
+    def scale(self) -> float:
+        return self.randlora_alpha / self.r
 
-@reads(lambda config, names: peft_kind(config) == "RANDLORA", "RandLoRA (PEFT)", needs="base")
-def read_randlora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
-    """Read the modules of an opened RandLoRA folder."""
-    settings = to_typed(config, RandLoraConfig, path / CONFIG)
-    rank, transposed = settings.r, bool(settings.fan_in_fan_out)
-    found, others = peft_factors(path, files, "randlora_lambda|randlora_gamma")
-    weights = base_with_shapes(path, config, base, "RandLoRA")
-    shapes = {module: weights.shape(module, transposed) for module in found}
-    outer, inner = (max(sides[axis] for sides in shapes.values()) for axis in (0, 1))
-    smaller, larger = sorted((outer, inner))
-    if settings.save_projection:
-        A, B = (shared_factor(path, files, f"randlora_{name}") for name in "AB")
-        wanted = {"randlora_A": f"{rank} 1 {smaller}", "randlora_B": f"{larger} {-(-smaller // rank)} {rank}"}
-        check_shapes(path, "all modules", {"randlora_A": A, "randlora_B": B}, wanted)
-        bases = partial(_read_bases, A.file, A.name, B.file, B.name)
-    else:
-        if larger * (smaller + rank) > MAX_VALUES:
-            raise unreadable(path, f"random factors must have <= {MAX_VALUES} values")
-        bases = partial(draw_bases, settings, smaller, larger)
-    parts = {}
-    for module, factors in found.items():
-        side, scale = min(shapes[module]), settings.randlora_alpha / rank
-        dimensions = {"randlora_lambda": "r n", "randlora_gamma": "n smaller"}
-        check_shapes(path, module, factors, dimensions, r=rank, n=-(-side // rank), smaller=side)
-        build = partial(_sum_of_bases, bases, shapes[module], scale)
-        parts[module] = StoredFactors(factors, shapes[module], side, build, scale, transposed, thin=False)
-    others = tuple(name for name in others if not name.endswith(("randlora_A", "randlora_B")))
-    return AdapterFiles(path, dict(config), parts, others, files, "RandLoRA", named_base(config) is None)
+    def sizes(self, shapes: Collection[tuple[int, int]]) -> dict[str, int]:
+        smallest, largest = sorted(map(max, zip(*shapes, strict=True)))
+        return super().sizes(shapes) | {"smallest": smallest, "largest": largest, "bases": -(-smallest // self.r)}
 
+    def shared_tensors(self) -> Mapping[str, str]:
+        return self.shared if self.save_projection else {}
 
-def _read_bases(A_file: TensorFile, A: str, B_file: TensorFile, B: str) -> Bases:
-    return A_file[A], B_file[B]
+    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
+        n = -(-min(shape) // self.r)
+        return {"randlora_lambda": f"r {n}", "randlora_gamma": f"{n} {min(shape)}"}
+
+    def check(self, module: PeftModule) -> None:
+        largest, smallest = module.sizes["largest"], module.sizes["smallest"]
+        if not self.save_projection and largest * (smallest + self.r) > MAX_VALUES:
+            raise module.error(f"random factors must have <= {MAX_VALUES} values")
+
+    def update(self, arrays: Arrays, module: PeftModule) -> Dense:
+        if self.save_projection:
+            A, B = arrays["randlora_A"], arrays["randlora_B"]
+        else:
+            A, B = map(as_float64, draw_bases(self, module.sizes["smallest"], module.sizes["largest"]))
+        scales, gamma = arrays["randlora_lambda"], arrays["randlora_gamma"]
+        smaller, larger = sorted(module.shape)
+        left = B[:larger, : scales.shape[1]].reshape(larger, -1)
+        right = (scales[:, :, None] * A[:, :, :smaller] * gamma).reshape(-1, smaller)
+        product = self.scale * (left @ right)
+        return Dense(product if module.shape[1] == smaller else product.T)
 
 
 @lru_cache(maxsize=1)
-def draw_bases(settings: RandLoraConfig, smaller: int, larger: int) -> Bases:
+def draw_bases(settings: RandLoRA, smaller: int, larger: int) -> Bases:
     """Draw the random factors as PEFT does with torch's generator on the CPU, divided by their standard deviations."""
     words, rank = np.random.RandomState(settings.projection_prng_key % SEEDS), settings.r
     n = -(-smaller // rank)
@@ -112,15 +106,3 @@ def _draw(words: np.random.RandomState, shape: tuple[int, int, int]) -> np.ndarr
 def _standardize(values: np.ndarray) -> np.ndarray:
     deviation = np.array([values.std(ddof=1, dtype=np.float64)], np.float32)
     return round_to_bfloat16(values / round_to_bfloat16(deviation))
-
-
-def _sum_of_bases(
-    bases: Callable[[], Bases], sides: tuple[int, int], scale: float, arrays: dict[str, np.ndarray]
-) -> Dense:
-    A, B = map(as_float64, bases())
-    weights, gamma = as_float64(arrays["randlora_lambda"]), as_float64(arrays["randlora_gamma"])
-    smaller, larger, n = min(sides), max(sides), weights.shape[1]
-    left = B[:larger, :n].reshape(larger, -1)
-    right = (weights[:, :, None] * A[:, :, :smaller] * gamma).reshape(-1, smaller)
-    product = scale * (left @ right)
-    return Dense(product if sides[1] == smaller else product.T)

@@ -9,63 +9,47 @@ Source: Bhardwaj et al. (arXiv 2406.13175), as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 
-import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import to_typed, unreadable
-from lorascope.formats.peft_factors import StoredFactors, check_indices, check_shapes, peft_factors
-from lorascope.formats.peft_lora import CONFIG, peft_kind
-from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
-from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import AdapterFiles
+from lorascope.formats.peft_factors import StoredFactors
+from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule
 from lorascope.updates import Dense
 from lorascope.updates.fourier import SEEDS, entries
-from lorascope.updates.linalg import as_float64
 
 
-class ShiraConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json``, with PEFT's defaults."""
+class SHiRA(PeftFormat, frozen=True):
+    """Sparse changes of the weights."""
 
+    kind, needs = "SHiRA", "shapes"
+    tensors = {"shira_weight": "n", "shira_indices": "2 n"}
     random_seed: int | None = None
 
+    def required(self, names: Collection[str], shape: tuple[int, int]) -> Mapping[str, str]:
+        drawn = "shira_indices" not in names and self.random_seed is not None
+        return {"shira_weight": "n"} if drawn else self.tensors
 
-@reads(lambda config, names: peft_kind(config) == "SHIRA", "SHiRA (PEFT)", needs="base")
-def read_shira(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
-    """Read the modules of an opened SHiRA folder."""
-    settings = to_typed(config, ShiraConfig, path / CONFIG)
-    found, others = peft_factors(path, files, "shira_weight", "shira_indices")
-    weights = base_with_shapes(path, config, base, "SHiRA")
-    parts = {}
-    for module, factors in found.items():
-        drawn = "shira_indices" not in factors and settings.random_seed is not None
-        shapes = {"shira_weight": "n"} | ({} if drawn else {"shira_indices": "2 n"})
-        n, sides = check_shapes(path, module, factors, shapes)["n"], weights.shape(module)
-        if n > sides[0] * sides[1]:
-            must = f"shira_weight of {printable(module)} must have <= {sides[0] * sides[1]} values (its base)"
-            raise unreadable(path, f"{must}, got {n}")
-        if not drawn:
-            check_indices(path, module, factors, "shira_indices", *sides)
-        build = partial(_scatter, sides, (settings.random_seed or 0) % SEEDS)
-        parts[module] = StoredFactors(factors, sides, min(n, *sides), build, thin=False)
-    return AdapterFiles(path, dict(config), parts, others, files, "SHiRA", named_base(config) is None)
+    def check(self, module: PeftModule) -> None:
+        (outer, inner), n = module.shape, module.sizes["n"]
+        if n > outer * inner:
+            must = f"shira_weight of {printable(module.name)} must have <= {outer * inner} values (its base)"
+            raise module.error(f"{must}, got {n}")
+        if "shira_indices" in module.tensors:
+            module.check_indices("shira_indices", outer, inner)
 
+    def stored_update(self, module: PeftModule) -> StoredFactors:
+        return replace(super().stored_update(module), components=min(module.sizes["n"], *module.shape))
 
-def _scatter(sides: tuple[int, int], seed: int, arrays: dict[str, np.ndarray]) -> Dense:
-    values = as_float64(arrays["shira_weight"])
-    if "shira_indices" in arrays:
-        rows, columns = arrays["shira_indices"].astype(np.int64)
-    else:
-        rows, columns = entries(sides, len(values), seed)
-        rows, columns = np.divmod(np.sort(rows * sides[1] + columns), sides[1])
-    matrix = np.zeros(sides)
-    np.add.at(matrix, (rows, columns), values)
-    return Dense(matrix)
+    def update(self, arrays: Arrays, module: PeftModule) -> Dense:
+        values, shape = arrays["shira_weight"], module.shape
+        if "shira_indices" in arrays:
+            rows, columns = arrays["shira_indices"]
+        else:
+            rows, columns = entries(shape, len(values), (self.random_seed or 0) % SEEDS)
+            rows, columns = np.divmod(np.sort(rows * shape[1] + columns), shape[1])
+        matrix = np.zeros(shape)
+        np.add.at(matrix, (rows, columns), values)
+        return Dense(matrix)

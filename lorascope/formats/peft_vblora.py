@@ -11,86 +11,62 @@ Source: Li et al. (arXiv 2405.15179), equations 1 to 3, as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection
 
-import msgspec
 import numpy as np
 
-from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Positive, to_typed, unreadable
-from lorascope.formats.peft_factors import StoredFactors, check_indices, check_shapes, peft_factors, shared_factor
-from lorascope.formats.peft_lora import CONFIG, peft_kind
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import AdapterFiles, StoredTensor
+from lorascope.files.typed_json import Positive
+from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule, Sizes
 from lorascope.updates import LowRank
-from lorascope.updates.linalg import as_float64
 
+_LOGITS = {"vblora_logits_A": "r columns", "vblora_logits_B": "rows r"}
 _BANK = "vblora_vector_bank"
 
 
-class VBLoRAConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json``, with PEFT's defaults."""
+class VBLoRA(PeftFormat, frozen=True):
+    """Product of factors that consist of mixed vectors of one bank."""
 
+    kind = "VB-LoRA"
+    tensors = {name + end: "*" for name in _LOGITS for end in ("", "_topk_weights", "_topk_indices")}
+    shared = {_BANK: "vectors length"}
     r: Positive = 4
     topk: Positive = 2
     save_only_topk_weights: bool = False
     fan_in_fan_out: bool | None = None
 
+    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
+        if not self.save_only_topk_weights:
+            return {name: f"{sides} vectors" for name, sides in _LOGITS.items()}
+        weights = {f"{name}_topk_weights": f"{sides} {self.topk - 1}" for name, sides in _LOGITS.items()}
+        return weights | {f"{name}_topk_indices": f"{sides} topk" for name, sides in _LOGITS.items()}
 
-@reads(lambda config, names: peft_kind(config) == "VBLORA", "VB-LoRA (PEFT)")
-def read_vblora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
-    """Read the modules of an opened VB-LoRA folder."""
-    settings = to_typed(config, VBLoRAConfig, path / CONFIG)
-    A, B = "vblora_logits_A", "vblora_logits_B"
-    names = f"{A}|{B}|{A}_topk_weights|{B}_topk_weights"
-    found, others = peft_factors(path, files, names, f"{A}_topk_indices|{B}_topk_indices")
-    bank = shared_factor(path, files, _BANK)
-    vectors, length = bank.shape
-    shapes = {A: "r columns vectors", B: "rows r vectors"}
-    known = {"vectors": vectors}
-    if settings.save_only_topk_weights:
-        shapes = {
-            f"{name}_topk_{kind}": f"{sides.rpartition(' ')[0]} {kind}"
-            for name, sides in shapes.items()
-            for kind in ("weights", "indices")
-        }
-        known = {"weights": settings.topk - 1, "indices": settings.topk}
-    if settings.topk > vectors:
-        raise unreadable(path, f"topk must be <= {vectors}, the vectors of {_BANK}, got {settings.topk}")
-    parts = {}
-    for module, factors in found.items():
-        sizes = check_shapes(path, module, factors, shapes, r=settings.r, **known)
-        sides = sizes["rows"] * length, sizes["columns"] * length
-        if settings.save_only_topk_weights:
-            for name in (A, B):
-                check_indices(path, module, factors, f"{name}_topk_indices", vectors)
-        build = partial(_mixed_product, settings.topk, bank)
-        transposed = bool(settings.fan_in_fan_out)
-        parts[module] = StoredFactors(factors, sides, settings.r, build, transposed=transposed)
-    others = tuple(name for name in others if not name.endswith(_BANK))
-    return AdapterFiles(path, dict(config), parts, others, files, "VB-LoRA", shared_size=vectors * length)
+    def shape(self, sizes: Sizes) -> tuple[int, int]:
+        return sizes["rows"] * sizes["length"], sizes["columns"] * sizes["length"]
 
+    def check(self, module: PeftModule) -> None:
+        vectors = module.sizes["vectors"]
+        if self.topk > vectors:
+            raise module.error(f"topk must be <= {vectors}, the vectors of {_BANK}, got {self.topk}")
+        if self.save_only_topk_weights:
+            for name in _LOGITS:
+                module.check_indices(f"{name}_topk_indices", vectors)
 
-def _mixed_product(k: int, bank: StoredTensor, arrays: dict[str, np.ndarray]) -> LowRank:
-    vectors = as_float64(bank.read())
-    mixed = []
-    for name in ("vblora_logits_A", "vblora_logits_B"):
+    def rank(self, sizes: Sizes) -> int:
+        return self.r
+
+    def update(self, arrays: Arrays) -> LowRank:
+        A, B = (self.mixed_vectors(name, arrays) for name in _LOGITS)
+        return LowRank(B.swapaxes(1, 2).reshape(-1, B.shape[1]), A.reshape(len(A), -1))
+
+    def mixed_vectors(self, name: str, arrays: Arrays) -> np.ndarray:
+        """Return the sub-vectors of a factor, (r, columns, length) or (rows, r, length)."""
         if name in arrays:
-            logits = as_float64(arrays[name])
-            chosen = np.argpartition(logits, -k, axis=-1)[..., -k:]
-            top = np.take_along_axis(logits, chosen, -1)
+            logits = arrays[name]
+            indices = np.argpartition(logits, -self.topk, axis=-1)[..., -self.topk :]
+            top = np.take_along_axis(logits, indices, -1)
             weights = np.exp(top - top.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
         else:
-            chosen, first = arrays[f"{name}_topk_indices"], as_float64(arrays[f"{name}_topk_weights"])
+            indices, first = arrays[f"{name}_topk_indices"], arrays[f"{name}_topk_weights"]
             weights = np.concatenate([first, 1 - first.sum(-1, keepdims=True)], -1)
-            chosen = chosen.astype(np.int64)
-        mixed.append((weights[..., None] * vectors[chosen]).sum(-2))
-    A, B = mixed
-    return LowRank(B.swapaxes(1, 2).reshape(-1, B.shape[1]), A.reshape(len(A), -1))
+        return (weights[..., None] * arrays[_BANK][indices]).sum(-2)

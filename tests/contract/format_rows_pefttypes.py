@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from contract.format_row import FormatRow, Written
+from safetensors.numpy import load_file, save
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 TARGETS = ["q_proj", "v_proj"]
@@ -40,6 +41,15 @@ def merged(folder: Path, base: Path) -> Written:
     return merged_change(folder, config, model, [Q, V], 0.5)
 
 
+def bone(folder: Path, base: Path) -> Written:
+    """Write MiSS by the names that PEFT used before 0.19; it no longer writes Bone."""
+    expected = ROWS["read_miss"].write(folder, base)
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config.write_text(config.read_text(encoding="utf-8").replace('"MISS"', '"BONE"'), encoding="utf-8")
+    weights.write_bytes(save({k.replace("miss_block", "bone_block"): v for k, v in load_file(weights).items()}))
+    return expected
+
+
 ROWS = {
     "read_loha": by_peft("LoHa", "LoHaConfig", r=2, alpha=3),
     "read_lokr": by_peft("LoKr", "LoKrConfig", r=2, alpha=3),
@@ -51,6 +61,7 @@ ROWS = {
     "read_c3a": by_peft("C3A", "C3AConfig", block_size=2),
     "read_shira": by_peft("SHiRA", "ShiraConfig", base=True, r=1),
     "read_miss": by_peft("MiSS", "MissConfig", base=True, r=2),
+    "read_bone": FormatRow(bone, "Bone"),
     "read_delora": by_peft("DeLoRA", "DeloraConfig", r=2),
     "read_vblora": by_peft("VB-LoRA", "VBLoRAConfig", r=2, num_vectors=5, vector_length=2, topk=2),
     "read_randlora": by_peft("RandLoRA", "RandLoraConfig", base=True, spare=r"_proj\.randlora_[AB]$", r=2),

@@ -88,7 +88,7 @@ class StoredFactors(StoredUpdate):
         return self.build(self.factors())
 
     def _tensors(self) -> list[StoredTensor]:
-        # The dtype of an update is that of its values, not of its indices.
+        # The first tensor has the dtype of the update, which indices do not have.
         return sorted(self.tensors.values(), key=lambda tensor: INDICES in tensor.name)
 
 

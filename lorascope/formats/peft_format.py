@@ -157,7 +157,7 @@ class PeftFormat(msgspec.Struct, frozen=True):
     def required(self, names: Collection[str], shape: tuple[int, int]) -> Mapping[str, str]:
         """Return the tensors that a module must have, with their shapes.
 
-        ``names`` are those that it has, and ``shape`` is that of its base weight, (0, 0) without a base.
+        It has tensors with these ``names``; ``shape`` is the shape of its base weight, (0, 0) without a base.
         """
         return self.tensors
 

@@ -24,7 +24,7 @@ _GENERAL = {"gralora_A_general": "hybrid_r in", "gralora_B_general": "out hybrid
 
 
 class GraLoRA(PeftFormat, frozen=True):
-    """Grid of blocks with an update each, plus a common product."""
+    """Grid of low-rank blocks plus a common product."""
 
     kind = "GraLoRA"
     tensors = _GRID | _GENERAL

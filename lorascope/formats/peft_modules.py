@@ -20,7 +20,7 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
-from lorascope.formats.peft_notes import lora_notes
+from lorascope.formats.peft_config import RESIDUAL_INITS
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredUpdate
 from lorascope.schema.module_roles import parse, position
@@ -29,6 +29,13 @@ OUT_PROJ = ".base_layer.out_proj"
 """End of the name of the output projection of nn.MultiheadAttention."""
 _LAYER = re.compile(r"(.*?\.(?:layers?|h)\.)(\d{1,4})(\..*)", re.DOTALL)
 _MAX_LAYERS = 10_000
+_CHANGED_BASE = {
+    "pissa": "PEFT subtracts the leading singular components of each base weight while loading",
+    "olora": "PEFT subtracts the leading components of each base weight's QR decomposition while loading",
+    "corda": "it requires the base weights that training started from, which PEFT computes from calibration data",
+    "loftq": "PEFT replaces the base weights by quantized ones while loading",
+    "lora_ga": "it requires the base weights that training started from, without the initial update",
+}
 
 
 class ReplicationConfig(msgspec.Struct, frozen=True):
@@ -55,7 +62,7 @@ def stacked_base(
 def complete_lora(files: AdapterFiles) -> AdapterFiles:
     """Return a LoRA with the names and cautions that follow from its modules and its configuration."""
     parts, configured = _attention_parts(files.parts)
-    notes = list(lora_notes(files.config))
+    notes = list(_configured_notes(files.config))
     if configured:
         notes.append("nn.MultiheadAttention: PEFT 0.21 adds the update of out_proj twice, which |dW| includes")
     for embedding, head in _tied_heads(parts):
@@ -100,3 +107,17 @@ def _layer_stack(path: Path, config: Mapping[str, Any]) -> list[int]:
     if sum(max(end - first, 0) for first, end in ranges) > _MAX_LAYERS:
         raise unreadable(path, f"layer_replication must have <= {_MAX_LAYERS} layers")
     return [layer for first, end in ranges for layer in range(first, end)]
+
+
+def _configured_notes(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield cautions about changed base weights, and about updates of some tokens only."""
+    start = str(config.get("init_lora_weights", True)).lower()
+    kind = next((name for name in RESIDUAL_INITS if start.startswith(name)), None)
+    if kind is not None:
+        change = "|dW| is the norm of B A only, not of the change from the original base"
+        yield f"initialized by {printable(start)}: {_CHANGED_BASE[kind]}; {change}"
+    if config.get("alora_invocation_tokens"):
+        yield (
+            "Activated LoRA: the update applies only from the invocation tokens onward "
+            f"({printable(config['alora_invocation_tokens'])}), and PEFT cannot merge it"
+        )

@@ -50,6 +50,7 @@ numbers: .venv/installed
 
 # Runs the notebooks, the guides and the examples of the gallery; a warning is an error.
 docs: .venv/installed
+	$(BIN)/python docs/_ext/update_readme.py
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
 	@echo "the site: docs/_build/html/index.html"
 

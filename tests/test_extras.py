@@ -12,7 +12,6 @@ from pathlib import Path
 import installation
 import pytest
 
-import lorascope
 from lorascope import extras
 from lorascope.cli.main import main
 
@@ -96,7 +95,3 @@ def test_missing_module_of_no_extra_is_an_error_of_the_program(monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "lorascope.cli.survey", None)
     with pytest.raises(ModuleNotFoundError, match="survey"):
         main(["survey"])
-
-
-def test_public_names_match_the_list() -> None:
-    assert lorascope.__all__ == (ROOT / "tests" / "public_names.txt").read_text(encoding="utf-8").split()

@@ -1,4 +1,4 @@
-"""Registration of methods: the names of the facade, and methods of other packages through entry points."""
+"""Names of the facade, with those of the methods, and methods of other packages through entry points."""
 
 from __future__ import annotations
 
@@ -35,7 +35,14 @@ OPTIONS = {"capture_output": True, "text": True, "check": True}
 def test_facade_has_every_registered_method_of_the_package():
     own = {cls.__name__: cls for cls in methods.METHODS.values() if cls.__module__.startswith("lorascope.")}
     assert {name: getattr(ls, name) for name in ls._METHODS} == own
-    assert own.keys() <= set(methods.__all__) & set(ls.__all__) & set(dir(ls))
+    assert own.keys() <= set(methods.__all__)
+    assert ls.__all__ == dir(ls) == sorted({*ls._PUBLIC, *ls._MODULES, *own})
+
+
+def test_every_public_name_has_a_docstring():
+    documented = {name: getattr(ls, name).__doc__ or "" for name in ls.__all__}
+    # A dataclass without a docstring gets its signature.
+    assert [name for name, text in documented.items() if not text or text.startswith(f"{name}(")] == []
 
 
 def test_names_are_known_without_torch(tmp_path):

@@ -1,95 +1,40 @@
-"""A method with its own form of update, defined in this file, uses every door without an edit of the package."""
+"""A method with its own form of update is one file of the package, or one of another package, and uses every door."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from killing import SETTINGS
-from tiny import inputs
-from torch import Tensor, nn
+from krona import KronA, Kronecker
+from temporary_package import build, run_tests
 
 import lorascope as ls
-from lorascope.adapters.delta import Delta, attached_deltas, fold, host_weight, to_array
+from lorascope.adapters.delta import attached_deltas
 from lorascope.cli.main import main
 from lorascope.inputs import models
 from lorascope.methods import METHODS
-from lorascope.methods.method import AdapterMethod, Step, config, from_config
-from lorascope.schema.records import QUANTITIES, Item, Quantity, Record, register
-from lorascope.updates import FORMS, Update
+from lorascope.schema.records import QUANTITIES
+from lorascope.updates import FORMS
 
-
-@dataclass(frozen=True, eq=False)
-class Kronecker(Update, form="krona"):
-    """The update kron(left, right)."""
-
-    left: np.ndarray
-    right: np.ndarray
-    required = frozenset({"left", "right"})
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.left.shape[0] * self.right.shape[0], self.left.shape[1] * self.right.shape[1]
-
-    def dense(self) -> np.ndarray:
-        return np.kron(self.left.astype(np.float64), self.right.astype(np.float64))
-
-    def to_factors(self) -> dict[str, Any]:
-        return {"left": self.left, "right": self.right}
-
-    @classmethod
-    def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> Kronecker:
-        return cls(factors["left"], factors["right"])
-
-
-@dataclass(kw_only=True)
-class KronA(AdapterMethod, name="krona"):
-    """Update that is a Kronecker product of a small and a large factor."""
-
-    size: int = 4
-    targets: str | tuple[str, ...] = ("q", "v")
-    lr: float = 1e-2
-    head_lr: float = 1e-2
-
-    def delta(self, name: str, host: nn.Module) -> KronDelta:
-        return KronDelta(host, self.size)
-
-    def records(self, step: Step) -> Iterable[Item]:
-        for module, delta in attached_deltas(step.model).items():
-            yield Record("left_norm", float(delta.left.detach().norm()), module)
-
-
-class KronDelta(Delta):
-    def __init__(self, host: nn.Module, size: int) -> None:
-        super().__init__()
-        outer, inner = host_weight(host).shape
-        self.left = nn.Parameter(torch.randn(size, size) / size)
-        self.right = nn.Parameter(torch.zeros(outer // size, inner // size))
-
-    def weight(self) -> Tensor:
-        return torch.kron(self.left, self.right)
-
-    def update(self) -> Kronecker:
-        return Kronecker(to_array(self.left), to_array(self.right))
-
-
-# The statements above registered both, for all tests of this process.
+# Its class statements registered them for all tests of this process.
+KRONA = {"left_norm": QUANTITIES.pop("left_norm")}
 del METHODS["krona"], FORMS["krona"]
+
+
+def test_file_in_the_package_is_found_and_tested_without_another_edit(tmp_path: Path) -> None:
+    package = build(tmp_path, {"methods/yours.py": Path(__file__).with_name("krona.py")})
+    files = ("contract", "test_families.py", "test_method_registry.py", "test_cli.py", "test_grid.py")
+    # Nine of the contract and the families, the options of the command line, the fields of a sweep, and the facade.
+    assert run_tests(package, *files, "-k", "krona or test_facade or test_every_public_name") == 13
 
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     METHODS["krona"], FORMS["krona"] = KronA, Kronecker
-    register(
-        "train the tenth method",
-        left_norm=Quantity("norm of the small factor", definition="Frobenius norm of the left factor"),
-    )
+    QUANTITIES.update(KRONA)
     yield
     del METHODS["krona"], FORMS["krona"], QUANTITIES["left_norm"]
 
@@ -100,16 +45,6 @@ def trained(registered, bert, task, tmp_path_factory):
     out = tmp_path_factory.mktemp("krona") / "run"
     observe = [ls.observe.norms(every=1), ls.observe.factors(every=1)]
     return ls.train(model, task, KronA(), out=out, observe=observe, **SETTINGS), model
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(**inputs(model)).logits
-
-
-def test_method_survives_json() -> None:
-    assert from_config(json.loads(json.dumps(config(KronA(size=2))))) == KronA(size=2)
-    assert ls.METHODS["krona"] is KronA
 
 
 def test_norms_and_own_quantity_are_recorded(trained) -> None:
@@ -135,17 +70,6 @@ def test_stored_updates_have_the_form(trained) -> None:
     for module, update in updates.items():
         assert type(update) is Kronecker
         assert (update.dense() == attached_deltas(model)[module].update().dense()).all()
-
-
-def test_run_is_restored_and_folded(trained, bert, task) -> None:
-    run, model = trained
-    again = models.load(bert, task=task)
-    ls.load(run.path).restore(again)
-    assert torch.equal(logits(again), logits(model))
-    again.double()
-    before = logits(again)
-    fold(again)
-    assert torch.allclose(logits(again), before, rtol=0, atol=1e-10)
 
 
 def test_same_call_returns_the_stored_run(trained, bert, task) -> None:

@@ -6,7 +6,8 @@ import re
 
 from generated_pages import ROOT, methods_table
 
-file = ROOT / "README.md"
-text = file.read_text(encoding="utf-8")
-table = re.compile(r"^\| name \| class \|.*?(?=\n\n)", re.MULTILINE | re.DOTALL)
-file.write_text(table.sub(lambda found: methods_table(), text, count=1), encoding="utf-8")
+README = ROOT / "README.md"
+TABLE = re.compile(r"^\| name \| class \|.*?(?=\n\n)", re.MULTILINE | re.DOTALL)
+
+text = README.read_text(encoding="utf-8")
+README.write_text(TABLE.sub(lambda _: methods_table(), text, count=1), encoding="utf-8")

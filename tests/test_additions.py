@@ -57,13 +57,13 @@ CLAIM = '\nCLAIMS["lora.yours"] = (Accuracy("LoRA 8"), Accuracy("full"))\n'
 SCRIPT = """
 import lorascope as ls
 from lorascope.diagnosis.kinds import KINDS
-from lorascope.formats import peft_lora
+from lorascope.formats import find_reader
 from lorascope.papers.registry import PAIRS, module_of
 
 assert ls.Halved.name == "halved" and ls.METHODS["halved"] is ls.Halved and "Halved" in ls.__all__
 assert "module_counts" in ls.plots.FIGURES and ls.plots.module_counts is ls.plots.FIGURES["module_counts"].draw
 assert KINDS["LS099"].name == "even-norms"
-assert "DOUBLED" in peft_lora.KINDS
+assert find_reader({"peft_type": "DOUBLED"}, ()).format == "DOUBLED (PEFT)"
 assert PAIRS["lora.yours"][0].arms() == {"LoRA 8"} and module_of("lora.yours") == "lorascope.papers.lora"
 print(ls.__file__)
 """

@@ -14,7 +14,7 @@ from lorascope.cli.arguments import Folder, Name, call, headline, options_of
 from lorascope.cli.opened_runs import open_runs
 from lorascope.files.printable import printable, utf8_text
 from lorascope.plots import FIGURES
-from lorascope.runs.folders import foreign, require_own
+from lorascope.runs.folders import foreign_file_error, require_own
 from lorascope.runs.result import Result
 from lorascope.schema.suggestions import unknown_name
 
@@ -86,7 +86,7 @@ def _require_own_figure(path: Path) -> None:
     """Raise a FileExistsError if a path exists and is not a figure that lorascope saved."""
     described = path.with_name(f"{path.name}-metadata.json") if path.suffix.lower() == ".csv" else path
     if path.exists() and not described.exists():
-        raise foreign(path)
+        raise foreign_file_error(path)
     require_own(described, "lorascope")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from lorascope.export.exporters import RunExporter
 from lorascope.formats.peft_fourierft import entry_seed
-from lorascope.runs.lora_config import targets
+from lorascope.runs.lora_config import target_modules
 from lorascope.runs.result import Result
 from lorascope.updates.fourier import Fourier, entries
 
@@ -47,7 +47,7 @@ class FourierExporter(RunExporter):
         numbers = {name: len(update.coefficients) for name, update in updates.items()}
         return {
             "peft_type": "FOURIERFT",
-            "target_modules": targets(run, numbers),
+            "target_modules": target_modules(run, numbers),
             "scaling": next(iter(updates.values())).scale,
             "random_loc_seed": _entry_distribution(run.meta.method)[1],
             **frequency_pattern(numbers),
@@ -80,5 +80,5 @@ def frequency_pattern(numbers: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _pattern_key(name: str) -> str:
-    first, dot, rest = name.partition(".")
-    return f"(?<=^{re.escape(first)}{re.escape(dot)}){re.escape(rest)}" if dot else name
+    first, dot, ending = name.partition(".")
+    return f"(?<=^{re.escape(first)}{re.escape(dot)}){re.escape(ending)}" if dot else name

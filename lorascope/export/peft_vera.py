@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lorascope.export.exporters import RunExporter
-from lorascope.runs.lora_config import targets
+from lorascope.runs.lora_config import target_modules
 from lorascope.runs.result import Result
 from lorascope.updates import RandomProjection
 from lorascope.updates.random_projection import projections
@@ -25,7 +25,7 @@ class VeraExporter(RunExporter):
         return {
             "peft_type": "VERA",
             "r": first.rank,
-            "target_modules": targets(run, list(updates)),
+            "target_modules": target_modules(run, updates),
             "projection_prng_key": int(first.to_factors()["projection"][0]),
             "save_projection": True,
             "vera_dropout": 0.0,

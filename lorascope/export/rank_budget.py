@@ -93,7 +93,7 @@ def select_components(
         Saved state, "last" by default.
     scores : mapping module -> array, optional
         One score per nonzero singular value, in descending order of the singular values; higher scores are kept first.
-        ``worth.component_importance`` returns such scores. Components with singular value 0 have score 0.
+        ``component_importance`` returns such scores. Components with singular value 0 have score 0.
 
     Returns
     -------

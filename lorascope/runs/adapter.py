@@ -42,8 +42,8 @@ class Adapter(Result):
 
     def __init__(self, files: AdapterFiles, base: PretrainedWeights | None = None) -> None:
         self.files, self.base = files, base
-        ranks = {module: part.rank for module, part in files.parts.items()}
-        config = files.config
+        config, stored = files.config, files.parts
+        size = sum(update.size for update in stored.values()) + files.shared_size
         meta = Manifest(
             id="",
             label=label(files.path),
@@ -54,9 +54,9 @@ class Adapter(Result):
             seed=None,
             status="not trained here",
             settings={},
-            parameters=Parameters(sum(part.size for part in files.parts.values()) + files.shared_size),
-            modules=[Module(module, *parse(module), *part.shape) for module, part in files.parts.items()],
-            states={"last": State(None, ranks)},
+            parameters=Parameters(size),
+            modules=[Module(module, *parse(module), *update.shape) for module, update in stored.items()],
+            states={"last": State(None, {module: update.rank for module, update in stored.items()})},
             source=str(files.path),
         )
         super().__init__(files.path, meta)
@@ -87,30 +87,31 @@ class Adapter(Result):
     @cached_property
     def spectra(self) -> dict[str, np.ndarray]:
         """See `Result.spectra`; factors are read in tiles that stay in the cache."""
-        parts = self.files.parts
-        return dict(zip(parts, spectra(part.unread() for part in parts.values()), strict=True))
+        stored = self.files.parts
+        return dict(zip(stored, spectra(update.unread() for update in stored.values()), strict=True))
 
     def _measure_module(self, module: str) -> dict[str, float]:
-        part = self.files.parts[module]
-        if part.has_thin_factors:
+        stored = self.files.parts[module]
+        if stored.has_thin_factors:
             sigma = self.spectra[module]
             norm, stable, effective = math.hypot(*sigma.tolist()), stable_rank(sigma), effective_rank(sigma)
         else:
-            norm, stable, effective = part.update().norm(), np.nan, np.nan
+            norm, stable, effective = stored.update().norm(), np.nan, np.nan
         values = {"update_norm": norm, "stable_rank": stable, "effective_rank": effective}
         if self.base is None or not self.base.has_weight(module):
             return values | {"weight_norm": np.nan, "relative_update": np.nan}
-        W0 = self.base.weight(module, part.shape, part.transposed)
-        start = Dense(W0).norm()
-        relative = norm / start if start else np.inf
-        weight = max(start**2 + 2.0 * part.update().inner_weight(W0) + norm**2, 0.0) ** 0.5
+        W0 = self.base.weight(module, stored.shape, stored.transposed)
+        base_norm = Dense(W0).norm()
+        relative = norm / base_norm if base_norm else np.inf
+        # The norm of W₀ + ΔW without forming it; rounding may make the square negative.
+        weight = max(base_norm**2 + 2.0 * stored.update().inner_weight(W0) + norm**2, 0.0) ** 0.5
         return values | {"weight_norm": weight, "relative_update": relative}
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
         """Return ``{"A": (rank, in), "B": (out, rank)}`` per module, loaded on access; see `Result.factors`."""
         self._require_last_state(step, state)
-        parts = self.files.parts
-        return Lazy(list(parts), lambda module: parts[module].factors())
+        stored = self.files.parts
+        return Lazy(list(stored), lambda module: stored[module].factors())
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
         self._require_last_state(step, state)
@@ -119,7 +120,7 @@ class Adapter(Result):
     def input_dependent_modules(self, state: str = "last") -> set[str]:
         """Return the modules whose update depends on the input, from the file headers."""
         self._require_last_state(None, state)
-        return {module for module, part in self.files.parts.items() if not part.exact}
+        return {module for module, update in self.files.parts.items() if not update.exact}
 
     def ranks(self, state: str = "last") -> dict[str, int]:
         self._require_last_state(None, state)
@@ -131,19 +132,14 @@ class Adapter(Result):
         return table_of(ModuleSummary, self.summaries())
 
     def summaries(self) -> list[ModuleSummary]:
-        parts = self.files.parts
-        return [
-            ModuleSummary(
-                each.module,
-                each.stack,
-                each.layer,
-                each.role,
-                parts[each.module].rank,
-                exact=parts[each.module].exact,
-                **self.measures[each.module],
+        summaries = []
+        for module in self.meta.modules:
+            name, update = module.module, self.files.parts[module.module]
+            summary = ModuleSummary(
+                name, module.stack, module.layer, module.role, update.rank, exact=update.exact, **self.measures[name]
             )
-            for each in self.meta.modules
-        ]
+            summaries.append(summary)
+        return summaries
 
     def _require_last_state(self, step: int | None, state: str) -> None:
         if step is not None or state != "last":
@@ -151,8 +147,8 @@ class Adapter(Result):
             raise ValueError(f"cannot read {requested} of adapter {self.label!r}: it has only the state 'last'")
 
     def _lines(self) -> list[tuple[str, str]]:
-        ranks = sorted(set(self.ranks().values()))
-        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        smallest, largest = min(self.ranks().values()), max(self.ranks().values())
+        rank = f"rank {largest}" if smallest == largest else f"ranks {smallest} to {largest}"
         count = len(self.files.parts)
         return [
             ("adapter", f"{self.label}  {self.files.kind}, {rank}"),

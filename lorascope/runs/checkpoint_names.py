@@ -21,29 +21,31 @@ def step_of(name: str | Path) -> int | None:
     ``_adapters.safetensors``, or is the revision itself. None for all other names.
     """
     path = Path(name)
-    last = path.parent.name if path.name in WEIGHTS else path.name
-    match = _MLX.fullmatch(last) or _WORD.fullmatch(last.removesuffix(".safetensors")) or _REVISION.fullmatch(last)
+    label = path.parent.name if path.name in WEIGHTS else path.name
+    match = _MLX.fullmatch(label) or _WORD.fullmatch(label.removesuffix(".safetensors")) or _REVISION.fullmatch(label)
     return None if match is None else int(match[1])
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """Return the folders and safetensors files in a folder whose names have a step, in the order of the steps."""
-    found = [path for path in folder.iterdir() if path.is_dir() or path.suffix == ".safetensors"]
-    found = [path for path in found if path.name not in WEIGHTS]  # weights of the folder itself
-    return sorted((path for path in found if step_of(path) is not None), key=lambda path: (step_of(path), path.name))
+    candidates = [path for path in folder.iterdir() if path.is_dir() or path.suffix == ".safetensors"]
+    steps = {path: step_of(path) for path in candidates if path.name not in WEIGHTS}  # those of the folder itself
+    return sorted((path for path in steps if steps[path] is not None), key=lambda path: (steps[path], path.name))
 
 
 def count_and_span(steps: Iterable[int]) -> str:
     """Format the number of steps, and the first and last one, such as ``12, steps 10 to 120``."""
-    found = sorted(steps)
-    return f"{len(found)}, " + (f"step {found[0]}" if len(found) == 1 else f"steps {found[0]} to {found[-1]}")
+    first, *later_steps = sorted(steps)
+    if not later_steps:
+        return f"1, step {first}"
+    return f"{1 + len(later_steps)}, steps {first} to {later_steps[-1]}"
 
 
 def describe_checkpoints(folder: Path) -> str | None:
     """Return a line on the checkpoints next to the final adapter of a training, None if there are none."""
-    steps = {
-        step for path in (find_checkpoints(folder) if folder.is_dir() else ()) if (step := step_of(path)) is not None
-    }
+    if not folder.is_dir():
+        return None
+    steps = {step_of(path) or 0 for path in find_checkpoints(folder)}
     return f"{count_and_span(steps)}; --series shows them" if steps else None
 
 
@@ -55,16 +57,18 @@ def by_step(names: Iterable[str | Path]) -> dict[int, str | Path]:
     ValueError
         Only some names have a step, or two have the same.
     """
-    listed = list(names)
-    unknown = [name for name in listed if step_of(name) is None]
-    if unknown and len(unknown) < len(listed):
+    names = list(names)
+    stepless = [name for name in names if step_of(name) is None]
+    if stepless and len(stepless) < len(names):
         raise ValueError(
-            f"every name or none must have a step, got {printable(unknown[0])} without one; pass a dict {{step: path}}"
+            f"every name or none must have a step, got {printable(stepless[0])} without one; pass a dict {{step: path}}"
         )
-    found: dict[int, str | Path] = {}
-    for place, name in enumerate(listed, start=1):
-        step = place if (own := step_of(name)) is None else own
-        if step in found:
-            raise ValueError(f"{printable(found[step])} and {printable(name)} both have step {step}")
-        found[step] = name
-    return found
+    checkpoints: dict[int, str | Path] = {}
+    for position, name in enumerate(names, start=1):
+        step = step_of(name)
+        if step is None:
+            step = position
+        if step in checkpoints:
+            raise ValueError(f"{printable(checkpoints[step])} and {printable(name)} both have step {step}")
+        checkpoints[step] = name
+    return checkpoints

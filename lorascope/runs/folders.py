@@ -25,7 +25,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_OWN = re.compile(
+# Files that lorascope writes in a run folder, except manifests.
+_RUN_FILE = re.compile(
     r"(records|predictions)\.parquet|snapshots/step-\d+\.safetensors|state/(last|best)\.safetensors"
     r"|resume/((step-\d+|best-\d+|base)\.safetensors|trackers\.json)"
     r"|tensorboard/([\d.]+/)?(events\.out\.tfevents\.[^/]+|hparams\.yml)"
@@ -64,16 +65,18 @@ class RecipeManifest:
 MANIFESTS = ("recipe.json", "run.json")
 
 
-def read_manifest(folder: Path) -> RunManifest | RecipeManifest:
+def identify_folder(folder: Path) -> RunManifest | RecipeManifest:
     """Return the manifest of a recipe with phases if there is one, else that of a run; see `read_json` for errors."""
     recipe = folder / "recipe.json"
     return read_json(recipe, RecipeManifest) if recipe.exists() else read_json(folder / "run.json", RunManifest)
 
 
-def own_files(folder: Path, *places: str) -> set[Path]:
+def own_files(folder: Path, *patterns: str) -> set[Path]:
     """Return the files at these glob patterns below a run folder that lorascope writes there, except manifests."""
-    found = {file for place in places for file in folder.glob(place)}
-    return {file for file in found if _OWN.fullmatch(file.relative_to(folder).as_posix())}
+    files: set[Path] = set()
+    for pattern in patterns:
+        files |= {file for file in folder.glob(pattern) if _RUN_FILE.fullmatch(file.relative_to(folder).as_posix())}
+    return files
 
 
 @contextmanager
@@ -91,12 +94,12 @@ def lock_run(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Another process may have moved the folder away between the two calls.
-            taken = not os.path.samestat(os.fstat(handle), folder.stat())
+            is_locked = not os.path.samestat(os.fstat(handle), folder.stat())
         except (BlockingIOError, FileNotFoundError):
-            taken = True
+            is_locked = True
         except OSError:  # a file system without locks
-            taken = False
-        if taken:
+            is_locked = False
+        if is_locked:
             raise RunLocked(f"cannot use {folder}: it is being trained by another process, wait until it ends")
         yield
     finally:
@@ -122,20 +125,20 @@ def remove_run(folder: Path) -> None:
         )
     folder = folder.resolve()
     try:
-        read_manifest(folder)
+        identify_folder(folder)
         for phase in _phase_folders(folder):
             with suppress(FileNotFoundError):  # a phase without files yet
-                read_manifest(phase)
+                identify_folder(phase)
     except ValueError as error:
         raise ValueError(f"{refused}: it is not a lorascope run ({error})") from error
     with ExitStack() as locks:
-        for place in (folder, *_phase_folders(folder)):
-            locks.enter_context(lock_run(place))
+        for locked_folder in (folder, *_phase_folders(folder)):
+            locks.enter_context(lock_run(locked_folder))
         # Rename first, so that an interrupted removal leaves no folder that looks like a run.
         removed = folder.with_name(f".{folder.name}.removed")
-        for place in (folder, removed):
-            if (foreign := _foreign_file(place)) is not None:
-                raise ValueError(f"{refused}: lorascope did not write {printable(foreign)}; move it first")
+        for checked_folder in (folder, removed):
+            if (file := _foreign_file(checked_folder)) is not None:
+                raise ValueError(f"{refused}: lorascope did not write {printable(file)}; move it first")
         shutil.rmtree(removed, ignore_errors=True)
         folder.rename(removed)
         shutil.rmtree(removed)
@@ -149,14 +152,20 @@ def _foreign_file(folder: Path) -> Path | None:
     """Return a file or symbolic link that lorascope did not write (the folder itself if it is a link), or None."""
     if folder.is_symlink():
         return folder
-    for where, folders, files in os.walk(folder):
-        for path in (Path(where, name) for name in sorted([*folders, *files])):
-            name = path.relative_to(folder)
-            inside = name.relative_to(name.parts[0]) if _PHASE.fullmatch(name.parts[0]) else name
-            own = _OWN.fullmatch(inside.as_posix()) or str(inside) in MANIFESTS or is_partial(path)
-            if path.is_symlink() or (path.name in files and not own):
+    for parent, folders, files in os.walk(folder):
+        for name in sorted([*folders, *files]):
+            path = Path(parent, name)
+            if path.is_symlink() or (name in files and not _is_run_file(path, folder)):
                 return path
     return None
+
+
+def _is_run_file(path: Path, folder: Path) -> bool:
+    """Return whether lorascope writes a file of this name in a run folder, or in a phase in it."""
+    name = path.relative_to(folder)
+    if _PHASE.fullmatch(name.parts[0]):
+        name = name.relative_to(name.parts[0])
+    return _RUN_FILE.fullmatch(name.as_posix()) is not None or str(name) in MANIFESTS or is_partial(path)
 
 
 def require_absent(path: Path) -> None:
@@ -169,12 +178,12 @@ def require_own(path: Path, *marks: str) -> None:
     """Raise a FileExistsError if a path exists and is not a file with one of the marks that lorascope writes."""
     if not path.exists():
         return
-    small = path.is_file() and path.stat().st_size <= MAX_PAGE
-    if not (small and any(mark.encode() in path.read_bytes() for mark in marks)):
-        raise foreign(path)
+    is_small = path.is_file() and path.stat().st_size <= MAX_PAGE
+    if not (is_small and any(mark.encode() in path.read_bytes() for mark in marks)):
+        raise foreign_file_error(path)
 
 
-def foreign(path: Path) -> FileExistsError:
+def foreign_file_error(path: Path) -> FileExistsError:
     """Return the error for a file that lorascope must not replace."""
     return FileExistsError(f"cannot write {printable(path)}: it exists and was not written by lorascope")
 

@@ -18,7 +18,8 @@ from lorascope.updates import Update, effective_rank, from_factors, stable_rank
 
 _SIZES = ("update_norm", "learned_norm", "relative_update")
 _SHAPES = {"stable_rank": stable_rank, "effective_rank": effective_rank}
-_UNKNOWN = ("weight_norm", "step_norm")  # weight_norm requires W₀, step_norm the previous gate weights
+# weight_norm requires W₀, and step_norm the previous gate weights.
+_UNKNOWN = ("weight_norm", "step_norm")
 
 
 def at_gates(
@@ -50,21 +51,23 @@ def at_gates(
     ValueError
         A module has no experts or another number of them, or a gate weight is not finite.
     """
-    stored = run.factors()
-    found = {}
+    factors = run.factors()
+    fixed_gates = {}
     for module, values in gates.items():
-        if module not in stored or "gates" not in stored[module]:
-            mixed = [name for name in stored if "gates" in stored[name]]
+        if module not in factors or "gates" not in factors[module]:
+            routed = [name for name in factors if "gates" in factors[name]]
             raise ValueError(
                 f"unknown module {module!r} in gates; expected one of the modules with experts of run {run.id}, "
-                f"{', '.join(mixed) or 'none'}"
+                f"{', '.join(routed) or 'none'}"
             )
-        found[module] = own = np.asarray(values, dtype=np.float64)
-        if own.shape != (heads := stored[module]["gates"].shape):
-            raise ValueError(f"gates of {module} must have {heads[0]} values, one per expert, got {own.size}")
-        if not np.isfinite(own).all():
-            raise ValueError(f"gates of {module} must be finite, got {own.tolist()}")
-    return GatedRun(run, found, label)
+        weights = np.asarray(values, dtype=np.float64)
+        experts = factors[module]["gates"].shape
+        if weights.shape != experts:
+            raise ValueError(f"gates of {module} must have {experts[0]} values, one per expert, got {weights.size}")
+        if not np.isfinite(weights).all():
+            raise ValueError(f"gates of {module} must be finite, got {weights.tolist()}")
+        fixed_gates[module] = weights
+    return GatedRun(run, fixed_gates, label)
 
 
 def gate_description(run: Result) -> str:
@@ -72,10 +75,12 @@ def gate_description(run: Result) -> str:
 
     The gate weights are exactly equal if none were recorded on texts, as in the authors' folders and under a Trainer.
     """
-    mixed = run.input_dependent_modules()
-    if not mixed or run.gates_label:
-        return run.gates_label if mixed else ""
-    gates = run.factors()[min(mixed)].get("gates")
+    routed = run.input_dependent_modules()
+    if not routed:
+        return ""
+    if run.gates_label:
+        return run.gates_label
+    gates = run.factors()[min(routed)].get("gates")
     return "mean gates" if gates is None or np.ptp(gates) else "uniform gates"
 
 
@@ -116,22 +121,25 @@ class GatedRun(Result):
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
         """See `Result.factors`; ``gates`` are the fixed ones."""
         stored = self.run.factors(step, state)
-        return Lazy(
-            list(stored),
-            lambda module: stored[module] | ({"gates": self.gates[module]} if module in self.gates else {}),
-        )
+
+        def read(module: str) -> dict[str, np.ndarray]:
+            if module not in self.gates:
+                return stored[module]
+            return stored[module] | {"gates": self.gates[module]}
+
+        return Lazy(list(stored), read)
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
         """See `Result.updates`; evaluated at the fixed gate weights."""
-        whole, stored = self.run.updates(step, state), self.factors(step, state)
+        updates, factors = self.run.updates(step, state), self.factors(step, state)
 
         def make(module: str) -> Update:
-            update = whole[module]
+            update = updates[module]
             if module not in self.gates:
                 return update
-            return from_factors(stored[module], update.scale, update.exact, update.form)
+            return from_factors(factors[module], update.scale, update.exact, update.form)
 
-        return Lazy(list(whole), make)
+        return Lazy(list(updates), make)
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
         return self.run.input_dependent_modules(state)
@@ -143,33 +151,44 @@ class GatedRun(Result):
     def table(self) -> pd.DataFrame:
         """Records of the run, with update norms and ranks that depend on the gates recomputed for the last step."""
         table = self.run.table.astype({"run": "str"}).assign(run=self.id)
-        blocks = set(table.loc[table["role"] == "block", "module"])
-        parents = {block for block in blocks if any(module.startswith(f"{block}.") for module in self.gates)}
         final = self.meta.states["last"].step
-        ends = table["step"].isna() if final is None else (table["step"] == final).fillna(False)
-        of_updates, unknown = table["quantity"].isin([*_SIZES, *_SHAPES]), table["quantity"].isin(_UNKNOWN)
-        stays = ~unknown & (ends | ~of_updates)
-        depends = of_updates & table["module"].isin({*self.gates, *parents})
-        return validate(self._recompute_rows(table[stays], depends[stays]))
+        is_final = table["step"].isna() if final is None else (table["step"] == final).fillna(False)
+        is_size_or_shape = table["quantity"].isin([*_SIZES, *_SHAPES])
+        is_known = ~table["quantity"].isin(_UNKNOWN) & (is_final | ~is_size_or_shape)
+        depends = is_size_or_shape & table["module"].isin(self._gated_modules_and_blocks(table))
+        return validate(self._recompute_rows(table[is_known], depends[is_known]))
+
+    def _gated_modules_and_blocks(self, table: pd.DataFrame) -> set[str]:
+        names = set(self.gates)
+        for block in set(table.loc[table["role"] == "block", "module"]):
+            if any(module.startswith(f"{block}.") for module in self.gates):
+                names.add(block)
+        return names
 
     def _recompute_rows(self, table: pd.DataFrame, depends: pd.Series) -> pd.DataFrame:
+        """Return the table with the values that depend on the gates recomputed from the updates."""
         before, after = self.run.updates(), self.updates()
-        sigmas = {module: after[module].singular_values() for module in self.gates}
-        shapes = {(module, name): rank(sigma) for module, sigma in sigmas.items() for name, rank in _SHAPES.items()}
-        norms = {module: (before[module].norm(), after[module].norm()) for module in self.gates}
+        shapes: dict[tuple[str, str], float] = {}
+        changes: dict[str, float] = {}  # of squared norms
+        for module in self.gates:
+            sigma = after[module].singular_values()
+            shapes |= {(module, name): rank(sigma) for name, rank in _SHAPES.items()}
+            changes[module] = after[module].norm() ** 2 - before[module].norm() ** 2
 
         def value(module: str, quantity: str, old: float, size: float) -> float:
             if quantity in _SHAPES:
                 return shapes[module, quantity]
-            inside = [pair for name, pair in norms.items() if f"{name}.".startswith(f"{module}.")]
-            new = max(0.0, size**2 + sum(two**2 - one**2 for one, two in inside)) ** 0.5
+            change = sum(change for name, change in changes.items() if f"{name}.".startswith(f"{module}."))
+            new = max(0.0, size**2 + change) ** 0.5
+            if quantity != "relative_update":
+                return new
             # ‖W − W₀‖ / ‖W₀‖ is proportional to ‖W − W₀‖.
-            return new if quantity != "relative_update" else old * new / size if size else np.nan
+            return old * new / size if size else np.nan
 
         sizes = table[table["quantity"] == "update_norm"].set_index("module")["value"]
         rows = table.loc[depends, ["module", "quantity", "value"]].astype({"module": "str", "quantity": "str"})
-        recomputed = [
-            value(module, quantity, old, old if quantity == "learned_norm" else sizes[module])
-            for module, quantity, old in rows.itertuples(index=False)
-        ]
+        recomputed = []
+        for module, quantity, old in rows.itertuples(index=False):
+            size = old if quantity == "learned_norm" else sizes[module]
+            recomputed.append(value(module, quantity, old, size))
         return table.assign(value=table["value"].mask(depends, pd.Series(recomputed, rows.index)))

@@ -36,9 +36,9 @@ class Lazy(Mapping[str, Any]):
         return len(self._keys)
 
 
-def identify(parts: Mapping[str, Any]) -> str:
+def identify(content: Mapping[str, Any]) -> str:
     """Compute a run id: the first twelve hex digits of the SHA-256 of canonical JSON."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

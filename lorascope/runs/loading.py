@@ -99,29 +99,29 @@ def load_series(
     """
     if isinstance(checkpoints, str | Path):
         folder = locate(checkpoints)
-        given: Mapping[int, str | Path] = by_step(find_checkpoints(folder) if folder.is_dir() else [])
-        if not given:
+        paths: Mapping[int, str | Path] = by_step(find_checkpoints(folder) if folder.is_dir() else [])
+        if not paths:
             raise ValueError(
                 f"cannot load a series from {printable(folder)}: it has no checkpoints; expected subfolders such as "
                 "checkpoint-10"
             )
     else:
-        given = checkpoints if isinstance(checkpoints, Mapping) else by_step(checkpoints)
-    found: dict[int, Adapter] = {}
+        paths = checkpoints if isinstance(checkpoints, Mapping) else by_step(checkpoints)
+    adapters: dict[int, Adapter] = {}
     skipped: dict[int, str] = {}
-    for step, name in sorted(given.items()):
+    for step, name in sorted(paths.items()):
         path = locate(name)
         if (reason := _missing_weights(path)) is not None:
             skipped[step] = reason
         else:
-            found[step] = load_adapter(path, base)
-    if not found:
-        whose = f"{printable(checkpoints)}: " if isinstance(checkpoints, str | Path) else ""
-        first = next(iter(skipped.values()), "expected at least one checkpoint, got none")
-        raise ValueError(f"cannot load a series: {whose}none of its checkpoints can be read: {first}")
+            adapters[step] = load_adapter(path, base)
+    if not adapters:
+        folder_name = f"{printable(checkpoints)}: " if isinstance(checkpoints, str | Path) else ""
+        reason = next(iter(skipped.values()), "expected at least one checkpoint, got none")
+        raise ValueError(f"cannot load a series: {folder_name}none of its checkpoints can be read: {reason}")
     for reason in skipped.values():
         warnings.warn(f"skipped a checkpoint: {reason}", stacklevel=2)
-    series = Series(found, skipped)
+    series = Series(adapters, skipped)
     _require_own_base(series.last)
     return series
 
@@ -159,8 +159,9 @@ def is_run(path: str | Path) -> bool:
 
 def is_series(path: Path) -> bool:
     """Return whether a folder has checkpoints in subfolders, and is neither a run nor an adapter itself."""
-    own = path.is_dir() and ((path / CONFIG).exists() or any(path.glob("*.safetensors")))
-    return path.is_dir() and not own and not is_run(path) and bool(find_checkpoints(path))
+    if not path.is_dir() or is_run(path) or (path / CONFIG).exists() or any(path.glob("*.safetensors")):
+        return False
+    return bool(find_checkpoints(path))
 
 
 def is_adapter(path: Path) -> bool:
@@ -168,34 +169,33 @@ def is_adapter(path: Path) -> bool:
     if path.is_dir() and (path / CONFIG).exists():
         return True
     files = _open_files(path)
-    config, names = _configuration(path, files), {name for file in files for name in file}
+    config, names = _configuration(path, files), set().union(*files)
     return find_reader(config, names) is not None or find_sentence(config, names) is not None
 
 
 def is_whole_model(path: Path) -> bool:
     """Return whether a path is a whole model in safetensors files, and neither a run nor an adapter."""
-    whole = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors*"))
-    return whole and not is_run(path) and not is_adapter(path)
+    has_weights = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors*"))
+    return has_weights and not is_run(path) and not is_adapter(path)
 
 
 def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
     files = _open_files(path)
     config = _configuration(path, files)
     to_typed(config, CommonConfig, _config_file(path))
-    names = {name for each in files for name in each}
-    if (say := find_sentence(config, names)) is not None:
-        raise NoUpdatesError(path, say(path, config, files, base))
+    names = set().union(*files)
+    if (sentence := find_sentence(config, names)) is not None:
+        raise NoUpdatesError(path, sentence(path, config, files, base))
     reader = find_reader(config, names)
     if reader is not None:
         if len(names) < sum(map(len, files)):
-            each = ", ".join(printable(file.path.name) for file in files[:3])
-            raise unreadable(path, f"it has {len(files)} adapters, pass the path of one: {each}")
-        found = reader.read(path, config, files, base)
-        return replace(found, notes=(*found.notes, *_unread_files(path, files)))
+            paths = ", ".join(printable(file.path.name) for file in files[:3])
+            raise unreadable(path, f"it has {len(files)} adapters, pass the path of one: {paths}")
+        adapter = reader.read(path, config, files, base)
+        return replace(adapter, notes=(*adapter.notes, *_unread_files(path, files)))
     if "peft_type" in config:
-        raise unreadable(
-            path, f"type of adapter must be one of {', '.join((*KINDS, *MERGED))}, got {printable(peft_kind(config))}"
-        )
+        kinds = ", ".join((*KINDS, *MERGED))
+        raise unreadable(path, f"type of adapter must be one of {kinds}, got {printable(peft_kind(config))}")
     raise ValueError(f"cannot load {printable(path)}: it is neither a run nor an adapter{_hint(path)}")
 
 
@@ -208,12 +208,16 @@ def _open_files(path: Path) -> tuple[TensorFile, ...]:
 
 def _unread_files(path: Path, files: Iterable[TensorFile]) -> Iterator[str]:
     """Yield a caution about the other weight files in a folder, except for checkpoints."""
+    if not path.is_dir():
+        return
     opened = {file.path.name for file in files}
-    inside = path.iterdir() if path.is_dir() else ()
-    inside = (file for file in inside if file.name not in opened and step_of(file) is None)
-    unread = sorted(each.name for each in inside if each.suffix in (".safetensors", ".gguf") or is_pickle(each))
+    unread = []
+    for file in path.iterdir():
+        has_weights = file.suffix in (".safetensors", ".gguf") or is_pickle(file)
+        if has_weights and file.name not in opened and step_of(file) is None:
+            unread.append(file.name)
     if unread:
-        yield f"other weight files in the folder are not read: {first_of(unread)}"
+        yield f"other weight files in the folder are not read: {first_of(sorted(unread))}"
 
 
 def _config_file(path: Path) -> Path:
@@ -265,10 +269,10 @@ def _hint(path: Path) -> str:
     """Return what the folder contains instead of a run or an adapter, for an error message."""
     if not path.is_dir():
         return "; no tensor has the name of an adapter's factor"
-    inside = sorted(child.name for child in path.iterdir() if any((child / mark).exists() for mark in MARKS))
-    if inside:
-        such = f"such as {printable(path / inside[-1])}"
-        return f"; it has {len(inside)} in subfolders, {such}, which `lorascope survey` lists"
+    names = {file.parent.name for mark in MARKS for file in path.glob(f"*/{mark}")}
+    if names:
+        example = f"such as {printable(path / max(names))}"
+        return f"; it has {len(names)} in subfolders, {example}, which `lorascope survey` lists"
     if (path / "config.json").exists():
         return "; it looks like a whole model, which `lorascope inspect PATH --base DIR` compares with its base"
     reject_pickles(path.iterdir())

@@ -26,24 +26,24 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Upda
         raise ValueError(
             f"cannot configure a LoRA for run {run.id}: it adapts experts in one tensor (target_parameters)"
         )
-    kept = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
-    if not kept:
+    ranks = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
+    if not ranks:
         raise no_rank_error(run)
-    factors = products(run, {name: updates[name] for name in kept})
-    return lora_keywords(kept, {name: factors[name].scale for name in kept}, _known_modules(run))
+    factors = low_rank_products(run, {name: updates[name] for name in ranks})
+    return lora_keywords(ranks, {name: product.scale for name, product in factors.items()}, _module_names(run))
 
 
-def lora_keywords(ranks: Mapping[str, int], scales: Mapping[str, float], known: Collection[str]) -> dict[str, Any]:
-    """Return PEFT's keywords for a LoRA of modules with these ranks and scales; see `peft_keywords`.
+def lora_keywords(ranks: Mapping[str, int], scales: Mapping[str, float], modules: Collection[str]) -> dict[str, Any]:
+    """Return PEFT's keywords for a LoRA with these ranks and scales; see `peft_keywords`.
 
-    ``known`` are the names of modules that must not become targets.
+    The other ``modules`` of the model do not become targets.
     """
     alphas = {name: alpha_of(scales[name], rank) for name, rank in ranks.items()}
     common_rank, common_alpha = mode(ranks.values()), mode(alphas.values())
     return {
         "r": common_rank,
         "lora_alpha": common_alpha,
-        "target_modules": _target_modules(known, ranks),
+        "target_modules": _target_modules(modules, ranks),
         "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common_rank},
         "alpha_pattern": {f"^{re.escape(name)}": alpha for name, alpha in alphas.items() if alpha != common_alpha},
     }
@@ -54,15 +54,17 @@ def no_rank_error(run: Any) -> ValueError:
     return ValueError(f"cannot configure a LoRA for run {run.id}: it has no factored update of rank >= 1")
 
 
-def products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank]:
+def low_rank_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank]:
     """Return the updates as products of two factors; raise a ValueError if one is not."""
-    found = {name: product for name, update in updates.items() if (product := update.low_rank) is not None}
-    other = next((name for name in updates if name not in found), None)
-    if other is not None:
-        raise ValueError(
-            f"cannot convert run {run.id} ({run.label}) to LoRA: the update of {other} is not a product B A"
-        )
-    return found
+    products = {}
+    for name, update in updates.items():
+        product = update.low_rank
+        if product is None:
+            raise ValueError(
+                f"cannot convert run {run.id} ({run.label}) to LoRA: the update of {name} is not a product B A"
+            )
+        products[name] = product
+    return products
 
 
 def exact_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank]:
@@ -70,35 +72,35 @@ def exact_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank
 
     An input-dependent update is exact only in a view of the run with fixed gate weights.
     """
-    found = products(run, updates)
-    part = next((name for name, update in updates.items() if not update.whole), None)
-    if part is not None:
-        reason = f"the factors of {part} are only the direction of its update, without its magnitude"
+    products = low_rank_products(run, updates)
+    direction = next((name for name, update in updates.items() if not update.whole), None)
+    if direction is not None:
+        reason = f"the factors of {direction} are only the direction of its update, without its magnitude"
         raise ValueError(f"cannot convert run {run.id} ({run.label}) to LoRA: {reason}")
-    routed = next((name for name, update in found.items() if not (update.exact or name in run.gates)), None)
+    routed = next((name for name, update in products.items() if not (update.exact or name in run.gates)), None)
     if routed is not None:
         raise ValueError(f"cannot convert run {run.id} ({run.label}) to LoRA: the update of {routed} {_ROUTED}")
-    return found
+    return products
 
 
-def targets(run: Any, kept: Collection[str]) -> list[str] | str:
+def target_modules(run: Any, targets: Collection[str]) -> list[str] | str:
     """Return PEFT's ``target_modules`` that match exactly these modules.
 
     They are full names, or one regular expression if the name of another module ends with one of them.
     """
-    return _target_modules(_known_modules(run), kept)
+    return _target_modules(_module_names(run), targets)
 
 
-def _known_modules(run: Any) -> set[str]:
-    modules = run.modules
-    return {*modules["module"], *(name for names in modules["tied"] for name in names.split(","))}
+def _module_names(run: Any) -> set[str]:
+    """Return the names of all modules, also the second names of tied weights."""
+    return {*run.modules["module"], *",".join(run.modules["tied"]).split(",")}
 
 
-def _target_modules(known: Collection[str], kept: Collection[str]) -> list[str] | str:
-    ends = tuple(f".{name}" for name in kept)
-    if any(name.endswith(ends) for name in set(known) - set(kept)):
-        return "|".join(map(re.escape, kept))
-    return list(kept)
+def _target_modules(modules: Collection[str], targets: Collection[str]) -> list[str] | str:
+    ends = tuple(f".{name}" for name in targets)
+    if any(name.endswith(ends) for name in set(modules) - set(targets)):
+        return "|".join(map(re.escape, targets))
+    return list(targets)
 
 
 def alpha_of(scale: float, rank: int) -> float:
@@ -108,5 +110,5 @@ def alpha_of(scale: float, rank: int) -> float:
     product does to the last digit of float64.
     """
     alpha = scale * rank
-    near = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((each for each in near if each / rank == scale), alpha)
+    neighbors = (round(alpha), alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
+    return next((neighbor for neighbor in neighbors if neighbor / rank == scale), alpha)

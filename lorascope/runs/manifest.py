@@ -20,12 +20,12 @@ from lorascope.schema.records import Quantity
 from lorascope.updates.weight_update import form_named
 
 SCHEMA = 1
-"""Prefixes of the PEFT initializations that subtract B A from the base weights, so that B A starts nonzero."""
+"""Version of ``run.json``; a file with a higher one is not read."""
 
 
 @dataclass
 class Module:
-    """One module of the model, as in ``names.describe``."""
+    """One module of the model, as in ``module_table.describe``."""
 
     module: str
     stack: str
@@ -169,23 +169,30 @@ class Manifest:
             self.facts = assumed_facts(self.method)
 
     def table(self) -> pd.DataFrame:
-        """Return the modules, as ``names.describe`` does."""
-        columns = [each.name for each in fields(Module)]
+        """Return the modules, as ``module_table.describe`` does."""
+        columns = [column.name for column in fields(Module)]
         table = pd.DataFrame([vars(module) for module in self.modules], columns=columns).astype({"layer": "Int16"})
         return table.assign(tied=[module.tied or "" for module in self.modules])
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of ``run.json``."""
         content: dict[str, Any] = msgspec.to_builtins(self)
-        optional = {each.name for each in fields(self) if each.default is None}
-        return {key: value for key, value in content.items() if value is not None or key not in optional} | {
-            "test": content["test"] or {}
-        }
+        content["test"] = content["test"] or {}
+        optional = {entry.name for entry in fields(self) if entry.default is None}
+        return {key: value for key, value in content.items() if value is not None or key not in optional}
 
 
-class _Axes(msgspec.Struct, frozen=True):
+class Axes(msgspec.Struct, frozen=True):
+    """Names of an array's axes, none if they are not named, and labels along some of them."""
+
     axes: list[str] = msgspec.field(default_factory=list)
     labels: dict[str, list[str | float | bool | None]] = msgspec.field(default_factory=dict)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Return whether an array of this shape has these axes and labels."""
+        sizes = dict(zip(self.axes, shape, strict=False))
+        has_labels = all(len(labels) == sizes.get(axis) for axis, labels in self.labels.items())
+        return has_labels and len(self.axes) in (0, len(shape))
 
 
 class SnapshotAbout(msgspec.Struct, frozen=True):
@@ -194,7 +201,7 @@ class SnapshotAbout(msgspec.Struct, frozen=True):
     factors: dict[str, list[str]]
     scales: dict[str, Finite]
     exact: dict[str, bool]
-    axes: dict[str, _Axes]
+    axes: dict[str, Axes]
     forms: dict[str, str] = msgspec.field(default_factory=dict)
 
 
@@ -206,17 +213,16 @@ def assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
         return {"starts_at_zero": method.get("init") == "zeros" or bool(method.get("init_weights"))}
     if "neft" in kinds:
         scores = {"changed": "selection_cosine", "reversed": "selection_cosine", "probed": "probe_cosine"}
-        given = method.get("neurons") is not None
-        by = None if given else scores.get(str(method.get("select_by")))
+        score = scores.get(str(method.get("select_by"))) if method.get("neurons") is None else None
         roles = method.get("targets")
-        own = {"neuron_roles": roles if isinstance(roles, list) else [], "selection_score": by}
-        return {"starts_at_zero": True, **own}
-    zero = not str(method.get("init_lora_weights", True)).lower().startswith(("false", *RESIDUAL_INITS))
-    return {"starts_at_zero": zero, "masks_components": "adalora" in kinds}
+        roles = roles if isinstance(roles, list) else []
+        return {"starts_at_zero": True, "neuron_roles": roles, "selection_score": score}
+    starts_nonzero = str(method.get("init_lora_weights", True)).lower().startswith(("false", *RESIDUAL_INITS))
+    return {"starts_at_zero": not starts_nonzero, "masks_components": "adalora" in kinds}
 
 
 def describe_modules(table: pd.DataFrame) -> list[Module]:
-    """Return the rows of ``names.describe`` as modules."""
+    """Return the rows of ``module_table.describe`` as modules."""
     rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
     return [Module(**row) for row in rows]
 
@@ -245,20 +251,18 @@ def read_manifest(file: Path) -> Manifest:
 
 def read_about(file: TensorFile) -> SnapshotAbout:
     """Return the description of a snapshot's arrays; a ValueError reports where it does not fit them."""
-    whose = f"the header of {file.path}"
-    about = to_typed(file.about, SnapshotAbout, whose)
+    header = f"the header of {file.path}"
+    about = to_typed(file.about, SnapshotAbout, header)
     for module, names in about.factors.items():
-        lacking = next((name for name in names if f"{module}/{name}" not in file), None)
-        if lacking is not None:
-            raise unreadable(file.path, f"{printable(module)} has no {printable(lacking)}")
+        missing = next((name for name in names if f"{module}/{name}" not in file), None)
+        if missing is not None:
+            raise unreadable(file.path, f"{printable(module)} has no {printable(missing)}")
         if module in about.scales:
             _require_form(file, module, names, about.forms.get(module))
     if about.scales.keys() != about.exact.keys() or not about.scales.keys() <= about.factors.keys():
-        raise unreadable(whose, "scales and exact must match its factors")
+        raise unreadable(header, "scales and exact must match its factors")
     for name, axes in about.axes.items():
-        sizes = dict(zip(axes.axes, file.shape(name), strict=False)) if name in file else {}
-        fits = name in file and len(axes.axes) in (0, len(file.shape(name)))
-        if not (fits and all(len(labels) == sizes.get(axis) for axis, labels in axes.labels.items())):
+        if name not in file or not axes.fits(file.shape(name)):
             raise unreadable(file.path, f"axes of {printable(name)} must match its array")
     return about
 
@@ -273,5 +277,7 @@ def _require_form(file: TensorFile, module: str, names: list[str], form: str | N
     except ValueError:  # no such form
         fits = False
     if not fits:
-        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) + (f" of form {form!r}" if form else "")
-        raise unreadable(file.path, f"factors of {printable(module)} must form an update, got {printable(found)}")
+        factors = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) + (
+            f" of form {form!r}" if form else ""
+        )
+        raise unreadable(file.path, f"factors of {printable(module)} must form an update, got {printable(factors)}")

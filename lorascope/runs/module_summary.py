@@ -34,7 +34,7 @@ class ModuleSummary:
 
 def table_of(kind: type, rows: Iterable[Any]) -> pd.DataFrame:
     """Return dataclass instances of one kind as a table, with nullable integers for layers and ranks."""
-    columns = [each.name for each in fields(kind)]
-    table = pd.DataFrame([vars(row) for row in rows], columns=columns)
-    types = {each.name: "float64" for each in fields(kind) if each.type == "float"}
-    return table.astype(types | {name: kind for name, kind in _DTYPES.items() if name in columns})
+    table = pd.DataFrame([vars(row) for row in rows], columns=[column.name for column in fields(kind)])
+    dtypes = {column.name: "float64" for column in fields(kind) if column.type == "float"}
+    dtypes |= {name: dtype for name, dtype in _DTYPES.items() if name in table}
+    return table.astype(dtypes)

@@ -58,14 +58,14 @@ class Result(ABC):
     @property
     def seed(self) -> int:
         """Seed of the training; a ValueError reports that it is unknown, as for an adapter."""
-        return self._known(self.meta.seed, "seed")
+        return self._require(self.meta.seed, "seed")
 
     @property
     def task(self) -> str:
         """Name of the data; a ValueError reports that it is unknown, as for an adapter."""
-        return self._known(self.meta.task, "task")
+        return self._require(self.meta.task, "task")
 
-    def _known(self, value: T | None, name: str) -> T:
+    def _require(self, value: T | None, name: str) -> T:
         if value is None:
             raise ValueError(f"{self.kind} {self.id} ({self.label}) has no {name}")
         return value
@@ -88,7 +88,7 @@ class Result(ABC):
         ValueError
             There is none: the training has not ended, or had no test split.
         """
-        return self._known(self.meta.test, f"test score: it is {self.meta.status}")
+        return self._require(self.meta.test, f"test score: it is {self.meta.status}")
 
     def _state(self, state: str) -> State:
         if state not in ("last", "best"):
@@ -99,7 +99,7 @@ class Result(ABC):
 
     @property
     def modules(self) -> pd.DataFrame:
-        """Modules of the model, as returned by ``names.describe``."""
+        """Modules of the model, as returned by ``module_table.describe``."""
         return self.meta.table()
 
     @property
@@ -149,23 +149,22 @@ class Result(ABC):
             Include modules that did not train; False by default.
         state : {"last", "best"}
         """
-        chosen = self._state(state)
+        saved_state = self._state(state)
         steps = self.table["step"]
-        table = self.table[steps.isna() if chosen.step is None else steps == chosen.step]
-        wide = table[table["quantity"].isin(MEASURES) & table["index"].isna()].pivot(
-            index="module", columns="quantity", values="value"
-        )
+        records = self.table[steps.isna() if saved_state.step is None else steps == saved_state.step]
+        is_measure = records["quantity"].isin(MEASURES) & records["index"].isna()
+        measures = records[is_measure].pivot(index="module", columns="quantity", values="value").astype("float64")
         modules = self.modules
         modules = modules[(modules["role"] != "block") & (modules["role"] != "norm")].set_index("module")
         frame = modules[["stack", "layer", "role"]].copy()
-        for name in chosen.ranks.keys() - set(frame.index):  # the second name of a tied weight, adapted separately
+        for name in saved_state.ranks.keys() - set(frame.index):  # the second name of a tied weight, adapted separately
             frame.loc[name] = parse(name)
-        frame["rank"] = pd.Series(chosen.ranks, dtype="Int64").reindex(frame.index)
-        frame = frame.join(wide.astype("float64").reindex(index=frame.index, columns=list(MEASURES)))
+        frame["rank"] = pd.Series(saved_state.ranks, dtype="Int64").reindex(frame.index)
+        frame = frame.join(measures.reindex(index=frame.index, columns=list(MEASURES)))
         updates = self.updates(state=state)
         # Recorded values take precedence, because they include a weight that trains below its adapter.
-        unseen = {name: updates[name] for name in frame.index[frame["stable_rank"].isna()] if name in updates}
-        for name, sigma in zip(unseen, spectra(list(unseen.values())), strict=True):
+        unmeasured = [name for name in frame.index[frame["stable_rank"].isna()] if name in updates]
+        for name, sigma in zip(unmeasured, spectra([updates[name] for name in unmeasured]), strict=True):
             measured = [float(np.linalg.norm(sigma)), stable_rank(sigma), effective_rank(sigma)]
             frame.loc[name, ["update_norm", "stable_rank", "effective_rank"]] = measured
         frame["exact"] = ~frame.index.isin(self.input_dependent_modules(state))
@@ -209,16 +208,16 @@ class Result(ABC):
         steps = self.snapshot_steps(name) if step is None else [step]
         if not steps:
             raise self._no_snapshot(name)
-        return pd.concat([self._long_snapshot(name, at) for at in steps], ignore_index=True)
+        return pd.concat([self._long_snapshot(name, saved_step) for saved_step in steps], ignore_index=True)
 
     def _no_snapshot(self, name: str) -> ValueError:
         """Return the error for a snapshot that was not saved, or not at this step."""
         if steps := self.snapshot_steps(name):
             return ValueError(f"step of snapshot {name!r} must be one of {', '.join(map(str, steps))}")
-        known = self.snapshot_names()
-        near = difflib.get_close_matches(name, known, 3)
-        listed = f"expected one of {', '.join(known[:3]) or 'none'} ({len(known)} snapshots)"
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else listed
+        names = self.snapshot_names()
+        hint = f"expected one of {', '.join(names[:3]) or 'none'} ({len(names)} snapshots)"
+        if near := difflib.get_close_matches(name, names, 3):
+            hint = f"did you mean {' or '.join(map(repr, near))}?"
         return ValueError(f"unknown snapshot {name!r} in {self.kind} {self.id}; {hint}")
 
     def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
@@ -250,14 +249,16 @@ class Result(ABC):
     def _lines(self) -> list[tuple[str, str]]:
         """Return the facts that represent the result, each with its key."""
         meta = self.meta
-        done = "" if self.finished else f", {meta.status}"
-        size = meta.settings.get("batch_size")
-        lines = [
-            ("run", f"{self.id}  {self.label}" + ("" if meta.seed is None else f", seed {meta.seed}") + done),
-            ("model", meta.model + ("" if meta.task is None else f" on {meta.task}")),
-            ("steps", f"{meta.settings['steps']}" + ("" if size is None else f", batch size {size}")),
-            ("folder", str(self.path)),
-        ]
+        title, model, steps = f"{self.id}  {self.label}", meta.model, f"{meta.settings['steps']}"
+        if meta.seed is not None:
+            title += f", seed {meta.seed}"
+        if not self.finished:
+            title += f", {meta.status}"
+        if meta.task is not None:
+            model += f" on {meta.task}"
+        if (batch_size := meta.settings.get("batch_size")) is not None:
+            steps += f", batch size {batch_size}"
+        lines = [("run", title), ("model", model), ("steps", steps), ("folder", str(self.path))]
         if meta.error is not None:
             lines.append(("error", meta.error))
         if "last" not in meta.states:
@@ -269,7 +270,9 @@ class Result(ABC):
     def _largest_lines(self) -> list[tuple[str, str]]:
         """Return the five largest updates."""
         lines = []
-        for number, row in enumerate(self.summary().nlargest(5, "update_norm").to_dict("records")):
+        key = "largest"
+        for row in self.summary().nlargest(5, "update_norm").to_dict("records"):
             rank = "" if pd.isna(row["rank"]) else f"  rank {row['rank']}"
-            lines.append(("largest" if number == 0 else "", f"{row['module']}  |dW| {row['update_norm']:.3g}{rank}"))
+            lines.append((key, f"{row['module']}  |dW| {row['update_norm']:.3g}{rank}"))
+            key = ""
         return lines

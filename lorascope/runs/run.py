@@ -23,13 +23,14 @@ from lorascope.files.safetensors_io import TensorFile, file_hash
 from lorascope.files.typed_json import unreadable
 from lorascope.runs.folders import new_folder
 from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, Lazy, snapshot_file
-from lorascope.runs.manifest import SnapshotAbout, read_about, read_manifest
+from lorascope.runs.manifest import Axes, Manifest, SnapshotAbout, read_about, read_manifest
 from lorascope.runs.result import Result
 from lorascope.schema import records
 from lorascope.updates import Update, from_factors
 
 TRAIN_AGAIN = "Train the run again with overwrite=True"
-_PREDICTED = ({"margin": "int8", "nll": "float16"}, {"nll": "float16"})
+# The second one is of tasks without a closed set of answers.
+_PREDICTION_DTYPES = ({"margin": "int8", "nll": "float16"}, {"nll": "float16"})
 
 
 class Run(Result):
@@ -45,6 +46,11 @@ class Run(Result):
 
     kind = "run"
     has_history = True
+
+    def __init__(self, path: Path | None, meta: Manifest) -> None:
+        super().__init__(path, meta)
+        self._snapshot_files: dict[int | None, TensorFile] = {}
+        self._abouts: dict[Path, SnapshotAbout] = {}
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -70,8 +76,8 @@ class Run(Result):
         records.adopt(self.meta.quantities or {})
         file = self._file("records.parquet")
         table = records.validate(read_table(file, file))
-        if others := sorted(set(table["run"].cat.categories) - {self.id}):
-            raise unreadable(file, f"rows must belong to run {self.id}, got {others[0]}")
+        if foreign_ids := sorted(set(table["run"].cat.categories) - {self.id}):
+            raise unreadable(file, f"rows must belong to run {self.id}, got {foreign_ids[0]}")
         return table
 
     @cached_property
@@ -93,8 +99,9 @@ class Run(Result):
             )
         file = self._file(PREDICTIONS)
         table = read_table(file, file)
-        if (found := {name: str(dtype) for name, dtype in table.dtypes.items()}) not in _PREDICTED:
-            raise unreadable(file, f"columns must be margin (int8) and nll (float16), or nll, got {printable(found)}")
+        dtypes = {name: str(dtype) for name, dtype in table.dtypes.items()}
+        if dtypes not in _PREDICTION_DTYPES:
+            raise unreadable(file, f"columns must be margin (int8) and nll (float16), or nll, got {printable(dtypes)}")
         return table
 
     @cached_property
@@ -124,19 +131,16 @@ class Run(Result):
         if not self.ranks(state):
             return set()
         exact = self._about(self._snapshots(None, state)).exact
-        return {module for module, whole in exact.items() if not whole}
+        return {module for module, is_exact in exact.items() if not is_exact}
 
     def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
         file = self._snapshots(step)
         if name not in file:
             raise self._no_snapshot(name)
-        axes, array = self._about(file).axes.get(name), file[name]
-        axis_names = (axes and axes.axes) or [f"axis{i}" for i in range(array.ndim)]
-        labels = axes.labels if axes else {}
-        index = pd.MultiIndex.from_product(
-            [labels.get(axis, range(size)) for axis, size in zip(axis_names, array.shape, strict=True)],
-            names=axis_names,
-        )
+        axes, array = self._about(file).axes.get(name, Axes()), file[name]
+        axis_names = axes.axes or [f"axis{i}" for i in range(array.ndim)]
+        labels = [axes.labels.get(axis, range(size)) for axis, size in zip(axis_names, array.shape, strict=True)]
+        index = pd.MultiIndex.from_product(labels, names=axis_names)
         return pd.DataFrame({"step": step, "value": array.reshape(-1)}, index=index).reset_index()
 
     def snapshot_steps(self, name: str) -> list[int]:
@@ -157,8 +161,9 @@ class Run(Result):
 
     def state_file(self, state: str = "last") -> Path:
         """Return the verified file of a state; a best state at the last step uses the file of the last one."""
-        step = self._state(state).step
-        return self._file(f"state/{'last' if step == self._state('last').step else state}.safetensors")
+        if self._state(state).step == self._state("last").step:
+            state = "last"
+        return self._file(f"state/{state}.safetensors")
 
     @property
     def restorable(self) -> bool:
@@ -193,10 +198,12 @@ class Run(Result):
             The folder exists.
         """
         path = Path(path)
-        whole = bool(self.meta.parents)
+        source, name = self._folder, ""
+        if self.meta.parents:  # they are the folders next to this one
+            source, name = self._folder.parent, self._folder.name
         with new_folder(path) as draft:
-            shutil.copytree(self._folder.parent if whole else self._folder, draft)
-        return Run.read(path / self._folder.name if whole else path)
+            shutil.copytree(source, draft)
+        return Run.read(path / name)
 
     @property
     def _folder(self) -> Path:
@@ -224,24 +231,25 @@ class Run(Result):
         return file
 
     def _all_steps(self) -> list[int]:
-        files = {f"snapshots/{path.name}": path for path in self._folder.glob("snapshots/step-*.safetensors")}
-        if GROWING in self.meta.checksums.values():  # a newer file may not be listed in the run.json that was read
-            files = {name: path for name, path in files.items() if name in self.meta.checksums}
-        steps = (re.fullmatch(r"step-(\d{1,12})", path.stem) for path in files.values())
-        return sorted(int(found[1]) for found in steps if found)
+        is_growing = GROWING in self.meta.checksums.values()
+        steps = []
+        for path in self._folder.glob("snapshots/step-*.safetensors"):
+            if is_growing and f"snapshots/{path.name}" not in self.meta.checksums:
+                continue  # a file that is newer than the run.json that was read
+            if match := re.fullmatch(r"step-(\d{1,12})", path.stem):
+                steps.append(int(match[1]))
+        return sorted(steps)
 
     def _snapshots(self, step: int | None, state: str = "last") -> TensorFile:
         step = self._state(state).step if step is None else step
-        opened = self.__dict__.setdefault("_opened", {})
-        if step not in opened:
+        if step not in self._snapshot_files:
             steps = self._all_steps()
-            if step not in steps:
+            if step is None or step not in steps:
                 raise ValueError(f"step must be one of {steps} (snapshots of run {self.id}), got {step}")
-            opened[step] = TensorFile(self._file(snapshot_file(step)))
-        return opened[step]
+            self._snapshot_files[step] = TensorFile(self._file(snapshot_file(step)))
+        return self._snapshot_files[step]
 
     def _about(self, file: TensorFile) -> SnapshotAbout:
-        known: dict[Path, SnapshotAbout] = self.__dict__.setdefault("_abouts", {})
-        if file.path not in known:
-            known[file.path] = read_about(file)
-        return known[file.path]
+        if file.path not in self._abouts:
+            self._abouts[file.path] = read_about(file)
+        return self._abouts[file.path]

@@ -57,14 +57,14 @@ class Series(Result):
         self.checkpoints = dict(sorted(checkpoints.items()))
         self.skipped = dict(skipped or {})
         *_, (step, self.last) = self.checkpoints.items()
-        path, name = _common_place([adapter.files.path for adapter in self.checkpoints.values()])
-        _require_one_base(list(self.checkpoints.values()))
-        modules = list(_all_modules(list(self.checkpoints.values())))
+        adapters = list(self.checkpoints.values())
+        path, name = _common_folder([adapter.files.path for adapter in adapters])
+        _require_one_base(adapters)
         meta = replace(
             self.last.meta,
             label=name,
             recipe={"source": str(path)},
-            modules=modules,
+            modules=_all_modules(adapters),
             states={"last": State(step, self.last.ranks())},
             source=str(path),
         )
@@ -83,13 +83,16 @@ class Series(Result):
 
     def _rows(self) -> Iterator[tuple[int, Record]]:
         for step, adapter in self.checkpoints.items():
-            learned = self._learned_norms(adapter)
+            learned_norms = self._learned_norms(adapter)
             for module, rank in adapter.ranks().items():
                 values = {"rank": float(rank)} | adapter.measures[module]
-                values |= {"learned_norm": learned[module]} if module in learned else {}
-                part = adapter.files.parts[module]
-                values |= {"adapter_norm": _joint_norm(part)} if type(part) is StoredLoRA else {}
-                yield from ((step, Record(quantity, value, module)) for quantity, value in values.items())
+                if module in learned_norms:
+                    values["learned_norm"] = learned_norms[module]
+                stored = adapter.files.parts[module]
+                if type(stored) is StoredLoRA:  # the factors of its subclasses are not those of LoRA
+                    values["adapter_norm"] = _joint_norm(stored)
+                for quantity, value in values.items():
+                    yield step, Record(quantity, value, module)
 
     def _learned_norms(self, adapter: Adapter) -> dict[str, float]:
         if self.fact("starts_at_zero", True):
@@ -104,25 +107,25 @@ class Series(Result):
         return list(self.checkpoints)
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
-        return self._at(step, state).factors()
+        return self._checkpoint(step, state).factors()
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
-        return self._at(step, state).updates()
+        return self._checkpoint(step, state).updates()
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
-        return self._at(None, state).input_dependent_modules()
+        return self._checkpoint(None, state).input_dependent_modules()
 
     def ranks(self, state: str = "last") -> dict[str, int]:
-        return self._at(None, state).ranks()
+        return self._checkpoint(None, state).ranks()
 
     def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
         """Return one row per adapted module of the last checkpoint; see `Adapter.summary`."""
-        return self._at(None, state).summary(all)
+        return self._checkpoint(None, state).summary(all)
 
     def summaries(self) -> list[ModuleSummary]:
         return self.last.summaries()
 
-    def _at(self, step: int | None, state: str) -> Adapter:
+    def _checkpoint(self, step: int | None, state: str) -> Adapter:
         if state != "last":
             raise ValueError(f"state must be 'last' for a series of checkpoints, got {state!r}")
         if step is None:
@@ -140,7 +143,7 @@ class Series(Result):
         return [step for step, adapter in self.checkpoints.items() if module in adapter.files.parts and module != name]
 
     def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
-        module, spectra = name.removesuffix(_SPECTRUM), self._at(step, "last").spectra
+        module, spectra = name.removesuffix(_SPECTRUM), self._checkpoint(step, "last").spectra
         if module == name or module not in spectra:
             raise self._no_snapshot(name)
         sigma = spectra[module]
@@ -156,12 +159,12 @@ class Series(Result):
         ]
 
 
-def _joint_norm(part: StoredLoRA) -> float:
+def _joint_norm(stored: StoredLoRA) -> float:
     """Compute the Frobenius norm of both factors together."""
-    return math.hypot(*(np.linalg.norm(as_float64(factor)) for factor in part.factors().values()))
+    return math.hypot(*(np.linalg.norm(as_float64(factor)) for factor in stored.factors().values()))
 
 
-def _common_place(paths: list[Path]) -> tuple[Path, str]:
+def _common_folder(paths: list[Path]) -> tuple[Path, str]:
     """Return the folder of all checkpoints and its name; for revisions on the hub, their repository."""
     last = paths[-1]
     if all(hub_source(path) for path in paths):
@@ -171,25 +174,29 @@ def _common_place(paths: list[Path]) -> tuple[Path, str]:
 
 
 def _require_one_base(adapters: list[Adapter]) -> None:
-    known = [adapter for adapter in adapters if adapter.meta.model != "unknown"]
-    named = [f"{printable(adapter.files.path)} has base model {printable(adapter.meta.model)}" for adapter in known]
-    for adapter, name in zip(known, named, strict=True):
-        if adapter.meta.model != known[0].meta.model:
-            raise ValueError(f"cannot load checkpoints as a series: {name}, and {named[0]}")
+    with_base = [adapter for adapter in adapters if adapter.meta.model != "unknown"]
+    for adapter in with_base[1:]:
+        if adapter.meta.model != with_base[0].meta.model:
+            pair = f"{_describe_base(adapter)}, and {_describe_base(with_base[0])}"
+            raise ValueError(f"cannot load checkpoints as a series: {pair}")
+
+
+def _describe_base(adapter: Adapter) -> str:
+    return f"{printable(adapter.files.path)} has base model {printable(adapter.meta.model)}"
 
 
 def _all_modules(adapters: list[Adapter]) -> list[Module]:
     """Return the modules of all checkpoints in the order of the axes; each has the same shape in all of them."""
-    found: dict[str, tuple[Module, Adapter]] = {}
+    modules: dict[str, Module] = {}
+    first_adapters: dict[str, Adapter] = {}
     for adapter in adapters:
         for module in adapter.meta.modules:
-            first, holder = found.setdefault(module.module, (module, adapter))
-            one, other = ((each.out_features, each.in_features) for each in (module, first))
-            if one != other:
+            first = modules.setdefault(module.module, module)
+            first_adapter = first_adapters.setdefault(module.module, adapter)
+            shape, first_shape = (module.out_features, module.in_features), (first.out_features, first.in_features)
+            if shape != first_shape:
                 raise ValueError(
-                    f"cannot load checkpoints as a series: {printable(module.module)} is {one} in "
-                    f"{printable(adapter.files.path)} and {other} in {printable(holder.files.path)}"
+                    f"cannot load checkpoints as a series: {printable(module.module)} is {shape} in "
+                    f"{printable(adapter.files.path)} and {first_shape} in {printable(first_adapter.files.path)}"
                 )
-    return sorted(
-        (module for module, _ in found.values()), key=lambda each: position(each.stack, each.layer, each.role)
-    )
+    return sorted(modules.values(), key=lambda module: position(module.stack, module.layer, module.role))

@@ -29,7 +29,7 @@ class RunWriter:
         self.path, self.meta = path, meta
         self._modules = meta.table()
         self._table = records.concat([])
-        self._rows: list[tuple[int, list[Record]]] = []
+        self._rows: list[tuple[int, Record]] = []
         self._arrays: dict[int, list[Snapshot | Factors]] = {}
 
     def begin(self, table: pd.DataFrame | None) -> None:
@@ -43,21 +43,18 @@ class RunWriter:
         write_json(self.path / "run.json", self.meta.to_json())
         if table is not None:
             self._table = table
-        known = {self.path / snapshot_file(step) for step in self._table["step"].unique().tolist()}
-        left = (file for file in self.path.rglob(".*") if is_partial(file) and file.is_file())  # by killed writers
-        for file in (self._content_files() - known).union(left):
+        snapshots = {self.path / snapshot_file(step) for step in self._table["step"].unique().tolist()}
+        partial_files = {file for file in self.path.rglob(".*") if is_partial(file) and file.is_file()}
+        for file in (self._content_files() - snapshots) | partial_files:  # the latter are left by killed writers
             file.unlink()
 
     def collect(self, step: int, items: Iterable[Item]) -> None:
         """Add the records after ``step`` finished steps; ``write_arrays`` or ``flush`` writes them."""
-        rows: list[Record] = []
         for item in items:
             if isinstance(item, Record):
-                rows.append(item)
+                self._rows.append((step, item))
             elif not isinstance(item, Message):
                 self._arrays.setdefault(step, []).append(item)
-        if rows:
-            self._rows.append((step, rows))
 
     def write_arrays(self) -> None:
         """Write pending arrays to disk; an array that cannot be written stays pending for the next call."""
@@ -70,9 +67,9 @@ class RunWriter:
         arrays: dict[str, np.ndarray] = {}
         about: dict[str, dict[str, Any]] = {"axes": {}, "factors": {}, "scales": {}, "exact": {}}
         if path.exists():
-            old = TensorFile(path)
-            arrays = {name: np.array(old[name]) for name in old}
-            about = old.about
+            stored = TensorFile(path)
+            arrays = {name: np.array(stored[name]) for name in stored}  # copies: the file is replaced
+            about = stored.about
         for item in items:
             if isinstance(item, Snapshot):
                 labels = {axis: list(values) for axis, values in item.labels.items()}
@@ -95,8 +92,7 @@ class RunWriter:
     def table(self) -> pd.DataFrame:
         """Return all rows so far."""
         if self._rows:
-            rows = [(step, record) for step, group in self._rows for record in group]
-            self._table = records.concat([self._table, records.frame(self.meta.id, rows, self._modules)])
+            self._table = records.concat([self._table, records.frame(self.meta.id, self._rows, self._modules)])
             self._rows = []
         return self._table
 
@@ -119,9 +115,8 @@ class RunWriter:
         write_bytes(self.path / "records.parquet", self.table().to_parquet(index=False))
         used = self.table()["quantity"].cat.categories
         self.meta.status = status
-        self.meta.checksums = {
-            str(file.relative_to(self.path).as_posix()): checksum(file) for file in sorted(self._content_files())
-        }
+        files = sorted(self._content_files())
+        self.meta.checksums = {file.relative_to(self.path).as_posix(): checksum(file) for file in files}
         self.meta.quantities = {name: QUANTITIES[name] for name in used}
         write_json(self.path / "run.json", self.meta.to_json())
 

@@ -19,7 +19,7 @@ from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, Phase, from_config, is_integer
 from lorascope.observe import Observer, norms
 from lorascope.observe.observer import require_observers
-from lorascope.runs.folders import lock_run, read_manifest
+from lorascope.runs.folders import identify_folder, lock_run
 from lorascope.runs.run import Run
 from lorascope.training.base_weights import Base, prepare_model
 from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
@@ -195,7 +195,7 @@ def train(
                     runs.append(fit(session, checkpoint_every, progress))
             else:
                 runs.append(stored)
-        if phase.name and (locked or read_manifest(folder).status != "done"):
+        if phase.name and (locked or identify_folder(folder).status != "done"):
             write_phases(folder, plan, started, "done")
     if stored is not None:
         if not stored.restorable:

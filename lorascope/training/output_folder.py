@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorascope.files.safetensors_io import is_partial, write_json
-from lorascope.runs.folders import MANIFESTS, read_manifest, remove_run
+from lorascope.runs.folders import MANIFESTS, identify_folder, remove_run
 from lorascope.runs.run import TRAIN_AGAIN, Run
 from lorascope.training.checkpoints import Checkpoints
 from lorascope.training.run_spec import RunSpec
@@ -32,7 +32,7 @@ def prepare_folder(folder: Path, recipe: str, overwrite: bool) -> None:
         remove_run(folder)
     else:
         try:
-            found = read_manifest(folder)
+            found = identify_folder(folder)
         except ValueError as error:
             raise ValueError(f"cannot train in {folder}: it is not a run ({error}); pass another out") from error
         if found.id != recipe:

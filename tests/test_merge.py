@@ -109,7 +109,7 @@ def test_equal_weights_are_proved(dtype: str, safe: bool, tmp_path: Path) -> Non
     by_numpy(tmp_path, dtype, safe)
     check = checked(tmp_path)
     assert verdicts(check) == {"merged"}
-    assert check.known
+    assert check.is_conclusive
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

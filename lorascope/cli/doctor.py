@@ -148,7 +148,7 @@ def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, j
         for finding in check.findings:
             paragraphs += _finding_paragraphs(finding)
         _print_paragraphs(paragraphs)
-    return 1 if check.findings else 0 if check.known else 3
+    return 1 if check.findings else 0 if check.is_conclusive else 3
 
 
 def _list_kinds(json: bool) -> int:

@@ -7,9 +7,10 @@ training history.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,8 +83,8 @@ class MeasuredModule:
 
 def largest(rows: Iterable[Any], name: str, count: int = 1) -> list[Any]:
     """Return the rows with the largest values of a field, the first of equal ones first, without NaN."""
-    known = [row for row in rows if not math.isnan(getattr(row, name))]
-    return sorted(known, key=lambda row: getattr(row, name), reverse=True)[:count]
+    measured = [row for row in rows if not math.isnan(getattr(row, name))]
+    return sorted(measured, key=lambda row: getattr(row, name), reverse=True)[:count]
 
 
 class TotalChange(NamedTuple):
@@ -102,7 +103,7 @@ class ModuleEvidence:
     @property
     def adapted(self) -> list[TrainedModule]:
         """Modules with an adapter of rank 1 or more."""
-        return [each for each in self.modules if each.adapted]
+        return [module for module in self.modules if module.adapted]
 
     @property
     def total_change(self) -> TotalChange:
@@ -117,7 +118,7 @@ class ModuleEvidence:
     @property
     def unchanged_adapters(self) -> list[TrainedModule]:
         """Adapters with a zero update, although their scale and one of their factors are not zero."""
-        return [each for each in self.modules if each.unchanged]
+        return [module for module in self.modules if module.unchanged]
 
 
 @dataclass
@@ -141,11 +142,11 @@ class Case(ModuleEvidence):
     def has(self, need: str) -> bool:
         """Return whether there is evidence of this kind; see ``Kind.needs``."""
         if need == "weights":
-            return any(not math.isnan(each.weight_norm) for each in self.modules)
+            return any(not math.isnan(module.weight_norm) for module in self.modules)
         history = self.run.has_history
         base = history or self.base is not None
-        known = {"config": isinstance(self.run, Adapter), "base": base, "history": history, "training": False}
-        return known.get(need, True)
+        available = {"config": isinstance(self.run, Adapter), "base": base, "history": history, "training": False}
+        return available.get(need, True)
 
     @property
     def meta(self) -> Manifest:
@@ -159,7 +160,7 @@ class Case(ModuleEvidence):
         return self.run.files
 
     @property
-    def parts(self) -> Mapping[str, StoredUpdate]:
+    def stored_updates(self) -> Mapping[str, StoredUpdate]:
         """Stored updates of an adapter by module, none of a run or of a view with fixed gate weights."""
         return self.run.files.parts if isinstance(self.run, Adapter) else {}
 
@@ -171,7 +172,7 @@ class Case(ModuleEvidence):
     @property
     def configured(self) -> dict[str, str]:
         """Name of each module of an adapter that the configuration matches."""
-        return {name: name for name in self.parts} | dict(self.files.configured)
+        return {name: name for name in self.stored_updates} | dict(self.files.configured)
 
     @property
     def base(self) -> PretrainedWeights | None:
@@ -219,13 +220,15 @@ class Case(ModuleEvidence):
     def tied(self) -> list[tuple[str, str]]:
         """Pairs of adapted modules that are one weight of the base."""
         modules = self.meta.modules if self.meta.states else []
-        if self.parts:
+        if self.stored_updates:
             # safetensors stores a shared weight once: a head that is missing in the base is tied to the embedding.
-            embeds, heads = ([each.module for each in modules if each.role == role] for role in ("embed", "head"))
-            lacking = [name for name in heads if self.base is not None and not self.base.has_weight(name)]
-            return [(one, other) for one in embeds for other in lacking]
+            base = self.base
+            embeds = [module.module for module in modules if module.role == "embed"]
+            heads = [module.module for module in modules if module.role == "head"]
+            missing = [head for head in heads if base is not None and not base.has_weight(head)]
+            return [*product(embeds, missing)]
         adapted = {name for name, rank in self.run.ranks().items() if rank} if modules else set()
-        pairs = [(each.module, other) for each in modules for other in (each.tied or "").split(",")]
+        pairs = [(module.module, other) for module in modules for other in (module.tied or "").split(",")]
         return [pair for pair in pairs if set(pair) <= adapted]
 
     @cached_property
@@ -238,17 +241,16 @@ class Case(ModuleEvidence):
         if not self.meta.states:
             return []
         recorded, updates = self._recorded_modules(), self.run.updates()
-        found = []
-        for each in self._summaries:
-            if each.rank is None and each.module not in recorded:
+        modules = []
+        for summary in self._summaries:
+            if summary.rank is None and summary.module not in recorded:
                 continue
-            moved = each.update_norm if math.isnan(each.learned_norm) else each.learned_norm
+            moved = summary.update_norm if math.isnan(summary.learned_norm) else summary.learned_norm
             # A pruned module has not moved, even if it was recorded before PEFT's allocator masked it.
-            moved = 0.0 if each.rank == 0 else moved
-            scale, used, empty = component_evidence(updates.get(each.module))
-            own = {"moved": moved, "adapted": bool(each.rank), "scale": scale, "used": used, "empty": empty}
-            found.append(TrainedModule(**vars(each) | own))
-        return found
+            moved = 0.0 if summary.rank == 0 else moved
+            components = component_evidence(updates.get(summary.module))._asdict()
+            modules.append(TrainedModule(**vars(summary) | components, moved=moved, adapted=bool(summary.rank)))
+        return modules
 
     def _recorded_modules(self) -> set[str]:
         """Return the modules of a run with a recorded update norm; those of an adapter all have a rank."""
@@ -266,94 +268,105 @@ class Case(ModuleEvidence):
         ValueError
             The run has no update: it is unfinished, or no update was recorded.
         """
-        chosen = [each for each in self._summaries if self.parts or not math.isnan(each.update_norm)]
-        if not chosen:
+        summaries = [row for row in self._summaries if self.stored_updates or not math.isnan(row.update_norm)]
+        if not summaries:
             raise ValueError(
                 f"cannot inspect run {self.run.id}: no update was recorded. Train with observe=[ls.observe.norms()]"
             )
-        sigmas = self._singular_values([each.module for each in chosen])
-        squares = [each.update_norm * each.update_norm for each in chosen]
-        total = sum(square for square in squares if not math.isnan(square))
-        changes = compare_with_base(self.parts, self.base, self.spectra)
-        updates: Mapping[str, Any] = self.parts or self.run.updates()
-        count = self._parameter_counts()
+        sigmas = self._singular_values([summary.module for summary in summaries])
+        energies = [summary.update_norm * summary.update_norm for summary in summaries]
+        total = sum(energy for energy in energies if not math.isnan(energy))
+        changes = compare_with_base(self.stored_updates, self.base, self.spectra)
+        updates: Mapping[str, Any] = self.stored_updates or self.run.updates()
+        sizes = self._parameter_counts(summaries)
         rows = []
-        for each, square in zip(chosen, squares, strict=True):
-            stable, effective, needed, unused = _measure_spectrum(sigmas.get(each.module), each.rank)
-            if not math.isnan(each.effective_rank):
-                stable, effective = each.stable_rank, each.effective_rank
+        for summary, energy in zip(summaries, energies, strict=True):
+            ranks = _measure_spectrum(sigmas.get(summary.module), summary.rank)
+            if not math.isnan(summary.effective_rank):
+                ranks = ranks._replace(stable_rank=summary.stable_rank, effective_rank=summary.effective_rank)
             rows.append(
                 MeasuredModule(
-                    each.module,
-                    each.stack,
-                    each.layer,
-                    each.role,
-                    each.rank,
+                    summary.module,
+                    summary.stack,
+                    summary.layer,
+                    summary.role,
+                    summary.rank,
                     # A dense update has no scale.
-                    scale=float(getattr(updates.get(each.module), "scale", np.nan)),
-                    parameters=count(each),
-                    update_norm=each.update_norm,
-                    relative_update=each.relative_update,
+                    scale=float(getattr(updates.get(summary.module), "scale", np.nan)),
+                    parameters=sizes[summary.module],
+                    update_norm=summary.update_norm,
+                    relative_update=summary.relative_update,
                     # Zero updates have no energy to divide by.
-                    energy=square / (total or 1.0),
-                    stable_rank=stable,
-                    effective_rank=effective,
-                    energy_rank=needed,
-                    dead=unused,
-                    exact=each.exact,
-                    **changes.get(each.module, BaseChange())._asdict(),
+                    energy=energy / (total or 1.0),
+                    exact=summary.exact,
+                    **ranks._asdict(),
+                    **changes.get(summary.module, BaseChange())._asdict(),
                 )
             )
         return rows
 
-    def _parameter_counts(self) -> Callable[[ModuleSummary], int]:
-        """Return a function that counts the values of a module which an adapter stores or a run trains.
+    def _parameter_counts(self, summaries: Iterable[ModuleSummary]) -> dict[str, int]:
+        """Return the number of values of every module that an adapter stores or a run trains.
 
         Counts that are not stored follow from the rank.
         """
-        if self.parts:
-            return lambda each: self.parts[each.module].size
-        shapes = {each.module: (each.out_features or 0, each.in_features or 0) for each in self.meta.modules}
-        updates, held, constants = self.run.updates(), self.run.factors(), constant_factors()
-        varied = not constants.isdisjoint(next(iter(held.values()), ()))
-
-        def count(each: ModuleSummary) -> int:
-            if varied and each.module in held:
-                factors = held[each.module]
-                return sum(int(factors[name].size) for name in factors.keys() - constants)
+        if self.stored_updates:
+            return {summary.module: self.stored_updates[summary.module].size for summary in summaries}
+        shapes = {module.module: (module.out_features or 0, module.in_features or 0) for module in self.meta.modules}
+        updates, factors, constants = self.run.updates(), self.run.factors(), constant_factors()
+        has_constants = not constants.isdisjoint(next(iter(factors.values()), ()))
+        counts = {}
+        for summary in summaries:
+            module = summary.module
+            if has_constants and module in factors:
+                arrays = factors[module]
+                counts[module] = sum(int(arrays[name].size) for name in arrays.keys() - constants)
+                continue
             # The second name of a tied weight has no row.
-            outer, inner = shapes[each.module] if each.module in shapes else updates[each.module].shape
-            return outer * inner if each.rank is None else each.rank * (outer + inner)
-
-        return count
+            outer, inner = shapes[module] if module in shapes else updates[module].shape
+            counts[module] = outer * inner if summary.rank is None else summary.rank * (outer + inner)
+        return counts
 
     def _singular_values(self, modules: Iterable[str]) -> Mapping[str, np.ndarray]:
         """Return spectra of the factored updates, and of the dense ones recorded at the last step."""
-        thin = all(part.has_thin_factors for part in self.parts.values())
-        found = dict(self.run.spectra) if self.spectra or thin else {}
+        has_thin_factors = all(update.has_thin_factors for update in self.stored_updates.values())
+        spectra = dict(self.run.spectra) if self.spectra or has_thin_factors else {}
         last = self.meta.states["last"].step
         for module in modules:
             name = f"{module}/singular_values"
-            if module not in found and last in self.run.snapshot_steps(name):
-                found[module] = self.run.snapshot(name, last)["value"].to_numpy()
-        return found
+            if module not in spectra and last in self.run.snapshot_steps(name):
+                spectra[module] = self.run.snapshot(name, last)["value"].to_numpy()
+        return spectra
 
 
-def component_evidence(update: Any) -> tuple[float, float, bool]:
-    """Return the scale of an update, its number of nonzero components, and whether all its factors are zero.
+class ComponentEvidence(NamedTuple):
+    """Scale of an update, number of its nonzero components, and whether all its factors are zero."""
 
-    These are NaN, NaN and False unless the update, or that of its direction, is a product B A.
-    """
-    product = update.direction if isinstance(update, WeightDecomposed) else update and update.low_rank
-    if product is None:
-        return np.nan, np.nan, False
-    return float(product.scale), float(count_used(product)), not (product.A.any() or product.B.any())
+    scale: float = np.nan
+    used: float = np.nan
+    empty: bool = False
 
 
-def _measure_spectrum(sigma: np.ndarray | None, rank: int | None) -> tuple[float, float, float, float]:
-    """Return stable, effective and energy rank, and the number of unused components within a rank."""
+def component_evidence(update: Any) -> ComponentEvidence:
+    """Return the evidence of an update that is a product B A, or whose direction is; else nothing is known."""
+    factors = update.direction if isinstance(update, WeightDecomposed) else update and update.low_rank
+    if factors is None:
+        return ComponentEvidence()
+    empty = not (factors.A.any() or factors.B.any())
+    return ComponentEvidence(float(factors.scale), float(count_used(factors)), empty)
+
+
+class _SpectrumMeasures(NamedTuple):
+    stable_rank: float = np.nan
+    effective_rank: float = np.nan
+    energy_rank: float = np.nan
+    dead: float = np.nan
+
+
+def _measure_spectrum(sigma: np.ndarray | None, rank: int | None) -> _SpectrumMeasures:
+    """Return the ranks of singular values, and the number of unused components within a rank."""
     if sigma is None:
-        return np.nan, np.nan, np.nan, np.nan
+        return _SpectrumMeasures()
     used = np.count_nonzero(sigma > UNUSED * np.max(sigma, initial=0.0))
     unused = max(float(rank - used), 0.0) if rank is not None and np.isfinite(sigma).all() else np.nan
-    return stable_rank(sigma), effective_rank(sigma), energy_rank(sigma, SHARE), unused
+    return _SpectrumMeasures(stable_rank(sigma), effective_rank(sigma), energy_rank(sigma, SHARE), unused)

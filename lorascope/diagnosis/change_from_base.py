@@ -37,7 +37,7 @@ class BaseChange(NamedTuple):
 
 
 def compare_with_base(
-    parts: Mapping[str, StoredUpdate], base: PretrainedWeights | None, decompose: bool
+    stored_updates: Mapping[str, StoredUpdate], base: PretrainedWeights | None, decompose: bool
 ) -> dict[str, BaseChange]:
     """Compute intruder dimensions and neuron rotation of every module whose weight is in the base.
 
@@ -45,22 +45,22 @@ def compare_with_base(
     """
     changes = {}
     with one_thread():
-        for module, part in parts.items():
+        for module, stored in stored_updates.items():
             if base is None or not base.has_weight(module):
                 continue
-            W0, update = base.weight(module, part.shape, part.transposed), part.update()
-            intruding = median = largest = np.nan
+            W0, update = base.weight(module, stored.shape, stored.transposed), stored.update()
+            intruder_count = median = largest = np.nan
             if np.isfinite(update.norm()):
                 axis = 0 if parse(module).role in _BY_COLUMN else 1
                 distances = update.neuron_change(W0, axis).cosine_distance
-                known = distances[~np.isnan(distances)]  # a zero neuron has no direction
-                if len(known):
-                    median, largest = np.median(known), known.max()
+                distances = distances[~np.isnan(distances)]  # a zero neuron has no direction
+                if len(distances):
+                    median, largest = np.median(distances), distances.max()
                 if decompose or min(W0.shape) <= SIDE:
                     # Import here: it loads scipy, a fifth of a second that only comparisons with a base need.
                     from lorascope.analysis.intruders import Basis, intruders
 
                     table = intruders({module: Basis.of(W0)}, {module: update}, DIRECTIONS)
-                    intruding = table["intruder"].sum()
-            changes[module] = BaseChange(float(intruding), float(median), float(largest))
+                    intruder_count = table["intruder"].sum()
+            changes[module] = BaseChange(float(intruder_count), float(median), float(largest))
     return changes

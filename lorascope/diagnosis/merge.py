@@ -156,7 +156,7 @@ class MergeCheck:
             yield _CHANGED.finding(f"{message}: {first_and_count(self.changed)}", weights=len(self.changed))
 
     @property
-    def known(self) -> bool:
+    def is_conclusive(self) -> bool:
         """Whether every weight is proved to be merged, or a fault was found."""
         return bool(self.findings) or all(module.verdict == "merged" for module in self.modules)
 
@@ -197,24 +197,23 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
     """
     if adapter.base is None:
         raise ValueError("cannot check a merged model without its base: pass base")
-    base, parts = adapter.base, adapter.files.parts
+    base, stored_updates = adapter.base, adapter.files.parts
     merged = base.named_alike(merged)
-    names = [module for module in parts if base.has_weight(module)]
+    names = [module for module in stored_updates if base.has_weight(module)]
     if not names:
-        raise ValueError(f"cannot check the merge: {base.folder} has no weight of {first_and_count(list(parts))}")
+        raise ValueError(f"cannot check the merge: {base.folder} has no weight of {first_and_count(stored_updates)}")
     updates = adapter.updates()
     samples = {module: _Sample.of(updates[module]) for module in names}
     experts: dict[str, _ExpertSample] = {}
-    compared = [MergedModule(module, "not compared", math.nan) for module in parts if module not in samples]
+    compared = [MergedModule(module, "not compared", math.nan) for module in stored_updates if module not in samples]
     for module in names:
-        part, dtype, merged_dtype = parts[module], base.dtype(module), merged.dtype(module)
-        W, after = (
-            np.asarray(model.weight(module, part.shape, part.transposed), np.float32) for model in (base, merged)
-        )
+        stored, dtype, merged_dtype = stored_updates[module], base.dtype(module), merged.dtype(module)
+        weights = [model.weight(module, stored.shape, stored.transposed) for model in (base, merged)]
+        W, after = (np.asarray(weight, np.float32) for weight in weights)
         result = _compare(module, updates[module], W, after, dtype, merged_dtype)
         if result.verdict == "wrong adapter":
-            if isinstance(part, ExpertPart):
-                experts[module] = _ExpertSample.of(part, W, after, _coarser(dtype, merged_dtype))
+            if isinstance(stored, ExpertPart):
+                experts[module] = _ExpertSample.of(stored, W, after, _coarser(dtype, merged_dtype))
             if owner := _owner(module, after - W, samples):
                 result = MergedModule(module, "another module's", result.factor, f"that of {owner}")
         compared.append(result)
@@ -429,14 +428,14 @@ class _ExpertSample:
 
     @classmethod
     def of(
-        cls, part: ExpertPart, W: Float32[np.ndarray, "out in"], after: Float32[np.ndarray, "out in"], dtype: str
+        cls, stored: ExpertPart, W: Float32[np.ndarray, "out in"], after: Float32[np.ndarray, "out in"], dtype: str
     ) -> _ExpertSample:
-        update, positions = part.update(), _sampled_positions(W.shape)
+        update, positions = stored.update(), _sampled_positions(W.shape)
         d = _float32_update(update)
         unit = np.maximum.reduce([_spacing(values, dtype) for values in (W, d, W + d)])
         # A merge of two roundings differs by at most two units in the last place.
         allowed = 2 * unit + _summation_error(update, unit)
-        return cls(part.parameter, *(values.reshape(-1)[positions] for values in (after, W + d, allowed)))
+        return cls(stored.parameter, *(values.reshape(-1)[positions] for values in (after, W + d, allowed)))
 
     def is_at(self, other: _ExpertSample) -> bool:
         """Return whether the position of another expert of the tensor has this expert's weight."""

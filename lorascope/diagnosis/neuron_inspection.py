@@ -107,10 +107,9 @@ def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
         See ``neuron_scores.neuron_scores``.
     """
     scores = neuron_scores(base, tuned)
-    turned = scores["cosine_distance"] > 0
     # Ties are ordered by position, so that the top tenth has a fixed size.
-    place = scores["cosine_distance"].rank(method="first", ascending=False)
-    scores["top"] = turned & (place <= TOP * len(scores))
+    ordinal = scores["cosine_distance"].rank(method="first", ascending=False)
+    scores["top"] = (scores["cosine_distance"] > 0) & (ordinal <= TOP * len(scores))
     modules = _sum_up_scores(scores, ["module", "stack", "layer", "role"])
     before, after = PretrainedWeights(base), PretrainedWeights(tuned)
     formats = [describe_files(map(model.dtype, modules["module"]), model.files) for model in (after, before)]
@@ -120,12 +119,12 @@ def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
         ("base", f"{before.folder} ({formats[1]})"),
         ("size", f"{modules['neurons'].sum():,} neurons in {len(modules)} projections of {len(layers)} layers"),
     )
-    seen = tuple(_find(scores, modules, after))
-    return NeuronInspection(Path(tuned), facts, seen, modules, Path(base), scores)
+    findings = tuple(_find(scores, modules, after))
+    return NeuronInspection(Path(tuned), facts, findings, modules, Path(base), scores)
 
 
-def _sum_up_scores(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    cells = scores.assign(turned=scores["cosine_distance"] > 0).groupby(list(by), sort=False, observed=True)
+def _sum_up_scores(scores: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    cells = scores.assign(turned=scores["cosine_distance"] > 0).groupby(list(columns), sort=False, observed=True)
     frame = cells.agg(
         neurons=("neuron", "size"),
         top=("top", "sum"),

@@ -165,19 +165,19 @@ def untrained_norms(run: Result, norms: Mapping[str, float]) -> dict[str, float]
     return {module: _untrained_norm(kind, config, run.files.parts[module], norm) for module, norm in norms.items()}
 
 
-def _untrained_norm(kind: str, config: Mapping[str, Any], part: StoredUpdate, norm: float) -> float:
-    sigma = _deviation(kind, config, part)
+def _untrained_norm(kind: str, config: Mapping[str, Any], update: StoredUpdate, norm: float) -> float:
+    sigma = _deviation(kind, config, update)
     if sigma == 0 or np.isnan(sigma):
         return sigma
-    coefficients = as_float64(next(iter(part._tensors())).read())
+    coefficients = as_float64(next(iter(update._tensors())).read())
     size = float(np.linalg.norm(coefficients))
     return math.sqrt(coefficients.size) * sigma * norm / size if size else np.nan
 
 
-def _deviation(kind: str, config: Mapping[str, Any], part: StoredUpdate) -> float:
+def _deviation(kind: str, config: Mapping[str, Any], update: StoredUpdate) -> float:
     """Return the standard deviation of the coefficients at the start, 0 if the update is zero, NaN if unknown."""
     init = config.get("init_weights")
-    outer, inner = part.shape
+    outer, inner = update.shape
     if kind == "FourierFT":
         return 0.0 if init else 1.0
     if kind == "WaveFT":

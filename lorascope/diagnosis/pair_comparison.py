@@ -30,16 +30,17 @@ class Comparison:
 
     def table(self) -> pd.DataFrame:
         """Return the matrix, with ``module`` empty, followed by one row per module and pair."""
-        each = self.modules.drop(columns="inner")
-        return pd.concat([self.matrix.assign(module=""), each])[["one", "other", "module", *self.matrix.columns[2:]]]
+        modules = self.modules.drop(columns="inner")
+        columns = ["one", "other", "module", *self.matrix.columns[2:]]
+        return pd.concat([self.matrix.assign(module=""), modules])[columns]
 
     def to_json(self) -> list[dict[str, Any]]:
         """Return the JSON form of each inspection, with its comparison with each of the others, also per module."""
         entries = []
         for label, item in zip(self.labels, self.inspections, strict=True):
-            others = self.matrix[(self.matrix["one"] == label) & (self.matrix["other"] != label)].drop(columns="one")
-            shared = self.modules[self.modules["one"] == label].drop(columns=["one", "inner"])
-            compared = {"label": label, "compared": rows(others), "compared_modules": rows(shared)}
+            pairs = self.matrix[(self.matrix["one"] == label) & (self.matrix["other"] != label)].drop(columns="one")
+            modules = self.modules[self.modules["one"] == label].drop(columns=["one", "inner"])
+            compared = {"label": label, "compared": rows(pairs), "compared_modules": rows(modules)}
             entries.append(item.to_json() | compared)
         return entries
 
@@ -68,7 +69,7 @@ def distinct_labels(inspections: Sequence[Inspection]) -> list[str]:
     """
     names = [item.name for item in inspections]
     labels = [item.name if names.count(item.name) == 1 else utf8_text(item.path) for item in inspections]
-    twice = next((label for label in labels if labels.count(label) > 1), None)
-    if twice is not None:
-        raise ValueError(f"duplicate adapter or run {twice!r}")
+    duplicate = next((label for label in labels if labels.count(label) > 1), None)
+    if duplicate is not None:
+        raise ValueError(f"duplicate adapter or run {duplicate!r}")
     return labels

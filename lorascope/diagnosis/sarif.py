@@ -81,5 +81,5 @@ def _logical_locations(finding: Finding) -> dict[str, Any]:
 
 
 def _relative_uri(file: Path) -> str:
-    path, here = file.resolve(), Path.cwd().resolve()
-    return quote(os.fsencode(path.relative_to(here).as_posix() if path.is_relative_to(here) else path.name))
+    path, folder = file.resolve(), Path.cwd().resolve()
+    return quote(os.fsencode(path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name))

@@ -14,7 +14,7 @@ from lorascope.formats.peft_experts import ExpertPart
 from lorascope.formats.peft_lora import CONFIG
 from lorascope.schema.name_patterns import Ends, Patterns
 
-WHOLE = 1.0  # fraction of |W|: an update as large as the weight replaces the pretrained weight
+REPLACING = 1.0  # fraction of |W|: an update as large as the weight replaces the pretrained weight
 HABIT = 16.0  # alpha / r: alpha 16 is common down to rank 1, so only a larger scale is called a cause
 UNEVEN = 2.0  # ratio of scales: alpha is usually r or 2 r, so a larger ratio of two modules is not intended
 NEARLY = 0.01  # fraction of the components to prune: masking every few steps may miss the end of the schedule
@@ -52,10 +52,11 @@ def rank_use(case: Case) -> Findings:
 )
 def experts(case: Case) -> Findings:
     """Count the modules that are experts of one parameter."""
-    counts = [part.experts for part in case.parts.values() if isinstance(part, ExpertPart) and part.experts > 1]
+    updates = case.stored_updates.values()
+    counts = [update.experts for update in updates if isinstance(update, ExpertPart) and update.experts > 1]
     if counts:
         number = " or ".join(map(str, sorted({*counts})))
-        yield finding(f"{len(counts)} of {len(case.parts)} modules are experts in one tensor, {number} per parameter")
+        yield finding(f"{len(counts)} of {len(updates)} modules are experts in one tensor, {number} per parameter")
 
 
 @DoctorRule(
@@ -70,7 +71,7 @@ def incomplete_norms(case: Case) -> Findings:
     """Find adapters whose |dW| is only approximately the norm of their update."""
     if not case.files.config:
         yield finding(f"no {CONFIG}, so alpha is unknown: |dW| is the norm of B A, without the factor alpha / r")
-    if case.files.kind == "DoRA" and any(part.has_thin_factors for part in case.parts.values()):
+    if case.files.kind == "DoRA" and any(update.has_thin_factors for update in case.stored_updates.values()):
         yield finding("DoRA: |dW| is the norm of B A only; add --base DIR for the whole update")
     yield from map(finding, case.notes)
 
@@ -114,7 +115,7 @@ def unmatched_patterns(case: Case) -> Findings:
 
 def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Findings:
     if keys:
-        message, count = f"{field} matches no module of this adapter", len(case.parts)
+        message, count = f"{field} matches no module of this adapter", len(case.stored_updates)
         yield finding(message, keys, field=field, keys=keys, modules=count)
 
 
@@ -132,12 +133,12 @@ def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Findings:
 def overscaled(case: Evidence) -> Findings:
     """Find updates that are larger than the weights, at an unusually large scale."""
     adapted = case.adapted
-    if huge := [module for module in adapted if module.relative_update > WHOLE and module.scale > HABIT]:
+    if huge := [module for module in adapted if module.relative_update > REPLACING and module.scale > HABIT]:
         (worst,) = largest(huge, "relative_update")
         update, scale = worst.relative_update, worst.scale
         message = f"the update is larger than the weight in {len(huge)} of {len(adapted)} modules"
         message = f"{message}, up to {update:.3g} |W| in {worst.module}, at scale {scale:.4g}"
-        evidence = {"modules": len(huge), "relative_update": update, "threshold": WHOLE, "scale": scale}
+        evidence = {"modules": len(huge), "relative_update": update, "threshold": REPLACING, "scale": scale}
         yield finding(message, **evidence, habit=HABIT)
 
 

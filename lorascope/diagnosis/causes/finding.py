@@ -201,8 +201,8 @@ def rate_phrase(rate: float | None) -> str:
 
 def first_and_count(names: Iterable[Any]) -> str:
     """Return the first name, and the number of the others."""
-    first, *others = map(str, names)
-    return f"{first} and {len(others)} more" if others else first
+    first, *remaining = map(str, names)
+    return f"{first} and {len(remaining)} more" if remaining else first
 
 
 def power_of_ten(value: float) -> str:

@@ -16,7 +16,7 @@ LARGE = 10.0  # fraction of |W|: healthy adapters of tiny models, whose weights 
 SAME = 1e-6  # relative difference of losses: float32 resolves 1e-7, and different batches differ by far more
 FLAT = 5  # losses: fewer may be equal because a logger rounds them
 SOLE = 0.999  # fraction of the squared norm: one module has more than 30 times the norm of all others together
-SEVERAL = 4  # modules: with fewer, one may well have most of the update
+FEWEST_ADAPTERS = 4  # modules: with fewer, one may well have most of the update
 
 
 @DoctorRule(
@@ -123,8 +123,8 @@ def loss_flat(case: TrainingEvidence) -> Findings:
     "caution",
     needs="training",
     problem="One module has almost the whole update.",
-    evidence=f"one of at least {SEVERAL} adapters has more than {SOLE:.1%} of the squared norm (not checked for "
-    "AdaLoRA)",
+    evidence=f"one of at least {FEWEST_ADAPTERS} adapters has more than {SOLE:.1%} of the squared norm "
+    "(not checked for AdaLoRA)",
     fix="check this module for a separate learning rate, another scale, or inputs that are far larger",
     live_from=2,
 )
@@ -132,7 +132,7 @@ def dominated(case: TrainingEvidence) -> Findings:
     """Find adapters in which one module has almost the whole update."""
     modules = [module for module in case.adapted if math.isfinite(module.moved)]
     total = math.fsum(module.moved**2 for module in modules)
-    if len(modules) >= SEVERAL and not case.masks_components and total > 0:
+    if len(modules) >= FEWEST_ADAPTERS and not case.masks_components and total > 0:
         (worst,) = largest(modules, "moved")
         fraction = worst.moved**2 / total
         if fraction > SOLE:

@@ -43,7 +43,7 @@ def other_weights(case: Case) -> Findings:
     biases = [weight for weight in by_kind.get("bias", ()) if weight.module not in full_modules]
     yield from _total_size(biases, f"biases, {{}}, {_bias_change(base, biases)}")
     updates = by_kind.get("bias update", ())
-    scales = {module: part.scale for module, part in case.parts.items()}
+    scales = {module: update.scale for module, update in case.stored_updates.items()}
     norms = [scales.get(weight.module, np.nan) * _stored_norm(weight) for weight in updates]
     yield from _total_size(updates, f"bias updates (lora_bias), {{}}, norm {math.hypot(*norms):.3g}")
     differences = by_kind.get("bias difference", ())
@@ -52,7 +52,7 @@ def other_weights(case: Case) -> Findings:
     yield from _total_size(by_kind.get("ignored", ()), "tensors without effect, {}")
     yield from _total_size(by_kind.get("unread", ()), "tensors that are not read, {}")
     if base is not None:
-        missing = [module for module in case.parts if not base.has_weight(module)]
+        missing = [module for module in case.stored_updates if not base.has_weight(module)]
         if missing:
             yield finding("not in the base, perhaps tied", missing)
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from lorascope.diagnosis.causes.finding import Finding
 from lorascope.diagnosis.runtimes.runtime import Target, altered, dropped, misfitting_modules, runtime
 
-_COMPONENT = re.compile(r"(unet|transformer|text_encoder(_[23])?)\.")
-_KOHYA = re.compile(r"lora_(unet|te\d?|transformer|prior_unet|prior_te)_")
+_PREFIX = re.compile(
+    r"(unet|transformer|text_encoder(_[23])?)\.|lora_(unet|te\d?|transformer|prior_unet|prior_te)_|diffusion_model\."
+)
 _MODULE = re.compile(r"\.(lora_.+|alpha|diff|diff_b|w_norm|b_norm|dora_scale)$")
 _FLUX = re.compile(r"lora_unet_(double|single)_blocks_|^(diffusion_model\.)?(double|single)_blocks\.")
 _FLUX_LOST = re.compile(r"^(lora_unet_|diffusion_model\.)?(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)")
@@ -24,20 +25,22 @@ _FILTERED = re.compile(r"^lora_te3_|^text_encoder_3|\.diff_b$|\.w_norm$|\.b_norm
 def check_diffusers(target: Target) -> Iterator[Finding]:
     """Find modules that belong to no component, and kohya files that are applied with other scales."""
     modules, keys = list(target.files.parts), target.keys
-    prefixed = [key for key in keys if _COMPONENT.match(key) or _KOHYA.match(key) or key.startswith("diffusion_model.")]
-    # A reader may give modules the names of the base, so the stored names decide.
-    stray = modules if not prefixed else [name for name in modules if any(key.startswith(f"{name}.") for key in
-                                                                         set(keys).difference(prefixed))]  # fmt: skip
+    unprefixed = [key for key in keys if not _PREFIX.match(key)]
+    stray = modules
+    if len(unprefixed) < len(keys):
+        # A reader may give modules the names of the base, so the stored names decide.
+        stray = [module for module in modules if any(key.startswith(f"{module}.") for key in unprefixed)]
     if stray:
         names = "their names start with no component (unet, transformer, text_encoder)"
         yield dropped(stray, len(modules), f"with a warning, because {names}", "add the component to the names")
     if any(key.endswith(".dora_scale") for key in keys):
         yield altered("dora_scale is dropped: the adapter is applied as plain LoRA", "convert it to PEFT's DoRA")
-    flux = any(_FLUX.search(key) for key in keys)
-    lost = sorted({_MODULE.sub("", key) for key in keys if (flux and _FLUX_LOST.match(key)) or _FILTERED.search(key)})
-    if lost:
+    is_flux = any(_FLUX.search(key) for key in keys)
+    lost_keys = [key for key in keys if _FILTERED.search(key) or (is_flux and _FLUX_LOST.match(key))]
+    if lost_keys:
+        lost = sorted({_MODULE.sub("", key) for key in lost_keys})
         yield dropped(lost, len(modules), "with an info line at most", "load the file in ComfyUI")
-    if not flux:
+    if not is_flux:
         yield from _uneven_alphas(target)
     if not stray:
         yield from misfitting_modules(target)
@@ -45,11 +48,13 @@ def check_diffusers(target: Target) -> Iterator[Finding]:
 
 def _uneven_alphas(target: Target) -> Iterator[Finding]:
     """Find kohya files whose modules do not all have one alpha, which diffusers gives to all attention layers."""
-    files = [file for file in target.files.files if any(key.endswith(".alpha") for key in file)]
-    alphas = {key.removesuffix(".alpha"): float(file[key].reshape(-1)[0])
-              for file in files for key in file if key.endswith(".alpha")}  # fmt: skip
-    usual = Counter(alphas.values()).most_common(1)
-    without = [module for module in target.files.parts if module not in alphas]
-    if alphas and (len(set(alphas.values())) > 1 or without):
-        reason = f"alphas differ between modules: attention layers get the most frequent one, {usual[0][0]:g}"
-        yield altered(reason, "fold alpha / rank into lora_up, and store one alpha", alphas=len(set(alphas.values())))
+    alphas = {}
+    for file in target.files.files:
+        for key in file:
+            if key.endswith(".alpha"):
+                alphas[key.removesuffix(".alpha")] = float(file[key].reshape(-1)[0])
+    distinct = Counter(alphas.values())
+    if distinct and (len(distinct) > 1 or not alphas.keys() >= target.files.parts.keys()):
+        usual = distinct.most_common(1)[0][0]
+        reason = f"alphas differ between modules: attention layers get the most frequent one, {usual:g}"
+        yield altered(reason, "fold alpha / rank into lora_up, and store one alpha", alphas=len(distinct))

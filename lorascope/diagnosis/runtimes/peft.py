@@ -6,7 +6,7 @@ Source: PEFT 0.21, ``PeftModel.from_pretrained``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from lorascope.diagnosis.causes.finding import Finding, first_and_count
@@ -41,45 +41,44 @@ def check_peft(target: Target) -> Iterator[Finding]:
         return
     yield from absent_modules(target, "without a warning")
     yield from misfitting_modules(target)
-    adapted = _targeted(target)
-    if adapted is None:
+    targeted = _targeted_modules(target)
+    if targeted is None:
         return
-    if not adapted:
-        named = config.get("target_modules")
-        yield refused(f"target_modules={named!r} names no module of the base", "correct target_modules")
+    if not targeted:
+        entries = config.get("target_modules")
+        yield refused(f"target_modules={entries!r} names no module of the base", "correct target_modules")
         return
-    outside = [name for name in modules if name in target.modules and name not in adapted and name not in bare]
+    outside = [name for name in modules if name in target.modules and name not in targeted and name not in bare]
     if outside:
         yield dropped(outside, len(modules), "without a warning, because target_modules does not name them",
                       "add them to target_modules")  # fmt: skip
-    lacking = sorted(adapted - modules.keys())
-    if lacking and len(lacking) < len(adapted):
-        message = f"{len(lacking)} of {len(adapted)} targeted modules have no factors: {first_and_count(lacking)}"
-        yield MISSING.finding(f"{message}; their base weights are used unchanged", modules=len(lacking))
+    missing = sorted(targeted - modules.keys())
+    if missing and len(missing) < len(targeted):
+        message = f"{len(missing)} of {len(targeted)} targeted modules have no factors: {first_and_count(missing)}"
+        yield MISSING.finding(f"{message}; their base weights are used unchanged", modules=len(missing))
 
 
-def _targeted(target: Target) -> set[str] | None:
+def _targeted_modules(target: Target) -> set[str] | None:
     """Return the modules of the base that the configuration targets; None if that does not follow from names."""
-    config, names = target.config, target.modules
-    named: Any = config.get("target_modules")
-    if named is None or config.get("target_parameters") or config.get("layer_replication"):
+    config, names = target.config, {*target.modules}
+    entries: Any = config.get("target_modules")
+    if entries is None or config.get("target_parameters") or config.get("layer_replication"):
         return None
-    if named == "all-linear":
+    if entries == "all-linear":
         return {name for name in names if not _HEADS.search(name) and "embed" not in name}
-    if isinstance(named, str):
-        pattern = Patterns([named], "target_modules")
-        found = {name for name in names if pattern.first(name) is not None}
-    else:
-        found = {name for name in names if any(name == each or name.endswith(f".{each}") for each in named)}
-    excluded: Any = config.get("exclude_modules") or []
-    if isinstance(excluded, str):
-        unwanted = Patterns([excluded], "exclude_modules")
-        found = {name for name in found if unwanted.first(name) is None}
-    else:
-        found = {name for name in found if not any(name == each or name.endswith(f".{each}") for each in excluded)}
+    targeted = _matches(names, entries, "target_modules")
+    targeted -= _matches(targeted, config.get("exclude_modules") or [], "exclude_modules")
     layers: Any = config.get("layers_to_transform")
     if layers is not None:
-        wanted = {layers} if isinstance(layers, int) else set(layers)
-        found = {name for name in found if (at := _LAYER.search(name)) and int(at[1]) in wanted}
-    saved = config.get("modules_to_save") or []
-    return {name for name in found if not any(name == each or name.endswith(f".{each}") for each in saved)}
+        requested = {layers} if isinstance(layers, int) else set(layers)
+        targeted = {name for name in targeted if (match := _LAYER.search(name)) and int(match[1]) in requested}
+    return targeted - _matches(targeted, [*(config.get("modules_to_save") or [])], "modules_to_save")
+
+
+def _matches(names: Collection[str], entries: str | Collection[str], field: str) -> set[str]:
+    """Return the names that match a pattern, or that are or end with one of several entries."""
+    if isinstance(entries, str):
+        pattern = Patterns([entries], field)
+        return {name for name in names if pattern.first(name) is not None}
+    ends = tuple(f".{entry}" for entry in entries)
+    return {name for name in names if name in entries or name.endswith(ends)}

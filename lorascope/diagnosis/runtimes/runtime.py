@@ -47,8 +47,8 @@ class Target:
         """Modules of the base that have a weight, with its stored shape; empty without a base."""
         if self.base is None:
             return {}
-        named = {name.removesuffix(".weight"): file.shape(name) for file in self.base.files for name in file}
-        return {module: shape for module, shape in named.items() if len(shape) >= 2}
+        shapes = {name.removesuffix(".weight"): file.shape(name) for file in self.base.files for name in file}
+        return {module: shape for module, shape in shapes.items() if len(shape) >= 2}
 
     def find(self, module: str) -> tuple[int, ...] | None:
         """Return the stored shape of the weight that a module of the adapter has in the base, or None."""
@@ -58,8 +58,8 @@ class Target:
         renamed = module in self.files.configured or self.config.get("layer_replication")
         if renamed and self.base is not None and self.base.has_weight(module):
             return self.base.stored_shape(module)
-        parent = next((each for each in _parents(module) if each.endswith(".experts")), None)
-        if parent is not None and any(name.startswith(f"{parent}.") for name in self.modules):
+        parent, separator, _ = f"{module}.".rpartition(".experts.")
+        if separator and any(name.startswith(f"{parent}{separator}") for name in self.modules):
             return ()  # one tensor of all experts in memory, but one per expert in the files
         # A head that shares the weight of the embedding is not stored.
         return _embedding(self.modules) if module.endswith("lm_head") else None
@@ -72,15 +72,15 @@ class Target:
     @cached_property
     def misfits(self) -> list[str]:
         """Modules whose update does not have the shape of the weight, with both shapes."""
-        found = []
-        for module, part in self.files.parts.items():
-            stored = self.find(module)
-            if not stored:
+        misfits = []
+        for module, update in self.files.parts.items():
+            stored_shape = self.find(module)
+            if not stored_shape:
                 continue
-            shape = stored[0], math.prod(stored[1:])
-            if part.shape not in (shape, shape[::-1]):
-                found.append(f"{module} ({_sides(part.shape)}, in the base {_sides(shape)})")
-        return found
+            shape = stored_shape[0], math.prod(stored_shape[1:])
+            if update.shape not in (shape, shape[::-1]):
+                misfits.append(f"{module} ({_sides(update.shape)}, in the base {_sides(shape)})")
+        return misfits
 
     def renaming(self, names: Collection[str]) -> str | None:
         """Return the change of prefix by which all these modules are in the base, if there is one."""
@@ -204,19 +204,19 @@ def altered(reason: str, fix: str, **evidence: Any) -> Finding:
     return ALTERED.finding(reason, (), fix, **evidence)
 
 
-def dropped(modules: Collection[str], of: int, how: str, fix: str) -> Finding:
-    """Return the finding that a runtime leaves out modules; ``how`` says what it prints."""
+def dropped(modules: Collection[str], of: int, manner: str, fix: str) -> Finding:
+    """Return the finding that a runtime leaves out modules; ``manner`` says what it prints."""
     verb = "is" if len(modules) == 1 else "are"
-    reason = f"{len(modules)} of {of} modules {verb} dropped {how}: {first_and_count(map(printable, modules))}"
+    reason = f"{len(modules)} of {of} modules {verb} dropped {manner}: {first_and_count(map(printable, modules))}"
     return DROPPED.finding(reason, modules, fix, modules=len(modules), of=of)
 
 
-def absent_modules(target: Target, how: str) -> Iterator[Finding]:
+def absent_modules(target: Target, manner: str) -> Iterator[Finding]:
     """Yield the modules that the base does not have, with the renaming that would fit."""
     if target.absent:
         renaming = target.renaming(target.absent)
         fix = f"rename them: {renaming}" if renaming else "load it into the model that it was trained on"
-        yield dropped(target.absent, len(target.files.parts), f"{how}, because the base has no such module", fix)
+        yield dropped(target.absent, len(target.files.parts), f"{manner}, because the base has no such module", fix)
 
 
 def misfitting_modules(target: Target) -> Iterator[Finding]:
@@ -230,7 +230,7 @@ def misfitting_modules(target: Target) -> Iterator[Finding]:
 def stored_options(config: Mapping[str, Any]) -> list[str]:
     """Return the options of a LoRA configuration that not every runtime supports, as they are written there."""
     start = str(config.get("init_lora_weights", True)).lower()
-    kept = {
+    options = {
         "use_dora": config.get("use_dora"),
         "lora_bias": config.get("lora_bias"),
         f"bias={config.get('bias')!r}": config.get("bias") not in (None, "none"),
@@ -240,29 +240,23 @@ def stored_options(config: Mapping[str, Any]) -> list[str]:
         "use_bdlora": config.get("use_bdlora"),
         "use_qalora": config.get("use_qalora"),
     }
-    return [name for name, value in kept.items() if value]
+    return [name for name, value in options.items() if value]
 
 
 def largest_rank(target: Target) -> int:
     """Return the largest rank of a module."""
-    return max((part.rank for part in target.files.parts.values()), default=0)
+    return max((update.rank for update in target.files.parts.values()), default=0)
 
 
 def without_prefix(target: Target) -> list[str]:
     """Return the modules whose tensors lack the prefix that PEFT requires."""
-    bare = {key for key in target.keys if not key.startswith(PREFIX)}
-    return [module for module in target.files.parts if any(key.startswith(f"{module}.") for key in bare)]
-
-
-def _parents(module: str) -> Iterator[str]:
-    parts = module.split(".")
-    for end in range(len(parts), 0, -1):
-        yield ".".join(parts[:end])
+    bare_keys = {key for key in target.keys if not key.startswith(PREFIX)}
+    return [module for module in target.files.parts if any(key.startswith(f"{module}.") for key in bare_keys)]
 
 
 def _embedding(modules: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
-    found = [name for name in modules if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)$", name)]
-    return modules[found[0]] if len(found) == 1 else None
+    names = [name for name in modules if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)$", name)]
+    return modules[names[0]] if len(names) == 1 else None
 
 
 def _sides(shape: Iterable[int]) -> str:

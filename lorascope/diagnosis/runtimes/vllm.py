@@ -31,8 +31,8 @@ _LOADED = re.compile(
 def check_vllm(target: Target) -> Iterator[Finding]:
     """Find what vLLM refuses, and modules that it ignores."""
     config = target.config
-    if lacking := [name for name in _REQUIRED if config.get(name) is None]:
-        yield refused(f"adapter_config.json lacks {', '.join(lacking)}", "add them")
+    if missing := [name for name in _REQUIRED if config.get(name) is None]:
+        yield refused(f"adapter_config.json lacks {', '.join(missing)}", "add them")
     options = stored_options(config)
     saved = [name for name in config.get("modules_to_save") or [] if name not in ("classifier", "score")]
     if saved:

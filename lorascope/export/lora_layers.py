@@ -181,7 +181,7 @@ def _layers(adapter: Adapter, updates: Mapping[str, Update]) -> Iterator[tuple[s
     for module, update in updates.items():
         stored = adapter.files.parts[module]
         if isinstance(stored, RowsPart):
-            stored = stored.whole
+            stored = stored.joined
         A, B = _factors(stored)
         product = update.direction if isinstance(update, WeightDecomposed) else update.low_rank
         if A is None or B is None or product is None:

@@ -61,7 +61,7 @@ class GgufFile(TensorFile):
                 raise ValueError(f"general.alignment must be a power of two, got {alignment}")
         except ValueError as error:
             raise ValueError(f"cannot read {printable(self.path)} as GGUF: {printable(error)}") from error
-        self._start = -(-header.at // alignment) * alignment
+        self._start = -(-header.position // alignment) * alignment
         self._entries = self._parse_entries(entries, size)
 
 
@@ -70,13 +70,13 @@ class _Header:
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data = data
-        self.at = 0
+        self.position = 0
 
     def skip(self, size: int) -> int:
         """Move behind the next bytes, and return where they start."""
-        start = self.at
-        self.at += size
-        if self.at > len(self.data):
+        start = self.position
+        self.position += size
+        if self.position > len(self.data):
             raise ValueError(f"its header does not fit into {len(self.data)} bytes")
         return start
 
@@ -88,21 +88,21 @@ class _Header:
     def take_text(self) -> str:
         """Return the next text."""
         size = self.take("Q")
-        return self.data[self.skip(size) : self.at].decode()
+        return self.data[self.skip(size) : self.position].decode()
 
-    def take_name(self, known: Container[str]) -> str:
-        """Return the next text, which must not be known."""
-        if (name := self.take_text()) in known:
+    def take_name(self, names: Container[str]) -> str:
+        """Return the next text, which must not be one of ``names``."""
+        if (name := self.take_text()) in names:
             raise ValueError(f"{name} occurs twice")
         return name
 
     def take_values(self, count: int) -> dict[str, Any]:
         """Return the metadata, without its arrays."""
-        found: dict[str, Any] = {}
+        values: dict[str, Any] = {}
         for _ in range(count):
-            name, kind = self.take_name(found), self.take("I")
-            found[name] = self.take_value(kind)
-        return {name: value for name, value in found.items() if value is not None}
+            name, kind = self.take_name(values), self.take("I")
+            values[name] = self.take_value(kind)
+        return {name: value for name, value in values.items() if value is not None}
 
     def take_value(self, kind: int) -> Any:
         """Return the next number or text; None for an array, which is skipped."""
@@ -119,21 +119,21 @@ class _Header:
         if kind != _TEXT:
             self.skip(count * struct.calcsize(f"<{_format_of(kind)}"))
             return
-        at, size = self.at, len(self.data)  # in one loop, because a vocabulary has more than 100,000 texts
+        position, size = self.position, len(self.data)  # in one loop, because a vocabulary has more than 100,000 texts
         for _ in range(count):
-            at += _LENGTH.size
-            if at > size:
+            position += _LENGTH.size
+            if position > size:
                 break
-            at += _LENGTH.unpack_from(self.data, at - _LENGTH.size)[0]
-        self.skip(at - self.at)
+            position += _LENGTH.unpack_from(self.data, position - _LENGTH.size)[0]
+        self.skip(position - self.position)
 
     def take_entries(self, count: int) -> dict[str, Any]:
         """Return the entries of the tensors by name, as in the header of a safetensors file."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # slow import
 
-        found: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for _ in range(count):
-            name, axes = self.take_name(found), self.take("I")
+            name, axes = self.take_name(entries), self.take("I")
             if axes > _MAX_AXES:
                 raise ValueError(f"{name} must have <= {_MAX_AXES} axes, got {axes}")
             # GGUF lists the dimensions with the fastest first.
@@ -141,8 +141,8 @@ class _Header:
             kind, begin = GGMLQuantizationType(self.take("I")), self.take("Q")
             block, width = GGML_QUANT_SIZES[kind]
             end = begin + math.prod(shape) * width // block
-            found[name] = {"dtype": kind.name, "shape": shape, "data_offsets": [begin, end]}
-        return found
+            entries[name] = {"dtype": kind.name, "shape": shape, "data_offsets": [begin, end]}
+        return entries
 
 
 def _format_of(kind: int) -> str:

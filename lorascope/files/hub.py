@@ -20,9 +20,9 @@ from lorascope.files.printable import printable, utf8_text
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors", "pytorch_lora_weights.safetensors")
 """Names of weight files: of PEFT, MLX and diffusers."""
-_PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+_SEGMENT = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _NAME = re.compile(
-    rf"(?P<scheme>hf://)?(?P<repository>{_PART}/{_PART})(?:@(?P<revision>[\w.-]+))?(?:/(?P<folder>[\w./-]+))?"
+    rf"(?P<scheme>hf://)?(?P<repository>{_SEGMENT}/{_SEGMENT})(?:@(?P<revision>[\w.-]+))?(?:/(?P<folder>[\w./-]+))?"
 )
 _FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|zip)$")
 _CACHED = re.compile(r"models--(?P<repository>.+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<folder>.+))?$")
@@ -67,10 +67,10 @@ def locate(name: str | Path) -> Path:
     path = Path(os.path.expanduser(name))
     if path.exists():
         return path
-    found = parse_name(str(name))
-    if found is None:
+    hub_name = parse_name(str(name))
+    if hub_name is None:
         raise FileNotFoundError(f"cannot load {printable(path)}: the path does not exist")
-    return _fetch(found, _adapter_files)
+    return _fetch(hub_name, _adapter_files)
 
 
 def locate_base(name: str | Path) -> Path:
@@ -82,8 +82,8 @@ def locate_base(name: str | Path) -> Path:
         The cache does not contain the model.
     """
     path = Path(os.path.expanduser(name))
-    found = None if path.exists() else parse_name(str(name))
-    return path if found is None else _fetch(found, _cached_model)
+    hub_name = None if path.exists() else parse_name(str(name))
+    return path if hub_name is None else _fetch(hub_name, _cached_model)
 
 
 def hub_source(path: Path) -> tuple[str, str] | None:
@@ -145,24 +145,24 @@ def _adapter_files(name: HubName) -> Path:
             return folder
     if folder is not None and any(folder.glob("*.safetensors")):
         return folder  # cached before, and the hub cannot be reached now
-    listed = [each.removeprefix(inside) for each in list_repo_files(name.repository, revision=name.revision)
-              if each.startswith(inside)]  # fmt: skip
-    weights = [each for each in listed if "/" not in each and re.search(r"\.safetensors(\.index\.json)?$", each)]
-    shards = [each for each in weights if each.startswith("adapter_model")]
+    paths = [path for path in list_repo_files(name.repository, revision=name.revision) if path.startswith(inside)]
+    files = [path.removeprefix(inside) for path in paths]
+    weights = [file for file in files if "/" not in file and re.search(r"\.safetensors(\.index\.json)?$", file)]
+    shards = [file for file in weights if file.startswith("adapter_model")]
     if not shards and len(weights) != 1:
-        raise ValueError(f"cannot load {name}: {_contents(name, listed, weights)}")
-    return [download(each).parent for each in shards or weights][-1]
+        raise ValueError(f"cannot load {name}: {_contents(name, files, weights)}")
+    return [download(file).parent for file in shards or weights][-1]
 
 
-def _contents(name: HubName, listed: list[str], weights: list[str]) -> str:
+def _contents(name: HubName, files: list[str], weights: list[str]) -> str:
     """Return what a repository contains instead of one adapter."""
     if weights:
         return f"it contains {len(weights)} files of weights; download one and pass its path: {', '.join(weights)}"
-    if pickled := [each for each in listed if each.endswith((".bin", ".pt", ".ckpt"))]:
+    if pickled := [file for file in files if file.endswith((".bin", ".pt", ".ckpt"))]:
         return f"{pickled[0]} is a pickle, and pickles are never loaded"
-    folders = sorted({each.split("/")[0] for each in listed if each.endswith(".safetensors")})
+    folders = sorted({file.split("/")[0] for file in files if file.endswith(".safetensors")})
     if folders:
-        return f"its adapters are in folders; pass one: {', '.join(f'hf://{name}/{each}' for each in folders)}"
+        return f"its adapters are in folders; pass one: {', '.join(f'hf://{name}/{file}' for file in folders)}"
     return "it contains no safetensors file"
 
 

@@ -78,8 +78,7 @@ def _decode_table(file: Any, max_rows: int) -> Any:
     nested = next((field for field in schema if pa.types.is_nested(field.type)), None)
     if nested is not None:
         raise ValueError(f"column {nested.name!r} must not be nested, got {nested.type}")
-    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
-    texts = {field.name: field.type for field in schema if any(test(field.type) for test in is_text)}
+    texts = {field.name: field.type for field in schema if _is_text(field.type)}
     # A dictionary stores a text that is repeated in every row only once.
     with pq.ParquetFile(file, read_dictionary=list(texts)) as parquet:
         table = parquet.read(use_threads=False)
@@ -88,11 +87,17 @@ def _decode_table(file: Any, max_rows: int) -> Any:
         if not pa.types.is_dictionary(column.type):
             continue
         size = 0
-        for part in column.chunks:
-            lengths = (len(text) for text in part.dictionary.to_pylist() if isinstance(text, str | bytes))
-            size += len(part) * max(lengths, default=0)
+        for chunk in column.chunks:
+            lengths = (len(text) for text in chunk.dictionary.to_pylist() if isinstance(text, str | bytes))
+            size += len(chunk) * max(lengths, default=0)
         if size > MAX_TEXT * max_rows:
             raise ValueError(f"column {name!r} must have <= {MAX_TEXT * max_rows} bytes of text, got {size}")
         if name in texts:
             table = table.set_column(number, name, column.cast(texts[name]))
     return table.replace_schema_metadata(schema.metadata)
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind)

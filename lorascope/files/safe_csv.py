@@ -18,11 +18,11 @@ def csv_text(table: pd.DataFrame) -> str:
     text that a spreadsheet would evaluate as a formula gets a leading apostrophe. Numbers are unchanged. Lines end in a
     line feed.
     """
-    shown = table.set_axis([_escape_cell(name) for name in table.columns], axis="columns")
-    for place, kind in enumerate(table.dtypes):
+    escaped = table.set_axis([_escape_cell(name) for name in table.columns], axis="columns")
+    for position, kind in enumerate(table.dtypes):
         if not (pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_bool_dtype(kind)):
-            shown.isetitem(place, table.iloc[:, place].map(_escape_cell, na_action="ignore").to_numpy())
-    return shown.to_csv(index=False, lineterminator="\n")
+            escaped.isetitem(position, table.iloc[:, position].map(_escape_cell, na_action="ignore").to_numpy())
+    return escaped.to_csv(index=False, lineterminator="\n")
 
 
 def _escape_cell(value: Any) -> Any:

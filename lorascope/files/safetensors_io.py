@@ -72,8 +72,8 @@ class _Entry(msgspec.Struct, frozen=True):
 
 def file_version(file: int) -> tuple[int, ...]:
     """Return what changes if an open file is replaced or written to."""
-    found = os.fstat(file)
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    status = os.fstat(file)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 class TensorFile(Mapping[str, Any]):
@@ -109,37 +109,37 @@ class TensorFile(Mapping[str, Any]):
         if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
             raise ValueError(f"{cannot}: its tensors overlap")
         # As safetensors itself requires: bytes without a tensor may be a shifted header.
-        taken, data = sum(end - begin for begin, end in spans), size - self._start
-        if taken != data:
-            raise ValueError(f"{cannot}: {data - taken} of {data} bytes of data belong to no tensor")
+        used, data = sum(end - begin for begin, end in spans), size - self._start
+        if used != data:
+            raise ValueError(f"{cannot}: {data - used} of {data} bytes of data belong to no tensor")
 
     def _parse_entries(self, contents: Mapping[str, Any], size: int) -> dict[str, _Entry]:
         """Return the header entries of all tensors, after checking that the file has their bytes."""
         entries = {name: self._parse_entry(name, content) for name, content in contents.items()}
-        whole = max((self._start + entry.data_offsets[1] for entry in entries.values()), default=0)
-        if whole > size:
-            raise unreadable(self.path, f"it is truncated, {size} of {whole} bytes")
+        required = max((self._start + entry.data_offsets[1] for entry in entries.values()), default=0)
+        if required > size:
+            raise unreadable(self.path, f"it is truncated, {size} of {required} bytes")
         return entries
 
     def _parse_entry(self, name: str, content: Any) -> _Entry:
         """Return the header entry of one tensor, after checking its offsets against its shape."""
-        whose = f"{self.path}, the header's entry for {name[:MAX_NAME]}"
+        source = f"{self.path}, the header's entry for {name[:MAX_NAME]}"
         if len(name) > MAX_NAME:
-            raise unreadable(whose, f"name must be <= {MAX_NAME} characters, got {len(name)}")
-        entry = to_typed(content, _Entry, whose)
+            raise unreadable(source, f"name must be <= {MAX_NAME} characters, got {len(name)}")
+        entry = to_typed(content, _Entry, source)
         begin, end = entry.data_offsets
         width = np.dtype(_DTYPES.get(entry.dtype, "|u1")).itemsize
         # numpy also rejects an empty array if the product of its other dimensions overflows.
         fits = math.prod(side or 1 for side in entry.shape) * width < 2**63
         if not (fits and begin <= end and (end - begin == entry.count * width or entry.dtype not in _DTYPES)):
-            raise unreadable(whose, f"data_offsets must match shape {entry.shape}, got {begin} and {end}")
+            raise unreadable(source, f"data_offsets must match shape {entry.shape}, got {begin} and {end}")
         return entry
 
     @cached_property
     def about(self) -> dict[str, Any]:
         """Description that ``write_tensors`` stored with the arrays, {} if there is none; parsed only on access."""
-        whose = f"{_ABOUT} of {self.path}"
-        return to_typed(parse_json(to_typed(self.words.get(_ABOUT, "{}"), str, whose), whose), dict[str, Any], whose)
+        source = f"{_ABOUT} of {self.path}"
+        return to_typed(parse_json(to_typed(self.words.get(_ABOUT, "{}"), str, source), source), dict[str, Any], source)
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.unread(name).read()
@@ -281,9 +281,9 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
     A missing shard raises a FileNotFoundError, and an index that cannot be read a ValueError.
     """
-    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if whole.exists():
-        return [whole]
+    single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if single.exists():
+        return [single]
     if not index.exists():
         return sorted(folder.glob(f"{stem}*.safetensors"))
     shards = indexed_shards(index)
@@ -312,12 +312,12 @@ def is_pickle(file: Path) -> bool:
 
 def reject_pickles(files: Iterable[Path]) -> None:
     """Raise a ValueError if the name of a file indicates pickled weights."""
-    found = sorted(filter(is_pickle, files))
-    if found:
+    pickles = sorted(filter(is_pickle, files))
+    if pickles:
         # Quoted, because the name of a file may contain shell commands.
-        names = (shlex.quote(str(file)) for file in (found[0], found[0].with_suffix(".safetensors")))
-        how = printable(_CONVERT.format(*names))
-        raise ValueError(f"cannot load {printable(found[0])}: pickles are never loaded; convert it: {how}")
+        names = (shlex.quote(str(file)) for file in (pickles[0], pickles[0].with_suffix(".safetensors")))
+        command = printable(_CONVERT.format(*names))
+        raise ValueError(f"cannot load {printable(pickles[0])}: pickles are never loaded; convert it: {command}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:

@@ -33,7 +33,7 @@ MAX_BYTES = 32 * 2**20
 _DEPTH = 64
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
-_OTHERS = bytes(set(range(256)) - set(b"[]{}"))
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def unreadable(name: object, reason: str) -> ValueError:
@@ -43,16 +43,16 @@ def unreadable(name: object, reason: str) -> ValueError:
 
 def require_regular(path: Path) -> int:
     """Return the size of a regular file; others raise a ValueError, because opening a pipe could block forever."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise unreadable(path, "not a regular file")
-    return found.st_size
+    return status.st_size
 
 
-def require_small(file: Path, most: int) -> None:
-    """Raise a ValueError unless a file is regular and has at most ``most`` bytes."""
-    if (size := require_regular(file)) > most:
-        raise unreadable(file, f"file size must be <= {most} bytes, got {size}")
+def require_small(file: Path, limit: int) -> None:
+    """Raise a ValueError unless a file is regular and has at most ``limit`` bytes."""
+    if (size := require_regular(file)) > limit:
+        raise unreadable(file, f"file size must be <= {limit} bytes, got {size}")
 
 
 def read_text(path: Path) -> str:
@@ -67,7 +67,7 @@ def parse_json(text: str | bytes, name: object) -> Any:
     """Parse JSON of at most 64 nesting levels and distinct keys; a ValueError names its source ``name``."""
     raw = text.encode() if isinstance(text, str) else text
     try:
-        brackets = np.frombuffer(_STRING.sub(b"", raw).translate(None, _OTHERS), np.uint8)
+        brackets = np.frombuffer(_STRING.sub(b"", raw).translate(None, _NOT_BRACKETS), np.uint8)
         steps = np.where((brackets == ord("[")) | (brackets == ord("{")), np.int32(1), np.int32(-1))
         if steps.cumsum(dtype=np.int32).max(initial=0) > _DEPTH:
             # Deep nesting causes a RecursionError in this or any later traversal.
@@ -102,13 +102,13 @@ def to_typed(content: Any, schema: Callable[..., T], name: object) -> T:
 
 def _value_at(content: Any, message: str) -> str:
     """Return ``: VALUE`` for the path in a `msgspec` message, or "" if it has no path to a single value."""
-    place = message.rpartition("`$")[2].rstrip("`")
-    for key, index in _STEP.findall(place):
+    path = message.rpartition("`$")[2].rstrip("`")
+    for key, index in _STEP.findall(path):
         try:
             content = content[key] if key else content[int(index)]
         except (IndexError, KeyError, TypeError):
             return ""
-    if not place or "[...]" in place or isinstance(content, dict | list):
+    if not path or "[...]" in path or isinstance(content, dict | list):
         return ""
     return f": {printable(repr(content)[:60])}"
 

@@ -59,8 +59,8 @@ class TypedTensor:
             bits = np.ascontiguousarray(self.values, "<f4").view("<u4")
             return (bits >> 16).astype("<u2").reshape(self.values.shape)
         with np.errstate(over="ignore"):
-            given = _FLOATS.get(self.dtype, self.values.dtype)
-            return np.ascontiguousarray(self.values, given).reshape(self.values.shape)
+            dtype = _FLOATS.get(self.dtype, self.values.dtype)
+            return np.ascontiguousarray(self.values, dtype).reshape(self.values.shape)
 
 
 def safetensors_bytes(tensors: Mapping[str, TypedTensor], words: Mapping[str, str]) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import parse_json, to_typed, unreadable
-from lorascope.formats.image_keys import METADATA, Parts, is_diffusers
+from lorascope.formats.image_keys import METADATA, Tensors, is_diffusers
 from lorascope.formats.kohya import image_adapter
 from lorascope.formats.lycoris import Scale
 from lorascope.formats.peft_lora import RanksAndScales
@@ -35,20 +35,20 @@ def read_diffusers(
     """Read the modules of an opened file."""
     settings = _settings(path, config)
     source = f"{METADATA} of {path}"
-    components = {name: RanksAndScales(source, found) for name, found in settings.items()}
+    components = {name: RanksAndScales(source, values) for name, values in settings.items()}
 
-    def scale(module: str, parts: Parts) -> Scale:
+    def scale(module: str, tensors: Tensors) -> Scale:
         component, _, inside = module.partition(".")
         if component in components:
             return _scale(components[component], inside)
         return _scale(components[""], module) if "" in components else lambda rank: 1.0
 
-    read = image_adapter(path, config, files, base, scale, "diffusers")
+    adapter = image_adapter(path, config, files, base, scale, "diffusers")
     if not components:
-        return replace(read, notes=(_UNKNOWN, *read.notes))
-    bases = {str(name) for found in settings.values() if (name := found.get("base_model_name_or_path"))}
-    known = {"base_model_name_or_path": bases.pop()} if len(bases) == 1 else {}
-    return replace(read, config=known | read.config)
+        return replace(adapter, notes=(_UNKNOWN, *adapter.notes))
+    bases = {str(name) for values in settings.values() if (name := values.get("base_model_name_or_path"))}
+    description = {"base_model_name_or_path": bases.pop()} if len(bases) == 1 else {}
+    return replace(adapter, config=description | adapter.config)
 
 
 def _scale(settings: RanksAndScales, module: str) -> Scale:

@@ -19,27 +19,27 @@ from lorascope.updates import Dense, LowRank, Update
 class RowsPart(StoredUpdate):
     """Rows of a stored update, in the order of the ranges (first, end): a module that a library joins with others."""
 
-    whole: StoredUpdate
+    joined: StoredUpdate
     ranges: tuple[tuple[int, int], ...]
     scale: float
     transposed: bool
 
     @property
     def has_thin_factors(self) -> bool:
-        return self.whole.has_thin_factors
+        return self.joined.has_thin_factors
 
     @property
     def shape(self) -> tuple[int, int]:
-        return sum(stop - start for start, stop in self.ranges), self.whole.shape[1]
+        return sum(stop - start for start, stop in self.ranges), self.joined.shape[1]
 
     @property
     def rank(self) -> int:
-        return min(self.whole.rank, *self.shape)
+        return min(self.joined.rank, *self.shape)
 
     @property
     def size(self) -> int:
         """Number of stored values; those that several modules share are divided by their rows."""
-        return self.whole.size * self.shape[0] // self.whole.shape[0]
+        return self.joined.size * self.shape[0] // self.joined.shape[0]
 
     def factors(self) -> dict[str, Any]:
         """Load the factors."""
@@ -47,7 +47,7 @@ class RowsPart(StoredUpdate):
 
     def update(self) -> Update:
         """Load the factors, and return the update."""
-        update = self.whole.update()
+        update = self.joined.update()
         if isinstance(update, LowRank):
             return LowRank(self._rows(update.B), update.A, update.scale)
         return Dense(self._rows(update.dense()))
@@ -56,11 +56,11 @@ class RowsPart(StoredUpdate):
         return np.concatenate([matrix[start:stop] for start, stop in self.ranges])
 
     def _tensors(self) -> list[StoredTensor]:
-        return self.whole._tensors()
+        return self.joined._tensors()
 
 
 def split_rows(
-    path: Path, part: StoredUpdate, modules: Sequence[str], base: PretrainedWeights
+    path: Path, update: StoredUpdate, modules: Sequence[str], base: PretrainedWeights
 ) -> dict[str, StoredUpdate]:
     """Split an update into those of the modules that its rows belong to, in their order.
 
@@ -71,14 +71,14 @@ def split_rows(
     """
     shapes = [base.shape(module) for module in modules]
     stops = [int(stop) for stop in np.cumsum([shape[0] for shape in shapes])]
-    check_fit(path, " and ".join(modules), part.shape, (stops[-1], shapes[0][1]))
+    check_fit(path, " and ".join(modules), update.shape, (stops[-1], shapes[0][1]))
     return {
-        module: RowsPart(part, ((stop - shape[0], stop),), part.scale, part.transposed)
+        module: RowsPart(update, ((stop - shape[0], stop),), update.scale, update.transposed)
         for module, shape, stop in zip(modules, shapes, stops, strict=True)
     }
 
 
-def swap_halves(path: Path, part: StoredUpdate, module: str, base: PretrainedWeights) -> RowsPart:
+def swap_halves(path: Path, update: StoredUpdate, module: str, base: PretrainedWeights) -> RowsPart:
     """Return an update with the two halves of its rows swapped.
 
     Raises
@@ -86,6 +86,6 @@ def swap_halves(path: Path, part: StoredUpdate, module: str, base: PretrainedWei
     ValueError
         The shape of the module does not fit.
     """
-    check_fit(path, module, part.shape, base.shape(module))
-    rows = part.shape[0]
-    return RowsPart(part, ((rows // 2, rows), (0, rows // 2)), part.scale, part.transposed)
+    check_fit(path, module, update.shape, base.shape(module))
+    rows = update.shape[0]
+    return RowsPart(update, ((rows // 2, rows), (0, rows // 2)), update.scale, update.transposed)

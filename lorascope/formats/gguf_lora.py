@@ -36,10 +36,10 @@ def read_gguf(
     """Read the modules of an opened file."""
     if config.get("adapter.type") != "lora":
         raise unreadable(path, f"adapter.type must be lora, got {printable(config.get('adapter.type'))}")
-    found, others = group_factors(files, _FACTOR)
+    module_factors, other_names = group_factors(files, _FACTOR)
     alpha = to_typed(config.get("adapter.lora.alpha", 0.0), Finite, f"adapter.lora.alpha of {path}")
-    parts = {}
-    for module, factors in found.items():
+    updates = {}
+    for module, factors in module_factors.items():
         if missing := {"lora_a", "lora_b"} - factors.keys():
             raise unreadable(path, f"{printable(module)} has no {min(missing)}")
         a, b = factors["lora_a"], factors["lora_b"]
@@ -47,10 +47,10 @@ def read_gguf(
             raise unreadable(
                 path, f"{printable(module)} must have factors of one rank, got {a.shape[0]} and {b.shape[1]}"
             )
-        parts[module] = StoredLoRA(b, a, alpha / a.shape[0] if alpha else 1.0, module == _EMBEDDING)
-    if not parts:
+        updates[module] = StoredLoRA(b, a, alpha / a.shape[0] if alpha else 1.0, module == _EMBEDDING)
+    if not updates:
         raise unreadable(path, "it has no tensor whose name ends in .lora_a")
     model = config.get("general.base_model.0.name") or config.get("general.architecture")
     described = {"spelling": "gguf", "lora_alpha": alpha, "base_model_name_or_path": str(model or "unknown")}
-    notes = (_PERMUTED,) if any(re.search(r"\.attn_[qk]$", module) for module in parts) else ()
-    return AdapterFiles(path, described, parts, others, files, notes=notes)
+    notes = (_PERMUTED,) if any(re.search(r"\.attn_[qk]$", module) for module in updates) else ()
+    return AdapterFiles(path, described, updates, other_names, files, notes=notes)

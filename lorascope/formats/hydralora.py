@@ -60,29 +60,29 @@ def read_hydra(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened HydraLoRA folder."""
-    found, others = group_factors(files, _FACTOR)
-    if not found:
+    module_factors, other_names = group_factors(files, _FACTOR)
+    if not module_factors:
         raise unreadable(path, "its experts have no module name")
     settings = to_typed(config, LoraConfig, path / CONFIG)
-    parts = {module: _hydra_part(path, module, factors, settings) for module, factors in found.items()}
-    return AdapterFiles(path, dict(config), parts, others, files, "HydraLoRA")
+    updates = {module: _hydra_part(path, module, factors, settings) for module, factors in module_factors.items()}
+    return AdapterFiles(path, dict(config), updates, other_names, files, "HydraLoRA")
 
 
 def _hydra_part(path: Path, module: str, factors: Mapping[str, StoredTensor], config: LoraConfig) -> HydraPart:
     name, rank = printable(module), config.r
     # Count the factors, because a number in a name may be arbitrarily large.
     count = max(sum(factor[0] == "B" for factor in factors), 1)
-    wanted = ["A", "route", *(f"B{number}" for number in range(count))]
-    missing = next((factor for factor in wanted if factor not in factors), None)
+    expected_names = ["A", "route", *(f"B{number}" for number in range(count))]
+    missing = next((factor for factor in expected_names if factor not in factors), None)
     if missing is not None:
         raise unreadable(path, f"{name} has no lora_{missing}")
-    A, router, *heads = (factors[factor] for factor in wanted)
+    A, router, *heads = (factors[factor] for factor in expected_names)
     if router.shape[0] != count:
         raise unreadable(path, f"router of {name} must have {count} rows, one per expert, got {router.shape[0]}")
-    found = sorted({A.shape[0], *(head.shape[1] for head in heads)})
-    if found != [rank]:
-        ranks = " and ".join(map(str, found))
-        raise unreadable(path, f"factors of {name} must have rank {rank} ({CONFIG}), got {ranks}")
+    ranks = {A.shape[0], *(head.shape[1] for head in heads)}
+    if ranks != {rank}:
+        listing = " and ".join(map(str, sorted(ranks)))
+        raise unreadable(path, f"factors of {name} must have rank {rank} ({CONFIG}), got {listing}")
     if router.shape[1] != A.shape[1] or len({head.shape for head in heads}) > 1:
         raise unreadable(path, f"{name} must have experts of one shape, and a router as wide as its lora_A")
     return HydraPart(heads[0], A, config.lora_alpha / rank, False, tuple(heads), router)

@@ -1,6 +1,6 @@
-"""Names of tensors in adapters of image and video models: module and part for every spelling.
+"""Names of tensors in adapters of image and video models: module and factor for every spelling.
 
-A part is ``A`` and ``B`` of LoRA (also spelled down and up), ``mid`` of its Tucker form, ``alpha``, ``dora_scale``,
+A factor is ``A`` and ``B`` of LoRA (also spelled down and up), ``mid`` of its Tucker form, ``alpha``, ``dora_scale``,
 ``magnitude``, or a name of LyCORIS such as ``hada_w1_a``. Modules may be flattened, with underscores instead of dots.
 """
 
@@ -17,8 +17,8 @@ from lorascope.formats.peft_lora import float_factor
 from lorascope.formats.stored_update import StoredTensor
 from lorascope.schema.module_roles import parse, position
 
-Parts = dict[str, StoredTensor]
-"""Tensors of one module by part."""
+Tensors = dict[str, StoredTensor]
+"""Tensors of one module by factor."""
 
 METADATA = "lora_adapter_metadata"
 """Key of the configuration that diffusers writes to the header."""
@@ -28,8 +28,8 @@ _FACTOR = re.compile(
     r"|[._]lora(?P<number>\d?)\.(?P<dotted>down|up)\.weight"
     r"|\.lora_linear_layer\.(?P<layer>down|up)\.weight)"
 )
-_PART = re.compile(
-    r"(?s)(?P<module>.+?)(?:[._]lora)?\.(?P<part>alpha|dora_scale|scalar|lora_magnitude_vector(?:\.weight)?"
+_NAMED_FACTOR = re.compile(
+    r"(?s)(?P<module>.+?)(?:[._]lora)?\.(?P<factor>alpha|dora_scale|scalar|lora_magnitude_vector(?:\.weight)?"
     r"|hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|oft_blocks|rescale|weight|on_input"
     r"|(?:[ab][12]|bm)\.weight|diff|w_norm|set_weight)"
 )
@@ -81,18 +81,18 @@ def _is_image_key(name: str) -> bool:
 
 
 def split_key(name: str) -> tuple[str, str] | None:
-    """Return module and part of a tensor's name, None if it is not the name of a part."""
+    """Return module and factor of a tensor's name, None if it is not the name of a factor."""
     if match := _FACTOR.fullmatch(name):
-        part = match["plain"] or match["dotted"] or match["layer"]
-        return _module(match["module"], match["number"] or ""), _SPELLINGS.get(part, part)
-    if match := _PART.fullmatch(name):
-        part = match["part"].removesuffix(".weight")
-        return _module(match["module"], ""), _SPELLINGS.get(part, part)
+        factor = match["plain"] or match["dotted"] or match["layer"]
+        return _module(match["module"], match["number"] or ""), _SPELLINGS.get(factor, factor)
+    if match := _NAMED_FACTOR.fullmatch(name):
+        factor = match["factor"].removesuffix(".weight")
+        return _module(match["module"], ""), _SPELLINGS.get(factor, factor)
     return None
 
 
 def _module(name: str, number: str) -> str:
-    """Return the name of a module without the parts that trainers add to it."""
+    """Return the name of a module without the segments that trainers add to it."""
     above, _, leaf = name.rpartition(".processor.")
     if above and number:  # XLabs
         return f"{above}.{_ATTENTION.get(number, 'processor')}.{leaf}"
@@ -103,8 +103,8 @@ def _module(name: str, number: str) -> str:
 
 def group_parts(
     files: Iterable[TensorFile], rename: Callable[[str], str], has_weight: Callable[[str], bool]
-) -> tuple[dict[str, Parts], tuple[str, ...]]:
-    """Group the parts by module, ordered by layer and role, and return the names of all other tensors.
+) -> tuple[dict[str, Tensors], tuple[str, ...]]:
+    """Group the tensors by module, ordered by layer and role, and return the names of all other tensors.
 
     Parameters
     ----------
@@ -117,27 +117,27 @@ def group_parts(
     Raises
     ------
     ValueError
-        A part is not stored as floats, or a module has it twice.
+        A factor is not stored as floats, or a module has it twice.
     """
-    found: dict[str, Parts] = {}
-    others = []
+    module_tensors: dict[str, Tensors] = {}
+    other_names = []
     for file in files:
         for name in file:
             split = split_key(name)
             if split is None:
-                others.append(name)
+                other_names.append(name)
                 continue
-            module, part = rename(split[0]), split[1]
-            parts = found.setdefault(module, {})
-            if part in parts:
-                raise unreadable(file.path, f"{printable(module)} has {part} twice, in two spellings")
-            parts[part] = StoredTensor(file, name) if part in _NUMBERS else float_factor(file, name)
-    for module, parts in list(found.items()):
-        if "weight" in parts and "on_input" not in parts:  # weights of the model itself
-            others.append(parts.pop("weight").name)
-        if "set_weight" in parts and (len(parts) > 1 or not has_weight(module)):
-            others.append(parts.pop("set_weight").name)
-        if not parts:
-            del found[module]
-    ordered = sorted(found, key=lambda module: position(*parse(module)))
-    return {module: found[module] for module in ordered}, tuple(others)
+            module, factor = rename(split[0]), split[1]
+            tensors = module_tensors.setdefault(module, {})
+            if factor in tensors:
+                raise unreadable(file.path, f"{printable(module)} has {factor} twice, in two spellings")
+            tensors[factor] = StoredTensor(file, name) if factor in _NUMBERS else float_factor(file, name)
+    for module, tensors in list(module_tensors.items()):
+        if "weight" in tensors and "on_input" not in tensors:  # weights of the model itself
+            other_names.append(tensors.pop("weight").name)
+        if "set_weight" in tensors and (len(tensors) > 1 or not has_weight(module)):
+            other_names.append(tensors.pop("set_weight").name)
+        if not tensors:
+            del module_tensors[module]
+    ordered = sorted(module_tensors, key=lambda module: position(*parse(module)))
+    return {module: module_tensors[module] for module in ordered}, tuple(other_names)

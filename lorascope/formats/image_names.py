@@ -108,16 +108,16 @@ class BaseNames:
         component = _COMPONENTS.get(prefix[0].strip("_"))
         components = _DENOISERS if component is None else (component,)
         for names in ((flat,), to_diffusers(flat)):
-            found = [self._only(each, components) for each in names]
-            if all(found):
-                return tuple(found)
+            modules = [self._only(inside, components) for inside in names]
+            if all(modules):
+                return tuple(modules)
         longer = [module for end in self._ends.names_with_end(f"_{flat}") for module in self._flat[end]]
         return (longer[0],) if len(longer) == 1 else ()
 
     def _only(self, flat: str, components: Iterable[str]) -> str:
         """Return the only module of this name, with or without one of the components; "" if there is none."""
         names = (*(f"{component}_{flat}" for component in components), flat)
-        return next((found[0] for name in names if len(found := self._flat.get(name, [])) == 1), "")
+        return next((modules[0] for name in names if len(modules := self._flat.get(name, [])) == 1), "")
 
 
 def swaps_halves(name: str, module: str) -> bool:
@@ -131,13 +131,13 @@ def to_diffusers(name: str) -> tuple[str, ...]:
         return (_OUTSIDE[name],)
     if (match := _FLUX.fullmatch(name)) is not None:
         stem = f"{'single_' * (match[1] == 'single')}transformer_blocks_{match[2]}"
-        return tuple(f"{stem}_{each}" for each in _FLUX_NAMES.get(match[3], ()))
+        return tuple(f"{stem}_{inside}" for inside in _FLUX_NAMES.get(match[3], ()))
     match = _BLOCK.fullmatch(name)
     return () if match is None else (_unet_name(match),)
 
 
 def _unet_name(match: re.Match[str]) -> str:
-    side, number, place, inside = match[1], int(match[2]), int(match[3] or 0), match[4]
+    side, number, position, inside = match[1], int(match[2]), int(match[3] or 0), match[4]
     inside = _RESNET.get(inside, inside)
     if side == "middle":
         return f"mid_block_{_MIDDLE.get(number)}_{inside}"
@@ -146,7 +146,7 @@ def _unet_name(match: re.Match[str]) -> str:
     if inside == "op" or (side == "output" and inside == "conv"):
         sampler = "downsamplers" if side == "input" else "upsamplers"
         return f"{stem}_{block}_{sampler}_0_conv"
-    return f"{stem}_{block}_{'attentions' if place else 'resnets'}_{index}_{inside}"
+    return f"{stem}_{block}_{'attentions' if position else 'resnets'}_{index}_{inside}"
 
 
 def to_authors(name: str) -> str:

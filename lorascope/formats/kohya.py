@@ -20,7 +20,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import parse_json, unreadable
 from lorascope.formats.fused_rows import split_rows, swap_halves
-from lorascope.formats.image_keys import Parts, group_parts, is_diffusers, is_image_adapter
+from lorascope.formats.image_keys import Tensors, group_parts, is_diffusers, is_image_adapter
 from lorascope.formats.image_names import BaseNames, swaps_halves
 from lorascope.formats.lycoris import LycorisModule, Scale, read_module
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -45,15 +45,15 @@ def read_kohya(
     """Read the modules of an opened file."""
     alphas: list[float] = []
 
-    def scale(module: str, parts: Parts) -> Scale:
-        alpha, scalar = (_value(path, parts[name]) if name in parts else None for name in ("alpha", "scalar"))
-        if alpha is not None and "oft_blocks" not in parts:
+    def scale(module: str, tensors: Tensors) -> Scale:
+        alpha, scalar = (_value(path, tensors[name]) if name in tensors else None for name in ("alpha", "scalar"))
+        if alpha is not None and "oft_blocks" not in tensors:
             alphas.append(alpha)
         factor = 1.0 if scalar is None else scalar
         return lambda rank: factor * alpha / rank if alpha else factor
 
-    found = image_adapter(path, config, files, base, scale, "kohya")
-    return replace(found, notes=(*found.notes, *_notes(config, alphas)))
+    adapter = image_adapter(path, config, files, base, scale, "kohya")
+    return replace(adapter, notes=(*adapter.notes, *_notes(config, alphas)))
 
 
 def image_adapter(
@@ -61,7 +61,7 @@ def image_adapter(
     config: Mapping[str, Any],
     files: tuple[TensorFile, ...],
     base: PretrainedWeights | None,
-    scale: Callable[[str, Parts], Scale],
+    scale: Callable[[str, Tensors], Scale],
     spelling: str,
 ) -> AdapterFiles:
     """Read the modules of a file for an image model.
@@ -78,35 +78,37 @@ def image_adapter(
     names = BaseNames(() if base is None else base.all_modules())
 
     def rename(module: str) -> str:
-        known = names.find(module)
-        return known[0] if len(known) == 1 and not swaps_halves(module, known[0]) else module
+        modules = names.find(module)
+        return modules[0] if len(modules) == 1 and not swaps_halves(module, modules[0]) else module
 
-    found, others = group_parts(files, rename, lambda module: base is not None and base.has_weight(module))
-    parts: dict[str, StoredUpdate] = {}
+    module_tensors, other_names = group_parts(
+        files, rename, lambda module: base is not None and base.has_weight(module)
+    )
+    updates: dict[str, StoredUpdate] = {}
     kinds: dict[str, None] = {}
-    for name, tensors in found.items():
-        own = base if base is not None and base.has_weight(name) else None
-        kind, part = read_module(LycorisModule(path, name, tensors, scale(name, tensors), own))
+    for name, tensors in module_tensors.items():
+        weights = base if base is not None and base.has_weight(name) else None
+        kind, update = read_module(LycorisModule(path, name, tensors, scale(name, tensors), weights))
         kinds[kind] = None
         # The magnitudes of DoRA require the weights of all rows.
-        fused = names.find(name) if own is None and not _MAGNITUDES & tensors.keys() else ()
+        fused = names.find(name) if weights is None and not _MAGNITUDES & tensors.keys() else ()
         if base is None or not fused:
-            parts[name] = part
+            updates[name] = update
         elif swaps_halves(name, fused[0]):
-            parts[fused[0]] = swap_halves(path, part, fused[0], base)
+            updates[fused[0]] = swap_halves(path, update, fused[0], base)
         else:
-            parts |= split_rows(path, part, fused, base)
-    if not parts:
-        raise unreadable(path, f"it has no factors, got {printable(next(iter(others), 'no tensor'))}")
-    decomposed = any(_MAGNITUDES & tensors.keys() for tensors in found.values())
+            updates |= split_rows(path, update, fused, base)
+    if not updates:
+        raise unreadable(path, f"it has no factors, got {printable(next(iter(other_names), 'no tensor'))}")
+    decomposed = any(_MAGNITUDES & tensors.keys() for tensors in module_tensors.values())
     if decomposed and kinds.keys() == {"LoRA"}:
         kinds = {"DoRA": None}
     described = {"spelling": spelling} | {key: config[key] for key in _DESCRIPTION if isinstance(config.get(key), str)}
     model = next((described[key] for key in BASE_KEYS if described.get(key)), None)
     described |= {"base_model_name_or_path": model} if model else {}
     needs_base = bool(kinds.keys() & {"IA3", "GLoRA", "OFT"})
-    notes = tuple(_magnitude_notes(found, "DoRA" in kinds, base is not None))
-    return AdapterFiles(path, described, parts, others, files, " and ".join(kinds), needs_base, notes)
+    notes = tuple(_magnitude_notes(module_tensors, "DoRA" in kinds, base is not None))
+    return AdapterFiles(path, described, updates, other_names, files, " and ".join(kinds), needs_base, notes)
 
 
 def _value(path: Path, tensor: StoredTensor) -> float:
@@ -119,8 +121,8 @@ def _value(path: Path, tensor: StoredTensor) -> float:
     return value
 
 
-def _magnitude_notes(found: Mapping[str, Parts], plain: bool, has_base: bool) -> Iterator[str]:
-    scaled = [parts["dora_scale"] for parts in found.values() if "dora_scale" in parts]
+def _magnitude_notes(module_tensors: Mapping[str, Tensors], plain: bool, has_base: bool) -> Iterator[str]:
+    scaled = [tensors["dora_scale"] for tensors in module_tensors.values() if "dora_scale" in tensors]
     if scaled and not plain and not has_base:
         yield "dora_scale: |dW| is the norm of the direction only; add --base DIR for the whole update"
     if any(tensor.file.shape(tensor.name)[0] > 1 for tensor in scaled):

@@ -73,10 +73,10 @@ def read_loralib(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened folder; without a configuration, the scale is 1."""
-    found, others = lora_factors(path, files, ("A", "B"))
+    module_factors, other_names = lora_factors(path, files, ("A", "B"))
     settings = to_typed(config, LoralibConfig, path / CONFIG)
-    parts = {}
-    for module, factors in found.items():
+    updates = {}
+    for module, factors in module_factors.items():
         A, B = factors["A"], factors["B"]
         rank = settings.r or B.shape[1]
         enabled = settings.enable_lora or [True] * min(A.shape[0] // max(rank, 1), MAX_OUTPUTS)
@@ -86,5 +86,5 @@ def read_loralib(
             must = f"factors of {printable(module)} must have rank {rank} and {count} outputs ({source})"
             raise unreadable(path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
         scale = settings.lora_alpha / rank if config else 1.0
-        parts[module] = LoralibPart(B, A, scale, is_transposed(A, settings.fan_in_fan_out), tuple(enabled))
-    return AdapterFiles(path, dict(config), parts, others, files)
+        updates[module] = LoralibPart(B, A, scale, is_transposed(A, settings.fan_in_fan_out), tuple(enabled))
+    return AdapterFiles(path, dict(config), updates, other_names, files)

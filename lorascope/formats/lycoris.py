@@ -19,7 +19,7 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import unreadable
-from lorascope.formats.image_keys import Parts
+from lorascope.formats.image_keys import Tensors
 from lorascope.formats.peft_dora import DoraPart
 from lorascope.formats.peft_factors import StoredFactors, check_fit, check_shapes, stored_shape
 from lorascope.formats.peft_loha import hadamard_part, hadamard_shapes
@@ -36,14 +36,14 @@ Scale = Callable[[int], float]
 
 @dataclass(frozen=True)
 class LycorisModule:
-    """Parts of one module.
+    """Tensors of one module.
 
     Parameters
     ----------
     path : path
         The adapter, for error messages.
     name : str
-    parts : mapping part -> StoredTensor
+    tensors : mapping factor -> StoredTensor
     scales : callable
         Scale of a rank.
     base : PretrainedWeights, optional
@@ -52,13 +52,13 @@ class LycorisModule:
 
     path: Path
     name: str
-    parts: Parts
+    tensors: Tensors
     scales: Scale
     base: PretrainedWeights | None
 
     def check(self, shapes: dict[str, str], **sizes: int) -> dict[str, int]:
-        """Check the shapes of parts; see `check_shapes`."""
-        return check_shapes(self.path, self.name, self.parts, shapes, **sizes)
+        """Check the shapes of tensors; see `check_shapes`."""
+        return check_shapes(self.path, self.name, self.tensors, shapes, **sizes)
 
     def scale_of(self, rank: int) -> float:
         """Return the scale of a rank, which must be 1 or more."""
@@ -67,14 +67,14 @@ class LycorisModule:
         return self.scales(rank)
 
     def require_no_kernel(self, *names: str) -> None:
-        """Raise a ValueError if one of these parts has a kernel larger than 1."""
+        """Raise a ValueError if one of these tensors has a kernel larger than 1."""
         for name in names:
-            if self.parts[name].shape != (shape := stored_shape(self.parts[name]))[:2]:
+            if self.tensors[name].shape != (shape := stored_shape(self.tensors[name]))[:2]:
                 raise self.error(f"must have {name} with a kernel of 1, got shape {shape}")
 
-    def pick(self, *names: str) -> Parts:
-        """Return those of the named parts that the module has."""
-        return {name: self.parts[name] for name in names if name in self.parts}
+    def pick(self, *names: str) -> Tensors:
+        """Return those of the named tensors that the module has."""
+        return {name: self.tensors[name] for name in names if name in self.tensors}
 
     def weight(self) -> np.ndarray:
         """Load the weight of the base, (out, in)."""
@@ -99,13 +99,13 @@ def read_module(module: LycorisModule) -> tuple[str, StoredUpdate]:
     Raises
     ------
     ValueError
-        A part is missing or has the wrong shape, or the update requires a base that is not given.
+        A tensor is missing or has the wrong shape, or the update requires a base that is not given.
     """
-    found = [kind for kind, (parts, _) in _ALGORITHMS.items() if module.parts.keys() & set(parts.split())]
-    if len(found) != 1:
-        held = " and ".join(module.parts)
-        raise module.error(f"has {held}, the parts of {' and '.join(found) or 'no algorithm'}")
-    kind = found[0]
+    kinds = [kind for kind, (names, _) in _ALGORITHMS.items() if module.tensors.keys() & set(names.split())]
+    if len(kinds) != 1:
+        names = " and ".join(module.tensors)
+        raise module.error(f"has {names}, the parts of {' and '.join(kinds) or 'no algorithm'}")
+    kind = kinds[0]
     stored = _ALGORITHMS[kind][1](module)
     if module.base is not None:
         check_fit(module.path, module.name, stored.shape, module.base.shape(module.name))
@@ -114,13 +114,13 @@ def read_module(module: LycorisModule) -> tuple[str, StoredUpdate]:
 
 def _lora(module: LycorisModule) -> StoredUpdate:
     spelled = {"A": "lora_down (lora_A)", "B": "lora_up (lora_B)"}
-    if missing := [name for part, name in spelled.items() if part not in module.parts]:
+    if missing := [spelling for factor, spelling in spelled.items() if factor not in module.tensors]:
         raise module.error(f"has no {' and no '.join(missing)}")
-    A, B = module.parts["A"], module.parts["B"]
-    if "mid" in module.parts:
+    A, B = module.tensors["A"], module.tensors["B"]
+    if "mid" in module.tensors:
         sizes = module.check({"B": "out rank *", "mid": "rank inner *", "A": "inner in *"})
         module.require_no_kernel("A", "B")
-        kernel = stored_shape(module.parts["mid"])[2:]
+        kernel = stored_shape(module.tensors["mid"])[2:]
         sides = sizes["out"], sizes["in"] * int(np.prod(kernel))
         scale = module.scale_of(sizes["inner"])
         return StoredFactors(module.pick("B", "A", "mid"), sides, sizes["rank"], partial(_tucker, scale), scale)
@@ -137,23 +137,23 @@ def _tucker(scale: float, arrays: Arrays) -> Update:
 
 
 def _loha(module: LycorisModule) -> StoredUpdate:
-    shapes = hadamard_shapes(module.parts)
+    shapes = hadamard_shapes(module.tensors)
     sizes = module.check(shapes)
     return hadamard_part(module.pick(*shapes), sizes, module.scale_of(sizes["r"]))
 
 
 def _lokr(module: LycorisModule) -> StoredUpdate:
-    shapes = kronecker_shapes(module.parts)
+    shapes = kronecker_shapes(module.tensors)
     sizes = module.check(shapes)
     scale = module.scale_of(sizes["r"]) if "r" in sizes else 1.0
     return kronecker_part(module.pick(*shapes), sizes, scale)
 
 
 def _full(module: LycorisModule) -> StoredUpdate:
-    parts = module.pick("diff", "w_norm", "set_weight")
-    tensor = next(iter(parts.values()))
-    build = partial(_from_base, module) if "set_weight" in parts else _difference
-    return StoredFactors(parts, tensor.shape, min(tensor.shape), build, thin=False)
+    tensors = module.pick("diff", "w_norm", "set_weight")
+    tensor = next(iter(tensors.values()))
+    build = partial(_from_base, module) if "set_weight" in tensors else _difference
+    return StoredFactors(tensors, tensor.shape, min(tensor.shape), build, thin=False)
 
 
 def _from_base(module: LycorisModule, arrays: Arrays) -> Update:
@@ -167,12 +167,12 @@ def _difference(arrays: Arrays) -> Update:
 
 def _ia3(module: LycorisModule) -> StoredUpdate:
     sides = module.base_shape("IA3")
-    if module.parts["on_input"].shape != (1, 1):
-        raise module.error(f"must have one value on_input, got shape {stored_shape(module.parts['on_input'])}")
-    on_input = bool(module.parts["on_input"].read()[0, 0])
-    if "weight" not in module.parts:
+    if module.tensors["on_input"].shape != (1, 1):
+        raise module.error(f"must have one value on_input, got shape {stored_shape(module.tensors['on_input'])}")
+    on_input = bool(module.tensors["on_input"].read()[0, 0])
+    if "weight" not in module.tensors:
         raise module.error("has on_input but no weight")
-    count = int(np.prod(stored_shape(module.parts["weight"])))
+    count = int(np.prod(stored_shape(module.tensors["weight"])))
     if not count or sides[on_input] % count or (count != sides[0] and not on_input):
         raise module.error(f"must have a weight for each of {sides[on_input]} {'inputs' if on_input else 'outputs'}")
     build = partial(_rescaled, module, on_input)
@@ -186,14 +186,14 @@ def _rescaled(module: LycorisModule, on_input: bool, arrays: Arrays) -> Update:
 
 
 def _glora(module: LycorisModule) -> StoredUpdate:
-    if "bm" in module.parts:
+    if "bm" in module.tensors:
         raise module.error("has bm, and GLoRA with a Tucker core is not supported")
     sides = module.base_shape("GLoRA")
     sizes = module.check({"a1": "in rank *", "a2": "rank in *", "b1": "out rank *", "b2": "rank in *"}, out=sides[0])
     module.require_no_kernel("a1", "a2", "b1")
     kernel = sides[1] // sizes["in"] if sizes["in"] else 0
-    if module.parts["b2"].shape[1] != sides[1] or kernel * sizes["in"] != sides[1]:
-        raise module.error(f"must have b2 with {sides[1]} columns, got {module.parts['b2'].shape[1]}")
+    if module.tensors["b2"].shape[1] != sides[1] or kernel * sizes["in"] != sides[1]:
+        raise module.error(f"must have b2 with {sides[1]} columns, got {module.tensors['b2'].shape[1]}")
     scale, thin = module.scale_of(sizes["rank"]), kernel == 1 and 2 * sizes["rank"] < min(sides)
     build = partial(_added_and_multiplied, module, scale, thin)
     rank = 2 * sizes["rank"] if thin else min(sides)
@@ -210,7 +210,7 @@ def _added_and_multiplied(module: LycorisModule, scale: float, thin: bool, array
 
 
 def _oft(module: LycorisModule) -> StoredUpdate:
-    blocks = module.parts["oft_blocks"]
+    blocks = module.tensors["oft_blocks"]
     shape = stored_shape(blocks)
     kind = "BOFT" if len(shape) == 4 else "OFT"
     sides = module.base_shape(kind)
@@ -220,10 +220,10 @@ def _oft(module: LycorisModule) -> StoredUpdate:
     steps = range(shape[0]) if len(shape) == 4 else ()
     if any(outer % (2**step * shape[-1]) for step in steps) or (steps and shape[-1] % 2):
         raise module.error(f"must have <= log2 of {outer} / {shape[-1]} steps, got {shape[0]}")
-    if "rescale" in module.parts and module.parts["rescale"].shape != (outer, 1):
-        raise module.error(f"must have {outer} values in rescale, got shape {stored_shape(module.parts['rescale'])}")
-    parts = module.pick("oft_blocks", "rescale", "alpha")
-    return StoredFactors(parts, sides, min(sides), partial(_rotated, module), thin=False)
+    if "rescale" in module.tensors and module.tensors["rescale"].shape != (outer, 1):
+        raise module.error(f"must have {outer} values in rescale, got shape {stored_shape(module.tensors['rescale'])}")
+    tensors = module.pick("oft_blocks", "rescale", "alpha")
+    return StoredFactors(tensors, sides, min(sides), partial(_rotated, module), thin=False)
 
 
 def _rotated(module: LycorisModule, arrays: Arrays) -> Update:
@@ -261,7 +261,7 @@ _ALGORITHMS: dict[str, tuple[str, Callable[[LycorisModule], StoredUpdate]]] = {
     "GLoRA": ("a1 a2 b1 b2 bm", _glora),
     "OFT": ("oft_blocks", _oft),
 }
-"""Parts and reader of every algorithm."""
+"""Tensors and reader of every algorithm."""
 
 
 def _with_magnitude(module: LycorisModule, stored: StoredUpdate) -> StoredUpdate:
@@ -271,7 +271,7 @@ def _with_magnitude(module: LycorisModule, stored: StoredUpdate) -> StoredUpdate
         return stored
     (outer, inner), shape = stored.shape, stored_shape(magnitude)
     count = int(np.prod(shape))
-    by_row = count == outer and (not shape or shape[0] == outer or "magnitude" in module.parts)
+    by_row = count == outer and (not shape or shape[0] == outer or "magnitude" in module.tensors)
     by_column = not by_row and len(shape) > 1 and shape[0] == 1 and count > 0 and inner % count == 0
     if not (by_row or by_column):
         raise module.error(f"must have {outer} magnitudes (outputs), or one per input, got shape {shape}")

@@ -100,15 +100,15 @@ class MlxPart(StoredUpdate):
     def factors(self) -> dict[str, Any]:
         """Load A (rank, in), B (out, rank) and for DoRA the magnitude."""
         if self.expert is None:
-            found = {"A": self.lora_a.read().T, "B": self.lora_b.read().T}
+            factors = {"A": self.lora_a.read().T, "B": self.lora_b.read().T}
         else:
             count = self.lora_b.shape[0]
-            found = {"A": _read_expert(self.lora_a, count, self.expert)}
-            found |= {"B": _read_expert(self.lora_b, count, self.expert)}
+            factors = {"A": _read_expert(self.lora_a, count, self.expert)}
+            factors |= {"B": _read_expert(self.lora_b, count, self.expert)}
         if self.magnitude is None:
-            return found
+            return factors
         # The rows of an embedding are the columns of its update.
-        return found | {"magnitude": self.magnitude.read().reshape((1, -1) if self.transposed else -1)}
+        return factors | {"magnitude": self.magnitude.read().reshape((1, -1) if self.transposed else -1)}
 
     def update(self) -> Update:
         """Load the factors, and return the update; without a base, that of DoRA includes only the direction."""
@@ -118,10 +118,10 @@ class MlxPart(StoredUpdate):
 
 def _read_expert(tensor: StoredTensor, count: int, expert: int) -> np.ndarray:
     """Load the matrix of one of ``count`` experts."""
-    found = tensor.file.unread(tensor.name)
-    own = Unread(found.stored.reshape(count, -1, found.shape[-1])[expert], found.brain)
-    matrix = np.empty(own.shape, own.dtype)
-    own.read_into(matrix)
+    tensors = tensor.file.unread(tensor.name)
+    stored = Unread(tensors.stored.reshape(count, -1, tensors.shape[-1])[expert], tensors.brain)
+    matrix = np.empty(stored.shape, stored.dtype)
+    stored.read_into(matrix)
     return matrix
 
 
@@ -137,20 +137,20 @@ def read_mlx(
     source = (path if path.is_dir() else path.parent) / CONFIG
     settings = to_typed(config, MlxConfig, source)
     if settings.fine_tune_type == "full":
-        parts, others, kind = *_full_parts(path, files, base), "Full"
+        updates, other_names, kind = *_full_parts(path, files, base), "Full"
     else:
-        found, others = group_factors(files, _FACTOR)
-        if not found:
-            first = printable(next(iter(others), "no tensor"))
+        module_factors, other_names = group_factors(files, _FACTOR)
+        if not module_factors:
+            first = printable(next(iter(other_names), "no tensor"))
             raise unreadable(path, f"weights must include lora_a and lora_b, got {first}")
-        parts = {
-            name: part
-            for module, factors in found.items()
-            for name, part in _lora_parts(path, module, factors, settings.lora_parameters, base)
+        updates = {
+            name: update
+            for module, factors in module_factors.items()
+            for name, update in _lora_parts(path, module, factors, settings.lora_parameters, base)
         }
-        kind = "DoRA" if any("m" in factors for factors in found.values()) else "LoRA"
+        kind = "DoRA" if any("m" in factors for factors in module_factors.values()) else "LoRA"
     described = dict(config) | ({"base_model_name_or_path": settings.model} if settings.model else {})
-    return AdapterFiles(path, described, parts, others, files, kind, kind == "Full")
+    return AdapterFiles(path, described, updates, other_names, files, kind, kind == "Full")
 
 
 def _lora_parts(
@@ -178,14 +178,14 @@ def _lora_parts(
     scale *= 1.0 if settings.alpha is None else settings.alpha / rank
     transposed = parse(module).role == "embed"
     for expert in range(experts) if experts else (None,):
-        own = module if expert is None else _expert_name(module, expert)
-        known = base if base is not None and base.has_weight(own) else None
-        part = MlxPart(a, b, scale, transposed, expert, magnitude, own, known)
-        if magnitude is not None and math.prod(magnitude.shape) != part.shape[transposed]:
+        expert_name = module if expert is None else _expert_name(module, expert)
+        weights = base if base is not None and base.has_weight(expert_name) else None
+        update = MlxPart(a, b, scale, transposed, expert, magnitude, expert_name, weights)
+        if magnitude is not None and math.prod(magnitude.shape) != update.shape[transposed]:
             raise unreadable(
-                path, f"m of {name} must have {part.shape[transposed]} values, got shape {magnitude.shape}"
+                path, f"m of {name} must have {update.shape[transposed]} values, got shape {magnitude.shape}"
             )
-        yield own, part
+        yield expert_name, update
 
 
 def _expert_name(module: str, expert: int) -> str:
@@ -201,17 +201,17 @@ def _full_parts(
     """Return the updates of modules whose whole weights are stored."""
     if base is None:
         raise unreadable(path, "it has whole weights, so their updates require the base model: --base DIR")
-    found, others = group_factors(files, _WEIGHT)
-    parts: dict[str, StoredUpdate] = {}
-    for module, factors in found.items():
+    module_factors, other_names = group_factors(files, _WEIGHT)
+    updates: dict[str, StoredUpdate] = {}
+    for module, factors in module_factors.items():
         if not base.has_weight(module):
-            others = (*others, factors["weight"].name)
+            other_names = (*other_names, factors["weight"].name)
             continue
         sides = base.shape(module)
         check_fit(path, module, factors["weight"].shape, sides)
         build = partial(_difference, base, module, sides)
-        parts[module] = StoredFactors(factors, sides, min(sides), build, thin=False)
-    return parts, others
+        updates[module] = StoredFactors(factors, sides, min(sides), build, thin=False)
+    return updates, other_names
 
 
 def _difference(base: PretrainedWeights, module: str, sides: tuple[int, int], arrays: dict[str, np.ndarray]) -> Dense:

@@ -15,7 +15,7 @@ from lorascope.schema.module_roles import parse
 from lorascope.updates.linalg import as_float64
 
 _BLOCK = 2**22  # values of the embedding in memory at once
-_SHOWN = 20
+_MAX_LISTED = 20
 
 
 class _Vocabulary(msgspec.Struct, frozen=True):
@@ -37,12 +37,12 @@ def describe_nearest(prompt: Float[np.ndarray, "tokens width"], base: Pretrained
         return f"the base has no embedding of width {width}"
     ids, cosines = nearest_rows(prompt, base, max(fitting, key=lambda name: fitting[name][0]))
     texts = _texts(base)
-    named = [
+    tokens = [
         f"{row}{texts.get(int(row), '')} ({cosine:.2f})" if np.isfinite(cosine) else "none"
         for row, cosine in zip(ids, cosines, strict=True)
     ]
-    more = f" and {len(named) - _SHOWN} more" * (len(named) > _SHOWN)
-    return f"nearest tokens of the base (cosine): {', '.join(named[:_SHOWN])}{more}"
+    remark = f" and {len(tokens) - _MAX_LISTED} more" * (len(tokens) > _MAX_LISTED)
+    return f"nearest tokens of the base (cosine): {', '.join(tokens[:_MAX_LISTED])}{remark}"
 
 
 def nearest_rows(
@@ -61,9 +61,9 @@ def nearest_rows(
             block = as_float64(table[first : first + step].read())
             cosines = unit @ (block / np.linalg.norm(block, axis=1, keepdims=True)).T
             cosines = np.where(np.isfinite(cosines), cosines, -np.inf)
-            found = cosines.argmax(axis=1)
-            values = np.take_along_axis(cosines, found[:, None], 1)[:, 0]
-            rows, best = np.where(values > best, first + found, rows), np.maximum(best, values)
+            nearest = cosines.argmax(axis=1)
+            values = np.take_along_axis(cosines, nearest[:, None], 1)[:, 0]
+            rows, best = np.where(values > best, first + nearest, rows), np.maximum(best, values)
     return rows, best
 
 
@@ -74,7 +74,6 @@ def _texts(base: PretrainedWeights) -> dict[int, str]:
         vocabulary: Any = read_json(file, _Tokenizer).model.vocab
     except (OSError, ValueError):
         return {}
-    ids = (
-        vocabulary.items() if isinstance(vocabulary, dict) else ((each[0], row) for row, each in enumerate(vocabulary))
-    )
-    return {row: f" {printable(repr(text))}" for text, row in ids}
+    if isinstance(vocabulary, list):
+        vocabulary = {text: row for row, (text, _) in enumerate(vocabulary)}
+    return {row: f" {printable(repr(text))}" for text, row in vocabulary.items()}

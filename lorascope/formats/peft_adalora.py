@@ -58,18 +58,18 @@ def read_adalora(
 ) -> AdapterFiles:
     """Read the modules of an opened AdaLoRA folder."""
     settings = to_typed(config, AdaLoraConfig, path / CONFIG)
-    found, others = lora_factors(path, files, ("A", "B", "E"))
+    module_factors, other_names = lora_factors(path, files, ("A", "B", "E"))
     alpha = settings.lora_alpha if settings.lora_alpha > 0 else settings.init_r
     scale = alpha / (settings.init_r + 1e-5)
-    kept = {name.removesuffix(".lora_E"): sum(mask) for name, mask in (settings.rank_pattern or {}).items()}
-    parts = {}
-    for module, factors in found.items():
-        check_rank(path, module, factors, kept.get(module, settings.init_r))
+    component_counts = {name.removesuffix(".lora_E"): sum(mask) for name, mask in (settings.rank_pattern or {}).items()}
+    updates = {}
+    for module, factors in module_factors.items():
+        check_rank(path, module, factors, component_counts.get(module, settings.init_r))
         A, B, E = (factors[name] for name in "ABE")
         if math.prod(E.shape) != A.shape[0]:
             raise unreadable(path, f"lora_E of {printable(module)} must have {A.shape[0]} values, got shape {E.shape}")
         transposed = is_transposed(A, settings.fan_in_fan_out)
-        parts[module] = AdaPart(B, A, scale, transposed, E, int(np.count_nonzero(E.read())))
-    if not any(part.used for part in parts.values()):
-        parts = {module: replace(part, used=part.A.shape[0]) for module, part in parts.items()}
-    return AdapterFiles(path, dict(config), parts, others, files, "AdaLoRA")
+        updates[module] = AdaPart(B, A, scale, transposed, E, int(np.count_nonzero(E.read())))
+    if not any(update.used for update in updates.values()):
+        updates = {module: replace(update, used=update.A.shape[0]) for module, update in updates.items()}
+    return AdapterFiles(path, dict(config), updates, other_names, files, "AdaLoRA")

@@ -62,32 +62,32 @@ def read_bdlora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened BD-LoRA folder."""
-    found, others = lora_factors(path, files, ("A", "B"))
+    module_factors, other_names = lora_factors(path, files, ("A", "B"))
     settings, blocks = RanksAndScales(path / CONFIG, config), to_typed(config, BlockConfig, path / CONFIG).use_bdlora
-    parts = {}
-    for module, factors in found.items():
+    updates = {}
+    for module, factors in module_factors.items():
         count_a, count_b = (
             blocks.nblocks if any(part in module for part in listed or ()) else 1
             for listed in (blocks.target_modules_bd_a, blocks.target_modules_bd_b)
         )
         A, B, rank = factors["A"], factors["B"], settings.rank(module)
-        whole = A.shape[0] % count_a == 0 and B.shape[0] % count_b == 0
-        if not whole or (A.shape[0], B.shape[1] * count_b) != (rank, rank):
+        divisible = A.shape[0] % count_a == 0 and B.shape[0] % count_b == 0
+        if not divisible or (A.shape[0], B.shape[1] * count_b) != (rank, rank):
             must = f"factors of {printable(module)} must have rank {rank} and {blocks.nblocks} blocks ({CONFIG})"
             raise unreadable(path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
         for name, factor, count in (("A", A, count_a), ("B", B, count_b)):
             require_factor_shape(path, f"lora_{name} of {module}", (factor.shape[0], factor.shape[1] * count))
-        parts[module] = BlockPart(B, A, settings.scale(module), False, count_a, count_b)
-    base = stacked_base(path, config, found, base)
-    return complete_lora(AdapterFiles(path, dict(config), parts, others, files, "BD-LoRA", base=base))
+        updates[module] = BlockPart(B, A, settings.scale(module), False, count_a, count_b)
+    base = stacked_base(path, config, module_factors, base)
+    return complete_lora(AdapterFiles(path, dict(config), updates, other_names, files, "BD-LoRA", base=base))
 
 
 def _block_diagonal(stored: StoredTensor, blocks: int) -> Float[np.ndarray, "rows columns"]:
     """Load a factor and move its row blocks to the diagonal."""
     packed = stored.read()
     rows, width = packed.shape
-    whole = np.zeros((rows, width * blocks), packed.dtype)
+    matrix = np.zeros((rows, width * blocks), packed.dtype)
     for number, block in enumerate(np.split(packed, blocks)):
         place = number * len(block), number * width
-        whole[place[0] : place[0] + len(block), place[1] : place[1] + width] = block
-    return whole
+        matrix[place[0] : place[0] + len(block), place[1] : place[1] + width] = block
+    return matrix

@@ -55,13 +55,13 @@ def read_dora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened DoRA folder."""
-    found, others = lora_factors(path, files, ("A", "B", "magnitude_vector"))
-    base, parts = stacked_base(path, config, found, base), {}
-    for module, plain in lora_parts(path, config, found).items():
-        magnitude, outer = found[module]["magnitude_vector"], plain.shape[0]
+    module_factors, other_names = lora_factors(path, files, ("A", "B", "magnitude_vector"))
+    base, updates = stacked_base(path, config, module_factors, base), {}
+    for module, plain in lora_parts(path, config, module_factors).items():
+        magnitude, outer = module_factors[module]["magnitude_vector"], plain.shape[0]
         if math.prod(magnitude.shape) != outer:
             must = f"lora_magnitude_vector of {printable(module)} must have {outer} values (outputs)"
             raise unreadable(path, f"{must}, got shape {magnitude.shape}")
         weights = base if base is not None and base.has_weight(module) else None
-        parts[module] = DoraPart(**vars(plain), magnitude=magnitude, module=module, base=weights)
-    return complete_lora(AdapterFiles(path, dict(config), parts, others, files, "DoRA", base=base))
+        updates[module] = DoraPart(**vars(plain), magnitude=magnitude, module=module, base=weights)
+    return complete_lora(AdapterFiles(path, dict(config), updates, other_names, files, "DoRA", base=base))

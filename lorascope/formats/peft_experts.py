@@ -77,10 +77,10 @@ class ExpertPart(StoredLoRA):
 
     def factors(self) -> dict[str, Any]:
         """Load the factors of this expert."""
-        own = slice(self.expert * self.rank, (self.expert + 1) * self.rank)
-        columns = own if self.grouped else slice(self.expert, None, self.experts)
+        components = slice(self.expert * self.rank, (self.expert + 1) * self.rank)
+        columns = components if self.grouped else slice(self.expert, None, self.experts)
         B = self.B.file.unread(self.B.name)[:, columns].read()
-        return {"A": self.A.file.unread(self.A.name)[own].read(), "B": np.ascontiguousarray(B)}
+        return {"A": self.A.file.unread(self.A.name)[components].read(), "B": np.ascontiguousarray(B)}
 
 
 @reads(
@@ -92,40 +92,49 @@ def read_experts(
 ) -> AdapterFiles:
     """Read the modules of an opened folder: one per expert, and the modules that are adapted as a whole."""
     own = to_typed(config, ExpertsConfig, path / CONFIG)
-    found, others = lora_factors(path, files, ("A", "B"))
-    settings = RanksAndScales(path / CONFIG, config)
-    wrapped = dict(_parameters(path, own.target_parameters, found, settings))
-    plain = lora_parts(path, config, {module: found[module] for module in found if module not in wrapped})
-    parts: dict[str, StoredLoRA] = dict(plain)
+    module_factors, other_names = lora_factors(path, files, ("A", "B"))
+    ranks = RanksAndScales(path / CONFIG, config)
+    wrapped = dict(_parameters(path, own.target_parameters, module_factors, ranks))
+    plain = lora_parts(
+        path, config, {module: module_factors[module] for module in module_factors if module not in wrapped}
+    )
+    updates: dict[str, StoredLoRA] = dict(plain)
     for module, parameter in wrapped.items():
-        parts |= _expert_parts(path, parameter, found[module], settings)
-    notes = tuple(_expert_notes(path, config, own, parts))
-    configured = {name: part.parameter for name, part in parts.items() if isinstance(part, ExpertPart)}
-    base = stacked_base(path, config, (*parts, *configured.values()), base)
+        updates |= _expert_parts(path, parameter, module_factors[module], ranks)
+    notes = tuple(_expert_notes(path, config, own, updates))
+    configured = {name: update.parameter for name, update in updates.items() if isinstance(update, ExpertPart)}
+    base = stacked_base(path, config, (*updates, *configured.values()), base)
     if base is not None:
-        experts = {name: part for name, part in parts.items() if isinstance(part, ExpertPart) and part.experts > 1}
-        base = ExpertWeights(base, {name: (part.parameter, part.expert) for name, part in experts.items()})
-    return complete_lora(AdapterFiles(path, config, parts, others, files, "LoRA", False, notes, configured, base))
+        experts = {
+            name: update for name, update in updates.items() if isinstance(update, ExpertPart) and update.experts > 1
+        }
+        base = ExpertWeights(base, {name: (update.parameter, update.expert) for name, update in experts.items()})
+    return complete_lora(
+        AdapterFiles(path, config, updates, other_names, files, "LoRA", False, notes, configured, base)
+    )
 
 
 def _parameters(
-    path: Path, targets: Collection[str], found: Mapping[str, Mapping[str, StoredTensor]], settings: RanksAndScales
+    path: Path,
+    targets: Collection[str],
+    module_factors: Mapping[str, Mapping[str, StoredTensor]],
+    settings: RanksAndScales,
 ) -> Iterator[tuple[str, str]]:
     """Yield (module with ``base_layer``, full name of its parameter) of the factors that adapt a parameter."""
     nests: dict[str, list[str]] = {}
-    for module in found:
+    for module in module_factors:
         nests.setdefault(_NESTED.sub("", module), []).append(module)
     for module, nest in nests.items():
         names = {target.rpartition(".")[2] for target in targets if _is_target(module, target)}
         if not names:
             # A target without a dot may be a parameter of any module.
-            several = len(nest) > 1 or found[module]["A"].shape[0] > settings.rank(module)
-            names = {target for target in targets if several and "." not in target}
+            is_parameter = len(nest) > 1 or module_factors[module]["A"].shape[0] > settings.rank(module)
+            names = {target for target in targets if is_parameter and "." not in target}
         if not names:
             continue
         if len(names) != len(nest):
-            listed = ", ".join(sorted(map(printable, names)))
-            must = f"{printable(module)} must have factors of each target parameter ({listed})"
+            parameters = ", ".join(sorted(map(printable, names)))
+            must = f"{printable(module)} must have factors of each target parameter ({parameters})"
             raise unreadable(path, f"{must}, got {len(nest)}")
         ordered = sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
         inner_first = sorted(nest, key=len, reverse=True)
@@ -154,36 +163,38 @@ def _expert_parts(
         raise unreadable(path, f"{printable(parameter)} must have <= {_MAX_EXPERTS} experts, got {experts}")
     if experts == 1:
         return {parameter.removesuffix(".weight"): ExpertPart(B, A, scale, False, parameter, 0, 1)}
-    parts = (ExpertPart(B, A, scale, False, parameter, expert, experts, _is_grouped()) for expert in range(experts))
-    return {f"{above}.{expert}.{leaf}": part for expert, part in enumerate(parts)}
+    updates = (ExpertPart(B, A, scale, False, parameter, expert, experts, _is_grouped()) for expert in range(experts))
+    return {f"{above}.{expert}.{leaf}": update for expert, update in enumerate(updates)}
 
 
 def _expert_notes(
-    path: Path, config: Mapping[str, Any], own: ExpertsConfig, parts: Mapping[str, StoredLoRA]
+    path: Path, config: Mapping[str, Any], settings: ExpertsConfig, updates: Mapping[str, StoredLoRA]
 ) -> Iterator[str]:
     """Yield cautions about experts whose orientation, order or parameter is not known from the files."""
-    known = {part.parameter: part for part in parts.values() if isinstance(part, ExpertPart) and part.experts > 1}
-    square = [name for name, part in known.items() if part.shape[0] == part.shape[1]]
-    version = re.match(r"(\d+)\.(\d+)", own.peft_version or "")
+    experts = {
+        update.parameter: update for update in updates.values() if isinstance(update, ExpertPart) and update.experts > 1
+    }
+    square = [name for name, update in experts.items() if update.shape[0] == update.shape[1]]
+    version = re.match(r"(\d+)\.(\d+)", settings.peft_version or "")
     if square and (version is None or (int(version[1]), int(version[2])) < _ORIENTED):
-        listed = f"{printable(square[0])}{f' and {len(square) - 1} more' * (len(square) > 1)}"
+        subject = f"{printable(square[0])}{f' and {len(square) - 1} more' * (len(square) > 1)}"
         yield (
-            f"square experts saved by PEFT < 0.19 ({listed}): the update is B A or its transpose, which the files do "
+            f"square experts saved by PEFT < 0.19 ({subject}): the update is B A or its transpose, which the files do "
             "not show. PEFT >= 0.19 loads B A for (out, in) experts, although it was trained as the transpose"
         )
     modules: dict[str, set[str]] = {}
-    for name in known:
+    for name in experts:
         modules.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
     if unknown := [module for module, names in modules.items() if len(names) > 1 and not names <= {*_ORDER}]:
         yield (
             f"the order of the parameters {', '.join(sorted(map(printable, modules[unknown[0]])))} is not known: their "
             "updates may be exchanged"
         )
-    if known and _names_unsloth(path, config):
-        chosen = "by expert" if _is_grouped() else f"in PEFT's order ({LAYOUT}={GROUPED} selects the other)"
+    if experts and _names_unsloth(path, config):
+        order = "by expert" if _is_grouped() else f"in PEFT's order ({LAYOUT}={GROUPED} selects the other)"
         yield (
             "Unsloth is named in the files: before its fix of September 2026 it ordered the columns of lora_B by "
-            f"expert, which no file shows. They are read {chosen}"
+            f"expert, which no file shows. They are read {order}"
         )
 
 

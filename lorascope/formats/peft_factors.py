@@ -106,12 +106,12 @@ def peft_factors(
     """
     alternatives = "|".join(map(re.escape, names))
     pattern = rf"(?s)(?P<module>.+)\.(?P<factor>{alternatives})(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
-    found, others = group_factors(files, re.compile(pattern))
-    if not found:
-        first = others[0] if others else "no tensor"
-        listed = ", ".join(name for name in names if INDICES not in name)
-        raise unreadable(path, f"weights must include one of {listed}, got {printable(first)}")
-    return found, others
+    module_factors, other_names = group_factors(files, re.compile(pattern))
+    if not module_factors:
+        first = other_names[0] if other_names else "no tensor"
+        known_names = ", ".join(name for name in names if INDICES not in name)
+        raise unreadable(path, f"weights must include one of {known_names}, got {printable(first)}")
+    return module_factors, other_names
 
 
 def shared_factor(path: Path, files: Iterable[TensorFile], name: str) -> StoredTensor:
@@ -166,11 +166,11 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
 
 def require_base(path: Path, config: Mapping[str, Any], base: PretrainedWeights | None, kind: str) -> PretrainedWeights:
     """Return the base of an adapter that rescales or rotates its weights: the given one, else the one that it names."""
-    found = base or named_base(config)
-    if found is None:
+    weights = base or named_base(config)
+    if weights is None:
         name = printable(config.get("base_model_name_or_path") or "unnamed")
         raise unreadable(path, f"{kind} changes the weights of its base, {name}: pass the base model, --base DIR")
-    return found
+    return weights
 
 
 def check_fit(path: Path, module: str, shape: tuple[int, int], base: tuple[int, int]) -> None:

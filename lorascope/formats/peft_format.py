@@ -222,13 +222,15 @@ class PeftFormat(msgspec.Struct, frozen=True):
         if self.needs != "files":
             find_base = require_base if self.needs == "base" else base_with_shapes
             weights = find_base(path, config, base, self.kind)
-        found, others = peft_factors(path, files, self.tensors)
+        module_tensors, other_names = peft_factors(path, files, self.tensors)
         if weights is not None:
-            shapes = {name: weights.shape(name, self._is_transposed(tensors)) for name, tensors in found.items()}
+            shapes = {
+                name: weights.shape(name, self._is_transposed(tensors)) for name, tensors in module_tensors.items()
+            }
         shared = {name: shared_factor(path, files, name) for name in self.shared_tensors()}
         common = check_shapes(path, "all modules", shared, self.shared_tensors(), **self.sizes(shapes.values()))
-        settings_of, parts = self.of_module(path / CONFIG), {}
-        for name, tensors in found.items():
+        settings_of, updates = self.of_module(path / CONFIG), {}
+        for name, tensors in module_tensors.items():
             settings, base_shape = settings_of(name), shapes.get(name, (0, 0))
             known = common | settings.sizes(shapes.values())
             sizes = check_shapes(path, name, tensors, settings.required(tensors, base_shape), **known)
@@ -237,13 +239,13 @@ class PeftFormat(msgspec.Struct, frozen=True):
                 check_fit(path, name, settings.shape(sizes), base_shape)
             module = PeftModule(path, name, tensors, shared, sizes, base_shape, self._is_transposed(tensors), weights)
             settings.check(module)
-            parts[name] = settings.stored_update(module)
+            updates[name] = settings.stored_update(module)
         trained = [math.prod(stored_shape(shared[name])) for name in shared.keys() - set(self.frozen)]
         return AdapterFiles(
             path,
             dict(config),
-            parts,
-            tuple(name for name in others if not name.endswith(tuple(self.shared))),
+            updates,
+            tuple(name for name in other_names if not name.endswith(tuple(self.shared))),
             files,
             self.kind,
             needs_base=weights is not None and named_base(config) is None,

@@ -79,23 +79,23 @@ def read_fourier(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened FourierFT folder."""
-    found, others = group_factors(files, _FACTOR)
-    if not found:
-        first = others[0] if others else "no tensor"
+    module_factors, other_names = group_factors(files, _FACTOR)
+    if not module_factors:
+        first = other_names[0] if other_names else "no tensor"
         raise unreadable(path, f"FOURIERFT weights must include fourierft_spectrum, got {printable(first)}")
     shapes = base_with_shapes(path, config, base, "FourierFT")
     settings = to_typed(config, FourierConfig, path / CONFIG)
     count_of = per_module(path / CONFIG, "n_frequency_pattern", settings.n_frequency, settings.n_frequency_pattern)
-    seed, transposed, parts = entry_seed(config), bool(settings.fan_in_fan_out), {}
-    for module, factors in found.items():
+    seed, transposed, updates = entry_seed(config), bool(settings.fan_in_fan_out), {}
+    for module, factors in module_factors.items():
         stored, n, name = factors["fourierft_spectrum"], count_of(module), printable(module)
         if stored.shape != (n, 1):
             raise unreadable(path, f"{name} must have {n} coefficients ({CONFIG}), got {stored.shape[0]}")
         outer, inner = sides = shapes.shape(module, transposed)
         if n > outer * inner:
             raise unreadable(path, f"{name} must have <= {outer} x {inner} coefficients (its base), got {n}")
-        parts[module] = FourierPart(stored, sides, settings.scaling, transposed, seed)
-    return AdapterFiles(path, dict(config), parts, others, files, "FourierFT", named_base(config) is None)
+        updates[module] = FourierPart(stored, sides, settings.scaling, transposed, seed)
+    return AdapterFiles(path, dict(config), updates, other_names, files, "FourierFT", named_base(config) is None)
 
 
 def entry_seed(config: Mapping[str, Any]) -> int:

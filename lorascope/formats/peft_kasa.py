@@ -62,18 +62,18 @@ def read_kasa(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened KaSA folder."""
-    found, others = lora_factors(path, files, ("A", "B", "diag"))
-    base, parts = stacked_base(path, config, found, base), {}
-    for module, plain in lora_parts(path, config, found).items():
-        diagonal = found[module]["diag"]
+    module_factors, other_names = lora_factors(path, files, ("A", "B", "diag"))
+    base, updates = stacked_base(path, config, module_factors, base), {}
+    for module, plain in lora_parts(path, config, module_factors).items():
+        diagonal = module_factors[module]["diag"]
         if diagonal.shape != (plain.rank, 1):
             must = f"lora_diag of {printable(module)} must have {plain.rank} values"
             raise unreadable(path, f"{must}, got shape {diagonal.shape}")
         weights = base if base is not None and base.has_weight(module) else None
         if plain.scale == 0 and weights is not None:
             raise unreadable(path, f"lora_alpha of {printable(module)} must not be 0")
-        parts[module] = KasaPart(**vars(plain), diagonal=diagonal, module=module, base=weights)
-    known = all(part.base is not None for part in parts.values())
+        updates[module] = KasaPart(**vars(plain), diagonal=diagonal, module=module, base=weights)
+    known = all(update.base is not None for update in updates.values())
     unknown = "KaSA: PEFT also removes the smallest singular components of each base weight while loading; |dW| is the "
     notes = () if known else (f"{unknown}norm of the trained product only; add --base DIR for the whole update",)
-    return complete_lora(AdapterFiles(path, dict(config), parts, others, files, "KaSA", notes=notes, base=base))
+    return complete_lora(AdapterFiles(path, dict(config), updates, other_names, files, "KaSA", notes=notes, base=base))

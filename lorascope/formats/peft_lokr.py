@@ -43,10 +43,10 @@ class LoKr(PeftFormat, frozen=True):
         return kronecker_shapes(names)
 
     def stored_update(self, module: PeftModule) -> StoredFactors:
-        part, w2 = kronecker_part(module.tensors, module.sizes, self.scale), module.tensors.get("lokr_w2")
+        update, w2 = kronecker_part(module.tensors, module.sizes, self.scale), module.tensors.get("lokr_w2")
         if w2 is None or len(stored_shape(w2)) != 3:
-            return part
-        return replace(part, build=partial(_misaligned, self.scale), components=min(part.sides), thin=False)
+            return update
+        return replace(update, build=partial(_misaligned, self.scale), components=min(update.sides), thin=False)
 
 
 def kronecker_shapes(names: Collection[str]) -> dict[str, str]:

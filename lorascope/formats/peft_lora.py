@@ -105,51 +105,51 @@ def group_factors(
     that is not stored as floats, or as integers if it is named ``indices``, or does not have the shape of one raises a
     ValueError.
     """
-    found: dict[str, dict[str, StoredTensor]] = {}
-    others = []
+    module_factors: dict[str, dict[str, StoredTensor]] = {}
+    other_names = []
     for file in files:
         for name in file:
             match = pattern.fullmatch(name.removeprefix(PREFIX))
             if match is None:
-                others.append(name.removeprefix(PREFIX))
+                other_names.append(name.removeprefix(PREFIX))
             else:
                 dtypes = INDEX_DTYPES if INDICES in match["factor"] else FLOATS
-                add_factor(found, match, float_factor(file, name, dtypes))
-    ordered = sorted(found, key=lambda module: position(*parse(module)))
-    return {module: found[module] for module in ordered}, tuple(others)
+                add_factor(module_factors, match, float_factor(file, name, dtypes))
+    ordered = sorted(module_factors, key=lambda module: position(*parse(module)))
+    return {module: module_factors[module] for module in ordered}, tuple(other_names)
 
 
-def add_factor(found: dict[str, dict[str, StoredTensor]], match: re.Match[str], tensor: StoredTensor) -> None:
+def add_factor(module_factors: dict[str, dict[str, StoredTensor]], match: re.Match[str], tensor: StoredTensor) -> None:
     """Add a factor to its module; raise a ValueError if the module has it already, under another name."""
-    factors = found.setdefault(match["module"], {})
+    factors = module_factors.setdefault(match["module"], {})
     if match["factor"] in factors:
-        names = " and ".join(printable(each.name) for each in (factors[match["factor"]], tensor))
+        names = " and ".join(printable(factor.name) for factor in (factors[match["factor"]], tensor))
         raise unreadable(tensor.file.path, f"two tensors are the same factor: {names}")
     factors[match["factor"]] = tensor
 
 
 def lora_factors(
-    path: Path, files: Iterable[TensorFile], wanted: Sequence[str]
+    path: Path, files: Iterable[TensorFile], expected: Sequence[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
-    """Group LoRA factors by module; a ValueError reports a module without exactly those in ``wanted``."""
-    found, others = group_factors(files, _FACTOR)
-    kept = (name for name in others if not UNUSED.search(name))
-    foreign = next((name for name in kept if re.search(r"\.lora_(?!B\.bias$)", name)), None)
+    """Group LoRA factors by module; a ValueError reports a module without exactly those in ``expected``."""
+    module_factors, other_names = group_factors(files, _FACTOR)
+    used_names = (name for name in other_names if not UNUSED.search(name))
+    foreign = next((name for name in used_names if re.search(r"\.lora_(?!B\.bias$)", name)), None)
     if foreign is not None:
         raise unreadable(path, f"variant of LoRA not supported, with {printable(foreign)}")
-    if not found:
-        first = others[0] if others else "no tensor"
+    if not module_factors:
+        first = other_names[0] if other_names else "no tensor"
         raise unreadable(path, f"weights must include lora_A and lora_B, got {printable(first)}")
-    for module, factors in found.items():
-        lacking = next((name for name in wanted if name not in factors), None)
-        if lacking is not None:
+    for module, factors in module_factors.items():
+        missing = next((name for name in expected if name not in factors), None)
+        if missing is not None:
             present = " and ".join(f"lora_{name}" for name in factors)
-            raise unreadable(path, f"{printable(module)} has {present} but no lora_{lacking}")
-        extra = next((name for name in factors if name not in wanted), None)
+            raise unreadable(path, f"{printable(module)} has {present} but no lora_{missing}")
+        extra = next((name for name in factors if name not in expected), None)
         if extra is not None:
             option = {"magnitude_vector": "use_dora", "E": "peft_type ADALORA", "diag": "kasa_config"}[extra]
             raise unreadable(path, f"{printable(module)} has lora_{extra}, but {CONFIG} lacks {option}")
-    return found, others
+    return module_factors, other_names
 
 
 def is_lora(config: Mapping[str, Any], names: Collection[str]) -> bool:
@@ -166,9 +166,11 @@ def read_adapter(
     path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened LoRA folder."""
-    found, others = lora_factors(path, files, ("A", "B"))
-    base = stacked_base(path, config, found, base)
-    return complete_lora(AdapterFiles(path, config, lora_parts(path, config, found), others, files, base=base))
+    module_factors, other_names = lora_factors(path, files, ("A", "B"))
+    base = stacked_base(path, config, module_factors, base)
+    return complete_lora(
+        AdapterFiles(path, config, lora_parts(path, config, module_factors), other_names, files, base=base)
+    )
 
 
 class RanksAndScales:
@@ -192,26 +194,26 @@ class RanksAndScales:
 
 
 def lora_parts(
-    path: Path, config: Mapping[str, Any], found: Mapping[str, Mapping[str, StoredTensor]]
+    path: Path, config: Mapping[str, Any], module_factors: Mapping[str, Mapping[str, StoredTensor]]
 ) -> dict[str, StoredLoRA]:
     """Return the update scale * B @ A of every module, with the ranks and scales of the configuration."""
-    settings, parts = RanksAndScales(path / CONFIG, config), {}
-    for module, factors in found.items():
+    settings, updates = RanksAndScales(path / CONFIG, config), {}
+    for module, factors in module_factors.items():
         check_rank(path, module, factors, settings.rank(module))
         A = factors["A"]
         transposed = is_transposed(A, settings.settings.fan_in_fan_out)
-        parts[module] = StoredLoRA(factors["B"], A, settings.scale(module), transposed)
-    return parts
+        updates[module] = StoredLoRA(factors["B"], A, settings.scale(module), transposed)
+    return updates
 
 
 def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], rank: int) -> None:
     """Raise a ValueError if the rank of the factors differs from the configuration."""
-    found = factors["A"].shape[0], factors["B"].shape[1]
-    if found == (0, 0) and rank:  # AdaLoRA may remove all components of a module
+    ranks = factors["A"].shape[0], factors["B"].shape[1]
+    if ranks == (0, 0) and rank:  # AdaLoRA may remove all components of a module
         raise unreadable(path, f"{printable(module)} is empty: it was saved under ZeRO-3 or FSDP without gathering")
-    if found != (rank, rank):
+    if ranks != (rank, rank):
         must = f"factors of {printable(module)} must have rank {rank} ({CONFIG})"
-        raise unreadable(path, f"{must}, got {found[0]} and {found[1]}")
+        raise unreadable(path, f"{must}, got {ranks[0]} and {ranks[1]}")
 
 
 def is_transposed(A: StoredTensor, fan_in_fan_out: bool | None) -> bool:

@@ -90,18 +90,18 @@ def read_merged(
     # Importing it imports torch, which no other reader does.
     merge = importlib.import_module("lorascope.adapters.peft_merged_updates").merged_updates
     try:
-        found, used = merge(
+        matrices, used = merge(
             folder, weights.folder, (settings.auto_mapping or {}).get("base_model_class"), settings.task_type
         )
     except Exception as error:  # SafetensorError and re.error are not ValueErrors, and PEFT may raise any other
         reason = printable(" ".join(str(error).split())[:300])
         raise unreadable(path, f"PEFT cannot merge it into {printable(weights.folder)}: {reason}") from error
-    parts = {}
-    for module in sorted(found, key=lambda module: position(*parse(module))):
-        own = tuple(tensor for tensor in tensors if tensor.name.startswith(f"{PREFIX}{module}."))
-        matrix, transposed = found[module]
-        parts[module] = MergedPart(matrix, transposed, own or tuple(tensors))
-    others = [name for file in files for name in file if name not in used]
-    if foreign := next((name for name in others if name.startswith(PREFIX)), None):
+    updates = {}
+    for module in sorted(matrices, key=lambda module: position(*parse(module))):
+        module_tensors = tuple(tensor for tensor in tensors if tensor.name.startswith(f"{PREFIX}{module}."))
+        matrix, transposed = matrices[module]
+        updates[module] = MergedPart(matrix, transposed, module_tensors or tuple(tensors))
+    other_names = [name for file in files for name in file if name not in used]
+    if foreign := next((name for name in other_names if name.startswith(PREFIX)), None):
         raise unreadable(path, f"PEFT finds no module for {printable(foreign)} in {printable(weights.folder)}")
-    return AdapterFiles(path, dict(config), parts, tuple(others), files, kind, named_base(config) is None)
+    return AdapterFiles(path, dict(config), updates, tuple(other_names), files, kind, named_base(config) is None)

@@ -61,43 +61,43 @@ def stacked_base(
 
 def complete_lora(files: AdapterFiles) -> AdapterFiles:
     """Return a LoRA with the names and cautions that follow from its modules and its configuration."""
-    parts, configured = _attention_parts(files.parts)
+    updates, configured = _attention_parts(files.parts)
     notes = list(_configured_notes(files.config))
     if configured:
         notes.append("nn.MultiheadAttention: PEFT 0.21 adds the update of out_proj twice, which |dW| includes")
-    for embedding, head in _tied_heads(parts):
-        del parts[head]
+    for embedding, head in _tied_heads(updates):
+        del updates[head]
         configured[head] = head
-        one = f"{printable(head)} is tied to {printable(embedding)}: their update is one, and is counted once"
-        notes.append(f"{one}. PEFT 0.21 adds it twice when it merges the adapter")
+        tie = f"{printable(head)} is tied to {printable(embedding)}: their update is one, and is counted once"
+        notes.append(f"{tie}. PEFT 0.21 adds it twice when it merges the adapter")
     if stack := _layer_stack(files.path, files.config):
-        listed = f"{', '.join(map(str, stack[:16]))}{', ...' * (len(stack) > 16)}"
-        copies = f"layer_replication: layers are positions in a stack of {len(stack)} copies of base layers ({listed})"
+        layers = f"{', '.join(map(str, stack[:16]))}{', ...' * (len(stack) > 16)}"
+        copies = f"layer_replication: layers are positions in a stack of {len(stack)} copies of base layers ({layers})"
         notes.append(f"{copies}. Copies share their base weight, so the adapter cannot be merged")
     notes += files.notes
-    return replace(files, parts=parts, notes=tuple(notes), configured={**files.configured, **configured})
+    return replace(files, parts=updates, notes=tuple(notes), configured={**files.configured, **configured})
 
 
-def _attention_parts(parts: Mapping[str, StoredUpdate]) -> tuple[dict[str, StoredUpdate], dict[str, str]]:
+def _attention_parts(updates: Mapping[str, StoredUpdate]) -> tuple[dict[str, StoredUpdate], dict[str, str]]:
     """Return the updates with the names of attention projections, and the configured modules of these names."""
-    attention = {name.removesuffix(OUT_PROJ) for name in parts if name.endswith(OUT_PROJ)}
+    attention = {name.removesuffix(OUT_PROJ) for name in updates if name.endswith(OUT_PROJ)}
     names = {module: f"{module}.in_proj" for module in attention}
     names |= {f"{module}{OUT_PROJ}": f"{module}.out_proj" for module in attention}
-    renamed = {names.get(name, name): part for name, part in parts.items()}
+    renamed = {names.get(name, name): update for name, update in updates.items()}
     ordered = sorted(renamed, key=lambda name: position(*parse(name)))
     configured = {name: stored.removesuffix(OUT_PROJ) for stored, name in names.items()}
     return {name: renamed[name] for name in ordered}, configured
 
 
-def _tied_heads(parts: Mapping[str, StoredUpdate]) -> Iterator[tuple[str, str]]:
+def _tied_heads(updates: Mapping[str, StoredUpdate]) -> Iterator[tuple[str, str]]:
     """Yield pairs of an embedding and a head with the same update, transposed."""
-    plain = {name: part for name, part in parts.items() if type(part) is StoredLoRA}
-    embeddings = {name: part for name, part in plain.items() if ".lora_embedding_" in part.A.name}
+    plain = {name: update for name, update in updates.items() if type(update) is StoredLoRA}
+    embeddings = {name: update for name, update in plain.items() if ".lora_embedding_" in update.A.name}
     for embedding, table in embeddings.items():
-        for head, part in plain.items():
-            if part.shape != table.shape[::-1] or head in embeddings or part.scale != table.scale:
+        for head, update in plain.items():
+            if update.shape != table.shape[::-1] or head in embeddings or update.scale != table.scale:
                 continue
-            if np.array_equal(part.A.read(), table.B.read().T) and np.array_equal(part.B.read(), table.A.read().T):
+            if np.array_equal(update.A.read(), table.B.read().T) and np.array_equal(update.B.read(), table.A.read().T):
                 yield embedding, head
 
 

@@ -17,7 +17,7 @@ from lorascope.formats.readers import says, unread
 from lorascope.formats.stored_update import PREFIX
 from lorascope.updates.linalg import as_float64
 
-_WHY = {
+_REASONS = {
     "Arrow": "a router mixes task adapters per token; inspect those adapters instead",
     "LILY": "a router mixes experts per input",
     "POLY": "a router mixes skills per task",
@@ -27,7 +27,7 @@ _WHY = {
 _MODULE = re.compile(r"(?s)(.+)\.(?:lily|poly)_.+")
 
 
-@says(lambda config, names: peft_kind(config) in _WHY, f"{', '.join(_WHY)} (PEFT)")
+@says(lambda config, names: peft_kind(config) in _REASONS, f"{', '.join(_REASONS)} (PEFT)")
 def describe_routing(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> str:
@@ -36,7 +36,7 @@ def describe_routing(
     names = [name.removeprefix(PREFIX) for file in files for name in file]
     modules = {match[1] for name in names if (match := _MODULE.fullmatch(name))}
     where = f"{len(modules)} modules, " if modules else ""
-    return f"{kind} has no single update per weight: {_WHY[kind]} ({where}{len(names)} tensors)"
+    return f"{kind} has no single update per weight: {_REASONS[kind]} ({where}{len(names)} tensors)"
 
 
 @says(lambda config, names: peft_kind(config) == "BEFT", "BEFT (PEFT)")
@@ -44,8 +44,8 @@ def describe_biases(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> str:
     """Return the number of changed biases and the norms of their changes."""
-    found, others = peft_factors(path, files, ["beft_bias"])
-    stored = [factors["beft_bias"] for factors in found.values()]
-    norms = [float(np.linalg.norm(as_float64(bias.read()))) for bias in stored]
+    module_factors, other_names = peft_factors(path, files, ["beft_bias"])
+    biases = [factors["beft_bias"] for factors in module_factors.values()]
+    norms = [float(np.linalg.norm(as_float64(bias.read()))) for bias in biases]
     span = f"norms {min(norms):.4g} to {max(norms):.4g}"
-    return f"BEFT changes no weights: it adds to the biases of {len(found)} modules, with {span}{unread(others)}"
+    return f"BEFT changes no weights: it adds to the biases of {len(biases)} modules, with {span}{unread(other_names)}"

@@ -43,16 +43,18 @@ def describe_prompt(
 ) -> str:
     """Return the number of virtual tokens, their width and their norms; with a base, its nearest tokens."""
     kind = peft_kind(config)
-    found = [float_factor(file, name) for file in files for name in file if _PROMPT.fullmatch(name)]
-    shapes = [tensor.file.shape(tensor.name)[-2:] for tensor in found]
-    if not found or any(len(shape) < 2 or 0 in shape for shape in shapes):
+    prompts = [float_factor(file, name) for file in files for name in file if _PROMPT.fullmatch(name)]
+    shapes = [tensor.file.shape(tensor.name)[-2:] for tensor in prompts]
+    if not prompts or any(len(shape) < 2 or 0 in shape for shape in shapes):
         raise unreadable(path, f"{kind} weights must include prompt_embeddings (tokens, width)")
-    tokens = [as_float64(tensor.file[tensor.name]).reshape(-1, tensor.file.shape(tensor.name)[-1]) for tensor in found]
+    tokens = [
+        as_float64(tensor.file[tensor.name]).reshape(-1, tensor.file.shape(tensor.name)[-1]) for tensor in prompts
+    ]
     norms = np.concatenate([np.linalg.norm(rows, axis=1) for rows in tokens])
     count = f"{len(tokens[0])} virtual tokens" + (f" in each of {len(tokens)} layers" if len(tokens) > 1 else "")
     span = f"{norms.min():.4g} to {norms.max():.4g}, median {np.median(norms):.4g}"
     width = tokens[0].shape[1]
-    others = [name for file in files for name in file if not (_PROMPT.fullmatch(name) or _FACTORS.fullmatch(name))]
+    other_names = [name for file in files for name in file if not (_PROMPT.fullmatch(name) or _FACTORS.fullmatch(name))]
     trains = f"it trains {count} of width {width}, {_WHERE[kind]}, with norms {span}"
     nearest = f"; {describe_nearest(tokens[0], base)}" if base is not None and kind in _EMBEDDED else ""
-    return f"{kind} changes no weights: {trains}{nearest}{unread(others)}"
+    return f"{kind} changes no weights: {trains}{nearest}{unread(other_names)}"

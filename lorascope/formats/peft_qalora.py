@@ -60,16 +60,16 @@ def read_qalora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened QALoRA folder."""
-    found, others = lora_factors(path, files, ("A", "B"))
+    module_factors, other_names = lora_factors(path, files, ("A", "B"))
     settings, group = (
         RanksAndScales(path / CONFIG, config),
         to_typed(config, GroupConfig, path / CONFIG).qalora_group_size,
     )
-    parts = {}
-    for module, factors in found.items():
+    updates = {}
+    for module, factors in module_factors.items():
         check_rank(path, module, factors, settings.rank(module))
         A, B = factors["A"], factors["B"]
         require_factor_shape(path, f"lora_A of {module}", (A.shape[0], A.shape[1] * group))
-        parts[module] = GroupedPart(B, A, settings.scale(module) * A.shape[1] / group, False, group)
-    base = stacked_base(path, config, found, base)
-    return complete_lora(AdapterFiles(path, dict(config), parts, others, files, "QALoRA", base=base))
+        updates[module] = GroupedPart(B, A, settings.scale(module) * A.shape[1] / group, False, group)
+    base = stacked_base(path, config, module_factors, base)
+    return complete_lora(AdapterFiles(path, dict(config), updates, other_names, files, "QALoRA", base=base))

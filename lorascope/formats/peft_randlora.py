@@ -89,8 +89,8 @@ def draw_bases(settings: RandLoRA, smaller: int, larger: int) -> Bases:
     n = -(-smaller // rank)
     if settings.sparse or settings.very_sparse:
         fraction = 1 / (2 * (np.sqrt(smaller) if settings.very_sparse else 3))
-        drawn = [uniform(words, shape) for shape in ((rank, 1, smaller), (larger, n, rank))]
-        A, B = (np.greater(X, 1 - fraction).astype(np.float32) - np.less(X, fraction) for X in drawn)
+        signs = [uniform(words, shape) for shape in ((rank, 1, smaller), (larger, n, rank))]
+        A, B = (np.greater(X, 1 - fraction).astype(np.float32) - np.less(X, fraction) for X in signs)
         return A / A.std(ddof=1, dtype=np.float64), B / B.std(ddof=1, dtype=np.float64)
     A = _draw(words, (rank, 1, smaller))
     return _standardize(A), _standardize(np.concatenate([_draw(words, (larger, 1, rank)) for _ in range(n)], axis=1))
@@ -99,8 +99,8 @@ def draw_bases(settings: RandLoRA, smaller: int, larger: int) -> Bases:
 def _draw(words: np.random.RandomState, shape: tuple[int, int, int]) -> np.ndarray:
     """Draw one random factor in bfloat16, as PEFT does; devices without bfloat16 draw others, in float16."""
     bound = math.sqrt(3) * math.sqrt(2 / 6) / math.sqrt(shape[2])
-    drawn, largest = round_to_bfloat16(uniform(words, shape, bound)), round_to_bfloat16(np.array([bound], np.float32))
-    return np.where(drawn == largest, -largest, drawn)  # the upper end of the interval is excluded
+    values, largest = round_to_bfloat16(uniform(words, shape, bound)), round_to_bfloat16(np.array([bound], np.float32))
+    return np.where(values == largest, -largest, values)  # the upper end of the interval is excluded
 
 
 def _standardize(values: np.ndarray) -> np.ndarray:

@@ -29,8 +29,8 @@ class SHiRA(PeftFormat, frozen=True):
     random_seed: int | None = None
 
     def required(self, names: Collection[str], shape: tuple[int, int]) -> Mapping[str, str]:
-        drawn = "shira_indices" not in names and self.random_seed is not None
-        return {"shira_weight": "n"} if drawn else self.tensors
+        is_drawn = "shira_indices" not in names and self.random_seed is not None
+        return {"shira_weight": "n"} if is_drawn else self.tensors
 
     def check(self, module: PeftModule) -> None:
         (outer, inner), n = module.shape, module.sizes["n"]

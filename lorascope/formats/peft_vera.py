@@ -78,35 +78,35 @@ def read_vera(
 ) -> AdapterFiles:
     """Read the modules of an opened VeRA folder."""
     settings = to_typed(config, VeraConfig, path / CONFIG)
-    found, others = group_factors(files, _FACTOR)
-    kept = {name[-1]: float_factor(file, name) for file in files for name in file if _SHARED.search(name)}
-    if not found or (settings.save_projection and kept.keys() != {"A", "B"}):
+    module_factors, other_names = group_factors(files, _FACTOR)
+    shared_factors = {name[-1]: float_factor(file, name) for file in files for name in file if _SHARED.search(name)}
+    if not module_factors or (settings.save_projection and shared_factors.keys() != {"A", "B"}):
         raise unreadable(path, "VERA weights must include vera_lambda_b, vera_lambda_d, vera_A and vera_B")
     shapes, transposed = base_with_shapes(path, config, base, "VeRA"), bool(settings.fan_in_fan_out)
-    sides = {module: shapes.shape(module, transposed) for module in found}
+    sides = {module: shapes.shape(module, transposed) for module in module_factors}
     if settings.save_projection:
-        (rank, widest_in), (widest_out, width) = kept["A"].shape, kept["B"].shape
-        shared = partial(_read_both, kept["A"], kept["B"])
+        (rank, widest_in), (widest_out, width) = shared_factors["A"].shape, shared_factors["B"].shape
+        shared = partial(_read_both, shared_factors["A"], shared_factors["B"])
     else:
-        widest_out, widest_in = (max(each[axis] for each in sides.values()) for axis in (0, 1))
+        widest_out, widest_in = (max(shape[axis] for shape in sides.values()) for axis in (0, 1))
         rank = width = settings.r
         if rank * max(widest_in, widest_out) > MAX_VALUES:
             raise unreadable(path, f"random factors must have <= {MAX_VALUES} values")
         shared = partial(projections, settings.projection_prng_key % SEEDS, rank, widest_in, widest_out)
-    parts = {}
-    for module, each in found.items():
-        if lacking := {"lambda_b", "lambda_d"} - each.keys():
-            raise unreadable(path, f"{printable(module)} has no vera_{min(lacking)}")
+    updates = {}
+    for module, factors in module_factors.items():
+        if missing := {"lambda_b", "lambda_d"} - factors.keys():
+            raise unreadable(path, f"{printable(module)} has no vera_{min(missing)}")
         outer, inner = sides[module]
-        part = VeraPart(each["lambda_b"], each["lambda_d"], shared, inner, transposed)
+        update = VeraPart(factors["lambda_b"], factors["lambda_d"], shared, inner, transposed)
         must = f"factors of {printable(module)} must"
-        if part.rank != settings.r or rank != settings.r or width != settings.r:
+        if update.rank != settings.r or rank != settings.r or width != settings.r:
             raise unreadable(path, f"{must} have rank {settings.r} ({CONFIG})")
-        if part.shape[0] != outer or widest_in < inner or widest_out < outer:
+        if update.shape[0] != outer or widest_in < inner or widest_out < outer:
             raise unreadable(path, f"{must} fit its base weight, {outer} x {inner}")
-        parts[module] = part
-    others = tuple(name for name in others if not _SHARED.search(name))
-    return AdapterFiles(path, dict(config), parts, others, files, "VeRA", named_base(config) is None)
+        updates[module] = update
+    other_names = tuple(name for name in other_names if not _SHARED.search(name))
+    return AdapterFiles(path, dict(config), updates, other_names, files, "VeRA", named_base(config) is None)
 
 
 def _read_both(A: StoredTensor, B: StoredTensor) -> tuple[np.ndarray, np.ndarray]:

@@ -70,10 +70,10 @@ def inverse_haar(quarters: Float[np.ndarray, "rows columns"]) -> Float[np.ndarra
     between rows (lower left) and of both (lower right), as PEFT arranges them.
     """
     (top, bottom) = np.split(quarters, 2)
-    (average, upper), (lower, both) = np.split(top, 2, axis=1), np.split(bottom, 2, axis=1)
+    (average, upper), (lower, diagonal) = np.split(top, 2, axis=1), np.split(bottom, 2, axis=1)
     matrix = np.empty_like(quarters)
-    matrix[0::2, 0::2] = (average + upper + lower + both) / 2
-    matrix[0::2, 1::2] = (average + upper - lower - both) / 2
-    matrix[1::2, 0::2] = (average - upper + lower - both) / 2
-    matrix[1::2, 1::2] = (average - upper - lower + both) / 2
+    matrix[0::2, 0::2] = (average + upper + lower + diagonal) / 2
+    matrix[0::2, 1::2] = (average + upper - lower - diagonal) / 2
+    matrix[1::2, 0::2] = (average - upper + lower - diagonal) / 2
+    matrix[1::2, 1::2] = (average - upper - lower + diagonal) / 2
     return matrix

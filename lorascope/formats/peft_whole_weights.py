@@ -68,19 +68,19 @@ def whole_weights(files: AdapterFiles) -> list[WholeWeight]:
         The indices of ``trainable_token_indices`` do not fit the stored rows.
     """
     tensors = {name.removeprefix(PREFIX): StoredTensor(file, name) for file in files.files for name in file}
-    found = []
+    weights = []
     # PEFT ignores other tensors when it loads an adapter; what other programs do is not known.
     other: Kind = "ignored" if "peft_type" in files.config else "unread"
     ends = (*_ENDS, *_IMAGE_ENDS) if "spelling" in files.config else _ENDS
     for name in files.others:
         end, kind = next(((end, kind) for end, kind in ends if name.endswith(end)), ("", other))
         if kind == other or UNUSED.search(name):
-            found.append(WholeWeight(other, name, tensors[name]))
+            weights.append(WholeWeight(other, name, tensors[name]))
             continue
         module = name.removesuffix(end)
         rows = _token_rows(files, module, tensors[name]) if kind == "tokens" else ()
-        found.append(WholeWeight(kind, module, tensors[name], rows))
-    return found
+        weights.append(WholeWeight(kind, module, tensors[name], rows))
+    return weights
 
 
 def _token_rows(files: AdapterFiles, module: str, tensor: StoredTensor) -> tuple[int, ...]:

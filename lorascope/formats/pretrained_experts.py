@@ -45,15 +45,15 @@ class ExpertWeights(PretrainedWeights):
             return super().stored_names(module)
         parameter, expert = self._experts[module]
         parameter = self._names.get(parameter, parameter)
-        whole = self._find_tensor(parameter)
-        if whole is not None:
-            shape = self._files[whole].shape(whole)
-            return [whole] if len(shape) == 3 and expert < shape[0] else []
+        joined = self._find_tensor(parameter)
+        if joined is not None:
+            shape = self._files[joined].shape(joined)
+            return [joined] if len(shape) == 3 and expert < shape[0] else []
         above, _, leaf = parameter.rpartition(".")
         for leaves in _SINGLE.get(leaf, ()):
-            found = [self._find_tensor(f"{above}.{expert}.{each}.weight") for each in leaves]
-            if None not in found:
-                return [name for name in found if name is not None]
+            names = [self._find_tensor(f"{above}.{expert}.{name}.weight") for name in leaves]
+            if None not in names:
+                return [name for name in names if name is not None]
         return []
 
     def stored_shape(self, module: str) -> tuple[int, ...]:

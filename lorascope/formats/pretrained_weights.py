@@ -52,8 +52,8 @@ class PretrainedWeights:
 
     def shape(self, module: str, transposed: bool = False) -> tuple[int, int]:
         """Return (out, in) of a module's weight from the header; see ``weight`` for ``transposed`` and errors."""
-        first, *rest = self.stored_shape(module)
-        return (math.prod(rest), first) if transposed else (first, math.prod(rest))
+        first, *inner_sides = self.stored_shape(module)
+        return (math.prod(inner_sides), first) if transposed else (first, math.prod(inner_sides))
 
     def all_modules(self) -> list[str]:
         """Return the names of all modules that have a weight."""
@@ -106,8 +106,8 @@ class PretrainedWeights:
             The module has no weight, it does not have this shape, or it is not stored as floats.
         """
         name, stored = self._read(module)
-        first, *rest = stored.shape or (1,)
-        flat = stored.reshape(first, math.prod(rest))
+        first, *inner_sides = stored.shape or (1,)
+        flat = stored.reshape(first, math.prod(inner_sides))
         square = shape[0] == shape[1]
         weight = flat.T if (transposed if square else flat.shape == shape[::-1]) else flat
         if weight.shape != shape:
@@ -158,9 +158,9 @@ class PretrainedWeights:
 
     def _find_tensor(self, tensor: str) -> str | None:
         """Return the name of a tensor in the files, which may lack first parts or have others before it."""
-        parts = tensor.split(".")
-        for start in range(len(parts) - 1):
-            if (name := ".".join(parts[start:])) in self._files:
+        names = tensor.split(".")
+        for start in range(len(names) - 1):
+            if (name := ".".join(names[start:])) in self._files:
                 return name
         longer = list(islice(self._ends.names_with_end(f".{tensor}"), 2))
         if not longer and _EXPERTS in tensor:
@@ -173,9 +173,9 @@ def _open_model(folder: Path) -> Iterator[TensorFile]:
     if not (folder / "model_index.json").exists():
         yield from map(open_tensors, _checkpoint_files(folder))
         return
-    for part in sorted({file.parent for file in folder.glob("*/*.safetensors")}):
-        for file in _checkpoint_files(part):
-            yield open_tensors(file).prefixed(f"{part.name}.")
+    for component in sorted({file.parent for file in folder.glob("*/*.safetensors")}):
+        for file in _checkpoint_files(component):
+            yield open_tensors(file).prefixed(f"{component.name}.")
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
@@ -184,13 +184,13 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     if not folder.exists():
         raise FileNotFoundError(f"cannot read model {printable(folder)}: the folder does not exist")
     # A folder may contain the same weights twice: in the layout of transformers and in that of the model's authors.
-    found = weight_files(folder, "model")
-    others = (file for file in sorted(folder.glob("*.safetensors")) if file.is_file())
-    found = found or [file for file in others if not file.name.startswith("adapter_")]
-    if not found:
+    files = weight_files(folder, "model")
+    other_files = (file for file in sorted(folder.glob("*.safetensors")) if file.is_file())
+    files = files or [file for file in other_files if not file.name.startswith("adapter_")]
+    if not files:
         reject_pickles(folder.glob("*model*"))
         raise FileNotFoundError(f"cannot read model {printable(folder)}: it has no safetensors file of a model")
-    return found
+    return files
 
 
 def named_base(config: Mapping[str, Any]) -> PretrainedWeights | None:
@@ -204,9 +204,9 @@ def base_with_shapes(
     path: Path, config: Mapping[str, Any], base: PretrainedWeights | None, kind: str
 ) -> PretrainedWeights:
     """Return the base for an adapter of a kind that stores no shapes: the given one, else the one that it names."""
-    found = base or named_base(config)
-    if found is None:
+    weights = base or named_base(config)
+    if weights is None:
         name = config.get("base_model_name_or_path")
         model = f"its base model{f', {printable(name)}' if name else ''}"
         raise unreadable(path, f"{kind} stores no shapes: pass the folder of {model}, as base= or --base")
-    return found
+    return weights

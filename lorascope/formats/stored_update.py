@@ -27,8 +27,8 @@ class StoredTensor:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape in two dimensions; the kernel dimensions of a convolution are part of the second."""
-        first, *rest = self.file.shape(self.name) or (1,)
-        return first, math.prod(rest)
+        first, *inner_sides = self.file.shape(self.name) or (1,)
+        return first, math.prod(inner_sides)
 
     def read(self) -> Any:
         """Load the array with the two dimensions of ``shape``."""
@@ -36,8 +36,8 @@ class StoredTensor:
 
     def unread(self) -> Unread:
         """Return the tensor with the two dimensions of ``shape``, whose values are not read yet."""
-        found = self.file.unread(self.name)
-        return Unread(found.stored.reshape(self.shape), found.brain)
+        tensor = self.file.unread(self.name)
+        return Unread(tensor.stored.reshape(self.shape), tensor.brain)
 
 
 class StoredUpdate:
@@ -149,7 +149,7 @@ class AdapterFiles:
     configured : mapping module name -> str
         Names that the configuration matches, for modules with another name in ``parts`` or with none.
     base : PretrainedWeights, optional
-        Base weights by the names in ``parts``, if they are others than in the base.
+        Base weights by the names in ``parts``, if they differ from those in the base.
     shared_size : int
         Number of trained values that all modules share.
     """

@@ -18,6 +18,7 @@ from lorascope.papers import (
     adapprox,
     alora,
     fourierft,
+    fourierft_expressiveness,
     hydralora,
     hydralora_asymmetry,
     lisa,
@@ -198,15 +199,15 @@ BY_SEED: dict[str, Callable[[float, float, np.random.Generator], Tables]] = {
         (adapprox.TAILS, "AdamW"): pd.DataFrame({"module": ["a", "b"], "beyond": 0.01, "dealt": 0.01 * 10**s})
     },
     "expressiveness.more": lambda s, c, rng: {
-        (fourierft.COURSE, arm): course(accuracy, 10)
+        (fourierft_expressiveness.COURSE, arm): course(accuracy, 10)
         for arm, accuracy in zip(
-            (fourierft.POINTS, fourierft.POINTS_SLOW, fourierft.POINTS_FAST),
+            (fourierft_expressiveness.FOURIER, fourierft_expressiveness.SLOW, fourierft_expressiveness.FAST),
             (s, *rng.permutation([c, c - 0.2])), strict=True,
         )
     },
     "expressiveness.frequencies": lambda s, c, rng: {
-        (fourierft.COURSE, fourierft.POINTS): course(1.0, 10 ** (2 - s)),
-        (fourierft.COURSE, fourierft.POINTS_RANDOM): course(1.0, 10 ** (2 - c)),
+        (fourierft_expressiveness.COURSE, fourierft_expressiveness.FOURIER): course(1.0, 10 ** (2 - s)),
+        (fourierft_expressiveness.COURSE, fourierft_expressiveness.RANDOM): course(1.0, 10 ** (2 - c)),
     },
     "neft.use": lambda s, c, rng: {
         (neft.UTILIZATION, arm): pd.DataFrame({"role": "ffn_in", "rank": np.arange(500.0) + move * 500})

@@ -21,10 +21,9 @@ from lorascope.charts.marks import Point
 from lorascope.charts.save import save_small
 from lorascope.inputs import models, tasks
 from lorascope.methods.method import config
-from lorascope.papers import fourierft, lora, neft, planted_ranks, score_agreement
+from lorascope.papers import fourierft_expressiveness, lora, neft, planted_ranks, score_agreement
 from lorascope.papers.figures.excerpt import write_excerpt
-from lorascope.papers.figures.kept_scores import KeptScores
-from lorascope.papers.figures.printed_numbers import printed
+from lorascope.papers.figures.gallery_figure import KeptScores, printed
 from lorascope.papers.figures.redraw import SHOWN, _kept_run
 from lorascope.papers.judging import kept_figures, kept_runs, registration
 from lorascope.papers.judging.kept_figures import FigureAbout, KeptFigure, digest_in
@@ -120,7 +119,9 @@ def kept_run(label: str, seed: int, role: str = "judged", rate: float = 1e-3) ->
     norms = pd.DataFrame({"module": names, "update": draw.uniform(4, 8, len(names)), "random": 1.0})
     tables = {score_agreement.SCORES: scores.assign(value=draw.random(len(scores))), lora.AMPLIFICATION: norms}
     if toy:
-        tables[fourierft.COURSE] = pd.DataFrame({"best_accuracy": [draw.choice([0.8, 1.0])], "epochs": [seed]})
+        tables[fourierft_expressiveness.COURSE] = pd.DataFrame(
+            {"best_accuracy": [draw.choice([0.8, 1.0])], "epochs": [seed]}
+        )
     if label.startswith("NeFT"):
         tables[neft.UTILIZATION] = pd.DataFrame({"role": list("aaaabb"), "rank": [*draw.permutation(4), 0, 1]})
     if label in planted_ranks.ALLOCATORS.values():
@@ -158,7 +159,7 @@ def runs_of(figure: GalleryFigure, train: Callable[..., Any]) -> dict[str, list[
     seeds = range(100, 100 + min(figure.seeds or 2, 2))
     runs: dict[str, list[Any]] = {}
     for label, arm in figure.arms.items():
-        make = kept_run if figure.scores_only else train
+        make = kept_run if figure.shows_scores else train
         tuned = [kept_run(arm, 9001, "tuning", rate) for rate in (3e-4, 1e-3, 3e-3)] if figure.tuning else []
         runs[label] = [*tuned, *(make(arm, seed) for seed in seeds)]
     return runs
@@ -368,7 +369,7 @@ def test_toy_task_shows_the_fraction_of_seeds_that_fit_all_points() -> None:
     fitted = {"Fourier": [(1.0, 100), (1.0, 400)], "random basis": [(1.0, 50), (0.9, 1000)]}
     for label, courses in fitted.items():
         for run, (best, epochs) in zip(runs[label], courses, strict=True):
-            run.tables[fourierft.COURSE] = pd.DataFrame({"best_accuracy": [best], "epochs": [epochs]})
+            run.tables[fourierft_expressiveness.COURSE] = pd.DataFrame({"best_accuracy": [best], "epochs": [epochs]})
     drawn = figure.draw(runs).flat()
     for label, epoch, fraction in (
         ("Fourier", 99, 0), ("Fourier", 399, 0.5), ("Fourier", 1000, 1), ("random basis", 1000, 0.5)

@@ -108,18 +108,14 @@ FIGURES = [
     GalleryFigure(name="ranks", alt="Ranks of A", arms={"low rank": "A"}, draw=plots.rank_allocation, seeds=2,
         quantities=("rank",),
     ),
-    GalleryFigure(
-        name="scores", alt="Accuracy", arms={"A": "A", "B": "B"}, draw=plots.ablations, seeds=None,
-        scores_only=True,
-    ),
-    GalleryFigure(
-        name="table", alt="Total rank", arms={"A": "A"}, draw=draw_totals, seeds=None, scores_only=True,
-        table=RANKS,
-    ),
+    GalleryFigure(name="scores", alt="Accuracy", arms={"A": "A", "B": "B"}, draw=plots.ablations),
+    GalleryFigure(name="table", alt="Total rank", arms={"A": "A"}, draw=draw_totals, table=RANKS),
     GalleryFigure(name="moments", alt="Not recorded", arms={"B": "B"}, draw=plots.second_moments, seeds=2,
         quantities=("moment_sigma",),
     ),
-    GalleryFigure(name="phi", alt="Factors", arms={"A": "A"}, draw=plots.subspace_similarity, seeds=2),
+    GalleryFigure(name="phi", alt="Factors", arms={"A": "A"}, draw=plots.subspace_similarity, seeds=2,
+        shows_factors=True,
+    ),
 ]  # fmt: skip
 SECTIONS = {"p": FIGURES}
 

@@ -21,7 +21,6 @@ from lorascope.methods import LoRA
 from lorascope.methods.lora import LoRADelta
 from lorascope.methods.method import config, from_config
 from lorascope.papers import hydralora_asymmetry
-from lorascope.papers import hydralora_asymmetry as asymmetry
 from lorascope.runs.layout import identify
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
@@ -125,8 +124,13 @@ def test_runs_of_a_replicate_share_only_the_initial_a_of_the_shared_set():
     arms = {arm.label: arm for arm in hydralora_asymmetry.arms()}
     assert len(arms) == 15 + 8
     for seed in (0, 1, 4):
-        made = {label: arms[label].vary(arms[label], seed) for label in {*asymmetry.OWN, *asymmetry.COMMON}}
-        own, common = ([made[label] for label in labels] for labels in (asymmetry.OWN, asymmetry.COMMON))
+        made = {
+            label: arms[label].vary(arms[label], seed)
+            for label in {*hydralora_asymmetry.OWN, *hydralora_asymmetry.COMMON}
+        }
+        own, common = (
+            [made[label] for label in labels] for labels in (hydralora_asymmetry.OWN, hydralora_asymmetry.COMMON)
+        )
         seeds = [arm.settings["seed"] for arm in own]
         assert seeds == [arm.settings["seed"] for arm in common] == list(range(8 * seed, 8 * seed + 8))
         assert [arm.method.init_seed for arm in own] == [None] * 8
@@ -142,7 +146,7 @@ def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: i
     """Plant runs whose B depends on domain and module and, if ``learned``, whose A moves to a target of its module."""
     found = {}
     for arm in hydralora_asymmetry.arms():
-        if arm.label in asymmetry.QUARTERS:
+        if arm.label in hydralora_asymmetry.QUARTERS:
             continue
         for seed in range(replicates):
             made = arm.vary(arm, seed)

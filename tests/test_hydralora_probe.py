@@ -12,7 +12,6 @@ import lorascope as ls
 from lorascope.adapters.delta import attached_deltas
 from lorascope.analysis.head_similarity import cosines, update_inner
 from lorascope.papers import hydralora
-from lorascope.papers import hydralora as statistics
 
 
 def test_cosines_of_updates_equal_cosines_of_dense_matrices():
@@ -40,9 +39,9 @@ def test_equal_rank_gives_lora_the_same_number_of_parameters(rank, number):
 def test_arms_differ_only_in_the_ablated_part():
     arms = {arm.label: arm for arm in hydralora.arms()}
     routed, even, split, lora = (
-        arms[label].method for label in (statistics.ROUTED, statistics.EVEN, statistics.SPLIT, statistics.LORA)
+        arms[label].method for label in (hydralora.ROUTED, hydralora.EVEN, hydralora.SPLIT, hydralora.LORA)
     )
     assert replace(even, router="learned") == replace(split, shared_a=True) == routed
     assert lora.alpha / lora.rank == routed.alpha / routed.rank
-    assert f"LoRA, rank {lora.rank}, feed-forward" == statistics.LORA
+    assert f"LoRA, rank {lora.rank}, feed-forward" == hydralora.LORA
     assert len({arm.task.hash for arm in arms.values()}) == 2

@@ -24,7 +24,6 @@ from lorascope.experiments import component_removal
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, Full, LoRA, NeFT
 from lorascope.papers import score_agreement
-from lorascope.papers.setups import component_scores
 from lorascope.runs.loading import load
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Record
@@ -151,7 +150,7 @@ def test_ablation_loss_increases_are_corrected_by_first_order_terms(state):
 def test_adalora_scores_at_fixed_weights_match_the_definition(state):
     """The definition uses loops: I = |w g|, moving averages with 0.85, and their product."""
     model, found, batches = state
-    rows = component_scores.adalora_scores(model, lambda batch: model(**batch).loss, found, batches)
+    rows = score_agreement.adalora_scores(model, lambda batch: model(**batch).loss, found, batches)
     name = list(found)[3]
     P, sigma, Q = (torch.from_numpy(np.ascontiguousarray(part)).float().requires_grad_() for part in found[name])
     others = {other: matrix for other, matrix in matrices(found).items() if other != name}
@@ -183,7 +182,7 @@ def test_adalora_scores_at_fixed_weights_match_the_definition(state):
 
 def test_alora_scores_match_ablations_of_the_components(state):
     model, found, batches = state
-    rows = component_scores.alora_scores(model, lambda batch: model(**batch).loss, found, batches[0])
+    rows = score_agreement.alora_scores(model, lambda batch: model(**batch).loss, found, batches[0])
     rises = component_removal.loss_increases(model, lambda batch: model(**batch).loss, found, batches[:1])
     name = list(found)[4]
     alone = {name: found[name][0][:, :1] * found[name][1][0] @ found[name][2][:1]}
@@ -195,7 +194,7 @@ def test_alora_scores_match_ablations_of_the_components(state):
 
 def test_autolora_scores_sum_to_one_and_favor_helpful_components(state):
     model, found, batches = state
-    rows = component_scores.autolora_scores(model, lambda batch: model(**batch).loss, found, batches[:1] * 8)
+    rows = score_agreement.autolora_scores(model, lambda batch: model(**batch).loss, found, batches[:1] * 8)
     (alphas,) = rows.values()
     assert all(alpha.sum() == near(1, terms=3, depth=2) for alpha in alphas.values())
     rises = component_removal.loss_increases(model, lambda batch: model(**batch).loss, found, batches[:1])
@@ -204,17 +203,16 @@ def test_autolora_scores_sum_to_one_and_favor_helpful_components(state):
     assert np.mean(np.array(signs) > 0) > 0.7
 
 
-def test_measure_returns_every_score_of_every_component_and_module(trained, monkeypatch):
-    monkeypatch.setattr(score_agreement, "SIZES", (8, 2, 2, 1))
-    table = score_agreement.measure(trained)
+def test_kept_scores_have_every_score_of_every_component_and_module(trained, monkeypatch):
+    for name, size in {"EXAMPLES": 8, "SCORED": 2, "JUDGED": 2, "REMOVED": 1}.items():
+        monkeypatch.setattr(score_agreement, name, size)
+    table = score_agreement.keep_scores(trained)
     whole = table["component"] == -1
     per_score = table[~whole].groupby("score").size()
     assert set(per_score) == {sum(trained.ranks().values())}
-    assert {score_agreement.TRUTH, score_agreement.AGAIN, score_agreement.CHANCE, "ALoRA, alone"} <= set(
-        per_score.index
-    )
+    assert {*score_agreement.HALVES, score_agreement.SIZE, "ALoRA, alone"} <= set(per_score.index)
     assert set(table[whole].groupby("score").size()) == {len(trained.ranks())}
-    kept = table[table["score"] == score_agreement.KEPT]["value"]
+    kept = table[table["score"] == score_agreement.RETAINED]["value"]
     assert kept.between(1, 3).all()
 
 

@@ -22,7 +22,6 @@ from lorascope.papers.judging.verdicts import judge_all
 from lorascope.papers.lora import tfidf_arm
 from lorascope.papers.probe import Arm
 from lorascope.papers.registry import PAIRS
-from lorascope.papers.setups import component_scores
 from lorascope.papers.training import train_arms
 from lorascope.papers.training.missing_runs import OpenRun
 
@@ -116,16 +115,17 @@ def test_random_scores_support_no_claim_on_scores(
 ) -> None:
     draw = np.random.default_rng(0)
 
-    def randomize(function: Callable[..., component_scores.Rows]) -> Callable[..., component_scores.Rows]:
-        def scores(*given: Any) -> component_scores.Rows:
+    def randomize(function: Callable[..., score_agreement.Rows]) -> Callable[..., score_agreement.Rows]:
+        def scores(*given: Any) -> score_agreement.Rows:
             found = function(*given)
             return {name: {module: draw.random(len(each)) for module, each in of.items()} for name, of in found.items()}
 
         return scores
 
     for name in ("adalora_scores", "alora_scores", "autolora_scores"):
-        monkeypatch.setattr(component_scores, name, randomize(getattr(component_scores, name)))
-    monkeypatch.setattr(score_agreement, "SIZES", (8, 2, 2, 1))
+        monkeypatch.setattr(score_agreement, name, randomize(getattr(score_agreement, name)))
+    for name, size in {"EXAMPLES": 8, "SCORED": 2, "JUDGED": 2, "REMOVED": 1}.items():
+        monkeypatch.setattr(score_agreement, name, size)
     monkeypatch.setattr(tasks, "load", lambda name: task)
     found = judge(SCORES, may_void=False)
     assert set(found) <= {"inconclusive", "not supported"}

@@ -1,26 +1,18 @@
-"""AdaLoRA: where the rank goes, agreement of seeds and tasks, accuracy, and the places where the same rank helps.
+"""AdaLoRA: rank allocation by importance, and its motivation.
 
-Probe of AdaLoRA: rank allocated to feed-forward modules and upper layers, agreement of seeds, and accuracy.
+Do feed-forward modules and upper layers get more rank, do seeds and tasks agree on it, and does accuracy improve? The
+motivation is tested with LoRA on one weight type or one group of layers at a time, with exactly equal parameters.
 
-Source: AdaLoRA (arXiv 2303.10512), figure 3 and section 4.4 (rank allocation), table 1 (accuracy).
+Source: AdaLoRA (arXiv 2303.10512), figure 1 (motivation), figure 3 and section 4.4 (rank allocation), table 1
+(accuracy).
 
 Departs:
 
 - A small encoder instead of DeBERTaV3-base, and hundreds of training steps.
+- Three groups of two layers; the paper does not state its groups.
 
 The authors' parameter counts allow less rank in feed-forward modules than the text of the paper states. The claim may
 therefore fail in the paper's setting as well.
-
-Probe of AdaLoRA's motivation: LoRA on one weight type or one group of layers, with exactly equal parameters.
-
-Source: AdaLoRA (arXiv 2303.10512), figure 1, which motivates the allocation of ranks.
-
-Departs:
-
-- A small encoder instead of DeBERTaV3-base.
-- Three groups of two layers; the paper does not state its groups.
-
-Figures of AdaLoRA.
 """
 
 from __future__ import annotations
@@ -37,8 +29,7 @@ from lorascope.analysis.baseline_ranks import equal_parameters
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Line, Point
 from lorascope.papers import alora
-from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_by_rank, own_labels
-from lorascope.papers.figures.printed_numbers import printed
+from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_by_rank, own_labels, printed
 from lorascope.papers.judging.statistics import Accuracy, Constant, OfPairs, OfRun, average
 from lorascope.papers.lora import LORA_RATES, LOW, LOWER
 from lorascope.papers.probe import Arm, Probe, encoder_settings
@@ -58,23 +49,12 @@ from lorascope.schema import module_table
 
 ADAPTED = "AdaLoRA, from rank 12 to 8"
 DOMAINS, UNIFORM = f"{ADAPTED}, domains", "AdaLoRA, from rank 8 to 8"
-# Only figures show these.
-SMALLER = {1: "AdaLoRA, from rank 2 to 1", 2: "AdaLoRA, from rank 4 to 2", 4: "AdaLoRA, from rank 6 to 4"}
 FREE, RAW = f"{ADAPTED}, no penalty", f"{ADAPTED}, sensitivity only"
 ATTENTION_TYPES, FEED_FORWARD_TYPES = ("W_q", "W_k", "W_v", "W_o"), ("W_f1", "W_f2")
 BOTTOM, TOP = "layers 0, 1", "layers 4, 5"
 
-CLAIMS = {
-    "placement.ffn": (average(map(Accuracy, FEED_FORWARD_TYPES)), average(map(Accuracy, ATTENTION_TYPES))),
-    "placement.upper": (Accuracy(TOP), Accuracy(BOTTOM)),
-    "adalora.ffn": (of_roles(ADAPTED, *FEED_FORWARD), Constant(1 / 3)),
-    "adalora.top": (OfRun(top_fraction, RANKS, ADAPTED), Constant(1 / 3)),
-    "adalora.stable": (agreement(ADAPTED), Constant(0.0)),
-    "adalora.beyond": (OfPairs(residual_tau, RANKS, ADAPTED, ADAPTED), Constant(0.0)),
-    "adalora.task": (average([agreement(ADAPTED), agreement(DOMAINS)]), agreement(ADAPTED, DOMAINS)),
-    "adalora.better": (Accuracy(ADAPTED), Accuracy(LOW)),
-    "adalora.allocation": (Accuracy(ADAPTED), Accuracy(UNIFORM)),
-}
+# Only figures show these.
+SMALLER = {1: "AdaLoRA, from rank 2 to 1", 2: "AdaLoRA, from rank 4 to 2", 4: "AdaLoRA, from rank 6 to 4"}
 
 
 def arms() -> list[Arm]:
@@ -87,6 +67,9 @@ def arms() -> list[Arm]:
     adapted = AdaLoRA(init_rank=12, target_rank=8)
     # The scale is alpha / init_rank, the same for all.
     uniform = replace(adapted, init_rank=8, alpha=adapted.alpha * 8 / 12)
+    smaller = {}
+    for (target, label), init in zip(SMALLER.items(), (2, 4, 6), strict=True):
+        smaller[label] = replace(adapted, init_rank=init, target_rank=target, alpha=adapted.alpha * init / 12)
     settings = encoder_settings()
     return [
         Arm(label=ADAPTED, method=adapted, settings=settings),
@@ -94,26 +77,8 @@ def arms() -> list[Arm]:
         Arm(label=UNIFORM, method=uniform, settings=settings),
         Arm(label=FREE, method=replace(adapted, gamma=0.0), settings=settings),
         Arm(label=RAW, method=replace(adapted, importance="sensitivity"), settings=settings),
-        *(
-            Arm(
-                label=label,
-                method=replace(adapted, init_rank=first, target_rank=last, alpha=adapted.alpha * first / 12),
-                settings=settings,
-            )
-            for (last, label), first in zip(SMALLER.items(), (2, 4, 6), strict=True)
-        ),
+        *(Arm(label=label, method=method, settings=settings) for label, method in smaller.items()),
     ]
-
-
-PROBE = Probe(
-    name="adalora",
-    title="AdaLoRA: rank allocation by importance",
-    source="Zhang et al., AdaLoRA, arXiv 2303.10512",
-    question="Do feed-forward modules and upper layers get more rank for every seed, and does accuracy improve?",
-    arms=arms,
-    keep={(RANKS, label): keep_ranks for label in (ADAPTED, DOMAINS)},
-    figures=partial(allocation_figures, label=ADAPTED),
-)
 
 
 TYPES = {"W_q": "q", "W_k": "k", "W_v": "v", "W_o": "o", "W_f1": "ffn_in", "W_f2": "ffn_out"}
@@ -132,37 +97,44 @@ def targets() -> dict[str, tuple[str, ...]]:
     """Return the targets of each arm: one role in all layers, or all six roles in two layers."""
     modules = _minilm_modules()
     linear = modules[modules["role"].isin(list(TYPES.values()))]
-    layers = {label: tuple(linear["module"][linear["layer"].isin(group)]) for label, group in GROUPS.items()}
-    return {label: (role,) for label, role in TYPES.items()} | layers
+    by_type = {label: (role,) for label, role in TYPES.items()}
+    return by_type | {label: tuple(linear["module"][linear["layer"].isin(group)]) for label, group in GROUPS.items()}
 
 
 def placement_arms() -> list[Arm]:
     """Return the registered arms: LoRA on the eight targets that claims compare, with equal parameters."""
     from lorascope.methods import LoRA
 
-    adapted = targets()
-    ranks = equal_parameters(_minilm_modules(), adapted)
+    by_label = targets()
+    ranks = equal_parameters(_minilm_modules(), by_label)
+    del by_label[MIDDLE]  # which only decides the ranks
     return [
         Arm(
             label=label,
-            method=LoRA(rank=ranks[label], alpha=float(ranks[label]), targets=chosen),
+            method=LoRA(rank=ranks[label], alpha=float(ranks[label]), targets=modules),
             settings=encoder_settings(),
         )
-        for label, chosen in adapted.items()
-        if label != MIDDLE
+        for label, modules in by_label.items()
     ]
 
 
-PLACEMENT = Probe(
-    name="placement",
-    title="AdaLoRA's motivation: equal parameters in different modules",
-    source="Zhang et al., AdaLoRA, arXiv 2303.10512",
-    question="Does accuracy depend on which weight type or which layers are adapted, at equal parameters?",
-    arms=placement_arms,
-)
+CLAIMS = {
+    "placement.ffn": (average(map(Accuracy, FEED_FORWARD_TYPES)), average(map(Accuracy, ATTENTION_TYPES))),
+    "placement.upper": (Accuracy(TOP), Accuracy(BOTTOM)),
+    "adalora.ffn": (of_roles(ADAPTED, *FEED_FORWARD), Constant(1 / 3)),
+    "adalora.top": (OfRun(top_fraction, RANKS, ADAPTED), Constant(1 / 3)),
+    "adalora.stable": (agreement(ADAPTED), Constant(0.0)),
+    "adalora.beyond": (OfPairs(residual_tau, RANKS, ADAPTED, ADAPTED), Constant(0.0)),
+    "adalora.task": (average([agreement(ADAPTED), agreement(DOMAINS)]), agreement(ADAPTED, DOMAINS)),
+    "adalora.better": (Accuracy(ADAPTED), Accuracy(LOW)),
+    "adalora.allocation": (Accuracy(ADAPTED), Accuracy(UNIFORM)),
+}
 
 
-HEADING = "AdaLoRA"
+_BUDGETS = {**SMALLER, 8: ADAPTED}
+_UNIFORM = {**LOWER, 4: alora.UNIFORM, 8: LOW}
+_ADAPTED = own_labels(ADAPTED)
+_by_place = partial(plots.adapted_types, start=0.5)  # the chance level
 
 
 def _draw_accuracy(runs: Mapping[str, Sequence[Any]]) -> Chart:
@@ -173,11 +145,21 @@ def _draw_accuracy(runs: Mapping[str, Sequence[Any]]) -> Chart:
     return add_printed(chart, numbers, "recipe", "AdaLoRA, table 1, SST-2")
 
 
+def _draw_budgets(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    numbers = printed(paper="AdaLoRA", table="Table 5", data="SST-2")
+    numbers = numbers[numbers["method"].isin(["AdaLoRA", "LoRA"])]
+    numbers = numbers.assign(rank=numbers["size"].map({"0.08 %": 1, "0.16 %": 2, "0.32 %": 4, "0.65 %": 8}))
+    ranks = {label: rank for rank, label in (*_BUDGETS.items(), *_UNIFORM.items())}
+    rates = f"All budgets of AdaLoRA have one learning rate. {LORA_RATES}"
+    chart = accuracy_by_rank(runs, ranks, "Accuracy by budget", rates)
+    return add_printed(chart, numbers, "rank", "AdaLoRA, table 5, SST-2, budgets as percentages of parameters")
+
+
 def _draw_parts(runs: Mapping[str, Sequence[Any]]) -> Chart:
     numbers = pd.concat(printed(paper="AdaLoRA", table=table, data="SST-2") for table in ("Table 4", "Table 5"))
     names = {"AdaLoRA": "AdaLoRA", "without the penalty": "no penalty", "sensitivity": "sensitivity only"}
-    found = numbers["method"].str.extract("(^AdaLoRA$|without the penalty|sensitivity)")[0]
-    numbers = numbers.assign(recipe=found.map(names), source="printed")
+    variants = numbers["method"].str.extract("(^AdaLoRA$|without the penalty|sensitivity)")[0]
+    numbers = numbers.assign(recipe=variants.map(names), source="printed")
     numbers = numbers[numbers["size"] == "0.65 %"].dropna(subset="recipe").drop_duplicates("recipe")
     # Seeds instead of a mean: without the penalty, some fail and others do not.
     cohort = gather("accuracy", runs)
@@ -213,21 +195,7 @@ def _draw_types(runs: Mapping[str, Sequence[Any]]) -> Chart:
     return add_printed(_by_place(runs), numbers[numbers["recipe"].isin(list(runs))], "recipe", "LoRA, table 5, MNLI-m")
 
 
-def _draw_budgets(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    numbers = printed(paper="AdaLoRA", table="Table 5", data="SST-2")
-    numbers = numbers[numbers["method"].isin(["AdaLoRA", "LoRA"])]
-    numbers = numbers.assign(rank=numbers["size"].map({"0.08 %": 1, "0.16 %": 2, "0.32 %": 4, "0.65 %": 8}))
-    ranks = {label: rank for arms in (_BUDGETS, _UNIFORM) for rank, label in arms.items()}
-    rates = f"All budgets of AdaLoRA have one learning rate. {LORA_RATES}"
-    chart = accuracy_by_rank(runs, ranks, "Accuracy by budget", rates)
-    return add_printed(chart, numbers, "rank", "AdaLoRA, table 5, SST-2, budgets as percentages of parameters")
-
-
-_BUDGETS = {**SMALLER, 8: ADAPTED}
-_UNIFORM = {**LOWER, 4: alora.UNIFORM, 8: LOW}
-_ADAPTED = own_labels(ADAPTED)
-_by_place = partial(plots.adapted_types, start=0.5)  # the chance level
-
+HEADING = "AdaLoRA"
 FIGURES = [
     GalleryFigure(
         name="rank-allocation",
@@ -263,24 +231,18 @@ FIGURES = [
         alt="Accuracy of AdaLoRA, of its parametrization with uniform ranks, of LoRA, and printed numbers",
         arms={"AdaLoRA": ADAPTED, "AdaLoRA, uniform ranks": UNIFORM, LOW: LOW},
         draw=_draw_accuracy,
-        seeds=None,
-        scores_only=True,
     ),
     GalleryFigure(
         name="budgets",
         alt="Accuracy of AdaLoRA and LoRA by budget, and printed numbers",
         arms=own_labels(*_BUDGETS.values(), *_UNIFORM.values()),
         draw=_draw_budgets,
-        seeds=None,
-        scores_only=True,
     ),
     GalleryFigure(
         name="left-out-adalora",
         alt="Accuracy of AdaLoRA without its penalty, and with the sensitivity only, and printed numbers",
         arms={"AdaLoRA": ADAPTED, "no penalty": FREE, "sensitivity only": RAW},
         draw=_draw_parts,
-        seeds=None,
-        scores_only=True,
     ),
     GalleryFigure(
         name="penalty",
@@ -295,15 +257,29 @@ FIGURES = [
         alt="Accuracy of LoRA on one type of weight at a time, with equal parameters, and printed numbers",
         arms=own_labels(*ATTENTION_TYPES, *FEED_FORWARD_TYPES),
         draw=_draw_types,
-        seeds=None,
-        scores_only=True,
     ),
     GalleryFigure(
         name="adapted-layers",
         alt="Accuracy of LoRA on the first two and on the last two layers, with equal parameters",
         arms=own_labels(BOTTOM, TOP),
         draw=_by_place,
-        seeds=None,
-        scores_only=True,
     ),
 ]
+
+PROBE = Probe(
+    name="adalora",
+    title="AdaLoRA: rank allocation by importance",
+    source="Zhang et al., AdaLoRA, arXiv 2303.10512",
+    question="Do feed-forward modules and upper layers get more rank for every seed, and does accuracy improve?",
+    arms=arms,
+    keep={(RANKS, label): keep_ranks for label in (ADAPTED, DOMAINS)},
+    figures=partial(allocation_figures, label=ADAPTED),
+)
+
+PLACEMENT = Probe(
+    name="placement",
+    title="AdaLoRA's motivation: equal parameters in different modules",
+    source="Zhang et al., AdaLoRA, arXiv 2303.10512",
+    question="Does accuracy depend on which weight type or which layers are adapted, at equal parameters?",
+    arms=placement_arms,
+)

@@ -1,9 +1,7 @@
-"""Adapprox: test loss against other optimizers, and the tail of Adam's second moments.
+"""Adapprox: low-rank second moments.
 
-Probe of Adapprox: rank of Adam's second moments, error of their factors, and loss compared with other optimizers.
-
-Each optimizer has the best of three learning rates by validation loss. All have the same schedule and clipping, and no
-weight decay.
+Are Adam's second moments of low rank, and is the loss as low as with other optimizers? Each optimizer has the best of
+three learning rates by validation loss. All have the same schedule and clipping, and no weight decay.
 
 Source: Adapprox (arXiv 2403.14958), figure 1 (singular values of second moments), abstract (few singular values;
 training no worse than with AdamW, and better than with Adafactor and CAME).
@@ -14,8 +12,6 @@ Departs:
 - The embeddings keep a dense second moment, because factoring 30,522 rows at every step costs more than the model.
 - The head keeps a dense second moment, because it has fewer rows than ``min_dim``.
 - The growth of ranks is scaled to the width.
-
-Figures of Adapprox.
 """
 
 from __future__ import annotations
@@ -47,23 +43,6 @@ PRE_OURS, PRE_ADAMW, PRE_ADAFACTOR, PRE_CAME = (f"{name}, pre-training" for name
 TAILS = "tails"
 """Kept table ``module, beyond, dealt``: energy beyond eight singular values, of a second moment and shuffled."""
 
-
-def log_tail_ratio(table: pd.DataFrame) -> float:
-    """Compute log10 of the energy beyond eight in the shuffled matrix over that in the real one, mean over matrices."""
-    return float(np.log10(table["dealt"] / table["beyond"]).mean())
-
-
-CLAIMS = {
-    "adapprox.pretraining": (LogLikelihood(PRE_OURS), LogLikelihood(PRE_ADAMW)),
-    "adapprox.pre_adafactor": (LogLikelihood(PRE_OURS), LogLikelihood(PRE_ADAFACTOR)),
-    "adapprox.pre_came": (LogLikelihood(PRE_OURS), LogLikelihood(PRE_CAME)),
-    "adapprox.tail": (OfRun(log_tail_ratio, TAILS, ADAMW), Constant(0.0)),
-    "adapprox.parity": (LogLikelihood(OURS), LogLikelihood(ADAMW)),
-    "adapprox.over_adafactor": (LogLikelihood(OURS), LogLikelihood(ADAFACTOR)),
-    "adapprox.over_came": (LogLikelihood(OURS), LogLikelihood(CAME)),
-}
-
-
 RANK = 8
 
 
@@ -81,31 +60,46 @@ def arms() -> list[Arm]:
         CAME: Full(optimizer_name="came"),
     }
     tuning = encoder_settings(100)
-    seen = {
+    observed = {
         ADAMW: tuning | {"observe": [observe.second_moments()]},
         OURS: tuning | {"observe": [*tuning["observe"], observe.factor_drift()]},
     }
-    scratch = encoder_settings(600) | {"max_length": pretraining.LENGTH}
-    text = pretraining.task()
+    fine_tuned = [
+        Arm(label=name, method=method, settings=observed.get(name, tuning)) for name, method in methods.items()
+    ]
     # The embedding of the small GPT-2 is small enough to be factored.
-    scratched = methods | {OURS: replace(ours, dense=())}
-    return [
-        *(Arm(label=name, method=method, settings=seen.get(name, tuning)) for name, method in methods.items()),
-        *(
-            Arm(label=f"{name}, pre-training", method=method, settings=scratch, model=pretraining.untrained, task=text)
-            for name, method in scratched.items()
-        ),
+    methods[OURS] = replace(ours, dense=())
+    scratch = encoder_settings(600) | {"max_length": pretraining.LENGTH}
+    model, text = pretraining.untrained, pretraining.task()
+    return fine_tuned + [
+        Arm(label=f"{name}, pre-training", method=method, settings=scratch, model=model, task=text)
+        for name, method in methods.items()
     ]
 
 
+def log_tail_ratio(table: pd.DataFrame) -> float:
+    """Compute log10 of the energy beyond eight in the shuffled matrix over that in the real one, mean over matrices."""
+    return float(np.log10(table["dealt"] / table["beyond"]).mean())
+
+
+CLAIMS = {
+    "adapprox.pretraining": (LogLikelihood(PRE_OURS), LogLikelihood(PRE_ADAMW)),
+    "adapprox.pre_adafactor": (LogLikelihood(PRE_OURS), LogLikelihood(PRE_ADAFACTOR)),
+    "adapprox.pre_came": (LogLikelihood(PRE_OURS), LogLikelihood(PRE_CAME)),
+    "adapprox.tail": (OfRun(log_tail_ratio, TAILS, ADAMW), Constant(0.0)),
+    "adapprox.parity": (LogLikelihood(OURS), LogLikelihood(ADAMW)),
+    "adapprox.over_adafactor": (LogLikelihood(OURS), LogLikelihood(ADAFACTOR)),
+    "adapprox.over_came": (LogLikelihood(OURS), LogLikelihood(CAME)),
+}
+
+
 def keep_tails(run: Run) -> pd.DataFrame:
-    """Return the kept table ``tails``, of fractions of energy; see ``papers.adapprox``."""
-    columns = {"beyond": "moment_error", "dealt": "moment_error_dealt"}
-    found = {
-        name: optimizer_moments.final(run.table, quantity).xs(RANK, level="index") ** 2
-        for name, quantity in columns.items()
+    """Return the kept table ``tails``, of fractions of energy; see ``TAILS``."""
+    errors = {"beyond": "moment_error", "dealt": "moment_error_dealt"}
+    at_rank = {
+        name: optimizer_moments.final(run.table, error).xs(RANK, level="index") for name, error in errors.items()
     }
-    return pd.DataFrame(found).reset_index().astype({"module": "str"})
+    return (pd.DataFrame(at_rank) ** 2).reset_index().astype({"module": "str"})
 
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
@@ -114,30 +108,10 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     return [draw("second_moments", adam), draw("factor_rank", ours), draw("factor_error", ours)]
 
 
-PROBE = Probe(
-    name="adapprox",
-    title="Adapprox: low-rank second moments",
-    source="Zhao et al., Adapprox, arXiv 2403.14958",
-    question="Are Adam's second moments of low rank, and is a rank above one worth its cost?",
-    arms=arms,
-    keep={(TAILS, ADAMW): keep_tails},
-    figures=figures,
-    notes=(
-        "Under Adapprox the embeddings and the head, which has two rows, keep a dense second moment; all other "
-        "matrices are factored.",
-        "Any matrix of positive entries has one large singular value. The random baseline therefore has the same row "
-        "and column sums.",
-    ),
-)
-
-
-HEADING = "Adapprox"
-
-
 def _draw_rates(runs: Mapping[str, Sequence[Any]]) -> Drawable:
     by_rate: dict[str, list[Any]] = {}
-    for label, of in runs.items():
-        for run in of:
+    for label, of_arm in runs.items():
+        for run in of_arm:
             by_rate.setdefault(f"{label} at {run.meta.settings['lr']:g}", []).append(run)
     # The default caption lists the seeds of every rate.
     caption = f"Left: tuning runs, which choose the rate. Right: judged runs at the chosen rate. Bars: {INTERVAL}."
@@ -146,7 +120,7 @@ def _draw_rates(runs: Mapping[str, Sequence[Any]]) -> Drawable:
 
 _ADAM, _OURS = own_labels(ADAMW), own_labels(OURS)
 _NAMES = (OURS, ADAMW, ADAFACTOR, CAME)
-
+HEADING = "Adapprox"
 FIGURES = [
     GalleryFigure(
         name="second-moments",
@@ -181,8 +155,6 @@ FIGURES = [
         alt="Validation loss by learning rate in fine-tuning, and test loss at the chosen one",
         arms=own_labels(*_NAMES),
         draw=_draw_rates,
-        seeds=None,
-        scores_only=True,
         tuning=True,
     ),
     GalleryFigure(
@@ -193,3 +165,19 @@ FIGURES = [
         quantities=("loss",),
     ),
 ]
+
+PROBE = Probe(
+    name="adapprox",
+    title="Adapprox: low-rank second moments",
+    source="Zhao et al., Adapprox, arXiv 2403.14958",
+    question="Are Adam's second moments of low rank, and is a rank above one worth its cost?",
+    arms=arms,
+    keep={(TAILS, ADAMW): keep_tails},
+    figures=figures,
+    notes=(
+        "Under Adapprox the embeddings and the head, which has two rows, keep a dense second moment; all other "
+        "matrices are factored.",
+        "Any matrix of positive entries has one large singular value. The random baseline therefore has the same row "
+        "and column sums.",
+    ),
+)

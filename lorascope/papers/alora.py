@@ -1,16 +1,13 @@
-"""ALoRA: rank moved to attention, and to queries and keys; accuracy; and whether its score matters.
+"""ALoRA (Allocating LoRA): rank allocation by ablation.
 
-Probe of ALoRA (Allocating LoRA): rank moved from feed-forward modules to queries and keys, and accuracy.
-
-The control applies the same rules of deletion and growth in the same number of rounds, but to random scores.
+Does rank move from feed-forward modules to queries and keys, and does accuracy improve? The control applies the same
+rules of deletion and growth in the same number of rounds, but to random scores.
 
 Source: ALoRA (arXiv 2403.16187), figure 3 and section 4.5 (rank allocation), table 1 (accuracy).
 
 Departs:
 
 - A small encoder instead of LLaMA-2 7B.
-
-Figures of ALoRA.
 """
 
 from __future__ import annotations
@@ -34,6 +31,20 @@ ADAPTED, RANDOM, UNIFORM = "ALoRA", "ALoRA, random scores", "LoRA, rank 4"
 REPLAYS = "replays"
 """Kept table ``group, value, draws, error``: mean fraction of the total rank over replays of a run's rounds."""
 
+DRAWS = 1000
+
+
+def arms() -> list[Arm]:
+    """Return the registered arms: ALoRA with its scores and with random ones, and LoRA of the same rank."""
+    from lorascope.methods import ALoRA, LoRA
+
+    method, settings = ALoRA(init_rank=4, alpha=4.0), encoder_settings()
+    return [
+        Arm(label=ADAPTED, method=method, settings=settings),
+        Arm(label=RANDOM, method=replace(method, scores="random"), settings=settings),
+        Arm(label=UNIFORM, method=LoRA(rank=4, alpha=4.0, targets="all-linear"), settings=settings),
+    ]
+
 
 def replayed(table: pd.DataFrame, group: str) -> float:
     """Return the mean fraction of a group of modules over replays of the run's rounds with random scores."""
@@ -51,65 +62,36 @@ CLAIMS = {
 }
 
 
-DRAWS = 1000
-
-
-def arms() -> list[Arm]:
-    """Return the registered arms: ALoRA with its scores and with random ones, and LoRA of the same rank."""
-    from lorascope.methods import ALoRA, LoRA
-
-    method, settings = ALoRA(init_rank=4, alpha=4.0), encoder_settings()
-    return [
-        Arm(label=ADAPTED, method=method, settings=settings),
-        Arm(label=RANDOM, method=replace(method, scores="random"), settings=settings),
-        Arm(label=UNIFORM, method=LoRA(rank=4, alpha=4.0, targets="all-linear"), settings=settings),
-    ]
-
-
-def _replay_rounds(run: Run, found: pd.DataFrame, draws: int) -> Int[np.ndarray, "draws modules"]:
-    """Replay the rounds of a run with random scores: the final ranks of each draw, from those of the run."""
-    from lorascope.methods.alora import allocate, prune
-
-    draw = np.random.default_rng(run.seed)
-    per_round = run.meta.method["prune"]
-    in_block = int(found.groupby(["stack", "layer"], observed=True).size().max())
-    number = {"block": in_block, "network": len(found)}.get(per_round, per_round)
-    rounds = run.table.loc[run.table["quantity"] == "score_full", "step"].nunique()
-    replayed = np.full((draws, len(found)), run.meta.method["init_rank"])
-    for sizes in replayed:
-        for _ in range(rounds):
-            scores = [draw.random(size) for size in sizes]
-            lost = prune(scores, number)
-            sizes += allocate(scores, lost) - np.array([len(positions) for positions in lost])
-    return replayed
-
-
 def keep_replays(run: Run) -> pd.DataFrame:
-    """Return the kept table ``replays``; see ``papers.alora``."""
-    found = rank_allocations.current_ranks(run.table)
-    ranks = _replay_rounds(run, found, DRAWS)
-    q_k, v_o = (found["role"].isin(roles).to_numpy(np.float64) for roles in (("q", "k"), ("v", "o")))
+    """Return the kept table ``replays``; see ``REPLAYS``."""
+    modules = rank_allocations.current_ranks(run.table)
+    ranks = _replay_rounds(run, modules, DRAWS)
+    q_k, v_o = (modules["role"].isin(roles).to_numpy(np.float64) for roles in (("q", "k"), ("v", "o")))
     groups = {"attention": q_k + v_o, "q and k less v and o": q_k - v_o}
     fractions = ranks @ np.column_stack(list(groups.values())) / ranks.sum(axis=1, keepdims=True)
     error = fractions.std(axis=0, ddof=1) / np.sqrt(DRAWS)
     return pd.DataFrame({"group": list(groups), "value": fractions.mean(axis=0), "draws": DRAWS, "error": error})
 
 
-PROBE = Probe(
-    name="alora",
-    title="ALoRA: rank allocation by ablation",
-    source="Liu et al., ALoRA: Allocating Low-Rank Adaptation, arXiv 2403.16187",
-    question="Does rank move to queries and keys more than with random scores, and does it improve accuracy?",
-    arms=arms,
-    keep={(RANKS, ADAPTED): keep_ranks, (REPLAYS, ADAPTED): keep_replays},
-    figures=partial(allocation_figures, label=ADAPTED),
-    notes=("This run has fewer rounds than the registered arm, because scoring costs more than training.",),
-)
+def _replay_rounds(run: Run, modules: pd.DataFrame, draws: int) -> Int[np.ndarray, "draws modules"]:
+    """Replay the rounds of a run with random scores: the final ranks of each draw, from those of the run."""
+    from lorascope.methods.alora import allocate, prune
+
+    rng = np.random.default_rng(run.seed)
+    per_round = run.meta.method["prune"]
+    in_block = int(modules.groupby(["stack", "layer"], observed=True).size().max())
+    number = {"block": in_block, "network": len(modules)}.get(per_round, per_round)
+    rounds = run.table.loc[run.table["quantity"] == "score_full", "step"].nunique()
+    final_ranks = np.full((draws, len(modules)), run.meta.method["init_rank"])
+    for ranks in final_ranks:
+        for _ in range(rounds):
+            scores = list(map(rng.random, ranks))
+            pruned = prune(scores, number)
+            ranks += allocate(scores, pruned) - np.array(list(map(len, pruned)))
+    return final_ranks
 
 
 HEADING = "ALoRA"
-
-
 FIGURES = [
     GalleryFigure(
         name="rank-alora",
@@ -134,3 +116,14 @@ FIGURES = [
         quantities=("importance", "rank"),
     ),
 ]
+
+PROBE = Probe(
+    name="alora",
+    title="ALoRA: rank allocation by ablation",
+    source="Liu et al., ALoRA: Allocating Low-Rank Adaptation, arXiv 2403.16187",
+    question="Does rank move to queries and keys more than with random scores, and does it improve accuracy?",
+    arms=arms,
+    keep={(RANKS, ADAPTED): keep_ranks, (REPLAYS, ADAPTED): keep_replays},
+    figures=partial(allocation_figures, label=ADAPTED),
+    notes=("This run has fewer rounds than the registered arm, because scoring costs more than training.",),
+)

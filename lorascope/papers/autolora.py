@@ -1,10 +1,9 @@
-"""AutoLoRA: spread of the learned ranks, agreement of seeds and tasks, and accuracy with these ranks.
+"""AutoLoRA: learned ranks compared with noise.
 
-Probe of AutoLoRA: variation of learned ranks between layers and between tasks, compared with noise.
-
-A threshold at the mean turns any logits, including random ones, into ranks that differ between layers. With k = 8
-components, it keeps 4 on average for small random logits and 2.9 for standard normal ones. The controls are therefore
-random logits and a second seed.
+Do learned ranks differ between layers and between tasks by more than noise, and do they improve accuracy? A threshold
+at the mean turns any logits, including random ones, into ranks that differ between layers. With k = 8 components, it
+keeps 4 on average for small random logits and 2.9 for standard normal ones. The controls are therefore random logits
+and a second seed.
 
 Source: AutoLoRA (arXiv 2403.09113), section 5.4 and figure 3 (ranks differ between layers, projections and tasks),
 section 5.2 (accuracy).
@@ -14,8 +13,6 @@ Departs:
 - A small encoder.
 - Two tasks on the same sentences, sentiment and domain, instead of different datasets.
 - A shorter search.
-
-Figures of AutoLoRA.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope import plots
-from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
+from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Axis, Heat
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
@@ -41,20 +38,6 @@ from lorascope.schema import module_table
 
 ADAPTED, DOMAINS = "AutoLoRA", "AutoLoRA, search only, domains"
 UNIFORM, RANDOM = "LoRA, rank 4, q and v", "LoRA, ranks from random logits, q and v"
-
-
-def spread(table: pd.DataFrame) -> float:
-    """Compute the standard deviation of the final ranks over modules."""
-    return float(table["value"].std(ddof=1))
-
-
-CLAIMS = {
-    # Deviation over 12 modules that keep the components with at least the mean of 8 logits, which are small and normal.
-    "autolora.spread": (OfRun(spread, RANKS, ADAPTED), Simulated(0.8316, draws=1_000_000, error=0.0002)),
-    "autolora.tasks": (average([agreement(ADAPTED), agreement(DOMAINS)]), agreement(ADAPTED, DOMAINS)),
-    "autolora.better": (Accuracy(ADAPTED), Accuracy(UNIFORM)),
-    "autolora.over_random": (Accuracy(ADAPTED), Accuracy(RANDOM)),
-}
 
 
 def arms() -> list[Arm]:
@@ -79,9 +62,23 @@ def _with_random_ranks(arm: Arm, seed: int) -> Arm:
     names = module_table.match(module_table.describe(models.load("minilm")), ("q", "v"))
     logits = np.random.default_rng(seed).standard_normal((len(names), 8))
     # The softmax of small logits is at least its mean where they are.
-    kept = (logits >= logits.mean(axis=1, keepdims=True)).sum(axis=1).tolist()
+    ranks = (logits >= logits.mean(axis=1, keepdims=True)).sum(axis=1).tolist()
     method: Any = arm.method
-    return replace(arm, method=replace(method, rank=dict(zip(names, kept, strict=True))))
+    return replace(arm, method=replace(method, rank=dict(zip(names, ranks, strict=True))))
+
+
+def spread(table: pd.DataFrame) -> float:
+    """Compute the standard deviation of the final ranks over modules."""
+    return float(table["value"].std(ddof=1))
+
+
+CLAIMS = {
+    # Deviation over 12 modules that keep the components with at least the mean of 8 logits, which are small and normal.
+    "autolora.spread": (OfRun(spread, RANKS, ADAPTED), Simulated(0.8316, draws=1_000_000, error=0.0002)),
+    "autolora.tasks": (average([agreement(ADAPTED), agreement(DOMAINS)]), agreement(ADAPTED, DOMAINS)),
+    "autolora.better": (Accuracy(ADAPTED), Accuracy(UNIFORM)),
+    "autolora.over_random": (Accuracy(ADAPTED), Accuracy(RANDOM)),
+}
 
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
@@ -89,6 +86,51 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     label, run = ADAPTED, runs[ADAPTED]
     return [draw("rank_allocation", {label: run}), draw("importance", {label: run.parents[0]}, quantity="alpha")]
 
+
+def _draw_ranks(runs: Mapping[str, Sequence[Any]]) -> Panels:
+    """Plot the found ranks, and below them those of the authors' lists."""
+    published = registration.FILE.parent / "published"
+    ranks, chance = (pd.read_csv(published / f"autolora_{name}.csv") for name in ("ranks", "chance"))
+    count = ranks["list"].nunique()
+    cells = ranks.groupby(["projection", "layer"])["rank"].mean().rename("value").reset_index()
+    deviation = ranks.groupby("list")["rank"].std().mean()
+    measured = plots.rank_allocation(runs).charts()
+    caption = (
+        f"{measured[0].caption} Authors' lists: mean of {count} lists of RoBERTa-base with starting rank 8; standard "
+        f"deviation of the ranks of one list: {deviation:.2f}, by random logits: {chance['expected_sd_of_24'][0]:.2f}."
+    )
+    authors = Chart(
+        cells,
+        [Heat("layer", "projection", "value", "rank", ".1f", limits=(0.0, float(cells["value"].max())))],
+        title="authors' lists",
+        x=Axis(label="layer", order=sorted(cells["layer"].unique())),
+        y=Axis(order=["q", "v"]),
+        caption=caption,
+    )
+    return stack_vertically(set_side_by_side(*(replace(chart, caption=caption) for chart in measured)), authors)
+
+
+def _draw_selection(runs: Mapping[str, Sequence[Any]]) -> Drawable:
+    return plots.importance({ADAPTED: [run.parents[0] for run in runs[ADAPTED]]}, quantity="alpha")
+
+
+HEADING = "AutoLoRA"
+FIGURES = [
+    GalleryFigure(
+        name="rank-by-task",
+        alt="Ranks that AutoLoRA finds for two tasks, ranks from random logits, and those of the authors' lists",
+        arms={"sentiment": ADAPTED, "domains": DOMAINS, "random logits": RANDOM},
+        draw=_draw_ranks,
+        quantities=("rank",),
+    ),
+    GalleryFigure(
+        name="selection-weights",
+        alt="Selection weights of retained and dropped components in AutoLoRA's search",
+        arms=own_labels(ADAPTED),
+        draw=_draw_selection,
+        quantities=("alpha", "rank"),
+    ),
+]
 
 PROBE = Probe(
     name="autolora",
@@ -103,49 +145,3 @@ PROBE = Probe(
         "rank if they are small, and less if they are large.",
     ),
 )
-
-
-HEADING = "AutoLoRA"
-
-
-def _draw_ranks(runs: Mapping[str, Sequence[Any]]) -> Panels:
-    """Plot the found ranks, and below them those of the authors' lists."""
-    published = registration.FILE.parent / "published"
-    ranks, chance = (pd.read_csv(published / f"autolora_{name}.csv") for name in ("ranks", "chance"))
-    count = ranks["list"].nunique()
-    cells = ranks.groupby(["projection", "layer"])["rank"].mean().rename("value").reset_index()
-    deviation = ranks.groupby("list")["rank"].std().mean()
-    found = plots.rank_allocation(runs).charts()
-    caption = (
-        f"{found[0].caption} Authors' lists: mean of {count} lists of RoBERTa-base with starting rank 8; standard "
-        f"deviation of the ranks of one list: {deviation:.2f}, by random logits: {chance['expected_sd_of_24'][0]:.2f}."
-    )
-    authors = Chart(
-        cells,
-        [Heat("layer", "projection", "value", "rank", ".1f", limits=(0.0, float(cells["value"].max())))],
-        title="authors' lists",
-        x=Axis(label="layer", order=sorted(cells["layer"].unique())),
-        y=Axis(order=["q", "v"]),
-        caption=caption,
-    )
-    return stack_vertically(set_side_by_side(*(replace(chart, caption=caption) for chart in found)), authors)
-
-
-FIGURES = [
-    GalleryFigure(
-        name="rank-by-task",
-        alt="Ranks that AutoLoRA finds for two tasks, ranks from random logits, and those of the authors' lists",
-        arms={"sentiment": ADAPTED, "domains": DOMAINS, "random logits": RANDOM},
-        draw=_draw_ranks,
-        quantities=("rank",),
-    ),
-    GalleryFigure(
-        name="selection-weights",
-        alt="Selection weights of retained and dropped components in AutoLoRA's search",
-        arms=own_labels(ADAPTED),
-        draw=lambda runs: plots.importance(
-            {label: [run.parents[0] for run in of] for label, of in runs.items()}, quantity="alpha"
-        ),
-        quantities=("alpha", "rank"),
-    ),
-]

@@ -1,9 +1,10 @@
 """Expressiveness of LoRA and FourierFT with 128 parameters, on a toy classification task.
 
-A small network with random, frozen weights classifies points in the plane, eight clusters on a circle. Only an adapter
-of its middle layer (64 x 64) trains: LoRA of rank 1, or FourierFT with 128 coefficients, which has the same number of
-parameters. If the Fourier basis is more expressive, FourierFT classifies all points correctly and LoRA does not. A
-random basis with 128 coefficients separates the effect of the frequencies from the effect of an update of rank above 1.
+Is a sparse spectrum more expressive than a product of rank 1 with as many parameters? A small network with random,
+frozen weights classifies points in the plane, eight clusters on a circle. Only an adapter of its middle layer (64 x 64)
+trains: LoRA of rank 1, or FourierFT with 128 coefficients. If the Fourier basis is more expressive, FourierFT
+classifies all points correctly and LoRA does not. A random basis with 128 coefficients separates the effect of the
+frequencies from the effect of an update of rank above 1.
 
 Source: FourierFT (arXiv 2405.03003), appendix C.2 with figure 7.
 
@@ -19,7 +20,7 @@ Departs:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,8 +30,9 @@ import pandas as pd
 from lorascope.analysis.seed_intervals import band
 from lorascope.array_types import Float, Int
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
-from lorascope.charts.marks import Axis, Heat, Point
-from lorascope.papers import fourierft as statistics
+from lorascope.charts.marks import Axis, Heat, Line, Point
+from lorascope.papers.figures.gallery_figure import GalleryFigure
+from lorascope.papers.judging.statistics import COURSE, Combined, OfRun
 from lorascope.papers.probe import OwnArm, Probe, Scored
 from lorascope.plots import builders
 from lorascope.plots.run_groups import INTERVAL
@@ -47,7 +49,7 @@ EPOCHS, SEEDS = 1000, range(5)
 _ALPHA, _ENTRY_SEED, _MIDDLE = 300.0, 777, "2"  # FourierFT's alpha and entry seed, and the name of the middle layer
 _CELL, _REACH = 0.25, 28  # drawn region of the plane: side of a cell, and number of cells on each side of zero
 _EVERY = 20  # epochs between two points of a curve
-
+_FIRST_EPOCH = 10  # of the axis of the figure; no seed fits all points before it
 FOURIER, RANDOM = "FourierFT", "random basis"
 SLOW, FAST = "LoRA, rank 1, lr 0.01", "LoRA, rank 1, lr 0.1"
 _RIGHT, _WRONG = "correct", "misclassified"
@@ -65,6 +67,11 @@ class Course(NamedTuple):
 
     accuracy: list[float]
     network: nn.Sequential
+
+    @property
+    def epochs(self) -> int:
+        """Epochs until all points were classified correctly, or all epochs if that did not happen."""
+        return len(self.accuracy) - 1
 
 
 Courses = Mapping[tuple[str, int], Course]
@@ -107,8 +114,8 @@ def _new_lora_delta(seed: int) -> Delta:
 def _coefficients(seed: int) -> tuple[Float[Tensor, "n"], Int[Tensor, "2 n"]]:
     import torch
 
-    places = torch.from_numpy(fourier.entries((WIDTH, WIDTH), COEFFICIENTS, _ENTRY_SEED))
-    return torch.randn(COEFFICIENTS, generator=torch.Generator().manual_seed(seed)), places
+    entries = torch.from_numpy(fourier.entries((WIDTH, WIDTH), COEFFICIENTS, _ENTRY_SEED))
+    return torch.randn(COEFFICIENTS, generator=torch.Generator().manual_seed(seed)), entries
 
 
 def _new_fourier_delta(seed: int) -> Delta:
@@ -158,7 +165,7 @@ def learn(label: str, seed: int, epochs: int = EPOCHS) -> Course:
 def course_table(label: str, seed: int) -> tuple[pd.DataFrame, float, float]:
     """Train one adapter; return the kept table ``course`` and the final training accuracy and loss.
 
-    See ``papers.fourierft`` for the table.
+    Its columns are in ``COURSE``.
     """
     import torch
     import torch.nn.functional as F
@@ -166,7 +173,7 @@ def course_table(label: str, seed: int) -> tuple[pd.DataFrame, float, float]:
     course, (x, y) = learn(label, seed), points(seed)
     with torch.no_grad():
         loss = F.cross_entropy(course.network(x), y)
-    table = pd.DataFrame({"best_accuracy": [best_accuracy(course)], "epochs": [epochs_needed(course)]})
+    table = pd.DataFrame({"best_accuracy": [max(course.accuracy)], "epochs": [course.epochs]})
     return table, course.accuracy[-1], float(loss)
 
 
@@ -175,7 +182,26 @@ def _score(label: str, seed: int) -> Scored:
     row: dict[str, Any] = dict.fromkeys(("validation_loss", "test_loss"), loss)
     row |= dict.fromkeys(("validation_metric", "test_metric"), accuracy) | {"validation_chance": 1 / CLASSES}
     row |= {"steps": int(table["epochs"].item()), "trained_parameters": COEFFICIENTS}
-    return Scored(row, tables={statistics.COURSE: table})
+    return Scored(row, tables={COURSE: table})
+
+
+def best_accuracy(table: pd.DataFrame) -> float:
+    """Return the best training accuracy of a course."""
+    return float(table["best_accuracy"].item())
+
+
+def log_epochs(table: pd.DataFrame) -> float:
+    """Return log10 of the epochs until all points were classified correctly, or of all epochs."""
+    return float(np.log10(table["epochs"].item()))
+
+
+CLAIMS = {
+    "expressiveness.more": (
+        OfRun(best_accuracy, COURSE, FOURIER),
+        Combined(np.maximum, (OfRun(best_accuracy, COURSE, SLOW), OfRun(best_accuracy, COURSE, FAST))),
+    ),
+    "expressiveness.frequencies": (-OfRun(log_epochs, COURSE, FOURIER), -OfRun(log_epochs, COURSE, RANDOM)),
+}
 
 
 @cache
@@ -184,39 +210,66 @@ def courses() -> Courses:
     return {(label, seed): learn(label, seed) for label in ADAPTERS for seed in SEEDS}
 
 
-def epochs_needed(course: Course) -> int:
-    """Return the epochs until all points were classified correctly, or all epochs if that did not happen."""
-    return len(course.accuracy) - 1
+def _draw_toy_task(runs: Mapping[str, Sequence[Any]]) -> Drawable:
+    """Plot the kept tables ``course``: the fraction of seeds that fit all points by epoch, and the best accuracy."""
+    tables = [run.tables[COURSE].assign(recipe=label, run=run.id) for label in runs for run in runs[label]]
+    rows = pd.concat(tables)
+    epochs = np.append(_FIRST_EPOCH, np.unique(rows["epochs"]))
+    fractions = []
+    for label, of_label in rows.groupby("recipe", sort=False):
+        fitted = of_label.loc[of_label["best_accuracy"] == 1, "epochs"].to_numpy()
+        share = (fitted <= epochs[:, None]).sum(1) / len(of_label)
+        # Every value holds until the next epoch, at which the line rises vertically.
+        steps = {"epoch": np.repeat(epochs, 2)[1:], "value": np.repeat(share, 2)[:-1]}
+        fractions.append(pd.DataFrame(steps).assign(recipe=label))
+    best = band(rows.assign(value=rows["best_accuracy"]), ["recipe"])
+    caption = (
+        "Eight classes of points, learned by a network whose hidden layer has an adapter of 128 parameters; "
+        f"{len(rows) // len(runs)} seeds. The paper does not state its points. Right: mean; bars: {INTERVAL}."
+    )
+    return set_side_by_side(
+        Chart(
+            pd.concat(fractions),
+            [Line("epoch", "value", "recipe")],
+            title="Seeds that fit all points",
+            x=Axis(label="epoch", log=True),
+            y=Axis(label="fraction of seeds", limits=(0, 1.02)),
+            caption=caption,
+        ),
+        Chart(
+            best,
+            [Point("recipe", "value", "recipe", **builders.ends(best))],
+            title="Best accuracy",
+            x=Axis(order=list(runs)),
+            y=Axis(label="training accuracy"),
+            caption=caption,
+        ),
+    )
 
 
-def best_accuracy(course: Course) -> float:
-    """Return the best accuracy of a course."""
-    return max(course.accuracy)
-
-
-def curves(found: Courses) -> Chart:
+def curves(by_run: Courses) -> Chart:
     """Plot accuracy by epoch, one line per adapter. Accuracy stays 1 after all points are classified correctly."""
-    last = max(len(course.accuracy) for course in found.values())
-    parts = []
-    for (label, seed), (accuracy, _) in found.items():
-        extended = accuracy + [accuracy[-1]] * (last - len(accuracy))
-        sampled = {"epoch": range(0, last, _EVERY), "value": extended[::_EVERY]}
-        parts.append(pd.DataFrame(sampled | {"run": seed, "recipe": label, "kind": "run"}))
-    cells = band(pd.concat(parts), ["recipe", "kind", "epoch"])
+    longest = max(len(course.accuracy) for course in by_run.values())
+    tables = []
+    for (label, seed), (accuracy, _) in by_run.items():
+        extended = accuracy + [accuracy[-1]] * (longest - len(accuracy))
+        sampled = {"epoch": range(0, longest, _EVERY), "value": extended[::_EVERY]}
+        tables.append(pd.DataFrame(sampled | {"run": seed, "recipe": label, "kind": "run"}))
+    cells = band(pd.concat(tables), ["recipe", "kind", "epoch"])
     return builders.curves(
         cells,
         "epoch",
         ("epoch", Axis(label="training accuracy", limits=(0, 1))),
         points=False,
         title=f"Fitting eight classes with {COEFFICIENTS} parameters",
-        caption=f"Training accuracy, every {_EVERY}th epoch, mean of {len({seed for _, seed in found})} seeds; bands: "
+        caption=f"Training accuracy, every {_EVERY}th epoch, mean of {len({seed for _, seed in by_run})} seeds; bands: "
         f"{INTERVAL}. {CLASSES} × {POINTS} points; frozen network with one adapted {WIDTH} × {WIDTH} layer; full-batch "
         "Adam.",
         colors=list(ADAPTERS),
     )
 
 
-def regions(networks: Mapping[str, nn.Module], shown: Points) -> Drawable:
+def regions(networks: Mapping[str, nn.Module], points: Points) -> Drawable:
     """Plot the predicted class at every position of the plane, with the points on top, one panel per network."""
     import torch
 
@@ -225,12 +278,12 @@ def regions(networks: Mapping[str, nn.Module], shown: Points) -> Drawable:
     plane = torch.cartesian_prod(ticks, ticks)
     for label, model in networks.items():
         with torch.no_grad():
-            right = (model(shown.x).argmax(dim=1) == shown.y).numpy()
+            right = (model(points.x).argmax(dim=1) == points.y).numpy()
             classes = model(plane).argmax(dim=1).numpy()
         across, up = _cell_centers(plane)
         cells = pd.DataFrame({"x": across, "y": up, "class": classes})
-        places = dict(zip("xy", _cell_centers(shown.x), strict=True))
-        dots = pd.DataFrame(places | {"point": np.where(right, _RIGHT, _WRONG)})
+        dots = pd.DataFrame(dict(zip("xy", _cell_centers(points.x), strict=True)))
+        dots["point"] = np.where(right, _RIGHT, _WRONG)
         heat = Heat("x", "y", "class", "class", limits=(0, CLASSES - 1))
         panels.append(
             Chart(
@@ -246,10 +299,21 @@ def regions(networks: Mapping[str, nn.Module], shown: Points) -> Drawable:
     return set_side_by_side(*panels)
 
 
-def _cell_centers(x: Float[Tensor, "places 2"]) -> Float[np.ndarray, "2 places"]:
-    """Return the center of each position's cell; positions outside the drawn region move to its edge."""
+def _cell_centers(x: Float[Tensor, "points 2"]) -> Float[np.ndarray, "2 points"]:
+    """Return the center of each point's cell; points outside the drawn region move to its edge."""
     return (x.numpy().T / _CELL).round().clip(-_REACH, _REACH) * _CELL
 
+
+HEADING = "FourierFT"
+FIGURES = [
+    GalleryFigure(
+        name="toy-task",
+        alt="Toy task: seeds that fit all points by epoch, and best accuracy, with 128 parameters",
+        arms={"Fourier": FOURIER, "random basis": RANDOM, "LoRA, lr 0.01": SLOW, "LoRA, lr 0.1": FAST},
+        draw=_draw_toy_task,
+        table=COURSE,
+    ),
+]
 
 PROBE = Probe(
     name="expressiveness",

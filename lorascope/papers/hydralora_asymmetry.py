@@ -1,13 +1,11 @@
-"""HydraLoRA's motivation: whether A is shared between domains and B is not, and what the common start explains.
+"""HydraLoRA's motivation: similarity of A and of B between LoRAs trained on different domains.
 
-A replicate is a set of runs with one seed: two orders of each domain, or of each random quarter of one text.
-
-Probe of HydraLoRA's motivation: similarity of A and of B between LoRAs trained on different domains.
-
-The paper trains one LoRA per domain, all with the same seed, and plots every factor by t-SNE. The A's of one module
-coincide, and the B's separate by domain. But A starts random, B starts at zero, and A changes little, so a shared
-initial A (A_0) already explains the figure. Each run is therefore trained twice: with an A_0 that all runs of a
-replicate share, and with a separate A_0.
+Are the A's of different domains similar because of training, or because of a shared initial A? The paper trains one
+LoRA per domain, all with the same seed, and plots every factor by t-SNE. The A's of one module coincide, and the B's
+separate by domain. But A starts random, B starts at zero, and A changes little, so a shared initial A (A_0) already
+explains the figure. Each run is therefore trained twice: with an A_0 that all runs of a replicate share, and with a
+separate A_0. A replicate is a set of runs with one seed: two orders of each domain, or of each random quarter of one
+text.
 
 Source: HydraLoRA (arXiv 2404.19245), section 2.3 and figure 3; the objection to a single seed: Ban & Ji (arXiv
 2509.25414).
@@ -25,15 +23,19 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lorascope import plots
 from lorascope.analysis.factor_embeddings import Factor, FactorSet, View, clouds, factored_updates
 from lorascope.analysis.factor_sharing import neighbour_fraction, sharedness
+from lorascope.charts.chart import Drawable
+from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
 from lorascope.papers.judging.statistics import Constant, OfRun
 from lorascope.papers.probe import Arm, Probe, factor_settings
 from lorascope.runs.run import Run
@@ -41,7 +43,8 @@ from lorascope.runs.run import Run
 DOMAINS = ("tweets", "movies", "products", "news")
 _PAIRS = [(domain, order) for domain in DOMAINS for order in (1, 2)]
 OWN = tuple(f"LoRA, {domain}, order {order}, separate A_0" for domain, order in _PAIRS)
-# The first run is in both sets, because the other runs of the shared set start from its initial A.
+
+# The first run is in both sets, because the other runs of COMMON start from its initial A.
 COMMON = (OWN[0], *(f"LoRA, {domain}, order {order}, shared A_0" for domain, order in _PAIRS[1:]))
 QUARTERS = tuple(f"LoRA, random quarter {n}, order {order}, shared A_0" for n in (1, 2, 3, 4) for order in (1, 2))
 SIMILARITIES = "similarities"
@@ -51,20 +54,71 @@ The table of a set belongs to its last run. ``slot`` and ``other`` number the mo
 of the set in their order, two runs per domain.
 """
 
+_RUNS = len(OWN)
+"""Number of runs of a set, and of the seeds that a replicate uses."""
+
+
+def arms() -> list[Arm]:
+    """Return the registered arms: two orders of each domain and of each random quarter of the text.
+
+    The runs on domains have a shared and a separate initial A, those on quarters a shared one.
+    """
+    from lorascope.methods import LoRA
+
+    settings = factor_settings(200) | {"eval_size": 200, "test_size": 200}
+    # ``_replicate_arm`` replaces the 0 by the seed of the replicate's first run.
+    separate, shared = (LoRA(rank=8, alpha=8.0, lr=1e-3, head_lr=1e-3, init_seed=seed) for seed in (None, 0))
+    by_label: dict[str, Arm] = {}
+    for labels, method in ((OWN, separate), (COMMON, shared), (QUARTERS, shared)):
+        for number, label in enumerate(labels):
+            arm = Arm(
+                label=label,
+                method=method,
+                settings=settings | {"seed": number},
+                task=f"sentiment/{DOMAINS[number // 2]}",
+                vary=_replicate_arm,
+            )
+            if labels is QUARTERS:
+                arm = replace(arm, task="sentiment", vary=partial(_quarter_arm, number // 2 + 1))
+            by_label.setdefault(label, arm)  # the first run of OWN is in COMMON as well
+    return list(by_label.values())
+
+
+def _quarter_arm(number: int, arm: Arm, seed: int) -> Arm:
+    """Return the arm of a replicate on one of four random parts of the text, which the seed deals."""
+    from lorascope.inputs import tasks
+    from lorascope.inputs.task_parts import quarter
+
+    return _replicate_arm(replace(arm, task=quarter(tasks.load("sentiment"), number, seed)), seed)
+
+
+def _replicate_arm(arm: Arm, seed: int) -> Arm:
+    """Return the arm of a replicate, with a seed that no other run has.
+
+    Runs with a shared A take the initial A of the replicate's first run.
+    """
+    from lorascope.methods import LoRA
+
+    first = seed * _RUNS  # so that the seeds of two replicates never overlap
+    method = arm.method
+    if isinstance(method, LoRA) and method.init_seed is not None:
+        method = replace(method, init_seed=first)
+    return replace(arm, method=method, settings={**arm.settings, "seed": first + arm.settings["seed"]})
+
 
 def factor_sets(table: pd.DataFrame, factor: str, view: str, when: str) -> list[FactorSet]:
     """Rebuild the sets of comparable factors from their cosines, one per shape."""
     rows = table[(table["factor"] == factor) & (table["view"] == view) & (table["when"] == when)]
-    found = []
-    for _, part in rows.groupby("shape", sort=False):
-        slots, runs = int(part["slot"].max()) + 1, int(part["first"].max()) + 1
+    sets = []
+    for _, of_shape in rows.groupby("shape", sort=False):
+        slots, runs = int(of_shape["slot"].max()) + 1, int(of_shape["first"].max()) + 1
         cosine = np.full((slots, runs, slots, runs), np.nan)
-        places = [part[name].to_numpy() for name in ("slot", "first", "other", "second")]
-        cosine[*places] = part["cosine"].to_numpy(np.float64)
-        cosine[*places[2:], *places[:2]] = part["cosine"].to_numpy(np.float64)
+        slot, first, other, second = of_shape[["slot", "first", "other", "second"]].to_numpy().T
+        cosine[slot, first, other, second] = of_shape["cosine"].to_numpy(np.float64)
+        cosine[other, second, slot, first] = of_shape["cosine"].to_numpy(np.float64)
         names = [str(run // 2) for run in range(runs)]
-        found.append(FactorSet((0,), list(map(str, range(slots))), [factor] * slots, names, names, cosine))
-    return found
+        sets.append(FactorSet((0,), list(map(str, range(slots))), [factor] * slots, names, names, cosine))
+    return sets
 
 
 def shared(table: pd.DataFrame, factor: str, view: str, when: str) -> float:
@@ -100,60 +154,6 @@ CLAIMS = {
 }
 
 
-_RUNS = len(OWN)
-"""Number of runs of a set, and of the seeds that a replicate uses."""
-
-
-def arms() -> list[Arm]:
-    """Return the registered arms: two orders of each domain and of each random quarter of the text.
-
-    The runs on domains have a shared and a separate initial A, those on quarters a shared one.
-    """
-    from lorascope.methods import LoRA
-
-    settings = factor_settings(200) | {"eval_size": 200, "test_size": 200}
-    # ``_replicate_arm`` replaces the 0 by the seed of the replicate's first run.
-    separate, shared = (LoRA(rank=8, alpha=8.0, lr=1e-3, head_lr=1e-3, init_seed=seed) for seed in (None, 0))
-    found: list[Arm] = []
-    for labels, method in ((OWN, separate), (COMMON, shared), (QUARTERS, shared)):
-        for number, label in enumerate(labels):
-            # The first run is in both sets on domains, because the other runs of the shared set start from its A.
-            if label in (arm.label for arm in found):
-                continue
-            on_quarter = labels is QUARTERS
-            arm = Arm(
-                label=label,
-                method=method,
-                settings=settings | {"seed": number},
-                task="sentiment" if on_quarter else f"sentiment/{DOMAINS[number // 2]}",
-                vary=partial(_quarter_arm, number // 2 + 1) if on_quarter else _replicate_arm,
-            )
-            found.append(arm)
-    return found
-
-
-def _quarter_arm(number: int, arm: Arm, seed: int) -> Arm:
-    """Return the arm of a replicate on one of four random parts of the text, which the seed deals."""
-    from lorascope.inputs import tasks
-    from lorascope.inputs.task_parts import quarter
-
-    return _replicate_arm(replace(arm, task=quarter(tasks.load("sentiment"), number, seed)), seed)
-
-
-def _replicate_arm(arm: Arm, seed: int) -> Arm:
-    """Return the arm of a replicate, with a seed that no other run has.
-
-    Runs with a shared A take the initial A of the replicate's first run.
-    """
-    from lorascope.methods import LoRA
-
-    first = seed * _RUNS  # so that the seeds of two replicates never overlap
-    method = arm.method
-    if isinstance(method, LoRA) and method.init_seed is not None:
-        method = replace(method, init_seed=first)
-    return replace(arm, method=method, settings={**arm.settings, "seed": first + arm.settings["seed"]})
-
-
 COSINES: dict[tuple[str, ...], tuple[tuple[str, Factor, View], ...]] = {
     OWN: (("end", "A", "raw"), ("end", "A", "space"), ("end", "B", "space"), ("start", "A", "space")),
     COMMON: (("end", "A", "raw"), ("end", "B", "raw")),
@@ -162,35 +162,65 @@ COSINES: dict[tuple[str, ...], tuple[tuple[str, Factor, View], ...]] = {
 """Labels of the arms of a set -> when, factor and view of the cosines that claims use."""
 
 
-def keep_similarities(run: Run, *others: Run, parts: Sequence[tuple[str, Factor, View]]) -> pd.DataFrame:
-    """Return the kept table ``similarities`` of a set of runs; see ``papers.hydralora_asymmetry``.
+def keep_similarities(run: Run, *earlier: Run, cosines: Sequence[tuple[str, Factor, View]]) -> pd.DataFrame:
+    """Return the kept table ``similarities`` of a set of runs; see ``SIMILARITIES``.
 
     Parameters
     ----------
     run : Run
         Last run of the set.
-    *others : Run
+    *earlier : Run
         Runs before it, in their order.
-    parts : sequence of tuple
+    cosines : sequence of tuple
         When ("start" or "end"), factor and view of the cosines; see ``COSINES``.
     """
-    runs, tables = (*others, run), []
-    for when, factor, view in parts:
-        updates = {
-            str(number): factored_updates(one.updates(0 if when == "start" else None))
-            for number, one in enumerate(runs)
-        }
+    runs, tables = (*earlier, run), []
+    for when, factor, view in cosines:
+        step = 0 if when == "start" else None
+        updates = {str(number): factored_updates(of_set.updates(step)) for number, of_set in enumerate(runs)}
         for cloud in clouds(updates, dict.fromkeys(updates, ""), (factor,), view):
-            first, second = np.triu_indices(len(cloud.flat), 1)
-            (slot, one), (other, two) = (
-                [part.astype(np.uint16) for part in np.divmod(points, len(runs))] for points in (first, second)
-            )
-            cosine = cloud.flat[first, second].astype(np.float16)
-            columns = {"when": when, "factor": factor, "view": view, "shape": " x ".join(map(str, cloud.shape))}
-            places = {"slot": slot, "first": one, "other": other, "second": two}
-            tables.append(pd.DataFrame(columns | places | {"cosine": cosine}))
+            pairs = np.triu_indices(len(cloud.flat), 1)
+            (slot, other), (first, second) = (index.astype(np.uint16) for index in np.divmod(pairs, len(runs)))
+            shape = " x ".join(map(str, cloud.shape))
+            table = pd.DataFrame({"when": when, "factor": factor, "view": view, "shape": shape, "slot": slot})
+            cosine = cloud.flat[pairs].astype(np.float16)
+            tables.append(table.assign(first=first, other=other, second=second, cosine=cosine))
     return pd.concat(tables, ignore_index=True)
 
+
+def _by_name(runs: Mapping[str, Sequence[Any]], labels: Sequence[str], names: Sequence[str]) -> dict[str, list[Any]]:
+    """Group the runs of a set by domain or by quarter, each of which has two labels in a row."""
+    groups = zip(names, labels[::2], labels[1::2], strict=True)
+    return {name: [*runs[first], *runs[second]] for name, first, second in groups}
+
+
+def _draw_domains(runs: Mapping[str, Sequence[Any]]) -> Drawable:
+    return plots.factor_embedding(_by_name(runs, COMMON, DOMAINS), control=_by_name(runs, OWN, DOMAINS))
+
+
+def _draw_quarters(runs: Mapping[str, Sequence[Any]]) -> Drawable:
+    return plots.factor_embedding(_by_name(runs, QUARTERS, [f"quarter {n}" for n in (1, 2, 3, 4)]))
+
+
+HEADING = "HydraLoRA"
+FIGURES = [
+    GalleryFigure(
+        name="factor-embedding",
+        alt="Factors of LoRAs trained on four domains: above from a shared initial A, below from separate ones",
+        arms=own_labels(*COMMON, *OWN),
+        draw=_draw_domains,
+        shows_factors=True,
+        seeds=1,
+    ),
+    GalleryFigure(
+        name="factor-quarters",
+        alt="Factors of LoRAs trained on four random quarters of the text, from a shared initial A",
+        arms=own_labels(*QUARTERS),
+        draw=_draw_quarters,
+        shows_factors=True,
+        seeds=1,
+    ),
+]
 
 PROBE = Probe(
     name="asymmetry",
@@ -198,5 +228,7 @@ PROBE = Probe(
     source="Tian et al., HydraLoRA, arXiv 2404.19245",
     question="Are the A's of different domains similar because of training, or because of a shared initial A?",
     arms=arms,
-    keep={(SIMILARITIES, labels[-1]): partial(keep_similarities, parts=parts) for labels, parts in COSINES.items()},
+    keep={
+        (SIMILARITIES, labels[-1]): partial(keep_similarities, cosines=cosines) for labels, cosines in COSINES.items()
+    },
 )

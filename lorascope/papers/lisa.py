@@ -1,35 +1,25 @@
-"""LISA: norms of embedding and head under LoRA, and a few blocks at a time, on an encoder and a decoder.
+"""LISA: training a few blocks at a time, and its motivation.
 
-Probe of LISA's motivation: norms of embedding and head relative to the blocks, for LoRA and full fine-tuning.
+Motivation: the paper claims that LoRA gives embedding and head far larger norms than the blocks, and full fine-tuning
+does not. Its figure 2 plots "the weight norm" of every layer, averaged over training, without stating which tensor of
+LoRA it uses. The factor of hundreds cannot come from the effective weight, so it must come from the update or from the
+adapter. The figures plot both, and the claims compare each with a control without the claimed cause. Skew of a layer:
+log10 of the ratio of its norm to the median norm of the blocks, with norms averaged over the recorded steps.
 
-The paper claims that LoRA gives embedding and head far larger norms than the blocks, and full fine-tuning does not. Its
-figure 2 plots "the weight norm" of every layer, averaged over training, without stating which tensor of LoRA it uses.
-The factor of hundreds cannot come from the effective weight, so it must come from the update or from the adapter. This
-probe plots both, and judges each against a control without the claimed cause.
+Method: does training a few blocks at a time match full fine-tuning and LoRA, and does resampling them help? Controls
+are blocks drawn once, and other numbers of blocks.
 
-Skew of a layer: log10 of the ratio of its norm to the median norm of the blocks, with norms averaged over the recorded
-steps.
-
-Source: LISA (arXiv 2403.17919), section 3.1 and figure 2.
+Source: LISA (arXiv 2403.17919), section 3.1 and figure 2 (motivation), tables 2 and 3 (quality compared with full
+fine-tuning and LoRA), table 10 (only embedding and head), table 12 (blocks drawn once), figures 8 and 9 (number of
+blocks, steps between draws).
 
 Departs:
 
 - A small encoder and a small decoder instead of GPT-2 and LLaMA-2-7B, with smaller ranks.
 - The encoder's classifier head starts random, so it is plotted but not judged. Embedding and head are both judged on
   the decoder.
-
-Probe of LISA: accuracy compared with full fine-tuning, LoRA, blocks drawn once, and other numbers of blocks.
-
-Source: LISA (arXiv 2403.17919), tables 2 and 3 (quality compared with full fine-tuning and LoRA), table 10 (only
-embedding and head), table 12 (blocks drawn once), figures 8 and 9 (number of blocks, steps between draws).
-
-Departs:
-
-- A small encoder on one task.
 - Two of six blocks train at a time, a third; in the paper's 7B model it is a sixteenth.
 - More than half of this encoder's parameters are outside the blocks, most of them in the embedding.
-
-Figures of LISA.
 """
 
 from __future__ import annotations
@@ -60,11 +50,52 @@ NORMS = "layer_norms"
 """Kept table ``quantity, place, block, value``: norms of the layers of a run, mean over the recorded steps after 0."""
 
 
+def arms() -> list[Arm]:
+    """Return the registered arms: LoRA with PEFT's initial B of the embedding and with a small one, on both models."""
+    from lorascope.methods import LoRA
+
+    decoder = decoder_settings() | {"test_size": 200}
+    encoder = LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed"))
+    both_ends = replace(encoder, targets=("all-linear", "embed", "lm_head"))
+    small_ends = replace(both_ends, embedding_init="linear")
+    return [
+        Arm(label=ADAPTED, method=encoder, settings=encoder_settings()),
+        Arm(label=SMALL, method=replace(encoder, embedding_init="linear"), settings=encoder_settings()),
+        Arm(label=ADAPTED_DECODER, method=both_ends, settings=decoder, model="smollm2"),
+        Arm(label=SMALL_DECODER, method=small_ends, settings=decoder, model="smollm2"),
+    ]
+
+
+def training_arms() -> list[Arm]:
+    """Return the registered arms: LISA on minilm, and LISA, full fine-tuning and LoRA on the whole of SmolLM2."""
+    from lorascope.methods import LISA, Full, LoRA
+
+    settings = encoder_settings()
+    steps = settings["steps"]
+    encoder = {
+        DRAWN: LISA(n_active=2),
+        ONCE: LISA(n_active=2, interval=steps),
+        ENDS: LISA(n_active=0),
+        FOUR: LISA(n_active=4),
+    }
+    whole = decoder_settings() | {"test_size": 1000}
+    decoder = {
+        WHOLE: LISA(n_active=2, interval=whole["steps"] // 10),
+        WHOLE_ONCE: LISA(n_active=2, interval=whole["steps"]),
+        WHOLE_FULL: Full(),
+        WHOLE_LORA: LoRA(rank=8, alpha=8.0, targets="all-linear"),
+    }
+    return [
+        *(Arm(label=label, method=method, settings=settings) for label, method in encoder.items()),
+        *(Arm(label=label, method=method, settings=whole, model="smollm2") for label, method in decoder.items()),
+    ]
+
+
 def skew(table: pd.DataFrame, quantity: str, role: str) -> float:
     """Compute log10 of the norm of a role outside the blocks, divided by the median norm of the blocks."""
     rows = table[table["quantity"] == quantity]
-    own, blocks = rows.loc[rows["place"] == role, "value"].item(), rows.loc[rows["block"], "value"].median()
-    return float(np.log10(own / blocks))
+    of_role, blocks = rows.loc[rows["place"] == role, "value"].item(), rows.loc[rows["block"], "value"].median()
+    return float(np.log10(of_role / blocks))
 
 
 def update_skew(arm: str, role: str) -> OfRun:
@@ -96,81 +127,14 @@ CLAIMS = {
 }
 
 
-def arms() -> list[Arm]:
-    """Return the registered arms: LoRA with PEFT's initial B of the embedding and with a small one, on both models."""
-    from lorascope.methods import LoRA
-
-    decoder = decoder_settings() | {"test_size": 200}
-    encoder = LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed"))
-    both_ends = replace(encoder, targets=("all-linear", "embed", "lm_head"))
-    return [
-        Arm(label=ADAPTED, method=encoder, settings=encoder_settings()),
-        Arm(label=SMALL, method=replace(encoder, embedding_init="linear"), settings=encoder_settings()),
-        *(
-            Arm(label=label, method=method, settings=decoder, model="smollm2")
-            for label, method in (
-                (ADAPTED_DECODER, both_ends),
-                (SMALL_DECODER, replace(both_ends, embedding_init="linear")),
-            )
-        ),
-    ]
-
-
 def keep_layer_norms(run: Run) -> pd.DataFrame:
-    """Return the kept table ``layer_norms``, with the norms that were recorded; see ``papers.lisa``."""
-    recorded = set(run.table["quantity"])
-    layers = pd.concat(
-        norms.mean_over_steps(norms.pool(norms.select(run.table, quantity))).astype({"place": "str"})
-        for quantity in ("update_norm", "factor_change", "adapter_norm")
-        if quantity in recorded
-    )
-    found = layers.assign(block=layers["layer"].notna())[["quantity", "place", "block", "value"]]
-    return found.astype({"quantity": "str"}).reset_index(drop=True)
-
-
-PROBE = Probe(
-    name="lisa",
-    title="LISA's motivation: norms of embedding and head with LoRA",
-    source="Pan et al., LISA, arXiv 2403.17919",
-    question="Are LoRA's norms larger in embedding and head than in the blocks, and is that learned or initial?",
-    arms=arms,
-    keep={
-        (NORMS, label): keep_layer_norms
-        for label in (
-            FULL,
-            ADAPTED,
-            SMALL,
-            WHOLE_FULL,
-            ADAPTED_DECODER,
-            SMALL_DECODER,
-        )
-    },
-)
-
-
-def training_arms() -> list[Arm]:
-    """Return the registered arms: LISA on minilm, and LISA, full fine-tuning and LoRA on the whole of SmolLM2."""
-    from lorascope.methods import LISA, Full, LoRA
-
-    settings = encoder_settings()
-    steps = settings["steps"]
-    encoder = {
-        DRAWN: LISA(n_active=2),
-        ONCE: LISA(n_active=2, interval=steps),
-        ENDS: LISA(n_active=0),
-        FOUR: LISA(n_active=4),
-    }
-    whole = decoder_settings() | {"test_size": 1000}
-    decoder = {
-        WHOLE: LISA(n_active=2, interval=whole["steps"] // 10),
-        WHOLE_ONCE: LISA(n_active=2, interval=whole["steps"]),
-        WHOLE_FULL: Full(),
-        WHOLE_LORA: LoRA(rank=8, alpha=8.0, targets="all-linear"),
-    }
-    return [
-        *(Arm(label=label, method=method, settings=settings) for label, method in encoder.items()),
-        *(Arm(label=label, method=method, settings=whole, model="smollm2") for label, method in decoder.items()),
-    ]
+    """Return the kept table ``layer_norms``, with the norms that were recorded; see ``NORMS``."""
+    recorded, tables = set(run.table["quantity"]), []
+    for quantity in ("update_norm", "factor_change", "adapter_norm"):
+        if quantity in recorded:
+            tables.append(norms.mean_over_steps(norms.pool(norms.select(run.table, quantity))))
+    layers = pd.concat([table.astype({"place": "str", "quantity": "str"}) for table in tables], ignore_index=True)
+    return layers.assign(block=layers["layer"].notna())[["quantity", "place", "block", "value"]]
 
 
 def training_figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
@@ -179,22 +143,8 @@ def training_figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     return [draw(figure, run) for figure in ("active_layers", "draw_frequency")]
 
 
-TRAINING = Probe(
-    name="lisa_training",
-    title="LISA: a few blocks at a time compared with full fine-tuning",
-    source="Pan et al., LISA, arXiv 2403.17919",
-    question="Does training a few blocks at a time match full fine-tuning, and does resampling them help?",
-    arms=training_arms,
-    figures=training_figures,
-    notes=("Embedding, its norm, pooler and classifier head train at all steps.",),
-)
-
-
-HEADING = "LISA"
-
-
 _SMALL, _USUAL = "LoRA, small initial B", "LoRA"
-
+HEADING = "LISA"
 FIGURES = [
     GalleryFigure(
         name="mean-norm",
@@ -206,11 +156,7 @@ FIGURES = [
     GalleryFigure(
         name="mean-norm-decoder",
         alt="Mean norms by layer, in four readings, on SmolLM2",
-        arms={
-            FULL: WHOLE_FULL,
-            _USUAL: ADAPTED_DECODER,
-            _SMALL: SMALL_DECODER,
-        },
+        arms={FULL: WHOLE_FULL, _USUAL: ADAPTED_DECODER, _SMALL: SMALL_DECODER},
         draw=plots.mean_norm,
         quantities=("weight_norm", "update_norm", "adapter_norm", "learned_norm"),
     ),
@@ -231,27 +177,35 @@ FIGURES = [
     GalleryFigure(
         name="training-curves-lisa",
         alt="Training loss on the whole of SmolLM2: full fine-tuning, LoRA and LISA",
-        arms={
-            FULL: WHOLE_FULL,
-            "LoRA": WHOLE_LORA,
-            "LISA": WHOLE,
-            "LISA, one draw": WHOLE_ONCE,
-        },
+        arms={FULL: WHOLE_FULL, "LoRA": WHOLE_LORA, "LISA": WHOLE, "LISA, one draw": WHOLE_ONCE},
         draw=training_loss,
         quantities=("loss",),
     ),
     GalleryFigure(
         name="accuracy-lisa",
         alt="Accuracy of LISA by number of blocks, and of full fine-tuning",
-        arms={
-            "full": FULL,
-            "no block": ENDS,
-            "2 blocks": DRAWN,
-            "4 blocks": FOUR,
-            "2, one draw": ONCE,
-        },
+        arms={"full": FULL, "no block": ENDS, "2 blocks": DRAWN, "4 blocks": FOUR, "2, one draw": ONCE},
         draw=lambda runs: replace(plots.ablations(runs, start=0.5), title="LISA compared with full fine-tuning"),
-        seeds=None,
-        scores_only=True,
     ),
 ]
+
+PROBE = Probe(
+    name="lisa",
+    title="LISA's motivation: norms of embedding and head with LoRA",
+    source="Pan et al., LISA, arXiv 2403.17919",
+    question="Are LoRA's norms larger in embedding and head than in the blocks, and is that learned or initial?",
+    arms=arms,
+    keep={
+        (NORMS, label): keep_layer_norms for label in (FULL, ADAPTED, SMALL, WHOLE_FULL, ADAPTED_DECODER, SMALL_DECODER)
+    },
+)
+
+TRAINING = Probe(
+    name="lisa_training",
+    title="LISA: a few blocks at a time compared with full fine-tuning",
+    source="Pan et al., LISA, arXiv 2403.17919",
+    question="Does training a few blocks at a time match full fine-tuning, and does resampling them help?",
+    arms=training_arms,
+    figures=training_figures,
+    notes=("Embedding, its norm, pooler and classifier head train at all steps.",),
+)

@@ -1,8 +1,8 @@
-"""LoRA: accuracy, the first direction of A, rank, few examples, and the directions of the base weight.
+"""LoRA: low-rank compared with full-rank updates.
 
-TF-IDF baseline: a text classifier without a neural network, on the same splits.
-
-Probe of LoRA: accuracy compared with full fine-tuning, and similarity of subspaces between ranks.
+Is LoRA as accurate as full fine-tuning, also on few examples, and does a larger rank help? Do the A's of two ranks
+share their first direction, and do updates amplify directions of the base weight? Word counts are a baseline without a
+neural network.
 
 Source: LoRA (arXiv 2106.09685), section 5 (quality), section 7.2 with figures 3 and 4 (subspace similarity).
 
@@ -11,8 +11,6 @@ Departs:
 - Much smaller tasks and models.
 - The two runs of a pair never share a seed. With the same seed, a smaller random A equals the first rows of a larger
   one. The paper does not state whether the ranks of its figure 3 share an initialization.
-
-Figures of LoRA.
 """
 
 from __future__ import annotations
@@ -39,9 +37,9 @@ from lorascope.papers.figures.gallery_figure import (
     accuracy_by_rank,
     add_printed_sizes,
     own_labels,
+    printed,
     training_loss,
 )
-from lorascope.papers.figures.printed_numbers import printed
 from lorascope.papers.judging.statistics import Accuracy, OfPairs, OfRun
 from lorascope.papers.probe import Arm, OwnArm, Probe, Scored, encoder_settings, factor_settings
 from lorascope.plots.builders import add_printed, heat_by_role
@@ -55,43 +53,48 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
 FULL, LOW, HIGH = "full fine-tuning", "LoRA, rank 8", "LoRA, rank 64"
 FEW_FULL, FEW_LOW = f"{FULL}, 100 examples", f"{LOW}, 100 examples"
 WORDS = "TF-IDF, logistic regression"
+
 # Only figures show these.
 LOWER = {1: "LoRA, rank 1", 2: "LoRA, rank 2"}
 MORE_FULL, MORE_LOW = f"{FULL}, 1,000 examples", f"{LOW}, 1,000 examples"
 DIRECTIONS = "directions"
 """Kept table ``module, when, index, value``: first right singular vector of A, ``when`` is "start" or "end"."""
+
 AMPLIFICATION = "amplification"
 """Kept table ``module, update, random``: norm of W between eight directions of the update, and between random ones."""
 
 
-def direction_phi(low: pd.DataFrame, high: pd.DataFrame, when: str) -> float:
-    """Compute phi(1, 1) between the A's of two runs: squared cosine of their first directions, mean over modules."""
-    both = low[low["when"] == when].merge(high[high["when"] == when], on=["module", "index"], suffixes=("_1", "_2"))
-    one, two = both["value_1"].astype("float64"), both["value_2"].astype("float64")
-    sums = pd.DataFrame({"module": both["module"], "inner": one * two, "one": one**2, "two": two**2})
-    found = sums.groupby("module")[["inner", "one", "two"]].sum()
-    return float((found["inner"] ** 2 / (found["one"] * found["two"])).mean())
+def arms() -> list[Arm | OwnArm]:
+    """Return the registered arms: full fine-tuning and LoRA, both also on few drawn examples, and word counts.
+
+    The lowest ranks and 1,000 examples are for figures.
+    """
+    from lorascope.methods import Full, LoRA
+
+    few = encoder_settings(150)
+    low = LoRA(rank=8, alpha=8.0, targets="all-linear")
+    high = LoRA(rank=64, alpha=64.0, targets="all-linear")
+    return [
+        Arm(label=FULL, method=Full(), settings=encoder_settings()),
+        Arm(label=LOW, method=low, settings=factor_settings()),
+        Arm(label=HIGH, method=high, settings=factor_settings()),
+        Arm(label=FEW_FULL, method=Full(), settings=few, vary=partial(_draw_examples, 100)),
+        Arm(label=FEW_LOW, method=low, settings=few, vary=partial(_draw_examples, 100)),
+        Arm(label=MORE_FULL, method=Full(), settings=few, vary=partial(_draw_examples, 1000)),
+        Arm(label=MORE_LOW, method=low, settings=few, vary=partial(_draw_examples, 1000)),
+        tfidf_arm(WORDS, "sentiment"),
+        *(
+            Arm(label=label, method=replace(low, rank=rank, alpha=float(rank)), settings=encoder_settings())
+            for rank, label in LOWER.items()
+        ),
+    ]
 
 
-def log_norm(table: pd.DataFrame, directions: str) -> float:
-    """Compute log10 of the norm of W between some directions, mean over modules."""
-    return float(np.log10(table[directions].astype("float64")).mean())
+def _draw_examples(number: int, arm: Arm, seed: int) -> Arm:
+    from lorascope.inputs import tasks
+    from lorascope.inputs.task_parts import subsample
 
-
-CLAIMS = {
-    "lora.parity": (Accuracy(LOW), Accuracy(FULL)),
-    "lora.words": (Accuracy(LOW), Accuracy(WORDS)),
-    "lora.direction": (
-        OfPairs(partial(direction_phi, when="end"), DIRECTIONS, LOW, HIGH),
-        OfPairs(partial(direction_phi, when="start"), DIRECTIONS, LOW, HIGH),
-    ),
-    "lora.rank": (Accuracy(HIGH), Accuracy(LOW)),
-    "lora.lowdata": (Accuracy(FEW_LOW), Accuracy(FEW_FULL)),
-    "lora.amplify": (
-        OfRun(partial(log_norm, directions="update"), AMPLIFICATION, LOW),
-        OfRun(partial(log_norm, directions="random"), AMPLIFICATION, LOW),
-    ),
-}
+    return replace(arm, task=subsample(tasks.load("sentiment"), number, seed))
 
 
 def fit(task: Task) -> Any:
@@ -138,59 +141,49 @@ def _score(task: Task) -> Scored:
     return Scored(row, {"margin": quantize_margins(logits, labels)})
 
 
-def arms() -> list[Arm | OwnArm]:
-    """Return the registered arms: full fine-tuning and LoRA, both also on few drawn examples, and word counts.
-
-    The lowest ranks and 1,000 examples are for figures.
-    """
-    from lorascope.methods import Full, LoRA
-
-    few = encoder_settings(150)
-    low = LoRA(rank=8, alpha=8.0, targets="all-linear")
-    high = LoRA(rank=64, alpha=64.0, targets="all-linear")
-    return [
-        Arm(label=FULL, method=Full(), settings=encoder_settings()),
-        Arm(label=LOW, method=low, settings=factor_settings()),
-        Arm(label=HIGH, method=high, settings=factor_settings()),
-        *(
-            Arm(label=label, method=method, settings=few, vary=partial(_draw_examples, number))
-            for label, method, number in (
-                (FEW_FULL, Full(), 100),
-                (FEW_LOW, low, 100),
-                (MORE_FULL, Full(), 1000),
-                (MORE_LOW, low, 1000),
-            )
-        ),
-        tfidf_arm(WORDS, "sentiment"),
-        *(
-            Arm(label=label, method=replace(low, rank=rank, alpha=float(rank)), settings=encoder_settings())
-            for rank, label in LOWER.items()
-        ),
-    ]
+def direction_phi(low: pd.DataFrame, high: pd.DataFrame, when: str) -> float:
+    """Compute phi(1, 1) between the A's of two runs: squared cosine of their first directions, mean over modules."""
+    entries = low[low["when"] == when].merge(high[high["when"] == when], on=["module", "index"], suffixes=("_1", "_2"))
+    a, b = entries["value_1"].astype("float64"), entries["value_2"].astype("float64")
+    products = pd.DataFrame({"module": entries["module"], "ab": a * b, "aa": a**2, "bb": b**2})
+    sums = products.groupby("module")[["ab", "aa", "bb"]].sum()
+    return float((sums["ab"] ** 2 / (sums["aa"] * sums["bb"])).mean())
 
 
-def _draw_examples(number: int, arm: Arm, seed: int) -> Arm:
-    from lorascope.inputs import tasks
-    from lorascope.inputs.task_parts import subsample
+def log_norm(table: pd.DataFrame, directions: str) -> float:
+    """Compute log10 of the norm of W between some directions, mean over modules."""
+    return float(np.log10(table[directions].astype("float64")).mean())
 
-    return replace(arm, task=subsample(tasks.load("sentiment"), number, seed))
+
+CLAIMS = {
+    "lora.parity": (Accuracy(LOW), Accuracy(FULL)),
+    "lora.words": (Accuracy(LOW), Accuracy(WORDS)),
+    "lora.direction": (
+        OfPairs(partial(direction_phi, when="end"), DIRECTIONS, LOW, HIGH),
+        OfPairs(partial(direction_phi, when="start"), DIRECTIONS, LOW, HIGH),
+    ),
+    "lora.rank": (Accuracy(HIGH), Accuracy(LOW)),
+    "lora.lowdata": (Accuracy(FEW_LOW), Accuracy(FEW_FULL)),
+    "lora.amplify": (
+        OfRun(partial(log_norm, directions="update"), AMPLIFICATION, LOW),
+        OfRun(partial(log_norm, directions="random"), AMPLIFICATION, LOW),
+    ),
+}
 
 
 def keep_directions(run: Run) -> pd.DataFrame:
-    """Return the kept table ``directions``; see ``papers.lora``."""
-    parts = []
+    """Return the kept table ``directions``; see ``DIRECTIONS``."""
+    tables = []
     for when, step in (("start", 0), ("end", None)):
         for module, factors in run.factors(step).items():
-            first = np.linalg.svd(as_float64(factors["A"]), full_matrices=False)[2][0]
-            index = np.arange(len(first), dtype=np.uint16)
-            parts.append(
-                pd.DataFrame({"module": module, "when": when, "index": index, "value": first.astype(np.float16)})
-            )
-    return pd.concat(parts, ignore_index=True)
+            direction = np.linalg.svd(as_float64(factors["A"]), full_matrices=False)[2][0].astype(np.float16)
+            index = np.arange(len(direction), dtype=np.uint16)
+            tables.append(pd.DataFrame({"module": module, "when": when, "index": index, "value": direction}))
+    return pd.concat(tables, ignore_index=True)
 
 
 def keep_amplification(run: Run) -> pd.DataFrame:
-    """Return the kept table ``amplification``; see ``papers.lora``.
+    """Return the kept table ``amplification``; see ``AMPLIFICATION``.
 
     The norm between k left and k right random directions is the root mean square over all directions,
     ``k |W| / sqrt(out * in)``, which is exact.
@@ -202,34 +195,19 @@ def keep_amplification(run: Run) -> pd.DataFrame:
     for module, update in run.updates().items():
         weight = as_float64(to_array(host_weight(model.get_submodule(module))))
         left, sigma, right = update.svd()
-        between, whole = np.linalg.norm(left.T @ weight @ right), np.linalg.norm(weight)
-        rows.append((module, between, len(sigma) * whole / np.sqrt(weight.size)))
+        between, norm = np.linalg.norm(left.T @ weight @ right), np.linalg.norm(weight)
+        rows.append((module, between, len(sigma) * norm / np.sqrt(weight.size)))
     return pd.DataFrame(rows, columns=["module", "update", "random"])
 
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     """Draw the norms of the updates of full fine-tuning and LoRA."""
-    both = {label: runs[label] for label in (FULL, LOW)}
-    return [draw(figure, both) for figure in ("update_norm", "update_norm_heat", "norm_over_steps")]
+    compared = {label: runs[label] for label in (FULL, LOW)}
+    return [draw(figure, compared) for figure in ("update_norm", "update_norm_heat", "norm_over_steps")]
 
 
-PROBE = Probe(
-    name="lora",
-    title="LoRA: low-rank compared with full-rank updates",
-    source="Hu et al., LoRA, arXiv 2106.09685",
-    question="Is LoRA of rank 8 as accurate as full fine-tuning, and does a larger rank learn the same subspace?",
-    order=0,  # first, because other probes compare their methods with its arms
-    arms=arms,
-    keep={
-        (DIRECTIONS, LOW): keep_directions,
-        (DIRECTIONS, HIGH): keep_directions,
-        (AMPLIFICATION, LOW): keep_amplification,
-    },
-    figures=figures,
-)
-
-
-HEADING = "LoRA"
+LORA_RATES = "LoRA of rank 1 and 2 has the learning rate of rank 8; the other ranks have their own."
+_BY_RANK = {**LOWER, 4: alora.UNIFORM, 8: LOW, 64: HIGH}
 
 
 def _draw_sizes(runs: Mapping[str, Sequence[Any]]) -> Chart:
@@ -268,7 +246,7 @@ def _draw_amplification(runs: Mapping[str, Sequence[Any]]) -> Chart:
     (chart,) = heat_by_role(
         cells,
         [""],
-        lambda own: Heat("place", "role", "value", "log10 of the ratio", ".2f", scale="diverging"),
+        lambda panel: Heat("place", "role", "value", "log10 of the ratio", ".2f", scale="diverging"),
         "layer",
         "Norm of W between eight left and right singular vectors of the update, over its expectation for random "
         f"directions; mean of {len(runs[LOW])} seeds. 0: no amplification.",
@@ -277,10 +255,8 @@ def _draw_amplification(runs: Mapping[str, Sequence[Any]]) -> Chart:
 
 
 _BOTH, _RANKS = own_labels(FULL, LOW), own_labels(LOW, HIGH)
-LORA_RATES = "LoRA of rank 1 and 2 has the learning rate of rank 8; the other ranks have their own."
-_BY_RANK = {**LOWER, 4: alora.UNIFORM, 8: LOW, 64: HIGH}
 _COMPARED = "full fine-tuning and LoRA"
-
+HEADING = "LoRA"
 FIGURES = [
     GalleryFigure(
         name="update-norm",
@@ -324,6 +300,7 @@ FIGURES = [
         arms=_RANKS,
         # With one seed, the smaller random A equals the first rows of the larger one.
         draw=lambda runs: plots.subspace_similarity({LOW: runs[LOW][0], HIGH: runs[HIGH][1]}),
+        shows_factors=True,
         seeds=2,
     ),
     GalleryFigure(
@@ -331,6 +308,7 @@ FIGURES = [
         alt="Subspace similarity of two seeds of rank 64, and at chance",
         arms=own_labels(HIGH),
         draw=plots.subspace_similarity,
+        shows_factors=True,
         seeds=2,
     ),
     GalleryFigure(
@@ -345,16 +323,12 @@ FIGURES = [
             "LoRA, 100": FEW_LOW,
         },
         draw=_draw_low_data,
-        seeds=None,
-        scores_only=True,
     ),
     GalleryFigure(
         name="amplification",
         alt="Norm of the base weight along the directions of the update, relative to random ones",
         arms=own_labels(LOW),
         draw=_draw_amplification,
-        seeds=None,
-        scores_only=True,
         table=AMPLIFICATION,
     ),
     GalleryFigure(
@@ -362,15 +336,26 @@ FIGURES = [
         alt="Accuracy by trained parameters: full fine-tuning, LoRA of rank 1 to 64, and printed numbers",
         arms=own_labels(FULL, *_BY_RANK.values()),
         draw=_draw_sizes,
-        seeds=None,
-        scores_only=True,
     ),
     GalleryFigure(
         name="ranks-lora",
         alt="Accuracy of LoRA by rank, and printed numbers",
         arms=own_labels(*_BY_RANK.values()),
         draw=_draw_ranks,
-        seeds=None,
-        scores_only=True,
     ),
 ]
+
+PROBE = Probe(
+    name="lora",
+    title="LoRA: low-rank compared with full-rank updates",
+    source="Hu et al., LoRA, arXiv 2106.09685",
+    question="Is LoRA of rank 8 as accurate as full fine-tuning, and does a larger rank learn the same subspace?",
+    order=0,  # first, because other probes compare their methods with its arms
+    arms=arms,
+    keep={
+        (DIRECTIONS, LOW): keep_directions,
+        (DIRECTIONS, HIGH): keep_directions,
+        (AMPLIFICATION, LOW): keep_amplification,
+    },
+    figures=figures,
+)

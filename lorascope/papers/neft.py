@@ -1,6 +1,7 @@
-"""NeFT: accuracy, the choice of neurons, its agreement between seeds and tasks, and the use of neurons.
+"""NeFT: choice of the trained neurons.
 
-Probe of NeFT: accuracy by choice of neurons, overlap of choices between seeds and domains, and utilization shifts.
+Do the neurons that rotate most in full fine-tuning outperform others, are they stable and task-specific, and how does
+their use change?
 
 Source: NeFT (arXiv 2403.11621), section 5.2 and table 2 (quality), section 5.4 and table 6 (overlap), figure 3
 (reversed selection), figure 4 (utilization), section 3 and table 1 (choice by linear probes).
@@ -11,8 +12,6 @@ Departs:
 - Neurons are chosen after a third of the steps; the authors find choices after a quarter equally good.
 - Two controls are this project's own: random neurons of the same number, and the expected overlap of random choices
   with the same number of neurons per module.
-
-Figures of NeFT.
 """
 
 from __future__ import annotations
@@ -30,11 +29,10 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis
 from lorascope.pages.report_figure import ReportFigure, draw
-from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_bars, own_labels, training_loss
-from lorascope.papers.figures.printed_numbers import printed
+from lorascope.papers.figures.gallery_figure import GalleryFigure, accuracy_bars, own_labels, printed, training_loss
 from lorascope.papers.judging import registration
 from lorascope.papers.judging.kept_runs import Evidence
-from lorascope.papers.judging.statistics import Accuracy, OfPairs, Statistic, average
+from lorascope.papers.judging.statistics import Accuracy, OfPairs, Reads, Statistic, average
 from lorascope.papers.lora import FULL, LOW
 from lorascope.papers.probe import Arm, Probe, encoder_settings
 from lorascope.plots.builders import add_printed, bars, curves
@@ -46,8 +44,33 @@ FEW, REVERSED = "NeFT, 3%", "NeFT, 3% and 6% reversed"
 MOVIES, TWEETS = "NeFT, choice only, movies", "NeFT, choice only, tweets"
 SELECTED = "selected"
 """Kept table ``module, size, pool, neuron``: selected neurons, number of neurons of the module and of all modules."""
+
 UTILIZATION = "utilization"
 """Kept table ``role, rank``: rank of every neuron by utilization within its role, in a fixed order."""
+
+
+def arms() -> list[Arm]:
+    """Return the registered arms: NeFT by four choices, with fewer neurons, and its choice on two domains."""
+    from lorascope import observe
+    from lorascope.methods import NeFT
+
+    settings = encoder_settings()
+    steps = settings["steps"]
+    recorded = encoder_settings(steps, observe.utilization(every=steps))
+    # The tuning before the choice has the middle rate of full fine-tuning, at any rate of the neurons.
+    nine = NeFT(parameter_share=0.09, tune_steps=steps // 3, tune_lr=1e-4)
+    three = replace(nine, parameter_share=0.03)
+    # One step suffices for arms that only choose neurons.
+    choice: dict[str, Any] = encoder_settings(1)
+    return [
+        Arm(label=CHANGED, method=nine, settings=recorded),
+        Arm(label=RANDOM, method=replace(nine, select_by="random"), settings=settings),
+        Arm(label=PROBED, method=replace(nine, select_by="probed"), settings=settings),
+        Arm(label=FEW, method=three, settings=recorded),
+        Arm(label=REVERSED, method=replace(three, reversed_share=0.06), settings=recorded),
+        Arm(label=MOVIES, method=nine, task="sentiment/movies", settings=choice),
+        Arm(label=TWEETS, method=nine, task="sentiment/tweets", settings=choice),
+    ]
 
 
 def overlap(first: pd.DataFrame, second: pd.DataFrame) -> float:
@@ -62,35 +85,34 @@ def pooled_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
 
 def module_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
     """Compute the expected overlap of random selections with as many neurons in every module."""
-    one, two = (table["module"].astype("str").value_counts() for table in (first, second))
+    counts, other_counts = (table["module"].astype("str").value_counts() for table in (first, second))
     sizes = pd.concat([first, second]).astype({"module": "str"}).groupby("module")["size"].first()
-    return float((one * two / sizes).sum() / min(len(first), len(second)))
+    return float((counts * other_counts / sizes).sum() / min(len(first), len(second)))
 
 
 @dataclass(frozen=True)
 class ShiftFrom(Statistic):
-    """Mean absolute shift of the utilization ranks of an arm from those of another with the same seed: (seed,).
-
-    Shifts are fractions of the number of ranks in the neuron's role.
-    """
+    """``mean_shift`` of the utilization ranks of an arm from those of another with the same seed: (seed,)."""
 
     reference: str
     arm: str
 
-    def arms(self) -> set[str]:
-        return {self.reference, self.arm}
-
-    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
-        return {(UTILIZATION, arm): () for arm in (self.reference, self.arm)}
+    def reads(self) -> Reads:
+        return {(UTILIZATION, self.reference): (), (UTILIZATION, self.arm): ()}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
-        found = []
+        shifts = []
         for seed in seeds:
             before, after = (evidence.table(UTILIZATION, arm, seed) for arm in (self.reference, self.arm))
-            sizes = after.groupby("role")["rank"].transform("size")
-            moved = (after["rank"].astype("float64") - before["rank"].astype("float64")).abs()
-            found.append(float((moved / sizes).mean()))
-        return np.array(found)
+            shifts.append(mean_shift(before, after))
+        return np.array(shifts)
+
+
+def mean_shift(before: pd.DataFrame, after: pd.DataFrame) -> float:
+    """Compute the mean absolute shift of utilization ranks, as a fraction of the number of ranks in a role."""
+    sizes = after.groupby("role")["rank"].transform("size")
+    shifts = (after["rank"].astype("float64") - before["rank"].astype("float64")).abs()
+    return float((shifts / sizes).mean())
 
 
 CLAIMS = {
@@ -115,40 +137,16 @@ CLAIMS = {
 }
 
 
-def arms() -> list[Arm]:
-    """Return the registered arms: NeFT by four choices, with fewer neurons, and its choice on two domains."""
-    from lorascope import observe
-    from lorascope.methods import NeFT
-
-    settings = encoder_settings()
-    steps = settings["steps"]
-    seen = encoder_settings(steps, observe.utilization(every=steps))
-    # The tuning before the choice has the middle rate of full fine-tuning, at any rate of the neurons.
-    nine = NeFT(parameter_share=0.09, tune_steps=steps // 3, tune_lr=1e-4)
-    three = replace(nine, parameter_share=0.03)
-    # One step suffices for arms that only choose neurons.
-    choice: dict[str, Any] = encoder_settings(1)
-    return [
-        Arm(label=CHANGED, method=nine, settings=seen),
-        Arm(label=RANDOM, method=replace(nine, select_by="random"), settings=settings),
-        Arm(label=PROBED, method=replace(nine, select_by="probed"), settings=settings),
-        Arm(label=FEW, method=three, settings=seen),
-        Arm(label=REVERSED, method=replace(three, reversed_share=0.06), settings=seen),
-        Arm(label=MOVIES, method=nine, task="sentiment/movies", settings=choice),
-        Arm(label=TWEETS, method=nine, task="sentiment/tweets", settings=choice),
-    ]
-
-
 def keep_selected(run: Run) -> pd.DataFrame:
-    """Return the kept table ``selected``; see ``papers.neft``."""
-    found = selected_neurons.list_selected(run)[["module", "neuron"]].astype({"module": "str", "neuron": "uint16"})
+    """Return the kept table ``selected``; see ``SELECTED``."""
+    neurons = selected_neurons.list_selected(run)[["module", "neuron"]].astype({"module": "str", "neuron": "uint16"})
     sizes = selected_neurons.sizes(run)
-    found = found.assign(size=found["module"].map(sizes).astype("uint16"), pool=sizes.total())
-    return found.sort_values(["module", "neuron"], ignore_index=True)[["module", "size", "pool", "neuron"]]
+    neurons = neurons.assign(size=neurons["module"].map(sizes).astype("uint16"), pool=sizes.total())
+    return neurons.sort_values(["module", "neuron"], ignore_index=True)[["module", "size", "pool", "neuron"]]
 
 
 def keep_utilization(run: Run) -> pd.DataFrame:
-    """Return the kept table ``utilization``, after the last step; see ``papers.neft``."""
+    """Return the kept table ``utilization``, after the last step; see ``UTILIZATION``."""
     rows = norms.last(run.table[run.table["quantity"] == "utilisation"]).astype({"module": "str", "role": "str"})
     rows = rows.sort_values(["role", "module", "index"], ignore_index=True)
     rank = rows.groupby("role")["value"].rank(method="first", ascending=False)
@@ -161,20 +159,6 @@ def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     return [draw(figure, run) for figure in ("neurons", "neuron_cosine", "rank_shift")]
 
 
-PROBE = Probe(
-    name="neft",
-    title="NeFT: choice of the trained neurons",
-    source="Xu et al., NeFT, arXiv 2403.11621",
-    question="Do the neurons that rotate most in full fine-tuning outperform others, and are they task-specific?",
-    arms=arms,
-    keep={(SELECTED, label): keep_selected for label in (CHANGED, MOVIES, TWEETS)}
-    | {(UTILIZATION, label): keep_utilization for label in (CHANGED, FEW, REVERSED)},
-    figures=figures,
-    notes=("NeFT's full fine-tuning before the choice counts in its time, but not in its steps.",),
-)
-
-
-HEADING = "NeFT"
 _RANKS = 352_256  # of the neurons of one projection of LLaMA-2 7B, the paper's model
 
 
@@ -192,9 +176,8 @@ def _draw_use(runs: Mapping[str, Sequence[Any]]) -> Chart:
     shifts = []
     for label in (CHANGED, REVERSED):
         for run, reference in zip(runs[label], runs[FEW], strict=True):
-            before, after = (each.tables[UTILIZATION].astype({"rank": "float64"}) for each in (reference, run))
-            moved = (after["rank"] - before["rank"]).abs() / after.groupby("role")["rank"].transform("size")
-            shifts.append({"recipe": label, "run": run.id, "value": moved.mean()})
+            value = mean_shift(reference.tables[UTILIZATION], run.tables[UTILIZATION])
+            shifts.append({"recipe": label, "run": run.id, "value": value})
     numbers = printed(paper="NeFT", table="Figure 4 (a)")
     numbers = numbers.assign(recipe=numbers["method"].map({"NeFT, 9 %": CHANGED, "3 % and 6 % reversed": REVERSED}))
     numbers = numbers.dropna(subset="recipe").assign(value=100 * numbers["value"] / _RANKS, source="printed")
@@ -217,10 +200,11 @@ def _draw_overlap(runs: Mapping[str, Sequence[Any]]) -> Chart:
     pool = selected_neurons.sizes(runs[CHANGED][0]).total()
     cells = []
     for fraction in numbers["share_of_pool"]:
-        choices = [selected_neurons.as_set(each.nlargest(round(fraction * pool), "value")) for each in scores]
-        found = selected_neurons.overlaps({CHANGED: choices}, pool)
+        size = round(fraction * pool)
+        choices = [selected_neurons.as_set(of_run.nlargest(size, "value")) for of_run in scores]
+        overlaps = selected_neurons.overlaps({CHANGED: choices}, pool)
         for label, column in (("two seeds", "overlap"), ("chance", "chance")):
-            cells.append({"fraction": fraction, "recipe": label, "value": found[column].mean()})
+            cells.append({"fraction": fraction, "recipe": label, "value": overlaps[column].mean()})
     chart = curves(
         pd.DataFrame(cells).assign(low=np.nan, high=np.nan),
         "fraction",
@@ -228,10 +212,11 @@ def _draw_overlap(runs: Mapping[str, Sequence[Any]]) -> Chart:
         title="Overlap of selected neurons by size of the selection",
         caption=f"Largest cosine distances after the tuning phase; mean over the pairs of {len(scores)} seeds.",
     )
-    printed = numbers.assign(fraction=numbers["share_of_pool"], value=numbers["overlap"], source="printed: two samples")
-    return add_printed(chart, printed, "fraction", "NeFT, table 6, two samples of one corpus")
+    numbers = numbers.assign(fraction=numbers["share_of_pool"], value=numbers["overlap"], source="printed: two samples")
+    return add_printed(chart, numbers, "fraction", "NeFT, table 6, two samples of one corpus")
 
 
+HEADING = "NeFT"
 FIGURES = [
     GalleryFigure(
         name="accuracy-neft",
@@ -246,8 +231,6 @@ FIGURES = [
             "LoRA": LOW,
         },
         draw=_draw_accuracy,
-        seeds=None,
-        scores_only=True,
     ),
     GalleryFigure(
         name="training-curves-neft",
@@ -261,8 +244,6 @@ FIGURES = [
         alt="Mean shift in utilization rank of neurons, largest and smallest rotation, and printed numbers",
         arms=own_labels(CHANGED, REVERSED, FEW),
         draw=_draw_use,
-        seeds=None,
-        scores_only=True,
         table=UTILIZATION,
     ),
     GalleryFigure(
@@ -302,3 +283,15 @@ FIGURES = [
         seeds=2,
     ),
 ]
+
+PROBE = Probe(
+    name="neft",
+    title="NeFT: choice of the trained neurons",
+    source="Xu et al., NeFT, arXiv 2403.11621",
+    question="Do the neurons that rotate most in full fine-tuning outperform others, and are they task-specific?",
+    arms=arms,
+    keep={(SELECTED, label): keep_selected for label in (CHANGED, MOVIES, TWEETS)}
+    | {(UTILIZATION, label): keep_utilization for label in (CHANGED, FEW, REVERSED)},
+    figures=figures,
+    notes=("NeFT's full fine-tuning before the choice counts in its time, but not in its steps.",),
+)

@@ -1,16 +1,13 @@
-"""Planted ranks: whether allocators find the ranks that a teacher needs, and learn it better with them.
+"""Planted ranks: recovery of known ranks by the allocators AdaLoRA, AutoLoRA and ALoRA.
 
-Probe with planted ranks: recovery of known ranks by the allocators AdaLoRA, AutoLoRA and ALoRA.
-
-Students learn from a teacher whose update has a known rank in every module (see ``planted_teacher``). Each allocator is
-compared with uniform ranks of the same budget.
+Do allocators find the ranks that a teacher needs, and learn it better with them? Students learn from a teacher whose
+update has a known rank in every module (see ``planted_teacher``). Each allocator is compared with uniform ranks of the
+same budget.
 
 Departs:
 
 - No paper has this experiment.
 - AutoLoRA has no budget: its thresholds determine the total rank. Its retraining phase is judged.
-
-Figure of the planted ranks.
 """
 
 from __future__ import annotations
@@ -37,43 +34,13 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from lorascope.methods.method import Method
 
 ALLOCATORS = {"adalora": "AdaLoRA, planted", "autolora": "AutoLoRA, planted", "alora": "ALoRA, planted"}
+ADALORA, AUTOLORA, ALORA = ALLOCATORS.values()
 UNIFORM = "LoRA, uniform ranks"
 RECOVERY = "recovery"
 """Kept table ``module, planted, found``: rank of the teacher's update, and rank that the student ends with."""
+
 UNIFORM_DISTANCE = 1.5
 """Mean distance of rank 2 from the planted ranks 0, 1, 3 and 4, each in a quarter of the modules."""
-
-
-def correlation(table: pd.DataFrame) -> float:
-    """Compute Spearman's correlation of found and planted ranks; 0 if all found ranks are equal."""
-    rho = float(spearman(table[["planted", "found"]].to_numpy(np.float64))[0, 1])
-    return 0.0 if np.isnan(rho) else rho
-
-
-def distance(table: pd.DataFrame) -> float:
-    """Compute the mean of ``|found - planted|`` over modules."""
-    return float((table["found"] - table["planted"]).abs().mean())
-
-
-def log_likelihood(arm: str) -> MeanOverRows:
-    """Return minus the test loss."""
-    return MeanOverRows(LogLikelihood(arm))
-
-
-ADALORA, AUTOLORA, ALORA = ALLOCATORS.values()
-
-CLAIMS = {
-    "planted.adalora_correlation": (OfRun(correlation, RECOVERY, ADALORA), Constant(0.0)),
-    "planted.adalora_distance": (-OfRun(distance, RECOVERY, ADALORA), -Constant(UNIFORM_DISTANCE)),
-    "planted.adalora_loss": (log_likelihood(ADALORA), log_likelihood(UNIFORM)),
-    "planted.autolora_correlation": (OfRun(correlation, RECOVERY, AUTOLORA), Constant(0.0)),
-    "planted.autolora_distance": (-OfRun(distance, RECOVERY, AUTOLORA), -Constant(UNIFORM_DISTANCE)),
-    "planted.autolora_loss": (log_likelihood(AUTOLORA), log_likelihood(UNIFORM)),
-    "planted.alora_correlation": (OfRun(correlation, RECOVERY, ALORA), Constant(0.0)),
-    "planted.alora_distance": (-OfRun(distance, RECOVERY, ALORA), -Constant(UNIFORM_DISTANCE)),
-    "planted.alora_loss": (log_likelihood(ALORA), log_likelihood(UNIFORM)),
-}
-
 
 _SCALE = 4.0
 
@@ -104,17 +71,65 @@ def _with_teacher(arm: Arm, seed: int) -> Arm:
     """Return the arm on the text of the seed's teacher, with an observer that records the planted ranks."""
     from lorascope.papers.setups import planted_teacher
 
-    truth = planted_teacher.planted(ranks=planted_teacher.planted_ranks(seed))
-    return replace(
-        arm, task=planted_teacher.task(seed), settings={**arm.settings, "observe": [*arm.settings["observe"], truth]}
-    )
+    observers = [*arm.settings["observe"], planted_teacher.planted(ranks=planted_teacher.planted_ranks(seed))]
+    return replace(arm, task=planted_teacher.task(seed), settings={**arm.settings, "observe": observers})
+
+
+def correlation(table: pd.DataFrame) -> float:
+    """Compute Spearman's correlation of found and planted ranks; 0 if all found ranks are equal."""
+    rho = float(spearman(table[["planted", "found"]].to_numpy(np.float64))[0, 1])
+    return 0.0 if np.isnan(rho) else rho
+
+
+def distance(table: pd.DataFrame) -> float:
+    """Compute the mean of ``|found - planted|`` over modules."""
+    return float((table["found"] - table["planted"]).abs().mean())
+
+
+def log_likelihood(arm: str) -> MeanOverRows:
+    """Return minus the test loss."""
+    return MeanOverRows(LogLikelihood(arm))
+
+
+CLAIMS = {
+    "planted.adalora_correlation": (OfRun(correlation, RECOVERY, ADALORA), Constant(0.0)),
+    "planted.adalora_distance": (-OfRun(distance, RECOVERY, ADALORA), -Constant(UNIFORM_DISTANCE)),
+    "planted.adalora_loss": (log_likelihood(ADALORA), log_likelihood(UNIFORM)),
+    "planted.autolora_correlation": (OfRun(correlation, RECOVERY, AUTOLORA), Constant(0.0)),
+    "planted.autolora_distance": (-OfRun(distance, RECOVERY, AUTOLORA), -Constant(UNIFORM_DISTANCE)),
+    "planted.autolora_loss": (log_likelihood(AUTOLORA), log_likelihood(UNIFORM)),
+    "planted.alora_correlation": (OfRun(correlation, RECOVERY, ALORA), Constant(0.0)),
+    "planted.alora_distance": (-OfRun(distance, RECOVERY, ALORA), -Constant(UNIFORM_DISTANCE)),
+    "planted.alora_loss": (log_likelihood(ALORA), log_likelihood(UNIFORM)),
+}
 
 
 def keep_recovery(run: Run) -> pd.DataFrame:
-    """Return the kept table ``recovery``; see ``papers.planted_ranks``."""
-    found = recovered_ranks(run)[["module", "planted", "found"]]
-    return found.astype({"planted": "int16", "found": "int16"}).reset_index(drop=True)
+    """Return the kept table ``recovery``; see ``RECOVERY``."""
+    ranks = recovered_ranks(run)[["module", "planted", "found"]]
+    return ranks.astype({"planted": "int16", "found": "int16"}).reset_index(drop=True)
 
+
+_ALLOCATORS = {"AdaLoRA": ADALORA, "AutoLoRA": AUTOLORA, "ALoRA": ALORA}
+
+
+def _draw(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    """Plot the kept tables ``recovery``; uniform ranks have none, but share the planted ranks of their seed."""
+    truths = {run.seed: run.tables[RECOVERY] for run in runs["AdaLoRA"]}
+    uniform = [truths[run.seed].assign(run=run.id, found=run.meta.method["rank"]) for run in runs["uniform ranks"]]
+    allocated = [run.tables[RECOVERY].assign(run=run.id) for name in _ALLOCATORS for run in runs[name]]
+    return found_by_planted(gather("planted", runs), pd.concat([*allocated, *uniform]))
+
+
+HEADING = "Planted ranks"
+FIGURES = [
+    GalleryFigure(
+        name="planted",
+        alt="Rank found by planted rank, for three allocators and uniform ranks",
+        arms=_ALLOCATORS | {"uniform ranks": UNIFORM},
+        draw=_draw,
+    )
+]
 
 PROBE = Probe(
     name="planted",
@@ -124,28 +139,3 @@ PROBE = Probe(
     arms=arms,
     keep={(RECOVERY, label): keep_recovery for label in ALLOCATORS.values()},
 )
-
-
-HEADING = "Planted ranks"
-_ALLOCATORS = {"AdaLoRA": ADALORA, "AutoLoRA": AUTOLORA, "ALoRA": ALORA}
-
-
-def _draw(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    """Plot the kept tables ``recovery``; uniform ranks have none, but share the planted ranks of their seed."""
-    truths = {run.seed: run.tables[RECOVERY] for run in runs["AdaLoRA"]}
-    uniform = [truths[run.seed].assign(run=run.id, found=run.meta.method["rank"]) for run in runs["uniform ranks"]]
-    allocated = [run.tables[RECOVERY].assign(run=run.id) for name in _ALLOCATORS for run in runs[name]]
-    found = pd.concat([*allocated, *uniform])
-    return found_by_planted(gather("planted", runs), found)
-
-
-FIGURES = [
-    GalleryFigure(
-        name="planted",
-        alt="Rank found by planted rank, for three allocators and uniform ranks",
-        arms=_ALLOCATORS | {"uniform ranks": UNIFORM},
-        draw=_draw,
-        seeds=None,
-        scores_only=True,
-    )
-]

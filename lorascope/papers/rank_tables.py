@@ -1,7 +1,4 @@
-"""Statistics of rank allocations, from the kept table ``ranks``: one row per module, with role and layer.
-
-Kept ranks and figures of methods that allocate ranks.
-"""
+"""Kept table ``ranks`` of methods that allocate ranks: its statistics, and figures of one run."""
 
 from __future__ import annotations
 
@@ -33,9 +30,8 @@ def top_fraction(table: pd.DataFrame) -> float:
 
 def tau(first: pd.DataFrame, second: pd.DataFrame) -> float:
     """Compute Kendall's tau-b between the ranks of two runs; 0 if all ranks of one are equal, as they have no order."""
-    both = first.merge(second, on="module", suffixes=("_1", "_2"))
-    found = float(kendall_tau(both[["value_1", "value_2"]].to_numpy(np.float64).T)[0, 1])
-    return 0.0 if np.isnan(found) else found
+    ranks = first.merge(second, on="module", suffixes=("_1", "_2"))[["value_1", "value_2"]]
+    return float(np.nan_to_num(kendall_tau(ranks.to_numpy(np.float64).T)[0, 1]))
 
 
 def residual_tau(first: pd.DataFrame, second: pd.DataFrame) -> float:
@@ -45,9 +41,9 @@ def residual_tau(first: pd.DataFrame, second: pd.DataFrame) -> float:
 
 def _residuals(table: pd.DataFrame) -> pd.DataFrame:
     value = table["value"].astype("float64")
-    means = [value.groupby(table[place]).transform("mean") for place in ("role", "layer")]
+    of_role, of_layer = (value.groupby(table[column]).transform("mean") for column in ("role", "layer"))
     # Rounding would order residuals that are equal.
-    return table.assign(value=(value - means[0] - means[1] + value.mean()).round(9))
+    return table.assign(value=(value - of_role - of_layer + value.mean()).round(9))
 
 
 def of_roles(arm: str, *roles: str) -> OfRun:
@@ -61,10 +57,10 @@ def agreement(arm: str, other: str = "") -> OfPairs:
 
 
 def keep_ranks(run: Run) -> pd.DataFrame:
-    """Return the kept table ``ranks``; see ``papers.rank_tables``."""
+    """Return the kept table ``ranks``; see ``RANKS``."""
     ranks = run.ranks()
-    found = run.modules[run.modules["module"].isin(ranks)]
-    return found[["module", "stack", "layer", "role"]].assign(value=found["module"].map(ranks).astype("int16"))
+    modules = run.modules.loc[run.modules["module"].isin(ranks), ["module", "stack", "layer", "role"]]
+    return modules.assign(value=modules["module"].map(ranks).astype("int16"))
 
 
 def allocation_figures(runs: Mapping[str, Run], label: str) -> list[ReportFigure]:

@@ -1,19 +1,16 @@
-"""Importance scores: correlation with the loss increase when a component is removed.
+"""Importance scores: agreement with each other and with the loss increase on removal of a component.
 
-Probe of importance scores: their agreement with each other and with the loss increase on removal of a component.
-
-A singular value decomposition turns the updates of one trained LoRA into P Lambda Q, so that all scores refer to the
-same components. AdaLoRA's score is accumulated at zero learning rate, ALoRA's is its ablation on one batch, and
-AutoLoRA's is alpha after training only the logits. The truth is the loss increase when a component, or a module, is
-removed, on examples that no score used. The same truth on other examples is the best agreement a score can reach, and a
-random score is the control.
+Do three importance scores order the components of a trained adapter by the loss increase on their removal? A singular
+value decomposition turns the updates of one trained LoRA into P Lambda Q, so that all scores refer to the same
+components. AdaLoRA's score is accumulated at zero learning rate, ALoRA's is its ablation on one batch, and AutoLoRA's
+is alpha after training only the logits. The truth is the loss increase when a component, or a module, is removed, on
+examples that no score used. The same truth on other examples is the best agreement a score can reach. The controls are
+no correlation, and the singular value as a score.
 
 Departs:
 
 - No paper compares these scores.
 - Each score was designed for adapters trained by the same method, not for a finished LoRA.
-
-Figures of importance scores.
 """
 
 from __future__ import annotations
@@ -28,6 +25,7 @@ import pandas as pd
 
 from lorascope import plots
 from lorascope.analysis.score_agreement import correlate, spearman
+from lorascope.charts.chart import Chart
 from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
 from lorascope.papers.judging.statistics import Constant, OfRun
 from lorascope.papers.lora import LOW
@@ -35,14 +33,26 @@ from lorascope.papers.probe import Probe
 from lorascope.runs.run import Run
 
 if TYPE_CHECKING or "jaxtyping" in sys.modules:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from lorascope.papers.setups import component_scores
+    from lorascope.adapters.activation_patching import Loss
+    from lorascope.experiments.component_removal import Triple
 
 SCORES = "scores"
-"""Kept table ``module, component, score, value``: scores and loss increases of the components of a run."""
+"""Kept table ``module, component, score, value``: scores and loss increases of the components of a run.
+
+Component -1 is the whole module.
+"""
 HALVES = ("loss increase", "loss increase, other half")
 ADALORA, AUTOLORA, ALORA, SIZE = "AdaLoRA importance", "AutoLoRA alpha", "ALoRA importance", "singular value"
+RETAINED = "AutoLoRA kept"
+EXAMPLES, SCORED, JUDGED, REMOVED = 32, 16, 59, 4
+"""Examples per batch, batches for the scores, batches for each truth, and batches on which components are removed.
+
+Removal is by far the most expensive part.
+"""
+Rows = dict[str, dict[str, np.ndarray]]
+"""Name of a score -> module -> value of each component."""
 
 
 def correlation(table: pd.DataFrame, score: str) -> float:
@@ -66,32 +76,14 @@ CLAIMS = {
 }
 
 
-# The stored tables use these names of scores, so they must not change.
-TRUTH, AGAIN, CHANCE = "loss rise", "loss rise, other text", "random"  # prose: ok
-SIZES = (32, 16, 59, 4)
-"""Examples per batch, batches for the scores, batches for each truth, and batches on which components are removed.
-
-Removal is by far the most expensive part.
-"""
-_SCORES = {"AdaLoRA": "AdaLoRA importance", "ALoRA": "ALoRA importance", "AutoLoRA": "AutoLoRA alpha"}
-_SIZE, KEPT = "singular value", "AutoLoRA kept"
-
-
-def measure(run: Run) -> pd.DataFrame:
-    """Compute all scores and both truths for a trained LoRA.
-
-    Returns
-    -------
-    DataFrame
-        ``run, module, component, score, value``; component -1 is the whole module.
-    """
+def keep_scores(run: Run) -> pd.DataFrame:
+    """Return the kept table ``SCORES`` of a trained LoRA: its scores, and loss increases on two halves of the text."""
     import torch
 
     from lorascope.adapters.delta import attached_deltas, detach
     from lorascope.experiments import component_removal
     from lorascope.inputs import models, tasks
     from lorascope.methods.autolora import retained_mask
-    from lorascope.papers.setups import component_scores
 
     task = tasks.load(run.task)
     model = models.load(run.meta.model, task)
@@ -100,63 +92,164 @@ def measure(run: Run) -> pd.DataFrame:
     detach(model)
     model.requires_grad_(False)
     task = task.fit(model)
-    rows, seeing, judging, removed = SIZES
     tokens = models.tokenizer(model)
 
     def batches(split: str, number: int) -> list[dict[str, Tensor]]:
         # The first examples are a random sample, because a task orders its rows by hash.
-        encoded = task.encode(tokens, task.split(split).head(number * rows))
-        return [encoded.batch(range(at, at + rows)) for at in range(0, len(encoded) - rows + 1, rows)]
-
-    seen, unseen = batches("validation", seeing), batches("test", 2 * judging)
+        encoded = task.encode(tokens, task.split(split).head(number * EXAMPLES))
+        return [encoded.batch(range(i, i + EXAMPLES)) for i in range(0, len(encoded) - EXAMPLES + 1, EXAMPLES)]
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).loss
 
-    halves = {
-        TRUTH: component_removal.ablation_loss_increases(model, loss, state, unseen[0::2], removed),
-        AGAIN: component_removal.ablation_loss_increases(model, loss, state, unseen[1::2], removed),
-    }
-    found: component_scores.Rows = {
-        score: {name: increase[:-1] for name, increase in increases.items()} for score, increases in halves.items()
-    }
-    found[_SIZE] = {name: sigma for name, (_, sigma, _) in state.items()}
-    found |= component_scores.adalora_scores(model, loss, state, seen)
-    found |= component_scores.alora_scores(model, loss, state, seen[0])
-    found |= component_scores.autolora_scores(model, loss, state, seen)
-    draw = np.random.default_rng(run.seed)
-    found[CHANCE] = {name: draw.random(len(sigma)) for name, (_, sigma, _) in state.items()}
-    modules = {score: {name: values.sum() for name, values in each.items()} for score, each in found.items()}
-    # The last entry of an increase belongs to the removal of the whole module.
-    modules |= {
-        score: {name: increase[-1] for name, increase in increases.items()} for score, increases in halves.items()
-    }
+    validation, test = batches("validation", SCORED), batches("test", 2 * JUDGED)
+    components: Rows = {}
+    modules: dict[str, dict[str, float]] = {}
+    for half, of_half in zip(HALVES, (test[0::2], test[1::2]), strict=True):
+        increases = component_removal.ablation_loss_increases(model, loss, state, of_half, REMOVED)
+        components[half] = {name: increase[:-1] for name, increase in increases.items()}
+        # The last entry belongs to the removal of the whole module.
+        modules[half] = {name: increase[-1] for name, increase in increases.items()}
+    components[SIZE] = {name: sigma for name, (_, sigma, _) in state.items()}
+    components |= adalora_scores(model, loss, state, validation)
+    components |= alora_scores(model, loss, state, validation[0])
+    components |= autolora_scores(model, loss, state, validation)
+    for score, rows in components.items():
+        modules.setdefault(score, {name: values.sum() for name, values in rows.items()})
     # Alpha sums to one in every module, so modules are compared by the alpha of the retained components.
-    alphas = found[_SCORES["AutoLoRA"]]
-    retained = {name: retained_mask(torch.from_numpy(alpha)).numpy() for name, alpha in alphas.items()}
-    modules[_SCORES["AutoLoRA"]] = {name: alpha[retained[name]].sum() for name, alpha in alphas.items()}
-    modules[KEPT] = {name: mask.sum() for name, mask in retained.items()}
-    parts = [
-        pd.DataFrame({"module": name, "component": np.arange(np.size(values)), "score": score, "value": values})
-        for score, each in found.items()
-        for name, values in each.items()
-    ]
-    whole = [(name, -1, score, value) for score, each in modules.items() for name, value in each.items()]
-    parts.append(pd.DataFrame(whole, columns=["module", "component", "score", "value"]))
-    return pd.concat(parts, ignore_index=True).assign(run=run.id).astype({"value": "float64"})
+    modules[RETAINED] = {}
+    for name, alpha in components[AUTOLORA].items():
+        mask = retained_mask(torch.from_numpy(alpha)).numpy()
+        modules[AUTOLORA][name], modules[RETAINED][name] = alpha[mask].sum(), mask.sum()
+    tables = []
+    for score, rows in components.items():
+        for name, values in rows.items():
+            table = pd.DataFrame({"module": name, "component": range(len(values)), "score": score, "value": values})
+            tables.append(table)
+    whole = [(name, -1, score, value) for score, rows in modules.items() for name, value in rows.items()]
+    tables.append(pd.DataFrame(whole, columns=["module", "component", "score", "value"]))
+    return pd.concat(tables, ignore_index=True).astype({"component": "int16", "value": "float32"})
 
 
-def keep_scores(run: Run) -> pd.DataFrame:
-    """Return the kept table ``scores``, of ``measure`` without the random score; see ``papers.score_agreement``.
+def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
+    """Compute AdaLoRA's importance, its sensitivity and uncertainty of lambda, and the norm of the mean gradient.
 
-    Component -1 is the whole module.
+    The averages run over the batches at zero learning rate, with AdaLoRA's default betas.
     """
-    found = measure(run)
-    found = found[found["score"] != CHANCE].assign(component=lambda rows: rows["component"].astype("int16"))
-    score = found["score"].replace(dict(zip((TRUTH, AGAIN), HALVES, strict=True)))
-    value = found["value"].astype("float32")
-    return found.assign(score=score, value=value)[["module", "component", "score", "value"]].reset_index(drop=True)
+    import torch
 
+    from lorascope.adapters.delta import detach
+    from lorascope.experiments.component_removal import attach_components, fill_svd
+    from lorascope.methods import adalora
+
+    deltas = attach_components(model, state, adalora.AdaLoRADelta, fill_svd)
+    weights = [weight for delta in deltas.values() for weight in (delta.B, delta.diagonal, delta.A)]
+    sensitivity, uncertainty, total = ([torch.zeros_like(weight) for weight in weights] for _ in range(3))
+    default = adalora.AdaLoRA()
+    for batch in batches:
+        gradients = torch.autograd.grad(loss(batch), weights)
+        with torch.no_grad():
+            adalora.smooth(sensitivity, uncertainty, weights, list(gradients), (default.beta1, default.beta2))
+            torch._foreach_add_(total, gradients)
+    detach(model)
+    rows: Rows = {name: {} for name in (ADALORA, "AdaLoRA sensitivity", "AdaLoRA uncertainty", "gradient norm")}
+    for number, name in enumerate(deltas):
+        # Each module has three weights in a row: P (as B), lambda (as diagonal) and Q (as A).
+        triple = slice(3 * number, 3 * number + 3)
+        mean, spread, (dP, dlambda, dQ) = sensitivity[triple], uncertainty[triple], total[triple]
+        rows[ADALORA][name] = adalora.importance(mean, spread).sum(0)[0].numpy()
+        rows["AdaLoRA sensitivity"][name] = mean[1][:, 0].numpy()
+        rows["AdaLoRA uncertainty"][name] = spread[1][:, 0].numpy()
+        squares = dP.square().sum(0) + dlambda[:, 0].square() + dQ.square().sum(1)
+        rows["gradient norm"][name] = (squares.sqrt() / len(batches)).numpy()
+    return rows
+
+
+def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batch: Any) -> Rows:
+    """Compute ALoRA's importance score and its two terms, signed so that higher means more important."""
+    from lorascope.adapters.ablation import ablation_scores
+    from lorascope.adapters.delta import detach
+    from lorascope.experiments.component_removal import attach_components, fill_plain
+    from lorascope.methods import alora
+
+    attach_components(model, state, alora.ALoRADelta, fill_plain)
+    losses = ablation_scores(model, loss, batch)
+    detach(model)
+    return {
+        ALORA: {name: alora.importance(losses.full, losses.without[name], losses.only[name]) for name in state},
+        "ALoRA, without": {name: losses.full - losses.without[name] for name in state},
+        "ALoRA, alone": {name: losses.only[name] for name in state},
+    }
+
+
+def autolora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
+    """Compute AutoLoRA's alpha after training only the logits for two epochs over the batches."""
+    import torch
+
+    from lorascope.adapters.delta import detach
+    from lorascope.experiments.component_removal import attach_components, fill_plain
+    from lorascope.methods import autolora
+
+    def fill(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
+        fill_plain(delta, P, sigma * len(sigma), Q)  # leaves the update unchanged at the initial alpha = 1/k
+
+    deltas = attach_components(model, state, autolora.AutoLoRADelta, fill)
+    logits = [delta.logits.requires_grad_() for delta in deltas.values()]
+    optimizer = torch.optim.Adam(logits, lr=1e-2, betas=autolora.BETAS)
+    for batch in (*batches, *batches):
+        for logit, gradient in zip(logits, torch.autograd.grad(loss(batch), logits), strict=True):
+            logit.grad = gradient
+        optimizer.step()
+    detach(model)
+    return {AUTOLORA: {name: delta.alpha.detach().numpy() for name, delta in deltas.items()}}
+
+
+_TRUTH = "loss increase on removal"
+
+
+def _component_scores(runs: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
+    """Return the kept scores of the components of each run, without those of whole modules."""
+    scores = pd.concat(run.tables[SCORES].assign(run=run.id) for run in runs[LOW])
+    return scores[scores["component"] >= 0]
+
+
+def _draw_truth(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    """Plot the correlation of every score with the loss increase on both halves of the text together, as claims use it.
+
+    The correlation between the halves is how well the loss increase can be measured at all.
+    """
+    scores = _component_scores(runs)
+    halves = scores["score"].isin(HALVES)
+    component = ["run", "module", "component"]
+    truth = scores[halves].groupby(component, sort=False, observed=True)["value"].mean().reset_index()
+    with_truth = correlate(pd.concat([scores[~halves], truth.assign(score=_TRUTH)]))
+    between = correlate(scores[halves])
+    between = between[between["first"] < between["second"]]
+    pairs = pd.concat([with_truth, between.assign(first="one half with the other", second=_TRUTH)])
+    return plots.against_truth(pairs, _TRUTH, "components")
+
+
+def _draw_agreement(runs: Mapping[str, Sequence[Any]]) -> Chart:
+    return plots.agreement(correlate(_component_scores(runs)), "components")
+
+
+HEADING = "Importance scores"
+FIGURES = [
+    GalleryFigure(
+        name="against-truth",
+        alt="Rank correlation of every score with the loss increase on removal of a component",
+        arms=own_labels(LOW),
+        draw=_draw_truth,
+        table=SCORES,
+    ),
+    GalleryFigure(
+        name="agreement",
+        alt="Rank correlation of every pair of scores",
+        arms=own_labels(LOW),
+        draw=_draw_agreement,
+        table=SCORES,
+    ),
+]
 
 PROBE = Probe(
     name="agreement",
@@ -166,48 +259,3 @@ PROBE = Probe(
     question="Do three importance scores order the components of a trained adapter by loss increase on removal?",
     keep={(SCORES, LOW): keep_scores},
 )
-
-
-HEADING = "Importance scores"
-
-
-_TRUTH = "loss increase on removal"
-
-
-def _component_scores(runs: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-    """Return the kept scores of the components of each run, without those of whole modules."""
-    found = pd.concat(run.tables[SCORES].assign(run=run.id) for run in runs[LOW])
-    return found[found["component"] >= 0]
-
-
-def _correlate_with_truth(runs: Mapping[str, Sequence[Any]]) -> pd.DataFrame:
-    """Correlate every score with the loss increase on both halves of the text together, as the claims do.
-
-    The correlation between the halves is how well the loss increase can be measured at all.
-    """
-    scores = _component_scores(runs)
-    halves = scores["score"].isin(HALVES)
-    component = ["run", "module", "component"]
-    truth = scores[halves].groupby(component, sort=False, observed=True)["value"].mean().reset_index()
-    found = correlate(pd.concat([scores[~halves], truth.assign(score=_TRUTH)]))
-    between = correlate(scores[halves])
-    between = between[between["first"] < between["second"]]
-    return pd.concat([found, between.assign(first="one half with the other", second=_TRUTH)])
-
-
-_SHARED: dict[str, Any] = {"arms": own_labels(LOW), "seeds": None, "scores_only": True, "table": SCORES}
-
-FIGURES = [
-    GalleryFigure(
-        name="against-truth",
-        alt="Rank correlation of every score with the loss increase on removal of a component",
-        draw=lambda runs: plots.against_truth(_correlate_with_truth(runs), _TRUTH, "components"),
-        **_SHARED,
-    ),
-    GalleryFigure(
-        name="agreement",
-        alt="Rank correlation of every pair of scores",
-        draw=lambda runs: plots.agreement(correlate(_component_scores(runs)), "components"),
-        **_SHARED,
-    ),
-]

@@ -18,8 +18,7 @@ from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.typed_json import read_json, to_typed
 from lorascope.papers.figures.excerpt import excerpt_differences, write_excerpt
-from lorascope.papers.figures.gallery_figure import GalleryFigure
-from lorascope.papers.figures.kept_scores import KeptScores
+from lorascope.papers.figures.gallery_figure import GalleryFigure, KeptScores
 from lorascope.papers.judging import kept_figures, kept_runs
 from lorascope.papers.judging.kept_figures import FigureAbout, KeptFigure
 from lorascope.papers.judging.kept_runs import Evidence
@@ -28,7 +27,7 @@ from lorascope.runs.run import Run
 
 SHOWN = "shown"
 """Folder in a folder of evidence: the excerpts of runs that the figures show."""
-_LEAST = 2  # seeds of a figure that shows all
+_FEWEST_SEEDS = 2  # of a figure that shows all
 
 
 def draw_figures(
@@ -89,7 +88,7 @@ def _shown_of(row: Mapping[str, Any], main: Evidence, listed: Sequence[GalleryFi
     """Return the quantities and arrays that figures show of a run."""
     judged = main.runs[main.runs["role"] == "judged"]
     place = row["seed"] - judged["seed"].min() if row["role"] == "judged" else math.inf
-    chosen = [each for each in listed if row["arm"] in each.arms.values() and place < (each.seeds or math.inf)]
+    chosen = [each for each in listed if row["arm"] in each.arms.values() and place < each.seeds]
     return {name for each in chosen for name in each.quantities}, {name for each in chosen for name in each.arrays}
 
 
@@ -222,11 +221,13 @@ def _rows_of(figure: GalleryFigure, evidence: Evidence) -> list[dict[str, Any]]:
     runs = evidence.runs[evidence.runs["arm"].isin(list(arms))]
     judged, diverged = runs[runs["role"] == "judged"], runs["trained_parameters"].isna()
     first = int(judged["seed"].min()) if len(judged) else 0
-    seeds = evidence.seeds(sorted(arms), first)[: figure.seeds]
+    seeds = evidence.seeds(sorted(arms), first)
+    if not figure.shows_scores:
+        seeds = seeds[: figure.seeds]
     if figure.table:
         having = evidence.kept.get(figure.table, {})
         seeds = [seed for seed in seeds if all(evidence.run(arm, seed) in having for arm in arms)]
-    if len(seeds) < (figure.seeds or _LEAST) or diverged[judged.index].any():
+    if len(seeds) < (_FEWEST_SEEDS if figure.shows_scores else figure.seeds) or diverged[judged.index].any():
         return []
     rows = judged[judged["seed"].isin(seeds)].sort_values("seed", kind="stable")
     if figure.tuning:
@@ -241,7 +242,7 @@ def _kept_run(
     figure: GalleryFigure, evidence: Evidence, folder: Path, row: Mapping[str, Any]
 ) -> Run | KeptScores | None:
     """Return what the evidence keeps of a run for a figure; None if nothing is."""
-    if figure.scores_only:
+    if figure.shows_scores:
         tables = {name: tables[row["run"]] for name, tables in evidence.kept.items() if row["run"] in tables}
         return KeptScores(row, tables)
     path = folder / SHOWN / row["run"]

@@ -23,19 +23,20 @@ COURSE = "course"
 """Kept table ``best_accuracy, epochs``, one row: of a network with one adapter that learns eight classes of points."""
 
 
+Reads = dict[tuple[str, str], tuple[str, ...]]
+"""Kept tables and scores by name and arm, with the other arms that a table is computed from."""
+
+
 class Statistic:
     """Quantity that is computed from the evidence for some seeds."""
 
+    def reads(self) -> Reads:
+        """Return the kept tables and scores that it reads; the names of scores are "margin" and "nll"."""
+        return {}
+
     def arms(self) -> set[str]:
         """Return the labels of the arms whose runs it reads."""
-        raise NotImplementedError
-
-    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
-        """Return the kept tables and scores that it reads: name and arm -> other arms that a table is computed from.
-
-        The names of scores are "margin" and "nll".
-        """
-        return {}
+        return {label for (_, arm), others in self.reads().items() for label in (arm, *others)}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         """Compute the values: an array (seed,), (seed, row) or (seed, seed)."""
@@ -60,9 +61,6 @@ class Constant(Statistic):
 
     value: float
 
-    def arms(self) -> set[str]:
-        return set()
-
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         return np.array(self.value)
 
@@ -81,10 +79,7 @@ class Accuracy(Statistic):
 
     arm: str
 
-    def arms(self) -> set[str]:
-        return {self.arm}
-
-    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
+    def reads(self) -> Reads:
         return {("margin", self.arm): ()}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
@@ -97,10 +92,7 @@ class LogLikelihood(Statistic):
 
     arm: str
 
-    def arms(self) -> set[str]:
-        return {self.arm}
-
-    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
+    def reads(self) -> Reads:
         return {("nll", self.arm): ()}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
@@ -113,10 +105,7 @@ class MeanOverRows(Statistic):
 
     of: Statistic
 
-    def arms(self) -> set[str]:
-        return self.of.arms()
-
-    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
+    def reads(self) -> Reads:
         return self.of.reads()
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
@@ -135,10 +124,7 @@ class OfRun(Statistic):
     arm: str
     others: tuple[str, ...] = ()
 
-    def arms(self) -> set[str]:
-        return {self.arm, *self.others}
-
-    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
+    def reads(self) -> Reads:
         return {(self.table, self.arm): self.others}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
@@ -154,21 +140,18 @@ class OfPairs(Statistic):
     arm: str
     other: str
 
-    def arms(self) -> set[str]:
-        return {self.arm, self.other}
-
-    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
-        return {(self.table, arm): () for arm in (self.arm, self.other)}
+    def reads(self) -> Reads:
+        return {(self.table, self.arm): (), (self.table, self.other): ()}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         first, second = ([evidence.table(self.table, arm, seed) for seed in seeds] for arm in (self.arm, self.other))
-        found = np.full((len(seeds), len(seeds)), np.nan)
+        values = np.full((len(seeds), len(seeds)), np.nan)
         for i, j in zip(*np.nonzero(~np.eye(len(seeds), dtype=bool)), strict=True):
             if self.arm == self.other and i > j:  # within an arm, a pair counts once
-                found[i, j] = found[j, i]
+                values[i, j] = values[j, i]
             else:
-                found[i, j] = self.value(first[i], second[j])
-        return found
+                values[i, j] = self.value(first[i], second[j])
+        return values
 
 
 @dataclass(frozen=True)
@@ -178,10 +161,7 @@ class Combined(Statistic):
     function: Callable[..., Any]
     parts: tuple[Statistic, ...]
 
-    def arms(self) -> set[str]:
-        return set().union(*(part.arms() for part in self.parts))
-
-    def reads(self) -> dict[tuple[str, str], tuple[str, ...]]:
+    def reads(self) -> Reads:
         return {key: others for part in self.parts for key, others in part.reads().items()}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
@@ -206,11 +186,13 @@ def by_seed(values: np.ndarray, seeds: int, method: Method) -> np.ndarray:
     shape = {"t": (seeds,), "two-way": (seeds, values.shape[-1]), "jackknife": (seeds, seeds)}[method]
     if values.shape != shape:
         raise ValueError(f"values of a {method} interval must have shape {shape}, got {values.shape}")
-    reduced = {"t": lambda: values, "two-way": lambda: values.mean(axis=1), "jackknife": lambda: pseudo_values(values)}
-    found = reduced[method]()
-    if not np.isfinite(found).all():
-        raise ValueError(f"values must be finite, got {found[~np.isfinite(found)][0]}")
-    return found
+    if method == "two-way":
+        values = values.mean(axis=1)
+    elif method == "jackknife":
+        values = pseudo_values(values)
+    if not np.isfinite(values).all():
+        raise ValueError(f"values must be finite, got {values[~np.isfinite(values)][0]}")
+    return values
 
 
 def estimate_effect(
@@ -230,17 +212,13 @@ def estimate_effect(
     ValueError
         Statistic and control have other shapes than the method needs, or a value is not finite.
     """
-    found, compared = statistic(evidence, seeds), control(evidence, seeds)
-    values = pd.DataFrame(
-        {
-            "seed": list(seeds),
-            "statistic": by_seed(found, len(seeds), method),
-            "control": by_seed(compared, len(seeds), method),
-        }
-    )
-    values["effect"] = values["statistic"] - values["control"]
+    measured, compared = statistic(evidence, seeds), control(evidence, seeds)
+    values = pd.DataFrame({"seed": list(seeds)})
+    values["statistic"] = by_seed(measured, len(seeds), method)
+    values["control"] = by_seed(compared, len(seeds), method)
+    values["effect"] = effects = values["statistic"] - values["control"]
     if method == "two-way":
         arm = min(statistic.arms() | control.arms())
-        return two_way_estimate(found - compared, evidence.clusters(arm, seeds[0])), values
-    effects = values["effect"].to_numpy()
-    return (t_estimate if method == "t" else jackknife_estimate)(effects), values
+        return two_way_estimate(measured - compared, evidence.clusters(arm, seeds[0])), values
+    estimate = t_estimate if method == "t" else jackknife_estimate
+    return estimate(effects.to_numpy()), values

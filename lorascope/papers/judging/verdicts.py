@@ -20,7 +20,7 @@ from lorascope.papers.judging import looks
 from lorascope.papers.judging.claims import format_effect
 from lorascope.papers.judging.kept_runs import BLOCK, COUNT, NUMBER, SCORES, TEXT, Evidence
 from lorascope.papers.judging.registration import Registered
-from lorascope.papers.judging.statistics import Statistic, estimate_effect
+from lorascope.papers.judging.statistics import Reads, Statistic, estimate_effect
 from lorascope.papers.judging.value_sources import COLUMNS, add_sources
 
 Pair = tuple[Statistic, Statistic]
@@ -51,8 +51,8 @@ class _SeedBySeed(Statistic):
 
     of: Statistic
 
-    def arms(self) -> set[str]:
-        return self.of.arms()
+    def reads(self) -> Reads:
+        return self.of.reads()
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         return np.concatenate([np.atleast_1d(self.of(evidence, [seed])) for seed in seeds])

@@ -4,8 +4,8 @@ Do three importance scores order the components of a trained adapter by the loss
 value decomposition turns the updates of one trained LoRA into P Lambda Q, so that all scores refer to the same
 components. AdaLoRA's score is accumulated at zero learning rate, ALoRA's is its ablation on one batch, and AutoLoRA's
 is alpha after training only the logits. The truth is the loss increase when a component, or a module, is removed, on
-examples that no score used. The same truth on other examples is the best agreement a score can reach. The controls are
-no correlation, and the singular value as a score.
+examples that no score used. The same truth on other examples is the best agreement a score can reach. Controls are a
+correlation of 0, and the singular value as a score.
 
 Departs:
 

@@ -373,7 +373,7 @@ def test_sweep_prints_a_table_and_a_line_per_failed_run(
     code, out, err = run(capsys, "sweep", file, "--no-progress")
     assert code == 1
     assert [line.split("  ")[0] for line in out.splitlines()[1:3]] == ["LoRA, rank 2", "LoRA, rank 4"]
-    assert all(line.rstrip().endswith("2      1-2") for line in out.splitlines()[1:3])
+    assert all(line.rstrip().endswith("2  1-2") for line in out.splitlines()[1:3])
     told = " ".join(out.split())
     assert "(fewer than 3 seeds): LoRA, rank 2 and LoRA, rank 4" in told
     assert max(map(len, out.splitlines())) <= 80
@@ -428,7 +428,7 @@ def test_sweep_counts_runs_that_learn_the_same_once(
     assert code == 0
     lines = out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:4]] == ["LoRA, rank 2", "LoRA, rank 4", ""]
-    assert all(line.rstrip().endswith("2      1-2") for line in lines[1:3])
+    assert all(line.rstrip().endswith("2  1-2") for line in lines[1:3])
     code, out, _ = run(capsys, "sweep", file, "--no-progress", "--json")
     told = json.loads(out)
     assert (code, len(told["runs"]), len({row["path"] for row in told["runs"]})) == (0, 24, 12)

@@ -13,8 +13,8 @@ from lorascope import plots
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Bar, Heat, Line
 from lorascope.charts.scales import to_floats
-from lorascope.diagnosis import terminal
-from lorascope.diagnosis.terminal import BLOCKS, DIGITS, glyph
+from lorascope.diagnosis.inspection_screen import BLOCKS, DIGITS, glyph
+from lorascope.files import text_layout
 from lorascope.pages.table_cells import format_value
 from lorascope.runs.loading import load
 
@@ -32,11 +32,11 @@ COLUMNS = {
 @pytest.mark.parametrize(
     "cell",
     [
-        terminal.norm,
-        terminal.percent,
-        terminal.number,
-        terminal.whole,
-        terminal.ratio,
+        text_layout.norm,
+        text_layout.percent,
+        text_layout.number,
+        text_layout.whole_number,
+        text_layout.ratio,
         format_value,
     ],
 )

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lorascope.cli.main import COMMANDS, main
-from lorascope.diagnosis.terminal import elide
 from lorascope.experiments.sweep_table import Row, SweepTable, table
+from lorascope.files.text_layout import elide
 from lorascope.training.progress import progress_bar
 
 WIDTHS = (0, 1, 2, 3, 10)

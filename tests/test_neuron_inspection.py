@@ -12,9 +12,13 @@ import pytest
 from test_inspect import Terminal, plain, run
 
 from lorascope.cli.main import main
-from lorascope.diagnosis import terminal
-from lorascope.diagnosis.neuron_inspection import NeuronInspection, inspect_neurons
-from lorascope.diagnosis.neuron_screen import neurons_screen, projections_screen
+from lorascope.diagnosis.neuron_inspection import (
+    NeuronInspection,
+    inspect_neurons,
+    neurons_screen,
+    projections_screen,
+)
+from lorascope.files import text_layout
 from lorascope.files.safetensors_io import open_tensors, write_tensors
 
 WIDTH, FEED_FORWARD = 6, 10
@@ -121,7 +125,7 @@ def test_screen_fits_24_lines_at_any_depth(tmp_path: Path, layers: int, monkeypa
     monkeypatch.setenv("NO_COLOR", "1")
     base, tuned = plant(tmp_path / ("a-rather-long-name" * 4), layers, {(layers - 1, "up_proj", 0): 0.1})
     for shown in (neurons_screen, projections_screen):
-        lines = shown(inspect_neurons(tuned, base), terminal.console(Terminal())).splitlines()
+        lines = shown(inspect_neurons(tuned, base), text_layout.console(Terminal())).splitlines()
         assert max(map(len, lines)) <= 80
     assert len(neurons_screen(inspect_neurons(tuned, base), plain()).splitlines()) <= 24
 

@@ -71,7 +71,7 @@ def test_modules_on_the_page_are_those_of_the_inspection(adapter: Path, card: Pa
 
 def test_findings_on_the_page_are_those_of_doctor_and_inspect(adapter: Path, card: Path):
     run = load(adapter)
-    expected = {(each.id, each.message) for each in [*ls.diagnose(run), *inspect(run).found]}
+    expected = {(each.id, each.message) for each in [*ls.diagnose(run), *inspect(run).details]}
     found = section(card, "findings").all("li")
     assert {(each.all("h3")[0].text.split()[0], each.all("p")[0].text) for each in found} == expected
     assert any("q_proj" in message for _, message in expected)

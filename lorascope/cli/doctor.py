@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -17,22 +17,21 @@ from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
 from lorascope.diagnosis.inspection import json_values
+from lorascope.diagnosis.inspection_screen import SEVERITY_STYLES
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.diagnosis.merge import check_merge
 from lorascope.diagnosis.runtimes import Application, applied
 from lorascope.diagnosis.sarif import MARK, sarif_log
-from lorascope.diagnosis.terminal import WIDTH
 from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.safetensors_io import write_json
+from lorascope.files.text_layout import Block, console, labeled, render, text_block
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import require_own
 from lorascope.runs.loading import is_run, load_adapter
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
-
-_INDENT = 15
 
 
 @command
@@ -104,15 +103,15 @@ def main(
         return 1 if found else 0
     count = count_phrase(len(found), "finding") if found else "no findings"
     state = "" if run.meta.states else f", {run.meta.status}: no factors saved yet"
-    paragraphs = [(label(run.path) if run.path else run.id, count + state)]
+    blocks = [text_block(label(run.path) if run.path else run.id, count + state, label_style="bold")]
     if use is not None:
-        named = "" if base is not None else "; names and shapes are not compared without --base DIR"
-        paragraphs.append((use.runtime, f"applies {use.applied} of {use.modules} modules{named}"))
-    for finding in found:
-        paragraphs += _finding_paragraphs(finding)
-    paragraphs += [("note", note) for note in case.notes]
-    paragraphs += [(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)) for missing, names in skipped.items()]
-    _print_paragraphs(paragraphs)
+        remark = "" if base is not None else "; names and shapes are not compared without --base DIR"
+        blocks.append(text_block(use.runtime, f"applies {use.applied} of {use.modules} modules{remark}"))
+    blocks += map(_finding_block, found)
+    blocks += [text_block("note", note) for note in case.notes]
+    for missing, names in skipped.items():
+        blocks.append(text_block(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)))
+    _print_blocks(blocks)
     return 1 if found else 0
 
 
@@ -144,10 +143,8 @@ def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, j
         findings = [each.to_json() for each in check.findings]
         print(dumps(json_values({"path": path, "merged": merged, "modules": rows, "findings": findings}), indent=1))
     else:
-        paragraphs = [(adapter.label, f"{count_phrase(len(check.modules), 'module')}: {check.summary()}")]
-        for finding in check.findings:
-            paragraphs += _finding_paragraphs(finding)
-        _print_paragraphs(paragraphs)
+        summary = f"{count_phrase(len(check.modules), 'module')}: {check.summary()}"
+        _print_blocks([text_block(adapter.label, summary, label_style="bold"), *map(_finding_block, check.findings)])
     return 1 if check.findings else 0 if check.is_conclusive else 3
 
 
@@ -157,13 +154,12 @@ def _list_kinds(json: bool) -> int:
     if json:
         print(dumps([kind.to_json() for kind in kinds], indent=1))
         return 0
-    paragraphs = []
+    blocks = []
     for kind in kinds:
-        paragraphs.append((kind.id, f"{kind.name} ({kind.severity}): {kind.problem}".removesuffix(": ")))
-        paragraphs.append(("", f"needs: {kind.needs}"))
-        texts = {"evidence": kind.evidence, "fix": kind.fix}
-        paragraphs += [("", f"{name}: {text}") for name, text in texts.items() if text]
-    _print_paragraphs(paragraphs)
+        problem = f"{kind.name} ({kind.severity}): {kind.problem}".removesuffix(": ")
+        parts = {"needs": kind.needs, "evidence": kind.evidence, "fix": kind.fix}
+        blocks.append(text_block(kind.id, problem, *(f"{name}: {text}" for name, text in parts.items() if text)))
+    _print_blocks(blocks)
     return 0
 
 
@@ -174,14 +170,11 @@ def _write_sarif(file: str | None, found: Sequence[Finding], run: Result) -> Non
         write_json(Path(file), log)
 
 
-def _finding_paragraphs(finding: Finding) -> list[tuple[str, str]]:
-    """Return the lines of a finding: its id and cause, its message, and its fix."""
-    return [(f"{finding.id} {finding.cause}".lstrip(), finding.message), ("", f"fix: {finding.fix}")]
+def _finding_block(finding: Finding) -> Block:
+    """Return id and cause of a finding, its message, and its fix."""
+    style = SEVERITY_STYLES[finding.severity]
+    return text_block(f"{finding.id} {finding.cause}".lstrip(), finding.message, f"fix: {finding.fix}", style=style)
 
 
-def _print_paragraphs(paragraphs: Iterable[tuple[str, str]]) -> None:
-    layout = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * _INDENT, break_long_words=False)
-    for heading, text in paragraphs:
-        shown = printable(heading)
-        layout.initial_indent = shown.ljust(_INDENT) if len(shown) < _INDENT else f"{shown} "
-        print(layout.fill(printable(text)))
+def _print_blocks(blocks: Sequence[Block]) -> None:
+    print(render(console(sys.stdout), labeled(blocks)))

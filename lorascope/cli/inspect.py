@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from lorascope.cli.arguments import Folder, Paths, command
+from rich.console import Console
+
+from lorascope.cli.arguments import Folder, Paths, command, reject
 from lorascope.cli.opened_runs import open_runs
 from lorascope.diagnosis.inspection import Inspection, inspect, rows
 from lorascope.diagnosis.inspection_screen import inspection_screen, modules_screen
 from lorascope.diagnosis.null import null_table
-from lorascope.diagnosis.terminal import console
 from lorascope.files.hub import locate
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safe_csv import csv_text
+from lorascope.files.text_layout import console
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.loading import NoUpdatesError, is_series, is_whole_model
+from lorascope.runs.loading import NoUpdatesError, is_series, is_whole_model, load_series
 
 
 @command
@@ -66,97 +68,111 @@ def main(
     csv
         Print CSV: one row per module, neuron or pair of adapters.
     """
-    if not paths:
-        raise ValueError("PATH is required: lorascope inspect my-adapter")
-    if json and csv:
-        raise ValueError("--json and --csv cannot be combined")
-    # Modules for whole models, comparisons and series are imported below: together they take as long as all others.
+    reject(
+        {
+            "PATH is required: lorascope inspect my-adapter": not paths,
+            "--json and --csv cannot be combined": json and csv,
+        }
+    )
     if series or (len(paths) == 1 and is_series(locate(paths[0]))):
         if null:
             raise ValueError("--null requires one adapter or run: inspect one checkpoint")
-        from lorascope.cli.inspect_series import show_series
-
-        return show_series(paths, base, spectra, all, json, csv)
+        return _print_output(_inspect_series(paths, base, spectra, all), json, csv)
     if null and all and not (json or csv):
         raise ValueError("--null has no place on the screen of --all: add --json or --csv, or omit --all")
-    found = [locate(path) for path in paths]
-    if whole := [path for path in found if is_whole_model(path)]:
-        if len(paths) > 1:
-            raise ValueError(f"cannot compare {whole[0]}: only adapters and runs are compared, not whole models")
-        if base is None:
-            raise ValueError(
-                f"cannot inspect {whole[0]}: a whole model requires the model it was tuned from, --base DIR"
-            )
-        if null:
-            raise ValueError(f"--null requires one adapter or run, got a whole model: {whole[0]}")
-        shown = _neurons(whole[0], base, all)
-    else:
-        try:
-            runs = open_runs(found, base)
-        except NoUpdatesError as error:
-            if len(found) > 1:
-                raise
-            print(dumps({"path": str(found[0]), "message": error.sentence}, indent=1) if json else error.sentence)
-            return 0
-        if unfinished := [run for run in runs if not isinstance(run, Adapter) and not run.meta.states]:
-            if json:
-                states = [{"path": str(run.path), "status": run.meta.status, "message": str(run)} for run in unfinished]
-                print(dumps(states, indent=1))
-            else:
-                print(*unfinished, sep="\n", file=sys.stderr if csv else None)
-            return 1
-        if null and len(runs) > 1:
-            raise ValueError(f"--null requires one adapter or run, got {len(runs)}")
-        inspections = [inspect(run, spectra) for run in runs]
-        shown = _comparison(inspections, spectra, all) if len(runs) > 1 else _modules(inspections[0], all, null)
-    if csv:
-        print(csv_text(shown.table()), end="")
-    elif json:
-        print(dumps(shown.to_json(), indent=1))
-    else:
-        print("\n\n".join(screen(item, console(sys.stdout)) for screen, item in shown.screens))
-    return 0
+    folders = [locate(path) for path in paths]
+    models = [folder for folder in folders if is_whole_model(folder)]
+    if models:
+        return _print_output(_inspect_model(models[0], len(folders) > 1, base, null, all), json, csv)
+    try:
+        runs = open_runs(folders, base)
+    except NoUpdatesError as error:
+        if len(folders) > 1:
+            raise
+        print(dumps({"path": str(folders[0]), "message": error.sentence}, indent=1) if json else error.sentence)
+        return 0
+    unfinished = [run for run in runs if not isinstance(run, Adapter) and not run.meta.states]
+    if unfinished:
+        if json:
+            states = [{"path": str(run.path), "status": run.meta.status, "message": str(run)} for run in unfinished]
+            print(dumps(states, indent=1))
+        else:
+            print(*unfinished, sep="\n", file=sys.stderr if csv else None)
+        return 1
+    if null and len(runs) > 1:
+        raise ValueError(f"--null requires one adapter or run, got {len(runs)}")
+    inspections = [inspect(run, spectra) for run in runs]
+    if len(runs) > 1:
+        return _print_output(_compare(inspections, spectra, all), json, csv)
+    return _print_output(_inspect_modules(inspections[0], all, null), json, csv)
 
 
-@dataclass(frozen=True)
-class _Shown:
+class _Output(NamedTuple):
     """An inspection as JSON, as a table and on the screen."""
 
     to_json: Callable[[], Any]
     table: Callable[[], pd.DataFrame]
-    screens: Sequence[tuple[Callable[..., str], Any]]
+    screens: Sequence[Callable[[Console], str]]
 
 
-def _neurons(model: Path, base: str, all: bool) -> _Shown:
-    from lorascope.diagnosis.neuron_inspection import inspect_neurons
-    from lorascope.diagnosis.neuron_screen import neurons_screen, projections_screen
-
-    found = inspect_neurons(model, base)
-    screens = [(projections_screen if all else neurons_screen, found)]
-    return _Shown(found.to_json, partial(found.scores.drop, columns="top"), screens)
-
-
-def _comparison(inspections: Sequence[Inspection], spectra: bool, all: bool) -> _Shown:
-    from lorascope.diagnosis.pair_comparison import compare
-    from lorascope.diagnosis.pair_screen import comparison_screen
-
-    compared = compare(inspections, spectra)
-    modules = [(modules_screen, item) for item in inspections] if all else []
-    return _Shown(compared.to_json, compared.table, [*modules, (comparison_screen, compared)])
+def _print_output(output: _Output, json: bool, csv: bool) -> int:
+    if csv:
+        print(csv_text(output.table()), end="")
+    elif json:
+        print(dumps(output.to_json(), indent=1))
+    else:
+        print("\n\n".join(screen(console(sys.stdout)) for screen in output.screens))
+    return 0
 
 
-def _modules(item: Inspection, all: bool, null: bool) -> _Shown:
-    random = null_table(item) if null else None
-    screen = modules_screen if all else partial(inspection_screen, null=random)
+# Modules for whole models, comparisons and series are imported in their functions: together they take as long as all
+# others.
+
+
+def _inspect_series(paths: Sequence[str], base: str | None, spectra: bool, all: bool) -> _Output:
+    """Inspect the checkpoints of a folder, or several adapters as those of one training."""
+    from lorascope.diagnosis.series_inspection import inspect_series, series_screen
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # skipped checkpoints are on the screen
+        series = load_series(paths[0] if len(paths) == 1 else paths, base)
+    inspection = inspect_series(series, spectra)
+    return _Output(inspection.to_json, inspection.table, [partial(series_screen, inspection, all=all)])
+
+
+def _inspect_model(model: Path, has_others: bool, base: str | None, null: bool, all: bool) -> _Output:
+    from lorascope.diagnosis.neuron_inspection import inspect_neurons, neurons_screen, projections_screen
+
+    if has_others:
+        raise ValueError(f"cannot compare {model}: only adapters and runs are compared, not whole models")
+    if base is None:
+        raise ValueError(f"cannot inspect {model}: a whole model requires the model it was tuned from, --base DIR")
+    if null:
+        raise ValueError(f"--null requires one adapter or run, got a whole model: {model}")
+    inspection = inspect_neurons(model, base)
+    screen = projections_screen if all else neurons_screen
+    return _Output(inspection.to_json, partial(inspection.scores.drop, columns="top"), [partial(screen, inspection)])
+
+
+def _compare(inspections: Sequence[Inspection], spectra: bool, all: bool) -> _Output:
+    from lorascope.diagnosis.pair_comparison import compare, comparison_screen
+
+    comparison = compare(inspections, spectra)
+    screens = [partial(modules_screen, inspection) for inspection in inspections] if all else []
+    return _Output(comparison.to_json, comparison.table, [*screens, partial(comparison_screen, comparison)])
+
+
+def _inspect_modules(inspection: Inspection, all: bool, null: bool) -> _Output:
+    random = null_table(inspection) if null else None
 
     def to_json() -> dict[str, Any]:
-        return item.to_json() | ({} if random is None else {"null": rows(random)})
+        return inspection.to_json() | ({} if random is None else {"null": rows(random)})
 
-    return _Shown(to_json, partial(_named_modules, item, random), [(screen, item)])
+    def table() -> pd.DataFrame:
+        modules = inspection.modules.assign(name=inspection.name)
+        if random is not None:
+            modules = modules.join(random.drop(columns=["module", "role", "layer"]))
+        return modules[["name", *modules.columns.drop("name")]]
 
-
-def _named_modules(item: Inspection, null: pd.DataFrame | None) -> pd.DataFrame:
-    table = item.modules.assign(name=item.name)
-    if null is not None:
-        table = table.join(null.drop(columns=["module", "role", "layer"]))
-    return table[["name", *table.columns.drop("name")]]
+    screen = partial(modules_screen, inspection) if all else partial(inspection_screen, inspection, null=random)
+    return _Output(to_json, table, [screen])

@@ -16,8 +16,8 @@ from typing import Annotated
 from tyro.conf import arg
 
 from lorascope.cli.arguments import command
-from lorascope.cli.text_tables import format_table
 from lorascope.files.printable import count_phrase, printable
+from lorascope.files.text_layout import format_frame
 from lorascope.papers.judging import kept_runs, kept_verdicts, registration
 
 
@@ -86,7 +86,7 @@ def _train_methods(seed: int, out: Path, json: bool) -> int:
     if not json:
         kept = kept_verdicts.read()
         if len(kept.table):
-            print(format_table(kept.table[["claim", "n", "effect", "outcome", "control"]]))
+            print(format_frame(kept.table[["claim", "n", "effect", "outcome", "control"]]))
         print("\n".join([*kept.notes, "", f"One run of every method with seed {seed}:"]), flush=True)
     from lorascope.experiments.sweep import RunsFailed  # imported here, so that the verdicts do not wait for torch
     from lorascope.papers.training.reproduction import reproduce
@@ -99,7 +99,7 @@ def _train_methods(seed: int, out: Path, json: bool) -> int:
     if json:
         print(dumps(found.to_dict()))
         return 0
-    print(format_table(found.runs.assign(accuracy=found.runs["accuracy"].map("{:.3f}".format))))
+    print(format_frame(found.runs.assign(accuracy=found.runs["accuracy"].map("{:.3f}".format))))
     if has_screen():
         webbrowser.open(found.path.resolve().as_uri())
     print(printable(found.path))
@@ -127,6 +127,6 @@ def _train_claim(claim: str, seed: int, out: Path, json: bool) -> int:
     if json:
         print(dumps(found.to_dict()))
     else:
-        parts = [format_table(found.rows), format_table(found.values.round(4)), found.place]
+        parts = [format_frame(found.rows), format_frame(found.values.round(4)), found.place]
         print("\n\n".join(part for part in parts if part))
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -12,13 +12,11 @@ from tyro.conf import arg
 from lorascope.cli.arguments import Folder, Name, Paths, command
 from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.survey import Surveyed, find_adapters, survey
-from lorascope.diagnosis.terminal import elide, norm, number, span
 from lorascope.experiments.executors import use_backend
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.files.safe_csv import csv_text
-
-_PATH, _KIND = 34, 10
+from lorascope.files.text_layout import UNLIMITED, TableColumn, console, norm, number, render, span, table
 
 
 @command
@@ -73,7 +71,7 @@ def main(
                 text = csv_text(pd.DataFrame([vars(row)], dtype=object))  # paths may have surrogates
                 print(text if count == 0 else text.partition("\n")[2], end="", flush=True)
             else:
-                print(*([_HEAD] if count == 0 else []), _line(row), sep="\n", flush=True)
+                print(_format_row(row, head=count == 0), flush=True)
             count += 1
             failed += bool(row.error)
     if not count:
@@ -81,17 +79,23 @@ def main(
     return 1 if failed else 0
 
 
-def _columns(path: str, kind: str, rank: str, modules: str, size: str, effective: str, findings: str) -> str:
-    left = f"{elide(path, _PATH):<{_PATH}} {elide(kind, _KIND):<{_KIND}}"
-    return f"{left} {rank:>6} {modules:>7} {size:>7} {effective:>5}  {findings}".rstrip()
+_PATH = TableColumn("path", 34, "path")
+_COLUMNS = (
+    _PATH,
+    TableColumn("kind", 10, "kind"),
+    TableColumn("rank", 6, "least_rank", span, "most_rank"),
+    TableColumn("modules", 7, "modules", str),
+    TableColumn("|dW|", 7, "update_norm", norm),
+    TableColumn("eff", 5, "effective_rank", number),
+    TableColumn("findings", None, "findings"),
+)
+_ERROR_COLUMNS = (_PATH, TableColumn("", None, "error"))
 
 
-_HEAD = _columns("path", "kind", "rank", "modules", "|dW|", "eff", "findings")
-
-
-def _line(row: Surveyed) -> str:
-    if row.error:
-        return f"{elide(row.path, _PATH):<{_PATH}} {printable(row.error)}"
-    effective = "-" if math.isnan(row.effective_rank) else number(row.effective_rank)
-    rank = span(row.least_rank, row.most_rank)
-    return _columns(row.path, row.kind, rank, str(row.modules), norm(row.update_norm), effective, row.findings)
+def _format_row(row: Surveyed, head: bool) -> str:
+    """Format an adapter or run, or the reason why it was not measured, as one line under the head of the table."""
+    target = console(sys.stdout, UNLIMITED)
+    if not row.error:
+        return render(target, table(_COLUMNS, [vars(row)], head=head))
+    lines = [table(_COLUMNS, [])] if head else []
+    return render(target, *lines, table(_ERROR_COLUMNS, [vars(row)], head=False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from dataclasses import replace
 from json import dumps, loads
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +13,13 @@ from tyro.conf import arg
 from lorascope.analysis import recipe_tests
 from lorascope.analysis.seed_intervals import Interval
 from lorascope.cli.arguments import Name, command
-from lorascope.diagnosis.terminal import WIDTH, elide
 from lorascope.files.printable import printable
+from lorascope.files.text_layout import WIDTH, elide, format_frame, paragraph, span
 
 if TYPE_CHECKING:
     from lorascope.experiments.sweep import SweepResult
 
-_NAME = 36
+_NAME_WIDTH = 36
 _NOTE = "± half-width of the 95% t-interval over seeds; places by t-tests paired by seed (Holm, 5%)"
 
 
@@ -79,17 +78,16 @@ def format_standings(swept: SweepResult) -> str:
         return "no finished runs"
     compared = recipe_tests.pairs(table)
     rows = recipe_tests.standings(table, compared)
-    several = [column for column in ("model", "task") if rows[column].nunique() > 1]
-    cells = [["recipe", *several, "test", "seeds", "place"]]
+    varied = [column for column in ("model", "task") if rows[column].nunique() > 1]
+    lines = []
     for row in rows.to_dict("records"):
+        names = {column: elide(str(row[column]), _NAME_WIDTH) for column in ("recipe", *varied)}
         value = Interval(row["value"], row["low"], row["high"], row["n"]).format(4)
-        place = str(row["first"]) if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
-        names = [elide(str(row[column]), _NAME) for column in ("recipe", *several)]
-        cells.append([*names, f"{printable(row['metric'])} {value}", str(row["n"]), place])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+        place = span(row["first"], row["last"])
+        lines.append(names | {"test": f"{row['metric']} {value}", "seeds": row["n"], "place": place})
     notes = [_NOTE, *recipe_tests.describe_comparison(compared)]
-    return "\n".join([*lines, "", *(textwrap.fill(printable(note), WIDTH) for note in notes)])
+    paragraphs = [str(paragraph(note, width=WIDTH)) for note in notes]
+    return "\n".join([format_frame(pd.DataFrame(lines)), "", *paragraphs])
 
 
 def sweep_to_json(swept: SweepResult) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class InspectionReport:
 
     path: Path | None
     facts: Facts  # name and method, base or model, size
-    found: tuple[Finding, ...]
+    details: tuple[Finding, ...]
 
     @property
     def name(self) -> str:
@@ -42,7 +42,7 @@ class InspectionReport:
     @property
     def findings(self) -> tuple[str, ...]:
         """One sentence per finding."""
-        return tuple(finding.message for finding in self.found)
+        return tuple(finding.message for finding in self.details)
 
     def module_rows(self) -> list[dict[str, Any]]:
         """Return one row per module, in the order of the axes; a layer outside the blocks is None."""
@@ -55,7 +55,7 @@ class InspectionReport:
     def _json(self, **tables: Any) -> dict[str, Any]:
         """Return the JSON form, with other tables between the facts and the findings."""
         head = {"name": self.name, "path": str(self.path), "kind": self.facts[0][1], "facts": dict(self.facts[1:])}
-        details = [each.to_json() | {"modules": list(each.modules)} for each in self.found]
+        details = [finding.to_json() | {"modules": list(finding.modules)} for finding in self.details]
         return json_values(head | tables | {"findings": list(self.findings), "details": details})
 
 

@@ -1,107 +1,263 @@
-"""Screens of one adapter or run: its norms along the layers, or one line per module."""
+"""Screens of 80 columns: the frame of every report with its strip of layers, and the screens of one adapter or run."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from lorascope.diagnosis.case import largest
-from lorascope.diagnosis.inspection import Inspection, pool_norms
+from lorascope.diagnosis.causes.finding import Finding
+from lorascope.diagnosis.inspection import Facts, Inspection, InspectionReport, pool_norms
 from lorascope.diagnosis.null import below_null, outliers
-from lorascope.diagnosis.terminal import (
+from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.files.printable import printable
+from lorascope.files.text_layout import (
+    LABEL_WIDTH,
+    TEXT_WIDTH,
     WIDTH,
+    Block,
     Elided,
-    Fact,
-    NumberColumn,
+    TableColumn,
     elide,
-    join_paths,
-    layer_chart,
+    labeled,
     norm,
     number,
-    numbers_table,
+    paragraph,
     percent,
-    report_screen,
+    render,
     span,
-    whole,
+    table,
+    whole_number,
 )
-from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.adapter import Adapter
 
-_SHARE = {False: ("energy", 7, percent, "energy"), True: ("dW/W", 7, percent, "relative_update")}
+Modules = list[dict[str, Any]]
+_STRIP_WIDTH = 32
+_STACKS = {"": "", "encoder": "enc ", "decoder": "dec "}
+# Characters for zero and for values, smallest first.
+DIGITS, BLOCKS = ".123456789", "·▁▂▃▄▅▆▇█"
+SEVERITY_STYLES = {"error": "red", "caution": "yellow", "note": "yellow"}
+
+
+def report_screen(
+    target: Console,
+    header: Sequence[Block],
+    *body: RenderableType,
+    blocks: Sequence[Block] = (),
+    findings: Sequence[Finding] = (),
+    commands: Sequence[str] = (),
+) -> str:
+    """Format header, body, blocks, findings, and the first command that fits in a line, else the last."""
+    shown_findings = Block("findings", [finding_paragraph(finding) for finding in findings])
+    fitting = [command for command in commands if len(command) <= TEXT_WIDTH] or commands[-1:]
+    next_command = Block("next", [Text(command, "cyan") for command in fitting[:1]])
+    return render(target, labeled(header), "", *body, "", labeled([*blocks, shown_findings, next_command]))
+
+
+def header_blocks(facts: Facts) -> list[Block]:
+    """Return facts of one line each, the first with its label in bold."""
+    first, *others = (Block(elide(label, LABEL_WIDTH - 1), [Elided(text)]) for label, text in facts)
+    return [first._replace(label_style="bold"), *others]
+
+
+def finding_paragraph(finding: Finding) -> Text:
+    """Return the message of a finding in the color of its severity."""
+    return paragraph(finding.message, SEVERITY_STYLES[finding.severity], hang="  ")
+
+
+class Strip(NamedTuple):
+    """Quantity to show along the layers.
+
+    Parameters
+    ----------
+    title : str
+    pool : callable
+        Value of the modules of one stack, role and column.
+    caption : str
+        Description of the largest value, with ``{}`` for the value.
+    form : callable
+        Format of a value.
+    pooled : str
+        Remark about columns of several layers.
+    """
+
+    title: str
+    pool: Callable[[Modules], float]
+    caption: str
+    form: Callable[[float], str] = norm
+    pooled: str = ""
+
+
+def layer_strip(
+    report: InspectionReport, target: Console, strip: Strip, columns: Sequence[TableColumn]
+) -> Iterator[RenderableType]:
+    """Yield a table with one row per role, its strip along the layers and its numbers, and the scale of the strips."""
+    # A file or a pipe may be read by programs that expect ASCII.
+    scale = BLOCKS if target.is_terminal and not target.options.ascii_only else DIGITS
+    modules = [module for module in report.module_rows() if module["layer"] is not None]
+    depth = max((module["layer"] + 1 for module in modules), default=0)
+    step = max(1, math.ceil(depth / _STRIP_WIDTH))
+    repeat = max(1, min(3, _STRIP_WIDTH // depth)) if depth else 1
+    cells: dict[tuple[str, str, int], Modules] = {}
+    for module in modules:
+        cells.setdefault((module["stack"], module["role"], module["layer"] // step), []).append(module)
+    values = {key: strip.pool(cell) for key, cell in cells.items()}
+    top = max((value for value in values.values() if math.isfinite(value)), default=0.0)
+    has_stacks = len({module["stack"] for module in modules}) > 1
+    rows = []
+    for row in report.role_rows():
+        stack, role = row["stack"], row["role"]
+        profile = (values.get((stack, role, index)) for index in range(math.ceil(depth / step)))
+        prefix = _STACKS.get(stack, f"{stack} ") if has_stacks else ""
+        glyphs = "".join(glyph(value, top, scale) * repeat for value in profile)
+        rows.append(row | {"name": prefix + role, "strip": glyphs})
+    names = TableColumn(strip.title, LABEL_WIDTH - 1, "name")
+    strips = TableColumn(_layer_axis(depth, step, repeat), _STRIP_WIDTH, "strip")
+    yield table([names, strips, *columns], rows)
+    if top:
+        pooled = f", {step} layers per column{strip.pooled}" if step > 1 else ""
+        legend = f"{scale[-1]} is {strip.caption.format(strip.form(top))}, {scale[0]} is zero{pooled}"
+        yield labeled([Block("", [legend])])
+
+
+def glyph(value: float | None, largest: float, scale: str) -> str:
+    """Return one character for a value: blank for None (nothing is adapted), and ! for NaN and infinity."""
+    if value is None:
+        return " "
+    if not math.isfinite(value):
+        return "!"
+    if value == 0:
+        return scale[0]
+    steps = len(scale) - 1
+    return scale[min(steps, 1 + int(steps * (value / largest)))]
+
+
+def _layer_axis(depth: int, step: int, repeat: int) -> str:
+    """Return the layer numbers above their columns, with the last one if there is room."""
+    bins = math.ceil(depth / step)
+    line = ""
+    for column in range(0, bins, {1: 8, 2: 2, 3: 1}[repeat]):
+        line = line.ljust(column * repeat) + str(column * step)
+    last = str(depth - 1)
+    start = min((bins - 1) * repeat, _STRIP_WIDTH - len(last))
+    return line.ljust(start) + last if start > len(line) else line
 
 
 def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFrame | None = None) -> str:
     """Format one adapter or run, with the table of ``null_table`` if there is one."""
-    ranks = ("rank", 6, span, "least_rank", "most_rank"), ("effective", 9, number, "effective_rank")
-    columns = (("|dW|", 7, norm, "update_norm"), _SHARE[inspection.has_base], *ranks)
-    chart = layer_chart(inspection, target, "|dW| by layer", _pool_layers, columns, "{} per layer", " (RMS)")
-    listed = []
-    for each in largest(inspection.measured, "update_norm", 3):
-        used = "" if math.isnan(each.effective_rank) else f"  rank {number(each.effective_rank)}"
-        used += "" if each.rank is None else f" of {each.rank}"
-        listed.append(Elided(each.module, f"{norm(each.update_norm):<6} ", used))
+    columns = [
+        *_size_columns(inspection),
+        TableColumn("rank", 6, "least_rank", span, "most_rank"),
+        TableColumn("effective", 9, "effective_rank", number),
+    ]
+    strip = Strip("|dW| by layer", _pool_layers, "{} per layer", pooled=" (RMS)")
+    lines = []
+    for module in largest(inspection.measured, "update_norm", 3):
+        rank = "" if math.isnan(module.effective_rank) else f"  rank {number(module.effective_rank)}"
+        rank += "" if module.rank is None else f" of {module.rank}"
+        lines.append(Elided(module.module, f"{norm(module.update_norm):<6} ", rank))
     run, folders = inspection.run, [Path(inspection.path or "")]
     if isinstance(run, Adapter) and run.base is not None and run.files.needs_base:
         folders.append(run.base.folder)
-    # Relative or absolute, whichever is shorter.
-    paths = [min(str(folder), os.path.relpath(folder), key=len) for folder in folders]
-    names = paths, ["ADAPTER", "BASE"][: len(paths)]
-    commands = [f"lorascope plot spectrum {join_paths(*each)} -o spectrum.pdf" for each in names]
-    facts = [("largest |dW|", listed), *([] if null is None else _null_facts(null))]
-    return report_screen(inspection, target, *chart, facts=facts, commands=commands)
+    paths = [shorter_path(folder) for folder in folders]
+    placeholders = ["ADAPTER", "BASE"][: len(paths)]
+    return report_screen(
+        target,
+        header_blocks(inspection.facts),
+        *layer_strip(inspection, target, strip, columns),
+        blocks=[Block("largest |dW|", lines), *([] if null is None else _null_blocks(null))],
+        findings=inspection.details,
+        commands=[f"lorascope plot spectrum {join_paths(*words)} -o spectrum.pdf" for words in (paths, placeholders)],
+    )
 
 
-def _null_facts(table: pd.DataFrame) -> Iterator[Fact]:
+def _size_columns(inspection: Inspection) -> list[TableColumn]:
+    """Return the columns of |dW|, and of |dW| / |W| if the weights are known, else of the energy."""
+    relative = TableColumn("dW/W", 7, "relative_update", percent)
+    energy = TableColumn("energy", 7, "energy", percent)
+    return [TableColumn("|dW|", 7, "update_norm", norm), relative if inspection.has_base else energy]
+
+
+def _pool_layers(modules: Modules) -> float:
+    """Return the root mean square of |dW| over the layers of modules."""
+    pooled = math.hypot(*(module["update_norm"] for module in modules))
+    return pooled / len({module["layer"] for module in modules}) ** 0.5
+
+
+def _null_blocks(null: pd.DataFrame) -> Iterator[Block]:
     """Yield the ranks next to those of random factors, and the modules whose norm is an outlier."""
-    compared, lines = table.dropna(subset=["effective_rank_p"]), []
-    for name, words in (("effective_rank", "effective"), ("stable_rank", "stable")):
-        if len(compared):
-            count = int(below_null(table, name).sum())
-            mean = f"{words} rank of random factors: {number(compared[f'{name}_null'].mean())}"
-            lines.append(Text(f"{mean}; lower in {count} of {len(compared)} modules"))
-    lines = lines or [Text("no product of two factors of rank >= 2")]
-    start = pool_norms(table["untrained_norm"])
-    if table["untrained_norm"].isna().any():
-        lines.append(Text("|dW| before training: unknown for this kind of start"))
+    compared = null.dropna(subset=["effective_rank_p"])
+    lines = []
+    if compared.empty:
+        lines.append("no product of two factors of rank >= 2")
+    else:
+        for column in ("effective_rank", "stable_rank"):
+            count, mean = int(below_null(null, column).sum()), compared[f"{column}_null"].mean()
+            random = f"{column.replace('_', ' ')} of random factors: {number(mean)}"
+            lines.append(f"{random}; lower in {count} of {len(compared)} modules")
+    start = pool_norms(null["untrained_norm"])
+    if null["untrained_norm"].isna().any():
+        lines.append("|dW| before training: unknown for this kind of start")
     elif start:
-        lines.append(Text(f"|dW| before training: {norm(start)} (random coefficients)"))
-    yield "null", lines
-    far = outliers(table)
-    named = [Elided(row["module"], f"z {row['norm_z']:<6.1f} ") for row in far.head(3).to_dict("records")]
-    more = [Text(f"and {len(far) - 3} more")] if len(far) > 3 else []
-    known = int(table["norm_z"].notna().sum())
-    text = f"norms of {known} modules with a role in five layers or more: none" if known else "needs five layers"
-    yield "outliers", [*named, *more] or [Text(text)]
+        lines.append(f"|dW| before training: {norm(start)} (random coefficients)")
+    yield Block("null", lines)
+    far = outliers(null)
+    count = int(null["norm_z"].notna().sum())
+    if len(far):
+        modules = [Elided(row["module"], f"z {row['norm_z']:<6.1f} ") for row in far.head(3).to_dict("records")]
+        yield Block("outliers", [*modules, *([f"and {len(far) - 3} more"] if len(far) > 3 else [])])
+    elif count:
+        yield Block("outliers", [f"norms of {count} modules with a role in five layers or more: none"])
+    else:
+        yield Block("outliers", ["needs five layers"])
 
 
 def modules_screen(inspection: Inspection, target: Console) -> str:
-    """Format one adapter or run, with one line per module instead of the chart."""
-    dead = ("dead", 4, whole, "dead")
-    after: tuple[NumberColumn, ...] = (("stable", 6, number, "stable_rank"), ("90%", 4, whole, "energy_rank"), dead)
+    """Format one adapter or run, with one line per module instead of the strips."""
+    columns = [
+        *_size_columns(inspection),
+        TableColumn("rank", 4, "rank", span, "rank"),
+        TableColumn("eff", 6, "effective_rank", number),
+    ]
+    dead = TableColumn("dead", 4, "dead", whole_number)
     if inspection.has_base:
-        after = (dead, ("intr", 4, whole, "intruders"), ("1-cos", 7, norm, "neuron_median"))
-    ranks = ("rank", 4, span, "rank", "rank"), ("eff", 6, number, "effective_rank")
-    columns = (("|dW|", 7, norm, "update_norm"), _SHARE[inspection.has_base], *ranks, *after)
-    rows, width = inspection.module_rows(), WIDTH - sum(width + 1 for _, width, *_ in columns)
-    modules = [row["module"] for row in rows]
-    # Names that are too long lose their common prefix: cut in the middle, they would lose their layer.
-    cut = len(modules) > 1 and max(map(len, modules)) > width
-    parts = zip(*(row["module"].split(".") for row in rows if row["layer"] is not None), strict=False)
-    same = takewhile(lambda part: len(set(part)) == 1, parts) if cut else ()
-    shared = ".".join(part[0] for part in same)
-    names = [[Elided(name.removeprefix(f"{shared}."))] for name in modules]
+        intruders = TableColumn("intr", 4, "intruders", whole_number)
+        columns += [dead, intruders, TableColumn("1-cos", 7, "neuron_median", norm)]
+    else:
+        stable_rank = TableColumn("stable", 6, "stable_rank", number)
+        columns += [stable_rank, TableColumn("90%", 4, "energy_rank", whole_number), dead]
+    modules = inspection.module_rows()
+    width = WIDTH - sum((column.width or 0) + 1 for column in columns)
+    shared = _shared_prefix(modules, width)
     head = elide(f"module of {shared}" if shared else "module", width)
-    return report_screen(inspection, target, numbers_table([(head, width)], names, columns, rows))
+    rows = [module | {"name": module["module"].removeprefix(f"{shared}.")} for module in modules]
+    body = table([TableColumn(head, width, "name"), *columns], rows)
+    return report_screen(target, header_blocks(inspection.facts), body, findings=inspection.details)
 
 
-def _pool_layers(cell: list[dict[str, Any]]) -> float:
-    """Return the root mean square of |dW| over the layers of a cell."""
-    norm = math.hypot(*(row["update_norm"] for row in cell))
-    return norm / len({row["layer"] for row in cell}) ** 0.5
+def _shared_prefix(modules: Modules, width: int) -> str:
+    """Return what the names of all modules in layers begin with if one is too long; else ""."""
+    # Cut in the middle, long names would lose their layer; without their common prefix they do not.
+    if len(modules) < 2 or max(len(module["module"]) for module in modules) <= width:
+        return ""
+    names = [module["module"].split(".") for module in modules if module["layer"] is not None]
+    shared = takewhile(lambda words: len(set(words)) == 1, zip(*names, strict=False))
+    return ".".join(words[0] for words in shared)
+
+
+def shorter_path(folder: Path) -> str:
+    """Return the path of a folder, absolute or relative."""
+    return min(str(folder), os.path.relpath(folder), key=len)
+
+
+def join_paths(*words: Any) -> str:
+    """Join words of a command by ``--base``."""
+    return " --base ".join(printable(shlex.quote(str(word))) for word in words)

@@ -1,4 +1,4 @@
-"""Rotation of neurons between two checkpoints: locations, angles and notable findings."""
+"""Rotation of neurons between two checkpoints: locations, angles, notable findings, and their screens."""
 
 from __future__ import annotations
 
@@ -7,15 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, power_of_ten
 from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_files, in_axis_order, pool_norms, rows
+from lorascope.diagnosis.inspection_screen import (
+    Modules,
+    Strip,
+    header_blocks,
+    join_paths,
+    layer_strip,
+    report_screen,
+)
 from lorascope.diagnosis.neuron_scores import neuron_scores
 from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.files.text_layout import Block, Elided, TableColumn, norm, percent, table
 from lorascope.formats.pretrained_weights import PretrainedWeights
 
 TOP = 0.1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 SHORT = 1e-8  # norm of a neuron's weights below which their direction is not meaningful
+_COLUMNS = (
+    TableColumn("share", 7, "share", percent),
+    TableColumn("median", 7, "median", norm),
+    TableColumn("largest", 7, "largest", norm),
+    TableColumn("|dW|", 7, "delta_norm", norm),
+)
 
 UNCHANGED_MODEL = Kind(
     "LS401",
@@ -166,3 +183,34 @@ def _find(scores: pd.DataFrame, modules: pd.DataFrame, tuned: PretrainedWeights)
 def _finding_about(kind: Kind, message: str, names: Iterable[str]) -> Finding:
     names = tuple(names)
     return kind.finding(f"{message}: {first_and_count(names)}", names)
+
+
+def neurons_screen(inspection: NeuronInspection, target: Console) -> str:
+    """Format a whole model and its base: the rotation of its neurons."""
+    strip = Strip("in top 10%", _top_fraction, "{} of a layer's neurons", percent)
+    quantiles = "  ".join(f"{quantile:.0%} {norm(value)}" for quantile, value in inspection.quantiles().items())
+    neurons = [
+        Elided(row["module"], f"{norm(row['cosine_distance']):<8} ", f"  neuron {row['neuron']}")
+        for row in inspection.largest(3).to_dict("records")
+    ]
+    models = (inspection.path, inspection.base), ("MODEL", "DIR")
+    return report_screen(
+        target,
+        header_blocks(inspection.facts),
+        *layer_strip(inspection, target, strip, _COLUMNS),
+        blocks=[Block("1 - cos", [quantiles]), Block("largest", neurons)],
+        findings=inspection.details,
+        commands=[f"lorascope inspect {join_paths(*words)} --csv > neurons.csv" for words in models],
+    )
+
+
+def _top_fraction(modules: Modules) -> float:
+    """Return the fraction of the neurons of modules that are in the tenth with the largest distance."""
+    return sum(module["top"] for module in modules) / sum(module["neurons"] for module in modules)
+
+
+def projections_screen(inspection: NeuronInspection, target: Console) -> str:
+    """Format a whole model and its base, with one line per projection instead of the strips."""
+    columns = [TableColumn("projection", 39, "module"), TableColumn("role", 8, "role"), *_COLUMNS]
+    body = table(columns, inspection.module_rows())
+    return report_screen(target, header_blocks(inspection.facts), body, findings=inspection.details)

@@ -1,15 +1,51 @@
-"""Comparison of several adapters or runs, as ``lorascope inspect`` shows it."""
+"""Comparison of several adapters or runs, and its screen: their sizes, and matrices of all pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from rich.console import Console, Group
+from rich.table import Column, Table
+from rich.text import Text
 
 from lorascope.analysis import adapter_similarity
 from lorascope.diagnosis.inspection import Inspection, rows
+from lorascope.diagnosis.inspection_screen import finding_paragraph
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import utf8_text
+from lorascope.files.text_layout import (
+    WIDTH,
+    Block,
+    TableColumn,
+    labeled,
+    norm,
+    number,
+    ratio,
+    render,
+    span,
+    table,
+    text_block,
+    whole_number,
+)
+
+_CELL = 6  # width of a cell of a matrix
+_MOST_COLUMNS = (WIDTH - 2) // _CELL
+
+
+class _Matrix(NamedTuple):
+    title: str
+    column: str
+    form: Callable[[float], str]
+
+
+_MATRICES = (
+    _Matrix("|dW|, row over column", "norm_ratio", ratio),
+    _Matrix("cosine of dW", "cosine", lambda value: number(round(value, 2) + 0.0, 2)),  # not -0.00
+    _Matrix("angle of subspaces, degrees", "angle", whole_number),
+    _Matrix("rank in other modules, %", "rank_moved", lambda value: whole_number(100 * value)),
+)
 
 
 @dataclass(frozen=True)
@@ -73,3 +109,81 @@ def distinct_labels(inspections: Sequence[Inspection]) -> list[str]:
     if duplicate is not None:
         raise ValueError(f"duplicate adapter or run {duplicate!r}")
     return labels
+
+
+def comparison_screen(comparison: Comparison, target: Console) -> str:
+    """Format a comparison of several adapters or runs, with one letter each, or more after z."""
+    count = len(comparison.inspections)
+    letters = [_letters(index) for index in range(count)]
+    columns = [
+        TableColumn("", len(letters[-1]), "letter"),
+        TableColumn("", WIDTH - 52, "label"),
+        TableColumn("method", 10, "method"),
+        TableColumn("|dW|", 7, "norm", norm),
+        TableColumn("rank", 7, "least_rank", span, "most_rank"),
+        TableColumn("modules", 7, "modules", str),
+        TableColumn("parameters", 13, "parameters", "{:,}".format),
+    ]
+    sizes = [
+        {"letter": letter, "label": label} | _size(inspection)
+        for letter, label, inspection in zip(letters, comparison.labels, comparison.inspections, strict=True)
+    ]
+    matrices = [_format_matrix(comparison, letters, matrix) for matrix in _MATRICES]
+    per_row = 2 if 2 + _CELL * count < WIDTH // 2 else 1
+    grid = Table.grid(*(Column(width=WIDTH // per_row) for _ in range(per_row)))
+    for start in range(0, len(matrices), per_row):
+        grid.add_row(*matrices[start : start + per_row])
+        grid.add_row("")
+    warnings = []
+    for letter, inspection in zip(letters, comparison.inspections, strict=True):
+        paragraphs = [finding_paragraph(finding) for finding in inspection.details if finding.severity != "note"]
+        if paragraphs:
+            warnings.append(Block(letter, paragraphs))
+    between = [""] if warnings else []
+    return render(target, table(columns, sizes), "", grid, labeled(_legend(comparison)), *between, labeled(warnings))
+
+
+def _letters(index: int) -> str:
+    """Return a to z, then aa, ab and so on."""
+    before, last = divmod(index, 26)
+    return (_letters(before - 1) if before else "") + chr(ord("a") + last)
+
+
+def _size(inspection: Inspection) -> dict[str, Any]:
+    """Return method, norm and size of an adapter or a run."""
+    ranks = [module.rank for module in inspection.measured if module.rank is not None]
+    return {
+        "method": inspection.facts[0][1].partition(",")[0],
+        "norm": inspection.norm,
+        "least_rank": min(ranks, default=None),
+        "most_rank": max(ranks, default=None),
+        "modules": len(inspection.measured),
+        "parameters": sum(module.parameters for module in inspection.measured),
+    }
+
+
+def _legend(comparison: Comparison) -> list[Block]:
+    """Return the definitions of the matrices."""
+    blocks = [text_block("cosine", "of all updates as one vector; modules not shared count as 0")]
+    chance = comparison.matrix["chance"].dropna()
+    if len(chance):
+        level = " to ".join(dict.fromkeys((f"{chance.min():.0f}", f"{chance.max():.0f}")))
+        dimensions = f"{adapter_similarity.DIRECTIONS} leading dimensions"
+        blocks.append(text_block("angle", f"mean over shared modules, {dimensions}; random: {level}"))
+    blocks.append(text_block("rank", "fraction to move to other modules for the same allocation"))
+    if len(comparison.inspections) > _MOST_COLUMNS:
+        blocks.append(text_block("columns", f"only the first {_MOST_COLUMNS} are shown; use --csv or --json for all"))
+    return blocks
+
+
+def _format_matrix(comparison: Comparison, letters: Sequence[str], matrix: _Matrix) -> Group:
+    """Return a matrix: its title, then one letter per row and column."""
+    cells = comparison.matrix.pivot(index="one", columns="other", values=matrix.column)
+    heads = letters[:_MOST_COLUMNS]
+    rows = []
+    for letter, label in zip(letters, comparison.labels, strict=True):
+        values = cells.loc[label, comparison.labels[:_MOST_COLUMNS]]
+        rows.append({"": letter} | dict(zip(heads, values, strict=True)))
+    columns = [TableColumn("", len(letters[-1]) + 1, "")]
+    columns += [TableColumn(letter, _CELL - 1, letter, matrix.form) for letter in heads]
+    return Group(Text(matrix.title, "bold"), table(columns, rows))

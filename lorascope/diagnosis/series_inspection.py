@@ -1,26 +1,33 @@
-"""Contents of a series of checkpoints: the first and last one, and where the updates still move."""
+"""Contents of a series of checkpoints and their screen: the first and last one, and where the updates still move."""
 
 from __future__ import annotations
 
-import os
-import shlex
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from lorascope.analysis.settling import THRESHOLD, Distances, distances
-from lorascope.diagnosis.inspection import Inspection, inspect, json_values, known_mean, pool_norms, role_position
-from lorascope.diagnosis.terminal import WIDTH, elide, norm, number, percent
+from lorascope.diagnosis.inspection import (
+    Facts,
+    Inspection,
+    inspect,
+    json_values,
+    known_mean,
+    pool_norms,
+    role_position,
+)
+from lorascope.diagnosis.inspection_screen import header_blocks, join_paths, report_screen, shorter_path
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
+from lorascope.files.text_layout import Block, Elided, TableColumn, norm, number, percent, table, text_block
 from lorascope.runs.checkpoint_names import count_and_span
 from lorascope.runs.loading import is_series
 from lorascope.runs.series import Series
 
-_LABEL = 15
 _Row = dict[str, Any]
 
 
@@ -42,17 +49,19 @@ class SeriesInspection:
     distances: Distances
 
     @property
-    def facts(self) -> list[tuple[str, str]]:
+    def facts(self) -> Facts:
         """Facts of the last checkpoint under the name of the series, and the steps."""
         (_, kind), *facts = self.last.facts
+        return ((self.series.label, kind), *facts, ("checkpoints", count_and_span(self.distances.steps)))
+
+    @property
+    def absences(self) -> Facts:
+        """Checkpoints that were skipped, with the reason, and modules that the last one lacks."""
+        skipped = tuple(("skipped", reason) for reason in self.series.skipped.values())
         absent = len(self.series.meta.modules) - len(self.distances.values)
-        return [
-            (self.series.label, kind),
-            *facts,
-            ("checkpoints", count_and_span(self.distances.steps)),
-            *(("skipped", reason) for reason in self.series.skipped.values()),
-            *([("absent", f"{absent} modules of other checkpoints, which the last one lacks")] if absent else []),
-        ]
+        if not absent:
+            return skipped
+        return (*skipped, ("absent", f"{absent} modules of other checkpoints, which the last one lacks"))
 
     def modules(self) -> list[_Row]:
         """Return one row per module of the last checkpoint, in the order of the axes.
@@ -95,11 +104,15 @@ class SeriesInspection:
         change = float(self.distances.relative(modules)[-2])
         return {"last_change": change, "settled": self.distances.settled(modules)}
 
+    def table(self) -> pd.DataFrame:
+        """Return the rows of ``modules`` as a table, with the name of the series."""
+        return pd.DataFrame(self.modules()).astype({"layer": "Int16"}).assign(name=self.series.label)
+
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form; unknown values are None."""
         found = {
             "name": self.series.label, "path": str(self.series.path), "kind": self.last.facts[0][1],
-            "facts": dict(self.facts[1:]), "steps": list(self.distances.steps), "threshold": THRESHOLD,
+            "facts": dict(self.facts[1:] + self.absences), "steps": list(self.distances.steps), "threshold": THRESHOLD,
             "roles": self.roles(), "modules": self.modules(), "findings": list(self.last.findings),
         }  # fmt: skip
         return dict(json_values(found))
@@ -121,69 +134,62 @@ def inspect_series(series: Series, spectra: bool = False) -> SeriesInspection:
     return SeriesInspection(series, inspect(series.last, spectra), distances(series))
 
 
-def series_screen(inspection: SeriesInspection, all: bool = False) -> str:
-    """Format a series as text of 80 columns: one line per role, or per module if ``all`` is set."""
+def series_screen(inspection: SeriesInspection, target: Console, all: bool = False) -> str:
+    """Format a series: one line per role, or per module if ``all`` is set."""
     modules = inspection.modules()
     before, last = inspection.distances.steps[-2:]
-    lines = [line for label, text in inspection.facts for line in _fact(label, text)]
-    lines += ["", *(_module_lines(modules) if all else _role_lines(inspection.roles())), ""]
-    lines += _fact("last change", f"of the update from step {before} to {last}, relative to its norm at step {last}")
-    moving = sorted(modules, key=lambda row: -np.nan_to_num(row["last_change"], nan=np.inf))[:3]
-    for place, row in enumerate(moving):
-        label = "" if place else "moves most"
-        lines.append(f"{label:<{_LABEL}}{percent(row['last_change']):<6} {elide(row['module'], WIDTH - _LABEL - 7)}")
+    body = table(_MODULE_COLUMNS, modules) if all else table(_ROLE_COLUMNS, map(_name_role, inspection.roles()))
+    change = f"of the update from step {before} to {last}, relative to its norm at step {last}"
+    by_change = sorted(modules, key=lambda row: -np.nan_to_num(row["last_change"], nan=np.inf))
+    moving = [Elided(row["module"], f"{percent(row['last_change']):<6} ") for row in by_change[:3]]
     early = sorted(row["settled"] for row in modules if row["settled"] < last)
-    count = f"{len(early)} of {len(modules)} modules before step {last}" + (
-        f", the first at step {early[0]}" if early else ""
+    first = f", the first at step {early[0]}" if early else ""
+    settled = f"{len(early)} of {len(modules)} modules before step {last}{first}"
+    return report_screen(
+        target,
+        [*header_blocks(inspection.facts), *(text_block(label, text) for label, text in inspection.absences)],
+        body,
+        blocks=[
+            text_block("last change", change),
+            Block("moves most", moving),
+            text_block("settled", f"{settled}: the update stays within {THRESHOLD:.0%} of the last one from there on"),
+        ],
+        findings=inspection.last.details,
+        commands=_plot_commands(inspection.series),
     )
-    lines += _fact("settled", f"{count}: the update stays within {THRESHOLD:.0%} of the last one from there on")
-    for place, text in enumerate(inspection.last.findings):
-        lines += _fact("" if place else "findings", text)
-    lines += [f"{'next':<{_LABEL}}{command}" for command in _next_command(inspection.series)]
-    return "\n".join(lines)
 
 
-def _next_command(series: Series) -> list[str]:
-    """Return the command that plots the series, if one folder has all checkpoints."""
+def _plot_commands(series: Series) -> list[str]:
+    """Return commands that plot the series, if one folder has all checkpoints."""
     folder = Path(series.path or "")
     if {adapter.files.path.parent for adapter in series.checkpoints.values()} != {folder}:
         return []
-    paths = [*sorted((str(folder), os.path.relpath(folder)), key=len), "FOLDER"]
     option = "" if is_series(folder) else " --series"
-    commands = [f"lorascope plot settling {printable(shlex.quote(path))}{option} -o settling.pdf" for path in paths]
-    return [next((command for command in commands if len(command) <= WIDTH - _LABEL), commands[-1])]
-
-
-def _role_lines(rows: Iterable[_Row]) -> list[str]:
-    heads = ("|dW| first", "last", "effective first", "last", "last change", "settled")
     return [
-        f"{'role':<{_LABEL}}" + "".join(f"{head:>{width}}" for head, width in zip(heads, _WIDTHS, strict=True)),
-        *(_numbers(f"{row['stack']} {row['role']}".strip(), _LABEL, row, _WIDTHS) for row in rows),
+        f"lorascope plot settling {join_paths(path)}{option} -o settling.pdf"
+        for path in (shorter_path(folder), "FOLDER")
     ]
 
 
-def _module_lines(rows: Iterable[_Row]) -> list[str]:
-    heads = ("first", "last", "eff.", "last", "change", "settled")
-    return [
-        f"{'module':<{_NAME}}" + "".join(f"{head:>{width}}" for head, width in zip(heads, _NARROW, strict=True)),
-        *(_numbers(row["module"], _NAME, row, _NARROW) for row in rows),
-    ]
+def _name_role(row: _Row) -> _Row:
+    return row | {"name": f"{row['stack']} {row['role']}".strip()}
 
 
-_WIDTHS, _NARROW = (11, 8, 16, 7, 13, 10), (8, 8, 6, 6, 8, 9)
-_NAME = WIDTH - sum(_NARROW)
-
-
-def _numbers(name: str, width: int, row: Mapping[str, Any], widths: Sequence[int]) -> str:
-    cells = [norm(row["first_norm"]), norm(row["update_norm"])]
-    cells += [number(row["first_effective_rank"]), number(row["effective_rank"])]
-    cells += [percent(row["last_change"]), str(row["settled"])]
-    shown = "".join(f"{cell:>{size}}" for cell, size in zip(cells, widths, strict=True))
-    return f"{elide(name, width - 1):<{width}}{shown}"
-
-
-def _fact(label: str, text: str) -> list[str]:
-    """Return the lines of a fact, the first with its label."""
-    lines = textwrap.wrap(printable(text), WIDTH - _LABEL) or [""]
-    labels = [elide(label, _LABEL - 1), *[""] * (len(lines) - 1)]
-    return [f"{head:<{_LABEL}}{line}".rstrip() for head, line in zip(labels, lines, strict=True)]
+_ROLE_COLUMNS = (
+    TableColumn("role", 15, "name"),
+    TableColumn("|dW| first", 10, "first_norm", norm),
+    TableColumn("last", 7, "update_norm", norm),
+    TableColumn("effective first", 15, "first_effective_rank", number),
+    TableColumn("last", 6, "effective_rank", number),
+    TableColumn("last change", 12, "last_change", percent),
+    TableColumn("settled", 9, "settled", str),
+)
+_MODULE_COLUMNS = (
+    TableColumn("module", 35, "module"),
+    TableColumn("first", 7, "first_norm", norm),
+    TableColumn("last", 7, "update_norm", norm),
+    TableColumn("eff.", 5, "first_effective_rank", number),
+    TableColumn("last", 5, "effective_rank", number),
+    TableColumn("change", 7, "last_change", percent),
+    TableColumn("settled", 8, "settled", str),
+)

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorascope.diagnosis.terminal import elide
 from lorascope.files.printable import printable
+from lorascope.files.text_layout import elide
 from lorascope.training.progress import read_progress
 
 # Seconds between two reads of the progress files.

@@ -115,7 +115,7 @@ def _subject(label: str, item: Inspection) -> dict[str, Any]:
     """Return what a card says about one adapter or run, except for its tables and figures."""
     case = Case(item.run)
     (_, kind), *facts = item.facts
-    found = sorted(_unique([*findings(case), *item.found]), key=lambda each: _SEVERITIES.index(each.severity))
+    found = sorted(_unique([*findings(case), *item.details]), key=lambda each: _SEVERITIES.index(each.severity))
     return {
         "label": label,
         "kind": kind,

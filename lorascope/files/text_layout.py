@@ -1,0 +1,219 @@
+"""Layout of printed text: labeled blocks, tables and numbers, with untrusted text escaped.
+
+All commands print with it, and sweeps as well. It requires only rich and `printable`, so it is in the lowest package.
+Screens that know reports, and their strip of layers, are in ``diagnosis.inspection_screen``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.table import Column, Table
+from rich.text import Text
+
+from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.files.printable import printable
+
+WIDTH, LABEL_WIDTH = 80, 15
+TEXT_WIDTH = WIDTH - LABEL_WIDTH
+UNLIMITED = 1 << 14
+"""Width of a console whose lines are not cut, because a terminal wraps them."""
+# Width of data frames without a terminal, and the smallest width of their last column.
+_FRAME_WIDTH, _LAST_WIDTH = 120, 12
+
+
+def console(stream: Any, width: int = WIDTH) -> Console:
+    """Return a console for a stream: colors on a terminal, plain text in a file or a pipe."""
+    options: dict[str, Any] = dict.fromkeys(("markup", "emoji", "highlight", "legacy_windows", "force_jupyter"), False)
+    options["color_system"] = None if "NO_COLOR" in os.environ else "auto"
+    return Console(file=stream, force_terminal=stream.isatty(), width=width, **options)
+
+
+def render(target: Console, *parts: RenderableType) -> str:
+    """Format parts for a console, without blanks at the ends of lines."""
+    with target.capture() as captured:
+        for part in parts:
+            target.print(part)
+    return "\n".join(line.rstrip() for line in captured.get().removesuffix("\n").split("\n"))
+
+
+def elide(text: str, width: int) -> str:
+    """Cut printable text in its middle to a width, since the end of a module's name is more specific."""
+    text = printable(text)
+    if cell_len(text) <= width:
+        return text
+    if width < 5:
+        return set_cell_size(text, max(width, 0))
+    tail = (2 * width) // 3 - 1
+    return f"{set_cell_size(text, width - tail - 2)}..{set_cell_size(text[::-1], tail)[::-1]}"
+
+
+@dataclass
+class Elided:
+    """Text that is cut in its middle to the width of its cell, between two texts that are not."""
+
+    text: str
+    start: str = ""
+    end: str = ""
+
+    def __rich_console__(self, target: Console, options: ConsoleOptions) -> Iterator[str]:
+        yield self.start + elide(self.text, options.max_width - cell_len(self.start + self.end)) + self.end
+
+
+def paragraph(text: str, style: str = "", width: int = TEXT_WIDTH, hang: str = "") -> Text:
+    """Return escaped and wrapped text; ``hang`` begins all of its lines but the first."""
+    return Text(textwrap.fill(printable(text), width, subsequent_indent=hang), style)
+
+
+class Block(NamedTuple):
+    """Lines of text, the first of them with a label."""
+
+    label: str
+    lines: Sequence[RenderableType]
+    label_style: str = ""
+
+
+def text_block(label: str, *texts: str, style: str = "", label_style: str = "") -> Block:
+    """Return a block of wrapped texts, the first in a style; a label wider than its column continues in that text."""
+    label = printable(label)
+    if len(label) < LABEL_WIDTH:
+        first = paragraph(texts[0], style)
+    else:
+        rest_of_label = label[LABEL_WIDTH:]
+        first = paragraph(f"{rest_of_label} {texts[0]}")
+        first.stylize(label_style, 0, len(rest_of_label))
+        first.stylize(style, len(rest_of_label))
+    return Block(label[:LABEL_WIDTH], [first, *map(paragraph, texts[1:])], label_style)
+
+
+def labeled(blocks: Iterable[Block]) -> Table:
+    """Return blocks with their labels in the first column."""
+    grid = Table.grid(Column(width=LABEL_WIDTH, no_wrap=True), Column(width=TEXT_WIDTH))
+    for block in blocks:
+        label = Text(block.label, block.label_style)
+        for line in block.lines:
+            grid.add_row(label, line)
+            label = Text()
+    return grid
+
+
+class TableColumn(NamedTuple):
+    """Column of a table of mappings.
+
+    Parameters
+    ----------
+    head : str
+    width : int, optional
+        Smallest width of a number, width of a text; None for a text that is not cut.
+    name : str
+        Key of the value.
+    form : callable, optional
+        Format of a number, which is aligned to the right; None for a text.
+    second : str, optional
+        Key of a second value to format, such as the end of a range.
+    """
+
+    head: str
+    width: int | None
+    name: str
+    form: Callable[..., str] | None = None
+    second: str | None = None
+
+    def cell(self, row: Mapping[str, Any]) -> RenderableType:
+        """Return the formatted value of a row."""
+        if self.form is None:
+            text = str(row[self.name])
+            return printable(text) if self.width is None else Elided(text)
+        names = [self.name] if self.second is None else [self.name, self.second]
+        return self.form(*map(row.get, names))
+
+
+def table(columns: Sequence[TableColumn], rows: Iterable[Mapping[str, Any]], gap: int = 1, head: bool = True) -> Table:
+    """Return a table with a bold head; its widest text gives way to numbers that are wider than their columns."""
+    widths = [column.width for column in columns if column.width is not None]
+    fixed = len(widths) == len(columns)
+    total = sum(widths) + gap * (len(widths) - 1) if fixed else None
+    layout = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold", width=total, show_header=head)
+    for column in columns:
+        if column.form is not None:
+            layout.add_column(column.head, min_width=column.width, justify="right", no_wrap=True)
+        elif fixed and column.width == max(widths):
+            layout.add_column(column.head, ratio=1, no_wrap=True)
+        else:
+            layout.add_column(column.head, width=column.width, no_wrap=True)
+    for row in rows:
+        layout.add_row(*(column.cell(row) for column in columns))
+    return layout
+
+
+def format_frame(frame: pd.DataFrame) -> str:
+    """Format a data frame for stdout as a table, with its last column shortened to the width of the terminal."""
+    if frame.empty:
+        return ""
+    gap, terminal_width = 2, shutil.get_terminal_size((_FRAME_WIDTH, 24)).columns
+    texts = {str(name): list(map(_format_cell, values)) for name, values in frame.items()}
+    widths = [max(map(cell_len, [head, *cells])) for head, cells in texts.items()]
+    before_last = sum(widths[:-1]) + gap * len(widths[:-1])
+    widths[-1] = min(widths[-1], max(terminal_width - 1 - before_last, _LAST_WIDTH))
+    columns = []
+    for head, width, dtype in zip(texts, widths, frame.dtypes, strict=True):
+        form = str if pd.api.types.is_numeric_dtype(dtype) else None
+        columns.append(TableColumn(head, width, head, form))
+    rows = (dict(zip(texts, cells, strict=True)) for cells in zip(*texts.values(), strict=True))
+    return render(console(sys.stdout, UNLIMITED), table(columns, rows, gap))
+
+
+def _format_cell(value: object) -> str:
+    return printable(f"{value:.4g}" if isinstance(value, float) else value)
+
+
+def span(low: Any, high: Any) -> str:
+    """Format a range of ranks."""
+    if low is None:
+        return "-"
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def norm(value: float) -> str:
+    """Format a norm with three digits in at most seven characters."""
+    if math.isnan(value):
+        return "NaN"
+    if 999.5 <= value < 999999.5:
+        return f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".") if value == 0 or 1e-3 <= value < 999.5 else f"{value:.1e}"
+
+
+def percent(fraction: float) -> str:
+    """Format a fraction in percent."""
+    if math.isnan(fraction):
+        return "-"
+    if fraction >= 1000:
+        return f"{100 * fraction:.0e}%"
+    return f"{100 * fraction:.{1 if fraction < 10 else 0}f}%"
+
+
+def number(value: float, digits: int = 1) -> str:
+    """Format a number with a fixed number of digits after the point."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else norm(value)
+
+
+whole_number = partial(number, digits=0)
+
+
+def ratio(value: float) -> str:
+    """Format a ratio in at most five characters."""
+    if math.isnan(value):
+        return "-"
+    return f"{value:.3g}" if 0.1 <= value < 1000 or value == 0 else f"{value:.0e}"

@@ -19,7 +19,6 @@ from lorascope.diagnosis.inspection_screen import (
     layer_strip,
     report_screen,
 )
-from lorascope.diagnosis.neuron_scores import neuron_scores
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.text_layout import Block, Elided, TableColumn, norm, percent, table
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -123,6 +122,9 @@ def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
     FileNotFoundError, ValueError
         See ``neuron_scores.neuron_scores``.
     """
+    # It imports pandas, which the doctor does not need for the kinds of findings of this file.
+    from lorascope.diagnosis.neuron_scores import neuron_scores
+
     scores = neuron_scores(base, tuned)
     # Ties are ordered by position, so that the top tenth has a fixed size.
     ordinal = scores["cosine_distance"].rank(method="first", ascending=False)

@@ -51,11 +51,11 @@ def _switched_scores(
     model: nn.Module, loss: Loss, batch: Batch, adapters: Mapping[str, Any], sign: int
 ) -> tuple[float, dict[str, Float[np.ndarray, "_"]]]:
     """Return the score of the model as it is, and its scores with each component added or removed."""
-    active = {name: [i for i in range(adapter.rank) if not adapter.is_idle(i)] for name, adapter in adapters.items()}
-    moves: dict[str, list[Move]] = {
-        name: [partial(adapters[name].add_component, index, sign) for index in indices]
-        for name, indices in active.items()
-    }
+    active: dict[str, list[int]] = {}
+    moves: dict[str, list[Move]] = {}
+    for name, adapter in adapters.items():
+        active[name] = [index for index in range(adapter.rank) if not adapter.is_idle(index)]
+        moves[name] = [partial(adapter.add_component, index, sign) for index in active[name]]
     undisturbed, losses = moved_losses(model, loss, batch, moves)
     # Idle components change nothing, so they have the score of the undisturbed model.
     scores = {name: np.full(adapter.rank, -undisturbed) for name, adapter in adapters.items()}

@@ -41,17 +41,19 @@ def moved_losses(
     ``moves`` are functions by module name, which take the module's input and output and return its new output.
     """
     table = module_table.describe(model)
-    blocks = [model.get_submodule(name) for name in table["module"][table["role"] == "block"]]
-    block_of = {part: block for block in blocks for part in block.modules() if part is not block}
-    parts = [part for part in model.modules() if part is not model]
-    top = _record_calls(loss, batch, parts, keep=set(parts) - block_of.keys())
-    replay = _Replay(loss, batch, top, _record_calls(loss, _resize_batch(batch), parts))
+    block_of: dict[nn.Module, nn.Module] = {}
+    for name in table["module"][table["role"] == "block"]:
+        _, *descendants = model.get_submodule(name).modules()
+        block_of |= dict.fromkeys(descendants, model.get_submodule(name))
+    _, *modules = model.modules()
+    top = _record_calls(loss, batch, modules, stored=set(modules) - block_of.keys())
+    replay = _Replay(loss, batch, top, _record_calls(loss, _resize_batch(batch), modules))
     losses: dict[str, list[float]] = {name: [] for name in moves}
     moved = {name: model.get_submodule(name) for name in moves if moves[name]}
-    for block, inside in itertools.groupby(moved, lambda name: block_of.get(moved[name])):
-        seen = top if block is None else replay.look_into(block)
-        for name in inside:
-            losses[name] = replay.losses(moved[name], seen, moves[name])
+    for block, names in itertools.groupby(moved, lambda name: block_of.get(moved[name])):
+        recorded = top if block is None else replay.look_into(block)
+        for name in names:
+            losses[name] = replay.losses(moved[name], recorded, moves[name])
     return top.loss, losses
 
 
@@ -94,8 +96,8 @@ class _Pass:
         return [call for call in self.calls if call.outermost]
 
 
-def _record_calls(loss: Loss, batch: Batch, modules: Iterable[nn.Module], keep: Container[nn.Module] = ()) -> _Pass:
-    """Record every call of these modules in one pass, with the outputs of those in ``keep``."""
+def _record_calls(loss: Loss, batch: Batch, modules: Iterable[nn.Module], stored: Container[nn.Module] = ()) -> _Pass:
+    """Record every call of these modules in one pass, with the outputs of those in ``stored``."""
     calls: list[_Call] = []
     clock = itertools.count()
     depth = 0
@@ -110,9 +112,13 @@ def _record_calls(loss: Loss, batch: Batch, modules: Iterable[nn.Module], keep: 
             depth -= 1
             leaves, form = tree_flatten(output)
             shapes = [getattr(leaf, "shape", None) for leaf in leaves]
-            first, kept = (_first_argument(args, kwargs), leaves) if module in keep else (None, [])
-            versions = _versions([first, *kept])
-            calls.append(_Call(module, start, next(clock), depth == 0, shapes, form, first, kept, versions))
+            first = None
+            if module in stored:
+                first = _first_argument(args, kwargs)
+            else:
+                leaves = []
+            versions = _versions([first, *leaves])
+            calls.append(_Call(module, start, next(clock), depth == 0, shapes, form, first, leaves, versions))
             return output
 
         return call
@@ -128,17 +134,17 @@ def _first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 @contextmanager
 def _replace_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     """Replace the ``forward`` of modules in this context."""
-    own = {module: vars(module).get("forward") for module in forwards}
+    replaced = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for module, before in own.items():
-            if before is None:
+        for module, forward_before in replaced.items():
+            if forward_before is None:
                 del vars(module)["forward"]
             else:
-                vars(module)["forward"] = before
+                vars(module)["forward"] = forward_before
 
 
 class _Replay:
@@ -154,37 +160,41 @@ class _Replay:
         self.by_row: dict[nn.Module, list[list[bool] | None]] = {}
         for call, other in zip(top.calls, resized.calls, strict=True):
             self.by_row.setdefault(call.module, []).append(_is_batched(call.shapes, other.shapes))
-        largest = max(math.prod(shape) for call in top.calls for shape in call.shapes if shape is not None)
+        shapes = [shape for call in top.calls for shape in call.shapes]
+        largest = max(math.prod(shape) for shape in shapes if shape is not None)
         device = next(iter(batch.values())).device.type
-        self.most = max(1, MOST_ELEMENTS.get(device, MOST_ELEMENTS_ELSEWHERE) // largest)
+        self.max_copies = max(1, MOST_ELEMENTS.get(device, MOST_ELEMENTS_ELSEWHERE) // largest)
 
     def look_into(self, block: nn.Module) -> _Pass:
         """Return a pass with all outputs inside the block, which replays the other blocks."""
         calls = self.top.calls_of(block)
         if len(calls) != 1:  # a block that is called several times cannot be replayed
             return self.top
-        others = [c for c in self.top.calls if c.end < calls[0].start or c.start > calls[0].end]
-        parts = set(block.modules())
-        with _replace_forwards(self._replay_forwards(others, 1)):
-            return _record_calls(self.loss, self.batch, parts, parts)
+        outside = [call for call in self.top.calls if call.end < calls[0].start or call.start > calls[0].end]
+        modules = set(block.modules())
+        with _replace_forwards(self._replay_forwards(outside, 1)):
+            return _record_calls(self.loss, self.batch, modules, modules)
 
-    def losses(self, module: nn.Module, seen: _Pass, moves: Sequence[Move]) -> list[float]:
-        """Compute the loss for each move of a module; ``seen`` has the outputs of the modules around it."""
-        calls = seen.calls_of(module)
+    def losses(self, module: nn.Module, recorded: _Pass, moves: Sequence[Move]) -> list[float]:
+        """Compute the loss for each move of a module; ``recorded`` has the outputs of the modules around it."""
+        calls = recorded.calls_of(module)
         if not calls:  # a module that is not called does not affect the loss
             return [self.top.loss] * len(moves)
         start = min(call.start for call in self.top.calls_of(module))
         before = [call for call in self.top.calls if call.end < start]
-        before += [call for call in seen.calls if call.end < calls[0].start]
+        before += [call for call in recorded.calls if call.end < calls[0].start]
         # Only outputs whose first dimension is the rows can be split into copies.
-        most = self.most if all(flags == [True] for flags in self.by_row[module]) else 1
-        found = []
-        for chunk in (moves[i : i + most] for i in range(0, len(moves), most)):
-            answers = self._replay_forwards(before, len(chunk))
-            answers[module] = _patch_forward(module, calls[0] if self._is_only_call(calls[0]) else None, chunk)
-            with _replace_forwards(answers):
-                found += self._losses_of_copies(len(chunk))
-        return found
+        copies = self.max_copies if all(flags == [True] for flags in self.by_row[module]) else 1
+        losses = []
+        for start in range(0, len(moves), copies):
+            chunk = moves[start : start + copies]
+            forwards = self._replay_forwards(before, len(chunk))
+            # Asked for every chunk, because a pass may overwrite the stored output.
+            only_call = calls[0] if self._is_only_call(calls[0]) else None
+            forwards[module] = _patch_forward(module, only_call, chunk)
+            with _replace_forwards(forwards):
+                losses += self._losses_of_copies(len(chunk))
+        return losses
 
     def _is_only_call(self, call: _Call) -> bool:
         """Return whether this is the module's only call, and its stored output was not overwritten since."""
@@ -193,37 +203,39 @@ class _Replay:
 
     def _replay_forwards(self, calls: Sequence[_Call], copies: int) -> dict[nn.Module, Forward]:
         """Return forwards that replay the outputs of these calls, for a number of copies of the batch."""
-        answers: dict[nn.Module, Forward] = {}
+        forwards: dict[nn.Module, Forward] = {}
         for call in filter(self._is_only_call, calls):
             (by_row,) = self.by_row[call.module]
             if by_row is not None:
-                answers[call.module] = partial(_replay_output, call, by_row, copies)
-        return answers
+                forwards[call.module] = partial(_replay_output, call, by_row, copies)
+        return forwards
 
     def _losses_of_copies(self, copies: int) -> list[float]:
         """Call the model's direct children once for all copies, then compute each copy's loss from their outputs."""
         if copies == 1:
             return [float(self.loss(self.batch))]
-        own = self.top.outermost()
-        modules = {call.module for call in own}
+        single_calls = self.top.outermost()
+        modules = {call.module for call in single_calls}
         stacked = {key: _repeat_rows(value, copies) for key, value in self.batch.items()}
-        outer = _record_calls(self.loss, stacked, modules, modules).outermost()
+        stacked_calls = _record_calls(self.loss, stacked, modules, modules).outermost()
         losses = []
         for copy in range(copies):
-            answers: dict[nn.Module, list[Any]] = {}
-            for call, single in zip(outer, own, strict=True):
-                answers.setdefault(call.module, []).append(_select_copy(call, single.shapes, copy))
-            with _replace_forwards({module: _give_next(outputs) for module, outputs in answers.items()}):
+            outputs: dict[nn.Module, list[Any]] = {}
+            for call, single in zip(stacked_calls, single_calls, strict=True):
+                outputs.setdefault(call.module, []).append(_select_copy(call, single.shapes, copy))
+            with _replace_forwards({module: _give_next(values) for module, values in outputs.items()}):
                 losses.append(float(self.loss(self.batch)))
         return losses
 
 
-def _is_batched(shapes: Sequence[Any], other: Sequence[Any]) -> list[bool] | None:
+def _is_batched(shapes: Sequence[Any], other_shapes: Sequence[Any]) -> list[bool] | None:
     """Return whether each output has the rows as its first dimension; None if they are along another one."""
-    pairs = list(zip(shapes, other, strict=True))
-    if any(one is not None and one[1:] != two[1:] for one, two in pairs):
-        return None
-    return [one != two for one, two in pairs]
+    flags = []
+    for shape, other_shape in zip(shapes, other_shapes, strict=True):
+        if shape is not None and shape[1:] != other_shape[1:]:
+            return None
+        flags.append(shape != other_shape)
+    return flags
 
 
 def _repeat_rows(tensor: Tensor, copies: int) -> Tensor:
@@ -232,31 +244,33 @@ def _repeat_rows(tensor: Tensor, copies: int) -> Tensor:
 
 def _replay_output(call: _Call, by_row: Sequence[bool], copies: int, *args: Any, **kwargs: Any) -> Any:
     """Return the output of a call, for copies of the batch."""
-    pairs = zip(call.leaves, by_row, strict=True)
-    return tree_unflatten([_repeat_rows(leaf, copies) if rows else leaf for leaf, rows in pairs], call.form)
+    leaves = []
+    for leaf, is_batched in zip(call.leaves, by_row, strict=True):
+        leaves.append(_repeat_rows(leaf, copies) if is_batched else leaf)
+    return tree_unflatten(leaves, call.form)
 
 
 def _select_copy(call: _Call, shapes: Sequence[Any], copy: int) -> Any:
     """Return one copy's part of the output of a joint call; ``shapes`` are the shapes for a single copy."""
-    leaves = [
-        leaf if shape is None or leaf.shape == shape else leaf.narrow(0, copy * shape[0], shape[0])
-        for leaf, shape in zip(call.leaves, shapes, strict=True)
-    ]
+    leaves = []
+    for leaf, shape in zip(call.leaves, shapes, strict=True):
+        is_shared = shape is None or leaf.shape == shape
+        leaves.append(leaf if is_shared else leaf.narrow(0, copy * shape[0], shape[0]))
     return tree_unflatten(leaves, call.form)
 
 
 def _give_next(outputs: Sequence[Any]) -> Forward:
-    left = iter(outputs)
-    return lambda *args, **kwargs: next(left)
+    remaining = iter(outputs)
+    return lambda *args, **kwargs: next(remaining)
 
 
-def _patch_forward(module: nn.Module, known: _Call | None, moves: Sequence[Move]) -> Forward:
-    """Return a forward that applies one move to the output of each copy of the batch."""
+def _patch_forward(module: nn.Module, recorded: _Call | None, moves: Sequence[Move]) -> Forward:
+    """Return a forward that applies one move to the output of each copy of the batch, which may be recorded."""
     forward = module.forward
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
-        if known is not None:
-            return torch.cat([move(known.first, known.leaves[0]) for move in moves])
+        if recorded is not None:
+            return torch.cat([move(recorded.first, recorded.leaves[0]) for move in moves])
         x, y = _first_argument(args, kwargs), forward(*args, **kwargs)
         copies = zip(moves, x.chunk(len(moves)), y.chunk(len(moves)), strict=True)
         return torch.cat([move(*copy) for move, *copy in copies])

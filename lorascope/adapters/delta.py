@@ -141,7 +141,7 @@ _ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
     Conv1D: AdaptedConv1D,
     nn.Embedding: AdaptedEmbedding,
 }
-_PLAIN = {adapted: plain for plain, adapted in _ADAPTED.items()}
+_BASE_CLASS = {adapted: base for base, adapted in _ADAPTED.items()}
 
 
 def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
@@ -167,7 +167,7 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
     for name in deltas:
         if name not in modules:
             raise ValueError(f"unknown module {name!r} of {type(model).__name__}{_suggest_modules(name, modules)}")
-        if type(modules[name]) in _PLAIN:
+        if type(modules[name]) in _BASE_CLASS:
             kind = type(modules[name].delta).__name__
             raise ValueError(f"cannot attach to {name!r}: it already has a {kind}. Call detach first")
         # Only exact classes, because a subclass may compute something else.
@@ -184,7 +184,7 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
 
 
 def _suggest_modules(name: str, modules: Mapping[str, nn.Module]) -> str:
-    hosts = [known for known, module in modules.items() if type(module) in _ADAPTED]
+    hosts = [host for host, module in modules.items() if type(module) in _ADAPTED]
     close = difflib.get_close_matches(name, hosts, n=3, cutoff=0.5) or [host for host in hosts if name in host][:3]
     return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 
@@ -197,22 +197,24 @@ def attached_deltas(model: nn.Module) -> dict[str, Delta]:
 def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
     """Return a module's weight plus its adapter's update; an input-dependent update is taken at mean gates."""
     weight, delta = host_weight(model.get_submodule(module)).detach(), attached_deltas(model).get(module)
+    if delta is None:
+        return weight
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # 16 bits would round small updates away
-    return weight if delta is None else wide + torch.from_numpy(delta.update().dense()).to(wide)
+    return wide + torch.from_numpy(delta.update().dense()).to(wide)
 
 
 def _hosts(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if type(module) in _PLAIN}
+    return {name: module for name, module in model.named_modules() if type(module) in _BASE_CLASS}
 
 
 def detach(model: nn.Module) -> dict[str, Delta]:
     """Remove all Deltas and return them; the model is then as before ``attach``."""
-    found = attached_deltas(model)
+    detached = attached_deltas(model)
     for host in _hosts(model).values():
         host.delta._host = None
         del host.delta
-        host.__class__ = _PLAIN[type(host)]
-    return found
+        host.__class__ = _BASE_CLASS[type(host)]
+    return detached
 
 
 def fold(model: nn.Module, untie: bool = True) -> None:
@@ -249,15 +251,15 @@ def fold(model: nn.Module, untie: bool = True) -> None:
 
 def _untie(model: nn.Module) -> None:
     """Copy shared weights; a module without a Delta keeps the original, which an optimizer may refer to."""
-    seen: set[int] = set()
-    part: Any
-    for part in sorted(model.modules(), key=lambda module: type(module) in _PLAIN):
-        for name, weight in part.named_parameters(recurse=False):
-            if id(weight) in seen:
-                setattr(part, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
-            seen.add(id(weight))
-        if getattr(getattr(part, "config", None), "tie_word_embeddings", False):
-            part.config.tie_word_embeddings = False
+    visited: set[int] = set()
+    module: Any
+    for module in sorted(model.modules(), key=lambda module: type(module) in _BASE_CLASS):
+        for name, weight in module.named_parameters(recurse=False):
+            if id(weight) in visited:
+                setattr(module, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+            visited.add(id(weight))
+        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+            module.config.tie_word_embeddings = False
 
 
 def resize(
@@ -330,7 +332,7 @@ def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> I
     (str, Update)
         Module name, and a copy of the update that later training does not change.
     """
-    counted: set[int] = set()
+    yielded: set[int] = set()
     for path, module in unwrap_peft_model(model).named_modules():
         name = name_without_peft(path)
         if is_peft_layer(module):
@@ -338,24 +340,22 @@ def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> I
         else:
             host = unwrap_peft_layer(module)
             before = (reference or {}).get(f"{name}.weight".lstrip("."))
-            if before is not None and id(host.weight) in counted:
+            if before is not None and id(host.weight) in yielded:  # under its first name
                 before = None
             elif before is not None:
-                counted.add(id(host.weight))
-            update = _own_update(host, before)
+                yielded.add(id(host.weight))
+            update = _total_update(host, before)
         if update is not None:
             yield name, update
 
 
-def _own_update(module: Any, before: Tensor | None) -> Update | None:
+def _total_update(module: Any, before: Tensor | None) -> Update | None:
     """Return the sum of the Delta's update and the change of the weight itself, or None if there is neither."""
-    delta = module.delta.update() if type(module) in _PLAIN else None
+    delta = module.delta.update() if type(module) in _BASE_CLASS else None
+    if before is None or before.ndim < 2:
+        return delta
     # If the weight itself has not changed, a low-rank update remains low-rank.
-    if (
-        before is None
-        or before.ndim < 2
-        or (delta is not None and torch.equal(before.to(module.weight), module.weight))
-    ):
+    if delta is not None and torch.equal(before.to(module.weight), module.weight):
         return delta
     after = to_array(host_weight(module).double())
     change = Dense(after - to_array(orient_weight(module, before)))

@@ -45,20 +45,26 @@ def token_means(
     The last block's state is taken as the model returns it, in most model families after a norm. ``of`` is a function
     of the states to average, such as their squares; by default the states themselves.
     """
-    found: dict[str, list[Any]] = {}
+    means: dict[str, list[Tensor]] = {}
     for start in range(0, len(next(iter(batch.values()))), _ROWS):
-        piece = {key: value[start : start + _ROWS] for key, value in batch.items()}
+        rows = {key: value[start : start + _ROWS] for key, value in batch.items()}
         with evaluation_mode(model):
-            output = model(**piece, output_hidden_states=True)
+            output = model(**rows, output_hidden_states=True)
         for stack, name in _STACKS.items():
             if name in output:
                 states = torch.stack(output[name][1:]).double()  # the first is the embedding
-                mask, labels = piece.get("attention_mask"), piece.get("labels")
-                if stack == "decoder" and labels is not None and labels.ndim == 2:
-                    mask = labels != IGNORED
-                if mask is None or mask.shape != states.shape[1:3]:  # the mask of other tokens
-                    mask = states.new_ones(states.shape[1:3])
-                kept = mask.double()
-                weighed = (states if of is None else of(states)) * (kept / kept.sum(1, keepdim=True))[..., None]
-                found.setdefault(stack, []).append(weighed.sum(2).transpose(0, 1))
-    return {stack: to_array(torch.cat(parts)) for stack, parts in found.items()}
+                mask = _token_mask(rows, stack, states).double()
+                weights = (mask / mask.sum(1, keepdim=True))[..., None]
+                values = states if of is None else of(states)
+                means.setdefault(stack, []).append((values * weights).sum(2).transpose(0, 1))
+    return {stack: to_array(torch.cat(batches)) for stack, batches in means.items()}
+
+
+def _token_mask(rows: Mapping[str, Tensor], stack: str, states: Tensor) -> Tensor:
+    """Return which tokens of the states (layers, rows, tokens, d) are not padding."""
+    mask, labels = rows.get("attention_mask"), rows.get("labels")
+    if stack == "decoder" and labels is not None and labels.ndim == 2:
+        mask = labels != IGNORED
+    if mask is None or mask.shape != states.shape[1:3]:  # the mask of other tokens
+        return states.new_ones(states.shape[1:3])
+    return mask

@@ -39,8 +39,8 @@ def dequantized_weight(module: Any) -> Float[Tensor, "out in"]:
 
 def host_kind(module: nn.Module) -> str:
     """Return the class name of a host without its adapter, such as ``"Linear"``."""
-    own = (kind.__name__ for kind in (nn.Embedding, Conv1D, nn.Linear) if isinstance(module, kind))
-    return next(own, type(module).__name__)
+    kinds: tuple[type, ...] = (nn.Embedding, Conv1D, nn.Linear)
+    return next((kind for kind in kinds if isinstance(module, kind)), type(module)).__name__
 
 
 # Copies by the memory of their tensors, which are referenced so that no other tensor gets their address.
@@ -66,8 +66,8 @@ def to_array(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
     """Return a copy as a numpy array; bfloat16, which numpy does not support, becomes float32."""
     shared = _SHARED.get()
     if shared is not None:
-        if (known := shared.get(_memory(tensor))) is not None:
-            return known[1]
+        if (pair := shared.get(_memory(tensor))) is not None:
+            return pair[1]
         owner = tensor if tensor._base is None else tensor._base
         # Other tensors are not shared by themselves: copies of the frozen base would double its memory.
         if isinstance(owner, nn.Parameter) and owner.requires_grad:
@@ -80,11 +80,11 @@ def to_host(tensors: Sequence[Tensor]) -> list[Shaped[np.ndarray, "..."]]:
     shared = _SHARED.get()
     if shared is None:
         return _transfer(tensors)
-    places = [_memory(tensor) for tensor in tensors]
-    fresh = {place: tensor for place, tensor in zip(places, tensors, strict=True) if place not in shared}
-    copies = _transfer(list(fresh.values()))
-    shared.update((place, (tensor, copy)) for (place, tensor), copy in zip(fresh.items(), copies, strict=True))
-    return [shared[place][1] for place in places]
+    keys = list(map(_memory, tensors))
+    new = {key: tensor for key, tensor in zip(keys, tensors, strict=True) if key not in shared}
+    for (key, tensor), copy in zip(new.items(), _transfer(list(new.values())), strict=True):
+        shared[key] = tensor, copy
+    return [shared[key][1] for key in keys]
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -93,19 +93,20 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 
 def _transfer(tensors: Sequence[Tensor]) -> list[Shaped[np.ndarray, "..."]]:
     """Copy tensors to numpy arrays, in one transfer per accelerator."""
+    # numpy has no bfloat16.
     wide = [tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in map(Tensor.detach, tensors)]
     for device in {tensor.device for tensor in wide if tensor.device.type != "cpu"}:
-        chosen = [i for i, tensor in enumerate(wide) if tensor.device == device]
-        for i, tensor in zip(chosen, through_buffer([wide[i] for i in chosen]), strict=True):
+        indices = [i for i, tensor in enumerate(wide) if tensor.device == device]
+        for i, tensor in zip(indices, through_buffer([wide[i] for i in indices]), strict=True):
             wide[i] = tensor
     return [tensor.numpy().copy() for tensor in wide]
 
 
 def through_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors of one device to the CPU through a single buffer, in which each starts at a multiple of 8 bytes."""
-    parts = [F.pad(part, (0, -len(part) % 8)) for part in (t.reshape(-1).view(torch.uint8) for t in tensors)]
-    pieces = torch.cat(parts).cpu().split([len(part) for part in parts])
+    padded = [F.pad(tensor.reshape(-1).view(torch.uint8), (0, -tensor.nbytes % 8)) for tensor in tensors]
+    copies = torch.cat(padded).cpu().split([len(values) for values in padded])
     return [
-        piece[: tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
-        for piece, tensor in zip(pieces, tensors, strict=True)
+        copy[: tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
+        for copy, tensor in zip(copies, tensors, strict=True)
     ]

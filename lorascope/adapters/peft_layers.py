@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,18 +21,18 @@ _TRIED: WeakKeyDictionary[Any, dict[tuple[str, ...], bool]] = WeakKeyDictionary(
 class PeftDelta:
     """Adapters of a PEFT layer, active or not, with the interface of a ``Delta``.
 
-    ``kept`` is the number of components that AdaLoRA's allocator retains, None if it has not decided yet.
+    ``retained`` is the number of components that AdaLoRA's allocator retains, None if it has not decided yet.
     """
 
     resized = False
 
-    def __init__(self, layer: Any, names: Sequence[str], kept: int | None = None) -> None:
-        self.layer, self.names, self.kept = layer, names, kept
+    def __init__(self, layer: Any, names: Sequence[str], retained: int | None = None) -> None:
+        self.layer, self.names, self.retained = layer, names, retained
 
     @property
     def rank(self) -> int:
         """Number of components of the update that PEFT would save."""
-        return self.update().rank if self.kept is None else self.kept
+        return self.update().rank if self.retained is None else self.retained
 
     def update(self) -> Update:
         """Return a copy of the update in numpy."""
@@ -40,8 +40,8 @@ class PeftDelta:
 
     def factors(self) -> dict[str, Tensor]:
         """Return the factors of the update; empty for a dense update."""
-        found = _factors_of(self.layer, self.names)
-        return {} if found is None else found[0]
+        scaled = _factors_of(self.layer, self.names)
+        return {} if scaled is None else scaled.factors
 
 
 def unwrap_peft_model(model: Any) -> Any:
@@ -55,18 +55,18 @@ def unwrap_peft_layer(module: Any) -> Any:
         return unwrap_peft_layer(module.base_layer)
     if hasattr(module, "original_module"):
         copies = getattr(module, "modules_to_save", {})
-        active = [name for name in module.active_adapters if name in copies]
-        return unwrap_peft_layer(copies[active[0]] if active else module.original_module)
+        active = next((copies[name] for name in module.active_adapters if name in copies), module.original_module)
+        return unwrap_peft_layer(active)
     return module
 
 
 def unwrapped_parameters(model: Any) -> dict[str, nn.Parameter]:
     """Return all parameters except PEFT's own, by their names without PEFT; shared ones once."""
-    found: dict[int, tuple[str, nn.Parameter]] = {}
+    names: dict[nn.Parameter, str] = {}
     for path, module in _unwrapped_modules(unwrap_peft_model(model), ""):
         for name, parameter in module.named_parameters(recurse=False):
-            found.setdefault(id(parameter), (f"{path}.{name}".lstrip("."), parameter))
-    return dict(found.values())
+            names.setdefault(parameter, f"{path}.{name}".lstrip("."))
+    return {name: parameter for parameter, name in names.items()}
 
 
 def _unwrapped_modules(module: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -82,9 +82,13 @@ def retained_components(model: Any) -> dict[str, int]:
     PEFT masks components only at some steps, and between them the optimizer trains all components. The weights
     therefore do not show which ones are retained.
     """
-    masks = [getattr(config, "rank_pattern", None) or {} for config in getattr(model, "peft_config", {}).values()]
-    found = {name.partition(".lora_E")[0]: mask for each in masks for name, mask in each.items() if ".lora_E" in name}
-    return {module: sum(mask) for module, mask in found.items()}
+    counts = {}
+    for config in getattr(model, "peft_config", {}).values():
+        for name, mask in (getattr(config, "rank_pattern", None) or {}).items():
+            module, is_diagonal, _ = name.partition(".lora_E")
+            if is_diagonal:
+                counts[module] = sum(mask)
+    return counts
 
 
 def is_peft_layer(module: nn.Module) -> bool:
@@ -111,8 +115,8 @@ def adapters_among(layer: Any, names: Sequence[str]) -> list[str]:
     """Return those of the names that a PEFT layer has an adapter of."""
     if getattr(layer, "tied_adapter", None) is not None:
         return []  # the embedding has the same adapter, which counts there
-    tables = [getattr(layer, name) for name in layer.adapter_layer_names]
-    return [adapter for adapter in names if any(adapter in table for table in tables)]
+    present = set().union(*(getattr(layer, name) for name in layer.adapter_layer_names))
+    return [adapter for adapter in names if adapter in present]
 
 
 def is_readable(layer: Any, names: Sequence[str]) -> bool:
@@ -133,13 +137,13 @@ def is_readable(layer: Any, names: Sequence[str]) -> bool:
 
 def _is_mergeable(layer: Any, names: tuple[str, ...]) -> bool:
     """Return whether the update can be read from factors or merged; aLoRA's, for one, depends on the text."""
-    known = _TRIED.setdefault(layer, {})
-    if names not in known:
-        known[names] = False
+    results = _TRIED.setdefault(layer, {})
+    if names not in results:
+        results[names] = False
         with suppress(NotImplementedError, ValueError):
             _update_of(layer, names)
-            known[names] = True
-    return known[names]
+            results[names] = True
+    return results[names]
 
 
 def _is_product(layer: Any, adapter: str) -> bool:
@@ -161,9 +165,8 @@ def _update_of(layer: Any, names: Sequence[str]) -> Update:
     adapters, including DoRA and multiplicative ones, are merged into a copy of the layer in float64: the update is the
     difference of the weights.
     """
-    if (found := _factors_of(layer, names)) is not None:
-        factors, scale = found
-        return from_factors({name: to_array(factor) for name, factor in factors.items()}, scale)
+    if (scaled := _factors_of(layer, names)) is not None:
+        return from_factors({name: to_array(factor) for name, factor in scaled.factors.items()}, scaled.scale)
     twin = copy.deepcopy(layer).double()
     if twin.merged:  # the weight already contains the update
         twin.unmerge()
@@ -172,23 +175,35 @@ def _update_of(layer: Any, names: Sequence[str]) -> Update:
     return Dense(to_array(host_weight(twin.get_base_layer())) - before)
 
 
-def _factors_of(layer: Any, names: Sequence[str]) -> tuple[dict[str, Tensor], float] | None:
+class ScaledFactors(NamedTuple):
+    """Factors of an update by name, and its scale."""
+
+    factors: dict[str, Tensor]
+    scale: float
+
+
+def _factors_of(layer: Any, names: Sequence[str]) -> ScaledFactors | None:
     """Return factors and scale of one FourierFT adapter, or of LoRA and AdaLoRA adapters; None for other adapters."""
     if len(names) == 1 and names[0] in getattr(layer, "fourierft_spectrum", ()):
         spectrum, entries = layer.fourierft_spectrum[names[0]], layer.indices[names[0]]
         shape = torch.tensor(host_weight(layer.get_base_layer()).shape)
-        return {"coefficients": spectrum, "entries": entries, "shape": shape}, float(layer.fourierft_scaling[names[0]])
-    parts = [part for part in (_lora_factors(layer, adapter) for adapter in names) if part is not None]
-    if len(parts) < len(names):
-        return None
-    if len(parts) == 1:
-        B, A, scale = parts[0]
-        return {"A": A, "B": B}, scale
-    return {"A": torch.cat([A for _, A, _ in parts]), "B": torch.cat([scale * B for B, _, scale in parts], 1)}, 1.0
+        factors = {"coefficients": spectrum, "entries": entries, "shape": shape}
+        return ScaledFactors(factors, float(layer.fourierft_scaling[names[0]]))
+    adapters = []
+    for name in names:
+        scaled = _lora_factors(layer, name)
+        if scaled is None:
+            return None
+        adapters.append(scaled)
+    if len(adapters) == 1:
+        return adapters[0]
+    A = torch.cat([factors["A"] for factors, _ in adapters])
+    B = torch.cat([scale * factors["B"] for factors, scale in adapters], 1)
+    return ScaledFactors({"A": A, "B": B}, 1.0)
 
 
-def _lora_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, float] | None:
-    """Return B, A and scale of plain LoRA or AdaLoRA; None for any other adapter."""
+def _lora_factors(layer: Any, adapter: str) -> ScaledFactors | None:
+    """Return factors and scale of plain LoRA or AdaLoRA; None for any other adapter."""
     if not _is_product(layer, adapter):
         return None
     if adapter in getattr(layer, "lora_embedding_A", ()):
@@ -203,4 +218,4 @@ def _lora_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, float] | No
     elif adapter in getattr(layer, "lora_E", ()):
         A = A * layer.lora_E[adapter]
         scale /= float(layer.ranknum[adapter]) + 1e-5  # as in PEFT
-    return (B, A, scale) if isinstance(A, Tensor) else None
+    return ScaledFactors({"A": A, "B": B}, scale) if isinstance(A, Tensor) else None

@@ -60,8 +60,9 @@ def merged_updates(
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tuned = PeftModel.from_pretrained(model, adapter)
-    if missing := next((str(each.message) for each in caught if "missing adapter keys" in str(each.message)), ""):
-        raise ValueError(f"{type(model).__name__} has other modules: {missing}")
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):
+            raise ValueError(f"{type(model).__name__} has other modules: {warning.message}")
     used = set(get_peft_model_state_dict(tuned))
     changed = [name for name, module in tuned.get_base_model().named_modules() if isinstance(module, BaseTunerLayer)]
     merged = dict(_weights(tuned.double().merge_and_unload()))
@@ -70,8 +71,8 @@ def merged_updates(
 
 def _load_base(base: Path, model_class: str | None, task: str | None) -> nn.Module:
     architectures = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or []
-    wanted = [model_class, _TASKS.get(task or ""), *architectures, "AutoModel"]
-    names = (name for name in wanted if name and hasattr(getattr(transformers, name, None), "from_pretrained"))
+    candidates = [model_class, _TASKS.get(task or ""), *architectures, "AutoModel"]
+    names = (name for name in candidates if name and hasattr(getattr(transformers, name, None), "from_pretrained"))
     options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
     return getattr(transformers, next(names)).from_pretrained(base, **options)
 

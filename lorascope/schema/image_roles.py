@@ -13,7 +13,7 @@ import re
 FLATTENED = re.compile(r"(?:lora_(?:unet|te\d?|prior_unet|prior_te|transformer)|lycoris|oft_unet)__?")
 """Prefix of names whose dots are underscores, as kohya, LyCORIS and OneTrainer write them."""
 ORDER = {"te1": -3, "te2": -2, "te3": -1, "mid": 1, "up": 2, "single": 1}
-"""Place of a stack on an axis; 0 for others."""
+"""Position of a stack on an axis; 0 for others."""
 
 _IMAGE = re.compile(
     r"^(?:unet|prior|text_encoder(?:_\d)?|text_encoders|(?:model\.)?diffusion_model)\."
@@ -58,25 +58,30 @@ def locate(name: str) -> tuple[str, int | None, str] | None:
     text = _TEXT.match(name)
     if text is None and (match := _UNET.search(dotted)):
         return _STACKS.get(match[1], "mid"), int(match[2] or 0), dotted[match.end() :].lstrip("._")
+    stack = _text_stack(text) if text else ""
     match = _BLOCK.search(dotted)
-    stack = _text_stack(text) if text else "single" if match and match[1] else ""
-    return (stack, int(match[2]), dotted[match.end() + 1 :]) if match else (stack, None, dotted)
+    if match is None:
+        return stack, None, dotted
+    if match[1] and not text:
+        stack = "single"
+    return stack, int(match[2]), dotted[match.end() + 1 :]
 
 
-def role(tail: str) -> str | None:
+def image_role_inside(tail: str) -> str | None:
     """Return the role of a module from its path below the block, None if it is not one of diffusion models."""
-    found = next((role for role, end in _ROLES.items() if end.search(tail)), None)
     if tail == "proj_out":  # of a block without separate streams, which joins attention and feed-forward
         return "ffn_out"
     if _MODULATION.search(tail):
         return "other"
-    return f"cross_{found}" if found in ("q", "k", "v", "o") and _CROSS.search(tail) else found
+    role = next((role for role, end in _ROLES.items() if end.search(tail)), None)
+    return f"cross_{role}" if role in ("q", "k", "v", "o") and _CROSS.search(tail) else role
 
 
-def role_outside(name: str) -> str | None:
+def image_role_outside(name: str) -> str | None:
     """Return the role of a module outside the blocks of a diffusion model, None if its name is not one of these."""
-    found = next((role for role, end in _OUTSIDE.items() if end.search(name)), None)
-    return "other" if _MODULATION.search(name) else found
+    if _MODULATION.search(name):
+        return "other"
+    return next((role for role, end in _OUTSIDE.items() if end.search(name)), None)
 
 
 def _text_stack(match: re.Match[str]) -> str:

@@ -18,13 +18,14 @@ def to_words(value: object) -> str:
         text = " ".join(map(to_words, value))
         kind = "modules" if any("." in str(item) for item in value) else "values"
         return text if len(text) <= _LONG else f"{len(value)} {kind}"
-    if isinstance(value, dict):
+    if isinstance(value, dict):  # of an array, the start of its hash
         return f"array {value['array'][:8]}" if "array" in value else value.get("run", "by module")
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, partial):
-        given = [*map(to_words, value.args), *(f"{name}={to_words(item)}" for name, item in value.keywords.items())]
-        return f"{to_words(value.func)}({', '.join(given)})"
+        arguments = [*map(to_words, value.args)]
+        arguments += [f"{name}={to_words(item)}" for name, item in value.keywords.items()]
+        return f"{to_words(value.func)}({', '.join(arguments)})"
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__qualname__.rpartition("<locals>.")[2]
     text = str(value)

@@ -35,7 +35,7 @@ _LEAVES = {
 _ROLE_OF_LEAF = {leaf: role for role, leaves in _LEAVES.items() for leaf in leaves.split()}
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Stack ("encoder", "decoder" or ""), layer (0..L-1 inside the blocks of its stack, else None) and role.
 
     Diffusion models have other stacks; see ``image_roles``.
@@ -46,7 +46,7 @@ class Place(NamedTuple):
     role: str
 
 
-def parse(name: str) -> Place:
+def parse(name: str) -> Location:
     """Parse stack, layer and role from a dotted module name.
 
     The stack is the one that the name contains: "encoder" for BERT's blocks, "decoder" for OPT's, "" for LLaMA's. A
@@ -57,21 +57,21 @@ def parse(name: str) -> Place:
     name : str
         Module name, with or without a prefix such as PEFT's ``base_model.model.``.
     """
-    if (found := image_roles.locate(name)) is not None:
-        stack, layer, tail = found
+    if (image_location := image_roles.locate(name)) is not None:
+        stack, layer, tail = image_location
         if layer is None:
-            return Place(stack, None, image_roles.role_outside(tail) or role_outside(tail))
-        return Place(stack, layer, image_roles.role(tail) or role_inside(tail))
+            return Location(stack, None, image_roles.image_role_outside(tail) or role_outside(tail))
+        return Location(stack, layer, image_roles.image_role_inside(tail) or role_inside(tail))
     block = _BLOCK.search(name)
     if block is None:
-        return Place(stack_of(name), None, role_outside(name))
-    return Place(stack_of(name), int(block[1]), role_inside(name[block.end() + 1 :]))
+        return Location(stack_of(name), None, role_outside(name))
+    return Location(stack_of(name), int(block[1]), role_inside(name[block.end() + 1 :]))
 
 
 def stack_of(name: str) -> str:
     """Return "encoder" or "decoder" if a parent module has that name, else ""."""
     # Skip the last part, the module itself: BERT's masked-LM head ends in a linear called "decoder".
-    return next((part for part in name.split(".")[:-1] if part in ("encoder", "decoder")), "")
+    return next((parent for parent in name.split(".")[:-1] if parent in ("encoder", "decoder")), "")
 
 
 def role_inside(tail: str) -> str:

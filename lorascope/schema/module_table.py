@@ -23,7 +23,7 @@ from lorascope.schema.module_roles import (
     FFN,
     LINEAR,
     ROLES,
-    Place,
+    Location,
     parse,
     position,
     role_inside,
@@ -31,7 +31,7 @@ from lorascope.schema.module_roles import (
     stack_of,
 )
 
-__all__ = ["ROLES", "Place", "describe", "gated_input", "match", "parse", "position"]
+__all__ = ["ROLES", "Location", "describe", "gated_input", "match", "parse", "position"]
 
 _SIZES = {"out_features": "Int64", "in_features": "Int64"}
 _DTYPES = {"module": "str", "stack": "str", "layer": "Int16", "role": "str", **_SIZES, "tied": "str"}
@@ -113,17 +113,17 @@ def _unwrap_peft(module: Any) -> Any:
 def _find_blocks(host: Any, path: str) -> set[str]:
     """Return the numbered children that are blocks: of one class or with a block's name, and several weights each."""
     children = dict(host.named_children())
-    alike = len(children) > 1 and len({type(child) for child in children.values()}) == 1
-    numbered = list(children) == [str(i) for i in range(len(children))]
-    if not numbered or not (alike or parse(f"{path}.0").role == "block"):
+    are_numbered = list(children) == list(map(str, range(len(children))))
+    are_of_one_class = len(children) > 1 and len(set(map(type, children.values()))) == 1
+    if not are_numbered or not (are_of_one_class or parse(f"{path}.0").role == "block"):
         return set()
-    return {name for name, child in children.items() if sum(1 for _ in _collect(child, name, (name, 0))) > 1}
+    weights = {name: list(_collect(child, name, (name, 0))) for name, child in children.items()}
+    return {name for name, rows in weights.items() if len(rows) > 1}
 
 
 def _make_row(path: str, block: tuple[str, int] | None, module: Any, host: Any, weight: Any) -> _Row:
     """Return the row of one weight, with its sizes and a preliminary role from its name and shape."""
-    embedding = hasattr(host, "num_embeddings")
-    kind = "norm" if weight.ndim < 2 else "embedding" if embedding else "conv" if weight.ndim > 2 else "linear"
+    kind = _kind(host, weight)
     role = role_outside(path) if block is None else role_inside(path[len(block[0]) + 1 :])
     if kind == "norm":
         role = "norm"
@@ -132,12 +132,21 @@ def _make_row(path: str, block: tuple[str, int] | None, module: Any, host: Any, 
     elif role not in LINEAR:
         role = "other"
     outer, inner = weight.shape[0], math.prod(weight.shape[1:])
-    if embedding or hasattr(host, "nf"):  # embeddings and GPT-2's Conv1D store the transpose
+    if hasattr(host, "num_embeddings") or hasattr(host, "nf"):  # embeddings and GPT-2's Conv1D store the transpose
         outer, inner = inner, outer
-    # A quantized weight has the shape of its packed storage, so the module's attributes take precedence.
-    sizes = getattr(host, "out_features", outer), getattr(host, "in_features", inner)
-    layer = None if block is None else block[1]
-    return _Row(path, stack_of(path), layer, role, kind, module, weight, *((0, 0) if kind == "norm" else sizes))
+    row = _Row(path, stack_of(path), None if block is None else block[1], role, kind, module, weight)
+    if kind != "norm":
+        # A quantized weight has the shape of its packed storage, so the module's attributes take precedence.
+        row.outer, row.inner = getattr(host, "out_features", outer), getattr(host, "in_features", inner)
+    return row
+
+
+def _kind(host: Any, weight: Any) -> str:
+    if weight.ndim < 2:
+        return "norm"
+    if hasattr(host, "num_embeddings"):
+        return "embedding"
+    return "conv" if weight.ndim > 2 else "linear"
 
 
 def _assign_end_roles(model: Any, rows: list[_Row]) -> None:
@@ -147,7 +156,7 @@ def _assign_end_roles(model: Any, rows: list[_Row]) -> None:
             row.role = "embed"
     # The head is the declared output embedding, otherwise the last linear outside the blocks and the base model.
     linears = [row for row in rows if row.kind == "linear" and row.layer is None]
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     if output is not None:
         linears = [row for row in linears if row.source is output]
     elif hasattr(model, "base_model"):  # a model without a head is its own base_model, so no linear remains
@@ -232,18 +241,18 @@ def match(description: pd.DataFrame, targets: str | Sequence[str], called: str =
     ValueError
         A target matches no module, or the sequence is empty.
     """
-    chosen: set[str] = set()
+    selection: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
-        found = _choose_modules(description, target, isinstance(targets, str), called)
-        if not found:
+        names = _matching_names(description, target, isinstance(targets, str), called)
+        if not names:
             raise ValueError(f"{called}: {target!r} matches no module {_suggest_names(description, target)}")
-        chosen.update(found)
-    if not chosen:
+        selection.update(names)
+    if not selection:
         raise ValueError(f"{called} must not be empty {_suggest_names(description, '')}")
-    return [name for name in _all_names(description) if name in chosen]
+    return [name for name in _all_names(description) if name in selection]
 
 
-def _choose_modules(description: pd.DataFrame, target: str, pattern: bool, called: str) -> list[str]:
+def _matching_names(description: pd.DataFrame, target: str, pattern: bool, called: str) -> list[str]:
     role = description["role"]
     if target == "all-linear":
         return description["module"][description["layer"].notna() & role.isin(LINEAR)].tolist()
@@ -261,8 +270,10 @@ def _choose_modules(description: pd.DataFrame, target: str, pattern: bool, calle
 
 def _all_names(description: pd.DataFrame) -> list[str]:
     """Return all module names; the tied names of a row follow its own."""
-    pairs = zip(description["module"], description["tied"], strict=True)
-    return [name for module, tied in pairs for name in (module, *filter(None, tied.split(",")))]
+    names: list[str] = []
+    for module, tied in zip(description["module"], description["tied"], strict=True):
+        names += [module, *filter(None, tied.split(","))]
+    return names
 
 
 def gated_input(description: pd.DataFrame) -> pd.Series:
@@ -271,18 +282,20 @@ def gated_input(description: pd.DataFrame) -> pd.Series:
     Such a matrix has twice as many outputs as the ``ffn_out`` with the same parent has inputs.
     """
     parent = description["module"].str.rpartition(".")[0]
-    closing = description["role"] == "ffn_out"
-    width = parent.map(dict(zip(parent[closing], description["in_features"][closing], strict=True)))
+    is_output = description["role"] == "ffn_out"
+    width = parent.map(dict(zip(parent[is_output], description["in_features"][is_output], strict=True)))
     return (description["role"] == "ffn_in") & (description["out_features"] == 2 * width)
 
 
 def _suggest_names(description: pd.DataFrame, target: str) -> str:
     """Return the model's roles and the closest names, as the end of an error message."""
-    present = [role for role in ROLES if role in set(description["role"])]
-    meant = {role: role for role in present}
+    present = set(description["role"])
+    roles = [role for role in ROLES if role in present]
+    suggestions = dict(zip(roles, roles, strict=True))
     for name, role in zip(description["module"], description["role"], strict=True):
-        meant.setdefault(name.rpartition(".")[2], f"{name} (role {role})")
-        meant.setdefault(name, name)
-    close = difflib.get_close_matches(target, meant, n=3)
-    hint = f"; did you mean {', '.join(meant[name] for name in close)}?" if close else ""
-    return f"(roles in this model: {' '.join(present)}){hint}"
+        suggestions.setdefault(name.rpartition(".")[2], f"{name} (role {role})")
+        suggestions.setdefault(name, name)
+    text = f"(roles in this model: {' '.join(roles)})"
+    if close := difflib.get_close_matches(target, suggestions, n=3):
+        text += f"; did you mean {', '.join(suggestions[name] for name in close)}?"
+    return text

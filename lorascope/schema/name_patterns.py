@@ -44,18 +44,18 @@ class Patterns:
     """
 
     def __init__(self, keys: Iterable[str], name: object) -> None:
-        self._name, self._left, self._seconds = name, MAX_MATCHES, MAX_SECONDS
+        self._name, self._remaining_matches, self._remaining_seconds = name, MAX_MATCHES, MAX_SECONDS
         self._patterns = {key: self._compile(key) for key in keys}
 
     def _compile(self, key: str) -> re.Pattern[str] | Any:
-        whole = rf"(.*\.)?({key})$"
+        expression = rf"(.*\.)?({key})$"
         try:
             if len(key) > _MAX_KEY or _EXPANDS.search(key):
                 raise ValueError(f"at most {_MAX_KEY} characters, no counted group and no count above 99")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                pattern = re.compile(whole)
-                return _compile_with_timeout(whole) if _BACKTRACKS.search(key) else pattern
+                pattern = re.compile(expression)
+                return _compile_with_timeout(expression) if _BACKTRACKS.search(key) else pattern
         except (re.error, ValueError, OverflowError, RecursionError) as error:
             must = f"{printable(key[:100])!r} must be a regular expression for the end of a module's name"
             raise unreadable(self._name, f"{must}: {printable(error)}") from error
@@ -66,26 +66,29 @@ class Patterns:
 
     def unused_keys(self, modules: Iterable[str]) -> list[str]:
         """Return the keys that match none of the modules."""
-        names = list(modules)
-        return [key for key in self._patterns if not any(self._is_match(key, name) for name in names)]
+        names, keys = list(modules), []
+        for key in self._patterns:
+            if not any(self._is_match(key, name) for name in names):
+                keys.append(key)
+        return keys
 
     def _is_match(self, key: str, module: str) -> bool:
         """Return whether a key matches a module; all matches share the limits."""
-        self._left -= 1
+        self._remaining_matches -= 1
         pattern = self._patterns[key]
         if isinstance(pattern, re.Pattern):
-            found: object = pattern.match(module)
+            match: object = pattern.match(module)
         else:
             start = time.monotonic()
             try:
-                found = pattern.match(module, timeout=max(self._seconds, 1e-3))
+                match = pattern.match(module, timeout=max(self._remaining_seconds, 1e-3))
             except TimeoutError:
-                found, self._seconds = None, 0.0
-            self._seconds -= time.monotonic() - start
-        if self._left < 0 or self._seconds <= 0:
+                match, self._remaining_seconds = None, 0.0
+            self._remaining_seconds -= time.monotonic() - start
+        if self._remaining_matches < 0 or self._remaining_seconds <= 0:
             reason = f"matching the pattern {printable(key[:100])!r} with the names of the modules takes too long"
             raise unreadable(self._name, reason)
-        return found is not None
+        return match is not None
 
 
 def per_module(source: object, setting: str, default: T, pattern: Mapping[str, T] | None) -> Callable[[str], T]:
@@ -112,7 +115,7 @@ class Ends:
     def names_with_end(self, end: str) -> Iterator[str]:
         """Yield the names that end in ``end``, in no particular order."""
         start = end[::-1]
-        for place in range(bisect_left(self._reversed, start), len(self._reversed)):
-            if not self._reversed[place].startswith(start):
+        for index in range(bisect_left(self._reversed, start), len(self._reversed)):
+            if not self._reversed[index].startswith(start):
                 return
-            yield self._reversed[place][::-1]
+            yield self._reversed[index][::-1]

@@ -246,14 +246,14 @@ register(
 def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -> pd.DataFrame:
     """Turn pairs of finished steps (-1 for NA) and records of a run into a validated table.
 
-    ``modules`` is ``names.describe(model)``, which gives stack, layer and role of each module.
+    ``modules`` is ``module_table.describe(model)``, which gives stack, layer and role of each module.
     """
     steps, names, quantities, indices, values = [], [], [], [], []
     for step, record in rows:
         value = np.atleast_1d(np.asarray(record.value, dtype=np.float64))
-        vector = np.ndim(record.value) > 0
-        # An index of -1 becomes NA below.
-        index = record.index if record.index is not None else (np.arange(len(value)) if vector else -1)
+        index = record.index
+        if index is None:  # -1 becomes NA below
+            index = np.arange(len(value)) if np.ndim(record.value) > 0 else -1
         steps.append(np.full(len(value), step))
         names.extend([record.module] * len(value))
         quantities.extend([record.quantity] * len(value))
@@ -261,18 +261,19 @@ def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -
         values.append(value)
     step_column = pd.Series(np.concatenate(steps) if steps else [], dtype="Int64")
     index_column = pd.Series(np.concatenate(indices) if indices else [], dtype="Int32")
-    places = modules.drop_duplicates("module").set_index("module")[["stack", "layer", "role"]]
+    locations = modules.drop_duplicates("module").set_index("module")[["stack", "layer", "role"]]
     # The other names of a tied weight have no row in ``modules``.
-    others = {name: parse(name) for name in set(names) - {""} - set(places.index)}
-    place = pd.concat([places, pd.DataFrame.from_dict(others, orient="index", columns=places.columns)]).reindex(names)
+    parsed = {name: parse(name) for name in set(names) - {""} - set(locations.index)}
+    parsed_locations = pd.DataFrame.from_dict(parsed, orient="index", columns=locations.columns)
+    location = pd.concat([locations, parsed_locations]).reindex(names)
     table = pd.DataFrame(
         {
             "run": pd.Series([run] * len(names), dtype="str"),
             "step": step_column.mask(step_column == -1),
             "module": pd.Series(names, dtype="str"),
-            "stack": pd.Series(place["stack"].fillna("").to_numpy(), dtype="str"),
-            "layer": pd.Series(place["layer"].array, dtype="Int16"),
-            "role": pd.Series(place["role"].fillna("").to_numpy(), dtype="str"),
+            "stack": pd.Series(location["stack"].fillna("").to_numpy(), dtype="str"),
+            "layer": pd.Series(location["layer"].array, dtype="Int16"),
+            "role": pd.Series(location["role"].fillna("").to_numpy(), dtype="str"),
             "quantity": pd.Series(quantities, dtype="str"),
             "index": index_column.mask(index_column == -1),
             "value": pd.Series(np.concatenate(values) if values else [], dtype="float64"),
@@ -299,18 +300,18 @@ def validate(table: pd.DataFrame) -> pd.DataFrame:
     try:
         table = table[list(COLUMNS)].astype(_DTYPES | dict.fromkeys(_CATEGORICAL, "category"))
     except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(
-            f"cannot convert columns to {', '.join(f'{n}: {t}' for n, t in _DTYPES.items())}: {error}"
-        ) from error
+        dtypes = ", ".join(f"{name}: {dtype}" for name, dtype in _DTYPES.items())
+        raise ValueError(f"cannot convert columns to {dtypes}: {error}") from error
     for name in _CATEGORICAL:
-        if not (table[name].notna().all() and all(isinstance(text, str) for text in table[name].cat.categories)):
+        is_text = all(isinstance(category, str) for category in table[name].cat.categories)
+        if not (is_text and table[name].notna().all()):
             raise ValueError(f"column {name} must contain text in every row")
     for name in ("step", "layer", "index"):
         if (table[name] < 0).any():
             raise ValueError(f"column {name} must be >= 0, got {table[name].min()}")
-    odd = set(table["role"].cat.categories) - {"", *ROLES}
-    if odd:
-        raise ValueError(f"column role must be one of {', '.join(ROLES)}, got {printable(min(odd))!r}")
+    unknown_roles = set(table["role"].cat.categories) - {"", *ROLES}
+    if unknown_roles:
+        raise ValueError(f"column role must be one of {', '.join(ROLES)}, got {printable(min(unknown_roles))!r}")
     unknown = sorted(set(table["quantity"].cat.categories) - QUANTITIES.keys())
     if unknown:
         raise ValueError(f"unknown quantity {printable(unknown[0])!r}; register it with records.register first")
@@ -318,11 +319,11 @@ def validate(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _require_unique(table: pd.DataFrame) -> pd.DataFrame:
-    twice = table.duplicated(KEY)
-    if twice.any():
-        row = table[twice].iloc[0]
-        whose = printable(row["module"] or "the run")
-        raise ValueError(f"duplicate record: {row['quantity']} of {whose} at step {row['step']}")
+    is_duplicate = table.duplicated(KEY)
+    if is_duplicate.any():
+        row = table[is_duplicate].iloc[0]
+        subject = printable(row["module"] or "the run")
+        raise ValueError(f"duplicate record: {row['quantity']} of {subject} at step {row['step']}")
     return table
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 
 def unknown_name(kind: str, name: str, names: Iterable[str]) -> str:
     """Return ``unknown KIND 'x'; did you mean 'y'?``, or the list of valid names if none of them is similar."""
-    known = list(names)
-    near = difflib.get_close_matches(name, known, n=2)
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected one of {', '.join(known)}"
+    names = list(names)
+    hint = f"expected one of {', '.join(names)}"
+    if near := difflib.get_close_matches(name, names, n=2):
+        hint = f"did you mean {' or '.join(map(repr, near))}?"
     return f"unknown {kind} {name!r}; {hint}"

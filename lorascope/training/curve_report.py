@@ -13,11 +13,11 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
-from lorascope.schema.module_roles import Place, parse
+from lorascope.schema.module_roles import Location, parse
 from lorascope.schema.records import QUANTITIES, Item, Message, Record
 from lorascope.training.state import keep_generators
 
-Places = Mapping[str, Place]
+Places = Mapping[str, Location]
 PREFIX = "lorascope/"
 _OF_THE_HOST = {"loss", "grad_norm", "lr", "seconds", "eval_loss", "eval_metric"}
 # The only indexed quantity whose mean over the index says something without the index.
@@ -44,7 +44,7 @@ class CurveReport:
     def open(self, path: Path, meta: Manifest) -> None:
         """Start the report of the run in a folder."""
         # The first row of a name counts, as in the table of the run.
-        self._places = {row.module: Place(row.stack, row.layer, row.role) for row in reversed(meta.modules)}
+        self._places = {row.module: Location(row.stack, row.layer, row.role) for row in reversed(meta.modules)}
 
     def collect(self, step: int, items: Iterable[Item]) -> None:
         """Take what was recorded after ``step`` finished steps, and send the values of the step before."""
@@ -128,7 +128,7 @@ def pool_records(records: Sequence[Record], places: Places) -> dict[str, float]:
         Such as ``{"loss": 0.3, "update_norm/all": 1.2, "update_norm/layer_03": 0.4, "update_norm/role_q": 0.2}``.
     """
     curves: dict[str, float] = {}
-    modules: dict[str, list[tuple[Place, list[float]]]] = defaultdict(list)
+    modules: dict[str, list[tuple[Location, list[float]]]] = defaultdict(list)
     for each in records:
         quantity = QUANTITIES.get(each.quantity)
         if quantity is None or (quantity.index != "none" and each.quantity not in _POOLED_OVER_INDEX):
@@ -158,7 +158,7 @@ def pool_records(records: Sequence[Record], places: Places) -> dict[str, float]:
     return {name: value for name, value in curves.items() if not math.isnan(value)}
 
 
-def _layer_name(place: Place, several: bool) -> str:
+def _layer_name(place: Location, several: bool) -> str:
     name = place.role if place.layer is None else f"layer_{place.layer:02d}"
     return f"{place.stack}_{name}" if several and place.stack else name
 

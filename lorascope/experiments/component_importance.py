@@ -18,8 +18,8 @@ from lorascope.experiments.component_removal import (
     Triple,
     ablation_loss_increases,
     attach_components,
-    canonical,
     fill_plain,
+    svd_triple,
 )
 from lorascope.export import RankBudget, base_of
 from lorascope.export.peft_folder import require_all_recorded
@@ -91,11 +91,11 @@ def component_importance(
     """
     if exact_rows < 0:
         raise ValueError(f"exact_rows must be an integer >= 0, got {exact_rows}")
-    base, fitted, parts = _open_trained(run, model, task, state)
+    base, fitted, components = _open_trained(run, model, task, state)
     encoded = _validation_half(run, base, fitted, 0, rows)
     size = min(BATCH, len(encoded))
     # Only full batches, so that every row has the same weight in the mean.
-    batches = [encoded.batch(range(at, at + size)) for at in range(0, len(encoded) - size + 1, size)]
+    batches = [encoded.batch(range(start, start + size)) for start in range(0, len(encoded) - size + 1, size)]
 
     def loss(batch: Batch) -> Tensor:
         return base(**batch).loss
@@ -103,7 +103,7 @@ def component_importance(
     # Round up to whole batches.
     removed = min(-(-exact_rows // size), len(batches))
     # The last entry belongs to the whole module.
-    return {name: rise[:-1] for name, rise in ablation_loss_increases(base, loss, parts, batches, removed).items()}
+    return {name: rise[:-1] for name, rise in ablation_loss_increases(base, loss, components, batches, removed).items()}
 
 
 def pruned_losses(
@@ -113,13 +113,16 @@ def pruned_losses(
 
     Uses at most ``rows`` validation rows that ``component_importance`` does not use; see it for the other parameters.
     """
-    base, fitted, parts = _open_trained(run, model, task, state)
+    base, fitted, components = _open_trained(run, model, task, state)
     encoded = _validation_half(run, base, fitted, 1, rows)
-    masks = {name: cut.kept[name][: len(sigma)] for name, (_, sigma, _) in parts.items()}
-    chosen = {name: (P[:, masks[name]], sigma[masks[name]], Q[masks[name]]) for name, (P, sigma, Q) in parts.items()}
+    retained = {}
+    for name, (P, sigma, Q) in components.items():
+        mask = cut.kept[name][: len(sigma)]
+        retained[name] = Triple(P[:, mask], sigma[mask], Q[mask])
     losses = []
-    for triples in (parts, chosen):
-        attach_components(base, {name: t for name, t in triples.items() if len(t[1])}, ALoRADelta, fill_plain)
+    for triples in (components, retained):
+        nonzero = {name: triple for name, triple in triples.items() if len(triple.sigma)}
+        attach_components(base, nonzero, ALoRADelta, fill_plain)
         losses.append(evaluate(base, encoded).loss)
         detach(base)
     return Losses(losses[0], losses[1], len(encoded))
@@ -129,19 +132,21 @@ def _open_trained(
     run: Result, name: str | Path, task: str | Path | Task, state: str
 ) -> tuple[nn.Module, Task, dict[str, Triple]]:
     """Return the base with all trained parameters except adapters, the fitted task, and the updates."""
-    parts = {module: canonical(update) for module, update in exact_products(run, run.updates(state=state)).items()}
-    if not parts:
+    products = exact_products(run, run.updates(state=state))
+    components = {module: svd_triple(update) for module, update in products.items()}
+    if not components:
         raise ValueError(f"run {run.id} has no low-rank updates, whose components could be removed")
-    task = task if isinstance(task, Task) else tasks.load(task)
+    if not isinstance(task, Task):
+        task = tasks.load(task)
     base = models.load(name, task, base_of(run)[1])
     if isinstance(run, Adapter) or run.meta.w0_hash is None:
         if isinstance(run, Adapter):
-            held = _adapter_weights(run)
+            stored = _adapter_weights(run)
         else:  # a recording of another trainer
             require_all_recorded(run, state)
-            held = {other: torch.tensor(array) for other, array in cast(Run, run).tensors(state).items()}
-        _load_other_weights(run, held, base, str(name))
-        _check_hosts(run, parts, base, str(name))
+            stored = {other: torch.tensor(array) for other, array in cast(Run, run).tensors(state).items()}
+        _load_other_weights(run, stored, base, str(name))
+        _check_hosts(run, components, base, str(name))
     else:
         fit_head(base, run.meta.labels)
         if weights_hash(base) != run.meta.w0_hash:
@@ -151,13 +156,13 @@ def _open_trained(
         cast(Run, run).restore(base, state)
         detach(base)
     base.requires_grad_(False)
-    return base, task.fit(base), parts
+    return base, task.fit(base), components
 
 
-def _check_hosts(run: Result, parts: Mapping[str, Triple], base: nn.Module, name: str) -> None:
+def _check_hosts(run: Result, components: Mapping[str, Triple], base: nn.Module, name: str) -> None:
     """Raise ValueError if names or shapes show that a model is not the base; its weights were not recorded."""
     modules = dict(base.named_modules())
-    for module, (P, _, Q) in parts.items():
+    for module, (P, _, Q) in components.items():
         if module not in modules:
             raise ValueError(f"model must be the base of {run.label}, got {name}: it has no {module}")
         shapes = (len(P), Q.shape[1]), tuple(host_weight(modules[module]).shape)
@@ -172,22 +177,22 @@ def _load_other_weights(run: Result, stored: Mapping[str, Tensor], base: nn.Modu
     untrained = sorted(models.missing(base) - stored.keys())
     if untrained:
         raise ValueError(f"cannot measure the loss: neither {run.label} nor {name} has weights for {untrained[0]}")
-    places = dict(base.named_parameters(remove_duplicate=False))
+    parameters = dict(base.named_parameters(remove_duplicate=False))
     for other, tensor in stored.items():
-        if other in places and places[other].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)} in {run.label} and {tuple(places[other].shape)} in {name}"
-            labels = "Pass a task with the labels of the adapter"
-            resized = "Pass the base model in the size of training (were tokens added?)"
-            raise ValueError(
-                f"cannot load {other}: it has shape {shapes}. {labels if other in task_head(base) else resized}"
-            )
+        if other in parameters and parameters[other].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} in {run.label} and {tuple(parameters[other].shape)} in {name}"
+            fix = "Pass the base model in the size of training (were tokens added?)"
+            if other in task_head(base):
+                fix = "Pass a task with the labels of the adapter"
+            raise ValueError(f"cannot load {other}: it has shape {shapes}. {fix}")
     # A tied weight is loaded under its first name, and the second one must agree with it.
-    tied = stored.keys() & places.keys() - dict(base.named_parameters()).keys()
+    tied = stored.keys() & parameters.keys() - dict(base.named_parameters()).keys()
     load_tensors(base, {other: tensor for other, tensor in stored.items() if other not in tied})
-    if apart := [other for other in sorted(tied) if not torch.equal(places[other], stored[other].to(places[other]))]:
-        raise ValueError(
-            f"cannot load {apart[0]}: it is tied in {name}, but is separate in {run.label}. Pass an untied base"
-        )
+    for other in sorted(tied):
+        if not torch.equal(parameters[other], stored[other].to(parameters[other])):
+            raise ValueError(
+                f"cannot load {other}: it is tied in {name}, but is separate in {run.label}. Pass an untied base"
+            )
 
 
 def _adapter_weights(run: Adapter) -> dict[str, Tensor]:
@@ -196,10 +201,14 @@ def _adapter_weights(run: Adapter) -> dict[str, Tensor]:
         raise ValueError(
             f"cannot measure components of {run.label}: {biased[0]} (lora_bias) is not part of any component"
         )
-    held = {name.removeprefix(PREFIX): (file, name) for file in run.files.files for name in file}
-    found = {other: held[other] for other in run.files.others}
-    # PEFT saves an adapted embedding with the adapter, as its base layer.
-    return {other.replace(".base_layer.", "."): torch.tensor(file[name]) for other, (file, name) in found.items()}
+    tensors = {}
+    for file in run.files.files:
+        for name in file:
+            other = name.removeprefix(PREFIX)
+            if other in run.files.others:
+                # PEFT saves an adapted embedding with the adapter, as its base layer.
+                tensors[other.replace(".base_layer.", ".")] = torch.tensor(file[name])
+    return tensors
 
 
 def _validation_half(run: Result, model: nn.Module, task: Task, which: int, rows: int) -> EncodedRows:
@@ -207,8 +216,8 @@ def _validation_half(run: Result, model: nn.Module, task: Task, which: int, rows
     if rows < 1:
         raise ValueError(f"rows must be an integer >= 1, got {rows}")
     split = task.split("validation")
-    chosen = split.iloc[which::2].head(rows)
-    if chosen.empty:
+    texts = split.iloc[which::2].head(rows)
+    if texts.empty:
         raise ValueError(f"the validation split of {task.name} must have at least 2 rows, got {len(split)}")
     settings = run.meta.settings if isinstance(run, Run) else {}
-    return task.encode(models.processor(model), chosen, settings.get("max_length", Settings.max_length))
+    return task.encode(models.processor(model), texts, settings.get("max_length", Settings.max_length))

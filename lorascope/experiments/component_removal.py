@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +19,19 @@ from lorascope.adapters.delta import attach, detach
 from lorascope.methods import adalora, alora
 from lorascope.updates import Update
 
-Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+class Triple(NamedTuple):
+    """Singular value decomposition of an update: P (out, k), lambda (k,) and Q (k, in)."""
+
+    P: np.ndarray
+    sigma: np.ndarray
+    Q: np.ndarray
 
 
-def canonical(update: Update) -> Triple:
-    """Return P (out, k), lambda (k,) and Q (k, in) of an update."""
+def svd_triple(update: Update) -> Triple:
+    """Return the singular value decomposition of an update."""
     U, sigma, V = update.svd()
-    return U, sigma, V.T
+    return Triple(U, sigma, V.T)
 
 
 def attach_components(
@@ -33,13 +39,17 @@ def attach_components(
 ) -> Any:
     """Attach the state to the model as Deltas of one kind, and return these."""
     deltas = {}
-    for name, (P, sigma, Q) in state.items():
-        delta = kind(model.get_submodule(name), len(sigma), 1.0)
+    for name, triple in state.items():
+        delta = kind(model.get_submodule(name), len(triple.sigma), 1.0)
         with torch.no_grad():
-            fill(delta, *(torch.from_numpy(np.ascontiguousarray(part)).float() for part in (P, sigma, Q)))
+            fill(delta, *map(_to_float32, triple))
         deltas[name] = delta
     attach(model, deltas)
     return deltas
+
+
+def _to_float32(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).float()
 
 
 def fill_plain(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
@@ -65,13 +75,13 @@ def loss_increases(
     for name, delta in deltas.items():
         without[name] = [partial(delta.add_component, i, -1) for i in range(delta.rank)]
         without[name].append(partial(lambda delta, x, y: y - delta(x), delta))
-    found: dict[str, list[np.ndarray]] = {name: [] for name in deltas}
+    increases: dict[str, list[np.ndarray]] = {name: [] for name in deltas}
     for batch in batches:
         undisturbed, moved = moved_losses(model, loss, batch, without)
         for name, values in moved.items():
-            found[name].append(np.array(values) - undisturbed)
+            increases[name].append(np.array(values) - undisturbed)
     detach(model)
-    return {name: np.mean(values, axis=0) for name, values in found.items()}
+    return {name: np.mean(values, axis=0) for name, values in increases.items()}
 
 
 def first_order_increases(
@@ -88,11 +98,11 @@ def first_order_increases(
     for batch in batches:
         torch._foreach_add_(total, torch.autograd.grad(loss(batch), diagonals))
     detach(model)
-    found = {}
+    slopes = {}
     for (name, delta), gradient in zip(deltas.items(), total, strict=True):
-        each = (delta.diagonal.detach() * gradient)[:, 0].double().numpy() / len(batches)
-        found[name] = np.append(each, each.sum())
-    return found
+        slope = (delta.diagonal.detach() * gradient)[:, 0].double().numpy() / len(batches)
+        slopes[name] = np.append(slope, slope.sum())
+    return slopes
 
 
 def ablation_loss_increases(
@@ -104,12 +114,13 @@ def ablation_loss_increases(
     part of the loss increase varies most between texts, so it is replaced by its mean over all batches. If ``removed``
     is 0, only the first-order part is computed.
     """
-    some, rest = batches[:removed], batches[removed:]
-    if not some:
-        return {name: -slope for name, slope in first_order_increases(model, loss, state, rest).items()}
-    found = loss_increases(model, loss, state, some)
-    if not rest:
-        return found
-    here, there = (first_order_increases(model, loss, state, part) for part in (some, rest))
-    share = len(rest) / len(batches)
-    return {name: rise + share * (here[name] - there[name]) for name, rise in found.items()}
+    measured, remaining = batches[:removed], batches[removed:]
+    if not measured:
+        return {name: -slope for name, slope in first_order_increases(model, loss, state, remaining).items()}
+    increases = loss_increases(model, loss, state, measured)
+    if not remaining:
+        return increases
+    measured_slopes = first_order_increases(model, loss, state, measured)
+    remaining_slopes = first_order_increases(model, loss, state, remaining)
+    share = len(remaining) / len(batches)
+    return {name: rise + share * (measured_slopes[name] - remaining_slopes[name]) for name, rise in increases.items()}

@@ -34,7 +34,7 @@ _NONE = "none"
 _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): f'"{_NONE}"'}
 _BACKEND = {"name": str, "address": str, "jobs": int}
 # Maximum number of seeds per recipe.
-_MOST = 10_000
+_MAX_SEEDS = 10_000
 _OBSERVERS = {
     name: kind
     for name, kind in vars(observe).items()
@@ -75,8 +75,10 @@ class Grid:
 
     def jobs(self) -> list[Job]:
         """Return one job per combination; the seeds of one recipe are consecutive."""
-        parts = itertools.product(self.models, self.tasks, self.methods, self.settings, self.seeds)
-        return [Job(model, task, method, {**settings, "seed": seed}) for model, task, method, settings, seed in parts]
+        combinations = itertools.product(self.models, self.tasks, self.methods, self.settings, self.seeds)
+        return [
+            Job(model, task, method, {**settings, "seed": seed}) for model, task, method, settings, seed in combinations
+        ]
 
 
 def read(source: str | Path | Mapping[str, Any]) -> Grid:
@@ -125,20 +127,17 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
     for key, kind in _BACKEND.items():
         if key in backend:
             _require_type(f"backend: {key}", backend[key], kind)
-    given = {key: table.get(key, "minilm") for key in ("model", "task", "method")}
-    lists = {key: list(value) if isinstance(value, list | tuple) else [value] for key, value in given.items()}
-    for key, found in lists.items():
-        if not found:
-            raise ValueError(f"{key} must have at least one value, got {given[key]!r}")
-        for place in found:
-            if (
-                key != "method"
-                and not isinstance(place, str | Path | Task)
-                and not (key == "model" and callable(place))
-            ):
-                raise ValueError(f"{key} must be a string or a list of strings, got {place!r}")
-    methods = [method for entry in lists["method"] for method in _methods(entry)]
-    settings = [{**chosen, "root": str(root)} for chosen in _read_settings(table["settings"], methods)]
+    entries = {key: table.get(key, "minilm") for key in ("model", "task", "method")}
+    lists = {key: list(value) if isinstance(value, list | tuple) else [value] for key, value in entries.items()}
+    for key, values in lists.items():
+        if not values:
+            raise ValueError(f"{key} must have at least one value, got {entries[key]!r}")
+        for value in values:
+            allowed = isinstance(value, str | Path | Task) or (key == "model" and callable(value))
+            if key != "method" and not allowed:
+                raise ValueError(f"{key} must be a string or a list of strings, got {value!r}")
+    methods = list(itertools.chain.from_iterable(map(_methods, lists["method"])))
+    settings = [{**combination, "root": str(root)} for combination in _read_settings(table["settings"], methods)]
     grid = Grid(lists["model"], lists["task"], methods, settings, parse_seeds(table.get("seeds", 3)), backend)
     _require_distinct(grid.models, "model")
     _require_distinct(grid.tasks, "task")
@@ -157,9 +156,9 @@ def _methods(entry: Any) -> list[Method]:
     """Return the methods of an entry, which is an object, a name, or a table with a name and fields."""
     if isinstance(entry, Method):
         return [entry]
-    name, given, hints = _read_named(entry, METHODS, "method", '{name = "lora", rank = 8}')
+    name, fields, hints = _read_named(entry, METHODS, "method", '{name = "lora", rank = 8}')
     try:
-        return [from_config({"name": name, **chosen}) for chosen in _combinations(given, hints)]
+        return [from_config({"name": name, **combination}) for combination in _combinations(fields, hints)]
     except ValueError as error:
         raise ValueError(f"method {name}: {error}") from None
 
@@ -175,15 +174,15 @@ def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]
         table = {**table, "observe": _observers(table["observe"])}
     if "steps" not in table:
         raise ValueError("missing setting 'steps': add it, as in {steps = 300}")
-    found = _combinations(table, hints)
+    combinations = _combinations(table, hints)
     names = {field.name for field in dataclasses.fields(Settings)}
-    for chosen, method in itertools.product(found, methods):
+    for combination, method in itertools.product(combinations, methods):
         # Settings and trackers are checked here, so that an invalid one is reported before any run starts.
-        tracker_names(chosen.get("report_to"))
-        own = {name: value for name, value in chosen.items() if name in names}
-        rates = {name: getattr(method, name) for name in ("lr", "head_lr") if own.get(name) is None}
-        Settings(**own | rates)
-    return found
+        tracker_names(combination.get("report_to"))
+        training = {name: value for name, value in combination.items() if name in names}
+        rates = {name: getattr(method, name) for name in ("lr", "head_lr") if training.get(name) is None}
+        Settings(**training | rates)
+    return combinations
 
 
 def _observers(value: Any) -> Any:
@@ -192,64 +191,69 @@ def _observers(value: Any) -> Any:
         return [_observers(item) for item in value]
     if isinstance(value, Observer) or value in (None, _NONE):
         return value
-    name, given, hints = _read_named(value, _OBSERVERS, "observer", '{name = "neurons", every = 10}')
-    for key, each in given.items():
-        given[key] = each = _toml_to_value(each, hints[key])
-        _require_type(f"observer {name}: {key}", each, hints[key])
-        given[key] = tuple(each) if isinstance(each, list) else each
+    name, fields, hints = _read_named(value, _OBSERVERS, "observer", '{name = "neurons", every = 10}')
+    for key, stored in fields.items():
+        setting = _toml_to_value(stored, hints[key])
+        _require_type(f"observer {name}: {key}", setting, hints[key])
+        if isinstance(setting, list):
+            setting = tuple(setting)  # observers are frozen, and compared by their fields
+        fields[key] = setting
     try:
-        return _OBSERVERS[name](**given)
+        return _OBSERVERS[name](**fields)
     except ValueError as error:
         raise ValueError(f"observer {name}: {error}") from error
 
 
 def _read_named(
-    entry: Any, kinds: Mapping[str, type], what: str, example: str
+    entry: Any, kinds: Mapping[str, type], noun: str, example: str
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Return name, fields and field types of an entry, which is a name or a table with a name and fields."""
     table = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(table, Mapping) or not isinstance(name := table.get("name"), str):
-        raise ValueError(f"{what} must be a name or a table with a name, such as {example}, got {entry!r}")
-    _require_known([name], kinds, what)
-    given = {key: value for key, value in table.items() if key != "name"}
+        raise ValueError(f"{noun} must be a name or a table with a name, such as {example}, got {entry!r}")
+    _require_known([name], kinds, noun)
+    fields = dict(table)
+    del fields["name"]
     hints = get_type_hints(kinds[name])
-    own = {f.name: hints[f.name] for f in dataclasses.fields(kinds[name]) if f.init and not f.name.endswith("_")}
-    _require_known(given, own, f"field of {what} {name}")
-    return name, given, own
+    field_hints = {
+        f.name: hints[f.name] for f in dataclasses.fields(kinds[name]) if f.init and not f.name.endswith("_")
+    }
+    _require_known(fields, field_hints, f"field of {noun} {name}")
+    return name, fields, field_hints
 
 
 def parse_seeds(value: Any) -> list[int]:
     """Return the listed seeds, or 0, 1, ... for a number of seeds."""
     # One seed too many is enough to reject a huge number without listing it.
-    found = range(min(value, _MOST + 1)) if type(value) is int else value
-    accepted = isinstance(found, list | tuple | range) and found
-    if not accepted or not all(type(each) is int and 0 <= each < 2**32 for each in found):
+    seeds = range(min(value, _MAX_SEEDS + 1)) if type(value) is int else value
+    accepted = isinstance(seeds, list | tuple | range) and seeds
+    if not accepted or not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"seeds must be an integer >= 1 or a list of integers from 0 to 2**32 - 1, got {value!r}")
-    if len(found) > _MOST:
-        raise ValueError(f"seeds must be at most {_MOST:,} seeds, got {reprlib.repr(value)}")
-    _require_distinct(found, "seed")
-    return list(found)
+    if len(seeds) > _MAX_SEEDS:
+        raise ValueError(f"seeds must be at most {_MAX_SEEDS:,} seeds, got {reprlib.repr(value)}")
+    _require_distinct(seeds, "seed")
+    return list(seeds)
 
 
-def _require_distinct(values: Sequence[Any], what: str) -> None:
+def _require_distinct(values: Sequence[Any], noun: str) -> None:
     for number, value in enumerate(values):
         if value in values[:number]:
-            raise ValueError(f"duplicate {what} {value!r}")
+            raise ValueError(f"duplicate {noun} {value!r}")
 
 
 def _combinations(table: Mapping[str, Any], hints: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return all combinations of one value per key."""
     choices = []
     for key, value in table.items():
-        hint, one = hints[key], _toml_to_value(value, hints[key])
-        several = [_toml_to_value(item, hint) for item in value] if isinstance(value, list) else []
-        if is_of_type(one, hint):
-            several = [one]
-        elif not several or not all(is_of_type(item, hint) for item in several):
+        hint, single = hints[key], _toml_to_value(value, hints[key])
+        values = [single]
+        if not is_of_type(single, hint) and isinstance(value, list):
+            values = [_toml_to_value(item, hint) for item in value]
+        if not values or not all(is_of_type(item, hint) for item in values):
             allowed = f"{_describe_type(hint)}, or a list of these (one run per value)"
             raise ValueError(f"{key} must be {allowed}, got {value!r}")
-        choices.append(several)
-    return [dict(zip(table, chosen, strict=True)) for chosen in itertools.product(*choices)]
+        choices.append(values)
+    return [dict(zip(table, combination, strict=True)) for combination in itertools.product(*choices)]
 
 
 def _toml_to_value(value: Any, hint: Any) -> Any:
@@ -261,7 +265,7 @@ def is_of_type(value: Any, hint: Any) -> bool:
     """Return whether a TOML value has this type. An integer is not a boolean, and a boolean not an integer."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(is_of_type(value, each) for each in arguments)
+        return any(is_of_type(value, member) for member in arguments)
     if origin is Literal:
         return value in arguments
     if hint is Any:
@@ -278,7 +282,7 @@ def _describe_type(hint: Any) -> str:
     """Describe a type in the terms of TOML."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(name for each in arguments if (name := _describe_type(each))))
+        return " or ".join(dict.fromkeys(name for member in arguments if (name := _describe_type(member))))
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin in (tuple, Sequence, Collection):
@@ -294,8 +298,8 @@ def _require_type(key: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{key} must be {_describe_type(hint)}, got {value!r}")
 
 
-def _require_known(given: Collection[str], choice: Collection[str], what: str) -> None:
+def _require_known(names: Collection[str], choice: Collection[str], noun: str) -> None:
     """Raise ValueError for the first unknown name."""
-    for name in given:
+    for name in names:
         if name not in choice:
-            raise ValueError(unknown_name(what, name, sorted(choice)))
+            raise ValueError(unknown_name(noun, name, sorted(choice)))

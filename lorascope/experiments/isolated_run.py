@@ -52,7 +52,8 @@ class IsolatedRun:
         cls, model: Model, data: Data, method: Method | str, settings: Mapping[str, Any], **where: Any
     ) -> IsolatedRun:
         """Create the arguments with the method's own learning rates and a minimal evaluation."""
-        method = from_config({"name": method}) if isinstance(method, str) else method
+        if isinstance(method, str):
+            method = from_config({"name": method})
         asked = {"lr": method.lr, "head_lr": method.head_lr, "eval_size": 1, "test_size": 1} | dict(settings)
         return cls(model, data, method, Settings(**asked), **where)
 
@@ -75,19 +76,19 @@ class IsolatedRun:
         base = LiveWeights(living)
         phase = replace(next(self.method.phases(base)), name=name)
         plan = RunSpec(self.method, phase, task, self.settings, self.seed, mark.w0_hash, observers)
-        place = "" if self.device == "cpu" else f"-{self.device.replace(':', '-')}"
-        folder = Path(self.out or Path(self.root) / f"{name}-{self.method.name}-{plan.id}{place}")
+        suffix = "" if self.device == "cpu" else f"-{self.device.replace(':', '-')}"
+        folder = Path(self.out or Path(self.root, f"{name}-{self.method.name}-{plan.id}{suffix}"))
         prepare_folder(folder, plan.id, self.overwrite)
-        found = finished_run(folder, plan)
-        if found is None:
+        finished = finished_run(folder, plan)
+        if finished is None:
             with lock_run(folder), seed_generators(self.seed):
                 begun = session(living, plan, base, folder, [], self.device)
                 take(begun)
                 begun.writer.meta.seconds = begun.writer.meta.total_seconds = begun.seconds
                 begun.writer.finish("done")
-        elif (there := found.meta.device) != self.device:  # the id is the same on every device, the memory is not
+        elif (device := finished.meta.device) != self.device:  # the id is the same on every device, the memory is not
             raise ValueError(
-                f"cannot reuse {folder}: it was measured on {there}, not on {self.device}. "
+                f"cannot reuse {folder}: it was measured on {device}, not on {self.device}. "
                 "Pass another folder or overwrite=True"
             )
         return folder

@@ -83,18 +83,20 @@ def mean_gates(
     tokenizer = tokenizer or models.tokenizer(model)
     device = next(model.parameters()).device
     routers = {name: delta.gates for name, delta in routed.items()}
-    parts: dict[str, list[Routing]] = {name: [] for name in routed}
+    routings: dict[str, list[Routing]] = {name: [] for name in routed}
     for start in range(0, len(texts), batch_size):
-        chosen = list(texts[start : start + batch_size])
-        batch = tokenizer(chosen, truncation=True, max_length=max_length, padding=True, return_tensors="pt").to(device)
+        batch_texts = list(texts[start : start + batch_size])
+        batch = tokenizer(batch_texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt").to(
+            device
+        )
         if not batch["input_ids"].numel():
-            raise ValueError(f"texts must contain at least one token, got {chosen[0]!r}")
+            raise ValueError(f"texts must contain at least one token, got {batch_texts[0]!r}")
         for name, gates in watch(model, routers, batch, partial(model, **batch)).items():
-            parts[name].append(gates)
-    seen = {name: stack_gates(found).mean for name, found in parts.items()}
+            routings[name].append(gates)
+    means = {name: stack_gates(recorded).mean for name, recorded in routings.items()}
     for name, delta in routed.items():
-        delta.mean_gates_.copy_(torch.from_numpy(seen[name]))
-    return seen
+        delta.mean_gates_.copy_(torch.from_numpy(means[name]))
+    return means
 
 
 def _restore_trained(trained: nn.Module | Result, base: nn.Module | None) -> Any:
@@ -114,15 +116,19 @@ def _restore_trained(trained: nn.Module | Result, base: nn.Module | None) -> Any
 
 def _routers(folder: Adapter, base: nn.Module) -> dict[str, RoutedDelta]:
     """Return the experts of an adapter folder, with their routers."""
-    found = {}
-    for module, held in folder.factors().items():
-        if "router" in held:
-            number, outer, rank = held["B"].shape
+    deltas = {}
+    for module, factors in folder.factors().items():
+        if "router" in factors:
+            number, outer, rank = factors["B"].shape
             scale = folder.files.parts[module].scale
-            found[module] = delta = RoutedDelta(base.get_submodule(module), rank, number, scale)
+            deltas[module] = delta = RoutedDelta(base.get_submodule(module), rank, number, scale)
             # Adapter folders store one B per expert, RoutedDelta all of them side by side.
-            parts = {"A": held["A"], "B": held["B"].transpose(1, 0, 2).reshape(outer, -1), "router": held["router"]}
+            arrays = {
+                "A": factors["A"],
+                "B": factors["B"].transpose(1, 0, 2).reshape(outer, -1),
+                "router": factors["router"],
+            }
             with torch.no_grad():
-                for name, part in parts.items():
-                    delta.get_parameter(name).copy_(torch.tensor(part))
-    return found
+                for name, array in arrays.items():
+                    delta.get_parameter(name).copy_(torch.tensor(array))
+    return deltas

@@ -77,15 +77,17 @@ class _Allocator(NamedTuple):
 
 def _allocator(device: str) -> _Allocator:
     """Return the meter of a device; on the CPU the profiler counts every allocation from now on."""
-    place = torch.device(device)
-    if place.type == "cuda":  # which need not be the current device
+    torch_device = torch.device(device)
+    if torch_device.type == "cuda":  # which need not be the current device
 
         def window() -> AbstractContextManager[None]:
-            torch.cuda.reset_peak_memory_stats(place)
+            torch.cuda.reset_peak_memory_stats(torch_device)
             return nullcontext()
 
-        return _Allocator(window, lambda: float(torch.cuda.max_memory_allocated(place)))
-    if place.type != "cpu" or not torch.autograd.kineto_available():  # builds without Kineto cannot profile memory
+        return _Allocator(window, lambda: float(torch.cuda.max_memory_allocated(torch_device)))
+    if (
+        torch_device.type != "cpu" or not torch.autograd.kineto_available()
+    ):  # builds without Kineto cannot profile memory
         return _Allocator()
     profiling = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     profiling.start()

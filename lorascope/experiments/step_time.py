@@ -23,14 +23,14 @@ from lorascope.schema.records import Quantity, Record, register
 from lorascope.training.loop import advance
 from lorascope.training.session import Session
 
-_REST = "everything else in a step: batch, random draws, masks, clipping, optimizer"
-for _part, _what in {
+_COMPUTED = {
     "forward": "the loss of the batch",
     "backward": "the gradients of the loss",
-    "rest": _REST,
-}.items():
-    _quantity = Quantity(f"time of {_part}", "s", "none", "sum", f"seconds to compute {_what}", "LISA, figure 4")
-    register("measure it with ls.step_time.measure()", **{f"{_part}_seconds": _quantity})
+    "rest": "everything else in a step: batch, random draws, masks, clipping, optimizer",
+}
+for _name, _subject in _COMPUTED.items():
+    _quantity = Quantity(f"time of {_name}", "s", "none", "sum", f"seconds to compute {_subject}", "LISA, figure 4")
+    register("measure it with ls.step_time.measure()", **{f"{_name}_seconds": _quantity})
 
 
 def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, **options: Any) -> Run:
@@ -61,9 +61,13 @@ def _measure_seconds(job: IsolatedRun) -> Path:
         for index in range(session.begin(), session.step.total):
             start = clock(session.device)
             loss, norm, rate = advance(session, index)
-            rest = clock(session.device) - start - session.both
-            parts = {"forward": session.forward, "backward": session.both - session.forward, "rest": rest}
-            session.add([Record(f"{name}_seconds", seconds) for name, seconds in parts.items()])
+            total = clock(session.device) - start
+            seconds_by_part = {
+                "forward": session.forward,
+                "backward": session.gradients - session.forward,
+                "rest": total - session.gradients,
+            }
+            session.add([Record(f"{name}_seconds", seconds) for name, seconds in seconds_by_part.items()])
             session.record(loss, norm, rate)
 
     return job.run("pace", take, session=_TimedSession)
@@ -78,14 +82,14 @@ def clock(device: str) -> float:
 
 
 class _TimedSession(Session):
-    """Session that measures the seconds of the loss, and of loss and gradients together."""
+    """Session that measures the seconds of the loss, ``forward``, and of loss and gradients together, ``gradients``."""
 
-    forward = both = 0.0
+    forward = gradients = 0.0
 
     def backward(self) -> float:
         self.forward, start = 0.0, clock(self.device)
         loss = super().backward()
-        self.both = clock(self.device) - start
+        self.gradients = clock(self.device) - start
         return loss
 
     def _batch_loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:

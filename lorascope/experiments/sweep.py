@@ -51,35 +51,27 @@ class RunsFailed(RuntimeError):
 class SweepResult:
     """Results of a sweep: for the number of each job, the folder of its finished run or the reason of its failure."""
 
-    wanted: Sequence[Job]
+    jobs: Sequence[Job]
     folders: dict[int, Path] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
 
     @property
     def remaining_jobs(self) -> list[int]:
         """Numbers of the jobs that are neither done nor failed."""
-        return [number for number in range(len(self.wanted)) if number not in {*self.folders, *self.failures}]
+        return [number for number in range(len(self.jobs)) if number not in {*self.folders, *self.failures}]
 
     @property
     def names(self) -> list[str]:
         """Names of the jobs: their own, else method, seed, and the settings, models and tasks in which they differ."""
-        settings = [
-            {"lr": job.method.lr, "head_lr": job.method.head_lr}
-            | {
-                key: _setting_phrase(value)
-                for key, value in job.settings.items()
-                if key not in ("seed", "root", "report_to")
-            }
-            for job in self.wanted
-        ]
-        parts = [recipes([job.method.label() for job in self.wanted], settings)]
-        for places in ([job.model for job in self.wanted], [job.data for job in self.wanted]):
-            names = [to_words(getattr(place, "name", place)) for place in places]
+        methods = [job.method.label() for job in self.jobs]
+        columns = [recipes(methods, [_named_settings(job) for job in self.jobs])]
+        for sources in ([job.model for job in self.jobs], [job.data for job in self.jobs]):
+            names = [to_words(getattr(source, "name", source)) for source in sources]
             if len(set(names)) > 1:
-                parts.append(names)
-        seeds = [f"seed {job.settings.get('seed', 0)}" for job in self.wanted]
-        composed = [", ".join(filter(None, each)) for each in zip(*parts, seeds, strict=True)]
-        return [job.name or name for job, name in zip(self.wanted, composed, strict=True)]
+                columns.append(names)
+        columns.append([f"seed {job.settings.get('seed', 0)}" for job in self.jobs])
+        composed = [", ".join(filter(None, cells)) for cells in zip(*columns, strict=True)]
+        return [job.name or name for job, name in zip(self.jobs, composed, strict=True)]
 
     def runs(self) -> list[Run]:
         """Return the finished runs, in the order of the jobs."""
@@ -89,7 +81,7 @@ class SweepResult:
         """Return the runs of all jobs; raise RunsFailed if one failed."""
         if self.failures:
             lines = "; ".join(self.complaints())
-            raise RunsFailed(f"{len(self.failures)} of {len(self.wanted)} runs failed; the others are saved. {lines}")
+            raise RunsFailed(f"{len(self.failures)} of {len(self.jobs)} runs failed; the others are saved. {lines}")
         return self.runs()
 
     def complaints(self) -> list[str]:
@@ -153,15 +145,15 @@ def sweep(
     return run_jobs(Grid([model], [data], methods, [settings], numbers).jobs(), jobs, progress).all_runs()
 
 
-def run_grid(found: Grid, jobs: int | None = None, progress: bool = True) -> SweepResult:
+def run_grid(job_grid: Grid, jobs: int | None = None, progress: bool = True) -> SweepResult:
     """Run all jobs of a grid on its backend."""
-    with use_backend(**found.backend):
-        return run_jobs(found.jobs(), jobs, progress)
+    with use_backend(**job_grid.backend):
+        return run_jobs(job_grid.jobs(), jobs, progress)
 
 
 def run_jobs(
-    wanted: Sequence[Job],
-    jobs: int | None = None,
+    jobs: Sequence[Job],
+    workers: int | None = None,
     progress: bool = True,
     ended: Callable[[Run], None] = lambda run: None,
 ) -> SweepResult:
@@ -169,12 +161,12 @@ def run_jobs(
 
     ``ended`` is called in this process with each run when it finishes.
     """
-    swept = SweepResult(wanted)
-    root = Path(wanted[0].settings.get("root", "runs")) if wanted else Path()
+    swept = SweepResult(jobs)
+    root = Path(jobs[0].settings.get("root", "runs")) if jobs else Path()
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=root, ignore_cleanup_errors=True) as notes:
-        files = [Path(notes).resolve() / f"{number}.json" for number in range(len(wanted))]
-        costs = [job.cost for job in wanted]
+        files = [Path(notes).resolve() / f"{number}.json" for number in range(len(jobs))]
+        costs = [job.cost for job in jobs]
         table = SweepTable(swept.names, files.__getitem__, sys.stderr if progress else None, costs)
         with table as board, ignore_replaced_workers():
 
@@ -191,12 +183,12 @@ def run_jobs(
                     continue
                 # A job that ran during two worker deaths may be their cause: such jobs run last, one at a time.
                 batch = [number for number in left if begun[number] < ATTEMPTS - 1] or left[:1]
-                calls = [delayed(_do_job)(number, wanted[number], Path.cwd(), files[number]) for number in batch]
+                calls = [delayed(_do_job)(number, jobs[number], Path.cwd(), files[number]) for number in batch]
                 # Dispatch all jobs at once: a cluster may grow during the sweep, and it has its own queue.
                 options = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": "all"}
-                workers = Parallel(n_jobs=jobs or width(), **options)
+                pool = Parallel(n_jobs=workers or width(), **options)
                 try:
-                    for number, folder, error in workers(calls):
+                    for number, folder, error in pool(calls):
                         if error:
                             fail(number, error)
                             continue
@@ -221,13 +213,13 @@ def _begun(file: Path) -> int:
     return read_progress(file).get("begun", 0)
 
 
-def _do_job(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, str]:
+def _do_job(number: int, job: Job, folder: Path, file: Path) -> tuple[int, str, str]:
     """Run one job in this process; return its number, its folder and its error."""
     with _ONE_AT_A_TIME:
         try:
             if _begun(file) >= ATTEMPTS:
                 return number, "", _KILLED.format(ATTEMPTS)  # a cluster may restart a job on its own
-            os.chdir(here)  # relative paths start where the sweep was called
+            os.chdir(folder)  # relative paths start where the sweep was called
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
@@ -248,8 +240,8 @@ def train_job(job: Job) -> Run:
         try:
             # The table of the sweep replaces the progress bar.
             return train(model, job.data, job.method, **{**job.settings, "progress": False})
-        except StateRemoved as found:
-            return found.run  # a sweep needs the run, not the model
+        except StateRemoved as removed:
+            return removed.run  # a sweep needs the run, not the model
         except RunLocked:
             time.sleep(_PAUSE)  # a worker that counts as dead may still be training it
 
@@ -259,13 +251,25 @@ def width() -> int:
     return get_active_backend()[1] or cpu_count()
 
 
+def _named_settings(job: Job) -> dict[str, Any]:
+    """Return the settings of a job that its name may show, as text or numbers."""
+    settings = {"lr": job.method.lr, "head_lr": job.method.head_lr}
+    for key, value in job.settings.items():
+        if key not in ("seed", "root", "report_to"):
+            settings[key] = _setting_phrase(value)
+    return settings
+
+
 def _setting_phrase(value: Any) -> Any:
     """Format a setting for a name; observers show the parameters that differ from their defaults."""
     if not isinstance(value, list | tuple):
         return value
-    told = []
+    phrases = []
     for observer in value:
-        given = [(f, getattr(observer, f.name)) for f in dataclasses.fields(observer) if f.init]
-        own = [f"{f.name} {each}" for f, each in given if isinstance(each, int | float | str) and each != f.default]
-        told.append(" ".join([type(observer).__name__, *own]))
-    return " + ".join(told) or "nothing"
+        words = [type(observer).__name__]
+        for setting in dataclasses.fields(observer):
+            chosen_value = getattr(observer, setting.name)
+            if setting.init and isinstance(chosen_value, int | float | str) and chosen_value != setting.default:
+                words.append(f"{setting.name} {chosen_value}")
+        phrases.append(" ".join(words))
+    return " + ".join(phrases) or "nothing"

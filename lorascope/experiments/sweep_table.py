@@ -19,7 +19,7 @@ from lorascope.training.progress import read_progress
 # Seconds between two reads of the progress files.
 _PAUSE = 1.0
 # Columns reserved for status, step and metric, and the minimum width of a name.
-_REST, _NAME = 42, 16
+_OTHER_COLUMNS, _NAME = 42, 16
 # Order of importance on a screen with too few lines for all runs.
 _URGENT = ("failed", "running", "waiting", "done")
 # Seconds before the time left is estimated.
@@ -71,14 +71,16 @@ class SweepTable:
 
     def rows(self) -> list[Row]:
         """Return the current rows of all runs."""
-        found = []
-        for number, name in enumerate(self.names):
-            note = {} if number in self._ended else read_progress(self.note(number))
-            step = f"{note['step']}/{note['total']}" if "step" in note else ""
-            metric = f"{note['metric_name']} {note['metric']:.4g}" if "metric" in note else ""
-            row = Row(name, "running", step, metric) if note else Row(name, "waiting")
-            found.append(self._ended.get(number, row))
-        return found
+        return [self._ended.get(number) or self._current_row(number) for number in range(len(self.names))]
+
+    def _current_row(self, number: int) -> Row:
+        """Return the row of a run that has not ended, from its progress file."""
+        note = read_progress(self.note(number))
+        if not note:
+            return Row(self.names[number], "waiting")
+        step = f"{note['step']}/{note['total']}" if "step" in note else ""
+        metric = f"{note['metric_name']} {note['metric']:.4g}" if "metric" in note else ""
+        return Row(self.names[number], "running", step, metric)
 
     def time_left(self, rows: Sequence[Row]) -> str:
         """Format the estimated time until all runs have ended; "" without an estimate."""
@@ -100,8 +102,8 @@ class SweepTable:
                 self._paint(rows, left)
             else:
                 done = sum(row.status == "done" for row in rows)
-                for row, told in zip(rows, self._told, strict=True):
-                    if row.status != told:
+                for row, status in zip(rows, self._told, strict=True):
+                    if row.status != status:
                         line = f"[{done}/{len(rows)}] {row.status:<8}{row.name}  {row.step}  {row.metric}"
                         self.stream.write(f"{line.rstrip()}{left and f'  ({left})'}\n")
                 self._told = [row.status for row in rows]
@@ -111,14 +113,14 @@ class SweepTable:
         """Draw over the last table line by line in one write, since clearing the screen first flickers."""
         columns, lines = os.get_terminal_size(self.stream.fileno())
         columns, lines = columns or 80, lines or 24  # some terminals report the size 0
-        told = table(rows, columns, lines, left)
-        if told == self._shown:
+        lines_of_table = table(rows, columns, lines, left)
+        if lines_of_table == self._shown:
             return
         # A terminal that became narrower has wrapped the long lines of the last table.
         height = sum(max(1, -(-len(line) // columns)) for line in self._shown)
         back = f"\033[{height}F" if height else ""
-        self.stream.write(back + "".join(f"{line}\033[K\n" for line in told) + "\033[J")
-        self._shown = told
+        self.stream.write(back + "".join(f"{line}\033[K\n" for line in lines_of_table) + "\033[J")
+        self._shown = lines_of_table
 
 
 def _finished_part(row: Row) -> float:
@@ -131,20 +133,27 @@ def _finished_part(row: Row) -> float:
 def table(rows: Sequence[Row], columns: int, lines: int, left: str = "") -> list[str]:
     """Format the runs in fewer than ``columns`` and ``lines``; if it is full, the least urgent are only counted."""
     count = Counter(row.status for row in rows)
-    counted = ", ".join(f"{count[status]} {status}" for status in ("done", "running", "waiting", "failed"))
+    totals = ", ".join(f"{count[status]} {status}" for status in ("done", "running", "waiting", "failed"))
     room = max(1, lines - 4)
     # Select by importance, then show in the order of the runs.
-    chosen = sorted(range(len(rows)), key=lambda number: _URGENT.index(rows[number].status))[:room]
-    shown = [rows[number] for number in sorted(chosen)]
-    width = min(max(len(row.name) for row in shown), max(_NAME, columns - _REST))
-    told = [_format_row("run", "status", "step", "metric", width), *(_format_row(*row, width) for row in shown)]
-    if len(shown) < len(rows):
-        told.append(f"... and {len(rows) - len(shown)} more")
-    told.append(f"{len(rows)} runs: {counted}{left and f'; {left}'}")
-    return [line if len(line) < columns else f"{line[: max(columns - 3, 0)]}.."[: columns - 1] for line in told]
+    numbers = sorted(range(len(rows)), key=lambda number: _URGENT.index(rows[number].status))[:room]
+    shown_rows = [rows[number] for number in sorted(numbers)]
+    width = min(max(len(row.name) for row in shown_rows), max(_NAME, columns - _OTHER_COLUMNS))
+    text = [_format_row("run", "status", "step", "metric", width), *(_format_row(*row, width) for row in shown_rows)]
+    if len(shown_rows) < len(rows):
+        text.append(f"... and {len(rows) - len(shown_rows)} more")
+    text.append(f"{len(rows)} runs: {totals}{left and f'; {left}'}")
+    return [_shorten(line, columns - 1) for line in text]
+
+
+def _shorten(line: str, width: int) -> str:
+    """Cut a line to a width, with two dots at its end."""
+    if len(line) <= width:
+        return line
+    return f"{line[: max(width - 2, 0)]}.."[:width]
 
 
 def _format_row(name: str, status: str, step: str, metric: str, width: int) -> str:
     """Format one run; the reason of a failure also uses the room of the step."""
-    rest = metric if status == "failed" else f"{step:<10} {metric}"
-    return f"{elide(name, width):<{width}}  {status:<8} {rest}".rstrip()
+    details = metric if status == "failed" else f"{step:<10} {metric}"
+    return f"{elide(name, width):<{width}}  {status:<8} {details}".rstrip()

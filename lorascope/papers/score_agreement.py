@@ -88,7 +88,7 @@ def keep_scores(run: Run) -> pd.DataFrame:
     task = tasks.load(run.task)
     model = models.load(run.meta.model, task)
     run.restore(model)
-    state = {name: component_removal.canonical(delta.update()) for name, delta in attached_deltas(model).items()}
+    state = {name: component_removal.svd_triple(delta.update()) for name, delta in attached_deltas(model).items()}
     detach(model)
     model.requires_grad_(False)
     task = task.fit(model)

@@ -173,7 +173,7 @@ def _canonical(node: Any, local_names: Mapping[str, str] = MappingProxyType({}))
         value = getattr(node, name, None)
         if name == "body" and isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
             value = [each for each in node.body if not _is_docstring(each)]
-        if name == "id" and value in local_names:
+        if name == "id" and isinstance(value, str) and value in local_names:
             value = local_names[value]
         if name not in _IGNORED and value not in (None, []):
             fields.append(f"{name}={_canonical(value, local_names)}")

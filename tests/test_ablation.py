@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorascope.adapters import activation_patching
 from lorascope.adapters.ablation import Scores, ablation_scores
 from lorascope.adapters.delta import attach, attached_deltas
-from lorascope.methods.alora import ALoRADelta, importance
+from lorascope.methods.alora import ALoRADelta, importance_score
 from lorascope.schema import module_table
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
@@ -78,7 +78,7 @@ def same(found: Scores, wanted: Scores, bound: float = 1e-5) -> None:
 
 def order(scores: Scores) -> list[int]:
     """Return all components from the least important to the most important; ties are in model order."""
-    every = [importance(scores.full, scores.without[name], scores.only[name]) for name in scores.only]
+    every = [importance_score(scores.full, scores.without[name], scores.only[name]) for name in scores.only]
     return np.argsort(np.concatenate(every).round(10), kind="stable").tolist()
 
 

@@ -24,7 +24,7 @@ from lorascope.adapters import host_weights
 from lorascope.adapters.delta import attach, attached_deltas, fold
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA
-from lorascope.methods.adalora import AdaLoRADelta, Schedule, importance, most_important, orthogonality, smooth
+from lorascope.methods.adalora import AdaLoRADelta, Schedule, importance_terms, most_important, orthogonality, smooth
 from lorascope.methods.lora import LoRADelta
 from lorascope.methods.method import Step
 
@@ -261,7 +261,7 @@ def close(found: Tensor, expected: list) -> None:
 
 
 def test_importance_matches_the_worked_example_after_one_step():
-    parts = importance(*hand(1))
+    parts = importance_terms(*hand(1))
     close(parts.sum(0), [[0.019603125, 0.008701875], [0.004310775, 0.00444465]])
     close(parts[:, 0], [[9.5625e-5, 0.00153], [0.019125, 0.00478125], [3.825e-4, 0.002390625]])
 
@@ -275,7 +275,7 @@ def test_importance_matches_the_worked_example_after_two_steps():
         close(sensitivity[at][:, 0], expected)
     for at, expected in ((1, [0.11475, 0.070125]), (4, [0.103275, 0.1326])):
         close(uncertainty[at][:, 0], expected)
-    close(importance(sensitivity, uncertainty).sum(0), S)
+    close(importance_terms(sensitivity, uncertainty).sum(0), S)
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_most_important_with_ties_retains_exactly_the_earlier_ones():
 
 def test_mask_follows_permutations_and_ignores_the_scale_of_the_loss():
     sensitivity, uncertainty = hand(2)
-    scores = importance(sensitivity, uncertainty).sum(0)
+    scores = importance_terms(sensitivity, uncertainty).sum(0)
     order = torch.tensor([2, 0, 3, 1])
     for budget in range(5):
         permuted = most_important(scores.flatten()[order].reshape(2, 2), budget)
@@ -331,7 +331,7 @@ def test_mask_follows_permutations_and_ignores_the_scale_of_the_loss():
     bigger = [[torch.zeros_like(weight) for weight in HAND] for _ in range(2)]
     for gradients in GRADIENTS:
         smooth(*bigger, HAND, [7 * gradient for gradient in gradients], (0.85, 0.85))
-    close(importance(*bigger).sum(0), (49 * scores).tolist())
+    close(importance_terms(*bigger).sum(0), (49 * scores).tolist())
 
 
 # -- budget ---------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from lorascope.adapters import ablation
 from lorascope.adapters.delta import attached_deltas, fold, resize
 from lorascope.inputs import models
 from lorascope.methods import ALoRA, alora
-from lorascope.methods.alora import ALoRADelta, CountingAdamW, allocate, importance, prune
+from lorascope.methods.alora import ALoRADelta, CountingAdamW, allocate, importance_score, prune
 from lorascope.methods.method import Step, config
 from lorascope.schema.module_table import describe
 
@@ -115,7 +115,7 @@ ONLY = arrays([-0.680540, -0.660957], [-0.692079, -0.670383], [-0.675684, -0.680
 
 
 def test_importance_matches_the_toy_network():
-    scores = [importance(FULL, *pair) for pair in zip(WITHOUT, ONLY, strict=True)]
+    scores = [importance_score(FULL, *pair) for pair in zip(WITHOUT, ONLY, strict=True)]
     wanted = [-0.723993, -0.582238, -0.714492, -0.652004, -0.710955, -0.641599]
     assert np.concatenate(scores) == pytest.approx(wanted, abs=1.5e-6)
     assert np.argsort(np.concatenate(scores)).tolist() == [0, 2, 4, 3, 5, 1]
@@ -124,7 +124,7 @@ def test_importance_matches_the_toy_network():
 
 
 def test_order_depends_only_on_the_two_ablated_scores():
-    scores = np.concatenate([importance(FULL, *pair) for pair in zip(WITHOUT, ONLY, strict=True)])
+    scores = np.concatenate([importance_score(FULL, *pair) for pair in zip(WITHOUT, ONLY, strict=True)])
     terms = np.concatenate(ONLY) - np.concatenate(WITHOUT)
     assert np.array_equal(np.argsort(scores), np.argsort(terms))
 

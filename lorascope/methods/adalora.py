@@ -44,9 +44,10 @@ Departs:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from itertools import chain
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +59,12 @@ from lorascope.methods.method import (
     AdapterMethod,
     Step,
     added_later,
+    default_if_none,
     require,
     require_integer,
     require_literals,
     require_scaling,
+    wide_dtype,
 )
 from lorascope.schema.records import Item, Quantity, Record, register
 
@@ -83,6 +86,19 @@ register(
 )
 
 Tensors = list[Tensor]
+
+
+class Triple(NamedTuple):
+    """The weights of one module, or values of the same shapes: P (out, rank), lambda (rank, 1) and Q (rank, in)."""
+
+    P: Tensor
+    scales: Tensor
+    Q: Tensor
+
+    @classmethod
+    def by_module(cls, tensors: Tensors) -> list[Triple]:
+        """Return the triples of a flat list, the form that batched operations take."""
+        return [cls(*tensors[start : start + 3]) for start in range(0, len(tensors), 3)]
 
 
 @dataclass(kw_only=True)
@@ -155,12 +171,12 @@ class AdaLoRA(AdapterMethod, name="adalora"):
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets, leave adapters and head trainable, and start the moving averages at zero."""
         super().attach(model)
-        # P, lambda and Q of the first module, then of the second, and so on: `[0::3]` is every P.
-        self._weights: Tensors = [weight for d in self._deltas.values() for weight in (d.B, d.diagonal, d.A)]
-        self.sensitivity_ = [
-            torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in self._weights
-        ]
-        self.uncertainty_ = [s.clone() for s in self.sensitivity_]
+        self._triples = [Triple(delta.B, delta.diagonal, delta.A) for delta in self._deltas.values()]
+        self._weights: Tensors = [*chain.from_iterable(self._triples)]
+        self._scored_weights = self._weights
+        # Products of small gradients would underflow in half precision.
+        self.sensitivity_ = [weight.new_zeros(weight.shape, dtype=wide_dtype(weight)) for weight in self._weights]
+        self.uncertainty_ = [average.clone() for average in self.sensitivity_]
 
     def delta(self, name: str, host: nn.Module) -> AdaLoRADelta:
         """Return P diag(lambda) Q of one module."""
@@ -169,44 +185,45 @@ class AdaLoRA(AdapterMethod, name="adalora"):
 
     def schedule(self, total: int) -> Schedule:
         """Return the budget schedule of a run of ``total`` steps, which must suffice for its three phases."""
-        initial = round(0.1 * total) if self.initial_steps is None else self.initial_steps
-        final = round(0.3 * total) if self.final_steps is None else self.final_steps
-        every = max(1, total // 100) if self.mask_every is None else self.mask_every
+        initial = default_if_none(self.initial_steps, round(0.1 * total))
+        final = default_if_none(self.final_steps, round(0.3 * total))
+        every = default_if_none(self.mask_every, max(1, total // 100))
         if initial + final >= total:
-            wanted = f"initial_steps + final_steps must be < {total}, the steps of the run"
-            raise ValueError(f"{wanted}, got {initial} + {final}")
+            sizes = f"{total}, the steps of the run, got {initial} + {final}"
+            raise ValueError(f"initial_steps + final_steps must be < {sizes}")
         modules = len(self._deltas)
         return Schedule(total, initial, final, every, modules * self.init_rank, round(modules * self.target_rank))
 
     def after_backward(self, step: Step) -> None:
         """Add the gradient of the penalty."""
-        penalty = orthogonality(self._weights[0::3], self._weights[2::3], self.penalty)
+        P, _, Q = zip(*self._triples, strict=True)
+        penalty = orthogonality(P, Q, self.penalty)
         # A separate backward pass keeps the penalty out of the recorded loss.
         (self.gamma * penalty).backward()
         self._penalty = penalty.detach()
         if self.scores == "before":
-            self._before = [weight.detach().clone() for weight in self._weights]
+            self._scored_weights = [weight.detach().clone() for weight in self._weights]
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
         """Update the scores until the selection is fixed, select components if due, and mask the others."""
         schedule, smoothed = self.schedule(step.total), self.importance == "smoothed"
-        deltas = self._deltas.values()
         if step.index < schedule.fixed:
-            weights = self._before if self.scores == "before" else self._weights
             # A module that the batch did not use has no gradient, which counts as zero.
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
+            # Without smoothing, the average is the sensitivity of this step.
             betas = (self.beta1 if smoothed else 0.0, self.beta2)
-            smooth(self.sensitivity_, self.uncertainty_, weights, gradients, betas)
+            smooth(self.sensitivity_, self.uncertainty_, self._scored_weights, gradients, betas)
         if schedule.chooses(step.index) or step.last:
-            self._parts = importance(self.sensitivity_, self.uncertainty_ if smoothed else None)
+            self._terms = importance_terms(self.sensitivity_, self.uncertainty_ if smoothed else None)
+        masks = [delta.kept for delta in self._deltas.values()]
         if schedule.chooses(step.index):
-            kept = most_important(self._parts.sum(0), schedule.budget(step.index))
-            torch._foreach_copy_([d.kept for d in deltas], list(kept))
+            retained = most_important(self._terms.sum(0), schedule.budget(step.index))
+            torch._foreach_copy_(masks, list(retained))
         if schedule.masks(step.index):
-            kept = torch.stack([d.kept for d in deltas])
-            masked = torch.stack([d.diagonal for d in deltas]).masked_fill_(~kept[..., None], 0)
-            torch._foreach_copy_([d.diagonal for d in deltas], list(masked))
+            scales = [triple.scales for triple in self._triples]
+            masked = torch.stack(scales).masked_fill_(~torch.stack(masks)[..., None], 0)
+            torch._foreach_copy_(scales, list(masked))
 
     @torch.no_grad()
     def records(self, step: Step) -> Iterable[Item]:
@@ -214,18 +231,20 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         schedule = self.schedule(step.total)
         if step.finished and not (schedule.chooses(step.index) or step.last):
             return
-        kept = torch.stack([d.kept for d in self._deltas.values()]).double()
         scores: Tensors = []
         if step.finished:
-            moving = [torch.stack(average[1::3])[..., 0].double() for average in (self.sensitivity_, self.uncertainty_)]
-            scores = [*self._parts, *moving, self._parts.sum(0)]
-        columns = to_array(torch.stack([*scores, kept]))  # a single copy from the device
+            averages = (_scales(self.sensitivity_), _scales(self.uncertainty_))
+            scores = [*self._terms, *averages, self._terms.sum(0)]
+        masks = torch.stack([delta.kept for delta in self._deltas.values()]).double()
+        columns = to_array(torch.stack([*scores, masks]))  # a single copy from the device
         yield Record("budget", schedule.budget(step.index))
-        yield from (Record("rank", row.sum(), name) for name, row in zip(self._deltas, columns[-1], strict=True))
+        for name, row in zip(self._deltas, columns[-1], strict=True):
+            yield Record("rank", row.sum(), name)
         if step.finished:
             yield Record("penalty", float(self._penalty))
             for quantity, rows in zip((*_SCORES, "importance", "kept"), columns, strict=True):
-                yield from (Record(quantity, row, name) for name, row in zip(self._deltas, rows, strict=True))
+                for name, row in zip(self._deltas, rows, strict=True):
+                    yield Record(quantity, row, name)
 
     def settled(self, step: Step) -> bool:
         """Return whether the selection is fixed."""
@@ -284,8 +303,8 @@ class Schedule:
             return self.target
         if index <= self.initial:
             return self.start
-        left = 1 - (index - self.initial) / (self.total - self.final - self.initial)
-        return int((self.start - self.target) * left**3 + self.target)
+        remaining = 1 - (index - self.initial) / (self.total - self.final - self.initial)
+        return int((self.start - self.target) * remaining**3 + self.target)
 
     def chooses(self, index: int) -> bool:
         """Return whether components are selected at this step."""
@@ -296,14 +315,14 @@ class Schedule:
         return index > self.fixed or self.chooses(index)
 
 
-def orthogonality(left: Tensors, right: Tensors, form: str) -> Float[Tensor, ""]:
+def orthogonality(left: Sequence[Tensor], right: Sequence[Tensor], form: str) -> Float[Tensor, ""]:
     """Compute R(P, Q) of all P (out, rank) and Q (rank, in), batched by shape; ``form`` is ``AdaLoRA.penalty``."""
-    stacks: dict[torch.Size, list[Tensor]] = {}
-    for rows in (*(P.T for P in left), *right):
-        stacks.setdefault(rows.shape, []).append(rows)
+    by_shape: dict[torch.Size, Tensors] = {}
+    for matrix in (*[P.T for P in left], *right):
+        by_shape.setdefault(matrix.shape, []).append(matrix)
     differences = []
-    for alike in stacks.values():
-        rows = torch.stack(alike).to(torch.promote_types(alike[0].dtype, torch.float32))
+    for matrices in by_shape.values():
+        rows = torch.stack(matrices).to(wide_dtype(matrices[0]))
         differences.append((rows @ rows.mT - torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)).flatten(1))
     if form == "sum-square":
         return torch.cat(differences).square().sum()
@@ -314,24 +333,31 @@ def smooth(
     sensitivity: Tensors, uncertainty: Tensors, weights: Tensors, gradients: Tensors, betas: tuple[float, float]
 ) -> None:
     """Update the moving averages in place with ``|w dL/dw|`` of one step: equations 10 to 12."""
-    wide = [(w.to(s.dtype), g.to(s.dtype)) for s, w, g in zip(sensitivity, weights, gradients, strict=True)]
-    now = torch._foreach_mul([w for w, _ in wide], [g for _, g in wide])
-    torch._foreach_abs_(now)
-    torch._foreach_lerp_(sensitivity, now, 1 - betas[0])
-    torch._foreach_sub_(now, sensitivity)
-    torch._foreach_abs_(now)
-    torch._foreach_lerp_(uncertainty, now, 1 - betas[1])
+    wide_weights = [weight.to(average.dtype) for weight, average in zip(weights, sensitivity, strict=True)]
+    wide_gradients = [gradient.to(average.dtype) for gradient, average in zip(gradients, sensitivity, strict=True)]
+    change = torch._foreach_mul(wide_weights, wide_gradients)
+    torch._foreach_abs_(change)
+    torch._foreach_lerp_(sensitivity, change, 1 - betas[0])
+    torch._foreach_sub_(change, sensitivity)
+    torch._foreach_abs_(change)
+    torch._foreach_lerp_(uncertainty, change, 1 - betas[1])
 
 
-def importance(sensitivity: Tensors, uncertainty: Tensors | None) -> Float[Tensor, "3 modules rank"]:
+def importance_terms(sensitivity: Tensors, uncertainty: Tensors | None) -> Float[Tensor, "3 modules rank"]:
     """Compute the terms of equation 9 in float64, from averages ordered P, lambda, Q per module."""
     scores = sensitivity if uncertainty is None else torch._foreach_mul(sensitivity, uncertainty)
-    left = [P.mean(0, dtype=torch.float64) for P in scores[0::3]]
-    right = [Q.mean(1, dtype=torch.float64) for Q in scores[2::3]]
-    return torch.stack([torch.stack(left), torch.stack(scores[1::3])[..., 0].double(), torch.stack(right)])
+    triples = Triple.by_module(scores)
+    left = [triple.P.mean(0, dtype=torch.float64) for triple in triples]
+    right = [triple.Q.mean(1, dtype=torch.float64) for triple in triples]
+    return torch.stack([torch.stack(left), _scales(scores), torch.stack(right)])
 
 
 def most_important(scores: Float[Tensor, "modules rank"], budget: int) -> Bool[Tensor, "modules rank"]:
     """Return a mask of the ``budget`` highest scores; ties go to the earlier module, then index."""
     order = scores.flatten().argsort(descending=True, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill_(0, order[:budget], True).view_as(scores)
+
+
+def _scales(tensors: Tensors) -> Float[Tensor, "modules rank"]:
+    """Return the values of lambda in float64, from a list ordered P, lambda, Q per module."""
+    return torch.stack([triple.scales for triple in Triple.by_module(tensors)])[..., 0].double()

@@ -69,12 +69,14 @@ from lorascope.methods.method import (
     AdapterMethod,
     Step,
     added_later,
+    default_if_none,
     is_integer,
     parameter_groups,
     require,
     require_integer,
     require_literals,
     require_scaling,
+    wide_dtype,
 )
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
 from lorascope.schema.records import Item, Quantity, Record, register
@@ -166,11 +168,12 @@ class ALoRA(AdapterMethod, name="alora"):
     def select_targets(self, modules: pd.DataFrame) -> list[str]:
         """Return the modules to adapt, and compute n_A, the number of components deleted per round."""
         names = super().select_targets(modules)
-        places = modules[modules["module"].isin(names) & modules["layer"].notna()]
+        adapted = modules[modules["module"].isin(names) & modules["layer"].notna()]
         # Encoder and decoder number their layers separately, so a block is a stack and a layer.
-        in_block = max(places.groupby(["stack", "layer"]).size(), default=len(names))
+        in_block = max(adapted.groupby(["stack", "layer"]).size(), default=len(names))
         number = int({"block": in_block, "network": len(names)}.get(str(self.prune), self.prune))
-        if number >= (total := len(names) * self.init_rank):
+        total = len(names) * self.init_rank
+        if number >= total:
             raise ValueError(f"prune must be < {total}, the number of components, got {self.prune!r} ({number})")
         self._pruned = number
         return names
@@ -187,14 +190,15 @@ class ALoRA(AdapterMethod, name="alora"):
 
     def schedule(self, total: int) -> range:
         """Return the numbers of finished steps at which a round takes place, all of them before the end of the run."""
-        warm = max(1, round(total / 10)) if self.warm_steps is None else self.warm_steps
-        every = max(1, round(total / 40)) if self.round_steps is None else self.round_steps
+        warm = default_if_none(self.warm_steps, max(1, round(total / 10)))
+        every = default_if_none(self.round_steps, max(1, round(total / 40)))
+        # The paper's 8 rounds, without those after 60% of the run: retained components need steps to settle.
         fitting = (6 * total // 10 - warm) // every + 1
-        rounds = max(1, min(8, fitting)) if self.rounds is None else self.rounds
+        rounds = default_if_none(self.rounds, max(1, min(8, fitting)))
         last = warm + (rounds - 1) * every
         if last >= total:
-            wanted = f"warm_steps + (rounds - 1) * round_steps must be < {total}, the steps of the run"
-            raise ValueError(f"{wanted}, got {warm} + {rounds - 1} * {every}")
+            sizes = f"{total}, the steps of the run, got {warm} + {rounds - 1} * {every}"
+            raise ValueError(f"warm_steps + (rounds - 1) * round_steps must be < {sizes}")
         return range(warm, last + 1, every)
 
     @torch.no_grad()
@@ -205,7 +209,9 @@ class ALoRA(AdapterMethod, name="alora"):
             return
         columns = self._score(step)
         for name, ids in self.rank_ids_.items():
-            self._round += [Record(key, values[name], name, np.array(ids)) for key, values in columns.items() if ids]
+            for quantity, values in columns.items():
+                if ids:
+                    self._round.append(Record(quantity, values[name], name, np.array(ids)))
         scores = list(columns["importance"].values())
         lost = prune(scores, self._pruned)
         gained = allocate(scores, lost)
@@ -217,20 +223,22 @@ class ALoRA(AdapterMethod, name="alora"):
         """Return the scores of all components by module, by the quantity that records them."""
         if self.scores == "random":
             return {"importance": {name: self.generator_.random(len(ids)) for name, ids in self.rank_ids_.items()}}
-        found = ablation_scores(step.model, step.loss, step.validation(self.score_rows, fixed=True))
-        self._round = [Record("score_full", found.full), Record("score_none", found.none)]
-        scores = {name: importance(found.full, found.without[name], found.only[name]) for name in self._deltas}
-        return {"importance": scores, "score_without": found.without, "score_only": found.only}
+        S = ablation_scores(step.model, step.loss, step.validation(self.score_rows, fixed=True))
+        self._round = [Record("score_full", S.full), Record("score_none", S.none)]
+        scores = {name: importance_score(S.full, S.without[name], S.only[name]) for name in self._deltas}
+        return {"importance": scores, "score_without": S.without, "score_only": S.only}
 
     def _reshape(self, step: Step, name: str, lost: Int[np.ndarray, "_"], new: int) -> None:
         """Delete and append components of one module: factors, moments and ids."""
         delta, ids = self._deltas[name], self.rank_ids_[name]
-        kept = [position for position in range(delta.rank) if position not in lost]
+        retained = np.delete(np.arange(delta.rank), lost).tolist()
+        # New factors are drawn only if needed, because a draw changes the random numbers of training.
         fresh = ALoRADelta(step.model.get_submodule(name), new).factors() if new else {}
-        resize(delta.A, step.optimizer, kept, fresh.get("A"), 0)
-        resize(delta.B, step.optimizer, kept, fresh.get("B"), 1)
-        self.rank_ids_[name] = [ids[position] for position in kept] + [self.born_[name] + i for i in range(new)]
-        self.born_[name] += new
+        resize(delta.A, step.optimizer, retained, fresh.get("A"), 0)
+        resize(delta.B, step.optimizer, retained, fresh.get("B"), 1)
+        born = self.born_[name]
+        self.rank_ids_[name] = [*(ids[position] for position in retained), *range(born, born + new)]
+        self.born_[name] = born + new
 
     def records(self, step: Step) -> Iterable[Item]:
         """Yield ranks and budget at the start, at every round and at the end; at rounds also the scores."""
@@ -239,7 +247,8 @@ class ALoRA(AdapterMethod, name="alora"):
             return
         yield from self._round
         yield Record("budget", sum(delta.rank for delta in self._deltas.values()))
-        yield from (Record("rank", delta.rank, name) for name, delta in self._deltas.items())
+        for name, delta in self._deltas.items():
+            yield Record("rank", delta.rank, name)
 
     def settled(self, step: Step) -> bool:
         """Return whether the last round has taken place."""
@@ -280,9 +289,10 @@ class CountingAdamW(torch.optim.AdamW):
         for group, parameter in parameters_with_gradient(self):
             state, (beta1, beta2) = self.state[parameter], group["betas"]
             if not state:
-                state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
                 # A count in bfloat16 would stop at 256.
-                state["steps"] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+                state["steps"] = torch.zeros_like(parameter, dtype=wide_dtype(parameter))
             m, v, steps = state["exp_avg"], state["exp_avg_sq"], state["steps"]
             steps += 1
             m.lerp_(parameter.grad, 1 - beta1)
@@ -293,7 +303,7 @@ class CountingAdamW(torch.optim.AdamW):
         return loss
 
 
-def importance(
+def importance_score(
     full: float, without: Float[np.ndarray, "rank"], only: Float[np.ndarray, "rank"]
 ) -> Float[np.ndarray, "rank"]:
     """Compute IS of the components of a module: equation 6."""
@@ -308,8 +318,10 @@ def prune(scores: Sequence[Float[np.ndarray, "_"]], number: int) -> list[Int[np.
     sizes = [len(score) for score in scores]
     # The stable sort breaks ties by module and position.
     lowest = np.argsort(np.concatenate(scores), kind="stable")[: min(number, sum(sizes) - 1)]
-    owner, position = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])
-    return [np.sort(position[lowest][owner[lowest] == module]) for module in range(len(sizes))]
+    is_lost = np.zeros(sum(sizes), dtype=bool)
+    is_lost[lowest] = True
+    by_module = np.split(is_lost, np.cumsum(sizes)[:-1])
+    return [np.flatnonzero(module) for module in by_module]
 
 
 def allocate(
@@ -318,9 +330,9 @@ def allocate(
     """Distribute as many new components as were lost evenly over the modules that lost none, the rest by mean score."""
     number = sum(map(len, lost))
     gained = np.zeros(len(scores), dtype=np.int64)
-    untouched = [module for module, score in enumerate(scores) if len(score) and not len(lost[module])]
-    untouched.sort(key=lambda module: -scores[module].mean())
-    for place, module in enumerate(untouched):
-        share, rest = divmod(number, len(untouched))
-        gained[module] = share + (place < rest)
+    unpruned = [module for module, score in enumerate(scores) if len(score) and not len(lost[module])]
+    unpruned.sort(key=lambda module: -scores[module].mean())
+    for position, module in enumerate(unpruned):
+        share, remainder = divmod(number, len(unpruned))
+        gained[module] = share + (position < remainder)
     return gained

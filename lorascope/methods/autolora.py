@@ -80,6 +80,7 @@ from lorascope.methods.method import (
     require_integer,
     require_literals,
     require_scaling,
+    wide_dtype,
 )
 from lorascope.runs.run import Run
 from lorascope.schema.records import Quantity, Record, register
@@ -219,7 +220,7 @@ class AutoLoRADelta(LoRADelta):
     def __init__(self, host: nn.Module, rank: int, scale: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__(host, rank, scale, dropout)
         # A buffer, because the optimizer must not train the logits.
-        self.register_buffer("logits", torch.zeros(rank, dtype=torch.promote_types(self.A.dtype, torch.float32)))
+        self.register_buffer("logits", torch.zeros(rank, dtype=wide_dtype(self.A)))
 
     @property
     def alpha(self) -> Float[Tensor, "k"]:

@@ -54,7 +54,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float, Int
-from lorascope.methods.method import AdapterMethod, Step, reject_embedding, require, require_literals
+from lorascope.methods.method import AdapterMethod, Step, reject_embedding, require, require_literals, wide_dtype
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates import fourier
 
@@ -119,7 +119,7 @@ class FourierFT(AdapterMethod, name="fourierft"):
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from None
         places = torch.from_numpy(drawn)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = wide_dtype(weight)
         start = torch.randn(n, dtype=dtype) if self.init == "normal" else torch.zeros(n, dtype=dtype)
         if self.basis == "fourier":
             return FourierDelta(start, places, (d1, d2), self.alpha)
@@ -157,7 +157,7 @@ class FourierDelta(Delta):
 
     def weight(self) -> Float[Tensor, "out in"]:
         # Half precision has no transforms.
-        c = self.coefficients.to(torch.promote_types(self.coefficients.dtype, torch.float32))
+        c = self.coefficients.to(wide_dtype(self.coefficients))
         return synthesize(c, self.entries, self.shape, self.alpha)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:

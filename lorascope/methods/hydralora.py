@@ -62,6 +62,7 @@ from lorascope.methods.method import (
     require_integer,
     require_literals,
     require_scaling,
+    wide_dtype,
 )
 from lorascope.schema import module_table
 from lorascope.schema.module_roles import FFN
@@ -199,8 +200,7 @@ class HydraDelta(LoRADelta):
         super().__init__(host, rank * number if split else rank, scale, dropout, columns=number * rank)
         self.number = number
         # Logits narrower than float32 would round the gate weights.
-        wide = torch.promote_types(self.A.dtype, torch.float32)
-        self.register_buffer("mean_gates_", torch.full((number,), 1 / number, dtype=wide))
+        self.register_buffer("mean_gates_", torch.full((number,), 1 / number, dtype=wide_dtype(self.A)))
 
     def gates(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch heads"]:
         """Return the gate weights of the experts, which sum to 1."""

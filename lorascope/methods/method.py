@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from numbers import Real
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -25,6 +25,7 @@ from lorascope.schema.suggestions import unknown_name
 
 METHODS: dict[str, type[Method]] = {}
 Batch = dict[str, Tensor]
+T = TypeVar("T")
 
 
 def added_later() -> dict[str, Any]:
@@ -112,11 +113,12 @@ class Method(Stateful):
     def label(self) -> str:
         """Return the method's name and its non-default hyperparameters as text, without learning rates."""
         default = config(type(self)())
-        mine = {key: value for key, value in config(self).items() if key not in ("name", "lr", "head_lr")}
-        changed = [
-            f"{key} {to_words(value)}" for key, value in mine.items() if key not in default or value != default[key]
-        ]
-        return ", ".join([type(self).__name__, *changed])
+        words = [type(self).__name__]
+        for key, value in config(self).items():
+            is_default = key in default and value == default[key]
+            if key not in ("name", "lr", "head_lr") and not is_default:
+                words.append(f"{key} {to_words(value)}")
+        return ", ".join(words)
 
     def settled(self, step: Step) -> bool:
         """Return whether this step may be selected as the best state."""
@@ -266,7 +268,7 @@ class Step:
             (``attn_implementation="eager"`` always is).
         """
         # Dropout in this call must not change the random numbers of training.
-        cuda = [p.device for p in self.model.parameters() if p.is_cuda][:1]
+        cuda = [parameter.device for parameter in self.model.parameters() if parameter.is_cuda][:1]
         with torch.random.fork_rng(devices=cuda):
             return self.compute_loss(self.model, batch, params or {})
 
@@ -295,16 +297,17 @@ class Step:
 
 def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Return the trainable parameters in the groups ``adapter`` and ``head``; biases and norms have no weight decay."""
-    head = {id(parameter) for parameter in task_head(model).values()}
-    # Biases are recognized by name, as in transformers, because T5's position bias is a matrix.
-    decays = {id(p): p.ndim > 1 and "bias" not in name for name, p in model.named_parameters()}
-    groups = []
+    head = task_head(model)
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, rate in (("adapter", lr), ("head", head_lr)):
-        members = [p for p in model.parameters() if p.requires_grad and (id(p) in head) == (name == "head")]
-        for decay, decayed in ((weight_decay, True), (0.0, False)):
-            if chosen := [p for p in members if decays[id(p)] == decayed]:
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name})
-    return groups
+        for decays, decay in ((True, weight_decay), (False, 0.0)):
+            groups[name, decays] = {"params": [], "lr": rate, "weight_decay": decay, "name": name}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Biases are recognized by name, as in transformers, because T5's position bias is a matrix.
+            decays = parameter.ndim > 1 and "bias" not in name
+            groups["head" if name in head else "adapter", decays]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 def task_head(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -314,13 +317,13 @@ def task_head(model: nn.Module) -> dict[str, nn.Parameter]:
     heads = description[(description["role"] == "head") & (description["out_features"] != vocabulary)]["module"]
     # A head of several layers (dense, then projection) is one child of the model: all its layers belong to the task.
     roots = {head.rpartition(".")[0] or head for head in heads}
-    adapters = {id(parameter) for delta in attached_deltas(model).values() for parameter in delta.parameters()}
-    lacked = missing(model)
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if id(parameter) not in adapters and (name in lacked or any(name.startswith(f"{root}.") for root in roots))
-    }
+    prefixes = tuple(f"{root}." for root in roots)
+    adapters = tuple(f"{module}.delta." for module in attached_deltas(model))
+    head, new = {}, missing(model)
+    for name, parameter in model.named_parameters():
+        if (name in new or name.startswith(prefixes)) and not name.startswith(adapters):
+            head[name] = parameter
+    return head
 
 
 def train_adapters(model: nn.Module) -> None:
@@ -343,8 +346,14 @@ def config(method: Method) -> dict[str, Any]:
 
 def stored_fields(settings: Any) -> dict[str, Any]:
     """Return the fields of a method or observer that identify a run."""
-    values = [(f, getattr(settings, f.name)) for f in fields(settings) if f.init and not f.name.endswith("_")]
-    return {f.name: value for f, value in values if "later" not in f.metadata or value != f.default}
+    stored = {}
+    for f in fields(settings):
+        if not f.init or f.name.endswith("_"):
+            continue
+        value = getattr(settings, f.name)
+        if "later" not in f.metadata or value != f.default:
+            stored[f.name] = value
+    return stored
 
 
 def python_number(value: Any) -> Any:
@@ -381,11 +390,21 @@ def reject_embedding(method: Method, name: str, host: nn.Module) -> None:
         raise ValueError(f"cannot adapt embedding {name!r}: {supports}. Remove it from targets")
 
 
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype of a tensor, or float32 if it is narrower."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def require(settings: object, name: str, allowed: str, valid: bool) -> None:
     """Raise a ValueError that states the value of a field and what is ``allowed``, unless it is valid."""
     if not valid:
         value = getattr(settings, name)
         raise ValueError(f"{name} must be {allowed}, got {repr(value) if isinstance(value, str) else value}")
+
+
+def default_if_none(value: T | None, default: T) -> T:
+    """Return the value of a setting, or its default if it is None."""
+    return default if value is None else value
 
 
 def is_integer(value: Any) -> bool:
@@ -398,12 +417,12 @@ def is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def require_integer(settings: object, least: int, *names: str) -> None:
-    """Raise a ValueError unless each of these fields is an integer of at least ``least``, or None by default."""
+def require_integer(settings: object, minimum: int, *names: str) -> None:
+    """Raise a ValueError unless each of these fields is an integer of at least ``minimum``, or None by default."""
     for name in names:
         value = getattr(settings, name)
-        unset = value is None and getattr(type(settings), name, least) is None
-        require(settings, name, f"an integer >= {least}", unset or (is_integer(value) and value >= least))
+        unset = value is None and getattr(type(settings), name, minimum) is None
+        require(settings, name, f"an integer >= {minimum}", unset or (is_integer(value) and value >= minimum))
 
 
 def require_scaling(settings: Any) -> None:
@@ -430,15 +449,21 @@ def require_literals(settings: Any) -> None:
         require_choice(settings, name, values)
 
 
-def require_at_least(settings: object, least: int, *names: str) -> None:
-    """Raise a ValueError unless each of these fields is None or at least ``least``."""
+def require_at_least(settings: object, minimum: int, *names: str) -> None:
+    """Raise a ValueError unless each of these fields is None or at least ``minimum``."""
     for name in names:
-        require(settings, name, f">= {least}", (value := getattr(settings, name)) is None or value >= least)
+        value = getattr(settings, name)
+        require(settings, name, f">= {minimum}", value is None or value >= minimum)
 
 
 def from_config(stored: Mapping[str, Any]) -> Method:
-    """Build a method from its JSON form, in which a renamed field may have its old or its new name."""
-    if (name := stored["name"]) not in METHODS:
+    """Build a method from its JSON form."""
+    name = stored["name"]
+    if name not in METHODS:
         raise ValueError(unknown_name("method", name, METHODS))
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k != "name"}
+    values = dict(stored)
+    del values["name"]
+    for key, value in values.items():
+        if isinstance(value, list):
+            values[key] = tuple(value)
     return METHODS[name](**values)

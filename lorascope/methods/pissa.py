@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from lorascope.adapters.delta import host_weight
 from lorascope.array_types import Float
 from lorascope.methods.lora import LoRA, LoRADelta
-from lorascope.methods.method import reject_embedding, require
+from lorascope.methods.method import reject_embedding, require, wide_dtype
 
 
 @dataclass(kw_only=True)
@@ -108,6 +108,6 @@ def principal_factors(
     W: Float[Tensor, "out in"], rank: int, scale: float
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
     """Return B_0 and A_0, in float32 or wider."""
-    U, sigma, Vh = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False)
+    U, sigma, Vh = torch.linalg.svd(W.to(wide_dtype(W)), full_matrices=False)
     root = torch.sqrt(sigma[:rank] / scale)
     return U[:, :rank] * root, root.unsqueeze(1) * Vh[:rank]

@@ -157,7 +157,7 @@ def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], ba
         # Each module has three weights in a row: P (as B), lambda (as diagonal) and Q (as A).
         triple = slice(3 * number, 3 * number + 3)
         mean, spread, (dP, dlambda, dQ) = sensitivity[triple], uncertainty[triple], total[triple]
-        rows[ADALORA][name] = adalora.importance(mean, spread).sum(0)[0].numpy()
+        rows[ADALORA][name] = adalora.importance_terms(mean, spread).sum(0)[0].numpy()
         rows["AdaLoRA sensitivity"][name] = mean[1][:, 0].numpy()
         rows["AdaLoRA uncertainty"][name] = spread[1][:, 0].numpy()
         squares = dP.square().sum(0) + dlambda[:, 0].square() + dQ.square().sum(1)
@@ -176,7 +176,7 @@ def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batc
     losses = ablation_scores(model, loss, batch)
     detach(model)
     return {
-        ALORA: {name: alora.importance(losses.full, losses.without[name], losses.only[name]) for name in state},
+        ALORA: {name: alora.importance_score(losses.full, losses.without[name], losses.only[name]) for name in state},
         "ALoRA, without": {name: losses.full - losses.without[name] for name in state},
         "ALoRA, alone": {name: losses.only[name] for name in state},
     }

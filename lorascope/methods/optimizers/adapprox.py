@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorascope.array_types import Float
-from lorascope.methods.method import require, require_at_least, require_choice
+from lorascope.methods.method import require, require_at_least, require_choice, wide_dtype
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient, subspace_iteration
 
 DENOMINATORS = ("pre", "post")
@@ -246,7 +246,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _promote_to_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor.to(wide_dtype(tensor))
 
 
 def check_options(settings: Any) -> None:

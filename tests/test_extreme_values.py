@@ -32,11 +32,11 @@ COLUMNS = {
 @pytest.mark.parametrize(
     "cell",
     [
-        text_layout.norm,
-        text_layout.percent,
-        text_layout.number,
-        text_layout.whole_number,
-        text_layout.ratio,
+        text_layout.format_norm,
+        text_layout.format_percent,
+        text_layout.format_number,
+        text_layout.format_whole_number,
+        text_layout.format_ratio,
         format_value,
     ],
 )

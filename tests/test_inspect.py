@@ -80,7 +80,7 @@ class Terminal(io.StringIO):
 
 def plain() -> Console:
     """Return a console for a file."""
-    return text_layout.console(io.StringIO())
+    return text_layout.make_console(io.StringIO())
 
 
 def lines(path: Path, target: Console | None = None) -> list[str]:
@@ -116,7 +116,7 @@ findings       1 zero update: model.layers.1.mlp.up_proj (B = 0)
 next           lorascope plot spectrum my-adapter -o spectrum.pdf"""
     assert "\n".join(lines(Path("my-adapter"))) == expected
     monkeypatch.setenv("NO_COLOR", "1")
-    blocks = lines(Path("my-adapter"), text_layout.console(Terminal()))
+    blocks = lines(Path("my-adapter"), text_layout.make_console(Terminal()))
     assert [line[15:24] for line in blocks[5:9]] == ["▂▂▂▄▄▄▆▆▆", "▂▂▂▄▄▄   ", "▂▂▂···▆▆▆", "▂▂▂▄▄▄███"]
     assert blocks[9].strip() == "█ is 40.0 per layer, · is zero"
 
@@ -224,7 +224,7 @@ def test_norm_has_three_digits_in_seven_characters() -> None:
         0.00123: "0.00123",
     }
     shown |= {4.56e-5: "4.6e-05", float("nan"): "NaN"}
-    assert [text_layout.norm(value) for value in shown] == list(shown.values())
+    assert [text_layout.format_norm(value) for value in shown] == list(shown.values())
 
 
 def test_nan_module_is_shown_and_excluded_from_totals(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_blocks_and_color_are_shown_only_on_capable_terminals(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     folder = plant(tmp_path / "a", llama(2, [1.0, 0.1, 0.0, 0.0]))
-    shown = inspection_screen(inspect(load(folder)), text_layout.console(stream))
+    shown = inspection_screen(inspect(load(folder)), text_layout.make_console(stream))
     assert ("█" in shown) == blocks
     assert ("\033[" in shown) == color
     assert shown.isascii() == (not blocks)
@@ -315,9 +315,9 @@ def test_color_changes_only_escape_codes(tmp_path: Path, monkeypatch: pytest.Mon
     item = inspect(load(plant(tmp_path / "a", llama(2, [1.0, 0.1, 0.0, 0.0]))))
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    colored = inspection_screen(item, text_layout.console(Terminal()))
+    colored = inspection_screen(item, text_layout.make_console(Terminal()))
     monkeypatch.setenv("NO_COLOR", "1")
-    without = inspection_screen(item, text_layout.console(Terminal()))
+    without = inspection_screen(item, text_layout.make_console(Terminal()))
     assert "\033[" in colored
     stripped = "\n".join(line.rstrip() for line in re.sub(r"\033\[\d+m", "", colored).splitlines())
     assert stripped == without
@@ -441,7 +441,7 @@ def test_many_adapters_have_letters_that_a_terminal_can_show() -> None:
 
 
 def test_norms_have_at_most_seven_characters() -> None:
-    assert [text_layout.norm(value) for value in (999.4, 999.6, 1000.0, 999_999.4, 999_999.6)] == [
+    assert [text_layout.format_norm(value) for value in (999.4, 999.6, 1000.0, 999_999.4, 999_999.6)] == [
         *("999", "1000", "1000", "999999", "1.0e+06")
     ]
 

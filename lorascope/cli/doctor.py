@@ -25,7 +25,7 @@ from lorascope.diagnosis.sarif import MARK, sarif_log
 from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.safetensors_io import write_json
-from lorascope.files.text_layout import Block, console, labeled, render, text_block
+from lorascope.files.text_layout import Block, block_grid, make_console, render_text, text_block
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import require_own
@@ -177,4 +177,4 @@ def _finding_block(finding: Finding) -> Block:
 
 
 def _print_blocks(blocks: Sequence[Block]) -> None:
-    print(render(console(sys.stdout), labeled(blocks)))
+    print(render_text(make_console(sys.stdout), block_grid(blocks)))

@@ -14,13 +14,13 @@ from rich.console import Console
 
 from lorascope.cli.arguments import Folder, Paths, command, reject
 from lorascope.cli.opened_runs import open_runs
-from lorascope.diagnosis.inspection import Inspection, inspect, rows
+from lorascope.diagnosis.inspection import Inspection, inspect, json_rows
 from lorascope.diagnosis.inspection_screen import inspection_screen, modules_screen
 from lorascope.diagnosis.null import null_table
 from lorascope.files.hub import locate
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safe_csv import csv_text
-from lorascope.files.text_layout import console
+from lorascope.files.text_layout import make_console
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import NoUpdatesError, is_series, is_whole_model, load_series
 
@@ -121,7 +121,7 @@ def _print_output(output: _Output, json: bool, csv: bool) -> int:
     elif json:
         print(dumps(output.to_json(), indent=1))
     else:
-        print("\n\n".join(screen(console(sys.stdout)) for screen in output.screens))
+        print("\n\n".join(screen(make_console(sys.stdout)) for screen in output.screens))
     return 0
 
 
@@ -155,9 +155,9 @@ def _inspect_model(model: Path, has_others: bool, base: str | None, null: bool, 
 
 
 def _compare(inspections: Sequence[Inspection], spectra: bool, all: bool) -> _Output:
-    from lorascope.diagnosis.pair_comparison import compare, comparison_screen
+    from lorascope.diagnosis.pair_comparison import compare_inspections, comparison_screen
 
-    comparison = compare(inspections, spectra)
+    comparison = compare_inspections(inspections, spectra)
     screens = [partial(modules_screen, inspection) for inspection in inspections] if all else []
     return _Output(comparison.to_json, comparison.table, [*screens, partial(comparison_screen, comparison)])
 
@@ -166,7 +166,7 @@ def _inspect_modules(inspection: Inspection, all: bool, null: bool) -> _Output:
     random = null_table(inspection) if null else None
 
     def to_json() -> dict[str, Any]:
-        return inspection.to_json() | ({} if random is None else {"null": rows(random)})
+        return inspection.to_json() | ({} if random is None else {"null": json_rows(random)})
 
     def table() -> pd.DataFrame:
         modules = inspection.modules.assign(name=inspection.name)

@@ -16,7 +16,16 @@ from lorascope.experiments.executors import use_backend
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.files.safe_csv import csv_text
-from lorascope.files.text_layout import UNLIMITED, TableColumn, console, norm, number, render, span, table
+from lorascope.files.text_layout import (
+    UNLIMITED,
+    TableColumn,
+    aligned_table,
+    format_norm,
+    format_number,
+    format_span,
+    make_console,
+    render_text,
+)
 
 
 @command
@@ -83,10 +92,10 @@ _PATH = TableColumn("path", 34, "path")
 _COLUMNS = (
     _PATH,
     TableColumn("kind", 10, "kind"),
-    TableColumn("rank", 6, "least_rank", span, "most_rank"),
+    TableColumn("rank", 6, "least_rank", format_span, "most_rank"),
     TableColumn("modules", 7, "modules", str),
-    TableColumn("|dW|", 7, "update_norm", norm),
-    TableColumn("eff", 5, "effective_rank", number),
+    TableColumn("|dW|", 7, "update_norm", format_norm),
+    TableColumn("eff", 5, "effective_rank", format_number),
     TableColumn("findings", None, "findings"),
 )
 _ERROR_COLUMNS = (_PATH, TableColumn("", None, "error"))
@@ -94,8 +103,8 @@ _ERROR_COLUMNS = (_PATH, TableColumn("", None, "error"))
 
 def _format_row(row: Surveyed, head: bool) -> str:
     """Format an adapter or run, or the reason why it was not measured, as one line under the head of the table."""
-    target = console(sys.stdout, UNLIMITED)
+    target = make_console(sys.stdout, UNLIMITED)
     if not row.error:
-        return render(target, table(_COLUMNS, [vars(row)], head=head))
-    lines = [table(_COLUMNS, [])] if head else []
-    return render(target, *lines, table(_ERROR_COLUMNS, [vars(row)], head=False))
+        return render_text(target, aligned_table(_COLUMNS, [vars(row)], head=head))
+    lines = [aligned_table(_COLUMNS, [])] if head else []
+    return render_text(target, *lines, aligned_table(_ERROR_COLUMNS, [vars(row)], head=False))

@@ -14,7 +14,7 @@ from lorascope.analysis import recipe_tests
 from lorascope.analysis.seed_intervals import Interval
 from lorascope.cli.arguments import Name, command
 from lorascope.files.printable import printable
-from lorascope.files.text_layout import WIDTH, elide, format_frame, paragraph, span
+from lorascope.files.text_layout import WIDTH, elide, format_frame, format_span, wrap_text
 
 if TYPE_CHECKING:
     from lorascope.experiments.sweep import SweepResult
@@ -83,10 +83,10 @@ def format_standings(swept: SweepResult) -> str:
     for row in rows.to_dict("records"):
         names = {column: elide(str(row[column]), _NAME_WIDTH) for column in ("recipe", *varied)}
         value = Interval(row["value"], row["low"], row["high"], row["n"]).format(4)
-        place = span(row["first"], row["last"])
+        place = format_span(row["first"], row["last"])
         lines.append(names | {"test": f"{row['metric']} {value}", "seeds": row["n"], "place": place})
     notes = [_NOTE, *recipe_tests.describe_comparison(compared)]
-    paragraphs = [str(paragraph(note, width=WIDTH)) for note in notes]
+    paragraphs = [str(wrap_text(note, width=WIDTH)) for note in notes]
     return "\n".join([format_frame(pd.DataFrame(lines)), "", *paragraphs])
 
 

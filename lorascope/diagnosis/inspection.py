@@ -23,6 +23,7 @@ from lorascope.runs.result import Result
 from lorascope.schema.module_roles import position
 
 Facts = tuple[tuple[str, str], ...]
+Row = dict[str, Any]
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -44,11 +45,11 @@ class InspectionReport:
         """One sentence per finding."""
         return tuple(finding.message for finding in self.details)
 
-    def module_rows(self) -> list[dict[str, Any]]:
+    def module_rows(self) -> list[Row]:
         """Return one row per module, in the order of the axes; a layer outside the blocks is None."""
         raise NotImplementedError
 
-    def role_rows(self) -> list[dict[str, Any]]:
+    def role_rows(self) -> list[Row]:
         """Return one row per stack and role, in the order of the axes."""
         raise NotImplementedError
 
@@ -74,51 +75,44 @@ class Inspection(InspectionReport):
         """One row per module, in the order of the axes."""
         return table_of(MeasuredModule, self.measured)
 
-    def module_rows(self) -> list[dict[str, Any]]:
-        return [vars(each) for each in self.measured]
+    def module_rows(self) -> list[Row]:
+        return [vars(module) for module in self.measured]
 
     @property
     def norm(self) -> float:
         """|dW| of all modules, without those with NaN."""
-        return pool_norms([each.update_norm for each in self.measured])
+        return pool_norms(module.update_norm for module in self.measured)
 
     @property
     def has_base(self) -> bool:
         """Whether the norms of some weights are known."""
-        return any(not math.isnan(each.relative_update) for each in self.measured)
+        return any(not math.isnan(module.relative_update) for module in self.measured)
 
     def roles(self) -> pd.DataFrame:
         """Return the rows of ``role_rows`` as a table."""
         return pd.DataFrame(self.role_rows()).astype({"least_rank": "Int64", "most_rank": "Int64"})
 
-    def role_rows(self) -> list[dict[str, Any]]:
+    def role_rows(self) -> list[Row]:
         """Return one row per stack and role, in the order of the axes.
 
         Keys are ``stack, role, modules, update_norm, relative_update`` (mean), ``energy, least_rank, most_rank,
         effective_rank`` (mean).
         """
-        cells: dict[tuple[str, str], list[MeasuredModule]] = {}
-        for each in self.measured:
-            cells.setdefault((each.stack, each.role), []).append(each)
         rows = []
-
-        def in_order(item: tuple[tuple[str, str], list[MeasuredModule]]) -> tuple[int, ...]:
-            return role_position(*item[0], [each.layer for each in item[1]])
-
-        for (stack, role), cell in sorted(cells.items(), key=in_order):
-            ranks = [each.rank for each in cell if each.rank is not None]
-            energies = _known(each.energy for each in cell)
+        for (stack, role), modules in group_by_role(self.module_rows()):
+            ranks = [module["rank"] for module in modules if module["rank"] is not None]
+            energies = _without_nan(module["energy"] for module in modules)
             rows.append(
                 {
                     "stack": stack,
                     "role": role,
-                    "modules": len(cell),
-                    "update_norm": pool_norms([each.update_norm for each in cell]),
-                    "relative_update": known_mean(each.relative_update for each in cell),
+                    "modules": len(modules),
+                    "update_norm": pool_norms(module["update_norm"] for module in modules),
+                    "relative_update": mean_without_nan(module["relative_update"] for module in modules),
                     "energy": sum(energies) if energies else math.nan,
                     "least_rank": min(ranks, default=None),
                     "most_rank": max(ranks, default=None),
-                    "effective_rank": known_mean(each.effective_rank for each in cell),
+                    "effective_rank": mean_without_nan(module["effective_rank"] for module in modules),
                 }
             )
         return rows
@@ -139,63 +133,87 @@ def inspect(run: Result, spectra: bool = False) -> Inspection:
     case = Case(run, spectra)
     measured = case.measured
     facts = _adapter_facts(case.run) if isinstance(case.run, Adapter) else _run_facts(run, len(measured))
-    found = (finding for rule in RULES if rule.inspected or not rule.fix for finding in rule.findings(case))
-    return Inspection(run.path, facts, tuple(found), measured, run)
+    findings: list[Finding] = []
+    for rule in RULES:
+        if rule.inspected or not rule.fix:
+            findings += rule.findings(case)
+    return Inspection(run.path, facts, tuple(findings), measured, run)
 
 
-def role_position(stack: str, role: str, layers: Iterable[int | None]) -> tuple[int, ...]:
-    """Return the position of a role on an axis; all of its layers count as the first one."""
-    return position(stack, None if all(layer is None for layer in layers) else 0, role)
+def group_by_role(modules: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
+    """Return the rows of modules by stack and role, in the order of the axes."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for module in modules:
+        groups.setdefault((module["stack"], module["role"]), []).append(module)
+
+    def axis_position(group: tuple[tuple[str, str], list[Row]]) -> tuple[int, ...]:
+        """Return the position of a role on an axis; all of its layers count as the first one."""
+        (stack, role), rows = group
+        is_outside = all(row["layer"] is None for row in rows)
+        return position(stack, None if is_outside else 0, role)
+
+    return sorted(groups.items(), key=axis_position)
 
 
-def _known(values: Iterable[float]) -> list[float]:
+def _without_nan(values: Iterable[float]) -> list[float]:
     return [value for value in values if not math.isnan(value)]
 
 
-def known_mean(values: Iterable[float]) -> float:
+def mean_without_nan(values: Iterable[float]) -> float:
     """Return the mean of the values that are not NaN; NaN if all are NaN."""
-    known = _known(values)
-    return sum(known) / len(known) if known else math.nan
+    numbers = _without_nan(values)
+    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def _run_facts(run: Result, count: int) -> Facts:
     meta = run.meta
-    name = label(run.path) if run.path else run.id
-    done = "" if run.finished else f", {meta.status}"
-    facts = [
-        (name, run.label + ("" if meta.seed is None else f", seed {meta.seed}") + done),
-        ("model", meta.model + ("" if meta.task is None else f" on {meta.task}")),
+    seed = "" if meta.seed is None else f", seed {meta.seed}"
+    status = "" if run.finished else f", {meta.status}"
+    task = "" if meta.task is None else f" on {meta.task}"
+    facts = (
+        (label(run.path) if run.path else run.id, f"{run.label}{seed}{status}"),
+        ("model", f"{meta.model}{task}"),
         ("size", f"{count_phrase(count, 'module')}, {meta.parameters.trained:,} trained parameters"),
-    ]
-    if meta.test:
-        test, steps = meta.test, meta.settings["steps"]
-        facts.append(("test", f"{test.name} {test.metric:.4g}, loss {test.loss:.4g} after {steps} steps"))
-    return tuple(facts)
+    )
+    if not meta.test:
+        return facts
+    test, steps = meta.test, meta.settings["steps"]
+    return (*facts, ("test", f"{test.name} {test.metric:.4g}, loss {test.loss:.4g} after {steps} steps"))
 
 
 def _adapter_facts(run: Adapter) -> Facts:
-    parts, config = run.files.parts.values(), run.files.config
-    scales, ranks = _range([part.scale for part in parts]), _range([part.rank for part in parts])
-    size = f"rank {ranks}, " + (f"scale {scales}{_stated_alpha(config)}" if config else "alpha not saved")
+    updates, config = run.files.parts.values(), run.files.config
+    scales = _range([update.scale for update in updates])
     if run.files.kind == "FourierFT":
-        size = f"{_range([part.size for part in parts])} coefficients, scale {scales}"
-    stored = describe_files([part.dtype for part in parts], run.files.files)
+        size = f"{_range([update.size for update in updates])} coefficients, scale {scales}"
+    else:
+        scale = f"scale {scales}{_stated_alpha(config)}" if config else "alpha not saved"
+        size = f"rank {_range([update.rank for update in updates])}, {scale}"
+    base = "not read" if run.base is None else f"read from {run.base.folder}"
+    stored = describe_files([update.dtype for update in updates], run.files.files)
+    facts = [(run.label, f"{run.files.kind}, {size}")]
     source = hub_source(run.files.path)
-    return (
-        (run.label, f"{run.files.kind}, {size}"),
-        *([("hub", f"{source[0]}, commit {source[1]}")] if source else []),
-        ("base", f"{run.meta.model} ({'not read' if run.base is None else f'read from {run.base.folder}'})"),
-        ("size", f"{count_phrase(len(parts), 'module')}, {run.meta.parameters.trained:,} parameters, {stored}"),
-        *([("checkpoints", line)] if (line := describe_checkpoints(run.files.path)) else []),
-    )
+    if source:
+        facts.append(("hub", f"{source[0]}, commit {source[1]}"))
+    facts.append(("base", f"{run.meta.model} ({base})"))
+    parameters = f"{run.meta.parameters.trained:,} parameters"
+    facts.append(("size", f"{count_phrase(len(updates), 'module')}, {parameters}, {stored}"))
+    checkpoints = describe_checkpoints(run.files.path)
+    if checkpoints:
+        facts.append(("checkpoints", checkpoints))
+    return tuple(facts)
 
 
 def _stated_alpha(config: Mapping[str, Any]) -> str:
     """Return the alpha of a configuration in parentheses, or "" if its kind has none."""
-    values = [config.get(name) for name in ("lora_alpha", "alpha", "randlora_alpha")]
-    default = [8] * (str(config.get("peft_type", "")).upper() == "LORA")
-    alpha = next((value for value in [*values, *default] if isinstance(value, int | float)), None)
-    return "" if alpha is None else f" (alpha {alpha:g}{', rank-stabilized' * bool(config.get('use_rslora'))})"
+    alphas = [config.get(name) for name in ("lora_alpha", "alpha", "randlora_alpha")]
+    if str(config.get("peft_type", "")).upper() == "LORA":
+        alphas.append(8)  # the default of PEFT
+    alpha = next((alpha for alpha in alphas if isinstance(alpha, int | float)), None)
+    if alpha is None:
+        return ""
+    rank_stabilized = ", rank-stabilized" if config.get("use_rslora") else ""
+    return f" (alpha {alpha:g}{rank_stabilized})"
 
 
 def describe_files(dtypes: Iterable[str], files: Sequence[Any]) -> str:
@@ -210,17 +228,17 @@ def _range(values: Sequence[float]) -> str:
 
 def pool_norms(norms: Iterable[float]) -> float:
     """Return the root of the summed squares, ignoring NaN; NaN if all are NaN."""
-    known = _known(norms)
-    return math.hypot(*known) if known else math.nan
+    numbers = _without_nan(norms)
+    return math.hypot(*numbers) if numbers else math.nan
 
 
 def in_axis_order(frame: pd.DataFrame, layers: Iterable[Any]) -> pd.DataFrame:
     """Sort rows with a stack and a role by their position on an axis."""
-    places = [position(*place) for place in zip(frame["stack"], layers, frame["role"], strict=True)]
-    return frame.iloc[sorted(range(len(frame)), key=places.__getitem__)].reset_index(drop=True)
+    positions = [position(*module) for module in zip(frame["stack"], layers, frame["role"], strict=True)]
+    return frame.iloc[sorted(range(len(frame)), key=positions.__getitem__)].reset_index(drop=True)
 
 
-def rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def json_rows(frame: pd.DataFrame) -> list[Row]:
     """Convert a table to JSON values; unknown values are None."""
     return json_values(frame.astype(object).where(frame.notna(), None).to_dict("records"))
 

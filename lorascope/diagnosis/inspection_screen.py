@@ -26,16 +26,16 @@ from lorascope.files.text_layout import (
     Block,
     Elided,
     TableColumn,
+    aligned_table,
+    block_grid,
     elide,
-    labeled,
-    norm,
-    number,
-    paragraph,
-    percent,
-    render,
-    span,
-    table,
-    whole_number,
+    format_norm,
+    format_number,
+    format_percent,
+    format_span,
+    format_whole_number,
+    render_text,
+    wrap_text,
 )
 from lorascope.runs.adapter import Adapter
 
@@ -59,18 +59,18 @@ def report_screen(
     shown_findings = Block("findings", [finding_paragraph(finding) for finding in findings])
     fitting = [command for command in commands if len(command) <= TEXT_WIDTH] or commands[-1:]
     next_command = Block("next", [Text(command, "cyan") for command in fitting[:1]])
-    return render(target, labeled(header), "", *body, "", labeled([*blocks, shown_findings, next_command]))
+    return render_text(target, block_grid(header), "", *body, "", block_grid([*blocks, shown_findings, next_command]))
 
 
 def header_blocks(facts: Facts) -> list[Block]:
     """Return facts of one line each, the first with its label in bold."""
-    first, *others = (Block(elide(label, LABEL_WIDTH - 1), [Elided(text)]) for label, text in facts)
-    return [first._replace(label_style="bold"), *others]
+    first, *other_blocks = (Block(elide(label, LABEL_WIDTH - 1), [Elided(text)]) for label, text in facts)
+    return [first._replace(label_style="bold"), *other_blocks]
 
 
 def finding_paragraph(finding: Finding) -> Text:
     """Return the message of a finding in the color of its severity."""
-    return paragraph(finding.message, SEVERITY_STYLES[finding.severity], hang="  ")
+    return wrap_text(finding.message, SEVERITY_STYLES[finding.severity], hang="  ")
 
 
 class Strip(NamedTuple):
@@ -92,7 +92,7 @@ class Strip(NamedTuple):
     title: str
     pool: Callable[[Modules], float]
     caption: str
-    form: Callable[[float], str] = norm
+    form: Callable[[float], str] = format_norm
     pooled: str = ""
 
 
@@ -121,11 +121,11 @@ def layer_strip(
         rows.append(row | {"name": prefix + role, "strip": glyphs})
     names = TableColumn(strip.title, LABEL_WIDTH - 1, "name")
     strips = TableColumn(_layer_axis(depth, step, repeat), _STRIP_WIDTH, "strip")
-    yield table([names, strips, *columns], rows)
+    yield aligned_table([names, strips, *columns], rows)
     if top:
         pooled = f", {step} layers per column{strip.pooled}" if step > 1 else ""
         legend = f"{scale[-1]} is {strip.caption.format(strip.form(top))}, {scale[0]} is zero{pooled}"
-        yield labeled([Block("", [legend])])
+        yield block_grid([Block("", [legend])])
 
 
 def glyph(value: float | None, largest: float, scale: str) -> str:
@@ -155,15 +155,15 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
     """Format one adapter or run, with the table of ``null_table`` if there is one."""
     columns = [
         *_size_columns(inspection),
-        TableColumn("rank", 6, "least_rank", span, "most_rank"),
-        TableColumn("effective", 9, "effective_rank", number),
+        TableColumn("rank", 6, "least_rank", format_span, "most_rank"),
+        TableColumn("effective", 9, "effective_rank", format_number),
     ]
     strip = Strip("|dW| by layer", _pool_layers, "{} per layer", pooled=" (RMS)")
     lines = []
     for module in largest(inspection.measured, "update_norm", 3):
-        rank = "" if math.isnan(module.effective_rank) else f"  rank {number(module.effective_rank)}"
+        rank = "" if math.isnan(module.effective_rank) else f"  rank {format_number(module.effective_rank)}"
         rank += "" if module.rank is None else f" of {module.rank}"
-        lines.append(Elided(module.module, f"{norm(module.update_norm):<6} ", rank))
+        lines.append(Elided(module.module, f"{format_norm(module.update_norm):<6} ", rank))
     run, folders = inspection.run, [Path(inspection.path or "")]
     if isinstance(run, Adapter) and run.base is not None and run.files.needs_base:
         folders.append(run.base.folder)
@@ -181,9 +181,9 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
 
 def _size_columns(inspection: Inspection) -> list[TableColumn]:
     """Return the columns of |dW|, and of |dW| / |W| if the weights are known, else of the energy."""
-    relative = TableColumn("dW/W", 7, "relative_update", percent)
-    energy = TableColumn("energy", 7, "energy", percent)
-    return [TableColumn("|dW|", 7, "update_norm", norm), relative if inspection.has_base else energy]
+    relative = TableColumn("dW/W", 7, "relative_update", format_percent)
+    energy = TableColumn("energy", 7, "energy", format_percent)
+    return [TableColumn("|dW|", 7, "update_norm", format_norm), relative if inspection.has_base else energy]
 
 
 def _pool_layers(modules: Modules) -> float:
@@ -201,13 +201,13 @@ def _null_blocks(null: pd.DataFrame) -> Iterator[Block]:
     else:
         for column in ("effective_rank", "stable_rank"):
             count, mean = int(below_null(null, column).sum()), compared[f"{column}_null"].mean()
-            random = f"{column.replace('_', ' ')} of random factors: {number(mean)}"
+            random = f"{column.replace('_', ' ')} of random factors: {format_number(mean)}"
             lines.append(f"{random}; lower in {count} of {len(compared)} modules")
     start = pool_norms(null["untrained_norm"])
     if null["untrained_norm"].isna().any():
         lines.append("|dW| before training: unknown for this kind of start")
     elif start:
-        lines.append(f"|dW| before training: {norm(start)} (random coefficients)")
+        lines.append(f"|dW| before training: {format_norm(start)} (random coefficients)")
     yield Block("null", lines)
     far = outliers(null)
     count = int(null["norm_z"].notna().sum())
@@ -224,22 +224,22 @@ def modules_screen(inspection: Inspection, target: Console) -> str:
     """Format one adapter or run, with one line per module instead of the strips."""
     columns = [
         *_size_columns(inspection),
-        TableColumn("rank", 4, "rank", span, "rank"),
-        TableColumn("eff", 6, "effective_rank", number),
+        TableColumn("rank", 4, "rank", format_span, "rank"),
+        TableColumn("eff", 6, "effective_rank", format_number),
     ]
-    dead = TableColumn("dead", 4, "dead", whole_number)
+    dead = TableColumn("dead", 4, "dead", format_whole_number)
     if inspection.has_base:
-        intruders = TableColumn("intr", 4, "intruders", whole_number)
-        columns += [dead, intruders, TableColumn("1-cos", 7, "neuron_median", norm)]
+        intruders = TableColumn("intr", 4, "intruders", format_whole_number)
+        columns += [dead, intruders, TableColumn("1-cos", 7, "neuron_median", format_norm)]
     else:
-        stable_rank = TableColumn("stable", 6, "stable_rank", number)
-        columns += [stable_rank, TableColumn("90%", 4, "energy_rank", whole_number), dead]
+        stable_rank = TableColumn("stable", 6, "stable_rank", format_number)
+        columns += [stable_rank, TableColumn("90%", 4, "energy_rank", format_whole_number), dead]
     modules = inspection.module_rows()
     width = WIDTH - sum((column.width or 0) + 1 for column in columns)
     shared = _shared_prefix(modules, width)
     head = elide(f"module of {shared}" if shared else "module", width)
     rows = [module | {"name": module["module"].removeprefix(f"{shared}.")} for module in modules]
-    body = table([TableColumn(head, width, "name"), *columns], rows)
+    body = aligned_table([TableColumn(head, width, "name"), *columns], rows)
     return report_screen(target, header_blocks(inspection.facts), body, findings=inspection.details)
 
 

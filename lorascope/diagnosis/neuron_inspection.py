@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, power_of_ten
-from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_files, in_axis_order, pool_norms, rows
+from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_files, in_axis_order, json_rows, pool_norms
 from lorascope.diagnosis.inspection_screen import (
     Modules,
     Strip,
@@ -20,17 +20,17 @@ from lorascope.diagnosis.inspection_screen import (
     report_screen,
 )
 from lorascope.files.lazy_pandas import pandas as pd
-from lorascope.files.text_layout import Block, Elided, TableColumn, norm, percent, table
+from lorascope.files.text_layout import Block, Elided, TableColumn, aligned_table, format_norm, format_percent
 from lorascope.formats.pretrained_weights import PretrainedWeights
 
 TOP = 0.1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 SHORT = 1e-8  # norm of a neuron's weights below which their direction is not meaningful
 _COLUMNS = (
-    TableColumn("share", 7, "share", percent),
-    TableColumn("median", 7, "median", norm),
-    TableColumn("largest", 7, "largest", norm),
-    TableColumn("|dW|", 7, "delta_norm", norm),
+    TableColumn("share", 7, "share", format_percent),
+    TableColumn("median", 7, "median", format_norm),
+    TableColumn("largest", 7, "largest", format_norm),
+    TableColumn("|dW|", 7, "delta_norm", format_norm),
 )
 
 UNCHANGED_MODEL = Kind(
@@ -87,10 +87,10 @@ class NeuronInspection(InspectionReport):
     scores: pd.DataFrame
 
     def module_rows(self) -> list[dict[str, Any]]:
-        return rows(self.modules)
+        return json_rows(self.modules)
 
     def role_rows(self) -> list[dict[str, Any]]:
-        return rows(self.roles())
+        return json_rows(self.roles())
 
     def roles(self) -> pd.DataFrame:
         """Return the same columns per stack and role."""
@@ -110,7 +110,7 @@ class NeuronInspection(InspectionReport):
             quantiles={f"{share:g}": value for share, value in self.quantiles().items()},
             roles=self.role_rows(),
             modules=self.module_rows(),
-            largest=rows(self.largest(100).drop(columns="top")),
+            largest=json_rows(self.largest(100).drop(columns="top")),
         )
 
 
@@ -189,10 +189,10 @@ def _finding_about(kind: Kind, message: str, names: Iterable[str]) -> Finding:
 
 def neurons_screen(inspection: NeuronInspection, target: Console) -> str:
     """Format a whole model and its base: the rotation of its neurons."""
-    strip = Strip("in top 10%", _top_fraction, "{} of a layer's neurons", percent)
-    quantiles = "  ".join(f"{quantile:.0%} {norm(value)}" for quantile, value in inspection.quantiles().items())
+    strip = Strip("in top 10%", _top_fraction, "{} of a layer's neurons", format_percent)
+    quantiles = "  ".join(f"{quantile:.0%} {format_norm(value)}" for quantile, value in inspection.quantiles().items())
     neurons = [
-        Elided(row["module"], f"{norm(row['cosine_distance']):<8} ", f"  neuron {row['neuron']}")
+        Elided(row["module"], f"{format_norm(row['cosine_distance']):<8} ", f"  neuron {row['neuron']}")
         for row in inspection.largest(3).to_dict("records")
     ]
     models = (inspection.path, inspection.base), ("MODEL", "DIR")
@@ -214,5 +214,5 @@ def _top_fraction(modules: Modules) -> float:
 def projections_screen(inspection: NeuronInspection, target: Console) -> str:
     """Format a whole model and its base, with one line per projection instead of the strips."""
     columns = [TableColumn("projection", 39, "module"), TableColumn("role", 8, "role"), *_COLUMNS]
-    body = table(columns, inspection.module_rows())
+    body = aligned_table(columns, inspection.module_rows())
     return report_screen(target, header_blocks(inspection.facts), body, findings=inspection.details)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
 from lorascope.analysis import adapter_similarity
-from lorascope.diagnosis.inspection import Inspection, rows
+from lorascope.diagnosis.inspection import Inspection, json_rows
 from lorascope.diagnosis.inspection_screen import finding_paragraph
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import utf8_text
@@ -19,15 +19,15 @@ from lorascope.files.text_layout import (
     WIDTH,
     Block,
     TableColumn,
-    labeled,
-    norm,
-    number,
-    ratio,
-    render,
-    span,
-    table,
+    aligned_table,
+    block_grid,
+    format_norm,
+    format_number,
+    format_ratio,
+    format_span,
+    format_whole_number,
+    render_text,
     text_block,
-    whole_number,
 )
 
 _CELL = 6  # width of a cell of a matrix
@@ -41,10 +41,10 @@ class _Matrix(NamedTuple):
 
 
 _MATRICES = (
-    _Matrix("|dW|, row over column", "norm_ratio", ratio),
-    _Matrix("cosine of dW", "cosine", lambda value: number(round(value, 2) + 0.0, 2)),  # not -0.00
-    _Matrix("angle of subspaces, degrees", "angle", whole_number),
-    _Matrix("rank in other modules, %", "rank_moved", lambda value: whole_number(100 * value)),
+    _Matrix("|dW|, row over column", "norm_ratio", format_ratio),
+    _Matrix("cosine of dW", "cosine", lambda value: format_number(round(value, 2) + 0.0, 2)),  # not -0.00
+    _Matrix("angle of subspaces, degrees", "angle", format_whole_number),
+    _Matrix("rank in other modules, %", "rank_moved", lambda value: format_whole_number(100 * value)),
 )
 
 
@@ -76,12 +76,12 @@ class Comparison:
         for label, item in zip(self.labels, self.inspections, strict=True):
             pairs = self.matrix[(self.matrix["one"] == label) & (self.matrix["other"] != label)].drop(columns="one")
             modules = self.modules[self.modules["one"] == label].drop(columns=["one", "inner"])
-            compared = {"label": label, "compared": rows(pairs), "compared_modules": rows(modules)}
+            compared = {"label": label, "compared": json_rows(pairs), "compared_modules": json_rows(modules)}
             entries.append(item.to_json() | compared)
         return entries
 
 
-def compare(inspections: Sequence[Inspection], spectra: bool = False) -> Comparison:
+def compare_inspections(inspections: Sequence[Inspection], spectra: bool = False) -> Comparison:
     """Compare inspections pairwise.
 
     Raises
@@ -119,8 +119,8 @@ def comparison_screen(comparison: Comparison, target: Console) -> str:
         TableColumn("", len(letters[-1]), "letter"),
         TableColumn("", WIDTH - 52, "label"),
         TableColumn("method", 10, "method"),
-        TableColumn("|dW|", 7, "norm", norm),
-        TableColumn("rank", 7, "least_rank", span, "most_rank"),
+        TableColumn("|dW|", 7, "norm", format_norm),
+        TableColumn("rank", 7, "least_rank", format_span, "most_rank"),
         TableColumn("modules", 7, "modules", str),
         TableColumn("parameters", 13, "parameters", "{:,}".format),
     ]
@@ -139,8 +139,10 @@ def comparison_screen(comparison: Comparison, target: Console) -> str:
         paragraphs = [finding_paragraph(finding) for finding in inspection.details if finding.severity != "note"]
         if paragraphs:
             warnings.append(Block(letter, paragraphs))
-    between = [""] if warnings else []
-    return render(target, table(columns, sizes), "", grid, labeled(_legend(comparison)), *between, labeled(warnings))
+    screen: list[RenderableType] = [aligned_table(columns, sizes), "", grid, block_grid(_legend(comparison))]
+    if warnings:
+        screen += ["", block_grid(warnings)]
+    return render_text(target, *screen)
 
 
 def _letters(index: int) -> str:
@@ -186,4 +188,4 @@ def _format_matrix(comparison: Comparison, letters: Sequence[str], matrix: _Matr
         rows.append({"": letter} | dict(zip(heads, values, strict=True)))
     columns = [TableColumn("", len(letters[-1]) + 1, "")]
     columns += [TableColumn(letter, _CELL - 1, letter, matrix.form) for letter in heads]
-    return Group(Text(matrix.title, "bold"), table(columns, rows))
+    return Group(Text(matrix.title, "bold"), aligned_table(columns, rows))

@@ -14,21 +14,48 @@ from lorascope.analysis.settling import THRESHOLD, Distances, distances
 from lorascope.diagnosis.inspection import (
     Facts,
     Inspection,
+    Row,
+    group_by_role,
     inspect,
     json_values,
-    known_mean,
+    mean_without_nan,
     pool_norms,
-    role_position,
 )
 from lorascope.diagnosis.inspection_screen import header_blocks, join_paths, report_screen, shorter_path
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
-from lorascope.files.text_layout import Block, Elided, TableColumn, norm, number, percent, table, text_block
+from lorascope.files.text_layout import (
+    Block,
+    Elided,
+    TableColumn,
+    aligned_table,
+    format_norm,
+    format_number,
+    format_percent,
+    text_block,
+)
 from lorascope.runs.checkpoint_names import count_and_span
 from lorascope.runs.loading import is_series
 from lorascope.runs.series import Series
 
-_Row = dict[str, Any]
+_ROLE_COLUMNS = (
+    TableColumn("role", 15, "name"),
+    TableColumn("|dW| first", 10, "first_norm", format_norm),
+    TableColumn("last", 7, "update_norm", format_norm),
+    TableColumn("effective first", 15, "first_effective_rank", format_number),
+    TableColumn("last", 6, "effective_rank", format_number),
+    TableColumn("last change", 12, "last_change", format_percent),
+    TableColumn("settled", 9, "settled", str),
+)
+_MODULE_COLUMNS = (
+    TableColumn("module", 35, "module"),
+    TableColumn("first", 7, "first_norm", format_norm),
+    TableColumn("last", 7, "update_norm", format_norm),
+    TableColumn("eff.", 5, "first_effective_rank", format_number),
+    TableColumn("last", 5, "effective_rank", format_number),
+    TableColumn("change", 7, "last_change", format_percent),
+    TableColumn("settled", 8, "settled", str),
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +90,7 @@ class SeriesInspection:
             return skipped
         return (*skipped, ("absent", f"{absent} modules of other checkpoints, which the last one lacks"))
 
-    def modules(self) -> list[_Row]:
+    def modules(self) -> list[Row]:
         """Return one row per module of the last checkpoint, in the order of the axes.
 
         Keys are ``module, stack, layer, role, rank, first_norm, update_norm, first_effective_rank, effective_rank,
@@ -72,35 +99,32 @@ class SeriesInspection:
         """
         ranks, (first, *_), last = self.series.ranks(), self.series.checkpoints.values(), self.series.last
         rows = []
-        for place in self.series.meta.modules:
-            if (name := place.module) in self.distances.values:
-                before, after = first.measures.get(name, {}), last.measures[name]
-                rows.append({
-                    "module": name, "stack": place.stack, "layer": place.layer, "role": place.role, "rank": ranks[name],
-                    "first_norm": before.get("update_norm", np.nan), "update_norm": after["update_norm"],
-                    "first_effective_rank": before.get("effective_rank", np.nan),
-                    "effective_rank": after["effective_rank"], **self._movement([name]),
-                })  # fmt: skip
+        for module in self.series.meta.modules:
+            name = module.module
+            if name not in self.distances.values:
+                continue
+            before, after = first.measures.get(name, {}), last.measures[name]
+            rows.append({
+                "module": name, "stack": module.stack, "layer": module.layer, "role": module.role, "rank": ranks[name],
+                "first_norm": before.get("update_norm", np.nan), "update_norm": after["update_norm"],
+                "first_effective_rank": before.get("effective_rank", np.nan),
+                "effective_rank": after["effective_rank"], **self._movement([name]),
+            })  # fmt: skip
         return rows
 
-    def roles(self) -> list[_Row]:
+    def roles(self) -> list[Row]:
         """Return one row per stack and role: norms of all its modules together, and their mean effective ranks."""
-        groups: dict[tuple[str, str], list[_Row]] = {}
-        for row in self.modules():
-            groups.setdefault((row["stack"], row["role"]), []).append(row)
+        rows = []
+        for (stack, role), modules in group_by_role(self.modules()):
+            row: Row = {"stack": stack, "role": role, "modules": len(modules)}
+            for name in ("first_norm", "update_norm"):
+                row[name] = pool_norms(module[name] for module in modules)
+            for name in ("first_effective_rank", "effective_rank"):
+                row[name] = mean_without_nan(module[name] for module in modules)
+            rows.append(row | self._movement([module["module"] for module in modules]))
+        return rows
 
-        def in_order(item: tuple[tuple[str, str], list[_Row]]) -> tuple[int, ...]:
-            return role_position(*item[0], [row["layer"] for row in item[1]])
-
-        return [
-            {"stack": stack, "role": role, "modules": len(group)}
-            | {name: pool_norms(row[name] for row in group) for name in ("first_norm", "update_norm")}
-            | {name: known_mean(row[name] for row in group) for name in ("first_effective_rank", "effective_rank")}
-            | self._movement([row["module"] for row in group])
-            for (stack, role), group in sorted(groups.items(), key=in_order)
-        ]
-
-    def _movement(self, modules: Sequence[str]) -> _Row:
+    def _movement(self, modules: Sequence[str]) -> Row:
         change = float(self.distances.relative(modules)[-2])
         return {"last_change": change, "settled": self.distances.settled(modules)}
 
@@ -110,12 +134,12 @@ class SeriesInspection:
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form; unknown values are None."""
-        found = {
+        values = {
             "name": self.series.label, "path": str(self.series.path), "kind": self.last.facts[0][1],
             "facts": dict(self.facts[1:] + self.absences), "steps": list(self.distances.steps), "threshold": THRESHOLD,
             "roles": self.roles(), "modules": self.modules(), "findings": list(self.last.findings),
         }  # fmt: skip
-        return dict(json_values(found))
+        return dict(json_values(values))
 
 
 def inspect_series(series: Series, spectra: bool = False) -> SeriesInspection:
@@ -138,10 +162,14 @@ def series_screen(inspection: SeriesInspection, target: Console, all: bool = Fal
     """Format a series: one line per role, or per module if ``all`` is set."""
     modules = inspection.modules()
     before, last = inspection.distances.steps[-2:]
-    body = table(_MODULE_COLUMNS, modules) if all else table(_ROLE_COLUMNS, map(_name_role, inspection.roles()))
+    if all:
+        body = aligned_table(_MODULE_COLUMNS, modules)
+    else:
+        roles = [row | {"name": f"{row['stack']} {row['role']}".strip()} for row in inspection.roles()]
+        body = aligned_table(_ROLE_COLUMNS, roles)
     change = f"of the update from step {before} to {last}, relative to its norm at step {last}"
     by_change = sorted(modules, key=lambda row: -np.nan_to_num(row["last_change"], nan=np.inf))
-    moving = [Elided(row["module"], f"{percent(row['last_change']):<6} ") for row in by_change[:3]]
+    moving = [Elided(row["module"], f"{format_percent(row['last_change']):<6} ") for row in by_change[:3]]
     early = sorted(row["settled"] for row in modules if row["settled"] < last)
     first = f", the first at step {early[0]}" if early else ""
     settled = f"{len(early)} of {len(modules)} modules before step {last}{first}"
@@ -169,27 +197,3 @@ def _plot_commands(series: Series) -> list[str]:
         f"lorascope plot settling {join_paths(path)}{option} -o settling.pdf"
         for path in (shorter_path(folder), "FOLDER")
     ]
-
-
-def _name_role(row: _Row) -> _Row:
-    return row | {"name": f"{row['stack']} {row['role']}".strip()}
-
-
-_ROLE_COLUMNS = (
-    TableColumn("role", 15, "name"),
-    TableColumn("|dW| first", 10, "first_norm", norm),
-    TableColumn("last", 7, "update_norm", norm),
-    TableColumn("effective first", 15, "first_effective_rank", number),
-    TableColumn("last", 6, "effective_rank", number),
-    TableColumn("last change", 12, "last_change", percent),
-    TableColumn("settled", 9, "settled", str),
-)
-_MODULE_COLUMNS = (
-    TableColumn("module", 35, "module"),
-    TableColumn("first", 7, "first_norm", norm),
-    TableColumn("last", 7, "update_norm", norm),
-    TableColumn("eff.", 5, "first_effective_rank", number),
-    TableColumn("last", 5, "effective_rank", number),
-    TableColumn("change", 7, "last_change", percent),
-    TableColumn("settled", 8, "settled", str),
-)

@@ -13,7 +13,7 @@ from joblib import Parallel, delayed
 
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.doctor import findings
-from lorascope.diagnosis.inspection import inspect, pool_norms
+from lorascope.diagnosis.inspection import inspect, mean_without_nan, pool_norms
 from lorascope.extras import requirement
 from lorascope.files.hub import locate
 from lorascope.runs.adapter import Adapter
@@ -47,16 +47,16 @@ def find_adapters(folder: str | Path) -> Iterator[Path]:
     Files ``*.safetensors`` and ``*.gguf`` outside of an adapter's folder count if they are adapters or cannot be read.
     Hidden folders are skipped, and those inside of an adapter or a run, such as checkpoints.
     """
-    for at, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(at)
         if any(mark in files for mark in MARKS):
             folders.clear()
-            yield here
+            yield Path(path)
             continue
         for name in sorted(files):
-            if name.endswith((".safetensors", ".gguf")) and _may_be_adapter(here / name):
-                yield here / name
+            file = Path(path, name)
+            if file.suffix in (".safetensors", ".gguf") and _may_be_adapter(file):
+                yield file
 
 
 def _may_be_adapter(file: Path) -> bool:
@@ -83,28 +83,28 @@ def survey(paths: str | Path | Iterable[str | Path], base: str | Path | None = N
         An adapter that cannot be measured has the reason in ``error``.
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
-    yield from Parallel(return_as="generator")(delayed(measure)(path, base) for path in paths)
+    yield from Parallel(return_as="generator")(delayed(measure_adapter)(path, base) for path in paths)
 
 
-def measure(path: str | Path, base: str | Path | None = None) -> Surveyed:
+def measure_adapter(path: str | Path, base: str | Path | None = None) -> Surveyed:
     """Measure one adapter or run."""
     try:
         run = load(locate(path), base)
-        found = inspect(run)
-        ranks = [each.rank for each in found.measured if each.rank is not None]
-        effective = [each.effective_rank for each in found.measured if np.isfinite(each.effective_rank)]
+        modules = inspect(run).measured
+        ranks = [module.rank for module in modules if module.rank is not None]
+        causes = dict.fromkeys(finding.cause for finding in findings(Case(run)))
         return Surveyed(
             path=str(path),
             kind=run.files.kind if isinstance(run, Adapter) else re.split("[ ,]", run.label)[0],
             base=run.meta.model,
-            modules=len(found.measured),
-            parameters=sum(each.parameters for each in found.measured),
+            modules=len(modules),
+            parameters=sum(module.parameters for module in modules),
             least_rank=min(ranks, default=None),
             most_rank=max(ranks, default=None),
-            update_norm=pool_norms(each.update_norm for each in found.measured),
-            effective_rank=float(np.mean(effective)) if effective else np.nan,
-            findings=" ".join(dict.fromkeys(each.cause for each in findings(Case(run)))),
+            update_norm=pool_norms(module.update_norm for module in modules),
+            effective_rank=mean_without_nan(module.effective_rank for module in modules),
+            findings=" ".join(causes),
         )
     except (ModuleNotFoundError, OSError, ValueError) as error:
-        needed = requirement(error) if isinstance(error, ModuleNotFoundError) else None
-        return Surveyed(path=str(path), error=needed or " ".join(str(error).split()))
+        required = requirement(error) if isinstance(error, ModuleNotFoundError) else None
+        return Surveyed(path=str(path), error=required or " ".join(str(error).split()))

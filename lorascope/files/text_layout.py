@@ -32,18 +32,18 @@ UNLIMITED = 1 << 14
 _FRAME_WIDTH, _LAST_WIDTH = 120, 12
 
 
-def console(stream: Any, width: int = WIDTH) -> Console:
+def make_console(stream: Any, width: int = WIDTH) -> Console:
     """Return a console for a stream: colors on a terminal, plain text in a file or a pipe."""
     options: dict[str, Any] = dict.fromkeys(("markup", "emoji", "highlight", "legacy_windows", "force_jupyter"), False)
     options["color_system"] = None if "NO_COLOR" in os.environ else "auto"
     return Console(file=stream, force_terminal=stream.isatty(), width=width, **options)
 
 
-def render(target: Console, *parts: RenderableType) -> str:
-    """Format parts for a console, without blanks at the ends of lines."""
+def render_text(target: Console, *renderables: RenderableType) -> str:
+    """Format renderables for a console, without blanks at the ends of lines."""
     with target.capture() as captured:
-        for part in parts:
-            target.print(part)
+        for renderable in renderables:
+            target.print(renderable)
     return "\n".join(line.rstrip() for line in captured.get().removesuffix("\n").split("\n"))
 
 
@@ -70,7 +70,7 @@ class Elided:
         yield self.start + elide(self.text, options.max_width - cell_len(self.start + self.end)) + self.end
 
 
-def paragraph(text: str, style: str = "", width: int = TEXT_WIDTH, hang: str = "") -> Text:
+def wrap_text(text: str, style: str = "", width: int = TEXT_WIDTH, hang: str = "") -> Text:
     """Return escaped and wrapped text; ``hang`` begins all of its lines but the first."""
     return Text(textwrap.fill(printable(text), width, subsequent_indent=hang), style)
 
@@ -87,16 +87,16 @@ def text_block(label: str, *texts: str, style: str = "", label_style: str = "") 
     """Return a block of wrapped texts, the first in a style; a label wider than its column continues in that text."""
     label = printable(label)
     if len(label) < LABEL_WIDTH:
-        first = paragraph(texts[0], style)
+        first = wrap_text(texts[0], style)
     else:
-        rest_of_label = label[LABEL_WIDTH:]
-        first = paragraph(f"{rest_of_label} {texts[0]}")
-        first.stylize(label_style, 0, len(rest_of_label))
-        first.stylize(style, len(rest_of_label))
-    return Block(label[:LABEL_WIDTH], [first, *map(paragraph, texts[1:])], label_style)
+        label_end = label[LABEL_WIDTH:]
+        first = wrap_text(f"{label_end} {texts[0]}")
+        first.stylize(label_style, 0, len(label_end))
+        first.stylize(style, len(label_end))
+    return Block(label[:LABEL_WIDTH], [first, *map(wrap_text, texts[1:])], label_style)
 
 
-def labeled(blocks: Iterable[Block]) -> Table:
+def block_grid(blocks: Iterable[Block]) -> Table:
     """Return blocks with their labels in the first column."""
     grid = Table.grid(Column(width=LABEL_WIDTH, no_wrap=True), Column(width=TEXT_WIDTH))
     for block in blocks:
@@ -138,7 +138,9 @@ class TableColumn(NamedTuple):
         return self.form(*map(row.get, names))
 
 
-def table(columns: Sequence[TableColumn], rows: Iterable[Mapping[str, Any]], gap: int = 1, head: bool = True) -> Table:
+def aligned_table(
+    columns: Sequence[TableColumn], rows: Iterable[Mapping[str, Any]], gap: int = 1, head: bool = True
+) -> Table:
     """Return a table with a bold head; its widest text gives way to numbers that are wider than their columns."""
     widths = [column.width for column in columns if column.width is not None]
     fixed = len(widths) == len(columns)
@@ -170,21 +172,21 @@ def format_frame(frame: pd.DataFrame) -> str:
         form = str if pd.api.types.is_numeric_dtype(dtype) else None
         columns.append(TableColumn(head, width, head, form))
     rows = (dict(zip(texts, cells, strict=True)) for cells in zip(*texts.values(), strict=True))
-    return render(console(sys.stdout, UNLIMITED), table(columns, rows, gap))
+    return render_text(make_console(sys.stdout, UNLIMITED), aligned_table(columns, rows, gap))
 
 
 def _format_cell(value: object) -> str:
     return printable(f"{value:.4g}" if isinstance(value, float) else value)
 
 
-def span(low: Any, high: Any) -> str:
+def format_span(low: Any, high: Any) -> str:
     """Format a range of ranks."""
     if low is None:
         return "-"
     return str(low) if low == high else f"{low}-{high}"
 
 
-def norm(value: float) -> str:
+def format_norm(value: float) -> str:
     """Format a norm with three digits in at most seven characters."""
     if math.isnan(value):
         return "NaN"
@@ -193,7 +195,7 @@ def norm(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if value == 0 or 1e-3 <= value < 999.5 else f"{value:.1e}"
 
 
-def percent(fraction: float) -> str:
+def format_percent(fraction: float) -> str:
     """Format a fraction in percent."""
     if math.isnan(fraction):
         return "-"
@@ -202,17 +204,17 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.{1 if fraction < 10 else 0}f}%"
 
 
-def number(value: float, digits: int = 1) -> str:
+def format_number(value: float, digits: int = 1) -> str:
     """Format a number with a fixed number of digits after the point."""
     if math.isnan(value):
         return "-"
-    return f"{value:.{digits}f}" if abs(value) < 1e5 else norm(value)
+    return f"{value:.{digits}f}" if abs(value) < 1e5 else format_norm(value)
 
 
-whole_number = partial(number, digits=0)
+format_whole_number = partial(format_number, digits=0)
 
 
-def ratio(value: float) -> str:
+def format_ratio(value: float) -> str:
     """Format a ratio in at most five characters."""
     if math.isnan(value):
         return "-"

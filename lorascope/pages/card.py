@@ -18,7 +18,7 @@ from lorascope.diagnosis.causes import Finding
 from lorascope.diagnosis.causes.finding import Severity
 from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
 from lorascope.diagnosis.inspection import Inspection, inspect, json_values
-from lorascope.diagnosis.pair_comparison import compare, distinct_labels
+from lorascope.diagnosis.pair_comparison import compare_inspections, distinct_labels
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.pages.report_figure import ReportFigure, draw
@@ -85,7 +85,7 @@ def collect(runs: Sequence[Result], spectra: bool = False) -> Card:
     unseen: dict[str, str] = {}
     if len(runs) > 1:
         try:
-            matrix = compare(inspections, spectra).matrix
+            matrix = compare_inspections(inspections, spectra).matrix
             tables["pairs"] = matrix[matrix["one"] != matrix["other"]]
         except ValueError as error:  # they are adapters of different models
             unseen["comparison in pairs"] = printable(error)

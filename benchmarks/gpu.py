@@ -26,7 +26,7 @@ from paired import compare
 from recorder import STEPS, TURNS, Training
 
 import lorascope as ls
-from lorascope.analysis.step_time import medians
+from lorascope.analysis.step_time import median_times
 from lorascope.experiments import step_memory, step_time
 from lorascope.experiments.isolated_run import IsolatedRun
 from lorascope.methods.method import Method
@@ -67,7 +67,7 @@ def with_peak(device: str, work: Callable[[], ls.Run]) -> tuple[ls.Run, float]:
 
 def seconds_per_step(run: ls.Run) -> float:
     """Return the median time per step of a run from ``step_time``, without its first steps."""
-    return float(medians(run.table)["value"].sum())
+    return float(median_times(run.table)["value"].sum())
 
 
 def methods(options: argparse.Namespace, steps: int, processes: int, root: Path) -> Iterator[Row]:

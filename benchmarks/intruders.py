@@ -11,7 +11,7 @@ import numpy as np
 from measurements import MeasuredLine
 from paired import compare, report
 
-from lorascope.analysis.intruders import bases, intruders
+from lorascope.analysis.intruders import decompose_weights, find_intruders
 from lorascope.updates import Dense, LowRank
 from lorascope.updates.linalg import one_thread
 
@@ -23,7 +23,7 @@ def lines(pairs: int) -> Iterator[MeasuredLine]:
     rng = np.random.default_rng(0)
     W0 = rng.standard_normal((SIDE, SIDE)) / SIDE**0.5
     adapter = LowRank(rng.standard_normal((SIDE, RANK)), rng.standard_normal((RANK, SIDE)), 0.01)
-    base = bases({"m": W0})
+    base = decompose_weights({"m": W0})
     U0 = base["m"].U
     matrix = W0 + adapter.dense()
 
@@ -41,7 +41,9 @@ def lines(pairs: int) -> Iterator[MeasuredLine]:
     }
     with one_thread():
         for label, (definition, update, aim) in contestants.items():
-            ratio = compare(definition, lambda u=update: intruders(base, {"m": u}, K), max(3, pairs // 8), warmup=1)
+            ratio = compare(
+                definition, lambda u=update: find_intruders(base, {"m": u}, K), max(3, pairs // 8), warmup=1
+            )
             yield ratio.line(label, aim=aim, at_least=True)
 
 

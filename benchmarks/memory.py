@@ -37,7 +37,7 @@ def main() -> None:
         for way, method in WAYS.items():
             run = ls.step_memory.measure(MODELS[name], "sentiment", method, root=arguments.runs)
             found[way].append(run)
-            memory = norms.last(run.table).set_index("quantity")["value"] / 2**20
+            memory = norms.last_recorded(run.table).set_index("quantity")["value"] / 2**20
             parameters, gradients, optimizer, peak = (memory[part] for part in PARTS)
             print(f"| {way} | {parameters:.1f} | {gradients:.1f} | {optimizer:.1f} | {peak:.0f} |", flush=True)
     ls.plots.memory(found).save(arguments.figure, width="column")

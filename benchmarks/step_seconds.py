@@ -12,7 +12,7 @@ import argparse
 from memory import WAYS
 
 import lorascope as ls
-from lorascope.analysis.step_time import PARTS, medians
+from lorascope.analysis.step_time import PARTS, median_times
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     found = {}
     for way, method in WAYS.items():
         found[way] = ls.step_time.measure("minilm", "sentiment", method, steps=30, root=arguments.runs)
-        parts = 1e3 * medians(found[way].table).set_index("part")["value"]
+        parts = 1e3 * median_times(found[way].table).set_index("part")["value"]
         print("|", " | ".join([way, *(f"{parts[part]:.0f}" for part in PARTS.values())]), "|", flush=True)
     ls.plots.step_seconds(found).save(arguments.figure, width="page")
 

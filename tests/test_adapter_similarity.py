@@ -77,8 +77,8 @@ def angle(one: np.ndarray, other: np.ndarray, k: int) -> float:
 
 
 def test_matrix_matches_dense_vectors(three: dict[str, Adapter]) -> None:
-    shared = adapter_similarity.modules(three)
-    table = adapter_similarity.matrix(three, shared).set_index(["one", "other"])
+    shared = adapter_similarity.compare_modules(three)
+    table = adapter_similarity.compare_adapters(three, shared).set_index(["one", "other"])
     for one in three:
         for other in three:
             x, y, row = whole(three[one]), whole(three[other]), table.loc[(one, other)]
@@ -98,7 +98,9 @@ def test_matrix_matches_dense_vectors(three: dict[str, Adapter]) -> None:
 
 
 def test_moved_fractions_match_hand_computed_ones(three: dict[str, Adapter]) -> None:
-    table = adapter_similarity.matrix(three, adapter_similarity.modules(three)).set_index(["one", "other"])
+    table = adapter_similarity.compare_adapters(three, adapter_similarity.compare_modules(three)).set_index(
+        ["one", "other"]
+    )
     # Adapter a has a third of its rank in each of q0, v0, q1; adapter b has 6, 2 and 4 twelfths in q0, q1, v1.
     assert table.loc[("a", "b"), "rank_moved"] == pytest.approx((1 / 6 + 1 / 3 + 1 / 6 + 1 / 3) / 2)
     assert table.loc[("a", "c"), ["rank_moved", "energy_moved"]].tolist() == pytest.approx([1, 1])
@@ -114,11 +116,13 @@ def test_comparison_does_not_depend_on_the_factorization(tmp_path: Path, three: 
     gauges = {module: draw.standard_normal((len(A), len(A))) for module, (_, A) in factors.items()}
     again = {module: (B @ gauges[module], np.linalg.solve(gauges[module], A)) for module, (B, A) in factors.items()}
     other = three | {"b": load(write(tmp_path / "again", again))}
-    tables = [adapter_similarity.matrix(runs, adapter_similarity.modules(runs)) for runs in (three, other)]
+    tables = [
+        adapter_similarity.compare_adapters(runs, adapter_similarity.compare_modules(runs)) for runs in (three, other)
+    ]
     for column in ("norm_ratio", "cosine", "angle", "rank_moved", "energy_moved"):
         np.testing.assert_allclose(tables[0][column], tables[1][column], rtol=1e-4, atol=1e-4)
     same = {"one": three["b"], "two": other["b"]}
-    row = adapter_similarity.matrix(same, adapter_similarity.modules(same)).iloc[1]
+    row = adapter_similarity.compare_adapters(same, adapter_similarity.compare_modules(same)).iloc[1]
     assert row["cosine"] == pytest.approx(1)
     assert row["angle"] == pytest.approx(0, abs=1e-2)
 
@@ -145,8 +149,8 @@ def test_zero_and_nan_updates_are_compared_where_defined(tmp_path: Path) -> None
     spoiled = dict(factors) | {LAYER(0, "q"): (np.full((20, 3), np.nan), factors[LAYER(0, "q")][1])}
     none = {module: (0 * B, A) for module, (B, A) in factors.items()}
     runs = {name: load(write(tmp_path / name, f)) for name, f in {"x": factors, "n": spoiled, "z": none}.items()}
-    shared = adapter_similarity.modules(runs)
-    table = adapter_similarity.matrix(runs, shared).set_index(["one", "other"])
+    shared = adapter_similarity.compare_modules(runs)
+    table = adapter_similarity.compare_adapters(runs, shared).set_index(["one", "other"])
     kept = [m for m in factors if m != LAYER(0, "q")]
     norms = [np.sqrt(sum(runs["x"].updates()[m].norm() ** 2 for m in names)) for names in (kept, factors)]
     assert table.loc[("n", "x"), "cosine"] == pytest.approx(norms[0] / norms[1])
@@ -172,7 +176,9 @@ def printed(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 def test_inspect_prints_the_matrix(three: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(capsys, *(run.path for run in three.values())).splitlines()
-    table = adapter_similarity.matrix(three, adapter_similarity.modules(three)).set_index(["one", "other"])
+    table = adapter_similarity.compare_adapters(three, adapter_similarity.compare_modules(three)).set_index(
+        ["one", "other"]
+    )
     assert [line.split()[:3] for line in shown[1:4]] == [["a", "a", "LoRA"], ["b", "b", "LoRA"], ["c", "c", "LoRA"]]
     assert shown[5].split("  ")[0] == "|dW|, row over column"
     ratio, cosine = (
@@ -219,7 +225,7 @@ def test_labels_of_folders_with_the_same_name_are_their_paths(
 
 def test_figure_shows_the_matrix(three: dict[str, Adapter]) -> None:
     charts = [chart for row in plots.adapter_pairs(three).rows() for chart in row]
-    table = adapter_similarity.matrix(three, adapter_similarity.modules(three))
+    table = adapter_similarity.compare_adapters(three, adapter_similarity.compare_modules(three))
     ratio, cosine, angles, moved = charts
     assert ratio.data["log_ratio"].tolist() == pytest.approx(np.log2(table["norm_ratio"]).tolist())
     assert cosine.data["cosine"].tolist() == table["cosine"].tolist()

@@ -42,21 +42,21 @@ def cells(found: pd.DataFrame, *columns: str) -> dict:
 
 def test_pool_of_several_tensors_is_the_norm_of_their_concatenation() -> None:
     rows = table([(1, "b.1.q", "weight_norm", 5.0), (1, "b.1.ff", "weight_norm", 12.0)])
-    assert cells(norms.pool(norms.select(rows, "weight_norm")), "place") == {"1": 13.0}
+    assert cells(norms.pool_modules(norms.select_quantity(rows, "weight_norm")), "place") == {"1": 13.0}
 
 
 def test_mean_over_steps_excludes_step_0() -> None:
     rows = table(
         [(0, "words", "weight_norm", 100.0), (1, "words", "weight_norm", 5.0), (2, "words", "weight_norm", 10.0)]
     )
-    found = norms.mean_over_steps(norms.pool(norms.select(rows, "weight_norm")))
+    found = norms.mean_over_steps(norms.pool_modules(norms.select_quantity(rows, "weight_norm")))
     assert cells(found, "place") == {"embed": 7.5}
 
 
 def test_course_summarizes_the_steps_after_step_0_in_order() -> None:
     steps = {0: 100.0, 1: 5.0, 3: 8.0, 2: 11.0}
     rows = table([(step, "words", "weight_norm", value) for step, value in steps.items()])
-    (found,) = norms.course(norms.pool(norms.select(rows, "weight_norm"))).to_dict("records")
+    (found,) = norms.summarize_steps(norms.pool_modules(norms.select_quantity(rows, "weight_norm"))).to_dict("records")
     assert [found[key] for key in ("mean", "std", "first", "last", "steps")] == [8, pytest.approx(6**0.5), 5, 8, 3]
 
 
@@ -65,42 +65,44 @@ def test_norm_per_weight_does_not_depend_on_the_layer_size() -> None:
     sizes = {"words": (40, 5), "b.0.q": (2, 3), "b.0.ff": (3, 3), "b.0": (None, None)}
     modules = pd.DataFrame([{"module": name, "out_features": o, "in_features": i} for name, (o, i) in sizes.items()])
     values = {name: (out * into) ** 0.5 if out else 9.0 for name, (out, into) in sizes.items()}
-    rows = norms.select(table([(1, name, "weight_norm", value) for name, value in values.items()]), "weight_norm")
-    assert cells(norms.per_weight(rows, modules), "place") == pytest.approx({"embed": 1, "0": 1})
+    rows = norms.select_quantity(
+        table([(1, name, "weight_norm", value) for name, value in values.items()]), "weight_norm"
+    )
+    assert cells(norms.norm_per_weight(rows, modules), "place") == pytest.approx({"embed": 1, "0": 1})
 
 
 def test_mean_over_steps_averages_the_pooled_layers() -> None:
     steps = [(1, 3.0, 4.0), (2, 5.0, 12.0)]
     rows = table([(t, m, "weight_norm", v) for t, q, ff in steps for m, v in (("b.1.q", q), ("b.1.ff", ff))])
-    found = norms.mean_over_steps(norms.pool(norms.select(rows, "weight_norm")))
+    found = norms.mean_over_steps(norms.pool_modules(norms.select_quantity(rows, "weight_norm")))
     assert cells(found, "place") == {"1": 9.0}  # the mean (5 + 13) / 2, not the root mean square
 
 
 @pytest.mark.parametrize(("quantity", "pooled"), [("update_norm", 5.0), ("rank", 7.0), ("relative_update", 3.5)])
 def test_pool_uses_the_rule_of_the_quantity(quantity: str, pooled: float) -> None:
     rows = table([(1, "b.1.q", quantity, 3.0), (1, "b.1.ff", quantity, 4.0)])
-    assert cells(norms.pool(norms.select(rows, quantity)), "place") == {"1": pooled}
+    assert cells(norms.pool_modules(norms.select_quantity(rows, quantity)), "place") == {"1": pooled}
 
 
 def test_pool_with_block_and_module_rows_counts_nothing_twice() -> None:
     rows = [(1, "b.0", "update_norm", 6.0), (1, "b.0.q", "update_norm", 3.0), (1, "b.0.ff", "update_norm", 4.0)]
     rows += [(1, "b.1.q", "update_norm", 2.0), (2, "b.0.q", "update_norm", 1.0)]
-    selected = norms.select(table(rows), "update_norm")
-    assert cells(norms.pool(selected), "step", "place") == {(1, "0"): 6.0, (1, "1"): 2.0, (2, "0"): 1.0}
-    assert cells(norms.pool(selected, by=("role",)), "step", "role") == {
+    selected = norms.select_quantity(table(rows), "update_norm")
+    assert cells(norms.pool_modules(selected), "step", "place") == {(1, "0"): 6.0, (1, "1"): 2.0, (2, "0"): 1.0}
+    assert cells(norms.pool_modules(selected, by=("role",)), "step", "role") == {
         (1, "q"): pytest.approx(np.sqrt(13)),
         (1, "ffn_in"): 4.0,
         (2, "q"): 1.0,
     }
-    assert len(norms.pool(selected, by=("module",))) == 5
+    assert len(norms.pool_modules(selected, by=("module",))) == 5
 
 
 @given(values=st.lists(st.floats(0.0, 1e3), min_size=4, max_size=4))
 def test_pool_in_two_stages_equals_pool_at_once(values: list[float]) -> None:
     names = ["b.0.q", "b.0.ff", "b.1.q", "b.1.ff"]
     rows = table([(1, name, "update_norm", value) for name, value in zip(names, values, strict=True)])
-    layers = norms.pool(norms.select(rows, "update_norm"))["value"]
-    whole = norms.pool(norms.select(rows, "update_norm"), by=())["value"]
+    layers = norms.pool_modules(norms.select_quantity(rows, "update_norm"))["value"]
+    whole = norms.pool_modules(norms.select_quantity(rows, "update_norm"), by=())["value"]
     assert np.sqrt((layers**2).sum()) == pytest.approx(whole.item())
     assert whole.item() == pytest.approx(np.linalg.norm(values))
 
@@ -108,12 +110,12 @@ def test_pool_in_two_stages_equals_pool_at_once(values: list[float]) -> None:
 @pytest.mark.parametrize("quantity", ["weight_norm", "relative_update"])
 def test_pool_with_an_unknown_value_is_nan(quantity: str) -> None:
     rows = table([(1, "b.1.q", quantity, np.nan), (1, "b.1.ff", quantity, 4.0)])
-    assert norms.pool(norms.select(rows, quantity))["value"].isna().all()
+    assert norms.pool_modules(norms.select_quantity(rows, quantity))["value"].isna().all()
 
 
 def test_places_are_sorted_from_embedding_to_head() -> None:
     rows = table([(1, module, "update_norm", 1.0) for module in MODULES["module"]])
-    assert list(norms.select(rows, "update_norm")["place"].cat.categories) == ["embed", "0", "1", "head"]
+    assert list(norms.select_quantity(rows, "update_norm")["place"].cat.categories) == ["embed", "0", "1", "head"]
 
 
 def test_places_with_two_stacks_include_the_stack() -> None:
@@ -123,7 +125,7 @@ def test_places_with_two_stacks_include_the_stack() -> None:
         columns=["module", "stack", "layer", "role"],
     ).astype({"layer": "Int16"})
     rows = table([(1, module, "update_norm", 1.0) for module in modules["module"]], modules=modules)
-    order = list(norms.place(rows).cat.categories)
+    order = list(norms.layer_places(rows).cat.categories)
     assert order[:4] == ["embed", "encoder 9", "encoder 10", "decoder 0"]
     assert set(order[4:]) == {"encoder norm", "decoder norm"}
 
@@ -136,7 +138,7 @@ def test_last_uses_the_last_step_of_each_run_and_quantity() -> None:
             table([(-1, "words", "update_norm", 4.0)], "folder"),
         ]
     )
-    assert cells(norms.last(both), "run", "module") == {
+    assert cells(norms.last_recorded(both), "run", "module") == {
         ("a", "words"): 2.0,
         ("b", "words"): 3.0,
         ("b", "head"): 9.0,
@@ -147,7 +149,7 @@ def test_last_uses_the_last_step_of_each_run_and_quantity() -> None:
 def test_since_start_subtracts_the_value_at_step_0() -> None:
     start = [(0, "words", "adapter_norm", 110.0), (0, "b.1.q", "adapter_norm", 2.0)]
     rows = table([*start, (9, "words", "adapter_norm", 110.5), (9, "b.1.q", "adapter_norm", 3.0)])
-    found = norms.since_start(norms.pool(norms.select(rows, "adapter_norm")))
+    found = norms.subtract_start(norms.pool_modules(norms.select_quantity(rows, "adapter_norm")))
     assert cells(found, "step", "place") == {(0, "embed"): 0, (0, "1"): 0, (9, "embed"): 0.5, (9, "1"): 1.0}
 
 
@@ -156,7 +158,7 @@ def test_since_start_without_step_0_raises() -> None:
         [(0, "words", "adapter_norm", 1.0), (9, "words", "adapter_norm", 1.0), (9, "head", "adapter_norm", 1.0)]
     )
     with pytest.raises(ValueError, match="step 0"):
-        norms.since_start(norms.pool(norms.select(rows, "adapter_norm")))
+        norms.subtract_start(norms.pool_modules(norms.select_quantity(rows, "adapter_norm")))
 
 
 def test_frames_are_evenly_spaced_over_common_steps() -> None:
@@ -164,15 +166,15 @@ def test_frames_are_evenly_spaced_over_common_steps() -> None:
         return table([(step, "words", "update_norm", 1.0) for step in recorded], run)
 
     both = records.concat([steps("a", range(0, 101, 10)), steps("b", range(0, 101, 5))])
-    assert sorted(set(norms.frames(both, 3)["step"])) == [0, 50, 100]
-    assert sorted(set(norms.frames(both, 99)["step"])) == list(range(0, 101, 10))
+    assert sorted(set(norms.select_steps(both, 3)["step"])) == [0, 50, 100]
+    assert sorted(set(norms.select_steps(both, 99)["step"])) == list(range(0, 101, 10))
     with pytest.raises(ValueError, match="step in common"):
-        norms.frames(records.concat([steps("a", range(1, 3)), steps("b", range(5, 7))]), 3)
+        norms.select_steps(records.concat([steps("a", range(1, 3)), steps("b", range(5, 7))]), 3)
 
 
 def test_select_of_a_missing_quantity_raises() -> None:
     with pytest.raises(ValueError, match="step_norm"):
-        norms.select(table([(1, "words", "update_norm", 1.0)]), "step_norm")
+        norms.select_quantity(table([(1, "words", "update_norm", 1.0)]), "step_norm")
 
 
 @pytest.fixture
@@ -189,7 +191,7 @@ def sigmas() -> dict[str, np.ndarray]:
 
 
 def test_spectrum_has_sigma_and_cumulative_energy(sigmas: dict[str, np.ndarray]) -> None:
-    found = spectra.spectrum(sigmas).set_index(["module", "component"])
+    found = spectra.tabulate_spectra(sigmas).set_index(["module", "component"])
     assert found.loc["factors", "sigma"].to_dict() == pytest.approx({1: 4.0, 2: 3.0})
     assert found.loc["factors", "energy"].to_dict() == pytest.approx({1: 16 / 25, 2: 1.0})
     assert found.loc["matrix", "sigma"].tolist() == pytest.approx([5.0, 0, 0, 0, 0], abs=1e-6)
@@ -197,7 +199,7 @@ def test_spectrum_has_sigma_and_cumulative_energy(sigmas: dict[str, np.ndarray])
 
 
 def test_ranks_follow_their_definitions(sigmas: dict[str, np.ndarray]) -> None:
-    found = spectra.ranks(sigmas).set_index("module")
+    found = spectra.rank_definitions(sigmas).set_index("module")
     p, e = np.array([4, 3]) / 7, np.array([16, 9]) / 25
     assert found.loc["factors"].to_dict() == pytest.approx(
         {

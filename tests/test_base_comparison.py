@@ -13,7 +13,7 @@ import pytest
 from test_loading import save
 from tiny import tiny
 
-from lorascope.analysis.intruders import bases, intruders
+from lorascope.analysis.intruders import decompose_weights, find_intruders
 from lorascope.cli.main import main
 from lorascope.diagnosis import change_from_base, terminal
 from lorascope.diagnosis.inspection import inspect
@@ -47,7 +47,7 @@ def test_every_module_equals_its_dense_computation(pair: tuple[Path, Path]) -> N
     run = load(*pair)
     table = inspect(run).modules.set_index("module")
     weights = {name: run.base.weight(name, part.shape, part.transposed) for name, part in run.files.parts.items()}
-    counted = intruders(bases(weights), run.updates()).groupby("module")["intruder"].sum()
+    counted = find_intruders(decompose_weights(weights), run.updates()).groupby("module")["intruder"].sum()
     for module, W0 in weights.items():
         axis = 0 if module.endswith(("down_proj", "embed_tokens")) else 1
         W = W0 + run.updates()[module].dense()

@@ -85,7 +85,7 @@ def test_spectrum_table_describes_every_coefficient(task, tmp_path, request):
     run = trained("Conv1D", task, request, tmp_path / "run", observe=looks)
     seen = run.table[run.table["quantity"] == "coefficient_importance"]
     assert seen.groupby("step").size().to_dict() == {0: 320, 2: 320, 4: 320}
-    found = analysis.spectrum(run)
+    found = analysis.list_coefficients(run)
     assert set(found["module"]) == set(run.updates())
     assert found["mirrored"].any()
     for module, rows in found.groupby("module"):
@@ -106,7 +106,7 @@ def test_spectrum_table_describes_every_coefficient(task, tmp_path, request):
 
 
 def test_spectrum_table_without_records_has_missing_values(task, tmp_path, request):
-    found = analysis.spectrum(trained("transform", task, request, tmp_path / "run"))
+    found = analysis.list_coefficients(trained("transform", task, request, tmp_path / "run"))
     assert len(found) == 160
     assert found[["gradient", "importance"]].isna().all(axis=None)
     assert found["coefficient"].notna().all()

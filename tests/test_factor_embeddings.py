@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from lorascope import plots
 from lorascope.analysis import factor_embeddings, factor_sharing
-from lorascope.analysis.factor_embeddings import clouds
+from lorascope.analysis.factor_embeddings import build_factor_sets
 from lorascope.updates import LowRank
 
 DOMAINS = ("film", "music", "news")
@@ -67,7 +67,7 @@ def seen(update: LowRank, factor: str, view: str) -> np.ndarray:
 @pytest.mark.parametrize(("factor", "view"), list(product("AB", factor_embeddings.VIEWS)))
 def test_clouds_have_the_cosines_of_the_viewed_arrays(factor, view):
     updates = scattered(0, modules=2)
-    (cloud,) = clouds(updates, RUNS, (factor,), view)
+    (cloud,) = build_factor_sets(updates, RUNS, (factor,), view)
     assert cloud.shape == ((12,) if view == "space" else (2, 12))
     table = cloud.table()
     arrays = [seen(updates[row.run][row.module], factor, view) for row in table.itertuples()]
@@ -97,8 +97,8 @@ def test_refactoring_an_update_changes_the_raw_view_only(precision, spread, deca
         for run, found in planted(2, modules=2, runs=runs).items()
     }
     views = ("canonical", "space")
-    first = factor_sharing.numbers(updates, runs, views=views, draws=5)
-    raw = factor_sharing.numbers(updates, runs, views=("raw",), draws=5)
+    first = factor_sharing.measure_sharing(updates, runs, views=views, draws=5)
+    raw = factor_sharing.measure_sharing(updates, runs, views=("raw",), draws=5)
     moved = 0.0
     for R in rotations(2, decades):
         again = {
@@ -110,10 +110,10 @@ def test_refactoring_an_update_changes_the_raw_view_only(precision, spread, deca
             }
             for run, found in updates.items()
         }
-        other = factor_sharing.numbers(again, runs, views=views, draws=5)
+        other = factor_sharing.measure_sharing(again, runs, views=views, draws=5)
         for column in first.columns.drop(["factor", "view"]):
             np.testing.assert_allclose(other[column], first[column], atol=1e-5, rtol=0)
-        turned = factor_sharing.numbers(again, runs, views=("raw",), draws=5)
+        turned = factor_sharing.measure_sharing(again, runs, views=("raw",), draws=5)
         moved = max(moved, np.abs(turned["cosine"] - raw["cosine"]).max())
     assert moved > 0.3
 
@@ -123,12 +123,12 @@ def test_canonical_factor_ignores_components_without_a_singular_value(factor):
     """The factors have 3 components but the update has rank 2: the third component does not affect the result."""
     draw = np.random.default_rng(0)
     B, A = draw.normal(size=(12, 2)), draw.normal(size=(2, 12))
-    whole = factor_embeddings.canonical(LowRank(B, A, 0.5), factor)
+    whole = factor_embeddings.canonical_factor(LowRank(B, A, 0.5), factor)
     for _ in range(20):
         R = draw.normal(size=(3, 3))
         filled = np.vstack([A, draw.normal(size=(1, 12))])  # the matching column of B is zero
         update = LowRank(np.hstack([B, np.zeros((12, 1))]) @ np.linalg.inv(R), R @ filled, 0.5)
-        found = factor_embeddings.canonical(update, factor)
+        found = factor_embeddings.canonical_factor(update, factor)
         assert found.shape == (3, 12)
         np.testing.assert_allclose(found[:2], whole, atol=1e-10)
         assert np.abs(found[2]).max() < 1e-6
@@ -138,11 +138,11 @@ def test_canonical_view_compares_runs_of_full_and_deficient_rank():
     updates = scattered(0, rank=3)
     for name, update in updates["film1"].items():
         updates["film1"][name] = LowRank(np.where(np.arange(3) < 2, update.B, 0.0), update.A, update.scale)
-    (cloud,) = clouds(updates, RUNS, ("B",), "canonical")
+    (cloud,) = build_factor_sets(updates, RUNS, ("B",), "canonical")
     assert cloud.shape == (3, 12)
     row = cloud.table().reset_index().set_index(["module", "run"])["index"]
     one, two = (updates[run]["h.0.q"] for run in ("film1", "film2"))
-    expected = cosine(factor_embeddings.canonical(one, "B"), factor_embeddings.canonical(two, "B"))
+    expected = cosine(factor_embeddings.canonical_factor(one, "B"), factor_embeddings.canonical_factor(two, "B"))
     assert cloud.flat[row["h.0.q", "film1"], row["h.0.q", "film2"]] == pytest.approx(expected)
 
 
@@ -167,10 +167,10 @@ def test_basis_ignores_rounding_of_the_saved_precision(precision, width, weakest
     summed = np.vstack([rows, rounded(0.3 * np.float64(rows[:1]) + 0.7 * np.float64(rows[1:2]))])
     for A in (rows, summed):
         update = LowRank(np.ascontiguousarray(A.T), A)
-        assert {factor: factor_embeddings.basis(update, factor).shape for factor in "AB"} == dict.fromkeys(
+        assert {factor: factor_embeddings.orthonormal_basis(update, factor).shape for factor in "AB"} == dict.fromkeys(
             "AB", (width, 4)
         )
-    assert factor_embeddings.basis(LowRank(rounded(np.ones((6, 5))), summed), "B").shape == (6, 1)
+    assert factor_embeddings.orthonormal_basis(LowRank(rounded(np.ones((6, 5))), summed), "B").shape == (6, 1)
 
 
 def test_space_view_in_half_precision_matches_full_precision(tmp_path):
@@ -179,7 +179,9 @@ def test_space_view_in_half_precision_matches_full_precision(tmp_path):
         run: {name: LowRank(update.B.astype(np.float16), update.A.astype(np.float16)) for name, update in found.items()}
         for run, found in whole.items()
     }
-    found, expected = (factor_sharing.numbers(updates, RUNS, views=("space",), draws=5) for updates in (halves, whole))
+    found, expected = (
+        factor_sharing.measure_sharing(updates, RUNS, views=("space",), draws=5) for updates in (halves, whole)
+    )
     for column in found.columns.drop(["factor", "view"]):
         np.testing.assert_allclose(found[column], expected[column], atol=0.02)  # the angle is in degrees
     modules = [{"module": name, "stack": "", "layer": int(name[2]), "role": "q"} for name in whole["film1"]]
@@ -202,9 +204,11 @@ def test_clouds_separate_factors_of_different_widths():
         return LowRank(draw.normal(size=(out, 2)), draw.normal(size=(2, width)))
 
     updates = {run: {"q": update(6, 6), "up": update(9, 6), "v": update(6, 6), "down": update(6, 9)} for run in RUNS}
-    found = {cloud.shape: cloud for cloud in clouds(updates, RUNS, ("A",))}
+    found = {cloud.shape: cloud for cloud in build_factor_sets(updates, RUNS, ("A",))}
     assert {shape: cloud.modules for shape, cloud in found.items()} == {(2, 6): ["q", "up", "v"], (2, 9): ["down"]}
-    both = {cloud.shape: list(zip(cloud.modules, cloud.factors, strict=True)) for cloud in clouds(updates, RUNS)}
+    both = {
+        cloud.shape: list(zip(cloud.modules, cloud.factors, strict=True)) for cloud in build_factor_sets(updates, RUNS)
+    }
     assert both[2, 9] == [("down", "A"), ("up", "B")]
     assert both[2, 6] == [("q", "A"), ("up", "A"), ("v", "A"), ("q", "B"), ("v", "B"), ("down", "B")]
     shared = factor_sharing.sharedness(list(found.values()))
@@ -218,25 +222,25 @@ def test_factors_that_cannot_be_compared_raise():
         run: {name: LowRank(0 * update.B, update.A) for name, update in found.items()} for run, found in updates.items()
     }
     with pytest.raises(ValueError, match=r"^B of h\.0\.q in run film1 .*got all zeros"):
-        clouds(zero, RUNS, ("B",))
-    assert len(clouds(zero, RUNS, ("A",), "space")) == 1
+        build_factor_sets(zero, RUNS, ("B",))
+    assert len(build_factor_sets(zero, RUNS, ("A",), "space")) == 1
     mixed = updates | {"film1": scattered(1, rank=3)["film1"]}
     with pytest.raises(ValueError, match=r"got shapes 2 x 12 and 3 x 12: .*view='space'"):
-        clouds(mixed, RUNS, ("A",))
-    assert clouds(mixed, RUNS, ("A",), "space")[0].shape == (12,)
+        build_factor_sets(mixed, RUNS, ("A",))
+    assert build_factor_sets(mixed, RUNS, ("A",), "space")[0].shape == (12,)
     wider = updates | {"film1": scattered(1, rank=3, width=14)["film1"]}
     for view in factor_embeddings.VIEWS:
         with pytest.raises(ValueError, match=r"^A of h\.0\.q .*width.*got 12 and 14"):
-            clouds(wider, RUNS, ("A",), view)
+            build_factor_sets(wider, RUNS, ("A",), view)
     with pytest.raises(ValueError, match=r"film1.*module in common"):
-        clouds(updates | {"film1": {"other": updates["film2"]["h.0.q"]}}, RUNS)
+        build_factor_sets(updates | {"film1": {"other": updates["film2"]["h.0.q"]}}, RUNS)
     one_domain = {"film1": updates["film1"], "film2": updates["film2"]}
     with pytest.raises(ValueError, match=r"domains.*got only 'film'"):
-        factor_sharing.sharedness(clouds(one_domain, RUNS, ("A",)))
+        factor_sharing.sharedness(build_factor_sets(one_domain, RUNS, ("A",)))
     with pytest.raises(ValueError, match=r"^B of h\.0\.q in run film1 .*got all zeros"):
         factor_sharing.mean_angle(zero, RUNS, "B")
     with pytest.raises(ValueError, match=r"domain.* 2 .*got 1 .*'music'"):
-        factor_sharing.identity(clouds({run: updates[run] for run in list(RUNS)[:3]}, RUNS, ("A",)))
+        factor_sharing.identity(build_factor_sets({run: updates[run] for run in list(RUNS)[:3]}, RUNS, ("A",)))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -247,18 +251,18 @@ def test_factors_that_are_not_finite_raise(view, value):
     broken.A[1, 3] = value
     for factor in ("A", "B") if view == "canonical" else ("A",):
         with pytest.raises(ValueError, match=rf"^{factor} of h\.2\.q in run music1 .*got NaN or infinity") as raised:
-            clouds(updates, RUNS, (factor,), view)
+            build_factor_sets(updates, RUNS, (factor,), view)
         assert "\n" not in str(raised.value)
     if view != "canonical":  # these views use only B, which is finite
-        assert len(clouds(updates, RUNS, ("B",), view)) == 1
+        assert len(build_factor_sets(updates, RUNS, ("B",), view)) == 1
 
 
 def test_clouds_and_angles_use_the_common_modules_only():
     updates = scattered(0)
     updates["film1"].pop("h.1.q")
-    assert clouds(updates, RUNS, ("A",))[0].modules == ["h.0.q", "h.2.q", "h.3.q"]
+    assert build_factor_sets(updates, RUNS, ("A",))[0].modules == ["h.0.q", "h.2.q", "h.3.q"]
     updates["music1"] = {name: updates["music1"][name] for name in reversed(list(updates["music1"]))}
-    assert clouds(updates, RUNS, ("A",))[0].modules == ["h.0.q", "h.2.q", "h.3.q"]
+    assert build_factor_sets(updates, RUNS, ("A",))[0].modules == ["h.0.q", "h.2.q", "h.3.q"]
     common = {run: {name: found[name] for name in ("h.0.q", "h.2.q", "h.3.q")} for run, found in updates.items()}
     angle = factor_sharing.mean_angle(common, RUNS, "A")
     for updates_of in (updates, dict(reversed(updates.items()))):
@@ -269,7 +273,7 @@ def test_retrieval_matches_a_search_with_loops():
     """Three modules and four runs, with a brute-force search for the nearest neighbor."""
     runs = {"film1": "film", "film2": "film", "music1": "music", "news1": "news"}
     updates = {run: found for run, found in planted(3, noise=3.0, modules=3, runs=runs).items()}
-    found = factor_sharing.retrieval(clouds(updates, runs, ("A",))[0]).set_index(["module", "run"])
+    found = factor_sharing.retrieve_modules(build_factor_sets(updates, runs, ("A",))[0]).set_index(["module", "run"])
     hits = []
     for module, run in product(updates["film1"], runs):
         here = updates[run][module].A
@@ -288,9 +292,9 @@ def test_retrieval_matches_a_search_with_loops():
 
 def test_planted_factors_are_shared_for_a_and_domain_specific_for_b():
     modules = 24
-    found = factor_sharing.numbers(planted(4, modules=modules), RUNS, views=("raw", "space"), draws=99).set_index(
-        ["factor", "view"]
-    )
+    found = factor_sharing.measure_sharing(
+        planted(4, modules=modules), RUNS, views=("raw", "space"), draws=99
+    ).set_index(["factor", "view"])
     for view in ("raw", "space"):
         assert found.loc[("A", view), "sharedness"] == 1
         assert found.loc[("B", view), "neighbour"] == 1
@@ -315,7 +319,7 @@ def test_mean_angle_matches_a_planted_rotation():
     domains = {"film": "film", "music": "music"}
     assert factor_sharing.mean_angle(updates, domains, "A") == pytest.approx(25)
     assert factor_sharing.mean_angle(updates, domains, "B") == pytest.approx(0, abs=1e-9)
-    assert factor_sharing.sharedness(clouds(updates, domains, ("A",), "space"))["cosine"] == pytest.approx(
+    assert factor_sharing.sharedness(build_factor_sets(updates, domains, ("A",), "space"))["cosine"] == pytest.approx(
         np.cos(turn) ** 2
     )
 
@@ -323,7 +327,7 @@ def test_mean_angle_matches_a_planted_rotation():
 @pytest.mark.parametrize("seed", range(3))
 def test_identity_matches_scikit_learn_in_each_module(seed):
     updates = planted(seed, noise=1.0)
-    found = factor_sharing.identity(clouds(updates, RUNS, ("B",)), draws=1)
+    found = factor_sharing.identity(build_factor_sets(updates, RUNS, ("B",)), draws=1)
     labels = np.array(list(RUNS.values()))
     silhouettes, hits = [], []
     for module in updates["film1"]:
@@ -345,7 +349,7 @@ def test_identity_of_identical_factors_is_at_chance():
         run: {name: LowRank(update.B, length * update.A) for name, update in updates["film1"].items()}
         for run, length in lengths.items()
     }
-    (cloud,) = clouds(same, RUNS, ("A",))
+    (cloud,) = build_factor_sets(same, RUNS, ("A",))
     found = factor_sharing.identity([cloud], draws=50)
     assert found["silhouette"] == found["silhouette_chance"] == 0
     assert found["neighbour"] == pytest.approx(1 / 5)
@@ -404,12 +408,12 @@ def test_silhouette_over_all_modules_at_once_misses_clear_domains():
     flat = np.array([updates[run][module].B.ravel() for module in updates["film1"] for run in RUNS])
     labels = list(RUNS.values()) * len(updates["film1"])
     assert silhouette_score(flat, labels, metric="cosine") < 0.05
-    assert factor_sharing.identity(clouds(updates, RUNS, ("B",)), draws=9)["silhouette"] > 0.9
+    assert factor_sharing.identity(build_factor_sets(updates, RUNS, ("B",)), draws=9)["silhouette"] > 0.9
 
 
 def test_pca_from_cosines_matches_pca_of_the_vectors():
     updates = scattered(6)
-    (cloud,) = clouds(updates, RUNS, ("A",))
+    (cloud,) = build_factor_sets(updates, RUNS, ("A",))
     flat = np.array([updates[row.run][row.module].A.ravel() for row in cloud.table().itertuples()])
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     expected = PCA(3).fit_transform(flat)
@@ -419,7 +423,7 @@ def test_pca_from_cosines_matches_pca_of_the_vectors():
 
 
 def test_tsne_keeps_planted_neighbors_together_and_is_deterministic():
-    (cloud,) = clouds(planted(7), RUNS, ("A",))
+    (cloud,) = build_factor_sets(planted(7), RUNS, ("A",))
     plane = factor_embeddings.tsne(cloud, perplexity=5)
     np.testing.assert_array_equal(plane, factor_embeddings.tsne(cloud, perplexity=5))
     modules = cloud.table()["module"].to_numpy()
@@ -431,7 +435,7 @@ def test_tsne_keeps_planted_neighbors_together_and_is_deterministic():
 
 @pytest.mark.parametrize("perplexity", [36, 0, -1.5])
 def test_tsne_with_an_invalid_perplexity_raises(perplexity):
-    (cloud,) = clouds(planted(8), RUNS, ("A",))
+    (cloud,) = build_factor_sets(planted(8), RUNS, ("A",))
     with pytest.raises(ValueError, match=rf"^perplexity.* 36, .*got {perplexity:g}$"):
         factor_embeddings.tsne(cloud, perplexity=perplexity)
     assert factor_embeddings.default_perplexity(36) == 12
@@ -461,7 +465,7 @@ def test_figure_shows_each_factor_by_tsne_and_pca(domains):
         for factor in ("A", "B")
     ]
     chart = panels.rows()[1][2]
-    (cloud,) = clouds(updates, RUNS, ("B",))
+    (cloud,) = build_factor_sets(updates, RUNS, ("B",))
     np.testing.assert_allclose(chart.data[["x", "y"]], factor_embeddings.pca(cloud), atol=1e-12)
     assert chart.data["domain"].tolist() == [RUNS[run] for run in chart.data["run"]]
     assert chart.data["role"].tolist() == [("q", "v")[int(name[2]) % 2] for name in chart.data["module"]]
@@ -483,7 +487,7 @@ def test_figure_shows_each_factor_by_tsne_and_pca(domains):
     assert panels.rows()[0][0].frame is None
     assert np.abs(panels.rows()[0][0].data[["x", "y"]].to_numpy()).max() == 1
     assert panels.rows()[0][0].data["start"].unique().tolist() == ["from PCA"]
-    (of_a,) = clouds(updates, RUNS, ("A",))
+    (of_a,) = build_factor_sets(updates, RUNS, ("A",))
     for chart, perplexity in zip(panels.rows()[0], (12, 4), strict=False):
         plane = factor_embeddings.tsne(of_a, perplexity)
         np.testing.assert_allclose(chart.data[["x", "y"]], plane / np.abs(plane).max())
@@ -577,7 +581,9 @@ def test_figure_of_few_modules_labels_the_dots(domains):
     few = ["h.1.q", "h.4.q"]
     rows = plots.factor_embedding(runs, modules=few, perplexity=3).rows()
     for row, factor in zip(rows, "AB", strict=True):
-        (cloud,) = clouds({run: {name: held[name] for name in few} for run, held in updates.items()}, RUNS, (factor,))
+        (cloud,) = build_factor_sets(
+            {run: {name: held[name] for name in few} for run, held in updates.items()}, RUNS, (factor,)
+        )
         np.testing.assert_allclose(row[-1].data[["x", "y"]], factor_embeddings.pca(cloud), atol=1e-12)
         for chart in row:
             names = chart.marks[1].data

@@ -49,7 +49,7 @@ def panels(drawn: Any) -> list[Any]:
 
 
 def test_places_of_a_hand_example() -> None:
-    found = analysis.places(Fourier(C, ENTRIES, SHAPE, 12.0))
+    found = analysis.list_frequencies(Fourier(C, ENTRIES, SHAPE, 12.0))
     assert dict(zip(zip(found["row"], found["column"], strict=True), found["coefficient"], strict=True)) == PLACES
     np.testing.assert_allclose(found["radius"], np.hypot(found["row"], found["column"]))
 
@@ -57,18 +57,18 @@ def test_places_of_a_hand_example() -> None:
 def test_places_add_the_coefficients_of_an_entry_and_its_mirror() -> None:
     entries = np.array([[1, 3, 0], [2, 4, 3]])  # (-1, -2) is (3, 4); (0, 3) is its own mirror
     update = Fourier(np.array([2.0, -0.5, 7.0]), entries, SHAPE)
-    found = analysis.places(update)
+    found = analysis.list_frequencies(update)
     assert dict(zip(zip(found["row"], found["column"], strict=True), found["coefficient"], strict=True)) == {
         (1, 2): 1.5,
         (-1, -2): 1.5,
         (0, -3): 7.0,
     }
-    assert analysis.profile(update, bins=1)["value"].tolist() == pytest.approx([math.sqrt((1.5**2 + 7**2) / 2)])
+    assert analysis.radial_profile(update, bins=1)["value"].tolist() == pytest.approx([math.sqrt((1.5**2 + 7**2) / 2)])
 
 
 def test_profile_is_the_root_mean_square_over_frequencies_by_radius() -> None:
     """The radii are 0, sqrt 5, sqrt 5 and sqrt 2, that of the corner is sqrt 13; a frequency counts once."""
-    found = analysis.profile(Fourier(C, ENTRIES, SHAPE), bins=2)
+    found = analysis.radial_profile(Fourier(C, ENTRIES, SHAPE), bins=2)
     half = math.hypot(2, 3) / 2
     assert found["radius"].tolist() == pytest.approx([half / 2, 1.5 * half])
     assert found["value"].tolist() == pytest.approx([math.sqrt((1 + 9) / 2), math.sqrt((4 + 0.25) / 2)])

@@ -14,7 +14,7 @@ from tiny import tiny
 from torch import nn
 
 from lorascope.adapters.delta import attach, attached_deltas
-from lorascope.analysis.factor_embeddings import clouds
+from lorascope.analysis.factor_embeddings import build_factor_sets
 from lorascope.analysis.factor_sharing import sharedness
 from lorascope.inputs.sources import DOMAINS
 from lorascope.methods import LoRA
@@ -113,7 +113,7 @@ def test_toy_network_shares_a_only_with_a_shared_initialization():
     for same in (True, False):
         updates = toy_updates(same)
         for factor in ("A", "B"):
-            found[factor, same] = sharedness(clouds(updates, {run: run for run in updates}, (factor,)))
+            found[factor, same] = sharedness(build_factor_sets(updates, {run: run for run in updates}, (factor,)))
     assert found["A", True]["cosine"] > found["B", True]["cosine"] + 0.3
     assert found["A", True]["sharedness"] == 1
     assert abs(found["A", False]["cosine"]) < 0.05

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lorascope.analysis.intruders import Basis, bases, count, intruders
+from lorascope.analysis.intruders import Basis, count_intruders, decompose_weights, find_intruders
 from lorascope.updates import Dense, LowRank
 
 
@@ -44,7 +44,7 @@ def test_intruders_match_the_definition(shape, spectrum, seed):
     for k in (1, 10, min(shape)):
         similarity, sigma = by_definition(W0, W0 + update.dense(), k)
         for change in (update, Dense(update.dense())):
-            found = intruders(bases({"m": W0}), {"m": change}, k)
+            found = find_intruders(decompose_weights({"m": W0}), {"m": change}, k)
             np.testing.assert_allclose(found["sigma"], sigma[:k], atol=1e-12 * sigma[0])
             # Singular vectors of (almost) equal singular values, zeros in particular, are not unique.
             unique = _gaps(np.append(sigma, 0.0))[:k] > 1e-8 * sigma[0]
@@ -64,13 +64,13 @@ def test_intruders_match_a_hand_computed_example():
     W0 = np.zeros((4, 3))
     W0[[0, 1, 2], [0, 1, 2]] = 3, 2, 1
     update = LowRank(np.eye(4)[:, 3:], np.eye(3)[:1], 5.0)
-    found = intruders(bases({"m": W0}), {"m": update}, 3, threshold=0.6)
+    found = find_intruders(decompose_weights({"m": W0}), {"m": update}, 3, threshold=0.6)
     assert found["module"].tolist() == ["m"] * 3
     assert found["component"].tolist() == [1, 2, 3]
     np.testing.assert_allclose(found["sigma"], [34**0.5, 2, 1])
     np.testing.assert_allclose(found["similarity"], [3 / 34**0.5, 1, 1])  # 0.514
     assert found["intruder"].tolist() == [True, False, False]
-    assert not intruders(bases({"m": W0}), {"m": update}, 3, threshold=0.5)["intruder"].any()
+    assert not find_intruders(decompose_weights({"m": W0}), {"m": update}, 3, threshold=0.5)["intruder"].any()
 
 
 def test_intruders_include_a_planted_one_but_no_amplified_direction():
@@ -83,10 +83,14 @@ def test_intruders_include_a_planted_one_but_no_amplified_direction():
         "amplified": LowRank(U[:, 5:6], V[5:6], 10.0),
         "untouched": LowRank(np.zeros((256, 2)), rng.standard_normal((2, 256))),
     }
-    found = intruders(bases(dict.fromkeys(updates, W0)), updates)
+    found = find_intruders(decompose_weights(dict.fromkeys(updates, W0)), updates)
     assert found.loc[found["intruder"], ["module", "component"]].values.tolist() == [["intruder", 1]]
-    assert count(found).set_index("module")["intruders"].to_dict() == {"intruder": 1, "amplified": 0, "untouched": 0}
-    assert count(found)["components"].tolist() == [10, 10, 10]
+    assert count_intruders(found).set_index("module")["intruders"].to_dict() == {
+        "intruder": 1,
+        "amplified": 0,
+        "untouched": 0,
+    }
+    assert count_intruders(found)["components"].tolist() == [10, 10, 10]
 
 
 ZERO = {
@@ -106,24 +110,26 @@ def test_zero_update_has_no_intruder(kind, k, spectrum):
     rng = np.random.default_rng(0)
     U, V = (np.linalg.qr(rng.standard_normal((side, 50)))[0] for side in (50, 60))
     sigma = np.ones(50) if spectrum == "ties" else np.arange(1, 51) ** -0.7
-    found = intruders(bases({"m": U * sigma @ V.T}), {"m": ZERO[kind]}, k)
+    found = find_intruders(decompose_weights({"m": U * sigma @ V.T}), {"m": ZERO[kind]}, k)
     assert found["similarity"].tolist() == pytest.approx([1.0] * k)
     assert found["sigma"].tolist() == pytest.approx(sigma[:k].tolist())
-    assert count(found)[["components", "intruders"]].values.tolist() == [[k, 0]]
+    assert count_intruders(found)[["components", "intruders"]].values.tolist() == [[k, 0]]
 
 
 def test_intruders_without_updates_has_no_rows():
-    found = intruders(bases({"m": np.eye(5)}), {})
-    some = intruders(bases({"m": np.eye(5)}), {"m": Dense(np.eye(5))})
+    found = find_intruders(decompose_weights({"m": np.eye(5)}), {})
+    some = find_intruders(decompose_weights({"m": np.eye(5)}), {"m": Dense(np.eye(5))})
     assert found.dtypes.to_dict() == some.dtypes.to_dict()
-    assert len(found) == len(count(found)) == 0
-    assert count(found).columns.tolist() == count(some).columns.tolist()
+    assert len(found) == len(count_intruders(found)) == 0
+    assert count_intruders(found).columns.tolist() == count_intruders(some).columns.tolist()
 
 
 def test_intruders_find_all_copies_of_equal_singular_values():
     """In exact arithmetic, a Krylov method finds only one direction of a repeated singular value."""
     W0 = np.diag(np.r_[5.0, 5.0, 5.0, 4.0, 4.0, np.linspace(2, 1, 195)])
-    found = intruders(bases({"m": W0}), {"m": LowRank(np.eye(200)[:, 9:10], np.eye(200)[9:10], 1e-3)}, 8)
+    found = find_intruders(
+        decompose_weights({"m": W0}), {"m": LowRank(np.eye(200)[:, 9:10], np.eye(200)[9:10], 1e-3)}, 8
+    )
     np.testing.assert_allclose(found["sigma"][:5], [5, 5, 5, 4, 4])
 
 
@@ -131,15 +137,15 @@ def test_bases_decompose_each_weight_once(monkeypatch):
     seen = []
     monkeypatch.setattr(Basis, "of", lambda W0, of=Basis.of: seen.append(W0.shape) or of(W0))
     W0 = np.random.default_rng(0).standard_normal((80, 80))
-    base = bases({"m": W0, "unused": W0})
+    base = decompose_weights({"m": W0, "unused": W0})
     update = LowRank(np.ones((80, 1)), np.ones((1, 80)))
-    assert len(intruders(base, {"m": update})) == len(intruders(base, {"m": update})) == 10
+    assert len(find_intruders(base, {"m": update})) == len(find_intruders(base, {"m": update})) == 10
     assert seen == [(80, 80)]
 
 
 def test_intruders_with_k_above_the_size_returns_all_components():
     W0 = np.eye(6, 4)
-    assert len(intruders(bases({"m": W0}), {"m": Dense(0.1 * W0)}, 10)) == 4
+    assert len(find_intruders(decompose_weights({"m": W0}), {"m": Dense(0.1 * W0)}, 10)) == 4
 
 
 @pytest.mark.parametrize(
@@ -153,9 +159,9 @@ def test_intruders_with_k_above_the_size_returns_all_components():
 )
 def test_intruders_with_invalid_arguments_raises(update, k, reason):
     with pytest.raises(ValueError, match=reason):
-        intruders(bases({"m": np.eye(5)}), {"m": update}, k)
+        find_intruders(decompose_weights({"m": np.eye(5)}), {"m": update}, k)
 
 
 def test_intruders_without_a_base_weight_raises():
     with pytest.raises(ValueError, match=r"'m'.* n$"):
-        intruders(bases({"n": np.eye(5)}), {"m": Dense(np.eye(5))})
+        find_intruders(decompose_weights({"n": np.eye(5)}), {"m": Dense(np.eye(5))})

@@ -20,8 +20,8 @@ import lorascope as ls
 from lorascope import observe, updates
 from lorascope.analysis import norms, rank_allocations, selected_neurons
 from lorascope.analysis.factor_embeddings import factored_updates
-from lorascope.analysis.factor_sharing import numbers
-from lorascope.analysis.neuron_utilization import shifts
+from lorascope.analysis.factor_sharing import measure_sharing
+from lorascope.analysis.neuron_utilization import rank_shift_of_run
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, Full, HydraLoRA, LoRA, NeFT
 from lorascope.methods.method import Method
@@ -87,7 +87,7 @@ def value(claim: str, side: int, found: Evidence, seeds: Sequence[int] = (0,)) -
 
 def fraction(run: Run, *groups: str, by: str = "role") -> float:
     """Compute the fraction of the total rank in roles, or in thirds of the depth."""
-    shares = rank_allocations.shares(rank_allocations.current_ranks(run.table), by)
+    shares = rank_allocations.rank_shares(rank_allocations.current_ranks(run.table), by)
     return float(shares.loc[shares[by].astype("str").isin(groups), "share"].sum())
 
 
@@ -153,7 +153,7 @@ def test_layer_norms_give_the_skew_of_every_recorded_norm(train, tmp_path):
     table = lisa.keep_layer_norms(run)
     assert set(table["quantity"]) == {"update_norm", "factor_change", "adapter_norm"}
     found = evidence(tmp_path / "e", {(lisa.NORMS, lisa.SMALL): [table], (lisa.NORMS, lisa.ADAPTED): [table]})
-    layers = norms.mean_over_steps(norms.pool(norms.select(run.table, "update_norm")))
+    layers = norms.mean_over_steps(norms.pool_modules(norms.select_quantity(run.table, "update_norm")))
     pooled = layers.set_index("place")["value"]
     ratio = pooled["embed"] / pooled[layers["layer"].notna().to_numpy()].median()
     assert value("lisa.embed", 0, found) == pytest.approx(np.log10(ratio))
@@ -235,7 +235,7 @@ def test_similarities_give_the_sharing_of_sets_of_runs(tmp_path):
         for when, step in (("start", 0), ("end", None)):
             factored = {m: factored_updates(runs[label].updates(step)) for m, label in zip(members, arms, strict=True)}
             factors = ("A",) if when == "start" else ("A", "B")
-            found = numbers(factored, domains, factors, ("raw", "space"), draws=1)
+            found = measure_sharing(factored, domains, factors, ("raw", "space"), draws=1)
             tables[arms, when] = found.set_index(["factor", "view"])
     found = evidence(tmp_path / "e", kept)
     own, common, quarters = (tables[arms, "end"] for arms in hydralora_asymmetry.COSINES)
@@ -276,9 +276,9 @@ def test_course_table_gives_accuracy_and_epochs(tmp_path, label, monkeypatch):
 def test_selected_neurons_give_overlaps_and_their_chance(train, tmp_path):
     runs = train(NeFT(lr=1e-2, num_neurons=60, tune_steps=2), (0, 1))
     found = evidence(tmp_path / "e", {(neft.SELECTED, neft.CHANGED): list(map(neft.keep_selected, runs))})
-    chosen = [selected_neurons.as_set(selected_neurons.list_selected(run)) for run in runs]
-    sizes = selected_neurons.sizes(runs[0])
-    both = selected_neurons.common(*chosen, sizes.total())
+    chosen = [selected_neurons.to_set(selected_neurons.list_selected(run)) for run in runs]
+    sizes = selected_neurons.count_selectable(runs[0])
+    both = selected_neurons.compare_selections(*chosen, sizes.total())
     expected = {("neft.stable", 0): both["overlap"], ("neft.stable", 1): both["chance"]}
     expected["neft.layers", 1] = selected_neurons.compute_expected_overlap(*chosen, sizes)
     for (claim, side), number in expected.items():
@@ -293,7 +293,7 @@ def test_utilization_ranks_give_shifts_between_runs(train, tmp_path):
     kept = {(neft.UTILIZATION, arm): [neft.keep_utilization(run)] for arm, run in runs.items()}
     found = evidence(tmp_path / "e", kept)
     for side, arm in enumerate((neft.REVERSED, neft.CHANGED)):
-        table = shifts(runs[arm].table, selected_neurons.trained(runs[arm]), runs[neft.FEW].table)
+        table = rank_shift_of_run(runs[arm].table, selected_neurons.list_trained(runs[arm]), runs[neft.FEW].table)
         sizes = table.groupby("role")["rank_1"].transform("size")
         assert value("neft.use", side, found) == pytest.approx((table["d_rank"].abs() / sizes).mean())
     assert value("neft.use", 0, found) > value("neft.use", 1, found) > 0

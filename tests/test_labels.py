@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lorascope.analysis.recipe_tests import recipes
+from lorascope.analysis.recipe_tests import name_recipes
 from lorascope.experiments.sweep import Job, SweepResult
 from lorascope.inputs import models
 from lorascope.methods import METHODS
@@ -111,10 +111,10 @@ def test_jobs_on_several_models_are_named_by_their_builders() -> None:
 
 def test_recipes_with_long_fields_are_short_and_distinct() -> None:
     fields = [{"neurons": {name: [number] for name in NAMES}} for number in (0, 1)] + [{"neurons": NAMES}]
-    found = recipes(["NeFT"] * 3, fields)
+    found = name_recipes(["NeFT"] * 3, fields)
     assert len(set(found)) == 3
     assert all(one.startswith("NeFT, neurons 36 values (") and len(one) < 40 for one in found)
-    assert recipes(["LoRA"] * 2, [{"rank": {"q": 1}}, {"rank": {"q": 2}}]) == [
+    assert name_recipes(["LoRA"] * 2, [{"rank": {"q": 1}}, {"rank": {"q": 2}}]) == [
         'LoRA, rank {"q": 1}',
         'LoRA, rank {"q": 2}',
     ]

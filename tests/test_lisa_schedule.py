@@ -39,14 +39,14 @@ def write(tmp_path: Path) -> Any:
 
 def test_intervals_end_before_the_next_one_or_with_the_run(write):
     table = write("a", draws(2, 0, 2)).table
-    rows = lisa_schedule.intervals(table)
+    rows = lisa_schedule.list_intervals(table)
     assert rows.groupby("interval")[["start", "stop"]].first().to_numpy().tolist() == [[1, 4], [5, 8], [9, 9]]
     assert rows.query("active")["module"].tolist() == [BLOCKS[2], BLOCKS[0], BLOCKS[2]]
     assert len(rows) == 9
 
 
 def test_visits_count_draws_and_steps(write):
-    rows = lisa_schedule.visits(write("a", draws(2, 0, 2)).table).set_index("module")
+    rows = lisa_schedule.count_visits(write("a", draws(2, 0, 2)).table).set_index("module")
     assert rows.loc[BLOCKS, "intervals"].tolist() == [1, 0, 2]
     assert rows.loc[BLOCKS, "steps"].tolist() == [4, 0, 5]
     assert rows.loc[BLOCKS, "first"].tolist() == [5, pd.NA, 1]
@@ -55,11 +55,11 @@ def test_visits_count_draws_and_steps(write):
 
 
 def test_coverage_includes_its_expectation(write):
-    rows = lisa_schedule.coverage(write("a", draws(2, 0, 2), seed=None).table)
+    rows = lisa_schedule.block_coverage(write("a", draws(2, 0, 2), seed=None).table)
     assert rows["step"].tolist() == [1, 5, 9]
     assert rows["value"].tolist() == [1, 2, 2]
     assert rows["expected"].tolist() == pytest.approx([1, 0.75 + 2 * 0.4375, 0.875 + 2 * (1 - 0.75**3)])
-    once = lisa_schedule.coverage(write("b", draws(1)).table)
+    once = lisa_schedule.block_coverage(write("b", draws(1)).table)
     assert once[["step", "value", "expected"]].to_numpy().tolist() == [[1, 1, 1], [9, 1, 1]]
 
 
@@ -70,7 +70,9 @@ def test_importance_has_norm_ratios_and_sampling_probabilities(tmp_path):
         plant(tmp_path, f"f{i}", {("update_norm", name): {9: at + i} for name, at in FULL.items()}, seed=i)
         for i in range(2)
     ]
-    found = lisa_schedule.importance(plant(tmp_path, "a", adapted).table, records.concat(run.table for run in full), 1)
+    found = lisa_schedule.layer_importance(
+        plant(tmp_path, "a", adapted).table, records.concat(run.table for run in full), 1
+    )
     assert found["place"].tolist() == ["embed", "0", "1"]
     assert found["layer"].tolist() == [pd.NA, 0, 1]
     assert found["adapted"].tolist() == pytest.approx([6, 0.6, 3])
@@ -79,14 +81,14 @@ def test_importance_has_norm_ratios_and_sampling_probabilities(tmp_path):
     assert found["clipped"].tolist() == pytest.approx([1, 0.2, 1])
     assert found["practical"].tolist() == [1, 0.5, 0.5]
     with pytest.raises(ValueError, match="adapter_norm"):
-        lisa_schedule.importance(full[0].table, full[1].table, 1, "adapter_norm")
+        lisa_schedule.layer_importance(full[0].table, full[1].table, 1, "adapter_norm")
 
 
 def test_importance_counts_blocks_without_an_adapter(tmp_path):
     """LoRA adapts one of two blocks, but LISA draws from both: the probability is 1/2."""
     one, all_ = ({("update_norm", name): {9: 1.0} for name in names} for names in (("words", "h.1.q"), ENDS))
     runs = [plant(tmp_path, str(number), values) for number, values in enumerate((one, all_))]
-    found = lisa_schedule.importance(runs[0].table, runs[1].table, 1)
+    found = lisa_schedule.layer_importance(runs[0].table, runs[1].table, 1)
     assert dict(zip(found["place"], found["practical"], strict=True)) == {"embed": 1, "1": 0.5}
 
 

@@ -31,11 +31,11 @@ TINYLLAMA = acc.llama(22, 2048, 5632, 256)
     ],
 )
 def test_shapes_have_the_published_parameter_counts(shapes, block, outside, total):
-    assert acc.size(shapes) == total
+    assert acc.count_parameters(shapes) == total
     for name, count in outside.items():
         assert math.prod(shapes[f"{name}.weight"]) == count
     if block:
-        assert {acc.size(tensors) for tensors in acc.blocks(shapes).values()} == {block}
+        assert {acc.count_parameters(tensors) for tensors in acc.shapes_by_block(shapes).values()} == {block}
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_lisa_trains_the_expected_fraction(shapes, active, millions, share):
     memory = acc.lisa(shapes, active, width=2)
     trained = memory.gradients / 2
     assert round(trained / 1e6, 2) == millions
-    assert share is None or round(100 * trained / acc.size(shapes), 2) == share
-    assert memory.parameters == 2 * acc.size(shapes)
-    drawn = list(acc.blocks(shapes).values())
+    assert share is None or round(100 * trained / acc.count_parameters(shapes), 2) == share
+    assert memory.parameters == 2 * acc.count_parameters(shapes)
+    drawn = list(acc.shapes_by_block(shapes).values())
     tensors = len(shapes) - sum(map(len, drawn)) + sum(map(len, drawn[:active]))
     assert memory.optimizer == 8 * trained + 4 * tensors  # two moments per parameter, one step count per tensor
 
@@ -65,7 +65,7 @@ def test_lisa_trains_the_expected_fraction(shapes, active, millions, share):
 def test_lisa_policies_match_a_toy_model():
     """The model has four blocks of 88 parameters and 192 outside; one block is active, three have been drawn."""
     shapes = {"embed.weight": (8, 12), "head.weight": (8, 12)} | {f"h.{i}.up.weight": (8, 11) for i in range(4)}
-    assert acc.size(shapes) == 544
+    assert acc.count_parameters(shapes) == 544
     moments = {
         policy: (acc.lisa(shapes, 1, policy, visited=3).optimizer - 4 * tensors) / 8
         for policy, tensors in {"reset": 3, "reset_all": 3, "keep": 5}.items()
@@ -87,10 +87,10 @@ def test_lisa_by_default_trains_two_blocks_or_the_only_one():
     one = acc.gpt2(1, 768)
     assert acc.lisa(one) == acc.lisa(one, 1) == acc.full(one)
     assert acc.lisa(SMALL) == acc.lisa(SMALL, 2)
-    cells = acc.table(one).set_index(["method", "part"])["bytes"]
+    cells = acc.compare_methods(one).set_index(["method", "part"])["bytes"]
     assert cells["LISA, 1 block", "optimizer"] == acc.full(one).optimizer
     with pytest.raises(ValueError, match=r"active.*0 to 1.*got 2"):
-        acc.table(one, active=2)
+        acc.compare_methods(one, active=2)
 
 
 @pytest.mark.parametrize(("intervals", "blocks"), [(1, 2), (5, 8.8), (10, 15.2), (50, 30.7)])
@@ -120,7 +120,7 @@ def test_optimizers_match_the_published_table_of_adapprox(
     assert tuple(savings_percent(memory) for memory in columns) == savings
     assert (mib(acc.adafactor(shapes)), mib(acc.came(shapes))) == (adafactor, came)
     assert acc.adafactor(shapes, first=False).optimizer == acc.adapprox(shapes, 1, first=False).optimizer
-    table = acc.optimizers(shapes)
+    table = acc.compare_optimizers(shapes)
     state = table[table["part"] == "optimizer"].set_index("method")["bytes"] / MIB
     assert state.round(1).to_dict() == {
         "AdamW": adamw, "Adapprox, rank 1": first, "Adapprox, largest rank": most, "Adafactor": adafactor, "CAME": came,
@@ -191,13 +191,13 @@ def test_adapprox_saves_memory_by_size_as_documented():
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_blocks_match_the_live_model(family):
     model = tiny(family)
-    found = acc.blocks(acc.shapes_of(model))
+    found = acc.shapes_by_block(acc.shapes_of(model))
     rows = describe(model).query("role == 'block'")
     live = defaultdict(int)
     for name, parameter in model.named_parameters():
         live[next((block for block in rows["module"] if name.startswith(f"{block}.")), "")] += parameter.numel()
     live.pop("")
-    assert sorted(acc.size(tensors) for tensors in found.values()) == sorted(live.values())
+    assert sorted(acc.count_parameters(tensors) for tensors in found.values()) == sorted(live.values())
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ("q", "v"), ("q", "k", "embed", "head")])
@@ -219,14 +219,14 @@ def test_lora_counts_parameters_trained_without_an_adapter():
 
 def test_table_adapts_a_tied_head_once():
     """The models are GPT-2, whose head is tied, and one without a head."""
-    table = acc.table(SMALL, rank=1).set_index(["method", "part"])["bytes"]
+    table = acc.compare_methods(SMALL, rank=1).set_index(["method", "part"])["bytes"]
     linear = 12 * 768 * ((1 + 3) + (1 + 1) + (1 + 4) + (4 + 1))
     assert table["LoRA, rank 1", "gradients"] == 4 * (linear + 50_257 + 768)
-    assert len(acc.table({"h.0.q.weight": (8, 8), "h.1.q.weight": (8, 8)})) == 3 * 7
+    assert len(acc.compare_methods({"h.0.q.weight": (8, 8), "h.1.q.weight": (8, 8)})) == 3 * 7
 
 
 def test_table_of_llama_matches_the_functions():
-    table = acc.table(acc.LLAMA2["7B"], width=2)
+    table = acc.compare_methods(acc.LLAMA2["7B"], width=2)
     cells = table.set_index(["method", "part"])["bytes"]
     assert cells["AdamW", "parameters"] == 2 * 6_738_415_616
     assert cells["LISA, 2 blocks", "optimizer"] == acc.lisa(acc.LLAMA2["7B"], 2, width=2).optimizer

@@ -214,7 +214,7 @@ def test_selected_neurons_rotated_most_and_training_restarts_from_the_base(phase
     fresh, tuned = models.load(folder, task=task), models.load(folder, task=task)
     tune.restore(tuned)
     found = {}
-    for part in neurons.parts(ls.module_table.describe(fresh)):
+    for part in neurons.list_groups(ls.module_table.describe(fresh)):
         one, two = (host_weight(m.get_submodule(part.module)).detach().double() for m in (fresh, tuned))
         cosine = torch.nn.functional.cosine_similarity(one, two, dim=part.axis)
         found |= {(part.module, i): 1 - float(value) for i, value in enumerate(cosine)}
@@ -237,7 +237,7 @@ def test_selected_neurons_rotated_most_and_training_restarts_from_the_base(phase
 
 def test_recorded_distances_match_the_trained_model(phased, task):
     _, model, before, run = phased
-    places = neurons.parts(ls.module_table.describe(model))
+    places = neurons.list_groups(ls.module_table.describe(model))
     expected = distances(model, places, before, dict(model.named_parameters()))
     found = run.table[run.table["quantity"] == "neuron_cosine"]
     assert set(found["step"]) == {4}
@@ -319,12 +319,12 @@ def test_reversed_share_adds_neurons_of_the_other_end(bert, task, tmp_path):
     _, _, full = train(bert, task, Full(lr=1e-2, head_lr=1e-2), tmp_path / "full")
     model, _, run = train(bert, task, NeFT(num_neurons=9, reversed_share=0.02, reference=full), tmp_path / "both")
     total = sum(parameter.numel() for parameter in model.parameters())
-    pool = selected_neurons.scores(run, "selection_cosine")
+    pool = selected_neurons.last_scores(run, "selection_cosine")
     first, other = (
-        neurons.select(pool, 9, by="value"),
-        neurons.select(pool, round(0.02 * total / 32), "reversed", by="value"),
+        neurons.select_neurons(pool, 9, by="value"),
+        neurons.select_neurons(pool, round(0.02 * total / 32), "reversed", by="value"),
     )
-    assert selected_neurons.as_set(selected_neurons.list_selected(run)) == selected_neurons.as_set(
+    assert selected_neurons.to_set(selected_neurons.list_selected(run)) == selected_neurons.to_set(
         pd.concat([first, other])
     )
     assert len(selected_neurons.list_selected(run)) == len(first) + len(other)
@@ -345,7 +345,7 @@ def test_both_ends_together_have_as_many_neurons_as_their_sum(share, more, selec
 
     def chosen(**given):
         method = NeFT(select_by=select_by, **given)
-        method._parts = neurons.parts(ls.module_table.describe(model))
+        method._parts = neurons.list_groups(ls.module_table.describe(model))
         pool = neurons.unscored_neurons(method._parts)
         method._scores = pool.assign(**{method.score_names[0]: scores})
         found = method._choose(sum(parameter.numel() for parameter in model.parameters()))

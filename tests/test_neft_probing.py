@@ -103,7 +103,7 @@ def test_scores_match_the_hidden_states_of_the_base(bert, task, tmp_path):
         labels.append(int(batch["labels"]))
     probes = directions(np.array(states), np.array(labels))
     expected = {}
-    for part in neurons.parts(ls.module_table.describe(fresh)):
+    for part in neurons.list_groups(ls.module_table.describe(fresh)):
         weight = host_weight(fresh.get_submodule(part.module)).detach().numpy()
         vectors = weight if part.axis == 1 else weight.T
         each = [max(abs(cosine(vector, probe)) for probe in probes) for vector in vectors]
@@ -112,10 +112,10 @@ def test_scores_match_the_hidden_states_of_the_base(bert, task, tmp_path):
     found = dict(zip(zip(rows["module"].astype(str), rows["index"], strict=True), rows["value"], strict=True))
     assert found == near(expected, terms=TINY, growth=40 * TEXT)  # condition number of the states
     best = set(sorted(found, key=found.get)[-7:])
-    assert selected_neurons.as_set(selected_neurons.list_selected(run)) == best
+    assert selected_neurons.to_set(selected_neurons.list_selected(run)) == best
     method = NeFT(num_neurons=7, select_by="probed", reference=probed, lr=1e-2)
     again = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "again", **FAST)
-    assert selected_neurons.as_set(selected_neurons.list_selected(again)) == best
+    assert selected_neurons.to_set(selected_neurons.list_selected(again)) == best
     for mode in neurons.MODES:
         with pytest.raises(ValueError, match=rf"'{mode}'.*{probed.id} .*linear probing"):
             NeFT(num_neurons=7, select_by=mode, reference=probed)
@@ -131,8 +131,8 @@ def test_probing_run_selects_only_from_probed_projections(bert, task, tmp_path):
     (probed,) = wide.parents
     method = NeFT(num_neurons=7, select_by="probed", reference=probed, targets=("ffn_in",))
     method.attach(models.load(bert, task=task))
-    found = selected_neurons.scores(wide, "probe_cosine").query("role == 'ffn_in'").nlargest(7, "value")
-    assert method.neurons_ == neurons.by_module(found)
+    found = selected_neurons.last_scores(wide, "probe_cosine").query("role == 'ffn_in'").nlargest(7, "value")
+    assert method.neurons_ == neurons.neurons_by_module(found)
     less = NeFT(num_neurons=7, select_by="probed", reference=narrow.parents[0])
     with pytest.raises(ValueError, match=r"ffn_out \(bert.encoder.layer.0.output.dense\).*did not probe.*targets"):
         less.attach(models.load(bert, task=task))

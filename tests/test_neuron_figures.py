@@ -149,8 +149,8 @@ def test_selection_from_full_fine_tuning_matches_neft(family, task, tmp_path):
     method = NeFT(num_neurons=60, reference=full)
     method.attach(models.load(folder, task=task))
     expected = {(module, number) for module, numbers in method.neurons_.items() for number in numbers}
-    assert selected_neurons.as_set(selected_neurons.list_selected(full, 60)) == expected
-    scored = selected_neurons.scores(full, "neuron_cosine")
+    assert selected_neurons.to_set(selected_neurons.list_selected(full, 60)) == expected
+    scored = selected_neurons.last_scores(full, "neuron_cosine")
     assert scored.groupby("role").size().to_dict() == dict.fromkeys(("ffn_gate", "ffn_in", "ffn_out"), 96)
     assert (scored.nlargest(60, "value")["role"] == "ffn_gate").any()
 
@@ -268,7 +268,7 @@ def test_utilization_of_adapted_neurons_uses_effective_weights(method, bert, tas
         hidden = mean_states(model.eval(), batch)[""]
     rows = run.table[(run.table["quantity"] == "utilisation") & (run.table["step"] == 3)]
     deltas, moved, far = attached_deltas(model), 0, {"terms": TINY, "growth": 4 * TEXT}
-    for part in ls.analysis.neurons.parts(run.modules.astype({"module": "str"})):
+    for part in ls.analysis.neurons.list_groups(run.modules.astype({"module": "str"})):
         delta = deltas[part.module]
         gates = () if delta.linear else (delta.mean_gates_,)
         before = host_weight(model.get_submodule(part.module)).detach()
@@ -312,7 +312,7 @@ def test_utilization_is_the_correlation_with_the_mean_states(family, layers, req
             output = model.eval()(**encoded.batch([row]), output_hidden_states=True)
             states.append(torch.stack([state[0].mean(0) for state in output.hidden_states[1:]]))
     hidden = torch.stack(states).mean(0).numpy()
-    for part in ls.analysis.neurons.parts(run.modules.astype({"module": "str"})):
+    for part in ls.analysis.neurons.list_groups(run.modules.astype({"module": "str"})):
         weight = host_weight(model.get_submodule(part.module)).detach().numpy()
         vectors = weight if part.axis == 1 else weight.T
         numbers = [

@@ -20,9 +20,9 @@ ZERO = np.array([[0.0, 0], [1, 2]]), np.array([[1.0, 1], [2, 1]])
 
 def worked() -> pd.DataFrame:
     """Return the scores of a worked example: two inputs and three hidden units."""
-    up = neurons.Part("layers.0.mlp.up_proj", "", 0, "ffn_in", axis=1, first=0, count=3, width=2)
-    down = neurons.Part("layers.0.mlp.down_proj", "", 0, "ffn_out", axis=0, first=0, count=3, width=2)
-    return pd.concat([neurons.table(up, *UP), neurons.table(down, *DOWN)], ignore_index=True)
+    up = neurons.NeuronGroup("layers.0.mlp.up_proj", "", 0, "ffn_in", axis=1, first=0, count=3, width=2)
+    down = neurons.NeuronGroup("layers.0.mlp.down_proj", "", 0, "ffn_out", axis=0, first=0, count=3, width=2)
+    return pd.concat([neurons.score_neurons(up, *UP), neurons.score_neurons(down, *DOWN)], ignore_index=True)
 
 
 def made(distances: dict[tuple[int, str], list[float]]) -> pd.DataFrame:
@@ -36,7 +36,7 @@ def made(distances: dict[tuple[int, str], list[float]]) -> pd.DataFrame:
 
 
 def chosen(scores, *args, **kwargs):
-    found = neurons.select(scores, *args, **kwargs)
+    found = neurons.select_neurons(scores, *args, **kwargs)
     return list(zip(found["layer"], found["role"], found["neuron"], strict=True))
 
 
@@ -90,37 +90,39 @@ def test_random_neurons_are_drawn_without_repetition():
 
 
 def test_neuron_with_zero_weights_is_never_selected():
-    scores = neurons.table(neurons.Part("layers.0.up", "", 0, "ffn_in", axis=1, first=0, count=2, width=2), *ZERO)
+    scores = neurons.score_neurons(
+        neurons.NeuronGroup("layers.0.up", "", 0, "ffn_in", axis=1, first=0, count=2, width=2), *ZERO
+    )
     assert np.isnan(scores["cosine_distance"][0])
     for mode in neurons.MODES:
         assert chosen(scores, 1, mode) == [(0, "ffn_in", 1)]
     with pytest.raises(ValueError, match=r"k .*0 to 1 .1 of 2.*got 2"):
-        neurons.select(scores, 2)
+        neurons.select_neurons(scores, 2)
 
 
 def test_invalid_selections_raise():
     scores = made({(0, "ffn_in"): [0.1, 0.2]})
     with pytest.raises(ValueError, match=r"k .*got -1"):
-        neurons.select(scores, -1)
+        neurons.select_neurons(scores, -1)
     with pytest.raises(ValueError, match=r"mode.*'changed', 'reversed', 'random'.*got 'lowest'"):
-        neurons.select(scores, 1, "lowest")
+        neurons.select_neurons(scores, 1, "lowest")
     still = made({(0, "ffn_in"): [0.0, 0.0]})
     with pytest.raises(ValueError, match=r"cosine_distance.*above 0"):
-        neurons.select(still, 1)
-    assert len(neurons.select(still, 1, "random")) == 1
+        neurons.select_neurons(still, 1)
+    assert len(neurons.select_neurons(still, 1, "random")) == 1
 
 
 def test_count_of_neurons_for_a_fraction_of_the_parameters():
     """LLaMA-2-7B: 9% of all parameters are 148,061 vectors of 4,096, and 9.12% are 150,035."""
     total, width = 6_738_415_616, 4096
-    assert neurons.count(0.09, total, width) == 148_061
-    assert neurons.count(0.0912, total, width) == 150_035
+    assert neurons.count_for_share(0.09, total, width) == 148_061
+    assert neurons.count_for_share(0.0912, total, width) == 150_035
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parts_of_every_family(family):
     model = tiny(family)
-    found = neurons.parts(describe(model))
+    found = neurons.list_groups(describe(model))
     assert {(part.role, part.axis) for part in found} == {("ffn_in", 1), ("ffn_out", 0)}
     assert {(part.count, part.width) for part in found} == {(128 if family == "gpt2" else 48, 32)}
     blocks = {(part.stack, part.layer) for part in found}
@@ -131,24 +133,24 @@ def test_parts_of_every_family(family):
 def test_fused_gate_and_input_has_one_part_per_half():
     """Phi-3 computes down(up * act(gate)) with gate, up = gate_up.chunk(2); a change is found in the right half."""
     model = tiny("phi3")
-    gate, up = neurons.parts(describe(model), ("ffn_in", "ffn_gate"))[:2]
+    gate, up = neurons.list_groups(describe(model), ("ffn_in", "ffn_gate"))[:2]
     assert (gate.role, gate.first, gate.count, up.role, up.first, up.count) == ("ffn_gate", 0, 48, "ffn_in", 48, 48)
-    assert [part.role for part in neurons.parts(describe(model))] == ["ffn_in", "ffn_out"] * 2
+    assert [part.role for part in neurons.list_groups(describe(model))] == ["ffn_in", "ffn_out"] * 2
     mlp = model.model.layers[0].mlp
     x = torch.randn(3, 32)
     with torch.no_grad():
         weight = mlp.gate_up_proj.weight
-        hidden = mlp.activation_fn(x @ weight[gate.where].T) * (x @ weight[up.where].T)
+        hidden = mlp.activation_fn(x @ weight[gate.slices].T) * (x @ weight[up.slices].T)
         assert mlp(x).numpy() == near(hidden @ mlp.down_proj.weight.T, terms=TINY)
         before = weight.detach().numpy().copy()
         weight[48 + 7] += 1.0
-    scores = neurons.table(up, before, weight.detach().numpy())
+    scores = neurons.score_neurons(up, before, weight.detach().numpy())
     assert scores.loc[scores["cosine_distance"] > 0, "neuron"].tolist() == [55]
 
 
 def test_parts_of_a_missing_role_raises():
     with pytest.raises(ValueError, match="'ffn_gate' matches no module"):
-        neurons.parts(describe(tiny("gpt2")), ("ffn_in", "ffn_gate"))
+        neurons.list_groups(describe(tiny("gpt2")), ("ffn_in", "ffn_gate"))
 
 
 def test_neuron_cosine_along_the_other_axis():

@@ -24,15 +24,15 @@ def test_rank_one_factors_have_the_row_and_column_sums():
     A = np.array([[4, 2, 1], [2, 2, 1], [1, 1, 3], [0, 1, 2]], float)
     assert optimizer_moments.rank_one(A).sum(0) == pytest.approx(A.sum(0))
     assert optimizer_moments.rank_one(A).sum(1) == pytest.approx(A.sum(1))
-    assert optimizer_moments.relative_error(A, optimizer_moments.rank_one(A)) == pytest.approx(0.461095, abs=1e-6)
+    assert optimizer_moments.frobenius_error(A, optimizer_moments.rank_one(A)) == pytest.approx(0.461095, abs=1e-6)
     assert not optimizer_moments.rank_one(np.zeros((2, 3))).any()
 
 
 def test_tail_of_worked_spectrum():
     sigma = np.array([6.0671, 2.9191, 0.8183])
-    assert optimizer_moments.tail(sigma, 1) == pytest.approx(0.44698, abs=1e-4)
-    assert optimizer_moments.tail(sigma, 2) == pytest.approx(0.120645, abs=1e-4)
-    assert optimizer_moments.tail(sigma, 3) == 0
+    assert optimizer_moments.tail_error(sigma, 1) == pytest.approx(0.44698, abs=1e-4)
+    assert optimizer_moments.tail_error(sigma, 2) == pytest.approx(0.120645, abs=1e-4)
+    assert optimizer_moments.tail_error(sigma, 3) == 0
 
 
 def test_same_marginals_keeps_the_sums_but_not_the_singular_vectors():
@@ -45,8 +45,8 @@ def test_same_marginals_keeps_the_sums_but_not_the_singular_vectors():
     assert shuffled.sum(1) == pytest.approx(hidden.sum(1), rel=1e-6, abs=1e-12)
     assert (shuffled >= 0).all()
     own, other = (np.linalg.svd(matrix, compute_uv=False) for matrix in (hidden, shuffled))
-    assert optimizer_moments.tail(own, 3) < 1e-6
-    assert optimizer_moments.tail(other, 3) > 0.3
+    assert optimizer_moments.tail_error(own, 3) < 1e-6
+    assert optimizer_moments.tail_error(other, 3) > 0.3
     # A matrix of rank one is determined by its sums, so it is unchanged.
     assert optimizer_moments.same_marginals(rank_one, seed=1) == pytest.approx(rank_one)
 
@@ -82,11 +82,11 @@ def test_singular_values_and_errors_match_adams_second_moment(adam):
         assert values["moment_sigma"].to_numpy() == near(sigma / sigma[0], terms=TINY)
         assert values["moment_sigma"].index[0] == 1
         for rank, error in values["moment_error"].items():
-            assert error == near(optimizer_moments.tail(sigma, int(rank)), 1, terms=TINY)
+            assert error == near(optimizer_moments.tail_error(sigma, int(rank)), 1, terms=TINY)
             assert values["moment_error_s_rsi", rank] >= error - rounding(terms=TINY)
             assert values["moment_error_s_rsi", rank] <= 1.3 * error + rounding(terms=TINY)
         rank_one = rows.loc[rows["quantity"] == "moment_error_rank_one", "value"].item()
-        assert rank_one == near(optimizer_moments.relative_error(V, optimizer_moments.rank_one(V)), terms=TINY)
+        assert rank_one == near(optimizer_moments.frobenius_error(V, optimizer_moments.rank_one(V)), terms=TINY)
         assert rank_one >= values["moment_error", 1] - rounding(terms=TINY)
 
 
@@ -112,7 +112,7 @@ def test_factorization_methods_are_measured_on_one_block(bert, task, tmp_path):
     for module, rows in found[found["step"] == 4].groupby("module", observed=True):
         values = rows.set_index(["quantity", "index"])["value"]
         sigma = np.linalg.svd(kept[module], compute_uv=False)
-        least = [optimizer_moments.tail(sigma, rank) for rank in (1, 2, 4, 8, 16)]
+        least = [optimizer_moments.tail_error(sigma, rank) for rank in (1, 2, 4, 8, 16)]
         assert values["factoring_error_svd"].to_numpy() == pytest.approx(least, rel=1e-3)
         for way in ("l1_p5", "l2_p5", "l5_p0", "l5_p5", "svd_lowrank"):
             excess = values[f"factoring_error_{way}"].to_numpy() / least
@@ -140,7 +140,7 @@ def test_svd_lowrank_does_not_change_the_global_generator():
     assert (left.shape, right.shape) == ((40, 3), (30, 3))
     sigma = torch.linalg.svdvals(V)
     assert float((V - left @ right.T).norm() / V.norm()) == pytest.approx(
-        optimizer_moments.tail(sigma.numpy(), 3), rel=1e-3
+        optimizer_moments.tail_error(sigma.numpy(), 3), rel=1e-3
     )
 
 
@@ -183,13 +183,13 @@ def test_drift_is_the_error_compared_with_the_exact_average(method, bert, task, 
         values = rows.set_index("quantity")["value"]
         norms = run.table.query("quantity == 'factor_norm' and module == @module and step == 4")["value"]
         assert norms.item() == near(np.linalg.norm(factors[module]), terms=TINY)
-        assert values["factor_drift"] == near(optimizer_moments.relative_error(E, factors[module]), **SQUARES)
+        assert values["factor_drift"] == near(optimizer_moments.frobenius_error(E, factors[module]), **SQUARES)
         assert values["factor_drift_least"] == near(
-            optimizer_moments.tail(np.linalg.svd(E, compute_uv=False), 3), **SQUARES
+            optimizer_moments.tail_error(np.linalg.svd(E, compute_uv=False), 3), **SQUARES
         )
         assert values["factor_drift"] > values["factor_drift_least"]
         assert values["factor_drift_rank_one"] == near(
-            optimizer_moments.relative_error(E, optimizer_moments.rank_one(E)), **SQUARES
+            optimizer_moments.frobenius_error(E, optimizer_moments.rank_one(E)), **SQUARES
         )
 
 
@@ -215,8 +215,8 @@ def test_step_error_is_recorded_with_the_best_error_of_its_rank(bert, task, tmp_
         (before, _), (product, squares) = seen[module][step - 2 : step]
         V = 0.999 * before.clip(0) + 0.001 * squares
         values = rows.set_index("quantity")["value"]
-        assert values["factor_step_error"] == near(optimizer_moments.relative_error(V, product), **SQUARES)
-        least = optimizer_moments.tail(np.linalg.svd(V, compute_uv=False), 3)
+        assert values["factor_step_error"] == near(optimizer_moments.frobenius_error(V, product), **SQUARES)
+        least = optimizer_moments.tail_error(np.linalg.svd(V, compute_uv=False), 3)
         assert values["factor_step_error_least"] == near(least, **SQUARES)
         assert values["factor_step_error"] >= least * (1 - 1e-6)
     # At a step that selects a rank, it equals the error that the method records.

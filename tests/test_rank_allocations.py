@@ -63,25 +63,27 @@ def test_current_ranks_of_a_folder_exist_at_the_end_only() -> None:
 
 def test_pool_sums_ranks_by_layer_and_role() -> None:
     found = rank_allocations.current_ranks(table(HISTORY))
-    layers, roles = (norms.pool(found, by) for by in (("place",), ("role",)))
+    layers, roles = (norms.pool_modules(found, by) for by in (("place",), ("role",)))
     assert dict(zip(layers["place"], layers["value"], strict=True)) == {"0": 5, "1": 3, "2": 4}
     assert dict(zip(roles["role"], roles["value"], strict=True)) == {"q": 6, "ffn_in": 6}
 
 
 def test_parameters_are_ranks_times_inputs_plus_outputs() -> None:
     found = rank_allocations.current_ranks(table(HISTORY))
-    spent = rank_allocations.parameters(found, MODULES)["parameters"]
+    spent = rank_allocations.add_parameters(found, MODULES)["parameters"]
     assert spent.tolist() == [5 * 20, 0, 1 * 20, 2 * 50, 0, 4 * 50]
-    unsized = rank_allocations.parameters(found, MODULES.drop(columns=["in_features", "out_features"]))["parameters"]
+    unsized = rank_allocations.add_parameters(found, MODULES.drop(columns=["in_features", "out_features"]))[
+        "parameters"
+    ]
     assert unsized.isna().all()
 
 
 def test_shares_include_those_of_a_uniform_allocation() -> None:
     modules = MODULES.drop(index=5)  # 3 q, 2 ffn_in
     found = rank_allocations.current_ranks(table({9: [5, 0, 1, 2, 0]}, modules=modules))
-    roles = rank_allocations.shares(found).set_index("role")
+    roles = rank_allocations.rank_shares(found).set_index("role")
     assert roles.loc["q", ["rank", "modules", "share", "uniform"]].tolist() == pytest.approx([6, 3, 6 / 8, 3 / 5])
-    depth = rank_allocations.shares(found, "third").set_index("third")
+    depth = rank_allocations.rank_shares(found, "third").set_index("third")
     assert depth["share"].to_dict() == pytest.approx({"bottom": 5 / 8, "middle": 3 / 8, "top": 0})
     assert depth["uniform"].to_dict() == pytest.approx({"bottom": 2 / 5, "middle": 2 / 5, "top": 1 / 5})
 
@@ -89,7 +91,7 @@ def test_shares_include_those_of_a_uniform_allocation() -> None:
 @pytest.mark.parametrize(("layers", "sizes"), [(12, [4, 4, 4]), (2, [1, 0, 1]), (5, [2, 1, 2]), (1, [0, 1, 0])])
 def test_thirds_have_equal_size(layers: int, sizes: list[int]) -> None:
     modules = pd.DataFrame(blocks(layers, ("q",))).astype({"layer": "Int16"})
-    third = rank_allocations.thirds(rank_allocations.current_ranks(table({9: [1] * layers}, modules=modules)))
+    third = rank_allocations.depth_thirds(rank_allocations.current_ranks(table({9: [1] * layers}, modules=modules)))
     assert third.value_counts(sort=False).tolist() == sizes
     assert third.is_monotonic_increasing
 
@@ -142,6 +144,6 @@ def test_random_stability_has_the_null_distribution_of_tau() -> None:
 
 
 def test_cap_is_the_initial_rank_unless_a_module_exceeds_it() -> None:
-    assert rank_allocations.cap(table({0: [4] * 6, 9: [4, 0, 1, 2, 0, 4]})) == 4
-    assert rank_allocations.cap(table(HISTORY)) is None
-    assert rank_allocations.cap(table({-1: [4, 0, 1, 2, 0, 4]})) == 4
+    assert rank_allocations.initial_cap(table({0: [4] * 6, 9: [4, 0, 1, 2, 0, 4]})) == 4
+    assert rank_allocations.initial_cap(table(HISTORY)) is None
+    assert rank_allocations.initial_cap(table({-1: [4, 0, 1, 2, 0, 4]})) == 4

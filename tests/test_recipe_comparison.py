@@ -8,7 +8,15 @@ import pytest
 from planted import manifest
 from scipy.stats import ttest_rel
 
-from lorascope.analysis.recipe_tests import describe_comparison, holm, paired_p, pairs, recipes, scores, standings
+from lorascope.analysis.recipe_tests import (
+    collect_scores,
+    compare_pairs,
+    describe_comparison,
+    holm,
+    name_recipes,
+    paired_p,
+    standings,
+)
 from lorascope.runs.run import Run
 
 
@@ -38,7 +46,7 @@ def test_holm_matches_a_hand_computed_example():
 def test_comparison_finds_a_planted_order_and_leaves_ties_open():
     # The means of b and c are equal; a is 0.1 above both.
     table = made({"b": [0.70, 0.71, 0.69, 0.70], "a": [0.80, 0.81, 0.791, 0.80], "c": [0.71, 0.70, 0.70, 0.69]})
-    compared = pairs(table)
+    compared = compare_pairs(table)
     assert compared["better"].tolist() == ["a", "", "a"]
     found = standings(table, compared).set_index("recipe")
     assert found.index.tolist() == ["b", "a", "c"]  # the input order, not that of the means
@@ -52,22 +60,22 @@ def test_comparison_finds_a_planted_order_and_leaves_ties_open():
 def test_pairing_finds_a_difference_despite_overlapping_intervals():
     noise = np.array([0.0, 0.1, 0.2, 0.3])
     table = made({"low": list(noise), "high": list(noise + np.array([0.010, 0.011, 0.009, 0.010]))})
-    compared = pairs(table)
+    compared = compare_pairs(table)
     assert compared["better"].tolist() == ["high"]
     assert standings(table, compared)["low"].tolist()[1] < 0.15  # the intervals overlap by far
     unpaired = made({"low": list(noise), "high": list(noise[::-1] + 0.01)})
-    assert pairs(unpaired)["better"].tolist() == [""]
+    assert compare_pairs(unpaired)["better"].tolist() == [""]
 
 
 def test_lower_perplexity_is_better():
     table = made({"a": [5.0, 5.1, 5.0], "b": [9.0, 9.1, 9.05]}, "perplexity")
-    assert pairs(table)["better"].tolist() == ["a"]
-    assert "a is better than b by 4.017 [" in describe_comparison(pairs(table))[0]
+    assert compare_pairs(table)["better"].tolist() == ["a"]
+    assert "a is better than b by 4.017 [" in describe_comparison(compare_pairs(table))[0]
 
 
 def test_two_seeds_are_never_significant():
     table = made({"a": [0.9, 0.9], "b": [0.1, 0.1]})
-    compared = pairs(table)
+    compared = compare_pairs(table)
     assert compared["better"].tolist() == [""]
     assert standings(table, compared)[["first", "last"]].to_numpy().tolist() == [[1, 2], [1, 2]]
     assert describe_comparison(compared) == ["no significant difference (fewer than 3 seeds): a and b"]
@@ -75,27 +83,29 @@ def test_two_seeds_are_never_significant():
 
 def test_pairs_use_the_common_seeds_only():
     table = made({"a": [0.9, 0.8, 0.85], "b": [0.1, 0.2]})
-    assert pairs(table)["n"].tolist() == [2]
-    assert pairs(made({"a": [0.5]})).empty
+    assert compare_pairs(table)["n"].tolist() == [2]
+    assert compare_pairs(made({"a": [0.5]})).empty
 
 
 def test_tasks_are_compared_separately():
     table = pd.concat([made({"a": [0.9, 0.91, 0.9], "b": [0.1, 0.12, 0.1]}, task=task) for task in ("one", "two")])
-    assert pairs(table)["p"].nunique() == 1  # each task is a separate family of one test
-    assert [line.partition(":")[0] for line in describe_comparison(pairs(table))] == ["m, one", "m, two"]
+    assert compare_pairs(table)["p"].nunique() == 1  # each task is a separate family of one test
+    assert [line.partition(":")[0] for line in describe_comparison(compare_pairs(table))] == ["m, one", "m, two"]
 
 
 def test_noise_is_rarely_significant():
     """Over 200 sweeps of four equal recipes, the family-wise error rate is at most the level (binomial bound: 18)."""
     draw = np.random.default_rng(0)
-    ranked = sum(any(pairs(made({r: list(draw.normal(size=5)) for r in "abcd"}))["better"] != "") for _ in range(200))
+    ranked = sum(
+        any(compare_pairs(made({r: list(draw.normal(size=5)) for r in "abcd"}))["better"] != "") for _ in range(200)
+    )
     assert ranked <= 18
 
 
 def test_recipe_names_include_the_settings_that_differ():
     labels = ["LoRA", "LoRA", "Full"]
     settings = [{"lr": 1e-3, "steps": 3, "clip": 1.0}, {"lr": 1e-4, "steps": 3, "clip": 1.0}, {"lr": 1e-5, "steps": 9}]
-    assert recipes(labels, settings) == ["LoRA, lr 0.001", "LoRA, lr 0.0001", "Full"]
+    assert name_recipes(labels, settings) == ["LoRA, lr 0.001", "LoRA, lr 0.0001", "Full"]
 
 
 def a_run(**meta) -> Run:
@@ -107,14 +117,14 @@ def a_run(**meta) -> Run:
 def test_duplicate_runs_count_once_and_different_ones_are_distinguished():
     """The cases are two observers, two tables of ranks, two models with one name, and two tasks with one name."""
     ranks = [{"name": "lora", "rank": {"q": number}} for number in (2, 4)]
-    found = scores([a_run(recipe=ranks[0]), a_run(recipe=ranks[0], settings={"steps": 3, "observers": ["x"]})])
+    found = collect_scores([a_run(recipe=ranks[0]), a_run(recipe=ranks[0], settings={"steps": 3, "observers": ["x"]})])
     assert found["recipe"].tolist() == ["LoRA, rank by module"] * 2
-    assert standings(found, pairs(found))["n"].tolist() == [1]
-    found = scores([a_run(recipe=rank) for rank in ranks])
+    assert standings(found, compare_pairs(found))["n"].tolist() == [1]
+    found = collect_scores([a_run(recipe=rank) for rank in ranks])
     assert found["recipe"].tolist() == [f'LoRA, rank by module, rank {{"q": {number}}}' for number in (2, 4)]
-    assert len(pairs(found)) == 1
+    assert len(compare_pairs(found)) == 1
     for key, name in (("w0_hash", "model"), ("data_hash", "task")):
-        found = scores([a_run(), a_run(**{key: "b" * 64})])
+        found = collect_scores([a_run(), a_run(**{key: "b" * 64})])
         assert found[name].nunique() == 2
         assert found[name].iloc[1].endswith(" (bbbbbb)")
-        assert standings(found, pairs(found))["n"].tolist() == [1, 1]
+        assert standings(found, compare_pairs(found))["n"].tolist() == [1, 1]

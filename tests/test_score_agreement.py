@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import lorascope as ls
 from lorascope import plots
 from lorascope.adapters import delta
-from lorascope.analysis.score_agreement import correlate, neuron_scores, spearman
+from lorascope.analysis.score_agreement import collect_neuron_scores, correlate, spearman
 from lorascope.experiments import component_removal
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, Full, LoRA, NeFT
@@ -316,7 +316,7 @@ def test_neuron_scores_compare_recipes_within_a_seed(tmp_path):
         ]
         for label in "ab"
     }
-    table = neuron_scores(runs)
+    table = collect_neuron_scores(runs)
     assert table.groupby("run").size().to_dict() == {"seed 0": 17 * 6, "seed 1": 18 * 6}
     cells = correlate(table).set_index(["run", "first", "second"])["value"]
     for seed in (0, 1):
@@ -329,7 +329,7 @@ def test_neuron_scores_compare_recipes_within_a_seed(tmp_path):
     assert "neurons" in chart.title
     only = runs["a"][0]
     with pytest.raises(ValueError, match=r"a, b.*seed in common"):
-        neuron_scores({"a": only, "b": runs["b"][1:]})
+        collect_neuron_scores({"a": only, "b": runs["b"][1:]})
 
 
 def test_neuron_scores_omit_a_constant_score_with_a_warning(tmp_path):
@@ -345,7 +345,7 @@ def test_neuron_scores_omit_a_constant_score_with_a_warning(tmp_path):
             scores = dict(zip(("h.0.up", "h.0.down"), drawn, strict=True))
             runs[label].append(write_scores(tmp_path / f"{label}{seed}", seed, scores))
     with pytest.warns(UserWarning, match=r"^b: 1 − cos, b: ‖w − w₀‖ omitted: .*every neuron") as warned:
-        table = neuron_scores(runs)
+        table = collect_neuron_scores(runs)
     assert len(warned) == 1
     assert set(table["score"]) == {"a: 1 − cos", "a: ‖w − w₀‖", "a: sensitivity", "b: sensitivity"}
     assert len(table) == 2 * 18 * 4
@@ -376,7 +376,7 @@ def test_neuron_scores_of_neft_use_its_selection_score(choice, score, probes, tm
     runs["b"].table = pd.concat([runs["b"].table, *rows], ignore_index=True)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        table = neuron_scores(runs)
+        table = collect_neuron_scores(runs)
     own = {name for name in table["score"] if name.startswith("b: ")}
     assert own == {"b: ‖w − w₀‖", "b: sensitivity", *([f"b: {score}"] if score else [])}
     if score is None:
@@ -407,7 +407,7 @@ def test_neuron_scores_of_trained_recipes_match_their_weights(bert, task, tmp_pa
         kept, batches, base = Copying.kept
         if delta.attached_deltas(kept):
             delta.fold(kept)
-        parts = ls.analysis.neurons.parts(ls.module_table.describe(kept))
+        parts = ls.analysis.neurons.list_groups(ls.module_table.describe(kept))
         modules = [part.module for part in parts]
         after = {name: delta.host_weight(kept.get_submodule(name)).detach().double() for name in modules}
         slopes = gradients(kept, modules, batches)
@@ -426,7 +426,7 @@ def test_neuron_scores_of_trained_recipes_match_their_weights(bert, task, tmp_pa
             turn = "1 − cos after tuning" if label == "NeFT" else "1 − cos"
             for name, value in zip((turn, "‖w − w₀‖", "sensitivity"), values, strict=True):
                 by_hand |= {(f"{label}: {name}", part.module, number): float(v) for number, v in enumerate(value)}
-    table = neuron_scores(runs)
+    table = collect_neuron_scores(runs)
     found = table.set_index(["score", "module", "component"])["value"].to_dict()
     assert found.keys() == by_hand.keys()
     for score in dict.fromkeys(table["score"]):
@@ -442,4 +442,4 @@ def test_neuron_scores_of_trained_recipes_match_their_weights(bert, task, tmp_pa
 
 def test_neuron_scores_of_a_run_without_records_raises(trained):
     with pytest.raises(ValueError, match=r"neuron_cosine.*observe=\[ls.observe.neurons"):
-        neuron_scores({"a": trained})
+        collect_neuron_scores({"a": trained})

@@ -125,7 +125,7 @@ def test_records_equal_those_of_a_recorder_of_the_same_training(name, bert, task
         assert "adapter_norm" not in set(series.table["quantity"])
     # The recorder also has rows of whole blocks, which pooling computes from those of the modules.
     blocks = at[(at["role"] == "block") & (at["quantity"] == "update_norm")]
-    pooled = norms.pool(norms.select(ours, "update_norm"))
+    pooled = norms.pool_modules(norms.select_quantity(ours, "update_norm"))
     keys = [["step", "layer"], ["step", "layer"]]
     one, other = (table.set_index(key)["value"].sort_index() for table, key in zip((pooled, blocks), keys, strict=True))
     np.testing.assert_allclose(one, other, rtol=rel)

@@ -31,7 +31,7 @@ def series(tmp_path: Path) -> ls.Series:
 
 
 def test_distances_are_relative_to_the_last_update(series: ls.Series) -> None:
-    found = settling.distances(series)
+    found = settling.update_distances(series)
     assert found.steps == (10, 20, 30, 40)
     np.testing.assert_allclose(found.values[Q], [10.0, 0.5, 0.5, 0.0], atol=1e-6)
     np.testing.assert_allclose(found.relative([Q]), [1.0, 0.05, 0.05, 0.0], atol=1e-7)
@@ -42,7 +42,7 @@ def test_distances_are_relative_to_the_last_update(series: ls.Series) -> None:
 
 
 def test_module_settles_at_the_first_step_that_all_later_ones_stay_near(series: ls.Series) -> None:
-    found = settling.distances(series)
+    found = settling.update_distances(series)
     assert found.settled([Q]) == 20
     assert found.settled([V]) == 40  # it was near the end at steps 10 and 20, and left it again
     assert found.settled([V], 0.2 + 1e-7) == 10
@@ -68,7 +68,7 @@ def test_distance_equals_that_of_dense_matrices(tmp_path: Path) -> None:
     series = ls.load_series([tmp_path / f"step-{step}" for step in range(3)])
     dense = [series.updates(step)[Q].dense() for step in range(3)]
     expected = [np.linalg.norm(each - dense[-1]) for each in dense]
-    np.testing.assert_allclose(settling.distances(series).values[Q], expected, rtol=1e-12)
+    np.testing.assert_allclose(settling.update_distances(series).values[Q], expected, rtol=1e-12)
 
 
 def test_run_with_stored_factors_has_the_same_figures(tmp_path: Path) -> None:
@@ -76,10 +76,10 @@ def test_run_with_stored_factors_has_the_same_figures(tmp_path: Path) -> None:
     run = plant(tmp_path, "a", {("update_norm", "h.0.q"): {9: 4.0}}, factors={"h.0.q": (4 * pair[0], pair[1])},
                 starts={"h.0.q": pair})  # fmt: skip
     assert run.update_steps() == [0, 9]
-    np.testing.assert_allclose(settling.distances(run).relative(["h.0.q"]), [0.75, 0.0], atol=1e-7)
+    np.testing.assert_allclose(settling.update_distances(run).relative(["h.0.q"]), [0.75, 0.0], atol=1e-7)
     once = plant(tmp_path, "b", {("update_norm", "h.0.q"): {9: 4.0}}, factors={"h.0.q": pair})
     with pytest.raises(ValueError, match=r"two steps or more, got steps \[9\]"):
-        settling.distances(once)
+        settling.update_distances(once)
 
 
 def turned(degrees: float, size: float = 2.0) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,9 @@ def test_parts_are_medians_of_the_later_steps(tmp_path):
     assert chart.colors == ("forward", "backward", "rest")
     assert "at most 0% of their median" in chart.caption
     assert (
-        analysis.spread(plant(tmp_path, "s", {(name, ""): dict(enumerate([1, 1, 1, 2, 3], 1)) for name in NAMES}).table)
+        analysis.relative_spread(
+            plant(tmp_path, "s", {(name, ""): dict(enumerate([1, 1, 1, 2, 3], 1)) for name in NAMES}).table
+        )
         == 0.25
     )
 

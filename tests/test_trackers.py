@@ -53,10 +53,10 @@ def pooled(table: pd.DataFrame) -> dict[tuple[str, int], float]:
     for quantity in table.loc[table["module"] != "", "quantity"].unique():
         if QUANTITIES[quantity].index != "none" and quantity != "importance":
             continue
-        rows = norms.select(table, quantity)
-        for cell in norms.pool(rows, by=()).itertuples():
+        rows = norms.select_quantity(table, quantity)
+        for cell in norms.pool_modules(rows, by=()).itertuples():
             found[f"{quantity}/all", cell.step] = cell.value
-        for cell in norms.pool(rows).itertuples():
+        for cell in norms.pool_modules(rows).itertuples():
             inside = not pd.isna(cell.layer)
             name = f"layer_{cell.layer:02d}" if inside else cell.place.replace(" ", "_")
             found[f"{quantity}/{cell.stack}_{name}" if several and inside else f"{quantity}/{name}", cell.step] = (
@@ -64,7 +64,7 @@ def pooled(table: pd.DataFrame) -> dict[tuple[str, int], float]:
             )
         inside = rows.dropna(subset="layer")
         inside = inside[inside["role"] != "block"]
-        for cell in norms.pool(inside, by=("role",)).itertuples() if len(inside) else ():
+        for cell in norms.pool_modules(inside, by=("role",)).itertuples() if len(inside) else ():
             found[f"{quantity}/role_{cell.role}", cell.step] = cell.value
     return {key: value for key, value in found.items() if not np.isnan(value)}
 

@@ -20,7 +20,7 @@ DIRECTIONS = 8  # leading singular vectors of each update that are compared
 SIDE = 1024  # largest smaller side of a dense update that is decomposed by default
 
 
-def modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.DataFrame:
+def compare_modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.DataFrame:
     """Compare every pair of runs in every module that both update.
 
     Parameters
@@ -80,15 +80,15 @@ def modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["one", "other", "module", "norm_ratio", "cosine", "angle", "chance", "inner"])
 
 
-def matrix(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.DataFrame:
+def compare_adapters(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.DataFrame:
     """Compare every run with every run, itself included, over all modules at once.
 
     Parameters
     ----------
     runs : mapping label -> Run
-        See ``modules``.
+        See ``compare_modules``.
     shared : DataFrame
-        The result of ``modules(runs)``.
+        The result of ``compare_modules(runs)``.
 
     Returns
     -------

@@ -82,7 +82,7 @@ def equal_parameters(
     Parameters
     ----------
     modules : DataFrame
-        Module table from ``names.describe`` or ``Run.modules``.
+        Module table from ``module_table.describe`` or ``Run.modules``.
     groups : mapping label -> targets
         Roles, module names or a regular expression, as in ``LoRA(targets=...)``.
     parameters : int, optional

@@ -83,7 +83,7 @@ def common_modules(updates: Updates) -> list[str]:
     return [module for module in first if all(module in found for found in others)]
 
 
-def clouds(
+def build_factor_sets(
     updates: Updates, domains: Mapping[str, str], factors: Sequence[Factor] = ("A", "B"), view: View = "raw"
 ) -> list[FactorSet]:
     """Group the factors of runs by shape and compute their cosines.
@@ -159,7 +159,7 @@ def _subspace_overlaps(bases: Sequence[np.ndarray]) -> Float[np.ndarray, "point 
     return sums / np.sqrt(np.outer(sizes, sizes))
 
 
-def basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
+def orthonormal_basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
     """Compute orthonormal columns that span the row space of A or the column space of B.
 
     A singular value at the rounding level of the saved precision does not count as a direction. Rounding a factor C
@@ -175,7 +175,7 @@ def basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
     return U[:, : min(int(kept), numerical_rank(sigma, columns.shape))]
 
 
-def canonical(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"]:
+def canonical_factor(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"]:
     """Compute a factor of the balanced factorization by singular vectors, one row per component; B is transposed.
 
     The sign of a component makes the largest entry of its left singular vector positive. If the update has less than
@@ -203,7 +203,7 @@ def view_factor(update: LowRank, factor: Factor, view: View, where: str) -> Floa
     if not all_finite(array, *((update.A, update.B) if view == "canonical" else ())):
         raise ValueError(f"{factor} of {where} must be finite, got NaN or infinity: exclude this run")
     if view != "raw":
-        array = basis(update, factor).T if view == "space" else canonical(update, factor)
+        array = orthonormal_basis(update, factor).T if view == "space" else canonical_factor(update, factor)
     if not array.any():
         raise ValueError(f"{factor} of {where} must be nonzero, got all zeros: train the run first")
     return array

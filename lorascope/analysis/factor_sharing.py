@@ -22,7 +22,7 @@ from lorascope.analysis.factor_embeddings import (
     FactorSet,
     Updates,
     View,
-    clouds,
+    build_factor_sets,
     common_modules,
     view_factor,
 )
@@ -32,7 +32,7 @@ from lorascope.updates import principal_angles
 _TIE = 1e-9  # cosines closer than this are equal up to rounding, for example between copies of an untrained A_0
 
 
-def numbers(
+def measure_sharing(
     updates: Updates,
     domains: Mapping[str, str],
     factors: Sequence[Factor] = ("A", "B"),
@@ -44,7 +44,7 @@ def numbers(
     Parameters
     ----------
     updates, domains, factors
-        See ``clouds``; at least two runs per domain.
+        See ``build_factor_sets``; at least two runs per domain.
     views : sequence of {"raw", "canonical", "space"}
         Views to measure, by default all; see ``factor_embeddings``.
     draws : int
@@ -65,14 +65,14 @@ def numbers(
     rows = []
     for factor in factors:
         for view in views:
-            found = clouds(updates, domains, (factor,), view)
+            found = build_factor_sets(updates, domains, (factor,), view)
             angle = mean_angle(updates, domains, factor) if view == "space" else np.nan
             entry = {"factor": factor, "view": view, **sharedness(found), "angle": angle}
             rows.append(entry | identity(found, draws))
     return pd.DataFrame(rows)
 
 
-def retrieval(cloud: FactorSet) -> pd.DataFrame:
+def retrieve_modules(cloud: FactorSet) -> pd.DataFrame:
     """Find for each factor whether its nearest neighbor in other domains belongs to the same module.
 
     Returns
@@ -99,8 +99,8 @@ def retrieval(cloud: FactorSet) -> pd.DataFrame:
 
 
 def sharedness(found: Sequence[FactorSet]) -> dict[str, float]:
-    """Average ``retrieval`` over all factors."""
-    means = pd.concat([retrieval(cloud) for cloud in found])[["same", "chance", "cosine"]].mean()
+    """Average ``retrieve_modules`` over all factors."""
+    means = pd.concat([retrieve_modules(cloud) for cloud in found])[["same", "chance", "cosine"]].mean()
     return {"sharedness": means["same"], "sharedness_chance": means["chance"], "cosine": means["cosine"]}
 
 

@@ -21,32 +21,32 @@ from lorascope.updates.linalg import as_float64
 _RECORDED = {"coefficient_gradient": "gradient", "coefficient_importance": "importance"}
 
 
-def updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
+def fourier_updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
     """Return the Fourier updates of a run by module; empty if its first update is of another kind."""
     found = run.updates(step)
     first = next(iter(found.values()), None)
     return found if isinstance(first, Fourier) else {}
 
 
-def basis(run: Result) -> Mapping[str, str]:
+def basis_setting(run: Result) -> Mapping[str, str]:
     """Return the basis of a FourierFT run as ``{"basis": name}``; empty for other methods."""
     recipe = run.meta.recipe
     return {"basis": recipe["basis"]} if "basis" in recipe else {}
 
 
-def since_start(run: Result) -> dict[str, Fourier]:
+def learned_fourier_updates(run: Result) -> dict[str, Fourier]:
     """Return the learned Fourier updates ΔW - ΔW₀ by module; empty if the initial updates were not saved."""
-    last = updates(run)
+    last = fourier_updates(run)
     first = at_start(run.updates) if last else {}
     return {module: update - first[module] for module, update in last.items() if module in first}
 
 
-def corner(shape: tuple[int, int]) -> float:
+def corner_radius(shape: tuple[int, int]) -> float:
     """Return the distance of the highest frequency from zero."""
     return math.hypot(shape[0] // 2, shape[1] // 2)
 
 
-def spectrum(run: Result, step: int | None = None) -> pd.DataFrame:
+def list_coefficients(run: Result, step: int | None = None) -> pd.DataFrame:
     """Return everything a run recorded about its Fourier coefficients at a step with a snapshot, by default the last.
 
     Returns
@@ -57,7 +57,7 @@ def spectrum(run: Result, step: int | None = None) -> pd.DataFrame:
         ``coefficient`` and its initial value ``start``; ``gradient`` and ``importance`` as ``observe.coefficients``
         recorded them at this step. Values that were not recorded are NaN.
     """
-    found = updates(run, step)
+    found = fourier_updates(run, step)
     first = at_start(run.updates) if found else {}
     table = run.table
     at = table[table["step"] == (table["step"].max() if step is None else step)]
@@ -78,7 +78,7 @@ def spectrum(run: Result, step: int | None = None) -> pd.DataFrame:
     return known.assign(**{name: recorded[quantity].to_numpy() for quantity, name in _RECORDED.items()})
 
 
-def places(update: Fourier) -> pd.DataFrame:
+def list_frequencies(update: Fourier) -> pd.DataFrame:
     """Return every frequency at both of its positions in the spectrum: the entry and its mirror.
 
     Returns
@@ -90,7 +90,7 @@ def places(update: Fourier) -> pd.DataFrame:
     return both.drop(columns=["entry", "frequency"]).sort_values(["row", "column"], ignore_index=True)
 
 
-def profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
+def radial_profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
     """Compute the root mean square of the coefficients in rings of equal width, from frequency zero to the corner.
 
     Returns
@@ -98,7 +98,7 @@ def profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
     DataFrame
         ``radius`` (the middle of the ring) and ``value``, NaN for a ring without entries.
     """
-    edges = np.linspace(0.0, corner(update.shape), bins + 1)
+    edges = np.linspace(0.0, corner_radius(update.shape), bins + 1)
     once = _add_mirrors(update).drop_duplicates("frequency")
     # The corner is on the last edge and would otherwise be in a separate ring.
     ring = np.minimum(np.searchsorted(edges, once["radius"], side="right") - 1, bins - 1)
@@ -119,7 +119,7 @@ def _add_mirrors(update: Fourier) -> pd.DataFrame:
     return pd.DataFrame(columns | {"frequency": np.tile(frequency, 2), "coefficient": np.tile(summed, 2)})
 
 
-def bias(shape: tuple[int, int], center: float, width: float) -> pd.DataFrame:
+def bias_by_distance(shape: tuple[int, int], center: float, width: float) -> pd.DataFrame:
     """Compute the frequency bias by distance from zero, out to the corner of a spectrum.
 
     Returns
@@ -127,7 +127,7 @@ def bias(shape: tuple[int, int], center: float, width: float) -> pd.DataFrame:
     DataFrame
         ``distance`` and ``probability``: the selection probability of an entry relative to one at distance ``center``.
     """
-    last = int(corner(shape))
+    last = int(corner_radius(shape))
     # The first half of a one-row spectrum contains every distance once.
     values = fourier.band_pass((1, 2 * last), center, width)[0, : last + 1]
     return pd.DataFrame({"distance": np.arange(last + 1), "probability": values})

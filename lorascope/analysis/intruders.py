@@ -51,12 +51,12 @@ class Basis:
         return Basis(U, sigma, Vt.T)
 
 
-def bases(weights: Mapping[str, Float[np.ndarray, "_ _"]]) -> Mapping[str, Basis]:
+def decompose_weights(weights: Mapping[str, Float[np.ndarray, "_ _"]]) -> Mapping[str, Basis]:
     """Return the decompositions of a model's base weights, each computed on first access and then cached."""
     return Lazy(list(weights), cache(lambda module: Basis.of(weights[module])))
 
 
-def intruders(
+def find_intruders(
     base: Mapping[str, Basis], updates: Mapping[str, Update], k: int = 10, threshold: float = 0.5
 ) -> pd.DataFrame:
     """Compare each leading singular vector of every trained weight with the most similar one of its base weight.
@@ -64,7 +64,7 @@ def intruders(
     Parameters
     ----------
     base : mapping module -> Basis
-        Decompositions from ``bases``. Reuse them for further adapters of the same model, which are then cheap.
+        Decompositions from ``decompose_weights``. Reuse them: other adapters of the same model are then cheap.
     updates : mapping module -> update
         Updates, for example from ``Run.updates`` or ``deltas``.
     k : int
@@ -97,7 +97,7 @@ def intruders(
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(_COLUMNS)).astype(_COLUMNS)
 
 
-def count(table: pd.DataFrame) -> pd.DataFrame:
+def count_intruders(table: pd.DataFrame) -> pd.DataFrame:
     """Count the intruders of every module.
 
     Returns

@@ -68,7 +68,7 @@ def angle_and_chance(first: Directions, second: Directions) -> tuple[float, floa
     return float(angle), float(np.mean([chance_angle(len(side), k) for side in first]))
 
 
-def angles(pairs: Sequence[tuple[Mapping[str, Directions], Mapping[str, Directions]]]) -> tuple[float, float]:
+def average_angles(pairs: Sequence[tuple[Mapping[str, Directions], Mapping[str, Directions]]]) -> tuple[float, float]:
     """Average ``angle_and_chance`` over pairs of runs and the modules where both have a direction.
 
     Returns

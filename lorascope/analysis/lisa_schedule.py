@@ -7,7 +7,7 @@ import pandas as pd
 from lorascope.analysis import norms
 
 
-def intervals(table: pd.DataFrame) -> pd.DataFrame:
+def list_intervals(table: pd.DataFrame) -> pd.DataFrame:
     """Return the sampling intervals in the records of one or more LISA runs.
 
     Returns
@@ -16,7 +16,7 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
         One row per run, interval and block: ``run, interval`` (from 0), ``start, stop`` (first and last step, counted
         from 1), ``module, place, active``.
     """
-    rows = norms.select(table, "active").astype({"run": "str", "module": "str", "step": "int64"})
+    rows = norms.select_quantity(table, "active").astype({"run": "str", "module": "str", "step": "int64"})
     rows = rows.rename(columns={"step": "start"})
     last = table.groupby(table["run"].astype("str"))["step"].max()
     starts = rows[["run", "start"]].drop_duplicates().sort_values(["run", "start"])
@@ -29,7 +29,7 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
     return found[["run", "interval", "start", "stop", "module", "place", "active"]]
 
 
-def sizes(table: pd.DataFrame) -> pd.DataFrame:
+def interval_sizes(table: pd.DataFrame) -> pd.DataFrame:
     """Return the number of active blocks (gamma) and the interval length in steps (K) of each run.
 
     Returns
@@ -37,12 +37,12 @@ def sizes(table: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         ``run, blocks, steps``, as observed in the first interval.
     """
-    first = intervals(table).query("interval == 0")
+    first = list_intervals(table).query("interval == 0")
     found = first.groupby("run").agg(blocks=("active", "sum"), start=("start", "first"), stop=("stop", "first"))
     return found.assign(steps=found["stop"] - found["start"] + 1)[["blocks", "steps"]].reset_index()
 
 
-def visits(table: pd.DataFrame) -> pd.DataFrame:
+def count_visits(table: pd.DataFrame) -> pd.DataFrame:
     """Count how often each block was trained.
 
     Returns
@@ -51,7 +51,7 @@ def visits(table: pd.DataFrame) -> pd.DataFrame:
         ``run, module, place``; ``intervals`` and ``steps`` in which the block was active; ``first``, the first such
         step or NA; ``frequency``, the fraction of draws that selected it; ``expected``, its selection probability.
     """
-    rows = intervals(table)
+    rows = list_intervals(table)
     on = rows[rows["active"]].assign(steps=lambda rows: rows["stop"] - rows["start"] + 1)
     per_block = ["run", "module"]
     sums = on.groupby(per_block).agg(intervals=("start", "size"), steps=("steps", "sum"), first=("start", "min"))
@@ -62,7 +62,7 @@ def visits(table: pd.DataFrame) -> pd.DataFrame:
     return found.merge(_chances(table).rename("expected").reset_index(), on=per_block)
 
 
-def coverage(table: pd.DataFrame) -> pd.DataFrame:
+def block_coverage(table: pd.DataFrame) -> pd.DataFrame:
     """Count the blocks trained by the n-th draw, with the expected number: sum of 1 - (1 - probability)^n.
 
     Returns
@@ -70,7 +70,7 @@ def coverage(table: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         ``run, interval, step, value, expected``: a row for the first step of each interval and the last of the run.
     """
-    rows = intervals(table)
+    rows = list_intervals(table)
     # A block counts from its first draw on, so the cumulative maximum marks the blocks reached so far.
     reached = rows.assign(value=rows.groupby(["run", "module"])["active"].cummax())
     by_draw = reached.groupby(["run", "interval", "start", "stop"])["value"].sum().reset_index()
@@ -83,7 +83,9 @@ def coverage(table: pd.DataFrame) -> pd.DataFrame:
     return found.rename(columns={"start": "step"})[["run", "interval", "step", "value", "expected"]]
 
 
-def importance(adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity: str = "update_norm") -> pd.DataFrame:
+def layer_importance(
+    adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity: str = "update_norm"
+) -> pd.DataFrame:
     """Compute the norm of each layer under LoRA over that under full fine-tuning: LISA's importance (section 3.2).
 
     The ratios of the blocks can be passed to ``LISA(weights=...)``; the paper samples all blocks uniformly.
@@ -105,7 +107,9 @@ def importance(adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity:
     """
     means = {}
     for name, table in (("adapted", adapted), ("full", full)):
-        cells = norms.mean_over_steps(norms.pool(norms.select(table, quantity))).astype({"place": "str"})
+        cells = norms.mean_over_steps(norms.pool_modules(norms.select_quantity(table, quantity))).astype(
+            {"place": "str"}
+        )
         means[name] = cells.groupby(list(norms.LAYER), dropna=False, sort=False, observed=True)["value"].mean()
     blocks = means["full"].reset_index()["layer"].count()  # LISA draws from all blocks, an adapter may skip some
     found = pd.concat(means, axis="columns", join="inner").reset_index()

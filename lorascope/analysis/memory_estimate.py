@@ -84,12 +84,12 @@ LLAMA2 = {"7B": llama(32, 4096, 11_008, 4096), "70B": llama(80, 8192, 28_672, 10
 GPT2 = {"117M": gpt2(12, 768), "345M": gpt2(24, 1024)}
 
 
-def size(shapes: Shapes) -> int:
+def count_parameters(shapes: Shapes) -> int:
     """Count the parameters of a model."""
     return _count(shapes.values())
 
 
-def blocks(shapes: Shapes) -> dict[tuple[str, int], dict[str, Shape]]:
+def shapes_by_block(shapes: Shapes) -> dict[tuple[str, int], dict[str, Shape]]:
     """Return the parameter shapes of every block, by stack and layer."""
     found: dict[tuple[str, int], dict[str, Shape]] = {}
     for name, shape in shapes.items():
@@ -123,7 +123,7 @@ def full(shapes: Shapes, *, width: int = 4) -> MemoryUse:
     width : int
         Bytes per weight and per gradient entry, 4 by default. Entries of the optimizer state always have 4.
     """
-    return _adamw(size(shapes), shapes.values(), width)
+    return _adamw(count_parameters(shapes), shapes.values(), width)
 
 
 def lora(
@@ -143,7 +143,7 @@ def lora(
     rank : int
         Rank of every adapter.
     targets : str or sequence of str
-        Target modules as in ``LoRA(targets=...)``; see ``names.match``. By default queries and values.
+        Target modules as in ``LoRA(targets=...)``; see ``module_table.match``. By default queries and values.
     beside : collection of str
         Names of parameters that are trained directly as well, such as a classifier head; empty by default.
     """
@@ -152,7 +152,7 @@ def lora(
     columns = ["module", "stack", "layer", "role", "out_features", "in_features", "tied"]
     adapted = match(pd.DataFrame(rows, columns=columns).astype({"layer": "Int16"}), targets)
     factors = [(rank, side) for module in adapted for side in matrices[module]]
-    return _adamw(size(shapes) + _count(factors), [*factors, *(shapes[name] for name in beside)], width)
+    return _adamw(count_parameters(shapes) + _count(factors), [*factors, *(shapes[name] for name in beside)], width)
 
 
 def lisa(
@@ -185,7 +185,9 @@ def lisa(
     """
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
-    parts = sorted(blocks(shapes).values(), key=size, reverse=True)  # the largest blocks give the upper bound
+    parts = sorted(
+        shapes_by_block(shapes).values(), key=count_parameters, reverse=True
+    )  # the largest blocks give the upper bound
     active = min(2, len(parts)) if active is None else active
     if not 0 <= active <= len(parts):
         raise ValueError(f"active must be from 0 to {len(parts)}, the number of blocks, got {active}")
@@ -197,7 +199,7 @@ def lisa(
     inside = {name for part in parts for name in part}
     outside = [shape for name, shape in shapes.items() if name not in inside]
     now, stated = ([*outside, *(s for part in parts[:n] for s in part.values())] for n in (active, with_state))
-    return replace(_adamw(size(shapes), stated, width), gradients=width * _count(now))
+    return replace(_adamw(count_parameters(shapes), stated, width), gradients=width * _count(now))
 
 
 def expect_visited_blocks(blocks: int, active: int, intervals: int) -> float:
@@ -251,7 +253,7 @@ def came(shapes: Shapes, *, width: int = 4) -> MemoryUse:
     return _factored_memory(shapes, lambda _, shape: _count_means(shape, 2), True, width)
 
 
-def table(shapes: Shapes, rank: int = 128, active: int | None = None, *, width: int = 4) -> pd.DataFrame:
+def compare_methods(shapes: Shapes, rank: int = 128, active: int | None = None, *, width: int = 4) -> pd.DataFrame:
     """Compute the memory of every training method for one model.
 
     Parameters
@@ -271,7 +273,7 @@ def table(shapes: Shapes, rank: int = 128, active: int | None = None, *, width: 
     # A model can lack an embedding or a separate head, and an unknown role is an error.
     roles = {parse(name.removesuffix(".weight")).role for name in shapes}
     everything = ["all-linear", *(role for role in ("embed", "head") if role in roles)]
-    active = min(2, len(blocks(shapes))) if active is None else active
+    active = min(2, len(shapes_by_block(shapes))) if active is None else active
     return _memory_rows(
         {
             "AdamW": full(shapes, width=width),
@@ -283,10 +285,10 @@ def table(shapes: Shapes, rank: int = 128, active: int | None = None, *, width: 
     )
 
 
-def optimizers(shapes: Shapes) -> pd.DataFrame:
+def compare_optimizers(shapes: Shapes) -> pd.DataFrame:
     """Compute the memory of every optimizer that trains all weights, with and (where possible) without a first moment.
 
-    Every number has 4 bytes; columns: see ``table``.
+    Every number has 4 bytes; columns: see ``compare_methods``.
     """
     without = {f"{name}, β₁ = 0": memory for name, memory in _factorings(shapes, False).items()}
     return _memory_rows({"AdamW": full(shapes), **_factorings(shapes, True), "CAME": came(shapes), **without})
@@ -318,6 +320,6 @@ def _count_means(shape: Shape, pairs: int = 1) -> int:
 
 def _factored_memory(shapes: Shapes, second: Callable[[str, Shape], int], first: bool, width: int) -> MemoryUse:
     """Return the memory if all parameters train; ``second`` counts the entries stored for a second moment."""
-    numbers = size(shapes)
+    numbers = count_parameters(shapes)
     kept = first * numbers + sum(second(name, shape) for name, shape in shapes.items())
     return MemoryUse(width * numbers, width * numbers, _STATE * kept)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.norms import last
+from lorascope.analysis.norms import last_recorded
 from lorascope.array_types import Float
 
 _EDGES = (0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1)
@@ -26,7 +26,7 @@ KEY = ["module", "role", "neuron"]
 LAYERS = ("later", "earlier")
 
 
-def span(layer: int, layers: str = "later") -> slice:
+def compared_layers(layer: int, layers: str = "later") -> slice:
     """Return the blocks whose hidden states are compared with a neuron of this block, its own included."""
     return slice(layer, None) if layers == "later" else slice(layer + 1)
 
@@ -44,7 +44,7 @@ def _standardize_rows(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"
     return np.divide(centered, norms, out=np.zeros_like(centered), where=norms > 0)
 
 
-def rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
+def compute_rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
     """Compute the difference of each neuron's utilization rank between two models, and classify large differences.
 
     Parameters
@@ -83,8 +83,10 @@ def rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: pd.DataF
     )
 
 
-def shifts(table: pd.DataFrame, trained: pd.DataFrame, reference: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Compute ``rank_shift`` of a run's last recorded step relative to step 0 or to the last step of another run.
+def rank_shift_of_run(
+    table: pd.DataFrame, trained: pd.DataFrame, reference: pd.DataFrame | None = None
+) -> pd.DataFrame:
+    """Compare a run's last recorded step with step 0 or the last step of another run by ``compute_rank_shift``.
 
     Parameters
     ----------
@@ -96,15 +98,19 @@ def shifts(table: pd.DataFrame, trained: pd.DataFrame, reference: pd.DataFrame |
         Records of ``utilisation`` of another run on the same model and text.
     """
     after = table[table["quantity"] == "utilisation"]
-    before = after[after["step"] == 0] if reference is None else last(reference[reference["quantity"] == "utilisation"])
+    before = (
+        after[after["step"] == 0]
+        if reference is None
+        else last_recorded(reference[reference["quantity"] == "utilisation"])
+    )
     studied, compared = (
         rows.rename(columns={"index": "neuron"})[[*KEY, "value"]].astype({"module": "str", "role": "str"})
-        for rows in (last(after), before)
+        for rows in (last_recorded(after), before)
     )
-    return rank_shift(studied, compared, trained)
+    return compute_rank_shift(studied, compared, trained)
 
 
-def buckets(shifts: pd.DataFrame) -> pd.DataFrame:
+def average_shifts(shifts: pd.DataFrame) -> pd.DataFrame:
     """Compute the mean ``|d_rank|`` by percentile of the rank in the reference, and over all neurons.
 
     Returns
@@ -122,7 +128,7 @@ def buckets(shifts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([found[list(whole)], whole], ignore_index=True)
 
 
-def counts(shifts: pd.DataFrame) -> dict[str, float]:
+def count_shifts(shifts: pd.DataFrame) -> dict[str, float]:
     """Count the neurons with each of the three flags, and compute the mean ``|d_rank|``."""
     kinds = {kind: int(shifts[kind].sum()) for kind in ("strong", "suppressed", "indirect")}
     return {**kinds, "avg_abs_d_rank": float(shifts["d_rank"].abs().mean())}

@@ -29,7 +29,7 @@ MODES = ("changed", "reversed", "random")
 
 
 @dataclass(frozen=True)
-class Part:
+class NeuronGroup:
     """Neurons of one role in the weight (out, in) of one module.
 
     A neuron's ``width`` weights are along ``axis``. The part has ``count`` neurons, numbered from ``first``.
@@ -45,7 +45,7 @@ class Part:
     width: int
 
     @property
-    def where(self) -> tuple[slice, slice]:
+    def slices(self) -> tuple[slice, slice]:
         """Slices of the part in the module's weight."""
         neurons, vector = slice(self.first, self.first + self.count), slice(None)
         return (neurons, vector) if self.axis == 1 else (vector, neurons)
@@ -59,13 +59,13 @@ def neuron_roles(modules: pd.DataFrame) -> list[str]:
     return [role for role in ROLES if role in found]
 
 
-def parts(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[Part]:
+def list_groups(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[NeuronGroup]:
     """Find the neurons of a model.
 
     Parameters
     ----------
     modules : DataFrame
-        Module table, ``names.describe(model)``.
+        Module table, ``module_table.describe(model)``.
     roles : sequence of {"ffn_in", "ffn_gate", "ffn_out"}
         Roles to include, by default input and output projections.
 
@@ -85,15 +85,17 @@ def parts(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[Part]:
         if both:
             half = outer // 2
             halves = {"ffn_gate": 0, "ffn_in": half}
-            found += [Part(*place, role, 1, at, half, inner) for role, at in halves.items() if role in roles]
+            found += [NeuronGroup(*place, role, 1, at, half, inner) for role, at in halves.items() if role in roles]
         elif row["role"] == "ffn_out":
-            found.append(Part(*place, "ffn_out", 0, 0, inner, outer))
+            found.append(NeuronGroup(*place, "ffn_out", 0, 0, inner, outer))
         else:
-            found.append(Part(*place, row["role"], 1, 0, outer, inner))
+            found.append(NeuronGroup(*place, row["role"], 1, 0, outer, inner))
     return found
 
 
-def table(part: Part, original: Float[np.ndarray, "out in"], tuned: Float[np.ndarray, "out in"]) -> pd.DataFrame:
+def score_neurons(
+    part: NeuronGroup, original: Float[np.ndarray, "out in"], tuned: Float[np.ndarray, "out in"]
+) -> pd.DataFrame:
     """Compute the scores of the neurons of one part from the weight of its module before and after training.
 
     Returns
@@ -102,10 +104,10 @@ def table(part: Part, original: Float[np.ndarray, "out in"], tuned: Float[np.nda
         The columns ``COLUMNS``, one row per neuron: its number in the module (from 0), 1 - cos, and the norms of its
         weights before, after, and of their difference. 1 - cos is NaN for a neuron that is zero before or after.
     """
-    return tabulate(part, neuron_change(original[part.where], tuned[part.where], part.axis))
+    return tabulate_change(part, neuron_change(original[part.slices], tuned[part.slices], part.axis))
 
 
-def tabulate(part: Part, change: NeuronChange) -> pd.DataFrame:
+def tabulate_change(part: NeuronGroup, change: NeuronChange) -> pd.DataFrame:
     """Return the changes of the neurons of one part as a table."""
     return pd.DataFrame(
         {
@@ -133,7 +135,7 @@ def rank_neurons(scores: pd.DataFrame, by: str = "cosine_distance") -> pd.DataFr
     return known.assign(rank=np.arange(1, len(known) + 1, dtype=np.int32))
 
 
-def unscored_neurons(places: Sequence[Part]) -> pd.DataFrame:
+def unscored_neurons(places: Sequence[NeuronGroup]) -> pd.DataFrame:
     """Return a table of all neurons with a score of 0, the pool for a random selection."""
     return pd.concat(
         [pd.DataFrame({**asdict(part), "neuron": range(part.first, part.first + part.count)}) for part in places],
@@ -141,13 +143,13 @@ def unscored_neurons(places: Sequence[Part]) -> pd.DataFrame:
     ).assign(cosine_distance=0.0)
 
 
-def scores_at(scores: pd.DataFrame, places: Sequence[Part]) -> pd.DataFrame:
+def scores_of_groups(scores: pd.DataFrame, places: Sequence[NeuronGroup]) -> pd.DataFrame:
     """Return the scores of the neurons of these parts."""
     known = [(part.module, part.role) for part in places]
     return scores[pd.MultiIndex.from_frame(scores[["module", "role"]]).isin(known)]
 
 
-def select(
+def select_neurons(
     scores: pd.DataFrame, k: int, mode: str = "changed", seed: int | Sequence[int] = 0, by: str = "cosine_distance"
 ) -> pd.DataFrame:
     """Select exactly k neurons over all layers and projections together.
@@ -193,7 +195,7 @@ def select(
     return (pool if mode == "changed" else pool.iloc[::-1]).head(k).reset_index(drop=True)
 
 
-def by_module(selected: pd.DataFrame) -> dict[str, list[int]]:
+def neurons_by_module(selected: pd.DataFrame) -> dict[str, list[int]]:
     """Return the sorted numbers of the selected neurons by module."""
     return {str(module): sorted(map(int, rows["neuron"])) for module, rows in selected.groupby("module", sort=False)}
 
@@ -217,7 +219,7 @@ def to_plain_ints(given: Mapping[str, Collection[Any]]) -> dict[str, list[int]]:
     return plain
 
 
-def check_neurons(chosen: Mapping[str, Collection[int]], places: Sequence[Part]) -> dict[str, list[int]]:
+def check_neurons(chosen: Mapping[str, Collection[int]], places: Sequence[NeuronGroup]) -> dict[str, list[int]]:
     """Check user-given neurons against the parts of a model, and sort them.
 
     Raises
@@ -241,6 +243,6 @@ def check_neurons(chosen: Mapping[str, Collection[int]], places: Sequence[Part])
     return {module: sorted(numbers) for module, numbers in chosen.items() if len(numbers)}
 
 
-def count(share: float, parameters: int, width: float) -> int:
+def count_for_share(share: float, parameters: int, width: float) -> int:
     """Compute how many neurons of ``width`` weights make up this fraction of all parameters, the x in NeFT_x%."""
     return round(share * parameters / width)

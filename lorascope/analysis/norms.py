@@ -1,6 +1,7 @@
 """Aggregation of per-module quantities: by layer and role, over steps, relative to step 0 and to the median block.
 
-The functions chain: ``select`` rows of a records table, ``pool`` them into cells, then summarize the cells over steps.
+The functions chain: ``select_quantity`` takes rows of a records table, ``pool_modules`` aggregates them to cells, and
+others summarize the cells over steps.
 ``place`` is a position on the layer axis: the number of a block, or the role of any other module.
 """
 
@@ -19,7 +20,7 @@ LAYER = ("stack", "layer", "place")
 _KEY = ["run", "step", "quantity"]
 
 
-def select(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
+def select_quantity(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
     """Select the rows of one quantity that belong to a module, and add their ``place`` as an ordered category.
 
     Raises
@@ -30,10 +31,10 @@ def select(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
     rows = table[(table["quantity"] == quantity) & (table["module"] != "")]
     if rows.empty:
         raise ValueError(f"cannot select {quantity}: the table has no row of it for any module")
-    return rows.assign(place=place(rows))
+    return rows.assign(place=layer_places(rows))
 
 
-def place(table: pd.DataFrame) -> pd.Series:
+def layer_places(table: pd.DataFrame) -> pd.Series:
     """Compute the position of every row on the layer axis: embed, (encoder) 0.., (decoder) 0.., head.
 
     Returns
@@ -52,7 +53,7 @@ def place(table: pd.DataFrame) -> pd.Series:
     return pd.Series(pd.Categorical([labels[key] for key in keys], categories, ordered=True), table.index)
 
 
-def pool(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
+def pool_modules(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
     """Aggregate the modules of a cell by the rule of their quantity: root of summed squares, sum, or mean.
 
     No module is counted twice. The row of a whole block replaces the rows of its modules, unless ``by`` splits the
@@ -61,7 +62,7 @@ def pool(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        Rows from ``select``.
+        Rows from ``select_quantity``.
     by : sequence of str
         Columns that define a cell, in addition to run, step and quantity; by default the layer.
 
@@ -85,15 +86,15 @@ def pool(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
     return pd.concat(parts).reset_index()
 
 
-def per_weight(table: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
+def norm_per_weight(table: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
     """Compute the norm of each layer over the square root of its number of weights, to compare layers of any size.
 
     Parameters
     ----------
     table : DataFrame
-        Rows from ``select`` with a norm of the weight or its update.
+        Rows from ``select_quantity`` with a norm of the weight or its update.
     modules : DataFrame
-        Module table, ``names.describe`` of the model. Only its matrices have a known size, so only these are included.
+        Module table from ``module_table.describe``. Only matrices have a known size, so only these are included.
     """
     sizes = modules.astype({"module": "str"}).drop_duplicates("module").set_index("module")
     weights = table["module"].astype("str").map(sizes["out_features"] * sizes["in_features"]).astype("float64")
@@ -103,7 +104,7 @@ def per_weight(table: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
     return (pooled["square"] / pooled["weights"]).pow(0.5).rename("value").reset_index()
 
 
-def last(table: pd.DataFrame) -> pd.DataFrame:
+def last_recorded(table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the last step at which each run recorded the quantity, or all rows if no step is known."""
     # Adapter folders have no steps, so all their rows are final.
     final = table.groupby(["run", "quantity"], observed=True)["step"].transform("max")
@@ -118,7 +119,7 @@ def mean_over_steps(cells: pd.DataFrame) -> pd.DataFrame:
     return _after_step_zero(cells).mean().reset_index()
 
 
-def course(cells: pd.DataFrame) -> pd.DataFrame:
+def summarize_steps(cells: pd.DataFrame) -> pd.DataFrame:
     """Summarize every cell over the recorded steps 1..T, without step 0.
 
     Returns
@@ -141,7 +142,7 @@ def _cell_columns(cells: pd.DataFrame) -> list[str]:
     return [column for column in cells.columns if column not in ("step", "value")]
 
 
-def since_start(cells: pd.DataFrame) -> pd.DataFrame:
+def subtract_start(cells: pd.DataFrame) -> pd.DataFrame:
     """Subtract the value at step 0 from every cell, which leaves the change due to training.
 
     Raises
@@ -157,7 +158,7 @@ def since_start(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(value=both["value"].to_numpy() - both["value_start"].to_numpy())
 
 
-def frames(cells: pd.DataFrame, most: int) -> pd.DataFrame:
+def select_steps(cells: pd.DataFrame, most: int) -> pd.DataFrame:
     """Return the rows at up to ``most`` evenly spaced steps that all runs recorded, including the first and last.
 
     Raises

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.norms import evenly_spaced, last, place, select
+from lorascope.analysis.norms import evenly_spaced, last_recorded, layer_places, select_quantity
 from lorascope.analysis.seed_intervals import band
 from lorascope.array_types import Float
 
@@ -21,12 +21,12 @@ def rank_one(V: Float[np.ndarray, "m n"]) -> Float[np.ndarray, "m n"]:
     return np.outer(V.sum(1), V.sum(0)) / total if total else np.zeros_like(V)
 
 
-def relative_error(V: Float[np.ndarray, "m n"], stand_in: Float[np.ndarray, "m n"]) -> float:
+def frobenius_error(V: Float[np.ndarray, "m n"], stand_in: Float[np.ndarray, "m n"]) -> float:
     """Compute ``|V - stand_in| / |V|`` in Frobenius norm."""
     return float(np.linalg.norm(V - stand_in) / np.linalg.norm(V))
 
 
-def tail(sigma: Float[np.ndarray, "k"], rank: int) -> float:
+def tail_error(sigma: Float[np.ndarray, "k"], rank: int) -> float:
     """Compute the best relative error for a given rank: sqrt(sum_{i>rank} sigma_i^2 / sum sigma_i^2)."""
     return float(np.sqrt((sigma[rank:] ** 2).sum() / (sigma**2).sum()))
 
@@ -54,7 +54,7 @@ def same_marginals(V: Float[np.ndarray, "m n"], seed: int) -> Float[np.ndarray, 
     return shuffled
 
 
-def by_layer(table: pd.DataFrame, quantity: str, role: str | None = None) -> pd.DataFrame:
+def average_by_layer(table: pd.DataFrame, quantity: str, role: str | None = None) -> pd.DataFrame:
     """Return the last recorded values of a per-module quantity with an index, averaged over the modules of a layer.
 
     At most six layers are included, evenly spaced.
@@ -71,25 +71,25 @@ def by_layer(table: pd.DataFrame, quantity: str, role: str | None = None) -> pd.
     Returns
     -------
     DataFrame
-        ``run, recipe, kind, place, index, value``, one row per run, place of a layer (see ``norms.place``) and index.
+        ``run, recipe, kind, place, index, value``, one row per run, place (see ``norms.layer_places``) and index.
     """
-    rows = last(table[(table["quantity"] == quantity) & table["layer"].notna()])
+    rows = last_recorded(table[(table["quantity"] == quantity) & table["layer"].notna()])
     if role is not None:
         rows = rows[rows["role"] == role]
-    rows = rows.assign(place=place(rows))
+    rows = rows.assign(place=layer_places(rows))
     rows = rows[rows["place"].isin(evenly_spaced(list(rows["place"].cat.categories), 6))]
     keys = ["run", "recipe", "kind", "place", "index"]
     return rows.groupby(keys, observed=True)["value"].mean().reset_index()
 
 
-def final(table: pd.DataFrame, quantity: str) -> pd.Series:
+def final_values(table: pd.DataFrame, quantity: str) -> pd.Series:
     """Return the last value of a quantity by module, or by module and index if it has an index."""
-    rows = last(table[table["quantity"] == quantity])
+    rows = last_recorded(table[table["quantity"] == quantity])
     keys = ["module"] if rows["index"].isna().all() else ["module", "index"]
     return rows.set_index(keys)["value"]
 
 
-def ranks(table: pd.DataFrame) -> pd.DataFrame:
+def factor_ranks(table: pd.DataFrame) -> pd.DataFrame:
     """Return the factor ranks of Adapprox in the blocks, with the largest rank allowed.
 
     Returns
@@ -98,12 +98,12 @@ def ranks(table: pd.DataFrame) -> pd.DataFrame:
         Records of ``factor_rank`` with their ``place``, ``share`` (k / k_max) and ``cap`` (k_max).
     """
     keys = ["run", "module", "step"]
-    found, shares = (select(table, name).dropna(subset="layer") for name in ("factor_rank", "factor_share"))
+    found, shares = (select_quantity(table, name).dropna(subset="layer") for name in ("factor_rank", "factor_share"))
     found = found.merge(shares[[*keys, "value"]].rename(columns={"value": "share"}), on=keys)
     return found.assign(cap=(found["value"] / found["share"]).round())
 
 
-def factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
+def compare_factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
     """Compare error and time of factorization methods at the last recording of ``observe.factorings``.
 
     Parameters
@@ -119,7 +119,7 @@ def factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
         ``run, index, measure, excess, seconds``: index is the rank and measure the label; excess is the mean error over
         the matrices divided by the error of the SVD; seconds is the total time over the matrices.
     """
-    rows = last(table[table["quantity"].str.startswith("factoring_")])
+    rows = last_recorded(table[table["quantity"].str.startswith("factoring_")])
     cells = rows.groupby(["run", "index", "quantity"], observed=True)["value"].agg(["mean", "sum"]).unstack("quantity")
     errors, seconds = cells["mean"], cells["sum"]
     parts = []
@@ -130,7 +130,7 @@ def factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
     return pd.concat(parts).reset_index()
 
 
-def rates(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFrame]:
+def average_losses_by_rate(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFrame]:
     """Average the final validation and test losses over seeds, by method and learning rate.
 
     Parameters
@@ -150,13 +150,13 @@ def rates(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFr
     table = table.assign(method=methods.where(methods != "", names))
     found = {}
     for quantity in ("eval_loss", "test_loss"):
-        rows = last(table[table["quantity"] == quantity])
+        rows = last_recorded(table[table["quantity"] == quantity])
         cells = band(rows.assign(lr=rows["run"].astype("str").map(rate)), ["method", "lr"])
         by_rate = [own.sort_values("lr", kind="stable") for _, own in cells.groupby("method", sort=False)]
         found[quantity] = pd.concat(by_rate, ignore_index=True)
     return found
 
 
-def best(cells: pd.DataFrame) -> pd.DataFrame:
+def best_rates(cells: pd.DataFrame) -> pd.DataFrame:
     """Return the learning rate with the lowest mean of each method: ``method, lr``."""
     return cells.loc[cells.groupby("method", sort=False)["value"].idxmin(), ["method", "lr"]].reset_index(drop=True)

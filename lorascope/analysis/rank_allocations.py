@@ -1,6 +1,6 @@
 """Analysis of rank allocations: current ranks, parameters, distribution over depth and roles, and seed agreement.
 
-``current_ranks`` returns the ranks of modules; ``norms.pool`` sums them by place, layer or role.
+``current_ranks`` returns the ranks of modules; ``norms.pool_modules`` sums them by place, layer or role.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def current_ranks(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
     ValueError
         No rank was recorded, or not up to this step.
     """
-    rows = norms.select(table, "rank")
+    rows = norms.select_quantity(table, "rank")
     if step is not None:
         rows = rows[(rows["step"] <= step).fillna(False)]
         if rows.empty:
@@ -48,7 +48,7 @@ def current_ranks(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
     return latest if step is None else latest.assign(step=step)
 
 
-def parameters(ranks: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
+def add_parameters(ranks: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
     """Add the column ``parameters``: the rank times the sum of inputs and outputs, NaN if the size is unknown.
 
     ``ranks`` are from ``current_ranks``; ``modules`` is the module table, see ``Run.modules``.
@@ -58,7 +58,7 @@ def parameters(ranks: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
     return ranks.assign(parameters=ranks["value"] * cost.reindex(ranks["module"].astype("str")).to_numpy())
 
 
-def thirds(ranks: pd.DataFrame) -> pd.Series:
+def depth_thirds(ranks: pd.DataFrame) -> pd.Series:
     """Return for each row its third of the stack's adapted layers, as an ordered category; NA outside the blocks."""
     found = pd.Series(pd.NA, ranks.index, dtype="object")
     for _, rows in ranks.dropna(subset="layer").groupby("stack", observed=True):
@@ -69,7 +69,7 @@ def thirds(ranks: pd.DataFrame) -> pd.Series:
     return found.astype(pd.CategoricalDtype(list(THIRDS), ordered=True))
 
 
-def shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
+def rank_shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
     """Compute the fraction of the total rank in each group of modules, and the fraction under a uniform allocation.
 
     Parameters
@@ -85,7 +85,7 @@ def shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
         ``run``, ``by``, ``rank`` (sum), ``modules`` (count), ``share`` (fraction of the rank) and ``uniform`` (fraction
         of the modules). Fractions are relative to the modules that belong to a group.
     """
-    rows = ranks.assign(third=thirds(ranks)).dropna(subset=by)
+    rows = ranks.assign(third=depth_thirds(ranks)).dropna(subset=by)
     groups = rows.groupby(["run", by], observed=True)["value"]
     found = groups.agg(rank="sum", modules="count").reset_index()
     whole = found.groupby("run", observed=True)[["rank", "modules"]].transform("sum")
@@ -110,7 +110,7 @@ def stability(ranks: pd.DataFrame) -> Interval:
 
 
 def random_ranks(ranks: pd.DataFrame, cap: int | None = None) -> pd.DataFrame:
-    """Replace the ranks by random ones; each run keeps its budget and gets its own draw (see ``allocation.random``)."""
+    """Replace the ranks by ``baseline_ranks.random``; each run keeps its budget and gets its own draw."""
     groups = enumerate(rows for _, rows in ranks.groupby("run", observed=True, sort=False))  # the number is the seed
     return pd.concat(rows.assign(value=_draw_ranks(rows["value"].to_numpy(), cap, number)) for number, rows in groups)
 
@@ -122,21 +122,21 @@ def random_stability(ranks: pd.DataFrame, cap: int | None = None) -> Float[np.nd
     return np.array([mean_of_pairs(kendall_tau(np.array(sample))) for sample in drawn])
 
 
-def cap(table: pd.DataFrame) -> int | None:
+def initial_cap(table: pd.DataFrame) -> int | None:
     """Return the largest initial rank if no module ever exceeds it, else None, as the ranks are then unbounded."""
-    rows = norms.select(table, "rank")
+    rows = norms.select_quantity(table, "rank")
     first = rows["step"].isna() | (rows["step"] == rows["step"].min())
     start, most = rows.loc[first.fillna(True), "value"].max(), rows["value"].max()
     return int(start) if start == most else None
 
 
-def decisions(table: pd.DataFrame, most: int) -> list[int]:
+def decision_steps(table: pd.DataFrame, most: int) -> list[int]:
     """Return up to ``most`` evenly spaced steps with a recorded budget (or rank), including the first and last."""
     rows = table[table["quantity"] == ("budget" if (table["quantity"] == "budget").any() else "rank")]
     return norms.evenly_spaced(np.unique(rows["step"].dropna().to_numpy(np.int64)).tolist(), most)
 
 
-def phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
+def budget_phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
     """Return the phases before, during and after the changes of a budget; empty if the budget never changes.
 
     Parameters
@@ -157,13 +157,13 @@ def phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
     return [phase for phase in zip(PHASES, ends, ends[1:], strict=False) if phase[1] < phase[2]]
 
 
-def staircase(budget: pd.DataFrame) -> pd.DataFrame:
-    """Return a budget, see ``phases``, as the corners of a step line: each value applies until the next step."""
+def step_corners(budget: pd.DataFrame) -> pd.DataFrame:
+    """Return a budget, see ``budget_phases``, as the corners of a step line: each value applies until the next step."""
     before = budget.assign(value=budget["value"].shift()).dropna(subset="value")
     return pd.concat([before, budget]).sort_values("at", kind="stable", ignore_index=True)
 
 
-def components(table: pd.DataFrame, quantity: str = "importance") -> pd.DataFrame:
+def component_course(table: pd.DataFrame, quantity: str = "importance") -> pd.DataFrame:
     """Return a quantity of every component over the steps, and whether the component is ``kept`` at the end.
 
     Methods that record ``kept`` determine it at their last selection. For other methods, the components kept are the
@@ -173,7 +173,7 @@ def components(table: pd.DataFrame, quantity: str = "importance") -> pd.DataFram
     for _, own in table.groupby("run", observed=True, sort=False):
         recorded = set(own["quantity"])
         judge = next(name for name in ("kept", "importance", quantity) if name in recorded)  # in order of preference
-        final = norms.last(norms.select(own, judge))
+        final = norms.last_recorded(norms.select_quantity(own, judge))
         if judge == "kept":
             retained = final["value"] > 0
         else:
@@ -182,7 +182,9 @@ def components(table: pd.DataFrame, quantity: str = "importance") -> pd.DataFram
             place = final.groupby("module", observed=True)["value"].rank(method="first", ascending=False)
             retained = place <= number
         kept = final.loc[retained, ["module", "index"]].assign(kept=True)
-        parts.append(norms.select(own, quantity).merge(kept, how="left").fillna({"kept": False}).astype({"kept": bool}))
+        parts.append(
+            norms.select_quantity(own, quantity).merge(kept, how="left").fillna({"kept": False}).astype({"kept": bool})
+        )
     return pd.concat(parts, ignore_index=True)
 
 

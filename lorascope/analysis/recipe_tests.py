@@ -35,7 +35,7 @@ _MAX_CHARACTERS = 60  # longer tables and lists appear in the name of a recipe a
 _IGNORED_SETTINGS = ("observers", "search_share")
 
 
-def recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def name_recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Name the recipe of each run: the label of the method, and the settings that differ between runs of this label.
 
     There is one label, such as ``LoRA, rank 8``, and one mapping of settings per run.
@@ -60,7 +60,7 @@ def _setting_text(value: Any) -> str:
     return f"{len(value)} values ({hashlib.sha256(text.encode()).hexdigest()[:6]})"
 
 
-def scores(runs: Sequence[Result]) -> pd.DataFrame:
+def collect_scores(runs: Sequence[Result]) -> pd.DataFrame:
     """Return the test metrics of finished runs.
 
     Returns
@@ -77,7 +77,7 @@ def scores(runs: Sequence[Result]) -> pd.DataFrame:
         "model": unique_names([meta.model for meta in metas], [meta.w0_hash for meta in metas]),
         "task": unique_names([str(meta.task) for meta in metas], [meta.data_hash for meta in metas]),
         "metric": [run.score.name for run in runs],
-        "recipe": recipes([meta.label for meta in metas], [a | b for a, b in zip(fields, settings, strict=True)]),
+        "recipe": name_recipes([meta.label for meta in metas], [a | b for a, b in zip(fields, settings, strict=True)]),
         "seed": [meta.seed for meta in metas],
         "value": [run.score.metric for run in runs],
         "run": [meta.id for meta in metas],
@@ -92,8 +92,10 @@ def unique_names(names: Sequence[str], hashes: Sequence[str | None]) -> list[str
     return [f"{name} ({str(digest)[:6]})" if number[name] > 1 else name for name, digest in pairs]
 
 
-def pairs(table: pd.DataFrame) -> pd.DataFrame:
-    """Compare every pair of :func:`scores` of one model and task, paired by seed; duplicate runs of a seed count once.
+def compare_pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """Compare every pair of recipes of one model and task, paired by seed; duplicate runs of a seed count once.
+
+    ``table`` is the result of :func:`collect_scores`.
 
     Returns
     -------
@@ -147,7 +149,7 @@ def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table, compared : DataFrame
-        The results of :func:`scores` and :func:`pairs`.
+        The results of :func:`collect_scores` and :func:`compare_pairs`.
 
     Returns
     -------

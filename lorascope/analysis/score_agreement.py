@@ -68,7 +68,7 @@ def correlate(scores: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def neuron_scores(runs: Mapping[str, Result | Sequence[Result]]) -> pd.DataFrame:
+def collect_neuron_scores(runs: Mapping[str, Result | Sequence[Result]]) -> pd.DataFrame:
     """Collect the scores that several recipes give the same neurons of the feed-forward modules, for ``correlate``.
 
     Parameters
@@ -133,7 +133,7 @@ def _last_values(run: Result, quantities: Sequence[str]) -> pd.DataFrame:
     """Return the last values of the quantities that together cover the neurons of all roles."""
     parts = []
     for quantity in quantities:
-        found = selected_neurons.scores(run, quantity)
+        found = selected_neurons.last_scores(run, quantity)
         # Sensitivity is recorded for both sides of a matrix; only one of them has the neurons as its vectors.
         side = {"sensitivity_out": FFN[:2], "sensitivity_in": FFN[2:]}.get(quantity, FFN)
         parts.append(found[found["role"].isin(side)])

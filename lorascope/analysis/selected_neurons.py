@@ -12,7 +12,7 @@ from itertools import combinations, combinations_with_replacement, product
 import pandas as pd
 
 from lorascope.analysis import neurons
-from lorascope.analysis.norms import last, place
+from lorascope.analysis.norms import last_recorded, layer_places
 from lorascope.files.lazy_scipy import hypergeom
 from lorascope.runs.result import Result
 from lorascope.schema.module_table import gated_input
@@ -40,33 +40,37 @@ def list_selected(run: Result, k: int | None = None) -> pd.DataFrame:
     if k is None:
         rows = run.table[run.table["quantity"] == "selected"]
         return rows[[*_PLACE, "index"]].rename(columns={"index": "neuron"}).reset_index(drop=True)
-    return neurons.select(neurons.scores_at(scores(run, "neuron_cosine"), _selectable_parts(run)), k, by="value")
+    return neurons.select_neurons(
+        neurons.scores_of_groups(last_scores(run, "neuron_cosine"), _selectable_parts(run)), k, by="value"
+    )
 
 
-def scores(run: Result, quantity: str) -> pd.DataFrame:
-    """Return the last neuron scores that a run recorded, for ``neurons.select`` by ``value``.
+def last_scores(run: Result, quantity: str) -> pd.DataFrame:
+    """Return the last neuron scores that a run recorded, for ``neurons.select_neurons`` by ``value``.
 
     Records of a matrix with fused gate and input only have the role of the module; its first half becomes ``ffn_gate``.
     """
-    rows = last(run.table[run.table["quantity"] == quantity]).astype({"module": "str", "stack": "str", "role": "str"})
+    rows = last_recorded(run.table[run.table["quantity"] == quantity]).astype(
+        {"module": "str", "stack": "str", "role": "str"}
+    )
     both = run.modules.astype({"module": "str"})[lambda modules: gated_input(modules).fillna(False)]
     half = rows["module"].map(dict(zip(both["module"], both["out_features"] // 2, strict=True)))
     rows["role"] = rows["role"].mask((rows["index"] < half).fillna(False), "ffn_gate")
     return rows[[*_PLACE, "index", "value"]].rename(columns={"index": "neuron"})
 
 
-def threshold(run: Result, quantity: str) -> float | None:
+def selection_threshold(run: Result, quantity: str) -> float | None:
     """Return the smallest selection score among the selected neurons, or None if no threshold separates them."""
     method = run.meta.method
     # Neurons chosen by hand or from both ends of the ranking are not separated by one threshold.
     by_hand_or_both_ends = method.get("neurons") is not None or method.get("reversed_share")
     if quantity != "selection_cosine" or method.get("select_by") != "changed" or by_hand_or_both_ends:
         return None
-    both = scores(run, quantity).merge(list_selected(run).astype({"module": "str"}), on=["module", "neuron"])
+    both = last_scores(run, quantity).merge(list_selected(run).astype({"module": "str"}), on=["module", "neuron"])
     return float(both["value"].min())
 
 
-def trained(run: Result) -> pd.DataFrame:
+def list_trained(run: Result) -> pd.DataFrame:
     """Return every neuron that a run trained: the selected ones, or all those of each module with a nonzero update."""
     if (run.table["quantity"] == "selected").any():
         return list_selected(run)
@@ -75,13 +79,13 @@ def trained(run: Result) -> pd.DataFrame:
     return every[every["module"].isin(moved)]
 
 
-def _selectable_parts(run: Result) -> list[neurons.Part]:
+def _selectable_parts(run: Result) -> list[neurons.NeuronGroup]:
     """Return the parts with the neurons that a run could select from; for other methods than NeFT, its defaults."""
     roles = run.fact("neuron_roles") or neurons.DEFAULT
-    return neurons.parts(run.modules.astype({"module": "str"}), tuple(roles))
+    return neurons.list_groups(run.modules.astype({"module": "str"}), tuple(roles))
 
 
-def sizes(run: Result) -> Counter[str]:
+def count_selectable(run: Result) -> Counter[str]:
     """Count the neurons that a run could select from in each module."""
     found: Counter[str] = Counter()
     for part in _selectable_parts(run):
@@ -89,7 +93,7 @@ def sizes(run: Result) -> Counter[str]:
     return found
 
 
-def by_layer(run: Result) -> pd.DataFrame:
+def count_by_layer(run: Result) -> pd.DataFrame:
     """Count the selected neurons of a run in every layer and role, zeros included.
 
     Returns
@@ -105,10 +109,10 @@ def by_layer(run: Result) -> pd.DataFrame:
     available = parts.groupby(_PLACE, sort=False)["count"].sum().reset_index()
     value = [int(counts.get((row.module, row.role), 0)) for row in available.itertuples()]
     chance = available["count"] * len(found) / available["count"].sum()
-    return available.assign(run=run.id, place=place(available), value=value, chance=chance)
+    return available.assign(run=run.id, place=layer_places(available), value=value, chance=chance)
 
 
-def common(first: Neurons, second: Neurons, pool: int) -> dict[str, float]:
+def compare_selections(first: Neurons, second: Neurons, pool: int) -> dict[str, float]:
     """Compute the overlap of two selections from ``pool`` neurons, and its random baseline.
 
     Returns
@@ -139,22 +143,22 @@ def compute_expected_overlap(first: Neurons, second: Neurons, sizes: Mapping[str
     return shared / min(len(first), len(second))
 
 
-def overlaps(choices: Mapping[str, Sequence[Neurons]], pool: int) -> pd.DataFrame:
-    """Compute ``common`` for every pair of selections; within a label, each pair of different selections counts once.
+def compare_all_selections(choices: Mapping[str, Sequence[Neurons]], pool: int) -> pd.DataFrame:
+    """Compare every pair of selections; within a label, each pair of different selections counts once.
 
     Returns
     -------
     DataFrame
-        ``first, second`` (labels) and the values of ``common``, one row per pair.
+        ``first, second`` (labels) and the values of ``compare_selections``, one row per pair.
     """
     rows = [
-        {"first": one, "second": two, **common(first, second, pool)}
+        {"first": one, "second": two, **compare_selections(first, second, pool)}
         for one, two in combinations_with_replacement(choices, 2)
         for first, second in (combinations(choices[one], 2) if one == two else product(choices[one], choices[two]))
     ]
     return pd.DataFrame(rows)
 
 
-def as_set(found: pd.DataFrame) -> Neurons:
+def to_set(found: pd.DataFrame) -> Neurons:
     """Convert a table of neurons to a set of (module, neuron)."""
     return frozenset(zip(found["module"].astype("str"), found["neuron"].astype(int), strict=True))

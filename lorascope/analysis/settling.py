@@ -66,7 +66,7 @@ class Distances:
         return found
 
 
-def distances(run: Result) -> Distances:
+def update_distances(run: Result) -> Distances:
     """Compute the distance of every stored update of a run to its last one.
 
     The squared distance is ``|dW_t|^2 + |dW_T|^2 - 2 <dW_t, dW_T>``: its rounding error is about 1e-8 of the norm.
@@ -113,7 +113,7 @@ def settling_steps(run: Result, threshold: float = THRESHOLD) -> pd.DataFrame:
         distance of the last two stored updates; ``settled`` and ``layer_settled``, the steps of the module and of its
         layer.
     """
-    found = distances(run)
+    found = update_distances(run)
     by_layer = {name: found.settled(names, threshold) for names in found.layers.values() for name in names}
     rows = []
     for module, norm in found.norms.items():

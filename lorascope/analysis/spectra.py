@@ -60,7 +60,7 @@ def added_values(run: Result, step: int | None = None) -> Spectra:
     return Lazy([*whole, *made], lambda module: made[module].singular_values() if module in made else whole[module])
 
 
-def spectrum(spectra: Spectra) -> pd.DataFrame:
+def tabulate_spectra(spectra: Spectra) -> pd.DataFrame:
     """Return singular values as a table.
 
     Returns
@@ -78,7 +78,7 @@ def spectrum(spectra: Spectra) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def ranks(spectra: Spectra) -> pd.DataFrame:
+def rank_definitions(spectra: Spectra) -> pd.DataFrame:
     """Compute the norm and ranks of every module's update, one row per module; the ranks of a zero update are 0.
 
     Returns

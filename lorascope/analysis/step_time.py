@@ -8,7 +8,7 @@ PARTS = {"forward_seconds": "forward", "backward_seconds": "backward", "rest_sec
 WARM = 2  # warm-up steps, which are slower because they create the optimizer state and fill the caches
 
 
-def medians(table: pd.DataFrame) -> pd.DataFrame:
+def median_times(table: pd.DataFrame) -> pd.DataFrame:
     """Compute the median time of every run and part over the steps after the first ``WARM``.
 
     Returns
@@ -26,7 +26,7 @@ def medians(table: pd.DataFrame) -> pd.DataFrame:
     return found.assign(part=found["quantity"].map(PARTS))[["run", "part", "value"]]
 
 
-def spread(table: pd.DataFrame) -> float:
+def relative_spread(table: pd.DataFrame) -> float:
     """Compute half the interquartile range of the step times over their median, and return the largest of all runs."""
     whole = _warm_steps(table).groupby(["run", "step"])["value"].sum().groupby("run")
     return float(((whole.quantile(0.75) - whole.quantile(0.25)) / 2 / whole.median()).max())

@@ -73,10 +73,10 @@ def main(
 
 def format_standings(swept: SweepResult) -> str:
     """Format the comparison of the recipes as a table with notes."""
-    table = recipe_tests.scores(swept.runs())
+    table = recipe_tests.collect_scores(swept.runs())
     if table.empty:
         return "no finished runs"
-    compared = recipe_tests.pairs(table)
+    compared = recipe_tests.compare_pairs(table)
     rows = recipe_tests.standings(table, compared)
     varied = [column for column in ("model", "task") if rows[column].nunique() > 1]
     lines = []
@@ -96,8 +96,8 @@ def sweep_to_json(swept: SweepResult) -> dict[str, Any]:
     def rows(table: pd.DataFrame) -> Any:
         return loads(table.to_json(orient="records", double_precision=15))
 
-    table = recipe_tests.scores(swept.runs())
-    compared = recipe_tests.pairs(table)
+    table = recipe_tests.collect_scores(swept.runs())
+    compared = recipe_tests.compare_pairs(table)
     folders = [str(swept.folders[number]) for number in sorted(swept.folders)]
     return {
         "runs": rows(table.assign(path=folders)),

@@ -58,9 +58,9 @@ def compare_with_base(
                     median, largest = np.median(distances), distances.max()
                 if decompose or min(W0.shape) <= SIDE:
                     # Import here: it loads scipy, a fifth of a second that only comparisons with a base need.
-                    from lorascope.analysis.intruders import Basis, intruders
+                    from lorascope.analysis.intruders import Basis, find_intruders
 
-                    table = intruders({module: Basis.of(W0)}, {module: update}, DIRECTIONS)
+                    table = find_intruders({module: Basis.of(W0)}, {module: update}, DIRECTIONS)
                     intruder_count = table["intruder"].sum()
             changes[module] = BaseChange(float(intruder_count), float(median), float(largest))
     return changes

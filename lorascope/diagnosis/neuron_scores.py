@@ -37,7 +37,7 @@ def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] 
     -------
     DataFrame
         ``module, stack, layer, role, neuron, cosine_distance, norm_original, norm_tuned, delta_norm`` as in
-        ``analysis.neurons.table``, to a relative error of 1e-5, in the order of the axes.
+        ``analysis.neurons.score_neurons``, to a relative error of 1e-5, in the order of the axes.
 
     Raises
     ------
@@ -55,7 +55,7 @@ def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] 
     if not present:
         raise ValueError(f"cannot score {after.folder}: no feed-forward weights with a known name ({', '.join(roles)})")
     scores = pd.concat(
-        (_score_part(part, before, after) for part in neurons.parts(modules, present)), ignore_index=True
+        (_score_part(part, before, after) for part in neurons.list_groups(modules, present)), ignore_index=True
     )
     return scores.astype(dict.fromkeys(("module", "stack", "role"), "category"))
 
@@ -76,7 +76,7 @@ def describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:
     return in_axis_order(frame, frame["layer"])
 
 
-def _score_part(part: neurons.Part, original: PretrainedWeights, tuned: PretrainedWeights) -> pd.DataFrame:
+def _score_part(part: neurons.NeuronGroup, original: PretrainedWeights, tuned: PretrainedWeights) -> pd.DataFrame:
     """Return the scores of one part, after checking that its two weights belong together."""
     module = part.module
     if not original.has_weight(module):
@@ -90,7 +90,7 @@ def _score_part(part: neurons.Part, original: PretrainedWeights, tuned: Pretrain
             f"cannot score {module}: it has shape {before.shape} in {original.folder} and {after.shape} in "
             f"{tuned.folder}, so they are not of one model"
         )
-    where, axis = (part.where[::-1], 1 - part.axis) if tuned.transposed else (part.where, part.axis)
+    where, axis = (part.slices[::-1], 1 - part.axis) if tuned.transposed else (part.slices, part.axis)
     dtype = np.float64 if np.float64 in (before.dtype, after.dtype) else np.float32
     change = neuron_change(before[where], after[where], axis, dtype)
     for model, norms in ((original, change.norm_original), (tuned, change.norm_tuned)):
@@ -98,4 +98,4 @@ def _score_part(part: neurons.Part, original: PretrainedWeights, tuned: Pretrain
             raise ValueError(
                 f"cannot score {model.folder}: {broken} of {part.count} neurons of {module} contain NaN or infinity"
             )
-    return neurons.tabulate(part, change)
+    return neurons.tabulate_change(part, change)

@@ -91,8 +91,8 @@ def compare_inspections(inspections: Sequence[Inspection], spectra: bool = False
     """
     labels = distinct_labels(inspections)
     runs = {label: item.run for label, item in zip(labels, inspections, strict=True)}
-    shared = adapter_similarity.modules(runs, spectra)
-    return Comparison(tuple(inspections), adapter_similarity.matrix(runs, shared), shared)
+    shared = adapter_similarity.compare_modules(runs, spectra)
+    return Comparison(tuple(inspections), adapter_similarity.compare_adapters(runs, shared), shared)
 
 
 def distinct_labels(inspections: Sequence[Inspection]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from lorascope.analysis.settling import THRESHOLD, Distances, distances
+from lorascope.analysis.settling import THRESHOLD, Distances, update_distances
 from lorascope.diagnosis.inspection import (
     Facts,
     Inspection,
@@ -155,7 +155,7 @@ def inspect_series(series: Series, spectra: bool = False) -> SeriesInspection:
             f"cannot inspect {printable(series.path)} as a series: it has one checkpoint, "
             f"{printable(series.last.files.path)}; inspect that"
         )
-    return SeriesInspection(series, inspect(series.last, spectra), distances(series))
+    return SeriesInspection(series, inspect(series.last, spectra), update_distances(series))
 
 
 def series_screen(inspection: SeriesInspection, target: Console, all: bool = False) -> str:

@@ -21,7 +21,7 @@ import torch
 from joblib import Parallel, cpu_count, delayed
 from joblib.parallel import get_active_backend
 
-from lorascope.analysis.recipe_tests import recipes
+from lorascope.analysis.recipe_tests import name_recipes
 from lorascope.experiments import grid
 from lorascope.experiments.executors import ignore_replaced_workers, is_death, use_backend
 from lorascope.experiments.grid import Data, Grid, Job
@@ -64,7 +64,7 @@ class SweepResult:
     def names(self) -> list[str]:
         """Names of the jobs: their own, else method, seed, and the settings, models and tasks in which they differ."""
         methods = [job.method.label() for job in self.jobs]
-        columns = [recipes(methods, [_named_settings(job) for job in self.jobs])]
+        columns = [name_recipes(methods, [_named_settings(job) for job in self.jobs])]
         for sources in ([job.model for job in self.jobs], [job.data for job in self.jobs]):
             names = [to_words(getattr(source, "name", source)) for source in sources]
             if len(set(names)) > 1:

@@ -117,7 +117,7 @@ class NeFT(Method, name="neft"):
     targets : str or tuple of str
         Roles whose neurons are candidates: rows of ``ffn_in`` and ``ffn_gate``, columns of ``ffn_out``.
     select_by : {"changed", "reversed", "random", "probed"}
-        Selection rule, see ``neurons.select``; "reversed" and "random" are controls, "probed" uses linear probes.
+        Rule, see ``neurons.select_neurons``; "reversed" and "random" are controls, "probed" uses linear probes.
     reference : Run or path, optional
         Finished run of full fine-tuning of the same model, or of linear probing; None trains it as a first phase.
     neurons : mapping module name -> sequence or array of int, optional
@@ -225,7 +225,7 @@ class NeFT(Method, name="neft"):
     def attach(self, model: nn.Module) -> None:
         """Select the neurons; leave their projections and the task's head trainable."""
         self.prepare()
-        self._parts = neurons.parts(module_table.describe(model), self.targets)
+        self._parts = neurons.list_groups(module_table.describe(model), self.targets)
         run = self.reference if isinstance(self.reference, Run) else None
         if run and weights_hash(model) != run.meta.w0_hash:
             raise ValueError(f"reference must start from the weights of this model, got run {run.id} of another one")
@@ -272,16 +272,20 @@ class NeFT(Method, name="neft"):
 
         column, _ = self.score_names
         free = int(self._scores[column].notna().sum())
-        k = self.num_neurons or check("parameter_share", neurons.count(self.parameter_share, total, width), free)
+        k = self.num_neurons or check(
+            "parameter_share", neurons.count_for_share(self.parameter_share, total, width), free
+        )
         mode = "changed" if self.select_by == "probed" else self.select_by  # both select the highest scores
         seed = int(torch.randint(2**31, ())) if mode == "random" else 0  # depends on the run's seed
-        selected = neurons.select(self._scores, k, mode, seed, column)
+        selected = neurons.select_neurons(self._scores, k, mode, seed, column)
         if self.reversed_share:
             # The sum is rounded, so that both ends together have as many neurons as one end with that sum.
             first = k * width / total if self.num_neurons else self.parameter_share
-            other = check("reversed_share", neurons.count(first + self.reversed_share, total, width) - k, free - k)
-            selected = pd.concat([selected, neurons.select(self._scores, other, "reversed", by=column)])
-        return neurons.by_module(selected)
+            other = check(
+                "reversed_share", neurons.count_for_share(first + self.reversed_share, total, width) - k, free - k
+            )
+            selected = pd.concat([selected, neurons.select_neurons(self._scores, other, "reversed", by=column)])
+        return neurons.neurons_by_module(selected)
 
     def after_backward(self, step: Step) -> None:
         """Mask the gradients, once they include the whole batch."""
@@ -352,11 +356,13 @@ class Mask(NamedTuple):
 
 
 def distances(
-    model: nn.Module, places: Sequence[neurons.Part], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    model: nn.Module, places: Sequence[neurons.NeuronGroup], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> pd.DataFrame:
     """Compute the cosine distance of every neuron, with its norms, between two states of a model."""
     tables = []
     for part in places:
         host, name = model.get_submodule(part.module), f"{part.module}.weight"
-        tables.append(neurons.table(part, *(to_array(orient_weight(host, side[name])) for side in (before, after))))
+        tables.append(
+            neurons.score_neurons(part, *(to_array(orient_weight(host, side[name])) for side in (before, after)))
+        )
     return pd.concat(tables, ignore_index=True)

@@ -61,7 +61,7 @@ class Probing(Method):
         head = task_head(model).values()
         if not head:
             raise ValueError("cannot use select_by='probed' without classes: use a classifier and a task with labels")
-        self._parts = neurons.parts(module_table.describe(model), self.targets)
+        self._parts = neurons.list_groups(module_table.describe(model), self.targets)
         model.requires_grad_(False)
         for parameter in head:
             parameter.requires_grad_(True)
@@ -82,7 +82,7 @@ class Probing(Method):
         labels = np.concatenate(self.labels_)
         probes = {stack: directions(np.concatenate(kept), labels) for stack, kept in self.states_.items()}
         for part in self._parts:
-            weight = to_array(host_weight(step.model.get_submodule(part.module)).float())[part.where]
+            weight = to_array(host_weight(step.model.get_submodule(part.module)).float())[part.slices]
             alike = likeness(weight if part.axis == 1 else weight.T, probes[part.stack if part.stack in probes else ""])
             self.found_.append((part.module, part.first, alike))
         self.labels_, self.states_ = [], {}  # large, and no longer part of the method's state
@@ -122,13 +122,13 @@ def likeness(
     return np.abs(sides[0] @ sides[1].T).max(axis=1)
 
 
-def probe_scores(run: Run, places: Sequence[neurons.Part]) -> pd.DataFrame:
-    """Return the scores of a run of linear probing for these neurons, the input of ``neurons.select``."""
-    scores = selected_neurons.scores(run, PROBE_COSINE).rename(columns={"value": PROBE_COSINE})
+def probe_scores(run: Run, places: Sequence[neurons.NeuronGroup]) -> pd.DataFrame:
+    """Return the scores of a run of linear probing for these neurons, the input of ``neurons.select_neurons``."""
+    scores = selected_neurons.last_scores(run, PROBE_COSINE).rename(columns={"value": PROBE_COSINE})
     if scores.empty:
         fix = f"delete {run.path} and probe again"
         raise ValueError(f"reference must be a run with {PROBE_COSINE}, got {run.id} of an earlier version: {fix}")
-    found = neurons.scores_at(scores, places)
+    found = neurons.scores_of_groups(scores, places)
     known = set(zip(found["module"], found["role"], strict=True))
     for part in places:
         if (part.module, part.role) not in known:

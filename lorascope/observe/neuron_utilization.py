@@ -15,7 +15,7 @@ from torch import nn
 from lorascope.adapters.delta import effective_weight, to_array
 from lorascope.adapters.hidden_states import token_means
 from lorascope.analysis import neurons
-from lorascope.analysis.neuron_utilization import LAYERS, correlations, span
+from lorascope.analysis.neuron_utilization import LAYERS, compared_layers, correlations
 from lorascope.array_types import Float
 from lorascope.methods.method import Batch, Step, added_later, require_choice, require_integer
 from lorascope.observe.observer import Observer
@@ -66,9 +66,9 @@ class utilization(Observer):
         if not self.due(step.finished, step.total):
             return
         states = mean_states(step.model, step.held_out(self.size).batch, self.standardize)
-        for part in neurons.parts(step.modules):
-            vectors = to_array(effective_weight(step.model, part.module).float())[part.where]
-            blocks = span(part.layer, self.layers)
+        for part in neurons.list_groups(step.modules):
+            vectors = to_array(effective_weight(step.model, part.module).float())[part.slices]
+            blocks = compared_layers(part.layer, self.layers)
             # Encoders such as BERT return their hidden states without the name of a stack.
             hidden = states[part.stack if part.stack in states else ""][blocks]
             correlation = correlations(vectors if part.axis == 1 else vectors.T, hidden)

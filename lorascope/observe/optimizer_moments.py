@@ -105,14 +105,14 @@ class second_moments(Observer):
             for matrix, suffix in ((exact, ""), (optimizer_moments.same_marginals(exact, seed=0), "_dealt")):
                 sigma = spectra([Dense(matrix)])[0]
                 first = sigma[:KEPT] / sigma[0]
-                errors = np.array([optimizer_moments.tail(sigma, rank) for rank in ranks])
+                errors = np.array([optimizer_moments.tail_error(sigma, rank) for rank in ranks])
                 yield Record(f"moment_sigma{suffix}", first, module, np.arange(1, len(first) + 1))
                 yield Record(f"moment_error{suffix}", errors, module, ranks)
             generator = torch.Generator(V.device).manual_seed(0)
             wide = V.float()  # the optimizer factorizes in float32
             found = [relative_error(wide, *s_rsi(wide, rank, generator)) for rank in ranks]
             yield Record("moment_error_s_rsi", np.array(found), module, ranks)
-            one = optimizer_moments.relative_error(exact, optimizer_moments.rank_one(exact))
+            one = optimizer_moments.frobenius_error(exact, optimizer_moments.rank_one(exact))
             yield Record("moment_error_rank_one", one, module)
 
 
@@ -146,7 +146,7 @@ class factorings(Observer):
             V = state["exp_avg_sq"].float().flatten(1)
             V, ranks = V / V.max(), [rank for rank in RANKS if rank < min(V.shape)]
             (_, sigma, _), seconds = _time_decomposition(lambda: torch.linalg.svd(V, full_matrices=False))  # noqa: B023
-            least = [optimizer_moments.tail(to_array(sigma.double()), rank) for rank in ranks]
+            least = [optimizer_moments.tail_error(to_array(sigma.double()), rank) for rank in ranks]
             yield Record("factoring_error_svd", np.array(least), module, ranks)
             yield Record("factoring_seconds_svd", np.full(len(ranks), seconds), module, ranks)
             for way, factor in WAYS.items():
@@ -194,7 +194,7 @@ class factor_drift(Observer):
             if self.due(step.finished, step.total) and exact.any():
                 E = to_array(exact.double())
                 yield from _factor_errors("factor_drift", module, E, state)
-                one = optimizer_moments.relative_error(E, optimizer_moments.rank_one(E))
+                one = optimizer_moments.frobenius_error(E, optimizer_moments.rank_one(E))
                 yield Record("factor_drift_rank_one", one, module)
 
 
@@ -237,8 +237,8 @@ def _factored_matrices(step: Step) -> Iterator[tuple[str, dict[str, Any], Tensor
 def _factor_errors(name: str, module: str, V: Float[np.ndarray, "m n"], state: dict[str, Any]) -> Iterator[Record]:
     """Yield the error of Adapprox's factors of V, and the best one at their rank."""
     product = to_array(state["Q"].double() @ state["U"].double().T)
-    yield Record(name, optimizer_moments.relative_error(V, product), module)
-    yield Record(f"{name}_least", optimizer_moments.tail(spectra([Dense(V)])[0], state["Q"].shape[1]), module)
+    yield Record(name, optimizer_moments.frobenius_error(V, product), module)
+    yield Record(f"{name}_least", optimizer_moments.tail_error(spectra([Dense(V)])[0], state["Q"].shape[1]), module)
 
 
 def _block_matrices(step: Step, key: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorascope.adapters.delta import attached_deltas, effective_weight
 from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.adapters.host_weights import orient_weight, to_host
-from lorascope.analysis.neurons import neuron_roles, parts
+from lorascope.analysis.neurons import list_groups, neuron_roles
 from lorascope.array_types import Float
 from lorascope.methods.method import Batch, Step, require_integer
 from lorascope.methods.neft import distances
@@ -91,7 +91,7 @@ class coefficients(Observer):
 
     The gradient is averaged over batches of the validation split, without dropout. The importance ``|c dL/dc|`` is the
     size of the first-order change in loss if the coefficient is removed. Each recording has two rows per coefficient,
-    which ``analysis.fourier.spectrum`` joins with frequency and value.
+    which ``analysis.fourier.list_coefficients`` joins with frequency and value.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def _changes(step: Step) -> Iterable[Record]:
     roles = neuron_roles(step.modules)
     if not roles:
         return
-    places = parts(step.modules, roles)
+    places = list_groups(step.modules, roles)
     living = {}
     for part in places:  # in the layout that the module stores
         host: Any = step.model.get_submodule(part.module)

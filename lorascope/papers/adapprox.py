@@ -97,7 +97,7 @@ def keep_tails(run: Run) -> pd.DataFrame:
     """Return the kept table ``tails``, of fractions of energy; see ``TAILS``."""
     errors = {"beyond": "moment_error", "dealt": "moment_error_dealt"}
     at_rank = {
-        name: optimizer_moments.final(run.table, error).xs(RANK, level="index") for name, error in errors.items()
+        name: optimizer_moments.final_values(run.table, error).xs(RANK, level="index") for name, error in errors.items()
     }
     return (pd.DataFrame(at_rank) ** 2).reset_index().astype({"module": "str"})
 

@@ -134,7 +134,7 @@ def _draw_bases(runs: Mapping[str, Sequence[Any]]) -> Chart:
 
 
 def _draw_bands(runs: Mapping[str, Sequence[Any]]) -> Chart:
-    highest = fourier.corner((384, 384))  # of minilm's query and value weights
+    highest = fourier.corner_radius((384, 384))  # of minilm's query and value weights
     return metric_by_band(gather("bias_curve", runs), highest)
 
 

@@ -32,7 +32,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope import plots
-from lorascope.analysis.factor_embeddings import Factor, FactorSet, View, clouds, factored_updates
+from lorascope.analysis.factor_embeddings import Factor, FactorSet, View, build_factor_sets, factored_updates
 from lorascope.analysis.factor_sharing import neighbour_fraction, sharedness
 from lorascope.charts.chart import Drawable
 from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
@@ -178,7 +178,7 @@ def keep_similarities(run: Run, *earlier: Run, cosines: Sequence[tuple[str, Fact
     for when, factor, view in cosines:
         step = 0 if when == "start" else None
         updates = {str(number): factored_updates(of_set.updates(step)) for number, of_set in enumerate(runs)}
-        for cloud in clouds(updates, dict.fromkeys(updates, ""), (factor,), view):
+        for cloud in build_factor_sets(updates, dict.fromkeys(updates, ""), (factor,), view):
             pairs = np.triu_indices(len(cloud.flat), 1)
             (slot, other), (first, second) = (index.astype(np.uint16) for index in np.divmod(pairs, len(runs)))
             shape = " x ".join(map(str, cloud.shape))

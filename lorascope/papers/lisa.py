@@ -132,7 +132,7 @@ def keep_layer_norms(run: Run) -> pd.DataFrame:
     recorded, tables = set(run.table["quantity"]), []
     for quantity in ("update_norm", "factor_change", "adapter_norm"):
         if quantity in recorded:
-            tables.append(norms.mean_over_steps(norms.pool(norms.select(run.table, quantity))))
+            tables.append(norms.mean_over_steps(norms.pool_modules(norms.select_quantity(run.table, quantity))))
     layers = pd.concat([table.astype({"place": "str", "quantity": "str"}) for table in tables], ignore_index=True)
     return layers.assign(block=layers["layer"].notna())[["quantity", "place", "block", "value"]]
 

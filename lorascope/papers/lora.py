@@ -242,7 +242,7 @@ def _draw_amplification(runs: Mapping[str, Sequence[Any]]) -> Chart:
     ratios = np.log10(tables["update"] / tables["random"]).groupby(tables["module"]).mean()
     cells = pd.DataFrame([module_table.parse(name) for name in ratios.index], columns=["stack", "layer", "role"])
     cells = cells.assign(value=ratios.to_numpy(), recipe="").astype({"layer": "Int16"})
-    cells = cells.assign(place=norms.place(cells))
+    cells = cells.assign(place=norms.layer_places(cells))
     (chart,) = heat_by_role(
         cells,
         [""],

@@ -140,14 +140,16 @@ CLAIMS = {
 def keep_selected(run: Run) -> pd.DataFrame:
     """Return the kept table ``selected``; see ``SELECTED``."""
     neurons = selected_neurons.list_selected(run)[["module", "neuron"]].astype({"module": "str", "neuron": "uint16"})
-    sizes = selected_neurons.sizes(run)
+    sizes = selected_neurons.count_selectable(run)
     neurons = neurons.assign(size=neurons["module"].map(sizes).astype("uint16"), pool=sizes.total())
     return neurons.sort_values(["module", "neuron"], ignore_index=True)[["module", "size", "pool", "neuron"]]
 
 
 def keep_utilization(run: Run) -> pd.DataFrame:
     """Return the kept table ``utilization``, after the last step; see ``UTILIZATION``."""
-    rows = norms.last(run.table[run.table["quantity"] == "utilisation"]).astype({"module": "str", "role": "str"})
+    rows = norms.last_recorded(run.table[run.table["quantity"] == "utilisation"]).astype(
+        {"module": "str", "role": "str"}
+    )
     rows = rows.sort_values(["role", "module", "index"], ignore_index=True)
     rank = rows.groupby("role")["value"].rank(method="first", ascending=False)
     return rows[["role"]].assign(rank=rank.astype("uint16"))
@@ -196,13 +198,13 @@ def _draw_overlap(runs: Mapping[str, Sequence[Any]]) -> Chart:
     """Plot the overlap between seeds by size of the selection, at the sizes of the paper's table 6."""
     numbers = pd.read_csv(registration.FILE.parent / "published" / "neft_overlap.csv")
     numbers = numbers[numbers["comparison"] == "two disjoint 20k samples of one corpus"]
-    scores = [selected_neurons.scores(run, "selection_cosine") for run in runs[CHANGED]]
-    pool = selected_neurons.sizes(runs[CHANGED][0]).total()
+    scores = [selected_neurons.last_scores(run, "selection_cosine") for run in runs[CHANGED]]
+    pool = selected_neurons.count_selectable(runs[CHANGED][0]).total()
     cells = []
     for fraction in numbers["share_of_pool"]:
         size = round(fraction * pool)
-        choices = [selected_neurons.as_set(of_run.nlargest(size, "value")) for of_run in scores]
-        overlaps = selected_neurons.overlaps({CHANGED: choices}, pool)
+        choices = [selected_neurons.to_set(of_run.nlargest(size, "value")) for of_run in scores]
+        overlaps = selected_neurons.compare_all_selections({CHANGED: choices}, pool)
         for label, column in (("two seeds", "overlap"), ("chance", "chance")):
             cells.append({"fraction": fraction, "recipe": label, "value": overlaps[column].mean()})
     chart = curves(

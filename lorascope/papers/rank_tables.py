@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.rank_allocations import kendall_tau, thirds
+from lorascope.analysis.rank_allocations import depth_thirds, kendall_tau
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.papers.judging.statistics import OfPairs, OfRun
 from lorascope.runs.run import Run
@@ -25,7 +25,7 @@ def fraction(table: pd.DataFrame, roles: Collection[str]) -> float:
 
 def top_fraction(table: pd.DataFrame) -> float:
     """Compute the fraction of the total rank in the top third of the layers."""
-    return float(table["value"].where(thirds(table) == "top", 0).sum() / table["value"].sum())
+    return float(table["value"].where(depth_thirds(table) == "top", 0).sum() / table["value"].sum())
 
 
 def tau(first: pd.DataFrame, second: pd.DataFrame) -> float:

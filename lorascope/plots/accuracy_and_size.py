@@ -105,7 +105,7 @@ def _recipe_size(group: Group) -> dict[str, object]:
     label = ", ".join(part for part, (name, _) in settings.items() if name not in names)
     sizes: list[Any] = [recipe.get(name) for name in _SIZES]
     if not any(isinstance(size, int) for size in sizes):  # the default depends on the shape of the weight
-        sizes = sorted({len(update.coefficients) for update in fourier.updates(first).values()})
+        sizes = sorted({len(update.coefficients) for update in fourier.fourier_updates(first).values()})
         sizes = sizes or [int(value) for name, value in settings.values() if name in _SIZES and value.isdigit()]
     counted = np.mean([run.meta.parameters.trained for run in group.runs])
     return {

@@ -49,7 +49,7 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
         for group in cohort.groups
         for run in group.runs
     }
-    table = pairs.matrix(labelled, pairs.modules(labelled, spectra))
+    table = pairs.compare_adapters(labelled, pairs.compare_modules(labelled, spectra))
     caption = (
         "Norms and cosines cover all modules; a module without an adapter counts as zero. Angles: principal angles "
         f"between the first {pairs.DIRECTIONS} singular vectors (fewer if an update has fewer), averaged over outputs, "

@@ -52,7 +52,8 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
     cohort = gather_runs("bias_curve", runs, control)
     return cohort.complete(
         metric_by_band(
-            cohort, max(analysis.corner(update.shape) for update in analysis.updates(cohort.runs[0]).values())
+            cohort,
+            max(analysis.corner_radius(update.shape) for update in analysis.fourier_updates(cohort.runs[0]).values()),
         )
     )
 
@@ -115,7 +116,7 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     """
     cohort = gather_runs("basis_ablation", runs, control)
     cohort.require_differ_only_in("basis")
-    names = {group.label: _BASES[analysis.basis(group.runs[0])["basis"]] for group in cohort.groups}
+    names = {group.label: _BASES[analysis.basis_setting(group.runs[0])["basis"]] for group in cohort.groups}
     rows = cohort.scores()
     rows = rows.assign(basis=rows["recipe"].map(names), what=_SEED)
     cells = band(rows, ["basis"]).assign(what=_MEAN)

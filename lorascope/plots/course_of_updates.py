@@ -52,7 +52,9 @@ def settling(runs: Runs, control: Runs | None = None, threshold: float = THRESHO
     if not threshold > 0:
         raise ValueError(f"threshold must be > 0, got {threshold}")
     found = pd.concat([settling_steps(run, threshold) for run in cohort.runs])
-    layers = found.assign(place=norms.place(found), value=found["layer_settled"]).drop_duplicates(["run", "place"])
+    layers = found.assign(place=norms.layer_places(found), value=found["layer_settled"]).drop_duplicates(
+        ["run", "place"]
+    )
     ends = sorted({run.update_steps()[-1] for run in cohort.runs})
     return cohort.complete(
         profile(

@@ -13,7 +13,7 @@ import traitlets
 from anywidget import AnyWidget
 from plotly.offline import get_plotlyjs
 
-from lorascope.analysis.norms import place
+from lorascope.analysis.norms import layer_places
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Chart
@@ -228,7 +228,7 @@ def _add_places(table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of quantities with a known value, with ``place``; rows of the whole run get place and role."""
     table = table[table["value"].notna().groupby(table["quantity"], observed=True).transform("any")]
     inside = table["module"] != ""
-    spots = place(table[inside])
+    spots = layer_places(table[inside])
     places = [*spots.cat.categories, WHOLE]
     return table.assign(
         place=pd.Categorical(spots.astype("str").reindex(table.index, fill_value=WHOLE), places, ordered=True),

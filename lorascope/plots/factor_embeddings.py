@@ -104,10 +104,10 @@ def factor_embedding(
             raise cohort.no_common_module(unknown, common)
         updates = {run: {name: own[name] for name in modules or common} for run, own in factored.items()}
         domains = {run.id: group.label for group in cohort.groups for run in group.runs}
-        found = [factor_embeddings.clouds(updates, domains, (factor,), view) for factor in factors]
+        found = [factor_embeddings.build_factor_sets(updates, domains, (factor,), view) for factor in factors]
         caption += factor_caption(prefix, cohort, found)
         apart = [cloud for clouds in found for cloud in clouds]
-        for cloud in factor_embeddings.clouds(updates, domains, factors, view) if together else apart:
+        for cloud in factor_embeddings.build_factor_sets(updates, domains, factors, view) if together else apart:
             usual = factor_embeddings.default_perplexity(len(cloud.flat))
             sizes = perplexity if perplexity is not None else (usual, usual / 3)
             drawn = [
@@ -178,7 +178,9 @@ def _name_dots(chart: Chart) -> Chart:
 def _place_points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:
     """Return the points with their coordinates, layer and role; dots of later domains are smaller."""
     modules = cohort.runs[0].modules
-    places = modules.assign(place=norms.place(modules).astype("str")).set_index("module")[["layer", "role", "place"]]
+    places = modules.assign(place=norms.layer_places(modules).astype("str")).set_index("module")[
+        ["layer", "role", "place"]
+    ]
     sizes = dict(zip(cohort.labels, np.linspace(1.0, 0.2, len(cohort.labels)), strict=True))
     points = cloud.table().assign(x=plane[:, 0], y=plane[:, 1]).join(places, on="module")
     return points.assign(size=points["domain"].map(sizes))

@@ -48,9 +48,9 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
     >>> ls.plots.fourier_spectrum(fourierft)
     """
     cohort = gather_runs("fourier_spectrum", runs, control)
-    whole = [analysis.updates(run) for run in cohort.runs]
+    whole = [analysis.fourier_updates(run) for run in cohort.runs]
     module = common_module(cohort, whole, module)
-    learned = [analysis.since_start(run) for run in cohort.runs]
+    learned = [analysis.learned_fourier_updates(run) for run in cohort.runs]
     since = " minus step 0" if all(module in updates for updates in learned) else ""
     chosen = learned if since else whole
     found = {run.id: updates[module] for run, updates in zip(cohort.runs, chosen, strict=True)}
@@ -61,7 +61,7 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
         interval=f"bands: {INTERVAL}",
     )
     planes = [_frequency_plane(group, found, caption) for group in cohort.groups]
-    rows = pd.concat(analysis.profile(update).assign(run=run) for run, update in found.items())
+    rows = pd.concat(analysis.radial_profile(update).assign(run=run) for run, update in found.items())
     by_radius = curves(
         band(cohort.label(rows), ["recipe", "kind", "radius"]),
         "radius",
@@ -151,7 +151,9 @@ def frequency_bias(
         f"Probability of a draw relative to the most likely frequency, for bands of width {width:g}, in the spectrum "
         f"of a {shape[0]} × {shape[1]} weight. Computed, not measured."
     )
-    curves = pd.concat(analysis.bias(shape, center, width).assign(center=f"{center:g}") for center in centers)
+    curves = pd.concat(
+        analysis.bias_by_distance(shape, center, width).assign(center=f"{center:g}") for center in centers
+    )
     top = Chart(
         curves,
         [Line("distance", "probability", "center")],
@@ -178,7 +180,9 @@ def frequency_bias(
 def _frequency_plane(group: Group, found: Mapping[str, Fourier], caption: str) -> Chart:
     """Plot the frequencies of one recipe."""
     own = [found[run.id] for run in group.runs]
-    squares = pd.concat(analysis.places(update) for update in own).assign(size=lambda rows: rows["coefficient"] ** 2)
+    squares = pd.concat(analysis.list_frequencies(update) for update in own).assign(
+        size=lambda rows: rows["coefficient"] ** 2
+    )
     table = np.sqrt(squares.groupby(["row", "column"])["size"].mean()).reset_index()
     table = table[table["size"] > 0].sort_values("size")  # the largest on top
     shown = table["size"].clip(lower=_FAINT * table["size"].max())

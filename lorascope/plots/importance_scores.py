@@ -51,7 +51,7 @@ def importance(
         scores = [name for name, each in QUANTITIES.items() if each.index in ("component", "rank_id")]
         raise ValueError(f"quantity must have a value per component, such as {', '.join(scores)}, got {quantity!r}")
     cohort.require(quantity, history=True)
-    found = cohort.label(rank_allocations.components(cohort.table, quantity))
+    found = cohort.label(rank_allocations.component_course(cohort.table, quantity))
     found = found.assign(fate=found["kept"].map(dict(zip((True, False), _FATES, strict=True))))
     panels = []
     if module is None:

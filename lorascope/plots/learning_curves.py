@@ -102,8 +102,8 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     if not {"eval_loss", "test_loss"} <= set(cohort.table["quantity"]):
         cohort.require("eval_loss", "test_loss")
     rates = {run.id: run.meta.settings["lr"] for run in cohort.runs}
-    cells = optimizer_moments.rates(cohort.label(cohort.table), rates)
-    chosen = optimizer_moments.best(cells["eval_loss"])
+    cells = optimizer_moments.average_losses_by_rate(cohort.label(cohort.table), rates)
+    chosen = optimizer_moments.best_rates(cells["eval_loss"])
     methods = list(dict.fromkeys(cells["eval_loss"]["method"]))
     tested = cells["test_loss"].merge(chosen, on=["method", "lr"])
     tested = tested.assign(at=tested["method"])

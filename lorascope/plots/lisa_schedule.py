@@ -34,8 +34,8 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
     >>> ls.plots.active_layers(lisa)
     """
     cohort = gather_runs("active_layers", runs, control)
-    cells = cohort.label(lisa_schedule.intervals(cohort.table))
-    reached = cohort.label(lisa_schedule.coverage(cohort.table))
+    cells = cohort.label(lisa_schedule.list_intervals(cohort.table))
+    reached = cohort.label(lisa_schedule.block_coverage(cohort.table))
     caption = cohort.caption(
         "Left: fraction of runs in which a block trained, by interval. Right: number of blocks trained so far, and its "
         "expectation after n draws, the sum over the blocks of 1 − (1 − p)ⁿ, where p is the draw probability."
@@ -87,7 +87,7 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
     >>> ls.plots.draw_frequency(lisa)
     """
     cohort = gather_runs("draw_frequency", runs, control)
-    found = cohort.label(lisa_schedule.visits(cohort.table).rename(columns={"frequency": "value"}))
+    found = cohort.label(lisa_schedule.count_visits(cohort.table).rename(columns={"frequency": "value"}))
     caption = cohort.caption(
         "Fraction of draws that include a block; the line is its draw probability.", interval=f"bars: {INTERVAL}"
     )
@@ -138,7 +138,7 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
     """
     cohort = gather_runs("draw_grid", runs, control)
     cohort.require_differ_only_in("n_active", "interval")
-    rows = cohort.scores().astype({"run": "str"}).merge(lisa_schedule.sizes(cohort.table), on="run")
+    rows = cohort.scores().astype({"run": "str"}).merge(lisa_schedule.interval_sizes(cohort.table), on="run")
     for (blocks, steps), own in rows.groupby(["blocks", "steps"]):
         if own["recipe"].nunique() > 1:
             both = " and ".join(own["recipe"].unique())

@@ -125,7 +125,7 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
     for one, other in product(cohort.groups, repeat=2):
         # Within one recipe, two of its seeds form a pair.
         if pairs := list(combinations(one.runs, 2) if one is other else product(one.runs, other.runs)):
-            mean, chance = analysis.angles([(found[first.id], found[second.id]) for first, second in pairs])
+            mean, chance = analysis.average_angles([(found[first.id], found[second.id]) for first, second in pairs])
             saved = all(found[run.id] for pair in pairs for run in pair)
             blank = "none shared" if saved else "not saved"
             words = blank if pd.isna(mean) else f"{mean:.0f}° ({chance:.0f}°)"

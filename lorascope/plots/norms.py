@@ -58,7 +58,7 @@ def _title(quantity: str) -> str:
 
 def update_profile(cohort: Cohort, quantity: str, title: str, log: bool = False) -> Chart:
     """Plot the last value of a quantity of modules, pooled by layer, one line per recipe."""
-    cells = cohort.label(norms.last(_layers(cohort, quantity)))
+    cells = cohort.label(norms.last_recorded(_layers(cohort, quantity)))
     caption = cohort.caption(f"{define(quantity)} {_step_phrase(cells)}")
     return profile(cohort, band(cells, _CELL), Axis(label=axis_label(quantity), log=log), title=title, caption=caption)
 
@@ -88,10 +88,10 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     cohort = gather_runs("update_norm_heat", runs, control, check=False)
     quantity = quantity or _comparable_quantity(cohort)
     cohort.require(quantity)
-    inside = norms.select(cohort.table, quantity).dropna(subset="layer")
+    inside = norms.select_quantity(cohort.table, quantity).dropna(subset="layer")
     if inside.empty:
         raise ValueError(f"{cohort.name} needs {quantity} of modules inside blocks, got none")
-    pooled = norms.last(norms.pool(inside, by=("place", "role")))
+    pooled = norms.last_recorded(norms.pool_modules(inside, by=("place", "role")))
     cells = band(cohort.label(pooled), [*_CELL, "role"])
     largest = float(pd.Series(to_floats(cells["value"])).max())
     half: float = ((cells["high"] - cells["low"]) / 2 / cells["value"]).max()
@@ -135,7 +135,7 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
     """
     cohort = gather_runs("norm_over_steps", runs, control, check=False)
     require_counts(frames=frames)
-    rows = cohort.label(norms.frames(_layers(cohort, quantity, history=True), frames))
+    rows = cohort.label(norms.select_steps(_layers(cohort, quantity, history=True), frames))
     cells, caption = band(rows, ["step", *_CELL]), cohort.caption(define(quantity))
     return cohort.complete(
         profile(cohort, cells, axis_label(quantity), title=_title(quantity), caption=caption, frame="step")
@@ -175,12 +175,14 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
     quantities = ("weight_norm", "update_norm")
     if per_weight:
         modules = pd.concat([run.modules for run in cohort.runs])
-        layers = {name: norms.per_weight(norms.select(cohort.table, name), modules) for name in quantities}
+        layers = {
+            name: norms.norm_per_weight(norms.select_quantity(cohort.table, name), modules) for name in quantities
+        }
     else:
         layers = {name: _layers(cohort, name) for name in quantities}
         if (cohort.table["quantity"] == "adapter_norm").any():
-            adapters = norms.pool(norms.select(cohort.table, "adapter_norm"))
-            layers |= {"adapter_norm": adapters, _SINCE_START: norms.since_start(adapters)}
+            adapters = norms.pool_modules(norms.select_quantity(cohort.table, "adapter_norm"))
+            layers |= {"adapter_norm": adapters, _SINCE_START: norms.subtract_start(adapters)}
     named = {name: name.replace("_", " ") for name in layers}
     caption = f"By layer, mean over the recorded steps after step 0: {', '.join(named.values())}."
     if per_weight:
@@ -204,7 +206,7 @@ def _comparable_quantity(cohort: Cohort) -> str:
 
 def _layers(cohort: Cohort, quantity: str, history: bool = False) -> pd.DataFrame:
     cohort.require(quantity, history=history)
-    return norms.pool(norms.select(cohort.table, quantity))
+    return norms.pool_modules(norms.select_quantity(cohort.table, quantity))
 
 
 def _step_phrase(cells: pd.DataFrame) -> str:

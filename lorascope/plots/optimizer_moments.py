@@ -73,7 +73,7 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
     panels = []
     for label in cohort.labels:
         for quantity, title in (("moment_sigma", "original"), ("moment_sigma_dealt", _SHUFFLED)):
-            rows = optimizer_moments.by_layer(table[table["recipe"] == label], quantity, role=role)
+            rows = optimizer_moments.average_by_layer(table[table["recipe"] == label], quantity, role=role)
             if rows.empty:
                 raise ValueError(f"second_moments needs a role with second moments, got {role!r} (label {label!r})")
             named_layers = [f"layer {place}" if place.isdigit() else place for place in rows["place"]]
@@ -121,7 +121,7 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
     for label, own in cohort.split(cohort.select(*_ERRORS)):
         parts = []
         for quantity, measure in _ERRORS.items():
-            rows = norms.last(own[own["quantity"] == quantity])
+            rows = norms.last_recorded(own[own["quantity"] == quantity])
             means = rows.groupby(["run", "index"], observed=True, dropna=False)["value"].mean().reset_index()
             parts.append(means.assign(measure=measure))
         found = pd.concat(parts)
@@ -162,7 +162,7 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
     )
     panels = []
     for label, own in cohort.split(cohort.label(cohort.table)):
-        found = optimizer_moments.factorings(own, _WAYS)
+        found = optimizer_moments.compare_factorings(own, _WAYS)
         for what, name, log in (("excess", "error / SVD error", False), ("seconds", "time (s)", True)):
             cells = band(found.assign(value=found[what]), ["measure", "index"])
             panels.append(_by_rank(cells, Axis(label=name, log=log), cohort.title(label), caption, _WAYS.values()))
@@ -196,7 +196,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     >>> ls.plots.factor_rank(adapprox)
     """
     cohort = gather_runs("factor_rank", runs, control)
-    rows = optimizer_moments.ranks(cohort.label(cohort.table))
+    rows = optimizer_moments.factor_ranks(cohort.label(cohort.table))
     rows = rows[rows["role"] == role] if role is not None else rows
     if rows.empty:
         raise ValueError(f"factor_rank needs a role with factors in blocks, got {role!r}")

@@ -149,7 +149,7 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     require_counts(frames=frames)
     own = [run for group in cohort.groups if not group.control for run in group.runs]
     table = records.concat(run.table for run in own)
-    steps = rank_allocations.decisions(table, frames)
+    steps = rank_allocations.decision_steps(table, frames)
     found = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))
     cells = _rank_cells(found, ["recipe", "kind", "step"])
     taken = "decided" if (table["quantity"] == "budget").any() else "recorded"
@@ -189,7 +189,7 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -
 def _rank_cells(found: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Return mean, smallest and largest rank over the runs for every layer and role, with the text of its cell."""
     keys = list(dict.fromkeys([*by, "place", "role"]))
-    pooled = norms.pool(found, [key for key in keys if key != "step"])
+    pooled = norms.pool_modules(found, [key for key in keys if key != "step"])
     over = pooled.groupby(keys, observed=True, sort=False)["value"]
     cells = over.agg(value="mean", least="min", most="max", n="count").reset_index()
     spread = zip(cells["value"], cells["least"], cells["most"], strict=True)
@@ -216,10 +216,10 @@ def _rank_course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) 
     shown = band(totals, ["recipe", "step"]).assign(at=lambda rows: rows["step"], series=_SHOWN)
     rows = cohort.select("budget")
     budget = band(rows[rows["recipe"] == label], ["step"]).rename(columns={"step": "at"}).sort_values("at")
-    stairs = rank_allocations.staircase(budget).assign(series="budget")
+    stairs = rank_allocations.step_corners(budget).assign(series="budget")
     sums = shown.drop(columns="step").assign(series=_SUM)
     top = 1.06 * float(pd.concat([stairs, sums])["value"].max())
-    phases = [(at, name, 0.0, top) for name, *ends in rank_allocations.phases(budget) for at in ends]
+    phases = [(at, name, 0.0, top) for name, *ends in rank_allocations.budget_phases(budget) for at in ends]
     bands = pd.DataFrame(phases, columns=["at", "series", "low", "high"])
     marks: list[Mark] = [Band("at", "low", "high", "series", data=bands)] if phases else []
     marks += [Line("at", "value", "series", data=stairs)] if len(stairs) else []
@@ -237,7 +237,7 @@ def _rank_course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) 
 
 
 def _cap(cohort: Cohort, group: Group) -> int | None:
-    return rank_allocations.cap(cohort.table[cohort.table["run"].isin([run.id for run in group.runs])])
+    return rank_allocations.initial_cap(cohort.table[cohort.table["run"].isin([run.id for run in group.runs])])
 
 
 def _agreements(cohort: Cohort, found: pd.DataFrame) -> list[str]:
@@ -259,7 +259,9 @@ def _spent_parameters(cohort: Cohort) -> str:
     means = {}
     for group in cohort.groups:
         ranked = [run for run in group.runs if (run.table["quantity"] == "rank").any()]
-        tables = [rank_allocations.parameters(rank_allocations.current_ranks(run.table), run.modules) for run in ranked]
+        tables = [
+            rank_allocations.add_parameters(rank_allocations.current_ranks(run.table), run.modules) for run in ranked
+        ]
         sums = [float(table["parameters"].sum(skipna=False)) for table in tables]
         if len(sums) < len(group.runs) or np.isnan(sums).any():
             return ""

@@ -32,8 +32,8 @@ _STORED: dict[str, tuple[str, str, Callable[[Result], Sized]]] = {
         "train with observe=[ls.observe.factors()], or load a folder of checkpoints",
         lambda run: run.update_steps()[1:],
     ),
-    FREQUENCIES: ("Fourier coefficients", "train with FourierFT", fourier.updates),
-    BASIS: ("coefficients on a basis", "train with FourierFT", fourier.basis),
+    FREQUENCIES: ("Fourier coefficients", "train with FourierFT", fourier.fourier_updates),
+    BASIS: ("coefficients on a basis", "train with FourierFT", fourier.basis_setting),
     HEADS: (
         "a number of experts",
         "train HydraLoRA",

@@ -182,7 +182,7 @@ def _gates_by_domain(run: Result, step: int | None) -> pd.DataFrame:
         )
     parts = [
         run.snapshot(name, saved[-1] if step is None else step).assign(layer=str(place), role=role)
-        for name, place, role in zip(names, norms.place(rows), rows["role"], strict=True)
+        for name, place, role in zip(names, norms.layer_places(rows), rows["role"], strict=True)
     ]
     keys = ["step", "layer", "role", "domain", "head"]
     cells = pd.concat(parts).groupby(keys, sort=False)["value"].mean().rename("gate").reset_index()

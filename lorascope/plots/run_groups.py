@@ -154,7 +154,7 @@ class Cohort:
 
     def scores(self) -> pd.DataFrame:
         """Return the final test metric of every run."""
-        return norms.last(self.select("test_metric"))
+        return norms.last_recorded(self.select("test_metric"))
 
     @property
     def metric(self) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import neuron_utilization, selected_neurons
-from lorascope.analysis.norms import place
+from lorascope.analysis.norms import layer_places
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Rule
@@ -44,8 +44,8 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
     >>> ls.plots.neurons({"NeFT": neft, "random neurons": random_neurons})
     """
     cohort = gather_runs("neurons", runs, control)
-    found = cohort.label(pd.concat([selected_neurons.by_layer(run) for run in cohort.runs], ignore_index=True))
-    found["place"] = place(found)
+    found = cohort.label(pd.concat([selected_neurons.count_by_layer(run) for run in cohort.runs], ignore_index=True))
+    found["place"] = layer_places(found)
     cells = band(found, ["recipe", "place", "role"])
     chance = found.groupby(["recipe", "place", "role"], observed=True, sort=False)["chance"].mean().reset_index()
     panels = []
@@ -135,10 +135,10 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     cohort.require_runs(2)
     cohort.require_same("model")
     sets = {
-        g.label: [selected_neurons.as_set(selected_neurons.list_selected(run, k)) for run in g.runs]
+        g.label: [selected_neurons.to_set(selected_neurons.list_selected(run, k)) for run in g.runs]
         for g in cohort.groups
     }
-    found = selected_neurons.overlaps(sets, selected_neurons.sizes(cohort.runs[0]).total())
+    found = selected_neurons.compare_all_selections(sets, selected_neurons.count_selectable(cohort.runs[0]).total())
     mirrored = found.rename(columns={"first": "second", "second": "first"})
     cells = pd.concat([found, mirrored]).groupby(["first", "second"], sort=False)["overlap"].mean().reset_index()
     baseline = f"Random baseline: mean {found['chance'].mean():.2f}, 95th percentile {found['most'].max():.2f}"
@@ -200,9 +200,9 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
             raise ValueError(
                 f"reference must contain one run with seed {seed}, that of run {run.id}, got {len(against)}"
             )
-        trained = selected_neurons.trained(run)
-        shifts[run.id] = neuron_utilization.shifts(run.table, trained, against[0].table if against else None)
-    moved = pd.concat(neuron_utilization.buckets(found).assign(run=run) for run, found in shifts.items())
+        trained = selected_neurons.list_trained(run)
+        shifts[run.id] = neuron_utilization.rank_shift_of_run(run.table, trained, against[0].table if against else None)
+    moved = pd.concat(neuron_utilization.average_shifts(found).assign(run=run) for run, found in shifts.items())
     moved["bucket"] = [
         "all" if (low, high) == (0, 1) else f"{100 * low:g}–{100 * high:g}"
         for low, high in zip(moved["low"], moved["high"], strict=True)
@@ -210,7 +210,7 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
     kinds = [
         {"run": run, "category": kind, "value": count}
         for run, found in shifts.items()
-        for kind, count in neuron_utilization.counts(found).items()
+        for kind, count in neuron_utilization.count_shifts(found).items()
         if kind in _KINDS
     ]
     caption = (
@@ -273,14 +273,14 @@ def _random_marks(chance: pd.DataFrame) -> tuple[list[Mark], str]:
 def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> Chart:
     """Plot quantiles over the neurons of every layer and role, averaged over the runs of a recipe."""
     found = pd.concat(
-        [selected_neurons.scores(run, quantity).assign(run=run.id) for run in group.runs], ignore_index=True
+        [selected_neurons.last_scores(run, quantity).assign(run=run.id) for run in group.runs], ignore_index=True
     )
-    found["place"] = place(found)
+    found["place"] = layer_places(found)
     over = found.groupby(["place", "role", "run"], observed=True, sort=False)["value"]
     quantiles = pd.DataFrame({"value": over.median(), "low": over.quantile(0.05), "high": over.quantile(0.95)})
     cells = quantiles.groupby(["place", "role"], observed=True, sort=False).mean().reset_index()
     marks: list[Mark] = [Band("place", "low", "high", "role"), Line("place", "value", "role")]
-    thresholds = [t for run in group.runs if (t := selected_neurons.threshold(run, quantity)) is not None]
+    thresholds = [t for run in group.runs if (t := selected_neurons.selection_threshold(run, quantity)) is not None]
     selected = ""
     if len(thresholds) == len(group.runs):
         marks.append(Rule(y=float(np.mean(thresholds)), label="threshold"))

@@ -84,10 +84,10 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     ]
     for size in computed:
         if size in memory_estimate.GPT2:
-            model, unit, table = f"GPT-2 {size}", "MiB", memory_estimate.optimizers(memory_estimate.GPT2[size])
+            model, unit, table = f"GPT-2 {size}", "MiB", memory_estimate.compare_optimizers(memory_estimate.GPT2[size])
         else:
             model, unit, (rank, active) = f"LLaMA-2 {size}", "GiB", _PAPERS[size]
-            table = memory_estimate.table(memory_estimate.LLAMA2[size], rank, active, width=2)
+            table = memory_estimate.compare_methods(memory_estimate.LLAMA2[size], rank, active, width=2)
         rows = table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
         card = [Rule(x=_CARD)] if size == "7B" else []
         label, title = f"memory of {model} ({unit})", f"{model}, computed"
@@ -99,7 +99,7 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
 
 def _measured_memory(cohort: Cohort) -> pd.DataFrame:
     """Return the mean over runs by label and part after the last step, in MiB; "rest" only if all recorded a peak."""
-    table = norms.last(cohort.table[cohort.table["quantity"].isin([*_PARTS, "peak_bytes"])])
+    table = norms.last_recorded(cohort.table[cohort.table["quantity"].isin([*_PARTS, "peak_bytes"])])
     wide = table.pivot(index="run", columns="quantity", values="value").astype("float64")
     parts = wide[list(_PARTS)].rename(columns=_PARTS)
     if "peak_bytes" in wide:
@@ -138,11 +138,12 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
     >>> ls.plots.step_seconds(timed)
     """
     cohort = gather_runs("step_seconds", runs, control)
-    rows = cohort.label(step_time.medians(cohort.table))
+    rows = cohort.label(step_time.median_times(cohort.table))
     cells = rows.groupby(["recipe", "part"], sort=False)["value"].mean().mul(1e3).reset_index()
+    spread = step_time.relative_spread(cohort.table)
     caption = cohort.caption(
         f"Medians over the steps after step {step_time.WARM}: {'; '.join(_batch_phrase(cohort))}.",
-        f"Half the interquartile range of the steps: at most {step_time.spread(cohort.table):.0%} of their median.",
+        f"Half the interquartile range of the steps: at most {spread:.0%} of their median.",
         interval=_COUNTS,
     )
     parts, label = list(step_time.PARTS.values()), "time per step (ms)"

@@ -63,8 +63,8 @@ def spectrum(
     by_run = {run.id: values_of(run, step) for run in cohort.runs}
     module = common_module(cohort, list(by_run.values()), module)
     found = {run: spectra.above_rounding(sigmas[module]) for run, sigmas in by_run.items()}
-    values = spectra.spectrum(found).rename(columns={"module": "run", "sigma": "value"})
-    ranks = spectra.ranks(found).rename(columns={"module": "run", "effective_rank": "value"})
+    values = spectra.tabulate_spectra(found).rename(columns={"module": "run", "sigma": "value"})
+    ranks = spectra.rank_definitions(found).rename(columns={"module": "run", "effective_rank": "value"})
     cells = band(cohort.label(values), ["recipe", "kind", "component"])
     effective = "; ".join(
         f"{row['recipe']} {row['value']:.1f}"
@@ -148,7 +148,7 @@ def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: 
         rows = cohort.table[(cohort.table["quantity"] == "update_norm") & cohort.table["module"].isin(common)]
         if rows.empty:  # no norms were recorded
             return max(common, key=lambda name: sum(_size(found[name]) for found in updates))
-        return str(norms.last(rows).groupby("module", observed=True)["value"].mean().idxmax())
+        return str(norms.last_recorded(rows).groupby("module", observed=True)["value"].mean().idxmax())
     if module not in common:
         raise cohort.no_common_module(module, common)
     return module

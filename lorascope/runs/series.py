@@ -34,7 +34,7 @@ class Series(Result):
 
     Its records are those that ``TrainerRecorder`` writes at the same steps, as far as they follow from the adapters:
     ``step_norm`` requires the step before, ``learned_norm`` of an update that starts nonzero requires checkpoint 0, and
-    ``adapter_norm`` is known for LoRA only. Blocks have no rows; ``analysis.norms.pool`` sums their modules.
+    ``adapter_norm`` is known for LoRA only. Blocks have no rows; ``analysis.norms.pool_modules`` sums their modules.
     Checkpoints are read on access, one at a time.
 
     Parameters

@@ -112,7 +112,7 @@ def pool_records(records: Sequence[Record], places: Places) -> dict[str, float]:
     """Return the values of one step by the name of their curve.
 
     A value of the run keeps its name. Values of modules are pooled by the rule of their quantity, as in
-    ``analysis.norms.pool``: over all modules, by layer, and by role within the layers. A cell with an unknown value has
+    ``norms.pool_modules``: over all modules, by layer, and by role within the layers. A cell with an unknown value has
     no curve. An alarm has one curve per id: the number of modules that it concerns, 1 for the whole run.
 
     Parameters

@@ -108,7 +108,7 @@ def test_all_entries_span_half_of_the_matrix_space(shape, dimension):
     everywhere = entries(shape, shape[0] * shape[1], 0)
     basis = [Fourier(np.ones(1), place[:, None], shape).matrix.ravel() for place in everywhere.T]
     assert np.linalg.matrix_rank(np.array(basis)) == dimension
-    assert sum(part.nnz for part in Fourier(np.ones(len(basis)), everywhere, shape).parts) == dimension
+    assert sum(part.nnz for part in Fourier(np.ones(len(basis)), everywhere, shape).parity_blocks) == dimension
 
 
 @pytest.mark.parametrize(

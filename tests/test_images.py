@@ -79,7 +79,7 @@ def test_copies_of_an_image_are_in_the_same_split():
     rows = image_rows()
     copies = pd.concat([rows, rows.assign(image=[to_file_bytes(image) for image in rows["image"]])])
     task = tasks.from_frame(copies)
-    seen = [{images.digest(image) for image in part["image"]} for part in task.splits.values()]
+    seen = [{images.digest_image(image) for image in part["image"]} for part in task.splits.values()]
     assert sum(map(len, seen)) == len(set().union(*seen)) == 60
 
 

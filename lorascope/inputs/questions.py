@@ -36,29 +36,31 @@ def ask() -> pd.DataFrame:
         belong to one cluster.
     """
     sentences = sources.sentiment()
-    digests = [splits.digest(text) for text in sentences["text"]]
-    known = splits.assign(digests).assign(cluster=sources.clusters(sentences))
-    exchanged = pd.Series([int(each[32:48], 16) % 2 == 1 for each in digests])
-    words = [text.split() for text in sentences["text"]]
-    halves = [
-        " ".join([*line[len(line) // 2 :], *line[: len(line) // 2]] if swap else line)
-        for line, swap in zip(words, exchanged, strict=True)
+    texts = sentences["text"]
+    digests = [splits.digest_text(text) for text in texts]
+    frame = splits.assign(digests).assign(cluster=sources.clusters(sentences))
+    is_exchanged = pd.Series([int(digest[32:48], 16) % 2 == 1 for digest in digests])
+    strength = _choose(sentences["rating"].abs() > _STRONG, "strong", "weak")
+    order = _choose(is_exchanged, "exchanged", "as written")
+    words = [text.split() for text in texts]
+    ordered_texts = pd.Series(map(_join_words, words, is_exchanged))
+    is_long = [len(line) >= _SHORTEST for line in words]
+    questions = [
+        frame.assign(text="sentiment: " + texts, label=sentences["label"], group="sentiment"),
+        frame.assign(text="domain: " + texts, label=sentences["group"], group="domain"),
+        frame.assign(text="strength: " + texts, label=strength, group="strength"),
+        frame.assign(text="order: " + ordered_texts, label=order, group="order")[is_long],
     ]
-    asked = {
-        "sentiment": (sentences["text"], sentences["label"]),
-        "domain": (sentences["text"], sentences["group"]),
-        "strength": (sentences["text"], _choose(sentences["rating"].abs() > _STRONG, "strong", "weak")),
-        "order": (pd.Series(halves), _choose(exchanged, "exchanged", "as written")),
-    }
-    parts = [
-        known.assign(text=f"{question}: " + text, label=label, group=question)
-        for question, (text, label) in asked.items()
-    ]
-    parts[-1] = parts[-1][[len(line) >= _SHORTEST for line in words]]
-    table = pd.concat(parts, ignore_index=True)[["text", "label", "group", "cluster", "split", "draw"]]
-    table = table.assign(digest=table["text"].map(splits.digest)).sort_values(["digest", *table.columns])
-    place = table.groupby(["split", "group"]).cumcount()
-    return table[(table["split"] != "test") | (place < TEST_ROWS)].drop(columns="digest").reset_index(drop=True)
+    table = pd.concat(questions, ignore_index=True)[["text", "label", "group", "cluster", "split", "draw"]]
+    table = table.assign(digest=table["text"].map(splits.digest_text)).sort_values(["digest", *table.columns])
+    position = table.groupby(["split", "group"]).cumcount()
+    return table[(table["split"] != "test") | (position < TEST_ROWS)].drop(columns="digest").reset_index(drop=True)
+
+
+def _join_words(words: list[str], is_exchanged: bool) -> str:
+    """Return a text of these words, with its halves exchanged if wanted."""
+    half = len(words) // 2
+    return " ".join([*words[half:], *words[:half]] if is_exchanged else words)
 
 
 def _choose(condition: pd.Series, true: str, false: str) -> pd.Series:

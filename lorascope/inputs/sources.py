@@ -36,10 +36,10 @@ def read(name: str) -> pd.DataFrame:
     if name in BUNDLED:
         rows = sentiment()
         rows = rows.assign(cluster=clusters(rows))
-        part = name.partition("/")[2]
-        if part == "domains":
+        domain = name.partition("/")[2]
+        if domain == "domains":
             return rows.assign(label=rows["group"]).drop(columns="group")
-        return rows[rows["group"] == part].drop(columns="group") if part else rows
+        return rows[rows["group"] == domain].drop(columns="group") if domain else rows
     path = Path(name).expanduser()
     if (size := len(os.fsencode(path.name))) > _LONGEST:
         raise ValueError(f"task must be a name of at most {_LONGEST} bytes, got {size}")
@@ -47,8 +47,8 @@ def read(name: str) -> pd.DataFrame:
         rows = read_file(path)
         if "image" in rows:
             # Paths are relative to the folder of the file that lists them.
-            found = [str(path.parent / image) if isinstance(image, str) else image for image in rows["image"]]
-            rows = rows.assign(image=pd.Series(found, rows.index, dtype=object))
+            images = [str(path.parent / image) if isinstance(image, str) else image for image in rows["image"]]
+            rows = rows.assign(image=pd.Series(images, rows.index, dtype=object))
         return rows
     if path.is_dir():
         return read_folder(path)
@@ -56,8 +56,10 @@ def read(name: str) -> pd.DataFrame:
         require_regular(path)
         raise ValueError(f"cannot read {printable(path)}: its suffix must be one of {', '.join(_FILES)}")
     near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.88)
-    if near or name.startswith("sentiment/"):
-        raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}?" if near else _unknown_task(name))
+    if near:
+        raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}?")
+    if name.startswith("sentiment/"):
+        raise ValueError(_unknown_task(name))
     return read_hub(name)
 
 
@@ -94,8 +96,8 @@ def _read_ratings(archive: tarfile.TarFile, file: str) -> pd.DataFrame:
     stream = cast(IO[bytes], archive.extractfile(f"hutto_ICWSM_2014/{file}"))
     columns: dict[Any, Any] = {"id": str, "rating": float, "text": str}
     # Quotation marks are part of the sentences.
-    plain: dict[str, Any] = {"quoting": csv.QUOTE_NONE, "keep_default_na": False, "encoding": "utf-8"}
-    lines = pd.read_csv(stream, sep="\t", names=list(columns), dtype=columns, **plain)
+    options: dict[str, Any] = {"quoting": csv.QUOTE_NONE, "keep_default_na": False, "encoding": "utf-8"}
+    lines = pd.read_csv(stream, sep="\t", names=list(columns), dtype=columns, **options)
     clear = lines[lines["rating"].abs() > 0.5]
     label = clear["rating"].gt(0).map({True: "positive", False: "negative"})
     return pd.DataFrame(
@@ -125,8 +127,8 @@ def read_file(path: Path) -> pd.DataFrame:
 
 def read_folder(path: Path) -> pd.DataFrame:
     """Return the images of a folder in the columns image (path) and label (name of the subfolder)."""
-    known = Image.registered_extensions()
-    files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in known]
+    extensions = Image.registered_extensions()
+    files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in extensions]
     if not files:
         raise ValueError(f"cannot read images from {path}: it must have one subfolder of images per label")
     return pd.DataFrame({"image": [str(file) for file in files], "label": [file.parent.name for file in files]})
@@ -146,35 +148,36 @@ def read_hub(name: str) -> pd.DataFrame:
         name = f"nyu-mll/glue:{name.removeprefix('glue/')}"
     path, _, configuration = name.partition(":")
     try:
-        parts = datasets.load_dataset(path, configuration or None)
+        dataset = datasets.load_dataset(path, configuration or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = f"not available on the Hugging Face Hub ({first_line(error)})"
         raise FileNotFoundError(f"{_unknown_task(name)}; {reason}") from None
-    return pd.concat([_canonical(part) for part in parts.values()], ignore_index=True)
+    return pd.concat([_canonical(split) for split in dataset.values()], ignore_index=True)
 
 
-def _canonical(part: Any) -> pd.DataFrame:
+def _canonical(split: Any) -> pd.DataFrame:
     """Return one split under lorascope's column names, with class names instead of class numbers.
 
     A split with prompt and response is returned unchanged. Otherwise the columns are image or text, and label and group
     if they exist. Without a column of that name, the first two columns of texts become text and pair.
     """
-    kinds, rows = part.features, part.to_pandas()
+    kinds, rows = split.features, split.to_pandas()
     if {"prompt", "response"} <= kinds.keys():
         return rows
     images = [column for column, kind in kinds.items() if type(kind).__name__ == "Image"][:1]
     strings = [column for column, kind in kinds.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
-    others = ("label", "group", "domain")
-    texts = ["text"] if "text" in strings else [column for column in strings if column not in others][:2]
-    renamed = dict(zip(images or texts, ["image"] if images else ["text", "pair"], strict=False))
+    texts = [column for column in strings if column not in ("label", "group", "domain")][:2]
+    if "text" in strings:
+        texts = ["text"]
+    new_names = {images[0]: "image"} if images else dict(zip(texts, ("text", "pair"), strict=False))
     classes = [column for column, kind in kinds.items() if column == "label" or hasattr(kind, "names")][:1]
     groups = [column for column in ("group", "domain") if column in rows]
-    rows = rows[[*renamed, *classes, *groups]]
+    rows = rows[[*new_names, *classes, *groups]]
     if classes and hasattr(kinds[classes[0]], "names"):
         # Hidden test labels are stored as -1.
         rows = rows[rows[classes[0]] >= 0]
         rows[classes[0]] = [kinds[classes[0]].names[number] for number in rows[classes[0]]]
-    return rows.rename(columns=renamed | dict.fromkeys(classes, "label"))
+    return rows.rename(columns=new_names | dict.fromkeys(classes, "label"))
 
 
 def _unknown_task(name: str) -> str:

@@ -13,7 +13,7 @@ SPLITS = {"train": 0.7, "validation": 0.8, "test": 1.0}
 RULE = "sha256 of the casefolded text; train below 0.7, validation below 0.8, test the rest"
 
 
-def digest(text: str) -> str:
+def digest_text(text: str) -> str:
     """Return the SHA-256 of a text in hex; texts that differ only in case or the amount of white space have the same.
 
     As all texts of one digest are in the same split, none of them leaks from one split to another.
@@ -23,8 +23,12 @@ def digest(text: str) -> str:
 
 def assign(digests: Iterable[str]) -> pd.DataFrame:
     """Return ``split`` and ``draw`` of each digest: its first two 64-bit numbers, on a scale from 0 to 1."""
-    scaled = [(int(each[start : start + 16], 16) >> 11) / 2**53 for each in digests for start in (0, 16)]
-    place, draw = np.array(scaled).reshape(-1, 2).T
-    return pd.DataFrame(
-        {"split": np.array(list(SPLITS))[np.searchsorted([*SPLITS.values()], place, side="right")], "draw": draw}
-    )
+    numbers = [(_unit_number(digest[:16]), _unit_number(digest[16:32])) for digest in digests]
+    position, draw = np.array(numbers, dtype=np.float64).reshape(-1, 2).T
+    split = np.array(list(SPLITS))[np.searchsorted([*SPLITS.values()], position, side="right")]
+    return pd.DataFrame({"split": split, "draw": draw})
+
+
+def _unit_number(digits: str) -> float:
+    """Return the number in [0, 1) of 16 hex digits: their first 53 bits, which float64 represents."""
+    return (int(digits, 16) >> 11) / 2**53

@@ -26,7 +26,7 @@ def restrict(task: Task, group: str) -> Task:
     """
     if group not in task.groups:
         raise ValueError(f"group must be one of {', '.join(task.groups) or 'none'} of {task.name}, got {group!r}")
-    return _keep(task, (task.table["group"] == group).to_numpy(), f"only {group}", ["group", group])
+    return _select(task, (task.table["group"] == group).to_numpy(), f"only {group}", ["group", group])
 
 
 def subsample(task: Task, number: int, seed: int) -> Task:
@@ -37,10 +37,10 @@ def subsample(task: Task, number: int, seed: int) -> Task:
     ValueError
         The train split has fewer rows, or ``number`` is below 1.
     """
-    places = _shuffled_places(task, seed)
-    if not 1 <= number <= len(places):
-        raise ValueError(f"number must be from 1 to {len(places)}, the training rows of {task.name}, got {number}")
-    return _keep_train(task, places < number, f"{number} training rows, draw {seed}", ["subsample", number, seed])
+    positions = _shuffled_positions(task, seed)
+    if not 1 <= number <= len(positions):
+        raise ValueError(f"number must be from 1 to {len(positions)}, the training rows of {task.name}, got {number}")
+    return _select_train(task, positions < number, f"{number} training rows, draw {seed}", ["subsample", number, seed])
 
 
 def quarter(task: Task, number: int, seed: int) -> Task:
@@ -55,8 +55,8 @@ def quarter(task: Task, number: int, seed: int) -> Task:
     """
     if number not in QUARTERS:
         raise ValueError(f"number must be one of {', '.join(map(str, QUARTERS))}, got {number}")
-    chosen = _shuffled_places(task, seed) % len(QUARTERS) == number - 1
-    return _keep_train(task, chosen, f"random quarter {number}, draw {seed}", ["quarter", number, seed])
+    is_in_quarter = _shuffled_positions(task, seed) % len(QUARTERS) == number - 1
+    return _select_train(task, is_in_quarter, f"random quarter {number}, draw {seed}", ["quarter", number, seed])
 
 
 def first_test_rows(task: Task, number: int) -> Task:
@@ -70,7 +70,7 @@ def first_test_rows(task: Task, number: int) -> Task:
     test = (task.table["split"] == "test").to_numpy()
     if not 1 <= number <= test.sum():
         raise ValueError(f"number must be from 1 to {test.sum()}, the test rows of {task.name}, got {number}")
-    return _keep(task, ~test | (test.cumsum() <= number), f"{number} test rows", ["first test rows", number])
+    return _select(task, ~test | (test.cumsum() <= number), f"{number} test rows", ["first test rows", number])
 
 
 def identify_test_rows(task: Task) -> pd.DataFrame:
@@ -85,30 +85,31 @@ def identify_test_rows(task: Task) -> pd.DataFrame:
     """
     test = task.split("test")
     texts = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in test["prompt" if "prompt" in test else "text"]]
-    found = {"task_hash": task.hash, "row": range(len(test)), "text": texts}
-    absent = {"label": "", "group": "", "cluster": [str(row) for row in range(len(test))]}
-    return pd.DataFrame(found | {name: test.get(name, default) for name, default in absent.items()})
+    columns = {"task_hash": task.hash, "row": range(len(test)), "text": texts}
+    defaults = {"label": "", "group": "", "cluster": list(map(str, range(len(test))))}
+    return pd.DataFrame(columns | {name: test.get(name, default) for name, default in defaults.items()})
 
 
-def _shuffled_places(task: Task, seed: int) -> Int[np.ndarray, "rows"]:
-    """Return the place of each training row in a random order, from 0.
+def _shuffled_positions(task: Task, seed: int) -> Int[np.ndarray, "rows"]:
+    """Return the position of each training row in a random order, from 0.
 
     The order comes from hashes, because random generators of numpy may differ between its versions.
     """
     count = int((task.table["split"] == "train").sum())
     keys = [hashlib.sha256(f"{seed} {row}".encode()).digest() for row in range(count)]
-    places = np.empty(count, dtype=np.int64)
-    places[sorted(range(count), key=keys.__getitem__)] = np.arange(count)
-    return places
+    positions = np.empty(count, dtype=np.int64)
+    positions[sorted(range(count), key=keys.__getitem__)] = np.arange(count)
+    return positions
 
 
-def _keep_train(task: Task, chosen: Bool[np.ndarray, "rows"], name: str, part: list[Any]) -> Task:
-    kept = (task.table["split"] != "train").to_numpy(copy=True)
-    kept[~kept] = chosen
-    return _keep(task, kept, name, part)
+def _select_train(task: Task, train_mask: Bool[np.ndarray, "rows"], name: str, rule: list[Any]) -> Task:
+    """Return the task with some of its training rows, and all others."""
+    mask = (task.table["split"] != "train").to_numpy(copy=True)
+    mask[~mask] = train_mask
+    return _select(task, mask, name, rule)
 
 
-def _keep(task: Task, kept: Bool[np.ndarray, "table_rows"], name: str, part: list[Any]) -> Task:
-    """Return the task with some rows of its table; ``part`` says which, for its hash."""
-    digest = hashlib.sha256(json.dumps([task.hash, *part]).encode()).hexdigest()
-    return replace(task, name=f"{task.name}, {name}", table=task.table[kept].reset_index(drop=True), hash=digest)
+def _select(task: Task, mask: Bool[np.ndarray, "table_rows"], name: str, rule: list[Any]) -> Task:
+    """Return the task with some rows of its table; its hash is of the ``rule`` that selects them."""
+    digest = hashlib.sha256(json.dumps([task.hash, *rule]).encode()).hexdigest()
+    return replace(task, name=f"{task.name}, {name}", table=task.table[mask].reset_index(drop=True), hash=digest)

@@ -18,7 +18,7 @@ from lorascope.inputs import images, questions, sources, splits
 from lorascope.inputs.splits import SPLITS
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, encode_classes, encode_pairs, encode_text
 
-# Part of the class name of a model -> kind of task that its head can do.
+# Kinds of tasks that heads can do, by a part of the class name of the model.
 _HEADS = {
     "ForImageClassification": "image",
     "ForSequenceClassification": "classification",
@@ -89,15 +89,18 @@ class Task:
             raise ValueError(f"unknown split {name!r}; expected one of {', '.join(SPLITS)}, search")
         if not 0 <= search_share < 1:
             raise ValueError(f"search_share must be in [0, 1), got {search_share}")
-        chosen = self.table["split"] == ("train" if name == "search" else name)
+        detail = ""
         if name in ("train", "search"):
-            chosen &= (self.table["draw"] < search_share) == (name == "search")
-        if not chosen.any():
-            detail = f" with search_share={search_share}" if name in ("train", "search") else ""
+            is_search = self.table["draw"] < search_share
+            mask = (self.table["split"] == "train") & (is_search == (name == "search"))
+            detail = f" with search_share={search_share}"
+        else:
+            mask = self.table["split"] == name
+        if not mask.any():
             raise ValueError(
                 f"cannot use the {name} split of {self.name}{detail}: it has none of the {len(self.table)} rows"
             )
-        return self.table[chosen].drop(columns=["split", "draw"]).reset_index(drop=True)
+        return self.table[mask].drop(columns=["split", "draw"]).reset_index(drop=True)
 
     def fit(self, model: nn.Module) -> Task:
         """Return the task in the form that the model's head needs.
@@ -116,14 +119,16 @@ class Task:
             takes, has = ("images", "text") if head == "image" else ("text", "images")
             raise ValueError(f"{cannot}: the task has {has}, but the model takes {takes}")
         if head == self.kind:
-            known = tuple(getattr(model.config, "id2label", {}).values()) if self.classifies else ()
-            return replace(self, labels=known) if set(known) == set(self.labels) and known else self
+            model_labels = tuple(getattr(model.config, "id2label", {}).values()) if self.classifies else ()
+            is_reordered = bool(model_labels) and set(model_labels) == set(self.labels)
+            return replace(self, labels=model_labels) if is_reordered else self
         if head == "classification":
             raise ValueError(f"{cannot}: a classifier needs the column label")
         if self.kind == "classification":
             question = f"Is this text {', '.join(self.labels[:-1])} or {self.labels[-1]}?\n"
             table, texts = self.table, self.table["text"]
-            texts = texts + "\n" + table["pair"] if "pair" in table else texts
+            if "pair" in table:
+                texts = texts + "\n" + table["pair"]
             prompts = question + "Text: " + texts + "\nAnswer: This text is"
             return replace(self, kind=head, table=table.assign(prompt=prompts, response=" " + table["label"]))
         if self.kind == "prompt":
@@ -184,10 +189,8 @@ def load(name: str | os.PathLike[str]) -> Task:
     name = str(name)
     if name == sources.MIXTURE:
         table = questions.ask()
-        columns = [column for column in table if column != "cluster"]
-        return Task(
-            name, "classification", table, tuple(sorted(table["label"].unique())), _hash(questions.RULE, table[columns])
-        )
+        labels = tuple(sorted(table["label"].unique()))
+        return Task(name, "classification", table, labels, _hash(questions.RULE, table.drop(columns="cluster")))
     return from_frame(sources.read(name), name)
 
 
@@ -209,8 +212,8 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
     if rows.empty:
         raise ValueError(f"cannot make a task from {name}: it has no rows")
     rows = rows.rename(columns={"domain": "group"})
-    if twice := rows.columns[rows.columns.duplicated()].tolist():
-        raise ValueError(f"duplicate column {twice[0]!r} in {name} (domain is an alias of group)")
+    if duplicates := rows.columns[rows.columns.duplicated()].tolist():
+        raise ValueError(f"duplicate column {duplicates[0]!r} in {name} (domain is an alias of group)")
     kind, texts = _kind(rows, name)
     if kind == "lm":
         rows = rows[rows["text"].astype(str).str.strip() != ""]
@@ -221,15 +224,13 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
         for column in texts:
             for number, text in enumerate(rows[column].to_list(), start=1):
                 if not isinstance(text, str) or not text.strip():
-                    where = f"{column} in row {number} of {name}"
-                    raise ValueError(f"{where} must be a non-empty string, got {reprlib.repr(text)}")
-        digests = [splits.digest(text) for text in table[texts[0]]]
+                    cell = f"{column} in row {number} of {name}"
+                    raise ValueError(f"{cell} must be a non-empty string, got {reprlib.repr(text)}")
+        digests = [splits.digest_text(text) for text in table[texts[0]]]
     labels: tuple[str, ...] = ()
     if kind in ("classification", "image"):
         table["label"] = _label_names(rows, name)
-        labels = tuple(
-            sorted(table["label"].unique(), key=lambda label: (int(label) if _is_whole_number(label) else 0, label))
-        )
+        labels = tuple(sorted(table["label"].unique(), key=_label_order))
         if len(labels) < 2:
             raise ValueError(f"column label of {name} must have at least 2 classes, got {len(labels)}")
     for column in ("group", "cluster"):
@@ -239,17 +240,20 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
     if "group" in rows:
         table["group"] = rows["group"].astype(str).to_list()
     columns = [str(column) for column in table]
-    shown = table.assign(image=digests)[columns] if kind == "image" else table  # the digest represents an image
-    shown = shown.assign(digest=digests)
+    hashed = table.assign(digest=digests)
+    if kind == "image":
+        hashed["image"] = digests
+    order = ["digest", *columns]
     if "cluster" in rows:
-        table["cluster"] = shown["cluster"] = rows["cluster"].astype(str).to_list()
-    shown = shown.sort_values(["digest", *columns, *shown.columns.intersection(["cluster"])])
-    table = table.loc[shown.index].reset_index(drop=True)
-    table = table.join(splits.assign(shown["digest"]))
+        table["cluster"] = hashed["cluster"] = rows["cluster"].astype(str).to_list()
+        order.append("cluster")
+    hashed = hashed.sort_values(order)
+    table = table.loc[hashed.index].reset_index(drop=True)
+    table = table.join(splits.assign(hashed["digest"]))
     for split in SPLITS:
         if split not in set(table["split"]):
             raise ValueError(f"cannot split {name}: its {split} split has none of the {len(table)} rows")
-    return Task(name, kind, table, labels, _hash(splits.RULE, shown[columns]))
+    return Task(name, kind, table, labels, _hash(splits.RULE, hashed[columns]))
 
 
 def _hash(rule: str, rows: pd.DataFrame) -> str:
@@ -268,9 +272,8 @@ def _kind(rows: pd.DataFrame, name: str) -> tuple[str, list[str]]:
         return "image", ["image"]
     if columns - {"group", "cluster"} == {"text"}:
         return "lm", ["text"]
-    found = ", ".join(map(str, rows.columns))
     allowed = "include text and label, image and label, or prompt and response, or be text only"
-    raise ValueError(f"columns of {name} must {allowed}, got {found}")
+    raise ValueError(f"columns of {name} must {allowed}, got {', '.join(map(str, rows.columns))}")
 
 
 def _image_digests(rows: pd.DataFrame, name: str) -> list[str]:
@@ -278,7 +281,7 @@ def _image_digests(rows: pd.DataFrame, name: str) -> list[str]:
     digests = []
     for number, image in enumerate(rows["image"].to_list(), start=1):
         try:
-            digests.append(images.digest(image))
+            digests.append(images.digest_image(image))
         except (ValueError, FileNotFoundError) as error:
             raise type(error)(f"row {number} of {name}: {error}") from None
     return digests
@@ -303,10 +306,15 @@ def _is_whole_number(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
 
 
+def _label_order(label: str) -> tuple[int, str]:
+    """Return the sort key of a label: numbers by value, all others by name."""
+    return int(label) if _is_whole_number(label) else 0, label
+
+
 def _head_kind(model: nn.Module) -> str:
     """Return the kind of task that a model's head can do: classification, image, prompt (causal LM) or seq2seq."""
     name = type(model).__name__
-    kind = next((kind for part, kind in _HEADS.items() if part in name), None)
+    kind = next((kind for head, kind in _HEADS.items() if head in name), None)
     if kind != "image" and getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(f"cannot use {name}: it takes {model.main_input_name} but does not classify images")
     if kind is None:

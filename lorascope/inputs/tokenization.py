@@ -74,11 +74,11 @@ class Tokens(EncodedRows):
         rows = [int(index) for index in indices]
         inputs = {}
         for key, lists in self.tokens.items():
-            chosen = [lists[row] for row in rows]
-            filled = np.full((len(rows), max(map(len, chosen))), self.padding[key], dtype=np.int64)
-            for line, ids in zip(filled, chosen, strict=True):
+            batch_lists = [lists[row] for row in rows]
+            padded = np.full((len(rows), max(map(len, batch_lists))), self.padding[key], dtype=np.int64)
+            for line, ids in zip(padded, batch_lists, strict=True):
                 line[: len(ids)] = ids
-            inputs[key] = torch.from_numpy(filled)
+            inputs[key] = torch.from_numpy(padded)
         lengths = torch.tensor([len(self.tokens["input_ids"][row]) for row in rows])
         columns = torch.arange(inputs["input_ids"].shape[1])
         inputs["attention_mask"] = (columns < lengths[:, None]).long()
@@ -90,10 +90,10 @@ class Tokens(EncodedRows):
 def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], max_length: int) -> Tokens:
     """Encode texts, or pairs of texts, with class numbers."""
     pairs = {"text_pair": rows["pair"].to_list()} if "pair" in rows else {}
-    found = tokenizer(rows["text"].to_list(), **pairs, truncation=True, max_length=max_length)
-    tokens, padding = {"input_ids": found["input_ids"]}, {"input_ids": tokenizer.pad_token_id}
-    if pairs and "token_type_ids" in found:
-        tokens["token_type_ids"], padding["token_type_ids"] = found["token_type_ids"], 0
+    encoding = tokenizer(rows["text"].to_list(), **pairs, truncation=True, max_length=max_length)
+    tokens, padding = {"input_ids": encoding["input_ids"]}, {"input_ids": tokenizer.pad_token_id}
+    if pairs and "token_type_ids" in encoding:
+        tokens["token_type_ids"], padding["token_type_ids"] = encoding["token_type_ids"], 0
     return Tokens(tokens, padding, classes=numbers(rows, labels), groups=groups_of(rows))
 
 
@@ -114,8 +114,7 @@ def encode_pairs(
     learns where to stop.
     """
     if seq2seq:
-        found = tokenizer(rows["prompt"].to_list(), truncation=True, max_length=max_length)
-        inputs = found["input_ids"]
+        inputs = tokenizer(rows["prompt"].to_list(), truncation=True, max_length=max_length)["input_ids"]
         targets = tokenizer(text_target=rows["response"].str.strip().to_list(), truncation=True, max_length=max_length)
         responses = targets["input_ids"]
     else:
@@ -166,8 +165,8 @@ def _end_ids(tokenizer: Any) -> list[int]:
 
 def numbers(rows: pd.DataFrame, labels: Sequence[str]) -> Int[np.ndarray, "rows"]:
     """Return the class number of each row."""
-    known = {label: number for number, label in enumerate(labels)}
-    return np.array([known[label] for label in rows["label"]], dtype=np.int64)
+    number_of = {label: number for number, label in enumerate(labels)}
+    return np.array([number_of[label] for label in rows["label"]], dtype=np.int64)
 
 
 def groups_of(rows: pd.DataFrame) -> list[str] | None:

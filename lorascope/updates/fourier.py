@@ -60,23 +60,23 @@ def entries(
         raise ValueError(
             f"number of coefficients must be from 1 to {size}, the entries of a {shape[0]} x {shape[1]} weight, got {n}"
         )
-    drawn = _shuffle_places(size, n, seed) if center is None else _draw_in_band(shape, n, seed, center, width)
-    return np.stack(np.divmod(drawn, shape[1]))
+    positions = _shuffled_positions(size, n, seed) if center is None else _draw_in_band(shape, n, seed, center, width)
+    return np.stack(np.divmod(positions, shape[1]))
 
 
-def _shuffle_places(size: int, n: int, seed: int) -> Int[np.ndarray, "n"]:
+def _shuffled_positions(size: int, n: int, seed: int) -> Int[np.ndarray, "n"]:
     # As in torch.randperm, each swap is a 32-bit word modulo the number of positions left.
     swaps = min(n, size - 1)
     words = np.random.RandomState(seed).randint(0, SEEDS, size=swaps, dtype=np.uint32).astype(np.int64)
-    places = np.arange(swaps)
+    positions = np.arange(swaps)
     swapped: dict[int, int] = {}  # values at the positions of earlier swaps; any other position contains its index
-    drawn = []
-    for place, other in zip(places.tolist(), (places + words % (size - places)).tolist(), strict=True):
-        drawn.append(swapped.get(other, other))
-        swapped[other] = swapped.get(place, place)
+    values = []
+    for position, other in zip(positions.tolist(), (positions + words % (size - positions)).tolist(), strict=True):
+        values.append(swapped.get(other, other))
+        swapped[other] = swapped.get(position, position)
     if n == size:
-        drawn.append(swapped.get(size - 1, size - 1))
-    return np.array(drawn, dtype=np.int64)
+        values.append(swapped.get(size - 1, size - 1))
+    return np.array(values, dtype=np.int64)
 
 
 def _draw_in_band(shape: tuple[int, int], n: int, seed: int, center: float, width: float) -> Int[np.ndarray, "n"]:
@@ -236,7 +236,7 @@ class Fourier(Update, form="fourier"):
         return self.scale * np.fft.irfft2(spectrum, s=self.shape)
 
     @cached_property
-    def parts(self) -> tuple[Any, Any]:
+    def parity_blocks(self) -> tuple[Any, Any]:
         """Even and odd part of dW in the basis of cosines or sines, as sparse arrays.
 
         They sum the values of each place: (j, k) and (-j, -k) are one frequency, (j, -k) shares its basis functions.
@@ -254,10 +254,10 @@ class Fourier(Update, form="fourier"):
         values = self.scale / (outer * inner) * as_float64(self.coefficients) * lengths[0] * lengths[1]
         sines = signs[0] * signs[1]
         odd = sines != 0
-        places = folded[0][odd] - 1, folded[1][odd] - 1
+        odd_entries = folded[0][odd] - 1, folded[1][odd] - 1
         return (
             csr_array((values, (folded[0], folded[1])), (outer // 2 + 1, inner // 2 + 1)),
-            csr_array((-(sines * values)[odd], places), ((outer - 1) // 2, (inner - 1) // 2)),
+            csr_array((-(sines * values)[odd], odd_entries), ((outer - 1) // 2, (inner - 1) // 2)),
         )
 
     @property
@@ -265,30 +265,30 @@ class Fourier(Update, form="fourier"):
         """Structural rank of the entries, which is the rank for almost all coefficients."""
         from scipy.sparse.csgraph import structural_rank
 
-        return sum(int(structural_rank(part)) for part in self.parts if part.nnz)
+        return sum(int(structural_rank(block)) for block in self.parity_blocks if block.nnz)
 
     def norm(self) -> float:
         """Compute the Frobenius norm by Parseval's identity."""
-        return float(np.sqrt(sum(np.vdot(part.data, part.data) for part in self.parts)))
+        return float(np.sqrt(sum(np.vdot(block.data, block.data) for block in self.parity_blocks)))
 
     def inner_weight(self, W: Any) -> float:
         """Compute <W, dW> from the coefficients and the transform of W at their entries."""
         if not isinstance(W, np.ndarray):
             W = W.detach().float().cpu().numpy() if W.element_size() < 4 else W.detach().cpu().numpy()
         row, column, _, _ = half_spectrum(self.entries, self.shape)
-        found = np.fft.rfft2(W).real[row, column]
-        return float(self.scale / W.size * np.vdot(as_float64(self.coefficients), as_float64(found)))
+        transform = np.fft.rfft2(W).real[row, column]
+        return float(self.scale / W.size * np.vdot(as_float64(self.coefficients), as_float64(transform)))
 
     def singular_values(self) -> Float[np.ndarray, "k"]:
         """Compute the min(out, in) singular values of both parts, largest first."""
         if not all_finite(self.coefficients):
             return np.full(min(self.shape), np.nan)
-        sigma = [Dense(part.toarray()).singular_values() for part in self.parts]
+        sigma = [Dense(block.toarray()).singular_values() for block in self.parity_blocks]
         return np.sort(np.concatenate(sigma))[::-1]
 
     def energy(self, edges: Float[np.ndarray, "edges"]) -> Float[np.ndarray, "bins"]:
         """Compute ``|dW|^2`` by radius of the frequency: sums between consecutive edges, including the last edge."""
-        even, odd = (part.tocoo() for part in self.parts)
+        even, odd = (block.tocoo() for block in self.parity_blocks)
         distances = np.concatenate([np.hypot(even.row, even.col), np.hypot(odd.row + 1, odd.col + 1)])
         squares = np.concatenate([even.data, odd.data]) ** 2
         return np.histogram(distances, edges, weights=squares)[0]

@@ -45,8 +45,8 @@ class Kronecker(Update, form="kronecker"):
     @property
     def rank(self) -> int:
         """Largest possible rank, the product of those of both matrices."""
-        ranks = (min(part.rank, *part.shape) for part in (self.left, self.right))
-        return next(ranks) * next(ranks)
+        left, right = self.left, self.right
+        return min(left.rank, *left.shape) * min(right.rank, *right.shape)
 
     def dense(self) -> Float[np.ndarray, "out in"]:
         """Compute the update as a matrix."""
@@ -64,19 +64,15 @@ class Kronecker(Update, form="kronecker"):
     def to_factors(self) -> dict[str, Any]:
         """Return ``left`` and ``right``, or for a low-rank matrix its factors, as ``left_A`` and ``left_B``."""
         stored = {}
-        for side, part in (("left", self.left), ("right", self.right)):
-            for name, array in part.to_factors().items():
+        for side, matrix in (("left", self.left), ("right", self.right)):
+            for name, array in matrix.to_factors().items():
                 stored[side if name == "matrix" else f"{side}_{name}"] = array
         return stored
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> Kronecker:
         """Build an update from the arrays of ``to_factors``."""
-        left, right = (
-            Dense(factors[side]) if side in factors else LowRank(factors[f"{side}_B"], factors[f"{side}_A"])
-            for side in ("left", "right")
-        )
-        return cls(left, right, scale)
+        return cls(_matrix(factors, "left"), _matrix(factors, "right"), scale)
 
     @classmethod
     def fits(cls, shapes: Shapes, floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]) -> bool:
@@ -90,3 +86,9 @@ class Kronecker(Update, form="kronecker"):
             if side not in shapes and shapes[f"{side}_B"][1] != shapes[f"{side}_A"][0]:
                 return False
         return all(floats.values())
+
+
+def _matrix(factors: Mapping[str, Any], side: str) -> Update:
+    if side in factors:
+        return Dense(factors[side])
+    return LowRank(factors[f"{side}_B"], factors[f"{side}_A"])

@@ -63,15 +63,15 @@ def stable_rank(sigma: Float[np.ndarray, "k"]) -> float:
 
 def stable_and_effective_ranks(sigmas: Sequence[Float[np.ndarray, "_"]]) -> list[tuple[float, float]]:
     """Compute ``stable_rank`` and ``effective_rank`` of many spectra, those of one length together."""
-    found: dict[int, tuple[float, float]] = {}
+    ranks_by_index: dict[int, tuple[float, float]] = {}
     of_length = defaultdict(list)
     for i, sigma in enumerate(sigmas):
         of_length[len(sigma)].append(i)
-    for chosen in of_length.values():
-        stack = np.stack([sigmas[i] for i in chosen])
+    for indices in of_length.values():
+        stack = np.stack([sigmas[i] for i in indices])
         ranks = np.stack([_inverse_of_largest(_power_fractions(stack, 2)), _exp_entropy(_power_fractions(stack, 1))])
-        found |= zip(chosen, map(tuple, ranks.T.tolist()), strict=True)
-    return [found[i] for i in range(len(sigmas))]
+        ranks_by_index |= zip(indices, map(tuple, ranks.T.tolist()), strict=True)
+    return [ranks_by_index[i] for i in range(len(sigmas))]
 
 
 def _power_fractions(sigma: Float[np.ndarray, "*n k"], power: int) -> Float[np.ndarray, "*n k"]:
@@ -147,7 +147,9 @@ def principal_angles(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"])
     Cosines do not resolve angles below 1e-8, nor do sines resolve angles near 90 degrees. Angles below 45 degrees are
     computed from their sines, larger ones from their cosines.
     """
-    large, small = (as_float64(U1), as_float64(U2)) if U1.shape[1] >= U2.shape[1] else (as_float64(U2), as_float64(U1))
+    large, small = as_float64(U1), as_float64(U2)
+    if large.shape[1] < small.shape[1]:
+        large, small = small, large
     inner = large.T @ small
     cosines = np.linalg.svd(inner, compute_uv=False)
     sines = np.linalg.svd(small - large @ inner, compute_uv=False)[::-1]
@@ -203,10 +205,10 @@ def _are_well_conditioned(cosines: Float[np.ndarray, "n rank rank"]) -> Bool[np.
 
 def _qr_triangle(X: NDArray[np.float64]) -> NDArray[np.float64]:
     """Compute R of X = Q R, in blocks of rows first: QR reads a tall array from memory once per column."""
-    whole = len(X) // _QR_ROWS * _QR_ROWS
-    if whole > _QR_ROWS:
-        blocks: Any = np.linalg.qr(X[:whole].reshape(-1, _QR_ROWS, X.shape[1]), mode="r")
-        X = np.vstack([blocks.reshape(-1, X.shape[1]), X[whole:]])
+    full_rows = len(X) // _QR_ROWS * _QR_ROWS
+    if full_rows > _QR_ROWS:
+        blocks: Any = np.linalg.qr(X[:full_rows].reshape(-1, _QR_ROWS, X.shape[1]), mode="r")
+        X = np.vstack([blocks.reshape(-1, X.shape[1]), X[full_rows:]])
     return np.asarray(np.linalg.qr(X, mode="r"))
 
 
@@ -221,9 +223,10 @@ def stacks(*groups: Sequence[np.ndarray]) -> list[Float[np.ndarray, "_ ..."]]:
         return [np.stack(group, dtype=np.float64) for group in groups]
     if not hasattr(_workspace, "values"):
         _workspace.values = np.empty(_WORKSPACE_VALUES)
-    parts = np.split(_workspace.values[: sum(sizes)], np.cumsum(sizes[:-1]))
-    places = [part.reshape(len(group), *group[0].shape) for part, group in zip(parts, groups, strict=True)]
-    return [np.stack(group, out=place) for group, place in zip(groups, places, strict=True)]
+    stacked = []
+    for group, memory in zip(groups, np.split(_workspace.values[: sum(sizes)], np.cumsum(sizes[:-1])), strict=True):
+        stacked.append(np.stack(group, out=memory.reshape(len(group), *group[0].shape)))
+    return stacked
 
 
 def as_float64(array: Any) -> NDArray[np.float64]:
@@ -249,7 +252,9 @@ def product_inner(W: Any, B: Any, A: Any) -> Any:
     dtype = max((W, B, A), key=lambda X: X.element_size()).dtype
     W, B, A = W.to(dtype), B.to(dtype), A.to(dtype)
     # The smaller of both products takes less time, and A W^T and B^T W take less than W A^T and W^T B.
-    return (((A @ W.T).double() * B.T) if W.shape[0] < W.shape[1] else ((B.T @ W).double() * A)).sum()
+    if W.shape[0] < W.shape[1]:
+        return ((A @ W.T).double() * B.T).sum()
+    return ((B.T @ W).double() * A).sum()
 
 
 def all_finite(*arrays: np.ndarray) -> bool:
@@ -277,9 +282,9 @@ def _grams(factors: Sequence[Any], buffer: np.ndarray | None) -> Float[np.ndarra
             together[len(factor), factor.strides[0] < factor.strides[1]].append(i)
         else:
             result[i] = gram(factor, buffer)
-    for (_, by_column), chosen in together.items():
-        (stack,) = stacks([factors[i].T if by_column else factors[i] for i in chosen])
-        result[chosen] = _tile_gram(stack.swapaxes(1, 2) if by_column else stack)
+    for (_, by_column), indices in together.items():
+        (stack,) = stacks([factors[i].T if by_column else factors[i] for i in indices])
+        result[indices] = _tile_gram(stack.swapaxes(1, 2) if by_column else stack)
     return result
 
 
@@ -330,12 +335,12 @@ def tiles(
     else:
         wide, narrow = wide.reshape(columns, rows).T, narrow.reshape(columns, rows).T
     for start in range(0, height, rows):
-        part = matrix[start : start + rows]
-        count = part.shape[0]
-        if not isinstance(part, np.ndarray):
-            part.read_into(narrow[:count])
-            part = narrow[:count]
-        np.copyto(wide[:count], part)
+        block = matrix[start : start + rows]
+        count = block.shape[0]
+        if not isinstance(block, np.ndarray):
+            block.read_into(narrow[:count])
+            block = narrow[:count]
+        np.copyto(wide[:count], block)
         yield wide[:count]
 
 

@@ -309,7 +309,8 @@ def _has_narrow_factors(update: Update) -> TypeGuard[LowRank]:
 def _change_norms_of_one_shape(batch: Sequence[tuple[int, LowRank, LowRank]]) -> Float[np.ndarray, "pairs"]:
     """Compute the norms of B A - B_0 A_0 = dB A + B_0 dA, NaN where `LowRank.norm` is more accurate."""
     _, now, before = zip(*batch, strict=True)
-    B, A, B0, A0 = stacks(*([getattr(update, name) for update in state] for state in (now, before) for name in "BA"))
+    initial = [update.B for update in before], [update.A for update in before]
+    B, A, B0, A0 = stacks([update.B for update in now], [update.A for update in now], *initial)
     with np.errstate(over="ignore", invalid="ignore"), one_thread():
         dB, dA = np.subtract(B, B0, out=B).swapaxes(1, 2), np.subtract(A, A0, out=A0).swapaxes(1, 2)
         first, last = (dB @ B, A @ A.swapaxes(1, 2)), (B0.swapaxes(1, 2) @ B0, dA.swapaxes(1, 2) @ dA)
@@ -334,8 +335,10 @@ def _rescale(X: Any) -> tuple[Any, int]:
     if 2.0**-400 * values.size < np.vdot(values, values) < 2.0**400:  # the largest is between 2^-200 and 2^200
         return X, 0
     size = max(np.max(values, initial=0), -np.min(values, initial=0))
-    power = 0 if size == 0 or 2.0**-200 < size < 2.0**200 else int(np.frexp(size)[1])
-    return (np.ldexp(X, -power) if power else X), power
+    if size == 0 or 2.0**-200 < size < 2.0**200:
+        return X, 0
+    power = int(np.frexp(size)[1])
+    return np.ldexp(X, -power), power
 
 
 def _cores(

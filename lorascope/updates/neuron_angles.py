@@ -116,8 +116,8 @@ def _is_accurate(sums: Float[np.ndarray, "4 neurons"]) -> Bool[np.ndarray, "neur
     """Return whether the sums of each neuron are accurate: no cancellation, and no over- or underflow in float32."""
     before2, after2, _, error2 = sums
     with np.errstate(invalid="ignore"):
-        kept = (error2 == 0.0) | ((error2 > _SMALL) & (_rotation_squares(sums) >= error2 / 16.0))
-    return np.isfinite(sums).all(axis=0) & (before2 > _SMALL) & (after2 > _SMALL) & kept
+        has_digits = (error2 == 0.0) | ((error2 > _SMALL) & (_rotation_squares(sums) >= error2 / 16.0))
+    return np.isfinite(sums).all(axis=0) & (before2 > _SMALL) & (after2 > _SMALL) & has_digits
 
 
 def _change_sums(
@@ -137,17 +137,17 @@ def _change_sums(
     for start in range(0, W0.shape[0], height):
         rows = slice(start, min(start + height, W0.shape[0]))
         inside = slice(*np.searchsorted(neurons, (rows.start, rows.stop))) if axis == 1 else slice(None)
-        wanted = neurons[inside] - (start if axis == 1 else 0)
-        if not len(wanted):
+        indices = neurons[inside] - (start if axis == 1 else 0)
+        if not len(indices):
             continue
         tile = scratch[:, : rows.stop - start]
-        for part, out in zip((W0[rows], W[rows]), tile, strict=False):
-            if isinstance(part, np.ndarray):
-                np.copyto(out, part)
+        for weights, out in zip((W0[rows], W[rows]), tile, strict=False):
+            if isinstance(weights, np.ndarray):
+                np.copyto(out, weights)
             else:
-                part.read_into(out)
-        if len(wanted) < tile.shape[2 - axis]:
-            tile = tile.take(wanted, 2 - axis)
+                weights.read_into(out)
+        if len(indices) < tile.shape[2 - axis]:
+            tile = tile.take(indices, 2 - axis)
         before, after, error, product = tile
         if scale is not None:
             before *= scale[inside, None] if axis == 1 else scale

@@ -28,7 +28,8 @@ def projections(
 ) -> tuple[Float[np.ndarray, "rank widest_in"], Float[np.ndarray, "widest_out rank"]]:
     """Draw A and B in float32, as ``torch.empty(shape).uniform_`` does on the CPU with a generator of this seed."""
     words = np.random.RandomState(seed)
-    A, B = (uniform(words, shape, np.sqrt(6.0 / shape[1])) for shape in ((rank, widest_in), (widest_out, rank)))
+    A = uniform(words, (rank, widest_in), np.sqrt(6.0 / widest_in))
+    B = uniform(words, (widest_out, rank), np.sqrt(6.0 / rank))
     return A, B
 
 
@@ -36,8 +37,8 @@ def uniform(
     words: np.random.RandomState, shape: tuple[int, ...], bound: float | None = None
 ) -> Float[np.ndarray, "..."]:
     """Draw float32 values as torch does on the CPU: by ``uniform_(-bound, bound)``, or by ``rand`` without a bound."""
-    drawn = words.randint(0, 1 << 32, size=math.prod(shape), dtype=np.uint32) & np.uint32((1 << 24) - 1)
-    values = drawn * 2.0**-24
+    bits = words.randint(0, 1 << 32, size=math.prod(shape), dtype=np.uint32) & np.uint32((1 << 24) - 1)
+    values = bits * 2.0**-24
     if bound is not None:
         limit = float(np.float32(bound))
         values = values * (2 * limit) - limit  # rounded once, as by a fused multiply-add

@@ -92,8 +92,8 @@ class WeightDecomposed(Update, form="weight_decomposed"):
 
     def to_factors(self) -> dict[str, Any]:
         """Return A, B, the magnitude and, if it is known, W_0."""
-        known = {} if self.W0 is None else {"W0": self.W0}
-        return {"A": self.A, "B": self.B, "magnitude": self.magnitude, **known}
+        base = {} if self.W0 is None else {"W0": self.W0}
+        return {"A": self.A, "B": self.B, "magnitude": self.magnitude, **base}
 
     @classmethod
     def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> WeightDecomposed:
@@ -113,9 +113,9 @@ def set_magnitude(
     V: Float[np.ndarray, "out in"], magnitude: Float[np.ndarray, "out"] | Float[np.ndarray, "1 inputs"]
 ) -> Float[np.ndarray, "out in"]:
     """Rescale the rows of a weight, or its columns, to the norms ``magnitude``; see `WeightDecomposed`."""
-    wanted = as_float64(magnitude)
+    norms = as_float64(magnitude)
     # A zero row has no direction; PEFT also divides by zero there.
-    if wanted.ndim == 1:
-        return V * (wanted.reshape(-1, 1) / np.linalg.norm(V, axis=1, keepdims=True))
-    groups = V.reshape(len(V), wanted.size, -1)
-    return (groups * (wanted.reshape(1, -1, 1) / np.linalg.norm(groups, axis=(0, 2), keepdims=True))).reshape(V.shape)
+    if norms.ndim == 1:
+        return V * (norms.reshape(-1, 1) / np.linalg.norm(V, axis=1, keepdims=True))
+    groups = V.reshape(len(V), norms.size, -1)
+    return (groups * (norms.reshape(1, -1, 1) / np.linalg.norm(groups, axis=(0, 2), keepdims=True))).reshape(V.shape)

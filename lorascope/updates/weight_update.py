@@ -201,8 +201,9 @@ def form_named(name: str | None, factors: Iterable[str]) -> type[Update]:
     names = set(factors)
     if name is not None:
         if name not in FORMS:
-            known = ", ".join(FORMS)
-            raise ValueError(f"unknown form of update {name!r}; expected one of {known}, or import its package")
+            raise ValueError(
+                f"unknown form of update {name!r}; expected one of {', '.join(FORMS)}, or import its package"
+            )
         return FORMS[name]
     fitting = [form for form in FORMS.values() if form.required and form.required <= names]
     if not fitting:

@@ -189,7 +189,7 @@ class _Replay:
         for start in range(0, len(moves), copies):
             chunk = moves[start : start + copies]
             forwards = self._replay_forwards(before, len(chunk))
-            # Asked for every chunk, because a pass may overwrite the stored output.
+            # Checked for every chunk, because a pass may overwrite the stored output.
             only_call = calls[0] if self._is_only_call(calls[0]) else None
             forwards[module] = _patch_forward(module, only_call, chunk)
             with _replace_forwards(forwards):

@@ -13,7 +13,7 @@ from joblib import Parallel, delayed
 
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.doctor import findings
-from lorascope.diagnosis.inspection import inspect, mean_without_nan, pool_norms
+from lorascope.diagnosis.inspection import inspect, pool_norms
 from lorascope.extras import requirement
 from lorascope.files.hub import locate
 from lorascope.runs.adapter import Adapter
@@ -92,6 +92,7 @@ def measure_adapter(path: str | Path, base: str | Path | None = None) -> Surveye
         run = load(locate(path), base)
         modules = inspect(run).measured
         ranks = [module.rank for module in modules if module.rank is not None]
+        effective_ranks = [module.effective_rank for module in modules if np.isfinite(module.effective_rank)]
         causes = dict.fromkeys(finding.cause for finding in findings(Case(run)))
         return Surveyed(
             path=str(path),
@@ -102,7 +103,7 @@ def measure_adapter(path: str | Path, base: str | Path | None = None) -> Surveye
             least_rank=min(ranks, default=None),
             most_rank=max(ranks, default=None),
             update_norm=pool_norms(module.update_norm for module in modules),
-            effective_rank=mean_without_nan(module.effective_rank for module in modules),
+            effective_rank=float(np.mean(effective_ranks)) if effective_ranks else np.nan,
             findings=" ".join(causes),
         )
     except (ModuleNotFoundError, OSError, ValueError) as error:

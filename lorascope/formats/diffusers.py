@@ -41,14 +41,17 @@ def read_diffusers(
         component, _, inside = module.partition(".")
         if component in components:
             return _scale(components[component], inside)
-        return _scale(components[""], module) if "" in components else lambda rank: 1.0
+        if "" in components:
+            return _scale(components[""], module)
+        return lambda rank: 1.0
 
     adapter = image_adapter(path, config, files, base, scale, "diffusers")
     if not components:
         return replace(adapter, notes=(_UNKNOWN, *adapter.notes))
-    bases = {str(name) for values in settings.values() if (name := values.get("base_model_name_or_path"))}
-    description = {"base_model_name_or_path": bases.pop()} if len(bases) == 1 else {}
-    return replace(adapter, config=description | adapter.config)
+    bases = {str(values.get("base_model_name_or_path") or "") for values in settings.values()} - {""}
+    if len(bases) != 1:
+        return adapter
+    return replace(adapter, config={"base_model_name_or_path": bases.pop()} | adapter.config)
 
 
 def _scale(settings: RanksAndScales, module: str) -> Scale:

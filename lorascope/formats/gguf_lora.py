@@ -43,14 +43,13 @@ def read_gguf(
         if missing := {"lora_a", "lora_b"} - factors.keys():
             raise unreadable(path, f"{printable(module)} has no {min(missing)}")
         a, b = factors["lora_a"], factors["lora_b"]
-        if a.shape[0] != b.shape[1] or not a.shape[0]:
-            raise unreadable(
-                path, f"{printable(module)} must have factors of one rank, got {a.shape[0]} and {b.shape[1]}"
-            )
-        updates[module] = StoredLoRA(b, a, alpha / a.shape[0] if alpha else 1.0, module == _EMBEDDING)
+        rank = a.shape[0]
+        if rank != b.shape[1] or not rank:
+            raise unreadable(path, f"{printable(module)} must have factors of one rank, got {rank} and {b.shape[1]}")
+        updates[module] = StoredLoRA(b, a, alpha / rank if alpha else 1.0, module == _EMBEDDING)
     if not updates:
         raise unreadable(path, "it has no tensor whose name ends in .lora_a")
     model = config.get("general.base_model.0.name") or config.get("general.architecture")
     described = {"spelling": "gguf", "lora_alpha": alpha, "base_model_name_or_path": str(model or "unknown")}
-    notes = (_PERMUTED,) if any(re.search(r"\.attn_[qk]$", module) for module in updates) else ()
+    notes = (_PERMUTED,) * any(module.endswith((".attn_q", ".attn_k")) for module in updates)
     return AdapterFiles(path, described, updates, other_names, files, notes=notes)

@@ -73,9 +73,8 @@ def _hydra_part(path: Path, module: str, factors: Mapping[str, StoredTensor], co
     # Count the factors, because a number in a name may be arbitrarily large.
     count = max(sum(factor[0] == "B" for factor in factors), 1)
     expected_names = ["A", "route", *(f"B{number}" for number in range(count))]
-    missing = next((factor for factor in expected_names if factor not in factors), None)
-    if missing is not None:
-        raise unreadable(path, f"{name} has no lora_{missing}")
+    if missing := [factor for factor in expected_names if factor not in factors]:
+        raise unreadable(path, f"{name} has no lora_{missing[0]}")
     A, router, *heads = (factors[factor] for factor in expected_names)
     if router.shape[0] != count:
         raise unreadable(path, f"router of {name} must have {count} rows, one per expert, got {router.shape[0]}")

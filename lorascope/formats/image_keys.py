@@ -13,9 +13,8 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.formats.peft_lora import float_factor
-from lorascope.formats.stored_update import StoredTensor
-from lorascope.schema.module_roles import parse, position
+from lorascope.formats.peft_lora import require_factor
+from lorascope.formats.stored_update import StoredTensor, in_order, stored_tensors
 
 Tensors = dict[str, StoredTensor]
 """Tensors of one module by factor."""
@@ -97,11 +96,11 @@ def _module(name: str, number: str) -> str:
     if above and number:  # XLabs
         return f"{above}.{_ATTENTION.get(number, 'processor')}.{leaf}"
     if above:
-        return f"{above}.to_out.0" if leaf == "to_out" else f"{above}.{leaf}"
+        return f"{above}.{'to_out.0' if leaf == 'to_out' else leaf}"
     return re.sub(r"^((?:[^.]+\.)?)base_model\.model\.", r"\1", name)
 
 
-def group_parts(
+def group_tensors(
     files: Iterable[TensorFile], rename: Callable[[str], str], has_weight: Callable[[str], bool]
 ) -> tuple[dict[str, Tensors], tuple[str, ...]]:
     """Group the tensors by module, ordered by layer and role, and return the names of all other tensors.
@@ -121,17 +120,18 @@ def group_parts(
     """
     module_tensors: dict[str, Tensors] = {}
     other_names = []
-    for file in files:
-        for name in file:
-            split = split_key(name)
-            if split is None:
-                other_names.append(name)
-                continue
-            module, factor = rename(split[0]), split[1]
-            tensors = module_tensors.setdefault(module, {})
-            if factor in tensors:
-                raise unreadable(file.path, f"{printable(module)} has {factor} twice, in two spellings")
-            tensors[factor] = StoredTensor(file, name) if factor in _NUMBERS else float_factor(file, name)
+    for tensor in stored_tensors(files):
+        split = split_key(tensor.name)
+        if split is None:
+            other_names.append(tensor.name)
+            continue
+        module, factor = rename(split[0]), split[1]
+        tensors = module_tensors.setdefault(module, {})
+        if factor in tensors:
+            raise unreadable(tensor.file.path, f"{printable(module)} has {factor} twice, in two spellings")
+        if factor not in _NUMBERS:
+            require_factor(tensor)
+        tensors[factor] = tensor
     for module, tensors in list(module_tensors.items()):
         if "weight" in tensors and "on_input" not in tensors:  # weights of the model itself
             other_names.append(tensors.pop("weight").name)
@@ -139,5 +139,4 @@ def group_parts(
             other_names.append(tensors.pop("set_weight").name)
         if not tensors:
             del module_tensors[module]
-    ordered = sorted(module_tensors, key=lambda module: position(*parse(module)))
-    return {module: module_tensors[module] for module in ordered}, tuple(other_names)
+    return in_order(module_tensors), tuple(other_names)

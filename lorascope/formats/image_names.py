@@ -50,10 +50,12 @@ _OUTSIDE = {
     "txt_in": "context_embedder",
     "final_layer_linear": "proj_out",
     "final_layer_adaLN_modulation_1": "norm_out_linear",
-} | {
-    f"{short}_in_{side}_layer": f"time_text_embed_{name}_embedder_linear_{number}"
-    for short, name in {"time": "timestep", "vector": "text", "guidance": "guidance"}.items()
-    for number, side in enumerate(("in", "out"), 1)
+    "time_in_in_layer": "time_text_embed_timestep_embedder_linear_1",
+    "time_in_out_layer": "time_text_embed_timestep_embedder_linear_2",
+    "vector_in_in_layer": "time_text_embed_text_embedder_linear_1",
+    "vector_in_out_layer": "time_text_embed_text_embedder_linear_2",
+    "guidance_in_in_layer": "time_text_embed_guidance_embedder_linear_1",
+    "guidance_in_out_layer": "time_text_embed_guidance_embedder_linear_2",
 }
 _FLUX = re.compile(r"(double|single)_blocks_(\d+)_(.+)")
 _FLUX_NAMES = {
@@ -102,22 +104,29 @@ class BaseNames:
     def find(self, name: str) -> tuple[str, ...]:
         """Return the modules of the base that an adapter gives this name, in the order of their rows; () if none."""
         prefix = _ORIGINAL.match(name) or ("." not in name and FLATTENED.match(name)) or _BLOCKS.match(name)
-        if not prefix or name in self._modules:
-            return (name,) if name in self._modules else ()
+        if name in self._modules:
+            return (name,)
+        if not prefix:
+            return ()
         flat = name[prefix.end() :].replace(".", "_")
         component = _COMPONENTS.get(prefix[0].strip("_"))
-        components = _DENOISERS if component is None else (component,)
+        components = (component,) if component else _DENOISERS
         for names in ((flat,), to_diffusers(flat)):
-            modules = [self._only(inside, components) for inside in names]
+            modules = tuple(self._only_module(inside, components) for inside in names)
             if all(modules):
-                return tuple(modules)
-        longer = [module for end in self._ends.names_with_end(f"_{flat}") for module in self._flat[end]]
-        return (longer[0],) if len(longer) == 1 else ()
+                return modules
+        longer: list[str] = []
+        for end in self._ends.names_with_end(f"_{flat}"):
+            longer += self._flat[end]
+        return tuple(longer) if len(longer) == 1 else ()
 
-    def _only(self, flat: str, components: Iterable[str]) -> str:
+    def _only_module(self, flat: str, components: Iterable[str]) -> str:
         """Return the only module of this name, with or without one of the components; "" if there is none."""
-        names = (*(f"{component}_{flat}" for component in components), flat)
-        return next((modules[0] for name in names if len(modules := self._flat.get(name, [])) == 1), "")
+        for name in (*(f"{component}_{flat}" for component in components), flat):
+            modules = self._flat.get(name, [])
+            if len(modules) == 1:
+                return modules[0]
+        return ""
 
 
 def swaps_halves(name: str, module: str) -> bool:
@@ -141,12 +150,12 @@ def _unet_name(match: re.Match[str]) -> str:
     inside = _RESNET.get(inside, inside)
     if side == "middle":
         return f"mid_block_{_MIDDLE.get(number)}_{inside}"
+    # The first input block is the convolution before all blocks of diffusers.
     block, index = divmod(number - (side == "input"), 3)
-    stem = "down_blocks" if side == "input" else "up_blocks"
+    half = "down" if side == "input" else "up"
     if inside == "op" or (side == "output" and inside == "conv"):
-        sampler = "downsamplers" if side == "input" else "upsamplers"
-        return f"{stem}_{block}_{sampler}_0_conv"
-    return f"{stem}_{block}_{'attentions' if position else 'resnets'}_{index}_{inside}"
+        return f"{half}_blocks_{block}_{half}samplers_0_conv"
+    return f"{half}_blocks_{block}_{('resnets', 'attentions')[position > 0]}_{index}_{inside}"
 
 
 def to_authors(name: str) -> str:
@@ -155,10 +164,16 @@ def to_authors(name: str) -> str:
         return _UNET_OUTSIDE.get(name, "")
     side, kind, inside = match["side"], match["kind"], match["inside"]
     block, index = int(match["block"] or 0), int(match["index"])
-    inside = _RESNET_AUTHORS.get(inside, inside) if kind == "resnets" else inside
+    if kind == "resnets":
+        inside = _RESNET_AUTHORS.get(inside, inside)
     if side == "mid":
-        return f"middle_block_{2 * index if kind == 'resnets' else 1}_{inside}"
-    if kind.endswith("samplers"):
-        return f"input_blocks_{3 * block + 3}_0_op" if side == "down" else f"output_blocks_{3 * block + 2}_2_conv"
-    number = 3 * block + index + (side == "down")
-    return f"{'input' if side == 'down' else 'output'}_blocks_{number}_{int(kind == 'attentions')}_{inside}"
+        number = 2 * index if kind == "resnets" else 1
+        return f"middle_block_{number}_{inside}"
+    if kind == "downsamplers":
+        return f"input_blocks_{3 * block + 3}_0_op"
+    if kind == "upsamplers":
+        return f"output_blocks_{3 * block + 2}_2_conv"
+    position = int(kind == "attentions")
+    if side == "down":
+        return f"input_blocks_{3 * block + index + 1}_{position}_{inside}"
+    return f"output_blocks_{3 * block + index}_{position}_{inside}"

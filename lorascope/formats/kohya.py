@@ -9,7 +9,8 @@ Source: kohya-ss/sd-scripts (``networks``), lycoris-lora 4.1.3, ComfyUI (``comfy
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import parse_json, unreadable
 from lorascope.formats.fused_rows import split_rows, swap_halves
-from lorascope.formats.image_keys import Tensors, group_parts, is_diffusers, is_image_adapter
+from lorascope.formats.image_keys import Tensors, group_tensors, is_diffusers, is_image_adapter
 from lorascope.formats.image_names import BaseNames, swaps_halves
 from lorascope.formats.lycoris import LycorisModule, Scale, read_module
+from lorascope.formats.peft_lora import no_factors
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
@@ -32,7 +34,7 @@ BASE_KEYS = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_nam
 # Metadata that describes the training; trainers also write the tags of all images.
 _DESCRIPTION = ("ss_network_module", "ss_network_dim", "ss_network_alpha", "ss_network_args", *BASE_KEYS)
 _MAGNITUDES = {"dora_scale", "magnitude"}
-_MANY = 1e-6  # relative difference of two equal values of alpha, which float16 rounds
+_ROUNDING = 1e-6  # relative difference of two equal values of alpha, which float16 rounds
 
 
 @reads(
@@ -46,10 +48,10 @@ def read_kohya(
     alphas: list[float] = []
 
     def scale(module: str, tensors: Tensors) -> Scale:
-        alpha, scalar = (_value(path, tensors[name]) if name in tensors else None for name in ("alpha", "scalar"))
-        if alpha is not None and "oft_blocks" not in tensors:
+        factor = _value(path, tensors["scalar"]) if "scalar" in tensors else 1.0
+        alpha = _value(path, tensors["alpha"]) if "alpha" in tensors else 0.0
+        if "alpha" in tensors and "oft_blocks" not in tensors:
             alphas.append(alpha)
-        factor = 1.0 if scalar is None else scalar
         return lambda rank: factor * alpha / rank if alpha else factor
 
     adapter = image_adapter(path, config, files, base, scale, "kohya")
@@ -75,37 +77,42 @@ def image_adapter(
     spelling : str
         Name of the format.
     """
-    names = BaseNames(() if base is None else base.all_modules())
+    names = BaseNames(base.all_modules() if base else ())
 
     def rename(module: str) -> str:
         modules = names.find(module)
-        return modules[0] if len(modules) == 1 and not swaps_halves(module, modules[0]) else module
+        if len(modules) != 1 or swaps_halves(module, modules[0]):
+            return module
+        return modules[0]
 
-    module_tensors, other_names = group_parts(
-        files, rename, lambda module: base is not None and base.has_weight(module)
-    )
+    def has_weight(module: str) -> bool:
+        return base is not None and base.has_weight(module)
+
+    module_tensors, other_names = group_tensors(files, rename, has_weight)
     updates: dict[str, StoredUpdate] = {}
     kinds: dict[str, None] = {}
     for name, tensors in module_tensors.items():
-        weights = base if base is not None and base.has_weight(name) else None
+        weights = base if has_weight(name) else None
         kind, update = read_module(LycorisModule(path, name, tensors, scale(name, tensors), weights))
         kinds[kind] = None
+        fused = names.find(name)
         # The magnitudes of DoRA require the weights of all rows.
-        fused = names.find(name) if weights is None and not _MAGNITUDES & tensors.keys() else ()
-        if base is None or not fused:
+        if base is None or weights is not None or not fused or _MAGNITUDES & tensors.keys():
             updates[name] = update
         elif swaps_halves(name, fused[0]):
             updates[fused[0]] = swap_halves(path, update, fused[0], base)
         else:
             updates |= split_rows(path, update, fused, base)
     if not updates:
-        raise unreadable(path, f"it has no factors, got {printable(next(iter(other_names), 'no tensor'))}")
-    decomposed = any(_MAGNITUDES & tensors.keys() for tensors in module_tensors.values())
-    if decomposed and kinds.keys() == {"LoRA"}:
+        raise no_factors(path, "it has no factors", other_names)
+    factor_names = set().union(*module_tensors.values())
+    if _MAGNITUDES & factor_names and kinds.keys() == {"LoRA"}:
         kinds = {"DoRA": None}
-    described = {"spelling": spelling} | {key: config[key] for key in _DESCRIPTION if isinstance(config.get(key), str)}
-    model = next((described[key] for key in BASE_KEYS if described.get(key)), None)
-    described |= {"base_model_name_or_path": model} if model else {}
+    described = {"spelling": spelling}
+    described |= {key: config[key] for key in _DESCRIPTION if isinstance(config.get(key), str)}
+    models = [described[key] for key in BASE_KEYS if described.get(key)]
+    if models:
+        described["base_model_name_or_path"] = models[0]
     needs_base = bool(kinds.keys() & {"IA3", "GLoRA", "OFT"})
     notes = tuple(_magnitude_notes(module_tensors, "DoRA" in kinds, base is not None))
     return AdapterFiles(path, described, updates, other_names, files, " and ".join(kinds), needs_base, notes)
@@ -129,25 +136,22 @@ def _magnitude_notes(module_tensors: Mapping[str, Tensors], plain: bool, has_bas
         yield "ComfyUI divides dora_scale by the row norms of the base instead of base + update, so its update differs"
 
 
-def _notes(config: Mapping[str, Any], alphas: Collection[float]) -> Iterator[str]:
+def _notes(config: Mapping[str, Any], alphas: list[float]) -> Iterator[str]:
     """Yield the known differences between what was trained and what readers of a file apply."""
     arguments = config.get("ss_network_args")
-    try:
-        split = parse_json(arguments, "ss_network_args") if isinstance(arguments, str) else {}
-    except ValueError:
-        split = {}
-    if isinstance(split, dict) and str(split.get("split_qkv")).lower() == "true":
+    with suppress(ValueError):
+        arguments = parse_json(arguments, "ss_network_args") if isinstance(arguments, str) else {}
+    if isinstance(arguments, dict) and str(arguments.get("split_qkv")).lower() == "true":
         yield (
             "trained with split_qkv: fused modules have 3 or 4 times the rank at the same alpha, "
             "so all readers apply a third or a quarter of the trained scale there"
         )
-    if zeros := sum(alpha == 0 for alpha in alphas):
+    if zeros := alphas.count(0):
         yield f"alpha is 0 in {zeros} modules: kohya and LyCORIS use the rank instead, as here, but ComfyUI uses 0"
-    stated = config.get("ss_network_alpha")
-    try:
-        header = float(stated) if isinstance(stated, str) else np.nan
-    except ValueError:
-        header = np.nan
-    if alphas and not any(abs(alpha - header) <= _MANY * abs(header) for alpha in alphas) and np.isfinite(header):
+    header = np.nan
+    if isinstance(stated := config.get("ss_network_alpha"), str):
+        with suppress(ValueError):
+            header = float(stated)
+    if alphas and np.isfinite(header) and not np.isclose(alphas, header, _ROUNDING, 0.0).any():
         values = " to ".join(f"{value:g}" for value in sorted({min(alphas), max(alphas)}))
         yield f"the header says alpha {header:g}, the tensors {values}: the tensors decide"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import unreadable
 from lorascope.formats.image_keys import Tensors
@@ -69,7 +70,8 @@ class LycorisModule:
     def require_no_kernel(self, *names: str) -> None:
         """Raise a ValueError if one of these tensors has a kernel larger than 1."""
         for name in names:
-            if self.tensors[name].shape != (shape := stored_shape(self.tensors[name]))[:2]:
+            shape = stored_shape(self.tensors[name])
+            if self.tensors[name].shape != shape[:2]:
                 raise self.error(f"must have {name} with a kernel of 1, got shape {shape}")
 
     def pick(self, *names: str) -> Tensors:
@@ -113,9 +115,9 @@ def read_module(module: LycorisModule) -> tuple[str, StoredUpdate]:
 
 
 def _lora(module: LycorisModule) -> StoredUpdate:
-    spelled = {"A": "lora_down (lora_A)", "B": "lora_up (lora_B)"}
-    if missing := [spelling for factor, spelling in spelled.items() if factor not in module.tensors]:
-        raise module.error(f"has no {' and no '.join(missing)}")
+    for factor, spelling in {"A": "lora_down (lora_A)", "B": "lora_up (lora_B)"}.items():
+        if factor not in module.tensors:
+            raise module.error(f"has no {spelling}")
     A, B = module.tensors["A"], module.tensors["B"]
     if "mid" in module.tensors:
         sizes = module.check({"B": "out rank *", "mid": "rank inner *", "A": "inner in *"})
@@ -131,9 +133,14 @@ def _lora(module: LycorisModule) -> StoredUpdate:
 
 def _tucker(scale: float, arrays: Arrays) -> Update:
     """Return the product of up (out, rank) and the core (rank, inner, kernel) times down (inner, in)."""
-    core, up, down = (as_float64(arrays[name]) for name in ("mid", "B", "A"))
-    A = np.einsum("mn...,nj->mj...", core, down.reshape(len(down), -1)).reshape(len(core), -1)
-    return LowRank(up.reshape(len(up), -1), A, scale)
+    core, up, down = as_float64(arrays["mid"]), flat(arrays["B"]), flat(arrays["A"])
+    A = np.einsum("mn...,nj->mj...", core, down).reshape(len(core), -1)
+    return LowRank(up, A, scale)
+
+
+def flat(array: np.ndarray) -> Float[np.ndarray, "rows columns"]:
+    """Return an array in float64 as a matrix; the kernel of a convolution is part of the columns."""
+    return as_float64(array).reshape(len(array), -1)
 
 
 def _loha(module: LycorisModule) -> StoredUpdate:
@@ -145,22 +152,21 @@ def _loha(module: LycorisModule) -> StoredUpdate:
 def _lokr(module: LycorisModule) -> StoredUpdate:
     shapes = kronecker_shapes(module.tensors)
     sizes = module.check(shapes)
-    scale = module.scale_of(sizes["r"]) if "r" in sizes else 1.0
+    scale = 1.0
+    if "r" in sizes:
+        scale = module.scale_of(sizes["r"])
     return kronecker_part(module.pick(*shapes), sizes, scale)
 
 
 def _full(module: LycorisModule) -> StoredUpdate:
     tensors = module.pick("diff", "w_norm", "set_weight")
     tensor = next(iter(tensors.values()))
-    build = partial(_from_base, module) if "set_weight" in tensors else _difference
-    return StoredFactors(tensors, tensor.shape, min(tensor.shape), build, thin=False)
+    return StoredFactors(tensors, tensor.shape, min(tensor.shape), partial(_difference, module), thin=False)
 
 
-def _from_base(module: LycorisModule, arrays: Arrays) -> Update:
-    return Dense(as_float64(arrays["set_weight"]).reshape(len(arrays["set_weight"]), -1) - module.weight())
-
-
-def _difference(arrays: Arrays) -> Update:
+def _difference(module: LycorisModule, arrays: Arrays) -> Update:
+    if "set_weight" in arrays:
+        return Dense(flat(arrays["set_weight"]) - module.weight())
     matrix = next(iter(arrays.values()))
     return Dense(matrix.reshape(len(matrix), -1))
 
@@ -174,15 +180,17 @@ def _ia3(module: LycorisModule) -> StoredUpdate:
         raise module.error("has on_input but no weight")
     count = int(np.prod(stored_shape(module.tensors["weight"])))
     if not count or sides[on_input] % count or (count != sides[0] and not on_input):
-        raise module.error(f"must have a weight for each of {sides[on_input]} {'inputs' if on_input else 'outputs'}")
+        raise module.error(f"must have a weight for each of {sides[on_input]} {('outputs', 'inputs')[on_input]}")
     build = partial(_rescaled, module, on_input)
     return StoredFactors(module.pick("weight"), sides, min(sides), build, thin=False)
 
 
 def _rescaled(module: LycorisModule, on_input: bool, arrays: Arrays) -> Update:
     W, factor = module.weight(), as_float64(arrays["weight"]).reshape(-1)
+    if not on_input:
+        return Dense(W * factor[:, None])
     # The inputs of a convolution have one column for each value of the kernel.
-    return Dense(W * (np.repeat(factor, W.shape[1] // factor.size) if on_input else factor[:, None]))
+    return Dense(W * np.repeat(factor, W.shape[1] // factor.size))
 
 
 def _glora(module: LycorisModule) -> StoredUpdate:
@@ -191,17 +199,19 @@ def _glora(module: LycorisModule) -> StoredUpdate:
     sides = module.base_shape("GLoRA")
     sizes = module.check({"a1": "in rank *", "a2": "rank in *", "b1": "out rank *", "b2": "rank in *"}, out=sides[0])
     module.require_no_kernel("a1", "a2", "b1")
-    kernel = sides[1] // sizes["in"] if sizes["in"] else 0
+    kernel = sides[1] // sizes["in"]
     if module.tensors["b2"].shape[1] != sides[1] or kernel * sizes["in"] != sides[1]:
         raise module.error(f"must have b2 with {sides[1]} columns, got {module.tensors['b2'].shape[1]}")
-    scale, thin = module.scale_of(sizes["rank"]), kernel == 1 and 2 * sizes["rank"] < min(sides)
+    scale, rank = module.scale_of(sizes["rank"]), min(2 * sizes["rank"], *sides)
+    thin = kernel == 1 and rank < min(sides)
+    if not thin:
+        rank = min(sides)
     build = partial(_added_and_multiplied, module, scale, thin)
-    rank = 2 * sizes["rank"] if thin else min(sides)
     return StoredFactors(module.pick("a1", "a2", "b1", "b2"), sides, rank, build, scale, thin=thin)
 
 
 def _added_and_multiplied(module: LycorisModule, scale: float, thin: bool, arrays: Arrays) -> Update:
-    a1, a2, b1, b2 = (as_float64(arrays[name]).reshape(len(arrays[name]), -1) for name in ("a1", "a2", "b1", "b2"))
+    a1, a2, b1, b2 = (flat(arrays[name]) for name in ("a1", "a2", "b1", "b2"))
     W = module.weight()
     if thin:
         return LowRank(np.hstack([b1, W @ a1]), np.vstack([b2, a2]), scale)
@@ -217,9 +227,10 @@ def _oft(module: LycorisModule) -> StoredUpdate:
     outer = sides[0]
     if len(shape) not in (3, 4) or shape[-1] != shape[-2] or shape[-3] * shape[-1] != outer:
         raise module.error(f"must have square oft_blocks for {outer} rows in total, got shape {shape}")
-    steps = range(shape[0]) if len(shape) == 4 else ()
-    if any(outer % (2**step * shape[-1]) for step in steps) or (steps and shape[-1] % 2):
-        raise module.error(f"must have <= log2 of {outer} / {shape[-1]} steps, got {shape[0]}")
+    if kind == "BOFT":
+        for step in range(shape[0]):  # each one mixes rows that are twice as far apart
+            if outer % (2**step * shape[-1]) or shape[-1] % 2:
+                raise module.error(f"must have <= log2 of {outer} / {shape[-1]} steps, got {shape[0]}")
     if "rescale" in module.tensors and module.tensors["rescale"].shape != (outer, 1):
         raise module.error(f"must have {outer} values in rescale, got shape {stored_shape(module.tensors['rescale'])}")
     tensors = module.pick("oft_blocks", "rescale", "alpha")
@@ -228,11 +239,11 @@ def _oft(module: LycorisModule) -> StoredUpdate:
 
 def _rotated(module: LycorisModule, arrays: Arrays) -> Update:
     blocks, W = as_float64(arrays["oft_blocks"]), module.weight()
-    limit = float(arrays["alpha"].reshape(-1)[0]) * len(W) if "alpha" in arrays else 0.0
     skew = blocks - blocks.swapaxes(-1, -2)
-    norm = np.linalg.norm(skew)
-    if 0 < limit < norm:
-        skew *= limit / norm
+    if "alpha" in arrays:
+        limit, norm = float(arrays["alpha"].reshape(-1)[0]) * len(W), np.linalg.norm(skew)
+        if 0 < limit < norm:
+            skew *= limit / norm
     unit = np.eye(skew.shape[-1])
     R = (unit + skew) @ np.linalg.inv(unit - skew)
     rotated = W
@@ -304,4 +315,6 @@ def _decomposed(module: LycorisModule, build: Callable[[Arrays], Update], by_row
     W0 = None if module.base is None else module.weight()
     if isinstance(direction, LowRank):
         return WeightDecomposed(direction.B, direction.A, magnitude, direction.scale, W0)
-    return direction if W0 is None else Dense(set_magnitude(direction.dense() + W0, magnitude) - W0)
+    if W0 is None:
+        return direction
+    return Dense(set_magnitude(direction.dense() + W0, magnitude) - W0)

@@ -27,8 +27,8 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, Unread
 from lorascope.files.typed_json import Finite, to_typed, unreadable
-from lorascope.formats.peft_factors import StoredFactors, check_fit
-from lorascope.formats.peft_lora import CONFIG, group_factors
+from lorascope.formats.peft_factors import StoredFactors, check_fit, stored_shape
+from lorascope.formats.peft_lora import CONFIG, group_factors, no_factors
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
@@ -81,21 +81,18 @@ class MlxPart(StoredUpdate):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self._sides()[0]
+        inner_axis = 0 if self.expert is None else -1
+        return stored_shape(self.lora_b)[1], stored_shape(self.lora_a)[inner_axis]
 
     @property
     def rank(self) -> int:
-        return self._sides()[1]
+        return stored_shape(self.lora_b)[0 if self.expert is None else 2]
 
     @property
     def size(self) -> int:
         """Number of stored values of this module or expert."""
-        (outer, inner), rank = self._sides()
-        return rank * (outer + inner) + (0 if self.magnitude is None else math.prod(self.magnitude.shape))
-
-    def _sides(self) -> tuple[tuple[int, int], int]:
-        a, b = (tensor.file.shape(tensor.name) for tensor in (self.lora_a, self.lora_b))
-        return ((b[1], a[0]), b[0]) if self.expert is None else ((b[1], a[-1]), b[2])
+        size = self.rank * sum(self.shape)
+        return size if self.magnitude is None else size + math.prod(self.magnitude.shape)
 
     def factors(self) -> dict[str, Any]:
         """Load A (rank, in), B (out, rank) and for DoRA the magnitude."""
@@ -103,8 +100,8 @@ class MlxPart(StoredUpdate):
             factors = {"A": self.lora_a.read().T, "B": self.lora_b.read().T}
         else:
             count = self.lora_b.shape[0]
-            factors = {"A": _read_expert(self.lora_a, count, self.expert)}
-            factors |= {"B": _read_expert(self.lora_b, count, self.expert)}
+            A, B = (_read_expert(tensor, count, self.expert) for tensor in (self.lora_a, self.lora_b))
+            factors = {"A": A, "B": B}
         if self.magnitude is None:
             return factors
         # The rows of an embedding are the columns of its update.
@@ -112,14 +109,16 @@ class MlxPart(StoredUpdate):
 
     def update(self) -> Update:
         """Load the factors, and return the update; without a base, that of DoRA includes only the direction."""
-        W0 = self.base.weight(self.module, self.shape, self.transposed) if self.magnitude and self.base else None
-        return from_factors(self.factors() | ({} if W0 is None else {"W0": W0}), self.scale)
+        factors = self.factors()
+        if self.magnitude and self.base:
+            factors["W0"] = self.base.weight(self.module, self.shape, self.transposed)
+        return from_factors(factors, self.scale)
 
 
 def _read_expert(tensor: StoredTensor, count: int, expert: int) -> np.ndarray:
     """Load the matrix of one of ``count`` experts."""
-    tensors = tensor.file.unread(tensor.name)
-    stored = Unread(tensors.stored.reshape(count, -1, tensors.shape[-1])[expert], tensors.brain)
+    experts = tensor.file.unread(tensor.name)
+    stored = Unread(experts.stored.reshape(count, -1, experts.shape[-1])[expert], experts.brain)
     matrix = np.empty(stored.shape, stored.dtype)
     stored.read_into(matrix)
     return matrix
@@ -137,23 +136,23 @@ def read_mlx(
     source = (path if path.is_dir() else path.parent) / CONFIG
     settings = to_typed(config, MlxConfig, source)
     if settings.fine_tune_type == "full":
-        updates, other_names, kind = *_full_parts(path, files, base), "Full"
+        kind, (updates, other_names) = "Full", _full_updates(path, files, base)
     else:
         module_factors, other_names = group_factors(files, _FACTOR)
         if not module_factors:
-            first = printable(next(iter(other_names), "no tensor"))
-            raise unreadable(path, f"weights must include lora_a and lora_b, got {first}")
-        updates = {
-            name: update
-            for module, factors in module_factors.items()
-            for name, update in _lora_parts(path, module, factors, settings.lora_parameters, base)
-        }
-        kind = "DoRA" if any("m" in factors for factors in module_factors.values()) else "LoRA"
-    described = dict(config) | ({"base_model_name_or_path": settings.model} if settings.model else {})
+            raise no_factors(path, "weights must include lora_a and lora_b", other_names)
+        updates, kind = {}, "LoRA"
+        for module, factors in module_factors.items():
+            updates |= _lora_updates(path, module, factors, settings.lora_parameters, base)
+            if "m" in factors:
+                kind = "DoRA"
+    described = dict(config)
+    if settings.model:
+        described["base_model_name_or_path"] = settings.model
     return AdapterFiles(path, described, updates, other_names, files, kind, kind == "Full")
 
 
-def _lora_parts(
+def _lora_updates(
     path: Path,
     module: str,
     factors: Mapping[str, StoredTensor],
@@ -164,38 +163,49 @@ def _lora_parts(
     name = printable(module)
     if missing := [factor for factor in ("lora_a", "lora_b") if factor not in factors]:
         raise unreadable(path, f"{name} has {' and '.join(factors)} but no {missing[0]}")
-    a, b, magnitude = (factors.get(factor) for factor in ("lora_a", "lora_b", "m"))
-    assert a is not None
-    assert b is not None
-    first, second = a.file.shape(a.name), b.file.shape(b.name)
-    experts = second[0] if len(second) == 3 else 0
-    rank = second[2] if experts else second[0]
-    fits = first[1:] == (rank,) if not experts else math.prod(first[:-1]) == experts * rank and len(first) in (2, 3)
-    if len(second) not in (2, 3) or not rank or not fits or (experts and magnitude is not None):
+    a, b, magnitude = factors["lora_a"], factors["lora_b"], factors.get("m")
+    a_shape, b_shape = stored_shape(a), stored_shape(b)
+    if len(b_shape) == 3:
+        count, rank = b_shape[0], b_shape[2]
+        # A may be stored as one matrix of all experts.
+        fits = count > 0 and magnitude is None and math.prod(a_shape[:-1]) == count * rank and len(a_shape) in (2, 3)
+    else:
+        count, rank = 0, b_shape[0]
+        fits = len(b_shape) == 2 and a_shape[1:] == (rank,)
+    if not rank or not fits:
         must = "must have lora_a (in, rank) and lora_b (rank, out), or one of each per expert"
-        raise unreadable(path, f"{name} {must}, got shapes {first} and {second}")
-    scale = (20.0 if settings.alpha is None else 1.0) if settings.scale is None else settings.scale
-    scale *= 1.0 if settings.alpha is None else settings.alpha / rank
-    transposed = parse(module).role == "embed"
-    for expert in range(experts) if experts else (None,):
-        expert_name = module if expert is None else _expert_name(module, expert)
+        raise unreadable(path, f"{name} {must}, got shapes {a_shape} and {b_shape}")
+    scale, transposed = _scale(settings, rank), parse(module).role == "embed"
+    experts_by_name: dict[str, int | None] = {module: None}
+    if count:
+        experts_by_name = {_expert_name(module, expert): expert for expert in range(count)}
+    for expert_name, expert in experts_by_name.items():
         weights = base if base is not None and base.has_weight(expert_name) else None
         update = MlxPart(a, b, scale, transposed, expert, magnitude, expert_name, weights)
-        if magnitude is not None and math.prod(magnitude.shape) != update.shape[transposed]:
-            raise unreadable(
-                path, f"m of {name} must have {update.shape[transposed]} values, got shape {magnitude.shape}"
-            )
+        outer = update.shape[transposed]
+        if magnitude is not None and math.prod(magnitude.shape) != outer:
+            raise unreadable(path, f"m of {name} must have {outer} values, got shape {magnitude.shape}")
         yield expert_name, update
+
+
+def _scale(settings: LoraParameters, rank: int) -> float:
+    """Return the factor of a product of this rank; mlx-lm's default is 20."""
+    if settings.alpha is None:
+        return 20.0 if settings.scale is None else settings.scale
+    factor = settings.alpha / rank
+    return factor if settings.scale is None else settings.scale * factor
 
 
 def _expert_name(module: str, expert: int) -> str:
     above, _, leaf = module.partition(".switch_mlp.")
     if not leaf:
         return f"{module}.{expert}"
-    return f"{above}.experts.{expert}.{_MIXTRAL.get(leaf, leaf) if above.endswith('block_sparse_moe') else leaf}"
+    if above.endswith("block_sparse_moe"):
+        leaf = _MIXTRAL.get(leaf, leaf)
+    return f"{above}.experts.{expert}.{leaf}"
 
 
-def _full_parts(
+def _full_updates(
     path: Path, files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> tuple[dict[str, StoredUpdate], tuple[str, ...]]:
     """Return the updates of modules whose whole weights are stored."""

@@ -31,11 +31,12 @@ class _Tokenizer(msgspec.Struct, frozen=True):
 def describe_nearest(prompt: Float[np.ndarray, "tokens width"], base: PretrainedWeights) -> str:
     """Return the nearest token of each vector of a prompt, by cosine: its id, its text if known, and the cosine."""
     width = prompt.shape[1]
-    tables = {name: base.shape(name) for name in base.all_modules() if parse(name).role == "embed"}
-    fitting = {name: shape for name, shape in tables.items() if shape[1] == width}
-    if not fitting:
+    embeddings = (name for name in base.all_modules() if parse(name).role == "embed")
+    lengths = {name: base.shape(name)[0] for name in embeddings if base.shape(name)[1] == width}
+    if not lengths:
         return f"the base has no embedding of width {width}"
-    ids, cosines = nearest_rows(prompt, base, max(fitting, key=lambda name: fitting[name][0]))
+    # Other embeddings of this width may be those of positions, which are fewer.
+    ids, cosines = nearest_rows(prompt, base, max(lengths, key=lengths.__getitem__))
     texts = _texts(base)
     tokens = [
         f"{row}{texts.get(int(row), '')} ({cosine:.2f})" if np.isfinite(cosine) else "none"

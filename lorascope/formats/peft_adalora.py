@@ -61,11 +61,12 @@ def read_adalora(
     module_factors, other_names = lora_factors(path, files, ("A", "B", "E"))
     alpha = settings.lora_alpha if settings.lora_alpha > 0 else settings.init_r
     scale = alpha / (settings.init_r + 1e-5)
-    component_counts = {name.removesuffix(".lora_E"): sum(mask) for name, mask in (settings.rank_pattern or {}).items()}
+    masks = settings.rank_pattern or {}
+    component_counts = {name.removesuffix(".lora_E"): sum(mask) for name, mask in masks.items()}
     updates = {}
     for module, factors in module_factors.items():
         check_rank(path, module, factors, component_counts.get(module, settings.init_r))
-        A, B, E = (factors[name] for name in "ABE")
+        A, B, E = factors["A"], factors["B"], factors["E"]
         if math.prod(E.shape) != A.shape[0]:
             raise unreadable(path, f"lora_E of {printable(module)} must have {A.shape[0]} values, got shape {E.shape}")
         transposed = is_transposed(A, settings.fan_in_fan_out)

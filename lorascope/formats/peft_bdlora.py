@@ -33,6 +33,10 @@ class Blocks(msgspec.Struct, frozen=True):
     target_modules_bd_b: list[str] | None = None
     nblocks: Positive = 1
 
+    def count(self, module: str, targets: list[str] | None) -> int:
+        """Return the number of blocks of a factor: 1 unless the name of its module contains one of the targets."""
+        return self.nblocks if any(target in module for target in targets or ()) else 1
+
 
 class BlockConfig(msgspec.Struct, frozen=True):
     """Settings used from ``adapter_config.json`` in addition to those of LoRA."""
@@ -66,10 +70,8 @@ def read_bdlora(
     settings, blocks = RanksAndScales(path / CONFIG, config), to_typed(config, BlockConfig, path / CONFIG).use_bdlora
     updates = {}
     for module, factors in module_factors.items():
-        count_a, count_b = (
-            blocks.nblocks if any(part in module for part in listed or ()) else 1
-            for listed in (blocks.target_modules_bd_a, blocks.target_modules_bd_b)
-        )
+        count_a = blocks.count(module, blocks.target_modules_bd_a)
+        count_b = blocks.count(module, blocks.target_modules_bd_b)
         A, B, rank = factors["A"], factors["B"], settings.rank(module)
         divisible = A.shape[0] % count_a == 0 and B.shape[0] % count_b == 0
         if not divisible or (A.shape[0], B.shape[1] * count_b) != (rank, rank):
@@ -88,6 +90,6 @@ def _block_diagonal(stored: StoredTensor, blocks: int) -> Float[np.ndarray, "row
     rows, width = packed.shape
     matrix = np.zeros((rows, width * blocks), packed.dtype)
     for number, block in enumerate(np.split(packed, blocks)):
-        place = number * len(block), number * width
-        matrix[place[0] : place[0] + len(block), place[1] : place[1] + width] = block
+        row, column = number * len(block), number * width
+        matrix[row : row + len(block), column : column + width] = block
     return matrix

@@ -16,6 +16,7 @@ import numpy as np
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.formats.peft_format import Arrays, PeftFormat, Sizes
 from lorascope.formats.peft_oft import cayley, rotate
+from lorascope.formats.stored_update import stored_tensors
 from lorascope.updates import Dense
 
 
@@ -26,7 +27,7 @@ class BOFT(PeftFormat, frozen=True):
     tensors = {"boft_R": "1 blocks b b", "boft_s": "out*"}
 
     def requires_peft(self, files: Iterable[TensorFile]) -> bool:
-        return any(file.shape(name)[:1] > (1,) for file in files for name in file if ".boft_R" in name)
+        return any(".boft_R" in tensor.name and tensor.shape[0] > 1 for tensor in stored_tensors(files))
 
     def shape(self, sizes: Sizes) -> tuple[int, int]:
         return sizes["out"], sizes["blocks"] * sizes["b"]

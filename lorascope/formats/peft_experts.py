@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from lorascope.files.printable import printable
+from lorascope.files.printable import first_of, printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.formats.peft_lora import CONFIG, RanksAndScales, is_lora, lora_factors, lora_parts
@@ -91,27 +91,22 @@ def read_experts(
     path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened folder: one per expert, and the modules that are adapted as a whole."""
-    own = to_typed(config, ExpertsConfig, path / CONFIG)
+    settings = to_typed(config, ExpertsConfig, path / CONFIG)
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
     ranks = RanksAndScales(path / CONFIG, config)
-    wrapped = dict(_parameters(path, own.target_parameters, module_factors, ranks))
-    plain = lora_parts(
-        path, config, {module: module_factors[module] for module in module_factors if module not in wrapped}
-    )
-    updates: dict[str, StoredLoRA] = dict(plain)
-    for module, parameter in wrapped.items():
-        updates |= _expert_parts(path, parameter, module_factors[module], ranks)
-    notes = tuple(_expert_notes(path, config, own, updates))
-    configured = {name: update.parameter for name, update in updates.items() if isinstance(update, ExpertPart)}
+    parameters = dict(_parameters(path, settings.target_parameters, module_factors, ranks))
+    experts: dict[str, ExpertPart] = {}
+    for module, parameter in parameters.items():
+        experts |= _expert_parts(path, parameter, module_factors.pop(module), ranks)
+    configured = {name: part.parameter for name, part in experts.items()}
+    updates = lora_parts(path, config, module_factors) | experts
     base = stacked_base(path, config, (*updates, *configured.values()), base)
+    shared = {name: part for name, part in experts.items() if part.experts > 1}
+    notes = tuple(_expert_notes(path, config, settings, shared.values()))
     if base is not None:
-        experts = {
-            name: update for name, update in updates.items() if isinstance(update, ExpertPart) and update.experts > 1
-        }
-        base = ExpertWeights(base, {name: (update.parameter, update.expert) for name, update in experts.items()})
-    return complete_lora(
-        AdapterFiles(path, config, updates, other_names, files, "LoRA", False, notes, configured, base)
-    )
+        base = ExpertWeights(base, {name: (part.parameter, part.expert) for name, part in shared.items()})
+    adapter = AdapterFiles(path, config, updates, other_names, files, "LoRA", False, notes, configured, base)
+    return complete_lora(adapter)
 
 
 def _parameters(
@@ -126,17 +121,16 @@ def _parameters(
         nests.setdefault(_NESTED.sub("", module), []).append(module)
     for module, nest in nests.items():
         names = {target.rpartition(".")[2] for target in targets if _is_target(module, target)}
-        if not names:
-            # A target without a dot may be a parameter of any module.
-            is_parameter = len(nest) > 1 or module_factors[module]["A"].shape[0] > settings.rank(module)
-            names = {target for target in targets if is_parameter and "." not in target}
+        # A target without a dot may be a parameter of any module.
+        if not names and (len(nest) > 1 or module_factors[module]["A"].shape[0] > settings.rank(module)):
+            names = {target for target in targets if "." not in target}
         if not names:
             continue
         if len(names) != len(nest):
             parameters = ", ".join(sorted(map(printable, names)))
             must = f"{printable(module)} must have factors of each target parameter ({parameters})"
             raise unreadable(path, f"{must}, got {len(nest)}")
-        ordered = sorted(names, key=lambda name: (_ORDER.index(name) if name in _ORDER else len(_ORDER), name))
+        ordered = [name for name in _ORDER if name in names] + sorted(names - set(_ORDER))
         inner_first = sorted(nest, key=len, reverse=True)
         yield from zip(inner_first, (f"{module}.{name}" for name in ordered), strict=True)
 
@@ -149,49 +143,52 @@ def _is_target(module: str, target: str) -> bool:
 
 def _expert_parts(
     path: Path, parameter: str, factors: Mapping[str, StoredTensor], settings: RanksAndScales
-) -> dict[str, StoredLoRA]:
+) -> dict[str, ExpertPart]:
     """Return the update of every expert of a parameter, or of the parameter itself if it is a matrix."""
     A, B, rank = factors["A"], factors["B"], settings.rank(parameter)
-    shapes = [factor.file.shape(factor.name) for factor in (A, B)]
+    A_shape, B_shape = A.file.shape(A.name), B.file.shape(B.name)
     rows = A.shape[0]
-    if any(len(shape) != 2 for shape in shapes) or not rows or rows % rank or B.shape[1] != rows:
+    if len(A_shape) != 2 or len(B_shape) != 2 or not rows or rows % rank or B.shape[1] != rows:
         must = f"factors of {printable(parameter)} must have rank {rank} ({CONFIG}) per expert"
-        raise unreadable(path, f"{must}, got lora_A {shapes[0]} and lora_B {shapes[1]}")
+        raise unreadable(path, f"{must}, got lora_A {A_shape} and lora_B {B_shape}")
     above, _, leaf = parameter.removesuffix(".weight").rpartition(".")
     scale, experts = settings.scale(parameter), rows // rank
     if experts > _MAX_EXPERTS:
         raise unreadable(path, f"{printable(parameter)} must have <= {_MAX_EXPERTS} experts, got {experts}")
     if experts == 1:
         return {parameter.removesuffix(".weight"): ExpertPart(B, A, scale, False, parameter, 0, 1)}
-    updates = (ExpertPart(B, A, scale, False, parameter, expert, experts, _is_grouped()) for expert in range(experts))
-    return {f"{above}.{expert}.{leaf}": update for expert, update in enumerate(updates)}
+    parts = {}
+    for expert in range(experts):
+        part = ExpertPart(B, A, scale, False, parameter, expert, experts, _is_grouped())
+        parts[f"{above}.{expert}.{leaf}"] = part  # as if it had weights of its own
+    return parts
 
 
 def _expert_notes(
-    path: Path, config: Mapping[str, Any], settings: ExpertsConfig, updates: Mapping[str, StoredLoRA]
+    path: Path, config: Mapping[str, Any], settings: ExpertsConfig, parts: Collection[ExpertPart]
 ) -> Iterator[str]:
     """Yield cautions about experts whose orientation, order or parameter is not known from the files."""
-    experts = {
-        update.parameter: update for update in updates.values() if isinstance(update, ExpertPart) and update.experts > 1
-    }
-    square = [name for name, update in experts.items() if update.shape[0] == update.shape[1]]
+    square = {part.parameter: part for part in parts if part.shape[0] == part.shape[1]}
     version = re.match(r"(\d+)\.(\d+)", settings.peft_version or "")
     if square and (version is None or (int(version[1]), int(version[2])) < _ORIENTED):
-        subject = f"{printable(square[0])}{f' and {len(square) - 1} more' * (len(square) > 1)}"
         yield (
-            f"square experts saved by PEFT < 0.19 ({subject}): the update is B A or its transpose, which the files do "
-            "not show. PEFT >= 0.19 loads B A for (out, in) experts, although it was trained as the transpose"
+            f"square experts saved by PEFT < 0.19 ({first_of([*square])}): the update is B A or its transpose, which "
+            "the files do not show. PEFT >= 0.19 loads B A for (out, in) experts, although it was trained as the "
+            "transpose"
         )
     modules: dict[str, set[str]] = {}
-    for name in experts:
-        modules.setdefault(name.rpartition(".")[0], set()).add(name.rpartition(".")[2])
-    if unknown := [module for module, names in modules.items() if len(names) > 1 and not names <= {*_ORDER}]:
-        yield (
-            f"the order of the parameters {', '.join(sorted(map(printable, modules[unknown[0]])))} is not known: their "
-            "updates may be exchanged"
-        )
-    if experts and _names_unsloth(path, config):
-        order = "by expert" if _is_grouped() else f"in PEFT's order ({LAYOUT}={GROUPED} selects the other)"
+    for part in parts:
+        module, _, name = part.parameter.rpartition(".")
+        modules.setdefault(module, set()).add(name)
+    for names in modules.values():
+        if len(names) > 1 and not names <= {*_ORDER}:
+            parameters = ", ".join(sorted(map(printable, names)))
+            yield f"the order of the parameters {parameters} is not known: their updates may be exchanged"
+            break  # one module is example enough
+    if parts and _names_unsloth(path, config):
+        order = f"in PEFT's order ({LAYOUT}={GROUPED} selects the other)"
+        if _is_grouped():
+            order = "by expert"
         yield (
             "Unsloth is named in the files: before its fix of September 2026 it ordered the columns of lora_B by "
             f"expert, which no file shows. They are read {order}"

@@ -14,9 +14,9 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.formats.peft_lora import INDICES, float_factor, group_factors
+from lorascope.formats.peft_lora import INDICES, group_factors, no_factors, require_factor
 from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
-from lorascope.formats.stored_update import StoredTensor, StoredUpdate
+from lorascope.formats.stored_update import StoredTensor, StoredUpdate, stored_tensors
 from lorascope.updates import Update
 
 MAX_ENTRIES = 2**31  # a small file may describe a matrix that does not fit in memory
@@ -64,7 +64,7 @@ class StoredFactors(StoredUpdate):
 
     @property
     def size(self) -> int:
-        trained = [name for name in self.tensors if INDICES not in name and name not in self.frozen]
+        trained = (name for name in self.tensors if INDICES not in name and name not in self.frozen)
         return sum(math.prod(self.tensors[name].shape) for name in trained)
 
     @property
@@ -108,18 +108,17 @@ def peft_factors(
     pattern = rf"(?s)(?P<module>.+)\.(?P<factor>{alternatives})(?:\.(?!weight$|bias$)[^.]+)?(?:\.weight)?"
     module_factors, other_names = group_factors(files, re.compile(pattern))
     if not module_factors:
-        first = other_names[0] if other_names else "no tensor"
-        known_names = ", ".join(name for name in names if INDICES not in name)
-        raise unreadable(path, f"weights must include one of {known_names}, got {printable(first)}")
+        values = ", ".join(name for name in names if INDICES not in name)
+        raise no_factors(path, f"weights must include one of {values}", other_names)
     return module_factors, other_names
 
 
 def shared_factor(path: Path, files: Iterable[TensorFile], name: str) -> StoredTensor:
     """Return the tensor that all modules share, ``base_model.NAME``."""
-    found = next(((file, key) for file in files for key in file if key.rpartition("base_model.")[2] == name), None)
-    if found is None:
-        raise unreadable(path, f"weights must include base_model.{name}")
-    return float_factor(*found)
+    for tensor in stored_tensors(files):
+        if tensor.name.rpartition("base_model.")[2] == name:
+            return require_factor(tensor)
+    raise unreadable(path, f"weights must include base_model.{name}")
 
 
 def stored_shape(tensor: StoredTensor) -> tuple[int, ...]:
@@ -156,8 +155,10 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
             sides, fits = (*stored[:last], math.prod(stored[last:])), len(stored) >= last
             names[-1] = names[-1].removesuffix("*")
         for size, side in zip(names, sides, strict=False):
-            if size:
-                fits &= side == (int(size) if size.isdigit() else sizes.setdefault(size, side))
+            if size.isdigit():
+                fits &= side == int(size)
+            elif size:
+                fits &= side == sizes.setdefault(size, side)
         if not fits or 0 in stored:
             must = ", ".join(str(sizes.get(size, size)) for size in dimensions.split())
             raise unreadable(path, f"{name} of {printable(module)} must have shape ({must}), got {stored}")
@@ -176,5 +177,5 @@ def require_base(path: Path, config: Mapping[str, Any], base: PretrainedWeights 
 def check_fit(path: Path, module: str, shape: tuple[int, int], base: tuple[int, int]) -> None:
     """Raise a ValueError if an update does not have the shape (out, in) of the base weight."""
     if shape != base:
-        stored, found = (" x ".join(map(str, sides)) for sides in (base, shape))
-        raise unreadable(path, f"factors of {printable(module)} must fit its base weight, {stored}, got {found}")
+        must = f"factors of {printable(module)} must fit its base weight, {base[0]} x {base[1]}"
+        raise unreadable(path, f"{must}, got {shape[0]} x {shape[1]}")

@@ -21,7 +21,7 @@ from lorascope.array_types import Int
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
-from lorascope.formats.peft_lora import CONFIG, group_factors, peft_kind
+from lorascope.formats.peft_lora import CONFIG, group_factors, no_factors, peft_kind
 from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
@@ -81,8 +81,7 @@ def read_fourier(
     """Read the modules of an opened FourierFT folder."""
     module_factors, other_names = group_factors(files, _FACTOR)
     if not module_factors:
-        first = other_names[0] if other_names else "no tensor"
-        raise unreadable(path, f"FOURIERFT weights must include fourierft_spectrum, got {printable(first)}")
+        raise no_factors(path, "FOURIERFT weights must include fourierft_spectrum", other_names)
     shapes = base_with_shapes(path, config, base, "FourierFT")
     settings = to_typed(config, FourierConfig, path / CONFIG)
     count_of = per_module(path / CONFIG, "n_frequency_pattern", settings.n_frequency, settings.n_frequency_pattern)

@@ -31,6 +31,11 @@ from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 from lorascope.updates.linalg import as_float64, one_thread
 
+_TRAINED_PRODUCT = (
+    "KaSA: PEFT also removes the smallest singular components of each base weight while loading; |dW| is the "
+    "norm of the trained product only; add --base DIR for the whole update"
+)
+
 
 @dataclass(frozen=True)
 class KasaPart(StoredLoRA):
@@ -73,7 +78,7 @@ def read_kasa(
         if plain.scale == 0 and weights is not None:
             raise unreadable(path, f"lora_alpha of {printable(module)} must not be 0")
         updates[module] = KasaPart(**vars(plain), diagonal=diagonal, module=module, base=weights)
-    known = all(update.base is not None for update in updates.values())
-    unknown = "KaSA: PEFT also removes the smallest singular components of each base weight while loading; |dW| is the "
-    notes = () if known else (f"{unknown}norm of the trained product only; add --base DIR for the whole update",)
+    notes: tuple[str, ...] = ()
+    if any(update.base is None for update in updates.values()):
+        notes = (_TRAINED_PRODUCT,)
     return complete_lora(AdapterFiles(path, dict(config), updates, other_names, files, "KaSA", notes=notes, base=base))

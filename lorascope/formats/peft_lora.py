@@ -24,8 +24,7 @@ from lorascope.formats.peft_modules import OUT_PROJ, complete_lora, stacked_base
 from lorascope.formats.peft_whole_weights import UNUSED
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredLoRA, StoredTensor
-from lorascope.schema.module_roles import parse, position
+from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredLoRA, StoredTensor, in_order, stored_tensors
 from lorascope.schema.name_patterns import per_module
 
 CONFIG = hub.CONFIG
@@ -41,6 +40,9 @@ KINDS = ["LORA", "ADALORA", "FOURIERFT", "VERA"]
 # The largest embedding tables have 300,000 rows, so a factor of rank 256 has 75 million values. Larger tensors are not
 # factors of an adapter and could exhaust the memory.
 MAX_SIDE, MAX_VALUES = 2**24, 2**28
+_LORA, _HEAD = re.compile(r"\.lora_"), re.compile(r"\.lora_(?:route|B0)\.")
+# The other tensors named lora belong to variants; a trained bias of B does not.
+_VARIANT = re.compile(r"\.lora_(?!B\.bias$)")
 INDICES = "indices"
 """Part of the names of tensors that contain integers."""
 # Indices of SHiRA are stored as floats on Windows.
@@ -82,18 +84,21 @@ class LoraConfig(msgspec.Struct, frozen=True):
 
 def peft_kind(config: Mapping[str, Any]) -> str:
     """Return the type of a PEFT adapter in capitals, or the name of its variant; "" without a configuration."""
-    return next((name for key, name in _VARIANTS.items() if config.get(key)), str(config.get("peft_type", "")).upper())
+    for setting, variant in _VARIANTS.items():
+        if config.get(setting):
+            return variant
+    return str(config.get("peft_type", "")).upper()
 
 
 def has_heads(names: Collection[str]) -> bool:
     """Return whether tensor names are from a HydraLoRA folder."""
-    return any(".lora_route." in name or ".lora_B0." in name for name in names)
+    return any(map(_HEAD.search, names))
 
 
 def factor_files(path: Path) -> list[Path]:
     """Return the safetensors files of a folder that contain LoRA factors, regardless of their names."""
-    files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
-    return [file for file in files if any(".lora_" in name for name in open_tensors(file))]
+    files = sorted(filter(Path.is_file, path.glob("*.safetensors")))
+    return [file for file in files if any(map(_LORA.search, open_tensors(file)))]
 
 
 def group_factors(
@@ -107,25 +112,25 @@ def group_factors(
     """
     module_factors: dict[str, dict[str, StoredTensor]] = {}
     other_names = []
-    for file in files:
-        for name in file:
-            match = pattern.fullmatch(name.removeprefix(PREFIX))
-            if match is None:
-                other_names.append(name.removeprefix(PREFIX))
-            else:
-                dtypes = INDEX_DTYPES if INDICES in match["factor"] else FLOATS
-                add_factor(module_factors, match, float_factor(file, name, dtypes))
-    ordered = sorted(module_factors, key=lambda module: position(*parse(module)))
-    return {module: module_factors[module] for module in ordered}, tuple(other_names)
+    for tensor in stored_tensors(files):
+        name = tensor.name.removeprefix(PREFIX)
+        match = pattern.fullmatch(name)
+        if match is None:
+            other_names.append(name)
+            continue
+        require_factor(tensor, INDEX_DTYPES if INDICES in match["factor"] else FLOATS)
+        factors = module_factors.setdefault(match["module"], {})
+        if match["factor"] in factors:
+            names = f"{printable(factors[match['factor']].name)} and {printable(tensor.name)}"
+            raise unreadable(tensor.file.path, f"two tensors are the same factor: {names}")
+        factors[match["factor"]] = tensor
+    return in_order(module_factors), tuple(other_names)
 
 
-def add_factor(module_factors: dict[str, dict[str, StoredTensor]], match: re.Match[str], tensor: StoredTensor) -> None:
-    """Add a factor to its module; raise a ValueError if the module has it already, under another name."""
-    factors = module_factors.setdefault(match["module"], {})
-    if match["factor"] in factors:
-        names = " and ".join(printable(factor.name) for factor in (factors[match["factor"]], tensor))
-        raise unreadable(tensor.file.path, f"two tensors are the same factor: {names}")
-    factors[match["factor"]] = tensor
+def no_factors(path: Path, must: str, other_names: Sequence[str]) -> ValueError:
+    """Return the error for an adapter without factors, which names the first of its other tensors."""
+    first = next(iter(other_names), "no tensor")
+    return unreadable(path, f"{must}, got {printable(first)}")
 
 
 def lora_factors(
@@ -133,22 +138,18 @@ def lora_factors(
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
     """Group LoRA factors by module; a ValueError reports a module without exactly those in ``expected``."""
     module_factors, other_names = group_factors(files, _FACTOR)
-    used_names = (name for name in other_names if not UNUSED.search(name))
-    foreign = next((name for name in used_names if re.search(r"\.lora_(?!B\.bias$)", name)), None)
-    if foreign is not None:
-        raise unreadable(path, f"variant of LoRA not supported, with {printable(foreign)}")
+    for name in other_names:
+        if _VARIANT.search(name) and not UNUSED.search(name):
+            raise unreadable(path, f"variant of LoRA not supported, with {printable(name)}")
     if not module_factors:
-        first = other_names[0] if other_names else "no tensor"
-        raise unreadable(path, f"weights must include lora_A and lora_B, got {printable(first)}")
+        raise no_factors(path, "weights must include lora_A and lora_B", other_names)
     for module, factors in module_factors.items():
-        missing = next((name for name in expected if name not in factors), None)
-        if missing is not None:
+        if missing := [name for name in expected if name not in factors]:
             present = " and ".join(f"lora_{name}" for name in factors)
-            raise unreadable(path, f"{printable(module)} has {present} but no lora_{missing}")
-        extra = next((name for name in factors if name not in expected), None)
-        if extra is not None:
-            option = {"magnitude_vector": "use_dora", "E": "peft_type ADALORA", "diag": "kasa_config"}[extra]
-            raise unreadable(path, f"{printable(module)} has lora_{extra}, but {CONFIG} lacks {option}")
+            raise unreadable(path, f"{printable(module)} has {present} but no lora_{missing[0]}")
+        if extra := [name for name in factors if name not in expected]:
+            option = {"magnitude_vector": "use_dora", "E": "peft_type ADALORA", "diag": "kasa_config"}[extra[0]]
+            raise unreadable(path, f"{printable(module)} has lora_{extra[0]}, but {CONFIG} lacks {option}")
     return module_factors, other_names
 
 
@@ -187,8 +188,10 @@ class RanksAndScales:
 
     def scale(self, name: str) -> float:
         """Return the scale of a module or parameter: alpha / rank, or alpha / sqrt(rank) for rsLoRA."""
-        alpha, rank = self._alpha_of(name.removesuffix(OUT_PROJ)), self.rank(name)
-        scale = alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
+        divisor: float = self.rank(name)
+        if self.settings.use_rslora:
+            divisor = math.sqrt(divisor)
+        scale = self._alpha_of(name.removesuffix(OUT_PROJ)) / divisor
         # PEFT 0.21 adds the update of this projection twice, in every forward pass and on merging.
         return 2 * scale if name.endswith(OUT_PROJ) else scale
 
@@ -221,14 +224,14 @@ def is_transposed(A: StoredTensor, fan_in_fan_out: bool | None) -> bool:
     return bool(fan_in_fan_out) or ".lora_embedding_" in A.name
 
 
-def float_factor(file: TensorFile, name: str, dtypes: Sequence[str] = FLOATS) -> StoredTensor:
-    """Return a stored factor; raise a ValueError if it has no dtype of a factor or is too large for one."""
-    must = f"{printable(name)} must"
+def require_factor(tensor: StoredTensor, dtypes: Sequence[str] = FLOATS) -> StoredTensor:
+    """Return a stored tensor; raise a ValueError if it has no dtype of a factor or is too large for one."""
+    file, name = tensor.file, tensor.name
     if file.dtype(name) not in dtypes:
         stored = printable(file.dtype(name))
-        raise unreadable(file.path, f"{must} be stored as one of {', '.join(dtypes)}, got {stored}")
+        raise unreadable(file.path, f"{printable(name)} must be stored as one of {', '.join(dtypes)}, got {stored}")
     require_factor_shape(file.path, name, file.shape(name))
-    return StoredTensor(file, name)
+    return tensor
 
 
 def require_factor_shape(path: Path, name: str, shape: tuple[int, ...]) -> None:

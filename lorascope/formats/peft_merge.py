@@ -21,11 +21,10 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.formats.peft_factors import require_base
-from lorascope.formats.peft_lora import CONFIG, INDEX_DTYPES, WEIGHTS, float_factor, peft_kind
+from lorascope.formats.peft_lora import CONFIG, INDEX_DTYPES, WEIGHTS, peft_kind, require_factor
 from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
 from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, StoredUpdate
-from lorascope.schema.module_roles import parse, position
+from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, StoredUpdate, in_order, stored_tensors
 from lorascope.updates import Dense
 
 MERGED = ("ADAMSS", "DEFT", "FROD", "OSF", "PEANUT", "PSOFT", "PVERA", "TINYLORA")
@@ -81,12 +80,11 @@ def read_merged(
     if find_spec("peft") is None:
         raise unreadable(path, f'only PEFT reads {kind} adapters like this one: pip install "lorascope[peft]"')
     folder = path if path.is_dir() else path.parent
-    if [file.path for file in files] != [folder / WEIGHTS]:
-        raise unreadable(
-            path, f"PEFT reads only {WEIGHTS}, got {', '.join(printable(file.path.name) for file in files)}"
-        )
-    tensors = [float_factor(file, name, (*FLOATS, *INDEX_DTYPES)) for file in files for name in file]
-    tensors = [tensor for tensor in tensors if tensor.file.dtype(tensor.name) in FLOATS]
+    paths = [file.path for file in files]
+    if paths != [folder / WEIGHTS]:
+        listing = ", ".join(printable(file.name) for file in paths)
+        raise unreadable(path, f"PEFT reads only {WEIGHTS}, got {listing}")
+    tensors = [require_factor(tensor, (*FLOATS, *INDEX_DTYPES)) for tensor in stored_tensors(files)]
     # Importing it imports torch, which no other reader does.
     merge = importlib.import_module("lorascope.adapters.peft_merged_updates").merged_updates
     try:
@@ -97,11 +95,12 @@ def read_merged(
         reason = printable(" ".join(str(error).split())[:300])
         raise unreadable(path, f"PEFT cannot merge it into {printable(weights.folder)}: {reason}") from error
     updates = {}
-    for module in sorted(matrices, key=lambda module: position(*parse(module))):
-        module_tensors = tuple(tensor for tensor in tensors if tensor.name.startswith(f"{PREFIX}{module}."))
-        matrix, transposed = matrices[module]
-        updates[module] = MergedPart(matrix, transposed, module_tensors or tuple(tensors))
-    other_names = [name for file in files for name in file if name not in used]
-    if foreign := next((name for name in other_names if name.startswith(PREFIX)), None):
-        raise unreadable(path, f"PEFT finds no module for {printable(foreign)} in {printable(weights.folder)}")
+    floats = tuple(tensor for tensor in tensors if tensor.file.dtype(tensor.name) in FLOATS)
+    for module, (matrix, transposed) in in_order(matrices).items():
+        module_tensors = tuple(tensor for tensor in floats if tensor.name.startswith(f"{PREFIX}{module}."))
+        updates[module] = MergedPart(matrix, transposed, module_tensors or floats)
+    other_names = [tensor.name for tensor in tensors if tensor.name not in used]
+    for name in other_names:
+        if name.startswith(PREFIX):
+            raise unreadable(path, f"PEFT finds no module for {printable(name)} in {printable(weights.folder)}")
     return AdapterFiles(path, dict(config), updates, tuple(other_names), files, kind, named_base(config) is None)

@@ -22,8 +22,7 @@ from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
 from lorascope.formats.peft_config import RESIDUAL_INITS
 from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredUpdate
-from lorascope.schema.module_roles import parse, position
+from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredUpdate, in_order
 
 OUT_PROJ = ".base_layer.out_proj"
 """End of the name of the output projection of nn.MultiheadAttention."""
@@ -61,7 +60,7 @@ def stacked_base(
 
 def complete_lora(files: AdapterFiles) -> AdapterFiles:
     """Return a LoRA with the names and cautions that follow from its modules and its configuration."""
-    updates, configured = _attention_parts(files.parts)
+    updates, configured = _attention_updates(files.parts)
     notes = list(_configured_notes(files.config))
     if configured:
         notes.append("nn.MultiheadAttention: PEFT 0.21 adds the update of out_proj twice, which |dW| includes")
@@ -78,15 +77,16 @@ def complete_lora(files: AdapterFiles) -> AdapterFiles:
     return replace(files, parts=updates, notes=tuple(notes), configured={**files.configured, **configured})
 
 
-def _attention_parts(updates: Mapping[str, StoredUpdate]) -> tuple[dict[str, StoredUpdate], dict[str, str]]:
+def _attention_updates(updates: Mapping[str, StoredUpdate]) -> tuple[dict[str, StoredUpdate], dict[str, str]]:
     """Return the updates with the names of attention projections, and the configured modules of these names."""
-    attention = {name.removesuffix(OUT_PROJ) for name in updates if name.endswith(OUT_PROJ)}
-    names = {module: f"{module}.in_proj" for module in attention}
-    names |= {f"{module}{OUT_PROJ}": f"{module}.out_proj" for module in attention}
+    names: dict[str, str] = {}
+    for name in updates:
+        if name.endswith(OUT_PROJ):
+            module = name.removesuffix(OUT_PROJ)
+            names |= {module: f"{module}.in_proj", name: f"{module}.out_proj"}
     renamed = {names.get(name, name): update for name, update in updates.items()}
-    ordered = sorted(renamed, key=lambda name: position(*parse(name)))
     configured = {name: stored.removesuffix(OUT_PROJ) for stored, name in names.items()}
-    return {name: renamed[name] for name in ordered}, configured
+    return in_order(renamed), configured
 
 
 def _tied_heads(updates: Mapping[str, StoredUpdate]) -> Iterator[tuple[str, str]]:
@@ -103,19 +103,21 @@ def _tied_heads(updates: Mapping[str, StoredUpdate]) -> Iterator[tuple[str, str]
 
 def _layer_stack(path: Path, config: Mapping[str, Any]) -> list[int]:
     """Return the base layer of each layer of the stack; empty without ``layer_replication``."""
-    ranges = to_typed(config, ReplicationConfig, path).layer_replication or []
-    if sum(max(end - first, 0) for first, end in ranges) > _MAX_LAYERS:
-        raise unreadable(path, f"layer_replication must have <= {_MAX_LAYERS} layers")
-    return [layer for first, end in ranges for layer in range(first, end)]
+    stack: list[int] = []
+    for first, end in to_typed(config, ReplicationConfig, path).layer_replication or []:
+        if len(stack) + end - first > _MAX_LAYERS:
+            raise unreadable(path, f"layer_replication must have <= {_MAX_LAYERS} layers")
+        stack += range(first, end)
+    return stack
 
 
 def _configured_notes(config: Mapping[str, Any]) -> Iterator[str]:
     """Yield cautions about changed base weights, and about updates of some tokens only."""
     start = str(config.get("init_lora_weights", True)).lower()
-    kind = next((name for name in RESIDUAL_INITS if start.startswith(name)), None)
-    if kind is not None:
-        change = "|dW| is the norm of B A only, not of the change from the original base"
-        yield f"initialized by {printable(start)}: {_CHANGED_BASE[kind]}; {change}"
+    for kind in RESIDUAL_INITS:
+        if start.startswith(kind):
+            change = "|dW| is the norm of B A only, not of the change from the original base"
+            yield f"initialized by {printable(start)}: {_CHANGED_BASE[kind]}; {change}"
     if config.get("alora_invocation_tokens"):
         yield (
             "Activated LoRA: the update applies only from the invocation tokens onward "

@@ -14,7 +14,7 @@ from lorascope.formats.peft_factors import peft_factors
 from lorascope.formats.peft_lora import peft_kind
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import says, unread
-from lorascope.formats.stored_update import PREFIX
+from lorascope.formats.stored_update import PREFIX, stored_tensors
 from lorascope.updates.linalg import as_float64
 
 _REASONS = {
@@ -33,10 +33,10 @@ def describe_routing(
 ) -> str:
     """Return why there is no update per weight, and the number of modules and tensors."""
     kind = peft_kind(config)
-    names = [name.removeprefix(PREFIX) for file in files for name in file]
-    modules = {match[1] for name in names if (match := _MODULE.fullmatch(name))}
-    where = f"{len(modules)} modules, " if modules else ""
-    return f"{kind} has no single update per weight: {_REASONS[kind]} ({where}{len(names)} tensors)"
+    names = [tensor.name.removeprefix(PREFIX) for tensor in stored_tensors(files)]
+    modules = {match[1] for match in map(_MODULE.fullmatch, names) if match}
+    count = f"{len(modules)} modules, " * bool(modules)
+    return f"{kind} has no single update per weight: {_REASONS[kind]} ({count}{len(names)} tensors)"
 
 
 @says(lambda config, names: peft_kind(config) == "BEFT", "BEFT (PEFT)")

@@ -16,9 +16,11 @@ import numpy as np
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.formats.nearest_tokens import describe_nearest
-from lorascope.formats.peft_lora import float_factor, peft_kind
+from lorascope.formats.peft_factors import stored_shape
+from lorascope.formats.peft_lora import peft_kind, require_factor
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import says, unread
+from lorascope.formats.stored_update import stored_tensors
 from lorascope.updates.linalg import as_float64
 
 _WHERE = {
@@ -43,18 +45,23 @@ def describe_prompt(
 ) -> str:
     """Return the number of virtual tokens, their width and their norms; with a base, its nearest tokens."""
     kind = peft_kind(config)
-    prompts = [float_factor(file, name) for file in files for name in file if _PROMPT.fullmatch(name)]
-    shapes = [tensor.file.shape(tensor.name)[-2:] for tensor in prompts]
-    if not prompts or any(len(shape) < 2 or 0 in shape for shape in shapes):
+    prompts, other_names = [], []
+    for tensor in stored_tensors(files):
+        if _PROMPT.fullmatch(tensor.name):
+            shape = stored_shape(require_factor(tensor))
+            if len(shape) < 2 or 0 in shape[-2:]:
+                raise unreadable(path, f"{kind} weights must include prompt_embeddings (tokens, width)")
+            prompts.append(as_float64(tensor.read()).reshape(-1, shape[-1]))
+        elif not _FACTORS.fullmatch(tensor.name):
+            other_names.append(tensor.name)
+    if not prompts:
         raise unreadable(path, f"{kind} weights must include prompt_embeddings (tokens, width)")
-    tokens = [
-        as_float64(tensor.file[tensor.name]).reshape(-1, tensor.file.shape(tensor.name)[-1]) for tensor in prompts
-    ]
-    norms = np.concatenate([np.linalg.norm(rows, axis=1) for rows in tokens])
-    count = f"{len(tokens[0])} virtual tokens" + (f" in each of {len(tokens)} layers" if len(tokens) > 1 else "")
+    norms = np.concatenate([np.linalg.norm(prompt, axis=1) for prompt in prompts])
     span = f"{norms.min():.4g} to {norms.max():.4g}, median {np.median(norms):.4g}"
-    width = tokens[0].shape[1]
-    other_names = [name for file in files for name in file if not (_PROMPT.fullmatch(name) or _FACTORS.fullmatch(name))]
-    trains = f"it trains {count} of width {width}, {_WHERE[kind]}, with norms {span}"
-    nearest = f"; {describe_nearest(tokens[0], base)}" if base is not None and kind in _EMBEDDED else ""
-    return f"{kind} changes no weights: {trains}{nearest}{unread(other_names)}"
+    tokens, width = prompts[0].shape
+    layers = f" in each of {len(prompts)} layers" * (len(prompts) > 1)
+    trained = f"{tokens} virtual tokens{layers} of width {width}, {_WHERE[kind]}, with norms {span}"
+    nearest = ""
+    if base is not None and kind in _EMBEDDED:
+        nearest = f"; {describe_nearest(prompts[0], base)}"
+    return f"{kind} changes no weights: it trains {trained}{nearest}{unread(other_names)}"

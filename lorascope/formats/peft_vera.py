@@ -23,10 +23,10 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed, unreadable
-from lorascope.formats.peft_lora import CONFIG, MAX_VALUES, float_factor, group_factors, peft_kind
+from lorascope.formats.peft_lora import CONFIG, MAX_VALUES, group_factors, peft_kind, require_factor
 from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
+from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate, stored_tensors
 from lorascope.updates.fourier import SEEDS
 from lorascope.updates.random_projection import projections
 
@@ -79,7 +79,10 @@ def read_vera(
     """Read the modules of an opened VeRA folder."""
     settings = to_typed(config, VeraConfig, path / CONFIG)
     module_factors, other_names = group_factors(files, _FACTOR)
-    shared_factors = {name[-1]: float_factor(file, name) for file in files for name in file if _SHARED.search(name)}
+    shared_factors = {}
+    for tensor in stored_tensors(files):
+        if _SHARED.search(tensor.name):
+            shared_factors[tensor.name[-1]] = require_factor(tensor)
     if not module_factors or (settings.save_projection and shared_factors.keys() != {"A", "B"}):
         raise unreadable(path, "VERA weights must include vera_lambda_b, vera_lambda_d, vera_A and vera_B")
     shapes, transposed = base_with_shapes(path, config, base, "VeRA"), bool(settings.fan_in_fan_out)
@@ -88,7 +91,7 @@ def read_vera(
         (rank, widest_in), (widest_out, width) = shared_factors["A"].shape, shared_factors["B"].shape
         shared = partial(_read_both, shared_factors["A"], shared_factors["B"])
     else:
-        widest_out, widest_in = (max(shape[axis] for shape in sides.values()) for axis in (0, 1))
+        widest_out, widest_in = map(max, zip(*sides.values(), strict=True))
         rank = width = settings.r
         if rank * max(widest_in, widest_out) > MAX_VALUES:
             raise unreadable(path, f"random factors must have <= {MAX_VALUES} values")

@@ -17,23 +17,19 @@ import msgspec
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
-from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredTensor
+from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, stored_tensors
 
 Kind = Literal["full", "copy", "tokens", "bias", "bias update", "bias difference", "ignored", "unread"]
 # Kinds by the end of their names, the first that fits.
-_ENDS: tuple[tuple[str, Kind], ...] = (
-    (".lora_B.bias", "bias update"),
-    (".base_layer.bias", "bias"),
-    (".bias", "bias"),
-    (".token_adapter.trainable_tokens_delta", "tokens"),
-    (".base_layer.weight", "copy"),
-    (".weight", "full"),
-)
-_IMAGE_ENDS: tuple[tuple[str, Kind], ...] = (
-    (".diff_b", "bias difference"),
-    (".b_norm", "bias difference"),
-    (".set_weight", "full"),
-)
+_ENDS: dict[str, Kind] = {
+    ".lora_B.bias": "bias update",
+    ".base_layer.bias": "bias",
+    ".bias": "bias",
+    ".token_adapter.trainable_tokens_delta": "tokens",
+    ".base_layer.weight": "copy",
+    ".weight": "full",
+}
+_IMAGE_ENDS: dict[str, Kind] = {".diff_b": "bias difference", ".b_norm": "bias difference", ".set_weight": "full"}
 UNUSED = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
 """Tensors of VeLoRA and MonteCLoRA that have no effect after training."""
 
@@ -67,17 +63,18 @@ def whole_weights(files: AdapterFiles) -> list[WholeWeight]:
     ValueError
         The indices of ``trainable_token_indices`` do not fit the stored rows.
     """
-    tensors = {name.removeprefix(PREFIX): StoredTensor(file, name) for file in files.files for name in file}
+    tensors = {tensor.name.removeprefix(PREFIX): tensor for tensor in stored_tensors(files.files)}
     weights = []
     # PEFT ignores other tensors when it loads an adapter; what other programs do is not known.
     other: Kind = "ignored" if "peft_type" in files.config else "unread"
-    ends = (*_ENDS, *_IMAGE_ENDS) if "spelling" in files.config else _ENDS
+    ends = dict(_ENDS)
+    if "spelling" in files.config:
+        ends |= _IMAGE_ENDS
     for name in files.others:
-        end, kind = next(((end, kind) for end, kind in ends if name.endswith(end)), ("", other))
-        if kind == other or UNUSED.search(name):
-            weights.append(WholeWeight(other, name, tensors[name]))
-            continue
-        module = name.removesuffix(end)
+        module, kind = name, other
+        end = next(filter(name.endswith, ends), "")
+        if end and not UNUSED.search(name):
+            module, kind = name.removesuffix(end), ends[end]
         rows = _token_rows(files, module, tensors[name]) if kind == "tokens" else ()
         weights.append(WholeWeight(kind, module, tensors[name], rows))
     return weights
@@ -87,8 +84,9 @@ def _token_rows(files: AdapterFiles, module: str, tensor: StoredTensor) -> tuple
     """Return the indices of the stored rows of a token table."""
     indices = to_typed(files.config, TokensConfig, files.path).trainable_token_indices or []
     if isinstance(indices, Mapping):
-        fitting = (rows for end, rows in indices.items() if module == end or module.endswith(f".{end}"))
-        indices = next(fitting, [])
+        # A key is the end of a module's name, as in target_modules.
+        matches = [rows for end, rows in indices.items() if f".{module}".endswith(f".{end}")]
+        indices = matches[0] if matches else []
     if len(indices) != tensor.shape[0]:
         must = f"tokens of {printable(module)} must be those of trainable_token_indices ({len(indices)})"
         raise unreadable(files.path, f"{must}, got {tensor.shape[0]} rows")

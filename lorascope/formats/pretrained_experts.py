@@ -51,17 +51,17 @@ class ExpertWeights(PretrainedWeights):
             return [joined] if len(shape) == 3 and expert < shape[0] else []
         above, _, leaf = parameter.rpartition(".")
         for leaves in _SINGLE.get(leaf, ()):
-            names = [self._find_tensor(f"{above}.{expert}.{name}.weight") for name in leaves]
-            if None not in names:
-                return [name for name in names if name is not None]
+            names = [self._find_tensor(f"{above}.{expert}.{name}.weight") or "" for name in leaves]
+            if all(names):
+                return names
         return []
 
     def stored_shape(self, module: str) -> tuple[int, ...]:
         """Return the stored shape of a weight, or of that of one expert."""
         if module not in self._experts or not (names := self.stored_names(module)):
             return super().stored_shape(module)
-        (first, *rest), *others = (self._files[name].shape(name)[-2:] for name in names)
-        return (first + sum(rows for rows, *_ in others), *rest)
+        shapes = [self._files[name].shape(name)[-2:] for name in names]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def weight(self, module: str, shape: tuple[int, int], transposed: bool = False) -> Float[np.ndarray, "out in"]:
         """Load the weight of a module or expert; see `PretrainedWeights.weight`.
@@ -80,11 +80,18 @@ class ExpertWeights(PretrainedWeights):
         return len(shape) == 3 and shape[1] < shape[2]
 
     def _find(self, module: str) -> str | None:
-        return next(iter(self.stored_names(module)), None) if module in self._experts else super()._find(module)
+        if module not in self._experts:
+            return super()._find(module)
+        return next(iter(self.stored_names(module)), None)
 
     def _read(self, module: str) -> tuple[str, np.ndarray]:
         if module not in self._experts or not (names := self.stored_names(module)):
             return super()._read(module)
-        pieces = [self._floats(name).unread(name) for name in names]
         _, expert = self._experts[module]
-        return names[0], np.vstack([(piece[expert] if len(piece.shape) == 3 else piece).read() for piece in pieces])
+        arrays = []
+        for name in names:
+            tensor = self._floats(name).unread(name)
+            if len(tensor.shape) == 3:  # the tensor of all experts
+                tensor = tensor[expert]
+            arrays.append(tensor.read())
+        return names[0], np.vstack(arrays)

@@ -53,7 +53,8 @@ class PretrainedWeights:
     def shape(self, module: str, transposed: bool = False) -> tuple[int, int]:
         """Return (out, in) of a module's weight from the header; see ``weight`` for ``transposed`` and errors."""
         first, *inner_sides = self.stored_shape(module)
-        return (math.prod(inner_sides), first) if transposed else (first, math.prod(inner_sides))
+        shape = first, math.prod(inner_sides)
+        return shape[::-1] if transposed else shape
 
     def all_modules(self) -> list[str]:
         """Return the names of all modules that have a weight."""
@@ -77,7 +78,9 @@ class PretrainedWeights:
     def bias(self, module: str) -> Float[np.ndarray, "n"] | None:
         """Load the bias of a module, None if there is none."""
         name = self._find_tensor(f"{self._names.get(module, module)}.bias")
-        return None if name is None else self._floats(name)[name].reshape(-1)
+        if name is None:
+            return None
+        return self._floats(name)[name].reshape(-1)
 
     def unread(self, module: str) -> Unread:
         """Return the memory-mapped weight of a module, whose values are not read yet; see ``weight`` for errors."""
@@ -107,9 +110,10 @@ class PretrainedWeights:
         """
         name, stored = self._read(module)
         first, *inner_sides = stored.shape or (1,)
-        flat = stored.reshape(first, math.prod(inner_sides))
+        weight = stored.reshape(first, math.prod(inner_sides))
         square = shape[0] == shape[1]
-        weight = flat.T if (transposed if square else flat.shape == shape[::-1]) else flat
+        if (square and transposed) or (not square and weight.shape == shape[::-1]):
+            weight = weight.T
         if weight.shape != shape:
             raise ValueError(
                 f"cannot use {printable(self.folder)} as the base: {printable(name)} must have shape {shape}, "
@@ -129,8 +133,7 @@ class PretrainedWeights:
 
     def stored_names(self, module: str) -> list[str]:
         """Return the names of the tensors that contain the weight of a module; empty if it has none."""
-        name = self._find(module)
-        return [] if name is None else [name]
+        return list(filter(None, [self._find(module)]))
 
     def _read(self, module: str) -> tuple[str, np.ndarray]:
         """Return the name of a module's weight in the files, and the array."""
@@ -153,14 +156,15 @@ class PretrainedWeights:
 
     def _find(self, module: str) -> str | None:
         module = self._names.get(module, module)
-        # nn.MultiheadAttention has the parameter in_proj_weight.
-        return self._find_tensor(f"{module}_weight" if module.endswith(".in_proj") else f"{module}.weight")
+        if module.endswith(".in_proj"):  # nn.MultiheadAttention has the parameter in_proj_weight
+            return self._find_tensor(f"{module}_weight")
+        return self._find_tensor(f"{module}.weight")
 
     def _find_tensor(self, tensor: str) -> str | None:
         """Return the name of a tensor in the files, which may lack first parts or have others before it."""
-        names = tensor.split(".")
-        for start in range(len(names) - 1):
-            if (name := ".".join(names[start:])) in self._files:
+        segments = tensor.split(".")
+        for start in range(len(segments) - 1):
+            if (name := ".".join(segments[start:])) in self._files:
                 return name
         longer = list(islice(self._ends.names_with_end(f".{tensor}"), 2))
         if not longer and _EXPERTS in tensor:
@@ -196,8 +200,10 @@ def _checkpoint_files(folder: Path) -> list[Path]:
 def named_base(config: Mapping[str, Any]) -> PretrainedWeights | None:
     """Return the base weights that the configuration names, if they are in a local folder."""
     name = config.get("base_model_name_or_path")
-    folder = Path(os.path.expanduser(name)) if name and "\0" not in name else None
-    return PretrainedWeights(folder) if folder and folder.is_dir() and any(folder.glob("*.safetensors")) else None
+    if not name or "\0" in name:
+        return None
+    folder = Path(os.path.expanduser(name))
+    return PretrainedWeights(folder) if folder.is_dir() and any(folder.glob("*.safetensors")) else None
 
 
 def base_with_shapes(
@@ -206,7 +212,8 @@ def base_with_shapes(
     """Return the base for an adapter of a kind that stores no shapes: the given one, else the one that it names."""
     weights = base or named_base(config)
     if weights is None:
-        name = config.get("base_model_name_or_path")
-        model = f"its base model{f', {printable(name)}' if name else ''}"
+        model = "its base model"
+        if name := config.get("base_model_name_or_path"):
+            model += f", {printable(name)}"
         raise unreadable(path, f"{kind} stores no shapes: pass the folder of {model}, as base= or --base")
     return weights

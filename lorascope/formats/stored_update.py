@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lorascope.files.safetensors_io import TensorFile, Unread
 from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.schema.module_roles import parse, position
 from lorascope.updates import Update, from_factors
 from lorascope.updates.low_rank import Product
+
+T = TypeVar("T")
 
 PREFIX = "base_model.model."
 """Prefix of module names in PEFT's files."""
@@ -38,6 +41,19 @@ class StoredTensor:
         """Return the tensor with the two dimensions of ``shape``, whose values are not read yet."""
         tensor = self.file.unread(self.name)
         return Unread(tensor.stored.reshape(self.shape), tensor.brain)
+
+
+def in_order(modules: Mapping[str, T]) -> dict[str, T]:
+    """Return values of modules, ordered by layer and role."""
+    ordered = sorted(modules, key=lambda module: position(*parse(module)))
+    return {module: modules[module] for module in ordered}
+
+
+def stored_tensors(files: Iterable[TensorFile]) -> Iterator[StoredTensor]:
+    """Yield all tensors of some files."""
+    for file in files:
+        for name in file:
+            yield StoredTensor(file, name)
 
 
 class StoredUpdate:
@@ -121,8 +137,9 @@ class StoredLoRA(StoredUpdate):
         return {"A": self.A.read(), "B": self.B.read()}
 
     def unread(self) -> Update | Product:
-        # A subclass has other factors.
-        return Product(self.B.unread(), self.A.unread(), self.scale) if type(self) is StoredLoRA else self.update()
+        if type(self) is not StoredLoRA:  # a subclass has other factors
+            return self.update()
+        return Product(self.B.unread(), self.A.unread(), self.scale)
 
 
 @dataclass(frozen=True)

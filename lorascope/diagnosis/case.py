@@ -110,10 +110,8 @@ class ModuleEvidence:
         """Change of the adapted modules together, or without adapters of all but the head."""
         rows = self.adapted or [row for row in self.modules if row.role != "head"]
         measured = [row for row in rows if math.isfinite(row.moved) and math.isfinite(row.weight_norm)]
-        moved, weight_norm = (
-            math.hypot(*(getattr(row, name) for row in measured)) for name in ("moved", "weight_norm")
-        )
-        return TotalChange(measured, moved, weight_norm)
+        moved = math.hypot(*(row.moved for row in measured))
+        return TotalChange(measured, moved, math.hypot(*(row.weight_norm for row in measured)))
 
     @property
     def unchanged_adapters(self) -> list[TrainedModule]:
@@ -172,7 +170,8 @@ class Case(ModuleEvidence):
     @property
     def configured(self) -> dict[str, str]:
         """Name of each module of an adapter that the configuration matches."""
-        return {name: name for name in self.stored_updates} | dict(self.files.configured)
+        names = dict(zip(self.stored_updates, self.stored_updates, strict=True))
+        return names | dict(self.files.configured)
 
     @property
     def base(self) -> PretrainedWeights | None:
@@ -219,17 +218,25 @@ class Case(ModuleEvidence):
     @cached_property
     def tied(self) -> list[tuple[str, str]]:
         """Pairs of adapted modules that are one weight of the base."""
-        modules = self.meta.modules if self.meta.states else []
+        if not self.meta.states:
+            return []
         if self.stored_updates:
-            # safetensors stores a shared weight once: a head that is missing in the base is tied to the embedding.
-            base = self.base
-            embeds = [module.module for module in modules if module.role == "embed"]
-            heads = [module.module for module in modules if module.role == "head"]
-            missing = [head for head in heads if base is not None and not base.has_weight(head)]
-            return [*product(embeds, missing)]
-        adapted = {name for name, rank in self.run.ranks().items() if rank} if modules else set()
-        pairs = [(module.module, other) for module in modules for other in (module.tied or "").split(",")]
-        return [pair for pair in pairs if set(pair) <= adapted]
+            return self._embeddings_without_head()
+        ranks = self.run.ranks()
+        pairs = [(module.module, other) for module in self.meta.modules for other in (module.tied or "").split(",")]
+        return [(left, right) for left, right in pairs if ranks.get(left) and ranks.get(right)]
+
+    def _embeddings_without_head(self) -> list[tuple[str, str]]:
+        """Return the pairs of an embedding and a head that the base lacks, because safetensors stores one of them."""
+        if self.base is None:
+            return []
+        embeds, heads = [], []
+        for module in self.meta.modules:
+            if module.role == "embed":
+                embeds.append(module.module)
+            if module.role == "head" and not self.base.has_weight(module.module):
+                heads.append(module.module)
+        return [*product(embeds, heads)]
 
     @cached_property
     def _summaries(self) -> list[ModuleSummary]:
@@ -245,9 +252,11 @@ class Case(ModuleEvidence):
         for summary in self._summaries:
             if summary.rank is None and summary.module not in recorded:
                 continue
-            moved = summary.update_norm if math.isnan(summary.learned_norm) else summary.learned_norm
-            # A pruned module has not moved, even if it was recorded before PEFT's allocator masked it.
-            moved = 0.0 if summary.rank == 0 else moved
+            moved = summary.learned_norm
+            if math.isnan(moved):
+                moved = summary.update_norm
+            if summary.rank == 0:  # it has not moved, even if it was recorded before PEFT's allocator masked it
+                moved = 0.0
             components = component_evidence(updates.get(summary.module))._asdict()
             modules.append(TrainedModule(**vars(summary) | components, moved=moved, adapted=bool(summary.rank)))
         return modules
@@ -273,7 +282,7 @@ class Case(ModuleEvidence):
             raise ValueError(
                 f"cannot inspect run {self.run.id}: no update was recorded. Train with observe=[ls.observe.norms()]"
             )
-        sigmas = self._singular_values([summary.module for summary in summaries])
+        sigmas = self._singular_values(summaries)
         energies = [summary.update_norm * summary.update_norm for summary in summaries]
         total = sum(energy for energy in energies if not math.isnan(energy))
         changes = compare_with_base(self.stored_updates, self.base, self.spectra)
@@ -324,18 +333,22 @@ class Case(ModuleEvidence):
                 continue
             # The second name of a tied weight has no row.
             outer, inner = shapes[module] if module in shapes else updates[module].shape
-            counts[module] = outer * inner if summary.rank is None else summary.rank * (outer + inner)
+            if summary.rank is None:
+                counts[module] = outer * inner
+            else:
+                counts[module] = summary.rank * (outer + inner)
         return counts
 
-    def _singular_values(self, modules: Iterable[str]) -> Mapping[str, np.ndarray]:
+    def _singular_values(self, summaries: Iterable[ModuleSummary]) -> Mapping[str, np.ndarray]:
         """Return spectra of the factored updates, and of the dense ones recorded at the last step."""
-        has_thin_factors = all(update.has_thin_factors for update in self.stored_updates.values())
-        spectra = dict(self.run.spectra) if self.spectra or has_thin_factors else {}
+        spectra: dict[str, np.ndarray] = {}
+        if self.spectra or all(update.has_thin_factors for update in self.stored_updates.values()):
+            spectra.update(self.run.spectra)
         last = self.meta.states["last"].step
-        for module in modules:
-            name = f"{module}/singular_values"
-            if module not in spectra and last in self.run.snapshot_steps(name):
-                spectra[module] = self.run.snapshot(name, last)["value"].to_numpy()
+        for summary in summaries:
+            name = f"{summary.module}/singular_values"
+            if summary.module not in spectra and last in self.run.snapshot_steps(name):
+                spectra[summary.module] = self.run.snapshot(name, last)["value"].to_numpy()
         return spectra
 
 
@@ -349,7 +362,9 @@ class ComponentEvidence(NamedTuple):
 
 def component_evidence(update: Any) -> ComponentEvidence:
     """Return the evidence of an update that is a product B A, or whose direction is; else nothing is known."""
-    factors = update.direction if isinstance(update, WeightDecomposed) else update and update.low_rank
+    if isinstance(update, WeightDecomposed):
+        update = update.direction
+    factors = update and update.low_rank
     if factors is None:
         return ComponentEvidence()
     empty = not (factors.A.any() or factors.B.any())
@@ -367,6 +382,8 @@ def _measure_spectrum(sigma: np.ndarray | None, rank: int | None) -> _SpectrumMe
     """Return the ranks of singular values, and the number of unused components within a rank."""
     if sigma is None:
         return _SpectrumMeasures()
-    used = np.count_nonzero(sigma > UNUSED * np.max(sigma, initial=0.0))
-    unused = max(float(rank - used), 0.0) if rank is not None and np.isfinite(sigma).all() else np.nan
+    unused = np.nan
+    if rank is not None and np.isfinite(sigma).all():
+        used = np.count_nonzero(sigma > UNUSED * np.max(sigma, initial=0.0))
+        unused = max(float(rank - used), 0.0)
     return _SpectrumMeasures(stable_rank(sigma), effective_rank(sigma), energy_rank(sigma, SHARE), unused)

@@ -203,13 +203,14 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
     if not names:
         raise ValueError(f"cannot check the merge: {base.folder} has no weight of {first_and_count(stored_updates)}")
     updates = adapter.updates()
+    # Samples of all updates are small enough to keep, unlike the updates.
     samples = {module: _Sample.of(updates[module]) for module in names}
     experts: dict[str, _ExpertSample] = {}
     compared = [MergedModule(module, "not compared", math.nan) for module in stored_updates if module not in samples]
     for module in names:
         stored, dtype, merged_dtype = stored_updates[module], base.dtype(module), merged.dtype(module)
-        weights = [model.weight(module, stored.shape, stored.transposed) for model in (base, merged)]
-        W, after = (np.asarray(weight, np.float32) for weight in weights)
+        W = np.asarray(base.weight(module, stored.shape, stored.transposed), np.float32)
+        after = np.asarray(merged.weight(module, stored.shape, stored.transposed), np.float32)
         result = _compare(module, updates[module], W, after, dtype, merged_dtype)
         if result.verdict == "wrong adapter":
             if isinstance(stored, ExpertPart):
@@ -240,6 +241,7 @@ def _changed_weights(adapter: Adapter, merged: PretrainedWeights) -> Iterator[st
     saved = {name.rpartition(".")[0] for name in adapter.files.others}
     expected = saved | stored | set(adapter.files.parts)
     for module in base.modules():
+        # Names of the adapter may have a prefix that the base lacks, and the other way round.
         if module in expected or any(_is_end(module, name) or _is_end(name, module) for name in expected):
             continue
         if not merged.has_weight(module):
@@ -267,6 +269,7 @@ def _differs(base: PretrainedWeights, merged: PretrainedWeights, module: str) ->
     """Return whether a weight of one shape has other values, apart from a rounding to the dtype of the merged model."""
     W, after = base.unread(module), merged.unread(module)
     if W.stored.dtype == after.stored.dtype:
+        # bfloat16 is stored as integers, which have no NaN.
         return not np.array_equal(W.stored, after.stored, equal_nan=not W.brain)
     expected = _round(np.asarray(W.read(), np.float32), merged.dtype(module))
     return not np.array_equal(expected, np.asarray(after.read(), np.float32), equal_nan=True)
@@ -280,37 +283,43 @@ def _compare(
     dtype: str,
     merged_dtype: str,
 ) -> MergedModule:
-    """Return the comparison of a weight after the merge with the weight of the base and its update.
-
-    The order matters: a weight that fits a merge exactly is merged, even if it also fits a mistake.
-    """
+    """Compare a weight after the merge with the weight of the base and its update."""
     d = _float32_update(update)
     coarse = _coarser(dtype, merged_dtype)
-    rounded_once = [_round(W + d, target) for target in dict.fromkeys((coarse, merged_dtype))]
-    merges = [*rounded_once, _round(W + _round(d, coarse), coarse)]
+    rounded = {target: _round(W + d, target) for target in {coarse, merged_dtype}}
+    rounded_once = rounded[coarse]
+    merges = [*rounded.values(), _round(W + _round(d, coarse), coarse)]
     is_visible = not all(np.array_equal(merge, W) for merge in merges)
-    unit = np.maximum.reduce([_spacing(values, coarse) for values in (W, d, rounded_once[0])])
+    unit = _largest_spacing(coarse, W, d, rounded_once)
     factor = _fit_factor(after, W, d, unit)
+
+    # A weight that fits a merge bit by bit is merged, even if it also fits a mistake.
     if update.low_rank is not None and any(np.array_equal(after, merge) for merge in merges):
         return MergedModule(module, "merged" if is_visible or not d.any() else "unknown", factor)
     if not is_visible and _misfit(after, W, unit) == 0:
         return MergedModule(module, "unknown", factor)
+
     root = np.sqrt(max(update.rank, 1))  # rsLoRA's scale is alpha / sqrt(r) instead of alpha / r
-    factors = [*_COMMON_FACTORS, *((factor,) if factor else ()), 1 / root, root]
+    factors = [*_COMMON_FACTORS, factor, 1 / root, root]
     mistakes = {multiple: _round(W + np.float32(multiple) * d, coarse) for multiple in factors}
-    mistakes[2.0] = _round(rounded_once[0] + d, coarse)  # a second merge adds to the rounded first one
+    mistakes[2.0] = _round(rounded_once + d, coarse)  # a second merge adds to the rounded first one
     unequal = {multiple: float((after != mistake).mean()) for multiple, mistake in mistakes.items()}
     closest = min(unequal, key=unequal.__getitem__)
     unequal_to_merge = min(float((after != merge).mean()) for merge in merges)
     fits_mistake = _misfit(after, mistakes[closest], unit) <= 1 - _FITTING and abs(closest - 1) > _FACTOR_ERROR
     if fits_mistake and unequal[closest] < _CLOSER * unequal_to_merge:
         return MergedModule(module, "wrong scale" if closest else "not merged", closest)
-    if min(_misfit(after, merge, unit + _summation_error(update, unit)) for merge in merges) == 0:
+
+    allowed = unit + _summation_error(update, unit)
+    if any(_misfit(after, merge, allowed) == 0 for merge in merges):
         return MergedModule(module, "consistent", factor)
+    # All entries are values of a dtype that is smaller than those of both models.
     for smaller in ("F16", "BF16"):
         fits = PRECISION[smaller] < PRECISION[coarse] and np.array_equal(after, _round(after, smaller))
-        if fits and _misfit(after, _round(W + d, smaller), _spacing(rounded_once[0], smaller)) == 0:
+        if fits and _misfit(after, _round(W + d, smaller), _spacing(rounded_once, smaller)) == 0:
             return MergedModule(module, "rounded", factor, DTYPES[smaller])
+
+    # The fitted scale is not one of the mistakes: its error counts, in proportion to the update.
     scaled = _round(W + np.float32(factor) * d, coarse)
     if factor and _misfit(after, scaled, unit + _FACTOR_ERROR * abs(factor) * np.abs(d)) <= 1 - _FITTING:
         return MergedModule(module, "wrong scale", factor)
@@ -324,8 +333,8 @@ def _summation_error(update: Update, unit: Float32[np.ndarray, "out in"]) -> Flo
     """
     if (product := update.low_rank) is None:
         return 2 * unit.max(axis=1, keepdims=True)
-    B, A = (np.abs(np.asarray(factor, np.float32)) for factor in (product.B, product.A))
-    return np.float32(product.rank * abs(product.scale) * 2.0**-24) * (B @ A)
+    B, A = np.asarray(product.B, np.float32), np.asarray(product.A, np.float32)
+    return np.float32(product.rank * abs(product.scale) * 2.0**-24) * (np.abs(B) @ np.abs(A))
 
 
 def _misfit(
@@ -349,7 +358,9 @@ def _fit_factor(
     if large.sum() >= _FEWEST_FITTED:
         delta, wide = delta[large], wide[large]
     energy = float(np.vdot(wide, wide))
-    return float(np.vdot(delta, wide)) / energy if energy else 0.0
+    if energy == 0:
+        return 0.0
+    return float(np.vdot(delta, wide)) / energy
 
 
 def _float32_update(update: Update) -> Float32[np.ndarray, "out in"]:
@@ -367,7 +378,7 @@ def _coarser(left: str, right: str) -> str:
 def _round(values: Float32[np.ndarray, "..."], dtype: str) -> Float32[np.ndarray, "..."]:
     """Round to the nearest values of a dtype, to even between two."""
     if dtype == "F16":
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore"):  # values above its largest one become infinite, as in a merge
             return values.astype(np.float16).astype(np.float32)
     if dtype != "BF16":
         return values
@@ -380,7 +391,14 @@ def _spacing(values: Float32[np.ndarray, "..."], dtype: str) -> Float32[np.ndarr
         with np.errstate(over="ignore", invalid="ignore"):
             return np.abs(np.spacing(values.astype(np.float16))).astype(np.float32)
     unit = np.abs(np.spacing(values))
-    return unit * np.float32(2.0 ** (PRECISION["F32"] - PRECISION["BF16"])) if dtype == "BF16" else unit
+    if dtype == "BF16":
+        return unit * np.float32(2.0 ** (PRECISION["F32"] - PRECISION["BF16"]))
+    return unit
+
+
+def _largest_spacing(dtype: str, *arrays: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+    """Return the unit in the last place of the largest of several values, by entry."""
+    return np.maximum.reduce([_spacing(values, dtype) for values in arrays])
 
 
 def _sampled_positions(shape: tuple[int, int]) -> np.ndarray:
@@ -432,7 +450,7 @@ class _ExpertSample:
     ) -> _ExpertSample:
         update, positions = stored.update(), _sampled_positions(W.shape)
         d = _float32_update(update)
-        unit = np.maximum.reduce([_spacing(values, dtype) for values in (W, d, W + d)])
+        unit = _largest_spacing(dtype, W, d, W + d)
         # A merge of two roundings differs by at most two units in the last place.
         allowed = 2 * unit + _summation_error(update, unit)
         return cls(stored.parameter, *(values.reshape(-1)[positions] for values in (after, W + d, allowed)))

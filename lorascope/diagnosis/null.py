@@ -74,9 +74,10 @@ def null_table(inspection: Inspection, draws: int = DRAWS, seed: int = 0) -> pd.
     draws_of_shape: dict[tuple[tuple[int, int], int], dict[str, Float[np.ndarray, "draws"]]] = {}
     rows = []
     for row in modules.to_dict("records"):
-        values = dict.fromkeys([f"{name}_{column}" for name in _RANKS for column in ("null", "p")], np.nan)
+        values = dict.fromkeys(("effective_rank_null", "effective_rank_p", "stable_rank_null", "stable_rank_p"), np.nan)
         update = updates.get(row["module"])
-        product = None if update is None else update.low_rank
+        product = update and update.low_rank
+        # A single component always has effective rank 1.
         if product is not None and product.rank >= 2 and np.isfinite(row["effective_rank"]) and row["update_norm"] > 0:
             key = product.shape, product.rank
             if key not in draws_of_shape:
@@ -84,7 +85,7 @@ def null_table(inspection: Inspection, draws: int = DRAWS, seed: int = 0) -> pd.
             for name, ranks in draws_of_shape[key].items():
                 values[f"{name}_null"] = float(ranks.mean())
                 values[f"{name}_p"] = (1 + int((ranks <= row[name]).sum())) / (draws + 1)
-        rows.append({name: row[name] for name in ("module", "role", "layer")} | values)
+        rows.append({"module": row["module"], "role": row["role"], "layer": row["layer"]} | values)
     norms = untrained_norms(inspection.run, dict(zip(modules["module"], modules["update_norm"], strict=True)))
     return pd.DataFrame(rows).assign(norm_z=_norm_z(modules), untrained_norm=list(norms.values()))
 
@@ -100,7 +101,7 @@ def random_spectra(
     shape: tuple[int, int], rank: int, draws: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "draws k"]:
     """Draw the singular values of ``B A`` with independent normal B (out, rank) and A (rank, in)."""
-    left, right = (_triangle(size, rank, draws, rng) for size in shape)
+    left, right = _triangle(shape[0], rank, draws, rng), _triangle(shape[1], rank, draws, rng)
     return np.linalg.svd(left @ right.swapaxes(1, 2), compute_uv=False)
 
 
@@ -126,7 +127,8 @@ def _norm_z(modules: pd.DataFrame) -> pd.Series:
         x = cell["layer"].to_numpy(np.float64)
         pairs = x[:, None] < x[None]
         slopes = ((y[None] - y[:, None])[pairs]) / ((x[None] - x[:, None])[pairs])
-        residuals = y - (np.median(slopes) if len(slopes) else 0.0) * x
+        slope = np.median(slopes) if len(slopes) else 0.0
+        residuals = y - slope * x
         residuals -= np.median(residuals)
         spread = _NORMAL * np.median(np.abs(residuals))
         if spread > 0:
@@ -138,7 +140,7 @@ def below_null(table: pd.DataFrame, name: str) -> pd.Series:
     """Return the modules whose rank is below the null, at a false discovery rate of ``LEVEL``."""
     p = table[f"{name}_p"].dropna().sort_values()
     passed = p.to_numpy() <= LEVEL * np.arange(1, len(p) + 1) / max(len(p), 1)
-    count = int(np.flatnonzero(passed)[-1]) + 1 if passed.any() else 0
+    count = np.flatnonzero(passed).max(initial=-1) + 1
     return table.index.to_series().isin(p.index[:count])
 
 
@@ -159,8 +161,9 @@ def untrained_norms(run: Result, norms: Mapping[str, float]) -> dict[str, float]
         |dW| after training.
     """
     if not isinstance(run, Adapter):
-        starts, default = at_start(run.updates), 0.0 if run.fact("starts_at_zero", True) else np.nan
-        return {module: starts[module].norm() if module in starts else default for module in norms}
+        default = 0.0 if run.fact("starts_at_zero", True) else np.nan
+        starts = {module: update.norm() for module, update in at_start(run.updates).items() if module in norms}
+        return dict.fromkeys(norms, default) | starts
     kind, config = run.files.kind, run.files.config
     return {module: _untrained_norm(kind, config, run.files.parts[module], norm) for module, norm in norms.items()}
 
@@ -171,7 +174,9 @@ def _untrained_norm(kind: str, config: Mapping[str, Any], update: StoredUpdate, 
         return sigma
     coefficients = as_float64(next(iter(update._tensors())).read())
     size = float(np.linalg.norm(coefficients))
-    return math.sqrt(coefficients.size) * sigma * norm / size if size else np.nan
+    if size == 0:
+        return np.nan
+    return math.sqrt(coefficients.size) * sigma * norm / size
 
 
 def _deviation(kind: str, config: Mapping[str, Any], update: StoredUpdate) -> float:
@@ -187,4 +192,6 @@ def _deviation(kind: str, config: Mapping[str, Any], update: StoredUpdate) -> fl
         deviations |= {"xavier_uniform": math.sqrt(2 / (outer + inner)), "True": 0.0}
         return deviations.get(str(init or "xavier_uniform"), np.nan)
     start = str(config.get("init_lora_weights", True)).lower()
-    return np.nan if kind in _NONZERO_STARTS or start.startswith(("false", *RESIDUAL_INITS)) else 0.0
+    if kind in _NONZERO_STARTS or start.startswith(("false", *RESIDUAL_INITS)):
+        return np.nan
+    return 0.0

@@ -35,6 +35,7 @@ def sarif_log(findings: Sequence[Finding], file: Path, version: str) -> dict[str
     """
     ids = list(dict.fromkeys(map(_rule_id, findings)))
     location = {"physicalLocation": {"artifactLocation": {"uri": _relative_uri(file)}}}
+    # The first finding of a kind gives the texts, so it is the last to be stored.
     first = {_rule_id(finding): finding for finding in reversed(findings)}
     driver = {"name": "lorascope", "version": version, "rules": [_rule(id, first[id]) for id in ids]}
     results = [

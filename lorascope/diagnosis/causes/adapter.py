@@ -156,15 +156,20 @@ def dead_layers(case: Evidence) -> Findings:
     for module in case.modules:
         if module.layer is not None and not math.isnan(module.moved):
             module_norms.setdefault((module.stack, module.layer), []).append(module.moved)
-    norms = {layer: math.hypot(*module_norms[layer]) for layer in sorted(module_norms)}
-    moved = {layer: norm for layer, norm in norms.items() if norm > 0}
-    usual = median(moved.values()) if moved else 0.0
-    faint = {layer: norm for layer, norm in moved.items() if norm < FAINT * usual}
+    moved: dict[str, float] = {}
+    for (stack, layer), norms in sorted(module_norms.items()):
+        norm = math.hypot(*norms)
+        if norm > 0:
+            moved[f"{stack} {layer}".strip()] = norm
+    if not moved:
+        return
+    usual = median(moved.values())
+    faint = [name for name, norm in moved.items() if norm < FAINT * usual]
     if faint:
-        names, fraction = [f"{stack} {layer}".strip() for stack, layer in faint], min(faint.values()) / usual
+        fraction = min(moved.values()) / usual
         changed = f"{len(faint)} of {len(moved)} layers changed by less than {FAINT:g} of the median layer"
-        message = f"{changed}: {first_and_count(names)} ({fraction:.1e})"
-        yield finding(message, layers=names, share=fraction, threshold=FAINT)
+        message = f"{changed}: {first_and_count(faint)} ({fraction:.1e})"
+        yield finding(message, layers=faint, share=fraction, threshold=FAINT)
 
 
 @DoctorRule(
@@ -251,7 +256,7 @@ def unused_components(case: Case) -> Findings:
 )
 def intruders(case: Case) -> Findings:
     """Count the intruder dimensions."""
-    measured = _with_intruders(case)
+    measured = _measured(case, "intruders")
     if intruded := [module for module in measured if module.intruders > 0]:
         (worst,) = largest(intruded, "intruders")
         count = sum(module.intruders for module in intruded)
@@ -272,7 +277,7 @@ def intruders(case: Case) -> Findings:
 )
 def neuron_rotation(case: Case) -> Findings:
     """Measure how far the update rotates the neurons."""
-    if rotated := _with_rotation(case):
+    if rotated := _measured(case, "neuron_largest"):
         (worst,) = largest(rotated, "neuron_largest")
         usual = median(module.neuron_median for module in rotated)
         rotation = f"neuron rotation: 1 - cos = {usual:.2g} (median over modules)"
@@ -289,14 +294,11 @@ def neuron_rotation(case: Case) -> Findings:
 )
 def intruders_unknown(case: Case) -> Findings:
     """Count the modules whose intruder dimensions take long, and were not requested."""
-    rotated = _with_rotation(case)
-    if count := len(rotated) and len(rotated) - len(_with_intruders(case)):
+    rotated = _measured(case, "neuron_largest")
+    if count := len(rotated) and len(rotated) - len(_measured(case, "intruders")):
         yield finding(f"intruder dimensions of {count} large modules not computed: add --spectra (slow)")
 
 
-def _with_intruders(case: Case) -> list[MeasuredModule]:
-    return [module for module in case.measured if not math.isnan(module.intruders)]
-
-
-def _with_rotation(case: Case) -> list[MeasuredModule]:
-    return [module for module in case.measured if not math.isnan(module.neuron_largest)]
+def _measured(case: Case, field: str) -> list[MeasuredModule]:
+    """Return the modules in which a field is known."""
+    return [module for module in case.measured if not math.isnan(getattr(module, field))]

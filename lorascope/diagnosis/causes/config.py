@@ -36,7 +36,7 @@ def rank_use(case: Case) -> Findings:
         if module.update_norm > 0 and module.rank is not None and not math.isnan(module.energy_rank):
             ranks.append(module.rank)
             narrow += module.energy_rank <= module.rank // 4
-    if ranks and min(ranks) >= 4:
+    if ranks and min(ranks) >= 4:  # a quarter is at least one component
         quarters = {rank // 4 for rank in ranks}
         bound = f"rank {quarters.pop()} or less" if len(quarters) == 1 else "a quarter of their rank"
         yield finding(f"{narrow or 'none'} of {len(ranks)} modules have {SHARE:.0%} of their energy in {bound}")

@@ -62,11 +62,12 @@ def diverged(case: Evidence) -> Findings:
     count = len(losses)
     if not count:
         return
+    # The last fifth, but as many as have a usual difference unless that is more than half of a short training.
     tail = losses[-max(min(FEW, count // 2), count // 5) :]
     start, end = float(losses[0]), float(np.median(tail))
     with np.errstate(invalid="ignore"):  # infinite losses
         usual = float(np.median(np.abs(np.diff(losses)))) if count >= FEW else 0.0
-    noise = NOISE * usual if count >= case.fewest_losses else math.inf
+    noise = NOISE * usual if count >= case.fewest_losses else math.inf  # without an estimate, only FAR counts
     limit = max(WORSE, start / 2, min(FAR * start, noise))
     # The value of a policy-gradient loss, which starts at 0 or has both signs, does not show success.
     comparable = start > 0 and not (losses < 0).any()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,27 +31,27 @@ _BLOCK = 2**22  # values of a weight in memory at once
 def other_weights(case: Case) -> Findings:
     """Find weights saved next to the factors, with their distance from the base, and modules not in the base."""
     weights, base = whole_weights(case.files), case.base
-    by_kind: dict[str, list[WholeWeight]] = {}
+    by_kind: dict[str, list[WholeWeight]] = defaultdict(list)
     for weight in weights:
-        by_kind.setdefault(weight.kind, []).append(weight)
+        by_kind[weight.kind].append(weight)
     if base is not None:
         yield from _measured_weights(weights, base)
     reason = "without a base" if base is None else "because they are not in the base"
     for kind, name in _NAMES.items():
-        unmeasured = [weight for weight in by_kind.get(kind, ()) if not _is_in_base(weight.module, base)]
+        unmeasured = [weight for weight in by_kind[kind] if not _is_in_base(weight.module, base)]
         yield from _total_size(unmeasured, f"{name}, {{}}, not measured {reason}")
-    full_modules = {weight.module for weight in by_kind.get("full", ())}
-    biases = [weight for weight in by_kind.get("bias", ()) if weight.module not in full_modules]
+    full_modules = {weight.module for weight in by_kind["full"]}
+    biases = [weight for weight in by_kind["bias"] if weight.module not in full_modules]
     yield from _total_size(biases, f"biases, {{}}, {_bias_change(base, biases)}")
-    updates = by_kind.get("bias update", ())
-    scales = {module: update.scale for module, update in case.stored_updates.items()}
-    norms = [scales.get(weight.module, np.nan) * _stored_norm(weight) for weight in updates]
-    yield from _total_size(updates, f"bias updates (lora_bias), {{}}, norm {math.hypot(*norms):.3g}")
-    differences = by_kind.get("bias difference", ())
-    norms = [_stored_norm(weight) for weight in differences]
-    yield from _total_size(differences, f"bias differences, {{}}, |db| {math.hypot(*norms):.3g}")
-    yield from _total_size(by_kind.get("ignored", ()), "tensors without effect, {}")
-    yield from _total_size(by_kind.get("unread", ()), "tensors that are not read, {}")
+    norms = []
+    for weight in by_kind["bias update"]:
+        scale = case.stored_updates[weight.module].scale if weight.module in case.stored_updates else np.nan
+        norms.append(scale * _stored_norm(weight))
+    yield from _total_size(by_kind["bias update"], f"bias updates (lora_bias), {{}}, norm {math.hypot(*norms):.3g}")
+    change = math.hypot(*map(_stored_norm, by_kind["bias difference"]))
+    yield from _total_size(by_kind["bias difference"], f"bias differences, {{}}, |db| {change:.3g}")
+    yield from _total_size(by_kind["ignored"], "tensors without effect, {}")
+    yield from _total_size(by_kind["unread"], "tensors that are not read, {}")
     if base is not None:
         missing = [module for module in case.stored_updates if not base.has_weight(module)]
         if missing:
@@ -88,9 +89,11 @@ def _stored_norm(weight: WholeWeight) -> float:
 
 def _bias_change(base: PretrainedWeights | None, biases: Sequence[WholeWeight]) -> str:
     """Return the norm of the change of all biases from the base, if it has them all."""
+    if base is None:
+        return "not measured"
     norms = []
     for bias in biases:
-        before, after = None if base is None else base.bias(bias.module), as_float64(bias.tensor.read().reshape(-1))
+        before, after = base.bias(bias.module), as_float64(bias.tensor.read().reshape(-1))
         if before is None or before.shape != after.shape:
             return "not measured"
         norms.append(np.linalg.norm(after - as_float64(before)))
@@ -106,10 +109,11 @@ def _distance(base: PretrainedWeights, weight: WholeWeight) -> tuple[float, str]
     rows = np.array(weight.rows or range(shape[0]))
     shared = np.flatnonzero(rows < base_shape[0])
     is_vocabulary = weight.kind == "copy" or parse(weight.module).role == "embed" or weight.module.endswith("lm_head")
+    # A resized vocabulary may have rows that the base lacks; any other weight must have the same.
     has_rows = weight.rows or base_shape[0] == shape[0] or (is_vocabulary and base_shape < shape)
     if base_shape[1] != shape[1] or not has_rows:
-        sizes = ", in the base ".join(" x ".join(map(str, sides)) for sides in (shape, base_shape))
-        return np.nan, f"not measured: it is {sizes}"
+        size, base_size = " x ".join(map(str, shape)), " x ".join(map(str, base_shape))
+        return np.nan, f"not measured: it is {size}, in the base {base_size}"
     W0, W = base.unread(weight.module), weight.tensor.file.unread(weight.tensor.name)
     changes, starts = [], []
     for block in np.array_split(shared, max(1, len(shared) * shape[1] // _BLOCK)):
@@ -117,7 +121,9 @@ def _distance(base: PretrainedWeights, weight: WholeWeight) -> tuple[float, str]
         changes.append(np.linalg.norm(after - before))
         starts.append(np.linalg.norm(before))
     change, start = math.hypot(*changes), math.hypot(*starts)
-    relative = change / start if start else np.inf if change else 0.0
+    relative = np.inf if change else 0.0
+    if start:
+        relative = change / start
     message = f"|dW| {change:.3g} ({100 * relative:.3g}% of |W|)"
     if new_rows := len(rows) - len(shared):
         return np.nan, f"{message}, without {count_phrase(new_rows, 'new row')}"

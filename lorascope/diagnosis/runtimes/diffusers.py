@@ -29,7 +29,7 @@ def check_diffusers(target: Target) -> Iterator[Finding]:
     stray = modules
     if len(unprefixed) < len(keys):
         # A reader may give modules the names of the base, so the stored names decide.
-        stray = [module for module in modules if any(key.startswith(f"{module}.") for key in unprefixed)]
+        stray = target.modules_of(unprefixed)
     if stray:
         names = "their names start with no component (unet, transformer, text_encoder)"
         yield dropped(stray, len(modules), f"with a warning, because {names}", "add the component to the names")

@@ -19,12 +19,11 @@ _READ = re.compile(r"\.lora_[AB](\.weight)?$|\.lora_embedding_[AB]$|\.base_layer
 def check_llama_cpp(target: Target) -> Iterator[Finding]:
     """Find what the conversion refuses, and options that it does not read."""
     config = target.config
-    magnitudes = [key for key in target.keys if "lora_magnitude_vector" in key]
     foreign = [key for key in target.keys if not _READ.search(key)]
     if foreign:
         fix = "merge the adapter into the base, and convert that"
         yield refused(f"it converts no tensors with these names: {first_and_count(foreign)}", fix)
-    if config.get("use_rslora") and not magnitudes:
+    if config.get("use_rslora") and not any("lora_magnitude_vector" in key for key in target.keys):
         factor = math.sqrt(largest_rank(target))
         yield altered(f"use_rslora is not read: the update is {factor:.3g} times too small",
                       f"set lora_alpha to {config.get('lora_alpha', 8) * factor:g} and use_rslora to false",

@@ -42,13 +42,25 @@ class Target:
         """Names of all tensors of the adapter, as they are stored."""
         return [name for file in self.files.files for name in file]
 
+    def modules_of(self, keys: Iterable[str]) -> list[str]:
+        """Return the modules of the adapter that some of its keys begin with."""
+        starts: set[str] = set()
+        for key in keys:
+            names = key.split(".")
+            starts.update(".".join(names[:end]) for end in range(1, len(names)))
+        return [module for module in self.files.parts if module in starts]
+
     @cached_property
     def modules(self) -> dict[str, tuple[int, ...]]:
         """Modules of the base that have a weight, with its stored shape; empty without a base."""
         if self.base is None:
             return {}
-        shapes = {name.removesuffix(".weight"): file.shape(name) for file in self.base.files for name in file}
-        return {module: shape for module, shape in shapes.items() if len(shape) >= 2}
+        shapes = {}
+        for file in self.base.files:
+            for name in file:
+                if len(shape := file.shape(name)) >= 2:
+                    shapes[name.removesuffix(".weight")] = shape
+        return shapes
 
     def find(self, module: str) -> tuple[int, ...] | None:
         """Return the stored shape of the weight that a module of the adapter has in the base, or None."""
@@ -67,7 +79,9 @@ class Target:
     @cached_property
     def absent(self) -> list[str]:
         """Modules of the adapter that the base does not have."""
-        return [module for module in self.files.parts if self.base is not None and self.find(module) is None]
+        if self.base is None:
+            return []
+        return [module for module in self.files.parts if self.find(module) is None]
 
     @cached_property
     def misfits(self) -> list[str]:
@@ -85,8 +99,7 @@ class Target:
     def renaming(self, names: Collection[str]) -> str | None:
         """Return the change of prefix by which all these modules are in the base, if there is one."""
         for old, new in _RENAMINGS:
-            changed = [new + name.removeprefix(old) for name in names if name.startswith(old)]
-            if len(changed) == len(names) and all(name in self.modules for name in changed):
+            if all(name.startswith(old) and new + name.removeprefix(old) in self.modules for name in names):
                 return f"{old or 'no prefix'} -> {new or 'no prefix'}"
         return None
 
@@ -189,9 +202,12 @@ def applied(files: AdapterFiles, base: PretrainedWeights | None, name: str) -> A
         raise ValueError(f"runtime must be one of {', '.join(sorted(RUNTIMES))}, got {printable(name)!r}")
     target = Target(files, base)
     findings = tuple(RUNTIMES[name](target))
-    lost = {module for finding in findings for module in finding.modules} & files.parts.keys()
-    refused = any(finding.severity == "error" for finding in findings)
-    return Application(name, 0 if refused else len(files.parts) - len(lost), len(files.parts), findings)
+    lost: set[str] = set()
+    for finding in findings:
+        # After an error nothing is applied.
+        lost.update(files.parts if finding.severity == "error" else finding.modules)
+    count = len(files.parts)
+    return Application(name, count - len(lost & files.parts.keys()), count, findings)
 
 
 def refused(reason: str, fix: str, **evidence: Any) -> Finding:
@@ -250,13 +266,13 @@ def largest_rank(target: Target) -> int:
 
 def without_prefix(target: Target) -> list[str]:
     """Return the modules whose tensors lack the prefix that PEFT requires."""
-    bare_keys = {key for key in target.keys if not key.startswith(PREFIX)}
-    return [module for module in target.files.parts if any(key.startswith(f"{module}.") for key in bare_keys)]
+    bare_keys = [key for key in target.keys if not key.startswith(PREFIX)]
+    return target.modules_of(bare_keys)
 
 
 def _embedding(modules: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
     names = [name for name in modules if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)$", name)]
-    return modules[names[0]] if len(names) == 1 else None
+    return modules[names[0]] if len(names) == 1 else None  # of several, it is not known which one is shared
 
 
 def _sides(shape: Iterable[int]) -> str:

@@ -30,7 +30,7 @@ from lorascope.experiments import grid
 from lorascope.inputs import models
 from lorascope.observe.observer import Observer
 from lorascope.plots import run_overview
-from lorascope.schema.module_roles import Place, parse
+from lorascope.schema.module_roles import Location, parse
 from lorascope.schema.records import QUANTITIES, Message, Record
 from lorascope.training.curve_report import pool_records
 from lorascope.training.trackers import _log_message, tracker_names
@@ -71,14 +71,14 @@ def pooled(table: pd.DataFrame) -> dict[tuple[str, int], float]:
 
 def curves(run) -> dict[tuple[str, int], float]:
     """Pool the rows of a run as its report does, under the names of a tracker: sums are exact, so in any order."""
-    places = {each.module: Place(each.stack, each.layer, each.role) for each in run.meta.modules}
+    locations = {row.module: Location(row.stack, row.layer, row.role) for row in run.meta.modules}
     found = {}
     for step, rows in run.table.groupby("step"):
         records = [
             Record(row.quantity, row.value, row.module, None if pd.isna(row.index_) else row.index_)
             for row in rows.rename(columns={"index": "index_"}).itertuples()
         ]
-        for name, value in pool_records(records, places).items():
+        for name, value in pool_records(records, locations).items():
             group, _, rest = name.partition("_")
             own = f"{group}/{rest}" if group in ("eval", "test") else f"train/{name}"
             found[name if "/" in name else own, step] = value
@@ -107,12 +107,12 @@ def in_float32(values: dict[tuple[str, int], float]) -> dict[tuple[str, int], fl
 @pytest.mark.parametrize("method", [LORA, ls.Full(), ls.AdaLoRA(init_rank=4, target_rank=2), ls.LISA(n_active=1)])
 def test_curves_are_pooled_as_by_the_figures(method, bert, task, tmp_path):
     _, run = train(bert, task, tmp_path / "run", method)
-    places = {each.module: Place(each.stack, each.layer, each.role) for each in run.meta.modules}
+    locations = {row.module: Location(row.stack, row.layer, row.role) for row in run.meta.modules}
     found = {}
     for step, rows in run.table.groupby("step"):
         columns = zip(rows["quantity"], rows["value"], rows["module"], rows["index"], strict=True)
         records = [Record(*row[:3], index=None if pd.isna(row[3]) else row[3]) for row in columns]
-        found |= {(name, step): value for name, value in pool_records(records, places).items()}
+        found |= {(name, step): value for name, value in pool_records(records, locations).items()}
     assert found == pytest.approx(pooled(run.table), rel=1e-12)
 
 
@@ -539,9 +539,9 @@ def test_own_loop_reports_what_it_records(fake, tmp_path):
 
 
 def test_alarms_have_one_curve_per_id_with_the_number_of_modules():
-    places = {name: parse(name) for name in ("layers.0.q", "layers.0.v", "layers.1.q")}
+    locations = {name: parse(name) for name in ("layers.0.q", "layers.0.v", "layers.1.q")}
     records = [Record("alarm", 22, "layers.0.q"), Record("alarm", 22, "layers.0.v"), Record("alarm", 1, "layers.1.q")]
-    assert pool_records([*records, Record("alarm", 15)], places) == {
+    assert pool_records([*records, Record("alarm", 15)], locations) == {
         "alarm/LS022": 2,
         "alarm/LS001": 1,
         "alarm/LS015": 1,
@@ -608,10 +608,10 @@ def test_alarm_that_stops_a_training_is_its_last_message(tmp_path):
 
 @pytest.mark.parametrize("quantity", ["update_norm", "relative_update", "rank"])  # pooled by norm, mean and sum
 def test_infinite_and_huge_values_of_a_diverging_training_do_not_end_it(quantity):
-    places = {name: parse(name) for name in ("layers.0.q", "layers.0.v")}
+    locations = {name: parse(name) for name in ("layers.0.q", "layers.0.v")}
     for one, other in ((math.inf, -math.inf), (1.7e308, 1.7e308)):
         records = [Record(quantity, one, "layers.0.q"), Record(quantity, other, "layers.0.v")]
-        assert not math.isfinite(pool_records(records, places).get(f"{quantity}/all", math.nan))
+        assert not math.isfinite(pool_records(records, locations).get(f"{quantity}/all", math.nan))
 
 
 def test_exception_in_an_own_loop_ends_its_trackers(fake, tmp_path):

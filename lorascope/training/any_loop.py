@@ -169,24 +169,24 @@ class LoopRecorder:
             A value is not a number.
         """
         recording, done, step = self._recording, self._done, self._step
-        own, norm = whole_number("loss", loss), whole_number("grad_norm", grad_norm)
+        loss_value, norm = whole_number("loss", loss), whole_number("grad_norm", grad_norm)
         if self._closed:
             self._warn("closed", _CLOSED)
             return
         if not done.steps:
             accumulates = self._gradients is not None and not self._gradients.sync_gradients
-            self._losses = [*self._losses, own] if accumulates and own is not None else []
+            self._losses = [*self._losses, loss_value] if accumulates and loss_value is not None else []
             done.empty_calls += 1
             if done.empty_calls == UNSTEPPED or done.have_weights_changed():
                 self._warn_unstepped()
             return
         if done.steps > 1:
             self._warn_skipped()
-        if (more := len(trained_parameters(step.optimizer)) - done.number) > 0:
-            problem = f"{more} parameters have joined the optimizer since ls.record, and are not recorded"
+        if (joined := len(trained_parameters(step.optimizer)) - done.number) > 0:
+            problem = f"{joined} parameters have joined the optimizer since ls.record, and are not recorded"
             self._warn("joined", f"{problem}; call ls.record again to record them")
         lr = done.take()
-        losses = self._losses if own is None else [*self._losses, own]
+        losses = self._losses if loss_value is None else [*self._losses, loss_value]
         self._losses = []
         values = fmean(losses) if losses else None, norm
         step.index += 1
@@ -318,8 +318,8 @@ def _check(
     if task is not None and not isinstance(task, str):
         raise ValueError(f"task must be a string or None, got {task!r}")
     reject_sharded_weights(model, gathered=True)
-    known = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in known for parameter in trained_parameters(optimizer)):
+    model_ids = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in model_ids for parameter in trained_parameters(optimizer)):
         raise ValueError(
             "cannot record an optimizer that trains no parameter of the model: create it after get_peft_model, and "
             "pass the results of accelerator.prepare"
@@ -341,8 +341,8 @@ def _describe(
     model: nn.Module, step: Step, observers: Sequence[Observer], seed: int | None, task: str | None, device: str
 ) -> Manifest:
     """Return the content of ``run.json``."""
-    known = {id(parameter) for parameter in model.parameters()}
-    trained = [p for p in trained_parameters(step.optimizer) if p.requires_grad and id(p) in known]
+    model_ids = {id(parameter) for parameter in model.parameters()}
+    trained = [p for p in trained_parameters(step.optimizer) if p.requires_grad and id(p) in model_ids]
     return run_manifest(
         model,
         step,

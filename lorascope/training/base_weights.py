@@ -105,5 +105,7 @@ def attach_method(method: Method, model: nn.Module) -> None:
 def reject_adapted(model: nn.Module) -> None:
     """Raise a ValueError if a model already has adapters, of lorascope or PEFT: its weights are not W_0."""
     bare_model = unwrap_peft_model(model)
-    if found := adapters(bare_model) | unreadable_adapters(bare_model):
-        raise ValueError(f"cannot train a model that already has adapters ({next(iter(found))} ...); load a fresh one")
+    if attached := adapters(bare_model) | unreadable_adapters(bare_model):
+        raise ValueError(
+            f"cannot train a model that already has adapters ({next(iter(attached))} ...); load a fresh one"
+        )

@@ -59,8 +59,8 @@ class Checkpoints:
         best = checkpoint.best
         tree = vars(checkpoint) | {"best": best and vars(best), "table": pack_rows(table)}
         save_tree(file, tree)
-        kept = {file} if best is None else {file, self.best_file(best.step)}
-        for old in self._resume_files() - kept:
+        current_files = {file} if best is None else {file, self.best_file(best.step)}
+        for old in self._resume_files() - current_files:
             with suppress(OSError):
                 old.unlink()
 

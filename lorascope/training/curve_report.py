@@ -17,7 +17,7 @@ from lorascope.schema.module_roles import Location, parse
 from lorascope.schema.records import QUANTITIES, Item, Message, Record
 from lorascope.training.state import keep_generators
 
-Places = Mapping[str, Location]
+Locations = Mapping[str, Location]
 PREFIX = "lorascope/"
 _OF_THE_HOST = {"loss", "grad_norm", "lr", "seconds", "eval_loss", "eval_metric"}
 # The only indexed quantity whose mean over the index says something without the index.
@@ -37,14 +37,14 @@ class CurveReport:
     """
 
     def __init__(self) -> None:
-        self._places: Places = {}
+        self._locations: Locations = {}
         self._step, self._records, self._messages = 0, list[Record](), list[Message]()
         self._failed: set[str] = set()
 
     def open(self, path: Path, meta: Manifest) -> None:
         """Start the report of the run in a folder."""
         # The first row of a name counts, as in the table of the run.
-        self._places = {row.module: Location(row.stack, row.layer, row.role) for row in reversed(meta.modules)}
+        self._locations = {row.module: Location(row.stack, row.layer, row.role) for row in reversed(meta.modules)}
 
     def collect(self, step: int, items: Iterable[Item]) -> None:
         """Take what was recorded after ``step`` finished steps, and send the values of the step before."""
@@ -60,7 +60,7 @@ class CurveReport:
     @keep_generators()
     def flush(self) -> None:
         """Send the values and messages that were not sent yet."""
-        values, messages = pool_records(self._records, self._places), self._messages
+        values, messages = pool_records(self._records, self._locations), self._messages
         self.discard()
         if values or messages:
             self.send(values, messages, self._step)
@@ -100,15 +100,15 @@ class HostReport(CurveReport):
     """
 
     def send(self, values: dict[str, float], messages: Sequence[Message], step: int) -> None:
-        if own := {f"{PREFIX}{name}": value for name, value in values.items() if name not in _OF_THE_HOST}:
-            self.send_to_host(own, step)
+        if prefixed := {f"{PREFIX}{name}": value for name, value in values.items() if name not in _OF_THE_HOST}:
+            self.send_to_host(prefixed, step)
 
     def send_to_host(self, values: dict[str, float], step: int) -> None:
         """Send values to the programs of the host."""
         raise NotImplementedError
 
 
-def pool_records(records: Sequence[Record], places: Places) -> dict[str, float]:
+def pool_records(records: Sequence[Record], locations: Locations) -> dict[str, float]:
     """Return the values of one step by the name of their curve.
 
     A value of the run keeps its name. Values of modules are pooled by the rule of their quantity, as in
@@ -119,8 +119,8 @@ def pool_records(records: Sequence[Record], places: Places) -> dict[str, float]:
     ----------
     records : sequence of Record
         Records of one step.
-    places : mapping
-        Place of each module; other names are parsed.
+    locations : mapping
+        Location of each module; other names are parsed.
 
     Returns
     -------
@@ -129,38 +129,40 @@ def pool_records(records: Sequence[Record], places: Places) -> dict[str, float]:
     """
     curves: dict[str, float] = {}
     modules: dict[str, list[tuple[Location, list[float]]]] = defaultdict(list)
-    for each in records:
-        quantity = QUANTITIES.get(each.quantity)
-        if quantity is None or (quantity.index != "none" and each.quantity not in _POOLED_OVER_INDEX):
+    for record in records:
+        quantity = QUANTITIES.get(record.quantity)
+        if quantity is None or (quantity.index != "none" and record.quantity not in _POOLED_OVER_INDEX):
             continue
-        if each.quantity == "alarm":  # the number of an id: a mean of several would be another id
-            name = f"alarm/LS{int(each.value):03}"
+        if record.quantity == "alarm":  # the number of an id: a mean of several would be another id
+            name = f"alarm/LS{int(record.value):03}"
             curves[name] = curves.get(name, 0.0) + 1
-        elif each.module:
-            place = places.get(each.module) or parse(each.module)
-            modules[each.quantity].append((place, np.atleast_1d(each.value).astype(float).tolist()))
+        elif record.module:
+            location = locations.get(record.module) or parse(record.module)
+            modules[record.quantity].append((location, np.atleast_1d(record.value).astype(float).tolist()))
         else:
-            curves[each.quantity] = float(each.value)
-    several = len({place.stack for place in places.values() if place.layer is not None}) > 1
+            curves[record.quantity] = float(record.value)
+    stacks = {location.stack for location in locations.values() if location.layer is not None}
     for name, rows in modules.items():
         cells: dict[str, list[float]] = defaultdict(list)
         # The row of a block contains those of its modules.
-        blocks = {(place.stack, place.layer) for place, _ in rows if place.role == "block"}
-        for place, values in rows:
-            if place.role == "block" or (place.stack, place.layer) not in blocks:
+        blocks = {(location.stack, location.layer) for location, _ in rows if location.role == "block"}
+        for location, values in rows:
+            if location.role == "block" or (location.stack, location.layer) not in blocks:
                 cells["all"] += values
-                cells[_layer_name(place, several)] += values
-            if place.role != "block" and place.layer is not None:
-                cells[f"role_{place.role}"] += values
+                cells[_layer_name(location, len(stacks) > 1)] += values
+            if location.role != "block" and location.layer is not None:
+                cells[f"role_{location.role}"] += values
         pool = _POOL[QUANTITIES[name].pool]
         with np.errstate(over="ignore", invalid="ignore"):  # infinite values of a training that diverges
             curves |= {f"{name}/{cell}": pool(values) for cell, values in sorted(cells.items()) if values}
     return {name: value for name, value in curves.items() if not math.isnan(value)}
 
 
-def _layer_name(place: Location, several: bool) -> str:
-    name = place.role if place.layer is None else f"layer_{place.layer:02d}"
-    return f"{place.stack}_{name}" if several and place.stack else name
+def _layer_name(location: Location, has_stacks: bool) -> str:
+    name = location.role if location.layer is None else f"layer_{location.layer:02d}"
+    if has_stacks and location.stack:
+        return f"{location.stack}_{name}"
+    return name
 
 
 def describe_error(error: Exception) -> str:

@@ -62,9 +62,9 @@ def reject_distributed_stop(observers: Sequence[Observer]) -> None:
 
 def warn_unreadable(model: nn.Module) -> None:
     """Warn that adapters whose update is not a matrix are not recorded."""
-    if found := list(unreadable_adapters(model).items()):
-        named = first_of([f"{module} ({kind})" for module, kind in found])
-        warnings.warn(f"cannot record adapters whose update is not a matrix: {named}", stacklevel=3)
+    if unread := list(unreadable_adapters(model).items()):
+        examples = first_of([f"{module} ({kind})" for module, kind in unread])
+        warnings.warn(f"cannot record adapters whose update is not a matrix: {examples}", stacklevel=3)
 
 
 def run_manifest(
@@ -77,9 +77,9 @@ def run_manifest(
     trained: Sequence[nn.Parameter],
     device: str,
     settings: Mapping[str, Any],
-    **own: Any,
+    **fields: Any,
 ) -> Manifest:
-    """Return the content of ``run.json``; ``own`` are the fields that depend on the loop.
+    """Return the content of ``run.json``; ``fields`` are those that depend on the loop.
 
     ``method`` is a method of lorascope or None; ``model`` may be a PEFT model.
     """
@@ -101,7 +101,7 @@ def run_manifest(
         labels=_class_names(step),
         settings={**settings, **common},
         **circumstances(step, method, trained, device),
-        **own,
+        **fields,
     )
 
 
@@ -117,21 +117,25 @@ def describe_recipe(model: nn.Module, step: Step, loop: str) -> tuple[dict[str, 
     # Read the defaults from the fields, because AdaLoraConfig() without arguments raises an error.
     default = {field.name: field.default for field in dataclasses.fields(peft)}
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in vars(peft).items()}
-    changed = {
-        key: value
-        for key, value in values.items()
-        if key not in _NOT_HYPERPARAMETERS and isinstance(value, int | float | str | list) and value != default.get(key)
-    }
     kind = str(getattr(peft.peft_type, "value", peft.peft_type))
-    numbers = [f"{key} {value}" for key, value in changed.items() if isinstance(value, int | float)]
-    names = {"adapters": list(active)} if len(_configs(model)) > 1 else {}
-    label = ", ".join([f"PEFT {kind}", *numbers, *(f"adapter {' + '.join(each)}" for each in names.values())])
-    return {"name": "peft", "kind": kind, "rule": rule} | changed | names, label
+    recipe: dict[str, Any] = {"name": "peft", "kind": kind, "rule": rule}
+    words = [f"PEFT {kind}"]
+    for key, value in values.items():
+        allowed = key not in _NOT_HYPERPARAMETERS and isinstance(value, int | float | str | list)
+        if allowed and value != default.get(key):
+            recipe[key] = value
+            if isinstance(value, int | float):
+                words.append(f"{key} {value}")
+    if len(_configs(model)) > 1:
+        recipe["adapters"] = list(active)
+        words.append(f"adapter {' + '.join(active)}")
+    return recipe, ", ".join(words)
 
 
 def _peft_task_type(model: nn.Module) -> str | None:
     """Return the task type of the active adapter of a PEFT model, None without one."""
-    kind = next((each.task_type for each in _active_configs(model).values()), None)
+    config = next(iter(_active_configs(model).values()), None)
+    kind = getattr(config, "task_type", None)
     return None if kind is None else str(getattr(kind, "value", kind))
 
 

@@ -137,7 +137,7 @@ def train(
     RuntimeError
         An observer stops the training, such as ``alarms(stop=...)``.
     """
-    given = locals()
+    arguments = locals()
     observers = (norms(),) if observe is None else observe
     require_observers(observers)
     if not is_integer(checkpoint_every) or checkpoint_every < 1:
@@ -146,7 +146,8 @@ def train(
         raise ValueError(f"seed must be an integer from 0 to {2**32 - 1}, got {seed!r}")
     seed = int(seed)  # random.seed accepts no integers of numpy
     trackers, device = tracker_names(report_to), _usable_device(device)
-    method = from_config({"name": method}) if isinstance(method, str) else method
+    if isinstance(method, str):
+        method = from_config({"name": method})
     if not isinstance(method, Method):
         raise ValueError(f"method must be a name or an object such as ls.LoRA(), got {method!r}")
     if not isinstance(data, Task | str | Path):
@@ -155,9 +156,10 @@ def train(
         raise ValueError(f"model must be a PyTorch model, a name or a folder, got {model!r}")
     method.prepare()  # before anything is changed
     task = data if isinstance(data, Task) else tasks.load(str(data))
-    model = models.load(str(model), task=task) if isinstance(model, str | Path) else model
-    chosen = {field.name: given[field.name] for field in fields(Settings)}
-    settings = Settings(**chosen | _rates(method, lr, head_lr))
+    if isinstance(model, str | Path):
+        model = models.load(str(model), task=task)
+    values = {field.name: arguments[field.name] for field in fields(Settings)}
+    settings = Settings(**values | _rates(method, lr, head_lr))
     task = task.fit(model)
     model.to(device)
     marker = prepare_model(model, task, seed)
@@ -176,13 +178,13 @@ def train(
             path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
             started.append(path.name)
             rates = _rates(phase.method, lr if phase.lr is None else phase.lr, head_lr)
-            part = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
-            stored = finished_run(path, part)
+            spec = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
+            stored = finished_run(path, spec)
             if stored is None and not locked:
                 # Hold this lock until the end, so that no other process trains in the folder between two phases.
                 locks.enter_context(lock_run(folder))
                 locked = True
-                stored = finished_run(path, part)  # another process may just have finished the phase
+                stored = finished_run(path, spec)  # another process may just have finished the phase
             if stored is None:
                 if phase.name:
                     write_phases(folder, plan, started, "running")
@@ -190,7 +192,7 @@ def train(
                     locks.enter_context(lock_run(path))
                 _reset(model, marker.base)
                 with seed_generators(seed):
-                    session = Session(model, part, marker.base, path, runs, device, trackers)
+                    session = Session(model, spec, marker.base, path, runs, device, trackers)
                     marker.attach(model, plan.id)  # now the model has changed
                     runs.append(fit(session, checkpoint_every, progress))
             else:

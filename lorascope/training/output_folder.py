@@ -32,11 +32,11 @@ def prepare_folder(folder: Path, recipe: str, overwrite: bool) -> None:
         remove_run(folder)
     else:
         try:
-            found = identify_folder(folder)
+            stored = identify_folder(folder)
         except ValueError as error:
             raise ValueError(f"cannot train in {folder}: it is not a run ({error}); pass another out") from error
-        if found.id != recipe:
-            raise _other_run(folder, "recipe", found.id, recipe)
+        if stored.id != recipe:
+            raise _other_run(folder, "recipe", stored.id, recipe)
 
 
 def write_phases(folder: Path, plan: RunSpec, names: Sequence[str], status: str) -> None:
@@ -63,8 +63,8 @@ def finished_run(path: Path, plan: RunSpec) -> Run | None:
     return run
 
 
-def _other_run(folder: Path, kind: str, found: str, wanted: str) -> ValueError:
+def _other_run(folder: Path, kind: str, stored_id: str, run_id: str) -> ValueError:
     return ValueError(
-        f"cannot train {kind} {wanted} in {folder}: it contains {kind} {found}; "
+        f"cannot train {kind} {run_id} in {folder}: it contains {kind} {stored_id}; "
         "pass another out, or overwrite=True (--overwrite)"
     )

@@ -26,7 +26,7 @@ _PAUSE = 1.0
 class ProgressBar(tqdm):
     """Progress bar that shows the latest loss and the latest validation metric."""
 
-    shown: dict[str, str]
+    latest: dict[str, str]
 
     def display(self, *args: Any, **kwargs: Any) -> None:
         """Draw the bar, or disable it if its terminal is closed."""
@@ -42,10 +42,10 @@ class ProgressBar(tqdm):
 
     def show(self, loss: float, score: Score | None) -> None:
         """Advance by one step and show its loss and score."""
-        self.shown["loss"] = f"{loss:.3f}"
+        self.latest["loss"] = f"{loss:.3f}"
         if score is not None:
-            self.shown[score.name] = f"{score.metric:.3f}"
-        self.set_postfix(self.shown, refresh=False)
+            self.latest[score.name] = f"{score.metric:.3f}"
+        self.set_postfix(self.latest, refresh=False)
         self.update()
 
 
@@ -106,7 +106,7 @@ def progress_bar(name: str, total: int, start: int, visible: bool) -> AbstractCo
         file.write()
         return nullcontext(file)
     bar = ProgressBar(total=total, initial=start, desc=printable(name), disable=not visible, unit="step")
-    bar.shown = {}
+    bar.latest = {}
     return bar
 
 

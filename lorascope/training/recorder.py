@@ -62,8 +62,8 @@ class Recorder:
 
     def record(self, loss: float | None = None, grad_norm: float | None = None, lr: float | None = None) -> None:
         """Record the values of the training, the method and the observers in this step."""
-        own = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": self.seconds}
-        records = [Record(name, value) for name, value in own.items() if value is not None]
+        values = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": self.seconds}
+        records = [Record(name, value) for name, value in values.items() if value is not None]
         self._collect([*records, *(self.method.records(self.step) if self.method else ())])
         self.observe()
 
@@ -82,20 +82,20 @@ class Recorder:
     def _collect(self, items: Iterable[Item]) -> None:
         """Take all items but the values that an earlier call has, such as a rank of the method and of an observer."""
         finished = self.step.finished
-        known = self._recorded[1] if self._recorded[0] == finished else set()
+        recorded = self._recorded[1] if self._recorded[0] == finished else set()
         fresh: list[Item] = []
         added = []
         for item in items:
             if isinstance(item, Record):
                 key = item.quantity, item.module
-                if key in known:
+                if key in recorded:
                     continue
                 added.append(key)
                 if not item.module:
                     self.step.values[item.quantity] = finished, item.value
             fresh.append(item)
-        known.update(added)  # at the end, since a quantity with an index has several records
-        self._recorded = finished, known
+        recorded.update(added)  # at the end, since a quantity with an index has several records
+        self._recorded = finished, recorded
         self.writer.collect(finished, fresh)
         if self.report is not None:
             self.report.collect(finished, fresh)
@@ -116,17 +116,16 @@ class Recorder:
         self.add(factors_of(model, self.step.adapter_names))
         if self.method is not None:
             save_state(file, model, self.step.optimizer, self.method)
-        elif adapters(
-            model, self.step.adapter_names
-        ):  # an export includes other parameters that PEFT trains, such as a head
+        elif adapters(model, self.step.adapter_names):
+            # An export includes other parameters that PEFT trains, such as a head.
             live = unwrapped_parameters(model)
             save_tree(file, {name: live[name] for name in self.base.kept if live[name].requires_grad})
         return self.state_entry()
 
     def state_entry(self) -> State:
         """Return the entry of the current state for ``run.json``."""
-        found = adapters(self.step.model, self.step.adapter_names)
-        return State(self.step.finished, {name: each.rank for name, each in found.items()})
+        attached = adapters(self.step.model, self.step.adapter_names)
+        return State(self.step.finished, {name: adapter.rank for name, adapter in attached.items()})
 
     def flush_report(self) -> None:
         """Send the values of this step to the report."""

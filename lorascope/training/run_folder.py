@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
@@ -180,8 +181,11 @@ def create_folder(folder: Path, resumed: str | None) -> Path | None:
         raise ValueError(f"cannot record into {folder}: it contains files but no run; pass another out")
     run = Run.read(folder)
     name = f"{folder.name}-{run.id}"
-    asides = (folder.with_name(each) for each in (name, *(f"{name}-{number}" for number in range(2, 10_000))))
-    aside = next(each for each in asides if not each.exists())
+    aside = folder.with_name(name)
+    for number in itertools.count(2):
+        if not aside.exists():
+            break
+        aside = folder.with_name(f"{name}-{number}")
     with lock_run(folder):
         if run.id != resumed:
             folder.rename(aside)

@@ -82,9 +82,9 @@ class Session(Recorder):
     # -- data ---------------------------------------------------------------------------------------------------
 
     def _encode(self, reader: Any, splits: str, rows: int | None = None) -> EncodedRows:
-        parts = [self.task.split(split, float(self.method.search_share)) for split in splits.split("+")]
+        tables = [self.task.split(split, float(self.method.search_share)) for split in splits.split("+")]
         # Rows of a task are sorted by a hash of their content, so the first ones are a random sample.
-        table = pd.concat(parts, ignore_index=True).head(rows or len(self.task.table))
+        table = pd.concat(tables, ignore_index=True).head(rows or len(self.task.table))
         return self.task.encode(reader, table, self.settings.max_length)
 
     def batch(self, index: int) -> Batch:
@@ -129,11 +129,11 @@ class Session(Recorder):
 
     def backward(self) -> float:
         """Compute the gradients of the step's batch, in ``accumulate`` micro-batches, and return its loss."""
-        parts, loss = self.settings.accumulate, 0.0
-        total, rows = self.task.count_targets(self.step.batch), self.settings.batch_size // parts
-        for part in range(parts):
-            piece = {key: value[part * rows : (part + 1) * rows] for key, value in self.step.batch.items()}
-            share = self.task.count_targets(piece) / total if parts > 1 else 1.0
+        count, loss = self.settings.accumulate, 0.0
+        total, rows = self.task.count_targets(self.step.batch), self.settings.batch_size // count
+        for number in range(count):
+            piece = {key: value[number * rows : (number + 1) * rows] for key, value in self.step.batch.items()}
+            share = self.task.count_targets(piece) / total if count > 1 else 1.0
             value = self._batch_loss(self.model, piece, None) * share
             value.backward()
             loss += float(value.detach())
@@ -167,15 +167,15 @@ class Session(Recorder):
     def begin(self) -> int:
         """Start, or resume from the newest intact checkpoint; return the 0-based step to run next."""
         self.model.train()
-        found = self.checkpoints.newest()
-        if found is None:
+        newest = self.checkpoints.newest()
+        if newest is None:
             self.begin_rows(None)
             if self.settings.eval_every != 0:
                 self.evaluate()
             self.record()
             self.flush_report()
             return 0
-        checkpoint, table = found
+        checkpoint, table = newest
         try:
             load_tensors(self.model, checkpoint.model)
             freeze(self.model, checkpoint.frozen)
@@ -242,5 +242,5 @@ def nonfinite_reason(step: Step, loss: float, norm: float | None, rate: float) -
     """Return a message if the loss or the gradient norm of a step is not finite, else None."""
     if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
         return None
-    what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient norm became {norm}"
-    return f"{what} at step {step.index + 1} of {step.total} (learning rate {rate:.3g}): lower lr or clip"
+    problem = f"the gradient norm became {norm}" if math.isfinite(loss) else f"the loss became {loss}"
+    return f"{problem} at step {step.index + 1} of {step.total} (learning rate {rate:.3g}): lower lr or clip"

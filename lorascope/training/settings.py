@@ -52,8 +52,8 @@ class Settings:
             require(self, name, "> 0 and finite in float32", 0 < getattr(self, name) <= _LARGEST)
         for name in ("warmup", "weight_decay"):
             require(self, name, ">= 0 and finite", 0 <= getattr(self, name) < math.inf)
-        whole = self.warmup < 1 or float(self.warmup).is_integer()
-        require(self, "warmup", "a fraction below 1 or an integer number of steps", whole)
+        is_allowed = self.warmup < 1 or float(self.warmup).is_integer()
+        require(self, "warmup", "a fraction below 1 or an integer number of steps", is_allowed)
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}")
         require(self, "clip", "> 0 or None (no clipping)", self.clip is None or self.clip > 0)

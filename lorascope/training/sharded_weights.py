@@ -33,8 +33,8 @@ def whole_number(name: str, value: float | Tensor | None) -> float | None:
     try:
         return value if value is None else float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
-        shown = printable(repr(value))
-        raise ValueError(f"{name} must be a number or a tensor with one value, got {shown}") from None
+        text = printable(repr(value))
+        raise ValueError(f"{name} must be a number or a tensor with one value, got {text}") from None
 
 
 def reject_sharded_weights(model: nn.Module, gathered: bool = False) -> None:
@@ -73,18 +73,17 @@ class WholeWeights:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, observers: Sequence[Observer]) -> None:
         self._optimizer, self._observers = optimizer, observers
-        self._places = [
-            (module, name, parameter)
-            for module in model.modules()
-            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-            if isinstance(parameter, DTensor)
-        ]
-        for observer in observers if self._places else ():
+        self._parameters = []
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if isinstance(parameter, DTensor):
+                    self._parameters.append((module, name, parameter))
+        for observer in observers if self._parameters else ():
             if not isinstance(observer, norms | factors):
                 raise ValueError(
                     f"cannot record {type(observer).__name__} of sharded weights: only norms and factors are gathered"
                 )
-        self._shards = {id(parameter): parameter for _, _, parameter in self._places}
+        self._shards = {id(parameter): parameter for _, _, parameter in self._parameters}
         self._copies: dict[int, nn.Parameter] = {}
         self.gather()
 
@@ -105,12 +104,12 @@ class WholeWeights:
         for key, shard in self._shards.items():
             if key in self._copies and key not in trained:
                 continue
-            whole = shard.full_tensor().detach()
+            full = shard.full_tensor().detach()
             if not is_first_process():
-                whole = whole[:0]  # only the memory of one parameter at a time
+                full = full[:0]  # only the memory of one parameter at a time
             if key not in self._copies:
-                self._copies[key] = nn.Parameter(torch.empty_like(whole, device="cpu"), requires_grad=False)
-            self._copies[key].copy_(whole)
+                self._copies[key] = nn.Parameter(torch.empty_like(full, device="cpu"), requires_grad=False)
+            self._copies[key].copy_(full)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -119,11 +118,11 @@ class WholeWeights:
             yield
             return
         groups = [list(group["params"]) for group in self._optimizer.param_groups]
-        replaced = [(module, name, module._parameters[name]) for module, name, _ in self._places]
+        replaced = [(module, name, module._parameters[name]) for module, name, _ in self._parameters]
         for key, shard in self._shards.items():
             self._copies[key].requires_grad_(shard.requires_grad)
         try:
-            for module, name, parameter in self._places:
+            for module, name, parameter in self._parameters:
                 module._parameters[name] = self._copies[id(parameter)]
             for group, parameters in zip(self._optimizer.param_groups, groups, strict=True):
                 group["params"] = [self._copies.get(id(parameter), parameter) for parameter in parameters]

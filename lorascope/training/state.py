@@ -147,14 +147,11 @@ def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     """Return what training may have changed, by name: the optimizer's parameters, new weights and buffers."""
     trained = set(map(id, trained_parameters(optimizer)))
     new = missing(model)
-    kept = {name: p for name, p in model.named_parameters() if id(p) in trained or name in new}
-    kept |= {
-        f"{module}.delta.{name}": parameter
-        for module, delta in attached_deltas(model).items()
-        for name, parameter in delta.named_parameters()
-    }
+    tensors = {name: p for name, p in model.named_parameters() if id(p) in trained or name in new}
+    for module, delta in attached_deltas(model).items():
+        tensors |= {f"{module}.delta.{name}": parameter for name, parameter in delta.named_parameters()}
     persistent = model.state_dict(keep_vars=True)
-    return kept | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    return tensors | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, method: Method) -> None:
@@ -164,16 +161,16 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, m
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors into the parameters and buffers of the same names, or replace those of another shape."""
-    places = dict(model.named_parameters()) | dict(model.named_buffers())
-    unknown = sorted(tensors.keys() - places.keys())
+    targets = dict(model.named_parameters()) | dict(model.named_buffers())
+    unknown = sorted(tensors.keys() - targets.keys())
     if unknown:
         raise ValueError(f"cannot load {unknown[0]}: the model has no such tensor; use the base model that was trained")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            if places[name].shape == tensor.shape:
-                places[name].copy_(tensor)
+            if targets[name].shape == tensor.shape:
+                targets[name].copy_(tensor)
             else:
-                places[name].data = tensor.to(places[name].device)
+                targets[name].data = tensor.to(targets[name].device)
 
 
 def fingerprint(optimizer: torch.optim.Optimizer) -> str:

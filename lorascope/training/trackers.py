@@ -56,25 +56,25 @@ def tracker_names(report_to: str | Sequence[str] | None) -> tuple[str, ...]:
     """
     if not isinstance(report_to, str | Sequence | None):
         raise ValueError(f"report_to must be a name or a list of names, got {report_to!r}")
-    given = [report_to] if isinstance(report_to, str) else list(report_to or ())
-    if given in ([], ["none"]):
+    requested = [report_to] if isinstance(report_to, str) else list(report_to or ())
+    if requested in ([], ["none"]):
         return ()
-    known = _classes()
+    classes = _classes()
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
 
     installed = [str(name.value) for name in get_available_trackers()]
-    if given == ["all"]:
+    if requested == ["all"]:
         return tuple(installed)
-    for name in given:
+    for name in requested:
         if name in ("all", "none"):
-            raise ValueError(f"report_to {name!r} must be the only name, got {printable(given)}")
-        if name not in known:
-            names = ", ".join([*sorted(known), "all", "none"])
+            raise ValueError(f"report_to {name!r} must be the only name, got {printable(requested)}")
+        if name not in classes:
+            names = ", ".join([*sorted(classes), "all", "none"])
             raise ValueError(f"report_to must be one of {names}, got {printable(name)!r}")
         if name not in installed and name in LoggerType.list():
             raise ValueError(f"report_to requires {name}: pip install {_DISTRIBUTIONS.get(name, name)}")
-    return tuple(dict.fromkeys(given))
+    return tuple(dict.fromkeys(requested))
 
 
 def _classes() -> Mapping[str, Any]:
@@ -133,11 +133,11 @@ class TrackerReport(CurveReport):
         self._state.step = step
         # Written first: a killed training may lose a step in the trackers, but repeats none.
         self._write_state()
-        named = [*values.items()]
-        for start in range(0, len(named), _MOST_VALUES):
-            part = named[start : start + _MOST_VALUES]
+        items = [*values.items()]
+        for start in range(0, len(items), _MOST_VALUES):
+            batch = items[start : start + _MOST_VALUES]
             for name, tracker in self._trackers.items():
-                curves = {_curve(value_name, name): value for value_name, value in part}
+                curves = {_curve(value_name, name): value for value_name, value in batch}
                 self.attempt(name, partial(tracker.log, curves, step=step))
         for message in messages:
             for name, tracker in self._trackers.items():
@@ -187,21 +187,21 @@ _IDS: dict[str, Callable[[Any], str]] = {
 
 def _start(name: str, path: Path, meta: Manifest, state: _State) -> Any:
     """Start a tracker: a new run with the configuration of the training, or the run in the state."""
-    kind, known = _classes()[name], state.ids.get(name)
-    configuration = {} if known else _configuration(path, meta)
+    kind, id = _classes()[name], state.ids.get(name)
+    configuration = {} if id else _configuration(path, meta)
     title = f"{path.parent.name}-{path.name}" if meta.phase and meta.phase[0] else path.name
     project = os.environ.get(_PROJECT_VARIABLES.get(name, ""), _PROJECT)
     match name:
         case "tensorboard":
             tracker = kind("tensorboard", path)
         case "wandb":  # next to the active run of the user, whose configuration accelerate would change
-            resumed = {"id": known, "resume": "allow"} if known else {}
+            resumed = {"id": id, "resume": "allow"} if id else {}
             tracker = kind(project, name=title, config=configuration, reinit="create_new", **resumed)
             configuration = {}
         case "mlflow":  # nested in the active run of the user, if there is one
-            tracker = kind(project, run_name=title, run_id=known, nested_run=True)
+            tracker = kind(project, run_name=title, run_id=id, nested_run=True)
         case "trackio":
-            tracker = kind(project, name=title, resume="allow" if known else "never")
+            tracker = kind(project, name=title, resume="allow" if id else "never")
         case "swanlab":
             tracker = kind(project, experiment_name=title)
         case "clearml":
@@ -222,13 +222,15 @@ def _configuration(path: Path, meta: Manifest) -> dict[str, Any]:
     """Return the id, the recipe and the settings of a run as flat values."""
     shared = {"id": meta.id, "label": meta.label, "model": meta.model, "task": meta.task, "seed": meta.seed}
     sizes = {"parameters.trained": meta.parameters.trained, "parameters.total": meta.parameters.total}
-    parts = {"method": meta.method, "settings": meta.settings}
-    nested = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
-    return {
-        key: value if isinstance(value, bool | int | float | str) else json.dumps(value)
-        for key, value in (shared | sizes | nested | {"folder": str(path.resolve())}).items()
-        if value is not None
-    }
+    method = {f"method.{key}": value for key, value in meta.method.items()}
+    settings = {f"settings.{key}": value for key, value in meta.settings.items()}
+    flat: dict[str, Any] = {}
+    for key, value in (shared | sizes | method | settings | {"folder": str(path.resolve())}).items():
+        if isinstance(value, bool | int | float | str):
+            flat[key] = value
+        elif value is not None:
+            flat[key] = json.dumps(value)
+    return flat
 
 
 def _curve(name: str, tracker: str) -> str:
@@ -238,9 +240,11 @@ def _curve(name: str, tracker: str) -> str:
     """
     if "/" in name:
         return name
-    group, _, rest = name.partition("_")
-    group, rest = (group, rest) if group in ("eval", "test") and rest else ("train", name)
-    return f"{group}{'_' if tracker == 'clearml' else '/'}{rest}"
+    separator = "_" if tracker == "clearml" else "/"
+    group, _, quantity = name.partition("_")
+    if group in ("eval", "test") and quantity:
+        return f"{group}{separator}{quantity}"
+    return f"train{separator}{name}"
 
 
 def _log_message(name: str, tracker: Any, message: Message, step: int) -> None:

@@ -78,9 +78,11 @@ class MethodCallback(TrainerCallback):
             method.restore(tree["method"])
         if distributed.is_available() and distributed.is_initialized():
             # Each process has seeded its own generators: all use those of the first one.
-            own = [{key: value for key, value in method.state().items() if isinstance(value, np.random.Generator)}]
-            distributed.broadcast_object_list(own, src=0)
-            method.restore(own[0])
+            generators = [
+                {key: value for key, value in method.state().items() if isinstance(value, np.random.Generator)}
+            ]
+            distributed.broadcast_object_list(generators, src=0)
+            method.restore(generators[0])
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Call ``before_step``."""
@@ -122,8 +124,8 @@ def _only_phase(method: Method, base: Base) -> Method:
 def reject_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise a ValueError if the weights are sharded, so that no process has all of them."""
     reject_sharded_weights(model)
-    known = {id(parameter) for parameter in model.parameters()}
-    if any(id(parameter) not in known for parameter in trained_parameters(optimizer)):
+    model_ids = {id(parameter) for parameter in model.parameters()}
+    if any(id(parameter) not in model_ids for parameter in trained_parameters(optimizer)):
         raise ValueError(f"cannot use an optimizer of sharded weights (FSDP or DeepSpeed): {SHARDED}")
 
 

@@ -67,10 +67,10 @@ def overlap(trained: Any, evaluated: Any) -> float | None:
     and a ``Subset`` by the dataset below it.
     """
     if isinstance(trained, list) and isinstance(evaluated, list):
-        known = {id(row) for row in trained}
-        return sum(id(row) in known for row in evaluated) / max(1, len(evaluated))
-    (one, seen), (other, rows) = _dataset_rows(trained), _dataset_rows(evaluated)
-    return len(set(seen) & set(rows)) / len(rows) if rows and one == other else None
+        trained_ids = {id(row) for row in trained}
+        return sum(id(row) in trained_ids for row in evaluated) / max(1, len(evaluated))
+    (trained_origin, trained_rows), (evaluated_origin, rows) = _dataset_rows(trained), _dataset_rows(evaluated)
+    return len(set(trained_rows) & set(rows)) / len(rows) if rows and trained_origin == evaluated_origin else None
 
 
 def _dataset_rows(data: Any) -> tuple[Any, Sequence[int]]:

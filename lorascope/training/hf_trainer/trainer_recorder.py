@@ -158,8 +158,8 @@ class TrainerRecorder(TrainerCallback):
     def on_log(self, args: TrainingArguments, *_: Any, logs: Any = None, **trainer: Any) -> None:
         """Record the loss, a mean since the last log, and the gradient norm unless the method has recorded one."""
         if self._recording is not None and "loss" in logs:
-            own = [Record(name, float(logs[name])) for name in ("loss", "grad_norm") if name in logs]
-            self._recording.add(own)
+            records = [Record(name, float(logs[name])) for name in ("loss", "grad_norm") if name in logs]
+            self._recording.add(records)
 
     def on_evaluate(self, args: TrainingArguments, *_: Any, metrics: Any = None, **trainer: Any) -> None:
         """Record the loss, the metric of ``metric_for_best_model``, and the fraction of rows that are training rows."""
@@ -168,10 +168,12 @@ class TrainerRecorder(TrainerCallback):
         trained, evaluated = trainer.get("train_dataloader"), trainer.get("eval_dataloader")
         if trained is not None and evaluated is not None:
             self._recording.writer.meta.eval_overlap = overlap(trained.dataset, evaluated.dataset)
-        chosen = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
-        kept = {"eval_loss": "eval_loss"} | ({} if chosen == "eval_loss" else {"eval_metric": chosen})
+        metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+        keys = {"eval_loss": "eval_loss"}
+        if metric != "eval_loss":
+            keys["eval_metric"] = metric
         self._recording.add(
-            Record(name, float(metrics[key])) for name, key in kept.items() if metrics.get(key) is not None
+            Record(name, float(metrics[key])) for name, key in keys.items() if metrics.get(key) is not None
         )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:

@@ -40,4 +40,4 @@ def reporting_callbacks() -> list[TrainerCallback]:
         frame = frame.f_back
     kinds = tuple(INTEGRATION_TO_CALLBACK.values())
     callbacks: list[TrainerCallback] = frame.f_locals["self"].callback_handler.callbacks
-    return [each for each in callbacks if isinstance(each, kinds)]
+    return [callback for callback in callbacks if isinstance(callback, kinds)]

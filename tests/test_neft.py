@@ -157,7 +157,7 @@ def test_weight_decay_changes_only_selected_neurons():
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"precision": "bf16"}], ids=["", "decay", "bf16"])
-def test_all_neurons_selected_equals_fine_tuning_of_the_projections(bert, task, tmp_path, settings):
+def test_all_neurons_selected_equals_fine_tuning_of_the_groups(bert, task, tmp_path, settings):
     class Matrices(Full):
         def attach(self, model):
             model.requires_grad_(False)
@@ -345,8 +345,8 @@ def test_both_ends_together_have_as_many_neurons_as_their_sum(share, more, selec
 
     def chosen(**given):
         method = NeFT(select_by=select_by, **given)
-        method._parts = neurons.list_groups(ls.module_table.describe(model))
-        pool = neurons.unscored_neurons(method._parts)
+        method._groups = neurons.list_groups(ls.module_table.describe(model))
+        pool = neurons.unscored_neurons(method._groups)
         method._scores = pool.assign(**{method.score_names[0]: scores})
         found = method._choose(sum(parameter.numel() for parameter in model.parameters()))
         return {(module, number) for module, numbers in found.items() for number in numbers}, pool

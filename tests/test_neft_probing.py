@@ -15,7 +15,7 @@ from lorascope.adapters.host_weights import host_weight
 from lorascope.analysis import neurons, selected_neurons
 from lorascope.inputs import models
 from lorascope.methods import NeFT
-from lorascope.methods.neft_probing import directions, likeness
+from lorascope.methods.neft_probing import directions, largest_cosines
 from lorascope.runs.writer import RunWriter
 from lorascope.schema import records
 from lorascope.schema.records import Quantity, Record
@@ -61,14 +61,14 @@ def test_coefficients_match_the_closed_form_at_the_strength_of_the_least_error()
 
 def test_score_ignores_norm_and_sign():
     vectors = np.array([[3.0, 0, 4], [30, 0, 40], [0, 2, 0], [0, 0, 0]])
-    found = likeness(vectors, np.array([[-1.0, 0, 0], [0, 0.5, 0], [0, 0, 0]]))
+    found = largest_cosines(vectors, np.array([[-1.0, 0, 0], [0, 0.5, 0], [0, 0, 0]]))
     assert found == pytest.approx([0.6, 0.6, 1, np.nan], nan_ok=True)
 
 
 def test_score_ignores_the_norm_of_a_probe():
     """Inner products with unnormalized probes would order the neurons differently, 8 before 7.07."""
     probes = np.array([[10.0, 0], [1, 1]])
-    assert likeness(np.array([[1.0, 1], [0.8, 0.6]]), probes) == pytest.approx([1, 1.4 / 2**0.5])
+    assert largest_cosines(np.array([[1.0, 1], [0.8, 0.6]]), probes) == pytest.approx([1, 1.4 / 2**0.5])
 
 
 def test_texts_of_one_class_raise():

@@ -15,10 +15,10 @@ __all__ = ["METHODS"]
 load_plugins(__name__, __name__)
 for _name, _module in list(sys.modules.items()):
     if _name.startswith(f"{__name__}."):
-        _found = {name: getattr(_module, name) for name in getattr(_module, "__all__", ())}
-        _found |= {method.__name__: method for method in METHODS.values() if method.__module__ == _name}
-        globals().update(_found)
-        __all__ += _found
+        _public = list(getattr(_module, "__all__", ()))
+        _public += [method.__name__ for method in METHODS.values() if method.__module__ == _name]
+        globals().update((public, getattr(_module, public)) for public in _public)
+        __all__ += dict.fromkeys(_public)
 
 if TYPE_CHECKING:
 

@@ -85,9 +85,9 @@ from lorascope.methods.method import (
 from lorascope.runs.run import Run
 from lorascope.schema.records import Quantity, Record, register
 
-BETAS = (0.5, 0.999)
-RADIUS = 0.01
-LOOK_EVERY = 10
+BETAS = (0.5, 0.999)  # of Adam for the logits, as in the authors' code
+RADIUS = 0.01  # of the finite difference, divided by |v|, as in DARTS
+RECORD_EVERY = 10
 
 Tensors = Mapping[str, Tensor]
 Loss = Callable[[Tensors, Tensors], Tensor]
@@ -172,17 +172,23 @@ class AutoLoRA(AdapterMethod, name="autolora"):
 
     def before_step(self, step: Step) -> None:
         """Take one step of the outer problem, which changes only the logits."""
-        rate_of = {parameter: group["lr"] for group in step.optimizer.param_groups for parameter in group["params"]}
-        weights = {name: p for name, p in step.model.named_parameters() if p in rate_of}
-        rates = {name: rate_of[p] for name, p in weights.items()}
+        rate_of: dict[nn.Parameter, float] = {}
+        for group in step.optimizer.param_groups:
+            rate_of |= dict.fromkeys(group["params"], group["lr"])
+        weights = {name: parameter for name, parameter in step.model.named_parameters() if parameter in rate_of}
+        rates = {name: rate_of[parameter] for name, parameter in weights.items()}
         logits = {module: delta.logits for module, delta in self._deltas.items()}
 
         def loss_of(batch: Batch) -> Loss:
-            return lambda w, b: step.loss(batch, {**w, **{f"{module}.delta.logits": b[module] for module in b}})
+            def loss(w: Tensors, beta: Tensors) -> Tensor:
+                buffers = {f"{module}.delta.logits": value for module, value in beta.items()}
+                return step.loss(batch, {**w, **buffers})
+
+            return loss
 
         train, search = loss_of(step.batch), loss_of(step.validation())
-        self._found = found = hypergradient(train, search, weights, logits, rates, self.hypergradient)
-        gradient = torch.stack([found.direct[module] + found.indirect[module] for module in logits])
+        self._terms = terms = hypergradient(train, search, weights, logits, rates, self.hypergradient)
+        gradient = torch.stack([terms.direct[module] + terms.indirect[module] for module in logits])
         moves, self.moments_ = adam(gradient, self.moments_, self.selection_lr)
         for delta, move in zip(self._deltas.values(), moves, strict=True):
             delta.logits.sub_(move)
@@ -190,26 +196,27 @@ class AutoLoRA(AdapterMethod, name="autolora"):
     @torch.no_grad()
     def records(self, step: Step) -> Iterable[Record]:
         """Yield the selection weights and the hypergradient every ten steps and at the end."""
-        if step.finished % LOOK_EVERY and not step.last:
+        if step.finished % RECORD_EVERY and not step.last:
             return
         for module, delta in self._deltas.items():
             alpha = delta.alpha
             vectors = {"alpha": alpha, "logit": delta.logits, "alpha_entropy": torch.special.entr(alpha).sum()}
             if step.finished:
-                vectors["hypergradient_direct"] = self._found.direct[module]
-                vectors["hypergradient_indirect"] = self._found.indirect[module]
+                vectors["hypergradient_direct"] = self._terms.direct[module]
+                vectors["hypergradient_indirect"] = self._terms.indirect[module]
             if step.last:
                 vectors["importance"] = alpha
             yield Record("rank", delta.rank, module)
-            yield from (Record(quantity, to_array(vector), module) for quantity, vector in vectors.items())
-        if step.finished and self._found.norm is not None:
-            yield Record("lookahead_gradient_norm", self._found.norm)
+            for quantity, vector in vectors.items():
+                yield Record(quantity, to_array(vector), module)
+        if step.finished and self._terms.norm is not None:
+            yield Record("lookahead_gradient_norm", self._terms.norm)
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Yield the search, then LoRA with the ranks found, from W_0 on all of the train split."""
-        found = yield Phase(self, "search", steps=self.search_steps)
+        search = yield Phase(self, "search", steps=self.search_steps)
         common = {name: getattr(self, name) for name in ("alpha", "dropout", "lr", "head_lr", "search_share")}
-        yield Phase(LoRA(rank=found.ranks(), **common), "retrain", split="train+search")
+        yield Phase(LoRA(rank=search.ranks(), **common), "retrain", split="train+search")
 
 
 class AutoLoRADelta(LoRADelta):
@@ -261,19 +268,21 @@ def hypergradient(
     ``rates`` is eta of each weight, and ``form`` ``AutoLoRA.hypergradient``. Raise a ValueError if the attention of the
     model does not support the second derivatives of "exact".
     """
-    # Leaves share the memory of the given tensors and start a new graph.
-    w, b = ({name: tensor.detach().requires_grad_() for name, tensor in side.items()} for side in (weights, logits))
+    w, beta = _leaves(weights), _leaves(logits)
     if form == "first_order":
-        return Hypergradient(_gradient(search(w, b), b), {name: torch.zeros_like(b[name]) for name in b}, None)
-    slope = _gradient(train(w, b), w, create_graph=form == "exact")
-    ahead = {name: (w[name] - rates[name] * slope[name]).detach().requires_grad_() for name in w}
+        return Hypergradient(_gradient(search(w, beta), beta), _map(torch.zeros_like, beta), None)
+    slope = _gradient(train(w, beta), w, create_graph=form == "exact")
+    ahead = _leaves({name: w[name] - rates[name] * slope[name] for name in w})
     # One backward pass gives both v and the direct term.
-    both = _gradient(search(ahead, b), {**ahead, **b})
-    v = {name: both[name] for name in w}
-    scaled = {name: rates[name] * v[name] for name in w}
+    gradient = _gradient(search(ahead, beta), {**ahead, **beta})
+    direct = {name: gradient.pop(name) for name in beta}
+    v = gradient
+    eta_v = {name: rates[name] * v[name] for name in w}
     if form == "exact":
+        # The derivative of <slope, eta v> by beta is the mixed derivative times eta v.
+        products = [(slope[name] * eta_v[name]).sum() for name in slope]
         try:
-            mixed = _gradient(torch.stack([(slope[name] * scaled[name]).sum() for name in slope]).sum(), b)
+            mixed = _gradient(torch.stack(products).sum(), beta)
         except RuntimeError as error:
             # Fused attention kernels have no second derivative, which torch reports in this way.
             if "is not implemented" not in str(error):
@@ -281,29 +290,41 @@ def hypergradient(
             problem = "this attention has no second derivatives"
             fix = 'Load the model with attn_implementation="eager", or set hypergradient="finite_difference"'
             raise ValueError(f"cannot use hypergradient 'exact': {problem}. {fix}") from error
+    elif form == "betty":
+        mixed = _mixed_difference(train, ahead, v, beta)
     else:
-        mixed = _mixed_difference(train, *((ahead, v) if form == "betty" else (w, scaled)), b)
-    return Hypergradient({name: both[name] for name in b}, {name: -mixed[name] for name in b}, _norm(v))
+        mixed = _mixed_difference(train, w, eta_v, beta)
+    return Hypergradient(direct, _map(torch.neg, mixed), _norm(v))
+
+
+def _map(function: Callable[[Tensor], Tensor], tensors: Tensors) -> dict[str, Tensor]:
+    return {name: function(tensor) for name, tensor in tensors.items()}
+
+
+def _leaves(tensors: Tensors) -> dict[str, Tensor]:
+    """Return the tensors as leaves that share their memory and start a new graph."""
+    return _map(lambda tensor: tensor.detach().requires_grad_(), tensors)
 
 
 def _mixed_difference(loss: Loss, center: Tensors, direction: Tensors, logits: Tensors) -> dict[str, Tensor]:
     """Compute [d2 L / dlogits dw] direction by a central difference of dL/dlogits, ``RADIUS`` away from the center."""
     norm = _norm(direction)
     if norm == 0:
-        return {name: torch.zeros_like(logits[name]) for name in logits}
+        return _map(torch.zeros_like, logits)
     epsilon = RADIUS / norm
-    up, down = (
-        _gradient(loss({name: center[name].detach() + shift * direction[name] for name in center}, logits), logits)
-        for shift in (epsilon, -epsilon)
-    )
+
+    def shifted_gradient(shift: float) -> Tensors:
+        weights = {name: center[name].detach() + shift * direction[name] for name in center}
+        return _gradient(loss(weights, logits), logits)
+
+    up, down = shifted_gradient(epsilon), shifted_gradient(-epsilon)
     return {name: (up[name] - down[name]) / (2 * epsilon) for name in logits}
 
 
 def _gradient(loss: Float[Tensor, ""], tensors: Tensors, create_graph: bool = False) -> dict[str, Tensor]:
     """Compute gradients by name; they are zero for tensors that the loss does not depend on."""
-    chosen = list(tensors.values())
-    found = torch.autograd.grad(loss, chosen, create_graph=create_graph, allow_unused=True, materialize_grads=True)
-    return dict(zip(tensors, found, strict=True))
+    options = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
+    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()), **options), strict=True))
 
 
 def _norm(tensors: Tensors) -> float:

@@ -131,7 +131,9 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
 
     def select_targets(self, modules: pd.DataFrame) -> list[str]:
         """Return the modules to adapt, by default the feed-forward modules."""
-        return module_table.match(modules, self.targets or tuple(role for role in FFN if role in set(modules["role"])))
+        # Not a default, because a role without a module is an error and not every model has a gate projection.
+        feed_forward = tuple(role for role in FFN if role in set(modules["role"]))
+        return module_table.match(modules, self.targets or feed_forward)
 
     def delta(self, name: str, host: nn.Module) -> HydraDelta:
         """Return the experts of one module, with a router if it is learned."""
@@ -155,24 +157,25 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
         return self._recorded
 
     def _record_gates(self, step: Step) -> Iterable[Item]:
-        kept = step.finished == 0 or step.last
+        has_snapshots = step.finished == 0 or step.last
         routed = {name: delta for name, delta in self._deltas.items() if isinstance(delta, RoutedDelta)}
         if routed and step.shows_text:
-            held = step.held_out(self.gate_rows)
+            text = step.held_out(self.gate_rows)
             gates = {name: delta.gates for name, delta in routed.items()}
             sizes = {name: delta.head_sizes for name, delta in routed.items()}
-            seen = watch(step.model, gates, held.batch, lambda: step.loss(held.batch), sizes)
-            for name, delta in routed.items():
+            routings = watch(step.model, gates, text.batch, lambda: step.loss(text.batch), sizes)
+            for name, routing in routings.items():
                 # Norms, saved states and updates use these gate weights until the next recording.
-                delta.mean_gates_.copy_(torch.from_numpy(seen[name].mean))
-                yield from gate_records(name, seen[name], held.groups, kept)
+                routed[name].mean_gates_.copy_(torch.from_numpy(routing.mean))
+                yield from gate_records(name, routing, text.groups, has_snapshots)
         for name, delta in self._deltas.items():
-            A, B = (to_array(delta.factors()[factor]) for factor in "AB")
+            factors = delta.factors()
+            A, B = to_array(factors["A"]), to_array(factors["B"])
             inner = update_inner(A, B)
             yield Record("head_norm", delta.scale * np.sqrt(np.diagonal(inner)), name)
             if delta.number > 1:
                 yield Record("head_cosine", mean_of_pairs(cosines(inner)), name)
-            if kept:
+            if has_snapshots:
                 yield Snapshot(f"{name}/head_similarity", head_similarity(B), ("head", "other_head"))
 
     def describe(self) -> dict[str, Any]:
@@ -197,7 +200,8 @@ class HydraDelta(LoRADelta):
         dropout: float = 0.0,
         split: bool = False,
     ) -> None:
-        super().__init__(host, rank * number if split else rank, scale, dropout, columns=number * rank)
+        rows = number * rank if split else rank
+        super().__init__(host, rows, scale, dropout, columns=number * rank)
         self.number = number
         # Logits narrower than float32 would round the gate weights.
         self.register_buffer("mean_gates_", torch.full((number,), 1 / number, dtype=wide_dtype(self.A)))
@@ -210,14 +214,15 @@ class HydraDelta(LoRADelta):
         """Return the update at these gate weights, by default the uniform ones."""
         gates = self.mean_gates_ if gates is None else gates
         columns = gates.repeat_interleave(self.B.shape[1] // self.number).to(self.B.dtype)
-        below = self.A.repeat(self.B.shape[1] // self.rank, 1)
-        return self.scale * (self.B * columns) @ below
+        A = self.A.repeat(self.B.shape[1] // self.rank, 1)
+        return self.scale * (self.B * columns) @ A
 
     def hidden(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch columns"]:
         """Return the input of B: A x times the gate weight of each expert."""
         hidden = super().hidden(x)
-        parts = hidden.unflatten(-1, (-1, self.B.shape[1] // self.number))  # one for all experts, or one per expert
-        return (self.gates(x).to(hidden.dtype).unsqueeze(-1) * parts).flatten(-2)
+        # One A x for all experts, or one per expert.
+        by_expert = hidden.unflatten(-1, (-1, self.B.shape[1] // self.number))
+        return (self.gates(x).to(hidden.dtype).unsqueeze(-1) * by_expert).flatten(-2)
 
     def head_sizes(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch heads"]:
         """Compute the norm that each expert adds to the output at gate weight 1, without dropout: ``|s B_i A x|``.

@@ -117,8 +117,9 @@ class Routing:
 
     def information_by_chance(self, groups: Sequence[str], seed: int = 0) -> float:
         """Compute the same with the rows shuffled among the groups, as a mean over ``DRAWS`` shuffles."""
-        draw, known = np.random.default_rng(seed), np.array(groups)
-        return self._mean_information(np.stack([known[draw.permutation(len(known))] for _ in range(DRAWS)]))
+        generator, labels = np.random.default_rng(seed), np.array(groups)
+        shuffled = [labels[generator.permutation(len(labels))] for _ in range(DRAWS)]
+        return self._mean_information(np.stack(shuffled))
 
     def group_means(self, groups: Shaped[np.ndarray, "*draws rows"]) -> Float[np.ndarray, "*draws groups heads"]:
         """Return the mean gate weights over the tokens of every group of rows, in the order of the sorted groups."""
@@ -127,19 +128,20 @@ class Routing:
 
     def _mean_information(self, groups: Shaped[np.ndarray, "draws rows"]) -> float:
         means = self.group_means(groups)
-        whole = means.mean(-2, keepdims=True)
-        ratio = np.divide(means, whole, out=np.ones_like(means), where=means > 0)  # 0 log 0 counts as 0
+        overall = means.mean(-2, keepdims=True)
+        ratio = np.divide(means, overall, out=np.ones_like(means), where=means > 0)  # 0 log 0 counts as 0
         return float((means * np.log(ratio)).sum(-1).mean(-1).mean())
 
 
-def gate_records(module: str, gates: Routing, groups: Sequence[str] | None, kept: bool) -> Iterable[Item]:
-    """Yield the records of a module's gate weights; ``kept`` adds a snapshot of the gate weights by group."""
-    yield from (Record(quantity, value, module) for quantity, value in gates.statistics().items())
+def gate_records(module: str, routing: Routing, groups: Sequence[str] | None, has_snapshots: bool) -> Iterable[Item]:
+    """Yield the records of a module's gate weights; ``has_snapshots`` adds a snapshot of the gate weights by group."""
+    for quantity, value in routing.statistics().items():
+        yield Record(quantity, value, module)
     if groups is not None:
-        yield Record("gate_information", gates.information(groups), module)
-        yield Record("gate_chance", gates.information_by_chance(groups), module)
-        if kept:
-            means, labels = gates.group_means(np.array(groups)), {"domain": sorted(set(groups))}
+        yield Record("gate_information", routing.information(groups), module)
+        yield Record("gate_chance", routing.information_by_chance(groups), module)
+        if has_snapshots:
+            means, labels = routing.group_means(np.array(groups)), {"domain": sorted(set(groups))}
             yield Snapshot(f"{module}/gate_by_domain", means, ("domain", "head"), labels)
 
 
@@ -157,16 +159,17 @@ def watch(
     or labels mark padding.
     """
     rows = len(next(iter(batch.values())))
-    seen: dict[str, list[Routing]] = {name: [] for name in routers}
+    # A list, because a model may call a module several times in one pass.
+    calls: dict[str, list[Routing]] = {name: [] for name in routers}
 
     def hook(name: str) -> Callable[[nn.Module, Any], None]:
         real = _real_tokens(model, name, batch)
 
-        def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def record(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             norms = sizes[name](inputs[0]) if sizes else None
-            seen[name].append(_sum_gates(routers[name](inputs[0]), norms, rows, real))
+            calls[name].append(_sum_gates(routers[name](inputs[0]), norms, rows, real))
 
-        return look
+        return record
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in routers]
     try:
@@ -175,7 +178,7 @@ def watch(
     finally:
         for handle in hooks:
             handle.remove()
-    return {name: _combine(partial(np.sum, axis=0), uses) for name, uses in seen.items()}
+    return {name: _combine(partial(np.sum, axis=0), routings) for name, routings in calls.items()}
 
 
 def _sum_gates(
@@ -187,28 +190,42 @@ def _sum_gates(
     # The input of a module may be (rows, tokens, in), all tokens in one row, or one vector per row of the batch.
     gates = gates.reshape(rows, -1, gates.shape[-1]).double()
     norms = torch.full_like(gates, torch.nan) if norms is None else norms.reshape(gates.shape)
-    counted = torch.ones(gates.shape[:2], dtype=torch.bool, device=gates.device)
-    if real is not None and real.shape == counted.shape:
-        counted = real
+    # The mask does not fit an input of one vector per row, all of which are real.
+    is_token = torch.ones(gates.shape[:2], dtype=torch.bool, device=gates.device)
+    if real is not None and real.shape == is_token.shape:
+        is_token = real
     top = gates.argmax(-1)
-    firsts = F.one_hot(top, gates.shape[-1]).double()
-    pairs = counted[:, 1:] & counted[:, :-1]
-    switches = pairs & (top[:, 1:] != top[:, :-1])
-    gates = gates * counted[..., None]
-    entropies = -torch.xlogy(gates, gates).sum(-1)
-    # In the order of the fields of Routing; padding is zero, so that sums over the tokens of a row exclude it.
-    per_token = (gates, entropies, counted, gates**2, firsts * counted[..., None], gates * norms, switches, pairs)
-    return Routing(*(to_array(part.double().sum(1)) for part in per_token))
+    pairs = is_token[:, 1:] & is_token[:, :-1]
+    # Padding is zero, so that sums over the tokens of a row exclude it.
+    gates = gates * is_token[..., None]
+    firsts = F.one_hot(top, gates.shape[-1]).double() * is_token[..., None]
+
+    def sum_tokens(values: Tensor) -> Float[np.ndarray, "rows *heads"]:
+        return to_array(values.double().sum(1))
+
+    return Routing(
+        weights=sum_tokens(gates),
+        entropies=sum_tokens(-torch.xlogy(gates, gates).sum(-1)),
+        tokens=sum_tokens(is_token),
+        squares=sum_tokens(gates**2),
+        firsts=sum_tokens(firsts),
+        added=sum_tokens(gates * norms),
+        switches=sum_tokens(pairs & (top[:, 1:] != top[:, :-1])),
+        pairs=sum_tokens(pairs),
+    )
 
 
-def stack_gates(parts: Sequence[Routing]) -> Routing:
+def stack_gates(routings: Sequence[Routing]) -> Routing:
     """Concatenate the rows of the gate weights on several batches."""
-    return _combine(np.concatenate, parts)
+    return _combine(np.concatenate, routings)
 
 
-def _combine(join: Callable[[list[np.ndarray]], np.ndarray], parts: Sequence[Routing]) -> Routing:
-    """Join each field of several ``Routing``; the uses of a module that a model calls several times are summed."""
-    return Routing(*(join([getattr(part, field.name) for part in parts]) for field in fields(Routing)))
+def _combine(join: Callable[[list[np.ndarray]], np.ndarray], routings: Sequence[Routing]) -> Routing:
+    """Join each field of several ``Routing``."""
+    joined = {}
+    for field in fields(Routing):
+        joined[field.name] = join([getattr(routing, field.name) for routing in routings])
+    return Routing(**joined)
 
 
 def _real_tokens(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> Bool[Tensor, "rows tokens"] | None:
@@ -216,7 +233,7 @@ def _real_tokens(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> Bo
     stack, _, role = parse(name)
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     # Ignored labels mark the padding of a decoder; keys and values of cross-attention come from the encoder.
-    decoded = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and stack == "decoder"
-    if decoded and role not in ("cross_k", "cross_v") and labels is not None and labels.ndim == 2:
+    is_decoded = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and stack == "decoder"
+    if is_decoded and role not in ("cross_k", "cross_v") and labels is not None and labels.ndim == 2:
         return labels != IGNORED
     return None if mask is None else mask.bool()

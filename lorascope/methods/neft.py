@@ -53,7 +53,7 @@ the size of all projections with a selected neuron.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -73,6 +73,7 @@ from lorascope.methods.method import (
     Phase,
     Step,
     added_later,
+    default_if_none,
     require,
     require_integer,
     require_literals,
@@ -150,8 +151,9 @@ class NeFT(Method, name="neft"):
         if isinstance(self.targets, str):
             self.targets = (self.targets,)
         require_literals(self)
-        if unknown := [role for role in self.targets if role not in neurons.ROLES]:
-            raise ValueError(f"targets must be among {', '.join(map(repr, neurons.ROLES))}, got {unknown[0]!r}")
+        for role in self.targets:
+            if role not in neurons.ROLES:
+                raise ValueError(f"targets must be among {', '.join(map(repr, neurons.ROLES))}, got {role!r}")
         require_integer(self, 1, "num_neurons", "tune_steps")
         require(self, "parameter_share", "in (0, 1]", 0 < self.parameter_share <= 1)
         require(self, "reversed_share", "in [0, 1]", 0 <= self.reversed_share <= 1)
@@ -180,24 +182,27 @@ class NeFT(Method, name="neft"):
 
     def _check_reference(self, reference: Result) -> Run:
         """Return the reference; raise a ValueError if it is an adapter, of the wrong kind, or trained a few neurons."""
-        name, probes = reference.meta.method["name"], self.select_by == "probed"
-        if not isinstance(reference, Run) or reference.meta.w0_hash is None:
-            kind = "a run of a Trainer" if isinstance(reference, Run) else "an external adapter"
-            reason = f"it is {kind}, whose initial weights are unknown. Use a run of ls.train"
+        name, by_probes = reference.meta.method["name"], self.select_by == "probed"
+        is_probing = name == Probing.name
+        if not isinstance(reference, Run):
+            reason = "it is an external adapter, whose initial weights are unknown. Use a run of ls.train"
+        elif reference.meta.w0_hash is None:
+            reason = "it is a run of a Trainer, whose initial weights are unknown. Use a run of ls.train"
         elif name == NeFT.name:
-            first = Probing.name if probes else Full.name
-            paths = [run.path for run in reference.parents if run.meta.method["name"] == first and run.path]
-            usable = f"a run of {'linear probing' if probes else 'full fine-tuning'}"
-            usable = f"the phase before it, {paths[0].resolve()}" if paths else usable
+            first_phase, usable = (Probing, "linear probing") if by_probes else (Full, "full fine-tuning")
+            usable = f"a run of {usable}"
+            for run in reference.parents:
+                if run.meta.method["name"] == first_phase.name and run.path:
+                    usable = f"the phase before it, {run.path.resolve()}"
             reason = f"it trained only {len(selected_neurons.list_selected(reference)):,} neurons. Use {usable}"
-        elif probes == (name == Probing.name):
+        elif is_probing == by_probes:
             return reference
-        elif probes:
+        elif by_probes:
             reason = "it is not a run of linear probing. Use one, or None"
         else:
             reason = "it is a run of linear probing. Use a run of full fine-tuning"
-        given = f"{reference.id} ({reference.label})"
-        raise ValueError(f"cannot select neurons by {self.select_by!r} from {given}: {reason}")
+        source = f"{reference.id} ({reference.label})"
+        raise ValueError(f"cannot select neurons by {self.select_by!r} from {source}: {reason}")
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Yield full fine-tuning or linear probing, if the selection needs it, then training of the neurons."""
@@ -208,34 +213,39 @@ class NeFT(Method, name="neft"):
             probing = Probing(targets=tuple(self.targets), head_lr=self.head_lr)
             reference = yield Phase(probing, "probe", steps=self.tune_steps)
         else:
-            full = Full(lr=self.lr if self.tune_lr is None else self.tune_lr, head_lr=self.head_lr)
+            full = Full(lr=default_if_none(self.tune_lr, self.lr), head_lr=self.head_lr)
             reference = yield Phase(full, "tune", steps=self.tune_steps, lr=self.tune_lr)
         yield Phase(replace(self, reference=reference), "masked")
 
     def trainer_problem(self) -> str:
         """Return that neurons must be given: selecting them takes another phase, or the run's seed."""
-        name = type(self).__name__
-        return f"neurons of {name} must be set under a Trainer, got None: pass neurons=" if self.neurons is None else ""
+        if self.neurons is not None:
+            return ""
+        return f"neurons of {type(self).__name__} must be set under a Trainer, got None: pass neurons="
 
     def describe(self) -> dict[str, Any]:
         """Return the common facts, the candidate roles, and the quantity by which neurons were selected."""
-        by = None if self.neurons is not None or self.select_by == "random" else self.score_names[1]
-        return super().describe() | {"neuron_roles": list(self.targets), "selection_score": by}
+        is_scored = self.neurons is None and self.select_by != "random"
+        score = self.score_names[1] if is_scored else None
+        return super().describe() | {"neuron_roles": list(self.targets), "selection_score": score}
 
     def attach(self, model: nn.Module) -> None:
         """Select the neurons; leave their projections and the task's head trainable."""
         self.prepare()
-        self._parts = neurons.list_groups(module_table.describe(model), self.targets)
+        self._groups = neurons.list_groups(module_table.describe(model), self.targets)
         run = self.reference if isinstance(self.reference, Run) else None
         if run and weights_hash(model) != run.meta.w0_hash:
             raise ValueError(f"reference must start from the weights of this model, got run {run.id} of another one")
         self._scores = self._score_neurons(model, run)
         self.neurons_ = self._choose(sum(parameter.numel() for parameter in model.parameters()))
         model.requires_grad_(False)
-        axes = {part.module: part.axis for part in self._parts}
-        self._masks = {name: Mask.of(model, name, axes[name], chosen) for name, chosen in self.neurons_.items()}
-        for trained in (*(mask.weight for mask in self._masks.values()), *task_head(model).values()):
-            trained.requires_grad_(True)
+        for parameter in task_head(model).values():
+            parameter.requires_grad_(True)
+        axes = {group.module: group.axis for group in self._groups}
+        self._masks: dict[str, Mask] = {}
+        for module, numbers in self.neurons_.items():
+            mask = self._masks[module] = Mask.of(model, module, axes[module], numbers)
+            mask.weight.requires_grad_(True)
 
     def _score_neurons(self, model: nn.Module, reference: Run | None) -> pd.DataFrame | None:
         """Score every neuron from W_0, the weights of the model, to the reference; None if the scores are not known.
@@ -243,31 +253,33 @@ class NeFT(Method, name="neft"):
         The table has the columns ``neurons.COLUMNS``.
         """
         if reference is None:
-            return neurons.unscored_neurons(self._parts) if self.select_by == "random" else None
+            return neurons.unscored_neurons(self._groups) if self.select_by == "random" else None
         if self.select_by == "probed":
-            return probe_scores(reference, self._parts)
-        after = reference.tensors()
-        if absent := [part.module for part in self._parts if f"{part.module}.weight" not in after]:
-            reason = f"run {reference.id} ({reference.label}) did not train it"
-            raise ValueError(f"cannot score the neurons of {absent[0]}: {reason}. Use a run of full fine-tuning")
+            return probe_scores(reference, self._groups)
+        arrays = reference.tensors()
+        for group in self._groups:
+            if f"{group.module}.weight" not in arrays:
+                reason = f"run {reference.id} ({reference.label}) did not train it. Use a run of full fine-tuning"
+                raise ValueError(f"cannot score the neurons of {group.module}: {reason}")
         # Arrays of the reference become tensors one at a time, when they are compared.
-        wide = Lazy(list(after), lambda name: torch.from_numpy(np.array(after[name])))
-        return distances(model, self._parts, dict(model.named_parameters()), wide)
+        after = Lazy(list(arrays), lambda name: torch.from_numpy(np.array(arrays[name])))
+        return distances(model, self._groups, dict(model.named_parameters()), after)
 
     def _choose(self, total: int) -> dict[str, list[int]]:
         """Select neurons by module; the result is empty for a method from a run folder, whose state contains them."""
         if self.neurons is not None:
-            return neurons.check_neurons(self.neurons, self._parts)
+            return neurons.check_neurons(self.neurons, self._groups)
         if self._scores is None:
             return {}
         # Neurons of different projections may differ in length; fractions use their mean length.
-        width = sum(part.count * part.width for part in self._parts) / sum(part.count for part in self._parts)
+        weights = sum(group.count * group.width for group in self._groups)
+        width = weights / sum(group.count for group in self._groups)
 
         def check(name: str, count: int, free: int) -> int:
             require(self, name, f">= {width / total:.2g}, the fraction of one neuron", count >= 1)
             if count > free:
-                most = f"{free * width / total:.2g}, the fraction of {free:,} available neurons"
-                raise ValueError(f"{name} must be <= {most}, got {getattr(self, name)} ({count:,} neurons)")
+                maximum = f"{free * width / total:.2g}, the fraction of {free:,} available neurons"
+                raise ValueError(f"{name} must be <= {maximum}, got {getattr(self, name)} ({count:,} neurons)")
             return count
 
         column, _ = self.score_names
@@ -280,11 +292,10 @@ class NeFT(Method, name="neft"):
         selected = neurons.select_neurons(self._scores, k, mode, seed, column)
         if self.reversed_share:
             # The sum is rounded, so that both ends together have as many neurons as one end with that sum.
-            first = k * width / total if self.num_neurons else self.parameter_share
-            other = check(
-                "reversed_share", neurons.count_for_share(first + self.reversed_share, total, width) - k, free - k
-            )
-            selected = pd.concat([selected, neurons.select_neurons(self._scores, other, "reversed", by=column)])
+            share = k * width / total if self.num_neurons else self.parameter_share
+            number = neurons.count_for_share(share + self.reversed_share, total, width) - k
+            check("reversed_share", number, free - k)
+            selected = pd.concat([selected, neurons.select_neurons(self._scores, number, "reversed", by=column)])
         return neurons.neurons_by_module(selected)
 
     def after_backward(self, step: Step) -> None:
@@ -292,6 +303,7 @@ class NeFT(Method, name="neft"):
         trained = trained_parameters(step.optimizer)
         self._unmasked = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if self.clip_before is not None:
+            # A norm before the mask, as in the authors' code: discarded gradients affect the scale.
             torch.nn.utils.clip_grads_with_norm_(trained, self.clip_before, self._unmasked)
         for mask in self._masks.values():
             if mask.weight.grad is not None:
@@ -310,25 +322,20 @@ class NeFT(Method, name="neft"):
 
     def records(self, step: Step) -> Iterable[Record]:
         """Yield the selected neurons and their scores at the start; at the end all cosine distances and the leak."""
-        tables = []
         if step.finished == 0:
-            for module, chosen in self.neurons_.items():
-                yield Record("selected", np.ones(len(chosen)), module, np.array(chosen))
+            for module, numbers in self.neurons_.items():
+                yield Record("selected", np.ones(len(numbers)), module, np.array(numbers))
             if self._scores is not None and isinstance(self.reference, Run):
                 column, quantity = self.score_names
-                tables.append((quantity, self._scores, column))
+                yield from score_records(quantity, self._scores, column)
         else:
             yield Record("unmasked_norm", float(self._unmasked))
         if step.last:
-            moved = distances(step.model, self._parts, step.base, dict(step.model.named_parameters()))
-            tables.append(("neuron_cosine", moved, "cosine_distance"))
-        for quantity, scored, column in tables:
-            for name, rows in scored.groupby("module", sort=False):
-                yield Record(quantity, rows[column].to_numpy(), str(name), rows["neuron"].to_numpy())
-        if step.last:
+            change = distances(step.model, self._groups, step.base, dict(step.model.named_parameters()))
+            yield from score_records("neuron_cosine", change, "cosine_distance")
             for module, mask in self._masks.items():
-                change = (mask.weight.detach() - step.base[f"{module}.weight"]).abs()
-                yield Record("leak", float(change.masked_fill(~mask.frozen, 0.0).max()), module)
+                leak = (mask.weight.detach() - step.base[f"{module}.weight"]).abs()
+                yield Record("leak", float(leak.masked_fill(~mask.frozen, 0.0).max()), module)
 
 
 class Mask(NamedTuple):
@@ -341,12 +348,12 @@ class Mask(NamedTuple):
     frozen: Bool[Tensor, "rows columns"]
 
     @classmethod
-    def of(cls, model: nn.Module, module: str, axis: int, chosen: Sequence[int]) -> Mask:
+    def of(cls, model: nn.Module, module: str, axis: int, numbers: Sequence[int]) -> Mask:
         """Build the mask of a module whose neurons' vectors run along ``axis`` of its weight (out, in)."""
         host: Any = model.get_submodule(module)
         weight = host_weight(host)
         frozen = torch.ones(weight.shape[1 - axis], dtype=torch.bool, device=weight.device)
-        frozen[torch.tensor(chosen)] = False
+        frozen[torch.tensor(numbers)] = False
         return cls(host.weight, orient_weight(host, frozen.unsqueeze(axis)))
 
     @property
@@ -356,13 +363,18 @@ class Mask(NamedTuple):
 
 
 def distances(
-    model: nn.Module, places: Sequence[neurons.NeuronGroup], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+    model: nn.Module, groups: Sequence[neurons.NeuronGroup], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> pd.DataFrame:
     """Compute the cosine distance of every neuron, with its norms, between two states of a model."""
     tables = []
-    for part in places:
-        host, name = model.get_submodule(part.module), f"{part.module}.weight"
-        tables.append(
-            neurons.score_neurons(part, *(to_array(orient_weight(host, side[name])) for side in (before, after)))
-        )
+    for group in groups:
+        host, name = model.get_submodule(group.module), f"{group.module}.weight"
+        original, tuned = (to_array(orient_weight(host, weights[name])) for weights in (before, after))
+        tables.append(neurons.score_neurons(group, original, tuned))
     return pd.concat(tables, ignore_index=True)
+
+
+def score_records(quantity: str, scores: pd.DataFrame, column: str) -> Iterator[Record]:
+    """Yield the scores in a column of the table of neurons, by module."""
+    for module, rows in scores.groupby("module", sort=False):
+        yield Record(quantity, rows[column].to_numpy(), str(module), rows["neuron"].to_numpy())

@@ -61,7 +61,7 @@ class Probing(Method):
         head = task_head(model).values()
         if not head:
             raise ValueError("cannot use select_by='probed' without classes: use a classifier and a task with labels")
-        self._parts = neurons.list_groups(module_table.describe(model), self.targets)
+        self._groups = neurons.list_groups(module_table.describe(model), self.targets)
         model.requires_grad_(False)
         for parameter in head:
             parameter.requires_grad_(True)
@@ -80,11 +80,13 @@ class Probing(Method):
         if not step.last:
             return
         labels = np.concatenate(self.labels_)
-        probes = {stack: directions(np.concatenate(kept), labels) for stack, kept in self.states_.items()}
-        for part in self._parts:
-            weight = to_array(host_weight(step.model.get_submodule(part.module)).float())[part.slices]
-            alike = likeness(weight if part.axis == 1 else weight.T, probes[part.stack if part.stack in probes else ""])
-            self.found_.append((part.module, part.first, alike))
+        probes = {stack: directions(np.concatenate(states), labels) for stack, states in self.states_.items()}
+        for group in self._groups:
+            weight = to_array(host_weight(step.model.get_submodule(group.module)).float())[group.slices]
+            vectors = weight if group.axis == 1 else weight.T
+            stack = group.stack if group.stack in probes else ""  # one stack has no name
+            scores = largest_cosines(vectors, probes[stack])
+            self.found_.append((group.module, group.first, scores))
         self.labels_, self.states_ = [], {}  # large, and no longer part of the method's state
 
     def settled(self, step: Step) -> bool:
@@ -93,8 +95,8 @@ class Probing(Method):
 
     def records(self, step: Step) -> Iterable[Record]:
         """Yield the score of every neuron at the end."""
-        for module, first, alike in self.found_:
-            yield Record(PROBE_COSINE, alike, module, np.arange(first, first + len(alike)))
+        for module, first, scores in self.found_:
+            yield Record(PROBE_COSINE, scores, module, np.arange(first, first + len(scores)))
 
 
 def directions(
@@ -102,8 +104,8 @@ def directions(
 ) -> Float[np.ndarray, "probes d"]:
     """Fit a ridge classifier per layer and stack its coefficients: a row per layer and class, one for two classes."""
     if len(np.unique(labels)) < 2:
-        reason = f"all {len(labels)} texts belong to one class"
-        raise ValueError(f"cannot fit linear probes: {reason}. Increase tune_steps or batch_size")
+        reason = f"all {len(labels)} texts belong to one class. Increase tune_steps or batch_size"
+        raise ValueError(f"cannot fit linear probes: {reason}")
     # Imported here because it takes half a second, and only this mode needs it.
     from sklearn.linear_model import RidgeClassifierCV
 
@@ -111,27 +113,30 @@ def directions(
     return np.vstack([probe.coef_ for probe in probes])
 
 
-def likeness(
+def largest_cosines(
     vectors: Float[np.ndarray, "neurons d"], probes: Float[np.ndarray, "probes d"]
 ) -> Float[np.ndarray, "neurons"]:
     """Return the largest absolute cosine of each vector with a probe: NaN for a zero vector, 0 with a zero probe."""
-    sides = []
-    for rows, zero in ((vectors, np.nan), (probes, 0.0)):
-        norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
-        sides.append(np.divide(rows, norms, out=np.full(rows.shape, zero), where=norms > 0))
-    return np.abs(sides[0] @ sides[1].T).max(axis=1)
+    cosines = _normalize(vectors, np.nan) @ _normalize(probes, 0.0).T
+    return np.abs(cosines).max(axis=1)
 
 
-def probe_scores(run: Run, places: Sequence[neurons.NeuronGroup]) -> pd.DataFrame:
+def _normalize(rows: Float[np.ndarray, "rows d"], zero: float) -> Float[np.ndarray, "rows d"]:
+    """Divide each row by its norm, in float64; a row of zeros becomes ``zero``."""
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.full(rows.shape, zero), where=norms > 0)
+
+
+def probe_scores(run: Run, groups: Sequence[neurons.NeuronGroup]) -> pd.DataFrame:
     """Return the scores of a run of linear probing for these neurons, the input of ``neurons.select_neurons``."""
     scores = selected_neurons.last_scores(run, PROBE_COSINE).rename(columns={"value": PROBE_COSINE})
     if scores.empty:
         fix = f"delete {run.path} and probe again"
         raise ValueError(f"reference must be a run with {PROBE_COSINE}, got {run.id} of an earlier version: {fix}")
-    found = neurons.scores_of_groups(scores, places)
-    known = set(zip(found["module"], found["role"], strict=True))
-    for part in places:
-        if (part.module, part.role) not in known:
+    scores = neurons.scores_of_groups(scores, groups)
+    probed = set(zip(scores["module"], scores["role"], strict=True))
+    for group in groups:
+        if (group.module, group.role) not in probed:
             reason = f"run {run.id} ({run.label}) did not probe it. Remove it from targets"
-            raise ValueError(f"cannot score the neurons of {part.role} ({part.module}): {reason}")
-    return found
+            raise ValueError(f"cannot score the neurons of {group.role} ({group.module}): {reason}")
+    return scores

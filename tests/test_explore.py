@@ -26,7 +26,7 @@ from test_cli import modules_after
 from traitlets import TraitError
 
 import lorascope as ls
-from lorascope.plots.explore import ALL, MOST_DRAWN, WHOLE, Explorer
+from lorascope.plots.explore import ALL, MOST_DRAWN, WHOLE_RUN, Explorer
 from lorascope.runs.run import Run
 
 VALUES = profile(words=3.0, q=1.0, up=2.0) | {
@@ -114,7 +114,7 @@ def test_explorer_draws_quantities_of_the_whole_run_over_the_steps(run: Run) -> 
     explorer.step = 4
     assert list(explorer.rows["value"]) == [0.25]
     assert [shape["x0"] for shape in sent(explorer)["layout"]["shapes"]] == [4]
-    assert explorer.options["layers"] == [ALL, WHOLE]
+    assert explorer.options["layers"] == [ALL, WHOLE_RUN]
 
 
 def test_explorer_draws_components_of_one_module_by_index(run: Run) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 
@@ -79,12 +77,12 @@ def _label_offsets(cells: pd.DataFrame) -> dict[str, pd.Series]:
 
     Among points with similar numbers of parameters, only the highest has its label above; the others have it below.
     """
-    high, low = (cells[end].fillna(cells["value"]) for end in ("high", "low"))
+    high, low = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
     # A logarithmic axis of one value shows about a factor of 2.
     wide = max(cells["parameters"].max() / cells["parameters"].min(), 2.0)
     shift = _OFFSET * (1 + 0.6 * cells["size"].str.len())
-    place = np.log(cells["parameters"].to_numpy())
-    near = np.abs(place[:, None] - place) <= 3 * _OFFSET * np.log(wide)
+    size = np.log(cells["parameters"].to_numpy())
+    near = np.abs(size[:, None] - size) <= 3 * _OFFSET * np.log(wide)
     value = cells["value"].to_numpy()
     higher = value > value[:, None]
     level = (value == value[:, None]) & (np.arange(len(value)) < np.arange(len(value))[:, None])
@@ -99,24 +97,25 @@ def _recipe_size(group: Group) -> dict[str, object]:
     """Return the trained parameters of a recipe, its size as text, and the label shared by all sizes of its method."""
     first = group.runs[0]
     recipe = first.meta.recipe
+    names = {*_SIZES, "entry_seed"}
     # If alpha equals the rank, the scale is 1 at every size, so alpha does not distinguish methods.
-    names = (*_SIZES, "entry_seed", *(["alpha"] if recipe.get("alpha") == recipe.get("rank") else []))
-    settings = {part: _name_and_value(part) for part in first.label.split(", ")}
-    label = ", ".join(part for part, (name, _) in settings.items() if name not in names)
-    sizes: list[Any] = [recipe.get(name) for name in _SIZES]
-    if not any(isinstance(size, int) for size in sizes):  # the default depends on the shape of the weight
+    if recipe.get("alpha") == recipe.get("rank"):
+        names.add("alpha")
+    settings = {setting: _name_and_value(setting) for setting in first.label.split(", ")}
+    sizes = [size for size in map(recipe.get, _SIZES) if isinstance(size, int)]
+    if not sizes:  # the default depends on the shape of the weight
         sizes = sorted({len(update.coefficients) for update in fourier.fourier_updates(first).values()})
-        sizes = sizes or [int(value) for name, value in settings.values() if name in _SIZES and value.isdigit()]
-    counted = np.mean([run.meta.parameters.trained for run in group.runs])
+    if not sizes:
+        sizes = [int(value) for name, value in settings.values() if name in _SIZES and value.isdigit()]
     return {
         "recipe": group.label,
-        "family": label,
-        "size": "/".join(str(size) for size in sizes if isinstance(size, int)),
-        "parameters": float(counted),
+        "family": ", ".join(setting for setting, (name, _) in settings.items() if name not in names),
+        "size": "/".join(map(str, sizes)),
+        "parameters": float(np.mean([run.meta.parameters.trained for run in group.runs])),
     }
 
 
 def _name_and_value(setting: str) -> tuple[str, str]:
     """Return the name and the value of a setting in a label, such as "rank 8" or "48 coefficients"."""
-    first, _, rest = setting.partition(" ")
-    return (rest, first) if first.isdigit() else (first, rest)
+    first, _, second = setting.partition(" ")
+    return (second, first) if first.isdigit() else (first, second)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pandas as pd
 
 from lorascope.analysis import adapter_similarity as pairs
-from lorascope.charts.chart import Panels, set_side_by_side, stack_vertically
+from lorascope.charts.chart import Chart, Panels, set_side_by_side, stack_vertically
 from lorascope.charts.marks import Heat
 from lorascope.plots.builders import pair_heat
 from lorascope.plots.figure_registry import figure, gather_runs
@@ -44,12 +47,12 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
     cohort = gather_runs("adapter_pairs", runs, control, check=False)
     cohort.require_runs(2)
     cohort.require("update_norm")
-    labelled = {
-        group.label if len(group.runs) == 1 else group.run_names[run.id]: run
-        for group in cohort.groups
-        for run in group.runs
-    }
-    table = pairs.compare_adapters(labelled, pairs.compare_modules(labelled, spectra))
+    labeled = {}
+    for group in cohort.groups:
+        for run in group.runs:
+            label = group.label if len(group.runs) == 1 else group.run_names[run.id]
+            labeled[label] = run
+    table = pairs.compare_adapters(labeled, pairs.compare_modules(labeled, spectra))
     caption = (
         "Norms and cosines cover all modules; a module without an adapter counts as zero. Angles: principal angles "
         f"between the first {pairs.DIRECTIONS} singular vectors (fewer if an update has fewer), averaged over outputs, "
@@ -62,21 +65,16 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
     ratios = ratios.replace({"log_ratio": {-np.inf: np.nan}})
     chance = table["chance"].map(" ({:.0f}°)".format).where(table["chance"].notna(), "")
     angles = table.assign(words=table["angle"].map("{:.0f}°".format) + chance)
-    at = ("other", "one")
-    ratio = Heat(*at, "log_ratio", "log₂ ratio", ".1f", scale="diverging", words="words")
-    cosine = Heat(*at, "cosine", "cosine", ".2f", scale="diverging", limits=(-1, 1))
-    angle = Heat(*at, "angle", "degrees", ".0f", limits=(0, 90), words="words")
-    moved = Heat(*at, "rank_moved", "fraction", ".2f", limits=(0, 1))
-    charts = [
-        pair_heat(cells, mark, list(labelled), title=title, caption=caption)
-        for title, cells, mark in (
-            ("‖ΔW‖, row / column", ratios, ratio),
-            ("Cosine of ΔW", table, cosine),
-            ("Mean principal angle", angles, angle),
-            ("Rank in different modules", table, moved),
-        )
-    ]
-    return cohort.complete(stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:])))
+
+    def heat(title: str, cells: pd.DataFrame, value: str, label: str, numbers: str, **settings: Any) -> Chart:
+        mark = Heat("other", "one", value, label, numbers, **settings)
+        return pair_heat(cells, mark, list(labeled), title=title, caption=caption)
+
+    norm = heat("‖ΔW‖, row / column", ratios, "log_ratio", "log₂ ratio", ".1f", scale="diverging", words="words")
+    cosine = heat("Cosine of ΔW", table, "cosine", "cosine", ".2f", scale="diverging", limits=(-1, 1))
+    angle = heat("Mean principal angle", angles, "angle", "degrees", ".0f", limits=(0, 90), words="words")
+    rank = heat("Rank in different modules", table, "rank_moved", "fraction", ".2f", limits=(0, 1))
+    return cohort.complete(stack_vertically(set_side_by_side(norm, cosine), set_side_by_side(angle, rank)))
 
 
 def _format_ratio(ratio: float) -> str:

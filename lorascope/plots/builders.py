@@ -34,9 +34,9 @@ def used_roles(cells: pd.DataFrame) -> list[str]:
     return [role for role in ROLES if role in used]
 
 
-def mean_over_modules(rows: pd.DataFrame, *by: str) -> pd.DataFrame:
-    """Average the values of every run over its modules, for each step and ``by``."""
-    keys = [key for key in ("run", "recipe", "kind", *by, "step") if key in rows]
+def mean_over_modules(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """Average the values of every run over its modules, for each step and value of ``columns``."""
+    keys = [key for key in ("run", "recipe", "kind", *columns, "step") if key in rows]
     return rows.groupby(keys, observed=True)["value"].mean().reset_index()
 
 
@@ -57,9 +57,12 @@ def curves(
     """
     along, up = (Axis(label=label) if isinstance(label, str) else label for label in labels)
     dash = "kind" if "kind" in cells and cells["kind"].nunique() > 1 else None
-    bands = [Band(x, "low", "high", color)] if ends(cells) else []
-    dots = [Point(x, "value", color, **(ends(cells) if whiskers else {}))] if points else []
-    return Chart(cells, [*bands, Line(x, "value", color, dash), *dots, *marks], x=along, y=up, **settings)
+    lines: list[Mark] = [Line(x, "value", color, dash)]
+    if ends(cells):
+        lines.insert(0, Band(x, "low", "high", color))
+    if points:
+        lines.append(Point(x, "value", color, **(ends(cells) if whiskers else {})))
+    return Chart(cells, [*lines, *marks], x=along, y=up, **settings)
 
 
 def course(cells: pd.DataFrame, y: Axis | str, **settings: Any) -> Chart:
@@ -71,8 +74,8 @@ def profile(cohort: Cohort, cells: pd.DataFrame, y: Axis | str, **settings: Any)
     """Plot one line per recipe over the layers (and per ``step``, if it is a column), with gaps for missing records."""
     order = used_places(cells)
     rows = cells[[column for column in ("step", "recipe", "kind") if column in cells]].drop_duplicates()
-    places = pd.Categorical(order, cells["place"].cat.categories, ordered=True)
-    full = rows.merge(pd.DataFrame({"place": places}), how="cross").merge(cells, how="left")
+    positions = pd.Categorical(order, cells["place"].cat.categories, ordered=True)
+    full = rows.merge(pd.DataFrame({"place": positions}), how="cross").merge(cells, how="left")
     full = full.fillna({"n": 0}).astype({"n": "int64"})
     return curves(full, "place", (Axis(label="layer", order=order), y), colors=cohort.labels, **settings)
 
@@ -87,8 +90,11 @@ def heat_by_role(
 ) -> list[Chart]:
     """Plot cells by layer and role, one panel per recipe with the mark of its rows, all with the same axes."""
     x, y = Axis(label=along, order=used_places(cells)), Axis(order=used_roles(cells))
-    parts = [(label, cells[cells["recipe"] == label]) for label in labels]
-    return [Chart(own, [mark(own)], title=label, x=x, y=y, caption=caption, frame=frame) for label, own in parts]
+    charts = []
+    for label in labels:
+        rows = cells[cells["recipe"] == label]
+        charts.append(Chart(rows, [mark(rows)], title=label, x=x, y=y, caption=caption, frame=frame))
+    return charts
 
 
 def pair_heat(cells: pd.DataFrame, mark: Heat, order: Sequence[str], *marks: Mark, **settings: Any) -> Chart:
@@ -105,8 +111,10 @@ def bars(
     **settings: Any,
 ) -> Chart:
     """Plot bars from zero with their intervals."""
-    up = Axis(label=axes[1], limits=(0, None)) if isinstance(axes[1], str) else axes[1]
-    return Chart(cells, [Bar(x, "value", color, **ends(cells)), *marks], x=axes[0], y=up, **settings)
+    along, up = axes
+    if isinstance(up, str):
+        up = Axis(label=up, limits=(0, None))
+    return Chart(cells, [Bar(x, "value", color, **ends(cells)), *marks], x=along, y=up, **settings)
 
 
 def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], title: str) -> Chart:
@@ -124,7 +132,7 @@ def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], 
     )
 
 
-def add_printed(chart: Chart, printed: pd.DataFrame, x: str, place: str) -> Chart:
+def add_printed(chart: Chart, printed: pd.DataFrame, x: str, reference: str) -> Chart:
     """Add numbers that a paper prints to a chart, as separate points.
 
     Parameters
@@ -135,32 +143,34 @@ def add_printed(chart: Chart, printed: pd.DataFrame, x: str, place: str) -> Char
         ``x``, ``value`` and ``source``, the entry of the legend.
     x : str
         Name of the column.
-    place : str
-        Place in the paper, for the caption.
+    reference : str
+        Table or figure of the paper, for the caption.
     """
     data, marks = chart.data, list(chart.marks)
-    if not any(getattr(mark, "color", None) for mark in marks):  # so that the legend distinguishes the two
+    colors = [getattr(mark, "color", None) for mark in marks]
+    if not any(colors):  # so that the legend distinguishes the two
         data = data.assign(source="measured")
         marks = [replace(mark, color="source") if isinstance(mark, Bar) else mark for mark in marks]
     return replace(
         chart,
         data=data,
         marks=[*marks, Point(x, "value", "source", data=printed[[x, "value", "source"]])],
-        caption=f"{chart.caption} Printed: {place}; another model and task, so only the order is comparable.",
+        caption=f"{chart.caption} Printed: {reference}; another model and task, so only the order is comparable.",
     )
 
 
 def over_kept(
-    own: pd.DataFrame, kept: Sequence[pd.DataFrame], axes: tuple[str, str], title: str, caption: str
+    values: pd.DataFrame, kept_tables: Sequence[pd.DataFrame], axes: tuple[str, str], title: str, caption: str
 ) -> Drawable:
     """Plot the values of one run over the range of those of kept seeds, one panel per ``panel``.
 
-    ``own`` and every table in ``kept`` have the columns ``panel``, ``x`` and ``value``; ``axes`` are the labels of x
-    and of the values. The caption is completed by the number of seeds.
+    All tables have the columns ``panel``, ``x`` and ``value``; ``axes`` are the labels of x and of the values. The
+    caption is completed by the number of seeds.
     """
-    joined = pd.concat(kept)
-    ranges = joined.groupby(["panel", "x"], sort=False)["value"].agg(value="mean", low="min", high="max").reset_index()
-    cells = pd.concat([ranges.assign(who=f"{len(kept)} kept seeds"), own.assign(who="this run")], ignore_index=True)
+    seed_values = pd.concat(kept_tables).groupby(["panel", "x"], sort=False)["value"]
+    ranges = seed_values.agg(value="mean", low="min", high="max").reset_index()
+    tables = [ranges.assign(who=f"{len(kept_tables)} kept seeds"), values.assign(who="this run")]
+    cells = pd.concat(tables, ignore_index=True)
     charts = []
     for panel, rows in cells.groupby("panel", sort=False):
         seeds, run = rows[rows["who"] != "this run"], rows[rows["who"] == "this run"]
@@ -172,10 +182,10 @@ def over_kept(
                     Line("x", "value", "who", data=seeds),
                     Point("x", "value", "who", data=run),
                 ],
-                title=": ".join(filter(None, (title, str(panel)))),
+                title=": ".join(filter(None, (title, str(panel)))),  # one of them may be empty
                 x=Axis(label=axes[0], order=list(dict.fromkeys(rows["x"]))),
                 y=Axis(label=axes[1]),
-                caption=f"{caption} Dots: this run; line and band: mean and range of {len(kept)} kept seeds.",
+                caption=f"{caption} Dots: this run; line and band: mean and range of {len(kept_tables)} kept seeds.",
                 colors=list(dict.fromkeys(cells["who"])),
             )
         )
@@ -186,5 +196,5 @@ def stacked_bars(
     cells: pd.DataFrame, order: Sequence[str], x: str, colors: Sequence[str], *marks: Mark, **settings: Any
 ) -> Chart:
     """Plot one lying bar per recipe, stacked of its parts."""
-    drawn = [Bar("value", "recipe", "part", mode="stack"), *marks]
-    return Chart(cells, drawn, x=Axis(label=x, limits=(0, None)), y=Axis(order=order), colors=colors, **settings)
+    stack, along = Bar("value", "recipe", "part", mode="stack"), Axis(label=x, limits=(0, None))
+    return Chart(cells, [stack, *marks], x=along, y=Axis(order=order), colors=colors, **settings)

@@ -10,7 +10,7 @@ import pandas as pd
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis.seed_intervals import band, t_interval
 from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis, Band, Line, Point, Text
+from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Text
 from lorascope.plots.builders import ends, metric_bars
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import BASIS, FREQUENCIES, HEADS
@@ -65,15 +65,15 @@ def metric_by_band(cohort: Cohort, highest: float) -> Chart:
     uniform = [label for label, recipe in recipes.items() if recipe.get("center") is None]
     if len(uniform) == len(recipes):
         raise ValueError("bias_curve needs a run with a frequency band, got none: train FourierFT with center=")
-    drawn = [
-        (label, _UNIFORM, math.nan, math.nan)
-        if label in uniform
-        else (label, f"width {recipe['width']:g}", recipe["width"], recipe["center"])
-        for label, recipe in recipes.items()
-    ]
-    keys = ["series", "width", "center"]
+    bands = []
+    for label, recipe in recipes.items():
+        settings = {"series": _UNIFORM, "width": math.nan, "center": math.nan}
+        if label not in uniform:
+            settings = {"series": f"width {recipe['width']:g}", "width": recipe["width"], "center": recipe["center"]}
+        bands.append({"recipe": label} | settings)
     rows = cohort.scores()
-    cells = band(rows.merge(pd.DataFrame(drawn, columns=["recipe", *keys]), on="recipe"), keys).sort_values(keys[1:])
+    series = rows.merge(pd.DataFrame(bands), on="recipe")
+    cells = band(series, ["series", "width", "center"]).sort_values(["width", "center"])
     curves = cells.dropna(subset="center")
     return _curve_and_level(
         cohort,
@@ -123,14 +123,13 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     top, bottom = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
     above = top + 0.06 * (top.max() - bottom.min())
     cells = cells.assign(words=cells["value"].map("{:.3f}".format), above=above)
+    marks: list[Mark] = [Point("basis", "value", "what", **ends(cells)), Text("basis", "above", "words")]
+    if ends(cells):  # several seeds, below their mean
+        marks.insert(0, Point("basis", "value", "what", data=rows))
     return cohort.complete(
         Chart(
             cells,
-            [
-                *([Point("basis", "value", "what", data=rows)] if ends(cells) else []),
-                Point("basis", "value", "what", **ends(cells)),
-                Text("basis", "above", "words"),
-            ],
+            marks,
             title="Test metric by basis",
             x=Axis(label="basis", order=dict.fromkeys(names.values())),
             y=Axis(label=cohort.metric),
@@ -174,17 +173,17 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
     >>> ls.plots.number_of_experts({"one expert": one_expert, "four experts": hydralora})
     """
     cohort = gather_runs("number_of_experts", runs, control, check=False)
-    Cohort(cohort.name, tuple(group for group in cohort.groups if not group.control)).require(HEADS)
+    cohort.without_controls().require(HEADS)
     cohort.require("test_metric")
     return cohort.complete(metric_by_experts(cohort))
 
 
 def metric_by_experts(cohort: Cohort) -> Chart:
     """Plot test metric against the number of experts."""
-    own = Cohort(cohort.name, tuple(group for group in cohort.groups if not group.control))
-    own.require_differ_only_in("num_experts")
+    hydras = cohort.without_controls()
+    hydras.require_differ_only_in("num_experts")
     cohort.require_same("model", "task")
-    numbers = {group.label: group.runs[0].meta.recipe["num_experts"] for group in own.groups}
+    numbers = {group.label: group.runs[0].meta.recipe["num_experts"] for group in hydras.groups}
     rows = cohort.scores()
     cells = band(rows, ["recipe", "kind"])
     curve = cells[cells["kind"] == "run"]
@@ -199,7 +198,7 @@ def metric_by_experts(cohort: Cohort) -> Chart:
         Axis(label="experts", ticks={number: str(number) for number in sorted(numbers.values())}),
         "Test metric by number of experts",
         _parameter_counts(cohort),
-        *_differences(own, rows, own.labels[:1]),
+        *_differences(hydras, rows, hydras.labels[:1]),
         colors=[_HYDRA, *dict.fromkeys(controls["recipe"])],
     )
 
@@ -250,13 +249,12 @@ def _curve_and_level(
 ) -> Chart:
     """Plot the test metric over a setting, and as horizontal lines the recipes without it."""
     cells = pd.concat([curve, level])
+    marks: list[Mark] = [Line(along, "value", "series"), Point(along, "value", "series", **ends(cells), data=curve)]
+    if ends(cells) and len(level):
+        marks.insert(0, Band(along, "low", "high", "series", data=level))
     return Chart(
         cells,
-        [
-            *([Band(along, "low", "high", "series", data=level)] if ends(cells) and len(level) else []),
-            Line(along, "value", "series"),
-            Point(along, "value", "series", **ends(cells), data=curve),
-        ],
+        marks,
         title=title,
         x=x,
         y=Axis(label=cohort.metric),
@@ -275,10 +273,12 @@ def _differences(cohort: Cohort, rows: pd.DataFrame, bases: list[str]) -> list[s
     """Describe the difference of every recipe from the first of ``bases``, paired by seed, if they have equal seeds."""
     seeds = {run.id: run.meta.seed for run in cohort.runs}
     values = rows.assign(seed=rows["run"].astype("str").map(seeds)).set_index("seed")
-    found = []
-    for label in cohort.labels if bases else ():
-        one, base = (values["value"][values["recipe"] == name].sort_index() for name in (label, bases[0]))
-        if label not in bases and len(one) > 1 and one.index.equals(base.index):
-            mean, low, high, _ = t_interval((one - base).to_numpy())
-            found.append(f"{label}: {mean:z.3f} [{low:z.3f}, {high:z.3f}]")
-    return [f"Difference from {bases[0]}, paired by seed [95% t-interval]: {'; '.join(found)}."] if found else []
+    by_label = {label: values["value"][values["recipe"] == label].sort_index() for label in cohort.labels}
+    differences = []
+    for label, scores in by_label.items():
+        if bases and label not in bases and len(scores) > 1 and scores.index.equals(by_label[bases[0]].index):
+            mean, low, high, _ = t_interval((scores - by_label[bases[0]]).to_numpy())
+            differences.append(f"{label}: {mean:z.3f} [{low:z.3f}, {high:z.3f}]")
+    if not differences:
+        return []
+    return [f"Difference from {bases[0]}, paired by seed [95% t-interval]: {'; '.join(differences)}."]

@@ -51,8 +51,8 @@ def settling(runs: Runs, control: Runs | None = None, threshold: float = THRESHO
     cohort = gather_runs("settling", runs, control)
     if not threshold > 0:
         raise ValueError(f"threshold must be > 0, got {threshold}")
-    found = pd.concat([settling_steps(run, threshold) for run in cohort.runs])
-    layers = found.assign(place=norms.layer_places(found), value=found["layer_settled"]).drop_duplicates(
+    steps = pd.concat([settling_steps(run, threshold) for run in cohort.runs])
+    layers = steps.assign(place=norms.layer_places(steps), value=steps["layer_settled"]).drop_duplicates(
         ["run", "place"]
     )
     ends = sorted({run.update_steps()[-1] for run in cohort.runs})
@@ -110,18 +110,19 @@ def rotation(
     cohort = gather_runs("rotation", runs, control)
     require_counts(k=k)
     require_choice(space=(space, ("both", *SPACES)))
-    found = pd.concat([rotations(run, k, None if module is None else [module]) for run in cohort.runs])
+    modules = None if module is None else [module]
+    angles = pd.concat([rotations(run, k, modules) for run in cohort.runs])
     if space != "both":
-        found = found[found["space"] == space]
-    if found.empty:
+        angles = angles[angles["space"] == space]
+    if angles.empty:
         raise cohort.no_common_module(module, list(cohort.runs[0].updates()))
-    rows = cohort.label(found.rename(columns={"angle": "value"}))
-    random = found.groupby("step")["chance"].mean().rename("value").reset_index().assign(recipe=_RANDOM)
-    sides = "both spaces" if space == "both" else f"the space of the {SPACES[space]}"
-    whose = "over modules" if module is None else f"in {module}"
+    rows = cohort.label(angles.rename(columns={"angle": "value"}))
+    random = angles.groupby("step")["chance"].mean().rename("value").reset_index().assign(recipe=_RANDOM)
+    spaces = "both spaces" if space == "both" else f"the space of the {SPACES[space]}"
+    scope = "over modules" if module is None else f"in {module}"
     caption = cohort.caption(
         f"Mean principal angle between the {k} leading singular directions (fewer if the rank is lower), mean over "
-        f"{sides}, {whose}. Random baseline: as many random directions, {random['value'].mean():.0f}°."
+        f"{spaces}, {scope}. Random baseline: as many random directions, {random['value'].mean():.0f}°."
     )
     return cohort.complete(
         set_side_by_side(*(_angle_course(cohort, rows, random, against, caption) for against in AGAINST))
@@ -129,12 +130,12 @@ def rotation(
 
 
 def _angle_course(cohort: Cohort, rows: pd.DataFrame, random: pd.DataFrame, against: str, caption: str) -> Chart:
-    own = rows[rows["against"] == against]
+    angles = rows[rows["against"] == against]
     return curves(
-        band(mean_over_modules(own), ["recipe", "kind", "step"]),
+        band(mean_over_modules(angles), ["recipe", "kind", "step"]),
         "step",
         ("step", Axis(label="angle (degrees)", limits=(0, None))),
-        Line("step", "value", "recipe", data=random[random["step"].isin(own["step"])]),
+        Line("step", "value", "recipe", data=random[random["step"].isin(angles["step"])]),
         title=f"To the {against} stored step",
         caption=caption,
         colors=[*cohort.labels, _RANDOM],

@@ -27,7 +27,7 @@ from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import QUANTITIES
 
 ALL = "all"
-WHOLE = "whole run"  # layer and role of quantities that belong to no module
+WHOLE_RUN = "whole run"  # layer and role of quantities that belong to no module
 WIDTH = 600.0  # layout width of the chart in pixels, until the page reports its own
 _COLUMNS = ("run", "step", "layer", "role", "index", "module")  # shown only if not empty
 END = 2**62  # initial step: the nearest recorded step is the last one
@@ -88,8 +88,8 @@ class Explorer(AnyWidget):
     def __init__(self, cohort: Cohort) -> None:
         self._cohort, self._table = cohort, _add_places(cohort.label(cohort.table))
         self._run_names = {id: name for group in cohort.groups for id, name in group.run_names.items()}
-        known = set(self._table["quantity"])
-        self._names = [name for name in QUANTITIES if name in known]
+        recorded = set(self._table["quantity"])
+        self._names = [name for name in QUANTITIES if name in recorded]
         first = "update_norm" if "update_norm" in self._names else self._names[0]
         self._settling = True
         # The state is complete from the start, because a page can miss a message sent right after.
@@ -118,12 +118,12 @@ class Explorer(AnyWidget):
     def _require_options(self, proposal: Any) -> Any:
         name, value = proposal["trait"].name, proposal["value"]
         allowed = self.options[name]
-        for each in value if isinstance(value, list) else [value]:
-            if each not in allowed:
-                listed = list(map(repr, allowed))
-                if len(listed) > 20:
-                    listed[10:-1] = ["..."]
-                raise traitlets.TraitError(f"{name} must be one of {', '.join(listed)}, got {each!r}")
+        for choice in value if isinstance(value, list) else [value]:
+            if choice not in allowed:
+                options = list(map(repr, allowed))
+                if len(options) > 20:
+                    options[10:-1] = ["..."]
+                raise traitlets.TraitError(f"{name} must be one of {', '.join(options)}, got {choice!r}")
         return value
 
     @traitlets.validate("selection")
@@ -157,8 +157,8 @@ class Explorer(AnyWidget):
     ) -> dict[str, Any]:
         """Select the rows, and return the state: the options, every choice that is still valid, figure and table."""
         rows = self._table[self._table["quantity"] == quantity]
-        places, layers, rows = _narrow(rows, "place", layers)
-        kinds, roles, rows = _narrow(rows, "role", roles)
+        layer_options, layers, rows = _narrow(rows, "place", layers)
+        role_options, roles, rows = _narrow(rows, "role", roles)
         steps = sorted(map(int, rows["step"].fillna(UNSTEPPED).unique()))
         step = min(steps, key=lambda recorded: abs(recorded - step))
         self.rows = self._cohort.table.loc[_at_step(rows, step).index]
@@ -167,7 +167,7 @@ class Explorer(AnyWidget):
         cells = rows.groupby(_VALUE, observed=True, dropna=False, sort=False).ngroup()
         self._cells = cells[cells.isin(self.chart.data.index)]
         return {
-            "options": {"quantity": self._names, "layers": places, "roles": kinds, "step": steps},
+            "options": {"quantity": self._names, "layers": layer_options, "roles": role_options, "step": steps},
             "quantity": quantity,
             "layers": layers,
             "roles": roles,
@@ -229,18 +229,21 @@ def _add_places(table: pd.DataFrame) -> pd.DataFrame:
     table = table[table["value"].notna().groupby(table["quantity"], observed=True).transform("any")]
     inside = table["module"] != ""
     spots = layer_places(table[inside])
-    places = [*spots.cat.categories, WHOLE]
+    positions = spots.astype("str").reindex(table.index, fill_value=WHOLE_RUN)
+    roles = table["role"].astype("str").where(inside, WHOLE_RUN)
     return table.assign(
-        place=pd.Categorical(spots.astype("str").reindex(table.index, fill_value=WHOLE), places, ordered=True),
-        role=pd.Categorical(table["role"].astype("str").where(inside, WHOLE), [*ROLES, WHOLE], ordered=True),
+        place=pd.Categorical(positions, [*spots.cat.categories, WHOLE_RUN], ordered=True),
+        role=pd.Categorical(roles, [*ROLES, WHOLE_RUN], ordered=True),
     )
 
 
-def _narrow(rows: pd.DataFrame, column: str, chosen: list[str]) -> tuple[list[str], list[str], pd.DataFrame]:
-    """Return the options of a column, the chosen ones that still occur, and their rows."""
+def _narrow(rows: pd.DataFrame, column: str, choices: list[str]) -> tuple[list[str], list[str], pd.DataFrame]:
+    """Return the options of a column, the choices that still occur, and their rows."""
     used = list(rows[column].cat.remove_unused_categories().cat.categories)
-    kept = [name for name in used if name in chosen] if ALL not in chosen else []
-    return [ALL, *used], kept or [ALL], rows[rows[column].isin(kept)] if kept else rows
+    present = [name for name in used if name in choices]
+    if ALL in choices or not present:
+        return [ALL, *used], [ALL], rows
+    return [ALL, *used], present, rows[rows[column].isin(present)]
 
 
 def _step_label(step: int) -> str:
@@ -259,38 +262,42 @@ def _chart(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
     cohort, entry = replace(cohort, name=quantity, needs=(quantity,)), QUANTITIES[quantity]
     y = Axis(label=axis_label(quantity))
     bounds = table[["value", "low", "high"]].to_numpy()
-    known = bounds[np.isfinite(bounds)]
-    if known.size and known.min() < known.max():
-        low, high = float(known.min()), float(known.max())
+    finite = bounds[np.isfinite(bounds)]
+    if finite.size and finite.min() < finite.max():
+        low, high = float(finite.min()), float(finite.max())
         y = replace(y, limits=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
-    shown, title = _at_step(table, step), quantity.replace("_", " ")
+    rows, title = _at_step(table, step), quantity.replace("_", " ")
     rules: list[Mark] = []
     if table["index"].notna().any() and table["module"].nunique() == 1:
         along, x = "index", Axis(label=entry.index.replace("_", " "))
     elif (table["module"] == "").all():
-        along, x, y, shown = "step", Axis(label="step"), replace(y, limits=None), table
+        along, x, y, rows = "step", Axis(label="step"), replace(y, limits=None), table
         rules = [Rule(x=step)] if step != UNSTEPPED else []
     else:
         along, x = "place", Axis(label="layer", order=used_places(table))
     if along != "step":
-        title = f"{title}, {'as stored' if step == UNSTEPPED else f'after step {step}'}"
+        title += ", as stored" if step == UNSTEPPED else f", after step {step}"
     caption = [cohort.caption(f"{entry.label}: {entry.definition}."), *mixture_sentences(cohort.meta.get(MIXTURES, {}))]
-    marks = [*_marks(shown, along), *rules]
-    return Chart(shown, marks, title=title, x=x, y=y, caption=" ".join(caption), meta=cohort.meta)
+    marks = [*_marks(rows, along), *rules]
+    return Chart(rows, marks, title=title, x=x, y=y, caption=" ".join(caption), meta=cohort.meta)
 
 
-def _marks(shown: pd.DataFrame, x: str) -> list[Mark]:
+def _marks(rows: pd.DataFrame, x: str) -> list[Mark]:
     """Return dots colored by role (by recipe if there is one role), joined by lines where every place has one dot."""
-    color = "role" if shown["role"].nunique() > 1 else "recipe"
-    other = "recipe" if color == "role" and shown["recipe"].nunique() > 1 else None
-    dots = [Point(x, "value", color, other, **ends(shown))]
-    doubled = shown.loc[shown.duplicated([x, "role", "recipe"]), "role"]
-    single = shown[~shown["role"].isin(doubled)] if len(doubled) else None
+    color, other = "recipe", None
+    if rows["role"].nunique() > 1:
+        color, other = "role", "recipe" if rows["recipe"].nunique() > 1 else None
+    dots = Point(x, "value", color, other, **ends(rows))
+    doubled = rows.loc[rows.duplicated([x, "role", "recipe"]), "role"]
+    single = rows[~rows["role"].isin(doubled)] if len(doubled) else None  # None: those of the chart
     if x == "index" or (single is not None and single.empty):
-        return [*dots]
-    bands = [Band(x, "low", "high", color, data=single)] if ends(shown) and other is None else []
-    line = Line(x, "value", color, other, data=single)
-    return [*bands, line, *(dots if x == "place" or len(shown) <= _MOST_DOTTED else [])]
+        return [dots]
+    marks: list[Mark] = [Line(x, "value", color, other, data=single)]
+    if ends(rows) and other is None:
+        marks.insert(0, Band(x, "low", "high", color, data=single))
+    if x == "place" or len(rows) <= _MOST_DOTTED:
+        marks.append(dots)
+    return marks
 
 
 def _with_dots(chart: Chart) -> tuple[Chart, Point]:
@@ -305,17 +312,16 @@ def _with_dots(chart: Chart) -> tuple[Chart, Point]:
 
 def _list(rows: pd.DataFrame, names: Mapping[str, str]) -> dict[str, Any]:
     """Return the rows as text without empty columns, the long ones last; several runs appear by name."""
-    words = dict.fromkeys(_COLUMNS, "str")
-    shown = rows.head(MOST_LISTED).astype(words).fillna(dict.fromkeys(words, ""))
-    shown = shown.assign(run=shown["run"].map(names) if len(names) > 1 else "")
-    filled = [name for name in _COLUMNS if (shown[name] != "").any()]
+    texts = rows.head(MOST_LISTED).astype(dict.fromkeys(_COLUMNS, "str")).fillna(dict.fromkeys(_COLUMNS, ""))
+    texts = texts.assign(run=texts["run"].map(names) if len(names) > 1 else "")
+    columns = {name: list(map(printable, texts[name])) for name in _COLUMNS}
+    columns["value"] = ["unknown" if np.isnan(value) else f"{value:.6g}" for value in texts["value"]]
+    filled = [name for name in _COLUMNS if any(columns[name])]
     filled.insert(len(filled) - ("module" in filled), "value")
-    values = ["unknown" if np.isnan(value) else f"{value:.6g}" for value in shown["value"]]
-    columns = [values if name == "value" else map(printable, shown[name]) for name in filled]
     count = count_phrase(len(rows), "row")
     return {
         "columns": filled,
-        "cells": list(map(list, zip(*columns, strict=True))),
-        "labels": shown.index.tolist(),
+        "cells": list(map(list, zip(*(columns[name] for name in filled), strict=True))),
+        "labels": texts.index.tolist(),
         "count": count if len(rows) <= MOST_LISTED else f"First {MOST_LISTED} of {count}",
     }

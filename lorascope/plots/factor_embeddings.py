@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -95,58 +96,73 @@ def factor_embedding(
         f"Each dot is a factor of one module in one run ({_VIEWS[view]}), scaled to norm 1; dots in one place appear "
         "as rings. PCA axes: fraction of variance in parentheses."
     )
-    rows: list[list[Chart]] = []
+    rows = []
     for prefix, cohort in zip(("", "control: "), cohorts, strict=False):
         cohort.require_runs(2)
         factored = {run.id: factor_embeddings.factored_updates(run.updates(step)) for run in cohort.runs}
         common = factor_embeddings.common_modules(factored)
-        if unknown := next((name for name in modules if name not in common), None):
-            raise cohort.no_common_module(unknown, common)
-        updates = {run: {name: own[name] for name in modules or common} for run, own in factored.items()}
+        if unknown := [name for name in modules if name not in common]:
+            raise cohort.no_common_module(unknown[0], common)
+        selected = modules or common
+        updates = {run: {name: factors_of[name] for name in selected} for run, factors_of in factored.items()}
         domains = {run.id: group.label for group in cohort.groups for run in group.runs}
-        found = [factor_embeddings.build_factor_sets(updates, domains, (factor,), view) for factor in factors]
-        caption += factor_caption(prefix, cohort, found)
-        apart = [cloud for clouds in found for cloud in clouds]
-        for cloud in factor_embeddings.build_factor_sets(updates, domains, factors, view) if together else apart:
-            usual = factor_embeddings.default_perplexity(len(cloud.flat))
-            sizes = perplexity if perplexity is not None else (usual, usual / 3)
-            drawn = [
-                _tsne(cloud, cohort, prefix, size, [None, *seeds])
-                for size in (sizes if isinstance(sizes, Sequence) else [sizes])
-            ]
-            whole = factor_embeddings.pca(cloud, len(cloud.flat))
-            percent = 100 * (whole**2).sum(axis=0) / ((whole**2).sum() or 1.0)
-            axes = [Axis(label=f"component {number + 1} ({percent[number]:.0f}%)") for number in (0, 1)]
-            title = f"{prefix}PCA of {_factor_set_name(cloud)}"
-            drawn.append(_embedding_chart(_place_points(cloud, cohort, whole[:, :2]), cohort, title, axes, None))
-            rows.append([_name_dots(chart) for chart in drawn] if 0 < len(modules) <= _MOST_NAMED else drawn)
-    return cohorts[0].complete(Panels(tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows)))
+        by_factor = [factor_embeddings.build_factor_sets(updates, domains, (factor,), view) for factor in factors]
+        caption += factor_caption(prefix, cohort, by_factor)
+        clouds = factor_embeddings.build_factor_sets(updates, domains, factors, view) if together else chain(*by_factor)
+        for cloud in clouds:
+            charts = [_tsne(cloud, cohort, prefix, size, seeds) for size in _perplexities(cloud, perplexity)]
+            charts.append(_pca(cloud, cohort, prefix))
+            if 0 < len(modules) <= _MOST_NAMED:
+                charts = list(map(_name_dots, charts))
+            rows.append(charts)
+    grid = tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows)
+    return cohorts[0].complete(Panels(grid))
 
 
-def factor_caption(prefix: str, cohort: Cohort, found: Sequence[Sequence[FactorSet]]) -> str:
+def factor_caption(prefix: str, cohort: Cohort, by_factor: Sequence[Sequence[FactorSet]]) -> str:
     """Return the sample of runs and how often the nearest factor of another domain is from the same module."""
     text = f"{prefix}{cohort.sample}."
     if len(cohort.groups) > 1:
-        shared = {clouds[0].factors[0]: factor_sharing.sharedness(clouds) for clouds in found}
-        hits = [f"{factor} {100 * value['sharedness']:.0f}%" for factor, value in shared.items()]
-        chances = [f" (chance level {100 * value['sharedness_chance']:.0f}%)" for value in shared.values()]
-        if len(set(chances)) == 1:  # print a common chance level once
-            chances = [""] * (len(hits) - 1) + chances[:1]
-        listed = ", ".join(map("".join, zip(hits, chances, strict=True)))
-        text += f" Nearest factor of another domain is from the same module: {listed}."
+        hits, levels = [], []
+        for clouds in by_factor:
+            shared = factor_sharing.sharedness(clouds)
+            hits.append(f"{clouds[0].factors[0]} {100 * shared['sharedness']:.0f}%")
+            levels.append(f" (chance level {100 * shared['sharedness_chance']:.0f}%)")
+        if len(set(levels)) == 1:  # print a common chance level once
+            levels = [""] * (len(hits) - 1) + levels[:1]
+        fractions = ", ".join(map("".join, zip(hits, levels, strict=True)))
+        text += f" Nearest factor of another domain is from the same module: {fractions}."
     return f" {text[0].upper()}{text[1:]}"
 
 
-def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, starts: Sequence[int | None]) -> Chart:
-    parts = []
-    for seed in starts:
-        plane = factor_embeddings.tsne(cloud, perplexity, seed)
+def _perplexities(cloud: FactorSet, perplexity: float | Sequence[float] | None) -> Sequence[float]:
+    if perplexity is None:
+        usual = factor_embeddings.default_perplexity(len(cloud.flat))
+        return usual, usual / 3
+    return perplexity if isinstance(perplexity, Sequence) else [perplexity]
+
+
+def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, seeds: Sequence[int]) -> Chart:
+    planes = {"from PCA": factor_embeddings.tsne(cloud, perplexity, None)}
+    for seed in seeds:
+        planes[f"from seed {seed}"] = factor_embeddings.tsne(cloud, perplexity, seed)
+    points = []
+    for start, plane in planes.items():
         # The plane has no unit, so its largest coordinate is scaled to 1.
-        points = _place_points(cloud, cohort, plane / (np.abs(plane).max() or 1.0))
-        parts.append(points.assign(start="from PCA" if seed is None else f"from seed {seed}"))
+        scaled = plane / (np.abs(plane).max() or 1.0)
+        points.append(_place_points(cloud, cohort, scaled).assign(start=start))
     axes = [Axis(label=f"t-SNE {number}", ticks={}, limits=(-1.1, 1.1)) for number in (1, 2)]
     title = f"{prefix}t-SNE of {_factor_set_name(cloud)}, perplexity {perplexity:.3g}"
-    return _embedding_chart(pd.concat(parts), cohort, title, axes, "start" if len(starts) > 1 else None)
+    return _embedding_chart(pd.concat(points), cohort, title, axes, "start" if seeds else None)
+
+
+def _pca(cloud: FactorSet, cohort: Cohort, prefix: str) -> Chart:
+    components = factor_embeddings.pca(cloud, len(cloud.flat))
+    variances = (components**2).sum(axis=0)
+    percent = 100 * variances / ((components**2).sum() or 1.0)
+    axes = [Axis(label=f"component {number + 1} ({percent[number]:.0f}%)") for number in (0, 1)]
+    points = _place_points(cloud, cohort, components[:, :2])
+    return _embedding_chart(points, cohort, f"{prefix}PCA of {_factor_set_name(cloud)}", axes, None)
 
 
 def _embedding_chart(
@@ -155,7 +171,8 @@ def _embedding_chart(
     marks: list[Any] = [Point("x", "y", "domain", shape="role", size="size")]
     if points["factor"].nunique() > 1:
         # A and B share this plane, so their names are drawn above the dots of each.
-        names = points.groupby(["factor", *([frame] if frame else [])], as_index=False).agg({"x": "mean", "y": "max"})
+        keys = ["factor", frame] if frame else ["factor"]
+        names = points.groupby(keys, as_index=False).agg({"x": "mean", "y": "max"})
         marks.append(Text("x", "y", "factor", data=names))
     x, y = axes
     return Chart(points, marks, title=title, x=x, y=y, frame=frame, colors=cohort.labels, meta=cohort.meta)
@@ -164,12 +181,15 @@ def _embedding_chart(
 def _name_dots(chart: Chart) -> Chart:
     """Add layer and role of every module above its dots, once for dots in one place."""
     reach = _SAME_PLACE * np.abs(chart.data[["x", "y"]].to_numpy()).max()
-    named: list[dict[Hashable, Any]] = []
+    labels: list[dict[Hashable, Any]] = []
+    labeled_points: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
     for dot in chart.data.sort_values("y", ascending=False).to_dict("records"):
-        same = (one for one in named if all(one.get(key) == dot.get(key) for key in ("module", "factor", "start")))
-        if all(math.hypot(one["x"] - dot["x"], one["y"] - dot["y"]) > reach for one in same):
-            named.append(dot | {"place": dot["place"] if pd.isna(dot["layer"]) else f"{dot['place']} {dot['role']}"})
-    names = pd.DataFrame(named)
+        point = dot["x"], dot["y"]
+        points = labeled_points.setdefault((dot["module"], dot["factor"], dot.get("start")), [])
+        if all(math.dist(point, labeled) > reach for labeled in points):
+            points.append(point)
+            labels.append(dot | {"place": dot["place"] if pd.isna(dot["layer"]) else f"{dot['place']} {dot['role']}"})
+    names = pd.DataFrame(labels)
     names["y"] += _NAME_OFFSET * chart.data["y"].abs().max()
     y = replace(chart.y, limits=(-1.1, 1.3)) if chart.y.limits else chart.y
     return replace(chart, marks=[*chart.marks, Text("x", "y", "place", data=names)], y=y)
@@ -178,11 +198,9 @@ def _name_dots(chart: Chart) -> Chart:
 def _place_points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:
     """Return the points with their coordinates, layer and role; dots of later domains are smaller."""
     modules = cohort.runs[0].modules
-    places = modules.assign(place=norms.layer_places(modules).astype("str")).set_index("module")[
-        ["layer", "role", "place"]
-    ]
+    positions = modules.assign(place=norms.layer_places(modules).astype("str")).set_index("module")
     sizes = dict(zip(cohort.labels, np.linspace(1.0, 0.2, len(cohort.labels)), strict=True))
-    points = cloud.table().assign(x=plane[:, 0], y=plane[:, 1]).join(places, on="module")
+    points = cloud.table().assign(x=plane[:, 0], y=plane[:, 1]).join(positions[["layer", "role", "place"]], on="module")
     return points.assign(size=points["domain"].map(sizes))
 
 

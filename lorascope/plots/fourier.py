@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import FREQUENCIES, UPDATES
 from lorascope.plots.run_groups import INTERVAL, Group, Runs, require_counts
 from lorascope.plots.subspaces import common_module
-from lorascope.updates import Fourier
+from lorascope.updates import Fourier, Update
 
 _FAINT = 0.01  # lower end of the color scale, as a fraction of the largest coefficient
 _REACH = 4.0  # ends of the color scale of an image, in units of its root mean square
@@ -48,20 +49,21 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
     >>> ls.plots.fourier_spectrum(fourierft)
     """
     cohort = gather_runs("fourier_spectrum", runs, control)
-    whole = [analysis.fourier_updates(run) for run in cohort.runs]
-    module = common_module(cohort, whole, module)
-    learned = [analysis.learned_fourier_updates(run) for run in cohort.runs]
-    since = " minus step 0" if all(module in updates for updates in learned) else ""
-    chosen = learned if since else whole
-    found = {run.id: updates[module] for run, updates in zip(cohort.runs, chosen, strict=True)}
+    updates = [analysis.fourier_updates(run) for run in cohort.runs]
+    module = common_module(cohort, updates, module)
+    learned: list[Mapping[str, Any]] = [analysis.learned_fourier_updates(run) for run in cohort.runs]
+    difference = ""
+    if all(module in by_module for by_module in learned):
+        updates, difference = learned, " minus step 0"
+    update = {run.id: by_module[module] for run, by_module in zip(cohort.runs, updates, strict=True)}
     caption = cohort.caption(
-        f"Coefficients of {module}{since}, root mean square over seeds; the color scale starts at 1% of the largest. "
-        "An entry and its mirror (−j, −k) are one cosine, so both are drawn. Below: root mean square in rings around "
-        "frequency zero.",
+        f"Coefficients of {module}{difference}, root mean square over seeds; the color scale starts at 1% of the "
+        "largest. An entry and its mirror (−j, −k) are one cosine, so both are drawn. Below: root mean square in rings "
+        "around frequency zero.",
         interval=f"bands: {INTERVAL}",
     )
-    planes = [_frequency_plane(group, found, caption) for group in cohort.groups]
-    rows = pd.concat(analysis.radial_profile(update).assign(run=run) for run, update in found.items())
+    planes = [_frequency_plane(group, update, caption) for group in cohort.groups]
+    rows = pd.concat(analysis.radial_profile(coefficients).assign(run=run) for run, coefficients in update.items())
     by_radius = curves(
         band(cohort.label(rows), ["recipe", "kind", "radius"]),
         "radius",
@@ -107,17 +109,22 @@ def update_image(
     """
     cohort = gather_runs("update_image", runs, control)
     require_counts(cells=cells)
-    first = {group.label: group.runs[0] for group in cohort.groups}
-    shown = {label: initial_update.learned_updates(run) if added else run.updates() for label, run in first.items()}
-    module = common_module(cohort, list(shown.values()), module)
-    notes = cohort.missing_initial_updates() if added else []
+    shown_updates: dict[str, Mapping[str, Update]] = {}
+    for group in cohort.groups:
+        run = group.runs[0]
+        shown_updates[group.label] = initial_update.learned_updates(run) if added else run.updates()
+    module = common_module(cohort, list(shown_updates.values()), module)
+    symbol, notes = ("ΔW − ΔW₀", cohort.missing_initial_updates()) if added else ("ΔW", [])
     panels = []
-    for label, updates in shown.items():
+    for label, updates in shown_updates.items():
         matrix = updates[module].dense()
         image = matrix[:cells, :cells] / (np.sqrt(np.mean(matrix**2)) or 1.0)
-        row, column = (index.reshape(-1) for index in np.indices(image.shape))
-        part = "all" if image.shape == matrix.shape else f"the first {cells}"
-        scaled = f"{part} rows and columns, in units of the root mean square of all entries; first run of each recipe."
+        row, column = np.indices(image.shape).reshape(2, -1)
+        section = "all" if image.shape == matrix.shape else f"the first {cells}"
+        caption = (
+            f"{symbol} of {module}: {section} rows and columns, in units of the root mean square of all entries; first "
+            "run of each recipe."
+        )
         panels.append(
             Chart(
                 pd.DataFrame({"row": row, "column": column, "value": image.reshape(-1)}),
@@ -125,7 +132,7 @@ def update_image(
                 title=label,
                 x=Axis(label="input"),
                 y=Axis(label="output"),
-                caption=" ".join([f"{'ΔW − ΔW₀' if added else 'ΔW'} of {module}: {scaled}", *notes]),
+                caption=" ".join([caption, *notes]),
             )
         )
     return cohort.complete(wrap(panels, len(panels)))
@@ -177,18 +184,16 @@ def frequency_bias(
     return stack_vertically(top, set_side_by_side(*maps))
 
 
-def _frequency_plane(group: Group, found: Mapping[str, Fourier], caption: str) -> Chart:
+def _frequency_plane(group: Group, updates: Mapping[str, Fourier], caption: str) -> Chart:
     """Plot the frequencies of one recipe."""
-    own = [found[run.id] for run in group.runs]
-    squares = pd.concat(analysis.list_frequencies(update) for update in own).assign(
-        size=lambda rows: rows["coefficient"] ** 2
-    )
-    table = np.sqrt(squares.groupby(["row", "column"])["size"].mean()).reset_index()
+    entries = pd.concat(analysis.list_frequencies(updates[run.id]) for run in group.runs)
+    squares = entries.assign(size=entries["coefficient"] ** 2).groupby(["row", "column"])["size"]
+    table = np.sqrt(squares.mean()).reset_index()
     table = table[table["size"] > 0].sort_values("size")  # the largest on top
-    shown = table["size"].clip(lower=_FAINT * table["size"].max())
-    height, width = own[0].shape
+    visible = table["size"].clip(lower=_FAINT * table["size"].max())
+    height, width = updates[group.runs[0].id].shape
     return Chart(
-        table.assign(log=np.log10(shown)),
+        table.assign(log=np.log10(visible)),
         [Point("column", "row", "log", size="size")],
         title=group.label,
         x=Axis(label="input frequency", limits=(-(width // 2), width // 2)),

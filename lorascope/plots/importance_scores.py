@@ -47,44 +47,46 @@ def importance(
     >>> ls.plots.importance(adalora[0])
     """
     cohort = gather_runs("importance", runs, control, check=False)
-    if (known := QUANTITIES.get(quantity)) and known.index not in ("component", "rank_id"):
-        scores = [name for name, each in QUANTITIES.items() if each.index in ("component", "rank_id")]
+    scores = [name for name, entry in QUANTITIES.items() if entry.index in ("component", "rank_id")]
+    if quantity in QUANTITIES and quantity not in scores:
         raise ValueError(f"quantity must have a value per component, such as {', '.join(scores)}, got {quantity!r}")
     cohort.require(quantity, history=True)
-    found = cohort.label(rank_allocations.component_course(cohort.table, quantity))
-    found = found.assign(fate=found["kept"].map(dict(zip((True, False), _FATES, strict=True))))
+    components = cohort.label(rank_allocations.component_course(cohort.table, quantity))
+    components["fate"] = np.where(components["kept"], *_FATES)
     panels = []
     if module is None:
-        for label, own in cohort.split(found):
-            over = own.groupby(["recipe", "kind", "fate", "step"], observed=True, sort=False)["value"]
-            cells = over.quantile(np.array([0.1, 0.5, 0.9])).unstack().set_axis(["low", "value", "high"], axis=1)
-            cells = cells.assign(n=over.count()).reset_index()
+        for label, rows in cohort.split(components):
+            values = rows.groupby(["recipe", "kind", "fate", "step"], observed=True, sort=False)["value"]
+            cells = values.quantile(np.array([0.1, 0.5, 0.9])).unstack().set_axis(["low", "value", "high"], axis=1)
+            cells = cells.assign(n=values.count()).reset_index()
             marks = [Band("step", "low", "high", "fate"), Line("step", "value", "fate")]
             spread = f"Lines: median over the components of {cohort.sample}; bands: 10th to 90th percentile."
-            panels.append(_importance_chart(cells, own, marks, label, quantity, spread))
+            panels.append(_importance_chart(cells, rows, marks, label, quantity, spread))
         return cohort.complete(wrap(panels, 2))
     for run in cohort.runs:
-        own = found[(found["run"] == run.id) & (found["module"] == module)]
-        if own.empty:
-            some = ", ".join(dict.fromkeys(found.loc[found["run"] == run.id, "module"].astype("str").iloc[::-1]))
+        of_run = components[components["run"] == run.id]
+        rows = of_run[of_run["module"] == module]
+        if rows.empty:
+            modules = ", ".join(dict.fromkeys(of_run["module"].astype("str").iloc[::-1]))
             raise ValueError(
-                f"importance needs a module with {quantity} in run {run.id}, got {module!r}; expected one of {some}"
+                f"importance needs a module with {quantity} in run {run.id}, got {module!r}; expected one of {modules}"
             )
-        cells = own[["run", "recipe", "kind", "step", "module", "index", "fate", "value"]]
+        cells = rows[["run", "recipe", "kind", "step", "module", "index", "fate", "value"]]
         cells = cells.rename(columns={"index": "component"}).astype({"component": "int64"})
-        several = len(cohort.runs) > 1
-        title = f"{own['recipe'].iloc[0]}, seed {run.meta.seed}" if several else f"Components of {module}"
+        title = f"Components of {module}"
+        if len(cohort.runs) > 1:
+            title = f"{rows['recipe'].iloc[0]}, seed {run.meta.seed}"
         line = Line("step", "value", "component", "fate")
         sentence = f"Components of {module}, one line each."
-        panels.append(_importance_chart(cells, own, [line], title, quantity, sentence))
+        panels.append(_importance_chart(cells, rows, [line], title, quantity, sentence))
     return cohort.complete(wrap(panels, 2))
 
 
 def _importance_chart(
-    cells: pd.DataFrame, own: pd.DataFrame, marks: Sequence[Mark], title: str, quantity: str, sentence: str
+    cells: pd.DataFrame, rows: pd.DataFrame, marks: Sequence[Mark], title: str, quantity: str, sentence: str
 ) -> Chart:
-    values = own["value"][own["value"] != 0]
-    fates = own.drop_duplicates(["run", "module", "index"])["kept"]
+    values = rows["value"][rows["value"] != 0]
+    fates = rows.drop_duplicates(["run", "module", "index"])["kept"]
     caption = f"{QUANTITIES[quantity].label}: {QUANTITIES[quantity].definition}."
     return Chart(
         cells,

@@ -41,7 +41,7 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
     cohort = gather_runs("training_curves", runs, control)
     losses, averaged = _average_windows(cohort, windows)
     rows = {"loss": losses} | {quantity: cohort.select(quantity) for quantity in ("eval_loss", "eval_metric")}
-    panels = [_curve_chart(cohort, quantity, found, averaged) for quantity, found in rows.items() if len(found)]
+    panels = [_curve_chart(cohort, quantity, table, averaged) for quantity, table in rows.items() if len(table)]
     return cohort.complete(wrap(panels, len(panels)))
 
 
@@ -103,34 +103,35 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
         cohort.require("eval_loss", "test_loss")
     rates = {run.id: run.meta.settings["lr"] for run in cohort.runs}
     cells = optimizer_moments.average_losses_by_rate(cohort.label(cohort.table), rates)
-    chosen = optimizer_moments.best_rates(cells["eval_loss"])
+    best = optimizer_moments.best_rates(cells["eval_loss"])
     methods = list(dict.fromkeys(cells["eval_loss"]["method"]))
-    tested = cells["test_loss"].merge(chosen, on=["method", "lr"])
+    tested = cells["test_loss"].merge(best, on=["method", "lr"])
     tested = tested.assign(at=tested["method"])
-    best = "; ".join(f"{row.method} {row.lr:.3g}" for row in chosen.itertuples())
+    best_rates = "; ".join(best["method"] + best["lr"].map(" {:.3g}".format))
     caption = cohort.caption(
-        f"Best learning rates by mean final validation loss: {best}.",
+        f"Best learning rates by mean final validation loss: {best_rates}.",
         *cohort.method_notes(),
         interval=f"bars: {INTERVAL}",
     )
-    panels = []
-    for x, table, title, quantity in (
-        ("lr", cells["eval_loss"], "by learning rate", "eval_loss"),
-        ("at", tested, "at the best rate", "test_loss"),
-    ):
-        line = [Line("lr", "value", "method")] if x == "lr" else []
-        panels.append(
-            Chart(
-                table,
-                [*line, Point(x, "value", "method", **ends(table))],
-                title=title,
-                x=Axis(label="learning rate", log=True) if x == "lr" else Axis(order=methods),
-                y=Axis(label=axis_label(quantity)),
-                caption=caption,
-                colors=methods,
-            )
-        )
-    return cohort.complete(set_side_by_side(*panels))
+    by_rate = Chart(
+        cells["eval_loss"],
+        [Line("lr", "value", "method"), Point("lr", "value", "method", **ends(cells["eval_loss"]))],
+        title="by learning rate",
+        x=Axis(label="learning rate", log=True),
+        y=Axis(label=axis_label("eval_loss")),
+        caption=caption,
+        colors=methods,
+    )
+    at_best = Chart(
+        tested,
+        [Point("at", "value", "method", **ends(tested))],
+        title="at the best rate",
+        x=Axis(order=methods),
+        y=Axis(label=axis_label("test_loss")),
+        caption=caption,
+        colors=methods,
+    )
+    return cohort.complete(set_side_by_side(by_rate, at_best))
 
 
 def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> Chart:
@@ -143,13 +144,15 @@ def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: st
     )
 
 
-def _average_windows(cohort: Cohort, windows: int) -> tuple[pd.DataFrame, str]:
+def _average_windows(cohort: Cohort, count: int) -> tuple[pd.DataFrame, str]:
     """Average the training loss of every run over windows of steps, each with its last step, and describe them."""
-    require_counts(windows=windows)
+    require_counts(windows=count)
     rows = cohort.select("loss")
-    width = math.ceil(rows["step"].max() / windows)
+    width = math.ceil(rows["step"].max() / count)
     last = rows.groupby("run", observed=True)["step"].transform("max")
     end = (-(-rows["step"] // width) * width).clip(upper=last)
-    parts = rows.assign(step=end).groupby(["run", "recipe", "kind", "step"], observed=True, sort=False)
-    averaged = f"Training loss averaged over windows of {width} steps." if width > 1 else "Training loss of every step."
-    return parts["value"].mean().reset_index(), averaged
+    averages = (
+        rows.assign(step=end).groupby(["run", "recipe", "kind", "step"], observed=True, sort=False)["value"].mean()
+    )
+    sentence = f"Training loss averaged over windows of {width} steps." if width > 1 else "Training loss of every step."
+    return averages.reset_index(), sentence

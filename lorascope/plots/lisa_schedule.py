@@ -34,29 +34,30 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
     >>> ls.plots.active_layers(lisa)
     """
     cohort = gather_runs("active_layers", runs, control)
-    cells = cohort.label(lisa_schedule.list_intervals(cohort.table))
-    reached = cohort.label(lisa_schedule.block_coverage(cohort.table))
+    intervals = cohort.label(lisa_schedule.list_intervals(cohort.table))
+    coverages = cohort.label(lisa_schedule.block_coverage(cohort.table))
     caption = cohort.caption(
         "Left: fraction of runs in which a block trained, by interval. Right: number of blocks trained so far, and its "
         "expectation after n draws, the sum over the blocks of 1 − (1 − p)ⁿ, where p is the draw probability."
     )
     rows = []
-    for (label, own), (_, counts) in zip(cohort.split(cells), cohort.split(reached), strict=True):
-        own = own.astype({"active": "float64"})
-        fractions = own.groupby(["start", "place"], observed=True)["active"].mean().rename("value").reset_index()
-        places = [str(place) for place in fractions["place"].cat.categories]
+    for label, cells in cohort.split(intervals):
+        active = cells.astype({"active": "float64"}).groupby(["start", "place"], observed=True)["active"]
+        fractions = active.mean().rename("value").reset_index()
+        blocks = list(map(str, fractions["place"].cat.categories))
         activity = Chart(
             fractions.astype({"start": "str", "place": "str"}),
             [Heat("start", "place", "value", "fraction of runs", limits=(0.0, 1.0))],
             title=label,
-            x=Axis(label="first step of interval", order=[str(start) for start in sorted(set(own["start"]))]),
-            y=Axis(label="block", order=places[::-1]),
+            x=Axis(label="first step of interval", order=list(map(str, sorted(set(cells["start"]))))),
+            y=Axis(label="block", order=blocks[::-1]),
             caption=caption,
         )
         expected = f"{label}, expected"
-        both = pd.concat([counts, counts.assign(value=counts["expected"], recipe=expected)])
+        counts = coverages[coverages["recipe"] == label]
+        series = pd.concat([counts, counts.assign(value=counts["expected"], recipe=expected)])
         coverage = course(
-            band(both, ["recipe", "kind", "step"]),
+            band(series, ["recipe", "kind", "step"]),
             Axis(label=axis_label("coverage"), limits=(0, None)),
             points=False,
             caption=caption,
@@ -87,14 +88,15 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
     >>> ls.plots.draw_frequency(lisa)
     """
     cohort = gather_runs("draw_frequency", runs, control)
-    found = cohort.label(lisa_schedule.count_visits(cohort.table).rename(columns={"frequency": "value"}))
+    visits = cohort.label(lisa_schedule.count_visits(cohort.table).rename(columns={"frequency": "value"}))
     caption = cohort.caption(
         "Fraction of draws that include a block; the line is its draw probability.", interval=f"bars: {INTERVAL}"
     )
     panels = []
-    for label, own in cohort.split(found):
-        cells = band(own, ["place"]).assign(what="drawn")
-        cells["expected"] = own.groupby("place", observed=True)["expected"].mean().reindex(cells["place"]).to_numpy()
+    for label, frequencies in cohort.split(visits):
+        cells = band(frequencies, ["place"]).assign(what="drawn")
+        probabilities = frequencies.groupby("place", observed=True)["expected"].mean()
+        cells["expected"] = probabilities.reindex(cells["place"]).to_numpy()
         panels.append(
             bars(
                 cells,
@@ -139,23 +141,24 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
     cohort = gather_runs("draw_grid", runs, control)
     cohort.require_differ_only_in("n_active", "interval")
     rows = cohort.scores().astype({"run": "str"}).merge(lisa_schedule.interval_sizes(cohort.table), on="run")
-    for (blocks, steps), own in rows.groupby(["blocks", "steps"]):
-        if own["recipe"].nunique() > 1:
-            both = " and ".join(own["recipe"].unique())
+    for (blocks, steps), cell in rows.groupby(["blocks", "steps"]):
+        labels = cell["recipe"].unique()
+        if len(labels) > 1:
             raise ValueError(
-                f"draw_grid needs one label per cell, got {both} for n_active {blocks} and interval {steps}"
+                f"draw_grid needs one label per cell, got {' and '.join(labels)} for n_active {blocks} and interval "
+                f"{steps}"
             )
     cells = band(rows, ["blocks", "steps"])
     half: float = ((cells["high"] - cells["low"]) / 2).max()
     widest = "" if pd.isna(half) else f" Widest interval of a cell: ±{half:.3f}."
-    sides = {name: [str(size) for size in sorted(set(cells[name]))] for name in ("blocks", "steps")}
+    blocks_order, steps_order = (list(map(str, sorted(set(cells[name])))) for name in ("blocks", "steps"))
     return cohort.complete(
         Chart(
             cells.astype({"blocks": "str", "steps": "str"}),
             [Heat("steps", "blocks", "value", cohort.metric, ".3f")],
             title="Active blocks and steps between draws",
-            x=Axis(label="steps between draws", order=sides["steps"]),
-            y=Axis(label="active blocks", order=sides["blocks"][::-1]),
+            x=Axis(label="steps between draws", order=steps_order),
+            y=Axis(label="active blocks", order=blocks_order[::-1]),
             caption=cohort.caption(
                 f"Test metric after the last step; a run that is no longer than the interval draws once.{widest}",
                 interval="95% t-intervals are in the data",

@@ -20,6 +20,7 @@ from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.norms import update_profile
 from lorascope.plots.requirements import SPECTRA
 from lorascope.plots.run_groups import Cohort, Runs, define, require_counts
+from lorascope.plots.subspaces import common_names
 
 
 @figure(
@@ -79,8 +80,10 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
 def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
     """Plot the singular values of one module or of several pooled, and describe the modules as text."""
     spectra = {run.id: added_values(run) for run in cohort.runs}
-    chosen, which = _pools(cohort, spectra, module)
-    values = pd.concat(analysis.pool_spectra(found, chosen[run]).assign(run=run) for run, found in spectra.items())
+    pools, description = _pools(cohort, spectra, module)
+    values = pd.concat(
+        analysis.pool_spectra(by_module, pools[run]).assign(run=run) for run, by_module in spectra.items()
+    )
     chart = curves(
         band(cohort.label(values), ["recipe", "kind", "component"]),
         "component",
@@ -89,51 +92,62 @@ def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
         title=f"Spectrum of {module}" if module else "Spectrum",
         colors=cohort.labels,
     )
-    return chart, which
+    return chart, description
 
 
 def _pools(
     cohort: Cohort, spectra: Mapping[str, Mapping[str, Any]], module: str | None
 ) -> tuple[Mapping[str, Sequence[str]], str]:
     """Return the modules of each run whose spectra are pooled, and their description as text."""
-    common = [name for name in spectra[cohort.runs[0].id] if all(name in found for found in spectra.values())]
+    common = common_names(list(spectra.values()))
     if module is not None:
         if module not in common:
             raise cohort.no_common_module(module, common)
         return {run: [module] for run in spectra}, module
-    blocks = {run.id: set(run.modules["module"][run.modules["layer"].notna()]) for run in cohort.runs}
-    own = {run: [name for name in found if name in blocks[run]] for run, found in spectra.items()}
-    if shared := [name for name in common if all(name in names for names in own.values())]:
-        which = f"root mean square over the {len(shared)} modules in blocks that all runs have"
-        return dict.fromkeys(spectra, shared), which if len(shared) > 1 else shared[0]
-    lacking = next((run for run, names in own.items() if not names), None)
-    if lacking is not None:
-        raise ValueError(f"atlas needs the spectrum of a module in a block (run {lacking} has none)")
-    return own, "root mean square over each run's own modules in blocks, because no module is in all runs"
+    in_blocks = {}
+    for run in cohort.runs:
+        blocks = set(run.modules["module"][run.modules["layer"].notna()])
+        in_blocks[run.id] = [name for name in spectra[run.id] if name in blocks]
+    shared = common_names(list(in_blocks.values()))
+    if len(shared) == 1:
+        return dict.fromkeys(spectra, shared), shared[0]
+    if shared:
+        description = f"root mean square over the {len(shared)} modules in blocks that all runs have"
+        return dict.fromkeys(spectra, shared), description
+    for id, names in in_blocks.items():
+        if not names:
+            raise ValueError(f"atlas needs the spectrum of a module in a block (run {id} has none)")
+    return in_blocks, "root mean square over each run's own modules in blocks, because no module is in all runs"
 
 
 def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
     """Plot the angles between every pair of recipes, and return a note on recipes without saved directions."""
-    found = {
-        run.id: {
-            module: analysis.leading_singular_vectors(update, k)
-            for module, update in initial_update.learned_updates(run).items()
-        }
-        for run in cohort.runs
-    }
+    directions: dict[str, list[Any]] = {}
+    for group in cohort.groups:
+        updates = [initial_update.learned_updates(run) for run in group.runs]
+        directions[group.label] = [
+            {module: analysis.leading_singular_vectors(update, k) for module, update in by_module.items()}
+            for by_module in updates
+        ]
     rows = []
-    for one, other in product(cohort.groups, repeat=2):
+    for row, column in product(cohort.labels, repeat=2):
         # Within one recipe, two of its seeds form a pair.
-        if pairs := list(combinations(one.runs, 2) if one is other else product(one.runs, other.runs)):
-            mean, chance = analysis.average_angles([(found[first.id], found[second.id]) for first, second in pairs])
-            saved = all(found[run.id] for pair in pairs for run in pair)
-            blank = "none shared" if saved else "not saved"
-            words = blank if pd.isna(mean) else f"{mean:.0f}° ({chance:.0f}°)"
-            rows.append({"row": one.label, "column": other.label, "value": mean, "chance": chance, "words": words})
+        pairs = list(
+            combinations(directions[row], 2) if row == column else product(directions[row], directions[column])
+        )
+        if not pairs:
+            continue
+        mean, chance = analysis.average_angles(pairs)
+        words = f"{mean:.0f}° ({chance:.0f}°)"
+        if pd.isna(mean):
+            words = "none shared" if all(map(all, pairs)) else "not saved"
+        rows.append({"row": row, "column": column, "value": mean, "chance": chance, "words": words})
     table = pd.DataFrame(rows)
     empty = table[table["value"].isna()]
     heat = Heat("column", "row", "value", "mean angle (°)", ".0f", limits=(0, 90), words="words")
     marks = [Text("column", "row", "words", data=empty)] if len(empty) else []
     chart = pair_heat(table, heat, cohort.labels, *marks, title="Angles between updates")
-    lacking = [group.label for group in cohort.groups if not any(found[run.id] for run in group.runs)]
-    return chart, [f"Only singular values were saved, no directions: {', '.join(lacking)}."] if lacking else []
+    unsaved = [label for label, runs in directions.items() if not any(runs)]
+    if not unsaved:
+        return chart, []
+    return chart, [f"Only singular values were saved, no directions: {', '.join(unsaved)}."]

@@ -95,12 +95,12 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     cells = band(cohort.label(pooled), [*_CELL, "role"])
     largest = float(pd.Series(to_floats(cells["value"])).max())
     half: float = ((cells["high"] - cells["low"]) / 2 / cells["value"]).max()
-    widest = "" if not math.isfinite(half) else f" Widest interval of a cell: ±{half:.0%}."
+    widest = f" Widest interval of a cell: ±{half:.0%}." if math.isfinite(half) else ""
     caption = cohort.caption(
         f"{define(quantity)} {_step_phrase(pooled)}{widest}", interval="95% t-intervals are in the data"
     )
     text = None
-    if largest > 0 and cells[["recipe", "place"]].drop_duplicates().shape[0] <= _MOST_LABELED:
+    if largest > 0 and len(cells[["recipe", "place"]].drop_duplicates()) <= _MOST_LABELED:
         digits = 2 - math.floor(math.log10(largest))  # three digits for the largest
         text = f".{max(0, digits)}f" if abs(digits) < _MOST_DIGITS else ".2e"
     heat = Heat("place", "role", "value", axis_label(quantity), text, limits=(0.0, largest) if largest > 0 else None)
@@ -173,28 +173,28 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
     """
     cohort = gather_runs("mean_norm", runs, control)
     quantities = ("weight_norm", "update_norm")
+    layers = {name: _layers(cohort, name) for name in quantities}
     if per_weight:
         modules = pd.concat([run.modules for run in cohort.runs])
         layers = {
             name: norms.norm_per_weight(norms.select_quantity(cohort.table, name), modules) for name in quantities
         }
-    else:
-        layers = {name: _layers(cohort, name) for name in quantities}
-        if (cohort.table["quantity"] == "adapter_norm").any():
-            adapters = norms.pool_modules(norms.select_quantity(cohort.table, "adapter_norm"))
-            layers |= {"adapter_norm": adapters, _SINCE_START: norms.subtract_start(adapters)}
-    named = {name: name.replace("_", " ") for name in layers}
-    caption = f"By layer, mean over the recorded steps after step 0: {', '.join(named.values())}."
+    elif (cohort.table["quantity"] == "adapter_norm").any():
+        adapters = norms.pool_modules(norms.select_quantity(cohort.table, "adapter_norm"))
+        layers |= {"adapter_norm": adapters, _SINCE_START: norms.subtract_start(adapters)}
+    titles = {name: name.replace("_", " ") for name in layers}
+    caption = f"By layer, mean over the recorded steps after step 0: {', '.join(titles.values())}."
     if per_weight:
         caption += " Norms are divided by √n, where n is the number of weights in the matrices of a layer."
     panels = []
     for name, rows in layers.items():
         # Mean over the steps first, then mean and band over seeds.
         cells = band(cohort.label(norms.mean_over_steps(rows)), _CELL).assign(metric=name)
-        since_start = name == _SINCE_START
-        label = f"{axis_label('adapter_norm')} − step 0" if since_start else axis_label(name)
-        y = Axis(label=f"{label} / √n" if per_weight else label, log=not since_start)
-        panels.append(profile(cohort, cells, y, title=named[name], caption=cohort.caption(caption)))
+        if name == _SINCE_START:
+            y = Axis(label=f"{axis_label('adapter_norm')} − step 0")
+        else:
+            y = Axis(label=axis_label(name) + " / √n" * per_weight, log=True)
+        panels.append(profile(cohort, cells, y, title=titles[name], caption=cohort.caption(caption)))
     return cohort.complete(wrap(panels, 2))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 
@@ -64,10 +65,10 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
     """
     cohort = gather_runs("second_moments", runs, control)
     table = cohort.label(cohort.table)
-    what = "all matrices of a layer" if role is None else f"role {role}"
+    matrices = "all matrices of a layer" if role is None else f"role {role}"
     caption = cohort.caption(
-        f"{axis_label('moment_sigma')} of V, mean over {what}, at the last recorded step. Shuffled: the ratio of V to "
-        "the product of its row and column sums, permuted over all entries and rescaled to the same sums.",
+        f"{axis_label('moment_sigma')} of V, mean over {matrices}, at the last recorded step. Shuffled: the ratio of V "
+        "to the product of its row and column sums, permuted over all entries and rescaled to the same sums.",
         interval="intervals are in the data",
     )
     panels = []
@@ -76,13 +77,13 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
             rows = optimizer_moments.average_by_layer(table[table["recipe"] == label], quantity, role=role)
             if rows.empty:
                 raise ValueError(f"second_moments needs a role with second moments, got {role!r} (label {label!r})")
-            named_layers = [f"layer {place}" if place.isdigit() else place for place in rows["place"]]
-            cells = band(rows.assign(layer=named_layers), ["recipe", "kind", "layer", "index"])
+            layers = rows["place"].str.replace(r"^(\d+)$", r"layer \1", regex=True)
+            cells = band(rows.assign(layer=layers), ["recipe", "kind", "layer", "index"])
             panels.append(
                 Chart(
                     cells,
                     [Line("index", "value", "layer")],
-                    title=f"{label}, {title}" if len(cohort.labels) > 1 else title,
+                    title=", ".join(filter(None, (cohort.title(label), title))),
                     x=Axis(label="component i", log=True),
                     y=Axis(label=axis_label("moment_sigma"), log=True),
                     caption=caption,
@@ -118,17 +119,17 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
         "l = p = 5."
     )
     panels = []
-    for label, own in cohort.split(cohort.select(*_ERRORS)):
-        parts = []
+    for label, table in cohort.split(cohort.select(*_ERRORS)):
+        means = []
         for quantity, measure in _ERRORS.items():
-            rows = norms.last_recorded(own[own["quantity"] == quantity])
-            means = rows.groupby(["run", "index"], observed=True, dropna=False)["value"].mean().reset_index()
-            parts.append(means.assign(measure=measure))
-        found = pd.concat(parts)
-        flat = found["index"].isna()  # an error without a rank is drawn at both ends
-        sides = pd.DataFrame({"index": [found["index"].min(), found["index"].max()]})
-        everywhere = found[flat].drop(columns="index").merge(sides, how="cross")
-        cells = band(pd.concat([found[~flat], everywhere]).astype({"index": int}), ["measure", "index"])
+            rows = norms.last_recorded(table[table["quantity"] == quantity])
+            over_modules = rows.groupby(["run", "index"], observed=True, dropna=False)["value"]
+            means.append(over_modules.mean().reset_index().assign(measure=measure))
+        errors = pd.concat(means)
+        is_flat = errors["index"].isna()  # an error without a rank is drawn at both ends
+        ranks = pd.DataFrame({"index": [errors["index"].min(), errors["index"].max()]})
+        at_ends = errors[is_flat].drop(columns="index").merge(ranks, how="cross")
+        cells = band(pd.concat([errors[~is_flat], at_ends]).astype({"index": int}), ["measure", "index"])
         y = Axis(label=axis_label("moment_error"), limits=(0, None))
         panels.append(_by_rank(cells, y, cohort.title(label), caption, _ERRORS.values()))
     return cohort.complete(wrap(panels, len(panels)))
@@ -161,11 +162,12 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
         "relative to that of the full SVD. Times: sum over the matrices."
     )
     panels = []
-    for label, own in cohort.split(cohort.label(cohort.table)):
-        found = optimizer_moments.compare_factorings(own, _WAYS)
-        for what, name, log in (("excess", "error / SVD error", False), ("seconds", "time (s)", True)):
-            cells = band(found.assign(value=found[what]), ["measure", "index"])
-            panels.append(_by_rank(cells, Axis(label=name, log=log), cohort.title(label), caption, _WAYS.values()))
+    y_axes = {"excess": Axis(label="error / SVD error"), "seconds": Axis(label="time (s)", log=True)}
+    for label, table in cohort.split(cohort.label(cohort.table)):
+        factorings = optimizer_moments.compare_factorings(table, _WAYS)
+        for column, y in y_axes.items():
+            cells = band(factorings.assign(value=factorings[column]), ["measure", "index"])
+            panels.append(_by_rank(cells, y, cohort.title(label), caption, _WAYS.values()))
     return cohort.complete(set_side_by_side(*panels))
 
 
@@ -197,21 +199,21 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     """
     cohort = gather_runs("factor_rank", runs, control)
     rows = optimizer_moments.factor_ranks(cohort.label(cohort.table))
-    rows = rows[rows["role"] == role] if role is not None else rows
+    if role is not None:
+        rows = rows[rows["role"] == role]
     if rows.empty:
         raise ValueError(f"factor_rank needs a role with factors in blocks, got {role!r}")
-    steps = sorted(rows["step"].unique())
-    shown = norms.evenly_spaced(steps, _MOST_STEPS)
-    rows = rows[rows["step"].isin(shown)]
-    places = used_places(rows)
+    steps = norms.evenly_spaced(sorted(rows["step"].unique()), _MOST_STEPS)
+    rows = rows[rows["step"].isin(steps)]
+    layers = used_places(rows)
     keys = ["recipe", "kind", "role", "place", "step"]
     rows = rows.astype({"role": "str", "place": "str"})
     caps = rows.groupby(keys, observed=True)[["share", "cap"]].mean().reset_index()
     cells = band(rows, keys).merge(caps, on=keys)
-    cells["words"] = [f"{rank:.4g}/{cap:.4g}" for rank, cap in zip(cells["value"], cells["cap"], strict=True)]
+    cells["words"] = cells["value"].map("{:.4g}/".format) + cells["cap"].map("{:.4g}".format)
     cells = cells.sort_values("role", key=lambda names: names.map(list(ROLES).index), kind="stable")
     by_cap = ", ".join(
-        f"{cap:.4g} ({', '.join(found)})" for cap, found in cells.groupby("cap")["role"].unique().items()
+        f"{cap:.4g} ({', '.join(roles)})" for cap, roles in cells.groupby("cap")["role"].unique().items()
     )
     caption = cohort.caption(
         "Rank k of the factors of V, divided by its cap k_max, by layer and step.",
@@ -220,18 +222,13 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
         interval="intervals of k are in the data",
     )
     heat = Heat("step", "place", "share", "k / k_max", ".2f", limits=(0.0, 1.0), words="words")
-    panels = [
-        Chart(
-            own,
-            [heat],
-            title=cohort.title(label),
-            x=Axis(label="step", order=shown),
-            y=Axis(label="layer", order=places),
-            caption=caption,
-            frame="role" if cells["role"].nunique() > 1 else None,
-        )
-        for label, own in cohort.split(cells)
-    ]
+    settings: dict[str, Any] = {
+        "x": Axis(label="step", order=steps),
+        "y": Axis(label="layer", order=layers),
+        "caption": caption,
+        "frame": "role" if cells["role"].nunique() > 1 else None,
+    }
+    panels = [Chart(rows, [heat], title=cohort.title(label), **settings) for label, rows in cohort.split(cells)]
     return cohort.complete(wrap(panels, len(panels)))
 
 
@@ -263,18 +260,11 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
     caption = cohort.caption(
         "Relative errors in Frobenius norm, mean over the factored matrices in blocks.", *cohort.method_notes()
     )
-    panels = [
-        course(
-            own,
-            Axis(label="relative error", log=True),
-            color="measure",
-            whiskers=False,
-            title=cohort.title(label),
-            caption=caption,
-            colors=[measure for measure in _COURSES.values() if measure in set(cells["measure"])],
-        )
-        for label, own in cohort.split(cells)
-    ]
+    measured = set(cells["measure"])
+    colors = [measure for measure in _COURSES.values() if measure in measured]
+    settings: dict[str, Any] = {"color": "measure", "whiskers": False, "caption": caption, "colors": colors}
+    y = Axis(label="relative error", log=True)
+    panels = [course(rows, y, title=cohort.title(label), **settings) for label, rows in cohort.split(cells)]
     return cohort.complete(wrap(panels, len(panels)))
 
 

@@ -15,10 +15,9 @@ from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point
 from lorascope.plots.builders import curves, heat_by_role, metric_bars
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import Cohort, Group, Runs, define, join_by_label, require_counts
-from lorascope.schema import records
 
 _MOST_COLUMNS = 26  # largest number of columns of cells in one row of panels
-_SHOWN, _SUM = "total rank, this step", "total rank"
+_THIS_STEP, _SUM = "total rank, this step", "total rank"
 _SPREAD = "in brackets, where there is room, the smallest and largest of the seeds (also in the data)"
 _RETAINED = "every initial component is equally likely to be retained"
 _ANYWHERE = "every component is equally likely to be in any module"
@@ -46,12 +45,12 @@ def planted(runs: Runs, control: Runs | None = None) -> Chart:
     >>> ls.plots.planted({"AdaLoRA": planted})
     """
     cohort = gather_runs("planted", runs, control)
-    return cohort.complete(found_by_planted(cohort, pd.concat([recovered_ranks(run) for run in cohort.runs])))
+    return cohort.complete(found_by_planted(cohort, pd.concat(map(recovered_ranks, cohort.runs))))
 
 
-def found_by_planted(cohort: Cohort, found: pd.DataFrame) -> Chart:
+def found_by_planted(cohort: Cohort, ranks: pd.DataFrame) -> Chart:
     """Plot the planted and found ranks ``run, planted, found`` of the runs of a cohort, one line per recipe."""
-    means = found.groupby(["run", "planted"], sort=True)["found"].mean().rename("value").reset_index()
+    means = ranks.groupby(["run", "planted"], sort=True)["found"].mean().rename("value").reset_index()
     cells = band(cohort.label(means), ["recipe", "kind", "planted"])
     truth = pd.DataFrame({"planted": sorted(set(means["planted"]))}).assign(recipe=_TRUTH)
     return curves(
@@ -99,26 +98,27 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
         raise ValueError(f"step must be None for adapters, whose steps are not known, got {step}")
     if step is not None and not 0 <= step <= steps.max():
         raise ValueError(f"step must be from 0 to {steps.max()}, the last step, got {step}")
-    found = cohort.label(rank_allocations.current_ranks(cohort.table, step))
-    sums = found.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
+    ranks = cohort.label(rank_allocations.current_ranks(cohort.table, step))
+    sums = ranks.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
     means = sums.groupby("recipe", sort=False).mean()
     totals = join_by_label({str(label): f"{round(mean, 1):,.6g}" for label, mean in means.items()})
     when = "at the end" if step is None else f"after step {step}"
-    sentences = [f"{define('rank')} Ranks {when}. Total rank: {totals}.", *_agreements(cohort, found)]
+    sentences = [f"{define('rank')} Ranks {when}. Total rank: {totals}.", *_agreements(cohort, ranks)]
     if chance:
-        parts, drawn = [], {}
-        for group, (_, own) in zip(cohort.groups, cohort.split(found), strict=True):
-            parts.append(own)
+        allocations, assumptions = [], {}
+        for group in cohort.groups:
+            learned = ranks[ranks["recipe"] == group.label]
+            allocations.append(learned)
             if not group.control:
                 cap = _cap(cohort, group)
-                drawn[group.label] = _ANYWHERE if cap is None else _RETAINED
-                random = rank_allocations.random_ranks(own, cap)
-                parts.append(random.assign(recipe=f"{group.label}, random", kind="control"))
-        found = pd.concat(parts)
-        sentences.append(f"Random: the same budget; {join_by_label(drawn)}.")
-    cells = _rank_cells(found, ["recipe", "kind"])
+                assumptions[group.label] = _ANYWHERE if cap is None else _RETAINED
+                random = rank_allocations.random_ranks(learned, cap)
+                allocations.append(random.assign(recipe=f"{group.label}, random", kind="control"))
+        ranks = pd.concat(allocations)
+        sentences.append(f"Random: the same budget; {join_by_label(assumptions)}.")
+    cells = _rank_cells(ranks, ["recipe", "kind"])
     caption = cohort.caption(*sentences, interval=_SPREAD)
-    panels = _rank_heats(cells, list(dict.fromkeys(found["recipe"])), caption)
+    panels = _rank_heats(cells, list(dict.fromkeys(ranks["recipe"])), caption)
     return cohort.complete(wrap(panels, _MOST_COLUMNS // cells["place"].nunique()))
 
 
@@ -147,16 +147,15 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     """
     cohort = gather_runs("rank_replay", runs, control)
     require_counts(frames=frames)
-    own = [run for group in cohort.groups if not group.control for run in group.runs]
-    table = records.concat(run.table for run in own)
+    table = cohort.without_controls().table
     steps = rank_allocations.decision_steps(table, frames)
-    found = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))
-    cells = _rank_cells(found, ["recipe", "kind", "step"])
-    taken = "decided" if (table["quantity"] == "budget").any() else "recorded"
-    caption = cohort.caption(f"{define('rank')} Steps are those at which ranks were {taken}.", interval=_SPREAD)
+    ranks = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))
+    cells = _rank_cells(ranks, ["recipe", "kind", "step"])
+    event = "decided" if (table["quantity"] == "budget").any() else "recorded"
+    caption = cohort.caption(f"{define('rank')} Steps are those at which ranks were {event}.", interval=_SPREAD)
     heats = _rank_heats(cells, cohort.labels, caption, frame="step")
-    courses = [_rank_course(cohort, found, label, caption) for label in cohort.labels]
-    return cohort.complete(stack_vertically(*(set_side_by_side(*row) for row in zip(heats, courses, strict=True))))
+    courses = [_rank_course(cohort, ranks, label, caption) for label in cohort.labels]
+    return cohort.complete(stack_vertically(*map(set_side_by_side, heats, courses)))
 
 
 @figure(
@@ -186,53 +185,56 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -
     return cohort.complete(metric_bars(cohort, start, "adapted weights", [_spent_parameters(cohort)], title))
 
 
-def _rank_cells(found: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+def _rank_cells(ranks: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Return mean, smallest and largest rank over the runs for every layer and role, with the text of its cell."""
-    keys = list(dict.fromkeys([*by, "place", "role"]))
-    pooled = norms.pool_modules(found, [key for key in keys if key != "step"])
-    over = pooled.groupby(keys, observed=True, sort=False)["value"]
-    cells = over.agg(value="mean", least="min", most="max", n="count").reset_index()
-    spread = zip(cells["value"], cells["least"], cells["most"], strict=True)
-    return cells.assign(
-        words=[f"{mean:.1f} ({low:g}–{high:g})" if low < high else f"{mean:g}" for mean, low, high in spread]
-    )
+    keys = [*columns, "place", "role"]
+    pooled = norms.pool_modules(ranks, [key for key in keys if key != "step"]).groupby(keys, observed=True, sort=False)[
+        "value"
+    ]
+    cells = pooled.agg(value="mean", least="min", most="max", n="count").reset_index()
+    texts = []
+    for mean, low, high in zip(cells["value"], cells["least"], cells["most"], strict=True):
+        texts.append(f"{mean:.1f} ({low:g}–{high:g})" if low < high else f"{mean:g}")
+    return cells.assign(words=texts)
 
 
 def _rank_heats(cells: pd.DataFrame, labels: Sequence[str], caption: str, frame: str | None = None) -> list[Chart]:
     """Plot the ranks of every recipe; the color scale is the same in all panels."""
     limits = (0.0, max(float(cells["value"].max()), 1.0))
 
-    def heat(own: pd.DataFrame) -> Heat:
-        whole = bool((own["value"] % 1 == 0).all())
-        return Heat("place", "role", "value", "rank", ".0f" if whole else ".1f", limits=limits, words="words")
+    def heat(rows: pd.DataFrame) -> Heat:
+        are_integers = bool((rows["value"] % 1 == 0).all())
+        return Heat("place", "role", "value", "rank", ".0f" if are_integers else ".1f", limits=limits, words="words")
 
     return heat_by_role(cells, labels, heat, "layer", caption, frame)
 
 
-def _rank_course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Chart:
+def _rank_course(cohort: Cohort, ranks: pd.DataFrame, label: str, caption: str) -> Chart:
     """Plot budget, phases and total rank of one recipe over the steps, with a dot for the step of the frame."""
-    own = found[found["recipe"] == label]
-    totals = own.groupby(["run", "recipe", "kind", "step"], observed=True)["value"].sum().reset_index()
-    shown = band(totals, ["recipe", "step"]).assign(at=lambda rows: rows["step"], series=_SHOWN)
+    of_recipe = ranks[ranks["recipe"] == label].groupby(["run", "recipe", "kind", "step"], observed=True)
+    totals = of_recipe["value"].sum().reset_index()
+    frames = band(totals, ["recipe", "step"]).assign(at=lambda rows: rows["step"], series=_THIS_STEP)
     rows = cohort.select("budget")
     budget = band(rows[rows["recipe"] == label], ["step"]).rename(columns={"step": "at"}).sort_values("at")
     stairs = rank_allocations.step_corners(budget).assign(series="budget")
-    sums = shown.drop(columns="step").assign(series=_SUM)
+    sums = frames.drop(columns="step").assign(series=_SUM)
     top = 1.06 * float(pd.concat([stairs, sums])["value"].max())
-    phases = [(at, name, 0.0, top) for name, *ends in rank_allocations.budget_phases(budget) for at in ends]
-    bands = pd.DataFrame(phases, columns=["at", "series", "low", "high"])
-    marks: list[Mark] = [Band("at", "low", "high", "series", data=bands)] if phases else []
-    marks += [Line("at", "value", "series", data=stairs)] if len(stairs) else []
-    marks += [Point("at", "value", "series", data=sums)]
+    marks: list[Mark] = [Point("at", "value", "series", data=sums), Point("at", "value", "series")]
+    if len(stairs):
+        marks.insert(0, Line("at", "value", "series", data=stairs))
+    if phases := rank_allocations.budget_phases(budget):
+        corners = [(step, name, 0.0, top) for name, *steps in phases for step in steps]
+        bands = pd.DataFrame(corners, columns=["at", "series", "low", "high"])
+        marks.insert(0, Band("at", "low", "high", "series", data=bands))
     return Chart(
-        shown,
-        [*marks, Point("at", "value", "series")],
+        frames,
+        marks,
         title="budget",
         x=Axis(label="step"),
         y=Axis(label="total rank", limits=(0, top)),
         caption=caption,
         frame="step",
-        colors=("budget", _SUM, _SHOWN, *rank_allocations.PHASES),
+        colors=("budget", _SUM, _THIS_STEP, *rank_allocations.PHASES),
     )
 
 
@@ -240,30 +242,34 @@ def _cap(cohort: Cohort, group: Group) -> int | None:
     return rank_allocations.initial_cap(cohort.table[cohort.table["run"].isin([run.id for run in group.runs])])
 
 
-def _agreements(cohort: Cohort, found: pd.DataFrame) -> list[str]:
+def _agreements(cohort: Cohort, ranks: pd.DataFrame) -> list[str]:
     """Describe the agreement of seeds of every recipe that has several: Kendall's tau and its random baseline."""
-    found_tau = []
-    for group, (_, own) in zip(cohort.groups, cohort.split(found), strict=True):
-        mean, low, high, _ = rank_allocations.stability(own)
+    taus, statistic = [], "Kendall's τ of the module ranks between seeds, mean over pairs"
+    for group in cohort.groups:
+        of_recipe = ranks[ranks["recipe"] == group.label]
+        mean, low, high, _ = rank_allocations.stability(of_recipe)
         if np.isfinite(mean):
             interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
-            most = np.nanquantile(rank_allocations.random_stability(own, _cap(cohort, group)), 0.95)
-            found_tau.append(f"{group.label}: {mean:.2f}{interval} (random: 95th percentile {most:.2f})")
-    intervals = " [95% jackknife t-interval over seeds]" if any("[" in line for line in found_tau) else ""
-    what = f"Kendall's τ of the module ranks between seeds, mean over pairs{intervals}"
-    return [f"{what}, {'; '.join(found_tau)}."] if found_tau else []
+            limit = np.nanquantile(rank_allocations.random_stability(of_recipe, _cap(cohort, group)), 0.95)
+            taus.append(f"{group.label}: {mean:.2f}{interval} (random: 95th percentile {limit:.2f})")
+    text = "; ".join(taus)
+    if "[" in text:
+        statistic += " [95% jackknife t-interval over seeds]"
+    return [f"{statistic}, {text}."] if taus else []
 
 
 def _spent_parameters(cohort: Cohort) -> str:
     """Return the adapter parameters of every label, mean over its runs, as text; "" if those of a run are unknown."""
     means = {}
     for group in cohort.groups:
-        ranked = [run for run in group.runs if (run.table["quantity"] == "rank").any()]
-        tables = [
-            rank_allocations.add_parameters(rank_allocations.current_ranks(run.table), run.modules) for run in ranked
-        ]
-        sums = [float(table["parameters"].sum(skipna=False)) for table in tables]
-        if len(sums) < len(group.runs) or np.isnan(sums).any():
+        sums = []
+        for run in group.runs:
+            if not (run.table["quantity"] == "rank").any():
+                return ""
+            table = rank_allocations.add_parameters(rank_allocations.current_ranks(run.table), run.modules)
+            sums.append(float(table["parameters"].sum(skipna=False)))
+        if np.isnan(sums).any():
             return ""
         means[group.label] = f"{np.mean(sums):,.0f}"
-    return f"Adapter parameters: {join_by_label(means)}{' each' if len(set(means.values())) == 1 else ''}."
+    each = " each" if len(set(means.values())) == 1 else ""  # names: ok
+    return f"Adapter parameters: {join_by_label(means)}{each}."

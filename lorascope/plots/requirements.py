@@ -54,12 +54,11 @@ def _recorded_by(quantity: str) -> str:
 def missing_reason(run: Result, need: str, history: bool = False) -> str:
     """Return what a run lacks for a figure and how to get it; "" if nothing is missing."""
     if need in _STORED:
-        what, fix, find = _STORED[need]
-        try:
-            found = len(find(run)) > 0
-        except ValueError:  # the run has no snapshot of its last step
-            found = False
-        return "" if found else f"{what}: {fix}"
+        description, fix, find = _STORED[need]
+        with suppress(ValueError):  # the run has no snapshot of its last step
+            if len(find(run)):
+                return ""
+        return f"{description}: {fix}"
     rows = run.table[run.table["quantity"] == need]
     if rows.empty:
         return f"records of {need}: {_recorded_by(need)}"

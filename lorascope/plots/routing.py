@@ -47,27 +47,28 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     >>> ls.plots.gates({"HydraLoRA": hydralora})
     """
     cohort = gather_runs("gates", runs, control)
-    found = [(group, _gates_by_domain(group.runs[0], step)) for group in cohort.groups]
-    most = max(float(cells["value"].abs().max()) for _, cells in found)
+    gates_by_group = [_gates_by_domain(group.runs[0], step) for group in cohort.groups]
+    largest = max(float(cells["value"].abs().max()) for cells in gates_by_group)
     panels = []
-    for group, cells in found:
+    for group, cells in zip(cohort.groups, gates_by_group, strict=True):
         experts = sorted(cells["head"].unique())
         columns = [f"{role} {expert}" for role in used_roles(cells) for expert in experts]
         numbers = ".2f" if len(columns) <= _MOST_NUMBERED else None
-        shown = (
+        definition = (
             f"Mean gate weight of each expert over held-out tokens of a domain, minus 1/{len(experts)}; modules of "
             f"a role pooled by mean; after step {cells['step'].iloc[0]}."
         )
         seed = group.runs[0].meta.seed
-        which = "" if seed is None else f" (seed {seed})"
+        run = "One run" if seed is None else f"One run (seed {seed})"
+        limits = (-largest, largest)
         panels.append(
             Chart(
                 cells.assign(column=cells["role"].astype("str") + " " + cells["head"].astype("str")),
-                [Heat("column", "domain", "value", f"gate − 1/{len(experts)}", numbers, "diverging", (-most, most))],
+                [Heat("column", "domain", "value", f"gate − 1/{len(experts)}", numbers, "diverging", limits)],
                 title=group.label,
                 x=Axis(label="role and expert", order=columns),
                 y=Axis(order=sorted(cells["domain"].unique())),
-                caption=f"{shown} One run{which}, so no interval.",
+                caption=f"{definition} {run}, so no interval.",
                 frame="layer",
             )
         )
@@ -126,42 +127,38 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     curves = found[found["algorithm"] == _KMEANS]
     start = curves.groupby("seed")["sse"].transform("first")
     cells = band(curves.assign(value=curves["sse"] / start), ["algorithm", "k"])
-    chosen = found[found["chosen"]]
+    selected = found[found["chosen"]]
     number, texts = found["seed"].nunique(), found["texts"].max()
-    several = number > 1
-    spread = chosen.groupby("algorithm", sort=False)["k"].agg(["mean", "min", "max"])
-    chosen_k = [f"{name} {row['mean']:.1f} ({row['min']:.0f}–{row['max']:.0f})" for name, row in spread.iterrows()]
-    samples = f"{number} samples of {texts:,} texts each" if several else f"One sample of {texts:,} texts"
+    spread = selected.groupby("algorithm", sort=False)["k"].agg(["mean", "min", "max"])
+    clusters = [f"{name} {row['mean']:.1f} ({row['min']:.0f}–{row['max']:.0f})" for name, row in spread.iterrows()]
+    elbow = "the elbow, the K farthest below the chord of the curve"
+    samples = f"One sample of {texts:,} texts."
+    if number > 1:
+        elbow += ", with the number of samples that choose it"
+        samples = f"{number} samples of {texts:,} texts each. Band: 95% t-interval over samples."
     caption = (
-        "TF-IDF vectors. Error: sum of squared distances to the centers, relative to K = 1. Dots: the elbow, the K "
-        f"farthest below the chord of the curve{', with the number of samples that choose it' if several else ''}. "
-        f"Clusters, mean (min–max): {'; '.join(chosen_k)}. {samples}."
-        f"{' Band: 95% t-interval over samples.' if several else ''}"
+        f"TF-IDF vectors. Error: sum of squared distances to the centers, relative to K = 1. Dots: {elbow}. "
+        f"Clusters, mean (min–max): {'; '.join(clusters)}. {samples}"
     )
-    votes = chosen[chosen["algorithm"] == _KMEANS].groupby("k").size()
+    votes = selected[selected["algorithm"] == _KMEANS].groupby("k").size()
     elbows = cells.assign(votes=cells["k"].map(votes)).dropna(subset="votes")
     elbows = elbows.assign(words=elbows["votes"].map("{:.0f}×".format), above=elbows["value"] + 0.06)
-    bands: list[Mark] = [Band("k", "low", "high", "algorithm")] if several else []
+    marks: list[Mark] = [Line("k", "value", "algorithm"), Point("k", "value", "algorithm", data=elbows)]
+    if number > 1:
+        marks = [Band("k", "low", "high", "algorithm"), *marks, Text("k", "above", "words", data=elbows)]
     error = Chart(
         cells,
-        [
-            *bands,
-            Line("k", "value", "algorithm"),
-            Point("k", "value", "algorithm", data=elbows),
-            *([Text("k", "above", "words", data=elbows)] if several else []),
-        ],
+        marks,
         title="Error and elbows",
         x=Axis(label="clusters K"),
         y=Axis(label="error relative to K = 1", limits=(0, 1.12)),
         caption=caption,
         colors=dict.fromkeys(found["algorithm"]),
     )
+    rules = [Rule(y=static, label=f"manual: {static}")] if static is not None else []
     chosen_number = Chart(
-        chosen.assign(sample=1 + chosen["seed"] + _OFFSET * (chosen["algorithm"] != _KMEANS)),
-        [
-            *([Rule(y=static, label=f"manual: {static}")] if static is not None else []),
-            Point("sample", "k", "algorithm"),
-        ],
+        selected.assign(sample=1 + selected["seed"] + _OFFSET * (selected["algorithm"] != _KMEANS)),
+        [*rules, Point("sample", "k", "algorithm")],
         title="Chosen number of clusters",
         x=Axis(label="sample of the corpus"),
         y=Axis(label="clusters", limits=(0, None)),
@@ -180,12 +177,12 @@ def _gates_by_domain(run: Result, step: int | None) -> pd.DataFrame:
         raise ValueError(
             f"step must be one of {', '.join(map(str, saved))}, where run {run.id} saved its gates, got {step}"
         )
-    parts = [
-        run.snapshot(name, saved[-1] if step is None else step).assign(layer=str(place), role=role)
-        for name, place, role in zip(names, norms.layer_places(rows), rows["role"], strict=True)
-    ]
+    tables = []
+    for name, position, role in zip(names, norms.layer_places(rows), rows["role"], strict=True):
+        snapshot = run.snapshot(name, saved[-1] if step is None else step)
+        tables.append(snapshot.assign(layer=str(position), role=role))
     keys = ["step", "layer", "role", "domain", "head"]
-    cells = pd.concat(parts).groupby(keys, sort=False)["value"].mean().rename("gate").reset_index()
+    cells = pd.concat(tables).groupby(keys, sort=False)["value"].mean().rename("gate").reset_index()
     return cells.assign(value=cells["gate"] - 1 / cells["head"].nunique())
 
 
@@ -195,10 +192,10 @@ def _module_means(cohort: Cohort, quantity: str) -> pd.DataFrame:
 
 
 def _course_chart(cohort: Cohort, quantity: str, cells: pd.DataFrame, *rules: Rule) -> Chart:
-    drawn = course(
+    chart = course(
         cells.assign(quantity=quantity),
         Axis(label=axis_label(quantity), limits=(0, None)),
         caption=cohort.caption(f"{define(quantity)} {_TEXT}"),
         colors=[*cohort.labels, *(f"{label}{_BASELINE}" for label in cohort.labels)],
     )
-    return replace(drawn, marks=[*rules, *drawn.marks])
+    return replace(chart, marks=[*rules, *chart.marks])

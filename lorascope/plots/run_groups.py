@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +13,7 @@ import pandas as pd
 
 from lorascope.analysis import initial_update, norms
 from lorascope.charts.chart import Chart, Drawable, Panels
+from lorascope.files.printable import count_phrase
 from lorascope.plots.requirements import OF_UPDATES, missing_reason
 from lorascope.runs.gated_run import gate_description
 from lorascope.runs.result import Result
@@ -25,7 +27,7 @@ INTERVAL = "95% t-interval over seeds"
 MIXTURES = "mixtures"
 """Key of a chart's ``meta``: label -> gate weights at which its input-dependent updates are evaluated."""
 _SAME = ("model", "task", "recipe", "settings")
-_DRAWN = "entry_seed"  # a seed as well: the arms of a study can draw entries from the seed of the run
+_DRAW_SEED = "entry_seed"  # a seed as well: the arms of a study can draw entries from the seed of the run
 _POOLS = {"norm": "root sum of squares", "sum": "sum", "mean": "mean"}
 
 
@@ -41,20 +43,22 @@ class Group:
     def sample(self) -> str:
         """Number of runs and their seeds as text."""
         n, seeds = len(self.runs), sorted({run.meta.seed for run in self.runs if run.meta.seed is not None})
-        consecutive = len(seeds) > 3 and seeds[-1] - seeds[0] == len(seeds) - 1
-        listed = f"{seeds[0]} to {seeds[-1]}" if consecutive else ", ".join(map(str, seeds))
         if not seeds:
-            return "1 run" if n == 1 else f"{n} runs"
+            return count_phrase(n, "run")
+        listing = ", ".join(map(str, seeds))
+        if len(seeds) > 3 and seeds[-1] - seeds[0] == len(seeds) - 1:
+            listing = f"{seeds[0]} to {seeds[-1]}"
         if n == 1:
-            return f"1 run (seed {listed})"
-        return f"{n} seeds ({listed})" if len(seeds) == n else f"{n} runs (seeds {listed})"
+            return f"1 run (seed {listing})"
+        return f"{n} seeds ({listing})" if len(seeds) == n else f"{n} runs (seeds {listing})"
 
     @property
     def run_names(self) -> dict[str, str]:
         """Label and seed of each run by its id, or label and id if the seeds are not distinct."""
         seeds = {run.id: run.meta.seed for run in self.runs}
-        distinct = len({*seeds.values()} - {None}) == len(seeds)
-        return {id: f"{self.label}, " + (f"seed {seed}" if distinct else f"run {id}") for id, seed in seeds.items()}
+        if len({*seeds.values()} - {None}) < len(seeds):
+            return {id: f"{self.label}, run {id}" for id in seeds}
+        return {id: f"{self.label}, seed {seed}" for id, seed in seeds.items()}
 
 
 @dataclass(frozen=True)
@@ -86,26 +90,28 @@ class Cohort:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """Origin of the figure for saved files: its name and runs, and the gates of input-dependent updates."""
-        gates: dict[str, dict[str, None]] = {}
-        for group in self.groups if not OF_UPDATES.isdisjoint(self.needs) else ():
-            for run in group.runs:
-                # Without a snapshot of its last step, a run has no gates to describe.
-                with suppress(ValueError):
-                    gates.setdefault(group.label, {})[gate_description(run)] = None
-        mixtures = {label: text for label, found in gates.items() if (text := " and ".join(filter(None, found)))}
-        return {"figure": self.name, "runs": [run.id for run in self.runs]} | ({MIXTURES: mixtures} if mixtures else {})
+        meta: dict[str, Any] = {"figure": self.name, "runs": [run.id for run in self.runs]}
+        if not OF_UPDATES.isdisjoint(self.needs):
+            gates = {group.label: _describe_gates(group) for group in self.groups}
+            if any(gates.values()):
+                meta[MIXTURES] = {label: text for label, text in gates.items() if text}
+        return meta
+
+    def without_controls(self) -> Cohort:
+        """Return the cohort of the other runs; a chart of it has the same name."""
+        return replace(self, groups=tuple(group for group in self.groups if not group.control))
 
     def require(self, *needs: str, history: bool = False) -> None:
         """Raise a ValueError for the first run that lacks one of these records."""
         for run in self.runs:
             for need in needs:
-                if lacking := missing_reason(run, need, history):
-                    raise ValueError(f"{self.name} needs {lacking} (run {run.id}, {run.label})")
+                if reason := missing_reason(run, need, history):
+                    raise ValueError(f"{self.name} needs {reason} (run {run.id}, {run.label})")
 
-    def require_runs(self, least: int) -> None:
+    def require_runs(self, minimum: int) -> None:
         """Raise a ValueError if there are fewer runs than this."""
-        if len(self.runs) < least:
-            raise ValueError(f"{self.name} needs at least {least} run{'s' * (least > 1)}, got {len(self.runs)}")
+        if len(self.runs) < minimum:
+            raise ValueError(f"{self.name} needs at least {count_phrase(minimum, 'run')}, got {len(self.runs)}")
 
     def require_same(self, *keys: str) -> None:
         """Raise a ValueError if two runs differ in one of these keys of ``Run.meta``."""
@@ -123,28 +129,31 @@ class Cohort:
         self.require_same("model", "task")
         first = self.runs[0]
         for run in self.runs:
-            for part in ("recipe", "settings"):
-                one, other = getattr(first.meta, part), getattr(run.meta, part)
-                for key in sorted({*one, *other} - {*free, _DRAWN}):
-                    if one.get(key) != other.get(key):
+            for field in ("recipe", "settings"):
+                expected, actual = getattr(first.meta, field), getattr(run.meta, field)
+                for key in sorted({*expected, *actual} - {*free, _DRAW_SEED}):
+                    if expected.get(key) != actual.get(key):
                         allowed = " and ".join(free)
                         raise ValueError(
-                            f"{self.name} needs runs that differ only in {allowed}, got {key} {one.get(key)} "
-                            f"(run {first.id}) and {other.get(key)} (run {run.id})"
+                            f"{self.name} needs runs that differ only in {allowed}, got {key} {expected.get(key)} "
+                            f"(run {first.id}) and {actual.get(key)} (run {run.id})"
                         )
 
     def no_common_module(self, module: str | None, common: Sequence[str]) -> ValueError:
         """Return the error for a module that not all runs have; ``common`` lists those that they have."""
-        given = "" if module is None else f", got {module!r}"
+        got = "" if module is None else f", got {module!r}"
         if not common:
-            return ValueError(f"{self.name} needs a module that all runs have, and these have none in common{given}")
-        listed = ", ".join(common[:5]) + (f" or {len(common) - 5} others" if len(common) > 5 else "")
-        return ValueError(f"{self.name} needs a module that all runs have{given}; expected one of {listed}")
+            return ValueError(f"{self.name} needs a module that all runs have, and these have none in common{got}")
+        choices = ", ".join(common[:5])
+        if len(common) > 5:
+            choices += f" or {len(common) - 5} others"
+        return ValueError(f"{self.name} needs a module that all runs have{got}; expected one of {choices}")
 
     def label(self, table: pd.DataFrame) -> pd.DataFrame:
         """Add the columns ``recipe`` (the label) and ``kind`` (run or control) to a table with a column ``run``."""
-        labels = {run.id: group.label for group in self.groups for run in group.runs}
-        kinds = {run.id: "control" if group.control else "run" for group in self.groups for run in group.runs}
+        group_of = {run.id: group for group in self.groups for run in group.runs}
+        labels = {id: group.label for id, group in group_of.items()}
+        kinds = {id: "control" if group.control else "run" for id, group in group_of.items()}
         run = table["run"].astype("str")
         return table.assign(recipe=run.map(labels), kind=run.map(kinds))
 
@@ -182,15 +191,16 @@ class Cohort:
 
     def caption(self, *sentences: str, interval: str = f"bands and bars: {INTERVAL}") -> str:
         """Return the sentences of a caption, followed by the number of runs, their seeds and the kind of interval."""
-        if not any(len(group.runs) > 1 for group in self.groups):
-            return " ".join([*sentences, f"{self.sample_sentence[:-1]}, so no interval."])
+        if len(self.runs) == len(self.groups):
+            return " ".join([*sentences, f"{self.sample}, so no interval."])
         equal = len({group.sample for group in self.groups}) == 1
-        return " ".join([*sentences, f"{'Mean of' if equal else 'Mean over seeds:'} {self.sample}; {interval}."])
+        mean = "Mean of" if equal else "Mean over seeds:"
+        return " ".join([*sentences, f"{mean} {self.sample}; {interval}."])
 
-    def complete(self, drawn: AnyDrawable) -> AnyDrawable:
+    def complete(self, drawable: AnyDrawable) -> AnyDrawable:
         """Add the origin of the figure to its charts, and the gates of input-dependent updates to every caption."""
         mixtures: dict[str, str] = {}
-        for chart in drawn.charts():
+        for chart in drawable.charts():
             mixtures |= (self.meta | dict(chart.meta)).get(MIXTURES, {})
         sentences = mixture_sentences(mixtures)
 
@@ -198,23 +208,24 @@ class Cohort:
             caption = " ".join([chart.caption, *sentences])
             return replace(chart, caption=caption, meta=self.meta | dict(chart.meta))
 
-        rows = tuple(tuple(map(complete_chart, row)) for row in drawn.rows())
-        return cast("AnyDrawable", Panels(rows) if isinstance(drawn, Panels) else rows[0][0])
+        rows = tuple(tuple(map(complete_chart, row)) for row in drawable.rows())
+        return cast("AnyDrawable", Panels(rows) if isinstance(drawable, Panels) else rows[0][0])
 
     def method_notes(self) -> list[str]:
         """Return the sentences that the methods of the runs add to captions, such as which moments are not factored."""
-        noted: dict[str, dict[str, str]] = {}
+        methods: dict[str, dict[str, str]] = {}
         for group in self.groups:
             for run in group.runs:
                 for note in run.fact("caption_notes", ()):
-                    noted.setdefault(note, {})[group.label] = run.label.partition(",")[0]
-        one = len(noted) == 1
-        return [f"{next(iter(by.values())) if one else ', '.join(by)} {note}." for note, by in noted.items()]
+                    methods.setdefault(note, {})[group.label] = run.label.partition(",")[0]
+        if len(methods) == 1:
+            return [f"{next(iter(by_label.values()))} {note}." for note, by_label in methods.items()]
+        return [f"{', '.join(labels)} {note}." for note, labels in methods.items()]
 
     def missing_initial_updates(self) -> list[str]:
         """Return a sentence on the recipes whose initial update cannot be subtracted, because it was not saved."""
-        lacking = [group.label for group in self.groups if any(map(initial_update.lacks_initial_update, group.runs))]
-        return [f"Includes the initial update, which was not saved: {', '.join(lacking)}."] if lacking else []
+        labels = [group.label for group in self.groups if any(map(initial_update.lacks_initial_update, group.runs))]
+        return [f"Includes the initial update, which was not saved: {', '.join(labels)}."] if labels else []
 
 
 def gather(name: str, runs: Runs, control: Runs | None = None, needs: tuple[str, ...] = ()) -> Cohort:
@@ -225,15 +236,20 @@ def gather(name: str, runs: Runs, control: Runs | None = None, needs: tuple[str,
     ValueError
         There is no run, a run or label occurs twice, or unlabeled runs of one recipe differ in more than their seed.
     """
-    groups = _groups(runs) + (_groups(control, control=True) if control is not None else ())
+    groups = _group(runs)
+    if control is not None:
+        groups += _group(control, control=True)
     cohort = Cohort(name, groups, needs)
     cohort.require_runs(1)
-    ids = [run.id for run in cohort.runs]
-    if twice := sorted({id for id in ids if ids.count(id) > 1}):
-        raise ValueError(f"{name}: duplicate run {twice[0]}")
-    if twice := sorted({label for label in cohort.labels if cohort.labels.count(label) > 1}):
-        raise ValueError(f"{name}: duplicate label {twice[0]!r} in runs and control")
+    if doubled := _duplicates(run.id for run in cohort.runs):
+        raise ValueError(f"{name}: duplicate run {doubled[0]}")
+    if doubled := _duplicates(cohort.labels):
+        raise ValueError(f"{name}: duplicate label {doubled[0]!r} in runs and control")
     return cohort
+
+
+def _duplicates(names: Iterable[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def require_counts(**counts: int | None) -> None:
@@ -243,9 +259,9 @@ def require_counts(**counts: int | None) -> None:
             raise ValueError(f"{name} must be >= 1, got {count}")
 
 
-def require_choice(**given: tuple[str, Collection[str]]) -> None:
+def require_choice(**arguments: tuple[str, Collection[str]]) -> None:
     """Raise a ValueError for the first value that is not among its choices."""
-    for name, (value, choices) in given.items():
+    for name, (value, choices) in arguments.items():
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
@@ -259,7 +275,9 @@ def join_by_label(notes: Mapping[str, str]) -> str:
 
 def mixture_sentences(mixtures: Mapping[str, str]) -> list[str]:
     """Return sentences such as "Updates of HydraLoRA at mean gates." from a mapping label -> gates."""
-    labels = {gates: [label for label in mixtures if mixtures[label] == gates] for gates in mixtures.values()}
+    labels: dict[str, list[str]] = {}
+    for label, gates in mixtures.items():
+        labels.setdefault(gates, []).append(label)
     return [f"Updates of {', '.join(names)} at {gates}." for gates, names in labels.items()]
 
 
@@ -275,24 +293,42 @@ def axis_label(quantity: str) -> str:
     return f"{entry.label} ({entry.unit})" if entry.unit else entry.label
 
 
-def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:
+def _describe_gates(group: Group) -> str:
+    """Return the gates at which the updates of a group are evaluated, "" if they do not depend on the input."""
+    descriptions: dict[str, None] = {}
+    for run in group.runs:
+        # Without a snapshot of its last step, a run has no gates to describe.
+        with suppress(ValueError):
+            descriptions[gate_description(run)] = None
+    return " and ".join(filter(None, descriptions))
+
+
+def _group(runs: Runs, control: bool = False) -> tuple[Group, ...]:
+    groups: dict[str, list[Result]] = {}
     if isinstance(runs, Mapping):
-        lists = {label: (found,) if isinstance(found, Result) else tuple(found) for label, found in runs.items()}
-        return tuple(Group(label, found, control) for label, found in lists.items() if found)
-    by_label: dict[str, list[Result]] = {}
-    for run in [runs] if isinstance(runs, Result) else runs:
-        by_label.setdefault(f"control: {run.label}" if control else run.label, []).append(run)
-    for label, found in by_label.items():
-        for run in found[1:]:
-            if differing := [key for key in _SAME if getattr(run.meta, key) != getattr(found[0].meta, key)]:
-                raise ValueError(
-                    f"cannot average runs {found[0].id} and {run.id} of label {label!r}: they differ in "
-                    f"{', '.join(differing)}. Pass a dict label -> runs"
-                )
-        seeds = [run.meta.seed for run in found]
-        if len(found) > 1 and (None in seeds or len(set(seeds)) < len(seeds)):
+        for label, members in runs.items():
+            groups[label] = [members] if isinstance(members, Result) else list(members)
+    else:
+        for run in [runs] if isinstance(runs, Result) else runs:
+            label = f"control: {run.label}" if control else run.label
+            groups.setdefault(label, []).append(run)
+        for label, members in groups.items():
+            _require_seeds(label, members)
+    return tuple(Group(label, tuple(members), control) for label, members in groups.items() if members)
+
+
+def _require_seeds(label: str, runs: Sequence[Result]) -> None:
+    """Raise a ValueError unless runs differ only in their seed, and all seeds are distinct."""
+    first = runs[0]
+    for run in runs[1:]:
+        if differing := [key for key in _SAME if getattr(run.meta, key) != getattr(first.meta, key)]:
             raise ValueError(
-                f"cannot average {len(found)} runs of label {label!r}: their seeds are not distinct, got seeds "
-                f"{seeds}. Pass a dict label -> run"
+                f"cannot average runs {first.id} and {run.id} of label {label!r}: they differ in "
+                f"{', '.join(differing)}. Pass a dict label -> runs"
             )
-    return tuple(Group(label, tuple(found), control) for label, found in by_label.items())
+    seeds = [run.meta.seed for run in runs]
+    if len(runs) > 1 and (None in seeds or len(set(seeds)) < len(seeds)):
+        raise ValueError(
+            f"cannot average {len(runs)} runs of label {label!r}: their seeds are not distinct, got seeds "
+            f"{seeds}. Pass a dict label -> run"
+        )

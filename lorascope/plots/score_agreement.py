@@ -45,8 +45,8 @@ def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
         Scored objects, as for :func:`agreement`.
     """
     sample, interval = _describe_runs(cells)
-    found = cells[(cells["second"] == truth) & (cells["first"] != truth)]
-    means = _mean_cells(found).sort_values("value", ascending=False)
+    with_truth = cells[(cells["second"] == truth) & (cells["first"] != truth)]
+    means = _mean_cells(with_truth).sort_values("value", ascending=False)
     return Chart(
         means,
         [Rule(x=0), Point("value", "first", low="low", high="high")],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -44,19 +46,19 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
     >>> ls.plots.neurons({"NeFT": neft, "random neurons": random_neurons})
     """
     cohort = gather_runs("neurons", runs, control)
-    found = cohort.label(pd.concat([selected_neurons.count_by_layer(run) for run in cohort.runs], ignore_index=True))
-    found["place"] = layer_places(found)
-    cells = band(found, ["recipe", "place", "role"])
-    chance = found.groupby(["recipe", "place", "role"], observed=True, sort=False)["chance"].mean().reset_index()
+    counts = cohort.label(pd.concat(map(selected_neurons.count_by_layer, cohort.runs), ignore_index=True))
+    counts["place"] = layer_places(counts)
+    cells = band(counts, ["recipe", "place", "role"])
+    chance = counts.groupby(["recipe", "place", "role"], observed=True, sort=False)["chance"].mean().reset_index()
     panels = []
-    for label, own in cohort.split(cells):
+    for label, rows in cohort.split(cells):
         marks, meaning = _random_marks(chance[chance["recipe"] == label])
         sentence = f"Number of trained neurons by layer and projection; {meaning}."
         panels.append(
             bars(
-                own,
+                rows,
                 "place",
-                (Axis(label="layer", order=own["place"].cat.categories), "selected neurons"),
+                (Axis(label="layer", order=rows["place"].cat.categories), "selected neurons"),
                 *marks,
                 color="role",
                 title=label,
@@ -93,8 +95,9 @@ def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None 
     >>> ls.plots.neuron_cosine({"NeFT": neft})
     """
     cohort = gather_runs("neuron_cosine", runs, control, check=False)
-    recorded = cohort.table.loc[cohort.table["quantity"] == "selection_cosine", "run"].nunique()
-    quantity = quantity or ("selection_cosine" if recorded == len(cohort.runs) else "neuron_cosine")
+    if quantity is None:
+        recorded = cohort.table.loc[cohort.table["quantity"] == "selection_cosine", "run"].nunique()
+        quantity = "selection_cosine" if recorded == len(cohort.runs) else "neuron_cosine"
     cohort.require(quantity)
     return cohort.complete(
         wrap([_rotation_quantiles(cohort, group, quantity) for group in cohort.groups], len(cohort.groups))
@@ -134,16 +137,18 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     cohort.require("selected" if k is None else "neuron_cosine")
     cohort.require_runs(2)
     cohort.require_same("model")
-    sets = {
-        g.label: [selected_neurons.to_set(selected_neurons.list_selected(run, k)) for run in g.runs]
-        for g in cohort.groups
-    }
-    found = selected_neurons.compare_all_selections(sets, selected_neurons.count_selectable(cohort.runs[0]).total())
-    mirrored = found.rename(columns={"first": "second", "second": "first"})
-    cells = pd.concat([found, mirrored]).groupby(["first", "second"], sort=False)["overlap"].mean().reset_index()
-    baseline = f"Random baseline: mean {found['chance'].mean():.2f}, 95th percentile {found['most'].max():.2f}"
-    sizes = sorted({len(each) for group in sets.values() for each in group})
-    shared = f"Fraction of {' or '.join(f'{size:,}' for size in sizes)} neurons that two selections share"
+    selections = {}
+    for group in cohort.groups:
+        tables = [selected_neurons.list_selected(run, k) for run in group.runs]
+        selections[group.label] = list(map(selected_neurons.to_set, tables))
+    overlaps = selected_neurons.compare_all_selections(
+        selections, selected_neurons.count_selectable(cohort.runs[0]).total()
+    )
+    mirrored = overlaps.rename(columns={"first": "second", "second": "first"})
+    cells = pd.concat([overlaps, mirrored]).groupby(["first", "second"], sort=False)["overlap"].mean().reset_index()
+    baseline = f"Random baseline: mean {overlaps['chance'].mean():.2f}, 95th percentile {overlaps['most'].max():.2f}"
+    sizes = sorted(set(map(len, chain(*selections.values()))))
+    shared = f"Fraction of {' or '.join(map('{:,}'.format, sizes))} neurons that two selections share"
     return cohort.complete(
         pair_heat(
             cells,
@@ -187,58 +192,53 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
     >>> ls.plots.rank_shift({"NeFT": neft, "random neurons": random_neurons})
     """
     cohort = gather_runs("rank_shift", runs, control, check=False)
-    others = [reference] if isinstance(reference, Result) else list(reference or ())
-    known = Cohort(cohort.name, (*cohort.groups, *((Group("reference", tuple(others)),) if others else ())))
-    known.require("utilisation", history=not others)
-    known.require_same("model")
-    states = _utilization_states(known)
-    shifts = {}
+    references = [reference] if isinstance(reference, Result) else list(reference or ())
+    groups = [*cohort.groups, Group("reference", tuple(references))] if references else cohort.groups
+    compared = Cohort(cohort.name, tuple(groups))
+    compared.require("utilisation", history=not references)
+    compared.require_same("model")
+    states = _utilization_states(compared)
+    buckets, kinds = [], []
     for run in cohort.runs:
-        against = [other for other in others if len(others) == 1 or other.meta.seed == run.meta.seed]
-        if others and len(against) != 1:
-            seed = run.meta.seed
-            raise ValueError(
-                f"reference must contain one run with seed {seed}, that of run {run.id}, got {len(against)}"
-            )
-        trained = selected_neurons.list_trained(run)
-        shifts[run.id] = neuron_utilization.rank_shift_of_run(run.table, trained, against[0].table if against else None)
-    moved = pd.concat(neuron_utilization.average_shifts(found).assign(run=run) for run, found in shifts.items())
-    moved["bucket"] = [
-        "all" if (low, high) == (0, 1) else f"{100 * low:g}–{100 * high:g}"
-        for low, high in zip(moved["low"], moved["high"], strict=True)
-    ]
-    kinds = [
-        {"run": run, "category": kind, "value": count}
-        for run, found in shifts.items()
-        for kind, count in neuron_utilization.count_shifts(found).items()
-        if kind in _KINDS
-    ]
+        table = _reference_of(run, references).table if references else None
+        shifts = neuron_utilization.rank_shift_of_run(run.table, selected_neurons.list_trained(run), table)
+        buckets.append(neuron_utilization.average_shifts(shifts).assign(run=run.id))
+        counts = neuron_utilization.count_shifts(shifts)
+        kinds += [{"run": run.id, "category": kind, "value": counts[kind]} for kind in counts if kind in _KINDS]
+    moved = pd.concat(buckets)
+    percent = (100 * moved[["low", "high"]]).map("{:g}".format)
+    moved["bucket"] = (percent["low"] + "–" + percent["high"]).replace("0–100", "all")
+    base, order_label = "the model before training", "percentile before (%)"
+    if references:
+        base, order_label = "another run", "percentile in the reference (%)"
     caption = (
         "Neurons of each projection are ranked by utilization, the largest absolute Pearson correlation of their "
-        f"weights with {states}, and compared with {'another run' if others else 'the model before training'}. "
+        f"weights with {states}, and compared with {base}. "
         f"Strong: moved by at least {neuron_utilization.STRONG:.0%} of the ranks; suppressed: strong and lower; "
         "indirect: strong and not trained."
     )
     order = list(dict.fromkeys(moved.sort_values(["low", "high"])["bucket"]))
-    order = [*(bucket for bucket in order if bucket != "all"), "all"]
-    percentile = f"percentile {'in the reference' if others else 'before'} (%)"
-    caption = cohort.caption(caption, interval=f"bars: {INTERVAL}")
-    panels = [
-        bars(
-            band(cohort.label(found), ["recipe", x]),
-            x,
-            axes,
-            color="recipe",
-            caption=caption,
-            colors=cohort.labels,
-            meta=known.meta,
-        )
-        for found, x, axes in (
-            (moved, "bucket", (Axis(label=percentile, order=order), "mean shift (ranks)")),
-            (pd.DataFrame(kinds), "category", (Axis(order=_KINDS), "neurons")),
-        )
-    ]
-    return cohort.complete(set_side_by_side(*panels))
+    order.append(order.pop(order.index("all")))
+    settings: dict[str, Any] = {
+        "color": "recipe",
+        "caption": cohort.caption(caption, interval=f"bars: {INTERVAL}"),
+        "colors": cohort.labels,
+        "meta": compared.meta,
+    }
+    by_bucket = band(cohort.label(moved), ["recipe", "bucket"])
+    by_kind = band(cohort.label(pd.DataFrame(kinds)), ["recipe", "category"])
+    shift = bars(by_bucket, "bucket", (Axis(label=order_label, order=order), "mean shift (ranks)"), **settings)
+    number = bars(by_kind, "category", (Axis(order=_KINDS), "neurons"), **settings)
+    return cohort.complete(set_side_by_side(shift, number))
+
+
+def _reference_of(run: Result, references: Sequence[Result]) -> Result:
+    """Return the only reference, or the one with the seed of the run."""
+    seed = run.meta.seed
+    same_seed = [other for other in references if len(references) == 1 or other.meta.seed == seed]
+    if len(same_seed) != 1:
+        raise ValueError(f"reference must contain one run with seed {seed}, that of run {run.id}, got {len(same_seed)}")
+    return same_seed[0]
 
 
 def _utilization_states(cohort: Cohort) -> str:
@@ -263,24 +263,24 @@ def _random_marks(chance: pd.DataFrame) -> tuple[list[Mark], str]:
     heights = chance.groupby("role", observed=True, sort=False)["chance"]
     if not np.isclose(heights.min(), heights.max()).all():
         return [Line("place", "chance", "role", data=chance)], f"lines: {random}"
-    each = heights.mean().sort_values(ascending=False)
-    if np.isclose(each, each.iloc[0]).all():
-        return [Rule(y=float(each.iloc[0]))], f"line: {random}"
-    rules: list[Mark] = [Rule(y=float(height)) for height in each]
-    return rules, f"lines: {random}, from the top {', '.join(map(str, each.index))}"
+    by_role = heights.mean().sort_values(ascending=False)
+    if np.isclose(by_role, by_role.iloc[0]).all():
+        return [Rule(y=float(by_role.iloc[0]))], f"line: {random}"
+    rules: list[Mark] = [Rule(y=float(height)) for height in by_role]
+    return rules, f"lines: {random}, from the top {', '.join(map(str, by_role.index))}"
 
 
 def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> Chart:
     """Plot quantiles over the neurons of every layer and role, averaged over the runs of a recipe."""
-    found = pd.concat(
-        [selected_neurons.last_scores(run, quantity).assign(run=run.id) for run in group.runs], ignore_index=True
-    )
-    found["place"] = layer_places(found)
-    over = found.groupby(["place", "role", "run"], observed=True, sort=False)["value"]
-    quantiles = pd.DataFrame({"value": over.median(), "low": over.quantile(0.05), "high": over.quantile(0.95)})
+    scores = [selected_neurons.last_scores(run, quantity).assign(run=run.id) for run in group.runs]
+    neurons = pd.concat(scores, ignore_index=True)
+    neurons["place"] = layer_places(neurons)
+    values = neurons.groupby(["place", "role", "run"], observed=True, sort=False)["value"]
+    quantiles = pd.DataFrame({"value": values.median(), "low": values.quantile(0.05), "high": values.quantile(0.95)})
     cells = quantiles.groupby(["place", "role"], observed=True, sort=False).mean().reset_index()
     marks: list[Mark] = [Band("place", "low", "high", "role"), Line("place", "value", "role")]
-    thresholds = [t for run in group.runs if (t := selected_neurons.selection_threshold(run, quantity)) is not None]
+    recorded = [selected_neurons.selection_threshold(run, quantity) for run in group.runs]
+    thresholds = [threshold for threshold in recorded if threshold is not None]
     selected = ""
     if len(thresholds) == len(group.runs):
         marks.append(Rule(y=float(np.mean(thresholds)), label="threshold"))

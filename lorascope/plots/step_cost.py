@@ -14,13 +14,13 @@ from lorascope.plots.builders import stacked_bars
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import Cohort, Runs
 
-_PARTS = {
+_QUANTITIES = {
     "parameter_bytes": "parameters",
     "gradient_bytes": "gradients",
     "optimizer_bytes": "optimizer",
 }
-_REST = "rest (mostly activations)"
-_COLORS = (*memory_estimate.PARTS, _REST)
+_ACTIVATIONS = "rest (mostly activations)"
+_COLORS = (*memory_estimate.PARTS, _ACTIVATIONS)
 _PAPERS = {"7B": (128, 2), "70B": (256, 4)}  # rank of LoRA and active blocks of LISA, as in the LISA paper
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 _CARD = 24e9 / 2**30  # memory of a 24 GB GPU in GiB
@@ -29,7 +29,7 @@ _COUNTS = "no interval, because seeds differ only in the length of their texts"
 
 @figure(
     topic="optimizers",
-    needs=tuple(_PARTS),
+    needs=tuple(_QUANTITIES),
     reads="Each bar ends at the peak memory of one step; parameters, gradients and optimizer state are counted, the "
     "rest is everything else at the peak. Panels of larger models are computed from shapes and have no rest.",
     misleads="Peaks hold for one batch size and text length: with longer texts the rest outgrows all that a method can "
@@ -60,27 +60,28 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     sizes = (*_PAPERS, *memory_estimate.GPT2)
     if unknown := [size for size in computed if size not in sizes]:
         raise ValueError(f"computed must be one of {', '.join(map(repr, sizes))}, got {unknown[0]!r}")
-    models = {}
-    for model in dict.fromkeys(run.meta.model for run in cohort.runs):
-        own = (replace(g, runs=tuple(run for run in g.runs if run.meta.model == model)) for g in cohort.groups)
-        models[model] = Cohort(cohort.name, tuple(group for group in own if group.runs))
-    cells = {model: _measured_memory(own) for model, own in models.items()}
-    known = {model: set(rows["recipe"][rows["part"] == _REST]) for model, rows in cells.items()}
-    unknown = [label for model, part in models.items() for label in part.labels if label not in known[model]]
-    where = "; ".join(f"{' and '.join(_batch_phrase(part))}, {part.sample}" for part in models.values())
+    models = {model: _runs_of_model(cohort, model) for model in dict.fromkeys(run.meta.model for run in cohort.runs)}
+    cells = {model: _measured_memory(measured) for model, measured in models.items()}
+    without_peak: dict[str, None] = {}
+    batches, are_averaged = [], False
+    for model, measured in models.items():
+        with_peak = set(cells[model]["recipe"][cells[model]["part"] == _ACTIVATIONS])
+        without_peak |= dict.fromkeys(label for label in measured.labels if label not in with_peak)
+        batches.append(f"{' and '.join(_batch_phrase(measured))}, {measured.sample}")
+        are_averaged |= len(measured.runs) > len(measured.groups)
     notes = {
-        f"Measured after the last step: {where}.": True,
-        f"Peak memory not measured: {', '.join(dict.fromkeys(unknown))}.": unknown,
+        f"Measured after the last step: {'; '.join(batches)}.": True,
+        f"Peak memory not measured: {', '.join(without_peak)}.": without_peak,
         "Larger models are computed from shapes, not measured, and have no activations.": computed,
         "LLaMA-2: 2 bytes per weight and per gradient, 4 per optimizer entry.": {*_PAPERS} & {*computed},
         "GPT-2: 4 bytes per number.": {*memory_estimate.GPT2} & {*computed},
         "Dashed line: a 24 GB GPU.": "7B" in computed,
-        f"Mean over runs; {_COUNTS}.": any(len(g.runs) > 1 for part in models.values() for g in part.groups),
+        f"Mean over runs; {_COUNTS}.": are_averaged,
     }
     caption = " ".join(sentence for sentence, applies in notes.items() if applies)
     panels = [
-        stacked_bars(cells[model], part.labels, "memory (MiB)", _COLORS, title=f"{model}, measured", caption=caption)
-        for model, part in models.items()
+        stacked_bars(rows, models[model].labels, "memory (MiB)", _COLORS, title=f"{model}, measured", caption=caption)
+        for model, rows in cells.items()
     ]
     for size in computed:
         if size in memory_estimate.GPT2:
@@ -97,14 +98,22 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     return cohort.complete(wrap(panels, 1))
 
 
+def _runs_of_model(cohort: Cohort, model: str) -> Cohort:
+    groups = []
+    for group in cohort.groups:
+        if runs := tuple(run for run in group.runs if run.meta.model == model):
+            groups.append(replace(group, runs=runs))
+    return Cohort(cohort.name, tuple(groups))
+
+
 def _measured_memory(cohort: Cohort) -> pd.DataFrame:
     """Return the mean over runs by label and part after the last step, in MiB; "rest" only if all recorded a peak."""
-    table = norms.last_recorded(cohort.table[cohort.table["quantity"].isin([*_PARTS, "peak_bytes"])])
+    table = norms.last_recorded(cohort.table[cohort.table["quantity"].isin([*_QUANTITIES, "peak_bytes"])])
     wide = table.pivot(index="run", columns="quantity", values="value").astype("float64")
-    parts = wide[list(_PARTS)].rename(columns=_PARTS)
+    by_part = wide[list(_QUANTITIES)].rename(columns=_QUANTITIES)
     if "peak_bytes" in wide:
-        parts[_REST] = wide["peak_bytes"] - parts.sum(axis="columns")
-    long = parts.reset_index().melt("run", var_name="part", value_name="bytes")
+        by_part[_ACTIVATIONS] = wide["peak_bytes"] - by_part.sum(axis="columns")
+    long = by_part.reset_index().melt("run", var_name="part", value_name="bytes")
     means = cohort.label(long).groupby(["recipe", "kind", "part"], sort=False)["bytes"].mean(skipna=False)
     cells = means.dropna().reset_index()
     return cells.assign(value=cells["bytes"] / 2**20, source="measured")
@@ -146,5 +155,5 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
         f"Half the interquartile range of the steps: at most {spread:.0%} of their median.",
         interval=_COUNTS,
     )
-    parts, label = list(step_time.PARTS.values()), "time per step (ms)"
-    return cohort.complete(stacked_bars(cells, cohort.labels, label, parts, title="Time per step", caption=caption))
+    colors, label = list(step_time.PARTS.values()), "time per step (ms)"
+    return cohort.complete(stacked_bars(cells, cohort.labels, label, colors, title="Time per step", caption=caption))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -62,15 +62,14 @@ def spectrum(
     values_of = spectra.added_values if added else spectra.singular_values
     by_run = {run.id: values_of(run, step) for run in cohort.runs}
     module = common_module(cohort, list(by_run.values()), module)
-    found = {run: spectra.above_rounding(sigmas[module]) for run, sigmas in by_run.items()}
-    values = spectra.tabulate_spectra(found).rename(columns={"module": "run", "sigma": "value"})
-    ranks = spectra.rank_definitions(found).rename(columns={"module": "run", "effective_rank": "value"})
+    sigmas = {run: spectra.above_rounding(by_module[module]) for run, by_module in by_run.items()}
+    values = spectra.tabulate_spectra(sigmas).rename(columns={"module": "run", "sigma": "value"})
+    ranks = spectra.rank_definitions(sigmas).rename(columns={"module": "run", "effective_rank": "value"})
     cells = band(cohort.label(values), ["recipe", "kind", "component"])
-    effective = "; ".join(
-        f"{row['recipe']} {row['value']:.1f}"
-        + ("" if pd.isna(row["low"]) else f" [{row['low']:.1f}, {row['high']:.1f}]")
-        for row in band(cohort.label(ranks), ["recipe"]).to_dict("records")
-    )
+    effective = []
+    for row in band(cohort.label(ranks), ["recipe"]).to_dict("records"):
+        interval = "" if pd.isna(row["low"]) else f" [{row['low']:.1f}, {row['high']:.1f}]"
+        effective.append(f"{row['recipe']} {row['value']:.1f}{interval}")
     return cohort.complete(
         curves(
             cells,
@@ -79,7 +78,7 @@ def spectrum(
             points=bool(cells["component"].max() <= _MOST_DOTS),
             title=f"Spectrum of {module}",
             caption=cohort.caption(
-                f"Singular values of {'ΔW − ΔW₀' if added else 'ΔW'}. Effective rank: {effective}.",
+                f"Singular values of {'ΔW − ΔW₀' if added else 'ΔW'}. Effective rank: {'; '.join(effective)}.",
                 *(cohort.missing_initial_updates() if added else []),
             ),
             colors=cohort.labels,
@@ -129,11 +128,10 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     panels: list[Chart] = []
     for prefix, cohort in zip(("", "control: "), cohorts, strict=False):
         title, pairs = _similarity_pairs(cohort)
-        tables = [subspace.similarity_of_runs(one.updates(), other.updates(), module, side) for one, other in pairs]
-        cells = (
-            pd.concat(tables)
-            .groupby(["i", "j"], as_index=False)
-            .agg(phi=("phi", "mean"), least=("phi", "min"), most=("phi", "max"), phi_random=("phi_random", "first"))
+        tables = [subspace.similarity_of_runs(a.updates(), b.updates(), module, side) for a, b in pairs]
+        over_pairs = pd.concat(tables).groupby(["i", "j"], as_index=False)
+        cells = over_pairs.agg(
+            phi=("phi", "mean"), least=("phi", "min"), most=("phi", "max"), phi_random=("phi_random", "first")
         )
         caption = _phi_caption(cells, len(pairs), module, side)
         panels.append(_phi_heat(cells, "phi", prefix + title, caption, cohort))
@@ -143,15 +141,21 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
 
 def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: str | None) -> str:
     """Return the given module, or the one with the largest mean update over runs; all runs must have it."""
-    common = [name for name in updates[0] if all(name in found for found in updates)]
+    common = common_names(updates)
     if module is None and common:
         rows = cohort.table[(cohort.table["quantity"] == "update_norm") & cohort.table["module"].isin(common)]
         if rows.empty:  # no norms were recorded
-            return max(common, key=lambda name: sum(_size(found[name]) for found in updates))
+            return max(common, key=lambda name: sum(_size(by_module[name]) for by_module in updates))
         return str(norms.last_recorded(rows).groupby("module", observed=True)["value"].mean().idxmax())
     if module not in common:
         raise cohort.no_common_module(module, common)
     return module
+
+
+def common_names(collections: Sequence[Collection[str]]) -> list[str]:
+    """Return the names that occur in all collections, in the order of the first."""
+    shared = set.intersection(*map(set, collections))
+    return [name for name in collections[0] if name in shared]
 
 
 def _size(update: Any) -> float:
@@ -175,15 +179,13 @@ def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Result, Result]]]
 
 def _phi_caption(cells: pd.DataFrame, pairs: int, module: str, side: Side) -> str:
     """Return the caption: definition of φ, and its first and last value with the random baseline."""
-    counted = "One pair of runs" if pairs == 1 else f"Mean of {pairs} pairs that share runs, so no interval"
-    values = [
-        f"φ({row.i}, {row.j}) = {row.phi:.2f}"
-        + (f" ({row.least:.2f} to {row.most:.2f})" if pairs > 1 else "")
-        + f", random {row.phi_random:.2f}"
-        for row in cells.iloc[[0, -1]].itertuples()
-    ]
+    sample = "One pair of runs" if pairs == 1 else f"Mean of {pairs} pairs that share runs, so no interval"
+    values = []
+    for cell in cells.iloc[[0, -1]].itertuples():
+        spread = f" ({cell.least:.2f} to {cell.most:.2f})" if pairs > 1 else ""
+        values.append(f"φ({cell.i}, {cell.j}) = {cell.phi:.2f}{spread}, random {cell.phi_random:.2f}")
     return (
-        f"φ(i, j) = ‖U₁ᵀU₂‖² / min(i, j) of the top i and j directions of {_SIDES[side]} in {module}. {counted}. "
+        f"φ(i, j) = ‖U₁ᵀU₂‖² / min(i, j) of the top i and j directions of {_SIDES[side]} in {module}. {sample}. "
         f"{'; '.join(values)}. Random baseline: max(i, j) / dimension."
     )
 

@@ -67,20 +67,25 @@ class Card:
 
     def without(self, figures: Mapping[str, str]) -> Card:
         """Return the card without some figures, with the reasons for their absence by name."""
-        kept = [each for each in self.document["figures"] if each["name"] not in figures]
-        gone = {name for each in self.document["figures"] if each["name"] in figures for name in each["tables"]}
-        changed = {"figures": kept, "unseen": self.document["unseen"] | dict(figures)}
-        return Card(self.document | changed, {name: file for name, file in self.parquet.items() if name not in gone})
+        remaining, parquet = [], dict(self.parquet)
+        for figure in self.document["figures"]:
+            if figure["name"] not in figures:
+                remaining.append(figure)
+                continue
+            for table in figure["tables"]:
+                del parquet[table]
+        changed = {"figures": remaining, "unseen": self.document["unseen"] | dict(figures)}
+        return Card(self.document | changed, parquet)
 
 
 def collect(runs: Sequence[Result], spectra: bool = False) -> Card:
     """Collect the card of adapters or runs; ``spectra`` also runs full SVDs."""
     inspections = [inspect(run, spectra) for run in runs]
     labels = distinct_labels(inspections)
-    named = dict(zip(labels, inspections, strict=True))
+    by_label = dict(zip(labels, inspections, strict=True))
     tables = {
-        "modules": _join_tables({label: item.modules for label, item in named.items()}),
-        "roles": _join_tables({label: item.roles() for label, item in named.items()}),
+        "modules": _join_tables({label: inspection.modules for label, inspection in by_label.items()}),
+        "roles": _join_tables({label: inspection.roles() for label, inspection in by_label.items()}),
     }
     unseen: dict[str, str] = {}
     if len(runs) > 1:
@@ -91,15 +96,15 @@ def collect(runs: Sequence[Result], spectra: bool = False) -> Card:
             unseen["comparison in pairs"] = printable(error)
     parquet = {name: _parquet(table) for name, table in tables.items()}
     figures: list[dict[str, Any]] = []
-    for name, drawn in _draw({label: item.run for label, item in named.items()}, unseen):
-        packed, own = pack(drawn.chart)
-        files = {f"figure {len(figures) + 1}, table {n}": _parquet(table) for n, table in enumerate(own, start=1)}
+    for name, figure in _draw(dict(zip(labels, runs, strict=True)), unseen):
+        chart, data = pack(figure.chart)
+        files = {f"figure {len(figures) + 1}, table {n}": _parquet(table) for n, table in enumerate(data, start=1)}
         parquet |= files
-        texts = {"reads": drawn.reads, "misleads": drawn.misleads}
-        figures.append({"name": name, "chart": packed, "tables": [*files]} | texts)
+        texts = {"reads": figure.reads, "misleads": figure.misleads}
+        figures.append({"name": name, "chart": chart, "tables": [*files]} | texts)
     document = {
         "versions": installed_versions(),
-        "subjects": [_subject(label, item) for label, item in named.items()],
+        "subjects": [_subject(label, inspection) for label, inspection in by_label.items()],
         "figures": figures,
         "unseen": unseen,
     }
@@ -111,48 +116,50 @@ def installed_versions() -> dict[str, str]:
     return {"lorascope": __version__, "plotly": version("plotly")}
 
 
-def _subject(label: str, item: Inspection) -> dict[str, Any]:
+def _subject(label: str, inspection: Inspection) -> dict[str, Any]:
     """Return what a card says about one adapter or run, except for its tables and figures."""
-    case = Case(item.run)
-    (_, kind), *facts = item.facts
-    found = sorted(_unique([*findings(case), *item.details]), key=lambda each: _SEVERITIES.index(each.severity))
+    case = Case(inspection.run)
+    (_, kind), *facts = inspection.facts
+    distinct = _unique([*findings(case), *inspection.details])
+    distinct.sort(key=lambda finding: _SEVERITIES.index(finding.severity))
     return {
         "label": label,
         "kind": kind,
-        "facts": dict(facts) | {"id": item.run.id},
-        "findings": [each.to_json() for each in found],
+        "facts": dict(facts) | {"id": inspection.run.id},
+        "findings": [finding.to_json() for finding in distinct],
         "unchecked": {SKIP_REASONS[missing]: names for missing, names in skipped_checks(case).items()},
         "notes": list(case.notes),
     }
 
 
-def _unique(found: Sequence[Finding]) -> list[Finding]:
+def _unique(listed_findings: Sequence[Finding]) -> list[Finding]:
     """Return the findings without those that the doctor and the inspection share."""
-    return list({(each.cause, each.message): each for each in found}.values())
+    return list({(finding.cause, finding.message): finding for finding in listed_findings}.values())
 
 
 def _draw(runs: dict[str, Result], unseen: dict[str, str]) -> Iterator[tuple[str, ReportFigure]]:
     """Yield the figures of the registry that show these runs; add the reasons for the others to ``unseen``."""
-    lists = [dict(zip(table["figure"], table["missing"], strict=True)) for table in map(available, runs.values())]
-    shown: Any = runs if len(runs) > 1 else next(iter(runs.values()))
+    missing_by_run = [available(run).set_index("figure")["missing"] for run in runs.values()]
+    subject: Any = runs if len(runs) > 1 else next(iter(runs.values()))
     for name, figure in sorted(FIGURES.items(), key=lambda item: _TOPICS.index(item[1].topic)):
         if figure.runs > len(runs):
             continue
-        if missing := next(filter(None, (each[name] for each in lists)), ""):
-            unseen[name] = missing
+        if reasons := [missing[name] for missing in missing_by_run if missing[name]]:
+            unseen[name] = reasons[0]
             continue
         try:
-            yield name, _without_label(draw(name, shown), runs)
+            yield name, _without_label(draw(name, subject), runs)
         except ValueError as error:
             unseen[name] = printable(error)
 
 
-def _without_label(drawn: ReportFigure, runs: dict[str, Result]) -> ReportFigure:
+def _without_label(figure: ReportFigure, runs: dict[str, Result]) -> ReportFigure:
     """Remove the title of a single chart that is the label of the only run: the page has the name of the figure."""
-    chart = drawn.chart
-    if len(runs) == 1 and isinstance(chart, Chart) and chart.title in (printable(run.label) for run in runs.values()):
-        return replace(drawn, chart=replace(chart, title=""))
-    return drawn
+    chart = figure.chart
+    labels = [printable(run.label) for run in runs.values()]
+    if isinstance(chart, Chart) and labels == [chart.title]:
+        return replace(figure, chart=replace(chart, title=""))
+    return figure
 
 
 def _join_tables(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Drawable
-from lorascope.charts.figure_plan import plan
+from lorascope.charts.figure_plan import FigurePlan, plan
 from lorascope.charts.theme import theme
 
 NARROW = 358.0  # pixels: width of a chart on a phone
@@ -43,13 +43,9 @@ class EmbeddedChart:
 
 def embed(drawable: Drawable) -> EmbeddedChart:
     """Draw a chart for every kind of screen; panels are stacked vertically on narrow screens."""
-    settled = plan(drawable, theme("light"))
-    # The page prints title and caption.
-    light, dark = (replace(one, title="", caption="") for one in (settled, plan(drawable, theme("dark"))))
-    figure, recolored = _slim(_figure_json(plotly_backend.draw(light))), _slim(_figure_json(plotly_backend.draw(dark)))
-    # Traces do not depend on the width of the screen, so a narrow screen changes only the layout.
-    stacked = (replace(one, rows=[[view] for view in range(len(one.panels))]) for one in (light, dark))
-    narrow, narrow_dark = (_figure_json(plotly_backend.ground(one, NARROW))["layout"] for one in stacked)
+    light, dark = plan(drawable, theme("light")), plan(drawable, theme("dark"))
+    figure, narrow = _draw_wide_and_narrow(light)
+    recolored, narrow_dark = _draw_wide_and_narrow(dark)
     variants = {
         "dark": recolored,
         "narrow": figure | {"layout": narrow},
@@ -57,11 +53,20 @@ def embed(drawable: Drawable) -> EmbeddedChart:
     }
     return EmbeddedChart(
         title=title(drawable),
-        caption=settled.caption,
+        caption=light.caption,
         figure=figure,
         changes={name: list(changes(figure, variant)) for name, variant in variants.items()},
         heights={"wide": figure["layout"]["height"], "narrow": narrow["height"]},
     )
+
+
+def _draw_wide_and_narrow(settled: FigurePlan) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the figure for a wide screen, and its layout for a narrow one."""
+    bare = replace(settled, title="", caption="")  # the page prints them
+    stacked = replace(bare, rows=[[view] for view in range(len(bare.panels))])
+    # Traces do not depend on the width of the screen, so a narrow screen changes only the layout.
+    narrow = _figure_json(plotly_backend.ground(stacked, NARROW))["layout"]
+    return _slim(_figure_json(plotly_backend.draw(bare))), narrow
 
 
 def title(drawable: Drawable) -> str:
@@ -78,8 +83,8 @@ def changes(old: Any, new: Any, *path: str | int) -> Iterator[list[Any]]:
         for key in {**old, **new}:
             yield from changes(old.get(key), new.get(key), *path, key)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for place, (before, after) in enumerate(zip(old, new, strict=True)):
-            yield from changes(before, after, *path, place)
+        for position, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from changes(before, after, *path, position)
     elif old != new:
         yield [list(path), new]
 
@@ -91,10 +96,10 @@ def _figure_json(figure: go.Figure) -> dict[str, Any]:
 def _slim(figure: dict[str, Any]) -> dict[str, Any]:
     """Remove data that the frames of a slider repeat; plotly keeps the keys of a trace that a frame does not set."""
     frames = figure.get("frames", [])
-    for place, number in enumerate(frames[0]["traces"] if frames else ()):
-        trace, moving = figure["data"][number], [frame["data"][place] for frame in frames]
+    for position, number in enumerate(frames[0]["traces"] if frames else ()):
+        trace, moving = figure["data"][number], [frame["data"][position] for frame in frames]
         for key in trace.keys() - {"type"}:
-            if all(key in other and other[key] == trace[key] for other in moving):
-                for other in moving:
-                    del other[key]
+            if all(key in repeated and repeated[key] == trace[key] for repeated in moving):
+                for repeated in moving:
+                    del repeated[key]
     return figure

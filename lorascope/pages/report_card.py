@@ -93,10 +93,10 @@ def _limited_html(card: Card) -> str:
     """Return the page of a card, without its largest figures if it would be larger than 6 MiB."""
     text = html(card)
     excess, left_out = len(_encode(text)) - _PAGE_BYTES, {}
-    sizes = {
-        each["name"]: len(_encode(drawn)) + sum(len(card.parquet[name]) * 4 // 3 for name in each["tables"])  # Base64
-        for each, drawn in zip(card.document["figures"], _FIGURE.findall(text), strict=True)
-    }
+    sizes = {}
+    for figure, markup in zip(card.document["figures"], _FIGURE.findall(text), strict=True):
+        tables = sum(len(card.parquet[name]) * 4 // 3 for name in figure["tables"])  # Base64
+        sizes[figure["name"]] = len(_encode(markup)) + tables
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if excess > 0:
             left_out[name] = f"too large for this page ({size:,} bytes): lorascope plot {name}"
@@ -106,31 +106,29 @@ def _limited_html(card: Card) -> str:
 
 def html(card: Card) -> str:
     """Return the page of a card; equal cards give equal pages."""
-    one = card.subjects[0] if len(card.subjects) == 1 else None
-    lead = one["kind"] if one else "Adapters and runs side by side."
+    lead, facts = "Adapters and runs side by side.", {}
+    if len(card.subjects) == 1:
+        lead, facts = card.subjects[0]["kind"], card.subjects[0]["facts"]
     tables = {name: base64.b64encode(file).decode() for name, file in card.parquet.items()}
     carried = vars(_Carried(card.document, tables))
-    facts = one["facts"] if one else {}
     return render(card.title, lead, list(_sections(card)), facts, carried)
 
 
 def _sections(card: Card) -> Iterator[Section]:
-    several = len(card.subjects) > 1
-    if several:
+    is_comparison = len(card.subjects) > 1
+    if is_comparison:
         rows = [{"": subject["label"], "kind": subject["kind"]} | subject["facts"] for subject in card.subjects]
-        found = {"What they are": pd.DataFrame(rows)}
+        tables = {"What they are": pd.DataFrame(rows)}
         if "pairs" in card.parquet:
-            found["Pairs"] = _known_columns(card.table("pairs"))
-        yield Section("subjects", "Adapters and runs", tables=found)
-    listed = [
-        finding | {"adapter": subject["label"] if several else "", "evidence": _numbers(finding["evidence"])}
-        for subject in card.subjects
-        for finding in subject["findings"]
-    ]
-    notes = [
-        f"{subject['label']}: {note}" if several else note for subject in card.subjects for note in subject["notes"]
-    ]
-    yield Section("findings", "Findings", "" if listed else "No findings.", findings=listed, notes=notes)
+            tables["Pairs"] = _known_columns(card.table("pairs"))
+        yield Section("subjects", "Adapters and runs", tables=tables)
+    findings, notes = [], []
+    for subject in card.subjects:
+        label = subject["label"] if is_comparison else ""
+        for finding in subject["findings"]:
+            findings.append(finding | {"adapter": label, "evidence": _numbers(finding["evidence"])})
+        notes += [f"{label}: {note}" if label else note for note in subject["notes"]]
+    yield Section("findings", "Findings", "" if findings else "No findings.", findings=findings, notes=notes)
     yield Section("figures", "Figures", figures=list(card.figures()))
     tables = {"Roles": _known_columns(card.table("roles")), "Modules": _known_columns(card.table("modules"))}
     yield Section("modules", "Modules", tables=tables)
@@ -147,8 +145,8 @@ def _numbers(evidence: Mapping[str, Any]) -> dict[str, Any]:
 
 def _known_columns(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table without the columns that have no value; names have spaces instead of underscores."""
-    known = table.loc[:, [bool((column.notna() & (column != "")).any()) for _, column in table.items()]]
-    return known.rename(columns=lambda name: _COLUMNS.get(name, name.replace("_", " ")))
+    has_values = (table.notna() & (table != "")).any()
+    return table.loc[:, has_values.to_list()].rename(columns=lambda name: _COLUMNS.get(name, name.replace("_", " ")))
 
 
 def _unchecked(card: Card) -> pd.DataFrame:
@@ -170,11 +168,10 @@ def markdown(card: Card) -> str:
         lines += [f"## {_inert(subject['label'])}", "", _inert(subject["kind"]), ""]
         lines += [f"- **{_inert(name)}**: {_inert(text)}" for name, text in subject["facts"].items()]
         lines += ["", "### Findings", ""]
-        lines += [
-            f"- {_inert(each['id'])} {_inert(each['cause'])} ({each['severity']}): {_inert(each['message'])}"
-            for each in subject["findings"]
-        ] or ["None."]
-        lines.append("")
+        for finding in subject["findings"]:
+            cause = f"{_inert(finding['id'])} {_inert(finding['cause'])}"
+            lines.append(f"- {cause} ({finding['severity']}): {_inert(finding['message'])}")
+        lines += [""] if subject["findings"] else ["None.", ""]
     if "pairs" in card.parquet:
         lines += ["### Pairs", "", *_markdown_table(_known_columns(card.table("pairs"))), ""]
     lines += ["### Norms and ranks by role", "", *_markdown_table(_known_columns(card.table("roles"))), ""]
@@ -234,14 +231,14 @@ def verify(path: str | Path) -> list[str]:
     card = _parse(text, path)
     try:
         if (wrote := card.document["versions"]) != (installed := installed_versions()):
-            raise ValueError(f"written with {_listed(wrote)}, but {_listed(installed)} is installed")
+            raise ValueError(f"written with {_format(wrote)}, but {_format(installed)} is installed")
         built = _encode(html(card)).decode().splitlines()
     except (ArrowException, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"cannot build {printable(path)} again: {printable(error)}") from error
     return [
-        f"line {number}: the page has {_excerpt(one, other)}, its tables give {_excerpt(other, one)}"
-        for number, (one, other) in enumerate(zip_longest(text.splitlines(), built, fillvalue=""), start=1)
-        if one != other
+        f"line {number}: the page has {_excerpt(line, rebuilt)}, its tables give {_excerpt(rebuilt, line)}"
+        for number, (line, rebuilt) in enumerate(zip_longest(text.splitlines(), built, fillvalue=""), start=1)
+        if line != rebuilt
     ]
 
 
@@ -250,11 +247,12 @@ def _text(path: str | Path) -> str:
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
-def _listed(versions: Mapping[str, str]) -> str:
+def _format(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def _excerpt(line: str, other: str) -> str:
     """Return the part of a line around its first difference from another."""
-    same = next((place for place, pair in enumerate(zip_longest(line, other)) if pair[0] != pair[1]), 0)
-    return repr(printable(line[max(0, same - 20) : same + 40]))
+    pairs = enumerate(zip_longest(line, other))
+    start = next((position for position, (letter, other_letter) in pairs if letter != other_letter), 0)
+    return repr(printable(line[max(0, start - 20) : start + 40]))

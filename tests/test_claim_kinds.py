@@ -12,7 +12,7 @@ import scipy.stats
 
 from lorascope.analysis.seed_intervals import Estimate, t_estimate, two_way_estimate
 from lorascope.papers.judging.claims import Claim, format_effect, side
-from lorascope.papers.judging.looks import ERROR, STOPPED, Looks, judge
+from lorascope.papers.judging.looks import ERROR, STOPPED, Looks, judge_at_looks
 
 TEXT: Any = {"id": "a.b", "sentence": "s", "statistic": "x", "control": "y"}
 S = Claim(**TEXT, kind="superiority", margin=1.0)
@@ -128,7 +128,7 @@ def looks_at(values: np.ndarray) -> Any:
 
 def test_claim_ends_at_the_first_look_that_decides() -> None:
     clear = np.array([2.0, 2.1, 1.9, 2.05, 1.95, *[-50.0] * 15])
-    verdict = judge(S, L3, looks_at(clear), 20)
+    verdict = judge_at_looks(S, L3, looks_at(clear), 20)
     assert (verdict.outcome, verdict.look, verdict.effect.n, verdict.level) == ("supported", 1, 5, 0.005)
     low, high = scipy.stats.t.interval(0.99, 4, clear[:5].mean(), scipy.stats.sem(clear[:5]))
     assert (verdict.effect.low, verdict.effect.high) == pytest.approx((low, high))
@@ -138,19 +138,19 @@ def test_claim_ends_at_the_first_look_that_decides() -> None:
 def test_verdict_has_the_degrees_of_freedom_and_the_half_widths_over_seeds_and_over_rows() -> None:
     table, clusters = np.array([[1.0, 0, -1, 0], [1, 1, 0, 0], [0, 0, 0, 1]]), np.array([0, 0, 1, 2])
     crossed = two_way_estimate(table, clusters)  # of worked variances: 43/768 over rows and in all, 1/48 over seeds
-    verdict = judge(S, L2, lambda n: replace(crossed, n=n), 5)
+    verdict = judge_at_looks(S, L2, lambda n: replace(crossed, n=n), 5)
     assert verdict.half_seed == pytest.approx(scipy.stats.t.ppf(1 - verdict.level, 2) / 48**0.5, rel=1e-12)
     assert verdict.effect.high - verdict.effect.mean == pytest.approx(verdict.half_seed * (43 / 16) ** 0.5, rel=1e-12)
     assert verdict.half_row == pytest.approx(scipy.stats.t.ppf(1 - verdict.level, 2) * (43 / 768) ** 0.5, rel=1e-12)
-    assert math.isnan(judge(S, L2, looks_at(np.array([2.0, 2.1, 1.9, 2.05, 1.95])), 5).half_row)
-    assert judge(S, L2, lambda n: Estimate(0.25, n, ((0.3, 7.5), (0.2, 4.0))), 5).degrees == 7.5
+    assert math.isnan(judge_at_looks(S, L2, looks_at(np.array([2.0, 2.1, 1.9, 2.05, 1.95])), 5).half_row)
+    assert judge_at_looks(S, L2, lambda n: Estimate(0.25, n, ((0.3, 7.5), (0.2, 4.0))), 5).degrees == 7.5
 
 
 def test_undecided_claim_goes_on_to_its_last_look_and_stays_inconclusive() -> None:
     undecided = np.tile([0.0, 2.0], 10)
-    verdict = judge(S, L3, looks_at(undecided), 20)
+    verdict = judge_at_looks(S, L3, looks_at(undecided), 20)
     assert (verdict.outcome, verdict.look, verdict.effect.n, verdict.note) == ("inconclusive", 3, 20, "")
-    part = judge(S, L3, looks_at(undecided), 14)
+    part = judge_at_looks(S, L3, looks_at(undecided), 14)
     assert (part.outcome, part.look, part.effect.n, part.note) == ("inconclusive", 2, 10, STOPPED)
 
 
@@ -161,7 +161,7 @@ def test_seeds_beyond_the_look_are_not_read() -> None:
         asked.append(n)
         return t_estimate(np.tile([0.0, 2.0], 10)[:n])
 
-    judge(S, L2, estimate, 9)
+    judge_at_looks(S, L2, estimate, 9)
     assert asked == [5]
 
 
@@ -177,7 +177,7 @@ def test_error_of_all_looks_together(looks: Looks, error: float) -> None:
         supported |= open_ & (t > limit)
         open_ &= np.abs(t) <= limit
     assert supported.mean() == pytest.approx(error, abs=4 * 0.00035)
-    verdicts = [judge(S, looks, looks_at(row), len(row)).outcome == "supported" for row in values[:300]]
+    verdicts = [judge_at_looks(S, looks, looks_at(row), len(row)).outcome == "supported" for row in values[:300]]
     assert verdicts == supported[:300].tolist()
 
 

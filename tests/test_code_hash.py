@@ -132,7 +132,7 @@ def test_hash_covers_the_code_that_decides() -> None:
         "analysis.seed_intervals.jackknife_estimate",
         "analysis.seed_intervals.Estimate",
         "analysis.recipe_tests.holm",
-        "papers.judging.looks.judge",
+        "papers.judging.looks.judge_at_looks",
         "papers.judging.looks.Looks",
         "papers.judging.claims.Claim",
         "papers.judging.verdicts.correct",

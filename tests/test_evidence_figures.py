@@ -24,7 +24,7 @@ from lorascope.methods.method import config
 from lorascope.papers import fourierft_expressiveness, lora, neft, planted_ranks, score_agreement
 from lorascope.papers.figures.excerpt import write_excerpt
 from lorascope.papers.figures.gallery_figure import KeptScores, printed
-from lorascope.papers.figures.redraw import SHOWN, _kept_run
+from lorascope.papers.figures.redraw import EXCERPTS, _kept_run
 from lorascope.papers.judging import kept_figures, kept_runs, registration
 from lorascope.papers.judging.kept_figures import FigureAbout, KeptFigure, digest_in
 from lorascope.papers.probe import OwnArm
@@ -190,7 +190,7 @@ def test_figure_is_the_same_when_drawn_from_what_the_evidence_keeps_of_its_runs(
     figure = FIGURES[name]
     runs = runs_of(figure, train)
     kept = {
-        label: [write_excerpt(run, tmp_path / SHOWN / run.id, figure.quantities, figure.arrays) for run in of]
+        label: [write_excerpt(run, tmp_path / EXCERPTS / run.id, figure.quantities, figure.arrays) for run in of]
         for label, of in runs.items()
     }
     assert not any((run.path / "state").exists() for of in kept.values() for run in of)

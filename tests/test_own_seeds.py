@@ -32,7 +32,7 @@ def train_own(kept: Study, claim: str, seed: int = MINE) -> own_seeds.OwnSeeds:
         planned = own_seeds.plan(claim, seed, mine, data)
         planned.train(mine / "runs")
     assert own_seeds.plan(claim, seed, mine, data).runs() == []
-    return own_seeds.compare(planned, data)
+    return own_seeds.compare_seeds(planned, data)
 
 
 @pytest.mark.parametrize("claim", ["p.better", "p.rank", "p.words"])
@@ -98,7 +98,7 @@ def test_pairs_of_runs_and_missing_kept_seeds_have_their_own_messages() -> None:
         (effects.head(0), 0, (True, True)),
     ):  # fmt: skip
         own = pd.Series([index >= kept_seeds for index in range(len(both))], dtype=bool)
-        place = own_seeds._place(both, own, kept_seeds)
+        place = own_seeds._describe_position(both, own, kept_seeds)
         assert (none in place, pairs in place) == parts
 
 
@@ -123,7 +123,7 @@ def test_own_run_that_does_not_fit_is_named_and_trained_again(
     assert line == f"own run not used: A, seed {MINE}: {reason}"
     assert [run.arm for run in planned.runs()] == ["A"]
     assert planned.minutes() is not None
-    assert own_seeds.compare(planned, data).rows.set_index("seeds")["n"]["yours"] == 0
+    assert own_seeds.compare_seeds(planned, data).rows.set_index("seeds")["n"]["yours"] == 0
     pd.testing.assert_frame_equal(train_own(kept, "p.better").rows, first.rows)
     assert planned.unfit() == {}
 

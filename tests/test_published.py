@@ -85,7 +85,7 @@ def test_chance_of_the_overlap_is_hypergeometric() -> None:
 
 def test_verdicts_on_published_figures() -> None:
     claims = registration.read().of_tier("published")
-    found = published_numbers.judge(claims, FOLDER).set_index("claim")
+    found = published_numbers.judge_published(claims, FOLDER).set_index("claim")
     assert found[["outcome", "side"]].apply(tuple, axis=1).to_dict() == {
         "published.fourierft": ("inconclusive", "below 0"),
         "published.autolora": ("not supported", "above 0"),

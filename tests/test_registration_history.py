@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorascope.papers.judging import registration
-from lorascope.papers.judging.registration_history import HistoryComparison, compare
+from lorascope.papers.judging.registration import HistoryComparison, compare_with_history
 
 DEVIATION = """
 [[deviation]]
@@ -32,7 +32,7 @@ def clone(tmp_path: Path) -> tuple[Path, str]:
 
 
 def differences(file: Path, commits: list[str]) -> list[str]:
-    return compare(file, commits).differences
+    return compare_with_history(file, commits).differences
 
 
 def edit(file: Path, old: str, new: str, after: str = "") -> None:
@@ -115,10 +115,10 @@ def test_commits_that_are_not_known_are_counted(clone: tuple[Path, str], monkeyp
     file, commit = clone
     output = file.parents[1] / "written"
     # Neither an option nor a branch is passed on to git.
-    assert compare(file, [commit, "0" * 40, "HEAD", f"--output={output}"]) == HistoryComparison([], 1, 4)
+    assert compare_with_history(file, [commit, "0" * 40, "HEAD", f"--output={output}"]) == HistoryComparison([], 1, 4)
     assert not list(file.parents[1].glob("written*"))
     monkeypatch.setenv("PATH", "")
-    assert compare(file, [commit]) == HistoryComparison([], 0, 1)
+    assert compare_with_history(file, [commit]) == HistoryComparison([], 0, 1)
 
 
 def test_an_earlier_version_that_cannot_be_read_is_one_line(clone: tuple[Path, str]) -> None:

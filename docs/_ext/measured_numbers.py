@@ -62,8 +62,8 @@ def significant_digits(text: str) -> int:
 def _printed(tables: Tables) -> Iterator[tuple[str, str, str]]:
     """Return key, text and source of every number."""
     claims = tables.registration.of_tier("published")
-    for on_figures in published_numbers.judge(claims, tables.data / "published").to_dict("records"):
-        if on_figures["outcome"] != published_numbers.SHOWN:
+    for on_figures in published_numbers.judge_published(claims, tables.data / "published").to_dict("records"):
+        if on_figures["outcome"] != published_numbers.NOT_JUDGED:
             yield from _numbers(on_figures["claim"], _EFFECT, on_figures["shown"], "data/published")
     for id, row in tables.rows.items():
         if row["look"] >= 1:

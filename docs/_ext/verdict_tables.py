@@ -152,7 +152,7 @@ class Tables:
         return [
             (claims[row["claim"]].text.sentence, second(claims[row["claim"]]), row["shown"],
              _bound(claims[row["claim"]]), ", ".join(filter(None, (row["outcome"], row["side"]))))
-            for row in published_numbers.judge(claims, self.data / "published").to_dict("records")
+            for row in published_numbers.judge_published(claims, self.data / "published").to_dict("records")
         ]  # fmt: skip
 
     def verdicts(self) -> str:

@@ -123,7 +123,7 @@ def _train_claim(claim: str, seed: int, out: Path, json: bool) -> int:
     print(f"{count_phrase(len(planned.runs()), 'run')} to train; time: {time}.", file=sys.stderr, flush=True)
     with redirect_stdout(sys.stderr):  # a line per run
         planned.train(out / "runs")
-    found = own_seeds.compare(planned)
+    found = own_seeds.compare_seeds(planned)
     if json:
         print(dumps(found.to_dict()))
     else:

@@ -15,7 +15,7 @@ from tyro.conf import Positional, arg
 from lorascope.cli.arguments import command
 from lorascope.files.printable import count_phrase, printable
 from lorascope.papers.figures import redraw
-from lorascope.papers.judging import kept_figures, kept_runs, registration, registration_history, verification
+from lorascope.papers.judging import kept_figures, kept_runs, registration, verification
 from lorascope.papers.judging.code_hash import code_hash
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.registration import Registration
@@ -73,10 +73,10 @@ def main(
         for line in _find_differences(claims, found, folder, root, write, retrain):
             differences.append(printable(line))  # it may name a foreign file
         if root:
-            history = registration_history.compare(registered, found.runs["commit"].unique().tolist())
+            history = registration.compare_with_history(registered, found.runs["commit"].unique().tolist())
             differences.extend(history.differences)
-            if history.known < history.all:
-                kept += f" The registration was compared at {history.known} of {history.all} commits of runs."
+            if history.compared < history.commits:
+                kept += f" The registration was compared at {history.compared} of {history.commits} commits of runs."
     except (OSError, ValueError) as error:  # a damaged or missing file
         differences.append(printable(" ".join(str(error).split())))
     if json:

@@ -18,7 +18,7 @@ from lorascope.runs.manifest import SnapshotAbout, read_about
 from lorascope.runs.run import Run
 
 T = TypeVar("T")
-_PLACE = ["step", "module", "index"]
+_KEY = ["step", "module", "index"]
 _COMPARED = ("id", "method", "recipe", "settings", "task", "seed", "status", "modules", "states", "facts", "quantities")
 
 
@@ -43,8 +43,8 @@ def write_excerpt(run: Run, path: Path, quantities: Collection[str], arrays: Col
     """
     phases = [*run.parents, run]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as beside:
-        draft, old = Path(beside) / "draft", Path(beside) / "old"
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=path.parent) as temporary:
+        draft, old = Path(temporary) / "draft", Path(temporary) / "old"
         for phase in phases:
             _write_phase(phase, draft / phase._folder.name if run.parents else draft, quantities, arrays)
         if path.exists():  # it stays until the new one is complete
@@ -61,29 +61,32 @@ def _write_phase(run: Run, path: Path, quantities: Collection[str], arrays: Coll
     written = ["records.parquet"]
     for step in run._all_steps():
         file = TensorFile(run._file(snapshot_file(step)))
-        chosen = {name: file[name] for name in file if name.rpartition("/")[2] in arrays}
-        if chosen:
-            about = msgspec.to_builtins(_about_arrays(read_about(file), chosen))
-            write_tensors(path / snapshot_file(step), chosen, about)
+        tensors = {name: file[name] for name in file if name.rpartition("/")[2] in arrays}
+        if tensors:
+            about = msgspec.to_builtins(_about_arrays(read_about(file), tensors))
+            write_tensors(path / snapshot_file(step), tensors, about)
             written.append(snapshot_file(step))
-    known = {name: entry for name, entry in (run.meta.quantities or {}).items() if name in quantities}
-    meta = replace(run.meta, checksums={name: file_hash(path / name) for name in written}, quantities=known)
+    meta = replace(
+        run.meta,
+        checksums={name: file_hash(path / name) for name in written},
+        quantities=_select(run.meta.quantities or {}, quantities),
+    )
     write_json(path / "run.json", meta.to_json())
 
 
 def _about_arrays(about: SnapshotAbout, names: Collection[str]) -> SnapshotAbout:
     """Return the description of some arrays of a snapshot."""
-    factors = {
-        module: factors
-        for module, factors in about.factors.items()
-        if all(f"{module}/{factor}" in names for factor in factors)
-    }
+    modules = []
+    for module, factors in about.factors.items():
+        if set(names) >= {f"{module}/{factor}" for factor in factors}:
+            modules.append(module)
+    of_modules = (_select(values, modules) for values in (about.factors, about.scales, about.exact, about.forms))
+    factors, scales, exact, forms = of_modules
+    return SnapshotAbout(factors, scales, exact, _select(about.axes, names), forms)
 
-    def select(values: Mapping[str, T]) -> dict[str, T]:
-        return {module: value for module, value in values.items() if module in factors}
 
-    axes = {name: found for name, found in about.axes.items() if name in names}
-    return SnapshotAbout(factors, select(about.scales), select(about.exact), axes, select(about.forms))
+def _select(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
+    return {name: value for name, value in values.items() if name in names}
 
 
 def excerpt_differences(excerpt: Run, other: Run) -> list[str]:
@@ -91,27 +94,25 @@ def excerpt_differences(excerpt: Run, other: Run) -> list[str]:
 
     Numbers may differ by the rounding of another version.
     """
-    two = (excerpt, other)
-    fields = [name for name in _COMPARED if getattr(excerpt.meta, name) != getattr(other.meta, name)]
-    quantities = sorted(set().union(*(run.table["quantity"] for run in two)))
-    records = [name for name in quantities if not _are_close(*(_records(run, name) for run in two))]
-    places = sorted({(name, step) for run in two for name in run.snapshot_names() for step in run.snapshot_steps(name)})
-    arrays = [
-        f"{name} at step {step}"
-        for name, step in places
-        if not all(step in run.snapshot_steps(name) for run in two)
-        or not _are_close(*(run.snapshot(name, step) for run in two))
-    ]
-    return [*fields, *(f"records of {name}" for name in records), *arrays]
+    differences = [name for name in _COMPARED if getattr(excerpt.meta, name) != getattr(other.meta, name)]
+    for name in sorted({*excerpt.table["quantity"], *other.table["quantity"]}):
+        if not _are_close(_records(excerpt, name), _records(other, name)):
+            differences.append(f"records of {name}")
+    for name in sorted({*excerpt.snapshot_names(), *other.snapshot_names()}):
+        steps, other_steps = excerpt.snapshot_steps(name), other.snapshot_steps(name)
+        for step in sorted({*steps, *other_steps}):
+            missing = step not in steps or step not in other_steps
+            if missing or not _are_close(excerpt.snapshot(name, step), other.snapshot(name, step)):
+                differences.append(f"{name} at step {step}")
+    return differences
 
 
 def _records(run: Run, quantity: str) -> pd.DataFrame:
     """Return the records of a quantity, sorted by step, module and index."""
-    rows = run.table.loc[run.table["quantity"] == quantity, [*_PLACE, "value"]]
-    return rows.sort_values(_PLACE).reset_index(drop=True)
+    rows = run.table.loc[run.table["quantity"] == quantity, [*_KEY, "value"]]
+    return rows.sort_values(_KEY).reset_index(drop=True)
 
 
-def _are_close(one: pd.DataFrame, two: pd.DataFrame) -> bool:
-    places, values = zip(*((table.drop(columns="value"), table["value"]) for table in (one, two)), strict=True)
-    same_places = places[0].astype("object").map(str).equals(places[1].astype("object").map(str))
-    return same_places and np.allclose(values[0], values[1], rtol=1e-9, atol=0, equal_nan=True)
+def _are_close(table: pd.DataFrame, other: pd.DataFrame) -> bool:
+    keys, other_keys = (rows.drop(columns="value").astype("object").map(str) for rows in (table, other))
+    return keys.equals(other_keys) and np.allclose(table["value"], other["value"], rtol=1e-9, atol=0, equal_nan=True)

@@ -25,14 +25,18 @@ from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.verification import compare_tables
 from lorascope.runs.run import Run
 
-SHOWN = "shown"
+EXCERPTS = "shown"
 """Folder in a folder of evidence: the excerpts of runs that the figures show."""
 _FEWEST_SEEDS = 2  # of a figure that shows all
 
 
-def draw_figures(
-    folder: Path, out: Path, images: Path, sections: Mapping[str, Sequence[GalleryFigure]], commit: str
-) -> None:
+Sections = Mapping[str, Sequence[GalleryFigure]]
+"""Figures by heading."""
+Find = Callable[[Mapping[str, Any]], Run | None]
+"""Function that finds the run of a row of ``runs.csv``, or None if it is not there."""
+
+
+def draw_figures(folder: Path, out: Path, images: Path, sections: Sections, commit: str) -> None:
     """Draw the figures whose runs are in the evidence, unless they are kept with the same runs and data.
 
     Parameters
@@ -43,20 +47,20 @@ def draw_figures(
         Folder of the runs. A figure of a run that it lacks is drawn from kept excerpts, or stays as it is.
     images : path
         Folder of the images.
-    sections : mapping heading -> sequence of GalleryFigure
+    sections : Sections
         Figures by heading.
     commit : str
         Commit of this repository, which the images contain.
     """
     evidence = kept_runs.read(folder)
     main, find = evidence.of_main_machine(), _finder(out)
-    _keep_excerpts(folder, main, find, [figure for section in sections.values() for figure in section])
-    for heading, figure in [(heading, figure) for heading, section in sections.items() for figure in section]:
-        rows = _rows_of(figure, main)
+    listed = _by_name(sections)
+    _keep_excerpts(folder, main, find, listed)
+    for heading, figure in listed.values():
+        rows, runs = _rows_of(figure, main), []
         try:
-            runs: list[Any] = [
-                find(row) if figure.shows_factors else _kept_run(figure, evidence, folder, row) for row in rows
-            ]
+            for row in rows:
+                runs.append(find(row) if figure.shows_factors else _kept_run(figure, evidence, folder, row))
             if not rows or None in runs:
                 continue
             table, chart = _draw(figure, rows, runs)
@@ -67,61 +71,71 @@ def draw_figures(
         image = images / f"{figure.name}.png"
         if _is_kept(folder, figure.name, evidence.figures.get(figure.name), about, table, image):
             continue
-        kept = kept_figures.write(folder, figure.name, table, about)
-        save_small(chart, image, runs=list(about.runs), commit=commit, data_sha256=kept.digest)
+        digest = kept_figures.write(folder, figure.name, table, about).digest
+        save_small(chart, image, runs=list(about.runs), commit=commit, data_sha256=digest)
         print(f"{figure.name}: drawn from {len(rows)} runs", flush=True)
 
 
-def _keep_excerpts(
-    folder: Path, main: Evidence, find: Callable[[Mapping[str, Any]], Run | None], listed: Sequence[GalleryFigure]
-) -> None:
+def _by_name(sections: Sections) -> dict[str, tuple[str, GalleryFigure]]:
+    """Return heading and definition of every figure by its name."""
+    return {figure.name: (heading, figure) for heading, section in sections.items() for figure in section}
+
+
+def _keep_excerpts(folder: Path, main: Evidence, find: Find, listed: Mapping[str, tuple[str, GalleryFigure]]) -> None:
     """Add the excerpts of all runs that figures show, also of incomplete figures: the folder of a run may be lost."""
     rows: list[Any] = main.runs.to_dict("records")
     for row in rows:
-        shown = _shown_of(row, main, listed)
-        run = find(row) if any(shown) else None
+        contents = _contents_of(row, main, listed)
+        run = find(row) if any(contents) else None
         if run is not None:
-            write_excerpt(run, folder / SHOWN / row["run"], *shown)
+            write_excerpt(run, folder / EXCERPTS / row["run"], *contents)
 
 
-def _shown_of(row: Mapping[str, Any], main: Evidence, listed: Sequence[GalleryFigure]) -> tuple[set[str], set[str]]:
+def _contents_of(
+    row: Mapping[str, Any], main: Evidence, listed: Mapping[str, tuple[str, GalleryFigure]]
+) -> tuple[set[str], set[str]]:
     """Return the quantities and arrays that figures show of a run."""
-    judged = main.runs[main.runs["role"] == "judged"]
-    place = row["seed"] - judged["seed"].min() if row["role"] == "judged" else math.inf
-    chosen = [each for each in listed if row["arm"] in each.arms.values() and place < each.seeds]
-    return {name for each in chosen for name in each.quantities}, {name for each in chosen for name in each.arrays}
+    quantities: set[str] = set()
+    arrays: set[str] = set()
+    if row["role"] == "judged":
+        number = row["seed"] - main.runs.loc[main.runs["role"] == "judged", "seed"].min()
+        for _, figure in listed.values():
+            if row["arm"] in figure.arms.values() and number < figure.seeds:
+                quantities.update(figure.quantities)
+                arrays.update(figure.arrays)
+    return quantities, arrays
 
 
 def _is_kept(
-    folder: Path, name: str, known: KeptFigure | None, about: FigureAbout, table: pd.DataFrame, image: Path
+    folder: Path, name: str, kept: KeptFigure | None, about: FigureAbout, table: pd.DataFrame, image: Path
 ) -> bool:
     """Return whether a figure is kept with these runs, text and data, and with its image."""
-    if known is None or known.digest != kept_figures.digest_in(image):
+    if kept is None or kept.digest != kept_figures.digest_in(image):
         return False
-    same = known.about == replace(about, commit=known.about.commit)
+    same = kept.about == replace(about, commit=kept.about.commit)
     return same and not list(compare_tables("", *_texts(_read(folder, name), table)))
 
 
-def differences(folder: Path, evidence: Evidence, sections: Mapping[str, Sequence[GalleryFigure]]) -> Iterator[str]:
+def differences(folder: Path, evidence: Evidence, sections: Sections) -> Iterator[str]:
     """Draw the kept figures again from kept scores, tables and excerpts; return one line for each difference.
 
     The data of figures of factors are left out, because factors are not kept.
     """
-    known = {each.name: (heading, each) for heading, section in sections.items() for each in section}
-    main = evidence.of_main_machine()
+    listed, main = _by_name(sections), evidence.of_main_machine()
     for name, kept in evidence.figures.items():
         file = f"{kept_figures.FOLDER}/{name}.parquet"
-        if name not in known:
+        if name not in listed:
             yield f"{file}: no figure of the gallery has this name"
             continue
-        heading, figure = known[name]
+        heading, figure = listed[name]
         try:
             yield from _figure_differences(file, folder, evidence, heading, figure, kept, _rows_of(figure, main))
         except Exception as error:  # any cell of runs.csv, excerpt or table may be damaged
             yield f"{file}: cannot be drawn again: {' '.join(str(error).split()) or repr(error)}"
-    for path in sorted((folder / SHOWN).glob("*")):
-        if path.name not in set(evidence.runs["run"]):
-            yield f"{SHOWN}/{path.name}: not a run of runs.csv"
+    ids = set(evidence.runs["run"])
+    for path in sorted((folder / EXCERPTS).glob("*")):
+        if path.name not in ids:
+            yield f"{EXCERPTS}/{path.name}: not a run of runs.csv"
 
 
 def _figure_differences(
@@ -136,18 +150,18 @@ def _figure_differences(
     """Compare a kept figure with the gallery and the runs that it should show."""
     expected = FigureAbout(heading, figure.alt, tuple(row["run"] for row in rows), kept.about.commit)
     for field in ("heading", "alt", "runs"):
-        found, right = getattr(kept.about, field), getattr(expected, field)
-        if found != right:
-            yield f"{file}: {field}: kept {_shorten(found)}, recomputed {_shorten(right)}"
+        actual, right = getattr(kept.about, field), getattr(expected, field)
+        if actual != right:
+            yield f"{file}: {field}: kept {_shorten(actual)}, recomputed {_shorten(right)}"
     if figure.shows_factors or kept.about.runs != expected.runs:
         return
     runs = [_kept_run(figure, evidence, folder, row) for row in rows]
     if None in runs:
         missing = rows[runs.index(None)]["run"]
-        yield f"{SHOWN}/{missing}: no finished run with the scores in runs.csv, but {file} shows it"
+        yield f"{EXCERPTS}/{missing}: no finished run with the scores in runs.csv, but {file} shows it"
         return
-    found, _ = _draw(figure, rows, runs)
-    yield from compare_tables(file, *_texts(_read(folder, figure.name), found))
+    table, _ = _draw(figure, rows, runs)
+    yield from compare_tables(file, *_texts(_read(folder, figure.name), table))
 
 
 def _shorten(value: str | tuple[str, ...]) -> str:
@@ -160,8 +174,8 @@ def changed_excerpts(
     folder: Path,
     evidence: Evidence,
     row: Mapping[str, Any],
-    again: Path,
-    sections: Mapping[str, Sequence[GalleryFigure]],
+    retrained: Path,
+    sections: Sections,
 ) -> list[str]:
     """Return what differs between the excerpt of a run and the same run that was trained again, in one line each.
 
@@ -173,24 +187,21 @@ def changed_excerpts(
         Its content.
     row : mapping
         Row of ``runs.csv``.
-    again : path
+    retrained : path
         Folder of the run that was trained again.
-    sections : mapping heading -> sequence of GalleryFigure
+    sections : Sections
         Figures by heading.
     """
-    path = folder / SHOWN / row["run"]
+    path = folder / EXCERPTS / row["run"]
     if not path.exists():
         return []
-    listed = [figure for section in sections.values() for figure in section]
-    kept, run = _finder(path)(row), _finder(again)(row)
-    if kept is None or run is None:
-        return [f"{SHOWN}/{row['run']}: no finished run with the scores of the one that was trained again"]
+    excerpt, run = _finder(path)(row), _finder(retrained)(row)
+    if excerpt is None or run is None:
+        return [f"{EXCERPTS}/{row['run']}: no finished run with the scores of the one that was trained again"]
+    contents = _contents_of(row, evidence.of_main_machine(), _by_name(sections))
     with tempfile.TemporaryDirectory() as new:
-        fresh = write_excerpt(run, Path(new) / "run", *_shown_of(row, evidence.of_main_machine(), listed))
-        return [
-            f"{SHOWN}/{row['run']}: {difference}: other values when trained again"
-            for difference in excerpt_differences(kept, fresh)
-        ]
+        changed = excerpt_differences(excerpt, write_excerpt(run, Path(new) / "run", *contents))
+    return [f"{EXCERPTS}/{row['run']}: {name}: other values when trained again" for name in changed]
 
 
 def _read(folder: Path, name: str) -> pd.DataFrame:
@@ -206,12 +217,12 @@ def _draw(
     figure: GalleryFigure, rows: Sequence[Mapping[str, Any]], runs: Sequence[Any]
 ) -> tuple[pd.DataFrame, Drawable]:
     """Return a chart and its data, in which runs have the ids of the evidence."""
-    by_label: dict[str, list[Any]] = {
-        label: [run for run, row in zip(runs, rows, strict=True) if row["arm"] == arm]
-        for label, arm in figure.arms.items()
-    }
-    chart = figure.draw(by_label)
-    ids = {run.id: row["run"] for run, row in zip(runs, rows, strict=True)}
+    by_arm: dict[str, list[Any]] = {}
+    ids = {}
+    for run, row in zip(runs, rows, strict=True):
+        by_arm.setdefault(row["arm"], []).append(run)
+        ids[run.id] = row["run"]
+    chart = figure.draw({label: by_arm.get(arm, []) for label, arm in figure.arms.items()})
     return _plain_table(chart, ids), chart
 
 
@@ -225,8 +236,8 @@ def _rows_of(figure: GalleryFigure, evidence: Evidence) -> list[dict[str, Any]]:
     if not figure.shows_scores:
         seeds = seeds[: figure.seeds]
     if figure.table:
-        having = evidence.kept.get(figure.table, {})
-        seeds = [seed for seed in seeds if all(evidence.run(arm, seed) in having for arm in arms)]
+        by_run = evidence.kept.get(figure.table, {})
+        seeds = [seed for seed in seeds if by_run.keys() >= {evidence.run(arm, seed) for arm in arms}]
     if len(seeds) < (_FEWEST_SEEDS if figure.shows_scores else figure.seeds) or diverged[judged.index].any():
         return []
     rows = judged[judged["seed"].isin(seeds)].sort_values("seed", kind="stable")
@@ -234,8 +245,8 @@ def _rows_of(figure: GalleryFigure, evidence: Evidence) -> list[dict[str, Any]]:
         tuned = runs[(runs["role"] == "tuning") & ~diverged]
         # The validation loss of judged runs chose no rate.
         rows = pd.concat([tuned, rows.assign(validation_loss=math.nan, validation_metric=math.nan)])
-    listed: list[Any] = rows.to_dict("records")
-    return listed
+    records: list[Any] = rows.to_dict("records")
+    return records
 
 
 def _kept_run(
@@ -245,47 +256,49 @@ def _kept_run(
     if figure.shows_scores:
         tables = {name: tables[row["run"]] for name, tables in evidence.kept.items() if row["run"] in tables}
         return KeptScores(row, tables)
-    path = folder / SHOWN / row["run"]
+    path = folder / EXCERPTS / row["run"]
     run = _finder(path)(row)
-    if run is not None:
-        if run.meta.parents and run.path == path:
-            raise ValueError(f"{SHOWN}/{row['run']}: its earlier phases are not in this folder")
-        # AutoLoRA's retraining is a LoRA, and a phase of NeFT refers to the one before it.
-        earlier = [{"run": phase.id} for phase in run.parents]
-        methods = [
-            {name: None if value in earlier else value for name, value in phase.meta.method.items()}
-            for phase in (*run.parents, run)
-        ]
-        same = {"seed": run.meta.seed == row["seed"], "method": json.loads(row["method"]) in methods}
-        if differing := next((name for name, equal in same.items() if not equal), None):
-            raise ValueError(f"{SHOWN}/{row['run']}: {differing} differs from runs.csv")
+    if run is None:
+        return None
+    if run.meta.parents and run.path == path:
+        raise ValueError(f"{EXCERPTS}/{row['run']}: its earlier phases are not in this folder")
+    # AutoLoRA's retraining is a LoRA, and a phase of NeFT refers to the one before it.
+    methods = [phase.meta.method for phase in (*run.parents, run)]
+    references = [{"run": phase.id} for phase in run.parents]
+    for number, method in enumerate(methods):
+        replaced = dict.fromkeys(name for name, value in method.items() if value in references)
+        methods[number] = {**method, **replaced}
+    if run.meta.seed != row["seed"]:
+        raise ValueError(f"{EXCERPTS}/{row['run']}: seed differs from runs.csv")
+    if json.loads(row["method"]) not in methods:
+        raise ValueError(f"{EXCERPTS}/{row['run']}: method differs from runs.csv")
     return run
 
 
 def _folders(out: Path) -> dict[str, list[Path]]:
     """Return the run folders below a folder by the id of their runs; runs may share an earlier phase."""
-    found: dict[str, list[Path]] = {}
+    folders: dict[str, list[Path]] = {}
     for file in sorted(out.rglob("run.json")):
         id = to_typed(read_json(file, dict[str, Any]).get("id"), str, f"id of {file}")
-        found.setdefault(id, []).append(file.parent)
-    return found
+        folders.setdefault(id, []).append(file.parent)
+    return folders
 
 
-def _finder(out: Path) -> Callable[[Mapping[str, Any]], Run | None]:
-    """Return a function that finds the run of a row of ``runs.csv`` in a folder, or None if it is not there."""
+def _finder(out: Path) -> Find:
+    """Return a function that finds runs in a folder."""
     folders = _folders(out)
 
     def find(row: Mapping[str, Any]) -> Run | None:
         # The id in the evidence ends with a hash of the machine, because another one gives the run other numbers.
         id = str(row["run"]).partition("-")[0]
-        own = folders.get(id, [])
-        if len(own) > 1:
-            raise ValueError(f"two folders of run {printable(id)}: {printable(own[0])} and {printable(own[1])}")
-        run = Run.read(own[0]) if own else None
+        paths = folders.get(id, [])
+        if len(paths) > 1:
+            raise ValueError(f"two folders of run {printable(id)}: {printable(paths[0])} and {printable(paths[1])}")
+        run = Run.read(paths[0]) if paths else None
         if run is None or not run.finished:
             return None
-        same = (math.isclose(run.score.loss, row["test_loss"]), math.isclose(run.score.metric, row["test_metric"]))
-        return run if all(same) else None
+        same_loss = math.isclose(run.score.loss, row["test_loss"])
+        return run if same_loss and math.isclose(run.score.metric, row["test_metric"]) else None
 
     return find
 

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from lorascope.analysis.seed_intervals import Estimate
 
 MINIMUM_SEEDS = 3
@@ -59,15 +61,13 @@ class Claim:
         kinds = {"superiority": "margin", "non-inferiority": "tolerance", "equivalence": "tolerance"}
         if self.kind not in kinds:
             raise ValueError(f"kind must be one of {', '.join(kinds)}, got {self.kind!r}: claim {self.id}")
-        needed = kinds[self.kind]
-        other = "tolerance" if needed == "margin" else "margin"
+        name = kinds[self.kind]
+        other = "tolerance" if name == "margin" else "margin"
         if getattr(self, other) is not None:
-            raise ValueError(
-                f"{other} must be left out of a claim of {self.kind}, which has a {needed}: claim {self.id}"
-            )
-        bound = getattr(self, needed)
+            raise ValueError(f"{other} must be left out of a claim of {self.kind}, which has a {name}: claim {self.id}")
+        bound = getattr(self, name)
         if bound is None or not (math.isfinite(bound) and bound > 0):
-            raise ValueError(f"{needed} must be a finite number > 0, got {bound}: claim {self.id}")
+            raise ValueError(f"{name} must be a finite number > 0, got {bound}: claim {self.id}")
 
     @property
     def bound(self) -> float:
@@ -83,7 +83,9 @@ class Claim:
             supported, rejected = low > -bound, high < -bound
         else:
             supported, rejected = low > -bound and high < bound, low > bound or high < -bound
-        return "supported" if supported else "not supported" if rejected else "inconclusive"
+        if supported:
+            return "supported"
+        return "not supported" if rejected else "inconclusive"
 
     def outcome(self, effect: Estimate, level: float) -> Outcome:
         """Judge the claim at a one-sided level; fewer than ``MINIMUM_SEEDS`` seeds are always inconclusive."""
@@ -97,14 +99,16 @@ class Claim:
             supported = max(effect.p_above(-bound), effect.p_below(bound))
             rejected = min(effect.p_above(bound), effect.p_below(-bound))
         else:
-            at = bound if self.kind == "superiority" else -bound
-            supported, rejected = effect.p_above(at), effect.p_below(at)
+            limit = bound if self.kind == "superiority" else -bound
+            supported, rejected = effect.p_above(limit), effect.p_below(limit)
         return min(1.0, 2 * min(supported, rejected))
 
 
 def side(low: float, high: float) -> str:
     """Return the side of 0 of the whole interval of an effect: "above 0", "below 0", or "" if it contains 0."""
-    return "above 0" if low > 0 else "below 0" if high < 0 else ""
+    if low > 0:
+        return "above 0"
+    return "below 0" if high < 0 else ""
 
 
 def format_effect(claim: Claim, effect: float, low: float, high: float) -> str:
@@ -115,16 +119,13 @@ def format_effect(claim: Claim, effect: float, low: float, high: float) -> str:
     """
     if math.isnan(low):
         return f"{_format_digits(effect, 3)} [no interval]"
-    bounds = (0.0, claim.bound, -claim.bound)
+    bounds = np.array([0.0, claim.bound, -claim.bound])
     for digits in range(3, 17):
-        shown = [_format_digits(value, digits) for value in (effect, low, high)]
-        if all(
-            (float(text) > at) == (end > at) and (float(text) < at) == (end < at)
-            for text, end in zip(shown[1:], (low, high), strict=True)
-            for at in bounds
-        ):
+        text, low_text, high_text = (_format_digits(value, digits) for value in (effect, low, high))
+        printed, exact = np.array([[float(low_text)], [float(high_text)]]), np.array([[low], [high]])
+        if np.array_equal(np.sign(printed - bounds), np.sign(exact - bounds), equal_nan=True):
             break
-    return f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    return f"{text} [{low_text}, {high_text}]"
 
 
 def with_level(effect: str, one_sided: float) -> str:

@@ -35,12 +35,12 @@ class _Module:
 @cache
 def _module(name: str) -> _Module | None:
     """Parse a module without importing it; None if there is none of this name."""
-    top, *rest = name.split(".")
+    top, *names = name.split(".")
     spec = find_spec(top)
     if spec is None or spec.origin is None:
         return None
-    at = Path(spec.origin).parent.joinpath(*rest)
-    file = at / "__init__.py" if at.is_dir() else at.with_name(f"{at.name}.py")
+    path = Path(spec.origin).parent.joinpath(*names)
+    file = path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
     if not file.exists():
         return None
     tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -61,8 +61,8 @@ def _bound_names(node: ast.stmt) -> Iterator[str]:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         yield node.name
     elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        yield from (each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name))
+        for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+            yield from (name.id for name in ast.walk(target) if isinstance(name, ast.Name))
 
 
 def code_hash(module: str, claim: str) -> str:
@@ -87,14 +87,11 @@ def code_hash(module: str, claim: str) -> str:
     KeyError
         The module has no row for the claim.
     """
-    source = _module(module)
-    rows = [
-        value
-        for node in ast.walk(source.tree if source else ast.Module([], []))
-        if isinstance(node, ast.Dict)
-        for key, value in zip(node.keys, node.values, strict=True)
-        if isinstance(key, ast.Constant) and key.value == claim
-    ]
+    source, rows = _module(module), []
+    for node in ast.walk(source.tree) if source else ():
+        if isinstance(node, ast.Dict):
+            items = zip(node.keys, node.values, strict=True)
+            rows += [value for key, value in items if isinstance(key, ast.Constant) and key.value == claim]
     if len(rows) != 1:
         raise KeyError(f"{module} must have one row for claim {claim!r}, got {len(rows)}")
     reached: dict[str, str] = {}
@@ -126,26 +123,26 @@ def _names(node: ast.AST) -> Iterator[str]:
         yield from _names(child)
 
 
-def _resolve(parts: list[str], module: str, reached: dict[str, str]) -> None:
-    found = _module(module)
-    if found is None:
+def _resolve(names: list[str], module: str, reached: dict[str, str]) -> None:
+    source = _module(module)
+    if source is None:
         return
-    first = parts[0]
-    if first in found.imported and first not in found.defined:
-        target = found.imported[first]
+    first = names[0]
+    if first in source.imported and first not in source.defined:
+        target = source.imported[first]
         if not _PART_OF_CLAIM.fullmatch(target):
             return
         if _module(target) is not None:  # ``from package import module``
-            if len(parts) > 1:
-                _resolve(parts[1:], target, reached)
+            if len(names) > 1:
+                _resolve(names[1:], target, reached)
             return
         package, _, name = target.rpartition(".")
         _resolve([name], package, reached)
         return
     key = f"{module}.{first}"
-    if key in reached or first not in found.defined or not _PART_OF_CLAIM.fullmatch(module):
+    if key in reached or first not in source.defined or not _PART_OF_CLAIM.fullmatch(module):
         return
-    nodes = found.defined[first]
+    nodes = source.defined[first]
     reached[key] = "; ".join(_canonical(node, _local_names(node)) for node in nodes)
     for node in nodes:
         _follow(node, module, reached)
@@ -172,7 +169,7 @@ def _canonical(node: Any, local_names: Mapping[str, str] = MappingProxyType({}))
     for name in node._fields:
         value = getattr(node, name, None)
         if name == "body" and isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
-            value = [each for each in node.body if not _is_docstring(each)]
+            value = [statement for statement in node.body if not _is_docstring(statement)]
         if name == "id" and isinstance(value, str) and value in local_names:
             value = local_names[value]
         if name not in _IGNORED and value not in (None, []):

@@ -86,10 +86,10 @@ def _read_figure(file: Path) -> KeptFigure:
     import pyarrow.parquet as pq
 
     read_table(file, file)  # checks that its data can be read
-    found = (pq.read_schema(pa.BufferReader(file.read_bytes())).metadata or {}).get(_METADATA)
-    if found is None:
+    description = (pq.read_schema(pa.BufferReader(file.read_bytes())).metadata or {}).get(_METADATA)
+    if description is None:
         raise unreadable(file, "it must have the description of a figure")
-    about = to_typed(parse_json(found.decode(), file), FigureAbout, file)
+    about = to_typed(parse_json(description.decode(), file), FigureAbout, file)
     return KeptFigure(about, hashlib.sha256(file.read_bytes()).hexdigest())
 
 
@@ -108,7 +108,7 @@ def _read_image(image: Path) -> tuple[dict[str, Any], str]:
         return {}, ""
 
 
-def differences(figures: Mapping[str, KeptFigure], runs: Collection[str], images: Path | None) -> Iterator[str]:
+def image_differences(figures: Mapping[str, KeptFigure], runs: Collection[str], images: Path | None) -> Iterator[str]:
     """Return one line for each run of a figure that is not kept, and each image with other data, runs or pixels.
 
     Parameters
@@ -127,9 +127,9 @@ def differences(figures: Mapping[str, KeptFigure], runs: Collection[str], images
         if images is None:
             continue
         facts, pixels = _read_image(images / f"{name}.png")
-        if (kept := str(facts.get("data_sha256", ""))) != figure.digest:
-            shown = kept[:12] or "no image with chart data"
-            yield f"{FOLDER}/{name}.png: data_sha256: kept {shown}, recomputed {figure.digest[:12]}"
+        if (digest := str(facts.get("data_sha256", ""))) != figure.digest:
+            state = digest[:12] or "no image with chart data"
+            yield f"{FOLDER}/{name}.png: data_sha256: kept {state}, recomputed {figure.digest[:12]}"
             continue
         about = figure.about
         expected = {"runs": list(about.runs), "commit": about.commit, "pixels_sha256": pixels}

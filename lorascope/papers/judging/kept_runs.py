@@ -123,7 +123,7 @@ class Evidence:
     figures: Mapping[str, KeptFigure] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        used, tuning = self.runs[self.runs["role"] != "tuning"], self.runs["role"] == "tuning"
+        tuning = self.runs["role"] == "tuning"
         keys = self.runs.assign(tuning=tuning, rate=self.runs["rate"].where(tuning))
         twice = keys[keys.duplicated(["arm", "seed", "tuning", "rate", *BLOCK])]
         if len(twice):
@@ -132,19 +132,19 @@ class Evidence:
             )
         if len(ids := self.runs["run"][self.runs["run"].duplicated()]):
             raise ValueError(f"runs.csv: run ids must be unique, got {printable(ids.iloc[0])!r} twice")
-        judged, baselines = used[used["role"] == "judged"], used[used["role"] == "baseline"]
+        judged, baselines = (self.runs[self.runs["role"] == role] for role in ("judged", "baseline"))
         self._runs = dict(zip(zip(judged["arm"], judged["seed"], strict=True), judged["run"], strict=True))
-        self._parts: dict[tuple[Any, ...], Evidence] = {}
+        self._by_block: dict[tuple[Any, ...], Evidence] = {}
         self._baselines = dict(zip(baselines["arm"], baselines["run"], strict=True))
 
     def in_block(self, block: Mapping[str, Any]) -> Evidence:
         """Return the runs of one machine, and the baselines."""
         key = tuple(block[name] for name in BLOCK)
-        if key not in self._parts:
+        if key not in self._by_block:
             same = np.logical_and.reduce([self.runs[name] == block[name] for name in BLOCK])
-            chosen = self.runs[same | (self.runs["role"] == "baseline")]
-            self._parts[key] = Evidence(chosen, self.rows, self.margins, self.nll, self.kept)
-        return self._parts[key]
+            runs = self.runs[same | (self.runs["role"] == "baseline")]
+            self._by_block[key] = Evidence(runs, self.rows, self.margins, self.nll, self.kept)
+        return self._by_block[key]
 
     def blocks(self) -> list[dict[str, Any]]:
         """Return the machines on which judged runs were trained, in the order of the table."""
@@ -154,16 +154,15 @@ class Evidence:
     def of_main_machine(self) -> Evidence:
         """Return the runs of the machine with the most judged runs, the first one if several have as many."""
         machines = [self.in_block(block) for block in self.blocks()]
-        return max(machines, key=lambda found: (found.runs["role"] == "judged").sum(), default=self)
+        return max(machines, key=lambda machine: (machine.runs["role"] == "judged").sum(), default=self)
 
     def seeds(self, arms: Iterable[str], first: int) -> list[int]:
         """Return the seeds from ``first`` on that all arms have, up to the first one that is missing."""
         varied = [arm for arm in arms if arm not in self._baselines]
-        found, seed = [], first
-        while varied and all((arm, seed) in self._runs for arm in varied):
-            found.append(seed)
-            seed += 1
-        return found
+        stop = first
+        while varied and all((arm, stop) in self._runs for arm in varied):
+            stop += 1
+        return list(range(first, stop))
 
     def has(self, arm: str, seed: int) -> bool:
         """Return whether an arm has a judged run with this seed, or is a baseline."""
@@ -198,11 +197,11 @@ class Evidence:
         return pd.factorize(rows["cluster"])[0]
 
 
-def _of_run(kept: Mapping[str, Any], run: str, what: str) -> Any:
+def _of_run(by_run: Mapping[str, Any], run: str, name: str) -> Any:
     """Return what is kept of a run."""
-    if run not in kept:
-        raise ValueError(f"the evidence lacks the {what} of run {printable(run)}: restore the file from a copy")
-    return kept[run]
+    if run not in by_run:
+        raise ValueError(f"the evidence lacks the {name} of run {printable(run)}: restore the file from a copy")
+    return by_run[run]
 
 
 def read(folder: str | Path) -> Evidence:
@@ -218,24 +217,19 @@ def read(folder: str | Path) -> Evidence:
     folder = Path(folder)
     runs = read_csv(folder / "runs.csv", RUN_COLUMNS)
     rows = _read_rows(folder / "rows.parquet")
-    margins, nll = {}, {}
+    scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in SCORES}
     for run in runs["run"]:
         if not is_plain(run):
             raise unreadable(folder / "runs.csv", f"invalid run id {printable(run)!r}")
         if (file := folder / "predictions" / f"{run}.npz").exists():
-            scores = _read_scores(file)
-            if "margin" in scores:
-                margins[run] = scores["margin"]
-            if "nll" in scores:
-                nll[run] = scores["nll"]
-    names = sorted(path.name for path in folder.glob("kept/*") if path.is_dir())
-    kept = {
-        name: {path.stem: read_table(path, path) for path in sorted((folder / "kept" / name).glob("*.parquet"))}
-        for name in names
-    }
-    if margins and not len(rows):
+            for name, values in _read_scores(file).items():
+                scores[name][run] = values
+    kept_tables = {}
+    for path in sorted(filter(Path.is_dir, folder.glob("kept/*"))):
+        kept_tables[path.name] = {file.stem: read_table(file, file) for file in sorted(path.glob("*.parquet"))}
+    if scores["margin"] and not len(rows):
         raise unreadable(folder / "rows.parquet", "it has no test rows, but there are predictions of them")
-    return Evidence(runs, rows, margins, nll, kept, figures.read(folder))
+    return Evidence(runs, rows, scores["margin"], scores["nll"], kept_tables, figures.read(folder))
 
 
 def read_kept(folder: Path) -> Evidence:
@@ -343,7 +337,7 @@ def add_run(
     folder: str | Path,
     row: Mapping[str, Any],
     scores: Mapping[str, np.ndarray],
-    kept: Mapping[str, pd.DataFrame],
+    tables: Mapping[str, pd.DataFrame],
 ) -> None:
     """Add a finished run, whose files are complete before its row appears in ``runs.csv``.
 
@@ -355,8 +349,8 @@ def add_run(
         A value for each of ``RUN_COLUMNS``.
     scores : mapping
         ``margin`` and ``nll`` of the test rows, as far as claims use them.
-    kept : mapping name -> DataFrame
-        Tables that statistics read.
+    tables : mapping name -> DataFrame
+        Kept tables, which statistics read.
 
     Raises
     ------
@@ -365,21 +359,19 @@ def add_run(
     """
     folder, run = Path(folder), str(row["run"])
     file = folder / "runs.csv"
-    known = read_csv(file, RUN_COLUMNS) if file.exists() else pd.DataFrame(columns=list(RUN_COLUMNS))
+    runs = read_csv(file, RUN_COLUMNS) if file.exists() else pd.DataFrame(columns=list(RUN_COLUMNS))
     new = pd.DataFrame([row])[list(RUN_COLUMNS)]
-    if (known["run"] == run).any():
-        old, again = known[known["run"] == run], _parse_csv(to_csv(new), RUN_COLUMNS)
-        if to_csv(old.assign(cpu_seconds=0.0)) != to_csv(again.assign(cpu_seconds=0.0)):
+    if (runs["run"] == run).any():
+        old, parsed = runs[runs["run"] == run], _parse_csv(to_csv(new), RUN_COLUMNS)
+        if to_csv(old.assign(cpu_seconds=0.0)) != to_csv(parsed.assign(cpu_seconds=0.0)):
             raise ValueError(f"cannot add run {printable(run)}: {printable(file)} has it with other numbers")
         return
     if scores:
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **scores)
         write_bytes(folder / "predictions" / f"{run}.npz", buffer.getvalue())
-    for name, table in kept.items():
-        buffer = io.BytesIO()
-        table.to_parquet(buffer, index=False, compression="zstd")
-        write_bytes(folder / "kept" / name / f"{run}.parquet", buffer.getvalue())
+    for name, table in tables.items():
+        _write_table(folder / "kept" / name / f"{run}.parquet", table)
     # Runs stay in the order in which they finished, which decides the judging machine. Earlier rows are not parsed, so
     # that no number of theirs changes.
     earlier = file.read_bytes() if file.exists() else to_csv(new.head(0))
@@ -389,11 +381,14 @@ def add_run(
 def add_rows(folder: Path, rows: pd.DataFrame) -> None:
     """Add the test rows of a task, if the folder lacks them."""
     file = folder / "rows.parquet"
-    known = read_table(file, file) if file.exists() else rows.head(0)
-    if set(rows["task_hash"]) <= set(known["task_hash"]):
-        return
+    old_rows = read_table(file, file) if file.exists() else rows.head(0)
+    if not set(rows["task_hash"]) <= set(old_rows["task_hash"]):
+        _write_table(file, pd.concat([old_rows, rows], ignore_index=True))
+
+
+def _write_table(file: Path, table: pd.DataFrame) -> None:
     buffer = io.BytesIO()
-    pd.concat([known, rows], ignore_index=True).to_parquet(buffer, index=False, compression="zstd")
+    table.to_parquet(buffer, index=False, compression="zstd")
     write_bytes(file, buffer.getvalue())
 
 

@@ -50,21 +50,21 @@ def read(data: Path = registration.FILE.parent) -> KeptVerdicts:
             pd.DataFrame(columns=list(COLUMNS)), ("No verdicts here: they are kept in a clone of the repository.",)
         )
     claims, file = registration.read(data / "registered.toml"), data / "evidence" / "verdicts.csv"
-    tables, notes = [published_numbers.judge(claims.claims, data / "published")], []
+    tables, notes = [published_numbers.judge_published(claims.claims, data / "published")], []
     if file.exists():
-        kept = read_file(file, claims)
-        judged = have_verdict(kept)
-        tables.append(kept[judged])
+        verdicts = read_file(file, claims)
+        judged = have_verdict(verdicts)
+        tables.append(verdicts[judged])
         if missing := int((~judged).sum()):
-            notes.append(f"Claims without a verdict: {missing} of {len(kept)}.")
+            notes.append(f"Claims without a verdict: {missing} of {len(verdicts)}.")
     else:
         notes.append("No trained runs are judged yet: data/evidence has no verdicts.csv.")
     return KeptVerdicts(pd.concat([_rows(table, claims) for table in tables], ignore_index=True), tuple(notes))
 
 
-def have_verdict(kept: pd.DataFrame) -> pd.Series:
+def have_verdict(verdicts: pd.DataFrame) -> pd.Series:
     """Return which claims of a ``verdicts.csv`` have a verdict: void, or by runs of the registered arms."""
-    return ((kept["look"] >= 1) & (kept["arms_state"] != "changed")) | (kept["outcome"] == "void")
+    return ((verdicts["look"] >= 1) & (verdicts["arms_state"] != "changed")) | (verdicts["outcome"] == "void")
 
 
 def read_file(file: Path, claims: Registration) -> pd.DataFrame:
@@ -77,13 +77,13 @@ def read_file(file: Path, claims: Registration) -> pd.DataFrame:
     ValueError
         The file is damaged, or does not have every claim once.
     """
-    kept = kept_runs.read_csv(file, VERDICT_COLUMNS)
-    found, needed = Counter(kept["claim"]), Counter([*claims.of_tier("primary", "secondary")])
-    for id in (*needed, *found):
-        if found[id] != needed[id]:
-            expected = count_phrase(needed[id], "time")
-            raise unreadable(file, f"claim {printable(id)!r} must occur {expected}, got {found[id]}")
-    return kept
+    verdicts = kept_runs.read_csv(file, VERDICT_COLUMNS)
+    counts, expected = Counter(verdicts["claim"]), Counter([*claims.of_tier("primary", "secondary")])
+    for id in (*expected, *counts):
+        if counts[id] != expected[id]:
+            times = count_phrase(expected[id], "time")
+            raise unreadable(file, f"claim {printable(id)!r} must occur {times}, got {counts[id]}")
+    return verdicts
 
 
 def _rows(verdicts: pd.DataFrame, claims: Registration) -> pd.DataFrame:

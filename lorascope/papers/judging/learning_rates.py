@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,8 @@ def choose(grid: Sequence[float], losses: Mapping[float, float]) -> Choice:
     for extension in range(MAX_EXTENSIONS + 1):
         if missing := tuple(rate for rate in rates if rate not in losses):
             return Choice(missing)
-        best = min(rates, key=lambda rate: (losses[rate] if losses[rate] < float("inf") else float("inf"), rate))
+        # In this order, a loss that is NaN counts as infinite.
+        best = min(rates, key=lambda rate: (min(math.inf, losses[rate]), rate))
         inside = rates[0] < best < rates[-1]
         if inside or extension == MAX_EXTENSIONS:
             break
@@ -79,13 +81,14 @@ def losses_by_rate(runs: pd.DataFrame, arm: str, seeds: Sequence[int]) -> dict[f
         Tuning seeds.
     """
     rows = runs[(runs["arm"] == arm) & (runs["role"] == "tuning") & runs["seed"].isin(list(seeds))]
-    complete = [
-        (rate, of_rate) for rate, of_rate in rows.groupby("rate") if of_rate["seed"].nunique() == len(set(seeds))
-    ]
-    return {float(str(rate)): float(of_rate["validation_loss"].mean(skipna=False)) for rate, of_rate in complete}
+    losses = {}
+    for rate, of_rate in rows.groupby("rate"):
+        if of_rate["seed"].nunique() == len(set(seeds)):
+            losses[float(str(rate))] = float(of_rate["validation_loss"].mean(skipna=False))
+    return losses
 
 
-def chosen(registration: Registration, runs: pd.DataFrame, arm: str) -> tuple[RegisteredArm, Choice]:
+def choice_of_arm(registration: Registration, runs: pd.DataFrame, arm: str) -> tuple[RegisteredArm, Choice]:
     """Return the arm whose rate an arm takes, which may be itself, and the state of the choice.
 
     Parameters
@@ -116,15 +119,11 @@ def tuning_table(runs: pd.DataFrame, grids: Mapping[str, tuple[Sequence[float], 
     DataFrame
         ``arm, rate, seed, validation_loss, at_end_of_grid, chosen``: one row per tuning run.
     """
+    columns = ["arm", "rate", "seed", "validation_loss"]
     tables = []
     for arm, (grid, seeds) in grids.items():
         choice = choose(grid, losses_by_rate(runs, arm, seeds))
-        rows = runs[(runs["arm"] == arm) & (runs["role"] == "tuning")].sort_values(["rate", "seed"])
-        chosen = rows["rate"] == choice.rate
-        tables.append(
-            rows[["arm", "rate", "seed", "validation_loss"]].assign(
-                at_end_of_grid=chosen & choice.at_end, chosen=chosen
-            )
-        )
-    columns = ["arm", "rate", "seed", "validation_loss", "at_end_of_grid", "chosen"]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+        rows = runs.loc[(runs["arm"] == arm) & (runs["role"] == "tuning"), columns].sort_values(["rate", "seed"])
+        is_chosen = rows["rate"] == choice.rate
+        tables.append(rows.assign(at_end_of_grid=is_chosen & choice.at_end, chosen=is_chosen))
+    return pd.concat(tables or [pd.DataFrame(columns=[*columns, "at_end_of_grid", "chosen"])], ignore_index=True)

@@ -90,7 +90,7 @@ class Verdict:
     note: str
 
 
-def judge(claim: Claim, looks: Looks, estimate: Callable[[int], Estimate], available: int) -> Verdict:
+def judge_at_looks(claim: Claim, looks: Looks, estimate: Callable[[int], Estimate], available: int) -> Verdict:
     """Judge a claim at its looks, in order, until one decides it or the seeds do not suffice for the next.
 
     Parameters

@@ -34,20 +34,13 @@ def fourierft(folder: Path) -> Interval:
     cells = cells[(cells["seeds"] > 0) & ~cells["lora_starts_from_mnli"]]
     scores = seeds[seeds["used"]].groupby(["task", "size"])["best"]
     logged = cells.join(scores.agg(["mean", "var", "count"]), on=["task", "size"])
-    variances = np.concatenate(
-        [
-            logged["var"] / logged["count"],
-            logged["lora_printed_sd"] ** 2 / logged["lora_seeds"],
-        ]
-    )
+    of_lora = logged["lora_printed_sd"] ** 2 / logged["lora_seeds"]
+    variances = np.concatenate([logged["var"] / logged["count"], of_lora])
     degrees = np.concatenate([logged["count"] - 1, logged["lora_seeds"] - 1])
     error = float(np.sqrt(variances.sum())) / len(logged)
-    estimate = Estimate(
-        float((logged["mean"] - logged["lora_printed_median"]).mean()),
-        int(logged["count"].min()),
-        ((error, float(variances.sum() ** 2 / (variances**2 / degrees).sum())),),
-    )
-    return estimate.interval(LEVEL)
+    welch_degrees = float(variances.sum() ** 2 / (variances**2 / degrees).sum())
+    effect = float((logged["mean"] - logged["lora_printed_median"]).mean())
+    return Estimate(effect, int(logged["count"].min()), ((error, welch_degrees),)).interval(LEVEL)
 
 
 def autolora(folder: Path) -> Interval:
@@ -106,12 +99,12 @@ EFFECTS: dict[str, Effect] = {
     "published.hydralora": hydralora,
 }
 """Effects of the judged claims on published figures, by the id of the claim."""
-SHOWN = "shown, not judged"
+NOT_JUDGED = "shown, not judged"
 """Outcome of a claim on printed numbers that have no interval by their nature."""
 _WITHOUT_SEEDS = {"published.adalora"}  # its interval covers the rounding of the printed numbers
 
 
-def judge(claims: Mapping[str, Registered], folder: Path) -> pd.DataFrame:
+def judge_published(claims: Mapping[str, Registered], folder: Path) -> pd.DataFrame:
     """Judge the claims on published figures, which are not corrected for their number.
 
     A claim whose effect has no interval, or comes from fewer than three runs or lists, is inconclusive. NeFT's overlap
@@ -151,8 +144,9 @@ def _show_overlap(folder: Path) -> dict[str, Any]:
     table = neft_overlap(folder)
     table = table[table["comparison"].str.startswith("two disjoint")]
     overlap, chance = (f"{table[name].min():.2f} to {table[name].max():.2f}" for name in ("overlap", "chance"))
-    shown = {"n": len(table), "outcome": SHOWN, "side": "", "shown": f"{overlap}; chance {chance}"}
-    return dict.fromkeys(("effect", "low", "high"), np.nan) | shown
+    text = f"{overlap}; chance {chance}"
+    row = {"n": len(table), "outcome": NOT_JUDGED, "side": "", "shown": text}
+    return dict.fromkeys(("effect", "low", "high"), np.nan) | row
 
 
 def neft_overlap(folder: Path) -> pd.DataFrame:

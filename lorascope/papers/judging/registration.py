@@ -1,12 +1,17 @@
-"""Registration of the claims: what will be judged, how, and at how many seeds, fixed in a file before the runs."""
+"""Registration of the claims: what will be judged, how, and at how many seeds, fixed in a file before the runs.
+
+The file is also compared with its versions at the commits with which the runs were trained.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import subprocess
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -125,6 +130,10 @@ class RegisteredArm:
     by_seed: tuple[str, ...] = ()
     baseline: bool = False
     seeds: int = 0
+
+    def fields_at(self, rate: float) -> dict[str, float]:
+        """Return the fields of the method at a learning rate."""
+        return {name: rate * ratio for name, ratio in self.fields.items()}
 
 
 def arm_hash(
@@ -245,8 +254,8 @@ class Registration:
     @property
     def first_seed(self) -> int:
         """First judged seed of all claims on runs, with which arms for figures start."""
-        found = (claim.design.first_seed for claim in self.of_tier("primary", "secondary").values())
-        return min(found, default=Design.first_seed)
+        judged = self.of_tier("primary", "secondary").values()
+        return min((claim.design.first_seed for claim in judged), default=Design.first_seed)
 
     def of_tier(self, *tiers: Tier) -> dict[str, Registered]:
         """Return the claims of these tiers, in their order."""
@@ -261,6 +270,7 @@ class _Contents:
     stage: tuple[Stage, ...] = ()
 
 
+_COMMIT = re.compile("[0-9a-f]{40}")  # an option or a branch would give another file
 _KEYS = {"from": "origin", "looks": "seeds"}  # keys of a claim that have other names in Python
 
 
@@ -288,19 +298,21 @@ def parse(content: bytes, file: Path | str) -> Registration:
         raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
     if unread := next(_unread_keys(tables, msgspec.to_builtins(contents)), None):
         raise ValueError(f"cannot read {printable(file)}: unknown key {printable(unread)!r}. Correct or remove it")
-    named = [f"claim {claim.id!r}" for claim in contents.claim] + [f"arm {arm.label!r}" for arm in contents.arm]
-    if twice := [name for name, count in Counter(named).items() if count > 1]:
-        raise ValueError(f"cannot read {printable(file)}: {printable(twice[0])} is registered twice")
+    names = [f"claim {claim.id!r}" for claim in contents.claim] + [f"arm {arm.label!r}" for arm in contents.arm]
+    if len(names) > len(set(names)):
+        (twice, _), *_ = Counter(names).most_common()
+        raise ValueError(f"cannot read {printable(file)}: {printable(twice)} is registered twice")
     for claim in contents.claim:
         _ = claim.claim  # raises for a bound that is not allowed
         if claim.paper.tier != "published":
             _ = claim.design.looks
     claims, arms = {claim.id: claim for claim in contents.claim}, {arm.label: arm for arm in contents.arm}
-    named_by = [(f"claim {claim.id!r}", label) for claim in contents.claim for label in claim.arms]
-    named_by += [(f"arm {arm.label!r}", arm.rate_of) for arm in contents.arm if arm.rate_of]
-    if unknown := next(((name, label) for name, label in named_by if label not in arms), None):
-        name, label = map(printable, unknown)
-        raise ValueError(f"cannot read {printable(file)}: {name} names the arm {label!r}, which is not registered")
+    references = [(f"claim {claim.id!r}", label) for claim in contents.claim for label in claim.arms]
+    references += [(f"arm {arm.label!r}", arm.rate_of) for arm in contents.arm if arm.rate_of]
+    for name, label in references:
+        if label not in arms:
+            reason = f"{printable(name)} names the arm {printable(label)!r}, which is not registered"
+            raise ValueError(f"cannot read {printable(file)}: {reason}")
     return Registration(claims, arms, contents.deviation, contents.stage)
 
 
@@ -316,12 +328,84 @@ def _rename(table: object) -> object:
     return [_rename(value) for value in table] if isinstance(table, list) else table
 
 
-def _unread_keys(table: Any, read: Any) -> Iterator[str]:
+def _unread_keys(value: Any, converted: Any) -> Iterator[str]:
     """Yield the keys of a table, and of the tables in it, that are not among those that were read."""
-    if isinstance(table, dict):
-        yield from table.keys() - read.keys()
-        for name in table.keys() & read.keys():
-            yield from _unread_keys(table[name], read[name])
-    elif isinstance(table, list):
-        for part, found in zip(table, read, strict=True):
-            yield from _unread_keys(part, found)
+    if isinstance(value, dict):
+        yield from value.keys() - converted.keys()
+        for name in value.keys() & converted.keys():
+            yield from _unread_keys(value[name], converted[name])
+    elif isinstance(value, list):
+        for item, converted_item in zip(value, converted, strict=True):
+            yield from _unread_keys(item, converted_item)
+
+
+@dataclass(frozen=True)
+class HistoryComparison:
+    """Comparison of the registration with its earlier versions.
+
+    Parameters
+    ----------
+    differences : list of str
+        One line for each change that no later deviation names.
+    compared, commits : int
+        Number of commits whose version was compared, and of all commits of runs. Without git no version is known, and
+        in a shallow clone few are.
+    """
+
+    differences: list[str]
+    compared: int
+    commits: int
+
+
+def compare_with_history(file: Path, commits: Collection[str]) -> HistoryComparison:
+    """Compare the registration, in the folder ``data`` of a clone, with its versions at the commits of the runs."""
+    root, now = file.parents[1], file.read_bytes()
+    differences, compared = [], 0
+    versions = {now}
+    for commit in commits:
+        content = _content(root, commit, f"{file.parent.name}/{file.name}")
+        compared += content is not None
+        if content is not None and content not in versions:
+            versions.add(content)
+            try:
+                earlier = parse(content, f"{file.name} at commit {commit[:12]}")
+            except ValueError as error:
+                differences.append(str(error))
+            else:
+                differences.extend(unexplained_changes(earlier, read(file), commit[:12]))
+    return HistoryComparison(differences, compared, len(commits))
+
+
+def unexplained_changes(earlier: Registration, now: Registration, commit: str) -> Iterator[str]:
+    """Return one line per claim, arm, deviation or stage that was changed without a later deviation.
+
+    A deviation allows changes of its claim and of the arms that the claim uses; "*" allows all. A new arm that no claim
+    uses needs none, because it changes no verdict.
+    """
+    changed = f"differs from commit {commit}, with which runs were trained"
+    later = {deviation.claim for deviation in now.deviations if deviation not in earlier.deviations}
+    for id in sorted(earlier.claims.keys() | now.claims.keys()):
+        if earlier.claims.get(id) != now.claims.get(id) and not later & {id, "*"}:
+            yield f"registered.toml: claim {id}: {changed}; no later deviation names it"
+    for label in sorted(earlier.arms.keys() | now.arms.keys()):
+        users = {claim.id for claim in (*earlier.claims.values(), *now.claims.values()) if label in claim.arms}
+        only_in_figures = label not in earlier.arms and not users
+        if earlier.arms.get(label) != now.arms.get(label) and not only_in_figures and not later & {*users, "*"}:
+            yield f"registered.toml: arm {printable(label)!r}: {changed}; no later deviation of its claims"
+    if earlier.stages != now.stages and "*" not in later:
+        yield f"registered.toml: stages: {changed}; no later deviation of all claims"
+    for deviation in earlier.deviations:
+        if deviation not in now.deviations:
+            yield f"registered.toml: deviation of {printable(deviation.claim)}: missing, but is in commit {commit}"
+
+
+def _content(root: Path, commit: str, path: str) -> bytes | None:
+    """Return a file at a commit; None if it is not known."""
+    if not _COMMIT.fullmatch(commit):  # without git, a run has a version instead
+        return None
+    command = ["git", "-C", str(root), "cat-file", "blob", f"{commit}:{path}"]
+    try:
+        result = subprocess.run(command, capture_output=True, check=False)
+    except OSError:  # git is not installed
+        return None
+    return result.stdout if result.returncode == 0 else None

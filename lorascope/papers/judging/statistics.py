@@ -36,7 +36,7 @@ class Statistic:
 
     def arms(self) -> set[str]:
         """Return the labels of the arms whose runs it reads."""
-        return {label for (_, arm), others in self.reads().items() for label in (arm, *others)}
+        return {label for (_, arm), other_arms in self.reads().items() for label in (arm, *other_arms)}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         """Compute the values: an array (seed,), (seed, row) or (seed, seed)."""
@@ -116,16 +116,16 @@ class MeanOverRows(Statistic):
 class OfRun(Statistic):
     """Value of each run of an arm, from one of its kept tables: (seed,).
 
-    A table that is computed from several runs of a seed belongs to one of them; ``others`` are the arms of the rest.
+    A table that is computed from several runs of a seed belongs to one of them; ``other_arms`` are those of the rest.
     """
 
     value: Callable[[pd.DataFrame], float]
     table: str
     arm: str
-    others: tuple[str, ...] = ()
+    other_arms: tuple[str, ...] = ()
 
     def reads(self) -> Reads:
-        return {(self.table, self.arm): self.others}
+        return {(self.table, self.arm): self.other_arms}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         return np.array([self.value(evidence.table(self.table, self.arm, seed)) for seed in seeds], np.float64)
@@ -159,18 +159,18 @@ class Combined(Statistic):
     """Function of the values of several statistics of the same shape; constants fit every shape."""
 
     function: Callable[..., Any]
-    parts: tuple[Statistic, ...]
+    terms: tuple[Statistic, ...]
 
     def reads(self) -> Reads:
-        return {key: others for part in self.parts for key, others in part.reads().items()}
+        return {key: other_arms for term in self.terms for key, other_arms in term.reads().items()}
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
-        return np.asarray(self.function(*(part(evidence, seeds) for part in self.parts)))
+        return np.asarray(self.function(*(term(evidence, seeds) for term in self.terms)))
 
 
-def average(parts: Iterable[Statistic]) -> Combined:
+def average(statistics: Iterable[Statistic]) -> Combined:
     """Return the mean of statistics of the same shape."""
-    return Combined(lambda *values: sum(values) / len(values), tuple(parts))
+    return Combined(lambda *values: sum(values) / len(values), tuple(statistics))
 
 
 def by_seed(values: np.ndarray, seeds: int, method: Method) -> np.ndarray:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,8 +20,7 @@ from lorascope.papers.judging import looks
 from lorascope.papers.judging.claims import format_effect
 from lorascope.papers.judging.kept_runs import BLOCK, COUNT, NUMBER, SCORES, TEXT, Evidence
 from lorascope.papers.judging.registration import Registered
-from lorascope.papers.judging.statistics import Reads, Statistic, estimate_effect
-from lorascope.papers.judging.value_sources import COLUMNS, add_sources
+from lorascope.papers.judging.statistics import Method, OfRun, Reads, Simulated, Statistic, estimate_effect
 
 Pair = tuple[Statistic, Statistic]
 """Statistic and control of a claim."""
@@ -34,11 +33,28 @@ VERDICT_COLUMNS = {
     "shown": TEXT, "all_seeds": TEXT, "uncorrected": TEXT, "adjusted_p": NUMBER, "arms_state": TEXT,
 }  # fmt: skip
 """Columns of ``verdicts.csv``."""
+SOURCE_COLUMNS = ("draws", "draw_error", "runs_statistic", "runs_control")
+"""Columns of ``values.csv`` with the sources of a value."""
 
 CHANGED = "its runs are of another arm than registered"
 """Note of a claim that gets no verdict because its runs are not the registered ones."""
 
 _TRIED, _FAILED, _AT_CHANCE = 5, 2, 0.05
+
+
+class JudgedClaim(NamedTuple):
+    """Verdict of a claim, and ``seed, statistic, control, effect`` at the look at which it ended."""
+
+    verdict: looks.Verdict
+    values: pd.DataFrame
+
+
+class _Candidate(NamedTuple):
+    """A machine that may judge a claim: its seeds up to the first look, and the table row of the last run of these."""
+
+    seeds: int
+    last_row: int
+    machine: Mapping[str, Any]
 
 
 def _arms(pair: Pair) -> set[str]:
@@ -98,7 +114,7 @@ def _naming(id: str, pair: Pair) -> Iterator[None]:
         raise ValueError(f"cannot judge {id} from {' and '.join(files)}: {printable(reason)}") from error
 
 
-def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple[looks.Verdict, pd.DataFrame] | None:
+def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> JudgedClaim | None:
     """Judge a claim by the runs of one machine, at its registered looks.
 
     Parameters
@@ -112,10 +128,8 @@ def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple
 
     Returns
     -------
-    Verdict
-        Verdict of the look at which the claim ended.
-    DataFrame
-        ``seed, statistic, control, effect`` at this look. None instead of both before the first look.
+    JudgedClaim or None
+        None before the first look.
     """
     seeds = evidence.seeds(_arms(pair), registered.design.first_seed)
     if len(seeds) < registered.design.looks.seeds[0]:
@@ -126,21 +140,23 @@ def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> tuple
         effect, tables[n] = estimate_claim(registered, pair, evidence, seeds[:n])
         return effect
 
-    verdict = looks.judge(registered.claim, registered.design.looks, estimate, len(seeds))
-    return verdict, tables[verdict.effect.n]
+    verdict = looks.judge_at_looks(registered.claim, registered.design.looks, estimate, len(seeds))
+    return JudgedClaim(verdict, tables[verdict.effect.n])
 
 
 def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Mapping[str, Any] | None:
     """Return the machine whose runs judge a claim: the first to reach the first look, else that with most seeds."""
     arms, first, runs = _arms(pair), registered.design.looks.seeds[0], evidence.runs.reset_index(drop=True)
-    found = []
-    for block in evidence.blocks():
-        part = evidence.in_block(block)
-        if seeds := part.seeds(arms, registered.design.first_seed)[:first]:
-            needed = {part.run(arm, seed) for arm in arms for seed in seeds}
-            # Runs are listed in the order in which they finished.
-            found.append((-len(seeds), int(runs.index[runs["run"].isin(needed)].max()), block))
-    return min(found, key=lambda each: each[:2])[2] if found else None
+    candidates = []
+    for machine in evidence.blocks():
+        on_machine = evidence.in_block(machine)
+        if seeds := on_machine.seeds(arms, registered.design.first_seed)[:first]:
+            ids = {on_machine.run(arm, seed) for arm in arms for seed in seeds}
+            candidates.append(_Candidate(len(seeds), int(runs.index[runs["run"].isin(ids)].max()), machine))
+    if not candidates:
+        return None
+    # Runs are listed in the order in which they finished.
+    return max(candidates, key=lambda candidate: (candidate.seeds, -candidate.last_row)).machine
 
 
 def untrained_arms(evidence: Evidence, may_void: Callable[[str], bool] = lambda arm: True) -> set[str]:
@@ -154,8 +170,8 @@ def untrained_arms(evidence: Evidence, may_void: Callable[[str], bool] = lambda 
     at_chance = first["validation_metric"] - first["validation_chance"] <= _AT_CHANCE
     failed = at_chance.groupby(first["arm"]).sum() >= _FAILED
     losses = runs[["validation_loss", "test_loss"]].to_numpy("float64")
-    found = {*failed.index[failed], *runs["arm"][~np.isfinite(losses).all(axis=1)]}
-    return {arm for arm in found if may_void(arm)}
+    diverged = runs["arm"][~np.isfinite(losses).all(axis=1)]
+    return {arm for arm in (*failed.index[failed], *diverged) if may_void(arm)}
 
 
 def judge_all(
@@ -185,33 +201,85 @@ def judge_all(
     verdicts : DataFrame
         One row per claim, in the order of the registration.
     values : DataFrame
-        ``claim, seed, look, statistic, control, effect`` of every verdict, and the columns of ``value_sources``.
+        ``claim, seed, look, statistic, control, effect`` of every verdict, and ``SOURCE_COLUMNS``.
     """
     rows, values = [], []
     untrained: dict[str, set[str]] = {}
     for id, registered in claims.items():
-        block = judging_block(registered, pairs[id], evidence)
-        part, machine = (evidence.in_block(block), name_machine(block)) if block else (evidence, "")
+        pair, row = pairs[id], _describe(registered)
+        rows.append(row)
+        block = judging_block(registered, pair, evidence)
+        runs, machine = evidence, ""
+        if block:
+            runs, machine = evidence.in_block(block), name_machine(block)
         if machine not in untrained:
-            untrained[machine] = untrained_arms(part, may_void)
-        if failed := sorted(untrained[machine] & _arms(pairs[id])):
-            rows.append(_describe(registered) | {"outcome": "void", "note": f"{failed[0]} did not train"})
-            continue
-        found = judge_claim(registered, pairs[id], part) if block else None
-        rows.append(_describe(registered))
-        if block and found is None:
-            rows[-1]["n"] = len(part.seeds(_arms(pairs[id]), registered.design.first_seed))
-        if block and found is not None:
-            rows[-1] |= _numbers(registered, found[0], block)
-            with _naming(id, pairs[id]):
-                rows[-1]["all_seeds"] = _over_all_seeds(registered, pairs[id], part, found[0])
-                table = add_sources(found[1], pairs[id], part, registered.design.interval)
-            values.append(table.assign(claim=id, look=found[0].look))
-    for row in rows:
-        row |= {"outcome": "inconclusive", "note": CHANGED} if row["claim"] in changed else {}
-    verdicts = correct(pd.DataFrame(rows))
-    columns = ["claim", "seed", "look", "statistic", "control", "effect", *COLUMNS]
-    return verdicts, (pd.concat(values) if values else pd.DataFrame(columns=columns))[columns].reset_index(drop=True)
+            untrained[machine] = untrained_arms(runs, may_void)
+        if failed := sorted(untrained[machine] & _arms(pair)):
+            row |= {"outcome": "void", "note": f"{failed[0]} did not train"}
+        elif block and (judged := judge_claim(registered, pair, runs)):
+            row |= _numbers(registered, judged.verdict, machine)
+            with _naming(id, pair):
+                row["all_seeds"] = _over_all_seeds(registered, pair, runs, judged.verdict)
+                table = add_sources(judged.values, pair, runs, registered.design.interval)
+            values.append(table.assign(claim=id, look=judged.verdict.look))
+        elif block:
+            row["n"] = len(runs.seeds(_arms(pair), registered.design.first_seed))
+        if id in changed:
+            row |= {"outcome": "inconclusive", "note": CHANGED}
+    columns = ["claim", "seed", "look", "statistic", "control", "effect", *SOURCE_COLUMNS]
+    values = values or [pd.DataFrame(columns=columns)]
+    return correct(pd.DataFrame(rows)), pd.concat(values)[columns].reset_index(drop=True)
+
+
+def add_sources(values: pd.DataFrame, pair: Pair, evidence: Evidence, method: Method) -> pd.DataFrame:
+    """Add the sources of every value of a claim.
+
+    Parameters
+    ----------
+    values : DataFrame
+        One row per ``seed``.
+    pair : (Statistic, Statistic)
+        Statistic and control.
+    evidence : Evidence
+        Runs of one machine.
+    method : str
+        Method of the interval. Pseudo-values of the jackknife come from the runs of all seeds.
+
+    Returns
+    -------
+    DataFrame
+        With ``SOURCE_COLUMNS``. ``runs_statistic`` and ``runs_control`` are run ids, separated by spaces, by seed and
+        then by arm. ``draws`` and ``draw_error`` are the number of draws and the standard error of a control that is
+        simulated, else missing.
+    """
+    seeds = [int(seed) for seed in values["seed"]]
+    by_row = [seeds] * len(seeds) if method == "jackknife" else [[seed] for seed in seeds]
+    statistic, control = pair
+    draws = [_draws(control, evidence, seed) for seed in seeds]
+    return values.assign(
+        draws=pd.array([number for number, _ in draws], dtype="Int64"),
+        draw_error=pd.array([error for _, error in draws], dtype="Float64"),
+        runs_statistic=[_runs_of(statistic, evidence, sources) for sources in by_row],
+        runs_control=[_runs_of(control, evidence, sources) for sources in by_row],
+    )
+
+
+def _runs_of(statistic: Statistic, evidence: Evidence, seeds: Sequence[int]) -> str:
+    runs = [evidence.run(arm, seed) for seed in seeds for arm in sorted(statistic.arms())]
+    return " ".join(dict.fromkeys(runs))  # a baseline is the same for all seeds
+
+
+def _draws(control: Statistic, evidence: Evidence, seed: int) -> tuple[int | None, float | None]:
+    """Return the number of draws and the standard error of a control; None if it is not simulated."""
+    if isinstance(control, Simulated):
+        return control.draws, control.error
+    if isinstance(control, OfRun):
+        table = evidence.table(control.table, control.arm, seed)
+        if {"draws", "error"} <= set(table):
+            # The control selects its row of the table, so it also selects that row's draws and error.
+            number, error = (control.value(table.assign(value=table[name])) for name in ("draws", "error"))
+            return int(number), error
+    return None, None
 
 
 def _over_all_seeds(registered: Registered, pair: Pair, evidence: Evidence, verdict: looks.Verdict) -> str:
@@ -235,15 +303,10 @@ def _over_all_seeds(registered: Registered, pair: Pair, evidence: Evidence, verd
 
 def _describe(registered: Registered) -> dict[str, Any]:
     claim, bound = registered.claim, registered.bound
-    named = {
-        "claim": claim.id,
-        "tier": registered.paper.tier,
-        "kind": claim.kind,
-        "bound": claim.bound,
-        "unit": bound.unit,
-    }
-    unjudged = {"outcome": "inconclusive", "n": 0, "note": looks.STOPPED}
-    return named | {"interval": registered.design.interval} | unjudged
+    return {
+        "claim": claim.id, "tier": registered.paper.tier, "kind": claim.kind, "bound": claim.bound, "unit": bound.unit,
+        "interval": registered.design.interval, "outcome": "inconclusive", "n": 0, "note": looks.STOPPED,
+    }  # fmt: skip
 
 
 def name_machine(block: Mapping[str, Any]) -> str:
@@ -251,13 +314,13 @@ def name_machine(block: Mapping[str, Any]) -> str:
     return " / ".join(str(block[name]) for name in BLOCK)
 
 
-def _numbers(registered: Registered, verdict: looks.Verdict, block: Mapping[str, Any]) -> dict[str, Any]:
+def _numbers(registered: Registered, verdict: looks.Verdict, machine: str) -> dict[str, Any]:
     effect, low, high, n = verdict.effect
     return {
         "look": verdict.look, "n": n, "level": verdict.level, "effect": effect, "low": low, "high": high,
         "half_seed": verdict.half_seed, "half_row": verdict.half_row, "df": verdict.degrees,
         "p": verdict.p, "p_looks": verdict.p_looks, "outcome": verdict.outcome,
-        "side": verdict.side, "block": name_machine(block), "note": verdict.note,
+        "side": verdict.side, "block": machine, "note": verdict.note,
         "shown": format_effect(registered.claim, effect, low, high),
     }  # fmt: skip
 
@@ -281,12 +344,10 @@ def correct(verdicts: pd.DataFrame) -> pd.DataFrame:
     for tier, adjust in (("primary", holm), ("secondary", false_discovery_control)):
         if (of_tier := verdicts["tier"] == tier).any():
             verdicts.loc[of_tier, "adjusted_p"] = adjust(p[of_tier].to_numpy())
-    number = int((verdicts["tier"] == "secondary").sum())
-    lost = (
-        (verdicts["tier"] == "secondary")
-        & verdicts["outcome"].isin(["supported", "not supported"])
-        & (verdicts["adjusted_p"] > FALSE_DISCOVERIES)
-    )
+    secondary = verdicts["tier"] == "secondary"
+    decided = secondary & verdicts["outcome"].isin(["supported", "not supported"])
+    lost = decided & (verdicts["adjusted_p"] > FALSE_DISCOVERIES)
+    number = count_phrase(int(secondary.sum()), "claim")
     verdicts.loc[lost, "outcome"] = "inconclusive"
-    verdicts.loc[lost, "note"] = f"decided before the correction for {count_phrase(number, 'claim')}"
+    verdicts.loc[lost, "note"] = f"decided before the correction for {number}"
     return verdicts

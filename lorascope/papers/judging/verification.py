@@ -16,7 +16,7 @@ from lorascope.files.typed_json import parse_json, read_text, to_typed
 from lorascope.papers.judging import kept_figures, kept_runs
 from lorascope.papers.judging.claims import format_effect
 from lorascope.papers.judging.kept_runs import BLOCK, Evidence
-from lorascope.papers.judging.learning_rates import chosen, tuning_table
+from lorascope.papers.judging.learning_rates import choice_of_arm, tuning_table
 from lorascope.papers.judging.looks import STOPPED
 from lorascope.papers.judging.registration import Registered, RegisteredArm, Registration, arm_hash
 from lorascope.papers.judging.statistics import COURSE
@@ -74,8 +74,8 @@ def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, P
     grids = {arm.label: (arm.rates, arm.tuning_seeds) for arm in registration.arms.values() if len(arm.rates) > 1}
     judged = {id: claim for id, claim in registration.of_tier("primary", "secondary").items() if id in pairs}
     may_void = {arm.label: arm.may_void for arm in registration.arms.values()}
-    states = {id: state(id, registration, evidence) for id in judged}
-    changed = {id for id, of_arms in states.items() if of_arms == "changed"}
+    states = {id: state_of_arms(id, registration, evidence) for id in judged}
+    changed = {id for id, state in states.items() if state == "changed"}
     verdicts, values = judge_all(judged, pairs, evidence, lambda arm: may_void.get(arm, True), changed)
     verdicts = verdicts.assign(arms_state=[*states.values()]).reindex(columns=list(VERDICT_COLUMNS))
     machines = _on_other_machines(judged, pairs, evidence, verdicts, lambda arm: may_void.get(arm, True))
@@ -92,37 +92,39 @@ def _on_other_machines(
     may_void: Callable[[str], bool],
 ) -> pd.DataFrame:
     """Judge the claims on the machines that do not judge them."""
-    judged, rows = verdicts.set_index("claim"), []
+    main_verdicts, rows = verdicts.set_index("claim"), []
     for block in evidence.blocks():
-        part, named = evidence.in_block(block), name_machine(block)
-        untrained = untrained_arms(part, may_void)
+        runs, machine = evidence.in_block(block), name_machine(block)
+        untrained = untrained_arms(runs, may_void)
         for id, claim in claims.items():
-            own = judged.loc[id]
-            if own.get("block") == named or untrained & set(claim.arms):
+            main = main_verdicts.loc[id]
+            if main.get("block") == machine or untrained & set(claim.arms):
                 continue
-            if found := judge_claim(claim, pairs[id], part):
-                verdict, (effect, low, high, n) = found[0], found[0].effect
+            if judged := judge_claim(claim, pairs[id], runs):
+                verdict, (effect, low, high, n) = judged.verdict, judged.verdict.effect
+                decided = STOPPED not in (verdict.note, main["note"])
                 rows.append({
-                    "claim": id, "block": named, "n": n, "shown": format_effect(claim.claim, effect, low, high),
-                    "outcome": verdict.outcome,
-                    "differs": STOPPED not in (verdict.note, own["note"]) and verdict.outcome != own["uncorrected"],
+                    "claim": id, "block": machine, "n": n, "shown": format_effect(claim.claim, effect, low, high),
+                    "outcome": verdict.outcome, "differs": decided and verdict.outcome != main["uncorrected"],
                 })  # fmt: skip
     return pd.DataFrame(rows, columns=["claim", "block", "n", "shown", "outcome", "differs"])
 
 
-def state(claim: str, registration: Registration, evidence: Evidence) -> str:
+def state_of_arms(claim: str, registration: Registration, evidence: Evidence) -> str:
     """Return whether the runs of a claim are as registered: "registered", "changed", or "deviated" for good."""
-    deviations = [each.what for each in registration.deviations if each.claim in (claim, "*")]
-    allowed = {pair for change in deviations for pair in change.arms.values()}
-    found = evidence.runs[evidence.runs["role"] == "judged"].groupby("arm")["arm_hash"].agg(set)
-    worst = "registered"
+    allowed: set[tuple[str, str]] = set()
+    for deviation in registration.deviations:
+        if deviation.claim in (claim, "*"):
+            allowed |= {*deviation.what.arms.values()}
+    hashes = evidence.runs[evidence.runs["role"] == "judged"].groupby("arm")["arm_hash"].agg(set)
+    state = "registered"
     for label in registration.claims[claim].arms:
         arm = registration.arms.get(label)
-        for used in found.get(label, set()) - ({arm.hash} if arm else set()):
+        for used in hashes.get(label, set()) - ({arm.hash} if arm else set()):
             if arm is None or (arm.hash, used) not in allowed:
                 return "changed"
-            worst = "deviated"
-    return worst
+            state = "deviated"
+    return state
 
 
 def write_derived(folder: Path, derived: Derived, registered: Path) -> None:
@@ -137,9 +139,9 @@ def rewrite_derived(folder: Path, derived: Derived, registered: Path) -> None:
     A changed run is therefore still found.
     """
     _write_files(folder, derived)
-    kept, found = _kept_manifest(folder), _digests(_manifest(folder, registered))
-    digests = kept | {path: found[path] for path in (derived.files if kept else found)}
-    paths = [*found, *sorted(kept.keys() - found.keys())]
+    old, new = _kept_manifest(folder), _digests(_manifest(folder, registered))
+    digests = old | {path: new[path] for path in (derived.files if old else new)}
+    paths = [*new, *sorted(old.keys() - new.keys())]
     text = "".join(f"{digests[path]}  {path}\n" for path in paths if path in digests)
     kept_runs.write_bytes(folder / "MANIFEST", text.encode())
 
@@ -211,18 +213,18 @@ def verify(
         *_check_rates(evidence, registration),
         *_check_seeds(evidence, registration),
         *_check_registration(registration, pairs, code, derived),
-        *kept_figures.differences(evidence.figures, set(evidence.runs["run"]), images),
+        *kept_figures.image_differences(evidence.figures, set(evidence.runs["run"]), images),
         *(line for name, content in derived.files.items() for line in _compare(folder / name, content)),
     ]
 
 
 def _check_manifest(folder: Path, registered: Path) -> Iterator[str]:
-    kept, found = _kept_manifest(folder), _digests(_manifest(folder, registered))
+    old, new = _kept_manifest(folder), _digests(_manifest(folder, registered))
     for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
         yield f"{link.relative_to(folder).as_posix()}: a symbolic link, whose target is not kept"
-    for path in sorted(kept.keys() | found.keys()):
-        if kept.get(path) != found.get(path):
-            yield f"MANIFEST: {path}: kept {_short(kept.get(path))}, recomputed {_short(found.get(path))}"
+    for path in sorted(old.keys() | new.keys()):
+        if old.get(path) != new.get(path):
+            yield f"MANIFEST: {path}: kept {_short(old.get(path))}, recomputed {_short(new.get(path))}"
 
 
 def _rows(table: pd.DataFrame) -> Iterable[Any]:
@@ -235,12 +237,12 @@ def _short(digest: str | None) -> str:
 
 def _check_scores(evidence: Evidence) -> Iterator[str]:
     """Compare accuracies and losses with the predictions that they are means of."""
-    count, courses = evidence.rows.groupby("task_hash")["row"].nunique(), evidence.kept.get(COURSE, {})
+    counts, courses = evidence.rows.groupby("task_hash")["row"].nunique(), evidence.kept.get(COURSE, {})
     for row in _rows(evidence.runs):
         margins, losses = evidence.margins.get(row.run), evidence.nll.get(row.run)
+        expected = counts.get(row.task_hash, 0)
         for name, scores in (("margin", margins), ("nll", losses)):
-            if scores is not None and len(scores) != count.get(row.task_hash, 0):
-                expected = count.get(row.task_hash, 0)
+            if scores is not None and len(scores) != expected:
                 yield f"predictions/{row.run}.npz: rows of {name}: kept {len(scores)}, expected {expected}"
         if margins is not None and not np.isclose(row.test_metric, (margins > 0).mean(), rtol=_CLOSE, atol=0):
             yield f"runs.csv: {row.run}: test_metric: kept {row.test_metric}, recomputed {(margins > 0).mean()}"
@@ -274,8 +276,8 @@ def _check_course(row: Any, course: pd.DataFrame) -> Iterator[str]:
 
 
 def _parse(row: Any, column: str) -> dict[str, Any]:
-    place = f"runs.csv: {row.run}: {column}"
-    return to_typed(parse_json(getattr(row, column), place), dict[str, Any], place)
+    source = f"runs.csv: {row.run}: {column}"
+    return to_typed(parse_json(getattr(row, column), source), dict[str, Any], source)
 
 
 def _check_arms(evidence: Evidence, registration: Registration) -> Iterator[str]:
@@ -290,13 +292,13 @@ def _check_arms(evidence: Evidence, registration: Registration) -> Iterator[str]
         except ValueError as error:
             yield str(error)
             continue
-        found = arm_hash(arm, method, settings, row.task_hash, row.w0)
+        recomputed = arm_hash(arm, method, settings, row.task_hash, row.w0)
         if row.steps != settings.get("steps", row.steps):
             yield f"runs.csv: {row.run}: steps: kept {row.steps:g}, the settings give {settings['steps']!r}"
-        if row.arm_hash != found:
-            yield f"runs.csv: {row.run}: arm_hash: kept {row.arm_hash}, recomputed {found}"
+        if row.arm_hash != recomputed:
+            yield f"runs.csv: {row.run}: arm_hash: kept {row.arm_hash}, recomputed {recomputed}"
         for name, ratio in arm.fields.items():
-            if not _equal(str(method.get(name)), str(row.rate * ratio)):
+            if not _are_equal(str(method.get(name)), str(row.rate * ratio)):
                 yield f"runs.csv: {row.run}: {name}: kept {method.get(name)!r}, the rate gives {row.rate * ratio!r}"
 
 
@@ -306,7 +308,7 @@ def _check_rates(evidence: Evidence, registration: Registration) -> Iterator[str
         arm = registration.arms.get(row.arm)
         if arm is None or not arm.fields:
             continue
-        tuned, choice = chosen(registration, evidence.runs, row.arm)
+        tuned, choice = choice_of_arm(registration, evidence.runs, row.arm)
         if choice.rate is None:
             yield f"runs.csv: {row.run}: judged before a rate of {tuned.label!r} was chosen"
         elif not np.isclose(row.rate, choice.rate, rtol=_CLOSE, atol=0):
@@ -352,32 +354,33 @@ def _compare(file: Path, content: bytes) -> Iterator[str]:
         yield f"{file.name}: no such file"
     elif (raw := file.read_bytes()) != content:
         try:
-            kept = kept_runs.text_table(raw)
+            table = kept_runs.text_table(raw)
         except ValueError as error:
             yield f"{file.name}: {printable(error)}"
         else:
-            yield from compare_tables(file.name, kept, kept_runs.text_table(content))
+            yield from compare_tables(file.name, table, kept_runs.text_table(content))
 
 
-def compare_tables(name: str, kept: pd.DataFrame, found: pd.DataFrame) -> Iterator[str]:
+def compare_tables(name: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[str]:
     """Compare two tables of texts cell by cell, and return one line for each difference."""
-    if list(kept.columns) != list(found.columns) or len(kept) != len(found):
-        yield f"{name}: kept {_shape(kept)}, recomputed {_shape(found)}"
+    if list(old.columns) != list(new.columns) or len(old) != len(new):
+        yield f"{name}: kept {_shape(old)}, recomputed {_shape(new)}"
         return
-    for number, column in zip(*np.nonzero((kept != found).to_numpy()), strict=True):
-        one, two = str(kept.iat[number, column]), str(found.iat[number, column])
-        if not _equal(one, two):
-            named = " ".join(map(str, kept.iloc[number, :2]))
-            yield f"{name}: row {number + 2} ({named}): {kept.columns[column]}: kept {one!r}, recomputed {two!r}"
+    for number, column in zip(*np.nonzero((old != new).to_numpy()), strict=True):
+        cells = str(old.iat[number, column]), str(new.iat[number, column])
+        if not _are_equal(*cells):
+            row = f"row {number + 2} ({' '.join(map(str, old.iloc[number, :2]))})"
+            yield f"{name}: {row}: {old.columns[column]}: kept {cells[0]!r}, recomputed {cells[1]!r}"
 
 
 def _shape(table: pd.DataFrame) -> str:
-    return " and ".join(count_phrase(number, name) for number, name in zip(table.shape, ("row", "column"), strict=True))
+    rows, columns = table.shape
+    return f"{count_phrase(rows, 'row')} and {count_phrase(columns, 'column')}"
 
 
-def _equal(one: str, two: str) -> bool:
+def _are_equal(old: str, new: str) -> bool:
     """Compare two cells; numbers may differ by the rounding of another machine."""
     try:
-        return bool(np.isclose(float(one), float(two), rtol=_CLOSE, atol=1e-12))
+        return bool(np.isclose(float(old), float(new), rtol=_CLOSE, atol=1e-12))
     except ValueError:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,25 +46,29 @@ class ComparedQuantity:
 
 def quantities(claims: Registration, labels: Collection[str]) -> list[ComparedQuantity]:
     """Return what the claims compute of single runs of these arms, except predictions and scores of components."""
-    found = []
+    compared = []
     for id, claim in claims.of_tier("primary", "secondary").items():
+        if claim.design.interval != "t":
+            continue
         texts = (claim.text.statistic, f"{claim.text.statistic}; control: {claim.text.control}")
         for statistic, text in zip(PAIRS[id], texts, strict=True):
             arms, read = statistic.arms(), {name for name, _ in statistic.reads()}
-            if claim.design.interval == "t" and len(arms) == 1 and arms <= set(labels) and not read & _LEFT_OUT:
-                found.append(ComparedQuantity(id, text, statistic))
-    return found
+            if len(arms) == 1 and arms <= set(labels) and not read & _LEFT_OUT:
+                compared.append(ComparedQuantity(id, text, statistic))
+    return compared
 
 
-def keep_tables(runs: Mapping[str, Run], needed: Sequence[ComparedQuantity]) -> dict[tuple[str, str], pd.DataFrame]:
+def keep_tables(runs: Mapping[str, Run], compared: Sequence[ComparedQuantity]) -> dict[tuple[str, str], pd.DataFrame]:
     """Compute the tables that the quantities read from the runs, as the evidence keeps them."""
     make = keep_functions()
-    keys = {key for quantity in needed for key in quantity.statistic.reads()}
+    keys = {key for quantity in compared for key in quantity.statistic.reads()}
     return {(name, label): make[name, label](runs[label]) for name, label in sorted(keys)}
 
 
-def places(runs: Mapping[str, Run], tables: Tables, needed: Sequence[ComparedQuantity], kept: Evidence) -> pd.DataFrame:
-    """Tabulate accuracy and quantities of the runs, and their places among the kept seeds.
+def positions(
+    runs: Mapping[str, Run], tables: Tables, compared: Sequence[ComparedQuantity], evidence: Evidence
+) -> pd.DataFrame:
+    """Tabulate accuracy and quantities of the runs, and their positions among the kept seeds.
 
     Returns
     -------
@@ -71,35 +76,34 @@ def places(runs: Mapping[str, Run], tables: Tables, needed: Sequence[ComparedQua
         ``arm, claim, quantity, value, seeds, lowest, mean, highest, below``: the number of kept seeds, the range of
         their values, and the number of those below the value of the run.
     """
-    own, rows = _as_evidence(runs, tables), []
+    new_runs, rows = _as_evidence(runs, tables), []
     for label, run in runs.items():
-        accuracies = kept.runs.loc[_judged(kept, label), "test_metric"].astype("float64")
-        about = {"arm": label, "claim": "", "quantity": "test accuracy"}
-        rows.append(about | _place(run.score.metric, accuracies.to_numpy()))
-    for each in needed:
-        read = [name for name, _ in each.statistic.reads()]
-        of_arm = kept.runs[_judged(kept, each.arm)]
-        seeds = [
-            int(seed)
-            for run_id, seed in zip(of_arm["run"], of_arm["seed"], strict=True)
-            if all(run_id in kept.kept.get(name, {}) for name in read)
-        ]
-        value = float(each.statistic(own, [runs[each.arm].seed])[0])
-        values = each.statistic(kept, seeds) if seeds else np.array([])
-        rows.append({"arm": each.arm, "claim": each.claim, "quantity": each.text} | _place(value, values))
+        accuracies = _judged(evidence, label)["test_metric"].to_numpy("float64")
+        row = {"arm": label, "claim": "", "quantity": "test accuracy"}
+        rows.append(row | _position(run.score.metric, accuracies))
+    for quantity in compared:
+        statistic, of_arm = quantity.statistic, _judged(evidence, quantity.arm)
+        for name, _ in statistic.reads():
+            of_arm = of_arm[of_arm["run"].isin(evidence.kept.get(name, {}).keys())]
+        value = float(statistic(new_runs, [runs[quantity.arm].seed])[0])
+        values = statistic(evidence, of_arm["seed"].tolist()) if len(of_arm) else np.array([])
+        row = {"arm": quantity.arm, "claim": quantity.claim, "quantity": quantity.text}
+        rows.append(row | _position(value, values))
     return pd.DataFrame(rows)
 
 
-def _judged(kept: Evidence, label: str) -> pd.Series:
-    return (kept.runs["arm"] == label) & (kept.runs["role"] == "judged")
+def _judged(evidence: Evidence, label: str) -> pd.DataFrame:
+    runs = evidence.runs
+    return runs[(runs["arm"] == label) & (runs["role"] == "judged")]
 
 
-def _place(value: float, kept: np.ndarray) -> dict[str, Any]:
-    found: dict[str, Any] = {"value": value, "seeds": len(kept)}
-    if not len(kept):
-        return found | dict.fromkeys(("lowest", "mean", "highest", "below"), np.nan)
-    return found | {
-        "lowest": kept.min(), "mean": kept.mean(), "highest": kept.max(), "below": int((kept < value).sum()),
+def _position(value: float, values: np.ndarray) -> dict[str, Any]:
+    """Return a value with the number and range of other ones, and the number of those below it."""
+    lowest = mean = highest = below = math.nan
+    if len(values):
+        lowest, mean, highest, below = values.min(), values.mean(), values.max(), int((values < value).sum())
+    return {
+        "value": value, "seeds": len(values), "lowest": lowest, "mean": mean, "highest": highest, "below": below,
     }  # fmt: skip
 
 
@@ -109,10 +113,10 @@ def _as_evidence(runs: Mapping[str, Run], tables: Tables) -> Evidence:
         dict.fromkeys(RUN_COLUMNS) | block() | {"run": run.id, "arm": label, "role": "judged", "seed": run.seed}
         for label, run in runs.items()
     ]
-    kept: dict[str, dict[str, pd.DataFrame]] = {}
+    by_name: dict[str, dict[str, pd.DataFrame]] = {}
     for (name, label), table in tables.items():
-        kept.setdefault(name, {})[runs[label].id] = table
-    return Evidence(pd.DataFrame(rows), pd.DataFrame(), kept=kept)
+        by_name.setdefault(name, {})[runs[label].id] = table
+    return Evidence(pd.DataFrame(rows), pd.DataFrame(), kept=by_name)
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,8 @@ class View:
 
 
 def _by_module(table: pd.DataFrame, modules: pd.DataFrame, value: pd.Series) -> pd.DataFrame:
-    places = modules.astype({"module": "str"}).set_index("module").loc[table["module"]]
-    x, panel = places["layer"].astype("int64").to_numpy(), places["role"].astype("str").to_numpy()
+    rows = modules.astype({"module": "str"}).set_index("module").loc[table["module"]]
+    x, panel = rows["layer"].astype("int64").to_numpy(), rows["role"].astype("str").to_numpy()
     return pd.DataFrame({"panel": panel, "x": x, "value": value.to_numpy(np.float64)})
 
 
@@ -147,20 +151,20 @@ VIEWS = {
 """Kept table -> its chart."""
 
 
-def figures(runs: Mapping[str, Run], tables: Tables, kept: Evidence) -> dict[tuple[str, str], ReportFigure]:
+def figures(runs: Mapping[str, Run], tables: Tables, evidence: Evidence) -> dict[tuple[str, str], ReportFigure]:
     """Draw the tables of the runs over those of the kept seeds, where there are some, by name and label of the arm."""
-    found = {}
+    drawn_tables = {}
     for (name, label), table in tables.items():
-        by_run = kept.kept.get(name, {})
-        seeds = [by_run[run] for run in kept.runs.loc[_judged(kept, label), "run"] if run in by_run]
-        if name not in VIEWS or not seeds:
+        by_run = evidence.kept.get(name, {})
+        kept_tables = [by_run[run] for run in _judged(evidence, label)["run"] if run in by_run]
+        if name not in VIEWS or not kept_tables:
             continue
         view, modules = VIEWS[name], runs[label].modules
-        own, *others = (view.cells(each, modules) for each in (table, *seeds))
-        chart = over_kept(own, others, view.axes, view.title, f"{label}.")
-        found[name, label] = ReportFigure(
+        kept_cells = [view.cells(kept_table, modules) for kept_table in kept_tables]
+        chart = over_kept(view.cells(table, modules), kept_cells, view.axes, view.title, f"{label}.")
+        drawn_tables[name, label] = ReportFigure(
             chart,
             "Dots inside the band are as in the kept runs. Dots outside it differ from all kept runs.",
             "This run has fewer steps and shorter texts than the kept ones, which can move its values out of the band.",
         )
-    return found
+    return drawn_tables

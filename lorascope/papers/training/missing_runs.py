@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorascope.papers.judging.kept_runs import Evidence
-from lorascope.papers.judging.learning_rates import chosen
+from lorascope.papers.judging.learning_rates import choice_of_arm
 from lorascope.papers.judging.looks import STOPPED
 from lorascope.papers.judging.registration import Registered, Registration
 from lorascope.papers.judging.verdicts import Pair, judge_claim, untrained_arms
@@ -43,34 +43,36 @@ def missing_runs(
     evidence : Evidence
         The finished runs.
     block : mapping
-        The machine that trains; see ``store.BLOCK``. Judged runs of other machines do not count.
+        The machine that trains; see ``kept_runs.BLOCK``. Judged runs of other machines do not count.
 
     Returns
     -------
     list of OpenRun
         In the order of the claims; empty if every claim is judged and every figure has its runs.
     """
-    here = evidence.in_block(block)
-    if shown := list(_of_figures(registration, evidence, here)):
-        return shown
+    on_block = evidence.in_block(block)
+    if of_figures := list(_of_figures(registration, evidence, on_block)):
+        return of_figures
     for stage in registration.stages:
         claims = [claim for id, claim in registration.of_tier("primary", "secondary").items() if stage.has(id)]
         for look in stage.looks:
-            if look:
-                found = [run for claim in claims for run in _of_look(claim, look, registration, pairs, evidence, here)]
-            else:
-                found = [run for claim in claims for run in _of_tuning(claim, registration, evidence)]
-            if needed := list(dict.fromkeys(found)):
-                return needed
+            runs: dict[OpenRun, None] = {}  # a set in the order of the claims
+            for claim in claims:
+                if look:
+                    runs |= dict.fromkeys(_of_look(claim, look, registration, pairs, evidence, on_block))
+                else:
+                    runs |= dict.fromkeys(_of_tuning(claim, registration, evidence))
+            if runs:
+                return list(runs)
     return []
 
 
-def _of_figures(registration: Registration, evidence: Evidence, here: Evidence) -> Iterator[OpenRun]:
+def _of_figures(registration: Registration, evidence: Evidence, on_block: Evidence) -> Iterator[OpenRun]:
     """Yield the runs of arms that no claim uses, arm by arm, so that the first figures are complete early."""
     for arm in (arm for arm in registration.arms.values() if arm.seeds):
-        rate = chosen(registration, evidence.runs, arm.label)[1].rate
+        rate = choice_of_arm(registration, evidence.runs, arm.label)[1].rate
         for seed in range(registration.first_seed, registration.first_seed + arm.seeds):
-            if rate is not None and not here.has(arm.label, seed):
+            if rate is not None and not on_block.has(arm.label, seed):
                 yield OpenRun(arm.label, seed, "judged", rate)
 
 
@@ -78,7 +80,7 @@ def _of_tuning(claim: Registered, registration: Registration, evidence: Evidence
     for label in claim.arms:
         if not registration.arms[label].fields:
             continue
-        tuned, choice = chosen(registration, evidence.runs, label)
+        tuned, choice = choice_of_arm(registration, evidence.runs, label)
         done = evidence.runs[(evidence.runs["arm"] == tuned.label) & (evidence.runs["role"] == "tuning")]
         trained = set(zip(done["seed"], done["rate"], strict=True))
         for rate in choice.missing:
@@ -93,21 +95,22 @@ def _of_look(
     registration: Registration,
     pairs: Mapping[str, Pair],
     evidence: Evidence,
-    here: Evidence,
+    on_block: Evidence,
 ) -> Iterator[OpenRun]:
     design = claim.design
-    if look > len(design.seeds) or untrained_arms(here, lambda arm: registration.arms[arm].may_void) & set(claim.arms):
+    untrained = untrained_arms(on_block, lambda arm: registration.arms[arm].may_void)
+    if look > len(design.seeds) or untrained & set(claim.arms):
         return
-    verdict = judge_claim(claim, pairs[claim.id], here)
-    if verdict is not None and verdict[0].note != STOPPED:
+    judged = judge_claim(claim, pairs[claim.id], on_block)
+    if judged and judged.verdict.note != STOPPED:
         return  # an earlier look decided it
     for seed in range(design.first_seed, design.first_seed + design.seeds[look - 1]):
         for label in claim.arms:
-            if here.has(label, seed):
+            if on_block.has(label, seed):
                 continue
             arm = registration.arms[label]
             if arm.baseline:
                 yield OpenRun(label, design.first_seed, "baseline", None)
             else:
-                rate = chosen(registration, evidence.runs, label)[1].rate if arm.fields else None
+                rate = choice_of_arm(registration, evidence.runs, label)[1].rate if arm.fields else None
                 yield OpenRun(label, seed, "judged", rate)

@@ -15,7 +15,7 @@ import pandas as pd
 from lorascope.papers.judging import kept_runs, kept_verdicts, registration
 from lorascope.papers.judging.claims import format_effect
 from lorascope.papers.judging.kept_runs import Evidence
-from lorascope.papers.judging.learning_rates import chosen
+from lorascope.papers.judging.learning_rates import choice_of_arm
 from lorascope.papers.judging.looks import ERROR
 from lorascope.papers.judging.registration import Registration
 from lorascope.papers.judging.verdicts import estimate_claim, judging_block, name_machine
@@ -54,30 +54,30 @@ class SeedPlan:
 
     def runs(self) -> list[OpenRun]:
         """Return the runs that the folder lacks, at the chosen rates, or at the middle ones if none are chosen."""
-        own, found = self.own(), []
+        evidence, open_runs = self.own_evidence(), []
         for label in self.claims.claims[self.claim].arms:
-            if not own.has(label, self.seed):
+            if not evidence.has(label, self.seed):
                 role: Any = "baseline" if self.claims.arms[label].baseline else "judged"
-                found.append(OpenRun(label, self.seed, role, self._rate(label)))
-        return found
+                open_runs.append(OpenRun(label, self.seed, role, self._rate(label)))
+        return open_runs
 
     def _rate(self, label: str) -> float | None:
         if not self.claims.arms[label].fields:
             return None
-        tuned, choice = chosen(self.claims, self.kept.runs, label)
+        tuned, choice = choice_of_arm(self.claims, self.kept.runs, label)
         return choice.rate or tuned.rates[len(tuned.rates) // 2]
 
-    def own(self) -> Evidence:
+    def own_evidence(self) -> Evidence:
         """Return the own runs of this machine that fit the plan."""
-        mine = self._of_this_machine()
-        return replace(mine, runs=mine.runs[~mine.runs["run"].isin(self.unfit())])
+        evidence = self._of_this_machine()
+        return replace(evidence, runs=evidence.runs[~evidence.runs["run"].isin(self.unfit())])
 
     def _of_this_machine(self) -> Evidence:
         return kept_runs.read_kept(self.folder).in_block(block())
 
     def unfit(self) -> dict[str, str]:
         """Return one line for each own run of another arm than registered, or at another rate, by the id of the run."""
-        runs, found = self._of_this_machine().runs, {}
+        runs, lines = self._of_this_machine().runs, {}
         for row in runs[(runs["role"] == "judged") & runs["arm"].isin(self.claims.arms.keys())].to_dict("records"):
             rate = self._rate(row["arm"])
             if row["arm_hash"] != self.claims.arms[row["arm"]].hash:
@@ -86,14 +86,14 @@ class SeedPlan:
                 reason = f"its rate is {row['rate']:g}, and not {rate:g}"
             else:
                 continue
-            found[row["run"]] = f"own run not used: {row['arm']}, seed {row['seed']}: {reason}"
-        return found
+            lines[row["run"]] = f"own run not used: {row['arm']}, seed {row['seed']}: {reason}"
+        return lines
 
     def minutes(self) -> float | None:
         """Return the CPU-minutes that these runs took for the evidence on average; None if it lacks one of the arms."""
         used = self.kept.runs[self.kept.runs["role"] != "tuning"].groupby("arm")["cpu_seconds"].mean()
-        needed = [run.arm for run in self.runs()]
-        return float(used[needed].sum()) / 60 if set(needed) <= set(used.index) else None
+        labels = [run.arm for run in self.runs()]
+        return float(used[labels].sum()) / 60 if set(labels) <= set(used.index) else None
 
     def train(self, out: Path) -> None:
         """Train the runs and add them to the folder of evidence, and remove runs of this seed that do not fit.
@@ -104,16 +104,17 @@ class SeedPlan:
             An arm differs from the registered one.
         """
         require_registered(self.claims)
-        needed, file = self.runs(), self.folder / "runs.csv"
+        open_runs, file = self.runs(), self.folder / "runs.csv"
         if unfit := self.unfit():
             runs = kept_runs.read(self.folder).runs
             replaced = set(runs.loc[runs["run"].isin(unfit) & (runs["seed"] == self.seed), "run"])
             lines = file.read_bytes().splitlines(keepends=True)  # not parsed, so that no number changes
-            kept = (line for line in lines if line.partition(b",")[0].decode() not in replaced)
-            kept_runs.write_bytes(file, b"".join(kept))
-        seeds = range(self.seed, self.seed + 1)
-        reads = {arm: [replace(each, seeds=seeds) for each in of] for arm, of in read_by_claims(self.claims).items()}
-        train_runs(needed, self.claims, reads, self.folder, out)
+            remaining = [line for line in lines if line.partition(b",")[0].decode() not in replaced]
+            kept_runs.write_bytes(file, b"".join(remaining))
+        seeds, reads = range(self.seed, self.seed + 1), read_by_claims(self.claims)
+        for label, of_arm in reads.items():
+            reads[label] = [replace(read, seeds=seeds) for read in of_arm]
+        train_runs(open_runs, self.claims, reads, self.folder, out)
 
 
 def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.parent) -> SeedPlan:
@@ -137,15 +138,15 @@ def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.par
     ValueError
         The claim is unknown, or needs no runs.
     """
-    found = registration.read(data / "registered.toml")
-    if claim not in found.claims:
-        raise ValueError(unknown_name("claim", claim, found.claims))
+    registered = registration.read(data / "registered.toml")
+    if claim not in registered.claims:
+        raise ValueError(unknown_name("claim", claim, registered.claims))
     if claim not in PAIRS:
         raise ValueError(f"claim {claim} needs no runs: it is computed from published figures")
-    arms = {label for name in found.claims[claim].arms for label in (name, found.arms[name].rate_of) if label}
-    only = Registration(
-        {claim: found.claims[claim]}, {label: arm for label, arm in found.arms.items() if label in arms}, ()
-    )
+    labels = set(registered.claims[claim].arms)
+    labels |= {registered.arms[label].rate_of for label in labels}
+    arms = {label: arm for label, arm in registered.arms.items() if label in labels}
+    only = Registration({claim: registered.claims[claim]}, arms, ())
     return SeedPlan(claim, seed, only, kept_runs.read_kept(data / "evidence"), folder)
 
 
@@ -170,17 +171,21 @@ class OwnSeeds:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values; numbers that do not exist are None."""
-        tables = {"rows": self.rows, "values": self.values}
-        listed = {name: loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()}
-        return listed | {"place": self.place}
+        rows, values = (
+            loads(table.to_json(orient="records", double_precision=15)) for table in (self.rows, self.values)
+        )
+        return {"rows": rows, "values": values, "place": self.place}
 
 
-def compare(planned: SeedPlan, data: Path = registration.FILE.parent) -> OwnSeeds:
+def compare_seeds(planned: SeedPlan, data: Path = registration.FILE.parent) -> OwnSeeds:
     """Compute a claim's effect for the kept seeds, for the own ones, and for both; only kept ones have a verdict."""
     pair, registered = PAIRS[planned.claim], planned.claims.claims[planned.claim]
-    arms, here = set(registered.arms), block()
-    mine, kept = planned.own(), planned.kept.in_block(judging_block(registered, pair, planned.kept) or here)
-    own_seeds = sorted({int(seed) for seed in mine.runs["seed"] if all(mine.has(arm, int(seed)) for arm in arms)})
+    arms, machine = set(registered.arms), block()
+    kept = planned.kept.in_block(judging_block(registered, pair, planned.kept) or machine)
+    own_evidence, own_seeds = planned.own_evidence(), []
+    for seed in sorted(set(own_evidence.runs["seed"].tolist())):
+        if all(own_evidence.has(arm, seed) for arm in arms):
+            own_seeds.append(seed)
     kept_seeds = [seed for seed in kept.seeds(arms, registered.design.first_seed) if seed not in own_seeds]
 
     def estimate(evidence: Evidence, seeds: list[int]) -> tuple[int, str, pd.DataFrame]:
@@ -189,26 +194,25 @@ def compare(planned: SeedPlan, data: Path = registration.FILE.parent) -> OwnSeed
         effect, values = estimate_claim(registered, pair, evidence, seeds)
         return len(seeds), format_effect(registered.claim, *effect.interval(ERROR)[:3]), values
 
-    joined = _join(kept, mine)
-    parts = {"yours": estimate(mine, own_seeds), "both": estimate(joined, [*kept_seeds, *own_seeds])}
+    joined = _join(kept, own_evidence)
     rows = [_kept_row(planned.claim, data)]
-    rows += [{"seeds": name, "n": n, "effect": shown, "verdict": ""} for name, (n, shown, _) in parts.items()]
-    both = parts["both"][2]
-    own = both["seed"].isin(own_seeds)
-    return OwnSeeds(
-        pd.DataFrame(rows), both[own], f"{_place(both, own, len(kept_seeds))} Your machine: {name_machine(here)}."
-    )
+    for name, evidence, seeds in (("yours", own_evidence, own_seeds), ("both", joined, [*kept_seeds, *own_seeds])):
+        n, effect, values = estimate(evidence, seeds)
+        rows.append({"seeds": name, "n": n, "effect": effect, "verdict": ""})
+    is_own = values["seed"].isin(own_seeds)
+    position = f"{_describe_position(values, is_own, len(kept_seeds))} Your machine: {name_machine(machine)}."
+    return OwnSeeds(pd.DataFrame(rows), values[is_own], position)
 
 
-def _join(kept: Evidence, mine: Evidence) -> Evidence:
+def _join(kept: Evidence, own: Evidence) -> Evidence:  # names: ok
     """Return the kept runs and the own ones, which replace kept ones of the same arm and seed."""
     keys = ["arm", "seed", "role"]
-    replaced = kept.runs.set_index(keys).index.isin(mine.runs.set_index(keys).index)
-    runs = pd.concat([kept.runs[~replaced], mine.runs], ignore_index=True)
-    names = kept.kept.keys() | mine.kept.keys()
-    tables: Mapping[str, Any] = {name: {**kept.kept.get(name, {}), **mine.kept.get(name, {})} for name in names}
-    rows = pd.concat([kept.rows, mine.rows], ignore_index=True).drop_duplicates(["task_hash", "row"])
-    return Evidence(runs, rows, {**kept.margins, **mine.margins}, {**kept.nll, **mine.nll}, tables)
+    replaced = kept.runs.set_index(keys).index.isin(own.runs.set_index(keys).index)
+    runs = pd.concat([kept.runs[~replaced], own.runs], ignore_index=True)
+    names = kept.kept.keys() | own.kept.keys()
+    tables: Mapping[str, Any] = {name: {**kept.kept.get(name, {}), **own.kept.get(name, {})} for name in names}
+    rows = pd.concat([kept.rows, own.rows], ignore_index=True).drop_duplicates(["task_hash", "row"])
+    return Evidence(runs, rows, {**kept.margins, **own.margins}, {**kept.nll, **own.nll}, tables)
 
 
 def _kept_row(claim: str, data: Path) -> dict[str, Any]:
@@ -216,19 +220,20 @@ def _kept_row(claim: str, data: Path) -> dict[str, Any]:
     claims = registration.read(data / "registered.toml")
     if not file.exists():
         return {"seeds": "kept", "n": 0, "effect": "", "verdict": "none yet"}
-    kept = kept_verdicts.read_file(file, claims)
-    found: dict[str, Any] = {**kept.assign(judged=kept_verdicts.have_verdict(kept)).set_index("claim").loc[claim]}
-    effect, verdict = (found["shown"], found["outcome"]) if found["judged"] else ("", "none yet")
-    return {"seeds": "kept", "n": int(found["n"]), "effect": effect, "verdict": verdict}
+    verdicts = kept_verdicts.read_file(file, claims)
+    verdicts = verdicts.assign(judged=kept_verdicts.have_verdict(verdicts))
+    row: dict[str, Any] = {**verdicts.set_index("claim").loc[claim]}
+    effect, verdict = (row["shown"], row["outcome"]) if row["judged"] else ("", "none yet")
+    return {"seeds": "kept", "n": int(row["n"]), "effect": effect, "verdict": verdict}
 
 
-def _place(both: pd.DataFrame, own: pd.Series, kept_seeds: int) -> str:
-    lacks = [] if kept_seeds else ["There are no other kept seeds to compare with."]
-    if not len(both):
-        lacks.append("No effect yet: the claim compares pairs of runs, which needs three seeds.")
-    if lacks:
-        return " ".join(lacks)
-    kept = both.loc[~own, "effect"].to_numpy(np.float64)
-    below = [int((kept < effect).sum()) for effect in both.loc[own, "effect"]]
-    counts = ", ".join(f"{count} of {len(kept)}" for count in below)
-    return f"Kept seeds below yours: {counts}. Their range is {kept.min():.3g} to {kept.max():.3g}."
+def _describe_position(values: pd.DataFrame, is_own: pd.Series, kept_seeds: int) -> str:
+    """Return where the own effects are among those of the kept seeds, or what is missing to tell."""
+    missing = [] if kept_seeds else ["There are no other kept seeds to compare with."]
+    if not len(values):
+        missing.append("No effect yet: the claim compares pairs of runs, which needs three seeds.")
+    if missing:
+        return " ".join(missing)
+    effects = values.loc[~is_own, "effect"].to_numpy(np.float64)
+    below = [f"{(effects < effect).sum()} of {len(effects)}" for effect in values.loc[is_own, "effect"]]
+    return f"Kept seeds below yours: {', '.join(below)}. Their range is {effects.min():.3g} to {effects.max():.3g}."

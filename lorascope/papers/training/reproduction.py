@@ -24,7 +24,7 @@ from lorascope.runs.run import Run
 REPORT = "report.html"
 _TABLE = "Runs of this seed"
 _COLUMNS = {"trained": "trained parameters", "rate": "learning rate"}
-_PLACES = "Quantities of these runs among the kept seeds"
+_POSITIONS = "Quantities of these runs among the kept seeds"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Reproduction:
     runs : DataFrame
         ``method, accuracy, trained, seconds, steps, rate``: one row per run.
     places : DataFrame
-        Quantities of the runs among the kept seeds; see ``kept_comparison.places``.
+        Quantities of the runs among the kept seeds; see ``kept_comparison.positions``.
     """
 
     path: Path
@@ -83,13 +83,13 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
     claims, evidence = (registration.read(file) if file.exists() else None), kept_runs.read_kept(data / "evidence")
     kept = evidence.of_main_machine()
     runs = short_runs.train(Path(out) / "runs", seed, claims, evidence.runs)
-    compared = [label for label in runs if short_runs.has_task_of_kept_runs(label)]
-    needed = kept_comparison.quantities(claims, compared) if claims else []
-    tables = kept_comparison.keep_tables(runs, needed)
-    places = kept_comparison.places({label: runs[label] for label in compared}, tables, needed, kept)
+    labels = [label for label in runs if short_runs.has_task_of_kept_runs(label)]
+    quantities = kept_comparison.quantities(claims, labels) if claims else []
+    tables = kept_comparison.keep_tables(runs, quantities)
+    positions = kept_comparison.positions({label: runs[label] for label in labels}, tables, quantities, kept)
     over_kept = kept_comparison.figures(runs, tables, kept)
     verdicts = kept_verdicts.read(data)
-    found = Reproduction(path, seed, verdicts, _runs_table(runs), places)
+    result = Reproduction(path, seed, verdicts, _runs_table(runs), positions)
     sections = [
         Section(
             "verdicts", "Kept verdicts", tables={"Verdicts": verdicts.table}, notes=verdicts.notes, filter="outcome"
@@ -99,39 +99,30 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
             f"One run per method, seed {seed}",
             f"Few steps on texts of up to {short_runs.LENGTH} tokens, {short_runs.TEST_ROWS} test rows. The kept runs "
             "have more steps and longer texts, so this seed does not test the claims.",
-            tables={_TABLE: found.runs.rename(columns=_COLUMNS), _PLACES: places},
+            tables={_TABLE: result.runs.rename(columns=_COLUMNS), _POSITIONS: positions},
             figures=[draw("training_curves", runs)],
         ),
     ]
     for probe in PROBES.values():
-        shown = [*probe.figures(runs), *(figure for key, figure in over_kept.items() if key in probe.keep)]
-        if shown:
-            sections.append(
-                Section(
-                    probe.name, probe.title, probe.question, probe.source, figures=shown, notes=probe.notes, folded=True
-                )
-            )
+        figures = [*probe.figures(runs), *(over_kept[key] for key in over_kept if key in probe.keep)]
+        if figures:
+            texts = (probe.name, probe.title, probe.question, probe.source)
+            sections.append(Section(*texts, figures=figures, notes=probe.notes, folded=True))
+    title = "Low-rank adaptation: kept verdicts and a new run"
     lead = "Verdicts on the claims of the papers, from kept runs; then one new run of every method."
-    page.write(
-        path,
-        "Low-rank adaptation: kept verdicts and a new run",
-        lead,
-        sections,
-        run_facts(list(runs.values()), datetime.now(UTC)),
-    )
-    return found
+    page.write(path, title, lead, sections, run_facts(list(runs.values()), datetime.now(UTC)))
+    return result
 
 
 def run_facts(runs: Sequence[Run], now: datetime) -> dict[str, str]:
     """Collect the facts of the header: what the runs have in common, and when the report was written."""
-    metas = [run.meta for run in runs]
-    listed = {
-        "Device": (meta.device or "" for meta in metas),
-        "Versions": (", ".join(f"{name} {of}" for name, of in (meta.versions or {}).items()) for meta in metas),
-        "Commit": ((meta.commit or "")[:12] for meta in metas),
-    }
-    joined = {term: ", ".join(filter(None, dict.fromkeys(texts))) for term, texts in listed.items()}
-    return {"Written": f"{now:%Y-%m-%d %H:%M} UTC"} | {term: text for term, text in joined.items() if text}
+    facts = {"Written": [f"{now:%Y-%m-%d %H:%M} UTC"], "Device": [], "Versions": [], "Commit": []}
+    for run in runs:
+        facts["Device"].append(run.meta.device or "")
+        facts["Versions"].append(", ".join(f"{name} {version}" for name, version in (run.meta.versions or {}).items()))
+        facts["Commit"].append((run.meta.commit or "")[:12])
+    joined = {term: ", ".join(filter(None, dict.fromkeys(texts))) for term, texts in facts.items()}
+    return {term: text for term, text in joined.items() if text}
 
 
 def _runs_table(runs: dict[str, Run]) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from lorascope.experiments.sweep import Job, run_jobs
 from lorascope.inputs import tasks
 from lorascope.inputs.task_parts import first_test_rows
 from lorascope.papers import adalora, adapprox, alora, autolora, fourierft, hydralora, lisa, lora, neft
-from lorascope.papers.judging.learning_rates import chosen
+from lorascope.papers.judging.learning_rates import choice_of_arm
 from lorascope.papers.judging.registration import Registration
 from lorascope.papers.probe import Arm, encoder_settings
 from lorascope.papers.training.train_arms import registered_arms
@@ -95,8 +95,10 @@ def shorten(label: str, short: Short, seed: int, claims: Registration | None, ru
     """
     arm: Any = registered_arms()[label]
     rates = {"lr": short.lr, "head_lr": short.head_lr}
-    if claims is not None and not short.largest and (rate := chosen(claims, runs, label)[1].rate or 0) > short.lr:
-        rates = {name: rate * ratio for name, ratio in claims.arms[label].fields.items()}
+    if claims is not None and not short.largest:
+        tuned_rate = choice_of_arm(claims, runs, label)[1].rate or 0
+        if tuned_rate > short.lr:
+            rates = claims.arms[label].fields_at(tuned_rate)
     method = replace(arm.of_seed(seed).method, **rates, **short.changes)
     settings = encoder_settings(short.steps, *short.observers)
     settings |= {"seed": seed, "eval_every": short.steps // 4, "eval_size": EVALUATED, "max_length": LENGTH}
@@ -123,12 +125,10 @@ def train(root: Path, seed: int, claims: Registration | None, runs: pd.DataFrame
     task = first_test_rows(tasks.load("sentiment"), TEST_ROWS)
     # The longest first, so that both processes end at about the same time.
     order = sorted(arms, key=lambda label: -ARMS[label].cost)
-    jobs = [
-        Job(
-            arms[label].model, task, arms[label].method, {**arms[label].settings, "root": root}, label, ARMS[label].cost
-        )
-        for label in order
-    ]
+    jobs = []
+    for label in order:
+        arm, settings = arms[label], {**arms[label].settings, "root": root}
+        jobs.append(Job(arm.model, task, arm.method, settings, label, ARMS[label].cost))
     trained = dict(zip(order, run_jobs(jobs, ended=_remove_copy).all_runs(), strict=True))
     return {label: trained[label] for label in ARMS}
 

@@ -57,11 +57,12 @@ def registered_arms() -> dict[str, Arm | OwnArm]:
     ValueError
         Two arms have the same label.
     """
-    found: dict[str, Arm | OwnArm] = {}
-    for arm in (arm for probe in PROBES.values() for arm in probe.arms()):
-        if found.setdefault(arm.label, arm) is not arm:
-            raise ValueError(f"labels must be unique, got two arms with label {arm.label!r}")
-    return found
+    by_label: dict[str, Arm | OwnArm] = {}
+    for probe in PROBES.values():
+        for arm in probe.arms():
+            if by_label.setdefault(arm.label, arm) is not arm:
+                raise ValueError(f"labels must be unique, got two arms with label {arm.label!r}")
+    return by_label
 
 
 def keep_functions() -> dict[tuple[str, str], Callable[..., pd.DataFrame]]:
@@ -77,13 +78,13 @@ def block() -> dict[str, Any]:
 
 def arm_hashes(claims: Registration) -> dict[str, str]:
     """Compute the hash of every registered arm from the code, by label."""
-    found = {}
+    hashes = {}
     for label, registered in claims.arms.items():
-        first = OpenRun(label, 100, "judged", registered.rates[0] if registered.rates else None)
-        row = _describe(_at(first, claims))
+        rate = next(iter(registered.rates), None)
+        row = _describe(arm_of_run(OpenRun(label, 100, "judged", rate), claims))
         method, settings = json.loads(row["method"]), json.loads(row["settings"])
-        found[label] = arm_hash(registered, method, settings, row["task_hash"], row["w0"])
-    return found
+        hashes[label] = arm_hash(registered, method, settings, row["task_hash"], row["w0"])
+    return hashes
 
 
 def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registered: Path = registration.FILE) -> None:
@@ -113,12 +114,12 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
     require_registered(claims)
     while time.monotonic() < end:
         evidence = kept_runs.read_kept(folder)
-        needed, spent = missing_runs(claims, PAIRS, evidence, block()), evidence.runs["cpu_seconds"].sum() / 60
-        print(f"Open runs: {len(needed)}. CPU-minutes used: {spent:.0f} of {BUDGET}.", flush=True)
-        if not needed or spent >= BUDGET:
+        open_runs, spent = missing_runs(claims, PAIRS, evidence, block()), evidence.runs["cpu_seconds"].sum() / 60
+        print(f"Open runs: {len(open_runs)}. CPU-minutes used: {spent:.0f} of {BUDGET}.", flush=True)
+        if not open_runs or spent >= BUDGET:
             break
         # A run is only taken from the list when a process is free, so the time is read then.
-        train_runs((run for run in needed if time.monotonic() < end), claims, reads, folder, out)
+        train_runs((run for run in open_runs if time.monotonic() < end), claims, reads, folder, out)
     if (folder / "runs.csv").exists():
         evidence = kept_runs.read(folder)
         derived = verification.derive(evidence, claims, PAIRS)
@@ -130,19 +131,19 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
 
 def require_registered(claims: Registration) -> None:
     """Raise a ValueError if an arm differs from the registered one."""
-    for label, found in arm_hashes(claims).items():
-        if found != claims.arms[label].hash:
-            raise ValueError(f"cannot train {label!r}: it differs from the registered arm, whose hash must be {found}")
+    for label, hash in arm_hashes(claims).items():
+        if hash != claims.arms[label].hash:
+            raise ValueError(f"cannot train {label!r}: it differs from the registered arm, whose hash must be {hash}")
 
 
 def train_runs(
-    needed: Iterable[OpenRun], claims: Registration, reads: Mapping[str, Sequence[Read]], folder: Path, out: Path
+    open_runs: Iterable[OpenRun], claims: Registration, reads: Mapping[str, Sequence[Read]], folder: Path, out: Path
 ) -> None:
     """Train runs in parallel processes; add each to the evidence in ``folder`` and print its line when it is finished.
 
     Parameters
     ----------
-    needed : iterable of OpenRun
+    open_runs : iterable of OpenRun
         Runs to train.
     claims : Registration
         Registered arms.
@@ -156,14 +157,14 @@ def train_runs(
     RunLocked
         Another process adds runs to the folder of evidence.
     """
-    calls = (delayed(finish)(each, claims, reads.get(each.arm, []), out) for each in needed)
+    calls = (delayed(finish)(run, claims, reads.get(run.arm, []), out) for run in open_runs)
     workers = Parallel(width(), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
     with lock_run(folder), ignore_replaced_workers():
-        for kept in workers(calls):
-            if len(kept.rows):
-                kept_runs.add_rows(folder, kept.rows)
-            kept_runs.add_run(folder, kept.row, kept.scores, kept.tables)
-            print(_line(kept.row), flush=True)
+        for finished in workers(calls):
+            if len(finished.rows):
+                kept_runs.add_rows(folder, finished.rows)
+            kept_runs.add_run(folder, finished.row, finished.scores, finished.tables)
+            print(_line(finished.row), flush=True)
 
 
 def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> list[str]:
@@ -188,42 +189,44 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
         One line per difference.
     """
     claims, evidence = registration.read(registered), kept_runs.read(folder)
-    claimed, by_name = read_by_claims(claims), {"margin": evidence.margins, "nll": evidence.nll, **evidence.kept}
-    judged, found = evidence.runs[evidence.runs["role"] == "judged"], []
-    for _, kept in judged.sample(min(number, len(judged))).iterrows():
-        arm, seed = str(kept["arm"]), int(kept["seed"])
-        open_run = OpenRun(arm, seed, "judged", None if pd.isna(kept["rate"]) else float(kept["rate"]))
-        old = {name: of[kept["run"]] for name, of in by_name.items() if kept["run"] in of}
-        reads = [replace(read, seeds=range(seed, seed + 1)) for read in claimed.get(arm, []) if read.name in old]
+    reads, by_name = read_by_claims(claims), {"margin": evidence.margins, "nll": evidence.nll, **evidence.kept}
+    judged, differences = evidence.runs[evidence.runs["role"] == "judged"], []
+    for _, row in judged.sample(min(number, len(judged))).iterrows():
+        arm, seed = str(row["arm"]), int(row["seed"])
+        same_machine = all(row[name] == value for name, value in block().items())
+        of_machine = evidence.in_block({name: row[name] for name in kept_runs.BLOCK}).runs
+        metrics = of_machine.loc[(of_machine["arm"] == arm) & (of_machine["role"] == "judged"), "test_metric"]
+        old = {name: of_runs[row["run"]] for name, of_runs in by_name.items() if row["run"] in of_runs}
+        of_seed = [replace(read, seeds=range(seed, seed + 1)) for read in reads.get(arm, []) if read.name in old]
+        lines = []
         with tempfile.TemporaryDirectory() as out:
-            again = finish(open_run, claims, reads, Path(out))
-            same_machine = all(kept[name] == value for name, value in block().items())
-            shown = redraw.changed_excerpts(folder, evidence, {**kept}, Path(out), SECTIONS) if same_machine else []
-        print(_line(again.row), flush=True)
-        if same_machine:
-            compared = {name: 1e-9 for name in _COMPARED}  # numbers that were written and read
-            new = {**again.scores, **again.tables}
-            lines = [line for name in old.keys() & new.keys() for line in _first_difference(name, old[name], new[name])]
-            lines += shown
-        else:
-            of_machine = evidence.in_block({name: kept[name] for name in kept_runs.BLOCK}).runs
-            seeds = of_machine[(of_machine["arm"] == arm) & (of_machine["role"] == "judged")]
-            compared, lines = {"test_metric": 3 * seeds["test_metric"].std(ddof=1)}, []
-            if len(seeds) < 2:
+            rate = None if pd.isna(row["rate"]) else float(row["rate"])
+            finished = finish(OpenRun(arm, seed, "judged", rate), claims, of_seed, Path(out))
+            print(_line(finished.row), flush=True)
+            if same_machine:
+                tolerances = dict.fromkeys(_COMPARED, 1e-9)  # numbers that were written and read
+                new = {**finished.scores, **finished.tables}
+                for name in old.keys() & new.keys():
+                    lines += _first_difference(name, old[name], new[name])
+                lines += redraw.changed_excerpts(folder, evidence, {**row}, Path(out), SECTIONS)
+            elif len(metrics) > 1:
+                tolerances = {"test_metric": 3 * metrics.std(ddof=1)}
+            else:
                 print(f"{arm}, seed {seed}: not compared, because a single kept seed has no deviation", flush=True)
                 continue
-        for name, allowed in compared.items():
-            if not np.isclose(again.row[name], kept[name], rtol=0, atol=allowed, equal_nan=True):
-                lines.append(f"{name}: kept {kept[name]!r}, trained again {again.row[name]!r}")
-        found += [f"{arm}, seed {seed}: {line}" for line in lines]
-    return found
+        for name, tolerance in tolerances.items():
+            if not np.isclose(finished.row[name], row[name], rtol=0, atol=tolerance, equal_nan=True):
+                lines.append(f"{name}: kept {row[name]!r}, trained again {finished.row[name]!r}")
+        differences += [f"{arm}, seed {seed}: {line}" for line in lines]
+    return differences
 
 
 def _first_difference(name: str, old: Any, new: Any) -> list[str]:
     """Compare a kept table, or kept scores, with those of a run that was trained again."""
-    tables = [value if isinstance(value, pd.DataFrame) else pd.DataFrame({"score": value}) for value in (old, new)]
-    kept, again = (kept_runs.text_table(kept_runs.to_csv(table)) for table in tables)
-    lines = list(verification.compare_tables(name, kept, again))
+    if not isinstance(old, pd.DataFrame):
+        old, new = pd.DataFrame({"score": old}), pd.DataFrame({"score": new})
+    old, new = (kept_runs.text_table(kept_runs.to_csv(table)) for table in (old, new))
+    lines = list(verification.compare_tables(name, old, new))
     return [f"{lines[0]}, and {len(lines) - 1} more"] if lines[1:] else lines
 
 
@@ -239,24 +242,24 @@ class Read:
 
     name: str
     seeds: range
-    others: tuple[str, ...]
+    other_arms: tuple[str, ...]
 
 
 def read_by_claims(claims: Registration) -> dict[str, list[Read]]:
     """Return what claims read, by arm, and the predictions of arms that only figures show."""
-    found = {
-        ("margin", label): Read("margin", range(claims.first_seed, claims.first_seed + arm.seeds), ())
-        for label, arm in claims.arms.items()
-        if arm.seeds
-    }
+    reads: dict[tuple[str, str], Read] = {}
+    for label, arm in claims.arms.items():
+        if arm.seeds:
+            seeds = range(claims.first_seed, claims.first_seed + arm.seeds)
+            reads["margin", label] = Read("margin", seeds, ())
     for id, claim in claims.of_tier("primary", "secondary").items():
         seeds = range(claim.design.first_seed, claim.design.first_seed + claim.design.seeds[-1])
-        for key, others in (PAIRS[id][0].reads() | PAIRS[id][1].reads()).items():
-            known = found.get(key)
-            found[key] = Read(key[0], max(seeds, known.seeds, key=len) if known else seeds, others)
+        for key, other_arms in (PAIRS[id][0].reads() | PAIRS[id][1].reads()).items():
+            longest = max(seeds, reads[key].seeds, key=len) if key in reads else seeds
+            reads[key] = Read(key[0], longest, other_arms)
     by_arm: dict[str, list[Read]] = {}
-    for (_, arm), read in found.items():
-        by_arm.setdefault(arm, []).append(read)
+    for (_, label), read in reads.items():
+        by_arm.setdefault(label, []).append(read)
     return by_arm
 
 
@@ -274,25 +277,27 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
     """Train one run in this process, and return what is kept of it."""
     torch.set_num_threads(1)
     start = time.process_time()
-    arm = _at(open_run, claims)
+    arm = arm_of_run(open_run, claims)
     id = f"{_digest(arm.label, 12)}-{open_run.seed}"
     row = dict.fromkeys(kept_runs.RUN_COLUMNS) | vars(open_run) | block() | _describe(arm) | _version()
     row |= {"run": id, "arm_hash": claims.arms[arm.label].hash}
     scores: dict[str, np.ndarray] = {}
-    kept: dict[str, pd.DataFrame] = {}
+    tables: dict[str, pd.DataFrame] = {}
     if isinstance(arm, OwnArm):
-        found = arm.compute(open_run.seed)
-        row, scores, kept = row | dict(found.row), dict(found.scores), dict(found.tables)
+        result = arm.compute(open_run.seed)
+        row, scores, tables = row | dict(result.row), dict(result.scores), dict(result.tables)
     else:
         try:
             run = _train(arm, open_run, out)
             row |= _scores(run, arm, open_run.role)
             if open_run.role == "judged":
-                for read in (each for each in reads if open_run.seed in each.seeds):
+                for read in reads:
+                    if open_run.seed not in read.seeds:
+                        continue
                     if read.name in run.predictions:
                         scores[read.name] = run.predictions[read.name].to_numpy()
                     else:
-                        kept[read.name] = _keep(read, run, open_run, claims, out)
+                        tables[read.name] = _keep_table(read, run, open_run, claims, out)
             remove_states(run)
         except FloatingPointError:  # a learning rate that is too high
             row |= dict.fromkeys(("validation_loss", "test_loss"), math.inf)
@@ -301,30 +306,31 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
             if open_run.role == "judged":  # wrong on every row
                 lost = {"margin": np.int8(0), "nll": np.float16(np.inf)}
                 count = len(_task(arm).split("test"))
-                scores = {each.name: np.full(count, lost[each.name]) for each in reads if each.name in lost}
+                scores = {read.name: np.full(count, lost[read.name]) for read in reads if read.name in lost}
     rows = identify_test_rows(_task(arm)) if scores else pd.DataFrame()
     # Another machine gives the same run other numbers.
     row |= {"run": f"{row['run']}-{_digest(json.dumps(block()), 6)}", "cpu_seconds": time.process_time() - start}
-    return FinishedRun(row, scores, kept, rows)
+    return FinishedRun(row, scores, tables, rows)
 
 
 def _digest(text: str, length: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
-def _keep(read: Read, run: Run, open_run: OpenRun, claims: Registration, out: Path) -> pd.DataFrame:
+def _keep_table(read: Read, run: Run, open_run: OpenRun, claims: Registration, out: Path) -> pd.DataFrame:
     """Compute a kept table of a run; the other runs of its set are finished, or trained now."""
-    others = [replace(open_run, arm=label) for label in read.others]
-    return keep_functions()[read.name, open_run.arm](run, *(_train(_at(other, claims), other, out) for other in others))
+    others = [replace(open_run, arm=label) for label in read.other_arms]
+    other_runs = [_train(arm_of_run(other, claims), other, out) for other in others]
+    return keep_functions()[read.name, open_run.arm](run, *other_runs)
 
 
-def _at(open_run: OpenRun, claims: Registration) -> Arm | OwnArm:
-    """Return an arm as it is with a seed and at a rate."""
+def arm_of_run(open_run: OpenRun, claims: Registration) -> Arm | OwnArm:
+    """Return the arm with the seed and the learning rate of a run."""
     arm = registered_arms()[open_run.arm]
     if isinstance(arm, OwnArm):
         return arm
     arm = arm.of_seed(open_run.seed)
-    rates = {name: open_run.rate * ratio for name, ratio in claims.arms[arm.label].fields.items() if open_run.rate}
+    rates = claims.arms[arm.label].fields_at(open_run.rate) if open_run.rate else {}
     settings, task = dict(arm.settings), _task(arm)
     if number := settings.pop("test_size", None):
         task = first_test_rows(task, number)
@@ -358,8 +364,8 @@ def _describe(arm: Arm | OwnArm) -> dict[str, Any]:
     about = {"task": task.name if task else "-", "task_hash": task.hash if task else "-"}
     if isinstance(arm, OwnArm):
         return about | {"method": json.dumps(arm.method), "settings": "{}", "model": "-", "w0": "-"}
-    given = {name: value for name, value in arm.settings.items() if name not in ("observe", "seed")}
-    settings = Settings(lr=1.0, head_lr=1.0, **given).to_dict()
+    fixed = {name: value for name, value in arm.settings.items() if name not in ("observe", "seed")}
+    settings = Settings(lr=1.0, head_lr=1.0, **fixed).to_dict()
     name, w0 = _base(arm.model, task.labels if task and task.classifies else None)
     return about | {
         "method": json.dumps(config(arm.method)),
@@ -382,18 +388,16 @@ def _base(model: Any, labels: tuple[str, ...] | None) -> tuple[str, str]:
 
 def _scores(run: Run, arm: Arm, role: str) -> dict[str, Any]:
     """Return the columns of the row that a run determines."""
-    found: dict[str, Any] = {"run": run.id, "trained_parameters": run.meta.parameters.trained}
     final = run.table[run.table["step"] == run.table["step"].max()].set_index("quantity")["value"]
-    found |= {f"validation_{name}": float(final[f"eval_{name}"]) for name in ("loss", "metric")}
     rows = _task(arm).split("validation").head(arm.settings["eval_size"])
     # Without labels, the metric is a perplexity, which has no chance level.
     chance = rows["label"].value_counts(normalize=True).iloc[0] if "label" in rows else math.nan
-    tested = role == "judged"
-    return found | {
-        "validation_chance": float(chance),
-        "test_loss": run.score.loss if tested else math.nan,
-        "test_metric": run.score.metric if tested else math.nan,
-    }
+    tested = (run.score.loss, run.score.metric) if role == "judged" else (math.nan, math.nan)
+    return {
+        "run": run.id, "trained_parameters": run.meta.parameters.trained,
+        "validation_loss": float(final["eval_loss"]), "validation_metric": float(final["eval_metric"]),
+        "validation_chance": float(chance), "test_loss": tested[0], "test_metric": tested[1],
+    }  # fmt: skip
 
 
 @cache
@@ -408,7 +412,7 @@ def _version() -> dict[str, Any]:
         return done.stdout.strip()
 
     try:
-        found = {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--", "."))}
+        commit, dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", "."))
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-        found = {"commit": __version__, "dirty": False}
-    return found | {"numpy": np.__version__}
+        commit, dirty = __version__, False
+    return {"commit": commit, "dirty": dirty, "numpy": np.__version__}

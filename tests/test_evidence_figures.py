@@ -91,7 +91,7 @@ def test_image_that_differs_from_its_figure_is_named(
 ) -> None:
     image, kept = drawn
     change(image)
-    lines = list(kept_figures.differences({"point": kept}, set(ABOUT.runs), image.parent))
+    lines = list(kept_figures.image_differences({"point": kept}, set(ABOUT.runs), image.parent))
     assert len(lines) == bool(line)
     assert all(found.startswith(f"figures/point.png: {line}") for found in lines)
 

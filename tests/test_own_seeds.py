@@ -139,7 +139,7 @@ def test_command_prints_the_time_first_and_three_rows(
 ) -> None:
     data, plan, compare = kept.folder.parent, own_seeds.plan, own_seeds.compare
     monkeypatch.setattr(own_seeds, "plan", lambda claim, seed, folder: plan(claim, seed, folder, data))
-    monkeypatch.setattr(own_seeds, "compare", lambda planned: compare(planned, data))
+    monkeypatch.setattr(own_seeds, "compare_seeds", lambda planned: compare(planned, data))
     monkeypatch.setattr(command.os, "environ", command.os.environ.copy())
     capsys.readouterr()
     words: list[Any] = ["reproduce", "--claim", "p.rank", "--seed", str(MINE), "-o", str(tmp_path / "report")]

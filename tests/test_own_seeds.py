@@ -137,7 +137,7 @@ def test_changed_arm_is_refused_before_training(kept: Study) -> None:
 def test_command_prints_the_time_first_and_three_rows(
     kept: Study, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    data, plan, compare = kept.folder.parent, own_seeds.plan, own_seeds.compare
+    data, plan, compare = kept.folder.parent, own_seeds.plan, own_seeds.compare_seeds
     monkeypatch.setattr(own_seeds, "plan", lambda claim, seed, folder: plan(claim, seed, folder, data))
     monkeypatch.setattr(own_seeds, "compare_seeds", lambda planned: compare(planned, data))
     monkeypatch.setattr(command.os, "environ", command.os.environ.copy())

@@ -54,29 +54,29 @@ def compare_modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.Dat
             sizes = {label: float(table[module]) for label, table in tables.items() if module in table.index}
             if len(sizes) < 2:
                 continue
-            found = {label: updates[label][module] for label in sizes if module in updates[label]}
+            shared_updates = {label: updates[label][module] for label in sizes if module in updates[label]}
             # Decomposing a large dense update is slow, so the caller has to request it.
             directions = {
                 label: leading_singular_vectors(update, DIRECTIONS)
-                for label, update in found.items()
+                for label, update in shared_updates.items()
                 if 0 < sizes[label] < np.inf and (spectra or update.low_rank is not None or min(update.shape) <= SIDE)
             }
-            for one, other in combinations(sizes, 2):
+            for label, other in combinations(sizes, 2):
                 dot, angle, chance = np.nan, np.nan, np.nan
-                if one in found and other in found:
-                    shapes = found[one].shape, found[other].shape
+                if label in shared_updates and other in shared_updates:
+                    shapes = shared_updates[label].shape, shared_updates[other].shape
                     if shapes[0] != shapes[1]:
                         raise ValueError(
-                            f"cannot compare {one} and {other}: {module} is {shapes[0]} in {one} and {shapes[1]} in "
+                            f"cannot compare {label} and {other}: {module} is {shapes[0]} in {label} and {shapes[1]} in "
                             f"{other}. Compare adapters of one model"
                         )
                     # Updates that are not finite are excluded from the sums over modules, as they are from the norms.
-                    finite = np.isfinite(sizes[one]) and np.isfinite(sizes[other])
-                    dot = found[one].inner(found[other]) if finite else 0.0
-                if one in directions and other in directions:
-                    angle, chance = angle_and_chance(directions[one], directions[other])
-                cosine = _ratio(dot, sizes[one] * sizes[other])
-                rows.append((one, other, module, _ratio(sizes[one], sizes[other]), cosine, angle, chance, dot))
+                    finite = np.isfinite(sizes[label]) and np.isfinite(sizes[other])
+                    dot = shared_updates[label].inner(shared_updates[other]) if finite else 0.0
+                if label in directions and other in directions:
+                    angle, chance = angle_and_chance(directions[label], directions[other])
+                cosine = _ratio(dot, sizes[label] * sizes[other])
+                rows.append((label, other, module, _ratio(sizes[label], sizes[other]), cosine, angle, chance, dot))
     return pd.DataFrame(rows, columns=["one", "other", "module", "norm_ratio", "cosine", "angle", "chance", "inner"])
 
 
@@ -102,22 +102,22 @@ def compare_adapters(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.Dat
     norms = {label: float(np.sqrt((table["update_norm"] ** 2).sum())) for label, table in tables.items()}
     by_pair = {frozenset(pair): rows for pair, rows in shared.groupby(["one", "other"])}
     rows = []
-    for one, other in product(runs, repeat=2):
-        first, second = tables[one], tables[other]
+    for label, other in product(runs, repeat=2):
+        first, second = tables[label], tables[other]
         entry = {
-            "one": one,
+            "one": label,
             "other": other,
-            "norm_ratio": _ratio(norms[one], norms[other]),
+            "norm_ratio": _ratio(norms[label], norms[other]),
             "rank_moved": _moved_fraction(first["rank"], second["rank"]),
             "energy_moved": _moved_fraction(first["update_norm"] ** 2, second["update_norm"] ** 2),
         }
-        if one == other:
-            entry |= {"cosine": 1.0 if norms[one] else np.nan, "angle": 0.0, "shared": len(first)}
+        if label == other:
+            entry |= {"cosine": 1.0 if norms[label] else np.nan, "angle": 0.0, "shared": len(first)}
         else:
-            same = by_pair.get(frozenset((one, other)), shared[:0])
+            same = by_pair.get(frozenset((label, other)), shared[:0])
             # Without a common module the inner product is 0; if one update was not saved it is unknown.
             total = same["inner"].sum(skipna=False) if len(same) else 0.0
-            entry |= {"cosine": _ratio(total, norms[one] * norms[other]), "shared": len(same)}
+            entry |= {"cosine": _ratio(total, norms[label] * norms[other]), "shared": len(same)}
             entry |= {"angle": same["angle"].mean(), "chance": same["chance"].mean()}
         rows.append(entry)
     measures = ["norm_ratio", "cosine", "angle", "chance", "rank_moved", "energy_moved", "shared"]
@@ -134,10 +134,10 @@ def _ratio(value: float, other: float) -> float:
     return float(value / other) if other else np.nan
 
 
-def _moved_fraction(one: pd.Series, other: pd.Series) -> float:
+def _moved_fraction(left: pd.Series, right: pd.Series) -> float:
     """Return half the summed difference of two sets of fractions by module; NaN if one is unknown or sums to zero."""
-    if one.isna().any() or other.isna().any() or not one.sum() or not other.sum():
+    if left.isna().any() or right.isna().any() or not left.sum() or not right.sum():
         return np.nan
-    first, second = (values.astype("float64") / float(values.sum()) for values in (one, other))
+    first, second = (values.astype("float64") / float(values.sum()) for values in (left, right))
     # A module that only one run adapts has fraction 0 in the other.
     return float(first.sub(second, fill_value=0.0).abs().sum() / 2)

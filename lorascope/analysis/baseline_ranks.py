@@ -35,8 +35,8 @@ def uniform(modules: Sequence[str], budget: int) -> dict[str, int]:
         The budget is below 1, or the module names are empty or not unique.
     """
     _check_budget(modules, budget)
-    each, over = divmod(budget, len(modules))
-    return {module: each + (place < over) for place, module in enumerate(modules)}
+    rank, over = divmod(budget, len(modules))
+    return {module: rank + (position < over) for position, module in enumerate(modules)}
 
 
 def random(modules: Sequence[str], budget: int, seed: int, cap: int | None = None) -> dict[str, int]:
@@ -99,21 +99,21 @@ def equal_parameters(
     ValueError
         No integer rank of a group has exactly this number of parameters.
     """
-    chosen = {label: module_table.match(modules, targets) for label, targets in groups.items()}
+    matches = {label: module_table.match(modules, targets) for label, targets in groups.items()}
     # A tied weight can be targeted by any of its names, so each name gets a row.
-    known = modules.assign(name=(modules["module"] + "," + modules["tied"]).str.split(",")).explode("name")
-    sizes = known.set_index("name")[["in_features", "out_features"]].sum(axis=1)
-    costs = {label: int(sizes[found].sum()) for label, found in chosen.items()}
+    named_modules = modules.assign(name=(modules["module"] + "," + modules["tied"]).str.split(",")).explode("name")
+    sizes = named_modules.set_index("name")[["in_features", "out_features"]].sum(axis=1)
+    costs = {label: int(sizes[names].sum()) for label, names in matches.items()}
     if parameters is None:
         parameters = math.lcm(*costs.values())  # the smallest number that is a whole rank of every group
     ranks = {}
     for label, cost in costs.items():
         rank, over = divmod(parameters, cost)
         if over or rank < 1:
-            least = max(rank, 1)
-            near = " or ".join(f"{cost * n:,} (rank {n})" for n in (least, least + 1))
+            lower = max(rank, 1)
+            near = " or ".join(f"{cost * n:,} (rank {n})" for n in (lower, lower + 1))
             raise ValueError(
-                f"parameters must be a multiple of {cost:,} for {label} ({len(chosen[label])} modules), "
+                f"parameters must be a multiple of {cost:,} for {label} ({len(matches[label])} modules), "
                 f"got {parameters:,}: use {near}"
             )
         ranks[label] = rank

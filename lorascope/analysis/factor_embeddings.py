@@ -79,8 +79,9 @@ def factored_updates(updates: Mapping[str, Any]) -> dict[str, LowRank]:
 
 def common_modules(updates: Updates) -> list[str]:
     """Return the modules that all runs adapt, in the order of the first run."""
-    first, *others = updates.values()
-    return [module for module in first if all(module in found for found in others)]
+    first, *other_runs = updates.values()
+    common = set(first).intersection(*other_runs)
+    return [module for module in first if module in common]
 
 
 def build_factor_sets(
@@ -119,25 +120,25 @@ def build_factor_sets(
         for module in modules:
             arrays = [view_factor(updates[run][module], factor, view, f"{module} in run {run}") for run in runs]
             slots[_common_shape(arrays, view, f"{factor} of {module}")].append((module, factor, arrays))
-    found = []
+    sets = []
     for shape, members in slots.items():
         names, kinds, by_slot = map(list, zip(*members, strict=True))
         points = [array for arrays in by_slot for array in arrays]
         size = (len(members), len(runs))
         cosine = (_subspace_overlaps(points) if view == "space" else _cosines(points)).reshape(*size, *size)
-        found.append(FactorSet(shape, names, kinds, runs, [domains[run] for run in runs], cosine))
-    return found
+        sets.append(FactorSet(shape, names, kinds, runs, [domains[run] for run in runs], cosine))
+    return sets
 
 
 def _common_shape(arrays: Sequence[np.ndarray], view: View, name: str) -> tuple[int, ...]:
     if len(widths := sorted({array.shape[1] for array in arrays})) > 1:
-        listed = " and ".join(map(str, widths))
-        raise ValueError(f"{name} must have the same width in all runs, got {listed}: compare runs of one model")
+        text = " and ".join(map(str, widths))
+        raise ValueError(f"{name} must have the same width in all runs, got {text}: compare runs of one model")
     shapes = {array.shape[1:] if view == "space" else array.shape for array in arrays}
     if len(shapes) > 1:
-        listed = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
+        text = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
         raise ValueError(
-            f"{name} must have the same rank in all runs, got shapes {listed}: use view='space' for different ranks"
+            f"{name} must have the same rank in all runs, got shapes {text}: use view='space' for different ranks"
         )
     return shapes.pop()
 
@@ -171,8 +172,8 @@ def orthonormal_basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "wid
     if columns.dtype == np.float32 and not np.any(np.ascontiguousarray(columns).view(np.uint32) & 0xFFFF):
         eps = 2.0**-7  # bfloat16
     U, sigma, _ = np.linalg.svd(as_float64(columns), full_matrices=False)
-    kept = np.count_nonzero(sigma > eps * np.linalg.norm(sigma))
-    return U[:, : min(int(kept), numerical_rank(sigma, columns.shape))]
+    count = np.count_nonzero(sigma > eps * np.linalg.norm(sigma))
+    return U[:, : min(int(count), numerical_rank(sigma, columns.shape))]
 
 
 def canonical_factor(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -65,10 +66,10 @@ def measure_sharing(
     rows = []
     for factor in factors:
         for view in views:
-            found = build_factor_sets(updates, domains, (factor,), view)
+            sets = build_factor_sets(updates, domains, (factor,), view)
             angle = mean_angle(updates, domains, factor) if view == "space" else np.nan
-            entry = {"factor": factor, "view": view, **sharedness(found), "angle": angle}
-            rows.append(entry | identity(found, draws))
+            entry = {"factor": factor, "view": view, **sharedness(sets), "angle": angle}
+            rows.append(entry | identity(sets, draws))
     return pd.DataFrame(rows)
 
 
@@ -92,15 +93,15 @@ def retrieve_modules(cloud: FactorSet) -> pd.DataFrame:
         raise ValueError(f"domains must contain at least 2 different ones, got only {cloud.domains[0]!r}")
     across = np.where(other[None, :, None, :], cloud.cosine, -np.inf)  # -inf excludes factors of the same domain
     nearest = _nearest_fractions(across.reshape(len(table), -1)).reshape(across.shape)
-    own = np.eye(len(cloud.modules), dtype=bool)[:, None, :, None]
-    same = (nearest * own).sum(axis=(2, 3))
+    same_module = np.eye(len(cloud.modules), dtype=bool)[:, None, :, None]
+    same = (nearest * same_module).sum(axis=(2, 3))
     cosine = (_slot_cosines(cloud) * other).sum(axis=2) / other.sum(axis=1)
     return table.assign(same=same.ravel(), chance=1 / len(cloud.modules), cosine=cosine.ravel())
 
 
-def sharedness(found: Sequence[FactorSet]) -> dict[str, float]:
+def sharedness(sets: Sequence[FactorSet]) -> dict[str, float]:
     """Average ``retrieve_modules`` over all factors."""
-    means = pd.concat([retrieve_modules(cloud) for cloud in found])[["same", "chance", "cosine"]].mean()
+    means = pd.concat([retrieve_modules(cloud) for cloud in sets])[["same", "chance", "cosine"]].mean()
     return {"sharedness": means["same"], "sharedness_chance": means["chance"], "cosine": means["cosine"]}
 
 
@@ -109,31 +110,32 @@ def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> 
 
     The mean is over angles, pairs of runs, and common modules. A factor without direction raises a ValueError.
     """
-    runs = [(one, two) for one in updates for two in updates if one < two and domains[one] != domains[two]]
+    pairs = [(first, second) for first, second in product(updates, repeat=2) if first < second]
+    across = [(first, second) for first, second in pairs if domains[first] != domains[second]]
     means = []
     for module in common_modules(updates):
         bases = {
-            run: view_factor(found[module], factor, "space", f"{module} in run {run}").T
-            for run, found in updates.items()
+            run: view_factor(modules[module], factor, "space", f"{module} in run {run}").T
+            for run, modules in updates.items()
         }
-        means += [np.degrees(principal_angles(bases[one], bases[two])).mean() for one, two in runs]
+        means += [np.degrees(principal_angles(bases[first], bases[second])).mean() for first, second in across]
     return float(np.mean(means))
 
 
-def neighbour_fraction(found: Sequence[FactorSet]) -> float:
+def neighbour_fraction(sets: Sequence[FactorSet]) -> float:
     """Compute the fraction of factors whose nearest neighbor within their module has their domain."""
-    labels = np.array(found[0].domains)
-    nearest = _nearest_fractions(_other_cosines(found))
+    labels = np.array(sets[0].domains)
+    nearest = _nearest_fractions(_other_cosines(sets))
     return float((nearest * (labels[:, None] == labels[None, :])).sum(axis=-1).mean())
 
 
-def _other_cosines(found: Sequence[FactorSet]) -> Float[np.ndarray, "slot run run"]:
+def _other_cosines(sets: Sequence[FactorSet]) -> Float[np.ndarray, "slot run run"]:
     """Return the cosines within every slot; a factor is not its own neighbor."""
-    cosine = np.concatenate([_slot_cosines(cloud) for cloud in found])
+    cosine = np.concatenate([_slot_cosines(cloud) for cloud in sets])
     return np.where(np.eye(cosine.shape[1], dtype=bool), -np.inf, cosine)
 
 
-def identity(found: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dict[str, float]:
+def identity(sets: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dict[str, float]:
     """Measure whether factors of one domain cluster together within each module.
 
     A permutation exchanges the domains of whole runs, in all modules at once. So labels are only exchanged between
@@ -142,7 +144,7 @@ def identity(found: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dic
 
     Parameters
     ----------
-    found : sequence of FactorSet
+    sets : sequence of FactorSet
         Sets of the same runs.
     draws, seed : int
         Number (999 by default) and seed of the permutations.
@@ -158,21 +160,21 @@ def identity(found: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dic
     ValueError
         A domain has only one run.
     """
-    runs = Counter(found[0].domains)
+    runs = Counter(sets[0].domains)
     if single := [domain for domain, count in runs.items() if count < 2]:
         raise ValueError(f"each domain must have at least 2 runs, got 1 of domain {single[0]!r}")
-    _, labels = np.unique(np.array(found[0].domains), return_inverse=True)
+    _, labels = np.unique(np.array(sets[0].domains), return_inverse=True)
     shuffled = np.random.default_rng(seed).permuted(np.tile(labels, (draws, 1)), axis=1)
-    drawn = np.concatenate([labels[None], shuffled])  # the first row is the true labeling
-    cosine = np.concatenate([_slot_cosines(cloud) for cloud in found])
-    others = _other_cosines(found)
-    same = drawn[:, :, None] == drawn[:, None, :]
-    nearest = np.einsum("sij,dij->d", _nearest_fractions(others), same) / others[..., 0].size
+    labelings = np.concatenate([labels[None], shuffled])  # the first row is the true labeling
+    cosine = np.concatenate([_slot_cosines(cloud) for cloud in sets])
+    other_cosines = _other_cosines(sets)
+    same = labelings[:, :, None] == labelings[:, None, :]
+    nearest = np.einsum("sij,dij->d", _nearest_fractions(other_cosines), same) / other_cosines[..., 0].size
     result: dict[str, float] = {}
-    for name, values in {"neighbour": nearest, "silhouette": silhouettes(cosine, drawn)}.items():
+    for name, values in {"neighbour": nearest, "silhouette": silhouettes(cosine, labelings)}.items():
         reached = np.count_nonzero(values >= values[0] - _TIE)  # this counts the unpermuted value as well
         result |= {name: float(values[0]), f"{name}_chance": float(values[1:].mean())}
-        result[f"{name}_p"] = reached / len(drawn)
+        result[f"{name}_p"] = reached / len(labelings)
     return result
 
 
@@ -193,9 +195,9 @@ def silhouettes(
     member = labels[:, :, None] == np.arange(labels.max() + 1)
     counts = member.sum(axis=1)[:, None, None, :]
     sums = np.einsum("sij,djl->dsil", distance, member)
-    own = np.broadcast_to(member[:, None], sums.shape)
-    inside = (sums / (counts - 1))[own].reshape(sums.shape[:-1])  # the mean excludes the factor itself
-    outside = np.where(own, np.inf, sums / counts).min(axis=-1)
+    is_label = np.broadcast_to(member[:, None], sums.shape)
+    inside = (sums / (counts - 1))[is_label].reshape(sums.shape[:-1])  # the mean excludes the factor itself
+    outside = np.where(is_label, np.inf, sums / counts).min(axis=-1)
     larger = np.maximum(inside, outside)
     separation = np.divide(outside - inside, larger, out=np.zeros_like(larger), where=larger > 0)
     return separation.mean(axis=(1, 2))

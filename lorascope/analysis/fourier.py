@@ -23,9 +23,9 @@ _RECORDED = {"coefficient_gradient": "gradient", "coefficient_importance": "impo
 
 def fourier_updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
     """Return the Fourier updates of a run by module; empty if its first update is of another kind."""
-    found = run.updates(step)
-    first = next(iter(found.values()), None)
-    return found if isinstance(first, Fourier) else {}
+    updates = run.updates(step)
+    first = next(iter(updates.values()), None)
+    return updates if isinstance(first, Fourier) else {}
 
 
 def basis_setting(run: Result) -> Mapping[str, str]:
@@ -57,13 +57,15 @@ def list_coefficients(run: Result, step: int | None = None) -> pd.DataFrame:
         ``coefficient`` and its initial value ``start``; ``gradient`` and ``importance`` as ``observe.coefficients``
         recorded them at this step. Values that were not recorded are NaN.
     """
-    found = fourier_updates(run, step)
-    first = at_start(run.updates) if found else {}
+    updates = fourier_updates(run, step)
+    first = at_start(run.updates) if updates else {}
     table = run.table
-    at = table[table["step"] == (table["step"].max() if step is None else step)]
-    recorded = at[at["quantity"].isin(_RECORDED)].pivot(index=["module", "index"], columns="quantity", values="value")
-    parts = []
-    for module, update in found.items():
+    rows = table[table["step"] == (table["step"].max() if step is None else step)]
+    recorded = rows[rows["quantity"].isin(_RECORDED)].pivot(
+        index=["module", "index"], columns="quantity", values="value"
+    )
+    tables = []
+    for module, update in updates.items():
         start = as_float64(first[module].coefficients) if module in first else np.nan
         row, column = update.entries
         entry, mirror = _add_mirrors(update)["entry"].to_numpy().reshape(2, -1)
@@ -71,11 +73,11 @@ def list_coefficients(run: Result, step: int | None = None) -> pd.DataFrame:
         columns |= {"radius": fourier.radius(update.entries, update.shape)}
         # Frequency zero and the highest frequency of an even side are their own mirrors.
         columns |= {"mirrored": np.isin(mirror, entry) & (mirror != entry)}
-        parts.append(pd.DataFrame(columns | {"coefficient": update.coefficients, "start": start}))
-    known = pd.concat(parts, ignore_index=True)
-    places = pd.MultiIndex.from_frame(known[["module", "index"]])
-    recorded = recorded.reindex(index=places, columns=list(_RECORDED))
-    return known.assign(**{name: recorded[quantity].to_numpy() for quantity, name in _RECORDED.items()})
+        tables.append(pd.DataFrame(columns | {"coefficient": update.coefficients, "start": start}))
+    coefficients = pd.concat(tables, ignore_index=True)
+    index = pd.MultiIndex.from_frame(coefficients[["module", "index"]])
+    recorded = recorded.reindex(index=index, columns=list(_RECORDED))
+    return coefficients.assign(**{name: recorded[quantity].to_numpy() for quantity, name in _RECORDED.items()})
 
 
 def list_frequencies(update: Fourier) -> pd.DataFrame:
@@ -86,8 +88,8 @@ def list_frequencies(update: Fourier) -> pd.DataFrame:
     DataFrame
         ``row, column`` (frequencies, from -d/2), ``radius`` (their distance from zero), ``coefficient``.
     """
-    both = _add_mirrors(update).drop_duplicates(["row", "column"])
-    return both.drop(columns=["entry", "frequency"]).sort_values(["row", "column"], ignore_index=True)
+    frequencies = _add_mirrors(update).drop_duplicates(["row", "column"])
+    return frequencies.drop(columns=["entry", "frequency"]).sort_values(["row", "column"], ignore_index=True)
 
 
 def radial_profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
@@ -109,13 +111,13 @@ def radial_profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
 def _add_mirrors(update: Fourier) -> pd.DataFrame:
     """Return the entries, then their mirrors: flat index, frequencies, and the sum of the coefficients of both."""
     sides = np.array(update.shape)[:, None]
-    places = np.hstack([update.entries, -update.entries % sides])
-    entry = np.ravel_multi_index(tuple(places), update.shape)
+    positions = np.hstack([update.entries, -update.entries % sides])
+    entry = np.ravel_multi_index(tuple(positions), update.shape)
     # An entry and its mirror are one frequency, identified by the smaller of their flat indices.
     frequency = entry.reshape(2, -1).min(axis=0)
     summed = pd.Series(update.coefficients).groupby(frequency).transform("sum")
-    row, column = np.where(2 * places < sides, places, places - sides)
-    columns = {"row": row, "column": column, "radius": fourier.radius(places, update.shape), "entry": entry}
+    row, column = np.where(2 * positions < sides, positions, positions - sides)
+    columns = {"row": row, "column": column, "radius": fourier.radius(positions, update.shape), "entry": entry}
     return pd.DataFrame(columns | {"frequency": np.tile(frequency, 2), "coefficient": np.tile(summed, 2)})
 
 
@@ -146,5 +148,5 @@ def bias_map(shape: tuple[int, int], center: float, width: float) -> pd.DataFram
     for side in shape:
         step = -(-side // 48)  # rounded up; multiples of the step include frequency zero
         grid.append(step * np.arange(-(side // 2 // step), side // 2 // step + 1))
-    rows, columns = (part.reshape(-1) for part in np.meshgrid(*grid, indexing="ij"))
+    rows, columns = (grid_axis.reshape(-1) for grid_axis in np.meshgrid(*grid, indexing="ij"))
     return pd.DataFrame({"row": rows, "column": columns, "probability": values[rows % shape[0], columns % shape[1]]})

@@ -47,8 +47,8 @@ def choose_num_experts(texts: Iterable[str], most: int = 10, seed: int = 0) -> i
     ValueError
         The texts contain no words, or ``most`` is below 3.
     """
-    found = cluster_selection(texts, most, seed)
-    return int(found.loc[found["chosen"], "k"].item())
+    selection = cluster_selection(texts, most, seed)
+    return int(selection.loc[selection["chosen"], "k"].item())
 
 
 def cluster_selection(texts: Iterable[str], most: int = 10, seed: int = 0) -> pd.DataFrame:
@@ -98,14 +98,14 @@ def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 
     """
     if repetitions < 1:
         raise ValueError(f"repetitions must be >= 1, got {repetitions}")
-    corpus, parts = pd.Series(list(texts)), []
+    corpus, tables = pd.Series(list(texts)), []
     for seed in range(repetitions):
-        drawn = corpus.sample(min(sample, len(corpus)), random_state=seed)
-        vectors = _vectors(drawn)
+        drawn_texts = corpus.sample(min(sample, len(corpus)), random_state=seed)
+        vectors = _vectors(drawn_texts)
         dense = pd.DataFrame({"k": [density_clusters(vectors)], "sse": math.nan, "distance": math.nan, "chosen": True})
-        for algorithm, found in ((KMEANS, _kmeans_selection(vectors, most, seed)), (DENSITY, dense)):
-            parts.append(found.assign(seed=seed, texts=len(drawn), algorithm=algorithm))
-    return pd.concat(parts, ignore_index=True)[["seed", "texts", "algorithm", "k", "sse", "distance", "chosen"]]
+        for algorithm, selection in ((KMEANS, _kmeans_selection(vectors, most, seed)), (DENSITY, dense)):
+            tables.append(selection.assign(seed=seed, texts=len(drawn_texts), algorithm=algorithm))
+    return pd.concat(tables, ignore_index=True)[["seed", "texts", "algorithm", "k", "sse", "distance", "chosen"]]
 
 
 def density_clusters(vectors: csr_matrix) -> int:

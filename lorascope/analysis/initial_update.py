@@ -27,15 +27,15 @@ def learned_updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
     If the initial update was not saved, the result is ΔW. FourierFT's coefficients on a random or orthogonal basis are
     included, although the run does not store these updates.
     """
-    updates, first, made = run.updates(step), at_start(run.updates), _updates_on_other_bases(run, step)
+    updates, first, on_other_bases = run.updates(step), at_start(run.updates), _updates_on_other_bases(run, step)
 
     def make(module: str) -> Any:
-        if module in made:
-            return made[module]
+        if module in on_other_bases:
+            return on_other_bases[module]
         update, start = updates[module], first.get(module)
         return update if start is None or start.norm() == 0 else update - start
 
-    return Lazy([*updates, *made], make)
+    return Lazy([*updates, *on_other_bases], make)
 
 
 def _updates_on_other_bases(run: Result, step: int | None = None) -> Mapping[str, Any]:
@@ -49,12 +49,12 @@ def _updates_on_other_bases(run: Result, step: int | None = None) -> Mapping[str
         return {}
     first, last = at_start(run.factors), run.factors(step)
     sides = run.modules.set_index("module")[["out_features", "in_features"]]
-    drawn = cache(partial(fourier.bases, seed=recipe["entry_seed"], kind=recipe["basis"]))
+    bases_of_shape = cache(partial(fourier.bases, seed=recipe["entry_seed"], kind=recipe["basis"]))
 
     def make(module: str) -> Any:
         outer, inner = map(int, sides.loc[module])
         change = last[module]["coefficients"] - first[module]["coefficients"]
-        return fourier.on_bases(change, last[module]["entries"], *drawn((outer, inner)), recipe["alpha"])
+        return fourier.on_bases(change, last[module]["entries"], *bases_of_shape((outer, inner)), recipe["alpha"])
 
     return Lazy([module for module in last if module in first], make)
 

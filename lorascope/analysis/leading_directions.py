@@ -48,12 +48,12 @@ def chance_angle(dim: int, k: int) -> float:
     """
     draw = np.random.default_rng(0)
     rows = min(dim, 2 * k)
-    drawn = draw.standard_normal((_DRAWS, rows, k))
+    normal = draw.standard_normal((_DRAWS, rows, k))
     if rows < dim:
-        drawn[:, k:] = np.triu(drawn[:, k:])
-        places = np.arange(k)
-        drawn[:, k + places, places] = np.sqrt(draw.chisquare(dim - k - places, (_DRAWS, k)))
-    cosines = np.linalg.svd(np.linalg.qr(drawn)[0][:, :k], compute_uv=False)
+        normal[:, k:] = np.triu(normal[:, k:])
+        diagonal = np.arange(k)
+        normal[:, k + diagonal, diagonal] = np.sqrt(draw.chisquare(dim - k - diagonal, (_DRAWS, k)))
+    cosines = np.linalg.svd(np.linalg.qr(normal)[0][:, :k], compute_uv=False)
     return float(np.degrees(np.arccos(np.minimum(cosines, 1.0))).mean())  # rounding can exceed a cosine of 1
 
 
@@ -64,7 +64,7 @@ def angle_and_chance(first: Directions, second: Directions) -> tuple[float, floa
     """
     k = min(first.size, second.size)
     sides = zip(first, second, strict=True)
-    angle = np.degrees([principal_angles(one[:, :k], other[:, :k]) for one, other in sides]).mean()
+    angle = np.degrees([principal_angles(left[:, :k], right[:, :k]) for left, right in sides]).mean()
     return float(angle), float(np.mean([chance_angle(len(side), k) for side in first]))
 
 
@@ -76,9 +76,14 @@ def average_angles(pairs: Sequence[tuple[Mapping[str, Directions], Mapping[str, 
     (float, float)
         Mean angle and random baseline in degrees; NaN if no module can be compared.
     """
-    shared = ((first[name], second[name]) for first, second in pairs for name in first if name in second)
-    found = [angle_and_chance(one, other) for one, other in shared if one.size and other.size]
-    mean, chance = np.mean(found, axis=0) if found else (np.nan, np.nan)
+    angles = []
+    for first, second in pairs:
+        for module in first:
+            if module in second and first[module].size and second[module].size:
+                angles.append(angle_and_chance(first[module], second[module]))
+    if not angles:
+        return np.nan, np.nan
+    mean, chance = np.mean(angles, axis=0)
     return float(mean), float(chance)
 
 

@@ -20,13 +20,13 @@ def list_intervals(table: pd.DataFrame) -> pd.DataFrame:
     rows = rows.rename(columns={"step": "start"})
     last = table.groupby(table["run"].astype("str"))["step"].max()
     starts = rows[["run", "start"]].drop_duplicates().sort_values(["run", "start"])
-    each = starts.groupby("run")["start"]
+    by_run = starts.groupby("run")["start"]
     # An interval ends before the next one starts; the last one ends with the run.
-    stops = (each.shift(-1) - 1).fillna(starts["run"].map(last).astype("float64"))
-    starts = starts.assign(interval=each.cumcount(), stop=stops.astype("int64"))
-    found = rows.merge(starts, on=["run", "start"])
-    found = found.assign(active=found["value"] > 0).sort_values(["run", "start", "place"], ignore_index=True)
-    return found[["run", "interval", "start", "stop", "module", "place", "active"]]
+    stops = (by_run.shift(-1) - 1).fillna(starts["run"].map(last).astype("float64"))
+    starts = starts.assign(interval=by_run.cumcount(), stop=stops.astype("int64"))
+    blocks = rows.merge(starts, on=["run", "start"])
+    blocks = blocks.assign(active=blocks["value"] > 0).sort_values(["run", "start", "place"], ignore_index=True)
+    return blocks[["run", "interval", "start", "stop", "module", "place", "active"]]
 
 
 def interval_sizes(table: pd.DataFrame) -> pd.DataFrame:
@@ -38,8 +38,8 @@ def interval_sizes(table: pd.DataFrame) -> pd.DataFrame:
         ``run, blocks, steps``, as observed in the first interval.
     """
     first = list_intervals(table).query("interval == 0")
-    found = first.groupby("run").agg(blocks=("active", "sum"), start=("start", "first"), stop=("stop", "first"))
-    return found.assign(steps=found["stop"] - found["start"] + 1)[["blocks", "steps"]].reset_index()
+    interval = first.groupby("run").agg(blocks=("active", "sum"), start=("start", "first"), stop=("stop", "first"))
+    return interval.assign(steps=interval["stop"] - interval["start"] + 1)[["blocks", "steps"]].reset_index()
 
 
 def count_visits(table: pd.DataFrame) -> pd.DataFrame:
@@ -55,11 +55,11 @@ def count_visits(table: pd.DataFrame) -> pd.DataFrame:
     on = rows[rows["active"]].assign(steps=lambda rows: rows["stop"] - rows["start"] + 1)
     per_block = ["run", "module"]
     sums = on.groupby(per_block).agg(intervals=("start", "size"), steps=("steps", "sum"), first=("start", "min"))
-    found = rows[[*per_block, "place"]].drop_duplicates().merge(sums.astype("Int64"), on=per_block, how="left")
-    found = found.fillna({"intervals": 0, "steps": 0})
-    draws = found["run"].map(rows.groupby("run")["interval"].nunique())
-    found = found.assign(frequency=found["intervals"].astype("float64") / draws)
-    return found.merge(_chances(table).rename("expected").reset_index(), on=per_block)
+    visits = rows[[*per_block, "place"]].drop_duplicates().merge(sums.astype("Int64"), on=per_block, how="left")
+    visits = visits.fillna({"intervals": 0, "steps": 0})
+    draws = visits["run"].map(rows.groupby("run")["interval"].nunique())
+    visits = visits.assign(frequency=visits["intervals"].astype("float64") / draws)
+    return visits.merge(_chances(table).rename("expected").reset_index(), on=per_block)
 
 
 def block_coverage(table: pd.DataFrame) -> pd.DataFrame:
@@ -79,8 +79,8 @@ def block_coverage(table: pd.DataFrame) -> pd.DataFrame:
     by_draw["expected"] = [(1 - missed[run] ** (interval + 1)).sum() for run, interval in draws]
     ends = by_draw.drop_duplicates("run", keep="last")
     ends = ends[ends["start"] < ends["stop"]].assign(start=lambda rows: rows["stop"])
-    found = pd.concat([by_draw, ends]).sort_values(["run", "start"], ignore_index=True)
-    return found.rename(columns={"start": "step"})[["run", "interval", "step", "value", "expected"]]
+    reached_blocks = pd.concat([by_draw, ends]).sort_values(["run", "start"], ignore_index=True)
+    return reached_blocks.rename(columns={"start": "step"})[["run", "interval", "step", "value", "expected"]]
 
 
 def layer_importance(
@@ -112,11 +112,11 @@ def layer_importance(
         )
         means[name] = cells.groupby(list(norms.LAYER), dropna=False, sort=False, observed=True)["value"].mean()
     blocks = means["full"].reset_index()["layer"].count()  # LISA draws from all blocks, an adapter may skip some
-    found = pd.concat(means, axis="columns", join="inner").reset_index()
-    inside = found["layer"].notna()
-    ratio = found["adapted"] / found["full"]
+    layers = pd.concat(means, axis="columns", join="inner").reset_index()
+    inside = layers["layer"].notna()
+    ratio = layers["adapted"] / layers["full"]
     practical = (active / max(1, blocks) * inside).where(inside, 1.0)
-    return found.assign(ratio=ratio, clipped=ratio.clip(upper=1), practical=practical)
+    return layers.assign(ratio=ratio, clipped=ratio.clip(upper=1), practical=practical)
 
 
 def _chances(table: pd.DataFrame) -> pd.Series:

@@ -74,7 +74,7 @@ def gpt2(layers: int, hidden: int, vocabulary: int = 50_257, positions: int = 10
     block: dict[str, Shape] = {}
     for name, (outputs, inputs) in linears.items():
         block |= {f"{name}.weight": (inputs * hidden, outputs * hidden), f"{name}.bias": (outputs * hidden,)}
-    norms = {f"{norm}.{part}": (hidden,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    norms = {f"{norm}.{parameter}": (hidden,) for norm in ("ln_1", "ln_2") for parameter in ("weight", "bias")}
     blocks = {f"transformer.h.{i}.{name}": shape for i in range(layers) for name, shape in (block | norms).items()}
     ends = {"transformer.wte.weight": (vocabulary, hidden), "transformer.wpe.weight": (positions, hidden)}
     return ends | blocks | {"transformer.ln_f.weight": (hidden,), "transformer.ln_f.bias": (hidden,)}
@@ -91,12 +91,12 @@ def count_parameters(shapes: Shapes) -> int:
 
 def shapes_by_block(shapes: Shapes) -> dict[tuple[str, int], dict[str, Shape]]:
     """Return the parameter shapes of every block, by stack and layer."""
-    found: dict[tuple[str, int], dict[str, Shape]] = {}
+    by_block: dict[tuple[str, int], dict[str, Shape]] = {}
     for name, shape in shapes.items():
         stack, layer, _ = parse(name)
         if layer is not None:
-            found.setdefault((stack, layer), {})[name] = shape
-    return found
+            by_block.setdefault((stack, layer), {})[name] = shape
+    return by_block
 
 
 def _count(shapes: Iterable[Shape]) -> int:
@@ -185,20 +185,20 @@ def lisa(
     """
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
-    parts = sorted(
+    block_shapes = sorted(
         shapes_by_block(shapes).values(), key=count_parameters, reverse=True
     )  # the largest blocks give the upper bound
-    active = min(2, len(parts)) if active is None else active
-    if not 0 <= active <= len(parts):
-        raise ValueError(f"active must be from 0 to {len(parts)}, the number of blocks, got {active}")
-    with_state = (len(parts) if visited is None else visited) if policy == "keep" else active
-    if not active <= with_state <= len(parts):
+    active = min(2, len(block_shapes)) if active is None else active
+    if not 0 <= active <= len(block_shapes):
+        raise ValueError(f"active must be from 0 to {len(block_shapes)}, the number of blocks, got {active}")
+    with_state = (len(block_shapes) if visited is None else visited) if policy == "keep" else active
+    if not active <= with_state <= len(block_shapes):
         raise ValueError(
-            f"visited must be from {active} (active blocks) to {len(parts)} (all blocks), got {with_state}"
+            f"visited must be from {active} (active blocks) to {len(block_shapes)} (all blocks), got {with_state}"
         )
-    inside = {name for part in parts for name in part}
+    inside = {name for block in block_shapes for name in block}
     outside = [shape for name, shape in shapes.items() if name not in inside]
-    now, stated = ([*outside, *(s for part in parts[:n] for s in part.values())] for n in (active, with_state))
+    now, stated = ([*outside, *(s for block in block_shapes[:n] for s in block.values())] for n in (active, with_state))
     return replace(_adamw(count_parameters(shapes), stated, width), gradients=width * _count(now))
 
 
@@ -304,13 +304,17 @@ def _factorings(shapes: Shapes, first: bool, width: int = 4) -> dict[str, Memory
 
 
 def _memory_rows(ways: Mapping[str, MemoryUse]) -> pd.DataFrame:
-    rows = [(method, part, getattr(memory, part), "computed") for method, memory in ways.items() for part in PARTS]
+    rows = [
+        (method, component, getattr(memory, component), "computed")
+        for method, memory in ways.items()
+        for component in PARTS
+    ]
     return pd.DataFrame(rows, columns=["method", "part", "bytes", "source"])
 
 
 def _adamw(numbers: int, trained: Collection[Shape], width: int) -> MemoryUse:
-    each = _count(trained)
-    return MemoryUse(width * numbers, width * each, 2 * _STATE * each + _COUNT * len(trained))
+    entries = _count(trained)
+    return MemoryUse(width * numbers, width * entries, 2 * _STATE * entries + _COUNT * len(trained))
 
 
 def _count_means(shape: Shape, pairs: int = 1) -> int:
@@ -321,5 +325,5 @@ def _count_means(shape: Shape, pairs: int = 1) -> int:
 def _factored_memory(shapes: Shapes, second: Callable[[str, Shape], int], first: bool, width: int) -> MemoryUse:
     """Return the memory if all parameters train; ``second`` counts the entries stored for a second moment."""
     numbers = count_parameters(shapes)
-    kept = first * numbers + sum(second(name, shape) for name, shape in shapes.items())
-    return MemoryUse(width * numbers, width * numbers, _STATE * kept)
+    entries = first * numbers + sum(second(name, shape) for name, shape in shapes.items())
+    return MemoryUse(width * numbers, width * numbers, _STATE * entries)

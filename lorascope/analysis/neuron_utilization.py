@@ -66,20 +66,20 @@ def compute_rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: 
         rows.groupby("role", observed=True)["value"].rank(method="first", ascending=False).astype("int64")
         for rows in (studied, reference)
     )
-    both = studied.assign(rank_1=first).merge(reference.assign(rank_2=second), on=KEY)
-    size = both.groupby("role", observed=True)["rank_1"].transform("size")
-    shift = both["rank_2"] - both["rank_1"]
+    neurons = studied.assign(rank_1=first).merge(reference.assign(rank_2=second), on=KEY)
+    size = neurons.groupby("role", observed=True)["rank_1"].transform("size")
+    shift = neurons["rank_2"] - neurons["rank_1"]
     strong = shift.abs() >= STRONG * size
-    named, own = (
+    identities, trained_identities = (
         pd.MultiIndex.from_frame(rows[["module", "neuron"]].astype({"module": "str", "neuron": "int64"}))
-        for rows in (both, trained)
+        for rows in (neurons, trained)
     )
-    return both[[*KEY, "rank_1", "rank_2"]].assign(
+    return neurons[[*KEY, "rank_1", "rank_2"]].assign(
         d_rank=shift,
-        percentile=(both["rank_2"] - 1) / size,
+        percentile=(neurons["rank_2"] - 1) / size,
         strong=strong,
         suppressed=strong & (shift < 0),
-        indirect=strong & ~named.isin(own),
+        indirect=strong & ~identities.isin(trained_identities),
     )
 
 
@@ -121,11 +121,11 @@ def average_shifts(shifts: pd.DataFrame) -> pd.DataFrame:
     # Percentiles are below 1, so half-open buckets include every neuron.
     bins = pd.cut(shifts["percentile"], list(_EDGES), right=False, labels=False)
     moved = shifts["d_rank"].abs()
-    found = moved.groupby(bins).agg(value="mean", n="size").rename_axis("bucket").reset_index()
-    at, edges = found["bucket"].astype(int).to_numpy(), np.array(_EDGES, float)
-    found = found.assign(low=edges[at], high=edges[at + 1])
-    whole = pd.DataFrame({"low": [0.0], "high": [1.0], "value": [moved.mean()], "n": [len(moved)]})
-    return pd.concat([found[list(whole)], whole], ignore_index=True)
+    buckets = moved.groupby(bins).agg(value="mean", n="size").rename_axis("bucket").reset_index()
+    bucket, edges = buckets["bucket"].astype(int).to_numpy(), np.array(_EDGES, float)
+    buckets = buckets.assign(low=edges[bucket], high=edges[bucket + 1])
+    overall = pd.DataFrame({"low": [0.0], "high": [1.0], "value": [moved.mean()], "n": [len(moved)]})
+    return pd.concat([buckets[list(overall)], overall], ignore_index=True)
 
 
 def count_shifts(shifts: pd.DataFrame) -> dict[str, float]:

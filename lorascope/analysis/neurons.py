@@ -32,7 +32,7 @@ MODES = ("changed", "reversed", "random")
 class NeuronGroup:
     """Neurons of one role in the weight (out, in) of one module.
 
-    A neuron's ``width`` weights are along ``axis``. The part has ``count`` neurons, numbered from ``first``.
+    A neuron's ``width`` weights are along ``axis``. The group has ``count`` neurons, numbered from ``first``.
     """
 
     module: str
@@ -46,17 +46,17 @@ class NeuronGroup:
 
     @property
     def slices(self) -> tuple[slice, slice]:
-        """Slices of the part in the module's weight."""
+        """Slices of the group in the module's weight."""
         neurons, vector = slice(self.first, self.first + self.count), slice(None)
         return (neurons, vector) if self.axis == 1 else (vector, neurons)
 
 
 def neuron_roles(modules: pd.DataFrame) -> list[str]:
     """Return the neuron roles of a model, including gate projections fused into one matrix with the inputs."""
-    found = set(modules["role"])
+    present = set(modules["role"])
     if len(modules) and gated_input(modules).fillna(False).any():
-        found.add("ffn_gate")
-    return [role for role in ROLES if role in found]
+        present.add("ffn_gate")
+    return [role for role in ROLES if role in present]
 
 
 def list_groups(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[NeuronGroup]:
@@ -71,32 +71,34 @@ def list_groups(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[N
 
     Returns
     -------
-    list of Part
-        Parts in model order. If gate and input are fused in one matrix, the first half of its rows is the gate.
+    list of NeuronGroup
+        Groups in model order. If gate and input are fused in one matrix, the first half of its rows is the gate.
     """
     match(modules, tuple(roles))  # raises an error that names the missing roles
     fused = gated_input(modules).fillna(False)
-    found = []
-    for row, both in zip(modules.to_dict("records"), fused, strict=True):  # "both": gate and input in one matrix
-        if not (both or row["role"] in roles):
+    groups = []
+    for row, is_fused in zip(modules.to_dict("records"), fused, strict=True):
+        if not (is_fused or row["role"] in roles):
             continue
-        place = (row["module"], row["stack"], int(row["layer"]))
+        module = (row["module"], row["stack"], int(row["layer"]))
         outer, inner = int(row["out_features"]), int(row["in_features"])
-        if both:
+        if is_fused:
             half = outer // 2
             halves = {"ffn_gate": 0, "ffn_in": half}
-            found += [NeuronGroup(*place, role, 1, at, half, inner) for role, at in halves.items() if role in roles]
+            groups += [
+                NeuronGroup(*module, role, 1, first, half, inner) for role, first in halves.items() if role in roles
+            ]
         elif row["role"] == "ffn_out":
-            found.append(NeuronGroup(*place, "ffn_out", 0, 0, inner, outer))
+            groups.append(NeuronGroup(*module, "ffn_out", 0, 0, inner, outer))
         else:
-            found.append(NeuronGroup(*place, row["role"], 1, 0, outer, inner))
-    return found
+            groups.append(NeuronGroup(*module, row["role"], 1, 0, outer, inner))
+    return groups
 
 
 def score_neurons(
-    part: NeuronGroup, original: Float[np.ndarray, "out in"], tuned: Float[np.ndarray, "out in"]
+    group: NeuronGroup, original: Float[np.ndarray, "out in"], tuned: Float[np.ndarray, "out in"]
 ) -> pd.DataFrame:
-    """Compute the scores of the neurons of one part from the weight of its module before and after training.
+    """Compute the scores of the neurons of one group from the weight of its module before and after training.
 
     Returns
     -------
@@ -104,18 +106,18 @@ def score_neurons(
         The columns ``COLUMNS``, one row per neuron: its number in the module (from 0), 1 - cos, and the norms of its
         weights before, after, and of their difference. 1 - cos is NaN for a neuron that is zero before or after.
     """
-    return tabulate_change(part, neuron_change(original[part.slices], tuned[part.slices], part.axis))
+    return tabulate_change(group, neuron_change(original[group.slices], tuned[group.slices], group.axis))
 
 
-def tabulate_change(part: NeuronGroup, change: NeuronChange) -> pd.DataFrame:
-    """Return the changes of the neurons of one part as a table."""
+def tabulate_change(group: NeuronGroup, change: NeuronChange) -> pd.DataFrame:
+    """Return the changes of the neurons of one group as a table."""
     return pd.DataFrame(
         {
-            "module": part.module,
-            "stack": part.stack,
-            "layer": pd.array([part.layer] * part.count, dtype="Int16"),
-            "role": part.role,
-            "neuron": np.arange(part.first, part.first + part.count, dtype=np.int32),
+            "module": group.module,
+            "stack": group.stack,
+            "layer": pd.array([group.layer] * group.count, dtype="Int16"),
+            "role": group.role,
+            "neuron": np.arange(group.first, group.first + group.count, dtype=np.int32),
             **change._asdict(),
         }
     )
@@ -126,27 +128,27 @@ def rank_neurons(scores: pd.DataFrame, by: str = "cosine_distance") -> pd.DataFr
 
     Ties are broken by position (stack, layer, role, neuron), so the order does not depend on the order of the rows.
     """
-    known = scores[scores[by].notna()]
-    modules = known[["module", "stack", "layer", "role"]].drop_duplicates()
-    places = {module: (position(*place), module) for module, *place in modules.itertuples(index=False)}
-    order = {module: number for number, module in enumerate(sorted(places, key=places.__getitem__))}
-    keys = [known["neuron"], known["module"].map(order), -known[by]]  # lexsort uses its last key first
-    known = known.iloc[np.lexsort([key.to_numpy() for key in keys])].reset_index(drop=True)
-    return known.assign(rank=np.arange(1, len(known) + 1, dtype=np.int32))
+    scored = scores[scores[by].notna()]
+    modules = scored[["module", "stack", "layer", "role"]].drop_duplicates()
+    sort_keys = {module: (position(*place), module) for module, *place in modules.itertuples(index=False)}
+    order = {module: number for number, module in enumerate(sorted(sort_keys, key=sort_keys.__getitem__))}
+    keys = [scored["neuron"], scored["module"].map(order), -scored[by]]  # lexsort uses its last key first
+    scored = scored.iloc[np.lexsort([key.to_numpy() for key in keys])].reset_index(drop=True)
+    return scored.assign(rank=np.arange(1, len(scored) + 1, dtype=np.int32))
 
 
-def unscored_neurons(places: Sequence[NeuronGroup]) -> pd.DataFrame:
+def unscored_neurons(groups: Sequence[NeuronGroup]) -> pd.DataFrame:
     """Return a table of all neurons with a score of 0, the pool for a random selection."""
     return pd.concat(
-        [pd.DataFrame({**asdict(part), "neuron": range(part.first, part.first + part.count)}) for part in places],
+        [pd.DataFrame({**asdict(group), "neuron": range(group.first, group.first + group.count)}) for group in groups],
         ignore_index=True,
     ).assign(cosine_distance=0.0)
 
 
-def scores_of_groups(scores: pd.DataFrame, places: Sequence[NeuronGroup]) -> pd.DataFrame:
-    """Return the scores of the neurons of these parts."""
-    known = [(part.module, part.role) for part in places]
-    return scores[pd.MultiIndex.from_frame(scores[["module", "role"]]).isin(known)]
+def scores_of_groups(scores: pd.DataFrame, groups: Sequence[NeuronGroup]) -> pd.DataFrame:
+    """Return the scores of the neurons of these groups."""
+    module_roles = [(group.module, group.role) for group in groups]
+    return scores[pd.MultiIndex.from_frame(scores[["module", "role"]]).isin(module_roles)]
 
 
 def select_neurons(
@@ -188,8 +190,8 @@ def select_neurons(
         )
     if mode == "random":  # a sorted pool makes the draw independent of the scores
         by_place = pool.sort_values(["module", "neuron"])
-        drawn = np.random.default_rng(seed).choice(len(pool), size=k, replace=False)
-        return by_place.iloc[drawn].reset_index(drop=True)
+        sample = np.random.default_rng(seed).choice(len(pool), size=k, replace=False)
+        return by_place.iloc[sample].reset_index(drop=True)
     if not (pool[by] > 0).any():
         raise ValueError(f"cannot select neurons by {by}: no score is above 0")
     return (pool if mode == "changed" else pool.iloc[::-1]).head(k).reset_index(drop=True)
@@ -200,7 +202,7 @@ def neurons_by_module(selected: pd.DataFrame) -> dict[str, list[int]]:
     return {str(module): sorted(map(int, rows["neuron"])) for module, rows in selected.groupby("module", sort=False)}
 
 
-def to_plain_ints(given: Mapping[str, Collection[Any]]) -> dict[str, list[int]]:
+def to_plain_ints(neurons: Mapping[str, Collection[Any]]) -> dict[str, list[int]]:
     """Convert neuron numbers from any array or list to plain ints.
 
     Raises
@@ -209,7 +211,7 @@ def to_plain_ints(given: Mapping[str, Collection[Any]]) -> dict[str, list[int]]:
         A number is not an integer.
     """
     plain: dict[str, list[int]] = {}
-    for module, numbers in given.items():
+    for module, numbers in neurons.items():
         plain[module] = []
         for number in numbers:
             try:
@@ -219,28 +221,28 @@ def to_plain_ints(given: Mapping[str, Collection[Any]]) -> dict[str, list[int]]:
     return plain
 
 
-def check_neurons(chosen: Mapping[str, Collection[int]], places: Sequence[NeuronGroup]) -> dict[str, list[int]]:
-    """Check user-given neurons against the parts of a model, and sort them.
+def check_neurons(neurons: Mapping[str, Collection[int]], groups: Sequence[NeuronGroup]) -> dict[str, list[int]]:
+    """Check user-given neurons against the groups of a model, and sort them.
 
     Raises
     ------
     ValueError
         A module is not a target, a neuron does not exist or is given twice, or no neuron is given.
     """
-    known: dict[str, set[int]] = {}
-    for part in places:
-        known.setdefault(part.module, set()).update(range(part.first, part.first + part.count))
-    for module, numbers in chosen.items():
-        if module not in known:
-            raise ValueError(f"neurons: unknown module {module!r}; expected one of {', '.join(known)}")
-        if wrong := [number for number in numbers if number not in known[module]]:
-            span = f"{min(known[module])} to {max(known[module])}"
+    available: dict[str, set[int]] = {}
+    for group in groups:
+        available.setdefault(group.module, set()).update(range(group.first, group.first + group.count))
+    for module, numbers in neurons.items():
+        if module not in available:
+            raise ValueError(f"neurons: unknown module {module!r}; expected one of {', '.join(available)}")
+        if wrong := [number for number in numbers if number not in available[module]]:
+            span = f"{min(available[module])} to {max(available[module])}"
             raise ValueError(f"neurons of {module} must be from {span}, got {wrong[0]}")
         if repeated := [number for number, times in Counter(numbers).items() if times > 1]:
             raise ValueError(f"neurons of {module}: duplicate {repeated[0]}")
-    if not any(chosen.values()):
+    if not any(neurons.values()):
         raise ValueError("neurons must contain at least 1 neuron, got none")
-    return {module: sorted(numbers) for module, numbers in chosen.items() if len(numbers)}
+    return {module: sorted(numbers) for module, numbers in neurons.items() if len(numbers)}
 
 
 def count_for_share(share: float, parameters: int, width: float) -> int:

@@ -46,9 +46,9 @@ def layer_places(table: pd.DataFrame) -> pd.Series:
     keys = [(stack, None if pd.isna(layer) else int(layer), role) for stack, layer, role in rows]
     spots = sorted(dict.fromkeys(keys), key=lambda key: position(*key))
     # With one stack its name would only repeat in every label.
-    several = len({stack for stack, layer, _ in spots if layer is not None}) > 1
+    has_stacks = len({stack for stack, layer, _ in spots if layer is not None}) > 1
     names = {key: key[2] if key[1] is None else str(key[1]) for key in spots}
-    labels = {key: f"{key[0]} {name}" if several and key[0] else name for key, name in names.items()}
+    labels = {key: f"{key[0]} {name}" if has_stacks and key[0] else name for key, name in names.items()}
     categories = list(dict.fromkeys(labels.values()))
     return pd.Series(pd.Categorical([labels[key] for key in keys], categories, ordered=True), table.index)
 
@@ -76,14 +76,14 @@ def pool_modules(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame
         same = [table[column] for column in [*_KEY, "stack", "layer"]]
         covered = block.groupby(same, observed=True, dropna=False).transform("any")
         table = table[~block if "role" in by else block | ~covered]
-    parts = []
+    pooled_quantities = []
     for rule, rows in table.groupby(table["quantity"].map(lambda name: QUANTITIES[name].pool).astype("str")):
         # The norm of several tensors is the norm of their concatenation, so squares are summed.
         values = rows.assign(value=rows["value"] ** 2) if rule == "norm" else rows
         cells = values.groupby([*_KEY, *by], observed=True, dropna=False, sort=False)["value"]
         pooled = cells.mean(skipna=False) if rule == "mean" else cells.sum(skipna=False)
-        parts.append(np.sqrt(pooled) if rule == "norm" else pooled)
-    return pd.concat(parts).reset_index()
+        pooled_quantities.append(np.sqrt(pooled) if rule == "norm" else pooled)
+    return pd.concat(pooled_quantities).reset_index()
 
 
 def norm_per_weight(table: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
@@ -127,9 +127,9 @@ def summarize_steps(cells: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         One row per cell with ``mean``, ``std`` (population), ``first``, ``last`` and ``steps`` (their number).
     """
-    found = _after_step_zero(cells.sort_values("step"))
-    parts = {"mean": found.mean(), "std": found.std(ddof=0), "first": found.first(), "last": found.last()}
-    return pd.DataFrame(parts | {"steps": found.size()}).reset_index()
+    groups = _after_step_zero(cells.sort_values("step"))
+    statistics = {"mean": groups.mean(), "std": groups.std(ddof=0), "first": groups.first(), "last": groups.last()}
+    return pd.DataFrame(statistics | {"steps": groups.size()}).reset_index()
 
 
 def _after_step_zero(cells: pd.DataFrame) -> Any:
@@ -152,10 +152,10 @@ def subtract_start(cells: pd.DataFrame) -> pd.DataFrame:
     """
     key = _cell_columns(cells)
     start = cells.loc[(cells["step"] == 0).fillna(False), [*key, "value"]]
-    both = cells.merge(start, on=key, how="left", suffixes=("", "_start"), indicator=True)
-    if (both["_merge"] == "left_only").any():
+    matched = cells.merge(start, on=key, how="left", suffixes=("", "_start"), indicator=True)
+    if (matched["_merge"] == "left_only").any():
         raise ValueError("cannot subtract step 0: it was not recorded")
-    return cells.assign(value=both["value"].to_numpy() - both["value_start"].to_numpy())
+    return cells.assign(value=matched["value"].to_numpy() - matched["value_start"].to_numpy())
 
 
 def select_steps(cells: pd.DataFrame, most: int) -> pd.DataFrame:
@@ -177,5 +177,5 @@ def select_steps(cells: pd.DataFrame, most: int) -> pd.DataFrame:
 
 def evenly_spaced(items: Sequence[Any], most: int) -> list[Any]:
     """Return up to ``most`` evenly spaced items in order, including the first and last."""
-    chosen = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
-    return [items[index] for index in np.unique(chosen)]
+    indices = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[index] for index in np.unique(indices)]

@@ -98,9 +98,9 @@ def factor_ranks(table: pd.DataFrame) -> pd.DataFrame:
         Records of ``factor_rank`` with their ``place``, ``share`` (k / k_max) and ``cap`` (k_max).
     """
     keys = ["run", "module", "step"]
-    found, shares = (select_quantity(table, name).dropna(subset="layer") for name in ("factor_rank", "factor_share"))
-    found = found.merge(shares[[*keys, "value"]].rename(columns={"value": "share"}), on=keys)
-    return found.assign(cap=(found["value"] / found["share"]).round())
+    ranks, shares = (select_quantity(table, name).dropna(subset="layer") for name in ("factor_rank", "factor_share"))
+    ranks = ranks.merge(shares[[*keys, "value"]].rename(columns={"value": "share"}), on=keys)
+    return ranks.assign(cap=(ranks["value"] / ranks["share"]).round())
 
 
 def compare_factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
@@ -122,12 +122,12 @@ def compare_factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataF
     rows = last_recorded(table[table["quantity"].str.startswith("factoring_")])
     cells = rows.groupby(["run", "index", "quantity"], observed=True)["value"].agg(["mean", "sum"]).unstack("quantity")
     errors, seconds = cells["mean"], cells["sum"]
-    parts = []
+    tables = []
     for way, label in ways.items():
         excess = errors[f"factoring_error_{way}"] / errors["factoring_error_svd"]
         columns = {"measure": label, "excess": excess, "seconds": seconds[f"factoring_seconds_{way}"]}
-        parts.append(pd.DataFrame(columns))
-    return pd.concat(parts).reset_index()
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables).reset_index()
 
 
 def average_losses_by_rate(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFrame]:
@@ -148,13 +148,15 @@ def average_losses_by_rate(table: pd.DataFrame, rate: Mapping[str, float]) -> di
     names = table["recipe"].astype("str")
     methods = names.str.rpartition(" at ")[0]  # recipes of this study are named "METHOD at LEARNING RATE"
     table = table.assign(method=methods.where(methods != "", names))
-    found = {}
+    losses = {}
     for quantity in ("eval_loss", "test_loss"):
         rows = last_recorded(table[table["quantity"] == quantity])
         cells = band(rows.assign(lr=rows["run"].astype("str").map(rate)), ["method", "lr"])
-        by_rate = [own.sort_values("lr", kind="stable") for _, own in cells.groupby("method", sort=False)]
-        found[quantity] = pd.concat(by_rate, ignore_index=True)
-    return found
+        by_rate = [
+            method_cells.sort_values("lr", kind="stable") for _, method_cells in cells.groupby("method", sort=False)
+        ]
+        losses[quantity] = pd.concat(by_rate, ignore_index=True)
+    return losses
 
 
 def best_rates(cells: pd.DataFrame) -> pd.DataFrame:

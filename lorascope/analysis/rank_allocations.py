@@ -60,13 +60,13 @@ def add_parameters(ranks: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
 
 def depth_thirds(ranks: pd.DataFrame) -> pd.Series:
     """Return for each row its third of the stack's adapted layers, as an ordered category; NA outside the blocks."""
-    found = pd.Series(pd.NA, ranks.index, dtype="object")
+    third = pd.Series(pd.NA, ranks.index, dtype="object")
     for _, rows in ranks.dropna(subset="layer").groupby("stack", observed=True):
         layers = np.unique(rows["layer"].to_numpy(np.int64))
         index = np.searchsorted(layers, rows["layer"].to_numpy(np.int64))
         middle = (6 * index + 3) // (2 * len(layers))  # a layer belongs to the third that contains its midpoint
-        found[rows.index] = np.array(THIRDS, dtype=object)[middle]
-    return found.astype(pd.CategoricalDtype(list(THIRDS), ordered=True))
+        third[rows.index] = np.array(THIRDS, dtype=object)[middle]
+    return third.astype(pd.CategoricalDtype(list(THIRDS), ordered=True))
 
 
 def rank_shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
@@ -87,9 +87,9 @@ def rank_shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
     """
     rows = ranks.assign(third=depth_thirds(ranks)).dropna(subset=by)
     groups = rows.groupby(["run", by], observed=True)["value"]
-    found = groups.agg(rank="sum", modules="count").reset_index()
-    whole = found.groupby("run", observed=True)[["rank", "modules"]].transform("sum")
-    return found.assign(share=found["rank"] / whole["rank"], uniform=found["modules"] / whole["modules"])
+    sums = groups.agg(rank="sum", modules="count").reset_index()
+    totals = sums.groupby("run", observed=True)[["rank", "modules"]].transform("sum")
+    return sums.assign(share=sums["rank"] / totals["rank"], uniform=sums["modules"] / totals["modules"])
 
 
 def kendall_tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "run run"]:
@@ -149,11 +149,11 @@ def budget_phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
     list of (str, int, int)
         Name, first step and last step of each nonempty phase.
     """
-    at, value = budget["at"].to_numpy(np.int64), budget["value"].to_numpy()
-    changes = at[1:][np.diff(value) != 0]
+    steps, value = budget["at"].to_numpy(np.int64), budget["value"].to_numpy()
+    changes = steps[1:][np.diff(value) != 0]
     if not len(changes):
         return []
-    ends = [int(end) for end in (at[0], changes[0], changes[-1], at[-1])]
+    ends = [int(end) for end in (steps[0], changes[0], changes[-1], steps[-1])]
     return [phase for phase in zip(PHASES, ends, ends[1:], strict=False) if phase[1] < phase[2]]
 
 
@@ -169,29 +169,32 @@ def component_course(table: pd.DataFrame, quantity: str = "importance") -> pd.Da
     Methods that record ``kept`` determine it at their last selection. For other methods, the components kept are the
     most important ones at the last scoring, as many per module as its rank.
     """
-    parts = []
-    for _, own in table.groupby("run", observed=True, sort=False):
-        recorded = set(own["quantity"])
+    tables = []
+    for _, run_table in table.groupby("run", observed=True, sort=False):
+        recorded = set(run_table["quantity"])
         judge = next(name for name in ("kept", "importance", quantity) if name in recorded)  # in order of preference
-        final = norms.last_recorded(norms.select_quantity(own, judge))
+        final = norms.last_recorded(norms.select_quantity(run_table, judge))
         if judge == "kept":
             retained = final["value"] > 0
         else:
-            latest = current_ranks(own)
+            latest = current_ranks(run_table)
             number = final["module"].astype("str").map(dict(zip(latest["module"], latest["value"], strict=True)))
-            place = final.groupby("module", observed=True)["value"].rank(method="first", ascending=False)
-            retained = place <= number
-        kept = final.loc[retained, ["module", "index"]].assign(kept=True)
-        parts.append(
-            norms.select_quantity(own, quantity).merge(kept, how="left").fillna({"kept": False}).astype({"kept": bool})
+            position = final.groupby("module", observed=True)["value"].rank(method="first", ascending=False)
+            retained = position <= number
+        kept_components = final.loc[retained, ["module", "index"]].assign(kept=True)
+        tables.append(
+            norms.select_quantity(run_table, quantity)
+            .merge(kept_components, how="left")
+            .fillna({"kept": False})
+            .astype({"kept": bool})
         )
-    return pd.concat(parts, ignore_index=True)
+    return pd.concat(tables, ignore_index=True)
 
 
 def _draw_ranks(ranks: Float[np.ndarray, "module"], cap: int | None, seed: int) -> Float[np.ndarray, "module"]:
     """Draw random ranks with the same sum for the same modules."""
-    drawn = baseline_ranks.random([str(module) for module in range(len(ranks))], int(ranks.sum()), seed, cap)
-    return np.array(list(drawn.values()), dtype=np.float64)
+    allocation = baseline_ranks.random([str(module) for module in range(len(ranks))], int(ranks.sum()), seed, cap)
+    return np.array(list(allocation.values()), dtype=np.float64)
 
 
 def _pivot_ranks(ranks: pd.DataFrame) -> pd.DataFrame:

@@ -25,9 +25,9 @@ from lorascope.schema.labels import to_words
 
 LEVEL = 0.05
 MINIMUM_SEEDS = 3
-PLACE = ["model", "task", "metric"]
+SETTING = ["model", "task", "metric"]
 # Runs with the same values learn the same, such as two that differ only in observers: they are not two seeds.
-_RUN = [*PLACE, "recipe", "seed"]
+_RUN_KEY = [*SETTING, "recipe", "seed"]
 _LOWER_IS_BETTER = ("perplexity",)
 _MAX_LISTED = 4  # pairs without a significant difference that are listed by name
 _MAX_CHARACTERS = 60  # longer tables and lists appear in the name of a recipe as their size and hash
@@ -40,14 +40,14 @@ def name_recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -
 
     There is one label, such as ``LoRA, rank 8``, and one mapping of settings per run.
     """
-    texts = [{key: _setting_text(value) for key, value in chosen.items()} for chosen in settings]
-    known: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for label, chosen in zip(labels, texts, strict=True):
-        for key, text in chosen.items():
-            known[label, key].add(text)
+    texts = [{key: _setting_text(value) for key, value in run_settings.items()} for run_settings in settings]
+    texts_of: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for label, run_texts in zip(labels, texts, strict=True):
+        for key, text in run_texts.items():
+            texts_of[label, key].add(text)
     return [
-        ", ".join([label, *(f"{key} {text}" for key, text in chosen.items() if len(known[label, key]) > 1)])
-        for label, chosen in zip(labels, texts, strict=True)
+        ", ".join([label, *(f"{key} {text}" for key, text in run_texts.items() if len(texts_of[label, key]) > 1)])
+        for label, run_texts in zip(labels, texts, strict=True)
     ]
 
 
@@ -105,22 +105,24 @@ def compare_pairs(table: pd.DataFrame) -> pd.DataFrame:
         a two-sided paired t-test, adjusted by Holm's method. ``better`` is the better recipe, or "" if p is 0.05 or
         more or there are fewer than three common seeds.
     """
-    found = []
-    for place, part in table.drop_duplicates(_RUN).groupby(PLACE, sort=False):
-        by_seed = part.pivot(index="seed", columns="recipe", values="value")
+    comparisons = []
+    for setting, runs in table.drop_duplicates(_RUN_KEY).groupby(SETTING, sort=False):
+        by_seed = runs.pivot(index="seed", columns="recipe", values="value")
         rows = []
-        for recipe, other in itertools.combinations(part["recipe"].unique(), 2):
+        for recipe, other in itertools.combinations(runs["recipe"].unique(), 2):
             values = (by_seed[recipe] - by_seed[other]).dropna().to_numpy(np.float64)
             if len(values):
                 rows.append((recipe, other, t_interval(values), paired_p(values)))
         # Holm's method adjusts over all pairs of this model and task, so p-values are only final here.
         adjusted = holm(np.array([p for *_, p in rows], np.float64))
-        sign = -1 if place[-1] in _LOWER_IS_BETTER else 1
+        sign = -1 if setting[-1] in _LOWER_IS_BETTER else 1
         for (recipe, other, interval, _), p in zip(rows, adjusted.tolist(), strict=True):
             winner = recipe if sign * interval.mean > 0 else other
             better = winner if interval.n >= MINIMUM_SEEDS and p < LEVEL else ""
-            found.append((*place, recipe, other, *interval, p, better))
-    return pd.DataFrame(found, columns=[*PLACE, "recipe", "other", "difference", "low", "high", "n", "p", "better"])
+            comparisons.append((*setting, recipe, other, *interval, p, better))
+    return pd.DataFrame(
+        comparisons, columns=[*SETTING, "recipe", "other", "difference", "low", "high", "n", "p", "better"]
+    )
 
 
 def paired_p(differences: Float[np.ndarray, "n"]) -> float:
@@ -158,36 +160,36 @@ def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
         ``first`` is one more than the number of significantly better recipes. ``last`` is the number of recipes minus
         the number of significantly worse ones. A recipe has a definite place only if both are equal.
     """
-    key = [*PLACE, "recipe"]
-    rows = band(table.drop_duplicates(_RUN), key)
+    key = [*SETTING, "recipe"]
+    rows = band(table.drop_duplicates(_RUN_KEY), key)
     better = compared[compared["better"] != ""]
     worse = better["recipe"].where(better["better"] != better["recipe"], better["other"])
     wins, losses = (
         better.assign(recipe=recipes).groupby(key).size().reindex(pd.MultiIndex.from_frame(rows[key]), fill_value=0)
         for recipes in (better["better"], worse)
     )
-    peers = rows.groupby(PLACE)["recipe"].transform("size")
+    peers = rows.groupby(SETTING)["recipe"].transform("size")
     return rows.assign(first=1 + losses.to_numpy(), last=peers - wins.to_numpy())
 
 
 def describe_comparison(compared: pd.DataFrame) -> list[str]:
     """Describe which recipes are significantly better than others, in a few lines per model and task."""
     lines = []
-    several = len(compared[["model", "task"]].drop_duplicates()) > 1
-    for (model, task, _), part in compared.groupby(PLACE, sort=False):
-        where = f"{model}, {task}: " if several else ""
-        for row in part[part["better"] != ""].to_dict("records"):
+    has_settings = len(compared[["model", "task"]].drop_duplicates()) > 1
+    for (model, task, _), comparisons in compared.groupby(SETTING, sort=False):
+        where = f"{model}, {task}: " if has_settings else ""
+        for row in comparisons[comparisons["better"] != ""].to_dict("records"):
             worse = row["other"] if row["better"] == row["recipe"] else row["recipe"]
             low, high = sorted((abs(row["low"]), abs(row["high"])))
             lines.append(
                 f"{where}{row['better']} is better than {worse} by {abs(row['difference']):.4g} "
                 f"[{low:.4g}, {high:.4g}] (p {row['p']:.2g}, {row['n']} seeds)"
             )
-        open_pairs = part[part["better"] == ""]
+        open_pairs = comparisons[comparisons["better"] == ""]
         if open_pairs.empty:
             continue
-        named = "; ".join(f"{row.recipe} and {row.other}" for row in open_pairs.head(_MAX_LISTED).itertuples())
-        more = f"; and {len(open_pairs) - _MAX_LISTED} more pairs" if len(open_pairs) > _MAX_LISTED else ""
+        listed_pairs = "; ".join(f"{row.recipe} and {row.other}" for row in open_pairs.head(_MAX_LISTED).itertuples())
+        remainder = f"; and {len(open_pairs) - _MAX_LISTED} more pairs" if len(open_pairs) > _MAX_LISTED else ""
         few = f" (fewer than {MINIMUM_SEEDS} seeds)" if open_pairs["n"].max() < MINIMUM_SEEDS else ""
-        lines.append(f"{where}no significant difference{few}: {named}{more}")
+        lines.append(f"{where}no significant difference{few}: {listed_pairs}{remainder}")
     return lines

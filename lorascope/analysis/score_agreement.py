@@ -52,15 +52,15 @@ def correlate(scores: pd.DataFrame) -> pd.DataFrame:
     """
     names = list(dict.fromkeys(scores["score"]))
     tables = []
-    for run, found in scores.groupby("run", sort=False, observed=True):
-        wide = found.pivot(index=["module", "component"], columns="score", values="value")[names]
+    for run, run_scores in scores.groupby("run", sort=False, observed=True):
+        wide = run_scores.pivot(index=["module", "component"], columns="score", values="value")[names]
         modules = [block.to_numpy(np.float64) for _, block in wide.groupby(level="module", sort=False)]
         draw = np.random.default_rng(0)
-        again = np.empty((DRAWS, len(names), len(names)))
-        for sample in again:
-            chosen = draw.integers(len(modules), size=len(modules))
-            sample[:] = spearman(np.concatenate([modules[place] for place in chosen]))
-        low, high = np.nanquantile(again, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+        samples = np.empty((DRAWS, len(names), len(names)))
+        for sample in samples:
+            drawn_indices = draw.integers(len(modules), size=len(modules))
+            sample[:] = spearman(np.concatenate([modules[index] for index in drawn_indices]))
+        low, high = np.nanquantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
         pairs = pd.DataFrame(product(names, names), columns=["first", "second"])
         pairs.insert(0, "run", run)
         value = spearman(np.concatenate(modules))
@@ -131,13 +131,13 @@ def _rotation_scores(run: Result) -> dict[str, tuple[str, ...]]:
 
 def _last_values(run: Result, quantities: Sequence[str]) -> pd.DataFrame:
     """Return the last values of the quantities that together cover the neurons of all roles."""
-    parts = []
+    tables = []
     for quantity in quantities:
-        found = selected_neurons.last_scores(run, quantity)
+        scores = selected_neurons.last_scores(run, quantity)
         # Sensitivity is recorded for both sides of a matrix; only one of them has the neurons as its vectors.
         side = {"sensitivity_out": FFN[:2], "sensitivity_in": FFN[2:]}.get(quantity, FFN)
-        parts.append(found[found["role"].isin(side)])
-    table = pd.concat(parts)
+        tables.append(scores[scores["role"].isin(side)])
+    table = pd.concat(tables)
     if table.empty:
         raise ValueError(
             f"cannot compare neurons of run {run.id}: {quantities[0]} was not recorded. "

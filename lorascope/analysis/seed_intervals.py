@@ -124,7 +124,7 @@ def two_way_estimate(differences: Float[np.ndarray, "seed row"], clusters: Int[n
     if seeds < 2:
         return Estimate(mean, seeds, ())
     by_cluster = np.array(
-        [np.bincount(clusters, row - own, number) for row, own in zip(differences, by_seed, strict=True)]
+        [np.bincount(clusters, row - row_mean, number) for row, row_mean in zip(differences, by_seed, strict=True)]
     )
     common = by_cluster.mean(axis=0)
     used = len(np.unique(clusters))
@@ -132,8 +132,8 @@ def two_way_estimate(differences: Float[np.ndarray, "seed row"], clusters: Int[n
     v_row = used / (used - 1) * float((common**2).sum()) / rows**2
     v_cell = float(((by_cluster - common) ** 2).sum()) / (seeds * (seeds - 1) * rows**2)
     total = max(v_seed + v_row - v_cell, v_seed, v_row)
-    parts = v_seed**2 / (seeds - 1) + v_row**2 / (used - 1) + v_cell**2 / ((seeds - 1) * (used - 1))
-    degrees = max(total**2 / parts, seeds - 1) if parts else seeds - 1
+    degrees_terms = v_seed**2 / (seeds - 1) + v_row**2 / (used - 1) + v_cell**2 / ((seeds - 1) * (used - 1))
+    degrees = max(total**2 / degrees_terms, seeds - 1) if degrees_terms else seeds - 1
     errors = (total**0.5, float(degrees)), (v_seed**0.5, float(seeds - 1))
     return Estimate(mean, seeds, errors, rows=((v_row**0.5, float(used - 1)),))
 
@@ -156,12 +156,12 @@ def pseudo_values(pairs: Float[np.ndarray, "seed seed"]) -> Float[np.ndarray, "s
         One value per seed. With two seeds, where no pair is left without one of them, both are U; a single one is NaN.
     """
     n = len(pairs)
-    kept = np.where(np.eye(n, dtype=bool), 0.0, pairs)
-    total = kept.sum()
+    off_diagonal = np.where(np.eye(n, dtype=bool), 0.0, pairs)
+    total = off_diagonal.sum()
     mean = total / (n * (n - 1)) if n > 1 else np.nan
     if n < 3:
         return np.full(n, mean)
-    without = (total - kept.sum(axis=0) - kept.sum(axis=1)) / ((n - 1) * (n - 2))
+    without = (total - off_diagonal.sum(axis=0) - off_diagonal.sum(axis=1)) / ((n - 1) * (n - 2))
     return n * mean - (n - 1) * without
 
 
@@ -186,9 +186,9 @@ def band(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
         ``by``, then ``value`` (the mean), ``low``, ``high`` and ``n``, in order of first appearance.
     """
     cells = table.groupby(list(by), observed=True, dropna=False, sort=False)["value"]
-    found = cells.agg(value="mean", deviation="std", n="count").reset_index()
-    n = found["n"].to_numpy()
+    statistics = cells.agg(value="mean", deviation="std", n="count").reset_index()
+    n = statistics["n"].to_numpy()
     degrees = np.where(n > 1, n - 1, np.nan)  # one value has no standard deviation, so no interval
-    half = stdtrit(degrees, 0.5 + CONFIDENCE / 2) * found["deviation"].to_numpy(np.float64) / np.sqrt(n)
-    bounds = found.assign(low=found["value"] - half, high=found["value"] + half)
+    half = stdtrit(degrees, 0.5 + CONFIDENCE / 2) * statistics["deviation"].to_numpy(np.float64) / np.sqrt(n)
+    bounds = statistics.assign(low=statistics["value"] - half, high=statistics["value"] + half)
     return bounds[[*by, "value", "low", "high", "n"]]

@@ -18,7 +18,7 @@ from lorascope.runs.result import Result
 from lorascope.schema.module_table import gated_input
 
 Neurons = frozenset[tuple[str, int]]
-_PLACE = ["module", "stack", "layer", "role"]
+_MODULE = ["module", "stack", "layer", "role"]
 
 
 def list_selected(run: Result, k: int | None = None) -> pd.DataFrame:
@@ -39,9 +39,9 @@ def list_selected(run: Result, k: int | None = None) -> pd.DataFrame:
     """
     if k is None:
         rows = run.table[run.table["quantity"] == "selected"]
-        return rows[[*_PLACE, "index"]].rename(columns={"index": "neuron"}).reset_index(drop=True)
+        return rows[[*_MODULE, "index"]].rename(columns={"index": "neuron"}).reset_index(drop=True)
     return neurons.select_neurons(
-        neurons.scores_of_groups(last_scores(run, "neuron_cosine"), _selectable_parts(run)), k, by="value"
+        neurons.scores_of_groups(last_scores(run, "neuron_cosine"), _selectable_groups(run)), k, by="value"
     )
 
 
@@ -53,10 +53,10 @@ def last_scores(run: Result, quantity: str) -> pd.DataFrame:
     rows = last_recorded(run.table[run.table["quantity"] == quantity]).astype(
         {"module": "str", "stack": "str", "role": "str"}
     )
-    both = run.modules.astype({"module": "str"})[lambda modules: gated_input(modules).fillna(False)]
-    half = rows["module"].map(dict(zip(both["module"], both["out_features"] // 2, strict=True)))
+    fused = run.modules.astype({"module": "str"})[lambda modules: gated_input(modules).fillna(False)]
+    half = rows["module"].map(dict(zip(fused["module"], fused["out_features"] // 2, strict=True)))
     rows["role"] = rows["role"].mask((rows["index"] < half).fillna(False), "ffn_gate")
-    return rows[[*_PLACE, "index", "value"]].rename(columns={"index": "neuron"})
+    return rows[[*_MODULE, "index", "value"]].rename(columns={"index": "neuron"})
 
 
 def selection_threshold(run: Result, quantity: str) -> float | None:
@@ -66,8 +66,8 @@ def selection_threshold(run: Result, quantity: str) -> float | None:
     by_hand_or_both_ends = method.get("neurons") is not None or method.get("reversed_share")
     if quantity != "selection_cosine" or method.get("select_by") != "changed" or by_hand_or_both_ends:
         return None
-    both = last_scores(run, quantity).merge(list_selected(run).astype({"module": "str"}), on=["module", "neuron"])
-    return float(both["value"].min())
+    selected = last_scores(run, quantity).merge(list_selected(run).astype({"module": "str"}), on=["module", "neuron"])
+    return float(selected["value"].min())
 
 
 def list_trained(run: Result) -> pd.DataFrame:
@@ -75,22 +75,22 @@ def list_trained(run: Result) -> pd.DataFrame:
     if (run.table["quantity"] == "selected").any():
         return list_selected(run)
     moved = set(run.summary().query("update_norm > 0")["module"])
-    every = neurons.unscored_neurons(_selectable_parts(run))
+    every = neurons.unscored_neurons(_selectable_groups(run))
     return every[every["module"].isin(moved)]
 
 
-def _selectable_parts(run: Result) -> list[neurons.NeuronGroup]:
-    """Return the parts with the neurons that a run could select from; for other methods than NeFT, its defaults."""
+def _selectable_groups(run: Result) -> list[neurons.NeuronGroup]:
+    """Return the groups with the neurons that a run could select from; for other methods than NeFT, its defaults."""
     roles = run.fact("neuron_roles") or neurons.DEFAULT
     return neurons.list_groups(run.modules.astype({"module": "str"}), tuple(roles))
 
 
 def count_selectable(run: Result) -> Counter[str]:
     """Count the neurons that a run could select from in each module."""
-    found: Counter[str] = Counter()
-    for part in _selectable_parts(run):
-        found[part.module] += part.count
-    return found
+    counts: Counter[str] = Counter()
+    for group in _selectable_groups(run):
+        counts[group.module] += group.count
+    return counts
 
 
 def count_by_layer(run: Result) -> pd.DataFrame:
@@ -101,14 +101,14 @@ def count_by_layer(run: Result) -> pd.DataFrame:
     DataFrame
         ``run, place, role, value``, and ``chance``: the expected number for as many random neurons.
     """
-    found = list_selected(run)
-    counts = found.groupby([found["module"].astype("str"), "role"], observed=True).size()
-    # Records of a matrix with fused gate and input only have the role of the module, so the parts must use it as well.
+    selected = list_selected(run)
+    counts = selected.groupby([selected["module"].astype("str"), "role"], observed=True).size()
+    # Records of a matrix with fused gate and input only have the role of the module, so the groups must use it as well.
     role = run.modules.set_index("module")["role"]
-    parts = pd.DataFrame(_selectable_parts(run)).assign(role=lambda rows: rows["module"].map(role))
-    available = parts.groupby(_PLACE, sort=False)["count"].sum().reset_index()
+    groups = pd.DataFrame(_selectable_groups(run)).assign(role=lambda rows: rows["module"].map(role))
+    available = groups.groupby(_MODULE, sort=False)["count"].sum().reset_index()
     value = [int(counts.get((row.module, row.role), 0)) for row in available.itertuples()]
-    chance = available["count"] * len(found) / available["count"].sum()
+    chance = available["count"] * len(selected) / available["count"].sum()
     return available.assign(run=run.id, place=layer_places(available), value=value, chance=chance)
 
 
@@ -138,8 +138,8 @@ def compute_expected_overlap(first: Neurons, second: Neurons, sizes: Mapping[str
     This baseline accounts for both selections preferring the same modules; only overlap above it is due to neurons.
     ``sizes`` contains the number of neurons to select from in each module.
     """
-    one, other = (Counter(module for module, _ in each) for each in (first, second))
-    shared = sum(number * other[module] / sizes[module] for module, number in one.items())
+    counts, other_counts = (Counter(module for module, _ in selection) for selection in (first, second))
+    shared = sum(count * other_counts[module] / sizes[module] for module, count in counts.items())
     return shared / min(len(first), len(second))
 
 
@@ -151,14 +151,13 @@ def compare_all_selections(choices: Mapping[str, Sequence[Neurons]], pool: int) 
     DataFrame
         ``first, second`` (labels) and the values of ``compare_selections``, one row per pair.
     """
-    rows = [
-        {"first": one, "second": two, **compare_selections(first, second, pool)}
-        for one, two in combinations_with_replacement(choices, 2)
-        for first, second in (combinations(choices[one], 2) if one == two else product(choices[one], choices[two]))
-    ]
+    rows = []
+    for label, other in combinations_with_replacement(choices, 2):
+        pairs = combinations(choices[label], 2) if label == other else product(choices[label], choices[other])
+        rows += [{"first": label, "second": other, **compare_selections(*pair, pool)} for pair in pairs]
     return pd.DataFrame(rows)
 
 
-def to_set(found: pd.DataFrame) -> Neurons:
+def to_set(table: pd.DataFrame) -> Neurons:
     """Convert a table of neurons to a set of (module, neuron)."""
-    return frozenset(zip(found["module"].astype("str"), found["neuron"].astype(int), strict=True))
+    return frozenset(zip(table["module"].astype("str"), table["neuron"].astype(int), strict=True))

@@ -59,11 +59,11 @@ class Distances:
     @cached_property
     def layers(self) -> dict[tuple[str, int | None, str], list[str]]:
         """Modules by stack and layer, and outside the blocks also by role."""
-        found: dict[tuple[str, int | None, str], list[str]] = {}
+        layers: dict[tuple[str, int | None, str], list[str]] = {}
         for module in self.values:
             stack, layer, role = parse(module)
-            found.setdefault((stack, layer, role if layer is None else ""), []).append(module)
-        return found
+            layers.setdefault((stack, layer, role if layer is None else ""), []).append(module)
+        return layers
 
 
 def update_distances(run: Result) -> Distances:
@@ -86,7 +86,7 @@ def update_distances(run: Result) -> Distances:
         for module in updates[-1]:
             last = updates[-1][module]
             size = last.norm()
-            earlier = [found.get(module) for found in updates[:-1]]
+            earlier = [step_updates.get(module) for step_updates in updates[:-1]]
             squares = [
                 np.nan if update is None else update.norm() ** 2 + size**2 - 2 * update.inner(last)
                 for update in earlier
@@ -113,11 +113,11 @@ def settling_steps(run: Result, threshold: float = THRESHOLD) -> pd.DataFrame:
         distance of the last two stored updates; ``settled`` and ``layer_settled``, the steps of the module and of its
         layer.
     """
-    found = update_distances(run)
-    by_layer = {name: found.settled(names, threshold) for names in found.layers.values() for name in names}
+    distances = update_distances(run)
+    by_layer = {name: distances.settled(names, threshold) for names in distances.layers.values() for name in names}
     rows = []
-    for module, norm in found.norms.items():
-        change, step = found.relative([module])[-2], found.settled([module], threshold)
+    for module, norm in distances.norms.items():
+        change, step = distances.relative([module])[-2], distances.settled([module], threshold)
         rows.append((run.id, module, *parse(module), norm, change, step, by_layer[module]))
     columns = ["run", "module", "stack", "layer", "role", "norm", "last_change", "settled", "layer_settled"]
     return pd.DataFrame(rows, columns=columns).astype({"layer": "Int16"})

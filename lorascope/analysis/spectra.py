@@ -18,7 +18,7 @@ from lorascope.runs.layout import Lazy
 from lorascope.runs.result import Result
 
 _RANKS = ("stable_rank", "effective_rank", "entropy_rank", "participation_rank", "energy_rank")
-_KEPT = "/singular_values"
+_SNAPSHOT = "/singular_values"
 
 Spectra = Mapping[str, Float[np.ndarray, "_"]]
 
@@ -42,22 +42,27 @@ def singular_values(run: Result, step: int | None = None) -> Spectra:
         The run saved no updates at this step.
     """
     updates = run.updates(step)
-    at = run.meta.states["last"].step if step is None else step  # snapshots need an explicit step
-    kept = [name.removesuffix(_KEPT) for name in run.snapshot_names() if name.endswith(_KEPT)]
-    dense = [module for module in kept if module not in updates and at in run.snapshot_steps(module + _KEPT)]
+    saved_step = run.meta.states["last"].step if step is None else step  # snapshots need an explicit step
+    recorded = [name.removesuffix(_SNAPSHOT) for name in run.snapshot_names() if name.endswith(_SNAPSHOT)]
+    dense = [
+        module for module in recorded if module not in updates and saved_step in run.snapshot_steps(module + _SNAPSHOT)
+    ]
 
     def make(module: str) -> Float[np.ndarray, "_"]:
         if module in updates:
             return updates[module].singular_values()
-        return run.snapshot(module + _KEPT, at)["value"].to_numpy(np.float64)
+        return run.snapshot(module + _SNAPSHOT, saved_step)["value"].to_numpy(np.float64)
 
     return Lazy([*updates, *dense], make)
 
 
 def added_values(run: Result, step: int | None = None) -> Spectra:
     """Return the singular values of the learned updates ΔW - ΔW₀, or of ΔW if the initial update was not saved."""
-    whole, made = singular_values(run, step), initial_update.learned_updates(run, step)
-    return Lazy([*whole, *made], lambda module: made[module].singular_values() if module in made else whole[module])
+    stored_spectra, learned = singular_values(run, step), initial_update.learned_updates(run, step)
+    return Lazy(
+        [*stored_spectra, *learned],
+        lambda module: learned[module].singular_values() if module in learned else stored_spectra[module],
+    )
 
 
 def tabulate_spectra(spectra: Spectra) -> pd.DataFrame:

@@ -22,14 +22,14 @@ def median_times(table: pd.DataFrame) -> pd.DataFrame:
         A run has no measured step after the first ``WARM``.
     """
     rows = _warm_steps(table)
-    found = rows.groupby(["run", "quantity"], observed=True)["value"].median().reset_index()
-    return found.assign(part=found["quantity"].map(PARTS))[["run", "part", "value"]]
+    medians = rows.groupby(["run", "quantity"], observed=True)["value"].median().reset_index()
+    return medians.assign(part=medians["quantity"].map(PARTS))[["run", "part", "value"]]
 
 
 def relative_spread(table: pd.DataFrame) -> float:
     """Compute half the interquartile range of the step times over their median, and return the largest of all runs."""
-    whole = _warm_steps(table).groupby(["run", "step"])["value"].sum().groupby("run")
-    return float(((whole.quantile(0.75) - whole.quantile(0.25)) / 2 / whole.median()).max())
+    step_times = _warm_steps(table).groupby(["run", "step"])["value"].sum().groupby("run")
+    return float(((step_times.quantile(0.75) - step_times.quantile(0.25)) / 2 / step_times.median()).max())
 
 
 def _warm_steps(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,6 +7,7 @@ how the update is split into factors.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -47,18 +48,19 @@ def rotations(run: Result, k: int = DIRECTIONS, modules: Sequence[str] | None = 
         for random subspaces. There is no row where one of the two updates is zero, not finite or absent.
     """
     updates = {step: run.updates(step) for step in run.update_steps()}
-    named = dict.fromkeys(name for found in updates.values() for name in found) if modules is None else modules
+    if modules is None:
+        modules = list(dict.fromkeys(chain.from_iterable(updates.values())))
     rows = []
     with one_thread():
-        for module in named:
-            place = (module, *parse(module))
-            steps = [step for step, found in updates.items() if module in found]
-            found = ((step, _directions(updates[step][module], k)) for step in steps)
+        for module in modules:
+            position = (module, *parse(module))
+            steps = [step for step, step_updates in updates.items() if module in step_updates]
             last = _directions(updates[steps[-1]][module], k) if steps else None
             previous = None
-            for step, directions in found:
+            for step in steps:
+                directions = _directions(updates[step][module], k)
                 for against, other in zip(AGAINST, (previous, last if step != steps[-1] else None), strict=True):
-                    rows += [(run.id, step, *place, against, *angles) for angles in _angles(directions, other)]
+                    rows += [(run.id, step, *position, against, *angles) for angles in _angles(directions, other)]
                 previous = directions
     return pd.DataFrame(rows, columns=_COLUMNS).astype({"layer": "Int16"})
 
@@ -72,10 +74,10 @@ def _directions(update: Update, k: int) -> Directions | None:
         return None
 
 
-def _angles(one: Directions | None, other: Directions | None) -> Iterator[tuple[str, int, float, float, float]]:
+def _angles(left: Directions | None, right: Directions | None) -> Iterator[tuple[str, int, float, float, float]]:
     """Yield space, number of angles, mean and largest angle in degrees, and the mean at chance level."""
-    if one is None or other is None or not (k := min(one.size, other.size)):
+    if left is None or right is None or not (k := min(left.size, right.size)):
         return
-    for space, first, second in zip(SPACES, one, other, strict=True):
+    for space, first, second in zip(SPACES, left, right, strict=True):
         angles = np.degrees(principal_angles(first[:, :k], second[:, :k]))
         yield space, k, float(angles.mean()), float(angles.max()), chance_angle(len(first), k)

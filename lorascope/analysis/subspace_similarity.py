@@ -53,8 +53,8 @@ def similarity_of_runs(
     """
     common = [name for name in first if name in second]
     if module not in common:
-        listed = ", ".join(common) or "none"
-        raise ValueError(f"module {module!r} is not adapted in both runs; expected one of {listed}")
+        names = ", ".join(common) or "none"
+        raise ValueError(f"module {module!r} is not adapted in both runs; expected one of {names}")
     return similarity(_orient_rows(first[module], side), _orient_rows(second[module], side))
 
 

@@ -64,10 +64,10 @@ def compare_modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.Dat
             for label, other in combinations(sizes, 2):
                 dot, angle, chance = np.nan, np.nan, np.nan
                 if label in shared_updates and other in shared_updates:
-                    shapes = shared_updates[label].shape, shared_updates[other].shape
-                    if shapes[0] != shapes[1]:
+                    shape, other_shape = shared_updates[label].shape, shared_updates[other].shape
+                    if shape != other_shape:
                         raise ValueError(
-                            f"cannot compare {label} and {other}: {module} is {shapes[0]} in {label} and {shapes[1]} in "
+                            f"cannot compare {label} and {other}: {module} is {shape} in {label} and {other_shape} in "
                             f"{other}. Compare adapters of one model"
                         )
                     # Updates that are not finite are excluded from the sums over modules, as they are from the norms.

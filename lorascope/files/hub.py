@@ -37,9 +37,8 @@ class HubName:
     folder: str
 
     def __str__(self) -> str:
-        return "".join(
-            (self.repository, (self.revision and f"@{self.revision}") or "", self.folder and f"/{self.folder}")
-        )
+        revision = f"@{self.revision}" * bool(self.revision)
+        return self.repository + revision + f"/{self.folder}" * bool(self.folder)
 
 
 def parse_name(name: str) -> HubName | None:
@@ -82,8 +81,9 @@ def locate_base(name: str | Path) -> Path:
         The cache does not contain the model.
     """
     path = Path(os.path.expanduser(name))
-    hub_name = None if path.exists() else parse_name(str(name))
-    return path if hub_name is None else _fetch(hub_name, _cached_model)
+    if not path.exists() and (hub_name := parse_name(str(name))):
+        return _fetch(hub_name, _cached_model)
+    return path
 
 
 def hub_source(path: Path) -> tuple[str, str] | None:
@@ -130,7 +130,7 @@ def _adapter_files(name: HubName) -> Path:
         folder = name.folder or None
         return Path(hf_hub_download(name.repository, file, subfolder=folder, revision=name.revision))
 
-    inside = f"{name.folder}/" if name.folder else ""
+    inside = f"{name.folder}/" * bool(name.folder)
     if try_to_load_from_cache(name.repository, f"{inside}{CONFIG}", revision=name.revision) is None:
         print(f"fetching {name} from the hub", file=sys.stderr)
     folder = None
@@ -158,11 +158,11 @@ def _contents(name: HubName, files: list[str], weights: list[str]) -> str:
     """Return what a repository contains instead of one adapter."""
     if weights:
         return f"it contains {len(weights)} files of weights; download one and pass its path: {', '.join(weights)}"
-    if pickled := [file for file in files if file.endswith((".bin", ".pt", ".ckpt"))]:
-        return f"{pickled[0]} is a pickle, and pickles are never loaded"
-    folders = sorted({file.split("/")[0] for file in files if file.endswith(".safetensors")})
-    if folders:
-        return f"its adapters are in folders; pass one: {', '.join(f'hf://{name}/{file}' for file in folders)}"
+    for file in files:
+        if file.endswith((".bin", ".pt", ".ckpt")):
+            return f"{file} is a pickle, and pickles are never loaded"
+    if folders := {f"hf://{name}/{file.split('/')[0]}" for file in files if file.endswith(".safetensors")}:
+        return f"its adapters are in folders; pass one: {', '.join(sorted(folders))}"
     return "it contains no safetensors file"
 
 

@@ -58,9 +58,11 @@ def require_declared_size(file: Any, max_rows: int = MAX_ROWS) -> Any:
 
     with pq.ParquetFile(file) as parquet:
         metadata, schema = parquet.metadata, parquet.schema_arrow
-        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-        rows = max(metadata.num_rows, sum(group.num_rows for group in groups))
-        size = sum(group.total_byte_size for group in groups)
+        rows = size = 0
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            rows, size = rows + group.num_rows, size + group.total_byte_size
+        rows = max(rows, metadata.num_rows)  # either may be forged
         if rows > max_rows or len(schema) > MAX_COLUMNS or size > 4 * MAX_FILE:
             raise ValueError(
                 f"it must have <= {max_rows} rows, {MAX_COLUMNS} columns and {4 * MAX_FILE} bytes, "
@@ -75,10 +77,12 @@ def _decode_table(file: Any, max_rows: int) -> Any:
     import pyarrow.parquet as pq
 
     schema = require_declared_size(file, max_rows)
-    nested = next((field for field in schema if pa.types.is_nested(field.type)), None)
-    if nested is not None:
-        raise ValueError(f"column {nested.name!r} must not be nested, got {nested.type}")
-    texts = {field.name: field.type for field in schema if _is_text(field.type)}
+    texts = {}
+    for field in schema:
+        if pa.types.is_nested(field.type):
+            raise ValueError(f"column {field.name!r} must not be nested, got {field.type}")
+        if _is_text(field.type):
+            texts[field.name] = field.type
     # A dictionary stores a text that is repeated in every row only once.
     with pq.ParquetFile(file, read_dictionary=list(texts)) as parquet:
         table = parquet.read(use_threads=False)

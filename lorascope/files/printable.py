@@ -19,10 +19,13 @@ def printable(text: object) -> str:
     text = str(text)
     if text.isprintable():
         return text
-    return "".join(
-        letter if letter.isprintable() or letter in _JOINERS else letter.encode("unicode_escape").decode("ascii")
-        for letter in text
-    )
+    return "".join(map(_escape, text))
+
+
+def _escape(letter: str) -> str:
+    if letter.isprintable() or letter in _JOINERS:
+        return letter
+    return letter.encode("unicode_escape").decode("ascii")
 
 
 def utf8_text(path: object) -> str:

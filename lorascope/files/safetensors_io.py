@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any
 
@@ -105,11 +104,12 @@ class TensorFile(Mapping[str, Any]):
         words = header.pop("__metadata__", None)
         self.words = {} if words is None else to_typed(words, dict[str, Any], f"__metadata__ of {path}")
         self._entries = self._parse_entries(header, size)
-        spans = sorted(entry.data_offsets for entry in self._entries.values())
-        if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
-            raise ValueError(f"{cannot}: its tensors overlap")
+        used, data, last = 0, size - self._start, 0
+        for begin, end in sorted(entry.data_offsets for entry in self._entries.values()):
+            if begin < last:
+                raise ValueError(f"{cannot}: its tensors overlap")
+            used, last = used + end - begin, end
         # As safetensors itself requires: bytes without a tensor may be a shifted header.
-        used, data = sum(end - begin for begin, end in spans), size - self._start
         if used != data:
             raise ValueError(f"{cannot}: {data - used} of {data} bytes of data belong to no tensor")
 
@@ -225,7 +225,9 @@ class Unread:
 
     def read(self) -> np.ndarray:
         """Return the array."""
-        return bfloat16_to_float32(self.stored) if self.brain else self.stored
+        if self.brain:
+            return bfloat16_to_float32(self.stored)
+        return self.stored
 
     def read_into(self, out: np.ndarray) -> None:
         """Read the values into an array of float32 or float64."""
@@ -287,22 +289,20 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     if not index.exists():
         return sorted(folder.glob(f"{stem}*.safetensors"))
     shards = indexed_shards(index)
-    missing = [shard.name for shard in shards if not shard.exists()]
-    if missing:
-        count = f"{len(missing)} of {len(shards)}"
-        raise FileNotFoundError(
-            f"cannot read {printable(folder)}: missing {count} shards, such as {printable(missing[0])}"
-        )
+    if missing := [shard.name for shard in shards if not shard.exists()]:
+        reason = f"missing {len(missing)} of {len(shards)} shards, such as {printable(missing[0])}"
+        raise FileNotFoundError(f"cannot read {printable(folder)}: {reason}")
     return shards
 
 
 def indexed_shards(index: Path) -> list[Path]:
     """Return the shards that an index lists, which may not exist; those outside of its folder raise a ValueError."""
-    names = sorted(set(read_json(index, _Index).weight_map.values()))
-    outside = next((name for name in names if not is_plain(name)), None)
-    if outside is not None:
-        raise unreadable(index, f"shards must be in its folder, got {printable(outside)}")
-    return [index.parent / name for name in names]
+    shards = []
+    for name in sorted(set(read_json(index, _Index).weight_map.values())):
+        if not is_plain(name):
+            raise unreadable(index, f"shards must be in its folder, got {printable(name)}")
+        shards.append(index.parent / name)
+    return shards
 
 
 def is_pickle(file: Path) -> bool:
@@ -312,12 +312,11 @@ def is_pickle(file: Path) -> bool:
 
 def reject_pickles(files: Iterable[Path]) -> None:
     """Raise a ValueError if the name of a file indicates pickled weights."""
-    pickles = sorted(filter(is_pickle, files))
-    if pickles:
+    for pickle in sorted(filter(is_pickle, files)):
         # Quoted, because the name of a file may contain shell commands.
-        names = (shlex.quote(str(file)) for file in (pickles[0], pickles[0].with_suffix(".safetensors")))
+        names = map(shlex.quote, map(str, (pickle, pickle.with_suffix(".safetensors"))))
         command = printable(_CONVERT.format(*names))
-        raise ValueError(f"cannot load {printable(pickles[0])}: pickles are never loaded; convert it: {command}")
+        raise ValueError(f"cannot load {printable(pickle)}: pickles are never loaded; convert it: {command}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
@@ -346,7 +345,8 @@ def write_bytes(path: Path, data: bytes) -> None:
         The disk is full or the path is not writable; the previous file is unchanged. Transient errors of network file
         systems are raised after two more attempts.
     """
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     for pause in (*PAUSES, None):
         try:

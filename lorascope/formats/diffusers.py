@@ -43,7 +43,7 @@ def read_diffusers(
             return _scale(components[component], inside)
         if "" in components:
             return _scale(components[""], module)
-        return lambda rank: 1.0
+        return lambda rank: 1.0  # files without metadata have no alpha
 
     adapter = image_adapter(path, config, files, base, scale, "diffusers")
     if not components:

@@ -69,13 +69,13 @@ def split_rows(
     ValueError
         The shapes of the modules do not fit.
     """
-    shapes = [base.shape(module) for module in modules]
-    stops = [int(stop) for stop in np.cumsum([shape[0] for shape in shapes])]
-    check_fit(path, " and ".join(modules), update.shape, (stops[-1], shapes[0][1]))
-    return {
-        module: RowsPart(update, ((stop - shape[0], stop),), update.scale, update.transposed)
-        for module, shape, stop in zip(modules, shapes, stops, strict=True)
-    }
+    updates: dict[str, StoredUpdate] = {}
+    stop = 0
+    for module in modules:
+        start, stop = stop, stop + base.shape(module)[0]
+        updates[module] = RowsPart(update, ((start, stop),), update.scale, update.transposed)
+    check_fit(path, " and ".join(modules), update.shape, (stop, base.shape(modules[0])[1]))
+    return updates
 
 
 def swap_halves(path: Path, update: StoredUpdate, module: str, base: PretrainedWeights) -> RowsPart:

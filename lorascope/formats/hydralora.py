@@ -71,11 +71,12 @@ def read_hydra(
 def _hydra_part(path: Path, module: str, factors: Mapping[str, StoredTensor], config: LoraConfig) -> HydraPart:
     name, rank = printable(module), config.r
     # Count the factors, because a number in a name may be arbitrarily large.
-    count = max(sum(factor[0] == "B" for factor in factors), 1)
+    count = max(len(factors.keys() - {"A", "route"}), 1)
     expected_names = ["A", "route", *(f"B{number}" for number in range(count))]
-    if missing := [factor for factor in expected_names if factor not in factors]:
-        raise unreadable(path, f"{name} has no lora_{missing[0]}")
-    A, router, *heads = (factors[factor] for factor in expected_names)
+    for factor in expected_names:
+        if factor not in factors:
+            raise unreadable(path, f"{name} has no lora_{factor}")
+    A, router, *heads = map(factors.__getitem__, expected_names)
     if router.shape[0] != count:
         raise unreadable(path, f"router of {name} must have {count} rows, one per expert, got {router.shape[0]}")
     ranks = {A.shape[0], *(head.shape[1] for head in heads)}

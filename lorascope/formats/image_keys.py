@@ -135,6 +135,7 @@ def group_tensors(
     for module, tensors in list(module_tensors.items()):
         if "weight" in tensors and "on_input" not in tensors:  # weights of the model itself
             other_names.append(tensors.pop("weight").name)
+        # A new weight is an update only if the base is given.
         if "set_weight" in tensors and (len(tensors) > 1 or not has_weight(module)):
             other_names.append(tensors.pop("set_weight").name)
         if not tensors:

@@ -111,6 +111,7 @@ class BaseNames:
         flat = name[prefix.end() :].replace(".", "_")
         component = _COMPONENTS.get(prefix[0].strip("_"))
         components = (component,) if component else _DENOISERS
+        # The base may have the names of the authors or those of diffusers.
         for names in ((flat,), to_diffusers(flat)):
             modules = tuple(self._only_module(inside, components) for inside in names)
             if all(modules):
@@ -155,7 +156,7 @@ def _unet_name(match: re.Match[str]) -> str:
     half = "down" if side == "input" else "up"
     if inside == "op" or (side == "output" and inside == "conv"):
         return f"{half}_blocks_{block}_{half}samplers_0_conv"
-    return f"{half}_blocks_{block}_{('resnets', 'attentions')[position > 0]}_{index}_{inside}"
+    return f"{half}_blocks_{block}_{'attentions' if position else 'resnets'}_{index}_{inside}"
 
 
 def to_authors(name: str) -> str:

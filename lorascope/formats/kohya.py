@@ -52,6 +52,7 @@ def read_kohya(
         alpha = _value(path, tensors["alpha"]) if "alpha" in tensors else 0.0
         if "alpha" in tensors and "oft_blocks" not in tensors:
             alphas.append(alpha)
+        # kohya and LyCORIS read an alpha of 0 as the rank.
         return lambda rank: factor * alpha / rank if alpha else factor
 
     adapter = image_adapter(path, config, files, base, scale, "kohya")
@@ -90,7 +91,7 @@ def image_adapter(
 
     module_tensors, other_names = group_tensors(files, rename, has_weight)
     updates: dict[str, StoredUpdate] = {}
-    kinds: dict[str, None] = {}
+    kinds: dict[str, None] = {}  # a set in the order of the file
     for name, tensors in module_tensors.items():
         weights = base if has_weight(name) else None
         kind, update = read_module(LycorisModule(path, name, tensors, scale(name, tensors), weights))

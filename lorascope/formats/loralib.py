@@ -74,15 +74,15 @@ def read_loralib(
 ) -> AdapterFiles:
     """Read the modules of an opened folder; without a configuration, the scale is 1."""
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
-    settings = to_typed(config, LoralibConfig, path / CONFIG)
+    settings, source = to_typed(config, LoralibConfig, path / CONFIG), CONFIG if config else "from lora_B"
     updates = {}
     for module, factors in module_factors.items():
         A, B = factors["A"], factors["B"]
         rank = settings.r or B.shape[1]
+        # Without the setting, the shape of A shows how many outputs there are.
         enabled = settings.enable_lora or [True] * min(A.shape[0] // max(rank, 1), MAX_OUTPUTS)
         count = sum(enabled)
         if not count or (A.shape[0], B.shape[1]) != (rank * count, rank) or B.shape[0] % count:
-            source = CONFIG if config else "from lora_B"
             must = f"factors of {printable(module)} must have rank {rank} and {count} outputs ({source})"
             raise unreadable(path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
         scale = settings.lora_alpha / rank if config else 1.0

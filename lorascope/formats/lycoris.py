@@ -152,7 +152,7 @@ def _loha(module: LycorisModule) -> StoredUpdate:
 def _lokr(module: LycorisModule) -> StoredUpdate:
     shapes = kronecker_shapes(module.tensors)
     sizes = module.check(shapes)
-    scale = 1.0
+    scale = 1.0  # two full matrices have no rank, and LyCORIS ignores their alpha
     if "r" in sizes:
         scale = module.scale_of(sizes["r"])
     return kronecker_part(module.pick(*shapes), sizes, scale)
@@ -180,7 +180,7 @@ def _ia3(module: LycorisModule) -> StoredUpdate:
         raise module.error("has on_input but no weight")
     count = int(np.prod(stored_shape(module.tensors["weight"])))
     if not count or sides[on_input] % count or (count != sides[0] and not on_input):
-        raise module.error(f"must have a weight for each of {sides[on_input]} {('outputs', 'inputs')[on_input]}")
+        raise module.error(f"must have a weight for each of {sides[on_input]} {'inputs' if on_input else 'outputs'}")
     build = partial(_rescaled, module, on_input)
     return StoredFactors(module.pick("weight"), sides, min(sides), build, thin=False)
 
@@ -203,6 +203,7 @@ def _glora(module: LycorisModule) -> StoredUpdate:
     if module.tensors["b2"].shape[1] != sides[1] or kernel * sizes["in"] != sides[1]:
         raise module.error(f"must have b2 with {sides[1]} columns, got {module.tensors['b2'].shape[1]}")
     scale, rank = module.scale_of(sizes["rank"]), min(2 * sizes["rank"], *sides)
+    # W (I + a1 a2) has low-rank factors unless the kernel of a convolution is between W and a1.
     thin = kernel == 1 and rank < min(sides)
     if not thin:
         rank = min(sides)
@@ -282,6 +283,7 @@ def _with_magnitude(module: LycorisModule, stored: StoredUpdate) -> StoredUpdate
         return stored
     (outer, inner), shape = stored.shape, stored_shape(magnitude)
     count = int(np.prod(shape))
+    # A square weight has as many rows as columns, so the axis of the values decides.
     by_row = count == outer and (not shape or shape[0] == outer or "magnitude" in module.tensors)
     by_column = not by_row and len(shape) > 1 and shape[0] == 1 and count > 0 and inner % count == 0
     if not (by_row or by_column):

@@ -71,6 +71,6 @@ def read_adalora(
             raise unreadable(path, f"lora_E of {printable(module)} must have {A.shape[0]} values, got shape {E.shape}")
         transposed = is_transposed(A, settings.fan_in_fan_out)
         updates[module] = AdaPart(B, A, scale, transposed, E, int(np.count_nonzero(E.read())))
-    if not any(update.used for update in updates.values()):
+    if not any(update.used for update in updates.values()):  # a new adapter, whose E is zero
         updates = {module: replace(update, used=update.A.shape[0]) for module, update in updates.items()}
     return AdapterFiles(path, dict(config), updates, other_names, files, "AdaLoRA")

@@ -77,6 +77,7 @@ def read_bdlora(
         if not divisible or (A.shape[0], B.shape[1] * count_b) != (rank, rank):
             must = f"factors of {printable(module)} must have rank {rank} and {blocks.nblocks} blocks ({CONFIG})"
             raise unreadable(path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
+        # With its zeros, a factor takes the memory of all blocks.
         for name, factor, count in (("A", A, count_a), ("B", B, count_b)):
             require_factor_shape(path, f"lora_{name} of {module}", (factor.shape[0], factor.shape[1] * count))
         updates[module] = BlockPart(B, A, settings.scale(module), False, count_a, count_b)

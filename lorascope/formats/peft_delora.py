@@ -29,5 +29,6 @@ class DeLoRA(PeftFormat, frozen=True):
 
     def update(self, arrays: Arrays) -> LowRank:
         A, B, bound, column_norms = (arrays[name] for name in self.tensors)
+        # PEFT clamps the norms, so that components of norm zero stay zero.
         norms = np.maximum(np.linalg.norm(A, axis=1), 1e-4) * np.maximum(np.linalg.norm(B, axis=0), 1e-4)
         return LowRank(B * (bound / len(A) / norms), A * column_norms)

@@ -98,6 +98,7 @@ def read_experts(
     experts: dict[str, ExpertPart] = {}
     for module, parameter in parameters.items():
         experts |= _expert_parts(path, parameter, module_factors.pop(module), ranks)
+    # The remaining factors adapt modules as a whole.
     configured = {name: part.parameter for name, part in experts.items()}
     updates = lora_parts(path, config, module_factors) | experts
     base = stacked_base(path, config, (*updates, *configured.values()), base)
@@ -155,12 +156,12 @@ def _expert_parts(
     scale, experts = settings.scale(parameter), rows // rank
     if experts > _MAX_EXPERTS:
         raise unreadable(path, f"{printable(parameter)} must have <= {_MAX_EXPERTS} experts, got {experts}")
-    if experts == 1:
+    if experts == 1:  # a matrix
         return {parameter.removesuffix(".weight"): ExpertPart(B, A, scale, False, parameter, 0, 1)}
     parts = {}
     for expert in range(experts):
         part = ExpertPart(B, A, scale, False, parameter, expert, experts, _is_grouped())
-        parts[f"{above}.{expert}.{leaf}"] = part  # as if it had weights of its own
+        parts[f"{above}.{expert}.{leaf}"] = part  # named like an expert with separate weights
     return parts
 
 

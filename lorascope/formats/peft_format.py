@@ -219,9 +219,10 @@ class PeftFormat(msgspec.Struct, frozen=True):
         if self.requires_peft(files):
             return read_merged(path, config, files, base)
         weights, shapes = None, {}
-        if self.needs != "files":
-            find_base = require_base if self.needs == "base" else base_with_shapes
-            weights = find_base(path, config, base, self.kind)
+        if self.needs == "base":
+            weights = require_base(path, config, base, self.kind)
+        elif self.needs == "shapes":
+            weights = base_with_shapes(path, config, base, self.kind)
         module_tensors, other_names = peft_factors(path, files, self.tensors)
         if weights is not None:
             shapes = {
@@ -232,25 +233,27 @@ class PeftFormat(msgspec.Struct, frozen=True):
         settings_of, updates = self.of_module(path / CONFIG), {}
         for name, tensors in module_tensors.items():
             settings, base_shape = settings_of(name), shapes.get(name, (0, 0))
-            known = common | settings.sizes(shapes.values())
-            sizes = check_shapes(path, name, tensors, settings.required(tensors, base_shape), **known)
+            # The settings of the module replace those of the adapter.
+            known_sizes = common | settings.sizes(shapes.values())
+            sizes = check_shapes(path, name, tensors, settings.required(tensors, base_shape), **known_sizes)
             if weights is not None:
                 sizes = {"out": base_shape[0], "in": base_shape[1]} | sizes
                 check_fit(path, name, settings.shape(sizes), base_shape)
             module = PeftModule(path, name, tensors, shared, sizes, base_shape, self._is_transposed(tensors), weights)
             settings.check(module)
             updates[name] = settings.stored_update(module)
-        trained = [math.prod(stored_shape(shared[name])) for name in shared.keys() - set(self.frozen)]
+        trained = sum(math.prod(stored_shape(shared[name])) for name in shared.keys() - set(self.frozen))
         return AdapterFiles(
             path,
             dict(config),
             updates,
+            # PEFT may store the shared tensors a second time under every module.
             tuple(name for name in other_names if not name.endswith(tuple(self.shared))),
             files,
             self.kind,
             needs_base=weights is not None and named_base(config) is None,
             notes=self.notes(),
-            shared_size=sum(trained),
+            shared_size=trained,
         )
 
     def _is_transposed(self, names: Collection[str]) -> bool:

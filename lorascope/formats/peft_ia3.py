@@ -43,6 +43,7 @@ class IA3(PeftFormat, frozen=True):
 
     def rescales_inputs(self, shape: tuple[int, ...]) -> bool:
         """Return whether a vector of this shape rescales the inputs of a module with these settings."""
+        # Convolutions store (1, channels, 1, 1) for both, so the settings decide.
         return shape[0] == 1 and (len(shape) == 2 or bool(self.feedforward_modules))
 
     def check(self, module: PeftModule) -> None:

@@ -59,6 +59,7 @@ class KasaPart(StoredLoRA):
         if self.base is None:
             return {"A": A, "B": B}
         left, right = self._removed
+        # The update multiplies all factors by the scale, but PEFT removes the components as they are.
         return {"A": np.vstack([A, right]), "B": np.hstack([B, -left / self.scale])}
 
 

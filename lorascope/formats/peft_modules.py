@@ -97,6 +97,7 @@ def _tied_heads(updates: Mapping[str, StoredUpdate]) -> Iterator[tuple[str, str]
         for head, update in plain.items():
             if update.shape != table.shape[::-1] or head in embeddings or update.scale != table.scale:
                 continue
+            # Only now read the factors, because embeddings are large.
             if np.array_equal(update.A.read(), table.B.read().T) and np.array_equal(update.B.read(), table.A.read().T):
                 yield embedding, head
 

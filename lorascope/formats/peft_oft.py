@@ -44,13 +44,13 @@ class OFT(PeftFormat, frozen=True):
         return {name: self.tensors[name]}
 
     def check(self, module: PeftModule) -> None:
-        name = _EMBEDDING if _EMBEDDING in module.tensors else "oft_R"
-        rotated = module.shape[0] if name == _EMBEDDING else module.shape[1]
-        blocks, n = module.sizes["blocks"], module.sizes["n"]
-        size = _block_size(n)
-        if size * (size - 1) // 2 != n or rotated % size or blocks != (1 if self.block_share else rotated // size):
+        (name,) = self.required(module.tensors, module.shape)
+        rotated = module.shape[0 if name == _EMBEDDING else 1]
+        stored, size = (module.sizes["blocks"], module.sizes["n"]), _block_size(module.sizes["n"])
+        blocks = 1 if self.block_share else rotated // size
+        if rotated % size or stored != (blocks, size * (size - 1) // 2):
             rows = f"the triangles of blocks on the diagonal of {rotated} rows"
-            raise module.error(f"{name} of {printable(module.name)} must have {rows}, got shape {(blocks, n)}")
+            raise module.error(f"{name} of {printable(module.name)} must have {rows}, got shape {stored}")
 
     def notes(self) -> tuple[str, ...]:
         if self.peft_version or not self.use_cayley_neumann:
@@ -69,12 +69,14 @@ class OFT(PeftFormat, frozen=True):
         Q[:, *np.triu_indices(size, 1)] = triangles
         Q -= Q.swapaxes(1, 2)
         if self.coft:
+            # The norm of all blocks together is at most eps.
             norms, largest = np.linalg.norm(Q, axis=(1, 2), keepdims=True), self.eps / math.sqrt(len(Q))
             Q = np.where(norms <= largest, Q, Q * (largest / np.maximum(norms, 1e-300)))
         if not self.use_cayley_neumann:
             return cayley(Q)
         terms, identity = self.num_cayley_neumann_terms, np.eye(size)
         R = identity + 2 * Q if terms > 1 else np.broadcast_to(identity, Q.shape)
+        # Every term but the first and the last is doubled, as in the series.
         if terms > 2:
             power = Q @ Q
             R = R + 2 * power

@@ -69,6 +69,7 @@ def read_qalora(
     for module, factors in module_factors.items():
         check_rank(path, module, factors, settings.rank(module))
         A, B = factors["A"], factors["B"]
+        # The loaded A has one column per input.
         require_factor_shape(path, f"lora_A of {module}", (A.shape[0], A.shape[1] * group))
         updates[module] = GroupedPart(B, A, settings.scale(module) * A.shape[1] / group, False, group)
     base = stacked_base(path, config, module_factors, base)

@@ -88,6 +88,7 @@ def draw_bases(settings: RandLoRA, smaller: int, larger: int) -> Bases:
     words, rank = np.random.RandomState(settings.projection_prng_key % SEEDS), settings.r
     n = -(-smaller // rank)
     if settings.sparse or settings.very_sparse:
+        # Entries are -1, 0 or 1; a fraction of 1/6, or 1 / (2 sqrt(d)), is -1, and the same is 1.
         fraction = 1 / (2 * (np.sqrt(smaller) if settings.very_sparse else 3))
         signs = [uniform(words, shape) for shape in ((rank, 1, smaller), (larger, n, rank))]
         A, B = (np.greater(X, 1 - fraction).astype(np.float32) - np.less(X, fraction) for X in signs)

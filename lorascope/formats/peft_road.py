@@ -50,7 +50,7 @@ class RoAd(PeftFormat, frozen=True):
             theta, alpha = (values.reshape(-1, 2, 2, half, 1) for values in (theta, alpha))
             cosine, sine = alpha[:, 0] * np.cos(theta[:, 0]), alpha[:, 1] * np.sin(theta[:, 1])
         else:
-            halves = 1 if self.variant == "road_1" else 2
+            halves = {"road_1": 1, "road_2": 2}[self.variant]
             theta, alpha = (values.reshape(-1, halves, half, 1) for values in (theta, alpha))
             cosine, sine = alpha * np.cos(theta), alpha * np.sin(theta)
         W = W0.reshape(-1, 2, half, W0.shape[1])

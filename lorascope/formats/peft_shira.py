@@ -51,5 +51,6 @@ class SHiRA(PeftFormat, frozen=True):
             rows, columns = entries(shape, len(values), (self.random_seed or 0) % SEEDS)
             rows, columns = np.divmod(np.sort(rows * shape[1] + columns), shape[1])
         matrix = np.zeros(shape)
+        # A file may list an entry twice; PEFT adds both.
         np.add.at(matrix, (rows, columns), values)
         return Dense(matrix)

@@ -35,10 +35,13 @@ class VBLoRA(PeftFormat, frozen=True):
     fan_in_fan_out: bool | None = None
 
     def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
-        if not self.save_only_topk_weights:
-            return {name: f"{sides} vectors" for name, sides in _LOGITS.items()}
-        weights = {f"{name}_topk_weights": f"{sides} {self.topk - 1}" for name, sides in _LOGITS.items()}
-        return weights | {f"{name}_topk_indices": f"{sides} topk" for name, sides in _LOGITS.items()}
+        shapes: dict[str, str] = {}
+        for name, sides in _LOGITS.items():
+            if self.save_only_topk_weights:  # the last weight follows from the others
+                shapes |= {f"{name}_topk_weights": f"{sides} {self.topk - 1}", f"{name}_topk_indices": f"{sides} topk"}
+            else:
+                shapes[name] = f"{sides} vectors"
+        return shapes
 
     def shape(self, sizes: Sizes) -> tuple[int, int]:
         return sizes["rows"] * sizes["length"], sizes["columns"] * sizes["length"]
@@ -62,7 +65,7 @@ class VBLoRA(PeftFormat, frozen=True):
         """Return the sub-vectors of a factor, (r, columns, length) or (rows, r, length)."""
         if name in arrays:
             logits = arrays[name]
-            indices = np.argpartition(logits, -self.topk, axis=-1)[..., -self.topk :]
+            indices = np.argpartition(logits, -self.topk, axis=-1)[..., -self.topk :]  # in any order
             top = np.take_along_axis(logits, indices, -1)
             weights = np.exp(top - top.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)

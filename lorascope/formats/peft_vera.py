@@ -87,6 +87,7 @@ def read_vera(
         raise unreadable(path, "VERA weights must include vera_lambda_b, vera_lambda_d, vera_A and vera_B")
     shapes, transposed = base_with_shapes(path, config, base, "VeRA"), bool(settings.fan_in_fan_out)
     sides = {module: shapes.shape(module, transposed) for module in module_factors}
+    # All modules use the same factors, cut to their own sides.
     if settings.save_projection:
         (rank, widest_in), (widest_out, width) = shared_factors["A"].shape, shared_factors["B"].shape
         shared = partial(_read_both, shared_factors["A"], shared_factors["B"])

@@ -58,9 +58,11 @@ class WaveFT(PeftFormat, frozen=True):
         values, (outer, inner) = arrays["waveft_spectrum"], module.shape
         rows, columns = entries(module.shape, len(values), self.random_loc_seed % SEEDS)
         # The transform needs even sides; PEFT cuts the surplus row and column off.
-        matrix = np.zeros((outer + outer % 2, inner + inner % 2) if self.use_idwt else module.shape)
+        matrix = np.zeros((outer + outer % 2, inner + inner % 2))
         matrix[rows, columns] = self.scaling * values
-        return Dense(inverse_haar(matrix)[:outer, :inner] if self.use_idwt else matrix)
+        if self.use_idwt:
+            matrix = inverse_haar(matrix)
+        return Dense(matrix[:outer, :inner])
 
 
 def inverse_haar(quarters: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows columns"]:

@@ -112,6 +112,7 @@ class PretrainedWeights:
         first, *inner_sides = stored.shape or (1,)
         weight = stored.reshape(first, math.prod(inner_sides))
         square = shape[0] == shape[1]
+        # The stored shape shows the orientation of any other weight.
         if (square and transposed) or (not square and weight.shape == shape[::-1]):
             weight = weight.T
         if weight.shape != shape:

@@ -101,10 +101,17 @@ def unread(names: Sequence[str]) -> str:
 def find_sentence(config: Mapping[str, Any], names: Collection[str]) -> Sentence | None:
     """Return the function that describes an adapter without updates of weights, or None."""
     load_plugins("lorascope.formats", "lorascope.readers")
-    return next((say for matches, say, _ in reversed(SENTENCES) if matches(config, names)), None)
+    for matches, say, _ in reversed(SENTENCES):
+        if matches(config, names):
+            return say
+    return None
 
 
 def find_reader(config: Mapping[str, Any], names: Collection[str]) -> Reader | None:
     """Return the reader of an adapter, or None; of several, the one that was registered last."""
     load_plugins("lorascope.formats", "lorascope.readers")
-    return next((reader for reader in reversed(READERS.values()) if reader.matches(config, names)), None)
+    # Packages register their readers last, so they may replace these.
+    for reader in reversed(READERS.values()):
+        if reader.matches(config, names):
+            return reader
+    return None

@@ -12,7 +12,7 @@ One weight is in memory at a time.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -127,6 +127,11 @@ class MergedModule:
     factor: float
     note: str = ""
 
+    @property
+    def label(self) -> str:
+        """Name, with the note if there is one."""
+        return f"{self.module} ({self.note})" if self.note else self.module
+
 
 @dataclass(frozen=True)
 class MergeCheck:
@@ -146,9 +151,11 @@ class MergeCheck:
             affected = [module for module in self.modules if module.verdict == verdict]
             if affected:
                 yield _finding(f"{len(affected)} of {count} modules: {statement}", affected)
-        scaled = [module for module in self.modules if module.verdict == "wrong scale"]
-        for factor in sorted({round(module.factor, 2) for module in scaled}):
-            affected = [module for module in scaled if round(module.factor, 2) == factor]
+        by_factor: dict[float, list[MergedModule]] = defaultdict(list)
+        for module in self.modules:
+            if module.verdict == "wrong scale":
+                by_factor[round(module.factor, 2)].append(module)
+        for factor, affected in sorted(by_factor.items()):
             reason = {2.0: ", so it was merged twice", -1.0: ", so it was subtracted"}.get(factor, "")
             yield _finding(f"{len(affected)} of {count} modules contain {factor:g} times the update{reason}", affected)
         if self.changed:
@@ -170,14 +177,11 @@ class MergeCheck:
 
 def _finding(message: str, affected: Sequence[MergedModule]) -> Finding:
     """Return the finding about modules with one verdict."""
-    names = [f"{module.module} ({module.note})" if module.note else module.module for module in affected]
-    factor = round(float(np.median([module.factor for module in affected])), 3)
-    return _KINDS[affected[0].verdict].finding(
-        f"{message}: {first_and_count(names)}",
-        [module.module for module in affected],
-        modules=len(affected),
-        factor=factor,
-    )
+    labels = first_and_count(module.label for module in affected)
+    names, factors = zip(*((module.module, module.factor) for module in affected), strict=True)
+    factor = round(float(np.median(factors)), 3)
+    kind = _KINDS[affected[0].verdict]
+    return kind.finding(f"{message}: {labels}", names, modules=len(affected), factor=factor)
 
 
 def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:

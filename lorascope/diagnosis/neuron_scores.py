@@ -54,9 +54,8 @@ def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] 
     present = [role for role in neurons.neuron_roles(modules) if role in roles]
     if not present:
         raise ValueError(f"cannot score {after.folder}: no feed-forward weights with a known name ({', '.join(roles)})")
-    scores = pd.concat(
-        (_score_part(part, before, after) for part in neurons.list_groups(modules, present)), ignore_index=True
-    )
+    groups = neurons.list_groups(modules, present)
+    scores = pd.concat([_score_group(group, before, after) for group in groups], ignore_index=True)
     return scores.astype(dict.fromkeys(("module", "stack", "role"), "category"))
 
 
@@ -76,9 +75,9 @@ def describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:
     return in_axis_order(frame, frame["layer"])
 
 
-def _score_part(part: neurons.NeuronGroup, original: PretrainedWeights, tuned: PretrainedWeights) -> pd.DataFrame:
-    """Return the scores of one part, after checking that its two weights belong together."""
-    module = part.module
+def _score_group(group: neurons.NeuronGroup, original: PretrainedWeights, tuned: PretrainedWeights) -> pd.DataFrame:
+    """Return the scores of one group, after checking that its two weights belong together."""
+    module = group.module
     if not original.has_weight(module):
         raise ValueError(
             f"cannot score {module}: {original.folder} has no weight of it, unlike {tuned.folder}. "
@@ -90,13 +89,15 @@ def _score_part(part: neurons.NeuronGroup, original: PretrainedWeights, tuned: P
             f"cannot score {module}: it has shape {before.shape} in {original.folder} and {after.shape} in "
             f"{tuned.folder}, so they are not of one model"
         )
-    where, axis = (part.slices[::-1], 1 - part.axis) if tuned.transposed else (part.slices, part.axis)
+    slices, axis = group.slices, group.axis
+    if tuned.transposed:
+        slices, axis = slices[::-1], 1 - axis
     # Differences of smaller floats are exact enough in float32, of which a tile takes half the memory.
     dtype = np.float64 if np.float64 in (before.dtype, after.dtype) else np.float32
-    change = neuron_change(before[where], after[where], axis, dtype)
+    change = neuron_change(before[slices], after[slices], axis, dtype)
     for model, norms in ((original, change.norm_original), (tuned, change.norm_tuned)):
         if broken := int((~np.isfinite(norms)).sum()):
             raise ValueError(
-                f"cannot score {model.folder}: {broken} of {part.count} neurons of {module} contain NaN or infinity"
+                f"cannot score {model.folder}: {broken} of {group.count} neurons of {module} contain NaN or infinity"
             )
-    return neurons.tabulate_change(part, change)
+    return neurons.tabulate_change(group, change)

@@ -220,9 +220,10 @@ def zero_updates(case: Case) -> Findings:
     count = len(names)
     if 0 < count < len(case.measured):
         factors = case.run.factors()
-        zeros = {_zero_factors(factors.get(name, {})) for name in names}
-        common = zeros.pop() if len(zeros) == 1 else ()
-        reason = f" ({' = '.join(common)} = 0)" if common else ""
+        zeros = [_zero_factors(factors.get(name, {})) for name in names]
+        reason = ""
+        if zeros[0] and zeros.count(zeros[0]) == count:
+            reason = f" ({' = '.join(zeros[0])} = 0)"
         yield finding(f"{count} zero update{'s' * (count > 1)}: {first_and_count(names)}{reason}")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.export.exporters import LayerExporter
-from lorascope.export.lora_layers import LoraLayer, WritableLora
+from lorascope.export.lora_layers import LoraLayer, WritableLora, layer_keywords
 from lorascope.export.peft_adapter import layer_tensors
 from lorascope.export.pipeline_names import PIPELINE, named_layers, refuse_flat
 from lorascope.files.printable import printable
@@ -24,7 +24,6 @@ from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
 from lorascope.formats.image_keys import METADATA
 from lorascope.runs.folders import new_folder
-from lorascope.runs.lora_config import lora_keywords
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -68,8 +67,8 @@ class DiffusersExporter(LayerExporter):
 
 def _settings(lora: WritableLora, layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
     """Return the configuration of one component."""
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    keywords = lora_keywords(ranks, {name: layer.scale for name, layer in layers.items()}, layers)
-    decomposed = replace(lora, layers=layers).decomposed("diffusers")
-    base = {name: lora.config.get(name) for name in ("base_model_name_or_path", "revision")}
-    return {name: value for name, value in base.items() if value is not None} | keywords | {"use_dora": decomposed}
+    settings: dict[str, Any] = {"use_dora": replace(lora, layers=layers).decomposed("diffusers")}
+    for name in ("base_model_name_or_path", "revision"):
+        if lora.config.get(name) is not None:
+            settings[name] = lora.config[name]
+    return settings | layer_keywords(layers, layers)

@@ -90,7 +90,6 @@ def layer_exporters() -> dict[str, LayerExporter]:
 def find_exporter(run: Result, state: str) -> RunExporter:
     """Return the exporter of a run: the last one whose factor it has, else the last one without a factor."""
     load_plugins("lorascope.export")
-    run_exporters = [exporter for exporter in reversed(EXPORTERS) if isinstance(exporter, RunExporter)]
-    factor_names = {name for factors in run.factors(state=state).values() for name in factors}
-    marked = [exporter for exporter in run_exporters if exporter.factor in factor_names]
-    return marked[0] if marked else next(exporter for exporter in run_exporters if not exporter.factor)
+    factors = {""}.union(*run.factors(state=state).values())
+    fitting = [exporter for exporter in EXPORTERS if isinstance(exporter, RunExporter) and exporter.factor in factors]
+    return max(reversed(fitting), key=lambda exporter: bool(exporter.factor))  # the first one of the maximum

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,12 +50,12 @@ class KohyaExporter(LayerExporter):
         lora.require_only_layers("kohya")
         modules = named_layers(lora, "kohya")
         components = {module.component for module in modules}
-        base_names = "".join(lora.config.get(key, "") for key in BASE_KEYS[:2])
         is_sdxl = any(module.component == "unet" and _SDXL.match(module.name) for module in modules)
+        is_sdxl |= any("xl" in lora.config.get(key, "") for key in BASE_KEYS[:2])
         paths: dict[str, str] = {}
         tensors: dict[str, TypedTensor] = {}
         for module in modules:
-            key = module.name if module.flat else _flat_name(lora, module, components, is_sdxl or "xl" in base_names)
+            key = _flat_name(lora, module, components, is_sdxl)
             if key in paths:
                 pair = f"{printable(paths[key])} and {printable(module.path)}"
                 raise lora.error("kohya", f"{pair} would both be {key}")
@@ -65,8 +66,8 @@ class KohyaExporter(LayerExporter):
         names_base = bool(metadata)
         decomposed = any(layer.magnitude for layer in layers)
         metadata["ss_network_module"] = "lycoris.kohya" if decomposed else "networks.lora"
-        metadata["ss_network_dim"] = _common([layer.rank for layer in layers])
-        metadata["ss_network_alpha"] = _common(list(map(_alpha, layers)))
+        metadata["ss_network_dim"] = _common({layer.rank for layer in layers})
+        metadata["ss_network_alpha"] = _common(set(map(_alpha, layers)))
         if not names_base and "base_model_name_or_path" in lora.config:
             metadata["ss_sd_model_name"] = str(lora.config["base_model_name_or_path"])
         write_bytes(path, safetensors_bytes(tensors, metadata))
@@ -74,6 +75,8 @@ class KohyaExporter(LayerExporter):
 
 def _flat_name(lora: WritableLora, module: PipelineLayer, components: Collection[str], is_sdxl: bool) -> str:
     """Return the name of a module with its prefix, and underscores instead of dots."""
+    if module.flat:
+        return module.name
     name = module.name.replace(".", "_")
     prefix = _PREFIXES.get(module.component)
     if module.component.startswith("text_encoder"):
@@ -112,7 +115,7 @@ def _tensors(lora: WritableLora, module: PipelineLayer) -> Iterator[tuple[str, T
     # float64 only where float32 would round the scale, because kohya's trainer writes float32.
     yield "alpha", TypedTensor(np.array(alpha), "F32" if float(np.float32(alpha)) == alpha else "F64")
     if layer.magnitude is not None:
-        sides = (-1, 1, *(1 for _ in layer.kernel))
+        sides = (-1, 1, *[1] * len(layer.kernel))
         yield "dora_scale", layer.magnitude.map(lambda values: values.reshape(sides))
 
 
@@ -120,6 +123,6 @@ def _alpha(layer: LoraLayer) -> float:
     return float(alpha_of(layer.scale, layer.rank))
 
 
-def _common(values: Collection[float]) -> str:
+def _common(values: set[Any]) -> str:
     """Return the only value as text, or "Dynamic" as kohya's trainer does for several."""
-    return str(next(iter(values))) if len(set(values)) == 1 else "Dynamic"
+    return "Dynamic" if len(values) > 1 else str(values.pop())

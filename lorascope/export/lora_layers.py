@@ -7,7 +7,7 @@ bit. If the format cannot represent the adapter, a ValueError is raised before a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from lorascope.formats.peft_config import RESIDUAL_INITS
 from lorascope.formats.peft_whole_weights import UNUSED, WholeWeight, whole_weights
 from lorascope.formats.stored_update import PREFIX, StoredLoRA, StoredTensor, StoredUpdate
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.lora_config import exact_products, no_rank_error
+from lorascope.runs.lora_config import exact_products, lora_keywords, no_rank_error
 from lorascope.updates import Update, WeightDecomposed
 
 ONLY_PEFT = ("layer_replication", "alora_invocation_tokens")
@@ -62,8 +62,10 @@ class LoraLayer:
 
     def kernel_factors(self) -> tuple[TypedTensor, TypedTensor]:
         """Return A (rank, in, *kernel) and B (out, rank, 1, ...); two dimensions without a kernel."""
-        A = self.A.map(lambda values: values.reshape(len(values), -1, *self.kernel) if self.kernel else values)
-        return A, self.B.map(lambda values: values.reshape(*values.shape, *(1 for _ in self.kernel)))
+        if not self.kernel:
+            return self.A, self.B
+        A = self.A.map(lambda values: values.reshape(len(values), -1, *self.kernel))
+        return A, self.B.map(lambda values: values.reshape(*values.shape, *[1] * len(self.kernel)))
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,15 @@ class WritableLora:
             names = first_of([weight.tensor.name.removeprefix(PREFIX) for weight in further])
             fix = "; pass --base DIR to compare it with the base" if further[0].kind == "copy" else ""
             raise self.error(format, f"only PEFT folders have further weights, such as {names}{fix}")
-        setting = next((name for name in ONLY_PEFT if self.config.get(name)), None)
-        if setting is not None:
-            raise self.error(format, f"only PEFT has {setting}")
+        for setting in ONLY_PEFT:
+            if self.config.get(setting):
+                raise self.error(format, f"only PEFT has {setting}")
+
+
+def layer_keywords(layers: Mapping[str, LoraLayer], modules: Collection[str]) -> dict[str, Any]:
+    """Return PEFT's keywords for a LoRA of these layers, among the modules of a model; see ``lora_keywords``."""
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    return lora_keywords(ranks, {name: layer.scale for name, layer in layers.items()}, modules)
 
 
 def writable(

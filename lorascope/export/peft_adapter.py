@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.export.exporters import LayerExporter
-from lorascope.export.lora_layers import LoraLayer, WritableLora
+from lorascope.export.lora_layers import LoraLayer, WritableLora, layer_keywords
 from lorascope.export.peft_folder import write_peft_folder
 from lorascope.export.pipeline_names import pipeline_layers, refuse_flat, split_name
 from lorascope.files.printable import printable
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
 from lorascope.formats.peft_whole_weights import whole_weights
 from lorascope.formats.stored_update import PREFIX
-from lorascope.runs.lora_config import lora_keywords
 
 # The other keys of a configuration describe how the adapter was trained.
 _CONFIG_FIELDS = (
@@ -55,10 +54,8 @@ class PeftExporter(LayerExporter):
         config |= {"peft_type": "LORA", "inference_mode": True, "lora_dropout": 0.0}
         if decomposed:
             config["use_dora"] = True
-        ranks = {name: layer.rank for name, layer in layers.items()}
-        scales = {name: layer.scale for name, layer in layers.items()}
         modules = {split_name(lora.config, module)[1] for module in lora.adapter.files.parts}
-        config |= lora_keywords(ranks, scales, modules)
+        config |= layer_keywords(layers, modules)
         card = _README.format(
             base=printable(lora.adapter.meta.model),
             kind="DoRA" if decomposed else "LoRA",
@@ -84,7 +81,7 @@ def layer_tensors(layer: LoraLayer) -> dict[str, TypedTensor]:
     ending = "lora_embedding_{}" if layer.embedding else "lora_{}.weight"
     tensors = {ending.format("A"): A, ending.format("B"): B}
     if layer.magnitude is not None:
-        sides = (1, -1, *(1 for _ in layer.kernel)) if layer.kernel else (-1,)
+        sides = (1, -1, *[1] * len(layer.kernel)) if layer.kernel else (-1,)
         tensors["lora_magnitude_vector"] = layer.magnitude.map(lambda values: values.reshape(sides))
     return tensors
 

@@ -112,7 +112,7 @@ def to_peft(
         exporter = LoraExporter()
         updates = dict(truncate(exact_products(run, updates), select_components(run, budget, state, scores)))
     hosts = _hosts(run, updates)
-    _merge_trained_weights(run, exporter, updates, weights)
+    _merge_trained_weights(run, exporter, updates, weights, hosts)
     tensors = dict(weights)
     for name, update in updates.items():
         tensors.update(exporter.tensors(name, update, hosts[name]))
@@ -148,15 +148,19 @@ def _hosts(run: Result, updates: Mapping[str, Any]) -> Mapping[str, str]:
         raise ValueError(
             f"cannot export run {run.id}: it did not record its adapted layers (old version); train it again"
         )
-    convolution = next((name for name in updates if hosts[name] in ("Conv1d", "Conv2d", "Conv3d")), None)
-    if convolution is not None:
-        reason = f"the kernel shape of {convolution} ({hosts[convolution]}) was not recorded"
-        raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}; use the folder that PEFT saved")
+    for name in updates:
+        if hosts[name] in ("Conv1d", "Conv2d", "Conv3d"):
+            reason = f"the kernel shape of {name} ({hosts[name]}) was not recorded"
+            raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}; use the folder that PEFT saved")
     return hosts
 
 
 def _merge_trained_weights(
-    run: Result, exporter: RunExporter, updates: dict[str, Any], weights: dict[str, np.ndarray]
+    run: Result,
+    exporter: RunExporter,
+    updates: dict[str, Any],
+    weights: dict[str, np.ndarray],
+    hosts: Mapping[str, str],
 ) -> None:
     """Move the updates of weights that trained as well into these weights: PEFT saves an adapter or a weight."""
     merged = [name for name in updates if f"{name}.weight" in weights]
@@ -164,12 +168,14 @@ def _merge_trained_weights(
         raise ValueError(f"cannot export run {run.id}: no adapter is left, because all adapted weights also trained")
     for name in merged:
         W, update = weights[f"{name}.weight"], updates.pop(name)
-        is_linear = (run.meta.hosts or {})[name] == "Linear"  # all others store their weight as (in, out)
-        weights[f"{name}.weight"] = exporter.merge(update, W) if is_linear else exporter.merge(update, W.T).T
-    biased = next((name for name in updates if f"{name}.bias" in weights), None)
-    if biased is not None:
-        reason = f"the trained bias of adapted module {biased} is not supported; use the folder that PEFT saved"
-        raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}")
+        if hosts[name] == "Linear":
+            weights[f"{name}.weight"] = exporter.merge(update, W)
+        else:  # all others store their weight as (in, out)
+            weights[f"{name}.weight"] = exporter.merge(update, W.T).T
+    for name in updates:
+        if f"{name}.bias" in weights:
+            reason = f"the trained bias of adapted module {name} is not supported; use the folder that PEFT saved"
+            raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}")
 
 
 def require_all_recorded(run: Result, state: str) -> None:
@@ -232,7 +238,7 @@ def _peft_task_type(run: Result, saved: list[str]) -> str | None:
     if recorded not in (None, "SEQ_CLS"):
         return recorded
     if run.meta.labels is not None:  # PEFT always saves the head with SEQ_CLS, so it must have been trained
-        return "SEQ_CLS" if set(_head_roots(run)) & set(saved) else None
+        return None if set(saved).isdisjoint(_head_roots(run)) else "SEQ_CLS"
     return "SEQ_2_SEQ_LM" if {"encoder", "decoder"} <= set(run.modules["stack"]) else "CAUSAL_LM"
 
 
@@ -252,16 +258,18 @@ def _card(run: Result, config: Mapping[str, Any], kind: str, folder: str) -> str
     """Return the README of the folder, which shows how to load the adapter."""
     labels, image = run.meta.labels, run.meta.task_kind == "image"
     base, blocks = _base(run)
-    options = [f"num_hidden_layers={blocks}"] if blocks else []
+    arguments = [repr(base)]
+    if blocks:
+        arguments.append(f"num_hidden_layers={blocks}")
     if labels is not None:
-        options += [f"num_labels={len(labels)}", f"id2label={dict(enumerate(labels))}"]
+        arguments += [f"num_labels={len(labels)}", f"id2label={dict(enumerate(labels))}"]
     text = _CARD.format(
         base=base if re.fullmatch(r"[\w./-]+", base) else json.dumps(base),
         kind=kind,
         run=run.id,
         label=re.sub(r"([\\`*_\[\]<&])", r"\\\1", printable(run.label)),
         auto="AutoModelForImageClassification" if image else _AUTO[config["task_type"] or "SEQ_CLS"],
-        arguments=", ".join([repr(base), *options]),
+        arguments=", ".join(arguments),
         folder=folder,
     )
     if config["task_type"] == "SEQ_CLS" or (image and config["modules_to_save"]):

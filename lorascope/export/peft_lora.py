@@ -25,10 +25,12 @@ class LoraExporter(RunExporter):
     def updates(self, run: Result, state: str) -> dict[str, Any]:
         """Return the update of every module with at least one component in use; it must be a product of two factors."""
         ranks, updates = run.ranks(state), exact_products(run, run.updates(state=state))
-        unfit = next((name for name in ranks if name not in updates), None)
-        if not ranks or unfit is not None:
-            reason = f"the update of {unfit} is not a product B A" if unfit else "it trained the weights themselves"
-            raise ValueError(f"cannot export run {run.id} ({run.label}) as LoRA: {reason}")
+        cannot = f"cannot export run {run.id} ({run.label}) as LoRA"
+        if not ranks:
+            raise ValueError(f"{cannot}: it trained the weights themselves")
+        for name in ranks:
+            if name not in updates:
+                raise ValueError(f"{cannot}: the update of {name} is not a product B A")
         factors = run.factors(state=state)
         used = {name: drop_unused(update, factors[name].get("diagonal")) for name, update in updates.items()}
         return {name: update for name, update in used.items() if update.rank}

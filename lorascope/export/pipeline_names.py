@@ -46,8 +46,9 @@ class PipelineLayer:
 
 def split_name(config: Mapping[str, Any], module: str) -> tuple[str, str]:
     """Return the component, "" if the name has none, and the name inside it."""
-    match = _PREFIX.fullmatch(module) if config.get("spelling") in _IMAGE else None
-    return (match[1], match[2]) if match else ("", module)
+    if config.get("spelling") in _IMAGE and (match := _PREFIX.fullmatch(module)):
+        return match[1], match[2]
+    return "", module
 
 
 def pipeline_layers(lora: WritableLora) -> list[PipelineLayer]:
@@ -56,8 +57,10 @@ def pipeline_layers(lora: WritableLora) -> list[PipelineLayer]:
     is_image = lora.config.get("spelling") in _IMAGE
     for path, layer in lora.layers.items():
         component, name = split_name(lora.config, path)
-        flat = is_image and "." not in path and FLATTENED.match(path) is not None
-        modules.append(PipelineLayer(path, "" if flat else component or lora.component or "", name, layer, flat))
+        if is_image and "." not in path and FLATTENED.match(path):
+            modules.append(PipelineLayer(path, "", name, layer, flat=True))
+        else:
+            modules.append(PipelineLayer(path, component or lora.component or "", name, layer))
     return modules
 
 
@@ -86,10 +89,10 @@ def named_layers(lora: WritableLora, format: str) -> list[PipelineLayer]:
 
 def refuse_flat(lora: WritableLora, modules: Collection[PipelineLayer], format: str) -> None:
     """Raise a ValueError if the name of a module has underscores instead of dots."""
-    flat = next((module.path for module in modules if module.flat), None)
-    if flat is not None:
-        reason = f"{printable(flat)} has underscores instead of dots; pass the base model of the adapter, --base DIR"
-        raise lora.error(format, reason)
+    for module in modules:
+        if module.flat:
+            hint = "pass the base model of the adapter, --base DIR"
+            raise lora.error(format, f"{printable(module.path)} has underscores instead of dots; {hint}")
 
 
 def naming(adapter: Adapter) -> str:

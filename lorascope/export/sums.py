@@ -71,11 +71,11 @@ def sum_adapters(
     """
     path = Path(out)
     require_absent(path)
-    opened = [require_adapter(adapter) for adapter in adapters]
+    opened = list(map(require_adapter, adapters))
     factors = _weights(opened, weights)
-    headed = next((adapter.label for adapter in opened if adapter.files.others), None)
-    if headed is not None:
-        raise ValueError(f"cannot sum {printable(headed)}: it contains further weights, such as a head")
+    for adapter in opened:
+        if adapter.files.others:
+            raise ValueError(f"cannot sum {printable(adapter.label)}: it contains further weights, such as a head")
     _require_one_naming(opened)
     _warn_of_other_bases(opened)
     terms: dict[str, list[Term]] = {}
@@ -102,7 +102,7 @@ def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> li
         raise ValueError(f"a sum needs at least two adapters, got {len(adapters)}")
     if weights is None:
         return [1.0] * len(adapters)
-    values = [float(weight) for weight in weights]
+    values = list(map(float, weights))
     if len(values) != len(adapters) or not np.isfinite(values).all() or not any(values):
         raise ValueError(f"weights must be {len(adapters)} finite numbers, one per adapter and not all 0, got {values}")
     return values
@@ -110,11 +110,14 @@ def _weights(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> li
 
 def _warn_of_other_bases(adapters: Sequence[Adapter]) -> None:
     """Warn if the adapters name different bases, which may still be two names of one model."""
-    bases = [(adapter.files.config.get("base_model_name_or_path"), adapter.label) for adapter in adapters]
-    if len({base for base, _ in bases if base}) > 1:
-        names = ", ".join(f"{printable(base)} ({printable(label)})" for base, label in bases if base)
+    bases, names = set(), []
+    for adapter in adapters:
+        if base := adapter.files.config.get("base_model_name_or_path"):
+            bases.add(base)
+            names.append(f"{printable(base)} ({printable(adapter.label)})")
+    if len(bases) > 1:
         warnings.warn(
-            f"the adapters name different bases, {names}: their sum is meaningful only for one model",
+            f"the adapters name different bases, {', '.join(names)}: their sum is meaningful only for one model",
             stacklevel=3,
         )
 
@@ -127,10 +130,10 @@ def _require_one_naming(adapters: Sequence[Adapter]) -> None:
         if first_names != other_names:
             pair = f"{printable(first.label)} ({first_names}) and {printable(other.label)} ({other_names})"
             raise ValueError(f"cannot sum {pair}: their modules have different names; convert one first")
-        setting = next((key for key in ONLY_PEFT if first.files.config.get(key) != other.files.config.get(key)), None)
-        if setting is not None:
-            pair = f"{printable(first.label)} and {printable(other.label)}"
-            raise ValueError(f"cannot sum {pair}: they differ in {setting}")
+        for setting in ONLY_PEFT:
+            if first.files.config.get(setting) != other.files.config.get(setting):
+                pair = f"{printable(first.label)} and {printable(other.label)}"
+                raise ValueError(f"cannot sum {pair}: they differ in {setting}")
 
 
 def _sum(terms: Sequence[Term]) -> LowRank:

@@ -50,7 +50,8 @@ def to_table(run: Result, out: str | Path, summary: bool = False, state: str = "
         endings = ", ".join(map(repr, _WRITERS))
         raise ValueError(f"ending of the table must be one of {endings}, got {path.suffix!r}: {path}")
     require_absent(path)
-    write_bytes(path, _WRITERS[path.suffix](run.summary(state=state) if summary else run.table))
+    table = run.summary(state=state) if summary else run.table
+    write_bytes(path, _WRITERS[path.suffix](table))
     return path
 
 

@@ -153,6 +153,7 @@ class GatedRun(Result):
         table = self.run.table.astype({"run": "str"}).assign(run=self.id)
         final = self.meta.states["last"].step
         is_final = table["step"].isna() if final is None else (table["step"] == final).fillna(False)
+        # The gates at earlier steps are unknown, so that only the sizes at the last step can be recomputed.
         is_size_or_shape = table["quantity"].isin([*_SIZES, *_SHAPES])
         is_known = ~table["quantity"].isin(_UNKNOWN) & (is_final | ~is_size_or_shape)
         depends = is_size_or_shape & table["module"].isin(self._gated_modules_and_blocks(table))

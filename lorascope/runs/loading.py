@@ -63,11 +63,13 @@ def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter | Se
         It is not a run or an adapter, is broken, was written by a newer version, or the hub does not give it.
     """
     path = locate(path)
-    if is_run(path) and base is not None:
-        raise ValueError(f"base must be None for a run, got {printable(base)}: {printable(path)} is a run")
     if is_run(path):
+        if base is not None:
+            raise ValueError(f"base must be None for a run, got {printable(base)}: {printable(path)} is a run")
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
-    return load_series(path, base) if is_series(path) else _require_own_base(load_adapter(path, base))
+    if is_series(path):
+        return load_series(path, base)
+    return _require_own_base(load_adapter(path, base))
 
 
 def load_series(
@@ -233,7 +235,8 @@ def _configuration(path: Path, files: Sequence[TensorFile]) -> dict[str, Any]:
     described = path.is_dir() or path.name.lstrip("0123456789").removeprefix("_") in WEIGHTS
     if described and (file := _config_file(path)).exists():
         return read_json(file, dict[str, Any])
-    return {name: value for name, value in files[0].words.items() if _DESCRIBES.match(name)} if files else {}
+    words = files[0].words if files else {}
+    return {name: value for name, value in words.items() if _DESCRIBES.match(name)}
 
 
 def _weight_files(path: Path) -> list[Path]:

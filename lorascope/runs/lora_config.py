@@ -72,14 +72,15 @@ def exact_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank
 
     An input-dependent update is exact only in a view of the run with fixed gate weights.
     """
-    products = low_rank_products(run, updates)
-    direction = next((name for name, update in updates.items() if not update.whole), None)
-    if direction is not None:
-        reason = f"the factors of {direction} are only the direction of its update, without its magnitude"
-        raise ValueError(f"cannot convert run {run.id} ({run.label}) to LoRA: {reason}")
-    routed = next((name for name, update in products.items() if not (update.exact or name in run.gates)), None)
-    if routed is not None:
-        raise ValueError(f"cannot convert run {run.id} ({run.label}) to LoRA: the update of {routed} {_ROUTED}")
+    products, cannot = low_rank_products(run, updates), f"cannot convert run {run.id} ({run.label}) to LoRA"
+    for name, update in updates.items():
+        if not update.whole:
+            raise ValueError(
+                f"{cannot}: the factors of {name} are only the direction of its update, without its magnitude"
+            )
+    for name, product in products.items():
+        if not (product.exact or name in run.gates):
+            raise ValueError(f"{cannot}: the update of {name} {_ROUTED}")
     return products
 
 
@@ -99,7 +100,7 @@ def _module_names(run: Any) -> set[str]:
 def _target_modules(modules: Collection[str], targets: Collection[str]) -> list[str] | str:
     ends = tuple(f".{name}" for name in targets)
     if any(name.endswith(ends) for name in set(modules) - set(targets)):
-        return "|".join(map(re.escape, targets))
+        return "|".join(map(re.escape, targets))  # a list would match the ends of names
     return list(targets)
 
 

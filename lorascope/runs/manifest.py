@@ -171,7 +171,7 @@ class Manifest:
     def table(self) -> pd.DataFrame:
         """Return the modules, as ``module_table.describe`` does."""
         columns = [column.name for column in fields(Module)]
-        table = pd.DataFrame([vars(module) for module in self.modules], columns=columns).astype({"layer": "Int16"})
+        table = pd.DataFrame(list(map(vars, self.modules)), columns=columns).astype({"layer": "Int16"})
         return table.assign(tied=[module.tied or "" for module in self.modules])
 
     def to_json(self) -> dict[str, Any]:
@@ -213,9 +213,11 @@ def assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
         return {"starts_at_zero": method.get("init") == "zeros" or bool(method.get("init_weights"))}
     if "neft" in kinds:
         scores = {"changed": "selection_cosine", "reversed": "selection_cosine", "probed": "probe_cosine"}
-        score = scores.get(str(method.get("select_by"))) if method.get("neurons") is None else None
-        roles = method.get("targets")
-        roles = roles if isinstance(roles, list) else []
+        score, roles = scores.get(str(method.get("select_by"))), method.get("targets")
+        if method.get("neurons") is not None:  # given ones, which no score has selected
+            score = None
+        if not isinstance(roles, list):
+            roles = []
         return {"starts_at_zero": True, "neuron_roles": roles, "selection_score": score}
     starts_nonzero = str(method.get("init_lora_weights", True)).lower().startswith(("false", *RESIDUAL_INITS))
     return {"starts_at_zero": not starts_nonzero, "masks_components": "adalora" in kinds}
@@ -254,9 +256,9 @@ def read_about(file: TensorFile) -> SnapshotAbout:
     header = f"the header of {file.path}"
     about = to_typed(file.about, SnapshotAbout, header)
     for module, names in about.factors.items():
-        missing = next((name for name in names if f"{module}/{name}" not in file), None)
-        if missing is not None:
-            raise unreadable(file.path, f"{printable(module)} has no {printable(missing)}")
+        for name in names:
+            if f"{module}/{name}" not in file:
+                raise unreadable(file.path, f"{printable(module)} has no {printable(name)}")
         if module in about.scales:
             _require_form(file, module, names, about.forms.get(module))
     if about.scales.keys() != about.exact.keys() or not about.scales.keys() <= about.factors.keys():

@@ -34,7 +34,7 @@ class ModuleSummary:
 
 def table_of(kind: type, rows: Iterable[Any]) -> pd.DataFrame:
     """Return dataclass instances of one kind as a table, with nullable integers for layers and ranks."""
-    table = pd.DataFrame([vars(row) for row in rows], columns=[column.name for column in fields(kind)])
+    table = pd.DataFrame(list(map(vars, rows)), columns=[column.name for column in fields(kind)])
     dtypes = {column.name: "float64" for column in fields(kind) if column.type == "float"}
     dtypes |= {name: dtype for name, dtype in _DTYPES.items() if name in table}
     return table.astype(dtypes)

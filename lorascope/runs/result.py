@@ -150,16 +150,13 @@ class Result(ABC):
         state : {"last", "best"}
         """
         saved_state = self._state(state)
-        steps = self.table["step"]
-        records = self.table[steps.isna() if saved_state.step is None else steps == saved_state.step]
-        is_measure = records["quantity"].isin(MEASURES) & records["index"].isna()
-        measures = records[is_measure].pivot(index="module", columns="quantity", values="value").astype("float64")
         modules = self.modules
-        modules = modules[(modules["role"] != "block") & (modules["role"] != "norm")].set_index("module")
+        modules = modules[~modules["role"].isin(["block", "norm"])].set_index("module")
         frame = modules[["stack", "layer", "role"]].copy()
         for name in saved_state.ranks.keys() - set(frame.index):  # the second name of a tied weight, adapted separately
             frame.loc[name] = parse(name)
         frame["rank"] = pd.Series(saved_state.ranks, dtype="Int64").reindex(frame.index)
+        measures = self._recorded_measures(saved_state.step)
         frame = frame.join(measures.reindex(index=frame.index, columns=list(MEASURES)))
         updates = self.updates(state=state)
         # Recorded values take precedence, because they include a weight that trains below its adapter.
@@ -171,6 +168,14 @@ class Result(ABC):
         if not all:
             frame = frame[frame["update_norm"].notna()]
         return frame.reset_index()
+
+    def _recorded_measures(self, step: int | None) -> pd.DataFrame:
+        """Return the records of ``MEASURES`` at a step, one row per module; None means records without a step."""
+        table = self.table
+        is_measure = table["quantity"].isin(MEASURES) & table["index"].isna()
+        is_at_step = table["step"].isna() if step is None else table["step"] == step
+        rows = table[is_measure & is_at_step]
+        return rows.pivot(index="module", columns="quantity", values="value").astype("float64")
 
     def summaries(self) -> list[ModuleSummary]:
         """Return the rows of ``summary(all=True)``."""
@@ -241,10 +246,11 @@ class Result(ABC):
     def _repr_html_(self) -> str:
         import html  # slow import
 
-        left = " style='text-align:left'"
-        lines = ((key, html.escape(printable(value))) for key, value in self._lines())
-        rows = (f"<tr><th{left}>{key}</th><td{left}>{value}</td></tr>" for key, value in lines)
-        return f"<table>{''.join(rows)}</table>"
+        rows = ""
+        for key, value in self._lines():
+            text = html.escape(printable(value))
+            rows += f"<tr><th style='text-align:left'>{key}</th><td style='text-align:left'>{text}</td></tr>"
+        return f"<table>{rows}</table>"
 
     def _lines(self) -> list[tuple[str, str]]:
         """Return the facts that represent the result, each with its key."""

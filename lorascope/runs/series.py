@@ -99,9 +99,11 @@ class Series(Result):
             return {module: values["update_norm"] for module, values in adapter.measures.items()}
         if 0 not in self.checkpoints:
             return {}
-        first, updates = self.checkpoints[0].updates(), adapter.updates()
-        shared = [module for module in updates if module in first]
-        return dict(zip(shared, change_norms((updates[module], first[module]) for module in shared), strict=True))
+        initial, updates = self.checkpoints[0].updates(), adapter.updates()
+        shared = [module for module in updates if module in initial]
+        # A generator, because updates are read on access.
+        norms = change_norms((updates[module], initial[module]) for module in shared)
+        return dict(zip(shared, norms, strict=True))
 
     def update_steps(self) -> list[int]:
         return list(self.checkpoints)
@@ -166,10 +168,11 @@ def _joint_norm(stored: StoredLoRA) -> float:
 
 def _common_folder(paths: list[Path]) -> tuple[Path, str]:
     """Return the folder of all checkpoints and its name; for revisions on the hub, their repository."""
-    last = paths[-1]
-    if all(hub_source(path) for path in paths):
-        return last, label(last).partition("@")[0]
-    folder = last.parent if {path.parent for path in paths} == {last.parent} else last
+    folder = paths[-1]
+    if all(map(hub_source, paths)):
+        return folder, label(folder).partition("@")[0]
+    if {path.parent for path in paths} == {folder.parent}:
+        folder = folder.parent
     return folder, label(folder)
 
 

@@ -128,7 +128,7 @@ def _record_calls(loss: Loss, batch: Batch, modules: Iterable[nn.Module], stored
 
 
 def _first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
+    return next(iter((*args, *kwargs.values())), None)
 
 
 @contextmanager
@@ -160,7 +160,7 @@ class _Replay:
         self.by_row: dict[nn.Module, list[list[bool] | None]] = {}
         for call, other in zip(top.calls, resized.calls, strict=True):
             self.by_row.setdefault(call.module, []).append(_is_batched(call.shapes, other.shapes))
-        shapes = [shape for call in top.calls for shape in call.shapes]
+        shapes = itertools.chain.from_iterable(call.shapes for call in top.calls)
         largest = max(math.prod(shape) for shape in shapes if shape is not None)
         device = next(iter(batch.values())).device.type
         self.max_copies = max(1, MOST_ELEMENTS.get(device, MOST_ELEMENTS_ELSEWHERE) // largest)
@@ -273,6 +273,6 @@ def _patch_forward(module: nn.Module, recorded: _Call | None, moves: Sequence[Mo
             return torch.cat([move(recorded.first, recorded.leaves[0]) for move in moves])
         x, y = _first_argument(args, kwargs), forward(*args, **kwargs)
         copies = zip(moves, x.chunk(len(moves)), y.chunk(len(moves)), strict=True)
-        return torch.cat([move(*copy) for move, *copy in copies])
+        return torch.cat([move(x_copy, y_copy) for move, x_copy, y_copy in copies])
 
     return call

@@ -186,7 +186,9 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
 def _suggest_modules(name: str, modules: Mapping[str, nn.Module]) -> str:
     hosts = [host for host, module in modules.items() if type(module) in _ADAPTED]
     close = difflib.get_close_matches(name, hosts, n=3, cutoff=0.5) or [host for host in hosts if name in host][:3]
-    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
+    if not close:
+        return ""
+    return f"; did you mean {', '.join(map(repr, close))}?"
 
 
 def attached_deltas(model: nn.Module) -> dict[str, Delta]:

@@ -32,7 +32,9 @@ class PeftDelta:
     @property
     def rank(self) -> int:
         """Number of components of the update that PEFT would save."""
-        return self.update().rank if self.retained is None else self.retained
+        if self.retained is not None:
+            return self.retained
+        return self.update().rank
 
     def update(self) -> Update:
         """Return a copy of the update in numpy."""
@@ -108,7 +110,9 @@ def has_peft_layers(model: nn.Module) -> bool:
 
 def active_adapters(layer: Any) -> list[str]:
     """Return the names of the adapters that change a PEFT layer's output; empty if they are disabled."""
-    return [] if layer.disable_adapters else adapters_among(layer, layer.active_adapters)
+    if layer.disable_adapters:
+        return []
+    return adapters_among(layer, layer.active_adapters)
 
 
 def adapters_among(layer: Any, names: Sequence[str]) -> list[str]:
@@ -155,7 +159,9 @@ def _is_product(layer: Any, adapter: str) -> bool:
 def peft_update(layer: Any) -> Update | None:
     """Return the total update of a PEFT layer's active adapters; None without one that is enabled and readable."""
     active = active_adapters(layer)
-    return _update_of(layer, active) if active and is_readable(layer, active) else None
+    if active and is_readable(layer, active):
+        return _update_of(layer, active)
+    return None
 
 
 def _update_of(layer: Any, names: Sequence[str]) -> Update:
@@ -218,4 +224,6 @@ def _lora_factors(layer: Any, adapter: str) -> ScaledFactors | None:
     elif adapter in getattr(layer, "lora_E", ()):
         A = A * layer.lora_E[adapter]
         scale /= float(layer.ranknum[adapter]) + 1e-5  # as in PEFT
-    return ScaledFactors({"A": A, "B": B}, scale) if isinstance(A, Tensor) else None
+    if not isinstance(A, Tensor):  # grouped convolutions, among others
+        return None
+    return ScaledFactors({"A": A, "B": B}, scale)

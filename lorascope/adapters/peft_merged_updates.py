@@ -85,6 +85,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _difference(module: Any, before: torch.Tensor) -> tuple[Float[np.ndarray, "out in"], bool]:
     change = (module.weight.detach().double() - before.double()).numpy()
-    transposed = isinstance(module, Conv1D | nn.Embedding)
     flat = change.reshape(len(change), -1)
-    return (flat.T if transposed else flat), transposed
+    if isinstance(module, Conv1D | nn.Embedding):
+        return flat.T, True
+    return flat, False

@@ -78,7 +78,7 @@ class Images(EncodedRows):
 
     def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
         """Return pixel values of shape (rows, channels, height, width), and labels."""
-        rows = [int(index) for index in indices]
+        rows = list(map(int, indices))
         inputs = self.processor(images=[open_image(self.images[row]) for row in rows], return_tensors="pt")
         assert self.classes is not None
         return {"pixel_values": inputs["pixel_values"], "labels": torch.from_numpy(self.classes[rows])}

@@ -90,7 +90,9 @@ def name_of(model: nn.Module) -> str:
     """Return the name by which a model was loaded, or its hub id or folder, or its class."""
     name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
     blocks = getattr(model, "_lorascope_blocks", None)
-    return name if blocks is None else f"{name}, first {blocks} blocks"
+    if blocks is not None:
+        name += f", first {blocks} blocks"
+    return name
 
 
 def missing(model: nn.Module) -> frozenset[str]:

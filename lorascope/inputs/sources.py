@@ -39,7 +39,9 @@ def read(name: str) -> pd.DataFrame:
         domain = name.partition("/")[2]
         if domain == "domains":
             return rows.assign(label=rows["group"]).drop(columns="group")
-        return rows[rows["group"] == domain].drop(columns="group") if domain else rows
+        if domain:
+            rows = rows[rows["group"] == domain].drop(columns="group")
+        return rows
     path = Path(name).expanduser()
     if (size := len(os.fsencode(path.name))) > _LONGEST:
         raise ValueError(f"task must be a name of at most {_LONGEST} bytes, got {size}")
@@ -128,10 +130,10 @@ def read_file(path: Path) -> pd.DataFrame:
 def read_folder(path: Path) -> pd.DataFrame:
     """Return the images of a folder in the columns image (path) and label (name of the subfolder)."""
     extensions = Image.registered_extensions()
-    files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in extensions]
-    if not files:
+    rows = [(str(file), file.parent.name) for file in sorted(path.glob("*/*")) if file.suffix.lower() in extensions]
+    if not rows:
         raise ValueError(f"cannot read images from {path}: it must have one subfolder of images per label")
-    return pd.DataFrame({"image": [str(file) for file in files], "label": [file.parent.name for file in files]})
+    return pd.DataFrame(rows, columns=["image", "label"])
 
 
 def read_hub(name: str) -> pd.DataFrame:

@@ -67,11 +67,11 @@ class Tokens(EncodedRows):
     @property
     def lengths(self) -> Int[np.ndarray, "rows"]:
         """Number of input tokens of each row."""
-        return np.array([len(ids) for ids in self.tokens["input_ids"]], dtype=np.int64)
+        return np.array(list(map(len, self.tokens["input_ids"])), dtype=np.int64)
 
     def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
         """Return input_ids and attention_mask of shape (rows, tokens), other inputs, and labels of these rows."""
-        rows = [int(index) for index in indices]
+        rows = list(map(int, indices))
         inputs = {}
         for key, lists in self.tokens.items():
             batch_lists = [lists[row] for row in rows]
@@ -160,7 +160,9 @@ def _start_ids(tokenizer: Any) -> list[int]:
 
 
 def _end_ids(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if tokenizer.eos_token_id is None:
+        return []
+    return [tokenizer.eos_token_id]
 
 
 def numbers(rows: pd.DataFrame, labels: Sequence[str]) -> Int[np.ndarray, "rows"]:

@@ -51,10 +51,11 @@ def locate(name: str) -> tuple[str, int | None, str] | None:
 
     A module outside the blocks has the layer None and its whole name as the path.
     """
-    flat = FLATTENED.match(name) if "." not in name else None
-    if flat is None and not _IMAGE.search(name):
+    dotted = name
+    if "." not in name and (prefix := FLATTENED.match(name)):
+        dotted = re.sub(r"_(?=\d+(?:_|$))|(?<=\d)_", ".", name[prefix.end() :])
+    elif not _IMAGE.search(name):
         return None
-    dotted = re.sub(r"_(?=\d+(?:_|$))|(?<=\d)_", ".", name[flat.end() :]) if flat else name
     text = _TEXT.match(name)
     if text is None and (match := _UNET.search(dotted)):
         return _STACKS.get(match[1], "mid"), int(match[2] or 0), dotted[match.end() :].lstrip("._")

@@ -16,10 +16,14 @@ def to_words(value: object) -> str:
     """
     if isinstance(value, list):
         text = " ".join(map(to_words, value))
+        if len(text) <= _LONG:
+            return text
         kind = "modules" if any("." in str(item) for item in value) else "values"
-        return text if len(text) <= _LONG else f"{len(value)} {kind}"
-    if isinstance(value, dict):  # of an array, the start of its hash
-        return f"array {value['array'][:8]}" if "array" in value else value.get("run", "by module")
+        return f"{len(value)} {kind}"
+    if isinstance(value, dict):
+        if "array" in value:
+            return f"array {value['array'][:8]}"  # the start of its hash
+        return value.get("run", "by module")
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, partial):
@@ -29,5 +33,6 @@ def to_words(value: object) -> str:
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__qualname__.rpartition("<locals>.")[2]
     text = str(value)
-    # An address differs between processes.
-    return type(value).__name__ if " at 0x" in text else text
+    if " at 0x" in text:  # an address differs between processes
+        return type(value).__name__
+    return text

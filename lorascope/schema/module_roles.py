@@ -91,8 +91,10 @@ def role_inside(tail: str) -> str:
             role = "o"
         elif leaf == "dense":
             role = {"intermediate": "ffn_in", "output": "ffn_out"}.get(above, "other")
+        elif leaf == "out_proj":
+            role = "other"
         else:
-            role = "other" if leaf == "out_proj" else "ffn_out"
+            role = "ffn_out"
     if _CROSS_ATTENTION.search(above):
         return f"cross_{role}" if role in ATTENTION else "other"
     return role
@@ -121,7 +123,9 @@ def position(stack: str, layer: Any, role: str) -> tuple[int, int, int, int]:
     layer : int, None or NA
         Layer, None or NA outside the blocks. A position table inside a block is sorted with its block.
     """
-    inside = isinstance(layer, Real) and layer == layer  # not None, NA or NaN
-    section = 2 if inside else {"embed": 0, "pos_embed": 1, "head": 4}.get(role, 3)
     order = image_roles.ORDER.get(stack, int(stack == "decoder"))
-    return section, order, int(layer) if inside else -1, ROLES.index(role)
+    is_inside = isinstance(layer, Real) and layer == layer  # not None, NA or NaN
+    if is_inside:
+        return 2, order, int(layer), ROLES.index(role)
+    section = {"embed": 0, "pos_embed": 1, "head": 4}.get(role, 3)
+    return section, order, -1, ROLES.index(role)

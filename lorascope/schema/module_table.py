@@ -14,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.schema.module_roles import (
@@ -35,6 +35,13 @@ __all__ = ["ROLES", "Location", "describe", "gated_input", "match", "parse", "po
 
 _SIZES = {"out_features": "Int64", "in_features": "Int64"}
 _DTYPES = {"module": "str", "stack": "str", "layer": "Int16", "role": "str", **_SIZES, "tied": "str"}
+
+
+class _Block(NamedTuple):
+    """Path and layer of a block."""
+
+    path: str
+    layer: int
 
 
 @dataclass
@@ -82,8 +89,8 @@ def describe(model: Any) -> pd.DataFrame:
     return pd.DataFrame(table, columns=list(_DTYPES)).astype(_DTYPES)
 
 
-def _collect(module: Any, path: str, block: tuple[str, int] | None) -> Iterator[_Row]:
-    """Yield the rows of everything in ``module``; ``block`` is the path and layer of the enclosing block."""
+def _collect(module: Any, path: str, block: _Block | None) -> Iterator[_Row]:
+    """Yield the rows of everything in ``module``; ``block`` is the enclosing one."""
     host = _unwrap_peft(module)
     weight = dict(host.named_parameters(recurse=False)).get("weight")
     if weight is not None:
@@ -95,7 +102,7 @@ def _collect(module: Any, path: str, block: tuple[str, int] | None) -> Iterator[
         below = f"{path}.{name}".lstrip(".")
         if name in blocks:
             start = _Row(below, stack_of(below), int(name), "block", "block", child, weight=child)
-            rows = list(_collect(child, below, (below, int(name))))
+            rows = list(_collect(child, below, _Block(below, int(name))))
             _correct_roles(rows)
             yield from (start, *rows)
         else:
@@ -117,24 +124,26 @@ def _find_blocks(host: Any, path: str) -> set[str]:
     are_of_one_class = len(children) > 1 and len(set(map(type, children.values()))) == 1
     if not are_numbered or not (are_of_one_class or parse(f"{path}.0").role == "block"):
         return set()
-    weights = {name: list(_collect(child, name, (name, 0))) for name, child in children.items()}
-    return {name for name, rows in weights.items() if len(rows) > 1}
+    return {name for name, child in children.items() if len(list(_collect(child, name, _Block(name, 0)))) > 1}
 
 
-def _make_row(path: str, block: tuple[str, int] | None, module: Any, host: Any, weight: Any) -> _Row:
+def _make_row(path: str, block: _Block | None, module: Any, host: Any, weight: Any) -> _Row:
     """Return the row of one weight, with its sizes and a preliminary role from its name and shape."""
     kind = _kind(host, weight)
-    role = role_outside(path) if block is None else role_inside(path[len(block[0]) + 1 :])
+    role, layer = role_outside(path), None
+    if block is not None:
+        role, layer = role_inside(path[len(block.path) + 1 :]), block.layer
     if kind == "norm":
         role = "norm"
     elif kind == "embedding":
-        role = "pos_embed" if role == "pos_embed" else "embed"
+        if role != "pos_embed":
+            role = "embed"
     elif role not in LINEAR:
         role = "other"
     outer, inner = weight.shape[0], math.prod(weight.shape[1:])
     if hasattr(host, "num_embeddings") or hasattr(host, "nf"):  # embeddings and GPT-2's Conv1D store the transpose
         outer, inner = inner, outer
-    row = _Row(path, stack_of(path), None if block is None else block[1], role, kind, module, weight)
+    row = _Row(path, stack_of(path), layer, role, kind, module, weight)
     if kind != "norm":
         # A quantized weight has the shape of its packed storage, so the module's attributes take precedence.
         row.outer, row.inner = getattr(host, "out_features", outer), getattr(host, "in_features", inner)
@@ -257,8 +266,12 @@ def _matching_names(description: pd.DataFrame, target: str, pattern: bool, calle
     if target == "all-linear":
         return description["module"][description["layer"].notna() & role.isin(LINEAR)].tolist()
     if target in ROLES:
-        fused = role == "qkv" if target in ("q", "k", "v") else gated_input(description) & (target == "ffn_gate")
-        return description["module"][(role == target) | fused].tolist()
+        mask = role == target
+        if target in ("q", "k", "v"):
+            mask = mask | (role == "qkv")
+        elif target == "ffn_gate":
+            mask = mask | gated_input(description)
+        return description["module"][mask].tolist()
     if not pattern:
         return [target] if target in _all_names(description) else []
     matrices = description[description["out_features"].notna()]

@@ -21,8 +21,9 @@ def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> N
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         if module.name not in skip:
             importlib.import_module(f"{package}.{module.name}")
-    points = installed_entry_points() if group else None
-    for point in points.select(group=group) if points else ():
+    if not group or (points := installed_entry_points()) is None:
+        return
+    for point in points.select(group=group):
         try:
             # A package that is being imported, and so caused this import, continues with its own afterwards.
             importlib.import_module(point.module)

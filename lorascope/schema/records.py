@@ -248,7 +248,10 @@ def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -
 
     ``modules`` is ``module_table.describe(model)``, which gives stack, layer and role of each module.
     """
-    steps, names, quantities, indices, values = [], [], [], [], []
+    names: list[str] = []
+    quantities: list[str] = []
+    # The empty arrays give the columns their dtypes if there is no row.
+    steps, indices, values = [np.empty(0, np.int64)], [np.empty(0, np.int64)], [np.empty(0)]
     for step, record in rows:
         value = np.atleast_1d(np.asarray(record.value, dtype=np.float64))
         index = record.index
@@ -259,8 +262,8 @@ def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -
         quantities.extend([record.quantity] * len(value))
         indices.append(np.broadcast_to(np.asarray(index, dtype=np.int64), value.shape))
         values.append(value)
-    step_column = pd.Series(np.concatenate(steps) if steps else [], dtype="Int64")
-    index_column = pd.Series(np.concatenate(indices) if indices else [], dtype="Int32")
+    step_column = pd.Series(np.concatenate(steps), dtype="Int64")
+    index_column = pd.Series(np.concatenate(indices), dtype="Int32")
     locations = modules.drop_duplicates("module").set_index("module")[["stack", "layer", "role"]]
     # The other names of a tied weight have no row in ``modules``.
     parsed = {name: parse(name) for name in set(names) - {""} - set(locations.index)}
@@ -276,7 +279,7 @@ def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -
             "role": pd.Series(location["role"].fillna("").to_numpy(), dtype="str"),
             "quantity": pd.Series(quantities, dtype="str"),
             "index": index_column.mask(index_column == -1),
-            "value": pd.Series(np.concatenate(values) if values else [], dtype="float64"),
+            "value": pd.Series(np.concatenate(values), dtype="float64"),
         }
     )
     return validate(table)

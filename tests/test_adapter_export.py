@@ -181,7 +181,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["export", source, "--peft", str(out), "--budget", "0.5"]) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert main(["export", source, source, "--peft", str(tmp_path / "sum"), "--weights", "1", "0.5"]) == 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().out.replace("\n#  ", "")
     assert "6 shared modules, cosine 1.000, energy of the sum / sum of energies 1.800" in shown
     assert main(["export", source, str(out), "--peft", str(tmp_path / "other"), "--weights", "1", "-0.25"]) == 0
     whole, cut, total = (load(path).updates() for path in (source, out, tmp_path / "other"))

@@ -50,23 +50,16 @@ def call(
     help and in errors, such as ``"lorascope inspect"``. The function receives ``extra`` options by ``**``, and a
     ``description`` replaces its docstring in the help. Raise a ValueError of one line for an invalid argument.
     """
-    parameters = [*options_of(function), *(each.replace(kind=each.KEYWORD_ONLY) for each in extra)]
-    lists = {f"--{each.name.replace('_', '-')}" for each in parameters if isinstance(each.default, tuple)}
-    for number, word in enumerate(argv):
-        # A negative number is a value.
-        has_value = number + 1 < len(argv) and not re.match(r"--?[^\W\d]", argv[number + 1])
-        if not word or re.fullmatch(r"--[^=]+=", word) or (word in lists and not has_value):
-            before = f" after {argv[number - 1]}" if number and not word else ""
-            argument = f"argument {word or repr(word)}{before}"
-            raise ValueError(f"{argument} must not be empty: omit it or set a value (see {name} --help)")
+    parameters = [*options_of(function), *(parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in extra)]
+    _require_values(argv, parameters, name)
 
-    def bind(*given: Any, **options: Any) -> Callable[[], int]:
-        return partial(function, *given, **options)
+    def bind(*arguments: Any, **options: Any) -> Callable[[], int]:
+        return partial(function, *arguments, **options)
 
-    for each in {bind, inspect.unwrap(bind)}:  # they differ if types are checked at every call, as in the tests
-        each.__dict__["__signature__"] = inspect.Signature(parameters)
-        each.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-        each.__doc__ = description or function.__doc__
+    for binder in {bind, inspect.unwrap(bind)}:  # they differ if types are checked at every call, as in the tests
+        binder.__dict__["__signature__"] = inspect.Signature(parameters)
+        binder.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        binder.__doc__ = description or function.__doc__
     errors, columns = io.StringIO(), os.environ.get("COLUMNS")
     # tyro never finishes wrapping its help on a terminal narrower than this.
     os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
@@ -79,9 +72,23 @@ def call(
         raise ValueError(f"{_parse_error_panel(errors.getvalue())} (see {name} --help)") from None
     finally:
         del os.environ["COLUMNS"]
-        os.environ |= {} if columns is None else {"COLUMNS": columns}
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
     with np.errstate(all="ignore"):  # NaN and infinity are findings; numpy's warnings would print lines of code
         return bound()
+
+
+def _require_values(argv: Sequence[str], parameters: Sequence[inspect.Parameter], name: str) -> None:
+    """Raise a ValueError if an argument is empty, or an option for several values has none."""
+    list_names = [parameter.name for parameter in parameters if isinstance(parameter.default, tuple)]
+    lists = [f"--{list_name.replace('_', '-')}" for list_name in list_names]
+    for number, word in enumerate(argv):
+        # A negative number is a value.
+        has_value = number + 1 < len(argv) and not re.match(r"--?[^\W\d]", argv[number + 1])
+        if not word or re.fullmatch(r"--[^=]+=", word) or (word in lists and not has_value):
+            before = f" after {argv[number - 1]}" if number and not word else ""
+            argument = f"argument {word or repr(word)}{before}"
+            raise ValueError(f"{argument} must not be empty: omit it or set a value (see {name} --help)")
 
 
 def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list[inspect.Parameter]:
@@ -92,10 +99,12 @@ def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list
     # tyro breaks the help where the docstring breaks its lines, and finds neither "lr, head_lr : float" nor the
     # parameters of a base class.
     owners = reversed(function.__mro__) if isinstance(function, type) else [function]
-    documented = [each for owner in owners for each in _NUMPYDOC(owner.__doc__ or "").params]
-    docs = {name: each.description or "" for each in documented for name in each.arg_name.split(", ")}
+    docs: dict[str, str] = {}
+    for owner in owners:
+        for entry in _NUMPYDOC(owner.__doc__ or "").params:
+            docs |= dict.fromkeys(entry.arg_name.split(", "), entry.description or "")
     hints = typing.get_type_hints(function, include_extras=True)
-    found = []
+    options = []
     for name, parameter in inspect.signature(function).parameters.items():
         kind = None if name in skip or parameter.kind is parameter.VAR_KEYWORD else flag_type(hints[name])
         if kind is None:
@@ -108,14 +117,14 @@ def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list
             help = f"do not {help[:1].lower()}{help[1:]}"
         hint = "" if default is None or isinstance(default, bool) or default in ("", ()) else None  # "" omits it
         annotation = Annotated[kind, arg(help=help, help_behavior_hint=hint)]
-        found.append(parameter.replace(annotation=annotation, default=default))
-    return found
+        options.append(parameter.replace(annotation=annotation, default=default))
+    return options
 
 
 def reject(invalid: Mapping[str, bool]) -> None:
     """Raise a ValueError with the first message that is true of the arguments."""
-    for message, found in invalid.items():
-        if found:
+    for message, is_true in invalid.items():
+        if is_true:
             raise ValueError(message)
 
 
@@ -130,23 +139,25 @@ def flag_type(hint: Any) -> Any:
     if get_origin(hint) is Annotated:
         kind = tuple if _WORDS in hint.__metadata__ else flag_type(hint.__origin__) or hint.__origin__
         return Annotated[kind, *hint.__metadata__]
-    union = get_origin(hint) in (Union, types.UnionType)
-    kept: list[Any] = []
-    for kind in get_args(hint) if union else [hint]:
+    is_union = get_origin(hint) in (Union, types.UnionType)
+    kinds: list[Any] = []
+    for kind in get_args(hint) if is_union else [hint]:
         if kind in _PLAIN or get_origin(kind) is Literal:
-            kept.append(kind)
+            kinds.append(kind)
         elif get_origin(kind) in (tuple, Sequence) and get_args(kind)[0] is str:
-            kept.append(tuple[str, ...])
-    if str in kept and Path in kept:
-        kept.remove(Path)
-    # Not kept[0] | kept[1]: to check such a union, tyro imports the same package.
-    return Union[tuple(kept)] if set(kept) - {type(None)} else None  # noqa: UP007
+            kinds.append(tuple[str, ...])
+    if str in kinds and Path in kinds:
+        kinds.remove(Path)
+    # Not kinds[0] | kinds[1]: to check such a union, tyro imports the same package.
+    return Union[tuple(kinds)] if set(kinds) - {type(None)} else None  # noqa: UP007
 
 
 def _parse_error_panel(panel: str) -> str:
     """Return the message in tyro's error panel (box-drawing or ASCII), without the help of the options it names."""
     inside = [line[2:].rstrip(" │") for line in panel.splitlines() if line.startswith(("│ ", "  "))]
     text = "\n".join(line for line in inside if not line.startswith(" " * 8))
-    message, *rest = re.split(r"^[─-]{3,}$", text, flags=re.MULTILINE)
-    near = [option for part in rest if "Perhaps you meant" in part for option in re.findall(r"--[\w-]+", part)]
-    return " ".join(message.split()) + (f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else "")
+    message, *sections = re.split(r"^[─-]{3,}$", text, flags=re.MULTILINE)
+    suggestions = " ".join(section for section in sections if "Perhaps you meant" in section)
+    options = dict.fromkeys(re.findall(r"--[\w-]+", suggestions))
+    sentence = " ".join(message.split())
+    return f"{sentence}; did you mean {' or '.join(options)}?" if options else sentence

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -88,31 +88,30 @@ def main(
     else:
         run, use = _open_for_runtime(path, base, runtime)
     case = Case(run)
-    found, skipped = findings(case), skipped_checks(case)
+    faults, skipped = findings(case), skipped_checks(case)
     if use is not None:
-        found += use.findings
-    _write_sarif(sarif, found, case.run)
+        faults += use.findings
+    _write_sarif(sarif, faults, case.run)
+    code = 1 if faults else 0
     if json:
-        told = [
-            each.to_json() | {"told": each.message, "mend": each.fix}  # the old names stay for one release
-            for each in found
-        ]
-        about = {} if use is None else {"runtime": use.runtime, "applied": use.applied, "modules": use.modules}
-        notes = {"notes": [*case.notes]}
-        print(dumps(json_values({"path": path, **about, "findings": told, "unseen": skipped, **notes}), indent=1))
-        return 1 if found else 0
-    count = count_phrase(len(found), "finding") if found else "no findings"
+        values: dict[str, Any] = {"path": path}
+        if use is not None:
+            values |= {"runtime": use.runtime, "applied": use.applied, "modules": use.modules}
+        values |= {"findings": [fault.to_json() for fault in faults], "unseen": skipped, "notes": [*case.notes]}
+        print(dumps(json_values(values), indent=1))
+        return code
+    count = count_phrase(len(faults), "finding") if faults else "no findings"
     state = "" if run.meta.states else f", {run.meta.status}: no factors saved yet"
     blocks = [text_block(label(run.path) if run.path else run.id, count + state, label_style="bold")]
     if use is not None:
         remark = "" if base is not None else "; names and shapes are not compared without --base DIR"
         blocks.append(text_block(use.runtime, f"applies {use.applied} of {use.modules} modules{remark}"))
-    blocks += map(_finding_block, found)
+    blocks += map(_finding_block, faults)
     blocks += [text_block("note", note) for note in case.notes]
     for missing, names in skipped.items():
         blocks.append(text_block(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)))
     _print_blocks(blocks)
-    return 1 if found else 0
+    return code
 
 
 def _open_for_runtime(path: str, base: str | None, runtime: str | None) -> tuple[Run | Adapter, Application | None]:
@@ -124,11 +123,11 @@ def _open_for_runtime(path: str, base: str | None, runtime: str | None) -> tuple
 
 
 def _require_adapter(path: str, option: str) -> Path:
-    """Return the place of an adapter; raise a ValueError if it is a run, for which there is no such option."""
-    found = locate(path)
-    if is_run(found):
-        raise ValueError(f"{option} requires an adapter, got a run: {printable(found)}")
-    return found
+    """Return the path of an adapter; raise a ValueError if it is a run, for which there is no such option."""
+    adapter = locate(path)
+    if is_run(adapter):
+        raise ValueError(f"{option} requires an adapter, got a run: {printable(adapter)}")
+    return adapter
 
 
 def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, json: bool) -> int:
@@ -139,13 +138,15 @@ def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, j
     check = check_merge(adapter, PretrainedWeights(locate_base(merged)))
     _write_sarif(sarif, check.findings, adapter)
     if json:
-        rows = [vars(each) for each in check.modules]
-        findings = [each.to_json() for each in check.findings]
+        rows = [vars(module) for module in check.modules]
+        findings = [finding.to_json() for finding in check.findings]
         print(dumps(json_values({"path": path, "merged": merged, "modules": rows, "findings": findings}), indent=1))
     else:
         summary = f"{count_phrase(len(check.modules), 'module')}: {check.summary()}"
         _print_blocks([text_block(adapter.label, summary, label_style="bold"), *map(_finding_block, check.findings)])
-    return 1 if check.findings else 0 if check.is_conclusive else 3
+    if check.findings:
+        return 1
+    return 0 if check.is_conclusive else 3
 
 
 def _list_kinds(json: bool) -> int:
@@ -157,17 +158,17 @@ def _list_kinds(json: bool) -> int:
     blocks = []
     for kind in kinds:
         problem = f"{kind.name} ({kind.severity}): {kind.problem}".removesuffix(": ")
-        parts = {"needs": kind.needs, "evidence": kind.evidence, "fix": kind.fix}
-        blocks.append(text_block(kind.id, problem, *(f"{name}: {text}" for name, text in parts.items() if text)))
+        details = {"needs": kind.needs, "evidence": kind.evidence, "fix": kind.fix}
+        blocks.append(text_block(kind.id, problem, *(f"{name}: {text}" for name, text in details.items() if text)))
     _print_blocks(blocks)
     return 0
 
 
-def _write_sarif(file: str | None, found: Sequence[Finding], run: Result) -> None:
-    if file is not None:
-        subject = run.files.files[0].path if isinstance(run, Adapter) else Path(run.path or run.id) / "run.json"
-        log = sarif_log(found, Path(subject), lorascope.__version__)
-        write_json(Path(file), log)
+def _write_sarif(file: str | None, findings: Sequence[Finding], run: Result) -> None:
+    if file is None:
+        return
+    subject = run.files.files[0].path if isinstance(run, Adapter) else Path(run.path or run.id) / "run.json"
+    write_json(Path(file), sarif_log(findings, Path(subject), lorascope.__version__))
 
 
 def _finding_block(finding: Finding) -> Block:

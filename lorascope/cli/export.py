@@ -15,6 +15,7 @@ from lorascope.cli.opened_runs import open_runs
 from lorascope.export import RankBudget
 from lorascope.export.conversion import require_adapter
 from lorascope.files.printable import printable
+from lorascope.files.text_layout import WIDTH, wrap_text
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.result import Result
 
@@ -36,7 +37,7 @@ def main(
     base: Folder = None,
     rank_pattern: bool = False,
     budget: Annotated[float | None, arg(metavar="F")] = None,
-    by: Literal["energy", "ablation"] = "energy",
+    by: Literal["energy", "ablation"] = "energy",  # names: ok
     model: Name = None,
     task: Name = None,
     peft: Folder = None,
@@ -98,7 +99,7 @@ def main(
         Print JSON; remarks go to stderr.
     """
     paths = {"peft": peft, "kohya": kohya, "diffusers": diffusers, "mlx": mlx}
-    written = [(format, path) for format, path in paths.items() if path is not None]
+    written = {format: path for format, path in paths.items() if path is not None}
     forms = [rank_pattern, table is not None].count(True) + len(written)
     reject(
         {
@@ -125,9 +126,11 @@ def main(
             and (len(runs) > 1 or bool(written and peft is None)),
         }
     )
-    opened, *others = open_runs(runs, base)
-    if others:
-        return _write_sum([opened, *others], *written[0], component, weights or None, budget, json)
+    adapters = open_runs(runs, base)
+    if len(adapters) > 1:
+        ((format, out),) = written.items()
+        return _write_sum(adapters, format, out, component, weights or None, budget, json)
+    (opened,) = adapters
     scores = None
     if by == "ablation" and model is not None and task is not None:
         from lorascope.experiments.component_importance import component_importance  # imports torch
@@ -138,14 +141,16 @@ def main(
             keywords = export.rank_pattern(opened, state=state)
             remarks = [_ROUTER] if opened.input_dependent_modules(state) else []
         else:
-            chosen = export.select_components(opened, budget, state, scores)
-            keywords = peft_keywords(opened, chosen.ranks, opened.updates(state=state))
-            remarks = [*_budget_remarks(chosen, by), *_loss_remarks(opened, chosen, model, task, state), *_ELSEWHERE]
+            selection = export.select_components(opened, budget, state, scores)
+            keywords = peft_keywords(opened, selection.ranks, opened.updates(state=state))
+            losses = _loss_remarks(opened, selection, model, task, state)
+            remarks = [*_budget_remarks(selection, is_minimal=by == "energy"), *losses, *_ELSEWHERE]
         return _print_ranks(keywords, remarks, json)
     if peft is not None:
         path = export.to_peft(opened, peft, state, budget, scores)
     elif written:
-        path = export.convert(require_adapter(opened), written[0][1], written[0][0], budget, scores, component)
+        ((format, out),) = written.items()
+        path = export.convert(require_adapter(opened), out, format, budget, scores, component)
     else:
         path = export.to_table(opened, str(table), summary, state)
     print(dumps({"id": opened.id, "path": str(path)}) if json else printable(path))
@@ -162,39 +167,39 @@ def _write_sum(
     json: bool,
 ) -> int:
     """Print how the adapters interfere, and write their sum."""
-    summed = [require_adapter(each) for each in adapters]
+    summed = [require_adapter(adapter) for adapter in adapters]
     for row in export.interference(summed, weights).to_dict("records"):
         change = f"cosine {row['cosine']:.3f}, energy of the sum / sum of energies {row['energy']:.3f}"
         remark = f"{row['one']} + {row['other']}: {row['shared']} shared modules, {change}"
-        print(f"# {printable(remark)}", file=sys.stderr if json else sys.stdout)
+        _print_remark(remark, json)
     path = export.sum_adapters(summed, out, weights, budget, format, component)
     print(dumps({"path": str(path)}) if json else printable(path))
     return 0
 
 
-def _budget_remarks(chosen: RankBudget, by: str) -> list[str]:
+def _budget_remarks(selection: RankBudget, is_minimal: bool) -> list[str]:
     """Return number, energy and error of the components that a budget keeps."""
-    table = chosen.modules
+    table = selection.modules
     total = table[["rank", "kept", "parameters", "parameters_kept"]].sum()
     worst = table.iloc[int(table["share"].argmin())]
-    optimal = ", the minimum for these ranks" if by == "energy" else ""
+    optimal = ", the minimum for these ranks" if is_minimal else ""
     return [
         f"Kept: {total['kept']:,} of {total['rank']:,} components, in {(table['kept'] > 0).sum()} of {len(table)} "
         f"modules; {total['parameters_kept']:,} of {total['parameters']:,} parameters.",
-        f"Energy kept (squared singular values): {chosen.energy:.1%}; "
+        f"Energy kept (squared singular values): {selection.energy:.1%}; "
         f"lowest in {worst['module']}: {worst['share']:.1%}.",
-        f"Relative error of the pruned adapter (Frobenius): {chosen.error:.1%}{optimal}; "
+        f"Relative error of the pruned adapter (Frobenius): {selection.error:.1%}{optimal}; "
         f"{worst['error']:.1%} in that module.",
     ]
 
 
-def _loss_remarks(opened: Result, chosen: RankBudget, model: str | None, task: str | None, state: str) -> list[str]:
+def _loss_remarks(opened: Result, selection: RankBudget, model: str | None, task: str | None, state: str) -> list[str]:
     """Return the loss before and after pruning, or how to measure it if no model and task are given."""
     if model is None or task is None:
         return [_NO_LOSS]
     from lorascope.experiments.component_importance import pruned_losses  # imports torch
 
-    before, after, texts = pruned_losses(opened, chosen, model, task, state=state)
+    before, after, texts = pruned_losses(opened, selection, model, task, state=state)
     measured = f"{before:.4f} before pruning, {after:.4f} after."
     return [f"Loss on {texts} validation texts not used for selection: {measured}", _OTHER_LOSS]
 
@@ -207,5 +212,10 @@ def _print_ranks(keywords: Mapping[str, Any], remarks: Sequence[str], json: bool
         lines = [f"    {key}={dumps(value, indent=4)},".replace("\n", "\n    ") for key, value in keywords.items()]
         print("from peft import LoraConfig", "", "config = LoraConfig(", *lines, ")", sep="\n")
     for remark in remarks:
-        print(f"# {printable(remark)}", file=sys.stderr if json else sys.stdout)
+        _print_remark(remark, json)
     return 0
+
+
+def _print_remark(remark: str, json: bool) -> None:
+    """Print a remark as a comment of Python, or to stderr next to JSON."""
+    print(wrap_text(f"# {remark}", width=WIDTH, hang="#   "), file=sys.stderr if json else sys.stdout)

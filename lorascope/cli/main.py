@@ -109,13 +109,13 @@ def _run_command(words: list[str]) -> int:
             case ["--version"]:
                 print(f"lorascope {__version__}")
                 return 0
-            case [name, *rest] if name in COMMANDS:
+            case [name, *arguments] if name in COMMANDS:
                 command = importlib.import_module(f"lorascope.cli.{name}")
                 if not gc.isenabled():
                     # Modules are never garbage. Traversing them takes a tenth of the time of a fast command.
                     gc.freeze()
                     gc.enable()
-                return command.main(rest)
+                return command.main(arguments)
         raise ValueError(unknown_name("command", words[0], COMMANDS))
     except KeyboardInterrupt as stop:
         if signal.getsignal(signal.SIGINT) in (_interrupt, _exit_now):

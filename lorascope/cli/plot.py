@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_list_figures())
         return 0
-    name, *rest = argv
+    name, *words = argv
     if name not in FIGURES:
         raise ValueError(unknown_name("figure", name, FIGURES))
     figure = FIGURES[name]
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         width: Name = None,
         theme: Name = None,
         json: bool = False,
-        **given: Any,
+        **options: Any,
     ) -> int:
         """Plot a figure.
 
@@ -72,14 +72,14 @@ def main(argv: Sequence[str]) -> int:
         labels, folders = zip(*map(_split_label, (*runs, *control)), strict=True)
         pairs = list(zip(labels, open_runs(folders, base, series), strict=True))
         compared = _group_by_label(pairs[len(runs) :]) if control else None
-        chart = figure.draw(_group_by_label(pairs[: len(runs)]), compared, **given)
+        chart = figure.draw(_group_by_label(pairs[: len(runs)]), compared, **options)
         path = chart.save(file, width=width, theme=theme)
         print(dumps({"figure": name, "path": str(path)}) if json else printable(path))
         return 0
 
     example = f"Example: lorascope plot {name} runs/my-run -o {name}.pdf"
     description = f"{headline(figure.draw)}\n\n{figure.reads}\n\n{example}"
-    return call(draw, f"lorascope plot {name}", rest, options_of(figure.draw, skip=("runs", "control")), description)
+    return call(draw, f"lorascope plot {name}", words, options_of(figure.draw, skip=("runs", "control")), description)
 
 
 def _require_own_figure(path: Path) -> None:

@@ -72,12 +72,13 @@ def main(
 
 def _verify(paths: tuple[str, ...], json: bool) -> int:
     """Print where pages differ from what their tables give, and return the exit code."""
-    found = {path: report_card.verify(path) for path in paths}
+    differences = {path: report_card.verify(path) for path in paths}
     if json:
-        print(dumps(found, indent=1))
-        return int(any(found.values()))
-    for path, differences in found.items():
-        count = count_phrase(len(differences), "difference") if differences else "no differences"
+        print(dumps(differences, indent=1))
+        return int(any(differences.values()))
+    for path, lines in differences.items():
+        count = count_phrase(len(lines), "difference") if lines else "no differences"
         print(f"{printable(path)}: {count}")
-        print(*(f"  {each}" for each in differences[:5]), sep="\n", end="\n" if differences else "")
-    return int(any(found.values()))
+        for line in lines[:5]:
+            print(f"  {line}")
+    return int(any(differences.values()))

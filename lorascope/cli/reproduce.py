@@ -84,25 +84,25 @@ def main(
 
 def _train_methods(seed: int, out: Path, json: bool) -> int:
     if not json:
-        kept = kept_verdicts.read()
-        if len(kept.table):
-            print(format_frame(kept.table[["claim", "n", "effect", "outcome", "control"]]))
-        print("\n".join([*kept.notes, "", f"One run of every method with seed {seed}:"]), flush=True)
+        verdicts = kept_verdicts.read()
+        if len(verdicts.table):
+            print(format_frame(verdicts.table[["claim", "n", "effect", "outcome", "control"]]))
+        print("\n".join([*verdicts.notes, "", f"One run of every method with seed {seed}:"]), flush=True)
     from lorascope.experiments.sweep import RunsFailed  # imported here, so that the verdicts do not wait for torch
     from lorascope.papers.training.reproduction import reproduce
 
     try:
-        found = reproduce(out, seed)
+        reproduction = reproduce(out, seed)
     except RunsFailed as error:
         print(f"lorascope: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     if json:
-        print(dumps(found.to_dict()))
+        print(dumps(reproduction.to_dict()))
         return 0
-    print(format_frame(found.runs.assign(accuracy=found.runs["accuracy"].map("{:.3f}".format))))
+    print(format_frame(reproduction.runs.assign(accuracy=reproduction.runs["accuracy"].map("{:.3f}".format))))
     if has_screen():
-        webbrowser.open(found.path.resolve().as_uri())
-    print(printable(found.path))
+        webbrowser.open(reproduction.path.resolve().as_uri())
+    print(printable(reproduction.path))
     return 0
 
 
@@ -123,10 +123,10 @@ def _train_claim(claim: str, seed: int, out: Path, json: bool) -> int:
     print(f"{count_phrase(len(planned.runs()), 'run')} to train; time: {time}.", file=sys.stderr, flush=True)
     with redirect_stdout(sys.stderr):  # a line per run
         planned.train(out / "runs")
-    found = own_seeds.compare_seeds(planned)
+    comparison = own_seeds.compare_seeds(planned)
     if json:
-        print(dumps(found.to_dict()))
+        print(dumps(comparison.to_dict()))
     else:
-        parts = [format_frame(found.rows), format_frame(found.values.round(4)), found.place]
-        print("\n\n".join(part for part in parts if part))
+        paragraphs = format_frame(comparison.rows), format_frame(comparison.values.round(4)), comparison.place
+        print("\n\n".join(filter(None, paragraphs)))
     return 0

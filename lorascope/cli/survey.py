@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -70,10 +71,10 @@ def main(
     absent = next((path for path in paths if not Path(path).exists()), None)
     if absent is not None:
         raise FileNotFoundError(f"cannot read {printable(absent)}: there is no such file or folder")
-    found = (each for path in paths for each in (find_adapters(path) if Path(path).is_dir() else [Path(path)]))
+    adapters = chain.from_iterable(find_adapters(path) if Path(path).is_dir() else [Path(path)] for path in paths)
     count = failed = 0
     with use_backend(backend, address, jobs):
-        for row in survey(found, base):
+        for row in survey(adapters, base):
             if json:
                 print(dumps(json_values(vars(row))), flush=True)
             elif csv:

@@ -59,12 +59,13 @@ def main(
         raise ValueError("FILE is required: lorascope sweep ranks.toml")
     from lorascope.experiments import grid, sweep  # imported here, so that --help does not import torch
 
-    found = grid.read(file)
+    plan = grid.read(file)
     # Another backend discards the file's options.
-    kept = found.backend if backend in (None, found.backend.get("name")) else {}
-    given = {"name": backend, "address": address, "jobs": jobs}
-    chosen = {**kept, **{key: value for key, value in given.items() if value is not None}}
-    swept = sweep.run_grid(replace(found, backend=chosen), progress=progress)
+    options = dict(plan.backend) if backend in (None, plan.backend.get("name")) else {}
+    for name, value in {"name": backend, "address": address, "jobs": jobs}.items():
+        if value is not None:
+            options[name] = value
+    swept = sweep.run_grid(replace(plan, backend=options), progress=progress)
     print(dumps(sweep_to_json(swept), indent=1) if json else format_standings(swept))
     for line in swept.complaints():
         print(f"lorascope: failed: {printable(' '.join(line.split()))}", file=sys.stderr)
@@ -83,8 +84,8 @@ def format_standings(swept: SweepResult) -> str:
     for row in rows.to_dict("records"):
         names = {column: elide(str(row[column]), _NAME_WIDTH) for column in ("recipe", *varied)}
         value = Interval(row["value"], row["low"], row["high"], row["n"]).format(4)
-        place = format_span(row["first"], row["last"])
-        lines.append(names | {"test": f"{row['metric']} {value}", "seeds": row["n"], "place": place})
+        test = {"test": f"{row['metric']} {value}", "seeds": row["n"]}
+        lines.append(names | test | {"place": format_span(row["first"], row["last"])})
     notes = [_NOTE, *recipe_tests.describe_comparison(compared)]
     paragraphs = [str(wrap_text(note, width=WIDTH)) for note in notes]
     return "\n".join([format_frame(pd.DataFrame(lines)), "", *paragraphs])

@@ -27,13 +27,13 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE.format(methods=" ".join(METHODS)))
         return 0 if argv else 2
-    name, *rest = argv
+    name, *words = argv
     if name not in METHODS:
         raise ValueError(unknown_name("method", name, METHODS))
     method = METHODS[name]
     settings = options_of(train, skip=("model", "data", "method", "observe", "out"))
     # The learning rates of a method are settings of ``train``.
-    fields = options_of(method, skip=[each.name for each in settings])
+    fields = options_of(method, skip=[setting.name for setting in settings])
 
     def run(
         *,
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
         task: Annotated[str, arg(metavar="NAME")] = "sentiment",
         out: Annotated[str | None, arg(aliases=["-o"], metavar="DIR")] = None,
         json: bool = False,
-        **given: Any,
+        **options: Any,
     ) -> int:
         """Train a model with a method.
 
@@ -56,15 +56,15 @@ def main(argv: Sequence[str]) -> int:
         json
             Print the result as JSON.
         """
-        chosen = method(**{each.name: given.pop(each.name) for each in fields})
-        found = train(model, task, chosen, out=out, **given)
+        configured = method(**{field.name: options.pop(field.name) for field in fields})
+        result = train(model, task, configured, out=out, **options)
         if json:
-            result = {"status": found.meta.status, "test": found.meta.to_json()["test"]}
-            print(dumps({"id": found.id, "path": str(found.path), "label": found.label, **result}))
+            values = {"id": result.id, "path": str(result.path), "label": result.label}
+            print(dumps(values | {"status": result.meta.status, "test": result.meta.to_json()["test"]}))
         else:
-            print(found)
+            print(result)
         return 0
 
     example = f"Example: lorascope train {name} --task sentiment --steps 300 -o runs/{name}"
     command = f"lorascope train {name}"
-    return call(run, command, rest, [*settings, *fields], f"{headline(method)}\n\n{example}")
+    return call(run, command, words, [*settings, *fields], f"{headline(method)}\n\n{example}")

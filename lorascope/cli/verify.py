@@ -52,31 +52,31 @@ def main(
     registered = registration.FILE
     if not registered.exists():
         raise FileNotFoundError(f"no registration at {printable(registered)}: install lorascope again")
-    clone, own = registration.clone_of(registered), registered.parent / "evidence"
-    folder = Path(evidence) if evidence else own
+    clone, own_folder = registration.clone_of(registered), registered.parent / "evidence"
+    folder = Path(evidence) if evidence else own_folder
     has_runs = (folder / "runs.csv").exists()
     if retrain < 0:
         raise ValueError(f"--retrain must be >= 0, got {retrain}")
     if (evidence or retrain) and not has_runs:
         raise FileNotFoundError(f"no evidence at {printable(folder)}: it has no runs.csv")
-    root = clone if folder.resolve() == own.resolve() else None
+    root = clone if folder.resolve() == own_folder.resolve() else None
     if write and clone is None:
         raise ValueError("--write requires a clone of the repository, got an installed package")
     if write and root is None:
-        raise ValueError(f"--write requires the evidence of the repository, {printable(own)}")
+        raise ValueError(f"--write requires the evidence of the repository, {printable(own_folder)}")
     differences: list[str] = []
-    kept = ""
+    scope = ""
     try:
-        claims, found = registration.read(registered), kept_runs.read_kept(folder)
-        runs = f"Kept: {count_phrase(len(found.runs), 'run')}" if has_runs else "No runs are kept yet"
-        kept = f" {runs} for {count_phrase(len(claims.of_tier('primary', 'secondary')), 'claim')}."
-        for line in _find_differences(claims, found, folder, root, write, retrain):
+        claims, study = registration.read(registered), kept_runs.read_kept(folder)
+        runs = f"Kept: {count_phrase(len(study.runs), 'run')}" if has_runs else "No runs are kept yet"
+        scope = f" {runs} for {count_phrase(len(claims.of_tier('primary', 'secondary')), 'claim')}."
+        for line in _find_differences(claims, study, folder, root, write, retrain):
             differences.append(printable(line))  # it may name a foreign file
         if root:
-            history = registration.compare_with_history(registered, found.runs["commit"].unique().tolist())
+            history = registration.compare_with_history(registered, study.runs["commit"].unique().tolist())
             differences.extend(history.differences)
             if history.compared < history.commits:
-                kept += f" The registration was compared at {history.compared} of {history.commits} commits of runs."
+                scope += f" The registration was compared at {history.compared} of {history.commits} commits of runs."
     except (OSError, ValueError) as error:  # a damaged or missing file
         differences.append(printable(" ".join(str(error).split())))
     if json:
@@ -85,23 +85,23 @@ def main(
         for line in differences:
             print(line, file=sys.stderr)
         result = f"{count_phrase(len(differences), 'difference')}." if differences else "No differences."
-        print(f"{result}{kept}")
+        print(f"{result}{scope}")
     return 1 if differences else 0
 
 
 def _find_differences(
-    claims: Registration, found: Evidence, folder: Path, root: Path | None, write: bool, retrain: int
+    claims: Registration, study: Evidence, folder: Path, root: Path | None, write: bool, retrain: int
 ) -> Iterator[str]:
     registered, has_runs = registration.FILE, (folder / "runs.csv").exists()
-    derived = verification.derive(found, claims, PAIRS)
+    derived = verification.derive(study, claims, PAIRS)
     if write and has_runs:
         verification.rewrite_derived(folder, derived, registered)
     if has_runs:
         images = root / kept_figures.FOLDER if root else None
         yield from verification.verify(
-            folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), found, derived, images
+            folder, registered, claims, PAIRS, lambda id: code_hash(module_of(id), id), study, derived, images
         )
-        yield from redraw.differences(folder, found, SECTIONS)
+        yield from redraw.differences(folder, study, SECTIONS)
     if retrain:
         # Before torch is imported, so that machines with other instructions compute the same numbers.
         os.environ |= kept_runs.INSTRUCTIONS

@@ -17,7 +17,7 @@ from tiny import tiny
 from transformers import AutoModel, AutoModelForCausalLM
 
 from lorascope.cli.main import main
-from lorascope.diagnosis.runtimes import Application, applied
+from lorascope.diagnosis.runtimes import Application, apply_adapter
 from lorascope.runs.loading import load_adapter
 
 WEIGHTS = "adapter_model.safetensors"
@@ -62,7 +62,7 @@ def by_peft(folder: Path) -> int | str:
 
 def ours(folder: Path, runtime: str = "peft", base: bool = True) -> Application:
     adapter = load_adapter(folder / "adapter", folder / "base" if base else None)
-    return applied(adapter.files, adapter.base, runtime)
+    return apply_adapter(adapter.files, adapter.base, runtime)
 
 
 def test_whole_adapter_is_applied(saved: Path) -> None:
@@ -155,7 +155,7 @@ def test_vllm_refuses(config: dict[str, Any], words: str, saved: Path) -> None:
     assert ours(saved, "vllm").findings == ()
     files = load_adapter_files(saved)
     files.config.update(config)
-    found = applied(files, None, "vllm")
+    found = apply_adapter(files, None, "vllm")
     assert found.applied == 0
     assert words in found.findings[0].message
 

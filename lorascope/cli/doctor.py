@@ -15,12 +15,12 @@ from lorascope.cli.arguments import File, Folder, Name, command
 from lorascope.cli.opened_runs import open_runs
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, Finding
-from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
+from lorascope.diagnosis.doctor import SKIP_REASONS, find_faults, skipped_checks
 from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.inspection_screen import SEVERITY_STYLES
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.diagnosis.merge import check_merge
-from lorascope.diagnosis.runtimes import Application, applied
+from lorascope.diagnosis.runtimes import Application, apply_adapter
 from lorascope.diagnosis.sarif import MARK, sarif_log
 from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import count_phrase, printable
@@ -88,7 +88,7 @@ def main(
     else:
         run, use = _open_for_runtime(path, base, runtime)
     case = Case(run)
-    faults, skipped = findings(case), skipped_checks(case)
+    faults, skipped = find_faults(case), skipped_checks(case)
     if use is not None:
         faults += use.findings
     _write_sarif(sarif, faults, case.run)
@@ -119,7 +119,7 @@ def _open_for_runtime(path: str, base: str | None, runtime: str | None) -> tuple
     run = load_adapter(_require_adapter(path, "--base" if runtime is None else "--runtime"), base)
     if runtime is None and "peft_type" not in run.files.config:
         return run, None
-    return run, applied(run.files, run.base, runtime or "peft")
+    return run, apply_adapter(run.files, run.base, runtime or "peft")
 
 
 def _require_adapter(path: str, option: str) -> Path:

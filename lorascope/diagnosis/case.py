@@ -81,7 +81,7 @@ class MeasuredModule:
     neuron_largest: float
 
 
-def largest(rows: Iterable[Any], name: str, count: int = 1) -> list[Any]:
+def largest_rows(rows: Iterable[Any], name: str, count: int = 1) -> list[Any]:
     """Return the rows with the largest values of a field, the first of equal ones first, without NaN."""
     measured = [row for row in rows if not math.isnan(getattr(row, name))]
     return sorted(measured, key=lambda row: getattr(row, name), reverse=True)[:count]

@@ -25,10 +25,10 @@ def diagnose(run: Result) -> list[Finding]:
     list of Finding
         With ``cause, message, evidence, fix`` each; empty if nothing was found.
     """
-    return findings(Case(run))
+    return find_faults(Case(run))
 
 
-def findings(case: Case) -> list[Finding]:
+def find_faults(case: Case) -> list[Finding]:
     """Return the findings of all checks for faults, without those that only follow from another finding."""
     return run_rules((rule for rule in RULES if rule.fix), case)
 

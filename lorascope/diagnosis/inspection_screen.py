@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from lorascope.diagnosis.case import largest
+from lorascope.diagnosis.case import largest_rows
 from lorascope.diagnosis.causes.finding import Finding
 from lorascope.diagnosis.inspection import Facts, Inspection, InspectionReport, pool_norms
 from lorascope.diagnosis.null import below_null, outliers
@@ -160,7 +160,7 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
     ]
     strip = Strip("|dW| by layer", _pool_layers, "{} per layer", pooled=" (RMS)")
     lines = []
-    for module in largest(inspection.measured, "update_norm", 3):
+    for module in largest_rows(inspection.measured, "update_norm", 3):
         rank = "" if math.isnan(module.effective_rank) else f"  rank {format_number(module.effective_rank)}"
         rank += "" if module.rank is None else f" of {module.rank}"
         lines.append(Elided(module.module, f"{format_norm(module.update_norm):<6} ", rank))

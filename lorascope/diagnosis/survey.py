@@ -12,7 +12,7 @@ import numpy as np
 from joblib import Parallel, delayed
 
 from lorascope.diagnosis.case import Case
-from lorascope.diagnosis.doctor import findings
+from lorascope.diagnosis.doctor import find_faults
 from lorascope.diagnosis.inspection import inspect, pool_norms
 from lorascope.extras import requirement
 from lorascope.files.hub import locate
@@ -93,7 +93,7 @@ def measure_adapter(path: str | Path, base: str | Path | None = None) -> Surveye
         modules = inspect(run).measured
         ranks = [module.rank for module in modules if module.rank is not None]
         effective_ranks = [module.effective_rank for module in modules if np.isfinite(module.effective_rank)]
-        causes = dict.fromkeys(finding.cause for finding in findings(Case(run)))
+        causes = dict.fromkeys(finding.cause for finding in find_faults(Case(run)))
         return Surveyed(
             path=str(path),
             kind=run.files.kind if isinstance(run, Adapter) else re.split("[ ,]", run.label)[0],

@@ -16,7 +16,7 @@ from lorascope.charts.stored_chart import pack, unpack
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import Finding
 from lorascope.diagnosis.causes.finding import Severity
-from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
+from lorascope.diagnosis.doctor import SKIP_REASONS, find_faults, skipped_checks
 from lorascope.diagnosis.inspection import Inspection, inspect, json_values
 from lorascope.diagnosis.pair_comparison import compare_inspections, distinct_labels
 from lorascope.files.parquet_tables import read_table
@@ -120,7 +120,7 @@ def _subject(label: str, inspection: Inspection) -> dict[str, Any]:
     """Return what a card says about one adapter or run, except for its tables and figures."""
     case = Case(inspection.run)
     (_, kind), *facts = inspection.facts
-    distinct = _unique([*findings(case), *inspection.details])
+    distinct = _unique([*find_faults(case), *inspection.details])
     distinct.sort(key=lambda finding: _SEVERITIES.index(finding.severity))
     return {
         "label": label,

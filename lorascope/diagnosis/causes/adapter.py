@@ -8,14 +8,14 @@ from statistics import median
 
 import numpy as np
 
-from lorascope.diagnosis.case import UNUSED, Case, MeasuredModule, largest
+from lorascope.diagnosis.case import UNUSED, Case, MeasuredModule, largest_rows
 from lorascope.diagnosis.causes.finding import (
     DoctorRule,
     Findings,
     finding,
     finding_if_any,
     first_and_count,
-    names_of,
+    module_names,
     power_of_ten,
 )
 from lorascope.diagnosis.change_from_base import DIRECTIONS, SIDE
@@ -50,7 +50,7 @@ def nan_norms(case: Case) -> Findings:
     """Find norms that are NaN."""
     if broken := [module for module in case.measured if math.isnan(module.update_norm)]:
         verb = "contains" if len(broken) == 1 else "contain"
-        yield finding(f"{len(broken)} of {len(case.measured)} modules {verb} NaN or infinity", names_of(broken))
+        yield finding(f"{len(broken)} of {len(case.measured)} modules {verb} NaN or infinity", module_names(broken))
 
 
 @DoctorRule(
@@ -189,7 +189,7 @@ def frozen(case: Evidence) -> Findings:
         return
     if any(module.update_norm > 0 for module in adapted):
         zero = "an update of exactly zero while others changed"
-        yield from finding_if_any(unchanged, adapted, zero, modules=names_of(unchanged), update_norm=0.0)
+        yield from finding_if_any(unchanged, adapted, zero, modules=module_names(unchanged), update_norm=0.0)
 
 
 @DoctorRule(
@@ -244,7 +244,7 @@ def unused_components(case: Case) -> Findings:
     worn = [module for module in case.measured if module.dead > 0 and module.update_norm > 0]
     if total := int(sum(module.dead for module in worn)):
         components = "components are" if total > 1 else "component is"
-        yield finding(f"{total} {components} unused (below {power_of_ten(UNUSED)} of the largest)", names_of(worn))
+        yield finding(f"{total} {components} unused (below {power_of_ten(UNUSED)} of the largest)", module_names(worn))
 
 
 @DoctorRule(
@@ -259,7 +259,7 @@ def intruders(case: Case) -> Findings:
     """Count the intruder dimensions."""
     measured = _measured(case, "intruders")
     if intruded := [module for module in measured if module.intruders > 0]:
-        (worst,) = largest(intruded, "intruders")
+        (worst,) = largest_rows(intruded, "intruders")
         count = sum(module.intruders for module in intruded)
         total = f"{count:.0f} intruder dimensions in {len(intruded)} of {len(measured)} modules"
         yield finding(f"{total}, most in {worst.module} ({worst.intruders:.0f} of {DIRECTIONS})")
@@ -279,7 +279,7 @@ def intruders(case: Case) -> Findings:
 def neuron_rotation(case: Case) -> Findings:
     """Measure how far the update rotates the neurons."""
     if rotated := _measured(case, "neuron_largest"):
-        (worst,) = largest(rotated, "neuron_largest")
+        (worst,) = largest_rows(rotated, "neuron_largest")
         usual = median(module.neuron_median for module in rotated)
         rotation = f"neuron rotation: 1 - cos = {usual:.2g} (median over modules)"
         yield finding(f"{rotation}, at most {worst.neuron_largest:.2g}, in {worst.module}")

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from statistics import multimode
 from typing import NamedTuple
 
-from lorascope.diagnosis.case import SHARE, Case, TrainedModule, largest
-from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, names_of
+from lorascope.diagnosis.case import SHARE, Case, TrainedModule, largest_rows
+from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, module_names
 from lorascope.diagnosis.training_case import Evidence
 from lorascope.formats.peft_experts import ExpertPart
 from lorascope.formats.peft_lora import CONFIG
@@ -134,7 +134,7 @@ def overscaled(case: Evidence) -> Findings:
     """Find updates that are larger than the weights, at an unusually large scale."""
     adapted = case.adapted
     if huge := [module for module in adapted if module.relative_update > REPLACING and module.scale > HABIT]:
-        (worst,) = largest(huge, "relative_update")
+        (worst,) = largest_rows(huge, "relative_update")
         update, scale = worst.relative_update, worst.scale
         message = f"the update is larger than the weight in {len(huge)} of {len(adapted)} modules"
         message = f"{message}, up to {update:.3g} |W| in {worst.module}, at scale {scale:.4g}"
@@ -173,7 +173,7 @@ def uneven_scale(case: Case) -> Findings:
     usual = min(multimode(module.scale for module in usual_modules))
     ranked = groups.get((True, False), [])
     if uneven := [module for module in ranked if module.scale >= UNEVEN * usual or module.scale <= usual / UNEVEN]:
-        scale, names = uneven[0].scale, names_of(uneven)
+        scale, names = uneven[0].scale, module_names(uneven)
         verb = "has" if len(uneven) == 1 else "have"
         patterns = f"{verb} an entry in rank_pattern but none in alpha_pattern"
         message = f"{len(uneven)} of {len(adapted)} modules {patterns}, so scale {scale:.4g} instead of {usual:.4g}"

@@ -186,10 +186,12 @@ def finding_if_any(
     if len(rows):
         verb = "has" if len(rows) == 1 else "have"
         counts = {"modules": len(rows), "of": len(modules)}
-        yield finding(f"{len(rows)} of {len(modules)} modules {verb} {attribute}", names_of(rows), **counts | evidence)
+        yield finding(
+            f"{len(rows)} of {len(modules)} modules {verb} {attribute}", module_names(rows), **counts | evidence
+        )
 
 
-def names_of(rows: Iterable[TrainedModule | MeasuredModule]) -> list[str]:
+def module_names(rows: Iterable[TrainedModule | MeasuredModule]) -> list[str]:
     """Return the names of modules."""
     return [row.module for row in rows]
 

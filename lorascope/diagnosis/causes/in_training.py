@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from lorascope.diagnosis.case import largest
+from lorascope.diagnosis.case import largest_rows
 from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, power_of_ten, rate_phrase
 from lorascope.diagnosis.training_case import TrainingEvidence
 from lorascope.files.printable import count_phrase
@@ -50,7 +50,7 @@ def rate_large(case: TrainingEvidence) -> Findings:
     """Find trainings that replace the pretrained weights."""
     modules, moved, norm = case.total_change
     if norm and moved > LARGE * norm:  # weights that are all zero are not pretrained
-        (worst,) = largest(modules, "relative_update")
+        (worst,) = largest_rows(modules, "relative_update")
         rate = case.learning_rate
         message = f"training changed the weights by {moved / norm:.3g} |W| in {case.steps} steps"
         message = f"{message}{rate_phrase(rate)}, most in {worst.module}"
@@ -133,7 +133,7 @@ def dominated(case: TrainingEvidence) -> Findings:
     modules = [module for module in case.adapted if math.isfinite(module.moved)]
     total = math.fsum(module.moved**2 for module in modules)
     if len(modules) >= FEWEST_ADAPTERS and not case.masks_components and total > 0:
-        (worst,) = largest(modules, "moved")
+        (worst,) = largest_rows(modules, "moved")
         fraction = worst.moved**2 / total
         if fraction > SOLE:
             message = f"one of {len(modules)} adapters has {fraction:.2%} of the squared norm of all updates"

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from lorascope.diagnosis.case import Case
-from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, names_of, power_of_ten, rate_phrase
+from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, module_names, power_of_ten, rate_phrase
 from lorascope.diagnosis.training_case import Evidence
 
 STILL = 1e-4  # fraction of |W|: below the resolution of float16 and bfloat16, 5e-4 and 4e-3, so merging loses it
@@ -96,7 +96,7 @@ def collapsed(case: Evidence) -> Findings:
         message = f"{len(narrow)} of {len(measured)} updates have one direction ({rank})"
         highest = max(module.effective_rank for module in narrow)
         evidence = {"modules": len(narrow), "of": len(measured), "effective_rank": highest}
-        yield finding(message, names_of(narrow), **evidence, threshold=SINGLE)
+        yield finding(message, module_names(narrow), **evidence, threshold=SINGLE)
 
 
 @DoctorRule(

@@ -6,6 +6,6 @@ come from the headers of its files.
 
 from __future__ import annotations
 
-from lorascope.diagnosis.runtimes.runtime import RUNTIMES, Application, applied
+from lorascope.diagnosis.runtimes.runtime import RUNTIMES, Application, apply_adapter
 
-__all__ = ["RUNTIMES", "Application", "applied"]
+__all__ = ["RUNTIMES", "Application", "apply_adapter"]

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from lorascope.diagnosis.causes.finding import Finding
-from lorascope.diagnosis.runtimes.runtime import Target, altered, dropped, misfitting_modules, runtime
+from lorascope.diagnosis.runtimes.runtime import Target, alteration, find_misfitting_modules, omission, runtime
 
 _PREFIX = re.compile(
     r"(unet|transformer|text_encoder(_[23])?)\.|lora_(unet|te\d?|transformer|prior_unet|prior_te)_|diffusion_model\."
@@ -32,18 +32,18 @@ def check_diffusers(target: Target) -> Iterator[Finding]:
         stray = target.modules_of(unprefixed)
     if stray:
         names = "their names start with no component (unet, transformer, text_encoder)"
-        yield dropped(stray, len(modules), f"with a warning, because {names}", "add the component to the names")
+        yield omission(stray, len(modules), f"with a warning, because {names}", "add the component to the names")
     if any(key.endswith(".dora_scale") for key in keys):
-        yield altered("dora_scale is dropped: the adapter is applied as plain LoRA", "convert it to PEFT's DoRA")
+        yield alteration("dora_scale is dropped: the adapter is applied as plain LoRA", "convert it to PEFT's DoRA")
     is_flux = any(_FLUX.search(key) for key in keys)
     lost_keys = [key for key in keys if _FILTERED.search(key) or (is_flux and _FLUX_LOST.match(key))]
     if lost_keys:
         lost = sorted({_MODULE.sub("", key) for key in lost_keys})
-        yield dropped(lost, len(modules), "with an info line at most", "load the file in ComfyUI")
+        yield omission(lost, len(modules), "with an info line at most", "load the file in ComfyUI")
     if not is_flux:
         yield from _uneven_alphas(target)
     if not stray:
-        yield from misfitting_modules(target)
+        yield from find_misfitting_modules(target)
 
 
 def _uneven_alphas(target: Target) -> Iterator[Finding]:
@@ -57,4 +57,4 @@ def _uneven_alphas(target: Target) -> Iterator[Finding]:
     if distinct and (len(distinct) > 1 or not alphas.keys() >= target.files.parts.keys()):
         usual = distinct.most_common(1)[0][0]
         reason = f"alphas differ between modules: attention layers get the most frequent one, {usual:g}"
-        yield altered(reason, "fold alpha / rank into lora_up, and store one alpha", alphas=len(distinct))
+        yield alteration(reason, "fold alpha / rank into lora_up, and store one alpha", alphas=len(distinct))

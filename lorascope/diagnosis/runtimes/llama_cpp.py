@@ -10,7 +10,14 @@ import re
 from collections.abc import Iterator
 
 from lorascope.diagnosis.causes.finding import Finding, first_and_count
-from lorascope.diagnosis.runtimes.runtime import Target, altered, largest_rank, misfitting_modules, refused, runtime
+from lorascope.diagnosis.runtimes.runtime import (
+    Target,
+    alteration,
+    find_misfitting_modules,
+    largest_rank,
+    refusal,
+    runtime,
+)
 
 _READ = re.compile(r"\.lora_[AB](\.weight)?$|\.lora_embedding_[AB]$|\.base_layer\.weight$|_norm")
 
@@ -22,19 +29,19 @@ def check_llama_cpp(target: Target) -> Iterator[Finding]:
     foreign = [key for key in target.keys if not _READ.search(key)]
     if foreign:
         fix = "merge the adapter into the base, and convert that"
-        yield refused(f"it converts no tensors with these names: {first_and_count(foreign)}", fix)
+        yield refusal(f"it converts no tensors with these names: {first_and_count(foreign)}", fix)
     if config.get("use_rslora") and not any("lora_magnitude_vector" in key for key in target.keys):
         factor = math.sqrt(largest_rank(target))
-        yield altered(f"use_rslora is not read: the update is {factor:.3g} times too small",
+        yield alteration(f"use_rslora is not read: the update is {factor:.3g} times too small",
                       f"set lora_alpha to {config.get('lora_alpha', 8) * factor:g} and use_rslora to false",
                       factor=factor)  # fmt: skip
     if config.get("alpha_pattern"):
         fix = "scale lora_B of these modules, and remove alpha_pattern"
-        yield altered("alpha_pattern is not read: every module gets lora_alpha / rank", fix)
+        yield alteration("alpha_pattern is not read: every module gets lora_alpha / rank", fix)
     if target.absent:
-        yield refused(f"the base has no such module: {first_and_count(target.absent)}",
+        yield refusal(f"the base has no such module: {first_and_count(target.absent)}",
                       "convert it with the base that it was trained on", modules=len(target.absent))  # fmt: skip
     heads = [module for module in target.files.parts if module.endswith("lm_head")]
     if heads and target.base is not None and not any(module in target.modules for module in heads):
-        yield refused("it adapts lm_head, and the base shares that weight with its embedding", "train without lm_head")
-    yield from misfitting_modules(target)
+        yield refusal("it adapts lm_head, and the base shares that weight with its embedding", "train without lm_head")
+    yield from find_misfitting_modules(target)

@@ -13,10 +13,10 @@ from lorascope.diagnosis.causes.finding import Finding, first_and_count
 from lorascope.diagnosis.runtimes.runtime import (
     MISSING,
     Target,
-    absent_modules,
-    dropped,
-    misfitting_modules,
-    refused,
+    find_absent_modules,
+    find_misfitting_modules,
+    omission,
+    refusal,
     runtime,
     without_prefix,
 )
@@ -31,26 +31,26 @@ def check_peft(target: Target) -> Iterator[Finding]:
     """Find modules that PEFT drops, leaves at their start, or refuses."""
     modules, config = target.files.parts, target.config
     if "peft_type" not in config:
-        yield refused("it has no adapter_config.json of PEFT", "add the configuration that it was trained with")
+        yield refusal("it has no adapter_config.json of PEFT", "add the configuration that it was trained with")
         return
     bare = without_prefix(target)
     if bare:
-        yield dropped(bare, len(modules), "with one warning, because their names lack base_model.model.",
+        yield omission(bare, len(modules), "with one warning, because their names lack base_model.model.",
                       "rename the tensors: add base_model.model.")  # fmt: skip
     if target.base is None:
         return
-    yield from absent_modules(target, "without a warning")
-    yield from misfitting_modules(target)
+    yield from find_absent_modules(target, "without a warning")
+    yield from find_misfitting_modules(target)
     targeted = _targeted_modules(target)
     if targeted is None:
         return
     if not targeted:
         entries = config.get("target_modules")
-        yield refused(f"target_modules={entries!r} names no module of the base", "correct target_modules")
+        yield refusal(f"target_modules={entries!r} names no module of the base", "correct target_modules")
         return
     outside = [name for name in modules if name in target.modules and name not in targeted and name not in bare]
     if outside:
-        yield dropped(outside, len(modules), "without a warning, because target_modules does not name them",
+        yield omission(outside, len(modules), "without a warning, because target_modules does not name them",
                       "add them to target_modules")  # fmt: skip
     missing = sorted(targeted - modules.keys())
     if missing and len(missing) < len(targeted):

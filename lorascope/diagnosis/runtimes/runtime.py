@@ -62,7 +62,7 @@ class Target:
                     shapes[name.removesuffix(".weight")] = shape
         return shapes
 
-    def find(self, module: str) -> tuple[int, ...] | None:
+    def find_shape(self, module: str) -> tuple[int, ...] | None:
         """Return the stored shape of the weight that a module of the adapter has in the base, or None."""
         if module in self.modules:
             return self.modules[module]
@@ -81,14 +81,14 @@ class Target:
         """Modules of the adapter that the base does not have."""
         if self.base is None:
             return []
-        return [module for module in self.files.parts if self.find(module) is None]
+        return [module for module in self.files.parts if self.find_shape(module) is None]
 
     @cached_property
     def misfits(self) -> list[str]:
         """Modules whose update does not have the shape of the weight, with both shapes."""
         misfits = []
         for module, update in self.files.parts.items():
-            stored_shape = self.find(module)
+            stored_shape = self.find_shape(module)
             if not stored_shape:
                 continue
             shape = stored_shape[0], math.prod(stored_shape[1:])
@@ -96,7 +96,7 @@ class Target:
                 misfits.append(f"{module} ({_sides(update.shape)}, in the base {_sides(shape)})")
         return misfits
 
-    def renaming(self, names: Collection[str]) -> str | None:
+    def find_renaming(self, names: Collection[str]) -> str | None:
         """Return the change of prefix by which all these modules are in the base, if there is one."""
         for old, new in _RENAMINGS:
             if all(name.startswith(old) and new + name.removeprefix(old) in self.modules for name in names):
@@ -189,7 +189,7 @@ def runtime(name: str) -> Callable[[Check], Check]:
     return register
 
 
-def applied(files: AdapterFiles, base: PretrainedWeights | None, name: str) -> Application:
+def apply_adapter(files: AdapterFiles, base: PretrainedWeights | None, name: str) -> Application:
     """Return what a runtime does with an adapter.
 
     Raises
@@ -210,37 +210,37 @@ def applied(files: AdapterFiles, base: PretrainedWeights | None, name: str) -> A
     return Application(name, count - len(lost & files.parts.keys()), count, findings)
 
 
-def refused(reason: str, fix: str, **evidence: Any) -> Finding:
+def refusal(reason: str, fix: str, **evidence: Any) -> Finding:
     """Return the finding that a runtime raises an error, so nothing is applied."""
     return REFUSED.finding(reason, (), fix, **evidence)
 
 
-def altered(reason: str, fix: str, **evidence: Any) -> Finding:
+def alteration(reason: str, fix: str, **evidence: Any) -> Finding:
     """Return the finding that a runtime applies another update than was trained."""
     return ALTERED.finding(reason, (), fix, **evidence)
 
 
-def dropped(modules: Collection[str], of: int, manner: str, fix: str) -> Finding:
+def omission(modules: Collection[str], of: int, manner: str, fix: str) -> Finding:
     """Return the finding that a runtime leaves out modules; ``manner`` says what it prints."""
     verb = "is" if len(modules) == 1 else "are"
     reason = f"{len(modules)} of {of} modules {verb} dropped {manner}: {first_and_count(map(printable, modules))}"
     return DROPPED.finding(reason, modules, fix, modules=len(modules), of=of)
 
 
-def absent_modules(target: Target, manner: str) -> Iterator[Finding]:
+def find_absent_modules(target: Target, manner: str) -> Iterator[Finding]:
     """Yield the modules that the base does not have, with the renaming that would fit."""
     if target.absent:
-        renaming = target.renaming(target.absent)
+        renaming = target.find_renaming(target.absent)
         fix = f"rename them: {renaming}" if renaming else "load it into the model that it was trained on"
-        yield dropped(target.absent, len(target.files.parts), f"{manner}, because the base has no such module", fix)
+        yield omission(target.absent, len(target.files.parts), f"{manner}, because the base has no such module", fix)
 
 
-def misfitting_modules(target: Target) -> Iterator[Finding]:
+def find_misfitting_modules(target: Target) -> Iterator[Finding]:
     """Yield the modules whose update does not fit the weight, which every runtime refuses."""
     if target.misfits:
         count = f"{len(target.misfits)} of {len(target.files.parts)}"
         reason = f"the update of {count} modules does not fit the weight: {first_and_count(target.misfits)}"
-        yield refused(reason, "load it into the model that it was trained on", modules=len(target.misfits))
+        yield refusal(reason, "load it into the model that it was trained on", modules=len(target.misfits))
 
 
 def stored_options(config: Mapping[str, Any]) -> list[str]:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from lorascope.diagnosis.causes.finding import Finding, first_and_count
 from lorascope.diagnosis.runtimes.runtime import (
     Target,
-    absent_modules,
+    find_absent_modules,
+    find_misfitting_modules,
     largest_rank,
-    misfitting_modules,
-    refused,
+    refusal,
     runtime,
     stored_options,
 )
@@ -32,19 +32,19 @@ def check_vllm(target: Target) -> Iterator[Finding]:
     """Find what vLLM refuses, and modules that it ignores."""
     config = target.config
     if missing := [name for name in _REQUIRED if config.get(name) is None]:
-        yield refused(f"adapter_config.json lacks {', '.join(missing)}", "add them")
+        yield refusal(f"adapter_config.json lacks {', '.join(missing)}", "add them")
     options = stored_options(config)
     saved = [name for name in config.get("modules_to_save") or [] if name not in ("classifier", "score")]
     if saved:
         options.append(f"modules_to_save={saved!r}")
     if options:
-        yield refused(f"it does not support {', '.join(options)}", "merge the adapter into the base, and serve that")
+        yield refusal(f"it does not support {', '.join(options)}", "merge the adapter into the base, and serve that")
     if (rank := largest_rank(target)) > MAX_RANK:
         reason = f"rank {rank} is above --max-lora-rank, {MAX_RANK} by default"
-        yield refused(reason, f"start it with --max-lora-rank {rank}", rank=rank, threshold=MAX_RANK)
+        yield refusal(reason, f"start it with --max-lora-rank {rank}", rank=rank, threshold=MAX_RANK)
     foreign = [key for key in target.keys if not _LOADED.search(key)]
     if foreign and not options:
-        yield refused(f"it does not load tensors with these names: {first_and_count(foreign)}",
+        yield refusal(f"it does not load tensors with these names: {first_and_count(foreign)}",
                       "merge the adapter into the base, and serve that")  # fmt: skip
-    yield from absent_modules(target, "without a warning")
-    yield from misfitting_modules(target)
+    yield from find_absent_modules(target, "without a warning")
+    yield from find_misfitting_modules(target)

@@ -119,7 +119,7 @@ def test_factorization_methods_are_measured_on_one_block(bert, task, tmp_path):
             assert (excess > 1 - 1e-3).all()
             assert (excess < {"l1_p5": 6, "l2_p5": 2}.get(way, 1.3)).all(), way
         assert (values["factoring_error_l1_p5"] > values["factoring_error_l5_p5"]).all()
-        assert values[[f"factoring_seconds_{way}" for way in (*moving.WAYS, "svd")]].gt(0).all()
+        assert values[[f"factoring_seconds_{way}" for way in (*moving.FACTORIZATIONS, "svd")]].gt(0).all()
     losses = [run.table.query("quantity == 'loss'")["value"].tolist() for run in runs]
     assert losses[0] == losses[1]
 

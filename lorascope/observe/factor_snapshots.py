@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import nn
 
@@ -26,14 +27,15 @@ class factors(Observer):
 
 def factors_of(model: nn.Module, names: Sequence[str] | None = None) -> list[Factors]:
     """Return the factors of every adapter of a model, from lorascope or PEFT; see ``adapters`` for ``names``."""
-    found = adapters(model, names)
-    kept = []
+    deltas = adapters(model, names)
+    snapshots = []
     with shared_copies():
-        factors = {module: delta.factors() for module, delta in found.items()}
-        to_host([factor for parts in factors.values() for factor in parts.values()])
-        for module, delta in found.items():
+        factors = {module: delta.factors() for module, delta in deltas.items()}
+        to_host(list(chain.from_iterable(named_factors.values() for named_factors in factors.values())))
+        for module, delta in deltas.items():
             update = delta.update()
             arrays = {name: to_array(factor) for name, factor in factors[module].items()}
-            whole = bool(update.required) and update.required <= arrays.keys()
-            kept.append(Factors(module, arrays, float(update.scale) if whole else None, update.exact, update.form))
-    return kept
+            is_complete = bool(update.required) and update.required <= arrays.keys()
+            scale = float(update.scale) if is_complete else None
+            snapshots.append(Factors(module, arrays, scale, update.exact, update.form))
+    return snapshots

@@ -53,10 +53,10 @@ class alarms(Observer):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        known = [name for rule in _rules(math.inf) for name in (rule.name, rule.id)]
+        names = [name for rule in _rules(math.inf) for name in (rule.name, rule.id)]
         for name in self.stop:
-            if name not in known:
-                raise ValueError(unknown_name("alarm", printable(name), dict.fromkeys(known)))
+            if name not in names:
+                raise ValueError(unknown_name("alarm", printable(name), dict.fromkeys(names)))
         self.losses_: list[float] = []
         self.loss_step_ = 0
         self.moving_steps_ = 0
@@ -76,16 +76,16 @@ class alarms(Observer):
         if step.finished == 0:
             starts = model.trained.updates()
             self.initial_ = {module: to_tree(update) for module, update in starts.items() if update.norm() > 0}
-        at, loss = step.values.get("loss", (0, None))
-        if loss is not None and at > self.loss_step_:
-            self.loss_step_ = at
+        loss_step, loss = step.values.get("loss", (0, None))
+        if loss is not None and loss_step > self.loss_step_:
+            self.loss_step_ = loss_step
             self.losses_.append(float(loss))
         initial = {module: from_tree(tree) for module, tree in self.initial_.items()}
         losses = dict(enumerate(self.losses_, start=1))
-        found = run_rules(_rules(self.moving_steps_), model.measure(step, losses, self.moving_steps_, initial))
-        found.sort(key=lambda each: not self._stops_at(each))
+        findings = run_rules(_rules(self.moving_steps_), model.measure(step, losses, self.moving_steps_, initial))
+        findings.sort(key=lambda finding: not self._stops_at(finding))
         messages = []
-        for finding in found:
+        for finding in findings:
             keys = [f"{finding.id} {module}" for module in finding.modules or ("",)]
             if not (fresh := [key for key in keys if key not in self.reported_]):
                 continue
@@ -102,13 +102,13 @@ class alarms(Observer):
     def _records(self) -> Iterator[Record]:
         """Yield one record per module, because it has one value at a step; further faults of a module follow later."""
         waiting, self.unrecorded_ = self.unrecorded_, []
-        taken = set()
+        recorded = set()
         for key in waiting:
             id, _, module = key.partition(" ")
-            if module in taken:
+            if module in recorded:
                 self.unrecorded_.append(key)
             else:
-                taken.add(module)
+                recorded.add(module)
                 yield Record("alarm", KINDS[id].number, module)
 
     def _stops_at(self, finding: Finding) -> bool:

@@ -52,8 +52,8 @@ class gradients(Observer):
     def __call__(self, step: Step) -> Iterator[Record]:
         """Yield the norms of a step, if it is due and was not seen before."""
         # A recorder that closes late calls again, when the gradients may be those of other batches.
-        seen, self.seen_ = self.seen_, step.finished
-        if step.finished == seen or not self.due(step.finished, step.total):
+        recorded_step, self.seen_ = self.seen_, step.finished
+        if step.finished == recorded_step or not self.due(step.finished, step.total):
             return
         # A shared tensor counts at the first module that has it.
         modules = dict(reversed([*_modules_of_parameters(step.model, "")]))
@@ -61,16 +61,16 @@ class gradients(Observer):
         used = {key: p.grad for key, p in members.items() if key in modules and p.grad is not None}
         sums = to_host([tile_sums(_entries(gradient)) for gradient in used.values()])
         squares: dict[str, list[float]] = defaultdict(list)
-        for key, parts in zip(used, sums, strict=True):
-            squares[modules[key]] += parts.tolist()
+        for key, tiles in zip(used, sums, strict=True):
+            squares[modules[key]] += tiles.tolist()
         if not any(map(any, squares.values())):
             warnings.warn(
                 "cannot record gradients: all are zero or do not exist; record a step before its gradients are reset",
                 stacklevel=2,
             )
             return
-        for module, own in squares.items():
-            yield Record("gradient_norm", math.sqrt(math.fsum(own)), module)
+        for module, tile_squares in squares.items():
+            yield Record("gradient_norm", math.sqrt(math.fsum(tile_squares)), module)
 
 
 def _modules_of_parameters(module: Any, path: str) -> Iterator[tuple[int, str]]:
@@ -80,10 +80,10 @@ def _modules_of_parameters(module: Any, path: str) -> Iterator[tuple[int, str]]:
     """
     host = unwrap_peft_layer(module)
     # As in the module table, everything below a module with a weight is part of it.
-    whole = is_peft_layer(module) or "weight" in dict(host.named_parameters(recurse=False))
-    parameters = module.named_parameters() if whole else host.named_parameters(recurse=False)
+    is_leaf = is_peft_layer(module) or "weight" in dict(host.named_parameters(recurse=False))
+    parameters = module.named_parameters() if is_leaf else host.named_parameters(recurse=False)
     yield from ((id(parameter), path or name) for name, parameter in parameters)
-    for name, child in () if whole else host.named_children():
+    for name, child in () if is_leaf else host.named_children():
         yield from _modules_of_parameters(child, f"{path}.{name}".lstrip("."))
 
 

@@ -26,9 +26,9 @@ class LiveModel:
     def __init__(self, step: Step) -> None:
         self.trained = TrainedTensors(step)
         names = set(self.trained.parameter_of.values()) & step.base.keys()
-        known = [name for name in names if step.base[name].is_floating_point()]
-        sums = self.trained.copy_updates([tile_sums(step.base[name]) for name in known])
-        self._base_norms = {name: math.sqrt(math.fsum(parts)) for name, parts in zip(known, sums, strict=True)}
+        dense_names = [name for name in names if step.base[name].is_floating_point()]
+        sums = self.trained.copy_updates([tile_sums(step.base[name]) for name in dense_names])
+        self._base_norms = {name: math.sqrt(math.fsum(tiles)) for name, tiles in zip(dense_names, sums, strict=True)}
 
     @torch.no_grad()
     @shared_copies()
@@ -79,15 +79,15 @@ class LiveModel:
         dense = {label: p.detach() for label, p in self.trained.tensors().items() if label in self.trained.modules}
         bases = [step.base[self.trained.parameter_of[label]] for label in dense]
         sums = self.trained.copy_updates([tile_sums(p, W0) for p, W0 in zip(dense.values(), bases, strict=True)])
-        for label, parts in zip(dense, sums, strict=True):
-            moved = math.sqrt(math.fsum(parts))
+        for label, tiles in zip(dense, sums, strict=True):
+            moved = math.sqrt(math.fsum(tiles))
             yield self._row(label, rank=None, update_norm=moved, moved=moved)
 
-    def _row(self, module: str, rank: int | None, update_norm: float, **others: Any) -> TrainedModule:
-        place, norm = parse(module), self._base_norms.get(self.trained.parameter_of[module], math.nan)
+    def _row(self, module: str, rank: int | None, update_norm: float, **fields: Any) -> TrainedModule:
+        location, norm = parse(module), self._base_norms.get(self.trained.parameter_of[module], math.nan)
         relative = update_norm / norm if norm else math.nan
-        own = {"weight_norm": norm, "relative_update": relative, "update_norm": update_norm}
-        return TrainedModule(module, place.stack, place.layer, place.role, rank, **own | others)
+        measured = {"weight_norm": norm, "relative_update": relative, "update_norm": update_norm}
+        return TrainedModule(module, location.stack, location.layer, location.role, rank, **measured | fields)
 
 
 def _masks_components(delta: Delta | PeftDelta) -> bool:
@@ -100,8 +100,8 @@ def _is_left_out(delta: Delta | PeftDelta, optimized: Any) -> bool:
     layer: nn.Module = delta.layer if isinstance(delta, PeftDelta) else delta
     parameters = list(layer.named_parameters())
     if isinstance(delta, PeftDelta):
-        own = tuple(f"{name}." for name in delta.layer.adapter_layer_names)
-        parameters = [(name, p) for name, p in parameters if name.startswith(own)]
+        prefixes = tuple(f"{name}." for name in delta.layer.adapter_layer_names)
+        parameters = [(name, p) for name, p in parameters if name.startswith(prefixes)]
     trainable = [p for _, p in parameters if p.requires_grad]
     return bool(trainable) and not any(id(p) in optimized for p in trainable)
 

@@ -30,7 +30,7 @@ class memory(Observer):
         yield Record("parameter_bytes", storage_bytes(parameters))
         yield Record("gradient_bytes", storage_bytes(p.grad for p in parameters if p.grad is not None))
         states = tree_leaves(step.optimizer.state)
-        yield Record("optimizer_bytes", storage_bytes(part for part in states if isinstance(part, Tensor)))
+        yield Record("optimizer_bytes", storage_bytes(state for state in states if isinstance(state, Tensor)))
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -66,15 +66,15 @@ class utilization(Observer):
         if not self.due(step.finished, step.total):
             return
         states = mean_states(step.model, step.held_out(self.size).batch, self.standardize)
-        for part in neurons.list_groups(step.modules):
-            vectors = to_array(effective_weight(step.model, part.module).float())[part.slices]
-            blocks = compared_layers(part.layer, self.layers)
+        for group in neurons.list_groups(step.modules):
+            vectors = to_array(effective_weight(step.model, group.module).float())[group.slices]
+            blocks = compared_layers(group.layer, self.layers)
             # Encoders such as BERT return their hidden states without the name of a stack.
-            hidden = states[part.stack if part.stack in states else ""][blocks]
-            correlation = correlations(vectors if part.axis == 1 else vectors.T, hidden)
-            numbers = np.arange(part.first, part.first + part.count)
-            yield Record("utilisation", correlation.max(axis=1), part.module, numbers)
-            yield Record("utilisation_layer", correlation.argmax(axis=1) + (blocks.start or 0), part.module, numbers)
+            hidden = states[group.stack if group.stack in states else ""][blocks]
+            correlation = correlations(vectors if group.axis == 1 else vectors.T, hidden)
+            numbers = np.arange(group.first, group.first + group.count)
+            yield Record("utilisation", correlation.max(axis=1), group.module, numbers)
+            yield Record("utilisation_layer", correlation.argmax(axis=1) + (blocks.start or 0), group.module, numbers)
 
 
 def mean_states(model: nn.Module, batch: Batch, standardize: bool = False) -> dict[str, Float[np.ndarray, "layers d"]]:

@@ -42,5 +42,5 @@ class Observer(Stateful):
 
 def require_observers(observers: Any) -> None:
     """Raise a ValueError unless these are observers in a sequence."""
-    if not isinstance(observers, Sequence) or not all(isinstance(each, Observer) for each in observers):
+    if not isinstance(observers, Sequence) or not all(isinstance(observer, Observer) for observer in observers):
         raise ValueError(f"observe must be a list of observers such as [ls.observe.norms()], got {observers!r}")

@@ -23,14 +23,14 @@ from lorascope.updates import Dense, spectra
 
 # Ranks at which errors are recorded, and the number of singular values recorded.
 RANKS = (1, 2, 4, 8, 16, 32, 64)
-KEPT = 64
+MAX_SIGMAS = 64
 
 Pair: TypeAlias = tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]]
 
 _OF_V = "of Adam's second moment V, as a matrix"
 _OF_RANDOM = "of a random matrix with the row and column sums of V"
 _ERROR = "‖V − V̂‖ / ‖V‖"
-_LEAST = "best error (SVD) at the same rank"
+_BEST_ERROR = "best error (SVD) at the same rank"
 register(
     'train Full(optimizer_name="adamw") with observe=[ls.observe.second_moments()]',
     moment_sigma=Quantity("σᵢ / σ₁", index="component", definition=f"singular values {_OF_V}"),
@@ -45,7 +45,7 @@ register(
     factor_drift=Quantity(
         "‖E − QUᵀ‖ / ‖E‖", definition="error of Adapprox's factors of E, the exact average of squared gradients"
     ),
-    factor_drift_least=Quantity("‖E − Eₖ‖ / ‖E‖", definition=_LEAST),
+    factor_drift_least=Quantity("‖E − Eₖ‖ / ‖E‖", definition=_BEST_ERROR),
     factor_drift_rank_one=Quantity("‖E − E₁‖ / ‖E‖", definition="error of Adafactor's rank-one factors of E"),
 )
 register(
@@ -53,7 +53,7 @@ register(
     factor_step_error=Quantity(
         "‖V − QUᵀ‖ / ‖V‖", definition="error of the factors of this step's V, formed from the previous factors"
     ),
-    factor_step_error_least=Quantity("‖V − Vₖ‖ / ‖V‖", definition=_LEAST),
+    factor_step_error_least=Quantity("‖V − Vₖ‖ / ‖V‖", definition=_BEST_ERROR),
 )
 
 
@@ -66,14 +66,14 @@ def svd_lowrank(V: Float[Tensor, "m n"], rank: int, generator: torch.Generator) 
 
 
 # Factorization methods: S-RSI with l power iterations and oversampling p, and torch's randomized SVD.
-WAYS: dict[str, Callable[[Tensor, int, torch.Generator], Pair]] = {
+FACTORIZATIONS: dict[str, Callable[[Tensor, int, torch.Generator], Pair]] = {
     **{
         f"l{iterations}_p{oversampling}": partial(s_rsi, iterations=iterations, oversampling=oversampling)
         for iterations, oversampling in ((1, 5), (2, 5), (5, 0), (5, 5))
     },
     "svd_lowrank": svd_lowrank,
 }
-for _way in (*WAYS, "svd"):
+for _way in (*FACTORIZATIONS, "svd"):
     _error = Quantity(_ERROR, "", "rank", "mean", f"error by {_way}, {_OF_V}")
     _seconds = Quantity("time per factorization", "s", "rank", "sum", f"wall-clock time of {_way}")
     register(
@@ -104,16 +104,16 @@ class second_moments(Observer):
             exact, ranks = to_array(V), [rank for rank in RANKS if rank < min(V.shape)]
             for matrix, suffix in ((exact, ""), (optimizer_moments.same_marginals(exact, seed=0), "_dealt")):
                 sigma = spectra([Dense(matrix)])[0]
-                first = sigma[:KEPT] / sigma[0]
+                first = sigma[:MAX_SIGMAS] / sigma[0]
                 errors = np.array([optimizer_moments.tail_error(sigma, rank) for rank in ranks])
                 yield Record(f"moment_sigma{suffix}", first, module, np.arange(1, len(first) + 1))
                 yield Record(f"moment_error{suffix}", errors, module, ranks)
             generator = torch.Generator(V.device).manual_seed(0)
             wide = V.float()  # the optimizer factorizes in float32
-            found = [relative_error(wide, *s_rsi(wide, rank, generator)) for rank in ranks]
-            yield Record("moment_error_s_rsi", np.array(found), module, ranks)
-            one = optimizer_moments.frobenius_error(exact, optimizer_moments.rank_one(exact))
-            yield Record("moment_error_rank_one", one, module)
+            s_rsi_errors = [relative_error(wide, *s_rsi(wide, rank, generator)) for rank in ranks]
+            yield Record("moment_error_s_rsi", np.array(s_rsi_errors), module, ranks)
+            rank_one_error = optimizer_moments.frobenius_error(exact, optimizer_moments.rank_one(exact))
+            yield Record("moment_error_rank_one", rank_one_error, module)
 
 
 @dataclass(kw_only=True)
@@ -146,28 +146,29 @@ class factorings(Observer):
             V = state["exp_avg_sq"].float().flatten(1)
             V, ranks = V / V.max(), [rank for rank in RANKS if rank < min(V.shape)]
             (_, sigma, _), seconds = _time_decomposition(lambda: torch.linalg.svd(V, full_matrices=False))  # noqa: B023
-            least = [optimizer_moments.tail_error(to_array(sigma.double()), rank) for rank in ranks]
-            yield Record("factoring_error_svd", np.array(least), module, ranks)
+            best_errors = [optimizer_moments.tail_error(to_array(sigma.double()), rank) for rank in ranks]
+            yield Record("factoring_error_svd", np.array(best_errors), module, ranks)
             yield Record("factoring_seconds_svd", np.full(len(ranks), seconds), module, ranks)
-            for way, factor in WAYS.items():
-                tried = [
-                    _time_decomposition(lambda: factor(V, rank, torch.Generator(V.device).manual_seed(0)))  # noqa: B023
-                    for rank in ranks
-                ]
-                errors = [relative_error(V, *pair) for pair, _ in tried]
-                yield Record(f"factoring_error_{way}", np.array(errors), module, ranks)
-                yield Record(f"factoring_seconds_{way}", np.array([taken for _, taken in tried]), module, ranks)
+            for name, factorize in FACTORIZATIONS.items():
+                errors, times = [], []
+                for rank in ranks:
+                    generator = torch.Generator(V.device)
+                    pair, seconds = _time_decomposition(lambda: factorize(V, rank, generator.manual_seed(0)))  # noqa: B023
+                    errors.append(relative_error(V, *pair))
+                    times.append(seconds)
+                yield Record(f"factoring_error_{name}", np.array(errors), module, ranks)
+                yield Record(f"factoring_seconds_{name}", np.array(times), module, ranks)
 
 
 def _time_decomposition(decompose: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], float]:
     """Return the result and the shorter of two times, because the first call may load a library."""
-    taken = []
+    durations = []
     for _ in range(2):
         start = time.perf_counter()
-        found = decompose()
-        float(found[0][0, 0])  # waits for an accelerator to finish
-        taken.append(time.perf_counter() - start)
-    return found, min(taken)
+        factors = decompose()
+        float(factors[0][0, 0])  # waits for an accelerator to finish
+        durations.append(time.perf_counter() - start)
+    return factors, min(durations)
 
 
 @dataclass(kw_only=True)
@@ -194,8 +195,8 @@ class factor_drift(Observer):
             if self.due(step.finished, step.total) and exact.any():
                 E = to_array(exact.double())
                 yield from _factor_errors("factor_drift", module, E, state)
-                one = optimizer_moments.frobenius_error(E, optimizer_moments.rank_one(E))
-                yield Record("factor_drift_rank_one", one, module)
+                rank_one_error = optimizer_moments.frobenius_error(E, optimizer_moments.rank_one(E))
+                yield Record("factor_drift_rank_one", rank_one_error, module)
 
 
 @dataclass(kw_only=True)

@@ -110,21 +110,21 @@ class coefficients(Observer):
         require_integer(self, 1, "batches", "rows")
 
     def __call__(self, step: Step) -> Iterable[Record]:
-        found = {
-            module: delta.get_parameter("coefficients")
-            for module, delta in attached_deltas(step.model).items()
-            if "coefficients" in delta.factors()
-        }
-        if not (found and self.due(step.finished, step.total)):
+        coefficients = {}
+        for module, delta in attached_deltas(step.model).items():
+            if "coefficients" in delta.factors():
+                coefficients[module] = delta.get_parameter("coefficients")
+        if not (coefficients and self.due(step.finished, step.total)):
             return
         pieces = _held_out_batches(step, self.batches, self.rows)
         with evaluation_mode(step.model), torch.enable_grad():
+            parameters = list(coefficients.values())
             losses = map(step.loss, pieces)
-            parts = [torch.autograd.grad(loss, list(found.values()), materialize_grads=True) for loss in losses]
-        gradients = [torch.stack(part).mean(0) for part in zip(*parts, strict=True)]
-        products = [(c.detach() * gradient).abs() for c, gradient in zip(found.values(), gradients, strict=True)]
+            batch_gradients = [torch.autograd.grad(loss, parameters, materialize_grads=True) for loss in losses]
+        gradients = [torch.stack(stacked).mean(0) for stacked in zip(*batch_gradients, strict=True)]
+        products = [(c.detach() * gradient).abs() for c, gradient in zip(parameters, gradients, strict=True)]
         values = to_host([*gradients, *products])
-        for module, gradient, product in zip(found, values, values[len(found) :], strict=False):
+        for module, gradient, product in zip(coefficients, values, values[len(coefficients) :], strict=False):
             yield Record("coefficient_gradient", gradient, module)
             yield Record("coefficient_importance", product, module)
 
@@ -143,31 +143,33 @@ def weight_gradients(
 
     ``loss`` passes a batch through the model. Modules that the model does not call are omitted.
     """
-    seen: list[tuple[str, Tensor, Tensor]] = []
+    calls: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             # The gradient of the output equals the gradient of a zero added to it.
             zero = torch.zeros_like(output).requires_grad_()
-            seen.append((name, inputs[0].detach(), zero))
+            calls.append((name, inputs[0].detach(), zero))
             return output + zero
 
         return hook
 
     hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in modules]
-    found: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     try:
         with evaluation_mode(model), torch.enable_grad():
             for batch in batches:
-                slopes = torch.autograd.grad(loss(batch), [zero for *_, zero in seen], materialize_grads=True)
-                for (name, given, _), slope in zip(seen, slopes, strict=True):
-                    part = slope.flatten(0, -2).float().T @ given.flatten(0, -2).float() / len(batches)
-                    found[name] = found[name] + part if name in found else part
-                seen.clear()
+                slopes = torch.autograd.grad(loss(batch), [zero for *_, zero in calls], materialize_grads=True)
+                for (name, inputs, _), slope in zip(calls, slopes, strict=True):
+                    gradient = slope.flatten(0, -2).float().T @ inputs.flatten(0, -2).float() / len(batches)
+                    if name in gradients:
+                        gradient = gradients[name] + gradient
+                    gradients[name] = gradient
+                calls.clear()
     finally:
         for handle in hooks:
             handle.remove()
-    return found
+    return gradients
 
 
 def _changes(step: Step) -> Iterable[Record]:
@@ -175,12 +177,12 @@ def _changes(step: Step) -> Iterable[Record]:
     roles = neuron_roles(step.modules)
     if not roles:
         return
-    places = list_groups(step.modules, roles)
+    groups = list_groups(step.modules, roles)
     living = {}
-    for part in places:  # in the layout that the module stores
-        host: Any = step.model.get_submodule(part.module)
-        living[f"{part.module}.weight"] = orient_weight(host, effective_weight(step.model, part.module))
-    for module, rows in distances(step.model, places, step.base, living).groupby("module", sort=False):
+    for group in groups:  # in the layout that the module stores
+        host: Any = step.model.get_submodule(group.module)
+        living[f"{group.module}.weight"] = orient_weight(host, effective_weight(step.model, group.module))
+    for module, rows in distances(step.model, groups, step.base, living).groupby("module", sort=False):
         index = rows["neuron"].to_numpy()
         yield Record("neuron_cosine", rows["cosine_distance"].to_numpy(), str(module), index)
         yield Record("neuron_update", rows["delta_norm"].to_numpy(), str(module), index)

@@ -44,11 +44,10 @@ class TrainedTensors:
 
     def __init__(self, step: Step) -> None:
         rows = step.modules
-        uses = {
-            f"{name}.weight": module
-            for module, tied in zip(rows["module"], rows["tied"], strict=True)
-            for name in (module, *filter(None, tied.split(",")))
-        }
+        uses = {}
+        for module, tied in zip(rows["module"], rows["tied"], strict=True):
+            for name in (module, *filter(None, tied.split(","))):
+                uses[f"{name}.weight"] = module
         trained = trained_ids(step.optimizer, has_peft_layers(step.model))
         parameters = {name: p for name, p in unwrapped_parameters(step.model).items() if name in step.base}
         names = {id(parameter): name for name, parameter in parameters.items()}
@@ -61,10 +60,10 @@ class TrainedTensors:
         self.modules = {*rows["module"], *self.deltas}
         self.blocks = list(rows["module"][rows["role"] == "block"])
 
-    def copy_updates(self, others: Sequence[Tensor] = ()) -> list[Float[np.ndarray, "..."]]:
+    def copy_updates(self, tensors: Sequence[Tensor] = ()) -> list[Float[np.ndarray, "..."]]:
         """Copy the factors of all adapters to the host, so that ``updates`` need not, and other tensors with them."""
         factors = [factor for delta in self.deltas.values() for factor in delta.factors().values()]
-        return to_host([*factors, *others])[len(factors) :]
+        return to_host([*factors, *tensors])[len(factors) :]
 
     def updates(self) -> dict[str, Update]:
         """Return the update of every adapted module, without the change of its base weight."""
@@ -72,11 +71,11 @@ class TrainedTensors:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every trained tensor of the base model by label, including the update of its adapter."""
-        found: dict[str, Tensor] = {label: parameter.detach() for label, parameter in self.dense.items()}
+        tensors: dict[str, Tensor] = {label: parameter.detach() for label, parameter in self.dense.items()}
         for module, delta in self.deltas.items():
             if not self.is_frozen(module):
-                found[module] = self.add(module, self.hosts[module].weight.detach(), delta.update())
-        return found
+                tensors[module] = self.add(module, self.hosts[module].weight.detach(), delta.update())
+        return tensors
 
     def is_frozen(self, module: str) -> bool:
         """Return whether the base weight of an adapted module is frozen."""
@@ -102,24 +101,30 @@ def adapters(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, 
 
     ``names`` are the PEFT adapters to read, by default the active ones.
     """
-    kept, layers = retained_components(model), _peft_layers(model, names)
-    found = {name: PeftDelta(layer, own, kept.get(name)) for name, layer, own in layers if is_readable(layer, own)}
-    return {**attached_deltas(model), **found}
+    deltas: dict[str, Delta | PeftDelta] = dict(attached_deltas(model))
+    retained = retained_components(model)
+    for name, layer, adapter_names in _peft_layers(model, names):
+        if is_readable(layer, adapter_names):
+            deltas[name] = PeftDelta(layer, adapter_names, retained.get(name))
+    return deltas
 
 
 def unreadable_adapters(model: nn.Module) -> dict[str, str]:
     """Return the modules whose PEFT adapters do not make an update of a matrix, with their class names."""
-    layers = _peft_layers(model, None)
-    return {name: host_kind(unwrap_peft_layer(layer)) for name, layer, own in layers if not is_readable(layer, own)}
+    kinds = {}
+    for name, layer, adapter_names in _peft_layers(model, None):
+        if not is_readable(layer, adapter_names):
+            kinds[name] = host_kind(unwrap_peft_layer(layer))
+    return kinds
 
 
 def _peft_layers(model: nn.Module, names: Sequence[str] | None) -> Iterator[tuple[str, Any, list[str]]]:
     """Yield the PEFT layers with adapters among ``names``, by default the active ones: name, layer, its adapters."""
     for name, module in model.named_modules():
         if is_peft_layer(module):
-            own = active_adapters(module) if names is None else adapters_among(module, names)
-            if own:
-                yield name_without_peft(name), module, own
+            adapter_names = active_adapters(module) if names is None else adapters_among(module, names)
+            if adapter_names:
+                yield name_without_peft(name), module, adapter_names
 
 
 def tile_sums(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> Float[Tensor, "tiles"]:
@@ -128,27 +133,32 @@ def tile_sums(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None =
 
 
 def joint_tile_sums(
-    tensor: Float[Tensor, "..."], others: Sequence[Float[Tensor, "..."] | None]
+    tensor: Float[Tensor, "..."], subtrahends: Sequence[Float[Tensor, "..."] | None]
 ) -> list[Float[Tensor, "tiles"]]:
-    """Compute the sums of squares of the tiles of the tensor's difference from each of the others; None is zero."""
+    """Compute the sums of squares of the tiles of the tensor's differences from subtrahends; None is zero."""
     # The tensor is read from memory once for all sums. Each row is one tile, so its sum does not depend on the group.
     # sum() adds pairwise. A norm or dot product would lose digits and depend on the alignment of the memory.
-    own, sums = _tile_groups(tensor), [list[Tensor]() for _ in others]
-    groups = [[None] * len(own) if other is None else _tile_groups(other) for other in others]
-    for tiles, *rest in zip(own, *groups, strict=True):
+    groups = _tile_groups(tensor)
+    subtracted = [[None] * len(groups) if other is None else _tile_groups(other) for other in subtrahends]
+    sums: list[list[Tensor]] = [[] for _ in subtrahends]
+    for tiles, *subtracted_tiles in zip(groups, *subtracted, strict=True):
         tiles = at_least_float32(tiles)
-        for found, other in zip(sums, rest, strict=True):
-            squares = tiles.square() if other is None else (tiles - at_least_float32(other)).square_()
-            found.append(squares.sum(1))
-    return [torch.cat(found) for found in sums]
+        for tile_totals, minus in zip(sums, subtracted_tiles, strict=True):
+            squares = tiles.square() if minus is None else (tiles - at_least_float32(minus)).square_()
+            tile_totals.append(squares.sum(1))
+    return list(map(torch.cat, sums))
 
 
 def _tile_groups(tensor: Float[Tensor, "..."]) -> list[Float[Tensor, "tiles size"]]:
-    """Return a tensor as groups of whole tiles, and the rest as a separate, shorter tile."""
+    """Return a tensor as groups of whole tiles, with the remaining entries as a separate, shorter tile."""
     flat = tensor.reshape(-1)
-    whole, rest = flat.split([flat.numel() // TILE * TILE, flat.numel() % TILE])
-    groups = list(whole.view(-1, TILE).split(TILES)) if whole.numel() else []
-    return [*groups, rest.unsqueeze(0)] if rest.numel() or not groups else groups
+    full_tiles, last_tile = flat.split([flat.numel() // TILE * TILE, flat.numel() % TILE])
+    groups: list[Tensor] = []
+    if full_tiles.numel():
+        groups.extend(full_tiles.view(-1, TILE).split(TILES))
+    if last_tile.numel() or not groups:
+        groups.append(last_tile.unsqueeze(0))
+    return groups
 
 
 def factor_inner(weight: Float[Tensor, "out in"], factors: Mapping[str, Tensor]) -> Float[Tensor, ""] | None:

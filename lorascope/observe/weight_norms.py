@@ -87,15 +87,17 @@ class norms(Observer):
 
     def _record_start(self, step: Step, trained: TrainedTensors) -> None:
         # The norm of a quantized weight is not known (NaN), but the norm of its update is.
-        known = {name: tile_sums(weight) for name, weight in step.base.items() if weight.is_floating_point()}
+        base_sums = {name: tile_sums(weight) for name, weight in step.base.items() if weight.is_floating_point()}
         for module, host in trained.hosts.items() if self.dequantize else ():
-            if (name := trained.parameter_of[module]) and name not in known:
-                known[name] = tile_sums(dequantized_weight(host))
-        sums = zip(known, trained.copy_updates(list(known.values())), strict=True)
-        self.base_squares_ = dict.fromkeys(step.base, math.nan) | {name: math.fsum(parts) for name, parts in sums}
+            if (name := trained.parameter_of[module]) and name not in base_sums:
+                base_sums[name] = tile_sums(dequantized_weight(host))
+        sums = zip(base_sums, trained.copy_updates(list(base_sums.values())), strict=True)
+        self.base_squares_ = dict.fromkeys(step.base, math.nan) | {name: math.fsum(tiles) for name, tiles in sums}
         self.first_ = {module: to_tree(update) for module, update in trained.updates().items() if update.norm() > 0}
-        deltas = {module: delta for module, delta in trained.deltas.items() if not delta.resized}
-        self.initial_factors_ = {module: found for module, delta in deltas.items() if (found := _trained(delta))}
+        self.initial_factors_ = {}
+        for module, delta in trained.deltas.items():
+            if not delta.resized and (factors := _trained(delta)):
+                self.initial_factors_[module] = factors
 
     def _remember(self, trained: TrainedTensors) -> None:
         """Store the tensors that the next recording is compared with, in the same memory each time.
@@ -118,19 +120,22 @@ class norms(Observer):
         for module in trained.deltas:
             if not trained.is_frozen(module) or math.isnan(self._base(trained, module)):
                 continue
-            found = factor_inner(self._host_weight(trained, module), trained.deltas[module].factors())
-            sums |= {} if found is None else {(module, "inner"): found.reshape(1)}
+            inner = factor_inner(self._host_weight(trained, module), trained.deltas[module].factors())
+            if inner is not None:
+                sums[module, "inner"] = inner.reshape(1)
         totals = dict(zip(sums, map(math.fsum, trained.copy_updates(list(sums.values()))), strict=True))
         updates = trained.updates()
         squares = {label: {"base": self.base_squares_[trained.parameter_of[label]]} for label in tensors}
         for (label, key), total in totals.items():
             if label in squares:
-                squares[label] |= {"update": total, "learned": total} if key == "update" else {key: total}
+                squares[label][key] = total
+                if key == "update":
+                    squares[label]["learned"] = total
         sigmas = self._spectra(step, trained, tensors, updates)
         squares |= self._adapter_squares(trained, updates, totals, sigmas)
-        for label, parts in squares.items():
+        for label, norms_squared in squares.items():
             if label in trained.modules:
-                yield from _norm_records(label, parts)
+                yield from _norm_records(label, norms_squared)
         yield from self._block_records(trained, squares)
         yield from self._factor_records({module: _trained(delta) for module, delta in trained.deltas.items()})
         for module, delta in trained.deltas.items():
@@ -177,7 +182,7 @@ class norms(Observer):
         sigmas: Mapping[str, Float[np.ndarray, "k"]],
     ) -> dict[str, dict[str, float]]:
         """Compute squared norms for every adapted weight that is frozen itself."""
-        found: dict[str, dict[str, float]] = {}
+        squares: dict[str, dict[str, float]] = {}
         for module in filter(trained.is_frozen, updates):
             update = updates[module]
             base = self._base(trained, module)
@@ -192,23 +197,23 @@ class norms(Observer):
                 else:
                     inner = update.inner_weight(self._host_weight(trained, module).detach())
                 weight = max(0.0, base + 2 * inner + change)
-            found[module] = {"base": base, "weight": weight, "update": change, "learned": change}
+            squares[module] = {"base": base, "weight": weight, "update": change, "learned": change}
         for key, states in {"learned": self.first_, "step": self.before_.get("factored", {})}.items():
-            moved = [module for module in found if module in states]
+            moved = [module for module in squares if module in states]
             changes = change_norms((updates[module], from_tree(states[module])) for module in moved)
             for module, change in zip(moved, changes, strict=True):
-                found[module][key] = change**2
-        return found
+                squares[module][key] = change**2
+        return squares
 
-    def _block_records(self, trained: TrainedTensors, found: Mapping[str, dict[str, float]]) -> Iterator[Record]:
+    def _block_records(self, trained: TrainedTensors, squares: Mapping[str, dict[str, float]]) -> Iterator[Record]:
         for block in trained.blocks:
-            inside = [parts for label, parts in found.items() if label.startswith(f"{block}.")]
+            inside = [row for label, row in squares.items() if label.startswith(f"{block}.")]
             if not inside:
                 continue
-            total = {key: math.fsum(parts[key] for parts in inside) for key in inside[0]}
-            known = (s for name, s in self.base_squares_.items() if name.startswith(f"{block}."))
+            total = {key: math.fsum(row[key] for row in inside) for key in inside[0]}
+            block_squares = (s for name, s in self.base_squares_.items() if name.startswith(f"{block}."))
             # Frozen tensors of the block contribute their base norms.
-            everything = math.nan if math.isnan(total["base"]) else math.fsum(known)
+            everything = math.nan if math.isnan(total["base"]) else math.fsum(block_squares)
             total["weight"] += everything - total["base"]
             total["base"] = everything
             yield from _norm_records(block, total)
@@ -217,16 +222,16 @@ class norms(Observer):
         self, step: Step, trained: TrainedTensors, tensors: Mapping[str, Tensor], updates: Mapping[str, Update]
     ) -> dict[str, Float[np.ndarray, "k"]]:
         """Compute the singular values of the updates whose ranks are recorded at this step."""
-        first, kept = step.finished == 0, self._are_spectra_kept(step)
-        cheap = {name: update for name, update in updates.items() if update.low_rank is not None or first or kept}
-        chosen = {module: update for module, update in cheap.items() if trained.is_frozen(module)}
-        for label in _matrices(trained, tensors) if kept else ():
+        first, is_kept = step.finished == 0, self._are_spectra_kept(step)
+        cheap = {name: update for name, update in updates.items() if update.low_rank is not None or first or is_kept}
+        decomposed = {module: update for module, update in cheap.items() if trained.is_frozen(module)}
+        for label in _matrices(trained, tensors) if is_kept else ():
             if first and label not in self.first_:
                 continue
             # One matrix at a time, because all of them in float64 may not fit on the device.
             change = tensors[label].double() - step.base[trained.parameter_of[label]].double()
-            chosen[label] = Dense(to_array(change.flatten(1)))
-        return dict(zip(chosen, spectra(list(chosen.values())), strict=True))
+            decomposed[label] = Dense(to_array(change.flatten(1)))
+        return dict(zip(decomposed, spectra(list(decomposed.values())), strict=True))
 
     def _rank_records(
         self,
@@ -269,22 +274,21 @@ def _matrices(trained: TrainedTensors, tensors: Mapping[str, Tensor]) -> list[st
 
 def _joint_norms(factors: Mapping[str, Factors], initial: Mapping[str, Factors]) -> dict[str, list[float]]:
     """Compute the Frobenius norm of all factors of each module together and, with initial ones, of their change."""
-    places = (
-        ((factor.shape, module in initial), 2 * factor.size, (module, name))
-        for module, named in factors.items()
-        for name, factor in named.items()
-    )
+    positions = []
+    for module, named_factors in factors.items():
+        for name, factor in named_factors.items():
+            positions.append(((factor.shape, module in initial), 2 * factor.size, (module, name)))
     squares: dict[str, list[list[float]]] = {module: [] for module in factors}
-    for batch in batches(places):
+    for batch in batches(positions):
         states = [factors, initial] if batch[0][0] in initial else [factors]
         now, *first = stacks(*([state[module][name] for module, name in batch] for state in states))
         changes = [np.subtract(now, values, out=values) for values in first]
         # Numpy sums pairwise, here in float64; a dot product would depend on the alignment of the memory.
         sums = [np.square(X, out=X).sum(axis=tuple(range(1, X.ndim))).tolist() for X in (now, *changes)]
-        for (module, _), *parts in zip(batch, *sums, strict=True):
-            squares[module].append(parts)
+        for (module, _), *totals in zip(batch, *sums, strict=True):
+            squares[module].append(totals)
     return {
-        module: [math.sqrt(math.fsum(sums)) for sums in zip(*parts, strict=True)] for module, parts in squares.items()
+        module: [math.sqrt(math.fsum(sums)) for sums in zip(*rows, strict=True)] for module, rows in squares.items()
     }
 
 
@@ -294,12 +298,12 @@ def to_tree(update: Update) -> dict[str, Any]:
 
 
 def from_tree(tree: Mapping[str, Any]) -> Update:
-    return from_factors(tree, tree.get("scale", 1.0), form=tree.get("form"))  # checkpoints of 0.1 have no form
+    return from_factors(tree, tree["scale"], form=tree["form"])
 
 
-def _norm_records(module: str, parts: Mapping[str, float]) -> Iterator[Record]:
+def _norm_records(module: str, squares: Mapping[str, float]) -> Iterator[Record]:
     for key, quantity in NORMS.items():
-        if key in parts:
-            yield Record(quantity, math.sqrt(parts[key]), module)
-    if parts["base"] > 0:
-        yield Record("relative_update", math.sqrt(parts["update"] / parts["base"]), module)
+        if key in squares:
+            yield Record(quantity, math.sqrt(squares[key]), module)
+    if squares["base"] > 0:
+        yield Record("relative_update", math.sqrt(squares["update"] / squares["base"]), module)

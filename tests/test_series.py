@@ -20,7 +20,7 @@ import lorascope as ls
 from lorascope.analysis import norms
 from lorascope.cli.main import main
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.checkpoint_names import step_of
+from lorascope.runs.checkpoint_names import checkpoint_step
 from lorascope.runs.series import Series
 from lorascope.updates import LowRank
 
@@ -199,8 +199,8 @@ def test_learned_norm_of_a_nonzero_start_needs_checkpoint_zero(folder):
     ],
 )  # fmt: skip
 def test_step_of_a_name(name, step):
-    assert step_of(name) == step
-    assert step_of(Path(name)) == step
+    assert checkpoint_step(name) == step
+    assert checkpoint_step(Path(name)) == step
 
 
 def test_list_takes_its_steps_from_names_or_positions_or_a_mapping(folder, tmp_path):

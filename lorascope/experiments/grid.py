@@ -148,7 +148,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
             tasks.load(task)
     for model in grid.models:
         if isinstance(model, str):
-            models.locate(model)
+            models.locate_model(model)
     return grid
 
 

@@ -29,7 +29,7 @@ from lorascope.formats.peft_lora import MAX_VALUES
 from lorascope.updates import Dense
 from lorascope.updates.fourier import SEEDS
 from lorascope.updates.linalg import as_float64
-from lorascope.updates.random_projection import uniform
+from lorascope.updates.random_projection import uniform_like_torch
 
 Bases = tuple[Float[np.ndarray, "r 1 smaller"], Float[np.ndarray, "larger n r"]]
 
@@ -90,7 +90,7 @@ def draw_bases(settings: RandLoRA, smaller: int, larger: int) -> Bases:
     if settings.sparse or settings.very_sparse:
         # Entries are -1, 0 or 1; a fraction of 1/6, or 1 / (2 sqrt(d)), is -1, and the same is 1.
         fraction = 1 / (2 * (np.sqrt(smaller) if settings.very_sparse else 3))
-        signs = [uniform(words, shape) for shape in ((rank, 1, smaller), (larger, n, rank))]
+        signs = [uniform_like_torch(words, shape) for shape in ((rank, 1, smaller), (larger, n, rank))]
         A, B = (np.greater(X, 1 - fraction).astype(np.float32) - np.less(X, fraction) for X in signs)
         return A / A.std(ddof=1, dtype=np.float64), B / B.std(ddof=1, dtype=np.float64)
     A = _draw(words, (rank, 1, smaller))
@@ -100,7 +100,8 @@ def draw_bases(settings: RandLoRA, smaller: int, larger: int) -> Bases:
 def _draw(words: np.random.RandomState, shape: tuple[int, int, int]) -> np.ndarray:
     """Draw one random factor in bfloat16, as PEFT does; devices without bfloat16 draw others, in float16."""
     bound = math.sqrt(3) * math.sqrt(2 / 6) / math.sqrt(shape[2])
-    values, largest = round_to_bfloat16(uniform(words, shape, bound)), round_to_bfloat16(np.array([bound], np.float32))
+    values = round_to_bfloat16(uniform_like_torch(words, shape, bound))
+    largest = round_to_bfloat16(np.array([bound], np.float32))
     return np.where(values == largest, -largest, values)  # the upper end of the interval is excluded
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from lorascope.array_types import Int
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import require_regular
-from lorascope.inputs.tokenization import EncodedRows, groups_of, numbers
+from lorascope.inputs.tokenization import EncodedRows, class_numbers, groups_of
 
 
 def open_image(image: Any) -> Image.Image:
@@ -86,4 +86,4 @@ class Images(EncodedRows):
 
 def encode_images(processor: Any, rows: pd.DataFrame, labels: Sequence[str]) -> Images:
     """Return encoded rows of images with class numbers."""
-    return Images(rows["image"].to_list(), processor, classes=numbers(rows, labels), groups=groups_of(rows))
+    return Images(rows["image"].to_list(), processor, classes=class_numbers(rows, labels), groups=groups_of(rows))

@@ -55,7 +55,7 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
     ValueError
         This kind of model has no head, ``blocks`` exceeds the number of blocks, or the files are damaged.
     """
-    source = locate(str(name))
+    source = locate_model(str(name))
     if (folder := Path(source)).is_dir():
         _require_own_files(folder)
     with quiet():
@@ -129,7 +129,7 @@ def _load_processor(kind: Any, model: nn.Module, noun: str, hint: str = "") -> A
         raise ValueError(f"cannot find the {noun} of this {name}: it was not loaded from a folder or hub id")
     with quiet():
         try:
-            return kind.from_pretrained(locate(source))
+            return kind.from_pretrained(locate_model(source))
         except Exception as error:  # transformers checks no types, so that broken files raise any error
             reason = printable(first_line(error))
             article = "an" if noun.startswith("i") else "a"
@@ -150,7 +150,7 @@ def tokenizer(model: nn.Module) -> Any:
     return loaded
 
 
-def locate(name: str) -> str:
+def locate_model(name: str) -> str:
     """Return the folder of a model; a hub id is returned unchanged, or as its cached folder without a network.
 
     Raises

@@ -46,7 +46,7 @@ def read(name: str) -> pd.DataFrame:
     if (size := len(os.fsencode(path.name))) > _LONGEST:
         raise ValueError(f"task must be a name of at most {_LONGEST} bytes, got {size}")
     if path.suffix in _FILES:
-        rows = read_file(path)
+        rows = read_rows_file(path)
         if "image" in rows:
             # Paths are relative to the folder of the file that lists them.
             images = [str(path.parent / image) if isinstance(image, str) else image for image in rows["image"]]
@@ -107,7 +107,7 @@ def _read_ratings(archive: tarfile.TarFile, file: str) -> pd.DataFrame:
     )
 
 
-def read_file(path: Path) -> pd.DataFrame:
+def read_rows_file(path: Path) -> pd.DataFrame:
     """Return the rows of a CSV, JSONL or Parquet file, unchanged."""
     if not path.exists():
         raise FileNotFoundError(f"cannot read {printable(path)}: no such file")

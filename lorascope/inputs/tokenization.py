@@ -94,7 +94,7 @@ def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], ma
     tokens, padding = {"input_ids": encoding["input_ids"]}, {"input_ids": tokenizer.pad_token_id}
     if pairs and "token_type_ids" in encoding:
         tokens["token_type_ids"], padding["token_type_ids"] = encoding["token_type_ids"], 0
-    return Tokens(tokens, padding, classes=numbers(rows, labels), groups=groups_of(rows))
+    return Tokens(tokens, padding, classes=class_numbers(rows, labels), groups=groups_of(rows))
 
 
 def encode_text(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:
@@ -146,7 +146,7 @@ def _find_choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq
         raise ValueError(
             f"labels must differ in the first token after their common beginning, got {', '.join(labels)}: rename them"
         )
-    return Choices(np.array(tokens), offset, numbers(rows, labels))
+    return Choices(np.array(tokens), offset, class_numbers(rows, labels))
 
 
 def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -165,7 +165,7 @@ def _end_ids(tokenizer: Any) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
-def numbers(rows: pd.DataFrame, labels: Sequence[str]) -> Int[np.ndarray, "rows"]:
+def class_numbers(rows: pd.DataFrame, labels: Sequence[str]) -> Int[np.ndarray, "rows"]:
     """Return the class number of each row."""
     number_of = {label: number for number, label in enumerate(labels)}
     return np.array([number_of[label] for label in rows["label"]], dtype=np.int64)

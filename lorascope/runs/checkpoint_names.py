@@ -14,7 +14,7 @@ _REVISION = re.compile(r"[^@]*@(\d{1,12})")
 _MLX = re.compile(r"(\d{1,12})_adapters\.safetensors")
 
 
-def step_of(name: str | Path) -> int | None:
+def checkpoint_step(name: str | Path) -> int | None:
     """Return the step of a checkpoint from its name, such as ``checkpoint-10`` or ``user/adapter@step-10``.
 
     The number follows one of the words checkpoint, ckpt, step, iter and epoch at the end of the name, precedes
@@ -28,9 +28,13 @@ def step_of(name: str | Path) -> int | None:
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """Return the folders and safetensors files in a folder whose names have a step, in the order of the steps."""
-    candidates = [path for path in folder.iterdir() if path.is_dir() or path.suffix == ".safetensors"]
-    steps = {path: step_of(path) for path in candidates if path.name not in WEIGHTS}  # those of the folder itself
-    return sorted((path for path in steps if steps[path] is not None), key=lambda path: (steps[path], path.name))
+    steps = {}
+    for path in folder.iterdir():
+        step = checkpoint_step(path)
+        # The weights of the folder itself are no checkpoint.
+        if step is not None and path.name not in WEIGHTS and (path.is_dir() or path.suffix == ".safetensors"):
+            steps[path] = step
+    return sorted(steps, key=lambda path: (steps[path], path.name))
 
 
 def count_and_span(steps: Iterable[int]) -> str:
@@ -45,7 +49,7 @@ def describe_checkpoints(folder: Path) -> str | None:
     """Return a line on the checkpoints next to the final adapter of a training, None if there are none."""
     if not folder.is_dir():
         return None
-    steps = {step_of(path) or 0 for path in find_checkpoints(folder)}
+    steps = {checkpoint_step(path) or 0 for path in find_checkpoints(folder)}
     return f"{count_and_span(steps)}; --series shows them" if steps else None
 
 
@@ -58,14 +62,14 @@ def by_step(names: Iterable[str | Path]) -> dict[int, str | Path]:
         Only some names have a step, or two have the same.
     """
     names = list(names)
-    stepless = [name for name in names if step_of(name) is None]
+    stepless = [name for name in names if checkpoint_step(name) is None]
     if stepless and len(stepless) < len(names):
         raise ValueError(
             f"every name or none must have a step, got {printable(stepless[0])} without one; pass a dict {{step: path}}"
         )
     checkpoints: dict[int, str | Path] = {}
     for position, name in enumerate(names, start=1):
-        step = step_of(name)
+        step = checkpoint_step(name)
         if step is None:
             step = position
         if step in checkpoints:

@@ -21,7 +21,7 @@ from lorascope.formats.peft_merge import MERGED
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.stored_update import AdapterFiles
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.checkpoint_names import by_step, find_checkpoints, step_of
+from lorascope.runs.checkpoint_names import by_step, checkpoint_step, find_checkpoints
 from lorascope.runs.folders import MANIFESTS, RecipeManifest
 from lorascope.runs.run import Run
 from lorascope.runs.series import Series
@@ -82,7 +82,7 @@ def load_series(
     checkpoints : path or str, sequence of them, or mapping step -> path
         Folder with subfolders or files such as ``checkpoint-10``, which may also contain the final adapter; or adapters
         as ``load`` takes them, such as ``["user/adapter@step-100", "user/adapter@step-200"]``. The steps are those in
-        the names, see ``step_of``, or 1, 2, ... in the given order if no name has one.
+        the names, see ``checkpoint_step``, or 1, 2, ... in the given order if no name has one.
     base : path or str, optional
         Base model of all checkpoints, see ``load``.
 
@@ -216,7 +216,7 @@ def _unread_files(path: Path, files: Iterable[TensorFile]) -> Iterator[str]:
     unread = []
     for file in path.iterdir():
         has_weights = file.suffix in (".safetensors", ".gguf") or is_pickle(file)
-        if has_weights and file.name not in opened and step_of(file) is None:
+        if has_weights and file.name not in opened and checkpoint_step(file) is None:
             unread.append(file.name)
     if unread:
         yield f"other weight files in the folder are not read: {first_of(sorted(unread))}"

@@ -46,7 +46,7 @@ _OUTSIDE = {
 _ROLES = {role: re.compile(rf"(?:^|[._])(?:{ends})$", re.IGNORECASE) for role, ends in _ENDS.items()}
 
 
-def locate(name: str) -> tuple[str, int | None, str] | None:
+def locate_image_module(name: str) -> tuple[str, int | None, str] | None:
     """Return stack, layer and path below the block of a module in a diffusion model, None for other names.
 
     A module outside the blocks has the layer None and its whole name as the path.

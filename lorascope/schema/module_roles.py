@@ -57,7 +57,7 @@ def parse(name: str) -> Location:
     name : str
         Module name, with or without a prefix such as PEFT's ``base_model.model.``.
     """
-    if (image_location := image_roles.locate(name)) is not None:
+    if (image_location := image_roles.locate_image_module(name)) is not None:
         stack, layer, tail = image_location
         if layer is None:
             return Location(stack, None, image_roles.image_role_outside(tail) or role_outside(tail))

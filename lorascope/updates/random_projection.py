@@ -28,12 +28,12 @@ def projections(
 ) -> tuple[Float[np.ndarray, "rank widest_in"], Float[np.ndarray, "widest_out rank"]]:
     """Draw A and B in float32, as ``torch.empty(shape).uniform_`` does on the CPU with a generator of this seed."""
     words = np.random.RandomState(seed)
-    A = uniform(words, (rank, widest_in), np.sqrt(6.0 / widest_in))
-    B = uniform(words, (widest_out, rank), np.sqrt(6.0 / rank))
+    A = uniform_like_torch(words, (rank, widest_in), np.sqrt(6.0 / widest_in))
+    B = uniform_like_torch(words, (widest_out, rank), np.sqrt(6.0 / rank))
     return A, B
 
 
-def uniform(
+def uniform_like_torch(
     words: np.random.RandomState, shape: tuple[int, ...], bound: float | None = None
 ) -> Float[np.ndarray, "..."]:
     """Draw float32 values as torch does on the CPU: by ``uniform_(-bound, bound)``, or by ``rand`` without a bound."""

@@ -42,6 +42,7 @@ class Delta(nn.Module):
     """True if ``forward(x) == F.linear(x, weight())``, so that the update can be folded into the weight."""
     resized: ClassVar[bool] = False
     """True if training changes the number of components, so that factors have no fixed initial values."""
+    # Weak, because the host refers to its Delta.
     _host: weakref.ref[Any] | None = None
 
     @property

@@ -53,6 +53,7 @@ def token_means(
         for stack, name in _STACKS.items():
             if name in output:
                 states = torch.stack(output[name][1:]).double()  # the first is the embedding
+                # Float64, because the states may have 16 bits.
                 mask = _token_mask(rows, stack, states).double()
                 weights = (mask / mask.sum(1, keepdim=True))[..., None]
                 values = states if of is None else of(states)

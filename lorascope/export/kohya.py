@@ -33,6 +33,7 @@ from lorascope.formats.kohya import BASE_KEYS
 from lorascope.runs.lora_config import alpha_of
 
 _PREFIXES = {"unet": "lora_unet", AUTHORS: "lora_unet", "prior": "lora_prior_unet", "transformer": "lora_transformer"}
+# CLIP has encoder.layers instead.
 _T5 = re.compile(r"encoder\.block\.\d")
 # Stable Diffusion 1 and 2 have one transformer block per attention, SDXL up to ten.
 _SDXL = re.compile(r"(?:down|mid|up)_block\S*\.transformer_blocks\.[1-9]")
@@ -51,6 +52,7 @@ class KohyaExporter(LayerExporter):
         modules = named_layers(lora, "kohya")
         components = {module.component for module in modules}
         is_sdxl = any(module.component == "unet" and _SDXL.match(module.name) for module in modules)
+        # An adapter of few blocks does not show the size of its UNet, but the header may name it.
         is_sdxl |= any("xl" in lora.config.get(key, "") for key in BASE_KEYS[:2])
         paths: dict[str, str] = {}
         tensors: dict[str, TypedTensor] = {}
@@ -68,6 +70,7 @@ class KohyaExporter(LayerExporter):
         metadata["ss_network_module"] = "lycoris.kohya" if decomposed else "networks.lora"
         metadata["ss_network_dim"] = _common({layer.rank for layer in layers})
         metadata["ss_network_alpha"] = _common(set(map(_alpha, layers)))
+        # The key of the header that names a base of any kind.
         if not names_base and "base_model_name_or_path" in lora.config:
             metadata["ss_sd_model_name"] = str(lora.config["base_model_name_or_path"])
         write_bytes(path, safetensors_bytes(tensors, metadata))

@@ -58,6 +58,7 @@ class MlxExporter(LayerExporter):
                 tensors[f"{module}.m"] = layer.magnitude
         base = {"model": lora.config.get("base_model_name_or_path"), "revision": lora.config.get("revision")}
         config: dict[str, Any] = {key: name for key, name in base.items() if name}
+        # -1 means all layers: modules that the file lacks remain at zero.
         config |= {"fine_tune_type": "dora" if decomposed else "lora", "num_layers": -1}
         config |= {"lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(keys)}}
         with new_folder(path) as draft:
@@ -94,6 +95,7 @@ def _scaled(lora: WritableLora, module: str, scale: float) -> TypedTensor:
     B, factor = layer.B, layer.scale / scale if scale else 0.0
     if layer.scale == scale:
         return B
+    # A power of two changes only exponents; ``exact`` is False if one leaves the range of the dtype.
     folded = TypedTensor(np.asarray(B.values, np.float64) * factor, B.dtype)
     if abs(math.frexp(factor)[0]) != 0.5 or factor * scale != layer.scale or not folded.exact:
         reason = f"{printable(module)} has scale {layer.scale:g}, and MLX has one scale for all modules, here {scale:g}"

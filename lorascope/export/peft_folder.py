@@ -108,7 +108,7 @@ def to_peft(
         require_all_recorded(run, state)
     exporter: RunExporter = find_exporter(run, state)
     updates, weights = exporter.updates(run, state), _other_weights(run, state)
-    if budget is not None:
+    if budget is not None:  # truncated updates are products B A, for any kind of run
         exporter = LoraExporter()
         updates = dict(truncate(exact_products(run, updates), select_components(run, budget, state, scores)))
     hosts = _hosts(run, updates)

@@ -27,7 +27,7 @@ class VeraExporter(RunExporter):
             "r": first.rank,
             "target_modules": target_modules(run, updates),
             "projection_prng_key": int(first.to_factors()["projection"][0]),
-            "save_projection": True,
+            "save_projection": True,  # the file has A and B, see ``shared_tensors``
             "vera_dropout": 0.0,
         }
 

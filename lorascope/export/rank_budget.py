@@ -191,7 +191,7 @@ def rank_pattern(
 
 
 def _count(budget: float, total: int) -> int:
-    if 0 < budget <= 1:
+    if 0 < budget <= 1:  # 1 means all components, so that a total rank of 1 needs a fraction
         return max(round(budget * total), 1)
     if 2 <= budget <= total and float(budget).is_integer():
         return int(budget)

@@ -138,6 +138,7 @@ def _require_one_naming(adapters: Sequence[Adapter]) -> None:
 
 def _sum(terms: Sequence[Term]) -> LowRank:
     """Return the weighted sum: B side by side, with the scales, and A below each other."""
+    # In float64, because adapters may have different dtypes; the file gets that of the first one if it is exact.
     B = np.hstack([weight * product.scale * np.asarray(product.B, np.float64) for weight, product in terms])
     return LowRank(B, np.vstack([np.asarray(term.product.A, np.float64) for term in terms]))
 

@@ -45,7 +45,7 @@ class Adapter(Result):
         config, stored = files.config, files.parts
         size = sum(update.size for update in stored.values()) + files.shared_size
         meta = Manifest(
-            id="",
+            id="",  # the property reads all files, so that it is computed on access
             label=label(files.path),
             method=config | {"name": files.kind.lower()},
             recipe={"source": str(files.path.resolve())},

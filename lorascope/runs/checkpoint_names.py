@@ -31,7 +31,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
     steps = {}
     for path in folder.iterdir():
         step = checkpoint_step(path)
-        # The weights of the folder itself are no checkpoint.
+        # Known names belong to the adapter of the folder itself.
         if step is not None and path.name not in WEIGHTS and (path.is_dir() or path.suffix == ".safetensors"):
             steps[path] = step
     return sorted(steps, key=lambda path: (steps[path], path.name))

@@ -190,6 +190,7 @@ def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
         raise NoUpdatesError(path, sentence(path, config, files, base))
     reader = find_reader(config, names)
     if reader is not None:
+        # A name in several files means that these are not shards of one adapter.
         if len(names) < sum(map(len, files)):
             paths = ", ".join(printable(file.path.name) for file in files[:3])
             raise unreadable(path, f"it has {len(files)} adapters, pass the path of one: {paths}")

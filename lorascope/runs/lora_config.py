@@ -39,6 +39,7 @@ def lora_keywords(ranks: Mapping[str, int], scales: Mapping[str, float], modules
     The other ``modules`` of the model do not become targets.
     """
     alphas = {name: alpha_of(scales[name], rank) for name, rank in ranks.items()}
+    # The most common values, so that the patterns have few entries.
     common_rank, common_alpha = mode(ranks.values()), mode(alphas.values())
     return {
         "r": common_rank,

@@ -165,7 +165,7 @@ class Manifest:
     source: str | None = None
 
     def __post_init__(self) -> None:
-        if self.facts is None:
+        if self.facts is None:  # of adapters, and of trainings with PEFT
             self.facts = assumed_facts(self.method)
 
     def table(self) -> pd.DataFrame:

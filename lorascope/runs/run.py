@@ -49,6 +49,7 @@ class Run(Result):
 
     def __init__(self, path: Path | None, meta: Manifest) -> None:
         super().__init__(path, meta)
+        # Headers and descriptions are parsed once, because updates are read module by module.
         self._snapshot_files: dict[int | None, TensorFile] = {}
         self._abouts: dict[Path, SnapshotAbout] = {}
 
@@ -110,7 +111,7 @@ class Run(Result):
         return [Run.read(self._folder / parent) for parent in self.meta.parents]
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
-        if step is None and not self.ranks(state):
+        if step is None and not self.ranks(state):  # nothing is adapted, so that the step may have no snapshot
             return {}
         file = self._snapshots(step, state)
         names = self._about(file).factors

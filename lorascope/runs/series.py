@@ -54,7 +54,7 @@ class Series(Result):
     has_history = True
 
     def __init__(self, checkpoints: Mapping[int, Adapter], skipped: Mapping[int, str] | None = None) -> None:
-        self.checkpoints = dict(sorted(checkpoints.items()))
+        self.checkpoints = dict(sorted(checkpoints.items()))  # by step, as ``last`` and the records require
         self.skipped = dict(skipped or {})
         *_, (step, self.last) = self.checkpoints.items()
         adapters = list(self.checkpoints.values())

@@ -118,6 +118,7 @@ class RunWriter:
         files = sorted(self._content_files())
         self.meta.checksums = {file.relative_to(self.path).as_posix(): checksum(file) for file in files}
         self.meta.quantities = {name: QUANTITIES[name] for name in used}
+        # Last, because it lists the checksums of all other files.
         write_json(self.path / "run.json", self.meta.to_json())
 
 

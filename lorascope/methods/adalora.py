@@ -96,7 +96,7 @@ class Triple(NamedTuple):
     Q: Tensor
 
     @classmethod
-    def by_module(cls, tensors: Tensors) -> list[Triple]:
+    def by_module(cls, tensors: Sequence[Tensor]) -> list[Triple]:
         """Return the triples of a flat list, the form that batched operations take."""
         return [cls(*tensors[start : start + 3]) for start in range(0, len(tensors), 3)]
 
@@ -358,6 +358,6 @@ def most_important(scores: Float[Tensor, "modules rank"], budget: int) -> Bool[T
     return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill_(0, order[:budget], True).view_as(scores)
 
 
-def _scales(tensors: Tensors) -> Float[Tensor, "modules rank"]:
+def _scales(tensors: Sequence[Tensor]) -> Float[Tensor, "modules rank"]:
     """Return the values of lambda in float64, from a list ordered P, lambda, Q per module."""
     return torch.stack([triple.scales for triple in Triple.by_module(tensors)])[..., 0].double()

@@ -167,15 +167,19 @@ class Adapprox(Method, name="adapprox"):
 
     def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> AdapproxOptimizer:
         """Return ``AdapproxOptimizer`` with groups ``adapter`` and ``head``, each split if it has ``dense`` modules."""
-        chosen = module_table.match(module_table.describe(model), self.dense, "dense") if self.dense else []
-        dense = {id(parameter) for name in chosen for parameter in model.get_submodule(name).parameters()}
+        dense: set[nn.Parameter] = set()
+        if self.dense:
+            for name in module_table.match(module_table.describe(model), self.dense, "dense"):
+                dense.update(model.get_submodule(name).parameters())
         groups = []
         for group in parameter_groups(model, lr, head_lr, weight_decay):
-            for kept, own in ((False, {}), (True, {"min_dim": None})):
-                if members := [p for p in group["params"] if (id(p) in dense) == kept]:
-                    groups.append(group | own | {"params": members})
-        theirs = {f.name for f in dataclasses.fields(Method)} | {"dense", "sketch_seed"}
-        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in theirs}
+            factored = [parameter for parameter in group["params"] if parameter not in dense]
+            unfactored = [parameter for parameter in group["params"] if parameter in dense]
+            groups.append(group | {"params": factored})
+            groups.append(group | {"params": unfactored, "min_dim": None})
+        groups = [group for group in groups if group["params"]]
+        not_options = {f.name for f in dataclasses.fields(Method)} | {"dense", "sketch_seed"}
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in not_options}
         return AdapproxOptimizer(groups, lr, weight_decay=weight_decay, seed=self.sketch_seed, **options)
 
     def records(self, step: Step) -> Iterable[Item]:
@@ -184,26 +188,31 @@ class Adapprox(Method, name="adapprox"):
             state = step.optimizer.state.get(parameter, {})
             if "Q" not in state or not ("chosen" in state or step.last):
                 continue
-            module, (Q, U) = name.removesuffix(".weight"), (state["Q"], state["U"])
-            fixed, most = self.rank_rule == "fixed", largest_rank(Q.shape[0], U.shape[0], self.max_rank)
+            Q, U = state["Q"], state["U"]
+            k_max = largest_rank(Q.shape[0], U.shape[0], self.max_rank)
             values = {
                 "factor_rank": Q.shape[1],
                 "factor_bytes": Q.nbytes + U.nbytes,
                 "direction_rms": float(state["rms"]),
                 "factor_norm": float(U.norm()),  # equals |Q U^T|: Q has orthonormal columns
-                "factor_share": 1.0 if fixed else Q.shape[1] / most,
+                "factor_share": 1.0 if self.rank_rule == "fixed" else Q.shape[1] / k_max,
             }
             if "cosine" in state:  # absent without a first moment
                 values["direction_cosine"] = float(state["cosine"])
             if "chosen" in state:
-                values |= {f"factor_{key}": state[key] for key in ("error", "trials", "seconds")}
-                values |= {"negative_share": state["negative"], "negative_mass": state["negative_mass"]}
-            yield from (Record(quantity, value, module) for quantity, value in values.items())
+                for key in ("error", "trials", "seconds"):
+                    values[f"factor_{key}"] = state[key]
+                values["negative_share"], values["negative_mass"] = state["negative"], state["negative_mass"]
+            for quantity, value in values.items():
+                yield Record(quantity, value, name.removesuffix(".weight"))
 
     def describe(self) -> dict[str, Any]:
         """Return the common facts, with a note on the second moments that are stored without factors."""
-        given = [self.dense] if isinstance(self.dense, str) else list(self.dense)
-        small = ["small matrices"] if self.min_dim is not None and self.min_dim > 1 else []
-        *others, last = ["all parameters"] if self.min_dim is None else ["vectors", *given, *small]
-        dense = " and ".join([", ".join(others), last] if others else [last])
+        if self.min_dim is None:
+            dense = "all parameters"
+        else:
+            kinds = ["vectors", *([self.dense] if isinstance(self.dense, str) else self.dense)]
+            if self.min_dim > 1:
+                kinds.append("small matrices")
+            dense = " and ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))
         return super().describe() | {"caption_notes": [f"keeps {dense} dense"]}

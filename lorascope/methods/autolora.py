@@ -323,8 +323,9 @@ def _mixed_difference(loss: Loss, center: Tensors, direction: Tensors, logits: T
 
 def _gradient(loss: Float[Tensor, ""], tensors: Tensors, create_graph: bool = False) -> dict[str, Tensor]:
     """Compute gradients by name; they are zero for tensors that the loss does not depend on."""
-    options = {"create_graph": create_graph, "allow_unused": True, "materialize_grads": True}
-    return dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()), **options), strict=True))
+    leaves = list(tensors.values())
+    gradients = torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True, materialize_grads=True)
+    return dict(zip(tensors, gradients, strict=True))
 
 
 def _norm(tensors: Tensors) -> float:

@@ -45,7 +45,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -54,7 +54,15 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float, Int
-from lorascope.methods.method import AdapterMethod, Step, reject_embedding, require, require_literals, wide_dtype
+from lorascope.methods.method import (
+    AdapterMethod,
+    Step,
+    default_if_none,
+    reject_embedding,
+    require,
+    require_literals,
+    wide_dtype,
+)
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates import fourier
 
@@ -113,23 +121,25 @@ class FourierFT(AdapterMethod, name="fourierft"):
         reject_embedding(self, name, host)
         weight = host_weight(host)
         d1, d2 = weight.shape
-        n = 4 * min(d1, d2) if self.coefficients is None else self.coefficients
+        n = default_if_none(self.coefficients, 4 * min(d1, d2))
         try:
-            drawn = fourier.entries((d1, d2), n, self.entry_seed, self.center, self.width)
+            E = torch.from_numpy(fourier.entries((d1, d2), n, self.entry_seed, self.center, self.width))
         except ValueError as error:
             raise ValueError(f"{name!r}: {error}") from None
-        places = torch.from_numpy(drawn)
-        dtype = wide_dtype(weight)
-        start = torch.randn(n, dtype=dtype) if self.init == "normal" else torch.zeros(n, dtype=dtype)
+        draw = torch.randn if self.init == "normal" else torch.zeros
+        c = draw(n, dtype=wide_dtype(weight))
         if self.basis == "fourier":
-            return FourierDelta(start, places, (d1, d2), self.alpha)
-        return BasisDelta(start, places, *fourier.bases((d1, d2), self.entry_seed, self.basis), self.alpha)
+            return FourierDelta(c, E, (d1, d2), self.alpha)
+        left, right = fourier.bases((d1, d2), self.entry_seed, self.basis)
+        return BasisDelta(c, E, left, right, self.alpha)
 
     def records(self, step: Step) -> Iterable[Item]:
         """Yield the radial energy of every Fourier update, every ten steps and at the end."""
         if step.finished % RECORD_EVERY and not step.last:
             return
-        for module, delta in self._deltas.items() if self.basis == "fourier" else ():  # others have no frequencies
+        if self.basis != "fourier":
+            return  # no frequencies
+        for module, delta in self._deltas.items():
             update = delta.update()
             edges = np.linspace(0, math.hypot(*(side // 2 for side in update.shape)), BINS + 1)
             energy = update.energy(edges)
@@ -139,6 +149,14 @@ class FourierFT(AdapterMethod, name="fourierft"):
     def describe(self) -> dict[str, Any]:
         """Return the common facts: updates start at random unless ``init`` is "zeros"."""
         return super().describe() | {"starts_at_zero": self.init == "zeros"}
+
+
+class Waves(NamedTuple):
+    """Cached waves of ``FourierDelta``, and what they depend on: version of the entries, dtype and device."""
+
+    entries: Tensor
+    key: tuple[int | None, torch.dtype, torch.device]
+    values: Tensor
 
 
 class FourierDelta(Delta):
@@ -153,7 +171,7 @@ class FourierDelta(Delta):
         self.shape, self.alpha = shape, float(alpha)
         self.coefficients = nn.Parameter(coefficients)
         self.register_buffer("entries", entries)
-        self._waves: tuple[Tensor, int, Tensor] | None = None
+        self._waves: Waves | None = None
 
     def weight(self) -> Float[Tensor, "out in"]:
         # Half precision has no transforms.
@@ -183,18 +201,14 @@ class FourierDelta(Delta):
         The version of the tensor shows a change, such as a restored state; comparing values would wait for a GPU. The
         norm is 1 because float16 rounds alpha c / (d1 d2) to zero for a wide weight.
         """
-        kept, entries = self._waves, self.entries
-        version = -1 if entries.is_inference() else entries._version  # inference tensors have no version
-        if (
-            kept is None
-            or version < 0
-            or (kept[0] is not entries or kept[1] != version)
-            or (kept[2].dtype, kept[2].device) != (x.dtype, x.device)
-        ):
+        waves, entries = self._waves, self.entries
+        version = None if entries.is_inference() else entries._version  # inference tensors have no version
+        key = (version, x.dtype, x.device)
+        if waves is None or version is None or waves.entries is not entries or waves.key != key:
             with torch.inference_mode(False):  # tensors created in inference mode cannot be used in training
                 sides = [wave / len(wave) ** 0.5 for wave in fourier_factors(entries, self.shape)]
-                kept = self._waves = entries, version, torch.cat(sides).to(x.dtype)
-        return kept[2]
+                waves = self._waves = Waves(entries, key, torch.cat(sides).to(x.dtype))
+        return waves.values
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the cached waves, which are large and are rebuilt on use."""
@@ -265,13 +279,9 @@ class _Transform(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return (
-            _Transform.apply(gradient, *ctx.saved_tensors, ctx.shape, ctx.alpha, not ctx.back),
-            None,
-            None,
-            None,
-            None,
-        )
+        # One result per argument of ``forward``; only the first is differentiable.
+        result = _Transform.apply(gradient, *ctx.saved_tensors, ctx.shape, ctx.alpha, not ctx.back)
+        return result, None, None, None, None
 
 
 def synthesis(

@@ -50,17 +50,17 @@ import torch
 from torch import nn
 
 from lorascope.array_types import Float
-from lorascope.methods.method import Method, Step, require_integer, require_literals
+from lorascope.methods.method import Method, Step, default_if_none, require_integer, require_literals
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
 
-_DRAWN = "probability that a draw includes this block"
+_PROBABILITY = "probability that a draw includes this block"
 register(
     "train LISA",
     "LISA, algorithm 1",
     active=Quantity("active", definition="1 for a block that trains until the next draw, else 0"),
     coverage=Quantity("blocks trained", pool="sum", definition="number of blocks that have trained so far"),
-    draw_probability=Quantity("draw probability", definition=_DRAWN, source="LISA, section 3.2"),
+    draw_probability=Quantity("draw probability", definition=_PROBABILITY, source="LISA, section 3.2"),
 )
 # AdamW's moments need about this many steps to settle after a reset.
 _SETTLES = 5
@@ -118,14 +118,15 @@ class LISA(Method, name="lisa"):
         blocks = len(self._blocks)
         if not blocks:
             raise ValueError("cannot use LISA on this model: it has no transformer blocks. Use Full")
-        weights = np.ones(blocks) if self.weights is None else np.array(self.weights, dtype=np.float64)
+        weights = np.array(default_if_none(self.weights, (1.0,) * blocks))
         if len(weights) != blocks:
             raise ValueError(f"weights must have {blocks} entries, one per block, got {len(weights)}")
-        if self.size > (drawable := np.count_nonzero(weights)):
+        drawable = np.count_nonzero(weights)
+        if self.size > drawable:
             meaning = "the number of blocks" if self.weights is None else "the number of weights > 0"
             raise ValueError(f"n_active must be <= {drawable}, {meaning}, got {self.size}")
         self._chances = weights / weights.sum()
-        seed = torch.initial_seed() if self.draw_seed is None else self.draw_seed
+        seed = default_if_none(self.draw_seed, torch.initial_seed())
         # Spawn a generator: the data order uses the same seed.
         self.generator_ = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
         self.active_: list[int] = []
@@ -134,11 +135,11 @@ class LISA(Method, name="lisa"):
     @property
     def size(self) -> int:
         """Number of blocks that train at a time, gamma."""
-        return min(2, len(self._blocks)) if self.n_active is None else self.n_active
+        return default_if_none(self.n_active, min(2, len(self._blocks)))
 
     def period(self, total: int) -> int:
         """Return K, the number of steps between two draws in a run of ``total`` steps."""
-        return min(20, math.ceil(total / 10)) if self.interval is None else self.interval
+        return default_if_none(self.interval, min(20, math.ceil(total / 10)))
 
     def before_step(self, step: Step) -> None:
         """If a draw is due, draw the blocks that train from now on and freeze the others."""
@@ -169,8 +170,8 @@ class LISA(Method, name="lisa"):
     def records(self, step: Step) -> Iterable[Item]:
         """Yield draw probabilities at the start, and the active blocks after the first step of an interval."""
         if step.finished == 0:
-            chances = zip(self._blocks, marginals(self._chances, self.size), strict=True)
-            yield from (Record("draw_probability", chance, block) for block, chance in chances)
+            for block, probability in zip(self._blocks, marginals(self._chances, self.size), strict=True):
+                yield Record("draw_probability", probability, block)
         elif step.index % self.period(step.total) == 0:
             yield Record("coverage", len(self.trained_))
             for number, block in enumerate(self._blocks):
@@ -181,8 +182,8 @@ def draw(generator: np.random.Generator, chances: Float[np.ndarray, "block"], si
     """Draw ``size`` distinct blocks, one after the other with these probabilities; return their sorted numbers."""
     # Equal weights draw the same blocks as no weights, for which NumPy uses another algorithm.
     uniform = bool((chances == chances[0]).all())
-    drawn = generator.choice(len(chances), size, replace=False, p=None if uniform else chances)
-    return sorted(map(int, drawn))
+    blocks = generator.choice(len(chances), size, replace=False, p=None if uniform else chances)
+    return sorted(blocks.tolist())
 
 
 def marginals(chances: Float[np.ndarray, "block"], size: int) -> Float[np.ndarray, "block"]:
@@ -194,11 +195,11 @@ def marginals(chances: Float[np.ndarray, "block"], size: int) -> Float[np.ndarra
     """
     if (chances == chances[0]).all():
         return np.full(len(chances), size / len(chances))
-    nodes, parts = np.polynomial.legendre.leggauss(200)
+    nodes, weights = np.polynomial.legendre.leggauss(200)
     # The substitution x = y^3 makes small powers of x smooth enough at zero for the quadrature.
     y = (nodes + 1) / 2
-    x, parts = y**3, parts / 2 * 3 * y**2
-    found = np.zeros(len(chances))
+    x, weights = y**3, weights / 2 * 3 * y**2
+    probabilities = np.zeros(len(chances))
     for block in np.flatnonzero(chances):
         before = np.zeros((size + 1, len(x)))
         before[0] = 1  # rows: number of others that have rung; the last row is not used
@@ -206,5 +207,5 @@ def marginals(chances: Float[np.ndarray, "block"], size: int) -> Float[np.ndarra
             rung = 1 - x ** (rate / chances[block])
             before[1:] = before[1:] * (1 - rung) + before[:-1] * rung
             before[0] *= 1 - rung
-        found[block] = (before[:size].sum(0) * parts).sum()
-    return found
+        probabilities[block] = (before[:size].sum(0) * weights).sum()
+    return probabilities

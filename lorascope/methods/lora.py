@@ -112,8 +112,8 @@ class LoRA(AdapterMethod, name="lora"):
             return super().select_targets(modules)
         matched = module_table.match(modules, tuple(self.rank))
         if not set(matched) <= self.rank.keys():  # a role or a pattern
-            others = ", ".join(repr(name) for name in self.rank if name not in matched)
-            raise ValueError(f"rank must map names of modules to ranks, got {others}")
+            unmatched = ", ".join(repr(name) for name in self.rank if name not in matched)
+            raise ValueError(f"rank must map names of modules to ranks, got {unmatched}")
         names = [name for name in matched if self.rank[name]]
         if not names:
             raise ValueError("rank must be >= 1 for at least one module, got 0 for all")
@@ -130,7 +130,8 @@ class LoRA(AdapterMethod, name="lora"):
     def factor_options(self, name: str) -> tuple[int, float, float]:
         """Return rank, scale and dropout of a module's factors."""
         rank = self.rank[name] if isinstance(self.rank, Mapping) else self.rank
-        return rank, self.alpha / (math.sqrt(rank) if self.rslora else rank), self.dropout
+        divisor = math.sqrt(rank) if self.rslora else rank
+        return rank, self.alpha / divisor, self.dropout
 
 
 class LoRADelta(Delta):
@@ -196,9 +197,8 @@ class LoRADelta(Delta):
         return self.A.shape[0]
 
     def update(self) -> Update:
-        return from_factors(
-            {name: to_array(factor) for name, factor in self.factors().items()}, self.scale, self.linear
-        )
+        arrays = {name: to_array(factor) for name, factor in self.factors().items()}
+        return from_factors(arrays, self.scale, self.linear)
 
     def extra_repr(self) -> str:
         return f"rank={self.A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"

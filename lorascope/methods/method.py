@@ -6,7 +6,6 @@ import hashlib
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from functools import cache
 from numbers import Real
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
@@ -436,7 +435,6 @@ def require_choice(settings: object, name: str, choices: Iterable[str]) -> None:
     require(settings, name, f"one of {', '.join(map(repr, choices))}", getattr(settings, name) in choices)
 
 
-@cache
 def literal_fields(settings: type) -> dict[str, tuple[Any, ...]]:
     """Return the values of every field of a class that is annotated with ``Literal``."""
     hints = get_type_hints(settings).items()

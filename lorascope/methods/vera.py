@@ -131,7 +131,7 @@ class VeRADelta(Delta):
         return len(self.lambda_d)
 
     def update(self) -> RandomProjection:
-        return RandomProjection.from_factors({name: to_array(part) for name, part in self.factors().items()})
+        return RandomProjection.from_factors({name: to_array(factor) for name, factor in self.factors().items()})
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, dropout={self.dropout:g}"

@@ -90,11 +90,12 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         for state in self.state.values():
             state.pop("chosen", None)
         for group in self.param_groups:
-            live = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if dense := [parameter for parameter in live if not is_factored(parameter, group["min_dim"])]:
-                self._update_batch(dense, group)
+            with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
+            unfactored = [parameter for parameter in with_gradient if not is_factored(parameter, group["min_dim"])]
+            if unfactored:
+                self._update_batch(unfactored, group)
             # One factored matrix after the other, so that only one full V exists at a time.
-            for parameter in live:
+            for parameter in with_gradient:
                 if is_factored(parameter, group["min_dim"]):
                     self._update_batch([parameter], group)
         return loss
@@ -105,10 +106,12 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         states = [self._moment_state(parameter, group) for parameter in parameters]
         G = [_matrix(_promote_to_float32(parameter.grad)) for parameter in parameters if parameter.grad is not None]
         factored = "exp_avg_sq" not in states[0]
-        if factored:
-            V = [_product(states[0]) if "Q" in states[0] else torch.zeros_like(G[0])]
-        else:
+        if not factored:
             V = [state["exp_avg_sq"] for state in states]
+        elif "Q" in states[0]:
+            V = [_product(states[0])]
+        else:
+            V = [torch.zeros_like(G[0])]
         torch._foreach_mul_(V, beta2)
         torch._foreach_addcmul_(V, G, G, 1 - beta2)
         roots = V
@@ -139,7 +142,9 @@ class AdapproxOptimizer(torch.optim.Optimizer):
                 S = [m / (1 - state["cosine"]).clamp(min=floor) for m, state in zip(M, states, strict=True)]
         for parameter, s in zip(parameters, S, strict=True):
             change = s.reshape(parameter.shape)
-            parameter.sub_(lr * (change.add(_promote_to_float32(parameter), alpha=decay) if decay else change))
+            if decay:
+                change = change.add(_promote_to_float32(parameter), alpha=decay)
+            parameter.sub_(lr * change)
 
     def _moment_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """Return the state of a parameter, which is created at its first step."""
@@ -185,8 +190,9 @@ class AdapproxOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state, in which the generator is a tensor."""
         stored = super().state_dict()
-        first, *others = stored["param_groups"]
-        return stored | {"param_groups": [first | {"generator": first["generator"].get_state()}, *others]}
+        groups = list(stored["param_groups"])
+        groups[0] = groups[0] | {"generator": groups[0]["generator"].get_state()}
+        return stored | {"param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state; factors and averages keep their own dtype, regardless of the dtype of the weights.
@@ -201,22 +207,21 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         if "generator" not in state_dict["param_groups"][0]:
             raise ValueError("cannot load this state: it has no sketch generator, so AdapproxOptimizer did not save it")
         generator = torch.Generator(self.param_groups[0]["params"][0].device)
-        drawn = state_dict["param_groups"][0]["generator"].cpu()
+        generator_state = state_dict["param_groups"][0]["generator"].cpu()
         # The length of the state shows whether the CPU or an accelerator drew the sketches.
-        if len(drawn) != len(generator.get_state()):
+        if len(generator_state) != len(generator.get_state()):
             generator = torch.Generator()
-        if len(drawn) != len(generator.get_state()):
+        if len(generator_state) != len(generator.get_state()):
             raise ValueError("cannot load this state on the CPU: its sketches are drawn on an accelerator. Use one")
         super().load_state_dict(state_dict)
-        generator.set_state(drawn)
+        generator.set_state(generator_state)
         self.param_groups[0]["generator"] = generator
         # The base class casts states to the dtype of the weights: replace them by uncast copies.
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                own = value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
-                self.state[parameter][key] = own
+        for stored_group, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for number, parameter in zip(stored_group["params"], group["params"], strict=True):
+                for key, value in state_dict["state"].get(number, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[parameter][key] = value.to(parameter.device, copy=True)
 
 
 def cosine(M: Float[Tensor, "..."], D: Float[Tensor, "..."]) -> Float[Tensor, ""]:

@@ -166,10 +166,10 @@ def colnorm(A: Float[Tensor, "m n"], factor: Factor, cap: int, tolerance: float)
     """Select the smallest sufficient rank from one factorization: ``xi_k^2 = 1 - sum_{j<=k} |u_j|^2 / |A|^2``."""
     Q, U = factor(cap)
     # In float32 the difference to 1 would lose its digits.
-    kept = U.double().square().sum(0).cumsum(0)
-    left = 1 - kept / A.double().square().sum()
-    small = (left <= tolerance**2).nonzero()
-    rank = int(small[0]) + 1 if len(small) else cap
+    energy = U.double().square().sum(0).cumsum(0)
+    squared_errors = 1 - energy / A.double().square().sum()
+    sufficient = (squared_errors <= tolerance**2).nonzero()
+    rank = int(sufficient[0]) + 1 if len(sufficient) else cap
     Q, U = first_columns(Q, rank), first_columns(U, rank)
     return Factorization(Q, U, relative_error(A, Q, U), 1)
 

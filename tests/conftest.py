@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from comparisons import are_tolerant, compares_values
 from forks import Forks
 from hypothesis import settings
 from killing import SETTINGS
+from planted import plant
 from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -127,6 +129,12 @@ def task() -> tasks.Task:
 def fresh_bert(bert, task):
     """A freshly loaded tiny BERT classifier."""
     return load(bert, task=task)
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """Return ``plant`` for the folder of the test."""
+    return partial(plant, tmp_path)
 
 
 @pytest.fixture(scope="session")

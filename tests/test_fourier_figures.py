@@ -33,12 +33,6 @@ PLACES = {
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Any:
-    """Return ``plant`` for the folder of the test."""
-    return partial(plant, tmp_path)
-
-
-@pytest.fixture
 def fourier(tmp_path: Path) -> Any:
     """Return ``plant_fourier`` for the folder of the test."""
     return partial(plant_fourier, tmp_path)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny import tiny
 from tolerance import TEXT, TINY, near, rounding
+from trainers import without_dropout
 
 import lorascope as ls
 from lorascope import observe
@@ -29,13 +30,6 @@ FAST = {"steps": 6, "batch_size": 8, "progress": False, "device": "cpu"}
 
 def parameters(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def without_dropout(model):
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 def test_full_training_equals_a_plain_torch_loop(fresh_bert, task, tmp_path):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from planted import MODULES, lookup, low_rank, plant, profile
+from planted import MODULES, lookup, low_rank, profile
 from scipy import stats
 from tolerance import TINY, near
 
@@ -16,12 +15,6 @@ import lorascope as ls
 from lorascope import plots
 from lorascope.runs.run import Run
 from lorascope.schema.records import QUANTITIES
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Any:
-    """Return ``plant`` for the folder of the test."""
-    return partial(plant, tmp_path)
 
 
 def kinds(chart: Any) -> list[str]:

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpydoc.docscrape import NumpyDocString
-from planted import lookup, low_rank, plant, profile
+from planted import lookup, low_rank, profile
 from safetensors.numpy import save_file
 
 import lorascope as ls
@@ -27,12 +26,6 @@ from lorascope.schema import plugins, records
 from lorascope.schema.records import Quantity
 
 FIGURES = [name for name, entry in plots.FIGURES.items() if entry.draw.__module__.startswith("lorascope.")]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Any:
-    """Return ``plant`` for the folder of the test."""
-    return partial(plant, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from planted import COMMON, MODULES, lookup, manifest, plant
+from planted import COMMON, MODULES, lookup, manifest
 
 import lorascope as ls
 from lorascope import plots
@@ -22,12 +20,6 @@ from lorascope.schema.records import QUANTITIES, Record, Snapshot
 
 DOMAINS = ["film", "music"]
 UPPER = np.array([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Any:
-    """Return ``plant`` for the folder of the test."""
-    return partial(plant, tmp_path)
 
 
 def routed(folder: Path, id: str, shift: float = 0.0, seed: int = 0, label: str = "Hydra") -> Run:

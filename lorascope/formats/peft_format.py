@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -58,7 +58,7 @@ class PeftModule:
     tensors, shared : mapping name -> StoredTensor
         Tensors of the module, and those of all modules.
     sizes : mapping name -> int
-        Settings, sizes that the shapes name, and with a base ``out`` and ``in``.
+        Sizes that the shapes name, such as settings, and with a base ``out`` and ``in``.
     shape : (int, int)
         Shape of the base weight, (out, in); (0, 0) without a base.
     transposed : bool
@@ -154,11 +154,8 @@ class PeftFormat(msgspec.Struct, frozen=True):
         """Factor of the update, for display; ``update`` applies it."""
         return 1.0
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> Mapping[str, str]:
-        """Return the tensors that a module must have, with their shapes.
-
-        It has tensors with these ``names``; ``shape`` is the shape of its base weight, (0, 0) without a base.
-        """
+    def required(self, module: PeftModule) -> Mapping[str, str]:
+        """Return the tensors that a module must have, with their shapes."""
         return self.tensors
 
     def check(self, module: PeftModule) -> None:
@@ -172,9 +169,9 @@ class PeftFormat(msgspec.Struct, frozen=True):
         """Return whether only PEFT computes the updates of these files."""
         return False
 
-    def sizes(self, shapes: Collection[tuple[int, int]]) -> dict[str, int]:
-        """Return the sizes that follow from the settings and the shapes of all base weights."""
-        return {name: value for name, value in msgspec.structs.asdict(self).items() if type(value) is int}
+    def common_sizes(self, shapes: Collection[tuple[int, int]]) -> dict[str, int]:
+        """Return the sizes that follow from the shapes of all base weights."""
+        return {}
 
     def shared_tensors(self) -> Mapping[str, str]:
         """Return the tensors that are stored once for all modules, with their shapes."""
@@ -224,24 +221,17 @@ class PeftFormat(msgspec.Struct, frozen=True):
         elif self.needs == "shapes":
             weights = base_with_shapes(path, config, base, self.kind)
         module_tensors, other_names = peft_factors(path, files, self.tensors)
+        transposed = {name: self._is_transposed(tensors) for name, tensors in module_tensors.items()}
         if weights is not None:
-            shapes = {
-                name: weights.shape(name, self._is_transposed(tensors)) for name, tensors in module_tensors.items()
-            }
+            shapes = {name: weights.shape(name, transposed[name]) for name in module_tensors}
         shared = {name: shared_factor(path, files, name) for name in self.shared_tensors()}
-        common = check_shapes(path, "all modules", shared, self.shared_tensors(), **self.sizes(shapes.values()))
+        known_sizes = self._int_settings() | self.common_sizes(shapes.values())
+        sizes = check_shapes(path, "all modules", shared, self.shared_tensors(), **known_sizes)
         settings_of, updates = self.of_module(path / CONFIG), {}
         for name, tensors in module_tensors.items():
-            settings, base_shape = settings_of(name), shapes.get(name, (0, 0))
-            # The settings of the module replace those of the adapter.
-            known_sizes = common | settings.sizes(shapes.values())
-            sizes = check_shapes(path, name, tensors, settings.required(tensors, base_shape), **known_sizes)
-            if weights is not None:
-                sizes = {"out": base_shape[0], "in": base_shape[1]} | sizes
-                check_fit(path, name, settings.shape(sizes), base_shape)
-            module = PeftModule(path, name, tensors, shared, sizes, base_shape, self._is_transposed(tensors), weights)
-            settings.check(module)
-            updates[name] = settings.stored_update(module)
+            shape = shapes.get(name, (0, 0))
+            module = PeftModule(path, name, tensors, shared, sizes, shape, transposed[name], weights)
+            updates[name] = settings_of(name)._read_module(module)
         trained = sum(math.prod(stored_shape(shared[name])) for name in shared.keys() - set(self.frozen))
         return AdapterFiles(
             path,
@@ -255,6 +245,20 @@ class PeftFormat(msgspec.Struct, frozen=True):
             notes=self.notes(),
             shared_size=trained,
         )
+
+    def _read_module(self, module: PeftModule) -> StoredFactors:
+        """Check a module with the settings that it has, and return its stored update."""
+        known_sizes = {**module.sizes, **self._int_settings()}
+        sizes = check_shapes(module.path, module.name, module.tensors, self.required(module), **known_sizes)
+        if module.base is not None:
+            sizes = {"out": module.shape[0], "in": module.shape[1]} | sizes
+            check_fit(module.path, module.name, self.shape(sizes), module.shape)
+        module = replace(module, sizes=sizes)
+        self.check(module)
+        return self.stored_update(module)
+
+    def _int_settings(self) -> dict[str, int]:
+        return {name: value for name, value in msgspec.structs.asdict(self).items() if type(value) is int}
 
     def _is_transposed(self, names: Collection[str]) -> bool:
         """Return whether the base stores the weight of a module with these tensors as (in, out)."""

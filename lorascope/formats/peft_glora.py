@@ -9,13 +9,12 @@ Source: Chavan et al. (arXiv 2306.07967), equation 10, as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
 
 from lorascope.files.typed_json import Positive
-from lorascope.formats.peft_format import Arrays, PeftFormat
+from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule
 from lorascope.updates import Dense
 
 
@@ -27,8 +26,8 @@ class GLoRA(PeftFormat, frozen=True):
     r: Positive = 4
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
-        outer, inner = shape
+    def required(self, module: PeftModule) -> dict[str, str]:
+        outer, inner = module.shape
         shapes: dict[str, dict[str, str]] = {
             "lora": {"Xd": f"{outer} r", "Xu": f"r {inner}"},
             "vector": {"X": f"{outer} 1"},

@@ -10,8 +10,6 @@ Source: Jung et al. (arXiv 2505.20355), equation 6, as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 
 from lorascope.files.printable import printable
@@ -42,7 +40,7 @@ class GraLoRA(PeftFormat, frozen=True):
     def scale(self) -> float:
         return self.alpha / (self.r + self.hybrid_r)
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
+    def required(self, module: PeftModule) -> dict[str, str]:
         return self.tensors if self.hybrid_r else _GRID
 
     def shape(self, sizes: Sizes) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from collections.abc import Collection
 import numpy as np
 
 from lorascope.files.typed_json import Positive
-from lorascope.formats.peft_format import Arrays, PeftFormat
+from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule
 from lorascope.updates import Dense
 
 
@@ -26,8 +26,8 @@ class HiRA(PeftFormat, frozen=True):
     rank_pattern: dict[str, Positive] | None = None
     fan_in_fan_out: bool | None = None
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
-        prefix = _prefix(names)
+    def required(self, module: PeftModule) -> dict[str, str]:
+        prefix = _prefix(module.tensors)
         return {f"{prefix}{side}": self.tensors[f"{prefix}{side}"] for side in "AB"}
 
     def update(self, arrays: Arrays, W0: np.ndarray) -> Dense:

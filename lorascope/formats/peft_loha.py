@@ -38,8 +38,8 @@ class LoHa(PeftFormat, frozen=True):
     def scale(self) -> float:
         return self.alpha / self.r
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
-        return hadamard_shapes(names)
+    def required(self, module: PeftModule) -> dict[str, str]:
+        return hadamard_shapes(module.tensors)
 
     def stored_update(self, module: PeftModule) -> StoredFactors:
         return hadamard_part(module.tensors, module.sizes, self.scale)

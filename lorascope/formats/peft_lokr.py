@@ -39,8 +39,8 @@ class LoKr(PeftFormat, frozen=True):
     def scale(self) -> float:
         return self.alpha / self.r
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
-        return kronecker_shapes(names)
+    def required(self, module: PeftModule) -> dict[str, str]:
+        return kronecker_shapes(module.tensors)
 
     def stored_update(self, module: PeftModule) -> StoredFactors:
         update, w2 = kronecker_part(module.tensors, module.sizes, self.scale), module.tensors.get("lokr_w2")

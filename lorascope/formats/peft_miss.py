@@ -10,8 +10,6 @@ Source: Kang and Yin (arXiv 2409.15371), as in PEFT; Bone and its two forms as i
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 
 from lorascope.files.typed_json import Positive
@@ -28,7 +26,7 @@ class MiSS(PeftFormat, frozen=True):
     mini_r: Positive = 1
     init_weights: bool | str = True
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
+    def required(self, module: PeftModule) -> dict[str, str]:
         shapes: dict[bool | str, str] = {"bat": "rows r r", "mini": "r mini_r"}
         return dict.fromkeys(self.tensors, shapes.get(self.init_weights, "r out"))
 

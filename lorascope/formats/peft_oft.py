@@ -12,7 +12,6 @@ Source: Qiu et al. (arXiv 2306.07280), equations 1 and 2, as in PEFT.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import Annotated, Any
 
 import msgspec
@@ -39,12 +38,12 @@ class OFT(PeftFormat, frozen=True):
     num_cayley_neumann_terms: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 5
     peft_version: Any = None
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
-        name = _EMBEDDING if _EMBEDDING in names else "oft_R"
+    def required(self, module: PeftModule) -> dict[str, str]:
+        name = _EMBEDDING if _EMBEDDING in module.tensors else "oft_R"
         return {name: self.tensors[name]}
 
     def check(self, module: PeftModule) -> None:
-        (name,) = self.required(module.tensors, module.shape)
+        (name,) = self.required(module)
         rotated = module.shape[0 if name == _EMBEDDING else 1]
         stored, size = (module.sizes["blocks"], module.sizes["n"]), _block_size(module.sizes["n"])
         blocks = 1 if self.block_share else rotated // size

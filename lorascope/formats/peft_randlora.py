@@ -53,16 +53,16 @@ class RandLoRA(PeftFormat, frozen=True):
     def scale(self) -> float:
         return self.randlora_alpha / self.r
 
-    def sizes(self, shapes: Collection[tuple[int, int]]) -> dict[str, int]:
+    def common_sizes(self, shapes: Collection[tuple[int, int]]) -> dict[str, int]:
         smallest, largest = sorted(map(max, zip(*shapes, strict=True)))
-        return super().sizes(shapes) | {"smallest": smallest, "largest": largest, "bases": -(-smallest // self.r)}
+        return {"smallest": smallest, "largest": largest, "bases": -(-smallest // self.r)}
 
     def shared_tensors(self) -> Mapping[str, str]:
         return self.shared if self.save_projection else {}
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
-        n = -(-min(shape) // self.r)
-        return {"randlora_lambda": f"r {n}", "randlora_gamma": f"{n} {min(shape)}"}
+    def required(self, module: PeftModule) -> dict[str, str]:
+        n = -(-min(module.shape) // self.r)
+        return {"randlora_lambda": f"r {n}", "randlora_gamma": f"{n} {min(module.shape)}"}
 
     def check(self, module: PeftModule) -> None:
         largest, smallest = module.sizes["largest"], module.sizes["smallest"]

@@ -10,7 +10,6 @@ Source: Liao and Monz (arXiv 2409.00119), equation 4, as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
@@ -30,8 +29,8 @@ class RoAd(PeftFormat, frozen=True):
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
     group_size: Positive = 64
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
-        counts = {"road_1": shape[0] // 2, "road_2": shape[0], "road_4": 2 * shape[0]}
+    def required(self, module: PeftModule) -> dict[str, str]:
+        counts = {"road_1": module.shape[0] // 2, "road_2": module.shape[0], "road_4": 2 * module.shape[0]}
         return dict.fromkeys(self.tensors, str(counts[self.variant]))
 
     def check(self, module: PeftModule) -> None:

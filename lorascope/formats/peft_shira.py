@@ -9,7 +9,7 @@ Source: Bhardwaj et al. (arXiv 2406.13175), as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -28,8 +28,8 @@ class SHiRA(PeftFormat, frozen=True):
     tensors = {"shira_weight": "n", "shira_indices": "2 n"}
     random_seed: int | None = None
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> Mapping[str, str]:
-        is_drawn = "shira_indices" not in names and self.random_seed is not None
+    def required(self, module: PeftModule) -> Mapping[str, str]:
+        is_drawn = "shira_indices" not in module.tensors and self.random_seed is not None
         return {"shira_weight": "n"} if is_drawn else self.tensors
 
     def check(self, module: PeftModule) -> None:

@@ -9,8 +9,6 @@ Source: as in PEFT (arXiv 2607.09287).
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 
 from lorascope.files.typed_json import Finite, Positive
@@ -29,10 +27,10 @@ class SuperTuning(PeftFormat, frozen=True):
     r: Positive | None = None
     lora_alpha: Finite | None = None
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
-        if not self.r and _A not in names:
+    def required(self, module: PeftModule) -> dict[str, str]:
+        if not self.r and _A not in module.tensors:
             return _ENTRIES
-        return _ENTRIES | {_A: f"r {shape[1]}", _B: f"{shape[0]} r"}
+        return _ENTRIES | {_A: f"r {module.shape[1]}", _B: f"{module.shape[0]} r"}
 
     def check(self, module: PeftModule) -> None:
         outer, inner = module.shape

@@ -11,8 +11,6 @@ Source: Li et al. (arXiv 2405.15179), equations 1 to 3, as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import numpy as np
 
 from lorascope.files.typed_json import Positive
@@ -34,7 +32,7 @@ class VBLoRA(PeftFormat, frozen=True):
     save_only_topk_weights: bool = False
     fan_in_fan_out: bool | None = None
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
+    def required(self, module: PeftModule) -> dict[str, str]:
         shapes: dict[str, str] = {}
         for name, sides in _LOGITS.items():
             if self.save_only_topk_weights:  # the last weight follows from the others

@@ -10,7 +10,7 @@ Source: Bilican et al. (arXiv 2505.12532), as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class WaveFT(PeftFormat, frozen=True):
     def requires_peft(self, files: Iterable[TensorFile]) -> bool:
         return self.use_idwt and self.wavelet_family != "db1"
 
-    def required(self, names: Collection[str], shape: tuple[int, int]) -> dict[str, str]:
+    def required(self, module: PeftModule) -> dict[str, str]:
         # With proportional_parameters, PEFT divides the number among the modules by their sizes.
         return {"waveft_spectrum": "n"} if self.proportional_parameters else self.tensors
 

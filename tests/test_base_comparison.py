@@ -15,9 +15,10 @@ from tiny import tiny
 
 from lorascope.analysis.intruders import decompose_weights, find_intruders
 from lorascope.cli.main import main
-from lorascope.diagnosis import change_from_base, terminal
+from lorascope.diagnosis import change_from_base
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.safetensors_io import write_json, write_tensors
+from lorascope.files.text_layout import WIDTH
 from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.formats.stored_update import PREFIX
 from lorascope.runs.loading import load
@@ -101,7 +102,7 @@ def test_command_with_base_shows_the_comparison(pair: tuple[Path, Path], capsys:
     for more in ([], ["--all"]):
         assert main(["inspect", adapter, "--base", base, *more]) == 0
         shown = capsys.readouterr().out.splitlines()
-        assert max(map(len, shown)) <= terminal.WIDTH
+        assert max(map(len, shown)) <= WIDTH
         assert any("intruder dimensions" in line for line in shown)
     twin = shutil.copytree(adapter, pair[0].parent / "twin")
     assert main(["inspect", adapter, str(twin), "--base", base]) == 0

@@ -607,7 +607,7 @@ def test_command_escapes_text_of_a_valid_folder(place: Callable[[str], Path]) ->
 # Runs each command line in a separate fork, because starting Python takes longer than the commands.
 FORKING = """
 import json, os, resource, signal, sys, traceback
-from lorascope.runs import loading as checkpoints; from lorascope.diagnosis import doctor, terminal as screen
+from lorascope.runs import loading as checkpoints; from lorascope.diagnosis import doctor, inspection_screen
 from lorascope.cli.main import main
 codes = []
 for words, errors in json.load(sys.stdin):

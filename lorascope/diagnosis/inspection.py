@@ -100,19 +100,17 @@ class Inspection(InspectionReport):
         """
         rows = []
         for (stack, role), modules in group_by_role(self.module_rows()):
-            ranks = [module["rank"] for module in modules if module["rank"] is not None]
-            energies = _without_nan(module["energy"] for module in modules)
+            energies = _without_nan(column(modules, "energy"))
             rows.append(
                 {
                     "stack": stack,
                     "role": role,
                     "modules": len(modules),
-                    "update_norm": pool_norms(module["update_norm"] for module in modules),
-                    "relative_update": mean_without_nan(module["relative_update"] for module in modules),
+                    "update_norm": pool_norms(column(modules, "update_norm")),
+                    "relative_update": mean_without_nan(column(modules, "relative_update")),
                     "energy": sum(energies) if energies else math.nan,
-                    "least_rank": min(ranks, default=None),
-                    "most_rank": max(ranks, default=None),
-                    "effective_rank": mean_without_nan(module["effective_rank"] for module in modules),
+                    **rank_range(column(modules, "rank")),
+                    "effective_rank": mean_without_nan(column(modules, "effective_rank")),
                 }
             )
         return rows
@@ -149,10 +147,21 @@ def group_by_role(modules: Iterable[Row]) -> list[tuple[tuple[str, str], list[Ro
     def axis_position(group: tuple[tuple[str, str], list[Row]]) -> tuple[int, ...]:
         """Return the position of a role on an axis; all of its layers count as the first one."""
         (stack, role), rows = group
-        is_outside = all(row["layer"] is None for row in rows)
+        is_outside = set(column(rows, "layer")) == {None}
         return position(stack, None if is_outside else 0, role)
 
     return sorted(groups.items(), key=axis_position)
+
+
+def column(rows: Iterable[Row], name: str) -> list[Any]:
+    """Return one value of each row."""
+    return [row[name] for row in rows]
+
+
+def rank_range(ranks: Iterable[int | None]) -> Row:
+    """Return the smallest and the largest rank, ignoring None; None if all are None."""
+    numbers = [rank for rank in ranks if rank is not None]
+    return {"least_rank": min(numbers, default=None), "most_rank": max(numbers, default=None)}
 
 
 def _without_nan(values: Iterable[float]) -> list[float]:
@@ -166,13 +175,16 @@ def mean_without_nan(values: Iterable[float]) -> float:
 
 
 def _run_facts(run: Result, count: int) -> Facts:
-    meta = run.meta
-    seed = "" if meta.seed is None else f", seed {meta.seed}"
-    status = "" if run.finished else f", {meta.status}"
-    task = "" if meta.task is None else f" on {meta.task}"
+    meta, kind, model = run.meta, run.label, run.meta.model
+    if meta.seed is not None:
+        kind += f", seed {meta.seed}"
+    if not run.finished:
+        kind += f", {meta.status}"
+    if meta.task is not None:
+        model += f" on {meta.task}"
     facts = (
-        (label(run.path) if run.path else run.id, f"{run.label}{seed}{status}"),
-        ("model", f"{meta.model}{task}"),
+        (label(run.path) if run.path else run.id, kind),
+        ("model", model),
         ("size", f"{count_phrase(count, 'module')}, {meta.parameters.trained:,} trained parameters"),
     )
     if not meta.test:
@@ -183,11 +195,12 @@ def _run_facts(run: Result, count: int) -> Facts:
 
 def _adapter_facts(run: Adapter) -> Facts:
     updates, config = run.files.parts.values(), run.files.config
-    scales = _range([update.scale for update in updates])
+    scale = f"scale {_range([update.scale for update in updates])}"
     if run.files.kind == "FourierFT":
-        size = f"{_range([update.size for update in updates])} coefficients, scale {scales}"
+        size = f"{_range([update.size for update in updates])} coefficients, {scale}"
     else:
-        scale = f"scale {scales}{_stated_alpha(config)}" if config else "alpha not saved"
+        # Without a configuration, the scale is a guess.
+        scale = scale + _stated_alpha(config) if config else "alpha not saved"
         size = f"rank {_range([update.rank for update in updates])}, {scale}"
     base = "not read" if run.base is None else f"read from {run.base.folder}"
     stored = describe_files([update.dtype for update in updates], run.files.files)
@@ -212,13 +225,13 @@ def _stated_alpha(config: Mapping[str, Any]) -> str:
     alpha = next((alpha for alpha in alphas if isinstance(alpha, int | float)), None)
     if alpha is None:
         return ""
-    rank_stabilized = ", rank-stabilized" if config.get("use_rslora") else ""
-    return f" (alpha {alpha:g}{rank_stabilized})"
+    return f" (alpha {alpha:g}, rank-stabilized)" if config.get("use_rslora") else f" (alpha {alpha:g})"
 
 
 def describe_files(dtypes: Iterable[str], files: Sequence[Any]) -> str:
     """Return the dtypes of tensors, and the number of their files."""
-    return f"{' and '.join(sorted({DTYPES[dtype] for dtype in dtypes}))}, {count_phrase(len(files), 'file')}"
+    names = sorted(DTYPES[dtype] for dtype in set(dtypes))
+    return f"{' and '.join(names)}, {count_phrase(len(files), 'file')}"
 
 
 def _range(values: Sequence[float]) -> str:

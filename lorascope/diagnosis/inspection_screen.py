@@ -6,7 +6,6 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from lorascope.diagnosis.case import largest_rows
 from lorascope.diagnosis.causes.finding import Finding
-from lorascope.diagnosis.inspection import Facts, Inspection, InspectionReport, pool_norms
+from lorascope.diagnosis.inspection import Facts, Inspection, InspectionReport, column, pool_norms
 from lorascope.diagnosis.null import below_null, outliers
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
@@ -56,10 +55,12 @@ def report_screen(
     commands: Sequence[str] = (),
 ) -> str:
     """Format header, body, blocks, findings, and the first command that fits in a line, else the last."""
-    shown_findings = Block("findings", [finding_paragraph(finding) for finding in findings])
-    fitting = [command for command in commands if len(command) <= TEXT_WIDTH] or commands[-1:]
-    next_command = Block("next", [Text(command, "cyan") for command in fitting[:1]])
-    return render_text(target, block_grid(header), "", *body, "", block_grid([*blocks, shown_findings, next_command]))
+    end = [*blocks, Block("findings", list(map(finding_paragraph, findings)))]
+    if commands:
+        # A command that is wrapped cannot be copied.
+        command = next((command for command in commands if len(command) <= TEXT_WIDTH), commands[-1])
+        end.append(Block("next", [Text(command, "cyan")]))
+    return render_text(target, block_grid(header), "", *body, "", block_grid(end))
 
 
 def header_blocks(facts: Facts) -> list[Block]:
@@ -103,15 +104,16 @@ def layer_strip(
     # A file or a pipe may be read by programs that expect ASCII.
     scale = BLOCKS if target.is_terminal and not target.options.ascii_only else DIGITS
     modules = [module for module in report.module_rows() if module["layer"] is not None]
-    depth = max((module["layer"] + 1 for module in modules), default=0)
+    depth = 1 + max(column(modules, "layer"), default=-1)
+    # A deep model has several layers per column, and up to ten layers have three columns each.
     step = max(1, math.ceil(depth / _STRIP_WIDTH))
-    repeat = max(1, min(3, _STRIP_WIDTH // depth)) if depth else 1
+    repeat = max(1, _STRIP_WIDTH // max(depth, 10))
     cells: dict[tuple[str, str, int], Modules] = {}
     for module in modules:
         cells.setdefault((module["stack"], module["role"], module["layer"] // step), []).append(module)
     values = {key: strip.pool(cell) for key, cell in cells.items()}
-    top = max((value for value in values.values() if math.isfinite(value)), default=0.0)
-    has_stacks = len({module["stack"] for module in modules}) > 1
+    top = max(filter(math.isfinite, values.values()), default=0.0)
+    has_stacks = len(set(column(modules, "stack"))) > 1
     rows = []
     for row in report.role_rows():
         stack, role = row["stack"], row["role"]
@@ -144,8 +146,9 @@ def _layer_axis(depth: int, step: int, repeat: int) -> str:
     """Return the layer numbers above their columns, with the last one if there is room."""
     bins = math.ceil(depth / step)
     line = ""
-    for column in range(0, bins, {1: 8, 2: 2, 3: 1}[repeat]):
-        line = line.ljust(column * repeat) + str(column * step)
+    # A layer number needs up to three columns and a gap.
+    for index in range(0, bins, {1: 8, 2: 2, 3: 1}[repeat]):
+        line = line.ljust(index * repeat) + str(index * step)
     last = str(depth - 1)
     start = min((bins - 1) * repeat, _STRIP_WIDTH - len(last))
     return line.ljust(start) + last if start > len(line) else line
@@ -161,22 +164,24 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
     strip = Strip("|dW| by layer", _pool_layers, "{} per layer", pooled=" (RMS)")
     lines = []
     for module in largest_rows(inspection.measured, "update_norm", 3):
-        rank = "" if math.isnan(module.effective_rank) else f"  rank {format_number(module.effective_rank)}"
-        rank += "" if module.rank is None else f" of {module.rank}"
+        rank = ""
+        if not math.isnan(module.effective_rank):
+            rank += f"  rank {format_number(module.effective_rank)}"
+        if module.rank is not None:
+            rank += f" of {module.rank}"
         lines.append(Elided(module.module, f"{format_norm(module.update_norm):<6} ", rank))
     run, folders = inspection.run, [Path(inspection.path or "")]
     if isinstance(run, Adapter) and run.base is not None and run.files.needs_base:
         folders.append(run.base.folder)
-    paths = [shorter_path(folder) for folder in folders]
-    placeholders = ["ADAPTER", "BASE"][: len(paths)]
-    return report_screen(
-        target,
-        header_blocks(inspection.facts),
-        *layer_strip(inspection, target, strip, columns),
-        blocks=[Block("largest |dW|", lines), *([] if null is None else _null_blocks(null))],
-        findings=inspection.details,
-        commands=[f"lorascope plot spectrum {join_paths(*words)} -o spectrum.pdf" for words in (paths, placeholders)],
-    )
+    blocks = [Block("largest |dW|", lines)]
+    if null is not None:
+        blocks += _null_blocks(null)
+    commands = []
+    for paths in (map(shorter_path, folders), ["ADAPTER", "BASE"][: len(folders)]):
+        commands.append(f"lorascope plot spectrum {join_paths(*paths)} -o spectrum.pdf")
+    body = layer_strip(inspection, target, strip, columns)
+    header = header_blocks(inspection.facts)
+    return report_screen(target, header, *body, blocks=blocks, findings=inspection.details, commands=commands)
 
 
 def _size_columns(inspection: Inspection) -> list[TableColumn]:
@@ -188,8 +193,8 @@ def _size_columns(inspection: Inspection) -> list[TableColumn]:
 
 def _pool_layers(modules: Modules) -> float:
     """Return the root mean square of |dW| over the layers of modules."""
-    pooled = math.hypot(*(module["update_norm"] for module in modules))
-    return pooled / len({module["layer"] for module in modules}) ** 0.5
+    layers = set(column(modules, "layer"))
+    return math.hypot(*column(modules, "update_norm")) / len(layers) ** 0.5
 
 
 def _null_blocks(null: pd.DataFrame) -> Iterator[Block]:
@@ -199,9 +204,9 @@ def _null_blocks(null: pd.DataFrame) -> Iterator[Block]:
     if compared.empty:
         lines.append("no product of two factors of rank >= 2")
     else:
-        for column in ("effective_rank", "stable_rank"):
-            count, mean = int(below_null(null, column).sum()), compared[f"{column}_null"].mean()
-            random = f"{column.replace('_', ' ')} of random factors: {format_number(mean)}"
+        for quantity in ("effective_rank", "stable_rank"):
+            count, mean = int(below_null(null, quantity).sum()), compared[f"{quantity}_null"].mean()
+            random = f"{quantity.replace('_', ' ')} of random factors: {format_number(mean)}"
             lines.append(f"{random}; lower in {count} of {len(compared)} modules")
     start = pool_norms(null["untrained_norm"])
     if null["untrained_norm"].isna().any():
@@ -210,14 +215,17 @@ def _null_blocks(null: pd.DataFrame) -> Iterator[Block]:
         lines.append(f"|dW| before training: {format_norm(start)} (random coefficients)")
     yield Block("null", lines)
     far = outliers(null)
+    modules: list[RenderableType] = []
+    for row in far.head(3).to_dict("records"):
+        modules.append(Elided(row["module"], f"z {row['norm_z']:<6.1f} "))
     count = int(null["norm_z"].notna().sum())
-    if len(far):
-        modules = [Elided(row["module"], f"z {row['norm_z']:<6.1f} ") for row in far.head(3).to_dict("records")]
-        yield Block("outliers", [*modules, *([f"and {len(far) - 3} more"] if len(far) > 3 else [])])
-    elif count:
-        yield Block("outliers", [f"norms of {count} modules with a role in five layers or more: none"])
-    else:
-        yield Block("outliers", ["needs five layers"])
+    if len(far) > 3:
+        modules.append(f"and {len(far) - 3} more")
+    elif not count:
+        modules.append("needs five layers")
+    elif far.empty:
+        modules.append(f"norms of {count} modules with a role in five layers or more: none")
+    yield Block("outliers", modules)
 
 
 def modules_screen(inspection: Inspection, target: Console) -> str:
@@ -235,7 +243,7 @@ def modules_screen(inspection: Inspection, target: Console) -> str:
         stable_rank = TableColumn("stable", 6, "stable_rank", format_number)
         columns += [stable_rank, TableColumn("90%", 4, "energy_rank", format_whole_number), dead]
     modules = inspection.module_rows()
-    width = WIDTH - sum((column.width or 0) + 1 for column in columns)
+    width = WIDTH - sum((numbers.width or 0) + 1 for numbers in columns)
     shared = _shared_prefix(modules, width)
     head = elide(f"module of {shared}" if shared else "module", width)
     rows = [module | {"name": module["module"].removeprefix(f"{shared}.")} for module in modules]
@@ -246,11 +254,15 @@ def modules_screen(inspection: Inspection, target: Console) -> str:
 def _shared_prefix(modules: Modules, width: int) -> str:
     """Return what the names of all modules in layers begin with if one is too long; else ""."""
     # Cut in the middle, long names would lose their layer; without their common prefix they do not.
-    if len(modules) < 2 or max(len(module["module"]) for module in modules) <= width:
+    if len(modules) < 2 or max(map(len, column(modules, "module"))) <= width:
         return ""
     names = [module["module"].split(".") for module in modules if module["layer"] is not None]
-    shared = takewhile(lambda words: len(set(words)) == 1, zip(*names, strict=False))
-    return ".".join(words[0] for words in shared)
+    shared = []
+    for words in zip(*names, strict=False):
+        if len(set(words)) > 1:
+            break
+        shared.append(words[0])
+    return ".".join(shared)
 
 
 def shorter_path(folder: Path) -> str:

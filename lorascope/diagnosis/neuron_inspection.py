@@ -10,7 +10,15 @@ from typing import Any
 from rich.console import Console
 
 from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, power_of_ten
-from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_files, in_axis_order, json_rows, pool_norms
+from lorascope.diagnosis.inspection import (
+    Facts,
+    InspectionReport,
+    column,
+    describe_files,
+    in_axis_order,
+    json_rows,
+    pool_norms,
+)
 from lorascope.diagnosis.inspection_screen import (
     Modules,
     Strip,
@@ -208,7 +216,7 @@ def neurons_screen(inspection: NeuronInspection, target: Console) -> str:
 
 def _top_fraction(modules: Modules) -> float:
     """Return the fraction of the neurons of modules that are in the tenth with the largest distance."""
-    return sum(module["top"] for module in modules) / sum(module["neurons"] for module in modules)
+    return sum(column(modules, "top")) / sum(column(modules, "neurons"))
 
 
 def projections_screen(inspection: NeuronInspection, target: Console) -> str:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rich.console import Console, Group, RenderableType
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from lorascope.analysis import adapter_similarity
-from lorascope.diagnosis.inspection import Inspection, json_rows
+from lorascope.diagnosis.inspection import Inspection, json_rows, rank_range
 from lorascope.diagnosis.inspection_screen import finding_paragraph
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import utf8_text
@@ -117,28 +117,29 @@ def comparison_screen(comparison: Comparison, target: Console) -> str:
     letters = [_letters(index) for index in range(count)]
     columns = [
         TableColumn("", len(letters[-1]), "letter"),
-        TableColumn("", WIDTH - 52, "label"),
+        TableColumn("", WIDTH - 52, "label"),  # what the other columns leave
         TableColumn("method", 10, "method"),
         TableColumn("|dW|", 7, "norm", format_norm),
         TableColumn("rank", 7, "least_rank", format_span, "most_rank"),
         TableColumn("modules", 7, "modules", str),
         TableColumn("parameters", 13, "parameters", "{:,}".format),
     ]
-    sizes = [
-        {"letter": letter, "label": label} | _size(inspection)
-        for letter, label, inspection in zip(letters, comparison.labels, comparison.inspections, strict=True)
-    ]
+    sizes, warnings = [], []
+    for letter, label, inspection in zip(letters, comparison.labels, comparison.inspections, strict=True):
+        sizes.append({"letter": letter, "label": label} | _size(inspection))
+        # Notes say nothing that affects the comparison.
+        findings = [finding for finding in inspection.details if finding.severity != "note"]
+        if findings:
+            warnings.append(Block(letter, list(map(finding_paragraph, findings))))
     matrices = [_format_matrix(comparison, letters, matrix) for matrix in _MATRICES]
+    # Two matrices next to each other, if they fit.
     per_row = 2 if 2 + _CELL * count < WIDTH // 2 else 1
-    grid = Table.grid(*(Column(width=WIDTH // per_row) for _ in range(per_row)))
+    grid = Table.grid()
+    for _ in range(per_row):
+        grid.add_column(width=WIDTH // per_row)
     for start in range(0, len(matrices), per_row):
         grid.add_row(*matrices[start : start + per_row])
         grid.add_row("")
-    warnings = []
-    for letter, inspection in zip(letters, comparison.inspections, strict=True):
-        paragraphs = [finding_paragraph(finding) for finding in inspection.details if finding.severity != "note"]
-        if paragraphs:
-            warnings.append(Block(letter, paragraphs))
     screen: list[RenderableType] = [aligned_table(columns, sizes), "", grid, block_grid(_legend(comparison))]
     if warnings:
         screen += ["", block_grid(warnings)]
@@ -153,12 +154,10 @@ def _letters(index: int) -> str:
 
 def _size(inspection: Inspection) -> dict[str, Any]:
     """Return method, norm and size of an adapter or a run."""
-    ranks = [module.rank for module in inspection.measured if module.rank is not None]
     return {
         "method": inspection.facts[0][1].partition(",")[0],
         "norm": inspection.norm,
-        "least_rank": min(ranks, default=None),
-        "most_rank": max(ranks, default=None),
+        **rank_range(module.rank for module in inspection.measured),
         "modules": len(inspection.measured),
         "parameters": sum(module.parameters for module in inspection.measured),
     }

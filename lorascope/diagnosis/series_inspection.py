@@ -15,6 +15,7 @@ from lorascope.diagnosis.inspection import (
     Facts,
     Inspection,
     Row,
+    column,
     group_by_role,
     inspect,
     json_values,
@@ -118,10 +119,10 @@ class SeriesInspection:
         for (stack, role), modules in group_by_role(self.modules()):
             row: Row = {"stack": stack, "role": role, "modules": len(modules)}
             for name in ("first_norm", "update_norm"):
-                row[name] = pool_norms(module[name] for module in modules)
+                row[name] = pool_norms(column(modules, name))
             for name in ("first_effective_rank", "effective_rank"):
-                row[name] = mean_without_nan(module[name] for module in modules)
-            rows.append(row | self._movement([module["module"] for module in modules]))
+                row[name] = mean_without_nan(column(modules, name))
+            rows.append(row | self._movement(column(modules, "module")))
         return rows
 
     def _movement(self, modules: Sequence[str]) -> Row:

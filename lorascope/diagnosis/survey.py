@@ -13,7 +13,7 @@ from joblib import Parallel, delayed
 
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.doctor import find_faults
-from lorascope.diagnosis.inspection import inspect, pool_norms
+from lorascope.diagnosis.inspection import inspect, pool_norms, rank_range
 from lorascope.extras import requirement
 from lorascope.files.hub import locate
 from lorascope.runs.adapter import Adapter
@@ -91,7 +91,6 @@ def measure_adapter(path: str | Path, base: str | Path | None = None) -> Surveye
     try:
         run = load(locate(path), base)
         modules = inspect(run).measured
-        ranks = [module.rank for module in modules if module.rank is not None]
         effective_ranks = [module.effective_rank for module in modules if np.isfinite(module.effective_rank)]
         causes = dict.fromkeys(finding.cause for finding in find_faults(Case(run)))
         return Surveyed(
@@ -100,8 +99,7 @@ def measure_adapter(path: str | Path, base: str | Path | None = None) -> Surveye
             base=run.meta.model,
             modules=len(modules),
             parameters=sum(module.parameters for module in modules),
-            least_rank=min(ranks, default=None),
-            most_rank=max(ranks, default=None),
+            **rank_range(module.rank for module in modules),
             update_norm=pool_norms(module.update_norm for module in modules),
             effective_rank=float(np.mean(effective_ranks)) if effective_ranks else np.nan,
             findings=" ".join(causes),

@@ -24,6 +24,7 @@ from rich.text import Text
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 
+# 80 columns fit every terminal, an issue and a README.
 WIDTH, LABEL_WIDTH = 80, 15
 TEXT_WIDTH = WIDTH - LABEL_WIDTH
 UNLIMITED = 1 << 14
@@ -35,6 +36,7 @@ _FRAME_WIDTH, _LAST_WIDTH = 120, 12
 def make_console(stream: Any, width: int = WIDTH) -> Console:
     """Return a console for a stream: colors on a terminal, plain text in a file or a pipe."""
     options: dict[str, Any] = dict.fromkeys(("markup", "emoji", "highlight", "legacy_windows", "force_jupyter"), False)
+    # rich keeps bold under NO_COLOR.
     options["color_system"] = None if "NO_COLOR" in os.environ else "auto"
     return Console(file=stream, force_terminal=stream.isatty(), width=width, **options)
 
@@ -54,7 +56,7 @@ def elide(text: str, width: int) -> str:
         return text
     if width < 5:
         return set_cell_size(text, max(width, 0))
-    tail = (2 * width) // 3 - 1
+    tail = (2 * width) // 3 - 1  # with the two points, a third is left for the start
     return f"{set_cell_size(text, width - tail - 2)}..{set_cell_size(text[::-1], tail)[::-1]}"
 
 
@@ -190,9 +192,12 @@ def format_norm(value: float) -> str:
     """Format a norm with three digits in at most seven characters."""
     if math.isnan(value):
         return "NaN"
+    # With three digits, these would have an exponent.
     if 999.5 <= value < 999999.5:
         return f"{value:.0f}"
-    return f"{value:#.3g}".rstrip(".") if value == 0 or 1e-3 <= value < 999.5 else f"{value:.1e}"
+    if value == 0 or 1e-3 <= value < 999.5:
+        return f"{value:#.3g}".rstrip(".")
+    return f"{value:.1e}"
 
 
 def format_percent(fraction: float) -> str:
@@ -201,7 +206,7 @@ def format_percent(fraction: float) -> str:
         return "-"
     if fraction >= 1000:
         return f"{100 * fraction:.0e}%"
-    return f"{100 * fraction:.{1 if fraction < 10 else 0}f}%"
+    return f"{100 * fraction:.1f}%" if fraction < 10 else f"{100 * fraction:.0f}%"
 
 
 def format_number(value: float, digits: int = 1) -> str:

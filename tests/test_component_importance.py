@@ -291,9 +291,10 @@ def test_export_command_prints_losses_and_rank_pattern(lora: Run, bert: str, tas
         assert (code, err.replace("\r", "").strip().startswith("lorascope")) == (0, False)
         chosen = select_components(lora, 0.5, scores=scores)
         before, after, texts = component_importance.pruned_losses(lora, chosen, bert, csv)
-        assert f"# Loss on {texts} validation texts" in out
-        assert f"{before:.4f} before pruning, {after:.4f} after." in out
-        assert ("the minimum for these ranks" in out) == (by == "energy")
+        remarks = out.replace("\n#   ", " ")  # they are wrapped
+        assert f"# Loss on {texts} validation texts" in remarks
+        assert f"{before:.4f} before pruning, {after:.4f} after." in remarks
+        assert ("the minimum for these ranks" in remarks) == (by == "energy")
         scope: dict[str, Any] = {}
         exec(out, scope)
         keywords = rank_pattern(lora, 0.5, scores=scores)

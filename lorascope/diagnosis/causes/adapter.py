@@ -99,6 +99,7 @@ def untrained(case: Case) -> Findings:
     """Find adapters that equal their initialization."""
     count = len(case.adapted)
     if 0 < count == len(case.unchanged_adapters):
+        # PEFT's AdaLoRA initializes E with zeros, and B randomly.
         zero = f"{'E' if case.masks_components else 'B'} is still zero in all {count} modules"
         yield finding(f"{zero}, so it has no effect", modules=count, update_norm=0.0)
 
@@ -163,7 +164,7 @@ def dead_layers(case: Evidence) -> Findings:
             moved[f"{stack} {layer}".strip()] = norm
     if not moved:
         return
-    usual = median(moved.values())
+    usual = median(moved.values())  # a mean would follow a single layer that moved far
     faint = [name for name, norm in moved.items() if norm < FAINT * usual]
     if faint:
         fraction = min(moved.values()) / usual

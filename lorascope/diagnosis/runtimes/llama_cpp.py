@@ -30,6 +30,7 @@ def check_llama_cpp(target: Target) -> Iterator[Finding]:
     if foreign:
         fix = "merge the adapter into the base, and convert that"
         yield refusal(f"it converts no tensors with these names: {first_and_count(foreign)}", fix)
+    # An adapter with magnitudes is already refused for the names of its tensors.
     if config.get("use_rslora") and not any("lora_magnitude_vector" in key for key in target.keys):
         factor = math.sqrt(largest_rank(target))
         yield alteration(f"use_rslora is not read: the update is {factor:.3g} times too small",

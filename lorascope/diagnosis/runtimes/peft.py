@@ -53,6 +53,7 @@ def check_peft(target: Target) -> Iterator[Finding]:
         yield omission(outside, len(modules), "without a warning, because target_modules does not name them",
                       "add them to target_modules")  # fmt: skip
     missing = sorted(targeted - modules.keys())
+    # If all are missing, the names differ, which is a finding above.
     if missing and len(missing) < len(targeted):
         message = f"{len(missing)} of {len(targeted)} targeted modules have no factors: {first_and_count(missing)}"
         yield MISSING.finding(f"{message}; their base weights are used unchanged", modules=len(missing))

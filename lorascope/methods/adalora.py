@@ -202,6 +202,7 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         (self.gamma * penalty).backward()
         self._penalty = penalty.detach()
         if self.scores == "before":
+            # The optimizer changes the weights in place.
             self._scored_weights = [weight.detach().clone() for weight in self._weights]
 
     @torch.no_grad()
@@ -214,6 +215,7 @@ class AdaLoRA(AdapterMethod, name="adalora"):
             # Without smoothing, the average is the sensitivity of this step.
             betas = (self.beta1 if smoothed else 0.0, self.beta2)
             smooth(self.sensitivity_, self.uncertainty_, self._scored_weights, gradients, betas)
+        # At the last step they are only recorded.
         if schedule.chooses(step.index) or step.last:
             self._terms = importance_terms(self.sensitivity_, self.uncertainty_ if smoothed else None)
         masks = [delta.kept for delta in self._deltas.values()]
@@ -295,6 +297,7 @@ class Schedule:
     @property
     def fixed(self) -> int:
         """Step of the last selection."""
+        # Even if t_f is 0, components are selected at the last step: the result has the budget b_T.
         return self.total - max(self.final, 1)
 
     def budget(self, index: int) -> int:

@@ -192,7 +192,7 @@ class ALoRA(AdapterMethod, name="alora"):
         """Return the numbers of finished steps at which a round takes place, all of them before the end of the run."""
         warm = default_if_none(self.warm_steps, max(1, round(total / 10)))
         every = default_if_none(self.round_steps, max(1, round(total / 40)))
-        # The paper's 8 rounds, without those after 60% of the run: retained components need steps to settle.
+        # The paper's 8 rounds, or as many as fit in 60% of the run.
         fitting = (6 * total // 10 - warm) // every + 1
         rounds = default_if_none(self.rounds, max(1, min(8, fitting)))
         last = warm + (rounds - 1) * every
@@ -232,7 +232,7 @@ class ALoRA(AdapterMethod, name="alora"):
         """Delete and append components of one module: factors, moments and ids."""
         delta, ids = self._deltas[name], self.rank_ids_[name]
         retained = np.delete(np.arange(delta.rank), lost).tolist()
-        # New factors are drawn only if needed, because a draw changes the random numbers of training.
+        # Drawn only if needed, because a draw changes the random numbers of training.
         fresh = ALoRADelta(step.model.get_submodule(name), new).factors() if new else {}
         resize(delta.A, step.optimizer, retained, fresh.get("A"), 0)
         resize(delta.B, step.optimizer, retained, fresh.get("B"), 1)

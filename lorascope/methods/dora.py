@@ -82,6 +82,7 @@ class DoRADelta(LoRADelta):
         W0 = host_weight(self.host).detach()
         x = F.dropout(x, self.dropout, self.training)
         ratio = self._ratio(W0)
+        # The host adds W_0 x, so its part here is only the change of magnitude.
         return (ratio - 1) * F.linear(x, W0) + ratio * F.linear(F.linear(x, self.A), self.B) * self.scale
 
     def affine(

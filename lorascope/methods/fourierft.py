@@ -143,7 +143,7 @@ class FourierFT(AdapterMethod, name="fourierft"):
             update = delta.update()
             edges = np.linspace(0, math.hypot(*(side // 2 for side in update.shape)), BINS + 1)
             energy = update.energy(edges)
-            if energy.any():
+            if energy.any():  # coefficients that start at zero have no fractions yet
                 yield Record("radius_energy", energy / energy.sum(), module)
 
     def describe(self) -> dict[str, Any]:
@@ -185,6 +185,7 @@ class FourierDelta(Delta):
         left, right = self._waves_for(x).split(self.shape)
         # The waves have norm 1, so their products already divide by sqrt(d1 d2).
         c = self.alpha / math.prod(self.shape) ** 0.5 * self.coefficients
+        # A coefficient scales its cosine and its sine.
         return F.linear(F.linear(x, right.T) * torch.cat([c, c]).to(x.dtype), left)
 
     def affine(
@@ -246,6 +247,7 @@ class BasisDelta(Delta):
         self.scale = alpha / math.sqrt(2 * len(left) * len(right))
         self.coefficients = nn.Parameter(coefficients)
         self.register_buffer("entries", entries)
+        # Not stored: the seed gives the same bases again.
         self.register_buffer("left", torch.from_numpy(left).to(coefficients), persistent=False)
         self.register_buffer("right", torch.from_numpy(right).to(coefficients), persistent=False)
 

@@ -28,8 +28,6 @@ class Full(Method, name="full"):
     """
 
     optimizer_name: Literal["adamw", "adafactor", "came"] = field(default="adamw", metadata=added_later())
-    lr: float = 1e-4
-    head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
         require_literals(self)

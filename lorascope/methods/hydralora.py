@@ -141,6 +141,7 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
             raise ValueError(
                 f"cannot adapt embedding {name!r}: a router needs vectors, not ids. Remove it from targets"
             )
+        # The gate weight of a single expert is always 1.
         kind = RoutedDelta if self.router == "learned" and self.num_experts > 1 else HydraDelta
         return kind(host, self.rank, self.num_experts, self.alpha / self.rank, self.dropout, not self.shared_a)
 
@@ -214,6 +215,7 @@ class HydraDelta(LoRADelta):
         """Return the update at these gate weights, by default the uniform ones."""
         gates = self.mean_gates_ if gates is None else gates
         columns = gates.repeat_interleave(self.B.shape[1] // self.number).to(self.B.dtype)
+        # B has the columns of all experts, so an A that they share is repeated.
         A = self.A.repeat(self.B.shape[1] // self.rank, 1)
         return self.scale * (self.B * columns) @ A
 

@@ -97,9 +97,10 @@ class Routing:
         """
         tokens, pairs, mean = self.tokens.sum(), self.pairs.sum(), self.mean
         importance = self.added.sum(0) / tokens
+        variance = np.maximum(self.squares.sum(0) / tokens - mean**2, 0)  # rounding can make it negative
         return {
             "gate": mean,
-            "gate_std": np.sqrt(np.maximum(self.squares.sum(0) / tokens - mean**2, 0)),
+            "gate_std": np.sqrt(variance),
             "gate_top1": self.firsts.sum(0) / tokens,
             "head_importance": importance,
             "head_share": importance / (importance.sum() or np.nan),

@@ -90,8 +90,6 @@ class LISA(Method, name="lisa"):
     moment_policy: Literal["reset", "keep", "reset_all"] = "reset"
     weights: tuple[float, ...] | None = None
     draw_seed: int | None = None
-    lr: float = 1e-4
-    head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
         require_integer(self, 0, "n_active", "draw_seed")

@@ -157,6 +157,7 @@ class LoRADelta(Delta):
         self.A = nn.Parameter(torch.zeros(rank, weight.shape[1], dtype=weight.dtype))
         self.B = nn.Parameter(torch.zeros(weight.shape[0], columns or rank, dtype=weight.dtype))
         if isinstance(host, nn.Embedding):
+            # A is the factor that starts at zero, as in PEFT.
             nn.init.normal_(self.B, generator=generator)
         else:
             # This slope gives U(-1/sqrt(in), 1/sqrt(in)), as in PEFT.

@@ -114,6 +114,7 @@ class Method(Stateful):
         default = config(type(self)())
         words = [type(self).__name__]
         for key, value in config(self).items():
+            # The default lacks fields that were added later.
             is_default = key in default and value == default[key]
             if key not in ("name", "lr", "head_lr") and not is_default:
                 words.append(f"{key} {to_words(value)}")
@@ -339,6 +340,7 @@ def config(method: Method) -> dict[str, Any]:
 
     A Run is written as its id, an array as the hash of its bytes.
     """
+    # A reference that is given as a path is written as the id of its run.
     method.prepare()
     return {"name": method.name} | {name: _to_json_value(value) for name, value in stored_fields(method).items()}
 
@@ -462,6 +464,6 @@ def from_config(stored: Mapping[str, Any]) -> Method:
     values = dict(stored)
     del values["name"]
     for key, value in values.items():
-        if isinstance(value, list):
+        if isinstance(value, list):  # JSON has no tuples
             values[key] = tuple(value)
     return METHODS[name](**values)

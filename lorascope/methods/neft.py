@@ -233,6 +233,7 @@ class NeFT(Method, name="neft"):
         """Select the neurons; leave their projections and the task's head trainable."""
         self.prepare()
         self._groups = neurons.list_groups(module_table.describe(model), self.targets)
+        # A method from a run folder has only the id of its reference; its neurons are state.
         run = self.reference if isinstance(self.reference, Run) else None
         if run and weights_hash(model) != run.meta.w0_hash:
             raise ValueError(f"reference must start from the weights of this model, got run {run.id} of another one")

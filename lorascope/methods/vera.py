@@ -111,6 +111,7 @@ class VeRADelta(Delta):
         self.dropout = float(dropout)
         self.lambda_b = nn.Parameter(torch.zeros(outer, dtype=weight.dtype))
         self.lambda_d = nn.Parameter(torch.full((rank,), d_initial, dtype=weight.dtype))
+        # Not stored: the seed gives the same A and B again.
         self.register_buffer("A", torch.tensor(A[:, :inner], dtype=weight.dtype), persistent=False)
         self.register_buffer("B", torch.tensor(B[:outer], dtype=weight.dtype), persistent=False)
         self.projection = (*projection, inner)

@@ -167,6 +167,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         chooses = (first or (state["step"] - 1) % group["reselect_every"] == 0) and bool(unit != 0)
         if first and not chooses:
             return
+        # Without a unit, the products of a tiny V would underflow in float32.
         unit = unit.clamp(min=torch.finfo(V.dtype).tiny)
         A, generator = V / unit, self.param_groups[0]["generator"]
         sizes = group["iterations"], group["oversampling"], group["sketch_multiple"]

@@ -32,34 +32,31 @@ TOPICS = {
 }
 
 
-def pages(source: Path) -> dict[str, str]:
+def draw_pages(source: Path) -> dict[str, str]:
     """Draw all examples and return the pages of the gallery by their path."""
     runs = train_gallery_runs(source / RUNS)
     entries: dict[str, list[str]] = {topic: [] for topic in TOPICS}
     for figure in FIGURES.values():
         entries[figure.topic].append(entry(figure, runs, source / IMAGES))
-    found = {
-        f"gallery/{topic}.md": f"# {name}\n\n{intro}\n\n" + "\n".join(entries[topic])
-        for topic, (name, intro) in TOPICS.items()
-    }
-    return found | {"gallery/index.md": index_page()}
+    pages = {"gallery/index.md": index_page()}
+    for topic, (name, intro) in TOPICS.items():
+        pages[f"gallery/{topic}.md"] = f"# {name}\n\n{intro}\n\n" + "\n".join(entries[topic])
+    return pages
 
 
 def index_page() -> str:
     """Return the index of the gallery, with the code that trains its runs."""
-    cards = "\n".join(
-        f":::{{grid-item-card}} {name}\n:link: {topic}\n:link-type: doc\n\n{intro}\n\n"
-        + ", ".join(f"`{figure.name}`" for figure in FIGURES.values() if figure.topic == topic)
-        + "\n:::\n"
-        for topic, (name, intro) in TOPICS.items()
-    )
-    listed = "\n".join(TOPICS)
+    cards = ""
+    for topic, (name, intro) in TOPICS.items():
+        names = ", ".join(f"`{figure.name}`" for figure in FIGURES.values() if figure.topic == topic)
+        cards += f":::{{grid-item-card}} {name}\n:link: {topic}\n:link-type: doc\n\n{intro}\n\n{names}\n:::\n\n"
+    topics = "\n".join(TOPICS)
     training = (Path(__file__).parent / SOURCE).read_text(encoding="utf-8")
     return (
         "# Gallery\n\nThe figures in `ls.plots.FIGURES`, each drawn by the code next to it. The runs are short, so "
         "differences between accuracies are noise: see [the findings](../findings.md).\n\n"
-        f"::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}\n::::\n\n"
-        "```{toctree}\n:hidden:\n\n" + listed + "\n```\n\n## The runs\n\nThe examples use the runs that this code "
+        f"::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}::::\n\n"
+        "```{toctree}\n:hidden:\n\n" + topics + "\n```\n\n## The runs\n\nThe examples use the runs that this code "
         f"trains on the bundled model and text.\n\n```python\n{training}```\n"
     )
 
@@ -68,10 +65,10 @@ def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
     """Return the section of a figure: image, code, reading, caveat."""
     code = figure.example
     chart = run_example(code, runs)
-    shown = "\n".join(save_images(chart, figure.name, images))
+    image_lines = "\n".join(save_images(chart, figure.name, images))
     summary = " ".join(numpydoc.docscrape.FunctionDoc(figure.draw)["Summary"])
     return (
-        f"(figure-{figure.name})=\n## `{figure.name}`\n\n{summary}\n\n{shown}\n\n"
+        f"(figure-{figure.name})=\n## `{figure.name}`\n\n{summary}\n\n{image_lines}\n\n"
         f"```python\n{code}\n```\n\n**How to read.** {figure.reads}\n\n**Caveat.** {figure.misleads}\n\n"
         f"{{py:func}}`Parameters of ls.plots.{figure.name} <{figure.draw.__module__}.{figure.name}>`\n"
     )

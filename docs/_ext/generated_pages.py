@@ -282,7 +282,7 @@ def write_if_changed(path: Path, text: str) -> None:
 def write_pages(app: Sphinx, config: Config) -> None:
     """Write all generated pages into the source folder, before Sphinx looks for sources."""
     source = Path(app.srcdir)
-    pages = method_pages() | reference_pages() | kind_pages() | gallery.pages(source)
+    pages = method_pages() | reference_pages() | kind_pages() | gallery.draw_pages(source)
     pages |= {"quantities.md": quantities_page(), "formats.md": formats_page(), "cli.md": commands_page()}
     for notebook in (ROOT / "notebooks").glob("*.ipynb"):
         pages[f"tutorials/{notebook.name}"] = notebook.read_text(encoding="utf-8")

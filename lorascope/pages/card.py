@@ -139,6 +139,7 @@ def _unique(listed_findings: Sequence[Finding]) -> list[Finding]:
 
 def _draw(runs: dict[str, Result], unseen: dict[str, str]) -> Iterator[tuple[str, ReportFigure]]:
     """Yield the figures of the registry that show these runs; add the reasons for the others to ``unseen``."""
+    # A figure of several runs needs its records in each.
     missing_by_run = [available(run).set_index("figure")["missing"] for run in runs.values()]
     subject: Any = runs if len(runs) > 1 else next(iter(runs.values()))
     for name, figure in sorted(FIGURES.items(), key=lambda item: _TOPICS.index(item[1].topic)):

@@ -97,6 +97,7 @@ def _limited_html(card: Card) -> str:
     for figure, markup in zip(card.document["figures"], _FIGURE.findall(text), strict=True):
         tables = sum(len(card.parquet[name]) * 4 // 3 for name in figure["tables"])  # Base64
         sizes[figure["name"]] = len(_encode(markup)) + tables
+    # As few figures as possible are left out, so the largest go first.
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if excess > 0:
             left_out[name] = f"too large for this page ({size:,} bytes): lorascope plot {name}"
@@ -139,8 +140,10 @@ def _sections(card: Card) -> Iterator[Section]:
 
 def _numbers(evidence: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evidence with numbers of modules instead of their names, which are in the message."""
-    numbers = {name: len(value) if isinstance(value, list | dict) else value for name, value in evidence.items()}
-    return {name.replace("_", " "): value for name, value in numbers.items()}
+    numbers = {}
+    for name, value in evidence.items():
+        numbers[name.replace("_", " ")] = len(value) if isinstance(value, list | dict) else value
+    return numbers
 
 
 def _known_columns(table: pd.DataFrame) -> pd.DataFrame:

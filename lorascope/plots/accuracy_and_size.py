@@ -49,7 +49,7 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
     """
     cohort = gather_runs("accuracy_by_parameters", runs, control)
     cohort.require_same("task")
-    sizes = pd.DataFrame([_recipe_size(group) for group in cohort.groups])
+    sizes = pd.DataFrame(map(_recipe_size, cohort.groups))
     cells = band(cohort.scores(), ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
     cells = cells.assign(**_label_offsets(cells))
     return cohort.complete(
@@ -80,11 +80,13 @@ def _label_offsets(cells: pd.DataFrame) -> dict[str, pd.Series]:
     high, low = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
     # A logarithmic axis of one value shows about a factor of 2.
     wide = max(cells["parameters"].max() / cells["parameters"].min(), 2.0)
+    # Texts are centered, so a longer one starts further to the right.
     shift = _OFFSET * (1 + 0.6 * cells["size"].str.len())
     size = np.log(cells["parameters"].to_numpy())
     near = np.abs(size[:, None] - size) <= 3 * _OFFSET * np.log(wide)
     value = cells["value"].to_numpy()
     higher = value > value[:, None]
+    # Of equal values, the first counts as higher: one label has to give way.
     level = (value == value[:, None]) & (np.arange(len(value)) < np.arange(len(value))[:, None])
     side = np.where((near & (higher | level)).any(1), -1, 1)
     return {

@@ -55,7 +55,8 @@ def curves(
     ``labels`` are the axes or their labels, and ``color`` is the column that distinguishes the lines. Every value has a
     dot if ``points`` is set, and every dot an error bar if ``whiskers`` is set. ``marks`` are drawn on top.
     """
-    along, up = (Axis(label=label) if isinstance(label, str) else label for label in labels)
+    along, up = map(_to_axis, labels)
+    # With a single kind, an entry of the legend would distinguish nothing.
     dash = "kind" if "kind" in cells and cells["kind"].nunique() > 1 else None
     lines: list[Mark] = [Line(x, "value", color, dash)]
     if ends(cells):
@@ -63,6 +64,10 @@ def curves(
     if points:
         lines.append(Point(x, "value", color, **(ends(cells) if whiskers else {})))
     return Chart(cells, [*lines, *marks], x=along, y=up, **settings)
+
+
+def _to_axis(label: Axis | str) -> Axis:
+    return Axis(label=label) if isinstance(label, str) else label
 
 
 def course(cells: pd.DataFrame, y: Axis | str, **settings: Any) -> Chart:
@@ -75,6 +80,7 @@ def profile(cohort: Cohort, cells: pd.DataFrame, y: Axis | str, **settings: Any)
     order = used_places(cells)
     rows = cells[[column for column in ("step", "recipe", "kind") if column in cells]].drop_duplicates()
     positions = pd.Categorical(order, cells["place"].cat.categories, ordered=True)
+    # A missing layer gets a row without a value, where the line has a gap.
     full = rows.merge(pd.DataFrame({"place": positions}), how="cross").merge(cells, how="left")
     full = full.fillna({"n": 0}).astype({"n": "int64"})
     return curves(full, "place", (Axis(label="layer", order=order), y), colors=cohort.labels, **settings)
@@ -121,6 +127,7 @@ def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], 
     """Plot the final test metric, one bar per recipe with its interval and its number, on an axis from ``start``."""
     cells = band(cohort.scores(), ["recipe", "kind"])
     top = cells["high"].fillna(cells["value"])
+    # Numbers stand above the error bars, with a little room.
     cells = cells.assign(words=cells["value"].map("{:#.3g}".format), above=top + 0.04 * (top.max() - start))
     return bars(
         cells,

@@ -50,12 +50,9 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
     >>> ls.plots.bias_curve({"uniform": fourierft, **bands})
     """
     cohort = gather_runs("bias_curve", runs, control)
-    return cohort.complete(
-        metric_by_band(
-            cohort,
-            max(analysis.corner_radius(update.shape) for update in analysis.fourier_updates(cohort.runs[0]).values()),
-        )
-    )
+    updates = analysis.fourier_updates(cohort.runs[0])
+    highest = max(analysis.corner_radius(update.shape) for update in updates.values())
+    return cohort.complete(metric_by_band(cohort, highest))
 
 
 def metric_by_band(cohort: Cohort, highest: float) -> Chart:
@@ -79,6 +76,7 @@ def metric_by_band(cohort: Cohort, highest: float) -> Chart:
         cohort,
         "center",
         curves,
+        # A level needs two points: the ends of the axis.
         pd.concat(cells[cells["center"].isna()].assign(center=end) for end in (0.0, highest)),
         Axis(label="band center (distance from zero)", limits=(-_LEFT_MARGIN * highest, highest)),
         "Test metric by frequency band",
@@ -121,7 +119,7 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     rows = rows.assign(basis=rows["recipe"].map(names), what=_SEED)
     cells = band(rows, ["basis"]).assign(what=_MEAN)
     top, bottom = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
-    above = top + 0.06 * (top.max() - bottom.min())
+    above = top + 0.06 * (top.max() - bottom.min())  # room for half the height of a number
     cells = cells.assign(words=cells["value"].map("{:.3f}".format), above=above)
     marks: list[Mark] = [Point("basis", "value", "what", **ends(cells)), Text("basis", "above", "words")]
     if ends(cells):  # several seeds, below their mean
@@ -277,6 +275,7 @@ def _differences(cohort: Cohort, rows: pd.DataFrame, bases: list[str]) -> list[s
     differences = []
     for label, scores in by_label.items():
         if bases and label not in bases and len(scores) > 1 and scores.index.equals(by_label[bases[0]].index):
+            # Pairs of one seed share data order and initialization, so their difference varies less.
             mean, low, high, _ = t_interval((scores - by_label[bases[0]]).to_numpy())
             differences.append(f"{label}: {mean:z.3f} [{low:z.3f}, {high:z.3f}]")
     if not differences:

@@ -52,9 +52,8 @@ def settling(runs: Runs, control: Runs | None = None, threshold: float = THRESHO
     if not threshold > 0:
         raise ValueError(f"threshold must be > 0, got {threshold}")
     steps = pd.concat([settling_steps(run, threshold) for run in cohort.runs])
-    layers = steps.assign(place=norms.layer_places(steps), value=steps["layer_settled"]).drop_duplicates(
-        ["run", "place"]
-    )
+    steps = steps.assign(place=norms.layer_places(steps), value=steps["layer_settled"])
+    layers = steps.drop_duplicates(["run", "place"])  # all modules of a layer have its value
     ends = sorted({run.update_steps()[-1] for run in cohort.runs})
     return cohort.complete(
         profile(

@@ -265,12 +265,14 @@ def _chart(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
     finite = bounds[np.isfinite(bounds)]
     if finite.size and finite.min() < finite.max():
         low, high = float(finite.min()), float(finite.max())
-        y = replace(y, limits=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+        margin = 0.05 * (high - low)  # so that the lowest and the highest dot are whole
+        y = replace(y, limits=(low - margin, high + margin))
     rows, title = _at_step(table, step), quantity.replace("_", " ")
     rules: list[Mark] = []
     if table["index"].notna().any() and table["module"].nunique() == 1:
         along, x = "index", Axis(label=entry.index.replace("_", " "))
     elif (table["module"] == "").all():
+        # All steps are drawn, and a rule marks the selected one.
         along, x, y, rows = "step", Axis(label="step"), replace(y, limits=None), table
         rules = [Rule(x=step)] if step != UNSTEPPED else []
     else:
@@ -288,6 +290,7 @@ def _marks(rows: pd.DataFrame, x: str) -> list[Mark]:
     if rows["role"].nunique() > 1:
         color, other = "role", "recipe" if rows["recipe"].nunique() > 1 else None
     dots = Point(x, "value", color, other, **ends(rows))
+    # A line through several modules of one layer would only go up and down.
     doubled = rows.loc[rows.duplicated([x, "role", "recipe"]), "role"]
     single = rows[~rows["role"].isin(doubled)] if len(doubled) else None  # None: those of the chart
     if x == "index" or (single is not None and single.empty):
@@ -317,7 +320,7 @@ def _list(rows: pd.DataFrame, names: Mapping[str, str]) -> dict[str, Any]:
     columns = {name: list(map(printable, texts[name])) for name in _COLUMNS}
     columns["value"] = ["unknown" if np.isnan(value) else f"{value:.6g}" for value in texts["value"]]
     filled = [name for name in _COLUMNS if any(columns[name])]
-    filled.insert(len(filled) - ("module" in filled), "value")
+    filled.insert(len(filled) - ("module" in filled), "value")  # names of modules are long
     count = count_phrase(len(rows), "row")
     return {
         "columns": filled,

@@ -114,9 +114,8 @@ def factor_embedding(
             charts.append(_pca(cloud, cohort, prefix))
             if 0 < len(modules) <= _MOST_NAMED:
                 charts = list(map(_name_dots, charts))
-            rows.append(charts)
-    grid = tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows)
-    return cohorts[0].complete(Panels(grid))
+            rows.append(tuple(charts))
+    return cohorts[0].complete(Panels(tuple(rows)), caption)
 
 
 def factor_caption(prefix: str, cohort: Cohort, by_factor: Sequence[Sequence[FactorSet]]) -> str:
@@ -138,7 +137,7 @@ def factor_caption(prefix: str, cohort: Cohort, by_factor: Sequence[Sequence[Fac
 def _perplexities(cloud: FactorSet, perplexity: float | Sequence[float] | None) -> Sequence[float]:
     if perplexity is None:
         usual = factor_embeddings.default_perplexity(len(cloud.flat))
-        return usual, usual / 3
+        return usual, usual / 3  # structure in both does not depend on the choice
     return perplexity if isinstance(perplexity, Sequence) else [perplexity]
 
 
@@ -149,7 +148,7 @@ def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, seed
     points = []
     for start, plane in planes.items():
         # The plane has no unit, so its largest coordinate is scaled to 1.
-        scaled = plane / (np.abs(plane).max() or 1.0)
+        scaled = plane / (np.abs(plane).max() or 1.0)  # equal factors are all at zero
         points.append(_place_points(cloud, cohort, scaled).assign(start=start))
     axes = [Axis(label=f"t-SNE {number}", ticks={}, limits=(-1.1, 1.1)) for number in (1, 2)]
     title = f"{prefix}t-SNE of {_factor_set_name(cloud)}, perplexity {perplexity:.3g}"
@@ -191,14 +190,17 @@ def _name_dots(chart: Chart) -> Chart:
             labels.append(dot | {"place": dot["place"] if pd.isna(dot["layer"]) else f"{dot['place']} {dot['role']}"})
     names = pd.DataFrame(labels)
     names["y"] += _NAME_OFFSET * chart.data["y"].abs().max()
-    y = replace(chart.y, limits=(-1.1, 1.3)) if chart.y.limits else chart.y
-    return replace(chart, marks=[*chart.marks, Text("x", "y", "place", data=names)], y=y)
+    chart = replace(chart, marks=[*chart.marks, Text("x", "y", "place", data=names)])
+    if chart.y.limits is None:
+        return chart
+    return replace(chart, y=replace(chart.y, limits=(-1.1, 1.3)))  # room for the name of the highest dot
 
 
 def _place_points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:
     """Return the points with their coordinates, layer and role; dots of later domains are smaller."""
     modules = cohort.runs[0].modules
     positions = modules.assign(place=norms.layer_places(modules).astype("str")).set_index("module")
+    # A dot below a smaller one remains visible as a ring.
     sizes = dict(zip(cohort.labels, np.linspace(1.0, 0.2, len(cohort.labels)), strict=True))
     points = cloud.table().assign(x=plane[:, 0], y=plane[:, 1]).join(positions[["layer", "role", "place"]], on="module")
     return points.assign(size=points["domain"].map(sizes))

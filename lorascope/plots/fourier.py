@@ -49,10 +49,11 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
     >>> ls.plots.fourier_spectrum(fourierft)
     """
     cohort = gather_runs("fourier_spectrum", runs, control)
-    updates = [analysis.fourier_updates(run) for run in cohort.runs]
+    updates = list(map(analysis.fourier_updates, cohort.runs))
     module = common_module(cohort, updates, module)
     learned: list[Mapping[str, Any]] = [analysis.learned_fourier_updates(run) for run in cohort.runs]
     difference = ""
+    # Without the factors at step 0 of one run, its change would not be comparable with the others.
     if all(module in by_module for by_module in learned):
         updates, difference = learned, " minus step 0"
     update = {run.id: by_module[module] for run, by_module in zip(cohort.runs, updates, strict=True)}
@@ -118,7 +119,7 @@ def update_image(
     panels = []
     for label, updates in shown_updates.items():
         matrix = updates[module].dense()
-        image = matrix[:cells, :cells] / (np.sqrt(np.mean(matrix**2)) or 1.0)
+        image = matrix[:cells, :cells] / (np.sqrt(np.mean(matrix**2)) or 1.0)  # an update may be all zeros
         row, column = np.indices(image.shape).reshape(2, -1)
         section = "all" if image.shape == matrix.shape else f"the first {cells}"
         caption = (
@@ -158,11 +159,9 @@ def frequency_bias(
         f"Probability of a draw relative to the most likely frequency, for bands of width {width:g}, in the spectrum "
         f"of a {shape[0]} × {shape[1]} weight. Computed, not measured."
     )
-    curves = pd.concat(
-        analysis.bias_by_distance(shape, center, width).assign(center=f"{center:g}") for center in centers
-    )
+    profiles = [analysis.bias_by_distance(shape, center, width).assign(center=f"{center:g}") for center in centers]
     top = Chart(
-        curves,
+        pd.concat(profiles),
         [Line("distance", "probability", "center")],
         title="by distance",
         x=Axis(label="distance from frequency zero"),

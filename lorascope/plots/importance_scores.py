@@ -85,7 +85,8 @@ def importance(
 def _importance_chart(
     cells: pd.DataFrame, rows: pd.DataFrame, marks: Sequence[Mark], title: str, quantity: str, sentence: str
 ) -> Chart:
-    values = rows["value"][rows["value"] != 0]
+    values = rows["value"][rows["value"] != 0]  # a logarithmic axis omits zeros
+    # One row per component: its fate is the same at all steps.
     fates = rows.drop_duplicates(["run", "module", "index"])["kept"]
     caption = f"{QUANTITIES[quantity].label}: {QUANTITIES[quantity].definition}."
     return Chart(

@@ -40,8 +40,11 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
     """
     cohort = gather_runs("training_curves", runs, control)
     losses, averaged = _average_windows(cohort, windows)
-    rows = {"loss": losses} | {quantity: cohort.select(quantity) for quantity in ("eval_loss", "eval_metric")}
-    panels = [_curve_chart(cohort, quantity, table, averaged) for quantity, table in rows.items() if len(table)]
+    panels = [_curve_chart(cohort, "loss", losses, averaged)]
+    for quantity in ("eval_loss", "eval_metric"):
+        rows = cohort.select(quantity)
+        if len(rows):
+            panels.append(_curve_chart(cohort, quantity, rows, averaged))
     return cohort.complete(wrap(panels, len(panels)))
 
 
@@ -138,7 +141,7 @@ def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: st
     return course(
         band(rows, ["recipe", "kind", "step"]).assign(quantity=quantity),
         axis_label(quantity),
-        points=quantity != "loss",
+        points=quantity != "loss",  # recorded at so many steps that dots would hide the line
         caption=cohort.caption(averaged, *cohort.method_notes()),
         colors=cohort.labels,
     )
@@ -150,6 +153,7 @@ def _average_windows(cohort: Cohort, count: int) -> tuple[pd.DataFrame, str]:
     rows = cohort.select("loss")
     width = math.ceil(rows["step"].max() / count)
     last = rows.groupby("run", observed=True)["step"].transform("max")
+    # A window is drawn at its last step; the last window may be shorter.
     end = (-(-rows["step"] // width) * width).clip(upper=last)
     averages = (
         rows.assign(step=end).groupby(["run", "recipe", "kind", "step"], observed=True, sort=False)["value"].mean()

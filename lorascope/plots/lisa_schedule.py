@@ -50,7 +50,7 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
             [Heat("start", "place", "value", "fraction of runs", limits=(0.0, 1.0))],
             title=label,
             x=Axis(label="first step of interval", order=list(map(str, sorted(set(cells["start"]))))),
-            y=Axis(label="block", order=blocks[::-1]),
+            y=Axis(label="block", order=blocks[::-1]),  # the first block at the bottom
             caption=caption,
         )
         expected = f"{label}, expected"

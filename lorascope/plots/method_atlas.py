@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
 
@@ -21,6 +20,7 @@ from lorascope.plots.norms import update_profile
 from lorascope.plots.requirements import SPECTRA
 from lorascope.plots.run_groups import Cohort, Runs, define, require_counts
 from lorascope.plots.subspaces import common_names
+from lorascope.runs.result import Result
 
 
 @figure(
@@ -73,17 +73,14 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
         *cohort.missing_initial_updates(),
     )
     norms = update_profile(cohort, "learned_norm", "Learned update by layer", log=True)
-    top = set_side_by_side(*(replace(chart, caption=caption) for chart in (spectrum, norms)))
-    return cohort.complete(stack_vertically(top, replace(heat, caption=caption)))
+    return cohort.complete(stack_vertically(set_side_by_side(spectrum, norms), heat), caption)
 
 
 def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
     """Plot the singular values of one module or of several pooled, and describe the modules as text."""
     spectra = {run.id: added_values(run) for run in cohort.runs}
     pools, description = _pools(cohort, spectra, module)
-    values = pd.concat(
-        analysis.pool_spectra(by_module, pools[run]).assign(run=run) for run, by_module in spectra.items()
-    )
+    values = pd.concat(analysis.pool_spectra(spectra[run], names).assign(run=run) for run, names in pools.items())
     chart = curves(
         band(cohort.label(values), ["recipe", "kind", "component"]),
         "component",
@@ -122,19 +119,18 @@ def _pools(
 
 def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
     """Plot the angles between every pair of recipes, and return a note on recipes without saved directions."""
-    directions: dict[str, list[Any]] = {}
-    for group in cohort.groups:
-        updates = [initial_update.learned_updates(run) for run in group.runs]
-        directions[group.label] = [
-            {module: analysis.leading_singular_vectors(update, k) for module, update in by_module.items()}
-            for by_module in updates
-        ]
+
+    def directions_of(run: Result) -> dict[str, Any]:
+        updates = initial_update.learned_updates(run)
+        return {module: analysis.leading_singular_vectors(update, k) for module, update in updates.items()}
+
+    directions = {group.label: list(map(directions_of, group.runs)) for group in cohort.groups}
     rows = []
     for row, column in product(cohort.labels, repeat=2):
         # Within one recipe, two of its seeds form a pair.
-        pairs = list(
-            combinations(directions[row], 2) if row == column else product(directions[row], directions[column])
-        )
+        pairs = list(combinations(directions[row], 2))
+        if row != column:
+            pairs = list(product(directions[row], directions[column]))
         if not pairs:
             continue
         mean, chance = analysis.average_angles(pairs)

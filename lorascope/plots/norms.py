@@ -88,6 +88,7 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     cohort = gather_runs("update_norm_heat", runs, control, check=False)
     quantity = quantity or _comparable_quantity(cohort)
     cohort.require(quantity)
+    # The embedding and the head have no block, and roles of their own.
     inside = norms.select_quantity(cohort.table, quantity).dropna(subset="layer")
     if inside.empty:
         raise ValueError(f"{cohort.name} needs {quantity} of modules inside blocks, got none")
@@ -176,9 +177,8 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
     layers = {name: _layers(cohort, name) for name in quantities}
     if per_weight:
         modules = pd.concat([run.modules for run in cohort.runs])
-        layers = {
-            name: norms.norm_per_weight(norms.select_quantity(cohort.table, name), modules) for name in quantities
-        }
+        for name in quantities:
+            layers[name] = norms.norm_per_weight(norms.select_quantity(cohort.table, name), modules)
     elif (cohort.table["quantity"] == "adapter_norm").any():
         adapters = norms.pool_modules(norms.select_quantity(cohort.table, "adapter_norm"))
         layers |= {"adapter_norm": adapters, _SINCE_START: norms.subtract_start(adapters)}
@@ -190,7 +190,7 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
     for name, rows in layers.items():
         # Mean over the steps first, then mean and band over seeds.
         cells = band(cohort.label(norms.mean_over_steps(rows)), _CELL).assign(metric=name)
-        if name == _SINCE_START:
+        if name == _SINCE_START:  # differences may be negative, so the axis is linear
             y = Axis(label=f"{axis_label('adapter_norm')} − step 0")
         else:
             y = Axis(label=axis_label(name) + " / √n" * per_weight, log=True)

@@ -38,7 +38,7 @@ _COURSES = {
     "factor_drift_least": "best rank-k of the exact average",
     "factor_drift_rank_one": "row-column product of the exact average",
 }
-_MOST_STEPS = 12
+_MOST_STEPS = 12  # largest number of columns whose cells have room for numbers
 
 
 @figure(
@@ -211,6 +211,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     caps = rows.groupby(keys, observed=True)[["share", "cap"]].mean().reset_index()
     cells = band(rows, keys).merge(caps, on=keys)
     cells["words"] = cells["value"].map("{:.4g}/".format) + cells["cap"].map("{:.4g}".format)
+    # Frames follow the order of the roles in a block.
     cells = cells.sort_values("role", key=lambda names: names.map(list(ROLES).index), kind="stable")
     by_cap = ", ".join(
         f"{cap:.4g} ({', '.join(roles)})" for cap, roles in cells.groupby("cap")["role"].unique().items()

@@ -109,7 +109,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
         for group in cohort.groups:
             learned = ranks[ranks["recipe"] == group.label]
             allocations.append(learned)
-            if not group.control:
+            if not group.control:  # a control is a baseline itself
                 cap = _cap(cohort, group)
                 assumptions[group.label] = _ANYWHERE if cap is None else _RETAINED
                 random = rank_allocations.random_ranks(learned, cap)
@@ -188,10 +188,9 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -
 def _rank_cells(ranks: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Return mean, smallest and largest rank over the runs for every layer and role, with the text of its cell."""
     keys = [*columns, "place", "role"]
-    pooled = norms.pool_modules(ranks, [key for key in keys if key != "step"]).groupby(keys, observed=True, sort=False)[
-        "value"
-    ]
-    cells = pooled.agg(value="mean", least="min", most="max", n="count").reset_index()
+    pooled = norms.pool_modules(ranks, [key for key in keys if key != "step"])
+    over_runs = pooled.groupby(keys, observed=True, sort=False)["value"]
+    cells = over_runs.agg(value="mean", least="min", most="max", n="count").reset_index()
     texts = []
     for mean, low, high in zip(cells["value"], cells["least"], cells["most"], strict=True):
         texts.append(f"{mean:.1f} ({low:g}–{high:g})" if low < high else f"{mean:g}")
@@ -200,7 +199,7 @@ def _rank_cells(ranks: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
 def _rank_heats(cells: pd.DataFrame, labels: Sequence[str], caption: str, frame: str | None = None) -> list[Chart]:
     """Plot the ranks of every recipe; the color scale is the same in all panels."""
-    limits = (0.0, max(float(cells["value"].max()), 1.0))
+    limits = (0.0, max(float(cells["value"].max()), 1.0))  # all ranks may be 0
 
     def heat(rows: pd.DataFrame) -> Heat:
         are_integers = bool((rows["value"] % 1 == 0).all())
@@ -218,6 +217,7 @@ def _rank_course(cohort: Cohort, ranks: pd.DataFrame, label: str, caption: str) 
     budget = band(rows[rows["recipe"] == label], ["step"]).rename(columns={"step": "at"}).sort_values("at")
     stairs = rank_allocations.step_corners(budget).assign(series="budget")
     sums = frames.drop(columns="step").assign(series=_SUM)
+    # Room for the dot at the largest total.
     top = 1.06 * float(pd.concat([stairs, sums])["value"].max())
     marks: list[Mark] = [Point("at", "value", "series", data=sums), Point("at", "value", "series")]
     if len(stairs):

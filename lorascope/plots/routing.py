@@ -125,7 +125,7 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
         Manually chosen number, drawn for comparison.
     """
     curves = found[found["algorithm"] == _KMEANS]
-    start = curves.groupby("seed")["sse"].transform("first")
+    start = curves.groupby("seed")["sse"].transform("first")  # K = 1
     cells = band(curves.assign(value=curves["sse"] / start), ["algorithm", "k"])
     selected = found[found["chosen"]]
     number, texts = found["seed"].nunique(), found["texts"].max()
@@ -172,7 +172,7 @@ def _gates_by_domain(run: Result, step: int | None) -> pd.DataFrame:
     """Return the gate weights of a run by domain, and in ``value`` minus uniform ones, by layer and role."""
     rows = run.table[run.table["quantity"] == "gate_information"].drop_duplicates("module")
     names = [f"{module}/gate_by_domain" for module in rows["module"]]
-    saved = run.snapshot_steps(names[0])
+    saved = run.snapshot_steps(names[0])  # all modules are saved at the same steps
     if step is not None and step not in saved:
         raise ValueError(
             f"step must be one of {', '.join(map(str, saved))}, where run {run.id} saved its gates, got {step}"
@@ -198,4 +198,5 @@ def _course_chart(cohort: Cohort, quantity: str, cells: pd.DataFrame, *rules: Ru
         caption=cohort.caption(f"{define(quantity)} {_TEXT}"),
         colors=[*cohort.labels, *(f"{label}{_BASELINE}" for label in cohort.labels)],
     )
+    # Rules are below the curves.
     return replace(chart, marks=[*rules, *chart.marks])

@@ -26,6 +26,7 @@ AnyDrawable = TypeVar("AnyDrawable", bound=Drawable)
 INTERVAL = "95% t-interval over seeds"
 MIXTURES = "mixtures"
 """Key of a chart's ``meta``: label -> gate weights at which its input-dependent updates are evaluated."""
+# Keys of ``Run.meta`` in which the seeds of one recipe agree.
 _SAME = ("model", "task", "recipe", "settings")
 _DRAW_SEED = "entry_seed"  # a seed as well: the arms of a study can draw entries from the seed of the run
 _POOLS = {"norm": "root sum of squares", "sum": "sum", "mean": "mean"}
@@ -46,6 +47,7 @@ class Group:
         if not seeds:
             return count_phrase(n, "run")
         listing = ", ".join(map(str, seeds))
+        # Three seeds are as short as a list.
         if len(seeds) > 3 and seeds[-1] - seeds[0] == len(seeds) - 1:
             listing = f"{seeds[0]} to {seeds[-1]}"
         if n == 1:
@@ -197,16 +199,19 @@ class Cohort:
         mean = "Mean of" if equal else "Mean over seeds:"
         return " ".join([*sentences, f"{mean} {self.sample}; {interval}."])
 
-    def complete(self, drawable: AnyDrawable) -> AnyDrawable:
-        """Add the origin of the figure to its charts, and the gates of input-dependent updates to every caption."""
+    def complete(self, drawable: AnyDrawable, caption: str | None = None) -> AnyDrawable:
+        """Add the origin of the figure to its charts, and the gates of input-dependent updates to every caption.
+
+        A ``caption`` replaces those of the charts.
+        """
         mixtures: dict[str, str] = {}
         for chart in drawable.charts():
             mixtures |= (self.meta | dict(chart.meta)).get(MIXTURES, {})
         sentences = mixture_sentences(mixtures)
 
         def complete_chart(chart: Chart) -> Chart:
-            caption = " ".join([chart.caption, *sentences])
-            return replace(chart, caption=caption, meta=self.meta | dict(chart.meta))
+            text = chart.caption if caption is None else caption
+            return replace(chart, caption=" ".join([text, *sentences]), meta=self.meta | dict(chart.meta))
 
         rows = tuple(tuple(map(complete_chart, row)) for row in drawable.rows())
         return cast("AnyDrawable", Panels(rows) if isinstance(drawable, Panels) else rows[0][0])
@@ -218,6 +223,7 @@ class Cohort:
             for run in group.runs:
                 for note in run.fact("caption_notes", ()):
                     methods.setdefault(note, {})[group.label] = run.label.partition(",")[0]
+        # A note on all labels names their method once, several notes name their labels.
         if len(methods) == 1:
             return [f"{next(iter(by_label.values()))} {note}." for note, by_label in methods.items()]
         return [f"{', '.join(labels)} {note}." for note, labels in methods.items()]

@@ -141,9 +141,9 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     for group in cohort.groups:
         tables = [selected_neurons.list_selected(run, k) for run in group.runs]
         selections[group.label] = list(map(selected_neurons.to_set, tables))
-    overlaps = selected_neurons.compare_all_selections(
-        selections, selected_neurons.count_selectable(cohort.runs[0]).total()
-    )
+    selectable = selected_neurons.count_selectable(cohort.runs[0]).total()
+    overlaps = selected_neurons.compare_all_selections(selections, selectable)
+    # The table has every pair of labels once, and the square shows it twice.
     mirrored = overlaps.rename(columns={"first": "second", "second": "first"})
     cells = pd.concat([overlaps, mirrored]).groupby(["first", "second"], sort=False)["overlap"].mean().reset_index()
     baseline = f"Random baseline: mean {overlaps['chance'].mean():.2f}, 95th percentile {overlaps['most'].max():.2f}"
@@ -195,6 +195,7 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
     references = [reference] if isinstance(reference, Result) else list(reference or ())
     groups = [*cohort.groups, Group("reference", tuple(references))] if references else cohort.groups
     compared = Cohort(cohort.name, tuple(groups))
+    # Without a reference, a run is compared with its own first step.
     compared.require("utilisation", history=not references)
     compared.require_same("model")
     states = _utilization_states(compared)
@@ -218,7 +219,7 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
         "indirect: strong and not trained."
     )
     order = list(dict.fromkeys(moved.sort_values(["low", "high"])["bucket"]))
-    order.append(order.pop(order.index("all")))
+    order.append(order.pop(order.index("all")))  # after the percentiles
     settings: dict[str, Any] = {
         "color": "recipe",
         "caption": cohort.caption(caption, interval=f"bars: {INTERVAL}"),
@@ -281,6 +282,7 @@ def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> Chart:
     marks: list[Mark] = [Band("place", "low", "high", "role"), Line("place", "value", "role")]
     recorded = [selected_neurons.selection_threshold(run, quantity) for run in group.runs]
     thresholds = [threshold for threshold in recorded if threshold is not None]
+    # A run without a threshold selected its neurons otherwise.
     selected = ""
     if len(thresholds) == len(group.runs):
         marks.append(Rule(y=float(np.mean(thresholds)), label="threshold"))

@@ -69,6 +69,7 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
         without_peak |= dict.fromkeys(label for label in measured.labels if label not in with_peak)
         batches.append(f"{' and '.join(_batch_phrase(measured))}, {measured.sample}")
         are_averaged |= len(measured.runs) > len(measured.groups)
+    # Sentence -> whether it applies.
     notes = {
         f"Measured after the last step: {'; '.join(batches)}.": True,
         f"Peak memory not measured: {', '.join(without_peak)}.": without_peak,
@@ -114,6 +115,7 @@ def _measured_memory(cohort: Cohort) -> pd.DataFrame:
     if "peak_bytes" in wide:
         by_part[_ACTIVATIONS] = wide["peak_bytes"] - by_part.sum(axis="columns")
     long = by_part.reset_index().melt("run", var_name="part", value_name="bytes")
+    # If one run lacks a part, the mean of the others would belong to other runs than the other parts.
     means = cohort.label(long).groupby(["recipe", "kind", "part"], sort=False)["bytes"].mean(skipna=False)
     cells = means.dropna().reset_index()
     return cells.assign(value=cells["bytes"] / 2**20, source="measured")

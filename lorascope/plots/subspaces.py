@@ -130,6 +130,7 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
         title, pairs = _similarity_pairs(cohort)
         tables = [subspace.similarity_of_runs(a.updates(), b.updates(), module, side) for a, b in pairs]
         over_pairs = pd.concat(tables).groupby(["i", "j"], as_index=False)
+        # The random baseline depends only on i, j and the width of the module.
         cells = over_pairs.agg(
             phi=("phi", "mean"), least=("phi", "min"), most=("phi", "max"), phi_random=("phi_random", "first")
         )

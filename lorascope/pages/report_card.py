@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -19,6 +19,7 @@ from lorascope.files.typed_json import parse_json, require_size, require_small, 
 from lorascope.pages.card import Card, collect, installed_versions
 from lorascope.pages.page import GENERATORS, Section, render
 from lorascope.pages.table_cells import format_value, frame_cells
+from lorascope.plots.run_groups import list_runs
 from lorascope.runs.folders import MAX_PAGE, require_own
 from lorascope.runs.result import Result
 
@@ -71,8 +72,9 @@ def report(runs: Result | Sequence[Result], out: str | Path, spectra: bool = Fal
     if path.suffix not in GENERATORS:
         raise ValueError(f"out must end in .html or .md, got {printable(path)}")
     require_own(path, *GENERATORS.values())
-    card = collect([runs] if isinstance(runs, Result) else list(runs), spectra)
-    write_bytes(path, _encode(_limited_html(card) if path.suffix == ".html" else markdown(card)))
+    card = collect(list_runs(runs), spectra)
+    text = markdown(card) if path.suffix == ".md" else _limited_html(card)
+    write_bytes(path, _encode(text))
     return path
 
 
@@ -186,10 +188,14 @@ def markdown(card: Card) -> str:
 
 def _markdown_table(table: pd.DataFrame) -> Iterator[str]:
     cells = frame_cells(table)
-    yield "| " + " | ".join(_inert(name) for name, _ in cells["columns"]) + " |"
+    yield _markdown_row(name for name, _ in cells["columns"])
     yield "|" + "|".join("---:" if numeric else "---" for _, numeric in cells["columns"]) + "|"
     for row in cells["rows"]:
-        yield "| " + " | ".join(_inert(format_value(value)) for value in row) + " |"
+        yield _markdown_row(map(format_value, row))
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(map(_inert, cells))} |"
 
 
 def _inert(text: str) -> str:

@@ -86,7 +86,7 @@ def _label_offsets(cells: pd.DataFrame) -> dict[str, pd.Series]:
     near = np.abs(size[:, None] - size) <= 3 * _OFFSET * np.log(wide)
     value = cells["value"].to_numpy()
     higher = value > value[:, None]
-    # Of equal values, the first counts as higher: one label has to give way.
+    # The first of equal values counts as higher, because one label has to give way.
     level = (value == value[:, None]) & (np.arange(len(value)) < np.arange(len(value))[:, None])
     side = np.where((near & (higher | level)).any(1), -1, 1)
     return {

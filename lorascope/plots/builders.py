@@ -127,7 +127,7 @@ def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], 
     """Plot the final test metric, one bar per recipe with its interval and its number, on an axis from ``start``."""
     cells = band(cohort.scores(), ["recipe", "kind"])
     top = cells["high"].fillna(cells["value"])
-    # Numbers stand above the error bars, with a little room.
+    # The numbers are above the error bars, with a little room.
     cells = cells.assign(words=cells["value"].map("{:#.3g}".format), above=top + 0.04 * (top.max() - start))
     return bars(
         cells,

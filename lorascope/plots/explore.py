@@ -180,7 +180,9 @@ class Explorer(AnyWidget):
     def _note(self) -> str:
         """Return the reason why there is no chart, "" if there is one."""
         number = len(self.chart.data)
-        return f"cannot draw {number:,} values at once: select fewer layers or roles" if number > MOST_DRAWN else ""
+        if number <= MOST_DRAWN:
+            return ""
+        return f"cannot draw {number:,} values at once: select fewer layers or roles"
 
     def _draw(self) -> str:
         """Return the chart as JSON for the page, "" if it has too many values; ``meta`` has the rows of each dot."""
@@ -288,7 +290,9 @@ def _marks(rows: pd.DataFrame, x: str) -> list[Mark]:
     """Return dots colored by role (by recipe if there is one role), joined by lines where every place has one dot."""
     color, other = "recipe", None
     if rows["role"].nunique() > 1:
-        color, other = "role", "recipe" if rows["recipe"].nunique() > 1 else None
+        color = "role"
+        if rows["recipe"].nunique() > 1:
+            other = "recipe"
     dots = Point(x, "value", color, other, **ends(rows))
     # A line through several modules of one layer would only go up and down.
     doubled = rows.loc[rows.duplicated([x, "role", "recipe"]), "role"]

@@ -141,7 +141,7 @@ def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: st
     return course(
         band(rows, ["recipe", "kind", "step"]).assign(quantity=quantity),
         axis_label(quantity),
-        points=quantity != "loss",  # recorded at so many steps that dots would hide the line
+        points=quantity != "loss",  # its dots would hide the line
         caption=cohort.caption(averaged, *cohort.method_notes()),
         colors=cohort.labels,
     )

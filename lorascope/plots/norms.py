@@ -88,7 +88,7 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     cohort = gather_runs("update_norm_heat", runs, control, check=False)
     quantity = quantity or _comparable_quantity(cohort)
     cohort.require(quantity)
-    # The embedding and the head have no block, and roles of their own.
+    # The embedding and the head have no block.
     inside = norms.select_quantity(cohort.table, quantity).dropna(subset="layer")
     if inside.empty:
         raise ValueError(f"{cohort.name} needs {quantity} of modules inside blocks, got none")

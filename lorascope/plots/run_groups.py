@@ -224,14 +224,18 @@ class Cohort:
                 for note in run.fact("caption_notes", ()):
                     methods.setdefault(note, {})[group.label] = run.label.partition(",")[0]
         # A note on all labels names their method once, several notes name their labels.
-        if len(methods) == 1:
-            return [f"{next(iter(by_label.values()))} {note}." for note, by_label in methods.items()]
-        return [f"{', '.join(labels)} {note}." for note, labels in methods.items()]
+        sentences = []
+        for note, by_label in methods.items():
+            subject = ", ".join(by_label) if len(methods) > 1 else next(iter(by_label.values()))
+            sentences.append(f"{subject} {note}.")
+        return sentences
 
     def missing_initial_updates(self) -> list[str]:
         """Return a sentence on the recipes whose initial update cannot be subtracted, because it was not saved."""
         labels = [group.label for group in self.groups if any(map(initial_update.lacks_initial_update, group.runs))]
-        return [f"Includes the initial update, which was not saved: {', '.join(labels)}."] if labels else []
+        if not labels:
+            return []
+        return [f"Includes the initial update, which was not saved: {', '.join(labels)}."]
 
 
 def gather(name: str, runs: Runs, control: Runs | None = None, needs: tuple[str, ...] = ()) -> Cohort:
@@ -312,15 +316,19 @@ def _describe_gates(group: Group) -> str:
 def _group(runs: Runs, control: bool = False) -> tuple[Group, ...]:
     groups: dict[str, list[Result]] = {}
     if isinstance(runs, Mapping):
-        for label, members in runs.items():
-            groups[label] = [members] if isinstance(members, Result) else list(members)
+        groups = {label: list_runs(members) for label, members in runs.items()}
     else:
-        for run in [runs] if isinstance(runs, Result) else runs:
+        for run in list_runs(runs):
             label = f"control: {run.label}" if control else run.label
             groups.setdefault(label, []).append(run)
         for label, members in groups.items():
             _require_seeds(label, members)
     return tuple(Group(label, tuple(members), control) for label, members in groups.items() if members)
+
+
+def list_runs(runs: Result | Sequence[Result]) -> list[Result]:
+    """Return runs as a list, which has one element for a single run."""
+    return [runs] if isinstance(runs, Result) else list(runs)
 
 
 def _require_seeds(label: str, runs: Sequence[Result]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -16,7 +17,7 @@ from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wr
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Rule
 from lorascope.plots.builders import bars, pair_heat, used_roles
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, axis_label, require_counts
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, axis_label, list_runs, require_counts
 from lorascope.runs.result import Result
 from lorascope.schema.records import QUANTITIES
 
@@ -192,9 +193,10 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
     >>> ls.plots.rank_shift({"NeFT": neft, "random neurons": random_neurons})
     """
     cohort = gather_runs("rank_shift", runs, control, check=False)
-    references = [reference] if isinstance(reference, Result) else list(reference or ())
-    groups = [*cohort.groups, Group("reference", tuple(references))] if references else cohort.groups
-    compared = Cohort(cohort.name, tuple(groups))
+    references = list_runs(reference or ())
+    compared = Cohort(cohort.name, cohort.groups)
+    if references:
+        compared = replace(compared, groups=(*cohort.groups, Group("reference", tuple(references))))
     # Without a reference, a run is compared with its own first step.
     compared.require("utilisation", history=not references)
     compared.require_same("model")
@@ -236,7 +238,9 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
 def _reference_of(run: Result, references: Sequence[Result]) -> Result:
     """Return the only reference, or the one with the seed of the run."""
     seed = run.meta.seed
-    same_seed = [other for other in references if len(references) == 1 or other.meta.seed == seed]
+    if len(references) == 1:
+        return references[0]
+    same_seed = [other for other in references if other.meta.seed == seed]
     if len(same_seed) != 1:
         raise ValueError(f"reference must contain one run with seed {seed}, that of run {run.id}, got {len(same_seed)}")
     return same_seed[0]

@@ -59,7 +59,10 @@ def spectrum(
     >>> ls.plots.spectrum({"LoRA, rank 8": lora, "LoRA, rank 32": lora_rank_32})
     """
     cohort = gather_runs("spectrum", runs, control)
-    values_of = spectra.added_values if added else spectra.singular_values
+    values_of, symbol = spectra.singular_values, "ΔW"
+    notes: list[str] = []
+    if added:
+        values_of, symbol, notes = spectra.added_values, "ΔW − ΔW₀", cohort.missing_initial_updates()
     by_run = {run.id: values_of(run, step) for run in cohort.runs}
     module = common_module(cohort, list(by_run.values()), module)
     sigmas = {run: spectra.above_rounding(by_module[module]) for run, by_module in by_run.items()}
@@ -78,8 +81,8 @@ def spectrum(
             points=bool(cells["component"].max() <= _MOST_DOTS),
             title=f"Spectrum of {module}",
             caption=cohort.caption(
-                f"Singular values of {'ΔW − ΔW₀' if added else 'ΔW'}. Effective rank: {'; '.join(effective)}.",
-                *(cohort.missing_initial_updates() if added else []),
+                f"Singular values of {symbol}. Effective rank: {'; '.join(effective)}.",
+                *notes,
             ),
             colors=cohort.labels,
             meta={"module": module},

@@ -1,27 +1,14 @@
-"""Additions: a copy of the package with one new file per kind of addition finds each without an edit of a list."""
+"""Additions other than methods: a copy of the package finds one new file of each kind, without an edit of a list."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import lorascope
+from temporary_package import build
 
-PACKAGE = Path(lorascope.__file__).parent
 ADDITIONS = {
-    "methods/halved.py": '''"""LoRA with half the scale."""
-from dataclasses import dataclass
-from lorascope.methods.lora import LoRA
-
-@dataclass(kw_only=True)
-class Halved(LoRA, name="halved"):
-    """Low-rank adaptation with half the scale.
-
-    Source: arXiv 2106.09685.
-    """
-''',
     "plots/sizes.py": '''"""Figure of the number of modules."""
 from lorascope.charts.chart import Chart
 from lorascope.plots.figure_registry import figure, gather_runs
@@ -60,7 +47,6 @@ from lorascope.diagnosis.kinds import KINDS
 from lorascope.formats import find_reader
 from lorascope.papers.registry import PAIRS, module_of
 
-assert ls.Halved.name == "halved" and ls.METHODS["halved"] is ls.Halved and "Halved" in ls.__all__
 assert "module_counts" in ls.plots.FIGURES and ls.plots.module_counts is ls.plots.FIGURES["module_counts"].draw
 assert KINDS["LS099"].name == "even-norms"
 assert find_reader({"peft_type": "DOUBLED"}, ()).format == "DOUBLED (PEFT)"
@@ -69,12 +55,13 @@ print(ls.__file__)
 """
 
 
-def test_one_file_adds_a_method_figure_cause_and_format_and_a_line_a_claim(tmp_path: Path) -> None:
-    copy = tmp_path / "lorascope"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+def test_one_file_adds_a_figure_a_cause_and_a_format_and_one_line_a_claim(tmp_path: Path) -> None:
+    package = build(tmp_path, {}) / "lorascope"
     for path, text in ADDITIONS.items():
-        (copy / path).write_text(text, encoding="utf-8")
-    with (copy / "papers" / "lora.py").open("a", encoding="utf-8") as paper:
-        paper.write(CLAIM)
+        (package / path).write_text(text, encoding="utf-8")
+    paper = package / "papers" / "lora.py"
+    source = paper.read_text(encoding="utf-8")
+    paper.unlink()  # a link to the file of the package
+    paper.write_text(source + CLAIM, encoding="utf-8")
     result = subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert result.stdout == f"{copy / '__init__.py'}\n", result.stderr
+    assert result.stdout == f"{package / '__init__.py'}\n", result.stderr

@@ -278,6 +278,11 @@ def is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and "\0" not in name and PureWindowsPath(name).name == name
 
 
+def folder_of(path: Path) -> Path:
+    """Return a folder itself, and the folder of a file."""
+    return path if path.is_dir() else path.parent
+
+
 def weight_files(folder: Path, stem: str) -> list[Path]:
     """Return the weight files of a folder: ``<stem>.safetensors``, its indexed shards, or ``<stem>*.safetensors``.
 

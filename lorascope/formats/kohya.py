@@ -48,10 +48,13 @@ def read_kohya(
     alphas: list[float] = []
 
     def scale(module: str, tensors: Tensors) -> Scale:
-        factor = _value(path, tensors["scalar"]) if "scalar" in tensors else 1.0
-        alpha = _value(path, tensors["alpha"]) if "alpha" in tensors else 0.0
-        if "alpha" in tensors and "oft_blocks" not in tensors:
-            alphas.append(alpha)
+        factor, alpha = 1.0, 0.0
+        if "scalar" in tensors:
+            factor = _value(path, tensors["scalar"])
+        if "alpha" in tensors:
+            alpha = _value(path, tensors["alpha"])
+            if "oft_blocks" not in tensors:
+                alphas.append(alpha)
         # kohya and LyCORIS read an alpha of 0 as the rank.
         return lambda rank: factor * alpha / rank if alpha else factor
 

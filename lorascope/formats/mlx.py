@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile, Unread
+from lorascope.files.safetensors_io import TensorFile, Unread, folder_of
 from lorascope.files.typed_json import Finite, to_typed, unreadable
 from lorascope.formats.peft_factors import StoredFactors, check_fit, stored_shape
 from lorascope.formats.peft_lora import CONFIG, group_factors, no_factors
@@ -133,7 +133,7 @@ def read_mlx(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """Read the modules of an opened folder."""
-    source = (path if path.is_dir() else path.parent) / CONFIG
+    source = folder_of(path) / CONFIG
     settings = to_typed(config, MlxConfig, source)
     if settings.fine_tune_type == "full":
         kind, (updates, other_names) = "Full", _full_updates(path, files, base)

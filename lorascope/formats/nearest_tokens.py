@@ -9,6 +9,7 @@ import numpy as np
 
 from lorascope.array_types import Float, Int
 from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import folder_of
 from lorascope.files.typed_json import read_json
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.schema.module_roles import parse
@@ -38,10 +39,10 @@ def describe_nearest(prompt: Float[np.ndarray, "tokens width"], base: Pretrained
     # Other embeddings of this width may be those of positions, which are fewer.
     ids, cosines = nearest_rows(prompt, base, max(lengths, key=lengths.__getitem__))
     texts = _texts(base)
-    tokens = [
-        f"{row}{texts.get(int(row), '')} ({cosine:.2f})" if np.isfinite(cosine) else "none"
-        for row, cosine in zip(ids, cosines, strict=True)
-    ]
+    tokens = []
+    for row, cosine in zip(ids, cosines, strict=True):
+        token = f"{row}{texts.get(int(row), '')} ({cosine:.2f})"
+        tokens.append(token if np.isfinite(cosine) else "none")
     remark = f" and {len(tokens) - _MAX_LISTED} more" * (len(tokens) > _MAX_LISTED)
     return f"nearest tokens of the base (cosine): {', '.join(tokens[:_MAX_LISTED])}{remark}"
 
@@ -70,7 +71,7 @@ def nearest_rows(
 
 def _texts(base: PretrainedWeights) -> dict[int, str]:
     """Return the quoted text of every token, from the base's tokenizer; {} if it has none that can be read."""
-    file = (base.folder if base.folder.is_dir() else base.folder.parent) / "tokenizer.json"
+    file = folder_of(base.folder) / "tokenizer.json"
     try:
         vocabulary: Any = read_json(file, _Tokenizer).model.vocab
     except (OSError, ValueError):

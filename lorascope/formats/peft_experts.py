@@ -29,7 +29,7 @@ import msgspec
 import numpy as np
 
 from lorascope.files.printable import first_of, printable
-from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.safetensors_io import TensorFile, folder_of
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.formats.peft_lora import CONFIG, RanksAndScales, is_lora, lora_factors, lora_parts
 from lorascope.formats.peft_modules import complete_lora, stacked_base
@@ -158,11 +158,11 @@ def _expert_parts(
         raise unreadable(path, f"{printable(parameter)} must have <= {_MAX_EXPERTS} experts, got {experts}")
     if experts == 1:  # a matrix
         return {parameter.removesuffix(".weight"): ExpertPart(B, A, scale, False, parameter, 0, 1)}
-    parts = {}
+    updates = {}
     for expert in range(experts):
-        part = ExpertPart(B, A, scale, False, parameter, expert, experts, _is_grouped())
-        parts[f"{above}.{expert}.{leaf}"] = part  # named like an expert with separate weights
-    return parts
+        update = ExpertPart(B, A, scale, False, parameter, expert, experts, _is_grouped())
+        updates[f"{above}.{expert}.{leaf}"] = update  # named like an expert with separate weights
+    return updates
 
 
 def _expert_notes(
@@ -202,7 +202,7 @@ def _is_grouped() -> bool:
 
 
 def _names_unsloth(path: Path, config: Mapping[str, Any]) -> bool:
-    card = (path if path.is_dir() else path.parent) / "README.md"
+    card = folder_of(path) / "README.md"
     text = b""
     if card.is_file():
         with card.open("rb") as file:

@@ -179,11 +179,10 @@ class PeftFormat(msgspec.Struct, frozen=True):
 
     def of_module(self, source: Path) -> Callable[[str], Self]:
         """Return the function from a module to its settings; ``source`` is the configuration, for error messages."""
-        values = {
-            setting: per_module(source, pattern, getattr(self, setting), getattr(self, pattern))
-            for pattern, setting in _PATTERNS.items()
-            if hasattr(self, pattern)
-        }
+        values = {}
+        for pattern, setting in _PATTERNS.items():
+            if hasattr(self, pattern):
+                values[setting] = per_module(source, pattern, getattr(self, setting), getattr(self, pattern))
         return lambda module: msgspec.structs.replace(self, **{name: value(module) for name, value in values.items()})
 
     def stored_update(self, module: PeftModule) -> StoredFactors:
@@ -201,11 +200,11 @@ class PeftFormat(msgspec.Struct, frozen=True):
         )
 
     def _build(self, module: PeftModule, stored: Arrays) -> Update:
-        shared = {name: tensor.file[tensor.name] for name, tensor in module.shared.items()}
-        arrays = {
-            name: array.astype(np.int64) if INDICES in name else as_float64(array)
-            for name, array in (*stored.items(), *shared.items())
-        }
+        arrays = {}
+        for name, array in stored.items():
+            arrays[name] = array.astype(np.int64) if INDICES in name else as_float64(array)
+        for name, tensor in module.shared.items():
+            arrays[name] = as_float64(tensor.file[tensor.name])
         if self.needs == "files":
             return self.update(arrays)
         return self.update(arrays, module.weight() if self.needs == "base" else module)
@@ -215,22 +214,22 @@ class PeftFormat(msgspec.Struct, frozen=True):
     ) -> AdapterFiles:
         if self.requires_peft(files):
             return read_merged(path, config, files, base)
-        weights, shapes = None, {}
+        weights: PretrainedWeights | None = None
+        shapes: dict[str, tuple[int, int]] = {}
         if self.needs == "base":
             weights = require_base(path, config, base, self.kind)
         elif self.needs == "shapes":
             weights = base_with_shapes(path, config, base, self.kind)
         module_tensors, other_names = peft_factors(path, files, self.tensors)
-        transposed = {name: self._is_transposed(tensors) for name, tensors in module_tensors.items()}
-        if weights is not None:
-            shapes = {name: weights.shape(name, transposed[name]) for name in module_tensors}
+        for name, tensors in module_tensors.items():
+            shapes[name] = (0, 0) if weights is None else weights.shape(name, self._is_transposed(tensors))
         shared = {name: shared_factor(path, files, name) for name in self.shared_tensors()}
         known_sizes = self._int_settings() | self.common_sizes(shapes.values())
         sizes = check_shapes(path, "all modules", shared, self.shared_tensors(), **known_sizes)
         settings_of, updates = self.of_module(path / CONFIG), {}
         for name, tensors in module_tensors.items():
-            shape = shapes.get(name, (0, 0))
-            module = PeftModule(path, name, tensors, shared, sizes, shape, transposed[name], weights)
+            transposed = self._is_transposed(tensors)
+            module = PeftModule(path, name, tensors, shared, sizes, shapes[name], transposed, weights)
             updates[name] = settings_of(name)._read_module(module)
         trained = sum(math.prod(stored_shape(shared[name])) for name in shared.keys() - set(self.frozen))
         return AdapterFiles(

@@ -18,7 +18,7 @@ import numpy as np
 
 from lorascope.array_types import Float
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import FLOATS, TensorFile
+from lorascope.files.safetensors_io import FLOATS, TensorFile, folder_of
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.formats.peft_factors import require_base
 from lorascope.formats.peft_lora import CONFIG, INDEX_DTYPES, WEIGHTS, peft_kind, require_factor
@@ -79,7 +79,7 @@ def read_merged(
     weights = require_base(path, config, base, kind)
     if find_spec("peft") is None:
         raise unreadable(path, f'only PEFT reads {kind} adapters like this one: pip install "lorascope[peft]"')
-    folder = path if path.is_dir() else path.parent
+    folder = folder_of(path)
     paths = [file.path for file in files]
     if paths != [folder / WEIGHTS]:
         listing = ", ".join(printable(file.name) for file in paths)

@@ -86,7 +86,7 @@ def _token_rows(files: AdapterFiles, module: str, tensor: StoredTensor) -> tuple
     if isinstance(indices, Mapping):
         # A key is the end of a module's name, as in target_modules.
         matches = [rows for end, rows in indices.items() if f".{module}".endswith(f".{end}")]
-        indices = matches[0] if matches else []
+        indices = next(iter(matches), [])
     if len(indices) != tensor.shape[0]:
         must = f"tokens of {printable(module)} must be those of trainable_token_indices ({len(indices)})"
         raise unreadable(files.path, f"{must}, got {tensor.shape[0]} rows")

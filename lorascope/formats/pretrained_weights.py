@@ -62,8 +62,8 @@ class PretrainedWeights:
 
     def modules(self) -> list[str]:
         """Return the names of all modules whose weight has two dimensions."""
-        names = (name for name, file in self._files.items() if len(file.shape(name)) == 2)
-        return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+        names = ((module, f"{module}.weight") for module in self.all_modules())
+        return [module for module, name in names if len(self._files[name].shape(name)) == 2]
 
     def stored_shape(self, module: str) -> tuple[int, ...]:
         """Return the stored shape of a module's weight, with at least one dimension."""

@@ -13,7 +13,15 @@ from typing import Any
 from lorascope.files.gguf_io import GgufFile
 from lorascope.files.hub import WEIGHTS, locate, locate_base
 from lorascope.files.printable import first_of, printable
-from lorascope.files.safetensors_io import TensorFile, is_pickle, is_plain, open_tensors, reject_pickles, weight_files
+from lorascope.files.safetensors_io import (
+    TensorFile,
+    folder_of,
+    is_pickle,
+    is_plain,
+    open_tensors,
+    reject_pickles,
+    weight_files,
+)
 from lorascope.files.typed_json import read_json, to_typed, unreadable
 from lorascope.formats import find_reader, find_sentence
 from lorascope.formats.peft_lora import CONFIG, KINDS, STEM, CommonConfig, factor_files, peft_kind
@@ -224,7 +232,7 @@ def _unread_files(path: Path, files: Iterable[TensorFile]) -> Iterator[str]:
 
 
 def _config_file(path: Path) -> Path:
-    return (path if path.is_dir() else path.parent) / CONFIG
+    return folder_of(path) / CONFIG
 
 
 def _configuration(path: Path, files: Sequence[TensorFile]) -> dict[str, Any]:

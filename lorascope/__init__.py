@@ -75,12 +75,12 @@ def __getattr__(name: str) -> Any:
     if not module:
         raise AttributeError(f"module 'lorascope' has no attribute {name!r}")
     try:
-        found = importlib.import_module(module)
+        imported = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (required := requirement(error)) is None:
             raise
         raise ImportError(f"lorascope.{name} {required}") from error
-    return getattr(found, attribute) if attribute else found
+    return getattr(imported, attribute) if attribute else imported
 
 
 def __dir__() -> list[str]:

@@ -50,6 +50,7 @@ def moved_losses(
     replay = _Replay(loss, batch, top, _record_calls(loss, _resize_batch(batch), modules))
     losses: dict[str, list[float]] = {name: [] for name in moves}
     moved = {name: model.get_submodule(name) for name in moves if moves[name]}
+    # The outputs inside only one block at a time are in memory.
     for block, names in itertools.groupby(moved, lambda name: block_of.get(moved[name])):
         recorded = top if block is None else replay.look_into(block)
         for name in names:

@@ -105,8 +105,8 @@ def _transfer(tensors: Sequence[Tensor]) -> list[Shaped[np.ndarray, "..."]]:
 def through_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy tensors of one device to the CPU through a single buffer, in which each starts at a multiple of 8 bytes."""
     padded = [F.pad(tensor.reshape(-1).view(torch.uint8), (0, -tensor.nbytes % 8)) for tensor in tensors]
-    copies = torch.cat(padded).cpu().split([len(values) for values in padded])
-    return [
-        copy[: tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
-        for copy, tensor in zip(copies, tensors, strict=True)
-    ]
+    copies = torch.cat(padded).cpu().split(list(map(len, padded)))
+    restored = []
+    for copy, tensor in zip(copies, tensors, strict=True):
+        restored.append(copy[: tensor.nbytes].view(tensor.dtype).reshape(tensor.shape))
+    return restored

@@ -339,7 +339,7 @@ def test_both_renderers_escape_text(made: Chart) -> None:
     for text in texts:
         if "mathdefault" not in text:
             assert "$" not in text.replace(r"\$", ""), text
-    shown = [text for _, text in strings(plotly_backend.figure(made).to_plotly_json() | {"frames": []}, ())]
+    shown = [text for _, text in strings(plotly_backend.to_plotly(made).to_plotly_json() | {"frames": []}, ())]
     assert any(SHOWN in text for text in shown)
     for text in shown:
         assert untreated(text) == set(), text

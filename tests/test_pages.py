@@ -20,7 +20,7 @@ from test_explore import BROWSER, PATIENCE
 from lorascope import plots
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Chart, set_side_by_side
-from lorascope.charts.figure_plan import plan
+from lorascope.charts.figure_plan import plan_figure
 from lorascope.charts.marks import Axis, Heat, Line, Point
 from lorascope.charts.theme import THEMES, theme
 from lorascope.pages import page as report
@@ -256,7 +256,7 @@ def without_nulls(value: Any) -> Any:
 @pytest.mark.parametrize("name", ["light", "dark"])
 def test_embedded_figure_equals_rendered_figure(make: Any, name: str) -> None:
     embedded = embed(make())
-    settled = plan(make(), theme(name))
+    settled = plan_figure(make(), theme(name))
     drawn = json.loads(plotly_backend.draw(settled).to_json())
     figure = apply_changes(embedded.figure, embedded.changes.get(name, []))
     assert without_nulls(figure["data"]) == without_nulls(drawn["data"])

@@ -324,7 +324,7 @@ def test_labels_of_a_short_logarithmic_axis_do_not_overlap() -> None:
     data = table("x y", (3e-6, 1.0), (3e-4, 2.0))
     panel = Chart(data, [Line("x", "y")], x=Axis(label="learning rate", log=True))
     for columns, fewest in ((1, 4), (2, 2)):
-        figure = matplotlib_backend.figure(set_side_by_side(*[panel] * columns), width="column")
+        figure = matplotlib_backend.to_matplotlib(set_side_by_side(*[panel] * columns), width="column")
         figure.canvas.draw()
         for ax in figure.axes:
             inside = [
@@ -547,7 +547,7 @@ def test_any_number_of_panels_fits_the_page_width(panels: int) -> None:
 def test_caption_has_the_same_lines_at_every_resolution(runs, width, dpi) -> None:
     """The height is measured once: another line in the file would overlap the legend, a missing one leaves a gap."""
     chart = Chart(runs, [Line("step", "value", "method")], caption="Mean over 3 seeds, with an interval; " * 9)
-    made = matplotlib_backend.figure(chart, "paper", width)
+    made = matplotlib_backend.to_matplotlib(chart, "paper", width)
     text = made.texts[0].get_text()
     assert " ".join(text.split()) == chart.caption.strip()
     made.set_dpi(dpi)
@@ -577,7 +577,7 @@ def test_long_names_beside_a_panel_leave_room_for_it(rows: int) -> None:
     names = [f"NeFT, parameter_share 0.1, tune_lr 0.001, seed {number}" for number in range(rows)]
     cells = pd.DataFrame({"one": names, "other": names[:1] * rows, "value": 1.0})
     chart = Chart(cells, [Heat("other", "one", "value", "overlap", ".2f")], y=Axis(order=names))
-    made = matplotlib_backend.figure(chart, width="column")
+    made = matplotlib_backend.to_matplotlib(chart, width="column")
     width = made.axes[0].get_window_extent().width / made.dpi
     assert width > 0.15 * made.get_figwidth()
     written = {label.get_text().replace("\n", " ") for label in made.axes[0].get_yticklabels()}

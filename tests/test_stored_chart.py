@@ -67,7 +67,7 @@ def frames() -> Chart:
 def test_chart_from_files_draws_the_same_figure(make):
     before, after = make(), through_files(make())
     assert type(after) is type(before)
-    assert plotly_backend.figure(after).to_json() == plotly_backend.figure(before).to_json()
+    assert plotly_backend.to_plotly(after).to_json() == plotly_backend.to_plotly(before).to_json()
     for one, other in zip(before.charts(), after.charts(), strict=True):
         assert one.caption == other.caption
         for (kind, table), (other_kind, found) in zip(one.tables(), other.tables(), strict=True):
@@ -82,4 +82,4 @@ def test_figure_of_a_run_from_files_is_the_same(name: str, tmp_path: Path):
         for seed in range(2)
     ]
     drawn = getattr(plots, name)(runs)
-    assert plotly_backend.figure(through_files(drawn)).to_json() == plotly_backend.figure(drawn).to_json()
+    assert plotly_backend.to_plotly(through_files(drawn)).to_json() == plotly_backend.to_plotly(drawn).to_json()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.charts.marks import Axis, Bar, Heat, Mark, is_number, missing_column
+from lorascope.charts.marks import Axis, Bar, Heat, Mark, is_numeric, missing_column
 
 
 class Drawable:
@@ -35,14 +35,14 @@ class Drawable:
         With several panels, or marks that have their own data, two columns distinguish the rows: ``panel`` (number and
         title) and ``mark`` (kind of mark, "" for the data of the chart). A column with only one value is omitted.
         """
-        parts = [
+        tables = [
             table.assign(panel=f"{number} {chart.title}".strip(), mark=mark)
             for number, chart in enumerate(self.charts(), start=1)
             for mark, table in chart.tables()
         ]
-        if len(parts) == 1:
+        if len(tables) == 1:
             return self.charts()[0].data
-        joined = pd.concat(parts, ignore_index=True)
+        joined = pd.concat(tables, ignore_index=True)
         return joined.drop(columns=[column for column in ("panel", "mark") if joined[column].nunique() < 2])
 
     def mpl(self, ax: Any = None, theme: str | None = None, width: str | None = None) -> Any:
@@ -62,11 +62,11 @@ class Drawable:
         The new figure, or ``ax``.
         """
         mpl = _import_backend("matplotlib_backend")
-        return mpl.figure(self, theme, width) if ax is None else mpl.draw_onto(ax, self, theme)
+        return mpl.to_matplotlib(self, theme, width) if ax is None else mpl.draw_onto(ax, self, theme)
 
     def plotly(self, theme: str | None = None) -> Any:
         """Draw as an interactive ``plotly.graph_objects.Figure``; frames become the steps of a slider."""
-        return _import_backend("plotly_backend").figure(self, theme)
+        return _import_backend("plotly_backend").to_plotly(self, theme)
 
     def save(self, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
         """Write the figure and its provenance to a file, completely or not at all; equal charts give equal bytes.
@@ -186,7 +186,7 @@ class Chart(Drawable):
         return (
             getattr(self, letter).order is not None
             or any(isinstance(mark, Heat) for mark in self.marks)
-            or not all(map(is_number, self.values(letter)))
+            or not all(map(is_numeric, self.values(letter)))
         )
 
     @property
@@ -198,36 +198,36 @@ class Chart(Drawable):
         """Raise ValueError if two rows have the same position, since one would hide the other."""
         table, across, along = self.table(mark), *(("y", "x") if self.is_lying else ("x", "y"))
         if isinstance(mark, Heat):
-            place = [mark.x, mark.y]
+            position = [mark.x, mark.y]
         elif self.is_categorical(along):
             column = getattr(mark, along)
             raise ValueError(f"bar {along}: column {column!r} must be numeric, got {table[column].dtype}")
         else:
-            place = [getattr(mark, across), *([mark.color] if mark.color is not None else [])]
+            position = [getattr(mark, across), *([mark.color] if mark.color is not None else [])]
         framed = [self.frame] if self.frame is not None and self.frame in table else []
-        columns = list(dict.fromkeys([*place, *framed]))
+        columns = list(dict.fromkeys([*position, *framed]))
         if (doubled := table.duplicated(columns)).any():
             first = ", ".join(f"{name}={cell}" for name, cell in table.loc[doubled, columns].iloc[0].items())
             raise ValueError(f"cannot draw {mark.kind}: several rows for {first}. Aggregate them first")
 
     def tables(self) -> list[tuple[str, pd.DataFrame]]:
         """Return all drawn tables: ("", the chart's data), then (kind of mark, its own data)."""
-        own = [(mark.kind, table) for mark in self.marks if (table := self.table(mark)) is not self.data]
-        return [("", self.data), *own]
+        mark_tables = [(mark.kind, table) for mark in self.marks if (table := self.table(mark)) is not self.data]
+        return [("", self.data), *mark_tables]
 
     def at(self, value: Any) -> Chart:
         """Return the chart of a single frame."""
         if self.frame is None:
             raise ValueError(f"cannot select frame {value!r}: {self!r} has no frames")
         if value not in set(self.data[self.frame]):
-            shown = ", ".join(map(str, self.data[self.frame].unique()))
-            raise ValueError(f"{self.frame} must be one of {shown}, got {value!r}")
-        marks = [
-            replace(mark, data=own[own[self.frame] == value])
-            if (own := self.table(mark)) is not self.data and self.frame in own
-            else mark
-            for mark in self.marks
-        ]
+            values = ", ".join(map(str, self.data[self.frame].unique()))
+            raise ValueError(f"{self.frame} must be one of {values}, got {value!r}")
+        marks = []
+        for mark in self.marks:
+            table = self.table(mark)
+            if table is not self.data and self.frame in table:
+                mark = replace(mark, data=table[table[self.frame] == value])
+            marks.append(mark)
         return replace(self, data=self.data[self.data[self.frame] == value], marks=marks, frame=None)
 
 
@@ -249,18 +249,18 @@ class Panels(Drawable):
         return self.flat()
 
 
-def set_side_by_side(*parts: Drawable) -> Panels:
+def set_side_by_side(*drawables: Drawable) -> Panels:
     """Put charts, or panels with the same number of rows, side by side."""
-    grids = [part.rows() for part in parts]
+    grids = [drawable.rows() for drawable in drawables]
     if len({len(grid) for grid in grids}) != 1:
         counts = ", ".join(str(len(grid)) for grid in grids)
         raise ValueError(f"panels side by side must have the same number of rows, got {counts}")
     return Panels(tuple(sum(rows, ()) for rows in zip(*grids, strict=True)))
 
 
-def stack_vertically(*parts: Drawable) -> Panels:
+def stack_vertically(*drawables: Drawable) -> Panels:
     """Stack charts or panels vertically, the first on top."""
-    return Panels(sum((part.rows() for part in parts), ()))
+    return Panels(sum((drawable.rows() for drawable in drawables), ()))
 
 
 def wrap(charts: Sequence[Chart], row: int) -> Drawable:

@@ -57,7 +57,7 @@ class FigurePlan:
     theme: Theme
 
 
-def plan(drawable: Drawable, theme: Theme) -> FigurePlan:
+def plan_figure(drawable: Drawable, theme: Theme) -> FigurePlan:
     """Compute everything that does not depend on the renderer."""
     charts = drawable.charts()
     framed = [chart.data[chart.frame] for chart in charts if chart.frame is not None]
@@ -71,10 +71,10 @@ def plan(drawable: Drawable, theme: Theme) -> FigurePlan:
         Panel(number, chart, scale(chart, "x"), scale(chart, "y"), colors, styles, theme, heats.get(number))
         for number, chart in enumerate(charts)
     ]
-    for column, found in colors.items():
-        if found.limits is not None:
+    for column, scale_colors in colors.items():
+        if scale_colors.limits is not None:
             views = [number for number, chart in enumerate(charts) if column in encoded([chart], "color")]
-            ramps.append(Ramp(len(ramps), found.label, theme.ramp, found.limits, views))
+            ramps.append(Ramp(len(ramps), scale_colors.label, theme.ramp, scale_colors.limits, views))
     numbers = iter(range(len(charts)))
     titles = {chart.color_label for chart in charts}
     captions = list(dict.fromkeys(chart.caption for chart in charts if chart.caption))
@@ -103,16 +103,17 @@ def _set_limits(panels: Sequence[Panel], frames: Sequence[Any]) -> list[Panel]:
     reaches = [[shape.reach() for frame in frames or [None] for shape in panel.shapes(frame)] for panel in panels]
 
     def limits(panel: Panel, letter: str) -> Limits:
-        own: Scale = getattr(panel, letter)
-        if own.categories is not None:
-            last = max(len(own.categories), 1) - 0.5  # an axis without categories still needs a length
+        axis_scale: Scale = getattr(panel, letter)
+        if axis_scale.categories is not None:
+            last = max(len(axis_scale.categories), 1) - 0.5  # an axis without categories still needs a length
             return (-0.5, last) if letter == "x" else (last, -0.5)
-        kin = [other for other in panels if other is panel or _is_same_axis(own, getattr(other, letter))]
-        parts = [part for other in kin for reach in reaches[other.number] for part in reach["xy".index(letter)]]
-        numbers = np.concatenate([np.empty(0), *(np.ravel(part) for part in parts if part is not None)])
+        kin = [other for other in panels if other is panel or _is_same_axis(axis_scale, getattr(other, letter))]
+        axis = "xy".index(letter)
+        ends = [values for other in kin for reach in reaches[other.number] for values in reach[axis]]
+        numbers = np.concatenate([np.empty(0), *(np.ravel(values) for values in ends if values is not None)])
         anchored = any(isinstance(mark, Bar) for other in kin for mark in other.chart.marks)
-        start, stop = own.axis.limits or (None, None)
-        low, high = _pad_ends(numbers, own.log, anchored)
+        start, stop = axis_scale.axis.limits or (None, None)
+        low, high = _pad_ends(numbers, axis_scale.log, anchored)
         return (low if start is None else float(start), high if stop is None else float(stop))
 
     return [
@@ -121,10 +122,10 @@ def _set_limits(panels: Sequence[Panel], frames: Sequence[Any]) -> list[Panel]:
     ]
 
 
-def _is_same_axis(one: Scale, other: Scale) -> bool:
+def _is_same_axis(first: Scale, other: Scale) -> bool:
     """Return whether two numeric axes have the same label and scale."""
-    labelled = one.axis.label != "" and one.axis.label == other.axis.label
-    return labelled and other.categories is None and one.log == other.log
+    labelled = first.axis.label != "" and first.axis.label == other.axis.label
+    return labelled and other.categories is None and first.log == other.log
 
 
 def _pad_ends(numbers: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Limits:
@@ -180,15 +181,15 @@ def _merge_entries(entries: Sequence[Entry]) -> list[Entry]:
 
 def _heat_ramps(charts: Sequence[Chart]) -> list[Ramp]:
     """Return the color bars of heat maps; those with the same label, scale and limits share one and its ends."""
-    alike: dict[tuple[Any, ...], list[tuple[int, Heat]]] = {}
+    shared: dict[tuple[Any, ...], list[tuple[int, Heat]]] = {}
     for view, chart in enumerate(charts):
         for mark in chart.marks:
             if isinstance(mark, Heat):
                 # Heat maps without a label may show different quantities, so each gets its own color bar.
                 same = (mark.label,) if mark.label else (view, "")
-                alike.setdefault((*same, mark.scale, tuple(mark.limits or ())), []).append((view, mark))
+                shared.setdefault((*same, mark.scale, tuple(mark.limits or ())), []).append((view, mark))
     ramps = []
-    for number, uses in enumerate(alike.values()):
+    for number, uses in enumerate(shared.values()):
         views, mark = [view for view, _ in uses], uses[0][1]
         values = np.concatenate([to_floats(charts[view].table(heat)[heat.value]) for view, heat in uses])
         colors = RED_BLUE if mark.scale == "diverging" else VIRIDIS

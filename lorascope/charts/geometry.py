@@ -63,7 +63,7 @@ class Area(Shape):
 class Errors(Shape):
     """Error bars of dots or bars from ``low`` to ``high``, horizontal if ``lying``."""
 
-    place: Numbers
+    position: Numbers
     low: Numbers
     high: Numbers
     lying: bool
@@ -89,9 +89,9 @@ class Dots(Shape):
 
 @dataclass(frozen=True, eq=False)
 class Bars(Shape):
-    """Bars from ``base`` to ``top`` at ``place``, horizontal if ``lying``."""
+    """Bars from ``base`` to ``top`` at ``position``, horizontal if ``lying``."""
 
-    place: Numbers
+    position: Numbers
     base: Numbers
     top: Numbers
     width: float
@@ -102,7 +102,7 @@ class Bars(Shape):
 
     def reach(self) -> tuple[list[Any], list[Any]]:
         x, y = super().reach()
-        across, along = [self.place - self.width / 2, self.place + self.width / 2], [self.base, self.top]
+        across, along = [self.position - self.width / 2, self.position + self.width / 2], [self.base, self.top]
         return (x + along, y + across) if self.lying else (x + across, y + along)
 
 
@@ -164,8 +164,8 @@ class Panel:
         """Return the values of a color or style column in the order of the legend."""
         if column in self.colors:
             return self.colors[column].categories
-        here = set(self.chart.table(mark)[column])
-        return tuple(value for value in self.styles[column] if value in here)
+        present = set(self.chart.table(mark)[column])
+        return tuple(value for value in self.styles[column] if value in present)
 
     def split(self, mark: Mark, frame: Any, *encodings: str) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
         """Yield the rows of a frame for each combination of values in the whole table: (rows, column -> value)."""
@@ -196,17 +196,17 @@ class Panel:
 
     def positions(self, mark: Any, rows: pd.DataFrame) -> tuple[Numbers, Numbers]:
         """Return the positions of rows on x and y."""
-        return self.x.place(rows[mark.x]), self.y.place(rows[mark.y])
+        return self.x.to_positions(rows[mark.x]), self.y.to_positions(rows[mark.y])
 
     def errors(
-        self, mark: Point | Bar, rows: pd.DataFrame, place: Numbers, colors: list[str], base: Any = 0.0
+        self, mark: Point | Bar, rows: pd.DataFrame, positions: Numbers, colors: list[str], base: Any = 0.0
     ) -> Errors | None:
-        """Return the error bars of rows at ``place``, if the mark has any; their ends are relative to ``base``."""
+        """Return the error bars of rows at ``positions``, if the mark has any; their ends are relative to ``base``."""
         if mark.low is None or mark.high is None:
             return None
         scale = self.x if self.chart.is_lying else self.y
-        low, high = base + scale.place(rows[mark.low]), base + scale.place(rows[mark.high])
-        return Errors(place, low, high, self.chart.is_lying, colors)
+        low, high = base + scale.to_positions(rows[mark.low]), base + scale.to_positions(rows[mark.high])
+        return Errors(positions, low, high, self.chart.is_lying, colors)
 
 
 def group(key: Mapping[str, Any]) -> str:
@@ -231,15 +231,15 @@ def _(mark: Line, panel: Panel, frame: Any) -> Iterator[Curve]:
 @build.register
 def _(mark: Band, panel: Panel, frame: Any) -> Iterator[Area]:
     for rows, key in panel.split(mark, frame, "color"):
-        x = panel.x.place(rows[mark.x])
+        x = panel.x.to_positions(rows[mark.x])
         order = np.argsort(x, kind="stable")
-        low, high = panel.y.place(rows[mark.low]), panel.y.place(rows[mark.high])
+        low, high = panel.y.to_positions(rows[mark.low]), panel.y.to_positions(rows[mark.high])
         yield Area(x[order], low[order], high[order], panel.color(mark, key), group(key))
 
 
 @build.register
 def _(mark: Point, panel: Panel, frame: Any) -> Iterator[Dots]:
-    column, whole = mark.color, panel.chart.table(mark)
+    column, table = mark.color, panel.chart.table(mark)
     shaded = None if column is None or panel.colors[column].limits is None else panel.colors[column]
     for rows, key in panel.split(mark, frame, *(["shape"] if shaded else ["color", "shape"])):
         if shaded:
@@ -249,9 +249,9 @@ def _(mark: Point, panel: Panel, frame: Any) -> Iterator[Dots]:
         share = None
         if mark.size is not None:
             # The largest frame determines the sizes, so that dots do not change size between frames.
-            most = len(whole) if panel.chart.frame not in whole else whole[panel.chart.frame].value_counts().max()
-            largest = np.nanmax(to_floats(whole[mark.size]), initial=0.0) or 1.0
-            share = np.nan_to_num(to_floats(rows[mark.size])) / largest * min(1.0, CROWD / most)
+            crowd = len(table) if panel.chart.frame not in table else table[panel.chart.frame].value_counts().max()
+            largest = np.nanmax(to_floats(table[mark.size]), initial=0.0) or 1.0
+            share = np.nan_to_num(to_floats(rows[mark.size])) / largest * min(1.0, CROWD / crowd)
         x, y = panel.positions(mark, rows)
         errors = panel.errors(mark, rows, y if panel.chart.is_lying else x, colors)
         yield Dots(x, y, colors, panel.style(mark, "shape", key), share, errors, group(key))
@@ -263,8 +263,8 @@ def _(mark: Bar, panel: Panel, frame: Any) -> Iterator[Bars]:
     lying, groups = panel.chart.is_lying, list(panel.split(mark, frame, "color"))
     column, across = (mark.y, panel.y) if lying else (mark.x, panel.x)
     # The smallest distance between two positions leaves room for the bars at each.
-    places = np.unique(across.place(panel.chart.table(mark)[column]))
-    gaps = np.diff(places[np.isfinite(places)])
+    positions = np.unique(across.to_positions(panel.chart.table(mark)[column]))
+    gaps = np.diff(positions[np.isfinite(positions)])
     room = CLUSTER * (1.0 if across.categories is not None or not gaps.size else float(gaps.min()))
     # Bars that are colored by their own position do not share it with others.
     whole_slot = mark.mode == "stack" or mark.color in (None, column)
@@ -273,15 +273,15 @@ def _(mark: Bar, panel: Panel, frame: Any) -> Iterator[Bars]:
     reached: dict[tuple[float, bool], float] = {}
     for slot, (rows, key) in enumerate(groups):
         x, y = panel.positions(mark, rows)
-        place, length = (y, x) if lying else (x, y)
+        centers, length = (y, x) if lying else (x, y)
         base = np.zeros(len(rows))
         if mark.mode == "stack":
-            for index, (spot, piece) in enumerate(zip(place, np.nan_to_num(length), strict=True)):
-                base[index] = reached.get((spot, piece < 0), 0.0)
-                reached[spot, piece < 0] = base[index] + piece
-        place = place + (0.0 if whole_slot else (slot - (len(groups) - 1) / 2) * width)
-        errors = panel.errors(mark, rows, place, [panel.theme.ink] * len(rows), base)
-        yield Bars(place, base, base + length, width, panel.color(mark, key), errors, lying, group(key))
+            for index, (center, piece) in enumerate(zip(centers, np.nan_to_num(length), strict=True)):
+                base[index] = reached.get((center, piece < 0), 0.0)
+                reached[center, piece < 0] = base[index] + piece
+        centers = centers + (0.0 if whole_slot else (slot - (len(groups) - 1) / 2) * width)
+        errors = panel.errors(mark, rows, centers, [panel.theme.ink] * len(rows), base)
+        yield Bars(centers, base, base + length, width, panel.color(mark, key), errors, lying, group(key))
 
 
 @build.register
@@ -289,17 +289,17 @@ def _(mark: Heat, panel: Panel, frame: Any) -> Iterator[Cells]:
     assert panel.ramp is not None
     rows = panel.rows(mark, frame)
     values = np.full((len(panel.y.names), len(panel.x.names)), np.nan)
-    x, y = (place.astype(int) for place in panel.positions(mark, rows))
+    x, y = (positions.astype(int) for positions in panel.positions(mark, rows))
     values[y, x] = to_floats(rows[mark.value])
-    told = [] if mark.words is None else zip(y.tolist(), x.tolist(), rows[mark.words], strict=True)
-    words: dict[tuple[int, ...], str] = {(row, column): str(text) for row, column, text in told}
-    texts = {place: format(value, mark.text or ".4g") for place, value in np.ndenumerate(values) if np.isfinite(value)}
+    stored_words = [] if mark.words is None else zip(y.tolist(), x.tolist(), rows[mark.words], strict=True)
+    words: dict[tuple[int, ...], str] = {(row, column): str(text) for row, column, text in stored_words}
+    texts = {cell: format(value, mark.text or ".4g") for cell, value in np.ndenumerate(values) if np.isfinite(value)}
     yield Cells(values, mark, panel.ramp, texts, words)
 
 
 @build.register
 def _(mark: Rule, panel: Panel, frame: Any) -> Iterator[Ruler]:
-    x, y = (None if at is None else scale.locate(at) for at, scale in ((mark.x, panel.x), (mark.y, panel.y)))
+    x, y = (None if value is None else scale.locate(value) for value, scale in ((mark.x, panel.x), (mark.y, panel.y)))
     yield Ruler(x, y, mark.label)
 
 

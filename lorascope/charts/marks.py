@@ -72,15 +72,15 @@ class Mark:
         if (low is None) != (high is None):
             raise ValueError(f"low and high must both be columns or both be None, got low={low!r}, high={high!r}")
         for encoding, column in self.columns().items():
-            what = f"{self.kind} {encoding}"
+            label = f"{self.kind} {encoding}"
             if column not in table:
-                raise ValueError(missing_column(what, column, table))
+                raise ValueError(missing_column(label, column, table))
             values = table[column]
             if encoding in self.numbers and not is_numeric_dtype(values):
-                raise ValueError(f"{what}: column {column!r} must be numeric, got {values.dtype}")
-            if (encoding in self.names or not is_number(values)) and (gaps := int(values.isna().sum())):
+                raise ValueError(f"{label}: column {column!r} must be numeric, got {values.dtype}")
+            if (encoding in self.names or not is_numeric(values)) and (gaps := int(values.isna().sum())):
                 raise ValueError(
-                    f"{what}: column {column!r} must have no missing values, got {gaps}: fill them in first"
+                    f"{label}: column {column!r} must have no missing values, got {gaps}: fill them in first"
                 )
 
 
@@ -186,11 +186,11 @@ class Text(Mark):
     text: str
 
 
-def missing_column(what: str, column: str, table: pd.DataFrame) -> str:
+def missing_column(label: str, column: str, table: pd.DataFrame) -> str:
     """Return the error message for a missing column."""
-    return f"{what}: unknown column {column!r}; expected one of {', '.join(map(str, table.columns))}"
+    return f"{label}: unknown column {column!r}; expected one of {', '.join(map(str, table.columns))}"
 
 
-def is_number(values: pd.Series) -> bool:
+def is_numeric(values: pd.Series) -> bool:
     """Return whether a column is numeric, and not boolean."""
     return is_numeric_dtype(values) and not is_bool_dtype(values)

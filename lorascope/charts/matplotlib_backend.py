@@ -28,10 +28,10 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lorascope.charts.chart import Drawable
-from lorascope.charts.figure_plan import Entry, FigurePlan, plan
+from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
 from lorascope.charts.scales import Ramp, Scale
-from lorascope.charts.theme import FAINT, GLYPH, STYLES, WIDTHS, Theme, count_lines, fold, is_dark, theme
+from lorascope.charts.theme import FAINT, GLYPH, STYLES, WIDTHS, Theme, count_lines, is_dark, theme, wrap_text
 from lorascope.files.printable import printable_lines
 
 _PATTERNS = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2)))
@@ -62,9 +62,9 @@ class GridPlace:
     stop: int
 
 
-def figure(drawable: Drawable, name: str | None = None, width: str | None = None) -> Figure:
+def to_matplotlib(drawable: Drawable, name: str | None = None, width: str | None = None) -> Figure:
     """Draw on a new figure; see :meth:`Drawable.mpl`."""
-    settled = plan(drawable, theme(name or "light"))
+    settled = plan_figure(drawable, theme(name or "light"))
     width = width or ("column" if len(settled.panels) == 1 and not settled.frames else "page")
     if width not in WIDTHS:
         sizes = " or ".join(f"{name!r} ({size} in)" for name, size in WIDTHS.items())
@@ -75,15 +75,15 @@ def figure(drawable: Drawable, name: str | None = None, width: str | None = None
 
 def write(drawable: Drawable, kind: str, name: str, width: str | None, metadata: dict[str, Any]) -> bytes:
     """Return the content of a file of format ``kind`` ("pdf", "svg" or "png"), with metadata of that format."""
-    made, file = figure(drawable, name, width), io.BytesIO()
+    drawn_figure, file = to_matplotlib(drawable, name, width), io.BytesIO()
     with style(theme(name)):
-        made.savefig(file, format=kind, metadata=metadata)
+        drawn_figure.savefig(file, format=kind, metadata=metadata)
     return file.getvalue()
 
 
 def draw_onto(ax: Axes, drawable: Drawable, name: str | None = None) -> Axes:
     """Draw on the caller's axes, in the caller's style."""
-    settled = plan(drawable, theme(name or "light"))
+    settled = plan_figure(drawable, theme(name or "light"))
     if len(settled.panels) > 1 or settled.frames:
         raise ValueError("cannot draw panels or frames on ax: pass a single chart, such as chart.at(frame)")
     (panel,) = settled.panels
@@ -93,8 +93,8 @@ def draw_onto(ax: Axes, drawable: Drawable, name: str | None = None) -> Axes:
         ax.legend(handles=list(map(_handle, settled.entries)), title=escape_dollar(settled.legend_title))
     for ramp in settled.ramps:
         ax.figure.colorbar(color_scale(ramp), ax=ax, label=escape_dollar(ramp.label))
-    names(ax, panel)
-    numbers(ax, panel)
+    label_categories(ax, panel)
+    write_cell_texts(ax, panel)
     return ax
 
 
@@ -124,97 +124,100 @@ def style(look: Theme) -> Any:
 
 def _lay_out_grid(settled: FigurePlan, across: int) -> list[GridPlace]:
     """Place the panels as arranged or, with frames, the frames of each panel in rows of ``across``."""
-    rows: list[tuple[int, list[tuple[int, Any]]]] = []  # number of equal parts, and the panels and frames in them
+    rows: list[tuple[int, list[tuple[int, Any]]]] = []  # number of equal columns, and the panels and frames in them
     if settled.frames:
-        shown, most = settled.frames, FRAMES if len(settled.panels) == 1 else across
-        if len(shown) > most:
+        frames, max_frames = settled.frames, FRAMES if len(settled.panels) == 1 else across
+        if len(frames) > max_frames:
             # Evenly spaced frames, including the first and the last.
-            shown = [shown[round(index * (len(shown) - 1) / (most - 1))] for index in range(most)]
-        across = min(across, len(shown))
+            frames = [frames[round(index * (len(frames) - 1) / (max_frames - 1))] for index in range(max_frames)]
+        across = min(across, len(frames))
         for panel in settled.panels:
-            frames, parts = ([None], 1) if panel.chart.frame is None else (shown, across)
+            if panel.chart.frame is None:
+                rows.append((1, [(panel.number, None)]))
+                continue
             for start in range(0, len(frames), across):
-                rows.append((parts, [(panel.number, frame) for frame in frames[start : start + across]]))
+                rows.append((across, [(panel.number, frame) for frame in frames[start : start + across]]))
     else:
         rows = [(len(row), [(panel, None) for panel in row]) for row in settled.rows]
     # A common multiple lets rows with different numbers of panels share one grid.
-    columns = math.lcm(*(parts for parts, _ in rows))
-    return [
-        GridPlace(panel, frame, number, column * columns // parts, (column + 1) * columns // parts)
-        for number, (parts, row) in enumerate(rows)
-        for column, (panel, frame) in enumerate(row)
-    ]
+    columns = math.lcm(*(count for count, _ in rows))
+    cells = []
+    for number, (count, row) in enumerate(rows):
+        width = columns // count
+        cells += [GridPlace(*member, number, index * width, (index + 1) * width) for index, member in enumerate(row)]
+    return cells
 
 
-def _compose(settled: FigurePlan, places: list[GridPlace], width: float) -> Figure:
+def _compose(settled: FigurePlan, cells: list[GridPlace], width: float) -> Figure:
     """Draw axes, legend, color bars and caption on a figure ``width`` inches wide and as high as necessary."""
     size = settled.theme.size
-    columns = max(place.stop for place in places)
-    cells = {place: width * (place.stop - place.start) / columns for place in places}
-    heights = [0.0] * (places[-1].row + 1)
-    for place in places:
-        usual, scale = max(1.4, SHAPE * min(cells[place], 4.5)), settled.panels[place.panel].y
+    columns = max(cell.stop for cell in cells)
+    widths = {cell: width * (cell.stop - cell.start) / columns for cell in cells}
+    heights = [0.0] * (cells[-1].row + 1)
+    for cell in cells:
+        usual, scale = max(1.4, SHAPE * min(widths[cell], 4.5)), settled.panels[cell.panel].y
         lines = LABELS + len(scale.names) * 1.45 * size / 72
-        heights[place.row] = max(heights[place.row], scale.height(usual, lines, 0.95 * cells[place], 0.75 * usual))
-    made = Figure(figsize=(width, sum(heights)))
+        heights[cell.row] = max(heights[cell.row], scale.height(usual, lines, 0.95 * widths[cell], 0.75 * usual))
+    drawn_figure = Figure(figsize=(width, sum(heights)))
     # The canvas is necessary to measure text.
-    renderer = FigureCanvasAgg(made).get_renderer()
-    grid = made.add_gridspec(len(heights), columns, height_ratios=heights)
-    axes = {place: made.add_subplot(grid[place.row, place.start : place.stop]) for place in places}
-    panels: list[tuple[GridPlace, Axes, Panel]] = [
-        (place, ax, settled.panels[place.panel]) for place, ax in axes.items()
-    ]
-    for place, ax, panel in panels:
-        draw(ax, panel, place.frame)
-        ax.set_xlabel(escape_dollar(fold(panel.x.axis.label, 0.8 * 72 * cells[place], size)))
-        ax.set_ylabel(escape_dollar(fold(panel.y.axis.label, 72 * 0.8 * heights[place.row], size)))
+    renderer = FigureCanvasAgg(drawn_figure).get_renderer()
+    grid = drawn_figure.add_gridspec(len(heights), columns, height_ratios=heights)
+    axes = {cell: drawn_figure.add_subplot(grid[cell.row, cell.start : cell.stop]) for cell in cells}
+    panels = [(cell, ax, settled.panels[cell.panel]) for cell, ax in axes.items()]
+    for cell, ax, panel in panels:
+        draw(ax, panel, cell.frame)
+        ax.set_xlabel(escape_dollar(wrap_text(panel.x.axis.label, 0.8 * 72 * widths[cell], size)))
+        ax.set_ylabel(escape_dollar(wrap_text(panel.y.axis.label, 72 * 0.8 * heights[cell.row], size)))
         # A neighbor that shows the same axis has its labels.
-        if any(other.panel == place.panel and other.row > place.row and other.start == place.start for other in places):
+        if any(other.panel == cell.panel and other.row > cell.row and other.start == cell.start for other in cells):
             ax.set_xlabel("")
             ax.tick_params(labelbottom=False)
-        left = [other for other in places if other.row == place.row and other.stop == place.start]
+        left = [other for other in cells if other.row == cell.row and other.stop == cell.start]
         if any(settled.panels[other.panel].y == panel.y for other in left):
             ax.set_ylabel("")
             ax.tick_params(labelleft=False)
     for ramp in settled.ramps:
-        painted = [ax for place, ax in axes.items() if place.panel in ramp.views]
-        bar = made.colorbar(color_scale(ramp), ax=painted, fraction=0.06, pad=0.02, aspect=22)
-        bar.set_label(escape_dollar(fold(ramp.label, 72 * 0.8 * sum(heights), size)))
+        painted = [ax for cell, ax in axes.items() if cell.panel in ramp.views]
+        bar = drawn_figure.colorbar(color_scale(ramp), ax=painted, fraction=0.06, pad=0.02, aspect=22)
+        bar.set_label(escape_dollar(wrap_text(ramp.label, 72 * 0.8 * sum(heights), size)))
         bar.outline.set_linewidth(0.4)
         bar.locator = MaxNLocator("auto", steps=[1, 2, 5, 10])  # no steps of 2.5: ranks and counts are integers
-    title = fold(settled.title, 72 * width, 1.1 * size)
+    title = wrap_text(settled.title, 72 * width, 1.1 * size)
     if title:
-        made.suptitle(escape_dollar(title), x=0.01, ha="left")
+        drawn_figure.suptitle(escape_dollar(title), x=0.01, ha="left")
     # Wrapped here, because matplotlib wraps differently at every resolution.
     caption = escape_dollar(break_lines(settled.caption, 0.98 * 72 * width, size))
-    foot: list[Any] = [made.text(0.01, 0.0, caption, ha="left", va="bottom", in_layout=False)]
+    foot: list[Any] = [drawn_figure.text(0.01, 0.0, caption, ha="left", va="bottom", in_layout=False)]
     if settled.entries:
-        foot.append(_draw_legend(made, settled, width))
+        foot.append(_draw_legend(drawn_figure, settled, width))
     head = count_lines(title) * 1.6 * size / 72
     turned = 0.0
     for _ in range(2):  # twice: y labels take width from x, titles and vertical names take height
-        _stack_foot(made, sum(heights) + head + turned, foot, renderer)
-        for place, ax, panel in panels:
-            titles = [panel.chart.title] if len(settled.panels) > 1 else []
-            titles += [f"{settled.frame_label} {place.frame}"] if place.frame is not None else []
+        _stack_foot(drawn_figure, sum(heights) + head + turned, foot, renderer)
+        for cell, ax, panel in panels:
+            titles = []
+            if len(settled.panels) > 1 and panel.chart.title:
+                titles.append(panel.chart.title)
+            if cell.frame is not None:
+                titles.append(f"{settled.frame_label} {cell.frame}")
             room = 1.1 * _size_in_points(ax)[0]
-            ax.set_title(escape_dollar(fold(", ".join(filter(None, titles)), room, size)))
-        depths = [(place.row, names(ax, panel)) for place, ax, panel in panels]
+            ax.set_title(escape_dollar(wrap_text(", ".join(titles), room, size)))
+        depths = [(cell.row, label_categories(ax, panel)) for cell, ax, panel in panels]
         turned = sum(max(depth for row, depth in depths if row == number) for number in range(len(heights))) / 72
-    _stack_foot(made, sum(heights) + head + turned, foot, renderer)
+    _stack_foot(drawn_figure, sum(heights) + head + turned, foot, renderer)
     for _, ax, panel in panels:
-        names(ax, panel)  # all may fit now that vertical names have room
-    engine: Any = made.get_layout_engine()
-    engine.execute(made)  # these may take width from the cells
-    for place, ax, panel in panels:
-        numbers(ax, panel, place.frame)
-    return made
+        label_categories(ax, panel)  # all may fit now that vertical names have room
+    engine: Any = drawn_figure.get_layout_engine()
+    engine.execute(drawn_figure)  # these may take width from the cells
+    for cell, ax, panel in panels:
+        write_cell_texts(ax, panel, cell.frame)
+    return drawn_figure
 
 
-def _draw_legend(made: Figure, settled: FigurePlan, width: float) -> Legend:
+def _draw_legend(drawn_figure: Figure, settled: FigurePlan, width: float) -> Legend:
     """Draw the legend with as many entries per row as fit, at least one."""
     size = settled.theme.size
-    entries = [replace(entry, label=fold(entry.label, 72 * width - 4 * size, size)) for entry in settled.entries]
+    entries = [replace(entry, label=wrap_text(entry.label, 72 * width - 4 * size, size)) for entry in settled.entries]
     widths = [(max(map(len, entry.label.split("\n"))) * GLYPH + 4.0) * size for entry in entries]
     for depth in range(1, len(entries) + 1):
         columns = [widths[start : start + depth] for start in range(0, len(widths), depth)]
@@ -223,27 +226,27 @@ def _draw_legend(made: Figure, settled: FigurePlan, width: float) -> Legend:
     gaps: dict[str, Any] = {"borderpad": 0.2, "columnspacing": 1.2, "handlelength": 1.8}
     title = escape_dollar(settled.legend_title) or None
     handles = list(map(_handle, entries))
-    legend = made.legend(handles=handles, title=title, loc="lower center", ncols=len(columns), **gaps)
+    legend = drawn_figure.legend(handles=handles, title=title, loc="lower center", ncols=len(columns), **gaps)
     legend.set_in_layout(False)
     return legend
 
 
-def _stack_foot(made: Figure, height: float, foot: list[Any], renderer: Any) -> None:
+def _stack_foot(drawn_figure: Figure, height: float, foot: list[Any], renderer: Any) -> None:
     """Stack caption and legend at the bottom, and lay out the panels in the ``height`` inches above them."""
-    depths = [part.get_window_extent(renderer).height / made.dpi for part in foot]
+    depths = [artist.get_window_extent(renderer).height / drawn_figure.dpi for artist in foot]
     gap, used = 0.08, 0.04
     total = height + sum(depth + gap for depth in depths) + gap
-    made.set_figheight(total)
-    for part, depth in zip(foot, depths, strict=True):
-        if isinstance(part, Text):
-            part.set_y(used / total)
+    drawn_figure.set_figheight(total)
+    for artist, depth in zip(foot, depths, strict=True):
+        if isinstance(artist, Text):
+            artist.set_y(used / total)
         else:
-            part.set_bbox_to_anchor((0.5, used / total), made.transFigure)
+            artist.set_bbox_to_anchor((0.5, used / total), drawn_figure.transFigure)
         used += depth + gap
     engine = ConstrainedLayoutEngine(rect=(0, used / total, 1, 1 - used / total))
-    made.set_layout_engine(engine)
-    engine.execute(made)
-    engine.execute(made)  # again: the first may have changed the tick labels of a color bar
+    drawn_figure.set_layout_engine(engine)
+    engine.execute(drawn_figure)
+    engine.execute(drawn_figure)  # again: the first may have changed the tick labels of a color bar
 
 
 def _handle(entry: Entry) -> Line2D | Patch:
@@ -257,7 +260,7 @@ def _handle(entry: Entry) -> Line2D | Patch:
 
 
 def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
-    """Draw one frame of a panel with its axes; call :func:`names` and :func:`numbers` once the size is known."""
+    """Draw one frame of a panel with its axes; names and cell texts are written once the size is known."""
     for layer, shape in enumerate(panel.shapes(frame)):
         # Above the grid, and in the order of the marks.
         _draw_shape(ax, shape, panel, 2 + layer / 1000)
@@ -269,7 +272,7 @@ def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
                 axis.set_major_locator(LogLocator(subs=BETWEEN[0]))
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axis.set_minor_formatter(NullFormatter())
-        elif scale.categories is None and scale.whole:
+        elif scale.categories is None and scale.is_integer:
             axis.set_major_locator(MaxNLocator("auto", integer=True))
         if scale.categories is None:
             axis.grid(True, color=panel.theme.grid, linewidth=0.5)
@@ -278,7 +281,7 @@ def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def names(ax: Axes, panel: Panel) -> float:
+def label_categories(ax: Axes, panel: Panel) -> float:
     """Label the categories, as many as fit now; return the points below the axes that vertical names need."""
     depth = 0.0
     axes: tuple[Any, Any] = (ax.xaxis, ax.yaxis)
@@ -287,11 +290,11 @@ def names(ax: Axes, panel: Panel) -> float:
         ticks = scale.ticks(room, size, across=axis.axis_name == "y")
         if ticks is not None:
             axis.set_minor_locator(NullLocator())
-            shown = ticks.names
+            labels = ticks.names
             if axis.axis_name == "y":
                 width = 72 * ax.figure.bbox.width / ax.figure.dpi
-                shown = [_fit_beside(name, _NAMES_SHARE * width, room / len(shown), size) for name in shown]
-            axis.set_ticks(ticks.positions, map(escape_dollar, shown), rotation=90 if ticks.turned else 0)
+                labels = [_fit_beside(name, _NAMES_SHARE * width, room / len(labels), size) for name in labels]
+            axis.set_ticks(ticks.positions, map(escape_dollar, labels), rotation=90 if ticks.turned else 0)
             depth = max(map(len, ticks.names)) * GLYPH * size if ticks.turned else depth
         elif _is_short(scale):
             _thin_ticks(axis, room, size)
@@ -300,21 +303,21 @@ def names(ax: Axes, panel: Panel) -> float:
 
 def _fit_beside(name: str, width: float, height: float, size: float) -> str:
     """Fold a name to a width, or cut it in its middle if its lines are higher than its place; all in points."""
-    folded = fold(name, width, size)
+    folded = wrap_text(name, width, size)
     if count_lines(folded) * _LINE * size <= max(height, _LINE * size):
         return folded
-    kept = max(8, int(width / (GLYPH * size))) - 1
-    return name if len(name) <= kept else f"{name[: kept - kept // 2]}…{name[-(kept // 2) :]}"
+    length = max(8, int(width / (GLYPH * size))) - 1
+    return name if len(name) <= length else f"{name[: length - length // 2]}…{name[-(length // 2) :]}"
 
 
-def numbers(ax: Axes, panel: Panel, frame: Any = None) -> None:
+def write_cell_texts(ax: Axes, panel: Panel, frame: Any = None) -> None:
     """Write the words of a heat map into its cells or, if these are not legible, the numbers, if they fit."""
     for cells in panel.shapes(frame):
         if not isinstance(cells, Cells) or cells.mark.text is None or not cells.texts:
             continue
         (rows, columns), (width, height) = cells.values.shape, _size_in_points(ax)
         colors = color_scale(cells.ramp)
-        words = {place: cells.words.get(place, number) for place, number in cells.texts.items()}
+        words = {cell: cells.words.get(cell, number) for cell, number in cells.texts.items()}
         for texts, smallest in ((words, SMALLEST_WORDS), (cells.texts, SMALLEST_TEXT)):
             longest = max(map(len, texts.values()))
             size = min(_text_size(ax), 0.9 * width / columns / (longest * GLYPH), 0.7 * height / rows)
@@ -341,9 +344,9 @@ def break_lines(text: str, room: float, size: float) -> str:
     """Break text into lines of at most ``room`` points at a font size; a longer word gets its own line."""
     font = FontProperties(size=size)
     lines = []
-    for part in printable_lines(text).splitlines():
+    for paragraph in printable_lines(text).splitlines():
         line = ""
-        for word in part.split():
+        for word in paragraph.split():
             longer = f"{line} {word}".lstrip()
             wide = text_to_path.get_text_width_height_descent(longer, font, ismath=False)[0] > room
             if wide and line:
@@ -379,8 +382,8 @@ def _thin_ticks(axis: Any, room: float, size: float) -> None:
             return
         axis.set_major_locator(locator)
         across = [GLYPH * len(f"{tick:g} ") if axis.axis_name == "x" else 1.2 for tick in ticks]
-        needed = size * (np.array(across[1:]) + across[:-1]) / 2
-        if (np.diff(np.log(ticks)) / (high - low) * room >= needed).all():
+        required_gaps = size * (np.array(across[1:]) + across[:-1]) / 2
+        if (np.diff(np.log(ticks)) / (high - low) * room >= required_gaps).all():
             return
 
 
@@ -398,7 +401,7 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
         case Errors():
             # From low to high, which need not contain the value.
             lines = ax.hlines if shape.lying else ax.vlines
-            lines(shape.place, shape.low, shape.high, colors=shape.colors, linewidth=0.9, zorder=zorder)
+            lines(shape.position, shape.low, shape.high, colors=shape.colors, linewidth=0.9, zorder=zorder)
         case Dots():
             if shape.errors:
                 _draw_shape(ax, shape.errors, panel, zorder)
@@ -408,7 +411,7 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
         case Bars():
             bars, start = (ax.barh, "left") if shape.lying else (ax.bar, "bottom")
             look = {start: shape.base, "color": shape.color}
-            bars(shape.place, shape.top - shape.base, shape.width, zorder=zorder, **look)
+            bars(shape.position, shape.top - shape.base, shape.width, zorder=zorder, **look)
             if shape.errors:
                 _draw_shape(ax, shape.errors, panel, zorder)
         case Cells() if shape.values.size:
@@ -425,13 +428,13 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
             text = escape_dollar(shape.label)
             if shape.y is not None:
                 ax.axhline(shape.y, zorder=zorder, **look)
-                place, axis = (0.99, shape.y), ax.get_yaxis_transform()
-                ax.annotate(text, place, (-2, 1), axis, ha="right", va="bottom", **note)
+                anchor, axis = (0.99, shape.y), ax.get_yaxis_transform()
+                ax.annotate(text, anchor, (-2, 1), axis, ha="right", va="bottom", **note)
             if shape.x is not None:
                 ax.axvline(shape.x, zorder=zorder, **look)
                 across, shift = ("right", -2) if shape.x > np.mean(panel.x.limits) else ("left", 2)
-                place, axis = (shape.x, 0.98), ax.get_xaxis_transform()
-                ax.annotate(text, place, (shift, -1), axis, ha=across, va="top", rotation=90, **note)
+                anchor, axis = (shape.x, 0.98), ax.get_xaxis_transform()
+                ax.annotate(text, anchor, (shift, -1), axis, ha=across, va="top", rotation=90, **note)
         case Words():
             for x, y, text in zip(shape.x, shape.y, shape.text, strict=True):
                 if np.isfinite(x) and np.isfinite(y):

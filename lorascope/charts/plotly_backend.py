@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from lorascope.charts.chart import Drawable
-from lorascope.charts.figure_plan import Entry, FigurePlan, plan
+from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Numbers, Panel, Shape, Words
 from lorascope.charts.plotly_layout import NOTE, WIDTH, add_opacity, axis_suffix, escape_tags, layout
 from lorascope.charts.theme import FAINT, theme
@@ -19,27 +19,27 @@ LARGEST = 18.0  # diameter in pixels of the largest dot, if the area shows a col
 CONFIG = {"displaylogo": False, "showSendToCloud": False, "responsive": True}  # no button sends data anywhere
 
 
-def figure(drawable: Drawable, name: str | None = None) -> go.Figure:
+def to_plotly(drawable: Drawable, name: str | None = None) -> go.Figure:
     """Draw an interactive figure in a theme, "light" by default."""
-    return draw(plan(drawable, theme(name or "light")))
+    return draw(plan_figure(drawable, theme(name or "light")))
 
 
 def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
     """Draw a planned figure for a screen ``width`` pixels wide."""
-    made = ground(settled, width)
+    drawn_figure = ground(settled, width)
     framed = [panel for panel in settled.panels if panel.chart.frame is not None]
     # Indices of the traces that the slider replaces.
     moving: list[int] = []
     for panel in settled.panels:
-        start = len(made.data)
-        made.add_traces(traces(panel, settled.frames[-1] if settled.frames else None))
+        start = len(drawn_figure.data)
+        drawn_figure.add_traces(traces(panel, settled.frames[-1] if settled.frames else None))
         if panel in framed:
-            moving += range(start, len(made.data))
-    made.add_traces([_legend_sample(entry) for entry in settled.entries])
+            moving += range(start, len(drawn_figure.data))
+    drawn_figure.add_traces([_legend_sample(entry) for entry in settled.entries])
     for ramp in settled.ramps:
         # Without a trace, plotly omits the color bar.
         marker = {"color": [ramp.limits[0]], "coloraxis": f"coloraxis{axis_suffix(ramp.number)}", "opacity": 0}
-        made.add_scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
+        drawn_figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
     frames = []
     for frame in settled.frames:
         data = [trace for panel in framed for trace in traces(panel, frame)]
@@ -47,8 +47,8 @@ def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
             if isinstance(trace, go.Heatmap):
                 trace.customdata = None  # the names of cells are the same in all frames
         frames.append(go.Frame(name=escape_tags(str(frame)), data=data, traces=moving))
-    made.frames = frames
-    return made
+    drawn_figure.frames = frames
+    return drawn_figure
 
 
 def ground(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
@@ -58,16 +58,21 @@ def ground(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
 
 def fragment(drawable: Drawable, div_id: str, name: str | None = None) -> str:
     """Draw as an HTML fragment that contains plotly.js (4.6 MiB); ``div_id`` must be unique on the page."""
-    made = figure(drawable, name)
-    options = {"full_html": False, "auto_play": False, "config": CONFIG, "default_height": f"{made.layout.height}px"}
-    return str(made.to_html(include_plotlyjs=True, div_id=div_id, **options))
+    drawn_figure = to_plotly(drawable, name)
+    options = {
+        "full_html": False,
+        "auto_play": False,
+        "config": CONFIG,
+        "default_height": f"{drawn_figure.layout.height}px",
+    }
+    return str(drawn_figure.to_html(include_plotlyjs=True, div_id=div_id, **options))
 
 
 def bundle(drawable: Drawable) -> dict[str, Any]:
     """Return the MIME bundle for Jupyter: plotly's own for the current front end, else plotly's JSON."""
-    made = figure(drawable)
-    shown: dict[str, Any] = made._repr_mimebundle_(config=CONFIG)
-    return shown or {"application/vnd.plotly.v1+json": {**made.to_plotly_json(), "config": CONFIG}}
+    drawn_figure = to_plotly(drawable)
+    mime_bundle: dict[str, Any] = drawn_figure._repr_mimebundle_(config=CONFIG)
+    return mime_bundle or {"application/vnd.plotly.v1+json": {**drawn_figure.to_plotly_json(), "config": CONFIG}}
 
 
 def _legend_sample(entry: Entry) -> go.Scatter:
@@ -84,8 +89,8 @@ def _legend_sample(entry: Entry) -> go.Scatter:
 def traces(panel: Panel, frame: Any = None) -> list[Any]:
     """Return the traces of a panel in one frame, without rules (see :func:`overlays`)."""
     suffix = axis_suffix(panel.number)
-    made = [trace for shape in panel.shapes(frame) for trace in _make_traces(shape, panel)]
-    return [trace.update(xaxis=f"x{suffix}", yaxis=f"y{suffix}", showlegend=False) for trace in made]
+    panel_traces = [trace for shape in panel.shapes(frame) for trace in _make_traces(shape, panel)]
+    return [trace.update(xaxis=f"x{suffix}", yaxis=f"y{suffix}", showlegend=False) for trace in panel_traces]
 
 
 def _group_fields(panel: Panel, group: str, x: Numbers, y: Numbers, spelled: str = "") -> dict[str, Any]:
@@ -93,14 +98,14 @@ def _group_fields(panel: Panel, group: str, x: Numbers, y: Numbers, spelled: str
     lines: list[str] = []
     texts: list[list[str]] = []
     for letter, scale, values in (("x", panel.x, x), ("y", panel.y, y)):
-        shown = f"%{{customdata[{len(texts)}]}}"
+        placeholder = f"%{{customdata[{len(texts)}]}}"
         if scale.categories is not None:
             texts.append([escape_tags(name) for name in scale.nearest_names(values)])
         elif letter == spelled:
             texts.append([f"{value:.4g}" for value in values])
         else:
-            shown = f"%{{{letter}:.4~g}}"
-        lines.append(f"{escape_tags(scale.axis.label) or letter}: {shown}")
+            placeholder = f"%{{{letter}:.4~g}}"
+        lines.append(f"{escape_tags(scale.axis.label) or letter}: {placeholder}")
     template = "<br>".join(lines) + f"<extra>{escape_tags(group)}</extra>"
     custom = [list(row) for row in zip(*texts, strict=True)] or None
     return {"legendgroup": escape_tags(group), "hovertemplate": template, "customdata": custom}
@@ -124,12 +129,12 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
             yield go.Scatter(x=shape.x, y=shape.y, **look, **_group_fields(panel, shape.group, shape.x, shape.y))
         case Area():
             # The outline of each stretch without gaps, separated by NaN.
-            known = np.isfinite(shape.x + shape.low + shape.high)
+            is_finite = np.isfinite(shape.x + shape.low + shape.high)
             xs, ys = [], []
-            for start in np.flatnonzero(np.diff(known.astype(int), prepend=0) == 1):
-                part = slice(start, start + int(np.argmin([*known[start:], False])))
-                xs += [*shape.x[part], *shape.x[part][::-1], np.nan]
-                ys += [*shape.high[part], *shape.low[part][::-1], np.nan]
+            for start in np.flatnonzero(np.diff(is_finite.astype(int), prepend=0) == 1):
+                stretch = slice(start, start + int(np.argmin([*is_finite[start:], False])))
+                xs += [*shape.x[stretch], *shape.x[stretch][::-1], np.nan]
+                ys += [*shape.high[stretch], *shape.low[stretch][::-1], np.nan]
             outline = {"x": np.array(xs[:-1], float), "y": np.array(ys[:-1], float), "line": {"width": 0}}
             look = {"fill": "toself", "fillcolor": add_opacity(shape.color, FAINT), "hoverinfo": "skip"}
             yield go.Scatter(mode="lines", legendgroup=escape_tags(shape.group), **outline, **look)
@@ -142,7 +147,7 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
             yield go.Scatter(x=shape.x, y=shape.y, **look, **errors, **fields)
         case Bars():
             length = shape.top - shape.base
-            (x, y), spelled = ((length, shape.place), "x") if shape.lying else ((shape.place, length), "y")
+            (x, y), spelled = ((length, shape.position), "x") if shape.lying else ((shape.position, length), "y")
             # A logarithmic axis has no zero to start from.
             base = None if getattr(panel, spelled).log else shape.base
             look = {"width": shape.width, "marker": {"color": shape.color, "line": {"width": 0}}}
@@ -159,8 +164,8 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
 def _heat_traces(shape: Cells, panel: Panel) -> Iterator[Any]:
     """Yield the cells, and hatched ones for missing values."""
     mark, (rows, columns) = shape.mark, shape.values.shape
-    places = [[f"{x}, {y}" for x in map(escape_tags, panel.x.names)] for y in map(escape_tags, panel.y.names)]
-    labels = [list(line) for line in places]
+    cell_names = [[f"{x}, {y}" for x in map(escape_tags, panel.x.names)] for y in map(escape_tags, panel.y.names)]
+    labels = [list(line) for line in cell_names]
     for (row, column), words in shape.words.items():
         labels[row][column] += f": {escape_tags(words)}"
     written = mark.text is not None
@@ -185,6 +190,6 @@ def _heat_traces(shape: Cells, panel: Panel) -> Iterator[Any]:
         base=up - 0.5,
         width=1,
         marker={"pattern": {"shape": "/", "size": 6, "fillmode": "replace", **colors}, "line": {"width": 0}},
-        customdata=[places[row][column] for row, column in zip(up, across, strict=True)],
+        customdata=[cell_names[row][column] for row, column in zip(up, across, strict=True)],
         hovertemplate="%{customdata}: no value<extra></extra>",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import chain, pairwise, product
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from lorascope.charts.figure_plan import FigurePlan
 from lorascope.charts.geometry import Panel, Ruler
 from lorascope.charts.scales import Limits, Ramp, Scale, Ticks
-from lorascope.charts.theme import GLYPH, channels, count_lines, fold
+from lorascope.charts.theme import GLYPH, channels, count_lines, wrap_text
 from lorascope.files.printable import printable_lines, short_name
 
 WIDTH, EDGE, GAP = 760.0, 14.0, 14.0  # default width of a figure, distance from its edges, distance of panels
@@ -61,7 +61,7 @@ def layout(settled: FigurePlan, width: float = WIDTH) -> dict[str, Any]:
     head = {"x": EDGE / room.width, "xanchor": "left", "y": 1 - EDGE / room.height, **top}
     below = 1 - (EDGE + 1.4 * TITLE * count_lines(room.title)) / room.height
     legend = {"x": 0, "y": below, "bgcolor": "rgba(0, 0, 0, 0)", "tracegroupgap": 0, **top}
-    made: dict[str, Any] = {
+    figure_layout: dict[str, Any] = {
         "template": "none",
         "height": round(room.height),
         "margin": {**room.margin, "autoexpand": False},
@@ -81,15 +81,15 @@ def layout(settled: FigurePlan, width: float = WIDTH) -> dict[str, Any]:
     }
     if room.caption:
         below = -(room.margin["b"] - EDGE - LINE * count_lines(room.caption))
-        place = {"x": 0, "xshift": EDGE - room.margin["l"], "y": 0, "yanchor": "top", "yshift": below}
-        made["annotations"].append({**PAPER, **_sized_text(room.caption, SMALL), **place})
+        position = {"x": 0, "xshift": EDGE - room.margin["l"], "y": 0, "yanchor": "top", "yshift": below}
+        figure_layout["annotations"].append({**PAPER, **_sized_text(room.caption, SMALL), **position})
     for panel in settled.panels:
         suffix = axis_suffix(panel.number)
         for letter, other in ("xy", "yx"):
-            made[f"{letter}axis{suffix}"] = {**_axis_layout(panel, letter, room), "anchor": f"{other}{suffix}"}
+            figure_layout[f"{letter}axis{suffix}"] = {**_axis_layout(panel, letter, room), "anchor": f"{other}{suffix}"}
     for ramp in settled.ramps:
-        made[f"coloraxis{axis_suffix(ramp.number)}"] = _color_axis(ramp, settled.ramps, room)
-    return made | _slider(settled, room) if settled.frames else made
+        figure_layout[f"coloraxis{axis_suffix(ramp.number)}"] = _color_axis(ramp, settled.ramps, room)
+    return figure_layout | _slider(settled, room) if settled.frames else figure_layout
 
 
 def _sized_text(text: str, size: float) -> dict[str, Any]:
@@ -99,29 +99,34 @@ def _sized_text(text: str, size: float) -> dict[str, Any]:
 def _measure(settled: FigurePlan, width: float) -> Space:
     """Compute margins, and the room of each panel."""
     panels, rows = settled.panels, settled.rows
-    shared = {new for row in rows for old, new in pairwise(row) if panels[old].y == panels[new].y}
+    neighbors = chain.from_iterable(map(pairwise, rows))
+    shared = {right for left, right in neighbors if panels[left].y == panels[right].y}
     before = [GAP if panel.number in shared else _names_width(panel.y) for panel in panels]
     # A color bar is to the right of the last panel in a row that uses it.
-    last = [max((view for view in row if view in ramp.views), default=-1) for row in rows for ramp in settled.ramps]
-    after = [BAR * last.count(panel.number) for panel in panels]
+    after = [0.0] * len(panels)
+    for row, ramp in product(rows, settled.ramps):
+        if views := [view for view in row if view in ramp.views]:
+            after[max(views)] += BAR
     left, right = EDGE + max(before[row[0]] for row in rows), EDGE + max(after[row[-1]] for row in rows)
     plot = width - left - right
     lost = [sum(after[view] + GAP for view in row[:-1]) + sum(before[view] for view in row[1:]) for row in rows]
     widths = [(plot - lost[number]) / len(row) for number, row in enumerate(rows) for _ in row]
-    starts = [
-        sum(widths[other] + after[other] + GAP + before[row[column + 1]] for column, other in enumerate(row[:index]))
-        for row in rows
-        for index in range(len(row))
-    ]
+    starts = []
+    for row in rows:
+        steps = [widths[left] + after[left] + GAP + before[right] for left, right in pairwise(row)]
+        starts += [sum(steps[:index]) for index in range(len(row))]
     below = [panel.x.ticks(widths[panel.number], FONT, across=False) for panel in panels]
-    titles = [fold(panel.chart.title, widths[panel.number], FONT) if len(panels) > 1 else "" for panel in panels]
+    titles = [wrap_text(panel.chart.title, widths[panel.number], FONT) if len(panels) > 1 else "" for panel in panels]
     depths = [max(_depth(panels[view].x, below[view], widths[view]) for view in row) for row in rows]
     heads = [max(LINE * count_lines(titles[view]) for view in row) for row in rows]
     names = [ROW * len(panel.y.names) for panel in panels]
     heights = [max(panels[view].y.height(PANEL, names[view], 1.3 * PANEL, 0.5 * PANEL) for view in row) for row in rows]
     tops = [sum(heights[:n]) + sum(depths[:n]) + sum(heads[1 : n + 1]) for n in range(len(rows))]
     inner = tops[-1] + heights[-1]
-    title, caption = fold(settled.title, width - 2 * EDGE, TITLE), fold(settled.caption, width - 2 * EDGE, SMALL)
+    title, caption = (
+        wrap_text(settled.title, width - 2 * EDGE, TITLE),
+        wrap_text(settled.caption, width - 2 * EDGE, SMALL),
+    )
     top = EDGE + max(1.4 * TITLE * count_lines(title) + _legend_height(settled, plot), TOOLS) + heads[0]
     bottom = depths[-1] + (SLIDER if settled.frames else 0.0) + LINE * count_lines(caption) + EDGE
     margin = {"l": left, "r": right, "t": top, "b": bottom}
@@ -146,7 +151,7 @@ def _depth(scale: Scale, ticks: Ticks | None, width: float) -> float:
     """Return the height of the names and the label below a panel."""
     turned = ticks is not None and ticks.turned
     names = max(GLYPH * FONT * len(name) + 10 for name in ticks.names) if ticks is not None and turned else TICKS
-    return names + LINE * count_lines(fold(scale.axis.label, width, FONT)) + 6
+    return names + LINE * count_lines(wrap_text(scale.axis.label, width, FONT)) + 6
 
 
 def _legend_height(settled: FigurePlan, plot: float) -> float:
@@ -163,7 +168,7 @@ def _axis_layout(panel: Panel, letter: str, room: Space) -> dict[str, Any]:
     """Return the layout of the axis "x" or "y" of a panel."""
     scale: Scale = getattr(panel, letter)
     ends = list(np.log10(scale.limits) if scale.log else scale.limits)
-    title = {**_sized_text(fold(scale.axis.label, 260.0, FONT), FONT), "standoff": 6}
+    title = {**_sized_text(wrap_text(scale.axis.label, 260.0, FONT), FONT), "standoff": 6}
     line = {"showline": True, "linecolor": panel.theme.ink, "ticks": "outside", "ticklen": 4, "exponentformat": "power"}
     grid = {"showgrid": scale.categories is None, "gridcolor": panel.theme.grid, "zeroline": False}
     kind = {"type": "log" if scale.log else "linear", "domain": room.domains[panel.number][letter], "range": ends}
@@ -173,7 +178,7 @@ def _axis_layout(panel: Panel, letter: str, room: Space) -> dict[str, Any]:
         names = list(map(escape_tags, ticks.names))
         axis |= {"tickmode": "array", "tickvals": ticks.positions, "ticktext": names}
         axis |= {"tickangle": -90 if ticks.turned else 0}
-    elif scale.whole and not scale.log and abs(scale.limits[1] - scale.limits[0]) < 8:
+    elif scale.is_integer and not scale.log and abs(scale.limits[1] - scale.limits[0]) < 8:
         axis |= {"dtick": 1}
     if letter == "y" and panel.number in room.shared:
         axis |= {"title": None, "showticklabels": False}
@@ -186,7 +191,7 @@ def _color_axis(ramp: Ramp, ramps: list[Ramp], room: Space) -> dict[str, Any]:
     low, high = min(domain["y"][0] for domain in domains), max(domain["y"][1] for domain in domains)
     beside = sum(other.views[-1] == ramp.views[-1] for other in ramps[: ramp.number])
     bar = {
-        "title": {"text": escape_tags(fold(ramp.label, 200.0, FONT)), "side": "right"},
+        "title": {"text": escape_tags(wrap_text(ramp.label, 200.0, FONT)), "side": "right"},
         "x": max(domain["x"][1] for domain in domains) + (8 + BAR * beside) / room.plot,
         "y": (low + high) / 2,
         "len": high - low,
@@ -214,24 +219,24 @@ def _slider(settled: FigurePlan, room: Space) -> dict[str, Any]:
         {"label": label, "method": "animate", "args": args}
         for label, args in (("▶", [None, play]), ("❚❚", [[None], still]))
     ]
-    place = {"type": "buttons", "direction": "left", "x": 0, "pad": {"t": room.foot + 22}, "showactive": False}
-    return {"sliders": [slider | common], "updatemenus": [{"buttons": buttons, **place, **common}]}
+    position = {"type": "buttons", "direction": "left", "x": 0, "pad": {"t": room.foot + 22}, "showactive": False}
+    return {"sliders": [slider | common], "updatemenus": [{"buttons": buttons, **position, **common}]}
 
 
 def overlays(panel: Panel) -> list[dict[str, Any]]:
     """Return the rules of a panel as shapes of the layout; they are the same in every frame."""
-    made, suffix = [], axis_suffix(panel.number)
+    rules, suffix = [], axis_suffix(panel.number)
     for shape in panel.shapes():
         if isinstance(shape, Ruler):
             label = {**_sized_text(shape.label, NOTE), "textposition": "end", "xanchor": "right"}
             line = {"color": panel.theme.ink, "width": 1, "dash": "dash"}
             look: dict[str, Any] = {"type": "line", "line": line, "label": label}
-            for letter, place in (("x", shape.x), ("y", shape.y)):
+            for letter, position in (("x", shape.x), ("y", shape.y)):
                 # A rule without a position on an axis spans it.
-                ends, ref = ((0, 1), " domain") if place is None else ((place, place), "")
+                ends, ref = ((0, 1), " domain") if position is None else ((position, position), "")
                 look |= {f"{letter}0": ends[0], f"{letter}1": ends[1], f"{letter}ref": f"{letter}{suffix}{ref}"}
-            made.append(look)
-    return made
+            rules.append(look)
+    return rules
 
 
 def axis_suffix(number: int) -> str:

@@ -90,12 +90,12 @@ def save_small(drawable: Drawable, path: Path, **facts: Any) -> Path:
     save(drawable, path, width="page")
     with Image.open(path) as image:
         about, small = dict(image.info), image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
-    kept, buffer = PngInfo(), io.BytesIO()
+    text_chunks, buffer = PngInfo(), io.BytesIO()
     facts |= {"pixels_sha256": pixel_digest(small)}
     source = json.dumps(json.loads(about["lorascope"]) | facts, sort_keys=True)
     for name, text in {"Title": about["Title"], "Software": about["Software"], "lorascope": source}.items():
-        kept.add_text(name, text)  # quantizing drops it
-    small.save(buffer, "PNG", optimize=True, pnginfo=kept)
+        text_chunks.add_text(name, text)  # quantizing drops it
+    small.save(buffer, "PNG", optimize=True, pnginfo=text_chunks)
     write_bytes(path, buffer.getvalue())
     return path
 
@@ -109,8 +109,8 @@ def provenance(drawable: Drawable) -> str:
             digest.update(table.to_csv(index=False).encode(errors="surrogatepass"))
     metas = [dict(chart.meta) for chart in drawable.charts()]
     meta = metas[0] if all(meta == metas[0] for meta in metas) else {"panels": metas}
-    made = {**meta, "lorascope": __version__, "data_sha256": digest.hexdigest()}
-    return json.dumps(made, sort_keys=True, default=str)
+    content = {**meta, "lorascope": __version__, "data_sha256": digest.hexdigest()}
+    return json.dumps(content, sort_keys=True, default=str)
 
 
 _PAGE = """<!doctype html>

@@ -16,7 +16,7 @@ from pandas.api.types import is_integer_dtype
 
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart
-from lorascope.charts.marks import Axis, Mark, is_number
+from lorascope.charts.marks import Axis, Mark, is_numeric
 from lorascope.charts.theme import GLYPH, PALETTE_SIZE, Theme
 from lorascope.files.printable import short_name
 
@@ -37,13 +37,13 @@ class Ticks(NamedTuple):
 class Scale:
     """One axis of one panel.
 
-    ``categories`` is None for a numeric axis; ``whole`` restricts its ticks to integers. ``limits`` are values on a
-    numeric axis and positions on a categorical one, left or bottom end first.
+    ``categories`` is None for a numeric axis; ``is_integer`` restricts its ticks to integers. ``limits`` are values on
+    a numeric axis and positions on a categorical one, left or bottom end first.
     """
 
     axis: Axis
     categories: tuple[Any, ...] | None
-    whole: bool = False
+    is_integer: bool = False
     limits: Limits = (0.0, 1.0)
 
     @property
@@ -61,38 +61,38 @@ class Scale:
         """Whether most categories are words, each of which should be readable, and not consecutive numbers."""
         return 2 * sum(map(_is_digits, self.names)) < len(self.names)
 
-    def height(self, usual: float, rows: float, most: float, least: float) -> float:
-        """Return the height of a panel with this y axis: ``rows`` for its names if these are words or fit ``most``."""
-        return usual if self.categories is None else max(rows if self.is_wordy else min(rows, most), least)
+    def height(self, usual: float, rows: float, max_height: float, min_height: float) -> float:
+        """Return the height of a panel with this y axis: ``rows`` for its names if these are words or fit."""
+        return usual if self.categories is None else max(rows if self.is_wordy else min(rows, max_height), min_height)
 
-    def place(self, values: pd.Series) -> Float[np.ndarray, "n"]:
+    def to_positions(self, values: pd.Series) -> Float[np.ndarray, "n"]:
         """Return positions of values; NaN for values without one (missing, infinite, or <= 0 on a log axis)."""
         if self.categories is None:
             numbers = to_floats(values)
             return np.where(numbers > 0, numbers, np.nan) if self.log else numbers
-        if is_number(values) and is_number(pd.Series(self.categories)):
+        if is_numeric(values) and is_numeric(pd.Series(self.categories)):
             # A number between numeric categories has a position, for example that of a rule at step 15.
-            known = np.asarray(self.categories, dtype=float)
-            order, ends = np.argsort(known), (-0.5, len(known) - 0.5)
+            tick_values = np.asarray(self.categories, dtype=float)
+            order, ends = np.argsort(tick_values), (-0.5, len(tick_values) - 0.5)
             left, right = ends if order[0] <= order[-1] else ends[::-1]
-            return np.interp(to_floats(values), known[order], order.astype(float), left=left, right=right)
-        places = {category: place for place, category in enumerate(self.categories)}
-        return np.array([places.get(value, np.nan) for value in values], dtype=float)
+            return np.interp(to_floats(values), tick_values[order], order.astype(float), left=left, right=right)
+        position_of = {category: position for position, category in enumerate(self.categories)}
+        return np.array([position_of.get(value, np.nan) for value in values], dtype=float)
 
     def locate(self, value: Any) -> float:
         """Return the position of one value, for a rule."""
-        place = float(self.place(pd.Series([value]))[0])
-        if np.isnan(place):
+        position = float(self.to_positions(pd.Series([value]))[0])
+        if np.isnan(position):
             allowed = "a finite number > 0" if self.log else "a finite number"
             if self.categories is not None:
                 allowed = f"one of {', '.join(map(str, self.categories))}"
             raise ValueError(f"position on axis {self.axis.label!r} must be {allowed}, got {value!r}")
-        return place
+        return position
 
     def nearest_names(self, positions: Iterable[float]) -> list[str]:
         """Return the names of the categories nearest to these positions, "" if there is none."""
         names = dict(enumerate(self.names))
-        return [names.get(round(place), "") if np.isfinite(place) else "" for place in positions]
+        return [names.get(round(position), "") if np.isfinite(position) else "" for position in positions]
 
     def ticks(self, room: float, size: float, across: bool) -> Ticks | None:
         """Choose tick positions and names for an axis of length ``room``, None on an axis of numbers.
@@ -100,7 +100,9 @@ class Scale:
         ``room`` is in the unit of the font size ``size``. Names are ``across``, if they are perpendicular to the axis.
         """
         if self.axis.ticks is not None:
-            return Ticks(list(self.place(pd.Series(list(self.axis.ticks)))), list(self.axis.ticks.values()), False)
+            return Ticks(
+                list(self.to_positions(pd.Series(list(self.axis.ticks)))), list(self.axis.ticks.values()), False
+            )
         if self.categories is None:
             return None
         names = self.names
@@ -108,8 +110,8 @@ class Scale:
         cell = max(room, size) / max(len(names), 1)  # names on the other axis may leave no room
         turned = not across and self.is_wordy and any(a + b > 2 * cell for a, b in pairwise(widths))
         lengths = [1.25 * size / cell] * len(names) if across or turned else [width / cell for width in widths]
-        kept = _spread_names([_is_digits(name) for name in names], lengths)
-        return Ticks([float(index) for index in kept], [names[index] for index in kept], turned)
+        indices = _spread_names([_is_digits(name) for name in names], lengths)
+        return Ticks([float(index) for index in indices], [names[index] for index in indices], turned)
 
 
 def _is_digits(name: str) -> bool:
@@ -121,16 +123,16 @@ def _spread_names(digits: Sequence[bool], lengths: Sequence[float]) -> list[int]
     words = [index for index, number in enumerate(digits) if not number]
     numbers = [index for index, number in enumerate(digits) if number]
     if not numbers:
-        fit = all(one + other <= 2 for one, other in pairwise(lengths))
+        fit = all(left + other <= 2 for left, other in pairwise(lengths))
         return words if fit else words[:: int(np.ceil(max(lengths)))]
     longest = max(lengths[index] for index in numbers)
     step = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step >= longest), 1000)
-    kept: list[int] = []
+    written: list[int] = []
     # Words come first, and numbers fill the gaps.
     for index in words + numbers[::step]:
-        if all(abs(index - other) >= (lengths[index] + lengths[other]) / 2 for other in kept):
-            kept.append(index)
-    return sorted(kept)
+        if all(abs(index - other) >= (lengths[index] + lengths[other]) / 2 for other in written):
+            written.append(index)
+    return sorted(written)
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,8 @@ def categories(columns: Sequence[pd.Series], first: Iterable[Any] = ()) -> tuple
         if isinstance(values.dtype, pd.CategoricalDtype):
             values = pd.Series(values.cat.categories[values.cat.categories.isin(values)])
         met.update(dict.fromkeys(values.dropna().unique()))
-    known = sorted(met) if columns and all(map(is_number, columns)) else list(met)
-    return tuple(dict.fromkeys([*first, *known]))
+    values_in_order = sorted(met) if columns and all(map(is_numeric, columns)) else list(met)
+    return tuple(dict.fromkeys([*first, *values_in_order]))
 
 
 def scale(chart: Chart, letter: str) -> Scale:
@@ -186,7 +188,7 @@ def scale(chart: Chart, letter: str) -> Scale:
     axis, columns = getattr(chart, letter), chart.values(letter)
     if chart.is_categorical(letter):
         return Scale(axis, categories(columns, axis.order or ()))
-    return Scale(axis, None, whole=bool(columns) and all(map(is_integer_dtype, columns)))
+    return Scale(axis, None, is_integer=bool(columns) and all(map(is_integer_dtype, columns)))
 
 
 def color_columns(charts: Sequence[Chart]) -> dict[str, Colors]:
@@ -199,14 +201,14 @@ def color_columns(charts: Sequence[Chart]) -> dict[str, Colors]:
         columns = [chart.table(mark)[column] for chart, mark in uses]
         label = next((chart.color_label for chart, _ in uses if chart.color_label), "")
         first = next((chart.colors for chart, _ in uses if chart.colors is not None), None)
-        known = categories(columns, first or ())
+        values = categories(columns, first or ())
         limits = None
-        if first is None and len(known) > PALETTE_SIZE and all(map(is_number, columns)):
-            drawn = to_floats(pd.Series(known))
-            drawn = drawn[np.isfinite(drawn)]
-            low, high = (float(drawn[0]), float(drawn[-1])) if len(drawn) else (0.0, 1.0)
+        if first is None and len(values) > PALETTE_SIZE and all(map(is_numeric, columns)):
+            finite = to_floats(pd.Series(values))
+            finite = finite[np.isfinite(finite)]
+            low, high = (float(finite[0]), float(finite[-1])) if len(finite) else (0.0, 1.0)
             label, limits = label or column, (low, high if high > low else low + 1.0)
-        colors[column] = Colors(label, known, limits)
+        colors[column] = Colors(label, values, limits)
     return colors
 
 

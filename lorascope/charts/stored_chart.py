@@ -41,8 +41,8 @@ def unpack(packed: Mapping[str, Any], tables: Sequence[pd.DataFrame]) -> Drawabl
 
     def unpack_mark(stored: Mapping[str, Any]) -> Mark:
         settings = {name: value for name, value in stored.items() if name not in ("kind", "data")}
-        own = stored["data"]
-        return _MARKS[stored["kind"]](**settings, data=None if own is None else tables[own])
+        table_number = stored["data"]
+        return _MARKS[stored["kind"]](**settings, data=None if table_number is None else tables[table_number])
 
     def unpack_chart(stored: Mapping[str, Any]) -> Chart:
         axes = {
@@ -59,7 +59,7 @@ def unpack(packed: Mapping[str, Any], tables: Sequence[pd.DataFrame]) -> Drawabl
 def _values(owner: Any, **replaced: Any) -> dict[str, Any]:
     """Return the fields of a dataclass as JSON values, with some of them replaced."""
     return {
-        each.name: _json_value(getattr(owner, each.name)) for each in fields(owner) if each.name not in replaced
+        field.name: _json_value(getattr(owner, field.name)) for field in fields(owner) if field.name not in replaced
     } | (replaced)
 
 

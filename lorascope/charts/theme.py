@@ -48,10 +48,10 @@ class Theme:
     def color_at(self, share: float) -> str:
         """Return the color of a line or dot at fraction ``share`` (0 to 1) of a scale, by linear interpolation."""
         start, stop = self.reach
-        place = min(max(start + share * (stop - start), 0.0), 1.0) * (len(VIRIDIS) - 1)
-        low = min(int(place), len(VIRIDIS) - 2)
+        position = min(max(start + share * (stop - start), 0.0), 1.0) * (len(VIRIDIS) - 1)
+        low = min(int(position), len(VIRIDIS) - 2)
         mixed = zip(channels(VIRIDIS[low]), channels(VIRIDIS[low + 1]), strict=True)
-        return "#" + "".join(f"{round(a + (place - low) * (b - a)):02x}" for a, b in mixed)
+        return "#" + "".join(f"{round(a + (position - low) * (b - a)):02x}" for a, b in mixed)
 
     @property
     def ramp(self) -> list[str]:
@@ -85,11 +85,11 @@ def is_dark(color: str) -> bool:
     return 0.299 * red + 0.587 * green + 0.114 * blue < 140
 
 
-def fold(text: str, room: float, size: float) -> str:
+def wrap_text(text: str, room: float, size: float) -> str:
     """Wrap text into lines that fit ``room`` at font size ``size``, both in the same unit."""
     columns = max(8, int(room / (GLYPH * size)))
-    parts = printable_lines(text).splitlines()
-    return "\n".join(line for part in parts for line in textwrap.wrap(part, columns) or [""])
+    paragraphs = printable_lines(text).splitlines()
+    return "\n".join(line for paragraph in paragraphs for line in textwrap.wrap(paragraph, columns) or [""])
 
 
 def count_lines(text: str) -> int:

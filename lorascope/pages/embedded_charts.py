@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Drawable
-from lorascope.charts.figure_plan import FigurePlan, plan
+from lorascope.charts.figure_plan import FigurePlan, plan_figure
 from lorascope.charts.theme import theme
 
 NARROW = 358.0  # pixels: width of a chart on a phone
@@ -43,7 +43,7 @@ class EmbeddedChart:
 
 def embed(drawable: Drawable) -> EmbeddedChart:
     """Draw a chart for every kind of screen; panels are stacked vertically on narrow screens."""
-    light, dark = plan(drawable, theme("light")), plan(drawable, theme("dark"))
+    light, dark = plan_figure(drawable, theme("light")), plan_figure(drawable, theme("dark"))
     figure, narrow = _draw_wide_and_narrow(light)
     recolored, narrow_dark = _draw_wide_and_narrow(dark)
     variants = {

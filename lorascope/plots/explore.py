@@ -17,7 +17,7 @@ from lorascope.analysis.norms import layer_places
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Chart
-from lorascope.charts.figure_plan import plan
+from lorascope.charts.figure_plan import plan_figure
 from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Rule
 from lorascope.charts.theme import theme
 from lorascope.files.printable import count_phrase, printable
@@ -189,7 +189,7 @@ class Explorer(AnyWidget):
         if self._note():
             return ""
         chart, mark = _with_dots(self.chart)
-        settled = plan(chart, theme("dark" if self.dark else "light"))
+        settled = plan_figure(chart, theme("dark" if self.dark else "light"))
         figure, (panel,) = plotly_backend.draw(settled, self.width), settled.panels
         dots = [trace for trace in figure.data if trace.mode == "markers" and trace.hovertemplate]
         labels = self._cells.groupby(self._cells).groups

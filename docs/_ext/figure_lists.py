@@ -12,16 +12,20 @@ _OF_SEVERAL = {"Planted ranks": ("AdaLoRA", "AutoLoRA", "ALoRA"), "Importance sc
 
 def list_figures_of_paper(evidence: Evidence, name: str) -> str:
     """Return the kept figures of a method, and those that compare it with others, for the page of its paper."""
-    headings = [name, *(heading for heading, methods in _OF_SEVERAL.items() if name in methods)]
-    return "\n\n".join(line for heading in headings for line in _figures(evidence, heading, "../../")) or NO_FIGURES
+    lines = _figures(evidence, name, "../../")
+    for heading, methods in _OF_SEVERAL.items():
+        if name in methods:
+            lines += _figures(evidence, heading, "../../")
+    return "\n\n".join(lines) or NO_FIGURES
 
 
 def list_figures(evidence: Evidence) -> str:
     """Return all kept figures, by paper."""
-    found = dict.fromkeys(figure.about.heading for figure in evidence.figures.values())
-    headings = [*(name for name in PAPERS if name in found), *(name for name in found if name not in PAPERS)]
-    parts = (part for name in headings for part in (f"### {name}", *_figures(evidence, name, "../")))
-    return "\n\n".join(parts) or NO_FIGURES
+    lines = []
+    for heading in dict.fromkeys([*PAPERS, *(figure.about.heading for figure in evidence.figures.values())]):
+        if figures := _figures(evidence, heading, "../"):
+            lines += [f"### {heading}", *figures]
+    return "\n\n".join(lines) or NO_FIGURES
 
 
 def _figures(evidence: Evidence, heading: str, root: str) -> list[str]:

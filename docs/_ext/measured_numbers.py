@@ -102,7 +102,7 @@ def repeated(page: Path, numbers: pd.DataFrame) -> Iterator[str]:
     if outside == text:
         return
     measured = {abs(Decimal(value)): key for key, value in zip(numbers["key"], numbers["value"], strict=True)}
-    prose = _CODE.sub(lambda found: "\n" * found[0].count("\n"), outside)
+    prose = _CODE.sub(lambda match: "\n" * match[0].count("\n"), outside)
     for line, content in enumerate(prose.splitlines(), start=1):
         for number in _DECIMAL.findall(content):
             key = measured.get(Decimal(number.replace(",", "")))

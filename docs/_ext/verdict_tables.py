@@ -79,7 +79,9 @@ def _bound(registered: Registered) -> str:
 
 def format_p(value: float) -> str:
     """Format a p-value; a very small one as its bound, and a missing one as an empty text."""
-    return "" if np.isnan(value) else f"{value:.2g}" if value >= _SMALLEST_P else f"< {_SMALLEST_P:g}"
+    if np.isnan(value):
+        return ""
+    return f"{value:.2g}" if value >= _SMALLEST_P else f"< {_SMALLEST_P:g}"
 
 
 def _percent(values: pd.Series) -> str:
@@ -97,8 +99,8 @@ def _nats(values: pd.Series) -> str:
 
 def _mean(values: pd.Series, digits: int) -> str:
     """Format the mean with half its interval; a missing value, or a diverged run, gives an empty text."""
-    found = values.to_numpy(np.float64)
-    return t_interval(found).format(digits) if np.isfinite(found).all() else ""
+    numbers = values.to_numpy(np.float64)
+    return t_interval(numbers).format(digits) if np.isfinite(numbers).all() else ""
 
 
 @dataclass(frozen=True)
@@ -114,23 +116,25 @@ class Tables:
     def rows(self) -> dict[str, dict[str, Any]]:
         """Verdicts by claim; look 0 means that none was made, also if the runs are of another arm than registered."""
         empty = {"look": 0.0, "shown": "", "side": "", "p_looks": np.nan, "all_seeds": ""}
-        found = {}
-        for row in self.derived.verdicts.to_dict("records"):
-            known = empty | {str(name): value for name, value in row.items() if pd.notna(value)}
-            found[str(row["claim"])] = known | ({"look": 0.0} if row["arms_state"] == "changed" else {})
-        return found
+        rows = {}
+        for verdict in self.derived.verdicts.to_dict("records"):
+            row = empty | {str(name): value for name, value in verdict.items() if pd.notna(value)}
+            if verdict["arms_state"] == "changed":
+                row["look"] = 0.0
+            rows[str(verdict["claim"])] = row
+        return rows
 
     @cached_property
     def changes(self) -> list[tuple[Change, list[str]]]:
         """Deviations with their claims; the same change of several claims is one."""
-        found: list[tuple[Change, list[str]]] = []
-        for each in self.registration.deviations:
-            claims = next((claims for change, claims in found if change == each.what), None)
+        changes: list[tuple[Change, list[str]]] = []
+        for deviation in self.registration.deviations:
+            claims = next((claims for change, claims in changes if change == deviation.what), None)
             if claims is None:
-                found.append((each.what, [each.claim]))
+                changes.append((deviation.what, [deviation.claim]))
             else:
-                claims.append(each.claim)
-        return found
+                claims.append(deviation.claim)
+        return changes
 
     @cached_property
     def machines(self) -> pd.Series:
@@ -198,8 +202,8 @@ class Tables:
 
     def of_paper(self, name: str) -> str:
         """Return the rule of the primary claim of a paper, and the verdicts of all its claims."""
-        claims = {id: each for id, each in self.registration.claims.items() if each.paper.arxiv == PAPERS[name]}
-        judged = {id: each for id, each in claims.items() if each.paper.tier != "published"}
+        claims = {id: claim for id, claim in self.registration.claims.items() if claim.paper.arxiv == PAPERS[name]}
+        judged = {id: claim for id, claim in claims.items() if claim.paper.tier != "published"}
         main = self._primary(name)
         seeds = " and ".join(filter(None, (", ".join(map(str, main.design.seeds[:-1])), str(main.design.seeds[-1]))))
         rule = (
@@ -212,13 +216,14 @@ class Tables:
         return "\n\n".join([
             *self._without_runs(),
             rule,
-            self._verdict_table(judged, place=True),
+            self._verdict_table(judged, show_place=True),
             *(on_figures if rows else []),
             *self._footnotes(judged),
         ])  # fmt: skip
 
     def _primary(self, name: str) -> Registered:
-        of_paper = [each for each in self.registration.of_tier("primary").values() if each.paper.arxiv == PAPERS[name]]
+        primary = self.registration.of_tier("primary").values()
+        of_paper = [claim for claim in primary if claim.paper.arxiv == PAPERS[name]]
         if len(of_paper) != 1:
             raise ValueError(f"registered.toml: {name} must have one primary claim, got {len(of_paper)}")
         return of_paper[0]
@@ -231,11 +236,10 @@ class Tables:
             f"- Claim: {main.text.sentence}",
             f"- Bound: {_bound(main)}. Source: {main.bound.origin}",
         ]
-        gains = read_texts(self.data / "published/printed_gains.csv")
         rows = [
-            (each["comparison"], f"{each['table']}, {each['model']}", each["cells"], each["mean_gain"],
-             f"{each['smallest']} to {each['largest']}", each["unit"])
-            for each in gains if each["paper"] == name
+            (gain["comparison"], f"{gain['table']}, {gain['model']}", gain["cells"], gain["mean_gain"],
+             f"{gain['smallest']} to {gain['largest']}", gain["unit"])
+            for gain in read_texts(self.data / "published/printed_gains.csv") if gain["paper"] == name
         ]  # fmt: skip
         table = _table(("printed comparison", "place and model", "cells", "mean gain", "range", "unit"), rows)
         return "\n\n".join(["\n".join(lines), table if rows else self._reported(name)])
@@ -243,9 +247,10 @@ class Tables:
     def _reported(self, name: str) -> str:
         """Return single printed numbers of a paper, and of reruns by others."""
         rows = [
-            (f"{each['paper']}, {each['table']}", ", ".join(filter("-".__ne__, (each["model"], each["data"]))),
-             each["metric"], each["method"], each["value"])
-            for each in read_texts(self.data / "published/reported.csv") if re.search(rf"\b{name}\b", each["paper"])
+            (f"{number['paper']}, {number['table']}", ", ".join(filter("-".__ne__, (number["model"], number["data"]))),
+             number["metric"], number["method"], number["value"])
+            for number in read_texts(self.data / "published/reported.csv")
+            if re.search(rf"\b{name}\b", number["paper"])
         ]  # fmt: skip
         return _table(("source", "model and data", "metric", "method", "printed value"), rows)
 
@@ -339,29 +344,31 @@ class Tables:
         task_of = rows["group"].to_numpy()
         tasks = list(dict.fromkeys(task_of))
         frequent = (rows.loc[task_of == task, "label"].value_counts(normalize=True).max() for task in tasks)
-        found = [
+        table = [
             ("arm", "seeds", *(f"{task} (%)" for task in tasks)),
             ("most frequent class of the task", "", *(f"{100 * share:.1f}" for share in frequent)),
         ]
         for arm in filter(set(runs["arm"]).__contains__, self.registration.arms):
             right = [self.evidence.margins[run] > 0 for run in runs.loc[runs["arm"] == arm, "run"]]
-            by_task = (_percent(pd.Series([each[task_of == task].mean() for each in right])) for task in tasks)
-            found.append((arm, str(len(right)), *by_task))
-        return found
+            by_task = (_percent(pd.Series([of_run[task_of == task].mean() for of_run in right])) for task in tasks)
+            table.append((arm, str(len(right)), *by_task))
+        return table
 
     def before(self) -> str:
         """Return the verdicts of the claims under the earlier rules, with the claims that replace them and why."""
         rows = []
-        for each in read_texts(self.data / "verdicts_before.csv"):
-            now = [id for id, claim in self.registration.claims.items() if each["claim"] in claim.earlier]
-            effect = f"{each['effect']} [{each['low']}, {each['high']}]" if each["effect"] else "not reported"
-            then = f"{effect}; margin {each['margin']} ({each['unit']})"
-            found = [(f"`{id}`, {self.registration.claims[id].decision}", self._effect(id), self._outcome(id),
-                      self.registration.claims[id].why or "nothing but the seeds") for id in now]  # fmt: skip
-            parts = found or [("dropped", "", "", each["dropped"])]
+        for before in read_texts(self.data / "verdicts_before.csv"):
+            effect = f"{before['effect']} [{before['low']}, {before['high']}]" if before["effect"] else "not reported"
+            then = f"{effect}; margin {before['margin']} ({before['unit']})"
+            now = []
+            for id, claim in self.registration.claims.items():
+                if before["claim"] in claim.earlier:
+                    reason = claim.why or "nothing but the seeds"
+                    now.append((f"`{id}`, {claim.decision}", self._effect(id), self._outcome(id), reason))
+            now = now or [("dropped", "", "", before["dropped"])]
             rows.append((
-                f"`{each['claim']}` {each['sentence']}", then, each["outcome"] or "not reported",
-                *("; ".join(filter(None, column)) for column in zip(*parts, strict=True)),
+                f"`{before['claim']}` {before['sentence']}", then, before["outcome"] or "not reported",
+                *("; ".join(filter(None, column)) for column in zip(*now, strict=True)),
             ))  # fmt: skip
         header = ("earlier claim", "effect then", "verdict then", "now", "effect now", "verdict now", "what changed")
         return _table(header, rows)
@@ -369,17 +376,17 @@ class Tables:
     def _without_runs(self) -> list[str]:
         return [NO_RUNS] if self.evidence.runs.empty else []
 
-    def _verdict_table(self, claims: Mapping[str, Registered], place: bool = False) -> str:
+    def _verdict_table(self, claims: Mapping[str, Registered], show_place: bool = False) -> str:
         rows = []
         for id, claim in claims.items():
             row = self.rows[id]
             all_seeds = [f"all seeds: {row['all_seeds']}"] if row["look"] >= 1 and row["all_seeds"] else []
             rows.append((
-                f"`{id}` {claim.text.sentence}", *([claim.paper.place] if place else []), *self._judged(id),
+                f"`{id}` {claim.text.sentence}", *([claim.paper.place] if show_place else []), *self._judged(id),
                 self._outcome(id), "; ".join([*self._marks(id), *all_seeds, *self._deviations(id)]),
             ))  # fmt: skip
-        named = ("claim", *(["in the paper"] if place else []))
-        return _table((*named, *_JUDGED, "verdict", "marks"), rows)
+        first = ["claim", "in the paper"] if show_place else ["claim"]
+        return _table((*first, *_JUDGED, "verdict", "marks"), rows)
 
     def _judged(self, id: str) -> tuple[str, ...]:
         """Return the columns ``_JUDGED`` at the look that was made; seeds before the first look show no numbers."""

@@ -98,7 +98,7 @@ def _contents_of(
     quantities: set[str] = set()
     arrays: set[str] = set()
     if row["role"] == "judged":
-        number = row["seed"] - main.runs.loc[main.runs["role"] == "judged", "seed"].min()
+        number = row["seed"] - main.judged["seed"].min()
         for _, figure in listed.values():
             if row["arm"] in figure.arms.values() and number < figure.seeds:
                 quantities.update(figure.quantities)

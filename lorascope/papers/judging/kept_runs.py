@@ -69,9 +69,8 @@ FLAG = ColumnKind("True or False", "bool", {"True": True, "False": False}.__geti
 COUNT = ColumnKind("an integer from 0 to 4294967295", "int64", _to_count)
 SECONDS = ColumnKind("a number >= 0", "float64", lambda text: _at_least_zero(float(text)))
 NUMBER = ColumnKind("a number or empty", "float64", lambda text: float(text or "nan"))
-ROLE = ColumnKind(
-    "tuning, judged or baseline", "str", {name: name for name in ("tuning", "judged", "baseline")}.__getitem__
-)
+_ROLES = {"tuning": "tuning", "judged": "judged", "baseline": "baseline"}
+ROLE = ColumnKind("tuning, judged or baseline", "str", _ROLES.__getitem__)
 RUN_COLUMNS = {
     "run": TEXT, "arm": TEXT, "arm_hash": TEXT, "role": ROLE, "seed": COUNT, "rate": NUMBER, "steps": NUMBER,
     "model": TEXT, "w0": TEXT, "task": TEXT, "task_hash": TEXT, "method": TEXT, "settings": TEXT, "commit": TEXT,
@@ -132,10 +131,15 @@ class Evidence:
             )
         if len(ids := self.runs["run"][self.runs["run"].duplicated()]):
             raise ValueError(f"runs.csv: run ids must be unique, got {printable(ids.iloc[0])!r} twice")
-        judged, baselines = (self.runs[self.runs["role"] == role] for role in ("judged", "baseline"))
+        judged, baselines = self.judged, self.runs[self.runs["role"] == "baseline"]
         self._runs = dict(zip(zip(judged["arm"], judged["seed"], strict=True), judged["run"], strict=True))
         self._by_block: dict[tuple[Any, ...], Evidence] = {}
         self._baselines = dict(zip(baselines["arm"], baselines["run"], strict=True))
+
+    @property
+    def judged(self) -> pd.DataFrame:
+        """Rows of the judged runs."""
+        return self.runs[self.runs["role"] == "judged"]
 
     def in_block(self, block: Mapping[str, Any]) -> Evidence:
         """Return the runs of one machine, and the baselines."""
@@ -148,17 +152,16 @@ class Evidence:
 
     def blocks(self) -> list[dict[str, Any]]:
         """Return the machines on which judged runs were trained, in the order of the table."""
-        judged = self.runs[self.runs["role"] == "judged"]
-        return [dict(zip(BLOCK, row, strict=True)) for row in judged[BLOCK].drop_duplicates().itertuples(index=False)]
+        return self.judged[BLOCK].drop_duplicates().to_dict("records")
 
     def of_main_machine(self) -> Evidence:
         """Return the runs of the machine with the most judged runs, the first one if several have as many."""
         machines = [self.in_block(block) for block in self.blocks()]
-        return max(machines, key=lambda machine: (machine.runs["role"] == "judged").sum(), default=self)
+        return max(machines, key=lambda machine: len(machine.judged), default=self)
 
     def seeds(self, arms: Iterable[str], first: int) -> list[int]:
         """Return the seeds from ``first`` on that all arms have, up to the first one that is missing."""
-        varied = [arm for arm in arms if arm not in self._baselines]
+        varied = set(arms) - self._baselines.keys()
         stop = first
         while varied and all((arm, stop) in self._runs for arm in varied):
             stop += 1

@@ -27,8 +27,9 @@ RATE_RULE = (
 )
 _PACKAGE = Path(__file__).parents[2]
 # A wheel contains the folder data, and a clone has it next to the package.
-_DATA = next((path for path in (_PACKAGE / "data", _PACKAGE.parent / "data") if path.exists()), _PACKAGE / "data")
-FILE = _DATA / "registered.toml"
+_CLONE = _PACKAGE.parent
+_IN_CLONE = (_CLONE / "data").exists() and not (_PACKAGE / "data").exists()
+FILE = (_CLONE if _IN_CLONE else _PACKAGE) / "data" / "registered.toml"
 PAPERS = {
     "LoRA": "2106.09685",
     "LISA": "2403.17919",
@@ -239,7 +240,7 @@ class Stage:
 
     def has(self, claim: str) -> bool:
         """Return whether a claim belongs to the stage."""
-        return any(name in ("*", claim, claim.partition(".")[0]) for name in self.claims)
+        return not {"*", claim, claim.partition(".")[0]}.isdisjoint(self.claims)
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,10 @@ class Registration:
         """First judged seed of all claims on runs, with which arms for figures start."""
         judged = self.of_tier("primary", "secondary").values()
         return min((claim.design.first_seed for claim in judged), default=Design.first_seed)
+
+    def may_void(self, label: str) -> bool:
+        """Return whether claims on an arm are void if it does not train."""
+        return label not in self.arms or self.arms[label].may_void
 
     def of_tier(self, *tiers: Tier) -> dict[str, Registered]:
         """Return the claims of these tiers, in their order."""
@@ -325,7 +330,7 @@ def clone_of(file: Path) -> Path | None:
 def _rename(table: object) -> object:
     if isinstance(table, dict):
         return {_KEYS.get(name, name): _rename(value) for name, value in table.items()}
-    return [_rename(value) for value in table] if isinstance(table, list) else table
+    return list(map(_rename, table)) if isinstance(table, list) else table
 
 
 def _unread_keys(value: Any, converted: Any) -> Iterator[str]:

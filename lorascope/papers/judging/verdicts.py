@@ -165,7 +165,7 @@ def untrained_arms(evidence: Evidence, may_void: Callable[[str], bool] = lambda 
     Those are arms of which two or more of the first five judged seeds end within five points of the most frequent class
     on the validation split, or any ends with a loss that is not finite.
     """
-    runs = evidence.runs[evidence.runs["role"] == "judged"].sort_values("seed")
+    runs = evidence.judged.sort_values("seed")
     first = runs.groupby("arm").head(_TRIED)
     at_chance = first["validation_metric"] - first["validation_chance"] <= _AT_CHANCE
     failed = at_chance.groupby(first["arm"]).sum() >= _FAILED
@@ -252,16 +252,14 @@ def add_sources(values: pd.DataFrame, pair: Pair, evidence: Evidence, method: Me
         then by arm. ``draws`` and ``draw_error`` are the number of draws and the standard error of a control that is
         simulated, else missing.
     """
-    seeds = [int(seed) for seed in values["seed"]]
-    by_row = [seeds] * len(seeds) if method == "jackknife" else [[seed] for seed in seeds]
     statistic, control = pair
-    draws = [_draws(control, evidence, seed) for seed in seeds]
-    return values.assign(
-        draws=pd.array([number for number, _ in draws], dtype="Int64"),
-        draw_error=pd.array([error for _, error in draws], dtype="Float64"),
-        runs_statistic=[_runs_of(statistic, evidence, sources) for sources in by_row],
-        runs_control=[_runs_of(control, evidence, sources) for sources in by_row],
-    )
+    seeds, rows = values["seed"].tolist(), []
+    for seed in seeds:
+        sources = seeds if method == "jackknife" else [seed]
+        runs = _runs_of(statistic, evidence, sources), _runs_of(control, evidence, sources)
+        rows.append((*_draws(control, evidence, seed), *runs))
+    columns = pd.DataFrame(rows, columns=list(SOURCE_COLUMNS), index=values.index, dtype="object")
+    return values.join(columns.astype({"draws": "Int64", "draw_error": "Float64"}))
 
 
 def _runs_of(statistic: Statistic, evidence: Evidence, seeds: Sequence[int]) -> str:

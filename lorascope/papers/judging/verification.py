@@ -73,12 +73,11 @@ def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, P
     """
     grids = {arm.label: (arm.rates, arm.tuning_seeds) for arm in registration.arms.values() if len(arm.rates) > 1}
     judged = {id: claim for id, claim in registration.of_tier("primary", "secondary").items() if id in pairs}
-    may_void = {arm.label: arm.may_void for arm in registration.arms.values()}
-    states = {id: state_of_arms(id, registration, evidence) for id in judged}
-    changed = {id for id, state in states.items() if state == "changed"}
-    verdicts, values = judge_all(judged, pairs, evidence, lambda arm: may_void.get(arm, True), changed)
-    verdicts = verdicts.assign(arms_state=[*states.values()]).reindex(columns=list(VERDICT_COLUMNS))
-    machines = _on_other_machines(judged, pairs, evidence, verdicts, lambda arm: may_void.get(arm, True))
+    states = pd.Series({id: state_of_arms(id, registration, evidence) for id in judged}, dtype="object")
+    changed = states.index[states == "changed"]
+    verdicts, values = judge_all(judged, pairs, evidence, registration.may_void, changed)
+    verdicts = verdicts.assign(arms_state=states.to_list()).reindex(columns=list(VERDICT_COLUMNS))
+    machines = _on_other_machines(judged, pairs, evidence, verdicts, registration.may_void)
     tables = {"tuning.csv": tuning_table(evidence.runs, grids), "values.csv": values, "verdicts.csv": verdicts}
     files = {name: kept_runs.to_csv(table) for name, table in tables.items()}
     return Derived(files, tables["tuning.csv"], verdicts, machines)
@@ -116,7 +115,7 @@ def state_of_arms(claim: str, registration: Registration, evidence: Evidence) ->
     for deviation in registration.deviations:
         if deviation.claim in (claim, "*"):
             allowed |= {*deviation.what.arms.values()}
-    hashes = evidence.runs[evidence.runs["role"] == "judged"].groupby("arm")["arm_hash"].agg(set)
+    hashes = evidence.judged.groupby("arm")["arm_hash"].agg(set)
     state = "registered"
     for label in registration.claims[claim].arms:
         arm = registration.arms.get(label)
@@ -304,7 +303,7 @@ def _check_arms(evidence: Evidence, registration: Registration) -> Iterator[str]
 
 def _check_rates(evidence: Evidence, registration: Registration) -> Iterator[str]:
     """Check that each judged run has the rate that the tuning chose."""
-    for row in _rows(evidence.runs[evidence.runs["role"] == "judged"]):
+    for row in _rows(evidence.judged):
         arm = registration.arms.get(row.arm)
         if arm is None or not arm.fields:
             continue
@@ -318,8 +317,7 @@ def _check_rates(evidence: Evidence, registration: Registration) -> Iterator[str
 def _check_seeds(evidence: Evidence, registration: Registration) -> Iterator[str]:
     """Check that no judged seed is missing, and that none was used for tuning."""
     first = registration.first_seed
-    judged = evidence.runs[evidence.runs["role"] == "judged"]
-    for (arm, *block), runs in judged.groupby(["arm", *BLOCK]):
+    for (arm, *block), runs in evidence.judged.groupby(["arm", *BLOCK]):
         seeds = set(runs["seed"])
         if (missing := next(seed for seed in count(first) if seed not in seeds)) < max(seeds):
             yield f"runs.csv: arm {arm!r} on {' / '.join(map(str, block))}: seed {missing} is missing"

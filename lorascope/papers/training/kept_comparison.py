@@ -93,8 +93,7 @@ def positions(
 
 
 def _judged(evidence: Evidence, label: str) -> pd.DataFrame:
-    runs = evidence.runs
-    return runs[(runs["arm"] == label) & (runs["role"] == "judged")]
+    return evidence.judged[evidence.judged["arm"] == label]
 
 
 def _position(value: float, values: np.ndarray) -> dict[str, Any]:

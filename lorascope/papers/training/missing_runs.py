@@ -98,7 +98,7 @@ def _of_look(
     on_block: Evidence,
 ) -> Iterator[OpenRun]:
     design = claim.design
-    untrained = untrained_arms(on_block, lambda arm: registration.arms[arm].may_void)
+    untrained = untrained_arms(on_block, registration.may_void)
     if look > len(design.seeds) or untrained & set(claim.arms):
         return
     judged = judge_claim(claim, pairs[claim.id], on_block)

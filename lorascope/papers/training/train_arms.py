@@ -190,12 +190,12 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
     """
     claims, evidence = registration.read(registered), kept_runs.read(folder)
     reads, by_name = read_by_claims(claims), {"margin": evidence.margins, "nll": evidence.nll, **evidence.kept}
-    judged, differences = evidence.runs[evidence.runs["role"] == "judged"], []
+    judged, differences = evidence.judged, []
     for _, row in judged.sample(min(number, len(judged))).iterrows():
         arm, seed = str(row["arm"]), int(row["seed"])
         same_machine = all(row[name] == value for name, value in block().items())
-        of_machine = evidence.in_block({name: row[name] for name in kept_runs.BLOCK}).runs
-        metrics = of_machine.loc[(of_machine["arm"] == arm) & (of_machine["role"] == "judged"), "test_metric"]
+        of_machine = evidence.in_block(row).judged
+        metrics = of_machine.loc[of_machine["arm"] == arm, "test_metric"]
         old = {name: of_runs[row["run"]] for name, of_runs in by_name.items() if row["run"] in of_runs}
         of_seed = [replace(read, seeds=range(seed, seed + 1)) for read in reads.get(arm, []) if read.name in old]
         lines = []
@@ -227,7 +227,9 @@ def _first_difference(name: str, old: Any, new: Any) -> list[str]:
         old, new = pd.DataFrame({"score": old}), pd.DataFrame({"score": new})
     old, new = (kept_runs.text_table(kept_runs.to_csv(table)) for table in (old, new))
     lines = list(verification.compare_tables(name, old, new))
-    return [f"{lines[0]}, and {len(lines) - 1} more"] if lines[1:] else lines
+    if lines[1:]:
+        lines = [f"{lines[0]}, and {len(lines) - 1} more"]
+    return lines
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -302,7 +304,8 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
         except FloatingPointError:  # a learning rate that is too high
             row |= dict.fromkeys(("validation_loss", "test_loss"), math.inf)
             row |= dict.fromkeys(("validation_metric", "test_metric"), 0.0)
-            row |= {} if open_run.rate is None else {"run": f"{id}-{open_run.rate:g}"}
+            if open_run.rate is not None:
+                row["run"] = f"{id}-{open_run.rate:g}"
             if open_run.role == "judged":  # wrong on every row
                 lost = {"margin": np.int8(0), "nll": np.float16(np.inf)}
                 count = len(_task(arm).split("test"))
@@ -319,8 +322,10 @@ def _digest(text: str, length: int) -> str:
 
 def _keep_table(read: Read, run: Run, open_run: OpenRun, claims: Registration, out: Path) -> pd.DataFrame:
     """Compute a kept table of a run; the other runs of its set are finished, or trained now."""
-    others = [replace(open_run, arm=label) for label in read.other_arms]
-    other_runs = [_train(arm_of_run(other, claims), other, out) for other in others]
+    other_runs = []
+    for label in read.other_arms:
+        other = replace(open_run, arm=label)
+        other_runs.append(_train(arm_of_run(other, claims), other, out))
     return keep_functions()[read.name, open_run.arm](run, *other_runs)
 
 
@@ -360,13 +365,16 @@ def _load(name: str) -> Task:
 
 def _describe(arm: Arm | OwnArm) -> dict[str, Any]:
     """Return the columns of the row that an arm determines."""
-    task = _task(arm) if arm.task else None
-    about = {"task": task.name if task else "-", "task_hash": task.hash if task else "-"}
+    about, labels = {"task": "-", "task_hash": "-"}, None
+    if arm.task:
+        task = _task(arm)
+        about = {"task": task.name, "task_hash": task.hash}
+        labels = task.labels if task.classifies else None
     if isinstance(arm, OwnArm):
         return about | {"method": json.dumps(arm.method), "settings": "{}", "model": "-", "w0": "-"}
     fixed = {name: value for name, value in arm.settings.items() if name not in ("observe", "seed")}
     settings = Settings(lr=1.0, head_lr=1.0, **fixed).to_dict()
-    name, w0 = _base(arm.model, task.labels if task and task.classifies else None)
+    name, w0 = _base(arm.model, labels)
     return about | {
         "method": json.dumps(config(arm.method)),
         "settings": json.dumps({name: value for name, value in settings.items() if name not in _NOT_HASHED}),

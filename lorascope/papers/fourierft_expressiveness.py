@@ -312,7 +312,7 @@ FIGURES = [
         arms={"Fourier": FOURIER, "random basis": RANDOM, "LoRA, lr 0.01": SLOW, "LoRA, lr 0.1": FAST},
         draw=_draw_toy_task,
         table=COURSE,
-    ),
+    )
 ]
 
 PROBE = Probe(

@@ -121,14 +121,8 @@ CLAIMS = {
     "neft.choice": (Accuracy(CHANGED), Accuracy(RANDOM)),
     "neft.reversed": (Accuracy(CHANGED), Accuracy(REVERSED)),
     "neft.probed": (Accuracy(PROBED), Accuracy(RANDOM)),
-    "neft.stable": (
-        OfPairs(overlap, SELECTED, CHANGED, CHANGED),
-        OfPairs(pooled_chance, SELECTED, CHANGED, CHANGED),
-    ),
-    "neft.layers": (
-        OfPairs(overlap, SELECTED, CHANGED, CHANGED),
-        OfPairs(module_chance, SELECTED, CHANGED, CHANGED),
-    ),
+    "neft.stable": (OfPairs(overlap, SELECTED, CHANGED, CHANGED), OfPairs(pooled_chance, SELECTED, CHANGED, CHANGED)),
+    "neft.layers": (OfPairs(overlap, SELECTED, CHANGED, CHANGED), OfPairs(module_chance, SELECTED, CHANGED, CHANGED)),
     "neft.task": (
         average(OfPairs(overlap, SELECTED, arm, arm) for arm in (MOVIES, TWEETS)),
         OfPairs(overlap, SELECTED, MOVIES, TWEETS),

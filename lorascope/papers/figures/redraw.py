@@ -171,11 +171,7 @@ def _shorten(value: str | tuple[str, ...]) -> str:
 
 
 def changed_excerpts(
-    folder: Path,
-    evidence: Evidence,
-    row: Mapping[str, Any],
-    retrained: Path,
-    sections: Sections,
+    folder: Path, evidence: Evidence, row: Mapping[str, Any], retrained: Path, sections: Sections
 ) -> list[str]:
     """Return what differs between the excerpt of a run and the same run that was trained again, in one line each.
 

@@ -16,7 +16,7 @@ from typing import Any
 _PART_OF_CLAIM = re.compile(
     r"lorascope\.(analysis|papers\.judging\.(statistics|claims|looks|verdicts)|papers\.(?!judging|training|figures)\w+)(\.\w+)*"
 )
-"""Names of the modules, and of what is in them, whose functions are part of a claim."""
+"""Names of the modules, and of their functions and constants, that are part of a claim."""
 _DECIDING = ("lorascope.papers.judging.verdicts", "judge_all")
 """Module and name of the function that decides claims: intervals, looks, rules and correction are what it reaches."""
 # Fields that differ between versions of Python or do not change what the code computes.

@@ -337,10 +337,7 @@ def _read_scores(file: Path) -> dict[str, np.ndarray]:
 
 
 def add_run(
-    folder: str | Path,
-    row: Mapping[str, Any],
-    scores: Mapping[str, np.ndarray],
-    tables: Mapping[str, pd.DataFrame],
+    folder: str | Path, row: Mapping[str, Any], scores: Mapping[str, np.ndarray], tables: Mapping[str, pd.DataFrame]
 ) -> None:
     """Add a finished run, whose files are complete before its row appears in ``runs.csv``.
 

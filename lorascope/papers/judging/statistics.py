@@ -116,7 +116,7 @@ class MeanOverRows(Statistic):
 class OfRun(Statistic):
     """Value of each run of an arm, from one of its kept tables: (seed,).
 
-    A table that is computed from several runs of a seed belongs to one of them; ``other_arms`` are those of the rest.
+    A table that is computed from several runs of a seed belongs to one of them; ``other_arms`` have the others.
     """
 
     value: Callable[[pd.DataFrame], float]

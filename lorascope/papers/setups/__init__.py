@@ -1,1 +1,1 @@
-"""What arms train on besides tasks and models of `inputs`: planted teacher, pre-training text, scores of components."""
+"""Models and texts of arms that `inputs` does not have: a planted teacher, and pre-training."""

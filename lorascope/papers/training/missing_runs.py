@@ -24,10 +24,7 @@ class OpenRun:
 
 
 def missing_runs(
-    registration: Registration,
-    pairs: Mapping[str, Pair],
-    evidence: Evidence,
-    block: Mapping[str, Any],
+    registration: Registration, pairs: Mapping[str, Pair], evidence: Evidence, block: Mapping[str, Any]
 ) -> list[OpenRun]:
     """Return the runs to train next: all that the first unfinished look of the first unfinished stage lacks.
 

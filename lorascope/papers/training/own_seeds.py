@@ -228,7 +228,7 @@ def _kept_row(claim: str, data: Path) -> dict[str, Any]:
 
 
 def _describe_position(values: pd.DataFrame, is_own: pd.Series, kept_seeds: int) -> str:
-    """Return where the own effects are among those of the kept seeds, or what is missing to tell."""
+    """Return where the own effects are among those of the kept seeds, or what is missing for it."""
     missing = [] if kept_seeds else ["There are no other kept seeds to compare with."]
     if not len(values):
         missing.append("No effect yet: the claim compares pairs of runs, which needs three seeds.")

@@ -14,7 +14,7 @@ from lorascope.analysis.seed_intervals import Estimate, t_estimate, two_way_esti
 from lorascope.papers.judging.claims import Claim, format_effect, side
 from lorascope.papers.judging.looks import ERROR, STOPPED, Looks, judge_at_looks
 
-TEXT: Any = {"id": "a.b", "sentence": "s", "statistic": "x", "control": "y"}
+TEXT: Any = {"id": "a.b"}
 S = Claim(**TEXT, kind="superiority", margin=1.0)
 N = Claim(**TEXT, kind="non-inferiority", tolerance=1.0)
 E = Claim(**TEXT, kind="equivalence", tolerance=1.0)

@@ -36,8 +36,6 @@ class Claim:
     ----------
     id : str
         Name of the claim, such as "lora.parity".
-    sentence, statistic, control : str
-        The claim as text, and the compared quantities.
     kind : {"superiority", "non-inferiority", "equivalence"}
         Rule that judges it.
     margin, tolerance : float or None
@@ -50,9 +48,6 @@ class Claim:
     """
 
     id: str
-    sentence: str
-    statistic: str
-    control: str
     kind: str
     margin: float | None = None
     tolerance: float | None = None

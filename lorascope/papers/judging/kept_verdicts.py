@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from lorascope.files.printable import count_phrase, printable
@@ -87,17 +87,13 @@ def read_file(file: Path, claims: Registration) -> pd.DataFrame:
 
 
 def _rows(verdicts: pd.DataFrame, claims: Registration) -> pd.DataFrame:
-    texts = [claims.claims[id].text for id in verdicts["claim"]]
-    sides = verdicts["side"].map(lambda side: f", {side}" if side else "")
-    notes = verdicts.get("note", pd.Series("", verdicts.index)).map(lambda note: f"; {note}" if note else "")
-    levels = verdicts.get("level", pd.Series(np.nan, verdicts.index))  # published figures have their own intervals
-    return pd.DataFrame(
-        {
-            "claim": verdicts["claim"],
-            "sentence": [text.sentence for text in texts],
-            "n": verdicts["n"].astype("int64"),
-            "effect": [with_level(*row) for row in zip(verdicts["shown"], levels, strict=True)],
-            "control": [text.control for text in texts],
-            "outcome": verdicts["outcome"] + sides + notes,
-        }
-    )
+    rows = []
+    for verdict in verdicts.to_dict("records"):
+        text = claims.claims[verdict["claim"]].text
+        # Published figures have their own intervals.
+        effect = with_level(verdict["shown"], verdict.get("level", math.nan))
+        outcome = verdict["outcome"]
+        outcome += f", {verdict['side']}" if verdict["side"] else ""
+        outcome += f"; {verdict['note']}" if verdict.get("note") else ""
+        rows.append((verdict["claim"], text.sentence, verdict["n"], effect, text.control, outcome))
+    return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"n": "int64"})

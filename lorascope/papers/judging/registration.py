@@ -10,7 +10,6 @@ import json
 import re
 import subprocess
 import tomllib
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,9 +197,8 @@ class Registered:
     @property
     def claim(self) -> Claim:
         """Rule that judges the claim."""
-        text, bound = self.text, self.bound
-        words = {"sentence": text.sentence, "statistic": text.statistic, "control": text.control}
-        return Claim(id=self.id, **words, kind=bound.kind, margin=bound.margin, tolerance=bound.tolerance)
+        bound = self.bound
+        return Claim(id=self.id, kind=bound.kind, margin=bound.margin, tolerance=bound.tolerance)
 
 
 @dataclass(frozen=True)
@@ -303,20 +301,23 @@ def parse(content: bytes, file: Path | str) -> Registration:
         raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
     if unread := next(_unread_keys(tables, msgspec.to_builtins(contents)), None):
         raise ValueError(f"cannot read {printable(file)}: unknown key {printable(unread)!r}. Correct or remove it")
-    names = [f"claim {claim.id!r}" for claim in contents.claim] + [f"arm {arm.label!r}" for arm in contents.arm]
-    if len(names) > len(set(names)):
-        (twice, _), *_ = Counter(names).most_common()
-        raise ValueError(f"cannot read {printable(file)}: {printable(twice)} is registered twice")
+    claims: dict[str, Registered] = {}
+    arms: dict[str, RegisteredArm] = {}
+    references = []
+    for arm in contents.arm:
+        if arms.setdefault(arm.label, arm) is not arm:
+            raise ValueError(f"cannot read {printable(file)}: arm {printable(arm.label)!r} is registered twice")
+        references.append((f"arm {arm.label!r}", (arm.rate_of or arm.label,)))
     for claim in contents.claim:
+        if claims.setdefault(claim.id, claim) is not claim:
+            raise ValueError(f"cannot read {printable(file)}: claim {printable(claim.id)!r} is registered twice")
+        references.append((f"claim {claim.id!r}", claim.arms))
         _ = claim.claim  # raises for a bound that is not allowed
         if claim.paper.tier != "published":
             _ = claim.design.looks
-    claims, arms = {claim.id: claim for claim in contents.claim}, {arm.label: arm for arm in contents.arm}
-    references = [(f"claim {claim.id!r}", label) for claim in contents.claim for label in claim.arms]
-    references += [(f"arm {arm.label!r}", arm.rate_of) for arm in contents.arm if arm.rate_of]
-    for name, label in references:
-        if label not in arms:
-            reason = f"{printable(name)} names the arm {printable(label)!r}, which is not registered"
+    for name, labels in references:
+        if unknown := [label for label in labels if label not in arms]:
+            reason = f"{printable(name)} names the arm {printable(unknown[0])!r}, which is not registered"
             raise ValueError(f"cannot read {printable(file)}: {reason}")
     return Registration(claims, arms, contents.deviation, contents.stage)
 

@@ -152,7 +152,11 @@ def _write_files(folder: Path, derived: Derived) -> None:
 
 def _digests(manifest: str) -> dict[str, str]:
     """Return the digests of a manifest by path."""
-    return {path: digest for digest, _, path in (line.partition("  ") for line in manifest.splitlines())}
+    digests = {}
+    for line in manifest.splitlines():
+        digest, _, path = line.partition("  ")
+        digests[path] = digest
+    return digests
 
 
 def _kept_manifest(folder: Path) -> dict[str, str]:

@@ -171,10 +171,12 @@ class OwnSeeds:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values; numbers that do not exist are None."""
-        rows, values = (
-            loads(table.to_json(orient="records", double_precision=15)) for table in (self.rows, self.values)
-        )
-        return {"rows": rows, "values": values, "place": self.place}
+        return {"rows": records(self.rows), "values": records(self.values), "place": self.place}
+
+
+def records(table: pd.DataFrame) -> Any:
+    """Return the rows of a table as JSON values; numbers that do not exist are None."""
+    return loads(table.to_json(orient="records", double_precision=15))
 
 
 def compare_seeds(planned: SeedPlan, data: Path = registration.FILE.parent) -> OwnSeeds:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from json import loads
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lorascope.papers.judging import kept_runs, kept_verdicts, registration
 from lorascope.papers.judging.kept_verdicts import KeptVerdicts
 from lorascope.papers.registry import PROBES
 from lorascope.papers.training import kept_comparison, short_runs
+from lorascope.papers.training.own_seeds import records
 from lorascope.runs.folders import require_own
 from lorascope.runs.run import Run
 
@@ -53,9 +53,10 @@ class Reproduction:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values; numbers that do not exist are None."""
-        tables = {"verdicts": self.verdicts.table, "runs": self.runs, "places": self.places}
-        rows = {name: loads(table.to_json(orient="records", double_precision=15)) for name, table in tables.items()}
-        return {"report": str(self.path), "seed": self.seed, "notes": list(self.verdicts.notes)} | rows
+        return {
+            "report": str(self.path), "seed": self.seed, "notes": list(self.verdicts.notes),
+            "verdicts": records(self.verdicts.table), "runs": records(self.runs), "places": records(self.places),
+        }  # fmt: skip
 
 
 def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent) -> Reproduction:

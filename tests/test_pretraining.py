@@ -28,13 +28,13 @@ def made(tmp_path, monkeypatch):
     rows = pd.DataFrame({"text": texts, "id": [str(number) for number in range(300)], "group": "tweets"})
     monkeypatch.setenv("LORASCOPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sources, "sentiment", lambda: rows)
-    pretraining.task.cache_clear()
+    pretraining.plain_text.cache_clear()
     yield rows
-    pretraining.task.cache_clear()
+    pretraining.plain_text.cache_clear()
 
 
 def test_task_is_the_plain_text_of_all_sentences(made):
-    task = pretraining.task()
+    task = pretraining.plain_text()
     assert task.kind == "lm"
     assert sorted(task.table["text"]) == sorted(made["text"])
     labeled = tasks.from_frame(made.assign(label=list("ab") * 150)[["text", "label"]])
@@ -48,8 +48,8 @@ def test_tokenizer_knows_only_the_train_split_and_returns_every_text(made, monke
     trained = pretraining.tokenizer
     monkeypatch.setattr(pretraining, "tokenizer", lambda texts: seen.extend(texts) or trained(texts))
     monkeypatch.setattr(pretraining.package_assets, "build_once", lambda folder, build: build(folder) or folder)
-    pretraining.base()
-    assert seen == pretraining.task().split("train")["text"].to_list()
+    pretraining.untrained_folder()
+    assert seen == pretraining.plain_text().split("train")["text"].to_list()
     reader = trained(seen)
     for text in made["text"]:
         assert reader.decode(reader(text)["input_ids"]) == text
@@ -68,7 +68,7 @@ def test_model_has_the_architecture_of_gpt2_and_its_tokenizer(made):
     assert type(model).__name__ == "GPT2LMHeadModel"
     assert model.config.n_head == 4
     reader = models.tokenizer(model)
-    rows = pretraining.task().encode(reader, pretraining.task().split("test"), pretraining.LENGTH)
+    rows = pretraining.plain_text().encode(reader, pretraining.plain_text().split("test"), pretraining.LENGTH)
     assert rows.lengths.max() == pretraining.LENGTH
     short = rows.tokens["input_ids"][int(rows.lengths.argmin())]
     assert short[-1] == reader.eos_token_id
@@ -78,7 +78,7 @@ def test_only_matrices_depend_on_the_seed_of_the_run(made):
     drawn = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         model = pretraining.untrained()
-        drawn[name] = prepare_model(model, pretraining.task(), seed).w0_hash, dict(model.named_parameters())
+        drawn[name] = prepare_model(model, pretraining.plain_text(), seed).w0_hash, dict(model.named_parameters())
     (hashed, first), (_, again), (other_hash, other) = drawn.values()
     assert hashed == other_hash
     for name, weight in first.items():
@@ -92,7 +92,7 @@ def test_only_matrices_depend_on_the_seed_of_the_run(made):
 def test_model_trains_and_its_predictions_average_to_the_loss(method, made, tmp_path):
     model = pretraining.untrained()
     settings = {"eval_every": 0, "progress": False, "device": "cpu", "max_length": pretraining.LENGTH}
-    run = ls.train(model, pretraining.task(), method, steps=8, batch_size=8, out=tmp_path / "run", **settings)
+    run = ls.train(model, pretraining.plain_text(), method, steps=8, batch_size=8, out=tmp_path / "run", **settings)
     assert run.score.loss < math.log(2048) - 0.1
     assert run.predictions["nll"].astype("float64").mean() == pytest.approx(run.score.loss, abs=1e-3)
 
@@ -105,7 +105,7 @@ def test_untrained_model_is_the_same_at_each_call_and_draws_no_random_number(mad
 
 
 def test_padding_does_not_count_in_the_loss(made):
-    model, task = pretraining.untrained(), pretraining.task()
+    model, task = pretraining.untrained(), pretraining.plain_text()
     rows = task.encode(models.tokenizer(model), task.split("test"), pretraining.LENGTH)
     alone, together = (evaluate(model, rows, batch_size=size) for size in (1, len(rows)))
     np.testing.assert_allclose(alone.nll, together.nll, rtol=1e-4)
@@ -118,7 +118,7 @@ def test_padding_does_not_count_in_the_loss(made):
 
 @pytest.mark.real
 def test_published_text_has_the_splits_of_sentiment_and_a_fixed_tokenizer():
-    task = pretraining.task()
+    task = pretraining.plain_text()
     assert task.hash == "606ce214e198b131875274886602359c402414616f51d96e484bf99363873394"
     known = tasks.load("sentiment")
     for name, rows in known.splits.items():

@@ -58,7 +58,7 @@ def arms() -> list[Arm]:
     from lorascope.methods import Full, LoRA
 
     four = tasks.load("sentiment/mixture")
-    one = restrict(four, "sentiment")
+    sentiment = restrict(four, "sentiment")
     routed = routed_method()
     settings, rank = encoder_settings(400), equal_rank(routed)
     lora = LoRA(rank=rank, alpha=rank * routed.alpha / routed.rank, targets=routed.targets or ())
@@ -68,8 +68,8 @@ def arms() -> list[Arm]:
         SPLIT: (replace(routed, shared_a=False), four),
         LORA: (lora, four),
         FULL_MANY: (Full(), four),
-        FULL_ONE: (Full(), one),
-        LORA_ONE: (lora, one),
+        FULL_ONE: (Full(), sentiment),
+        LORA_ONE: (lora, sentiment),
         TWO: (replace(routed, num_experts=2), four),
     }
     return [Arm(label=label, method=method, task=task, settings=settings) for label, (method, task) in methods.items()]

@@ -55,7 +55,7 @@ Rows = dict[str, dict[str, np.ndarray]]
 """Name of a score -> module -> value of each component."""
 
 
-def correlation(table: pd.DataFrame, score: str) -> float:
+def truth_correlation(table: pd.DataFrame, score: str) -> float:
     """Compute Spearman's correlation of a score and the loss increase on both halves together, over components."""
     wide = table[table["component"] >= 0].pivot(index=["module", "component"], columns="score", values="value")
     truth = wide[list(HALVES)].mean(axis=1)
@@ -64,7 +64,7 @@ def correlation(table: pd.DataFrame, score: str) -> float:
 
 def with_truth(score: str) -> OfRun:
     """Return the correlation of a score with the loss increase."""
-    return OfRun(partial(correlation, score=score), SCORES, LOW)
+    return OfRun(partial(truth_correlation, score=score), SCORES, LOW)
 
 
 CLAIMS = {

@@ -54,9 +54,9 @@ def draw_figures(folder: Path, out: Path, images: Path, sections: Sections, comm
     """
     evidence = kept_runs.read(folder)
     main, find = evidence.of_main_machine(), _finder(out)
-    listed = _by_name(sections)
-    _keep_excerpts(folder, main, find, listed)
-    for heading, figure in listed.values():
+    by_name = _by_name(sections)
+    _keep_excerpts(folder, main, find, by_name)
+    for heading, figure in by_name.values():
         rows, runs = _rows_of(figure, main), []
         try:
             for row in rows:
@@ -81,25 +81,25 @@ def _by_name(sections: Sections) -> dict[str, tuple[str, GalleryFigure]]:
     return {figure.name: (heading, figure) for heading, section in sections.items() for figure in section}
 
 
-def _keep_excerpts(folder: Path, main: Evidence, find: Find, listed: Mapping[str, tuple[str, GalleryFigure]]) -> None:
+def _keep_excerpts(folder: Path, main: Evidence, find: Find, by_name: Mapping[str, tuple[str, GalleryFigure]]) -> None:
     """Add the excerpts of all runs that figures show, also of incomplete figures: the folder of a run may be lost."""
     rows: list[Any] = main.runs.to_dict("records")
     for row in rows:
-        contents = _contents_of(row, main, listed)
+        contents = _contents_of(row, main, by_name)
         run = find(row) if any(contents) else None
         if run is not None:
             write_excerpt(run, folder / EXCERPTS / row["run"], *contents)
 
 
 def _contents_of(
-    row: Mapping[str, Any], main: Evidence, listed: Mapping[str, tuple[str, GalleryFigure]]
+    row: Mapping[str, Any], main: Evidence, by_name: Mapping[str, tuple[str, GalleryFigure]]
 ) -> tuple[set[str], set[str]]:
     """Return the quantities and arrays that figures show of a run."""
     quantities: set[str] = set()
     arrays: set[str] = set()
     if row["role"] == "judged":
         number = row["seed"] - main.judged["seed"].min()
-        for _, figure in listed.values():
+        for _, figure in by_name.values():
             if row["arm"] in figure.arms.values() and number < figure.seeds:
                 quantities.update(figure.quantities)
                 arrays.update(figure.arrays)
@@ -121,13 +121,13 @@ def differences(folder: Path, evidence: Evidence, sections: Sections) -> Iterato
 
     The data of figures of factors are left out, because factors are not kept.
     """
-    listed, main = _by_name(sections), evidence.of_main_machine()
+    by_name, main = _by_name(sections), evidence.of_main_machine()
     for name, kept in evidence.figures.items():
         file = f"{kept_figures.FOLDER}/{name}.parquet"
-        if name not in listed:
+        if name not in by_name:
             yield f"{file}: no figure of the gallery has this name"
             continue
-        heading, figure = listed[name]
+        heading, figure = by_name[name]
         try:
             yield from _figure_differences(file, folder, evidence, heading, figure, kept, _rows_of(figure, main))
         except Exception as error:  # any cell of runs.csv, excerpt or table may be damaged
@@ -233,7 +233,8 @@ def _rows_of(figure: GalleryFigure, evidence: Evidence) -> list[dict[str, Any]]:
         seeds = seeds[: figure.seeds]
     if figure.table:
         by_run = evidence.kept.get(figure.table, {})
-        seeds = [seed for seed in seeds if by_run.keys() >= {evidence.run(arm, seed) for arm in arms}]
+        for arm in arms:
+            seeds = [seed for seed in seeds if evidence.run(arm, seed) in by_run]
     if len(seeds) < (_FEWEST_SEEDS if figure.shows_scores else figure.seeds) or diverged[judged.index].any():
         return []
     rows = judged[judged["seed"].isin(seeds)].sort_values("seed", kind="stable")

@@ -30,7 +30,7 @@ _PADDING, _END = "<pad>", "<end>"
 
 
 @cache
-def task() -> tasks.Task:
+def plain_text() -> tasks.Task:
     """Return the sentences of the task "sentiment" as plain text, in the same splits and clusters."""
     rows = sources.sentiment()
     return tasks.from_frame(
@@ -38,7 +38,7 @@ def task() -> tasks.Task:
     )
 
 
-def base() -> str:
+def untrained_folder() -> str:
     """Return the folder of the untrained model and its tokenizer; the first call writes it."""
 
     def write(folder: Path) -> None:
@@ -58,9 +58,9 @@ def base() -> str:
         with models.quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             GPT2LMHeadModel(config).save_pretrained(folder)
-        tokenizer(task().split("train")["text"].to_list()).save_pretrained(folder)
+        tokenizer(plain_text().split("train")["text"].to_list()).save_pretrained(folder)
 
-    return str(package_assets.build_once(package_assets.cache() / f"pretraining-{task().hash[:16]}", write))
+    return str(package_assets.build_once(package_assets.cache() / f"pretraining-{plain_text().hash[:16]}", write))
 
 
 def untrained() -> nn.Module:
@@ -69,7 +69,7 @@ def untrained() -> nn.Module:
     ``train`` draws all its matrices from the seed of the run, as it does for a new head. Both learning rates must
     therefore be equal. Biases are zero and the weights of norms are one.
     """
-    model = models.load(base())
+    model = models.load(untrained_folder())
     models.note_missing(model, [name for name, parameter in model.named_parameters() if parameter.ndim > 1])
     return model
 

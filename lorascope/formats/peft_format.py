@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import msgspec
 import numpy as np
@@ -177,7 +177,7 @@ class PeftFormat(msgspec.Struct, frozen=True):
         """Return the tensors that are stored once for all modules, with their shapes."""
         return self.shared
 
-    def of_module(self, source: Path) -> Callable[[str], Self]:
+    def of_module(self, source: Path) -> Callable[[str], PeftFormat]:
         """Return the function from a module to its settings; ``source`` is the configuration, for error messages."""
         values = {}
         for pattern, setting in _PATTERNS.items():

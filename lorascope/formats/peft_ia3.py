@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from msgspec.structs import replace
@@ -33,7 +32,7 @@ class IA3(PeftFormat, frozen=True):
     feedforward_modules: str | list[str] | None = None
     fan_in_fan_out: bool | None = None
 
-    def of_module(self, source: Path) -> Callable[[str], Self]:
+    def of_module(self, source: Path) -> Callable[[str], IA3]:
         """Return the function from a module to its settings, which list it if it is a feedforward module."""
         ends = self.feedforward_modules or []
         if isinstance(ends, str):

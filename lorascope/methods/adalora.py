@@ -47,7 +47,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -165,7 +165,7 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         require_literals(self)
 
     @classmethod
-    def example(cls) -> Self:
+    def example(cls) -> AdaLoRA:
         return cls(init_rank=3, target_rank=1, initial_steps=0, final_steps=2, mask_every=1, dropout=0.1, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:

@@ -53,7 +53,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from torch import nn
 
@@ -158,7 +158,7 @@ class Adapprox(Method, name="adapprox"):
         check_options(self)
 
     @classmethod
-    def example(cls) -> Self:
+    def example(cls) -> Adapprox:
         return cls(min_dim=8, reselect_every=2, growth_scale=None, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:

@@ -53,7 +53,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -151,7 +151,7 @@ class ALoRA(AdapterMethod, name="alora"):
         require_literals(self)
 
     @classmethod
-    def example(cls) -> Self:
+    def example(cls) -> ALoRA:
         return cls(init_rank=1, prune=5, score_rows=4, fresh_moments=True, dropout=0.1, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:

@@ -62,7 +62,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ class AutoLoRA(AdapterMethod, name="autolora"):
         require(self, "search_share", "in (0, 1)", 0 < self.search_share < 1)
 
     @classmethod
-    def example(cls) -> Self:
+    def example(cls) -> AutoLoRA:
         return cls(rank=3, selection_lr=0.1, dropout=0.1, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:

@@ -45,7 +45,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ class FourierFT(AdapterMethod, name="fourierft"):
         require(self, "alpha", "finite and nonzero", math.isfinite(self.alpha) and self.alpha != 0)
 
     @classmethod
-    def example(cls) -> Self:
+    def example(cls) -> FourierFT:
         return cls(coefficients=20, targets="all-linear", lr=1e-1)
 
     def delta(self, name: str, host: nn.Module) -> Delta:

@@ -41,7 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -126,7 +126,7 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
         require_literals(self)
 
     @classmethod
-    def example(cls) -> Self:
+    def example(cls) -> HydraLoRA:
         return cls(rank=2, gates_every=1, gate_rows=6, dropout=0.1, lr=1e-2)
 
     def select_targets(self, modules: pd.DataFrame) -> list[str]:

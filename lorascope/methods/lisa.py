@@ -43,7 +43,7 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
@@ -105,7 +105,7 @@ class LISA(Method, name="lisa"):
             raise ValueError("weights must contain a number > 0, got only zeros")
 
     @classmethod
-    def example(cls) -> Self:
+    def example(cls) -> LISA:
         return cls(n_active=1, interval=3, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import Literal
 
 import pandas as pd
 import torch
@@ -98,7 +98,7 @@ class LoRA(AdapterMethod, name="lora"):
         require_literals(self)
 
     @classmethod
-    def example(cls) -> Self:
+    def example(cls) -> LoRA:
         return cls(rank=2, rslora=True, dropout=0.1, lr=1e-2)
 
     def attach(self, model: nn.Module) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Real
-from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -77,7 +77,7 @@ class Method(Stateful):
             METHODS[name] = cls
 
     @classmethod
-    def example(cls) -> Self:
+    def example(cls) -> Method:
         """Return the method for a few steps of a tiny model, on which the tests train every method."""
         return cls(lr=1e-2)
 

@@ -56,7 +56,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -167,7 +167,7 @@ class NeFT(Method, name="neft"):
         self.neurons_: dict[str, list[int]] = {}
 
     @classmethod
-    def example(cls) -> Self:
+    def example(cls) -> NeFT:
         return cls(num_neurons=24, lr=1e-2)
 
     @property

@@ -29,7 +29,6 @@ Departs:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +75,7 @@ class VeRA(AdapterMethod, name="vera"):
         require(self, "projection_seed", f"an integer from 0 to {(1 << 32) - 1}", valid)
 
     @classmethod
-    def example(cls) -> Self:
+    def example(cls) -> VeRA:
         return cls(rank=8, dropout=0.1, lr=1e-1)
 
     def attach(self, model: nn.Module) -> None:

@@ -91,11 +91,13 @@ def collect(runs: Sequence[Result], spectra: bool = False) -> Card:
     if len(runs) > 1:
         try:
             matrix = compare_inspections(inspections, spectra).matrix
+            # The diagonal compares an adapter with itself.
             tables["pairs"] = matrix[matrix["one"] != matrix["other"]]
         except ValueError as error:  # they are adapters of different models
             unseen["comparison in pairs"] = printable(error)
     parquet = {name: _parquet(table) for name, table in tables.items()}
     figures: list[dict[str, Any]] = []
+    # Names of tables are numbered, because a figure may have several.
     for name, figure in _draw(dict(zip(labels, runs, strict=True)), unseen):
         chart, data = pack(figure.chart)
         files = {f"figure {len(figures) + 1}, table {n}": _parquet(table) for n, table in enumerate(data, start=1)}

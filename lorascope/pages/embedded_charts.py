@@ -98,7 +98,7 @@ def _slim(figure: dict[str, Any]) -> dict[str, Any]:
     frames = figure.get("frames", [])
     for position, number in enumerate(frames[0]["traces"] if frames else ()):
         trace, moving = figure["data"][number], [frame["data"][position] for frame in frames]
-        for key in trace.keys() - {"type"}:
+        for key in trace.keys() - {"type"}:  # plotly needs the type in each frame
             if all(key in repeated and repeated[key] == trace[key] for repeated in moving):
                 for repeated in moving:
                     del repeated[key]

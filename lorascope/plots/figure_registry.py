@@ -33,8 +33,7 @@ class Figure:
     needs : tuple of str
         Quantities that must be recorded. Also possible: ``"updates"`` (adapter factors), ``"updates at several
         steps"``, ``"spectra"`` (singular values of updates), ``"frequencies"`` (Fourier coefficients), ``"basis"``
-        (coefficients on any basis) and
-        ``"heads"`` (HydraLoRA's experts).
+        (coefficients on any basis) and ``"heads"`` (HydraLoRA's experts).
     history : bool
         Whether the quantities must be recorded at more than one step.
     runs : int
@@ -82,6 +81,7 @@ def figure(
 
     def register(draw: AnyFigure) -> AnyFigure:
         name = draw.__name__
+        # A module that is imported again, as in a notebook, replaces its own figures.
         if name in FIGURES and FIGURES[name].draw.__module__ != draw.__module__:
             raise ValueError(f"there is already a figure {name!r}, of {FIGURES[name].draw.__module__}")
         FIGURES[name] = Figure(name, draw, topic, needs, history, runs, reads, misleads)

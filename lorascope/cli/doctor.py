@@ -23,7 +23,7 @@ from lorascope.diagnosis.merge import check_merge
 from lorascope.diagnosis.runtimes import Application, apply_adapter
 from lorascope.diagnosis.sarif import MARK, sarif_log
 from lorascope.files.hub import label, locate, locate_base
-from lorascope.files.printable import count_phrase, printable
+from lorascope.files.printable import count_or_no, count_phrase, printable
 from lorascope.files.safetensors_io import write_json
 from lorascope.files.text_layout import Block, block_grid, make_console, render_text, text_block
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -92,7 +92,7 @@ def main(
     if use is not None:
         faults += use.findings
     _write_sarif(sarif, faults, case.run)
-    code = 1 if faults else 0
+    code = int(bool(faults))
     if json:
         values: dict[str, Any] = {"path": path}
         if use is not None:
@@ -100,7 +100,7 @@ def main(
         values |= {"findings": [fault.to_json() for fault in faults], "unseen": skipped, "notes": [*case.notes]}
         print(dumps(json_values(values), indent=1))
         return code
-    count = count_phrase(len(faults), "finding") if faults else "no findings"
+    count = count_or_no(len(faults), "finding")
     state = "" if run.meta.states else f", {run.meta.status}: no factors saved yet"
     blocks = [text_block(label(run.path) if run.path else run.id, count + state, label_style="bold")]
     if use is not None:

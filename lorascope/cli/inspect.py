@@ -158,15 +158,18 @@ def _compare(inspections: Sequence[Inspection], spectra: bool, all: bool) -> _Ou
     from lorascope.diagnosis.pair_comparison import compare_inspections, comparison_screen
 
     comparison = compare_inspections(inspections, spectra)
-    screens = [partial(modules_screen, inspection) for inspection in inspections] if all else []
-    return _Output(comparison.to_json, comparison.table, [*screens, partial(comparison_screen, comparison)])
+    screens = [partial(comparison_screen, comparison)]
+    if all:
+        screens = [*(partial(modules_screen, inspection) for inspection in inspections), *screens]
+    return _Output(comparison.to_json, comparison.table, screens)
 
 
 def _inspect_modules(inspection: Inspection, all: bool, null: bool) -> _Output:
     random = null_table(inspection) if null else None
 
     def to_json() -> dict[str, Any]:
-        return inspection.to_json() | ({} if random is None else {"null": json_rows(random)})
+        values = inspection.to_json()
+        return values if random is None else values | {"null": json_rows(random)}
 
     def table() -> pd.DataFrame:
         modules = inspection.modules.assign(name=inspection.name)

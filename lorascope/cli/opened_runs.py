@@ -23,9 +23,12 @@ def open_runs(paths: Sequence[str | Path], base: str | None, series: bool = Fals
         raise ValueError(f"--base requires an adapter, got only runs: {', '.join(map(str, paths))}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        runs: list[Run | Adapter | Series] = [
-            load_series(path, base) if series else load(path, None if is_run(path) else base) for path in paths
-        ]
+        runs: list[Run | Adapter | Series] = []
+        for path in paths:
+            if series:
+                runs.append(load_series(path, base))
+            else:
+                runs.append(load(path, None if is_run(path) else base))
     for warning in caught:
         print(f"lorascope: {printable(str(warning.message))}", file=sys.stderr)
     return runs

@@ -9,7 +9,7 @@ from tyro.conf import arg
 
 from lorascope.cli.arguments import Folder, Paths, command, reject
 from lorascope.cli.opened_runs import open_runs
-from lorascope.files.printable import count_phrase, printable
+from lorascope.files.printable import count_or_no, printable
 from lorascope.pages import report_card
 
 
@@ -77,8 +77,7 @@ def _verify(paths: tuple[str, ...], json: bool) -> int:
         print(dumps(differences, indent=1))
         return int(any(differences.values()))
     for path, lines in differences.items():
-        count = count_phrase(len(lines), "difference") if lines else "no differences"
-        print(f"{printable(path)}: {count}")
+        print(f"{printable(path)}: {count_or_no(len(lines), 'difference')}")
         for line in lines[:5]:
             print(f"  {line}")
     return int(any(differences.values()))

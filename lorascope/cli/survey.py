@@ -86,9 +86,10 @@ def main(
             failed += bool(row.error)
     if not count:
         raise ValueError(f"no adapter or run in {', '.join(map(printable, paths))}")
-    return 1 if failed else 0
+    return int(bool(failed))
 
 
+# All but the last have a fixed width, because a row is printed before the next one is measured.
 _PATH = TableColumn("path", 34, "path")
 _COLUMNS = (
     _PATH,
@@ -107,5 +108,6 @@ def _format_row(row: Surveyed, head: bool) -> str:
     target = make_console(sys.stdout, UNLIMITED)
     if not row.error:
         return render_text(target, aligned_table(_COLUMNS, [vars(row)], head=head))
-    lines = [aligned_table(_COLUMNS, [])] if head else []
-    return render_text(target, *lines, aligned_table(_ERROR_COLUMNS, [vars(row)], head=False))
+    # An error is as long as it needs to be, from the second column on.
+    line = aligned_table(_ERROR_COLUMNS, [vars(row)], head=False)
+    return render_text(target, aligned_table(_COLUMNS, []), line) if head else render_text(target, line)

@@ -69,7 +69,7 @@ def main(
     print(dumps(sweep_to_json(swept), indent=1) if json else format_standings(swept))
     for line in swept.complaints():
         print(f"lorascope: failed: {printable(' '.join(line.split()))}", file=sys.stderr)
-    return 1 if swept.failures else 0
+    return int(bool(swept.failures))
 
 
 def format_standings(swept: SweepResult) -> str:

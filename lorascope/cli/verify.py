@@ -13,7 +13,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import command
-from lorascope.files.printable import count_phrase, printable
+from lorascope.files.printable import count_or_no, count_phrase, printable
 from lorascope.papers.figures import redraw
 from lorascope.papers.judging import kept_figures, kept_runs, registration, verification
 from lorascope.papers.judging.code_hash import code_hash
@@ -84,9 +84,8 @@ def main(
     else:
         for line in differences:
             print(line, file=sys.stderr)
-        result = f"{count_phrase(len(differences), 'difference')}." if differences else "No differences."
-        print(f"{result}{scope}")
-    return 1 if differences else 0
+        print(f"{count_or_no(len(differences), 'difference').capitalize()}.{scope}")
+    return int(bool(differences))
 
 
 def _find_differences(

@@ -219,6 +219,7 @@ def _adapter_facts(run: Adapter) -> Facts:
 
 def _stated_alpha(config: Mapping[str, Any]) -> str:
     """Return the alpha of a configuration in parentheses, or "" if its kind has none."""
+    # PEFT names it lora_alpha, or alpha in LoHa and LoKr, or after the method.
     alphas = [config.get(name) for name in ("lora_alpha", "alpha", "randlora_alpha")]
     if str(config.get("peft_type", "")).upper() == "LORA":
         alphas.append(8)  # the default of PEFT

@@ -65,6 +65,7 @@ def report_screen(
 
 def header_blocks(facts: Facts) -> list[Block]:
     """Return facts of one line each, the first with its label in bold."""
+    # Paths of base models are long: wrapped, they would take the room of the strips.
     first, *other_blocks = (Block(elide(label, LABEL_WIDTH - 1), [Elided(text)]) for label, text in facts)
     return [first._replace(label_style="bold"), *other_blocks]
 
@@ -235,6 +236,7 @@ def modules_screen(inspection: Inspection, target: Console) -> str:
         TableColumn("rank", 4, "rank", format_span, "rank"),
         TableColumn("eff", 6, "effective_rank", format_number),
     ]
+    # There is no room for both what a base adds and the other ranks.
     dead = TableColumn("dead", 4, "dead", format_whole_number)
     if inspection.has_base:
         intruders = TableColumn("intr", 4, "intruders", format_whole_number)

@@ -169,6 +169,7 @@ def series_screen(inspection: SeriesInspection, target: Console, all: bool = Fal
         roles = [row | {"name": f"{row['stack']} {row['role']}".strip()} for row in inspection.roles()]
         body = aligned_table(_ROLE_COLUMNS, roles)
     change = f"of the update from step {before} to {last}, relative to its norm at step {last}"
+    # A change from a zero update is infinite or NaN, and comes first.
     by_change = sorted(modules, key=lambda row: -np.nan_to_num(row["last_change"], nan=np.inf))
     moving = [Elided(row["module"], f"{format_percent(row['last_change']):<6} ") for row in by_change[:3]]
     early = sorted(row["settled"] for row in modules if row["settled"] < last)

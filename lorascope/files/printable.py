@@ -53,6 +53,11 @@ def count_phrase(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
+def count_or_no(number: int, noun: str) -> str:
+    """Return a number with its noun as `count_phrase` does, but ``no runs`` for 0."""
+    return count_phrase(number, noun) if number else f"no {noun}s"
+
+
 def printable_lines(text: object) -> str:
     """Escape like `printable`, but keep line breaks."""
     return "\n".join(map(printable, str(text).split("\n")))

@@ -74,6 +74,7 @@ class Elided:
 
 def wrap_text(text: str, style: str = "", width: int = TEXT_WIDTH, hang: str = "") -> Text:
     """Return escaped and wrapped text; ``hang`` begins all of its lines but the first."""
+    # rich wraps without a hanging indent.
     return Text(textwrap.fill(printable(text), width, subsequent_indent=hang), style)
 
 
@@ -149,6 +150,7 @@ def aligned_table(
     total = sum(widths) + gap * (len(widths) - 1) if fixed else None
     layout = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="bold", width=total, show_header=head)
     for column in columns:
+        # A number that is cut would be another number.
         if column.form is not None:
             layout.add_column(column.head, min_width=column.width, justify="right", no_wrap=True)
         elif fixed and column.width == max(widths):

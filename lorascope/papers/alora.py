@@ -85,7 +85,7 @@ def _replay_rounds(run: Run, modules: pd.DataFrame, draws: int) -> Int[np.ndarra
     final_ranks = np.full((draws, len(modules)), run.meta.method["init_rank"])
     for ranks in final_ranks:
         for _ in range(rounds):
-            scores = list(map(rng.random, ranks))
+            scores = [rng.random(rank) for rank in ranks]
             pruned = prune(scores, number)
             ranks += allocate(scores, pruned) - np.array(list(map(len, pruned)))
     return final_ranks

@@ -80,9 +80,13 @@ def _about_arrays(about: SnapshotAbout, names: Collection[str]) -> SnapshotAbout
     for module, factors in about.factors.items():
         if set(names) >= {f"{module}/{factor}" for factor in factors}:
             modules.append(module)
-    of_modules = (_select(values, modules) for values in (about.factors, about.scales, about.exact, about.forms))
-    factors, scales, exact, forms = of_modules
-    return SnapshotAbout(factors, scales, exact, _select(about.axes, names), forms)
+    return SnapshotAbout(
+        _select(about.factors, modules),
+        _select(about.scales, modules),
+        _select(about.exact, modules),
+        _select(about.axes, names),
+        _select(about.forms, modules),
+    )
 
 
 def _select(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:

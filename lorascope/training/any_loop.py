@@ -33,7 +33,7 @@ from lorascope.training.foreign_loop import (
     unwrap_optimizer,
     warn_unreadable,
 )
-from lorascope.training.run_folder import Recording
+from lorascope.training.run_folder import ForeignRecording
 from lorascope.training.sharded_weights import WholeWeights, is_first_process, reject_sharded_weights, whole_number
 from lorascope.training.trackers import TrackerReport, tracker_names
 
@@ -136,7 +136,7 @@ class LoopRecorder:
         self._losses: list[float] = []  # of the micro-batches since the last step
         self._warned: set[str] = set()
         self._weights = WholeWeights(model, optimizer, observers)
-        self._recording: Recording | None = None
+        self._recording: ForeignRecording | None = None
         device = str(next(model.parameters()).device)
         with self._weights.in_place():
             base = Base(bare_model)
@@ -146,7 +146,9 @@ class LoopRecorder:
                 base.capture(optimizer)
                 warn_unreadable(bare_model)
                 meta = _describe(model, self._step, observers, seed, task, device)
-                self._recording = Recording(out, meta, self._step, None, observers, None, lost=None, report=report)
+                self._recording = ForeignRecording(
+                    out, meta, self._step, None, observers, None, lost=None, report=report
+                )
         self._hook = optimizer.register_step_post_hook(self._done)
 
     def step(self, loss: float | Tensor | None = None, grad_norm: float | Tensor | None = None) -> None:

@@ -23,7 +23,7 @@ from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Item
 from lorascope.training.checkpoints import pack_rows, unpack_rows
 from lorascope.training.curve_report import CurveReport
-from lorascope.training.recorder import Recorder
+from lorascope.training.recording import Recording
 from lorascope.training.state import load_tree, save_tree
 
 T = TypeVar("T")
@@ -35,8 +35,8 @@ _LONG_FLUSH = 0.3
 _OPEN: dict[Path, weakref.finalize] = {}
 
 
-class Recording(Recorder):
-    """Recorder of a training that another loop runs; it writes during the training.
+class ForeignRecording(Recording):
+    """Recording of a training that another loop runs; it is written during the training.
 
     It never stops the training, unless an observer asks for it.
     Another run in the folder is moved aside; a finished run that resumes is copied aside. ``before`` is the result of

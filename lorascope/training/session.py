@@ -26,7 +26,7 @@ from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base, begin_training
 from lorascope.training.checkpoints import Best, Checkpoint, Checkpoints
 from lorascope.training.evaluation import Score, evaluate
-from lorascope.training.recorder import Recorder
+from lorascope.training.recording import Recording
 from lorascope.training.run_spec import RunSpec
 from lorascope.training.state import (
     freeze,
@@ -41,7 +41,7 @@ from lorascope.training.state import (
 from lorascope.training.trackers import TrackerReport
 
 
-class Session(Recorder):
+class Session(Recording):
     """State of one phase in training, recorded in its run folder ``path``, after the finished phases ``parents``.
 
     The model is trained in place; its head must fit the task of the plan. ``trackers`` are names of ``tracker_names``.

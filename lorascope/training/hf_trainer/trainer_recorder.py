@@ -28,7 +28,7 @@ from lorascope.training.hf_trainer.method_callback import (
 )
 from lorascope.training.hf_trainer.run_metadata import describe_run, overlap
 from lorascope.training.hf_trainer.trainer_report import TrainerReport, reporting_callbacks
-from lorascope.training.run_folder import Recording
+from lorascope.training.run_folder import ForeignRecording
 from lorascope.training.settings import Settings
 
 FILE = "lorascope-recorder.safetensors"
@@ -99,7 +99,7 @@ class TrainerRecorder(TrainerCallback):
         require_observers(observers)
         self.observers = tuple(observers)
         self.report = report
-        self._recording: Recording | None = None
+        self._recording: ForeignRecording | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Open the run folder, and record the state before the first step."""
@@ -128,7 +128,7 @@ class TrainerRecorder(TrainerCallback):
         path = self.out or Path(str(args.output_dir)) / "lorascope"
         method = None if callback is None else callback.method
         report = TrainerReport(args, state, reporting_callbacks()) if self.report else None
-        self._recording = Recording(path, meta, step, method, self.observers, before, report=report)
+        self._recording = ForeignRecording(path, meta, step, method, self.observers, before, report=report)
         self._recording.flush_report()
 
     def on_optimizer_step(

@@ -1,4 +1,4 @@
-"""Recorder of one training: rows, arrays and states of its run folder, and the time."""
+"""Recording of one training: rows, arrays and states of its run folder, and the time."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from lorascope.training.curve_report import CurveReport
 from lorascope.training.state import save_state, save_tree
 
 
-class Recorder:
-    """Recorder of one training in a run folder, by ``train`` or by a Trainer.
+class Recording:
+    """Recording of one training in a run folder, by ``train`` or by a recorder of another loop.
 
     The training updates ``step``; ``meta`` is the content of ``run.json``. Observers have a state, so they are copied.
     A ``report`` gets everything that is recorded after ``begin_rows``.

@@ -15,7 +15,7 @@ from lorascope.cli.opened_runs import open_runs
 from lorascope.export import RankBudget
 from lorascope.export.conversion import require_adapter
 from lorascope.files.printable import printable
-from lorascope.files.text_layout import WIDTH, wrap_text
+from lorascope.files.text_layout import WIDTH, wrap_paragraph
 from lorascope.runs.lora_config import peft_keywords
 from lorascope.runs.result import Result
 
@@ -218,4 +218,4 @@ def _print_ranks(keywords: Mapping[str, Any], remarks: Sequence[str], json: bool
 
 def _print_remark(remark: str, json: bool) -> None:
     """Print a remark as a comment of Python, or to stderr next to JSON."""
-    print(wrap_text(f"# {remark}", width=WIDTH, hang="#   "), file=sys.stderr if json else sys.stdout)
+    print(wrap_paragraph(f"# {remark}", width=WIDTH, hang="#   "), file=sys.stderr if json else sys.stdout)

@@ -14,7 +14,7 @@ from lorascope.analysis import recipe_tests
 from lorascope.analysis.seed_intervals import Interval
 from lorascope.cli.arguments import Name, command
 from lorascope.files.printable import printable
-from lorascope.files.text_layout import WIDTH, elide, format_frame, format_span, wrap_text
+from lorascope.files.text_layout import WIDTH, elide, format_frame, format_span, wrap_paragraph
 
 if TYPE_CHECKING:
     from lorascope.experiments.sweep import SweepResult
@@ -87,7 +87,7 @@ def format_standings(swept: SweepResult) -> str:
         test = {"test": f"{row['metric']} {value}", "seeds": row["n"]}
         lines.append(names | test | {"place": format_span(row["first"], row["last"])})
     notes = [_NOTE, *recipe_tests.describe_comparison(compared)]
-    paragraphs = [str(wrap_text(note, width=WIDTH)) for note in notes]
+    paragraphs = [str(wrap_paragraph(note, width=WIDTH)) for note in notes]
     return "\n".join([format_frame(pd.DataFrame(lines)), "", *paragraphs])
 
 

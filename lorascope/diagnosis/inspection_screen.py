@@ -34,7 +34,7 @@ from lorascope.files.text_layout import (
     format_span,
     format_whole_number,
     render_text,
-    wrap_text,
+    wrap_paragraph,
 )
 from lorascope.runs.adapter import Adapter
 
@@ -72,7 +72,7 @@ def header_blocks(facts: Facts) -> list[Block]:
 
 def finding_paragraph(finding: Finding) -> Text:
     """Return the message of a finding in the color of its severity."""
-    return wrap_text(finding.message, SEVERITY_STYLES[finding.severity], hang="  ")
+    return wrap_paragraph(finding.message, SEVERITY_STYLES[finding.severity], hang="  ")
 
 
 class Strip(NamedTuple):

@@ -72,7 +72,7 @@ class Elided:
         yield self.start + elide(self.text, options.max_width - cell_len(self.start + self.end)) + self.end
 
 
-def wrap_text(text: str, style: str = "", width: int = TEXT_WIDTH, hang: str = "") -> Text:
+def wrap_paragraph(text: str, style: str = "", width: int = TEXT_WIDTH, hang: str = "") -> Text:
     """Return escaped and wrapped text; ``hang`` begins all of its lines but the first."""
     # rich wraps without a hanging indent.
     return Text(textwrap.fill(printable(text), width, subsequent_indent=hang), style)
@@ -90,13 +90,13 @@ def text_block(label: str, *texts: str, style: str = "", label_style: str = "") 
     """Return a block of wrapped texts, the first in a style; a label wider than its column continues in that text."""
     label = printable(label)
     if len(label) < LABEL_WIDTH:
-        first = wrap_text(texts[0], style)
+        first = wrap_paragraph(texts[0], style)
     else:
         label_end = label[LABEL_WIDTH:]
-        first = wrap_text(f"{label_end} {texts[0]}")
+        first = wrap_paragraph(f"{label_end} {texts[0]}")
         first.stylize(label_style, 0, len(label_end))
         first.stylize(style, len(label_end))
-    return Block(label[:LABEL_WIDTH], [first, *map(wrap_text, texts[1:])], label_style)
+    return Block(label[:LABEL_WIDTH], [first, *map(wrap_paragraph, texts[1:])], label_style)
 
 
 def block_grid(blocks: Iterable[Block]) -> Table:

@@ -811,15 +811,6 @@ def test_invalid_fields_raise_one_line(fields, line):
         AdaLoRA(**fields)
 
 
-@pytest.mark.parametrize("field", ["penalty", "scores", "importance"])
-def test_unknown_option_raises(field):
-    """The value is set as the command line sets it, without type checks."""
-    method = AdaLoRA()
-    setattr(method, field, "both")
-    with pytest.raises(ValueError, match=f"^{field} must be one of '.*', '.*', got 'both'$"):
-        method.__post_init__()
-
-
 def test_phases_longer_than_the_run_raise_before_the_first_step(bert, task, tmp_path):
     model = models.load(bert, task=task)
     with pytest.raises(ValueError, match=r"^initial_steps \+ final_steps .* 12.*, got 8 \+ 4$"):

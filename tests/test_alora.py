@@ -587,14 +587,6 @@ def test_invalid_settings_raise_one_line(wrong, line):
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_scores_raise():
-    """The value is set as the command line sets it, without type checks."""
-    method = ALoRA()
-    method.scores = "none"
-    with pytest.raises(ValueError, match=r"^scores must be one of 'ablation', 'random', got 'none'$"):
-        method.__post_init__()
-
-
 def test_settings_that_do_not_fit_model_or_run_raise_one_line(fresh_bert, task, tmp_path):
     for prune_, rank in ((24, 2), (99, 2), ("network", 1)):
         with pytest.raises(ValueError, match=rf"prune must be < {12 * rank}, .*, got {prune_!r}"):

@@ -739,7 +739,6 @@ WRONG = [
     ({"selection_lr": float("nan")}, "selection_lr must be .*, got nan"),
     ({"search_share": 0}, r"search_share must be in \(0, 1\), got 0"),
     ({"search_share": 1}, "search_share must be .*, got 1"),
-    ({"hypergradient": "darts"}, "hypergradient must be .*'betty', got 'darts'"),
 ]
 
 

@@ -414,15 +414,6 @@ def test_invalid_input_raises_one_line(fields, message):
     assert not attached_deltas(model)
 
 
-@pytest.mark.parametrize("field", ["init", "basis"])
-def test_unknown_option_raises(field):
-    """The value is set as the command line sets it, without type checks."""
-    method = FourierFT()
-    setattr(method, field, "wavelet")
-    with pytest.raises(ValueError, match=f"^{field} must be one of '.*', '.*', got 'wavelet'$"):
-        method.__post_init__()
-
-
 FAST = killing.SETTINGS | {"observe": killing.observers()}
 METHOD = FourierFT(coefficients=200, targets="all-linear", lr=0.1)
 

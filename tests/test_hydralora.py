@@ -359,8 +359,6 @@ def test_single_expert_or_uniform_gates_have_no_router():
         ({"alpha": math.nan}, "^alpha must be .*, got nan"),
         ({"dropout": 1.0}, r"^dropout must be in \[0, 1\), got 1.0$"),
         ({"dropout": -0.1}, "^dropout must be .*, got -0.1"),
-        ({"shared_a": "both"}, "shared_a must be True or False, got 'both'"),
-        ({"router": "hard"}, "router must be one of 'learned', 'uniform', got 'hard'"),
     ],
 )
 def test_invalid_settings_raise_one_line(fields, reason):

@@ -447,7 +447,6 @@ def test_external_adapter_as_reference_raises(bert, task, tmp_path, capsys):
 
 
 WRONG = [
-    ({"select_by": "lowest"}, "select_by must be .*'probed', got 'lowest'"),
     ({"reversed_share": -1}, "reversed_share must be .*, got -1"),
     ({"reversed_share": 0.1, "select_by": "random"}, "reversed_share must be 0 .*'random', got 0.1"),
     ({"reversed_share": 0.1, "select_by": "reversed"}, "reversed_share must be 0 .*'reversed', got 0.1"),

@@ -76,10 +76,6 @@ def test_default_optimizer_name_does_not_change_the_config():
     assert config(Full()) == {"name": "full", "lr": 1e-4, "head_lr": 1e-4, "search_share": 0}
     other = config(Full(optimizer_name="came"))
     assert other["optimizer_name"] == "came"
-    wrong = Full()
-    wrong.optimizer_name = "sgd"  # as the command line sets it, without type checks
-    with pytest.raises(ValueError, match=r"optimizer_name must be one of 'adamw', 'adafactor', .*, got 'sgd'"):
-        wrong.__post_init__()
 
 
 def test_optimizer_name_selects_the_optimizer(fresh_bert):

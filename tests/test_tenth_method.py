@@ -27,8 +27,8 @@ del METHODS["krona"], FORMS["krona"]
 def test_file_in_the_package_is_found_and_tested_without_another_edit(tmp_path: Path) -> None:
     package = build(tmp_path, {"methods/yours.py": Path(__file__).with_name("krona.py")})
     files = ("contract", "test_families.py", "test_method_registry.py", "test_cli.py", "test_grid.py")
-    # Nine of the contract and the families, the options of the command line, the fields of a sweep, and the facade.
-    assert run_tests(package, *files, "-k", "krona or test_facade or test_every_public_name") == 13
+    # Ten of the contract and the families, the options of the command line, the fields of a sweep, and the facade.
+    assert run_tests(package, *files, "-k", "krona or test_facade or test_every_public_name") == 14
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -58,7 +58,6 @@ from lorascope.methods.method import (
     AdapterMethod,
     Step,
     added_later,
-    require,
     require_integer,
     require_literals,
     require_scaling,
@@ -122,7 +121,6 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
     def __post_init__(self) -> None:
         require_integer(self, 1, "rank", "num_experts", "gates_every", "gate_rows")
         require_scaling(self)
-        require(self, "shared_a", "True or False", isinstance(self.shared_a, bool))
         require_literals(self)
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tolerance import TEXT, TINY, rounding
 import lorascope as ls
 from lorascope.adapters.delta import attached_deltas, fold
 from lorascope.inputs import models
-from lorascope.methods.method import Method, config, from_config
+from lorascope.methods.method import Method, config, from_config, literal_fields
 from lorascope.updates import from_factors
 
 EVERY = pytest.mark.parametrize("method", EXAMPLES.values(), ids=EXAMPLES)
@@ -39,6 +40,16 @@ def test_method_survives_json(method: Method) -> None:
     for words, variant in [(type(method).__name__, method), *variants(method)]:
         assert words in variant.label()
         assert from_config(json.loads(json.dumps(config(variant)))) == variant
+
+
+@EVERY
+def test_unknown_value_of_a_literal_field_raises_one_line(method: Method) -> None:
+    """The value is set as the command line sets it, without type checks."""
+    for name, values in literal_fields(type(method)).items():
+        wrong = replace(method)
+        setattr(wrong, name, "unknown")
+        with pytest.raises(ValueError, match=f"^{name} must be one of '{values[0]}', .*, got 'unknown'$"):
+            wrong.__post_init__()
 
 
 @EVERY

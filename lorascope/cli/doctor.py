@@ -16,7 +16,6 @@ from lorascope.cli.opened_runs import open_runs
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.diagnosis.doctor import SKIP_REASONS, find_faults, skipped_checks
-from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.inspection_screen import SEVERITY_STYLES
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.diagnosis.merge import check_merge
@@ -26,6 +25,7 @@ from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import count_or_no, count_phrase, printable
 from lorascope.files.safetensors_io import write_json
 from lorascope.files.text_layout import Block, block_grid, make_console, render_text, text_block
+from lorascope.files.typed_json import json_values
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import require_own

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from lorascope.cli.arguments import Folder, Paths, command, reject
 from lorascope.cli.opened_runs import open_runs
-from lorascope.diagnosis.inspection import Inspection, inspect, json_rows
+from lorascope.diagnosis.inspection import Inspection, inspect
 from lorascope.diagnosis.inspection_screen import inspection_screen, modules_screen
 from lorascope.diagnosis.null import null_table
 from lorascope.files.hub import locate
@@ -23,6 +23,7 @@ from lorascope.files.safe_csv import csv_text
 from lorascope.files.text_layout import make_console
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import NoUpdatesError, is_series, is_whole_model, load_series
+from lorascope.runs.module_summary import json_rows
 
 
 @command

@@ -11,7 +11,6 @@ from typing import Annotated
 from tyro.conf import arg
 
 from lorascope.cli.arguments import Folder, Name, Paths, command
-from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.survey import Surveyed, find_adapters, survey
 from lorascope.experiments.executors import use_backend
 from lorascope.files.lazy_pandas import pandas as pd
@@ -27,6 +26,7 @@ from lorascope.files.text_layout import (
     make_console,
     render_text,
 )
+from lorascope.files.typed_json import json_values
 
 
 @command

@@ -9,21 +9,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorascope.diagnosis.case import Case, MeasuredModule
 from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.files.hub import hub_source, label
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import count_phrase
+from lorascope.files.typed_json import json_values
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.checkpoint_names import describe_checkpoints
-from lorascope.runs.module_summary import table_of
+from lorascope.runs.module_summary import (
+    Row,
+    column,
+    group_by_role,
+    mean_without_nan,
+    pool_norms,
+    rank_range,
+    table_of,
+    without_nan,
+)
 from lorascope.runs.result import Result
-from lorascope.schema.module_roles import position
 
 Facts = tuple[tuple[str, str], ...]
-Row = dict[str, Any]
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -100,7 +106,7 @@ class Inspection(InspectionReport):
         """
         rows = []
         for (stack, role), modules in group_by_role(self.module_rows()):
-            energies = _without_nan(column(modules, "energy"))
+            energies = without_nan(column(modules, "energy"))
             rows.append(
                 {
                     "stack": stack,
@@ -136,42 +142,6 @@ def inspect(run: Result, spectra: bool = False) -> Inspection:
         if rule.inspected or not rule.fix:
             findings += rule.findings(case)
     return Inspection(run.path, facts, tuple(findings), measured, run)
-
-
-def group_by_role(modules: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
-    """Return the rows of modules by stack and role, in the order of the axes."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for module in modules:
-        groups.setdefault((module["stack"], module["role"]), []).append(module)
-
-    def axis_position(group: tuple[tuple[str, str], list[Row]]) -> tuple[int, ...]:
-        """Return the position of a role on an axis; all of its layers count as the first one."""
-        (stack, role), rows = group
-        is_outside = set(column(rows, "layer")) == {None}
-        return position(stack, None if is_outside else 0, role)
-
-    return sorted(groups.items(), key=axis_position)
-
-
-def column(rows: Iterable[Row], name: str) -> list[Any]:
-    """Return one value of each row."""
-    return [row[name] for row in rows]
-
-
-def rank_range(ranks: Iterable[int | None]) -> Row:
-    """Return the smallest and the largest rank, ignoring None; None if all are None."""
-    numbers = [rank for rank in ranks if rank is not None]
-    return {"least_rank": min(numbers, default=None), "most_rank": max(numbers, default=None)}
-
-
-def _without_nan(values: Iterable[float]) -> list[float]:
-    return [value for value in values if not math.isnan(value)]
-
-
-def mean_without_nan(values: Iterable[float]) -> float:
-    """Return the mean of the values that are not NaN; NaN if all are NaN."""
-    numbers = _without_nan(values)
-    return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def _run_facts(run: Result, count: int) -> Facts:
@@ -238,32 +208,3 @@ def describe_files(dtypes: Iterable[str], files: Sequence[Any]) -> str:
 def _range(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
-
-
-def pool_norms(norms: Iterable[float]) -> float:
-    """Return the root of the summed squares, ignoring NaN; NaN if all are NaN."""
-    numbers = _without_nan(norms)
-    return math.hypot(*numbers) if numbers else math.nan
-
-
-def in_axis_order(frame: pd.DataFrame, layers: Iterable[Any]) -> pd.DataFrame:
-    """Sort rows with a stack and a role by their position on an axis."""
-    positions = [position(*module) for module in zip(frame["stack"], layers, frame["role"], strict=True)]
-    return frame.iloc[sorted(range(len(frame)), key=positions.__getitem__)].reset_index(drop=True)
-
-
-def json_rows(frame: pd.DataFrame) -> list[Row]:
-    """Convert a table to JSON values; unknown values are None."""
-    return json_values(frame.astype(object).where(frame.notna(), None).to_dict("records"))
-
-
-def json_values(value: Any) -> Any:
-    """Replace NaN and infinity by None in numbers, dicts and lists, since JSON has neither."""
-    match value:
-        case float():
-            return value if np.isfinite(value) else None
-        case dict():
-            return {key: json_values(inner) for key, inner in value.items()}
-        case list():
-            return [json_values(inner) for inner in value]
-    return value

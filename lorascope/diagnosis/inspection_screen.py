@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lorascope.diagnosis.case import largest_rows
 from lorascope.diagnosis.causes.finding import Finding
-from lorascope.diagnosis.inspection import Facts, Inspection, InspectionReport, column, pool_norms
+from lorascope.diagnosis.inspection import Facts, Inspection, InspectionReport
 from lorascope.diagnosis.null import below_null, outliers
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
@@ -37,6 +37,7 @@ from lorascope.files.text_layout import (
     wrap_paragraph,
 )
 from lorascope.runs.adapter import Adapter
+from lorascope.runs.module_summary import column, pool_norms
 
 Modules = list[dict[str, Any]]
 _STRIP_WIDTH = 32

@@ -10,15 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, power_of_ten
-from lorascope.diagnosis.inspection import (
-    Facts,
-    InspectionReport,
-    column,
-    describe_files,
-    in_axis_order,
-    json_rows,
-    pool_norms,
-)
+from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_files
 from lorascope.diagnosis.inspection_screen import (
     Modules,
     Strip,
@@ -30,6 +22,7 @@ from lorascope.diagnosis.inspection_screen import (
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.text_layout import Block, Elided, TableColumn, aligned_table, format_norm, format_percent
 from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.module_summary import column, in_axis_order, json_rows, pool_norms
 
 TOP = 0.1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)

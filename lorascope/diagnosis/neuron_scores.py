@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from lorascope.analysis import neurons
-from lorascope.diagnosis.inspection import in_axis_order
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.module_summary import in_axis_order
 from lorascope.schema.module_roles import FFN, parse
 from lorascope.updates import neuron_change
 

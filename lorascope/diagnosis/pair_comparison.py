@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorascope.analysis import adapter_similarity
-from lorascope.diagnosis.inspection import Inspection, json_rows, rank_range
+from lorascope.diagnosis.inspection import Inspection
 from lorascope.diagnosis.inspection_screen import finding_paragraph
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import utf8_text
@@ -29,6 +29,7 @@ from lorascope.files.text_layout import (
     render_text,
     text_block,
 )
+from lorascope.runs.module_summary import json_rows, rank_range
 
 _CELL = 6  # width of a cell of a matrix
 _MOST_COLUMNS = (WIDTH - 2) // _CELL

@@ -12,9 +12,9 @@ from typing import Any
 from urllib.parse import quote
 
 from lorascope.diagnosis.causes.finding import Finding, Kind
-from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.files.printable import printable
+from lorascope.files.typed_json import json_values
 
 MARK = '"driver": {\n     "name": "lorascope"'
 """Text in every log that lorascope wrote."""

@@ -11,17 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from lorascope.analysis.settling import THRESHOLD, Distances, update_distances
-from lorascope.diagnosis.inspection import (
-    Facts,
-    Inspection,
-    Row,
-    column,
-    group_by_role,
-    inspect,
-    json_values,
-    mean_without_nan,
-    pool_norms,
-)
+from lorascope.diagnosis.inspection import Facts, Inspection, Row, inspect
 from lorascope.diagnosis.inspection_screen import header_blocks, join_paths, report_screen, shorter_path
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
@@ -35,8 +25,10 @@ from lorascope.files.text_layout import (
     format_percent,
     text_block,
 )
+from lorascope.files.typed_json import json_values
 from lorascope.runs.checkpoint_names import count_and_span
 from lorascope.runs.loading import is_series
+from lorascope.runs.module_summary import column, group_by_role, mean_without_nan, pool_norms
 from lorascope.runs.series import Series
 
 _ROLE_COLUMNS = (

@@ -13,11 +13,12 @@ from joblib import Parallel, delayed
 
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.doctor import find_faults
-from lorascope.diagnosis.inspection import inspect, pool_norms, rank_range
+from lorascope.diagnosis.inspection import inspect
 from lorascope.extras import requirement
 from lorascope.files.hub import locate
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import MARKS, is_adapter, load
+from lorascope.runs.module_summary import pool_norms, rank_range
 
 
 @dataclass(kw_only=True)

@@ -131,3 +131,15 @@ def require_size(size: int, name: object) -> None:
     """Raise a ValueError if JSON or TOML is too large to parse."""
     if size > MAX_BYTES:
         raise unreadable(name, f"size must be <= {MAX_BYTES} bytes, got {size}")
+
+
+def json_values(value: Any) -> Any:
+    """Replace NaN and infinity by None in a JSON value, because JSON has neither."""
+    match value:
+        case float():
+            return value if np.isfinite(value) else None
+        case dict():
+            return {key: json_values(inner) for key, inner in value.items()}
+        case list():
+            return [json_values(inner) for inner in value]
+    return value

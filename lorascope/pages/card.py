@@ -17,10 +17,11 @@ from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import Finding
 from lorascope.diagnosis.causes.finding import Severity
 from lorascope.diagnosis.doctor import SKIP_REASONS, find_faults, skipped_checks
-from lorascope.diagnosis.inspection import Inspection, inspect, json_values
+from lorascope.diagnosis.inspection import Inspection, inspect
 from lorascope.diagnosis.pair_comparison import compare_inspections, distinct_labels
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
+from lorascope.files.typed_json import json_values
 from lorascope.pages.report_figure import ReportFigure, draw
 from lorascope.plots.figure_registry import FIGURES, Topic, available
 from lorascope.runs.result import Result

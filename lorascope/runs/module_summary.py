@@ -1,7 +1,8 @@
-"""Numbers of one module: a row of ``Result.summary``."""
+"""Summary of modules: numbers of one module, a row of ``Result.summary``, and of rows of modules together."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,8 +10,12 @@ from typing import Any
 import numpy as np
 
 from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.files.typed_json import json_values
+from lorascope.schema.module_roles import position
 
 MEASURES = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
+Row = dict[str, Any]
+"""Values of one module by name."""
 _DTYPES = {"layer": "Int16", "rank": "Int64"}
 
 
@@ -38,3 +43,57 @@ def table_of(kind: type, rows: Iterable[Any]) -> pd.DataFrame:
     dtypes = {column.name: "float64" for column in fields(kind) if column.type == "float"}
     dtypes |= {name: dtype for name, dtype in _DTYPES.items() if name in table}
     return table.astype(dtypes)
+
+
+def group_by_role(modules: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
+    """Return the rows of modules by stack and role, in the order of the axes."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for module in modules:
+        groups.setdefault((module["stack"], module["role"]), []).append(module)
+
+    def axis_position(group: tuple[tuple[str, str], list[Row]]) -> tuple[int, ...]:
+        """Return the position of a role on an axis; all of its layers count as the first one."""
+        (stack, role), rows = group
+        is_outside = set(column(rows, "layer")) == {None}
+        return position(stack, None if is_outside else 0, role)
+
+    return sorted(groups.items(), key=axis_position)
+
+
+def column(rows: Iterable[Row], name: str) -> list[Any]:
+    """Return one value of each module's row."""
+    return [row[name] for row in rows]
+
+
+def rank_range(ranks: Iterable[int | None]) -> Row:
+    """Return the smallest and the largest rank of modules, ignoring None; None if all are None."""
+    numbers = [rank for rank in ranks if rank is not None]
+    return {"least_rank": min(numbers, default=None), "most_rank": max(numbers, default=None)}
+
+
+def without_nan(values: Iterable[float]) -> list[float]:
+    """Return the values of modules that are not NaN."""
+    return [value for value in values if not math.isnan(value)]
+
+
+def mean_without_nan(values: Iterable[float]) -> float:
+    """Return the mean over modules of the values that are not NaN; NaN if all are NaN."""
+    numbers = without_nan(values)
+    return sum(numbers) / len(numbers) if numbers else math.nan
+
+
+def pool_norms(norms: Iterable[float]) -> float:
+    """Return the joint norm of modules, the root of the summed squares; NaN are ignored unless all are NaN."""
+    numbers = without_nan(norms)
+    return math.hypot(*numbers) if numbers else math.nan
+
+
+def in_axis_order(frame: pd.DataFrame, layers: Iterable[Any]) -> pd.DataFrame:
+    """Sort the rows of modules by stack, layer and role, in the order of the axes."""
+    positions = [position(*module) for module in zip(frame["stack"], layers, frame["role"], strict=True)]
+    return frame.iloc[sorted(range(len(frame)), key=positions.__getitem__)].reset_index(drop=True)
+
+
+def json_rows(frame: pd.DataFrame) -> list[Row]:
+    """Convert a table of modules to JSON values; unknown values are None."""
+    return json_values(frame.astype(object).where(frame.notna(), None).to_dict("records"))

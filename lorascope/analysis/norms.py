@@ -47,8 +47,10 @@ def layer_places(table: pd.DataFrame) -> pd.Series:
     spots = sorted(dict.fromkeys(keys), key=lambda key: position(*key))
     # With one stack its name would only repeat in every label.
     has_stacks = len({stack for stack, layer, _ in spots if layer is not None}) > 1
-    names = {key: key[2] if key[1] is None else str(key[1]) for key in spots}
-    labels = {key: f"{key[0]} {name}" if has_stacks and key[0] else name for key, name in names.items()}
+    labels = {}
+    for stack, layer, role in spots:
+        name = role if layer is None else str(layer)
+        labels[stack, layer, role] = f"{stack} {name}" if has_stacks and stack else name
     categories = list(dict.fromkeys(labels.values()))
     return pd.Series(pd.Categorical([labels[key] for key in keys], categories, ordered=True), table.index)
 

@@ -45,10 +45,11 @@ def name_recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -
     for label, run_texts in zip(labels, texts, strict=True):
         for key, text in run_texts.items():
             texts_of[label, key].add(text)
-    return [
-        ", ".join([label, *(f"{key} {text}" for key, text in run_texts.items() if len(texts_of[label, key]) > 1)])
-        for label, run_texts in zip(labels, texts, strict=True)
-    ]
+    names = []
+    for label, run_texts in zip(labels, texts, strict=True):
+        differing = [f"{key} {text}" for key, text in run_texts.items() if len(texts_of[label, key]) > 1]
+        names.append(", ".join([label, *differing]))
+    return names
 
 
 def _setting_text(value: Any) -> str:

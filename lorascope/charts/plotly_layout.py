@@ -104,17 +104,17 @@ def _measure(settled: FigurePlan, width: float) -> Space:
     before = [GAP if panel.number in shared else _names_width(panel.y) for panel in panels]
     # A color bar is to the right of the last panel in a row that uses it.
     after = [0.0] * len(panels)
-    for row, ramp in product(rows, settled.ramps):
-        if views := [view for view in row if view in ramp.views]:
+    for members, ramp in product(rows, settled.ramps):
+        if views := [view for view in members if view in ramp.views]:
             after[max(views)] += BAR
     left, right = EDGE + max(before[row[0]] for row in rows), EDGE + max(after[row[-1]] for row in rows)
     plot = width - left - right
     lost = [sum(after[view] + GAP for view in row[:-1]) + sum(before[view] for view in row[1:]) for row in rows]
     widths = [(plot - lost[number]) / len(row) for number, row in enumerate(rows) for _ in row]
-    starts = []
-    for row in rows:
-        steps = [widths[left] + after[left] + GAP + before[right] for left, right in pairwise(row)]
-        starts += [sum(steps[:index]) for index in range(len(row))]
+    starts: list[float] = []
+    for members in rows:
+        steps = [widths[view] + after[view] + GAP + before[neighbor] for view, neighbor in pairwise(members)]
+        starts += [sum(steps[:index]) for index in range(len(members))]
     below = [panel.x.ticks(widths[panel.number], FONT, across=False) for panel in panels]
     titles = [wrap_text(panel.chart.title, widths[panel.number], FONT) if len(panels) > 1 else "" for panel in panels]
     depths = [max(_depth(panels[view].x, below[view], widths[view]) for view in row) for row in rows]

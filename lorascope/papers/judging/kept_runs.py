@@ -152,7 +152,8 @@ class Evidence:
 
     def blocks(self) -> list[dict[str, Any]]:
         """Return the machines on which judged runs were trained, in the order of the table."""
-        return self.judged[BLOCK].drop_duplicates().to_dict("records")
+        machines: list[Any] = self.judged[BLOCK].drop_duplicates().to_dict("records")
+        return machines
 
     def of_main_machine(self) -> Evidence:
         """Return the runs of the machine with the most judged runs, the first one if several have as many."""

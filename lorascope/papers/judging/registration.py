@@ -303,7 +303,7 @@ def parse(content: bytes, file: Path | str) -> Registration:
         raise ValueError(f"cannot read {printable(file)}: unknown key {printable(unread)!r}. Correct or remove it")
     claims: dict[str, Registered] = {}
     arms: dict[str, RegisteredArm] = {}
-    references = []
+    references: list[tuple[str, tuple[str, ...]]] = []
     for arm in contents.arm:
         if arms.setdefault(arm.label, arm) is not arm:
             raise ValueError(f"cannot read {printable(file)}: arm {printable(arm.label)!r} is registered twice")

@@ -194,7 +194,7 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
     for _, row in judged.sample(min(number, len(judged))).iterrows():
         arm, seed = str(row["arm"]), int(row["seed"])
         same_machine = all(row[name] == value for name, value in block().items())
-        of_machine = evidence.in_block(row).judged
+        of_machine = evidence.in_block({**row}).judged
         metrics = of_machine.loc[of_machine["arm"] == arm, "test_metric"]
         old = {name: of_runs[row["run"]] for name, of_runs in by_name.items() if row["run"] in of_runs}
         of_seed = [replace(read, seeds=range(seed, seed + 1)) for read in reads.get(arm, []) if read.name in old]

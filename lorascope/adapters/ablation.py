@@ -17,7 +17,7 @@ from lorascope.array_types import Float
 
 
 class Scores(NamedTuple):
-    """Scores S = -loss of one batch; higher is better.
+    """Ablation scores S = -loss of one batch; higher is better.
 
     ``full`` and ``none`` are with all components enabled and with all disabled. ``without`` and ``only`` have one value
     per component by module: disabled while all others are enabled, and enabled while all others are disabled.
@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def ablation_scores(model: nn.Module, loss: Loss, batch: Batch) -> Scores:
-    """Score every adapter component of a model by disabling it, and by enabling only it.
+    """Compute ablation scores of every adapter component of a model: disable it, and enable only it.
 
     The Deltas of the model must have ``add_component`` and ``is_idle``, as those of ALoRA. ``loss`` calls the model and
     returns its mean loss over the rows of a batch. Training modes and adapters are restored.

@@ -35,7 +35,7 @@ MOST_ELEMENTS_ELSEWHERE = 2**26
 def moved_losses(
     model: nn.Module, loss: Loss, batch: Batch, moves: Mapping[str, Sequence[Move]]
 ) -> tuple[float, dict[str, list[float]]]:
-    """Compute the loss of a model, and its loss under each move of each module's output.
+    """Compute a model's loss, and its losses with activations patched: under each move of each module's output.
 
     Call this without gradients, with the model in evaluation mode. ``loss`` calls the model on a batch (rows, ...), and
     ``moves`` are functions by module name, which take the module's input and output and return its new output.

@@ -32,7 +32,7 @@ from lorascope.updates import Dense, Update
 
 
 class Delta(nn.Module):
-    """Update of one module, with the shape (out, in) regardless of the layout that the host stores.
+    """Delta: update of one module, with the shape (out, in) regardless of the layout that the host stores.
 
     An embedding is the linear map of a one-hot vector: in is the vocabulary size, out the width, and ``forward`` takes
     ids. A subclass implements ``weight``; it can override ``forward``, ``affine`` or ``update`` with faster versions.
@@ -198,7 +198,7 @@ def attached_deltas(model: nn.Module) -> dict[str, Delta]:
 
 
 def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
-    """Return a module's weight plus its adapter's update; an input-dependent update is taken at mean gates."""
+    """Return a module's weight plus the update of its Delta; an input-dependent one is taken at mean gates."""
     weight, delta = host_weight(model.get_submodule(module)).detach(), attached_deltas(model).get(module)
     if delta is None:
         return weight
@@ -272,7 +272,7 @@ def resize(
     new: Float[Tensor, "..."] | None,
     dim: int,
 ) -> None:
-    """Resize a parameter along one dimension in place, with its gradient and optimizer state.
+    """Resize a parameter of a Delta along one dimension in place, with its gradient and optimizer state.
 
     The parameter remains the same object, so parameter groups and schedulers stay valid. Call this only in
     ``after_step``: an autograd graph that still exists requires the old shape.

@@ -20,7 +20,7 @@ _ROWS = 32  # per forward pass
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode in this context, without the key-value cache, which no recording uses."""
+    """Switch to evaluation mode to record hidden states in this context, without the key-value cache."""
     modes = [(module, module.training) for module in model.modules()]
     config: Any = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)

@@ -17,17 +17,17 @@ from lorascope.array_types import Float, Shaped
 
 
 def host_weight(module: Any) -> Float[Tensor, "out in"]:
-    """Return the weight as (out, in), a view of the stored tensor; a convolution's kernel is unfolded into ``in``."""
+    """Return a host's weight as (out, in), a view of its tensor; a convolution's kernel is unfolded into ``in``."""
     return orient_weight(module, module.weight)
 
 
 def orient_weight(module: Any, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, "out in"]:
-    """Return a tensor that has the layout of the module's weight as (out, in)."""
+    """Return a tensor in the layout of its host's weight as (out, in)."""
     return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.flatten(1)
 
 
 def dequantized_weight(module: Any) -> Float[Tensor, "out in"]:
-    """Return the weight of a 4-bit or 8-bit layer of bitsandbytes, or another that PEFT dequantizes, as (out, in)."""
+    """Return a host's weight as (out, in), for a 4-bit or 8-bit layer of bitsandbytes or one that PEFT dequantizes."""
     from peft.utils.integrations import dequantize_module_weight
 
     stored = module.weight
@@ -38,7 +38,7 @@ def dequantized_weight(module: Any) -> Float[Tensor, "out in"]:
 
 
 def host_kind(module: nn.Module) -> str:
-    """Return the class name of a host without its adapter, such as ``"Linear"``."""
+    """Return the class name of a host whose weight is adapted, without its adapter, such as ``"Linear"``."""
     kinds: tuple[type, ...] = (nn.Embedding, Conv1D, nn.Linear)
     return next((kind for kind in kinds if isinstance(module, kind)), type(module)).__name__
 
@@ -49,7 +49,7 @@ _SHARED: ContextVar[dict[Any, tuple[Tensor, Shaped[np.ndarray, "..."]]] | None] 
 
 @contextmanager
 def shared_copies() -> Iterator[None]:
-    """Let ``to_array`` and ``to_host`` copy each trained parameter only once in this context.
+    """Let ``to_array`` and ``to_host`` copy each trained weight only once in this context.
 
     The tensors that ``to_host`` has copied are shared as well. A context in another one shares the copies of the outer
     one. Do not modify the shared arrays, or the tensors before the context ends.
@@ -63,7 +63,7 @@ def shared_copies() -> Iterator[None]:
 
 
 def to_array(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
-    """Return a copy as a numpy array; bfloat16, which numpy does not support, becomes float32."""
+    """Return a copy of a host weight, or of another tensor, as a numpy array; bfloat16 becomes float32."""
     shared = _SHARED.get()
     if shared is not None:
         if (pair := shared.get(_memory(tensor))) is not None:
@@ -76,7 +76,7 @@ def to_array(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
 
 
 def to_host(tensors: Sequence[Tensor]) -> list[Shaped[np.ndarray, "..."]]:
-    """Return copies as numpy arrays, in one transfer from their device; see ``to_array``."""
+    """Return copies of host weights, or of other tensors, as numpy arrays, in one transfer from their device."""
     shared = _SHARED.get()
     if shared is None:
         return _transfer(tensors)
@@ -103,7 +103,7 @@ def _transfer(tensors: Sequence[Tensor]) -> list[Shaped[np.ndarray, "..."]]:
 
 
 def through_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copy tensors of one device to the CPU through a single buffer, in which each starts at a multiple of 8 bytes."""
+    """Copy host weights from one device to the CPU through a single buffer, each at a multiple of 8 bytes."""
     padded = [F.pad(tensor.reshape(-1).view(torch.uint8), (0, -tensor.nbytes % 8)) for tensor in tensors]
     copies = torch.cat(padded).cpu().split(list(map(len, padded)))
     restored = []

@@ -47,12 +47,12 @@ class PeftDelta:
 
 
 def unwrap_peft_model(model: Any) -> Any:
-    """Return the base model of a ``PeftModel``, with its layers still wrapped; other models are returned unchanged."""
+    """Return the base model of a ``PeftModel``, with its PEFT layers still wrapped; other models are unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def unwrap_peft_layer(module: Any) -> Any:
-    """Return the module inside PEFT's wrappers, or its copy if PEFT trains one (``modules_to_save``)."""
+    """Return the module inside a PEFT layer, or its copy if PEFT trains one (``modules_to_save``)."""
     if is_peft_layer(module):
         return unwrap_peft_layer(module.base_layer)
     if hasattr(module, "original_module"):
@@ -63,7 +63,7 @@ def unwrap_peft_layer(module: Any) -> Any:
 
 
 def unwrapped_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """Return all parameters except PEFT's own, by their names without PEFT; shared ones once."""
+    """Return all parameters without those that PEFT layers add, by their names without PEFT; shared ones once."""
     names: dict[nn.Parameter, str] = {}
     for path, module in _unwrapped_modules(unwrap_peft_model(model), ""):
         for name, parameter in module.named_parameters(recurse=False):
@@ -79,7 +79,7 @@ def _unwrapped_modules(module: Any, path: str) -> Iterator[tuple[str, nn.Module]
 
 
 def retained_components(model: Any) -> dict[str, int]:
-    """Return the number of components that PEFT's AdaLoRA retains, by module; empty before its first decision.
+    """Return the number of components that AdaLoRA's PEFT layers retain; empty before its first decision.
 
     PEFT masks components only at some steps, and between them the optimizer trains all components. The weights
     therefore do not show which ones are retained.
@@ -124,7 +124,7 @@ def adapters_among(layer: Any, names: Sequence[str]) -> list[str]:
 
 
 def is_readable(layer: Any, names: Sequence[str]) -> bool:
-    """Return whether adapters of a layer make an update of one matrix, from their factors or by merging.
+    """Return whether adapters of a PEFT layer make an update of one matrix, from their factors or by merging.
 
     This is False for norms, grouped convolutions, and several experts in one tensor. For packed (quantized) weights it
     is True only with plain LoRA or AdaLoRA.
@@ -182,7 +182,7 @@ def _update_of(layer: Any, names: Sequence[str]) -> Update:
 
 
 class ScaledFactors(NamedTuple):
-    """Factors of an update by name, and its scale."""
+    """Factors of a PEFT layer's update by name, and its scale."""
 
     factors: dict[str, Tensor]
     scale: float

@@ -33,7 +33,7 @@ _TASKS = {
 def merged_updates(
     adapter: Path, base: Path, model_class: str | None = None, task: str | None = None
 ) -> tuple[dict[str, tuple[Float[np.ndarray, "out in"], bool]], set[str]]:
-    """Merge an adapter with PEFT, and subtract the base.
+    """Compute the updates that PEFT merges into the base of an adapter: merge, and subtract the base.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ from lorascope.runs.series import Series
 
 
 def write_lora(lora: WritableLora, path: Path, format: str) -> Path:
-    """Write layers in a format to a path that does not exist, and return it."""
+    """Write converted layers in a format to a path that does not exist, and return it."""
     exporters = layer_exporters()
     if format not in exporters:
         raise ValueError(f"format must be one of {', '.join(map(repr, exporters))}, got {format!r}")
@@ -34,7 +34,7 @@ def convert(
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
     component: str | None = None,
 ) -> Path:
-    """Write an adapter in another format, with the same numbers.
+    """Convert an adapter to another format, with the same numbers.
 
     Factors are copied bit by bit, and the scales are exact.
 
@@ -71,7 +71,7 @@ def convert(
 
 
 def require_adapter(opened: Result) -> Adapter:
-    """Return an adapter; raise a ValueError if it is a run or a series of checkpoints."""
+    """Return an adapter for conversion; raise a ValueError if it is a run or a series of checkpoints."""
     if isinstance(opened, Series):
         raise series_error(opened)
     if not isinstance(opened, Adapter):
@@ -82,6 +82,6 @@ def require_adapter(opened: Result) -> Adapter:
 
 
 def series_error(series: Series) -> ValueError:
-    """Return the error for a series of checkpoints, of which only one can be exported."""
+    """Return the error for the conversion of a series of checkpoints, of which only one can be exported."""
     checkpoint = printable(series.last.files.path)
     return ValueError(f"cannot export the series {series.label}: load one checkpoint, such as {checkpoint}")

@@ -29,7 +29,7 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 class DiffusersExporter(LayerExporter):
-    """LoRA files of diffusers, or folders with one."""
+    """Exporter of LoRA files of diffusers, or of folders with one."""
 
     format = "diffusers"
     readers = ("read_diffusers",)

@@ -24,7 +24,7 @@ EXPORTERS: list[Exporter] = []
 
 
 class Exporter(ABC):
-    """Writer of adapters in one format."""
+    """Exporter of adapters in one format."""
 
     format: ClassVar[str]
     """Name of the format, and of the option of ``lorascope export``."""
@@ -35,7 +35,7 @@ class Exporter(ABC):
 
 
 class LayerExporter(Exporter):
-    """Writer of the layers of a LoRA or DoRA."""
+    """Exporter of the layers of a LoRA or DoRA."""
 
     readers: ClassVar[tuple[str, ...]]
     """Names of the functions that read what it writes."""
@@ -52,7 +52,7 @@ class LayerExporter(Exporter):
 
 
 class RunExporter(Exporter):
-    """Content of a PEFT folder for the updates of a run."""
+    """Exporter of a run's updates as the content of a PEFT folder."""
 
     format = "peft"
     kind: ClassVar[str]

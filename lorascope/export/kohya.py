@@ -40,7 +40,7 @@ _SDXL = re.compile(r"(?:down|mid|up)_block\S*\.transformer_blocks\.[1-9]")
 
 
 class KohyaExporter(LayerExporter):
-    """LoRA files of kohya's trainer."""
+    """Exporter of LoRA files of kohya's trainer."""
 
     format = "kohya"
     readers = ("read_kohya",)

@@ -32,7 +32,7 @@ ONLY_PEFT = ("layer_replication", "alora_invocation_tokens")
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """LoRA of one module: scale * B @ A.
+    """Layer of a LoRA to write: scale * B @ A of one module.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class WritableLora:
-    """Content of an adapter to write.
+    """LoRA layers of an adapter to write.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ class WritableLora:
 
 
 def layer_keywords(layers: Mapping[str, LoraLayer], modules: Collection[str]) -> dict[str, Any]:
-    """Return PEFT's keywords for a LoRA of these layers, among the modules of a model; see ``lora_keywords``."""
+    """Return PEFT's keywords for LoRA layers to write, among the modules of a model; see ``lora_keywords``."""
     ranks = {name: layer.rank for name, layer in layers.items()}
     return lora_keywords(ranks, {name: layer.scale for name, layer in layers.items()}, modules)
 
@@ -137,7 +137,7 @@ def writable(
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
     component: str | None = None,
 ) -> WritableLora:
-    """Return the layers of an adapter, as stored or cut to a budget.
+    """Return the LoRA layers of an adapter to write, as stored or cut to a budget.
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def layers_of(
     component: str | None = None,
     source: str = "",
 ) -> WritableLora:
-    """Return layers with these updates, by modules of the adapter; see `writable`."""
+    """Return LoRA layers with these updates, by modules of the adapter; see `writable`."""
     source = source or adapter.label
     if budget is not None:
         products = {name: update.low_rank for name, update in updates.items() if update.low_rank is not None}
@@ -231,7 +231,7 @@ def _magnitude(adapter: Adapter, module: str, update: Update) -> TypedTensor | N
 
 
 def require_unchanged_base(cannot: str, config: Mapping[str, Any]) -> None:
-    """Raise a ValueError that begins with ``cannot`` if PEFT changes the base to initialize an adapter."""
+    """Raise a ValueError that begins with ``cannot`` if PEFT changes the base to initialize a LoRA's layers."""
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(RESIDUAL_INITS):
         fix = "save it with path_initial_model_for_weight_conversion"
@@ -239,7 +239,7 @@ def require_unchanged_base(cannot: str, config: Mapping[str, Any]) -> None:
 
 
 def require_own_names(adapter: Adapter) -> None:
-    """Raise a ValueError if modules are not those of the model, or the base is changed when PEFT loads the adapter."""
+    """Raise a ValueError if LoRA layers do not have the model's names, or PEFT changes the base when loading them."""
     cannot, config = f"cannot export {printable(adapter.label)}", adapter.files.config
     if config.get("target_parameters"):
         raise ValueError(f"{cannot}: it adapts experts in one tensor (target_parameters)")

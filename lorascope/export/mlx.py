@@ -37,7 +37,7 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class MlxExporter(LayerExporter):
-    """Adapter folders of mlx-lm."""
+    """Exporter of adapter folders of mlx-lm."""
 
     format = "mlx"
     readers = ("read_mlx",)

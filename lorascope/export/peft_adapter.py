@@ -34,7 +34,7 @@ A {kind} adapter, written by lorascope from {source}.
 
 
 class PeftExporter(LayerExporter):
-    """PEFT folders, with the further weights of a PEFT adapter."""
+    """Exporter of adapters as PEFT folders, with the further weights of a PEFT adapter."""
 
     format = "peft"
     readers = ("read_adapter", "read_dora")
@@ -76,7 +76,7 @@ def _of_one_model(lora: WritableLora) -> dict[str, LoraLayer]:
 
 
 def layer_tensors(layer: LoraLayer) -> dict[str, TypedTensor]:
-    """Return the tensors of one module by the ends of their names."""
+    """Return the tensors of an adapter's layer in a PEFT folder by the ends of their names."""
     A, B = layer.kernel_factors()
     ending = "lora_embedding_{}" if layer.embedding else "lora_{}.weight"
     tensors = {ending.format("A"): A, ending.format("B"): B}

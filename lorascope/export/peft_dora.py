@@ -15,7 +15,7 @@ from lorascope.updates import WeightDecomposed
 
 
 class DoraExporter(LoraExporter):
-    """Directions and magnitudes, as DoRA."""
+    """Exporter of DoRA updates to PEFT: directions and magnitudes."""
 
     kind = "DoRA"
     factor = "magnitude"

@@ -67,7 +67,7 @@ def to_peft(
     budget: float | None = None,
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
 ) -> Path:
-    """Write an adapter and other trained weights as a folder for ``PeftModel.from_pretrained``.
+    """Write a run's adapter and other trained weights as a folder for ``PeftModel.from_pretrained``.
 
     Parameters
     ----------
@@ -179,7 +179,7 @@ def _merge_trained_weights(
 
 
 def require_all_recorded(run: Result, state: str) -> None:
-    """Raise a ValueError if PEFT trained more parameters than the recording of its training stored.
+    """Raise a ValueError if a PEFT folder of a run would lack parameters that were trained but not recorded.
 
     A recording stores the factors and the trained parameters of the base model.
     """
@@ -243,7 +243,7 @@ def _peft_task_type(run: Result, saved: list[str]) -> str | None:
 
 
 def base_of(run: Result) -> tuple[str, int | None]:
-    """Return the name that loads a run's base model, and its number of blocks if it was shortened, else None."""
+    """Return the name of the base in a run's PEFT folder, and its number of blocks if it was shortened, else None."""
     name, blocks = re.fullmatch(r"(?s)(.*?)(?:, first (\d+) blocks)?", run.meta.model).groups()  # type: ignore[union-attr]
     return name, int(blocks) if blocks else None
 

@@ -21,7 +21,7 @@ from lorascope.updates.fourier import Fourier, entries
 
 
 class FourierExporter(RunExporter):
-    """Coefficients, as FourierFT."""
+    """Exporter of FourierFT updates to PEFT: their coefficients."""
 
     kind = "FourierFT"
     factor = "coefficients"
@@ -65,7 +65,7 @@ def _entry_distribution(method: Mapping[str, Any]) -> tuple[str, int, float | No
 
 
 def frequency_pattern(numbers: Mapping[str, int]) -> dict[str, Any]:
-    """Return PEFT's number of coefficients: a common one and, if modules differ, a pattern for every module.
+    """Return PEFT's number of FourierFT coefficients: a common one and, if modules differ, a pattern for each.
 
     PEFT matches each key as a regular expression after one of the dots of a name, and uses the first match. A name
     without a dot is looked up literally. Such names come last, so that they do not match the end of another name.

@@ -18,7 +18,7 @@ from lorascope.updates import LowRank
 
 
 class LoraExporter(RunExporter):
-    """Products of two factors, as LoRA."""
+    """Exporter of products of two factors to PEFT, as LoRA."""
 
     kind = "LoRA"
 
@@ -46,7 +46,7 @@ class LoraExporter(RunExporter):
 
 
 def drop_unused(update: LowRank, diagonal: Float[np.ndarray, "rank"] | None) -> LowRank:
-    """Remove the components whose diagonal is exactly zero; None means a diagonal of ones."""
+    """Remove the components of a PEFT LoRA whose diagonal is exactly zero; None means a diagonal of ones."""
     if diagonal is None:
         return update
     used = diagonal != 0

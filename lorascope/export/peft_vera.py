@@ -15,7 +15,7 @@ from lorascope.updates.random_projection import projections
 
 
 class VeraExporter(RunExporter):
-    """Scaled random factors, as VeRA."""
+    """Exporter of VeRA updates to PEFT: scaled random factors."""
 
     kind = "VeRA"
     factor = "lambda_d"

@@ -32,7 +32,7 @@ _BLOCKS = {
 
 @dataclass(frozen=True)
 class PipelineLayer:
-    """Layer of a module, by its ``path`` in the adapter and its name in a component.
+    """Layer of a module in a pipeline, by its ``path`` in the adapter and its name in a component.
 
     ``component`` is "" if it is not known; ``flat`` means that the name has underscores for dots.
     """
@@ -45,14 +45,14 @@ class PipelineLayer:
 
 
 def split_name(config: Mapping[str, Any], module: str) -> tuple[str, str]:
-    """Return the component, "" if the name has none, and the name inside it."""
+    """Return the pipeline component of a module's name, "" if it has none, and the name inside it."""
     if config.get("spelling") in _IMAGE and (match := _PREFIX.fullmatch(module)):
         return match[1], match[2]
     return "", module
 
 
 def pipeline_layers(lora: WritableLora) -> list[PipelineLayer]:
-    """Return the layers of an adapter by component and name."""
+    """Return the layers of an adapter by pipeline component and name."""
     modules = []
     is_image = lora.config.get("spelling") in _IMAGE
     for path, layer in lora.layers.items():
@@ -65,7 +65,7 @@ def pipeline_layers(lora: WritableLora) -> list[PipelineLayer]:
 
 
 def named_layers(lora: WritableLora, format: str) -> list[PipelineLayer]:
-    """Return the layers of an adapter with a component for each, except of flat names.
+    """Return the layers of an adapter with a pipeline component for each, except of flat names.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def named_layers(lora: WritableLora, format: str) -> list[PipelineLayer]:
 
 
 def refuse_flat(lora: WritableLora, modules: Collection[PipelineLayer], format: str) -> None:
-    """Raise a ValueError if the name of a module has underscores instead of dots."""
+    """Raise a ValueError if the name of a module in a pipeline has underscores instead of dots."""
     for module in modules:
         if module.flat:
             hint = "pass the base model of the adapter, --base DIR"
@@ -96,7 +96,7 @@ def refuse_flat(lora: WritableLora, modules: Collection[PipelineLayer], format: 
 
 
 def naming(adapter: Adapter) -> str:
-    """Return the kind of names that the modules of an adapter have: flat, with a component, or of one model."""
+    """Return how an adapter names its modules: flat, with a component of a pipeline, or as in one model."""
     config = adapter.files.config
     modules = list(adapter.files.parts)
     if config.get("spelling") in _IMAGE and all("." not in module for module in modules):

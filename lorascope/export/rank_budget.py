@@ -18,7 +18,7 @@ from lorascope.updates.low_rank import count_used
 
 @dataclass(frozen=True, eq=False)
 class RankBudget:
-    """Components of a run's updates by singular value, and those that a budget keeps.
+    """Components of a run's updates by singular value, and those that a rank budget keeps.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def select_components(
     state: str = "last",
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
 ) -> RankBudget:
-    """Select the components with the largest singular values or scores across all modules.
+    """Select components within a rank budget: those with the largest singular values or scores of all modules.
 
     Equal ones are selected in the order of modules, and within a module by descending singular value.
 
@@ -121,7 +121,7 @@ def select_from(
     budget: float,
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
 ) -> RankBudget:
-    """Select components of updates with these ranks; see ``select_components``."""
+    """Select components of updates with these ranks within a rank budget; see ``select_components``."""
     sigma = {}
     for (name, rank), spectrum in zip(ranks.items(), spectra([products[name] for name in ranks]), strict=True):
         if not np.isfinite(spectrum).all():
@@ -136,7 +136,7 @@ def select_from(
 
 
 def truncate(products: Mapping[str, LowRank], selection: RankBudget) -> dict[str, LowRank]:
-    """Return the updates with only their selected components, without the modules that have none.
+    """Truncate updates to the components selected within a rank budget, and omit modules that have none.
 
     The factors of a module are ``U sqrt(sigma)`` and ``sqrt(sigma) V^T``. With the largest components, the result is
     the best approximation of this rank in the Frobenius norm (Eckart and Young, 1936).

@@ -26,7 +26,7 @@ from lorascope.updates import LowRank
 
 
 class Term(NamedTuple):
-    """Update of one adapter in a sum, with its weight."""
+    """Term of a weighted sum of adapters: the update of one adapter, and its weight."""
 
     weight: float
     product: LowRank

@@ -16,7 +16,7 @@ from lorascope.runs.result import Result
 
 
 def to_table(run: Result, out: str | Path, summary: bool = False, state: str = "last") -> Path:
-    """Write a run's table of all records, or its summary with one row per module.
+    """Write a run's table of all records, or its summary with one row per module, as CSV, Parquet or JSON.
 
     Parquet preserves all dtypes. CSV and JSON preserve every digit. In CSV, missing values and empty names are empty
     cells; see `safe_csv.csv_text` for its text. In JSON, missing values are null and infinity is the text "Infinity",

@@ -30,7 +30,7 @@ _CACHED = re.compile(r"models--(?P<repository>.+)/snapshots/(?P<commit>[0-9a-f]{
 
 @dataclass(frozen=True)
 class HubName:
-    """Repository on the hub, its revision, and a folder in it."""
+    """Repository on the Hugging Face Hub, its revision, and a folder in it."""
 
     repository: str
     revision: str | None

@@ -25,5 +25,5 @@ _stdtrit = _import_on_call("scipy.special", "stdtrit")
 
 
 def stdtrit(degrees: Any, p: Any) -> Any:
-    """Return a quantile of Student's t; NaN without scipy if all degrees of freedom are, as with one run per curve."""
+    """Return scipy's quantile of Student's t; NaN without scipy if all degrees are, as with one run per curve."""
     return np.full(np.shape(degrees), np.nan) if np.isnan(degrees).all() else _stdtrit(degrees, p)

@@ -48,7 +48,7 @@ def read_table(file: Path | Any, name: object, max_rows: int = MAX_ROWS) -> pd.D
 
 
 def require_table_file(file: Path) -> None:
-    """Raise a ValueError unless a file is regular and small enough for a table of any format."""
+    """Raise a ValueError unless a file is regular and small enough for a table, in Parquet or another format."""
     require_small(file, MAX_FILE)
 
 

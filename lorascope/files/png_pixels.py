@@ -7,5 +7,5 @@ from typing import Any
 
 
 def pixel_digest(image: Any) -> str:
-    """Return the SHA-256 of the size and the colors of a PIL image."""
+    """Return the SHA-256 of the size and the pixels of a PIL image, such as a PNG."""
     return hashlib.sha256(f"{image.size}".encode() + image.convert("RGB").tobytes()).hexdigest()

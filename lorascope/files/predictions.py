@@ -10,7 +10,7 @@ _STEPS_OF_MARGIN = 32
 
 
 def quantize_margins(logits: Float[np.ndarray, "row class"], labels: Int[np.ndarray, "row"]) -> Int8[np.ndarray, "row"]:
-    """Return the logit of the right class minus the largest other one, in steps of 1/32, in one byte.
+    """Quantize predictions to one byte: the logit of the right class minus the largest other, in steps of 1/32.
 
     Values are rounded away from zero, so that zero means a tie, and clipped to 127 steps. A difference that is not a
     number is a tie.

@@ -15,7 +15,7 @@ LONGEST_NAME = 52
 
 
 def printable(text: object) -> str:
-    r"""Escape every nonprintable character, such as ESC or a line break, as in Python: ``\x1b``. Joiners stay."""
+    r"""Make a text printable: escape characters such as ESC or a line break as in Python, ``\x1b``. Joiners stay."""
     text = str(text)
     if text.isprintable():
         return text
@@ -29,7 +29,7 @@ def _escape(letter: str) -> str:
 
 
 def utf8_text(path: object) -> str:
-    r"""Return a path, or another text from the operating system, as text that tables and UTF-8 can store.
+    r"""Return a path, or text from the operating system, as UTF-8, with all other bytes escaped to be printable.
 
     Bytes that are not in the encoding of the locale are surrogates there. They are decoded as UTF-8, or escaped if they
     are not UTF-8: ``\xff``.
@@ -44,17 +44,17 @@ def short_name(text: object) -> str:
 
 
 def first_of(names: Sequence[str]) -> str:
-    """Return the first name, escaped, and the number of the others."""
+    """Return the first name, escaped like `printable`, and the number of the others."""
     return f"{printable(names[0])} and {len(names) - 1} more" if len(names) > 1 else printable(names[0])
 
 
 def count_phrase(number: int, noun: str) -> str:
-    """Return a number with its noun, such as ``1 run`` or ``1,200 runs``."""
+    """Return a printable number with its noun, such as ``1 run`` or ``1,200 runs``."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def count_or_no(number: int, noun: str) -> str:
-    """Return a number with its noun as `count_phrase` does, but ``no runs`` for 0."""
+    """Return a printable number with its noun as `count_phrase` does, but ``no runs`` for 0."""
     return count_phrase(number, noun) if number else f"no {noun}s"
 
 

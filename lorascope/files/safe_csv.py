@@ -12,7 +12,7 @@ _FORMULAS = tuple("=+-@＝＋－＠")
 
 
 def csv_text(table: pd.DataFrame) -> str:
-    r"""Convert a table to CSV without its index.
+    r"""Convert a table to CSV that is safe to open in spreadsheets, without its index.
 
     In text cells and column names, control characters are escaped as in Python's string literals, such as ``\n``, and
     text that a spreadsheet would evaluate as a formula gets a leading apostrophe. Numbers are unchanged. Lines end in a
@@ -33,7 +33,7 @@ def _escape_cell(value: Any) -> Any:
 
 
 def is_number(text: str) -> bool:
-    """Return whether a text is a number."""
+    """Return whether the text of a CSV cell is a number."""
     try:
         float(text)
     except ValueError:

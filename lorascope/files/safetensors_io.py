@@ -70,7 +70,7 @@ class _Entry(msgspec.Struct, frozen=True):
 
 
 def file_version(file: int) -> tuple[int, ...]:
-    """Return what changes if an open file is replaced or written to."""
+    """Return what changes if an open safetensors file is replaced or written to."""
     status = os.fstat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
@@ -191,7 +191,7 @@ class TensorFile(Mapping[str, Any]):
 
 @dataclass(eq=False)
 class Unread:
-    """Memory-mapped tensor whose values are not read yet; ``brain`` if 16-bit integers stand for bfloat16."""
+    """Memory-mapped safetensors array that is not read yet; ``brain`` if 16-bit integers stand for bfloat16."""
 
     stored: np.ndarray
     brain: bool = False
@@ -240,14 +240,14 @@ class Unread:
 
 
 def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
-    """Convert the bits of bfloat16, which are the upper half of float32."""
+    """Convert the bits of bfloat16 in a safetensors file, which are the upper half of float32."""
     wide = bits.astype("<u4")
     wide <<= 16
     return wide.view("<f4")
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Round float32 to the nearest bfloat16, of two the even one; infinities and NaN stay."""
+    """Round float32 to bfloat16 as for safetensors files: nearest, of two the even one; infinities and NaN stay."""
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
     return np.where(np.isnan(values), values, rounded.view(np.float32))
@@ -274,17 +274,17 @@ class _Index(msgspec.Struct, frozen=True):
 
 
 def is_plain(name: str) -> bool:
-    """Return whether a name from a file is a plain file name, without a path, on every operating system."""
+    """Return whether a name, such as a safetensors shard's in an index, is a plain file name on every system."""
     return name not in ("", ".", "..") and "\0" not in name and PureWindowsPath(name).name == name
 
 
 def folder_of(path: Path) -> Path:
-    """Return a folder itself, and the folder of a file."""
+    """Return a folder itself, and the folder of a safetensors file."""
     return path if path.is_dir() else path.parent
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
-    """Return the weight files of a folder: ``<stem>.safetensors``, its indexed shards, or ``<stem>*.safetensors``.
+    """Return a folder's safetensors files: ``<stem>.safetensors``, its indexed shards, or ``<stem>*.safetensors``.
 
     A missing shard raises a FileNotFoundError, and an index that cannot be read a ValueError.
     """
@@ -301,7 +301,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def indexed_shards(index: Path) -> list[Path]:
-    """Return the shards that an index lists, which may not exist; those outside of its folder raise a ValueError."""
+    """Return the safetensors shards in an index, which may not exist; those in other folders raise a ValueError."""
     shards = []
     for name in sorted(set(read_json(index, _Index).weight_map.values())):
         if not is_plain(name):
@@ -311,12 +311,12 @@ def indexed_shards(index: Path) -> list[Path]:
 
 
 def is_pickle(file: Path) -> bool:
-    """Return whether the name of a file indicates pickled weights."""
+    """Return whether the name of a file indicates pickled weights instead of safetensors."""
     return file.suffix in _PICKLES and not file.name.startswith(_STATES)
 
 
 def reject_pickles(files: Iterable[Path]) -> None:
-    """Raise a ValueError if the name of a file indicates pickled weights."""
+    """Raise a ValueError if the name of a file indicates pickled weights instead of safetensors."""
     for pickle in sorted(filter(is_pickle, files)):
         # Quoted, because the name of a file may contain shell commands.
         names = map(shlex.quote, map(str, (pickle, pickle.with_suffix(".safetensors"))))
@@ -331,7 +331,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[
 
 
 def write_note(file: Path, content: Any) -> None:
-    """Write JSON under a temporary name and rename it, without waiting for the disk; errors are ignored.
+    """Write JSON as `write_bytes` does safetensors, but without waiting for the disk; errors are ignored.
 
     It is for progress, which is written often, and whose folder another process may remove.
     """
@@ -342,7 +342,9 @@ def write_note(file: Path, content: Any) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it. A symbolic link is followed.
+    """Write a safetensors or other file under a temporary name, flush it to disk and rename it.
+
+    A symbolic link is followed.
 
     Raises
     ------
@@ -373,12 +375,12 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def is_partial(path: Path) -> bool:
-    """Return whether a path has the name of a temporary file of ``write_bytes``, left by a killed process."""
+    """Return whether a path is a temporary safetensors or other file that a killed ``write_bytes`` left."""
     return _PARTIAL.fullmatch(path.name) is not None
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, in UTF-8.
+    """Write JSON atomically, as safetensors files are written, in UTF-8.
 
     Lone surrogates, from file names outside the locale's encoding, are written as JSON escapes.
     """
@@ -387,7 +389,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """Compute the SHA-256 of a file, in hex."""
+    """Compute the SHA-256 of a safetensors or other file, in hex."""
     require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

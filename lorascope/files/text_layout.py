@@ -34,7 +34,7 @@ _FRAME_WIDTH, _LAST_WIDTH = 120, 12
 
 
 def make_console(stream: Any, width: int = WIDTH) -> Console:
-    """Return a console for a stream: colors on a terminal, plain text in a file or a pipe."""
+    """Return a console that lays out text for a stream: colors on a terminal, plain text in a file or a pipe."""
     options: dict[str, Any] = dict.fromkeys(("markup", "emoji", "highlight", "legacy_windows", "force_jupyter"), False)
     # rich keeps bold under NO_COLOR.
     options["color_system"] = None if "NO_COLOR" in os.environ else "auto"
@@ -42,7 +42,7 @@ def make_console(stream: Any, width: int = WIDTH) -> Console:
 
 
 def render_text(target: Console, *renderables: RenderableType) -> str:
-    """Format renderables for a console, without blanks at the ends of lines."""
+    """Lay out renderables as text for a console, without blanks at the ends of lines."""
     with target.capture() as captured:
         for renderable in renderables:
             target.print(renderable)
@@ -50,7 +50,7 @@ def render_text(target: Console, *renderables: RenderableType) -> str:
 
 
 def elide(text: str, width: int) -> str:
-    """Cut printable text in its middle to a width, since the end of a module's name is more specific."""
+    """Cut text in its middle to the width of its layout, since the end of a module's name is more specific."""
     text = printable(text)
     if cell_len(text) <= width:
         return text
@@ -62,7 +62,7 @@ def elide(text: str, width: int) -> str:
 
 @dataclass
 class Elided:
-    """Text that is cut in its middle to the width of its cell, between two texts that are not."""
+    """Text that is cut in its middle to the width of its cell in a layout, between two texts that are not."""
 
     text: str
     start: str = ""
@@ -73,13 +73,13 @@ class Elided:
 
 
 def wrap_paragraph(text: str, style: str = "", width: int = TEXT_WIDTH, hang: str = "") -> Text:
-    """Return escaped and wrapped text; ``hang`` begins all of its lines but the first."""
+    """Lay out a text as a paragraph, escaped and wrapped; ``hang`` begins all of its lines but the first."""
     # rich wraps without a hanging indent.
     return Text(textwrap.fill(printable(text), width, subsequent_indent=hang), style)
 
 
 class Block(NamedTuple):
-    """Lines of text, the first of them with a label."""
+    """Block of lines of text in a layout, the first of them with a label."""
 
     label: str
     lines: Sequence[RenderableType]
@@ -87,7 +87,7 @@ class Block(NamedTuple):
 
 
 def text_block(label: str, *texts: str, style: str = "", label_style: str = "") -> Block:
-    """Return a block of wrapped texts, the first in a style; a label wider than its column continues in that text."""
+    """Lay out a block of wrapped texts, the first in a style; a label wider than its column continues in that text."""
     label = printable(label)
     if len(label) < LABEL_WIDTH:
         first = wrap_paragraph(texts[0], style)
@@ -100,7 +100,7 @@ def text_block(label: str, *texts: str, style: str = "", label_style: str = "") 
 
 
 def block_grid(blocks: Iterable[Block]) -> Table:
-    """Return blocks with their labels in the first column."""
+    """Lay out blocks of text with their labels in the first column."""
     grid = Table.grid(Column(width=LABEL_WIDTH, no_wrap=True), Column(width=TEXT_WIDTH))
     for block in blocks:
         label = Text(block.label, block.label_style)
@@ -111,7 +111,7 @@ def block_grid(blocks: Iterable[Block]) -> Table:
 
 
 class TableColumn(NamedTuple):
-    """Column of a table of mappings.
+    """Column of a table in a text layout, whose rows are mappings.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ class TableColumn(NamedTuple):
 def aligned_table(
     columns: Sequence[TableColumn], rows: Iterable[Mapping[str, Any]], gap: int = 1, head: bool = True
 ) -> Table:
-    """Return a table with a bold head; its widest text gives way to numbers that are wider than their columns."""
+    """Lay out a text table with a bold head; its widest text gives way to numbers wider than their columns."""
     widths = [column.width for column in columns if column.width is not None]
     fixed = len(widths) == len(columns)
     total = sum(widths) + gap * (len(widths) - 1) if fixed else None
@@ -163,7 +163,7 @@ def aligned_table(
 
 
 def format_frame(frame: pd.DataFrame) -> str:
-    """Format a data frame for stdout as a table, with its last column shortened to the width of the terminal."""
+    """Lay out a data frame for stdout as a text table, with its last column cut to the width of the terminal."""
     if frame.empty:
         return ""
     gap, terminal_width = 2, shutil.get_terminal_size((_FRAME_WIDTH, 24)).columns
@@ -184,14 +184,14 @@ def _format_cell(value: object) -> str:
 
 
 def format_span(low: Any, high: Any) -> str:
-    """Format a range of ranks."""
+    """Format a range of ranks for a text layout."""
     if low is None:
         return "-"
     return str(low) if low == high else f"{low}-{high}"
 
 
 def format_norm(value: float) -> str:
-    """Format a norm with three digits in at most seven characters."""
+    """Format a norm for a text layout, with three digits in at most seven characters."""
     if math.isnan(value):
         return "NaN"
     # With three digits, these would have an exponent.
@@ -203,7 +203,7 @@ def format_norm(value: float) -> str:
 
 
 def format_percent(fraction: float) -> str:
-    """Format a fraction in percent."""
+    """Format a fraction for a text layout, in percent."""
     if math.isnan(fraction):
         return "-"
     if fraction >= 1000:
@@ -212,7 +212,7 @@ def format_percent(fraction: float) -> str:
 
 
 def format_number(value: float, digits: int = 1) -> str:
-    """Format a number with a fixed number of digits after the point."""
+    """Format a number for a text layout, with a fixed number of digits after the point."""
     if math.isnan(value):
         return "-"
     return f"{value:.{digits}f}" if abs(value) < 1e5 else format_norm(value)
@@ -222,7 +222,7 @@ format_whole_number = partial(format_number, digits=0)
 
 
 def format_ratio(value: float) -> str:
-    """Format a ratio in at most five characters."""
+    """Format a ratio for a text layout, in at most five characters."""
     if math.isnan(value):
         return "-"
     return f"{value:.3g}" if 0.1 <= value < 1000 or value == 0 else f"{value:.0e}"

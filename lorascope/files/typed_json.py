@@ -37,12 +37,12 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def unreadable(name: object, reason: str) -> ValueError:
-    """Return the error for a file or a part of it, ``name``, that cannot be read."""
+    """Return the error for a JSON or other file, or a part of it, ``name``, that cannot be read."""
     return ValueError(f"cannot read {printable(name)}: {reason}")
 
 
 def require_regular(path: Path) -> int:
-    """Return the size of a regular file; others raise a ValueError, because opening a pipe could block forever."""
+    """Return the size of a regular file, such as JSON; raise a ValueError for others: a pipe could block forever."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise unreadable(path, "not a regular file")
@@ -50,13 +50,13 @@ def require_regular(path: Path) -> int:
 
 
 def require_small(file: Path, limit: int) -> None:
-    """Raise a ValueError unless a file is regular and has at most ``limit`` bytes."""
+    """Raise a ValueError unless a file, such as JSON, is regular and has at most ``limit`` bytes."""
     if (size := require_regular(file)) > limit:
         raise unreadable(file, f"file size must be <= {limit} bytes, got {size}")
 
 
 def read_text(path: Path) -> str:
-    """Read a text file; a ValueError names one that is not UTF-8."""
+    """Read a text file, such as JSON or TOML; a ValueError names one that is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -114,7 +114,7 @@ def _value_at(content: Any, message: str) -> str:
 
 
 def read_json(path: Path, schema: Callable[..., T]) -> T:
-    """Read a JSON file as an instance of ``schema``.
+    """Read a JSON file as an instance of the type ``schema``.
 
     Raises
     ------

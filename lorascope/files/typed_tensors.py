@@ -18,7 +18,7 @@ _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
 @dataclass(frozen=True, eq=False)
 class TypedTensor:
-    """Array and the dtype that it is stored in.
+    """Typed tensor: an array and the dtype that it is stored in.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ class TypedTensor:
 
 
 def safetensors_bytes(tensors: Mapping[str, TypedTensor], words: Mapping[str, str]) -> bytes:
-    """Return the content of a safetensors file.
+    """Return typed tensors as the content of a safetensors file.
 
     Tensors are ordered like those of the library: larger items first, then by name.
 

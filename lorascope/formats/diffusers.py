@@ -32,7 +32,7 @@ _UNKNOWN = "alpha was not kept: |dW| is the norm of B A, without the factor alph
 def read_diffusers(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened file."""
+    """Read the modules of a LoRA file of diffusers."""
     settings = _settings(path, config)
     source = f"{METADATA} of {path}"
     components = {name: RanksAndScales(source, values) for name, values in settings.items()}

@@ -17,7 +17,7 @@ from lorascope.updates import Dense, LowRank, Update
 
 @dataclass(frozen=True)
 class RowsPart(StoredUpdate):
-    """Rows of a stored update, in the order of the ranges (first, end): a module that a library joins with others."""
+    """Fused rows of a stored update that belong to one module, in the order of the ranges (first, end)."""
 
     joined: StoredUpdate
     ranges: tuple[tuple[int, int], ...]
@@ -62,7 +62,7 @@ class RowsPart(StoredUpdate):
 def split_rows(
     path: Path, update: StoredUpdate, modules: Sequence[str], base: PretrainedWeights
 ) -> dict[str, StoredUpdate]:
-    """Split an update into those of the modules that its rows belong to, in their order.
+    """Split a fused update into those of the modules that its rows belong to, in their order.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def split_rows(
 
 
 def swap_halves(path: Path, update: StoredUpdate, module: str, base: PretrainedWeights) -> RowsPart:
-    """Return an update with the two halves of its rows swapped.
+    """Return an update whose rows fuse two halves, such as shift and scale, with the halves swapped.
 
     Raises
     ------

@@ -33,7 +33,7 @@ _EMBEDDING = "token_embd"
 def read_gguf(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened file."""
+    """Read the modules of a LoRA adapter in GGUF files."""
     if config.get("adapter.type") != "lora":
         raise unreadable(path, f"adapter.type must be lora, got {printable(config.get('adapter.type'))}")
     module_factors, other_names = group_factors(files, _FACTOR)

@@ -29,7 +29,7 @@ _FACTOR = re.compile(r"(?s)(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight
 
 @dataclass(frozen=True)
 class HydraPart(StoredLoRA):
-    """Experts of one module, each (out, rank), and their router (experts, in); ``B`` is the first expert."""
+    """Stored HydraLoRA update: experts, each (out, rank), and router (experts, in); ``B`` is the first expert."""
 
     heads: tuple[StoredTensor, ...]
     router: StoredTensor
@@ -59,7 +59,7 @@ class HydraPart(StoredLoRA):
 def read_hydra(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened HydraLoRA folder."""
+    """Read the modules of a HydraLoRA folder in the layout of its authors."""
     module_factors, other_names = group_factors(files, _FACTOR)
     if not module_factors:
         raise unreadable(path, "its experts have no module name")

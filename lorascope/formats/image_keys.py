@@ -50,7 +50,7 @@ _ATTENTION = {"1": "img_attn", "2": "txt_attn"}
 
 
 def is_image_adapter(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """Return whether an adapter is for an image or video model.
+    """Return whether an adapter is for an image or video model, from its tensor keys and its configuration.
 
     Parameters
     ----------
@@ -65,21 +65,21 @@ def is_image_adapter(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 
 def is_diffusers(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """Return whether an adapter for an image model is one of diffusers: its alpha is not in a tensor."""
+    """Return whether an image adapter has tensor keys as in diffusers, so that its alpha is not in a tensor."""
     if not is_image_adapter(config, names) or any(name.endswith((".alpha", ".dora_scale")) for name in names):
         return False
     return METADATA in config or any(_COMPONENT.match(name) and _FACTOR.fullmatch(name) for name in names)
 
 
 def _is_image_key(name: str) -> bool:
-    split = split_key(name)
+    split = _split_key(name)
     if split is None or name.startswith("base_model.model."):
         return False
     shared = _COMPONENT.match(name) or _BLOCKS.match(name)
     return bool(_FLAT.match(name) or _SPELLED.search(name) or (shared and (_PEFT.search(name) or split[1] == "diff")))
 
 
-def split_key(name: str) -> tuple[str, str] | None:
+def _split_key(name: str) -> tuple[str, str] | None:
     """Return module and factor of a tensor's name, None if it is not the name of a factor."""
     if match := _FACTOR.fullmatch(name):
         factor = match["plain"] or match["dotted"] or match["layer"]
@@ -103,7 +103,7 @@ def _module(name: str, number: str) -> str:
 def group_tensors(
     files: Iterable[TensorFile], rename: Callable[[str], str], has_weight: Callable[[str], bool]
 ) -> tuple[dict[str, Tensors], tuple[str, ...]]:
-    """Group the tensors by module, ordered by layer and role, and return the names of all other tensors.
+    """Group an image adapter's tensors by module, ordered by layer and role, and return the keys of all others.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ def group_tensors(
     module_tensors: dict[str, Tensors] = {}
     other_names = []
     for tensor in stored_tensors(files):
-        split = split_key(tensor.name)
+        split = _split_key(tensor.name)
         if split is None:
             other_names.append(tensor.name)
             continue

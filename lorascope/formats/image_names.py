@@ -86,7 +86,7 @@ _MIDDLE = {0: "resnets_0", 1: "attentions_0", 2: "resnets_1"}
 
 
 class BaseNames:
-    """Modules of a base model by flattened names.
+    """Modules of a base model by the flattened names that adapters of image models use.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ class BaseNames:
         component = _COMPONENTS.get(prefix[0].strip("_"))
         components = (component,) if component else _DENOISERS
         # The base may have the names of the authors or those of diffusers.
-        for names in ((flat,), to_diffusers(flat)):
+        for names in ((flat,), _to_diffusers(flat)):
             modules = tuple(self._only_module(inside, components) for inside in names)
             if all(modules):
                 return modules
@@ -131,11 +131,11 @@ class BaseNames:
 
 
 def swaps_halves(name: str, module: str) -> bool:
-    """Return whether diffusers' module has scale before shift in its rows, unlike the name's module of the authors."""
+    """Return whether an image model's module has scale before shift in diffusers, unlike under the authors' name."""
     return module.endswith("norm_out.linear") and name.replace(".", "_").endswith("final_layer_adaLN_modulation_1")
 
 
-def to_diffusers(name: str) -> tuple[str, ...]:
+def _to_diffusers(name: str) -> tuple[str, ...]:
     """Return the names in diffusers of a module, all with underscores, in the order of their rows; () if unknown."""
     if name in _OUTSIDE:
         return (_OUTSIDE[name],)
@@ -160,7 +160,10 @@ def _unet_name(match: re.Match[str]) -> str:
 
 
 def to_authors(name: str) -> str:
-    """Return the name that the authors of SDXL's UNet give a module of diffusers, with underscores; "" if unknown."""
+    """Translate the name of an image model's module from diffusers to the SDXL authors', with underscores.
+
+    Return "" if the name is unknown.
+    """
     if (match := _UNET_BLOCK.fullmatch(name)) is None:
         return _UNET_OUTSIDE.get(name, "")
     side, kind, inside = match["side"], match["kind"], match["inside"]

@@ -44,7 +44,7 @@ _ROUNDING = 1e-6  # relative difference of two equal values of alpha, which floa
 def read_kohya(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened file."""
+    """Read the modules of an image model's file in the format of kohya, which ComfyUI and OneTrainer also write."""
     alphas: list[float] = []
 
     def scale(module: str, tensors: Tensors) -> Scale:
@@ -70,7 +70,7 @@ def image_adapter(
     scale: Callable[[str, Tensors], Scale],
     spelling: str,
 ) -> AdapterFiles:
-    """Read the modules of a file for an image model.
+    """Read the modules of an image model's file, by kohya or diffusers, whose formats differ in the scale.
 
     Parameters
     ----------

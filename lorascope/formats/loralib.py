@@ -33,7 +33,7 @@ MAX_OUTPUTS = 64
 
 
 class LoralibConfig(msgspec.Struct, frozen=True):
-    """Settings used from an added ``adapter_config.json``; without ``r``, lora_B determines the rank."""
+    """Settings used from an ``adapter_config.json`` next to loralib's weights; without ``r``, lora_B has the rank."""
 
     r: Positive | None = None
     lora_alpha: Finite = 1
@@ -43,7 +43,7 @@ class LoralibConfig(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class LoralibPart(StoredLoRA):
-    """Updates of several outputs of one weight: scale * blocks(B) @ A, with one block per enabled output."""
+    """Stored update of loralib's ``MergedLinear``: scale * blocks(B) @ A, with one block per enabled output."""
 
     enabled: tuple[bool, ...]
 
@@ -72,7 +72,7 @@ def _is_merged(config: Mapping[str, Any], names: Collection[str]) -> bool:
 def read_loralib(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened folder; without a configuration, the scale is 1."""
+    """Read the modules of an adapter of loralib; without a configuration, the scale is 1."""
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
     settings, source = to_typed(config, LoralibConfig, path / CONFIG), CONFIG if config else "from lora_B"
     updates = {}

@@ -37,7 +37,7 @@ Scale = Callable[[int], float]
 
 @dataclass(frozen=True)
 class LycorisModule:
-    """Tensors of one module.
+    """Tensors of one module for an algorithm of LyCORIS.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ class LycorisModule:
 
 
 def read_module(module: LycorisModule) -> tuple[str, StoredUpdate]:
-    """Return the name of a module's algorithm, and its stored update.
+    """Return the name of a module's algorithm in LyCORIS, and its stored update.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def _tucker(scale: float, arrays: Arrays) -> Update:
 
 
 def flat(array: np.ndarray) -> Float[np.ndarray, "rows columns"]:
-    """Return an array in float64 as a matrix; the kernel of a convolution is part of the columns."""
+    """Return a LyCORIS tensor in float64 as a matrix; the kernel of a convolution is part of the columns."""
     return as_float64(array).reshape(len(array), -1)
 
 

@@ -44,14 +44,14 @@ _MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 
 
 class LoraParameters(msgspec.Struct, frozen=True):
-    """Settings used from ``lora_parameters``."""
+    """Settings used from ``lora_parameters`` of mlx-lm."""
 
     scale: Finite | None = None
     alpha: Finite | None = None
 
 
 class MlxConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json``, with mlx-lm's defaults."""
+    """Settings used from mlx-lm's ``adapter_config.json``, with its defaults."""
 
     fine_tune_type: str = "lora"
     lora_parameters: LoraParameters = msgspec.field(default_factory=LoraParameters)
@@ -60,7 +60,7 @@ class MlxConfig(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class MlxPart(StoredUpdate):
-    """Update of one module or expert: scale * B @ A, with B = lora_b^T and A = lora_a^T.
+    """Stored update of one module or expert by mlx-lm: scale * B @ A, with B = lora_b^T and A = lora_a^T.
 
     ``expert`` is the index in tensors of experts, whose A and B are not transposed.
     """
@@ -132,7 +132,7 @@ def _is_mlx(config: Mapping[str, Any], names: Collection[str]) -> bool:
 def read_mlx(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened folder."""
+    """Read the modules of an adapter folder of mlx-lm."""
     source = folder_of(path) / CONFIG
     settings = to_typed(config, MlxConfig, source)
     if settings.fine_tune_type == "full":

@@ -37,7 +37,7 @@ def describe_nearest(prompt: Float[np.ndarray, "tokens width"], base: Pretrained
     if not lengths:
         return f"the base has no embedding of width {width}"
     # Other embeddings of this width may be those of positions, which are fewer.
-    ids, cosines = nearest_rows(prompt, base, max(lengths, key=lengths.__getitem__))
+    ids, cosines = _nearest_rows(prompt, base, max(lengths, key=lengths.__getitem__))
     texts = _texts(base)
     tokens = []
     for row, cosine in zip(ids, cosines, strict=True):
@@ -47,7 +47,7 @@ def describe_nearest(prompt: Float[np.ndarray, "tokens width"], base: Pretrained
     return f"nearest tokens of the base (cosine): {', '.join(tokens[:_MAX_LISTED])}{remark}"
 
 
-def nearest_rows(
+def _nearest_rows(
     vectors: Float[np.ndarray, "tokens width"], base: PretrainedWeights, module: str
 ) -> tuple[Int[np.ndarray, "tokens"], Float[np.ndarray, "tokens"]]:
     """Return the row of a weight with the largest cosine to each vector, and that cosine.

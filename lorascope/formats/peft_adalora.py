@@ -27,7 +27,7 @@ from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTens
 
 
 class AdaLoraConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json``, with PEFT's defaults; ``rank_pattern`` masks components."""
+    """Settings used from PEFT's AdaLoRA configuration, with its defaults; ``rank_pattern`` masks components."""
 
     init_r: Positive = 12
     lora_alpha: Finite = 8
@@ -37,7 +37,7 @@ class AdaLoraConfig(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class AdaPart(StoredLoRA):
-    """Update of one module: scale * B @ diag(E) @ A, with E (rank, 1); ``used`` components are not masked."""
+    """Stored update of PEFT's AdaLoRA: scale * B @ diag(E) @ A with E (rank, 1); ``used`` components are not masked."""
 
     E: StoredTensor
     used: int
@@ -56,7 +56,7 @@ class AdaPart(StoredLoRA):
 def read_adalora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened AdaLoRA folder."""
+    """Read the modules of a PEFT AdaLoRA folder."""
     settings = to_typed(config, AdaLoraConfig, path / CONFIG)
     module_factors, other_names = lora_factors(path, files, ("A", "B", "E"))
     alpha = settings.lora_alpha if settings.lora_alpha > 0 else settings.init_r

@@ -27,7 +27,7 @@ from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTens
 
 
 class Blocks(msgspec.Struct, frozen=True):
-    """Settings of ``use_bdlora``, with PEFT's defaults."""
+    """Settings of BD-LoRA, PEFT's ``use_bdlora``, with their defaults."""
 
     target_modules_bd_a: list[str] | None = None
     target_modules_bd_b: list[str] | None = None
@@ -39,14 +39,14 @@ class Blocks(msgspec.Struct, frozen=True):
 
 
 class BlockConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json`` in addition to those of LoRA."""
+    """Settings used from PEFT's BD-LoRA configuration in addition to those of LoRA."""
 
     use_bdlora: Blocks = msgspec.field(default_factory=Blocks)
 
 
 @dataclass(frozen=True)
 class BlockPart(StoredLoRA):
-    """Update of one module: scale * B @ A, of which one factor has diagonal blocks only."""
+    """Stored update of PEFT's BD-LoRA: scale * B @ A, of which one factor has diagonal blocks only."""
 
     blocks_a: int
     blocks_b: int
@@ -65,7 +65,7 @@ class BlockPart(StoredLoRA):
 def read_bdlora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened BD-LoRA folder."""
+    """Read the modules of a PEFT BD-LoRA folder."""
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
     settings, blocks = RanksAndScales(path / CONFIG, config), to_typed(config, BlockConfig, path / CONFIG).use_bdlora
     updates = {}

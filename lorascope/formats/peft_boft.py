@@ -21,7 +21,7 @@ from lorascope.updates import Dense
 
 
 class BOFT(PeftFormat, frozen=True):
-    """Rotations of the inputs by blocks, and rescaled outputs."""
+    """PEFT's BOFT: rotations of the inputs by blocks, and rescaled outputs."""
 
     kind, needs = "BOFT", "base"
     tensors = {"boft_R": "1 blocks b b", "boft_s": "out*"}

@@ -15,7 +15,7 @@ from lorascope.updates import Dense
 
 
 class C3A(PeftFormat, frozen=True):
-    """Circulant blocks."""
+    """PEFT's C3A: circulant blocks."""
 
     kind = "C3A"
     tensors = {"c3a_kernel": "rows columns b"}

@@ -10,7 +10,7 @@ RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 class Allocation(msgspec.Struct, frozen=True):
-    """Budget and schedule of AdaLoRA, under the names of lorascope and of PEFT."""
+    """AdaLoRA's budget and schedule in a PEFT configuration, also under the names of lorascope."""
 
     kind: str | None = None
     target_rank: Finite = 1

@@ -16,7 +16,7 @@ from lorascope.updates import LowRank
 
 
 class DeLoRA(PeftFormat, frozen=True):
-    """Product whose components have a learned norm."""
+    """PEFT's DeLoRA: product whose components have a learned norm."""
 
     kind = "DeLoRA"
     tensors = {"delora_A": "r in", "delora_B": "out r", "delora_lambda": "1", "delora_w_norm": "in"}

@@ -28,7 +28,7 @@ from lorascope.updates import Update, from_factors
 
 @dataclass(frozen=True)
 class DoraPart(StoredLoRA):
-    """Update of one module, with the magnitude (out,); without a base, it includes only the direction."""
+    """Stored update of PEFT's DoRA, with the magnitude (out,); without a base, it includes only the direction."""
 
     magnitude: StoredTensor
     module: str
@@ -54,7 +54,7 @@ class DoraPart(StoredLoRA):
 def read_dora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened DoRA folder."""
+    """Read the modules of a PEFT DoRA folder."""
     module_factors, other_names = lora_factors(path, files, ("A", "B", "magnitude_vector"))
     base, updates = stacked_base(path, config, module_factors, base), {}
     for module, plain in lora_parts(path, config, module_factors).items():

@@ -48,7 +48,7 @@ _ORIENTED = (0, 19)  # first version of PEFT whose B A has the orientation of th
 
 
 class ExpertsConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json`` in addition to those of LoRA."""
+    """Settings used from PEFT's configuration of LoRA on experts, in addition to those of LoRA."""
 
     target_parameters: list[str]
     peft_version: str | None = None
@@ -56,7 +56,7 @@ class ExpertsConfig(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class ExpertPart(StoredLoRA):
-    """Update of one of several experts in one parameter; ``B`` and ``A`` contain the factors of all."""
+    """Stored PEFT update of one of several experts in one parameter; ``B`` and ``A`` contain the factors of all."""
 
     parameter: str
     """Name of the parameter, which the patterns of the configuration match."""
@@ -90,7 +90,7 @@ class ExpertPart(StoredLoRA):
 def read_experts(
     path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened folder: one per expert, and the modules that are adapted as a whole."""
+    """Read the modules of a PEFT LoRA on experts: one per expert, and the modules that are adapted as a whole."""
     settings = to_typed(config, ExpertsConfig, path / CONFIG)
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
     ranks = RanksAndScales(path / CONFIG, config)

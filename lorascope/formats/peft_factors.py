@@ -26,7 +26,7 @@ Factors = Mapping[str, StoredTensor]
 
 @dataclass(frozen=True)
 class StoredFactors(StoredUpdate):
-    """Update of one module that a function of its format builds from all its tensors.
+    """Stored PEFT factors of one module, from which a function of their format builds the update.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ class StoredFactors(StoredUpdate):
 def peft_factors(
     path: Path, files: Iterable[TensorFile], names: Collection[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
-    """Group tensors by module, ordered by layer and role; return the names of all others, too.
+    """Group PEFT factors by module, ordered by layer and role; return the names of all other tensors, too.
 
     The name of the adapter may follow that of a tensor, if a state dict was saved by hand.
 
@@ -114,7 +114,7 @@ def peft_factors(
 
 
 def shared_factor(path: Path, files: Iterable[TensorFile], name: str) -> StoredTensor:
-    """Return the tensor that all modules share, ``base_model.NAME``."""
+    """Return the factor that all modules of a PEFT adapter share, ``base_model.NAME``."""
     for tensor in stored_tensors(files):
         if tensor.name.rpartition("base_model.")[2] == name:
             return require_factor(tensor)
@@ -122,12 +122,12 @@ def shared_factor(path: Path, files: Iterable[TensorFile], name: str) -> StoredT
 
 
 def stored_shape(tensor: StoredTensor) -> tuple[int, ...]:
-    """Return the shape of a tensor in its file, with all its dimensions."""
+    """Return the shape of a PEFT factor, or another tensor, in its file, with all its dimensions."""
     return tensor.file.shape(tensor.name)
 
 
 def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str, str], **sizes: int) -> dict[str, int]:
-    """Check the shapes of a module's tensors, and return the sizes that they name.
+    """Check the shapes of a module's PEFT factors, and return the sizes that they name.
 
     Parameters
     ----------
@@ -166,7 +166,7 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
 
 
 def require_base(path: Path, config: Mapping[str, Any], base: PretrainedWeights | None, kind: str) -> PretrainedWeights:
-    """Return the base of an adapter that rescales or rotates its weights: the given one, else the one that it names."""
+    """Return the given or named base of an adapter whose PEFT factors rescale or rotate the base weights."""
     weights = base or named_base(config)
     if weights is None:
         name = printable(config.get("base_model_name_or_path") or "unnamed")
@@ -175,7 +175,7 @@ def require_base(path: Path, config: Mapping[str, Any], base: PretrainedWeights 
 
 
 def check_fit(path: Path, module: str, shape: tuple[int, int], base: tuple[int, int]) -> None:
-    """Raise a ValueError if an update does not have the shape (out, in) of the base weight."""
+    """Raise a ValueError if a module's factors, as in PEFT, do not fit the shape (out, in) of its base weight."""
     if shape != base:
         must = f"factors of {printable(module)} must fit its base weight, {base[0]} x {base[1]}"
         raise unreadable(path, f"{must}, got {shape[0]} x {shape[1]}")

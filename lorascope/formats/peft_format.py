@@ -48,7 +48,7 @@ _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "alpha", "n_frequency_pattern
 
 @dataclass(frozen=True)
 class PeftModule:
-    """Stored tensors of one module, whose shapes fit each other and the base weight.
+    """Stored tensors of one module in a PEFT format, whose shapes fit each other and the base weight.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ class PeftModule:
 
 
 class PeftFormat(msgspec.Struct, frozen=True):
-    """Type of PEFT's adapters; the fields of a subclass are settings of ``adapter_config.json``, with PEFT's defaults.
+    """Format of one type of PEFT adapter; a subclass's fields are its settings, with PEFT's defaults.
 
     Class attributes
     ----------------

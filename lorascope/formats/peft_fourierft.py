@@ -33,7 +33,7 @@ _FACTOR = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>fourierft_spectrum)(?:\.[^
 
 
 class FourierConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json``, with PEFT's defaults."""
+    """Settings used from PEFT's FourierFT configuration, with its defaults."""
 
     n_frequency: Positive = 1000
     n_frequency_pattern: dict[str, Positive] | None = None
@@ -44,7 +44,7 @@ class FourierConfig(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class FourierPart(StoredUpdate):
-    """Update of one module, given by its coefficients and the seed of their entries; ``sides`` is (out, in)."""
+    """Stored update of PEFT's FourierFT: coefficients and the seed of their entries; ``sides`` is (out, in)."""
 
     coefficients: StoredTensor
     sides: tuple[int, int]
@@ -78,7 +78,7 @@ class FourierPart(StoredUpdate):
 def read_fourier(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened FourierFT folder."""
+    """Read the modules of a PEFT FourierFT folder."""
     module_factors, other_names = group_factors(files, _FACTOR)
     if not module_factors:
         raise no_factors(path, "FOURIERFT weights must include fourierft_spectrum", other_names)
@@ -98,5 +98,5 @@ def read_fourier(
 
 
 def entry_seed(config: Mapping[str, Any]) -> int:
-    """Return the seed of the spectral entries, modulo 2^32 as in torch's CPU generator."""
+    """Return the seed of a PEFT FourierFT adapter's spectral entries, modulo 2^32 as in torch's CPU generator."""
     return to_typed(config, FourierConfig, CONFIG).random_loc_seed % SEEDS

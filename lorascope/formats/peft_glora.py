@@ -19,7 +19,7 @@ from lorascope.updates import Dense
 
 
 class GLoRA(PeftFormat, frozen=True):
-    """Scaled base weights plus a matrix."""
+    """PEFT's GLoRA: scaled base weights plus a matrix."""
 
     kind, needs = "GLoRA", "base"
     tensors = {f"glora_{matrix}.{name}": "*" for matrix in "ABCDE" for name in ("Xd", "Xu", "X")}

@@ -22,7 +22,7 @@ _GENERAL = {"gralora_A_general": "hybrid_r in", "gralora_B_general": "out hybrid
 
 
 class GraLoRA(PeftFormat, frozen=True):
-    """Grid of low-rank blocks plus a common product."""
+    """PEFT's GraLoRA: grid of low-rank blocks plus a common product."""
 
     kind = "GraLoRA"
     tensors = _GRID | _GENERAL

@@ -18,7 +18,7 @@ from lorascope.updates import Dense
 
 
 class HiRA(PeftFormat, frozen=True):
-    """Base weights times a product of rank r, elementwise."""
+    """PEFT's HiRA: base weights times a product of rank r, elementwise."""
 
     kind, needs = "HiRA", "base"
     tensors = {"hira_A": "r in*", "hira_B": "out r*", "hira_embedding_A": "r in*", "hira_embedding_B": "out r*"}

@@ -16,7 +16,7 @@ from lorascope.updates import LowRank
 
 
 class HRA(PeftFormat, frozen=True):
-    """Householder reflections of the inputs of each weight."""
+    """PEFT's HRA: Householder reflections of the inputs of each weight."""
 
     kind, needs = "HRA", "base"
     tensors = {"hra_u": "in r"}

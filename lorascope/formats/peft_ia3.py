@@ -25,7 +25,7 @@ from lorascope.updates import Dense
 
 
 class IA3(PeftFormat, frozen=True):
-    """Rescaled outputs or inputs."""
+    """PEFT's IA3: rescaled outputs or inputs."""
 
     kind, needs = "IA3", "base"
     tensors = {"ia3_l": "*"}

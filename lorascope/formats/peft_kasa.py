@@ -39,7 +39,7 @@ _TRAINED_PRODUCT = (
 
 @dataclass(frozen=True)
 class KasaPart(StoredLoRA):
-    """Update of one module; without a base it is the trained product only."""
+    """Stored update of PEFT's KaSA; without a base it is the trained product only."""
 
     diagonal: StoredTensor
     module: str
@@ -67,7 +67,7 @@ class KasaPart(StoredLoRA):
 def read_kasa(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened KaSA folder."""
+    """Read the modules of a PEFT KaSA folder."""
     module_factors, other_names = lora_factors(path, files, ("A", "B", "diag"))
     base, updates = stacked_base(path, config, module_factors, base), {}
     for module, plain in lora_parts(path, config, module_factors).items():

@@ -15,7 +15,7 @@ from lorascope.updates import Dense
 
 
 class LNTuning(PeftFormat, frozen=True):
-    """Tuned layer norms."""
+    """PEFT's LN_TUNING: tuned layer norms."""
 
     kind, needs = "LN_TUNING", "base"
     tensors = {"ln_tuning_layers": "out in*"}

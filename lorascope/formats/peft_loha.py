@@ -25,7 +25,7 @@ _TUCKER = ("hada_t1", "hada_t2")
 
 
 class LoHa(PeftFormat, frozen=True):
-    """Elementwise product of two low-rank matrices."""
+    """PEFT's LoHa: elementwise product of two low-rank matrices."""
 
     kind = "LoHa"
     tensors = dict.fromkeys(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", *_TUCKER), "*")
@@ -46,7 +46,7 @@ class LoHa(PeftFormat, frozen=True):
 
 
 def hadamard_shapes(names: Collection[str]) -> dict[str, str]:
-    """Return the shapes that the factors of one module must have, judging by their names."""
+    """Return the shapes that the LoHa factors of one module must have, judging by their names."""
     if not any(name in names for name in _TUCKER):
         return {"hada_w1_a": "out r", "hada_w1_b": "r in", "hada_w2_a": "out r", "hada_w2_b": "r in"}
     factors = {"hada_w1_a": "r out", "hada_w1_b": "r in", "hada_w2_a": "r out", "hada_w2_b": "r in"}
@@ -54,14 +54,14 @@ def hadamard_shapes(names: Collection[str]) -> dict[str, str]:
 
 
 def hadamard_part(factors: Factors, sizes: Sizes, scale: float) -> StoredFactors:
-    """Return the stored update of one module with these factors; ``sizes`` are their sides by name."""
+    """Return the stored LoHa update of one module with these factors; ``sizes`` are their sides by name."""
     sides = sizes["out"], sizes["in"] * sizes.get("k1", 1) * sizes.get("k2", 1)
     rank = min(sizes["r"] ** 2, *sides)
     thin = "hada_t1" not in factors and rank < min(sides)
-    return StoredFactors(factors, sides, rank, lambda arrays: hadamard(arrays, scale), scale, thin=thin)
+    return StoredFactors(factors, sides, rank, lambda arrays: _hadamard(arrays, scale), scale, thin=thin)
 
 
-def hadamard(arrays: Mapping[str, np.ndarray], scale: float) -> Update:
+def _hadamard(arrays: Mapping[str, np.ndarray], scale: float) -> Update:
     """Compute the elementwise product of two matrices given by their factors, multiplied by ``scale``."""
     factors = {name: as_float64(array) for name, array in arrays.items()}
     w1_a, w1_b, w2_a, w2_b = (factors[f"hada_w{number}_{side}"] for number in (1, 2) for side in "ab")
@@ -79,6 +79,9 @@ def hadamard(arrays: Mapping[str, np.ndarray], scale: float) -> Update:
 def tucker(
     core: Float[np.ndarray, "r s *kernel"], left: Float[np.ndarray, "r out"], right: Float[np.ndarray, "s in"]
 ) -> Float[np.ndarray, "out columns"]:
-    """Compute sum_ij core[i, j] left[i, p] right[j, q] at [p, q], with the kernel as part of the columns."""
+    """Compute a factor of LoHa from its Tucker form: sum_ij core[i, j] left[i, p] right[j, q] at [p, q].
+
+    The kernel is part of the columns.
+    """
     product = np.einsum("rskp,ro,sq->oqkp", core.reshape(*core.shape[:2], -1, 1), left, right, optimize=True)
     return product.reshape(left.shape[1], -1)

@@ -26,7 +26,7 @@ from lorascope.updates.linalg import as_float64
 
 
 class LoKr(PeftFormat, frozen=True):
-    """Kronecker product of two matrices."""
+    """PEFT's LoKr: Kronecker product of two matrices."""
 
     kind = "LoKr"
     tensors = dict.fromkeys(("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"), "*")
@@ -50,7 +50,7 @@ class LoKr(PeftFormat, frozen=True):
 
 
 def kronecker_shapes(names: Collection[str]) -> dict[str, str]:
-    """Return the shapes that the factors of one module must have, judging by their names."""
+    """Return the shapes that the LoKr factors of one module must have, judging by their names."""
     left = {"lokr_w1": "a b"} if "lokr_w1" in names else {"lokr_w1_a": "a r", "lokr_w1_b": "r b"}
     if "lokr_w2" in names:
         return left | {"lokr_w2": "c d*"}
@@ -60,7 +60,7 @@ def kronecker_shapes(names: Collection[str]) -> dict[str, str]:
 
 
 def kronecker_part(factors: Factors, sizes: Sizes, scale: float) -> StoredFactors:
-    """Return the stored update of one module with factors of these sizes."""
+    """Return the stored LoKr update of one module with factors of these sizes."""
     right = (sizes["c"], sizes["d"] * sizes.get("k1", 1) * sizes.get("k2", 1))
     ranks = [min(sizes["a"], sizes["b"]), min(right)]
     if "lokr_w1" not in factors:
@@ -68,7 +68,7 @@ def kronecker_part(factors: Factors, sizes: Sizes, scale: float) -> StoredFactor
     if not {"lokr_w2", "lokr_t2"} & factors.keys():
         ranks[1] = min(ranks[1], sizes["r"])
     sides = sizes["a"] * right[0], sizes["b"] * right[1]
-    return StoredFactors(factors, sides, ranks[0] * ranks[1], lambda arrays: kronecker(arrays, scale), scale)
+    return StoredFactors(factors, sides, ranks[0] * ranks[1], lambda arrays: _kronecker(arrays, scale), scale)
 
 
 def _misaligned(scale: float, arrays: dict[str, np.ndarray]) -> Dense:
@@ -77,7 +77,7 @@ def _misaligned(scale: float, arrays: dict[str, np.ndarray]) -> Dense:
     return Dense(scale * np.kron(left, right).reshape(len(left) * len(right), -1))
 
 
-def kronecker(arrays: Mapping[str, np.ndarray], scale: float) -> Kronecker:
+def _kronecker(arrays: Mapping[str, np.ndarray], scale: float) -> Kronecker:
     """Return the Kronecker product of the stored factors, multiplied by ``scale``."""
     return Kronecker(_matrix(arrays, "lokr_w1"), _matrix(arrays, "lokr_w2"), scale)
 

@@ -56,7 +56,7 @@ _VARIANTS = {
 
 
 class CommonConfig(Allocation, frozen=True):
-    """Settings used from the configuration of any kind of adapter."""
+    """Settings used from the configuration of LoRA and of every other kind of PEFT adapter."""
 
     peft_type: str = ""
     base_model_name_or_path: str | None = None
@@ -72,7 +72,7 @@ class CommonConfig(Allocation, frozen=True):
 
 
 class LoraConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json`` of LoRA and DoRA, with PEFT's defaults."""
+    """Settings used from PEFT's configuration of LoRA and DoRA, with its defaults."""
 
     r: Positive = 8
     lora_alpha: Finite = 8
@@ -83,7 +83,7 @@ class LoraConfig(msgspec.Struct, frozen=True):
 
 
 def peft_kind(config: Mapping[str, Any]) -> str:
-    """Return the type of a PEFT adapter in capitals, or the name of its variant; "" without a configuration."""
+    """Return the type of a PEFT adapter in capitals, or its variant of LoRA; "" without a configuration."""
     for setting, variant in _VARIANTS.items():
         if config.get(setting):
             return variant
@@ -91,12 +91,12 @@ def peft_kind(config: Mapping[str, Any]) -> str:
 
 
 def has_heads(names: Collection[str]) -> bool:
-    """Return whether tensor names are from a HydraLoRA folder."""
+    """Return whether a PEFT LoRA folder has the tensor names of a HydraLoRA."""
     return any(map(_HEAD.search, names))
 
 
 def factor_files(path: Path) -> list[Path]:
-    """Return the safetensors files of a folder that contain LoRA factors, regardless of their names."""
+    """Return the safetensors files of a PEFT folder that contain LoRA factors, regardless of their names."""
     files = sorted(filter(Path.is_file, path.glob("*.safetensors")))
     return [file for file in files if any(map(_LORA.search, open_tensors(file)))]
 
@@ -104,7 +104,7 @@ def factor_files(path: Path) -> list[Path]:
 def group_factors(
     files: Iterable[TensorFile], pattern: re.Pattern[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
-    """Group factors by module, ordered by layer and role, and return the names of all other tensors.
+    """Group the factors of a PEFT LoRA by module, ordered by layer and role; also return all other tensor names.
 
     ``pattern`` matches the names of factors without PEFT's prefix, with the groups ``module`` and ``factor``. A factor
     that is not stored as floats, or as integers if it is named ``indices``, or does not have the shape of one raises a
@@ -128,7 +128,7 @@ def group_factors(
 
 
 def no_factors(path: Path, must: str, other_names: Sequence[str]) -> ValueError:
-    """Return the error for an adapter without factors, which names the first of its other tensors."""
+    """Return the error for an adapter without LoRA or other factors, which names the first of its other tensors."""
     first = next(iter(other_names), "no tensor")
     return unreadable(path, f"{must}, got {printable(first)}")
 
@@ -136,7 +136,7 @@ def no_factors(path: Path, must: str, other_names: Sequence[str]) -> ValueError:
 def lora_factors(
     path: Path, files: Iterable[TensorFile], expected: Sequence[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
-    """Group LoRA factors by module; a ValueError reports a module without exactly those in ``expected``."""
+    """Group a PEFT LoRA's factors by module; a ValueError reports a module without exactly those in ``expected``."""
     module_factors, other_names = group_factors(files, _FACTOR)
     for name in other_names:
         if _VARIANT.search(name) and not UNUSED.search(name):
@@ -154,7 +154,7 @@ def lora_factors(
 
 
 def is_lora(config: Mapping[str, Any], names: Collection[str]) -> bool:
-    """Return whether an adapter is a plain LoRA, with or without experts in one tensor."""
+    """Return whether a PEFT adapter is a plain LoRA, with or without experts in one tensor."""
     other = config.get("use_dora") or "enable_lora" in config or has_heads(names)
     return peft_kind(config) == "LORA" and not other
 
@@ -166,7 +166,7 @@ def is_lora(config: Mapping[str, Any], names: Collection[str]) -> bool:
 def read_adapter(
     path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened LoRA folder."""
+    """Read the modules of a PEFT LoRA folder."""
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
     base = stacked_base(path, config, module_factors, base)
     return complete_lora(
@@ -175,7 +175,7 @@ def read_adapter(
 
 
 class RanksAndScales:
-    """Rank and scale that a LoRA configuration gives to each module."""
+    """Rank and scale of each module in a PEFT LoRA folder, from its configuration."""
 
     def __init__(self, source: object, config: Mapping[str, Any]) -> None:
         self.settings = settings = to_typed(config, LoraConfig, source)
@@ -199,7 +199,7 @@ class RanksAndScales:
 def lora_parts(
     path: Path, config: Mapping[str, Any], module_factors: Mapping[str, Mapping[str, StoredTensor]]
 ) -> dict[str, StoredLoRA]:
-    """Return the update scale * B @ A of every module, with the ranks and scales of the configuration."""
+    """Return the stored updates of a PEFT LoRA, scale * B @ A, with the ranks and scales of its configuration."""
     settings, updates = RanksAndScales(path / CONFIG, config), {}
     for module, factors in module_factors.items():
         check_rank(path, module, factors, settings.rank(module))
@@ -210,7 +210,7 @@ def lora_parts(
 
 
 def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], rank: int) -> None:
-    """Raise a ValueError if the rank of the factors differs from the configuration."""
+    """Raise a ValueError if the rank of a PEFT LoRA's factors differs from its configuration."""
     ranks = factors["A"].shape[0], factors["B"].shape[1]
     if ranks == (0, 0) and rank:  # AdaLoRA may remove all components of a module
         raise unreadable(path, f"{printable(module)} is empty: it was saved under ZeRO-3 or FSDP without gathering")
@@ -220,12 +220,12 @@ def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], ran
 
 
 def is_transposed(A: StoredTensor, fan_in_fan_out: bool | None) -> bool:
-    """Return whether the base stores the weight as (in, out), as it does for embeddings."""
+    """Return whether the base of a PEFT LoRA stores the weight as (in, out), as it does for embeddings."""
     return bool(fan_in_fan_out) or ".lora_embedding_" in A.name
 
 
 def require_factor(tensor: StoredTensor, dtypes: Sequence[str] = FLOATS) -> StoredTensor:
-    """Return a stored tensor; raise a ValueError if it has no dtype of a factor or is too large for one."""
+    """Return a stored LoRA factor; raise a ValueError if its dtype is not that of a factor or it is too large."""
     file, name = tensor.file, tensor.name
     if file.dtype(name) not in dtypes:
         stored = printable(file.dtype(name))
@@ -235,7 +235,7 @@ def require_factor(tensor: StoredTensor, dtypes: Sequence[str] = FLOATS) -> Stor
 
 
 def require_factor_shape(path: Path, name: str, shape: tuple[int, ...]) -> None:
-    """Raise a ValueError if an array of this shape is too large for a factor."""
+    """Raise a ValueError if an array of this shape is too large for a LoRA factor."""
     if not shape or max(shape) > MAX_SIDE or math.prod(shape) > MAX_VALUES:
         limits = f">= 1 dimensions, each <= {MAX_SIDE}, and <= {MAX_VALUES} values"
         raise unreadable(path, f"{printable(name)} must have {limits}, got shape {shape}")

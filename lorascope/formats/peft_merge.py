@@ -32,7 +32,7 @@ MERGED = ("ADAMSS", "DEFT", "FROD", "OSF", "PEANUT", "PSOFT", "PVERA", "TINYLORA
 
 
 class MergedConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json``, with limits of what PEFT allocates."""
+    """Settings used from the configuration of adapters that only PEFT can merge, with limits for PEFT's memory."""
 
     task_type: str | None = None
     r: Annotated[int, msgspec.Meta(le=2**14)] | None = None
@@ -42,7 +42,7 @@ class MergedConfig(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class MergedPart(StoredUpdate):
-    """Update of one module as computed by PEFT; ``tensors`` belong to the module."""
+    """Stored update of one module as PEFT merges it; ``tensors`` belong to the module."""
 
     matrix: Float[np.ndarray, "out in"]
     transposed: bool
@@ -74,7 +74,7 @@ class MergedPart(StoredUpdate):
 def read_merged(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Merge an opened folder into its base with PEFT, and read the change of every module."""
+    """Read the modules of a folder that only PEFT can merge: their changes when it is merged into its base."""
     kind, settings = peft_kind(config), to_typed(config, MergedConfig, path / CONFIG)
     weights = require_base(path, config, base, kind)
     if find_spec("peft") is None:

@@ -18,7 +18,7 @@ from lorascope.updates import Dense, LowRank, Update
 
 
 class MiSS(PeftFormat, frozen=True):
-    """Block of rows that is repeated along the inputs."""
+    """PEFT's MiSS: block of rows that is repeated along the inputs."""
 
     kind, needs = "MiSS", "shapes"
     tensors = {"miss_block": "r out"}

@@ -38,7 +38,7 @@ _CHANGED_BASE = {
 
 
 class ReplicationConfig(msgspec.Struct, frozen=True):
-    """Setting used from ``adapter_config.json``: first layers and ends of the ranges that form the stack."""
+    """Setting of a PEFT LoRA whose modules are in a stack of layers: first layers and ends of its ranges."""
 
     layer_replication: list[tuple[Count, Count]] | None = None
 
@@ -46,7 +46,7 @@ class ReplicationConfig(msgspec.Struct, frozen=True):
 def stacked_base(
     path: Path, config: Mapping[str, Any], modules: Iterable[str], base: PretrainedWeights | None
 ) -> PretrainedWeights | None:
-    """Return the base weights by the names of an adapter's modules, whose layers may be positions in a stack."""
+    """Return the base weights by the names of a PEFT LoRA's modules, whose layers may be positions in a stack."""
     stack = _layer_stack(path, config)
     names = {}
     for name in modules:
@@ -59,7 +59,7 @@ def stacked_base(
 
 
 def complete_lora(files: AdapterFiles) -> AdapterFiles:
-    """Return a LoRA with the names and cautions that follow from its modules and its configuration."""
+    """Return a PEFT LoRA with the module names and cautions that follow from its modules and configuration."""
     updates, configured = _attention_updates(files.parts)
     notes = list(_configured_notes(files.config))
     if configured:

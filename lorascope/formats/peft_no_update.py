@@ -31,7 +31,7 @@ _MODULE = re.compile(r"(?s)(.+)\.(?:lily|poly)_.+")
 def describe_routing(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> str:
-    """Return why there is no update per weight, and the number of modules and tensors."""
+    """Return why a PEFT adapter with routing has no update per weight, and its number of modules and tensors."""
     kind = peft_kind(config)
     names = [tensor.name.removeprefix(PREFIX) for tensor in stored_tensors(files)]
     modules = {match[1] for match in map(_MODULE.fullmatch, names) if match}
@@ -43,7 +43,7 @@ def describe_routing(
 def describe_biases(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> str:
-    """Return the number of changed biases and the norms of their changes."""
+    """Describe PEFT's BEFT, which has no update of weights: the number of changed biases and the norms of changes."""
     module_factors, other_names = peft_factors(path, files, ["beft_bias"])
     biases = [factors["beft_bias"] for factors in module_factors.values()]
     norms = [float(np.linalg.norm(as_float64(bias.read()))) for bias in biases]

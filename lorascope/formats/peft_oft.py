@@ -27,7 +27,7 @@ _EMBEDDING = "oft_embedding_R"
 
 
 class OFT(PeftFormat, frozen=True):
-    """Rotations of the inputs by blocks."""
+    """PEFT's OFT: rotations of the inputs by blocks."""
 
     kind, needs = "OFT", "base"
     tensors = {"oft_R": "blocks n", _EMBEDDING: "blocks n"}
@@ -92,7 +92,7 @@ def _block_size(n: int) -> int:
 
 
 def cayley(Q: Float[np.ndarray, "blocks size size"]) -> Float[np.ndarray, "blocks size size"]:
-    """Compute the Cayley transform (I - Q) (I + Q)^-1 of skew-symmetric matrices."""
+    """Compute the Cayley transform (I - Q) (I + Q)^-1 of OFT's skew-symmetric matrices."""
     identity = np.eye(Q.shape[-1])
     return np.linalg.solve((identity + Q).swapaxes(1, 2), (identity - Q).swapaxes(1, 2)).swapaxes(1, 2)
 
@@ -100,6 +100,6 @@ def cayley(Q: Float[np.ndarray, "blocks size size"]) -> Float[np.ndarray, "block
 def rotate(
     W: Float[np.ndarray, "rows columns"], R: Float[np.ndarray, "blocks size size"]
 ) -> Float[np.ndarray, "rows columns"]:
-    """Compute W blockdiag(R)^T; a single block is repeated."""
+    """Rotate a weight W as OFT does, W blockdiag(R)^T; a single block is repeated."""
     blocks = W.reshape(len(W), -1, R.shape[-1]).swapaxes(0, 1)
     return (blocks @ R.swapaxes(1, 2)).swapaxes(0, 1).reshape(W.shape)

@@ -43,7 +43,7 @@ _PROMPT = re.compile(r"(?s)(?:.+\.)?(?:prompt_embeddings|adaption_prompt)")
 def describe_prompt(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> str:
-    """Return the number of virtual tokens, their width and their norms; with a base, its nearest tokens."""
+    """Describe a PEFT prompt: number of virtual tokens, their width and norms; with a base, its nearest tokens."""
     kind = peft_kind(config)
     prompts, other_names = [], []
     for tensor in stored_tensors(files):

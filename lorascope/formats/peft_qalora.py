@@ -34,14 +34,14 @@ from lorascope.formats.stored_update import AdapterFiles, StoredLoRA
 
 
 class GroupConfig(msgspec.Struct, frozen=True):
-    """Setting used from ``adapter_config.json`` in addition to those of LoRA, with PEFT's default."""
+    """Setting used from PEFT's QALoRA configuration in addition to those of LoRA, with its default."""
 
     qalora_group_size: Positive = 16
 
 
 @dataclass(frozen=True)
 class GroupedPart(StoredLoRA):
-    """Update of one module, with one column of ``A`` per group of inputs."""
+    """Stored update of PEFT's QALoRA, with one column of ``A`` per group of inputs."""
 
     group: int
 
@@ -59,7 +59,7 @@ class GroupedPart(StoredLoRA):
 def read_qalora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened QALoRA folder."""
+    """Read the modules of a PEFT QALoRA folder."""
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
     settings, group = (
         RanksAndScales(path / CONFIG, config),

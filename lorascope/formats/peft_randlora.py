@@ -35,7 +35,7 @@ Bases = tuple[Float[np.ndarray, "r 1 smaller"], Float[np.ndarray, "larger n r"]]
 
 
 class RandLoRA(PeftFormat, frozen=True):
-    """Sum of products of random factors with trained scales."""
+    """PEFT's RandLoRA: sum of products of random factors with trained scales."""
 
     kind, needs = "RandLoRA", "shapes"
     tensors = {"randlora_lambda": "r n", "randlora_gamma": "n smaller"}
@@ -73,7 +73,7 @@ class RandLoRA(PeftFormat, frozen=True):
         if self.save_projection:
             A, B = arrays["randlora_A"], arrays["randlora_B"]
         else:
-            A, B = map(as_float64, draw_bases(self, module.sizes["smallest"], module.sizes["largest"]))
+            A, B = map(as_float64, _draw_random_bases(self, module.sizes["smallest"], module.sizes["largest"]))
         scales, gamma = arrays["randlora_lambda"], arrays["randlora_gamma"]
         smaller, larger = sorted(module.shape)
         left = B[:larger, : scales.shape[1]].reshape(larger, -1)
@@ -83,7 +83,7 @@ class RandLoRA(PeftFormat, frozen=True):
 
 
 @lru_cache(maxsize=1)
-def draw_bases(settings: RandLoRA, smaller: int, larger: int) -> Bases:
+def _draw_random_bases(settings: RandLoRA, smaller: int, larger: int) -> Bases:
     """Draw the random factors as PEFT does with torch's generator on the CPU, divided by their standard deviations."""
     words, rank = np.random.RandomState(settings.projection_prng_key % SEEDS), settings.r
     n = -(-smaller // rank)

@@ -22,7 +22,7 @@ from lorascope.updates import Dense
 
 
 class RoAd(PeftFormat, frozen=True):
-    """Rotations and scales of pairs of outputs."""
+    """PEFT's RoAd: rotations and scales of pairs of outputs."""
 
     kind, needs = "RoAd", "base"
     tensors = {"road_theta": "n", "road_alpha": "n"}

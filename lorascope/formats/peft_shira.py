@@ -22,7 +22,7 @@ from lorascope.updates.fourier import SEEDS, entries
 
 
 class SHiRA(PeftFormat, frozen=True):
-    """Sparse changes of the weights."""
+    """PEFT's SHiRA: sparse changes of the weights."""
 
     kind, needs = "SHiRA", "shapes"
     tensors = {"shira_weight": "n", "shira_indices": "2 n"}

@@ -20,7 +20,7 @@ _A, _B = "supertuning_lora_A", "supertuning_lora_B"
 
 
 class SuperTuning(PeftFormat, frozen=True):
-    """Sparse changes of the weights plus a product; without ``r`` there are no factors."""
+    """PEFT's SuperTuning: sparse changes of the weights plus a product; without ``r`` there are no factors."""
 
     kind, needs = "SuperTuning", "shapes"
     tensors = _ENTRIES | {_A: "r in", _B: "out r"}

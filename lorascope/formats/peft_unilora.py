@@ -18,7 +18,7 @@ from lorascope.updates import LowRank
 
 
 class UniLoRA(PeftFormat, frozen=True):
-    """Product of factors whose entries are values of one vector."""
+    """PEFT's Uni-LoRA: product of factors whose entries are values of one vector."""
 
     kind = "Uni-LoRA"
     tensors = {

@@ -22,7 +22,7 @@ _BANK = "vblora_vector_bank"
 
 
 class VBLoRA(PeftFormat, frozen=True):
-    """Product of factors that consist of mixed vectors of one bank."""
+    """PEFT's VB-LoRA: product of factors that consist of mixed vectors of one bank."""
 
     kind = "VB-LoRA"
     tensors = {name + end: "*" for name in _LOGITS for end in ("", "_topk_weights", "_topk_indices")}

@@ -35,7 +35,7 @@ _SHARED = re.compile(r"(^|\.)vera_[AB]$")
 
 
 class VeraConfig(msgspec.Struct, frozen=True):
-    """Settings used from ``adapter_config.json``, with PEFT's defaults."""
+    """Settings used from PEFT's VeRA configuration, with its defaults."""
 
     r: Positive = 256
     save_projection: bool = True
@@ -45,7 +45,7 @@ class VeraConfig(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class VeraPart(StoredUpdate):
-    """Update of one module: diag(lambda_b) B diag(lambda_d) A, with the random factors A and B of all modules.
+    """Stored update of PEFT's VeRA: diag(lambda_b) B diag(lambda_d) A, with the same random A and B in all modules.
 
     ``shared`` returns A and B. ``inner`` is the number of inputs of this module.
     """
@@ -76,7 +76,7 @@ class VeraPart(StoredUpdate):
 def read_vera(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """Read the modules of an opened VeRA folder."""
+    """Read the modules of a PEFT VeRA folder."""
     settings = to_typed(config, VeraConfig, path / CONFIG)
     module_factors, other_names = group_factors(files, _FACTOR)
     shared_factors = {}

@@ -24,7 +24,7 @@ from lorascope.updates.fourier import SEEDS, entries
 
 
 class WaveFT(PeftFormat, frozen=True):
-    """Sparse coefficients in a basis of wavelets."""
+    """PEFT's WaveFT: sparse coefficients in a basis of wavelets."""
 
     kind, needs = "WaveFT", "shapes"
     tensors = {"waveft_spectrum": "n_frequency"}
@@ -61,11 +61,11 @@ class WaveFT(PeftFormat, frozen=True):
         matrix = np.zeros((outer + outer % 2, inner + inner % 2))
         matrix[rows, columns] = self.scaling * values
         if self.use_idwt:
-            matrix = inverse_haar(matrix)
+            matrix = _inverse_haar(matrix)
         return Dense(matrix[:outer, :inner])
 
 
-def inverse_haar(quarters: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows columns"]:
+def _inverse_haar(quarters: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "rows columns"]:
     """Invert one level of the two-dimensional Haar transform.
 
     The quarters of the argument contain the averages (upper left), and the differences between columns (upper right),

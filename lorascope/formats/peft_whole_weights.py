@@ -35,14 +35,14 @@ UNUSED = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
 
 
 class TokensConfig(msgspec.Struct, frozen=True):
-    """Setting used from ``adapter_config.json``: indices of the embedding, or by module."""
+    """Setting of a PEFT adapter whose whole weights are rows of tokens: indices of the embedding, or by module."""
 
     trainable_token_indices: list[Count] | dict[str, list[Count]] | None = None
 
 
 @dataclass(frozen=True)
 class WholeWeight:
-    """A stored tensor that is not a factor; ``rows`` are the indices of the tokens of its rows."""
+    """Whole weight in an adapter: a stored tensor that is not a factor; ``rows`` are the tokens of its rows."""
 
     kind: Kind
     module: str
@@ -56,7 +56,7 @@ class WholeWeight:
 
 
 def whole_weights(files: AdapterFiles) -> list[WholeWeight]:
-    """Return the tensors of an adapter that are not factors.
+    """Return the whole weights that a PEFT or other adapter stores: its tensors that are not factors.
 
     Raises
     ------

@@ -22,7 +22,7 @@ _SINGLE = {
 
 
 class ExpertWeights(PretrainedWeights):
-    """Weights of a model, with those of single experts.
+    """Pretrained weights of a model, with those of single experts.
 
     Parameters
     ----------

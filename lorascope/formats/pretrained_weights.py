@@ -24,7 +24,7 @@ _EXPERTS = ".mlp."  # in transformers; the files of Mixtral and MiniMax have ano
 
 
 class PretrainedWeights:
-    """Model folder written by ``save_pretrained``: one safetensors file, shards, or a pipeline of diffusers.
+    """Pretrained weights in a model folder: one safetensors file, shards, or a pipeline of diffusers.
 
     Parameters
     ----------
@@ -199,7 +199,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
 
 
 def named_base(config: Mapping[str, Any]) -> PretrainedWeights | None:
-    """Return the base weights that the configuration names, if they are in a local folder."""
+    """Return the pretrained weights that an adapter's configuration names, if they are in a local folder."""
     name = config.get("base_model_name_or_path")
     if not name or "\0" in name:
         return None
@@ -210,7 +210,7 @@ def named_base(config: Mapping[str, Any]) -> PretrainedWeights | None:
 def base_with_shapes(
     path: Path, config: Mapping[str, Any], base: PretrainedWeights | None, kind: str
 ) -> PretrainedWeights:
-    """Return the base for an adapter of a kind that stores no shapes: the given one, else the one that it names."""
+    """Return pretrained weights for an adapter that stores no shapes: the given ones, else those that it names."""
     weights = base or named_base(config)
     if weights is None:
         model = "its base model"

@@ -30,7 +30,7 @@ Needs = Literal["files", "direction", "base", "peft"]
 
 @dataclass(frozen=True)
 class Reader:
-    """Reader of one format, as registered by `reads`."""
+    """Reader of one adapter format, as registered by `reads`."""
 
     matches: Matches
     read: Callable[..., AdapterFiles]
@@ -46,7 +46,7 @@ READERS: dict[str, Reader] = {}
 def reads(
     matches: Matches, format: str = "", needs: Needs = "files"
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function ``read(path, config, files, base)`` as a reader.
+    """Register a function ``read(path, config, files, base)`` as the reader of a format.
 
     It returns the adapter's ``AdapterFiles``, or raises a ValueError if a tensor is missing or configuration and
     weights disagree. ``base`` is the base model's ``PretrainedWeights``, or None.
@@ -75,7 +75,7 @@ SENTENCES: list[tuple[Matches, Sentence, str]] = []
 
 
 def says(matches: Matches, format: str) -> Callable[[Sentence], Sentence]:
-    """Register a function ``say(path, config, files, base)`` for adapters without updates of weights.
+    """Register a reader ``say(path, config, files, base)`` of adapters without updates of weights.
 
     It returns one sentence: what the adapter changes instead. ``load`` raises it as a ValueError. ``base`` is the base
     model's ``PretrainedWeights``, or None.
@@ -94,12 +94,12 @@ def says(matches: Matches, format: str) -> Callable[[Sentence], Sentence]:
 
 
 def unread(names: Sequence[str]) -> str:
-    """Return the end of a sentence about tensors that are not part of the format; "" if there are none."""
+    """Return the end of a sentence about tensors that the reader of a format ignores; "" if there are none."""
     return f"; tensors that are not read: {first_of(names)}" if names else ""
 
 
 def find_sentence(config: Mapping[str, Any], names: Collection[str]) -> Sentence | None:
-    """Return the function that describes an adapter without updates of weights, or None."""
+    """Return the registered reader that describes an adapter without updates of weights, or None."""
     load_plugins("lorascope.formats", "lorascope.readers")
     for matches, say, _ in reversed(SENTENCES):
         if matches(config, names):
@@ -108,7 +108,7 @@ def find_sentence(config: Mapping[str, Any], names: Collection[str]) -> Sentence
 
 
 def find_reader(config: Mapping[str, Any], names: Collection[str]) -> Reader | None:
-    """Return the reader of an adapter, or None; of several, the one that was registered last."""
+    """Return the reader of an adapter's format, or None; of several, the one that was registered last."""
     load_plugins("lorascope.formats", "lorascope.readers")
     # Packages register their readers last, so they may replace these.
     for reader in reversed(READERS.values()):

@@ -22,7 +22,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Stored factor of an adapter, by its name in a file."""
+    """Stored tensor of an update, by its name in a file."""
 
     file: TensorFile
     name: str
@@ -44,13 +44,13 @@ class StoredTensor:
 
 
 def in_order(modules: Mapping[str, T]) -> dict[str, T]:
-    """Return values of modules, ordered by layer and role."""
+    """Return stored updates, or other values by module, ordered by layer and role."""
     ordered = sorted(modules, key=lambda module: position(*parse(module)))
     return {module: modules[module] for module in ordered}
 
 
 def stored_tensors(files: Iterable[TensorFile]) -> Iterator[StoredTensor]:
-    """Yield all tensors of some files."""
+    """Yield all stored tensors of an adapter's files, each as a `StoredTensor`."""
     for file in files:
         for name in file:
             yield StoredTensor(file, name)
@@ -115,7 +115,7 @@ class StoredUpdate:
 
 @dataclass(frozen=True)
 class StoredLoRA(StoredUpdate):
-    """Update of one module: scale * B @ A.
+    """Stored update of one module as two factors: scale * B @ A.
 
     B is (out, rank) and A is (rank, in), regardless of how the base stores its weight.
     """
@@ -144,7 +144,7 @@ class StoredLoRA(StoredUpdate):
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """Opened adapter folder.
+    """Opened adapter folder with the stored update of every module.
 
     Parameters
     ----------

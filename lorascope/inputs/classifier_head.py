@@ -14,7 +14,7 @@ from lorascope.schema import module_table
 
 
 def fit_head(model: Any, labels: Sequence[str] | None) -> None:
-    """Replace the classifier's last Linear in place if its output size differs from the number of labels.
+    """Fit a classifier's head in place: replace its last Linear if its size is not the number of labels.
 
     The new weights are added to ``models.missing``. Without labels, the task uses the language model head, which stays.
     """
@@ -35,9 +35,10 @@ def fit_head(model: Any, labels: Sequence[str] | None) -> None:
 
 
 def draw_new_weights(model: nn.Module, seed: int) -> None:
-    """Initialize the weights that the checkpoint lacked: normal matrices, zero biases, unit norm weights.
+    """Initialize the weights that the checkpoint lacked, such as a classifier's head, from a seed.
 
-    Each tensor has its own generator, so that an additional new weight does not change the others.
+    Matrices are normal, biases are zero, and norm weights are one. Each tensor has its own generator, so that an
+    additional new weight does not change the others.
     """
     spread = getattr(model.config, "initializer_range", 0.02)
     parameters = dict(model.named_parameters())
@@ -53,7 +54,7 @@ def draw_new_weights(model: nn.Module, seed: int) -> None:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and persistent buffers except new weights, sorted by name."""
+    """Return the SHA-256 of all parameters and persistent buffers, except new weights such as a classifier's head."""
     digest, new, persistent = hashlib.sha256(), missing(model), model.state_dict(keep_vars=True)
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
     for name, tensor in sorted((*model.named_parameters(), *buffers)):

@@ -56,14 +56,14 @@ def open_image(image: Any) -> Image.Image:
 
 
 def digest_image(image: Any) -> str:
-    """Return the SHA-256 of size and pixels, so that the same image in two files counts once."""
+    """Return the SHA-256 of an image row's size and pixels, so that the same image in two files counts once."""
     rgb = open_image(image)
     return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class Images(EncodedRows):
-    """Image rows, read and preprocessed when they are part of a batch."""
+    """Images as task rows, read and preprocessed when they are part of a batch."""
 
     images: Sequence[Any]  # in any form that `open_image` reads
     processor: Any  # image processor of the model, from transformers
@@ -85,5 +85,5 @@ class Images(EncodedRows):
 
 
 def encode_images(processor: Any, rows: pd.DataFrame, labels: Sequence[str]) -> Images:
-    """Return encoded rows of images with class numbers."""
+    """Return the encoded rows of images with class numbers."""
     return Images(rows["image"].to_list(), processor, classes=class_numbers(rows, labels), groups=groups_of(rows))

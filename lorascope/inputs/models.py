@@ -96,12 +96,12 @@ def name_of(model: nn.Module) -> str:
 
 
 def missing(model: nn.Module) -> frozenset[str]:
-    """Return the names of parameters that the checkpoint lacked, usually those of a new head."""
+    """Return the names of parameters that the checkpoint of a model lacked, usually those of a new head."""
     return getattr(model, "_lorascope_missing", frozenset())
 
 
 def note_missing(model: nn.Module, names: Iterable[str]) -> None:
-    """Add names to the parameters that the checkpoint lacked; copies of the model keep the list."""
+    """Add names to the parameters that a model's checkpoint lacked; copies of the model keep the list."""
     model._lorascope_missing = missing(model) | frozenset(names)  # type: ignore[assignment]
 
 
@@ -244,7 +244,7 @@ def _head_class(config: Any, name: object) -> Any:
 
 
 def set_labels(config: Any, labels: Sequence[str]) -> None:
-    """Set the class names of a classifier, and their numbers."""
+    """Set a model's class names, and their numbers, in its configuration."""
     config.id2label = dict(enumerate(labels))  # sets num_labels too
     config.label2id = {label: number for number, label in enumerate(labels)}
 
@@ -295,7 +295,7 @@ def _is_hub_reachable() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide transformers' progress bars and its reports of new weights, which ``missing`` lists."""
+    """Hide transformers' progress bars and reports of new weights when a model loads; ``missing`` lists them."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

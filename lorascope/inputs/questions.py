@@ -26,7 +26,7 @@ _STRONG, _SHORTEST = 2.0, 8
 
 
 def ask() -> pd.DataFrame:
-    """Return all questions in a random order that a hash of their text fixes.
+    """Return all questions about the bundled sentences in a random order that a hash of their text fixes.
 
     Returns
     -------

@@ -32,7 +32,7 @@ _FILES = {".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 
 
 def read(name: str) -> pd.DataFrame:
-    """Return the rows of a source by name, except of ``MIXTURE``; see ``tasks.load`` for the names and errors."""
+    """Return the rows of a task's source by name, except of ``MIXTURE``; see ``tasks.load`` for names and errors."""
     if name in BUNDLED:
         rows = sentiment()
         rows = rows.assign(cluster=clusters(rows))
@@ -46,14 +46,14 @@ def read(name: str) -> pd.DataFrame:
     if (size := len(os.fsencode(path.name))) > _LONGEST:
         raise ValueError(f"task must be a name of at most {_LONGEST} bytes, got {size}")
     if path.suffix in _FILES:
-        rows = read_rows_file(path)
+        rows = _read_rows_file(path)
         if "image" in rows:
             # Paths are relative to the folder of the file that lists them.
             images = [str(path.parent / image) if isinstance(image, str) else image for image in rows["image"]]
             rows = rows.assign(image=pd.Series(images, rows.index, dtype=object))
         return rows
     if path.is_dir():
-        return read_folder(path)
+        return _read_folder(path)
     if path.exists():
         require_regular(path)
         raise ValueError(f"cannot read {printable(path)}: its suffix must be one of {', '.join(_FILES)}")
@@ -62,11 +62,13 @@ def read(name: str) -> pd.DataFrame:
         raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}?")
     if name.startswith("sentiment/"):
         raise ValueError(_unknown_task(name))
-    return read_hub(name)
+    return _read_hub(name)
 
 
 def sentiment() -> pd.DataFrame:
-    """Return sentences of four domains, labeled by the sign of their mean human rating; cached on the first call.
+    """Return the source "sentiment": sentences of four domains, labeled by the sign of their mean human rating.
+
+    The table is cached on the first call.
 
     Returns
     -------
@@ -79,7 +81,7 @@ def sentiment() -> pd.DataFrame:
 
 
 def clusters(rows: pd.DataFrame) -> list[str]:
-    """Return the cluster of each row of ``sentiment``, such as "news/12": sentences of one article or review.
+    """Return the cluster of each row of the source ``sentiment``, such as "news/12": one article or review.
 
     The id of such a sentence is the number of the article, ``_`` and the number of the sentence. Every tweet and every
     movie snippet is a separate cluster.
@@ -107,7 +109,7 @@ def _read_ratings(archive: tarfile.TarFile, file: str) -> pd.DataFrame:
     )
 
 
-def read_rows_file(path: Path) -> pd.DataFrame:
+def _read_rows_file(path: Path) -> pd.DataFrame:
     """Return the rows of a CSV, JSONL or Parquet file, unchanged."""
     if not path.exists():
         raise FileNotFoundError(f"cannot read {printable(path)}: no such file")
@@ -127,7 +129,7 @@ def read_rows_file(path: Path) -> pd.DataFrame:
         raise ValueError(f"cannot read {printable(path)} as {_FILES[path.suffix]}: {complaint}") from None
 
 
-def read_folder(path: Path) -> pd.DataFrame:
+def _read_folder(path: Path) -> pd.DataFrame:
     """Return the images of a folder in the columns image (path) and label (name of the subfolder)."""
     extensions = Image.registered_extensions()
     rows = [(str(file), file.parent.name) for file in sorted(path.glob("*/*")) if file.suffix.lower() in extensions]
@@ -136,7 +138,7 @@ def read_folder(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["image", "label"])
 
 
-def read_hub(name: str) -> pd.DataFrame:
+def _read_hub(name: str) -> pd.DataFrame:
     """Return the rows of all labeled splits of a dataset on the Hugging Face Hub; ``tasks`` splits them again.
 
     The name is ``"owner/name"``, ``"owner/name:configuration"``, or a GLUE task such as ``"glue/sst2"``.

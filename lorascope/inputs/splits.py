@@ -14,7 +14,7 @@ RULE = "sha256 of the casefolded text; train below 0.7, validation below 0.8, te
 
 
 def digest_text(text: str) -> str:
-    """Return the SHA-256 of a text in hex; texts that differ only in case or the amount of white space have the same.
+    """Return the SHA-256 of a text, which decides its split; case and the amount of white space do not matter.
 
     As all texts of one digest are in the same split, none of them leaks from one split to another.
     """
@@ -22,7 +22,7 @@ def digest_text(text: str) -> str:
 
 
 def assign(digests: Iterable[str]) -> pd.DataFrame:
-    """Return ``split`` and ``draw`` of each digest: its first two 64-bit numbers, on a scale from 0 to 1."""
+    """Return the ``split`` and ``draw`` of each row's digest: its first two 64-bit numbers, scaled to 0 to 1."""
     numbers = [(_unit_number(digest[:16]), _unit_number(digest[16:32])) for digest in digests]
     position, draw = np.array(numbers, dtype=np.float64).reshape(-1, 2).T
     split = np.array(list(SPLITS))[np.searchsorted([*SPLITS.values()], position, side="right")]

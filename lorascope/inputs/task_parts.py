@@ -17,7 +17,7 @@ QUARTERS = (1, 2, 3, 4)
 
 
 def restrict(task: Task, group: str) -> Task:
-    """Return the rows of one group, with all labels of the task.
+    """Return the part of a task with the rows of one group, and all labels of the task.
 
     Raises
     ------
@@ -30,7 +30,7 @@ def restrict(task: Task, group: str) -> Task:
 
 
 def subsample(task: Task, number: int, seed: int) -> Task:
-    """Return the task with ``number`` random rows of its train split; validation and test are unchanged.
+    """Return a part of a task: ``number`` random rows of its train split, and all of validation and test.
 
     Raises
     ------
@@ -44,7 +44,7 @@ def subsample(task: Task, number: int, seed: int) -> Task:
 
 
 def quarter(task: Task, number: int, seed: int) -> Task:
-    """Return the task with one of four random parts of its train split; validation and test are unchanged.
+    """Return a part of a task: one of four random quarters of its train split, and all of validation and test.
 
     The four quarters of a seed have no row in common and together are the train split.
 
@@ -60,7 +60,7 @@ def quarter(task: Task, number: int, seed: int) -> Task:
 
 
 def first_test_rows(task: Task, number: int) -> Task:
-    """Return the task with the first ``number`` rows of its test split, a random sample; the rest is unchanged.
+    """Return a part of a task whose test split has only its first ``number`` rows, a random sample.
 
     Raises
     ------
@@ -74,7 +74,7 @@ def first_test_rows(task: Task, number: int) -> Task:
 
 
 def identify_test_rows(task: Task) -> pd.DataFrame:
-    """Return what the evidence keeps about the test rows of a task, which is enough to recognize them.
+    """Return the part of a task's test rows that the evidence keeps, which is enough to recognize them.
 
     Returns
     -------

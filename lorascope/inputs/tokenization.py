@@ -30,7 +30,7 @@ class Choices:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EncodedRows(ABC):
-    """Rows in the form of model inputs."""
+    """Rows of a task as model inputs, by tokenization or from images."""
 
     classes: Int[np.ndarray, "rows"] | None = None  # class numbers; None if the labels are tokens
     choices: Choices | None = None  # closed set of responses, among which the preferred one is evaluated
@@ -88,7 +88,7 @@ class Tokens(EncodedRows):
 
 
 def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], max_length: int) -> Tokens:
-    """Encode texts, or pairs of texts, with class numbers."""
+    """Tokenize texts, or pairs of texts, with class numbers."""
     pairs = {"text_pair": rows["pair"].to_list()} if "pair" in rows else {}
     encoding = tokenizer(rows["text"].to_list(), **pairs, truncation=True, max_length=max_length)
     tokens, padding = {"input_ids": encoding["input_ids"]}, {"input_ids": tokenizer.pad_token_id}
@@ -98,7 +98,7 @@ def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], ma
 
 
 def encode_text(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:
-    """Encode plain text for a causal LM: all tokens except the first are targets, including end-of-text."""
+    """Tokenize plain text for a causal LM: all tokens except the first are targets, including end-of-text."""
     start, end = _start_ids(tokenizer), _end_ids(tokenizer)
     ids = [[*start, *text, *end][:max_length] for text in _token_ids(tokenizer, rows["text"].to_list())]
     padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED}
@@ -108,7 +108,7 @@ def encode_text(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:
 def encode_pairs(
     tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], max_length: int, *, seq2seq: bool
 ) -> Tokens:
-    """Encode prompts with responses; only the tokens of the responses are targets.
+    """Tokenize prompts with responses; only the tokens of the responses are targets.
 
     With ``labels``, the responses are a closed set. An open response ends with the end-of-text token, so that the model
     learns where to stop.
@@ -166,11 +166,11 @@ def _end_ids(tokenizer: Any) -> list[int]:
 
 
 def class_numbers(rows: pd.DataFrame, labels: Sequence[str]) -> Int[np.ndarray, "rows"]:
-    """Return the class number of each row."""
+    """Return the class number of each row of tokenized text or of images."""
     number_of = {label: number for number, label in enumerate(labels)}
     return np.array([number_of[label] for label in rows["label"]], dtype=np.int64)
 
 
 def groups_of(rows: pd.DataFrame) -> list[str] | None:
-    """Return the group of each row, or None without groups."""
+    """Return the group of each row of tokenized text or of images, or None without groups."""
     return rows["group"].to_list() if "group" in rows else None

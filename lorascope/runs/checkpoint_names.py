@@ -27,7 +27,7 @@ def checkpoint_step(name: str | Path) -> int | None:
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
-    """Return the folders and safetensors files in a folder whose names have a step, in the order of the steps."""
+    """Return the checkpoints in a folder, files or folders whose names have a step, in the order of the steps."""
     steps = {}
     for path in folder.iterdir():
         step = checkpoint_step(path)
@@ -38,7 +38,7 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def count_and_span(steps: Iterable[int]) -> str:
-    """Format the number of steps, and the first and last one, such as ``12, steps 10 to 120``."""
+    """Format the number of checkpoint steps, and the first and last one, such as ``12, steps 10 to 120``."""
     first, *later_steps = sorted(steps)
     if not later_steps:
         return f"1, step {first}"
@@ -46,7 +46,7 @@ def count_and_span(steps: Iterable[int]) -> str:
 
 
 def describe_checkpoints(folder: Path) -> str | None:
-    """Return a line on the checkpoints next to the final adapter of a training, None if there are none."""
+    """Describe the checkpoints, by their names, next to the final adapter of a training; None without any."""
     if not folder.is_dir():
         return None
     steps = {checkpoint_step(path) or 0 for path in find_checkpoints(folder)}
@@ -54,7 +54,7 @@ def describe_checkpoints(folder: Path) -> str | None:
 
 
 def by_step(names: Iterable[str | Path]) -> dict[int, str | Path]:
-    """Return checkpoints by step: from their names, or 1, 2, ... if no name has a step.
+    """Return checkpoints by the steps in their names, or by 1, 2, ... if no name has a step.
 
     Raises
     ------

@@ -38,12 +38,12 @@ _Id = Annotated[str, Meta(pattern="^[0-9a-f]{12}$")]
 
 
 class RunLocked(ValueError):
-    """Another process is training this run."""
+    """Error for a run folder in which another process is training."""
 
 
 @dataclass
 class RunManifest:
-    """Fields that distinguish lorascope's ``run.json`` from one of another program."""
+    """Fields that distinguish a run folder's ``run.json`` from that of another program."""
 
     id: _Id
     status: Literal["running", "done", "broken"]
@@ -55,7 +55,7 @@ class RunManifest:
 
 @dataclass
 class RecipeManifest:
-    """Content of ``recipe.json``; ``phases`` are the names of their folders."""
+    """Content of the folder of a recipe, in ``recipe.json``; ``phases`` are the names of the run folders in it."""
 
     id: _Id
     status: Literal["running", "done"]
@@ -66,7 +66,7 @@ MANIFESTS = ("recipe.json", "run.json")
 
 
 def identify_folder(folder: Path) -> RunManifest | RecipeManifest:
-    """Return the manifest of a recipe with phases if there is one, else that of a run; see `read_json` for errors."""
+    """Return the manifest of a recipe's folder if it has one, else that of a run folder; errors as in `read_json`."""
     recipe = folder / "recipe.json"
     return read_json(recipe, RecipeManifest) if recipe.exists() else read_json(folder / "run.json", RunManifest)
 
@@ -109,7 +109,7 @@ def lock_run(folder: Path) -> Iterator[None]:
 
 
 def remove_run(folder: Path) -> None:
-    """Remove a run, or a recipe with its phases, finished or not.
+    """Remove the folder of a run, or of a recipe with its phases, finished or not.
 
     Raises
     ------
@@ -169,13 +169,13 @@ def _is_run_file(path: Path, folder: Path) -> bool:
 
 
 def require_absent(path: Path) -> None:
-    """Raise a FileExistsError if a path exists."""
+    """Raise a FileExistsError if the path of a new folder or file exists."""
     if path.exists() or path.is_symlink():
         raise FileExistsError(f"cannot create {path}: it exists, pass a new path")
 
 
 def require_own(path: Path, *marks: str) -> None:
-    """Raise a FileExistsError if a path exists and is not a file with one of the marks that lorascope writes."""
+    """Raise a FileExistsError if a path is a folder, or a file without one of the marks that lorascope writes."""
     if not path.exists():
         return
     is_small = path.is_file() and path.stat().st_size <= MAX_PAGE
@@ -184,7 +184,7 @@ def require_own(path: Path, *marks: str) -> None:
 
 
 def foreign_file_error(path: Path) -> FileExistsError:
-    """Return the error for a file that lorascope must not replace."""
+    """Return the error for a file or folder that lorascope must not replace."""
     return FileExistsError(f"cannot write {printable(path)}: it exists and was not written by lorascope")
 
 

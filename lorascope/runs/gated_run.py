@@ -27,7 +27,7 @@ def at_gates(
     gates: Mapping[str, Sequence[float] | Float[np.ndarray, "_"]],
     label: str = "given gates",
 ) -> Result:
-    """Return a view of a run with updates at fixed gate weights: ``scale * sum(gates[i] * B[i] @ A)``.
+    """Return a gated run, with updates at fixed gate weights: ``scale * sum(gates[i] * B[i] @ A)``.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def at_gates(
 
 
 def gate_description(run: Result) -> str:
-    """Return a description of the gate weights of a run's input-dependent updates, "" if it has no such updates.
+    """Describe the gate weights of a gated run, or those recorded for input-dependent updates; "" without any.
 
     The gate weights are exactly equal if none were recorded on texts, as in the authors' folders and under a Trainer.
     """
@@ -85,7 +85,7 @@ def gate_description(run: Result) -> str:
 
 
 class GatedRun(Result):
-    """View of a run with fixed gate weights; created by ``at_gates``."""
+    """Gated run: view of a run with fixed gate weights; created by ``at_gates``."""
 
     def __init__(self, run: Result, gates: Mapping[str, Float[np.ndarray, "heads"]], label: str) -> None:
         self.run, self.gates, self.gates_label = run, gates, label

@@ -15,7 +15,7 @@ PREDICTIONS = "predictions.parquet"
 
 
 class Lazy(Mapping[str, Any]):
-    """Mapping whose values are computed on access."""
+    """Lazy mapping, such as of the arrays in the layout of a run folder, whose values are computed on access."""
 
     def __init__(self, keys: list[str], make: Callable[[str], Any]) -> None:
         self._keys, self._make = dict.fromkeys(keys), make
@@ -37,11 +37,11 @@ class Lazy(Mapping[str, Any]):
 
 
 def identify(content: Mapping[str, Any]) -> str:
-    """Compute a run id: the first twelve hex digits of the SHA-256 of canonical JSON."""
+    """Compute a run id, a name in the layout of runs: the first twelve hex digits of the SHA-256 of canonical JSON."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def snapshot_file(step: int) -> str:
-    """Return the name of a step's snapshot file inside the run folder."""
+    """Return the name of a step's snapshot file in the layout of a run folder."""
     return f"snapshots/step-{step:06d}.safetensors"

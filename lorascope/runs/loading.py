@@ -40,7 +40,7 @@ MARKS = (*MANIFESTS, CONFIG)
 
 
 class NoUpdatesError(ValueError):
-    """An adapter that changes no weights, such as a trained prompt; ``sentence`` describes it."""
+    """Error on loading an adapter that changes no weights, such as a trained prompt; ``sentence`` describes it."""
 
     def __init__(self, path: Path, sentence: str) -> None:
         super().__init__(f"cannot load {printable(path)}: {sentence}")
@@ -48,7 +48,7 @@ class NoUpdatesError(ValueError):
 
 
 def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter | Series:
-    """Open a run, an adapter, or the checkpoints of one training.
+    """Load a run, an adapter, or the checkpoints of one training.
 
     Parameters
     ----------
@@ -83,7 +83,7 @@ def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter | Se
 def load_series(
     checkpoints: str | Path | Sequence[str | Path] | Mapping[int, str | Path], base: str | Path | None = None
 ) -> Series:
-    """Open the checkpoints of one training as a run with a history of norms, spectra and ranks.
+    """Load the checkpoints of one training as a run with a history of norms, spectra and ranks.
 
     Parameters
     ----------
@@ -156,26 +156,26 @@ def _require_own_base(adapter: Adapter) -> Adapter:
 
 
 def load_adapter(path: Path, base: str | Path | None) -> Adapter:
-    """Open an adapter with a base that may be another model than its own; see ``load``."""
+    """Load an adapter with a base that may be another model than its own; see ``load``."""
     model = None if base is None else PretrainedWeights(locate_base(base))
     files = _open_adapter(path, model)
     return Adapter(files, files.base or model)
 
 
 def is_run(path: str | Path) -> bool:
-    """Return whether a folder is a run that lorascope trained or recorded."""
+    """Return whether a folder to load is a run that lorascope trained or recorded."""
     return any((Path(os.path.expanduser(path)) / name).exists() for name in MANIFESTS)
 
 
 def is_series(path: Path) -> bool:
-    """Return whether a folder has checkpoints in subfolders, and is neither a run nor an adapter itself."""
+    """Return whether a folder to load has checkpoints in subfolders, and is neither a run nor an adapter itself."""
     if not path.is_dir() or is_run(path) or (path / CONFIG).exists() or any(path.glob("*.safetensors")):
         return False
     return bool(find_checkpoints(path))
 
 
 def is_adapter(path: Path) -> bool:
-    """Return whether a folder or file has tensors of an adapter, or the configuration of one."""
+    """Return whether a folder or file to load has tensors of an adapter, or the configuration of one."""
     if path.is_dir() and (path / CONFIG).exists():
         return True
     files = _open_files(path)
@@ -184,7 +184,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def is_whole_model(path: Path) -> bool:
-    """Return whether a path is a whole model in safetensors files, and neither a run nor an adapter."""
+    """Return whether a path to load is a whole model in safetensors files, and neither a run nor an adapter."""
     has_weights = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors*"))
     return has_weights and not is_run(path) and not is_adapter(path)
 

@@ -17,7 +17,7 @@ _ROUTED = (
 
 
 def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Update]) -> dict[str, Any]:
-    """Return PEFT's keywords for a LoRA with these ranks and the updates' scales; see ``Run.lora_config``.
+    """Return a PEFT LoRA configuration, as keywords, with these ranks and the updates' scales.
 
     PEFT reads pattern keys as regular expressions that match the end of a module name. Each key is therefore written to
     match only one full name. Modules of rank 0 are not targets.
@@ -29,12 +29,12 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Upda
     ranks = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
     if not ranks:
         raise no_rank_error(run)
-    factors = low_rank_products(run, {name: updates[name] for name in ranks})
+    factors = _low_rank_products(run, {name: updates[name] for name in ranks})
     return lora_keywords(ranks, {name: product.scale for name, product in factors.items()}, _module_names(run))
 
 
 def lora_keywords(ranks: Mapping[str, int], scales: Mapping[str, float], modules: Collection[str]) -> dict[str, Any]:
-    """Return PEFT's keywords for a LoRA with these ranks and scales; see `peft_keywords`.
+    """Return a PEFT LoRA configuration, as keywords, with these ranks and scales; see `peft_keywords`.
 
     The other ``modules`` of the model do not become targets.
     """
@@ -51,11 +51,11 @@ def lora_keywords(ranks: Mapping[str, int], scales: Mapping[str, float], modules
 
 
 def no_rank_error(run: Any) -> ValueError:
-    """Return the error for a run without a LoRA to configure."""
+    """Return the error for a run that has no LoRA configuration."""
     return ValueError(f"cannot configure a LoRA for run {run.id}: it has no factored update of rank >= 1")
 
 
-def low_rank_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank]:
+def _low_rank_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank]:
     """Return the updates as products of two factors; raise a ValueError if one is not."""
     products = {}
     for name, update in updates.items():
@@ -69,11 +69,11 @@ def low_rank_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowR
 
 
 def exact_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank]:
-    """Return the updates as products of two factors that represent them exactly; raise a ValueError if one does not.
+    """Return updates for a LoRA configuration as exact products of two factors; else raise a ValueError.
 
     An input-dependent update is exact only in a view of the run with fixed gate weights.
     """
-    products, cannot = low_rank_products(run, updates), f"cannot convert run {run.id} ({run.label}) to LoRA"
+    products, cannot = _low_rank_products(run, updates), f"cannot convert run {run.id} ({run.label}) to LoRA"
     for name, update in updates.items():
         if not update.whole:
             raise ValueError(
@@ -86,7 +86,7 @@ def exact_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank
 
 
 def target_modules(run: Any, targets: Collection[str]) -> list[str] | str:
-    """Return PEFT's ``target_modules`` that match exactly these modules.
+    """Return the ``target_modules`` of a PEFT LoRA configuration that match exactly these modules.
 
     They are full names, or one regular expression if the name of another module ends with one of them.
     """
@@ -106,7 +106,7 @@ def _target_modules(modules: Collection[str], targets: Collection[str]) -> list[
 
 
 def alpha_of(scale: float, rank: int) -> float:
-    """Return alpha, an integer if possible, such that alpha / rank is the scale.
+    """Return alpha of a LoRA configuration, an integer if possible, such that alpha / rank is the scale.
 
     The product ``scale * rank`` may be rounded, so its neighbors are tried as well. If none gives the scale, the
     product does to the last digit of float64.

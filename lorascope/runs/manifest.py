@@ -25,7 +25,7 @@ SCHEMA = 1
 
 @dataclass
 class Module:
-    """One module of the model, as in ``module_table.describe``."""
+    """Module of the model in a run's manifest, as in ``module_table.describe``."""
 
     module: str
     stack: str
@@ -38,7 +38,7 @@ class Module:
 
 @dataclass
 class State:
-    """Step of a saved state, None if it is unknown, and the rank of every adapted module."""
+    """Saved state in a run's manifest: its step, None if it is unknown, and the rank of every adapted module."""
 
     step: Count | None
     ranks: dict[str, Count]
@@ -46,7 +46,7 @@ class State:
 
 @dataclass
 class Parameters:
-    """Numbers of parameters: trained ones (the head included), all, and those of the head."""
+    """Numbers of parameters in a run's manifest: trained ones (with the head), all, and those of the head."""
 
     trained: Count
     total: Count | None = None
@@ -55,7 +55,7 @@ class Parameters:
 
 @dataclass
 class Test:
-    """Score on the test split: name of the metric, its value, the loss, and the metric of each group."""
+    """Test score in a run's manifest: name of the metric, its value, the loss, and the metric of each group."""
 
     __test__ = False  # not a test of pytest
 
@@ -94,7 +94,7 @@ class _RunFile(msgspec.Struct, frozen=True):
 
 @dataclass(kw_only=True)
 class Manifest:
-    """Description of a run or an adapter: the content of ``run.json``.
+    """Manifest of a run or an adapter: the content of ``run.json``.
 
     Parameters
     ----------
@@ -119,7 +119,7 @@ class Manifest:
     parents : list of str
         Folders of earlier phases, relative to this one.
     facts : dict
-        What readers need to know about the method, by ``Method.describe``; see ``assumed_facts``.
+        What readers need to know about the method, by ``Method.describe``.
     source : str or None
         Folder of an adapter that was trained elsewhere.
 
@@ -166,7 +166,7 @@ class Manifest:
 
     def __post_init__(self) -> None:
         if self.facts is None:  # of adapters, and of trainings with PEFT
-            self.facts = assumed_facts(self.method)
+            self.facts = _assumed_facts(self.method)
 
     def table(self) -> pd.DataFrame:
         """Return the modules, as ``module_table.describe`` does."""
@@ -183,7 +183,7 @@ class Manifest:
 
 
 class Axes(msgspec.Struct, frozen=True):
-    """Names of an array's axes, none if they are not named, and labels along some of them."""
+    """Axes of an array in the manifest of a snapshot: their names, if any, and labels along some of them."""
 
     axes: list[str] = msgspec.field(default_factory=list)
     labels: dict[str, list[str | float | bool | None]] = msgspec.field(default_factory=dict)
@@ -196,7 +196,7 @@ class Axes(msgspec.Struct, frozen=True):
 
 
 class SnapshotAbout(msgspec.Struct, frozen=True):
-    """Description of the arrays of a snapshot, from its header."""
+    """Manifest of a snapshot: the description of its arrays, from its header."""
 
     factors: dict[str, list[str]]
     scales: dict[str, Finite]
@@ -205,7 +205,7 @@ class SnapshotAbout(msgspec.Struct, frozen=True):
     forms: dict[str, str] = msgspec.field(default_factory=dict)
 
 
-def assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
+def _assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts about a method, from its configuration or PEFT's, for runs of PEFT and adapters."""
     kinds = {str(method.get(key)).lower() for key in ("name", "kind")}
     if "fourierft" in kinds:
@@ -224,13 +224,13 @@ def assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_modules(table: pd.DataFrame) -> list[Module]:
-    """Return the rows of ``module_table.describe`` as modules."""
+    """Return the rows of ``module_table.describe`` as the modules of a run's manifest."""
     rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
     return [Module(**row) for row in rows]
 
 
 def read_manifest(file: Path) -> Manifest:
-    """Read ``run.json``; this is the only reader of its schema.
+    """Read a run's manifest, ``run.json``; this is the only reader of its schema.
 
     Raises
     ------
@@ -252,7 +252,7 @@ def read_manifest(file: Path) -> Manifest:
 
 
 def read_about(file: TensorFile) -> SnapshotAbout:
-    """Return the description of a snapshot's arrays; a ValueError reports where it does not fit them."""
+    """Read the manifest of a snapshot's arrays; a ValueError reports where it does not fit them."""
     header = f"the header of {file.path}"
     about = to_typed(file.about, SnapshotAbout, header)
     for module, names in about.factors.items():

@@ -21,7 +21,7 @@ _DTYPES = {"layer": "Int16", "rank": "Int64"}
 
 @dataclass
 class ModuleSummary:
-    """Position, rank, norms, stable and effective rank of one module; NaN or None if unknown."""
+    """Summary of one module: position, rank, norms, stable and effective rank; NaN or None if unknown."""
 
     module: str
     stack: str
@@ -38,7 +38,7 @@ class ModuleSummary:
 
 
 def table_of(kind: type, rows: Iterable[Any]) -> pd.DataFrame:
-    """Return dataclass instances of one kind as a table, with nullable integers for layers and ranks."""
+    """Return module summaries, or other rows of one dataclass, as a table with nullable integer layers and ranks."""
     table = pd.DataFrame(list(map(vars, rows)), columns=[column.name for column in fields(kind)])
     dtypes = {column.name: "float64" for column in fields(kind) if column.type == "float"}
     dtypes |= {name: dtype for name, dtype in _DTYPES.items() if name in table}

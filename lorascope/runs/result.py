@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Result(ABC):
-    """Updates and description of a trained model.
+    """Result of a training: the updates and the description of a model.
 
     Parameters
     ----------

@@ -34,7 +34,7 @@ _PREDICTION_DTYPES = ({"margin": "int8", "nll": "float16"}, {"nll": "float16"})
 
 
 class Run(Result):
-    """Records, snapshots and saved parameters of one training run.
+    """Training run: its records, snapshots and saved parameters.
 
     Parameters
     ----------

@@ -30,7 +30,7 @@ _SPECTRUM = "/singular_values"
 
 
 class Series(Result):
-    """Checkpoints of one training that were written elsewhere, such as those of a Trainer.
+    """Series of checkpoints of one training that were written elsewhere, such as those of a Trainer.
 
     Its records are those that ``TrainerRecorder`` writes at the same steps, as far as they follow from the adapters:
     ``step_norm`` requires the step before, ``learned_norm`` of an update that starts nonzero requires checkpoint 0, and

@@ -123,7 +123,7 @@ class RunWriter:
 
 
 def remove_states(run: Run) -> None:
-    """Delete the saved parameters of a run and of the phases before it; tables and snapshots stay."""
+    """Delete the parameters that the writers of a run and of its earlier phases saved, but no tables or snapshots."""
     # The run comes first: train requires the state of a parent only if the run still has its own.
     for phase in [run, *run.parents]:
         folder, checksums = phase._folder, phase.meta.checksums

@@ -47,7 +47,7 @@ _ROLES = {role: re.compile(rf"(?:^|[._])(?:{ends})$", re.IGNORECASE) for role, e
 
 
 def locate_image_module(name: str) -> tuple[str, int | None, str] | None:
-    """Return stack, layer and path below the block of a module in a diffusion model, None for other names.
+    """Return stack, layer and path below the block of an image (diffusion) model's module, None for other names.
 
     A module outside the blocks has the layer None and its whole name as the path.
     """
@@ -69,7 +69,7 @@ def locate_image_module(name: str) -> tuple[str, int | None, str] | None:
 
 
 def image_role_inside(tail: str) -> str | None:
-    """Return the role of a module from its path below the block, None if it is not one of diffusion models."""
+    """Return the role of an image model's module from its path below the block, None if it is not of such a model."""
     if tail == "proj_out":  # of a block without separate streams, which joins attention and feed-forward
         return "ffn_out"
     if _MODULATION.search(tail):
@@ -79,7 +79,7 @@ def image_role_inside(tail: str) -> str | None:
 
 
 def image_role_outside(name: str) -> str | None:
-    """Return the role of a module outside the blocks of a diffusion model, None if its name is not one of these."""
+    """Return the role of an image model's module outside the blocks, None if its name is not one of these."""
     if _MODULATION.search(name):
         return "other"
     return next((role for role, end in _OUTSIDE.items() if end.search(name)), None)

@@ -9,7 +9,7 @@ _LONG = 60
 
 
 def to_words(value: object) -> str:
-    """Describe a configuration value in a few words that are the same in every process.
+    """Describe a configuration value for a label, in a few words that are the same in every process.
 
     Callables are shown by name, objects with the default ``repr`` by class, and long lists by length. A mapping is
     shown as the array or run that it refers to, else as ``by module``.

@@ -36,7 +36,7 @@ _ROLE_OF_LEAF = {leaf: role for role, leaves in _LEAVES.items() for leaf in leav
 
 
 class Location(NamedTuple):
-    """Stack ("encoder", "decoder" or ""), layer (0..L-1 inside the blocks of its stack, else None) and role.
+    """Location of a module: stack ("encoder", "decoder" or ""), layer (from 0 in its stack, else None) and role.
 
     Diffusion models have other stacks; see ``image_roles``.
     """
@@ -69,7 +69,7 @@ def parse(name: str) -> Location:
 
 
 def stack_of(name: str) -> str:
-    """Return "encoder" or "decoder" if a parent module has that name, else ""."""
+    """Return the stack of a module, but not its role: "encoder" or "decoder" if a parent has that name, else ""."""
     # Skip the last part, the module itself: BERT's masked-LM head ends in a linear called "decoder".
     return next((parent for parent in name.split(".")[:-1] if parent in ("encoder", "decoder")), "")
 
@@ -114,7 +114,7 @@ def role_outside(name: str) -> str:
 
 
 def position(stack: str, layer: Any, role: str) -> tuple[int, int, int, int]:
-    """Return the sort key of a module: embed, pos_embed, blocks (encoder, then decoder), others, head.
+    """Return the sort key of a module by role: embed, pos_embed, blocks (encoder, then decoder), others, head.
 
     Parameters
     ----------

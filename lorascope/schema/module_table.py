@@ -58,7 +58,7 @@ class _Row:
 
 
 def describe(model: Any) -> pd.DataFrame:
-    """List every block and every module with a ``weight`` parameter.
+    """Tabulate every block of a model, and every module with a ``weight`` parameter.
 
     Parameters
     ----------
@@ -227,7 +227,7 @@ def _find_cross(linears: list[_Row]) -> None:
 
 
 def match(description: pd.DataFrame, targets: str | Sequence[str], called: str = "targets") -> list[str]:
-    """Select modules by role, name or regular expression.
+    """Select modules of the module table by role, name or regular expression.
 
     Parameters
     ----------
@@ -290,7 +290,7 @@ def _all_names(description: pd.DataFrame) -> list[str]:
 
 
 def gated_input(description: pd.DataFrame) -> pd.Series:
-    """Return whether each row is a fused gate and input matrix (in this order).
+    """Return whether each row of the module table is a fused gate and input matrix (in this order).
 
     Such a matrix has twice as many outputs as the ``ffn_out`` with the same parent has inputs.
     """

@@ -37,7 +37,7 @@ def _compile_with_timeout(expression: str) -> Any:
 
 
 class Patterns:
-    """Keys of a setting such as ``rank_pattern``: regular expressions that PEFT matches with the end of module names.
+    """Patterns in a setting such as ``rank_pattern``: regular expressions that PEFT matches with ends of module names.
 
     A key that is not a regular expression, has more than 1000 characters, a counted group or a count above 99 raises a
     ValueError, in which ``name`` is the setting or file.
@@ -92,7 +92,7 @@ class Patterns:
 
 
 def per_module(source: object, setting: str, default: T, pattern: Mapping[str, T] | None) -> Callable[[str], T]:
-    """Return the function from a module to its value of a setting: that of the first key that matches, or the default.
+    """Return the function from a module's name to a setting: that of the first pattern that matches, or the default.
 
     ``pattern`` is the setting ``setting`` of the configuration ``source``, such as ``rank_pattern``.
     """
@@ -107,7 +107,7 @@ def per_module(source: object, setting: str, default: T, pattern: Mapping[str, T
 
 
 class Ends:
-    """Index of names by suffix."""
+    """Index of module names by suffix."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._reversed = sorted(name[::-1] for name in names)

@@ -13,7 +13,7 @@ from typing import Any
 
 @cache
 def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> None:
-    """Import the modules of a package in the order of their names, except ``skip``, then the entry points of a group.
+    """Import plugins: the modules of a package by name, except ``skip``, then the entry points of a group.
 
     What they define registers itself on import. An entry point that cannot be imported is skipped with a warning.
     ``skip`` names modules that define nothing and have optional dependencies.
@@ -35,7 +35,7 @@ def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> N
 
 @cache
 def installed_entry_points() -> Any:
-    """Return the entry points of all installed packages, or None if none of them has a group of this package.
+    """Return the entry points of all installed plugins and packages, or None if no group is of this package.
 
     Importing ``importlib.metadata`` to parse the files takes as long as reading an adapter.
     """

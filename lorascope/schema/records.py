@@ -24,7 +24,7 @@ _DTYPES = {"step": "Int64", "layer": "Int16", "index": "Int32", "value": "float6
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """Meaning of a recorded quantity.
+    """Meaning of a quantity in the records.
 
     Parameters
     ----------
@@ -55,7 +55,7 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One recorded value, or one vector of values.
+    """Record of one value, or of one vector of values.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """An array stored next to the table: singular values, factors, and all arrays with two or more indices.
+    """Array stored next to the table of records: singular values, factors, all arrays with two or more indices.
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The factors of one adapter, stored next to the table.
+    """Factors of one adapter, stored next to the table of records.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """Text that trackers show during training, such as an alarm; runs do not store it.
+    """Text that trackers show next to the records during training, such as an alarm; runs do not store it.
 
     Parameters
     ----------
@@ -145,14 +145,14 @@ _adopted: set[str] = set()  # known only from a stored run; replaced when the mo
 
 
 def adopt(quantities: Mapping[str, Quantity]) -> None:
-    """Add the quantities of a stored run to ``QUANTITIES``, except those that are already there."""
+    """Add the quantities of a stored run's records to ``QUANTITIES``, except those that are already there."""
     for name in quantities.keys() - QUANTITIES.keys():
         QUANTITIES[name] = quantities[name]
         _adopted.add(name)
 
 
 def register(recorded_by: str, source: str = "", /, **quantities: Quantity) -> None:
-    """Add quantities to ``QUANTITIES``; they replace the entries of a stored run.
+    """Register quantities of records in ``QUANTITIES``; they replace the entries of a stored run.
 
     Parameters
     ----------
@@ -286,7 +286,7 @@ def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -
 
 
 def validate(table: pd.DataFrame) -> pd.DataFrame:
-    """Check a table against the schema and convert it to the schema's dtypes.
+    """Check a table of records against its schema and convert it to the schema's dtypes.
 
     Raises
     ------
@@ -331,7 +331,7 @@ def _require_unique(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def concat(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Concatenate valid tables, such as those of several runs, and merge their categories."""
+    """Concatenate valid tables of records, such as those of several runs, and merge their categories."""
     # pandas concatenates columns with different categories as objects.
     plain = [table.astype(dict.fromkeys(_CATEGORICAL, "str")) for table in tables]
     if not plain:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def unknown_name(kind: str, name: str, names: Iterable[str]) -> str:
-    """Return ``unknown KIND 'x'; did you mean 'y'?``, or the list of valid names if none of them is similar."""
+    """Suggest a similar name, ``unknown KIND 'x'; did you mean 'y'?``, or list the valid names if none is similar."""
     names = list(names)
     hint = f"expected one of {', '.join(names)}"
     if near := difflib.get_close_matches(name, names, n=2):

@@ -29,7 +29,7 @@ SEEDS = 1 << 32
 def entries(
     shape: tuple[int, int], n: int, seed: int, center: float | None = None, width: float = 200.0
 ) -> Int[np.ndarray, "2 n"]:
-    """Draw n distinct entries of a spectrum: rows j and columns k.
+    """Draw n distinct entries of a Fourier spectrum: rows j and columns k.
 
     Without a frequency bias they equal the first n values of ``torch.randperm(d1 * d2)`` with a generator of this seed,
     as in PEFT. The other values are not computed: a forward Fisher-Yates shuffle on the output of MT19937 is replayed.
@@ -100,13 +100,13 @@ def _draw_in_band(shape: tuple[int, int], n: int, seed: int, center: float, widt
 
 
 def radius(entries: Int[np.ndarray, "2 *places"], shape: tuple[int, int]) -> Float[np.ndarray, "*places"]:
-    """Compute the distance of entries from frequency zero, where the spectrum is periodic."""
+    """Compute the distance of Fourier entries from frequency zero, where the spectrum is periodic."""
     folded = [np.minimum(index, side - index) for index, side in zip(entries, shape, strict=True)]
     return np.hypot(folded[0], folded[1])
 
 
 def band_pass(shape: tuple[int, int], center: float, width: float = 200.0) -> Float[np.ndarray, "out in"]:
-    """Compute the frequency bias exp(-((D^2 - center^2) / (D width))^2), from 0 to 1.
+    """Compute the frequency bias of Fourier entries, exp(-((D^2 - center^2) / (D width))^2), from 0 to 1.
 
     Sampling probabilities are proportional to it. Entry (0, 0) is frequency zero; ``numpy.fft.fftshift`` moves it to
     the center. At D = 0 the value is the limit: 1 for center 0, else 0.
@@ -126,7 +126,7 @@ def band_pass(shape: tuple[int, int], center: float, width: float = 200.0) -> Fl
 
 
 def half_spectrum(entries: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
-    """Return where the entries are in the left half of a spectrum; Re(ifft2(F)) is the real transform of that half.
+    """Return the places of Fourier entries in the left half of a spectrum, whose real transform is Re(ifft2(F)).
 
     The real part is the transform of F averaged with its mirror image, F(j, k) / 2 + F(-j, -k) / 2, and a real inverse
     transform reads the columns up to d2 / 2 of this average.
@@ -147,7 +147,7 @@ def half_spectrum(entries: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any, 
 def bases(
     shape: tuple[int, int], seed: int, kind: str
 ) -> tuple[Float[np.ndarray, "out out"], Float[np.ndarray, "in in"]]:
-    """Draw a basis for each side: normal with variance 1 / d ("random") or its QR factor ("orthogonal")."""
+    """Draw bases that replace those of a Fourier update: normal ("random") or their QR factors ("orthogonal")."""
     generator = np.random.default_rng(seed)
     left, right = (generator.standard_normal((side, side)) / np.sqrt(side) for side in shape)
     return (left, right) if kind == "random" else (np.linalg.qr(left)[0], np.linalg.qr(right)[0])
@@ -166,7 +166,7 @@ def on_bases(
 
 
 class Fourier(Update, form="fourier"):
-    """The update scale * Re(ifft2(F)), with the coefficients at the entries of F; its matrix is built on access.
+    """Fourier update scale * Re(ifft2(F)), with the coefficients at the entries of F; its matrix is built on access.
 
     Parameters
     ----------

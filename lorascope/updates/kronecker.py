@@ -23,7 +23,7 @@ from lorascope.updates.weight_update import Dense, Shapes, Update
 
 @dataclass(frozen=True, eq=False)
 class Kronecker(Update, form="kronecker"):
-    """The update scale * kron(left, right).
+    """Kronecker update scale * kron(left, right).
 
     Parameters
     ----------

@@ -32,23 +32,23 @@ _workspace = threading.local()
 
 
 def effective_rank(sigma: Float[np.ndarray, "k"]) -> float:
-    """Compute the effective rank, exp of the entropy of sigma / sum(sigma)."""
+    """Compute the effective rank of singular values, exp of the entropy of sigma / sum(sigma)."""
     return float(_exp_entropy(_power_fractions(sigma, 1)))
 
 
 def entropy_rank(sigma: Float[np.ndarray, "k"]) -> float:
-    """Compute the entropy rank, exp of the entropy of sigma^2 / sum(sigma^2)."""
+    """Compute the entropy rank of singular values, exp of the entropy of sigma^2 / sum(sigma^2)."""
     return float(_exp_entropy(_power_fractions(sigma, 2)))
 
 
 def participation_rank(sigma: Float[np.ndarray, "k"]) -> float:
-    """Compute the participation rank, (sum sigma^2)^2 / sum sigma^4."""
+    """Compute the participation rank of singular values, (sum sigma^2)^2 / sum sigma^4."""
     shares = _power_fractions(sigma, 2)
     return float(1.0 / np.sum(shares**2)) if shares.any() else 0.0
 
 
 def energy_rank(sigma: Float[np.ndarray, "k"], share: float = 0.9) -> float:
-    """Return the smallest number of components that sum to the fraction ``share`` of sum sigma^2."""
+    """Return the smallest number of singular values whose squares sum to the fraction ``share`` of all."""
     shares = np.sort(_power_fractions(sigma, 2))[::-1]
     if not shares.any() or np.isnan(shares).any():
         return float(shares.sum())  # 0 or NaN
@@ -57,7 +57,7 @@ def energy_rank(sigma: Float[np.ndarray, "k"], share: float = 0.9) -> float:
 
 
 def stable_rank(sigma: Float[np.ndarray, "k"]) -> float:
-    """Compute the stable rank, sum sigma^2 / max sigma^2."""
+    """Compute the stable rank of singular values, sum sigma^2 / max sigma^2."""
     return float(_inverse_of_largest(_power_fractions(sigma, 2)))
 
 
@@ -97,7 +97,7 @@ def _inverse_of_largest(shares: Float[np.ndarray, "*n k"]) -> np.float64 | Float
 
 
 def subspace_similarity(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"]) -> Float[np.ndarray, "m n"]:
-    """Compute phi of all leading subspaces: entry [i-1, j-1] is ``|U1_i^T U2_j|_F^2 / min(i, j)``.
+    """Compute phi of leading columns of orthonormal matrices: [i-1, j-1] is ``|U1_i^T U2_j|_F^2 / min(i, j)``.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ def projected_norm(
 
 
 def triangles(factors: Sequence[Any], buffer: np.ndarray | None = None) -> Float[np.ndarray, "n small rank"]:
-    """Compute R of X = Q R for arrays X (side, rank) by Cholesky of the Gram matrix or QR; small = min(side, rank).
+    """Compute R of X = Q R for matrices X (side, rank) by Cholesky of the Gram matrix or QR; small = min(side, rank).
 
     R of an array with NaN or infinity contains NaN. See ``tiles`` for other arrays than those of numpy and ``buffer``.
     """
@@ -213,7 +213,7 @@ def _qr_triangle(X: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def stacks(*groups: Sequence[np.ndarray]) -> list[Float[np.ndarray, "_ ..."]]:
-    """Stack the arrays of each group, which have one shape, in float64; the next call in this thread overwrites them.
+    """Stack the matrices of each group, of one shape, in float64; the next call in this thread overwrites them.
 
     All calls use the same memory unless it is too small: the system clears fresh memory page by page, which takes
     longer than a sum over it.
@@ -230,24 +230,24 @@ def stacks(*groups: Sequence[np.ndarray]) -> list[Float[np.ndarray, "_ ..."]]:
 
 
 def as_float64(array: Any) -> NDArray[np.float64]:
-    """Return an array or a tensor as an array in float64, without a copy if it already is one."""
+    """Return an array or a tensor as a float64 array for linear algebra, without a copy if it already is one."""
     if not isinstance(array, np.ndarray) and hasattr(array, "detach"):
         array = array.detach().double().cpu().numpy()
     return np.asarray(array, dtype=np.float64)
 
 
 def beside(tensor: Any, array: Any) -> Any:
-    """Return an array as a tensor on the device of ``tensor``."""
+    """Return an array as a tensor for linear algebra on the device of ``tensor``."""
     return sys.modules["torch"].as_tensor(array, device=tensor.device)
 
 
 def at_least_float32(tensor: Any) -> Any:
-    """Return a tensor in float32, or in float64 if it already is."""
+    """Return a tensor for linear algebra in float32, or in float64 if it already is."""
     return tensor if tensor.element_size() >= 8 else tensor.float()
 
 
 def product_inner(W: Any, B: Any, A: Any) -> Any:
-    """Compute <W, B A> of tensors on one device, without the product of the factors, as a tensor in float64."""
+    """Compute the inner product <W, B A> of matrices on one device in float64, without the product B A."""
     B, A = at_least_float32(B), at_least_float32(A)
     dtype = max((W, B, A), key=lambda X: X.element_size()).dtype
     W, B, A = W.to(dtype), B.to(dtype), A.to(dtype)
@@ -258,12 +258,12 @@ def product_inner(W: Any, B: Any, A: Any) -> Any:
 
 
 def all_finite(*arrays: np.ndarray) -> bool:
-    """Return whether all values are finite."""
+    """Return whether all entries of vectors and matrices are finite."""
     return all(np.isfinite(array).all() for array in arrays)
 
 
 def gram(tall: Any, buffer: np.ndarray | None = None) -> Float[np.ndarray, "rank rank"]:
-    """Compute X^T X in float64, in tiles of rows that stay in the cache; see ``tiles`` for X and ``buffer``."""
+    """Compute the Gram matrix X^T X in float64, in tiles that stay in the cache; see ``tiles`` for X and ``buffer``."""
     rank = tall.shape[1]
     result = np.zeros((rank, rank))
     for tile in tiles(tall, _tile_rows(rank), buffer):
@@ -309,7 +309,7 @@ def _tile_gram(tile: Float[np.ndarray, "*n rows rank"]) -> Float[np.ndarray, "*n
 def tiles(
     matrix: Any, rows: int | None = None, buffer: np.ndarray | None = None
 ) -> Iterator[Float[np.ndarray, "tile columns"]]:
-    """Yield blocks of rows in float64; the next one may overwrite a block.
+    """Yield blocks of rows of a matrix in float64; the next one may overwrite a block.
 
     Parameters
     ----------
@@ -356,5 +356,5 @@ def _pool() -> ThreadpoolController:
 
 
 def one_thread() -> AbstractContextManager:
-    """Limit BLAS to one thread, because threads mostly wait for each other in small factorizations."""
+    """Limit BLAS, for linear algebra, to one thread: threads mostly wait for each other in small factorizations."""
     return _pool().limit(limits=1, user_api="blas")

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class LowRank(Update, form="low_rank"):
-    """The update scale * B @ A.
+    """Low-rank update scale * B @ A.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ class LowRank(Update, form="low_rank"):
 
 
 class Residual(LowRank, form="residual"):
-    """The update scale * (B @ A - B_0 @ A_0) of factors that start at B_0, A_0 (PiSSA, OLoRA), of twice their rank."""
+    """Low-rank update scale * (B @ A - B_0 @ A_0), of twice the rank, if factors start at B_0, A_0 (PiSSA, OLoRA)."""
 
     required = frozenset({"A", "B", "A0", "B0"})
     constants = frozenset({"A0", "B0"})
@@ -197,7 +197,7 @@ class Residual(LowRank, form="residual"):
 
 
 class Mixture(LowRank, form="mixture"):
-    """The update scale * sum(gates[i] * B_i @ A_i) of several experts, at fixed gates."""
+    """Low-rank update scale * sum(gates[i] * B_i @ A_i) of several experts, at fixed gates."""
 
     required = frozenset({"A", "B", "gates"})
     constants = frozenset({"gates"})
@@ -221,7 +221,7 @@ class Mixture(LowRank, form="mixture"):
 
 
 class Product(NamedTuple):
-    """Update scale * B @ A of stored factors; see `linalg.tiles`."""
+    """Low-rank product scale * B @ A of stored factors; see `linalg.tiles`."""
 
     B: Any
     A: Any
@@ -229,7 +229,7 @@ class Product(NamedTuple):
 
 
 def spectra(updates: Iterable[Update | Product]) -> list[Float[np.ndarray, "k"]]:
-    """Compute the singular values of many updates, largest first.
+    """Compute the singular values of many updates, low-rank or not, largest first.
 
     The singular values of B A equal those of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A. They agree with a QR
     decomposition to a relative 1e-8 if they exceed 1e-6 of the largest. Large updates are read one at a time, and small
@@ -264,7 +264,7 @@ def spectra(updates: Iterable[Update | Product]) -> list[Float[np.ndarray, "k"]]
 
 
 def change_norms(pairs: Iterable[tuple[Update, Update]]) -> list[float]:
-    """Compute ``|after - before|_F`` for many pairs (after, before) of updates.
+    """Compute ``|after - before|_F`` for many pairs (after, before) of low-rank and other updates.
 
     Two states of a product with factors in float32 are compared in batches of one shape, other updates one at a time.
     """
@@ -288,12 +288,12 @@ def change_norms(pairs: Iterable[tuple[Update, Update]]) -> list[float]:
 
 
 def count_used(product: LowRank) -> int:
-    """Return the number of components of which neither factor is zero."""
+    """Return the number of components of a low-rank update of which neither factor is zero."""
     return int(np.count_nonzero(product.A.any(axis=1) & product.B.any(axis=0)))
 
 
 def batches(products: Iterable[tuple[Any, int, T]]) -> Iterator[list[T]]:
-    """Yield lists of products of one shape, one product if it is large, from tuples (shape, values, product)."""
+    """Yield lists of low-rank products of one shape, one if it is large, from tuples (shape, values, product)."""
     waiting = defaultdict(list)
     for shape, size, product in products:
         waiting[shape].append(product)

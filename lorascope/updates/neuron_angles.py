@@ -17,7 +17,7 @@ _SMALL = 1e-25
 
 
 class NeuronChange(NamedTuple):
-    """Change of every neuron's weights: 1 - cos of the rotation angle, and the norms of w_0, w and w - w_0."""
+    """Rotation angle of every neuron's weights, as 1 - cos, and the norms of w_0, w and w - w_0."""
 
     cosine_distance: Float[np.ndarray, "neurons"]
     norm_original: Float[np.ndarray, "neurons"]
@@ -26,7 +26,7 @@ class NeuronChange(NamedTuple):
 
 
 def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> NeuronChange:
-    """Compute the cosine distance of each neuron's weights before and after, their norms, and the norm of the change.
+    """Compute the angle (1 - cos) of each neuron's weights before and after, their norms, and the norm of the change.
 
     With e = w - w_0, ``1 - cos = (|e|^2 - (|w| - |w_0|)^2) / (2 |w_0| |w|)``, which is accurate even for angles whose
     cosine rounds to 1. Here ``|w| - |w_0| = (2 <w_0, e> + |e|^2) / (|w| + |w_0|)``. One pass over cache-sized tiles is
@@ -53,14 +53,14 @@ def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> Neuro
     sums = _change_sums(W0, W, axis, neurons, dtype)
     unsound = neurons[~_is_accurate(sums)]
     if not len(unsound):
-        return rotation_from_sums(sums)
+        return _rotation_from_sums(sums)
     if dtype is not np.float64:
         sums[:, unsound] = _change_sums(W0, W, axis, unsound, np.float64)
-    change = rotation_from_sums(sums)
+    change = _rotation_from_sums(sums)
     # If w_0 and w differ in length, |e|^2 hides the angle. Scaling w_0 to the length of w preserves the angle.
     before, after = change.norm_original[unsound], change.norm_tuned[unsound]
     scale = np.divide(after, before, out=np.ones(len(unsound)), where=(before > 0.0) & (after > 0.0))
-    change.cosine_distance[unsound] = rotation_from_sums(
+    change.cosine_distance[unsound] = _rotation_from_sums(
         _change_sums(W0, W, axis, unsound, np.float64, scale)
     ).cosine_distance
     return change
@@ -72,7 +72,7 @@ def factored_change(
     A: Float[np.ndarray, "rank columns"],
     axis: int,
 ) -> NeuronChange:
-    """Compute ``neuron_change`` from W_0 to W_0 + B A from the factors, without their product.
+    """Compute angles of neurons, see ``neuron_change``, from W_0 to W_0 + B A from the factors, without B A.
 
     Parameters
     ----------
@@ -93,10 +93,10 @@ def factored_change(
         before2[rows] = np.vecdot(tile, tile)
         inner[rows] = np.vecdot(tile @ right, left[rows])
     error2 = np.maximum(np.vecdot(left @ gram(right), left), 0.0)
-    return rotation_from_sums(np.stack([before2, np.maximum(before2 + 2.0 * inner + error2, 0.0), inner, error2]))
+    return _rotation_from_sums(np.stack([before2, np.maximum(before2 + 2.0 * inner + error2, 0.0), inner, error2]))
 
 
-def rotation_from_sums(sums: Float[np.ndarray, "4 neurons"]) -> NeuronChange:
+def _rotation_from_sums(sums: Float[np.ndarray, "4 neurons"]) -> NeuronChange:
     """Compute the change of neurons from the sums ``|w_0|^2, |w|^2, <w_0, e>, |e|^2``."""
     before, after, error = np.sqrt(sums[[0, 1, 3]])
     product = before * after

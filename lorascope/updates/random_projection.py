@@ -26,7 +26,7 @@ from lorascope.updates.weight_update import Shapes
 def projections(
     seed: int, rank: int, widest_in: int, widest_out: int
 ) -> tuple[Float[np.ndarray, "rank widest_in"], Float[np.ndarray, "widest_out rank"]]:
-    """Draw A and B in float32, as ``torch.empty(shape).uniform_`` does on the CPU with a generator of this seed."""
+    """Draw random projections A and B in float32, as ``uniform_`` of torch does on the CPU with this seed."""
     words = np.random.RandomState(seed)
     A = uniform_like_torch(words, (rank, widest_in), np.sqrt(6.0 / widest_in))
     B = uniform_like_torch(words, (widest_out, rank), np.sqrt(6.0 / rank))
@@ -36,7 +36,7 @@ def projections(
 def uniform_like_torch(
     words: np.random.RandomState, shape: tuple[int, ...], bound: float | None = None
 ) -> Float[np.ndarray, "..."]:
-    """Draw float32 values as torch does on the CPU: by ``uniform_(-bound, bound)``, or by ``rand`` without a bound."""
+    """Draw random projections in float32 as torch does on the CPU: ``uniform_(-bound, bound)``, or ``rand`` if None."""
     bits = words.randint(0, 1 << 32, size=math.prod(shape), dtype=np.uint32) & np.uint32((1 << 24) - 1)
     values = bits * 2.0**-24
     if bound is not None:
@@ -46,7 +46,7 @@ def uniform_like_torch(
 
 
 class RandomProjection(LowRank, form="random_projection"):
-    """The update diag(lambda_b) B diag(lambda_d) A, as one pair of factors."""
+    """Random projection with trained scales: the update diag(lambda_b) B diag(lambda_d) A, as one pair of factors."""
 
     required = frozenset({"lambda_b", "lambda_d", "projection"})
     constants = frozenset({"projection"})

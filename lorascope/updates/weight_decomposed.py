@@ -24,7 +24,7 @@ from lorascope.updates.weight_update import Shapes, Update
 
 @dataclass(frozen=True, eq=False)
 class WeightDecomposed(Update, form="weight_decomposed"):
-    """The update ``m V / |V| - W_0`` if W_0 is given, else ``scale * B @ A``.
+    """Weight-decomposed update ``m V / |V| - W_0`` if W_0 is given, else ``scale * B @ A``.
 
     Parameters
     ----------
@@ -112,7 +112,7 @@ class WeightDecomposed(Update, form="weight_decomposed"):
 def set_magnitude(
     V: Float[np.ndarray, "out in"], magnitude: Float[np.ndarray, "out"] | Float[np.ndarray, "1 inputs"]
 ) -> Float[np.ndarray, "out in"]:
-    """Rescale the rows of a weight, or its columns, to the norms ``magnitude``; see `WeightDecomposed`."""
+    """Rescale a decomposed weight's rows, or its columns, to the norms ``magnitude``; see `WeightDecomposed`."""
     norms = as_float64(magnitude)
     # A zero row has no direction; PEFT also divides by zero there.
     if norms.ndim == 1:

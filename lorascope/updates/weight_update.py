@@ -40,7 +40,7 @@ _PIECE = 1 << 18  # values of a tensor at once, few enough for the cache
 
 
 class Update(ABC):
-    """Update of one weight."""
+    """Update of one weight, in any form."""
 
     form: ClassVar[str] = ""
     """Name of the form in snapshots."""
@@ -158,7 +158,7 @@ class Update(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Dense(Update, form="dense"):
-    """An update given as a matrix.
+    """Update of one weight, given as a matrix.
 
     Parameters
     ----------
@@ -191,7 +191,7 @@ class Dense(Update, form="dense"):
 
 
 def form_named(name: str | None, factors: Iterable[str]) -> type[Update]:
-    """Return the form of a stored name; without a name, the form with the most required factors among these.
+    """Return the form of a weight update by its stored name, or the one with the most required factors among these.
 
     Raises
     ------
@@ -212,10 +212,10 @@ def form_named(name: str | None, factors: Iterable[str]) -> type[Update]:
 
 
 def constant_factors() -> frozenset[str]:
-    """Return the names of all factors, of any form, that are not trained."""
+    """Return the names of all factors of weight updates, of any form, that are not trained."""
     return frozenset[str]().union(*(form.constants for form in FORMS.values()))
 
 
 def from_factors(factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True, form: str | None = None) -> Update:
-    """Build an update from its stored factors; see ``form_named`` for ``form``."""
+    """Build a weight update from its stored factors; see ``form_named`` for ``form``."""
     return form_named(form, factors).from_factors(factors, scale, exact)

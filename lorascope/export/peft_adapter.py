@@ -34,7 +34,7 @@ A {kind} adapter, written by lorascope from {source}.
 
 
 class PeftExporter(LayerExporter):
-    """Exporter of adapters as PEFT folders, with the further weights of a PEFT adapter."""
+    """Exporter of an adapter as a PEFT folder, with the further weights of a PEFT adapter."""
 
     format = "peft"
     readers = ("read_adapter", "read_dora")

@@ -83,7 +83,7 @@ class LoraConfig(msgspec.Struct, frozen=True):
 
 
 def peft_kind(config: Mapping[str, Any]) -> str:
-    """Return the type of a PEFT adapter in capitals, or its variant of LoRA; "" without a configuration."""
+    """Return the type of a PEFT adapter in capitals, such as LORA, or its variant; "" without a configuration."""
     for setting, variant in _VARIANTS.items():
         if config.get(setting):
             return variant

@@ -35,14 +35,14 @@ UNUSED = re.compile(r"\.lora_(velora_embed|monteclora_sampler)(\.|$)")
 
 
 class TokensConfig(msgspec.Struct, frozen=True):
-    """Setting of a PEFT adapter whose whole weights are rows of tokens: indices of the embedding, or by module."""
+    """Setting of a PEFT adapter with rows of tokens as whole weights: ids in the embedding, or by module."""
 
     trainable_token_indices: list[Count] | dict[str, list[Count]] | None = None
 
 
 @dataclass(frozen=True)
 class WholeWeight:
-    """Whole weight in an adapter: a stored tensor that is not a factor; ``rows`` are the tokens of its rows."""
+    """Whole weight in an adapter: a stored tensor that is not a factor; ``rows`` are the token ids of its rows."""
 
     kind: Kind
     module: str

@@ -50,7 +50,7 @@ def in_order(modules: Mapping[str, T]) -> dict[str, T]:
 
 
 def stored_tensors(files: Iterable[TensorFile]) -> Iterator[StoredTensor]:
-    """Yield all stored tensors of an adapter's files, each as a `StoredTensor`."""
+    """Yield all stored tensors of some files, each as a `StoredTensor`."""
     for file in files:
         for name in file:
             yield StoredTensor(file, name)

@@ -30,7 +30,7 @@ class Choices:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EncodedRows(ABC):
-    """Rows of a task as model inputs, by tokenization or from images."""
+    """Tokenized rows, or images, of a task in the form of model inputs."""
 
     classes: Int[np.ndarray, "rows"] | None = None  # class numbers; None if the labels are tokens
     choices: Choices | None = None  # closed set of responses, among which the preferred one is evaluated

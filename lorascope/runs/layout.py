@@ -37,7 +37,7 @@ class Lazy(Mapping[str, Any]):
 
 
 def identify(content: Mapping[str, Any]) -> str:
-    """Compute a run id, a name in the layout of runs: the first twelve hex digits of the SHA-256 of canonical JSON."""
+    """Compute a run id in the layout of runs: the first twelve hex digits of the SHA-256 of canonical JSON."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -18,7 +18,7 @@ from test_inspect import llama, plant
 
 import lorascope
 from lorascope.cli import doctor
-from lorascope.cli.arguments import flag_type, options_of
+from lorascope.cli.arguments import _flag_type, options_of
 from lorascope.cli.main import COMMANDS, main
 from lorascope.experiments import sweep
 from lorascope.methods import METHODS
@@ -323,7 +323,7 @@ def test_plot_does_not_import_torch(adapter: Path, tmp_path: Path) -> None:
     ],
 )
 def test_flag_type_returns_the_part_a_command_line_can_express(hint: Any, flag: Any) -> None:
-    assert flag_type(hint) == flag
+    assert _flag_type(hint) == flag
 
 
 def test_options_take_help_from_the_docstring() -> None:

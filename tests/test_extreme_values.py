@@ -13,7 +13,7 @@ from lorascope import plots
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Bar, Heat, Line
 from lorascope.charts.scales import to_floats
-from lorascope.diagnosis.inspection_screen import BLOCKS, DIGITS, glyph
+from lorascope.diagnosis.inspection_screen import BLOCKS, DIGITS, _glyph
 from lorascope.files import text_layout
 from lorascope.pages.table_cells import format_value
 from lorascope.runs.loading import load
@@ -47,9 +47,9 @@ def test_cells_of_extreme_values_are_short(cell, value) -> None:
 @pytest.mark.parametrize("largest", [5e-324, 1.0, 1e308])
 def test_glyph_of_a_norm_is_one_character(largest: float) -> None:
     for scale in (DIGITS, BLOCKS):
-        assert glyph(largest, largest, scale) == scale[-1]
-        assert {glyph(float(value), largest, scale) for value in (np.inf, np.nan)} == {"!"}
-        assert glyph(0.0, largest, scale) == scale[0]
+        assert _glyph(largest, largest, scale) == scale[-1]
+        assert {_glyph(float(value), largest, scale) for value in (np.inf, np.nan)} == {"!"}
+        assert _glyph(0.0, largest, scale) == scale[0]
 
 
 def test_to_floats_replaces_values_that_cannot_be_drawn() -> None:

@@ -427,7 +427,7 @@ def test_sweep_standings_are_printable(run: Path, monkeypatch: pytest.MonkeyPatc
     rows = [common | {"recipe": EVIL, "run": EVIL, "seed": seed, "value": float(seed)} for seed in range(3)]
     rows += [row | {"recipe": "b", "run": "b", "value": row["value"] + 1} for row in rows]
     monkeypatch.setattr(sweep.recipe_tests, "collect_scores", lambda runs: pd.DataFrame(rows))
-    told = sweep.format_standings(SimpleNamespace(runs=list))
+    told = sweep._format_standings(SimpleNamespace(runs=list))
     assert untreated(told) == set()
     assert SHOWN in told
 

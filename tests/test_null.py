@@ -21,7 +21,7 @@ from tiny import tiny
 import lorascope as ls
 from lorascope.cli.main import main
 from lorascope.diagnosis.inspection import inspect
-from lorascope.diagnosis.null import below_null, null_table, outliers, random_spectra
+from lorascope.diagnosis.null import _random_spectra, below_null, null_table, outliers
 from lorascope.updates import LowRank
 from lorascope.updates.fourier import Fourier, entries
 
@@ -43,7 +43,7 @@ def adapter(folder: Path, seed: int, decay: float = 1.0, larger: dict[str, float
 
 @pytest.mark.parametrize(("out", "inner", "rank"), [(12, 10, 4), (3, 10, 4), (12, 4, 4), (40, 2, 6)])
 def test_random_spectra_match_normal_factors(out: int, inner: int, rank: int) -> None:
-    drawn = random_spectra((out, inner), rank, 2000, np.random.default_rng(0))
+    drawn = _random_spectra((out, inner), rank, 2000, np.random.default_rng(0))
     rng = np.random.default_rng(1)
     direct = [
         LowRank(rng.standard_normal((out, rank)), rng.standard_normal((rank, inner))).singular_values()

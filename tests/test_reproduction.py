@@ -298,13 +298,13 @@ def test_report_opens_only_on_a_terminal_with_a_screen(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(command.os, "environ", {"DISPLAY": ":0"})
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert command.has_screen()
+    assert command._has_screen()
     monkeypatch.setattr(command.os, "environ", {})
-    assert not command.has_screen()
+    assert not command._has_screen()
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert command.has_screen()
+    assert command._has_screen()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    assert not command.has_screen()
+    assert not command._has_screen()
 
 
 def test_other_files_are_never_replaced(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ SIDE = 1024  # largest smaller side of a dense update that is decomposed by defa
 
 
 def compare_modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.DataFrame:
-    """Compare every pair of runs in every module that both update.
+    """Compute the similarity of every pair of adapters or runs in every module that both update.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def compare_modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.Dat
 
 
 def compare_adapters(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.DataFrame:
-    """Compare every run with every run, itself included, over all modules at once.
+    """Compute the similarity of every pair of adapters or runs over all modules at once, each with itself included.
 
     Parameters
     ----------

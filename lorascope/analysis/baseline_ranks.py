@@ -15,7 +15,7 @@ from lorascope.schema import module_table
 
 
 def uniform(modules: Sequence[str], budget: int) -> dict[str, int]:
-    """Allocate the same rank to every module, as far as the budget allows.
+    """Allocate baseline ranks: the same rank in every module, as far as the budget allows.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def uniform(modules: Sequence[str], budget: int) -> dict[str, int]:
 
 
 def random(modules: Sequence[str], budget: int, seed: int, cap: int | None = None) -> dict[str, int]:
-    """Allocate ranks at random, with every component equally likely.
+    """Allocate baseline ranks at random, with every component equally likely.
 
     This is the baseline for an allocator that cannot distinguish components.
 
@@ -77,7 +77,7 @@ def random(modules: Sequence[str], budget: int, seed: int, cap: int | None = Non
 def equal_parameters(
     modules: pd.DataFrame, groups: Mapping[str, str | Sequence[str]], parameters: int | None = None
 ) -> dict[str, int]:
-    """Compute the rank that gives each group of modules the same number of adapter parameters.
+    """Compute the baseline ranks that give each group of modules the same number of adapter parameters.
 
     Parameters
     ----------

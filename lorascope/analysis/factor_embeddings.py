@@ -39,7 +39,7 @@ _PCA_SIZE = 50  # the usual number of input components for t-SNE; more component
 
 @dataclass(frozen=True, eq=False)
 class FactorSet:
-    """Comparable factors: one point for every slot (a module's A or B) and run.
+    """Factors to compare and embed: one point for every slot (a module's A or B) and run.
 
     Parameters
     ----------
@@ -73,12 +73,12 @@ class FactorSet:
 
 
 def factored_updates(updates: Mapping[str, Any]) -> dict[str, LowRank]:
-    """Return the updates of a run that have the factors A and B."""
+    """Return the updates of a run that have factors A and B to embed."""
     return {module: update.low_rank for module, update in updates.items() if update.low_rank is not None}
 
 
 def common_modules(updates: Updates) -> list[str]:
-    """Return the modules that all runs adapt, in the order of the first run."""
+    """Return the modules whose factors are embedded: those that all runs adapt, in the order of the first run."""
     first, *other_runs = updates.values()
     common = set(first).intersection(*other_runs)
     return [module for module in first if module in common]
@@ -87,7 +87,7 @@ def common_modules(updates: Updates) -> list[str]:
 def build_factor_sets(
     updates: Updates, domains: Mapping[str, str], factors: Sequence[Factor] = ("A", "B"), view: View = "raw"
 ) -> list[FactorSet]:
-    """Group the factors of runs by shape and compute their cosines.
+    """Group the factors of runs by shape, each group to embed together, and compute their cosines.
 
     Factors of different shapes are never compared, truncated or padded.
 
@@ -161,7 +161,7 @@ def _subspace_overlaps(bases: Sequence[np.ndarray]) -> Float[np.ndarray, "point 
 
 
 def orthonormal_basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
-    """Compute orthonormal columns that span the row space of A or the column space of B.
+    """Represent a factor to embed by orthonormal columns that span the row space of A or the column space of B.
 
     A singular value at the rounding level of the saved precision does not count as a direction. Rounding a factor C
     changes it by at most ``eps / 2 |C|_F`` in norm, and so each singular value. The threshold is twice that, because a
@@ -177,7 +177,7 @@ def orthonormal_basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "wid
 
 
 def canonical_factor(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"]:
-    """Compute a factor of the balanced factorization by singular vectors, one row per component; B is transposed.
+    """Represent a factor to embed by the balanced factorization, one row per component; B is transposed.
 
     The sign of a component makes the largest entry of its left singular vector positive. If the update has less than
     its nominal rank, the missing components are rows of zeros: sqrt(0) times an arbitrary vector.
@@ -193,7 +193,7 @@ def _signs(columns: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "1 k"]:
 
 
 def view_factor(update: LowRank, factor: Factor, view: View, where: str) -> Float[np.ndarray, "k width"]:
-    """Return the rows of a factor that a view compares, one per component.
+    """Return the rows of a factor that a view of the embeddings compares, one per component.
 
     Raises
     ------
@@ -211,7 +211,7 @@ def view_factor(update: LowRank, factor: Factor, view: View, where: str) -> Floa
 
 
 def pca(cloud: FactorSet, size: int = 2) -> Float[np.ndarray, "point size"]:
-    """Project the points onto their first principal components, computed from the cosines only.
+    """Embed factors by PCA: project the points onto their first principal components, from the cosines only.
 
     The sign of a component makes its largest coordinate positive.
     """
@@ -224,7 +224,7 @@ def pca(cloud: FactorSet, size: int = 2) -> Float[np.ndarray, "point size"]:
 
 
 def tsne(cloud: FactorSet, perplexity: float | None = None, seed: int | None = None) -> Float[np.ndarray, "point 2"]:
-    """Embed the points in a plane by t-SNE after PCA, which keeps nearest neighbors together.
+    """Embed factors in a plane by t-SNE after PCA, which keeps nearest neighbors together.
 
     Parameters
     ----------
@@ -253,5 +253,5 @@ def tsne(cloud: FactorSet, perplexity: float | None = None, seed: int | None = N
 
 
 def default_perplexity(points: int) -> float:
-    """Return the default perplexity: the paper's 30, or a third of the points if that is smaller."""
+    """Return the default perplexity of a t-SNE embedding: the paper's 30, or a third of the points if smaller."""
     return min(_PAPER_PERPLEXITY, points / 3)

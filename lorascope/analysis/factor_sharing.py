@@ -40,7 +40,7 @@ def measure_sharing(
     views: Sequence[View] = VIEWS,
     draws: int = 999,
 ) -> pd.DataFrame:
-    """Compute sharedness and identity of each factor in each view.
+    """Measure the sharing of each factor between domains in each view: sharedness and identity.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def measure_sharing(
 
 
 def retrieve_modules(cloud: FactorSet) -> pd.DataFrame:
-    """Find for each factor whether its nearest neighbor in other domains belongs to the same module.
+    """Find whether each factor is shared: its nearest neighbor in other domains belongs to the same module.
 
     Returns
     -------
@@ -100,13 +100,13 @@ def retrieve_modules(cloud: FactorSet) -> pd.DataFrame:
 
 
 def sharedness(sets: Sequence[FactorSet]) -> dict[str, float]:
-    """Average ``retrieve_modules`` over all factors."""
+    """Compute the sharedness of a factor: the mean of ``retrieve_modules`` over all points."""
     means = pd.concat([retrieve_modules(cloud) for cloud in sets])[["same", "chance", "cosine"]].mean()
     return {"sharedness": means["same"], "sharedness_chance": means["chance"], "cosine": means["cosine"]}
 
 
 def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> float:
-    """Compute the mean principal angle in degrees between the spaces of one module in two domains.
+    """Measure factor sharing by the mean principal angle in degrees between one module's spaces in two domains.
 
     The mean is over angles, pairs of runs, and common modules. A factor without direction raises a ValueError.
     """
@@ -123,7 +123,7 @@ def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> 
 
 
 def neighbour_fraction(sets: Sequence[FactorSet]) -> float:
-    """Compute the fraction of factors whose nearest neighbor within their module has their domain."""
+    """Compute the fraction of factors that are not shared: their nearest neighbor in the module has their domain."""
     labels = np.array(sets[0].domains)
     nearest = _nearest_fractions(_other_cosines(sets))
     return float((nearest * (labels[:, None] == labels[None, :])).sum(axis=-1).mean())
@@ -136,7 +136,7 @@ def _other_cosines(sets: Sequence[FactorSet]) -> Float[np.ndarray, "slot run run
 
 
 def identity(sets: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dict[str, float]:
-    """Measure whether factors of one domain cluster together within each module.
+    """Measure the opposite of factor sharing: whether factors of one domain cluster together within each module.
 
     A permutation exchanges the domains of whole runs, in all modules at once. So labels are only exchanged between
     factors of the same module. Similarity within a run, for example due to its head or data order, stays in the null
@@ -186,7 +186,7 @@ def _slot_cosines(cloud: FactorSet) -> Float[np.ndarray, "slot run run"]:
 def silhouettes(
     cosine: Float[np.ndarray, "slot run run"], labels: Int[np.ndarray, "draw run"]
 ) -> Float[np.ndarray, "draw"]:
-    """Compute the silhouette by label in cosine distance (Rousseeuw 1987), mean over slots and runs, for each labeling.
+    """Compute the silhouette of factors by domain, mean over slots and runs, for each labeling (Rousseeuw 1987).
 
     Labels count from 0, and each labels at least two runs.
     """

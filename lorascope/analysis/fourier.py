@@ -22,14 +22,14 @@ _RECORDED = {"coefficient_gradient": "gradient", "coefficient_importance": "impo
 
 
 def fourier_updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
-    """Return the Fourier updates of a run by module; empty if its first update is of another kind."""
+    """Select the Fourier updates of a run for analysis, by module; empty if its first update is of another kind."""
     updates = run.updates(step)
     first = next(iter(updates.values()), None)
     return updates if isinstance(first, Fourier) else {}
 
 
 def basis_setting(run: Result) -> Mapping[str, str]:
-    """Return the basis of a FourierFT run as ``{"basis": name}``; empty for other methods."""
+    """Return the basis of a FourierFT run to analyze as ``{"basis": name}``; empty for other methods."""
     recipe = run.meta.recipe
     return {"basis": recipe["basis"]} if "basis" in recipe else {}
 
@@ -42,7 +42,7 @@ def learned_fourier_updates(run: Result) -> dict[str, Fourier]:
 
 
 def corner_radius(shape: tuple[int, int]) -> float:
-    """Return the distance of the highest frequency from zero."""
+    """Compute the distance of the highest Fourier frequency from zero."""
     return math.hypot(shape[0] // 2, shape[1] // 2)
 
 
@@ -81,7 +81,7 @@ def list_coefficients(run: Result, step: int | None = None) -> pd.DataFrame:
 
 
 def list_frequencies(update: Fourier) -> pd.DataFrame:
-    """Return every frequency at both of its positions in the spectrum: the entry and its mirror.
+    """List every Fourier frequency at both of its positions in the spectrum: the entry and its mirror.
 
     Returns
     -------
@@ -93,7 +93,7 @@ def list_frequencies(update: Fourier) -> pd.DataFrame:
 
 
 def radial_profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
-    """Compute the root mean square of the coefficients in rings of equal width, from frequency zero to the corner.
+    """Compute the root mean square of Fourier coefficients in rings of equal width, from frequency zero to the corner.
 
     Returns
     -------
@@ -122,7 +122,7 @@ def _add_mirrors(update: Fourier) -> pd.DataFrame:
 
 
 def bias_by_distance(shape: tuple[int, int], center: float, width: float) -> pd.DataFrame:
-    """Compute the frequency bias by distance from zero, out to the corner of a spectrum.
+    """Compute the Fourier frequency bias by distance from zero, out to the corner of a spectrum.
 
     Returns
     -------
@@ -136,7 +136,7 @@ def bias_by_distance(shape: tuple[int, int], center: float, width: float) -> pd.
 
 
 def bias_map(shape: tuple[int, int], center: float, width: float) -> pd.DataFrame:
-    """Compute the frequency bias on a grid of about 48 rows and columns that contains frequency zero.
+    """Compute the Fourier frequency bias on a grid of about 48 rows and columns that contains frequency zero.
 
     Returns
     -------

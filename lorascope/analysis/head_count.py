@@ -29,7 +29,7 @@ _DENSE = 5  # minimum number of texts in a DBSCAN neighborhood
 
 
 def choose_num_experts(texts: Iterable[str], most: int = 10, seed: int = 0) -> int:
-    """Choose the number of experts for a corpus by :func:`cluster_selection`.
+    """Choose the number of HydraLoRA heads (experts) for a corpus by :func:`cluster_selection`.
 
     Use it as ``HydraLoRA(num_experts=choose_num_experts(task.split("train")["text"]))``.
 
@@ -52,7 +52,7 @@ def choose_num_experts(texts: Iterable[str], most: int = 10, seed: int = 0) -> i
 
 
 def cluster_selection(texts: Iterable[str], most: int = 10, seed: int = 0) -> pd.DataFrame:
-    """Select the number of clusters in a corpus by k-means on TF-IDF vectors, at the elbow of the error (appendix B).
+    """Select the head count: clusters of a corpus by k-means on TF-IDF vectors, at the elbow of the error (appendix B).
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def cluster_selection(texts: Iterable[str], most: int = 10, seed: int = 0) -> pd
 
 
 def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 10, sample: int = 1000) -> pd.DataFrame:
-    """Repeat the selection on random samples of the corpus, by k-means and DBSCAN, to show how much it varies.
+    """Repeat the choice of the head count on random samples of a corpus, by k-means and DBSCAN, to show its variation.
 
     Parameters
     ----------
@@ -109,7 +109,7 @@ def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 
 
 
 def density_clusters(vectors: csr_matrix) -> int:
-    """Count the DBSCAN clusters of the distinct texts that contain a word; 0 if no five texts are near each other."""
+    """Count DBSCAN clusters of distinct texts with a word, as a head count; 0 if no five are near each other."""
     distinct = vectors[list({key: row for row, key in enumerate(_keys(vectors))}.values())]
     distinct = distinct[distinct.getnnz(1) > 0]
     # Each text is its own first neighbor, so the fifth one is the fourth nearest other text.
@@ -140,7 +140,7 @@ def _kmeans_selection(vectors: csr_matrix, most: int, seed: int) -> pd.DataFrame
 
 
 def chord_distance(curve: Float[np.ndarray, "k"]) -> Float[np.ndarray, "k"]:
-    """Compute how far a falling curve is below the line from its first to last point, both axes scaled to [0, 1]."""
+    """Compute how far an error curve is below its chord, whose maximum gives the head count; axes scaled to [0, 1]."""
     across = np.linspace(0, 1, len(curve))
     fall = curve[0] - curve[-1]
     height = (curve - curve[-1]) / fall if fall > 0 else 1 - across

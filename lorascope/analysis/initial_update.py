@@ -14,7 +14,7 @@ _ROUNDING = 1e-3  # relative to the largest norm; a smaller initial update is ro
 
 
 def at_start(read: Callable[[int], Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return what ``Run.updates`` or ``Run.factors`` reads at step 0; empty if the step was not saved."""
+    """Return initial updates or factors, as ``Run.updates`` or ``Run.factors`` reads at step 0; empty if not saved."""
     try:
         return read(0)
     except ValueError:  # no snapshot of step 0
@@ -22,7 +22,7 @@ def at_start(read: Callable[[int], Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def learned_updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
-    """Return the learned updates ΔW - ΔW₀ of a run by module, computed on access.
+    """Return the learned updates of a run by module: ΔW minus the initial update ΔW₀, computed on access.
 
     If the initial update was not saved, the result is ΔW. FourierFT's coefficients on a random or orthogonal basis are
     included, although the run does not store these updates.

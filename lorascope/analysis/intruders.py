@@ -35,7 +35,7 @@ _KRYLOV_SHARE = 4  # for a quarter or more of all directions, a dense decomposit
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """Singular value decomposition U diag(sigma) V^T of a base weight: sigma (m,), U (out, m) and V (in, m).
+    """Singular value decomposition of a base weight for finding intruders: sigma (m,), U (out, m) and V (in, m).
 
     There are m = min(out, in) singular values, largest first.
     """
@@ -52,14 +52,14 @@ class Basis:
 
 
 def decompose_weights(weights: Mapping[str, Float[np.ndarray, "_ _"]]) -> Mapping[str, Basis]:
-    """Return the decompositions of a model's base weights, each computed on first access and then cached."""
+    """Decompose a model's base weights to find intruders, each on first access and then cached."""
     return Lazy(list(weights), cache(lambda module: Basis.of(weights[module])))
 
 
 def find_intruders(
     base: Mapping[str, Basis], updates: Mapping[str, Update], k: int = 10, threshold: float = 0.5
 ) -> pd.DataFrame:
-    """Compare each leading singular vector of every trained weight with the most similar one of its base weight.
+    """Find intruders: compare leading singular vectors of each trained weight with the most similar of its base weight.
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ _DRAWS = 500
 
 
 class Directions(NamedTuple):
-    """Leading singular vectors of an update, as columns."""
+    """Leading directions of an update: its first singular vectors, as columns."""
 
     left: Float[np.ndarray, "out k"]
     right: Float[np.ndarray, "in k"]
@@ -33,14 +33,14 @@ class Directions(NamedTuple):
 
 
 def leading_singular_vectors(update: Update, k: int) -> Directions:
-    """Return the first k left and right singular vectors of an update, or all if it has fewer."""
+    """Return leading directions of an update: the first k left and right singular vectors, or all if it has fewer."""
     U, _, V = update.svd()
     return Directions(U[:, :k], V[:, :k])
 
 
 @cache
 def chance_angle(dim: int, k: int) -> float:
-    """Estimate the mean principal angle in degrees of two random subspaces with k dimensions.
+    """Estimate the mean principal angle in degrees between random directions: two subspaces with k dimensions.
 
     The estimate uses 500 draws with a fixed seed. By symmetry, the first subspace can be fixed to the first k axes.
     The second is a normal matrix made orthonormal. Its remaining rows matter only through their triangular factor,
@@ -58,7 +58,7 @@ def chance_angle(dim: int, k: int) -> float:
 
 
 def angle_and_chance(first: Directions, second: Directions) -> tuple[float, float]:
-    """Compute the mean principal angle in degrees between two updates of one module, and its random baseline.
+    """Compute the mean angle in degrees between the leading directions of two updates, and its random baseline.
 
     The mean is over outputs and inputs, with the same number of leading directions of both updates.
     """
@@ -69,7 +69,7 @@ def angle_and_chance(first: Directions, second: Directions) -> tuple[float, floa
 
 
 def average_angles(pairs: Sequence[tuple[Mapping[str, Directions], Mapping[str, Directions]]]) -> tuple[float, float]:
-    """Average ``angle_and_chance`` over pairs of runs and the modules where both have a direction.
+    """Average the angles between leading directions over pairs of runs and the modules where both have a direction.
 
     Returns
     -------
@@ -88,7 +88,7 @@ def average_angles(pairs: Sequence[tuple[Mapping[str, Directions], Mapping[str, 
 
 
 def pool_spectra(spectra: Spectra, modules: Sequence[str]) -> pd.DataFrame:
-    """Compute the root mean square over modules of the largest singular values, of the second largest, and so on.
+    """Compute the root mean square over modules of the singular value of each leading direction, in descending order.
 
     Modules with fewer singular values count as zero, as do values that are rounding errors of zero.
 

@@ -8,7 +8,7 @@ from lorascope.analysis import norms
 
 
 def list_intervals(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the sampling intervals in the records of one or more LISA runs.
+    """List the sampling intervals of the schedule in the records of one or more LISA runs.
 
     Returns
     -------
@@ -30,7 +30,7 @@ def list_intervals(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def interval_sizes(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the number of active blocks (gamma) and the interval length in steps (K) of each run.
+    """Return LISA's schedule settings of each run: the number of active blocks (gamma) and steps per interval (K).
 
     Returns
     -------
@@ -43,7 +43,7 @@ def interval_sizes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def count_visits(table: pd.DataFrame) -> pd.DataFrame:
-    """Count how often each block was trained.
+    """Count how often LISA's schedule trained each block.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def count_visits(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def block_coverage(table: pd.DataFrame) -> pd.DataFrame:
-    """Count the blocks trained by the n-th draw, with the expected number: sum of 1 - (1 - probability)^n.
+    """Count the blocks that LISA's schedule trained by the n-th draw, and the expected number: sum of 1 - (1 - p)^n.
 
     Returns
     -------
@@ -86,7 +86,7 @@ def block_coverage(table: pd.DataFrame) -> pd.DataFrame:
 def layer_importance(
     adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity: str = "update_norm"
 ) -> pd.DataFrame:
-    """Compute the norm of each layer under LoRA over that under full fine-tuning: LISA's importance (section 3.2).
+    """Compute each layer's importance for LISA's schedule: its norm under LoRA over full fine-tuning (section 3.2).
 
     The ratios of the blocks can be passed to ``LISA(weights=...)``; the paper samples all blocks uniformly.
 

@@ -43,12 +43,12 @@ _STATE, _COUNT = 4, 4  # bytes of an entry of the optimizer state, and of torch'
 
 
 def shapes_of(model: Any) -> dict[str, Shape]:
-    """Return the parameter shapes of a live model."""
+    """Return the parameter shapes of a live model for a memory estimate."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int = 32_000) -> dict[str, Shape]:
-    """Return the parameter shapes of a LLaMA model.
+    """Return the parameter shapes of a LLaMA model for a memory estimate.
 
     ``inner`` is the inner size of the feed-forward modules, ``keys`` the size of the keys of all attention heads.
     """
@@ -69,7 +69,7 @@ def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int = 32_
 
 
 def gpt2(layers: int, hidden: int, vocabulary: int = 50_257, positions: int = 1024) -> dict[str, Shape]:
-    """Return the parameter shapes of a GPT-2 model, whose head is tied to its embedding."""
+    """Return the parameter shapes of a GPT-2 model, whose head is tied to its embedding, for a memory estimate."""
     linears = {"attn.c_attn": (3, 1), "attn.c_proj": (1, 1), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
     block: dict[str, Shape] = {}
     for name, (outputs, inputs) in linears.items():
@@ -85,12 +85,12 @@ GPT2 = {"117M": gpt2(12, 768), "345M": gpt2(24, 1024)}
 
 
 def count_parameters(shapes: Shapes) -> int:
-    """Count the parameters of a model."""
+    """Count the parameters of a model for a memory estimate."""
     return _count(shapes.values())
 
 
 def shapes_by_block(shapes: Shapes) -> dict[tuple[str, int], dict[str, Shape]]:
-    """Return the parameter shapes of every block, by stack and layer."""
+    """Return the parameter shapes of every block for a memory estimate, by stack and layer."""
     by_block: dict[tuple[str, int], dict[str, Shape]] = {}
     for name, shape in shapes.items():
         stack, layer, _ = parse(name)
@@ -106,7 +106,7 @@ def _count(shapes: Iterable[Shape]) -> int:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes of the parameters, their gradients and the optimizer state, allocated at the optimizer step."""
+    """Estimated bytes of the parameters, their gradients and the optimizer state, allocated at the optimizer step."""
 
     parameters: int
     gradients: int
@@ -114,7 +114,7 @@ class MemoryUse:
 
 
 def full(shapes: Shapes, *, width: int = 4) -> MemoryUse:
-    """Compute the memory of AdamW on all parameters.
+    """Estimate the memory of AdamW on all parameters.
 
     Parameters
     ----------
@@ -134,7 +134,7 @@ def lora(
     *,
     width: int = 4,
 ) -> MemoryUse:
-    """Compute the memory of AdamW on the two LoRA factors of every target.
+    """Estimate the memory of AdamW on the two LoRA factors of every target.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def lisa(
     *,
     width: int = 4,
 ) -> MemoryUse:
-    """Compute the memory of AdamW on the parameters outside the blocks and on a few active blocks.
+    """Estimate the memory of AdamW on the parameters outside the blocks and on a few active blocks, as in LISA.
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ def lisa(
 
 
 def expect_visited_blocks(blocks: int, active: int, intervals: int) -> float:
-    """Compute the expected number of different blocks LISA has trained after n draws: L (1 - (1 - gamma / L)^n).
+    """Compute the expected number of blocks in LISA's memory estimate, trained by n draws: L (1 - (1 - gamma / L)^n).
 
     L is the number of ``blocks`` of the model, gamma that of ``active`` blocks at a time, and n that of ``intervals``.
     """
@@ -218,7 +218,7 @@ def adapprox(
     *,
     width: int = 4,
 ) -> MemoryUse:
-    """Compute the memory of Adapprox, which stores second moments as factors of rank k.
+    """Estimate the memory of Adapprox, which stores second moments as factors of rank k.
 
     Parameters
     ----------
@@ -244,17 +244,17 @@ def adapprox(
 
 
 def adafactor(shapes: Shapes, first: bool = True, *, width: int = 4) -> MemoryUse:
-    """Compute the memory of Adafactor, which stores second moments as row and column means; see ``adapprox``."""
+    """Estimate the memory of Adafactor, which stores second moments as row and column means; see ``adapprox``."""
     return _factored_memory(shapes, lambda _, shape: _count_means(shape), first, width)
 
 
 def came(shapes: Shapes, *, width: int = 4) -> MemoryUse:
-    """Compute the memory of CAME: Adafactor with a second pair of means, of the instability; see ``full``."""
+    """Estimate the memory of CAME: Adafactor with a second pair of means, of the instability; see ``full``."""
     return _factored_memory(shapes, lambda _, shape: _count_means(shape, 2), True, width)
 
 
 def compare_methods(shapes: Shapes, rank: int = 128, active: int | None = None, *, width: int = 4) -> pd.DataFrame:
-    """Compute the memory of every training method for one model.
+    """Estimate the memory of every training method for one model.
 
     Parameters
     ----------
@@ -286,7 +286,7 @@ def compare_methods(shapes: Shapes, rank: int = 128, active: int | None = None, 
 
 
 def compare_optimizers(shapes: Shapes) -> pd.DataFrame:
-    """Compute the memory of every optimizer that trains all weights, with and (where possible) without a first moment.
+    """Estimate the memory of every optimizer that trains all weights, with and (if possible) without a first moment.
 
     Every number has 4 bytes; columns: see ``compare_methods``.
     """

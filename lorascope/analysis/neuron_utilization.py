@@ -27,14 +27,14 @@ LAYERS = ("later", "earlier")
 
 
 def compared_layers(layer: int, layers: str = "later") -> slice:
-    """Return the blocks whose hidden states are compared with a neuron of this block, its own included."""
+    """Return the blocks whose hidden states give the utilization of a neuron of this block, its own included."""
     return slice(layer, None) if layers == "later" else slice(layer + 1)
 
 
 def correlations(
     vectors: Float[np.ndarray, "neurons d"], hidden: Float[np.ndarray, "layers d"]
 ) -> Float[np.ndarray, "neurons layers"]:
-    """Compute the absolute Pearson correlation of each weight vector and hidden state; 0 for a constant vector."""
+    """Compute correlations for neuron utilization: |Pearson| of weight vectors and hidden states; 0 if constant."""
     return np.abs(_standardize_rows(vectors) @ _standardize_rows(hidden).T)
 
 
@@ -45,7 +45,7 @@ def _standardize_rows(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"
 
 
 def compute_rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
-    """Compute the difference of each neuron's utilization rank between two models, and classify large differences.
+    """Compute the shift of each neuron's utilization rank between two models, and classify large ones.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def compute_rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: 
 def rank_shift_of_run(
     table: pd.DataFrame, trained: pd.DataFrame, reference: pd.DataFrame | None = None
 ) -> pd.DataFrame:
-    """Compare a run's last recorded step with step 0 or the last step of another run by ``compute_rank_shift``.
+    """Compute the shift of neurons' utilization ranks from step 0, or from another run, to a run's last recorded step.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def rank_shift_of_run(
 
 
 def average_shifts(shifts: pd.DataFrame) -> pd.DataFrame:
-    """Compute the mean ``|d_rank|`` by percentile of the rank in the reference, and over all neurons.
+    """Compute the mean shift of utilization ranks by percentile of the neuron in the reference, and over all neurons.
 
     Returns
     -------
@@ -129,6 +129,6 @@ def average_shifts(shifts: pd.DataFrame) -> pd.DataFrame:
 
 
 def count_shifts(shifts: pd.DataFrame) -> dict[str, float]:
-    """Count the neurons with each of the three flags, and compute the mean ``|d_rank|``."""
+    """Count the neurons with each kind of shift of their utilization rank, and compute the mean ``|d_rank|``."""
     kinds = {kind: int(shifts[kind].sum()) for kind in ("strong", "suppressed", "indirect")}
     return {**kinds, "avg_abs_d_rank": float(shifts["d_rank"].abs().mean())}

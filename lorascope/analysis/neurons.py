@@ -60,7 +60,7 @@ def neuron_roles(modules: pd.DataFrame) -> list[str]:
 
 
 def list_groups(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[NeuronGroup]:
-    """Find the neurons of a model.
+    """Find the neurons of a model, as groups.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def score_neurons(
 
 
 def tabulate_change(group: NeuronGroup, change: NeuronChange) -> pd.DataFrame:
-    """Return the changes of the neurons of one group as a table."""
+    """Tabulate how far training rotated the neurons of one group."""
     return pd.DataFrame(
         {
             "module": group.module,

@@ -21,7 +21,7 @@ _KEY = ["run", "step", "quantity"]
 
 
 def select_quantity(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Select the rows of one quantity that belong to a module, and add their ``place`` as an ordered category.
+    """Select the rows of a norm, or another quantity, that belong to a module, and add their ``place`` as a category.
 
     Raises
     ------
@@ -35,7 +35,7 @@ def select_quantity(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 
 def layer_places(table: pd.DataFrame) -> pd.Series:
-    """Compute the position of every row on the layer axis: embed, (encoder) 0.., (decoder) 0.., head.
+    """Compute the position of every row of norms on the layer axis: embed, (encoder) 0.., (decoder) 0.., head.
 
     Returns
     -------
@@ -56,7 +56,7 @@ def layer_places(table: pd.DataFrame) -> pd.Series:
 
 
 def pool_modules(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
-    """Aggregate the modules of a cell by the rule of their quantity: root of summed squares, sum, or mean.
+    """Aggregate norms or other quantities over the modules of a cell: root of summed squares, sum, or mean.
 
     No module is counted twice. The row of a whole block replaces the rows of its modules, unless ``by`` splits the
     block by role; then the row of the block is ignored. A cell with an unknown value is NaN.
@@ -107,14 +107,14 @@ def norm_per_weight(table: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
 
 
 def last_recorded(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the last step at which each run recorded the quantity, or all rows if no step is known."""
+    """Return the norms, or other rows, at the last step that each run recorded, or all rows if no step is known."""
     # Adapter folders have no steps, so all their rows are final.
     final = table.groupby(["run", "quantity"], observed=True)["step"].transform("max")
     return table[(table["step"] == final).fillna(False) | (table["step"].isna() & final.isna())]
 
 
 def mean_over_steps(cells: pd.DataFrame) -> pd.DataFrame:
-    """Average every cell over the recorded steps 1..T, without step 0.
+    """Average the norm, or another quantity, of every cell over the recorded steps 1..T, without step 0.
 
     With ``weight_norm`` by layer this is LISA's w(l) (section 3.1).
     """
@@ -122,7 +122,7 @@ def mean_over_steps(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarize_steps(cells: pd.DataFrame) -> pd.DataFrame:
-    """Summarize every cell over the recorded steps 1..T, without step 0.
+    """Summarize the norm, or another quantity, of every cell over the recorded steps 1..T, without step 0.
 
     Returns
     -------
@@ -145,7 +145,7 @@ def _cell_columns(cells: pd.DataFrame) -> list[str]:
 
 
 def subtract_start(cells: pd.DataFrame) -> pd.DataFrame:
-    """Subtract the value at step 0 from every cell, which leaves the change due to training.
+    """Subtract the norm, or other value, at step 0 from every cell, which leaves the change due to training.
 
     Raises
     ------
@@ -161,7 +161,7 @@ def subtract_start(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def select_steps(cells: pd.DataFrame, most: int) -> pd.DataFrame:
-    """Return the rows at up to ``most`` evenly spaced steps that all runs recorded, including the first and last.
+    """Return the norms, or other rows, at up to ``most`` evenly spaced steps of all runs, including the first and last.
 
     Raises
     ------
@@ -178,6 +178,6 @@ def select_steps(cells: pd.DataFrame, most: int) -> pd.DataFrame:
 
 
 def evenly_spaced(items: Sequence[Any], most: int) -> list[Any]:
-    """Return up to ``most`` evenly spaced items in order, including the first and last."""
+    """Return up to ``most`` evenly spaced items, such as steps with norms, including the first and last."""
     indices = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
     return [items[index] for index in np.unique(indices)]

@@ -16,23 +16,23 @@ _TOLERANCE, _MAX_ITERATIONS = 1e-6, 50
 
 
 def rank_one(V: Float[np.ndarray, "m n"]) -> Float[np.ndarray, "m n"]:
-    """Compute Adafactor's rank-one approximation: row sums times column sums over the total; zeros if V is zero."""
+    """Approximate a second moment by Adafactor's rank one: row times column sums over the total; zeros if V is zero."""
     total = V.sum()
     return np.outer(V.sum(1), V.sum(0)) / total if total else np.zeros_like(V)
 
 
 def frobenius_error(V: Float[np.ndarray, "m n"], stand_in: Float[np.ndarray, "m n"]) -> float:
-    """Compute ``|V - stand_in| / |V|`` in Frobenius norm."""
+    """Compute the error ``|V - stand_in| / |V|`` of an approximated second moment in Frobenius norm."""
     return float(np.linalg.norm(V - stand_in) / np.linalg.norm(V))
 
 
 def tail_error(sigma: Float[np.ndarray, "k"], rank: int) -> float:
-    """Compute the best relative error for a given rank: sqrt(sum_{i>rank} sigma_i^2 / sum sigma_i^2)."""
+    """Compute the best relative error of second moments at a rank: sqrt(sum_{i>rank} sigma_i^2 / sum sigma_i^2)."""
     return float(np.sqrt((sigma[rank:] ** 2).sum() / (sigma**2).sum()))
 
 
 def same_marginals(V: Float[np.ndarray, "m n"], seed: int) -> Float[np.ndarray, "m n"]:
-    """Draw a random matrix with the row and column sums of V and a similar spread around its rank-one approximation.
+    """Draw a random second moment with the row and column sums of V and a similar spread around its rank one.
 
     The ratios of V to its rank-one approximation are permuted at random over the entries. Then rows and columns are
     rescaled to their sums. Only the directions that follow from V's row and column sums are not random.
@@ -55,7 +55,7 @@ def same_marginals(V: Float[np.ndarray, "m n"], seed: int) -> Float[np.ndarray, 
 
 
 def average_by_layer(table: pd.DataFrame, quantity: str, role: str | None = None) -> pd.DataFrame:
-    """Return the last recorded values of a per-module quantity with an index, averaged over the modules of a layer.
+    """Return the last values of an indexed quantity of second moments, averaged over the modules of a layer.
 
     At most six layers are included, evenly spaced.
 
@@ -83,14 +83,14 @@ def average_by_layer(table: pd.DataFrame, quantity: str, role: str | None = None
 
 
 def final_values(table: pd.DataFrame, quantity: str) -> pd.Series:
-    """Return the last value of a quantity by module, or by module and index if it has an index."""
+    """Return the last value of a quantity of second moments by module, and by index if it has one."""
     rows = last_recorded(table[table["quantity"] == quantity])
     keys = ["module"] if rows["index"].isna().all() else ["module", "index"]
     return rows.set_index(keys)["value"]
 
 
 def factor_ranks(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the factor ranks of Adapprox in the blocks, with the largest rank allowed.
+    """Return the factor ranks of Adapprox's second moments in the blocks, with the largest rank allowed.
 
     Returns
     -------
@@ -104,7 +104,7 @@ def factor_ranks(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
-    """Compare error and time of factorization methods at the last recording of ``observe.factorings``.
+    """Compare error and time of factorizations of second moments at the last recording of ``observe.factorings``.
 
     Parameters
     ----------
@@ -131,7 +131,7 @@ def compare_factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataF
 
 
 def average_losses_by_rate(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFrame]:
-    """Average the final validation and test losses over seeds, by method and learning rate.
+    """Average the final validation and test losses of optimizers over seeds, by method and learning rate.
 
     Parameters
     ----------
@@ -160,5 +160,5 @@ def average_losses_by_rate(table: pd.DataFrame, rate: Mapping[str, float]) -> di
 
 
 def best_rates(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the learning rate with the lowest mean of each method: ``method, lr``."""
+    """Return the learning rate with the lowest mean loss of each optimizer: ``method, lr``."""
     return cells.loc[cells.groupby("method", sort=False)["value"].idxmin(), ["method", "lr"]].reset_index(drop=True)

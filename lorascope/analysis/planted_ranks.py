@@ -31,6 +31,6 @@ def rank_correlation(run: Result) -> float:
 
 
 def absolute_error(run: Result) -> float:
-    """Compute the mean of ``|found - planted|`` over the modules."""
+    """Compute the mean absolute difference of found and planted ranks over the modules."""
     table = recovered_ranks(run)
     return float((table["found"] - table["planted"]).abs().mean())

@@ -18,7 +18,7 @@ PHASES = ("warm-up", "decay", "final")
 
 
 def current_ranks(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
-    """Return the current rank of every module at a step, the last one recorded up to it.
+    """Return the rank allocation at a step: the rank of every module, the last one recorded up to it.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def current_ranks(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
 
 
 def add_parameters(ranks: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
-    """Add the column ``parameters``: the rank times the sum of inputs and outputs, NaN if the size is unknown.
+    """Add the parameters of a rank allocation: rank times the sum of inputs and outputs, NaN if the size is unknown.
 
     ``ranks`` are from ``current_ranks``; ``modules`` is the module table, see ``Run.modules``.
     """
@@ -59,7 +59,7 @@ def add_parameters(ranks: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
 
 
 def depth_thirds(ranks: pd.DataFrame) -> pd.Series:
-    """Return for each row its third of the stack's adapted layers, as an ordered category; NA outside the blocks."""
+    """Return for each row of a rank allocation its third of the stack's adapted layers; NA outside the blocks."""
     third = pd.Series(pd.NA, ranks.index, dtype="object")
     for _, rows in ranks.dropna(subset="layer").groupby("stack", observed=True):
         layers = np.unique(rows["layer"].to_numpy(np.int64))
@@ -70,7 +70,7 @@ def depth_thirds(ranks: pd.DataFrame) -> pd.Series:
 
 
 def rank_shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
-    """Compute the fraction of the total rank in each group of modules, and the fraction under a uniform allocation.
+    """Compute the fraction of the total rank allocated to each group of modules, and that under a uniform allocation.
 
     Parameters
     ----------
@@ -93,7 +93,7 @@ def rank_shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
 
 
 def kendall_tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "run run"]:
-    """Compute Kendall's tau-b between the ranks of every pair of runs; NaN if all ranks of one run are equal."""
+    """Compute Kendall's tau-b between the rank allocations of every pair of runs; NaN if all ranks of one are equal."""
     first, second = np.triu_indices(ranks.shape[1], 1)
     # tau-b is the cosine between the vectors of pairwise orders, in which ties are 0.
     order = np.sign(ranks[:, first] - ranks[:, second])
@@ -101,7 +101,7 @@ def kendall_tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "ru
 
 
 def stability(ranks: pd.DataFrame) -> Interval:
-    """Compute the mean tau over all pairs of runs, with a 95% t-interval over runs; NaN bounds below three runs.
+    """Compute the stability of rank allocations: mean tau over pairs of runs, 95% t-interval (NaN below three runs).
 
     Pairs share runs, so they are not independent; see ``seed_intervals.pseudo_values``.
     """
@@ -110,20 +110,20 @@ def stability(ranks: pd.DataFrame) -> Interval:
 
 
 def random_ranks(ranks: pd.DataFrame, cap: int | None = None) -> pd.DataFrame:
-    """Replace the ranks by ``baseline_ranks.random``; each run keeps its budget and gets its own draw."""
+    """Replace rank allocations by random ones (``baseline_ranks.random``) of equal budget, one draw per run."""
     groups = enumerate(rows for _, rows in ranks.groupby("run", observed=True, sort=False))  # the number is the seed
     return pd.concat(rows.assign(value=_draw_ranks(rows["value"].to_numpy(), cap, number)) for number, rows in groups)
 
 
 def random_stability(ranks: pd.DataFrame, cap: int | None = None) -> Float[np.ndarray, "draw"]:
-    """Draw the random baseline of ``stability``: the mean tau of as many runs with random ranks, 200 times."""
+    """Draw the random baseline of a rank allocation's ``stability``: the mean tau of as many random runs, 200 times."""
     wide = _pivot_ranks(ranks).to_numpy()
     drawn = ([_draw_ranks(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(200))
     return np.array([mean_of_pairs(kendall_tau(np.array(sample))) for sample in drawn])
 
 
 def initial_cap(table: pd.DataFrame) -> int | None:
-    """Return the largest initial rank if no module ever exceeds it, else None, as the ranks are then unbounded."""
+    """Return the largest initially allocated rank if no module ever exceeds it, else None: ranks are then unbounded."""
     rows = norms.select_quantity(table, "rank")
     first = rows["step"].isna() | (rows["step"] == rows["step"].min())
     start, most = rows.loc[first.fillna(True), "value"].max(), rows["value"].max()
@@ -131,13 +131,13 @@ def initial_cap(table: pd.DataFrame) -> int | None:
 
 
 def decision_steps(table: pd.DataFrame, most: int) -> list[int]:
-    """Return up to ``most`` evenly spaced steps with a recorded budget (or rank), including the first and last."""
+    """Return up to ``most`` evenly spaced steps with a recorded rank budget (or rank), including the first and last."""
     rows = table[table["quantity"] == ("budget" if (table["quantity"] == "budget").any() else "rank")]
     return norms.evenly_spaced(np.unique(rows["step"].dropna().to_numpy(np.int64)).tolist(), most)
 
 
 def budget_phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
-    """Return the phases before, during and after the changes of a budget; empty if the budget never changes.
+    """Return the phases before, during and after the changes of the rank budget; empty if it never changes.
 
     Parameters
     ----------
@@ -158,13 +158,13 @@ def budget_phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
 
 
 def step_corners(budget: pd.DataFrame) -> pd.DataFrame:
-    """Return a budget, see ``budget_phases``, as the corners of a step line: each value applies until the next step."""
+    """Return a rank budget, see ``budget_phases``, as corners of a step line: a value applies until the next step."""
     before = budget.assign(value=budget["value"].shift()).dropna(subset="value")
     return pd.concat([before, budget]).sort_values("at", kind="stable", ignore_index=True)
 
 
 def component_course(table: pd.DataFrame, quantity: str = "importance") -> pd.DataFrame:
-    """Return a quantity of every component over the steps, and whether the component is ``kept`` at the end.
+    """Return a quantity by which rank is allocated, of every component over the steps, and whether it is ``kept``.
 
     Methods that record ``kept`` determine it at their last selection. For other methods, the components kept are the
     most important ones at the last scoring, as many per module as its rank.

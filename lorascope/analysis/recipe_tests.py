@@ -36,7 +36,7 @@ _IGNORED_SETTINGS = ("observers", "search_share")
 
 
 def name_recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Name the recipe of each run: the label of the method, and the settings that differ between runs of this label.
+    """Name the recipe of each run to test: the label of the method, and settings that differ between its runs.
 
     There is one label, such as ``LoRA, rank 8``, and one mapping of settings per run.
     """
@@ -62,7 +62,7 @@ def _setting_text(value: Any) -> str:
 
 
 def collect_scores(runs: Sequence[Result]) -> pd.DataFrame:
-    """Return the test metrics of finished runs.
+    """Collect the test metrics of finished runs, by which recipes are tested.
 
     Returns
     -------
@@ -87,14 +87,14 @@ def collect_scores(runs: Sequence[Result]) -> pd.DataFrame:
 
 
 def unique_names(names: Sequence[str], hashes: Sequence[str | None]) -> list[str]:
-    """Append the first six characters of the hash to names that have more than one hash."""
+    """Append the first six characters of the hash to names of recipes that have more than one hash."""
     pairs = list(zip(names, hashes, strict=True))
     number = Counter(name for name, _ in set(pairs))
     return [f"{name} ({str(digest)[:6]})" if number[name] > 1 else name for name, digest in pairs]
 
 
 def compare_pairs(table: pd.DataFrame) -> pd.DataFrame:
-    """Compare every pair of recipes of one model and task, paired by seed; duplicate runs of a seed count once.
+    """Test every pair of recipes of one model and task, paired by seed; duplicate runs of a seed count once.
 
     ``table`` is the result of :func:`collect_scores`.
 
@@ -127,7 +127,7 @@ def compare_pairs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def paired_p(differences: Float[np.ndarray, "n"]) -> float:
-    """Compute the two-sided p-value of the t-test that paired differences have mean zero; NaN below two differences."""
+    """Test whether two recipes differ: two-sided p-value of the paired t-test; NaN below two differences."""
     n = len(differences)
     if n < 2:
         return np.nan
@@ -138,7 +138,7 @@ def paired_p(differences: Float[np.ndarray, "n"]) -> float:
 
 
 def holm(p: Float[np.ndarray, "tests"]) -> Float[np.ndarray, "tests"]:
-    """Adjust p-values for multiple tests by Holm's method, which controls the family-wise error rate (Holm 1979)."""
+    """Adjust p-values of tests of recipes by Holm's method, which controls the family-wise error rate (Holm 1979)."""
     order = np.argsort(p)  # NaN last
     factors = np.count_nonzero(~np.isnan(p)) - np.arange(len(p))
     adjusted = np.empty_like(p)
@@ -147,7 +147,7 @@ def holm(p: Float[np.ndarray, "tests"]) -> Float[np.ndarray, "tests"]:
 
 
 def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean, interval and possible places of every recipe; duplicate runs of a seed count once.
+    """Rank recipes by tests: mean, interval and possible places of each; duplicate runs of a seed count once.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_comparison(compared: pd.DataFrame) -> list[str]:
-    """Describe which recipes are significantly better than others, in a few lines per model and task."""
+    """Describe which recipes test as significantly better than others, in a few lines per model and task."""
     lines = []
     has_settings = len(compared[["model", "task"]].drop_duplicates()) > 1
     for (model, task, _), comparisons in compared.groupby(SETTING, sort=False):

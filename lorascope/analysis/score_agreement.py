@@ -29,14 +29,14 @@ _OTHER_SCORES = {"‖w − w₀‖": ("neuron_update",), "sensitivity": ("sensit
 
 
 def spearman(columns: Float[np.ndarray, "n scores"]) -> Float[np.ndarray, "scores scores"]:
-    """Compute the rank correlation of every pair of columns, with mean ranks for ties; NaN for constant columns."""
+    """Compute the agreement of every pair of score columns: Spearman's correlation, with mean ranks for ties."""
     ranks = rankdata(columns, axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.atleast_2d(np.corrcoef(ranks, rowvar=False))
 
 
 def correlate(scores: pd.DataFrame) -> pd.DataFrame:
-    """Correlate every pair of scores within every run.
+    """Compute the agreement of every pair of scores within every run.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def correlate(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def collect_neuron_scores(runs: Mapping[str, Result | Sequence[Result]]) -> pd.DataFrame:
-    """Collect the scores that several recipes give the same neurons of the feed-forward modules, for ``correlate``.
+    """Collect the scores that recipes give the same feed-forward neurons, to compute their agreement by ``correlate``.
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean with its confidence interval; the bounds are NaN if ``n`` is one."""
+    """Mean over seeds with its confidence interval; the bounds are NaN if ``n`` is one."""
 
     mean: float
     low: float
@@ -31,7 +31,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its standard errors.
+    """Mean over seeds with its standard errors, from which intervals follow.
 
     The half width of its interval is the largest of those of its standard errors, and its p-values agree with the
     interval: the interval at a one-sided level ends at the bound whose p-value is this level.
@@ -78,7 +78,7 @@ def _tail(distance: float, error: float, degrees: float) -> float:
 
 
 def t_estimate(values: Float[np.ndarray, "seed"]) -> Estimate:
-    """Estimate the mean of independent values with Student's t.
+    """Estimate the mean over independent seeds with Student's t.
 
     Raises
     ------
@@ -93,7 +93,7 @@ def t_estimate(values: Float[np.ndarray, "seed"]) -> Estimate:
 
 
 def t_interval(values: Float[np.ndarray, "seed"]) -> Interval:
-    """Compute the mean of independent values with Student's 95% t-interval.
+    """Compute the mean over independent seeds with Student's 95% t-interval.
 
     Raises
     ------
@@ -104,7 +104,7 @@ def t_interval(values: Float[np.ndarray, "seed"]) -> Interval:
 
 
 def two_way_estimate(differences: Float[np.ndarray, "seed row"], clusters: Int[np.ndarray, "row"]) -> Estimate:
-    """Estimate a mean over seeds and test rows, both of which are samples.
+    """Estimate a mean and its interval over seeds and test rows, both of which are samples.
 
     The variance adds that between seeds and that between clusters of rows, and subtracts that of the cells, which both
     contain (Cameron, Gelbach and Miller 2011, Robust inference with multiway clustering). It is at least as large as
@@ -139,7 +139,7 @@ def two_way_estimate(differences: Float[np.ndarray, "seed row"], clusters: Int[n
 
 
 def pseudo_values(pairs: Float[np.ndarray, "seed seed"]) -> Float[np.ndarray, "seed"]:
-    """Return the jackknife pseudo-values of a mean over pairs of runs with different seeds.
+    """Return the jackknife pseudo-values, one per seed, of a mean over pairs of runs with different seeds.
 
     With U the mean over all pairs and U_i the mean without seed i in either arm, they are ``n U - (n - 1) U_i``
     (Arvesen 1969, Jackknifing U-statistics). They are linear in the pairs: those of a difference are the differences.
@@ -166,12 +166,12 @@ def pseudo_values(pairs: Float[np.ndarray, "seed seed"]) -> Float[np.ndarray, "s
 
 
 def jackknife_estimate(values: Float[np.ndarray, "seed"]) -> Estimate:
-    """Estimate a mean over pairs of runs from its pseudo-values; without an interval below three seeds."""
+    """Estimate a mean over pairs of seeds from its pseudo-values; without an interval below three seeds."""
     return t_estimate(values) if len(values) > 2 else Estimate(float(values.mean()), len(values), ())
 
 
 def band(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Compute the mean and 95% t-interval over the runs of every cell.
+    """Compute the mean and 95% t-interval over the seeds of every cell.
 
     Parameters
     ----------

@@ -46,7 +46,7 @@ def list_selected(run: Result, k: int | None = None) -> pd.DataFrame:
 
 
 def last_scores(run: Result, quantity: str) -> pd.DataFrame:
-    """Return the last neuron scores that a run recorded, for ``neurons.select_neurons`` by ``value``.
+    """Return the last scores of neurons that a run recorded, for ``neurons.select_neurons`` by ``value``.
 
     Records of a matrix with fused gate and input only have the role of the module; its first half becomes ``ffn_gate``.
     """
@@ -71,7 +71,7 @@ def selection_threshold(run: Result, quantity: str) -> float | None:
 
 
 def list_trained(run: Result) -> pd.DataFrame:
-    """Return every neuron that a run trained: the selected ones, or all those of each module with a nonzero update."""
+    """List every neuron that a run trained: the selected ones, or all those of each module with a nonzero update."""
     if (run.table["quantity"] == "selected").any():
         return list_selected(run)
     moved = set(run.summary().query("update_norm > 0")["module"])
@@ -86,7 +86,7 @@ def _selectable_groups(run: Result) -> list[neurons.NeuronGroup]:
 
 
 def count_selectable(run: Result) -> Counter[str]:
-    """Count the neurons that a run could select from in each module."""
+    """Count the neurons of each module from which a run's selected neurons are chosen."""
     counts: Counter[str] = Counter()
     for group in _selectable_groups(run):
         counts[group.module] += group.count
@@ -113,7 +113,7 @@ def count_by_layer(run: Result) -> pd.DataFrame:
 
 
 def compare_selections(first: Neurons, second: Neurons, pool: int) -> dict[str, float]:
-    """Compute the overlap of two selections from ``pool`` neurons, and its random baseline.
+    """Compute the overlap of two selections of neurons out of ``pool``, and its random baseline.
 
     Returns
     -------
@@ -133,7 +133,7 @@ def compare_selections(first: Neurons, second: Neurons, pool: int) -> dict[str, 
 
 
 def compute_expected_overlap(first: Neurons, second: Neurons, sizes: Mapping[str, int]) -> float:
-    """Compute the mean overlap of two selections with as many random neurons in each module.
+    """Compute the mean overlap of two sets of selected neurons if as many were random in each module.
 
     This baseline accounts for both selections preferring the same modules; only overlap above it is due to neurons.
     ``sizes`` contains the number of neurons to select from in each module.
@@ -144,7 +144,7 @@ def compute_expected_overlap(first: Neurons, second: Neurons, sizes: Mapping[str
 
 
 def compare_all_selections(choices: Mapping[str, Sequence[Neurons]], pool: int) -> pd.DataFrame:
-    """Compare every pair of selections; within a label, each pair of different selections counts once.
+    """Compare every pair of selections of neurons; each pair of different ones within a label counts once.
 
     Returns
     -------
@@ -159,5 +159,5 @@ def compare_all_selections(choices: Mapping[str, Sequence[Neurons]], pool: int) 
 
 
 def to_set(table: pd.DataFrame) -> Neurons:
-    """Convert a table of neurons to a set of (module, neuron)."""
+    """Convert a table of selected neurons to a set of (module, neuron)."""
     return frozenset(zip(table["module"].astype("str"), table["neuron"].astype(int), strict=True))

@@ -23,7 +23,7 @@ THRESHOLD = 0.1
 
 @dataclass(frozen=True)
 class Distances:
-    """Distances of the updates of some modules to their last ones.
+    """Distances of the updates of some modules to their last ones, from which settling is determined.
 
     Parameters
     ----------
@@ -67,7 +67,7 @@ class Distances:
 
 
 def update_distances(run: Result) -> Distances:
-    """Compute the distance of every stored update of a run to its last one.
+    """Compute how updates settle: the distance of every stored update of a run to its last one.
 
     The squared distance is ``|dW_t|^2 + |dW_T|^2 - 2 <dW_t, dW_T>``: its rounding error is about 1e-8 of the norm.
     Updates are read one module at a time.
@@ -97,7 +97,7 @@ def update_distances(run: Result) -> Distances:
 
 
 def settling_steps(run: Result, threshold: float = THRESHOLD) -> pd.DataFrame:
-    """Compute the step from which each module and each layer has settled, see `Distances.settled`.
+    """Compute the settling step, from which each module and each layer has settled, see `Distances.settled`.
 
     Parameters
     ----------

@@ -24,14 +24,14 @@ Spectra = Mapping[str, Float[np.ndarray, "_"]]
 
 
 def above_rounding(sigma: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """Set the singular values to 0 that are rounding errors of zero, as of components that AdaLoRA removed."""
+    """Set the singular values of a spectrum to 0 that are rounding errors of zero, as of components AdaLoRA removed."""
     # Those of a dense update are square roots of eigenvalues, and so are their errors.
     largest = np.max(sigma, initial=0.0)
     return np.where(sigma > np.sqrt(len(sigma) * np.finfo(np.float64).eps) * largest, sigma, 0.0)
 
 
 def singular_values(run: Result, step: int | None = None) -> Spectra:
-    """Return the singular values of every saved update of a run, by module, largest first, loaded on access.
+    """Return the spectrum of every saved update of a run: singular values by module, largest first, loaded on access.
 
     They are computed from the factors if these were saved, else read from the spectra saved by ``observe.norms``. By
     default the step is the end of training.
@@ -57,7 +57,7 @@ def singular_values(run: Result, step: int | None = None) -> Spectra:
 
 
 def added_values(run: Result, step: int | None = None) -> Spectra:
-    """Return the singular values of the learned updates ΔW - ΔW₀, or of ΔW if the initial update was not saved."""
+    """Return the spectra of the learned updates ΔW - ΔW₀, or of ΔW if the initial update was not saved."""
     stored_spectra, learned = singular_values(run, step), initial_update.learned_updates(run, step)
     return Lazy(
         [*stored_spectra, *learned],
@@ -66,7 +66,7 @@ def added_values(run: Result, step: int | None = None) -> Spectra:
 
 
 def tabulate_spectra(spectra: Spectra) -> pd.DataFrame:
-    """Return singular values as a table.
+    """Return spectra (singular values of updates) as a table.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def tabulate_spectra(spectra: Spectra) -> pd.DataFrame:
 
 
 def rank_definitions(spectra: Spectra) -> pd.DataFrame:
-    """Compute the norm and ranks of every module's update, one row per module; the ranks of a zero update are 0.
+    """Compute the norm and ranks of every module's update from its spectrum; the ranks of a zero update are 0.
 
     Returns
     -------

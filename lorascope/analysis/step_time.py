@@ -9,7 +9,7 @@ WARM = 2  # warm-up steps, which are slower because they create the optimizer st
 
 
 def median_times(table: pd.DataFrame) -> pd.DataFrame:
-    """Compute the median time of every run and part over the steps after the first ``WARM``.
+    """Compute the median step time of every run and part over the steps after the first ``WARM``.
 
     Returns
     -------

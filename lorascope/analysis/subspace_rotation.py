@@ -26,7 +26,7 @@ _COLUMNS = ["run", "step", "module", "stack", "layer", "role", "against", "space
 
 
 def rotations(run: Result, k: int = DIRECTIONS, modules: Sequence[str] | None = None) -> pd.DataFrame:
-    """Compute the principal angles between the leading subspaces of every update and its previous and last ones.
+    """Measure the rotation of leading subspaces by principal angles of every update to its previous and last ones.
 
     Updates are read one module at a time. Dense updates whose smaller side exceeds 1024 are omitted, since each of them
     requires a full SVD.

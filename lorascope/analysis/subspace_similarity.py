@@ -18,7 +18,7 @@ Side = Literal["A", "B", "update"]
 
 
 def similarity(first: Float[np.ndarray, "rank1 dim"], second: Float[np.ndarray, "rank2 dim"]) -> pd.DataFrame:
-    """Compute the overlap of the top i right singular vectors of one matrix with the top j of another.
+    """Compute the similarity of two subspaces: top i right singular vectors of one matrix, and top j of another.
 
     Returns
     -------
@@ -34,7 +34,7 @@ def similarity(first: Float[np.ndarray, "rank1 dim"], second: Float[np.ndarray, 
 def similarity_of_runs(
     first: Mapping[str, Update], second: Mapping[str, Update], module: str, side: Side = "A"
 ) -> pd.DataFrame:
-    """Compute ``similarity`` between two runs in one module.
+    """Compute the ``similarity`` of the subspaces of two runs in one module.
 
     Parameters
     ----------

@@ -32,7 +32,7 @@ LOOKS = {"line": ("line", "dash"), "point": ("dot", "shape")}  # kind of legend 
 
 @dataclass(frozen=True)
 class Entry:
-    """A legend entry; ``style`` names the dash pattern of a line or the shape of a dot, "" for a patch."""
+    """Legend entry in the plan of a figure; ``style`` names a dash pattern or the shape of a dot, "" for a patch."""
 
     label: str
     color: str
@@ -43,7 +43,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class FigurePlan:
-    """A figure ready to be drawn; ``rows`` contains the numbers of the panels row by row."""
+    """Plan of a figure, ready to be drawn; ``rows`` contains the numbers of the panels row by row."""
 
     panels: list[Panel]
     rows: list[list[int]]
@@ -58,7 +58,7 @@ class FigurePlan:
 
 
 def plan_figure(drawable: Drawable, theme: Theme) -> FigurePlan:
-    """Compute everything that does not depend on the renderer."""
+    """Plan a figure: compute everything that does not depend on the renderer."""
     charts = drawable.charts()
     framed = [chart.data[chart.frame] for chart in charts if chart.frame is not None]
     labels = list(dict.fromkeys(str(column.name) for column in framed))

@@ -28,7 +28,7 @@ CLUSTER = 0.8  # fraction of the distance between two positions that their bars 
 
 @dataclass(frozen=True, eq=False)
 class Shape:
-    """Base class of shapes; ``group`` is the legend entry that a shape belongs to."""
+    """Geometry of a drawn shape; ``group`` is the legend entry that it belongs to."""
 
     def reach(self) -> tuple[list[Any], list[Any]]:
         """Return the outermost positions on x and on y, as numbers, arrays and None."""
@@ -39,7 +39,7 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Curve(Shape):
-    """A line; ``dash`` is plotly's name of its dash pattern."""
+    """Geometry of a line; ``dash`` is plotly's name of its dash pattern."""
 
     x: Numbers
     y: Numbers
@@ -50,7 +50,7 @@ class Curve(Shape):
 
 @dataclass(frozen=True, eq=False)
 class Area(Shape):
-    """Area between two lines."""
+    """Geometry of an area between two lines."""
 
     x: Numbers
     low: Numbers
@@ -61,7 +61,7 @@ class Area(Shape):
 
 @dataclass(frozen=True, eq=False)
 class Errors(Shape):
-    """Error bars of dots or bars from ``low`` to ``high``, horizontal if ``lying``."""
+    """Geometry of error bars of dots or bars from ``low`` to ``high``, horizontal if ``lying``."""
 
     position: Numbers
     low: Numbers
@@ -76,7 +76,7 @@ class Errors(Shape):
 
 @dataclass(frozen=True, eq=False)
 class Dots(Shape):
-    """Dots; ``symbol`` is plotly's name of their shape, ``share`` their area relative to the largest."""
+    """Geometry of dots; ``symbol`` is plotly's name of their shape, ``share`` their area relative to the largest."""
 
     x: Numbers
     y: Numbers
@@ -89,7 +89,7 @@ class Dots(Shape):
 
 @dataclass(frozen=True, eq=False)
 class Bars(Shape):
-    """Bars from ``base`` to ``top`` at ``position``, horizontal if ``lying``."""
+    """Geometry of bars from ``base`` to ``top`` at ``position``, horizontal if ``lying``."""
 
     position: Numbers
     base: Numbers
@@ -108,7 +108,7 @@ class Bars(Shape):
 
 @dataclass(frozen=True, eq=False)
 class Cells(Shape):
-    """Cells of a heat map, NaN if there is no value.
+    """Geometry of the cells of a heat map, NaN if there is no value.
 
     ``texts`` maps (row, column) to the number of a cell as text, ``words`` to the text that replaces it.
     """
@@ -122,7 +122,7 @@ class Cells(Shape):
 
 @dataclass(frozen=True, eq=False)
 class Ruler(Shape):
-    """Line across the panel at x or at y."""
+    """Geometry of a line across the panel at x or at y."""
 
     x: float | None
     y: float | None
@@ -131,7 +131,7 @@ class Ruler(Shape):
 
 @dataclass(frozen=True, eq=False)
 class Words(Shape):
-    """Text at positions."""
+    """Geometry of text at positions."""
 
     x: Numbers
     y: Numbers
@@ -140,7 +140,7 @@ class Words(Shape):
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """A chart with its scales and colors, its ``number`` in the figure, and the color bar of its heat map."""
+    """Geometry of a chart: its scales and colors, its ``number`` in the figure, and the color bar of its heat map."""
 
     number: int
     chart: Chart
@@ -210,13 +210,13 @@ class Panel:
 
 
 def group(key: Mapping[str, Any]) -> str:
-    """Return the legend group of a combination, named after its color or, without one, its style."""
+    """Return the legend group for the geometry of a combination, named after its color or, without one, its style."""
     return next((f"{column}={value}" for column, value in key.items()), "")
 
 
 @singledispatch
 def build(mark: Any, panel: Panel, frame: Any) -> Iterator[Shape]:
-    """Yield the shapes of a mark in one frame of a panel."""
+    """Build the geometry of a mark in one frame of a panel: yield its shapes."""
     raise TypeError(f"no shapes are registered for {type(mark).__name__}")
 
 

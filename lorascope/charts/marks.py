@@ -16,7 +16,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Label, scale and ticks of one axis.
+    """Axis for the marks of a chart: its label, scale and ticks.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mark:
-    """Base class of shapes drawn from the rows of a table; the fields in ``encodings`` name its columns."""
+    """Base class of marks, drawn from the rows of a table; the fields in ``encodings`` name its columns."""
 
     encodings: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[tuple[str, ...]] = ("color", "dash", "shape")  # encodings without missing values
@@ -86,7 +86,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Line(Mark):
-    """A line through the rows in order of x, one per color and dash pattern."""
+    """Mark of a line through the rows in order of x, one per color and dash pattern."""
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "dash")
     x: str
@@ -97,7 +97,7 @@ class Line(Mark):
 
 @dataclass(frozen=True)
 class Band(Mark):
-    """The area between ``low`` and ``high``, one per color."""
+    """Mark of the area between ``low`` and ``high``, one per color."""
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "low", "high", "color")
     x: str
@@ -108,7 +108,7 @@ class Band(Mark):
 
 @dataclass(frozen=True)
 class Point(Mark):
-    """One dot per row; ``low`` and ``high`` are the ends of its error bar along the numeric axis, not distances.
+    """Mark with one dot per row; ``low`` and ``high`` are the ends of its error bar on the numeric axis, not distances.
 
     The area of a dot is proportional to the column ``size``.
     """
@@ -125,7 +125,7 @@ class Point(Mark):
 
 @dataclass(frozen=True)
 class Bar(Mark):
-    """One bar per row; bars at the same position are side by side or stacked.
+    """Mark with one bar per row; bars at the same position are side by side or stacked.
 
     Bars are horizontal if y is categorical and x is numeric. ``low`` and ``high`` are the ends of the error bar, not
     distances.
@@ -143,7 +143,7 @@ class Bar(Mark):
 
 @dataclass(frozen=True)
 class Heat(Mark):
-    """One colored cell per row. Cells without a row or with NaN are hatched, since unknown is not zero.
+    """Mark with one colored cell per row. Cells without a row or with NaN are hatched, since unknown is not zero.
 
     Both axes are categorical. ``label`` names the color bar, ``text`` is a format for the numbers in the cells, such as
     ".2f", and ``limits`` are the ends of the color scale. The diverging scale is centered at zero. The column ``words``
@@ -165,7 +165,7 @@ class Heat(Mark):
 
 @dataclass(frozen=True)
 class Rule(Mark):
-    """A straight line across the panel, at one value of x or of y."""
+    """Mark of a straight line across the panel, at one value of x or of y."""
 
     x: Any = None
     y: Any = None
@@ -178,7 +178,7 @@ class Rule(Mark):
 
 @dataclass(frozen=True)
 class Text(Mark):
-    """The texts of the column ``text``, one per row."""
+    """Mark with the texts of the column ``text``, one per row."""
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "text")
     x: str
@@ -187,10 +187,10 @@ class Text(Mark):
 
 
 def missing_column(label: str, column: str, table: pd.DataFrame) -> str:
-    """Return the error message for a missing column."""
+    """Return the error message for a missing column of a mark."""
     return f"{label}: unknown column {column!r}; expected one of {', '.join(map(str, table.columns))}"
 
 
 def is_numeric(values: pd.Series) -> bool:
-    """Return whether a column is numeric, and not boolean."""
+    """Return whether a column of a mark is numeric, and not boolean."""
     return is_numeric_dtype(values) and not is_bool_dtype(values)

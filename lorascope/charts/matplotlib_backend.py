@@ -52,7 +52,7 @@ _LINE = 1.2  # height of a line of text, in font sizes
 
 
 @dataclass(frozen=True)
-class GridPlace:
+class _GridPlace:
     """Row and columns (from ``start`` to before ``stop``) of one frame of a panel in the grid of a figure."""
 
     panel: int
@@ -63,7 +63,7 @@ class GridPlace:
 
 
 def to_matplotlib(drawable: Drawable, name: str | None = None, width: str | None = None) -> Figure:
-    """Draw on a new figure; see :meth:`Drawable.mpl`."""
+    """Draw on a new matplotlib figure; see :meth:`Drawable.mpl`."""
     settled = plan_figure(drawable, theme(name or "light"))
     width = width or ("column" if len(settled.panels) == 1 and not settled.frames else "page")
     if width not in WIDTHS:
@@ -74,7 +74,7 @@ def to_matplotlib(drawable: Drawable, name: str | None = None, width: str | None
 
 
 def write(drawable: Drawable, kind: str, name: str, width: str | None, metadata: dict[str, Any]) -> bytes:
-    """Return the content of a file of format ``kind`` ("pdf", "svg" or "png"), with metadata of that format."""
+    """Return the content of a file ("pdf", "svg" or "png") that matplotlib draws, with metadata of that format."""
     drawn_figure, file = to_matplotlib(drawable, name, width), io.BytesIO()
     with style(theme(name)):
         drawn_figure.savefig(file, format=kind, metadata=metadata)
@@ -82,19 +82,19 @@ def write(drawable: Drawable, kind: str, name: str, width: str | None, metadata:
 
 
 def draw_onto(ax: Axes, drawable: Drawable, name: str | None = None) -> Axes:
-    """Draw on the caller's axes, in the caller's style."""
+    """Draw on the caller's matplotlib axes, in the caller's style."""
     settled = plan_figure(drawable, theme(name or "light"))
     if len(settled.panels) > 1 or settled.frames:
         raise ValueError("cannot draw panels or frames on ax: pass a single chart, such as chart.at(frame)")
     (panel,) = settled.panels
     draw(ax, panel)
-    ax.set_title(escape_dollar(settled.title))
+    ax.set_title(_escape_dollar(settled.title))
     if settled.entries:
-        ax.legend(handles=list(map(_handle, settled.entries)), title=escape_dollar(settled.legend_title))
+        ax.legend(handles=list(map(_handle, settled.entries)), title=_escape_dollar(settled.legend_title))
     for ramp in settled.ramps:
-        ax.figure.colorbar(color_scale(ramp), ax=ax, label=escape_dollar(ramp.label))
-    label_categories(ax, panel)
-    write_cell_texts(ax, panel)
+        ax.figure.colorbar(_color_scale(ramp), ax=ax, label=_escape_dollar(ramp.label))
+    _label_categories(ax, panel)
+    _write_cell_texts(ax, panel)
     return ax
 
 
@@ -122,7 +122,7 @@ def style(look: Theme) -> Any:
     return matplotlib.style.context(settings, after_reset=True)
 
 
-def _lay_out_grid(settled: FigurePlan, across: int) -> list[GridPlace]:
+def _lay_out_grid(settled: FigurePlan, across: int) -> list[_GridPlace]:
     """Place the panels as arranged or, with frames, the frames of each panel in rows of ``across``."""
     rows: list[tuple[int, list[tuple[int, Any]]]] = []  # number of equal columns, and the panels and frames in them
     if settled.frames:
@@ -144,11 +144,11 @@ def _lay_out_grid(settled: FigurePlan, across: int) -> list[GridPlace]:
     cells = []
     for number, (count, row) in enumerate(rows):
         width = columns // count
-        cells += [GridPlace(*member, number, index * width, (index + 1) * width) for index, member in enumerate(row)]
+        cells += [_GridPlace(*member, number, index * width, (index + 1) * width) for index, member in enumerate(row)]
     return cells
 
 
-def _compose(settled: FigurePlan, cells: list[GridPlace], width: float) -> Figure:
+def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float) -> Figure:
     """Draw axes, legend, color bars and caption on a figure ``width`` inches wide and as high as necessary."""
     size = settled.theme.size
     columns = max(cell.stop for cell in cells)
@@ -166,8 +166,8 @@ def _compose(settled: FigurePlan, cells: list[GridPlace], width: float) -> Figur
     panels = [(cell, ax, settled.panels[cell.panel]) for cell, ax in axes.items()]
     for cell, ax, panel in panels:
         draw(ax, panel, cell.frame)
-        ax.set_xlabel(escape_dollar(wrap_text(panel.x.axis.label, 0.8 * 72 * widths[cell], size)))
-        ax.set_ylabel(escape_dollar(wrap_text(panel.y.axis.label, 72 * 0.8 * heights[cell.row], size)))
+        ax.set_xlabel(_escape_dollar(wrap_text(panel.x.axis.label, 0.8 * 72 * widths[cell], size)))
+        ax.set_ylabel(_escape_dollar(wrap_text(panel.y.axis.label, 72 * 0.8 * heights[cell.row], size)))
         # A neighbor that shows the same axis has its labels.
         if any(other.panel == cell.panel and other.row > cell.row and other.start == cell.start for other in cells):
             ax.set_xlabel("")
@@ -178,15 +178,15 @@ def _compose(settled: FigurePlan, cells: list[GridPlace], width: float) -> Figur
             ax.tick_params(labelleft=False)
     for ramp in settled.ramps:
         painted = [ax for cell, ax in axes.items() if cell.panel in ramp.views]
-        bar = drawn_figure.colorbar(color_scale(ramp), ax=painted, fraction=0.06, pad=0.02, aspect=22)
-        bar.set_label(escape_dollar(wrap_text(ramp.label, 72 * 0.8 * sum(heights), size)))
+        bar = drawn_figure.colorbar(_color_scale(ramp), ax=painted, fraction=0.06, pad=0.02, aspect=22)
+        bar.set_label(_escape_dollar(wrap_text(ramp.label, 72 * 0.8 * sum(heights), size)))
         bar.outline.set_linewidth(0.4)
         bar.locator = MaxNLocator("auto", steps=[1, 2, 5, 10])  # no steps of 2.5: ranks and counts are integers
     title = wrap_text(settled.title, 72 * width, 1.1 * size)
     if title:
-        drawn_figure.suptitle(escape_dollar(title), x=0.01, ha="left")
+        drawn_figure.suptitle(_escape_dollar(title), x=0.01, ha="left")
     # Wrapped here, because matplotlib wraps differently at every resolution.
-    caption = escape_dollar(break_lines(settled.caption, 0.98 * 72 * width, size))
+    caption = _escape_dollar(_break_lines(settled.caption, 0.98 * 72 * width, size))
     foot: list[Any] = [drawn_figure.text(0.01, 0.0, caption, ha="left", va="bottom", in_layout=False)]
     if settled.entries:
         foot.append(_draw_legend(drawn_figure, settled, width))
@@ -201,16 +201,16 @@ def _compose(settled: FigurePlan, cells: list[GridPlace], width: float) -> Figur
             if cell.frame is not None:
                 titles.append(f"{settled.frame_label} {cell.frame}")
             room = 1.1 * _size_in_points(ax)[0]
-            ax.set_title(escape_dollar(wrap_text(", ".join(titles), room, size)))
-        depths = [(cell.row, label_categories(ax, panel)) for cell, ax, panel in panels]
+            ax.set_title(_escape_dollar(wrap_text(", ".join(titles), room, size)))
+        depths = [(cell.row, _label_categories(ax, panel)) for cell, ax, panel in panels]
         turned = sum(max(depth for row, depth in depths if row == number) for number in range(len(heights))) / 72
     _stack_foot(drawn_figure, sum(heights) + head + turned, foot, renderer)
     for _, ax, panel in panels:
-        label_categories(ax, panel)  # all may fit now that vertical names have room
+        _label_categories(ax, panel)  # all may fit now that vertical names have room
     engine: Any = drawn_figure.get_layout_engine()
     engine.execute(drawn_figure)  # these may take width from the cells
     for cell, ax, panel in panels:
-        write_cell_texts(ax, panel, cell.frame)
+        _write_cell_texts(ax, panel, cell.frame)
     return drawn_figure
 
 
@@ -224,7 +224,7 @@ def _draw_legend(drawn_figure: Figure, settled: FigurePlan, width: float) -> Leg
         if sum(map(max, columns)) <= 72 * width:
             break
     gaps: dict[str, Any] = {"borderpad": 0.2, "columnspacing": 1.2, "handlelength": 1.8}
-    title = escape_dollar(settled.legend_title) or None
+    title = _escape_dollar(settled.legend_title) or None
     handles = list(map(_handle, entries))
     legend = drawn_figure.legend(handles=handles, title=title, loc="lower center", ncols=len(columns), **gaps)
     legend.set_in_layout(False)
@@ -251,7 +251,7 @@ def _stack_foot(drawn_figure: Figure, height: float, foot: list[Any], renderer: 
 
 def _handle(entry: Entry) -> Line2D | Patch:
     """Return the legend symbol of an entry."""
-    label = escape_dollar(entry.label)
+    label = _escape_dollar(entry.label)
     if entry.kind == "patch":
         return Patch(color=entry.color, label=label, linewidth=0)
     dot: dict[str, Any] = {"marker": MARKERS.get(entry.style), "markersize": DOT, "linestyle": ""}
@@ -260,12 +260,12 @@ def _handle(entry: Entry) -> Line2D | Patch:
 
 
 def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
-    """Draw one frame of a panel with its axes; names and cell texts are written once the size is known."""
+    """Draw one frame of a panel with matplotlib; names and cell texts are written once the size is known."""
     for layer, shape in enumerate(panel.shapes(frame)):
         # Above the grid, and in the order of the marks.
         _draw_shape(ax, shape, panel, 2 + layer / 1000)
     for axis, scale in ((ax.xaxis, panel.x), (ax.yaxis, panel.y)):
-        axis.set_label_text(escape_dollar(scale.axis.label))
+        axis.set_label_text(_escape_dollar(scale.axis.label))
         if scale.log:
             ax.set(**{f"{axis.axis_name}scale": "log"})
             if _is_short(scale):
@@ -281,7 +281,7 @@ def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def label_categories(ax: Axes, panel: Panel) -> float:
+def _label_categories(ax: Axes, panel: Panel) -> float:
     """Label the categories, as many as fit now; return the points below the axes that vertical names need."""
     depth = 0.0
     axes: tuple[Any, Any] = (ax.xaxis, ax.yaxis)
@@ -294,7 +294,7 @@ def label_categories(ax: Axes, panel: Panel) -> float:
             if axis.axis_name == "y":
                 width = 72 * ax.figure.bbox.width / ax.figure.dpi
                 labels = [_fit_beside(name, _NAMES_SHARE * width, room / len(labels), size) for name in labels]
-            axis.set_ticks(ticks.positions, map(escape_dollar, labels), rotation=90 if ticks.turned else 0)
+            axis.set_ticks(ticks.positions, map(_escape_dollar, labels), rotation=90 if ticks.turned else 0)
             depth = max(map(len, ticks.names)) * GLYPH * size if ticks.turned else depth
         elif _is_short(scale):
             _thin_ticks(axis, room, size)
@@ -310,13 +310,13 @@ def _fit_beside(name: str, width: float, height: float, size: float) -> str:
     return name if len(name) <= length else f"{name[: length - length // 2]}…{name[-(length // 2) :]}"
 
 
-def write_cell_texts(ax: Axes, panel: Panel, frame: Any = None) -> None:
+def _write_cell_texts(ax: Axes, panel: Panel, frame: Any = None) -> None:
     """Write the words of a heat map into its cells or, if these are not legible, the numbers, if they fit."""
     for cells in panel.shapes(frame):
         if not isinstance(cells, Cells) or cells.mark.text is None or not cells.texts:
             continue
         (rows, columns), (width, height) = cells.values.shape, _size_in_points(ax)
-        colors = color_scale(cells.ramp)
+        colors = _color_scale(cells.ramp)
         words = {cell: cells.words.get(cell, number) for cell, number in cells.texts.items()}
         for texts, smallest in ((words, SMALLEST_WORDS), (cells.texts, SMALLEST_TEXT)):
             longest = max(map(len, texts.values()))
@@ -340,7 +340,7 @@ def _text_size(ax: Axes) -> float:
     return 0.9 * float(ax.xaxis.label.get_fontsize())
 
 
-def break_lines(text: str, room: float, size: float) -> str:
+def _break_lines(text: str, room: float, size: float) -> str:
     """Break text into lines of at most ``room`` points at a font size; a longer word gets its own line."""
     font = FontProperties(size=size)
     lines = []
@@ -356,12 +356,12 @@ def break_lines(text: str, room: float, size: float) -> str:
     return "\n".join(lines)
 
 
-def escape_dollar(text: str) -> str:
+def _escape_dollar(text: str) -> str:
     """Escape text: a dollar sign does not start math, and a control character does not break an SVG."""
     return printable_lines(text).replace("$", r"\$")
 
 
-def color_scale(ramp: Ramp) -> ScalarMappable:
+def _color_scale(ramp: Ramp) -> ScalarMappable:
     """Return the mapping of values to the colors of a color bar, transparent for missing values."""
     colors = LinearSegmentedColormap.from_list(ramp.label or "ramp", ramp.colors).with_extremes(bad=(0, 0, 0, 0))
     return ScalarMappable(Normalize(*ramp.limits), colors)
@@ -389,7 +389,7 @@ def _thin_ticks(axis: Any, room: float, size: float) -> None:
 
 def _write(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
     """Write text centered at a position."""
-    ax.text(x, y, escape_dollar(text), ha="center", va="center", **style)
+    ax.text(x, y, _escape_dollar(text), ha="center", va="center", **style)
 
 
 def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
@@ -419,13 +419,13 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
                 rows, columns = shape.values.shape
                 look = {"facecolor": panel.theme.missing, "edgecolor": panel.theme.hatch, "hatch": "////////"}
                 ax.add_patch(Rectangle((-0.5, -0.5), columns, rows, linewidth=0, zorder=zorder, **look))
-            colors = color_scale(shape.ramp)
+            colors = _color_scale(shape.ramp)
             look = {"cmap": colors.cmap, "norm": colors.norm, "aspect": "auto", "interpolation": "nearest"}
             ax.imshow(shape.values, zorder=zorder, **look)
         case Ruler():
             look = {"color": panel.theme.ink, "linewidth": 0.8, "linestyle": (0, (4, 2))}
             note: dict[str, Any] = {"size": _text_size(ax), "zorder": 4, "textcoords": "offset points"}
-            text = escape_dollar(shape.label)
+            text = _escape_dollar(shape.label)
             if shape.y is not None:
                 ax.axhline(shape.y, zorder=zorder, **look)
                 anchor, axis = (0.99, shape.y), ax.get_yaxis_transform()

@@ -20,12 +20,12 @@ CONFIG = {"displaylogo": False, "showSendToCloud": False, "responsive": True}  #
 
 
 def to_plotly(drawable: Drawable, name: str | None = None) -> go.Figure:
-    """Draw an interactive figure in a theme, "light" by default."""
+    """Draw an interactive plotly figure in a theme, "light" by default."""
     return draw(plan_figure(drawable, theme(name or "light")))
 
 
 def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
-    """Draw a planned figure for a screen ``width`` pixels wide."""
+    """Draw a planned figure with plotly for a screen ``width`` pixels wide."""
     drawn_figure = ground(settled, width)
     framed = [panel for panel in settled.panels if panel.chart.frame is not None]
     # Indices of the traces that the slider replaces.
@@ -52,7 +52,7 @@ def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
 
 
 def ground(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
-    """Return a planned figure without traces, for a screen ``width`` pixels wide."""
+    """Return a planned plotly figure without traces, for a screen ``width`` pixels wide."""
     return go.Figure(layout=layout(settled, width))
 
 
@@ -87,7 +87,7 @@ def _legend_sample(entry: Entry) -> go.Scatter:
 
 
 def traces(panel: Panel, frame: Any = None) -> list[Any]:
-    """Return the traces of a panel in one frame, without rules (see :func:`overlays`)."""
+    """Return the plotly traces of a panel in one frame, without rules (see :func:`overlays`)."""
     suffix = axis_suffix(panel.number)
     panel_traces = [trace for shape in panel.shapes(frame) for trace in _make_traces(shape, panel)]
     return [trace.update(xaxis=f"x{suffix}", yaxis=f"y{suffix}", showlegend=False) for trace in panel_traces]

@@ -33,7 +33,7 @@ PAPER: dict[str, Any] = {"showarrow": False, "align": "left", "xref": "paper", "
 
 
 @dataclass(frozen=True)
-class Space:
+class _Space:
     """Positions of the panels and margins around them.
 
     For each panel, ``domains`` has its fractions of the plot on "x" and "y", and ``ticks`` the ticks of its axes. The
@@ -55,7 +55,7 @@ class Space:
 
 
 def layout(settled: FigurePlan, width: float = WIDTH) -> dict[str, Any]:
-    """Return the layout of a figure ``width`` pixels wide, which is everything except the traces."""
+    """Return the plotly layout of a figure ``width`` pixels wide, which is everything except the traces."""
     look, room = settled.theme, _measure(settled, width)
     top: dict[str, Any] = {"yanchor": "top", "yref": "container"}
     head = {"x": EDGE / room.width, "xanchor": "left", "y": 1 - EDGE / room.height, **top}
@@ -96,7 +96,7 @@ def _sized_text(text: str, size: float) -> dict[str, Any]:
     return {"text": escape_tags(text), "font": {"size": size}}
 
 
-def _measure(settled: FigurePlan, width: float) -> Space:
+def _measure(settled: FigurePlan, width: float) -> _Space:
     """Compute margins, and the room of each panel."""
     panels, rows = settled.panels, settled.rows
     neighbors = chain.from_iterable(map(pairwise, rows))
@@ -138,7 +138,7 @@ def _measure(settled: FigurePlan, width: float) -> Space:
             domains.append({"x": (starts[view] / plot, stop), "y": (low, high)})
             ticks.append({"x": below[view], "y": panels[view].y.ticks(heights[row], FONT, across=True)})
     height = top + inner + bottom
-    return Space(width, plot, height, margin, depths[-1], domains, ticks, shared, titles, title, caption)
+    return _Space(width, plot, height, margin, depths[-1], domains, ticks, shared, titles, title, caption)
 
 
 def _names_width(scale: Scale) -> float:
@@ -164,7 +164,7 @@ def _legend_height(settled: FigurePlan, plot: float) -> float:
     return LINE * lines + 14
 
 
-def _axis_layout(panel: Panel, letter: str, room: Space) -> dict[str, Any]:
+def _axis_layout(panel: Panel, letter: str, room: _Space) -> dict[str, Any]:
     """Return the layout of the axis "x" or "y" of a panel."""
     scale: Scale = getattr(panel, letter)
     ends = list(np.log10(scale.limits) if scale.log else scale.limits)
@@ -185,7 +185,7 @@ def _axis_layout(panel: Panel, letter: str, room: Space) -> dict[str, Any]:
     return axis
 
 
-def _color_axis(ramp: Ramp, ramps: list[Ramp], room: Space) -> dict[str, Any]:
+def _color_axis(ramp: Ramp, ramps: list[Ramp], room: _Space) -> dict[str, Any]:
     """Return a color bar as high as the panels that use it, to the right of the last of them."""
     domains = [room.domains[view] for view in ramp.views]
     low, high = min(domain["y"][0] for domain in domains), max(domain["y"][1] for domain in domains)
@@ -201,7 +201,7 @@ def _color_axis(ramp: Ramp, ramps: list[Ramp], room: Space) -> dict[str, Any]:
     return {"colorscale": colors, "cmin": ramp.limits[0], "cmax": ramp.limits[1], "colorbar": bar}
 
 
-def _slider(settled: FigurePlan, room: Space) -> dict[str, Any]:
+def _slider(settled: FigurePlan, room: _Space) -> dict[str, Any]:
     """Return the slider over the frames and the button that plays them."""
     still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     play = {**still, "frame": {"duration": 400, "redraw": True}, "fromcurrent": True}
@@ -224,7 +224,7 @@ def _slider(settled: FigurePlan, room: Space) -> dict[str, Any]:
 
 
 def overlays(panel: Panel) -> list[dict[str, Any]]:
-    """Return the rules of a panel as shapes of the layout; they are the same in every frame."""
+    """Return the rules of a panel as shapes of the plotly layout; they are the same in every frame."""
     rules, suffix = [], axis_suffix(panel.number)
     for shape in panel.shapes():
         if isinstance(shape, Ruler):
@@ -240,16 +240,16 @@ def overlays(panel: Panel) -> list[dict[str, Any]]:
 
 
 def axis_suffix(number: int) -> str:
-    """Return the suffix in plotly's axis names: x, x2, x3, ..."""
+    """Return the suffix of an axis in a plotly layout: x, x2, x3, ..."""
     return str(number + 1) if number else ""
 
 
 def escape_tags(text: str) -> str:
-    """Escape text: plotly must not interpret tags, math or placeholders in it."""
+    """Escape text in a plotly layout: plotly must not interpret tags, math or placeholders in it."""
     inert = escape(printable_lines(text), quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
     return inert.replace("\n", "<br>")
 
 
 def add_opacity(color: str, opacity: float) -> str:
-    """Return a color with an opacity."""
+    """Return a color with an opacity for a plotly layout."""
     return f"rgba({', '.join(map(str, channels(color)))}, {opacity})"

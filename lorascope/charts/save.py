@@ -32,7 +32,7 @@ _KINDS = ("pdf", "svg", "png", "html", "csv")
 
 
 def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
-    """Write a chart or panels to a file; see :meth:`Drawable.save`."""
+    """Save a chart or panels as a file; see :meth:`Drawable.save`."""
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in _KINDS:
@@ -66,7 +66,7 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
 
 
 def save_small(drawable: Drawable, path: Path, **facts: Any) -> Path:
-    """Write a PNG of page width with 256 colors, which look the same and keep clones of a repository small.
+    """Save a PNG of page width with 256 colors, which look the same and keep clones of a repository small.
 
     Its provenance has the entry ``pixels_sha256``; see ``files.png_pixels``.
 
@@ -101,7 +101,7 @@ def save_small(drawable: Drawable, path: Path, **facts: Any) -> Path:
 
 
 def provenance(drawable: Drawable) -> str:
-    """Return the provenance as canonical JSON: ``meta`` of the charts, version, and hash of all drawn data."""
+    """Return the provenance of a saved figure as canonical JSON: ``meta`` of the charts, version, and data hash."""
     digest = hashlib.sha256()
     for chart in drawable.charts():
         for _, table in chart.tables():

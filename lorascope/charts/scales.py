@@ -26,7 +26,7 @@ Limits = tuple[float, float]
 
 
 class Ticks(NamedTuple):
-    """Positions and names of ticks; ``turned`` if the names only fit vertically."""
+    """Ticks of a scale: positions and names; ``turned`` if the names only fit vertically."""
 
     positions: list[float]
     names: list[str]
@@ -35,7 +35,7 @@ class Ticks(NamedTuple):
 
 @dataclass(frozen=True)
 class Scale:
-    """One axis of one panel.
+    """Scale of one axis of one panel.
 
     ``categories`` is None for a numeric axis; ``is_integer`` restricts its ticks to integers. ``limits`` are values on
     a numeric axis and positions on a categorical one, left or bottom end first.
@@ -137,7 +137,7 @@ def _spread_names(digits: Sequence[bool], lengths: Sequence[float]) -> list[int]
 
 @dataclass(frozen=True)
 class Colors:
-    """Colors of one column: by category or, if ``limits`` are set, by number between them."""
+    """Color scale of one column: by category or, if ``limits`` are set, by number between them."""
 
     label: str
     categories: tuple[Any, ...]
@@ -153,7 +153,7 @@ class Colors:
 
 @dataclass(frozen=True)
 class Ramp:
-    """A color bar; ``number`` is its place among those of the figure, ``views`` the indices of the panels with it."""
+    """Color bar of a scale; ``number`` is its place in the figure, ``views`` the indices of the panels with it."""
 
     number: int
     label: str
@@ -163,7 +163,7 @@ class Ramp:
 
 
 def to_floats(values: pd.Series) -> Float[np.ndarray, "n"]:
-    """Convert to float64: missing, infinite and magnitudes above 1e200 become NaN, below 1e-200 zero.
+    """Convert values on a scale to float64: missing, infinite and above 1e200 become NaN, below 1e-200 zero.
 
     Closer to the limits of float64, the ticks and margins of both renderers overflow.
     """
@@ -173,7 +173,7 @@ def to_floats(values: pd.Series) -> Float[np.ndarray, "n"]:
 
 
 def categories(columns: Sequence[pd.Series], first: Iterable[Any] = ()) -> tuple[Any, ...]:
-    """Return distinct values: ``first``, then sorted numbers, categoricals in their order, others as found."""
+    """Return the distinct values on a scale: ``first``, then sorted numbers, categoricals in order, others as found."""
     met: dict[Any, None] = {}
     for values in columns:
         if isinstance(values.dtype, pd.CategoricalDtype):
@@ -192,7 +192,7 @@ def scale(chart: Chart, letter: str) -> Scale:
 
 
 def color_columns(charts: Sequence[Chart]) -> dict[str, Colors]:
-    """Return the colors of every column that colors marks; a value has the same color in all panels.
+    """Return the color scales of all columns that color marks; a value has the same color in all panels.
 
     Categories get palette colors; more numbers than palette colors become a color scale.
     """
@@ -213,13 +213,13 @@ def color_columns(charts: Sequence[Chart]) -> dict[str, Colors]:
 
 
 def style_columns(charts: Sequence[Chart]) -> dict[str, tuple[Any, ...]]:
-    """Return the ordered values of every dash or shape column; a value has one style in all panels."""
+    """Return the scale of every dash or shape column, its ordered values; a value has one style in all panels."""
     uses = encoded(charts, "dash", "shape")
     return {column: categories([chart.table(mark)[column] for chart, mark in uses[column]]) for column in uses}
 
 
 def encoded(charts: Sequence[Chart], *encodings: str) -> dict[str, list[tuple[Chart, Mark]]]:
-    """Return the columns of these encodings, each with the charts and marks that use it."""
+    """Return the columns to scale for these encodings, each with the charts and marks that use it."""
     uses: dict[str, list[tuple[Chart, Mark]]] = {}
     for chart in charts:
         for mark in chart.marks:

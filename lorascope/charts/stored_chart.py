@@ -16,7 +16,7 @@ _MARKS: dict[str, type[Mark]] = {kind.__name__: kind for kind in (Line, Band, Po
 
 
 def pack(drawable: Drawable) -> tuple[dict[str, Any], list[pd.DataFrame]]:
-    """Return a chart or panels as JSON values, and the tables to which they refer by number."""
+    """Return a chart or panels to be stored, as JSON values and the tables to which they refer by number."""
     tables: list[pd.DataFrame] = []
 
     def number(table: pd.DataFrame | None) -> int | None:
@@ -37,7 +37,7 @@ def pack(drawable: Drawable) -> tuple[dict[str, Any], list[pd.DataFrame]]:
 
 
 def unpack(packed: Mapping[str, Any], tables: Sequence[pd.DataFrame]) -> Drawable:
-    """Return the chart or the panels that ``pack`` returned as JSON values and tables."""
+    """Return the stored chart or panels from the JSON values and tables that ``pack`` returned."""
 
     def unpack_mark(stored: Mapping[str, Any]) -> Mark:
         settings = {name: value for name, value in stored.items() if name not in ("kind", "data")}

@@ -30,7 +30,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors as ``#rrggbb``, ``size`` of text in points, and ``reach``, the part of viridis that is visible."""
+    """Theme: colors as ``#rrggbb``, ``size`` of text in points, and ``reach``, the part of viridis that is visible."""
 
     background: str
     ink: str
@@ -68,30 +68,30 @@ PALETTE_SIZE = len(OKABE_ITO)
 
 
 def theme(name: str) -> Theme:
-    """Return a theme by name."""
+    """Return a theme for figures by name."""
     if name not in THEMES:
         raise ValueError(f"theme must be one of {', '.join(map(repr, THEMES))}, got {name!r}")
     return THEMES[name]
 
 
 def channels(color: str) -> tuple[int, int, int]:
-    """Return red, green and blue of ``#rrggbb``, 0 to 255."""
+    """Return red, green and blue of a theme's color ``#rrggbb``, 0 to 255."""
     return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
 
 
 def is_dark(color: str) -> bool:
-    """Return whether white text is more readable on a color than black text."""
+    """Return whether white text is more readable on a theme's color than black text."""
     red, green, blue = channels(color)
     return 0.299 * red + 0.587 * green + 0.114 * blue < 140
 
 
 def wrap_text(text: str, room: float, size: float) -> str:
-    """Wrap text into lines that fit ``room`` at font size ``size``, both in the same unit."""
+    """Wrap text into lines that fit ``room`` at the font size ``size`` of a theme, both in the same unit."""
     columns = max(8, int(room / (GLYPH * size)))
     paragraphs = printable_lines(text).splitlines()
     return "\n".join(line for paragraph in paragraphs for line in textwrap.wrap(paragraph, columns) or [""])
 
 
 def count_lines(text: str) -> int:
-    """Return the number of lines of a text, 0 if it is empty."""
+    """Return the number of lines of a text wrapped for a theme, 0 if it is empty."""
     return text.count("\n") + 1 if text else 0

@@ -33,7 +33,7 @@ _PLAIN = (bool, int, float, str, Path, type(None))
 
 
 def command(function: Callable[..., int]) -> Callable[[Sequence[str]], int]:
-    """Turn a function of options into the ``main(argv)`` of its module, which is called like the command."""
+    """Turn a function of options into the ``main(argv)`` of its module, which is called with command-line arguments."""
     return partial(call, function, f"lorascope {function.__module__.rpartition('.')[2]}")
 
 
@@ -92,7 +92,7 @@ def _require_values(argv: Sequence[str], parameters: Sequence[inspect.Parameter]
 
 
 def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list[inspect.Parameter]:
-    """Return the parameters of a function or a dataclass as options for tyro, with help from the docstring.
+    """Return the parameters of a function or dataclass as arguments for tyro, with help from the docstring.
 
     Parameters in ``skip``, and those whose types a command line cannot express, are omitted.
     """
@@ -106,7 +106,7 @@ def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list
     hints = typing.get_type_hints(function, include_extras=True)
     options = []
     for name, parameter in inspect.signature(function).parameters.items():
-        kind = None if name in skip or parameter.kind is parameter.VAR_KEYWORD else flag_type(hints[name])
+        kind = None if name in skip or parameter.kind is parameter.VAR_KEYWORD else _flag_type(hints[name])
         if kind is None:
             continue
         default = parameter.default
@@ -122,22 +122,22 @@ def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list
 
 
 def reject(invalid: Mapping[str, bool]) -> None:
-    """Raise a ValueError with the first message that is true of the arguments."""
+    """Raise a ValueError with the first message that is true of the command-line arguments."""
     for message, is_true in invalid.items():
         if is_true:
             raise ValueError(message)
 
 
 def headline(function: Callable[..., Any]) -> str:
-    """Return the first sentence of a docstring without its final period."""
+    """Return the first sentence of a docstring, as the help of a command line needs it, without its final period."""
     paragraph = inspect.cleandoc(function.__doc__ or "").partition("\n\n")[0]
     return re.split(r"\.\s+(?=[A-Z])", paragraph)[0].replace("\n", " ").rstrip(".")
 
 
-def flag_type(hint: Any) -> Any:
+def _flag_type(hint: Any) -> Any:
     """Return the part of a type that a command line can express (sequences of str as tuples), or None."""
     if get_origin(hint) is Annotated:
-        kind = tuple if _WORDS in hint.__metadata__ else flag_type(hint.__origin__) or hint.__origin__
+        kind = tuple if _WORDS in hint.__metadata__ else _flag_type(hint.__origin__) or hint.__origin__
         return Annotated[kind, *hint.__metadata__]
     is_union = get_origin(hint) in (Union, types.UnionType)
     kinds: list[Any] = []

@@ -100,13 +100,13 @@ def _train_methods(seed: int, out: Path, json: bool) -> int:
         print(dumps(reproduction.to_dict()))
         return 0
     print(format_frame(reproduction.runs.assign(accuracy=reproduction.runs["accuracy"].map("{:.3f}".format))))
-    if has_screen():
+    if _has_screen():
         webbrowser.open(reproduction.path.resolve().as_uri())
     print(printable(reproduction.path))
     return 0
 
 
-def has_screen() -> bool:
+def _has_screen() -> bool:
     """Return whether stdout is a terminal on a machine with a screen."""
     graphical = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
     return bool(graphical) and sys.stdout.isatty()

@@ -66,13 +66,13 @@ def main(
         if value is not None:
             options[name] = value
     swept = sweep.run_grid(replace(plan, backend=options), progress=progress)
-    print(dumps(sweep_to_json(swept), indent=1) if json else format_standings(swept))
+    print(dumps(_sweep_to_json(swept), indent=1) if json else _format_standings(swept))
     for line in swept.complaints():
         print(f"lorascope: failed: {printable(' '.join(line.split()))}", file=sys.stderr)
     return int(bool(swept.failures))
 
 
-def format_standings(swept: SweepResult) -> str:
+def _format_standings(swept: SweepResult) -> str:
     """Format the comparison of the recipes as a table with notes."""
     table = recipe_tests.collect_scores(swept.runs())
     if table.empty:
@@ -91,7 +91,7 @@ def format_standings(swept: SweepResult) -> str:
     return "\n".join([format_frame(pd.DataFrame(lines)), "", *paragraphs])
 
 
-def sweep_to_json(swept: SweepResult) -> dict[str, Any]:
+def _sweep_to_json(swept: SweepResult) -> dict[str, Any]:
     """Convert runs, failures, recipes and their comparison to JSON values; NaN becomes null."""
 
     def rows(table: pd.DataFrame) -> Any:

@@ -33,7 +33,7 @@ UNUSED = 1e-6  # fraction of the largest singular value, below which the two way
 
 @dataclass
 class TrainedModule(ModuleSummary):
-    """A module that trains or has an adapter; NaN or None if unknown.
+    """Evidence of a case about a module that trains or has an adapter; NaN or None if unknown.
 
     ``moved`` is the norm of the learned update, ``used`` the number of nonzero components, and ``empty`` whether all
     factors are zero.
@@ -55,7 +55,7 @@ class TrainedModule(ModuleSummary):
 
 @dataclass
 class MeasuredModule:
-    """A module with an update; NaN or None if unknown.
+    """Evidence of a case about a module with an update; NaN or None if unknown.
 
     ``energy`` is the fraction of the summed |dW|^2. ``dead`` counts unused components: those within the rank whose
     singular value is below 1e-6 of the largest. The last three fields equal ``BaseChange``.
@@ -82,13 +82,13 @@ class MeasuredModule:
 
 
 def largest_rows(rows: Iterable[Any], name: str, count: int = 1) -> list[Any]:
-    """Return the rows with the largest values of a field, the first of equal ones first, without NaN."""
+    """Return the modules of a case with the largest values of a field, the first of equal ones first, without NaN."""
     measured = [row for row in rows if not math.isnan(getattr(row, name))]
     return sorted(measured, key=lambda row: getattr(row, name), reverse=True)[:count]
 
 
 class TotalChange(NamedTuple):
-    """Modules whose change and weight are known, the norm of all these changes, and that of all these weights."""
+    """Modules of a case with known change and weight, the norm of all these changes, and that of all these weights."""
 
     modules: list[TrainedModule]
     moved: float
@@ -96,7 +96,7 @@ class TotalChange(NamedTuple):
 
 
 class ModuleEvidence:
-    """Evidence about modules, of a folder or of a training in progress."""
+    """Base class of a case: evidence about the modules of a folder or of a training in progress."""
 
     modules: list[TrainedModule]
 
@@ -121,7 +121,7 @@ class ModuleEvidence:
 
 @dataclass
 class Case(ModuleEvidence):
-    """Evidence about one adapter or run; more is known about an adapter that was loaded with its base.
+    """Case for the rules: evidence about one adapter or run, and more if the adapter was loaded with its base.
 
     For a series of checkpoints, the last one is used.
 
@@ -353,7 +353,7 @@ class Case(ModuleEvidence):
 
 
 class ComponentEvidence(NamedTuple):
-    """Scale of an update, number of its nonzero components, and whether all its factors are zero."""
+    """Evidence of a case about components: scale, number of nonzero ones, and whether all factors are zero."""
 
     scale: float = np.nan
     used: float = np.nan
@@ -361,7 +361,7 @@ class ComponentEvidence(NamedTuple):
 
 
 def component_evidence(update: Any) -> ComponentEvidence:
-    """Return the evidence of an update that is a product B A, or whose direction is; else nothing is known."""
+    """Return a case's evidence of an update that is a product B A, or whose direction is; else nothing is known."""
     if isinstance(update, WeightDecomposed):
         update = update.direction
     factors = update and update.low_rank

@@ -24,7 +24,7 @@ _BY_COLUMN = ("ffn_out", "embed")  # a column is the output weights of a neuron,
 
 
 class BaseChange(NamedTuple):
-    """Comparison of an updated weight with the base.
+    """Change of a weight from its base by the update: intruder dimensions and rotation of neurons.
 
     ``intruders`` is the number of singular vectors, among the 10 leading ones, with a cosine below 0.5 to all of the
     base's; NaN if not computed. The others are the median and the maximum of 1 - cos between the weights of each neuron
@@ -39,7 +39,7 @@ class BaseChange(NamedTuple):
 def compare_with_base(
     stored_updates: Mapping[str, StoredUpdate], base: PretrainedWeights | None, decompose: bool
 ) -> dict[str, BaseChange]:
-    """Compute intruder dimensions and neuron rotation of every module whose weight is in the base.
+    """Compute the change from the base of every module in it: intruder dimensions and neuron rotation.
 
     ``decompose`` computes intruder dimensions for weights of any size. All values of an update with NaN are NaN.
     """

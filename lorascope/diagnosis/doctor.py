@@ -13,7 +13,7 @@ SKIP_REASONS = {"norms of the weights": "no weight norms", "a history": "no trai
 
 
 def diagnose(run: Result) -> list[Finding]:
-    """Diagnose why a run or an adapter is not as intended.
+    """Diagnose why a run or an adapter is not as intended, as ``lorascope doctor`` does.
 
     Parameters
     ----------
@@ -29,12 +29,12 @@ def diagnose(run: Result) -> list[Finding]:
 
 
 def find_faults(case: Case) -> list[Finding]:
-    """Return the findings of all checks for faults, without those that only follow from another finding."""
+    """Return the doctor's findings: those of all checks for faults, without those that follow from another."""
     return run_rules((rule for rule in RULES if rule.fix), case)
 
 
 def skipped_checks(case: Case) -> dict[str, list[str]]:
-    """Return missing evidence -> names of the checks for faults that require it."""
+    """Return the doctor's skipped checks: missing evidence -> names of the checks for faults that require it."""
     missing: dict[str, list[str]] = {}
     for rule in RULES:
         if rule.fix and rule.needs in _NEEDS and not case.has(rule.needs):

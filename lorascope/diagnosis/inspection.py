@@ -35,7 +35,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 
 @dataclass(frozen=True)
 class InspectionReport:
-    """Result of ``lorascope inspect``."""
+    """Report of an inspection, as ``lorascope inspect`` shows it; base class of its kinds."""
 
     path: Path | None
     facts: Facts  # name and method, base or model, size
@@ -68,7 +68,7 @@ class InspectionReport:
 
 @dataclass(frozen=True)
 class Inspection(InspectionReport):
-    """Result of ``lorascope inspect`` for one adapter or run.
+    """Inspection of one adapter or run, as ``lorascope inspect`` shows it.
 
     The columns of ``modules`` are the fields of ``MeasuredModule``.
     """
@@ -127,7 +127,7 @@ class Inspection(InspectionReport):
 
 
 def inspect(run: Result, spectra: bool = False) -> Inspection:
-    """Measure every module of a run or adapter; ``spectra`` also runs full SVDs, see `Case`.
+    """Inspect every module of a run or adapter; ``spectra`` also runs full SVDs, see `Case`.
 
     Raises
     ------
@@ -200,7 +200,7 @@ def _stated_alpha(config: Mapping[str, Any]) -> str:
 
 
 def describe_files(dtypes: Iterable[str], files: Sequence[Any]) -> str:
-    """Return the dtypes of tensors, and the number of their files."""
+    """Return the dtypes of an inspected adapter's tensors, and the number of their files."""
     names = sorted(DTYPES[dtype] for dtype in set(dtypes))
     return f"{' and '.join(names)}, {count_phrase(len(files), 'file')}"
 

@@ -55,7 +55,7 @@ def report_screen(
     findings: Sequence[Finding] = (),
     commands: Sequence[str] = (),
 ) -> str:
-    """Format header, body, blocks, findings, and the first command that fits in a line, else the last."""
+    """Format an inspection screen: header, body, blocks, findings, and the first command that fits, else the last."""
     end = [*blocks, Block("findings", list(map(finding_paragraph, findings)))]
     if commands:
         # A command that is wrapped cannot be copied.
@@ -65,19 +65,19 @@ def report_screen(
 
 
 def header_blocks(facts: Facts) -> list[Block]:
-    """Return facts of one line each, the first with its label in bold."""
+    """Return the header of an inspection screen: facts of one line each, the first with its label in bold."""
     # Paths of base models are long: wrapped, they would take the room of the strips.
     first, *other_blocks = (Block(elide(label, LABEL_WIDTH - 1), [Elided(text)]) for label, text in facts)
     return [first._replace(label_style="bold"), *other_blocks]
 
 
 def finding_paragraph(finding: Finding) -> Text:
-    """Return the message of a finding in the color of its severity."""
+    """Return the message of a finding for an inspection screen in the color of its severity."""
     return wrap_paragraph(finding.message, SEVERITY_STYLES[finding.severity], hang="  ")
 
 
 class Strip(NamedTuple):
-    """Quantity to show along the layers.
+    """Strip of an inspection screen: a quantity to show along the layers.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ class Strip(NamedTuple):
 def layer_strip(
     report: InspectionReport, target: Console, strip: Strip, columns: Sequence[TableColumn]
 ) -> Iterator[RenderableType]:
-    """Yield a table with one row per role, its strip along the layers and its numbers, and the scale of the strips."""
+    """Yield the strips of an inspection screen: a table of layers and numbers with one row per role, and its scale."""
     # A file or a pipe may be read by programs that expect ASCII.
     scale = BLOCKS if target.is_terminal and not target.options.ascii_only else DIGITS
     modules = [module for module in report.module_rows() if module["layer"] is not None]
@@ -121,7 +121,7 @@ def layer_strip(
         stack, role = row["stack"], row["role"]
         profile = (values.get((stack, role, index)) for index in range(math.ceil(depth / step)))
         prefix = _STACKS.get(stack, f"{stack} ") if has_stacks else ""
-        glyphs = "".join(glyph(value, top, scale) * repeat for value in profile)
+        glyphs = "".join(_glyph(value, top, scale) * repeat for value in profile)
         rows.append(row | {"name": prefix + role, "strip": glyphs})
     names = TableColumn(strip.title, LABEL_WIDTH - 1, "name")
     strips = TableColumn(_layer_axis(depth, step, repeat), _STRIP_WIDTH, "strip")
@@ -132,7 +132,7 @@ def layer_strip(
         yield block_grid([Block("", [legend])])
 
 
-def glyph(value: float | None, largest: float, scale: str) -> str:
+def _glyph(value: float | None, largest: float, scale: str) -> str:
     """Return one character for a value: blank for None (nothing is adapted), and ! for NaN and infinity."""
     if value is None:
         return " "
@@ -157,7 +157,7 @@ def _layer_axis(depth: int, step: int, repeat: int) -> str:
 
 
 def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFrame | None = None) -> str:
-    """Format one adapter or run, with the table of ``null_table`` if there is one."""
+    """Format the inspection screen of one adapter or run, with the table of ``null_table`` if there is one."""
     columns = [
         *_size_columns(inspection),
         TableColumn("rank", 6, "least_rank", format_span, "most_rank"),
@@ -231,7 +231,7 @@ def _null_blocks(null: pd.DataFrame) -> Iterator[Block]:
 
 
 def modules_screen(inspection: Inspection, target: Console) -> str:
-    """Format one adapter or run, with one line per module instead of the strips."""
+    """Format the inspection screen of one adapter or run with one line per module instead of the strips."""
     columns = [
         *_size_columns(inspection),
         TableColumn("rank", 4, "rank", format_span, "rank"),
@@ -269,10 +269,10 @@ def _shared_prefix(modules: Modules, width: int) -> str:
 
 
 def shorter_path(folder: Path) -> str:
-    """Return the path of a folder, absolute or relative."""
+    """Return the path of a folder on an inspection screen, absolute or relative."""
     return min(str(folder), os.path.relpath(folder), key=len)
 
 
 def join_paths(*words: Any) -> str:
-    """Join words of a command by ``--base``."""
+    """Join words of a command on an inspection screen by ``--base``."""
     return " --base ".join(printable(shlex.quote(str(word))) for word in words)

@@ -75,7 +75,7 @@ KINDS = (UNCHANGED_MODEL, UNCHANGED_PROJECTIONS, UNCHANGED_NEURONS, ZERO_NEURONS
 
 @dataclass(frozen=True)
 class NeuronInspection(InspectionReport):
-    """Result of ``lorascope inspect`` for a whole model and its base.
+    """Inspection of the neurons of a whole model and its base, as ``lorascope inspect`` shows it.
 
     ``scores`` has the columns of ``neuron_scores`` and ``top``: whether the neuron is in the tenth of all neurons
     with the largest cosine distance. The columns of ``modules`` are ``module, stack, layer, role, neurons, top,
@@ -116,7 +116,7 @@ class NeuronInspection(InspectionReport):
 
 
 def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
-    """Score all neurons of a checkpoint against its base, and summarize the scores.
+    """Inspect all neurons of a checkpoint: score them against its base, and summarize the scores.
 
     Raises
     ------
@@ -189,7 +189,7 @@ def _finding_about(kind: Kind, message: str, names: Iterable[str]) -> Finding:
 
 
 def neurons_screen(inspection: NeuronInspection, target: Console) -> str:
-    """Format a whole model and its base: the rotation of its neurons."""
+    """Format the inspection of neurons in a whole model and its base as a screen: their rotation."""
     strip = Strip("in top 10%", _top_fraction, "{} of a layer's neurons", format_percent)
     quantiles = "  ".join(f"{quantile:.0%} {format_norm(value)}" for quantile, value in inspection.quantiles().items())
     neurons = [
@@ -213,7 +213,7 @@ def _top_fraction(modules: Modules) -> float:
 
 
 def projections_screen(inspection: NeuronInspection, target: Console) -> str:
-    """Format a whole model and its base, with one line per projection instead of the strips."""
+    """Format the inspection of neurons in a whole model and its base with one line per projection, without strips."""
     columns = [TableColumn("projection", 39, "module"), TableColumn("role", 8, "role"), *_COLUMNS]
     body = aligned_table(columns, inspection.module_rows())
     return report_screen(target, header_blocks(inspection.facts), body, findings=inspection.details)

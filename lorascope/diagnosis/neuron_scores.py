@@ -50,7 +50,7 @@ def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] 
     if unknown:
         raise ValueError(f"roles must be from {', '.join(map(repr, FFN))}, got {unknown[0]!r}")
     before, after = PretrainedWeights(original), PretrainedWeights(tuned)
-    modules = describe_checkpoint(after)
+    modules = _describe_checkpoint(after)
     present = [role for role in neurons.neuron_roles(modules) if role in roles]
     if not present:
         raise ValueError(f"cannot score {after.folder}: no feed-forward weights with a known name ({', '.join(roles)})")
@@ -59,7 +59,7 @@ def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] 
     return scores.astype(dict.fromkeys(("module", "stack", "role"), "category"))
 
 
-def describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:
+def _describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:
     """Describe feed-forward modules like ``module_table.describe``, from the headers of a checkpoint."""
     rows = []
     for module in model.modules():

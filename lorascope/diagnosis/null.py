@@ -50,7 +50,7 @@ _NONZERO_STARTS = {"VB-LoRA", "Uni-LoRA", "KaSA", *MERGED}
 
 
 def null_table(inspection: Inspection, draws: int = DRAWS, seed: int = 0) -> pd.DataFrame:
-    """Compare the ranks of every module with random factors, and its norm with its role in the other layers.
+    """Compare the ranks of every module with their null (random factors), and its norm with its role in other layers.
 
     Parameters
     ----------
@@ -86,18 +86,18 @@ def null_table(inspection: Inspection, draws: int = DRAWS, seed: int = 0) -> pd.
                 values[f"{name}_null"] = float(ranks.mean())
                 values[f"{name}_p"] = (1 + int((ranks <= row[name]).sum())) / (draws + 1)
         rows.append({"module": row["module"], "role": row["role"], "layer": row["layer"]} | values)
-    norms = untrained_norms(inspection.run, dict(zip(modules["module"], modules["update_norm"], strict=True)))
+    norms = _untrained_norms(inspection.run, dict(zip(modules["module"], modules["update_norm"], strict=True)))
     return pd.DataFrame(rows).assign(norm_z=_norm_z(modules), untrained_norm=list(norms.values()))
 
 
 def _random_ranks(
     shape: tuple[int, int], rank: int, draws: int, rng: np.random.Generator
 ) -> dict[str, Float[np.ndarray, "draws"]]:
-    spectra = random_spectra(shape, rank, draws, rng)
+    spectra = _random_spectra(shape, rank, draws, rng)
     return {name: np.array([compute(sigma) for sigma in spectra]) for name, compute in _RANKS.items()}
 
 
-def random_spectra(
+def _random_spectra(
     shape: tuple[int, int], rank: int, draws: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "draws k"]:
     """Draw the singular values of ``B A`` with independent normal B (out, rank) and A (rank, in)."""
@@ -145,12 +145,12 @@ def below_null(table: pd.DataFrame, name: str) -> pd.Series:
 
 
 def outliers(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the modules whose norm is an outlier, the largest first."""
+    """Return the modules whose norm is an outlier under the null, the largest first."""
     far = table[table["norm_z"].abs() > OUTLIER]
     return far.reindex(far["norm_z"].abs().sort_values(ascending=False).index)
 
 
-def untrained_norms(run: Result, norms: Mapping[str, float]) -> dict[str, float]:
+def _untrained_norms(run: Result, norms: Mapping[str, float]) -> dict[str, float]:
     """Return the root mean square of |dW| of every module before training; NaN if it is not known.
 
     Parameters

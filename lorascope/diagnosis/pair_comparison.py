@@ -51,7 +51,7 @@ _MATRICES = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Inspections, and the tables of their pairwise comparison by ``adapter_similarity``.
+    """Pairwise comparison of inspections, with the tables of ``adapter_similarity``.
 
     Labels are the names of the folders, or their paths if names are equal.
     """
@@ -83,7 +83,7 @@ class Comparison:
 
 
 def compare_inspections(inspections: Sequence[Inspection], spectra: bool = False) -> Comparison:
-    """Compare inspections pairwise.
+    """Compare every pair of inspections.
 
     Raises
     ------
@@ -97,7 +97,7 @@ def compare_inspections(inspections: Sequence[Inspection], spectra: bool = False
 
 
 def distinct_labels(inspections: Sequence[Inspection]) -> list[str]:
-    """Return the names of the inspected folders, or their paths where names are equal.
+    """Return labels for a pairwise comparison: names of the inspected folders, or their paths where names are equal.
 
     Raises
     ------
@@ -113,7 +113,7 @@ def distinct_labels(inspections: Sequence[Inspection]) -> list[str]:
 
 
 def comparison_screen(comparison: Comparison, target: Console) -> str:
-    """Format a comparison of several adapters or runs, with one letter each, or more after z."""
+    """Format a pairwise comparison of adapters or runs, with one letter each, or more after z."""
     count = len(comparison.inspections)
     letters = [_letters(index) for index in range(count)]
     columns = [

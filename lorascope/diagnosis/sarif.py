@@ -22,7 +22,7 @@ _LEVELS = {"error": "error", "caution": "warning", "note": "note"}
 
 
 def sarif_log(findings: Sequence[Finding], file: Path, version: str) -> dict[str, Any]:
-    """Return the log of one diagnosis, with a rule per kind of finding in it.
+    """Return the SARIF log of one diagnosis, with a rule per kind of finding in it.
 
     Parameters
     ----------

@@ -53,7 +53,7 @@ _MODULE_COLUMNS = (
 
 @dataclass(frozen=True)
 class SeriesInspection:
-    """Result of ``lorascope inspect`` for the checkpoints of one training.
+    """Inspection of a series of checkpoints of one training, as ``lorascope inspect`` shows it.
 
     Parameters
     ----------
@@ -136,7 +136,7 @@ class SeriesInspection:
 
 
 def inspect_series(series: Series, spectra: bool = False) -> SeriesInspection:
-    """Measure the first and last checkpoint of a series, and the distance of every checkpoint to the last one.
+    """Inspect a series: measure its first and last checkpoint, and the distance of every checkpoint to the last.
 
     Raises
     ------
@@ -152,7 +152,7 @@ def inspect_series(series: Series, spectra: bool = False) -> SeriesInspection:
 
 
 def series_screen(inspection: SeriesInspection, target: Console, all: bool = False) -> str:
-    """Format a series: one line per role, or per module if ``all`` is set."""
+    """Format the inspection of a series: one line per role, or per module if ``all`` is set."""
     modules = inspection.modules()
     before, last = inspection.distances.steps[-2:]
     if all:

@@ -43,7 +43,7 @@ class Surveyed:
 
 
 def find_adapters(folder: str | Path) -> Iterator[Path]:
-    """Yield the adapters and runs below a folder, sorted by path.
+    """Yield the adapters and runs to survey below a folder, sorted by path.
 
     Files ``*.safetensors`` and ``*.gguf`` outside of an adapter's folder count if they are adapters or cannot be read.
     Hidden folders are skipped, and those inside of an adapter or a run, such as checkpoints.
@@ -68,7 +68,7 @@ def _may_be_adapter(file: Path) -> bool:
 
 
 def survey(paths: str | Path | Iterable[str | Path], base: str | Path | None = None) -> Iterator[Surveyed]:
-    """Measure many adapters or runs on joblib's backend, and yield their rows in order, each once it is measured.
+    """Survey many adapters or runs on joblib's backend, and yield their rows in order, each once it is measured.
 
     Parameters
     ----------
@@ -84,10 +84,10 @@ def survey(paths: str | Path | Iterable[str | Path], base: str | Path | None = N
         An adapter that cannot be measured has the reason in ``error``.
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
-    yield from Parallel(return_as="generator")(delayed(measure_adapter)(path, base) for path in paths)
+    yield from Parallel(return_as="generator")(delayed(_measure_adapter)(path, base) for path in paths)
 
 
-def measure_adapter(path: str | Path, base: str | Path | None = None) -> Surveyed:
+def _measure_adapter(path: str | Path, base: str | Path | None = None) -> Surveyed:
     """Measure one adapter or run."""
     try:
         run = load(locate(path), base)

@@ -10,7 +10,7 @@ from lorascope.diagnosis.case import Case, ModuleEvidence, TrainedModule
 
 @dataclass
 class TrainingEvidence(ModuleEvidence):
-    """Evidence about a training in progress.
+    """Case of a training in progress: evidence about its modules, losses and learning rate.
 
     Parameters
     ----------

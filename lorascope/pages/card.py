@@ -33,7 +33,7 @@ _SEVERITIES, _TOPICS = get_args(Severity), get_args(Topic)
 
 @dataclass(frozen=True)
 class Card:
-    """Contents of a report card as JSON values and tables, from which its pages are built.
+    """Card of adapters or runs: JSON values and tables, from which its pages are built.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def collect(runs: Sequence[Result], spectra: bool = False) -> Card:
 
 
 def installed_versions() -> dict[str, str]:
-    """Return the versions on which the page of a card depends."""
+    """Return the installed versions that a card stores, since its page depends on them."""
     return {"lorascope": __version__, "plotly": version("plotly")}
 
 

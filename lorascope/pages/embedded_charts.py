@@ -19,7 +19,7 @@ NARROW = 358.0  # pixels: width of a chart on a phone
 
 @dataclass(frozen=True)
 class EmbeddedChart:
-    """Chart in the form that the script of the page draws.
+    """Chart embedded in a page, in the form that the script of the page draws.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class EmbeddedChart:
 
 
 def embed(drawable: Drawable) -> EmbeddedChart:
-    """Draw a chart for every kind of screen; panels are stacked vertically on narrow screens."""
+    """Embed a chart in a page for every kind of screen; panels are stacked vertically on narrow screens."""
     light, dark = plan_figure(drawable, theme("light")), plan_figure(drawable, theme("dark"))
     figure, narrow = _draw_wide_and_narrow(light)
     recolored, narrow_dark = _draw_wide_and_narrow(dark)
@@ -70,7 +70,7 @@ def _draw_wide_and_narrow(settled: FigurePlan) -> tuple[dict[str, Any], dict[str
 
 
 def title(drawable: Drawable) -> str:
-    """Return the title of a chart, or the name of its figure if there are several panels or no title."""
+    """Return the title of an embedded chart, or the name of its figure if it has several panels or no title."""
     charts = [chart for row in drawable.rows() for chart in row]
     if len(charts) == 1 and charts[0].title:
         return charts[0].title
@@ -78,7 +78,7 @@ def title(drawable: Drawable) -> str:
 
 
 def changes(old: Any, new: Any, *path: str | int) -> Iterator[list[Any]]:
-    """Yield the path and the new value of each difference between two JSON values; None means that a key is absent."""
+    """Yield path and new value of each difference between two embedded charts as JSON; None means an absent key."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             yield from changes(old.get(key), new.get(key), *path, key)

@@ -101,7 +101,7 @@ def write(
 
 
 def render(title: str, lead: str, sections: Sequence[Section], facts: Mapping[str, str], carried: Any = None) -> str:
-    """Return a page, which adapts to light and dark, wide and narrow screens, and makes no network requests.
+    """Render a page, which adapts to light and dark, wide and narrow screens, and makes no network requests.
 
     Parameters
     ----------

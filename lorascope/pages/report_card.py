@@ -108,7 +108,7 @@ def _limited_html(card: Card) -> str:
 
 
 def html(card: Card) -> str:
-    """Return the page of a card; equal cards give equal pages."""
+    """Return the HTML page of a report card; equal cards give equal pages."""
     lead, facts = "Adapters and runs side by side.", {}
     if len(card.subjects) == 1:
         lead, facts = card.subjects[0]["kind"], card.subjects[0]["facts"]
@@ -167,7 +167,7 @@ def _unchecked(card: Card) -> pd.DataFrame:
 
 
 def markdown(card: Card) -> str:
-    """Return the section of a model card about the adapter: facts, findings, and norms and ranks by role."""
+    """Return a report card as Markdown for a model card: facts, findings, and norms and ranks by role."""
     lines = []
     for subject in card.subjects:
         lines += [f"## {_inert(subject['label'])}", "", _inert(subject["kind"]), ""]
@@ -204,7 +204,7 @@ def _inert(text: str) -> str:
 
 
 def read(path: str | Path) -> Card:
-    """Read the card that a page carries.
+    """Read the card that the page of a report card carries.
 
     Raises
     ------
@@ -229,7 +229,7 @@ def _parse(text: str, path: str | Path) -> Card:
 
 
 def verify(path: str | Path) -> list[str]:
-    """Build a page again from the tables that it carries, and return where it differs, one line each.
+    """Build the page of a report card again from the tables it carries, and return where it differs, one line each.
 
     Raises
     ------

@@ -11,7 +11,7 @@ from lorascope.charts.chart import Drawable
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A chart with its reading and its caveat.
+    """Figure of a report: a chart with its reading and its caveat.
 
     Parameters
     ----------
@@ -29,6 +29,6 @@ class ReportFigure:
 
 
 def draw(figure: str, *runs: Any, **options: Any) -> ReportFigure:
-    """Return a figure of ``lorascope.plots`` with the reading and the caveat that ``FIGURES`` lists for it."""
+    """Return a figure of ``lorascope.plots`` for a report, with the reading and the caveat that ``FIGURES`` lists."""
     chart = getattr(plots, figure)(*runs, **options)
     return ReportFigure(chart, plots.FIGURES[figure].reads, plots.FIGURES[figure].misleads)

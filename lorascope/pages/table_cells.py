@@ -11,7 +11,7 @@ LONG = 20  # rows; a longer table scrolls inside its box
 
 
 def frame_cells(frame: pd.DataFrame) -> dict[str, list[Any]]:
-    """Return the columns of a DataFrame, each with whether it is numeric, and its rows; a named index is a column."""
+    """Return the table cells of a DataFrame: columns, each numeric or not, and rows; a named index is a column."""
     if not isinstance(frame.index, pd.RangeIndex):
         frame = frame.reset_index()
     numeric = [is_numeric_dtype(kind) and not is_bool_dtype(kind) for kind in frame.dtypes]

@@ -26,7 +26,7 @@ _OFFSET = 0.03  # distance between a point and its label, as a fraction of the r
     "per size. The count includes the classifier head, which dominates it at few coefficients.",
 )
 def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
-    """Plot test metric against trained parameters (FourierFT, Figs. 1 and 4).
+    """Plot accuracy, or another test metric, against size: the number of trained parameters (FourierFT, Figs. 1 and 4).
 
     Parameters
     ----------

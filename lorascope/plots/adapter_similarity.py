@@ -26,7 +26,7 @@ from lorascope.plots.run_groups import Runs
     "their angles: compare different seeds. Norm ratios mostly reflect learning rates and numbers of steps.",
 )
 def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False) -> Panels:
-    """Plot norm ratio, cosine, angle and difference in rank allocation for every pair of adapters or runs.
+    """Plot the similarity of all pairs of adapters or runs: norm ratio, cosine, angle, difference in rank allocation.
 
     Parameters
     ----------

@@ -19,23 +19,23 @@ from lorascope.schema.module_roles import ROLES
 
 
 def ends(cells: pd.DataFrame) -> dict[str, Any]:
-    """Return the columns of ``band`` that an error bar shows; none if no recipe has several seeds."""
+    """Return the columns of ``band`` that a built chart shows as error bars; none if no recipe has several seeds."""
     return {"low": "low", "high": "high"} if cells["low"].notna().any() else {}
 
 
 def used_places(cells: pd.DataFrame) -> list[str]:
-    """Return the positions on the layer axis that occur, in their order."""
+    """Return the positions to build a chart's layer axis from: those that occur, in their order."""
     return list(cells["place"].cat.remove_unused_categories().cat.categories)
 
 
 def used_roles(cells: pd.DataFrame) -> list[str]:
-    """Return the roles that occur, in their order."""
+    """Return the roles to build a chart's role axis from: those that occur, in their order."""
     used = set(cells["role"])
     return [role for role in ROLES if role in used]
 
 
 def mean_over_modules(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """Average the values of every run over its modules, for each step and value of ``columns``."""
+    """Average the values of a chart to build over the modules of every run, for each step and value of ``columns``."""
     keys = [key for key in ("run", "recipe", "kind", *columns, "step") if key in rows]
     return rows.groupby(keys, observed=True)["value"].mean().reset_index()
 
@@ -50,7 +50,7 @@ def curves(
     whiskers: bool = True,
     **settings: Any,
 ) -> Chart:
-    """Plot one line per recipe over the column ``x``, with a band and error bars for several seeds.
+    """Build a chart with one line per recipe over the column ``x``, with a band and error bars for several seeds.
 
     ``labels`` are the axes or their labels, and ``color`` is the column that distinguishes the lines. Every value has a
     dot if ``points`` is set, and every dot an error bar if ``whiskers`` is set. ``marks`` are drawn on top.
@@ -71,12 +71,12 @@ def _to_axis(label: Axis | str) -> Axis:
 
 
 def course(cells: pd.DataFrame, y: Axis | str, **settings: Any) -> Chart:
-    """Plot one line per recipe over the steps; for the arguments see `curves`."""
+    """Build a chart with one line per recipe over the steps; for the arguments see `curves`."""
     return curves(cells, "step", ("step", y), **settings)
 
 
 def profile(cohort: Cohort, cells: pd.DataFrame, y: Axis | str, **settings: Any) -> Chart:
-    """Plot one line per recipe over the layers (and per ``step``, if it is a column), with gaps for missing records."""
+    """Build a chart with one line per recipe over layers (per ``step``, if a column), with gaps for missing records."""
     order = used_places(cells)
     rows = cells[[column for column in ("step", "recipe", "kind") if column in cells]].drop_duplicates()
     positions = pd.Categorical(order, cells["place"].cat.categories, ordered=True)
@@ -94,7 +94,7 @@ def heat_by_role(
     caption: str,
     frame: str | None = None,
 ) -> list[Chart]:
-    """Plot cells by layer and role, one panel per recipe with the mark of its rows, all with the same axes."""
+    """Build charts of cells by layer and role, one per recipe with the mark of its rows, all with the same axes."""
     x, y = Axis(label=along, order=used_places(cells)), Axis(order=used_roles(cells))
     charts = []
     for label in labels:
@@ -104,7 +104,7 @@ def heat_by_role(
 
 
 def pair_heat(cells: pd.DataFrame, mark: Heat, order: Sequence[str], *marks: Mark, **settings: Any) -> Chart:
-    """Plot a square of cells, one per pair of the labels in ``order``."""
+    """Build a chart with a square of cells, one per pair of the labels in ``order``."""
     return Chart(cells, [mark, *marks], x=Axis(order=order), y=Axis(order=order), **settings)
 
 
@@ -116,7 +116,7 @@ def bars(
     color: str | None = None,
     **settings: Any,
 ) -> Chart:
-    """Plot bars from zero with their intervals."""
+    """Build a chart of bars from zero with their intervals."""
     along, up = axes
     if isinstance(up, str):
         up = Axis(label=up, limits=(0, None))
@@ -124,7 +124,7 @@ def bars(
 
 
 def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], title: str) -> Chart:
-    """Plot the final test metric, one bar per recipe with its interval and its number, on an axis from ``start``."""
+    """Build a bar chart of the final test metric, one bar per recipe with interval and number, from ``start``."""
     cells = band(cohort.scores(), ["recipe", "kind"])
     top = cells["high"].fillna(cells["value"])
     # The numbers are above the error bars, with a little room.
@@ -169,7 +169,7 @@ def add_printed(chart: Chart, printed: pd.DataFrame, x: str, reference: str) -> 
 def over_kept(
     values: pd.DataFrame, kept_tables: Sequence[pd.DataFrame], axes: tuple[str, str], title: str, caption: str
 ) -> Drawable:
-    """Plot the values of one run over the range of those of kept seeds, one panel per ``panel``.
+    """Build charts of the values of one run over the range of those of kept seeds, one panel per ``panel``.
 
     All tables have the columns ``panel``, ``x`` and ``value``; ``axes`` are the labels of x and of the values. The
     caption is completed by the number of seeds.
@@ -202,6 +202,6 @@ def over_kept(
 def stacked_bars(
     cells: pd.DataFrame, order: Sequence[str], x: str, colors: Sequence[str], *marks: Mark, **settings: Any
 ) -> Chart:
-    """Plot one lying bar per recipe, stacked of its parts."""
+    """Build a chart with one lying bar per recipe, stacked of its parts."""
     stack, along = Bar("value", "recipe", "part", mode="stack"), Axis(label=x, limits=(0, None))
     return Chart(cells, [stack, *marks], x=along, y=Axis(order=order), colors=colors, **settings)

@@ -33,7 +33,7 @@ _LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
     "others. A high frequency is not a fine detail, because rows and columns of a weight have no order.",
 )
 def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
-    """Plot test metric against the center of the frequency band (FourierFT, Fig. 5).
+    """Plot an ablation of the frequency bias: test metric against the center of the band (FourierFT, Fig. 5).
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
 
 
 def metric_by_band(cohort: Cohort, highest: float) -> Chart:
-    """Plot test metric against the center of the frequency band, on an axis up to the highest frequency."""
+    """Plot an ablation of a cohort's frequency band: test metric against its center, up to the highest frequency."""
     cohort.require_differ_only_in("center", "width")
     recipes = {group.label: group.runs[0].meta.recipe for group in cohort.groups}
     uniform = [label for label, recipe in recipes.items() if recipe.get("center") is None]
@@ -96,7 +96,7 @@ def metric_by_band(cohort: Cohort, highest: float) -> Chart:
     "results mean that the number of coefficients matters, not that any basis would work.",
 )
 def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
-    """Plot test metric by the basis of the coefficients (FourierFT, Table 6).
+    """Plot an ablation of the basis: test metric by the basis of the coefficients (FourierFT, Table 6).
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     "control. The best of several numbers also wins by chance.",
 )
 def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
-    """Plot test metric against the number of experts (HydraLoRA, Fig. 8).
+    """Plot an ablation of the number of experts: test metric against this number (HydraLoRA, Fig. 8).
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
 
 
 def metric_by_experts(cohort: Cohort) -> Chart:
-    """Plot test metric against the number of experts."""
+    """Plot an ablation of a cohort's number of experts: test metric against this number."""
     hydras = cohort.without_controls()
     hydras.require_differ_only_in("num_experts")
     cohort.require_same("model", "task")
@@ -211,7 +211,7 @@ def metric_by_experts(cohort: Cohort) -> Chart:
     "learning rate. Components that replace each other all look useless one at a time: remove them together.",
 )
 def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
-    """Plot test metric of a method and its ablations, one bar per label (HydraLoRA, Fig. 6).
+    """Plot test metric of a method and its component ablations, one bar per label (HydraLoRA, Fig. 6).
 
     Parameters
     ----------

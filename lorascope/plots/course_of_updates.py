@@ -30,7 +30,7 @@ _RANDOM = "random subspaces"
     "layers of one training, and trainings only if they have the same length and schedule.",
 )
 def settling(runs: Runs, control: Runs | None = None, threshold: float = THRESHOLD) -> Chart:
-    """Plot the step at which each layer settled, one line per recipe.
+    """Plot the course of updates: the step at which each layer settled, one line per recipe.
 
     Parameters
     ----------
@@ -84,7 +84,7 @@ def rotation(
     space: Literal["both", "columns", "rows"] = "both",
     k: int = DIRECTIONS,
 ) -> Panels:
-    """Plot the mean principal angle of the updates to the previous and to the last stored step, over the steps.
+    """Plot the course of updates: mean principal angle to the previous and to the last stored step, over the steps.
 
     Parameters
     ----------

@@ -52,7 +52,7 @@ def factor_embedding(
     seeds: Sequence[int] = (),
     modules: Sequence[str] = (),
 ) -> Panels:
-    """Plot t-SNE and PCA of LoRA factors (HydraLoRA, Fig. 3), one row per factor and shape.
+    """Plot t-SNE and PCA embeddings of LoRA factors (HydraLoRA, Fig. 3), one row per factor and shape.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def factor_embedding(
         updates = {run: {name: factors_of[name] for name in selected} for run, factors_of in factored.items()}
         domains = {run.id: group.label for group in cohort.groups for run in group.runs}
         by_factor = [factor_embeddings.build_factor_sets(updates, domains, (factor,), view) for factor in factors]
-        caption += factor_caption(prefix, cohort, by_factor)
+        caption += _factor_caption(prefix, cohort, by_factor)
         clouds = factor_embeddings.build_factor_sets(updates, domains, factors, view) if together else chain(*by_factor)
         for cloud in clouds:
             charts = [_tsne(cloud, cohort, prefix, size, seeds) for size in _perplexities(cloud, perplexity)]
@@ -118,7 +118,7 @@ def factor_embedding(
     return cohorts[0].complete(Panels(tuple(rows)), caption)
 
 
-def factor_caption(prefix: str, cohort: Cohort, by_factor: Sequence[Sequence[FactorSet]]) -> str:
+def _factor_caption(prefix: str, cohort: Cohort, by_factor: Sequence[Sequence[FactorSet]]) -> str:
     """Return the sample of runs and how often the nearest factor of another domain is from the same module."""
     text = f"{prefix}{cohort.sample}."
     if len(cohort.groups) > 1:

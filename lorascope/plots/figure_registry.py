@@ -20,7 +20,7 @@ AnyFigure = TypeVar("AnyFigure", bound=Callable[..., Drawable])
 
 @dataclass(frozen=True)
 class Figure:
-    """Registered figure.
+    """Figure in the registry: its function, topic, reading, caveat and requirements.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ def figure(
     history: bool = False,
     runs: int = 1,
 ) -> Callable[[AnyFigure], AnyFigure]:
-    """Register a function ``draw(runs, control=None, ...)`` as the figure of its name; for the parameters see `Figure`.
+    """Register a function ``draw(runs, control=None, ...)`` as a figure in the registry; for parameters see `Figure`.
 
     The function starts with `gather_runs` and ends with `Cohort.complete`.
 
@@ -91,7 +91,7 @@ def figure(
 
 
 def gather_runs(name: str, runs: Runs, control: Runs | None = None, check: bool = True) -> Cohort:
-    """Group the runs of a registered figure by label, and check that they have the records that it requires.
+    """Gather the runs of a figure in the registry by label, and check the records that its entry requires.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def gather_runs(name: str, runs: Runs, control: Runs | None = None, check: bool 
 
 
 def available(run: Result) -> pd.DataFrame:
-    """List the figures, whether the run has their records, and what is missing.
+    """List the figures in the registry, whether the run has their records, and what is missing.
 
     Returns
     -------

@@ -35,7 +35,7 @@ _REACH = 4.0  # ends of the color scale of an image, in units of its root mean s
     "coefficients.",
 )
 def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None = None) -> Panels:
-    """Plot the trained frequencies and the size of their coefficients, one panel per recipe, and a profile by radius.
+    """Plot the trained Fourier frequencies and the size of their coefficients, one panel per recipe, and by radius.
 
     Parameters
     ----------
@@ -91,7 +91,7 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
 def update_image(
     runs: Runs, control: Runs | None = None, module: str | None = None, cells: int = 64, added: bool = False
 ) -> Drawable:
-    """Plot the update of one module as an image, one panel per recipe (its first run).
+    """Plot the update of one module, such as a Fourier update, as an image; one panel per recipe (its first run).
 
     Parameters
     ----------

@@ -25,7 +25,7 @@ from lorascope.plots.run_groups import INTERVAL, Cohort, Runs, axis_label, requi
     "best state is chosen on validation, so its validation score is optimistic: judge runs on the test split.",
 )
 def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) -> Drawable:
-    """Plot training loss and, if recorded, validation loss and metric over the steps, one line per recipe.
+    """Plot learning curves: training loss and, if recorded, validation loss and metric over the steps.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
     "grow even without a signal.",
 )
 def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Panels:
-    """Plot training loss with and without cosine guidance, and the cosine of direction and first moment (Adapprox).
+    """Plot learning curves with and without cosine guidance, and the cosine of direction and first moment (Adapprox).
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
     "methods that move fast at first, and equal rates are not comparable between methods.",
 )
 def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
-    """Plot validation loss by learning rate, and the test loss of each method at its best rate.
+    """Plot validation loss by learning rate as one curve per method, and the test loss of each at its best rate.
 
     Parameters
     ----------

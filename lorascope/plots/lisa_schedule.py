@@ -22,7 +22,7 @@ from lorascope.plots.run_groups import INTERVAL, Runs, axis_label
     "most of the model. With a decaying learning rate, blocks drawn late move little: check update_norm.",
 )
 def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
-    """Plot the blocks that trained in each interval and the number trained so far (LISA), one row per recipe.
+    """Plot LISA's schedule: the blocks trained in each interval and the number trained so far, one row per recipe.
 
     Parameters
     ----------
@@ -76,7 +76,7 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
     "seeds. The frequency does not show how far a block moved: check update_norm.",
 )
 def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
-    """Plot how often each block was drawn, and its draw probability, one panel per recipe (LISA, section 3.2).
+    """Plot how often LISA's schedule drew each block, and its probability, one panel per recipe (section 3.2).
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
     "order cells.",
 )
 def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
-    """Plot test metric by active blocks and steps between draws (LISA, Table 6 and Figs. 7 to 9).
+    """Plot test metric by LISA's schedule: active blocks and steps between draws (Table 6 and Figs. 7 to 9).
 
     Parameters
     ----------

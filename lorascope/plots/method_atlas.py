@@ -35,7 +35,7 @@ from lorascope.runs.result import Result
     "compare different seeds and methods.",
 )
 def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k: int = 8) -> Panels:
-    """Plot spectra, norms by layer and angles between the learned updates of several methods on one task.
+    """Plot an atlas of methods on one task: spectra, norms by layer, and angles between their learned updates.
 
     The learned update of a run is ΔW − ΔW₀. If an update depends on the input (HydraLoRA), it is evaluated at the gate
     weights that the caption names.

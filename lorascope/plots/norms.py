@@ -57,7 +57,7 @@ def _title(quantity: str) -> str:
 
 
 def update_profile(cohort: Cohort, quantity: str, title: str, log: bool = False) -> Chart:
-    """Plot the last value of a quantity of modules, pooled by layer, one line per recipe."""
+    """Plot the norm, or another quantity, of modules at the last step, pooled by layer, one line per recipe."""
     cells = cohort.label(norms.last_recorded(_layers(cohort, quantity)))
     caption = cohort.caption(f"{define(quantity)} {_step_phrase(cells)}")
     return profile(cohort, band(cells, _CELL), Axis(label=axis_label(quantity), log=log), title=title, caption=caption)

@@ -145,7 +145,7 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
     "more slowly than by sixteen.",
 )
 def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
-    """Plot error and time of S-RSI by rank, power iterations and oversampling, and of torch's SVDs (Adapprox).
+    """Plot error and time of factorizing second moments by S-RSI, with its settings, and by torch's SVDs (Adapprox).
 
     Parameters
     ----------

@@ -33,7 +33,7 @@ _TRUTH = "planted rank"
     "whose ranks cannot exceed the initial rank, or cannot reach 0, must leave the diagonal at that end.",
 )
 def planted(runs: Runs, control: Runs | None = None) -> Chart:
-    """Plot found rank against planted rank, one line per recipe.
+    """Plot rank allocations against planted ranks, one line per recipe.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ def planted(runs: Runs, control: Runs | None = None) -> Chart:
 
 
 def found_by_planted(cohort: Cohort, ranks: pd.DataFrame) -> Chart:
-    """Plot the planted and found ranks ``run, planted, found`` of the runs of a cohort, one line per recipe."""
+    """Plot rank allocations against planted ranks, from ``run, planted, found`` of a cohort, one line per recipe."""
     means = ranks.groupby(["run", "planted"], sort=True)["found"].mean().rename("value").reset_index()
     cells = band(cohort.label(means), ["recipe", "kind", "planted"])
     truth = pd.DataFrame({"planted": sorted(set(means["planted"]))}).assign(recipe=_TRUTH)
@@ -77,7 +77,7 @@ def found_by_planted(cohort: Cohort, ranks: pd.DataFrame) -> Chart:
     "parameters in larger matrices, and a high rank shows what a module received, not what it needs.",
 )
 def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = None, chance: bool = False) -> Drawable:
-    """Plot rank by layer and role, one panel per recipe (AdaLoRA, AutoLoRA and ALoRA, each in its Fig. 3).
+    """Plot rank allocations by layer and role, one panel per recipe (AdaLoRA, AutoLoRA and ALoRA, each in its Fig. 3).
 
     Parameters
     ----------
@@ -132,7 +132,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
     "budget falls, all modules lose rank: only those that lose it more slowly were spared.",
 )
 def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Panels:
-    """Plot ranks by layer and role at the decisions of the allocator, with the budget; one row per recipe.
+    """Plot rank allocations by layer and role at the allocator's decisions, with the budget; one row per recipe.
 
     Parameters
     ----------
@@ -167,7 +167,7 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     "larger matrices may need another learning rate, or else the bars compare rates: tune it per type.",
 )
 def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
-    """Plot test metric by adapted weights, one bar per label (AdaLoRA, Fig. 1).
+    """Plot test metric by the weights to which rank is allocated, one bar per label (AdaLoRA, Fig. 1).
 
     Parameters
     ----------

@@ -52,7 +52,7 @@ def _recorded_by(quantity: str) -> str:
 
 
 def missing_reason(run: Result, need: str, history: bool = False) -> str:
-    """Return what a run lacks for a figure and how to get it; "" if nothing is missing."""
+    """Return which requirement of a figure is missing in a run, and how to get it; "" if none is missing."""
     if need in _STORED:
         description, fix, find = _STORED[need]
         with suppress(ValueError):  # the run has no snapshot of its last step

@@ -33,7 +33,7 @@ _MOST_NUMBERED = 6  # largest number of columns whose cells have room for number
     "check gate_course.",
 )
 def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> Drawable:
-    """Plot the mean gate weight of every expert by domain minus a uniform weight, one layer per frame.
+    """Plot the routing to experts: mean gate weight of each by domain minus a uniform weight, one layer per frame.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     "baseline.",
 )
 def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
-    """Plot the entropy of a token's gate weights over the steps, and their mutual information with the domain.
+    """Plot routing over the steps: entropy of a token's gate weights, and their mutual information with the domain.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
 
 
 def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
-    """Plot the k-means error against K and the number of clusters chosen per sample (HydraLoRA, App. B and Fig. 7).
+    """Plot the choice of how many experts to route to: k-means error by K, clusters per sample (HydraLoRA, Fig. 7).
 
     An elbow on the left is meaningful if the curve falls steeply before it and little after. A curve that hardly falls
     also has an elbow, but it is noise: the chosen number on the right then varies between samples. Caveat: even a clear

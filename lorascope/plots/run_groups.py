@@ -34,7 +34,7 @@ _POOLS = {"norm": "root sum of squares", "sum": "sum", "mean": "mean"}
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in their seed, with their label in the legend."""
+    """Group of runs that differ only in their seed, with their label in the legend."""
 
     label: str
     runs: tuple[Result, ...]
@@ -65,7 +65,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Cohort:
-    """All runs of a figure by label.
+    """All groups of runs in a figure, by label.
 
     ``name`` is the name of the figure or of the quantity that it shows, ``needs`` are the records that it requires.
     """
@@ -263,28 +263,28 @@ def _duplicates(names: Iterable[str]) -> list[str]:
 
 
 def require_counts(**counts: int | None) -> None:
-    """Raise a ValueError for the first count below 1."""
+    """Raise a ValueError for the first count below 1 among the arguments of a figure of run groups."""
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"{name} must be >= 1, got {count}")
 
 
 def require_choice(**arguments: tuple[str, Collection[str]]) -> None:
-    """Raise a ValueError for the first value that is not among its choices."""
+    """Raise a ValueError for the first argument of a figure of run groups that is not among its choices."""
     for name, (value, choices) in arguments.items():
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def join_by_label(notes: Mapping[str, str]) -> str:
-    """Join the notes of all labels, or return the note once if it is the same for all."""
+    """Join the notes of all groups of runs by label, or return the note once if it is the same for all."""
     if len(set(notes.values())) == 1:
         return next(iter(notes.values()))
     return "; ".join(f"{label}: {text}" for label, text in notes.items())
 
 
 def mixture_sentences(mixtures: Mapping[str, str]) -> list[str]:
-    """Return sentences such as "Updates of HydraLoRA at mean gates." from a mapping label -> gates."""
+    """Return caption sentences on the gates of run groups, such as "Updates of HydraLoRA at mean gates"."""
     labels: dict[str, list[str]] = {}
     for label, gates in mixtures.items():
         labels.setdefault(gates, []).append(label)
@@ -292,13 +292,13 @@ def mixture_sentences(mixtures: Mapping[str, str]) -> list[str]:
 
 
 def define(quantity: str) -> str:
-    """Return the definition of a quantity as a sentence of a caption."""
+    """Return the definition of a quantity as a sentence of the caption for a figure of run groups."""
     entry = QUANTITIES[quantity]
     return f"{entry.label}: {entry.definition}; modules pooled by {_POOLS[entry.pool]}."
 
 
 def axis_label(quantity: str) -> str:
-    """Return the label and unit of a quantity."""
+    """Return the label and unit of a quantity for an axis of a figure of run groups."""
     entry = QUANTITIES[quantity]
     return f"{entry.label} ({entry.unit})" if entry.unit else entry.label
 
@@ -327,7 +327,7 @@ def _group(runs: Runs, control: bool = False) -> tuple[Group, ...]:
 
 
 def list_runs(runs: Result | Sequence[Result]) -> list[Result]:
-    """Return runs as a list, which has one element for a single run."""
+    """Return the runs of a group as a list, which has one element for a single run."""
     return [runs] if isinstance(runs, Result) else list(runs)
 
 

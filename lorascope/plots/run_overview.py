@@ -14,7 +14,7 @@ OVERVIEW = ("update_norm_heat", "rank_allocation", "spectrum", "importance")
 
 
 def save_overview(run: Run, folder: Path) -> list[Path]:
-    """Save the figures of the overview that the run can be drawn as, in PNG files with the names of the figures."""
+    """Save the overview of a run: the figures that it can be drawn as, in PNG files with the names of the figures."""
     files = []
     for figure in (FIGURES[name] for name in OVERVIEW):
         if any(missing_reason(run, need, figure.history) for need in figure.needs):

@@ -12,7 +12,7 @@ from lorascope.plots.run_groups import INTERVAL
 
 
 def agreement(cells: pd.DataFrame, level: str) -> Chart:
-    """Plot the rank correlation of every pair of scores, averaged over runs.
+    """Plot the agreement of scores: rank correlation of every pair, averaged over runs.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def agreement(cells: pd.DataFrame, level: str) -> Chart:
 
 
 def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
-    """Plot the rank correlation of every score with the true one, averaged over runs, with its interval.
+    """Plot the agreement of every score with the true one: rank correlation, averaged over runs, with its interval.
 
     Parameters
     ----------

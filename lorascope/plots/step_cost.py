@@ -37,7 +37,7 @@ _COUNTS = "no interval, because seeds differ only in the length of their texts"
     "little there.",
 )
 def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
-    """Plot the memory of a step by part, measured and computed for larger models (LISA, Fig. 3; Adapprox).
+    """Plot the memory cost of a step by part, measured and computed for larger models (LISA, Fig. 3; Adapprox).
 
     Parameters
     ----------
@@ -137,7 +137,7 @@ def _batch_phrase(cohort: Cohort) -> list[str]:
     "compare whole bars.",
 )
 def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
-    """Plot the time of a step by part in milliseconds, one bar per label (LISA, Fig. 4).
+    """Plot the time cost of a step by part in milliseconds, one bar per label (LISA, Fig. 4).
 
     Parameters
     ----------

@@ -36,7 +36,7 @@ _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
 def spectrum(
     runs: Runs, control: Runs | None = None, module: str | None = None, step: int | None = None, added: bool = False
 ) -> Chart:
-    """Plot the singular values of one module's update, one line per recipe.
+    """Plot the spectrum of one module's update: singular values of its leading subspaces, one line per recipe.
 
     Parameters
     ----------
@@ -144,7 +144,7 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
 
 
 def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: str | None) -> str:
-    """Return the given module, or the one with the largest mean update over runs; all runs must have it."""
+    """Return the module whose subspaces a figure compares: the given one, or that with the largest mean update."""
     common = common_names(updates)
     if module is None and common:
         rows = cohort.table[(cohort.table["quantity"] == "update_norm") & cohort.table["module"].isin(common)]
@@ -157,7 +157,7 @@ def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: 
 
 
 def common_names(collections: Sequence[Collection[str]]) -> list[str]:
-    """Return the names that occur in all collections, in the order of the first."""
+    """Return the names of modules whose subspaces can be compared: those in all collections, in order of the first."""
     shared = set.intersection(*map(set, collections))
     return [name for name in collections[0] if name in shared]
 

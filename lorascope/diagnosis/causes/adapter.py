@@ -33,7 +33,7 @@ FAINT = 1e-3  # fraction of the median change per layer: layers of healthy runs 
     evidence="the update is evaluated at gate weights",
 )
 def input_dependent_norms(case: Case) -> Findings:
-    """Find norms that depend on the input."""
+    """Find adapters whose update norms depend on the input."""
     if routed := sum(not module.exact for module in case.measured):
         gates = f"their updates are evaluated at {gate_description(case.run)}"
         yield finding(f"{routed} of {len(case.measured)} modules depend on their input: {gates}")
@@ -47,7 +47,7 @@ def input_dependent_norms(case: Case) -> Findings:
     evidence="the norm of the update of a module is NaN",
 )
 def nan_norms(case: Case) -> Findings:
-    """Find norms that are NaN."""
+    """Find update norms of an adapter that are NaN."""
     if broken := [module for module in case.measured if math.isnan(module.update_norm)]:
         verb = "contains" if len(broken) == 1 else "contain"
         yield finding(f"{len(broken)} of {len(case.measured)} modules {verb} NaN or infinity", module_names(broken))
@@ -64,7 +64,7 @@ def nan_norms(case: Case) -> Findings:
     live_from=0,
 )
 def nan(case: Evidence) -> Findings:
-    """Find updates whose norm is NaN or infinite."""
+    """Find updates of an adapter whose norm is NaN or infinite."""
     broken = [module for module in case.modules if not math.isfinite(module.update_norm)]
     return finding_if_any(broken, case.modules, "NaN or infinity")
 
@@ -80,7 +80,7 @@ def nan(case: Evidence) -> Findings:
     live_from=0,
 )
 def scale_zero(case: Evidence) -> Findings:
-    """Find adapters with scale 0."""
+    """Find adapters whose update is zero because their scale is 0."""
     mute = [module for module in case.adapted if module.scale == 0]
     return finding_if_any(mute, case.adapted, "scale 0, so no output and no gradient", scale=0.0)
 
@@ -116,7 +116,7 @@ def untrained(case: Case) -> Findings:
     live_from=2,
 )
 def unused(case: Evidence) -> Findings:
-    """Find training runs that did not use the adapters."""
+    """Find adapters that a training run did not use, so that none changed."""
     count, steps = len(case.adapted), case.steps
     if not case.expects_adapters or len(case.unchanged_adapters) < count:
         return
@@ -136,7 +136,7 @@ def unused(case: Evidence) -> Findings:
     live_from=0,
 )
 def dead(case: Evidence) -> Findings:
-    """Find modules that no gradient can change."""
+    """Find adapters that no gradient can change, since all their factors are zero."""
     empty = [module for module in case.adapted if module.empty and module.scale != 0]
     return finding_if_any(empty, case.adapted, "zeros in all factors, so their gradients are zero")
 
@@ -152,7 +152,7 @@ def dead(case: Evidence) -> Findings:
     live_from=2,
 )
 def dead_layers(case: Evidence) -> Findings:
-    """Find layers that changed far less than the others."""
+    """Find layers of an adapter that changed far less than the others."""
     module_norms: dict[tuple[str, int], list[float]] = {}
     for module in case.modules:
         if module.layer is not None and not math.isnan(module.moved):
@@ -216,7 +216,7 @@ def no_update(case: Case) -> Findings:
     evidence="|dW| is 0 in some modules, and not in others",
 )
 def zero_updates(case: Case) -> Findings:
-    """Find zero updates among others, and the factor that is zero."""
+    """Find zero updates of an adapter among others, and the factor that is zero."""
     names = [module.module for module in case.measured if module.update_norm == 0]
     count = len(names)
     if 0 < count < len(case.measured):
@@ -241,7 +241,7 @@ def _zero_factors(factors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     evidence=f"a singular value within the rank is below {power_of_ten(UNUSED)} of the largest",
 )
 def unused_components(case: Case) -> Findings:
-    """Count unused components of updates that are not zero."""
+    """Count unused components of an adapter's updates that are not zero."""
     worn = [module for module in case.measured if module.dead > 0 and module.update_norm > 0]
     if total := int(sum(module.dead for module in worn)):
         components = "components are" if total > 1 else "component is"
@@ -257,7 +257,7 @@ def unused_components(case: Case) -> Findings:
     evidence=f"singular vectors among the {DIRECTIONS} leading ones with a cosine below 0.5 to all of the base's",
 )
 def intruders(case: Case) -> Findings:
-    """Count the intruder dimensions."""
+    """Count the intruder dimensions of an adapter."""
     measured = _measured(case, "intruders")
     if intruded := [module for module in measured if module.intruders > 0]:
         (worst,) = largest_rows(intruded, "intruders")
@@ -278,7 +278,7 @@ def intruders(case: Case) -> Findings:
     evidence="1 - cos of neurons",
 )
 def neuron_rotation(case: Case) -> Findings:
-    """Measure how far the update rotates the neurons."""
+    """Measure how far the update of an adapter rotates the neurons."""
     if rotated := _measured(case, "neuron_largest"):
         (worst,) = largest_rows(rotated, "neuron_largest")
         usual = median(module.neuron_median for module in rotated)
@@ -295,7 +295,7 @@ def neuron_rotation(case: Case) -> Findings:
     evidence=f"the smaller side of their weight is above {SIDE}",
 )
 def intruders_unknown(case: Case) -> Findings:
-    """Count the modules whose intruder dimensions take long, and were not requested."""
+    """Count the modules of an adapter whose intruder dimensions take long, and were not requested."""
     rotated = _measured(case, "neuron_largest")
     if count := len(rotated) and len(rotated) - len(_measured(case, "intruders")):
         yield finding(f"intruder dimensions of {count} large modules not computed: add --spectra (slow)")

@@ -29,7 +29,7 @@ _UNMATCHED = "compare with model.named_modules(): PEFT matches the end of a name
     evidence="their number",
 )
 def rank_use(case: Case) -> Findings:
-    """Count the modules that would need only a quarter of their rank."""
+    """Count the modules that would need only a quarter of the rank in their configuration."""
     ranks: list[int] = []
     narrow = 0
     for module in case.measured:
@@ -51,7 +51,7 @@ def rank_use(case: Case) -> Findings:
     evidence="number of experts per parameter",
 )
 def experts(case: Case) -> Findings:
-    """Count the modules that are experts of one parameter."""
+    """Count the modules that are experts of one parameter, by the configuration and files of an adapter."""
     updates = case.stored_updates.values()
     counts = [update.experts for update in updates if isinstance(update, ExpertPart) and update.experts > 1]
     if counts:
@@ -68,7 +68,7 @@ def experts(case: Case) -> Findings:
     evidence="alpha is not saved, DoRA was read without its base, or a note of the format",
 )
 def incomplete_norms(case: Case) -> Findings:
-    """Find adapters whose |dW| is only approximately the norm of their update."""
+    """Find configurations that make |dW| only approximately the norm of the update, such as a missing alpha."""
     if not case.files.config:
         yield finding(f"no {CONFIG}, so alpha is unknown: |dW| is the norm of B A, without the factor alpha / r")
     if case.files.kind == "DoRA" and any(update.has_thin_factors for update in case.stored_updates.values()):
@@ -86,7 +86,7 @@ def incomplete_norms(case: Case) -> Findings:
     fix=_UNMATCHED,
 )
 def unmatched_targets(case: Case) -> Findings:
-    """Find targets that are the end of no module's name: a typing error that PEFT does not report."""
+    """Find ``target_modules`` of a configuration that are the end of no module's name, which PEFT does not report."""
     targets, names = case.files.config.get("target_modules") or (), {*case.configured.values()}
     # PEFT rejects a single pattern that matches nothing.
     if not isinstance(targets, str):
@@ -106,7 +106,7 @@ def unmatched_targets(case: Case) -> Findings:
     inspected=True,
 )
 def unmatched_patterns(case: Case) -> Findings:
-    """Find keys of a pattern that match no module."""
+    """Find keys of ``rank_pattern`` or ``alpha_pattern`` of a configuration that match no module."""
     # AdaLoRA's ranks are masks per parameter.
     for field in ("rank_pattern", "alpha_pattern")[case.masks_components :]:
         keys = Patterns(case.files.config.get(field) or {}, f"{field} of {case.files.path / CONFIG}")
@@ -131,7 +131,7 @@ def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Findings:
     live_from=2,
 )
 def overscaled(case: Evidence) -> Findings:
-    """Find updates that are larger than the weights, at an unusually large scale."""
+    """Find configurations with an unusually large scale, at which updates are larger than the weights."""
     adapted = case.adapted
     if huge := [module for module in adapted if module.relative_update > REPLACING and module.scale > HABIT]:
         (worst,) = largest_rows(huge, "relative_update")
@@ -153,7 +153,7 @@ def overscaled(case: Evidence) -> Findings:
     fix="add the keys of rank_pattern to alpha_pattern, with alpha = scale x rank",
 )
 def uneven_scale(case: Case) -> Findings:
-    """Find modules with another rank that are missing in ``alpha_pattern``."""
+    """Find modules with another rank that are missing in ``alpha_pattern`` of a configuration."""
     config, adapted = case.meta.method, case.adapted
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     # Without an alpha_pattern the scale is alpha / r, which AutoLoRA intends.
@@ -189,7 +189,7 @@ def uneven_scale(case: Case) -> Findings:
     fix="call model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()",
 )
 def allocator_idle(case: Case) -> Findings:
-    """Find AdaLoRA adapters that were never pruned, although they should have been."""
+    """Find AdaLoRA configurations whose adapter was never pruned, although it should have been."""
     use = _component_use(case)
     if use and use.is_idle:
         in_use = f"all {use.initial} components are still in use, the budget is {use.budget}"
@@ -205,7 +205,7 @@ def allocator_idle(case: Case) -> Findings:
     fix="set total_step to the number of steps in training, and tinit + tfinal well below it",
 )
 def budget_missed(case: Case) -> Findings:
-    """Find AdaLoRA adapters that were pruned too little, or not yet."""
+    """Find AdaLoRA configurations whose adapter was pruned too little, or not yet."""
     use = _component_use(case)
     if use and not use.is_idle:
         in_use = f"{use.components} of {use.initial} components are in use, the budget is {use.budget}"

@@ -192,21 +192,21 @@ def finding_if_any(
 
 
 def module_names(rows: Iterable[TrainedModule | MeasuredModule]) -> list[str]:
-    """Return the names of modules."""
+    """Return the names of modules for a finding."""
     return [row.module for row in rows]
 
 
 def rate_phrase(rate: float | None) -> str:
-    """Return the end of a message that names the learning rate, "" if it is unknown."""
+    """Return the end of a finding's message that names the learning rate, "" if it is unknown."""
     return f" at learning rate {rate:.3g}" if rate else ""
 
 
 def first_and_count(names: Iterable[Any]) -> str:
-    """Return the first name, and the number of the others."""
+    """Return the first name that a finding lists, and the number of the others."""
     first, *remaining = map(str, names)
     return f"{first} and {len(remaining)} more" if remaining else first
 
 
 def power_of_ten(value: float) -> str:
-    """Return a threshold such as 0.001 as "1e-3"."""
+    """Return the threshold of a finding, such as 0.001, as "1e-3"."""
     return f"{value:.0e}".replace("e-0", "e-")

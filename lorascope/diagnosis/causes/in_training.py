@@ -31,7 +31,7 @@ FEWEST_ADAPTERS = 4  # modules: with fewer, one may well have most of the update
     live_from=0,
 )
 def rate_zero(case: TrainingEvidence) -> Findings:
-    """Find trainings whose learning rate is 0 at every step."""
+    """Find trainings in progress whose learning rate is 0 at every step."""
     if case.steps >= RESTING and case.moving_steps == 0:
         yield finding(f"the learning rate is 0 at all {case.steps} steps", steps=case.steps, threshold=RESTING)
 
@@ -47,7 +47,7 @@ def rate_zero(case: TrainingEvidence) -> Findings:
     live_from=2,
 )
 def rate_large(case: TrainingEvidence) -> Findings:
-    """Find trainings that replace the pretrained weights."""
+    """Find trainings in progress that replace the pretrained weights."""
     modules, moved, norm = case.total_change
     if norm and moved > LARGE * norm:  # weights that are all zero are not pretrained
         (worst,) = largest_rows(modules, "relative_update")
@@ -70,7 +70,7 @@ def rate_large(case: TrainingEvidence) -> Findings:
     live_from=1,
 )
 def no_gradient(case: TrainingEvidence) -> Findings:
-    """Find trainings without any gradient, in which nothing changes."""
+    """Find trainings in progress without any gradient, in which nothing changes."""
     # A loop that resets the gradients before it records has none either, but its weights change.
     if not case.has_gradient and case.modules and all(module.moved == 0 for module in case.modules):
         yield finding(f"no trained parameter has a gradient at step {case.steps}, and no module has changed")
@@ -88,7 +88,7 @@ def no_gradient(case: TrainingEvidence) -> Findings:
     live_from=0,
 )
 def not_optimized(case: TrainingEvidence) -> Findings:
-    """Find adapters that require gradients and are not in the optimizer."""
+    """Find trainings in progress with adapters that require gradients and are not in the optimizer."""
     if case.unoptimized:
         count = len(case.unoptimized)
         verb = "is" if count == 1 else "are"
@@ -108,7 +108,7 @@ def not_optimized(case: TrainingEvidence) -> Findings:
     live_from=FLAT,
 )
 def loss_flat(case: TrainingEvidence) -> Findings:
-    """Find losses that never change."""
+    """Find trainings in progress whose loss never changes."""
     losses = np.array(list(case.losses.values()))
     # A policy-gradient loss is 0 by its advantages, and has a gradient.
     learns = not losses.any() and any(module.moved > 0 for module in case.modules)
@@ -129,7 +129,7 @@ def loss_flat(case: TrainingEvidence) -> Findings:
     live_from=2,
 )
 def dominated(case: TrainingEvidence) -> Findings:
-    """Find adapters in which one module has almost the whole update."""
+    """Find trainings in progress in which one module has almost the whole update."""
     modules = [module for module in case.adapted if math.isfinite(module.moved)]
     total = math.fsum(module.moved**2 for module in modules)
     if len(modules) >= FEWEST_ADAPTERS and not case.masks_components and total > 0:

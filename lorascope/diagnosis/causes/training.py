@@ -53,7 +53,7 @@ def rate_small(case: Case) -> Findings:
     live_from=0,
 )
 def diverged(case: Evidence) -> Findings:
-    """Find losses that ended far above the first one, or became NaN."""
+    """Find training runs whose loss ended far above the first one, or became NaN."""
     rate, error = case.learning_rate, case.error
     if "became" in error:
         yield finding(f"training stopped: {error.partition(':')[0]}", error=error, lr=rate)
@@ -87,7 +87,7 @@ def diverged(case: Evidence) -> Findings:
     live_from=2,
 )
 def collapsed(case: Evidence) -> Findings:
-    """Find updates that use a single direction of their rank."""
+    """Find training runs whose updates use a single direction of their rank."""
     wide = [module for module in case.adapted if module.used >= ROOM and module.update_norm > 0]
     measured = [module for module in wide if not math.isnan(module.effective_rank)]
     narrow = [module for module in measured if module.effective_rank <= SINGLE]
@@ -110,7 +110,7 @@ def collapsed(case: Evidence) -> Findings:
     live_from=0,
 )
 def tied_twice(case: Evidence) -> Findings:
-    """Find tied weights with an adapter under each of their two names."""
+    """Find training runs that adapted tied weights under each of their two names."""
     for pair in case.tied:
         problem = "are one weight of the base, and each has an adapter: merging one overwrites the other"
         yield finding(f"{' and '.join(pair)} {problem}", modules=[*pair])
@@ -126,7 +126,7 @@ def tied_twice(case: Evidence) -> Findings:
     fix="use separate rows for eval_dataset, such as the test rows of train_test_split",
 )
 def leak(case: Case) -> Findings:
-    """Find evaluation rows that training saw."""
+    """Find training runs that saw rows of the evaluation."""
     overlap = case.meta.eval_overlap or 0.0
     if overlap > 0:
         rows = f"{100 * overlap:.3g}% of the evaluation rows are training rows"

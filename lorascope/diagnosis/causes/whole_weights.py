@@ -29,7 +29,7 @@ _BLOCK = 2**22  # values of a weight in memory at once
     evidence="number of parameters, and the distance from the base",
 )
 def other_weights(case: Case) -> Findings:
-    """Find weights saved next to the factors, with their distance from the base, and modules not in the base."""
+    """Find whole weights saved in addition to factors, with distance from the base, and modules not in the base."""
     weights, base = whole_weights(case.files), case.base
     by_kind: dict[str, list[WholeWeight]] = defaultdict(list)
     for weight in weights:

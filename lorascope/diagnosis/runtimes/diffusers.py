@@ -23,7 +23,7 @@ _FILTERED = re.compile(r"^lora_te3_|^text_encoder_3|\.diff_b$|\.w_norm$|\.b_norm
 
 @runtime("diffusers")
 def check_diffusers(target: Target) -> Iterator[Finding]:
-    """Find modules that belong to no component, and kohya files that are applied with other scales."""
+    """Find modules that diffusers assigns to no component, and kohya files that it applies with other scales."""
     modules, keys = list(target.files.parts), target.keys
     unprefixed = [key for key in keys if not _PREFIX.match(key)]
     stray = modules

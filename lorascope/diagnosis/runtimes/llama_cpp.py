@@ -24,7 +24,7 @@ _READ = re.compile(r"\.lora_[AB](\.weight)?$|\.lora_embedding_[AB]$|\.base_layer
 
 @runtime("llama.cpp")
 def check_llama_cpp(target: Target) -> Iterator[Finding]:
-    """Find what the conversion refuses, and options that it does not read."""
+    """Find what the conversion for llama.cpp refuses, and options that it does not read."""
     config = target.config
     foreign = [key for key in target.keys if not _READ.search(key)]
     if foreign:

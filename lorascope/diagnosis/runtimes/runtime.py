@@ -19,7 +19,7 @@ from lorascope.schema.plugins import load_plugins
 
 @dataclass(frozen=True)
 class Target:
-    """Adapter, and the names and shapes of the model that it is loaded into.
+    """Target of a runtime: an adapter, and the names and shapes of the model that it is loaded into.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def omission(modules: Collection[str], of: int, manner: str, fix: str) -> Findin
 
 
 def find_absent_modules(target: Target, manner: str) -> Iterator[Finding]:
-    """Yield the modules that the base does not have, with the renaming that would fit."""
+    """Yield the modules that a runtime does not find in the base, with the renaming that would fit."""
     if target.absent:
         renaming = target.find_renaming(target.absent)
         fix = f"rename them: {renaming}" if renaming else "load it into the model that it was trained on"
@@ -244,7 +244,7 @@ def find_misfitting_modules(target: Target) -> Iterator[Finding]:
 
 
 def stored_options(config: Mapping[str, Any]) -> list[str]:
-    """Return the options of a LoRA configuration that not every runtime supports, as they are written there."""
+    """Return the LoRA options that not every runtime supports, as the configuration contains them."""
     start = str(config.get("init_lora_weights", True)).lower()
     options = {
         "use_dora": config.get("use_dora"),
@@ -260,12 +260,12 @@ def stored_options(config: Mapping[str, Any]) -> list[str]:
 
 
 def largest_rank(target: Target) -> int:
-    """Return the largest rank of a module."""
+    """Return the largest rank of a module that a runtime has to support."""
     return max((update.rank for update in target.files.parts.values()), default=0)
 
 
 def without_prefix(target: Target) -> list[str]:
-    """Return the modules whose tensors lack the prefix that PEFT requires."""
+    """Return the modules whose tensors lack the prefix that the runtimes of PEFT files require."""
     bare_keys = [key for key in target.keys if not key.startswith(PREFIX)]
     return target.modules_of(bare_keys)
 

@@ -46,7 +46,7 @@ def table_of(kind: type, rows: Iterable[Any]) -> pd.DataFrame:
 
 
 def group_by_role(modules: Iterable[Row]) -> list[tuple[tuple[str, str], list[Row]]]:
-    """Return the rows of modules by stack and role, in the order of the axes."""
+    """Return the rows of a module summary by stack and role, in the order of the axes."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for module in modules:
         groups.setdefault((module["stack"], module["role"]), []).append(module)
@@ -61,39 +61,39 @@ def group_by_role(modules: Iterable[Row]) -> list[tuple[tuple[str, str], list[Ro
 
 
 def column(rows: Iterable[Row], name: str) -> list[Any]:
-    """Return one value of each module's row."""
+    """Return one value of each row of a module summary."""
     return [row[name] for row in rows]
 
 
 def rank_range(ranks: Iterable[int | None]) -> Row:
-    """Return the smallest and the largest rank of modules, ignoring None; None if all are None."""
+    """Return the smallest and the largest rank in a module summary, ignoring None; None if all are None."""
     numbers = [rank for rank in ranks if rank is not None]
     return {"least_rank": min(numbers, default=None), "most_rank": max(numbers, default=None)}
 
 
 def without_nan(values: Iterable[float]) -> list[float]:
-    """Return the values of modules that are not NaN."""
+    """Return the values in a module summary that are not NaN."""
     return [value for value in values if not math.isnan(value)]
 
 
 def mean_without_nan(values: Iterable[float]) -> float:
-    """Return the mean over modules of the values that are not NaN; NaN if all are NaN."""
+    """Return the mean of the values in a module summary that are not NaN; NaN if all are NaN."""
     numbers = without_nan(values)
     return sum(numbers) / len(numbers) if numbers else math.nan
 
 
 def pool_norms(norms: Iterable[float]) -> float:
-    """Return the joint norm of modules, the root of the summed squares; NaN are ignored unless all are NaN."""
+    """Return the joint norm in a module summary, the root of summed squares; NaN are ignored unless all are NaN."""
     numbers = without_nan(norms)
     return math.hypot(*numbers) if numbers else math.nan
 
 
 def in_axis_order(frame: pd.DataFrame, layers: Iterable[Any]) -> pd.DataFrame:
-    """Sort the rows of modules by stack, layer and role, in the order of the axes."""
+    """Sort the rows of a module summary by stack, layer and role, in the order of the axes."""
     positions = [position(*module) for module in zip(frame["stack"], layers, frame["role"], strict=True)]
     return frame.iloc[sorted(range(len(frame)), key=positions.__getitem__)].reset_index(drop=True)
 
 
 def json_rows(frame: pd.DataFrame) -> list[Row]:
-    """Convert a table of modules to JSON values; unknown values are None."""
+    """Convert the rows of a module summary to JSON values; unknown values are None."""
     return json_values(frame.astype(object).where(frame.notna(), None).to_dict("records"))

@@ -42,7 +42,7 @@ BATCH = 32
 
 
 class Losses(NamedTuple):
-    """Mean loss with all components and with the retained ones, and the number of examples measured."""
+    """Losses that check component importance: mean with all and with the retained ones, and number of examples."""
 
     before: float
     after: float
@@ -58,7 +58,7 @@ def component_importance(
     rows: int = 256,
     exact_rows: int = 64,
 ) -> dict[str, Float[np.ndarray, "_"]]:
-    """Compute the loss increase on removal of each component, as scores for ``export.select_components``.
+    """Compute the importance of each component, the loss increase on its removal, for ``export.select_components``.
 
     Uses every other row of the validation split, so that ``pruned_losses`` can use the rows between them.
 
@@ -109,7 +109,7 @@ def component_importance(
 def pruned_losses(
     run: Result, cut: RankBudget, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256
 ) -> Losses:
-    """Compute the loss of the run's model with all components and with only those in ``cut``.
+    """Check component importance by the loss of the run's model with all components and with only those in ``cut``.
 
     Uses at most ``rows`` validation rows that ``component_importance`` does not use; see it for the other parameters.
     """

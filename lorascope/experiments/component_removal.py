@@ -21,7 +21,7 @@ from lorascope.updates import Update
 
 
 class Triple(NamedTuple):
-    """Singular value decomposition of an update: P (out, k), lambda (k,) and Q (k, in)."""
+    """Singular value decomposition of an update for component removal: P (out, k), lambda (k,) and Q (k, in)."""
 
     P: np.ndarray
     sigma: np.ndarray
@@ -29,7 +29,7 @@ class Triple(NamedTuple):
 
 
 def svd_triple(update: Update) -> Triple:
-    """Return the singular value decomposition of an update."""
+    """Return the singular value decomposition of an update, whose components can be removed."""
     U, sigma, V = update.svd()
     return Triple(U, sigma, V.T)
 
@@ -37,7 +37,7 @@ def svd_triple(update: Update) -> Triple:
 def attach_components(
     model: nn.Module, state: Mapping[str, Triple], kind: Callable[..., Any], fill: Callable[..., None]
 ) -> Any:
-    """Attach the state to the model as Deltas of one kind, and return these."""
+    """Attach the components to the model as Deltas of one kind, for their removal, and return these."""
     deltas = {}
     for name, triple in state.items():
         delta = kind(model.get_submodule(name), len(triple.sigma), 1.0)
@@ -53,13 +53,13 @@ def _to_float32(array: np.ndarray) -> Tensor:
 
 
 def fill_plain(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
-    """Fill a Delta of the form B A."""
+    """Fill a Delta of the form B A with components for removal."""
     delta.B.copy_(P * sigma)
     delta.A.copy_(Q)
 
 
 def fill_svd(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
-    """Fill a Delta of the form B diag(lambda) A."""
+    """Fill a Delta of the form B diag(lambda) A with components for removal."""
     delta.B.copy_(P)
     delta.diagonal.copy_(sigma[:, None])
     delta.A.copy_(Q)
@@ -87,7 +87,7 @@ def loss_increases(
 def first_order_increases(
     model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]
 ) -> dict[str, np.ndarray]:
-    """Return module -> mean of lambda dL/dlambda of each component and, last, their sum.
+    """Return module -> first-order loss increase on removal of each component and, last, their sum.
 
     To first order, the loss increase on removal is the negative of it. One backward pass gives all of them, whereas the
     exact loss increases need one evaluation per component.

@@ -14,7 +14,7 @@ _DEATHS = {"TerminatedWorkerError", "BrokenProcessPool", "KilledWorker", "RayAct
 
 
 def is_death(error: BaseException) -> bool:
-    """Return whether an error means that a worker is gone, and not that its job failed."""
+    """Return whether an error means that an executor lost a worker, and not that its job failed."""
     return bool(_DEATHS & {kind.__name__ for kind in type(error).__mro__})
 
 
@@ -22,7 +22,7 @@ def is_death(error: BaseException) -> bool:
 def use_backend(
     name: str | None = None, address: str | None = None, jobs: int | None = None, **options: Any
 ) -> Iterator[None]:
-    """Run joblib on a backend inside the context, with ``jobs`` parallel runs, by default one per core.
+    """Use a backend of joblib as executor in the context, with ``jobs`` parallel runs, by default one per core.
 
     ``name`` is any backend of joblib, or "ray"; None keeps the setting of ``joblib.parallel_config``. ``address`` is
     the address of the dask scheduler or the ray cluster: by default dask uses the existing client, and ray the
@@ -56,7 +56,7 @@ def use_backend(
 
 @contextmanager
 def ignore_replaced_workers() -> Iterator[None]:
-    """Ignore joblib's warning that a worker stopped inside the context.
+    """Ignore joblib's warning that a worker of an executor stopped inside the context.
 
     joblib replaces a worker whose memory has grown by 300 MB, between two jobs. No job is lost.
     """
@@ -66,7 +66,7 @@ def ignore_replaced_workers() -> Iterator[None]:
 
 
 class RaiseClusterErrors:
-    """Mixin that raises errors of the cluster, such as a killed worker; joblib treats them as results."""
+    """Mixin of executors that raises the cluster's errors, such as a killed worker; joblib treats them as results."""
 
     def retrieve_result_callback(self, out: Any) -> Any:
         if isinstance(out, BaseException):

@@ -46,7 +46,7 @@ _NO_SETTINGS = {"model", "data", "method", "seed", "out", "root", "overwrite", "
 
 @dataclass(frozen=True)
 class Job:
-    """One call of ``train`` in a separate process, with the same arguments; ``settings`` are its keyword arguments.
+    """One combination of a grid, a call of ``train`` in a separate process; ``settings`` are its keyword arguments.
 
     ``name`` replaces the name that a sweep composes, and ``cost`` is the expected duration relative to other jobs.
     """
@@ -61,7 +61,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Grid:
-    """Values to combine; every combination is one run.
+    """Grid of values to combine; every combination is one run.
 
     ``backend`` has ``name``, ``address``, ``jobs`` and options of the joblib backend; empty for local processes.
     """
@@ -223,7 +223,7 @@ def _read_named(
 
 
 def parse_seeds(value: Any) -> list[int]:
-    """Return the listed seeds, or 0, 1, ... for a number of seeds."""
+    """Return the seeds of a grid: those listed, or 0, 1, ... for a number of seeds."""
     # One seed too many is enough to reject a huge number without listing it.
     seeds = range(min(value, _MAX_SEEDS + 1)) if type(value) is int else value
     accepted = isinstance(seeds, list | tuple | range) and seeds
@@ -262,7 +262,7 @@ def _toml_to_value(value: Any, hint: Any) -> Any:
 
 
 def is_of_type(value: Any, hint: Any) -> bool:
-    """Return whether a TOML value has this type. An integer is not a boolean, and a boolean not an integer."""
+    """Return whether a value of a grid file (TOML) has this type; an integer is not a boolean, nor the reverse."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(is_of_type(value, member) for member in arguments)

@@ -30,7 +30,7 @@ Data = Task | str | Path
 
 @dataclass(frozen=True)
 class IsolatedRun:
-    """Arguments of a measured run, with the meaning they have in ``train``.
+    """Arguments of an isolated run, which is measured, with the meaning they have in ``train``.
 
     Only the first phase of a method is measured. ``model`` is a name for ``models.load``, or a function that returns a
     fresh model. The run folder is ``out``, by default ``<root>/<name>-<method>-<id>`` with the device at the end unless
@@ -114,7 +114,7 @@ def _own_tensors(model: nn.Module, device: str) -> None:
 
 
 class LiveWeights(Base):
-    """Base weights without the copies that lorascope makes for its own records.
+    """Base weights of an isolated run, without the copies that lorascope makes for its own records.
 
     A parameter that trains therefore has its current value, not its initial one.
     """

@@ -95,12 +95,12 @@ def _allocator(device: str) -> _Allocator:
     def peak() -> float:
         profiling.stop()
         profiler: Any = profiling.profiler
-        return float(peak_in_window(profiler.kineto_results.events()))
+        return float(_peak_in_window(profiler.kineto_results.events()))
 
     return _Allocator(lambda: record_function(_WINDOW), peak)
 
 
-def peak_in_window(events: Iterable[Any]) -> int:
+def _peak_in_window(events: Iterable[Any]) -> int:
     """Return the peak of allocated bytes in the window, from the profiler's allocations and releases."""
     events = sorted(events, key=lambda event: event.start_ns())
     window = next(event for event in events if event.name() == _WINDOW)

@@ -34,7 +34,7 @@ for _name, _subject in _COMPUTED.items():
 
 
 def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, **options: Any) -> Run:
-    """Measure how long the steps of a method take.
+    """Measure the time that the steps of a method take.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ def _measure_seconds(job: IsolatedRun) -> Path:
 
 
 def clock(device: str) -> float:
-    """Return the CPU seconds of this process, or on an accelerator the time once its queued work is done."""
+    """Return the time to measure steps: CPU seconds of this process, or an accelerator's time once its work is done."""
     if device.startswith("cpu"):
         return time.process_time()
     torch.accelerator.synchronize(torch.device(device))

@@ -146,7 +146,7 @@ def sweep(
 
 
 def run_grid(job_grid: Grid, jobs: int | None = None, progress: bool = True) -> SweepResult:
-    """Run all jobs of a grid on its backend."""
+    """Run a sweep over a grid: all its jobs, on its backend."""
     with use_backend(**job_grid.backend):
         return run_jobs(job_grid.jobs(), jobs, progress)
 
@@ -157,7 +157,7 @@ def run_jobs(
     progress: bool = True,
     ended: Callable[[Run], None] = lambda run: None,
 ) -> SweepResult:
-    """Run all jobs; one that fails, or whose worker is killed repeatedly, does not affect the others.
+    """Run all jobs of a sweep; one that fails, or whose worker is killed repeatedly, does not affect the others.
 
     ``ended`` is called in this process with each run when it finishes.
     """
@@ -234,7 +234,7 @@ def _do_job(number: int, job: Job, folder: Path, file: Path) -> tuple[int, str, 
 
 
 def train_job(job: Job) -> Run:
-    """Train a job and return its run; wait for another process that trains it."""
+    """Train a job of a sweep and return its run; wait for another process that trains it."""
     while True:
         model = job.model if isinstance(job.model, str) else job.model()
         try:
@@ -247,7 +247,7 @@ def train_job(job: Job) -> Run:
 
 
 def width() -> int:
-    """Return the number of parallel jobs set by ``joblib.parallel_config``, else the number of cores."""
+    """Return a sweep's number of parallel jobs, set by ``joblib.parallel_config``, else the number of cores."""
     return get_active_backend()[1] or cpu_count()
 
 

@@ -27,7 +27,7 @@ _FIRST_ESTIMATE = 5.0
 
 
 class Row(NamedTuple):
-    """One run in the table."""
+    """One run in the table of a sweep."""
 
     name: str
     status: str
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 class SweepTable:
-    """Table on a terminal, redrawn every second; elsewhere one line whenever a run starts or ends.
+    """Table of a sweep on a terminal, redrawn every second; elsewhere one line whenever a run starts or ends.
 
     ``note`` returns the progress file of the run with a number; the stream None shows no table. ``costs`` are the
     expected durations of the runs relative to each other, by default equal.
@@ -131,7 +131,7 @@ def _finished_part(row: Row) -> float:
 
 
 def table(rows: Sequence[Row], columns: int, lines: int, left: str = "") -> list[str]:
-    """Format the runs in fewer than ``columns`` and ``lines``; if it is full, the least urgent are only counted."""
+    """Format the table of a sweep in fewer than ``columns`` and ``lines``; the least urgent may only be counted."""
     count = Counter(row.status for row in rows)
     totals = ", ".join(f"{count[status]} {status}" for status in ("done", "running", "waiting", "failed"))
     room = max(1, lines - 4)

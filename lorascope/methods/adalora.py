@@ -89,7 +89,7 @@ Tensors = list[Tensor]
 
 
 class Triple(NamedTuple):
-    """The weights of one module, or values of the same shapes: P (out, rank), lambda (rank, 1) and Q (rank, in)."""
+    """Weights of an AdaLoRA module, or values of the same shapes: P (out, rank), lambda (rank, 1), Q (rank, in)."""
 
     P: Tensor
     scales: Tensor
@@ -258,7 +258,7 @@ class AdaLoRA(AdapterMethod, name="adalora"):
 
 
 class AdaLoRADelta(LoRADelta):
-    """Update scale * B diag(diagonal) A of one module; ``kept`` marks the components in use."""
+    """AdaLoRA's update scale * B diag(diagonal) A of one module; ``kept`` marks the components in use."""
 
     kept: Tensor
 
@@ -285,7 +285,7 @@ class AdaLoRADelta(LoRADelta):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Budget schedule of a run by 0-based step. The fields are T, t_i, t_f, DeltaT, b_0 and b_T."""
+    """Budget schedule of an AdaLoRA run by 0-based step. The fields are T, t_i, t_f, DeltaT, b_0 and b_T."""
 
     total: int
     initial: int
@@ -319,7 +319,7 @@ class Schedule:
 
 
 def orthogonality(left: Sequence[Tensor], right: Sequence[Tensor], form: str) -> Float[Tensor, ""]:
-    """Compute R(P, Q) of all P (out, rank) and Q (rank, in), batched by shape; ``form`` is ``AdaLoRA.penalty``."""
+    """Compute AdaLoRA's penalty R(P, Q) of all P (out, rank) and Q (rank, in); ``form`` is ``AdaLoRA.penalty``."""
     by_shape: dict[torch.Size, Tensors] = {}
     for matrix in (*[P.T for P in left], *right):
         by_shape.setdefault(matrix.shape, []).append(matrix)
@@ -335,7 +335,7 @@ def orthogonality(left: Sequence[Tensor], right: Sequence[Tensor], form: str) ->
 def smooth(
     sensitivity: Tensors, uncertainty: Tensors, weights: Tensors, gradients: Tensors, betas: tuple[float, float]
 ) -> None:
-    """Update the moving averages in place with ``|w dL/dw|`` of one step: equations 10 to 12."""
+    """Update AdaLoRA's moving averages in place with ``|w dL/dw|`` of one step: equations 10 to 12."""
     wide_weights = [weight.to(average.dtype) for weight, average in zip(weights, sensitivity, strict=True)]
     wide_gradients = [gradient.to(average.dtype) for gradient, average in zip(gradients, sensitivity, strict=True)]
     change = torch._foreach_mul(wide_weights, wide_gradients)
@@ -347,7 +347,7 @@ def smooth(
 
 
 def importance_terms(sensitivity: Tensors, uncertainty: Tensors | None) -> Float[Tensor, "3 modules rank"]:
-    """Compute the terms of equation 9 in float64, from averages ordered P, lambda, Q per module."""
+    """Compute the terms of AdaLoRA's equation 9 in float64, from averages ordered P, lambda, Q per module."""
     scores = sensitivity if uncertainty is None else torch._foreach_mul(sensitivity, uncertainty)
     triples = Triple.by_module(scores)
     left = [triple.P.mean(0, dtype=torch.float64) for triple in triples]
@@ -356,7 +356,7 @@ def importance_terms(sensitivity: Tensors, uncertainty: Tensors | None) -> Float
 
 
 def most_important(scores: Float[Tensor, "modules rank"], budget: int) -> Bool[Tensor, "modules rank"]:
-    """Return a mask of the ``budget`` highest scores; ties go to the earlier module, then index."""
+    """Return AdaLoRA's mask of the ``budget`` highest scores; ties go to the earlier module, then index."""
     order = scores.flatten().argsort(descending=True, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill_(0, order[:budget], True).view_as(scores)
 

@@ -256,7 +256,7 @@ class ALoRA(AdapterMethod, name="alora"):
 
 
 class ALoRADelta(LoRADelta):
-    """Update scale * B A of one module, whose rank may change and may become 0."""
+    """ALoRA's update scale * B A of one module, whose rank may change and may become 0."""
 
     resized = True
 
@@ -277,7 +277,7 @@ class ALoRADelta(LoRADelta):
 
 
 class CountingAdamW(torch.optim.AdamW):
-    """AdamW with a step count per entry: the bias correction of an appended entry starts at its first step.
+    """AdamW of ALoRA with a step count per entry: the bias correction of an appended entry starts at its first step.
 
     ``resize`` appends zeros to the counts as it does to the moments.
     """
@@ -306,12 +306,12 @@ class CountingAdamW(torch.optim.AdamW):
 def importance_score(
     full: float, without: Float[np.ndarray, "rank"], only: Float[np.ndarray, "rank"]
 ) -> Float[np.ndarray, "rank"]:
-    """Compute IS of the components of a module: equation 6."""
+    """Compute ALoRA's importance score IS of the components of a module: equation 6."""
     return full - without + only
 
 
 def prune(scores: Sequence[Float[np.ndarray, "_"]], number: int) -> list[Int[np.ndarray, "_"]]:
-    """Return the positions of the ``number`` lowest scores over all modules, by module.
+    """Return the positions that ALoRA prunes: the ``number`` lowest scores over all modules, by module.
 
     Ties go to the earlier module, then position. The highest score is never among them.
     """
@@ -327,7 +327,7 @@ def prune(scores: Sequence[Float[np.ndarray, "_"]], number: int) -> list[Int[np.
 def allocate(
     scores: Sequence[Float[np.ndarray, "_"]], lost: Sequence[Int[np.ndarray, "_"]]
 ) -> Int[np.ndarray, "modules"]:
-    """Distribute as many new components as were lost evenly over the modules that lost none, the rest by mean score."""
+    """Allocate as many components as ALoRA pruned: evenly over the modules that lost none, the rest by mean score."""
     number = sum(map(len, lost))
     gained = np.zeros(len(scores), dtype=np.int64)
     unpruned = [module for module, score in enumerate(scores) if len(score) and not len(lost[module])]

@@ -220,7 +220,7 @@ class AutoLoRA(AdapterMethod, name="autolora"):
 
 
 class AutoLoRADelta(LoRADelta):
-    """Update scale * B diag(alpha) A of one module; alpha is the softmax of the buffer ``logits``."""
+    """AutoLoRA's update scale * B diag(alpha) A of one module; alpha is the softmax of the buffer ``logits``."""
 
     logits: Tensor
 
@@ -248,12 +248,12 @@ class AutoLoRADelta(LoRADelta):
 
 
 def retained_mask(alpha: Float[Tensor, "k"]) -> Bool[Tensor, "k"]:
-    """Return a mask of the retained components: those with at least the mean weight."""
+    """Return a mask of the components that AutoLoRA retains: those with at least the mean weight."""
     return alpha >= 1 / len(alpha)
 
 
 class Hypergradient(NamedTuple):
-    """The two terms of equation 5 by name of the logits, and the norm of v, None without a look-ahead."""
+    """The two terms of AutoLoRA's equation 5 by name of the logits, and the norm of v, None without a look-ahead."""
 
     direct: Tensors
     indirect: Tensors
@@ -263,7 +263,7 @@ class Hypergradient(NamedTuple):
 def hypergradient(
     train: Loss, search: Loss, weights: Tensors, logits: Tensors, rates: Mapping[str, float], form: str
 ) -> Hypergradient:
-    """Compute the gradient of the search loss after the look-ahead with respect to the logits, changing no argument.
+    """Compute the gradient of AutoLoRA's search loss after the look-ahead for the logits, changing no argument.
 
     ``rates`` is eta of each weight, and ``form`` ``AutoLoRA.hypergradient``. Raise a ValueError if the attention of the
     model does not support the second derivatives of "exact".
@@ -336,7 +336,7 @@ def _norm(tensors: Tensors) -> float:
 def adam(
     gradient: Float[Tensor, "modules k"], moments: Mapping[str, Any], rate: float
 ) -> tuple[Float[Tensor, "modules k"], dict[str, Any]]:
-    """Return the step that Adam subtracts from the logits, and its new moments."""
+    """Return the step that Adam subtracts from AutoLoRA's logits, and its new moments."""
     (beta1, beta2), steps = BETAS, moments["steps"] + 1
     # torch.lerp(g, m, beta) is beta m + (1 - beta) g.
     first = torch.lerp(gradient, moments["first"], beta1)

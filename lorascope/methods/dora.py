@@ -63,7 +63,7 @@ class DoRA(LoRA, name="dora"):
 
 
 class DoRADelta(LoRADelta):
-    """Update ``m V / |V| - W_0`` of one module. Parameters: see ``LoRADelta``."""
+    """DoRA's update ``m V / |V| - W_0`` of one module. Parameters: see ``LoRADelta``."""
 
     def __init__(self, host: nn.Module, *arguments: Any, **options: Any) -> None:
         super().__init__(host, *arguments, **options)

@@ -152,7 +152,7 @@ class FourierFT(AdapterMethod, name="fourierft"):
 
 
 class Waves(NamedTuple):
-    """Cached waves of ``FourierDelta``, and what they depend on: version of the entries, dtype and device."""
+    """Cached waves of FourierFT's update, and what they depend on: version of the entries, dtype and device."""
 
     entries: Tensor
     key: tuple[int | None, torch.dtype, torch.device]
@@ -160,7 +160,7 @@ class Waves(NamedTuple):
 
 
 class FourierDelta(Delta):
-    """Update alpha * Re(ifft2(F)) of one module; ``entries`` are rows and columns of F, with the given coefficients."""
+    """FourierFT's update alpha * Re(ifft2(F)) of one module; ``entries`` are rows and columns of F."""
 
     entries: Tensor
 
@@ -226,7 +226,7 @@ class FourierDelta(Delta):
 
 
 class BasisDelta(Delta):
-    """Update alpha / sqrt(2 d1 d2) * left F right^T, which has the expected norm of a Fourier update.
+    """FourierFT's update in other bases, alpha / sqrt(2 d1 d2) * left F right^T, of the same expected norm.
 
     ``left`` and ``right`` are bases of the outputs and of the inputs, in columns.
     """
@@ -263,7 +263,7 @@ class BasisDelta(Delta):
 def synthesize(
     c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: tuple[int, int], alpha: float
 ) -> Float[Tensor, "out in"]:
-    """Compute ``synthesis``, differentiable more than once."""
+    """Compute FourierFT's ``synthesis``, differentiable more than once."""
     return _Transform.apply(c, entries, shape, alpha, False)
 
 
@@ -289,7 +289,7 @@ class _Transform(torch.autograd.Function):
 def synthesis(
     c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: tuple[int, int], alpha: float
 ) -> Float[Tensor, "out in"]:
-    """Compute alpha * Re(ifft2(F)) from coefficients in float32 or wider, by a real transform of half the spectrum.
+    """Compute FourierFT's alpha * Re(ifft2(F)) in float32 or wider, by a real transform of half the spectrum.
 
     The scale is applied here, because multithreaded float32 transforms of 2048 x 2048 may apply theirs twice.
     """
@@ -305,7 +305,7 @@ def synthesis(
 def analysis(
     G: Float[Tensor, "out in"], entries: Int[Tensor, "2 n"], shape: tuple[int, int], alpha: float
 ) -> Float[Tensor, "n"]:
-    """Compute alpha / (d1 d2) Re(fft2(G)) at the entries.
+    """Compute alpha / (d1 d2) Re(fft2(G)) at FourierFT's entries.
 
     Two transforms are used because a multithreaded ``rfft2`` waits for its threads longer than it computes.
     """
@@ -315,7 +315,7 @@ def analysis(
 
 
 def use_basis_form(n: int, shape: tuple[int, int]) -> bool:
-    """Return whether basis form needs fewer operations than the matrix.
+    """Return whether FourierFT's basis form needs fewer operations than the matrix.
 
     For T tokens, products with waves take 8 T n (d1 + d2) operations and the gradient by dW takes 2 T d1 d2. Forward,
     the sum of both weights costs no more than the weight itself. Transforms are not counted, so waves may be faster for
@@ -327,7 +327,7 @@ def use_basis_form(n: int, shape: tuple[int, int]) -> bool:
 def fourier_factors(
     entries: Int[Tensor, "2 n"], shape: tuple[int, int]
 ) -> tuple[Float[Tensor, "out waves"], Float[Tensor, "in waves"]]:
-    """Return L and R with dW = alpha / (d1 d2) L diag(c, c) R^T: cosines, then sines, which are negative in L."""
+    """Return L and R of FourierFT's dW = alpha / (d1 d2) L diag(c, c) R^T: cosines, then sines, negative in L."""
     sides = []
     for index, side, sign in zip(entries, shape, (-1, 1), strict=True):
         # Phases are reduced modulo a full turn in integers, because the cosine of a large phase loses digits.

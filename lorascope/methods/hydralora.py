@@ -183,7 +183,7 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
 
 
 class HydraDelta(LoRADelta):
-    """Experts with uniform gate weights: the update scale * mean of B_i A.
+    """HydraLoRA's experts with uniform gate weights: the update scale * mean of B_i A.
 
     ``split`` gives each of the ``number`` experts of ``rank`` its own A; they are then stacked along the rows of ``A``.
     """
@@ -248,7 +248,7 @@ class HydraDelta(LoRADelta):
 
 
 class RoutedDelta(HydraDelta):
-    """Experts weighted by a router, so that there is no single update matrix. Parameters: see ``HydraDelta``."""
+    """HydraLoRA's experts weighted by a router, without a single update matrix. Parameters: see ``HydraDelta``."""
 
     linear = False
 

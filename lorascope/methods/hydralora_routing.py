@@ -58,7 +58,7 @@ DRAWS = 200
 
 @dataclass(frozen=True, eq=False)
 class Routing:
-    """Gate weights of one module on a text, with statistics over its tokens. Padding does not count as a token.
+    """Routing of one HydraLoRA module on a text: gate weights, with statistics over its tokens, not counting padding.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ class Routing:
 
 
 def gate_records(module: str, routing: Routing, groups: Sequence[str] | None, has_snapshots: bool) -> Iterable[Item]:
-    """Yield the records of a module's gate weights; ``has_snapshots`` adds a snapshot of the gate weights by group."""
+    """Yield records of the routing of a HydraLoRA module; ``has_snapshots`` adds a snapshot of the gates by group."""
     for quantity, value in routing.statistics().items():
         yield Record(quantity, value, module)
     if groups is not None:
@@ -153,7 +153,7 @@ def watch(
     run: Callable[[], object],
     sizes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> dict[str, Routing]:
-    """Record the gate weights of every router on a batch, in evaluation mode and without gradients.
+    """Record the routing of every HydraLoRA router on a batch, in evaluation mode and without gradients.
 
     ``routers`` maps the input ``(*batch, in)`` of a module to gate weights ``(*batch, heads)``, and ``sizes`` to the
     norm of each expert's output at gate weight 1. ``run`` runs one forward pass of the model on the batch, whose masks
@@ -217,7 +217,7 @@ def _sum_gates(
 
 
 def stack_gates(routings: Sequence[Routing]) -> Routing:
-    """Concatenate the rows of the gate weights on several batches."""
+    """Concatenate the rows of HydraLoRA's routing on several batches."""
     return _combine(np.concatenate, routings)
 
 

@@ -177,7 +177,7 @@ class LISA(Method, name="lisa"):
 
 
 def draw(generator: np.random.Generator, chances: Float[np.ndarray, "block"], size: int) -> list[int]:
-    """Draw ``size`` distinct blocks, one after the other with these probabilities; return their sorted numbers."""
+    """Draw ``size`` distinct blocks for LISA one by one, with these probabilities; return their sorted numbers."""
     # Equal weights draw the same blocks as no weights, for which NumPy uses another algorithm.
     uniform = bool((chances == chances[0]).all())
     blocks = generator.choice(len(chances), size, replace=False, p=None if uniform else chances)
@@ -185,7 +185,7 @@ def draw(generator: np.random.Generator, chances: Float[np.ndarray, "block"], si
 
 
 def marginals(chances: Float[np.ndarray, "block"], size: int) -> Float[np.ndarray, "block"]:
-    """Compute the probability of each block to be among ``size`` distinct blocks, drawn one after the other.
+    """Compute each block's probability to be among the ``size`` distinct blocks that LISA draws one after the other.
 
     Clocks that ring after exponential times, with the probabilities as rates, ring in the order of such draws. So a
     block is drawn if fewer than ``size`` others ring before it. The probability of that is integrated over

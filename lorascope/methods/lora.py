@@ -135,7 +135,7 @@ class LoRA(AdapterMethod, name="lora"):
 
 
 class LoRADelta(Delta):
-    """Update scale * B A of one module, whose host sets shape and dtype of the factors.
+    """LoRA's update scale * B A of one module, whose host sets shape and dtype of the factors.
 
     ``dropout`` is the dropout probability on the input of A; it is not used on an embedding. Initial values come from
     ``generator``, by default the global one. ``columns``, the number of columns of B, is the rank by default.

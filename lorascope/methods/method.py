@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def added_later() -> dict[str, Any]:
-    """Return the metadata of a field that older runs do not have.
+    """Return the metadata of a field of a method that older runs do not have.
 
     A field with this metadata is part of a run's identity only if it differs from its default, so the ids of older runs
     stay the same.
@@ -37,7 +37,7 @@ def added_later() -> dict[str, Any]:
 
 
 class Stateful:
-    """Object whose attributes ending in ``_`` are its state, which checkpoints store."""
+    """Base class of methods and observers: attributes ending in ``_`` are their state, which checkpoints store."""
 
     def state(self) -> dict[str, Any]:
         """Return the state: every attribute whose name ends in ``_``."""
@@ -51,7 +51,7 @@ class Stateful:
 
 @dataclass(kw_only=True)
 class Method(Stateful):
-    """A training policy. Fields are hyperparameters; attributes ending in ``_`` are learned state.
+    """Base class of the methods: fields are hyperparameters; attributes ending in ``_`` are learned state.
 
     The class statement registers a subclass under its ``name``: ``class LoRA(Method, name="lora")``. At every step
     the loop calls, in this order: ``before_step``, loss and backward, ``after_backward``, gradient clipping, the
@@ -142,7 +142,7 @@ class Method(Stateful):
 
 
 class AdapterMethod(Method):
-    """A method that adds an adapter to every target module and trains only adapters and the task's head.
+    """Base class of methods that add an adapter to every target module and train only adapters and the task's head.
 
     A subclass is a dataclass with a field ``targets``: roles, "all-linear", module names or a regular expression, see
     ``ls.module_table.match``. It implements ``delta``.
@@ -168,7 +168,7 @@ class AdapterMethod(Method):
 
 @dataclass(frozen=True)
 class Phase:
-    """One training run of a recipe.
+    """Phase of a method: one training run of its recipe.
 
     Parameters
     ----------
@@ -191,7 +191,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out rows in the form of the batch of a step, and the group (domain) of each; None if there are no groups."""
+    """Held-out rows for a method as the batch of a step, and the group (domain) of each; None without groups."""
 
     batch: Batch = field(repr=False)
     groups: list[str] | None
@@ -199,7 +199,7 @@ class HeldOut:
 
 @dataclass
 class Step:
-    """One optimizer step, as passed to methods and observers.
+    """One optimizer step, as the hooks of a method and the observers receive it.
 
     Parameters
     ----------
@@ -296,7 +296,7 @@ class Step:
 
 
 def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the trainable parameters in the groups ``adapter`` and ``head``; biases and norms have no weight decay."""
+    """Return what a method trains in the groups ``adapter`` and ``head``; biases and norms have no weight decay."""
     head = task_head(model)
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, rate in (("adapter", lr), ("head", head_lr)):
@@ -311,7 +311,7 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: 
 
 
 def task_head(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the task's parameters: a head that is not over the vocabulary, and those missing in the checkpoint."""
+    """Return what methods train for the task: a head not over the vocabulary, and parameters a checkpoint lacks."""
     description = module_table.describe(model)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     heads = description[(description["role"] == "head") & (description["out_features"] != vocabulary)]["module"]
@@ -327,7 +327,7 @@ def task_head(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def train_adapters(model: nn.Module) -> None:
-    """Freeze all parameters except those of the attached Deltas and of the task's head."""
+    """Freeze all that an adapter method does not train: all except the attached Deltas and the task's head."""
     model.requires_grad_(False)
     for delta in attached_deltas(model).values():
         delta.requires_grad_(True)
@@ -358,7 +358,7 @@ def stored_fields(settings: Any) -> dict[str, Any]:
 
 
 def python_number(value: Any) -> Any:
-    """Return a scalar of numpy as a number that JSON can store, and other values as they are."""
+    """Return a scalar of numpy in a method's field as a number that JSON can store, and other values as they are."""
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -380,7 +380,7 @@ def _to_json_value(value: Any) -> Any:
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """Return the parameters that an optimizer may change and that clipping covers."""
+    """Return the parameters that a method trains, which its optimizer may change and clipping covers."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -392,34 +392,34 @@ def reject_embedding(method: Method, name: str, host: nn.Module) -> None:
 
 
 def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype of a tensor, or float32 if it is narrower."""
+    """Return the dtype in which a method computes with a tensor: its own, or float32 if it is narrower."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def require(settings: object, name: str, allowed: str, valid: bool) -> None:
-    """Raise a ValueError that states the value of a field and what is ``allowed``, unless it is valid."""
+    """Raise a ValueError that states the value of a method's field and what is ``allowed``, unless it is valid."""
     if not valid:
         value = getattr(settings, name)
         raise ValueError(f"{name} must be {allowed}, got {repr(value) if isinstance(value, str) else value}")
 
 
 def default_if_none(value: T | None, default: T) -> T:
-    """Return the value of a setting, or its default if it is None."""
+    """Return the value of a method's setting, or its default if it is None."""
     return default if value is None else value
 
 
 def is_integer(value: Any) -> bool:
-    """Return whether a value is an integer, also of numpy, and not a bool."""
+    """Return whether the value of a method's field is an integer, also of numpy, and not a bool."""
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a real number, also of numpy, and not a bool."""
+    """Return whether the value of a method's field is a real number, also of numpy, and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def require_integer(settings: object, minimum: int, *names: str) -> None:
-    """Raise a ValueError unless each of these fields is an integer of at least ``minimum``, or None by default."""
+    """Raise a ValueError unless these fields of a method are integers of at least ``minimum``, or None by default."""
     for name in names:
         value = getattr(settings, name)
         unset = value is None and getattr(type(settings), name, minimum) is None
@@ -427,30 +427,30 @@ def require_integer(settings: object, minimum: int, *names: str) -> None:
 
 
 def require_scaling(settings: Any) -> None:
-    """Raise a ValueError unless the fields ``alpha`` and ``dropout`` allow training."""
+    """Raise a ValueError unless the fields ``alpha`` and ``dropout`` of a method allow training."""
     require(settings, "alpha", "finite and > 0", 0 < settings.alpha < math.inf)
     require(settings, "dropout", "in [0, 1)", 0 <= settings.dropout < 1)
 
 
 def require_choice(settings: object, name: str, choices: Iterable[str]) -> None:
-    """Raise a ValueError unless the field ``name`` is one of the choices."""
+    """Raise a ValueError unless the field ``name`` of a method is one of the choices."""
     require(settings, name, f"one of {', '.join(map(repr, choices))}", getattr(settings, name) in choices)
 
 
 def literal_fields(settings: type) -> dict[str, tuple[Any, ...]]:
-    """Return the values of every field of a class that is annotated with ``Literal``."""
+    """Return the values of every field of a method's class that is annotated with ``Literal``."""
     hints = get_type_hints(settings).items()
     return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
 
 
 def require_literals(settings: Any) -> None:
-    """Raise a ValueError unless every field that is annotated with ``Literal`` has one of its values."""
+    """Raise a ValueError unless every field of a method annotated with ``Literal`` has one of its values."""
     for name, values in literal_fields(type(settings)).items():
         require_choice(settings, name, values)
 
 
 def require_at_least(settings: object, minimum: int, *names: str) -> None:
-    """Raise a ValueError unless each of these fields is None or at least ``minimum``."""
+    """Raise a ValueError unless each of these fields of a method is None or at least ``minimum``."""
     for name in names:
         value = getattr(settings, name)
         require(settings, name, f">= {minimum}", value is None or value >= minimum)

@@ -328,19 +328,19 @@ class NeFT(Method, name="neft"):
                 yield Record("selected", np.ones(len(numbers)), module, np.array(numbers))
             if self._scores is not None and isinstance(self.reference, Run):
                 column, quantity = self.score_names
-                yield from score_records(quantity, self._scores, column)
+                yield from _score_records(quantity, self._scores, column)
         else:
             yield Record("unmasked_norm", float(self._unmasked))
         if step.last:
             change = distances(step.model, self._groups, step.base, dict(step.model.named_parameters()))
-            yield from score_records("neuron_cosine", change, "cosine_distance")
+            yield from _score_records("neuron_cosine", change, "cosine_distance")
             for module, mask in self._masks.items():
                 leak = (mask.weight.detach() - step.base[f"{module}.weight"]).abs()
                 yield Record("leak", float(leak.masked_fill(~mask.frozen, 0.0).max()), module)
 
 
 class Mask(NamedTuple):
-    """Mask of one module that freezes all neurons except the selected ones.
+    """NeFT's mask of one module, which freezes all neurons except the selected ones.
 
     ``frozen`` has the layout of the stored weight with one entry per neuron, and broadcasts along their vectors.
     """
@@ -366,7 +366,7 @@ class Mask(NamedTuple):
 def distances(
     model: nn.Module, groups: Sequence[neurons.NeuronGroup], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> pd.DataFrame:
-    """Compute the cosine distance of every neuron, with its norms, between two states of a model."""
+    """Compute NeFT's cosine distance of every neuron, with its norms, between two states of a model."""
     tables = []
     for group in groups:
         host, name = model.get_submodule(group.module), f"{group.module}.weight"
@@ -375,7 +375,7 @@ def distances(
     return pd.concat(tables, ignore_index=True)
 
 
-def score_records(quantity: str, scores: pd.DataFrame, column: str) -> Iterator[Record]:
+def _score_records(quantity: str, scores: pd.DataFrame, column: str) -> Iterator[Record]:
     """Yield the scores in a column of the table of neurons, by module."""
     for module, rows in scores.groupby("module", sort=False):
         yield Record(quantity, rows[column].to_numpy(), str(module), rows["neuron"].to_numpy())

@@ -46,7 +46,7 @@ _STRENGTHS = np.logspace(0.8, 4.1, 12)  # of the ridge penalty, as in the author
 
 @dataclass(kw_only=True)
 class Probing(Method):
-    """Phase that collects hidden states, then fits linear probes and scores the neurons after the last batch.
+    """Phase of NeFT that collects hidden states, fits linear probes and scores the neurons after the last batch.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ class Probing(Method):
 def directions(
     states: Float[np.ndarray, "rows layers d"], labels: Shaped[np.ndarray, "rows"]
 ) -> Float[np.ndarray, "probes d"]:
-    """Fit a ridge classifier per layer and stack its coefficients: a row per layer and class, one for two classes."""
+    """Fit linear probes, a ridge classifier per layer; stack a row of coefficients per layer and class, one for two."""
     if len(np.unique(labels)) < 2:
         reason = f"all {len(labels)} texts belong to one class. Increase tune_steps or batch_size"
         raise ValueError(f"cannot fit linear probes: {reason}")
@@ -116,7 +116,7 @@ def directions(
 def largest_cosines(
     vectors: Float[np.ndarray, "neurons d"], probes: Float[np.ndarray, "probes d"]
 ) -> Float[np.ndarray, "neurons"]:
-    """Return the largest absolute cosine of each vector with a probe: NaN for a zero vector, 0 with a zero probe."""
+    """Return each vector's largest absolute cosine with a linear probe: NaN for a zero vector, 0 with a zero probe."""
     cosines = _normalize(vectors, np.nan) @ _normalize(probes, 0.0).T
     return np.abs(cosines).max(axis=1)
 
@@ -128,7 +128,7 @@ def _normalize(rows: Float[np.ndarray, "rows d"], zero: float) -> Float[np.ndarr
 
 
 def probe_scores(run: Run, groups: Sequence[neurons.NeuronGroup]) -> pd.DataFrame:
-    """Return the scores of a run of linear probing for these neurons, the input of ``neurons.select_neurons``."""
+    """Return the scores of NeFT's linear probing for these neurons, the input of ``neurons.select_neurons``."""
     scores = selected_neurons.last_scores(run, PROBE_COSINE).rename(columns={"value": PROBE_COSINE})
     if scores.empty:
         fix = f"delete {run.path} and probe again"

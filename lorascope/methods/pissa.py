@@ -60,11 +60,11 @@ class PiSSA(LoRA, name="pissa"):
         """Return the factors of one module at its principal singular components."""
         reject_embedding(self, name, host)
         rank, scale, dropout = self.factor_options(name)
-        return ResidualDelta(host, *principal_factors(host_weight(host).detach(), rank, scale), scale, dropout)
+        return ResidualDelta(host, *_principal_factors(host_weight(host).detach(), rank, scale), scale, dropout)
 
 
 class ResidualDelta(LoRADelta):
-    """Update scale * (B A - B0 A0) of factors that start at B0, A0 and train on the residual W_0 - scale * B0 A0.
+    """PiSSA's update scale * (B A - B0 A0): factors start at B0, A0 and train on the residual W_0 - scale * B0 A0.
 
     The host keeps W_0, so its hash, its norms and the weights after ``detach`` are exact. The update is zero at step 0.
     """
@@ -105,7 +105,7 @@ class ResidualDelta(LoRADelta):
         return super().factors() | {"B0": self.B0, "A0": self.A0}
 
 
-def principal_factors(
+def _principal_factors(
     W: Float[Tensor, "out in"], rank: int, scale: float
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
     """Return B_0 and A_0, in float32 or wider."""

@@ -92,7 +92,7 @@ class VeRA(AdapterMethod, name="vera"):
 
 
 class VeRADelta(Delta):
-    """Update diag(b) B diag(d) A of one linear layer.
+    """VeRA's update diag(b) B diag(d) A of one linear layer.
 
     ``projection`` is the seed of A and B, and the largest number of inputs and outputs of all modules.
     """

@@ -17,7 +17,7 @@ from lorascope.schema.records import Factors, Item
 
 @dataclass(kw_only=True)
 class factors(Observer):
-    """Factors of all adapters, as snapshots."""
+    """Snapshots of the factors of all adapters."""
 
     every: int = 50
 
@@ -26,7 +26,7 @@ class factors(Observer):
 
 
 def factors_of(model: nn.Module, names: Sequence[str] | None = None) -> list[Factors]:
-    """Return the factors of every adapter of a model, from lorascope or PEFT; see ``adapters`` for ``names``."""
+    """Return the factors of every adapter for a snapshot, from lorascope or PEFT; see ``adapters`` for ``names``."""
     deltas = adapters(model, names)
     snapshots = []
     with shared_copies():

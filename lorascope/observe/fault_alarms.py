@@ -27,7 +27,7 @@ register(
 
 @dataclass(kw_only=True)
 class alarms(Observer):
-    """Faults of a training, by the checks of ``lorascope doctor`` that apply while it trains.
+    """Alarms about faults of a training, by the checks of ``lorascope doctor`` that apply while it trains.
 
     A fault is a warning with its id, cause and fix, again if it concerns further modules. It is also a record of the
     quantity ``alarm`` at each of these modules, or of the whole run: the number of the id, such as 15 for LS015. The
@@ -116,7 +116,7 @@ class alarms(Observer):
 
 
 def describe(finding: Finding) -> str:
-    """Return id, cause and message of a finding."""
+    """Return id, cause and message of a finding, for an alarm."""
     return f"{finding.id} {finding.cause}: {printable(finding.message)}"
 
 

@@ -32,7 +32,7 @@ register(
 
 @dataclass(kw_only=True)
 class gradients(Observer):
-    """Norm of the gradients of every module, jointly over all its trained tensors.
+    """Gradient norm of every module, jointly over all its trained tensors.
 
     The tensors of a module are the factors of its adapter, and its weight, bias and other tensors if they train. Shared
     tensors count at the first module that has them. Gradients are those with which the optimizer steps: accumulated

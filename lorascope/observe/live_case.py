@@ -21,7 +21,7 @@ from lorascope.updates import Update, change_norms, effective_rank, spectra
 
 
 class LiveModel:
-    """Measurements of a model in training; W_0 is measured once."""
+    """Live measurements of a model in training, as evidence about a case; W_0 is measured once."""
 
     def __init__(self, step: Step) -> None:
         self.trained = TrainedTensors(step)

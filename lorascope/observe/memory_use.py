@@ -18,7 +18,7 @@ from lorascope.schema.records import Item, Record
 
 @dataclass(kw_only=True)
 class memory(Observer):
-    """Bytes of parameters, gradients and optimizer state, summed over all tensors that exist.
+    """Memory use: bytes of parameters, gradients and optimizer state, summed over all tensors that exist.
 
     Peak memory is not included, because it must be measured in a separate process; see ``ls.step_memory.measure``.
     """
@@ -34,6 +34,6 @@ class memory(Observer):
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Return the number of bytes of the tensors' storages; a shared storage counts once."""
+    """Return the memory use of tensors: the bytes of their storages; a shared storage counts once."""
     storages = [(tensor.device, tensor.untyped_storage()) for tensor in tensors]
     return sum({(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}.values())

@@ -34,7 +34,7 @@ register(
 
 @dataclass(kw_only=True)
 class utilization(Observer):
-    """Utilization of feed-forward neurons: largest absolute correlation of their weights with the mean hidden states.
+    """Observer of neuron utilization: largest absolute correlation of weights with the mean hidden states.
 
     Hidden states are averaged over the tokens of each held-out row, then over rows. The paper generates the answers;
     here they are part of the rows. The last block's state is taken as the model returns it, in most model families
@@ -78,7 +78,7 @@ class utilization(Observer):
 
 
 def mean_states(model: nn.Module, batch: Batch, standardize: bool = False) -> dict[str, Float[np.ndarray, "layers d"]]:
-    """Compute the mean output of every block by stack: over the tokens of each row, then over the rows."""
+    """Compute the mean output of every block for neuron utilization: over tokens of each row, then over the rows."""
     means = {stack: rows.mean(axis=0) for stack, rows in token_means(model, batch).items()}
     if not standardize:
         return means

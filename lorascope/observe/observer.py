@@ -12,7 +12,7 @@ from lorascope.schema.records import Item
 
 @dataclass(kw_only=True)
 class Observer(Stateful):
-    """Object that records quantities of a model during training.
+    """Base class of observers, which record quantities of a model during training.
 
     Parameters
     ----------

@@ -58,7 +58,7 @@ register(
 
 
 def svd_lowrank(V: Float[Tensor, "m n"], rank: int, generator: torch.Generator) -> Pair:
-    """Factorize with torch's randomized SVD, using the default power iterations and oversampling of S-RSI."""
+    """Factorize second moments with torch's randomized SVD, by default iterations and oversampling of S-RSI."""
     with torch.random.fork_rng([V.device] if V.is_cuda else []):  # it only supports the global generator
         torch.manual_seed(generator.initial_seed())
         left, sigma, right = torch.svd_lowrank(V, min(rank + 5, *V.shape), niter=5)
@@ -84,7 +84,7 @@ for _way in (*FACTORIZATIONS, "svd"):
 
 @dataclass(kw_only=True)
 class second_moments(Observer):
-    """Singular values of AdamW's second moments of the matrices in blocks, and low-rank approximation errors.
+    """Observer of AdamW's second moments in blocks: singular values, and low-rank approximation errors.
 
     Both are also recorded for a random matrix with the same row and column sums. Each recording costs two SVDs and a
     few factorizations per matrix.
@@ -118,7 +118,7 @@ class second_moments(Observer):
 
 @dataclass(kw_only=True)
 class factorings(Observer):
-    """Error and time of each method to factorize AdamW's second moments.
+    """Observer of error and time of each method to factorize AdamW's second moments.
 
     The methods are S-RSI with few and many power iterations, with and without oversampling, ``torch.svd_lowrank``, and
     the exact SVD.
@@ -173,7 +173,7 @@ def _time_decomposition(decompose: Callable[[], tuple[Tensor, ...]]) -> tuple[tu
 
 @dataclass(kw_only=True)
 class factor_drift(Observer):
-    """Error of Adapprox's factors compared with the exact average of squared gradients.
+    """Observer of the error of Adapprox's factors compared with the exact average of squared gradients.
 
     The exact average is stored for this, which costs the memory that the method saves. The error that Adapprox records
     comes from one step's factorization, which starts from the previous factors; this observer records the accumulated
@@ -201,7 +201,7 @@ class factor_drift(Observer):
 
 @dataclass(kw_only=True)
 class factor_optimum(Observer):
-    """Error of one step's factorization, and the best error at its rank.
+    """Observer of the error of one step's factorization of second moments, and the best error at its rank.
 
     The factors of the previous step are stored for this. Each recording costs one SVD per matrix.
     """

@@ -41,7 +41,7 @@ register(
 
 @dataclass(kw_only=True)
 class neurons(Observer):
-    """Sensitivity of every row and column of the linear layers, and the change of every feed-forward neuron.
+    """Sensitivity of the loss to every row and column of linear layers, and the change of feed-forward neurons.
 
     W = W_0 + dW is the effective weight, and G = dL/dW its gradient, averaged over batches of the validation split.
     ``sensitivity_out`` of row i is ``sum_j |W_ij G_ij|``, and ``sensitivity_in`` of column j is ``sum_i |W_ij G_ij|``.
@@ -77,7 +77,7 @@ class neurons(Observer):
                 raise ValueError(f"targets must be linear layers, got the embedding {name!r}")
         pieces = _held_out_batches(step, self.batches, self.rows)
         sums: dict[tuple[str, str], Tensor] = {}
-        for name, gradient in weight_gradients(step.model, modules, pieces, step.loss).items():
+        for name, gradient in _weight_gradients(step.model, modules, pieces, step.loss).items():
             sensitivity = (effective_weight(step.model, name).float() * gradient).abs()
             sums["sensitivity_out", name], sums["sensitivity_in", name] = sensitivity.sum(1), sensitivity.sum(0)
         for (quantity, name), values in zip(sums, to_host(list(sums.values())), strict=True):
@@ -87,7 +87,7 @@ class neurons(Observer):
 
 @dataclass(kw_only=True)
 class coefficients(Observer):
-    """Gradient and importance of every FourierFT coefficient, in the Fourier basis or another one.
+    """Sensitivity to every FourierFT coefficient: gradient and importance, in the Fourier basis or another one.
 
     The gradient is averaged over batches of the validation split, without dropout. The importance ``|c dL/dc|`` is the
     size of the first-order change in loss if the coefficient is removed. Each recording has two rows per coefficient,
@@ -136,7 +136,7 @@ def _held_out_batches(step: Step, batches: int, rows: int) -> list[Batch]:
     return [{key: value[i : i + rows] for key, value in text.items()} for i in range(0, count, rows)]
 
 
-def weight_gradients(
+def _weight_gradients(
     model: nn.Module, modules: Sequence[str], batches: Sequence[Batch], loss: Callable[[Batch], Tensor]
 ) -> dict[str, Float[Tensor, "out in"]]:
     """Compute dL/dW of linear modules averaged over batches, in evaluation mode, without changing any ``grad``.

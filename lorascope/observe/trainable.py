@@ -35,7 +35,7 @@ TILES = 8
 
 
 class TrainedTensors:
-    """Tensors that the optimizer changes at a step, by label; the same throughout a run.
+    """Trainable tensors, which the optimizer changes at a step, by label; the same throughout a run.
 
     ``dense`` are parameters of the base model. The label of a weight is its module, any other label is a parameter
     name. ``parameter_of`` has the name in W_0 of each label and each adapted module, "" for a weight that is packed and
@@ -88,7 +88,7 @@ class TrainedTensors:
 
 
 def trained_ids(optimizer: torch.optim.Optimizer, peft: bool) -> set[int]:
-    """Return the ids of the parameters that an optimizer may change.
+    """Return the ids of the trainable parameters, which an optimizer may change.
 
     A frozen parameter may train later, as in LISA. It never does under PEFT, where the optimizer of all parameters of a
     model also contains the base weights.
@@ -128,14 +128,14 @@ def _peft_layers(model: nn.Module, names: Sequence[str] | None) -> Iterator[tupl
 
 
 def tile_sums(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> Float[Tensor, "tiles"]:
-    """Compute the sums of squares of the tiles of a tensor, or of its difference from another one, on its device."""
+    """Compute sums of squares over tiles of a trainable or base tensor, or of its difference, on its device."""
     return joint_tile_sums(tensor, [minus])[0]
 
 
 def joint_tile_sums(
     tensor: Float[Tensor, "..."], subtrahends: Sequence[Float[Tensor, "..."] | None]
 ) -> list[Float[Tensor, "tiles"]]:
-    """Compute the sums of squares of the tiles of the tensor's differences from subtrahends; None is zero."""
+    """Compute sums of squares over tiles of a trainable or base tensor minus each subtrahend; None is zero."""
     # The tensor is read from memory once for all sums. Each row is one tile, so its sum does not depend on the group.
     # sum() adds pairwise. A norm or dot product would lose digits and depend on the alignment of the memory.
     groups = _tile_groups(tensor)
@@ -162,7 +162,7 @@ def _tile_groups(tensor: Float[Tensor, "..."]) -> list[Float[Tensor, "tiles size
 
 
 def factor_inner(weight: Float[Tensor, "out in"], factors: Mapping[str, Tensor]) -> Float[Tensor, ""] | None:
-    """Compute <W, dW> / scale from the factors of dW on their device; None if they do not form one product."""
+    """Compute <W, dW> / scale from trainable factors on their device; None if they do not form one product."""
     match {name: at_least_float32(factor.detach()) for name, factor in factors.items()}:
         case {"gates": _} | {"magnitude": _}:
             return None

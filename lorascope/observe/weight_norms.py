@@ -29,7 +29,7 @@ NORMS = {"weight": "weight_norm", "update": "update_norm", "learned": "learned_n
 
 @dataclass(kw_only=True)
 class norms(Observer):
-    """Norms and ranks of every update, by module and by block.
+    """Norms and ranks of every weight update, by module and by block.
 
     The values of a module refer to its weight matrix, the values of a block to all its tensors, including norms and
     biases. Only trained tensors are recorded. Ranks of factored updates are recorded each time. Ranks of dense updates
@@ -293,7 +293,7 @@ def _joint_norms(factors: Mapping[str, Factors], initial: Mapping[str, Factors])
 
 
 def to_tree(update: Update) -> dict[str, Any]:
-    """Return an update in a form that checkpoints can store; it is already a copy."""
+    """Return a weight update in a form that checkpoints of ``norms`` can store; it is already a copy."""
     return {**update.to_factors(), "scale": float(update.scale), "form": update.form}
 
 

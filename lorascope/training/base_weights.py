@@ -57,7 +57,7 @@ class Base(Mapping[str, Tensor]):
 
 
 class TrainingMarker(NamedTuple):
-    """Marker that ``train`` leaves on a model: the id of the recipe that it ran, and W_0."""
+    """Marker that ``train`` leaves on a model: the id of the recipe that it ran, and the base weights W_0."""
 
     recipe: str
     w0_hash: str
@@ -69,7 +69,7 @@ class TrainingMarker(NamedTuple):
 
 
 def prepare_model(model: nn.Module, task: Task, seed: int) -> TrainingMarker:
-    """Prepare a model for its first training, or return the marker of an earlier one."""
+    """Prepare a model and its base weights for a first training, or return the marker of an earlier one."""
     marker = getattr(model, _MARKER, None)
     if marker is not None:
         return marker
@@ -91,7 +91,7 @@ def begin_training(
 
 
 def attach_method(method: Method, model: nn.Module) -> None:
-    """Attach a method, and raise a ValueError if it changed a base weight: the model must keep W_0 until it trains."""
+    """Attach a method, and raise a ValueError if it changed a base weight: a model keeps W_0 until it trains."""
     before = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
     method.attach(model)
     for name, parameter, version in before:
@@ -103,7 +103,7 @@ def attach_method(method: Method, model: nn.Module) -> None:
 
 
 def reject_adapted(model: nn.Module) -> None:
-    """Raise a ValueError if a model already has adapters, of lorascope or PEFT: its weights are not W_0."""
+    """Raise a ValueError if a model already has adapters of lorascope or PEFT: its weights are not base weights."""
     bare_model = unwrap_peft_model(model)
     if attached := adapters(bare_model) | unreadable_adapters(bare_model):
         raise ValueError(

@@ -22,7 +22,7 @@ from lorascope.training.state import load_tree, save_tree
 
 @dataclass(frozen=True)
 class Best:
-    """Best validation result so far: its step, the ranks at that step, and the sort key for comparisons."""
+    """Best validation result in a checkpoint: its step, the ranks at that step, and the sort key for comparisons."""
 
     step: Count
     ranks: dict[str, Count]
@@ -31,7 +31,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run needs to resume bit for bit, in the forms that ``state`` and the methods return."""
+    """Checkpoint with all that a run needs to resume bit for bit, as ``state`` and the methods return it."""
 
     finished: Count
     model: dict[str, Any]
@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Folder ``resume/`` of a run folder."""
+    """Checkpoints in the folder ``resume/`` of a run folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,12 +96,12 @@ class Checkpoints:
 
 
 def pack_rows(table: pd.DataFrame) -> UInt8[np.ndarray, "bytes"]:
-    """Pack a table into an array that a state file can store."""
+    """Pack a table into an array that a checkpoint can store."""
     rows = io.BytesIO()
     table.to_parquet(rows, index=False)
     return np.frombuffer(rows.getvalue(), np.uint8)
 
 
 def unpack_rows(packed: UInt8[np.ndarray, "bytes"]) -> pd.DataFrame:
-    """Unpack a table that was packed by ``pack_rows``."""
+    """Unpack a table of a checkpoint that was packed by ``pack_rows``."""
     return read_table(io.BytesIO(packed.tobytes()), "the table of a checkpoint")

@@ -30,7 +30,7 @@ _POOL: dict[str, Callable[[list[float]], float]] = {
 
 
 class CurveReport:
-    """Report of one training; a subclass sends the values of each step to the programs that show them.
+    """Report of the curves of one training; a subclass sends each step's values to the programs that show them.
 
     It has no effect on what is recorded, nor on the global random generators. A program that fails gets no further
     values, after one warning.
@@ -94,7 +94,7 @@ class CurveReport:
 
 
 class HostReport(CurveReport):
-    """Report into the run that another trainer, the host, has already opened in its own programs.
+    """Report of curves into the run that another trainer, the host, has already opened in its own programs.
 
     It leaves out the values that the host logs itself, and prefixes the names of the others. Hosts take no messages.
     """
@@ -109,7 +109,7 @@ class HostReport(CurveReport):
 
 
 def pool_records(records: Sequence[Record], locations: Locations) -> dict[str, float]:
-    """Return the values of one step by the name of their curve.
+    """Pool the records of one step for a report: return their values by the name of their curve.
 
     A value of the run keeps its name. Values of modules are pooled by the rule of their quantity, as in
     ``norms.pool_modules``: over all modules, by layer, and by role within the layers. A cell with an unknown value has
@@ -166,6 +166,6 @@ def _layer_name(location: Location, has_stacks: bool) -> str:
 
 
 def describe_error(error: Exception) -> str:
-    """Return the type and the first line of an error of another package."""
+    """Return type and first line of an error in another package's curve report."""
     line = printable(str(error).strip().partition("\n")[0])
     return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -36,7 +36,7 @@ _LOOPS = {"trainer": "Trainer", "loop": "PyTorch loop"}
 
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, base: Base, modules: pd.DataFrame, where: str) -> Step:
-    """Return the Step of a loop that gives no access to batches, their loss or held-out text."""
+    """Return the Step of a foreign loop, which gives no access to batches, their loss or held-out text."""
     loss, search, text = (
         partial(_fail, source, where) for source in ("the loss of a batch", "the search split", "held-out text")
     )
@@ -49,19 +49,19 @@ def _fail(source: str, where: str, *_: Any) -> Any:
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
-    """Return the optimizer inside accelerate's wrapper, or the optimizer itself without one."""
+    """Return the optimizer of a foreign loop, without accelerate's wrapper if it has one."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
 def reject_distributed_stop(observers: Sequence[Observer]) -> None:
-    """Raise a ValueError if an observer may stop a training of several processes, of which only the first records."""
+    """Raise a ValueError if an observer may stop a foreign loop of several processes: only the first one records."""
     names = [name for observer in observers for name in getattr(observer, "stop", ())]
     if names and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ValueError(f"stop must be empty with several processes, of which only the first records, got {names}")
 
 
 def warn_unreadable(model: nn.Module) -> None:
-    """Warn that adapters whose update is not a matrix are not recorded."""
+    """Warn that a foreign loop's adapters whose update is not a matrix are not recorded."""
     if unread := list(unreadable_adapters(model).items()):
         examples = first_of([f"{module} ({kind})" for module, kind in unread])
         warnings.warn(f"cannot record adapters whose update is not a matrix: {examples}", stacklevel=3)
@@ -79,7 +79,7 @@ def run_manifest(
     settings: Mapping[str, Any],
     **fields: Any,
 ) -> Manifest:
-    """Return the content of ``run.json``; ``fields`` are those that depend on the loop.
+    """Return the content of ``run.json`` for a foreign loop; ``fields`` are those that depend on the loop.
 
     ``method`` is a method of lorascope or None; ``model`` may be a PEFT model.
     """
@@ -106,7 +106,7 @@ def run_manifest(
 
 
 def describe_recipe(model: nn.Module, step: Step, loop: str) -> tuple[dict[str, Any], str]:
-    """Return the configuration of a training without a method of lorascope, and its label.
+    """Return the configuration of a foreign loop, which trains no method of lorascope, and its label.
 
     With PEFT this is the configuration of the active adapter, and of the first one if several are active.
     """

@@ -17,7 +17,7 @@ from lorascope.training.curve_report import HostReport
 
 
 class LoggerReport(HostReport):
-    """Report to the loggers of a Lightning Trainer."""
+    """Report of the Lightning recorder to the loggers of a Trainer."""
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         super().__init__()

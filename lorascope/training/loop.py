@@ -60,7 +60,7 @@ def train(
     progress: bool = True,
     report_to: str | Sequence[str] | None = None,
 ) -> Run:
-    """Train a model with a method and record what happens inside it.
+    """Train a model with a method in the training loop of lorascope, and record what happens inside the model.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def _rates(method: Method, lr: float | None, head_lr: float | None) -> dict[str,
 
 
 def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
-    """Train one phase and return its run."""
+    """Run the training loop of one phase and return its run."""
     try:
         return _train_steps(session, session.begin(), checkpoint_every, progress)
     finally:
@@ -259,7 +259,7 @@ def _train_steps(session: Session, start: int, checkpoint_every: int, progress: 
 
 
 def advance(session: Session, index: int) -> tuple[float, float | None, float]:
-    """Run one optimizer step and return its loss, gradient norm and learning rate.
+    """Run one optimizer step of the training loop; return its loss, gradient norm and learning rate.
 
     Methods rely on the order of the calls.
     """

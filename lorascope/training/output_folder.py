@@ -13,7 +13,7 @@ from lorascope.training.run_spec import RunSpec
 
 
 class StateRemoved(ValueError):
-    """Error for a finished run whose saved parameters were removed, so that the model cannot be restored."""
+    """Error for an output folder with a finished run whose saved parameters were removed: it cannot be restored."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(f"cannot restore run {run.id}: its state was removed to save disk space. {TRAIN_AGAIN}")
@@ -21,7 +21,7 @@ class StateRemoved(ValueError):
 
 
 def prepare_folder(folder: Path, recipe: str, overwrite: bool) -> None:
-    """Raise a ValueError unless a folder is free or contains this recipe; ``overwrite`` removes the run in it."""
+    """Raise a ValueError unless an output folder is free or of this recipe; ``overwrite`` removes the run in it."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, got the file {folder}")
     if not any((folder / name).exists() for name in MANIFESTS):
@@ -40,7 +40,7 @@ def prepare_folder(folder: Path, recipe: str, overwrite: bool) -> None:
 
 
 def write_phases(folder: Path, plan: RunSpec, names: Sequence[str], status: str) -> None:
-    """Write ``recipe.json``: the phases of a recipe that have started, and its status, "running" or "done"."""
+    """Write ``recipe.json`` to an output folder: the phases that have started, and status, "running" or "done"."""
     for left in folder.glob(".recipe.json.*"):
         if is_partial(left):
             left.unlink()
@@ -48,7 +48,7 @@ def write_phases(folder: Path, plan: RunSpec, names: Sequence[str], status: str)
 
 
 def finished_run(path: Path, plan: RunSpec) -> Run | None:
-    """Return the finished run of this plan in a folder, or None if it must be trained or resumed.
+    """Return the finished run of this plan in an output folder, or None if it must be trained or resumed.
 
     Raise a ValueError if the folder contains another run.
     """

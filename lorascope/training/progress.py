@@ -112,7 +112,7 @@ def progress_bar(name: str, total: int, start: int, visible: bool) -> AbstractCo
 
 @contextmanager
 def catch_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that the current step can finish; a second one interrupts at once."""
+    """Turn the first Ctrl-C into an event, so that the step in progress can finish; a second one interrupts at once."""
     pressed = threading.Event()
     ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # in a background job of a shell
     if ignored or threading.current_thread() is not threading.main_thread():

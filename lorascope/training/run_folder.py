@@ -36,7 +36,7 @@ _OPEN: dict[Path, weakref.finalize] = {}
 
 
 class ForeignRecording(Recording):
-    """Recording of a training that another loop runs; it is written during the training.
+    """Recording into the run folder of a training that another loop runs; it is written during the training.
 
     It never stops the training, unless an observer asks for it.
     Another run in the folder is moved aside; a finished run that resumes is copied aside. ``before`` is the result of
@@ -69,7 +69,7 @@ class ForeignRecording(Recording):
         self._lock.enter_context(lock_run(path))
         # Write the rows when the recording is deleted or the process ends, without a reference to the model.
         self.mark_interrupted = _OPEN[path.resolve()] = weakref.finalize(
-            self, close_lost_run, self.writer, self._lock, lost, report
+            self, _close_lost_run, self.writer, self._lock, lost, report
         )
         if before is None:
             try:
@@ -169,7 +169,7 @@ class ForeignRecording(Recording):
 
 
 def create_folder(folder: Path, resumed: str | None) -> Path | None:
-    """Move another run in the folder aside, and return its new place; copy a finished run that resumes aside.
+    """Make room for a run folder: move another run aside and return its new place; copy a finished run that resumes.
 
     Raise RunLocked if another process writes to the folder, and a ValueError if it contains files but no run.
     """
@@ -195,7 +195,7 @@ def create_folder(folder: Path, resumed: str | None) -> Path | None:
         return None
 
 
-def close_lost_run(writer: RunWriter, lock: ExitStack, error: str | None, report: CurveReport | None) -> None:
+def _close_lost_run(writer: RunWriter, lock: ExitStack, error: str | None, report: CurveReport | None) -> None:
     """Write the rows of a run that was not finished, unless another has replaced it; an error marks it as broken."""
     if report is not None:
         report.close(None)

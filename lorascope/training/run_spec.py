@@ -77,7 +77,7 @@ class RunSpec:
 
 
 def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parameter], device: str) -> dict[str, Any]:
-    """Return the part of ``run.json`` that runs of ``train`` and of a Trainer share."""
+    """Return the part of a run's specification in ``run.json`` that ``train`` and a Trainer share."""
     model = step.model
     head = {id(parameter) for parameter in task_head(model).values()}
     try:

@@ -42,7 +42,7 @@ from lorascope.training.trackers import TrackerReport
 
 
 class Session(Recording):
-    """State of one phase in training, recorded in its run folder ``path``, after the finished phases ``parents``.
+    """Session of one phase in training, recorded in its run folder ``path``, after the finished phases ``parents``.
 
     The model is trained in place; its head must fit the task of the plan. ``trackers`` are names of ``tracker_names``.
     """
@@ -234,12 +234,12 @@ class Session(Recording):
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> float | None:
-    """Clip the global norm of the gradients and return the norm before; without a limit, return None."""
+    """Clip the global norm of the gradients in a session, and return the norm before; without a limit, return None."""
     return None if limit is None else float(torch.nn.utils.clip_grad_norm_(trained_parameters(optimizer), limit))
 
 
 def nonfinite_reason(step: Step, loss: float, norm: float | None, rate: float) -> str | None:
-    """Return a message if the loss or the gradient norm of a step is not finite, else None."""
+    """Return why a session must end if the loss or the gradient norm of a step is not finite, else None."""
     if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
         return None
     problem = f"the gradient norm became {norm}" if math.isfinite(loss) else f"the loss became {loss}"

@@ -19,12 +19,12 @@ SHARDED = "no process has all its weights; use DDP or a single process"
 
 
 def is_first_process() -> bool:
-    """Return whether this process writes the records."""
+    """Return whether this is the first process, which writes the records and has whole copies of sharded weights."""
     return not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank())
 
 
 def whole_number(name: str, value: float | Tensor | None) -> float | None:
-    """Return a number; all processes must call it, because FSDP2 also shards the gradient norm.
+    """Return a number, which may be sharded like the weights (FSDP2's gradient norm); all processes must call it.
 
     Raise a ValueError, which calls it ``name``, if it is not a number.
     """
@@ -38,7 +38,7 @@ def whole_number(name: str, value: float | Tensor | None) -> float | None:
 
 
 def reject_sharded_weights(model: nn.Module, gathered: bool = False) -> None:
-    """Raise a ValueError if a parameter is sharded, so that no process has all of it.
+    """Raise a ValueError if a weight is sharded, so that no process has all of it.
 
     With ``gathered``, the sharded parameters of FSDP2 and tensor parallelism are accepted.
     """
@@ -51,7 +51,7 @@ def reject_sharded_weights(model: nn.Module, gathered: bool = False) -> None:
 
 
 class WholeWeights:
-    """Whole copies of sharded parameters, in the CPU memory of the first process.
+    """Whole copies of sharded weights, in the CPU memory of the first process.
 
     All processes must call ``gather`` at the same steps. ``in_place`` then puts the copies in the place of the shards.
     The copies stay the same objects, since observers keep references to them.

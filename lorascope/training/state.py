@@ -37,14 +37,14 @@ _BIT_GENERATORS = (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.r
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write nested dicts, lists, numbers, tensors, arrays and generators to one safetensors file, atomically."""
+    """Write a state (nested dicts, lists, numbers, tensors, arrays, generators) to one safetensors file, atomically."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(tree, "", tensors))
     write_bytes(path, save(tensors, metadata={"tree": _tree_digest(text, tensors) + text}))
 
 
 def load_tree(path: Path) -> Any:
-    """Read a file of ``save_tree``; tensors return to the kind of device they were on, or to the CPU without one.
+    """Read a state of ``save_tree``; tensors return to the kind of device they were on, or to the CPU without one.
 
     Raise a ValueError if the file is truncated or was changed.
     """
@@ -132,19 +132,19 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def frozen_names(model: nn.Module) -> list[str]:
-    """Return the names of the parameters that do not require gradients."""
+    """Return the names of frozen parameters, which do not require gradients, as part of the state."""
     return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
 def freeze(model: nn.Module, names: Collection[str]) -> None:
-    """Let all parameters require gradients, except for these names."""
+    """Let all parameters require gradients, except for the frozen names of a state."""
     frozen = set(names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
 
 
 def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return what training may have changed, by name: the optimizer's parameters, new weights and buffers."""
+    """Return the state that training may change, by name: the optimizer's parameters, new weights and buffers."""
     trained = set(map(id, trained_parameters(optimizer)))
     new = missing(model)
     tensors = {name: p for name, p in model.named_parameters() if id(p) in trained or name in new}
@@ -160,7 +160,7 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, m
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors into the parameters and buffers of the same names, or replace those of another shape."""
+    """Copy a state's tensors into parameters and buffers of the same names, or replace those of another shape."""
     targets = dict(model.named_parameters()) | dict(model.named_buffers())
     unknown = sorted(tensors.keys() - targets.keys())
     if unknown:
@@ -241,7 +241,7 @@ def seed_generators(seed: int) -> Iterator[None]:
 
 
 def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None) -> None:
-    """Attach the run's method to a fresh base model and load the trained tensors; see ``Run.restore``."""
+    """Restore the state of a run on a fresh base model: attach its method, load the tensors; see ``Run.restore``."""
     if attached_deltas(model):
         raise ValueError("cannot restore into a model that already has adapters; load a fresh base model")
     config = run.meta.method

@@ -7,7 +7,7 @@ import torch
 
 
 def closure_loss(closure: Callable[[], Any] | None) -> Any:
-    """Evaluate the closure of an optimizer step with gradients enabled; return None without one."""
+    """Evaluate the closure of a step of any of these optimizers with gradients enabled; return None without one."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -15,6 +15,6 @@ def closure_loss(closure: Callable[[], Any] | None) -> Any:
 
 
 def parameters_with_gradient(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Yield every parameter that has a gradient, with its group."""
+    """Yield every parameter of an optimizer that has a gradient, with its group."""
     for group in optimizer.param_groups:
         yield from ((group, parameter) for parameter in group["params"] if parameter.grad is not None)

@@ -91,12 +91,12 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             state.pop("chosen", None)
         for group in self.param_groups:
             with_gradient = [parameter for parameter in group["params"] if parameter.grad is not None]
-            unfactored = [parameter for parameter in with_gradient if not is_factored(parameter, group["min_dim"])]
+            unfactored = [parameter for parameter in with_gradient if not _is_factored(parameter, group["min_dim"])]
             if unfactored:
                 self._update_batch(unfactored, group)
             # One factored matrix after the other, so that only one full V exists at a time.
             for parameter in with_gradient:
-                if is_factored(parameter, group["min_dim"]):
+                if _is_factored(parameter, group["min_dim"]):
                     self._update_batch([parameter], group)
         return loss
 
@@ -154,7 +154,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             state["step"] = 0
             if group["betas"][0]:
                 state["exp_avg"] = zeros
-            if not is_factored(parameter, group["min_dim"]):
+            if not _is_factored(parameter, group["min_dim"]):
                 state["exp_avg_sq"] = zeros.clone()
         state["step"] += 1
         return state
@@ -176,7 +176,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             return subspace_iteration.s_rsi(A, rank, generator, *sizes)
 
         if chooses:
-            negative = (0.0, 0.0) if first else negative_fractions(state["Q"] @ state["U"].T)
+            negative = (0.0, 0.0) if first else _negative_fractions(state["Q"] @ state["U"].T)
             state["negative"], state["negative_mass"] = negative
             # Wait for earlier work of an accelerator; reading the error waits for all work of the selection.
             float(unit)
@@ -226,19 +226,19 @@ class AdapproxOptimizer(torch.optim.Optimizer):
 
 
 def cosine(M: Float[Tensor, "..."], D: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """Compute cos(D, M), clamped to [-1, 1]; 0 if D or M is zero."""
+    """Compute cos(D, M) in an Adapprox optimizer step, clamped to [-1, 1]; 0 if D or M is zero."""
     lengths = (D.norm() * M.norm()).clamp(min=torch.finfo(M.dtype).tiny)
     return (torch.dot(D.flatten(), M.flatten()) / lengths).clamp(-1, 1)
 
 
-def negative_fractions(product: Float[Tensor, "m n"]) -> tuple[float, float]:
+def _negative_fractions(product: Float[Tensor, "m n"]) -> tuple[float, float]:
     """Return the fraction of negative entries, and their fraction of the sum of all magnitudes."""
     below = product.clamp(max=0)
     total = product.abs().sum().clamp(min=torch.finfo(product.dtype).tiny)
     return float(below.count_nonzero() / below.numel()), float(below.abs().sum() / total)
 
 
-def is_factored(parameter: Tensor, min_dim: int | None) -> bool:
+def _is_factored(parameter: Tensor, min_dim: int | None) -> bool:
     """Return whether the second moment of a parameter is stored as factors."""
     return min_dim is not None and parameter.ndim > 1 and min(_matrix(parameter).shape) >= min_dim
 
@@ -256,7 +256,7 @@ def _promote_to_float32(tensor: Tensor) -> Tensor:
 
 
 def check_options(settings: Any) -> None:
-    """Raise a ValueError unless the options of the moments and of the rank selection allow training."""
+    """Raise a ValueError unless the Adapprox optimizer can train with its options of moments and rank selection."""
     require_choice(settings, "rank_rule", subspace_iteration.RULES)
     require_choice(settings, "denominator", DENOMINATORS)
     require_at_least(settings, 1, "iterations", "sketch_multiple", "init_rank", "max_rank", "reselect_every")

@@ -25,7 +25,7 @@ from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
 
 
 class CAME(torch.optim.Optimizer):
-    """CAME optimizer.
+    """CAME optimizer: Adafactor with a first moment, divided by the instability of the direction.
 
     ``betas`` are the decays of first moment, second moment and instability, ``eps`` is added to the squared gradient
     and to the squared instability, and ``clip_threshold`` is the maximum RMS of a direction D_t.

@@ -50,7 +50,7 @@ SHARE, SHARE_ENDS, SHARE_STEP, SHARE_SMOOTHING, SHARE_ERROR = 0.15, (0.0625, 0.6
 
 
 class Factorization(NamedTuple):
-    """Factors Q U^T of a matrix, with their relative error in Frobenius norm and the number of factorizations tried.
+    """Factors Q U^T of a matrix by subspace iteration, with their relative Frobenius error and the number of trials.
 
     The columns of Q are orthonormal, and U = A^T Q.
     """
@@ -69,19 +69,19 @@ def s_rsi(
     oversampling: int = 5,
     multiple: int = 1,
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]]:
-    """Return Q and U of a rank, at most the smaller side; ``multiple`` rounds up the columns of the sketch."""
+    """Return Q and U of a rank by subspace iteration (S-RSI); ``multiple`` rounds up the columns of the sketch."""
     columns = math.ceil((rank + oversampling) / multiple) * multiple
     Q, U = iterate(A, sketch(A, columns, generator), iterations)
-    return first_columns(Q, rank), first_columns(U, rank)
+    return _first_columns(Q, rank), _first_columns(U, rank)
 
 
-def first_columns(columns: Float[Tensor, "m c"], rank: int) -> Float[Tensor, "m k"]:
+def _first_columns(columns: Float[Tensor, "m c"], rank: int) -> Float[Tensor, "m k"]:
     """Copy the first columns: a view, which ``contiguous`` returns for one column, would keep all of them in memory."""
     return columns[:, :rank].clone(memory_format=torch.contiguous_format)
 
 
 def sketch(A: Float[Tensor, "m n"], columns: int, generator: torch.Generator) -> Float[Tensor, "n c"]:
-    """Draw the initial normal matrix, on the device of the generator."""
+    """Draw the initial normal matrix of a subspace iteration, on the device of the generator."""
     shape = (A.shape[1], min(columns, *A.shape))
     return torch.randn(shape, generator=generator, device=generator.device, dtype=A.dtype).to(A.device)
 
@@ -89,7 +89,7 @@ def sketch(A: Float[Tensor, "m n"], columns: int, generator: torch.Generator) ->
 def iterate(
     A: Float[Tensor, "m n"], start: Float[Tensor, "n c"], iterations: int
 ) -> tuple[Float[Tensor, "m c"], Float[Tensor, "n c"]]:
-    """Run the power iterations and return Q and U."""
+    """Run the power iterations of randomized subspace iteration and return Q and U."""
     U = start
     for _ in range(iterations):
         Q = torch.linalg.qr(A @ U).Q
@@ -98,7 +98,7 @@ def iterate(
 
 
 def relative_error(A: Float[Tensor, "m n"], Q: Float[Tensor, "m k"], U: Float[Tensor, "n k"]) -> float:
-    """Compute ``|A - Q U^T| / |A|`` from the difference.
+    """Compute the error ``|A - Q U^T| / |A|`` of a subspace iteration from the difference.
 
     In float32 ``1 - |U|^2 / |A|^2`` is accurate only for errors above 0.01.
     """
@@ -106,7 +106,7 @@ def relative_error(A: Float[Tensor, "m n"], Q: Float[Tensor, "m k"], U: Float[Te
 
 
 def growth(error: float, logistic: Sequence[float] = LOGISTIC, scale: float = 1.0) -> int:
-    """Return the rank increment for an error: scale (eta / (1 + exp(omega xi + phi)) + tau), rounded up, at least 1.
+    """Return the rank step of subspace iteration: scale (eta / (1 + exp(omega xi + phi)) + tau), rounded up, >= 1.
 
     An error that is not finite gives 1.
     """
@@ -120,13 +120,13 @@ Factor = Callable[[int], tuple[Tensor, Tensor]]
 
 
 def largest_rank(rows: int, columns: int, max_rank: int | None) -> int:
-    """Return k_max: ``max_rank``, by default a quarter of the smaller side."""
+    """Return k_max of subspace iteration: ``max_rank``, by default a quarter of the smaller side."""
     smaller = min(rows, columns)
     return min(smaller, max_rank or max(1, smaller // 4))
 
 
 def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], options: Mapping[str, Any]) -> Factorization:
-    """Factorize a matrix by AS-RSI, with the rank rule of the options of ``AdapproxOptimizer``.
+    """Factorize a matrix by adaptive subspace iteration (AS-RSI), with the rank rule of ``AdapproxOptimizer``.
 
     ``factor`` returns Q and U of a rank. The rule "ema" stores its fraction in ``state``, the state of the matrix, and
     reads the error of the previous selection there.
@@ -151,7 +151,7 @@ def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], optio
 def restart(
     A: Float[Tensor, "m n"], factor: Factor, rank: int, cap: int, tolerance: float, grow: Callable[[float], int]
 ) -> Factorization:
-    """Apply the paper's rule: increase the rank until the error is within the tolerance or the cap is reached."""
+    """Increase the rank of subspace iteration until the error is within the tolerance or the cap: the paper's rule."""
     trials = 0
     while True:
         Q, U = factor(rank)
@@ -163,19 +163,19 @@ def restart(
 
 
 def colnorm(A: Float[Tensor, "m n"], factor: Factor, cap: int, tolerance: float) -> Factorization:
-    """Select the smallest sufficient rank from one factorization: ``xi_k^2 = 1 - sum_{j<=k} |u_j|^2 / |A|^2``."""
+    """Select the smallest sufficient rank of a subspace iteration: ``xi_k^2 = 1 - sum_{j<=k} |u_j|^2 / |A|^2``."""
     Q, U = factor(cap)
     # In float32 the difference to 1 would lose its digits.
     energy = U.double().square().sum(0).cumsum(0)
     squared_errors = 1 - energy / A.double().square().sum()
     sufficient = (squared_errors <= tolerance**2).nonzero()
     rank = int(sufficient[0]) + 1 if len(sufficient) else cap
-    Q, U = first_columns(Q, rank), first_columns(U, rank)
+    Q, U = _first_columns(Q, rank), _first_columns(U, rank)
     return Factorization(Q, U, relative_error(A, Q, U), 1)
 
 
 def next_share(share: float, error: float) -> float:
-    """Return the next fraction of the rule "ema": up if the error is too large, else down, smoothed with weight 0.1."""
+    """Return subspace iteration's next fraction by rule "ema": up if the error is too large, else down, smoothed."""
     low, high = SHARE_ENDS
     moved = min(max(share + (SHARE_STEP if error > SHARE_ERROR else -SHARE_STEP), low), high)
     return SHARE_SMOOTHING * share + (1 - SHARE_SMOOTHING) * moved

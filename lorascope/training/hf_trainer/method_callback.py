@@ -122,7 +122,7 @@ def _only_phase(method: Method, base: Base) -> Method:
 
 
 def reject_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise a ValueError if the weights are sharded, so that no process has all of them."""
+    """Raise a ValueError if the weights under a method callback are sharded, so that no process has all of them."""
     reject_sharded_weights(model)
     model_ids = {id(parameter) for parameter in model.parameters()}
     if any(id(parameter) not in model_ids for parameter in trained_parameters(optimizer)):
@@ -132,7 +132,7 @@ def reject_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def write_checkpoint_file(
     args: TrainingArguments, state: TrainerState, name: str, optimizer: torch.optim.Optimizer, tree: dict[str, Any]
 ) -> None:
-    """Write a state into the Trainer's checkpoint of this step, in the first process only."""
+    """Write a method's state into the Trainer's checkpoint of this step, in the first process only."""
     if state.is_world_process_zero:
         save_tree(_checkpoint(args, state) / name, tree | {"weights": fingerprint(optimizer)})
 
@@ -140,7 +140,7 @@ def write_checkpoint_file(
 def read_checkpoint_file(
     args: TrainingArguments, state: TrainerState, name: str, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Return the state that ``write_checkpoint_file`` wrote into the checkpoint from which the Trainer resumes.
+    """Return the method's state from the checkpoint at which the Trainer resumes; see ``write_checkpoint_file``.
 
     Raise a ValueError if the file is missing or belongs to other weights than those the Trainer loaded.
     """

@@ -24,7 +24,7 @@ def describe_run(
     observers: Sequence[Observer],
     id: str,
 ) -> Manifest:
-    """Return the content of ``run.json``; ``args``, ``state`` and ``trainer`` are a callback's arguments."""
+    """Return a Trainer's metadata for ``run.json``; ``args``, ``state`` and ``trainer`` are a callback's arguments."""
     method = None if callback is None else callback.method
     trained = trained_parameters(step.optimizer)
     if method is None:  # an optimizer from PEFT may also contain frozen parameters
@@ -60,7 +60,7 @@ def describe_run(
 
 
 def overlap(trained: Any, evaluated: Any) -> float | None:
-    """Return the fraction of evaluation rows that are training rows, or None if it is unknown.
+    """Return the fraction of a Trainer's evaluation rows that are training rows, for the metadata, or None if unknown.
 
     Rows are not read, because reading some datasets draws random numbers. Two rows are the same if they have the same
     index in the same dataset, or are the same object in two lists. Datasets are compared by fingerprint or as objects,

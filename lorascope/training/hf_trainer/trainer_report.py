@@ -13,7 +13,7 @@ from lorascope.training.curve_report import HostReport
 
 
 class TrainerReport(HostReport):
-    """Report to callbacks of a Trainer, as if it had logged the values.
+    """Report to a Trainer's callbacks, as if the Trainer had logged the values.
 
     ``Trainer.log`` would also print them, and store them in every checkpoint.
     """
@@ -30,7 +30,7 @@ class TrainerReport(HostReport):
 
 
 def reporting_callbacks() -> list[TrainerCallback]:
-    """Return the callbacks of ``report_to`` of the Trainer that is calling the current callback.
+    """Return the callbacks to report to: those of ``report_to`` of the Trainer that calls the current callback.
 
     A Trainer gives its callbacks no reference to itself or to each other, so look for it among the callers.
     """

@@ -58,7 +58,7 @@ SMALLER = {1: "AdaLoRA, from rank 2 to 1", 2: "AdaLoRA, from rank 4 to 2", 4: "A
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms: AdaLoRA on sentiment and on its domains, and with rank 8 everywhere throughout.
+    """Return the registered arms of the AdaLoRA paper: on sentiment, on its domains, and with rank 8 throughout.
 
     Smaller budgets, and AdaLoRA without one of its parts, are for figures.
     """
@@ -94,7 +94,7 @@ def _minilm_modules() -> pd.DataFrame:
 
 
 def targets() -> dict[str, tuple[str, ...]]:
-    """Return the targets of each arm: one role in all layers, or all six roles in two layers."""
+    """Return the targets of arms on AdaLoRA's motivation: one role in all layers, or all six roles in two layers."""
     modules = _minilm_modules()
     linear = modules[modules["role"].isin(list(TYPES.values()))]
     by_type = {label: (role,) for label, role in TYPES.items()}
@@ -102,7 +102,7 @@ def targets() -> dict[str, tuple[str, ...]]:
 
 
 def placement_arms() -> list[Arm]:
-    """Return the registered arms: LoRA on the eight targets that claims compare, with equal parameters."""
+    """Return the registered arms on AdaLoRA's motivation: LoRA on the eight targets of claims, of equal parameters."""
     from lorascope.methods import LoRA
 
     by_label = targets()

@@ -47,7 +47,7 @@ RANK = 8
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms: four optimizers, in fine-tuning of minilm and in pre-training of a small GPT-2."""
+    """Return the registered arms of the Adapprox paper: four optimizers that fine-tune minilm and pre-train GPT-2."""
     from lorascope import observe
     from lorascope.methods import Adapprox, Full
     from lorascope.papers.setups import pretraining
@@ -78,7 +78,7 @@ def arms() -> list[Arm]:
 
 
 def log_tail_ratio(table: pd.DataFrame) -> float:
-    """Compute log10 of the energy beyond eight in the shuffled matrix over that in the real one, mean over matrices."""
+    """Compute Adapprox's log10 of energy beyond eight in the shuffled matrix over the real one, mean over matrices."""
     return float(np.log10(table["dealt"] / table["beyond"]).mean())
 
 
@@ -94,7 +94,7 @@ CLAIMS = {
 
 
 def keep_tails(run: Run) -> pd.DataFrame:
-    """Return the kept table ``tails``, of fractions of energy; see ``TAILS``."""
+    """Return the kept table ``tails`` of the Adapprox paper, of fractions of energy; see ``TAILS``."""
     errors = {"beyond": "moment_error", "dealt": "moment_error_dealt"}
     at_rank = {
         name: optimizer_moments.final_values(run.table, error).xs(RANK, level="index") for name, error in errors.items()
@@ -103,7 +103,7 @@ def keep_tails(run: Run) -> pd.DataFrame:
 
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the second moments of Adam, and the ranks and errors of their factors."""
+    """Draw the figures of the Adapprox paper: second moments of Adam, and the ranks and errors of their factors."""
     adam, ours = {FULL: runs[FULL]}, {OURS: runs[OURS]}
     return [draw("second_moments", adam), draw("factor_rank", ours), draw("factor_error", ours)]
 

@@ -35,7 +35,7 @@ DRAWS = 1000
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms: ALoRA with its scores and with random ones, and LoRA of the same rank."""
+    """Return the registered arms of the ALoRA paper: with its scores, with random ones, and LoRA of the same rank."""
     from lorascope.methods import ALoRA, LoRA
 
     method, settings = ALoRA(init_rank=4, alpha=4.0), encoder_settings()
@@ -47,7 +47,7 @@ def arms() -> list[Arm]:
 
 
 def replayed(table: pd.DataFrame, group: str) -> float:
-    """Return the mean fraction of a group of modules over replays of the run's rounds with random scores."""
+    """Return the mean fraction of a group of modules over replays of an ALoRA run's rounds with random scores."""
     return float(table.loc[table["group"] == group, "value"].item())
 
 
@@ -63,7 +63,7 @@ CLAIMS = {
 
 
 def keep_replays(run: Run) -> pd.DataFrame:
-    """Return the kept table ``replays``; see ``REPLAYS``."""
+    """Return the kept table ``replays`` of the ALoRA paper; see ``REPLAYS``."""
     modules = rank_allocations.current_ranks(run.table)
     ranks = _replay_rounds(run, modules, DRAWS)
     q_k, v_o = (modules["role"].isin(roles).to_numpy(np.float64) for roles in (("q", "k"), ("v", "o")))

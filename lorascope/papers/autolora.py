@@ -41,7 +41,7 @@ UNIFORM, RANDOM = "LoRA, rank 4, q and v", "LoRA, ranks from random logits, q an
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms: AutoLoRA, its search on the domains, and LoRA of rank 4 and of random ranks."""
+    """Return the registered arms of the AutoLoRA paper: its search, also on domains; LoRA of rank 4 or random ranks."""
     from lorascope.methods import AutoLoRA, LoRA
 
     method = AutoLoRA(rank=8, alpha=16.0, selection_lr=1e-2, search_steps=100)
@@ -68,7 +68,7 @@ def _with_random_ranks(arm: Arm, seed: int) -> Arm:
 
 
 def spread(table: pd.DataFrame) -> float:
-    """Compute the standard deviation of the final ranks over modules."""
+    """Compute, for a claim on AutoLoRA, the standard deviation of the final ranks over modules."""
     return float(table["value"].std(ddof=1))
 
 
@@ -82,7 +82,7 @@ CLAIMS = {
 
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the allocation, and the search."""
+    """Draw the figures of the AutoLoRA paper: the allocation, and the search."""
     label, run = ADAPTED, runs[ADAPTED]
     return [draw("rank_allocation", {label: run}), draw("importance", {label: run.parents[0]}, quantity="alpha")]
 

@@ -48,7 +48,7 @@ BAND_WIDTH = 100
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms: FourierFT in three sizes and its variants, and LoRA on the same modules.
+    """Return the registered arms of the FourierFT paper: three sizes and its variants, and LoRA on the same modules.
 
     A further size of each is for a figure.
     """
@@ -86,7 +86,7 @@ def _with_entries(arm: Arm, seed: int) -> Arm:
 
 @dataclass(frozen=True)
 class BestElsewhere(Statistic):
-    """For each seed, the accuracy of the arm with the best mean on the other seeds: (seed,)."""
+    """Accuracy, in FourierFT's claims, of the arm with the best mean on the other seeds, for each seed: (seed,)."""
 
     choices: Sequence[str]
 
@@ -112,7 +112,7 @@ CLAIMS = {
 
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the spectrum of the update, and one update."""
+    """Draw the figures of the FourierFT paper: the spectrum of the update, and one update."""
     run = {DEFAULT: runs[DEFAULT]}
     return [draw("fourier_spectrum", run), draw("update_image", run, added=True)]
 

@@ -56,14 +56,14 @@ _RIGHT, _WRONG = "correct", "misclassified"
 
 
 class Points(NamedTuple):
-    """Points in the plane and their classes."""
+    """Points in the plane and their classes, to test expressiveness."""
 
     x: Float[Tensor, "points 2"]
     y: Int[Tensor, "points"]
 
 
 class Course(NamedTuple):
-    """Accuracy after each epoch, starting before the first, and the final network."""
+    """Course of an expressiveness run: accuracy after each epoch, starting before the first, and the final network."""
 
     accuracy: list[float]
     network: nn.Sequential
@@ -79,7 +79,7 @@ Courses = Mapping[tuple[str, int], Course]
 
 
 def points(seed: int) -> Points:
-    """Draw the clusters, whose centers are on a circle."""
+    """Draw the clusters on which expressiveness is tested; their centers are on a circle."""
     import torch
 
     angle = 2 * torch.pi * torch.arange(CLASSES) / CLASSES
@@ -89,7 +89,7 @@ def points(seed: int) -> Points:
 
 
 def network(seed: int) -> nn.Sequential:
-    """Build a network of three random, frozen layers; the middle one has no bias."""
+    """Build the network whose expressiveness is tested: three random, frozen layers; the middle one has no bias."""
     import torch
     from torch import nn
 
@@ -140,7 +140,7 @@ ADAPTERS: dict[str, tuple[Callable[[int], Delta], float]] = {
 
 
 def learn(label: str, seed: int, epochs: int = EPOCHS) -> Course:
-    """Train one adapter with full-batch Adam until all points are classified correctly or the epochs are used up."""
+    """Train one adapter to test expressiveness, with full-batch Adam until all points are right or the epochs end."""
     import torch
     import torch.nn.functional as F
 
@@ -163,7 +163,7 @@ def learn(label: str, seed: int, epochs: int = EPOCHS) -> Course:
 
 
 def course_table(label: str, seed: int) -> tuple[pd.DataFrame, float, float]:
-    """Train one adapter; return the kept table ``course`` and the final training accuracy and loss.
+    """Train one adapter to test its expressiveness; return the kept table ``course``, final accuracy and loss.
 
     Its columns are in ``COURSE``.
     """
@@ -186,12 +186,12 @@ def _score(label: str, seed: int) -> Scored:
 
 
 def best_accuracy(table: pd.DataFrame) -> float:
-    """Return the best training accuracy of a course."""
+    """Return the best training accuracy of a course, for a claim on expressiveness."""
     return float(table["best_accuracy"].item())
 
 
 def log_epochs(table: pd.DataFrame) -> float:
-    """Return log10 of the epochs until all points were classified correctly, or of all epochs."""
+    """Return, for a claim on expressiveness, log10 of the epochs until all points were right, or of all epochs."""
     return float(np.log10(table["epochs"].item()))
 
 
@@ -206,7 +206,7 @@ CLAIMS = {
 
 @cache
 def courses() -> Courses:
-    """Train every adapter for every seed. Seeds vary the points, the network and the adapter initialization."""
+    """Test the expressiveness of every adapter for every seed, which varies points, network and initialization."""
     return {(label, seed): learn(label, seed) for label in ADAPTERS for seed in SEEDS}
 
 
@@ -248,7 +248,7 @@ def _draw_toy_task(runs: Mapping[str, Sequence[Any]]) -> Drawable:
 
 
 def curves(by_run: Courses) -> Chart:
-    """Plot accuracy by epoch, one line per adapter. Accuracy stays 1 after all points are classified correctly."""
+    """Plot expressiveness as accuracy by epoch, one line per adapter. Accuracy stays 1 once all points are right."""
     longest = max(len(course.accuracy) for course in by_run.values())
     tables = []
     for (label, seed), (accuracy, _) in by_run.items():
@@ -270,7 +270,7 @@ def curves(by_run: Courses) -> Chart:
 
 
 def regions(networks: Mapping[str, nn.Module], points: Points) -> Drawable:
-    """Plot the predicted class at every position of the plane, with the points on top, one panel per network."""
+    """Plot expressiveness as the predicted class over the plane, with the points on top, one panel per network."""
     import torch
 
     panels = []

@@ -49,7 +49,7 @@ INFORMATION = "gate_information"
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms on the mixture of four tasks, and full fine-tuning and LoRA on one of them.
+    """Return the registered arms of the HydraLoRA paper: on four mixed tasks, and full fine-tuning and LoRA on one.
 
     Two experts are for a figure.
     """
@@ -80,14 +80,14 @@ def arms() -> list[Arm]:
 # baseline fell to chance level in two of three seeds. Mean gate weights per domain are noisy on few
 # examples; 128 examples are about 30 per domain.
 def routed_method() -> HydraLoRA:
-    """Return HydraLoRA as the arms train it."""
+    """Return HydraLoRA as the arms of its paper train it."""
     from lorascope.methods import HydraLoRA
 
     return HydraLoRA(num_experts=4, alpha=4.0, targets=("ffn_in", "ffn_out"), lr=1e-3, head_lr=1e-3, gate_rows=128)
 
 
 def equal_rank(method: HydraLoRA) -> int:
-    """Compute the rank of LoRA with equal parameters on the feed-forward modules of a block.
+    """Compute the rank of LoRA with as many parameters as the HydraLoRA arms on the feed-forward modules of a block.
 
     A module of HydraLoRA has rank * in parameters in A, num_experts * rank * out in the experts and num_experts * in in
     the router. LoRA has in + out parameters per rank. The two feed-forward modules of a block together have as many
@@ -97,13 +97,13 @@ def equal_rank(method: HydraLoRA) -> int:
 
 
 def information(table: pd.DataFrame, when: str) -> float:
-    """Compute the mutual information of task and expert minus its mean under shuffled tasks, mean over modules."""
+    """Compute HydraLoRA's mutual information of task and expert minus its mean under shuffled tasks, over modules."""
     rows = table[table["when"] == when]
     return float((rows["information"] - rows["chance"]).mean())
 
 
 def gap(full: str, lora: str) -> MeanOverRows:
-    """Return by how much full fine-tuning is more accurate than LoRA."""
+    """Return by how much full fine-tuning is more accurate than LoRA, for a claim on HydraLoRA."""
     return MeanOverRows(Accuracy(full) - Accuracy(lora))
 
 
@@ -120,7 +120,7 @@ CLAIMS = {
 
 
 def keep_gate_information(run: Run) -> pd.DataFrame:
-    """Return the kept table ``gate_information``; see ``INFORMATION``."""
+    """Return the kept table ``gate_information`` of the HydraLoRA paper; see ``INFORMATION``."""
     columns = {"gate_information": "information", "gate_chance": "chance"}
     rows = run.table[run.table["quantity"].isin(columns)].astype({"module": "str", "quantity": "str"})
     wide = rows.pivot(index=["module", "step"], columns="quantity", values="value").rename(columns=columns)
@@ -131,7 +131,7 @@ def keep_gate_information(run: Run) -> pd.DataFrame:
 
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the gate weights by domain, and their course."""
+    """Draw the figures of the HydraLoRA paper: the gate weights by domain, and their course."""
     run = {ROUTED: runs[ROUTED]}
     return [draw(figure, run) for figure in ("gates", "gate_course")]
 

@@ -59,7 +59,7 @@ _RUNS = len(OWN)
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms: two orders of each domain and of each random quarter of the text.
+    """Return the registered arms on HydraLoRA's asymmetry: two orders of each domain and of each random quarter.
 
     The runs on domains have a shared and a separate initial A, those on quarters a shared one.
     """
@@ -107,7 +107,7 @@ def _replicate_arm(arm: Arm, seed: int) -> Arm:
 
 
 def factor_sets(table: pd.DataFrame, factor: str, view: str, when: str) -> list[FactorSet]:
-    """Rebuild the sets of comparable factors from their cosines, one per shape."""
+    """Rebuild, for HydraLoRA's asymmetry, the sets of comparable factors from their cosines, one per shape."""
     rows = table[(table["factor"] == factor) & (table["view"] == view) & (table["when"] == when)]
     sets = []
     for _, of_shape in rows.groupby("shape", sort=False):
@@ -122,22 +122,22 @@ def factor_sets(table: pd.DataFrame, factor: str, view: str, when: str) -> list[
 
 
 def shared(table: pd.DataFrame, factor: str, view: str, when: str) -> float:
-    """Compute the fraction of factors whose nearest factor from another domain belongs to the same module."""
+    """Compute, for the asymmetry, the fraction of factors whose nearest one of another domain is of the same module."""
     return sharedness(factor_sets(table, factor, view, when))["sharedness"]
 
 
 def apart(table: pd.DataFrame, view: str) -> float:
-    """Compute the fraction of B's whose nearest B of the same module is of the same domain."""
+    """Compute, for the asymmetry, the fraction of B's whose nearest B of the same module is of the same domain."""
     return neighbour_fraction(factor_sets(table, "B", view, "end"))
 
 
 def sharing(arms: Sequence[str], factor: str, view: str, when: str = "end") -> OfRun:
-    """Return the sharedness of a factor in a set of runs."""
+    """Return the sharedness of A or B in a set of runs, for a claim on their asymmetry."""
     return OfRun(partial(shared, factor=factor, view=view, when=when), SIMILARITIES, arms[-1], tuple(arms[:-1]))
 
 
 def own_domain(arms: Sequence[str], view: str) -> OfRun:
-    """Return how many nearest B's are of the same domain in a set of runs."""
+    """Return how many nearest B's are of the same domain in a set of runs, for a claim on the asymmetry of A and B."""
     return OfRun(partial(apart, view=view), SIMILARITIES, arms[-1], tuple(arms[:-1]))
 
 
@@ -163,7 +163,7 @@ COSINES: dict[tuple[str, ...], tuple[tuple[str, Factor, View], ...]] = {
 
 
 def keep_similarities(run: Run, *earlier: Run, cosines: Sequence[tuple[str, Factor, View]]) -> pd.DataFrame:
-    """Return the kept table ``similarities`` of a set of runs; see ``SIMILARITIES``.
+    """Return the kept table ``similarities`` of a set of runs, on the asymmetry of A and B; see ``SIMILARITIES``.
 
     Parameters
     ----------

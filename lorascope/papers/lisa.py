@@ -51,7 +51,7 @@ NORMS = "layer_norms"
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms: LoRA with PEFT's initial B of the embedding and with a small one, on both models."""
+    """Return the registered arms on LISA's motivation: LoRA with PEFT's and with a small initial B of the embedding."""
     from lorascope.methods import LoRA
 
     decoder = decoder_settings() | {"test_size": 200}
@@ -67,7 +67,7 @@ def arms() -> list[Arm]:
 
 
 def training_arms() -> list[Arm]:
-    """Return the registered arms: LISA on minilm, and LISA, full fine-tuning and LoRA on the whole of SmolLM2."""
+    """Return the registered arms of LISA's training: LISA on minilm; LISA, full fine-tuning and LoRA on SmolLM2."""
     from lorascope.methods import LISA, Full, LoRA
 
     settings = encoder_settings()
@@ -92,19 +92,19 @@ def training_arms() -> list[Arm]:
 
 
 def skew(table: pd.DataFrame, quantity: str, role: str) -> float:
-    """Compute log10 of the norm of a role outside the blocks, divided by the median norm of the blocks."""
+    """Compute LISA's skew: log10 of the norm of a role outside the blocks, divided by the median norm of the blocks."""
     rows = table[table["quantity"] == quantity]
     of_role, blocks = rows.loc[rows["place"] == role, "value"].item(), rows.loc[rows["block"], "value"].median()
     return float(np.log10(of_role / blocks))
 
 
 def update_skew(arm: str, role: str) -> OfRun:
-    """Return the skew of the update's norm."""
+    """Return the skew of the update's norm, for a claim on LISA's motivation."""
     return OfRun(partial(skew, quantity="update_norm", role=role), NORMS, arm)
 
 
 def factor_skew(arm: str, role: str) -> OfRun:
-    """Return the skew of the norm of the factors minus their initial values."""
+    """Return the skew of the norm of the factors minus their initial values, for a claim on LISA's motivation."""
     return OfRun(partial(skew, quantity="factor_change", role=role), NORMS, arm)
 
 
@@ -128,7 +128,7 @@ CLAIMS = {
 
 
 def keep_layer_norms(run: Run) -> pd.DataFrame:
-    """Return the kept table ``layer_norms``, with the norms that were recorded; see ``NORMS``."""
+    """Return the kept table ``layer_norms`` of the LISA paper, with the norms that were recorded; see ``NORMS``."""
     recorded, tables = set(run.table["quantity"]), []
     for quantity in ("update_norm", "factor_change", "adapter_norm"):
         if quantity in recorded:
@@ -138,7 +138,7 @@ def keep_layer_norms(run: Run) -> pd.DataFrame:
 
 
 def training_figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the blocks that trained."""
+    """Draw the figure of the LISA paper: the blocks that trained."""
     run = {DRAWN: runs[DRAWN]}
     return [draw(figure, run) for figure in ("active_layers", "draw_frequency")]
 

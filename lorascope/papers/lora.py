@@ -65,7 +65,7 @@ AMPLIFICATION = "amplification"
 
 
 def arms() -> list[Arm | OwnArm]:
-    """Return the registered arms: full fine-tuning and LoRA, both also on few drawn examples, and word counts.
+    """Return the registered arms of the LoRA paper: full fine-tuning and LoRA, also on few examples, and word counts.
 
     The lowest ranks and 1,000 examples are for figures.
     """
@@ -98,7 +98,7 @@ def _draw_examples(number: int, arm: Arm, seed: int) -> Arm:
 
 
 def fit(task: Task) -> Any:
-    """Fit logistic regression on TF-IDF features (unigrams and bigrams) of the train split; return the pipeline."""
+    """Fit the LoRA paper's TF-IDF baseline, a logistic regression on the train split, and return the pipeline."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -109,13 +109,13 @@ def fit(task: Task) -> Any:
 
 
 def tfidf_correct(task: Task) -> pd.Series:
-    """Return whether each example of the test split is classified correctly, in the order of the split."""
+    """Return whether the LoRA paper's TF-IDF baseline classifies each test example correctly, in the split's order."""
     test = task.split("test")
     return pd.Series(fit(task).predict(test["text"]) == test["label"])
 
 
 def tfidf_arm(label: str, task: str | Task) -> OwnArm:
-    """Return the baseline on a task as a registered arm."""
+    """Return the TF-IDF baseline of the LoRA paper on a task as a registered arm."""
     from lorascope.inputs import tasks
     from lorascope.inputs.tasks import Task
 
@@ -142,7 +142,7 @@ def _score(task: Task) -> Scored:
 
 
 def direction_phi(low: pd.DataFrame, high: pd.DataFrame, when: str) -> float:
-    """Compute phi(1, 1) between the A's of two runs: squared cosine of their first directions, mean over modules."""
+    """Compute LoRA's phi(1, 1) between the A's of two runs: squared cosine of first directions, mean over modules."""
     entries = low[low["when"] == when].merge(high[high["when"] == when], on=["module", "index"], suffixes=("_1", "_2"))
     a, b = entries["value_1"].astype("float64"), entries["value_2"].astype("float64")
     products = pd.DataFrame({"module": entries["module"], "ab": a * b, "aa": a**2, "bb": b**2})
@@ -151,7 +151,7 @@ def direction_phi(low: pd.DataFrame, high: pd.DataFrame, when: str) -> float:
 
 
 def log_norm(table: pd.DataFrame, directions: str) -> float:
-    """Compute log10 of the norm of W between some directions, mean over modules."""
+    """Compute, for LoRA's amplification, log10 of the norm of W between some directions, mean over modules."""
     return float(np.log10(table[directions].astype("float64")).mean())
 
 
@@ -172,7 +172,7 @@ CLAIMS = {
 
 
 def keep_directions(run: Run) -> pd.DataFrame:
-    """Return the kept table ``directions``; see ``DIRECTIONS``."""
+    """Return the kept table ``directions`` of the LoRA paper; see ``DIRECTIONS``."""
     tables = []
     for when, step in (("start", 0), ("end", None)):
         for module, factors in run.factors(step).items():
@@ -183,7 +183,7 @@ def keep_directions(run: Run) -> pd.DataFrame:
 
 
 def keep_amplification(run: Run) -> pd.DataFrame:
-    """Return the kept table ``amplification``; see ``AMPLIFICATION``.
+    """Return the kept table ``amplification`` of the LoRA paper; see ``AMPLIFICATION``.
 
     The norm between k left and k right random directions is the root mean square over all directions,
     ``k |W| / sqrt(out * in)``, which is exact.
@@ -201,7 +201,7 @@ def keep_amplification(run: Run) -> pd.DataFrame:
 
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the norms of the updates of full fine-tuning and LoRA."""
+    """Draw the figures of the LoRA paper: the norms of the updates of full fine-tuning and LoRA."""
     compared = {label: runs[label] for label in (FULL, LOW)}
     return [draw(figure, compared) for figure in ("update_norm", "update_norm_heat", "norm_over_steps")]
 

@@ -50,7 +50,7 @@ UTILIZATION = "utilization"
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms: NeFT by four choices, with fewer neurons, and its choice on two domains."""
+    """Return the registered arms of the NeFT paper: four choices, fewer neurons, and its choice on two domains."""
     from lorascope import observe
     from lorascope.methods import NeFT
 
@@ -74,17 +74,17 @@ def arms() -> list[Arm]:
 
 
 def overlap(first: pd.DataFrame, second: pd.DataFrame) -> float:
-    """Compute the overlap of two selections, as a fraction of the smaller one."""
+    """Compute the overlap of two selections of the NeFT paper, as a fraction of the smaller one."""
     return len(first.merge(second, on=["module", "neuron"])) / min(len(first), len(second))
 
 
 def pooled_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
-    """Compute the expected overlap of random selections from all modules together."""
+    """Compute the expected overlap of random selections from all modules together, the chance level of NeFT's."""
     return max(len(first), len(second)) / float(first["pool"].iloc[0])
 
 
 def module_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
-    """Compute the expected overlap of random selections with as many neurons in every module."""
+    """Compute the chance overlap of NeFT's selections: random, with as many neurons in every module."""
     counts, other_counts = (table["module"].astype("str").value_counts() for table in (first, second))
     sizes = pd.concat([first, second]).astype({"module": "str"}).groupby("module")["size"].first()
     return float((counts * other_counts / sizes).sum() / min(len(first), len(second)))
@@ -92,7 +92,7 @@ def module_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
 
 @dataclass(frozen=True)
 class ShiftFrom(Statistic):
-    """``mean_shift`` of the utilization ranks of an arm from those of another with the same seed: (seed,)."""
+    """NeFT paper's ``mean_shift`` of an arm's utilization ranks from another arm's with the same seed: (seed,)."""
 
     reference: str
     arm: str
@@ -109,7 +109,7 @@ class ShiftFrom(Statistic):
 
 
 def mean_shift(before: pd.DataFrame, after: pd.DataFrame) -> float:
-    """Compute the mean absolute shift of utilization ranks, as a fraction of the number of ranks in a role."""
+    """Compute, for a claim on NeFT, the mean absolute shift of utilization ranks, as a fraction of ranks in a role."""
     sizes = after.groupby("role")["rank"].transform("size")
     shifts = (after["rank"].astype("float64") - before["rank"].astype("float64")).abs()
     return float((shifts / sizes).mean())
@@ -132,7 +132,7 @@ CLAIMS = {
 
 
 def keep_selected(run: Run) -> pd.DataFrame:
-    """Return the kept table ``selected``; see ``SELECTED``."""
+    """Return the kept table ``selected`` of the NeFT paper; see ``SELECTED``."""
     neurons = selected_neurons.list_selected(run)[["module", "neuron"]].astype({"module": "str", "neuron": "uint16"})
     sizes = selected_neurons.count_selectable(run)
     neurons = neurons.assign(size=neurons["module"].map(sizes).astype("uint16"), pool=sizes.total())
@@ -140,7 +140,7 @@ def keep_selected(run: Run) -> pd.DataFrame:
 
 
 def keep_utilization(run: Run) -> pd.DataFrame:
-    """Return the kept table ``utilization``, after the last step; see ``UTILIZATION``."""
+    """Return the kept table ``utilization`` of the NeFT paper, after the last step; see ``UTILIZATION``."""
     rows = norms.last_recorded(run.table[run.table["quantity"] == "utilisation"]).astype(
         {"module": "str", "role": "str"}
     )
@@ -150,7 +150,7 @@ def keep_utilization(run: Run) -> pd.DataFrame:
 
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
-    """Draw the chosen neurons, their rotation, and the shifts of utilization."""
+    """Draw the figures of the NeFT paper: the chosen neurons, their rotation, and the shifts of utilization."""
     run = {CHANGED: runs[CHANGED]}
     return [draw(figure, run) for figure in ("neurons", "neuron_cosine", "rank_shift")]
 

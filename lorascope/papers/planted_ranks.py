@@ -46,7 +46,7 @@ _SCALE = 4.0
 
 
 def arms() -> list[Arm]:
-    """Return the registered arms: three allocators, and LoRA with uniform ranks, on the text of the seed's teacher."""
+    """Return the registered arms on planted ranks: three allocators and LoRA of uniform ranks, on a teacher's text."""
     from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, LoRA
     from lorascope.papers.setups import planted_teacher
 
@@ -82,12 +82,12 @@ def correlation(table: pd.DataFrame) -> float:
 
 
 def distance(table: pd.DataFrame) -> float:
-    """Compute the mean of ``|found - planted|`` over modules."""
+    """Compute the mean distance of found from planted ranks, ``|found - planted|``, over modules."""
     return float((table["found"] - table["planted"]).abs().mean())
 
 
 def log_likelihood(arm: str) -> MeanOverRows:
-    """Return minus the test loss."""
+    """Return minus the test loss, for a claim on planted ranks."""
     return MeanOverRows(LogLikelihood(arm))
 
 
@@ -105,7 +105,7 @@ CLAIMS = {
 
 
 def keep_recovery(run: Run) -> pd.DataFrame:
-    """Return the kept table ``recovery``; see ``RECOVERY``."""
+    """Return the kept table ``recovery`` of planted ranks; see ``RECOVERY``."""
     ranks = recovered_ranks(run)[["module", "planted", "found"]]
     return ranks.astype({"planted": "int16", "found": "int16"}).reset_index(drop=True)
 

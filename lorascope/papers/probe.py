@@ -23,7 +23,7 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One configuration of a study: a method on a model and a task, run for several seeds.
+    """One configuration of a probe: a method on a model and a task, run for several seeds.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Scored:
-    """Result of a run of an ``OwnArm``: values of its row in the evidence, scores of test rows, and kept tables."""
+    """Result of a run of a probe's ``OwnArm``: values of its row in the evidence, scores by test row, kept tables."""
 
     row: Mapping[str, Any]
     scores: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnArm:
-    """A registered arm that ``train`` does not train, such as word counts.
+    """Registered arm of a probe that ``train`` does not train, such as word counts.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class OwnArm:
 
 
 def encoder_settings(steps: int = 300, *observers: Observer) -> dict[str, Any]:
-    """Return the training settings of the arms on minilm, which are scored after the last step only."""
+    """Return the training settings of a probe's arms on minilm, which are scored after the last step only."""
     from lorascope import observe
 
     # The validation split of sentiment has 1,968 rows; a mixture of tasks has more, and is scored on as many.
@@ -95,7 +95,7 @@ def encoder_settings(steps: int = 300, *observers: Observer) -> dict[str, Any]:
 
 
 def decoder_settings() -> dict[str, Any]:
-    """Return the training settings of the arms on the whole of SmolLM2."""
+    """Return the training settings of a probe's arms on the whole of SmolLM2."""
     from lorascope import observe
 
     settings = {"steps": 40, "batch_size": 8, "eval_every": 0, "eval_size": 200}
@@ -103,7 +103,7 @@ def decoder_settings() -> dict[str, Any]:
 
 
 def factor_settings(steps: int = 300) -> dict[str, Any]:
-    """Return the settings of arms whose factors are read at the start and at the end."""
+    """Return the settings of a probe's arms whose factors are read at the start and at the end."""
     from lorascope import observe
 
     return encoder_settings(steps, observe.factors(every=steps))
@@ -111,7 +111,7 @@ def factor_settings(steps: int = 300) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Study of one paper: the runs that its registered claims need, and the paper's figures of a single run.
+    """Probe, the study of one paper: the runs that its registered claims need, and the paper's figures of a single run.
 
     A module of ``papers`` defines one or several.
 

@@ -19,23 +19,23 @@ ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("ffn_in", "ffn_gate", "ffn_out"
 
 
 def fraction(table: pd.DataFrame, roles: Collection[str]) -> float:
-    """Compute the fraction of the total rank in modules of some roles."""
+    """Compute the fraction of the total rank of a table of ranks in modules of some roles."""
     return float(table["value"].where(table["role"].isin(roles), 0).sum() / table["value"].sum())
 
 
 def top_fraction(table: pd.DataFrame) -> float:
-    """Compute the fraction of the total rank in the top third of the layers."""
+    """Compute the fraction of the total rank of a table of ranks in the top third of the layers."""
     return float(table["value"].where(depth_thirds(table) == "top", 0).sum() / table["value"].sum())
 
 
 def tau(first: pd.DataFrame, second: pd.DataFrame) -> float:
-    """Compute Kendall's tau-b between the ranks of two runs; 0 if all ranks of one are equal, as they have no order."""
+    """Compute Kendall's tau-b between the ranks in the tables of two runs; 0 if all ranks of one are equal."""
     ranks = first.merge(second, on="module", suffixes=("_1", "_2"))[["value_1", "value_2"]]
     return float(np.nan_to_num(kendall_tau(ranks.to_numpy(np.float64).T)[0, 1]))
 
 
 def residual_tau(first: pd.DataFrame, second: pd.DataFrame) -> float:
-    """Compute ``tau`` of the ranks minus the means of their role and of their layer."""
+    """Compute ``tau`` of two tables of ranks minus the means of their role and of their layer."""
     return tau(_residuals(first), _residuals(second))
 
 
@@ -47,23 +47,23 @@ def _residuals(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_roles(arm: str, *roles: str) -> OfRun:
-    """Return the fraction of the total rank in modules of some roles."""
+    """Return the fraction of the total rank in modules of some roles, from the kept table of ranks."""
     return OfRun(partial(fraction, roles=roles), RANKS, arm)
 
 
 def agreement(arm: str, other: str = "") -> OfPairs:
-    """Return Kendall's tau between the ranks of pairs of runs of one arm, or of two."""
+    """Return Kendall's tau between the kept tables of ranks of pairs of runs of one arm, or of two."""
     return OfPairs(tau, RANKS, arm, other or arm)
 
 
 def keep_ranks(run: Run) -> pd.DataFrame:
-    """Return the kept table ``ranks``; see ``RANKS``."""
+    """Return the kept table of ranks, ``ranks``; see ``RANKS``."""
     ranks = run.ranks()
     modules = run.modules.loc[run.modules["module"].isin(ranks), ["module", "stack", "layer", "role"]]
     return modules.assign(value=modules["module"].map(ranks).astype("int16"))
 
 
 def allocation_figures(runs: Mapping[str, Run], label: str) -> list[ReportFigure]:
-    """Draw the allocation of the run ``label``, its history and the scores that decided it."""
+    """Draw, from the ranks in the tables of the run ``label``, its allocation, history and scores."""
     run = {label: runs[label]}
     return [draw("rank_allocation", run, chance=True), draw("rank_replay", run), draw("importance", run)]

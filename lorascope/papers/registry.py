@@ -39,5 +39,5 @@ PROBES = dict(sorted(PROBES.items(), key=lambda item: item[1].order))
 
 
 def module_of(claim: str) -> str:
-    """Return the name of the module that computes a claim."""
+    """Return the name of the module of ``papers`` that registers a claim."""
     return _module_of[claim]

@@ -56,14 +56,14 @@ Rows = dict[str, dict[str, np.ndarray]]
 
 
 def truth_correlation(table: pd.DataFrame, score: str) -> float:
-    """Compute Spearman's correlation of a score and the loss increase on both halves together, over components."""
+    """Compute the agreement of a score and the loss increase on both halves: Spearman's correlation of components."""
     wide = table[table["component"] >= 0].pivot(index=["module", "component"], columns="score", values="value")
     truth = wide[list(HALVES)].mean(axis=1)
     return float(spearman(np.column_stack([wide[score], truth]))[0, 1])
 
 
 def with_truth(score: str) -> OfRun:
-    """Return the correlation of a score with the loss increase."""
+    """Return the agreement of a score with the loss increase: their correlation."""
     return OfRun(partial(truth_correlation, score=score), SCORES, LOW)
 
 
@@ -77,7 +77,7 @@ CLAIMS = {
 
 
 def keep_scores(run: Run) -> pd.DataFrame:
-    """Return the kept table ``SCORES`` of a trained LoRA: its scores, and loss increases on two halves of the text."""
+    """Return the kept table ``SCORES`` on score agreement: a LoRA's scores, and loss increases on two text halves."""
     import torch
 
     from lorascope.adapters.delta import attached_deltas, detach
@@ -132,7 +132,7 @@ def keep_scores(run: Run) -> pd.DataFrame:
 
 
 def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
-    """Compute AdaLoRA's importance, its sensitivity and uncertainty of lambda, and the norm of the mean gradient.
+    """Compute AdaLoRA's scores, whose agreement is studied: importance, sensitivity, uncertainty and gradient norm.
 
     The averages run over the batches at zero learning rate, with AdaLoRA's default betas.
     """
@@ -166,7 +166,7 @@ def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], ba
 
 
 def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batch: Any) -> Rows:
-    """Compute ALoRA's importance score and its two terms, signed so that higher means more important."""
+    """Compute ALoRA's score, whose agreement is studied, and its two terms; higher means more important."""
     from lorascope.adapters.ablation import ablation_scores
     from lorascope.adapters.delta import detach
     from lorascope.experiments.component_removal import attach_components, fill_plain
@@ -183,7 +183,7 @@ def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batc
 
 
 def autolora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
-    """Compute AutoLoRA's alpha after training only the logits for two epochs over the batches."""
+    """Compute AutoLoRA's score, whose agreement is studied: alpha after training only the logits for two epochs."""
     import torch
 
     from lorascope.adapters.delta import detach

@@ -23,7 +23,7 @@ _COMPARED = ("id", "method", "recipe", "settings", "task", "seed", "status", "mo
 
 
 def write_excerpt(run: Run, path: Path, quantities: Collection[str], arrays: Collection[str]) -> Run:
-    """Write the records of some quantities, and some arrays of the snapshots, to a run folder.
+    """Write the excerpt of a run, the records of some quantities and some arrays of the snapshots, to a run folder.
 
     Parameters
     ----------

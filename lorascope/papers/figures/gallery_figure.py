@@ -81,7 +81,7 @@ class GalleryFigure:
 
 
 class KeptScores(Result):
-    """Row of a run in the evidence and its kept tables, as a result without factors and records of its training.
+    """Row of a kept run and its kept tables, as a result that gallery figures draw, without factors and records.
 
     Parameters
     ----------
@@ -137,17 +137,17 @@ class KeptScores(Result):
 
 
 def own_labels(*labels: str) -> dict[str, str]:
-    """Return the arms of a figure in which they have the labels of the registration."""
+    """Return the arms of a gallery figure in which they have the labels of the registration."""
     return {label: label for label in labels}
 
 
 def accuracy_bars(runs: Mapping[str, Sequence[Any]], title: str, start: float) -> Chart:
-    """Return the test accuracy of arms as bars, on an axis from ``start``; they may have different tasks."""
+    """Return a gallery figure's test accuracy of arms as bars, from ``start``; arms may have different tasks."""
     return metric_bars(gather("accuracy", runs), start, "", (), title)
 
 
 def accuracy_by_rank(runs: Mapping[str, Sequence[Any]], ranks: Mapping[str, int], title: str, rates: str) -> Chart:
-    """Return the test accuracy of arms by rank, one line per method.
+    """Return a gallery figure's test accuracy of arms by rank, one line per method.
 
     Parameters
     ----------
@@ -175,7 +175,7 @@ def accuracy_by_rank(runs: Mapping[str, Sequence[Any]], ranks: Mapping[str, int]
 
 
 def printed(**columns: str) -> pd.DataFrame:
-    """Return rows of ``data/published/reported.csv``, whose scores are in points, in the units of the figures.
+    """Return rows of ``data/published/reported.csv``, whose scores are in points, in the units of a gallery figure.
 
     Parameters
     ----------
@@ -198,7 +198,7 @@ def printed(**columns: str) -> pd.DataFrame:
 
 
 def add_printed_sizes(chart: Chart, numbers: pd.DataFrame, reference: str) -> Chart:
-    """Add numbers that a paper prints to accuracy by trained parameters; labels are then above or below their points.
+    """Add numbers that a paper prints to a gallery figure of accuracy by parameters; labels are above or below.
 
     The printed numbers widen the axis, so that labels on the right would be on the lines.
     """
@@ -211,5 +211,5 @@ def add_printed_sizes(chart: Chart, numbers: pd.DataFrame, reference: str) -> Ch
 
 
 def training_loss(runs: Mapping[str, Sequence[Any]]) -> Drawable:
-    """Return the training loss over the steps, without validation scores, which arms have only after the last step."""
+    """Return a gallery figure's training loss by step, without validation scores, which arms have only at the end."""
     return plots.training_curves(runs).charts()[0]

@@ -37,7 +37,7 @@ Find = Callable[[Mapping[str, Any]], Run | None]
 
 
 def draw_figures(folder: Path, out: Path, images: Path, sections: Sections, commit: str) -> None:
-    """Draw the figures whose runs are in the evidence, unless they are kept with the same runs and data.
+    """Draw or redraw the figures whose runs are in the evidence, unless they are kept with the same runs and data.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def _is_kept(
 
 
 def differences(folder: Path, evidence: Evidence, sections: Sections) -> Iterator[str]:
-    """Draw the kept figures again from kept scores, tables and excerpts; return one line for each difference.
+    """Redraw the kept figures from kept scores, tables and excerpts; return one line for each difference.
 
     The data of figures of factors are left out, because factors are not kept.
     """
@@ -173,7 +173,7 @@ def _shorten(value: str | tuple[str, ...]) -> str:
 def changed_excerpts(
     folder: Path, evidence: Evidence, row: Mapping[str, Any], retrained: Path, sections: Sections
 ) -> list[str]:
-    """Return what differs between the excerpt of a run and the same run that was trained again, in one line each.
+    """Return what differs between an excerpt for redrawing figures and the same run trained again, in one line each.
 
     Parameters
     ----------

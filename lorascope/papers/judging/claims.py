@@ -100,14 +100,14 @@ class Claim:
 
 
 def side(low: float, high: float) -> str:
-    """Return the side of 0 of the whole interval of an effect: "above 0", "below 0", or "" if it contains 0."""
+    """Return the side of 0 on which a claim's whole interval is: "above 0", "below 0", or "" if it contains 0."""
     if low > 0:
         return "above 0"
     return "below 0" if high < 0 else ""
 
 
 def format_effect(claim: Claim, effect: float, low: float, high: float) -> str:
-    """Format an effect and its interval, such as ``0.0112 [0.0041, 0.0183]``.
+    """Format the effect that a claim is about and its interval, such as ``0.0112 [0.0041, 0.0183]``.
 
     There are at least three significant digits, and as many as it takes to see on which side of 0 and of the bounds of
     the claim each end is.
@@ -124,7 +124,7 @@ def format_effect(claim: Claim, effect: float, low: float, high: float) -> str:
 
 
 def with_level(effect: str, one_sided: float) -> str:
-    """Add the level of its interval to a formatted effect, such as ``0.0112 [0.0041, 0.0183] (99%)``.
+    """Add the level of its interval to a claim's effect, such as ``0.0112 [0.0041, 0.0183] (99%)``.
 
     ``one_sided`` is the error of the interval on each side. An effect without a known one stays as it is.
     """

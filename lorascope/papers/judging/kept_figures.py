@@ -30,7 +30,7 @@ _METADATA = b"lorascope"
 
 @dataclass(frozen=True)
 class FigureAbout:
-    """Description of a figure.
+    """Description of a kept figure: where it is listed, what it shows, and from which runs.
 
     Parameters
     ----------
@@ -52,14 +52,14 @@ class FigureAbout:
 
 @dataclass(frozen=True)
 class KeptFigure:
-    """Description of a kept figure, and the SHA-256 of the file with its data."""
+    """Kept figure: its description, and the SHA-256 of the file with its data."""
 
     about: FigureAbout
     digest: str
 
 
 def write(folder: Path, name: str, table: pd.DataFrame, about: FigureAbout) -> KeptFigure:
-    """Write the data of a chart to a folder of evidence."""
+    """Write a kept figure, the data of a chart, to a folder of evidence."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -71,7 +71,7 @@ def write(folder: Path, name: str, table: pd.DataFrame, about: FigureAbout) -> K
 
 
 def read(folder: Path) -> dict[str, KeptFigure]:
-    """Read what the figures of a folder of evidence show, by name.
+    """Read the kept figures of a folder of evidence: what they show, by name.
 
     Raises
     ------
@@ -94,7 +94,7 @@ def _read_figure(file: Path) -> KeptFigure:
 
 
 def digest_in(image: Path) -> str:
-    """Return the SHA-256 of the chart data that an image contains, or "" if there is no image or it has none."""
+    """Return the SHA-256 of chart data in the image of a kept figure, or "" if there is no image or it has none."""
     return str(_read_image(image)[0].get("data_sha256", ""))
 
 
@@ -109,7 +109,7 @@ def _read_image(image: Path) -> tuple[dict[str, Any], str]:
 
 
 def image_differences(figures: Mapping[str, KeptFigure], runs: Collection[str], images: Path | None) -> Iterator[str]:
-    """Return one line for each run of a figure that is not kept, and each image with other data, runs or pixels.
+    """Return one line for each run of a kept figure that is not kept, and each image with other data, runs or pixels.
 
     Parameters
     ----------

@@ -42,7 +42,7 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class ColumnKind:
-    """Values of a column of a CSV file: their description in errors, dtype, and conversion from text.
+    """Values of a column of the kept runs' CSV file: their description in errors, dtype, and conversion from text.
 
     The conversion raises a KeyError or ValueError for other texts.
     """
@@ -94,7 +94,7 @@ INSTRUCTIONS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MK
 
 @dataclass(eq=False)
 class Evidence:
-    """Runs with their predictions and kept tables.
+    """Kept runs with their predictions and kept tables.
 
     Parameters
     ----------
@@ -209,7 +209,7 @@ def _of_run(by_run: Mapping[str, Any], run: str, name: str) -> Any:
 
 
 def read(folder: str | Path) -> Evidence:
-    """Read a folder of evidence.
+    """Read the kept runs of a folder of evidence.
 
     Raises
     ------
@@ -237,14 +237,14 @@ def read(folder: str | Path) -> Evidence:
 
 
 def read_kept(folder: Path) -> Evidence:
-    """Read a folder of evidence; without a ``runs.csv``, return the evidence of no runs."""
+    """Read the kept runs of a folder of evidence; without a ``runs.csv``, return the evidence of no runs."""
     if (folder / "runs.csv").exists():
         return read(folder)
     return Evidence(pd.DataFrame(columns=list(RUN_COLUMNS)), pd.DataFrame())
 
 
 def read_csv(file: Path, columns: Mapping[str, ColumnKind]) -> pd.DataFrame:
-    """Read a CSV file with exactly these columns.
+    """Read a CSV file of kept runs with exactly these columns.
 
     Raises
     ------
@@ -271,7 +271,7 @@ def _parse_csv(content: bytes, columns: Mapping[str, ColumnKind]) -> pd.DataFram
 
 
 def text_table(content: bytes) -> pd.DataFrame:
-    """Return the content of a CSV file as a table of texts.
+    """Return the content of a CSV file of kept runs as a table of texts.
 
     Raises
     ------
@@ -291,7 +291,7 @@ def text_table(content: bytes) -> pd.DataFrame:
 
 
 def read_texts(file: Path) -> list[dict[Any, str]]:
-    """Return the rows of a CSV file as texts by column; raise a ValueError of one line if it is damaged."""
+    """Return the rows of a CSV file of kept runs as texts by column; raise a one-line ValueError if it is damaged."""
     try:
         return text_table(file.read_bytes()).to_dict("records")
     except ValueError as error:
@@ -340,7 +340,7 @@ def _read_scores(file: Path) -> dict[str, np.ndarray]:
 def add_run(
     folder: str | Path, row: Mapping[str, Any], scores: Mapping[str, np.ndarray], tables: Mapping[str, pd.DataFrame]
 ) -> None:
-    """Add a finished run, whose files are complete before its row appears in ``runs.csv``.
+    """Add a finished run to the kept runs; its files are complete before its row appears in ``runs.csv``.
 
     Parameters
     ----------
@@ -380,7 +380,7 @@ def add_run(
 
 
 def add_rows(folder: Path, rows: pd.DataFrame) -> None:
-    """Add the test rows of a task, if the folder lacks them."""
+    """Add the test rows of a task to those of the kept runs, if the folder lacks them."""
     file = folder / "rows.parquet"
     old_rows = read_table(file, file) if file.exists() else rows.head(0)
     if not set(rows["task_hash"]) <= set(old_rows["task_hash"]):
@@ -394,18 +394,18 @@ def _write_table(file: Path, table: pd.DataFrame) -> None:
 
 
 def to_csv(table: pd.DataFrame) -> bytes:
-    """Return a table as the content of a CSV file."""
+    """Return a table about kept runs as the content of a CSV file."""
     return table.to_csv(index=False, lineterminator="\n").encode()
 
 
 def digest(file: Path) -> str:
-    """Return the SHA-256 of a file; raise a ValueError if it is too large for evidence."""
+    """Return the SHA-256 of a file of the kept runs; raise a ValueError if it is too large for evidence."""
     require_small(file, MAX_BYTES)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def manifest(folder: str | Path) -> str:
-    """Return SHA-256 and path of every file of a folder except ``MANIFEST``, as ``sha256sum`` prints them."""
+    """Return SHA-256 and path of every file of the kept runs except ``MANIFEST``, as ``sha256sum`` prints them."""
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "MANIFEST")
     return "".join(f"{digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths)

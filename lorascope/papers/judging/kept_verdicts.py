@@ -21,7 +21,7 @@ COLUMNS = ("claim", "sentence", "n", "effect", "control", "outcome")
 
 @dataclass(frozen=True)
 class KeptVerdicts:
-    """Verdicts of a folder ``data``.
+    """Kept verdicts of a folder ``data``.
 
     Parameters
     ----------
@@ -63,12 +63,12 @@ def read(data: Path = registration.FILE.parent) -> KeptVerdicts:
 
 
 def have_verdict(verdicts: pd.DataFrame) -> pd.Series:
-    """Return which claims of a ``verdicts.csv`` have a verdict: void, or by runs of the registered arms."""
+    """Return which claims of a kept ``verdicts.csv`` have a verdict: void, or by runs of the registered arms."""
     return ((verdicts["look"] >= 1) & (verdicts["arms_state"] != "changed")) | (verdicts["outcome"] == "void")
 
 
 def read_file(file: Path, claims: Registration) -> pd.DataFrame:
-    """Read a file ``verdicts.csv``, with one row per claim on trained runs.
+    """Read a kept ``verdicts.csv``, with one row per claim on trained runs.
 
     Raises
     ------

@@ -16,7 +16,7 @@ MAX_EXTENSIONS = 2
 
 @dataclass(frozen=True)
 class Choice:
-    """State of the choice: the rates still to train, or the chosen one.
+    """State of the choice of a learning rate: the rates still to train, or the chosen one.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class Choice:
 
 
 def choose(grid: Sequence[float], losses: Mapping[float, float]) -> Choice:
-    """Choose the rate with the lowest loss; ties go to the smaller rate.
+    """Choose the learning rate with the lowest loss; ties go to the smaller one.
 
     If the best rate is at an end of the grid, one further rate beyond it is tried, at most twice. A further rate is
     ten times, or a tenth of, the last rate but one, which continues a grid of factors of about three.
@@ -69,7 +69,7 @@ def _round(rate: float) -> float:
 
 
 def losses_by_rate(runs: pd.DataFrame, arm: str, seeds: Sequence[int]) -> dict[float, float]:
-    """Return the mean validation loss of an arm at each rate that all tuning seeds have trained.
+    """Return the mean validation loss of an arm at each learning rate that all tuning seeds have trained.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def losses_by_rate(runs: pd.DataFrame, arm: str, seeds: Sequence[int]) -> dict[f
 
 
 def choice_of_arm(registration: Registration, runs: pd.DataFrame, arm: str) -> tuple[RegisteredArm, Choice]:
-    """Return the arm whose rate an arm takes, which may be itself, and the state of the choice.
+    """Return the arm whose learning rate an arm takes, which may be itself, and the state of the choice.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def choice_of_arm(registration: Registration, runs: pd.DataFrame, arm: str) -> t
 
 
 def tuning_table(runs: pd.DataFrame, grids: Mapping[str, tuple[Sequence[float], Sequence[int]]]) -> pd.DataFrame:
-    """Tabulate the tuning runs and the chosen rates.
+    """Tabulate the tuning runs and the chosen learning rates.
 
     Parameters
     ----------

@@ -51,7 +51,7 @@ _ALLOWED = [((5, 10, 20), (0.005, 0.0075, 0.015)), ((5, 10), (0.005, 0.0215))]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of a claim at the look at which it ended, or at the last one so far.
+    """Outcome of a claim at its looks: at the one that decided it, or at the last one so far.
 
     Parameters
     ----------

@@ -25,7 +25,7 @@ _ATTENTION, _FEED_FORWARD = 768 + 768 + 1, 768 + 3072 + 1
 
 
 def fourierft(folder: Path) -> Interval:
-    """Compute the points by which FourierFT's logs are above LoRA's printed scores, mean over comparable cells.
+    """Compute the points by which FourierFT's published logs are above LoRA's scores, mean over comparable cells.
 
     A cell is a task and a model size. Cells in which LoRA starts from an adapter trained on MNLI are left out. The
     interval is Welch's: every cell has five seeds of FourierFT, and LoRA's printed deviation over as many.
@@ -44,7 +44,7 @@ def fourierft(folder: Path) -> Interval:
 
 
 def autolora(folder: Path) -> Interval:
-    """Compute how far the ranks in AutoLoRA's released lists spread beyond those of random logits.
+    """Compute how far the ranks in AutoLoRA's published lists spread beyond those of random logits.
 
     The value of a list is the standard deviation of its 24 ranks; the expectation under random logits is simulated.
     """
@@ -54,14 +54,14 @@ def autolora(folder: Path) -> Interval:
 
 
 def autolora_data(folder: Path) -> Interval:
-    """Return how much more lists of one dataset agree (Kendall's tau) than lists of two, with its permutations."""
+    """Return how much more published lists of one dataset agree (Kendall's tau) than of two, with its permutations."""
     tests = pd.read_csv(folder / "autolora_tests.csv")
     row = tests[tests["statement"].str.startswith("lists of one data set agree more")].iloc[0]  # prose: ok
     return Interval(row["effect"], row["low"], row["high"], row["n"])
 
 
 def adalora(folder: Path) -> Interval:
-    """Compute the share of the ranks in feed-forward matrices minus a third, from AdaLoRA's printed parameter counts.
+    """Compute the share of the ranks in feed-forward matrices minus a third, from AdaLoRA's published parameter counts.
 
     With b components, a fraction f of which are in feed-forward matrices, a model has ``b (1537 (1 - f) + 3841 f)``
     parameters. The interval is what the rounding of both printed counts leaves open, so it has no seeds.
@@ -76,7 +76,7 @@ def adalora(folder: Path) -> Interval:
 
 
 def neft_loss(folder: Path) -> Interval:
-    """Compute the nats by which NeFT's best development loss is below that of full fine-tuning.
+    """Compute the nats by which NeFT's best published development loss is below that of full fine-tuning.
 
     The mean is over two language pairs with one run per method, so there is no interval.
     """
@@ -85,7 +85,7 @@ def neft_loss(folder: Path) -> Interval:
 
 
 def hydralora(folder: Path) -> Interval:
-    """Return the points by which HydraLoRA is above LoRA of as many parameters, as printed; runs are not stated."""
+    """Return the published points by which HydraLoRA is above LoRA of as many parameters; runs are not stated."""
     gains = pd.read_csv(folder / "printed_gains.csv").set_index("comparison")
     return Interval(gains["mean_gain"]["HydraLoRA over LoRA of as many parameters"], np.nan, np.nan, 0)
 
@@ -105,7 +105,7 @@ _WITHOUT_SEEDS = {"published.adalora"}  # its interval covers the rounding of th
 
 
 def judge_published(claims: Mapping[str, Registered], folder: Path) -> pd.DataFrame:
-    """Judge the claims on published figures, which are not corrected for their number.
+    """Judge the claims on published numbers, which are not corrected for their number.
 
     A claim whose effect has no interval, or comes from fewer than three runs or lists, is inconclusive. NeFT's overlap
     is only shown next to its chance level.
@@ -150,6 +150,6 @@ def _show_overlap(folder: Path) -> dict[str, Any]:
 
 
 def neft_overlap(folder: Path) -> pd.DataFrame:
-    """Return how many neurons two selections of NeFT share, and what random selections of this size share."""
+    """Return how many neurons two published selections of NeFT share, and what random ones of this size share."""
     table = pd.read_csv(folder / "neft_overlap.csv")
     return table.assign(chance=table["neurons"] / table["pool"])

@@ -46,7 +46,7 @@ Tier = Literal["primary", "secondary", "published"]
 
 @dataclass(frozen=True)
 class Paper:
-    """Place in a paper: arXiv id, and table, figure or section; one claim per paper is primary."""
+    """Registered place in a paper: arXiv id, and table, figure or section; one claim per paper is primary."""
 
     arxiv: str
     place: str
@@ -55,7 +55,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class ClaimText:
-    """The claim as text: its sentence, what is compared, and where the control comes from."""
+    """Registered text of a claim: its sentence, what is compared, and where the control comes from."""
 
     sentence: str
     statistic: str
@@ -65,7 +65,7 @@ class ClaimText:
 
 @dataclass(frozen=True)
 class Bound:
-    """Kind of the claim with its margin or tolerance, in a unit, and where the number comes from."""
+    """Registered kind of a claim with its margin or tolerance, in a unit, and where the number comes from."""
 
     kind: Kind
     unit: str
@@ -76,7 +76,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class Design:
-    """Method of the interval, the looks with their levels, and the first judged seed.
+    """Registered method of the interval, the looks with their levels, and the first judged seed.
 
     The interval of a claim on published figures comes from them, without looks.
     """
@@ -139,7 +139,7 @@ class RegisteredArm:
 def arm_hash(
     arm: RegisteredArm, method: Mapping[str, Any], settings: Mapping[str, Any], task_hash: str, w0: str
 ) -> str:
-    """Hash what the runs of an arm have in common, and how their rate is chosen.
+    """Hash what the runs of a registered arm have in common, and how their rate is chosen.
 
     Label, rate, number of seeds and cost are left out, and so is what the seed of a run draws.
 
@@ -215,7 +215,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Deviation:
-    """A change of one claim, or of all with "*"."""
+    """Deviation from the registration: a change of one claim, or of all with "*"."""
 
     claim: str
     what: Change
@@ -223,7 +223,7 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the work, in the order in which it is done.
+    """Stage of the registration: a part of the work, in the order in which it is done.
 
     Parameters
     ----------
@@ -364,7 +364,7 @@ class HistoryComparison:
 
 
 def compare_with_history(file: Path, commits: Collection[str]) -> HistoryComparison:
-    """Compare the registration, in the folder ``data`` of a clone, with its versions at the commits of the runs."""
+    """Compare the registration in a clone's folder ``data`` with its versions at the commits of the runs."""
     root, now = file.parents[1], file.read_bytes()
     differences, compared = [], 0
     versions = {now}
@@ -383,7 +383,7 @@ def compare_with_history(file: Path, commits: Collection[str]) -> HistoryCompari
 
 
 def unexplained_changes(earlier: Registration, now: Registration, commit: str) -> Iterator[str]:
-    """Return one line per claim, arm, deviation or stage that was changed without a later deviation.
+    """Return one line for each change of the registration (claim, arm, deviation, stage) without a later deviation.
 
     A deviation allows changes of its claim and of the arms that the claim uses; "*" allows all. A new arm that no claim
     uses needs none, because it changes no verdict.

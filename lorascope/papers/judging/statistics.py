@@ -28,7 +28,7 @@ Reads = dict[tuple[str, str], tuple[str, ...]]
 
 
 class Statistic:
-    """Quantity that is computed from the evidence for some seeds."""
+    """Statistic: quantity that is computed from the evidence for some seeds."""
 
     def reads(self) -> Reads:
         """Return the kept tables and scores that it reads; the names of scores are "margin" and "nll"."""
@@ -57,7 +57,7 @@ class Statistic:
 
 @dataclass(frozen=True)
 class Constant(Statistic):
-    """A value that is known without runs, such as an exact expectation under chance."""
+    """Statistic that is known without runs, such as an exact expectation under chance."""
 
     value: float
 
@@ -67,7 +67,7 @@ class Constant(Statistic):
 
 @dataclass(frozen=True)
 class Simulated(Constant):
-    """An expectation under chance from a simulation, with its number of draws and its standard error."""
+    """Statistic expected under chance, from a simulation, with its number of draws and its standard error."""
 
     draws: int
     error: float
@@ -75,7 +75,7 @@ class Simulated(Constant):
 
 @dataclass(frozen=True)
 class Accuracy(Statistic):
-    """Whether each test row is right: (seed, row)."""
+    """Statistic of whether each test row is right: (seed, row)."""
 
     arm: str
 
@@ -88,7 +88,7 @@ class Accuracy(Statistic):
 
 @dataclass(frozen=True)
 class LogLikelihood(Statistic):
-    """Log-likelihood of each test row in nats, so that higher is better: (seed, row)."""
+    """Statistic of the log-likelihood of each test row in nats, so that higher is better: (seed, row)."""
 
     arm: str
 
@@ -101,7 +101,7 @@ class LogLikelihood(Statistic):
 
 @dataclass(frozen=True)
 class MeanOverRows(Statistic):
-    """Mean over test rows: (seed,)."""
+    """Mean of a statistic over test rows: (seed,)."""
 
     of: Statistic
 
@@ -114,7 +114,7 @@ class MeanOverRows(Statistic):
 
 @dataclass(frozen=True)
 class OfRun(Statistic):
-    """Value of each run of an arm, from one of its kept tables: (seed,).
+    """Statistic of each run of an arm, from one of its kept tables: (seed,).
 
     A table that is computed from several runs of a seed belongs to one of them; ``other_arms`` have the others.
     """
@@ -133,7 +133,7 @@ class OfRun(Statistic):
 
 @dataclass(frozen=True)
 class OfPairs(Statistic):
-    """Value of each pair of runs with different seeds, of one or two arms, from a kept table of each: (seed, seed)."""
+    """Statistic of each pair of runs with different seeds, of one or two arms, from a kept table each: (seed, seed)."""
 
     value: Callable[[pd.DataFrame, pd.DataFrame], float]
     table: str

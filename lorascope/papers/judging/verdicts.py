@@ -82,7 +82,7 @@ def _tasks_vary(evidence: Evidence, arms: Iterable[str], seeds: Sequence[int]) -
 def estimate_claim(
     registered: Registered, pair: Pair, evidence: Evidence, seeds: Sequence[int]
 ) -> tuple[Estimate, pd.DataFrame]:
-    """Estimate the effect of a claim over these seeds; see ``estimate_effect``.
+    """Estimate the effect of a claim over these seeds, for its verdict; see ``estimate_effect``.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def _naming(id: str, pair: Pair) -> Iterator[None]:
 
 
 def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> JudgedClaim | None:
-    """Judge a claim by the runs of one machine, at its registered looks.
+    """Return the verdict on a claim by the runs of one machine, at its registered looks.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> Judge
 
 
 def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Mapping[str, Any] | None:
-    """Return the machine whose runs judge a claim: the first to reach the first look, else that with most seeds."""
+    """Return the machine that gives the verdict on a claim: the first to reach the first look, else with most seeds."""
     arms, first, runs = _arms(pair), registered.design.looks.seeds[0], evidence.runs.reset_index(drop=True)
     candidates = []
     for machine in evidence.blocks():
@@ -160,7 +160,7 @@ def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Map
 
 
 def untrained_arms(evidence: Evidence, may_void: Callable[[str], bool] = lambda arm: True) -> set[str]:
-    """Return the arms that did not train, whose claims are void.
+    """Return the arms that did not train, so that the verdict on their claims is void.
 
     Those are arms of which two or more of the first five judged seeds end within five points of the most frequent class
     on the validation split, or any ends with a loss that is not finite.
@@ -181,7 +181,7 @@ def judge_all(
     may_void: Callable[[str], bool] = lambda arm: True,
     changed: Container[str] = (),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Judge every claim that has runs.
+    """Compute the verdicts on all claims that have runs.
 
     Parameters
     ----------
@@ -232,7 +232,7 @@ def judge_all(
 
 
 def add_sources(values: pd.DataFrame, pair: Pair, evidence: Evidence, method: Method) -> pd.DataFrame:
-    """Add the sources of every value of a claim.
+    """Add to the values behind a verdict the sources of each.
 
     Parameters
     ----------
@@ -308,7 +308,7 @@ def _describe(registered: Registered) -> dict[str, Any]:
 
 
 def name_machine(block: Mapping[str, Any]) -> str:
-    """Return the name of a machine in tables."""
+    """Return the name of a machine in the table of verdicts."""
     return " / ".join(str(block[name]) for name in BLOCK)
 
 

@@ -36,7 +36,7 @@ _HALF = 2e-3  # losses are kept in float16
 
 @dataclass(frozen=True)
 class Derived:
-    """Results that are computed from the runs.
+    """Results that verification computes again from the runs.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class Derived:
 
 
 def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, Pair]) -> Derived:
-    """Compute the chosen rates, the values by seed and the verdicts from the runs.
+    """Compute what verification compares: chosen rates, values by seed and verdicts, from the runs.
 
     Parameters
     ----------
@@ -110,7 +110,7 @@ def _on_other_machines(
 
 
 def state_of_arms(claim: str, registration: Registration, evidence: Evidence) -> str:
-    """Return whether the runs of a claim are as registered: "registered", "changed", or "deviated" for good."""
+    """Verify that the runs of a claim are as registered: return "registered", "changed", or "deviated" for good."""
     allowed: set[tuple[str, str]] = set()
     for deviation in registration.deviations:
         if deviation.claim in (claim, "*"):
@@ -127,13 +127,13 @@ def state_of_arms(claim: str, registration: Registration, evidence: Evidence) ->
 
 
 def write_derived(folder: Path, derived: Derived, registered: Path) -> None:
-    """Write what is computed from the runs, and the manifest."""
+    """Write what is computed from the runs, which verification checks, and the manifest."""
     _write_files(folder, derived)
     kept_runs.write_bytes(folder / "MANIFEST", _manifest(folder, registered).encode())
 
 
 def rewrite_derived(folder: Path, derived: Derived, registered: Path) -> None:
-    """Write what is computed from the runs, but let the manifest, if there is one, keep the digests of other files.
+    """Write what is computed from the runs and verified, but let an existing manifest keep the digests of other files.
 
     A changed run is therefore still found.
     """
@@ -181,7 +181,7 @@ def verify(
     derived: Derived | None = None,
     images: Path | None = None,
 ) -> list[str]:
-    """Compute everything again that is derived from the runs, and return one line for each difference.
+    """Verify all that is derived from the runs by computing it again; return one line for each difference.
 
     Parameters
     ----------
@@ -364,7 +364,7 @@ def _compare(file: Path, content: bytes) -> Iterator[str]:
 
 
 def compare_tables(name: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[str]:
-    """Compare two tables of texts cell by cell, and return one line for each difference."""
+    """Compare two tables of texts cell by cell for the verification, and return one line for each difference."""
     if list(old.columns) != list(new.columns) or len(old) != len(new):
         yield f"{name}: kept {_shape(old)}, recomputed {_shape(new)}"
         return

@@ -47,7 +47,7 @@ register("train on the text of a planted teacher, with observe=[planted()]", pla
 
 @dataclass(kw_only=True)
 class planted(Observer):
-    """Observer that records the planted ranks once, before the first step.
+    """Observer that records the ranks of the planted teacher once, before the first step.
 
     Parameters
     ----------
@@ -63,7 +63,7 @@ class planted(Observer):
 
 
 def base() -> str:
-    """Return the folder of the base model and its tokenizer; the first call writes it."""
+    """Return the folder of the planted teacher's base model and tokenizer; the first call writes it."""
 
     def write(folder: Path) -> None:
         with models.quiet():
@@ -77,20 +77,20 @@ def base() -> str:
 
 
 def student() -> nn.Module:
-    """Load a fresh copy of the base model."""
+    """Load a fresh student of the planted teacher: a copy of the base model."""
     return models.load(base())
 
 
 @cache
 def planted_ranks(seed: int) -> Mapping[str, int]:
-    """Return the rank of the teacher's update in every linear layer of the blocks."""
+    """Return the rank of the planted teacher's update in every linear layer of the blocks."""
     modules = module_table.match(module_table.describe(student()), "all-linear")
     drawn = np.random.default_rng(seed).permutation(np.resize(RANKS, len(modules)))
     return dict(zip(modules, drawn.tolist(), strict=True))
 
 
 def teacher(seed: int) -> nn.Module:
-    """Build the teacher of a seed: the base with the planted updates merged into its weights."""
+    """Build the planted teacher of a seed: the base with the planted updates merged into its weights."""
     model = student()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def teacher(seed: int) -> nn.Module:
 
 @cache
 def task(seed: int) -> tasks.Task:
-    """Sample the text of a seed's teacher, as a task."""
+    """Sample the text of a seed's planted teacher, as a task."""
     lines = [" ".join(map(_word, row)) for row in _sample_texts(teacher(seed), seed).tolist()]
     return tasks.from_frame(pd.DataFrame({"text": lines}), f"planted ranks, teacher {seed}")
 

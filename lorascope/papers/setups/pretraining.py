@@ -31,7 +31,7 @@ _PADDING, _END = "<pad>", "<end>"
 
 @cache
 def plain_text() -> tasks.Task:
-    """Return the sentences of the task "sentiment" as plain text, in the same splits and clusters."""
+    """Return the text for pre-training: the sentences of the task "sentiment", in the same splits and clusters."""
     rows = sources.sentiment()
     return tasks.from_frame(
         pd.DataFrame({"text": rows["text"], "cluster": sources.clusters(rows)}), "sentiment as text"
@@ -39,7 +39,7 @@ def plain_text() -> tasks.Task:
 
 
 def untrained_folder() -> str:
-    """Return the folder of the untrained model and its tokenizer; the first call writes it."""
+    """Return the folder of the model before pre-training and its tokenizer; the first call writes it."""
 
     def write(folder: Path) -> None:
         config = GPT2Config(
@@ -75,7 +75,7 @@ def untrained() -> nn.Module:
 
 
 def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Train a tokenizer with ``VOCABULARY`` pieces on texts, by byte pairs as GPT-2's."""
+    """Train the tokenizer for pre-training with ``VOCABULARY`` pieces on texts, by byte pairs as GPT-2's."""
     core = Tokenizer(tokenizer_models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

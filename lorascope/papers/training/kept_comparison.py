@@ -31,7 +31,7 @@ Tables = Mapping[tuple[str, str], pd.DataFrame]
 
 @dataclass(frozen=True)
 class ComparedQuantity:
-    """A quantity that a claim computes of each run of one arm."""
+    """A quantity of each run of one arm, by which a run is compared with the kept ones."""
 
     claim: str
     text: str
@@ -45,7 +45,7 @@ class ComparedQuantity:
 
 
 def quantities(claims: Registration, labels: Collection[str]) -> list[ComparedQuantity]:
-    """Return what the claims compute of single runs of these arms, except predictions and scores of components."""
+    """Return the quantities to compare: what claims compute of single runs, except predictions and component scores."""
     compared = []
     for id, claim in claims.of_tier("primary", "secondary").items():
         if claim.design.interval != "t":
@@ -59,7 +59,7 @@ def quantities(claims: Registration, labels: Collection[str]) -> list[ComparedQu
 
 
 def keep_tables(runs: Mapping[str, Run], compared: Sequence[ComparedQuantity]) -> dict[tuple[str, str], pd.DataFrame]:
-    """Compute the tables that the quantities read from the runs, as the evidence keeps them."""
+    """Compute the tables of the runs that are compared with those of the kept runs, as the evidence keeps them."""
     make = keep_functions()
     keys = {key for quantity in compared for key in quantity.statistic.reads()}
     return {(name, label): make[name, label](runs[label]) for name, label in sorted(keys)}
@@ -68,7 +68,7 @@ def keep_tables(runs: Mapping[str, Run], compared: Sequence[ComparedQuantity]) -
 def positions(
     runs: Mapping[str, Run], tables: Tables, compared: Sequence[ComparedQuantity], evidence: Evidence
 ) -> pd.DataFrame:
-    """Tabulate accuracy and quantities of the runs, and their positions among the kept seeds.
+    """Compare runs with the kept seeds: tabulate accuracy and quantities, and their positions among these.
 
     Returns
     -------
@@ -120,7 +120,7 @@ def _as_evidence(runs: Mapping[str, Run], tables: Tables) -> Evidence:
 
 @dataclass(frozen=True)
 class View:
-    """Chart of a kept table: ``cells(table, modules)`` returns ``panel, x, value``."""
+    """Chart that compares a table with the kept ones: ``cells(table, modules)`` returns ``panel, x, value``."""
 
     title: str
     axes: tuple[str, str]
@@ -151,7 +151,7 @@ VIEWS = {
 
 
 def figures(runs: Mapping[str, Run], tables: Tables, evidence: Evidence) -> dict[tuple[str, str], ReportFigure]:
-    """Draw the tables of the runs over those of the kept seeds, where there are some, by name and label of the arm."""
+    """Draw a comparison of the runs' tables with those of the kept seeds, if any, by name and label of the arm."""
     drawn_tables = {}
     for (name, label), table in tables.items():
         by_run = evidence.kept.get(name, {})

@@ -15,7 +15,7 @@ from lorascope.papers.judging.verdicts import Pair, judge_claim, untrained_arms
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run to train: an arm with a seed, at a rate, which is None for arms without one."""
+    """A missing run: an arm to train with a seed, at a rate, which is None for arms without one."""
 
     arm: str
     seed: int
@@ -26,7 +26,7 @@ class OpenRun:
 def missing_runs(
     registration: Registration, pairs: Mapping[str, Pair], evidence: Evidence, block: Mapping[str, Any]
 ) -> list[OpenRun]:
-    """Return the runs to train next: all that the first unfinished look of the first unfinished stage lacks.
+    """Return the missing runs to train next: all that the first unfinished look of the first unfinished stage lacks.
 
     Runs that only figures show come before them, as soon as the rate of their arm is chosen: they are few, and the
     looks may use up the budget.

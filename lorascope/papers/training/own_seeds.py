@@ -30,7 +30,7 @@ _SEEDS_OF_PAIRS = 3
 
 @dataclass(frozen=True)
 class SeedPlan:
-    """The runs that one seed of a claim needs.
+    """Plan of one own seed of a claim: the runs that it needs.
 
     Parameters
     ----------
@@ -118,7 +118,7 @@ class SeedPlan:
 
 
 def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.parent) -> SeedPlan:
-    """Plan the runs of one seed of a claim.
+    """Plan the runs of one own seed of a claim.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.par
 
 @dataclass(frozen=True)
 class OwnSeeds:
-    """Results of a claim for the kept seeds, the own ones, and both.
+    """Results of a claim for the kept seeds, your own seeds, and both.
 
     Parameters
     ----------
@@ -175,12 +175,12 @@ class OwnSeeds:
 
 
 def records(table: pd.DataFrame) -> Any:
-    """Return the rows of a table as JSON values; numbers that do not exist are None."""
+    """Return the rows of a table about own seeds as JSON values; numbers that do not exist are None."""
     return loads(table.to_json(orient="records", double_precision=15))
 
 
 def compare_seeds(planned: SeedPlan, data: Path = registration.FILE.parent) -> OwnSeeds:
-    """Compute a claim's effect for the kept seeds, for the own ones, and for both; only kept ones have a verdict."""
+    """Compute a claim's effect for the kept seeds, for own seeds, and for both; only kept ones have a verdict."""
     pair, registered = PAIRS[planned.claim], planned.claims.claims[planned.claim]
     arms, machine = set(registered.arms), block()
     kept = planned.kept.in_block(judging_block(registered, pair, planned.kept) or machine)

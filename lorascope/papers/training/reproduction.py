@@ -29,7 +29,7 @@ _POSITIONS = "Quantities of these runs among the kept seeds"
 
 @dataclass(frozen=True)
 class Reproduction:
-    """Result of ``reproduce``.
+    """Reproduction, the result of ``reproduce``.
 
     Parameters
     ----------
@@ -60,7 +60,7 @@ class Reproduction:
 
 
 def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent) -> Reproduction:
-    """Train one short run of every method, and report it below the kept verdicts, among the kept seeds.
+    """Reproduce the study: train one short run of every method, and report it among the kept seeds, below the verdicts.
 
     Parameters
     ----------
@@ -116,7 +116,7 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
 
 
 def run_facts(runs: Sequence[Run], now: datetime) -> dict[str, str]:
-    """Collect the facts of the header: what the runs have in common, and when the report was written."""
+    """Collect the facts in the header of a reproduction: what the runs have in common, and when it was written."""
     facts = {"Written": [f"{now:%Y-%m-%d %H:%M} UTC"], "Device": [], "Versions": [], "Commit": []}
     for run in runs:
         facts["Device"].append(run.meta.device or "")

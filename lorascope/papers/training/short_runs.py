@@ -30,7 +30,7 @@ Almost two thirds of the texts are not longer.
 
 @dataclass(frozen=True)
 class Short:
-    """Shortened form of a registered arm.
+    """Shortened form of a registered arm, for a short run.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ ARMS = {
 
 
 def shorten(label: str, short: Short, seed: int, claims: Registration | None, runs: pd.DataFrame) -> Arm:
-    """Return a registered arm as it is trained here.
+    """Return a registered arm as a short run trains it.
 
     Parameters
     ----------
@@ -106,13 +106,13 @@ def shorten(label: str, short: Short, seed: int, claims: Registration | None, ru
 
 
 def has_task_of_kept_runs(label: str) -> bool:
-    """Return whether the kept runs of an arm have the task of the short ones, so that their values are comparable."""
+    """Return whether the kept runs of an arm have the task of the short runs, so that values are comparable."""
     arm: Any = registered_arms()[label]
     return bool(arm.task == "sentiment")
 
 
 def train(root: Path, seed: int, claims: Registration | None, runs: pd.DataFrame) -> dict[str, Run]:
-    """Train the ten arms and return their runs by label. Finished runs in the folder are reused.
+    """Train the ten short runs and return them by label. Finished runs in the folder are reused.
 
     Saved copies of the whole model are removed.
 

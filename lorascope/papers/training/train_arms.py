@@ -50,7 +50,7 @@ _COMPARED = ("trained_parameters", "validation_loss", "validation_metric", "test
 
 @cache
 def registered_arms() -> dict[str, Arm | OwnArm]:
-    """Return the registered arms of all probes by label.
+    """Return the registered arms of all probes, as they are trained, by label.
 
     Raises
     ------
@@ -66,18 +66,18 @@ def registered_arms() -> dict[str, Arm | OwnArm]:
 
 
 def keep_functions() -> dict[tuple[str, str], Callable[..., pd.DataFrame]]:
-    """Return the functions of all probes that compute a kept table, by its name and the label of the arm."""
+    """Return the functions of all probes that compute a kept table when an arm is trained, by table and arm."""
     return {key: make for probe in PROBES.values() for key, make in probe.keep.items()}
 
 
 def block() -> dict[str, Any]:
-    """Return the columns of ``runs.csv`` that identify this machine."""
+    """Return the columns of ``runs.csv`` that identify the machine on which arms are trained."""
     capability = torch.backends.cpu.get_cpu_capability()
     return {"capability": capability, "torch": str(torch.__version__), "threads": 1, "device": "cpu"}
 
 
 def arm_hashes(claims: Registration) -> dict[str, str]:
-    """Compute the hash of every registered arm from the code, by label."""
+    """Compute the hash of every registered arm, as it would be trained, from the code, by label."""
     hashes = {}
     for label, registered in claims.arms.items():
         rate = next(iter(registered.rates), None)
@@ -88,7 +88,7 @@ def arm_hashes(claims: Registration) -> dict[str, str]:
 
 
 def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registered: Path = registration.FILE) -> None:
-    """Train the runs that the registration asks for and the evidence lacks, until no claim is open.
+    """Train the arms whose runs the registration asks for and the evidence lacks, until no claim is open.
 
     At the end, figures of the kept runs are drawn into the folder ``figures`` of the repository, and everything that
     follows from the runs is written.
@@ -130,7 +130,7 @@ def write_evidence(folder: Path, out: Path, minutes: float = math.inf, registere
 
 
 def require_registered(claims: Registration) -> None:
-    """Raise a ValueError if an arm differs from the registered one."""
+    """Raise a ValueError if an arm to train differs from the registered one."""
     for label, hash in arm_hashes(claims).items():
         if hash != claims.arms[label].hash:
             raise ValueError(f"cannot train {label!r}: it differs from the registered arm, whose hash must be {hash}")
@@ -139,7 +139,7 @@ def require_registered(claims: Registration) -> None:
 def train_runs(
     open_runs: Iterable[OpenRun], claims: Registration, reads: Mapping[str, Sequence[Read]], folder: Path, out: Path
 ) -> None:
-    """Train runs in parallel processes; add each to the evidence in ``folder`` and print its line when it is finished.
+    """Train runs of arms in parallel processes; add each to the evidence in ``folder`` and print its line at its end.
 
     Parameters
     ----------
@@ -168,7 +168,7 @@ def train_runs(
 
 
 def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> list[str]:
-    """Train judged runs again, drawn at random, and compare them with the evidence.
+    """Train arms again for judged runs that are drawn at random, and compare them with the evidence.
 
     On the machine of a run, its predictions and scores, the tables that claims read, and the records and arrays that
     figures show must be equal. On another one, its metric must be within three standard deviations of those of the
@@ -240,7 +240,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Read:
-    """Table or scores of an arm that claims read: name, seeds, and the other arms that a table is computed from."""
+    """Table or scores of a trained arm that claims read: name, seeds, and other arms that a table is computed from."""
 
     name: str
     seeds: range
@@ -248,7 +248,7 @@ class Read:
 
 
 def read_by_claims(claims: Registration) -> dict[str, list[Read]]:
-    """Return what claims read, by arm, and the predictions of arms that only figures show."""
+    """Return what claims read of each arm to train, and the predictions of arms that only figures show."""
     reads: dict[tuple[str, str], Read] = {}
     for label, arm in claims.arms.items():
         if arm.seeds:
@@ -267,7 +267,7 @@ def read_by_claims(claims: Registration) -> dict[str, list[Read]]:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """Parts of a finished run that the evidence keeps, and the test rows of its task."""
+    """Parts of an arm's trained run that the evidence keeps, and the test rows of its task."""
 
     row: Mapping[str, Any]
     scores: Mapping[str, np.ndarray]
@@ -276,7 +276,7 @@ class FinishedRun:
 
 
 def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: Path) -> FinishedRun:
-    """Train one run in this process, and return what is kept of it."""
+    """Train one run of an arm in this process, and return what is kept of it."""
     torch.set_num_threads(1)
     start = time.process_time()
     arm = arm_of_run(open_run, claims)
@@ -330,7 +330,7 @@ def _keep_table(read: Read, run: Run, open_run: OpenRun, claims: Registration, o
 
 
 def arm_of_run(open_run: OpenRun, claims: Registration) -> Arm | OwnArm:
-    """Return the arm with the seed and the learning rate of a run."""
+    """Return the arm to train for a run, with its seed and learning rate."""
     arm = registered_arms()[open_run.arm]
     if isinstance(arm, OwnArm):
         return arm

@@ -154,7 +154,7 @@ def scores_of_groups(scores: pd.DataFrame, groups: Sequence[NeuronGroup]) -> pd.
 def select_neurons(
     scores: pd.DataFrame, k: int, mode: str = "changed", seed: int | Sequence[int] = 0, by: str = "cosine_distance"
 ) -> pd.DataFrame:
-    """Select exactly k neurons over all layers and projections together.
+    """Select exactly k neurons of a model over all layers and projections together.
 
     Parameters
     ----------
@@ -198,7 +198,7 @@ def select_neurons(
 
 
 def neurons_by_module(selected: pd.DataFrame) -> dict[str, list[int]]:
-    """Return the sorted numbers of the selected neurons by module."""
+    """Return the sorted numbers of neurons by module, from a table of neurons."""
     return {str(module): sorted(map(int, rows["neuron"])) for module, rows in selected.groupby("module", sort=False)}
 
 

@@ -22,17 +22,17 @@ def rank_one(V: Float[np.ndarray, "m n"]) -> Float[np.ndarray, "m n"]:
 
 
 def frobenius_error(V: Float[np.ndarray, "m n"], stand_in: Float[np.ndarray, "m n"]) -> float:
-    """Compute the error ``|V - stand_in| / |V|`` of an approximated second moment in Frobenius norm."""
+    """Compute the error ``|V - stand_in| / |V|`` of an approximated optimizer moment in Frobenius norm."""
     return float(np.linalg.norm(V - stand_in) / np.linalg.norm(V))
 
 
 def tail_error(sigma: Float[np.ndarray, "k"], rank: int) -> float:
-    """Compute the best relative error of second moments at a rank: sqrt(sum_{i>rank} sigma_i^2 / sum sigma_i^2)."""
+    """Compute the best relative error of an optimizer moment by rank: sqrt(sum_{i>rank} sigma_i^2 / sum sigma_i^2)."""
     return float(np.sqrt((sigma[rank:] ** 2).sum() / (sigma**2).sum()))
 
 
 def same_marginals(V: Float[np.ndarray, "m n"], seed: int) -> Float[np.ndarray, "m n"]:
-    """Draw a random second moment with the row and column sums of V and a similar spread around its rank one.
+    """Draw a random optimizer moment with the row and column sums of V and a similar spread around its rank one.
 
     The ratios of V to its rank-one approximation are permuted at random over the entries. Then rows and columns are
     rescaled to their sums. Only the directions that follow from V's row and column sums are not random.
@@ -55,7 +55,7 @@ def same_marginals(V: Float[np.ndarray, "m n"], seed: int) -> Float[np.ndarray, 
 
 
 def average_by_layer(table: pd.DataFrame, quantity: str, role: str | None = None) -> pd.DataFrame:
-    """Return the last values of an indexed quantity of second moments, averaged over the modules of a layer.
+    """Return last values of an indexed quantity of optimizer moments, averaged over the modules of a layer.
 
     At most six layers are included, evenly spaced.
 
@@ -83,7 +83,7 @@ def average_by_layer(table: pd.DataFrame, quantity: str, role: str | None = None
 
 
 def final_values(table: pd.DataFrame, quantity: str) -> pd.Series:
-    """Return the last value of a quantity of second moments by module, and by index if it has one."""
+    """Return the last value of a quantity of optimizer moments by module, and by index if it has one."""
     rows = last_recorded(table[table["quantity"] == quantity])
     keys = ["module"] if rows["index"].isna().all() else ["module", "index"]
     return rows.set_index(keys)["value"]
@@ -104,7 +104,7 @@ def factor_ranks(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare_factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
-    """Compare error and time of factorizations of second moments at the last recording of ``observe.factorings``.
+    """Compare error and time of factorizations of optimizer moments at the last recording of ``observe.factorings``.
 
     Parameters
     ----------

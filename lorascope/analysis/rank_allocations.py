@@ -137,7 +137,7 @@ def decision_steps(table: pd.DataFrame, most: int) -> list[int]:
 
 
 def budget_phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
-    """Return the phases before, during and after the changes of the rank budget; empty if it never changes.
+    """Return the phases before, during and after the changes of an allocation's rank budget; empty if it never changes.
 
     Parameters
     ----------

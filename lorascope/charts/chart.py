@@ -103,7 +103,7 @@ def _import_backend(name: str) -> Any:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Chart(Drawable):
-    """One panel: tidy data and the marks drawn from it.
+    """Chart of one panel: tidy data and the marks drawn from it.
 
     Parameters
     ----------

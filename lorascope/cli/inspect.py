@@ -39,7 +39,7 @@ def main(
     json: bool = False,
     csv: bool = False,
 ) -> int:
-    """Show the norms, ranks and findings of an adapter or a run.
+    """Inspect an adapter or a run: show its norms, ranks and findings.
 
     Several adapters or runs are compared in pairs: norms, cosines, angles, rank allocation. A folder of checkpoints is
     shown as one training: first, last, and where it still moves. Nothing is trained. Only

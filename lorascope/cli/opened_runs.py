@@ -15,7 +15,7 @@ from lorascope.runs.series import Series
 
 
 def open_runs(paths: Sequence[str | Path], base: str | None, series: bool = False) -> list[Run | Adapter | Series]:
-    """Open runs and adapters by path or name on the hub, or the checkpoints in every folder if ``series`` is set.
+    """Open the runs and adapters that a command names by path or hub name, or all checkpoints in them for ``series``.
 
     Only adapters get the base, because a run has recorded its own norms. Skipped checkpoints are named on stderr.
     """

@@ -31,7 +31,7 @@ def main(
     minutes: Annotated[float, arg(metavar="N")] = math.inf,
     json: bool = False,
 ) -> int:
-    """Show the kept verdicts, train each paper's method once with a new seed, and write a report of both.
+    """Reproduce verdicts: show the kept ones, train each paper's method once with a new seed, and report both.
 
     Finished runs in the folder are not trained again, and interrupted ones resume.
 

@@ -41,7 +41,7 @@ def main(
     json: bool = False,
     csv: bool = False,
 ) -> int:
-    """Show one line for each adapter and run, however many there are: kind, rank, norm, and what the doctor found.
+    """Survey adapters and runs, however many, with one line each: kind, rank, norm, and what the doctor found.
 
     Lines are printed as they are measured. The exit code is 1 if an adapter cannot be read; its line gives the reason.
 

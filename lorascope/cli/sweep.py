@@ -34,7 +34,7 @@ def main(
     json: bool = False,
     progress: bool = True,
 ) -> int:
-    """Train every combination of methods, tasks, settings and seeds in a TOML file, and compare the recipes.
+    """Train a sweep: every combination of methods, tasks, settings and seeds in a TOML file, and compare the recipes.
 
     Finished runs are not trained again, interrupted ones resume, and a failed run does not stop the others.
 

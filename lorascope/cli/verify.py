@@ -30,7 +30,7 @@ def main(
     retrain: Annotated[int, arg(metavar="N")] = 0,
     json: bool = False,
 ) -> int:
-    """Recompute everything that follows from the kept runs, and compare it with the kept results.
+    """Verify everything that follows from the kept runs: recompute it, and compare it with the kept results.
 
     In a clone of the repository, this includes the images of the figures; docs/_ext/write_pages.py compares the tables
     of README and docs. Without --retrain it needs neither torch nor training. The exit code is 1 if anything differs or

@@ -140,7 +140,7 @@ def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], 
 
 
 def add_printed(chart: Chart, printed: pd.DataFrame, x: str, reference: str) -> Chart:
-    """Add numbers that a paper prints to a chart, as separate points.
+    """Add numbers that a paper prints to a built chart, as separate points.
 
     Parameters
     ----------

@@ -106,7 +106,7 @@ def _count(shapes: Iterable[Shape]) -> int:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Estimated bytes of the parameters, their gradients and the optimizer state, allocated at the optimizer step."""
+    """Memory estimate: bytes of parameters, gradients and optimizer state, allocated at the optimizer step."""
 
     parameters: int
     gradients: int

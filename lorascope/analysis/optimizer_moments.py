@@ -16,7 +16,7 @@ _TOLERANCE, _MAX_ITERATIONS = 1e-6, 50
 
 
 def rank_one(V: Float[np.ndarray, "m n"]) -> Float[np.ndarray, "m n"]:
-    """Approximate a second moment by Adafactor's rank one: row times column sums over the total; zeros if V is zero."""
+    """Approximate an optimizer moment V by Adafactor's rank one: row times column sums over the sum; 0 if V is 0."""
     total = V.sum()
     return np.outer(V.sum(1), V.sum(0)) / total if total else np.zeros_like(V)
 

@@ -100,7 +100,7 @@ def sweep(
     progress: bool = True,
     **settings: Any,
 ) -> list[Run]:
-    """Train one or several methods with several seeds each, or every combination of a grid.
+    """Train a sweep: one or several methods with several seeds each, or every combination of a grid.
 
     Parameters
     ----------

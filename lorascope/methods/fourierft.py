@@ -226,7 +226,7 @@ class FourierDelta(Delta):
 
 
 class BasisDelta(Delta):
-    """FourierFT's update in other bases, alpha / sqrt(2 d1 d2) * left F right^T, of the same expected norm.
+    """FourierFT's update in other bases: alpha / sqrt(2 d1 d2) * left F right^T, with the same expected norm.
 
     ``left`` and ``right`` are bases of the outputs and of the inputs, in columns.
     """

@@ -173,7 +173,7 @@ def _time_decomposition(decompose: Callable[[], tuple[Tensor, ...]]) -> tuple[tu
 
 @dataclass(kw_only=True)
 class factor_drift(Observer):
-    """Observer of the error of Adapprox's factors compared with the exact average of squared gradients.
+    """Observer of second moments: error of Adapprox's factors compared with the exact average of squared gradients.
 
     The exact average is stored for this, which costs the memory that the method saves. The error that Adapprox records
     comes from one step's factorization, which starts from the previous factors; this observer records the accumulated

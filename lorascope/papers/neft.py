@@ -79,7 +79,7 @@ def overlap(first: pd.DataFrame, second: pd.DataFrame) -> float:
 
 
 def pooled_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
-    """Compute the expected overlap of random selections from all modules together, the chance level of NeFT's."""
+    """Compute the chance overlap of NeFT's selections: random, from all modules together."""
     return max(len(first), len(second)) / float(first["pool"].iloc[0])
 
 

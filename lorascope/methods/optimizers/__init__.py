@@ -7,7 +7,7 @@ import torch
 
 
 def closure_loss(closure: Callable[[], Any] | None) -> Any:
-    """Evaluate the closure of a step of any of these optimizers with gradients enabled; return None without one."""
+    """Evaluate the closure of a torch optimizer's step with gradients enabled; return None without one."""
     if closure is None:
         return None
     with torch.enable_grad():

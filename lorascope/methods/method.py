@@ -358,7 +358,7 @@ def stored_fields(settings: Any) -> dict[str, Any]:
 
 
 def python_number(value: Any) -> Any:
-    """Return a scalar of numpy in a method's field as a number that JSON can store, and other values as they are."""
+    """Return a scalar of numpy in a method or in settings as a number for JSON, and other values as they are."""
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -397,7 +397,7 @@ def wide_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def require(settings: object, name: str, allowed: str, valid: bool) -> None:
-    """Raise a ValueError that states the value of a method's field and what is ``allowed``, unless it is valid."""
+    """Raise a ValueError with the value of a field of a method or settings and what is ``allowed``, unless valid."""
     if not valid:
         value = getattr(settings, name)
         raise ValueError(f"{name} must be {allowed}, got {repr(value) if isinstance(value, str) else value}")
@@ -409,17 +409,17 @@ def default_if_none(value: T | None, default: T) -> T:
 
 
 def is_integer(value: Any) -> bool:
-    """Return whether the value of a method's field is an integer, also of numpy, and not a bool."""
+    """Return whether a value of a method or settings is an integer, also of numpy, and not a bool."""
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Return whether the value of a method's field is a real number, also of numpy, and not a bool."""
+    """Return whether a value of a method or settings is a real number, also of numpy, and not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def require_integer(settings: object, minimum: int, *names: str) -> None:
-    """Raise a ValueError unless these fields of a method are integers of at least ``minimum``, or None by default."""
+    """Raise a ValueError unless these fields of a method or settings are integers >= ``minimum`` or None by default."""
     for name in names:
         value = getattr(settings, name)
         unset = value is None and getattr(type(settings), name, minimum) is None
@@ -433,7 +433,7 @@ def require_scaling(settings: Any) -> None:
 
 
 def require_choice(settings: object, name: str, choices: Iterable[str]) -> None:
-    """Raise a ValueError unless the field ``name`` of a method is one of the choices."""
+    """Raise a ValueError unless the field ``name`` of a method or settings is one of the choices."""
     require(settings, name, f"one of {', '.join(map(repr, choices))}", getattr(settings, name) in choices)
 
 
@@ -450,7 +450,7 @@ def require_literals(settings: Any) -> None:
 
 
 def require_at_least(settings: object, minimum: int, *names: str) -> None:
-    """Raise a ValueError unless each of these fields of a method is None or at least ``minimum``."""
+    """Raise a ValueError unless each of these fields of a method or optimizer is None or at least ``minimum``."""
     for name in names:
         value = getattr(settings, name)
         require(settings, name, f">= {minimum}", value is None or value >= minimum)

@@ -84,8 +84,12 @@ FILLERS = {
 }
 PROTOCOL = {
     "main", "read", "write", "draw", "load", "forward", "update", "fit", "init", "apply", "lines", "arms", "figures",
+    "measure", "subspace_similarity",
 }  # fmt: skip
-"""Public functions that several modules define on purpose: a command, a reader, a backend, an optimizer."""
+"""Public functions that several modules define on purpose: a command, a reader, a backend, an optimizer, a meter.
+
+``subspace_similarity`` is the paper's name of a quantity and of its figure.
+"""
 DENSE = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 MOST_SHARED = 3
 """Files of a package with the same name: the floors of one concept, such as analysis, observe and plots."""

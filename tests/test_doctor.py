@@ -22,7 +22,7 @@ from lorascope.diagnosis.causes.finding import finding, run_rules
 from lorascope.diagnosis.doctor import skipped_checks
 from lorascope.diagnosis.training_case import TrainingEvidence
 from lorascope.inputs import models
-from lorascope.training.hf_trainer.run_metadata import overlap
+from lorascope.training.hf_trainer.run_metadata import row_overlap
 
 
 def saved_too_early(bench: Bench) -> ls.Run:
@@ -210,16 +210,16 @@ class Streamed(torch.utils.data.IterableDataset):
 
 def test_overlap_is_found_without_reading_rows(bench):
     data = torch.utils.data.TensorDataset(torch.arange(6))
-    assert overlap(data, data) == 1
-    assert overlap(Subset(data, [0, 1, 2]), Subset(data, [2, 3])) == 0.5
-    assert overlap(Subset(data, [0, 1]), Subset(data, [2, 3])) == 0
-    assert overlap(Subset(data, [0, 1, 2]), data) == 0.5
-    assert overlap(data, Subset(data, [4])) == 1
-    assert overlap(Subset(data, [4]), Subset(Subset(data, [3, 4]), [1])) == 1
-    assert overlap(data, torch.utils.data.TensorDataset(torch.arange(6))) is None
+    assert row_overlap(data, data) == 1
+    assert row_overlap(Subset(data, [0, 1, 2]), Subset(data, [2, 3])) == 0.5
+    assert row_overlap(Subset(data, [0, 1]), Subset(data, [2, 3])) == 0
+    assert row_overlap(Subset(data, [0, 1, 2]), data) == 0.5
+    assert row_overlap(data, Subset(data, [4])) == 1
+    assert row_overlap(Subset(data, [4]), Subset(Subset(data, [3, 4]), [1])) == 1
+    assert row_overlap(data, torch.utils.data.TensorDataset(torch.arange(6))) is None
     stream = Streamed()
-    assert overlap(stream, stream) is None
-    assert overlap(bench.rows[:4], bench.rows[2:6]) == 0.5
+    assert row_overlap(stream, stream) is None
+    assert row_overlap(bench.rows[:4], bench.rows[2:6]) == 0.5
 
 
 def test_thresholds_with_planted_numbers(tmp_path, capsys):

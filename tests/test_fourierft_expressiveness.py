@@ -82,7 +82,7 @@ def test_curves_match_planted_courses():
     soon = [30, 40, 50, 60, 70]
     found = {(FOURIER, seed): Course([0.5] * (soon[seed] - 1) + [0.75, 1.0], network) for seed in study.SEEDS}
     found |= {(SLOW, seed): Course([0.25, 0.5, 0.25], network) for seed in study.SEEDS}
-    values = {(row.recipe, row.epoch): row.value for row in study.curves(found).data.itertuples()}
+    values = {(row.recipe, row.epoch): row.value for row in study.accuracy_curves(found).data.itertuples()}
     assert values[FOURIER, 0] == 0.5
     assert values[FOURIER, 40] == pytest.approx((1 + 1 + 0.5 * 3) / 5)
     assert values[FOURIER, 60] == pytest.approx((4 + 0.5) / 5)  # the last seed is correct only at epoch 70

@@ -45,8 +45,8 @@ def test_task_is_the_plain_text_of_all_sentences(made):
 
 def test_tokenizer_knows_only_the_train_split_and_returns_every_text(made, monkeypatch):
     seen = []
-    trained = pretraining.tokenizer
-    monkeypatch.setattr(pretraining, "tokenizer", lambda texts: seen.extend(texts) or trained(texts))
+    trained = pretraining.train_tokenizer
+    monkeypatch.setattr(pretraining, "train_tokenizer", lambda texts: seen.extend(texts) or trained(texts))
     monkeypatch.setattr(pretraining.package_assets, "build_once", lambda folder, build: build(folder) or folder)
     pretraining.untrained_folder()
     assert seen == pretraining.plain_text().split("train")["text"].to_list()
@@ -56,13 +56,13 @@ def test_tokenizer_knows_only_the_train_split_and_returns_every_text(made, monke
 
 
 def test_tokenizer_is_the_same_at_each_training(made):
-    first, second = (pretraining.tokenizer(made["text"].to_list()).get_vocab() for _ in range(2))
+    first, second = (pretraining.train_tokenizer(made["text"].to_list()).get_vocab() for _ in range(2))
     assert first == second
     assert (first["<pad>"], first["<end>"]) == (0, 1)
 
 
 def test_model_has_the_architecture_of_gpt2_and_its_tokenizer(made):
-    model = pretraining.untrained()
+    model = pretraining.untrained_model()
     per_layer = 12 * 128**2 + 13 * 128  # attention 4 d^2 + 4 d, feed-forward 8 d^2 + 5 d, two norms 4 d
     assert sum(parameter.numel() for parameter in model.parameters()) == 2048 * 128 + 64 * 128 + 4 * per_layer + 2 * 128
     assert type(model).__name__ == "GPT2LMHeadModel"
@@ -77,7 +77,7 @@ def test_model_has_the_architecture_of_gpt2_and_its_tokenizer(made):
 def test_only_matrices_depend_on_the_seed_of_the_run(made):
     drawn = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
-        model = pretraining.untrained()
+        model = pretraining.untrained_model()
         drawn[name] = prepare_model(model, pretraining.plain_text(), seed).w0_hash, dict(model.named_parameters())
     (hashed, first), (_, again), (other_hash, other) = drawn.values()
     assert hashed == other_hash
@@ -90,7 +90,7 @@ def test_only_matrices_depend_on_the_seed_of_the_run(made):
 
 @pytest.mark.parametrize("method", [Full(lr=1e-3, head_lr=1e-3), Adapprox(lr=1e-3, head_lr=1e-3)])
 def test_model_trains_and_its_predictions_average_to_the_loss(method, made, tmp_path):
-    model = pretraining.untrained()
+    model = pretraining.untrained_model()
     settings = {"eval_every": 0, "progress": False, "device": "cpu", "max_length": pretraining.LENGTH}
     run = ls.train(model, pretraining.plain_text(), method, steps=8, batch_size=8, out=tmp_path / "run", **settings)
     assert run.score.loss < math.log(2048) - 0.1
@@ -99,13 +99,13 @@ def test_model_trains_and_its_predictions_average_to_the_loss(method, made, tmp_
 
 def test_untrained_model_is_the_same_at_each_call_and_draws_no_random_number(made):
     state = torch.get_rng_state()
-    first, second = (pretraining.untrained().state_dict() for _ in range(2))
+    first, second = (pretraining.untrained_model().state_dict() for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_padding_does_not_count_in_the_loss(made):
-    model, task = pretraining.untrained(), pretraining.plain_text()
+    model, task = pretraining.untrained_model(), pretraining.plain_text()
     rows = task.encode(models.tokenizer(model), task.split("test"), pretraining.LENGTH)
     alone, together = (evaluate(model, rows, batch_size=size) for size in (1, len(rows)))
     np.testing.assert_allclose(alone.nll, together.nll, rtol=1e-4)
@@ -123,7 +123,7 @@ def test_published_text_has_the_splits_of_sentiment_and_a_fixed_tokenizer():
     known = tasks.load("sentiment")
     for name, rows in known.splits.items():
         assert task.split(name)["text"].to_list() == rows["text"].to_list()
-    vocabulary = json.dumps(models.tokenizer(pretraining.untrained()).get_vocab(), sort_keys=True)
+    vocabulary = json.dumps(models.tokenizer(pretraining.untrained_model()).get_vocab(), sort_keys=True)
     assert hashlib.sha256(vocabulary.encode()).hexdigest() == (
         "b3749d7ab5561dee533358b49b76527bf4281df04e154df2597fd617e9ad4627"
     )

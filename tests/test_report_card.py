@@ -22,7 +22,7 @@ import lorascope as ls
 from lorascope import cli
 from lorascope.diagnosis.inspection import inspect
 from lorascope.pages.card import MAX_ROWS
-from lorascope.pages.report_card import html, markdown, read, report, verify
+from lorascope.pages.report_card import html, markdown, read, report, verify_card
 from lorascope.pages.table_cells import format_value
 from lorascope.plots.figure_registry import available
 from lorascope.runs.folders import MAX_PAGE
@@ -94,7 +94,7 @@ def test_page_has_every_figure_of_one_run_or_the_reason_for_its_absence(adapter:
 
 def test_equal_cards_give_equal_pages_that_verify(adapter: Path, card: Path, tmp_path: Path):
     assert report(load(adapter), tmp_path / "again.html").read_bytes() == card.read_bytes()
-    assert verify(card) == []
+    assert verify_card(card) == []
     assert card.stat().st_size < 6 * 2**20
 
 
@@ -115,7 +115,7 @@ def test_every_change_of_the_page_is_found(old: str, new: str, card: Path, tmp_p
     assert old in text
     changed = tmp_path / "changed.html"
     changed.write_text(text.replace(old, new, 1), encoding="utf-8")
-    assert verify(changed)
+    assert verify_card(changed)
 
 
 def test_change_of_a_carried_table_is_found(card: Path, tmp_path: Path):
@@ -127,7 +127,7 @@ def test_change_of_a_carried_table_is_found(card: Path, tmp_path: Path):
     stored = base64.b64encode(contents.parquet["modules"]).decode()
     changed = tmp_path / "changed.html"
     changed.write_text(text.replace(stored, base64.b64encode(file.read_bytes()).decode()), encoding="utf-8")
-    assert any("18.97" in line for line in verify(changed))
+    assert any("18.97" in line for line in verify_card(changed))
 
 
 def damage(card: Path, path: Path, kind: str) -> Path:
@@ -194,7 +194,7 @@ def test_hostile_file_is_rejected_with_little_memory(tmp_path: Path):
     (tmp_path / "starts.html").write_text('<script type="application/json" id="carried">' * 10**5, "utf-8")
     reasons = {"pipe": "not a regular file", "sparse": f"must be <= {MAX_PAGE} bytes", "starts": "Expecting value"}
     for name, reason in reasons.items():
-        assert reason in outcome(lambda name=name: verify(tmp_path / f"{name}.html"), gigabytes=0.2)
+        assert reason in outcome(lambda name=name: verify_card(tmp_path / f"{name}.html"), gigabytes=0.2)
 
 
 def test_command_verifies_and_fails_on_a_change(card: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -210,7 +210,7 @@ def test_command_verifies_and_fails_on_a_change(card: Path, tmp_path: Path, caps
 def test_several_adapters_are_shown_side_by_side(adapter: Path, tmp_path: Path):
     other = plant(tmp_path / "other", llama(3, [1.0, 1.0]))
     page = report([load(adapter), load(other)], tmp_path / "two.html")
-    assert verify(page) == []
+    assert verify_card(page) == []
     kinds, pairs = section(page, "subjects").all("table")
     assert [row[0] for row in rows(kinds)[1:]] == ["mine", "other"]
     assert [row[:2] for row in rows(pairs)[1:]] == [["mine", "other"], ["other", "mine"]]
@@ -239,7 +239,7 @@ def test_largest_figure_of_a_too_large_page_is_left_out_and_named(
     monkeypatch.setattr("lorascope.pages.report_card._PAGE_BYTES", card.stat().st_size - 1)
     page = report(load(adapter), tmp_path / "card.html")
     assert page.stat().st_size < card.stat().st_size
-    assert verify(page) == []
+    assert verify_card(page) == []
     before, after = read(card).document["figures"], read(page).document["figures"]
     (left_out,) = {each["name"] for each in before} - {each["name"] for each in after}
     sizes = [len(each) for each in re.findall("<figure>.*?</figure>", card.read_text(encoding="utf-8"), re.DOTALL)]
@@ -265,7 +265,7 @@ def test_hostile_names_stay_text(tmp_path: Path):
     root = Tree(text).root
     assert not root.all("b")
     assert untreated(root.all("main")[0].text) <= {"\xa0"}
-    assert verify(page) == []
+    assert verify_card(page) == []
     assert untreated(markdown(read(page))) == set()
 
 

@@ -22,7 +22,7 @@ from lorascope.cli import reproduce as command
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
 from lorascope.papers import adalora, adapprox, alora, autolora, fourierft, hydralora, lisa, lora, neft
 from lorascope.papers.judging import kept_runs, kept_verdicts, registration
-from lorascope.papers.judging.learning_rates import choose
+from lorascope.papers.judging.learning_rates import choose_rate
 from lorascope.papers.probe import Arm
 from lorascope.papers.rank_tables import RANKS
 from lorascope.papers.training import own_seeds, reproduction, short_runs
@@ -92,7 +92,7 @@ def tiny_arms(bert: str, task: Any) -> Iterator[None]:
 def test_chosen_rate_is_used_if_few_steps_learn_at_it(tiny_arms: None, best: float, used: float) -> None:
     grid = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # with one further rate beyond each end
     losses = {rate: 0.5 if rate == best else 0.9 for rate in grid}
-    assert choose(CLAIMS.arms[lora.LOW].rates, losses).rate == best
+    assert choose_rate(CLAIMS.arms[lora.LOW].rates, losses).rate == best
     rows = [
         {"arm": lora.LOW, "role": "tuning", "seed": seed, "rate": rate, "validation_loss": loss}
         for rate, loss in losses.items()
@@ -157,7 +157,7 @@ def test_quantities_have_their_place_among_the_kept_seeds(done: Any, tmp_path: P
     (data / "published").symlink_to(registration.FILE.parent / "published")
     shutil.copytree(done.path.parent / "runs", tmp_path / "out" / "runs")
     with parallel_config(n_jobs=1):
-        runs = short_runs.train(tmp_path / "out" / "runs", SEED, None, pd.DataFrame())
+        runs = short_runs.train_short_runs(tmp_path / "out" / "runs", SEED, None, pd.DataFrame())
         plant_evidence(data, runs, {100: 3}, "a machine with one run")
         plant_evidence(data, runs, {100: 1, 101: 2, 102: 8})
         found = reproduction.reproduce(tmp_path / "out", SEED, data)

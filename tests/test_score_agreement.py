@@ -47,7 +47,9 @@ def state(trained, task):
     """Return the model without adapters, its update as P, lambda, Q, and two batches."""
     model = models.load(trained.meta.model, task)
     trained.restore(model)
-    state = {name: component_removal.svd_triple(part.update()) for name, part in delta.attached_deltas(model).items()}
+    state = {
+        name: component_removal.svd_of_update(part.update()) for name, part in delta.attached_deltas(model).items()
+    }
     delta.detach(model)
     model.requires_grad_(False)
     fitted = task.fit(model)

@@ -42,7 +42,7 @@ def chosen(matrix, seed=0, state=None, iterations=5, oversampling=5, **given):
     factor = partial(
         subspace_iteration.s_rsi, matrix, generator=seeded(seed), iterations=iterations, oversampling=oversampling
     )
-    return subspace_iteration.choose(matrix, factor, {} if state is None else state, options(**given))
+    return subspace_iteration.choose_rank(matrix, factor, {} if state is None else state, options(**given))
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_growth_scale_of_none_scales_the_increment_to_the_cap(scale, tried):
         return torch.eye(40, rank, dtype=torch.float64), torch.diag(sigma)[:, :rank]
 
     given = options(growth_scale=scale, max_rank=11, tolerance=0.01)
-    found = subspace_iteration.choose(torch.diag(sigma), factor, {}, given)
+    found = subspace_iteration.choose_rank(torch.diag(sigma), factor, {}, given)
     assert ranks == tried
     assert found.trials == len(tried)
 
@@ -189,7 +189,7 @@ def test_growth_scale_of_none_leads_from_an_error_of_one_to_the_cap():
     """At rank 1 of 1600 equal singular values the error is 0.9997, for which f is 190.9."""
     flat = torch.eye(1600)
     given = options(growth_scale=None, max_rank=300, tolerance=0.01)
-    found = subspace_iteration.choose(flat, lambda rank: (flat[:, :rank], flat[:, :rank]), {}, given)
+    found = subspace_iteration.choose_rank(flat, lambda rank: (flat[:, :rank], flat[:, :rank]), {}, given)
     assert (found.Q.shape[1], found.trials) == (300, 2)
 
 

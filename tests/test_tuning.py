@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorascope.papers.judging.learning_rates import Choice, choose, losses_by_rate, tuning_table
+from lorascope.papers.judging.learning_rates import Choice, choose_rate, losses_by_rate, tuning_table
 
 GRID = (3e-5, 1e-4, 3e-4)
 
@@ -32,12 +32,12 @@ GRID = (3e-5, 1e-4, 3e-4)
     ],
 )
 def test_choice(losses: dict[float, float], expected: Choice) -> None:
-    assert choose(GRID, losses) == expected
+    assert choose_rate(GRID, losses) == expected
 
 
 def test_grids_of_half_decades_continue_by_the_same_factors() -> None:
     best_above = dict(zip((1.5e-2, 5e-2, 1.5e-1), (3.0, 2.0, 1.0), strict=True))
-    assert choose((1.5e-2, 5e-2, 1.5e-1), best_above).missing == (0.5,)
+    assert choose_rate((1.5e-2, 5e-2, 1.5e-1), best_above).missing == (0.5,)
 
 
 def runs() -> pd.DataFrame:

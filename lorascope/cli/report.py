@@ -72,7 +72,7 @@ def main(
 
 def _verify(paths: tuple[str, ...], json: bool) -> int:
     """Print where pages differ from what their tables give, and return the exit code."""
-    differences = {path: report_card.verify(path) for path in paths}
+    differences = {path: report_card.verify_card(path) for path in paths}
     if json:
         print(dumps(differences, indent=1))
         return int(any(differences.values()))

@@ -15,11 +15,11 @@ from lorascope.adapters.delta import detach
 from lorascope.adapters.host_weights import host_weight
 from lorascope.array_types import Float
 from lorascope.experiments.component_removal import (
-    Triple,
+    SvdTriple,
     ablation_loss_increases,
     attach_components,
     fill_plain,
-    svd_triple,
+    svd_of_update,
 )
 from lorascope.export import RankBudget, base_of
 from lorascope.export.peft_folder import require_all_recorded
@@ -118,7 +118,7 @@ def pruned_losses(
     retained = {}
     for name, (P, sigma, Q) in components.items():
         mask = cut.kept[name][: len(sigma)]
-        retained[name] = Triple(P[:, mask], sigma[mask], Q[mask])
+        retained[name] = SvdTriple(P[:, mask], sigma[mask], Q[mask])
     losses = []
     for triples in (components, retained):
         nonzero = {name: triple for name, triple in triples.items() if len(triple.sigma)}
@@ -130,10 +130,10 @@ def pruned_losses(
 
 def _open_trained(
     run: Result, name: str | Path, task: str | Path | Task, state: str
-) -> tuple[nn.Module, Task, dict[str, Triple]]:
+) -> tuple[nn.Module, Task, dict[str, SvdTriple]]:
     """Return the base with all trained parameters except adapters, the fitted task, and the updates."""
     products = exact_products(run, run.updates(state=state))
-    components = {module: svd_triple(update) for module, update in products.items()}
+    components = {module: svd_of_update(update) for module, update in products.items()}
     if not components:
         raise ValueError(f"run {run.id} has no low-rank updates, whose components could be removed")
     if not isinstance(task, Task):
@@ -159,7 +159,7 @@ def _open_trained(
     return base, task.fit(base), components
 
 
-def _check_hosts(run: Result, components: Mapping[str, Triple], base: nn.Module, name: str) -> None:
+def _check_hosts(run: Result, components: Mapping[str, SvdTriple], base: nn.Module, name: str) -> None:
     """Raise ValueError if names or shapes show that a model is not the base; its weights were not recorded."""
     modules = dict(base.named_modules())
     for module, (P, _, Q) in components.items():

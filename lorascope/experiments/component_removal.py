@@ -20,7 +20,7 @@ from lorascope.methods import adalora, alora
 from lorascope.updates import Update
 
 
-class Triple(NamedTuple):
+class SvdTriple(NamedTuple):
     """Singular value decomposition of an update for component removal: P (out, k), lambda (k,) and Q (k, in)."""
 
     P: np.ndarray
@@ -28,14 +28,14 @@ class Triple(NamedTuple):
     Q: np.ndarray
 
 
-def svd_triple(update: Update) -> Triple:
+def svd_of_update(update: Update) -> SvdTriple:
     """Return the singular value decomposition of an update, whose components can be removed."""
     U, sigma, V = update.svd()
-    return Triple(U, sigma, V.T)
+    return SvdTriple(U, sigma, V.T)
 
 
 def attach_components(
-    model: nn.Module, state: Mapping[str, Triple], kind: Callable[..., Any], fill: Callable[..., None]
+    model: nn.Module, state: Mapping[str, SvdTriple], kind: Callable[..., Any], fill: Callable[..., None]
 ) -> Any:
     """Attach the components to the model as Deltas of one kind, for their removal, and return these."""
     deltas = {}
@@ -67,7 +67,7 @@ def fill_svd(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
 
 @torch.no_grad()
 def loss_increases(
-    model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]
+    model: nn.Module, loss: Loss, state: Mapping[str, SvdTriple], batches: Sequence[Any]
 ) -> dict[str, np.ndarray]:
     """Return module -> mean loss increase on removal of each component and, last, of the whole module."""
     deltas = attach_components(model, state, alora.ALoRADelta, fill_plain)
@@ -85,7 +85,7 @@ def loss_increases(
 
 
 def first_order_increases(
-    model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]
+    model: nn.Module, loss: Loss, state: Mapping[str, SvdTriple], batches: Sequence[Any]
 ) -> dict[str, np.ndarray]:
     """Return module -> first-order loss increase on removal of each component and, last, their sum.
 
@@ -106,7 +106,7 @@ def first_order_increases(
 
 
 def ablation_loss_increases(
-    model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any], removed: int
+    model: nn.Module, loss: Loss, state: Mapping[str, SvdTriple], batches: Sequence[Any], removed: int
 ) -> dict[str, np.ndarray]:
     """Return the loss increase on all batches on removal of each component and, last, of the module.
 

@@ -29,10 +29,10 @@ def _escape_cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = printable(value)
-    return f"'{text}" if text.startswith(_FORMULAS) and not is_number(text) else text
+    return f"'{text}" if text.startswith(_FORMULAS) and not is_numeric_text(text) else text
 
 
-def is_number(text: str) -> bool:
+def is_numeric_text(text: str) -> bool:
     """Return whether the text of a CSV cell is a number."""
     try:
         float(text)

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from lorascope.files.safe_csv import is_number
+from lorascope.files.safe_csv import is_numeric_text
 from lorascope.inputs import images, questions, sources, splits
 from lorascope.inputs.splits import SPLITS
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, encode_classes, encode_pairs, encode_text
@@ -294,7 +294,7 @@ def _label_names(rows: pd.DataFrame, name: str) -> list[str]:
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         text = str(label).strip() if isinstance(label, str | int) else ""
-        if not text or (is_number(text) and not _is_whole_number(text)):
+        if not text or (is_numeric_text(text) and not _is_whole_number(text)):
             raise ValueError(
                 f"label in row {number} of {name} must be a class name or whole number, got {reprlib.repr(label)}"
             )

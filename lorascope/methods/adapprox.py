@@ -59,7 +59,7 @@ from torch import nn
 
 from lorascope.methods.method import Method, Step, added_later, parameter_groups
 from lorascope.methods.optimizers.adapprox import AdapproxOptimizer, check_options
-from lorascope.methods.optimizers.subspace_iteration import LOGISTIC, largest_rank
+from lorascope.methods.optimizers.subspace_iteration import LOGISTIC, max_factor_rank
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
 
@@ -189,7 +189,7 @@ class Adapprox(Method, name="adapprox"):
             if "Q" not in state or not ("chosen" in state or step.last):
                 continue
             Q, U = state["Q"], state["U"]
-            k_max = largest_rank(Q.shape[0], U.shape[0], self.max_rank)
+            k_max = max_factor_rank(Q.shape[0], U.shape[0], self.max_rank)
             values = {
                 "factor_rank": Q.shape[1],
                 "factor_bytes": Q.nbytes + U.nbytes,

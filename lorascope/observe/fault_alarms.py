@@ -92,11 +92,11 @@ class alarms(Observer):
             self.reported_ += fresh
             self.unrecorded_ += fresh
             # Without a registry, Python also shows a warning that an earlier training has given.
-            text = f"{describe(finding)}; fix: {printable(finding.fix)}"
+            text = f"{describe_alarm(finding)}; fix: {printable(finding.fix)}"
             warnings.warn_explicit(text, UserWarning, "lorascope", 0)
             messages.append(Message(f"alarm/{finding.id}", text))
             if self._stops_at(finding):
-                step.stop = f"stopped by an alarm at step {step.finished}: {describe(finding)}"
+                step.stop = f"stopped by an alarm at step {step.finished}: {describe_alarm(finding)}"
         return [*self._records(), *messages]
 
     def _records(self) -> Iterator[Record]:
@@ -115,7 +115,7 @@ class alarms(Observer):
         return finding.id in self.stop or finding.cause in self.stop
 
 
-def describe(finding: Finding) -> str:
+def describe_alarm(finding: Finding) -> str:
     """Return id, cause and message of a finding, for an alarm."""
     return f"{finding.id} {finding.cause}: {printable(finding.message)}"
 

@@ -228,7 +228,7 @@ def _parse(text: str, path: str | Path) -> Card:
     return Card(content.document, tables)
 
 
-def verify(path: str | Path) -> list[str]:
+def verify_card(path: str | Path) -> list[str]:
     """Build the page of a report card again from the tables it carries, and return where it differs, one line each.
 
     Raises

@@ -36,10 +36,10 @@ from lorascope.papers.probe import Arm, Probe, encoder_settings
 from lorascope.papers.rank_tables import (
     FEED_FORWARD,
     RANKS,
-    agreement,
     allocation_figures,
     keep_ranks,
     of_roles,
+    rank_agreement,
     residual_tau,
     top_fraction,
 )
@@ -123,9 +123,9 @@ CLAIMS = {
     "placement.upper": (Accuracy(TOP), Accuracy(BOTTOM)),
     "adalora.ffn": (of_roles(ADAPTED, *FEED_FORWARD), Constant(1 / 3)),
     "adalora.top": (OfRun(top_fraction, RANKS, ADAPTED), Constant(1 / 3)),
-    "adalora.stable": (agreement(ADAPTED), Constant(0.0)),
+    "adalora.stable": (rank_agreement(ADAPTED), Constant(0.0)),
     "adalora.beyond": (OfPairs(residual_tau, RANKS, ADAPTED, ADAPTED), Constant(0.0)),
-    "adalora.task": (average([agreement(ADAPTED), agreement(DOMAINS)]), agreement(ADAPTED, DOMAINS)),
+    "adalora.task": (average([rank_agreement(ADAPTED), rank_agreement(DOMAINS)]), rank_agreement(ADAPTED, DOMAINS)),
     "adalora.better": (Accuracy(ADAPTED), Accuracy(LOW)),
     "adalora.allocation": (Accuracy(ADAPTED), Accuracy(UNIFORM)),
 }

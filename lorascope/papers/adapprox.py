@@ -70,7 +70,7 @@ def arms() -> list[Arm]:
     # The embedding of the small GPT-2 is small enough to be factored.
     methods[OURS] = replace(ours, dense=())
     scratch = encoder_settings(600) | {"max_length": pretraining.LENGTH}
-    model, text = pretraining.untrained, pretraining.plain_text()
+    model, text = pretraining.untrained_model, pretraining.plain_text()
     return fine_tuned + [
         Arm(label=f"{name}, pre-training", method=method, settings=scratch, model=model, task=text)
         for name, method in methods.items()

@@ -32,7 +32,7 @@ from lorascope.papers.figures.gallery_figure import GalleryFigure, own_labels
 from lorascope.papers.judging import registration
 from lorascope.papers.judging.statistics import Accuracy, OfRun, Simulated, average
 from lorascope.papers.probe import Arm, Probe, encoder_settings
-from lorascope.papers.rank_tables import RANKS, agreement, keep_ranks
+from lorascope.papers.rank_tables import RANKS, keep_ranks, rank_agreement
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
 
@@ -75,7 +75,7 @@ def spread(table: pd.DataFrame) -> float:
 CLAIMS = {
     # Deviation over 12 modules that keep the components with at least the mean of 8 logits, which are small and normal.
     "autolora.spread": (OfRun(spread, RANKS, ADAPTED), Simulated(0.8316, draws=1_000_000, error=0.0002)),
-    "autolora.tasks": (average([agreement(ADAPTED), agreement(DOMAINS)]), agreement(ADAPTED, DOMAINS)),
+    "autolora.tasks": (average([rank_agreement(ADAPTED), rank_agreement(DOMAINS)]), rank_agreement(ADAPTED, DOMAINS)),
     "autolora.better": (Accuracy(ADAPTED), Accuracy(UNIFORM)),
     "autolora.over_random": (Accuracy(ADAPTED), Accuracy(RANDOM)),
 }

@@ -247,7 +247,7 @@ def _draw_toy_task(runs: Mapping[str, Sequence[Any]]) -> Drawable:
     )
 
 
-def curves(by_run: Courses) -> Chart:
+def accuracy_curves(by_run: Courses) -> Chart:
     """Plot expressiveness as accuracy by epoch, one line per adapter. Accuracy stays 1 once all points are right."""
     longest = max(len(course.accuracy) for course in by_run.values())
     tables = []

@@ -51,7 +51,7 @@ def of_roles(arm: str, *roles: str) -> OfRun:
     return OfRun(partial(fraction, roles=roles), RANKS, arm)
 
 
-def agreement(arm: str, other: str = "") -> OfPairs:
+def rank_agreement(arm: str, other: str = "") -> OfPairs:
     """Return Kendall's tau between the kept tables of ranks of pairs of runs of one arm, or of two."""
     return OfPairs(tau, RANKS, arm, other or arm)
 

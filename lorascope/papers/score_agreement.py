@@ -36,7 +36,7 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
     from torch import Tensor, nn
 
     from lorascope.adapters.activation_patching import Loss
-    from lorascope.experiments.component_removal import Triple
+    from lorascope.experiments.component_removal import SvdTriple
 
 SCORES = "scores"
 """Kept table ``module, component, score, value``: scores and loss increases of the components of a run.
@@ -88,7 +88,7 @@ def keep_scores(run: Run) -> pd.DataFrame:
     task = tasks.load(run.task)
     model = models.load(run.meta.model, task)
     run.restore(model)
-    state = {name: component_removal.svd_triple(delta.update()) for name, delta in attached_deltas(model).items()}
+    state = {name: component_removal.svd_of_update(delta.update()) for name, delta in attached_deltas(model).items()}
     detach(model)
     model.requires_grad_(False)
     task = task.fit(model)
@@ -131,7 +131,7 @@ def keep_scores(run: Run) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True).astype({"component": "int16", "value": "float32"})
 
 
-def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
+def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, SvdTriple], batches: Sequence[Any]) -> Rows:
     """Compute AdaLoRA's scores, whose agreement is studied: importance, sensitivity, uncertainty and gradient norm.
 
     The averages run over the batches at zero learning rate, with AdaLoRA's default betas.
@@ -165,7 +165,7 @@ def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], ba
     return rows
 
 
-def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batch: Any) -> Rows:
+def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, SvdTriple], batch: Any) -> Rows:
     """Compute ALoRA's score, whose agreement is studied, and its two terms; higher means more important."""
     from lorascope.adapters.ablation import ablation_scores
     from lorascope.adapters.delta import detach
@@ -182,7 +182,7 @@ def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batc
     }
 
 
-def autolora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
+def autolora_scores(model: nn.Module, loss: Loss, state: Mapping[str, SvdTriple], batches: Sequence[Any]) -> Rows:
     """Compute AutoLoRA's score, whose agreement is studied: alpha after training only the logits for two epochs."""
     import torch
 

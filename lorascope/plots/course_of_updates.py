@@ -16,7 +16,7 @@ from lorascope.charts.marks import Axis, Line
 from lorascope.plots.builders import curves, mean_over_modules, profile
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import STEPS
-from lorascope.plots.run_groups import Cohort, Runs, require_choice, require_counts
+from lorascope.plots.run_groups import Cohort, Runs, require_choices, require_counts
 
 _RANDOM = "random subspaces"
 
@@ -108,7 +108,7 @@ def rotation(
     """
     cohort = gather_runs("rotation", runs, control)
     require_counts(k=k)
-    require_choice(space=(space, ("both", *SPACES)))
+    require_choices(space=(space, ("both", *SPACES)))
     modules = None if module is None else [module]
     angles = pd.concat([rotations(run, k, modules) for run in cohort.runs])
     if space != "both":

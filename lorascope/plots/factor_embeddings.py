@@ -18,7 +18,7 @@ from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point, Text
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import UPDATES
-from lorascope.plots.run_groups import Cohort, Runs, require_choice
+from lorascope.plots.run_groups import Cohort, Runs, require_choices
 
 _VIEWS = {
     "raw": "raw factors",
@@ -87,11 +87,11 @@ def factor_embedding(
     >>> ls.plots.factor_embedding(domains)
     """
     cohorts = [gather_runs("factor_embedding", group) for group in (runs, control) if group is not None]
-    require_choice(view=(view, _VIEWS))
+    require_choices(view=(view, _VIEWS))
     if not factors:
         raise ValueError("factors must include 'A' or 'B', got none")
     for factor in factors:
-        require_choice(factors=(factor, ("A", "B")))
+        require_choices(factors=(factor, ("A", "B")))
     caption = (
         f"Each dot is a factor of one module in one run ({_VIEWS[view]}), scaled to norm 1; dots in one place appear "
         "as rings. PCA axes: fraction of variance in parentheses."

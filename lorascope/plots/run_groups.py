@@ -269,7 +269,7 @@ def require_counts(**counts: int | None) -> None:
             raise ValueError(f"{name} must be >= 1, got {count}")
 
 
-def require_choice(**arguments: tuple[str, Collection[str]]) -> None:
+def require_choices(**arguments: tuple[str, Collection[str]]) -> None:
     """Raise a ValueError for the first argument of a figure of run groups that is not among its choices."""
     for name, (value, choices) in arguments.items():
         if value not in choices:

@@ -18,7 +18,7 @@ from lorascope.charts.marks import Axis, Heat
 from lorascope.plots.builders import curves
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import SPECTRA, UPDATES
-from lorascope.plots.run_groups import Cohort, Runs, require_choice
+from lorascope.plots.run_groups import Cohort, Runs, require_choices
 from lorascope.runs.result import Result
 
 _MOST_DOTS = 64  # largest number of components with a dot each
@@ -125,7 +125,7 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     >>> ls.plots.subspace_similarity({"rank 8": lora[0], "rank 32": lora_rank_32})
     """
     cohorts = [gather_runs("subspace_similarity", group) for group in (runs, control) if group is not None]
-    require_choice(side=(side, ("A", "B", "update")))
+    require_choices(side=(side, ("A", "B", "update")))
     updates = [run.updates() for cohort in cohorts for run in cohort.runs]
     module = common_module(cohorts[0], updates, module)
     panels: list[Chart] = []

@@ -181,7 +181,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             # Wait for earlier work of an accelerator; reading the error waits for all work of the selection.
             float(unit)
             start = time.perf_counter()
-            Q, U, state["error"], state["trials"] = subspace_iteration.choose(A, factor, state, group)
+            Q, U, state["error"], state["trials"] = subspace_iteration.choose_rank(A, factor, state, group)
             state["seconds"] = time.perf_counter() - start
             state["chosen"] = True  # removed at the next step
         else:

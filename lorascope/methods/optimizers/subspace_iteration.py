@@ -119,19 +119,21 @@ def growth(error: float, logistic: Sequence[float] = LOGISTIC, scale: float = 1.
 Factor = Callable[[int], tuple[Tensor, Tensor]]
 
 
-def largest_rank(rows: int, columns: int, max_rank: int | None) -> int:
+def max_factor_rank(rows: int, columns: int, max_rank: int | None) -> int:
     """Return k_max of subspace iteration: ``max_rank``, by default a quarter of the smaller side."""
     smaller = min(rows, columns)
     return min(smaller, max_rank or max(1, smaller // 4))
 
 
-def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], options: Mapping[str, Any]) -> Factorization:
+def choose_rank(
+    A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], options: Mapping[str, Any]
+) -> Factorization:
     """Factorize a matrix by adaptive subspace iteration (AS-RSI), with the rank rule of ``AdapproxOptimizer``.
 
     ``factor`` returns Q and U of a rank. The rule "ema" stores its fraction in ``state``, the state of the matrix, and
     reads the error of the previous selection there.
     """
-    smaller, cap = min(A.shape), largest_rank(A.shape[0], A.shape[1], options["max_rank"])
+    smaller, cap = min(A.shape), max_factor_rank(A.shape[0], A.shape[1], options["max_rank"])
     match options["rank_rule"]:
         case "restart":
             scale = (cap - 1) / 191 if options["growth_scale"] is None else options["growth_scale"]

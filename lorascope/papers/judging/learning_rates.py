@@ -33,7 +33,7 @@ class Choice:
     at_end: bool = False
 
 
-def choose(grid: Sequence[float], losses: Mapping[float, float]) -> Choice:
+def choose_rate(grid: Sequence[float], losses: Mapping[float, float]) -> Choice:
     """Choose the learning rate with the lowest loss; ties go to the smaller one.
 
     If the best rate is at an end of the grid, one further rate beyond it is tried, at most twice. A further rate is
@@ -101,7 +101,7 @@ def choice_of_arm(registration: Registration, runs: pd.DataFrame, arm: str) -> t
         Label of an arm that has a rate.
     """
     tuned = registration.arms[registration.arms[arm].rate_of or arm]
-    return tuned, choose(tuned.rates, losses_by_rate(runs, tuned.label, tuned.tuning_seeds))
+    return tuned, choose_rate(tuned.rates, losses_by_rate(runs, tuned.label, tuned.tuning_seeds))
 
 
 def tuning_table(runs: pd.DataFrame, grids: Mapping[str, tuple[Sequence[float], Sequence[int]]]) -> pd.DataFrame:
@@ -122,7 +122,7 @@ def tuning_table(runs: pd.DataFrame, grids: Mapping[str, tuple[Sequence[float], 
     columns = ["arm", "rate", "seed", "validation_loss"]
     tables = []
     for arm, (grid, seeds) in grids.items():
-        choice = choose(grid, losses_by_rate(runs, arm, seeds))
+        choice = choose_rate(grid, losses_by_rate(runs, arm, seeds))
         rows = runs.loc[(runs["arm"] == arm) & (runs["role"] == "tuning"), columns].sort_values(["rate", "seed"])
         is_chosen = rows["rate"] == choice.rate
         tables.append(rows.assign(at_end_of_grid=is_chosen & choice.at_end, chosen=is_chosen))

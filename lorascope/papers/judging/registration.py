@@ -288,10 +288,10 @@ def read(file: Path = FILE) -> Registration:
         It is not TOML, a key is unknown, a value has another type, a bound or design is not allowed, or an id is
         registered twice.
     """
-    return parse(file.read_bytes(), file)
+    return parse_registration(file.read_bytes(), file)
 
 
-def parse(content: bytes, file: Path | str) -> Registration:
+def parse_registration(content: bytes, file: Path | str) -> Registration:
     """Parse the content of a registration; see ``read``."""
     try:
         tables = tomllib.loads(content.decode("utf-8"))
@@ -374,7 +374,7 @@ def compare_with_history(file: Path, commits: Collection[str]) -> HistoryCompari
         if content is not None and content not in versions:
             versions.add(content)
             try:
-                earlier = parse(content, f"{file.name} at commit {commit[:12]}")
+                earlier = parse_registration(content, f"{file.name} at commit {commit[:12]}")
             except ValueError as error:
                 differences.append(str(error))
             else:

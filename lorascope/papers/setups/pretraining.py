@@ -58,12 +58,12 @@ def untrained_folder() -> str:
         with models.quiet(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             GPT2LMHeadModel(config).save_pretrained(folder)
-        tokenizer(plain_text().split("train")["text"].to_list()).save_pretrained(folder)
+        train_tokenizer(plain_text().split("train")["text"].to_list()).save_pretrained(folder)
 
     return str(package_assets.build_once(package_assets.cache() / f"pretraining-{plain_text().hash[:16]}", write))
 
 
-def untrained() -> nn.Module:
+def untrained_model() -> nn.Module:
     """Return the model before pre-training, with its tokenizer.
 
     ``train`` draws all its matrices from the seed of the run, as it does for a new head. Both learning rates must
@@ -74,7 +74,7 @@ def untrained() -> nn.Module:
     return model
 
 
-def tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Train the tokenizer for pre-training with ``VOCABULARY`` pieces on texts, by byte pairs as GPT-2's."""
     core = Tokenizer(tokenizer_models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

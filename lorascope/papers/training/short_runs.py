@@ -111,7 +111,7 @@ def has_task_of_kept_runs(label: str) -> bool:
     return bool(arm.task == "sentiment")
 
 
-def train(root: Path, seed: int, claims: Registration | None, runs: pd.DataFrame) -> dict[str, Run]:
+def train_short_runs(root: Path, seed: int, claims: Registration | None, runs: pd.DataFrame) -> dict[str, Run]:
     """Train the ten short runs and return them by label. Finished runs in the folder are reused.
 
     Saved copies of the whole model are removed.

@@ -59,7 +59,7 @@ def describe_run(
     )
 
 
-def overlap(trained: Any, evaluated: Any) -> float | None:
+def row_overlap(trained: Any, evaluated: Any) -> float | None:
     """Return the fraction of a Trainer's evaluation rows that are training rows, for the metadata, or None if unknown.
 
     Rows are not read, because reading some datasets draws random numbers. Two rows are the same if they have the same

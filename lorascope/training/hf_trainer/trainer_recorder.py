@@ -26,7 +26,7 @@ from lorascope.training.hf_trainer.method_callback import (
     reject_sharded,
     write_checkpoint_file,
 )
-from lorascope.training.hf_trainer.run_metadata import describe_run, overlap
+from lorascope.training.hf_trainer.run_metadata import describe_run, row_overlap
 from lorascope.training.hf_trainer.trainer_report import TrainerReport, reporting_callbacks
 from lorascope.training.run_folder import ForeignRecording
 from lorascope.training.settings import Settings
@@ -167,7 +167,7 @@ class TrainerRecorder(TrainerCallback):
             return
         trained, evaluated = trainer.get("train_dataloader"), trainer.get("eval_dataloader")
         if trained is not None and evaluated is not None:
-            self._recording.writer.meta.eval_overlap = overlap(trained.dataset, evaluated.dataset)
+            self._recording.writer.meta.eval_overlap = row_overlap(trained.dataset, evaluated.dataset)
         metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         keys = {"eval_loss": "eval_loss"}
         if metric != "eval_loss":

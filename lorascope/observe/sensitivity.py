@@ -56,7 +56,7 @@ class neurons(Observer):
     batches, rows : int
         Number of batches that G is averaged over, and rows per batch.
     targets : str or sequence of str
-        Linear modules, selected as in the methods; see ``names.match``.
+        Linear modules, selected as in the methods; see ``module_table.match``.
     """
 
     every: int = 100

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis.norms import evenly_spaced, last_recorded, layer_places, select_quantity
-from lorascope.analysis.seed_intervals import band
 from lorascope.array_types import Float
 
 # Rows and columns are rescaled alternately, up to this relative error of their sums or this many times.
@@ -128,37 +127,3 @@ def compare_factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataF
         columns = {"measure": label, "excess": excess, "seconds": seconds[f"factoring_seconds_{way}"]}
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables).reset_index()
-
-
-def average_losses_by_rate(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFrame]:
-    """Average the final validation and test losses of optimizers over seeds, by method and learning rate.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Records with ``records.COLUMNS`` and ``recipe``; the part of a recipe before the last " at " is the method.
-    rate : mapping run id -> learning rate
-        Learning rate of each run.
-
-    Returns
-    -------
-    dict quantity -> DataFrame
-        For ``eval_loss`` and ``test_loss``: ``method, lr``, and the mean and interval of ``seed_intervals.band``.
-    """
-    names = table["recipe"].astype("str")
-    methods = names.str.rpartition(" at ")[0]  # recipes of this study are named "METHOD at LEARNING RATE"
-    table = table.assign(method=methods.where(methods != "", names))
-    losses = {}
-    for quantity in ("eval_loss", "test_loss"):
-        rows = last_recorded(table[table["quantity"] == quantity])
-        cells = band(rows.assign(lr=rows["run"].astype("str").map(rate)), ["method", "lr"])
-        by_rate = [
-            method_cells.sort_values("lr", kind="stable") for _, method_cells in cells.groupby("method", sort=False)
-        ]
-        losses[quantity] = pd.concat(by_rate, ignore_index=True)
-    return losses
-
-
-def best_rates(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the learning rate with the lowest mean loss of each optimizer: ``method, lr``."""
-    return cells.loc[cells.groupby("method", sort=False)["value"].idxmin(), ["method", "lr"]].reset_index(drop=True)

@@ -61,3 +61,13 @@ def count_or_no(number: int, noun: str) -> str:
 def printable_lines(text: object) -> str:
     """Escape like `printable`, but keep line breaks."""
     return "\n".join(map(printable, str(text).split("\n")))
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error without its final punctuation, to be printed in another error.
+
+    For an error without text, it is the type. A line that ends in a colon is followed by the next one, which has the
+    reason.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(map(str.strip, lines[: 1 + lines[0].endswith(":")])).rstrip(".:")

@@ -18,10 +18,10 @@ from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
 from lorascope.files.gguf_io import GgufFile
-from lorascope.files.printable import printable
+from lorascope.files.printable import first_line, printable
 from lorascope.files.safetensors_io import file_hash, indexed_shards, is_plain
 from lorascope.files.typed_json import read_json, require_regular, to_typed, unreadable
-from lorascope.inputs.package_assets import SMOLLM2, build_once, cache, fetch, first_line
+from lorascope.inputs.package_assets import SMOLLM2, build_once, cache, fetch
 from lorascope.inputs.tasks import Task
 
 BUNDLED = ("minilm", "smollm2")

@@ -79,16 +79,6 @@ def cache() -> Path:
     return Path(folder).absolute() if folder else platformdirs.user_cache_path("lorascope")
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, such as of a package download, without its final punctuation.
-
-    For an error without text, it is the type. A line that ends in a colon is followed by the next one, which has the
-    reason.
-    """
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(map(str.strip, lines[: 1 + lines[0].endswith(":")])).rstrip(".:")
-
-
 @contextmanager
 def stage_target(target: Path) -> Iterator[Path]:
     """Yield a path for a package asset, renamed to ``target`` when the block ends without an error.

@@ -13,9 +13,9 @@ import pandas as pd
 from PIL import Image
 
 from lorascope.files.parquet_tables import require_declared_size, require_table_file
-from lorascope.files.printable import printable
+from lorascope.files.printable import first_line, printable
 from lorascope.files.typed_json import require_regular
-from lorascope.inputs.package_assets import SENTIMENT, build_once, cache, fetch, first_line
+from lorascope.inputs.package_assets import SENTIMENT, build_once, cache, fetch
 
 DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from lorascope.analysis import optimizer_moments
+from lorascope.analysis.learning_rates import average_losses_by_rate, best_rates
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Line, Point
@@ -105,14 +105,14 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     if not {"eval_loss", "test_loss"} <= set(cohort.table["quantity"]):
         cohort.require("eval_loss", "test_loss")
     rates = {run.id: run.meta.settings["lr"] for run in cohort.runs}
-    cells = optimizer_moments.average_losses_by_rate(cohort.label(cohort.table), rates)
-    best = optimizer_moments.best_rates(cells["eval_loss"])
+    cells = average_losses_by_rate(cohort.label(cohort.table), rates)
+    best = best_rates(cells["eval_loss"])
     methods = list(dict.fromkeys(cells["eval_loss"]["method"]))
     tested = cells["test_loss"].merge(best, on=["method", "lr"])
     tested = tested.assign(at=tested["method"])
-    best_rates = "; ".join(best["method"] + best["lr"].map(" {:.3g}".format))
+    listed_rates = "; ".join(best["method"] + best["lr"].map(" {:.3g}".format))
     caption = cohort.caption(
-        f"Best learning rates by mean final validation loss: {best_rates}.",
+        f"Best learning rates by mean final validation loss: {listed_rates}.",
         *cohort.method_notes(),
         interval=f"bars: {INTERVAL}",
     )

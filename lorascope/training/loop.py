@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lorascope.adapters import delta
+from lorascope.files.printable import first_line
 from lorascope.inputs import models, tasks
-from lorascope.inputs.package_assets import first_line
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, Phase, from_config, is_integer
 from lorascope.observe import Observer, norms

@@ -15,7 +15,7 @@ import pandas as pd
 
 import lorascope as ls
 from lorascope.analysis import factor_sharing, selected_neurons
-from lorascope.analysis.norms import last
+from lorascope.analysis.norms import last_recorded
 from lorascope.charts.chart import Drawable
 from lorascope.charts.save import save_small
 from lorascope.runs.run import Run
@@ -69,20 +69,22 @@ def describe(found: Mapping[str, Mapping[str, list[Run]]]) -> Iterator[str]:
             share = runs[0].meta.parameters.trained / runs[0].meta.parameters.total
             yield f"{name}, {label}: accuracy {accuracies}; trained parameters {share:.1%}"
     runs = [run for of in found[OWN_A].values() for run in of]
-    changes = pd.concat(last(run.table[run.table["quantity"] == "relative_update"]) for run in runs)
+    changes = pd.concat(last_recorded(run.table[run.table["quantity"] == "relative_update"]) for run in runs)
     means = changes.groupby(["role", "layer"], observed=True)["value"].mean()
     for role in ("v", "o"):
         yield f"relative update of {role} in the first block: {means[role, 0]:.2%}; largest: {means[role].max():.2%}"
     for name in (ONE_A, OWN_A):
         domains = {run.id: domain for domain, of in found[name].items() for run in of}
         updates = {run.id: run.updates() for of in found[name].values() for run in of}
-        table = factor_sharing.numbers(updates, domains, views=("raw", "space"), draws=99)
+        table = factor_sharing.measure_sharing(updates, domains, views=("raw", "space"), draws=99)
         shown = table[["factor", "view", "sharedness", "sharedness_chance", "cosine"]].round(2)
         yield f"factors, {name}:\n{shown.to_string(index=False, float_format='{:.2f}'.format)}"
     one, other = (run for (run,) in found["neurons"].values())
-    first, second = (selected_neurons.as_set(selected_neurons.list_selected(run)) for run in (one, other))
-    shared = selected_neurons.common(first, second, selected_neurons.sizes(one).total())["overlap"]
-    chance = selected_neurons.compute_expected_overlap(first, second, selected_neurons.sizes(one))
+    first, second = (selected_neurons.to_set(selected_neurons.list_selected(run)) for run in (one, other))
+    shared = selected_neurons.compare_selections(first, second, selected_neurons.count_selectable(one).total())[
+        "overlap"
+    ]
+    chance = selected_neurons.compute_expected_overlap(first, second, selected_neurons.count_selectable(one))
     yield f"{len(first):,} neurons of each text, {shared:.0%} shared; as many random ones in each module: {chance:.0%}"
 
 

@@ -197,7 +197,7 @@ def test_figure_is_the_same_when_drawn_from_what_the_evidence_keeps_of_its_runs(
     evidence = kept_runs.read_kept(tmp_path / "empty")  # an excerpt is enough
     for run in (run for of in runs.values() for run in of):
         first, last = (run.parents or [run])[0].meta.method, run.meta.method
-        method = last | {"tuned": None} if last["name"] == "neft" else first  # as the arm has it
+        method = last | {"reference": None} if last["name"] == "neft" else first  # as the arm has it
         row = {"run": run.id, "seed": run.meta.seed, "method": json.dumps(method)}
         row |= {"test_loss": run.score.loss, "test_metric": run.score.metric}
         assert _kept_run(figure, evidence, tmp_path, row).id == run.id

@@ -68,7 +68,6 @@ def test_wheel_has_package_types_templates_and_evidence_but_no_tests(wheel: Path
     package = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lorascope").rglob("*.py")}
     own = {
         "py.typed",
-        "plots/__init__.pyi",
         "plots/explore.css",
         "plots/explore.js",
         "pages/page.html",

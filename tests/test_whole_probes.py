@@ -16,7 +16,7 @@ from joblib import parallel_config
 
 from lorascope.inputs import tasks
 from lorascope.methods import adalora, alora, autolora, method
-from lorascope.papers import hydralora_asymmetry, score_agreement
+from lorascope.papers import score_agreement
 from lorascope.papers.judging import kept_runs, registration
 from lorascope.papers.judging.verdicts import judge_all
 from lorascope.papers.lora import tfidf_arm
@@ -100,9 +100,11 @@ def test_shuffled_labels_support_no_claim_on_accuracy(judge: Callable[..., Any],
 @pytest.mark.slow
 def test_random_scores_support_no_claim_on_ranks(judge: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(0)
-    true = adalora.importance
-    monkeypatch.setattr(adalora, "importance", lambda *given: torch.rand(true(*given).shape, generator=draw))
-    monkeypatch.setattr(alora, "importance", lambda full, without, only: torch.rand(len(only), generator=draw).numpy())
+    terms = adalora.importance_terms
+    monkeypatch.setattr(adalora, "importance_terms", lambda *given: torch.rand(terms(*given).shape, generator=draw))
+    monkeypatch.setattr(
+        alora, "importance_score", lambda full, without, only: torch.rand(len(only), generator=draw).numpy()
+    )
     monkeypatch.setattr(
         autolora, "adam", lambda gradient, moments, rate: (rate * torch.randn(gradient.shape, generator=draw), moments)
     )
@@ -163,7 +165,7 @@ def test_frozen_factors_support_no_claim_on_factors(
             torch.nn.init.normal_(delta.B, generator=draw)  # a B of zeros has no direction
 
     monkeypatch.setattr(method.AdapterMethod, "attach", with_random_b)
-    monkeypatch.setattr(hydralora_asymmetry.tasks, "load", lambda name: task)
+    monkeypatch.setattr(tasks, "load", lambda name: task)
     found = judge(FACTORS, may_void=False, steps=2)
     assert found.pop("asymmetry.picture") == "supported"  # it only needs a shared start
     assert set(found) <= {"inconclusive", "not supported"}

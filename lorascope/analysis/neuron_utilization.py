@@ -34,7 +34,7 @@ def compared_layers(layer: int, layers: str = "later") -> slice:
 def correlations(
     vectors: Float[np.ndarray, "neurons d"], hidden: Float[np.ndarray, "layers d"]
 ) -> Float[np.ndarray, "neurons layers"]:
-    """Compute absolute Pearson correlations of weight vectors and hidden states for neuron utilization; 0 if constant."""
+    """Compute absolute correlations (Pearson) of weight vectors and hidden states for neuron utilization."""
     return np.abs(_standardize_rows(vectors) @ _standardize_rows(hidden).T)
 
 

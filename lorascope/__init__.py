@@ -30,7 +30,7 @@ _PUBLIC = {
     "TrainerRecorder": "lorascope.training.hf_trainer.trainer_recorder:TrainerRecorder",
     "record": "lorascope.training.any_loop:record",
     "LoopRecorder": "lorascope.training.any_loop:LoopRecorder",
-    "trainer_kwargs": "lorascope.training.hf_trainer.trainer_recorder:trainer_kwargs",
+    "trainer_kwargs": "lorascope.training.hf_trainer.trainer_kwargs:trainer_kwargs",
     **_METHODS,
     "neuron_scores": "lorascope.diagnosis.neuron_scores:neuron_scores",
     "at_gates": "lorascope.runs.gated_run:at_gates",

@@ -7,7 +7,8 @@ from contextlib import suppress
 from dataclasses import replace
 
 from lorascope.methods import METHODS
-from lorascope.methods.method import Method, literal_fields
+from lorascope.methods.field_checks import literal_fields
+from lorascope.methods.method import Method
 
 EXAMPLES = {name: method.example() for name, method in METHODS.items() if method.__module__.startswith("lorascope.")}
 

@@ -24,7 +24,7 @@ from planted import manifest
 from safetensors.numpy import save
 
 from lorascope.cli.main import main
-from lorascope.files.safetensors_io import file_hash, write_json
+from lorascope.files.whole_files import file_hash, write_json
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Factors, Record, Snapshot
 

@@ -17,7 +17,8 @@ from lorascope import plots
 from lorascope.analysis import adapter_similarity
 from lorascope.analysis.leading_directions import chance_angle
 from lorascope.cli.main import main
-from lorascope.files.safetensors_io import write_json, write_tensors
+from lorascope.files.safetensors_io import write_tensors
+from lorascope.files.whole_files import write_json
 from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.formats.stored_update import PREFIX
 from lorascope.plots.adapter_similarity import _format_ratio

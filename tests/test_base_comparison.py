@@ -17,8 +17,9 @@ from lorascope.analysis.intruders import decompose_weights, find_intruders
 from lorascope.cli.main import main
 from lorascope.diagnosis import change_from_base
 from lorascope.diagnosis.inspection import inspect
-from lorascope.files.safetensors_io import write_json, write_tensors
+from lorascope.files.safetensors_io import write_tensors
 from lorascope.files.text_layout import WIDTH
+from lorascope.files.whole_files import write_json
 from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.formats.stored_update import PREFIX
 from lorascope.runs.loading import load

@@ -21,7 +21,7 @@ import lorascope as ls
 from lorascope.inputs import models
 from lorascope.methods import LoRA
 from lorascope.runs.folders import lock_run
-from lorascope.training.progress import catch_interrupt
+from lorascope.training.keyboard_interrupt import catch_interrupt
 from lorascope.training.session import Session
 from lorascope.training.state import load_tree, save_tree
 

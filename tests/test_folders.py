@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lorascope.files.safetensors_io import is_partial
+from lorascope.files.whole_files import is_partial
 from lorascope.runs.folders import RunLocked, lock_run, new_folder, remove_run
 from lorascope.training.output_folder import prepare_folder
 from lorascope.training.run_folder import create_folder

@@ -30,7 +30,8 @@ from lorascope.cli import sweep
 from lorascope.cli.main import main
 from lorascope.experiments.sweep_table import SweepTable, table
 from lorascope.files.safe_csv import csv_text
-from lorascope.files.safetensors_io import file_hash, write_json, write_tensors
+from lorascope.files.safetensors_io import write_tensors
+from lorascope.files.whole_files import file_hash, write_json
 from lorascope.pages import page as report
 from lorascope.pages.report_figure import ReportFigure
 from lorascope.runs.loading import load

@@ -24,7 +24,8 @@ from lorascope.diagnosis import pair_comparison
 from lorascope.diagnosis.inspection import inspect
 from lorascope.diagnosis.inspection_screen import inspection_screen
 from lorascope.files import text_layout
-from lorascope.files.safetensors_io import write_json, write_tensors
+from lorascope.files.safetensors_io import write_tensors
+from lorascope.files.whole_files import write_json
 from lorascope.formats.peft_lora import WEIGHTS
 from lorascope.runs.loading import load
 from lorascope.runs.writer import RunWriter

@@ -22,7 +22,7 @@ from tiny import tiny
 from tolerance import TINY, near
 
 import lorascope
-from lorascope.files.safetensors_io import write_json
+from lorascope.files.whole_files import write_json
 from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import load

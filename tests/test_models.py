@@ -21,7 +21,7 @@ from hostile import limits, outcome
 from tiny import FAMILIES, inputs, tiny
 from torch import nn
 
-from lorascope.files.safetensors_io import file_hash
+from lorascope.files.whole_files import file_hash
 from lorascope.inputs import models, tasks
 from lorascope.inputs.package_assets import SMOLLM2, cache
 

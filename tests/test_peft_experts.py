@@ -18,7 +18,7 @@ from torch import nn
 
 from lorascope.cli.main import main
 from lorascope.diagnosis.inspection import inspect
-from lorascope.files.safetensors_io import write_json
+from lorascope.files.whole_files import write_json
 from lorascope.formats.peft_experts import LAYOUT
 from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.loading import load

@@ -22,7 +22,7 @@ from tolerance import TINY, rounding
 import lorascope as ls
 from lorascope.analysis import initial_update
 from lorascope.diagnosis.inspection import inspect
-from lorascope.files.safetensors_io import write_json
+from lorascope.files.whole_files import write_json
 from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.loading import load
 from lorascope.updates import Fourier

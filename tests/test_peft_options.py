@@ -18,7 +18,8 @@ from torch import nn
 from lorascope.cli.main import main
 from lorascope.diagnosis.doctor import diagnose
 from lorascope.diagnosis.inspection import inspect
-from lorascope.files.safetensors_io import read_json, write_json
+from lorascope.files.safetensors_io import read_json
+from lorascope.files.whole_files import write_json
 from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import load

@@ -20,7 +20,7 @@ from hostile import limits
 from PIL import Image
 from tiny import tiny
 
-from lorascope.files.safetensors_io import file_hash
+from lorascope.files.whole_files import file_hash
 from lorascope.inputs import sources, tasks
 from lorascope.inputs.package_assets import Asset, cache
 

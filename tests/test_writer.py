@@ -14,8 +14,8 @@ import pytest
 from planted import manifest
 from test_loading import META
 
-from lorascope.files import safetensors_io
-from lorascope.files.safetensors_io import write_bytes, write_json
+from lorascope.files import whole_files
+from lorascope.files.whole_files import write_bytes, write_json
 from lorascope.runs.loading import load
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Factors, Record
@@ -24,7 +24,7 @@ from lorascope.schema.records import Factors, Record
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Return a function that makes the next ``times`` writes fail with a system error."""
-    monkeypatch.setattr(safetensors_io, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(whole_files, "PAUSES", (0.0, 0.0))
 
     def fail(times: int, number: int) -> None:
         left = [times]

@@ -26,7 +26,7 @@ from lorascope.charts.chart import Drawable
 from lorascope.files.png_pixels import pixel_digest
 from lorascope.files.printable import printable
 from lorascope.files.safe_csv import csv_text
-from lorascope.files.safetensors_io import write_bytes
+from lorascope.files.whole_files import write_bytes
 
 _KINDS = ("pdf", "svg", "png", "html", "csv")
 

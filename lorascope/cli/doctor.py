@@ -23,9 +23,9 @@ from lorascope.diagnosis.runtimes import Application, apply_adapter
 from lorascope.diagnosis.sarif import MARK, sarif_log
 from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import count_or_no, count_phrase, printable
-from lorascope.files.safetensors_io import write_json
 from lorascope.files.text_layout import Block, block_grid, make_console, render_text, text_block
 from lorascope.files.typed_json import json_values
+from lorascope.files.whole_files import write_json
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import require_own

@@ -20,8 +20,8 @@ from lorascope.export.lora_layers import LoraLayer, WritableLora, layer_keywords
 from lorascope.export.peft_adapter import layer_tensors
 from lorascope.export.pipeline_names import PIPELINE, named_layers, refuse_flat
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
+from lorascope.files.whole_files import write_bytes
 from lorascope.formats.image_keys import METADATA
 from lorascope.runs.folders import new_folder
 

@@ -26,8 +26,8 @@ from lorascope.export.exporters import LayerExporter
 from lorascope.export.lora_layers import LoraLayer, WritableLora
 from lorascope.export.pipeline_names import AUTHORS, PipelineLayer, named_layers
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
+from lorascope.files.whole_files import write_bytes
 from lorascope.formats.image_names import to_authors
 from lorascope.formats.kohya import BASE_KEYS
 from lorascope.runs.lora_config import alpha_of

@@ -26,8 +26,8 @@ import numpy as np
 from lorascope.export.exporters import LayerExporter
 from lorascope.export.lora_layers import WritableLora
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import write_bytes, write_json
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
+from lorascope.files.whole_files import write_bytes, write_json
 from lorascope.formats.mlx import WEIGHTS
 from lorascope.formats.peft_lora import CONFIG
 from lorascope.runs.folders import new_folder

@@ -19,7 +19,8 @@ from lorascope.export.lora_layers import require_unchanged_base
 from lorascope.export.peft_lora import LoraExporter
 from lorascope.export.rank_budget import select_components, truncate
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile, write_bytes, write_json
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.whole_files import write_bytes, write_json
 from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.formats.stored_update import PREFIX
 from lorascope.runs.adapter import Adapter

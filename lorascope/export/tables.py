@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from lorascope.files.safe_csv import csv_text
-from lorascope.files.safetensors_io import write_bytes
+from lorascope.files.whole_files import write_bytes
 from lorascope.runs.folders import require_absent
 from lorascope.runs.result import Result
 

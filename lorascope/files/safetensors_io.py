@@ -8,29 +8,25 @@ converted to float32.
 from __future__ import annotations
 
 import copy
-import errno
-import hashlib
 import json
 import math
 import mmap
 import os
-import re
 import shlex
-import time
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 from safetensors.numpy import save
 
+from lorascope.files.file_names import is_plain
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, parse_json, read_json, require_regular, require_size, to_typed, unreadable
+from lorascope.files.whole_files import write_bytes
 
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
@@ -38,11 +34,6 @@ _DTYPES = {
 }  # fmt: skip
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-# Errors of a network file system while its server is unavailable, or when a folder is moved during the call.
-_TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ENOENT}
-PAUSES = (0.5, 5.0)
-"""Seconds to wait before the second and third attempts to write a file."""
-_PARTIAL = re.compile(r"\..+\.\d+\.part")
 _CONVERT = (
     'python -c "import sys, torch; from safetensors.torch import save_file; '
     'save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" {0} {1}'
@@ -273,16 +264,6 @@ class _Index(msgspec.Struct, frozen=True):
     weight_map: dict[str, str]
 
 
-def is_plain(name: str) -> bool:
-    """Return whether a name, such as a safetensors shard's in an index, is a plain file name on every system."""
-    return name not in ("", ".", "..") and "\0" not in name and PureWindowsPath(name).name == name
-
-
-def folder_of(path: Path) -> Path:
-    """Return a folder itself, and the folder of a safetensors file."""
-    return path if path.is_dir() else path.parent
-
-
 def weight_files(folder: Path, stem: str) -> list[Path]:
     """Return a folder's safetensors files: ``<stem>.safetensors``, its indexed shards, or ``<stem>*.safetensors``.
 
@@ -328,68 +309,3 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[
     """Write arrays and their description ``about`` (JSON values) to one safetensors file."""
     arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
     write_bytes(path, save(arrays, metadata={_ABOUT: json.dumps(about, sort_keys=True)}))
-
-
-def write_note(file: Path, content: Any) -> None:
-    """Write JSON as `write_bytes` does safetensors, but without waiting for the disk; errors are ignored.
-
-    It is for progress, which is written often, and whose folder another process may remove.
-    """
-    draft = file.with_name(f".{file.name}.{os.getpid()}.part")
-    with suppress(OSError):
-        draft.write_text(json.dumps(content), encoding="utf-8")
-        draft.replace(file)
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a safetensors or other file under a temporary name, flush it to disk and rename it.
-
-    A symbolic link is followed.
-
-    Raises
-    ------
-    OSError
-        The disk is full or the path is not writable; the previous file is unchanged. Transient errors of network file
-        systems are raised after two more attempts.
-    """
-    if path.is_symlink():
-        path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    for pause in (*PAUSES, None):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-            return
-        except OSError as error:
-            failure = OSError(error.errno, f"cannot write {path}: {error.strerror}")
-            if pause is None or error.errno not in _TRANSIENT:
-                raise failure from error
-            warnings.warn(f"{failure}; retrying in {pause} s", stacklevel=2)
-            time.sleep(pause)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def is_partial(path: Path) -> bool:
-    """Return whether a path is a temporary safetensors or other file that a killed ``write_bytes`` left."""
-    return _PARTIAL.fullmatch(path.name) is not None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically, as safetensors files are written, in UTF-8.
-
-    Lone surrogates, from file names outside the locale's encoding, are written as JSON escapes.
-    """
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
-
-
-def file_hash(path: Path) -> str:
-    """Compute the SHA-256 of a safetensors or other file, in hex."""
-    require_regular(path)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

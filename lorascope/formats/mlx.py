@@ -24,8 +24,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from lorascope.files.file_names import folder_of
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile, Unread, folder_of
+from lorascope.files.safetensors_io import TensorFile, Unread
 from lorascope.files.typed_json import Finite, to_typed, unreadable
 from lorascope.formats.peft_factors import StoredFactors, check_fit, stored_shape
 from lorascope.formats.peft_lora import CONFIG, group_factors, no_factors

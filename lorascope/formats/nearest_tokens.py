@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 
 from lorascope.array_types import Float, Int
+from lorascope.files.file_names import folder_of
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import folder_of
 from lorascope.files.typed_json import read_json
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.schema.module_roles import parse

@@ -17,8 +17,9 @@ import msgspec
 import numpy as np
 
 from lorascope.array_types import Float
+from lorascope.files.file_names import folder_of
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import FLOATS, TensorFile, folder_of
+from lorascope.files.safetensors_io import FLOATS, TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.formats.peft_factors import require_base
 from lorascope.formats.peft_lora import CONFIG, INDEX_DTYPES, WEIGHTS, peft_kind, require_factor

@@ -17,10 +17,12 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
+from lorascope.files.file_names import is_plain
 from lorascope.files.gguf_io import GgufFile
 from lorascope.files.printable import first_line, printable
-from lorascope.files.safetensors_io import file_hash, indexed_shards, is_plain
+from lorascope.files.safetensors_io import indexed_shards
 from lorascope.files.typed_json import read_json, require_regular, to_typed, unreadable
+from lorascope.files.whole_files import file_hash
 from lorascope.inputs.package_assets import SMOLLM2, build_once, cache, fetch
 from lorascope.inputs.tasks import Task
 

@@ -25,8 +25,8 @@ from typing import IO, Any, cast
 import platformdirs
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import file_hash
 from lorascope.files.typed_json import read_json
+from lorascope.files.whole_files import file_hash
 
 # For a source archive, pip requests metadata from the build backend, which runs setup.py. This backend replaces
 # setuptools in that process and answers without reading the package.

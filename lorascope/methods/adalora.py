@@ -54,18 +54,10 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import to_array
 from lorascope.array_types import Bool, Float
+from lorascope.methods.field_checks import default_if_none, require, require_integer, require_literals, require_scaling
 from lorascope.methods.lora import LoRADelta
-from lorascope.methods.method import (
-    AdapterMethod,
-    Step,
-    added_later,
-    default_if_none,
-    require,
-    require_integer,
-    require_literals,
-    require_scaling,
-    wide_dtype,
-)
+from lorascope.methods.method import AdapterMethod, Step, added_later
+from lorascope.methods.precision import wide_dtype
 from lorascope.schema.records import Item, Quantity, Record, register
 
 # Quantities of each component in the order in which they are computed: label, definition, equation.

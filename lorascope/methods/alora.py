@@ -64,21 +64,18 @@ from torch import Tensor, nn
 from lorascope.adapters.ablation import ablation_scores
 from lorascope.adapters.delta import resize
 from lorascope.array_types import Float, Int
-from lorascope.methods.lora import LoRADelta
-from lorascope.methods.method import (
-    AdapterMethod,
-    Step,
-    added_later,
+from lorascope.methods.field_checks import (
     default_if_none,
     is_integer,
-    parameter_groups,
     require,
     require_integer,
     require_literals,
     require_scaling,
-    wide_dtype,
 )
+from lorascope.methods.lora import LoRADelta
+from lorascope.methods.method import AdapterMethod, Step, added_later, parameter_groups
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
+from lorascope.methods.precision import wide_dtype
 from lorascope.schema.records import Item, Quantity, Record, register
 
 register(

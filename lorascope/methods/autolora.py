@@ -69,19 +69,10 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import to_array
 from lorascope.array_types import Bool, Float
+from lorascope.methods.field_checks import require, require_integer, require_literals, require_scaling
 from lorascope.methods.lora import LoRA, LoRADelta
-from lorascope.methods.method import (
-    AdapterMethod,
-    Batch,
-    Phase,
-    Step,
-    added_later,
-    require,
-    require_integer,
-    require_literals,
-    require_scaling,
-    wide_dtype,
-)
+from lorascope.methods.method import AdapterMethod, Batch, Phase, Step, added_later
+from lorascope.methods.precision import wide_dtype
 from lorascope.runs.run import Run
 from lorascope.schema.records import Quantity, Record, register
 

@@ -37,8 +37,9 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import host_weight, to_array
 from lorascope.array_types import Float
+from lorascope.methods.field_checks import require
 from lorascope.methods.lora import LoRA, LoRADelta
-from lorascope.methods.method import reject_embedding, require
+from lorascope.methods.method import reject_embedding
 from lorascope.updates import WeightDecomposed
 
 

@@ -54,15 +54,9 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float, Int
-from lorascope.methods.method import (
-    AdapterMethod,
-    Step,
-    default_if_none,
-    reject_embedding,
-    require,
-    require_literals,
-    wide_dtype,
-)
+from lorascope.methods.field_checks import default_if_none, require, require_literals
+from lorascope.methods.method import AdapterMethod, Step, reject_embedding
+from lorascope.methods.precision import wide_dtype
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates import fourier
 

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lorascope.methods.method import Method, added_later, parameter_groups, require_literals
+from lorascope.methods.field_checks import require_literals
+from lorascope.methods.method import Method, added_later, parameter_groups
 from lorascope.methods.optimizers.came import CAME
 
 

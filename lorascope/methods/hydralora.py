@@ -52,17 +52,11 @@ from torch import Tensor, nn
 from lorascope.adapters.delta import to_array
 from lorascope.analysis.head_similarity import cosines, head_similarity, mean_of_pairs, update_inner
 from lorascope.array_types import Float
+from lorascope.methods.field_checks import require_integer, require_literals, require_scaling
 from lorascope.methods.hydralora_routing import gate_records, watch
 from lorascope.methods.lora import LoRADelta
-from lorascope.methods.method import (
-    AdapterMethod,
-    Step,
-    added_later,
-    require_integer,
-    require_literals,
-    require_scaling,
-    wide_dtype,
-)
+from lorascope.methods.method import AdapterMethod, Step, added_later
+from lorascope.methods.precision import wide_dtype
 from lorascope.schema import module_table
 from lorascope.schema.module_roles import FFN
 from lorascope.schema.records import Item, Quantity, Record, Snapshot, register

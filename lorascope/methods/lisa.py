@@ -50,7 +50,8 @@ import torch
 from torch import nn
 
 from lorascope.array_types import Float
-from lorascope.methods.method import Method, Step, default_if_none, require_integer, require_literals
+from lorascope.methods.field_checks import default_if_none, require_integer, require_literals
+from lorascope.methods.method import Method, Step
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
 

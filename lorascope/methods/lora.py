@@ -39,14 +39,8 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float
-from lorascope.methods.method import (
-    AdapterMethod,
-    added_later,
-    is_integer,
-    require_integer,
-    require_literals,
-    require_scaling,
-)
+from lorascope.methods.field_checks import is_integer, require_integer, require_literals, require_scaling
+from lorascope.methods.method import AdapterMethod, added_later
 from lorascope.schema import module_table
 from lorascope.updates import Update, from_factors
 

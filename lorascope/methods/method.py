@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from numbers import Real
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -389,71 +387,6 @@ def reject_embedding(method: Method, name: str, host: nn.Module) -> None:
     if isinstance(host, nn.Embedding):
         supports = f"{type(method).__name__} supports linear layers"
         raise ValueError(f"cannot adapt embedding {name!r}: {supports}. Remove it from targets")
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which a method computes with a tensor: its own, or float32 if it is narrower."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def require(settings: object, name: str, allowed: str, valid: bool) -> None:
-    """Raise a ValueError with the value of a field of a method or settings and what is ``allowed``, unless valid."""
-    if not valid:
-        value = getattr(settings, name)
-        raise ValueError(f"{name} must be {allowed}, got {repr(value) if isinstance(value, str) else value}")
-
-
-def default_if_none(value: T | None, default: T) -> T:
-    """Return the value of a method's setting, or its default if it is None."""
-    return default if value is None else value
-
-
-def is_integer(value: Any) -> bool:
-    """Return whether a value of a method or settings is an integer, also of numpy, and not a bool."""
-    return hasattr(value, "__index__") and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a value of a method or settings is a real number, also of numpy, and not a bool."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def require_integer(settings: object, minimum: int, *names: str) -> None:
-    """Raise a ValueError unless these fields of a method or settings are integers >= ``minimum`` or None by default."""
-    for name in names:
-        value = getattr(settings, name)
-        unset = value is None and getattr(type(settings), name, minimum) is None
-        require(settings, name, f"an integer >= {minimum}", unset or (is_integer(value) and value >= minimum))
-
-
-def require_scaling(settings: Any) -> None:
-    """Raise a ValueError unless the fields ``alpha`` and ``dropout`` of a method allow training."""
-    require(settings, "alpha", "finite and > 0", 0 < settings.alpha < math.inf)
-    require(settings, "dropout", "in [0, 1)", 0 <= settings.dropout < 1)
-
-
-def require_choice(settings: object, name: str, choices: Iterable[str]) -> None:
-    """Raise a ValueError unless the field ``name`` of a method or settings is one of the choices."""
-    require(settings, name, f"one of {', '.join(map(repr, choices))}", getattr(settings, name) in choices)
-
-
-def literal_fields(settings: type) -> dict[str, tuple[Any, ...]]:
-    """Return the values of every field of a method's class that is annotated with ``Literal``."""
-    hints = get_type_hints(settings).items()
-    return {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
-
-
-def require_literals(settings: Any) -> None:
-    """Raise a ValueError unless every field of a method annotated with ``Literal`` has one of its values."""
-    for name, values in literal_fields(type(settings)).items():
-        require_choice(settings, name, values)
-
-
-def require_at_least(settings: object, minimum: int, *names: str) -> None:
-    """Raise a ValueError unless each of these fields of a method or optimizer is None or at least ``minimum``."""
-    for name in names:
-        value = getattr(settings, name)
-        require(settings, name, f">= {minimum}", value is None or value >= minimum)
 
 
 def from_config(stored: Mapping[str, Any]) -> Method:

@@ -67,19 +67,9 @@ from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.analysis import neurons, selected_neurons
 from lorascope.array_types import Bool
 from lorascope.inputs.classifier_head import weights_hash
+from lorascope.methods.field_checks import default_if_none, require, require_integer, require_literals
 from lorascope.methods.full import Full
-from lorascope.methods.method import (
-    Method,
-    Phase,
-    Step,
-    added_later,
-    default_if_none,
-    require,
-    require_integer,
-    require_literals,
-    task_head,
-    trained_parameters,
-)
+from lorascope.methods.method import Method, Phase, Step, added_later, task_head, trained_parameters
 from lorascope.methods.neft_probing import PROBE_COSINE, Probing, probe_scores
 from lorascope.runs import loading
 from lorascope.runs.layout import Lazy

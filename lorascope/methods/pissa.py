@@ -37,8 +37,10 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import host_weight
 from lorascope.array_types import Float
+from lorascope.methods.field_checks import require
 from lorascope.methods.lora import LoRA, LoRADelta
-from lorascope.methods.method import reject_embedding, require, wide_dtype
+from lorascope.methods.method import reject_embedding
+from lorascope.methods.precision import wide_dtype
 
 
 @dataclass(kw_only=True)

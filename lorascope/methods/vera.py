@@ -36,7 +36,8 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.array_types import Float
-from lorascope.methods.method import AdapterMethod, is_integer, reject_embedding, require, require_integer
+from lorascope.methods.field_checks import is_integer, require, require_integer
+from lorascope.methods.method import AdapterMethod, reject_embedding
 from lorascope.schema import module_table
 from lorascope.updates import RandomProjection
 from lorascope.updates.random_projection import projections

@@ -17,7 +17,8 @@ from lorascope.adapters.hidden_states import token_means
 from lorascope.analysis import neurons
 from lorascope.analysis.neuron_utilization import LAYERS, compared_layers, correlations
 from lorascope.array_types import Float
-from lorascope.methods.method import Batch, Step, added_later, require_choice, require_integer
+from lorascope.methods.field_checks import require_choice, require_integer
+from lorascope.methods.method import Batch, Step, added_later
 from lorascope.observe.observer import Observer
 from lorascope.schema.records import Quantity, Record, register
 

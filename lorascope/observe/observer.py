@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lorascope.methods.method import Stateful, Step, python_number, require_integer, stored_fields
+from lorascope.methods.field_checks import require_integer
+from lorascope.methods.method import Stateful, Step, python_number, stored_fields
 from lorascope.schema.records import Item
 
 

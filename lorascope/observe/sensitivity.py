@@ -18,7 +18,8 @@ from lorascope.adapters.hidden_states import evaluation_mode
 from lorascope.adapters.host_weights import orient_weight, to_host
 from lorascope.analysis.neurons import list_groups, neuron_roles
 from lorascope.array_types import Float
-from lorascope.methods.method import Batch, Step, require_integer
+from lorascope.methods.field_checks import require_integer
+from lorascope.methods.method import Batch, Step
 from lorascope.methods.neft import distances
 from lorascope.observe.observer import Observer
 from lorascope.schema import module_table

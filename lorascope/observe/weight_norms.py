@@ -15,7 +15,8 @@ from lorascope.adapters.delta import Delta, host_weight
 from lorascope.adapters.host_weights import dequantized_weight, shared_copies, to_array
 from lorascope.adapters.peft_layers import PeftDelta
 from lorascope.array_types import Float
-from lorascope.methods.method import Step, added_later, require_integer
+from lorascope.methods.field_checks import require_integer
+from lorascope.methods.method import Step, added_later
 from lorascope.observe.observer import Observer
 from lorascope.observe.trainable import TrainedTensors, factor_inner, joint_tile_sums, tile_sums
 from lorascope.schema.records import Item, Record, Snapshot

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from lorascope.charts.plotly_backend import CONFIG
 from lorascope.charts.theme import THEMES
 from lorascope.files.printable import printable_lines
-from lorascope.files.safetensors_io import write_bytes
+from lorascope.files.whole_files import write_bytes
 from lorascope.pages import table_cells
 from lorascope.pages.embedded_charts import embed
 from lorascope.pages.report_figure import ReportFigure

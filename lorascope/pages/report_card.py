@@ -14,8 +14,8 @@ import pandas as pd
 from pyarrow import ArrowException
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_json import parse_json, require_size, require_small, to_typed, unreadable
+from lorascope.files.whole_files import write_bytes
 from lorascope.pages.card import Card, collect, installed_versions
 from lorascope.pages.page import GENERATORS, Section, render
 from lorascope.pages.table_cells import format_value, frame_cells

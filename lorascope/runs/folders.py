@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import is_partial
 from lorascope.files.typed_json import read_json
+from lorascope.files.whole_files import is_partial
 
 try:
     import fcntl

@@ -10,18 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorascope.files.file_names import folder_of, is_plain
 from lorascope.files.gguf_io import GgufFile
 from lorascope.files.hub import WEIGHTS, locate, locate_base
 from lorascope.files.printable import first_of, printable
-from lorascope.files.safetensors_io import (
-    TensorFile,
-    folder_of,
-    is_pickle,
-    is_plain,
-    open_tensors,
-    reject_pickles,
-    weight_files,
-)
+from lorascope.files.safetensors_io import TensorFile, is_pickle, open_tensors, reject_pickles, weight_files
 from lorascope.files.typed_json import read_json, to_typed, unreadable
 from lorascope.formats import find_reader, find_sentence
 from lorascope.formats.peft_lora import CONFIG, KINDS, STEM, CommonConfig, factor_files, peft_kind

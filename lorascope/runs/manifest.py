@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from lorascope.files.file_names import is_plain
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile, is_plain
+from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Count, Finite, read_json, to_typed, unreadable
 from lorascope.formats.peft_config import RESIDUAL_INITS, Allocation
 from lorascope.runs.layout import Lazy

@@ -19,8 +19,9 @@ import lorascope
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile, file_hash
+from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
+from lorascope.files.whole_files import file_hash
 from lorascope.runs.folders import new_folder
 from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, Lazy, snapshot_file
 from lorascope.runs.manifest import Axes, Manifest, SnapshotAbout, read_about, read_manifest

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.files.safetensors_io import TensorFile, file_hash, is_partial, write_bytes, write_json, write_tensors
+from lorascope.files.safetensors_io import TensorFile, write_tensors
+from lorascope.files.whole_files import file_hash, is_partial, write_bytes, write_json
 from lorascope.runs.folders import own_files
 from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, snapshot_file
 from lorascope.runs.manifest import Manifest

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.files.printable import printable
-from lorascope.methods.method import Step, is_integer, trained_parameters
+from lorascope.methods.field_checks import is_integer
+from lorascope.methods.method import Step, trained_parameters
 from lorascope.observe import Observer, norms
 from lorascope.observe.observer import require_observers
 from lorascope.runs.manifest import Manifest

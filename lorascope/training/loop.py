@@ -16,14 +16,16 @@ from lorascope.adapters import delta
 from lorascope.files.printable import first_line
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
-from lorascope.methods.method import Method, Phase, from_config, is_integer
+from lorascope.methods.field_checks import is_integer
+from lorascope.methods.method import Method, Phase, from_config
 from lorascope.observe import Observer, norms
 from lorascope.observe.observer import require_observers
 from lorascope.runs.folders import identify_folder, lock_run
 from lorascope.runs.run import Run
 from lorascope.training.base_weights import Base, prepare_model
+from lorascope.training.keyboard_interrupt import catch_interrupt
 from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
-from lorascope.training.progress import catch_interrupt, progress_bar
+from lorascope.training.progress import progress_bar
 from lorascope.training.run_spec import RunSpec
 from lorascope.training.session import Session, clip_gradients, nonfinite_reason
 from lorascope.training.settings import Settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorascope.files.safetensors_io import is_partial, write_json
+from lorascope.files.whole_files import is_partial, write_json
 from lorascope.runs.folders import MANIFESTS, identify_folder, remove_run
 from lorascope.runs.run import TRAIN_AGAIN, Run
 from lorascope.training.checkpoints import Checkpoints

@@ -1,22 +1,19 @@
-"""Progress bars, progress files and Ctrl-C handling."""
+"""Progress bars and progress files."""
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import write_note
 from lorascope.files.typed_json import read_json
+from lorascope.files.whole_files import write_note
 from lorascope.training.evaluation import Score
 
 # Minimum seconds between two writes of a progress file during a phase.
@@ -108,24 +105,3 @@ def progress_bar(name: str, total: int, start: int, visible: bool) -> AbstractCo
     bar = ProgressBar(total=total, initial=start, desc=printable(name), disable=not visible, unit="step")
     bar.latest = {}
     return bar
-
-
-@contextmanager
-def catch_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that the step in progress can finish; a second one interrupts at once."""
-    pressed = threading.Event()
-    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # in a background job of a shell
-    if ignored or threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-
-    def press(number: int, frame: FrameType | None) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    before = signal.signal(signal.SIGINT, press)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

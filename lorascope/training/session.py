@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import write_bytes
+from lorascope.files.whole_files import write_bytes
 from lorascope.inputs.models import processor
 from lorascope.inputs.tokenization import EncodedRows
 from lorascope.methods.method import Batch, HeldOut, Method, Step, trained_parameters

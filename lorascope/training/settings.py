@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.methods.method import is_number, python_number, require, require_choice, require_integer
+from lorascope.methods.field_checks import is_number, require, require_choice, require_integer
+from lorascope.methods.method import python_number
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")

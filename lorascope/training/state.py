@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import attached_deltas
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_json import parse_json, require_regular
+from lorascope.files.whole_files import write_bytes
 from lorascope.inputs.classifier_head import fit_head
 from lorascope.inputs.models import missing
 from lorascope.methods import METHODS

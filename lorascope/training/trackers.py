@@ -23,8 +23,8 @@ from PIL import Image
 
 from lorascope.array_types import UInt8
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import write_note
 from lorascope.files.typed_json import read_json
+from lorascope.files.whole_files import write_note
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.schema.records import Message

@@ -18,7 +18,8 @@ from tolerance import TEXT, TINY, rounding
 import lorascope as ls
 from lorascope.adapters.delta import attached_deltas, fold
 from lorascope.inputs import models
-from lorascope.methods.method import Method, config, from_config, literal_fields
+from lorascope.methods.field_checks import literal_fields
+from lorascope.methods.method import Method, config, from_config
 from lorascope.updates import from_factors
 
 EVERY = pytest.mark.parametrize("method", EXAMPLES.values(), ids=EXAMPLES)

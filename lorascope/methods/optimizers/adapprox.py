@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lorascope.array_types import Float
-from lorascope.methods.method import require, require_at_least, require_choice, wide_dtype
+from lorascope.methods.field_checks import require, require_at_least, require_choice
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient, subspace_iteration
+from lorascope.methods.precision import wide_dtype
 
 DENOMINATORS = ("pre", "post")
 

@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 
 from lorascope.files.lazy_pandas import pandas as pd
-from lorascope.files.safetensors_io import TensorFile, file_hash, write_bytes, write_json, write_tensors
+from lorascope.files.safetensors_io import TensorFile, write_tensors
+from lorascope.files.whole_files import file_hash, write_bytes, write_json
 from lorascope.runs.layout import snapshot_file
 from lorascope.runs.manifest import SnapshotAbout, read_about
 from lorascope.runs.run import Run

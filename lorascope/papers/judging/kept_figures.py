@@ -20,8 +20,8 @@ from PIL import Image
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.png_pixels import pixel_digest
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_json import parse_json, to_typed, unreadable
+from lorascope.files.whole_files import write_bytes
 
 FOLDER = "figures"
 """Folder of the data in a folder of evidence, and of the images in a clone of the repository."""

@@ -30,10 +30,11 @@ import numpy as np
 import pandas as pd
 
 from lorascope.array_types import Float, Int, Int8
+from lorascope.files.file_names import is_plain
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import count_phrase, printable
-from lorascope.files.safetensors_io import is_plain, write_bytes
 from lorascope.files.typed_json import MAX_BYTES, require_small, unreadable
+from lorascope.files.whole_files import write_bytes
 from lorascope.papers.judging import kept_figures as figures
 from lorascope.papers.judging.kept_figures import KeptFigure
 

@@ -95,15 +95,17 @@ def component_importance(
     encoded = _validation_half(run, base, fitted, 0, rows)
     size = min(BATCH, len(encoded))
     # Only full batches, so that every row has the same weight in the mean.
-    batches = [encoded.batch(range(start, start + size)) for start in range(0, len(encoded) - size + 1, size)]
+    starts = range(0, len(encoded) - size + 1, size)
+    batches = [encoded.batch(range(start, start + size)) for start in starts]
 
     def loss(batch: Batch) -> Tensor:
         return base(**batch).loss
 
     # Round up to whole batches.
     removed = min(-(-exact_rows // size), len(batches))
+    increases = ablation_loss_increases(base, loss, components, batches, removed)
     # The last entry belongs to the whole module.
-    return {name: rise[:-1] for name, rise in ablation_loss_increases(base, loss, components, batches, removed).items()}
+    return {name: rise[:-1] for name, rise in increases.items()}
 
 
 def pruned_losses(
@@ -219,5 +221,6 @@ def _validation_half(run: Result, model: nn.Module, task: Task, which: int, rows
     texts = split.iloc[which::2].head(rows)
     if texts.empty:
         raise ValueError(f"the validation split of {task.name} must have at least 2 rows, got {len(split)}")
-    settings = run.meta.settings if isinstance(run, Run) else {}
-    return task.encode(models.processor(model), texts, settings.get("max_length", Settings.max_length))
+    # The folder of an adapter does not record how the training truncated its texts.
+    max_length = run.meta.settings.get("max_length", Settings.max_length)
+    return task.encode(models.processor(model), texts, max_length)

@@ -6,6 +6,7 @@ Q (k, in). Functions that measure losses attach it to the model, and detach it a
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -75,7 +76,7 @@ def loss_increases(
     for name, delta in deltas.items():
         without[name] = [partial(delta.add_component, i, -1) for i in range(delta.rank)]
         without[name].append(partial(lambda delta, x, y: y - delta(x), delta))
-    increases: dict[str, list[np.ndarray]] = {name: [] for name in deltas}
+    increases: dict[str, list[np.ndarray]] = defaultdict(list)
     for batch in batches:
         undisturbed, moved = moved_losses(model, loss, batch, without)
         for name, values in moved.items():
@@ -94,7 +95,7 @@ def first_order_increases(
     """
     deltas = attach_components(model, state, adalora.AdaLoRADelta, fill_svd)
     diagonals = [delta.diagonal for delta in deltas.values()]
-    total = [torch.zeros_like(diagonal) for diagonal in diagonals]
+    total = list(map(torch.zeros_like, diagonals))
     for batch in batches:
         torch._foreach_add_(total, torch.autograd.grad(loss(batch), diagonals))
     detach(model)
@@ -123,4 +124,6 @@ def ablation_loss_increases(
     measured_slopes = first_order_increases(model, loss, state, measured)
     remaining_slopes = first_order_increases(model, loss, state, remaining)
     share = len(remaining) / len(batches)
-    return {name: rise + share * (measured_slopes[name] - remaining_slopes[name]) for name, rise in increases.items()}
+    for name, rise in increases.items():
+        rise += share * (measured_slopes[name] - remaining_slopes[name])
+    return increases

@@ -75,10 +75,11 @@ class Grid:
 
     def jobs(self) -> list[Job]:
         """Return one job per combination; the seeds of one recipe are consecutive."""
+        jobs = []
         combinations = itertools.product(self.models, self.tasks, self.methods, self.settings, self.seeds)
-        return [
-            Job(model, task, method, {**settings, "seed": seed}) for model, task, method, settings, seed in combinations
-        ]
+        for model, task, method, settings, seed in combinations:
+            jobs.append(Job(model, task, method, {**settings, "seed": seed}))
+        return jobs
 
 
 def read(source: str | Path | Mapping[str, Any]) -> Grid:
@@ -101,9 +102,10 @@ def read(source: str | Path | Mapping[str, Any]) -> Grid:
     if isinstance(source, Mapping):
         return _read_grid(source)
     path = Path(source)
+    if path.is_dir():
+        raise FileNotFoundError(f"cannot read {path} as a sweep: it is a folder, pass its TOML file")
     if not path.is_file():
-        reason = "it is a folder, pass its TOML file" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"cannot read {path} as a sweep: {reason}")
+        raise FileNotFoundError(f"cannot read {path} as a sweep: no such file")
     require_size(path.stat().st_size, path)
     try:
         return _read_grid(tomllib.loads(path.read_text(encoding="utf-8")))
@@ -127,21 +129,24 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
     for key, kind in _BACKEND.items():
         if key in backend:
             _require_type(f"backend: {key}", backend[key], kind)
-    entries = {key: table.get(key, "minilm") for key in ("model", "task", "method")}
-    lists = {key: list(value) if isinstance(value, list | tuple) else [value] for key, value in entries.items()}
-    for key, values in lists.items():
+    lists = {}
+    for key in ("model", "task", "method"):
+        entry = table.get(key, "minilm")
+        lists[key] = values = list(entry) if isinstance(entry, list | tuple) else [entry]
         if not values:
-            raise ValueError(f"{key} must have at least one value, got {entries[key]!r}")
+            raise ValueError(f"{key} must have at least one value, got {entry!r}")
         for value in values:
             allowed = isinstance(value, str | Path | Task) or (key == "model" and callable(value))
             if key != "method" and not allowed:
                 raise ValueError(f"{key} must be a string or a list of strings, got {value!r}")
     methods = list(itertools.chain.from_iterable(map(_methods, lists["method"])))
-    settings = [{**combination, "root": str(root)} for combination in _read_settings(table["settings"], methods)]
+    settings = _read_settings(table["settings"], methods)
+    for combination in settings:
+        combination["root"] = str(root)
     grid = Grid(lists["model"], lists["task"], methods, settings, parse_seeds(table.get("seeds", 3)), backend)
     _require_distinct(grid.models, "model")
     _require_distinct(grid.tasks, "task")
-    _require_distinct([config(method) for method in methods], "method")
+    _require_distinct(list(map(config, methods)), "method")
     _require_distinct(settings, "settings")
     for task in grid.tasks:
         if not isinstance(task, Task):
@@ -166,7 +171,9 @@ def _methods(entry: Any) -> list[Method]:
 def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]]:
     if not isinstance(table, Mapping):
         raise ValueError(f"settings must be a table such as {{steps = 300}}, got {table!r}")
-    hints = {name: hint for name, hint in get_type_hints(train).items() if name not in _NO_SETTINGS}
+    hints = get_type_hints(train)
+    for name in _NO_SETTINGS:
+        del hints[name]
     _require_known(table, hints, "setting")
     if "observe" in table:
         if isinstance(table["observe"], str | Mapping) and table["observe"] != _NONE:
@@ -179,16 +186,18 @@ def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]
     for combination, method in itertools.product(combinations, methods):
         # Settings and trackers are checked here, so that an invalid one is reported before any run starts.
         tracker_names(combination.get("report_to"))
-        training = {name: value for name, value in combination.items() if name in names}
-        rates = {name: getattr(method, name) for name in ("lr", "head_lr") if training.get(name) is None}
-        Settings(**training | rates)
+        training = {name: combination[name] for name in names & combination.keys()}
+        for name in ("lr", "head_lr"):
+            if training.get(name) is None:
+                training[name] = getattr(method, name)
+        Settings(**training)
     return combinations
 
 
 def _observers(value: Any) -> Any:
     """Replace names and tables in ``observe`` by observers; lists stay lists."""
     if isinstance(value, list | tuple):
-        return [_observers(item) for item in value]
+        return list(map(_observers, value))
     if isinstance(value, Observer) or value in (None, _NONE):
         return value
     name, fields, hints = _read_named(value, _OBSERVERS, "observer", '{name = "neurons", every = 10}')
@@ -208,24 +217,29 @@ def _read_named(
     entry: Any, kinds: Mapping[str, type], noun: str, example: str
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Return name, fields and field types of an entry, which is a name or a table with a name and fields."""
-    table = {"name": entry} if isinstance(entry, str) else entry
+    table = entry
+    if isinstance(entry, str):
+        table = {"name": entry}
     if not isinstance(table, Mapping) or not isinstance(name := table.get("name"), str):
         raise ValueError(f"{noun} must be a name or a table with a name, such as {example}, got {entry!r}")
     _require_known([name], kinds, noun)
     fields = dict(table)
     del fields["name"]
     hints = get_type_hints(kinds[name])
-    field_hints = {
-        f.name: hints[f.name] for f in dataclasses.fields(kinds[name]) if f.init and not f.name.endswith("_")
-    }
+    field_hints = {}
+    for setting in dataclasses.fields(kinds[name]):
+        if setting.init and not setting.name.endswith("_"):
+            field_hints[setting.name] = hints[setting.name]
     _require_known(fields, field_hints, f"field of {noun} {name}")
     return name, fields, field_hints
 
 
 def parse_seeds(value: Any) -> list[int]:
     """Return the seeds of a grid: those listed, or 0, 1, ... for a number of seeds."""
-    # One seed too many is enough to reject a huge number without listing it.
-    seeds = range(min(value, _MAX_SEEDS + 1)) if type(value) is int else value
+    seeds = value
+    if type(value) is int:
+        # One seed too many is enough to reject a huge number without listing it.
+        seeds = range(min(value, _MAX_SEEDS + 1))
     accepted = isinstance(seeds, list | tuple | range) and seeds
     if not accepted or not all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds):
         raise ValueError(f"seeds must be an integer >= 1 or a list of integers from 0 to 2**32 - 1, got {value!r}")
@@ -258,13 +272,15 @@ def _combinations(table: Mapping[str, Any], hints: Mapping[str, Any]) -> list[di
 
 def _toml_to_value(value: Any, hint: Any) -> Any:
     """Convert a value to Python: "none" becomes None if the type allows None."""
-    return None if value == _NONE and is_of_type(None, hint) else value
+    if value == _NONE and is_of_type(None, hint):
+        return None
+    return value
 
 
 def is_of_type(value: Any, hint: Any) -> bool:
     """Return whether a value of a grid file (TOML) has this type; an integer is not a boolean, nor the reverse."""
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
+    if origin in (Union, types.UnionType):  # of Optional[int] and int | None
         return any(is_of_type(value, member) for member in arguments)
     if origin is Literal:
         return value in arguments
@@ -274,15 +290,18 @@ def is_of_type(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and all(is_of_type(item, arguments[0]) for item in value)
     if origin is Mapping:
         return isinstance(value, Mapping) and all(is_of_type(item, arguments[1]) for item in value.values())
-    kind = int | float if hint is float else hint  # PEP 484 accepts an int as a float
-    return isinstance(hint, type) and isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float and isinstance(value, int):
+        return True  # PEP 484 accepts an int as a float
+    return isinstance(hint, type) and isinstance(value, hint)
 
 
 def _describe_type(hint: Any) -> str:
     """Describe a type in the terms of TOML."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(name for member in arguments if (name := _describe_type(member))))
+        return " or ".join(dict.fromkeys(filter(None, map(_describe_type, arguments))))
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin in (tuple, Sequence, Collection):

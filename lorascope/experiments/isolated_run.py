@@ -76,8 +76,10 @@ class IsolatedRun:
         base = LiveWeights(living)
         phase = replace(next(self.method.phases(base)), name=name)
         plan = RunSpec(self.method, phase, task, self.settings, self.seed, mark.w0_hash, observers)
-        suffix = "" if self.device == "cpu" else f"-{self.device.replace(':', '-')}"
-        folder = Path(self.out or Path(self.root, f"{name}-{self.method.name}-{plan.id}{suffix}"))
+        folder_name = f"{name}-{self.method.name}-{plan.id}"
+        if self.device != "cpu":
+            folder_name += f"-{self.device.replace(':', '-')}"
+        folder = Path(self.out or Path(self.root, folder_name))
         prepare_folder(folder, plan.id, self.overwrite)
         finished = finished_run(folder, plan)
         if finished is None:
@@ -102,6 +104,7 @@ def run_in_own_process(
     The options are fields of ``IsolatedRun`` and settings of ``train``, such as ``batch_size``.
     """
     where = {key: options.pop(key) for key in ("seed", "out", "root", "overwrite", "device") if key in options}
+    # The processes of loky are not forks, so they have no tensors of this process; its pickles include local functions.
     with ProcessPoolExecutor(max_workers=1) as fresh:
         return Run.read(fresh.submit(work, IsolatedRun.of(model, data, method, options, **where)).result())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -83,12 +84,11 @@ def mean_gates(
     tokenizer = tokenizer or models.tokenizer(model)
     device = next(model.parameters()).device
     routers = {name: delta.gates for name, delta in routed.items()}
-    routings: dict[str, list[Routing]] = {name: [] for name in routed}
+    routings: dict[str, list[Routing]] = defaultdict(list)
     for start in range(0, len(texts), batch_size):
         batch_texts = list(texts[start : start + batch_size])
-        batch = tokenizer(batch_texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt").to(
-            device
-        )
+        batch = tokenizer(batch_texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+        batch = batch.to(device)
         if not batch["input_ids"].numel():
             raise ValueError(f"texts must contain at least one token, got {batch_texts[0]!r}")
         for name, gates in watch(model, routers, batch, partial(model, **batch)).items():

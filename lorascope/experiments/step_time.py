@@ -62,12 +62,9 @@ def _measure_seconds(job: IsolatedRun) -> Path:
             start = clock(session.device)
             loss, norm, rate = advance(session, index)
             total = clock(session.device) - start
-            seconds_by_part = {
-                "forward": session.forward,
-                "backward": session.gradients - session.forward,
-                "rest": total - session.gradients,
-            }
-            session.add([Record(f"{name}_seconds", seconds) for name, seconds in seconds_by_part.items()])
+            forward = Record("forward_seconds", session.forward)
+            backward = Record("backward_seconds", session.gradients - session.forward)
+            session.add([forward, backward, Record("rest_seconds", total - session.gradients)])
             session.record(loss, norm, rate)
 
     return job.run("pace", take, session=_TimedSession)

@@ -58,20 +58,22 @@ class SweepResult:
     @property
     def remaining_jobs(self) -> list[int]:
         """Numbers of the jobs that are neither done nor failed."""
-        return [number for number in range(len(self.jobs)) if number not in {*self.folders, *self.failures}]
+        return sorted(set(range(len(self.jobs))).difference(self.folders, self.failures))
 
     @property
     def names(self) -> list[str]:
         """Names of the jobs: their own, else method, seed, and the settings, models and tasks in which they differ."""
         methods = [job.method.label() for job in self.jobs]
-        columns = [name_recipes(methods, [_named_settings(job) for job in self.jobs])]
-        for sources in ([job.model for job in self.jobs], [job.data for job in self.jobs]):
-            names = [to_words(getattr(source, "name", source)) for source in sources]
-            if len(set(names)) > 1:
-                columns.append(names)
-        columns.append([f"seed {job.settings.get('seed', 0)}" for job in self.jobs])
-        composed = [", ".join(filter(None, cells)) for cells in zip(*columns, strict=True)]
-        return [job.name or name for job, name in zip(self.jobs, composed, strict=True)]
+        columns = [name_recipes(methods, list(map(_named_settings, self.jobs)))]
+        for attribute in ("model", "data"):
+            sources = [_source_name(getattr(job, attribute)) for job in self.jobs]
+            if len(set(sources)) > 1:
+                columns.append(sources)
+        names = []
+        for job, *cells in zip(self.jobs, *columns, strict=True):
+            seed = f"seed {job.settings.get('seed', 0)}"
+            names.append(job.name or ", ".join(filter(None, [*cells, seed])))
+        return names
 
     def runs(self) -> list[Run]:
         """Return the finished runs, in the order of the jobs."""
@@ -138,7 +140,9 @@ def sweep(
         if data is not None or seeds is not None or settings:
             raise ValueError("a sweep requires model, data and method, or only a grid, which contains them and seeds")
         return run_grid(grid.read(model), jobs, progress).all_runs()
-    methods = [method] if isinstance(method, Method) else list(method)
+    if isinstance(method, Method):
+        method = [method]
+    methods = list(method)
     if not methods:
         raise ValueError("method must be a method or a list of methods, got none")
     numbers = grid.parse_seeds(3 if seeds is None else seeds)
@@ -162,7 +166,9 @@ def run_jobs(
     ``ended`` is called in this process with each run when it finishes.
     """
     swept = SweepResult(jobs)
-    root = Path(jobs[0].settings.get("root", "runs")) if jobs else Path()
+    if not jobs:
+        return swept
+    root = Path(jobs[0].settings.get("root", "runs"))
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=root, ignore_cleanup_errors=True) as notes:
         files = [Path(notes).resolve() / f"{number}.json" for number in range(len(jobs))]
@@ -177,9 +183,10 @@ def run_jobs(
             unborn = 0
             while left := swept.remaining_jobs:
                 begun = {number: _begun(files[number]) for number in left}
-                if spent := [number for number in left if begun[number] >= ATTEMPTS]:
-                    for number in spent:
-                        fail(number, _KILLED.format(ATTEMPTS))
+                if max(begun.values()) >= ATTEMPTS:
+                    for number in left:
+                        if begun[number] >= ATTEMPTS:
+                            fail(number, _KILLED.format(ATTEMPTS))
                     continue
                 # A job that ran during two worker deaths may be their cause: such jobs run last, one at a time.
                 batch = [number for number in left if begun[number] < ATTEMPTS - 1] or left[:1]
@@ -200,8 +207,9 @@ def run_jobs(
                     if not is_death(error):
                         raise
                     # If no job started, the environment killed the worker, not a job.
-                    still = all(_begun(files[number]) == begun[number] for number in left)
-                    unborn = unborn + 1 if still else 0
+                    unborn += 1
+                    if any(_begun(files[number]) != begun[number] for number in left):
+                        unborn = 0
                     if unborn == ATTEMPTS:
                         for number in left:
                             fail(number, f"{ATTEMPTS} workers were killed before it started")
@@ -220,6 +228,7 @@ def _do_job(number: int, job: Job, folder: Path, file: Path) -> tuple[int, str, 
             if _begun(file) >= ATTEMPTS:
                 return number, "", _KILLED.format(ATTEMPTS)  # a cluster may restart a job on its own
             os.chdir(folder)  # relative paths start where the sweep was called
+            # One thread per process, also for the tokenizers of transformers.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
@@ -236,6 +245,7 @@ def _do_job(number: int, job: Job, folder: Path, file: Path) -> tuple[int, str, 
 def train_job(job: Job) -> Run:
     """Train a job of a sweep and return its run; wait for another process that trains it."""
     while True:
+        # A fresh one in every attempt, because the last attempt may have changed it.
         model = job.model if isinstance(job.model, str) else job.model()
         try:
             # The table of the sweep replaces the progress bar.
@@ -249,6 +259,11 @@ def train_job(job: Job) -> Run:
 def width() -> int:
     """Return a sweep's number of parallel jobs, set by ``joblib.parallel_config``, else the number of cores."""
     return get_active_backend()[1] or cpu_count()
+
+
+def _source_name(source: Any) -> str:
+    """Return the name of a model or task, which is text, or an object that may have a name."""
+    return to_words(getattr(source, "name", source))
 
 
 def _named_settings(job: Job) -> dict[str, Any]:

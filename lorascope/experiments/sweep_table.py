@@ -71,10 +71,12 @@ class SweepTable:
 
     def rows(self) -> list[Row]:
         """Return the current rows of all runs."""
-        return [self._ended.get(number) or self._current_row(number) for number in range(len(self.names))]
+        return list(map(self._current_row, range(len(self.names))))
 
     def _current_row(self, number: int) -> Row:
-        """Return the row of a run that has not ended, from its progress file."""
+        """Return the row of a run, from its progress file until it ends."""
+        if number in self._ended:
+            return self._ended[number]
         note = read_progress(self.note(number))
         if not note:
             return Row(self.names[number], "waiting")
@@ -101,12 +103,13 @@ class SweepTable:
             if self.stream.isatty():
                 self._paint(rows, left)
             else:
-                done = sum(row.status == "done" for row in rows)
+                statuses = [row.status for row in rows]
+                done = statuses.count("done")
                 for row, status in zip(rows, self._told, strict=True):
                     if row.status != status:
                         line = f"[{done}/{len(rows)}] {row.status:<8}{row.name}  {row.step}  {row.metric}"
                         self.stream.write(f"{line.rstrip()}{left and f'  ({left})'}\n")
-                self._told = [row.status for row in rows]
+                self._told = statuses
             self.stream.flush()
 
     def _paint(self, rows: Sequence[Row], left: str) -> None:
@@ -118,16 +121,20 @@ class SweepTable:
             return
         # A terminal that became narrower has wrapped the long lines of the last table.
         height = sum(max(1, -(-len(line) // columns)) for line in self._shown)
-        back = f"\033[{height}F" if height else ""
-        self.stream.write(back + "".join(f"{line}\033[K\n" for line in lines_of_table) + "\033[J")
+        text = "".join(f"{line}\033[K\n" for line in lines_of_table) + "\033[J"
+        if height:
+            text = f"\033[{height}F{text}"
+        self.stream.write(text)
         self._shown = lines_of_table
 
 
 def _finished_part(row: Row) -> float:
     if row.status in ("done", "failed"):
         return 1.0
+    if not row.step:
+        return 0.0
     step, _, total = row.step.partition("/")
-    return int(step) / int(total) if total else 0.0
+    return int(step) / int(total)
 
 
 def table(rows: Sequence[Row], columns: int, lines: int, left: str = "") -> list[str]:
@@ -155,5 +162,7 @@ def _shorten(line: str, width: int) -> str:
 
 def _format_row(name: str, status: str, step: str, metric: str, width: int) -> str:
     """Format one run; the reason of a failure also uses the room of the step."""
-    details = metric if status == "failed" else f"{step:<10} {metric}"
+    details = f"{step:<10} {metric}"
+    if status == "failed":
+        details = metric
     return f"{elide(name, width):<{width}}  {status:<8} {details}".rstrip()

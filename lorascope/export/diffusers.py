@@ -53,9 +53,12 @@ class DiffusersExporter(LayerExporter):
         tensors: dict[str, TypedTensor] = {}
         settings: dict[str, Any] = {}
         for component, layers in components.items():
-            settings |= {f"{component}.{key}": value for key, value in _settings(lora, layers).items()}
+            for key, value in _settings(lora, layers).items():
+                settings[f"{component}.{key}"] = value
             for name, layer in layers.items():
-                tensors |= {f"{component}.{name}.{end}": tensor for end, tensor in layer_tensors(layer).items()}
+                for end, tensor in layer_tensors(layer).items():
+                    tensors[f"{component}.{name}.{end}"] = tensor
+        # diffusers writes its configurations with the same options of JSON.
         metadata = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
         content = safetensors_bytes(tensors, metadata)
         if path.suffix == ".safetensors":

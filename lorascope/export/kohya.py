@@ -54,6 +54,7 @@ class KohyaExporter(LayerExporter):
         is_sdxl = any(module.component == "unet" and _SDXL.match(module.name) for module in modules)
         # An adapter of few blocks does not show the size of its UNet, but the header may name it.
         is_sdxl |= any("xl" in lora.config.get(key, "") for key in BASE_KEYS[:2])
+        network, ranks, alphas = "networks.lora", set(), set()
         paths: dict[str, str] = {}
         tensors: dict[str, TypedTensor] = {}
         for module in modules:
@@ -62,16 +63,17 @@ class KohyaExporter(LayerExporter):
                 pair = f"{printable(paths[key])} and {printable(module.path)}"
                 raise lora.error("kohya", f"{pair} would both be {key}")
             paths[key] = module.path
-            tensors |= {f"{key}.{end}": tensor for end, tensor in _tensors(lora, module)}
-        layers = [module.layer for module in modules]
-        metadata = {key: lora.config[key] for key in BASE_KEYS if key in lora.config}
-        names_base = bool(metadata)
-        decomposed = any(layer.magnitude for layer in layers)
-        metadata["ss_network_module"] = "lycoris.kohya" if decomposed else "networks.lora"
-        metadata["ss_network_dim"] = _common({layer.rank for layer in layers})
-        metadata["ss_network_alpha"] = _common(set(map(_alpha, layers)))
+            for end, tensor in _tensors(lora, module):
+                tensors[f"{key}.{end}"] = tensor
+            ranks.add(module.layer.rank)
+            alphas.add(_alpha(module.layer))
+            if module.layer.magnitude is not None:
+                network = "lycoris.kohya"  # networks.lora has no DoRA
+        base = {key: lora.config[key] for key in BASE_KEYS if key in lora.config}
+        metadata = base | {"ss_network_module": network}
+        metadata |= {"ss_network_dim": _common(ranks), "ss_network_alpha": _common(alphas)}
         # The key of the header that names a base of any kind.
-        if not names_base and "base_model_name_or_path" in lora.config:
+        if not base and "base_model_name_or_path" in lora.config:
             metadata["ss_sd_model_name"] = str(lora.config["base_model_name_or_path"])
         write_bytes(path, safetensors_bytes(tensors, metadata))
 
@@ -111,13 +113,17 @@ def _tensors(lora: WritableLora, module: PipelineLayer) -> Iterator[tuple[str, T
         raise lora.error("kohya", f"{name} is an embedding")
     alpha = _alpha(layer)
     if alpha == 0:
+        # ComfyUI takes alpha 0 literally, but kohya's trainer and LyCORIS take it as the rank.
         raise lora.error("kohya", f"{name} has scale 0, and alpha 0 means the rank there")
     A, B = layer.kernel_factors()
     yield "lora_down.weight", A
     yield "lora_up.weight", B
-    # float64 only where float32 would round the scale, because kohya's trainer writes float32.
-    yield "alpha", TypedTensor(np.array(alpha), "F32" if float(np.float32(alpha)) == alpha else "F64")
+    dtype = "F32"  # as kohya's trainer writes it
+    if float(np.float32(alpha)) != alpha:
+        dtype = "F64"  # float32 would round the scale
+    yield "alpha", TypedTensor(np.array(alpha), dtype)
     if layer.magnitude is not None:
+        # LyCORIS finds the axis of the norms by their shape: (out, 1, ...) is one per output.
         sides = (-1, 1, *[1] * len(layer.kernel))
         yield "dora_scale", layer.magnitude.map(lambda values: values.reshape(sides))
 
@@ -128,4 +134,6 @@ def _alpha(layer: LoraLayer) -> float:
 
 def _common(values: set[Any]) -> str:
     """Return the only value as text, or "Dynamic" as kohya's trainer does for several."""
-    return "Dynamic" if len(values) > 1 else str(values.pop())
+    if len(values) > 1:
+        return "Dynamic"
+    return str(values.pop())

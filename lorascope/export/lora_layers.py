@@ -127,8 +127,10 @@ class WritableLora:
 
 def layer_keywords(layers: Mapping[str, LoraLayer], modules: Collection[str]) -> dict[str, Any]:
     """Return PEFT's keywords for LoRA layers to write, among the modules of a model; see ``lora_keywords``."""
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    return lora_keywords(ranks, {name: layer.scale for name, layer in layers.items()}, modules)
+    ranks, scales = {}, {}
+    for name, layer in layers.items():
+        ranks[name], scales[name] = layer.rank, layer.scale
+    return lora_keywords(ranks, scales, modules)
 
 
 def writable(
@@ -172,8 +174,11 @@ def layers_of(
     """Return LoRA layers with these updates, by modules of the adapter; see `writable`."""
     source = source or adapter.label
     if budget is not None:
-        products = {name: update.low_rank for name, update in updates.items() if update.low_rank is not None}
-        ranks = {name: product.rank for name, product in products.items() if product.rank}
+        products, ranks = {}, {}
+        for name, update in updates.items():
+            product = update.low_rank
+            if product is not None and product.rank:
+                products[name], ranks[name] = product, product.rank
         if not ranks:
             raise no_rank_error(adapter)
         updates = truncate(products, select_from(products, ranks, budget, scores))
@@ -189,16 +194,18 @@ def _layers(adapter: Adapter, updates: Mapping[str, Update]) -> Iterator[tuple[s
     for module, update in updates.items():
         stored = adapter.files.parts[module]
         if isinstance(stored, RowsPart):
-            stored = stored.joined
+            stored = stored.joined  # only its dtypes and its kernel are used, which the rows share
         A, B = _factors(stored)
         product = update.direction if isinstance(update, WeightDecomposed) else update.low_rank
         if A is None or B is None or product is None:
             kind = f"the update of {printable(module)} ({adapter.files.kind}) is not stored as the factors A and B"
             raise ValueError(f"cannot export {printable(adapter.label)} as LoRA: {kind}")
+        # The update is a matrix, so the kernel of a convolution is known only from the stored A (rank, in, *kernel).
         kernel = A.file.shape(A.name)[2:] if isinstance(stored, StoredLoRA) else ()
         inner = product.A.shape[1]
         if kernel and inner % math.prod(kernel):
             raise ValueError(f"{printable(module)} must have a multiple of {math.prod(kernel)} inputs, got {inner}")
+        # The reader of MLX transposes only embeddings, whose weight (rows, out) is the transpose of their update.
         embedding = ".lora_embedding_" in A.name or (isinstance(stored, MlxPart) and stored.transposed)
         layer = LoraLayer(
             TypedTensor.fitting(np.asarray(product.B), B.file.dtype(B.name)),
@@ -247,5 +254,6 @@ def require_own_names(adapter: Adapter) -> None:
         module, stored = next(iter(adapter.files.configured.items()))
         raise ValueError(f"{cannot}: {printable(module)} is tied or joined with others, as {printable(stored)}")
     require_unchanged_base(cannot, config)
+    # llama.cpp also reorders the rows of query and key, so renaming modules would not be enough.
     if config.get("spelling") == "gguf":
         raise ValueError(f"{cannot}: its modules have the names of llama.cpp")

@@ -46,6 +46,7 @@ class MlxExporter(LayerExporter):
         lora.require_only_layers("MLX")
         decomposed = lora.decomposed("MLX")
         rank = max(layer.rank for layer in lora.layers.values())
+        # The most frequent scale leaves the largest number of modules unchanged.
         scale = mode(layer.scale for layer in lora.layers.values())
         tensors: dict[str, TypedTensor] = {}
         keys: dict[str, None] = {}
@@ -56,10 +57,13 @@ class MlxExporter(LayerExporter):
             tensors[f"{module}.lora_b"] = _scaled(lora, module, scale).map(partial(_transposed, (empty, (0, 0))))
             if layer.magnitude is not None:
                 tensors[f"{module}.m"] = layer.magnitude
-        base = {"model": lora.config.get("base_model_name_or_path"), "revision": lora.config.get("revision")}
-        config: dict[str, Any] = {key: name for key, name in base.items() if name}
+        config: dict[str, Any] = {}
+        for key, field in (("model", "base_model_name_or_path"), ("revision", "revision")):
+            if lora.config.get(field):
+                config[key] = lora.config[field]
         # -1 means all layers: modules that the file lacks remain at zero.
         config |= {"fine_tune_type": "dora" if decomposed else "lora", "num_layers": -1}
+        # mlx-lm has no defaults for rank, scale and dropout.
         config |= {"lora_parameters": {"rank": rank, "scale": scale, "dropout": 0.0, "keys": list(keys)}}
         with new_folder(path) as draft:
             write_bytes(draft / WEIGHTS, safetensors_bytes(tensors, {"format": "mlx"}))

@@ -52,15 +52,12 @@ class PeftExporter(LayerExporter):
         fields |= lora.config
         config = {name: fields[name] for name in _CONFIG_FIELDS if fields.get(name) is not None}
         config |= {"peft_type": "LORA", "inference_mode": True, "lora_dropout": 0.0}
+        kind = "LoRA"
         if decomposed:
-            config["use_dora"] = True
+            kind, config["use_dora"] = "DoRA", True
         modules = {split_name(lora.config, module)[1] for module in lora.adapter.files.parts}
         config |= layer_keywords(layers, modules)
-        card = _README.format(
-            base=printable(lora.adapter.meta.model),
-            kind="DoRA" if decomposed else "LoRA",
-            source=printable(lora.source),
-        )
+        card = _README.format(base=printable(lora.adapter.meta.model), kind=kind, source=printable(lora.source))
         write_peft_folder(path, safetensors_bytes(tensors, {"format": "pt"}), config, card)
 
 
@@ -81,6 +78,7 @@ def layer_tensors(layer: LoraLayer) -> dict[str, TypedTensor]:
     ending = "lora_embedding_{}" if layer.embedding else "lora_{}.weight"
     tensors = {ending.format("A"): A, ending.format("B"): B}
     if layer.magnitude is not None:
+        # PEFT keeps the axes of a convolution, whose norms it takes over all axes but the outputs.
         sides = (1, -1, *[1] * len(layer.kernel)) if layer.kernel else (-1,)
         tensors["lora_magnitude_vector"] = layer.magnitude.map(lambda values: values.reshape(sides))
     return tensors
@@ -98,6 +96,7 @@ def _further_weights(lora: WritableLora) -> Mapping[str, TypedTensor]:
     further_names = set(lora.adapter.files.others)
     tensors: dict[str, TypedTensor] = {}
     for file in lora.adapter.files.files:
-        names = [name for name in file if name.removeprefix(PREFIX) in further_names]
-        tensors |= {name: TypedTensor.read(file, name) for name in names}
+        for name in file:
+            if name.removeprefix(PREFIX) in further_names:
+                tensors[name] = TypedTensor.read(file, name)
     return tensors

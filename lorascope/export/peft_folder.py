@@ -116,7 +116,7 @@ def to_peft(
     _merge_trained_weights(run, exporter, updates, weights, hosts)
     tensors = dict(weights)
     for name, update in updates.items():
-        tensors.update(exporter.tensors(name, update, hosts[name]))
+        tensors |= exporter.tensors(name, update, hosts[name])
     modules_to_save = _owners(run, weights)
     config = {
         "task_type": _peft_task_type(run, modules_to_save),
@@ -124,12 +124,13 @@ def to_peft(
         "inference_mode": True,
         **exporter.keywords(run, updates),
         "modules_to_save": modules_to_save or None,
-        "fan_in_fan_out": any(hosts[name] == "Conv1D" for name in updates),
+        "fan_in_fan_out": "Conv1D" in map(hosts.get, updates),
         "bias": "none",
     }
-    stored = {PREFIX + name: array for name, array in tensors.items()} | exporter.shared_tensors(updates)
-    arrays = {name: np.ascontiguousarray(array) for name, array in stored.items()}
-    content = save(arrays, metadata={"format": "pt"})
+    arrays = exporter.shared_tensors(updates)
+    for name, array in tensors.items():
+        arrays[PREFIX + name] = array
+    content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"format": "pt"})
     write_peft_folder(path, content, config, _card(run, config, exporter.kind, path.name))
     return path
 
@@ -204,8 +205,11 @@ def _other_weights(run: Result, state: str) -> dict[str, np.ndarray]:
     file = TensorFile(cast(Run, run).state_file(state))
     adapted = run.ranks(state)
     # Names with a slash are method state; a name without a dot is a buffer of the model itself, which PEFT cannot save.
-    parameters = (name for name in file if "." in name and "/" not in name)
-    return {name: file[name] for name in parameters if name.partition(".delta.")[0] not in adapted}
+    weights = {}
+    for name in file:
+        if "." in name and "/" not in name and name.partition(".delta.")[0] not in adapted:
+            weights[name] = file[name]
+    return weights
 
 
 def _owners(run: Result, weights: Mapping[str, np.ndarray]) -> list[str]:
@@ -245,6 +249,7 @@ def _peft_task_type(run: Result, saved: list[str]) -> str | None:
 
 def base_of(run: Result) -> tuple[str, int | None]:
     """Return the name of the base in a run's PEFT folder, and its number of blocks if it was shortened, else None."""
+    # (?s), because the path of a local model may contain a line break.
     name, blocks = re.fullmatch(r"(?s)(.*?)(?:, first (\d+) blocks)?", run.meta.model).groups()  # type: ignore[union-attr]
     return name, int(blocks) if blocks else None
 
@@ -264,12 +269,16 @@ def _card(run: Result, config: Mapping[str, Any], kind: str, folder: str) -> str
         arguments.append(f"num_hidden_layers={blocks}")
     if labels is not None:
         arguments += [f"num_labels={len(labels)}", f"id2label={dict(enumerate(labels))}"]
+    auto = _AUTO[config["task_type"] or "SEQ_CLS"]
+    if image:
+        auto = "AutoModelForImageClassification"
+    # The base is in YAML, which includes JSON, and the label is in Markdown, which would read some of its characters.
     text = _CARD.format(
         base=base if re.fullmatch(r"[\w./-]+", base) else json.dumps(base),
         kind=kind,
         run=run.id,
         label=re.sub(r"([\\`*_\[\]<&])", r"\\\1", printable(run.label)),
-        auto="AutoModelForImageClassification" if image else _AUTO[config["task_type"] or "SEQ_CLS"],
+        auto=auto,
         arguments=", ".join(arguments),
         folder=folder,
     )

@@ -32,8 +32,12 @@ class LoraExporter(RunExporter):
             if name not in updates:
                 raise ValueError(f"{cannot}: the update of {name} is not a product B A")
         factors = run.factors(state=state)
-        used = {name: drop_unused(update, factors[name].get("diagonal")) for name, update in updates.items()}
-        return {name: update for name, update in used.items() if update.rank}
+        used = {}
+        for name, update in updates.items():
+            product = drop_unused(update, factors[name].get("diagonal"))
+            if product.rank:
+                used[name] = product
+        return used
 
     def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
         ranks = {name: update.rank for name, update in updates.items()}

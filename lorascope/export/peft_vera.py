@@ -38,7 +38,7 @@ class VeraExporter(RunExporter):
     def shared_tensors(self, updates: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Return the random factors, so that PEFT does not have to draw the same ones."""
         first = next(iter(updates.values()))
-        seed, widest_in, widest_out, _ = (int(value) for value in first.to_factors()["projection"])
+        seed, widest_in, widest_out, _ = map(int, first.to_factors()["projection"])
         A, B = projections(seed, first.rank, widest_in, widest_out)
-        outer, inner = (max(sides) for sides in zip(*(update.shape for update in updates.values()), strict=True))
+        outer, inner = map(max, zip(*(update.shape for update in updates.values()), strict=True))
         return {"base_model.vera_A": A[:, :inner], "base_model.vera_B": B[:outer]}  # the sides that PEFT expects

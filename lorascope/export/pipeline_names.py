@@ -84,7 +84,10 @@ def named_layers(lora: WritableLora, format: str) -> list[PipelineLayer]:
     if component is None:
         fix = f"pass --component, one of {', '.join(PIPELINE)}"
         raise lora.error(format, f"the component that {printable(names[0])} belongs to is not known; {fix}")
-    return [module if module.component or module.flat else replace(module, component=component) for module in modules]
+    for number, module in enumerate(modules):
+        if not (module.component or module.flat):
+            modules[number] = replace(module, component=component)
+    return modules
 
 
 def refuse_flat(lora: WritableLora, modules: Collection[PipelineLayer], format: str) -> None:
@@ -99,6 +102,8 @@ def naming(adapter: Adapter) -> str:
     """Return how an adapter names its modules: flat, with a component of a pipeline, or as in one model."""
     config = adapter.files.config
     modules = list(adapter.files.parts)
-    if config.get("spelling") in _IMAGE and all("." not in module for module in modules):
+    if config.get("spelling") in _IMAGE and "." not in "".join(modules):
         return "names with underscores"
-    return "names of a pipeline" if any(split_name(config, module)[0] for module in modules) else "names of one model"
+    if any(split_name(config, module)[0] for module in modules):
+        return "names of a pipeline"
+    return "names of one model"

@@ -66,10 +66,13 @@ class RankBudget:
 
 def _share(energy_kept: float, energy: float) -> float:
     """Return the kept fraction, which is 1 for a zero update."""
-    return energy_kept / energy if energy else 1.0
+    if energy == 0:
+        return 1.0
+    return energy_kept / energy
 
 
 def _error(share: float) -> float:
+    # The energies are sums in different orders, so the fraction may exceed 1 by rounding.
     return max(1.0 - share, 0.0) ** 0.5
 
 
@@ -111,7 +114,8 @@ def select_components(
         raise no_rank_error(run)
     products = exact_products(run, updates)
     # A residual has twice the rank that trains: two products of which one is constant.
-    ranks = {name: max(rank, count_used(products[name])) for name, rank in ranks.items()}
+    for name, rank in ranks.items():
+        ranks[name] = max(rank, count_used(products[name]))
     return select_from(products, ranks, budget, scores)
 
 
@@ -126,10 +130,13 @@ def select_from(
     for (name, rank), spectrum in zip(ranks.items(), spectra([products[name] for name in ranks]), strict=True):
         if not np.isfinite(spectrum).all():
             raise ValueError(f"update of {name} must be finite, got NaN or infinity")
+        # A rank may exceed the sides of its module, and a spectrum may not.
         sigma[name] = _padded(spectrum[:rank], rank)
     total = sum(ranks.values())
     count = _count(budget, total)
-    values = sigma if scores is None else {name: _scores(name, scores, rank) for name, rank in ranks.items()}
+    values = sigma
+    if scores is not None:
+        values = {name: _scores(name, scores, rank) for name, rank in ranks.items()}
     best = np.argsort(-np.concatenate(list(values.values())), kind="stable")[:count]  # stable: ties in module order
     masks = np.split(np.isin(np.arange(total), best), np.cumsum(list(ranks.values()))[:-1])
     return RankBudget(sigma, dict(zip(ranks, masks, strict=True)), {name: sum(products[name].shape) for name in ranks})

@@ -89,6 +89,7 @@ def sum_adapters(
                 shapes = f"{shape} and {product.shape}"
                 raise ValueError(f"cannot sum adapters of different bases: {printable(module)} has shapes {shapes}")
             stored.setdefault(module, adapter.files.parts[module])
+    # The sum has the names and the configuration of the first adapter, but the modules of all.
     first = opened[0]
     merged = Adapter(type(first.files)(**{**vars(first.files), "parts": stored}), first.base)
     updates = {module: _sum(module_terms) for module, module_terms in terms.items()}
@@ -139,8 +140,11 @@ def _require_one_naming(adapters: Sequence[Adapter]) -> None:
 def _sum(terms: Sequence[Term]) -> LowRank:
     """Return the weighted sum: B side by side, with the scales, and A below each other."""
     # In float64, because adapters may have different dtypes; the file gets that of the first one if it is exact.
-    B = np.hstack([weight * product.scale * np.asarray(product.B, np.float64) for weight, product in terms])
-    return LowRank(B, np.vstack([np.asarray(term.product.A, np.float64) for term in terms]))
+    factors_B, factors_A = [], []
+    for weight, product in terms:
+        factors_B.append(weight * product.scale * np.asarray(product.B, np.float64))
+        factors_A.append(np.asarray(product.A, np.float64))
+    return LowRank(np.hstack(factors_B), np.vstack(factors_A))
 
 
 def interference(adapters: Sequence[Adapter], weights: Sequence[float] | None = None) -> pd.DataFrame:
@@ -166,13 +170,18 @@ def interference(adapters: Sequence[Adapter], weights: Sequence[float] | None = 
         There are fewer than two adapters, the weights do not fit, or an update is not a product of two factors.
     """
     factors = _weights(adapters, weights)
-    products = [exact_products(adapter, adapter.updates()) for adapter in adapters]
-    squares = [sum(update.norm() ** 2 for update in updates.values()) for updates in products]
+    products, squares = [], []
+    for adapter in adapters:
+        updates = exact_products(adapter, adapter.updates())
+        products.append(updates)
+        squares.append(sum(update.norm() ** 2 for update in updates.values()))
     rows = []
     for i, j in combinations(range(len(adapters)), 2):
-        shared = products[i].keys() & products[j].keys()
+        # Sorted, so that floating-point sums do not depend on the hash seed of strings.
+        shared = sorted(products[i].keys() & products[j].keys())
         inner = sum(products[i][module].inner(products[j][module]) for module in shared)
         norms = np.sqrt(squares[i] * squares[j])
+        # ‖w₁U₁ + w₂U₂‖² = w₁²‖U₁‖² + w₂²‖U₂‖² + 2 w₁w₂ ⟨U₁, U₂⟩
         separate = factors[i] ** 2 * squares[i] + factors[j] ** 2 * squares[j]
         energy = 1 + 2 * factors[i] * factors[j] * inner / separate if separate else np.nan
         cosine = inner / norms if norms else np.nan

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorascope.analysis import norms, spectra, subspace_similarity
+from lorascope.analysis.even_spacing import select_steps
 from lorascope.schema import records
 from lorascope.schema.records import Record
 from lorascope.updates import Dense, LowRank
@@ -166,10 +167,10 @@ def test_frames_are_evenly_spaced_over_common_steps() -> None:
         return table([(step, "words", "update_norm", 1.0) for step in recorded], run)
 
     both = records.concat([steps("a", range(0, 101, 10)), steps("b", range(0, 101, 5))])
-    assert sorted(set(norms.select_steps(both, 3)["step"])) == [0, 50, 100]
-    assert sorted(set(norms.select_steps(both, 99)["step"])) == list(range(0, 101, 10))
+    assert sorted(set(select_steps(both, 3)["step"])) == [0, 50, 100]
+    assert sorted(set(select_steps(both, 99)["step"])) == list(range(0, 101, 10))
     with pytest.raises(ValueError, match="step in common"):
-        norms.select_steps(records.concat([steps("a", range(1, 3)), steps("b", range(5, 7))]), 3)
+        select_steps(records.concat([steps("a", range(1, 3)), steps("b", range(5, 7))]), 3)
 
 
 def test_select_of_a_missing_quantity_raises() -> None:

@@ -13,10 +13,8 @@ from planted import lookup, plant
 from lorascope import plots
 from lorascope.analysis import lisa_schedule
 from lorascope.methods import LISA
-from lorascope.schema import records
 
 BLOCKS = ["enc.layer.0", "enc.layer.1", "enc.layer.2"]
-ENDS, FULL = {"words": 6.0, "h.0": 0.6, "h.1.q": 3.0}, {"words": 4.5, "h.0": 2.5, "h.1.q": 1.0}
 PLACES = [{"module": name, "stack": "", "layer": layer, "role": "block"} for layer, name in enumerate(BLOCKS)]
 
 
@@ -61,35 +59,6 @@ def test_coverage_includes_its_expectation(write):
     assert rows["expected"].tolist() == pytest.approx([1, 0.75 + 2 * 0.4375, 0.875 + 2 * (1 - 0.75**3)])
     once = lisa_schedule.block_coverage(write("b", draws(1)).table)
     assert once[["step", "value", "expected"]].to_numpy().tolist() == [[1, 1, 1], [9, 1, 1]]
-
-
-def test_importance_has_norm_ratios_and_sampling_probabilities(tmp_path):
-    """The means (LoRA, two full runs) are 6 and 5 for the embedding, 0.6 and 3, 3 and 1.5 for the blocks."""
-    adapted = {("update_norm", name): {0: 9.0, 4: 0.5 * at, 9: 1.5 * at} for name, at in ENDS.items()}
-    full = [
-        plant(tmp_path, f"f{i}", {("update_norm", name): {9: at + i} for name, at in FULL.items()}, seed=i)
-        for i in range(2)
-    ]
-    found = lisa_schedule.layer_importance(
-        plant(tmp_path, "a", adapted).table, records.concat(run.table for run in full), 1
-    )
-    assert found["place"].tolist() == ["embed", "0", "1"]
-    assert found["layer"].tolist() == [pd.NA, 0, 1]
-    assert found["adapted"].tolist() == pytest.approx([6, 0.6, 3])
-    assert found["full"].tolist() == pytest.approx([5, 3, 1.5])
-    assert found["ratio"].tolist() == pytest.approx([1.2, 0.2, 2])
-    assert found["clipped"].tolist() == pytest.approx([1, 0.2, 1])
-    assert found["practical"].tolist() == [1, 0.5, 0.5]
-    with pytest.raises(ValueError, match="adapter_norm"):
-        lisa_schedule.layer_importance(full[0].table, full[1].table, 1, "adapter_norm")
-
-
-def test_importance_counts_blocks_without_an_adapter(tmp_path):
-    """LoRA adapts one of two blocks, but LISA draws from both: the probability is 1/2."""
-    one, all_ = ({("update_norm", name): {9: 1.0} for name in names} for names in (("words", "h.1.q"), ENDS))
-    runs = [plant(tmp_path, str(number), values) for number, values in enumerate((one, all_))]
-    found = lisa_schedule.layer_importance(runs[0].table, runs[1].table, 1)
-    assert dict(zip(found["place"], found["practical"], strict=True)) == {"embed": 1, "1": 0.5}
 
 
 def test_active_layers_shows_the_fraction_of_runs_and_the_coverage(write):

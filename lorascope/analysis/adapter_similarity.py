@@ -6,6 +6,7 @@ vector of all weights, an adapter is zero in the modules it does not change. Mod
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from itertools import combinations, product
 
@@ -47,20 +48,24 @@ def compare_modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.Dat
         A module has different shapes in two runs, so they are not of the same model.
     """
     updates = {label: run.updates() for label, run in runs.items()}
-    tables = {label: _summary_table(run)["update_norm"] for label, run in runs.items()}
+    sizes_of_modules: defaultdict[str, dict[str, float]] = defaultdict(dict)
+    for label, run in runs.items():
+        for module, norm in _summary_table(run)["update_norm"].items():
+            sizes_of_modules[str(module)][label] = float(norm)
     rows = []
     with one_thread():
-        for module in dict.fromkeys(name for table in tables.values() for name in table.index):
-            sizes = {label: float(table[module]) for label, table in tables.items() if module in table.index}
+        for module, sizes in sizes_of_modules.items():
             if len(sizes) < 2:
                 continue
-            shared_updates = {label: updates[label][module] for label in sizes if module in updates[label]}
-            # Decomposing a large dense update is slow, so the caller has to request it.
-            directions = {
-                label: leading_singular_vectors(update, DIRECTIONS)
-                for label, update in shared_updates.items()
-                if 0 < sizes[label] < np.inf and (spectra or update.low_rank is not None or min(update.shape) <= SIDE)
-            }
+            shared_updates, directions = {}, {}
+            for label, size in sizes.items():
+                if module not in updates[label]:
+                    continue
+                update = shared_updates[label] = updates[label][module]
+                # Decomposing a large dense update is slow, so the caller has to request it.
+                is_fast = update.low_rank is not None or min(update.shape) <= SIDE
+                if 0 < size < np.inf and (spectra or is_fast):
+                    directions[label] = leading_singular_vectors(update, DIRECTIONS)
             for label, other in combinations(sizes, 2):
                 dot, angle, chance = np.nan, np.nan, np.nan
                 if label in shared_updates and other in shared_updates:
@@ -71,8 +76,9 @@ def compare_modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.Dat
                             f"{other}. Compare adapters of one model"
                         )
                     # Updates that are not finite are excluded from the sums over modules, as they are from the norms.
-                    finite = np.isfinite(sizes[label]) and np.isfinite(sizes[other])
-                    dot = shared_updates[label].inner(shared_updates[other]) if finite else 0.0
+                    dot = 0.0
+                    if np.isfinite(sizes[label]) and np.isfinite(sizes[other]):
+                        dot = shared_updates[label].inner(shared_updates[other])
                 if label in directions and other in directions:
                     angle, chance = angle_and_chance(directions[label], directions[other])
                 cosine = _ratio(dot, sizes[label] * sizes[other])
@@ -98,11 +104,13 @@ def compare_adapters(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.Dat
         different modules (0 for the same allocation, 1 without a common module); ``energy_moved``, the same for
         ``|dW|^2``; ``shared``, the number of modules that both update.
     """
-    tables = {label: _summary_table(run) for label, run in runs.items()}
-    norms = {label: float(np.sqrt((table["update_norm"] ** 2).sum())) for label, table in tables.items()}
+    tables, norms = {}, {}
+    for label, run in runs.items():
+        tables[label] = _summary_table(run)
+        norms[label] = float(np.sqrt((tables[label]["update_norm"] ** 2).sum()))
     by_pair = {frozenset(pair): rows for pair, rows in shared.groupby(["one", "other"])}
     rows = []
-    for label, other in product(runs, repeat=2):
+    for label, other in product(runs, repeat=2):  # in both orders, because the ratio of norms is not symmetric
         first, second = tables[label], tables[other]
         entry = {
             "one": label,
@@ -115,8 +123,8 @@ def compare_adapters(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.Dat
             entry |= {"cosine": 1.0 if norms[label] else np.nan, "angle": 0.0, "shared": len(first)}
         else:
             same = by_pair.get(frozenset((label, other)), shared[:0])
-            # Without a common module the inner product is 0; if one update was not saved it is unknown.
-            total = same["inner"].sum(skipna=False) if len(same) else 0.0
+            # Without a common module the inner product is an empty sum; if one update was not saved it is unknown.
+            total = same["inner"].sum(skipna=False)
             entry |= {"cosine": _ratio(total, norms[label] * norms[other]), "shared": len(same)}
             entry |= {"angle": same["angle"].mean(), "chance": same["chance"].mean()}
         rows.append(entry)
@@ -127,7 +135,9 @@ def compare_adapters(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.Dat
 def _summary_table(run: Result) -> pd.DataFrame:
     """Return the summary by module; if the run has updates, without modules saved as full weights, such as a head."""
     table, updates = run.summary().set_index("module"), run.updates()
-    return table[table.index.isin(list(updates))] if len(updates) else table
+    if not len(updates):
+        return table
+    return table[table.index.isin(list(updates))]
 
 
 def _ratio(value: float, other: float) -> float:

@@ -110,7 +110,7 @@ def equal_parameters(
     for label, cost in costs.items():
         rank, over = divmod(parameters, cost)
         if over or rank < 1:
-            lower = max(rank, 1)
+            lower = max(rank, 1)  # a number below one rank has only ranks 1 and 2 near it
             near = " or ".join(f"{cost * n:,} (rank {n})" for n in (lower, lower + 1))
             raise ValueError(
                 f"parameters must be a multiple of {cost:,} for {label} ({len(matches[label])} modules), "

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
@@ -33,7 +34,7 @@ View = Literal["raw", "canonical", "space"]
 VIEWS: tuple[View, ...] = ("raw", "canonical", "space")
 Updates = Mapping[str, Mapping[str, LowRank]]
 
-_PAPER_PERPLEXITY = 30.0
+_PAPER_PERPLEXITY = 30.0  # Barnes-Hut t-SNE reads three times as many neighbors of each point
 _PCA_SIZE = 50  # the usual number of input components for t-SNE; more components only slow it down
 
 
@@ -123,7 +124,7 @@ def build_factor_sets(
     sets = []
     for shape, members in slots.items():
         names, kinds, by_slot = map(list, zip(*members, strict=True))
-        points = [array for arrays in by_slot for array in arrays]
+        points = list(chain.from_iterable(by_slot))
         size = (len(members), len(runs))
         cosine = (_subspace_overlaps(points) if view == "space" else _cosines(points)).reshape(*size, *size)
         sets.append(FactorSet(shape, names, kinds, runs, [domains[run] for run in runs], cosine))
@@ -131,10 +132,13 @@ def build_factor_sets(
 
 
 def _common_shape(arrays: Sequence[np.ndarray], view: View, name: str) -> tuple[int, ...]:
-    if len(widths := sorted({array.shape[1] for array in arrays})) > 1:
-        text = " and ".join(map(str, widths))
+    shapes = {array.shape for array in arrays}
+    widths = {width for _, width in shapes}
+    if len(widths) > 1:
+        text = " and ".join(map(str, sorted(widths)))
         raise ValueError(f"{name} must have the same width in all runs, got {text}: compare runs of one model")
-    shapes = {array.shape[1:] if view == "space" else array.shape for array in arrays}
+    if view == "space":  # subspaces of different dimensions can be compared
+        return (widths.pop(),)
     if len(shapes) > 1:
         text = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
         raise ValueError(
@@ -144,14 +148,14 @@ def _common_shape(arrays: Sequence[np.ndarray], view: View, name: str) -> tuple[
 
 
 def _cosines(arrays: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
-    flat = np.array([array.ravel() for array in arrays], dtype=np.float64)
+    flat = np.array(arrays, dtype=np.float64).reshape(len(arrays), -1)
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     return flat @ flat.T
 
 
 def _subspace_overlaps(bases: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
     """Compute ``|U_1^T U_2|_F^2 / sqrt(k_1 k_2)`` for every pair of bases, given as rows."""
-    sizes = np.array([len(rows) for rows in bases])
+    sizes = np.array(list(map(len, bases)))
     # One product of all bases with each other, then a sum over the block of each pair, is faster than a loop.
     stacked = np.concatenate(bases)
     first = np.cumsum(sizes) - sizes
@@ -167,7 +171,7 @@ def orthonormal_basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "wid
     changes it by at most ``eps / 2 |C|_F`` in norm, and so each singular value. The threshold is twice that, because a
     factor may have been scaled once more. A float32 array whose lower 16 bits are all zero was saved as bfloat16.
     """
-    columns = update.A.T if factor == "A" else update.B
+    columns = _factor_rows(update, factor).T
     eps = float(np.finfo(columns.dtype).eps)
     if columns.dtype == np.float32 and not np.any(np.ascontiguousarray(columns).view(np.uint32) & 0xFFFF):
         eps = 2.0**-7  # bfloat16
@@ -192,6 +196,10 @@ def _signs(columns: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "1 k"]:
     return np.sign(np.take_along_axis(columns, np.abs(columns).argmax(axis=0)[None], axis=0))
 
 
+def _factor_rows(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"]:
+    return update.A if factor == "A" else update.B.T
+
+
 def view_factor(update: LowRank, factor: Factor, view: View, where: str) -> Float[np.ndarray, "k width"]:
     """Return the rows of a factor that a view of the embeddings compares, one per component.
 
@@ -200,11 +208,14 @@ def view_factor(update: LowRank, factor: Factor, view: View, where: str) -> Floa
     ValueError
         The factor is zero or not finite, so it has no direction.
     """
-    array = update.A if factor == "A" else update.B.T
-    if not all_finite(array, *((update.A, update.B) if view == "canonical" else ())):
+    array = _factor_rows(update, factor)
+    # The canonical rows of one factor depend on both.
+    if not all_finite(array) or (view == "canonical" and not all_finite(update.A, update.B)):
         raise ValueError(f"{factor} of {where} must be finite, got NaN or infinity: exclude this run")
-    if view != "raw":
-        array = orthonormal_basis(update, factor).T if view == "space" else canonical_factor(update, factor)
+    if view == "space":
+        array = orthonormal_basis(update, factor).T
+    elif view == "canonical":
+        array = canonical_factor(update, factor)
     if not array.any():
         raise ValueError(f"{factor} of {where} must be nonzero, got all zeros: train the run first")
     return array
@@ -220,6 +231,7 @@ def pca(cloud: FactorSet, size: int = 2) -> Float[np.ndarray, "point size"]:
     # Centering rows and columns turns the cosines into inner products of centered points, as PCA needs them.
     values, vectors = np.linalg.eigh((centered + centered.T) / 2)
     vectors = vectors[:, ::-1][:, :size]  # eigh sorts eigenvalues in ascending order
+    # Rounding can make an eigenvalue of zero negative.
     return vectors * _signs(vectors) * np.sqrt(np.maximum(values[::-1][:size], 0.0))
 
 
@@ -242,13 +254,16 @@ def tsne(cloud: FactorSet, perplexity: float | None = None, seed: int | None = N
     from sklearn.manifold import TSNE  # this import takes half a second, and only this figure needs it
 
     points = len(cloud.flat)
-    perplexity = default_perplexity(points) if perplexity is None else perplexity
+    if perplexity is None:
+        perplexity = default_perplexity(points)
     if not 0 < perplexity < points:
         raise ValueError(f"perplexity must be > 0 and < {points}, the number of points, got {perplexity:g}")
     components = pca(cloud, _PCA_SIZE)
-    # Same as init="pca", except that it also works if all points coincide.
-    start = components[:, :2] * (1e-4 / (components[:, 0].std() or 1.0))
-    plane = TSNE(2, perplexity=perplexity, init=start if seed is None else "random", random_state=seed or 0)
+    start: Any = "random"
+    if seed is None:
+        # Same as init="pca", except that it also works if all points coincide.
+        start = components[:, :2] * (1e-4 / (components[:, 0].std() or 1.0))
+    plane = TSNE(2, perplexity=perplexity, init=start, random_state=seed or 0)
     return np.asarray(plane.fit_transform(components), dtype=np.float64)
 
 

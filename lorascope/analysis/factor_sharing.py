@@ -95,7 +95,7 @@ def retrieve_modules(cloud: FactorSet) -> pd.DataFrame:
     nearest = _nearest_fractions(across.reshape(len(table), -1)).reshape(across.shape)
     same_module = np.eye(len(cloud.modules), dtype=bool)[:, None, :, None]
     same = (nearest * same_module).sum(axis=(2, 3))
-    cosine = (_slot_cosines(cloud) * other).sum(axis=2) / other.sum(axis=1)
+    cosine = (_slot_cosines([cloud]) * other).sum(axis=2) / other.sum(axis=1)
     return table.assign(same=same.ravel(), chance=1 / len(cloud.modules), cosine=cosine.ravel())
 
 
@@ -110,28 +110,28 @@ def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> 
 
     The mean is over angles, pairs of runs, and common modules. A factor without direction raises a ValueError.
     """
-    pairs = [(first, second) for first, second in product(updates, repeat=2) if first < second]
-    across = [(first, second) for first, second in pairs if domains[first] != domains[second]]
+    pairs = product(updates, repeat=2)  # both orders of each pair, of which the sorted one counts
+    across = [(one, other) for one, other in pairs if one < other and domains[one] != domains[other]]
     means = []
     for module in common_modules(updates):
         bases = {
             run: view_factor(modules[module], factor, "space", f"{module} in run {run}").T
             for run, modules in updates.items()
         }
-        means += [np.degrees(principal_angles(bases[first], bases[second])).mean() for first, second in across]
+        for first, second in across:
+            means.append(np.degrees(principal_angles(bases[first], bases[second])).mean())
     return float(np.mean(means))
 
 
 def neighbour_fraction(sets: Sequence[FactorSet]) -> float:
     """Compute the fraction of factors that are not shared: their nearest neighbor in the module has their domain."""
     labels = np.array(sets[0].domains)
-    nearest = _nearest_fractions(_other_cosines(sets))
+    nearest = _nearest_fractions(_without_self(_slot_cosines(sets)))
     return float((nearest * (labels[:, None] == labels[None, :])).sum(axis=-1).mean())
 
 
-def _other_cosines(sets: Sequence[FactorSet]) -> Float[np.ndarray, "slot run run"]:
-    """Return the cosines within every slot; a factor is not its own neighbor."""
-    cosine = np.concatenate([_slot_cosines(cloud) for cloud in sets])
+def _without_self(cosine: Float[np.ndarray, "slot run run"]) -> Float[np.ndarray, "slot run run"]:
+    """Return the cosines within every slot so that no factor is its own neighbor."""
     return np.where(np.eye(cosine.shape[1], dtype=bool), -np.inf, cosine)
 
 
@@ -166,8 +166,8 @@ def identity(sets: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dict
     _, labels = np.unique(np.array(sets[0].domains), return_inverse=True)
     shuffled = np.random.default_rng(seed).permuted(np.tile(labels, (draws, 1)), axis=1)
     labelings = np.concatenate([labels[None], shuffled])  # the first row is the true labeling
-    cosine = np.concatenate([_slot_cosines(cloud) for cloud in sets])
-    other_cosines = _other_cosines(sets)
+    cosine = _slot_cosines(sets)
+    other_cosines = _without_self(cosine)
     same = labelings[:, :, None] == labelings[:, None, :]
     nearest = np.einsum("sij,dij->d", _nearest_fractions(other_cosines), same) / other_cosines[..., 0].size
     result: dict[str, float] = {}
@@ -178,9 +178,9 @@ def identity(sets: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dict
     return result
 
 
-def _slot_cosines(cloud: FactorSet) -> Float[np.ndarray, "slot run run"]:
-    """Return the cosines between the factors of different runs in the same slot."""
-    return np.einsum("sisj->sij", cloud.cosine)
+def _slot_cosines(sets: Sequence[FactorSet]) -> Float[np.ndarray, "slot run run"]:
+    """Return the cosines between the factors of different runs in the same slot, for the slots of all sets."""
+    return np.concatenate([np.einsum("sisj->sij", cloud.cosine) for cloud in sets])
 
 
 def silhouettes(

@@ -25,7 +25,9 @@ def fourier_updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
     """Select the Fourier updates of a run for analysis, by module; empty if its first update is of another kind."""
     updates = run.updates(step)
     first = next(iter(updates.values()), None)
-    return updates if isinstance(first, Fourier) else {}
+    if not isinstance(first, Fourier):
+        return {}
+    return updates
 
 
 def basis_setting(run: Result) -> Mapping[str, str]:
@@ -37,7 +39,9 @@ def basis_setting(run: Result) -> Mapping[str, str]:
 def learned_fourier_updates(run: Result) -> dict[str, Fourier]:
     """Return the learned Fourier updates ΔW - ΔW₀ by module; empty if the initial updates were not saved."""
     last = fourier_updates(run)
-    first = at_start(run.updates) if last else {}
+    if not last:
+        return {}
+    first = at_start(run.updates)
     return {module: update - first[module] for module, update in last.items() if module in first}
 
 
@@ -58,15 +62,19 @@ def list_coefficients(run: Result, step: int | None = None) -> pd.DataFrame:
         recorded them at this step. Values that were not recorded are NaN.
     """
     updates = fourier_updates(run, step)
-    first = at_start(run.updates) if updates else {}
+    first = at_start(run.updates)
     table = run.table
-    rows = table[table["step"] == (table["step"].max() if step is None else step)]
+    if step is None:
+        step = table["step"].max()
+    rows = table[table["step"] == step]
     recorded = rows[rows["quantity"].isin(_RECORDED)].pivot(
         index=["module", "index"], columns="quantity", values="value"
     )
     tables = []
     for module, update in updates.items():
-        start = as_float64(first[module].coefficients) if module in first else np.nan
+        start: Any = np.nan
+        if module in first:
+            start = as_float64(first[module].coefficients)
         row, column = update.entries
         entry, mirror = _add_mirrors(update)["entry"].to_numpy().reshape(2, -1)
         columns = {"module": module, "index": np.arange(len(row)), "row": row, "column": column}
@@ -76,6 +84,7 @@ def list_coefficients(run: Result, step: int | None = None) -> pd.DataFrame:
         tables.append(pd.DataFrame(columns | {"coefficient": update.coefficients, "start": start}))
     coefficients = pd.concat(tables, ignore_index=True)
     index = pd.MultiIndex.from_frame(coefficients[["module", "index"]])
+    # Without ``observe.coefficients`` both columns are missing.
     recorded = recorded.reindex(index=index, columns=list(_RECORDED))
     return coefficients.assign(**{name: recorded[quantity].to_numpy() for quantity, name in _RECORDED.items()})
 
@@ -111,6 +120,7 @@ def radial_profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
 def _add_mirrors(update: Fourier) -> pd.DataFrame:
     """Return the entries, then their mirrors: flat index, frequencies, and the sum of the coefficients of both."""
     sides = np.array(update.shape)[:, None]
+    # The mirror of row j is row -j, which is d - j modulo the number of rows d.
     positions = np.hstack([update.entries, -update.entries % sides])
     entry = np.ravel_multi_index(tuple(positions), update.shape)
     # An entry and its mirror are one frequency, identified by the smaller of their flat indices.
@@ -148,5 +158,5 @@ def bias_map(shape: tuple[int, int], center: float, width: float) -> pd.DataFram
     for side in shape:
         step = -(-side // 48)  # rounded up; multiples of the step include frequency zero
         grid.append(step * np.arange(-(side // 2 // step), side // 2 // step + 1))
-    rows, columns = (grid_axis.reshape(-1) for grid_axis in np.meshgrid(*grid, indexing="ij"))
+    rows, columns = np.stack(np.meshgrid(*grid, indexing="ij")).reshape(2, -1)
     return pd.DataFrame({"row": rows, "column": columns, "probability": values[rows % shape[0], columns % shape[1]]})

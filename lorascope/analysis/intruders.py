@@ -94,7 +94,9 @@ def find_intruders(
         component = np.arange(1, len(sigma) + 1)
         columns = {"module": module, "component": component, "sigma": sigma, "similarity": similarity}
         tables.append(pd.DataFrame(columns | {"intruder": similarity < threshold}))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(_COLUMNS)).astype(_COLUMNS)
+    if not tables:
+        return pd.DataFrame(columns=list(_COLUMNS)).astype(_COLUMNS)
+    return pd.concat(tables, ignore_index=True)
 
 
 def count_intruders(table: pd.DataFrame) -> pd.DataFrame:
@@ -135,7 +137,7 @@ def _intruder_similarity(module: str, basis: Basis, update: Update, k: int) -> t
         U, sigma, _ = svds(W, k, v0=start, return_singular_vectors="u")
     else:
         U, sigma, _ = np.linalg.svd(W, full_matrices=False)
-    order = np.argsort(-sigma, kind="stable")[:k]
+    order = np.argsort(-sigma, kind="stable")[:k]  # SciPy does not guarantee the order of svds
     return np.abs(U[:m, order]).max(axis=0), sigma[order]
 
 
@@ -158,4 +160,5 @@ def _coordinates(basis: Float[np.ndarray, "side m"], X: Float[np.ndarray, "side 
     inside = basis.T @ X
     if basis.shape[0] == basis.shape[1]:
         return inside
+    # The triangular factor has the coordinates of the rest in an orthonormal basis that is never needed itself.
     return np.vstack([inside, np.linalg.qr(X - basis @ inside, mode="r")])

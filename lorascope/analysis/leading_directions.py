@@ -101,5 +101,5 @@ def pool_spectra(spectra: Spectra, modules: Sequence[str]) -> pd.DataFrame:
     squares = np.zeros(max(map(len, sigmas)))
     for sigma in sigmas:
         squares[: len(sigma)] += above_rounding(sigma) ** 2
-    squares = squares[: np.count_nonzero(squares)]
+    squares = squares[: np.count_nonzero(squares)]  # singular values are in descending order, so zeros come last
     return pd.DataFrame({"component": np.arange(1, len(squares) + 1), "value": np.sqrt(squares / len(sigmas))})

@@ -55,6 +55,7 @@ def count_visits(table: pd.DataFrame) -> pd.DataFrame:
     on = rows[rows["active"]].assign(steps=lambda rows: rows["stop"] - rows["start"] + 1)
     per_block = ["run", "module"]
     sums = on.groupby(per_block).agg(intervals=("start", "size"), steps=("steps", "sum"), first=("start", "min"))
+    # Blocks that were never drawn have no sums, so the columns need an integer type with NA.
     visits = rows[[*per_block, "place"]].drop_duplicates().merge(sums.astype("Int64"), on=per_block, how="left")
     visits = visits.fillna({"intervals": 0, "steps": 0})
     draws = visits["run"].map(rows.groupby("run")["interval"].nunique())
@@ -81,42 +82,6 @@ def block_coverage(table: pd.DataFrame) -> pd.DataFrame:
     ends = ends[ends["start"] < ends["stop"]].assign(start=lambda rows: rows["stop"])
     reached_blocks = pd.concat([by_draw, ends]).sort_values(["run", "start"], ignore_index=True)
     return reached_blocks.rename(columns={"start": "step"})[["run", "interval", "step", "value", "expected"]]
-
-
-def layer_importance(
-    adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity: str = "update_norm"
-) -> pd.DataFrame:
-    """Compute each layer's importance for LISA's schedule: its norm under LoRA over full fine-tuning (section 3.2).
-
-    The ratios of the blocks can be passed to ``LISA(weights=...)``; the paper samples all blocks uniformly.
-
-    Parameters
-    ----------
-    adapted, full : DataFrame
-        Records of LoRA runs and of full fine-tuning runs; several runs are averaged.
-    active : int
-        Number of blocks trained at a time.
-    quantity : str
-        A per-module norm, ``update_norm`` by default; the paper does not say which norm it uses.
-
-    Returns
-    -------
-    DataFrame
-        ``stack, layer, place``; ``adapted`` and ``full``, the means over steps; their ``ratio``; ``clipped``, the ratio
-        limited to 1; ``practical``, the sampling probability LISA uses: 1 outside the blocks, else active / blocks.
-    """
-    means = {}
-    for name, table in (("adapted", adapted), ("full", full)):
-        cells = norms.mean_over_steps(norms.pool_modules(norms.select_quantity(table, quantity))).astype(
-            {"place": "str"}
-        )
-        means[name] = cells.groupby(list(norms.LAYER), dropna=False, sort=False, observed=True)["value"].mean()
-    blocks = means["full"].reset_index()["layer"].count()  # LISA draws from all blocks, an adapter may skip some
-    layers = pd.concat(means, axis="columns", join="inner").reset_index()
-    inside = layers["layer"].notna()
-    ratio = layers["adapted"] / layers["full"]
-    practical = (active / max(1, blocks) * inside).where(inside, 1.0)
-    return layers.assign(ratio=ratio, clipped=ratio.clip(upper=1), practical=practical)
 
 
 def _chances(table: pd.DataFrame) -> pd.Series:

@@ -27,10 +27,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, TypeAlias
 
 import pandas as pd
 
+from lorascope.files.printable import count_phrase
 from lorascope.schema.module_table import match, parse
 
 Shape: TypeAlias = tuple[int, ...]
@@ -53,33 +55,39 @@ def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int = 32_
     ``inner`` is the inner size of the feed-forward modules, ``keys`` the size of the keys of all attention heads.
     """
     block = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
+        "self_attn.q_proj.weight": (hidden, hidden),
+        "self_attn.k_proj.weight": (keys, hidden),
+        "self_attn.v_proj.weight": (keys, hidden),
+        "self_attn.o_proj.weight": (hidden, hidden),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
     }
-    blocks = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in block.items()}
     ends: dict[str, Shape] = {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
-    return {"model.embed_tokens.weight": (vocabulary, hidden), **blocks, **ends}
+    return {"model.embed_tokens.weight": (vocabulary, hidden)} | _repeat("model.layers", layers, block) | ends
 
 
 def gpt2(layers: int, hidden: int, vocabulary: int = 50_257, positions: int = 1024) -> dict[str, Shape]:
     """Return the parameter shapes of a GPT-2 model, whose head is tied to its embedding, for a memory estimate."""
     linears = {"attn.c_attn": (3, 1), "attn.c_proj": (1, 1), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
     block: dict[str, Shape] = {}
-    for name, (outputs, inputs) in linears.items():
+    for name, (outputs, inputs) in linears.items():  # a Conv1D stores its weight transposed, as (inputs, outputs)
         block |= {f"{name}.weight": (inputs * hidden, outputs * hidden), f"{name}.bias": (outputs * hidden,)}
-    norms = {f"{norm}.{parameter}": (hidden,) for norm in ("ln_1", "ln_2") for parameter in ("weight", "bias")}
-    blocks = {f"transformer.h.{i}.{name}": shape for i in range(layers) for name, shape in (block | norms).items()}
-    ends = {"transformer.wte.weight": (vocabulary, hidden), "transformer.wpe.weight": (positions, hidden)}
-    return ends | blocks | {"transformer.ln_f.weight": (hidden,), "transformer.ln_f.bias": (hidden,)}
+    for norm in ("ln_1", "ln_2"):
+        block |= {f"{norm}.weight": (hidden,), f"{norm}.bias": (hidden,)}
+    embeddings = {"transformer.wte.weight": (vocabulary, hidden), "transformer.wpe.weight": (positions, hidden)}
+    last_norm = {"transformer.ln_f.weight": (hidden,), "transformer.ln_f.bias": (hidden,)}
+    return embeddings | _repeat("transformer.h", layers, block) | last_norm
 
 
+def _repeat(stack: str, layers: int, block: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the parameter shapes of equal blocks."""
+    return {f"{stack}.{layer}.{name}": shape for layer in range(layers) for name, shape in block.items()}
+
+
+# In the 70B model, eight query heads share one key head.
 LLAMA2 = {"7B": llama(32, 4096, 11_008, 4096), "70B": llama(80, 8192, 28_672, 1024)}
 GPT2 = {"117M": gpt2(12, 768), "345M": gpt2(24, 1024)}
 
@@ -148,11 +156,15 @@ def lora(
         Names of parameters that are trained directly as well, such as a classifier head; empty by default.
     """
     matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
-    rows = [(module, *parse(module), *shape, "") for module, shape in matrices.items()]
+    rows = [(module, *parse(module), *shape, "") for module, shape in matrices.items()]  # a tied weight counts once
     columns = ["module", "stack", "layer", "role", "out_features", "in_features", "tied"]
     adapted = match(pd.DataFrame(rows, columns=columns).astype({"layer": "Int16"}), targets)
-    factors = [(rank, side) for module in adapted for side in matrices[module]]
-    return _adamw(count_parameters(shapes) + _count(factors), [*factors, *(shapes[name] for name in beside)], width)
+    factors: list[Shape] = []
+    for module in adapted:
+        outputs, inputs = matrices[module]
+        factors += [(rank, inputs), (outputs, rank)]
+    direct = [shapes[name] for name in beside]
+    return _adamw(count_parameters(shapes) + _count(factors), factors + direct, width)
 
 
 def lisa(
@@ -185,21 +197,28 @@ def lisa(
     """
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
-    block_shapes = sorted(
-        shapes_by_block(shapes).values(), key=count_parameters, reverse=True
-    )  # the largest blocks give the upper bound
-    active = min(2, len(block_shapes)) if active is None else active
+    # The largest blocks come first, because they give the upper bound.
+    block_shapes = sorted(shapes_by_block(shapes).values(), key=count_parameters, reverse=True)
+    if active is None:
+        active = min(2, len(block_shapes))
     if not 0 <= active <= len(block_shapes):
         raise ValueError(f"active must be from 0 to {len(block_shapes)}, the number of blocks, got {active}")
-    with_state = (len(block_shapes) if visited is None else visited) if policy == "keep" else active
+    with_state = active
+    if policy == "keep":  # a block that becomes inactive again keeps its state
+        with_state = len(block_shapes) if visited is None else visited
     if not active <= with_state <= len(block_shapes):
         raise ValueError(
             f"visited must be from {active} (active blocks) to {len(block_shapes)} (all blocks), got {with_state}"
         )
-    inside = {name for block in block_shapes for name in block}
+    inside = set(chain.from_iterable(block_shapes))
     outside = [shape for name, shape in shapes.items() if name not in inside]
-    now, stated = ([*outside, *(s for block in block_shapes[:n] for s in block.values())] for n in (active, with_state))
-    return replace(_adamw(count_parameters(shapes), stated, width), gradients=width * _count(now))
+
+    def with_blocks(number: int) -> list[Shape]:
+        """Return the shapes outside the blocks and of this number of blocks."""
+        return outside + list(chain.from_iterable(map(dict.values, block_shapes[:number])))
+
+    memory = _adamw(count_parameters(shapes), with_blocks(with_state), width)
+    return replace(memory, gradients=width * _count(with_blocks(active)))
 
 
 def expect_visited_blocks(blocks: int, active: int, intervals: int) -> float:
@@ -237,8 +256,12 @@ def adapprox(
         if len(shape) < 2 or min_dim is None or min(sides) < min_dim:
             return math.prod(shape)
         if rank is None:
-            return max(1, int(RANK_SHARE * min(sides))) * sum(sides)
-        return min(rank if isinstance(rank, int) else rank[name], *sides) * sum(sides)
+            k = max(1, int(RANK_SHARE * min(sides)))
+        elif isinstance(rank, int):
+            k = rank
+        else:
+            k = rank[name]
+        return min(k, *sides) * sum(sides)
 
     return _factored_memory(shapes, second, first, width)
 
@@ -272,13 +295,14 @@ def compare_methods(shapes: Shapes, rank: int = 128, active: int | None = None, 
     """
     # A model can lack an embedding or a separate head, and an unknown role is an error.
     roles = {parse(name.removesuffix(".weight")).role for name in shapes}
-    everything = ["all-linear", *(role for role in ("embed", "head") if role in roles)]
-    active = min(2, len(shapes_by_block(shapes))) if active is None else active
+    everything = ["all-linear", *sorted(roles & {"embed", "head"})]
+    if active is None:
+        active = min(2, len(shapes_by_block(shapes)))
     return _memory_rows(
         {
             "AdamW": full(shapes, width=width),
             f"LoRA, rank {rank}": lora(shapes, rank, everything, width=width),
-            f"LISA, {active} block{'s' * (active != 1)}": lisa(shapes, active, width=width),
+            f"LISA, {count_phrase(active, 'block')}": lisa(shapes, active, width=width),
             **_factorings(shapes, True, width),
             "CAME": came(shapes, width=width),
         }
@@ -304,11 +328,9 @@ def _factorings(shapes: Shapes, first: bool, width: int = 4) -> dict[str, Memory
 
 
 def _memory_rows(ways: Mapping[str, MemoryUse]) -> pd.DataFrame:
-    rows = [
-        (method, component, getattr(memory, component), "computed")
-        for method, memory in ways.items()
-        for component in PARTS
-    ]
+    rows = []
+    for method, memory in ways.items():
+        rows += [(method, component, getattr(memory, component), "computed") for component in PARTS]
     return pd.DataFrame(rows, columns=["method", "part", "bytes", "source"])
 
 
@@ -319,11 +341,13 @@ def _adamw(numbers: int, trained: Collection[Shape], width: int) -> MemoryUse:
 
 def _count_means(shape: Shape, pairs: int = 1) -> int:
     """Count the entries of ``pairs`` pairs of row and column means per matrix; a vector is stored once, as it is."""
-    return pairs * math.prod(shape[:-2]) * sum(shape[-2:]) if len(shape) > 1 else math.prod(shape)
+    if len(shape) < 2:
+        return math.prod(shape)
+    return pairs * math.prod(shape[:-2]) * sum(shape[-2:])
 
 
 def _factored_memory(shapes: Shapes, second: Callable[[str, Shape], int], first: bool, width: int) -> MemoryUse:
     """Return the memory if all parameters train; ``second`` counts the entries stored for a second moment."""
     numbers = count_parameters(shapes)
-    entries = first * numbers + sum(second(name, shape) for name, shape in shapes.items())
+    entries = first * numbers + sum(map(second, shapes, shapes.values()))
     return MemoryUse(width * numbers, width * numbers, _STATE * entries)

@@ -69,7 +69,7 @@ def compute_rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: 
     neurons = studied.assign(rank_1=first).merge(reference.assign(rank_2=second), on=KEY)
     size = neurons.groupby("role", observed=True)["rank_1"].transform("size")
     shift = neurons["rank_2"] - neurons["rank_1"]
-    strong = shift.abs() >= STRONG * size
+    strong = shift.abs() >= STRONG * size  # the paper's threshold, as a fraction of the ranks of the role
     identities, trained_identities = (
         pd.MultiIndex.from_frame(rows[["module", "neuron"]].astype({"module": "str", "neuron": "int64"}))
         for rows in (neurons, trained)
@@ -97,17 +97,17 @@ def rank_shift_of_run(
     reference : DataFrame, optional
         Records of ``utilisation`` of another run on the same model and text.
     """
-    after = table[table["quantity"] == "utilisation"]
-    before = (
-        after[after["step"] == 0]
-        if reference is None
-        else last_recorded(reference[reference["quantity"] == "utilisation"])
-    )
-    studied, compared = (
-        rows.rename(columns={"index": "neuron"})[[*KEY, "value"]].astype({"module": "str", "role": "str"})
-        for rows in (last_recorded(after), before)
-    )
-    return compute_rank_shift(studied, compared, trained)
+    utilization = _utilization_rows(table)
+    before = utilization[utilization["step"] == 0]
+    if reference is not None:
+        before = last_recorded(_utilization_rows(reference))
+    columns = [*KEY, "value"]
+    return compute_rank_shift(last_recorded(utilization)[columns], before[columns], trained)
+
+
+def _utilization_rows(table: pd.DataFrame) -> pd.DataFrame:
+    rows = table[table["quantity"] == "utilisation"].rename(columns={"index": "neuron"})
+    return rows.astype({"module": "str", "role": "str"})
 
 
 def average_shifts(shifts: pd.DataFrame) -> pd.DataFrame:

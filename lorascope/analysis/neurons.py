@@ -84,10 +84,9 @@ def list_groups(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[N
         outer, inner = int(row["out_features"]), int(row["in_features"])
         if is_fused:
             half = outer // 2
-            halves = {"ffn_gate": 0, "ffn_in": half}
-            groups += [
-                NeuronGroup(*module, role, 1, first, half, inner) for role, first in halves.items() if role in roles
-            ]
+            for role, first in (("ffn_gate", 0), ("ffn_in", half)):
+                if role in roles:
+                    groups.append(NeuronGroup(*module, role, 1, first, half, inner))
         elif row["role"] == "ffn_out":
             groups.append(NeuronGroup(*module, "ffn_out", 0, 0, inner, outer))
         else:
@@ -194,7 +193,9 @@ def select_neurons(
         return by_place.iloc[sample].reset_index(drop=True)
     if not (pool[by] > 0).any():
         raise ValueError(f"cannot select neurons by {by}: no score is above 0")
-    return (pool if mode == "changed" else pool.iloc[::-1]).head(k).reset_index(drop=True)
+    if mode == "reversed":
+        pool = pool.iloc[::-1]
+    return pool.head(k).reset_index(drop=True)
 
 
 def neurons_by_module(selected: pd.DataFrame) -> dict[str, list[int]]:
@@ -235,11 +236,13 @@ def check_neurons(neurons: Mapping[str, Collection[int]], groups: Sequence[Neuro
     for module, numbers in neurons.items():
         if module not in available:
             raise ValueError(f"neurons: unknown module {module!r}; expected one of {', '.join(available)}")
-        if wrong := [number for number in numbers if number not in available[module]]:
-            span = f"{min(available[module])} to {max(available[module])}"
-            raise ValueError(f"neurons of {module} must be from {span}, got {wrong[0]}")
-        if repeated := [number for number, times in Counter(numbers).items() if times > 1]:
-            raise ValueError(f"neurons of {module}: duplicate {repeated[0]}")
+        for number in numbers:
+            if number not in available[module]:
+                span = f"{min(available[module])} to {max(available[module])}"
+                raise ValueError(f"neurons of {module} must be from {span}, got {number}")
+        for number, times in Counter(numbers).items():
+            if times > 1:
+                raise ValueError(f"neurons of {module}: duplicate {number}")
     if not any(neurons.values()):
         raise ValueError("neurons must contain at least 1 neuron, got none")
     return {module: sorted(numbers) for module, numbers in neurons.items() if len(numbers)}

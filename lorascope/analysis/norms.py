@@ -42,15 +42,19 @@ def layer_places(table: pd.DataFrame) -> pd.Series:
     Series
         Ordered categorical over the places that occur; labels include the stack only if there are two stacks.
     """
-    rows = zip(table["stack"], table["layer"], table["role"], strict=True)
-    keys = [(stack, None if pd.isna(layer) else int(layer), role) for stack, layer, role in rows]
+    keys: list[tuple[str, int | None, str]] = []
+    for stack, layer, role in zip(table["stack"], table["layer"], table["role"], strict=True):
+        # NaN is not equal to itself, so it could not be found again as part of a key.
+        keys.append((stack, None, role) if pd.isna(layer) else (stack, int(layer), role))
     spots = sorted(dict.fromkeys(keys), key=lambda key: position(*key))
     # With one stack its name would only repeat in every label.
     has_stacks = len({stack for stack, layer, _ in spots if layer is not None}) > 1
     labels = {}
     for stack, layer, role in spots:
-        name = role if layer is None else str(layer)
-        labels[stack, layer, role] = f"{stack} {name}" if has_stacks and stack else name
+        label = role if layer is None else str(layer)
+        if has_stacks and stack:
+            label = f"{stack} {label}"
+        labels[stack, layer, role] = label
     categories = list(dict.fromkeys(labels.values()))
     return pd.Series(pd.Categorical([labels[key] for key in keys], categories, ordered=True), table.index)
 
@@ -75,16 +79,20 @@ def pool_modules(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame
     """
     if "module" not in by:  # with one module per cell nothing is summed
         block = table["role"] == "block"
-        same = [table[column] for column in [*_KEY, "stack", "layer"]]
-        covered = block.groupby(same, observed=True, dropna=False).transform("any")
-        table = table[~block if "role" in by else block | ~covered]
+        if "role" in by:
+            table = table[~block]
+        else:
+            layers = table.assign(block=block).groupby([*_KEY, "stack", "layer"], observed=True, dropna=False)
+            table = table[block | ~layers["block"].transform("any")]
     pooled_quantities = []
     for rule, rows in table.groupby(table["quantity"].map(lambda name: QUANTITIES[name].pool).astype("str")):
-        # The norm of several tensors is the norm of their concatenation, so squares are summed.
-        values = rows.assign(value=rows["value"] ** 2) if rule == "norm" else rows
-        cells = values.groupby([*_KEY, *by], observed=True, dropna=False, sort=False)["value"]
+        if rule == "norm":  # the norm of several tensors is the norm of their concatenation, so squares are summed
+            rows = rows.assign(value=rows["value"] ** 2)
+        cells = rows.groupby([*_KEY, *by], observed=True, dropna=False, sort=False)["value"]
         pooled = cells.mean(skipna=False) if rule == "mean" else cells.sum(skipna=False)
-        pooled_quantities.append(np.sqrt(pooled) if rule == "norm" else pooled)
+        if rule == "norm":
+            pooled = np.sqrt(pooled)
+        pooled_quantities.append(pooled)
     return pd.concat(pooled_quantities).reset_index()
 
 
@@ -129,7 +137,7 @@ def summarize_steps(cells: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         One row per cell with ``mean``, ``std`` (population), ``first``, ``last`` and ``steps`` (their number).
     """
-    groups = _after_step_zero(cells.sort_values("step"))
+    groups = _after_step_zero(cells.sort_values("step"))  # "first" and "last" are by the order of the rows
     statistics = {"mean": groups.mean(), "std": groups.std(ddof=0), "first": groups.first(), "last": groups.last()}
     return pd.DataFrame(statistics | {"steps": groups.size()}).reset_index()
 
@@ -141,7 +149,7 @@ def _after_step_zero(cells: pd.DataFrame) -> Any:
 
 
 def _cell_columns(cells: pd.DataFrame) -> list[str]:
-    return [column for column in cells.columns if column not in ("step", "value")]
+    return list(cells.columns.drop(["step", "value"]))
 
 
 def subtract_start(cells: pd.DataFrame) -> pd.DataFrame:
@@ -158,26 +166,3 @@ def subtract_start(cells: pd.DataFrame) -> pd.DataFrame:
     if (matched["_merge"] == "left_only").any():
         raise ValueError("cannot subtract step 0: it was not recorded")
     return cells.assign(value=matched["value"].to_numpy() - matched["value_start"].to_numpy())
-
-
-def select_steps(cells: pd.DataFrame, most: int) -> pd.DataFrame:
-    """Return the norms, or other rows, at up to ``most`` evenly spaced steps of all runs, including the first and last.
-
-    Raises
-    ------
-    ValueError
-        The runs have no recorded step in common.
-    """
-    steps = [set(rows["step"].dropna()) for _, rows in cells.groupby("run", observed=True)]
-    common = sorted(set.intersection(*steps))
-    if not common:
-        raise ValueError(
-            "cannot compare the runs: they have no recorded step in common. Train them with the same steps and every="
-        )
-    return cells[cells["step"].isin(evenly_spaced(common, most))]
-
-
-def evenly_spaced(items: Sequence[Any], most: int) -> list[Any]:
-    """Return up to ``most`` evenly spaced items, such as steps with norms, including the first and last."""
-    indices = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
-    return [items[index] for index in np.unique(indices)]

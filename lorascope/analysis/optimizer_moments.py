@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.norms import evenly_spaced, last_recorded, layer_places, select_quantity
+from lorascope.analysis.even_spacing import evenly_spaced
+from lorascope.analysis.norms import last_recorded, layer_places, select_quantity
 from lorascope.array_types import Float
 
 # Rows and columns are rescaled alternately, up to this relative error of their sums or this many times.

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import baseline_ranks, norms
+from lorascope.analysis.even_spacing import evenly_spaced
 from lorascope.analysis.head_similarity import cosines, mean_of_pairs
 from lorascope.analysis.seed_intervals import CONFIDENCE, Interval, jackknife_estimate, pseudo_values
 from lorascope.array_types import Float
@@ -111,15 +112,21 @@ def stability(ranks: pd.DataFrame) -> Interval:
 
 def random_ranks(ranks: pd.DataFrame, cap: int | None = None) -> pd.DataFrame:
     """Replace rank allocations by random ones (``baseline_ranks.random``) of equal budget, one draw per run."""
-    groups = enumerate(rows for _, rows in ranks.groupby("run", observed=True, sort=False))  # the number is the seed
-    return pd.concat(rows.assign(value=_draw_ranks(rows["value"].to_numpy(), cap, number)) for number, rows in groups)
+    draws = []
+    for seed, (_, rows) in enumerate(ranks.groupby("run", observed=True, sort=False)):
+        draws.append(rows.assign(value=_draw_ranks(rows["value"].to_numpy(), cap, seed)))
+    return pd.concat(draws)
 
 
 def random_stability(ranks: pd.DataFrame, cap: int | None = None) -> Float[np.ndarray, "draw"]:
     """Draw the random baseline of a rank allocation's ``stability``: the mean tau of as many random runs, 200 times."""
     wide = _pivot_ranks(ranks).to_numpy()
-    drawn = ([_draw_ranks(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(200))
-    return np.array([mean_of_pairs(kendall_tau(np.array(sample))) for sample in drawn])
+    taus = []
+    for draw in range(200):
+        # Every draw of every run has a separate seed.
+        sample = [_draw_ranks(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)]
+        taus.append(mean_of_pairs(kendall_tau(np.array(sample))))
+    return np.array(taus)
 
 
 def initial_cap(table: pd.DataFrame) -> int | None:
@@ -132,8 +139,10 @@ def initial_cap(table: pd.DataFrame) -> int | None:
 
 def decision_steps(table: pd.DataFrame, most: int) -> list[int]:
     """Return up to ``most`` evenly spaced steps with a recorded rank budget (or rank), including the first and last."""
-    rows = table[table["quantity"] == ("budget" if (table["quantity"] == "budget").any() else "rank")]
-    return norms.evenly_spaced(np.unique(rows["step"].dropna().to_numpy(np.int64)).tolist(), most)
+    rows = table[table["quantity"] == "budget"]
+    if rows.empty:  # only methods that allocate in steps, AdaLoRA and ALoRA, record a budget
+        rows = table[table["quantity"] == "rank"]
+    return evenly_spaced(np.unique(rows["step"].dropna().to_numpy(np.int64)).tolist(), most)
 
 
 def budget_phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
@@ -153,7 +162,7 @@ def budget_phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
     changes = steps[1:][np.diff(value) != 0]
     if not len(changes):
         return []
-    ends = [int(end) for end in (steps[0], changes[0], changes[-1], steps[-1])]
+    ends = list(map(int, (steps[0], changes[0], changes[-1], steps[-1])))
     return [phase for phase in zip(PHASES, ends, ends[1:], strict=False) if phase[1] < phase[2]]
 
 
@@ -193,7 +202,7 @@ def component_course(table: pd.DataFrame, quantity: str = "importance") -> pd.Da
 
 def _draw_ranks(ranks: Float[np.ndarray, "module"], cap: int | None, seed: int) -> Float[np.ndarray, "module"]:
     """Draw random ranks with the same sum for the same modules."""
-    allocation = baseline_ranks.random([str(module) for module in range(len(ranks))], int(ranks.sum()), seed, cap)
+    allocation = baseline_ranks.random(list(map(str, range(len(ranks)))), int(ranks.sum()), seed, cap)
     return np.array(list(allocation.values()), dtype=np.float64)
 
 

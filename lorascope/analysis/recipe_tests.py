@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +24,7 @@ from lorascope.runs.result import Result
 from lorascope.schema.labels import to_words
 
 LEVEL = 0.05
-MINIMUM_SEEDS = 3
+MINIMUM_SEEDS = 3  # with two, a 95% t-interval reaches 12.7 standard errors to each side
 SETTING = ["model", "task", "metric"]
 # Runs with the same values learn the same, such as two that differ only in observers: they are not two seeds.
 _RUN_KEY = [*SETTING, "recipe", "seed"]
@@ -40,23 +40,24 @@ def name_recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -
 
     There is one label, such as ``LoRA, rank 8``, and one mapping of settings per run.
     """
-    texts = [{key: _setting_text(value) for key, value in run_settings.items()} for run_settings in settings]
     texts_of: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for label, run_texts in zip(labels, texts, strict=True):
-        for key, text in run_texts.items():
-            texts_of[label, key].add(text)
+    for label, run_settings in zip(labels, settings, strict=True):
+        for key, value in run_settings.items():
+            texts_of[label, key].add(_setting_text(value))
     names = []
-    for label, run_texts in zip(labels, texts, strict=True):
-        differing = [f"{key} {text}" for key, text in run_texts.items() if len(texts_of[label, key]) > 1]
-        names.append(", ".join([label, *differing]))
+    for label, run_settings in zip(labels, settings, strict=True):
+        differing = {key: value for key, value in run_settings.items() if len(texts_of[label, key]) > 1}
+        names.append(", ".join([label, *(f"{key} {_setting_text(value)}" for key, value in differing.items())]))
     return names
 
 
 def _setting_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:g}"
-    text = value if isinstance(value, str) else json.dumps(value, default=to_words)
-    if isinstance(value, str) or len(text) <= _MAX_CHARACTERS:
+    text = json.dumps(value, default=to_words)
+    if len(text) <= _MAX_CHARACTERS:
         return text
     return f"{len(value)} values ({hashlib.sha256(text.encode()).hexdigest()[:6]})"
 
@@ -70,27 +71,39 @@ def collect_scores(runs: Sequence[Result]) -> pd.DataFrame:
         Columns model, task, metric (its name), recipe, seed, value and run (the id), in the order of the runs.
         Different models or tasks with the same name are distinguished by the first six characters of their hash.
     """
-    metas = [run.meta for run in runs]
-    # The label of a method omits tables and the items of long lists, so differences in them must come from the fields.
-    fields = [{key: value for key, value in meta.recipe.items() if isinstance(value, Mapping | list)} for meta in metas]
-    settings = [{key: value for key, value in meta.settings.items() if key not in _IGNORED_SETTINGS} for meta in metas]
-    table = {
-        "model": unique_names([meta.model for meta in metas], [meta.w0_hash for meta in metas]),
-        "task": unique_names([str(meta.task) for meta in metas], [meta.data_hash for meta in metas]),
-        "metric": [run.score.name for run in runs],
-        "recipe": name_recipes([meta.label for meta in metas], [a | b for a, b in zip(fields, settings, strict=True)]),
-        "seed": [meta.seed for meta in metas],
-        "value": [run.score.metric for run in runs],
-        "run": [meta.id for meta in metas],
+    columns: dict[str, list[Any]] = defaultdict(list)
+    labels, settings = [], []
+    for run in runs:
+        meta = run.meta
+        labels.append(meta.label)
+        # The label of a method omits tables and the items of long lists, so their differences come from the fields.
+        fields = {key: value for key, value in meta.recipe.items() if isinstance(value, Mapping | list)}
+        settings.append(fields | {key: value for key, value in meta.settings.items() if key not in _IGNORED_SETTINGS})
+        columns["model"].append(meta.model)
+        columns["task"].append(str(meta.task))
+        columns["w0"].append(meta.w0_hash)
+        columns["data"].append(meta.data_hash)
+        columns["metric"].append(run.score.name)
+        columns["seed"].append(meta.seed)
+        columns["value"].append(run.score.metric)
+        columns["run"].append(meta.id)
+    names = {
+        "model": unique_names(columns["model"], columns["w0"]),
+        "task": unique_names(columns["task"], columns["data"]),
+        "recipe": name_recipes(labels, settings),
     }
-    return pd.DataFrame(table)
+    return pd.DataFrame(columns | names, columns=[*_RUN_KEY, "value", "run"])
 
 
 def unique_names(names: Sequence[str], hashes: Sequence[str | None]) -> list[str]:
     """Append the first six characters of the hash to names of recipes that have more than one hash."""
-    pairs = list(zip(names, hashes, strict=True))
-    number = Counter(name for name, _ in set(pairs))
-    return [f"{name} ({str(digest)[:6]})" if number[name] > 1 else name for name, digest in pairs]
+    hashes_of: dict[str, set[str | None]] = defaultdict(set)
+    for name, digest in zip(names, hashes, strict=True):
+        hashes_of[name].add(digest)
+    unique = []
+    for name, digest in zip(names, hashes, strict=True):
+        unique.append(name if len(hashes_of[name]) == 1 else f"{name} ({str(digest)[:6]})")
+    return unique
 
 
 def compare_pairs(table: pd.DataFrame) -> pd.DataFrame:
@@ -109,17 +122,19 @@ def compare_pairs(table: pd.DataFrame) -> pd.DataFrame:
     comparisons = []
     for setting, runs in table.drop_duplicates(_RUN_KEY).groupby(SETTING, sort=False):
         by_seed = runs.pivot(index="seed", columns="recipe", values="value")
-        rows = []
+        rows, p_values = [], []
         for recipe, other in itertools.combinations(runs["recipe"].unique(), 2):
             values = (by_seed[recipe] - by_seed[other]).dropna().to_numpy(np.float64)
             if len(values):
-                rows.append((recipe, other, t_interval(values), paired_p(values)))
+                rows.append((recipe, other, t_interval(values)))
+                p_values.append(paired_p(values))
         # Holm's method adjusts over all pairs of this model and task, so p-values are only final here.
-        adjusted = holm(np.array([p for *_, p in rows], np.float64))
-        sign = -1 if setting[-1] in _LOWER_IS_BETTER else 1
-        for (recipe, other, interval, _), p in zip(rows, adjusted.tolist(), strict=True):
-            winner = recipe if sign * interval.mean > 0 else other
-            better = winner if interval.n >= MINIMUM_SEEDS and p < LEVEL else ""
+        adjusted = holm(np.array(p_values, np.float64))
+        sign = -1 if setting[-1] in _LOWER_IS_BETTER else 1  # the last part of the setting is the metric
+        for (recipe, other, interval), p in zip(rows, adjusted.tolist(), strict=True):
+            better = ""
+            if interval.n >= MINIMUM_SEEDS and p < LEVEL:
+                better = recipe if sign * interval.mean > 0 else other
             comparisons.append((*setting, recipe, other, *interval, p, better))
     return pd.DataFrame(
         comparisons, columns=[*SETTING, "recipe", "other", "difference", "low", "high", "n", "p", "better"]
@@ -133,7 +148,7 @@ def paired_p(differences: Float[np.ndarray, "n"]) -> float:
         return np.nan
     mean, error = differences.mean(), differences.std(ddof=1) / np.sqrt(n)
     if error == 0:  # equal differences have no t statistic: the p-value is its limit
-        return 1.0 if mean == 0 else 0.0
+        return float(mean == 0)
     return float(2 * stdtr(n - 1, -abs(mean) / error))
 
 
@@ -164,13 +179,18 @@ def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
     key = [*SETTING, "recipe"]
     rows = band(table.drop_duplicates(_RUN_KEY), key)
     better = compared[compared["better"] != ""]
-    worse = better["recipe"].where(better["better"] != better["recipe"], better["other"])
+    recipes = pd.MultiIndex.from_frame(rows[key])
     wins, losses = (
-        better.assign(recipe=recipes).groupby(key).size().reindex(pd.MultiIndex.from_frame(rows[key]), fill_value=0)
-        for recipes in (better["better"], worse)
+        better.assign(recipe=sides).groupby(key).size().reindex(recipes, fill_value=0)
+        for sides in (better["better"], _worse_recipes(better))
     )
     peers = rows.groupby(SETTING)["recipe"].transform("size")
     return rows.assign(first=1 + losses.to_numpy(), last=peers - wins.to_numpy())
+
+
+def _worse_recipes(better: pd.DataFrame) -> pd.Series:
+    """Return the worse recipe of each pair with a better one."""
+    return better["recipe"].where(better["better"] != better["recipe"], better["other"])
 
 
 def describe_comparison(compared: pd.DataFrame) -> list[str]:
@@ -178,9 +198,12 @@ def describe_comparison(compared: pd.DataFrame) -> list[str]:
     lines = []
     has_settings = len(compared[["model", "task"]].drop_duplicates()) > 1
     for (model, task, _), comparisons in compared.groupby(SETTING, sort=False):
-        where = f"{model}, {task}: " if has_settings else ""
-        for row in comparisons[comparisons["better"] != ""].to_dict("records"):
-            worse = row["other"] if row["better"] == row["recipe"] else row["recipe"]
+        where = ""
+        if has_settings:
+            where = f"{model}, {task}: "
+        better = comparisons[comparisons["better"] != ""]
+        for row, worse in zip(better.to_dict("records"), _worse_recipes(better), strict=True):
+            # The interval of a significant difference excludes zero, so both ends have the same sign.
             low, high = sorted((abs(row["low"]), abs(row["high"])))
             lines.append(
                 f"{where}{row['better']} is better than {worse} by {abs(row['difference']):.4g} "
@@ -190,7 +213,10 @@ def describe_comparison(compared: pd.DataFrame) -> list[str]:
         if open_pairs.empty:
             continue
         listed_pairs = "; ".join(f"{row.recipe} and {row.other}" for row in open_pairs.head(_MAX_LISTED).itertuples())
-        remainder = f"; and {len(open_pairs) - _MAX_LISTED} more pairs" if len(open_pairs) > _MAX_LISTED else ""
-        few = f" (fewer than {MINIMUM_SEEDS} seeds)" if open_pairs["n"].max() < MINIMUM_SEEDS else ""
+        remainder, few = "", ""
+        if len(open_pairs) > _MAX_LISTED:
+            remainder = f"; and {len(open_pairs) - _MAX_LISTED} more pairs"
+        if open_pairs["n"].max() < MINIMUM_SEEDS:
+            few = f" (fewer than {MINIMUM_SEEDS} seeds)"
         lines.append(f"{where}no significant difference{few}: {listed_pairs}{remainder}")
     return lines

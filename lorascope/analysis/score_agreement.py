@@ -31,7 +31,7 @@ _OTHER_SCORES = {"‖w − w₀‖": ("neuron_update",), "sensitivity": ("sensit
 def spearman(columns: Float[np.ndarray, "n scores"]) -> Float[np.ndarray, "scores scores"]:
     """Compute the agreement of every pair of score columns: Spearman's correlation, with mean ranks for ties."""
     ranks = rankdata(columns, axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):  # a constant column has no correlation: NaN
         return np.atleast_2d(np.corrcoef(ranks, rowvar=False))
 
 
@@ -55,7 +55,7 @@ def correlate(scores: pd.DataFrame) -> pd.DataFrame:
     for run, run_scores in scores.groupby("run", sort=False, observed=True):
         wide = run_scores.pivot(index=["module", "component"], columns="score", values="value")[names]
         modules = [block.to_numpy(np.float64) for _, block in wide.groupby(level="module", sort=False)]
-        draw = np.random.default_rng(0)
+        draw = np.random.default_rng(0)  # the same records always give the same intervals
         samples = np.empty((DRAWS, len(names), len(names)))
         for sample in samples:
             drawn_indices = draw.integers(len(modules), size=len(modules))

@@ -25,8 +25,10 @@ class Interval(NamedTuple):
 
     def format(self, digits: int) -> str:
         """Return the mean and half the width of the interval, such as ``84.4 ± 1.1``; only the mean if ``n`` is one."""
-        half = f" ± {(self.high - self.low) / 2:.{digits}f}" if self.n > 1 else ""
-        return f"{self.mean:.{digits}f}{half}"
+        mean = f"{self.mean:.{digits}f}"
+        if self.n < 2:
+            return mean
+        return f"{mean} ± {(self.high - self.low) / 2:.{digits}f}"
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,11 @@ def t_estimate(values: Float[np.ndarray, "seed"]) -> Estimate:
     """
     if not len(values):
         raise ValueError("values must contain at least 1 value, got none")
-    n = len(values)
-    errors = ((float(values.std(ddof=1) / np.sqrt(n)), float(n - 1)),) if n > 1 else ()
-    return Estimate(float(values.mean()), n, errors)
+    n, mean = len(values), float(values.mean())
+    if n < 2:
+        return Estimate(mean, n, ())
+    error = float(values.std(ddof=1) / np.sqrt(n))
+    return Estimate(mean, n, ((error, float(n - 1)),))
 
 
 def t_interval(values: Float[np.ndarray, "seed"]) -> Interval:
@@ -129,12 +133,14 @@ def two_way_estimate(differences: Float[np.ndarray, "seed row"], clusters: Int[n
     common = by_cluster.mean(axis=0)
     used = len(np.unique(clusters))
     v_seed = float(by_seed.var(ddof=1)) / seeds
-    v_row = used / (used - 1) * float((common**2).sum()) / rows**2
+    v_row = used / (used - 1) * float((common**2).sum()) / rows**2  # corrected for a small number of clusters
     v_cell = float(((by_cluster - common) ** 2).sum()) / (seeds * (seeds - 1) * rows**2)
     total = max(v_seed + v_row - v_cell, v_seed, v_row)
     degrees_terms = v_seed**2 / (seeds - 1) + v_row**2 / (used - 1) + v_cell**2 / ((seeds - 1) * (used - 1))
-    degrees = max(total**2 / degrees_terms, seeds - 1) if degrees_terms else seeds - 1
-    errors = (total**0.5, float(degrees)), (v_seed**0.5, float(seeds - 1))
+    degrees = float(seeds - 1)
+    if degrees_terms:
+        degrees = max(total**2 / degrees_terms, degrees)
+    errors = (total**0.5, degrees), (v_seed**0.5, float(seeds - 1))
     return Estimate(mean, seeds, errors, rows=((v_row**0.5, float(used - 1)),))
 
 
@@ -156,9 +162,11 @@ def pseudo_values(pairs: Float[np.ndarray, "seed seed"]) -> Float[np.ndarray, "s
         One value per seed. With two seeds, where no pair is left without one of them, both are U; a single one is NaN.
     """
     n = len(pairs)
+    if n < 2:
+        return np.full(n, np.nan)
     off_diagonal = np.where(np.eye(n, dtype=bool), 0.0, pairs)
     total = off_diagonal.sum()
-    mean = total / (n * (n - 1)) if n > 1 else np.nan
+    mean = total / (n * (n - 1))
     if n < 3:
         return np.full(n, mean)
     without = (total - off_diagonal.sum(axis=0) - off_diagonal.sum(axis=1)) / ((n - 1) * (n - 2))
@@ -167,7 +175,9 @@ def pseudo_values(pairs: Float[np.ndarray, "seed seed"]) -> Float[np.ndarray, "s
 
 def jackknife_estimate(values: Float[np.ndarray, "seed"]) -> Estimate:
     """Estimate a mean over pairs of seeds from its pseudo-values; without an interval below three seeds."""
-    return t_estimate(values) if len(values) > 2 else Estimate(float(values.mean()), len(values), ())
+    if len(values) < 3:
+        return Estimate(float(values.mean()), len(values), ())
+    return t_estimate(values)
 
 
 def band(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:

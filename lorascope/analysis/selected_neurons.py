@@ -153,8 +153,10 @@ def compare_all_selections(choices: Mapping[str, Sequence[Neurons]], pool: int) 
     """
     rows = []
     for label, other in combinations_with_replacement(choices, 2):
+        # Within a label, a selection is not compared with itself.
         pairs = combinations(choices[label], 2) if label == other else product(choices[label], choices[other])
-        rows += [{"first": label, "second": other, **compare_selections(*pair, pool)} for pair in pairs]
+        for first, second in pairs:
+            rows.append({"first": label, "second": other, **compare_selections(first, second, pool)})
     return pd.DataFrame(rows)
 
 

@@ -44,7 +44,7 @@ class Distances:
         names = list(modules)
         distance = np.sqrt(np.sum([self.values[name] ** 2 for name in names], axis=0))
         norm = np.sqrt(np.sum([self.norms[name] ** 2 for name in names]))
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore"):  # modules whose last update is zero
             return np.where(distance == 0, 0.0, distance / norm)
 
     def settled(self, modules: Iterable[str], threshold: float = THRESHOLD) -> int:
@@ -53,8 +53,10 @@ class Distances:
         It is at most the last step, where the distance is 0. The value means that the modules were within the threshold
         at this stored step, and not at the one before it.
         """
-        far = np.flatnonzero(~(self.relative(modules) <= threshold))
-        return self.steps[far[-1] + 1 if len(far) else 0]
+        far = np.flatnonzero(~(self.relative(modules) <= threshold))  # negated, so that NaN counts as far
+        if not len(far):
+            return self.steps[0]
+        return self.steps[far[-1] + 1]
 
     @cached_property
     def layers(self) -> dict[tuple[str, int | None, str], list[str]]:
@@ -62,7 +64,9 @@ class Distances:
         layers: dict[tuple[str, int | None, str], list[str]] = {}
         for module in self.values:
             stack, layer, role = parse(module)
-            layers.setdefault((stack, layer, role if layer is None else ""), []).append(module)
+            if layer is not None:
+                role = ""
+            layers.setdefault((stack, layer, role), []).append(module)
         return layers
 
 
@@ -86,11 +90,14 @@ def update_distances(run: Result) -> Distances:
         for module in updates[-1]:
             last = updates[-1][module]
             size = last.norm()
-            earlier = [step_updates.get(module) for step_updates in updates[:-1]]
-            squares = [
-                np.nan if update is None else update.norm() ** 2 + size**2 - 2 * update.inner(last)
-                for update in earlier
-            ]
+            squares = []
+            for step_updates in updates[:-1]:
+                square = np.nan
+                if module in step_updates:
+                    update = step_updates[module]
+                    square = update.norm() ** 2 + size**2 - 2 * update.inner(last)
+                squares.append(square)
+            # Rounding can make the square of a small distance negative.
             values[module] = np.append(np.sqrt(np.maximum(squares, 0.0)), 0.0)
             norms[module] = size
     return Distances(tuple(steps), values, norms)
@@ -114,7 +121,9 @@ def settling_steps(run: Result, threshold: float = THRESHOLD) -> pd.DataFrame:
         layer.
     """
     distances = update_distances(run)
-    by_layer = {name: distances.settled(names, threshold) for names in distances.layers.values() for name in names}
+    by_layer: dict[str, int] = {}
+    for names in distances.layers.values():
+        by_layer |= dict.fromkeys(names, distances.settled(names, threshold))
     rows = []
     for module, norm in distances.norms.items():
         change, step = distances.relative([module])[-2], distances.settled([module], threshold)

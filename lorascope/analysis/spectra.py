@@ -42,11 +42,14 @@ def singular_values(run: Result, step: int | None = None) -> Spectra:
         The run saved no updates at this step.
     """
     updates = run.updates(step)
-    saved_step = run.meta.states["last"].step if step is None else step  # snapshots need an explicit step
-    recorded = [name.removesuffix(_SNAPSHOT) for name in run.snapshot_names() if name.endswith(_SNAPSHOT)]
-    dense = [
-        module for module in recorded if module not in updates and saved_step in run.snapshot_steps(module + _SNAPSHOT)
-    ]
+    saved_step = step
+    if step is None:  # snapshots need an explicit step
+        saved_step = run.meta.states["last"].step
+    dense = []
+    for name in run.snapshot_names():
+        module = name.removesuffix(_SNAPSHOT)
+        if name.endswith(_SNAPSHOT) and module not in updates and saved_step in run.snapshot_steps(name):
+            dense.append(module)
 
     def make(module: str) -> Float[np.ndarray, "_"]:
         if module in updates:
@@ -59,10 +62,13 @@ def singular_values(run: Result, step: int | None = None) -> Spectra:
 def added_values(run: Result, step: int | None = None) -> Spectra:
     """Return the spectra of the learned updates ΔW - ΔW₀, or of ΔW if the initial update was not saved."""
     stored_spectra, learned = singular_values(run, step), initial_update.learned_updates(run, step)
-    return Lazy(
-        [*stored_spectra, *learned],
-        lambda module: learned[module].singular_values() if module in learned else stored_spectra[module],
-    )
+
+    def make(module: str) -> Float[np.ndarray, "_"]:
+        if module in learned:
+            return learned[module].singular_values()
+        return stored_spectra[module]
+
+    return Lazy([*stored_spectra, *learned], make)
 
 
 def tabulate_spectra(spectra: Spectra) -> pd.DataFrame:
@@ -92,9 +98,8 @@ def rank_definitions(spectra: Spectra) -> pd.DataFrame:
         ``module, update_norm, components, stable_rank, effective_rank, entropy_rank, participation_rank,
         energy_rank``; the last is the number of components with 90% of the energy.
     """
-    rows = [
-        {"module": module, "update_norm": float(np.linalg.norm(sigma)), "components": len(sigma)}
-        | {name: getattr(definitions, name)(sigma) for name in _RANKS}
-        for module, sigma in spectra.items()
-    ]
+    rows = []
+    for module, sigma in spectra.items():
+        ranks = {name: getattr(definitions, name)(sigma) for name in _RANKS}
+        rows.append({"module": module, "update_norm": float(np.linalg.norm(sigma)), "components": len(sigma)} | ranks)
     return pd.DataFrame(rows)

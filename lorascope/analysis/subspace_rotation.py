@@ -55,12 +55,16 @@ def rotations(run: Result, k: int = DIRECTIONS, modules: Sequence[str] | None = 
         for module in modules:
             position = (module, *parse(module))
             steps = [step for step, step_updates in updates.items() if module in step_updates]
-            last = _directions(updates[steps[-1]][module], k) if steps else None
-            previous = None
+            if not steps:
+                continue
+            previous, last = None, _directions(updates[steps[-1]][module], k)
             for step in steps:
                 directions = _directions(updates[step][module], k)
-                for against, other in zip(AGAINST, (previous, last if step != steps[-1] else None), strict=True):
-                    rows += [(run.id, step, *position, against, *angles) for angles in _angles(directions, other)]
+                if step == steps[-1]:
+                    last = None  # the last update is not compared with itself
+                for against, other in zip(AGAINST, (previous, last), strict=True):
+                    for angles in _angles(directions, other):
+                        rows.append((run.id, step, *position, against, *angles))
                 previous = directions
     return pd.DataFrame(rows, columns=_COLUMNS).astype({"layer": "Int16"})
 

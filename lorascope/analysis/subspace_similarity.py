@@ -26,7 +26,8 @@ def similarity(first: Float[np.ndarray, "rank1 dim"], second: Float[np.ndarray, 
         ``i, j`` (from 1), ``phi`` in [0, 1], and ``phi_random``, its expectation for independent random subspaces.
     """
     phi = phi_matrix(first, second)
-    i, j = (index.reshape(-1) + 1 for index in np.indices(phi.shape))
+    i, j = np.indices(phi.shape).reshape(2, -1) + 1
+    # E |U^T V|_F^2 is i j / d for random subspaces, and phi divides by min(i, j).
     random = np.maximum(i, j) / first.shape[1]
     return pd.DataFrame({"i": i, "j": j, "phi": phi.reshape(-1), "phi_random": random})
 

@@ -7,6 +7,7 @@ import math
 import pandas as pd
 
 from lorascope.analysis import norms
+from lorascope.analysis.even_spacing import select_steps
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Axis, Heat
@@ -136,7 +137,7 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
     """
     cohort = gather_runs("norm_over_steps", runs, control, check=False)
     require_counts(frames=frames)
-    rows = cohort.label(norms.select_steps(_layers(cohort, quantity, history=True), frames))
+    rows = cohort.label(select_steps(_layers(cohort, quantity, history=True), frames))
     cells, caption = band(rows, ["step", *_CELL]), cohort.caption(define(quantity))
     return cohort.complete(
         profile(cohort, cells, axis_label(quantity), title=_title(quantity), caption=caption, frame="step")

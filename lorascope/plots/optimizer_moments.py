@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from lorascope.analysis import norms, optimizer_moments
+from lorascope.analysis.even_spacing import evenly_spaced
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Heat, Line
@@ -203,7 +204,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
         rows = rows[rows["role"] == role]
     if rows.empty:
         raise ValueError(f"factor_rank needs a role with factors in blocks, got {role!r}")
-    steps = norms.evenly_spaced(sorted(rows["step"].unique()), _MOST_STEPS)
+    steps = evenly_spaced(sorted(rows["step"].unique()), _MOST_STEPS)
     rows = rows[rows["step"].isin(steps)]
     layers = used_places(rows)
     keys = ["recipe", "kind", "role", "place", "step"]

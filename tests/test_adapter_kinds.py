@@ -19,7 +19,7 @@ from tolerance import TINY, near
 from lorascope.cli.main import main
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.whole_files import write_json
-from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.runs.loading import load
 
 QV = ["q_proj", "v_proj"]

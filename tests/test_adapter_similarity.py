@@ -19,7 +19,7 @@ from lorascope.analysis.leading_directions import chance_angle
 from lorascope.cli.main import main
 from lorascope.files.safetensors_io import write_tensors
 from lorascope.files.whole_files import write_json
-from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.formats.stored_update import PREFIX
 from lorascope.plots.adapter_similarity import _format_ratio
 from lorascope.runs.adapter import Adapter

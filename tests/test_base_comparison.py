@@ -20,7 +20,7 @@ from lorascope.diagnosis.inspection import inspect
 from lorascope.files.safetensors_io import write_tensors
 from lorascope.files.text_layout import WIDTH
 from lorascope.files.whole_files import write_json
-from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.formats.stored_update import PREFIX
 from lorascope.runs.loading import load
 from lorascope.updates import factored_change, neuron_change

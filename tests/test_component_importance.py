@@ -24,7 +24,7 @@ import lorascope as ls
 from lorascope.adapters import delta
 from lorascope.experiments import component_importance
 from lorascope.export import rank_pattern, select_components, to_peft
-from lorascope.formats.peft_lora import WEIGHTS
+from lorascope.formats.peft_config import WEIGHTS
 from lorascope.formats.stored_update import PREFIX
 from lorascope.inputs import models
 from lorascope.methods import Full, HydraLoRA, LoRA

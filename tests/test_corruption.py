@@ -13,7 +13,7 @@ import pytest
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.safetensors_io import TensorFile, write_tensors
 from lorascope.files.whole_files import write_json
-from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.formats.stored_update import PREFIX
 from lorascope.runs.loading import load
 

@@ -26,7 +26,7 @@ from lorascope.adapters import delta
 from lorascope.adapters.delta import Delta, host_weight
 from lorascope.export import rank_pattern, to_peft
 from lorascope.export.peft_lora import drop_unused
-from lorascope.formats.peft_lora import WEIGHTS
+from lorascope.formats.peft_config import WEIGHTS
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, LoRA
 from lorascope.methods.method import Method, train_adapters

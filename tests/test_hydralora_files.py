@@ -15,7 +15,7 @@ from tolerance import TINY, near
 import lorascope as ls
 from lorascope import export, plots
 from lorascope.diagnosis import inspection
-from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.inputs import models
 
 PREFIX = "base_model.model."

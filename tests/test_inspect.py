@@ -26,7 +26,7 @@ from lorascope.diagnosis.inspection_screen import inspection_screen
 from lorascope.files import text_layout
 from lorascope.files.safetensors_io import write_tensors
 from lorascope.files.whole_files import write_json
-from lorascope.formats.peft_lora import WEIGHTS
+from lorascope.formats.peft_config import WEIGHTS
 from lorascope.runs.loading import load
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Record, Snapshot

@@ -23,7 +23,7 @@ from tolerance import TINY, near
 
 import lorascope
 from lorascope.files.whole_files import write_json
-from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import load
 from lorascope.runs.writer import RunWriter

@@ -19,8 +19,8 @@ from torch import nn
 from lorascope.cli.main import main
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.whole_files import write_json
+from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.formats.peft_experts import LAYOUT
-from lorascope.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.loading import load
 
 EXPERTS, HIDDEN, INNER = 3, 16, 24

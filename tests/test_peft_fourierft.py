@@ -23,7 +23,7 @@ import lorascope as ls
 from lorascope.analysis import initial_update
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.whole_files import write_json
-from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.runs.loading import load
 from lorascope.updates import Fourier
 

@@ -20,7 +20,7 @@ from lorascope.diagnosis.doctor import diagnose
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.safetensors_io import read_json
 from lorascope.files.whole_files import write_json
-from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import load
 

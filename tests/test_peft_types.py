@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import lorascope as ls
 from lorascope.cli.main import main
 from lorascope.formats import find_reader, find_sentence
-from lorascope.formats.peft_lora import KINDS
+from lorascope.formats.peft_config import KINDS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not save:UserWarning")
 M = "model.layers.0.dense"

@@ -29,7 +29,7 @@ from lorascope.files.printable import printable
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
 from lorascope.files.whole_files import write_bytes, write_json
 from lorascope.formats.mlx import WEIGHTS
-from lorascope.formats.peft_lora import CONFIG
+from lorascope.formats.peft_config import CONFIG
 from lorascope.runs.folders import new_folder
 
 _NAME = re.compile(r"(?:language_model\.)?(?:model\.layers\.\d+\.(?P<inside>.+)|model\.embed_tokens|lm_head)")

@@ -21,7 +21,7 @@ from lorascope.export.rank_budget import select_components, truncate
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.whole_files import write_bytes, write_json
-from lorascope.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.formats.stored_update import PREFIX
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import new_folder, require_absent

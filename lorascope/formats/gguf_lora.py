@@ -19,7 +19,7 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, to_typed, unreadable
-from lorascope.formats.peft_lora import group_factors
+from lorascope.formats.peft_factors import group_factors
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,19 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
-from lorascope.formats.peft_lora import CONFIG, LoraConfig, group_factors, has_heads, peft_kind
+from lorascope.formats.peft_config import CONFIG, LoraConfig, peft_kind
+from lorascope.formats.peft_factors import group_factors
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 
+_HEAD = re.compile(r"\.lora_(?:route|B0)\.")
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight")
+
+
+def has_heads(names: Collection[str]) -> bool:
+    """Return whether a PEFT LoRA folder has the tensor names of a HydraLoRA."""
+    return any(map(_HEAD.search, names))
 
 
 @dataclass(frozen=True)

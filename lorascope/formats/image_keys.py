@@ -13,7 +13,7 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.formats.peft_lora import require_factor
+from lorascope.formats.peft_factors import require_factor
 from lorascope.formats.stored_update import StoredTensor, in_order, stored_tensors
 
 Tensors = dict[str, StoredTensor]

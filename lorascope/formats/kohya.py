@@ -24,7 +24,7 @@ from lorascope.formats.fused_rows import split_rows, swap_halves
 from lorascope.formats.image_keys import Tensors, group_tensors, is_diffusers, is_image_adapter
 from lorascope.formats.image_names import BaseNames, swaps_halves
 from lorascope.formats.lycoris import LycorisModule, Scale, read_module
-from lorascope.formats.peft_lora import no_factors
+from lorascope.formats.peft_factors import no_factors
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate

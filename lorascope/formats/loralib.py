@@ -22,8 +22,10 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
+from lorascope.formats.hydralora import has_heads
 from lorascope.formats.image_keys import is_image_adapter
-from lorascope.formats.peft_lora import CONFIG, has_heads, is_transposed, lora_factors, peft_kind
+from lorascope.formats.peft_config import CONFIG, peft_kind
+from lorascope.formats.peft_lora import is_transposed, lora_factors
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA

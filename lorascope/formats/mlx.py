@@ -28,8 +28,8 @@ from lorascope.files.file_names import folder_of
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, Unread
 from lorascope.files.typed_json import Finite, to_typed, unreadable
-from lorascope.formats.peft_factors import StoredFactors, check_fit, stored_shape
-from lorascope.formats.peft_lora import CONFIG, group_factors, no_factors
+from lorascope.formats.peft_config import CONFIG
+from lorascope.formats.peft_factors import StoredFactors, check_fit, group_factors, no_factors, stored_shape
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate

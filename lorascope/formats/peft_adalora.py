@@ -20,7 +20,8 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
-from lorascope.formats.peft_lora import CONFIG, check_rank, is_transposed, lora_factors, peft_kind
+from lorascope.formats.peft_config import CONFIG, peft_kind
+from lorascope.formats.peft_lora import check_rank, is_transposed, lora_factors
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor

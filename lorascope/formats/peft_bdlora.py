@@ -19,7 +19,9 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed, unreadable
-from lorascope.formats.peft_lora import CONFIG, RanksAndScales, lora_factors, peft_kind, require_factor_shape
+from lorascope.formats.peft_config import CONFIG, peft_kind
+from lorascope.formats.peft_factors import require_factor_shape
+from lorascope.formats.peft_lora import RanksAndScales, lora_factors
 from lorascope.formats.peft_modules import complete_lora, stacked_base
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import reads

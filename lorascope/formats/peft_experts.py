@@ -32,7 +32,8 @@ from lorascope.files.file_names import folder_of
 from lorascope.files.printable import first_of, printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
-from lorascope.formats.peft_lora import CONFIG, RanksAndScales, is_lora, lora_factors, lora_parts
+from lorascope.formats.peft_config import CONFIG
+from lorascope.formats.peft_lora import RanksAndScales, is_lora, lora_factors, lora_parts
 from lorascope.formats.peft_modules import complete_lora, stacked_base
 from lorascope.formats.pretrained_experts import ExpertWeights
 from lorascope.formats.pretrained_weights import PretrainedWeights

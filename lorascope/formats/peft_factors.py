@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,20 @@ from typing import Any
 import numpy as np
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.safetensors_io import FLOATS, TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.formats.peft_lora import INDICES, group_factors, no_factors, require_factor
 from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
-from lorascope.formats.stored_update import StoredTensor, StoredUpdate, stored_tensors
+from lorascope.formats.stored_update import PREFIX, StoredTensor, StoredUpdate, in_order, stored_tensors
 from lorascope.updates import Update
 
 MAX_ENTRIES = 2**31  # a small file may describe a matrix that does not fit in memory
+INDICES = "indices"
+"""Part of the names of tensors that contain integers."""
+# Indices of SHiRA are stored as floats on Windows.
+INDEX_DTYPES = ("I64", "I32", "I16", "U8", "F32")
+# The largest embedding tables have 300,000 rows, so a factor of rank 256 has 75 million values. Larger tensors are not
+# factors of an adapter and could exhaust the memory.
+MAX_SIDE, MAX_VALUES = 2**24, 2**28
 Factors = Mapping[str, StoredTensor]
 """Tensors of one module by the names that PEFT gives them, such as ``hada_w1_a``."""
 
@@ -92,6 +98,38 @@ class StoredFactors(StoredUpdate):
         return sorted(self.tensors.values(), key=lambda tensor: INDICES in tensor.name)
 
 
+def group_factors(
+    files: Iterable[TensorFile], pattern: re.Pattern[str]
+) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
+    """Group PEFT factors by module, ordered by layer and role; also return all other tensor names.
+
+    ``pattern`` matches the names of factors without PEFT's prefix, with the groups ``module`` and ``factor``. A factor
+    that is not stored as floats, or as integers if it is named ``indices``, or does not have the shape of one raises a
+    ValueError.
+    """
+    module_factors: dict[str, dict[str, StoredTensor]] = {}
+    other_names = []
+    for tensor in stored_tensors(files):
+        name = tensor.name.removeprefix(PREFIX)
+        match = pattern.fullmatch(name)
+        if match is None:
+            other_names.append(name)
+            continue
+        require_factor(tensor, INDEX_DTYPES if INDICES in match["factor"] else FLOATS)
+        factors = module_factors.setdefault(match["module"], {})
+        if match["factor"] in factors:
+            names = f"{printable(factors[match['factor']].name)} and {printable(tensor.name)}"
+            raise unreadable(tensor.file.path, f"two tensors are the same factor: {names}")
+        factors[match["factor"]] = tensor
+    return in_order(module_factors), tuple(other_names)
+
+
+def no_factors(path: Path, must: str, other_names: Sequence[str]) -> ValueError:
+    """Return the error for an adapter without PEFT or other factors, which names the first of its other tensors."""
+    first = next(iter(other_names), "no tensor")
+    return unreadable(path, f"{must}, got {printable(first)}")
+
+
 def peft_factors(
     path: Path, files: Iterable[TensorFile], names: Collection[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
@@ -111,6 +149,23 @@ def peft_factors(
         values = ", ".join(name for name in names if INDICES not in name)
         raise no_factors(path, f"weights must include one of {values}", other_names)
     return module_factors, other_names
+
+
+def require_factor(tensor: StoredTensor, dtypes: Sequence[str] = FLOATS) -> StoredTensor:
+    """Return a stored PEFT factor; raise a ValueError if its dtype is not that of a factor or it is too large."""
+    file, name = tensor.file, tensor.name
+    if file.dtype(name) not in dtypes:
+        stored = printable(file.dtype(name))
+        raise unreadable(file.path, f"{printable(name)} must be stored as one of {', '.join(dtypes)}, got {stored}")
+    require_factor_shape(file.path, name, file.shape(name))
+    return tensor
+
+
+def require_factor_shape(path: Path, name: str, shape: tuple[int, ...]) -> None:
+    """Raise a ValueError if an array of this shape is too large for a PEFT factor."""
+    if not shape or max(shape) > MAX_SIDE or math.prod(shape) > MAX_VALUES:
+        limits = f">= 1 dimensions, each <= {MAX_SIDE}, and <= {MAX_VALUES} values"
+        raise unreadable(path, f"{printable(name)} must have {limits}, got shape {shape}")
 
 
 def shared_factor(path: Path, files: Iterable[TensorFile], name: str) -> StoredTensor:

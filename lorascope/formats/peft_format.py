@@ -20,6 +20,7 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
+from lorascope.formats.peft_config import CONFIG, KINDS, peft_kind
 from lorascope.formats.peft_factors import (
     INDICES,
     Factors,
@@ -31,7 +32,6 @@ from lorascope.formats.peft_factors import (
     shared_factor,
     stored_shape,
 )
-from lorascope.formats.peft_lora import CONFIG, KINDS, peft_kind
 from lorascope.formats.peft_merge import read_merged
 from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.formats.readers import Needs, reads

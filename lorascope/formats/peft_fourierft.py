@@ -21,7 +21,8 @@ from lorascope.array_types import Int
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
-from lorascope.formats.peft_lora import CONFIG, group_factors, no_factors, peft_kind
+from lorascope.formats.peft_config import CONFIG, peft_kind
+from lorascope.formats.peft_factors import group_factors, no_factors
 from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate

@@ -24,7 +24,8 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.formats.peft_lora import lora_factors, lora_parts, peft_kind
+from lorascope.formats.peft_config import peft_kind
+from lorascope.formats.peft_lora import lora_factors, lora_parts
 from lorascope.formats.peft_modules import complete_lora, stacked_base
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import reads

@@ -21,8 +21,8 @@ from lorascope.files.file_names import folder_of
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
-from lorascope.formats.peft_factors import require_base
-from lorascope.formats.peft_lora import CONFIG, INDEX_DTYPES, WEIGHTS, peft_kind, require_factor
+from lorascope.formats.peft_config import CONFIG, WEIGHTS, peft_kind
+from lorascope.formats.peft_factors import INDEX_DTYPES, require_base, require_factor
 from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, StoredUpdate, in_order, stored_tensors

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from lorascope.files.safetensors_io import TensorFile
+from lorascope.formats.peft_config import peft_kind
 from lorascope.formats.peft_factors import peft_factors
-from lorascope.formats.peft_lora import peft_kind
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import says, unread
 from lorascope.formats.stored_update import PREFIX, stored_tensors

@@ -16,8 +16,8 @@ import numpy as np
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.formats.nearest_tokens import describe_nearest
-from lorascope.formats.peft_factors import stored_shape
-from lorascope.formats.peft_lora import peft_kind, require_factor
+from lorascope.formats.peft_config import peft_kind
+from lorascope.formats.peft_factors import require_factor, stored_shape
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.readers import says, unread
 from lorascope.formats.stored_update import stored_tensors

@@ -24,8 +24,8 @@ import numpy as np
 from lorascope.array_types import Float
 from lorascope.files.safetensors_io import round_to_bfloat16
 from lorascope.files.typed_json import Finite, Positive
+from lorascope.formats.peft_factors import MAX_VALUES
 from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule
-from lorascope.formats.peft_lora import MAX_VALUES
 from lorascope.updates import Dense
 from lorascope.updates.fourier import SEEDS
 from lorascope.updates.linalg import as_float64

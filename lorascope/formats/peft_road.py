@@ -16,8 +16,8 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Positive, unreadable
+from lorascope.formats.peft_config import CONFIG
 from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule
-from lorascope.formats.peft_lora import CONFIG
 from lorascope.updates import Dense
 
 

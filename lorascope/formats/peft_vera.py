@@ -23,7 +23,8 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed, unreadable
-from lorascope.formats.peft_lora import CONFIG, MAX_VALUES, group_factors, peft_kind, require_factor
+from lorascope.formats.peft_config import CONFIG, peft_kind
+from lorascope.formats.peft_factors import MAX_VALUES, group_factors, require_factor
 from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
 from lorascope.formats.readers import reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate, stored_tensors

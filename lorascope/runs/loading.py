@@ -17,7 +17,8 @@ from lorascope.files.printable import first_of, printable
 from lorascope.files.safetensors_io import TensorFile, is_pickle, open_tensors, reject_pickles, weight_files
 from lorascope.files.typed_json import read_json, to_typed, unreadable
 from lorascope.formats import find_reader, find_sentence
-from lorascope.formats.peft_lora import CONFIG, KINDS, STEM, CommonConfig, factor_files, peft_kind
+from lorascope.formats.peft_config import CONFIG, KINDS, STEM, CommonConfig, peft_kind
+from lorascope.formats.peft_lora import factor_files
 from lorascope.formats.peft_merge import MERGED
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.stored_update import AdapterFiles

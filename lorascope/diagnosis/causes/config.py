@@ -10,8 +10,8 @@ from typing import NamedTuple
 from lorascope.diagnosis.case import SHARE, Case, TrainedModule, largest_rows
 from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, module_names
 from lorascope.diagnosis.training_case import Evidence
+from lorascope.formats.peft_config import CONFIG
 from lorascope.formats.peft_experts import ExpertPart
-from lorascope.formats.peft_lora import CONFIG
 from lorascope.schema.name_patterns import Ends, Patterns
 
 REPLACING = 1.0  # fraction of |W|: an update as large as the weight replaces the pretrained weight

@@ -26,4 +26,6 @@ _stdtrit = _import_on_call("scipy.special", "stdtrit")
 
 def stdtrit(degrees: Any, p: Any) -> Any:
     """Return scipy's quantile of Student's t; NaN without scipy if all degrees are, as with one run per curve."""
-    return np.full(np.shape(degrees), np.nan) if np.isnan(degrees).all() else _stdtrit(degrees, p)
+    if np.isnan(degrees).all():
+        return np.full(np.shape(degrees), np.nan)
+    return _stdtrit(degrees, p)

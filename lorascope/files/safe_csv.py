@@ -18,7 +18,7 @@ def csv_text(table: pd.DataFrame) -> str:
     text that a spreadsheet would evaluate as a formula gets a leading apostrophe. Numbers are unchanged. Lines end in a
     line feed.
     """
-    escaped = table.set_axis([_escape_cell(name) for name in table.columns], axis="columns")
+    escaped = table.rename(columns=_escape_cell)
     for position, kind in enumerate(table.dtypes):
         if not (pd.api.types.is_numeric_dtype(kind) or pd.api.types.is_bool_dtype(kind)):
             escaped.isetitem(position, table.iloc[:, position].map(_escape_cell, na_action="ignore").to_numpy())

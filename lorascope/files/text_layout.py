@@ -137,8 +137,9 @@ class TableColumn(NamedTuple):
         if self.form is None:
             text = str(row[self.name])
             return printable(text) if self.width is None else Elided(text)
-        names = [self.name] if self.second is None else [self.name, self.second]
-        return self.form(*map(row.get, names))
+        if self.second is None:
+            return self.form(row.get(self.name))
+        return self.form(row.get(self.name), row.get(self.second))
 
 
 def aligned_table(

@@ -49,9 +49,9 @@ class TypedTensor:
     def exact(self) -> bool:
         """Whether the dtype represents all values exactly."""
         stored = self._stored()
-        return np.array_equal(
-            bfloat16_to_float32(stored) if self.dtype == "BF16" else stored, self.values, equal_nan=True
-        )
+        if self.dtype == "BF16":
+            stored = bfloat16_to_float32(stored)
+        return np.array_equal(stored, self.values, equal_nan=True)
 
     def _stored(self) -> np.ndarray:
         """Return the array whose bytes are stored."""

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.files.printable import printable
-from lorascope.methods.field_checks import is_integer
+from lorascope.methods.field_checks import default_if_none, is_integer
 from lorascope.methods.method import Step, trained_parameters
 from lorascope.observe import Observer, norms
 from lorascope.observe.observer import require_observers
 from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
-from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base
 from lorascope.training.curve_report import CurveReport
 from lorascope.training.foreign_loop import (
@@ -34,9 +33,10 @@ from lorascope.training.foreign_loop import (
     unwrap_optimizer,
     warn_unreadable,
 )
+from lorascope.training.recording import run_records
 from lorascope.training.run_folder import ForeignRecording
 from lorascope.training.sharded_weights import WholeWeights, is_first_process, reject_sharded_weights, whole_number
-from lorascope.training.trackers import TrackerReport, tracker_names
+from lorascope.training.trackers import tracker_names, tracker_report
 
 UNSTEPPED = 100  # calls without an optimizer step: more than most trainings accumulate
 _CLOSED = "the recorder is closed; open another one with ls.record"
@@ -102,9 +102,8 @@ def record(
     ...         recorder.step(loss=loss)
     ...         optimizer.zero_grad()
     """
-    trackers = tracker_names(report_to)
-    report = TrackerReport(trackers) if trackers else None
-    observers = (norms(),) if observe is None else observe
+    report = tracker_report(tracker_names(report_to))
+    observers = default_if_none(observe, (norms(),))
     return LoopRecorder(model, optimizer, Path(out), observers, steps, seed, task, report)
 
 
@@ -142,7 +141,7 @@ class LoopRecorder:
         with self._weights.in_place():
             base = Base(bare_model)
             self._step = step_of(bare_model, optimizer, base, module_table.describe(bare_model), "in your own loop")
-            self._step.total = -1 if steps is None else steps
+            self._step.total = default_if_none(steps, -1)  # no step is the last one
             if is_first_process():
                 base.capture(optimizer)
                 warn_unreadable(bare_model)
@@ -177,8 +176,10 @@ class LoopRecorder:
             self._warn("closed", _CLOSED)
             return
         if not done.steps:
-            accumulates = self._gradients is not None and not self._gradients.sync_gradients
-            self._losses = [*self._losses, loss_value] if accumulates and loss_value is not None else []
+            if self._gradients is None or self._gradients.sync_gradients or loss_value is None:
+                self._losses.clear()  # of a step that GradScaler skipped
+            else:
+                self._losses.append(loss_value)
             done.empty_calls += 1
             if done.empty_calls == UNSTEPPED or done.have_weights_changed():
                 self._warn_unstepped()
@@ -189,9 +190,10 @@ class LoopRecorder:
             problem = f"{joined} parameters have joined the optimizer since ls.record, and are not recorded"
             self._warn("joined", f"{problem}; call ls.record again to record them")
         lr = done.take()
-        losses = self._losses if loss_value is None else [*self._losses, loss_value]
-        self._losses = []
-        values = fmean(losses) if losses else None, norm
+        if loss_value is not None:
+            self._losses.append(loss_value)
+        mean_loss = fmean(self._losses) if self._losses else None
+        self._losses.clear()
         step.index += 1
         if self._weights.due(step):
             self._weights.gather()
@@ -200,7 +202,7 @@ class LoopRecorder:
         settings = recording.writer.meta.settings
         settings["steps"] = max(settings["steps"], step.finished)
         with self._weights.in_place():
-            recording.record(*values, lr)
+            recording.record(mean_loss, norm, lr)
             if step.last:
                 recording.attempt(recording.save_final_state)
 
@@ -215,7 +217,7 @@ class LoopRecorder:
         if self._closed:
             self._warn("closed", _CLOSED)
         if self._recording is not None:
-            self._recording.add(Record(name, value) for name, value in values.items() if value is not None)
+            self._recording.add(run_records(values))
 
     def close(self) -> Run | None:
         """Save the final state and close the run folder.
@@ -227,7 +229,7 @@ class LoopRecorder:
         """
         return self._end(None)
 
-    def _end(self, error: str | None) -> Run | None:
+    def _end(self, error: BaseException | None) -> Run | None:
         recording, self._recording = self._recording, None
         if self._closed:
             return None
@@ -244,7 +246,7 @@ class LoopRecorder:
         if error is None:
             with self._weights.in_place():
                 return recording.attempt(recording.finish)
-        recording.writer.meta.error = error
+        recording.writer.meta.error = printable(traceback.format_exception_only(error)[0].partition("\n")[0])
         return recording.attempt(lambda: recording.close("broken"))
 
     def _warn_unstepped(self) -> None:
@@ -272,7 +274,7 @@ class LoopRecorder:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._end(None if error is None else _first_line(error))
+        self._end(error)
 
 
 class _DoneSteps:
@@ -321,8 +323,8 @@ def _check(
     if task is not None and not isinstance(task, str):
         raise ValueError(f"task must be a string or None, got {task!r}")
     reject_sharded_weights(model, gathered=True)
-    model_ids = {id(parameter) for parameter in model.parameters()}
-    if not any(id(parameter) in model_ids for parameter in trained_parameters(optimizer)):
+    model_ids = set(map(id, model.parameters()))
+    if model_ids.isdisjoint(map(id, trained_parameters(optimizer))):
         raise ValueError(
             "cannot record an optimizer that trains no parameter of the model: create it after get_peft_model, and "
             "pass the results of accelerator.prepare"
@@ -344,7 +346,7 @@ def _describe(
     model: nn.Module, step: Step, observers: Sequence[Observer], seed: int | None, task: str | None, device: str
 ) -> Manifest:
     """Return the content of ``run.json``."""
-    model_ids = {id(parameter) for parameter in model.parameters()}
+    model_ids = set(map(id, model.parameters()))
     trained = [p for p in trained_parameters(step.optimizer) if p.requires_grad and id(p) in model_ids]
     return run_manifest(
         model,
@@ -359,7 +361,3 @@ def _describe(
         task=task,
         seed=None if seed is None else operator.index(seed),
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return printable(traceback.format_exception_only(error)[0].partition("\n")[0])

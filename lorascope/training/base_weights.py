@@ -28,8 +28,10 @@ class Base(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        adapters = {id(parameter) for delta in attached_deltas(model).values() for parameter in delta.parameters()}
-        self._live = {name: p for name, p in unwrapped_parameters(model).items() if id(p) not in adapters}
+        adapter_ids: set[int] = set()
+        for delta in attached_deltas(model).values():
+            adapter_ids.update(map(id, delta.parameters()))
+        self._live = {name: p for name, p in unwrapped_parameters(model).items() if id(p) not in adapter_ids}
         self.kept: dict[str, Tensor] = {}
         self._peft = has_peft_layers(model)
 

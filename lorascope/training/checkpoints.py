@@ -56,10 +56,10 @@ class Checkpoints:
     def save(self, checkpoint: Checkpoint, table: pd.DataFrame) -> None:
         """Write a checkpoint with the table rows up to it, then remove older ones and their best states."""
         file = self.folder / f"step-{checkpoint.finished:08d}.safetensors"
-        best = checkpoint.best
-        tree = vars(checkpoint) | {"best": best and vars(best), "table": pack_rows(table)}
-        save_tree(file, tree)
-        current_files = {file} if best is None else {file, self.best_file(best.step)}
+        current_files, best = {file}, checkpoint.best
+        if best is not None:
+            current_files.add(self.best_file(best.step))
+        save_tree(file, vars(checkpoint) | {"best": best and vars(best), "table": pack_rows(table)})
         for old in self._resume_files() - current_files:
             with suppress(OSError):
                 old.unlink()

@@ -47,7 +47,10 @@ class Score:
     def predictions(self) -> pd.DataFrame:
         """Values of each row as a run stores them: ``nll``, scaled so that its mean is the loss, and ``margin``."""
         nll = (self.nll * (len(self.nll) / self.counts.sum())).astype(np.float16)
-        return pd.DataFrame({"nll": nll} if self.margins is None else {"margin": self.margins, "nll": nll})
+        table = pd.DataFrame({"nll": nll})
+        if self.margins is not None:
+            table.insert(0, "margin", self.margins)
+        return table
 
     @property
     def higher_is_better(self) -> bool:
@@ -64,7 +67,12 @@ class Score:
         if self.correct is not None:
             return float(self.correct[rows].mean())
         loss = float(self.nll[rows].sum() / self.counts[rows].sum())
-        return math.exp(loss) if loss < 700 else math.inf
+        return math.exp(loss) if loss < 700 else math.inf  # the exponential overflows float64 at 710
+
+
+def to_device(batch: dict[str, Tensor], device: str | torch.device) -> dict[str, Tensor]:
+    """Return a batch to evaluate or train on, copied to a device."""
+    return {key: value.to(device) for key, value in batch.items()}
 
 
 def evaluate(model: nn.Module, encoded: EncodedRows, device: str | torch.device = "cpu", batch_size: int = 64) -> Score:
@@ -83,7 +91,7 @@ def evaluate(model: nn.Module, encoded: EncodedRows, device: str | torch.device 
     with torch.no_grad():
         for start in range(0, total, batch_size):
             rows = order[start : start + batch_size]
-            batch = {key: value.to(device) for key, value in encoded.batch(rows).items()}
+            batch = to_device(encoded.batch(rows), device)
             if encoded.classes is not None:
                 labels = batch.pop("labels")
                 logits = model(**batch).logits.float()

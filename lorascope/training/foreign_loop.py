@@ -37,14 +37,14 @@ _LOOPS = {"trainer": "Trainer", "loop": "PyTorch loop"}
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, base: Base, modules: pd.DataFrame, where: str) -> Step:
     """Return the Step of a foreign loop, which gives no access to batches, their loss or held-out text."""
-    loss, search, text = (
-        partial(_fail, source, where) for source in ("the loss of a batch", "the search split", "held-out text")
-    )
+    loss = partial(_fail, where, "the loss of a batch")
+    search = partial(_fail, where, "the search split")
+    text = partial(_fail, where, "held-out text")
     names = tuple(_active_names(model))
     return Step(-1, -1, model, optimizer, base, modules, loss, search, text, shows_text=False, adapter_names=names)
 
 
-def _fail(source: str, where: str, *_: Any) -> Any:
+def _fail(where: str, source: str, *_: Any) -> Any:
     raise ValueError(f"cannot access {source} {where}; train with ls.train")
 
 
@@ -55,7 +55,9 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 def reject_distributed_stop(observers: Sequence[Observer]) -> None:
     """Raise a ValueError if an observer may stop a foreign loop of several processes: only the first one records."""
-    names = [name for observer in observers for name in getattr(observer, "stop", ())]
+    names: list[str] = []
+    for observer in observers:
+        names += getattr(observer, "stop", ())
     if names and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ValueError(f"stop must be empty with several processes, of which only the first records, got {names}")
 
@@ -116,11 +118,12 @@ def describe_recipe(model: nn.Module, step: Step, loop: str) -> tuple[dict[str, 
     peft = next(iter(active.values()))
     # Read the defaults from the fields, because AdaLoraConfig() without arguments raises an error.
     default = {field.name: field.default for field in dataclasses.fields(peft)}
-    values = {key: sorted(value) if isinstance(value, set) else value for key, value in vars(peft).items()}
     kind = str(getattr(peft.peft_type, "value", peft.peft_type))
     recipe: dict[str, Any] = {"name": "peft", "kind": kind, "rule": rule}
     words = [f"PEFT {kind}"]
-    for key, value in values.items():
+    for key, value in vars(peft).items():
+        if isinstance(value, set):
+            value = sorted(value)  # the order of a set differs between processes
         allowed = key not in _NOT_HYPERPARAMETERS and isinstance(value, int | float | str | list)
         if allowed and value != default.get(key):
             recipe[key] = value
@@ -136,7 +139,9 @@ def _peft_task_type(model: nn.Module) -> str | None:
     """Return the task type of the active adapter of a PEFT model, None without one."""
     config = next(iter(_active_configs(model).values()), None)
     kind = getattr(config, "task_type", None)
-    return None if kind is None else str(getattr(kind, "value", kind))
+    if kind is None:
+        return None
+    return str(getattr(kind, "value", kind))
 
 
 def _configs(model: Any) -> dict[str, Any]:
@@ -152,8 +157,10 @@ def _active_configs(model: nn.Module) -> dict[str, Any]:
 
 def _active_names(model: nn.Module) -> list[str]:
     """Return the names of PEFT's active adapters, in the order in which layers add them."""
-    layers = [layer for layer in model.modules() if is_peft_layer(layer)]
-    return list(dict.fromkeys(name for layer in layers for name in active_adapters(layer)))
+    names: dict[str, None] = {}
+    for layer in filter(is_peft_layer, model.modules()):
+        names |= dict.fromkeys(active_adapters(layer))
+    return list(names)
 
 
 def _class_names(step: Step) -> list[str] | None:

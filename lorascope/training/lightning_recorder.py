@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from lorascope.methods.field_checks import default_if_none
 from lorascope.observe import Observer, norms
 from lorascope.training.any_loop import LoopRecorder
 from lorascope.training.curve_report import HostReport
@@ -78,10 +79,10 @@ class LightningRecorder(Callback):
             raise ValueError(
                 "cannot record manual optimization: call ls.record and recorder.step in the module instead"
             )
-        out = Path(trainer.default_root_dir) / "lorascope" if self.out is None else self.out
+        out = default_if_none(self.out, Path(trainer.default_root_dir) / "lorascope")
         steps = trainer.max_steps if trainer.max_steps > 0 else None
         model = pl_module.get_submodule(self.model)
-        observers = (norms(),) if self.observe is None else self.observe
+        observers = default_if_none(self.observe, (norms(),))
         report = LoggerReport(trainer.loggers) if self.report else None
         self.recorder = LoopRecorder(model, trainer.optimizers[0], Path(out), observers, steps, self.seed, None, report)
 

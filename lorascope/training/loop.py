@@ -16,7 +16,7 @@ from lorascope.adapters import delta
 from lorascope.files.printable import first_line
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
-from lorascope.methods.field_checks import is_integer
+from lorascope.methods.field_checks import default_if_none, is_integer
 from lorascope.methods.method import Method, Phase, from_config
 from lorascope.observe import Observer, norms
 from lorascope.observe.observer import require_observers
@@ -140,7 +140,7 @@ def train(
         An observer stops the training, such as ``alarms(stop=...)``.
     """
     arguments = locals()
-    observers = (norms(),) if observe is None else observe
+    observers = default_if_none(observe, (norms(),))
     require_observers(observers)
     if not is_integer(checkpoint_every) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every must be an integer >= 1, got {checkpoint_every!r}")
@@ -157,19 +157,23 @@ def train(
     if not isinstance(model, nn.Module | str | Path):
         raise ValueError(f"model must be a PyTorch model, a name or a folder, got {model!r}")
     method.prepare()  # before anything is changed
-    task = data if isinstance(data, Task) else tasks.load(str(data))
+    if not isinstance(data, Task):
+        data = tasks.load(str(data))
     if isinstance(model, str | Path):
-        model = models.load(str(model), task=task)
+        model = models.load(str(model), task=data)
     values = {field.name: arguments[field.name] for field in fields(Settings)}
     settings = Settings(**values | _rates(method, lr, head_lr))
-    task = task.fit(model)
+    task = data.fit(model)
     model.to(device)
     marker = prepare_model(model, task, seed)
     plan = RunSpec(method, Phase(method), task, settings, seed, marker.w0_hash, tuple(observers))
     if marker.recipe not in ("", plan.id):
         raise ValueError(f"cannot train a model twice: it was trained as recipe {marker.recipe}; load a fresh model")
-    data_name = re.sub(r"[^\w.]+", "-", Path(task.name).stem if Path(task.name).suffix else task.name).strip("-")
-    folder = Path(out or Path(root) / f"{method.name}-{data_name}-{plan.id}")
+    data_name = task.name
+    if Path(data_name).suffix:
+        data_name = Path(data_name).stem
+    slug = re.sub(r"[^\w.]+", "-", data_name).strip("-")
+    folder = Path(out or Path(root) / f"{method.name}-{slug}-{plan.id}")
     prepare_folder(folder, plan.id, overwrite)
     runs: list[Run] = []
     started: list[str] = []
@@ -179,7 +183,7 @@ def train(
         for phase in _run_phases(method, marker.base, runs):
             path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
             started.append(path.name)
-            rates = _rates(phase.method, lr if phase.lr is None else phase.lr, head_lr)
+            rates = _rates(phase.method, default_if_none(phase.lr, lr), head_lr)
             spec = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
             stored = finished_run(path, spec)
             if stored is None and not locked:
@@ -214,7 +218,7 @@ def _usable_device(device: str | None) -> str:
     """Return the device, or the accelerator or CPU by default; raise a ValueError if torch cannot use it."""
     if device is None:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return "cpu" if accelerator is None else accelerator.type
+        return getattr(accelerator, "type", "cpu")
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
@@ -226,7 +230,7 @@ def _usable_device(device: str | None) -> str:
 
 def _rates(method: Method, lr: float | None, head_lr: float | None) -> dict[str, Any]:
     """Return the given learning rates, or those of a method by default."""
-    return {"lr": method.lr if lr is None else lr, "head_lr": method.head_lr if head_lr is None else head_lr}
+    return {"lr": default_if_none(lr, method.lr), "head_lr": default_if_none(head_lr, method.head_lr)}
 
 
 def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:

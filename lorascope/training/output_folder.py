@@ -25,7 +25,7 @@ def prepare_folder(folder: Path, recipe: str, overwrite: bool) -> None:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out must be a folder, got the file {folder}")
     if not any((folder / name).exists() for name in MANIFESTS):
-        if folder.exists() and not all(is_partial(child) for child in folder.iterdir()):
+        if folder.exists() and not all(map(is_partial, folder.iterdir())):
             hint = ", and overwrite=True only removes runs" if overwrite else ""
             raise ValueError(f"cannot train in {folder}: it contains files but no run{hint}; pass another out")
     elif overwrite:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,11 @@ from lorascope.schema.records import Item, Record
 from lorascope.training.base_weights import Base
 from lorascope.training.curve_report import CurveReport
 from lorascope.training.state import save_state, save_tree
+
+
+def run_records(values: Mapping[str, float | None]) -> list[Record]:
+    """Return records of values of a whole run, without those that are None."""
+    return [Record(name, value) for name, value in values.items() if value is not None]
 
 
 class Recording:
@@ -63,8 +68,10 @@ class Recording:
     def record(self, loss: float | None = None, grad_norm: float | None = None, lr: float | None = None) -> None:
         """Record the values of the training, the method and the observers in this step."""
         values = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": self.seconds}
-        records = [Record(name, value) for name, value in values.items() if value is not None]
-        self._collect([*records, *(self.method.records(self.step) if self.method else ())])
+        items: list[Item] = [*run_records(values)]
+        if self.method is not None:
+            items += self.method.records(self.step)
+        self._collect(items)
         self.observe()
 
     def observe(self) -> None:
@@ -81,8 +88,9 @@ class Recording:
 
     def _collect(self, items: Iterable[Item]) -> None:
         """Take all items but the values that an earlier call has, such as a rank of the method and of an observer."""
-        finished = self.step.finished
-        recorded = self._recorded[1] if self._recorded[0] == finished else set()
+        finished, (recorded_step, recorded) = self.step.finished, self._recorded
+        if recorded_step != finished:
+            recorded = set()
         fresh: list[Item] = []
         added = []
         for item in items:

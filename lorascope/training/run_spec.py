@@ -79,7 +79,10 @@ class RunSpec:
 def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parameter], device: str) -> dict[str, Any]:
     """Return the part of a run's specification in ``run.json`` that ``train`` and a Trainer share."""
     model = step.model
-    head = {id(parameter) for parameter in task_head(model).values()}
+    head = set(map(id, task_head(model).values()))
+    trained_count = sum(p.numel() for p in trained)
+    if method is not None:
+        trained_count -= method.frozen_entry_count()
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, check=False).stdout.decode("ascii")
     except FileNotFoundError:
@@ -92,7 +95,7 @@ def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parame
         "status": "running",
         "parameters": Parameters(
             total=sum(p.numel() for p in model.parameters()),
-            trained=sum(p.numel() for p in trained) - (method.frozen_entry_count() if method else 0),
+            trained=trained_count,
             head=sum(p.numel() for p in trained if id(p) in head),
         ),
         "hosts": {name: host_kind(unwrap_peft_layer(model.get_submodule(name))) for name in adapters(model)},

@@ -25,7 +25,7 @@ from lorascope.runs.run import Run
 from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base, begin_training
 from lorascope.training.checkpoints import Best, Checkpoint, Checkpoints
-from lorascope.training.evaluation import Score, evaluate
+from lorascope.training.evaluation import Score, evaluate, to_device
 from lorascope.training.recording import Recording
 from lorascope.training.run_spec import RunSpec
 from lorascope.training.state import (
@@ -38,7 +38,7 @@ from lorascope.training.state import (
     optimizer_state,
     trained_tensors,
 )
-from lorascope.training.trackers import TrackerReport
+from lorascope.training.trackers import tracker_report
 
 
 class Session(Recording):
@@ -76,8 +76,7 @@ class Session(Recording):
         sources = self._batch_loss, self._draw_validation, self._held_out_batch
         step = Step(-1, plan.settings.steps, model, self.optimizer, base, modules, *sources)
         meta = plan.meta(step, self.method, parents, device)
-        report = TrackerReport(trackers) if trackers else None
-        super().__init__(path, meta, step, self.method, plan.observers, report)
+        super().__init__(path, meta, step, self.method, plan.observers, tracker_report(trackers))
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -91,27 +90,27 @@ class Session(Recording):
         """Return the batch of a 0-based step. Each epoch visits the rows in a new seeded permutation."""
         size, total = self.settings.batch_size, len(self.train)
         rows = []
-        for epoch, row in (divmod(position, total) for position in range(index * size, (index + 1) * size)):
+        for position in range(index * size, (index + 1) * size):
+            epoch, row = divmod(position, total)
             if self._permutation[0] != epoch:
                 self._permutation = (epoch, np.random.default_rng([self.plan.seed, epoch]).permutation(total))
             rows.append(int(self._permutation[1][row]))
-        return self._to_device(self.train.batch(rows))
+        return to_device(self.train.batch(rows), self.device)
 
     def _draw_validation(self, size: int | None, fixed: bool) -> Batch:
         if self.search is None:
             name, share = type(self.method).__name__, self.method.search_share
             raise ValueError(f"search_share of {name} must be > 0 to draw from the search split, got {share}")
         size = min(size or self.settings.batch_size, len(self.search))
-        rows = range(size) if fixed else torch.randperm(len(self.search), generator=self._search_generator)[:size]
-        return self._to_device(self.search.batch([int(row) for row in rows]))
+        rows: Sequence[int] = range(size)
+        if not fixed:
+            rows = torch.randperm(len(self.search), generator=self._search_generator)[:size].tolist()
+        return to_device(self.search.batch(rows), self.device)
 
     def _held_out_batch(self, size: int | None) -> HeldOut:
         rows = range(len(self.validation))[:size]
-        groups = None if self.validation.groups is None else self.validation.groups[:size]
-        return HeldOut(self._to_device(self.validation.batch(rows)), groups)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return {key: value.to(self.device) for key, value in batch.items()}
+        groups = self.validation.groups and self.validation.groups[:size]
+        return HeldOut(to_device(self.validation.batch(rows), self.device), groups)
 
     # -- loss and evaluation ------------------------------------------------------------------------------------
 
@@ -235,7 +234,9 @@ class Session(Recording):
 
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> float | None:
     """Clip the global norm of the gradients in a session, and return the norm before; without a limit, return None."""
-    return None if limit is None else float(torch.nn.utils.clip_grad_norm_(trained_parameters(optimizer), limit))
+    if limit is None:
+        return None
+    return float(torch.nn.utils.clip_grad_norm_(trained_parameters(optimizer), limit))
 
 
 def nonfinite_reason(step: Step, loss: float, norm: float | None, rate: float) -> str | None:

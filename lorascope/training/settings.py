@@ -47,8 +47,9 @@ class Settings:
     def __post_init__(self) -> None:
         require_integer(self, 1, "steps", "batch_size", "accumulate", "eval_size", "test_size", "max_length")
         require_integer(self, 0, "eval_every")
-        for name in ("lr", "head_lr", "warmup", "weight_decay", *([] if self.clip is None else ["clip"])):
-            require(self, name, "a number", is_number(getattr(self, name)))
+        for name in ("lr", "head_lr", "warmup", "weight_decay", "clip"):
+            value = getattr(self, name)
+            require(self, name, "a number", is_number(value) or (name == "clip" and value is None))
         for name in ("lr", "head_lr"):
             require(self, name, "> 0 and finite in float32", 0 < getattr(self, name) <= _LARGEST)
         for name in ("warmup", "weight_decay"):
@@ -64,7 +65,9 @@ class Settings:
     @property
     def evaluation_steps(self) -> int:
         """Number of steps between two evaluations; all steps of the run if ``eval_every`` is 0."""
-        return max(1, self.steps // 5) if self.eval_every is None else self.eval_every or self.steps
+        if self.eval_every is None:
+            return max(1, self.steps // 5)
+        return self.eval_every or self.steps
 
     @property
     def warmup_steps(self) -> int:
@@ -87,8 +90,9 @@ class Settings:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, in which 1 and 1.0 are the same setting."""
-        real = ("lr", "head_lr", "warmup", "clip", "weight_decay")
-        return {
-            name: float(value) if name in real and value is not None else python_number(value)
-            for name, value in dataclasses.asdict(self).items()
-        }
+        values = dataclasses.asdict(self)
+        for name, value in values.items():
+            values[name] = python_number(value)
+            if name in ("lr", "head_lr", "warmup", "clip", "weight_decay") and value is not None:
+                values[name] = float(value)
+        return values

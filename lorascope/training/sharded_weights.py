@@ -28,10 +28,14 @@ def whole_number(name: str, value: float | Tensor | None) -> float | None:
 
     Raise a ValueError, which calls it ``name``, if it is not a number.
     """
+    if value is None:
+        return None
     if isinstance(value, DTensor):
         value = value.full_tensor()
+    if isinstance(value, Tensor):
+        value = value.detach()  # float() warns of a tensor with a graph
     try:
-        return value if value is None else float(value.detach() if isinstance(value, Tensor) else value)
+        return float(value)
     except (TypeError, ValueError, RuntimeError):
         text = printable(repr(value))
         raise ValueError(f"{name} must be a number or a tensor with one value, got {text}") from None
@@ -44,7 +48,7 @@ def reject_sharded_weights(model: nn.Module, gathered: bool = False) -> None:
     """
     for name, parameter in model.named_parameters():
         # ZeRO-3 and the first version of FSDP leave ordinary parameters that only an attribute identifies.
-        flattened = any(hasattr(parameter, key) for key in ("ds_id", "_fsdp_flattened"))
+        flattened = hasattr(parameter, "ds_id") or hasattr(parameter, "_fsdp_flattened")
         if flattened or (isinstance(parameter, DTensor) and not gathered):
             fix = "shard it with fully_shard (FSDP2), or use DDP or a single process" if gathered else SHARDED
             raise ValueError(f"cannot use sharded {printable(name)} (FSDP, tensor parallelism or ZeRO-3): {fix}")
@@ -74,16 +78,17 @@ class WholeWeights:
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, observers: Sequence[Observer]) -> None:
         self._optimizer, self._observers = optimizer, observers
         self._parameters = []
+        self._shards: dict[int, DTensor] = {}
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 if isinstance(parameter, DTensor):
                     self._parameters.append((module, name, parameter))
-        for observer in observers if self._parameters else ():
-            if not isinstance(observer, norms | factors):
+                    self._shards[id(parameter)] = parameter
+        for observer in observers:
+            if self._shards and not isinstance(observer, norms | factors):
                 raise ValueError(
                     f"cannot record {type(observer).__name__} of sharded weights: only norms and factors are gathered"
                 )
-        self._shards = {id(parameter): parameter for _, _, parameter in self._parameters}
         self._copies: dict[int, nn.Parameter] = {}
         self.gather()
 
@@ -91,11 +96,10 @@ class WholeWeights:
         """Return whether an observer reads shards after this step; norms also read those before a recording."""
         if not self._shards:
             return False
-        return step.last or any(
-            observer.due(finished, step.total)
-            for observer in self._observers
-            for finished in (step.finished, step.finished + 1)
-        )
+        if step.last:
+            return True
+        finished, total = step.finished, step.total
+        return any(observer.due(finished, total) or observer.due(finished + 1, total) for observer in self._observers)
 
     @torch.no_grad()
     def gather(self) -> None:

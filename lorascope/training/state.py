@@ -75,7 +75,9 @@ def _tree_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 def _add_tensor(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
     """Add a copy of a tensor and return its name; safetensors rejects tensors that share memory."""
-    name = path if path not in tensors else f"{path}#{len(tensors)}"
+    name = path
+    if name in tensors:
+        name = f"{path}#{len(tensors)}"
     tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return name
 
@@ -98,12 +100,15 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         case np.generic():
             return value.item()
         case tuple():
-            return {"__tuple__": [_pack(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
+            return {"__tuple__": _pack(list(value), path, tensors)}
         case list():
             return [_pack(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
         case Mapping():
             inside = f"{path}/" if path else ""
-            return {"__items__": [[_pack(k, "", tensors), _pack(v, f"{inside}{k}", tensors)] for k, v in value.items()]}
+            items = []
+            for key, item in value.items():
+                items.append([_pack(key, "", tensors), _pack(item, f"{inside}{key}", tensors)])
+            return {"__items__": items}
     raise TypeError(f"cannot save {path or 'the state'}: a run folder cannot store a {type(value).__name__}")
 
 
@@ -115,7 +120,7 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if "__items__" in tree:
         return {_unpack(key, tensors): _unpack(value, tensors) for key, value in tree["__items__"]}
     if "__tuple__" in tree:
-        return tuple(_unpack(item, tensors) for item in tree["__tuple__"])
+        return tuple(_unpack(tree["__tuple__"], tensors))
     if "__array__" in tree:
         return tensors[tree["__array__"]].numpy().astype(tree["dtype"])
     if "__numpy__" in tree:
@@ -123,7 +128,9 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         bits = next(kind for kind in _BIT_GENERATORS if kind.__name__ == stored["bit_generator"])()
         bits.state = stored
         return np.random.Generator(bits)
-    device = tree["device"] if tree["device"] == "cpu" or torch.accelerator.is_available() else "cpu"
+    device = tree["device"]
+    if device != "cpu" and not torch.accelerator.is_available():
+        device = "cpu"
     if "__generator__" in tree:
         generator = torch.Generator(device)
         generator.set_state(tensors[tree["__generator__"]])
@@ -184,8 +191,11 @@ def fingerprint(optimizer: torch.optim.Optimizer) -> str:
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return the groups and the state of an optimizer, with parameter names instead of parameters."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = list(map(dict, optimizer.param_groups))
+    for group in groups:
+        del group["params"]
     return {
-        "groups": [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
+        "groups": groups,
         "state": {name_of[id(parameter)]: dict(state) for parameter, state in optimizer.state.items()},
     }
 
@@ -205,7 +215,7 @@ def generators_state() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all(),
         "numpy": (kind, keys, int(position), int(has_gauss), float(cached)),
         "python": random.getstate(),
     }

@@ -96,6 +96,13 @@ class _State:
     ids: dict[str, str] = field(default_factory=dict)
 
 
+def tracker_report(names: Sequence[str]) -> TrackerReport | None:
+    """Return the report to the trackers of these names, or None if there are none."""
+    if not names:
+        return None
+    return TrackerReport(names)
+
+
 class TrackerReport(CurveReport):
     """Report to trackers of accelerate."""
 
@@ -220,17 +227,20 @@ def _start(name: str, path: Path, meta: Manifest, state: _State) -> Any:
 
 def _configuration(path: Path, meta: Manifest) -> dict[str, Any]:
     """Return the id, the recipe and the settings of a run as flat values."""
-    shared = {"id": meta.id, "label": meta.label, "model": meta.model, "task": meta.task, "seed": meta.seed}
-    sizes = {"parameters.trained": meta.parameters.trained, "parameters.total": meta.parameters.total}
-    method = {f"method.{key}": value for key, value in meta.method.items()}
-    settings = {f"settings.{key}": value for key, value in meta.settings.items()}
+    groups: dict[str, Mapping[str, Any]] = {
+        "": {"id": meta.id, "label": meta.label, "model": meta.model, "task": meta.task, "seed": meta.seed},
+        "parameters.": {"trained": meta.parameters.trained, "total": meta.parameters.total},
+        "method.": meta.method,
+        "settings.": meta.settings,
+    }
     flat: dict[str, Any] = {}
-    for key, value in (shared | sizes | method | settings | {"folder": str(path.resolve())}).items():
-        if isinstance(value, bool | int | float | str):
-            flat[key] = value
-        elif value is not None:
-            flat[key] = json.dumps(value)
-    return flat
+    for group, values in groups.items():
+        for key, value in values.items():
+            if isinstance(value, bool | int | float | str):
+                flat[f"{group}{key}"] = value
+            elif value is not None:
+                flat[f"{group}{key}"] = json.dumps(value)
+    return flat | {"folder": str(path.resolve())}
 
 
 def _curve(name: str, tracker: str) -> str:

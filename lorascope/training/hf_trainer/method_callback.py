@@ -124,8 +124,9 @@ def _only_phase(method: Method, base: Base) -> Method:
 def reject_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise a ValueError if the weights under a method callback are sharded, so that no process has all of them."""
     reject_sharded_weights(model)
-    model_ids = {id(parameter) for parameter in model.parameters()}
-    if any(id(parameter) not in model_ids for parameter in trained_parameters(optimizer)):
+    model_ids = set(map(id, model.parameters()))
+    # FSDP and DeepSpeed flatten the parameters that they optimize, so these are not those of the model.
+    if not model_ids.issuperset(map(id, trained_parameters(optimizer))):
         raise ValueError(f"cannot use an optimizer of sharded weights (FSDP or DeepSpeed): {SHARDED}")
 
 

@@ -25,20 +25,29 @@ def describe_run(
     id: str,
 ) -> Manifest:
     """Return a Trainer's metadata for ``run.json``; ``args``, ``state`` and ``trainer`` are a callback's arguments."""
-    method = None if callback is None else callback.method
     trained = trained_parameters(step.optimizer)
-    if method is None:  # an optimizer from PEFT may also contain frozen parameters
+    fields: dict[str, Any] = {}
+    if callback is None:
+        method, clip = None, args.max_grad_norm or None
+        recipe, label = describe_recipe(trainer["model"], step, "trainer")
+        # An optimizer from PEFT may also contain frozen parameters.
         trained = [parameter for parameter in trained if parameter.requires_grad]
-    recipe, label = (config(method), method.label()) if method else describe_recipe(trainer["model"], step, "trainer")
+    else:
+        method, clip = callback.method, callback.settings.clip
+        recipe, label = config(method), method.label()
+        fields = {"w0_hash": callback.w0_hash, "facts": method.describe()}
+    precision = "fp32"
+    if args.bf16 or args.fp16:
+        precision = "bf16" if args.bf16 else "fp16"
     data = trainer["train_dataloader"].dataset
     settings = {
         "steps": state.max_steps,
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup": float(args.get_warmup_steps(state.max_steps)),
-        "clip": (args.max_grad_norm or None) if callback is None else callback.settings.clip,
+        "clip": clip,
         "accumulate": args.gradient_accumulation_steps,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+        "precision": precision,
     }
     return run_manifest(
         trainer["model"],
@@ -53,9 +62,8 @@ def describe_run(
         id=id,
         task=getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__,
         data_hash=getattr(data, "_fingerprint", None),
-        w0_hash=None if callback is None else callback.w0_hash,
         seed=args.seed,
-        facts=None if callback is None else callback.method.describe(),
+        **fields,
     )
 
 
@@ -67,15 +75,20 @@ def row_overlap(trained: Any, evaluated: Any) -> float | None:
     and a ``Subset`` by the dataset below it.
     """
     if isinstance(trained, list) and isinstance(evaluated, list):
-        trained_ids = {id(row) for row in trained}
+        trained_ids = set(map(id, trained))
         return sum(id(row) in trained_ids for row in evaluated) / max(1, len(evaluated))
     (trained_origin, trained_rows), (evaluated_origin, rows) = _dataset_rows(trained), _dataset_rows(evaluated)
-    return len(set(trained_rows) & set(rows)) / len(rows) if rows and trained_origin == evaluated_origin else None
+    if not rows or trained_origin != evaluated_origin:
+        return None
+    return len(set(trained_rows) & set(rows)) / len(rows)
 
 
 def _dataset_rows(data: Any) -> tuple[Any, Sequence[int]]:
     """Return what identifies a dataset, and the indices of its rows."""
     if isinstance(data, Subset):
         origin, rows = _dataset_rows(data.dataset)
-        return origin, [rows[index] for index in data.indices] if rows else []
+        if rows:
+            rows = [rows[index] for index in data.indices]
+        return origin, rows
+    # An iterable dataset has no length, and so no indices.
     return getattr(data, "_fingerprint", None) or id(data), range(len(data)) if hasattr(data, "__len__") else ()

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
+from lorascope.methods.field_checks import default_if_none
 from lorascope.observe import Observer, norms
 from lorascope.observe.observer import require_observers
 from lorascope.schema import module_table
@@ -52,8 +53,8 @@ class TrainerRecorder(TrainerCallback):
     def __init__(
         self, out: str | Path | None = None, observe: Sequence[Observer] | None = None, *, report: bool = False
     ) -> None:
-        self.out = None if out is None else Path(out)
-        observers = (norms(),) if observe is None else observe
+        self.out = out
+        observers = default_if_none(observe, (norms(),))
         require_observers(observers)
         self.observers = tuple(observers)
         self.report = report
@@ -83,8 +84,8 @@ class TrainerRecorder(TrainerCallback):
         warn_unreadable(step.model)
         id = before["id"] if before else secrets.token_hex(6)
         meta = describe_run(args, state, trainer, step, callback, self.observers, id)
-        path = self.out or Path(str(args.output_dir)) / "lorascope"
-        method = None if callback is None else callback.method
+        path = Path(default_if_none(self.out, Path(str(args.output_dir)) / "lorascope"))
+        method = getattr(callback, "method", None)
         report = TrainerReport(args, state, reporting_callbacks()) if self.report else None
         self._recording = ForeignRecording(path, meta, step, method, self.observers, before, report=report)
         self._recording.flush_report()
@@ -98,7 +99,7 @@ class TrainerRecorder(TrainerCallback):
         if (recording := self._recording) is None:
             return
         recording.step.index = state.global_step
-        norm = None if self._method_callback is None else self._method_callback.norm
+        norm = getattr(self._method_callback, "norm", None)
         recording.record(grad_norm=norm, lr=self._optimizer.param_groups[0]["lr"])
         control.should_training_stop |= bool(recording.step.stop)
 
@@ -116,8 +117,7 @@ class TrainerRecorder(TrainerCallback):
     def on_log(self, args: TrainingArguments, *_: Any, logs: Any = None, **trainer: Any) -> None:
         """Record the loss, a mean since the last log, and the gradient norm unless the method has recorded one."""
         if self._recording is not None and "loss" in logs:
-            records = [Record(name, float(logs[name])) for name in ("loss", "grad_norm") if name in logs]
-            self._recording.add(records)
+            self._recording.add([Record(name, float(logs[name])) for name in ("loss", "grad_norm") if name in logs])
 
     def on_evaluate(self, args: TrainingArguments, *_: Any, metrics: Any = None, **trainer: Any) -> None:
         """Record the loss, the metric of ``metric_for_best_model``, and the fraction of rows that are training rows."""
@@ -128,7 +128,7 @@ class TrainerRecorder(TrainerCallback):
             self._recording.writer.meta.eval_overlap = row_overlap(trained.dataset, evaluated.dataset)
         metric = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         keys = {"eval_loss": "eval_loss"}
-        if metric != "eval_loss":
+        if metric != "eval_loss":  # by which the Trainer selects the best state unless the user names a metric
             keys["eval_metric"] = metric
         self._recording.add(
             Record(name, float(metrics[key])) for name, key in keys.items() if metrics.get(key) is not None

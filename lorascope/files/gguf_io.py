@@ -20,7 +20,7 @@ from lorascope.files.safetensors_io import TensorFile, file_version
 from lorascope.files.typed_json import MAX_BYTES, require_regular
 
 _VERSIONS = (2, 3)
-_ALIGNMENT = 32
+_ALIGNMENT = 32  # unless the metadata set another one
 _MAX_AXES = 4
 # Formats of ``struct`` for the kinds of values; the missing ones are texts and arrays.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -61,6 +61,7 @@ class GgufFile(TensorFile):
                 raise ValueError(f"general.alignment must be a power of two, got {alignment}")
         except ValueError as error:
             raise ValueError(f"cannot read {printable(self.path)} as GGUF: {printable(error)}") from error
+        # The data starts at the next multiple of the alignment.
         self._start = -(-header.position // alignment) * alignment
         self._entries = self._parse_entries(entries, size)
 

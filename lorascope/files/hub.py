@@ -44,6 +44,7 @@ class HubName:
 def parse_name(name: str) -> HubName | None:
     """Return the parts of a name on the hub, or None for a name that looks like a path."""
     match = _NAME.fullmatch(name)
+    # The hub rejects names of repositories with two hyphens or points in a row, or more than 96 characters.
     if match is None or "--" in match["repository"] or ".." in name or len(match["repository"]) > 96:
         return None
     folder = (match["folder"] or "").strip("/")
@@ -138,6 +139,7 @@ def _adapter_files(name: HubName) -> Path:
         try:
             folder = download(file).parent
         except errors.EntryNotFoundError as error:
+            # Offline, and the cache has no file of the adapter: no other name can help.
             if isinstance(error, errors.LocalEntryNotFoundError) and folder is None:
                 raise
             continue

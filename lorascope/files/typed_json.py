@@ -33,6 +33,7 @@ MAX_BYTES = 32 * 2**20
 _DEPTH = 64
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+# Only brackets outside of strings nest; all other bytes are deleted to count them.
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 

@@ -33,8 +33,9 @@ def write_bytes(path: Path, data: bytes) -> None:
         The disk is full or the path is not writable; the previous file is unchanged. Transient errors of network file
         systems are raised after two more attempts.
     """
-    if path.is_symlink():
+    if path.is_symlink():  # renaming would replace the link itself
         path = Path(os.path.realpath(path))
+    # The id keeps two processes that write the same file apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     for pause in (*PAUSES, None):
         try:
@@ -42,6 +43,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             with temporary.open("wb") as file:
                 file.write(data)
                 file.flush()
+                # Before the rename: after a power failure the name could otherwise refer to an empty file.
                 os.fsync(file.fileno())
             temporary.replace(path)
             return

@@ -171,6 +171,7 @@ class LoopRecorder:
             A value is not a number.
         """
         recording, done, step = self._recording, self._done, self._step
+        # Before any return, because all processes have to take part in gathering a sharded value.
         loss_value, norm = whole_number("loss", loss), whole_number("grad_norm", grad_norm)
         if self._closed:
             self._warn("closed", _CLOSED)
@@ -200,6 +201,7 @@ class LoopRecorder:
         if recording is None:
             return
         settings = recording.writer.meta.settings
+        # The loop gave no number of steps, or trains beyond it.
         settings["steps"] = max(settings["steps"], step.finished)
         with self._weights.in_place():
             recording.record(mean_loss, norm, lr)
@@ -239,6 +241,7 @@ class LoopRecorder:
             self._warn_skipped()
         elif error is None and self._done.empty_calls and not self._step.finished:
             self._warn_unstepped()
+        # All processes take part in this, also those without a recording.
         if error is None and not self._step.last:
             self._weights.gather()
         if recording is None:
@@ -302,6 +305,7 @@ class _DoneSteps:
         return self._count_writes() != self._versions
 
     def _count_writes(self) -> int:
+        # torch counts the writes to a tensor in its version, and reading that needs no copy of the weights.
         return sum(map(operator.attrgetter("_version"), trained_parameters(self._optimizer)))
 
 

@@ -76,6 +76,7 @@ def prepare_model(model: nn.Module, task: Task, seed: int) -> TrainingMarker:
     if marker is not None:
         return marker
     reject_adapted(model)
+    # A fitted head is new, so its weights are drawn after it has the right size, and the hash leaves them out.
     fit_head(model, task.labels if task.classifies else None)
     draw_new_weights(model, seed)
     return TrainingMarker("", weights_hash(model), Base(model))

@@ -76,6 +76,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[Checkpoint, pd.DataFrame] | None:
         """Return the newest intact checkpoint and the rows up to it, or None if the run must start from step 0."""
+        # Their names order them, because the numbers of steps are padded with zeros.
         for file in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
             try:
                 tree = load_tree(file)

@@ -84,6 +84,7 @@ def evaluate(model: nn.Module, encoded: EncodedRows, device: str | torch.device 
     probabilities. Rows of similar length are batched together.
     """
     total = len(encoded)
+    # Stable, so that rows of one length are in the same batches on every machine.
     order = np.argsort(encoded.lengths, kind="stable")
     nll, counts, margins = np.zeros(total), np.ones(total, dtype=np.int64), np.zeros(total, dtype=np.int8)
     training = model.training
@@ -112,7 +113,7 @@ def _score_tokens(
     if encoded.shifted:
         del batch["labels"]  # otherwise a causal LM also computes a loss, which is not used
     logits = model(**batch).logits
-    if encoded.shifted:
+    if encoded.shifted:  # the logits at a token predict the next one
         logits, labels = logits[:, :-1], labels[:, 1:]
     is_target = labels != IGNORED
     nll = torch.zeros(labels.shape, device=labels.device)

@@ -86,6 +86,7 @@ def run_manifest(
     ``method`` is a method of lorascope or None; ``model`` may be a PEFT model.
     """
     group = step.optimizer.param_groups[0]
+    # A scheduler of torch stores the base rate as initial_lr, and has already multiplied lr by its warm-up.
     common = {
         "lr": float(group.get("initial_lr", group["lr"])),
         "weight_decay": float(group.get("weight_decay", 0.0)),
@@ -113,6 +114,7 @@ def describe_recipe(model: nn.Module, step: Step, loop: str) -> tuple[dict[str, 
     With PEFT this is the configuration of the active adapter, and of the first one if several are active.
     """
     rule = type(step.optimizer).__name__
+    # PEFT's enumerations print as "PeftType.LORA", and configurations from a file contain plain strings.
     if not (active := _active_configs(model)):
         return {"name": loop, "rule": rule}, f"{_LOOPS[loop]}, {rule}"
     peft = next(iter(active.values()))
@@ -168,6 +170,7 @@ def _class_names(step: Step) -> list[str] | None:
     settings = getattr(step.model, "config", None)
     heads = step.modules[step.modules["role"] == "head"]["out_features"].tolist()
     classes = getattr(settings, "id2label", None) or {}
+    # Every configuration of transformers has two classes by default, also that of a language model.
     if not heads or heads[-1] != len(classes) or heads[-1] == getattr(settings, "vocab_size", None):
         return None
     return [str(classes[number]) for number in sorted(classes)]

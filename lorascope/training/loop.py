@@ -197,6 +197,7 @@ def train(
                     # This creates the folder, which would look foreign without recipe.json.
                     locks.enter_context(lock_run(path))
                 _reset(model, marker.base)
+                # Each phase has the random numbers that it would have as the only one.
                 with seed_generators(seed):
                     session = Session(model, spec, marker.base, path, runs, device, trackers)
                     marker.attach(model, plan.id)  # now the model has changed
@@ -210,6 +211,7 @@ def train(
             raise StateRemoved(stored)
         _reset(model, marker.base)
         marker.attach(model, plan.id)
+        # Training would have changed the model of the caller, so it gets the trained weights.
         stored.restore(model, method=replace(phase.method))
     return runs[-1]
 
@@ -271,7 +273,7 @@ def advance(session: Session, index: int) -> tuple[float, float | None, float]:
     """
     step, method, optimizer = session.step, session.method, session.optimizer
     step.index, step.batch = index, session.batch(index)
-    rate = optimizer.param_groups[0]["lr"]
+    rate = optimizer.param_groups[0]["lr"]  # of this step, because the scheduler steps below
     method.before_step(step)
     optimizer.zero_grad(set_to_none=True)
     loss = session.backward()

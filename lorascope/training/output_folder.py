@@ -41,6 +41,7 @@ def prepare_folder(folder: Path, recipe: str, overwrite: bool) -> None:
 
 def write_phases(folder: Path, plan: RunSpec, names: Sequence[str], status: str) -> None:
     """Write ``recipe.json`` to an output folder: the phases that have started, and status, "running" or "done"."""
+    # A process that was killed while it wrote the file leaves a draft under its own process id.
     for left in folder.glob(".recipe.json.*"):
         if is_partial(left):
             left.unlink()

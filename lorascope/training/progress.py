@@ -92,6 +92,7 @@ def writing_progress(file: ProgressFile) -> Iterator[None]:
         file.write()
 
 
+# Set by the worker of a sweep around ``train``, which has no argument for it.
 _PROGRESS_FILE: ContextVar[ProgressFile | None] = ContextVar("progress_file", default=None)
 
 

@@ -150,7 +150,7 @@ class Recording:
         """Write the rows, and ``run.json`` with the time, and return the run."""
         meta = self.writer.meta
         meta.seconds = self.seconds
-        meta.total_seconds += meta.seconds
+        meta.total_seconds += meta.seconds  # until now those of the earlier phases
         run = self.writer.finish(status)
         if self.report is not None:
             self.report.close(run)

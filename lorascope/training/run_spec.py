@@ -83,9 +83,10 @@ def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parame
     trained_count = sum(p.numel() for p in trained)
     if method is not None:
         trained_count -= method.frozen_entry_count()
+    # The commit of the user's repository, in which the process runs; empty outside a repository.
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, check=False).stdout.decode("ascii")
-    except FileNotFoundError:
+    except FileNotFoundError:  # git is not installed
         commit = ""
     return {
         "model": name_of(model),

@@ -92,6 +92,7 @@ class Session(Recording):
         rows = []
         for position in range(index * size, (index + 1) * size):
             epoch, row = divmod(position, total)
+            # With the epoch in the seed, a resumed run draws the same rows without repeating earlier epochs.
             if self._permutation[0] != epoch:
                 self._permutation = (epoch, np.random.default_rng([self.plan.seed, epoch]).permutation(total))
             rows.append(int(self._permutation[1][row]))
@@ -123,6 +124,7 @@ class Session(Recording):
         with self._autocast():
             if params is None:
                 return model(**batch).loss.float()
+            # A forward pass may write to buffers, such as the running means of batch normalization.
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             return functional_call(model, {**buffers, **params}, (), batch).loss.float()
 
@@ -132,6 +134,7 @@ class Session(Recording):
         total, rows = self.task.count_targets(self.step.batch), self.settings.batch_size // count
         for number in range(count):
             piece = {key: value[number * rows : (number + 1) * rows] for key, value in self.step.batch.items()}
+            # The loss of a piece is a mean over its own targets, whose number differs in a language model.
             share = self.task.count_targets(piece) / total if count > 1 else 1.0
             value = self._batch_loss(self.model, piece, None) * share
             value.backward()
@@ -183,6 +186,7 @@ class Session(Recording):
             self.scheduler.last_epoch = checkpoint.scheduler
             self.resume(checkpoint.observers, checkpoint.seconds)
             load_generators_state(checkpoint.generators)
+        # The checkpoint is intact, but another version of a method or an observer may have stored another state.
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"cannot resume from the checkpoint of step {checkpoint.finished} in "
@@ -222,6 +226,7 @@ class Session(Recording):
         if self.best is not None:
             if self.best.step != self.step.finished:
                 best = self.checkpoints.best_file(self.best.step)
+                # A copy, because the run resumes from the checkpoints if the process dies before its end.
                 write_bytes(self.path / "state/best.safetensors", best.read_bytes())
             states["best"] = State(self.best.step, self.best.ranks)
         self.writer.meta.states = states

@@ -16,6 +16,7 @@ from lorascope.methods.method import python_number
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
 
+# Optimizers multiply float32 weights by the rate, and a larger one would be infinite there.
 _LARGEST = float(np.finfo(np.float32).max)
 
 

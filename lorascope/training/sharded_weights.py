@@ -80,6 +80,7 @@ class WholeWeights:
         self._parameters = []
         self._shards: dict[int, DTensor] = {}
         for module in model.modules():
+            # A tied weight is in several modules, and each of them needs its copy.
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 if isinstance(parameter, DTensor):
                     self._parameters.append((module, name, parameter))
@@ -123,6 +124,7 @@ class WholeWeights:
             return
         groups = [list(group["params"]) for group in self._optimizer.param_groups]
         replaced = [(module, name, module._parameters[name]) for module, name, _ in self._parameters]
+        # The training may have frozen or unfrozen shards since the last time.
         for key, shard in self._shards.items():
             self._copies[key].requires_grad_(shard.requires_grad)
         try:

@@ -69,6 +69,7 @@ def load_tree(path: Path) -> Any:
 def _tree_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
+        # As bytes, because numpy has no bfloat16.
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -88,7 +89,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             return value
         case Tensor():
             return {"__tensor__": _add_tensor(value, path, tensors), "device": value.device.type}
-        case np.ndarray():
+        case np.ndarray():  # copied, because torch warns of an array that cannot be written to
             return {
                 "__array__": _add_tensor(torch.from_numpy(np.array(value)), path, tensors),
                 "dtype": value.dtype.str,
@@ -157,6 +158,7 @@ def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     tensors = {name: p for name, p in model.named_parameters() if id(p) in trained or name in new}
     for module, delta in attached_deltas(model).items():
         tensors |= {f"{module}.delta.{name}": parameter for name, parameter in delta.named_parameters()}
+    # Other buffers are computed again from the configuration, such as the frequencies of rotary embeddings.
     persistent = model.state_dict(keep_vars=True)
     return tensors | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
 
@@ -176,7 +178,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             if targets[name].shape == tensor.shape:
                 targets[name].copy_(tensor)
-            else:
+            else:  # a factor of an adapter whose rank has changed
                 targets[name].data = tensor.to(targets[name].device)
 
 
@@ -262,6 +264,7 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
     stored = load_tree(path)
     if not isinstance(stored, dict) or _LEARNED not in stored:
         raise ValueError(f"cannot restore from {printable(path)}: it has no state of a method")
+    # The new head has the names and the shape of the trained one, whose tensors are loaded below.
     fit_head(model, run.meta.labels)
     if method is None and config["name"] not in METHODS:
         raise ValueError(f"cannot restore run {run.id}: its method {config['name']!r} is not registered; pass method=")

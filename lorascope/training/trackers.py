@@ -220,7 +220,7 @@ def _start(name: str, path: Path, meta: Manifest, state: _State) -> Any:
     tracker.start()
     if configuration:
         tracker.store_init_configuration(configuration)
-    if name in _IDS:
+    if name in _IDS:  # known only now: the server of a tracker may choose it
         state.ids[name] = _IDS[name](tracker)
     return tracker
 

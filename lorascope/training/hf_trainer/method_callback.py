@@ -52,6 +52,7 @@ class MethodCallback(TrainerCallback):
         self.step = step_of(model, self.optimizer, self.base, modules, LOOP)
         self.norm: float | None = None
         self._step_pending = False
+        # By this a recorder finds the callback: they share nothing but the model, in any order of the callbacks.
         setattr(model, MARKER, self)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
@@ -93,6 +94,7 @@ class MethodCallback(TrainerCallback):
         """Call ``after_backward`` on the gradients of the whole batch, then clip them."""
         self.method.after_backward(self.step)
         self.norm = clip_gradients(self.optimizer, self.settings.clip)
+        # The Trainer does not pass its loss to callbacks, but a loss that is not finite spoils the gradients.
         if reason := nonfinite_reason(self.step, 0.0, self.norm, self.optimizer.param_groups[0]["lr"]):
             raise FloatingPointError(reason)
         self._step_pending = True

@@ -42,6 +42,7 @@ def describe_run(
     data = trainer["train_dataloader"].dataset
     settings = {
         "steps": state.max_steps,
+        # Rows per optimizer step, of all processes together.
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup": float(args.get_warmup_steps(state.max_steps)),

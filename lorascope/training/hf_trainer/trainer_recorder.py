@@ -74,8 +74,10 @@ class TrainerRecorder(TrainerCallback):
             step = step_of(model, optimizer, base, module_table.describe(model), LOOP)
             step.index, step.total = state.global_step - 1, state.max_steps
         else:
+            # The Trainer may call the recorder first, which needs the restored state of the method.
             callback.on_train_begin(args, state, *_, **trainer)
             step = callback.step
+        # In all processes, so that none waits for one that raised an error.
         before = read_checkpoint_file(args, state, FILE, optimizer) if state.global_step else None
         if not state.is_world_process_zero:
             return

@@ -298,6 +298,7 @@ class Schedule:
             return self.target
         if index <= self.initial:
             return self.start
+        # The numerator of the code: t - t_i - t_f, as printed, would start above b_0.
         remaining = 1 - (index - self.initial) / (self.total - self.final - self.initial)
         return int((self.start - self.target) * remaining**3 + self.target)
 
@@ -312,6 +313,7 @@ class Schedule:
 
 def orthogonality(left: Sequence[Tensor], right: Sequence[Tensor], form: str) -> Float[Tensor, ""]:
     """Compute AdaLoRA's penalty R(P, Q) of all P (out, rank) and Q (rank, in); ``form`` is ``AdaLoRA.penalty``."""
+    # One batched product for all matrices of a shape.
     by_shape: dict[torch.Size, Tensors] = {}
     for matrix in (*[P.T for P in left], *right):
         by_shape.setdefault(matrix.shape, []).append(matrix)
@@ -331,8 +333,9 @@ def smooth(
     wide_weights = [weight.to(average.dtype) for weight, average in zip(weights, sensitivity, strict=True)]
     wide_gradients = [gradient.to(average.dtype) for gradient, average in zip(gradients, sensitivity, strict=True)]
     change = torch._foreach_mul(wide_weights, wide_gradients)
-    torch._foreach_abs_(change)
-    torch._foreach_lerp_(sensitivity, change, 1 - betas[0])
+    torch._foreach_abs_(change)  # I, equation 10
+    torch._foreach_lerp_(sensitivity, change, 1 - betas[0])  # equation 11
+    # Equation 12 takes the distance from the average that equation 11 has just updated, as in the code.
     torch._foreach_sub_(change, sensitivity)
     torch._foreach_abs_(change)
     torch._foreach_lerp_(uncertainty, change, 1 - betas[1])
@@ -340,6 +343,7 @@ def smooth(
 
 def importance_terms(sensitivity: Tensors, uncertainty: Tensors | None) -> Float[Tensor, "3 modules rank"]:
     """Compute the terms of AdaLoRA's equation 9 in float64, from averages ordered P, lambda, Q per module."""
+    # Equation 13, or s = I.
     scores = sensitivity if uncertainty is None else torch._foreach_mul(sensitivity, uncertainty)
     triples = Triple.by_module(scores)
     left = [triple.P.mean(0, dtype=torch.float64) for triple in triples]
@@ -349,6 +353,7 @@ def importance_terms(sensitivity: Tensors, uncertainty: Tensors | None) -> Float
 
 def most_important(scores: Float[Tensor, "modules rank"], budget: int) -> Bool[Tensor, "modules rank"]:
     """Return AdaLoRA's mask of the ``budget`` highest scores; ties go to the earlier module, then index."""
+    # The sort is stable for the ties, which a threshold as in the code would mask together.
     order = scores.flatten().argsort(descending=True, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill_(0, order[:budget], True).view_as(scores)
 

@@ -176,7 +176,7 @@ class Adapprox(Method, name="adapprox"):
             factored = [parameter for parameter in group["params"] if parameter not in dense]
             unfactored = [parameter for parameter in group["params"] if parameter in dense]
             groups.append(group | {"params": factored})
-            groups.append(group | {"params": unfactored, "min_dim": None})
+            groups.append(group | {"params": unfactored, "min_dim": None})  # None factors no matrix
         groups = [group for group in groups if group["params"]]
         not_options = {f.name for f in dataclasses.fields(Method)} | {"dense", "sketch_seed"}
         options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in not_options}

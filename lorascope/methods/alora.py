@@ -177,6 +177,7 @@ class ALoRA(AdapterMethod, name="alora"):
 
     def delta(self, name: str, host: nn.Module) -> ALoRADelta:
         """Return B A of one module with the initial rank."""
+        # With alpha over the current rank, a new component would shrink the update by the retained ones.
         return ALoRADelta(host, self.init_rank, self.alpha / self.init_rank, self.dropout)
 
     def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -220,6 +221,7 @@ class ALoRA(AdapterMethod, name="alora"):
         """Return the scores of all components by module, by the quantity that records them."""
         if self.scores == "random":
             return {"importance": {name: self.generator_.random(len(ids)) for name, ids in self.rank_ids_.items()}}
+        # The same rows in all rounds: algorithm 1 has one B_val.
         S = ablation_scores(step.model, step.loss, step.validation(self.score_rows, fixed=True))
         self._round = [Record("score_full", S.full), Record("score_none", S.none)]
         scores = {name: importance_score(S.full, S.without[name], S.only[name]) for name in self._deltas}
@@ -294,7 +296,7 @@ class CountingAdamW(torch.optim.AdamW):
             steps += 1
             m.lerp_(parameter.grad, 1 - beta1)
             v.lerp_(parameter.grad.square(), 1 - beta2)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])  # decoupled, before the step as in torch
             size = (v / (1 - beta2**steps)).sqrt_().add_(group["eps"])
             parameter.addcdiv_(m / (1 - beta1**steps), size, value=-group["lr"])
         return loss
@@ -313,7 +315,7 @@ def prune(scores: Sequence[Float[np.ndarray, "_"]], number: int) -> list[Int[np.
     Ties go to the earlier module, then position. The highest score is never among them.
     """
     sizes = [len(score) for score in scores]
-    # The stable sort breaks ties by module and position.
+    # The stable sort breaks ties by module and position, and the last component of the model is never deleted.
     lowest = np.argsort(np.concatenate(scores), kind="stable")[: min(number, sum(sizes) - 1)]
     is_lost = np.zeros(sum(sizes), dtype=bool)
     is_lost[lowest] = True
@@ -328,7 +330,9 @@ def allocate(
     number = sum(map(len, lost))
     gained = np.zeros(len(scores), dtype=np.int64)
     unpruned = [module for module, score in enumerate(scores) if len(score) and not len(lost[module])]
+    # Footnote 3: the modules with the highest mean IS get the remainder; the stable sort keeps ties in order.
     unpruned.sort(key=lambda module: -scores[module].mean())
+    # If every module lost a component, nothing is added, and the total rank falls: footnote 4.
     for position, module in enumerate(unpruned):
         share, remainder = divmod(number, len(unpruned))
         gained[module] = share + (position < remainder)

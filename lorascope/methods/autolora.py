@@ -205,6 +205,7 @@ class AutoLoRA(AdapterMethod, name="autolora"):
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Yield the search, then LoRA with the ranks found, from W_0 on all of the train split."""
+        # Section 4.5: the factors of the search are discarded, only the ranks remain.
         search = yield Phase(self, "search", steps=self.search_steps)
         common = {name: getattr(self, name) for name in ("alpha", "dropout", "lr", "head_lr", "search_share")}
         yield Phase(LoRA(rank=search.ranks(), **common), "retrain", split="train+search")
@@ -240,7 +241,7 @@ class AutoLoRADelta(LoRADelta):
 
 def retained_mask(alpha: Float[Tensor, "k"]) -> Bool[Tensor, "k"]:
     """Return a mask of the components that AutoLoRA retains: those with at least the mean weight."""
-    return alpha >= 1 / len(alpha)
+    return alpha >= 1 / len(alpha)  # 1/k is the mean of alpha, so at least one component reaches it
 
 
 class Hypergradient(NamedTuple):
@@ -262,6 +263,7 @@ def hypergradient(
     w, beta = _leaves(weights), _leaves(logits)
     if form == "first_order":
         return Hypergradient(_gradient(search(w, beta), beta), _map(torch.zeros_like, beta), None)
+    # Equation 4, the look-ahead: only "exact" differentiates its gradient again.
     slope = _gradient(train(w, beta), w, create_graph=form == "exact")
     ahead = _leaves({name: w[name] - rates[name] * slope[name] for name in w})
     # One backward pass gives both v and the direct term.
@@ -281,10 +283,11 @@ def hypergradient(
             problem = "this attention has no second derivatives"
             fix = 'Load the model with attn_implementation="eager", or set hypergradient="finite_difference"'
             raise ValueError(f"cannot use hypergradient 'exact': {problem}. {fix}") from error
-    elif form == "betty":
+    elif form == "betty":  # the library of the authors' code
         mixed = _mixed_difference(train, ahead, v, beta)
     else:
         mixed = _mixed_difference(train, w, eta_v, beta)
+    # Equation 5 subtracts the mixed term.
     return Hypergradient(direct, _map(torch.neg, mixed), _norm(v))
 
 

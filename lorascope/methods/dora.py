@@ -68,10 +68,12 @@ class DoRADelta(LoRADelta):
 
     def __init__(self, host: nn.Module, *arguments: Any, **options: Any) -> None:
         super().__init__(host, *arguments, **options)
+        # B is zero, so V is W_0, and with its norms the first update is zero.
         self.magnitude = nn.Parameter(torch.linalg.norm(host_weight(host).detach(), dim=1))
 
     def _ratio(self, W0: Float[Tensor, "out in"]) -> Float[Tensor, "out"]:
         """Return m / |V|, with the norm as a constant of the gradient."""
+        # Section 4.3: a gradient through the norm would need more memory and hardly change the result.
         norm = torch.linalg.norm(W0 + self.scale * (self.B @ self.A).detach(), dim=1)
         return self.magnitude / norm.to(W0.dtype)
 

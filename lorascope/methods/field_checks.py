@@ -19,6 +19,7 @@ def require(settings: object, name: str, allowed: str, valid: bool) -> None:
 
 def is_integer(value: Any) -> bool:
     """Return whether a value of a method or settings is an integer, also of numpy, and not a bool."""
+    # An integer of numpy is not an int but has __index__, as True has.
     return hasattr(value, "__index__") and not isinstance(value, bool)
 
 
@@ -31,6 +32,7 @@ def require_integer(settings: object, minimum: int, *names: str) -> None:
     """Raise a ValueError unless these fields of a method or settings are integers >= ``minimum`` or None by default."""
     for name in names:
         value = getattr(settings, name)
+        # None is valid where it is the default.
         unset = value is None and getattr(type(settings), name, minimum) is None
         require(settings, name, f"an integer >= {minimum}", unset or (is_integer(value) and value >= minimum))
 

@@ -289,8 +289,10 @@ def synthesis(
     """
     width = shape[1] // 2 + 1
     row, column, mirrored, paired = fourier.half_spectrum(entries, shape)
+    # The real part gives an entry and its mirror image half of the coefficient each.
     half = c * (alpha / (2 * math.prod(shape)))
     spectrum = c.new_zeros(shape[0] * width, 2)
+    # Added, because two drawn entries may be mirror images of each other.
     spectrum[:, 0].index_add_(0, row * width + column, half)
     spectrum[:, 0].index_add_(0, mirrored * width + column, half * paired)
     return torch.fft.irfft2(torch.view_as_complex(spectrum).view(shape[0], width), s=shape, norm="forward")

@@ -164,7 +164,7 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
         for name, delta in self._deltas.items():
             factors = delta.factors()
             A, B = to_array(factors["A"]), to_array(factors["B"])
-            inner = update_inner(A, B)
+            inner = update_inner(A, B)  # of all pairs of experts, so its diagonal has their squared norms
             yield Record("head_norm", delta.scale * np.sqrt(np.diagonal(inner)), name)
             if delta.number > 1:
                 yield Record("head_cosine", mean_of_pairs(cosines(inner)), name)
@@ -249,6 +249,7 @@ class RoutedDelta(HydraDelta):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.router = nn.Parameter(torch.empty(self.number, self.A.shape[1], dtype=self.mean_gates_.dtype))
+        # The distribution of A, as in the authors' code: a router of zeros would keep all experts equal.
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
 
     def gates(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch heads"]:

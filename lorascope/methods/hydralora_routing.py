@@ -103,7 +103,7 @@ class Routing:
             "gate_std": np.sqrt(variance),
             "gate_top1": self.firsts.sum(0) / tokens,
             "head_importance": importance,
-            "head_share": importance / (importance.sum() or np.nan),
+            "head_share": importance / (importance.sum() or np.nan),  # all experts are zero at the start
             "gate_entropy": float(self.entropies.sum() / tokens),
             "gate_cv2": float(mean.var(ddof=1) / mean.mean() ** 2),
             "gate_switch": float(self.switches.sum() / pairs) if pairs else np.nan,

@@ -117,6 +117,7 @@ class LoRA(AdapterMethod, name="lora"):
         """Return B A of one module, scaled by its rank."""
         delta = LoRADelta(host, *self.factor_options(name), self._generator)
         if isinstance(host, nn.Embedding) and self.embedding_init == "linear":
+            # A linear A has variance 1 / (3 in); see Departs for the gains.
             with torch.no_grad():
                 delta.B.div_(math.sqrt(3 * len(delta.B)))
         return delta
@@ -174,7 +175,7 @@ class LoRADelta(Delta):
         """Return A x, with dropout."""
         if x.is_floating_point():
             return F.linear(F.dropout(x, self.dropout, self.training), self.right)
-        return F.embedding(x, self.right.T, self.padding)
+        return F.embedding(x, self.right.T, self.padding)  # the input has ids, for which A x is a lookup
 
     def forward(self, x: Tensor) -> Float[Tensor, "*batch out"]:
         return self.scale * F.linear(self.hidden(x), self.left)

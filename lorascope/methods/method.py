@@ -71,7 +71,7 @@ class Method(Stateful):
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.name = name or cls.__name__.lower()
-        if name:
+        if name:  # users cannot choose a class without one, such as NeFT's phase of probing
             METHODS[name] = cls
 
     @classmethod

@@ -205,6 +205,7 @@ class NeFT(Method, name="neft"):
         else:
             full = Full(lr=default_if_none(self.tune_lr, self.lr), head_lr=self.head_lr)
             reference = yield Phase(full, "tune", steps=self.tune_steps, lr=self.tune_lr)
+        # Every phase starts from W_org: only the positions of the neurons remain of the first one.
         yield Phase(replace(self, reference=reference), "masked")
 
     def trainer_problem(self) -> str:

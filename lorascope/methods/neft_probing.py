@@ -83,6 +83,7 @@ class Probing(Method):
         probes = {stack: directions(np.concatenate(states), labels) for stack, states in self.states_.items()}
         for group in self._groups:
             weight = to_array(host_weight(step.model.get_submodule(group.module)).float())[group.slices]
+            # A neuron is a row of an up projection and a column of a down projection.
             vectors = weight if group.axis == 1 else weight.T
             stack = group.stack if group.stack in probes else ""  # one stack has no name
             scores = largest_cosines(vectors, probes[stack])

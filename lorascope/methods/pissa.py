@@ -111,6 +111,8 @@ def _principal_factors(
     W: Float[Tensor, "out in"], rank: int, scale: float
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
     """Return B_0 and A_0, in float32 or wider."""
+    # Half precision has no singular value decomposition.
     U, sigma, Vh = torch.linalg.svd(W.to(wide_dtype(W)), full_matrices=False)
+    # Equations 2 and 3, with the scale divided out so that s B_0 A_0 has the singular values of W.
     root = torch.sqrt(sigma[:rank] / scale)
     return U[:, :rank] * root, root.unsqueeze(1) * Vh[:rank]

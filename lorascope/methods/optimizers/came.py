@@ -53,6 +53,7 @@ class CAME(torch.optim.Optimizer):
             D = G * _update_average(state, "exp_avg_sq", G.square() + eps1, beta2)
             D.div_((D.square().mean().sqrt() / group["clip_threshold"]).clamp(min=1))
             M = state.setdefault("exp_avg", torch.zeros_like(D)).lerp_(D, 1 - beta1)
+            # The authors' code has no instability of vectors.
             confident = M if M.ndim < 2 else M * _update_average(state, "exp_avg_res", (D - M).square() + eps2, beta3)
             parameter.sub_(group["lr"] * (confident + group["weight_decay"] * parameter))
         return loss
@@ -67,5 +68,6 @@ def _update_average(
     for side, dim in (("row", -1), ("col", -2)):
         mean = squares.mean(dim)
         state.setdefault(f"{name}_{side}", torch.zeros_like(mean)).lerp_(mean, 1 - beta)
+    # Roots of R_t / mean(R_t) and of C_t, because the product of small squares would underflow.
     row, column = state[f"{name}_row"], state[f"{name}_col"]
     return (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)

@@ -91,6 +91,7 @@ def iterate(
 ) -> tuple[Float[Tensor, "m c"], Float[Tensor, "n c"]]:
     """Run the power iterations of randomized subspace iteration and return Q and U."""
     U = start
+    # Without an orthonormal Q in between, all columns would approach the leading singular vector.
     for _ in range(iterations):
         Q = torch.linalg.qr(A @ U).Q
         U = A.T @ Q
@@ -136,6 +137,7 @@ def choose_rank(
     smaller, cap = min(A.shape), max_factor_rank(A.shape[0], A.shape[1], options["max_rank"])
     match options["rank_rule"]:
         case "restart":
+            # eta + tau = 191 is the largest step of f, and k_max - 1 of a matrix with a smaller side of 768.
             scale = (cap - 1) / 191 if options["growth_scale"] is None else options["growth_scale"]
             grow = partial(growth, logistic=options["growth"], scale=scale)
             return restart(A, factor, min(options["init_rank"], cap), cap, options["tolerance"], grow)

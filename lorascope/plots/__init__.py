@@ -21,6 +21,7 @@ from lorascope.plots.figure_registry import available as available
 from lorascope.plots.fourier import fourier_spectrum as fourier_spectrum
 from lorascope.plots.fourier import frequency_bias as frequency_bias
 from lorascope.plots.fourier import update_image as update_image
+from lorascope.plots.head_count import head_choice as head_choice
 from lorascope.plots.importance_scores import importance as importance
 from lorascope.plots.learning_curves import guidance as guidance
 from lorascope.plots.learning_curves import learning_rates as learning_rates
@@ -44,7 +45,6 @@ from lorascope.plots.rank_allocations import rank_allocation as rank_allocation
 from lorascope.plots.rank_allocations import rank_replay as rank_replay
 from lorascope.plots.routing import gate_course as gate_course
 from lorascope.plots.routing import gates as gates
-from lorascope.plots.routing import head_choice as head_choice
 from lorascope.plots.score_agreement import against_truth as against_truth
 from lorascope.plots.score_agreement import agreement as agreement
 from lorascope.plots.selected_neurons import neuron_cosine as neuron_cosine

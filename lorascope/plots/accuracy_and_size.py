@@ -103,16 +103,20 @@ def _recipe_size(group: Group) -> dict[str, object]:
     # If alpha equals the rank, the scale is 1 at every size, so alpha does not distinguish methods.
     if recipe.get("alpha") == recipe.get("rank"):
         names.add("alpha")
-    settings = {setting: _name_and_value(setting) for setting in first.label.split(", ")}
+    family, labeled_sizes = [], []
+    for setting in first.label.split(", "):
+        name, value = _name_and_value(setting)
+        if name not in names:
+            family.append(setting)
+        if name in _SIZES and value.isdigit():
+            labeled_sizes.append(int(value))
     sizes = [size for size in map(recipe.get, _SIZES) if isinstance(size, int)]
     if not sizes:  # the default depends on the shape of the weight
         sizes = sorted({len(update.coefficients) for update in fourier.fourier_updates(first).values()})
-    if not sizes:
-        sizes = [int(value) for name, value in settings.values() if name in _SIZES and value.isdigit()]
     return {
         "recipe": group.label,
-        "family": ", ".join(setting for setting, (name, _) in settings.items() if name not in names),
-        "size": "/".join(map(str, sizes)),
+        "family": ", ".join(family),
+        "size": "/".join(map(str, sizes or labeled_sizes)),
         "parameters": float(np.mean([run.meta.parameters.trained for run in group.runs])),
     }
 

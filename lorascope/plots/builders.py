@@ -34,6 +34,11 @@ def used_roles(cells: pd.DataFrame) -> list[str]:
     return [role for role in ROLES if role in used]
 
 
+def ticks_at(values: Iterable[float]) -> dict[float, str]:
+    """Return the ticks to build a chart's axis with: one at each of these values."""
+    return {value: f"{value:g}" for value in sorted(set(values))}
+
+
 def mean_over_modules(rows: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """Average the values of a chart to build over the modules of every run, for each step and value of ``columns``."""
     keys = [key for key in ("run", "recipe", "kind", *columns, "step") if key in rows]
@@ -154,10 +159,12 @@ def add_printed(chart: Chart, printed: pd.DataFrame, x: str, reference: str) -> 
         Table or figure of the paper, for the caption.
     """
     data, marks = chart.data, list(chart.marks)
-    colors = [getattr(mark, "color", None) for mark in marks]
-    if not any(colors):  # so that the legend distinguishes the two
+    if not any(getattr(mark, "color", None) for mark in marks):
+        # The legend distinguishes bars and printed points; other marks, such as numbers above bars, have no entry.
         data = data.assign(source="measured")
-        marks = [replace(mark, color="source") if isinstance(mark, Bar) else mark for mark in marks]
+        for number, mark in enumerate(marks):
+            if isinstance(mark, Bar):
+                marks[number] = replace(mark, color="source")
     return replace(
         chart,
         data=data,

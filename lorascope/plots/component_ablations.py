@@ -11,7 +11,7 @@ from lorascope.analysis import fourier as analysis
 from lorascope.analysis.seed_intervals import band, t_interval
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Band, Line, Mark, Point, Text
-from lorascope.plots.builders import ends, metric_bars
+from lorascope.plots.builders import ends, metric_bars, ticks_at
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import BASIS, FREQUENCIES, HEADS
 from lorascope.plots.run_groups import INTERVAL, Cohort, Runs
@@ -58,16 +58,18 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
 def metric_by_band(cohort: Cohort, highest: float) -> Chart:
     """Plot an ablation of a cohort's frequency band: test metric against its center, up to the highest frequency."""
     cohort.require_differ_only_in("center", "width")
-    recipes = {group.label: group.runs[0].meta.recipe for group in cohort.groups}
-    uniform = [label for label, recipe in recipes.items() if recipe.get("center") is None]
-    if len(uniform) == len(recipes):
+    uniform, bands = [], []
+    for group in cohort.groups:
+        recipe = group.runs[0].meta.recipe
+        settings = {"recipe": group.label, "series": _UNIFORM, "width": math.nan, "center": math.nan}
+        if recipe.get("center") is None:
+            uniform.append(group.label)
+        else:
+            width = recipe["width"]
+            settings |= {"series": f"width {width:g}", "width": width, "center": recipe["center"]}
+        bands.append(settings)
+    if len(uniform) == len(bands):
         raise ValueError("bias_curve needs a run with a frequency band, got none: train FourierFT with center=")
-    bands = []
-    for label, recipe in recipes.items():
-        settings = {"series": _UNIFORM, "width": math.nan, "center": math.nan}
-        if label not in uniform:
-            settings = {"series": f"width {recipe['width']:g}", "width": recipe["width"], "center": recipe["center"]}
-        bands.append({"recipe": label} | settings)
     rows = cohort.scores()
     series = rows.merge(pd.DataFrame(bands), on="recipe")
     cells = band(series, ["series", "width", "center"]).sort_values(["width", "center"])
@@ -193,7 +195,7 @@ def metric_by_experts(cohort: Cohort) -> Chart:
         "number",
         curve,
         pd.concat(controls.assign(number=end, series=controls["recipe"]) for end in sides),
-        Axis(label="experts", ticks={number: str(number) for number in sorted(numbers.values())}),
+        Axis(label="experts", ticks=ticks_at(numbers.values())),
         "Test metric by number of experts",
         _parameter_counts(cohort),
         *_differences(hydras, rows, hydras.labels[:1]),

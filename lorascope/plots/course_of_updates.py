@@ -109,16 +109,16 @@ def rotation(
     cohort = gather_runs("rotation", runs, control)
     require_counts(k=k)
     require_choices(space=(space, ("both", *SPACES)))
-    modules = None if module is None else [module]
+    modules, scope, spaces = None, "over modules", "both spaces"
+    if module is not None:
+        modules, scope = [module], f"in {module}"
     angles = pd.concat([rotations(run, k, modules) for run in cohort.runs])
     if space != "both":
-        angles = angles[angles["space"] == space]
+        angles, spaces = angles[angles["space"] == space], f"the space of the {SPACES[space]}"
     if angles.empty:
         raise cohort.no_common_module(module, list(cohort.runs[0].updates()))
     rows = cohort.label(angles.rename(columns={"angle": "value"}))
     random = angles.groupby("step")["chance"].mean().rename("value").reset_index().assign(recipe=_RANDOM)
-    spaces = "both spaces" if space == "both" else f"the space of the {SPACES[space]}"
-    scope = "over modules" if module is None else f"in {module}"
     caption = cohort.caption(
         f"Mean principal angle between the {k} leading singular directions (fewer if the rank is lower), mean over "
         f"{spaces}, {scope}. Random baseline: as many random directions, {random['value'].mean():.0f}°."

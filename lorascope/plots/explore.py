@@ -87,15 +87,20 @@ class Explorer(AnyWidget):
 
     def __init__(self, cohort: Cohort) -> None:
         self._cohort, self._table = cohort, _add_places(cohort.label(cohort.table))
-        self._run_names = {id: name for group in cohort.groups for id, name in group.run_names.items()}
+        self._run_names: dict[str, str] = {}
+        for group in cohort.groups:
+            self._run_names |= group.run_names
         recorded = set(self._table["quantity"])
         self._names = [name for name in QUANTITIES if name in recorded]
-        first = "update_norm" if "update_norm" in self._names else self._names[0]
+        first = self._names[0]
+        if "update_norm" in recorded:
+            first = "update_norm"
         self._settling = True
         # The state is complete from the start, because a page can miss a message sent right after.
         symbols = {name: axis_label(name) for name in self._names}
         super().__init__(symbols=symbols, **self._settle(first, [ALL], [ALL], END, []))
         self._settling = False
+        # The page asks for plotly.js, because a script that contains it loads longer than anywidget waits.
         self.on_msg(lambda *_: self.send({}, [get_plotlyjs().encode()]))
 
     def __repr__(self) -> str:
@@ -271,12 +276,14 @@ def _chart(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
         y = replace(y, limits=(low - margin, high + margin))
     rows, title = _at_step(table, step), quantity.replace("_", " ")
     rules: list[Mark] = []
+    # Components of several modules do not correspond, so that only those of one module have an axis.
     if table["index"].notna().any() and table["module"].nunique() == 1:
         along, x = "index", Axis(label=entry.index.replace("_", " "))
     elif (table["module"] == "").all():
         # All steps are drawn, and a rule marks the selected one.
         along, x, y, rows = "step", Axis(label="step"), replace(y, limits=None), table
-        rules = [Rule(x=step)] if step != UNSTEPPED else []
+        if step != UNSTEPPED:
+            rules.append(Rule(x=step))
     else:
         along, x = "place", Axis(label="layer", order=used_places(table))
     if along != "step":
@@ -296,7 +303,9 @@ def _marks(rows: pd.DataFrame, x: str) -> list[Mark]:
     dots = Point(x, "value", color, other, **ends(rows))
     # A line through several modules of one layer would only go up and down.
     doubled = rows.loc[rows.duplicated([x, "role", "recipe"]), "role"]
-    single = rows[~rows["role"].isin(doubled)] if len(doubled) else None  # None: those of the chart
+    single = None  # the rows of the chart
+    if len(doubled):
+        single = rows[~rows["role"].isin(doubled)]
     if x == "index" or (single is not None and single.empty):
         return [dots]
     marks: list[Mark] = [Line(x, "value", color, other, data=single)]
@@ -320,15 +329,19 @@ def _with_dots(chart: Chart) -> tuple[Chart, Point]:
 def _list(rows: pd.DataFrame, names: Mapping[str, str]) -> dict[str, Any]:
     """Return the rows as text without empty columns, the long ones last; several runs appear by name."""
     texts = rows.head(MOST_LISTED).astype(dict.fromkeys(_COLUMNS, "str")).fillna(dict.fromkeys(_COLUMNS, ""))
-    texts = texts.assign(run=texts["run"].map(names) if len(names) > 1 else "")
-    columns = {name: list(map(printable, texts[name])) for name in _COLUMNS}
-    columns["value"] = ["unknown" if np.isnan(value) else f"{value:.6g}" for value in texts["value"]]
-    filled = [name for name in _COLUMNS if any(columns[name])]
+    texts["run"] = texts["run"].map(names)
+    if len(names) == 1:
+        texts["run"] = ""
+    cells = texts[list(_COLUMNS)].map(printable)
+    cells["value"] = texts["value"].map("{:.6g}".format).replace("nan", "unknown")
+    filled = [name for name in _COLUMNS if cells[name].any()]
     filled.insert(len(filled) - ("module" in filled), "value")  # names of modules are long
     count = count_phrase(len(rows), "row")
+    if len(rows) > MOST_LISTED:
+        count = f"First {MOST_LISTED} of {count}"
     return {
         "columns": filled,
-        "cells": list(map(list, zip(*(columns[name] for name in filled), strict=True))),
+        "cells": cells[filled].to_numpy().tolist(),
         "labels": texts.index.tolist(),
-        "count": count if len(rows) <= MOST_LISTED else f"First {MOST_LISTED} of {count}",
+        "count": count,
     }

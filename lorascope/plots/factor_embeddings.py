@@ -16,7 +16,7 @@ from lorascope.analysis.factor_embeddings import Factor, FactorSet, View
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Panels
 from lorascope.charts.marks import Axis, Point, Text
-from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.figure_registry import figure, gather_apart
 from lorascope.plots.requirements import UPDATES
 from lorascope.plots.run_groups import Cohort, Runs, require_choices
 
@@ -86,7 +86,7 @@ def factor_embedding(
     --------
     >>> ls.plots.factor_embedding(domains)
     """
-    cohorts = [gather_runs("factor_embedding", group) for group in (runs, control) if group is not None]
+    cohorts = gather_apart("factor_embedding", runs, control)
     require_choices(view=(view, _VIEWS))
     if not factors:
         raise ValueError("factors must include 'A' or 'B', got none")
@@ -97,25 +97,29 @@ def factor_embedding(
         "as rings. PCA axes: fraction of variance in parentheses."
     )
     rows = []
-    for prefix, cohort in zip(("", "control: "), cohorts, strict=False):
+    for prefix, cohort in cohorts.items():
         cohort.require_runs(2)
         factored = {run.id: factor_embeddings.factored_updates(run.updates(step)) for run in cohort.runs}
         common = factor_embeddings.common_modules(factored)
-        if unknown := [name for name in modules if name not in common]:
-            raise cohort.no_common_module(unknown[0], common)
-        selected = modules or common
-        updates = {run: {name: factors_of[name] for name in selected} for run, factors_of in factored.items()}
-        domains = {run.id: group.label for group in cohort.groups for run in group.runs}
+        for name in modules:
+            if name not in common:
+                raise cohort.no_common_module(name, common)
+        updates = {}
+        for run, products in factored.items():
+            updates[run] = {name: products[name] for name in modules or common}
+        domains = cohort.label_of_run
         by_factor = [factor_embeddings.build_factor_sets(updates, domains, (factor,), view) for factor in factors]
         caption += _factor_caption(prefix, cohort, by_factor)
-        clouds = factor_embeddings.build_factor_sets(updates, domains, factors, view) if together else chain(*by_factor)
+        clouds = list(chain.from_iterable(by_factor))
+        if together:
+            clouds = factor_embeddings.build_factor_sets(updates, domains, factors, view)
         for cloud in clouds:
             charts = [_tsne(cloud, cohort, prefix, size, seeds) for size in _perplexities(cloud, perplexity)]
             charts.append(_pca(cloud, cohort, prefix))
             if 0 < len(modules) <= _MOST_NAMED:
                 charts = list(map(_name_dots, charts))
             rows.append(tuple(charts))
-    return cohorts[0].complete(Panels(tuple(rows)), caption)
+    return cohorts[""].complete(Panels(tuple(rows)), caption)
 
 
 def _factor_caption(prefix: str, cohort: Cohort, by_factor: Sequence[Sequence[FactorSet]]) -> str:
@@ -138,7 +142,9 @@ def _perplexities(cloud: FactorSet, perplexity: float | Sequence[float] | None) 
     if perplexity is None:
         usual = factor_embeddings.default_perplexity(len(cloud.flat))
         return usual, usual / 3  # structure in both does not depend on the choice
-    return perplexity if isinstance(perplexity, Sequence) else [perplexity]
+    if isinstance(perplexity, Sequence):
+        return perplexity
+    return [perplexity]
 
 
 def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, seeds: Sequence[int]) -> Chart:
@@ -158,7 +164,7 @@ def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, seed
 def _pca(cloud: FactorSet, cohort: Cohort, prefix: str) -> Chart:
     components = factor_embeddings.pca(cloud, len(cloud.flat))
     variances = (components**2).sum(axis=0)
-    percent = 100 * variances / ((components**2).sum() or 1.0)
+    percent = 100 * variances / ((components**2).sum() or 1.0)  # equal factors have no variance
     axes = [Axis(label=f"component {number + 1} ({percent[number]:.0f}%)") for number in (0, 1)]
     points = _place_points(cloud, cohort, components[:, :2])
     return _embedding_chart(points, cohort, f"{prefix}PCA of {_factor_set_name(cloud)}", axes, None)
@@ -170,8 +176,8 @@ def _embedding_chart(
     marks: list[Any] = [Point("x", "y", "domain", shape="role", size="size")]
     if points["factor"].nunique() > 1:
         # A and B share this plane, so their names are drawn above the dots of each.
-        keys = ["factor", frame] if frame else ["factor"]
-        names = points.groupby(keys, as_index=False).agg({"x": "mean", "y": "max"})
+        keys = filter(None, ("factor", frame))
+        names = points.groupby(list(keys), as_index=False).agg({"x": "mean", "y": "max"})
         marks.append(Text("x", "y", "factor", data=names))
     x, y = axes
     return Chart(points, marks, title=title, x=x, y=y, frame=frame, colors=cohort.labels, meta=cohort.meta)
@@ -182,12 +188,15 @@ def _name_dots(chart: Chart) -> Chart:
     reach = _SAME_PLACE * np.abs(chart.data[["x", "y"]].to_numpy()).max()
     labels: list[dict[Hashable, Any]] = []
     labeled_points: dict[tuple[Any, ...], list[tuple[float, float]]] = {}
+    # From the top, so that the name of dots in one place is above the highest of them.
     for dot in chart.data.sort_values("y", ascending=False).to_dict("records"):
         point = dot["x"], dot["y"]
         points = labeled_points.setdefault((dot["module"], dot["factor"], dot.get("start")), [])
         if all(math.dist(point, labeled) > reach for labeled in points):
             points.append(point)
-            labels.append(dot | {"place": dot["place"] if pd.isna(dot["layer"]) else f"{dot['place']} {dot['role']}"})
+            if pd.notna(dot["layer"]):  # the place of any other module is its role
+                dot["place"] += f" {dot['role']}"
+            labels.append(dot)
     names = pd.DataFrame(labels)
     names["y"] += _NAME_OFFSET * chart.data["y"].abs().max()
     chart = replace(chart, marks=[*chart.marks, Text("x", "y", "place", data=names)])

@@ -114,6 +114,14 @@ def gather_runs(name: str, runs: Runs, control: Runs | None = None, check: bool 
     return cohort
 
 
+def gather_apart(name: str, runs: Runs, control: Runs | None) -> dict[str, Cohort]:
+    """Gather the runs of a figure in the registry, and its controls in panels of their own, by the prefix of titles."""
+    cohorts = {"": gather_runs(name, runs)}
+    if control is not None:
+        cohorts["control: "] = gather_runs(name, control)
+    return cohorts
+
+
 def available(run: Result) -> pd.DataFrame:
     """List the figures in the registry, whether the run has their records, and what is missing.
 

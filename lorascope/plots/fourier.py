@@ -17,7 +17,6 @@ from lorascope.plots.builders import curves
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.requirements import FREQUENCIES, UPDATES
 from lorascope.plots.run_groups import INTERVAL, Group, Runs, require_counts
-from lorascope.plots.subspaces import common_module
 from lorascope.updates import Fourier, Update
 
 _FAINT = 0.01  # lower end of the color scale, as a fraction of the largest coefficient
@@ -50,8 +49,8 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
     """
     cohort = gather_runs("fourier_spectrum", runs, control)
     updates = list(map(analysis.fourier_updates, cohort.runs))
-    module = common_module(cohort, updates, module)
-    learned: list[Mapping[str, Any]] = [analysis.learned_fourier_updates(run) for run in cohort.runs]
+    module = cohort.common_module(updates, module)
+    learned: list[Mapping[str, Any]] = list(map(analysis.learned_fourier_updates, cohort.runs))
     difference = ""
     # Without the factors at step 0 of one run, its change would not be comparable with the others.
     if all(module in by_module for by_module in learned):
@@ -114,14 +113,18 @@ def update_image(
     for group in cohort.groups:
         run = group.runs[0]
         shown_updates[group.label] = initial_update.learned_updates(run) if added else run.updates()
-    module = common_module(cohort, list(shown_updates.values()), module)
-    symbol, notes = ("ΔW − ΔW₀", cohort.missing_initial_updates()) if added else ("ΔW", [])
+    module = cohort.common_module(list(shown_updates.values()), module)
+    symbol, notes = "ΔW", list[str]()
+    if added:
+        symbol, notes = "ΔW − ΔW₀", cohort.missing_initial_updates()
     panels = []
     for label, updates in shown_updates.items():
         matrix = updates[module].dense()
         image = matrix[:cells, :cells] / (np.sqrt(np.mean(matrix**2)) or 1.0)  # an update may be all zeros
         row, column = np.indices(image.shape).reshape(2, -1)
-        section = "all" if image.shape == matrix.shape else f"the first {cells}"
+        section = "all"
+        if image.shape != matrix.shape:
+            section = f"the first {cells}"
         caption = (
             f"{symbol} of {module}: {section} rows and columns, in units of the root mean square of all entries; first "
             "run of each recipe."
@@ -159,7 +162,19 @@ def frequency_bias(
         f"Probability of a draw relative to the most likely frequency, for bands of width {width:g}, in the spectrum "
         f"of a {shape[0]} × {shape[1]} weight. Computed, not measured."
     )
-    profiles = [analysis.bias_by_distance(shape, center, width).assign(center=f"{center:g}") for center in centers]
+    profiles, maps = [], []
+    for center in centers:
+        profiles.append(analysis.bias_by_distance(shape, center, width).assign(center=f"{center:g}"))
+        maps.append(
+            Chart(
+                analysis.bias_map(shape, center, width),
+                [Heat("column", "row", "probability", "probability", limits=(0, 1))],
+                title=f"center {center:g}",
+                x=Axis(label="input frequency"),
+                y=Axis(label="output frequency"),
+                caption=caption,
+            )
+        )
     top = Chart(
         pd.concat(profiles),
         [Line("distance", "probability", "center")],
@@ -169,22 +184,12 @@ def frequency_bias(
         caption=caption,
         color_label="center",
     )
-    maps = [
-        Chart(
-            analysis.bias_map(shape, center, width),
-            [Heat("column", "row", "probability", "probability", limits=(0, 1))],
-            title=f"center {center:g}",
-            x=Axis(label="input frequency"),
-            y=Axis(label="output frequency"),
-            caption=caption,
-        )
-        for center in centers
-    ]
     return stack_vertically(top, set_side_by_side(*maps))
 
 
 def _frequency_plane(group: Group, updates: Mapping[str, Fourier], caption: str) -> Chart:
     """Plot the frequencies of one recipe."""
+    # Seeds draw the same entries, or each its own; an entry is averaged over the runs that drew it.
     entries = pd.concat(analysis.list_frequencies(updates[run.id]) for run in group.runs)
     squares = entries.assign(size=entries["coefficient"] ** 2).groupby(["row", "column"])["size"]
     table = np.sqrt(squares.mean()).reset_index()

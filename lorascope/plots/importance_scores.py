@@ -85,6 +85,9 @@ def importance(
 def _importance_chart(
     cells: pd.DataFrame, rows: pd.DataFrame, marks: Sequence[Mark], title: str, quantity: str, sentence: str
 ) -> Chart:
+    colors = None
+    if marks[0].columns()["color"] == "fate":
+        colors = _FATES
     values = rows["value"][rows["value"] != 0]  # a logarithmic axis omits zeros
     # One row per component: its fate is the same at all steps.
     fates = rows.drop_duplicates(["run", "module", "index"])["kept"]
@@ -96,5 +99,5 @@ def _importance_chart(
         x=Axis(label="step"),
         y=Axis(label=axis_label(quantity), log=bool((values > 0).all() and values.max() > _LOG_FROM * values.min())),
         caption=f"{caption} Retained at the end: {fates.sum():,} of {len(fates):,} components. {sentence}",
-        colors=_FATES if "fate" in {mark.columns().get("color") for mark in marks} else None,
+        colors=colors,
     )

@@ -18,8 +18,7 @@ from lorascope.plots.builders import curves, pair_heat
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.norms import update_profile
 from lorascope.plots.requirements import SPECTRA
-from lorascope.plots.run_groups import Cohort, Runs, define, require_counts
-from lorascope.plots.subspaces import common_names
+from lorascope.plots.run_groups import Cohort, Runs, common_names, define, require_counts
 from lorascope.runs.result import Result
 
 
@@ -96,15 +95,14 @@ def _pools(
     cohort: Cohort, spectra: Mapping[str, Mapping[str, Any]], module: str | None
 ) -> tuple[Mapping[str, Sequence[str]], str]:
     """Return the modules of each run whose spectra are pooled, and their description as text."""
-    common = common_names(list(spectra.values()))
     if module is not None:
-        if module not in common:
-            raise cohort.no_common_module(module, common)
-        return {run: [module] for run in spectra}, module
+        module = cohort.common_module(list(spectra.values()), module)
+        return dict.fromkeys(spectra, (module,)), module
     in_blocks = {}
     for run in cohort.runs:
         blocks = set(run.modules["module"][run.modules["layer"].notna()])
-        in_blocks[run.id] = [name for name in spectra[run.id] if name in blocks]
+        in_blocks[run.id] = common_names([spectra[run.id], blocks])
+    # The head, outside the blocks, trains with every method, so that its spectrum does not compare methods.
     shared = common_names(list(in_blocks.values()))
     if len(shared) == 1:
         return dict.fromkeys(spectra, shared), shared[0]
@@ -136,6 +134,7 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
         mean, chance = analysis.average_angles(pairs)
         words = f"{mean:.0f}° ({chance:.0f}°)"
         if pd.isna(mean):
+            # A run that saved only singular values has no directions at all.
             words = "none shared" if all(map(all, pairs)) else "not saved"
         rows.append({"row": row, "column": column, "value": mean, "chance": chance, "words": words})
     table = pd.DataFrame(rows)

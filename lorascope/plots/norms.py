@@ -97,15 +97,17 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     cells = band(cohort.label(pooled), [*_CELL, "role"])
     largest = float(pd.Series(to_floats(cells["value"])).max())
     half: float = ((cells["high"] - cells["low"]) / 2 / cells["value"]).max()
-    widest = f" Widest interval of a cell: ±{half:.0%}." if math.isfinite(half) else ""
-    caption = cohort.caption(
-        f"{define(quantity)} {_step_phrase(pooled)}{widest}", interval="95% t-intervals are in the data"
-    )
-    text = None
-    if largest > 0 and len(cells[["recipe", "place"]].drop_duplicates()) <= _MOST_LABELED:
-        digits = 2 - math.floor(math.log10(largest))  # three digits for the largest
-        text = f".{max(0, digits)}f" if abs(digits) < _MOST_DIGITS else ".2e"
-    heat = Heat("place", "role", "value", axis_label(quantity), text, limits=(0.0, largest) if largest > 0 else None)
+    sentences = f"{define(quantity)} {_step_phrase(pooled)}"
+    if math.isfinite(half):  # a cell of zeros has no relative width
+        sentences += f" Widest interval of a cell: ±{half:.0%}."
+    caption = cohort.caption(sentences, interval="95% t-intervals are in the data")
+    text = limits = None
+    if largest > 0:
+        limits = (0.0, largest)
+        if len(cells[["recipe", "place"]].drop_duplicates()) <= _MOST_LABELED:
+            digits = 2 - math.floor(math.log10(largest))  # three digits for the largest
+            text = f".{max(0, digits)}f" if abs(digits) < _MOST_DIGITS else ".2e"
+    heat = Heat("place", "role", "value", axis_label(quantity), text, limits=limits)
     panels = heat_by_role(cells, cohort.labels, lambda _: heat, "block", caption)
     return cohort.complete(wrap(panels, len(panels)))
 
@@ -178,13 +180,14 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
     layers = {name: _layers(cohort, name) for name in quantities}
     if per_weight:
         modules = pd.concat([run.modules for run in cohort.runs])
+        # No panels of adapter norms: they are the norms of A and B, so that no weight of the layer divides them.
         for name in quantities:
             layers[name] = norms.norm_per_weight(norms.select_quantity(cohort.table, name), modules)
     elif (cohort.table["quantity"] == "adapter_norm").any():
         adapters = norms.pool_modules(norms.select_quantity(cohort.table, "adapter_norm"))
         layers |= {"adapter_norm": adapters, _SINCE_START: norms.subtract_start(adapters)}
-    titles = {name: name.replace("_", " ") for name in layers}
-    caption = f"By layer, mean over the recorded steps after step 0: {', '.join(titles.values())}."
+    titles = ", ".join(layers).replace("_", " ")
+    caption = f"By layer, mean over the recorded steps after step 0: {titles}."
     if per_weight:
         caption += " Norms are divided by √n, where n is the number of weights in the matrices of a layer."
     panels = []
@@ -195,14 +198,15 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
             y = Axis(label=f"{axis_label('adapter_norm')} − step 0")
         else:
             y = Axis(label=axis_label(name) + " / √n" * per_weight, log=True)
-        panels.append(profile(cohort, cells, y, title=titles[name], caption=cohort.caption(caption)))
+        panels.append(profile(cohort, cells, y, title=name.replace("_", " "), caption=cohort.caption(caption)))
     return cohort.complete(wrap(panels, 2))
 
 
 def _comparable_quantity(cohort: Cohort) -> str:
     """Return the norm that is comparable between the recipes shown."""
-    recorded = cohort.table.loc[cohort.table["quantity"] == "learned_norm", "run"].nunique()
-    return "learned_norm" if len(cohort.groups) > 1 and recorded == len(cohort.runs) else "update_norm"
+    if len(cohort.groups) > 1 and cohort.has_recorded("learned_norm"):
+        return "learned_norm"
+    return "update_norm"
 
 
 def _layers(cohort: Cohort, quantity: str, history: bool = False) -> pd.DataFrame:
@@ -212,4 +216,6 @@ def _layers(cohort: Cohort, quantity: str, history: bool = False) -> pd.DataFram
 
 def _step_phrase(cells: pd.DataFrame) -> str:
     steps = sorted(cells["step"].dropna().unique())
-    return f"After step {', '.join(map(str, steps))}." if steps else "As stored."
+    if not steps:
+        return "As stored."
+    return f"After step {', '.join(map(str, steps))}."

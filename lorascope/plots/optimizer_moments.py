@@ -12,7 +12,7 @@ from lorascope.analysis.even_spacing import evenly_spaced
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, wrap
 from lorascope.charts.marks import Axis, Heat, Line
-from lorascope.plots.builders import course, curves, mean_over_modules, used_places
+from lorascope.plots.builders import course, curves, mean_over_modules, ticks_at, used_places
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import Runs, axis_label
 from lorascope.schema.module_roles import ROLES
@@ -272,6 +272,5 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
 
 def _by_rank(cells: pd.DataFrame, y: Axis, title: str, caption: str, colors: Iterable[str]) -> Chart:
     """Plot one line per measure over the rank."""
-    ticks = {int(rank): str(int(rank)) for rank in sorted(cells["index"].unique())}
-    axes = (Axis(label="rank k", log=True, ticks=ticks), y)
+    axes = (Axis(label="rank k", log=True, ticks=ticks_at(cells["index"].astype(int))), y)
     return curves(cells, "index", axes, color="measure", whiskers=False, title=title, caption=caption, colors=colors)

@@ -12,7 +12,7 @@ from lorascope.analysis.planted_ranks import recovered_ranks
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Chart, Drawable, Panels, set_side_by_side, stack_vertically, wrap
 from lorascope.charts.marks import Axis, Band, Heat, Line, Mark, Point
-from lorascope.plots.builders import curves, heat_by_role, metric_bars
+from lorascope.plots.builders import curves, heat_by_role, metric_bars, ticks_at
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import Cohort, Group, Runs, define, join_by_label, require_counts
 
@@ -57,7 +57,7 @@ def found_by_planted(cohort: Cohort, ranks: pd.DataFrame) -> Chart:
         cells,
         "planted",
         (
-            Axis(label="rank of the teacher's update", ticks={rank: f"{rank:g}" for rank in truth["planted"]}),
+            Axis(label="rank of the teacher's update", ticks=ticks_at(means["planted"])),
             Axis(label="found rank", limits=(0, None)),
         ),
         Line("planted", "planted", "recipe", data=truth),
@@ -101,7 +101,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
     ranks = cohort.label(rank_allocations.current_ranks(cohort.table, step))
     sums = ranks.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
     means = sums.groupby("recipe", sort=False).mean()
-    totals = join_by_label({str(label): f"{round(mean, 1):,.6g}" for label, mean in means.items()})
+    totals = join_by_label(dict(zip(means.index, means.round(1).map("{:,.6g}".format), strict=True)))
     when = "at the end" if step is None else f"after step {step}"
     sentences = [f"{define('rank')} Ranks {when}. Total rank: {totals}.", *_agreements(cohort, ranks)]
     if chance:
@@ -109,7 +109,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
         for group in cohort.groups:
             learned = ranks[ranks["recipe"] == group.label]
             allocations.append(learned)
-            if not group.control:  # a control is a baseline itself
+            if group.kind == "run":  # a control is a baseline itself
                 cap = _cap(cohort, group)
                 assumptions[group.label] = _ANYWHERE if cap is None else _RETAINED
                 random = rank_allocations.random_ranks(learned, cap)
@@ -223,7 +223,9 @@ def _rank_course(cohort: Cohort, ranks: pd.DataFrame, label: str, caption: str) 
     if len(stairs):
         marks.insert(0, Line("at", "value", "series", data=stairs))
     if phases := rank_allocations.budget_phases(budget):
-        corners = [(step, name, 0.0, top) for name, *steps in phases for step in steps]
+        corners = []
+        for name, start, end in phases:
+            corners += [(start, name, 0.0, top), (end, name, 0.0, top)]
         bands = pd.DataFrame(corners, columns=["at", "series", "low", "high"])
         marks.insert(0, Band("at", "low", "high", "series", data=bands))
     return Chart(
@@ -249,13 +251,17 @@ def _agreements(cohort: Cohort, ranks: pd.DataFrame) -> list[str]:
         of_recipe = ranks[ranks["recipe"] == group.label]
         mean, low, high, _ = rank_allocations.stability(of_recipe)
         if np.isfinite(mean):
-            interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
+            tau = f"{mean:.2f}"
+            if np.isfinite(low):  # two seeds are one pair, which has no interval
+                tau += f" [{low:.2f}, {high:.2f}]"
             limit = np.nanquantile(rank_allocations.random_stability(of_recipe, _cap(cohort, group)), 0.95)
-            taus.append(f"{group.label}: {mean:.2f}{interval} (random: 95th percentile {limit:.2f})")
+            taus.append(f"{group.label}: {tau} (random: 95th percentile {limit:.2f})")
+    if not taus:
+        return []
     text = "; ".join(taus)
     if "[" in text:
         statistic += " [95% jackknife t-interval over seeds]"
-    return [f"{statistic}, {text}."] if taus else []
+    return [f"{statistic}, {text}."]
 
 
 def _spent_parameters(cohort: Cohort) -> str:
@@ -271,5 +277,7 @@ def _spent_parameters(cohort: Cohort) -> str:
         if np.isnan(sums).any():
             return ""
         means[group.label] = f"{np.mean(sums):,.0f}"
-    each = " each" if len(set(means.values())) == 1 else ""  # names: ok
-    return f"Adapter parameters: {join_by_label(means)}{each}."
+    text = f"Adapter parameters: {join_by_label(means)}"
+    if len(set(means.values())) == 1:
+        text += " each"
+    return f"{text}."

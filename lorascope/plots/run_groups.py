@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
+import numpy as np
 import pandas as pd
 
 from lorascope.analysis import initial_update, norms
@@ -21,6 +22,7 @@ from lorascope.schema import records
 from lorascope.schema.records import QUANTITIES
 
 Runs: TypeAlias = Result | Sequence[Result] | Mapping[str, Result | Sequence[Result]]
+Kind: TypeAlias = Literal["run", "control"]
 AnyDrawable = TypeVar("AnyDrawable", bound=Drawable)
 
 INTERVAL = "95% t-interval over seeds"
@@ -38,12 +40,22 @@ class Group:
 
     label: str
     runs: tuple[Result, ...]
-    control: bool = False
+    kind: Kind = "run"
+
+    @property
+    def seeds(self) -> list[int | None]:
+        """Seed of each run, None if it is unknown."""
+        return [run.meta.seed for run in self.runs]
+
+    @property
+    def has_distinct_seeds(self) -> bool:
+        """Whether all seeds are known and distinct."""
+        return None not in self.seeds and len(set(self.seeds)) == len(self.runs)
 
     @property
     def sample(self) -> str:
         """Number of runs and their seeds as text."""
-        n, seeds = len(self.runs), sorted({run.meta.seed for run in self.runs if run.meta.seed is not None})
+        n, seeds = len(self.runs), sorted({seed for seed in self.seeds if seed is not None})
         if not seeds:
             return count_phrase(n, "run")
         listing = ", ".join(map(str, seeds))
@@ -52,15 +64,16 @@ class Group:
             listing = f"{seeds[0]} to {seeds[-1]}"
         if n == 1:
             return f"1 run (seed {listing})"
-        return f"{n} seeds ({listing})" if len(seeds) == n else f"{n} runs (seeds {listing})"
+        return f"{n} seeds ({listing})" if self.has_distinct_seeds else f"{n} runs (seeds {listing})"
 
     @property
     def run_names(self) -> dict[str, str]:
         """Label and seed of each run by its id, or label and id if the seeds are not distinct."""
-        seeds = {run.id: run.meta.seed for run in self.runs}
-        if len({*seeds.values()} - {None}) < len(seeds):
-            return {id: f"{self.label}, run {id}" for id in seeds}
-        return {id: f"{self.label}, seed {seed}" for id, seed in seeds.items()}
+        names = {}
+        for run in self.runs:
+            number = f"seed {run.meta.seed}" if self.has_distinct_seeds else f"run {run.id}"
+            names[run.id] = f"{self.label}, {number}"
+        return names
 
 
 @dataclass(frozen=True)
@@ -89,19 +102,28 @@ class Cohort:
         """Labels in the order of the legend."""
         return [group.label for group in self.groups]
 
+    @property
+    def label_of_run(self) -> dict[str, str]:
+        """Label of every run by its id."""
+        labels = {}
+        for group in self.groups:
+            for run in group.runs:
+                labels[run.id] = group.label
+        return labels
+
     @cached_property
     def meta(self) -> dict[str, Any]:
         """Origin of the figure for saved files: its name and runs, and the gates of input-dependent updates."""
         meta: dict[str, Any] = {"figure": self.name, "runs": [run.id for run in self.runs]}
         if not OF_UPDATES.isdisjoint(self.needs):
-            gates = {group.label: _describe_gates(group) for group in self.groups}
-            if any(gates.values()):
-                meta[MIXTURES] = {label: text for label, text in gates.items() if text}
+            for group in self.groups:
+                if gates := _describe_gates(group):
+                    meta.setdefault(MIXTURES, {})[group.label] = gates
         return meta
 
     def without_controls(self) -> Cohort:
         """Return the cohort of the other runs; a chart of it has the same name."""
-        return replace(self, groups=tuple(group for group in self.groups if not group.control))
+        return replace(self, groups=tuple(group for group in self.groups if group.kind == "run"))
 
     def require(self, *needs: str, history: bool = False) -> None:
         """Raise a ValueError for the first run that lacks one of these records."""
@@ -109,6 +131,10 @@ class Cohort:
             for need in needs:
                 if reason := missing_reason(run, need, history):
                     raise ValueError(f"{self.name} needs {reason} (run {run.id}, {run.label})")
+
+    def has_recorded(self, quantity: str) -> bool:
+        """Return whether every run has records of a quantity."""
+        return self.table.loc[self.table["quantity"] == quantity, "run"].nunique() == len(self.runs)
 
     def require_runs(self, minimum: int) -> None:
         """Raise a ValueError if there are fewer runs than this."""
@@ -141,9 +167,26 @@ class Cohort:
                             f"(run {first.id}) and {actual.get(key)} (run {run.id})"
                         )
 
+    def common_module(self, updates: Sequence[Mapping[str, Any]], module: str | None) -> str:
+        """Return the module that a figure compares: the given one, or that with the largest mean update.
+
+        ``updates`` are those of every run by module, or their singular values.
+        """
+        common = common_names(updates)
+        if module is None and common:
+            rows = self.table[(self.table["quantity"] == "update_norm") & self.table["module"].isin(common)]
+            if rows.empty:  # no norms were recorded
+                return max(common, key=lambda name: sum(_norm_of(by_module[name]) for by_module in updates))
+            return str(norms.last_recorded(rows).groupby("module", observed=True)["value"].mean().idxmax())
+        if module not in common:
+            raise self.no_common_module(module, common)
+        return module
+
     def no_common_module(self, module: str | None, common: Sequence[str]) -> ValueError:
         """Return the error for a module that not all runs have; ``common`` lists those that they have."""
-        got = "" if module is None else f", got {module!r}"
+        got = ""
+        if module is not None:
+            got = f", got {module!r}"
         if not common:
             return ValueError(f"{self.name} needs a module that all runs have, and these have none in common{got}")
         choices = ", ".join(common[:5])
@@ -153,11 +196,9 @@ class Cohort:
 
     def label(self, table: pd.DataFrame) -> pd.DataFrame:
         """Add the columns ``recipe`` (the label) and ``kind`` (run or control) to a table with a column ``run``."""
-        group_of = {run.id: group for group in self.groups for run in group.runs}
-        labels = {id: group.label for id, group in group_of.items()}
-        kinds = {id: "control" if group.control else "run" for id, group in group_of.items()}
-        run = table["run"].astype("str")
-        return table.assign(recipe=run.map(labels), kind=run.map(kinds))
+        kinds = {group.label: group.kind for group in self.groups}
+        recipe = table["run"].astype("str").map(self.label_of_run)
+        return table.assign(recipe=recipe, kind=recipe.map(kinds))
 
     def select(self, *quantities: str) -> pd.DataFrame:
         """Return the labeled records of these quantities."""
@@ -170,8 +211,10 @@ class Cohort:
     @property
     def metric(self) -> str:
         """Axis label of test metrics: the name of the metric if all runs share it."""
-        names = {run.meta.test.name if run.meta.test else "metric" for run in self.runs}
-        return f"test {names.pop()}" if len(names) == 1 else QUANTITIES["test_metric"].label
+        names = {getattr(run.meta.test, "name", "metric") for run in self.runs}
+        if len(names) > 1:
+            return QUANTITIES["test_metric"].label
+        return f"test {names.pop()}"
 
     @property
     def sample(self) -> str:
@@ -206,11 +249,12 @@ class Cohort:
         """
         mixtures: dict[str, str] = {}
         for chart in drawable.charts():
+            # A chart of another cohort, such as the controls in panels of their own, has the meta of its runs.
             mixtures |= (self.meta | dict(chart.meta)).get(MIXTURES, {})
         sentences = mixture_sentences(mixtures)
 
         def complete_chart(chart: Chart) -> Chart:
-            text = chart.caption if caption is None else caption
+            text = caption or chart.caption
             return replace(chart, caption=" ".join([text, *sentences]), meta=self.meta | dict(chart.meta))
 
         rows = tuple(tuple(map(complete_chart, row)) for row in drawable.rows())
@@ -226,7 +270,9 @@ class Cohort:
         # A note on all labels names their method once, several notes name their labels.
         sentences = []
         for note, by_label in methods.items():
-            subject = ", ".join(by_label) if len(methods) > 1 else next(iter(by_label.values()))
+            subject = ", ".join(by_label)
+            if len(methods) == 1:
+                subject = next(iter(by_label.values()))
             sentences.append(f"{subject} {note}.")
         return sentences
 
@@ -248,7 +294,7 @@ def gather(name: str, runs: Runs, control: Runs | None = None, needs: tuple[str,
     """
     groups = _group(runs)
     if control is not None:
-        groups += _group(control, control=True)
+        groups += _group(control, "control")
     cohort = Cohort(name, groups, needs)
     cohort.require_runs(1)
     if doubled := _duplicates(run.id for run in cohort.runs):
@@ -280,7 +326,18 @@ def join_by_label(notes: Mapping[str, str]) -> str:
     """Join the notes of all groups of runs by label, or return the note once if it is the same for all."""
     if len(set(notes.values())) == 1:
         return next(iter(notes.values()))
-    return "; ".join(f"{label}: {text}" for label, text in notes.items())
+    return "; ".join(map(": ".join, notes.items()))
+
+
+def common_names(collections: Sequence[Collection[str]]) -> list[str]:
+    """Return the modules that a figure of run groups can compare: those in all collections, in order of the first."""
+    shared = set.intersection(*map(set, collections))
+    return [name for name in collections[0] if name in shared]
+
+
+def _norm_of(update: Any) -> float:
+    """Return the norm of an update, or of its singular values."""
+    return float(np.linalg.norm(update) if isinstance(update, np.ndarray) else update.norm())
 
 
 def mixture_sentences(mixtures: Mapping[str, str]) -> list[str]:
@@ -313,17 +370,20 @@ def _describe_gates(group: Group) -> str:
     return " and ".join(filter(None, descriptions))
 
 
-def _group(runs: Runs, control: bool = False) -> tuple[Group, ...]:
-    groups: dict[str, list[Result]] = {}
+def _group(runs: Runs, kind: Kind = "run") -> tuple[Group, ...]:
+    members: dict[str, list[Result]] = {}
     if isinstance(runs, Mapping):
-        groups = {label: list_runs(members) for label, members in runs.items()}
+        members = {label: list_runs(of_label) for label, of_label in runs.items()}
     else:
         for run in list_runs(runs):
-            label = f"control: {run.label}" if control else run.label
-            groups.setdefault(label, []).append(run)
-        for label, members in groups.items():
-            _require_seeds(label, members)
-    return tuple(Group(label, tuple(members), control) for label, members in groups.items() if members)
+            label = f"control: {run.label}" if kind == "control" else run.label
+            members.setdefault(label, []).append(run)
+    groups = tuple(Group(label, tuple(of_label), kind) for label, of_label in members.items() if of_label)
+    # The runs of a given label may differ, because the caller decided to average them.
+    if not isinstance(runs, Mapping):
+        for group in groups:
+            _require_same_recipe(group)
+    return groups
 
 
 def list_runs(runs: Result | Sequence[Result]) -> list[Result]:
@@ -331,18 +391,17 @@ def list_runs(runs: Result | Sequence[Result]) -> list[Result]:
     return [runs] if isinstance(runs, Result) else list(runs)
 
 
-def _require_seeds(label: str, runs: Sequence[Result]) -> None:
-    """Raise a ValueError unless runs differ only in their seed, and all seeds are distinct."""
-    first = runs[0]
-    for run in runs[1:]:
+def _require_same_recipe(group: Group) -> None:
+    """Raise a ValueError unless the runs differ only in their seed, and all seeds are distinct."""
+    first, *other_runs = group.runs
+    for run in other_runs:
         if differing := [key for key in _SAME if getattr(run.meta, key) != getattr(first.meta, key)]:
             raise ValueError(
-                f"cannot average runs {first.id} and {run.id} of label {label!r}: they differ in "
+                f"cannot average runs {first.id} and {run.id} of label {group.label!r}: they differ in "
                 f"{', '.join(differing)}. Pass a dict label -> runs"
             )
-    seeds = [run.meta.seed for run in runs]
-    if len(runs) > 1 and (None in seeds or len(set(seeds)) < len(seeds)):
+    if other_runs and not group.has_distinct_seeds:
         raise ValueError(
-            f"cannot average {len(runs)} runs of label {label!r}: their seeds are not distinct, got seeds "
-            f"{seeds}. Pass a dict label -> run"
+            f"cannot average {len(group.runs)} runs of label {group.label!r}: their seeds are not distinct, got seeds "
+            f"{group.seeds}. Pass a dict label -> run"
         )

@@ -16,7 +16,8 @@ OVERVIEW = ("update_norm_heat", "rank_allocation", "spectrum", "importance")
 def save_overview(run: Run, folder: Path) -> list[Path]:
     """Save the overview of a run: the figures that it can be drawn as, in PNG files with the names of the figures."""
     files = []
-    for figure in (FIGURES[name] for name in OVERVIEW):
+    for name in OVERVIEW:
+        figure = FIGURES[name]
         if any(missing_reason(run, need, figure.history) for need in figure.needs):
             continue
         with suppress(ValueError):  # such as a figure by block of a model without blocks

@@ -66,4 +66,6 @@ def _mean_cells(cells: pd.DataFrame) -> pd.DataFrame:
 def _describe_runs(cells: pd.DataFrame) -> tuple[str, str]:
     """Return what is shown, and its interval."""
     number = cells["run"].nunique()
-    return ("One run", "95% bootstrap interval over modules") if number == 1 else (f"Mean of {number} seeds", INTERVAL)
+    if number == 1:
+        return "One run", "95% bootstrap interval over modules"
+    return f"Mean of {number} seeds", INTERVAL

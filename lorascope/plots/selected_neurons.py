@@ -97,8 +97,7 @@ def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None 
     """
     cohort = gather_runs("neuron_cosine", runs, control, check=False)
     if quantity is None:
-        recorded = cohort.table.loc[cohort.table["quantity"] == "selection_cosine", "run"].nunique()
-        quantity = "selection_cosine" if recorded == len(cohort.runs) else "neuron_cosine"
+        quantity = "selection_cosine" if cohort.has_recorded("selection_cosine") else "neuron_cosine"
     cohort.require(quantity)
     return cohort.complete(
         wrap([_rotation_quantiles(cohort, group, quantity) for group in cohort.groups], len(cohort.groups))
@@ -203,11 +202,13 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
     states = _utilization_states(compared)
     buckets, kinds = [], []
     for run in cohort.runs:
-        table = _reference_of(run, references).table if references else None
+        table = None
+        if references:
+            table = _reference_of(run, references).table
         shifts = neuron_utilization.rank_shift_of_run(run.table, selected_neurons.list_trained(run), table)
         buckets.append(neuron_utilization.average_shifts(shifts).assign(run=run.id))
         counts = neuron_utilization.count_shifts(shifts)
-        kinds += [{"run": run.id, "category": kind, "value": counts[kind]} for kind in counts if kind in _KINDS]
+        kinds += [{"run": run.id, "category": kind, "value": counts[kind]} for kind in _KINDS]
     moved = pd.concat(buckets)
     percent = (100 * moved[["low", "high"]]).map("{:g}".format)
     moved["bucket"] = (percent["low"] + "–" + percent["high"]).replace("0–100", "all")
@@ -255,11 +256,13 @@ def _utilization_states(cohort: Cohort) -> str:
                 which = "a later" if observer.get("layers", "later") == "later" else "an earlier"
                 kind = "standardized " if observer.get("standardize") else ""
                 states.add(f"the mean {kind}hidden state of the same or {which} layer")
+    if not states:
+        return "a mean hidden state"
     if len(states) > 1:
         raise ValueError(
             f"{cohort.name} needs runs with the same kind of utilization, got {' and '.join(sorted(states))}"
         )
-    return states.pop() if states else "a mean hidden state"
+    return states.pop()
 
 
 def _random_marks(chance: pd.DataFrame) -> tuple[list[Mark], str]:
@@ -284,12 +287,11 @@ def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> Chart:
     quantiles = pd.DataFrame({"value": values.median(), "low": values.quantile(0.05), "high": values.quantile(0.95)})
     cells = quantiles.groupby(["place", "role"], observed=True, sort=False).mean().reset_index()
     marks: list[Mark] = [Band("place", "low", "high", "role"), Line("place", "value", "role")]
-    recorded = [selected_neurons.selection_threshold(run, quantity) for run in group.runs]
-    thresholds = [threshold for threshold in recorded if threshold is not None]
-    # A run without a threshold selected its neurons otherwise.
+    thresholds = [selected_neurons.selection_threshold(run, quantity) for run in group.runs]
     selected = ""
-    if len(thresholds) == len(group.runs):
-        marks.append(Rule(y=float(np.mean(thresholds)), label="threshold"))
+    if None not in thresholds:  # a run without a threshold selected its neurons otherwise
+        mean = np.mean(np.array(thresholds, dtype=np.float64))
+        marks.append(Rule(y=float(mean), label="threshold"))
         selected = " Neurons above the threshold were selected."
     return Chart(
         cells,

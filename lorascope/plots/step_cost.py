@@ -12,7 +12,7 @@ from lorascope.charts.chart import Chart, Drawable, wrap
 from lorascope.charts.marks import Rule
 from lorascope.plots.builders import stacked_bars
 from lorascope.plots.figure_registry import figure, gather_runs
-from lorascope.plots.run_groups import Cohort, Runs
+from lorascope.plots.run_groups import Cohort, Runs, require_choices
 
 _QUANTITIES = {
     "parameter_bytes": "parameters",
@@ -57,15 +57,15 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     >>> ls.plots.memory({"full fine-tuning": full[0], "LoRA": lora})
     """
     cohort = gather_runs("memory", runs, control)
-    sizes = (*_PAPERS, *memory_estimate.GPT2)
-    if unknown := [size for size in computed if size not in sizes]:
-        raise ValueError(f"computed must be one of {', '.join(map(repr, sizes))}, got {unknown[0]!r}")
-    models = {model: _runs_of_model(cohort, model) for model in dict.fromkeys(run.meta.model for run in cohort.runs)}
-    cells = {model: _measured_memory(measured) for model, measured in models.items()}
+    for size in computed:
+        require_choices(computed=(size, (*_PAPERS, *memory_estimate.GPT2)))
+    models, cells = {}, {}
     without_peak: dict[str, None] = {}
     batches, are_averaged = [], False
-    for model, measured in models.items():
-        with_peak = set(cells[model]["recipe"][cells[model]["part"] == _ACTIVATIONS])
+    for model in dict.fromkeys(run.meta.model for run in cohort.runs):
+        models[model] = measured = _runs_of_model(cohort, model)
+        cells[model] = rows = _measured_memory(measured)
+        with_peak = set(rows["recipe"][rows["part"] == _ACTIVATIONS])
         without_peak |= dict.fromkeys(label for label in measured.labels if label not in with_peak)
         batches.append(f"{' and '.join(_batch_phrase(measured))}, {measured.sample}")
         are_averaged |= len(measured.runs) > len(measured.groups)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
 from itertools import combinations, product
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from lorascope.analysis import norms, spectra
+from lorascope.analysis import spectra
 from lorascope.analysis import subspace_similarity as subspace
 from lorascope.analysis.seed_intervals import band
 from lorascope.analysis.subspace_similarity import Side
 from lorascope.charts.chart import Chart, Panels, set_side_by_side
 from lorascope.charts.marks import Axis, Heat
 from lorascope.plots.builders import curves
-from lorascope.plots.figure_registry import figure, gather_runs
+from lorascope.plots.figure_registry import figure, gather_apart, gather_runs
 from lorascope.plots.requirements import SPECTRA, UPDATES
 from lorascope.plots.run_groups import Cohort, Runs, require_choices
 from lorascope.runs.result import Result
@@ -64,15 +61,17 @@ def spectrum(
     if added:
         values_of, symbol, notes = spectra.added_values, "ΔW − ΔW₀", cohort.missing_initial_updates()
     by_run = {run.id: values_of(run, step) for run in cohort.runs}
-    module = common_module(cohort, list(by_run.values()), module)
+    module = cohort.common_module(list(by_run.values()), module)
     sigmas = {run: spectra.above_rounding(by_module[module]) for run, by_module in by_run.items()}
     values = spectra.tabulate_spectra(sigmas).rename(columns={"module": "run", "sigma": "value"})
     ranks = spectra.rank_definitions(sigmas).rename(columns={"module": "run", "effective_rank": "value"})
     cells = band(cohort.label(values), ["recipe", "kind", "component"])
     effective = []
     for row in band(cohort.label(ranks), ["recipe"]).to_dict("records"):
-        interval = "" if pd.isna(row["low"]) else f" [{row['low']:.1f}, {row['high']:.1f}]"
-        effective.append(f"{row['recipe']} {row['value']:.1f}{interval}")
+        text = f"{row['recipe']} {row['value']:.1f}"
+        if pd.notna(row["low"]):
+            text += f" [{row['low']:.1f}, {row['high']:.1f}]"
+        effective.append(text)
     return cohort.complete(
         curves(
             cells,
@@ -80,10 +79,7 @@ def spectrum(
             ("component", Axis(label="singular value", log=True)),
             points=bool(cells["component"].max() <= _MOST_DOTS),
             title=f"Spectrum of {module}",
-            caption=cohort.caption(
-                f"Singular values of {symbol}. Effective rank: {'; '.join(effective)}.",
-                *notes,
-            ),
+            caption=cohort.caption(f"Singular values of {symbol}. Effective rank: {'; '.join(effective)}.", *notes),
             colors=cohort.labels,
             meta={"module": module},
         )
@@ -124,12 +120,13 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     --------
     >>> ls.plots.subspace_similarity({"rank 8": lora[0], "rank 32": lora_rank_32})
     """
-    cohorts = [gather_runs("subspace_similarity", group) for group in (runs, control) if group is not None]
-    require_choices(side=(side, ("A", "B", "update")))
-    updates = [run.updates() for cohort in cohorts for run in cohort.runs]
-    module = common_module(cohorts[0], updates, module)
+    cohorts = gather_apart("subspace_similarity", runs, control)
+    require_choices(side=(side, _SIDES))
+    updates = [run.updates() for cohort in cohorts.values() for run in cohort.runs]
+    # Panels of the control show the same module, so that they can be compared.
+    module = cohorts[""].common_module(updates, module)
     panels: list[Chart] = []
-    for prefix, cohort in zip(("", "control: "), cohorts, strict=False):
+    for prefix, cohort in cohorts.items():
         title, pairs = _similarity_pairs(cohort)
         tables = [subspace.similarity_of_runs(a.updates(), b.updates(), module, side) for a, b in pairs]
         over_pairs = pd.concat(tables).groupby(["i", "j"], as_index=False)
@@ -139,32 +136,8 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
         )
         caption = _phi_caption(cells, len(pairs), module, side)
         panels.append(_phi_heat(cells, "phi", prefix + title, caption, cohort))
-    random = _phi_heat(panels[0].data, "phi_random", "random subspaces", panels[0].caption, cohorts[0])
-    return cohorts[0].complete(set_side_by_side(*panels, random))
-
-
-def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: str | None) -> str:
-    """Return the module whose subspaces a figure compares: the given one, or that with the largest mean update."""
-    common = common_names(updates)
-    if module is None and common:
-        rows = cohort.table[(cohort.table["quantity"] == "update_norm") & cohort.table["module"].isin(common)]
-        if rows.empty:  # no norms were recorded
-            return max(common, key=lambda name: sum(_size(by_module[name]) for by_module in updates))
-        return str(norms.last_recorded(rows).groupby("module", observed=True)["value"].mean().idxmax())
-    if module not in common:
-        raise cohort.no_common_module(module, common)
-    return module
-
-
-def common_names(collections: Sequence[Collection[str]]) -> list[str]:
-    """Return the names of modules whose subspaces can be compared: those in all collections, in order of the first."""
-    shared = set.intersection(*map(set, collections))
-    return [name for name in collections[0] if name in shared]
-
-
-def _size(update: Any) -> float:
-    """Return the norm of an update, or of its singular values."""
-    return float(np.linalg.norm(update) if isinstance(update, np.ndarray) else update.norm())
+    random = _phi_heat(panels[0].data, "phi_random", "random subspaces", panels[0].caption, cohorts[""])
+    return cohorts[""].complete(set_side_by_side(*panels, random))
 
 
 def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Result, Result]]]:
@@ -182,7 +155,7 @@ def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Result, Result]]]
 
 
 def _phi_caption(cells: pd.DataFrame, pairs: int, module: str, side: Side) -> str:
-    """Return the caption: definition of φ, and its first and last value with the random baseline."""
+    """Return the caption: definition of φ, and its value in opposite corners with the random baseline."""
     sample = "One pair of runs" if pairs == 1 else f"Mean of {pairs} pairs that share runs, so no interval"
     values = []
     for cell in cells.iloc[[0, -1]].itertuples():

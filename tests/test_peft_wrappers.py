@@ -10,8 +10,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorascope as ls
-from lorascope.adapters.peft_layers import unwrapped_parameters
-from lorascope.observe import trainable
+from lorascope.adapters.delta import adapters
+from lorascope.adapters.peft_layers import unreadable_adapters, unwrapped_parameters
 from lorascope.schema import module_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -41,8 +41,8 @@ def test_adapter_of_tokens_counts_once_under_the_name_of_its_embedding() -> None
     )
     names = ["model.embed_tokens", "model.layers.0.self_attn.q_proj"]
     assert [name for name, _ in ls.deltas(model)] == names
-    assert list(trainable.adapters(model.get_base_model())) == names
-    assert trainable.unreadable_adapters(model.get_base_model()) == {}
+    assert list(adapters(model.get_base_model())) == names
+    assert unreadable_adapters(model.get_base_model()) == {}
     assert set(names) <= set(module_table.describe(model)["module"])
     before = {name: parameter.detach().clone() for name, parameter in unwrapped_parameters(model).items()}
     merged = model.merge_and_unload()

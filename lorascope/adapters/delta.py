@@ -21,9 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.adapters.peft_layers import (
+    PeftDelta,
     is_peft_layer,
+    is_readable,
     name_without_peft,
+    peft_layers,
     peft_update,
+    retained_components,
     unwrap_peft_layer,
     unwrap_peft_model,
 )
@@ -195,6 +199,19 @@ def _suggest_modules(name: str, modules: Mapping[str, nn.Module]) -> str:
 def attached_deltas(model: nn.Module) -> dict[str, Delta]:
     """Return the Delta of every adapted module by name, in model order."""
     return {name: host.delta for name, host in _hosts(model).items()}
+
+
+def adapters(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, Delta | PeftDelta]:
+    """Return the adapters from lorascope or PEFT, by module name without PEFT; see also ``unreadable_adapters``.
+
+    ``names`` are the PEFT adapters to read, by default the active ones.
+    """
+    deltas: dict[str, Delta | PeftDelta] = dict(attached_deltas(model))
+    retained = retained_components(model)
+    for name, layer, adapter_names in peft_layers(model, names):
+        if is_readable(layer, adapter_names):
+            deltas[name] = PeftDelta(layer, adapter_names, retained.get(name))
+    return deltas
 
 
 def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lorascope.adapters.host_weights import host_weight, to_array
+from lorascope.adapters.host_weights import host_kind, host_weight, to_array
 from lorascope.updates import Dense, Update, from_factors
 
 # Results of ``_is_mergeable`` by layer and adapters, because each trial copies the layer.
@@ -106,6 +106,24 @@ def name_without_peft(path: str) -> str:
 def has_peft_layers(model: nn.Module) -> bool:
     """Return whether a model contains a PEFT layer."""
     return any(map(is_peft_layer, model.modules()))
+
+
+def peft_layers(model: nn.Module, names: Sequence[str] | None = None) -> Iterator[tuple[str, Any, list[str]]]:
+    """Yield the PEFT layers with adapters among ``names``, by default the active ones: name, layer, its adapters."""
+    for name, module in model.named_modules():
+        if is_peft_layer(module):
+            adapter_names = active_adapters(module) if names is None else adapters_among(module, names)
+            if adapter_names:
+                yield name_without_peft(name), module, adapter_names
+
+
+def unreadable_adapters(model: nn.Module) -> dict[str, str]:
+    """Return the modules whose PEFT adapters do not make an update of a matrix, with their class names."""
+    kinds = {}
+    for name, layer, adapter_names in peft_layers(model):
+        if not is_readable(layer, adapter_names):
+            kinds[name] = host_kind(unwrap_peft_layer(layer))
+    return kinds
 
 
 def active_adapters(layer: Any) -> list[str]:

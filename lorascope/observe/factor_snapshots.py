@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
-from torch import nn
+from torch import Tensor, nn
 
+from lorascope.adapters.delta import adapters
 from lorascope.adapters.host_weights import shared_copies, to_array, to_host
 from lorascope.methods.method import Step
 from lorascope.observe.observer import Observer
-from lorascope.observe.trainable import adapters
 from lorascope.schema.records import Factors, Item
 
 
@@ -22,20 +21,28 @@ class factors(Observer):
     every: int = 50
 
     def __call__(self, step: Step) -> Iterable[Item]:
-        return factors_of(step.model, step.adapter_names) if self.due(step.finished, step.total) else ()
+        if not self.due(step.finished, step.total):
+            return ()
+        return factors_of(step.model, step.adapter_names)
 
 
 def factors_of(model: nn.Module, names: Sequence[str] | None = None) -> list[Factors]:
     """Return the factors of every adapter for a snapshot, from lorascope or PEFT; see ``adapters`` for ``names``."""
     deltas = adapters(model, names)
     snapshots = []
+    factors: dict[str, dict[str, Tensor]] = {}
+    tensors: list[Tensor] = []
+    for module, delta in deltas.items():
+        factors[module] = delta.factors()
+        tensors.extend(factors[module].values())
     with shared_copies():
-        factors = {module: delta.factors() for module, delta in deltas.items()}
-        to_host(list(chain.from_iterable(named_factors.values() for named_factors in factors.values())))
+        to_host(tensors)  # in one transfer; the copies below are then shared
         for module, delta in deltas.items():
             update = delta.update()
             arrays = {name: to_array(factor) for name, factor in factors[module].items()}
-            is_complete = bool(update.required) and update.required <= arrays.keys()
-            scale = float(update.scale) if is_complete else None
+            scale = None
+            # A form without required factors, such as a dense update, has no scale.
+            if update.required and update.required <= arrays.keys():
+                scale = float(update.scale)
             snapshots.append(Factors(module, arrays, scale, update.exact, update.form))
     return snapshots

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 
 from lorascope.diagnosis.causes import RULES, DoctorRule, Finding
@@ -15,7 +16,7 @@ from lorascope.files.printable import printable
 from lorascope.methods.method import Step
 from lorascope.observe.live_case import LiveModel
 from lorascope.observe.observer import Observer
-from lorascope.observe.weight_norms import from_tree, to_tree
+from lorascope.observe.weight_norms import from_trees, nonzero_trees
 from lorascope.schema.records import Item, Message, Quantity, Record, register
 from lorascope.schema.suggestions import unknown_name
 
@@ -53,7 +54,9 @@ class alarms(Observer):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        names = [name for rule in _rules(math.inf) for name in (rule.name, rule.id)]
+        names: list[str] = []
+        for rule in _rules(math.inf):
+            names += rule.name, rule.id
         for name in self.stop:
             if name not in names:
                 raise ValueError(unknown_name("alarm", printable(name), dict.fromkeys(names)))
@@ -68,26 +71,30 @@ class alarms(Observer):
     def __call__(self, step: Step) -> list[Item]:
         """Return the records and messages of new faults, if the step is due."""
         if step.finished:
-            rates = [step.values.get("lr", (0, 0.0))[1], *(group["lr"] for group in step.optimizer.param_groups)]
+            rates = [step.values.get("lr", (0, 0.0))[1], *map(itemgetter("lr"), step.optimizer.param_groups)]
+            # A step at rate 0, such as the first one of a warmup, moves nothing, so its rules must wait.
             self.moving_steps_ += any(map(float, rates))
         if not self.due(step.finished, step.total):
             return []
         self._model = model = self._model or LiveModel(step)
         if step.finished == 0:
-            starts = model.trained.updates()
-            self.initial_ = {module: to_tree(update) for module, update in starts.items() if update.norm() > 0}
+            self.initial_ = nonzero_trees(model.trained.updates())
         loss_step, loss = step.values.get("loss", (0, None))
         if loss is not None and loss_step > self.loss_step_:
             self.loss_step_ = loss_step
             self.losses_.append(float(loss))
-        initial = {module: from_tree(tree) for module, tree in self.initial_.items()}
         losses = dict(enumerate(self.losses_, start=1))
-        findings = run_rules(_rules(self.moving_steps_), model.measure(step, losses, self.moving_steps_, initial))
+        evidence = model.measure(step, losses, self.moving_steps_, from_trees(self.initial_))
+        findings = run_rules(_rules(self.moving_steps_), evidence)
         findings.sort(key=lambda finding: not self._stops_at(finding))
         messages = []
         for finding in findings:
-            keys = [f"{finding.id} {module}" for module in finding.modules or ("",)]
-            if not (fresh := [key for key in keys if key not in self.reported_]):
+            fresh = []
+            for module in finding.modules or ("",):
+                key = f"{finding.id} {module}"
+                if key not in self.reported_:
+                    fresh.append(key)
+            if not fresh:
                 continue
             self.reported_ += fresh
             self.unrecorded_ += fresh

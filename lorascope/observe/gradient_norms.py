@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorascope.adapters.host_weights import to_host
 from lorascope.adapters.peft_layers import is_peft_layer, unwrap_peft_layer
@@ -55,14 +55,15 @@ class gradients(Observer):
         recorded_step, self.seen_ = self.seen_, step.finished
         if step.finished == recorded_step or not self.due(step.finished, step.total):
             return
-        # A shared tensor counts at the first module that has it.
-        modules = dict(reversed([*_modules_of_parameters(step.model, "")]))
-        members = {id(p): p for p in trained_parameters(step.optimizer)}
-        used = {key: p.grad for key, p in members.items() if key in modules and p.grad is not None}
-        sums = to_host([tile_sums(_entries(gradient)) for gradient in used.values()])
+        # A shared tensor counts at the first module that has it: of equal keys, ``dict`` keeps the last value.
+        module_of = dict(reversed([*_modules_of_parameters(step.model, "")]))
+        sums: dict[nn.Parameter, Tensor] = {}
+        for parameter in trained_parameters(step.optimizer):
+            if parameter in module_of and parameter.grad is not None:
+                sums[parameter] = tile_sums(_entries(parameter.grad))
         squares: dict[str, list[float]] = defaultdict(list)
-        for key, tiles in zip(used, sums, strict=True):
-            squares[modules[key]] += tiles.tolist()
+        for parameter, tiles in zip(sums, to_host(list(sums.values())), strict=True):
+            squares[module_of[parameter]] += tiles.tolist()
         if not any(map(any, squares.values())):
             warnings.warn(
                 "cannot record gradients: all are zero or do not exist; record a step before its gradients are reset",
@@ -73,18 +74,20 @@ class gradients(Observer):
             yield Record("gradient_norm", math.sqrt(math.fsum(tile_squares)), module)
 
 
-def _modules_of_parameters(module: Any, path: str) -> Iterator[tuple[int, str]]:
-    """Yield the id of every parameter with the name of its module, which is the adapted module for an adapter.
+def _modules_of_parameters(module: Any, path: str) -> Iterator[tuple[nn.Parameter, str]]:
+    """Yield every parameter with the name of its module, which is the adapted module for an adapter.
 
     A parameter that the model itself has comes with its own name.
     """
     host = unwrap_peft_layer(module)
     # As in the module table, everything below a module with a weight is part of it.
     is_leaf = is_peft_layer(module) or "weight" in dict(host.named_parameters(recurse=False))
-    parameters = module.named_parameters() if is_leaf else host.named_parameters(recurse=False)
-    yield from ((id(parameter), path or name) for name, parameter in parameters)
-    for name, child in () if is_leaf else host.named_children():
-        yield from _modules_of_parameters(child, f"{path}.{name}".lstrip("."))
+    owner = module if is_leaf else host
+    for name, parameter in owner.named_parameters(recurse=is_leaf):
+        yield parameter, path or name
+    if not is_leaf:
+        for name, child in host.named_children():
+            yield from _modules_of_parameters(child, f"{path}.{name}".lstrip("."))
 
 
 def _entries(gradient: Tensor) -> Float[Tensor, "..."]:

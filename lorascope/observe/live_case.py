@@ -11,13 +11,13 @@ from torch import nn
 
 from lorascope.adapters.delta import Delta
 from lorascope.adapters.host_weights import shared_copies
-from lorascope.adapters.peft_layers import PeftDelta, has_peft_layers
+from lorascope.adapters.peft_layers import PeftDelta, has_peft_layers, unreadable_adapters
 from lorascope.diagnosis.case import TrainedModule, component_evidence
 from lorascope.diagnosis.training_case import TrainingEvidence
 from lorascope.methods.method import Step, trained_parameters
-from lorascope.observe.trainable import TrainedTensors, tile_sums, unreadable_adapters
+from lorascope.observe.trainable import TrainedTensors, changes_since, tied_pairs, tile_sums
 from lorascope.schema.module_table import parse
-from lorascope.updates import Update, change_norms, effective_rank, spectra
+from lorascope.updates import Update, effective_rank, spectra
 
 
 class LiveModel:
@@ -25,10 +25,11 @@ class LiveModel:
 
     def __init__(self, step: Step) -> None:
         self.trained = TrainedTensors(step)
-        names = set(self.trained.parameter_of.values()) & step.base.keys()
-        dense_names = [name for name in names if step.base[name].is_floating_point()]
-        sums = self.trained.copy_updates([tile_sums(step.base[name]) for name in dense_names])
-        self._base_norms = {name: math.sqrt(math.fsum(tiles)) for name, tiles in zip(dense_names, sums, strict=True)}
+        sums = {}
+        for name in set(self.trained.parameter_of.values()) & step.base.keys():
+            if step.base[name].is_floating_point():  # the integers of a quantized weight have no norm
+                sums[name] = tile_sums(step.base[name])
+        self._base_squares = self.trained.total(sums)
 
     @torch.no_grad()
     @shared_copies()
@@ -36,8 +37,7 @@ class LiveModel:
         self, step: Step, losses: Mapping[int, float], moving_steps: int, initial: Mapping[str, Update]
     ) -> TrainingEvidence:
         """Return the evidence at a step; ``initial`` are the initial updates that are not zero."""
-        optimized = {id(p): p for p in trained_parameters(step.optimizer)}
-        used = [p for p in optimized.values() if p.requires_grad]
+        optimized = set(trained_parameters(step.optimizer))
         adapted = self.trained.deltas
         return TrainingEvidence(
             modules=[*self._adapted_modules(initial), *self._dense_modules(step)],
@@ -47,18 +47,17 @@ class LiveModel:
             learning_rate=step.values.get("lr", (0, None))[1],
             masks_components=any(map(_masks_components, adapted.values())),
             expects_adapters=bool(adapted or has_peft_layers(step.model)) and not unreadable_adapters(step.model),
-            tied=[pair for pair in _tied(step) if set(pair) <= adapted.keys()],
-            unoptimized=[name for name, delta in adapted.items() if _is_left_out(delta, optimized.keys())],
-            has_gradient=any(p.grad is not None and bool(p.grad.any()) for p in used),
+            tied=[pair for pair in tied_pairs(step.modules) if set(pair) <= adapted.keys()],
+            unoptimized=[name for name, delta in adapted.items() if _is_left_out(delta, optimized)],
+            has_gradient=any(map(_has_gradient, optimized)),
         )
 
     def _adapted_modules(self, initial: Mapping[str, Update]) -> Iterator[TrainedModule]:
         self.trained.copy_updates()
-        updates = {name: update for name, update in self.trained.updates().items() if self.trained.is_frozen(name)}
+        updates = self.trained.frozen_updates()
         products = {name: update for name, update in updates.items() if update.low_rank is not None}
         sigmas = dict(zip(products, spectra(list(products.values())), strict=True))
-        started = [name for name in updates if name in initial]
-        changes = dict(zip(started, change_norms((updates[name], initial[name]) for name in started), strict=True))
+        changes = changes_since(updates, initial)
         for module, update in updates.items():
             norm, rank = update.norm(), self.trained.deltas[module].rank
             moved = changes.get(module, norm)
@@ -76,15 +75,17 @@ class LiveModel:
             )
 
     def _dense_modules(self, step: Step) -> Iterator[TrainedModule]:
-        dense = {label: p.detach() for label, p in self.trained.tensors().items() if label in self.trained.modules}
-        bases = [step.base[self.trained.parameter_of[label]] for label in dense]
-        sums = self.trained.copy_updates([tile_sums(p, W0) for p, W0 in zip(dense.values(), bases, strict=True)])
-        for label, tiles in zip(dense, sums, strict=True):
-            moved = math.sqrt(math.fsum(tiles))
+        sums = {}
+        for label, tensor in self.trained.tensors().items():
+            if label in self.trained.modules:
+                sums[label] = tile_sums(tensor, step.base[self.trained.parameter_of[label]])
+        for label, total in self.trained.total(sums).items():
+            moved = math.sqrt(total)
             yield self._row(label, rank=None, update_norm=moved, moved=moved)
 
     def _row(self, module: str, rank: int | None, update_norm: float, **fields: Any) -> TrainedModule:
-        location, norm = parse(module), self._base_norms.get(self.trained.parameter_of[module], math.nan)
+        location = parse(module)
+        norm = math.sqrt(self._base_squares.get(self.trained.parameter_of[module], math.nan))
         relative = update_norm / norm if norm else math.nan
         measured = {"weight_norm": norm, "relative_update": relative, "update_norm": update_norm}
         return TrainedModule(module, location.stack, location.layer, location.role, rank, **measured | fields)
@@ -92,21 +93,22 @@ class LiveModel:
 
 def _masks_components(delta: Delta | PeftDelta) -> bool:
     """Return whether components of an adapter are switched off by a vector, as in AdaLoRA."""
-    return bool(getattr(delta.layer, "lora_E", ())) if isinstance(delta, PeftDelta) else "diagonal" in delta.factors()
-
-
-def _is_left_out(delta: Delta | PeftDelta, optimized: Any) -> bool:
-    """Return whether an adapter has trainable parameters, of which the optimizer contains none."""
-    layer: nn.Module = delta.layer if isinstance(delta, PeftDelta) else delta
-    parameters = list(layer.named_parameters())
     if isinstance(delta, PeftDelta):
-        prefixes = tuple(f"{name}." for name in delta.layer.adapter_layer_names)
-        parameters = [(name, p) for name, p in parameters if name.startswith(prefixes)]
-    trainable = [p for _, p in parameters if p.requires_grad]
-    return bool(trainable) and not any(id(p) in optimized for p in trainable)
+        return bool(getattr(delta.layer, "lora_E", ()))
+    return "diagonal" in delta.factors()
 
 
-def _tied(step: Step) -> Iterator[tuple[str, str]]:
-    """Yield the pairs of names of one weight."""
-    for module, tied in zip(step.modules["module"], step.modules["tied"], strict=True):
-        yield from ((module, other) for other in filter(None, tied.split(",")))
+def _is_left_out(delta: Delta | PeftDelta, optimized: set[nn.Parameter]) -> bool:
+    """Return whether an adapter has trainable parameters, of which the optimizer contains none."""
+    layer: Any = delta
+    prefixes: tuple[str, ...] = ("",)
+    if isinstance(delta, PeftDelta):
+        # A PEFT layer also has the parameters of its base layer.
+        layer, prefixes = delta.layer, tuple(f"{name}." for name in delta.layer.adapter_layer_names)
+    trainable = {p for name, p in layer.named_parameters() if p.requires_grad and name.startswith(prefixes)}
+    return bool(trainable) and trainable.isdisjoint(optimized)
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    """Return whether a parameter trains and has a gradient that is not zero."""
+    return parameter.requires_grad and parameter.grad is not None and bool(parameter.grad.any())

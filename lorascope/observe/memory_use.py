@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -29,11 +30,15 @@ class memory(Observer):
         parameters = list(step.model.parameters())
         yield Record("parameter_bytes", storage_bytes(parameters))
         yield Record("gradient_bytes", storage_bytes(p.grad for p in parameters if p.grad is not None))
-        states = tree_leaves(step.optimizer.state)
-        yield Record("optimizer_bytes", storage_bytes(state for state in states if isinstance(state, Tensor)))
+        states = filter(torch.is_tensor, tree_leaves(step.optimizer.state))
+        yield Record("optimizer_bytes", storage_bytes(states))
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Return the memory use of tensors: the bytes of their storages; a shared storage counts once."""
-    storages = [(tensor.device, tensor.untyped_storage()) for tensor in tensors]
-    return sum({(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}.values())
+    sizes = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        # Addresses are unique on one device only.
+        sizes[tensor.device, storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())

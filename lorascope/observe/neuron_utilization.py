@@ -83,5 +83,8 @@ def mean_states(model: nn.Module, batch: Batch, standardize: bool = False) -> di
     means = {stack: rows.mean(axis=0) for stack, rows in token_means(model, batch).items()}
     if not standardize:
         return means
-    roots = {stack: np.sqrt(rows.mean(axis=0)) for stack, rows in token_means(model, batch, torch.square).items()}
-    return {s: np.divide(mean, roots[s], out=np.zeros_like(mean), where=roots[s] > 0) for s, mean in means.items()}
+    for stack, squares in token_means(model, batch, torch.square).items():
+        root = np.sqrt(squares.mean(axis=0))
+        # A coordinate that is zero for all tokens stays zero.
+        means[stack] = np.divide(means[stack], root, out=np.zeros_like(root), where=root > 0)
+    return means

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -67,10 +67,10 @@ def svd_lowrank(V: Float[Tensor, "m n"], rank: int, generator: torch.Generator) 
 
 # Factorization methods: S-RSI with l power iterations and oversampling p, and torch's randomized SVD.
 FACTORIZATIONS: dict[str, Callable[[Tensor, int, torch.Generator], Pair]] = {
-    **{
-        f"l{iterations}_p{oversampling}": partial(s_rsi, iterations=iterations, oversampling=oversampling)
-        for iterations, oversampling in ((1, 5), (2, 5), (5, 0), (5, 5))
-    },
+    "l1_p5": partial(s_rsi, iterations=1, oversampling=5),
+    "l2_p5": partial(s_rsi, iterations=2, oversampling=5),
+    "l5_p0": partial(s_rsi, iterations=5, oversampling=0),
+    "l5_p5": partial(s_rsi, iterations=5, oversampling=5),
     "svd_lowrank": svd_lowrank,
 }
 for _way in (*FACTORIZATIONS, "svd"):
@@ -101,11 +101,11 @@ class second_moments(Observer):
             if not V.any():
                 continue
             V = V / V.max()  # second moments are tiny; all recorded values are relative
-            exact, ranks = to_array(V), [rank for rank in RANKS if rank < min(V.shape)]
+            exact, ranks = to_array(V), _ranks_below_full(V)
             for matrix, suffix in ((exact, ""), (optimizer_moments.same_marginals(exact, seed=0), "_dealt")):
                 sigma = spectra([Dense(matrix)])[0]
                 first = sigma[:MAX_SIGMAS] / sigma[0]
-                errors = np.array([optimizer_moments.tail_error(sigma, rank) for rank in ranks])
+                errors = _best_errors(sigma, ranks)
                 yield Record(f"moment_sigma{suffix}", first, module, np.arange(1, len(first) + 1))
                 yield Record(f"moment_error{suffix}", errors, module, ranks)
             generator = torch.Generator(V.device).manual_seed(0)
@@ -144,10 +144,9 @@ class factorings(Observer):
             if module not in inside or not state["exp_avg_sq"].any():
                 continue
             V = state["exp_avg_sq"].float().flatten(1)
-            V, ranks = V / V.max(), [rank for rank in RANKS if rank < min(V.shape)]
+            V, ranks = V / V.max(), _ranks_below_full(V)
             (_, sigma, _), seconds = _time_decomposition(lambda: torch.linalg.svd(V, full_matrices=False))  # noqa: B023
-            best_errors = [optimizer_moments.tail_error(to_array(sigma.double()), rank) for rank in ranks]
-            yield Record("factoring_error_svd", np.array(best_errors), module, ranks)
+            yield Record("factoring_error_svd", _best_errors(to_array(sigma.double()), ranks), module, ranks)
             yield Record("factoring_seconds_svd", np.full(len(ranks), seconds), module, ranks)
             for name, factorize in FACTORIZATIONS.items():
                 errors, times = [], []
@@ -158,6 +157,14 @@ class factorings(Observer):
                     times.append(seconds)
                 yield Record(f"factoring_error_{name}", np.array(errors), module, ranks)
                 yield Record(f"factoring_seconds_{name}", np.array(times), module, ranks)
+
+
+def _ranks_below_full(V: Float[Tensor, "m n"]) -> list[int]:
+    return [rank for rank in RANKS if rank < min(V.shape)]
+
+
+def _best_errors(sigma: Float[np.ndarray, "k"], ranks: Sequence[int]) -> Float[np.ndarray, "ranks"]:
+    return np.array([optimizer_moments.tail_error(sigma, rank) for rank in ranks])
 
 
 def _time_decomposition(decompose: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], float]:
@@ -219,19 +226,22 @@ class factor_optimum(Observer):
             if self.due(step.finished, step.total):
                 V = (1 - beta2) * gradient.double().flatten(1).square()
                 if module in self.before_:
-                    Q, U = (self.before_[module][name].double() for name in "QU")
-                    V += beta2 * (Q @ U.T).clamp(min=0)  # as in Adapprox
+                    before = self.before_[module]
+                    V += beta2 * (before["Q"].double() @ before["U"].double().T).clamp(min=0)  # as in Adapprox
                 if V.any():
                     yield from _factor_errors("factor_step_error", module, to_array(V), state)
-        self.before_ |= {module: {name: state[name] for name in "QU"} for module, state in _block_matrices(step, "Q")}
+        for module, state in _block_matrices(step, "Q"):
+            self.before_[module] = {"Q": state["Q"], "U": state["U"]}
 
 
 def _factored_matrices(step: Step) -> Iterator[tuple[str, dict[str, Any], Tensor, float]]:
     """Yield module, Adapprox's state, gradient and beta2 of the factored weights that have a gradient."""
-    group_of = {weight: group for group in step.optimizer.param_groups for weight in group["params"]}
+    group_of = {}
+    for group in step.optimizer.param_groups:
+        group_of |= dict.fromkeys(group["params"], group)
     for module, state in _block_matrices(step, "Q"):
         weight = step.model.get_parameter(f"{module}.weight")
-        if weight.grad is not None:
+        if weight.grad is not None:  # without a gradient, the optimizer has skipped the weight
             yield module, state, weight.grad, group_of[weight]["betas"][1]
 
 

@@ -73,6 +73,7 @@ class neurons(Observer):
         if not self.due(step.finished, step.total):
             return
         modules = module_table.match(step.modules, self.targets)
+        # G is the product of output gradients and inputs, which are ids for an embedding.
         for name in modules:
             if isinstance(step.model.get_submodule(name), nn.Embedding):
                 raise ValueError(f"targets must be linear layers, got the embedding {name!r}")
@@ -122,19 +123,23 @@ class coefficients(Observer):
             parameters = list(coefficients.values())
             losses = map(step.loss, pieces)
             batch_gradients = [torch.autograd.grad(loss, parameters, materialize_grads=True) for loss in losses]
-        gradients = [torch.stack(stacked).mean(0) for stacked in zip(*batch_gradients, strict=True)]
-        products = [(c.detach() * gradient).abs() for c, gradient in zip(parameters, gradients, strict=True)]
-        values = to_host([*gradients, *products])
-        for module, gradient, product in zip(coefficients, values, values[len(coefficients) :], strict=False):
-            yield Record("coefficient_gradient", gradient, module)
-            yield Record("coefficient_importance", product, module)
+        tensors: dict[tuple[str, str], Tensor] = {}
+        for (module, parameter), *slopes in zip(coefficients.items(), *batch_gradients, strict=True):
+            gradient = torch.stack(slopes).mean(0)
+            tensors["coefficient_gradient", module] = gradient
+            tensors["coefficient_importance", module] = (parameter.detach() * gradient).abs()
+        for (quantity, module), values in zip(tensors, to_host(list(tensors.values())), strict=True):
+            yield Record(quantity, values, module)
 
 
 def _held_out_batches(step: Step, batches: int, rows: int) -> list[Batch]:
     """Return the first batches of the held-out rows; the last one may be smaller."""
     text = step.held_out(batches * rows).batch
     count = len(next(iter(text.values())))
-    return [{key: value[i : i + rows] for key, value in text.items()} for i in range(0, count, rows)]
+    pieces = []
+    for start in range(0, count, rows):
+        pieces.append({key: value[start : start + rows] for key, value in text.items()})
+    return pieces
 
 
 def _weight_gradients(

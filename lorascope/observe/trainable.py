@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from itertools import repeat
+from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import Delta, attached_deltas
-from lorascope.adapters.host_weights import host_kind, orient_weight, to_host
-from lorascope.adapters.peft_layers import (
-    PeftDelta,
-    active_adapters,
-    adapters_among,
-    has_peft_layers,
-    is_peft_layer,
-    is_readable,
-    name_without_peft,
-    retained_components,
-    unwrap_peft_layer,
-    unwrapped_parameters,
-)
+from lorascope.adapters.delta import adapters
+from lorascope.adapters.host_weights import orient_weight, to_host
+from lorascope.adapters.peft_layers import has_peft_layers, unwrap_peft_layer, unwrapped_parameters
 from lorascope.array_types import Float
 from lorascope.methods.method import Step, trained_parameters
-from lorascope.updates import Update
+from lorascope.updates import Update, change_norms
 from lorascope.updates.linalg import at_least_float32, product_inner
 
 # Elements per tile of a tensor. Another number would round the recorded norms differently.
 TILE = 1 << 18
 # Tiles per group, few enough for the cache and enough to occupy several threads.
 TILES = 8
+
+Label = TypeVar("Label")
 
 
 class TrainedTensors:
@@ -44,30 +38,50 @@ class TrainedTensors:
 
     def __init__(self, step: Step) -> None:
         rows = step.modules
-        uses = {}
-        for module, tied in zip(rows["module"], rows["tied"], strict=True):
-            for name in (module, *filter(None, tied.split(","))):
-                uses[f"{name}.weight"] = module
-        trained = trained_ids(step.optimizer, has_peft_layers(step.model))
-        parameters = {name: p for name, p in unwrapped_parameters(step.model).items() if name in step.base}
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        self.dense = {uses.get(name, name): p for name, p in parameters.items() if id(p) in trained}
-        self.deltas = adapters(step.model, step.adapter_names)
-        self.hosts: dict[str, Any] = {name: unwrap_peft_layer(step.model.get_submodule(name)) for name in self.deltas}
-        self.parameter_of = {label: names[id(p)] for label, p in self.dense.items()}
-        self.changed = set(self.parameter_of.values())
-        self.parameter_of |= {name: names.get(id(getattr(h, "weight", None)), "") for name, h in self.hosts.items()}
-        self.modules = {*rows["module"], *self.deltas}
+        self.modules = set(rows["module"])
         self.blocks = list(rows["module"][rows["role"] == "block"])
+        # The label of a tied weight is the module in whose row of the table it is.
+        label_of = {f"{module}.weight": module for module in self.modules}
+        for module, other in tied_pairs(rows):
+            label_of[f"{other}.weight"] = module
+        trained = trained_ids(step.optimizer, has_peft_layers(step.model))
+        names: dict[int, str] = {}
+        self.dense: dict[str, nn.Parameter] = {}
+        self.parameter_of: dict[str, str] = {}
+        for name, parameter in unwrapped_parameters(step.model).items():
+            if name not in step.base:
+                continue
+            names[id(parameter)] = name
+            if id(parameter) in trained:
+                label = label_of.get(name, name)
+                self.dense[label], self.parameter_of[label] = parameter, name
+        self.changed = set(self.parameter_of.values())
+        self.deltas = adapters(step.model, step.adapter_names)
+        self.hosts: dict[str, Any] = {}
+        for module in self.deltas:
+            host = self.hosts[module] = unwrap_peft_layer(step.model.get_submodule(module))
+            self.parameter_of[module] = names.get(id(getattr(host, "weight", None)), "")
+        self.modules |= self.deltas.keys()
 
     def copy_updates(self, tensors: Sequence[Tensor] = ()) -> list[Float[np.ndarray, "..."]]:
         """Copy the factors of all adapters to the host, so that ``updates`` need not, and other tensors with them."""
-        factors = [factor for delta in self.deltas.values() for factor in delta.factors().values()]
+        factors: list[Tensor] = []
+        for delta in self.deltas.values():
+            factors.extend(delta.factors().values())
         return to_host([*factors, *tensors])[len(factors) :]
+
+    def total(self, sums: Mapping[Label, Float[Tensor, "tiles"]]) -> dict[Label, float]:
+        """Copy sums over tiles to the host, together with the factors of all adapters, and add them up."""
+        tiles = self.copy_updates(list(sums.values()))
+        return dict(zip(sums, map(math.fsum, tiles), strict=True))
 
     def updates(self) -> dict[str, Update]:
         """Return the update of every adapted module, without the change of its base weight."""
         return {module: delta.update() for module, delta in self.deltas.items()}
+
+    def frozen_updates(self) -> dict[str, Update]:
+        """Return the update of every adapted module whose base weight is frozen."""
+        return {module: delta.update() for module, delta in self.deltas.items() if self.is_frozen(module)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every trained tensor of the base model by label, including the update of its adapter."""
@@ -96,35 +110,17 @@ def trained_ids(optimizer: torch.optim.Optimizer, peft: bool) -> set[int]:
     return {id(parameter) for parameter in trained_parameters(optimizer) if parameter.requires_grad or not peft}
 
 
-def adapters(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, Delta | PeftDelta]:
-    """Return the adapters from lorascope or PEFT, by module name without PEFT; see also ``unreadable_adapters``.
-
-    ``names`` are the PEFT adapters to read, by default the active ones.
-    """
-    deltas: dict[str, Delta | PeftDelta] = dict(attached_deltas(model))
-    retained = retained_components(model)
-    for name, layer, adapter_names in _peft_layers(model, names):
-        if is_readable(layer, adapter_names):
-            deltas[name] = PeftDelta(layer, adapter_names, retained.get(name))
-    return deltas
+def tied_pairs(modules: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    """Yield the module and each other name of every tied weight of a module table."""
+    for module, tied in zip(modules["module"], modules["tied"], strict=True):
+        for other in filter(None, tied.split(",")):
+            yield module, other
 
 
-def unreadable_adapters(model: nn.Module) -> dict[str, str]:
-    """Return the modules whose PEFT adapters do not make an update of a matrix, with their class names."""
-    kinds = {}
-    for name, layer, adapter_names in _peft_layers(model, None):
-        if not is_readable(layer, adapter_names):
-            kinds[name] = host_kind(unwrap_peft_layer(layer))
-    return kinds
-
-
-def _peft_layers(model: nn.Module, names: Sequence[str] | None) -> Iterator[tuple[str, Any, list[str]]]:
-    """Yield the PEFT layers with adapters among ``names``, by default the active ones: name, layer, its adapters."""
-    for name, module in model.named_modules():
-        if is_peft_layer(module):
-            adapter_names = active_adapters(module) if names is None else adapters_among(module, names)
-            if adapter_names:
-                yield name_without_peft(name), module, adapter_names
+def changes_since(updates: Mapping[str, Update], earlier: Mapping[str, Update]) -> dict[str, float]:
+    """Compute the norm of the change of each module's update, for the modules that have an earlier one."""
+    pairs = {module: (update, earlier[module]) for module, update in updates.items() if module in earlier}
+    return dict(zip(pairs, change_norms(pairs.values()), strict=True))
 
 
 def tile_sums(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> Float[Tensor, "tiles"]:
@@ -139,14 +135,20 @@ def joint_tile_sums(
     # The tensor is read from memory once for all sums. Each row is one tile, so its sum does not depend on the group.
     # sum() adds pairwise. A norm or dot product would lose digits and depend on the alignment of the memory.
     groups = _tile_groups(tensor)
-    subtracted = [[None] * len(groups) if other is None else _tile_groups(other) for other in subtrahends]
-    sums: list[list[Tensor]] = [[] for _ in subtrahends]
+    subtracted: list[Any] = []
+    for other in subtrahends:
+        subtracted.append(repeat(None, len(groups)) if other is None else _tile_groups(other))
+    sums_of_groups: list[list[Tensor]] = []
     for tiles, *subtracted_tiles in zip(groups, *subtracted, strict=True):
         tiles = at_least_float32(tiles)
-        for tile_totals, minus in zip(sums, subtracted_tiles, strict=True):
-            squares = tiles.square() if minus is None else (tiles - at_least_float32(minus)).square_()
-            tile_totals.append(squares.sum(1))
-    return list(map(torch.cat, sums))
+        sums_of_groups.append([_squares(tiles, minus).sum(1) for minus in subtracted_tiles])
+    return list(map(torch.cat, zip(*sums_of_groups, strict=True)))
+
+
+def _squares(tiles: Float[Tensor, "tiles size"], minus: Tensor | None) -> Float[Tensor, "tiles size"]:
+    if minus is None:
+        return tiles.square()
+    return (tiles - at_least_float32(minus)).square_()  # in place, because the difference is a new tensor
 
 
 def _tile_groups(tensor: Float[Tensor, "..."]) -> list[Float[Tensor, "tiles size"]]:
@@ -163,10 +165,12 @@ def _tile_groups(tensor: Float[Tensor, "..."]) -> list[Float[Tensor, "tiles size
 
 def factor_inner(weight: Float[Tensor, "out in"], factors: Mapping[str, Tensor]) -> Float[Tensor, ""] | None:
     """Compute <W, dW> / scale from trainable factors on their device; None if they do not form one product."""
+    # The update of HydraLoRA depends on its gates, and that of DoRA on the norms of W.
     match {name: at_least_float32(factor.detach()) for name, factor in factors.items()}:
         case {"gates": _} | {"magnitude": _}:
             return None
         case {"A": A, "B": B, "A0": A0, "B0": B0}:
+            # B A - B0 A0 = (B - B0) A + B0 (A - A0), without the difference of two large products.
             A, B, A0, B0 = A.double(), B.double(), A0.double(), B0.double()
             return product_inner(weight, torch.cat([B - B0, B0], 1), torch.cat([A, A - A0]))
         case {"A": A, "B": B, "diagonal": diagonal}:

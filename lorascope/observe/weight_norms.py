@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from operator import itemgetter
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,14 +20,16 @@ from lorascope.array_types import Float
 from lorascope.methods.field_checks import require_integer
 from lorascope.methods.method import Step, added_later
 from lorascope.observe.observer import Observer
-from lorascope.observe.trainable import TrainedTensors, factor_inner, joint_tile_sums, tile_sums
+from lorascope.observe.trainable import TrainedTensors, changes_since, factor_inner, joint_tile_sums, tile_sums
 from lorascope.schema.records import Item, Record, Snapshot
-from lorascope.updates import Dense, Update, change_norms, constant_factors, from_factors, spectra
+from lorascope.updates import Dense, Update, constant_factors, from_factors, spectra
 from lorascope.updates.linalg import stable_and_effective_ranks, stacks
 from lorascope.updates.low_rank import batches
 
 Factors = dict[str, Float[np.ndarray, "..."]]
 NORMS = {"weight": "weight_norm", "update": "update_norm", "learned": "learned_norm", "step": "step_norm"}
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -89,12 +93,12 @@ class norms(Observer):
     def _record_start(self, step: Step, trained: TrainedTensors) -> None:
         # The norm of a quantized weight is not known (NaN), but the norm of its update is.
         base_sums = {name: tile_sums(weight) for name, weight in step.base.items() if weight.is_floating_point()}
-        for module, host in trained.hosts.items() if self.dequantize else ():
-            if (name := trained.parameter_of[module]) and name not in base_sums:
-                base_sums[name] = tile_sums(dequantized_weight(host))
-        sums = zip(base_sums, trained.copy_updates(list(base_sums.values())), strict=True)
-        self.base_squares_ = dict.fromkeys(step.base, math.nan) | {name: math.fsum(tiles) for name, tiles in sums}
-        self.first_ = {module: to_tree(update) for module, update in trained.updates().items() if update.norm() > 0}
+        if self.dequantize:
+            for module, host in trained.hosts.items():
+                if (name := trained.parameter_of[module]) and name not in base_sums:
+                    base_sums[name] = tile_sums(dequantized_weight(host))
+        self.base_squares_ = dict.fromkeys(step.base, math.nan) | trained.total(base_sums)
+        self.first_ = nonzero_trees(trained.updates())
         self.initial_factors_ = {}
         for module, delta in trained.deltas.items():
             if not delta.resized and (factors := _trained(delta)):
@@ -110,8 +114,7 @@ class norms(Observer):
             if label not in self._memory:
                 self._memory[label] = torch.empty_like(tensor)
             self._memory[label].copy_(tensor)
-        updates = trained.updates().items()
-        factored = {module: to_tree(update) for module, update in updates if trained.is_frozen(module)}
+        factored = {module: to_tree(update) for module, update in trained.frozen_updates().items()}
         self.before_ = {"dense": self._memory, "factored": factored}
 
     def _record_norms(self, step: Step, trained: TrainedTensors) -> Iterator[Item]:
@@ -119,18 +122,19 @@ class norms(Observer):
         tensors = trained.tensors()
         sums = dict(self._dense_sums(step, trained, tensors))
         for module in trained.deltas:
+            # A weight that trains itself is among the tensors, with its update added.
             if not trained.is_frozen(module) or math.isnan(self._base(trained, module)):
                 continue
             inner = factor_inner(self._host_weight(trained, module), trained.deltas[module].factors())
             if inner is not None:
                 sums[module, "inner"] = inner.reshape(1)
-        totals = dict(zip(sums, map(math.fsum, trained.copy_updates(list(sums.values()))), strict=True))
-        updates = trained.updates()
+        totals = trained.total(sums)
+        updates = trained.frozen_updates()
         squares = {label: {"base": self.base_squares_[trained.parameter_of[label]]} for label in tensors}
         for (label, key), total in totals.items():
             if label in squares:
                 squares[label][key] = total
-                if key == "update":
+                if key == "update":  # replaced by the next sum if the initial update is not zero
                     squares[label]["learned"] = total
         sigmas = self._spectra(step, trained, tensors, updates)
         squares |= self._adapter_squares(trained, updates, totals, sigmas)
@@ -138,23 +142,28 @@ class norms(Observer):
             if label in trained.modules:
                 yield from _norm_records(label, norms_squared)
         yield from self._block_records(trained, squares)
-        yield from self._factor_records({module: _trained(delta) for module, delta in trained.deltas.items()})
+        yield from self._factor_records(trained)
         for module, delta in trained.deltas.items():
             yield Record("rank", delta.rank, module)
         yield from self._rank_records(step, trained, tensors, sigmas)
 
-    def _factor_records(self, factors: Mapping[str, Factors]) -> Iterator[Record]:
+    def _factor_records(self, trained: TrainedTensors) -> Iterator[Record]:
+        factors = {module: _trained(delta) for module, delta in trained.deltas.items()}
         initial = self.initial_factors_
         for module in initial.keys() & factors.keys():
             if _shapes(initial[module]) != _shapes(factors[module]):
                 del initial[module]  # a later change back would be to other components
-        for module, norms in _joint_norms(factors, initial).items():
-            for quantity, norm in zip(("adapter_norm", "factor_change"), norms, strict=False):
-                yield Record(quantity, norm, module)
+        squares = _factor_squares(factors, initial)
+        for module in factors:
+            for quantity, sums in squares.items():
+                if module in sums:
+                    yield Record(quantity, math.sqrt(math.fsum(sums[module])), module)
 
     def _host_weight(self, trained: TrainedTensors, module: str) -> Float[Tensor, "out in"]:
         host = trained.hosts[module]
-        return host_weight(host) if host.weight.is_floating_point() else dequantized_weight(host)
+        if not host.weight.is_floating_point():
+            return dequantized_weight(host)
+        return host_weight(host)
 
     def _base(self, trained: TrainedTensors, module: str) -> float:
         """Return |W_0|^2 of an adapted weight, NaN if it is packed and not a parameter."""
@@ -167,6 +176,7 @@ class norms(Observer):
         before = self.before_.get("dense", {})
         for label, tensor in tensors.items():
             base = step.base[trained.parameter_of[label]]
+            # Sums of one tensor in one pass: of W, W - W_0, W - (W_0 + dW_0), and W minus its previous value.
             minus: dict[str, Tensor | None] = {"weight": None, "update": base}
             if label in self.first_:
                 minus["learned"] = trained.add(label, base, from_tree(self.first_[label]))
@@ -182,10 +192,9 @@ class norms(Observer):
         totals: Mapping[tuple[str, str], float],
         sigmas: Mapping[str, Float[np.ndarray, "k"]],
     ) -> dict[str, dict[str, float]]:
-        """Compute squared norms for every adapted weight that is frozen itself."""
+        """Compute squared norms for every adapted weight that is frozen itself, from its update."""
         squares: dict[str, dict[str, float]] = {}
-        for module in filter(trained.is_frozen, updates):
-            update = updates[module]
+        for module, update in updates.items():
             base = self._base(trained, module)
             # The norm of a product follows from its spectrum.
             norm = update.norm() if update.low_rank is None else math.hypot(*sigmas[module].tolist())
@@ -200,21 +209,20 @@ class norms(Observer):
                 weight = max(0.0, base + 2 * inner + change)
             squares[module] = {"base": base, "weight": weight, "update": change, "learned": change}
         for key, states in {"learned": self.first_, "step": self.before_.get("factored", {})}.items():
-            moved = [module for module in squares if module in states]
-            changes = change_norms((updates[module], from_tree(states[module])) for module in moved)
-            for module, change in zip(moved, changes, strict=True):
+            for module, change in changes_since(updates, from_trees(states)).items():
                 squares[module][key] = change**2
         return squares
 
     def _block_records(self, trained: TrainedTensors, squares: Mapping[str, dict[str, float]]) -> Iterator[Record]:
         for block in trained.blocks:
-            inside = [row for label, row in squares.items() if label.startswith(f"{block}.")]
-            if not inside:
+            rows = _inside(block, squares)
+            if not rows:
                 continue
-            total = {key: math.fsum(row[key] for row in inside) for key in inside[0]}
-            block_squares = (s for name, s in self.base_squares_.items() if name.startswith(f"{block}."))
-            # Frozen tensors of the block contribute their base norms.
-            everything = math.nan if math.isnan(total["base"]) else math.fsum(block_squares)
+            total = {key: math.fsum(map(itemgetter(key), rows)) for key in rows[0]}
+            everything = total["base"]
+            if not math.isnan(everything):
+                # Frozen tensors of the block contribute their base norms.
+                everything = math.fsum(_inside(block, self.base_squares_))
             total["weight"] += everything - total["base"]
             total["base"] = everything
             yield from _norm_records(block, total)
@@ -224,10 +232,11 @@ class norms(Observer):
     ) -> dict[str, Float[np.ndarray, "k"]]:
         """Compute the singular values of the updates whose ranks are recorded at this step."""
         first, is_kept = step.finished == 0, self._are_spectra_kept(step)
-        cheap = {name: update for name, update in updates.items() if update.low_rank is not None or first or is_kept}
-        decomposed = {module: update for module, update in cheap.items() if trained.is_frozen(module)}
-        for label in _matrices(trained, tensors) if is_kept else ():
-            if first and label not in self.first_:
+        takes_all = first or is_kept
+        # The singular values of a product are cheap: they follow from its small factors.
+        decomposed = {name: update for name, update in updates.items() if takes_all or update.low_rank is not None}
+        for label in _matrices(trained, tensors):
+            if not is_kept or (first and label not in self.first_):
                 continue
             # One matrix at a time, because all of them in float64 may not fit on the device.
             change = tensors[label].double() - step.base[trained.parameter_of[label]].double()
@@ -241,9 +250,10 @@ class norms(Observer):
         tensors: Mapping[str, Tensor],
         sigmas: Mapping[str, Float[np.ndarray, "k"]],
     ) -> Iterator[Item]:
-        at_start = _matrices(trained, tensors) if step.finished == 0 else []
-        unchanged = {label: np.zeros(1) for label in at_start if label not in self.first_}
-        every = {**unchanged, **sigmas}
+        every = dict(sigmas)
+        if step.finished == 0:
+            unchanged = [label for label in _matrices(trained, tensors) if label not in self.first_]
+            every = dict.fromkeys(unchanged, np.zeros(1)) | every
         for module, (stable, effective) in zip(every, stable_and_effective_ranks(list(every.values())), strict=True):
             yield Record("stable_rank", stable, module)
             yield Record("effective_rank", effective, module)
@@ -273,24 +283,33 @@ def _matrices(trained: TrainedTensors, tensors: Mapping[str, Tensor]) -> list[st
     return [label for label, tensor in tensors.items() if label in trained.modules and tensor.ndim >= 2]
 
 
-def _joint_norms(factors: Mapping[str, Factors], initial: Mapping[str, Factors]) -> dict[str, list[float]]:
-    """Compute the Frobenius norm of all factors of each module together and, with initial ones, of their change."""
+def _inside(block: str, values: Mapping[str, T]) -> list[T]:
+    """Return the values of the modules or parameters inside a block."""
+    return [value for name, value in values.items() if name.startswith(f"{block}.")]
+
+
+def _factor_squares(
+    factors: Mapping[str, Factors], initial: Mapping[str, Factors]
+) -> dict[str, dict[str, list[float]]]:
+    """Compute the squared Frobenius norm of each factor and of its change since the initial one, by module."""
     positions = []
     for module, named_factors in factors.items():
         for name, factor in named_factors.items():
             positions.append(((factor.shape, module in initial), 2 * factor.size, (module, name)))
-    squares: dict[str, list[list[float]]] = {module: [] for module in factors}
+    squares: dict[str, dict[str, list[float]]] = {"adapter_norm": defaultdict(list), "factor_change": defaultdict(list)}
     for batch in batches(positions):
-        states = [factors, initial] if batch[0][0] in initial else [factors]
-        now, *first = stacks(*([state[module][name] for module, name in batch] for state in states))
-        changes = [np.subtract(now, values, out=values) for values in first]
-        # Numpy sums pairwise, here in float64; a dot product would depend on the alignment of the memory.
-        sums = [np.square(X, out=X).sum(axis=tuple(range(1, X.ndim))).tolist() for X in (now, *changes)]
-        for (module, _), *totals in zip(batch, *sums, strict=True):
-            squares[module].append(totals)
-    return {
-        module: [math.sqrt(math.fsum(sums)) for sums in zip(*rows, strict=True)] for module, rows in squares.items()
-    }
+        arrays = [[factors[module][name] for module, name in batch]]
+        if batch[0][0] in initial:
+            arrays.append([initial[module][name] for module, name in batch])
+        now, *changes = stacks(*arrays)
+        for change in changes:
+            np.subtract(now, change, out=change)
+        for sums, stack in zip(squares.values(), (now, *changes), strict=False):
+            # Numpy sums pairwise, here in float64; a dot product would depend on the alignment of the memory.
+            totals = np.square(stack, out=stack).sum(axis=tuple(range(1, stack.ndim)))
+            for (module, _), total in zip(batch, totals.tolist(), strict=True):
+                sums[module].append(total)
+    return squares
 
 
 def to_tree(update: Update) -> dict[str, Any]:
@@ -300,6 +319,15 @@ def to_tree(update: Update) -> dict[str, Any]:
 
 def from_tree(tree: Mapping[str, Any]) -> Update:
     return from_factors(tree, tree["scale"], form=tree["form"])
+
+
+def nonzero_trees(updates: Mapping[str, Update]) -> dict[str, dict[str, Any]]:
+    """Return the trees of the updates that are not zero."""
+    return {module: to_tree(update) for module, update in updates.items() if update.norm() > 0}
+
+
+def from_trees(trees: Mapping[str, Mapping[str, Any]]) -> dict[str, Update]:
+    return {module: from_tree(tree) for module, tree in trees.items()}
 
 
 def _norm_records(module: str, squares: Mapping[str, float]) -> Iterator[Record]:

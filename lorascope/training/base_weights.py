@@ -9,12 +9,17 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import attached_deltas
-from lorascope.adapters.peft_layers import has_peft_layers, unwrap_peft_model, unwrapped_parameters
+from lorascope.adapters.delta import adapters, attached_deltas
+from lorascope.adapters.peft_layers import (
+    has_peft_layers,
+    unreadable_adapters,
+    unwrap_peft_model,
+    unwrapped_parameters,
+)
 from lorascope.inputs.classifier_head import draw_new_weights, fit_head, weights_hash
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method
-from lorascope.observe.trainable import adapters, trained_ids, unreadable_adapters
+from lorascope.observe.trainable import trained_ids
 from lorascope.schema import module_table
 from lorascope.training.settings import Settings
 

@@ -13,11 +13,10 @@ import pandas as pd
 import torch
 from torch import distributed, nn
 
-from lorascope.adapters.peft_layers import active_adapters, is_peft_layer
+from lorascope.adapters.peft_layers import active_adapters, is_peft_layer, unreadable_adapters
 from lorascope.files.printable import first_of
 from lorascope.methods.method import Method, Step
 from lorascope.observe.observer import Observer
-from lorascope.observe.trainable import unreadable_adapters
 from lorascope.runs.manifest import Manifest
 from lorascope.training.base_weights import Base
 from lorascope.training.run_spec import circumstances

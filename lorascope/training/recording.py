@@ -10,12 +10,12 @@ from typing import Any
 
 import pandas as pd
 
+from lorascope.adapters.delta import adapters
 from lorascope.adapters.host_weights import shared_copies
 from lorascope.adapters.peft_layers import unwrapped_parameters
 from lorascope.methods.method import Method, Step
 from lorascope.observe import factors_of
 from lorascope.observe.observer import Observer
-from lorascope.observe.trainable import adapters
 from lorascope.runs.manifest import Manifest, State
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter

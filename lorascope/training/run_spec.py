@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from lorascope import __version__
+from lorascope.adapters.delta import adapters
 from lorascope.adapters.host_weights import host_kind
 from lorascope.adapters.peft_layers import unwrap_peft_layer
 from lorascope.inputs.models import name_of
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method, Phase, Step, config, task_head, trained_parameters
 from lorascope.observe import Observer
-from lorascope.observe.trainable import adapters
 from lorascope.runs.layout import identify
 from lorascope.runs.manifest import SCHEMA, Manifest, Parameters, describe_modules
 from lorascope.runs.run import Run

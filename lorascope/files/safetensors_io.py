@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,8 +167,31 @@ class TensorFile(Mapping[str, Any]):
 
     def prefixed(self, prefix: str) -> TensorFile:
         """Return the same file with a prefix before the names of all tensors."""
+        return self.renamed({name: [f"{prefix}{name}"] for name in self})
+
+    def renamed(self, names: Mapping[str, Sequence[str]]) -> TensorFile:
+        """Return the same file with other names of all its tensors; several names are equal blocks of the rows.
+
+        Raises
+        ------
+        ValueError
+            The rows of a tensor cannot be divided into so many blocks.
+        """
         other = copy.copy(self)
-        other._entries = {f"{prefix}{name}": entry for name, entry in self._entries.items()}
+        other._entries = {}
+        for name, entry in self._entries.items():
+            new_names = names[name]
+            if len(new_names) == 1:
+                other._entries[new_names[0]] = entry
+                continue
+            rows, *sides = entry.shape or (0,)
+            if rows % len(new_names):
+                raise unreadable(self.path, f"{printable(name)} must have {len(new_names)} equal blocks of rows")
+            begin, end = entry.data_offsets
+            size = (end - begin) // len(new_names)
+            for index, new_name in enumerate(new_names):
+                offsets = begin + index * size, begin + (index + 1) * size
+                other._entries[new_name] = _Entry(entry.dtype, (rows // len(new_names), *sides), offsets)
         return other
 
     def shape(self, name: str) -> tuple[int, ...]:

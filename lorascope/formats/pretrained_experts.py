@@ -40,14 +40,17 @@ class ExpertWeights(PretrainedWeights):
         return ExpertWeights(super().named_alike(other), self._experts)
 
     def stored_names(self, module: str) -> list[str]:
-        """Return the names of the tensors with the weight of a module or expert; empty if it has none."""
+        """Return the names in the files of the tensors with the weight of a module or expert; empty if it has none."""
         if module not in self._experts:
             return super().stored_names(module)
+        return list(map(self._in_files, self._expert_tensors(module)))
+
+    def _expert_tensors(self, module: str) -> list[str]:
         parameter, expert = self._experts[module]
         parameter = self._names.get(parameter, parameter)
         joined = self._find_tensor(parameter)
         if joined is not None:
-            shape = self._files[joined].shape(joined)
+            shape = self._file(joined).shape(joined)
             return [joined] if len(shape) == 3 and expert < shape[0] else []
         above, _, leaf = parameter.rpartition(".")
         for leaves in _SINGLE.get(leaf, ()):
@@ -58,9 +61,9 @@ class ExpertWeights(PretrainedWeights):
 
     def stored_shape(self, module: str) -> tuple[int, ...]:
         """Return the stored shape of a weight, or of that of one expert."""
-        if module not in self._experts or not (names := self.stored_names(module)):
+        if module not in self._experts or not (names := self._expert_tensors(module)):
             return super().stored_shape(module)
-        shapes = [self._files[name].shape(name)[-2:] for name in names]
+        shapes = [self._file(name).shape(name)[-2:] for name in names]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def weight(self, module: str, shape: tuple[int, int], transposed: bool = False) -> Float[np.ndarray, "out in"]:
@@ -76,16 +79,16 @@ class ExpertWeights(PretrainedWeights):
         gate_up = self._find_tensor(f"{parameter.rpartition('.')[0]}.gate_up_proj")
         if not parameter or gate_up is None:
             return False
-        shape = self._files[gate_up].shape(gate_up)
+        shape = self._file(gate_up).shape(gate_up)
         return len(shape) == 3 and shape[1] < shape[2]
 
     def _find(self, module: str) -> str | None:
         if module not in self._experts:
             return super()._find(module)
-        return next(iter(self.stored_names(module)), None)
+        return next(iter(self._expert_tensors(module)), None)
 
     def _read(self, module: str) -> tuple[str, np.ndarray]:
-        if module not in self._experts or not (names := self.stored_names(module)):
+        if module not in self._experts or not (names := self._expert_tensors(module)):
             return super()._read(module)
         _, expert = self._experts[module]
         arrays = []

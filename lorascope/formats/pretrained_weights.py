@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,8 @@ import numpy as np
 from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile, Unread, open_tensors, reject_pickles, weight_files
-from lorascope.files.typed_json import unreadable
+from lorascope.files.typed_json import read_json, unreadable
+from lorascope.formats.transformers_names import Tree, tree
 from lorascope.schema.module_roles import parse
 from lorascope.schema.name_patterns import Ends
 
@@ -42,8 +43,7 @@ class PretrainedWeights:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(os.path.expanduser(folder))
         self.files = tuple(_open_model(self.folder))
-        self._files = {name: file for file in self.files for name in file}
-        self._ends = Ends(self._files)
+        self._stored = _Tensors(self.files)
         self._names: Mapping[str, str] = {}
 
     def has_weight(self, module: str) -> bool:
@@ -58,22 +58,34 @@ class PretrainedWeights:
 
     def all_modules(self) -> list[str]:
         """Return the names of all modules that have a weight."""
-        return [name.removesuffix(".weight") for name in self._files if name.endswith(".weight")]
+        return [name.removesuffix(".weight") for name in self._stored.files if name.endswith(".weight")]
 
     def modules(self) -> list[str]:
         """Return the names of all modules whose weight has two dimensions."""
-        names = ((module, f"{module}.weight") for module in self.all_modules())
-        return [module for module, name in names if len(self._files[name].shape(name)) == 2]
+        return [module for module in self.all_modules() if len(self._stored.shape(f"{module}.weight")) == 2]
+
+    def named_as(self, modules: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """Return the stored shapes of all tensors, by their names in the files or in the module tree.
+
+        The names are those that more of the modules have.
+        """
+        namings = [naming for naming in (self._stored, self._tree) if naming is not None]
+        naming = max(namings, key=lambda naming: sum(f"{module}.weight" in naming.files for module in modules))
+        return {name: naming.shape(name) for name in naming.files}
+
+    def is_converted(self, module: str) -> bool:
+        """Return whether transformers computes the weight of a module from several tensors of the files."""
+        return self._tree_names is not None and f"{module}.weight" in self._tree_names.converted
 
     def stored_shape(self, module: str) -> tuple[int, ...]:
         """Return the stored shape of a module's weight, with at least one dimension."""
         name = self._find_name(module)
-        return self._files[name].shape(name) or (1,)
+        return self._file(name).shape(name) or (1,)
 
     def dtype(self, module: str) -> str:
         """Return the stored dtype of a module's weight, such as ``"BF16"``."""
         name = self._find_name(module)
-        return self._files[name].dtype(name)
+        return self._file(name).dtype(name)
 
     def bias(self, module: str) -> Float[np.ndarray, "n"] | None:
         """Load the bias of a module, None if there is none."""
@@ -92,7 +104,7 @@ class PretrainedWeights:
         """Return whether linear layers are stored as (in, out), as in GPT-2, judging by the length of a bias."""
         for module in self.modules():
             outer, inner = self.stored_shape(module)
-            bias = self._files.get(f"{module}.bias")
+            bias = self._stored.files.get(f"{module}.bias")
             if bias is not None and outer != inner and parse(module).layer is not None:
                 return bias.shape(f"{module}.bias") == (inner,)
         return False
@@ -134,7 +146,8 @@ class PretrainedWeights:
 
     def stored_names(self, module: str) -> list[str]:
         """Return the names of the tensors that contain the weight of a module; empty if it has none."""
-        return list(filter(None, [self._find(module)]))
+        name = self._find(module)
+        return [] if name is None else [self._in_files(name)]
 
     def _read(self, module: str) -> tuple[str, np.ndarray]:
         """Return the name of a module's weight in the files, and the array."""
@@ -143,7 +156,7 @@ class PretrainedWeights:
 
     def _floats(self, name: str) -> TensorFile:
         """Return the file of a tensor stored as floats; quantized values are meaningless without their scales."""
-        file = self._files[name]
+        file = self._file(name)
         if file.dtype(name) not in FLOATS:
             stored = f"{printable(file.dtype(name))}; use the weights before quantization"
             raise unreadable(file.path, f"{printable(name)} must be stored as one of {', '.join(FLOATS)}, got {stored}")
@@ -162,14 +175,64 @@ class PretrainedWeights:
         return self._find_tensor(f"{module}.weight")
 
     def _find_tensor(self, tensor: str) -> str | None:
-        """Return the name of a tensor in the files, which may lack first parts or have others before it."""
+        """Return the name of a tensor in the files or in the module tree."""
+        namings = [naming for naming in (self._stored, self._tree) if naming is not None]
+        for naming in namings:
+            if tensor in naming.files:
+                return tensor
+        for naming in namings:
+            if (name := naming.find(tensor)) is not None:
+                return name
+        return None
+
+    def _in_files(self, name: str) -> str:
+        """Return the name in the files of a tensor with a name there or in the module tree."""
+        if name in self._stored.files or self._tree_names is None:
+            return name
+        return next(stored for stored, new_names in self._tree_names.names.items() if name in new_names)
+
+    def _file(self, name: str) -> TensorFile:
+        """Return the file of a tensor, by its name there or in the module tree."""
+        if name in self._stored.files or self._tree is None:
+            return self._stored.files[name]
+        return self._tree.files[name]
+
+    @cached_property
+    def _tree(self) -> _Tensors | None:
+        """Tensors by their names in the module tree of transformers, None if those in the files are the same."""
+        names = self._tree_names
+        if names is None or all(new_names == [name] for name, new_names in names.names.items()):
+            return None
+        return _Tensors([file.renamed(names.names) for file in self.files])
+
+    @cached_property
+    def _tree_names(self) -> Tree | None:
+        file = self.folder / "config.json"
+        if not file.is_file():
+            return None
+        return tree(read_json(file, dict[str, Any]), self._stored.files)
+
+
+class _Tensors:
+    """Tensors of several files by name."""
+
+    def __init__(self, files: Iterable[TensorFile]) -> None:
+        self.files = {name: file for file in files for name in file}
+        self._ends = Ends(self.files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the stored shape of a tensor."""
+        return self.files[name].shape(name)
+
+    def find(self, tensor: str) -> str | None:
+        """Return the full name of a tensor whose name lacks first parts, or has others before it."""
         segments = tensor.split(".")
         for start in range(len(segments) - 1):
-            if (name := ".".join(segments[start:])) in self._files:
+            if (name := ".".join(segments[start:])) in self.files:
                 return name
         longer = list(islice(self._ends.names_with_end(f".{tensor}"), 2))
         if not longer and _EXPERTS in tensor:
-            return self._find_tensor(tensor.replace(_EXPERTS, ".block_sparse_moe."))
+            return self.find(tensor.replace(_EXPERTS, ".block_sparse_moe."))
         return longer[0] if len(longer) == 1 else None
 
 

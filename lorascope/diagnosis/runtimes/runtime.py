@@ -55,12 +55,8 @@ class Target:
         """Modules of the base that have a weight, with its stored shape; empty without a base."""
         if self.base is None:
             return {}
-        shapes = {}
-        for file in self.base.files:
-            for name in file:
-                if len(shape := file.shape(name)) >= 2:
-                    shapes[name.removesuffix(".weight")] = shape
-        return shapes
+        shapes = self.base.named_as(self.files.parts)
+        return {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) >= 2}
 
     def find_shape(self, module: str) -> tuple[int, ...] | None:
         """Return the stored shape of the weight that a module of the adapter has in the base, or None."""
@@ -73,6 +69,8 @@ class Target:
         parent, separator, _ = f"{module}.".rpartition(".experts.")
         if separator and any(name.startswith(f"{parent}{separator}") for name in self.modules):
             return ()  # one tensor of all experts in memory, but one per expert in the files
+        if self.base is not None and self.base.is_converted(module):
+            return ()
         # A head that shares the weight of the embedding is not stored.
         return _embedding(self.modules) if module.endswith("lm_head") else None
 

@@ -65,6 +65,7 @@ def call(
     os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
     try:
         with contextlib.redirect_stderr(errors):
+            # Without pairs, a flag has no second form that does nothing.
             bound = tyro.cli(bind, args=list(argv), prog=name, config=(FlagCreatePairsOff,))
     except SystemExit as stop:
         if not stop.code:
@@ -80,14 +81,14 @@ def call(
 
 def _require_values(argv: Sequence[str], parameters: Sequence[inspect.Parameter], name: str) -> None:
     """Raise a ValueError if an argument is empty, or an option for several values has none."""
-    list_names = [parameter.name for parameter in parameters if isinstance(parameter.default, tuple)]
-    lists = [f"--{list_name.replace('_', '-')}" for list_name in list_names]
+    lists = [f"--{option.name.replace('_', '-')}" for option in parameters if isinstance(option.default, tuple)]
     for number, word in enumerate(argv):
         # A negative number is a value.
         has_value = number + 1 < len(argv) and not re.match(r"--?[^\W\d]", argv[number + 1])
         if not word or re.fullmatch(r"--[^=]+=", word) or (word in lists and not has_value):
-            before = f" after {argv[number - 1]}" if number and not word else ""
-            argument = f"argument {word or repr(word)}{before}"
+            argument = f"argument {word or repr(word)}"
+            if number and not word:
+                argument += f" after {argv[number - 1]}"
             raise ValueError(f"{argument} must not be empty: omit it or set a value (see {name} --help)")
 
 
@@ -106,7 +107,9 @@ def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list
     hints = typing.get_type_hints(function, include_extras=True)
     options = []
     for name, parameter in inspect.signature(function).parameters.items():
-        kind = None if name in skip or parameter.kind is parameter.VAR_KEYWORD else _flag_type(hints[name])
+        if name in skip or parameter.kind is parameter.VAR_KEYWORD:
+            continue
+        kind = _flag_type(hints[name])
         if kind is None:
             continue
         default = parameter.default
@@ -115,7 +118,9 @@ def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list
         help = " ".join(docs.get(name, "").replace("``", "").split()).rstrip(".")
         if default is True:  # the only option is --no-NAME
             help = f"do not {help[:1].lower()}{help[1:]}"
-        hint = "" if default is None or isinstance(default, bool) or default in ("", ()) else None  # "" omits it
+        hint = None
+        if default is None or isinstance(default, bool) or default in ("", ()):
+            hint = ""  # the help shows no default
         annotation = Annotated[kind, arg(help=help, help_behavior_hint=hint)]
         options.append(parameter.replace(annotation=annotation, default=default))
     return options
@@ -148,16 +153,23 @@ def _flag_type(hint: Any) -> Any:
             kinds.append(tuple[str, ...])
     if str in kinds and Path in kinds:
         kinds.remove(Path)
+    if not set(kinds) - {type(None)}:
+        return None
     # Not kinds[0] | kinds[1]: to check such a union, tyro imports the same package.
-    return Union[tuple(kinds)] if set(kinds) - {type(None)} else None  # noqa: UP007
+    return Union[tuple(kinds)]  # noqa: UP007
 
 
 def _parse_error_panel(panel: str) -> str:
     """Return the message in tyro's error panel (box-drawing or ASCII), without the help of the options it names."""
-    inside = [line[2:].rstrip(" │") for line in panel.splitlines() if line.startswith(("│ ", "  "))]
-    text = "\n".join(line for line in inside if not line.startswith(" " * 8))
-    message, *sections = re.split(r"^[─-]{3,}$", text, flags=re.MULTILINE)
+    lines = []
+    for line in panel.splitlines():
+        text = line[2:].rstrip(" │")
+        if line.startswith(("│ ", "  ")) and not text.startswith(" " * 8):  # tyro indents the help of an option by 8
+            lines.append(text)
+    message, *sections = re.split(r"^[─-]{3,}$", "\n".join(lines), flags=re.MULTILINE)
     suggestions = " ".join(section for section in sections if "Perhaps you meant" in section)
     options = dict.fromkeys(re.findall(r"--[\w-]+", suggestions))
     sentence = " ".join(message.split())
-    return f"{sentence}; did you mean {' or '.join(options)}?" if options else sentence
+    if not options:
+        return sentence
+    return f"{sentence}; did you mean {' or '.join(options)}?"

@@ -16,12 +16,13 @@ from lorascope.cli.opened_runs import open_runs
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.diagnosis.doctor import SKIP_REASONS, find_faults, skipped_checks
+from lorascope.diagnosis.inspection import run_name
 from lorascope.diagnosis.inspection_screen import SEVERITY_STYLES
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.diagnosis.merge import check_merge
 from lorascope.diagnosis.runtimes import Application, apply_adapter
 from lorascope.diagnosis.sarif import MARK, sarif_log
-from lorascope.files.hub import label, locate, locate_base
+from lorascope.files.hub import locate, locate_base
 from lorascope.files.printable import count_or_no, count_phrase, printable
 from lorascope.files.text_layout import Block, block_grid, make_console, render_text, text_block
 from lorascope.files.typed_json import json_values
@@ -97,15 +98,19 @@ def main(
         values: dict[str, Any] = {"path": path}
         if use is not None:
             values |= {"runtime": use.runtime, "applied": use.applied, "modules": use.modules}
-        values |= {"findings": [fault.to_json() for fault in faults], "unseen": skipped, "notes": [*case.notes]}
+        # The name ``list`` is a flag here.
+        values |= {"findings": [*map(Finding.to_json, faults)], "unseen": skipped, "notes": [*case.notes]}
         print(dumps(json_values(values), indent=1))
         return code
-    count = count_or_no(len(faults), "finding")
-    state = "" if run.meta.states else f", {run.meta.status}: no factors saved yet"
-    blocks = [text_block(label(run.path) if run.path else run.id, count + state, label_style="bold")]
+    summary = count_or_no(len(faults), "finding")
+    if not run.meta.states:
+        summary += f", {run.meta.status}: no factors saved yet"
+    blocks = [text_block(run_name(run), summary, label_style="bold")]
     if use is not None:
-        remark = "" if base is not None else "; names and shapes are not compared without --base DIR"
-        blocks.append(text_block(use.runtime, f"applies {use.applied} of {use.modules} modules{remark}"))
+        applied = f"applies {use.applied} of {use.modules} modules"
+        if base is None:
+            applied += "; names and shapes are not compared without --base DIR"
+        blocks.append(text_block(use.runtime, applied))
     blocks += map(_finding_block, faults)
     blocks += [text_block("note", note) for note in case.notes]
     for missing, names in skipped.items():
@@ -138,8 +143,7 @@ def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, j
     check = check_merge(adapter, PretrainedWeights(locate_base(merged)))
     _write_sarif(sarif, check.findings, adapter)
     if json:
-        rows = [vars(module) for module in check.modules]
-        findings = [finding.to_json() for finding in check.findings]
+        rows, findings = [*map(vars, check.modules)], [*map(Finding.to_json, check.findings)]
         print(dumps(json_values({"path": path, "merged": merged, "modules": rows, "findings": findings}), indent=1))
     else:
         summary = f"{count_phrase(len(check.modules), 'module')}: {check.summary()}"
@@ -167,7 +171,9 @@ def _list_kinds(json: bool) -> int:
 def _write_sarif(file: str | None, findings: Sequence[Finding], run: Result) -> None:
     if file is None:
         return
-    subject = run.files.files[0].path if isinstance(run, Adapter) else Path(run.path or run.id) / "run.json"
+    subject = Path(run.path or run.id) / "run.json"
+    if isinstance(run, Adapter):
+        subject = run.files.files[0].path
     write_json(Path(file), sarif_log(findings, Path(subject), lorascope.__version__))
 
 

@@ -100,30 +100,29 @@ def main(
     """
     paths = {"peft": peft, "kohya": kohya, "diffusers": diffusers, "mlx": mlx}
     written = {format: path for format, path in paths.items() if path is not None}
+    is_image = kohya is not None or diffusers is not None
+    several, selects_state = len(runs) > 1, state != "last"
     forms = [rank_pattern, table is not None].count(True) + len(written)
     reject(
         {
             "RUN is required: lorascope export runs/lora --rank-pattern": not runs,
-            "several adapters require --peft DIR or another format, which writes their sum": len(runs) > 1
-            and not written,
+            "several adapters require --peft DIR or another format, which writes their sum": several and not written,
             "--weights requires several adapters": bool(weights) and len(runs) < 2,
             "exactly one of --rank-pattern, --peft DIR, --kohya FILE, --diffusers PATH, --mlx DIR and --table FILE is "
             f"required, got {forms}": forms != 1,
-            "--component requires --kohya or --diffusers": component is not None
-            and kohya is None
-            and diffusers is None,
+            "--component requires --kohya or --diffusers": component is not None and not is_image,
             "--summary requires --table": summary and table is None,
             "--state requires --summary with --table: the table of all records has every step": table is not None
-            and state != "last"
+            and selects_state
             and not summary,
             "--budget requires --rank-pattern or --peft, --kohya, --diffusers or --mlx": budget is not None
             and not (rank_pattern or written),
             "--model and --task require each other: the loss is measured with both": (model is None) != (task is None),
             "--by ablation requires --model NAME and --task NAME": by == "ablation" and model is None,
             "--model requires --budget": model is not None and budget is None,
-            "--by, --model and --task require one adapter or run": len(runs) > 1 and model is not None,
-            "--state requires one run, with --rank-pattern, --peft or --summary": state != "last"
-            and (len(runs) > 1 or bool(written and peft is None)),
+            "--by, --model and --task require one adapter or run": several and model is not None,
+            "--state requires one run, with --rank-pattern, --peft or --summary": selects_state
+            and (several or bool(written and peft is None)),
         }
     )
     adapters = open_runs(runs, base)
@@ -138,8 +137,9 @@ def main(
         scores = component_importance(opened, model, task, state=state)
     if rank_pattern:
         if budget is None:
-            keywords = export.rank_pattern(opened, state=state)
-            remarks = [_ROUTER] if opened.input_dependent_modules(state) else []
+            keywords, remarks = export.rank_pattern(opened, state=state), []
+            if opened.input_dependent_modules(state):
+                remarks.append(_ROUTER)
         else:
             selection = export.select_components(opened, budget, state, scores)
             keywords = peft_keywords(opened, selection.ranks, opened.updates(state=state))
@@ -167,7 +167,7 @@ def _write_sum(
     json: bool,
 ) -> int:
     """Print how the adapters interfere, and write their sum."""
-    summed = [require_adapter(adapter) for adapter in adapters]
+    summed = list(map(require_adapter, adapters))
     for row in export.interference(summed, weights).to_dict("records"):
         change = f"cosine {row['cosine']:.3f}, energy of the sum / sum of energies {row['energy']:.3f}"
         remark = f"{row['one']} + {row['other']}: {row['shared']} shared modules, {change}"

@@ -81,8 +81,8 @@ def main(
         return _print_output(_inspect_series(paths, base, spectra, all), json, csv)
     if null and all and not (json or csv):
         raise ValueError("--null has no place on the screen of --all: add --json or --csv, or omit --all")
-    folders = [locate(path) for path in paths]
-    models = [folder for folder in folders if is_whole_model(folder)]
+    folders = list(map(locate, paths))
+    models = list(filter(is_whole_model, folders))
     if models:
         return _print_output(_inspect_model(models[0], len(folders) > 1, base, null, all), json, csv)
     try:
@@ -98,7 +98,7 @@ def main(
             states = [{"path": str(run.path), "status": run.meta.status, "message": str(run)} for run in unfinished]
             print(dumps(states, indent=1))
         else:
-            print(*unfinished, sep="\n", file=sys.stderr if csv else None)
+            print(*unfinished, sep="\n", file=sys.stderr if csv else None)  # stdout is a table or empty
         return 1
     if null and len(runs) > 1:
         raise ValueError(f"--null requires one adapter or run, got {len(runs)}")
@@ -159,9 +159,11 @@ def _compare(inspections: Sequence[Inspection], spectra: bool, all: bool) -> _Ou
     from lorascope.diagnosis.pair_comparison import compare_inspections, comparison_screen
 
     comparison = compare_inspections(inspections, spectra)
-    screens = [partial(comparison_screen, comparison)]
+    screens = []
     if all:
-        screens = [*(partial(modules_screen, inspection) for inspection in inspections), *screens]
+        for inspection in inspections:
+            screens.append(partial(modules_screen, inspection))
+    screens.append(partial(comparison_screen, comparison))
     return _Output(comparison.to_json, comparison.table, screens)
 
 
@@ -170,7 +172,9 @@ def _inspect_modules(inspection: Inspection, all: bool, null: bool) -> _Output:
 
     def to_json() -> dict[str, Any]:
         values = inspection.to_json()
-        return values if random is None else values | {"null": json_rows(random)}
+        if random is not None:
+            values["null"] = json_rows(random)
+        return values
 
     def table() -> pd.DataFrame:
         modules = inspection.modules.assign(name=inspection.name)

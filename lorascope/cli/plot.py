@@ -84,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
 
 def _require_own_figure(path: Path) -> None:
     """Raise a FileExistsError if a path exists and is not a figure that lorascope saved."""
-    described = path.with_name(f"{path.name}-metadata.json") if path.suffix.lower() == ".csv" else path
+    described = path
+    if path.suffix.lower() == ".csv":  # it has no place for a mark, which is in a file next to it
+        described = path.with_name(f"{path.name}-metadata.json")
     if path.exists() and not described.exists():
         raise foreign_file_error(path)
     require_own(described, "lorascope")
@@ -102,7 +104,9 @@ def _group_by_label(pairs: Sequence[tuple[str, Result]]) -> list[Result] | dict[
 
 def _split_label(word: str) -> tuple[str, str]:
     label, equals, path = word.partition("=")
-    return (utf8_text(label), path) if equals and not Path(word).exists() else ("", word)
+    if not equals or Path(word).exists():  # a name of a folder may contain "="
+        return "", word
+    return utf8_text(label), path
 
 
 def _list_figures() -> str:

@@ -71,9 +71,7 @@ def main(
         # Before torch is imported, so that machines with other instructions compute the same numbers.
         os.environ |= kept_runs.INSTRUCTIONS
     if evidence is not None:
-        from lorascope.papers.training.train_arms import (
-            write_evidence,  # imported here, so that --help does not import torch
-        )
+        from lorascope.papers.training.train_arms import write_evidence  # --help does not import torch
 
         write_evidence(Path(evidence), Path(out) / "runs", minutes)
         return 0

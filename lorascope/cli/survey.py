@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -68,18 +68,19 @@ def main(
         raise ValueError("PATH is required: lorascope survey adapters")
     if json and csv:
         raise ValueError("--json and --csv cannot be combined")
-    absent = next((path for path in paths if not Path(path).exists()), None)
-    if absent is not None:
-        raise FileNotFoundError(f"cannot read {printable(absent)}: there is no such file or folder")
-    adapters = chain.from_iterable(find_adapters(path) if Path(path).is_dir() else [Path(path)] for path in paths)
+    for path in paths:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"cannot read {printable(path)}: there is no such file or folder")
     count = failed = 0
     with use_backend(backend, address, jobs):
-        for row in survey(adapters, base):
+        for row in survey(_list_adapters(paths), base):
             if json:
                 print(dumps(json_values(vars(row))), flush=True)
             elif csv:
                 text = csv_text(pd.DataFrame([vars(row)], dtype=object))  # paths may have surrogates
-                print(text if count == 0 else text.partition("\n")[2], end="", flush=True)
+                if count:  # the head is printed once
+                    text = text.partition("\n")[2]
+                print(text, end="", flush=True)
             else:
                 print(_format_row(row, head=count == 0), flush=True)
             count += 1
@@ -87,6 +88,15 @@ def main(
     if not count:
         raise ValueError(f"no adapter or run in {', '.join(map(printable, paths))}")
     return int(bool(failed))
+
+
+def _list_adapters(paths: Iterable[str]) -> Iterator[Path]:
+    """Yield the adapters and runs in folders, which are searched as the rows are printed, and single files."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            yield from find_adapters(path)
+        else:
+            yield path
 
 
 # All but the last have a fixed width, because a row is printed before the next one is measured.
@@ -109,5 +119,7 @@ def _format_row(row: Surveyed, head: bool) -> str:
     if not row.error:
         return render_text(target, aligned_table(_COLUMNS, [vars(row)], head=head))
     # An error is as long as it needs to be, from the second column on.
-    line = aligned_table(_ERROR_COLUMNS, [vars(row)], head=False)
-    return render_text(target, aligned_table(_COLUMNS, []), line) if head else render_text(target, line)
+    tables = [aligned_table(_ERROR_COLUMNS, [vars(row)], head=False)]
+    if head:
+        tables.insert(0, aligned_table(_COLUMNS, []))
+    return render_text(target, *tables)

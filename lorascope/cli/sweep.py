@@ -60,8 +60,9 @@ def main(
     from lorascope.experiments import grid, sweep  # imported here, so that --help does not import torch
 
     plan = grid.read(file)
-    # Another backend discards the file's options.
-    options = dict(plan.backend) if backend in (None, plan.backend.get("name")) else {}
+    options: dict[str, Any] = {}
+    if backend in (None, plan.backend.get("name")):  # another backend discards the file's options
+        options |= plan.backend
     for name, value in {"name": backend, "address": address, "jobs": jobs}.items():
         if value is not None:
             options[name] = value
@@ -95,7 +96,7 @@ def _sweep_to_json(swept: SweepResult) -> dict[str, Any]:
     """Convert runs, failures, recipes and their comparison to JSON values; NaN becomes null."""
 
     def rows(table: pd.DataFrame) -> Any:
-        return loads(table.to_json(orient="records", double_precision=15))
+        return loads(table.to_json(orient="records", double_precision=15))  # the most digits that pandas writes
 
     table = recipe_tests.collect_scores(swept.runs())
     compared = recipe_tests.compare_pairs(table)

@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> int:
     if name not in METHODS:
         raise ValueError(unknown_name("method", name, METHODS))
     method = METHODS[name]
+    # ``run`` has these arguments, or a flag cannot express them.
     settings = options_of(train, skip=("model", "data", "method", "observe", "out"))
     # The learning rates of a method are settings of ``train``.
     fields = options_of(method, skip=[setting.name for setting in settings])

@@ -53,7 +53,7 @@ def main(
     if not registered.exists():
         raise FileNotFoundError(f"no registration at {printable(registered)}: install lorascope again")
     clone, own_folder = registration.clone_of(registered), registered.parent / "evidence"
-    folder = Path(evidence) if evidence else own_folder
+    folder = Path(evidence or own_folder)
     has_runs = (folder / "runs.csv").exists()
     if retrain < 0:
         raise ValueError(f"--retrain must be >= 0, got {retrain}")

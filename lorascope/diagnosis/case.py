@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,11 +21,13 @@ from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.stored_update import AdapterFiles, StoredUpdate
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.manifest import Manifest
-from lorascope.runs.module_summary import ModuleSummary
+from lorascope.runs.module_summary import ModuleSummary, without_nan
 from lorascope.runs.result import Result
 from lorascope.runs.series import Series
 from lorascope.updates import WeightDecomposed, constant_factors, effective_rank, energy_rank, stable_rank
 from lorascope.updates.low_rank import count_used
+
+Module = TypeVar("Module")
 
 SHARE = 0.9  # fraction of the energy that ``energy_rank`` counts
 _ROUNDED = 1e-6  # of |W|: rounding of a magnitude in float32
@@ -81,10 +84,14 @@ class MeasuredModule:
     neuron_largest: float
 
 
-def largest_rows(rows: Iterable[Any], name: str, count: int = 1) -> list[Any]:
+def known_rows(rows: Iterable[Module], name: str) -> list[Module]:
+    """Return the modules of a case in which a field is known: not NaN."""
+    return [row for row in rows if not math.isnan(getattr(row, name))]
+
+
+def largest_rows(rows: Iterable[Module], name: str, count: int = 1) -> list[Module]:
     """Return the modules of a case with the largest values of a field, the first of equal ones first, without NaN."""
-    measured = [row for row in rows if not math.isnan(getattr(row, name))]
-    return sorted(measured, key=lambda row: getattr(row, name), reverse=True)[:count]
+    return sorted(known_rows(rows, name), key=attrgetter(name), reverse=True)[:count]
 
 
 class TotalChange(NamedTuple):
@@ -109,9 +116,13 @@ class ModuleEvidence:
     def total_change(self) -> TotalChange:
         """Change of the adapted modules together, or without adapters of all but the head."""
         rows = self.adapted or [row for row in self.modules if row.role != "head"]
-        measured = [row for row in rows if math.isfinite(row.moved) and math.isfinite(row.weight_norm)]
-        moved = math.hypot(*(row.moved for row in measured))
-        return TotalChange(measured, moved, math.hypot(*(row.weight_norm for row in measured)))
+        measured, changes, weights = [], [], []
+        for row in rows:
+            if math.isfinite(row.moved) and math.isfinite(row.weight_norm):
+                measured.append(row)
+                changes.append(row.moved)
+                weights.append(row.weight_norm)
+        return TotalChange(measured, math.hypot(*changes), math.hypot(*weights))
 
     @property
     def unchanged_adapters(self) -> list[TrainedModule]:
@@ -140,7 +151,7 @@ class Case(ModuleEvidence):
     def has(self, need: str) -> bool:
         """Return whether there is evidence of this kind; see ``Kind.needs``."""
         if need == "weights":
-            return any(not math.isnan(module.weight_norm) for module in self.modules)
+            return bool(known_rows(self.modules, "weight_norm"))
         history = self.run.has_history
         base = history or self.base is not None
         available = {"config": isinstance(self.run, Adapter), "base": base, "history": history, "training": False}
@@ -223,8 +234,12 @@ class Case(ModuleEvidence):
         if self.stored_updates:
             return self._embeddings_without_head()
         ranks = self.run.ranks()
-        pairs = [(module.module, other) for module in self.meta.modules for other in (module.tied or "").split(",")]
-        return [(left, right) for left, right in pairs if ranks.get(left) and ranks.get(right)]
+        pairs = []
+        for module in self.meta.modules:
+            for other in (module.tied or "").split(","):
+                if ranks.get(module.module) and ranks.get(other):
+                    pairs.append((module.module, other))
+        return pairs
 
     def _embeddings_without_head(self) -> list[tuple[str, str]]:
         """Return the pairs of an embedding and a head that the base lacks, because safetensors stores one of them."""
@@ -253,7 +268,7 @@ class Case(ModuleEvidence):
             if summary.rank is None and summary.module not in recorded:
                 continue
             moved = summary.learned_norm
-            if math.isnan(moved):
+            if math.isnan(moved):  # a single adapter does not contain its initial update
                 moved = summary.update_norm
             if summary.rank == 0:  # it has not moved, even if it was recorded before PEFT's allocator masked it
                 moved = 0.0
@@ -277,14 +292,17 @@ class Case(ModuleEvidence):
         ValueError
             The run has no update: it is unfinished, or no update was recorded.
         """
-        summaries = [row for row in self._summaries if self.stored_updates or not math.isnan(row.update_norm)]
+        summaries = self._summaries
+        if not self.stored_updates:  # a run lists all modules, also those whose update was not recorded
+            summaries = known_rows(summaries, "update_norm")
         if not summaries:
             raise ValueError(
                 f"cannot inspect run {self.run.id}: no update was recorded. Train with observe=[ls.observe.norms()]"
             )
         sigmas = self._singular_values(summaries)
+        # A float that is too large for its power raises an OverflowError; a product is infinite.
         energies = [summary.update_norm * summary.update_norm for summary in summaries]
-        total = sum(energy for energy in energies if not math.isnan(energy))
+        total = sum(without_nan(energies))
         changes = compare_with_base(self.stored_updates, self.base, self.spectra)
         updates: Mapping[str, Any] = self.stored_updates or self.run.updates()
         sizes = self._parameter_counts(summaries)
@@ -332,7 +350,7 @@ class Case(ModuleEvidence):
                 counts[module] = sum(int(arrays[name].size) for name in arrays.keys() - constants)
                 continue
             # The second name of a tied weight has no row.
-            outer, inner = shapes[module] if module in shapes else updates[module].shape
+            outer, inner = shapes.get(module) or updates[module].shape
             if summary.rank is None:
                 counts[module] = outer * inner
             else:
@@ -342,6 +360,7 @@ class Case(ModuleEvidence):
     def _singular_values(self, summaries: Iterable[ModuleSummary]) -> Mapping[str, np.ndarray]:
         """Return spectra of the factored updates, and of the dense ones recorded at the last step."""
         spectra: dict[str, np.ndarray] = {}
+        # The other updates take a full SVD each.
         if self.spectra or all(update.has_thin_factors for update in self.stored_updates.values()):
             spectra.update(self.run.spectra)
         last = self.meta.states["last"].step

@@ -6,15 +6,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lorascope.diagnosis.case import Case, MeasuredModule
+from lorascope.diagnosis.case import Case, MeasuredModule, known_rows
 from lorascope.diagnosis.causes import RULES, Finding
 from lorascope.files.hub import hub_source, label
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import count_phrase
 from lorascope.files.typed_json import json_values
+from lorascope.formats.stored_update import StoredUpdate
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.checkpoint_names import describe_checkpoints
 from lorascope.runs.module_summary import (
@@ -30,6 +32,7 @@ from lorascope.runs.module_summary import (
 from lorascope.runs.result import Result
 
 Facts = tuple[tuple[str, str], ...]
+# Names in the header of a safetensors file.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -82,17 +85,24 @@ class Inspection(InspectionReport):
         return table_of(MeasuredModule, self.measured)
 
     def module_rows(self) -> list[Row]:
-        return [vars(module) for module in self.measured]
+        return list(map(vars, self.measured))
 
     @property
     def norm(self) -> float:
         """|dW| of all modules, without those with NaN."""
-        return pool_norms(module.update_norm for module in self.measured)
+        return pool_norms(column(self.module_rows(), "update_norm"))
+
+    @property
+    def size(self) -> Row:
+        """Numbers of all modules: ``modules, parameters, least_rank, most_rank``."""
+        rows = self.module_rows()
+        counts = {"modules": len(rows), "parameters": sum(column(rows, "parameters"))}
+        return counts | rank_range(column(rows, "rank"))
 
     @property
     def has_base(self) -> bool:
         """Whether the norms of some weights are known."""
-        return any(not math.isnan(module.relative_update) for module in self.measured)
+        return bool(known_rows(self.measured, "relative_update"))
 
     def roles(self) -> pd.DataFrame:
         """Return the rows of ``role_rows`` as a table."""
@@ -114,7 +124,7 @@ class Inspection(InspectionReport):
                     "modules": len(modules),
                     "update_norm": pool_norms(column(modules, "update_norm")),
                     "relative_update": mean_without_nan(column(modules, "relative_update")),
-                    "energy": sum(energies) if energies else math.nan,
+                    "energy": sum(energies or [math.nan]),  # unknown if the norms of all modules are NaN
                     **rank_range(column(modules, "rank")),
                     "effective_rank": mean_without_nan(column(modules, "effective_rank")),
                 }
@@ -144,6 +154,11 @@ def inspect(run: Result, spectra: bool = False) -> Inspection:
     return Inspection(run.path, facts, tuple(findings), measured, run)
 
 
+def run_name(run: Result) -> str:
+    """Return the name under which an inspection shows a run: that of its folder, or its id without one."""
+    return label(run.path) if run.path else run.id
+
+
 def _run_facts(run: Result, count: int) -> Facts:
     meta, kind, model = run.meta, run.label, run.meta.model
     if meta.seed is not None:
@@ -153,7 +168,7 @@ def _run_facts(run: Result, count: int) -> Facts:
     if meta.task is not None:
         model += f" on {meta.task}"
     facts = (
-        (label(run.path) if run.path else run.id, kind),
+        (run_name(run), kind),
         ("model", model),
         ("size", f"{count_phrase(count, 'module')}, {meta.parameters.trained:,} trained parameters"),
     )
@@ -165,14 +180,18 @@ def _run_facts(run: Result, count: int) -> Facts:
 
 def _adapter_facts(run: Adapter) -> Facts:
     updates, config = run.files.parts.values(), run.files.config
-    scale = f"scale {_range([update.scale for update in updates])}"
+    scale = f"scale {_range(updates, 'scale')}"
     if run.files.kind == "FourierFT":
-        size = f"{_range([update.size for update in updates])} coefficients, {scale}"
+        size = f"{_range(updates, 'size')} coefficients, {scale}"
     else:
-        # Without a configuration, the scale is a guess.
-        scale = scale + _stated_alpha(config) if config else "alpha not saved"
-        size = f"rank {_range([update.rank for update in updates])}, {scale}"
-    base = "not read" if run.base is None else f"read from {run.base.folder}"
+        if config:
+            scale += _stated_alpha(config)
+        else:  # the scale is a guess
+            scale = "alpha not saved"
+        size = f"rank {_range(updates, 'rank')}, {scale}"
+    base = "not read"
+    if run.base is not None:
+        base = f"read from {run.base.folder}"
     stored = describe_files([update.dtype for update in updates], run.files.files)
     facts = [(run.label, f"{run.files.kind}, {size}")]
     source = hub_source(run.files.path)
@@ -190,7 +209,7 @@ def _adapter_facts(run: Adapter) -> Facts:
 def _stated_alpha(config: Mapping[str, Any]) -> str:
     """Return the alpha of a configuration in parentheses, or "" if its kind has none."""
     # PEFT names it lora_alpha, or alpha in LoHa and LoKr, or after the method.
-    alphas = [config.get(name) for name in ("lora_alpha", "alpha", "randlora_alpha")]
+    alphas = list(map(config.get, ("lora_alpha", "alpha", "randlora_alpha")))
     if str(config.get("peft_type", "")).upper() == "LORA":
         alphas.append(8)  # the default of PEFT
     alpha = next((alpha for alpha in alphas if isinstance(alpha, int | float)), None)
@@ -205,6 +224,8 @@ def describe_files(dtypes: Iterable[str], files: Sequence[Any]) -> str:
     return f"{' and '.join(names)}, {count_phrase(len(files), 'file')}"
 
 
-def _range(values: Sequence[float]) -> str:
+def _range(updates: Iterable[StoredUpdate], name: str) -> str:
+    """Return the smallest and the largest value of a field of stored updates."""
+    values = list(map(attrgetter(name), updates))
     low, high = min(values), max(values)
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

@@ -37,10 +37,10 @@ from lorascope.files.text_layout import (
     wrap_paragraph,
 )
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.module_summary import column, pool_norms
+from lorascope.runs.module_summary import Row, column, pool_norms
 
-Modules = list[dict[str, Any]]
-_STRIP_WIDTH = 32
+Modules = list[Row]
+_STRIP_WIDTH = 32  # what a label and four numbers leave of 80 columns
 _STACKS = {"": "", "encoder": "enc ", "decoder": "dec "}
 # Characters for zero and for values, smallest first.
 DIGITS, BLOCKS = ".123456789", "·▁▂▃▄▅▆▇█"
@@ -119,16 +119,19 @@ def layer_strip(
     rows = []
     for row in report.role_rows():
         stack, role = row["stack"], row["role"]
-        profile = (values.get((stack, role, index)) for index in range(math.ceil(depth / step)))
-        prefix = _STACKS.get(stack, f"{stack} ") if has_stacks else ""
-        glyphs = "".join(_glyph(value, top, scale) * repeat for value in profile)
-        rows.append(row | {"name": prefix + role, "strip": glyphs})
+        glyphs, name = "", role
+        for index in range(math.ceil(depth / step)):
+            glyphs += _glyph(values.get((stack, role, index)), top, scale) * repeat
+        if has_stacks:
+            name = _STACKS.get(stack, f"{stack} ") + role
+        rows.append(row | {"name": name, "strip": glyphs})
     names = TableColumn(strip.title, LABEL_WIDTH - 1, "name")
     strips = TableColumn(_layer_axis(depth, step, repeat), _STRIP_WIDTH, "strip")
     yield aligned_table([names, strips, *columns], rows)
     if top:
-        pooled = f", {step} layers per column{strip.pooled}" if step > 1 else ""
-        legend = f"{scale[-1]} is {strip.caption.format(strip.form(top))}, {scale[0]} is zero{pooled}"
+        legend = f"{scale[-1]} is {strip.caption.format(strip.form(top))}, {scale[0]} is zero"
+        if step > 1:
+            legend += f", {step} layers per column{strip.pooled}"
         yield block_grid([Block("", [legend])])
 
 
@@ -141,6 +144,7 @@ def _glyph(value: float | None, largest: float, scale: str) -> str:
     if value == 0:
         return scale[0]
     steps = len(scale) - 1
+    # The largest value would be one step above the scale.
     return scale[min(steps, 1 + int(steps * (value / largest)))]
 
 
@@ -153,7 +157,9 @@ def _layer_axis(depth: int, step: int, repeat: int) -> str:
         line = line.ljust(index * repeat) + str(index * step)
     last = str(depth - 1)
     start = min((bins - 1) * repeat, _STRIP_WIDTH - len(last))
-    return line.ljust(start) + last if start > len(line) else line
+    if start > len(line):
+        line = line.ljust(start) + last
+    return line
 
 
 def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFrame | None = None) -> str:

@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -130,7 +131,9 @@ class MergedModule:
     @property
     def label(self) -> str:
         """Name, with the note if there is one."""
-        return f"{self.module} ({self.note})" if self.note else self.module
+        if not self.note:
+            return self.module
+        return f"{self.module} ({self.note})"
 
 
 @dataclass(frozen=True)
@@ -147,14 +150,15 @@ class MergeCheck:
 
     def _find(self) -> Iterator[Finding]:
         count = len(self.modules)
-        for verdict, statement in _STATEMENTS.items():
-            affected = [module for module in self.modules if module.verdict == verdict]
-            if affected:
-                yield _finding(f"{len(affected)} of {count} modules: {statement}", affected)
+        by_verdict: dict[str, list[MergedModule]] = defaultdict(list)
         by_factor: dict[float, list[MergedModule]] = defaultdict(list)
         for module in self.modules:
+            by_verdict[module.verdict].append(module)
             if module.verdict == "wrong scale":
                 by_factor[round(module.factor, 2)].append(module)
+        for verdict, statement in _STATEMENTS.items():
+            if affected := by_verdict[verdict]:
+                yield _finding(f"{len(affected)} of {count} modules: {statement}", affected)
         for factor, affected in sorted(by_factor.items()):
             reason = {2.0: ", so it was merged twice", -1.0: ", so it was subtracted"}.get(factor, "")
             yield _finding(f"{len(affected)} of {count} modules contain {factor:g} times the update{reason}", affected)
@@ -203,15 +207,19 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
         raise ValueError("cannot check a merged model without its base: pass base")
     base, stored_updates = adapter.base, adapter.files.parts
     merged = base.named_alike(merged)
-    names = [module for module in stored_updates if base.has_weight(module)]
-    if not names:
-        raise ValueError(f"cannot check the merge: {base.folder} has no weight of {first_and_count(stored_updates)}")
     updates = adapter.updates()
     # Samples of all updates are small enough to keep, unlike the updates.
-    samples = {module: _Sample.of(updates[module]) for module in names}
+    samples: dict[str, _Sample] = {}
+    compared: list[MergedModule] = []
+    for module in stored_updates:
+        if base.has_weight(module):
+            samples[module] = _Sample.of(updates[module])
+        else:
+            compared.append(MergedModule(module, "not compared", math.nan))
+    if not samples:
+        raise ValueError(f"cannot check the merge: {base.folder} has no weight of {first_and_count(stored_updates)}")
     experts: dict[str, _ExpertSample] = {}
-    compared = [MergedModule(module, "not compared", math.nan) for module in stored_updates if module not in samples]
-    for module in names:
+    for module in samples:
         stored, dtype, merged_dtype = stored_updates[module], base.dtype(module), merged.dtype(module)
         W = np.asarray(base.weight(module, stored.shape, stored.transposed), np.float32)
         after = np.asarray(merged.weight(module, stored.shape, stored.transposed), np.float32)
@@ -241,9 +249,11 @@ def _changed_weights(adapter: Adapter, merged: PretrainedWeights) -> Iterator[st
     """Yield the weights that are neither adapted nor saved with the adapter, and differ from the base."""
     base = adapter.base
     assert base is not None
-    stored = {name.removesuffix(".weight") for module in adapter.files.parts for name in base.stored_names(module)}
-    saved = {name.rpartition(".")[0] for name in adapter.files.others}
-    expected = saved | stored | set(adapter.files.parts)
+    expected = set(adapter.files.parts)
+    for name in chain.from_iterable(map(base.stored_names, adapter.files.parts)):
+        expected.add(name.removesuffix(".weight"))
+    for name in adapter.files.others:  # modules that are saved as full weights
+        expected.add(name.rpartition(".")[0])
     for module in base.modules():
         # Names of the adapter may have a prefix that the base lacks, and the other way round.
         if module in expected or any(_is_end(module, name) or _is_end(name, module) for name in expected):
@@ -262,11 +272,12 @@ def _is_end(end: str, name: str) -> bool:
 def _is_tied(base: PretrainedWeights, merged: PretrainedWeights, module: str) -> bool:
     """Return whether a weight that the merged model lacks equals another one of the base that it has."""
     W, shape = base.unread(module).stored, base.stored_shape(module)
-    return any(
-        np.array_equal(W, base.unread(other).stored)
-        for other in base.modules()
-        if other != module and base.stored_shape(other) == shape and merged.has_weight(other)
-    )
+    for other in base.modules():
+        if other == module or base.stored_shape(other) != shape or not merged.has_weight(other):
+            continue
+        if np.array_equal(W, base.unread(other).stored):
+            return True
+    return False
 
 
 def _differs(base: PretrainedWeights, merged: PretrainedWeights, module: str) -> bool:
@@ -293,12 +304,13 @@ def _compare(
     rounded = {target: _round(W + d, target) for target in {coarse, merged_dtype}}
     rounded_once = rounded[coarse]
     merges = [*rounded.values(), _round(W + _round(d, coarse), coarse)]
+    unequal_to_merge = min(float((after != merge).mean()) for merge in merges)
     is_visible = not all(np.array_equal(merge, W) for merge in merges)
     unit = _largest_spacing(coarse, W, d, rounded_once)
     factor = _fit_factor(after, W, d, unit)
 
     # A weight that fits a merge bit by bit is merged, even if it also fits a mistake.
-    if update.low_rank is not None and any(np.array_equal(after, merge) for merge in merges):
+    if update.low_rank is not None and unequal_to_merge == 0:
         return MergedModule(module, "merged" if is_visible or not d.any() else "unknown", factor)
     if not is_visible and _misfit(after, W, unit) == 0:
         return MergedModule(module, "unknown", factor)
@@ -309,7 +321,6 @@ def _compare(
     mistakes[2.0] = _round(rounded_once + d, coarse)  # a second merge adds to the rounded first one
     unequal = {multiple: float((after != mistake).mean()) for multiple, mistake in mistakes.items()}
     closest = min(unequal, key=unequal.__getitem__)
-    unequal_to_merge = min(float((after != merge).mean()) for merge in merges)
     fits_mistake = _misfit(after, mistakes[closest], unit) <= 1 - _FITTING and abs(closest - 1) > _FACTOR_ERROR
     if fits_mistake and unequal[closest] < _CLOSER * unequal_to_merge:
         return MergedModule(module, "wrong scale" if closest else "not merged", closest)
@@ -338,6 +349,7 @@ def _summation_error(update: Update, unit: Float32[np.ndarray, "out in"]) -> Flo
     if (product := update.low_rank) is None:
         return 2 * unit.max(axis=1, keepdims=True)
     B, A = np.asarray(product.B, np.float32), np.asarray(product.A, np.float32)
+    # Each of the operations on an entry rounds by at most 2**-24 of its value.
     return np.float32(product.rank * abs(product.scale) * 2.0**-24) * (np.abs(B) @ np.abs(A))
 
 
@@ -362,7 +374,7 @@ def _fit_factor(
     if large.sum() >= _FEWEST_FITTED:
         delta, wide = delta[large], wide[large]
     energy = float(np.vdot(wide, wide))
-    if energy == 0:
+    if energy == 0:  # a zero update is in the change zero times
         return 0.0
     return float(np.vdot(delta, wide)) / energy
 

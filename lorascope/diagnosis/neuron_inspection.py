@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,13 @@ from rich.console import Console
 
 from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, power_of_ten
 from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_files
-from lorascope.diagnosis.inspection_screen import (
-    Modules,
-    Strip,
-    header_blocks,
-    join_paths,
-    layer_strip,
-    report_screen,
-)
+from lorascope.diagnosis.inspection_screen import Modules, Strip, header_blocks, join_paths, layer_strip, report_screen
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.text_layout import Block, Elided, TableColumn, aligned_table, format_norm, format_percent
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.module_summary import column, in_axis_order, json_rows, pool_norms
 
-TOP = 0.1
+TOP = 0.1  # fraction of all neurons
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 SHORT = 1e-8  # norm of a neuron's weights below which their direction is not meaningful
 _COLUMNS = (
@@ -34,39 +28,35 @@ _COLUMNS = (
     TableColumn("|dW|", 7, "delta_norm", format_norm),
 )
 
-UNCHANGED_MODEL = Kind(
+_observation = partial(Kind, needs="tuned model")
+UNCHANGED_MODEL = _observation(
     "LS401",
     "neurons-unchanged",
     "caution",
-    needs="tuned model",
     problem="The feed-forward modules of two models are equal.",
     evidence="no neuron changed",
 )
-UNCHANGED_PROJECTIONS = Kind(
+UNCHANGED_PROJECTIONS = _observation(
     "LS402",
     "projections-unchanged",
-    needs="tuned model",
     problem="Projections have a zero update.",
     evidence="number of projections in which no neuron changed",
 )
-UNCHANGED_NEURONS = Kind(
+UNCHANGED_NEURONS = _observation(
     "LS403",
     "neurons-still",
-    needs="tuned model",
     problem="Neurons in changed projections did not change.",
     evidence="number of neurons whose weights are equal before and after; 16-bit weights lose small changes",
 )
-ZERO_NEURONS = Kind(
+ZERO_NEURONS = _observation(
     "LS404",
     "neurons-zero",
-    needs="tuned model",
     problem="Neurons have no direction, so 1 - cos is unknown.",
     evidence="weights of the neuron are zero before or after",
 )
-SHORT_NEURONS = Kind(
+SHORT_NEURONS = _observation(
     "LS405",
     "neurons-short",
-    needs="tuned model",
     problem="The rotation of short neurons is not meaningful.",
     evidence=f"norm of a changed neuron below {power_of_ten(SHORT)} before or after",
 )
@@ -169,8 +159,9 @@ def _find(scores: pd.DataFrame, modules: pd.DataFrame, tuned: PretrainedWeights)
         yield _finding_about(UNCHANGED_PROJECTIONS, message, names)
     same = int((scores["delta_norm"] == 0).sum()) - int(modules["neurons"][unchanged].sum())
     if same:
-        is_narrow = any(tuned.dtype(module) in ("BF16", "F16") for module in modules["module"])
-        reason = " (16-bit weights lose small changes)" if is_narrow else ""
+        reason = ""
+        if not {"BF16", "F16"}.isdisjoint(map(tuned.dtype, modules["module"])):
+            reason = " (16-bit weights lose small changes)"
         yield UNCHANGED_NEURONS.finding(f"{same:,} neurons in changed projections did not change{reason}")
     zero = scores["cosine_distance"].isna()
     if zero.any():

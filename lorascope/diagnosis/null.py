@@ -94,7 +94,7 @@ def _random_ranks(
     shape: tuple[int, int], rank: int, draws: int, rng: np.random.Generator
 ) -> dict[str, Float[np.ndarray, "draws"]]:
     spectra = _random_spectra(shape, rank, draws, rng)
-    return {name: np.array([compute(sigma) for sigma in spectra]) for name, compute in _RANKS.items()}
+    return {name: np.array(list(map(compute, spectra))) for name, compute in _RANKS.items()}
 
 
 def _random_spectra(
@@ -127,7 +127,9 @@ def _norm_z(modules: pd.DataFrame) -> pd.Series:
         x = cell["layer"].to_numpy(np.float64)
         pairs = x[:, None] < x[None]
         slopes = ((y[None] - y[:, None])[pairs]) / ((x[None] - x[:, None])[pairs])
-        slope = np.median(slopes) if len(slopes) else 0.0
+        slope = 0.0  # of modules in one layer, such as experts
+        if len(slopes):
+            slope = np.median(slopes)
         residuals = y - slope * x
         residuals -= np.median(residuals)
         spread = _NORMAL * np.median(np.abs(residuals))
@@ -183,6 +185,7 @@ def _deviation(kind: str, config: Mapping[str, Any], update: StoredUpdate) -> fl
     """Return the standard deviation of the coefficients at the start, 0 if the update is zero, NaN if unknown."""
     init = config.get("init_weights")
     outer, inner = update.shape
+    # PEFT draws normal values; the uniform ones of C3A have a bound of sqrt(3) deviations.
     if kind == "FourierFT":
         return 0.0 if init else 1.0
     if kind == "WaveFT":

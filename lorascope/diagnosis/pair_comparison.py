@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,9 +30,9 @@ from lorascope.files.text_layout import (
     render_text,
     text_block,
 )
-from lorascope.runs.module_summary import json_rows, rank_range
+from lorascope.runs.module_summary import json_rows
 
-_CELL = 6  # width of a cell of a matrix
+_CELL = 6  # width of a cell of a matrix: five characters of ``format_ratio`` and a gap
 _MOST_COLUMNS = (WIDTH - 2) // _CELL
 
 
@@ -104,18 +105,23 @@ def distinct_labels(inspections: Sequence[Inspection]) -> list[str]:
     ValueError
         One occurs twice.
     """
-    names = [item.name for item in inspections]
-    labels = [item.name if names.count(item.name) == 1 else utf8_text(item.path) for item in inspections]
-    duplicate = next((label for label in labels if labels.count(label) > 1), None)
-    if duplicate is not None:
-        raise ValueError(f"duplicate adapter or run {duplicate!r}")
+    name_counts = Counter(item.name for item in inspections)
+    labels = []
+    for item in inspections:
+        label = item.name
+        if name_counts[label] > 1:
+            label = utf8_text(item.path)
+        labels.append(label)
+    for label, count in Counter(labels).items():
+        if count > 1:
+            raise ValueError(f"duplicate adapter or run {label!r}")
     return labels
 
 
 def comparison_screen(comparison: Comparison, target: Console) -> str:
     """Format a pairwise comparison of adapters or runs, with one letter each, or more after z."""
     count = len(comparison.inspections)
-    letters = [_letters(index) for index in range(count)]
+    letters = list(map(_letters, range(count)))
     columns = [
         TableColumn("", len(letters[-1]), "letter"),
         TableColumn("", WIDTH - 52, "label"),  # what the other columns leave
@@ -127,7 +133,9 @@ def comparison_screen(comparison: Comparison, target: Console) -> str:
     ]
     sizes, warnings = [], []
     for letter, label, inspection in zip(letters, comparison.labels, comparison.inspections, strict=True):
-        sizes.append({"letter": letter, "label": label} | _size(inspection))
+        method = inspection.facts[0][1].partition(",")[0]
+        labeled = {"letter": letter, "label": label, "method": method, "norm": inspection.norm}
+        sizes.append(labeled | inspection.size)
         # Notes say nothing that affects the comparison.
         findings = [finding for finding in inspection.details if finding.severity != "note"]
         if findings:
@@ -151,17 +159,6 @@ def _letters(index: int) -> str:
     """Return a to z, then aa, ab and so on."""
     before, last = divmod(index, 26)
     return (_letters(before - 1) if before else "") + chr(ord("a") + last)
-
-
-def _size(inspection: Inspection) -> dict[str, Any]:
-    """Return method, norm and size of an adapter or a run."""
-    return {
-        "method": inspection.facts[0][1].partition(",")[0],
-        "norm": inspection.norm,
-        **rank_range(module.rank for module in inspection.measured),
-        "modules": len(inspection.measured),
-        "parameters": sum(module.parameters for module in inspection.measured),
-    }
 
 
 def _legend(comparison: Comparison) -> list[Block]:

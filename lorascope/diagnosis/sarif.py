@@ -77,10 +77,15 @@ def _rule(id: str, finding: Finding) -> dict[str, Any]:
 
 def _logical_locations(finding: Finding) -> dict[str, Any]:
     """Return the modules of a finding; SARIF requires at least one."""
+    if not finding.modules:
+        return {}
     modules = [{"fullyQualifiedName": printable(module), "kind": "module"} for module in finding.modules]
-    return {"logicalLocations": modules} if modules else {}
+    return {"logicalLocations": modules}
 
 
 def _relative_uri(file: Path) -> str:
     path, folder = file.resolve(), Path.cwd().resolve()
-    return quote(os.fsencode(path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name))
+    uri = path.name
+    if path.is_relative_to(folder):
+        uri = path.relative_to(folder).as_posix()
+    return quote(os.fsencode(uri))

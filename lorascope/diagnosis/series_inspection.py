@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from lorascope.analysis.settling import THRESHOLD, Distances, update_distances
-from lorascope.diagnosis.inspection import Facts, Inspection, Row, inspect
+from lorascope.diagnosis.inspection import Facts, Inspection, inspect
 from lorascope.diagnosis.inspection_screen import header_blocks, join_paths, report_screen, shorter_path
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
@@ -28,7 +29,7 @@ from lorascope.files.text_layout import (
 from lorascope.files.typed_json import json_values
 from lorascope.runs.checkpoint_names import count_and_span
 from lorascope.runs.loading import is_series
-from lorascope.runs.module_summary import column, group_by_role, mean_without_nan, pool_norms
+from lorascope.runs.module_summary import Row, column, group_by_role, mean_without_nan, pool_norms
 from lorascope.runs.series import Series
 
 _ROLE_COLUMNS = (
@@ -118,7 +119,7 @@ class SeriesInspection:
         return rows
 
     def _movement(self, modules: Sequence[str]) -> Row:
-        change = float(self.distances.relative(modules)[-2])
+        change = float(self.distances.relative(modules)[-2])  # the last distance, to itself, is 0
         return {"last_change": change, "settled": self.distances.settled(modules)}
 
     def table(self) -> pd.DataFrame:
@@ -165,11 +166,12 @@ def series_screen(inspection: SeriesInspection, target: Console, all: bool = Fal
     by_change = sorted(modules, key=lambda row: -np.nan_to_num(row["last_change"], nan=np.inf))
     moving = [Elided(row["module"], f"{format_percent(row['last_change']):<6} ") for row in by_change[:3]]
     early = sorted(row["settled"] for row in modules if row["settled"] < last)
-    first = f", the first at step {early[0]}" if early else ""
-    settled = f"{len(early)} of {len(modules)} modules before step {last}{first}"
+    settled = f"{len(early)} of {len(modules)} modules before step {last}"
+    if early:
+        settled += f", the first at step {early[0]}"
     return report_screen(
         target,
-        [*header_blocks(inspection.facts), *(text_block(label, text) for label, text in inspection.absences)],
+        [*header_blocks(inspection.facts), *starmap(text_block, inspection.absences)],
         body,
         blocks=[
             text_block("last change", change),

@@ -18,7 +18,7 @@ from lorascope.extras import requirement
 from lorascope.files.hub import locate
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import MARKS, is_adapter, load
-from lorascope.runs.module_summary import pool_norms, rank_range
+from lorascope.runs.module_summary import column
 
 
 @dataclass(kw_only=True)
@@ -49,8 +49,9 @@ def find_adapters(folder: str | Path) -> Iterator[Path]:
     Hidden folders are skipped, and those inside of an adapter or a run, such as checkpoints.
     """
     for path, folders, files in os.walk(folder):
+        # ``os.walk`` enters the folders that are left in its list.
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if any(mark in files for mark in MARKS):
+        if not set(MARKS).isdisjoint(files):
             folders.clear()
             yield Path(path)
             continue
@@ -83,7 +84,8 @@ def survey(paths: str | Path | Iterable[str | Path], base: str | Path | None = N
     Surveyed
         An adapter that cannot be measured has the reason in ``error``.
     """
-    paths = [paths] if isinstance(paths, str | Path) else paths
+    if isinstance(paths, str | Path):
+        paths = [paths]
     yield from Parallel(return_as="generator")(delayed(_measure_adapter)(path, base) for path in paths)
 
 
@@ -91,20 +93,24 @@ def _measure_adapter(path: str | Path, base: str | Path | None = None) -> Survey
     """Measure one adapter or run."""
     try:
         run = load(locate(path), base)
-        modules = inspect(run).measured
-        effective_ranks = [module.effective_rank for module in modules if np.isfinite(module.effective_rank)]
+        inspection = inspect(run)
+        effective_ranks = np.array(column(inspection.module_rows(), "effective_rank"))
+        finite_ranks = effective_ranks[np.isfinite(effective_ranks)]
+        effective_rank = np.nan
+        if len(finite_ranks):
+            effective_rank = float(np.mean(finite_ranks))
         causes = dict.fromkeys(finding.cause for finding in find_faults(Case(run)))
         return Surveyed(
             path=str(path),
             kind=run.files.kind if isinstance(run, Adapter) else re.split("[ ,]", run.label)[0],
             base=run.meta.model,
-            modules=len(modules),
-            parameters=sum(module.parameters for module in modules),
-            **rank_range(module.rank for module in modules),
-            update_norm=pool_norms(module.update_norm for module in modules),
-            effective_rank=float(np.mean(effective_ranks)) if effective_ranks else np.nan,
+            **inspection.size,
+            update_norm=inspection.norm,
+            effective_rank=effective_rank,
             findings=" ".join(causes),
         )
     except (ModuleNotFoundError, OSError, ValueError) as error:
-        required = requirement(error) if isinstance(error, ModuleNotFoundError) else None
-        return Surveyed(path=str(path), error=required or " ".join(str(error).split()))
+        reason = " ".join(str(error).split())
+        if isinstance(error, ModuleNotFoundError):
+            reason = requirement(error) or reason
+        return Surveyed(path=str(path), error=reason)

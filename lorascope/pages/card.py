@@ -28,6 +28,7 @@ from lorascope.runs.result import Result
 
 MAX_ROWS = 2**18
 """Maximum rows of a table of a card: enough for two adapters with 100,000 modules each."""
+# Findings and figures are sorted as these types list their values.
 _SEVERITIES, _TOPICS = get_args(Severity), get_args(Topic)
 
 
@@ -63,7 +64,7 @@ class Card:
     def figures(self) -> Iterator[ReportFigure]:
         """Yield the figures."""
         for stored in self.document["figures"]:
-            chart = unpack(stored["chart"], [self.table(name) for name in stored["tables"]])
+            chart = unpack(stored["chart"], list(map(self.table, stored["tables"])))
             yield ReportFigure(chart, stored["reads"], stored["misleads"])
 
     def without(self, figures: Mapping[str, str]) -> Card:
@@ -83,11 +84,11 @@ def collect(runs: Sequence[Result], spectra: bool = False) -> Card:
     """Collect the card of adapters or runs; ``spectra`` also runs full SVDs."""
     inspections = [inspect(run, spectra) for run in runs]
     labels = distinct_labels(inspections)
-    by_label = dict(zip(labels, inspections, strict=True))
-    tables = {
-        "modules": _join_tables({label: inspection.modules for label, inspection in by_label.items()}),
-        "roles": _join_tables({label: inspection.roles() for label, inspection in by_label.items()}),
-    }
+    modules, roles, subjects = {}, {}, []
+    for label, inspection in zip(labels, inspections, strict=True):
+        modules[label], roles[label] = inspection.modules, inspection.roles()
+        subjects.append(_subject(label, inspection))
+    tables = {"modules": _join_tables(modules), "roles": _join_tables(roles)}
     unseen: dict[str, str] = {}
     if len(runs) > 1:
         try:
@@ -105,12 +106,7 @@ def collect(runs: Sequence[Result], spectra: bool = False) -> Card:
         parquet |= files
         texts = {"reads": figure.reads, "misleads": figure.misleads}
         figures.append({"name": name, "chart": chart, "tables": [*files]} | texts)
-    document = {
-        "versions": installed_versions(),
-        "subjects": [_subject(label, inspection) for label, inspection in by_label.items()],
-        "figures": figures,
-        "unseen": unseen,
-    }
+    document = {"versions": installed_versions(), "subjects": subjects, "figures": figures, "unseen": unseen}
     return Card(json_values(document), parquet)
 
 
@@ -123,33 +119,34 @@ def _subject(label: str, inspection: Inspection) -> dict[str, Any]:
     """Return what a card says about one adapter or run, except for its tables and figures."""
     case = Case(inspection.run)
     (_, kind), *facts = inspection.facts
-    distinct = _unique([*find_faults(case), *inspection.details])
-    distinct.sort(key=lambda finding: _SEVERITIES.index(finding.severity))
+    # The doctor and the inspection share some findings.
+    distinct = {(finding.cause, finding.message): finding for finding in (*find_faults(case), *inspection.details)}
+    findings = sorted(distinct.values(), key=lambda finding: _SEVERITIES.index(finding.severity))
     return {
         "label": label,
         "kind": kind,
         "facts": dict(facts) | {"id": inspection.run.id},
-        "findings": [finding.to_json() for finding in distinct],
+        "findings": list(map(Finding.to_json, findings)),
         "unchecked": {SKIP_REASONS[missing]: names for missing, names in skipped_checks(case).items()},
         "notes": list(case.notes),
     }
 
 
-def _unique(listed_findings: Sequence[Finding]) -> list[Finding]:
-    """Return the findings without those that the doctor and the inspection share."""
-    return list({(finding.cause, finding.message): finding for finding in listed_findings}.values())
-
-
 def _draw(runs: dict[str, Result], unseen: dict[str, str]) -> Iterator[tuple[str, ReportFigure]]:
     """Yield the figures of the registry that show these runs; add the reasons for the others to ``unseen``."""
-    # A figure of several runs needs its records in each.
-    missing_by_run = [available(run).set_index("figure")["missing"] for run in runs.values()]
-    subject: Any = runs if len(runs) > 1 else next(iter(runs.values()))
+    # A figure of several runs needs its records in each; the reason of the first run that lacks them is shown.
+    reasons: dict[Any, Any] = {}
+    for run in runs.values():
+        missing = available(run).set_index("figure")["missing"]
+        reasons = missing[missing != ""].to_dict() | reasons
+    subject: Any = runs
+    if len(runs) == 1:
+        (subject,) = runs.values()
     for name, figure in sorted(FIGURES.items(), key=lambda item: _TOPICS.index(item[1].topic)):
         if figure.runs > len(runs):
             continue
-        if reasons := [missing[name] for missing in missing_by_run if missing[name]]:
-            unseen[name] = reasons[0]
+        if name in reasons:
+            unseen[name] = reasons[name]
             continue
         try:
             yield name, _without_label(draw(name, subject), runs)
@@ -159,9 +156,8 @@ def _draw(runs: dict[str, Result], unseen: dict[str, str]) -> Iterator[tuple[str
 
 def _without_label(figure: ReportFigure, runs: dict[str, Result]) -> ReportFigure:
     """Remove the title of a single chart that is the label of the only run: the page has the name of the figure."""
-    chart = figure.chart
-    labels = [printable(run.label) for run in runs.values()]
-    if isinstance(chart, Chart) and labels == [chart.title]:
+    chart, (run, *others) = figure.chart, runs.values()
+    if not others and isinstance(chart, Chart) and chart.title == printable(run.label):
         return replace(figure, chart=replace(chart, title=""))
     return figure
 
@@ -175,5 +171,5 @@ def _join_tables(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
 
 def _parquet(table: pd.DataFrame) -> bytes:
     file = BytesIO()
-    table.reset_index(drop=True).to_parquet(file, compression="zstd")
+    table.reset_index(drop=True).to_parquet(file, compression="zstd")  # an index would be one more column
     return file.getvalue()

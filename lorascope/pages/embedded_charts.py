@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import plotly.graph_objects as go
@@ -71,7 +72,7 @@ def _draw_wide_and_narrow(settled: FigurePlan) -> tuple[dict[str, Any], dict[str
 
 def title(drawable: Drawable) -> str:
     """Return the title of an embedded chart, or the name of its figure if it has several panels or no title."""
-    charts = [chart for row in drawable.rows() for chart in row]
+    charts = list(chain.from_iterable(drawable.rows()))
     if len(charts) == 1 and charts[0].title:
         return charts[0].title
     return str(charts[0].meta.get("figure", "")).replace("_", " ").capitalize()
@@ -80,7 +81,7 @@ def title(drawable: Drawable) -> str:
 def changes(old: Any, new: Any, *path: str | int) -> Iterator[list[Any]]:
     """Yield path and new value of each difference between two embedded charts as JSON; None means an absent key."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
+        for key in {**old, **new}:  # in this order, so that equal cards give equal pages
             yield from changes(old.get(key), new.get(key), *path, key)
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         for position, (before, after) in enumerate(zip(old, new, strict=True)):
@@ -95,8 +96,10 @@ def _figure_json(figure: go.Figure) -> dict[str, Any]:
 
 def _slim(figure: dict[str, Any]) -> dict[str, Any]:
     """Remove data that the frames of a slider repeat; plotly keeps the keys of a trace that a frame does not set."""
-    frames = figure.get("frames", [])
-    for position, number in enumerate(frames[0]["traces"] if frames else ()):
+    frames = figure.get("frames")
+    if not frames:
+        return figure
+    for position, number in enumerate(frames[0]["traces"]):
         trace, moving = figure["data"][number], [frame["data"][position] for frame in frames]
         for key in trace.keys() - {"type"}:  # plotly needs the type in each frame
             if all(key in repeated and repeated[key] == trace[key] for repeated in moving):

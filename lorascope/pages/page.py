@@ -66,7 +66,9 @@ class Section:
 
 
 def _printable(value: Any) -> Any:
-    return printable_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return printable_lines(value)
 
 
 TEMPLATES = jinja2.Environment(
@@ -74,7 +76,7 @@ TEMPLATES = jinja2.Environment(
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
+    undefined=jinja2.StrictUndefined,  # a misspelled name raises an error instead of an empty text
     finalize=_printable,
 )
 # ``tojson`` escapes "<", so that a label with "</script>" cannot end the element.
@@ -120,7 +122,7 @@ def render(title: str, lead: str, sections: Sequence[Section], facts: Mapping[st
         sections=sections,
         facts=facts,
         carried=carried,
-        next_number=count(1).__next__,
+        next_number=count(1).__next__,  # figures are numbered through all sections
         themes=THEMES,
         plotly=Markup(get_plotlyjs()),
         config=CONFIG,

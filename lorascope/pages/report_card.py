@@ -10,6 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from pyarrow import ArrowException
 
@@ -94,8 +95,10 @@ def _encode(text: str) -> bytes:
 def _limited_html(card: Card) -> str:
     """Return the page of a card, without its largest figures if it would be larger than 6 MiB."""
     text = html(card)
-    excess, left_out = len(_encode(text)) - _PAGE_BYTES, {}
-    sizes = {}
+    excess = len(_encode(text)) - _PAGE_BYTES
+    if excess <= 0:
+        return text
+    sizes, left_out = {}, {}
     for figure, markup in zip(card.document["figures"], _FIGURE.findall(text), strict=True):
         tables = sum(len(card.parquet[name]) * 4 // 3 for name in figure["tables"])  # Base64
         sizes[figure["name"]] = len(_encode(markup)) + tables
@@ -104,7 +107,7 @@ def _limited_html(card: Card) -> str:
         if excess > 0:
             left_out[name] = f"too large for this page ({size:,} bytes): lorascope plot {name}"
             excess -= size
-    return html(card.without(left_out)) if left_out else text
+    return html(card.without(left_out))
 
 
 def html(card: Card) -> str:
@@ -130,7 +133,8 @@ def _sections(card: Card) -> Iterator[Section]:
         label = subject["label"] if is_comparison else ""
         for finding in subject["findings"]:
             findings.append(finding | {"adapter": label, "evidence": _numbers(finding["evidence"])})
-        notes += [f"{label}: {note}" if label else note for note in subject["notes"]]
+        for note in subject["notes"]:
+            notes.append(f"{label}: {note}".removeprefix(": "))
     yield Section("findings", "Findings", "" if findings else "No findings.", findings=findings, notes=notes)
     yield Section("figures", "Figures", figures=list(card.figures()))
     tables = {"Roles": _known_columns(card.table("roles")), "Modules": _known_columns(card.table("modules"))}
@@ -144,7 +148,9 @@ def _numbers(evidence: Mapping[str, Any]) -> dict[str, Any]:
     """Return the evidence with numbers of modules instead of their names, which are in the message."""
     numbers = {}
     for name, value in evidence.items():
-        numbers[name.replace("_", " ")] = len(value) if isinstance(value, list | dict) else value
+        if isinstance(value, list | dict):
+            value = len(value)
+        numbers[name.replace("_", " ")] = value
     return numbers
 
 
@@ -176,11 +182,13 @@ def markdown(card: Card) -> str:
         for finding in subject["findings"]:
             cause = f"{_inert(finding['id'])} {_inert(finding['cause'])}"
             lines.append(f"- {cause} ({finding['severity']}): {_inert(finding['message'])}")
-        lines += [""] if subject["findings"] else ["None.", ""]
+        if not subject["findings"]:
+            lines.append("None.")
+        lines.append("")
     if "pairs" in card.parquet:
         lines += ["### Pairs", "", *_markdown_table(_known_columns(card.table("pairs"))), ""]
     lines += ["### Norms and ranks by role", "", *_markdown_table(_known_columns(card.table("roles"))), ""]
-    lines += ["### Limits", "", *(f"- {sentence}" for sentence in LIMITS), ""]
+    lines += ["### Limits", "", *map("- {}".format, LIMITS), ""]
     return "\n".join(
         [*lines, f"Measured with lorascope {card.document['versions']['lorascope']}.", "", GENERATORS[".md"], ""]
     )
@@ -188,8 +196,9 @@ def markdown(card: Card) -> str:
 
 def _markdown_table(table: pd.DataFrame) -> Iterator[str]:
     cells = frame_cells(table)
-    yield _markdown_row(name for name, _ in cells["columns"])
-    yield "|" + "|".join("---:" if numeric else "---" for _, numeric in cells["columns"]) + "|"
+    heads, is_numeric = zip(*cells["columns"], strict=True)
+    yield _markdown_row(heads)
+    yield f"|{'|'.join(np.where(is_numeric, '---:', '---'))}|"
     for row in cells["rows"]:
         yield _markdown_row(map(format_value, row))
 
@@ -241,18 +250,20 @@ def verify_card(path: str | Path) -> list[str]:
     try:
         if (wrote := card.document["versions"]) != (installed := installed_versions()):
             raise ValueError(f"written with {_format(wrote)}, but {_format(installed)} is installed")
-        built = _encode(html(card)).decode().splitlines()
+        built = _encode(html(card)).decode().splitlines()  # with the escapes of the file
     except (ArrowException, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"cannot build {printable(path)} again: {printable(error)}") from error
-    return [
-        f"line {number}: the page has {_excerpt(line, rebuilt)}, its tables give {_excerpt(rebuilt, line)}"
-        for number, (line, rebuilt) in enumerate(zip_longest(text.splitlines(), built, fillvalue=""), start=1)
-        if line != rebuilt
-    ]
+    differences = []
+    for number, (line, rebuilt) in enumerate(zip_longest(text.splitlines(), built, fillvalue=""), start=1):
+        if line != rebuilt:
+            message = f"the page has {_excerpt(line, rebuilt)}, its tables give {_excerpt(rebuilt, line)}"
+            differences.append(f"line {number}: {message}")
+    return differences
 
 
 def _text(path: str | Path) -> str:
     require_small(Path(path), MAX_PAGE)
+    # In a damaged page, other bytes than UTF-8 are a difference, not an error.
     return Path(path).read_text(encoding="utf-8", errors="replace")
 
 

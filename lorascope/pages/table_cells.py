@@ -14,6 +14,7 @@ def frame_cells(frame: pd.DataFrame) -> dict[str, list[Any]]:
     """Return the table cells of a DataFrame: columns, each numeric or not, and rows; a named index is a column."""
     if not isinstance(frame.index, pd.RangeIndex):
         frame = frame.reset_index()
+    # pandas counts bool as numeric.
     numeric = [is_numeric_dtype(kind) and not is_bool_dtype(kind) for kind in frame.dtypes]
     columns = list(zip(map(str, frame.columns), numeric, strict=True))
     return {"columns": columns, "rows": list(frame.itertuples(index=False, name=None))}
@@ -23,4 +24,6 @@ def format_value(value: Any) -> str:
     """Format a table cell: four significant digits for a float, a dash for a missing value."""
     if is_scalar(value) and pd.isna(value):
         return "–"
-    return f"{value:.4g}" if is_float(value) else str(value)
+    if is_float(value):
+        return f"{value:.4g}"
+    return str(value)

@@ -8,13 +8,14 @@ from statistics import median
 
 import numpy as np
 
-from lorascope.diagnosis.case import UNUSED, Case, MeasuredModule, largest_rows
+from lorascope.diagnosis.case import UNUSED, Case, MeasuredModule, known_rows, largest_rows
 from lorascope.diagnosis.causes.finding import (
     DoctorRule,
     Findings,
     finding,
     finding_if_any,
     first_and_count,
+    inflect,
     module_names,
     power_of_ten,
 )
@@ -40,16 +41,12 @@ def input_dependent_norms(case: Case) -> Findings:
 
 
 @DoctorRule(
-    "LS108",
-    "nan-norms",
-    "error",
-    problem="Norms are NaN.",
-    evidence="the norm of the update of a module is NaN",
+    "LS108", "nan-norms", "error", problem="Norms are NaN.", evidence="the norm of the update of a module is NaN"
 )
 def nan_norms(case: Case) -> Findings:
     """Find update norms of an adapter that are NaN."""
     if broken := [module for module in case.measured if math.isnan(module.update_norm)]:
-        verb = "contains" if len(broken) == 1 else "contain"
+        verb = inflect(len(broken), "contains", "contain")
         yield finding(f"{len(broken)} of {len(case.measured)} modules {verb} NaN or infinity", module_names(broken))
 
 
@@ -99,8 +96,10 @@ def untrained(case: Case) -> Findings:
     """Find adapters that equal their initialization."""
     count = len(case.adapted)
     if 0 < count == len(case.unchanged_adapters):
-        # PEFT's AdaLoRA initializes E with zeros, and B randomly.
-        zero = f"{'E' if case.masks_components else 'B'} is still zero in all {count} modules"
+        factor = "B"
+        if case.masks_components:  # PEFT's AdaLoRA initializes E with zeros, and B randomly
+            factor = "E"
+        zero = f"{factor} is still zero in all {count} modules"
         yield finding(f"{zero}, so it has no effect", modules=count, update_norm=0.0)
 
 
@@ -193,19 +192,19 @@ def frozen(case: Evidence) -> Findings:
         yield from finding_if_any(unchanged, adapted, zero, modules=module_names(unchanged), update_norm=0.0)
 
 
-@DoctorRule(
-    "LS109",
-    "no-update",
-    "caution",
-    problem="All updates are zero.",
-    evidence="|dW| is 0 in all modules",
-)
+@DoctorRule("LS109", "no-update", "caution", problem="All updates are zero.", evidence="|dW| is 0 in all modules")
 def no_update(case: Case) -> Findings:
     """Find adapters without any update."""
-    if all(module.update_norm == 0 for module in case.measured):
-        unscaled = all(module.scale == 0 for module in case.measured)
-        reason = "their scale is 0" if unscaled else "saved before training?"
-        yield finding(f"all {len(case.measured)} modules have a zero update: {reason}")
+    unchanged = _zero_updates(case)
+    if len(unchanged) == len(case.measured):
+        reason = "saved before training?"
+        if all(module.scale == 0 for module in unchanged):
+            reason = "their scale is 0"
+        yield finding(f"all {len(unchanged)} modules have a zero update: {reason}")
+
+
+def _zero_updates(case: Case) -> list[MeasuredModule]:
+    return [module for module in case.measured if module.update_norm == 0]
 
 
 @DoctorRule(
@@ -217,7 +216,7 @@ def no_update(case: Case) -> Findings:
 )
 def zero_updates(case: Case) -> Findings:
     """Find zero updates of an adapter among others, and the factor that is zero."""
-    names = [module.module for module in case.measured if module.update_norm == 0]
+    names = module_names(_zero_updates(case))
     count = len(names)
     if 0 < count < len(case.measured):
         factors = case.run.factors()
@@ -244,7 +243,7 @@ def unused_components(case: Case) -> Findings:
     """Count unused components of an adapter's updates that are not zero."""
     worn = [module for module in case.measured if module.dead > 0 and module.update_norm > 0]
     if total := int(sum(module.dead for module in worn)):
-        components = "components are" if total > 1 else "component is"
+        components = inflect(total, "component is", "components are")
         yield finding(f"{total} {components} unused (below {power_of_ten(UNUSED)} of the largest)", module_names(worn))
 
 
@@ -258,7 +257,7 @@ def unused_components(case: Case) -> Findings:
 )
 def intruders(case: Case) -> Findings:
     """Count the intruder dimensions of an adapter."""
-    measured = _measured(case, "intruders")
+    measured = known_rows(case.measured, "intruders")
     if intruded := [module for module in measured if module.intruders > 0]:
         (worst,) = largest_rows(intruded, "intruders")
         count = sum(module.intruders for module in intruded)
@@ -279,7 +278,7 @@ def intruders(case: Case) -> Findings:
 )
 def neuron_rotation(case: Case) -> Findings:
     """Measure how far the update of an adapter rotates the neurons."""
-    if rotated := _measured(case, "neuron_largest"):
+    if rotated := known_rows(case.measured, "neuron_largest"):
         (worst,) = largest_rows(rotated, "neuron_largest")
         usual = median(module.neuron_median for module in rotated)
         rotation = f"neuron rotation: 1 - cos = {usual:.2g} (median over modules)"
@@ -296,11 +295,6 @@ def neuron_rotation(case: Case) -> Findings:
 )
 def intruders_unknown(case: Case) -> Findings:
     """Count the modules of an adapter whose intruder dimensions take long, and were not requested."""
-    rotated = _measured(case, "neuron_largest")
-    if count := len(rotated) and len(rotated) - len(_measured(case, "intruders")):
+    rotated = known_rows(case.measured, "neuron_largest")
+    if count := len(rotated) and len(rotated) - len(known_rows(case.measured, "intruders")):
         yield finding(f"intruder dimensions of {count} large modules not computed: add --spectra (slow)")
-
-
-def _measured(case: Case, field: str) -> list[MeasuredModule]:
-    """Return the modules in which a field is known."""
-    return [module for module in case.measured if not math.isnan(getattr(module, field))]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from statistics import multimode
 from typing import NamedTuple
 
-from lorascope.diagnosis.case import SHARE, Case, TrainedModule, largest_rows
-from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, module_names
+from lorascope.diagnosis.case import SHARE, Case, TrainedModule, known_rows, largest_rows
+from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, inflect, module_names
 from lorascope.diagnosis.training_case import Evidence
 from lorascope.formats.peft_config import CONFIG
 from lorascope.formats.peft_experts import ExpertPart
@@ -30,16 +29,17 @@ _UNMATCHED = "compare with model.named_modules(): PEFT matches the end of a name
 )
 def rank_use(case: Case) -> Findings:
     """Count the modules that would need only a quarter of the rank in their configuration."""
-    ranks: list[int] = []
+    quarters: list[int] = []
     narrow = 0
-    for module in case.measured:
-        if module.update_norm > 0 and module.rank is not None and not math.isnan(module.energy_rank):
-            ranks.append(module.rank)
+    for module in known_rows(case.measured, "energy_rank"):
+        if module.update_norm > 0 and module.rank is not None:
+            quarters.append(module.rank // 4)
             narrow += module.energy_rank <= module.rank // 4
-    if ranks and min(ranks) >= 4:  # a quarter is at least one component
-        quarters = {rank // 4 for rank in ranks}
-        bound = f"rank {quarters.pop()} or less" if len(quarters) == 1 else "a quarter of their rank"
-        yield finding(f"{narrow or 'none'} of {len(ranks)} modules have {SHARE:.0%} of their energy in {bound}")
+    if quarters and min(quarters) >= 1:  # a quarter is at least one component
+        bound = "a quarter of their rank"
+        if len(set(quarters)) == 1:
+            bound = f"rank {quarters[0]} or less"
+        yield finding(f"{narrow or 'none'} of {len(quarters)} modules have {SHARE:.0%} of their energy in {bound}")
 
 
 @DoctorRule(
@@ -157,7 +157,7 @@ def uneven_scale(case: Case) -> Findings:
     config, adapted = case.meta.method, case.adapted
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     # Without an alpha_pattern the scale is alpha / r, which AutoLoRA intends.
-    scaled = [module for module in adapted if not math.isnan(module.scale)]
+    scaled = known_rows(adapted, "scale")
     if case.masks_components or not ranks or not alphas or not scaled:
         return
     rank_keys, alpha_keys = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
@@ -174,7 +174,7 @@ def uneven_scale(case: Case) -> Findings:
     ranked = groups.get((True, False), [])
     if uneven := [module for module in ranked if module.scale >= UNEVEN * usual or module.scale <= usual / UNEVEN]:
         scale, names = uneven[0].scale, module_names(uneven)
-        verb = "has" if len(uneven) == 1 else "have"
+        verb = inflect(len(uneven), "has", "have")
         patterns = f"{verb} an entry in rank_pattern but none in alpha_pattern"
         message = f"{len(uneven)} of {len(adapted)} modules {patterns}, so scale {scale:.4g} instead of {usual:.4g}"
         yield finding(message, names, modules=names, scale=scale, usual=usual, threshold=UNEVEN)
@@ -229,25 +229,25 @@ class _ComponentUse(NamedTuple):
 
 def _component_use(case: Case) -> _ComponentUse | None:
     """Return the components of an AdaLoRA adapter that exceeds its budget, None for any other."""
-    method = case.meta.method
-    # A module without components counts, because the others received its part of the budget.
-    ranked = [module for module in case.modules if module.rank is not None]
-    if not case.masks_components or not ranked:
+    if not case.masks_components:
         return None
+    method, components, count = case.meta.method, 0, 0
+    for module in case.modules:
+        if module.rank is None:
+            continue
+        # A module without components counts, because the others received its part of the budget.
+        count += 1
+        used = module.rank
+        if not math.isnan(module.used):
+            used = min(used, int(module.used))
+        components += used
     # A folder is already masked, so only the configuration has the initial rank; 8 and 12 are PEFT's defaults.
     target_rank = method.get("target_rank", method.get("target_r", 8))
     initial_rank = method.get("init_rank", method.get("init_r", 12))
-    budget, initial = round(target_rank * len(ranked)), initial_rank * len(ranked)
-    components = sum(_components_in_use(ranked))
+    budget, initial = round(target_rank * count), initial_rank * count
     if components - budget <= NEARLY * (initial - budget):
         return None
     return _ComponentUse(components, budget, initial, components == initial and _has_pruning_step(case))
-
-
-def _components_in_use(modules: Iterable[TrainedModule]) -> Iterable[int]:
-    for module in modules:
-        assert module.rank is not None
-        yield module.rank if math.isnan(module.used) else min(module.rank, int(module.used))
 
 
 def _has_pruning_step(case: Case) -> bool:

@@ -184,21 +184,26 @@ def finding_if_any(
 ) -> Findings:
     """Yield the finding "n of m modules have ...", unless no row has it."""
     if len(rows):
-        verb = "has" if len(rows) == 1 else "have"
+        message = f"{len(rows)} of {len(modules)} modules {inflect(len(rows), 'has', 'have')} {attribute}"
         counts = {"modules": len(rows), "of": len(modules)}
-        yield finding(
-            f"{len(rows)} of {len(modules)} modules {verb} {attribute}", module_names(rows), **counts | evidence
-        )
+        yield finding(message, module_names(rows), **counts | evidence)
 
 
-def module_names(rows: Iterable[TrainedModule | MeasuredModule]) -> list[str]:
+def module_names(rows: Iterable[Any]) -> list[str]:
     """Return the names of modules for a finding."""
     return [row.module for row in rows]
 
 
+def inflect(count: int, singular: str, plural: str) -> str:
+    """Return the form of a finding's verb that agrees with a number of modules."""
+    return singular if count == 1 else plural
+
+
 def rate_phrase(rate: float | None) -> str:
     """Return the end of a finding's message that names the learning rate, "" if it is unknown."""
-    return f" at learning rate {rate:.3g}" if rate else ""
+    if not rate:
+        return ""
+    return f" at learning rate {rate:.3g}"
 
 
 def first_and_count(names: Iterable[Any]) -> str:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from lorascope.diagnosis.case import largest_rows
-from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, power_of_ten, rate_phrase
+from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, inflect, power_of_ten, rate_phrase
 from lorascope.diagnosis.training_case import TrainingEvidence
 from lorascope.files.printable import count_phrase
 
@@ -91,7 +91,7 @@ def not_optimized(case: TrainingEvidence) -> Findings:
     """Find trainings in progress with adapters that require gradients and are not in the optimizer."""
     if case.unoptimized:
         count = len(case.unoptimized)
-        verb = "is" if count == 1 else "are"
+        verb = inflect(count, "is", "are")
         message = f"{count_phrase(count, 'trainable adapter')} {verb} not in the optimizer"
         yield finding(message, case.unoptimized, modules=count)
 

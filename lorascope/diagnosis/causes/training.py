@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from lorascope.diagnosis.case import Case
+from lorascope.diagnosis.case import Case, known_rows, largest_rows
 from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, module_names, power_of_ten, rate_phrase
 from lorascope.diagnosis.training_case import Evidence
 
@@ -33,7 +33,9 @@ def rate_small(case: Case) -> Findings:
     if "search" in (case.meta.phase or ()):  # AutoLoRA discards the factors of its search, and keeps the ranks
         return
     change = case.total_change
-    fraction = change.moved / change.weight_norm if change.weight_norm else np.nan
+    if not change.weight_norm:
+        return
+    fraction = change.moved / change.weight_norm
     if 0 < fraction < STILL:
         rate = case.meta.settings.get("lr")
         message = f"training changed the weights by only {fraction:.1e} of |W|, less than {STILL:g}"
@@ -65,9 +67,12 @@ def diverged(case: Evidence) -> Findings:
     # The last fifth, but as many as have a usual difference unless that is more than half of a short training.
     tail = losses[-max(min(FEW, count // 2), count // 5) :]
     start, end = float(losses[0]), float(np.median(tail))
-    with np.errstate(invalid="ignore"):  # infinite losses
-        usual = float(np.median(np.abs(np.diff(losses)))) if count >= FEW else 0.0
-    noise = NOISE * usual if count >= case.fewest_losses else math.inf  # without an estimate, only FAR counts
+    usual, noise = 0.0, math.inf  # without an estimate of the noise, only FAR counts
+    if count >= FEW:
+        with np.errstate(invalid="ignore"):  # infinite losses
+            usual = float(np.median(np.abs(np.diff(losses))))
+    if count >= case.fewest_losses:
+        noise = NOISE * usual
     limit = max(WORSE, start / 2, min(FAR * start, noise))
     # The value of a policy-gradient loss, which starts at 0 or has both signs, does not show success.
     comparable = start > 0 and not (losses < 0).any()
@@ -89,13 +94,13 @@ def diverged(case: Evidence) -> Findings:
 def collapsed(case: Evidence) -> Findings:
     """Find training runs whose updates use a single direction of their rank."""
     wide = [module for module in case.adapted if module.used >= ROOM and module.update_norm > 0]
-    measured = [module for module in wide if not math.isnan(module.effective_rank)]
+    measured = known_rows(wide, "effective_rank")
     narrow = [module for module in measured if module.effective_rank <= SINGLE]
     if len(narrow) > len(measured) / 2:
-        rank = f"effective rank at most {SINGLE:g} of {int(max(module.used for module in measured))}"
+        (widest,), (highest,) = largest_rows(measured, "used"), largest_rows(narrow, "effective_rank")
+        rank = f"effective rank at most {SINGLE:g} of {int(widest.used)}"
         message = f"{len(narrow)} of {len(measured)} updates have one direction ({rank})"
-        highest = max(module.effective_rank for module in narrow)
-        evidence = {"modules": len(narrow), "of": len(measured), "effective_rank": highest}
+        evidence = {"modules": len(narrow), "of": len(measured), "effective_rank": highest.effective_rank}
         yield finding(message, module_names(narrow), **evidence, threshold=SINGLE)
 
 

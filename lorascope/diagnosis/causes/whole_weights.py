@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lorascope.diagnosis.case import Case
-from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding
+from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, module_names
 from lorascope.files.printable import count_phrase
 from lorascope.formats.peft_whole_weights import WholeWeight, whole_weights
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -34,18 +34,21 @@ def other_weights(case: Case) -> Findings:
     by_kind: dict[str, list[WholeWeight]] = defaultdict(list)
     for weight in weights:
         by_kind[weight.kind].append(weight)
+    reason = "without a base"
     if base is not None:
         yield from _measured_weights(weights, base)
-    reason = "without a base" if base is None else "because they are not in the base"
+        reason = "because they are not in the base"
     for kind, name in _NAMES.items():
         unmeasured = [weight for weight in by_kind[kind] if not _is_in_base(weight.module, base)]
         yield from _total_size(unmeasured, f"{name}, {{}}, not measured {reason}")
-    full_modules = {weight.module for weight in by_kind["full"]}
+    full_modules = set(module_names(by_kind["full"]))
     biases = [weight for weight in by_kind["bias"] if weight.module not in full_modules]
     yield from _total_size(biases, f"biases, {{}}, {_bias_change(base, biases)}")
     norms = []
     for weight in by_kind["bias update"]:
-        scale = case.stored_updates[weight.module].scale if weight.module in case.stored_updates else np.nan
+        scale = np.nan
+        if weight.module in case.stored_updates:
+            scale = case.stored_updates[weight.module].scale
         norms.append(scale * _stored_norm(weight))
     yield from _total_size(by_kind["bias update"], f"bias updates (lora_bias), {{}}, norm {math.hypot(*norms):.3g}")
     change = math.hypot(*map(_stored_norm, by_kind["bias difference"]))
@@ -80,7 +83,7 @@ def _total_size(weights: Sequence[WholeWeight], message: str) -> Findings:
     """Yield one finding with the size of several weights, if there is one."""
     if weights:
         total = sum(weight.size for weight in weights)
-        yield finding(message.format(f"{total:,} parameters"), [weight.module for weight in weights])
+        yield finding(message.format(f"{total:,} parameters"), module_names(weights))
 
 
 def _stored_norm(weight: WholeWeight) -> float:

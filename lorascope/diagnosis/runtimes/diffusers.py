@@ -13,7 +13,7 @@ from lorascope.diagnosis.causes.finding import Finding
 from lorascope.diagnosis.runtimes.runtime import Target, alteration, find_misfitting_modules, omission, runtime
 
 _PREFIX = re.compile(
-    r"(unet|transformer|text_encoder(_[23])?)\.|lora_(unet|te\d?|transformer|prior_unet|prior_te)_|diffusion_model\."
+    r"^((unet|transformer|text_encoder(_[23])?)\.|lora_(unet|te\d?|transformer|prior_unet|prior_te)_|diffusion_model\.)"
 )
 _MODULE = re.compile(r"\.(lora_.+|alpha|diff|diff_b|w_norm|b_norm|dora_scale)$")
 _FLUX = re.compile(r"lora_unet_(double|single)_blocks_|^(diffusion_model\.)?(double|single)_blocks\.")
@@ -25,7 +25,7 @@ _FILTERED = re.compile(r"^lora_te3_|^text_encoder_3|\.diff_b$|\.w_norm$|\.b_norm
 def check_diffusers(target: Target) -> Iterator[Finding]:
     """Find modules that diffusers assigns to no component, and kohya files that it applies with other scales."""
     modules, keys = list(target.files.parts), target.keys
-    unprefixed = [key for key in keys if not _PREFIX.match(key)]
+    unprefixed = target.keys_without(_PREFIX)
     stray = modules
     if len(unprefixed) < len(keys):
         # A reader may give modules the names of the base, so the stored names decide.
@@ -35,11 +35,13 @@ def check_diffusers(target: Target) -> Iterator[Finding]:
         yield omission(stray, len(modules), f"with a warning, because {names}", "add the component to the names")
     if any(key.endswith(".dora_scale") for key in keys):
         yield alteration("dora_scale is dropped: the adapter is applied as plain LoRA", "convert it to PEFT's DoRA")
-    is_flux = any(_FLUX.search(key) for key in keys)
-    lost_keys = [key for key in keys if _FILTERED.search(key) or (is_flux and _FLUX_LOST.match(key))]
-    if lost_keys:
-        lost = sorted({_MODULE.sub("", key) for key in lost_keys})
-        yield omission(lost, len(modules), "with an info line at most", "load the file in ComfyUI")
+    is_flux = any(map(_FLUX.search, keys))
+    lost = set()
+    for key in keys:
+        if _FILTERED.search(key) or (is_flux and _FLUX_LOST.match(key)):
+            lost.add(_MODULE.sub("", key))
+    if lost:
+        yield omission(sorted(lost), len(modules), "with an info line at most", "load the file in ComfyUI")
     if not is_flux:
         yield from _uneven_alphas(target)
     if not stray:

@@ -26,8 +26,7 @@ _READ = re.compile(r"\.lora_[AB](\.weight)?$|\.lora_embedding_[AB]$|\.base_layer
 def check_llama_cpp(target: Target) -> Iterator[Finding]:
     """Find what the conversion for llama.cpp refuses, and options that it does not read."""
     config = target.config
-    foreign = [key for key in target.keys if not _READ.search(key)]
-    if foreign:
+    if foreign := target.keys_without(_READ):
         fix = "merge the adapter into the base, and convert that"
         yield refusal(f"it converts no tensors with these names: {first_and_count(foreign)}", fix)
     # An adapter with magnitudes is already refused for the names of its tensors.
@@ -43,6 +42,6 @@ def check_llama_cpp(target: Target) -> Iterator[Finding]:
         yield refusal(f"the base has no such module: {first_and_count(target.absent)}",
                       "convert it with the base that it was trained on", modules=len(target.absent))  # fmt: skip
     heads = [module for module in target.files.parts if module.endswith("lm_head")]
-    if heads and target.base is not None and not any(module in target.modules for module in heads):
+    if heads and target.base is not None and target.modules.keys().isdisjoint(heads):
         yield refusal("it adapts lm_head, and the base shares that weight with its embedding", "train without lm_head")
     yield from find_misfitting_modules(target)

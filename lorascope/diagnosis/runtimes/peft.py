@@ -18,11 +18,12 @@ from lorascope.diagnosis.runtimes.runtime import (
     omission,
     refusal,
     runtime,
-    without_prefix,
 )
+from lorascope.formats.stored_update import PREFIX
 from lorascope.schema.name_patterns import Patterns
 
 _HEADS = re.compile(r"(^|\.)(lm_head|score|classifier|embed_out|pooler|embed_tokens|embed_positions|wte|wpe)(\.|$)")
+_PREFIX = re.compile(f"^{re.escape(PREFIX)}")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -33,7 +34,7 @@ def check_peft(target: Target) -> Iterator[Finding]:
     if "peft_type" not in config:
         yield refusal("it has no adapter_config.json of PEFT", "add the configuration that it was trained with")
         return
-    bare = without_prefix(target)
+    bare = target.modules_of(target.keys_without(_PREFIX))
     if bare:
         yield omission(bare, len(modules), "with one warning, because their names lack base_model.model.",
                       "rename the tensors: add base_model.model.")  # fmt: skip
@@ -71,8 +72,12 @@ def _targeted_modules(target: Target) -> set[str] | None:
     targeted -= _matches(targeted, config.get("exclude_modules") or [], "exclude_modules")
     layers: Any = config.get("layers_to_transform")
     if layers is not None:
-        requested = {layers} if isinstance(layers, int) else set(layers)
-        targeted = {name for name in targeted if (match := _LAYER.search(name)) and int(match[1]) in requested}
+        if isinstance(layers, int):
+            layers = [layers]
+        for name in sorted(targeted):
+            match = _LAYER.search(name)
+            if match is None or int(match[1]) not in layers:
+                targeted.remove(name)
     return targeted - _matches(targeted, [*(config.get("modules_to_save") or [])], "modules_to_save")
 
 
@@ -81,5 +86,5 @@ def _matches(names: Collection[str], entries: str | Collection[str], field: str)
     if isinstance(entries, str):
         pattern = Patterns([entries], field)
         return {name for name in names if pattern.first(name) is not None}
-    ends = tuple(f".{entry}" for entry in entries)
+    ends = tuple(map(".{}".format, entries))
     return {name for name in names if name in entries or name.endswith(ends)}

@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
 from typing import Any
 
-from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count
+from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, inflect
 from lorascope.files.printable import printable
 from lorascope.formats.peft_config import RESIDUAL_INITS
 from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.stored_update import PREFIX, AdapterFiles
+from lorascope.formats.stored_update import AdapterFiles
 from lorascope.schema.plugins import load_plugins
 
 
@@ -40,14 +41,17 @@ class Target:
     @property
     def keys(self) -> list[str]:
         """Names of all tensors of the adapter, as they are stored."""
-        return [name for file in self.files.files for name in file]
+        return list(chain.from_iterable(self.files.files))
+
+    def keys_without(self, pattern: re.Pattern[str]) -> list[str]:
+        """Return the names of the tensors in which a pattern does not occur."""
+        return [key for key in self.keys if not pattern.search(key)]
 
     def modules_of(self, keys: Iterable[str]) -> list[str]:
         """Return the modules of the adapter that some of its keys begin with."""
         starts: set[str] = set()
         for key in keys:
-            names = key.split(".")
-            starts.update(".".join(names[:end]) for end in range(1, len(names)))
+            starts.update(accumulate(key.split(".")[:-1], "{}.{}".format))
         return [module for module in self.files.parts if module in starts]
 
     @cached_property
@@ -71,8 +75,9 @@ class Target:
             return ()  # one tensor of all experts in memory, but one per expert in the files
         if self.base is not None and self.base.is_converted(module):
             return ()
-        # A head that shares the weight of the embedding is not stored.
-        return _embedding(self.modules) if module.endswith("lm_head") else None
+        if module.endswith("lm_head"):  # a head that shares the weight of the embedding is not stored
+            return _embedding(self.modules)
+        return None
 
     @cached_property
     def absent(self) -> list[str]:
@@ -202,8 +207,9 @@ def apply_adapter(files: AdapterFiles, base: PretrainedWeights | None, name: str
     findings = tuple(RUNTIMES[name](target))
     lost: set[str] = set()
     for finding in findings:
-        # After an error nothing is applied.
-        lost.update(files.parts if finding.severity == "error" else finding.modules)
+        lost.update(finding.modules)
+        if finding.severity == "error":  # nothing is applied
+            lost.update(files.parts)
     count = len(files.parts)
     return Application(name, count - len(lost & files.parts.keys()), count, findings)
 
@@ -220,7 +226,7 @@ def alteration(reason: str, fix: str, **evidence: Any) -> Finding:
 
 def omission(modules: Collection[str], of: int, manner: str, fix: str) -> Finding:
     """Return the finding that a runtime leaves out modules; ``manner`` says what it prints."""
-    verb = "is" if len(modules) == 1 else "are"
+    verb = inflect(len(modules), "is", "are")
     reason = f"{len(modules)} of {of} modules {verb} dropped {manner}: {first_and_count(map(printable, modules))}"
     return DROPPED.finding(reason, modules, fix, modules=len(modules), of=of)
 
@@ -229,7 +235,9 @@ def find_absent_modules(target: Target, manner: str) -> Iterator[Finding]:
     """Yield the modules that a runtime does not find in the base, with the renaming that would fit."""
     if target.absent:
         renaming = target.find_renaming(target.absent)
-        fix = f"rename them: {renaming}" if renaming else "load it into the model that it was trained on"
+        fix = "load it into the model that it was trained on"
+        if renaming:
+            fix = f"rename them: {renaming}"
         yield omission(target.absent, len(target.files.parts), f"{manner}, because the base has no such module", fix)
 
 
@@ -262,15 +270,11 @@ def largest_rank(target: Target) -> int:
     return max((update.rank for update in target.files.parts.values()), default=0)
 
 
-def without_prefix(target: Target) -> list[str]:
-    """Return the modules whose tensors lack the prefix that the runtimes of PEFT files require."""
-    bare_keys = [key for key in target.keys if not key.startswith(PREFIX)]
-    return target.modules_of(bare_keys)
-
-
 def _embedding(modules: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
     names = [name for name in modules if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)$", name)]
-    return modules[names[0]] if len(names) == 1 else None  # of several, it is not known which one is shared
+    if len(names) != 1:  # of several, it is not known which one is shared
+        return None
+    return modules[names[0]]
 
 
 def _sides(shape: Iterable[int]) -> str:

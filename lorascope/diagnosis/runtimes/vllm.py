@@ -42,7 +42,7 @@ def check_vllm(target: Target) -> Iterator[Finding]:
     if (rank := largest_rank(target)) > MAX_RANK:
         reason = f"rank {rank} is above --max-lora-rank, {MAX_RANK} by default"
         yield refusal(reason, f"start it with --max-lora-rank {rank}", rank=rank, threshold=MAX_RANK)
-    foreign = [key for key in target.keys if not _LOADED.search(key)]
+    foreign = target.keys_without(_LOADED)
     if foreign and not options:  # an unsupported option explains tensors with other names
         yield refusal(f"it does not load tensors with these names: {first_and_count(foreign)}",
                       "merge the adapter into the base, and serve that")  # fmt: skip

@@ -15,23 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import parse_json, to_typed, unreadable
 from lorascope.formats.image_keys import METADATA, Tensors, is_diffusers
 from lorascope.formats.kohya import image_adapter
 from lorascope.formats.lycoris import Scale
 from lorascope.formats.peft_lora import RanksAndScales
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles
 
 _UNKNOWN = "alpha was not kept: |dW| is the norm of B A, without the factor alpha / r"
 
 
 @reads(is_diffusers, "LoRA of diffusers, with alphas in the file's header")
-def read_diffusers(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_diffusers(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a LoRA file of diffusers."""
     settings = _settings(path, config)
     source = f"{METADATA} of {path}"
@@ -41,7 +38,7 @@ def read_diffusers(
         component, _, inside = module.partition(".")
         if component in components:
             return _scale(components[component], inside)
-        if "" in components:
+        if "" in components:  # of a single model, whose settings have no component
             return _scale(components[""], module)
         return lambda rank: 1.0  # files without metadata have no alpha
 

@@ -42,11 +42,9 @@ class RowsPart(StoredUpdate):
         return self.joined.size * self.shape[0] // self.joined.shape[0]
 
     def factors(self) -> dict[str, Any]:
-        """Load the factors."""
         return self.update().to_factors()
 
     def update(self) -> Update:
-        """Load the factors, and return the update."""
         update = self.joined.update()
         if isinstance(update, LowRank):
             return LowRank(self._rows(update.B), update.A, update.scale)

@@ -12,16 +12,13 @@ Source: llama.cpp (``convert_lora_to_gguf.py``, ``src/llama-adapter.cpp``).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, to_typed, unreadable
 from lorascope.formats.peft_factors import group_factors
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA
 
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.weight\.(?P<factor>lora_a|lora_b)")
@@ -30,9 +27,7 @@ _EMBEDDING = "token_embd"
 
 
 @reads(lambda config, names: config.get("general.type") == "adapter", "LoRA in GGUF files")
-def read_gguf(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_gguf(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a LoRA adapter in GGUF files."""
     if config.get("adapter.type") != "lora":
         raise unreadable(path, f"adapter.type must be lora, got {printable(config.get('adapter.type'))}")

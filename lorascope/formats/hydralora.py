@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.formats.peft_config import CONFIG, LoraConfig, peft_kind
-from lorascope.formats.peft_factors import group_factors
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
+from lorascope.formats.peft_factors import Factors, group_factors
+from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 
 _HEAD = re.compile(r"\.lora_(?:route|B0)\.")
@@ -63,9 +62,7 @@ class HydraPart(StoredLoRA):
     lambda config, names: peft_kind(config) in ("LORA", "") and not config.get("use_dora") and has_heads(names),
     "HydraLoRA, in the layout of its authors",
 )
-def read_hydra(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_hydra(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a HydraLoRA folder in the layout of its authors."""
     module_factors, other_names = group_factors(files, _FACTOR)
     if not module_factors:
@@ -75,7 +72,7 @@ def read_hydra(
     return AdapterFiles(path, dict(config), updates, other_names, files, "HydraLoRA")
 
 
-def _hydra_part(path: Path, module: str, factors: Mapping[str, StoredTensor], config: LoraConfig) -> HydraPart:
+def _hydra_part(path: Path, module: str, factors: Factors, config: LoraConfig) -> HydraPart:
     name, rank = printable(module), config.r
     # Count the factors, because a number in a name may be arbitrarily large.
     count = max(len(factors.keys() - {"A", "route"}), 1)

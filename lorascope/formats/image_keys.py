@@ -14,6 +14,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.formats.peft_factors import require_factor
+from lorascope.formats.pretrained_weights import OptionalBase, base_with_weight
 from lorascope.formats.stored_update import StoredTensor, in_order, stored_tensors
 
 Tensors = dict[str, StoredTensor]
@@ -95,13 +96,14 @@ def _module(name: str, number: str) -> str:
     above, _, leaf = name.rpartition(".processor.")
     if above and number:  # XLabs
         return f"{above}.{_ATTENTION.get(number, 'processor')}.{leaf}"
-    if above:
+    if above:  # diffusers stored attention by the processor, in which to_out.0 is to_out
         return f"{above}.{'to_out.0' if leaf == 'to_out' else leaf}"
+    # Training scripts that save PEFT's state dict leave its prefix after the component.
     return re.sub(r"^((?:[^.]+\.)?)base_model\.model\.", r"\1", name)
 
 
 def group_tensors(
-    files: Iterable[TensorFile], rename: Callable[[str], str], has_weight: Callable[[str], bool]
+    files: Iterable[TensorFile], rename: Callable[[str], str], base: OptionalBase
 ) -> tuple[dict[str, Tensors], tuple[str, ...]]:
     """Group an image adapter's tensors by module, ordered by layer and role, and return the keys of all others.
 
@@ -110,8 +112,8 @@ def group_tensors(
     files : iterable of TensorFile
     rename : callable
         Name of a module in the base.
-    has_weight : callable
-        Whether the base has the weight of a module, from which a replaced one (``set_weight``) is subtracted.
+    base : PretrainedWeights, optional
+        Base, whose weight of a module is subtracted from one that replaces it (``set_weight``).
 
     Raises
     ------
@@ -136,7 +138,7 @@ def group_tensors(
         if "weight" in tensors and "on_input" not in tensors:  # weights of the model itself
             other_names.append(tensors.pop("weight").name)
         # A new weight is an update only if the base is given.
-        if "set_weight" in tensors and (len(tensors) > 1 or not has_weight(module)):
+        if "set_weight" in tensors and (len(tensors) > 1 or base_with_weight(base, module) is None):
             other_names.append(tensors.pop("set_weight").name)
         if not tensors:
             del module_tensors[module]

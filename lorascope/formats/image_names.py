@@ -75,6 +75,7 @@ _FLUX_NAMES = {
 }
 """Modules of diffusers by those of the authors, in the order of the rows."""
 _RESNET_AUTHORS = {name: authors for authors, name in _RESNET.items()}
+# Without the names of Flux, which has no UNet.
 _UNET_OUTSIDE = {
     name: authors for authors, name in _OUTSIDE.items() if re.match("input|time_embed|label|out_", authors)
 }

@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import parse_json, unreadable
 from lorascope.formats.fused_rows import split_rows, swap_halves
 from lorascope.formats.image_keys import Tensors, group_tensors, is_diffusers, is_image_adapter
 from lorascope.formats.image_names import BaseNames, swaps_halves
 from lorascope.formats.lycoris import LycorisModule, Scale, read_module
 from lorascope.formats.peft_factors import no_factors
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase, base_with_weight
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 
 BASE_KEYS = ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")
@@ -41,9 +40,7 @@ _ROUNDING = 1e-6  # relative difference of two equal values of alpha, which floa
     lambda config, names: is_image_adapter(config, names) and not is_diffusers(config, names),
     "kohya, ComfyUI, OneTrainer and LyCORIS: LoRA, LoCon, LoHa, LoKr, GLoRA, full differences",
 )
-def read_kohya(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_kohya(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of an image model's file in the format of kohya, which ComfyUI and OneTrainer also write."""
     alphas: list[float] = []
 
@@ -53,7 +50,7 @@ def read_kohya(
             factor = _value(path, tensors["scalar"])
         if "alpha" in tensors:
             alpha = _value(path, tensors["alpha"])
-            if "oft_blocks" not in tensors:
+            if "oft_blocks" not in tensors:  # alpha of OFT bounds the rotation
                 alphas.append(alpha)
         # kohya and LyCORIS read an alpha of 0 as the rank.
         return lambda rank: factor * alpha / rank if alpha else factor
@@ -64,9 +61,9 @@ def read_kohya(
 
 def image_adapter(
     path: Path,
-    config: Mapping[str, Any],
-    files: tuple[TensorFile, ...],
-    base: PretrainedWeights | None,
+    config: Config,
+    files: WeightFiles,
+    base: OptionalBase,
     scale: Callable[[str, Tensors], Scale],
     spelling: str,
 ) -> AdapterFiles:
@@ -89,14 +86,11 @@ def image_adapter(
             return module
         return modules[0]
 
-    def has_weight(module: str) -> bool:
-        return base is not None and base.has_weight(module)
-
-    module_tensors, other_names = group_tensors(files, rename, has_weight)
+    module_tensors, other_names = group_tensors(files, rename, base)
     updates: dict[str, StoredUpdate] = {}
     kinds: dict[str, None] = {}  # a set in the order of the file
     for name, tensors in module_tensors.items():
-        weights = base if has_weight(name) else None
+        weights = base_with_weight(base, name)
         kind, update = read_module(LycorisModule(path, name, tensors, scale(name, tensors), weights))
         kinds[kind] = None
         fused = names.find(name)

@@ -20,14 +20,13 @@ import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
 from lorascope.formats.hydralora import has_heads
 from lorascope.formats.image_keys import is_image_adapter
 from lorascope.formats.peft_config import CONFIG, peft_kind
 from lorascope.formats.peft_lora import is_transposed, lora_factors
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA
 
 # Query, key and value are three outputs. Each one takes memory for its block, even if it is disabled.
@@ -71,9 +70,7 @@ def _is_merged(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 
 @reads(_is_merged, "LoRA of loralib")
-def read_loralib(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_loralib(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of an adapter of loralib; without a configuration, the scale is 1."""
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
     settings, source = to_typed(config, LoralibConfig, path / CONFIG), CONFIG if config else "from lora_B"

@@ -25,7 +25,7 @@ from lorascope.formats.peft_dora import DoraPart
 from lorascope.formats.peft_factors import StoredFactors, check_fit, check_shapes, stored_shape
 from lorascope.formats.peft_loha import hadamard_part, hadamard_shapes
 from lorascope.formats.peft_lokr import kronecker_part, kronecker_shapes
-from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.pretrained_weights import OptionalBase
 from lorascope.formats.stored_update import StoredLoRA, StoredUpdate
 from lorascope.updates import Dense, LowRank, Update, WeightDecomposed
 from lorascope.updates.linalg import as_float64
@@ -55,7 +55,7 @@ class LycorisModule:
     name: str
     tensors: Tensors
     scales: Scale
-    base: PretrainedWeights | None
+    base: OptionalBase
 
     def check(self, shapes: dict[str, str], **sizes: int) -> dict[str, int]:
         """Check the shapes of tensors; see `check_shapes`."""
@@ -242,12 +242,14 @@ def _rotated(module: LycorisModule, arrays: Arrays) -> Update:
     blocks, W = as_float64(arrays["oft_blocks"]), module.weight()
     skew = blocks - blocks.swapaxes(-1, -2)
     if "alpha" in arrays:
+        # LyCORIS multiplies the bound by the number of outputs, unlike ComfyUI.
         limit, norm = float(arrays["alpha"].reshape(-1)[0]) * len(W), np.linalg.norm(skew)
         if 0 < limit < norm:
             skew *= limit / norm
     unit = np.eye(skew.shape[-1])
     R = (unit + skew) @ np.linalg.inv(unit - skew)
     rotated = W
+    # OFT multiplies rows by the transposed rotations, and BOFT by the rotations themselves.
     if R.ndim == 3:
         rotated = np.einsum("knm,knj->kmj", R, W.reshape(*R.shape[:2], -1)).reshape(W.shape)
     else:
@@ -296,13 +298,9 @@ def _with_magnitude(module: LycorisModule, stored: StoredUpdate) -> StoredUpdate
     else:
         assert isinstance(stored, StoredFactors)
         tensors, rank, thin, build = dict(stored.tensors), stored.rank, stored.thin, stored.build
+    tensors["magnitude"], thin = magnitude, thin and module.base is None
     return StoredFactors(
-        tensors | {"magnitude": magnitude},
-        stored.shape,
-        rank,
-        partial(_decomposed, module, build, by_row),
-        stored.scale,
-        thin=thin and module.base is None,
+        tensors, stored.shape, rank, partial(_decomposed, module, build, by_row), stored.scale, thin=thin
     )
 
 

@@ -29,9 +29,9 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, Unread
 from lorascope.files.typed_json import Finite, to_typed, unreadable
 from lorascope.formats.peft_config import CONFIG
-from lorascope.formats.peft_factors import StoredFactors, check_fit, group_factors, no_factors, stored_shape
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
+from lorascope.formats.peft_factors import Factors, StoredFactors, check_fit, group_factors, no_factors, stored_shape
+from lorascope.formats.pretrained_weights import OptionalBase, PretrainedWeights, base_with_weight
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 from lorascope.schema.module_roles import parse
 from lorascope.updates import Dense, Update, from_factors
@@ -73,7 +73,7 @@ class MlxPart(StoredUpdate):
     expert: int | None
     magnitude: StoredTensor | None
     module: str
-    base: PretrainedWeights | None
+    base: OptionalBase
 
     @property
     def has_thin_factors(self) -> bool:
@@ -93,7 +93,9 @@ class MlxPart(StoredUpdate):
     def size(self) -> int:
         """Number of stored values of this module or expert."""
         size = self.rank * sum(self.shape)
-        return size if self.magnitude is None else size + math.prod(self.magnitude.shape)
+        if self.magnitude is not None:
+            size += math.prod(self.magnitude.shape)
+        return size
 
     def factors(self) -> dict[str, Any]:
         """Load A (rank, in), B (out, rank) and for DoRA the magnitude."""
@@ -130,9 +132,7 @@ def _is_mlx(config: Mapping[str, Any], names: Collection[str]) -> bool:
 
 
 @reads(_is_mlx, "LoRA and DoRA of MLX")
-def read_mlx(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_mlx(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of an adapter folder of mlx-lm."""
     source = folder_of(path) / CONFIG
     settings = to_typed(config, MlxConfig, source)
@@ -154,11 +154,7 @@ def read_mlx(
 
 
 def _lora_updates(
-    path: Path,
-    module: str,
-    factors: Mapping[str, StoredTensor],
-    settings: LoraParameters,
-    base: PretrainedWeights | None,
+    path: Path, module: str, factors: Factors, settings: LoraParameters, base: OptionalBase
 ) -> Iterator[tuple[str, MlxPart]]:
     """Yield name and update of a module, or of each of its experts."""
     name = printable(module)
@@ -181,7 +177,7 @@ def _lora_updates(
     if count:
         experts_by_name = {_expert_name(module, expert): expert for expert in range(count)}
     for expert_name, expert in experts_by_name.items():
-        weights = base if base is not None and base.has_weight(expert_name) else None
+        weights = base_with_weight(base, expert_name)
         update = MlxPart(a, b, scale, transposed, expert, magnitude, expert_name, weights)
         outer = update.shape[transposed]
         if magnitude is not None and math.prod(magnitude.shape) != outer:
@@ -207,7 +203,7 @@ def _expert_name(module: str, expert: int) -> str:
 
 
 def _full_updates(
-    path: Path, files: tuple[TensorFile, ...], base: PretrainedWeights | None
+    path: Path, files: tuple[TensorFile, ...], base: OptionalBase
 ) -> tuple[dict[str, StoredUpdate], tuple[str, ...]]:
     """Return the updates of modules whose whole weights are stored."""
     if base is None:

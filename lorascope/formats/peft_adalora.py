@@ -9,7 +9,6 @@ current rank. An alpha of 0 or less counts as the initial rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,11 @@ import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
 from lorascope.formats.peft_config import CONFIG, peft_kind
 from lorascope.formats.peft_lora import check_rank, is_transposed, lora_factors
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 
 
@@ -54,9 +52,7 @@ class AdaPart(StoredLoRA):
 
 
 @reads(lambda config, names: peft_kind(config) == "ADALORA", "AdaLoRA (PEFT)")
-def read_adalora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_adalora(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a PEFT AdaLoRA folder."""
     settings = to_typed(config, AdaLoraConfig, path / CONFIG)
     module_factors, other_names = lora_factors(path, files, ("A", "B", "E"))

@@ -7,7 +7,6 @@ the same holds for B, stored as (out, rank / blocks). The update is the usual pr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ import numpy as np
 
 from lorascope.array_types import Float
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed, unreadable
 from lorascope.formats.peft_config import CONFIG, peft_kind
 from lorascope.formats.peft_factors import require_factor_shape
 from lorascope.formats.peft_lora import RanksAndScales, lora_factors
 from lorascope.formats.peft_modules import complete_lora, stacked_base
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 
 
@@ -55,7 +53,6 @@ class BlockPart(StoredLoRA):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
         return self.B.shape[0], self.A.shape[1] * self.blocks_a
 
     def factors(self) -> dict[str, Any]:
@@ -64,9 +61,7 @@ class BlockPart(StoredLoRA):
 
 
 @reads(lambda config, names: peft_kind(config) == "BD-LoRA", "BD-LoRA (PEFT)")
-def read_bdlora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_bdlora(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a PEFT BD-LoRA folder."""
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
     settings, blocks = RanksAndScales(path / CONFIG, config), to_typed(config, BlockConfig, path / CONFIG).use_bdlora

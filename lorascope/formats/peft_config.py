@@ -15,7 +15,9 @@ STEM = "adapter_model"
 WEIGHTS = f"{STEM}.safetensors"
 KINDS = ["LORA", "ADALORA", "FOURIERFT", "VERA"]
 """Types of adapters with an own reader; every `PeftFormat` adds its own."""
+# Values of init_lora_weights, which may have a suffix, such as pissa_niter_16.
 RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# Their peft_type is LORA as well, so only a setting shows them.
 _VARIANTS = {
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
@@ -48,7 +50,7 @@ class CommonConfig(Allocation, frozen=True):
     modules_to_save: list[str] | None = None
     layers_to_transform: int | list[int] | None = None
     lora_alpha: Finite | None = 8
-    alpha: Finite | None = None
+    alpha: Finite | None = None  # the name of lora_alpha in LoHa, LoKr and GraLoRA
     randlora_alpha: Finite | None = None
     rank_pattern: dict[str, Any] | None = None
     alpha_pattern: dict[str, Any] | None = None

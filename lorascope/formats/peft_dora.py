@@ -10,19 +10,17 @@ Source: Liu et al. (arXiv 2402.09353), equation 5, as in PEFT, which uses the ro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.formats.peft_config import peft_kind
 from lorascope.formats.peft_lora import lora_factors, lora_parts
 from lorascope.formats.peft_modules import complete_lora, stacked_base
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase, base_with_weight
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 from lorascope.updates import Update, from_factors
 
@@ -33,7 +31,7 @@ class DoraPart(StoredLoRA):
 
     magnitude: StoredTensor
     module: str
-    base: PretrainedWeights | None
+    base: OptionalBase
 
     @property
     def has_thin_factors(self) -> bool:
@@ -45,24 +43,24 @@ class DoraPart(StoredLoRA):
 
     def update(self) -> Update:
         """Load the factors, and return the full update if there is a base, else the update of the direction."""
-        W0 = None if self.base is None else self.base.weight(self.module, self.shape, self.transposed)
-        return from_factors(self.factors() | {"W0": W0}, self.scale)
+        factors = self.factors()
+        if self.base is not None:
+            factors["W0"] = self.base.weight(self.module, self.shape, self.transposed)
+        return from_factors(factors, self.scale)
 
 
 @reads(
     lambda config, names: peft_kind(config) == "LORA" and bool(config.get("use_dora")), "DoRA (PEFT)", needs="direction"
 )
-def read_dora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_dora(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a PEFT DoRA folder."""
     module_factors, other_names = lora_factors(path, files, ("A", "B", "magnitude_vector"))
     base, updates = stacked_base(path, config, module_factors, base), {}
     for module, plain in lora_parts(path, config, module_factors).items():
         magnitude, outer = module_factors[module]["magnitude_vector"], plain.shape[0]
-        if math.prod(magnitude.shape) != outer:
+        if math.prod(magnitude.shape) != outer:  # a convolution stores it as (1, out, 1, 1)
             must = f"lora_magnitude_vector of {printable(module)} must have {outer} values (outputs)"
             raise unreadable(path, f"{must}, got shape {magnitude.shape}")
-        weights = base if base is not None and base.has_weight(module) else None
+        weights = base_with_weight(base, module)
         updates[module] = DoraPart(**vars(plain), magnitude=magnitude, module=module, base=weights)
     return complete_lora(AdapterFiles(path, dict(config), updates, other_names, files, "DoRA", base=base))

@@ -30,18 +30,19 @@ import numpy as np
 
 from lorascope.files.file_names import folder_of
 from lorascope.files.printable import first_of, printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.formats.peft_config import CONFIG
+from lorascope.formats.peft_factors import Factors
 from lorascope.formats.peft_lora import RanksAndScales, is_lora, lora_factors, lora_parts
 from lorascope.formats.peft_modules import complete_lora, stacked_base
 from lorascope.formats.pretrained_experts import ExpertWeights
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
-from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.formats.readers import Config, WeightFiles, reads
+from lorascope.formats.stored_update import AdapterFiles, StoredLoRA
 
 # Parameters of one module, in the order in which transformers' classes register them.
 _ORDER = ("w1", "v1", "w2", "gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias")
+# PEFT wraps a module once per adapted parameter.
 _NESTED = re.compile(r"(\.base_layer)+$")
 LAYOUT, GROUPED = "UNSLOTH_MOE_LORA_B_LAYOUT", "grouped_by_expert"
 _CARD = 2**20  # bytes of a model card
@@ -89,9 +90,7 @@ class ExpertPart(StoredLoRA):
     lambda config, names: is_lora(config, names) and bool(config.get("target_parameters")),
     "LoRA of experts in one tensor (PEFT)",
 )
-def read_experts(
-    path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_experts(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a PEFT LoRA on experts: one per expert, and the modules that are adapted as a whole."""
     settings = to_typed(config, ExpertsConfig, path / CONFIG)
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
@@ -108,15 +107,12 @@ def read_experts(
     notes = tuple(_expert_notes(path, config, settings, shared.values()))
     if base is not None:
         base = ExpertWeights(base, {name: (part.parameter, part.expert) for name, part in shared.items()})
-    adapter = AdapterFiles(path, config, updates, other_names, files, "LoRA", False, notes, configured, base)
+    adapter = AdapterFiles(path, dict(config), updates, other_names, files, "LoRA", False, notes, configured, base)
     return complete_lora(adapter)
 
 
 def _parameters(
-    path: Path,
-    targets: Collection[str],
-    module_factors: Mapping[str, Mapping[str, StoredTensor]],
-    settings: RanksAndScales,
+    path: Path, targets: Collection[str], module_factors: Mapping[str, Factors], settings: RanksAndScales
 ) -> Iterator[tuple[str, str]]:
     """Yield (module with ``base_layer``, full name of its parameter) of the factors that adapt a parameter."""
     nests: dict[str, list[str]] = {}
@@ -134,6 +130,7 @@ def _parameters(
             must = f"{printable(module)} must have factors of each target parameter ({parameters})"
             raise unreadable(path, f"{must}, got {len(nest)}")
         ordered = [name for name in _ORDER if name in names] + sorted(names - set(_ORDER))
+        # Every wrapper around the innermost one adds base_layer to its name.
         inner_first = sorted(nest, key=len, reverse=True)
         yield from zip(inner_first, (f"{module}.{name}" for name in ordered), strict=True)
 
@@ -144,9 +141,7 @@ def _is_target(module: str, target: str) -> bool:
     return bool(above) and (module == above or module.endswith(f".{above}"))
 
 
-def _expert_parts(
-    path: Path, parameter: str, factors: Mapping[str, StoredTensor], settings: RanksAndScales
-) -> dict[str, ExpertPart]:
+def _expert_parts(path: Path, parameter: str, factors: Factors, settings: RanksAndScales) -> dict[str, ExpertPart]:
     """Return the update of every expert of a parameter, or of the parameter itself if it is a matrix."""
     A, B, rank = factors["A"], factors["B"], settings.rank(parameter)
     A_shape, B_shape = A.file.shape(A.name), B.file.shape(B.name)

@@ -14,7 +14,7 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile
 from lorascope.files.typed_json import unreadable
-from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
+from lorascope.formats.pretrained_weights import OptionalBase, PretrainedWeights, named_base
 from lorascope.formats.stored_update import PREFIX, StoredTensor, StoredUpdate, in_order, stored_tensors
 from lorascope.updates import Update
 
@@ -28,6 +28,8 @@ INDEX_DTYPES = ("I64", "I32", "I16", "U8", "F32")
 MAX_SIDE, MAX_VALUES = 2**24, 2**28
 Factors = Mapping[str, StoredTensor]
 """Tensors of one module by the names that PEFT gives them, such as ``hada_w1_a``."""
+GroupedFactors = tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]
+"""Factors by module, and the names of all other tensors."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,7 @@ class StoredFactors(StoredUpdate):
         return sorted(self.tensors.values(), key=lambda tensor: INDICES in tensor.name)
 
 
-def group_factors(
-    files: Iterable[TensorFile], pattern: re.Pattern[str]
-) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
+def group_factors(files: Iterable[TensorFile], pattern: re.Pattern[str]) -> GroupedFactors:
     """Group PEFT factors by module, ordered by layer and role; also return all other tensor names.
 
     ``pattern`` matches the names of factors without PEFT's prefix, with the groups ``module`` and ``factor``. A factor
@@ -130,9 +130,7 @@ def no_factors(path: Path, must: str, other_names: Sequence[str]) -> ValueError:
     return unreadable(path, f"{must}, got {printable(first)}")
 
 
-def peft_factors(
-    path: Path, files: Iterable[TensorFile], names: Collection[str]
-) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
+def peft_factors(path: Path, files: Iterable[TensorFile], names: Collection[str]) -> GroupedFactors:
     """Group PEFT factors by module, ordered by layer and role; return the names of all other tensors, too.
 
     The name of the adapter may follow that of a tensor, if a state dict was saved by hand.
@@ -171,6 +169,7 @@ def require_factor_shape(path: Path, name: str, shape: tuple[int, ...]) -> None:
 def shared_factor(path: Path, files: Iterable[TensorFile], name: str) -> StoredTensor:
     """Return the factor that all modules of a PEFT adapter share, ``base_model.NAME``."""
     for tensor in stored_tensors(files):
+        # They belong to no module, so PEFT's prefix base_model.model. is only base_model. here.
         if tensor.name.rpartition("base_model.")[2] == name:
             return require_factor(tensor)
     raise unreadable(path, f"weights must include base_model.{name}")
@@ -212,15 +211,15 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
         for size, side in zip(names, sides, strict=False):
             if size.isdigit():
                 fits &= side == int(size)
-            elif size:
+            elif size:  # a lone * has no name
                 fits &= side == sizes.setdefault(size, side)
-        if not fits or 0 in stored:
+        if not fits or 0 in stored:  # ZeRO-3 and FSDP save empty tensors without gathering
             must = ", ".join(str(sizes.get(size, size)) for size in dimensions.split())
             raise unreadable(path, f"{name} of {printable(module)} must have shape ({must}), got {stored}")
     return sizes
 
 
-def require_base(path: Path, config: Mapping[str, Any], base: PretrainedWeights | None, kind: str) -> PretrainedWeights:
+def require_base(path: Path, config: Mapping[str, Any], base: OptionalBase, kind: str) -> PretrainedWeights:
     """Return the given or named base of an adapter whose PEFT factors rescale or rotate the base weights."""
     weights = base or named_base(config)
     if weights is None:

@@ -33,8 +33,8 @@ from lorascope.formats.peft_factors import (
     stored_shape,
 )
 from lorascope.formats.peft_merge import read_merged
-from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
-from lorascope.formats.readers import Needs, reads
+from lorascope.formats.pretrained_weights import OptionalBase, PretrainedWeights, base_with_shapes, named_base
+from lorascope.formats.readers import Config, Needs, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles
 from lorascope.schema.name_patterns import per_module
 from lorascope.updates import Update
@@ -73,7 +73,7 @@ class PeftModule:
     sizes: Sizes
     shape: tuple[int, int]
     transposed: bool
-    base: PretrainedWeights | None
+    base: OptionalBase
 
     def weight(self) -> Float[np.ndarray, "out in"]:
         """Load the base weight in float64."""
@@ -122,9 +122,7 @@ class PeftFormat(msgspec.Struct, frozen=True):
         super().__init_subclass__(**options)
         peft_type = cls.kind.upper().replace("-", "")
 
-        def read(
-            path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-        ) -> AdapterFiles:
+        def read(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
             return to_typed(config, cls, path / CONFIG)._read(path, config, files, base)
 
         # Readers are registered by name, and belong to the package that their module is in.
@@ -188,41 +186,38 @@ class PeftFormat(msgspec.Struct, frozen=True):
     def stored_update(self, module: PeftModule) -> StoredFactors:
         """Return the stored update of a module."""
         shape, rank = self.shape(module.sizes), self.rank(module.sizes)
+        largest_rank = min(shape) if rank is None else rank
+        build, frozen = partial(self._build, module), frozenset(self.frozen)
         return StoredFactors(
-            module.tensors,
-            shape,
-            min(shape) if rank is None else rank,
-            partial(self._build, module),
-            self.scale,
-            module.transposed,
-            thin=rank is not None,
-            frozen=frozenset(self.frozen),
+            module.tensors, shape, largest_rank, build, self.scale, module.transposed, rank is not None, frozen
         )
 
     def _build(self, module: PeftModule, stored: Arrays) -> Update:
         arrays = {}
         for name, array in stored.items():
+            # Indices are int32, but PEFT saves those of SHiRA as float32 on Windows.
             arrays[name] = array.astype(np.int64) if INDICES in name else as_float64(array)
         for name, tensor in module.shared.items():
             arrays[name] = as_float64(tensor.file[tensor.name])
         if self.needs == "files":
             return self.update(arrays)
-        return self.update(arrays, module.weight() if self.needs == "base" else module)
+        if self.needs == "base":
+            return self.update(arrays, module.weight())
+        return self.update(arrays, module)
 
-    def _read(
-        self, path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-    ) -> AdapterFiles:
+    def _read(self, path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
         if self.requires_peft(files):
             return read_merged(path, config, files, base)
         weights: PretrainedWeights | None = None
-        shapes: dict[str, tuple[int, int]] = {}
         if self.needs == "base":
             weights = require_base(path, config, base, self.kind)
         elif self.needs == "shapes":
             weights = base_with_shapes(path, config, base, self.kind)
         module_tensors, other_names = peft_factors(path, files, self.tensors)
-        for name, tensors in module_tensors.items():
-            shapes[name] = (0, 0) if weights is None else weights.shape(name, self._is_transposed(tensors))
+        shapes = dict.fromkeys(module_tensors, (0, 0))
+        if weights is not None:
+            for name, tensors in module_tensors.items():
+                shapes[name] = weights.shape(name, self._is_transposed(tensors))
         shared = {name: shared_factor(path, files, name) for name in self.shared_tensors()}
         known_sizes = self._int_settings() | self.common_sizes(shapes.values())
         sizes = check_shapes(path, "all modules", shared, self.shared_tensors(), **known_sizes)
@@ -232,24 +227,19 @@ class PeftFormat(msgspec.Struct, frozen=True):
             module = PeftModule(path, name, tensors, shared, sizes, shapes[name], transposed, weights)
             updates[name] = settings_of(name)._read_module(module)
         trained = sum(math.prod(stored_shape(shared[name])) for name in shared.keys() - set(self.frozen))
+        # PEFT may store the shared tensors a second time under every module.
+        other_names = tuple(name for name in other_names if not name.endswith(tuple(self.shared)))
+        needs_base = weights is not None and named_base(config) is None
         return AdapterFiles(
-            path,
-            dict(config),
-            updates,
-            # PEFT may store the shared tensors a second time under every module.
-            tuple(name for name in other_names if not name.endswith(tuple(self.shared))),
-            files,
-            self.kind,
-            needs_base=weights is not None and named_base(config) is None,
-            notes=self.notes(),
-            shared_size=trained,
+            path, dict(config), updates, other_names, files, self.kind, needs_base, self.notes(), shared_size=trained
         )
 
     def _read_module(self, module: PeftModule) -> StoredFactors:
         """Check a module with the settings that it has, and return its stored update."""
-        known_sizes = {**module.sizes, **self._int_settings()}
+        known_sizes = {**module.sizes, **self._int_settings()}  # patterns may give a module other settings
         sizes = check_shapes(module.path, module.name, module.tensors, self.required(module), **known_sizes)
         if module.base is not None:
+            # The base has only the sizes that no tensor shows, so that `check_fit` compares the others with it.
             sizes = {"out": module.shape[0], "in": module.shape[1]} | sizes
             check_fit(module.path, module.name, self.shape(sizes), module.shape)
         module = replace(module, sizes=sizes)
@@ -257,6 +247,7 @@ class PeftFormat(msgspec.Struct, frozen=True):
         return self.stored_update(module)
 
     def _int_settings(self) -> dict[str, int]:
+        # type() is exact: a bool is also an instance of int, and no size.
         return {name: value for name, value in msgspec.structs.asdict(self).items() if type(value) is int}
 
     def _is_transposed(self, names: Collection[str]) -> bool:

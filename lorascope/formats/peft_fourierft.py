@@ -19,12 +19,11 @@ import numpy as np
 
 from lorascope.array_types import Int
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
 from lorascope.formats.peft_config import CONFIG, peft_kind
 from lorascope.formats.peft_factors import group_factors, no_factors
-from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase, base_with_shapes, named_base
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 from lorascope.schema.name_patterns import per_module
 from lorascope.updates.fourier import SEEDS, Fourier, entries
@@ -76,9 +75,7 @@ class FourierPart(StoredUpdate):
 
 
 @reads(lambda config, names: peft_kind(config) == "FOURIERFT", "FourierFT (PEFT)", needs="base")
-def read_fourier(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_fourier(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a PEFT FourierFT folder."""
     module_factors, other_names = group_factors(files, _FACTOR)
     if not module_factors:

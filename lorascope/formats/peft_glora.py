@@ -48,4 +48,4 @@ def _matrix(arrays: Arrays, name: str) -> np.ndarray:
     """Return a matrix that is broadcast to the shape of the weight."""
     if f"{name}.Xd" in arrays:
         return arrays[f"{name}.Xd"] @ arrays[f"{name}.Xu"]
-    return arrays.get(f"{name}.X", np.zeros(()))
+    return arrays.get(f"{name}.X", np.zeros(()))  # config_A_B "none" stores no tensor

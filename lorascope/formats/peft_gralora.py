@@ -54,7 +54,9 @@ class GraLoRA(PeftFormat, frozen=True):
 
     def rank(self, sizes: Sizes) -> int | None:
         rank = self.gralora_k * self.r + self.hybrid_r
-        return rank if rank < min(self.shape(sizes)) else None
+        if rank >= min(self.shape(sizes)):
+            return None  # the factors would be larger than the matrix
+        return rank
 
     def update(self, arrays: Arrays) -> Update:
         grid_A, grid_B = arrays["gralora_A"], arrays["gralora_B"]
@@ -68,4 +70,6 @@ class GraLoRA(PeftFormat, frozen=True):
         if self.hybrid_r:
             A, B = np.vstack([A, arrays["gralora_A_general"]]), np.hstack([B, arrays["gralora_B_general"]])
         product = LowRank(B, A, self.scale)
-        return product if product.rank < min(product.shape) else Dense(product.dense())
+        if product.rank >= min(product.shape):
+            return Dense(product.dense())
+        return product

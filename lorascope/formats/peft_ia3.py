@@ -61,5 +61,6 @@ class IA3(PeftFormat, frozen=True):
     def update(self, arrays: Arrays, W0: np.ndarray) -> Dense:
         change = arrays["ia3_l"].reshape(-1) - 1.0
         if self.rescales_inputs(arrays["ia3_l"].shape):
+            # A convolution has one column for each value of the kernel of an input.
             return Dense(W0 * np.repeat(change, W0.shape[1] // len(change)))
         return Dense(W0 * change[:, None])

@@ -12,7 +12,6 @@ Source: Wang et al. (arXiv 2412.06071), as in PEFT 0.21.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +21,12 @@ import numpy as np
 
 from lorascope.array_types import Float
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.formats.peft_config import peft_kind
 from lorascope.formats.peft_lora import lora_factors, lora_parts
 from lorascope.formats.peft_modules import complete_lora, stacked_base
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase, base_with_weight
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 from lorascope.updates.linalg import as_float64, one_thread
 
@@ -44,7 +42,7 @@ class KasaPart(StoredLoRA):
 
     diagonal: StoredTensor
     module: str
-    base: PretrainedWeights | None
+    base: OptionalBase
 
     @cached_property
     def _removed(self) -> tuple[Float[np.ndarray, "out rank"], Float[np.ndarray, "rank in"]]:
@@ -65,9 +63,7 @@ class KasaPart(StoredLoRA):
 
 
 @reads(lambda config, names: peft_kind(config) == "KaSA", "KaSA (PEFT)", needs="direction")
-def read_kasa(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_kasa(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a PEFT KaSA folder."""
     module_factors, other_names = lora_factors(path, files, ("A", "B", "diag"))
     base, updates = stacked_base(path, config, module_factors, base), {}
@@ -76,7 +72,7 @@ def read_kasa(
         if diagonal.shape != (plain.rank, 1):
             must = f"lora_diag of {printable(module)} must have {plain.rank} values"
             raise unreadable(path, f"{must}, got shape {diagonal.shape}")
-        weights = base if base is not None and base.has_weight(module) else None
+        weights = base_with_weight(base, module)
         if plain.scale == 0 and weights is not None:
             raise unreadable(path, f"lora_alpha of {printable(module)} must not be 0")
         updates[module] = KasaPart(**vars(plain), diagonal=diagonal, module=module, base=weights)

@@ -69,7 +69,7 @@ def _hadamard(arrays: Mapping[str, np.ndarray], scale: float) -> Update:
         first, second = tucker(factors["hada_t1"], w1_a, w1_b), tucker(factors["hada_t2"], w2_a, w2_b)
         return Dense(scale * first * second)
     (outer, rank), inner = w1_a.shape, w1_b.shape[1]
-    if rank**2 >= min(outer, inner):
+    if rank**2 >= min(outer, inner):  # one product of rank r^2 would be larger than the matrix
         return Dense(scale * (w1_a @ w1_b) * (w2_a @ w2_b))
     B = (w1_a[:, :, None] * w2_a[:, None, :]).reshape(outer, rank**2)
     A = (w1_b[:, None, :] * w2_b[None, :, :]).reshape(rank**2, inner)

@@ -44,7 +44,7 @@ class LoKr(PeftFormat, frozen=True):
 
     def stored_update(self, module: PeftModule) -> StoredFactors:
         update, w2 = kronecker_part(module.tensors, module.sizes, self.scale), module.tensors.get("lokr_w2")
-        if w2 is None or len(stored_shape(w2)) != 3:
+        if w2 is None or len(stored_shape(w2)) != 3:  # three dimensions are a one-dimensional convolution
             return update
         return replace(update, build=partial(_misaligned, self.scale), components=min(update.sides), thin=False)
 

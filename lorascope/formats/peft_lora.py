@@ -17,15 +17,16 @@ from lorascope.files.safetensors_io import TensorFile, open_tensors
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.formats.hydralora import has_heads
 from lorascope.formats.peft_config import CONFIG, LoraConfig, peft_kind
-from lorascope.formats.peft_factors import group_factors, no_factors
+from lorascope.formats.peft_factors import Factors, GroupedFactors, group_factors, no_factors
 from lorascope.formats.peft_modules import OUT_PROJ, complete_lora, stacked_base
 from lorascope.formats.peft_whole_weights import UNUSED
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 from lorascope.schema.name_patterns import per_module
 
-# The adapter name may follow that of the factor if a state dict was saved by hand.
+# E is a factor of AdaLoRA, diag of KaSA and magnitude_vector of DoRA. The adapter name may follow that of the factor if
+# a state dict was saved by hand.
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|diag|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?",
     re.DOTALL,  # a name may contain a line break
@@ -41,9 +42,7 @@ def factor_files(path: Path) -> list[Path]:
     return [file for file in files if any(map(_LORA.search, open_tensors(file)))]
 
 
-def lora_factors(
-    path: Path, files: Iterable[TensorFile], expected: Sequence[str]
-) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
+def lora_factors(path: Path, files: Iterable[TensorFile], expected: Sequence[str]) -> GroupedFactors:
     """Group a PEFT LoRA's factors by module; a ValueError reports a module without exactly those in ``expected``."""
     module_factors, other_names = group_factors(files, _FACTOR)
     for name in other_names:
@@ -63,6 +62,7 @@ def lora_factors(
 
 def is_lora(config: Mapping[str, Any], names: Collection[str]) -> bool:
     """Return whether a PEFT adapter is a plain LoRA, with or without experts in one tensor."""
+    # enable_lora is of loralib's MergedLinear, whose factors have blocks.
     other = config.get("use_dora") or "enable_lora" in config or has_heads(names)
     return peft_kind(config) == "LORA" and not other
 
@@ -71,15 +71,12 @@ def is_lora(config: Mapping[str, Any], names: Collection[str]) -> bool:
     lambda config, names: is_lora(config, names) and not config.get("target_parameters"),
     "LoRA (PEFT), with rsLoRA, patterns, embeddings, convolutions and tied weights",
 )
-def read_adapter(
-    path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_adapter(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a PEFT LoRA folder."""
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
     base = stacked_base(path, config, module_factors, base)
-    return complete_lora(
-        AdapterFiles(path, config, lora_parts(path, config, module_factors), other_names, files, base=base)
-    )
+    updates = lora_parts(path, config, module_factors)
+    return complete_lora(AdapterFiles(path, dict(config), updates, other_names, files, base=base))
 
 
 class RanksAndScales:
@@ -100,13 +97,12 @@ class RanksAndScales:
         if self.settings.use_rslora:
             divisor = math.sqrt(divisor)
         scale = self._alpha_of(name.removesuffix(OUT_PROJ)) / divisor
-        # PEFT 0.21 adds the update of this projection twice, in every forward pass and on merging.
-        return 2 * scale if name.endswith(OUT_PROJ) else scale
+        if name.endswith(OUT_PROJ):
+            scale *= 2  # PEFT 0.21 adds the update of this projection twice, in every forward pass and on merging
+        return scale
 
 
-def lora_parts(
-    path: Path, config: Mapping[str, Any], module_factors: Mapping[str, Mapping[str, StoredTensor]]
-) -> dict[str, StoredLoRA]:
+def lora_parts(path: Path, config: Config, module_factors: Mapping[str, Factors]) -> dict[str, StoredLoRA]:
     """Return the stored updates of a PEFT LoRA, scale * B @ A, with the ranks and scales of its configuration."""
     settings, updates = RanksAndScales(path / CONFIG, config), {}
     for module, factors in module_factors.items():
@@ -117,7 +113,7 @@ def lora_parts(
     return updates
 
 
-def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], rank: int) -> None:
+def check_rank(path: Path, module: str, factors: Factors, rank: int) -> None:
     """Raise a ValueError if the rank of a PEFT LoRA's factors differs from its configuration."""
     ranks = factors["A"].shape[0], factors["B"].shape[1]
     if ranks == (0, 0) and rank:  # AdaLoRA may remove all components of a module

@@ -7,7 +7,6 @@ and the extra ``lorascope[peft]``, and takes the memory of the model.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,12 +18,12 @@ import numpy as np
 from lorascope.array_types import Float
 from lorascope.files.file_names import folder_of
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import FLOATS, TensorFile
+from lorascope.files.safetensors_io import FLOATS
 from lorascope.files.typed_json import to_typed, unreadable
 from lorascope.formats.peft_config import CONFIG, WEIGHTS, peft_kind
 from lorascope.formats.peft_factors import INDEX_DTYPES, require_base, require_factor
-from lorascope.formats.pretrained_weights import PretrainedWeights, named_base
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase, named_base
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, StoredUpdate, in_order, stored_tensors
 from lorascope.updates import Dense
 
@@ -61,7 +60,6 @@ class MergedPart(StoredUpdate):
         return min(self.shape)
 
     def factors(self) -> dict[str, Any]:
-        """Return the update as a matrix."""
         return {"matrix": self.matrix}
 
     def update(self) -> Dense:
@@ -72,9 +70,7 @@ class MergedPart(StoredUpdate):
 
 
 @reads(lambda config, names: peft_kind(config) in MERGED, f"{', '.join(MERGED)} (PEFT)", needs="peft")
-def read_merged(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_merged(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a folder that only PEFT can merge: their changes when it is merged into its base."""
     kind, settings = peft_kind(config), to_typed(config, MergedConfig, path / CONFIG)
     weights = require_base(path, config, base, kind)

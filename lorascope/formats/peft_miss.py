@@ -31,7 +31,7 @@ class MiSS(PeftFormat, frozen=True):
         return dict.fromkeys(self.tensors, shapes.get(self.init_weights, "r out"))
 
     def shape(self, sizes: Sizes) -> tuple[int, int]:
-        if self.init_weights == "bat":
+        if self.init_weights == "bat":  # sides that r does not divide do not fit the base
             return sizes["rows"] * self.r, sizes["in"] // self.r * self.r
         width = self.mini_r if self.init_weights == "mini" else 1
         return sizes["out"] // width * width, sizes["in"]
@@ -40,7 +40,7 @@ class MiSS(PeftFormat, frozen=True):
         return None if self.init_weights == "bat" else min(self.r, *self.shape(sizes))
 
     def update(self, arrays: Arrays, module: PeftModule) -> Update:
-        (block,) = arrays.values()
+        (block,) = arrays.values()  # miss_block or bone_block
         if self.init_weights == "bat":
             W0 = module.weight().reshape(len(block), self.r, -1, self.r).swapaxes(1, 2)  # (rows, columns, r, r)
             return Dense((W0 @ block[:, None] + block[:, None]).swapaxes(1, 2).reshape(module.shape))

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -21,13 +20,15 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
 from lorascope.formats.peft_config import RESIDUAL_INITS
-from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.formats.readers import Config
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredUpdate, in_order
 
 OUT_PROJ = ".base_layer.out_proj"
 """End of the name of the output projection of nn.MultiheadAttention."""
+# A longer number is not below _MAX_LAYERS.
 _LAYER = re.compile(r"(.*?\.(?:layers?|h)\.)(\d{1,4})(\..*)", re.DOTALL)
-_MAX_LAYERS = 10_000
+_MAX_LAYERS = 10_000  # a short configuration may list ranges that do not fit in memory
 _CHANGED_BASE = {
     "pissa": "PEFT subtracts the leading singular components of each base weight while loading",
     "olora": "PEFT subtracts the leading components of each base weight's QR decomposition while loading",
@@ -43,9 +44,7 @@ class ReplicationConfig(msgspec.Struct, frozen=True):
     layer_replication: list[tuple[Count, Count]] | None = None
 
 
-def stacked_base(
-    path: Path, config: Mapping[str, Any], modules: Iterable[str], base: PretrainedWeights | None
-) -> PretrainedWeights | None:
+def stacked_base(path: Path, config: Config, modules: Iterable[str], base: OptionalBase) -> OptionalBase:
     """Return the base weights by the names of a PEFT LoRA's modules, whose layers may be positions in a stack."""
     stack = _layer_stack(path, config)
     names = {}
@@ -102,17 +101,17 @@ def _tied_heads(updates: Mapping[str, StoredUpdate]) -> Iterator[tuple[str, str]
                 yield embedding, head
 
 
-def _layer_stack(path: Path, config: Mapping[str, Any]) -> list[int]:
+def _layer_stack(path: Path, config: Config) -> list[int]:
     """Return the base layer of each layer of the stack; empty without ``layer_replication``."""
     stack: list[int] = []
     for first, end in to_typed(config, ReplicationConfig, path).layer_replication or []:
         if len(stack) + end - first > _MAX_LAYERS:
             raise unreadable(path, f"layer_replication must have <= {_MAX_LAYERS} layers")
-        stack += range(first, end)
+        stack += range(first, end)  # PEFT excludes the end as well
     return stack
 
 
-def _configured_notes(config: Mapping[str, Any]) -> Iterator[str]:
+def _configured_notes(config: Config) -> Iterator[str]:
     """Yield cautions about changed base weights, and about updates of some tokens only."""
     start = str(config.get("init_lora_weights", True)).lower()
     for kind in RESIDUAL_INITS:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.formats.peft_config import peft_kind
 from lorascope.formats.peft_factors import peft_factors
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import says, unread
+from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.formats.readers import Config, WeightFiles, says, unread
 from lorascope.formats.stored_update import PREFIX, stored_tensors
 from lorascope.updates.linalg import as_float64
 
@@ -28,9 +25,7 @@ _MODULE = re.compile(r"(?s)(.+)\.(?:lily|poly)_.+")
 
 
 @says(lambda config, names: peft_kind(config) in _REASONS, f"{', '.join(_REASONS)} (PEFT)")
-def describe_routing(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> str:
+def describe_routing(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> str:
     """Return why a PEFT adapter with routing has no update per weight, and its number of modules and tensors."""
     kind = peft_kind(config)
     names = [tensor.name.removeprefix(PREFIX) for tensor in stored_tensors(files)]
@@ -40,9 +35,7 @@ def describe_routing(
 
 
 @says(lambda config, names: peft_kind(config) == "BEFT", "BEFT (PEFT)")
-def describe_biases(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> str:
+def describe_biases(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> str:
     """Describe PEFT's BEFT, which has no update of weights: the number of changed biases and the norms of changes."""
     module_factors, other_names = peft_factors(path, files, ["beft_bias"])
     biases = [factors["beft_bias"] for factors in module_factors.values()]

@@ -52,6 +52,7 @@ class OFT(PeftFormat, frozen=True):
             raise module.error(f"{name} of {printable(module.name)} must have {rows}, got shape {stored}")
 
     def notes(self) -> tuple[str, ...]:
+        # PEFT writes its version since 0.18, and 0.17 doubled the last term of the series as well.
         if self.peft_version or not self.use_cayley_neumann:
             return ()
         return ("PEFT before 0.18 trained with another last term of the rotation; PEFT now applies the one used here",)
@@ -70,6 +71,7 @@ class OFT(PeftFormat, frozen=True):
         if self.coft:
             # The norm of all blocks together is at most eps.
             norms, largest = np.linalg.norm(Q, axis=(1, 2), keepdims=True), self.eps / math.sqrt(len(Q))
+            # 1e-300 only avoids the warning of a division by zero, whose result is not used.
             Q = np.where(norms <= largest, Q, Q * (largest / np.maximum(norms, 1e-300)))
         if not self.use_cayley_neumann:
             return cayley(Q)

@@ -7,19 +7,16 @@ They are stored as ``prompt_embeddings`` (tokens, width), except for ADAPTION_PR
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.formats.nearest_tokens import describe_nearest
 from lorascope.formats.peft_config import peft_kind
 from lorascope.formats.peft_factors import require_factor, stored_shape
-from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.readers import says, unread
+from lorascope.formats.pretrained_weights import OptionalBase
+from lorascope.formats.readers import Config, WeightFiles, says, unread
 from lorascope.formats.stored_update import stored_tensors
 from lorascope.updates.linalg import as_float64
 
@@ -40,9 +37,7 @@ _PROMPT = re.compile(r"(?s)(?:.+\.)?(?:prompt_embeddings|adaption_prompt)")
 
 
 @says(lambda config, names: peft_kind(config) in _WHERE, f"{', '.join(_WHERE)} (PEFT)")
-def describe_prompt(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> str:
+def describe_prompt(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> str:
     """Describe a PEFT prompt: number of virtual tokens, their width and norms; with a base, its nearest tokens."""
     kind = peft_kind(config)
     prompts, other_names = [], []

@@ -54,6 +54,7 @@ class RandLoRA(PeftFormat, frozen=True):
         return self.randlora_alpha / self.r
 
     def common_sizes(self, shapes: Collection[tuple[int, int]]) -> dict[str, int]:
+        # PEFT compares the largest number of outputs with the largest number of inputs.
         smallest, largest = sorted(map(max, zip(*shapes, strict=True)))
         return {"smallest": smallest, "largest": largest, "bases": -(-smallest // self.r)}
 
@@ -93,12 +94,14 @@ def _draw_random_bases(settings: RandLoRA, smaller: int, larger: int) -> Bases:
         signs = [uniform_like_torch(words, shape) for shape in ((rank, 1, smaller), (larger, n, rank))]
         A, B = (np.greater(X, 1 - fraction).astype(np.float32) - np.less(X, fraction) for X in signs)
         return A / A.std(ddof=1, dtype=np.float64), B / B.std(ddof=1, dtype=np.float64)
+    # PEFT draws A first, then the bases of B one by one.
     A = _draw(words, (rank, 1, smaller))
     return _standardize(A), _standardize(np.concatenate([_draw(words, (larger, 1, rank)) for _ in range(n)], axis=1))
 
 
 def _draw(words: np.random.RandomState, shape: tuple[int, int, int]) -> np.ndarray:
     """Draw one random factor in bfloat16, as PEFT does; devices without bfloat16 draw others, in float16."""
+    # torch's kaiming_uniform_ with a = sqrt(5) has the gain sqrt(2 / (1 + a^2)).
     bound = math.sqrt(3) * math.sqrt(2 / 6) / math.sqrt(shape[2])
     values = round_to_bfloat16(uniform_like_torch(words, shape, bound))
     largest = round_to_bfloat16(np.array([bound], np.float32))

@@ -11,7 +11,7 @@ Source: Kopiczko et al. (arXiv 2310.11454), as in PEFT.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,11 @@ import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Positive, to_typed, unreadable
 from lorascope.formats.peft_config import CONFIG, peft_kind
 from lorascope.formats.peft_factors import MAX_VALUES, group_factors, require_factor
-from lorascope.formats.pretrained_weights import PretrainedWeights, base_with_shapes, named_base
-from lorascope.formats.readers import reads
+from lorascope.formats.pretrained_weights import OptionalBase, base_with_shapes, named_base
+from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate, stored_tensors
 from lorascope.updates.fourier import SEEDS
 from lorascope.updates.random_projection import projections
@@ -74,9 +73,7 @@ class VeraPart(StoredUpdate):
 
 
 @reads(lambda config, names: peft_kind(config) == "VERA", "VeRA (PEFT)", needs="base")
-def read_vera(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
-) -> AdapterFiles:
+def read_vera(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
     """Read the modules of a PEFT VeRA folder."""
     settings = to_typed(config, VeraConfig, path / CONFIG)
     module_factors, other_names = group_factors(files, _FACTOR)
@@ -97,6 +94,7 @@ def read_vera(
         rank = width = settings.r
         if rank * max(widest_in, widest_out) > MAX_VALUES:
             raise unreadable(path, f"random factors must have <= {MAX_VALUES} values")
+        # torch's generator on the CPU uses 32 bits of the seed.
         shared = partial(projections, settings.projection_prng_key % SEEDS, rank, widest_in, widest_out)
     updates = {}
     for module, factors in module_factors.items():

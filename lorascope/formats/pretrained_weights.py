@@ -227,13 +227,17 @@ class _Tensors:
     def find(self, tensor: str) -> str | None:
         """Return the full name of a tensor whose name lacks first parts, or has others before it."""
         segments = tensor.split(".")
-        for start in range(len(segments) - 1):
+        for start in range(len(segments) - 1):  # the last segment, such as weight, names no module
             if (name := ".".join(segments[start:])) in self.files:
                 return name
+        # A second match is enough to know that the name is ambiguous.
         longer = list(islice(self._ends.names_with_end(f".{tensor}"), 2))
         if not longer and _EXPERTS in tensor:
             return self.find(tensor.replace(_EXPERTS, ".block_sparse_moe."))
         return longer[0] if len(longer) == 1 else None
+
+
+OptionalBase = PretrainedWeights | None
 
 
 def _open_model(folder: Path) -> Iterator[TensorFile]:
@@ -253,26 +257,35 @@ def _checkpoint_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"cannot read model {printable(folder)}: the folder does not exist")
     # A folder may contain the same weights twice: in the layout of transformers and in that of the model's authors.
     files = weight_files(folder, "model")
-    other_files = (file for file in sorted(folder.glob("*.safetensors")) if file.is_file())
-    files = files or [file for file in other_files if not file.name.startswith("adapter_")]
+    if not files:
+        other_files = filter(Path.is_file, sorted(folder.glob("*.safetensors")))
+        # PEFT's adapter_model.safetensors is not a model.
+        files = [file for file in other_files if not file.name.startswith("adapter_")]
     if not files:
         reject_pickles(folder.glob("*model*"))
         raise FileNotFoundError(f"cannot read model {printable(folder)}: it has no safetensors file of a model")
     return files
 
 
-def named_base(config: Mapping[str, Any]) -> PretrainedWeights | None:
+def named_base(config: Mapping[str, Any]) -> OptionalBase:
     """Return the pretrained weights that an adapter's configuration names, if they are in a local folder."""
     name = config.get("base_model_name_or_path")
     if not name or "\0" in name:
         return None
     folder = Path(os.path.expanduser(name))
-    return PretrainedWeights(folder) if folder.is_dir() and any(folder.glob("*.safetensors")) else None
+    if not folder.is_dir() or not any(folder.glob("*.safetensors")):
+        return None
+    return PretrainedWeights(folder)
 
 
-def base_with_shapes(
-    path: Path, config: Mapping[str, Any], base: PretrainedWeights | None, kind: str
-) -> PretrainedWeights:
+def base_with_weight(base: OptionalBase, module: str) -> OptionalBase:
+    """Return the given weights if they include that of a module, else None."""
+    if base is not None and base.has_weight(module):
+        return base
+    return None
+
+
+def base_with_shapes(path: Path, config: Mapping[str, Any], base: OptionalBase, kind: str) -> PretrainedWeights:
     """Return pretrained weights for an adapter that stores no shapes: the given ones, else those that it names."""
     weights = base or named_base(config)
     if weights is None:

@@ -16,15 +16,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lorascope.files.printable import first_of
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.formats.stored_update import AdapterFiles
 from lorascope.schema.plugins import load_plugins
 
-if TYPE_CHECKING:
-    from lorascope.formats.stored_update import AdapterFiles
-
-Matches = Callable[[Mapping[str, Any], Collection[str]], bool]
+Config = Mapping[str, Any]
+"""Content of ``adapter_config.json``, or the metadata of a file; empty without either."""
+WeightFiles = tuple[TensorFile, ...]
+Matches = Callable[[Config, Collection[str]], bool]
 Needs = Literal["files", "direction", "base", "peft"]
 
 
@@ -95,10 +97,12 @@ def says(matches: Matches, format: str) -> Callable[[Sentence], Sentence]:
 
 def unread(names: Sequence[str]) -> str:
     """Return the end of a sentence about tensors that the reader of a format ignores; "" if there are none."""
-    return f"; tensors that are not read: {first_of(names)}" if names else ""
+    if not names:
+        return ""
+    return f"; tensors that are not read: {first_of(names)}"
 
 
-def find_sentence(config: Mapping[str, Any], names: Collection[str]) -> Sentence | None:
+def find_sentence(config: Config, names: Collection[str]) -> Sentence | None:
     """Return the registered reader that describes an adapter without updates of weights, or None."""
     load_plugins("lorascope.formats", "lorascope.readers")
     for matches, say, _ in reversed(SENTENCES):
@@ -107,7 +111,7 @@ def find_sentence(config: Mapping[str, Any], names: Collection[str]) -> Sentence
     return None
 
 
-def find_reader(config: Mapping[str, Any], names: Collection[str]) -> Reader | None:
+def find_reader(config: Config, names: Collection[str]) -> Reader | None:
     """Return the reader of an adapter's format, or None; of several, the one that was registered last."""
     load_plugins("lorascope.formats", "lorascope.readers")
     # Packages register their readers last, so they may replace these.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorascope.files.safetensors_io import TensorFile, Unread
-from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.pretrained_weights import OptionalBase
 from lorascope.schema.module_roles import parse, position
 from lorascope.updates import Update, from_factors
 from lorascope.updates.low_rank import Product
@@ -30,7 +30,7 @@ class StoredTensor:
     @property
     def shape(self) -> tuple[int, int]:
         """Shape in two dimensions; the kernel dimensions of a convolution are part of the second."""
-        first, *inner_sides = self.file.shape(self.name) or (1,)
+        first, *inner_sides = self.file.shape(self.name) or (1,)  # a scalar, such as alpha, is one row
         return first, math.prod(inner_sides)
 
     def read(self) -> Any:
@@ -180,5 +180,5 @@ class AdapterFiles:
     needs_base: bool = False
     notes: tuple[str, ...] = ()
     configured: Mapping[str, str] = field(default_factory=dict)
-    base: PretrainedWeights | None = None
+    base: OptionalBase = None
     shared_size: int = 0

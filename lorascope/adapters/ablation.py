@@ -41,6 +41,7 @@ def ablation_scores(model: nn.Module, loss: Loss, batch: Batch) -> Scores:
         full, without = _switched_scores(model, loss, batch, adapters, -1)
         deltas = detach(model)
         try:
+            # Now each component is added to the base model.
             none, only = _switched_scores(model, loss, batch, adapters, 1)
         finally:
             attach(model, deltas)
@@ -57,8 +58,9 @@ def _switched_scores(
         active[name] = [index for index in range(adapter.rank) if not adapter.is_idle(index)]
         moves[name] = [partial(adapter.add_component, index, sign) for index in active[name]]
     undisturbed, losses = moved_losses(model, loss, batch, moves)
-    # Idle components change nothing, so they have the score of the undisturbed model.
-    scores = {name: np.full(adapter.rank, -undisturbed) for name, adapter in adapters.items()}
-    for name, indices in active.items():
-        scores[name][indices] = [-value for value in losses[name]]
+    scores = {}
+    for name, adapter in adapters.items():
+        # Idle components change nothing, so they have the score of the undisturbed model.
+        scores[name] = np.full(adapter.rank, -undisturbed)
+        scores[name][active[name]] = np.negative(losses[name])
     return -undisturbed, scores

@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -49,18 +50,21 @@ def moved_losses(
     top = _record_calls(loss, batch, modules, stored=set(modules) - block_of.keys())
     replay = _Replay(loss, batch, top, _record_calls(loss, _resize_batch(batch), modules))
     losses: dict[str, list[float]] = {name: [] for name in moves}
-    moved = {name: model.get_submodule(name) for name in moves if moves[name]}
+    moved_names = filter(moves.get, moves)
     # The outputs inside only one block at a time are in memory.
-    for block, names in itertools.groupby(moved, lambda name: block_of.get(moved[name])):
+    for block, names in itertools.groupby(moved_names, lambda name: block_of.get(model.get_submodule(name))):
         recorded = top if block is None else replay.look_into(block)
         for name in names:
-            losses[name] = replay.losses(moved[name], recorded, moves[name])
+            losses[name] = replay.losses(model.get_submodule(name), recorded, moves[name])
     return top.loss, losses
 
 
 def _resize_batch(batch: Batch) -> Batch:
     """Return the batch with another number of rows, which shows where the rows are in each output's shape."""
-    return {key: value[:1] if len(value) > 1 else torch.cat([value, value]) for key, value in batch.items()}
+    resized = {}
+    for key, value in batch.items():
+        resized[key] = value[:1] if len(value) > 1 else torch.cat([value, value])
+    return resized
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +92,9 @@ class _Pass:
 
     loss: float
     calls: list[_Call]
+
+    def ended_before(self, time: int) -> list[_Call]:
+        return [call for call in self.calls if call.end < time]
 
     def calls_of(self, module: nn.Module) -> list[_Call]:
         return [call for call in self.calls if call.module is module]
@@ -118,6 +125,7 @@ def _record_calls(loss: Loss, batch: Batch, modules: Iterable[nn.Module], stored
                 first = _first_argument(args, kwargs)
             else:
                 leaves = []
+            # The model may overwrite an output in place, which changes the version of its tensor.
             versions = _versions([first, *leaves])
             calls.append(_Call(module, start, next(clock), depth == 0, shapes, form, first, leaves, versions))
             return output
@@ -135,8 +143,10 @@ def _first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 @contextmanager
 def _replace_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     """Replace the ``forward`` of modules in this context."""
-    replaced = {module: vars(module).get("forward") for module in forwards}
+    replaced = {}
     for module, forward in forwards.items():
+        # Usually None, because ``forward`` is an attribute of the class.
+        replaced[module] = vars(module).get("forward")
         vars(module)["forward"] = forward
     try:
         yield
@@ -159,10 +169,12 @@ class _Replay:
         self.loss, self.batch, self.top = loss, batch, top
         # Modules that are called more than once are not replayed: which call is next depends on the skipped modules.
         self.by_row: dict[nn.Module, list[list[bool] | None]] = {}
+        largest = 1
         for call, other in zip(top.calls, resized.calls, strict=True):
             self.by_row.setdefault(call.module, []).append(_is_batched(call.shapes, other.shapes))
-        shapes = itertools.chain.from_iterable(call.shapes for call in top.calls)
-        largest = max(math.prod(shape) for shape in shapes if shape is not None)
+            for shape in call.shapes:
+                if shape is not None:
+                    largest = max(largest, math.prod(shape))
         device = next(iter(batch.values())).device.type
         self.max_copies = max(1, MOST_ELEMENTS.get(device, MOST_ELEMENTS_ELSEWHERE) // largest)
 
@@ -181,17 +193,21 @@ class _Replay:
         calls = recorded.calls_of(module)
         if not calls:  # a module that is not called does not affect the loss
             return [self.top.loss] * len(moves)
-        start = min(call.start for call in self.top.calls_of(module))
-        before = [call for call in self.top.calls if call.end < start]
-        before += [call for call in recorded.calls if call.end < calls[0].start]
+        # Each pass has its own clock, so a call of one is never compared with a call of the other.
+        start = min(map(attrgetter("start"), self.top.calls_of(module)))
+        before = self.top.ended_before(start) + recorded.ended_before(calls[0].start)
+        copies = 1
         # Only outputs whose first dimension is the rows can be split into copies.
-        copies = self.max_copies if all(flags == [True] for flags in self.by_row[module]) else 1
+        if all(flags == [True] for flags in self.by_row[module]):
+            copies = self.max_copies
         losses = []
         for start in range(0, len(moves), copies):
             chunk = moves[start : start + copies]
             forwards = self._replay_forwards(before, len(chunk))
+            only_call = None
             # Checked for every chunk, because a pass may overwrite the stored output.
-            only_call = calls[0] if self._is_only_call(calls[0]) else None
+            if self._is_only_call(calls[0]):
+                only_call = calls[0]
             forwards[module] = _patch_forward(module, only_call, chunk)
             with _replace_forwards(forwards):
                 losses += self._losses_of_copies(len(chunk))
@@ -216,7 +232,7 @@ class _Replay:
         if copies == 1:
             return [float(self.loss(self.batch))]
         single_calls = self.top.outermost()
-        modules = {call.module for call in single_calls}
+        modules = set(map(attrgetter("module"), single_calls))
         stacked = {key: _repeat_rows(value, copies) for key, value in self.batch.items()}
         stacked_calls = _record_calls(self.loss, stacked, modules, modules).outermost()
         losses = []
@@ -247,7 +263,9 @@ def _replay_output(call: _Call, by_row: Sequence[bool], copies: int, *args: Any,
     """Return the output of a call, for copies of the batch."""
     leaves = []
     for leaf, is_batched in zip(call.leaves, by_row, strict=True):
-        leaves.append(_repeat_rows(leaf, copies) if is_batched else leaf)
+        if is_batched:
+            leaf = _repeat_rows(leaf, copies)
+        leaves.append(leaf)
     return tree_unflatten(leaves, call.form)
 
 
@@ -255,8 +273,9 @@ def _select_copy(call: _Call, shapes: Sequence[Any], copy: int) -> Any:
     """Return one copy's part of the output of a joint call; ``shapes`` are the shapes for a single copy."""
     leaves = []
     for leaf, shape in zip(call.leaves, shapes, strict=True):
-        is_shared = shape is None or leaf.shape == shape
-        leaves.append(leaf if is_shared else leaf.narrow(0, copy * shape[0], shape[0]))
+        if shape is not None and leaf.shape != shape:  # all copies share an output of the same shape
+            leaf = leaf.narrow(0, copy * shape[0], shape[0])
+        leaves.append(leaf)
     return tree_unflatten(leaves, call.form)
 
 

@@ -58,10 +58,9 @@ class Delta(nn.Module):
         RuntimeError
             The Delta is not attached.
         """
-        host = None if self._host is None else self._host()
-        if host is None:
-            raise RuntimeError(f"{type(self).__name__} needs its host: attach it first")
-        return host
+        if self._host is not None and (host := self._host()) is not None:
+            return host
+        raise RuntimeError(f"{type(self).__name__} needs its host: attach it first")
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the host, which a copy gets from its own host."""
@@ -146,7 +145,7 @@ _ADAPTED: dict[type[nn.Module], type[nn.Module]] = {
     Conv1D: AdaptedConv1D,
     nn.Embedding: AdaptedEmbedding,
 }
-_BASE_CLASS = {adapted: base for base, adapted in _ADAPTED.items()}
+_BASE_CLASS = dict(zip(_ADAPTED.values(), _ADAPTED, strict=True))
 
 
 def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
@@ -256,10 +255,12 @@ def fold(model: nn.Module, untie: bool = True) -> None:
     for name, host in hosts.items():
         if not host.delta.linear:
             raise ValueError(f"cannot fold {name!r}: its {type(host.delta).__name__} depends on the input")
-    uses = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
-    shared = {name: host for name, host in hosts.items() if uses[id(host.weight)] > 1}
+    uses: Counter[nn.Parameter] = Counter()
+    for module in model.modules():
+        uses.update(module.parameters(recurse=False))
+    shared = [name for name, host in hosts.items() if uses[host.weight] > 1]
     if shared and not untie:
-        raise ValueError(f"cannot fold {next(iter(shared))!r}: another module shares its weight. Pass untie=True")
+        raise ValueError(f"cannot fold {shared[0]!r}: another module shares its weight. Pass untie=True")
     if shared:
         _untie(model)
         warnings.warn(f"untied {', '.join(map(repr, shared))}: each module now has its own weight", stacklevel=2)
@@ -371,7 +372,9 @@ def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> I
 
 def _total_update(module: Any, before: Tensor | None) -> Update | None:
     """Return the sum of the Delta's update and the change of the weight itself, or None if there is neither."""
-    delta = module.delta.update() if type(module) in _BASE_CLASS else None
+    delta = None
+    if type(module) in _BASE_CLASS:
+        delta = module.delta.update()
     if before is None or before.ndim < 2:
         return delta
     # If the weight itself has not changed, a low-rank update remains low-rank.
@@ -379,4 +382,6 @@ def _total_update(module: Any, before: Tensor | None) -> Update | None:
         return delta
     after = to_array(host_weight(module).double())
     change = Dense(after - to_array(orient_weight(module, before)))
-    return change if delta is None else Dense(change.matrix + delta.dense())
+    if delta is None:
+        return change
+    return Dense(change.matrix + delta.dense())

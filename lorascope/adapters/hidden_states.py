@@ -56,8 +56,9 @@ def token_means(
                 # Float64, because the states may have 16 bits.
                 mask = _token_mask(rows, stack, states).double()
                 weights = (mask / mask.sum(1, keepdim=True))[..., None]
-                values = states if of is None else of(states)
-                means.setdefault(stack, []).append((values * weights).sum(2).transpose(0, 1))
+                if of is not None:
+                    states = of(states)
+                means.setdefault(stack, []).append((states * weights).sum(2).transpose(0, 1))
     return {stack: to_array(torch.cat(batches)) for stack, batches in means.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,8 +40,10 @@ def dequantized_weight(module: Any) -> Float[Tensor, "out in"]:
 
 def host_kind(module: nn.Module) -> str:
     """Return the class name of a host whose weight is adapted, without its adapter, such as ``"Linear"``."""
-    kinds: tuple[type, ...] = (nn.Embedding, Conv1D, nn.Linear)
-    return next((kind for kind in kinds if isinstance(module, kind)), type(module)).__name__
+    for kind in (nn.Embedding, Conv1D, nn.Linear):
+        if isinstance(module, kind):
+            return kind.__name__
+    return type(module).__name__
 
 
 # Copies by the memory of their tensors, which are referenced so that no other tensor gets their address.
@@ -54,8 +57,10 @@ def shared_copies() -> Iterator[None]:
     The tensors that ``to_host`` has copied are shared as well. A context in another one shares the copies of the outer
     one. Do not modify the shared arrays, or the tensors before the context ends.
     """
-    outer = _SHARED.get()
-    token = _SHARED.set({} if outer is None else outer)
+    if _SHARED.get() is not None:
+        yield
+        return
+    token = _SHARED.set({})
     try:
         yield
     finally:
@@ -68,7 +73,9 @@ def to_array(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
     if shared is not None:
         if (pair := shared.get(_memory(tensor))) is not None:
             return pair[1]
-        owner = tensor if tensor._base is None else tensor._base
+        owner = tensor
+        if tensor._base is not None:  # a view, such as the transposed weight of a Conv1D
+            owner = tensor._base
         # Other tensors are not shared by themselves: copies of the frozen base would double its memory.
         if isinstance(owner, nn.Parameter) and owner.requires_grad:
             return to_host([tensor])[0]
@@ -81,7 +88,10 @@ def to_host(tensors: Sequence[Tensor]) -> list[Shaped[np.ndarray, "..."]]:
     if shared is None:
         return _transfer(tensors)
     keys = list(map(_memory, tensors))
-    new = {key: tensor for key, tensor in zip(keys, tensors, strict=True) if key not in shared}
+    new = {}
+    for key, tensor in zip(keys, tensors, strict=True):
+        if key not in shared:
+            new[key] = tensor
     for (key, tensor), copy in zip(new.items(), _transfer(list(new.values())), strict=True):
         shared[key] = tensor, copy
     return [shared[key][1] for key in keys]
@@ -93,17 +103,23 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 
 def _transfer(tensors: Sequence[Tensor]) -> list[Shaped[np.ndarray, "..."]]:
     """Copy tensors to numpy arrays, in one transfer per accelerator."""
-    # numpy has no bfloat16.
-    wide = [tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in map(Tensor.detach, tensors)]
-    for device in {tensor.device for tensor in wide if tensor.device.type != "cpu"}:
-        indices = [i for i, tensor in enumerate(wide) if tensor.device == device]
-        for i, tensor in zip(indices, through_buffer([wide[i] for i in indices]), strict=True):
+    wide: list[Tensor] = []
+    indices: dict[torch.device, list[int]] = defaultdict(list)
+    for i, tensor in enumerate(map(Tensor.detach, tensors)):
+        if tensor.device.type != "cpu":
+            indices[tensor.device].append(i)
+        if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16
+            tensor = tensor.float()
+        wide.append(tensor)
+    for on_device in indices.values():
+        for i, tensor in zip(on_device, through_buffer([wide[i] for i in on_device]), strict=True):
             wide[i] = tensor
     return [tensor.numpy().copy() for tensor in wide]
 
 
 def through_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copy host weights from one device to the CPU through a single buffer, each at a multiple of 8 bytes."""
+    # ``view`` requires that each tensor starts at a multiple of its element size.
     padded = [F.pad(tensor.reshape(-1).view(torch.uint8), (0, -tensor.nbytes % 8)) for tensor in tensors]
     copies = torch.cat(padded).cpu().split(list(map(len, padded)))
     restored = []

@@ -43,12 +43,16 @@ class PeftDelta:
     def factors(self) -> dict[str, Tensor]:
         """Return the factors of the update; empty for a dense update."""
         scaled = _factors_of(self.layer, self.names)
-        return {} if scaled is None else scaled.factors
+        if scaled is None:
+            return {}
+        return scaled.factors
 
 
 def unwrap_peft_model(model: Any) -> Any:
     """Return the base model of a ``PeftModel``, with its PEFT layers still wrapped; other models are unchanged."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model
 
 
 def unwrap_peft_layer(module: Any) -> Any:
@@ -57,8 +61,10 @@ def unwrap_peft_layer(module: Any) -> Any:
         return unwrap_peft_layer(module.base_layer)
     if hasattr(module, "original_module"):
         copies = getattr(module, "modules_to_save", {})
-        active = next((copies[name] for name in module.active_adapters if name in copies), module.original_module)
-        return unwrap_peft_layer(active)
+        for name in module.active_adapters:
+            if name in copies:
+                return unwrap_peft_layer(copies[name])
+        return unwrap_peft_layer(module.original_module)
     return module
 
 
@@ -68,7 +74,7 @@ def unwrapped_parameters(model: Any) -> dict[str, nn.Parameter]:
     for path, module in _unwrapped_modules(unwrap_peft_model(model), ""):
         for name, parameter in module.named_parameters(recurse=False):
             names.setdefault(parameter, f"{path}.{name}".lstrip("."))
-    return {name: parameter for parameter, name in names.items()}
+    return dict(zip(names.values(), names, strict=True))
 
 
 def _unwrapped_modules(module: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
@@ -137,7 +143,9 @@ def adapters_among(layer: Any, names: Sequence[str]) -> list[str]:
     """Return those of the names that a PEFT layer has an adapter of."""
     if getattr(layer, "tied_adapter", None) is not None:
         return []  # the embedding has the same adapter, which counts there
-    present = set().union(*(getattr(layer, name) for name in layer.adapter_layer_names))
+    present: set[str] = set()
+    for table in layer.adapter_layer_names:
+        present.update(getattr(layer, table))
     return [adapter for adapter in names if adapter in present]
 
 
@@ -170,8 +178,9 @@ def _is_mergeable(layer: Any, names: tuple[str, ...]) -> bool:
 
 def _is_product(layer: Any, adapter: str) -> bool:
     """Return whether an adapter is plain LoRA or AdaLoRA."""
-    has_factors = any(adapter in getattr(layer, table, ()) for table in ("lora_A", "lora_embedding_A"))
-    return has_factors and adapter not in getattr(layer, "lora_variant", ())
+    # PEFT calls DoRA and aLoRA variants of LoRA.
+    with_factors = {*getattr(layer, "lora_A", ()), *getattr(layer, "lora_embedding_A", ())}
+    return adapter in with_factors and adapter not in getattr(layer, "lora_variant", ())
 
 
 def peft_update(layer: Any) -> Update | None:
@@ -191,6 +200,7 @@ def _update_of(layer: Any, names: Sequence[str]) -> Update:
     """
     if (scaled := _factors_of(layer, names)) is not None:
         return from_factors({name: to_array(factor) for name, factor in scaled.factors.items()}, scaled.scale)
+    # PEFT merges in place.
     twin = copy.deepcopy(layer).double()
     if twin.merged:  # the weight already contains the update
         twin.unmerge()

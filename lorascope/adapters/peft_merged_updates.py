@@ -73,6 +73,7 @@ def _load_base(base: Path, model_class: str | None, task: str | None) -> nn.Modu
     architectures = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or []
     candidates = [model_class, _TASKS.get(task or ""), *architectures, "AutoModel"]
     names = (name for name in candidates if name and hasattr(getattr(transformers, name, None), "from_pretrained"))
+    # Code of the base model's folder is never run.
     options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}
     return getattr(transformers, next(names)).from_pretrained(base, **options)
 

@@ -108,6 +108,7 @@ class WritableLora:
 
     def _is_needless(self, weight: WholeWeight) -> bool:
         """Return whether a stored weight has no effect, or equals the base."""
+        # PEFT copies an adapted embedding, or a head, into the adapter even if only its factors trained.
         base, module, shape = self.adapter.base, weight.module, weight.tensor.shape
         if weight.kind != "copy" or base is None or not base.has_weight(module):
             return UNUSED.search(weight.tensor.name) is not None

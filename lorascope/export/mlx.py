@@ -99,7 +99,7 @@ def _scaled(lora: WritableLora, module: str, scale: float) -> TypedTensor:
     B, factor = layer.B, layer.scale / scale if scale else 0.0
     if layer.scale == scale:
         return B
-    # A power of two changes only exponents; ``exact`` is False if one leaves the range of the dtype.
+    # A power of two, whose mantissa is 0.5, changes only exponents; ``exact`` is False if one leaves the dtype's range.
     folded = TypedTensor(np.asarray(B.values, np.float64) * factor, B.dtype)
     if abs(math.frexp(factor)[0]) != 0.5 or factor * scale != layer.scale or not folded.exact:
         reason = f"{printable(module)} has scale {layer.scale:g}, and MLX has one scale for all modules, here {scale:g}"

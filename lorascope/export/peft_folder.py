@@ -130,6 +130,7 @@ def to_peft(
     arrays = exporter.shared_tensors(updates)
     for name, array in tensors.items():
         arrays[PREFIX + name] = array
+    # safetensors requires contiguous arrays.
     content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()}, {"format": "pt"})
     write_peft_folder(path, content, config, _card(run, config, exporter.kind, path.name))
     return path

@@ -119,7 +119,7 @@ def _warn_of_other_bases(adapters: Sequence[Adapter]) -> None:
     if len(bases) > 1:
         warnings.warn(
             f"the adapters name different bases, {', '.join(names)}: their sum is meaningful only for one model",
-            stacklevel=3,
+            stacklevel=3,  # at the call of `sum_adapters`
         )
 
 

@@ -56,6 +56,7 @@ def to_table(run: Result, out: str | Path, summary: bool = False, state: str = "
 
 
 def _encode_json(table: pd.DataFrame) -> bytes:
+    # A column of floats would turn None into NaN again, which JSON does not have.
     cells = table.astype(object).where(table.notna(), None)
     rows = cells.replace({math.inf: "Infinity", -math.inf: "-Infinity"}).to_dict("records")
     return ("[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in rows) + "\n]\n").encode()

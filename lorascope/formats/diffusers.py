@@ -46,7 +46,7 @@ def read_diffusers(path: Path, config: Config, files: WeightFiles, base: Optiona
     if not components:
         return replace(adapter, notes=(_UNKNOWN, *adapter.notes))
     bases = {str(values.get("base_model_name_or_path") or "") for values in settings.values()} - {""}
-    if len(bases) != 1:
+    if len(bases) != 1:  # components may name different models
         return adapter
     return replace(adapter, config={"base_model_name_or_path": bases.pop()} | adapter.config)
 

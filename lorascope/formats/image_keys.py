@@ -60,6 +60,7 @@ def is_image_adapter(config: Mapping[str, Any], names: Collection[str]) -> bool:
     names : collection of str
         Names of the tensors.
     """
+    # The configurations of PEFT and MLX decide, because adapters of text models may have the same tensor names.
     if {"peft_type", "fine_tune_type", "lora_parameters", "lora_layers"} & config.keys():
         return False
     return any(map(_is_image_key, names)) or METADATA in config

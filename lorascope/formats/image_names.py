@@ -152,7 +152,7 @@ def _unet_name(match: re.Match[str]) -> str:
     inside = _RESNET.get(inside, inside)
     if side == "middle":
         return f"mid_block_{_MIDDLE.get(number)}_{inside}"
-    # The first input block is the convolution before all blocks of diffusers.
+    # Three of the authors' blocks are one of diffusers; the first input block is the convolution before all of them.
     block, index = divmod(number - (side == "input"), 3)
     half = "down" if side == "input" else "up"
     if inside == "op" or (side == "output" and inside == "conv"):

@@ -139,6 +139,7 @@ def _notes(config: Mapping[str, Any], alphas: list[float]) -> Iterator[str]:
     arguments = config.get("ss_network_args")
     with suppress(ValueError):
         arguments = parse_json(arguments, "ss_network_args") if isinstance(arguments, str) else {}
+    # Values in ss_network_args are text, in any spelling of true.
     if isinstance(arguments, dict) and str(arguments.get("split_qkv")).lower() == "true":
         yield (
             "trained with split_qkv: fused modules have 3 or 4 times the rank at the same alpha, "

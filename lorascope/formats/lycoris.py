@@ -223,6 +223,7 @@ def _added_and_multiplied(module: LycorisModule, scale: float, thin: bool, array
 def _oft(module: LycorisModule) -> StoredUpdate:
     blocks = module.tensors["oft_blocks"]
     shape = stored_shape(blocks)
+    # LyCORIS stores BOFT under the same name, with a first axis for its steps.
     kind = "BOFT" if len(shape) == 4 else "OFT"
     sides = module.base_shape(kind)
     outer = sides[0]

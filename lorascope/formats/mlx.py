@@ -172,6 +172,7 @@ def _lora_updates(
     if not rank or not fits:
         must = "must have lora_a (in, rank) and lora_b (rank, out), or one of each per expert"
         raise unreadable(path, f"{name} {must}, got shapes {a_shape} and {b_shape}")
+    # lora_a of an embedding is (vocabulary, rank), so its product is the transposed weight.
     scale, transposed = _scale(settings, rank), parse(module).role == "embed"
     experts_by_name: dict[str, int | None] = {module: None}
     if count:
@@ -194,6 +195,7 @@ def _scale(settings: LoraParameters, rank: int) -> float:
 
 
 def _expert_name(module: str, expert: int) -> str:
+    # mlx-lm stacks the experts of a layer in switch_mlp; the files of transformers have one module per expert.
     above, _, leaf = module.partition(".switch_mlp.")
     if not leaf:
         return f"{module}.{expert}"

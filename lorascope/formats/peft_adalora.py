@@ -67,6 +67,7 @@ def read_adalora(path: Path, config: Config, files: WeightFiles, base: OptionalB
         if math.prod(E.shape) != A.shape[0]:
             raise unreadable(path, f"lora_E of {printable(module)} must have {A.shape[0]} values, got shape {E.shape}")
         transposed = is_transposed(A, settings.fan_in_fan_out)
+        # Only the values of E show which components are masked.
         updates[module] = AdaPart(B, A, scale, transposed, E, int(np.count_nonzero(E.read())))
     if not any(update.used for update in updates.values()):  # a new adapter, whose E is zero
         updates = {module: replace(update, used=update.A.shape[0]) for module, update in updates.items()}

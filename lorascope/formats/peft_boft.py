@@ -33,6 +33,6 @@ class BOFT(PeftFormat, frozen=True):
         return sizes["out"], sizes["blocks"] * sizes["b"]
 
     def update(self, arrays: Arrays, W0: np.ndarray) -> Dense:
-        R = arrays["boft_R"][0]
+        R = arrays["boft_R"][0]  # full blocks, of which only the skew-symmetric parts count
         Q = cayley((R - R.swapaxes(1, 2)) / 2)
         return Dense(arrays["boft_s"].reshape(-1, 1) * rotate(W0, Q) - W0)

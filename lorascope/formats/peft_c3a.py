@@ -26,6 +26,6 @@ class C3A(PeftFormat, frozen=True):
     def update(self, arrays: Arrays) -> Dense:
         kernel = arrays["c3a_kernel"]
         rows, columns, size = kernel.shape
-        shifts = (np.arange(size) - np.arange(size)[:, None]) % size
+        shifts = (np.arange(size) - np.arange(size)[:, None]) % size  # (q - p) mod b at [p, q]
         blocks = kernel[:, :, shifts].swapaxes(1, 2)
         return Dense(blocks.reshape(rows * size, columns * size) / (columns * size))

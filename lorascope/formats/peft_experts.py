@@ -81,6 +81,7 @@ class ExpertPart(StoredLoRA):
     def factors(self) -> dict[str, Any]:
         """Load the factors of this expert."""
         components = slice(self.expert * self.rank, (self.expert + 1) * self.rank)
+        # PEFT orders the columns of B by component, then by expert: column k E + e is component k of expert e.
         columns = components if self.grouped else slice(self.expert, None, self.experts)
         B = self.B.file.unread(self.B.name)[:, columns].read()
         return {"A": self.A.file.unread(self.A.name)[components].read(), "B": np.ascontiguousarray(B)}

@@ -31,6 +31,7 @@ class HiRA(PeftFormat, frozen=True):
         return {f"{prefix}{side}": self.tensors[f"{prefix}{side}"] for side in "AB"}
 
     def update(self, arrays: Arrays, W0: np.ndarray) -> Dense:
+        # The kernel of a convolution is part of the columns of A.
         A, B = (arrays[f"{_prefix(arrays)}{side}"] for side in "AB")
         return Dense(W0 * (B.reshape(len(B), -1) @ A.reshape(len(A), -1)))
 

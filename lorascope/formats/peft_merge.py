@@ -74,7 +74,7 @@ def read_merged(path: Path, config: Config, files: WeightFiles, base: OptionalBa
     """Read the modules of a folder that only PEFT can merge: their changes when it is merged into its base."""
     kind, settings = peft_kind(config), to_typed(config, MergedConfig, path / CONFIG)
     weights = require_base(path, config, base, kind)
-    if find_spec("peft") is None:
+    if find_spec("peft") is None:  # which does not import it
         raise unreadable(path, f'only PEFT reads {kind} adapters like this one: pip install "lorascope[peft]"')
     folder = folder_of(path)
     paths = [file.path for file in files]

@@ -46,6 +46,7 @@ class MiSS(PeftFormat, frozen=True):
             return Dense((W0 @ block[:, None] + block[:, None]).swapaxes(1, 2).reshape(module.shape))
         outer, inner = module.shape
         B = np.tile(block, (1, outer // block.shape[1])).T
+        # Input i has row i mod r of the block, so A repeats the identity.
         return LowRank(B, np.eye(len(block))[:, np.arange(inner) % len(block)])
 
 

@@ -65,7 +65,7 @@ def complete_lora(files: AdapterFiles) -> AdapterFiles:
         notes.append("nn.MultiheadAttention: PEFT 0.21 adds the update of out_proj twice, which |dW| includes")
     for embedding, head in _tied_heads(updates):
         del updates[head]
-        configured[head] = head
+        configured[head] = head  # patterns of the configuration match the head, too
         tie = f"{printable(head)} is tied to {printable(embedding)}: their update is one, and is counted once"
         notes.append(f"{tie}. PEFT 0.21 adds it twice when it merges the adapter")
     if stack := _layer_stack(files.path, files.config):

@@ -38,6 +38,7 @@ class SuperTuning(PeftFormat, frozen=True):
 
     def update(self, arrays: Arrays, module: PeftModule) -> Dense:
         matrix = np.zeros(module.shape)
+        # Unlike +=, np.add.at adds both values of an entry that is listed twice.
         np.add.at(matrix.reshape(-1), arrays["supertuning_indices"], arrays["supertuning_values"])
         if _A in arrays:
             scale = (self.lora_alpha or self.r) / self.r if self.r else 1.0

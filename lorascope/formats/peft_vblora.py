@@ -57,6 +57,7 @@ class VBLoRA(PeftFormat, frozen=True):
 
     def update(self, arrays: Arrays) -> LowRank:
         A, B = (self.mixed_vectors(name, arrays) for name in _LOGITS)
+        # Sub-vectors follow each other along the inputs of A and along the outputs of B.
         return LowRank(B.swapaxes(1, 2).reshape(-1, B.shape[1]), A.reshape(len(A), -1))
 
     def mixed_vectors(self, name: str, arrays: Arrays) -> np.ndarray:

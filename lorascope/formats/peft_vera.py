@@ -108,6 +108,7 @@ def read_vera(path: Path, config: Config, files: WeightFiles, base: OptionalBase
         if update.shape[0] != outer or widest_in < inner or widest_out < outer:
             raise unreadable(path, f"{must} fit its base weight, {outer} x {inner}")
         updates[module] = update
+    # The shared factors belong to no module, so they are among the other tensors.
     other_names = tuple(name for name in other_names if not _SHARED.search(name))
     return AdapterFiles(path, dict(config), updates, other_names, files, "VeRA", named_base(config) is None)
 

@@ -242,7 +242,7 @@ OptionalBase = PretrainedWeights | None
 
 def _open_model(folder: Path) -> Iterator[TensorFile]:
     """Open the files of a model, or those of all models of a pipeline; their names then start with that of a folder."""
-    if not (folder / "model_index.json").exists():
+    if not (folder / "model_index.json").exists():  # it lists the models of a pipeline of diffusers
         yield from map(open_tensors, _checkpoint_files(folder))
         return
     for component in sorted({file.parent for file in folder.glob("*/*.safetensors")}):

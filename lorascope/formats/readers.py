@@ -105,7 +105,7 @@ def unread(names: Sequence[str]) -> str:
 def find_sentence(config: Config, names: Collection[str]) -> Sentence | None:
     """Return the registered reader that describes an adapter without updates of weights, or None."""
     load_plugins("lorascope.formats", "lorascope.readers")
-    for matches, say, _ in reversed(SENTENCES):
+    for matches, say, _ in reversed(SENTENCES):  # in the order of `find_reader`
         if matches(config, names):
             return say
     return None

@@ -352,16 +352,7 @@ def _describe(
     """Return the content of ``run.json``."""
     model_ids = set(map(id, model.parameters()))
     trained = [p for p in trained_parameters(step.optimizer) if p.requires_grad and id(p) in model_ids]
-    return run_manifest(
-        model,
-        step,
-        observers,
-        None,
-        *describe_recipe(model, step, "loop"),
-        trained,
-        device,
-        {"steps": max(step.total, 0)},
-        id=secrets.token_hex(6),
-        task=task,
-        seed=None if seed is None else operator.index(seed),
-    )
+    recipe, label = describe_recipe(model, step, "loop")
+    settings = {"steps": max(step.total, 0)}
+    fields = {"id": secrets.token_hex(6), "task": task, "seed": None if seed is None else operator.index(seed)}
+    return run_manifest(model, step, observers, None, recipe, label, trained, device, settings, **fields)

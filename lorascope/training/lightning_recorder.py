@@ -79,7 +79,7 @@ class LightningRecorder(Callback):
             raise ValueError(
                 "cannot record manual optimization: call ls.record and recorder.step in the module instead"
             )
-        out = default_if_none(self.out, Path(trainer.default_root_dir) / "lorascope")
+        out = Path(trainer.default_root_dir) / "lorascope" if self.out is None else self.out
         steps = trainer.max_steps if trainer.max_steps > 0 else None
         model = pl_module.get_submodule(self.model)
         observers = default_if_none(self.observe, (norms(),))

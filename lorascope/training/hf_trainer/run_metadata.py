@@ -26,7 +26,13 @@ def describe_run(
 ) -> Manifest:
     """Return a Trainer's metadata for ``run.json``; ``args``, ``state`` and ``trainer`` are a callback's arguments."""
     trained = trained_parameters(step.optimizer)
-    fields: dict[str, Any] = {}
+    data = trainer["train_dataloader"].dataset
+    fields: dict[str, Any] = {
+        "id": id,
+        "task": getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__,
+        "data_hash": getattr(data, "_fingerprint", None),
+        "seed": args.seed,
+    }
     if callback is None:
         method, clip = None, args.max_grad_norm or None
         recipe, label = describe_recipe(trainer["model"], step, "trainer")
@@ -35,11 +41,10 @@ def describe_run(
     else:
         method, clip = callback.method, callback.settings.clip
         recipe, label = config(method), method.label()
-        fields = {"w0_hash": callback.w0_hash, "facts": method.describe()}
+        fields |= {"w0_hash": callback.w0_hash, "facts": method.describe()}
     precision = "fp32"
     if args.bf16 or args.fp16:
         precision = "bf16" if args.bf16 else "fp16"
-    data = trainer["train_dataloader"].dataset
     settings = {
         "steps": state.max_steps,
         # Rows per optimizer step, of all processes together.
@@ -50,22 +55,8 @@ def describe_run(
         "accumulate": args.gradient_accumulation_steps,
         "precision": precision,
     }
-    return run_manifest(
-        trainer["model"],
-        step,
-        observers,
-        method,
-        recipe,
-        label,
-        trained,
-        str(args.device),
-        settings,
-        id=id,
-        task=getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__,
-        data_hash=getattr(data, "_fingerprint", None),
-        seed=args.seed,
-        **fields,
-    )
+    device = str(args.device)
+    return run_manifest(trainer["model"], step, observers, method, recipe, label, trained, device, settings, **fields)
 
 
 def row_overlap(trained: Any, evaluated: Any) -> float | None:

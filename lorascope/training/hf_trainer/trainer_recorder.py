@@ -53,7 +53,7 @@ class TrainerRecorder(TrainerCallback):
     def __init__(
         self, out: str | Path | None = None, observe: Sequence[Observer] | None = None, *, report: bool = False
     ) -> None:
-        self.out = out
+        self.out = None if out is None else Path(out)
         observers = default_if_none(observe, (norms(),))
         require_observers(observers)
         self.observers = tuple(observers)
@@ -86,7 +86,7 @@ class TrainerRecorder(TrainerCallback):
         warn_unreadable(step.model)
         id = before["id"] if before else secrets.token_hex(6)
         meta = describe_run(args, state, trainer, step, callback, self.observers, id)
-        path = Path(default_if_none(self.out, Path(str(args.output_dir)) / "lorascope"))
+        path = self.out or Path(str(args.output_dir)) / "lorascope"
         method = getattr(callback, "method", None)
         report = TrainerReport(args, state, reporting_callbacks()) if self.report else None
         self._recording = ForeignRecording(path, meta, step, method, self.observers, before, report=report)

@@ -211,7 +211,8 @@ class Adapprox(Method, name="adapprox"):
         if self.min_dim is None:
             dense = "all parameters"
         else:
-            kinds = ["vectors", *([self.dense] if isinstance(self.dense, str) else self.dense)]
+            roles = (self.dense,) if isinstance(self.dense, str) else self.dense
+            kinds = ["vectors", *roles]
             if self.min_dim > 1:
                 kinds.append("small matrices")
             dense = " and ".join(filter(None, [", ".join(kinds[:-1]), kinds[-1]]))

@@ -17,4 +17,6 @@ def closure_loss(closure: Callable[[], Any] | None) -> Any:
 def parameters_with_gradient(optimizer: torch.optim.Optimizer) -> Iterator[tuple[dict[str, Any], Any]]:
     """Yield every parameter of an optimizer that has a gradient, with its group."""
     for group in optimizer.param_groups:
-        yield from ((group, parameter) for parameter in group["params"] if parameter.grad is not None)
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                yield group, parameter

@@ -181,5 +181,6 @@ def colnorm(A: Float[Tensor, "m n"], factor: Factor, cap: int, tolerance: float)
 def next_share(share: float, error: float) -> float:
     """Return subspace iteration's next fraction by rule "ema": up if the error is too large, else down, smoothed."""
     low, high = SHARE_ENDS
-    moved = min(max(share + (SHARE_STEP if error > SHARE_ERROR else -SHARE_STEP), low), high)
+    step = SHARE_STEP if error > SHARE_ERROR else -SHARE_STEP
+    moved = min(max(share + step, low), high)
     return SHARE_SMOOTHING * share + (1 - SHARE_SMOOTHING) * moved

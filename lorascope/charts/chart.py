@@ -10,12 +10,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
 from lorascope.charts.marks import Axis, Bar, Heat, Mark, is_numeric, missing_column
+
+M = TypeVar("M", bound=Mark)
 
 
 class Drawable:
@@ -27,7 +30,7 @@ class Drawable:
 
     def charts(self) -> list[Chart]:
         """Return the panels in one list, row by row."""
-        return [chart for row in self.rows() for chart in row]
+        return list(chain.from_iterable(self.rows()))
 
     def flat(self) -> pd.DataFrame:
         """Return all drawn data as one table.
@@ -35,15 +38,15 @@ class Drawable:
         With several panels, or marks that have their own data, two columns distinguish the rows: ``panel`` (number and
         title) and ``mark`` (kind of mark, "" for the data of the chart). A column with only one value is omitted.
         """
-        tables = [
-            table.assign(panel=f"{number} {chart.title}".strip(), mark=mark)
-            for number, chart in enumerate(self.charts(), start=1)
-            for mark, table in chart.tables()
-        ]
+        tables = []
+        for number, chart in enumerate(self.charts(), start=1):
+            panel = f"{number} {chart.title}".strip()
+            tables += [table.assign(panel=panel, mark=mark) for mark, table in chart.tables()]
         if len(tables) == 1:
             return self.charts()[0].data
         joined = pd.concat(tables, ignore_index=True)
-        return joined.drop(columns=[column for column in ("panel", "mark") if joined[column].nunique() < 2])
+        counts = joined[["panel", "mark"]].nunique()
+        return joined.drop(columns=counts.index[counts < 2])
 
     def mpl(self, ax: Any = None, theme: str | None = None, width: str | None = None) -> Any:
         """Draw with matplotlib.
@@ -62,7 +65,9 @@ class Drawable:
         The new figure, or ``ax``.
         """
         mpl = _import_backend("matplotlib_backend")
-        return mpl.to_matplotlib(self, theme, width) if ax is None else mpl.draw_onto(ax, self, theme)
+        if ax is not None:
+            return mpl.draw_onto(ax, self, theme)
+        return mpl.to_matplotlib(self, theme, width)
 
     def plotly(self, theme: str | None = None) -> Any:
         """Draw as an interactive ``plotly.graph_objects.Figure``; frames become the steps of a slider."""
@@ -148,7 +153,8 @@ class Chart(Drawable):
         # The class is frozen. With copy on write, later edits of the table do not change the chart.
         object.__setattr__(self, "data", self.data.copy(deep=False))
         object.__setattr__(self, "marks", tuple(self.marks))
-        object.__setattr__(self, "colors", None if self.colors is None else tuple(self.colors))
+        if self.colors is not None:
+            object.__setattr__(self, "colors", tuple(self.colors))
         if self.frame is not None:
             if self.frame not in self.data:
                 raise ValueError(missing_column("frame", self.frame, self.data))
@@ -156,9 +162,10 @@ class Chart(Drawable):
                 raise ValueError(f"frame: column {self.frame!r} must have no missing values")
         for mark in self.marks:
             mark.check(self.table(mark))
-        heats = sum(isinstance(mark, Heat) for mark in self.marks)
+        heats = len(self.marks_of(Heat))
         if heats > 1:
             raise ValueError(f"a chart must have at most one Heat, got {heats}: combine charts with set_side_by_side")
+        # Whether bars are horizontal depends on all marks, so each of them is checked first.
         for mark in self.marks:
             if isinstance(mark, Bar | Heat):
                 self._require_unique_positions(mark)
@@ -172,11 +179,22 @@ class Chart(Drawable):
 
     def table(self, mark: Mark) -> pd.DataFrame:
         """Return the table that a mark is drawn from."""
-        return self.data if mark.data is None else mark.data
+        if mark.data is None:
+            return self.data
+        return mark.data
+
+    def marks_of(self, kind: type[M]) -> list[M]:
+        """Return the marks of one kind."""
+        return [mark for mark in self.marks if isinstance(mark, kind)]
 
     def values(self, letter: str) -> list[pd.Series]:
         """Return the columns of axis "x" or "y", one for each mark that has one."""
-        return [self.table(mark)[mark.columns()[letter]] for mark in self.marks if letter in mark.columns()]
+        columns = []
+        for mark in self.marks:
+            column = mark.columns().get(letter)
+            if column is not None:
+                columns.append(self.table(mark)[column])
+        return columns
 
     def is_categorical(self, letter: str) -> bool:
         """Return whether axis "x" or "y" is categorical.
@@ -185,7 +203,7 @@ class Chart(Drawable):
         """
         return (
             getattr(self, letter).order is not None
-            or any(isinstance(mark, Heat) for mark in self.marks)
+            or bool(self.marks_of(Heat))
             or not all(map(is_numeric, self.values(letter)))
         )
 
@@ -196,24 +214,32 @@ class Chart(Drawable):
 
     def _require_unique_positions(self, mark: Bar | Heat) -> None:
         """Raise ValueError if two rows have the same position, since one would hide the other."""
-        table, across, along = self.table(mark), *(("y", "x") if self.is_lying else ("x", "y"))
+        table = self.table(mark)
         if isinstance(mark, Heat):
-            position = [mark.x, mark.y]
-        elif self.is_categorical(along):
-            column = getattr(mark, along)
-            raise ValueError(f"bar {along}: column {column!r} must be numeric, got {table[column].dtype}")
+            columns = [mark.x, mark.y]
         else:
-            position = [getattr(mark, across), *([mark.color] if mark.color is not None else [])]
-        framed = [self.frame] if self.frame is not None and self.frame in table else []
-        columns = list(dict.fromkeys([*position, *framed]))
+            across, along = "yx" if self.is_lying else "xy"
+            if self.is_categorical(along):
+                column = getattr(mark, along)
+                raise ValueError(f"bar {along}: column {column!r} must be numeric, got {table[column].dtype}")
+            columns = [getattr(mark, across)]
+            if mark.color is not None:
+                columns.append(mark.color)
+        if self.frame is not None and self.frame in table:
+            columns.append(self.frame)
+        columns = list(dict.fromkeys(columns))
         if (doubled := table.duplicated(columns)).any():
             first = ", ".join(f"{name}={cell}" for name, cell in table.loc[doubled, columns].iloc[0].items())
             raise ValueError(f"cannot draw {mark.kind}: several rows for {first}. Aggregate them first")
 
     def tables(self) -> list[tuple[str, pd.DataFrame]]:
         """Return all drawn tables: ("", the chart's data), then (kind of mark, its own data)."""
-        mark_tables = [(mark.kind, table) for mark in self.marks if (table := self.table(mark)) is not self.data]
-        return [("", self.data), *mark_tables]
+        tables = [("", self.data)]
+        for mark in self.marks:
+            table = self.table(mark)
+            if table is not self.data:
+                tables.append((mark.kind, table))
+        return tables
 
     def at(self, value: Any) -> Chart:
         """Return the chart of a single frame."""
@@ -252,9 +278,9 @@ class Panels(Drawable):
 def set_side_by_side(*drawables: Drawable) -> Panels:
     """Put charts, or panels with the same number of rows, side by side."""
     grids = [drawable.rows() for drawable in drawables]
-    if len({len(grid) for grid in grids}) != 1:
-        counts = ", ".join(str(len(grid)) for grid in grids)
-        raise ValueError(f"panels side by side must have the same number of rows, got {counts}")
+    counts = list(map(len, grids))
+    if len(set(counts)) != 1:
+        raise ValueError(f"panels side by side must have the same number of rows, got {', '.join(map(str, counts))}")
     return Panels(tuple(sum(rows, ()) for rows in zip(*grids, strict=True)))
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart, Drawable
-from lorascope.charts.geometry import Panel, group
+from lorascope.charts.geometry import Numbers, Panel, group
 from lorascope.charts.marks import Bar, Heat
 from lorascope.charts.scales import (
     Limits,
@@ -18,6 +20,7 @@ from lorascope.charts.scales import (
     Scale,
     categories,
     color_columns,
+    color_limits,
     encoded,
     scale,
     style_columns,
@@ -28,6 +31,8 @@ from lorascope.files.printable import short_name
 
 PAD = 0.04  # fraction of the range left free at each end of a numeric axis
 LOOKS = {"line": ("line", "dash"), "point": ("dot", "shape")}  # kind of legend symbol, and its style
+SYMBOLS = ("line", "dot", "patch")  # a symbol replaces those after it, which show less
+RAMPS = {"sequence": VIRIDIS, "diverging": RED_BLUE}
 
 
 @dataclass(frozen=True)
@@ -66,32 +71,48 @@ def plan_figure(drawable: Drawable, theme: Theme) -> FigurePlan:
         raise ValueError(f"panels must have the same frame column, got {', '.join(labels)}")
     frames = list(categories(framed))
     colors, styles, ramps = color_columns(charts), style_columns(charts), _heat_ramps(charts)
-    heats = {number: ramp for ramp in ramps for number in ramp.views}
-    panels = [
-        Panel(number, chart, scale(chart, "x"), scale(chart, "y"), colors, styles, theme, heats.get(number))
-        for number, chart in enumerate(charts)
-    ]
+    heats: dict[int, Ramp] = {}
+    for ramp in ramps:
+        heats |= dict.fromkeys(ramp.views, ramp)
+    panels = []
+    for number, chart in enumerate(charts):
+        x, y = scale(chart, "x"), scale(chart, "y")
+        panels.append(Panel(number, chart, x, y, colors, styles, theme, heats.get(number)))
     for column, scale_colors in colors.items():
         if scale_colors.limits is not None:
             views = [number for number, chart in enumerate(charts) if column in encoded([chart], "color")]
             ramps.append(Ramp(len(ramps), scale_colors.label, theme.ramp, scale_colors.limits, views))
-    numbers = iter(range(len(charts)))
-    titles = {chart.color_label for chart in charts}
-    captions = list(dict.fromkeys(chart.caption for chart in charts if chart.caption))
-    if len(captions) > 1:
-        captions = [f"{chart.title}: {chart.caption}".removeprefix(": ") for chart in charts if chart.caption]
+    rows, start = [], 0
+    for row in drawable.rows():
+        rows.append(list(range(start, start + len(row))))
+        start += len(row)
+    title, legend_titles = "", set(map(attrgetter("color_label"), charts))
+    if len(charts) == 1:  # several panels have their titles above them
+        title = charts[0].title
     return FigurePlan(
         panels=_set_limits(panels, frames),
-        rows=[[next(numbers) for _ in row] for row in drawable.rows()],
+        rows=rows,
         frames=frames,
         frame_label="".join(labels),
-        entries=_merge_entries([entry for panel in panels for entry in _entries(panel)]),
-        legend_title=titles.pop() if len(titles) == 1 else "",
+        entries=_merge_entries(chain.from_iterable(map(_entries, panels))),
+        legend_title=legend_titles.pop() if len(legend_titles) == 1 else "",
         ramps=ramps,
-        title=charts[0].title if len(charts) == 1 else "",
-        caption="\n".join(captions),
+        title=title,
+        caption=_join_captions(charts),
         theme=theme,
     )
+
+
+def _join_captions(charts: Sequence[Chart]) -> str:
+    """Join the captions of a figure; if they differ, the titles of the panels precede them."""
+    captions, titled_captions = [], []
+    for chart in charts:
+        if chart.caption:
+            captions.append(chart.caption)
+            titled_captions.append(f"{chart.title}: {chart.caption}".removeprefix(": "))
+    if len(set(captions)) > 1:
+        return "\n".join(titled_captions)
+    return "".join(captions[:1])
 
 
 def _set_limits(panels: Sequence[Panel], frames: Sequence[Any]) -> list[Panel]:
@@ -100,26 +121,41 @@ def _set_limits(panels: Sequence[Panel], frames: Sequence[Any]) -> list[Panel]:
     A categorical y axis runs downwards. Numeric axes with the same label and scale share their limits, unless
     ``Axis.limits`` sets them.
     """
-    reaches = [[shape.reach() for frame in frames or [None] for shape in panel.shapes(frame)] for panel in panels]
+    ends = [_reached_ends(panel, frames or [None]) for panel in panels]
 
     def limits(panel: Panel, letter: str) -> Limits:
         axis_scale: Scale = getattr(panel, letter)
         if axis_scale.categories is not None:
             last = max(len(axis_scale.categories), 1) - 0.5  # an axis without categories still needs a length
             return (-0.5, last) if letter == "x" else (last, -0.5)
-        kin = [other for other in panels if other is panel or _is_same_axis(axis_scale, getattr(other, letter))]
-        axis = "xy".index(letter)
-        ends = [values for other in kin for reach in reaches[other.number] for values in reach[axis]]
-        numbers = np.concatenate([np.empty(0), *(np.ravel(values) for values in ends if values is not None)])
-        anchored = any(isinstance(mark, Bar) for other in kin for mark in other.chart.marks)
+        numbers, anchored = [], False
+        for other in panels:
+            if other is panel or _is_same_axis(axis_scale, getattr(other, letter)):
+                numbers += ends[other.number][letter]
+                anchored = anchored or bool(other.chart.marks_of(Bar))
+        low, high = _pad_ends(np.concatenate([np.empty(0), *numbers]), axis_scale.log, anchored)
         start, stop = axis_scale.axis.limits or (None, None)
-        low, high = _pad_ends(numbers, axis_scale.log, anchored)
-        return (low if start is None else float(start), high if stop is None else float(stop))
+        if start is not None:
+            low = float(start)
+        if stop is not None:
+            high = float(stop)
+        return low, high
 
-    return [
-        replace(panel, x=replace(panel.x, limits=limits(panel, "x")), y=replace(panel.y, limits=limits(panel, "y")))
-        for panel in panels
-    ]
+    limited = []
+    for panel in panels:
+        x, y = replace(panel.x, limits=limits(panel, "x")), replace(panel.y, limits=limits(panel, "y"))
+        limited.append(replace(panel, x=x, y=y))
+    return limited
+
+
+def _reached_ends(panel: Panel, frames: Sequence[Any]) -> dict[str, list[Numbers]]:
+    """Return the outermost positions of all shapes of a panel on "x" and "y"."""
+    ends: dict[str, list[Numbers]] = {"x": [], "y": []}
+    for frame in frames:
+        for shape in panel.shapes(frame):
+            for letter, positions in zip("xy", shape.reach(), strict=True):
+                ends[letter] += [np.ravel(position) for position in positions if position is not None]
+    return ends
 
 
 def _is_same_axis(first: Scale, other: Scale) -> bool:
@@ -130,33 +166,42 @@ def _is_same_axis(first: Scale, other: Scale) -> bool:
 
 def _pad_ends(numbers: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Limits:
     """Return limits around numbers; on an axis with bars, a limit at zero is not padded."""
-    numbers = numbers[numbers > 0] if log else numbers[np.isfinite(numbers)]
-    if not numbers.size:
-        return (1.0, 10.0) if log else (0.0, 1.0)
-    low, high = float(numbers.min()), float(numbers.max())
+    is_drawn = np.isfinite(numbers)
     if log:
-        # At most a factor of 1000, even if the values are hundreds of decades apart.
-        pad = min(high**PAD / low**PAD, 1e3) if high > low else 2.0
+        is_drawn &= numbers > 0
+    if not is_drawn.any():
+        return (1.0, 10.0) if log else (0.0, 1.0)
+    low, high = float(numbers[is_drawn].min()), float(numbers[is_drawn].max())
+    if log:
+        pad = 2.0
+        if high > low:
+            # At most a factor of 1000, even if the values are hundreds of decades apart.
+            pad = min(high**PAD / low**PAD, 1e3)
         return max(low / pad, np.finfo(float).tiny), high * pad
     pad = PAD * ((high - low) or abs(high) or 1.0)
-    return low if anchored and low == 0 < high else low - pad, high if anchored and high == 0 > low else high + pad
+    start, stop = low - pad, high + pad
+    if anchored and low == 0 < high:
+        start = low
+    if anchored and high == 0 > low:
+        stop = high
+    return start, stop
 
 
 def _entries(panel: Panel) -> Iterator[Entry]:
     """Yield the legend entries of a panel: colors that no axis or color bar shows, then styles."""
     for column, uses in encoded([panel.chart], "color").items():
         colors = panel.colors[column]
-        axes = [mark.columns().get(letter) for _, mark in uses for letter in "xy"]
-        if colors.limits is not None or column in axes:
+        if colors.limits is not None or any(column in mark.distinct_columns("x", "y") for _, mark in uses):
             continue
         for value in colors.categories:
+            key = {column: value}
             for _, mark in uses:
                 if (panel.chart.table(mark)[column] == value).any():
                     kind, encoding = LOOKS.get(mark.kind, ("patch", ""))
-                    styled = mark.columns().get(encoding) == column
-                    first = STYLES.get(encoding, [""])[0]
-                    style = panel.style(mark, encoding, {column: value}) if styled else first
-                    yield Entry(short_name(value), colors.of(value, panel.theme), kind, style, group({column: value}))
+                    style = STYLES.get(encoding, [""])[0]
+                    if mark.columns().get(encoding) == column:
+                        style = panel.style(mark, encoding, key)
+                    yield Entry(short_name(value), colors.of(value, panel.theme), kind, style, group(key))
     for kind, encoding in LOOKS.values():
         for column, ((_, mark), *_) in encoded([panel.chart], encoding).items():
             if column != mark.columns().get("color"):
@@ -165,35 +210,32 @@ def _entries(panel: Panel) -> Iterator[Entry]:
                     yield Entry(short_name(value), panel.theme.ink, kind, panel.style(mark, encoding, key), group(key))
 
 
-def _merge_entries(entries: Sequence[Entry]) -> list[Entry]:
-    """Merge entries with equal name, color and group: a line replaces a dot, and a dot a patch.
-
-    A single entry needs no legend.
-    """
-    kinds = ("line", "dot", "patch")
+def _merge_entries(entries: Iterable[Entry]) -> list[Entry]:
+    """Merge entries with equal name, color and group; a single entry needs no legend."""
     best: dict[tuple[str, str, str], Entry] = {}
     for entry in entries:
         old = best.setdefault((entry.label, entry.color, entry.group), entry)
-        if kinds.index(entry.kind) < kinds.index(old.kind):
+        if SYMBOLS.index(entry.kind) < SYMBOLS.index(old.kind):
             best[entry.label, entry.color, entry.group] = entry
-    return list(best.values()) if len(best) > 1 else []
+    if len(best) == 1:
+        return []
+    return list(best.values())
 
 
 def _heat_ramps(charts: Sequence[Chart]) -> list[Ramp]:
     """Return the color bars of heat maps; those with the same label, scale and limits share one and its ends."""
     shared: dict[tuple[Any, ...], list[tuple[int, Heat]]] = {}
     for view, chart in enumerate(charts):
-        for mark in chart.marks:
-            if isinstance(mark, Heat):
-                # Heat maps without a label may show different quantities, so each gets its own color bar.
-                same = (mark.label,) if mark.label else (view, "")
-                shared.setdefault((*same, mark.scale, tuple(mark.limits or ())), []).append((view, mark))
+        for mark in chart.marks_of(Heat):
+            # Heat maps without a label may show different quantities, so each gets its own color bar.
+            quantity = mark.label or view
+            shared.setdefault((quantity, mark.scale, tuple(mark.limits or ())), []).append((view, mark))
     ramps = []
     for number, uses in enumerate(shared.values()):
-        views, mark = [view for view, _ in uses], uses[0][1]
+        views, heats = zip(*uses, strict=True)
         values = np.concatenate([to_floats(charts[view].table(heat)[heat.value]) for view, heat in uses])
-        colors = RED_BLUE if mark.scale == "diverging" else VIRIDIS
-        ramps.append(Ramp(number, mark.label, colors, _heat_limits(mark, values), views))
+        limits = _heat_limits(heats[0], values)
+        ramps.append(Ramp(number, heats[0].label, RAMPS[heats[0].scale], limits, list(views)))
     return ramps
 
 
@@ -201,12 +243,8 @@ def _heat_limits(mark: Heat, numbers: Float[np.ndarray, "n"]) -> Limits:
     """Return the values at both ends of a color scale."""
     if mark.limits is not None:
         return float(mark.limits[0]), float(mark.limits[1])
-    numbers = numbers[np.isfinite(numbers)]
     if mark.scale == "diverging":
         # Equal distances from zero keep zero at the neutral color.
-        far = float(np.abs(numbers).max(initial=0.0)) or 1.0
+        far = float(np.abs(numbers[np.isfinite(numbers)]).max(initial=0.0)) or 1.0
         return -far, far
-    if not numbers.size:
-        return 1.0, 10.0
-    low, high = float(numbers.min()), float(numbers.max())
-    return low, high if low < high else low + 1.0
+    return color_limits(numbers, default=(1.0, 10.0))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,12 @@ class Shape:
 
     def reach(self) -> tuple[list[Any], list[Any]]:
         """Return the outermost positions on x and on y, as numbers, arrays and None."""
-        errors: Errors | None = getattr(self, "errors", None)
-        x, y = errors.reach() if errors else ([], [])
-        return [getattr(self, "x", None), *x], [*(getattr(self, name, None) for name in ("y", "low", "high")), *y]
+        fields = vars(self)
+        x, y = [fields.get("x")], list(map(fields.get, ("y", "low", "high")))
+        if errors := fields.get("errors"):
+            error_x, error_y = errors.reach()
+            x, y = x + error_x, y + error_y
+        return x, y
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +74,9 @@ class Errors(Shape):
     colors: list[str]
 
     def reach(self) -> tuple[list[Any], list[Any]]:
-        ends = [self.low, self.high]
-        return (ends, []) if self.lying else ([], ends)
+        if self.lying:
+            return [self.low, self.high], []
+        return [], [self.low, self.high]
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +107,10 @@ class Bars(Shape):
 
     def reach(self) -> tuple[list[Any], list[Any]]:
         x, y = super().reach()
-        across, along = [self.position - self.width / 2, self.position + self.width / 2], [self.base, self.top]
-        return (x + along, y + across) if self.lying else (x + across, y + along)
+        x_ends, y_ends = [self.position - self.width / 2, self.position + self.width / 2], [self.base, self.top]
+        if self.lying:
+            x_ends, y_ends = y_ends, x_ends
+        return x + x_ends, y + y_ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,12 +160,17 @@ class Panel:
 
     def shapes(self, frame: Any = None) -> list[Shape]:
         """Return the shapes of one frame."""
-        return [shape for mark in self.chart.marks for shape in build(mark, self, frame)]
+        shapes: list[Shape] = []
+        for mark in self.chart.marks:
+            shapes += build(mark, self, frame)
+        return shapes
 
     def rows(self, mark: Mark, frame: Any) -> pd.DataFrame:
         """Return the rows of a mark in one frame."""
         table, column = self.chart.table(mark), self.chart.frame
-        return table if column is None or column not in table else table[table[column] == frame]
+        if column is None or column not in table:
+            return table
+        return table[table[column] == frame]
 
     def order(self, mark: Mark, column: str) -> tuple[Any, ...]:
         """Return the values of a color or style column in the order of the legend."""
@@ -170,28 +182,32 @@ class Panel:
     def split(self, mark: Mark, frame: Any, *encodings: str) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
         """Yield the rows of a frame for each combination of values in the whole table: (rows, column -> value)."""
         rows = self.rows(mark, frame)
-        used = mark.columns()
-        columns = list(dict.fromkeys(used[encoding] for encoding in encodings if encoding in used))
+        columns = mark.distinct_columns(*encodings)
         if not columns:
             yield rows, {}
             return
-        orders = {column: self.order(mark, column) for column in columns}
         # The whole table determines the combinations, so that every frame has the same shapes.
-        combinations = self.chart.table(mark)[columns].drop_duplicates().itertuples(index=False, name=None)
-        keys = [dict(zip(columns, values, strict=True)) for values in combinations]
-        for key in sorted(keys, key=lambda key: [orders[column].index(value) for column, value in key.items()]):
-            picked = np.logical_and.reduce([(rows[column] == value).to_numpy(bool) for column, value in key.items()])
-            yield rows[picked], key
+        present = set(self.chart.table(mark)[columns].drop_duplicates().itertuples(index=False, name=None))
+        for values in product(*(self.order(mark, column) for column in columns)):
+            if values in present:
+                key = dict(zip(columns, values, strict=True))
+                is_picked = np.ones(len(rows), dtype=bool)
+                for column, value in key.items():
+                    is_picked &= (rows[column] == value).to_numpy(bool)
+                yield rows[is_picked], key
 
     def color(self, mark: Mark, key: Mapping[str, Any]) -> str:
         """Return the color of one combination."""
         column = mark.columns().get("color")
-        return self.theme.category(0, 1) if column is None else self.colors[column].of(key[column], self.theme)
+        if column is None:
+            return self.theme.category(0, 1)
+        return self.colors[column].of(key[column], self.theme)
 
     def style(self, mark: Mark, encoding: str, key: Mapping[str, Any]) -> str:
         """Return the name of its "dash" pattern or "shape"."""
-        column = mark.columns().get(encoding)
-        index = 0 if column is None else self.styles[column].index(key[column])
+        column, index = mark.columns().get(encoding), 0
+        if column is not None:
+            index = self.styles[column].index(key[column])
         return STYLES[encoding][index % len(STYLES[encoding])]
 
     def positions(self, mark: Any, rows: pd.DataFrame) -> tuple[Numbers, Numbers]:
@@ -211,7 +227,9 @@ class Panel:
 
 def group(key: Mapping[str, Any]) -> str:
     """Return the legend group for the geometry of a combination, named after its color or, without one, its style."""
-    return next((f"{column}={value}" for column, value in key.items()), "")
+    for column, value in key.items():
+        return f"{column}={value}"
+    return ""
 
 
 @singledispatch
@@ -240,16 +258,21 @@ def _(mark: Band, panel: Panel, frame: Any) -> Iterator[Area]:
 @build.register
 def _(mark: Point, panel: Panel, frame: Any) -> Iterator[Dots]:
     column, table = mark.color, panel.chart.table(mark)
-    shaded = None if column is None or panel.colors[column].limits is None else panel.colors[column]
-    for rows, key in panel.split(mark, frame, *(["shape"] if shaded else ["color", "shape"])):
-        if shaded:
-            colors = [shaded.of(value, panel.theme) for value in rows[column]]
+    encodings, shades = ("color", "shape"), None
+    if column is not None and panel.colors[column].limits is not None:
+        # A color scale shows a continuum of values, so its dots are one shape with a color each.
+        encodings, shades = ("shape",), panel.colors[column]
+    for rows, key in panel.split(mark, frame, *encodings):
+        if shades is not None:
+            colors = [shades.of(value, panel.theme) for value in rows[column]]
         else:
             colors = [panel.color(mark, key)] * len(rows)
         share = None
         if mark.size is not None:
             # The largest frame determines the sizes, so that dots do not change size between frames.
-            crowd = len(table) if panel.chart.frame not in table else table[panel.chart.frame].value_counts().max()
+            crowd = len(table)
+            if panel.chart.frame in table:
+                crowd = table[panel.chart.frame].value_counts().max()
             largest = np.nanmax(to_floats(table[mark.size]), initial=0.0) or 1.0
             share = np.nan_to_num(to_floats(rows[mark.size])) / largest * min(1.0, CROWD / crowd)
         x, y = panel.positions(mark, rows)
@@ -265,21 +288,26 @@ def _(mark: Bar, panel: Panel, frame: Any) -> Iterator[Bars]:
     # The smallest distance between two positions leaves room for the bars at each.
     positions = np.unique(across.to_positions(panel.chart.table(mark)[column]))
     gaps = np.diff(positions[np.isfinite(positions)])
-    room = CLUSTER * (1.0 if across.categories is not None or not gaps.size else float(gaps.min()))
+    width = CLUSTER
+    if across.categories is None and gaps.size:
+        width = CLUSTER * float(gaps.min())
+    offsets = np.zeros(len(groups))
     # Bars that are colored by their own position do not share it with others.
-    whole_slot = mark.mode == "stack" or mark.color in (None, column)
-    width = room if whole_slot else room / max(len(groups), 1)
+    if groups and mark.mode != "stack" and mark.color not in (None, column):
+        width /= len(groups)
+        offsets = (np.arange(len(groups)) - (len(groups) - 1) / 2) * width
     # Positive and negative pieces of a stack start at zero separately.
     reached: dict[tuple[float, bool], float] = {}
-    for slot, (rows, key) in enumerate(groups):
-        x, y = panel.positions(mark, rows)
-        centers, length = (y, x) if lying else (x, y)
+    for offset, (rows, key) in zip(offsets, groups, strict=True):
+        centers, length = panel.positions(mark, rows)
+        if lying:
+            centers, length = length, centers
         base = np.zeros(len(rows))
         if mark.mode == "stack":
             for index, (center, piece) in enumerate(zip(centers, np.nan_to_num(length), strict=True)):
                 base[index] = reached.get((center, piece < 0), 0.0)
                 reached[center, piece < 0] = base[index] + piece
-        centers = centers + (0.0 if whole_slot else (slot - (len(groups) - 1) / 2) * width)
+        centers = centers + offset
         errors = panel.errors(mark, rows, centers, [panel.theme.ink] * len(rows), base)
         yield Bars(centers, base, base + length, width, panel.color(mark, key), errors, lying, group(key))
 
@@ -289,18 +317,22 @@ def _(mark: Heat, panel: Panel, frame: Any) -> Iterator[Cells]:
     assert panel.ramp is not None
     rows = panel.rows(mark, frame)
     values = np.full((len(panel.y.names), len(panel.x.names)), np.nan)
-    x, y = (positions.astype(int) for positions in panel.positions(mark, rows))
+    x, y = np.array(panel.positions(mark, rows)).astype(int)
     values[y, x] = to_floats(rows[mark.value])
-    stored_words = [] if mark.words is None else zip(y.tolist(), x.tolist(), rows[mark.words], strict=True)
-    words: dict[tuple[int, ...], str] = {(row, column): str(text) for row, column, text in stored_words}
+    words: dict[tuple[int, ...], str] = {}
+    if mark.words is not None:
+        cells = zip(y.tolist(), x.tolist(), strict=True)
+        words = dict(zip(cells, map(str, rows[mark.words]), strict=True))
     texts = {cell: format(value, mark.text or ".4g") for cell, value in np.ndenumerate(values) if np.isfinite(value)}
     yield Cells(values, mark, panel.ramp, texts, words)
 
 
 @build.register
 def _(mark: Rule, panel: Panel, frame: Any) -> Iterator[Ruler]:
-    x, y = (None if value is None else scale.locate(value) for value, scale in ((mark.x, panel.x), (mark.y, panel.y)))
-    yield Ruler(x, y, mark.label)
+    if mark.x is None:
+        yield Ruler(None, panel.y.locate(mark.y), mark.label)
+    else:
+        yield Ruler(panel.x.locate(mark.x), None, mark.label)
 
 
 @build.register

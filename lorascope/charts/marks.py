@@ -63,6 +63,11 @@ class Mark:
         """Return encoding -> column for the encodings in use."""
         return {name: getattr(self, name) for name in self.encodings if getattr(self, name) is not None}
 
+    def distinct_columns(self, *encodings: str) -> list[str]:
+        """Return the columns of those of these encodings that are in use, each once."""
+        used = self.columns()
+        return list(dict.fromkeys(used[encoding] for encoding in encodings if encoding in used))
+
     def check(self, table: pd.DataFrame) -> None:
         """Raise ValueError if settings contradict each other, or the mark cannot draw its columns of a table."""
         for name, allowed in self.choices.items():

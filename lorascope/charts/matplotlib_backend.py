@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import matplotlib.style
@@ -31,7 +33,8 @@ from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, FigurePlan, plan_figure
 from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shape, Words
 from lorascope.charts.scales import Ramp, Scale
-from lorascope.charts.theme import FAINT, GLYPH, STYLES, WIDTHS, Theme, count_lines, is_dark, theme, wrap_text
+from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
+from lorascope.charts.theme import FAINT, STYLES, WIDTHS, Theme, is_dark, theme
 from lorascope.files.printable import printable_lines
 
 _PATTERNS = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2)))
@@ -65,7 +68,8 @@ class _GridPlace:
 def to_matplotlib(drawable: Drawable, name: str | None = None, width: str | None = None) -> Figure:
     """Draw on a new matplotlib figure; see :meth:`Drawable.mpl`."""
     settled = plan_figure(drawable, theme(name or "light"))
-    width = width or ("column" if len(settled.panels) == 1 and not settled.frames else "page")
+    if not width:
+        width = "column" if len(settled.panels) == 1 and not settled.frames else "page"
     if width not in WIDTHS:
         sizes = " or ".join(f"{name!r} ({size} in)" for name, size in WIDTHS.items())
         raise ValueError(f"width must be {sizes}, got {width!r}")
@@ -124,9 +128,11 @@ def style(look: Theme) -> Any:
 
 def _lay_out_grid(settled: FigurePlan, across: int) -> list[_GridPlace]:
     """Place the panels as arranged or, with frames, the frames of each panel in rows of ``across``."""
-    rows: list[tuple[int, list[tuple[int, Any]]]] = []  # number of equal columns, and the panels and frames in them
+    rows: list[tuple[int, Iterable[tuple[int, Any]]]] = []  # number of equal columns, panels and frames in them
     if settled.frames:
-        frames, max_frames = settled.frames, FRAMES if len(settled.panels) == 1 else across
+        frames, max_frames = settled.frames, across
+        if len(settled.panels) == 1:
+            max_frames = FRAMES
         if len(frames) > max_frames:
             # Evenly spaced frames, including the first and the last.
             frames = [frames[round(index * (len(frames) - 1) / (max_frames - 1))] for index in range(max_frames)]
@@ -136,15 +142,17 @@ def _lay_out_grid(settled: FigurePlan, across: int) -> list[_GridPlace]:
                 rows.append((1, [(panel.number, None)]))
                 continue
             for start in range(0, len(frames), across):
-                rows.append((across, [(panel.number, frame) for frame in frames[start : start + across]]))
+                rows.append((across, product([panel.number], frames[start : start + across])))
     else:
-        rows = [(len(row), [(panel, None) for panel in row]) for row in settled.rows]
+        for row in settled.rows:
+            rows.append((len(row), product(row, [None])))
     # A common multiple lets rows with different numbers of panels share one grid.
     columns = math.lcm(*(count for count, _ in rows))
     cells = []
-    for number, (count, row) in enumerate(rows):
+    for number, (count, members) in enumerate(rows):
         width = columns // count
-        cells += [_GridPlace(*member, number, index * width, (index + 1) * width) for index, member in enumerate(row)]
+        for index, (panel_number, frame) in enumerate(members):
+            cells.append(_GridPlace(panel_number, frame, number, index * width, (index + 1) * width))
     return cells
 
 
@@ -162,22 +170,24 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float) -> Figu
     # The canvas is necessary to measure text.
     renderer = FigureCanvasAgg(drawn_figure).get_renderer()
     grid = drawn_figure.add_gridspec(len(heights), columns, height_ratios=heights)
-    axes = {cell: drawn_figure.add_subplot(grid[cell.row, cell.start : cell.stop]) for cell in cells}
-    panels = [(cell, ax, settled.panels[cell.panel]) for cell, ax in axes.items()]
-    for cell, ax, panel in panels:
+    panels = []
+    for cell in cells:
+        ax, panel = drawn_figure.add_subplot(grid[cell.row, cell.start : cell.stop]), settled.panels[cell.panel]
+        panels.append((cell, ax, panel))
         draw(ax, panel, cell.frame)
         ax.set_xlabel(_escape_dollar(wrap_text(panel.x.axis.label, 0.8 * 72 * widths[cell], size)))
         ax.set_ylabel(_escape_dollar(wrap_text(panel.y.axis.label, 72 * 0.8 * heights[cell.row], size)))
         # A neighbor that shows the same axis has its labels.
-        if any(other.panel == cell.panel and other.row > cell.row and other.start == cell.start for other in cells):
-            ax.set_xlabel("")
-            ax.tick_params(labelbottom=False)
-        left = [other for other in cells if other.row == cell.row and other.stop == cell.start]
-        if any(settled.panels[other.panel].y == panel.y for other in left):
-            ax.set_ylabel("")
-            ax.tick_params(labelleft=False)
+        for other in cells:
+            if other.panel == cell.panel and other.row > cell.row and other.start == cell.start:
+                ax.set_xlabel("")
+                ax.tick_params(labelbottom=False)
+            is_left = other.row == cell.row and other.stop == cell.start
+            if is_left and settled.panels[other.panel].y == panel.y:
+                ax.set_ylabel("")
+                ax.tick_params(labelleft=False)
     for ramp in settled.ramps:
-        painted = [ax for cell, ax in axes.items() if cell.panel in ramp.views]
+        painted = [ax for cell, ax, _ in panels if cell.panel in ramp.views]
         bar = drawn_figure.colorbar(_color_scale(ramp), ax=painted, fraction=0.06, pad=0.02, aspect=22)
         bar.set_label(_escape_dollar(wrap_text(ramp.label, 72 * 0.8 * sum(heights), size)))
         bar.outline.set_linewidth(0.4)
@@ -202,8 +212,10 @@ def _compose(settled: FigurePlan, cells: list[_GridPlace], width: float) -> Figu
                 titles.append(f"{settled.frame_label} {cell.frame}")
             room = 1.1 * _size_in_points(ax)[0]
             ax.set_title(_escape_dollar(wrap_text(", ".join(titles), room, size)))
-        depths = [(cell.row, _label_categories(ax, panel)) for cell, ax, panel in panels]
-        turned = sum(max(depth for row, depth in depths if row == number) for number in range(len(heights))) / 72
+        depths = [0.0] * len(heights)
+        for cell, ax, panel in panels:
+            depths[cell.row] = max(depths[cell.row], _label_categories(ax, panel))
+        turned = sum(depths) / 72
     _stack_foot(drawn_figure, sum(heights) + head + turned, foot, renderer)
     for _, ax, panel in panels:
         _label_categories(ax, panel)  # all may fit now that vertical names have room
@@ -233,16 +245,16 @@ def _draw_legend(drawn_figure: Figure, settled: FigurePlan, width: float) -> Leg
 
 def _stack_foot(drawn_figure: Figure, height: float, foot: list[Any], renderer: Any) -> None:
     """Stack caption and legend at the bottom, and lay out the panels in the ``height`` inches above them."""
-    depths = [artist.get_window_extent(renderer).height / drawn_figure.dpi for artist in foot]
     gap, used = 0.08, 0.04
-    total = height + sum(depth + gap for depth in depths) + gap
+    depths = [artist.get_window_extent(renderer).height / drawn_figure.dpi + gap for artist in foot]
+    total = height + sum(depths) + gap
     drawn_figure.set_figheight(total)
     for artist, depth in zip(foot, depths, strict=True):
         if isinstance(artist, Text):
             artist.set_y(used / total)
         else:
             artist.set_bbox_to_anchor((0.5, used / total), drawn_figure.transFigure)
-        used += depth + gap
+        used += depth
     engine = ConstrainedLayoutEngine(rect=(0, used / total, 1, 1 - used / total))
     drawn_figure.set_layout_engine(engine)
     engine.execute(drawn_figure)
@@ -254,9 +266,10 @@ def _handle(entry: Entry) -> Line2D | Patch:
     label = _escape_dollar(entry.label)
     if entry.kind == "patch":
         return Patch(color=entry.color, label=label, linewidth=0)
-    dot: dict[str, Any] = {"marker": MARKERS.get(entry.style), "markersize": DOT, "linestyle": ""}
-    look = {"linestyle": DASHES[entry.style]} if entry.kind == "line" else dot
-    return Line2D([], [], color=entry.color, label=label, **look)
+    if entry.kind == "line":
+        return Line2D([], [], color=entry.color, label=label, linestyle=DASHES[entry.style])
+    marker = MARKERS.get(entry.style)
+    return Line2D([], [], color=entry.color, label=label, marker=marker, markersize=DOT, linestyle="")
 
 
 def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
@@ -294,8 +307,10 @@ def _label_categories(ax: Axes, panel: Panel) -> float:
             if axis.axis_name == "y":
                 width = 72 * ax.figure.bbox.width / ax.figure.dpi
                 labels = [_fit_beside(name, _NAMES_SHARE * width, room / len(labels), size) for name in labels]
-            axis.set_ticks(ticks.positions, map(_escape_dollar, labels), rotation=90 if ticks.turned else 0)
-            depth = max(map(len, ticks.names)) * GLYPH * size if ticks.turned else depth
+            rotation = 0
+            if ticks.turned:
+                rotation, depth = 90, max(map(len, ticks.names)) * GLYPH * size
+            axis.set_ticks(ticks.positions, map(_escape_dollar, labels), rotation=rotation)
         elif _is_short(scale):
             _thin_ticks(axis, room, size)
     return depth
@@ -307,7 +322,9 @@ def _fit_beside(name: str, width: float, height: float, size: float) -> str:
     if count_lines(folded) * _LINE * size <= max(height, _LINE * size):
         return folded
     length = max(8, int(width / (GLYPH * size))) - 1
-    return name if len(name) <= length else f"{name[: length - length // 2]}…{name[-(length // 2) :]}"
+    if len(name) <= length:
+        return name
+    return f"{name[: length - length // 2]}…{name[-(length // 2) :]}"
 
 
 def _write_cell_texts(ax: Axes, panel: Panel, frame: Any = None) -> None:
@@ -348,10 +365,12 @@ def _break_lines(text: str, room: float, size: float) -> str:
         line = ""
         for word in paragraph.split():
             longer = f"{line} {word}".lstrip()
-            wide = text_to_path.get_text_width_height_descent(longer, font, ismath=False)[0] > room
-            if wide and line:
+            if text_to_path.get_text_width_height_descent(longer, font, ismath=False)[0] <= room:
+                line = longer
+                continue
+            if line:
                 lines.append(line)
-            line = word if wide else longer
+            line = word
         lines.append(line)
     return "\n".join(lines)
 
@@ -376,13 +395,16 @@ def _thin_ticks(axis: Any, room: float, size: float) -> None:
     low, high = np.log(axis.get_view_interval())
     for subs in BETWEEN:
         locator = LogLocator(subs=subs)
-        ticks = [tick for tick in locator.tick_values(np.exp(low), np.exp(high)) if low <= np.log(tick) <= high]
+        ticks = np.asarray(locator.tick_values(np.exp(low), np.exp(high)))
+        ticks = ticks[(low <= np.log(ticks)) & (np.log(ticks) <= high)]
         # Fewer ticks would be no scale: the previous, denser ones stay.
         if len(ticks) < 2:
             return
         axis.set_major_locator(locator)
-        across = [GLYPH * len(f"{tick:g} ") if axis.axis_name == "x" else 1.2 for tick in ticks]
-        required_gaps = size * (np.array(across[1:]) + across[:-1]) / 2
+        across = np.full(len(ticks), _LINE)
+        if axis.axis_name == "x":
+            across = np.array([GLYPH * len(f"{tick:g} ") for tick in ticks])
+        required_gaps = size * (across[1:] + across[:-1]) / 2
         if (np.diff(np.log(ticks)) / (high - low) * room >= required_gaps).all():
             return
 
@@ -405,7 +427,9 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
         case Dots():
             if shape.errors:
                 _draw_shape(ax, shape.errors, panel, zorder)
-            areas = DOT**2 if shape.share is None else LARGEST**2 * shape.share
+            areas: Any = DOT**2
+            if shape.share is not None:
+                areas = LARGEST**2 * shape.share
             look: dict[str, Any] = {"c": shape.colors, "edgecolors": panel.theme.background, "linewidths": 0.3}
             ax.scatter(shape.x, shape.y, areas, marker=MARKERS[shape.symbol], zorder=zorder, **look)
         case Bars():
@@ -432,7 +456,9 @@ def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
                 ax.annotate(text, anchor, (-2, 1), axis, ha="right", va="bottom", **note)
             if shape.x is not None:
                 ax.axvline(shape.x, zorder=zorder, **look)
-                across, shift = ("right", -2) if shape.x > np.mean(panel.x.limits) else ("left", 2)
+                across, shift = "left", 2
+                if shape.x > np.mean(panel.x.limits):  # in the right half, the label extends to the left
+                    across, shift = "right", -2
                 anchor, axis = (shape.x, 0.98), ax.get_xaxis_transform()
                 ax.annotate(text, anchor, (shift, -1), axis, ha=across, va="top", rotation=90, **note)
         case Words():

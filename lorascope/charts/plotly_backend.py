@@ -32,17 +32,20 @@ def draw(settled: FigurePlan, width: float = WIDTH) -> go.Figure:
     moving: list[int] = []
     for panel in settled.panels:
         start = len(drawn_figure.data)
-        drawn_figure.add_traces(traces(panel, settled.frames[-1] if settled.frames else None))
+        # The slider opens at the last frame.
+        drawn_figure.add_traces(traces(panel, (settled.frames or [None])[-1]))
         if panel in framed:
             moving += range(start, len(drawn_figure.data))
-    drawn_figure.add_traces([_legend_sample(entry) for entry in settled.entries])
+    drawn_figure.add_traces(list(map(_legend_sample, settled.entries)))
     for ramp in settled.ramps:
         # Without a trace, plotly omits the color bar.
         marker = {"color": [ramp.limits[0]], "coloraxis": f"coloraxis{axis_suffix(ramp.number)}", "opacity": 0}
         drawn_figure.add_scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
     frames = []
     for frame in settled.frames:
-        data = [trace for panel in framed for trace in traces(panel, frame)]
+        data: list[Any] = []
+        for panel in framed:
+            data += traces(panel, frame)
         for trace in data:
             if isinstance(trace, go.Heatmap):
                 trace.customdata = None  # the names of cells are the same in all frames
@@ -80,7 +83,9 @@ def _legend_sample(entry: Entry) -> go.Scatter:
     if entry.kind == "line":
         look: dict[str, Any] = {"mode": "lines", "line": {"color": entry.color, "dash": entry.style, "width": 2}}
     else:
-        symbol, size = (entry.style, 8) if entry.kind == "dot" else ("square", 12)
+        symbol, size = "square", 12
+        if entry.kind == "dot":
+            symbol, size = entry.style, 8
         look = {"mode": "markers", "marker": {"color": entry.color, "symbol": symbol, "size": size}}
     fields = {"name": escape_tags(entry.label), "legendgroup": escape_tags(entry.group), "showlegend": True}
     return go.Scatter(x=[None], y=[None], **fields, **look)
@@ -89,8 +94,12 @@ def _legend_sample(entry: Entry) -> go.Scatter:
 def traces(panel: Panel, frame: Any = None) -> list[Any]:
     """Return the plotly traces of a panel in one frame, without rules (see :func:`overlays`)."""
     suffix = axis_suffix(panel.number)
-    panel_traces = [trace for shape in panel.shapes(frame) for trace in _make_traces(shape, panel)]
-    return [trace.update(xaxis=f"x{suffix}", yaxis=f"y{suffix}", showlegend=False) for trace in panel_traces]
+    panel_traces: list[Any] = []
+    for shape in panel.shapes(frame):
+        panel_traces += _make_traces(shape, panel)
+    for trace in panel_traces:
+        trace.update(xaxis=f"x{suffix}", yaxis=f"y{suffix}", showlegend=False)
+    return panel_traces
 
 
 def _group_fields(panel: Panel, group: str, x: Numbers, y: Numbers, spelled: str = "") -> dict[str, Any]:
@@ -100,14 +109,14 @@ def _group_fields(panel: Panel, group: str, x: Numbers, y: Numbers, spelled: str
     for letter, scale, values in (("x", panel.x, x), ("y", panel.y, y)):
         placeholder = f"%{{customdata[{len(texts)}]}}"
         if scale.categories is not None:
-            texts.append([escape_tags(name) for name in scale.nearest_names(values)])
+            texts.append(list(map(escape_tags, scale.nearest_names(values))))
         elif letter == spelled:
             texts.append([f"{value:.4g}" for value in values])
         else:
             placeholder = f"%{{{letter}:.4~g}}"
         lines.append(f"{escape_tags(scale.axis.label) or letter}: {placeholder}")
     template = "<br>".join(lines) + f"<extra>{escape_tags(group)}</extra>"
-    custom = [list(row) for row in zip(*texts, strict=True)] or None
+    custom = list(map(list, zip(*texts, strict=True))) or None
     return {"legendgroup": escape_tags(group), "hovertemplate": template, "customdata": custom}
 
 
@@ -115,7 +124,9 @@ def _error_fields(errors: Errors | None, value: Numbers, panel: Panel) -> dict[s
     """Return error bars as distances from the value and in one color, as plotly expects."""
     if errors is None:
         return {}
-    color = errors.colors[0] if len(set(errors.colors)) == 1 else panel.theme.ink
+    color = panel.theme.ink
+    if len(set(errors.colors)) == 1:
+        color = errors.colors[0]
     reach = {"array": errors.high - value, "arrayminus": value - errors.low}
     look = {"type": "data", "symmetric": False, "color": color, "thickness": 1.3, "width": 0}
     return {"error_x" if errors.lying else "error_y": {**reach, **look}}
@@ -139,21 +150,25 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
             look = {"fill": "toself", "fillcolor": add_opacity(shape.color, FAINT), "hoverinfo": "skip"}
             yield go.Scatter(mode="lines", legendgroup=escape_tags(shape.group), **outline, **look)
         case Dots():
-            size = DOT if shape.share is None else LARGEST * np.sqrt(shape.share)
+            size: Any = DOT
+            if shape.share is not None:
+                size = LARGEST * np.sqrt(shape.share)  # the diameter
             look = {"color": shape.colors, "size": size, "symbol": shape.symbol, "opacity": 1}
             look = {"mode": "markers", "marker": {**look, "line": {"color": panel.theme.background, "width": 0.5}}}
             errors = _error_fields(shape.errors, shape.x if panel.chart.is_lying else shape.y, panel)
             fields = _group_fields(panel, shape.group, shape.x, shape.y)
             yield go.Scatter(x=shape.x, y=shape.y, **look, **errors, **fields)
         case Bars():
-            length = shape.top - shape.base
-            (x, y), spelled = ((length, shape.position), "x") if shape.lying else ((shape.position, length), "y")
-            # A logarithmic axis has no zero to start from.
-            base = None if getattr(panel, spelled).log else shape.base
+            x, y, spelled, orientation = shape.position, shape.top - shape.base, "y", "v"
+            if shape.lying:
+                x, y, spelled, orientation = y, x, "x", "h"
+            base: Any = shape.base
+            if getattr(panel, spelled).log:  # it has no zero to start from
+                base = None
             look = {"width": shape.width, "marker": {"color": shape.color, "line": {"width": 0}}}
             errors = _error_fields(shape.errors, shape.top, panel)
             fields = _group_fields(panel, shape.group, x, y, spelled)  # plotly would show the top, not the length
-            yield go.Bar(x=x, y=y, base=base, orientation="h" if shape.lying else "v", **look, **errors, **fields)
+            yield go.Bar(x=x, y=y, base=base, orientation=orientation, **look, **errors, **fields)
         case Cells():
             yield from _heat_traces(shape, panel)
         case Words():
@@ -164,23 +179,30 @@ def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
 def _heat_traces(shape: Cells, panel: Panel) -> Iterator[Any]:
     """Yield the cells, and hatched ones for missing values."""
     mark, (rows, columns) = shape.mark, shape.values.shape
-    cell_names = [[f"{x}, {y}" for x in map(escape_tags, panel.x.names)] for y in map(escape_tags, panel.y.names)]
-    labels = [list(line) for line in cell_names]
+    x_names = list(map(escape_tags, panel.x.names))
+    cell_names = []
+    for y_name in map(escape_tags, panel.y.names):
+        cell_names.append([f"{x_name}, {y_name}" for x_name in x_names])
+    labels = list(map(list, cell_names))
     for (row, column), words in shape.words.items():
         labels[row][column] += f": {escape_tags(words)}"
-    written = mark.text is not None
-    value = "" if shape.words else ": %{text}" if written else ": %{z:.4~g}"
-    texts = [[shape.texts.get((row, column), "") for column in range(columns)] for row in range(rows)]
+    value, written = ": %{z:.4~g}", {}
+    if mark.text is not None:
+        texts = [[""] * columns for _ in range(rows)]
+        for (row, column), text in shape.texts.items():
+            texts[row][column] = text
+        value, written = ": %{text}", {"text": texts, "texttemplate": "%{text}"}
+    if shape.words:  # the labels end in them
+        value = ""
     yield go.Heatmap(
         x=list(map(float, range(columns))),
         y=list(map(float, range(rows))),
         z=shape.values,
         coloraxis=f"coloraxis{axis_suffix(shape.ramp.number)}",
         customdata=labels,
-        text=texts if written else None,
-        texttemplate="%{text}" if written else None,
         hovertemplate=f"%{{customdata}}{value}<extra>{escape_tags(mark.label)}</extra>",
         hoverongaps=False,
+        **written,
     )
     up, across = np.nonzero(np.isnan(shape.values))
     colors = {"fgcolor": panel.theme.hatch, "bgcolor": panel.theme.missing}

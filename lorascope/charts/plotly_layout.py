@@ -17,7 +17,8 @@ import numpy as np
 from lorascope.charts.figure_plan import FigurePlan
 from lorascope.charts.geometry import Panel, Ruler
 from lorascope.charts.scales import Limits, Ramp, Scale, Ticks
-from lorascope.charts.theme import GLYPH, channels, count_lines, wrap_text
+from lorascope.charts.text_wrapping import GLYPH, count_lines, wrap_text
+from lorascope.charts.theme import channels
 from lorascope.files.printable import printable_lines, short_name
 
 WIDTH, EDGE, GAP = 760.0, 14.0, 14.0  # default width of a figure, distance from its edges, distance of panels
@@ -61,6 +62,15 @@ def layout(settled: FigurePlan, width: float = WIDTH) -> dict[str, Any]:
     head = {"x": EDGE / room.width, "xanchor": "left", "y": 1 - EDGE / room.height, **top}
     below = 1 - (EDGE + 1.4 * TITLE * count_lines(room.title)) / room.height
     legend = {"x": 0, "y": below, "bgcolor": "rgba(0, 0, 0, 0)", "tracegroupgap": 0, **top}
+    annotations = []
+    for text, domain in zip(room.titles, room.domains, strict=True):
+        if text:
+            position = {"x": domain["x"][0], "y": domain["y"][1], "yanchor": "bottom"}
+            annotations.append({**PAPER, **_sized_text(text, FONT), **position})
+    if room.caption:
+        below = -(room.margin["b"] - EDGE - LINE * count_lines(room.caption))
+        position = {"x": 0, "xshift": EDGE - room.margin["l"], "y": 0, "yanchor": "top", "yshift": below}
+        annotations.append({**PAPER, **_sized_text(room.caption, SMALL), **position})
     figure_layout: dict[str, Any] = {
         "template": "none",
         "height": round(room.height),
@@ -72,24 +82,18 @@ def layout(settled: FigurePlan, width: float = WIDTH) -> dict[str, Any]:
         "hovermode": "closest",
         "title": {**_sized_text(room.title, TITLE), **head},
         "legend": {"title": {"text": escape_tags(settled.legend_title)}, "orientation": "h", **legend},
-        "annotations": [
-            {**PAPER, **_sized_text(title, FONT), "x": domain["x"][0], "y": domain["y"][1], "yanchor": "bottom"}
-            for title, domain in zip(room.titles, room.domains, strict=True)
-            if title
-        ],
-        "shapes": [shape for panel in settled.panels for shape in overlays(panel)],
+        "annotations": annotations,
+        "shapes": list(chain.from_iterable(map(overlays, settled.panels))),
     }
-    if room.caption:
-        below = -(room.margin["b"] - EDGE - LINE * count_lines(room.caption))
-        position = {"x": 0, "xshift": EDGE - room.margin["l"], "y": 0, "yanchor": "top", "yshift": below}
-        figure_layout["annotations"].append({**PAPER, **_sized_text(room.caption, SMALL), **position})
     for panel in settled.panels:
         suffix = axis_suffix(panel.number)
         for letter, other in ("xy", "yx"):
             figure_layout[f"{letter}axis{suffix}"] = {**_axis_layout(panel, letter, room), "anchor": f"{other}{suffix}"}
     for ramp in settled.ramps:
         figure_layout[f"coloraxis{axis_suffix(ramp.number)}"] = _color_axis(ramp, settled.ramps, room)
-    return figure_layout | _slider(settled, room) if settled.frames else figure_layout
+    if settled.frames:
+        figure_layout |= _slider(settled, room)
+    return figure_layout
 
 
 def _sized_text(text: str, size: float) -> dict[str, Any]:
@@ -99,36 +103,45 @@ def _sized_text(text: str, size: float) -> dict[str, Any]:
 def _measure(settled: FigurePlan, width: float) -> _Space:
     """Compute margins, and the room of each panel."""
     panels, rows = settled.panels, settled.rows
-    neighbors = chain.from_iterable(map(pairwise, rows))
-    shared = {right for left, right in neighbors if panels[left].y == panels[right].y}
-    before = [GAP if panel.number in shared else _names_width(panel.y) for panel in panels]
+    shared, before = set(), [_names_width(panel.y) for panel in panels]
+    for view, neighbor in chain.from_iterable(map(pairwise, rows)):
+        if panels[view].y == panels[neighbor].y:
+            shared.add(neighbor)
+            before[neighbor] = GAP
     # A color bar is to the right of the last panel in a row that uses it.
     after = [0.0] * len(panels)
     for members, ramp in product(rows, settled.ramps):
-        if views := [view for view in members if view in ramp.views]:
+        if views := set(members).intersection(ramp.views):
             after[max(views)] += BAR
     left, right = EDGE + max(before[row[0]] for row in rows), EDGE + max(after[row[-1]] for row in rows)
     plot = width - left - right
-    lost = [sum(after[view] + GAP for view in row[:-1]) + sum(before[view] for view in row[1:]) for row in rows]
-    widths = [(plot - lost[number]) / len(row) for number, row in enumerate(rows) for _ in row]
     starts: list[float] = []
+    widths: list[float] = []
     for members in rows:
-        steps = [widths[view] + after[view] + GAP + before[neighbor] for view, neighbor in pairwise(members)]
+        lost = sum(after[view] + GAP for view in members[:-1]) + sum(before[view] for view in members[1:])
+        panel_width = (plot - lost) / len(members)
+        widths += [panel_width] * len(members)
+        steps = [panel_width + after[view] + GAP + before[neighbor] for view, neighbor in pairwise(members)]
         starts += [sum(steps[:index]) for index in range(len(members))]
-    below = [panel.x.ticks(widths[panel.number], FONT, across=False) for panel in panels]
-    titles = [wrap_text(panel.chart.title, widths[panel.number], FONT) if len(panels) > 1 else "" for panel in panels]
-    depths = [max(_depth(panels[view].x, below[view], widths[view]) for view in row) for row in rows]
-    heads = [max(LINE * count_lines(titles[view]) for view in row) for row in rows]
-    names = [ROW * len(panel.y.names) for panel in panels]
-    heights = [max(panels[view].y.height(PANEL, names[view], 1.3 * PANEL, 0.5 * PANEL) for view in row) for row in rows]
-    tops = [sum(heights[:n]) + sum(depths[:n]) + sum(heads[1 : n + 1]) for n in range(len(rows))]
+    below: list[Ticks | None] = []
+    titles = [""] * len(panels)
+    depths, heads, heights, tops = [0.0] * len(rows), [0.0] * len(rows), [0.0] * len(rows), []
+    for row, members in enumerate(rows):
+        for view in members:
+            x, y = panels[view].x, panels[view].y
+            if len(panels) > 1:
+                titles[view] = wrap_text(panels[view].chart.title, widths[view], FONT)
+            below.append(x.ticks(widths[view], FONT, across=False))
+            depths[row] = max(depths[row], _depth(x, below[view], widths[view]))
+            heads[row] = max(heads[row], LINE * count_lines(titles[view]))
+            heights[row] = max(heights[row], y.height(PANEL, ROW * len(y.names), 1.3 * PANEL, 0.5 * PANEL))
+        # Titles of the first row are above the plot.
+        tops.append(sum(heights[:row]) + sum(depths[:row]) + sum(heads[1 : row + 1]))
     inner = tops[-1] + heights[-1]
-    title, caption = (
-        wrap_text(settled.title, width - 2 * EDGE, TITLE),
-        wrap_text(settled.caption, width - 2 * EDGE, SMALL),
-    )
+    title = wrap_text(settled.title, width - 2 * EDGE, TITLE)
+    caption = wrap_text(settled.caption, width - 2 * EDGE, SMALL)
     top = EDGE + max(1.4 * TITLE * count_lines(title) + _legend_height(settled, plot), TOOLS) + heads[0]
-    bottom = depths[-1] + (SLIDER if settled.frames else 0.0) + LINE * count_lines(caption) + EDGE
+    bottom = depths[-1] + SLIDER * bool(settled.frames) + LINE * count_lines(caption) + EDGE
     margin = {"l": left, "r": right, "t": top, "b": bottom}
     domains, ticks = [], []
     for row, members in enumerate(rows):
@@ -143,14 +156,20 @@ def _measure(settled: FigurePlan, width: float) -> _Space:
 
 def _names_width(scale: Scale) -> float:
     """Return the width of the names and the label to the left of a panel."""
-    names = scale.names if scale.axis.ticks is None else map(short_name, scale.axis.ticks.values())
-    return max([NUMBERS, *(GLYPH * FONT * len(name) + 10 for name in names)]) + (LINE + 4 if scale.axis.label else 0.0)
+    names = scale.names
+    if scale.axis.ticks is not None:
+        names = list(map(short_name, scale.axis.ticks.values()))
+    width = max(NUMBERS, GLYPH * FONT * max(map(len, names), default=0) + 10)
+    if scale.axis.label:
+        width += LINE + 4
+    return width
 
 
 def _depth(scale: Scale, ticks: Ticks | None, width: float) -> float:
     """Return the height of the names and the label below a panel."""
-    turned = ticks is not None and ticks.turned
-    names = max(GLYPH * FONT * len(name) + 10 for name in ticks.names) if ticks is not None and turned else TICKS
+    names = TICKS
+    if ticks is not None and ticks.turned:
+        names = GLYPH * FONT * max(map(len, ticks.names)) + 10
     return names + LINE * count_lines(wrap_text(scale.axis.label, width, FONT)) + 6
 
 
@@ -160,19 +179,23 @@ def _legend_height(settled: FigurePlan, plot: float) -> float:
     if not widths:
         return 0.0
     room = plot - GLYPH * FONT * len(settled.legend_title)
-    lines = 1 if sum(widths) <= room else math.ceil(len(widths) / max(1, room // max(widths)))
+    lines = 1
+    if sum(widths) > room:
+        lines = math.ceil(len(widths) / max(1, room // max(widths)))
     return LINE * lines + 14
 
 
 def _axis_layout(panel: Panel, letter: str, room: _Space) -> dict[str, Any]:
     """Return the layout of the axis "x" or "y" of a panel."""
     scale: Scale = getattr(panel, letter)
-    ends = list(np.log10(scale.limits) if scale.log else scale.limits)
+    kind, ends = "linear", list(scale.limits)
+    if scale.log:
+        kind, ends = "log", list(np.log10(scale.limits))  # plotly states its ends as exponents
     title = {**_sized_text(wrap_text(scale.axis.label, 260.0, FONT), FONT), "standoff": 6}
     line = {"showline": True, "linecolor": panel.theme.ink, "ticks": "outside", "ticklen": 4, "exponentformat": "power"}
     grid = {"showgrid": scale.categories is None, "gridcolor": panel.theme.grid, "zeroline": False}
-    kind = {"type": "log" if scale.log else "linear", "domain": room.domains[panel.number][letter], "range": ends}
-    axis = {"title": title, "automargin": False, **kind, **line, **grid}
+    extent = {"type": kind, "domain": room.domains[panel.number][letter], "range": ends}
+    axis = {"title": title, "automargin": False, **extent, **line, **grid}
     ticks = room.ticks[panel.number][letter]
     if ticks is not None:
         names = list(map(escape_tags, ticks.names))
@@ -187,12 +210,14 @@ def _axis_layout(panel: Panel, letter: str, room: _Space) -> dict[str, Any]:
 
 def _color_axis(ramp: Ramp, ramps: list[Ramp], room: _Space) -> dict[str, Any]:
     """Return a color bar as high as the panels that use it, to the right of the last of them."""
-    domains = [room.domains[view] for view in ramp.views]
-    low, high = min(domain["y"][0] for domain in domains), max(domain["y"][1] for domain in domains)
+    right, low, high = 0.0, 1.0, 0.0
+    for view in ramp.views:
+        domain = room.domains[view]
+        right, low, high = max(right, domain["x"][1]), min(low, domain["y"][0]), max(high, domain["y"][1])
     beside = sum(other.views[-1] == ramp.views[-1] for other in ramps[: ramp.number])
     bar = {
         "title": {"text": escape_tags(wrap_text(ramp.label, 200.0, FONT)), "side": "right"},
-        "x": max(domain["x"][1] for domain in domains) + (8 + BAR * beside) / room.plot,
+        "x": right + (8 + BAR * beside) / room.plot,
         "y": (low + high) / 2,
         "len": high - low,
         **COLOR_BAR,
@@ -205,10 +230,8 @@ def _slider(settled: FigurePlan, room: _Space) -> dict[str, Any]:
     """Return the slider over the frames and the button that plays them."""
     still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
     play = {**still, "frame": {"duration": 400, "redraw": True}, "fromcurrent": True}
-    steps = [
-        {"label": escape_tags(str(frame)), "method": "animate", "args": [[escape_tags(str(frame))], still]}
-        for frame in settled.frames
-    ]
+    names = map(escape_tags, map(str, settled.frames))
+    steps = [{"label": name, "method": "animate", "args": [[name], still]} for name in names]
     look, start = settled.theme, BUTTONS / room.plot
     common = {"y": 0, "yanchor": "top", "xanchor": "left", "bgcolor": look.missing, "bordercolor": look.hatch}
     # The slider opens at the last frame, which shows the result; playing from there restarts it.
@@ -216,8 +239,8 @@ def _slider(settled: FigurePlan, room: _Space) -> dict[str, Any]:
     value = {"prefix": f"{escape_tags(settled.frame_label)} ", "xanchor": "left"}
     slider |= {"currentvalue": value, "activebgcolor": look.hatch, "tickcolor": look.ink}
     buttons = [
-        {"label": label, "method": "animate", "args": args}
-        for label, args in (("▶", [None, play]), ("❚❚", [[None], still]))
+        {"label": "▶", "method": "animate", "args": [None, play]},
+        {"label": "❚❚", "method": "animate", "args": [[None], still]},
     ]
     position = {"type": "buttons", "direction": "left", "x": 0, "pad": {"t": room.foot + 22}, "showactive": False}
     return {"sliders": [slider | common], "updatemenus": [{"buttons": buttons, **position, **common}]}
@@ -232,16 +255,19 @@ def overlays(panel: Panel) -> list[dict[str, Any]]:
             line = {"color": panel.theme.ink, "width": 1, "dash": "dash"}
             look: dict[str, Any] = {"type": "line", "line": line, "label": label}
             for letter, position in (("x", shape.x), ("y", shape.y)):
-                # A rule without a position on an axis spans it.
-                ends, ref = ((0, 1), " domain") if position is None else ((position, position), "")
-                look |= {f"{letter}0": ends[0], f"{letter}1": ends[1], f"{letter}ref": f"{letter}{suffix}{ref}"}
+                start, stop, axis = position, position, f"{letter}{suffix}"
+                if position is None:  # the rule spans the axis
+                    start, stop, axis = 0, 1, f"{axis} domain"
+                look |= {f"{letter}0": start, f"{letter}1": stop, f"{letter}ref": axis}
             rules.append(look)
     return rules
 
 
 def axis_suffix(number: int) -> str:
     """Return the suffix of an axis in a plotly layout: x, x2, x3, ..."""
-    return str(number + 1) if number else ""
+    if number == 0:
+        return ""
+    return str(number + 1)
 
 
 def escape_tags(text: str) -> str:

@@ -29,6 +29,8 @@ from lorascope.files.safe_csv import csv_text
 from lorascope.files.whole_files import write_bytes
 
 _KINDS = ("pdf", "svg", "png", "html", "csv")
+# Files for print and for the screen.
+_THEMES = {"pdf": "paper", "svg": "paper", "png": "light", "html": "light"}
 
 
 def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
@@ -48,7 +50,7 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
         from lorascope.charts import plotly_backend
 
         plot = plotly_backend.fragment(drawable, hashlib.sha256(source.encode()).hexdigest()[:12], theme)
-        ground = themes.theme(theme or "light").background
+        ground = themes.theme(theme or _THEMES[kind]).background
         page = _PAGE.format(title=escape(title), source=escape(source), plot=plot, ground=ground)
         write_bytes(path, page.encode())
     else:
@@ -60,8 +62,8 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
             "svg": {"Title": title, "Creator": program, "Description": source, "Date": None},
             "png": {"Title": title, "Software": program, "lorascope": source},
         }
-        look = theme or ("light" if kind == "png" else "paper")
-        write_bytes(path, matplotlib_backend.write(drawable, kind, look, width, metadata[kind]))
+        content = matplotlib_backend.write(drawable, kind, theme or _THEMES[kind], width, metadata[kind])
+        write_bytes(path, content)
     return path
 
 
@@ -108,7 +110,9 @@ def provenance(drawable: Drawable) -> str:
             # Text from file names may contain lone surrogates, which UTF-8 cannot encode.
             digest.update(table.to_csv(index=False).encode(errors="surrogatepass"))
     metas = [dict(chart.meta) for chart in drawable.charts()]
-    meta = metas[0] if all(meta == metas[0] for meta in metas) else {"panels": metas}
+    meta = metas[0]
+    if metas.count(meta) < len(metas):
+        meta = {"panels": metas}
     content = {**meta, "lorascope": __version__, "data_sha256": digest.hexdigest()}
     return json.dumps(content, sort_keys=True, default=str)
 

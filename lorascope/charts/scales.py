@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,8 @@ from pandas.api.types import is_integer_dtype
 from lorascope.array_types import Float
 from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Axis, Mark, is_numeric
-from lorascope.charts.theme import GLYPH, PALETTE_SIZE, Theme
+from lorascope.charts.text_wrapping import GLYPH
+from lorascope.charts.theme import PALETTE_SIZE, Theme
 from lorascope.files.printable import short_name
 
 _LARGEST = 1e200
@@ -54,7 +54,7 @@ class Scale:
     @property
     def names(self) -> list[str]:
         """Names of the categories."""
-        return [short_name(category) for category in self.categories or ()]
+        return list(map(short_name, self.categories or ()))
 
     @property
     def is_wordy(self) -> bool:
@@ -63,18 +63,26 @@ class Scale:
 
     def height(self, usual: float, rows: float, max_height: float, min_height: float) -> float:
         """Return the height of a panel with this y axis: ``rows`` for its names if these are words or fit."""
-        return usual if self.categories is None else max(rows if self.is_wordy else min(rows, max_height), min_height)
+        if self.categories is None:
+            return usual
+        if not self.is_wordy:
+            rows = min(rows, max_height)
+        return max(rows, min_height)
 
     def to_positions(self, values: pd.Series) -> Float[np.ndarray, "n"]:
         """Return positions of values; NaN for values without one (missing, infinite, or <= 0 on a log axis)."""
         if self.categories is None:
             numbers = to_floats(values)
-            return np.where(numbers > 0, numbers, np.nan) if self.log else numbers
+            if self.log:
+                numbers = np.where(numbers > 0, numbers, np.nan)
+            return numbers
         if is_numeric(values) and is_numeric(pd.Series(self.categories)):
             # A number between numeric categories has a position, for example that of a rule at step 15.
             tick_values = np.asarray(self.categories, dtype=float)
-            order, ends = np.argsort(tick_values), (-0.5, len(tick_values) - 0.5)
-            left, right = ends if order[0] <= order[-1] else ends[::-1]
+            order = np.argsort(tick_values)
+            left, right = -0.5, len(tick_values) - 0.5
+            if order[0] > order[-1]:  # the categories descend
+                left, right = right, left
             return np.interp(to_floats(values), tick_values[order], order.astype(float), left=left, right=right)
         position_of = {category: position for position, category in enumerate(self.categories)}
         return np.array([position_of.get(value, np.nan) for value in values], dtype=float)
@@ -83,16 +91,19 @@ class Scale:
         """Return the position of one value, for a rule."""
         position = float(self.to_positions(pd.Series([value]))[0])
         if np.isnan(position):
-            allowed = "a finite number > 0" if self.log else "a finite number"
+            allowed = "a finite number"
+            if self.log:
+                allowed += " > 0"
             if self.categories is not None:
                 allowed = f"one of {', '.join(map(str, self.categories))}"
             raise ValueError(f"position on axis {self.axis.label!r} must be {allowed}, got {value!r}")
         return position
 
-    def nearest_names(self, positions: Iterable[float]) -> list[str]:
+    def nearest_names(self, positions: Float[np.ndarray, "n"]) -> list[str]:
         """Return the names of the categories nearest to these positions, "" if there is none."""
         names = dict(enumerate(self.names))
-        return [names.get(round(position), "") if np.isfinite(position) else "" for position in positions]
+        # NaN equals no key, and an integral float equals the key of its integer.
+        return [names.get(position, "") for position in np.rint(positions)]
 
     def ticks(self, room: float, size: float, across: bool) -> Ticks | None:
         """Choose tick positions and names for an axis of length ``room``, None on an axis of numbers.
@@ -100,32 +111,35 @@ class Scale:
         ``room`` is in the unit of the font size ``size``. Names are ``across``, if they are perpendicular to the axis.
         """
         if self.axis.ticks is not None:
-            return Ticks(
-                list(self.to_positions(pd.Series(list(self.axis.ticks)))), list(self.axis.ticks.values()), False
-            )
+            positions = self.to_positions(pd.Series(list(self.axis.ticks)))
+            return Ticks(list(positions), list(self.axis.ticks.values()), False)
         if self.categories is None:
             return None
         names = self.names
-        widths = [(len(name) + 1) * GLYPH * size for name in names]
+        widths = np.array([len(name) + 1 for name in names]) * GLYPH * size
         cell = max(room, size) / max(len(names), 1)  # names on the other axis may leave no room
-        turned = not across and self.is_wordy and any(a + b > 2 * cell for a, b in pairwise(widths))
-        lengths = [1.25 * size / cell] * len(names) if across or turned else [width / cell for width in widths]
-        indices = _spread_names([_is_digits(name) for name in names], lengths)
-        return Ticks([float(index) for index in indices], [names[index] for index in indices], turned)
+        # Two neighbors overlap if they are wider than two cells together.
+        turned = not across and self.is_wordy and bool((widths[:-1] + widths[1:] > 2 * cell).any())
+        lengths = widths / cell
+        if across or turned:
+            lengths[:] = 1.25 * size / cell  # across its axis, a name takes the height of a line
+        indices = _spread_names(names, lengths)
+        return Ticks(list(map(float, indices)), [names[index] for index in indices], turned)
 
 
 def _is_digits(name: str) -> bool:
     return name.lstrip("-").replace(".", "", 1).isdigit()
 
 
-def _spread_names(digits: Sequence[bool], lengths: Sequence[float]) -> list[int]:
+def _spread_names(names: Sequence[str], lengths: Float[np.ndarray, "n"]) -> list[int]:
     """Return indices of names to write, of ``lengths`` in cells: words that fit, numbers at round steps."""
-    words = [index for index, number in enumerate(digits) if not number]
-    numbers = [index for index, number in enumerate(digits) if number]
+    is_number = np.array(list(map(_is_digits, names)), dtype=bool)
+    words, numbers = np.flatnonzero(~is_number).tolist(), np.flatnonzero(is_number).tolist()
     if not numbers:
-        fit = all(left + other <= 2 for left, other in pairwise(lengths))
-        return words if fit else words[:: int(np.ceil(max(lengths)))]
-    longest = max(lengths[index] for index in numbers)
+        if (lengths[:-1] + lengths[1:] <= 2).all():
+            return words
+        return words[:: int(np.ceil(lengths.max()))]
+    longest = lengths[is_number].max()
     step = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step >= longest), 1000)
     written: list[int] = []
     # Words come first, and numbers fill the gaps.
@@ -179,7 +193,9 @@ def categories(columns: Sequence[pd.Series], first: Iterable[Any] = ()) -> tuple
         if isinstance(values.dtype, pd.CategoricalDtype):
             values = pd.Series(values.cat.categories[values.cat.categories.isin(values)])
         met.update(dict.fromkeys(values.dropna().unique()))
-    values_in_order = sorted(met) if columns and all(map(is_numeric, columns)) else list(met)
+    values_in_order = list(met)
+    if columns and all(map(is_numeric, columns)):
+        values_in_order.sort()
     return tuple(dict.fromkeys([*first, *values_in_order]))
 
 
@@ -198,24 +214,38 @@ def color_columns(charts: Sequence[Chart]) -> dict[str, Colors]:
     """
     colors = {}
     for column, uses in encoded(charts, "color").items():
-        columns = [chart.table(mark)[column] for chart, mark in uses]
-        label = next((chart.color_label for chart, _ in uses if chart.color_label), "")
-        first = next((chart.colors for chart, _ in uses if chart.colors is not None), None)
+        columns, label, first = [], "", None
+        for chart, mark in uses:
+            columns.append(chart.table(mark)[column])
+            label = label or chart.color_label
+            if first is None:
+                first = chart.colors
         values = categories(columns, first or ())
         limits = None
         if first is None and len(values) > PALETTE_SIZE and all(map(is_numeric, columns)):
-            finite = to_floats(pd.Series(values))
-            finite = finite[np.isfinite(finite)]
-            low, high = (float(finite[0]), float(finite[-1])) if len(finite) else (0.0, 1.0)
-            label, limits = label or column, (low, high if high > low else low + 1.0)
+            limits = color_limits(to_floats(pd.Series(values)), default=(0.0, 1.0))
+            label = label or column
         colors[column] = Colors(label, values, limits)
     return colors
 
 
+def color_limits(numbers: Float[np.ndarray, "n"], default: Limits) -> Limits:
+    """Return the ends of a color scale of numbers, which are distinct; ``default`` if no number is finite."""
+    numbers = numbers[np.isfinite(numbers)]
+    if not numbers.size:
+        return default
+    low, high = float(numbers.min()), float(numbers.max())
+    if low == high:
+        high = low + 1.0
+    return low, high
+
+
 def style_columns(charts: Sequence[Chart]) -> dict[str, tuple[Any, ...]]:
     """Return the scale of every dash or shape column, its ordered values; a value has one style in all panels."""
-    uses = encoded(charts, "dash", "shape")
-    return {column: categories([chart.table(mark)[column] for chart, mark in uses[column]]) for column in uses}
+    styles = {}
+    for column, uses in encoded(charts, "dash", "shape").items():
+        styles[column] = categories([chart.table(mark)[column] for chart, mark in uses])
+    return styles
 
 
 def encoded(charts: Sequence[Chart], *encodings: str) -> dict[str, list[tuple[Chart, Mark]]]:
@@ -223,7 +253,6 @@ def encoded(charts: Sequence[Chart], *encodings: str) -> dict[str, list[tuple[Ch
     uses: dict[str, list[tuple[Chart, Mark]]] = {}
     for chart in charts:
         for mark in chart.marks:
-            used = mark.columns()
-            for column in dict.fromkeys(used[encoding] for encoding in encodings if encoding in used):
+            for column in mark.distinct_columns(*encodings):
                 uses.setdefault(column, []).append((chart, mark))
     return uses

@@ -28,11 +28,14 @@ def pack(drawable: Drawable) -> tuple[dict[str, Any], list[pd.DataFrame]]:
     def pack_mark(mark: Mark) -> dict[str, Any]:
         return {"kind": type(mark).__name__} | _values(mark, data=number(mark.data))
 
-    def pack_chart(chart: Chart) -> dict[str, Any]:
-        axes = {name: _values(axis, ticks=_pairs(axis.ticks)) for name, axis in (("x", chart.x), ("y", chart.y))}
-        return _values(chart, data=number(chart.data), marks=list(map(pack_mark, chart.marks)), **axes)
+    def pack_axis(axis: Axis) -> dict[str, Any]:
+        return _values(axis, ticks=_pairs(axis.ticks))
 
-    rows = [[pack_chart(chart) for chart in row] for row in drawable.rows()]
+    def pack_chart(chart: Chart) -> dict[str, Any]:
+        x, y = pack_axis(chart.x), pack_axis(chart.y)
+        return _values(chart, data=number(chart.data), marks=list(map(pack_mark, chart.marks)), x=x, y=y)
+
+    rows = [list(map(pack_chart, row)) for row in drawable.rows()]
     return {"panels": isinstance(drawable, Panels), "rows": rows}, tables
 
 
@@ -40,32 +43,43 @@ def unpack(packed: Mapping[str, Any], tables: Sequence[pd.DataFrame]) -> Drawabl
     """Return the stored chart or panels from the JSON values and tables that ``pack`` returned."""
 
     def unpack_mark(stored: Mapping[str, Any]) -> Mark:
-        settings = {name: value for name, value in stored.items() if name not in ("kind", "data")}
-        table_number = stored["data"]
-        return _MARKS[stored["kind"]](**settings, data=None if table_number is None else tables[table_number])
+        settings = dict(stored)
+        kind, table_number = _MARKS[settings.pop("kind")], settings.pop("data")
+        if table_number is not None:
+            settings["data"] = tables[table_number]
+        return kind(**settings)
+
+    def unpack_axis(stored: Mapping[str, Any]) -> Axis:
+        settings = dict(stored)
+        if settings["ticks"] is not None:
+            settings["ticks"] = dict(settings["ticks"])
+        return Axis(**settings)
 
     def unpack_chart(stored: Mapping[str, Any]) -> Chart:
-        axes = {
-            name: Axis(**stored[name] | {"ticks": None if (pairs := stored[name]["ticks"]) is None else dict(pairs)})
-            for name in ("x", "y")
-        }
-        marks = [unpack_mark(mark) for mark in stored["marks"]]
-        return Chart(**{**stored, "data": tables[stored["data"]], "marks": marks} | axes)
+        x, y = unpack_axis(stored["x"]), unpack_axis(stored["y"])
+        marks = list(map(unpack_mark, stored["marks"]))
+        return Chart(**{**stored, "data": tables[stored["data"]], "marks": marks, "x": x, "y": y})
 
-    grid = tuple(tuple(unpack_chart(stored) for stored in row) for row in packed["rows"])
-    return Panels(grid) if packed["panels"] else grid[0][0]
+    grid = tuple(tuple(map(unpack_chart, row)) for row in packed["rows"])
+    if packed["panels"]:
+        return Panels(grid)
+    return grid[0][0]
 
 
 def _values(owner: Any, **replaced: Any) -> dict[str, Any]:
     """Return the fields of a dataclass as JSON values, with some of them replaced."""
-    return {
-        field.name: _json_value(getattr(owner, field.name)) for field in fields(owner) if field.name not in replaced
-    } | (replaced)
+    values = {}
+    for field in fields(owner):
+        if field.name not in replaced:
+            values[field.name] = _json_value(getattr(owner, field.name))
+    return values | replaced
 
 
 def _pairs(ticks: Mapping[Any, str] | None) -> list[list[Any]] | None:
     """Return ticks as pairs, because keys of JSON are strings."""
-    return None if ticks is None else [[_json_value(value), label] for value, label in ticks.items()]
+    if ticks is None:
+        return None
+    return [[_json_value(value), label] for value, label in ticks.items()]
 
 
 def _json_value(value: Any) -> Any:
@@ -75,5 +89,5 @@ def _json_value(value: Any) -> Any:
         case Mapping():
             return {key: _json_value(inner) for key, inner in value.items()}
         case tuple() | list():
-            return [_json_value(inner) for inner in value]
+            return list(map(_json_value, value))
     return value

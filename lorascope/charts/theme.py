@@ -7,10 +7,7 @@ centered at zero.
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass, field
-
-from lorascope.files.printable import printable_lines
 
 VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"]
 RED_BLUE = ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7"]
@@ -20,7 +17,6 @@ ON_DARK = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#f
 
 FAINT = 0.18  # opacity of bands
 WIDTHS = {"column": 3.3, "page": 6.9}  # inches: one column and the full width of a two-column page
-GLYPH = 0.58  # mean width of a character of DejaVu Sans, in font sizes
 # Dash patterns and shapes of dots, by plotly's names.
 STYLES = {
     "dash": ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"],
@@ -43,7 +39,9 @@ class Theme:
 
     def category(self, index: int, count: int) -> str:
         """Return the color of one of ``count`` categories, from the palette or, if that is too short, viridis."""
-        return self.palette[index] if count <= len(self.palette) else self.color_at(index / (count - 1))
+        if count <= len(self.palette):
+            return self.palette[index]
+        return self.color_at(index / (count - 1))
 
     def color_at(self, share: float) -> str:
         """Return the color of a line or dot at fraction ``share`` (0 to 1) of a scale, by linear interpolation."""
@@ -83,15 +81,3 @@ def is_dark(color: str) -> bool:
     """Return whether white text is more readable on a theme's color than black text."""
     red, green, blue = channels(color)
     return 0.299 * red + 0.587 * green + 0.114 * blue < 140
-
-
-def wrap_text(text: str, room: float, size: float) -> str:
-    """Wrap text into lines that fit ``room`` at the font size ``size`` of a theme, both in the same unit."""
-    columns = max(8, int(room / (GLYPH * size)))
-    paragraphs = printable_lines(text).splitlines()
-    return "\n".join(line for paragraph in paragraphs for line in textwrap.wrap(paragraph, columns) or [""])
-
-
-def count_lines(text: str) -> int:
-    """Return the number of lines of a text wrapped for a theme, 0 if it is empty."""
-    return text.count("\n") + 1 if text else 0

@@ -9,6 +9,7 @@ Names of kohya have underscores instead of dots. They cannot be inverted, so wor
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 FLATTENED = re.compile(r"(?:lora_(?:unet|te\d?|prior_unet|prior_te|transformer)|lycoris|oft_unet)__?")
 """Prefix of names whose dots are underscores, as kohya, LyCORIS and OneTrainer write them."""
@@ -56,10 +57,11 @@ def locate_image_module(name: str) -> tuple[str, int | None, str] | None:
         dotted = re.sub(r"_(?=\d+(?:_|$))|(?<=\d)_", ".", name[prefix.end() :])
     elif not _IMAGE.search(name):
         return None
-    text = _TEXT.match(name)
-    if text is None and (match := _UNET.search(dotted)):
+    stack, text = "", _TEXT.match(name)
+    if text is not None:
+        stack = _text_stack(text)
+    elif match := _UNET.search(dotted):
         return _STACKS.get(match[1], "mid"), int(match[2] or 0), dotted[match.end() :].lstrip("._")
-    stack = _text_stack(text) if text else ""
     match = _BLOCK.search(dotted)
     if match is None:
         return stack, None, dotted
@@ -72,17 +74,21 @@ def image_role_inside(tail: str) -> str | None:
     """Return the role of an image model's module from its path below the block, None if it is not of such a model."""
     if tail == "proj_out":  # of a block without separate streams, which joins attention and feed-forward
         return "ffn_out"
-    if _MODULATION.search(tail):
-        return "other"
-    role = next((role for role, end in _ROLES.items() if end.search(tail)), None)
-    return f"cross_{role}" if role in ("q", "k", "v", "o") and _CROSS.search(tail) else role
+    role = _role_by_end(tail, _ROLES)
+    if role in ("q", "k", "v", "o") and _CROSS.search(tail):
+        return f"cross_{role}"
+    return role
 
 
 def image_role_outside(name: str) -> str | None:
     """Return the role of an image model's module outside the blocks, None if its name is not one of these."""
+    return _role_by_end(name, _OUTSIDE)
+
+
+def _role_by_end(name: str, ends: Mapping[str, re.Pattern[str]]) -> str | None:
     if _MODULATION.search(name):
         return "other"
-    return next((role for role, end in _OUTSIDE.items() if end.search(name)), None)
+    return next((role for role, end in ends.items() if end.search(name)), None)
 
 
 def _text_stack(match: re.Match[str]) -> str:

@@ -18,7 +18,9 @@ def to_words(value: object) -> str:
         text = " ".join(map(to_words, value))
         if len(text) <= _LONG:
             return text
-        kind = "modules" if any("." in str(item) for item in value) else "values"
+        kind = "values"
+        if "." in "".join(map(str, value)):  # names of modules are dotted
+            kind = "modules"
         return f"{len(value)} {kind}"
     if isinstance(value, dict):
         if "array" in value:

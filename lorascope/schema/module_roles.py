@@ -95,9 +95,11 @@ def role_inside(tail: str) -> str:
             role = "other"
         else:
             role = "ffn_out"
-    if _CROSS_ATTENTION.search(above):
-        return f"cross_{role}" if role in ATTENTION else "other"
-    return role
+    if not _CROSS_ATTENTION.search(above):
+        return role
+    if role in ATTENTION:
+        return f"cross_{role}"
+    return "other"
 
 
 def role_outside(name: str) -> str:

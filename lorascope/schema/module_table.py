@@ -74,7 +74,8 @@ def describe(model: Any) -> pd.DataFrame:
         and blocks have NA. A weight used in several places has one row, the embedding's if there is one, else the
         first; ``tied`` lists the other names, separated by commas.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(model, "get_base_model"):  # of PEFT
+        model = model.get_base_model()
     rows = list(_collect(model, "", None))
     _assign_end_roles(model, rows)
     uses: dict[int, list[_Row]] = defaultdict(list)
@@ -83,7 +84,7 @@ def describe(model: Any) -> pd.DataFrame:
     table = []
     for row in rows:
         group = uses[id(row.weight)]
-        if row is next((use for use in group if use.kind == "embedding"), group[0]):
+        if row is min(group, key=lambda use: use.kind != "embedding"):  # the first embedding, else the first use
             tied = ",".join(use.module for use in group if use is not row)
             table.append((row.module, row.stack, row.layer, row.role, row.outer or None, row.inner or None, tied))
     return pd.DataFrame(table, columns=list(_DTYPES)).astype(_DTYPES)
@@ -97,7 +98,9 @@ def _collect(module: Any, path: str, block: _Block | None) -> Iterator[_Row]:
         # Children of a module with a weight are adapters, not part of the model.
         yield _make_row(path, block, module, host, weight)
         return
-    blocks = _find_blocks(host, path) if block is None else set()
+    blocks = set()
+    if block is None:  # numbered modules inside a block belong to it
+        blocks = _find_blocks(host, path)
     for name, child in host.named_children():
         below = f"{path}.{name}".lstrip(".")
         if name in blocks:
@@ -155,7 +158,9 @@ def _kind(host: Any, weight: Any) -> str:
         return "norm"
     if hasattr(host, "num_embeddings"):
         return "embedding"
-    return "conv" if weight.ndim > 2 else "linear"
+    if weight.ndim > 2:
+        return "conv"
+    return "linear"
 
 
 def _assign_end_roles(model: Any, rows: list[_Row]) -> None:
@@ -169,7 +174,7 @@ def _assign_end_roles(model: Any, rows: list[_Row]) -> None:
     if output is not None:
         linears = [row for row in linears if row.source is output]
     elif hasattr(model, "base_model"):  # a model without a head is its own base_model, so no linear remains
-        backbone = {id(module) for module in model.base_model.modules()}
+        backbone = set(map(id, model.base_model.modules()))
         linears = [row for row in linears if id(row.source) not in backbone]
     if linears:
         linears[-1].role = "head"
@@ -251,8 +256,11 @@ def match(description: pd.DataFrame, targets: str | Sequence[str], called: str =
         A target matches no module, or the sequence is empty.
     """
     selection: set[str] = set()
-    for target in [targets] if isinstance(targets, str) else targets:
-        names = _matching_names(description, target, isinstance(targets, str), called)
+    is_pattern = isinstance(targets, str)
+    if isinstance(targets, str):
+        targets = [targets]
+    for target in targets:
+        names = _matching_names(description, target, is_pattern, called)
         if not names:
             raise ValueError(f"{called}: {target!r} matches no module {_suggest_names(description, target)}")
         selection.update(names)

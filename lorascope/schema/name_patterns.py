@@ -55,7 +55,9 @@ class Patterns:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 pattern = re.compile(expression)
-                return _compile_with_timeout(expression) if _BACKTRACKS.search(key) else pattern
+                if _BACKTRACKS.search(key):
+                    return _compile_with_timeout(expression)
+                return pattern
         except (re.error, ValueError, OverflowError, RecursionError) as error:
             must = f"{printable(key[:100])!r} must be a regular expression for the end of a module's name"
             raise unreadable(self._name, f"{must}: {printable(error)}") from error
@@ -101,7 +103,9 @@ def per_module(source: object, setting: str, default: T, pattern: Mapping[str, T
 
     def value(module: str) -> T:
         key = keys.first(module)
-        return default if key is None else values[key]
+        if key is None:
+            return default
+        return values[key]
 
     return value
 

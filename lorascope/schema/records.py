@@ -255,8 +255,10 @@ def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -
     for step, record in rows:
         value = np.atleast_1d(np.asarray(record.value, dtype=np.float64))
         index = record.index
-        if index is None:  # -1 becomes NA below
-            index = np.arange(len(value)) if np.ndim(record.value) > 0 else -1
+        if index is None:
+            index = -1  # becomes NA below
+            if np.ndim(record.value) > 0:
+                index = np.arange(len(value))
         steps.append(np.full(len(value), step))
         names.extend([record.module] * len(value))
         quantities.extend([record.quantity] * len(value))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from operator import attrgetter
 from typing import Any
 
@@ -82,22 +82,17 @@ def plan_figure(drawable: Drawable, theme: Theme) -> FigurePlan:
         if scale_colors.limits is not None:
             views = [number for number, chart in enumerate(charts) if column in encoded([chart], "color")]
             ramps.append(Ramp(len(ramps), scale_colors.label, theme.ramp, scale_colors.limits, views))
-    rows, start = [], 0
-    for row in drawable.rows():
-        rows.append(list(range(start, start + len(row))))
-        start += len(row)
-    title, legend_titles = "", set(map(attrgetter("color_label"), charts))
-    if len(charts) == 1:  # several panels have their titles above them
-        title = charts[0].title
+    numbers = iter(range(len(charts)))
+    legend_titles = set(map(attrgetter("color_label"), charts))
     return FigurePlan(
         panels=_set_limits(panels, frames),
-        rows=rows,
+        rows=[list(islice(numbers, len(row))) for row in drawable.rows()],
         frames=frames,
         frame_label="".join(labels),
         entries=_merge_entries(chain.from_iterable(map(_entries, panels))),
         legend_title=legend_titles.pop() if len(legend_titles) == 1 else "",
         ramps=ramps,
-        title=title,
+        title=charts[0].title if len(charts) == 1 else "",  # panels have their own titles
         caption=_join_captions(charts),
         theme=theme,
     )
@@ -179,12 +174,11 @@ def _pad_ends(numbers: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Lim
             pad = min(high**PAD / low**PAD, 1e3)
         return max(low / pad, np.finfo(float).tiny), high * pad
     pad = PAD * ((high - low) or abs(high) or 1.0)
-    start, stop = low - pad, high + pad
     if anchored and low == 0 < high:
-        start = low
+        return low, high + pad
     if anchored and high == 0 > low:
-        stop = high
-    return start, stop
+        return low - pad, high
+    return low - pad, high + pad
 
 
 def _entries(panel: Panel) -> Iterator[Entry]:

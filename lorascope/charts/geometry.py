@@ -258,10 +258,9 @@ def _(mark: Band, panel: Panel, frame: Any) -> Iterator[Area]:
 @build.register
 def _(mark: Point, panel: Panel, frame: Any) -> Iterator[Dots]:
     column, table = mark.color, panel.chart.table(mark)
-    encodings, shades = ("color", "shape"), None
+    encodings, shades = ["color", "shape"], None
     if column is not None and panel.colors[column].limits is not None:
-        # A color scale shows a continuum of values, so its dots are one shape with a color each.
-        encodings, shades = ("shape",), panel.colors[column]
+        encodings, shades = ["shape"], panel.colors[column]  # dots of many colors are one shape
     for rows, key in panel.split(mark, frame, *encodings):
         if shades is not None:
             colors = [shades.of(value, panel.theme) for value in rows[column]]
@@ -291,7 +290,7 @@ def _(mark: Bar, panel: Panel, frame: Any) -> Iterator[Bars]:
     width = CLUSTER
     if across.categories is None and gaps.size:
         width = CLUSTER * float(gaps.min())
-    offsets = np.zeros(len(groups))
+    offsets: Numbers = np.zeros(len(groups))
     # Bars that are colored by their own position do not share it with others.
     if groups and mark.mode != "stack" and mark.color not in (None, column):
         width /= len(groups)

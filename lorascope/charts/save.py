@@ -70,21 +70,7 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
 def save_small(drawable: Drawable, path: Path, **facts: Any) -> Path:
     """Save a PNG of page width with 256 colors, which look the same and keep clones of a repository small.
 
-    Its provenance has the entry ``pixels_sha256``; see ``files.png_pixels``.
-
-    Parameters
-    ----------
-    drawable : Drawable
-        Chart or panels.
-    path : path
-        File to write.
-    **facts
-        Entries of the provenance to add or to replace.
-
-    Returns
-    -------
-    Path
-        ``path``.
+    Its provenance has the entry ``pixels_sha256``, see ``files.png_pixels``; ``facts`` are added or replace entries.
     """
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo

@@ -22,9 +22,9 @@ from lorascope.charts.save import save_small
 from lorascope.inputs import models, tasks
 from lorascope.methods.method import config
 from lorascope.papers import fourierft_expressiveness, lora, neft, planted_ranks, score_agreement
-from lorascope.papers.figures.excerpt import write_excerpt
+from lorascope.papers.figures.excerpt import EXCERPTS, write_excerpt
 from lorascope.papers.figures.gallery_figure import KeptScores, printed
-from lorascope.papers.figures.redraw import EXCERPTS, _kept_run
+from lorascope.papers.figures.redraw import _kept_run
 from lorascope.papers.judging import kept_figures, kept_runs, registration
 from lorascope.papers.judging.kept_figures import FigureAbout, KeptFigure, digest_in
 from lorascope.papers.probe import OwnArm

@@ -13,7 +13,7 @@ import pytest
 import scipy.stats
 
 from lorascope.analysis.seed_intervals import pseudo_values, t_estimate, t_interval, two_way_estimate
-from lorascope.papers.judging import kept_runs, looks, registration
+from lorascope.papers.judging import csv_tables, evidence_manifest, kept_runs, looks, registration
 from lorascope.papers.judging import verdicts as judging
 from lorascope.papers.judging.kept_runs import RUN_COLUMNS, Evidence
 from lorascope.papers.judging.registration import Bound, ClaimText, Design, Paper, Registered
@@ -169,7 +169,7 @@ def test_draws_of_a_simulated_control_are_kept_with_its_values() -> None:
     assert of["a.replays"]["runs_control"].tolist() == of["a.replays"]["runs_statistic"].tolist()
     assert of["a.simulated"][["draws", "draw_error"]].drop_duplicates().to_numpy().tolist() == [[10_000, 0.003]]
     assert of["a.constant"][["draws", "draw_error"]].isna().all(axis=None)
-    assert b",10000,0.003,A-100AVX2,\n" in kept_runs.to_csv(values)
+    assert b",10000,0.003,A-100AVX2,\n" in csv_tables.to_csv(values)
 
 
 def test_baseline_enters_with_every_seed_and_has_none() -> None:
@@ -389,7 +389,7 @@ def test_evidence_comes_back_from_its_files(tmp_path: Path) -> None:
     assert found.clusters("A", 100).tolist() == (np.arange(ROWS) // 3).tolist()
     (tmp_path / "MANIFEST").touch()
     (tmp_path / "kept" / "MANIFEST").touch()  # only the one of the folder itself is left out
-    lines = kept_runs.manifest(tmp_path).splitlines()
+    lines = evidence_manifest.manifest(tmp_path).splitlines()
     assert len(lines) == 2 + 6 + 6 + 1
     assert lines == sorted(lines, key=lambda line: line.split("  ")[1])
 
@@ -397,10 +397,10 @@ def test_evidence_comes_back_from_its_files(tmp_path: Path) -> None:
 def test_run_is_never_written_twice(tmp_path: Path) -> None:
     evidence = planted({"A": 0.8}, 2)
     write(tmp_path, evidence)
-    before = kept_runs.manifest(tmp_path)
+    before = evidence_manifest.manifest(tmp_path)
     row = evidence.runs.iloc[0].to_dict()
     kept_runs.add_run(tmp_path, row | {"cpu_seconds": 99.0}, {}, {})  # trained again, as slowly as the machine is busy
-    assert kept_runs.manifest(tmp_path) == before
+    assert evidence_manifest.manifest(tmp_path) == before
     with pytest.raises(ValueError, match=r"cannot add run A-100AVX2: .*runs.csv has it with other numbers"):
         kept_runs.add_run(tmp_path, row | {"test_metric": 0.6}, {}, {})
 

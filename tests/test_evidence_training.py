@@ -27,8 +27,8 @@ from lorascope.charts.chart import Chart
 from lorascope.charts.marks import Point
 from lorascope.methods import Full, LoRA
 from lorascope.papers.figures import redraw
-from lorascope.papers.figures.redraw import _finder
-from lorascope.papers.judging import kept_figures, kept_runs, registration, verification
+from lorascope.papers.figures.excerpt import run_finder
+from lorascope.papers.judging import csv_tables, evidence_manifest, kept_figures, kept_runs, registration, verification
 from lorascope.papers.judging.statistics import Accuracy, Constant, OfRun
 from lorascope.papers.judging.verdicts import untrained_arms
 from lorascope.papers.lora import tfidf_arm
@@ -335,7 +335,7 @@ def test_runs_trained_again_agree_and_show_a_consistent_forgery(finished: Study)
     rows = kept.runs.assign(
         test_metric=kept.runs["test_metric"].where(kept.runs["run"] != run, float((margins > 0).mean()))
     )
-    (finished.folder / "runs.csv").write_bytes(kept_runs.to_csv(rows))
+    (finished.folder / "runs.csv").write_bytes(csv_tables.to_csv(rows))
     finished.write()
     assert finished.differences() == []
     lines = train_arms.retrain(finished.folder, 100, finished.file)
@@ -352,7 +352,7 @@ def test_forged_tables_and_scores_are_named_when_trained_again(finished: Study) 
     forged = {"validation_loss": 0.5, "test_loss": 0.25, "trained_parameters": 3}
     rows = kept.runs.astype(dict.fromkeys(forged, "object"))
     rows.loc[rows["run"] == high, list(forged)] = list(forged.values())
-    (finished.folder / "runs.csv").write_bytes(kept_runs.to_csv(rows))
+    (finished.folder / "runs.csv").write_bytes(csv_tables.to_csv(rows))
     finished.write()
     assert finished.differences() == []
     with parallel_config(n_jobs=1):
@@ -369,7 +369,7 @@ def test_a_forged_record_that_a_figure_shows_is_named_when_trained_again(finishe
     table = pd.read_parquet(excerpt / "records.parquet")
     table.assign(value=table["value"] + 1).to_parquet(excerpt / "records.parquet", index=False)
     about = json.loads((excerpt / "run.json").read_text())
-    about["checksums"]["records.parquet"] = kept_runs.digest(excerpt / "records.parquet")
+    about["checksums"]["records.parquet"] = evidence_manifest.digest(excerpt / "records.parquet")
     (excerpt / "run.json").write_text(json.dumps(about))
     shutil.rmtree(finished.out)
     finished.write()  # draws the figures from the forged record
@@ -411,7 +411,7 @@ def test_figures_show_kept_runs_and_agree_with_their_data(finished: Study, capsy
     assert set(kept.figures["scores"].about.runs) == {kept.run(arm, seed) for arm in "AB" for seed in (100, 101, 102)}
     facts = image_facts(finished, "ranks")
     assert facts["runs"] == list(about.runs)
-    assert facts["data_sha256"] == kept_runs.digest(finished.folder / "figures" / "ranks.parquet")
+    assert facts["data_sha256"] == evidence_manifest.digest(finished.folder / "figures" / "ranks.parquet")
     assert facts["commit"] == kept.runs["commit"].iloc[0]
     chart = pd.read_parquet(finished.folder / "figures" / "scores.parquet")
     means = kept.runs[kept.runs["role"] == "judged"].groupby("arm")["test_metric"].mean()
@@ -450,7 +450,9 @@ def test_a_figure_is_not_drawn_from_runs_with_other_scores_than_kept(finished: S
     shutil.rmtree(finished.folder / "figures")
     runs = pd.read_csv(finished.folder / "runs.csv")
     other = runs["run"] == kept_runs.read(finished.folder).run("A", 101)
-    (finished.folder / "runs.csv").write_bytes(kept_runs.to_csv(runs.assign(test_loss=runs["test_loss"] + 0.1 * other)))
+    (finished.folder / "runs.csv").write_bytes(
+        csv_tables.to_csv(runs.assign(test_loss=runs["test_loss"] + 0.1 * other))
+    )
     finished.write()
     assert kept_runs.read(finished.folder).figures.keys() == {"scores", "table"}
 
@@ -491,7 +493,7 @@ def test_tampered_figures_are_named(finished: Study) -> None:
         lines = finished.differences()
         assert any(line.startswith(place) for line in lines), lines
         assert any(line.startswith("MANIFEST: figures/ranks.parquet") for line in lines) == (tamper != exchange_images)
-        (finished.folder / "MANIFEST").write_text(verification._manifest(finished.folder, finished.file))
+        (finished.folder / "MANIFEST").write_text(evidence_manifest.full_manifest(finished.folder, finished.file))
         assert any(line.startswith(place) for line in finished.differences())
 
 
@@ -500,11 +502,11 @@ def forge_image(study: Study, name: str, **facts: Any) -> None:
     image = study.images / f"{name}.png"
     with Image.open(image) as opened:
         known, copied = json.loads(opened.info["lorascope"]), opened.copy()
-    digest = kept_runs.digest(study.folder / "figures" / f"{name}.parquet")
+    digest = evidence_manifest.digest(study.folder / "figures" / f"{name}.parquet")
     text = PngInfo()
     text.add_text("lorascope", json.dumps(known | {"data_sha256": digest} | facts))
     copied.save(image, pnginfo=text)
-    (study.folder / "MANIFEST").write_text(verification._manifest(study.folder, study.file))
+    (study.folder / "MANIFEST").write_text(evidence_manifest.full_manifest(study.folder, study.file))
 
 
 def test_a_point_that_does_not_follow_from_the_runs_is_named_even_if_all_hashes_fit(finished: Study) -> None:
@@ -571,7 +573,7 @@ def move_outside(excerpt: Path) -> None:
 def test_a_damaged_excerpt_is_one_line(finished: Study, damage: Callable[[Path], None], line: str) -> None:
     run = kept_runs.read(finished.folder).run("A", 101)
     damage(finished.folder / "shown" / run)
-    (finished.folder / "MANIFEST").write_text(verification._manifest(finished.folder, finished.file))
+    (finished.folder / "MANIFEST").write_text(evidence_manifest.full_manifest(finished.folder, finished.file))
     (found,) = finished.differences()
     line = line.replace("FIGURE", r"figures/ranks\.parquet: cannot be drawn again").replace("RUN", run)
     assert re.fullmatch(line, found), found
@@ -602,7 +604,7 @@ def test_a_figure_that_shows_other_runs_or_has_other_text_is_named(
 def test_an_excerpt_of_no_run_is_named(finished: Study) -> None:
     (finished.folder / "shown" / "0123456789ab").mkdir()
     (finished.folder / "shown" / "other").write_bytes(b"")
-    (finished.folder / "MANIFEST").write_text(verification._manifest(finished.folder, finished.file))
+    (finished.folder / "MANIFEST").write_text(evidence_manifest.full_manifest(finished.folder, finished.file))
     assert finished.differences() == ["shown/0123456789ab: not a run of runs.csv", "shown/other: not a run of runs.csv"]
 
 
@@ -610,7 +612,7 @@ def test_an_excerpt_of_no_run_is_named(finished: Study) -> None:
 def test_a_damaged_cell_of_a_shown_run_raises_nothing(finished: Study, column: str, value: str) -> None:
     runs = pd.read_csv(finished.folder / "runs.csv", dtype="str", keep_default_na=False)
     runs.loc[runs["arm"] == "B", column] = value
-    (finished.folder / "runs.csv").write_bytes(kept_runs.to_csv(runs))
+    (finished.folder / "runs.csv").write_bytes(csv_tables.to_csv(runs))
     assert any(line.startswith("figures/scores.parquet: ") for line in finished.differences())
     redraw.draw_figures(finished.folder, finished.out, finished.images, SECTIONS, "abc")
 
@@ -630,7 +632,7 @@ def test_figures_are_drawn_from_the_kept_parts_of_the_runs(finished: Study) -> N
 def test_runs_may_share_an_earlier_phase_but_no_run_has_two_folders(tmp_path: Path) -> None:
     for run in "ab":
         plant_spectra(tmp_path / run / "1-tune")
-    find = _finder(tmp_path)
+    find = run_finder(tmp_path)
     assert find({"run": "other-0123"}) is None
     with pytest.raises(ValueError, match=r"^two folders of run run: .*a/1-tune/run and .*b/1-tune/run$"):
         find({"run": "run-0123"})

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lorascope.papers import expressiveness_figures
 from lorascope.papers import fourierft_expressiveness as study
 from lorascope.papers.fourierft_expressiveness import FOURIER, SLOW, Course, Points
 from lorascope.updates import fourier
@@ -80,9 +81,14 @@ def test_curves_match_planted_courses():
     """Courses are correct after a number of epochs; accuracy stays 1 from then on."""
     network = study.network(0)
     soon = [30, 40, 50, 60, 70]
-    found = {(FOURIER, seed): Course([0.5] * (soon[seed] - 1) + [0.75, 1.0], network) for seed in study.SEEDS}
-    found |= {(SLOW, seed): Course([0.25, 0.5, 0.25], network) for seed in study.SEEDS}
-    values = {(row.recipe, row.epoch): row.value for row in study.accuracy_curves(found).data.itertuples()}
+    found = {
+        (FOURIER, seed): Course([0.5] * (soon[seed] - 1) + [0.75, 1.0], network)
+        for seed in expressiveness_figures.SEEDS
+    }
+    found |= {(SLOW, seed): Course([0.25, 0.5, 0.25], network) for seed in expressiveness_figures.SEEDS}
+    values = {
+        (row.recipe, row.epoch): row.value for row in expressiveness_figures.accuracy_curves(found).data.itertuples()
+    }
     assert values[FOURIER, 0] == 0.5
     assert values[FOURIER, 40] == pytest.approx((1 + 1 + 0.5 * 3) / 5)
     assert values[FOURIER, 60] == pytest.approx((4 + 0.5) / 5)  # the last seed is correct only at epoch 70
@@ -98,7 +104,7 @@ class _Signs(nn.Module):
 
 def test_regions_equal_the_predictions_of_the_network(tmp_path):
     shown = Points(torch.tensor([[-3.1, 0.0], [2.0, 1.0], [9.0, -9.0]]), torch.tensor([0, 0, 1]))
-    drawn = study.regions({"signs": _Signs()}, shown)
+    drawn = expressiveness_figures.regions({"signs": _Signs()}, shown)
     chart = drawn.rows()[0][0]
     assert chart.title == "signs: 67% correct"
     assert (chart.data["class"] == (chart.data["x"] >= 0)).all()

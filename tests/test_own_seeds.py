@@ -13,7 +13,7 @@ from test_evidence_training import PAIRS, SEEDS, Study, finished, planted, study
 
 from lorascope.cli import main as cli
 from lorascope.cli import reproduce as command
-from lorascope.papers.judging import kept_runs
+from lorascope.papers.judging import csv_tables, kept_runs
 from lorascope.papers.training import own_seeds
 
 MINE = 31
@@ -84,7 +84,7 @@ def test_single_run_of_another_machine_leaves_the_kept_seeds(kept: Study) -> Non
     file = kept.folder / "runs.csv"
     runs = pd.read_csv(file)
     first = runs[runs["role"] == "judged"].head(1).assign(run="other", capability="other")
-    file.write_bytes(kept_runs.to_csv(pd.concat([first, runs])))
+    file.write_bytes(csv_tables.to_csv(pd.concat([first, runs])))
     found = train_own(kept, "p.better")
     assert found.rows.set_index("seeds")["n"].to_dict() == {"kept": SEEDS, "yours": 1, "both": SEEDS + 1}
     assert f"of {SEEDS}." in found.place
@@ -117,7 +117,7 @@ def test_own_run_that_does_not_fit_is_named_and_trained_again(
     runs = pd.read_csv(mine / "runs.csv")
     changed = runs["arm"] == "A"
     runs.loc[changed, column] = value
-    (mine / "runs.csv").write_bytes(kept_runs.to_csv(runs))
+    (mine / "runs.csv").write_bytes(csv_tables.to_csv(runs))
     planned = own_seeds.plan("p.better", MINE, mine, data)
     (line,) = planned.unfit().values()
     assert line == f"own run not used: A, seed {MINE}: {reason}"

@@ -21,7 +21,7 @@ from lorascope.cli import main as cli
 from lorascope.cli import reproduce as command
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
 from lorascope.papers import adalora, adapprox, alora, autolora, fourierft, hydralora, lisa, lora, neft
-from lorascope.papers.judging import kept_runs, kept_verdicts, registration
+from lorascope.papers.judging import csv_tables, kept_runs, kept_verdicts, registration
 from lorascope.papers.judging.learning_rates import choose_rate
 from lorascope.papers.probe import Arm
 from lorascope.papers.rank_tables import RANKS
@@ -231,7 +231,7 @@ def test_kept_verdict_next_to_own_seeds(tmp_path: Path, change: dict[str, Any], 
     file.parent.mkdir()
     changed = table.assign(**{name: table[name].where(~chosen, value) for name, value in change.items()})
     shown = "" if verdict == "void" else "0.01 [0, 0.02]"
-    file.write_bytes(kept_runs.to_csv(changed.assign(shown=changed["shown"].where(~chosen, shown))))
+    file.write_bytes(csv_tables.to_csv(changed.assign(shown=changed["shown"].where(~chosen, shown))))
     row = own_seeds._kept_row("lora.parity", tmp_path)
     assert (row["verdict"], row["effect"]) == (verdict, shown if verdict == "supported" else "")
     judged = kept_verdicts.read(tmp_path).table

@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 
 from lorascope.papers.judging import kept_runs, registration, verification
+from lorascope.papers.judging.evidence_manifest import full_manifest
 from lorascope.papers.judging.kept_runs import RUN_COLUMNS
 from lorascope.papers.judging.registration import RegisteredArm, Registration, arm_hash
 from lorascope.papers.judging.statistics import COURSE, Accuracy, Constant, OfPairs, OfRun
@@ -113,7 +114,7 @@ class Planted:
         write_derived(self.folder, derived, self.registered)
 
     def manifest(self) -> None:
-        (self.folder / "MANIFEST").write_text(verification._manifest(self.folder, self.registered))
+        (self.folder / "MANIFEST").write_text(full_manifest(self.folder, self.registered))
 
 
 def write(planted: Planted) -> None:

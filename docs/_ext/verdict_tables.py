@@ -18,7 +18,8 @@ from lorascope.analysis.seed_intervals import t_interval
 from lorascope.files.printable import count_phrase
 from lorascope.papers.judging import published_numbers
 from lorascope.papers.judging.claims import with_level
-from lorascope.papers.judging.kept_runs import BLOCK, Evidence, read_texts
+from lorascope.papers.judging.csv_tables import read_texts
+from lorascope.papers.judging.kept_runs import BLOCK, Evidence
 from lorascope.papers.judging.looks import BUDGET, STOPPED
 from lorascope.papers.judging.registration import PAPERS, Change, Registered, Registration
 from lorascope.papers.judging.verdicts import name_machine

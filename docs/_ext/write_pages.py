@@ -11,7 +11,7 @@ import page_blocks
 from verdict_tables import all_blocks
 
 from lorascope.files.printable import printable
-from lorascope.papers.judging import kept_runs, registration
+from lorascope.papers.judging import csv_tables, kept_runs, registration
 from lorascope.papers.registry import PAIRS
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def find_differences(root: Path, write: bool) -> Iterator[str]:
         for page in pages(root):
             page_blocks.write(page, blocks)
     yield from page_blocks.differences(pages(root), blocks)
-    measured = kept_runs.text_table(derived.files[measured_numbers.FILE])
+    measured = csv_tables.text_table(derived.files[measured_numbers.FILE])
     for page in pages(root):
         yield from measured_numbers.repeated(page, measured)
 

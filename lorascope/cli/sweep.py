@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from json import dumps, loads
+from json import dumps
 from typing import TYPE_CHECKING, Annotated, Any
 
 import pandas as pd
@@ -15,6 +15,7 @@ from lorascope.analysis.seed_intervals import Interval
 from lorascope.cli.arguments import Name, command
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import WIDTH, elide, format_frame, format_span, wrap_paragraph
+from lorascope.files.typed_json import to_json_rows
 
 if TYPE_CHECKING:
     from lorascope.experiments.sweep import SweepResult
@@ -94,17 +95,13 @@ def _format_standings(swept: SweepResult) -> str:
 
 def _sweep_to_json(swept: SweepResult) -> dict[str, Any]:
     """Convert runs, failures, recipes and their comparison to JSON values; NaN becomes null."""
-
-    def rows(table: pd.DataFrame) -> Any:
-        return loads(table.to_json(orient="records", double_precision=15))  # the most digits that pandas writes
-
     table = recipe_tests.collect_scores(swept.runs())
     compared = recipe_tests.compare_pairs(table)
     folders = [str(swept.folders[number]) for number in sorted(swept.folders)]
     return {
-        "runs": rows(table.assign(path=folders)),
+        "runs": to_json_rows(table.assign(path=folders)),
         "failed": swept.complaints(),
-        "recipes": rows(recipe_tests.standings(table, compared)) if len(table) else [],
-        "pairs": rows(compared),
+        "recipes": to_json_rows(recipe_tests.standings(table, compared)) if len(table) else [],
+        "pairs": to_json_rows(compared),
         "words": recipe_tests.describe_comparison(compared),
     }

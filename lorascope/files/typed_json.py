@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import numpy as np
 
+from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 
 Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
@@ -144,3 +145,8 @@ def json_values(value: Any) -> Any:
         case list():
             return [json_values(inner) for inner in value]
     return value
+
+
+def to_json_rows(table: pd.DataFrame) -> Any:
+    """Return the rows of a table as JSON values; numbers that do not exist are None."""
+    return json.loads(table.to_json(orient="records", double_precision=15))  # the most digits that pandas writes

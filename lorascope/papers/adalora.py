@@ -68,7 +68,7 @@ def arms() -> list[Arm]:
     # The scale is alpha / init_rank, the same for all.
     uniform = replace(adapted, init_rank=8, alpha=adapted.alpha * 8 / 12)
     smaller = {}
-    for (target, label), init in zip(SMALLER.items(), (2, 4, 6), strict=True):
+    for (target, label), init in zip(SMALLER.items(), (2, 4, 6), strict=True):  # the paper's initial ranks
         smaller[label] = replace(adapted, init_rank=init, target_rank=target, alpha=adapted.alpha * init / 12)
     settings = encoder_settings()
     return [
@@ -111,13 +111,15 @@ def placement_arms() -> list[Arm]:
     return [
         Arm(
             label=label,
-            method=LoRA(rank=ranks[label], alpha=float(ranks[label]), targets=modules),
+            method=LoRA(rank=ranks[label], alpha=float(ranks[label]), targets=modules),  # the same scale for all
             settings=encoder_settings(),
         )
         for label, modules in by_label.items()
     ]
 
 
+# Feed-forward modules are two of six roles and the top third has two of six layers, so ranks that do not depend on the
+# module give a third to either.
 CLAIMS = {
     "placement.ffn": (average(map(Accuracy, FEED_FORWARD_TYPES)), average(map(Accuracy, ATTENTION_TYPES))),
     "placement.upper": (Accuracy(TOP), Accuracy(BOTTOM)),
@@ -160,6 +162,7 @@ def _draw_parts(runs: Mapping[str, Sequence[Any]]) -> Chart:
     names = {"AdaLoRA": "AdaLoRA", "without the penalty": "no penalty", "sensitivity": "sensitivity only"}
     variants = numbers["method"].str.extract("(^AdaLoRA$|without the penalty|sensitivity)")[0]
     numbers = numbers.assign(recipe=variants.map(names), source="printed")
+    # AdaLoRA itself is in both tables.
     numbers = numbers[numbers["size"] == "0.65 %"].dropna(subset="recipe").drop_duplicates("recipe")
     # Seeds instead of a mean: without the penalty, some fail and others do not.
     cohort = gather("accuracy", runs)

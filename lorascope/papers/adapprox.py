@@ -52,6 +52,7 @@ def arms() -> list[Arm]:
     from lorascope.methods import Adapprox, Full
     from lorascope.papers.setups import pretraining
 
+    # Without a scale, ranks grow in proportion to the largest rank allowed. The paper's constants fit a width of 768.
     ours = Adapprox(dense=("embed", "pos_embed"), growth_scale=None)
     methods: dict[str, Method] = {
         OURS: ours,
@@ -69,7 +70,7 @@ def arms() -> list[Arm]:
     ]
     # The embedding of the small GPT-2 is small enough to be factored.
     methods[OURS] = replace(ours, dense=())
-    scratch = encoder_settings(600) | {"max_length": pretraining.LENGTH}
+    scratch = encoder_settings(600) | {"max_length": pretraining.LENGTH}  # the model has no further positions
     model, text = pretraining.untrained_model, pretraining.plain_text()
     return fine_tuned + [
         Arm(label=f"{name}, pre-training", method=method, settings=scratch, model=model, task=text)
@@ -99,6 +100,7 @@ def keep_tails(run: Run) -> pd.DataFrame:
     at_rank = {
         name: optimizer_moments.final_values(run.table, error).xs(RANK, level="index") for name, error in errors.items()
     }
+    # The recorded errors are relative norms, and their squares are fractions of energy.
     return (pd.DataFrame(at_rank) ** 2).reset_index().astype({"module": "str"})
 
 

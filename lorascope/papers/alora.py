@@ -38,6 +38,7 @@ def arms() -> list[Arm]:
     """Return the registered arms of the ALoRA paper: with its scores, with random ones, and LoRA of the same rank."""
     from lorascope.methods import ALoRA, LoRA
 
+    # Scoring takes forward passes for every component, hence a small rank.
     method, settings = ALoRA(init_rank=4, alpha=4.0), encoder_settings()
     return [
         Arm(label=ADAPTED, method=method, settings=settings),
@@ -81,11 +82,12 @@ def _replay_rounds(run: Run, modules: pd.DataFrame, draws: int) -> Int[np.ndarra
     per_round = run.meta.method["prune"]
     in_block = int(modules.groupby(["stack", "layer"], observed=True).size().max())
     number = {"block": in_block, "network": len(modules)}.get(per_round, per_round)
+    # Every round records the score of the whole model once.
     rounds = run.table.loc[run.table["quantity"] == "score_full", "step"].nunique()
     final_ranks = np.full((draws, len(modules)), run.meta.method["init_rank"])
-    for ranks in final_ranks:
+    for ranks in final_ranks:  # rows of the array, which are changed in place
         for _ in range(rounds):
-            scores = [rng.random(rank) for rank in ranks]
+            scores = [rng.random(rank) for rank in ranks]  # new in every round, as after training in between
             pruned = prune(scores, number)
             ranks += allocate(scores, pruned) - np.array(list(map(len, pruned)))
     return final_ranks

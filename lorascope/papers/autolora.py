@@ -83,7 +83,7 @@ CLAIMS = {
 
 def figures(runs: Mapping[str, Run]) -> list[ReportFigure]:
     """Draw the figures of the AutoLoRA paper: the allocation, and the search."""
-    label, run = ADAPTED, runs[ADAPTED]
+    label, run = ADAPTED, runs[ADAPTED]  # its parent is the search
     return [draw("rank_allocation", {label: run}), draw("importance", {label: run.parents[0]}, quantity="alpha")]
 
 
@@ -93,6 +93,7 @@ def _draw_ranks(runs: Mapping[str, Sequence[Any]]) -> Panels:
     ranks, chance = (pd.read_csv(published / f"autolora_{name}.csv") for name in ("ranks", "chance"))
     count = ranks["list"].nunique()
     cells = ranks.groupby(["projection", "layer"])["rank"].mean().rename("value").reset_index()
+    # Within a list, because the mean over lists has less variation than any of them.
     deviation = ranks.groupby("list")["rank"].std().mean()
     measured = plots.rank_allocation(runs).charts()
     caption = (

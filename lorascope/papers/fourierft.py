@@ -95,6 +95,7 @@ class BestElsewhere(Statistic):
 
     def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
         accuracies = np.stack([MeanOverRows(Accuracy(arm))(evidence, seeds) for arm in self.choices])
+        # A choice on the seed itself would favor the best of several by chance. Sums order arms as means do.
         on_other_seeds = accuracies.sum(axis=1, keepdims=True) - accuracies
         return np.take_along_axis(accuracies, on_other_seeds.argmax(axis=0)[None], axis=0)[0]
 
@@ -127,6 +128,7 @@ def _draw_bases(runs: Mapping[str, Sequence[Any]]) -> Chart:
     tables = []
     for model in ("RoBERTa-base", "RoBERTa-large"):
         of_model = printed(paper="FourierFT", table="Table 6", model=model, data="RTE")
+        # Both models have numbers for every basis, so each has a separate mark.
         tables.append(of_model.assign(source=f"printed: {model}"))
     numbers = pd.concat(tables)
     numbers = numbers.assign(basis=numbers["method"].str.removesuffix(" basis"))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ import pandas as pd
 from lorascope.analysis.seed_intervals import band
 from lorascope.array_types import Float, Int
 from lorascope.charts.chart import Chart, Drawable, set_side_by_side
-from lorascope.charts.marks import Axis, Heat, Line, Point
+from lorascope.charts.marks import Axis, Line, Point
 from lorascope.papers.figures.gallery_figure import GalleryFigure
 from lorascope.papers.judging.statistics import COURSE, Combined, OfRun
 from lorascope.papers.probe import OwnArm, Probe, Scored
@@ -45,14 +45,11 @@ if TYPE_CHECKING or "jaxtyping" in sys.modules:
 
 CLASSES, POINTS, CENTER, NOISE = 8, 30, 5.0, 0.5
 WIDTH, COEFFICIENTS = 64, 128
-EPOCHS, SEEDS = 1000, range(5)
+EPOCHS = 1000
 _ALPHA, _ENTRY_SEED, _MIDDLE = 300.0, 777, "2"  # FourierFT's alpha and entry seed, and the name of the middle layer
-_CELL, _REACH = 0.25, 28  # drawn region of the plane: side of a cell, and number of cells on each side of zero
-_EVERY = 20  # epochs between two points of a curve
 _FIRST_EPOCH = 10  # of the axis of the figure; no seed fits all points before it
 FOURIER, RANDOM = "FourierFT", "random basis"
 SLOW, FAST = "LoRA, rank 1, lr 0.01", "LoRA, rank 1, lr 0.1"
-_RIGHT, _WRONG = "correct", "misclassified"
 
 
 class Points(NamedTuple):
@@ -72,10 +69,6 @@ class Course(NamedTuple):
     def epochs(self) -> int:
         """Epochs until all points were classified correctly, or all epochs if that did not happen."""
         return len(self.accuracy) - 1
-
-
-Courses = Mapping[tuple[str, int], Course]
-"""Course of each adapter and seed."""
 
 
 def points(seed: int) -> Points:
@@ -152,7 +145,7 @@ def learn(label: str, seed: int, epochs: int = EPOCHS) -> Course:
     attach(model, {_MIDDLE: delta})
     optimizer = torch.optim.Adam(delta.parameters(), lr=rate)
     accuracy: list[float] = []
-    while True:
+    while True:  # the accuracy of the last update needs one more pass than there are updates
         logits = model(x)
         accuracy.append(float((logits.argmax(dim=1) == y).float().mean()))
         if accuracy[-1] == 1.0 or len(accuracy) > epochs:
@@ -181,6 +174,7 @@ def _score(label: str, seed: int) -> Scored:
     table, accuracy, loss = course_table(label, seed)
     row: dict[str, Any] = dict.fromkeys(("validation_loss", "test_loss"), loss)
     row |= dict.fromkeys(("validation_metric", "test_metric"), accuracy) | {"validation_chance": 1 / CLASSES}
+    # LoRA of rank 1 has 64 + 64 parameters, as many as there are coefficients.
     row |= {"steps": int(table["epochs"].item()), "trained_parameters": COEFFICIENTS}
     return Scored(row, tables={COURSE: table})
 
@@ -202,12 +196,6 @@ CLAIMS = {
     ),
     "expressiveness.frequencies": (-OfRun(log_epochs, COURSE, FOURIER), -OfRun(log_epochs, COURSE, RANDOM)),
 }
-
-
-@cache
-def courses() -> Courses:
-    """Test the expressiveness of every adapter for every seed, which varies points, network and initialization."""
-    return {(label, seed): learn(label, seed) for label in ADAPTERS for seed in SEEDS}
 
 
 def _draw_toy_task(runs: Mapping[str, Sequence[Any]]) -> Drawable:
@@ -245,63 +233,6 @@ def _draw_toy_task(runs: Mapping[str, Sequence[Any]]) -> Drawable:
             caption=caption,
         ),
     )
-
-
-def accuracy_curves(by_run: Courses) -> Chart:
-    """Plot expressiveness as accuracy by epoch, one line per adapter. Accuracy stays 1 once all points are right."""
-    longest = max(len(course.accuracy) for course in by_run.values())
-    tables = []
-    for (label, seed), (accuracy, _) in by_run.items():
-        extended = accuracy + [accuracy[-1]] * (longest - len(accuracy))
-        sampled = {"epoch": range(0, longest, _EVERY), "value": extended[::_EVERY]}
-        tables.append(pd.DataFrame(sampled | {"run": seed, "recipe": label, "kind": "run"}))
-    cells = band(pd.concat(tables), ["recipe", "kind", "epoch"])
-    return builders.curves(
-        cells,
-        "epoch",
-        ("epoch", Axis(label="training accuracy", limits=(0, 1))),
-        points=False,
-        title=f"Fitting eight classes with {COEFFICIENTS} parameters",
-        caption=f"Training accuracy, every {_EVERY}th epoch, mean of {len({seed for _, seed in by_run})} seeds; bands: "
-        f"{INTERVAL}. {CLASSES} × {POINTS} points; frozen network with one adapted {WIDTH} × {WIDTH} layer; full-batch "
-        "Adam.",
-        colors=list(ADAPTERS),
-    )
-
-
-def regions(networks: Mapping[str, nn.Module], points: Points) -> Drawable:
-    """Plot expressiveness as the predicted class over the plane, with the points on top, one panel per network."""
-    import torch
-
-    panels = []
-    ticks = torch.arange(-_REACH, _REACH + 1) * _CELL
-    plane = torch.cartesian_prod(ticks, ticks)
-    for label, model in networks.items():
-        with torch.no_grad():
-            right = (model(points.x).argmax(dim=1) == points.y).numpy()
-            classes = model(plane).argmax(dim=1).numpy()
-        across, up = _cell_centers(plane)
-        cells = pd.DataFrame({"x": across, "y": up, "class": classes})
-        dots = pd.DataFrame(dict(zip("xy", _cell_centers(points.x), strict=True)))
-        dots["point"] = np.where(right, _RIGHT, _WRONG)
-        heat = Heat("x", "y", "class", "class", limits=(0, CLASSES - 1))
-        panels.append(
-            Chart(
-                cells,
-                [heat, Point("x", "y", "point", data=dots)],
-                title=f"{label}: {right.mean():.0%} correct",
-                x=Axis(label="x", order=np.unique(across)),
-                y=Axis(label="y", order=np.unique(up)[::-1]),
-                caption="Predicted class at each position of the plane, and the training points; one seed.",
-                colors=(_RIGHT, _WRONG),
-            )
-        )
-    return set_side_by_side(*panels)
-
-
-def _cell_centers(x: Float[Tensor, "points 2"]) -> Float[np.ndarray, "2 points"]:
-    """Return the center of each point's cell; points outside the drawn region move to its edge."""
-    return (x.numpy().T / _CELL).round().clip(-_REACH, _REACH) * _CELL
 
 
 HEADING = "FourierFT"

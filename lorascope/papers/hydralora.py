@@ -61,6 +61,7 @@ def arms() -> list[Arm]:
     sentiment = restrict(four, "sentiment")
     routed = routed_method()
     settings, rank = encoder_settings(400), equal_rank(routed)
+    # The alpha gives LoRA the scale of HydraLoRA.
     lora = LoRA(rank=rank, alpha=rank * routed.alpha / routed.rank, targets=routed.targets or ())
     methods: dict[str, tuple[Method, tasks.Task]] = {
         ROUTED: (routed, four),
@@ -125,6 +126,7 @@ def keep_gate_information(run: Run) -> pd.DataFrame:
     rows = run.table[run.table["quantity"].isin(columns)].astype({"module": "str", "quantity": "str"})
     wide = rows.pivot(index=["module", "step"], columns="quantity", values="value").rename(columns=columns)
     steps = wide.index.get_level_values("step")
+    # The first recording is before training, so the random routers are the control of the trained ones.
     moments = {"start": steps.min(), "end": steps.max()}
     tables = [wide.xs(step, level="step").reset_index().assign(when=when) for when, step in moments.items()]
     return pd.concat(tables, ignore_index=True)[["module", "when", "information", "chance"]]

@@ -101,7 +101,7 @@ def _replicate_arm(arm: Arm, seed: int) -> Arm:
 
     first = seed * _RUNS  # so that the seeds of two replicates never overlap
     method = arm.method
-    if isinstance(method, LoRA) and method.init_seed is not None:
+    if isinstance(method, LoRA) and method.init_seed is not None:  # a shared initial A
         method = replace(method, init_seed=first)
     return replace(arm, method=method, settings={**arm.settings, "seed": first + arm.settings["seed"]})
 
@@ -112,11 +112,12 @@ def factor_sets(table: pd.DataFrame, factor: str, view: str, when: str) -> list[
     sets = []
     for _, of_shape in rows.groupby("shape", sort=False):
         slots, runs = int(of_shape["slot"].max()) + 1, int(of_shape["first"].max()) + 1
+        # The table has one triangle without the diagonal, which no statistic reads.
         cosine = np.full((slots, runs, slots, runs), np.nan)
         slot, first, other, second = of_shape[["slot", "first", "other", "second"]].to_numpy().T
         cosine[slot, first, other, second] = of_shape["cosine"].to_numpy(np.float64)
         cosine[other, second, slot, first] = of_shape["cosine"].to_numpy(np.float64)
-        names = [str(run // 2) for run in range(runs)]
+        names = [str(run // 2) for run in range(runs)]  # of the domains, each of which has two runs
         sets.append(FactorSet((0,), list(map(str, range(slots))), [factor] * slots, names, names, cosine))
     return sets
 
@@ -178,6 +179,7 @@ def keep_similarities(run: Run, *earlier: Run, cosines: Sequence[tuple[str, Fact
     for when, factor, view in cosines:
         step = 0 if when == "start" else None
         updates = {str(number): factored_updates(of_set.updates(step)) for number, of_set in enumerate(runs)}
+        # The domains do not matter for cosines.
         for cloud in build_factor_sets(updates, dict.fromkeys(updates, ""), (factor,), view):
             pairs = np.triu_indices(len(cloud.flat), 1)
             (slot, other), (first, second) = (index.astype(np.uint16) for index in np.divmod(pairs, len(runs)))

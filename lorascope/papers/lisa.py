@@ -57,6 +57,7 @@ def arms() -> list[Arm]:
     decoder = decoder_settings() | {"test_size": 200}
     encoder = LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed"))
     both_ends = replace(encoder, targets=("all-linear", "embed", "lm_head"))
+    # PEFT draws the embedding's B with standard deviation 1, so equal changes of A move it far more than other layers.
     small_ends = replace(both_ends, embedding_init="linear")
     return [
         Arm(label=ADAPTED, method=encoder, settings=encoder_settings()),
@@ -74,7 +75,7 @@ def training_arms() -> list[Arm]:
     steps = settings["steps"]
     encoder = {
         DRAWN: LISA(n_active=2),
-        ONCE: LISA(n_active=2, interval=steps),
+        ONCE: LISA(n_active=2, interval=steps),  # a single interval has a single draw
         ENDS: LISA(n_active=0),
         FOUR: LISA(n_active=4),
     }

@@ -71,7 +71,8 @@ def arms() -> list[Arm | OwnArm]:
     """
     from lorascope.methods import Full, LoRA
 
-    few = encoder_settings(150)
+    few = encoder_settings(150)  # 24 epochs of 100 examples
+    # With alpha equal to the rank, all ranks have the same scale.
     low = LoRA(rank=8, alpha=8.0, targets="all-linear")
     high = LoRA(rank=64, alpha=64.0, targets="all-linear")
     return [
@@ -133,6 +134,7 @@ def _score(task: Task) -> Scored:
     for split in ("validation", "test"):
         rows = task.split(split)
         labels = np.searchsorted(model.classes_, rows["label"])
+        # Log-probabilities differ from logits by a constant per row, which cancels in margins.
         logits = model.predict_log_proba(rows["text"])
         nll = -logits[np.arange(len(rows)), labels]
         row |= {f"{split}_loss": float(nll.mean()), f"{split}_metric": float((logits.argmax(axis=1) == labels).mean())}
@@ -144,6 +146,7 @@ def _score(task: Task) -> Scored:
 def direction_phi(low: pd.DataFrame, high: pd.DataFrame, when: str) -> float:
     """Compute LoRA's phi(1, 1) between the A's of two runs: squared cosine of first directions, mean over modules."""
     entries = low[low["when"] == when].merge(high[high["when"] == when], on=["module", "index"], suffixes=("_1", "_2"))
+    # Vectors that were kept as float16 have only approximately norm 1.
     a, b = entries["value_1"].astype("float64"), entries["value_2"].astype("float64")
     products = pd.DataFrame({"module": entries["module"], "ab": a * b, "aa": a**2, "bb": b**2})
     sums = products.groupby("module")[["ab", "aa", "bb"]].sum()
@@ -176,6 +179,7 @@ def keep_directions(run: Run) -> pd.DataFrame:
     tables = []
     for when, step in (("start", 0), ("end", None)):
         for module, factors in run.factors(step).items():
+            # Only the first row of V^T is needed: phi(1, 1) compares one direction of each run.
             direction = np.linalg.svd(as_float64(factors["A"]), full_matrices=False)[2][0].astype(np.float16)
             index = np.arange(len(direction), dtype=np.uint16)
             tables.append(pd.DataFrame({"module": module, "when": when, "index": index, "value": direction}))

@@ -56,6 +56,7 @@ def arms() -> list[Arm]:
 
     settings = encoder_settings()
     steps = settings["steps"]
+    # Only arms whose utilization ranks are compared record them, and only once.
     recorded = encoder_settings(steps, observe.utilization(every=steps))
     # The tuning before the choice has the middle rate of full fine-tuning, at any rate of the neurons.
     nine = NeFT(parameter_share=0.09, tune_steps=steps // 3, tune_lr=1e-4)
@@ -80,6 +81,7 @@ def overlap(first: pd.DataFrame, second: pd.DataFrame) -> float:
 
 def pooled_chance(first: pd.DataFrame, second: pd.DataFrame) -> float:
     """Compute the chance overlap of NeFT's selections: random, from all modules together."""
+    # A neuron of the smaller selection is in the larger one with this probability.
     return max(len(first), len(second)) / float(first["pool"].iloc[0])
 
 
@@ -135,6 +137,7 @@ def keep_selected(run: Run) -> pd.DataFrame:
     """Return the kept table ``selected`` of the NeFT paper; see ``SELECTED``."""
     neurons = selected_neurons.list_selected(run)[["module", "neuron"]].astype({"module": "str", "neuron": "uint16"})
     sizes = selected_neurons.count_selectable(run)
+    # minilm has fewer than 65,536 neurons, so 16 bits are enough for numbers and ranks.
     neurons = neurons.assign(size=neurons["module"].map(sizes).astype("uint16"), pool=sizes.total())
     return neurons.sort_values(["module", "neuron"], ignore_index=True)[["module", "size", "pool", "neuron"]]
 
@@ -171,11 +174,12 @@ def _draw_use(runs: Mapping[str, Sequence[Any]]) -> Chart:
     """Plot the kept tables ``utilization``: mean shift of the ranks from those of NeFT, 3%, with the same seed."""
     shifts = []
     for label in (CHANGED, REVERSED):
-        for run, reference in zip(runs[label], runs[FEW], strict=True):
+        for run, reference in zip(runs[label], runs[FEW], strict=True):  # both in the order of the seeds
             value = mean_shift(reference.tables[UTILIZATION], run.tables[UTILIZATION])
             shifts.append({"recipe": label, "run": run.id, "value": value})
     numbers = printed(paper="NeFT", table="Figure 4 (a)")
     numbers = numbers.assign(recipe=numbers["method"].map({"NeFT, 9 %": CHANGED, "3 % and 6 % reversed": REVERSED}))
+    # ``printed`` divides scores in points by 100, but these are ranks.
     numbers = numbers.dropna(subset="recipe").assign(value=100 * numbers["value"] / _RANKS, source="printed")
     chart = bars(
         band(pd.DataFrame(shifts), ["recipe"]),
@@ -193,7 +197,7 @@ def _draw_overlap(runs: Mapping[str, Sequence[Any]]) -> Chart:
     numbers = pd.read_csv(registration.FILE.parent / "published" / "neft_overlap.csv")
     numbers = numbers[numbers["comparison"] == "two disjoint 20k samples of one corpus"]
     scores = [selected_neurons.last_scores(run, "selection_cosine") for run in runs[CHANGED]]
-    pool = selected_neurons.count_selectable(runs[CHANGED][0]).total()
+    pool = selected_neurons.count_selectable(runs[CHANGED][0]).total()  # the same for every run of the model
     cells = []
     for fraction in numbers["share_of_pool"]:
         size = round(fraction * pool)

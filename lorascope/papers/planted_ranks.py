@@ -50,6 +50,7 @@ def arms() -> list[Arm]:
     from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, LoRA
     from lorascope.papers.setups import planted_teacher
 
+    # AdaLoRA and AutoLoRA only remove components, so they start with the largest planted rank.
     rank, start = planted_teacher.BUDGET, max(planted_teacher.RANKS)
     everywhere: dict[str, Any] = {"targets": "all-linear", "lr": 1e-2, "head_lr": 1e-2}
     # With these alphas, components have about the same initial scale in all methods: AutoLoRA multiplies them by 1/k,
@@ -71,6 +72,7 @@ def _with_teacher(arm: Arm, seed: int) -> Arm:
     """Return the arm on the text of the seed's teacher, with an observer that records the planted ranks."""
     from lorascope.papers.setups import planted_teacher
 
+    # The planted ranks differ by seed, so the arm cannot have the observer itself.
     observers = [*arm.settings["observe"], planted_teacher.planted(ranks=planted_teacher.planted_ranks(seed))]
     return replace(arm, task=planted_teacher.task(seed), settings={**arm.settings, "observe": observers})
 

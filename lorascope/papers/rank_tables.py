@@ -31,6 +31,7 @@ def top_fraction(table: pd.DataFrame) -> float:
 def tau(first: pd.DataFrame, second: pd.DataFrame) -> float:
     """Compute Kendall's tau-b between the ranks in the tables of two runs; 0 if all ranks of one are equal."""
     ranks = first.merge(second, on="module", suffixes=("_1", "_2"))[["value_1", "value_2"]]
+    # Equal ranks have no order: the agreement is not defined, and counts as none.
     return float(np.nan_to_num(kendall_tau(ranks.to_numpy(np.float64).T)[0, 1]))
 
 

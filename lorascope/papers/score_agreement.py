@@ -114,6 +114,7 @@ def keep_scores(run: Run) -> pd.DataFrame:
     components |= adalora_scores(model, loss, state, validation)
     components |= alora_scores(model, loss, state, validation[0])
     components |= autolora_scores(model, loss, state, validation)
+    # The score of a module is the sum of its components, unless its removal was measured.
     for score, rows in components.items():
         modules.setdefault(score, {name: values.sum() for name, values in rows.items()})
     # Alpha sums to one in every module, so modules are compared by the alpha of the retained components.
@@ -150,7 +151,7 @@ def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, SvdTriple],
         gradients = torch.autograd.grad(loss(batch), weights)
         with torch.no_grad():
             adalora.smooth(sensitivity, uncertainty, weights, list(gradients), (default.beta1, default.beta2))
-            torch._foreach_add_(total, gradients)
+            torch._foreach_add_(total, gradients)  # the gradient norm is of the mean over all batches
     detach(model)
     rows: Rows = {name: {} for name in (ADALORA, "AdaLoRA sensitivity", "AdaLoRA uncertainty", "gradient norm")}
     for number, name in enumerate(deltas):
@@ -224,7 +225,7 @@ def _draw_truth(runs: Mapping[str, Sequence[Any]]) -> Chart:
     truth = scores[halves].groupby(component, sort=False, observed=True)["value"].mean().reset_index()
     with_truth = correlate(pd.concat([scores[~halves], truth.assign(score=_TRUTH)]))
     between = correlate(scores[halves])
-    between = between[between["first"] < between["second"]]
+    between = between[between["first"] < between["second"]]  # pairs are in both orders
     pairs = pd.concat([with_truth, between.assign(first="one half with the other", second=_TRUTH)])
     return plots.against_truth(pairs, _TRUTH, "components")
 

@@ -80,6 +80,19 @@ class GalleryFigure:
         return not (self.quantities or self.arrays or self.shows_factors)
 
 
+Sections = Mapping[str, Sequence[GalleryFigure]]
+"""Figures by heading."""
+
+
+def figures_by_name(sections: Sections) -> dict[str, tuple[str, GalleryFigure]]:
+    """Return heading and definition of every gallery figure by its name."""
+    by_name = {}
+    for heading, figures in sections.items():
+        for figure in figures:
+            by_name[figure.name] = heading, figure
+    return by_name
+
+
 class KeptScores(Result):
     """Row of a kept run and its kept tables, as a result that gallery figures draw, without factors and records.
 
@@ -96,6 +109,7 @@ class KeptScores(Result):
 
     def __init__(self, row: Mapping[str, Any], tables: Mapping[str, pd.DataFrame]) -> None:
         method = json.loads(row["method"])
+        # A perplexity has no chance level.
         name = "perplexity" if math.isnan(row["validation_chance"]) else "accuracy"
         super().__init__(
             None,
@@ -138,7 +152,7 @@ class KeptScores(Result):
 
 def own_labels(*labels: str) -> dict[str, str]:
     """Return the arms of a gallery figure in which they have the labels of the registration."""
-    return {label: label for label in labels}
+    return dict(zip(labels, labels, strict=True))
 
 
 def accuracy_bars(runs: Mapping[str, Sequence[Any]], title: str, start: float) -> Chart:
@@ -162,6 +176,7 @@ def accuracy_by_rank(runs: Mapping[str, Sequence[Any]], ranks: Mapping[str, int]
     """
     cohort = gather("accuracy", runs)
     cells = band(cohort.scores(), ["recipe"])
+    # Labels are such as "LoRA, rank 8".
     cells = cells.assign(rank=cells["recipe"].map(ranks), method=cells["recipe"].str.partition(",")[0])
     return Chart(
         cells.sort_values("rank"),
@@ -192,6 +207,7 @@ def printed(**columns: str) -> pd.DataFrame:
     for name, value in columns.items():
         table = table[table[name] == value]
     size = table["parameters"]
+    # Papers print a number of parameters, as 0.3M, or a percentage of all of them, which gives no number.
     millions = pd.to_numeric(size.where(size.str.endswith("M").eq(True)).str.removesuffix("M"))
     numbers = table[["method", "data"]].assign(size=size, parameters=1e6 * millions, value=table["value"] / 100)
     return numbers.assign(source="printed: " + numbers["method"]).reset_index(drop=True)
@@ -204,6 +220,7 @@ def add_printed_sizes(chart: Chart, numbers: pd.DataFrame, reference: str) -> Ch
     """
     data = chart.data
     side = np.sign(data["above"] - data["value"])
+    # With one seed there is no interval, so the label is at the value.
     tips = data["high"].where(side > 0, data["low"]).fillna(data["value"])
     span = max(tips.max(), numbers["value"].max()) - tips.min()
     labeled = replace(chart, data=data.assign(right=data["parameters"], above=tips + side * 0.03 * span))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,24 +15,15 @@ from lorascope.charts.chart import Drawable
 from lorascope.charts.save import save_small
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import count_phrase, printable
-from lorascope.files.typed_json import read_json, to_typed
-from lorascope.papers.figures.excerpt import excerpt_differences, write_excerpt
-from lorascope.papers.figures.gallery_figure import GalleryFigure, KeptScores
+from lorascope.papers.figures.excerpt import EXCERPTS, keep_excerpts, run_finder
+from lorascope.papers.figures.gallery_figure import GalleryFigure, KeptScores, Sections, figures_by_name
 from lorascope.papers.judging import kept_figures, kept_runs
 from lorascope.papers.judging.kept_figures import FigureAbout, KeptFigure
 from lorascope.papers.judging.kept_runs import Evidence
 from lorascope.papers.judging.verification import compare_tables
 from lorascope.runs.run import Run
 
-EXCERPTS = "shown"
-"""Folder in a folder of evidence: the excerpts of runs that the figures show."""
-_FEWEST_SEEDS = 2  # of a figure that shows all
-
-
-Sections = Mapping[str, Sequence[GalleryFigure]]
-"""Figures by heading."""
-Find = Callable[[Mapping[str, Any]], Run | None]
-"""Function that finds the run of a row of ``runs.csv``, or None if it is not there."""
+_FEWEST_SEEDS = 2  # of a figure that shows all seeds: one has no interval
 
 
 def draw_figures(folder: Path, out: Path, images: Path, sections: Sections, commit: str) -> None:
@@ -53,21 +43,24 @@ def draw_figures(folder: Path, out: Path, images: Path, sections: Sections, comm
         Commit of this repository, which the images contain.
     """
     evidence = kept_runs.read(folder)
-    main, find = evidence.of_main_machine(), _finder(out)
-    by_name = _by_name(sections)
-    _keep_excerpts(folder, main, find, by_name)
+    main, find = evidence.of_main_machine(), run_finder(out)
+    by_name = figures_by_name(sections)
+    keep_excerpts(folder, main, find, by_name)
     for heading, figure in by_name.values():
         rows, runs = _rows_of(figure, main), []
         try:
             for row in rows:
-                runs.append(find(row) if figure.shows_factors else _kept_run(figure, evidence, folder, row))
+                if figure.shows_factors:
+                    runs.append(find(row))
+                else:
+                    runs.append(_kept_run(figure, evidence, folder, row))
             if not rows or None in runs:
                 continue
             table, chart = _draw(figure, rows, runs)
         except Exception as error:  # runs of an earlier version may lack records, and any value may be damaged
             print(f"cannot draw {figure.name}: {error}", flush=True)
             continue
-        about = FigureAbout(heading, figure.alt, tuple(row["run"] for row in rows), commit)
+        about = _describe(heading, figure, rows, commit)
         image = images / f"{figure.name}.png"
         if _is_kept(folder, figure.name, evidence.figures.get(figure.name), about, table, image):
             continue
@@ -76,34 +69,8 @@ def draw_figures(folder: Path, out: Path, images: Path, sections: Sections, comm
         print(f"{figure.name}: drawn from {len(rows)} runs", flush=True)
 
 
-def _by_name(sections: Sections) -> dict[str, tuple[str, GalleryFigure]]:
-    """Return heading and definition of every figure by its name."""
-    return {figure.name: (heading, figure) for heading, section in sections.items() for figure in section}
-
-
-def _keep_excerpts(folder: Path, main: Evidence, find: Find, by_name: Mapping[str, tuple[str, GalleryFigure]]) -> None:
-    """Add the excerpts of all runs that figures show, also of incomplete figures: the folder of a run may be lost."""
-    rows: list[Any] = main.runs.to_dict("records")
-    for row in rows:
-        contents = _contents_of(row, main, by_name)
-        run = find(row) if any(contents) else None
-        if run is not None:
-            write_excerpt(run, folder / EXCERPTS / row["run"], *contents)
-
-
-def _contents_of(
-    row: Mapping[str, Any], main: Evidence, by_name: Mapping[str, tuple[str, GalleryFigure]]
-) -> tuple[set[str], set[str]]:
-    """Return the quantities and arrays that figures show of a run."""
-    quantities: set[str] = set()
-    arrays: set[str] = set()
-    if row["role"] == "judged":
-        number = row["seed"] - main.judged["seed"].min()
-        for _, figure in by_name.values():
-            if row["arm"] in figure.arms.values() and number < figure.seeds:
-                quantities.update(figure.quantities)
-                arrays.update(figure.arrays)
-    return quantities, arrays
+def _describe(heading: str, figure: GalleryFigure, rows: Sequence[Mapping[str, Any]], commit: str) -> FigureAbout:
+    return FigureAbout(heading, figure.alt, tuple(row["run"] for row in rows), commit)
 
 
 def _is_kept(
@@ -112,8 +79,9 @@ def _is_kept(
     """Return whether a figure is kept with these runs, text and data, and with its image."""
     if kept is None or kept.digest != kept_figures.digest_in(image):
         return False
+    # Another commit may draw the same figure, which then stays as it is.
     same = kept.about == replace(about, commit=kept.about.commit)
-    return same and not list(compare_tables("", *_texts(_read(folder, name), table)))
+    return same and not list(compare_tables("", _to_texts(_read(folder, name)), _to_texts(table)))
 
 
 def differences(folder: Path, evidence: Evidence, sections: Sections) -> Iterator[str]:
@@ -121,7 +89,7 @@ def differences(folder: Path, evidence: Evidence, sections: Sections) -> Iterato
 
     The data of figures of factors are left out, because factors are not kept.
     """
-    by_name, main = _by_name(sections), evidence.of_main_machine()
+    by_name, main = figures_by_name(sections), evidence.of_main_machine()
     for name, kept in evidence.figures.items():
         file = f"{kept_figures.FOLDER}/{name}.parquet"
         if name not in by_name:
@@ -148,11 +116,12 @@ def _figure_differences(
     rows: Sequence[Mapping[str, Any]],
 ) -> Iterator[str]:
     """Compare a kept figure with the gallery and the runs that it should show."""
-    expected = FigureAbout(heading, figure.alt, tuple(row["run"] for row in rows), kept.about.commit)
+    expected = _describe(heading, figure, rows, kept.about.commit)
     for field in ("heading", "alt", "runs"):
         actual, right = getattr(kept.about, field), getattr(expected, field)
         if actual != right:
             yield f"{file}: {field}: kept {_shorten(actual)}, recomputed {_shorten(right)}"
+    # Factors are not kept, and the data of other runs always differ.
     if figure.shows_factors or kept.about.runs != expected.runs:
         return
     runs = [_kept_run(figure, evidence, folder, row) for row in rows]
@@ -161,43 +130,16 @@ def _figure_differences(
         yield f"{EXCERPTS}/{missing}: no finished run with the scores in runs.csv, but {file} shows it"
         return
     table, _ = _draw(figure, rows, runs)
-    yield from compare_tables(file, *_texts(_read(folder, figure.name), table))
+    yield from compare_tables(file, _to_texts(_read(folder, figure.name)), _to_texts(table))
 
 
 def _shorten(value: str | tuple[str, ...]) -> str:
     if isinstance(value, str):
         return repr(printable(value))
-    return f"{count_phrase(len(value), 'run')} ({printable(', '.join(value[:3]))}{', ...' if value[3:] else ''})"
-
-
-def changed_excerpts(
-    folder: Path, evidence: Evidence, row: Mapping[str, Any], retrained: Path, sections: Sections
-) -> list[str]:
-    """Return what differs between an excerpt for redrawing figures and the same run trained again, in one line each.
-
-    Parameters
-    ----------
-    folder : path
-        Folder of evidence.
-    evidence : Evidence
-        Its content.
-    row : mapping
-        Row of ``runs.csv``.
-    retrained : path
-        Folder of the run that was trained again.
-    sections : Sections
-        Figures by heading.
-    """
-    path = folder / EXCERPTS / row["run"]
-    if not path.exists():
-        return []
-    excerpt, run = _finder(path)(row), _finder(retrained)(row)
-    if excerpt is None or run is None:
-        return [f"{EXCERPTS}/{row['run']}: no finished run with the scores of the one that was trained again"]
-    contents = _contents_of(row, evidence.of_main_machine(), _by_name(sections))
-    with tempfile.TemporaryDirectory() as new:
-        changed = excerpt_differences(excerpt, write_excerpt(run, Path(new) / "run", *contents))
-    return [f"{EXCERPTS}/{row['run']}: {name}: other values when trained again" for name in changed]
+    first = printable(", ".join(value[:3]))
+    if len(value) > 3:
+        first += ", ..."
+    return f"{count_phrase(len(value), 'run')} ({first})"
 
 
 def _read(folder: Path, name: str) -> pd.DataFrame:
@@ -205,8 +147,8 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
     return read_table(file, file)
 
 
-def _texts(*tables: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    return (table.reset_index(drop=True).astype("object").map(str) for table in tables)
+def _to_texts(table: pd.DataFrame) -> pd.DataFrame:
+    return table.reset_index(drop=True).astype("object").map(str)
 
 
 def _draw(
@@ -227,15 +169,16 @@ def _rows_of(figure: GalleryFigure, evidence: Evidence) -> list[dict[str, Any]]:
     arms = set(figure.arms.values())
     runs = evidence.runs[evidence.runs["arm"].isin(list(arms))]
     judged, diverged = runs[runs["role"] == "judged"], runs["trained_parameters"].isna()
-    first = int(judged["seed"].min()) if len(judged) else 0
-    seeds = evidence.seeds(sorted(arms), first)
+    if judged.empty:
+        return []
+    seeds, fewest = evidence.seeds(sorted(arms), int(judged["seed"].min())), _FEWEST_SEEDS
     if not figure.shows_scores:
-        seeds = seeds[: figure.seeds]
+        seeds, fewest = seeds[: figure.seeds], figure.seeds
     if figure.table:
         by_run = evidence.kept.get(figure.table, {})
         for arm in arms:
             seeds = [seed for seed in seeds if evidence.run(arm, seed) in by_run]
-    if len(seeds) < (_FEWEST_SEEDS if figure.shows_scores else figure.seeds) or diverged[judged.index].any():
+    if len(seeds) < fewest or diverged[judged.index].any():
         return []
     rows = judged[judged["seed"].isin(seeds)].sort_values("seed", kind="stable")
     if figure.tuning:
@@ -254,17 +197,19 @@ def _kept_run(
         tables = {name: tables[row["run"]] for name, tables in evidence.kept.items() if row["run"] in tables}
         return KeptScores(row, tables)
     path = folder / EXCERPTS / row["run"]
-    run = _finder(path)(row)
+    run = run_finder(path)(row)
     if run is None:
         return None
     if run.meta.parents and run.path == path:
         raise ValueError(f"{EXCERPTS}/{row['run']}: its earlier phases are not in this folder")
     # AutoLoRA's retraining is a LoRA, and a phase of NeFT refers to the one before it.
-    methods = [phase.meta.method for phase in (*run.parents, run)]
-    references = [{"run": phase.id} for phase in run.parents]
-    for number, method in enumerate(methods):
-        replaced = dict.fromkeys(name for name, value in method.items() if value in references)
-        methods[number] = {**method, **replaced}
+    methods, references = [], [{"run": phase.id} for phase in run.parents]
+    for phase in (*run.parents, run):
+        method = dict(phase.meta.method)
+        for name, value in method.items():
+            if value in references:
+                method[name] = None
+        methods.append(method)
     if run.meta.seed != row["seed"]:
         raise ValueError(f"{EXCERPTS}/{row['run']}: seed differs from runs.csv")
     if json.loads(row["method"]) not in methods:
@@ -272,37 +217,11 @@ def _kept_run(
     return run
 
 
-def _folders(out: Path) -> dict[str, list[Path]]:
-    """Return the run folders below a folder by the id of their runs; runs may share an earlier phase."""
-    folders: dict[str, list[Path]] = {}
-    for file in sorted(out.rglob("run.json")):
-        id = to_typed(read_json(file, dict[str, Any]).get("id"), str, f"id of {file}")
-        folders.setdefault(id, []).append(file.parent)
-    return folders
-
-
-def _finder(out: Path) -> Find:
-    """Return a function that finds runs in a folder."""
-    folders = _folders(out)
-
-    def find(row: Mapping[str, Any]) -> Run | None:
-        # The id in the evidence ends with a hash of the machine, because another one gives the run other numbers.
-        id = str(row["run"]).partition("-")[0]
-        paths = folders.get(id, [])
-        if len(paths) > 1:
-            raise ValueError(f"two folders of run {printable(id)}: {printable(paths[0])} and {printable(paths[1])}")
-        run = Run.read(paths[0]) if paths else None
-        if run is None or not run.finished:
-            return None
-        same_loss = math.isclose(run.score.loss, row["test_loss"])
-        return run if same_loss and math.isclose(run.score.metric, row["test_metric"]) else None
-
-    return find
-
-
 def _plain_table(chart: Drawable, ids: Mapping[str, str]) -> pd.DataFrame:
     """Return the data of a chart with text and numbers only, and with the ids of the evidence."""
     table = chart.flat()
     texts = [name for name, kind in table.dtypes.items() if not pd.api.types.is_numeric_dtype(kind)]
     table = table.astype(dict.fromkeys(texts, "str"))
-    return table.assign(run=table["run"].replace(ids)) if "run" in table else table
+    if "run" in table:
+        table = table.assign(run=table["run"].replace(ids))
+    return table

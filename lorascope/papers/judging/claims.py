@@ -15,7 +15,7 @@ import numpy as np
 
 from lorascope.analysis.seed_intervals import Estimate
 
-MINIMUM_SEEDS = 3
+MINIMUM_SEEDS = 3  # a t-interval of two seeds reaches 12.7 standard errors to each side
 Kind = Literal["superiority", "non-inferiority", "equivalence"]
 Outcome = Literal["supported", "not supported", "inconclusive", "void"]
 
@@ -67,6 +67,7 @@ class Claim:
     @property
     def bound(self) -> float:
         """Margin or tolerance, > 0."""
+        # Exactly one of them is given. The NaN is for the type checker only.
         return self.margin if self.margin is not None else self.tolerance or math.nan
 
     def decide(self, low: float, high: float) -> Outcome:
@@ -91,6 +92,7 @@ class Claim:
         """Return twice the smaller one-sided p-value of "supported" and "not supported", at most 1."""
         bound = self.bound
         if self.kind == "equivalence":
+            # Two one-sided tests: equivalence must pass both, and fails with either.
             supported = max(effect.p_above(-bound), effect.p_below(bound))
             rejected = min(effect.p_above(bound), effect.p_below(-bound))
         else:
@@ -115,7 +117,7 @@ def format_effect(claim: Claim, effect: float, low: float, high: float) -> str:
     if math.isnan(low):
         return f"{_format_digits(effect, 3)} [no interval]"
     bounds = np.array([0.0, claim.bound, -claim.bound])
-    for digits in range(3, 17):
+    for digits in range(3, 17):  # a float64 has about 16 significant digits
         text, low_text, high_text = (_format_digits(value, digits) for value in (effect, low, high))
         printed, exact = np.array([[float(low_text)], [float(high_text)]]), np.array([[low], [high]])
         if np.array_equal(np.sign(printed - bounds), np.sign(exact - bounds), equal_nan=True):
@@ -134,4 +136,5 @@ def with_level(effect: str, one_sided: float) -> str:
 def _format_digits(value: float, digits: int) -> str:
     """Format a number with these significant digits, including zeros at the end, and with all before the point."""
     text = f"{value:#.{digits}g}"
+    # A large number would be printed with an exponent, and an integer with a point at its end.
     return f"{value:.0f}" if "e+" in text else text.removesuffix(".")

@@ -35,6 +35,7 @@ class _Module:
 @cache
 def _module(name: str) -> _Module | None:
     """Parse a module without importing it; None if there is none of this name."""
+    # ``find_spec`` of a submodule would import its parents, so only the package is looked up.
     top, *names = name.split(".")
     spec = find_spec(top)
     if spec is None or spec.origin is None:
@@ -128,7 +129,7 @@ def _resolve(names: list[str], module: str, reached: dict[str, str]) -> None:
     if source is None:
         return
     first = names[0]
-    if first in source.imported and first not in source.defined:
+    if first in source.imported and first not in source.defined:  # a definition in the module has precedence
         target = source.imported[first]
         if not _PART_OF_CLAIM.fullmatch(target):
             return
@@ -140,6 +141,7 @@ def _resolve(names: list[str], module: str, reached: dict[str, str]) -> None:
         _resolve([name], package, reached)
         return
     key = f"{module}.{first}"
+    # A definition that was reached is not followed again, which also ends recursion.
     if key in reached or first not in source.defined or not _PART_OF_CLAIM.fullmatch(module):
         return
     nodes = source.defined[first]

@@ -25,7 +25,7 @@ from lorascope.files.whole_files import write_bytes
 
 FOLDER = "figures"
 """Folder of the data in a folder of evidence, and of the images in a clone of the repository."""
-_METADATA = b"lorascope"
+_METADATA = b"lorascope"  # key of the description in the metadata of a Parquet file
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def image_differences(figures: Mapping[str, KeptFigure], runs: Collection[str], 
         if (digest := str(facts.get("data_sha256", ""))) != figure.digest:
             state = digest[:12] or "no image with chart data"
             yield f"{FOLDER}/{name}.png: data_sha256: kept {state}, recomputed {figure.digest[:12]}"
-            continue
+            continue  # its other facts belong to the other data
         about = figure.about
         expected = {"runs": list(about.runs), "commit": about.commit, "pixels_sha256": pixels}
         for fact, value in expected.items():

@@ -17,11 +17,8 @@ A finished run is written once: its files first, its row in ``runs.csv`` last. A
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import io
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,46 +29,24 @@ import pandas as pd
 from lorascope.array_types import Float, Int, Int8
 from lorascope.files.file_names import is_plain
 from lorascope.files.parquet_tables import read_table
-from lorascope.files.printable import count_phrase, printable
+from lorascope.files.printable import printable
 from lorascope.files.typed_json import MAX_BYTES, require_small, unreadable
 from lorascope.files.whole_files import write_bytes
 from lorascope.papers.judging import kept_figures as figures
+from lorascope.papers.judging.csv_tables import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    ROLE,
+    SCHEMA,
+    SECONDS,
+    TEXT,
+    parse_csv,
+    read_csv,
+    to_csv,
+)
 from lorascope.papers.judging.kept_figures import KeptFigure
 
-SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class ColumnKind:
-    """Values of a column of the kept runs' CSV file: their description in errors, dtype, and conversion from text.
-
-    The conversion raises a KeyError or ValueError for other texts.
-    """
-
-    name: str
-    dtype: str
-    convert: Callable[[str], Any]
-
-
-def _at_least_zero(value: float) -> float:
-    if not 0 <= value < math.inf:
-        raise ValueError("must be >= 0")
-    return value
-
-
-def _to_count(text: str) -> int:
-    if not 0 <= int(text) < 2**32:
-        raise ValueError("must be from 0 to 4294967295")
-    return int(text)
-
-
-TEXT = ColumnKind("text", "str", str)
-FLAG = ColumnKind("True or False", "bool", {"True": True, "False": False}.__getitem__)
-COUNT = ColumnKind("an integer from 0 to 4294967295", "int64", _to_count)
-SECONDS = ColumnKind("a number >= 0", "float64", lambda text: _at_least_zero(float(text)))
-NUMBER = ColumnKind("a number or empty", "float64", lambda text: float(text or "nan"))
-_ROLES = {"tuning": "tuning", "judged": "judged", "baseline": "baseline"}
-ROLE = ColumnKind("tuning, judged or baseline", "str", _ROLES.__getitem__)
 RUN_COLUMNS = {
     "run": TEXT, "arm": TEXT, "arm_hash": TEXT, "role": ROLE, "seed": COUNT, "rate": NUMBER, "steps": NUMBER,
     "model": TEXT, "w0": TEXT, "task": TEXT, "task_hash": TEXT, "method": TEXT, "settings": TEXT, "commit": TEXT,
@@ -123,6 +98,7 @@ class Evidence:
     figures: Mapping[str, KeptFigure] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Judged runs of an arm have one rate, so a second run of a seed is a duplicate at any rate.
         tuning = self.runs["role"] == "tuning"
         keys = self.runs.assign(tuning=tuning, rate=self.runs["rate"].where(tuning))
         twice = keys[keys.duplicated(["arm", "seed", "tuning", "rate", *BLOCK])]
@@ -134,6 +110,7 @@ class Evidence:
             raise ValueError(f"runs.csv: run ids must be unique, got {printable(ids.iloc[0])!r} twice")
         judged, baselines = self.judged, self.runs[self.runs["role"] == "baseline"]
         self._runs = dict(zip(zip(judged["arm"], judged["seed"], strict=True), judged["run"], strict=True))
+        # Judging asks for the runs of each machine once per claim.
         self._by_block: dict[tuple[Any, ...], Evidence] = {}
         self._baselines = dict(zip(baselines["arm"], baselines["run"], strict=True))
 
@@ -163,7 +140,7 @@ class Evidence:
 
     def seeds(self, arms: Iterable[str], first: int) -> list[int]:
         """Return the seeds from ``first`` on that all arms have, up to the first one that is missing."""
-        varied = set(arms) - self._baselines.keys()
+        varied = set(arms) - self._baselines.keys()  # a baseline is the same for every seed
         stop = first
         while varied and all((arm, stop) in self._runs for arm in varied):
             stop += 1
@@ -185,11 +162,12 @@ class Evidence:
 
     def correct(self, arm: str, seed: int) -> Float[np.ndarray, "row"]:
         """Return 1 for each test row that the run got right, else 0."""
+        # A margin of 0 is a tie, which counts as wrong.
         return (_of_run(self.margins, self.run(arm, seed), "margins") > 0).astype(np.float64)
 
     def losses(self, arm: str, seed: int) -> Float[np.ndarray, "row"]:
         """Return the negative log-likelihood of each test row in nats."""
-        return _of_run(self.nll, self.run(arm, seed), "losses").astype(np.float64)
+        return _of_run(self.nll, self.run(arm, seed), "losses").astype(np.float64)  # kept in float16
 
     def table(self, name: str, arm: str, seed: int) -> pd.DataFrame:
         """Return the kept table of a run."""
@@ -224,7 +202,7 @@ def read(folder: str | Path) -> Evidence:
     rows = _read_rows(folder / "rows.parquet")
     scores: dict[str, dict[str, np.ndarray]] = {name: {} for name in SCORES}
     for run in runs["run"]:
-        if not is_plain(run):
+        if not is_plain(run):  # an id such as ../x would name a file outside of the folder
             raise unreadable(folder / "runs.csv", f"invalid run id {printable(run)!r}")
         if (file := folder / "predictions" / f"{run}.npz").exists():
             for name, values in _read_scores(file).items():
@@ -244,72 +222,6 @@ def read_kept(folder: Path) -> Evidence:
     return Evidence(pd.DataFrame(columns=list(RUN_COLUMNS)), pd.DataFrame())
 
 
-def read_csv(file: Path, columns: Mapping[str, ColumnKind]) -> pd.DataFrame:
-    """Read a CSV file of kept runs with exactly these columns.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file does not exist.
-    ValueError
-        The last row is incomplete, the columns are others, or a value is not of the kind of its column.
-    """
-    require_small(file, MAX_BYTES)
-    try:
-        return _parse_csv(file.read_bytes(), columns)
-    except ValueError as error:
-        raise unreadable(file, printable(error)) from error
-
-
-def _parse_csv(content: bytes, columns: Mapping[str, ColumnKind]) -> pd.DataFrame:
-    if not content.endswith(b"\n"):
-        raise ValueError("its last row is incomplete")
-    table = text_table(content)
-    if list(table.columns) != list(columns):
-        different = sorted(set(table.columns) ^ set(columns)) or ["another order"]
-        raise ValueError(f"its columns differ from schema {SCHEMA}: {', '.join(different)}")
-    return pd.DataFrame({name: _convert(table[name], kind) for name, kind in columns.items()})
-
-
-def text_table(content: bytes) -> pd.DataFrame:
-    """Return the content of a CSV file of kept runs as a table of texts.
-
-    Raises
-    ------
-    ValueError
-        The file is not UTF-8, is empty, or a row has more or fewer fields than the header.
-    """
-    try:
-        header, *rows = csv.reader(io.StringIO(content.decode("utf-8"), newline=""), strict=True) if content else [[]]
-    except csv.Error as error:
-        raise ValueError(str(error)) from error
-    if not header:
-        raise ValueError("it has no columns")
-    for number, row in enumerate(rows, start=2):
-        if len(row) != len(header):
-            raise ValueError(f"row {number} must have {count_phrase(len(header), 'field')}, got {len(row)}")
-    return pd.DataFrame(rows, columns=header, dtype="object")
-
-
-def read_texts(file: Path) -> list[dict[Any, str]]:
-    """Return the rows of a CSV file of kept runs as texts by column; raise a one-line ValueError if it is damaged."""
-    try:
-        return text_table(file.read_bytes()).to_dict("records")
-    except ValueError as error:
-        raise unreadable(file, printable(error)) from error
-
-
-def _convert(column: pd.Series, kind: ColumnKind) -> pd.Series:
-    """Convert texts to a kind of values."""
-    values = []
-    for number, text in enumerate(column, start=2):
-        try:
-            values.append(kind.convert(text))
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"row {number}: {column.name} must be {kind.name}, got {text!r}") from error
-    return pd.Series(values, index=column.index, dtype=kind.dtype)
-
-
 def _read_rows(file: Path) -> pd.DataFrame:
     if not file.exists():
         return pd.DataFrame(columns=list(ROW_COLUMNS))
@@ -325,6 +237,7 @@ def _read_scores(file: Path) -> dict[str, np.ndarray]:
     require_small(file, MAX_BYTES)
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            # A small archive can expand to any size.
             if (size := sum(member.file_size for member in arrays.zip.infolist())) > MAX_BYTES:
                 raise ValueError(f"its arrays must have <= {MAX_BYTES} bytes, got {size}")
             scores = dict(arrays)
@@ -333,6 +246,7 @@ def _read_scores(file: Path) -> dict[str, np.ndarray]:
     for name, values in scores.items():
         if name not in SCORES:
             raise unreadable(file, f"unknown array {printable(name)!r}, expected {' or '.join(SCORES)}")
+        # Only NaN is not equal to itself.
         if values.ndim != 1 or not np.issubdtype(values.dtype, SCORES[name]) or (values != values).any():
             raise unreadable(file, f"{name} must be a vector of dtype {SCORES[name].__name__} without NaN")
     return scores
@@ -364,7 +278,8 @@ def add_run(
     runs = read_csv(file, RUN_COLUMNS) if file.exists() else pd.DataFrame(columns=list(RUN_COLUMNS))
     new = pd.DataFrame([row])[list(RUN_COLUMNS)]
     if (runs["run"] == run).any():
-        old, parsed = runs[runs["run"] == run], _parse_csv(to_csv(new), RUN_COLUMNS)
+        # The new row is compared as it would be read. The time of a run differs whenever it is trained.
+        old, parsed = runs[runs["run"] == run], parse_csv(to_csv(new), RUN_COLUMNS)
         if to_csv(old.assign(cpu_seconds=0.0)) != to_csv(parsed.assign(cpu_seconds=0.0)):
             raise ValueError(f"cannot add run {printable(run)}: {printable(file)} has it with other numbers")
         return
@@ -384,6 +299,7 @@ def add_rows(folder: Path, rows: pd.DataFrame) -> None:
     """Add the test rows of a task to those of the kept runs, if the folder lacks them."""
     file = folder / "rows.parquet"
     old_rows = read_table(file, file) if file.exists() else rows.head(0)
+    # The hash of a task covers all its rows, so a known task has the same ones.
     if not set(rows["task_hash"]) <= set(old_rows["task_hash"]):
         _write_table(file, pd.concat([old_rows, rows], ignore_index=True))
 
@@ -392,21 +308,3 @@ def _write_table(file: Path, table: pd.DataFrame) -> None:
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False, compression="zstd")
     write_bytes(file, buffer.getvalue())
-
-
-def to_csv(table: pd.DataFrame) -> bytes:
-    """Return a table about kept runs as the content of a CSV file."""
-    return table.to_csv(index=False, lineterminator="\n").encode()
-
-
-def digest(file: Path) -> str:
-    """Return the SHA-256 of a file of the kept runs; raise a ValueError if it is too large for evidence."""
-    require_small(file, MAX_BYTES)
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def manifest(folder: str | Path) -> str:
-    """Return SHA-256 and path of every file of the kept runs except ``MANIFEST``, as ``sha256sum`` prints them."""
-    folder = Path(folder)
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / "MANIFEST")
-    return "".join(f"{digest(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths)

@@ -11,8 +11,9 @@ import pandas as pd
 
 from lorascope.files.printable import count_phrase, printable
 from lorascope.files.typed_json import unreadable
-from lorascope.papers.judging import kept_runs, published_numbers, registration
+from lorascope.papers.judging import published_numbers, registration
 from lorascope.papers.judging.claims import with_level
+from lorascope.papers.judging.csv_tables import read_csv
 from lorascope.papers.judging.registration import Registration
 from lorascope.papers.judging.verdicts import VERDICT_COLUMNS
 
@@ -77,9 +78,9 @@ def read_file(file: Path, claims: Registration) -> pd.DataFrame:
     ValueError
         The file is damaged, or does not have every claim once.
     """
-    verdicts = kept_runs.read_csv(file, VERDICT_COLUMNS)
+    verdicts = read_csv(file, VERDICT_COLUMNS)
     counts, expected = Counter(verdicts["claim"]), Counter([*claims.of_tier("primary", "secondary")])
-    for id in (*expected, *counts):
+    for id in (*expected, *counts):  # also claims that are not registered
         if counts[id] != expected[id]:
             times = count_phrase(expected[id], "time")
             raise unreadable(file, f"claim {printable(id)!r} must occur {times}, got {counts[id]}")
@@ -93,7 +94,9 @@ def _rows(verdicts: pd.DataFrame, claims: Registration) -> pd.DataFrame:
         # Published figures have their own intervals.
         effect = with_level(verdict["shown"], verdict.get("level", math.nan))
         outcome = verdict["outcome"]
-        outcome += f", {verdict['side']}" if verdict["side"] else ""
-        outcome += f"; {verdict['note']}" if verdict.get("note") else ""
+        if verdict["side"]:
+            outcome += f", {verdict['side']}"
+        if verdict.get("note"):
+            outcome += f"; {verdict['note']}"
         rows.append((verdict["claim"], text.sentence, verdict["n"], effect, text.control, outcome))
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype({"n": "int64"})

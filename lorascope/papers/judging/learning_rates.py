@@ -65,6 +65,7 @@ def choose_rate(grid: Sequence[float], losses: Mapping[float, float]) -> Choice:
 
 
 def _round(rate: float) -> float:
+    # 0.0003 * 10 is 0.0029999999999999996, and runs are found by their rate.
     return float(f"{rate:.6g}")
 
 
@@ -84,6 +85,7 @@ def losses_by_rate(runs: pd.DataFrame, arm: str, seeds: Sequence[int]) -> dict[f
     losses = {}
     for rate, of_rate in rows.groupby("rate"):
         if of_rate["seed"].nunique() == len(set(seeds)):
+            # A seed that diverged makes the whole rate the worst, so it must not be skipped.
             losses[float(str(rate))] = float(of_rate["validation_loss"].mean(skipna=False))
     return losses
 

@@ -31,6 +31,7 @@ def fourierft(folder: Path) -> Interval:
     interval is Welch's: every cell has five seeds of FourierFT, and LoRA's printed deviation over as many.
     """
     cells, seeds = pd.read_csv(folder / "fourierft_glue_cells.csv"), pd.read_csv(folder / "fourierft_glue_seeds.csv")
+    # Without logs there is nothing to compare, and a start from MNLI is another starting point.
     cells = cells[(cells["seeds"] > 0) & ~cells["lora_starts_from_mnli"]]
     scores = seeds[seeds["used"]].groupby(["task", "size"])["best"]
     logged = cells.join(scores.agg(["mean", "var", "count"]), on=["task", "size"])
@@ -72,6 +73,7 @@ def adalora(folder: Path) -> Interval:
         per_component = (counts["printed_millions"] + rounding) * 1e6 / counts["budget"]
         return (per_component - _ATTENTION) / (_FEED_FORWARD - _ATTENTION) - 1 / 3
 
+    # The counts are printed to 0.01 million. The lowest and the highest model limit the interval.
     return Interval(float(share(0).mean()), float(share(-0.005).min()), float(share(0.005).max()), len(counts))
 
 
@@ -87,6 +89,7 @@ def neft_loss(folder: Path) -> Interval:
 def hydralora(folder: Path) -> Interval:
     """Return the published points by which HydraLoRA is above LoRA of as many parameters; runs are not stated."""
     gains = pd.read_csv(folder / "printed_gains.csv").set_index("comparison")
+    # No number of runs is stated, so n is 0, which makes the claim inconclusive.
     return Interval(gains["mean_gain"]["HydraLoRA over LoRA of as many parameters"], np.nan, np.nan, 0)
 
 

@@ -21,6 +21,7 @@ from lorascope.files.printable import printable
 from lorascope.papers.judging.claims import Claim, Kind
 from lorascope.papers.judging.looks import Looks
 
+# The text is part of the hash of every arm, so that a change of the rule changes them.
 RATE_RULE = (
     "lowest mean validation loss at the last step; ties to the smaller rate; at most two further rates at an end"
 )
@@ -299,6 +300,7 @@ def parse_registration(content: bytes, file: Path | str) -> Registration:
         contents = msgspec.convert(tables, _Contents, strict=False)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, msgspec.ValidationError) as error:
         raise ValueError(f"cannot read {printable(file)}: {printable(error)}") from error
+    # msgspec ignores unknown keys, and a misspelled one would have no effect.
     if unread := next(_unread_keys(tables, msgspec.to_builtins(contents)), None):
         raise ValueError(f"cannot read {printable(file)}: unknown key {printable(unread)!r}. Correct or remove it")
     claims: dict[str, Registered] = {}
@@ -325,6 +327,7 @@ def parse_registration(content: bytes, file: Path | str) -> Registration:
 def clone_of(file: Path) -> Path | None:
     """Return the root of the clone that has this registration in its folder ``data``; None for that of a wheel."""
     root = file.parents[1]
+    # The package in a wheel has neither of them next to its folder data.
     return root if (root / "README.md").exists() or (root / "docs").exists() else None
 
 
@@ -367,7 +370,7 @@ def compare_with_history(file: Path, commits: Collection[str]) -> HistoryCompari
     """Compare the registration in a clone's folder ``data`` with its versions at the commits of the runs."""
     root, now = file.parents[1], file.read_bytes()
     differences, compared = [], 0
-    versions = {now}
+    versions = {now}  # most commits have a version that was compared already
     for commit in commits:
         content = _content(root, commit, f"{file.parent.name}/{file.name}")
         compared += content is not None
@@ -409,6 +412,7 @@ def _content(root: Path, commit: str, path: str) -> bytes | None:
     """Return a file at a commit; None if it is not known."""
     if not _COMMIT.fullmatch(commit):  # without git, a run has a version instead
         return None
+    # ``cat-file`` prints the stored bytes, and ``show`` could convert them.
     command = ["git", "-C", str(root), "cat-file", "blob", f"{commit}:{path}"]
     try:
         result = subprocess.run(command, capture_output=True, check=False)

@@ -181,7 +181,7 @@ def by_seed(values: np.ndarray, seeds: int, method: Method) -> np.ndarray:
     ValueError
         The shape of the values does not fit the method, or a value is not finite.
     """
-    if not values.ndim:
+    if not values.ndim:  # a constant, which is the same for every seed
         return np.full(seeds, float(values))
     shape = {"t": (seeds,), "two-way": (seeds, values.shape[-1]), "jackknife": (seeds, seeds)}[method]
     if values.shape != shape:
@@ -218,6 +218,7 @@ def estimate_effect(
     values["control"] = by_seed(compared, len(seeds), method)
     values["effect"] = effects = values["statistic"] - values["control"]
     if method == "two-way":
+        # All arms of a difference by row have the same rows, so the first one gives their clusters.
         arm = min(statistic.arms() | control.arms())
         return two_way_estimate(measured - compared, evidence.clusters(arm, seeds[0])), values
     estimate = t_estimate if method == "t" else jackknife_estimate

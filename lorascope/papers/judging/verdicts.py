@@ -18,7 +18,8 @@ from lorascope.analysis.seed_intervals import Estimate
 from lorascope.files.printable import count_phrase, printable
 from lorascope.papers.judging import looks
 from lorascope.papers.judging.claims import format_effect
-from lorascope.papers.judging.kept_runs import BLOCK, COUNT, NUMBER, SCORES, TEXT, Evidence
+from lorascope.papers.judging.csv_tables import COUNT, NUMBER, TEXT
+from lorascope.papers.judging.kept_runs import BLOCK, SCORES, Evidence
 from lorascope.papers.judging.registration import Registered
 from lorascope.papers.judging.statistics import Method, OfRun, Reads, Simulated, Statistic, estimate_effect
 
@@ -131,6 +132,7 @@ def judge_claim(registered: Registered, pair: Pair, evidence: Evidence) -> Judge
     JudgedClaim or None
         None before the first look.
     """
+    # The seeds have no gap, so none can be left out of a claim.
     seeds = evidence.seeds(_arms(pair), registered.design.first_seed)
     if len(seeds) < registered.design.looks.seeds[0]:
         return None
@@ -212,7 +214,7 @@ def judge_all(
         runs, machine = evidence, ""
         if block:
             runs, machine = evidence.in_block(block), name_machine(block)
-        if machine not in untrained:
+        if machine not in untrained:  # the same for all claims on a machine
             untrained[machine] = untrained_arms(runs, may_void)
         if failed := sorted(untrained[machine] & _arms(pair)):
             row |= {"outcome": "void", "note": f"{failed[0]} did not train"}
@@ -224,7 +226,7 @@ def judge_all(
             values.append(table.assign(claim=id, look=judged.verdict.look))
         elif block:
             row["n"] = len(runs.seeds(_arms(pair), registered.design.first_seed))
-        if id in changed:
+        if id in changed:  # last, because it overrides any outcome
             row |= {"outcome": "inconclusive", "note": CHANGED}
     columns = ["claim", "seed", "look", "statistic", "control", "effect", *SOURCE_COLUMNS]
     values = values or [pd.DataFrame(columns=columns)]
@@ -335,6 +337,7 @@ def correct(verdicts: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         With ``uncorrected`` (the outcome before the correction), ``adjusted_p`` and the corrected ``outcome``.
     """
+    # Before any claim has its first look, no row has p-values.
     verdicts = verdicts.reindex(columns=[*dict.fromkeys([*verdicts.columns, "p_looks", "p"])])
     p = verdicts["p_looks"].astype("float64").fillna(1.0).where(verdicts["outcome"] != "void", 1.0)
     p = p.where(~verdicts["note"].isin([looks.STOPPED, CHANGED]), 1.0)

@@ -12,9 +12,12 @@ import numpy as np
 import pandas as pd
 
 from lorascope.files.printable import count_phrase, printable
-from lorascope.files.typed_json import parse_json, read_text, to_typed
+from lorascope.files.typed_json import parse_json, to_typed
+from lorascope.files.whole_files import write_bytes
 from lorascope.papers.judging import kept_figures, kept_runs
 from lorascope.papers.judging.claims import format_effect
+from lorascope.papers.judging.csv_tables import text_table, to_csv
+from lorascope.papers.judging.evidence_manifest import full_manifest, kept_digests, parse_digests
 from lorascope.papers.judging.kept_runs import BLOCK, Evidence
 from lorascope.papers.judging.learning_rates import choice_of_arm, tuning_table
 from lorascope.papers.judging.looks import STOPPED
@@ -30,7 +33,7 @@ from lorascope.papers.judging.verdicts import (
     untrained_arms,
 )
 
-_CLOSE = 1e-9
+_CLOSE = 1e-9  # rounding of another machine or another version of NumPy
 _HALF = 2e-3  # losses are kept in float16
 
 
@@ -56,7 +59,7 @@ class Derived:
 
     def with_file(self, name: str, table: pd.DataFrame) -> Derived:
         """Return these results with one more file."""
-        return replace(self, files={**self.files, name: kept_runs.to_csv(table)})
+        return replace(self, files={**self.files, name: to_csv(table)})
 
 
 def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, Pair]) -> Derived:
@@ -79,7 +82,7 @@ def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, P
     verdicts = verdicts.assign(arms_state=states.to_list()).reindex(columns=list(VERDICT_COLUMNS))
     machines = _on_other_machines(judged, pairs, evidence, verdicts, registration.may_void)
     tables = {"tuning.csv": tuning_table(evidence.runs, grids), "values.csv": values, "verdicts.csv": verdicts}
-    files = {name: kept_runs.to_csv(table) for name, table in tables.items()}
+    files = {name: to_csv(table) for name, table in tables.items()}
     return Derived(files, tables["tuning.csv"], verdicts, machines)
 
 
@@ -101,6 +104,7 @@ def _on_other_machines(
                 continue
             if judged := judge_claim(claim, pairs[id], runs):
                 verdict, (effect, low, high, n) = judged.verdict, judged.verdict.effect
+                # An open claim may still end differently, so it does not differ yet.
                 decided = STOPPED not in (verdict.note, main["note"])
                 rows.append({
                     "claim": id, "block": machine, "n": n, "shown": format_effect(claim.claim, effect, low, high),
@@ -129,7 +133,7 @@ def state_of_arms(claim: str, registration: Registration, evidence: Evidence) ->
 def write_derived(folder: Path, derived: Derived, registered: Path) -> None:
     """Write what is computed from the runs, which verification checks, and the manifest."""
     _write_files(folder, derived)
-    kept_runs.write_bytes(folder / "MANIFEST", _manifest(folder, registered).encode())
+    write_bytes(folder / "MANIFEST", full_manifest(folder, registered).encode())
 
 
 def rewrite_derived(folder: Path, derived: Derived, registered: Path) -> None:
@@ -138,37 +142,17 @@ def rewrite_derived(folder: Path, derived: Derived, registered: Path) -> None:
     A changed run is therefore still found.
     """
     _write_files(folder, derived)
-    old, new = _kept_manifest(folder), _digests(_manifest(folder, registered))
-    digests = old | {path: new[path] for path in (derived.files if old else new)}
+    old, new = kept_digests(folder), parse_digests(full_manifest(folder, registered))
+    # Without a manifest, there is nothing to keep.
+    digests = old | {path: new[path] for path in derived.files} if old else new
     paths = [*new, *sorted(old.keys() - new.keys())]
     text = "".join(f"{digests[path]}  {path}\n" for path in paths if path in digests)
-    kept_runs.write_bytes(folder / "MANIFEST", text.encode())
+    write_bytes(folder / "MANIFEST", text.encode())
 
 
 def _write_files(folder: Path, derived: Derived) -> None:
     for name, content in derived.files.items():
-        kept_runs.write_bytes(folder / name, content)
-
-
-def _digests(manifest: str) -> dict[str, str]:
-    """Return the digests of a manifest by path."""
-    digests = {}
-    for line in manifest.splitlines():
-        digest, _, path = line.partition("  ")
-        digests[path] = digest
-    return digests
-
-
-def _kept_manifest(folder: Path) -> dict[str, str]:
-    file = folder / "MANIFEST"
-    return _digests(read_text(file)) if file.exists() else {}
-
-
-def _manifest(folder: Path, registered: Path) -> str:
-    data = registered.parent
-    files = [registered, *sorted(data.glob("published/*.csv"))]
-    outside = (f"{kept_runs.digest(file)}  ../{file.relative_to(data).as_posix()}\n" for file in files)
-    return kept_runs.manifest(folder) + "".join(outside)
+        write_bytes(folder / name, content)
 
 
 def verify(
@@ -222,7 +206,7 @@ def verify(
 
 
 def _check_manifest(folder: Path, registered: Path) -> Iterator[str]:
-    old, new = _kept_manifest(folder), _digests(_manifest(folder, registered))
+    old, new = kept_digests(folder), parse_digests(full_manifest(folder, registered))
     for link in sorted(path for path in folder.rglob("*") if path.is_symlink()):
         yield f"{link.relative_to(folder).as_posix()}: a symbolic link, whose target is not kept"
     for path in sorted(old.keys() | new.keys()):
@@ -326,8 +310,9 @@ def _check_seeds(evidence: Evidence, registration: Registration) -> Iterator[str
         if (missing := next(seed for seed in count(first) if seed not in seeds)) < max(seeds):
             yield f"runs.csv: arm {arm!r} on {' / '.join(map(str, block))}: seed {missing} is missing"
         tuning: RegisteredArm | None = registration.arms.get(str(arm))
-        for seed in sorted(seeds & set(tuning.tuning_seeds if tuning else ())):
-            yield f"runs.csv: arm {arm!r}: seed {seed} is a tuning seed and must not be judged"
+        if tuning:
+            for seed in sorted(seeds & set(tuning.tuning_seeds)):
+                yield f"runs.csv: arm {arm!r}: seed {seed} is a tuning seed and must not be judged"
         for seed in sorted(seed for seed in seeds if seed < first):
             yield f"runs.csv: arm {arm!r}: seed {seed} is below the first judged seed {first}"
 
@@ -356,11 +341,11 @@ def _compare(file: Path, content: bytes) -> Iterator[str]:
         yield f"{file.name}: no such file"
     elif (raw := file.read_bytes()) != content:
         try:
-            table = kept_runs.text_table(raw)
+            table = text_table(raw)
         except ValueError as error:
             yield f"{file.name}: {printable(error)}"
         else:
-            yield from compare_tables(file.name, table, kept_runs.text_table(content))
+            yield from compare_tables(file.name, table, text_table(content))
 
 
 def compare_tables(name: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[str]:
@@ -371,6 +356,7 @@ def compare_tables(name: str, old: pd.DataFrame, new: pd.DataFrame) -> Iterator[
     for number, column in zip(*np.nonzero((old != new).to_numpy()), strict=True):
         cells = str(old.iat[number, column]), str(new.iat[number, column])
         if not _are_equal(*cells):
+            # Row 1 is the header. The first two columns say what the row is about.
             row = f"row {number + 2} ({' '.join(map(str, old.iloc[number, :2]))})"
             yield f"{name}: {row}: {old.columns[column]}: kept {cells[0]!r}, recomputed {cells[1]!r}"
 
@@ -383,6 +369,6 @@ def _shape(table: pd.DataFrame) -> str:
 def _are_equal(old: str, new: str) -> bool:
     """Compare two cells; numbers may differ by the rounding of another machine."""
     try:
-        return bool(np.isclose(float(old), float(new), rtol=_CLOSE, atol=1e-12))
+        return bool(np.isclose(float(old), float(new), rtol=_CLOSE, atol=1e-12))  # the second one is for zeros
     except ValueError:
         return False

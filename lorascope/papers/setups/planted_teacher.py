@@ -85,6 +85,7 @@ def student() -> nn.Module:
 def planted_ranks(seed: int) -> Mapping[str, int]:
     """Return the rank of the planted teacher's update in every linear layer of the blocks."""
     modules = module_table.match(module_table.describe(student()), "all-linear")
+    # Every rank is equally frequent, so all teachers have the same total rank.
     drawn = np.random.default_rng(seed).permutation(np.resize(RANKS, len(modules)))
     return dict(zip(modules, drawn.tolist(), strict=True))
 

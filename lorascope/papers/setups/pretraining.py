@@ -26,7 +26,7 @@ from lorascope.inputs import models, package_assets, sources, tasks
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH = 2048, 128, 4, 4, 64
 """Sizes of the model; ``LENGTH`` is its number of positions, and must be the ``max_length`` of a training."""
-_PADDING, _END = "<pad>", "<end>"
+_PADDING, _END = "<pad>", "<end>"  # special tokens get the first ids, 0 and 1, which the configuration names
 
 
 @cache
@@ -60,6 +60,7 @@ def untrained_folder() -> str:
             GPT2LMHeadModel(config).save_pretrained(folder)
         train_tokenizer(plain_text().split("train")["text"].to_list()).save_pretrained(folder)
 
+    # The tokenizer depends on the text, so another text gets another folder.
     return str(package_assets.build_once(package_assets.cache() / f"pretraining-{plain_text().hash[:16]}", write))
 
 
@@ -79,6 +80,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(tokenizer_models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
+    # All 256 bytes, so that any text can be encoded without an unknown token.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     core.train_from_iterator(
         texts,

@@ -48,8 +48,9 @@ def quantities(claims: Registration, labels: Collection[str]) -> list[ComparedQu
     """Return the quantities to compare: what claims compute of single runs, except predictions and component scores."""
     compared = []
     for id, claim in claims.of_tier("primary", "secondary").items():
-        if claim.design.interval != "t":
+        if claim.design.interval != "t":  # two-way intervals are of test rows, and pairs need several runs
             continue
+        # The text of a control says what differs from the statistic, so it does not describe a quantity.
         texts = (claim.text.statistic, f"{claim.text.statistic}; control: {claim.text.control}")
         for statistic, text in zip(PAIRS[id], texts, strict=True):
             arms, read = statistic.arms(), {name for name, _ in statistic.reads()}
@@ -86,7 +87,9 @@ def positions(
         for name, _ in statistic.reads():
             of_arm = of_arm[of_arm["run"].isin(evidence.kept.get(name, {}).keys())]
         value = float(statistic(new_runs, [runs[quantity.arm].seed])[0])
-        values = statistic(evidence, of_arm["seed"].tolist()) if len(of_arm) else np.array([])
+        values = np.array([])
+        if len(of_arm):
+            values = statistic(evidence, of_arm["seed"].tolist())
         row = {"arm": quantity.arm, "claim": quantity.claim, "quantity": quantity.text}
         rows.append(row | _position(value, values))
     return pd.DataFrame(rows)
@@ -108,10 +111,10 @@ def _position(value: float, values: np.ndarray) -> dict[str, Any]:
 
 def _as_evidence(runs: Mapping[str, Run], tables: Tables) -> Evidence:
     """Return the runs and their tables in the form that statistics read."""
-    rows = [
-        dict.fromkeys(RUN_COLUMNS) | block() | {"run": run.id, "arm": label, "role": "judged", "seed": run.seed}
-        for label, run in runs.items()
-    ]
+    rows = []
+    for label, run in runs.items():
+        facts = {"run": run.id, "arm": label, "role": "judged", "seed": run.seed}
+        rows.append(dict.fromkeys(RUN_COLUMNS) | block() | facts)
     by_name: dict[str, dict[str, pd.DataFrame]] = {}
     for (name, label), table in tables.items():
         by_name.setdefault(name, {})[runs[label].id] = table

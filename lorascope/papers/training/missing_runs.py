@@ -55,7 +55,7 @@ def missing_runs(
         for look in stage.looks:
             runs: dict[OpenRun, None] = {}  # a set in the order of the claims
             for claim in claims:
-                if look:
+                if look:  # look 0 is the choice of the rates
                     runs |= dict.fromkeys(_of_look(claim, look, registration, pairs, evidence, on_block))
                 else:
                     runs |= dict.fromkeys(_of_tuning(claim, registration, evidence))
@@ -66,7 +66,9 @@ def missing_runs(
 
 def _of_figures(registration: Registration, evidence: Evidence, on_block: Evidence) -> Iterator[OpenRun]:
     """Yield the runs of arms that no claim uses, arm by arm, so that the first figures are complete early."""
-    for arm in (arm for arm in registration.arms.values() if arm.seeds):
+    for arm in registration.arms.values():
+        if not arm.seeds:
+            continue
         rate = choice_of_arm(registration, evidence.runs, arm.label)[1].rate
         for seed in range(registration.first_seed, registration.first_seed + arm.seeds):
             if rate is not None and not on_block.has(arm.label, seed):
@@ -107,7 +109,10 @@ def _of_look(
                 continue
             arm = registration.arms[label]
             if arm.baseline:
+                # A baseline has one run, which counts for every seed.
                 yield OpenRun(label, design.first_seed, "baseline", None)
             else:
-                rate = choice_of_arm(registration, evidence.runs, label)[1].rate if arm.fields else None
+                rate = None
+                if arm.fields:
+                    rate = choice_of_arm(registration, evidence.runs, label)[1].rate
                 yield OpenRun(label, seed, "judged", rate)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from json import loads
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lorascope.files.typed_json import to_json_rows
 from lorascope.papers.judging import kept_runs, kept_verdicts, registration
 from lorascope.papers.judging.claims import format_effect
 from lorascope.papers.judging.kept_runs import Evidence
@@ -93,7 +93,9 @@ class SeedPlan:
         """Return the CPU-minutes that these runs took for the evidence on average; None if it lacks one of the arms."""
         used = self.kept.runs[self.kept.runs["role"] != "tuning"].groupby("arm")["cpu_seconds"].mean()
         labels = [run.arm for run in self.runs()]
-        return float(used[labels].sum()) / 60 if set(labels) <= set(used.index) else None
+        if not set(labels) <= set(used.index):
+            return None
+        return float(used[labels].sum()) / 60
 
     def train(self, out: Path) -> None:
         """Train the runs and add them to the folder of evidence, and remove runs of this seed that do not fit.
@@ -144,7 +146,7 @@ def plan(claim: str, seed: int, folder: Path, data: Path = registration.FILE.par
     if claim not in PAIRS:
         raise ValueError(f"claim {claim} needs no runs: it is computed from published figures")
     labels = set(registered.claims[claim].arms)
-    labels |= {registered.arms[label].rate_of for label in labels}
+    labels |= {registered.arms[label].rate_of for label in labels}  # their tuning runs choose the rates
     arms = {label: arm for label, arm in registered.arms.items() if label in labels}
     only = Registration({claim: registered.claims[claim]}, arms, ())
     return SeedPlan(claim, seed, only, kept_runs.read_kept(data / "evidence"), folder)
@@ -171,12 +173,7 @@ class OwnSeeds:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values; numbers that do not exist are None."""
-        return {"rows": records(self.rows), "values": records(self.values), "place": self.place}
-
-
-def records(table: pd.DataFrame) -> Any:
-    """Return the rows of a table about own seeds as JSON values; numbers that do not exist are None."""
-    return loads(table.to_json(orient="records", double_precision=15))
+        return {"rows": to_json_rows(self.rows), "values": to_json_rows(self.values), "place": self.place}
 
 
 def compare_seeds(planned: SeedPlan, data: Path = registration.FILE.parent) -> OwnSeeds:
@@ -198,6 +195,7 @@ def compare_seeds(planned: SeedPlan, data: Path = registration.FILE.parent) -> O
 
     joined = _join(kept, own_evidence)
     rows = [_kept_row(planned.claim, data)]
+    # The last pass is over both together, so ``values`` has all seeds after the loop.
     for name, evidence, seeds in (("yours", own_evidence, own_seeds), ("both", joined, [*kept_seeds, *own_seeds])):
         n, effect, values = estimate(evidence, seeds)
         rows.append({"seeds": name, "n": n, "effect": effect, "verdict": ""})
@@ -225,13 +223,17 @@ def _kept_row(claim: str, data: Path) -> dict[str, Any]:
     verdicts = kept_verdicts.read_file(file, claims)
     verdicts = verdicts.assign(judged=kept_verdicts.have_verdict(verdicts))
     row: dict[str, Any] = {**verdicts.set_index("claim").loc[claim]}
-    effect, verdict = (row["shown"], row["outcome"]) if row["judged"] else ("", "none yet")
+    effect, verdict = "", "none yet"
+    if row["judged"]:
+        effect, verdict = row["shown"], row["outcome"]
     return {"seeds": "kept", "n": int(row["n"]), "effect": effect, "verdict": verdict}
 
 
 def _describe_position(values: pd.DataFrame, is_own: pd.Series, kept_seeds: int) -> str:
     """Return where the own effects are among those of the kept seeds, or what is missing for it."""
-    missing = [] if kept_seeds else ["There are no other kept seeds to compare with."]
+    missing = []
+    if not kept_seeds:
+        missing.append("There are no other kept seeds to compare with.")
     if not len(values):
         missing.append("No effect yet: the claim compares pairs of runs, which needs three seeds.")
     if missing:

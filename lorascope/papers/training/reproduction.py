@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorascope.files.typed_json import to_json_rows
 from lorascope.pages import page
 from lorascope.pages.page import Section
 from lorascope.pages.report_figure import draw
@@ -17,7 +18,6 @@ from lorascope.papers.judging import kept_runs, kept_verdicts, registration
 from lorascope.papers.judging.kept_verdicts import KeptVerdicts
 from lorascope.papers.registry import PROBES
 from lorascope.papers.training import kept_comparison, short_runs
-from lorascope.papers.training.own_seeds import records
 from lorascope.runs.folders import require_own
 from lorascope.runs.run import Run
 
@@ -55,7 +55,8 @@ class Reproduction:
         """Return the result as JSON values; numbers that do not exist are None."""
         return {
             "report": str(self.path), "seed": self.seed, "notes": list(self.verdicts.notes),
-            "verdicts": records(self.verdicts.table), "runs": records(self.runs), "places": records(self.places),
+            "verdicts": to_json_rows(self.verdicts.table), "runs": to_json_rows(self.runs),
+            "places": to_json_rows(self.places),
         }  # fmt: skip
 
 
@@ -80,12 +81,15 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
     """
     path = Path(out) / REPORT
     require_own(path, *page.GENERATORS.values())
-    file = data / "registered.toml"
-    claims, evidence = (registration.read(file) if file.exists() else None), kept_runs.read_kept(data / "evidence")
-    kept = evidence.of_main_machine()
+    file, evidence = data / "registered.toml", kept_runs.read_kept(data / "evidence")
+    kept, claims = evidence.of_main_machine(), None
+    if file.exists():
+        claims = registration.read(file)
     runs = short_runs.train_short_runs(Path(out) / "runs", seed, claims, evidence.runs)
     labels = [label for label in runs if short_runs.has_task_of_kept_runs(label)]
-    quantities = kept_comparison.quantities(claims, labels) if claims else []
+    quantities = []
+    if claims:
+        quantities = kept_comparison.quantities(claims, labels)
     tables = kept_comparison.keep_tables(runs, quantities)
     positions = kept_comparison.positions({label: runs[label] for label in labels}, tables, quantities, kept)
     over_kept = kept_comparison.figures(runs, tables, kept)
@@ -122,8 +126,11 @@ def run_facts(runs: Sequence[Run], now: datetime) -> dict[str, str]:
         facts["Device"].append(run.meta.device or "")
         facts["Versions"].append(", ".join(f"{name} {version}" for name, version in (run.meta.versions or {}).items()))
         facts["Commit"].append((run.meta.commit or "")[:12])
-    joined = {term: ", ".join(filter(None, dict.fromkeys(texts))) for term, texts in facts.items()}
-    return {term: text for term, text in joined.items() if text}
+    joined = {}
+    for term, texts in facts.items():
+        if text := ", ".join(filter(None, dict.fromkeys(texts))):
+            joined[term] = text
+    return joined
 
 
 def _runs_table(runs: dict[str, Run]) -> pd.DataFrame:

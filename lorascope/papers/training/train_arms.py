@@ -32,7 +32,9 @@ from lorascope.inputs.task_parts import first_test_rows, identify_test_rows
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import config
 from lorascope.papers.figures import redraw
+from lorascope.papers.figures.excerpt import changed_excerpts
 from lorascope.papers.judging import kept_figures, kept_runs, registration, verification
+from lorascope.papers.judging.csv_tables import text_table, to_csv
 from lorascope.papers.judging.looks import BUDGET
 from lorascope.papers.judging.registration import Registration, arm_hash
 from lorascope.papers.probe import Arm, OwnArm
@@ -80,7 +82,7 @@ def arm_hashes(claims: Registration) -> dict[str, str]:
     """Compute the hash of every registered arm, as it would be trained, from the code, by label."""
     hashes = {}
     for label, registered in claims.arms.items():
-        rate = next(iter(registered.rates), None)
+        rate = next(iter(registered.rates), None)  # any rate, because it is not hashed
         row = _describe(arm_of_run(OpenRun(label, 100, "judged", rate), claims))
         method, settings = json.loads(row["method"]), json.loads(row["settings"])
         hashes[label] = arm_hash(registered, method, settings, row["task_hash"], row["w0"])
@@ -208,7 +210,7 @@ def retrain(folder: Path, number: int, registered: Path = registration.FILE) -> 
                 new = {**finished.scores, **finished.tables}
                 for name in old.keys() & new.keys():
                     lines += _first_difference(name, old[name], new[name])
-                lines += redraw.changed_excerpts(folder, evidence, {**row}, Path(out), SECTIONS)
+                lines += changed_excerpts(folder, evidence, {**row}, Path(out), SECTIONS)
             elif len(metrics) > 1:
                 tolerances = {"test_metric": 3 * metrics.std(ddof=1)}
             else:
@@ -225,7 +227,8 @@ def _first_difference(name: str, old: Any, new: Any) -> list[str]:
     """Compare a kept table, or kept scores, with those of a run that was trained again."""
     if not isinstance(old, pd.DataFrame):
         old, new = pd.DataFrame({"score": old}), pd.DataFrame({"score": new})
-    old, new = (kept_runs.text_table(kept_runs.to_csv(table)) for table in (old, new))
+    # As in a file, so that both have the same rounding and types.
+    old, new = text_table(to_csv(old)), text_table(to_csv(new))
     lines = list(verification.compare_tables(name, old, new))
     if lines[1:]:
         lines = [f"{lines[0]}, and {len(lines) - 1} more"]
@@ -233,7 +236,9 @@ def _first_difference(name: str, old: Any, new: Any) -> list[str]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    rate = "" if row["rate"] is None else f", rate {row['rate']:g}"
+    rate = ""
+    if row["rate"] is not None:
+        rate = f", rate {row['rate']:g}"
     scores = f"validation loss {row['validation_loss']:.4g}, metric {row['validation_metric']:.4g}"
     return f"{row['arm']}, {row['role']} seed {row['seed']}{rate}: {scores}, {row['cpu_seconds'] / 60:.1f} CPU-minutes"
 
@@ -257,7 +262,9 @@ def read_by_claims(claims: Registration) -> dict[str, list[Read]]:
     for id, claim in claims.of_tier("primary", "secondary").items():
         seeds = range(claim.design.first_seed, claim.design.first_seed + claim.design.seeds[-1])
         for key, other_arms in (PAIRS[id][0].reads() | PAIRS[id][1].reads()).items():
-            longest = max(seeds, reads[key].seeds, key=len) if key in reads else seeds
+            longest = seeds
+            if key in reads:  # several claims read it, each at its looks
+                longest = max(seeds, reads[key].seeds, key=len)
             reads[key] = Read(key[0], longest, other_arms)
     by_arm: dict[str, list[Read]] = {}
     for (_, label), read in reads.items():
@@ -277,7 +284,7 @@ class FinishedRun:
 
 def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: Path) -> FinishedRun:
     """Train one run of an arm in this process, and return what is kept of it."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # runs are parallel, and numbers depend on the number of threads
     start = time.process_time()
     arm = arm_of_run(open_run, claims)
     id = f"{_digest(arm.label, 12)}-{open_run.seed}"
@@ -310,7 +317,9 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
                 lost = {"margin": np.int8(0), "nll": np.float16(np.inf)}
                 count = len(_task(arm).split("test"))
                 scores = {read.name: np.full(count, lost[read.name]) for read in reads if read.name in lost}
-    rows = identify_test_rows(_task(arm)) if scores else pd.DataFrame()
+    rows = pd.DataFrame()
+    if scores:
+        rows = identify_test_rows(_task(arm))
     # Another machine gives the same run other numbers.
     row |= {"run": f"{row['run']}-{_digest(json.dumps(block()), 6)}", "cpu_seconds": time.process_time() - start}
     return FinishedRun(row, scores, tables, rows)
@@ -335,11 +344,13 @@ def arm_of_run(open_run: OpenRun, claims: Registration) -> Arm | OwnArm:
     if isinstance(arm, OwnArm):
         return arm
     arm = arm.of_seed(open_run.seed)
-    rates = claims.arms[arm.label].fields_at(open_run.rate) if open_run.rate else {}
+    rates = {}
+    if open_run.rate:
+        rates = claims.arms[arm.label].fields_at(open_run.rate)
     settings, task = dict(arm.settings), _task(arm)
     if number := settings.pop("test_size", None):
         task = first_test_rows(task, number)
-    if open_run.role == "tuning":
+    if open_run.role == "tuning":  # whose test scores and records are not kept
         settings |= {"observe": [], "test_size": 16}
     return replace(arm, method=replace(arm.method, **rates), settings=settings, task=task)
 
@@ -351,11 +362,15 @@ def _train(arm: Any, open_run: OpenRun, out: Path) -> Run:
 
 
 def _model(arm: Arm) -> Any:
-    return partial(models.load, arm.model) if isinstance(arm.model, str) else arm.model
+    if isinstance(arm.model, str):
+        return partial(models.load, arm.model)
+    return arm.model
 
 
 def _task(arm: Arm | OwnArm) -> Task:
-    return arm.task if isinstance(arm.task, Task) else _load(arm.task)
+    if isinstance(arm.task, Task):
+        return arm.task
+    return _load(arm.task)
 
 
 @cache
@@ -369,7 +384,8 @@ def _describe(arm: Arm | OwnArm) -> dict[str, Any]:
     if arm.task:
         task = _task(arm)
         about = {"task": task.name, "task_hash": task.hash}
-        labels = task.labels if task.classifies else None
+        if task.classifies:
+            labels = task.labels
     if isinstance(arm, OwnArm):
         return about | {"method": json.dumps(arm.method), "settings": "{}", "model": "-", "w0": "-"}
     fixed = {name: value for name, value in arm.settings.items() if name not in ("observe", "seed")}
@@ -398,13 +414,15 @@ def _scores(run: Run, arm: Arm, role: str) -> dict[str, Any]:
     """Return the columns of the row that a run determines."""
     final = run.table[run.table["step"] == run.table["step"].max()].set_index("quantity")["value"]
     rows = _task(arm).split("validation").head(arm.settings["eval_size"])
-    # Without labels, the metric is a perplexity, which has no chance level.
-    chance = rows["label"].value_counts(normalize=True).iloc[0] if "label" in rows else math.nan
-    tested = (run.score.loss, run.score.metric) if role == "judged" else (math.nan, math.nan)
+    chance = test_loss = test_metric = math.nan
+    if "label" in rows:  # else the metric is a perplexity, which has no chance level
+        chance = rows["label"].value_counts(normalize=True).iloc[0]
+    if role == "judged":  # the test split must not choose a rate
+        test_loss, test_metric = run.score.loss, run.score.metric
     return {
         "run": run.id, "trained_parameters": run.meta.parameters.trained,
         "validation_loss": float(final["eval_loss"]), "validation_metric": float(final["eval_metric"]),
-        "validation_chance": float(chance), "test_loss": tested[0], "test_metric": tested[1],
+        "validation_chance": float(chance), "test_loss": test_loss, "test_metric": test_metric,
     }  # fmt: skip
 
 

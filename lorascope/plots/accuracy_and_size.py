@@ -99,6 +99,7 @@ def _recipe_size(group: Group) -> dict[str, object]:
     """Return the trained parameters of a recipe, its size as text, and the label shared by all sizes of its method."""
     first = group.runs[0]
     recipe = first.meta.recipe
+    # The seed of the entries does not distinguish methods either.
     names = {*_SIZES, "entry_seed"}
     # If alpha equals the rank, the scale is 1 at every size, so alpha does not distinguish methods.
     if recipe.get("alpha") == recipe.get("rank"):

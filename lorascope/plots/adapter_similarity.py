@@ -60,7 +60,8 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
         "of the rank that would have to move to make the allocations equal. "
         f"{cohort.sample_sentence}"
     )
-    # The norm of an adapter of zeros gives a ratio of 0, whose logarithm no color shows.
+    # On a logarithmic scale, twice and half the norm are equally far from equality. An adapter of zeros has a ratio of
+    # 0, whose logarithm no color shows.
     with np.errstate(divide="ignore"):
         ratios = table.assign(log_ratio=np.log2(table["norm_ratio"]), words=table["norm_ratio"].map(_format_ratio))
     ratios = ratios.replace({"log_ratio": {-np.inf: np.nan}})

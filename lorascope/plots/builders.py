@@ -84,10 +84,11 @@ def profile(cohort: Cohort, cells: pd.DataFrame, y: Axis | str, **settings: Any)
     """Build a chart with one line per recipe over layers (per ``step``, if a column), with gaps for missing records."""
     order = used_places(cells)
     rows = cells[[column for column in ("step", "recipe", "kind") if column in cells]].drop_duplicates()
+    # With other categories, the merge would lose the order of the layers.
     positions = pd.Categorical(order, cells["place"].cat.categories, ordered=True)
     # A missing layer gets a row without a value, where the line has a gap.
     full = rows.merge(pd.DataFrame({"place": positions}), how="cross").merge(cells, how="left")
-    full = full.fillna({"n": 0}).astype({"n": "int64"})
+    full = full.fillna({"n": 0}).astype({"n": "int64"})  # the gaps made n a float
     return curves(full, "place", (Axis(label="layer", order=order), y), colors=cohort.labels, **settings)
 
 

@@ -188,6 +188,7 @@ def metric_by_experts(cohort: Cohort) -> Chart:
     cells = band(rows, ["recipe", "kind"])
     curve = cells[cells["kind"] == "run"]
     curve = curve.assign(number=curve["recipe"].map(numbers), series=_HYDRA).sort_values("number")
+    # A single side if all runs have the same number, because one point must not be drawn twice.
     sides = sorted({min(numbers.values()), max(numbers.values())})
     controls = cells[cells["kind"] == "control"]
     return _curve_and_level(

@@ -134,6 +134,7 @@ def _angle_course(cohort: Cohort, rows: pd.DataFrame, random: pd.DataFrame, agai
         band(mean_over_modules(angles), ["recipe", "kind", "step"]),
         "step",
         ("step", Axis(label="angle (degrees)", limits=(0, None))),
+        # The first stored step has no previous one, and the last one is not compared with itself.
         Line("step", "value", "recipe", data=random[random["step"].isin(angles["step"])]),
         title=f"To the {against} stored step",
         caption=caption,

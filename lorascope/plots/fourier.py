@@ -67,10 +67,7 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
     by_radius = curves(
         band(cohort.label(rows), ["recipe", "kind", "radius"]),
         "radius",
-        (
-            Axis(label="radius of the frequency", limits=(0, None)),
-            Axis(label="root mean square", limits=(0, None)),
-        ),
+        (Axis(label="radius of the frequency", limits=(0, None)), Axis(label="root mean square", limits=(0, None))),
         points=False,
         title="by radius",
         caption=caption,
@@ -195,6 +192,7 @@ def _frequency_plane(group: Group, updates: Mapping[str, Fourier], caption: str)
     table = np.sqrt(squares.mean()).reset_index()
     table = table[table["size"] > 0].sort_values("size")  # the largest on top
     visible = table["size"].clip(lower=_FAINT * table["size"].max())
+    # Frequencies are counted from the middle of the spectrum.
     height, width = updates[group.runs[0].id].shape
     return Chart(
         table.assign(log=np.log10(visible)),

@@ -54,7 +54,7 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
         marks,
         title="Error and elbows",
         x=Axis(label="clusters K"),
-        y=Axis(label="error relative to K = 1", limits=(0, 1.12)),
+        y=Axis(label="error relative to K = 1", limits=(0, 1.12)),  # room for the counts above the elbows
         caption=caption,
         colors=dict.fromkeys(found["algorithm"]),
     )

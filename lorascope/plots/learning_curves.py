@@ -154,7 +154,7 @@ def _average_windows(cohort: Cohort, count: int) -> tuple[pd.DataFrame, str]:
     width = math.ceil(rows["step"].max() / count)
     last = rows.groupby("run", observed=True)["step"].transform("max")
     # A window is drawn at its last step; the last window may be shorter.
-    end = (-(-rows["step"] // width) * width).clip(upper=last)
+    end = (-(-rows["step"] // width) * width).clip(upper=last)  # rounded up
     averages = (
         rows.assign(step=end).groupby(["run", "recipe", "kind", "step"], observed=True, sort=False)["value"].mean()
     )

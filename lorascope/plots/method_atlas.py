@@ -102,7 +102,7 @@ def _pools(
     for run in cohort.runs:
         blocks = set(run.modules["module"][run.modules["layer"].notna()])
         in_blocks[run.id] = common_names([spectra[run.id], blocks])
-    # The head, outside the blocks, trains with every method, so that its spectrum does not compare methods.
+    # The head trains with every method, so that its spectrum does not compare them.
     shared = common_names(list(in_blocks.values()))
     if len(shared) == 1:
         return dict.fromkeys(spectra, shared), shared[0]

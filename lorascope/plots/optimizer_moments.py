@@ -19,6 +19,7 @@ from lorascope.schema.module_roles import ROLES
 
 _SHUFFLED = "shuffled"
 _BEST = "best rank-k (SVD)"
+# Stored quantities; the last one is the error of the shuffled matrix.
 _ERRORS = {
     "moment_error": _BEST,
     "moment_error_s_rsi": "S-RSI",
@@ -78,6 +79,7 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
             rows = optimizer_moments.average_by_layer(table[table["recipe"] == label], quantity, role=role)
             if rows.empty:
                 raise ValueError(f"second_moments needs a role with second moments, got {role!r} (label {label!r})")
+            # A place outside the blocks, such as "embed", is not a number and stays.
             layers = rows["place"].str.replace(r"^(\d+)$", r"layer \1", regex=True)
             cells = band(rows.assign(layer=layers), ["recipe", "kind", "layer", "index"])
             panels.append(
@@ -206,7 +208,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
         raise ValueError(f"factor_rank needs a role with factors in blocks, got {role!r}")
     steps = evenly_spaced(sorted(rows["step"].unique()), _MOST_STEPS)
     rows = rows[rows["step"].isin(steps)]
-    layers = used_places(rows)
+    layers = used_places(rows)  # in the order of the axis, which text does not have
     keys = ["recipe", "kind", "role", "place", "step"]
     rows = rows.astype({"role": "str", "place": "str"})
     caps = rows.groupby(keys, observed=True)[["share", "cap"]].mean().reset_index()

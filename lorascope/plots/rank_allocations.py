@@ -147,7 +147,7 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     """
     cohort = gather_runs("rank_replay", runs, control)
     require_counts(frames=frames)
-    table = cohort.without_controls().table
+    table = cohort.without_controls().table  # controls are drawn at the decisions of the runs
     steps = rank_allocations.decision_steps(table, frames)
     ranks = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))
     cells = _rank_cells(ranks, ["recipe", "kind", "step"])
@@ -188,7 +188,7 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -
 def _rank_cells(ranks: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     """Return mean, smallest and largest rank over the runs for every layer and role, with the text of its cell."""
     keys = [*columns, "place", "role"]
-    pooled = norms.pool_modules(ranks, [key for key in keys if key != "step"])
+    pooled = norms.pool_modules(ranks, [key for key in keys if key != "step"])  # which always keeps the step
     over_runs = pooled.groupby(keys, observed=True, sort=False)["value"]
     cells = over_runs.agg(value="mean", least="min", most="max", n="count").reset_index()
     texts = []
@@ -212,6 +212,7 @@ def _rank_course(cohort: Cohort, ranks: pd.DataFrame, label: str, caption: str) 
     """Plot budget, phases and total rank of one recipe over the steps, with a dot for the step of the frame."""
     of_recipe = ranks[ranks["recipe"] == label].groupby(["run", "recipe", "kind", "step"], observed=True)
     totals = of_recipe["value"].sum().reset_index()
+    # ``step`` is the column of the frames, so that the axis has another one.
     frames = band(totals, ["recipe", "step"]).assign(at=lambda rows: rows["step"], series=_THIS_STEP)
     rows = cohort.select("budget")
     budget = band(rows[rows["recipe"] == label], ["step"]).rename(columns={"step": "at"}).sort_values("at")

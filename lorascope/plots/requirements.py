@@ -34,11 +34,7 @@ _STORED: dict[str, tuple[str, str, Callable[[Result], Sized]]] = {
     ),
     FREQUENCIES: ("Fourier coefficients", "train with FourierFT", fourier.fourier_updates),
     BASIS: ("coefficients on a basis", "train with FourierFT", fourier.basis_setting),
-    HEADS: (
-        "a number of experts",
-        "train HydraLoRA",
-        lambda run: {"num_experts"} & {*run.meta.recipe},
-    ),
+    HEADS: ("a number of experts", "train HydraLoRA", lambda run: {"num_experts"} & {*run.meta.recipe}),
 }
 
 

@@ -58,7 +58,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
         )
         seed = group.runs[0].meta.seed
         run = "One run" if seed is None else f"One run (seed {seed})"
-        limits = (-largest, largest)
+        limits = (-largest, largest)  # one scale for all panels
         panels.append(
             Chart(
                 cells.assign(column=cells["role"].astype("str") + " " + cells["head"].astype("str")),

@@ -170,7 +170,7 @@ class Cohort:
     def common_module(self, updates: Sequence[Mapping[str, Any]], module: str | None) -> str:
         """Return the module that a figure compares: the given one, or that with the largest mean update.
 
-        ``updates`` are those of every run by module, or their singular values.
+        ``updates`` has the updates of every run by module, or their singular values.
         """
         common = common_names(updates)
         if module is None and common:
@@ -236,6 +236,7 @@ class Cohort:
 
     def caption(self, *sentences: str, interval: str = f"bands and bars: {INTERVAL}") -> str:
         """Return the sentences of a caption, followed by the number of runs, their seeds and the kind of interval."""
+        # One run per label has no spread.
         if len(self.runs) == len(self.groups):
             return " ".join([*sentences, f"{self.sample}, so no interval."])
         equal = len({group.sample for group in self.groups}) == 1
@@ -249,7 +250,7 @@ class Cohort:
         """
         mixtures: dict[str, str] = {}
         for chart in drawable.charts():
-            # A chart of another cohort, such as the controls in panels of their own, has the meta of its runs.
+            # A chart of another cohort, such as separate panels of the controls, has the meta of its runs.
             mixtures |= (self.meta | dict(chart.meta)).get(MIXTURES, {})
         sentences = mixture_sentences(mixtures)
 

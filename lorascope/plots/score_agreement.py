@@ -49,7 +49,7 @@ def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
     means = _mean_cells(with_truth).sort_values("value", ascending=False)
     return Chart(
         means,
-        [Rule(x=0), Point("value", "first", low="low", high="high")],
+        [Rule(x=0), Point("value", "first", low="low", high="high")],  # no agreement
         title=f"Agreement with the {truth} ({level})",
         x=Axis(label=f"Spearman correlation with the {truth}", limits=(-1, 1)),
         y=Axis(order=means["first"]),

@@ -193,9 +193,9 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
     """
     cohort = gather_runs("rank_shift", runs, control, check=False)
     references = list_runs(reference or ())
-    compared = Cohort(cohort.name, cohort.groups)
+    compared = cohort
     if references:
-        compared = replace(compared, groups=(*cohort.groups, Group("reference", tuple(references))))
+        compared = replace(cohort, groups=(*cohort.groups, Group("reference", tuple(references))))
     # Without a reference, a run is compared with its own first step.
     compared.require("utilisation", history=not references)
     compared.require_same("model")
@@ -211,7 +211,7 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
         kinds += [{"run": run.id, "category": kind, "value": counts[kind]} for kind in _KINDS]
     moved = pd.concat(buckets)
     percent = (100 * moved[["low", "high"]]).map("{:g}".format)
-    moved["bucket"] = (percent["low"] + "–" + percent["high"]).replace("0–100", "all")
+    moved["bucket"] = (percent["low"] + "–" + percent["high"]).replace("0–100", "all")  # over all ranks
     base, order_label = "the model before training", "percentile before (%)"
     if references:
         base, order_label = "another run", "percentile in the reference (%)"
@@ -269,6 +269,7 @@ def _random_marks(chance: pd.DataFrame) -> tuple[list[Mark], str]:
     """Return the marks of the random baseline (one height, one per role, or one per layer and role), and a caption."""
     random = "the expectation for a random selection of the same size"
     heights = chance.groupby("role", observed=True, sort=False)["chance"]
+    # The expectation is proportional to the number of neurons, which rarely differs between layers.
     if not np.isclose(heights.min(), heights.max()).all():
         return [Line("place", "chance", "role", data=chance)], f"lines: {random}"
     by_role = heights.mean().sort_values(ascending=False)

@@ -112,6 +112,7 @@ def _measured_memory(cohort: Cohort) -> pd.DataFrame:
     table = norms.last_recorded(cohort.table[cohort.table["quantity"].isin([*_QUANTITIES, "peak_bytes"])])
     wide = table.pivot(index="run", columns="quantity", values="value").astype("float64")
     by_part = wide[list(_QUANTITIES)].rename(columns=_QUANTITIES)
+    # ``observe.memory`` records no peak.
     if "peak_bytes" in wide:
         by_part[_ACTIVATIONS] = wide["peak_bytes"] - by_part.sum(axis="columns")
     long = by_part.reset_index().melt("run", var_name="part", value_name="bytes")

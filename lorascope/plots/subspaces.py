@@ -62,6 +62,7 @@ def spectrum(
         values_of, symbol, notes = spectra.added_values, "ΔW − ΔW₀", cohort.missing_initial_updates()
     by_run = {run.id: values_of(run, step) for run in cohort.runs}
     module = cohort.common_module(list(by_run.values()), module)
+    # Rounding errors of zero would be a long tail of the line.
     sigmas = {run: spectra.above_rounding(by_module[module]) for run, by_module in by_run.items()}
     values = spectra.tabulate_spectra(sigmas).rename(columns={"module": "run", "sigma": "value"})
     ranks = spectra.rank_definitions(sigmas).rename(columns={"module": "run", "effective_rank": "value"})
@@ -158,7 +159,7 @@ def _phi_caption(cells: pd.DataFrame, pairs: int, module: str, side: Side) -> st
     """Return the caption: definition of φ, and its value in opposite corners with the random baseline."""
     sample = "One pair of runs" if pairs == 1 else f"Mean of {pairs} pairs that share runs, so no interval"
     values = []
-    for cell in cells.iloc[[0, -1]].itertuples():
+    for cell in cells.iloc[[0, -1]].itertuples():  # smallest and largest i and j
         spread = f" ({cell.least:.2f} to {cell.most:.2f})" if pairs > 1 else ""
         values.append(f"φ({cell.i}, {cell.j}) = {cell.phi:.2f}{spread}, random {cell.phi_random:.2f}")
     return (

@@ -43,6 +43,7 @@ class Adapter(Result):
     def __init__(self, files: AdapterFiles, base: PretrainedWeights | None = None) -> None:
         self.files, self.base = files, base
         config, stored = files.config, files.parts
+        # Trained tensors that all modules share, such as the vector bank of VB-LoRA, count once.
         size = sum(update.size for update in stored.values()) + files.shared_size
         meta = Manifest(
             id="",  # the property reads all files, so that it is computed on access
@@ -76,7 +77,8 @@ class Adapter(Result):
         rows = []
         for module, rank in self.ranks().items():
             values = {"rank": float(rank)} | self.measures[module]
-            rows += [(-1, Record(quantity, value, module)) for quantity, value in values.items()]
+            for quantity, value in values.items():
+                rows.append((-1, Record(quantity, value, module)))  # step -1 becomes NA
         return records.frame(self.id, rows, self.modules)
 
     @cached_property
@@ -96,13 +98,16 @@ class Adapter(Result):
             sigma = self.spectra[module]
             norm, stable, effective = math.hypot(*sigma.tolist()), stable_rank(sigma), effective_rank(sigma)
         else:
+            # The ranks of a dense update would require a full SVD, which is slow.
             norm, stable, effective = stored.update().norm(), np.nan, np.nan
         values = {"update_norm": norm, "stable_rank": stable, "effective_rank": effective}
         if self.base is None or not self.base.has_weight(module):
             return values | {"weight_norm": np.nan, "relative_update": np.nan}
         W0 = self.base.weight(module, stored.shape, stored.transposed)
         base_norm = Dense(W0).norm()
-        relative = norm / base_norm if base_norm else np.inf
+        relative = np.inf
+        if base_norm:
+            relative = norm / base_norm
         # The norm of W₀ + ΔW without forming it; rounding may make the square negative.
         weight = max(base_norm**2 + 2.0 * stored.update().inner_weight(W0) + norm**2, 0.0) ** 0.5
         return values | {"weight_norm": weight, "relative_update": relative}
@@ -143,17 +148,20 @@ class Adapter(Result):
 
     def _require_last_state(self, step: int | None, state: str) -> None:
         if step is not None or state != "last":
-            requested = f"step {step}" if step is not None else f"state {state!r}"
+            requested = f"state {state!r}"
+            if step is not None:
+                requested = f"step {step}"
             raise ValueError(f"cannot read {requested} of adapter {self.label!r}: it has only the state 'last'")
 
     def _lines(self) -> list[tuple[str, str]]:
         smallest, largest = min(self.ranks().values()), max(self.ranks().values())
-        rank = f"rank {largest}" if smallest == largest else f"ranks {smallest} to {largest}"
-        count = len(self.files.parts)
+        ranks = f"rank {largest}"
+        if smallest < largest:
+            ranks = f"ranks {smallest} to {largest}"
         return [
-            ("adapter", f"{self.label}  {self.files.kind}, {rank}"),
+            ("adapter", f"{self.label}  {self.files.kind}, {ranks}"),
             ("base", self.meta.model),
-            ("size", f"{count} modules, {self.meta.parameters.trained:,} parameters"),
+            ("size", f"{len(self.files.parts)} modules, {self.meta.parameters.trained:,} parameters"),
             ("folder", str(self.path)),
             *self._largest_lines(),
         ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from lorascope.files.hub import WEIGHTS
 from lorascope.files.printable import printable
 
+# No letter may precede the word, or else it is another one, such as "footsteps".
 _WORD = re.compile(r"(?:.*[^a-z])?(?:checkpoint|ckpt|steps?|iter|epoch)[-_=]?(\d{1,12})", re.IGNORECASE)
 _REVISION = re.compile(r"[^@]*@(\d{1,12})")
 _MLX = re.compile(r"(\d{1,12})_adapters\.safetensors")
@@ -23,11 +24,15 @@ def checkpoint_step(name: str | Path) -> int | None:
     path = Path(name)
     label = path.parent.name if path.name in WEIGHTS else path.name
     match = _MLX.fullmatch(label) or _WORD.fullmatch(label.removesuffix(".safetensors")) or _REVISION.fullmatch(label)
-    return None if match is None else int(match[1])
+    if match is None:
+        return None
+    return int(match[1])
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder, files or folders whose names have a step, in the order of the steps."""
+    if not folder.is_dir():
+        return []
     steps = {}
     for path in folder.iterdir():
         step = checkpoint_step(path)
@@ -47,10 +52,10 @@ def count_and_span(steps: Iterable[int]) -> str:
 
 def describe_checkpoints(folder: Path) -> str | None:
     """Describe the checkpoints, by their names, next to the final adapter of a training; None without any."""
-    if not folder.is_dir():
-        return None
     steps = {checkpoint_step(path) or 0 for path in find_checkpoints(folder)}
-    return f"{count_and_span(steps)}; --series shows them" if steps else None
+    if not steps:
+        return None
+    return f"{count_and_span(steps)}; --series shows them"
 
 
 def by_step(names: Iterable[str | Path]) -> dict[int, str | Path]:

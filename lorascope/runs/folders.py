@@ -33,7 +33,7 @@ _RUN_FILE = re.compile(
 )
 MAX_PAGE = 2**27
 """Maximum bytes of a page or log that is read again: enough for an adapter with 100,000 modules."""
-_PHASE = re.compile(r"\d+-.+")
+_PHASE = re.compile(r"\d+-.+")  # such as 1-search
 _Id = Annotated[str, Meta(pattern="^[0-9a-f]{12}$")]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from lorascope.array_types import Float
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.runs.layout import Lazy, identify
-from lorascope.runs.result import Result
+from lorascope.runs.result import Result, is_at_step
 from lorascope.schema.records import validate
 from lorascope.updates import Update, effective_rank, from_factors, stable_rank
 
@@ -90,6 +90,7 @@ class GatedRun(Result):
     def __init__(self, run: Result, gates: Mapping[str, Float[np.ndarray, "heads"]], label: str) -> None:
         self.run, self.gates, self.gates_label = run, gates, label
         self.kind, self.has_history = run.kind, run.has_history  # type: ignore[misc]
+        # A view has another id than its run, because a figure takes each id only once.
         id = identify({"run": run.id, "gates": {module: values.tolist() for module, values in gates.items()}})
         super().__init__(run.path, replace(run.meta, id=id))
 
@@ -151,8 +152,7 @@ class GatedRun(Result):
     def table(self) -> pd.DataFrame:
         """Records of the run, with update norms and ranks that depend on the gates recomputed for the last step."""
         table = self.run.table.astype({"run": "str"}).assign(run=self.id)
-        final = self.meta.states["last"].step
-        is_final = table["step"].isna() if final is None else (table["step"] == final).fillna(False)
+        is_final = is_at_step(table, self.meta.states["last"].step)
         # The gates at earlier steps are unknown, so that only the sizes at the last step can be recomputed.
         is_size_or_shape = table["quantity"].isin([*_SIZES, *_SHAPES])
         is_known = ~table["quantity"].isin(_UNKNOWN) & (is_final | ~is_size_or_shape)
@@ -161,6 +161,7 @@ class GatedRun(Result):
 
     def _gated_modules_and_blocks(self, table: pd.DataFrame) -> set[str]:
         names = set(self.gates)
+        # The norm of a block includes those of its modules.
         for block in set(table.loc[table["role"] == "block", "module"]):
             if any(module.startswith(f"{block}.") for module in self.gates):
                 names.add(block)
@@ -179,17 +180,22 @@ class GatedRun(Result):
         def value(module: str, quantity: str, old: float, size: float) -> float:
             if quantity in _SHAPES:
                 return shapes[module, quantity]
+            # Squared norms of the modules in a block add up.
             change = sum(change for name, change in changes.items() if f"{name}.".startswith(f"{module}."))
             new = max(0.0, size**2 + change) ** 0.5
             if quantity != "relative_update":
                 return new
+            if size == 0:
+                return np.nan
             # ‖W − W₀‖ / ‖W₀‖ is proportional to ‖W − W₀‖.
-            return old * new / size if size else np.nan
+            return old * new / size
 
         sizes = table[table["quantity"] == "update_norm"].set_index("module")["value"]
         rows = table.loc[depends, ["module", "quantity", "value"]].astype({"module": "str", "quantity": "str"})
         recomputed = []
         for module, quantity, old in rows.itertuples(index=False):
-            size = old if quantity == "learned_norm" else sizes[module]
+            size = old
+            if quantity != "learned_norm":
+                size = sizes[module]
             recomputed.append(value(module, quantity, old, size))
         return table.assign(value=table["value"].mask(depends, pd.Series(recomputed, rows.index)))

@@ -68,7 +68,9 @@ def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter | Se
     if is_run(path):
         if base is not None:
             raise ValueError(f"base must be None for a run, got {printable(base)}: {printable(path)} is a run")
-        return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
+        if (path / "recipe.json").exists():
+            path /= _last_phase(path)
+        return Run.read(path)
     if is_series(path):
         return load_series(path, base)
     return _require_own_base(load_adapter(path, base))
@@ -101,16 +103,19 @@ def load_series(
         There is no checkpoint that can be read, two have the same step or different base models, or one is not an
         adapter.
     """
-    if isinstance(checkpoints, str | Path):
-        folder = locate(checkpoints)
-        paths: Mapping[int, str | Path] = by_step(find_checkpoints(folder) if folder.is_dir() else [])
+    source = ""
+    if isinstance(checkpoints, Mapping):
+        paths = dict(checkpoints)
+    elif isinstance(checkpoints, str | Path):
+        folder, source = locate(checkpoints), f"{printable(checkpoints)}: "
+        paths = by_step(find_checkpoints(folder))
         if not paths:
             raise ValueError(
                 f"cannot load a series from {printable(folder)}: it has no checkpoints; expected subfolders such as "
                 "checkpoint-10"
             )
     else:
-        paths = checkpoints if isinstance(checkpoints, Mapping) else by_step(checkpoints)
+        paths = by_step(checkpoints)
     adapters: dict[int, Adapter] = {}
     skipped: dict[int, str] = {}
     for step, name in sorted(paths.items()):
@@ -120,13 +125,12 @@ def load_series(
         else:
             adapters[step] = load_adapter(path, base)
     if not adapters:
-        folder_name = f"{printable(checkpoints)}: " if isinstance(checkpoints, str | Path) else ""
         reason = next(iter(skipped.values()), "expected at least one checkpoint, got none")
-        raise ValueError(f"cannot load a series: {folder_name}none of its checkpoints can be read: {reason}")
+        raise ValueError(f"cannot load a series: {source}none of its checkpoints can be read: {reason}")
     for reason in skipped.values():
         warnings.warn(f"skipped a checkpoint: {reason}", stacklevel=2)
     series = Series(adapters, skipped)
-    _require_own_base(series.last)
+    _require_own_base(series.last)  # a series has one base
     return series
 
 
@@ -136,7 +140,9 @@ def _missing_weights(path: Path) -> str | None:
         files = _open_files(path)
     except (FileNotFoundError, ValueError) as error:
         return printable(error)
-    return None if files else f"{printable(path)} has no weights"
+    if not files:
+        return f"{printable(path)} has no weights"
+    return None
 
 
 def _require_own_base(adapter: Adapter) -> Adapter:
@@ -151,7 +157,9 @@ def _require_own_base(adapter: Adapter) -> Adapter:
 
 def load_adapter(path: Path, base: str | Path | None) -> Adapter:
     """Load an adapter with a base that may be another model than its own; see ``load``."""
-    model = None if base is None else PretrainedWeights(locate_base(base))
+    model = None
+    if base is not None:
+        model = PretrainedWeights(locate_base(base))
     files = _open_adapter(path, model)
     return Adapter(files, files.base or model)
 
@@ -186,6 +194,7 @@ def is_whole_model(path: Path) -> bool:
 def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
     files = _open_files(path)
     config = _configuration(path, files)
+    # Values of a wrong type are reported here, before readers and sentences use them.
     to_typed(config, CommonConfig, _config_file(path))
     names = set().union(*files)
     if (sentence := find_sentence(config, names)) is not None:
@@ -261,6 +270,7 @@ def _last_phase(path: Path) -> str:
     file = path / "recipe.json"
     recipe = read_json(file, RecipeManifest)
     last = recipe.phases[-1]
+    # Any other name could lead out of the folder.
     if not is_plain(last):
         raise unreadable(file, f"a phase must be a folder next to it, got {printable(last)!r}")
     if recipe.status != "done":
@@ -281,5 +291,6 @@ def _hint(path: Path) -> str:
         return f"; it has {len(names)} in subfolders, {example}, which `lorascope survey` lists"
     if (path / "config.json").exists():
         return "; it looks like a whole model, which `lorascope inspect PATH --base DIR` compares with its base"
+    # A folder of pickles gets the error with the command that converts them.
     reject_pickles(path.iterdir())
     return f"; expected one of the files {', '.join(MARKS)}"

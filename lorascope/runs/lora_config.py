@@ -26,6 +26,7 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Upda
         raise ValueError(
             f"cannot configure a LoRA for run {run.id}: it adapts experts in one tensor (target_parameters)"
         )
+    # PEFT rejects rank 0.
     ranks = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
     if not ranks:
         raise no_rank_error(run)
@@ -45,9 +46,15 @@ def lora_keywords(ranks: Mapping[str, int], scales: Mapping[str, float], modules
         "r": common_rank,
         "lora_alpha": common_alpha,
         "target_modules": _target_modules(modules, ranks),
-        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != common_rank},
-        "alpha_pattern": {f"^{re.escape(name)}": alpha for name, alpha in alphas.items() if alpha != common_alpha},
+        "rank_pattern": _pattern(ranks, common_rank),
+        "alpha_pattern": _pattern(alphas, common_alpha),
     }
+
+
+def _pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
+    """Return the values of a PEFT LoRA configuration that are not the common one, by an expression for their module."""
+    # PEFT allows any prefix that ends in a dot before a key. "^" prevents it, and an unescaped dot is any letter.
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != common}
 
 
 def no_rank_error(run: Any) -> ValueError:

@@ -16,6 +16,7 @@ from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Count, Finite, read_json, to_typed, unreadable
 from lorascope.formats.peft_config import RESIDUAL_INITS, Allocation
 from lorascope.runs.layout import Lazy
+from lorascope.runs.module_summary import table_of
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import Quantity
 from lorascope.updates.weight_update import form_named
@@ -30,6 +31,7 @@ class Module:
 
     module: str
     stack: str
+    # The column ``layer`` is Int16.
     layer: Annotated[int, msgspec.Meta(ge=0, lt=2**15)] | None
     role: Literal[ROLES]
     out_features: Count | None = None
@@ -171,16 +173,17 @@ class Manifest:
 
     def table(self) -> pd.DataFrame:
         """Return the modules, as ``module_table.describe`` does."""
-        columns = [column.name for column in fields(Module)]
-        table = pd.DataFrame(list(map(vars, self.modules)), columns=columns).astype({"layer": "Int16"})
+        table = table_of(Module, self.modules)
         return table.assign(tied=[module.tied or "" for module in self.modules])
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of ``run.json``."""
         content: dict[str, Any] = msgspec.to_builtins(self)
         content["test"] = content["test"] or {}
-        optional = {entry.name for entry in fields(self) if entry.default is None}
-        return {key: value for key, value in content.items() if value is not None or key not in optional}
+        for entry in fields(self):
+            if entry.default is None and content.get(entry.name) is None:
+                content.pop(entry.name, None)
+        return content
 
 
 class Axes(msgspec.Struct, frozen=True):
@@ -208,6 +211,7 @@ class SnapshotAbout(msgspec.Struct, frozen=True):
 
 def _assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
     """Return the facts about a method, from its configuration or PEFT's, for runs of PEFT and adapters."""
+    # A run of PEFT is called "peft" and has PEFT's type in ``kind``.
     kinds = {str(method.get(key)).lower() for key in ("name", "kind")}
     if "fourierft" in kinds:
         # "init" is our setting; "init_weights" is PEFT's, whose true value means zeros.
@@ -220,6 +224,7 @@ def _assumed_facts(method: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(roles, list):
             roles = []
         return {"starts_at_zero": True, "neuron_roles": roles, "selection_score": score}
+    # False means a random B in PEFT, and the residual types change the base by the initial update.
     starts_nonzero = str(method.get("init_lora_weights", True)).lower().startswith(("false", *RESIDUAL_INITS))
     return {"starts_at_zero": not starts_nonzero, "masks_components": "adalora" in kinds}
 
@@ -241,11 +246,13 @@ def read_manifest(file: Path) -> Manifest:
         The file is broken, a value has the wrong type, a parent is not a sibling folder, or a newer version wrote it.
     """
     content = read_json(file, dict[str, Any])
+    # The version comes first, because a newer one may have other fields.
     schema = to_typed(content.get("schema"), int, f"schema of {file}")
     if schema > SCHEMA:
         raise unreadable(file.parent, f"schema must be <= {SCHEMA}, got {schema}; update lorascope")
     to_typed(content, _RunFile, file)
     manifest = to_typed(content | {"test": content.get("test") or None}, Manifest, file)
+    # A file from elsewhere must not open folders other than its siblings.
     for parent in manifest.parents:
         if not is_plain(parent.removeprefix("../")) or not parent.startswith("../"):
             raise unreadable(file, f"a parent must be '../NAME', got {printable(parent)!r}")
@@ -272,15 +279,17 @@ def read_about(file: TensorFile) -> SnapshotAbout:
 
 def _require_form(file: TensorFile, module: str, names: list[str], form: str | None) -> None:
     """Raise a ValueError if the factors of a module do not form an update."""
-    shapes = {name: file.shape(f"{module}/{name}") for name in names}
-    floats = {name: file.dtype(f"{module}/{name}").startswith(("F", "BF")) for name in names}
+    shapes, floats = {}, {}
+    for name in names:
+        shapes[name] = file.shape(f"{module}/{name}")
+        floats[name] = file.dtype(f"{module}/{name}").startswith(("F", "BF"))
     arrays = Lazy(names, lambda name: file[f"{module}/{name}"])
     try:
         fits = form_named(form, names).fits(shapes, floats, arrays)
     except ValueError:  # no such form
         fits = False
     if not fits:
-        factors = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) + (
-            f" of form {form!r}" if form else ""
-        )
+        factors = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        if form:
+            factors += f" of form {form!r}"
         raise unreadable(file.path, f"factors of {printable(module)} must form an update, got {printable(factors)}")

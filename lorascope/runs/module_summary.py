@@ -16,6 +16,7 @@ from lorascope.schema.module_roles import position
 MEASURES = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 Row = dict[str, Any]
 """Values of one module by name."""
+# Nullable, because a module outside the blocks has no layer.
 _DTYPES = {"layer": "Int16", "rank": "Int64"}
 
 
@@ -39,9 +40,15 @@ class ModuleSummary:
 
 def table_of(kind: type, rows: Iterable[Any]) -> pd.DataFrame:
     """Return module summaries, or other rows of one dataclass, as a table with nullable integer layers and ranks."""
-    table = pd.DataFrame(list(map(vars, rows)), columns=[column.name for column in fields(kind)])
-    dtypes = {column.name: "float64" for column in fields(kind) if column.type == "float"}
-    dtypes |= {name: dtype for name, dtype in _DTYPES.items() if name in table}
+    columns = {column.name: str(column.type) for column in fields(kind)}
+    table = pd.DataFrame(list(map(vars, rows)), columns=list(columns))
+    dtypes = {}
+    # Without rows, or with None in all of them, pandas would infer other types.
+    for name, annotation in columns.items():
+        if name in _DTYPES:
+            dtypes[name] = _DTYPES[name]
+        elif annotation == "float":
+            dtypes[name] = "float64"
     return table.astype(dtypes)
 
 
@@ -54,8 +61,9 @@ def group_by_role(modules: Iterable[Row]) -> list[tuple[tuple[str, str], list[Ro
     def axis_position(group: tuple[tuple[str, str], list[Row]]) -> tuple[int, ...]:
         """Return the position of a role on an axis; all of its layers count as the first one."""
         (stack, role), rows = group
-        is_outside = set(column(rows, "layer")) == {None}
-        return position(stack, None if is_outside else 0, role)
+        if set(column(rows, "layer")) == {None}:  # outside the blocks, such as the head
+            return position(stack, None, role)
+        return position(stack, 0, role)
 
     return sorted(groups.items(), key=axis_position)
 
@@ -79,13 +87,17 @@ def without_nan(values: Iterable[float]) -> list[float]:
 def mean_without_nan(values: Iterable[float]) -> float:
     """Return the mean of the values in a module summary that are not NaN; NaN if all are NaN."""
     numbers = without_nan(values)
-    return sum(numbers) / len(numbers) if numbers else math.nan
+    if not numbers:
+        return math.nan
+    return sum(numbers) / len(numbers)
 
 
 def pool_norms(norms: Iterable[float]) -> float:
     """Return the joint norm in a module summary, the root of summed squares; NaN are ignored unless all are NaN."""
     numbers = without_nan(norms)
-    return math.hypot(*numbers) if numbers else math.nan
+    if not numbers:
+        return math.nan
+    return math.hypot(*numbers)
 
 
 def in_axis_order(frame: pd.DataFrame, layers: Iterable[Any]) -> pd.DataFrame:
@@ -96,4 +108,5 @@ def in_axis_order(frame: pd.DataFrame, layers: Iterable[Any]) -> pd.DataFrame:
 
 def json_rows(frame: pd.DataFrame) -> list[Row]:
     """Convert the rows of a module summary to JSON values; unknown values are None."""
+    # In a column of floats, pandas would turn None back into NaN.
     return json_values(frame.astype(object).where(frame.notna(), None).to_dict("records"))

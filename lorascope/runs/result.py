@@ -22,6 +22,13 @@ from lorascope.updates import Update, effective_rank, spectra, stable_rank
 T = TypeVar("T")
 
 
+def is_at_step(table: pd.DataFrame, step: int | None) -> pd.Series:
+    """Return which records of a result belong to a step; None means records without a step."""
+    if step is None:
+        return table["step"].isna()
+    return (table["step"] == step).fillna(False)
+
+
 class Result(ABC):
     """Result of a training: the updates and the description of a model.
 
@@ -151,6 +158,7 @@ class Result(ABC):
         """
         saved_state = self._state(state)
         modules = self.modules
+        # A block only repeats its modules, and the weight of a norm is a vector without a rank.
         modules = modules[~modules["role"].isin(["block", "norm"])].set_index("module")
         frame = modules[["stack", "layer", "role"]].copy()
         for name in saved_state.ranks.keys() - set(frame.index):  # the second name of a tied weight, adapted separately
@@ -173,8 +181,7 @@ class Result(ABC):
         """Return the records of ``MEASURES`` at a step, one row per module; None means records without a step."""
         table = self.table
         is_measure = table["quantity"].isin(MEASURES) & table["index"].isna()
-        is_at_step = table["step"].isna() if step is None else table["step"] == step
-        rows = table[is_measure & is_at_step]
+        rows = table[is_measure & is_at_step(table, step)]
         return rows.pivot(index="module", columns="quantity", values="value").astype("float64")
 
     def summaries(self) -> list[ModuleSummary]:
@@ -278,7 +285,9 @@ class Result(ABC):
         lines = []
         key = "largest"
         for row in self.summary().nlargest(5, "update_norm").to_dict("records"):
-            rank = "" if pd.isna(row["rank"]) else f"  rank {row['rank']}"
-            lines.append((key, f"{row['module']}  |dW| {row['update_norm']:.3g}{rank}"))
-            key = ""
+            text = f"{row['module']}  |dW| {row['update_norm']:.3g}"
+            if pd.notna(row["rank"]):
+                text += f"  rank {row['rank']}"
+            lines.append((key, text))
+            key = ""  # only the first line has the key
         return lines

@@ -149,7 +149,7 @@ class Run(Result):
         return [step for step in self._all_steps() if name in self._snapshots(step)]
 
     def snapshot_names(self) -> list[str]:
-        return sorted({name for step in self._all_steps() for name in self._snapshots(step)})
+        return sorted(set[str]().union(*map(self._snapshots, self._all_steps())))
 
     def update_steps(self) -> list[int]:
         return [step for step in self._all_steps() if self._about(self._snapshots(step)).scales]
@@ -189,6 +189,7 @@ class Run(Result):
         ValueError
             The model is not the base that was trained, or already has adapters.
         """
+        # On access, because the function imports torch.
         lorascope.restore(model, self, self.state_file(state), method)
 
     def save(self, path: str | Path) -> Run:
@@ -228,6 +229,7 @@ class Run(Result):
             raise FileNotFoundError(
                 f"cannot read {printable(name)} of run {printable(self.id)}: not in {printable(self._folder)}{hint}"
             )
+        # A file that still grows has no checksum yet.
         if expected != GROWING and file_hash(file) != expected:
             raise unreadable(file, "checksum differs from run.json (changed or truncated)")
         return file
@@ -243,7 +245,8 @@ class Run(Result):
         return sorted(steps)
 
     def _snapshots(self, step: int | None, state: str = "last") -> TensorFile:
-        step = self._state(state).step if step is None else step
+        if step is None:
+            step = self._state(state).step
         if step not in self._snapshot_files:
             steps = self._all_steps()
             if step is None or step not in steps:

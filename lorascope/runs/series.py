@@ -142,6 +142,7 @@ class Series(Result):
 
     def snapshot_steps(self, name: str) -> list[int]:
         module = name.removesuffix(_SPECTRUM)
+        # A name without the suffix is not that of a spectrum.
         return [step for step, adapter in self.checkpoints.items() if module in adapter.files.parts and module != name]
 
     def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
@@ -177,10 +178,12 @@ def _common_folder(paths: list[Path]) -> tuple[Path, str]:
 
 
 def _require_one_base(adapters: list[Adapter]) -> None:
-    with_base = [adapter for adapter in adapters if adapter.meta.model != "unknown"]
-    for adapter in with_base[1:]:
-        if adapter.meta.model != with_base[0].meta.model:
-            pair = f"{_describe_base(adapter)}, and {_describe_base(with_base[0])}"
+    first = adapters[0]
+    for adapter in adapters:
+        if first.meta.model == "unknown":
+            first = adapter
+        if adapter.meta.model not in ("unknown", first.meta.model):
+            pair = f"{_describe_base(adapter)}, and {_describe_base(first)}"
             raise ValueError(f"cannot load checkpoints as a series: {pair}")
 
 

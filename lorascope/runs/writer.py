@@ -59,7 +59,7 @@ class RunWriter:
 
     def write_arrays(self) -> None:
         """Write pending arrays to disk; an array that cannot be written stays pending for the next call."""
-        for step in list(self._arrays):
+        for step in list(self._arrays):  # a copy, because written steps are deleted
             self._write_step(self.path / snapshot_file(step), self._arrays[step])
             del self._arrays[step]
 
@@ -130,6 +130,7 @@ def remove_states(run: Run) -> None:
         folder, checksums = phase._folder, phase.meta.checksums
         states = [name for name in checksums if name.startswith("state/")]
         if phase.restorable:
+            # The manifest comes first, so that it never lists a file that is gone.
             checksums |= dict.fromkeys(states, REMOVED)
             write_json(folder / "run.json", phase.meta.to_json())
         for name in states:

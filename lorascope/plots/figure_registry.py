@@ -115,7 +115,7 @@ def gather_runs(name: str, runs: Runs, control: Runs | None = None, check: bool 
 
 
 def gather_apart(name: str, runs: Runs, control: Runs | None) -> dict[str, Cohort]:
-    """Gather the runs of a figure in the registry, and its controls in panels of their own, by the prefix of titles."""
+    """Gather the runs of a figure in the registry, and its controls in separate panels, by the prefix of titles."""
     cohorts = {"": gather_runs(name, runs)}
     if control is not None:
         cohorts["control: "] = gather_runs(name, control)

@@ -28,7 +28,6 @@ Name = Annotated[str | None, arg(metavar="NAME")]
 _WORDS = PrimitiveConstructorSpec("*", "WORD ...", tuple, lambda value: isinstance(value, tuple), list)
 Paths = Annotated[tuple[str, ...], arg(metavar="PATH ..."), _WORDS]
 
-_NUMPYDOC = partial(docstring_parser.parse, style=docstring_parser.DocstringStyle.NUMPYDOC)
 _PLAIN = (bool, int, float, str, Path, type(None))
 
 
@@ -102,7 +101,7 @@ def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list
     owners = reversed(function.__mro__) if isinstance(function, type) else [function]
     docs: dict[str, str] = {}
     for owner in owners:
-        for entry in _NUMPYDOC(owner.__doc__ or "").params:
+        for entry in docstring_parser.parse(owner.__doc__ or "", docstring_parser.DocstringStyle.NUMPYDOC).params:
             docs |= dict.fromkeys(entry.arg_name.split(", "), entry.description or "")
     hints = typing.get_type_hints(function, include_extras=True)
     options = []

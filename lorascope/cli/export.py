@@ -101,12 +101,12 @@ def main(
     paths = {"peft": peft, "kohya": kohya, "diffusers": diffusers, "mlx": mlx}
     written = {format: path for format, path in paths.items() if path is not None}
     is_image = kohya is not None or diffusers is not None
-    several, selects_state = len(runs) > 1, state != "last"
+    is_sum, selects_state = len(runs) > 1, state != "last"
     forms = [rank_pattern, table is not None].count(True) + len(written)
     reject(
         {
             "RUN is required: lorascope export runs/lora --rank-pattern": not runs,
-            "several adapters require --peft DIR or another format, which writes their sum": several and not written,
+            "several adapters require --peft DIR or another format, which writes their sum": is_sum and not written,
             "--weights requires several adapters": bool(weights) and len(runs) < 2,
             "exactly one of --rank-pattern, --peft DIR, --kohya FILE, --diffusers PATH, --mlx DIR and --table FILE is "
             f"required, got {forms}": forms != 1,
@@ -120,9 +120,9 @@ def main(
             "--model and --task require each other: the loss is measured with both": (model is None) != (task is None),
             "--by ablation requires --model NAME and --task NAME": by == "ablation" and model is None,
             "--model requires --budget": model is not None and budget is None,
-            "--by, --model and --task require one adapter or run": several and model is not None,
+            "--by, --model and --task require one adapter or run": is_sum and model is not None,
             "--state requires one run, with --rank-pattern, --peft or --summary": selects_state
-            and (several or bool(written and peft is None)),
+            and (is_sum or bool(written and peft is None)),
         }
     )
     adapters = open_runs(runs, base)

@@ -184,9 +184,8 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
     blocks = [Block("largest |dW|", lines)]
     if null is not None:
         blocks += _null_blocks(null)
-    commands = []
-    for paths in (map(shorter_path, folders), ["ADAPTER", "BASE"][: len(folders)]):
-        commands.append(f"lorascope plot spectrum {join_paths(*paths)} -o spectrum.pdf")
+    paths, names = list(map(shorter_path, folders)), ["ADAPTER", "BASE"][: len(folders)]
+    commands = command_forms("lorascope plot spectrum {} -o spectrum.pdf", paths, names)
     body = layer_strip(inspection, target, strip, columns)
     header = header_blocks(inspection.facts)
     return report_screen(target, header, *body, blocks=blocks, findings=inspection.details, commands=commands)
@@ -279,6 +278,9 @@ def shorter_path(folder: Path) -> str:
     return min(str(folder), os.path.relpath(folder), key=len)
 
 
-def join_paths(*words: Any) -> str:
-    """Join words of a command on an inspection screen by ``--base``."""
-    return " --base ".join(printable(shlex.quote(str(word))) for word in words)
+def command_forms(command: str, paths: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """Return a command for an inspection screen with paths, joined by ``--base``, and with names instead of them."""
+    forms = []
+    for words in (paths, names):
+        forms.append(command.format(" --base ".join(printable(shlex.quote(str(word))) for word in words)))
+    return forms

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from lorascope.array_types import Float, Float32
-from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count
+from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, module_names
 from lorascope.diagnosis.inspection import DTYPES
 from lorascope.files.safetensors_io import round_to_bfloat16
 from lorascope.formats.peft_experts import ExpertPart
@@ -182,10 +182,9 @@ class MergeCheck:
 def _finding(message: str, affected: Sequence[MergedModule]) -> Finding:
     """Return the finding about modules with one verdict."""
     labels = first_and_count(module.label for module in affected)
-    names, factors = zip(*((module.module, module.factor) for module in affected), strict=True)
-    factor = round(float(np.median(factors)), 3)
+    factor = round(float(np.median([module.factor for module in affected])), 3)
     kind = _KINDS[affected[0].verdict]
-    return kind.finding(f"{message}: {labels}", names, modules=len(affected), factor=factor)
+    return kind.finding(f"{message}: {labels}", module_names(affected), modules=len(affected), factor=factor)
 
 
 def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:

@@ -12,7 +12,14 @@ from rich.console import Console
 
 from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, power_of_ten
 from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_files
-from lorascope.diagnosis.inspection_screen import Modules, Strip, header_blocks, join_paths, layer_strip, report_screen
+from lorascope.diagnosis.inspection_screen import (
+    Modules,
+    Strip,
+    command_forms,
+    header_blocks,
+    layer_strip,
+    report_screen,
+)
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.text_layout import Block, Elided, TableColumn, aligned_table, format_norm, format_percent
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -187,14 +194,14 @@ def neurons_screen(inspection: NeuronInspection, target: Console) -> str:
         Elided(row["module"], f"{format_norm(row['cosine_distance']):<8} ", f"  neuron {row['neuron']}")
         for row in inspection.largest(3).to_dict("records")
     ]
-    models = (inspection.path, inspection.base), ("MODEL", "DIR")
+    command = "lorascope inspect {} --csv > neurons.csv"
     return report_screen(
         target,
         header_blocks(inspection.facts),
         *layer_strip(inspection, target, strip, _COLUMNS),
         blocks=[Block("1 - cos", [quantiles]), Block("largest", neurons)],
         findings=inspection.details,
-        commands=[f"lorascope inspect {join_paths(*words)} --csv > neurons.csv" for words in models],
+        commands=command_forms(command, (inspection.path, inspection.base), ("MODEL", "DIR")),
     )
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lorascope.analysis.settling import THRESHOLD, Distances, update_distances
 from lorascope.diagnosis.inspection import Facts, Inspection, inspect
-from lorascope.diagnosis.inspection_screen import header_blocks, join_paths, report_screen, shorter_path
+from lorascope.diagnosis.inspection_screen import command_forms, header_blocks, report_screen, shorter_path
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import (
@@ -189,7 +189,4 @@ def _plot_commands(series: Series) -> list[str]:
     if {adapter.files.path.parent for adapter in series.checkpoints.values()} != {folder}:
         return []
     option = "" if is_series(folder) else " --series"
-    return [
-        f"lorascope plot settling {join_paths(path)}{option} -o settling.pdf"
-        for path in (shorter_path(folder), "FOLDER")
-    ]
+    return command_forms(f"lorascope plot settling {{}}{option} -o settling.pdf", [shorter_path(folder)], ["FOLDER"])

@@ -156,8 +156,8 @@ def _draw(runs: dict[str, Result], unseen: dict[str, str]) -> Iterator[tuple[str
 
 def _without_label(figure: ReportFigure, runs: dict[str, Result]) -> ReportFigure:
     """Remove the title of a single chart that is the label of the only run: the page has the name of the figure."""
-    chart, (run, *others) = figure.chart, runs.values()
-    if not others and isinstance(chart, Chart) and chart.title == printable(run.label):
+    chart, (run, *other_runs) = figure.chart, runs.values()
+    if not other_runs and isinstance(chart, Chart) and chart.title == printable(run.label):
         return replace(figure, chart=replace(chart, title=""))
     return figure
 

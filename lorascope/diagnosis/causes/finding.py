@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
-from lorascope.diagnosis.case import MeasuredModule, TrainedModule
+from lorascope.diagnosis.case import TrainedModule
 from lorascope.diagnosis.training_case import Evidence
 
 Severity = Literal["error", "caution", "note"]
@@ -176,14 +176,10 @@ def finding(message: str, names: Iterable[Any] = (), /, **evidence: Any) -> Find
 
 
 def finding_if_any(
-    rows: Sequence[TrainedModule | MeasuredModule],
-    modules: Sequence[TrainedModule | MeasuredModule],
-    attribute: str,
-    /,
-    **evidence: Any,
+    rows: Sequence[TrainedModule], modules: Sequence[TrainedModule], attribute: str, /, **evidence: Any
 ) -> Findings:
     """Yield the finding "n of m modules have ...", unless no row has it."""
-    if len(rows):
+    if rows:
         message = f"{len(rows)} of {len(modules)} modules {inflect(len(rows), 'has', 'have')} {attribute}"
         counts = {"modules": len(rows), "of": len(modules)}
         yield finding(message, module_names(rows), **counts | evidence)

@@ -37,7 +37,7 @@ def rate_small(case: Case) -> Findings:
         return
     fraction = change.moved / change.weight_norm
     if 0 < fraction < STILL:
-        rate = case.meta.settings.get("lr")
+        rate = case.learning_rate
         message = f"training changed the weights by only {fraction:.1e} of |W|, less than {STILL:g}"
         yield finding(f"{message}{rate_phrase(rate)}", moved=fraction, threshold=STILL, lr=rate)
 

@@ -17,6 +17,8 @@ from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.stored_update import AdapterFiles
 from lorascope.schema.plugins import load_plugins
 
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings)$")
+
 
 @dataclass(frozen=True)
 class Target:
@@ -271,7 +273,7 @@ def largest_rank(target: Target) -> int:
 
 
 def _embedding(modules: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
-    names = [name for name in modules if re.search(r"(^|\.)(embed_tokens|wte|word_embeddings)$", name)]
+    names = list(filter(_EMBEDDING.search, modules))
     if len(names) != 1:  # of several, it is not known which one is shared
         return None
     return modules[names[0]]

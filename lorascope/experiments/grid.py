@@ -182,7 +182,7 @@ def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]
     if "steps" not in table:
         raise ValueError("missing setting 'steps': add it, as in {steps = 300}")
     combinations = _combinations(table, hints)
-    names = {field.name for field in dataclasses.fields(Settings)}
+    names = get_type_hints(Settings).keys()
     for combination, method in itertools.product(combinations, methods):
         # Settings and trackers are checked here, so that an invalid one is reported before any run starts.
         tracker_names(combination.get("report_to"))

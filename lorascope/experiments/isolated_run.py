@@ -68,7 +68,9 @@ class IsolatedRun:
 
         ``take`` runs the steps of the session it receives; ``name``, the kind of measurement, is part of the run id.
         """
-        task = self.data if isinstance(self.data, Task) else tasks.load(str(self.data))
+        task = self.data
+        if not isinstance(task, Task):
+            task = tasks.load(str(task))
         living = models.load(self.model, task=task) if isinstance(self.model, str) else self.model()
         _own_tensors(living, self.device)
         task = task.fit(living)

@@ -123,11 +123,8 @@ def _routers(folder: Adapter, base: nn.Module) -> dict[str, RoutedDelta]:
             scale = folder.files.parts[module].scale
             deltas[module] = delta = RoutedDelta(base.get_submodule(module), rank, number, scale)
             # Adapter folders store one B per expert, RoutedDelta all of them side by side.
-            arrays = {
-                "A": factors["A"],
-                "B": factors["B"].transpose(1, 0, 2).reshape(outer, -1),
-                "router": factors["router"],
-            }
+            B = factors["B"].transpose(1, 0, 2).reshape(outer, -1)
+            arrays = {"A": factors["A"], "B": B, "router": factors["router"]}
             with torch.no_grad():
                 for name, array in arrays.items():
                     delta.get_parameter(name).copy_(torch.tensor(array))

@@ -85,9 +85,8 @@ def _allocator(device: str) -> _Allocator:
             return nullcontext()
 
         return _Allocator(window, lambda: float(torch.cuda.max_memory_allocated(torch_device)))
-    if (
-        torch_device.type != "cpu" or not torch.autograd.kineto_available()
-    ):  # builds without Kineto cannot profile memory
+    # Builds without Kineto cannot profile memory.
+    if torch_device.type != "cpu" or not torch.autograd.kineto_available():
         return _Allocator()
     profiling = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     profiling.start()

@@ -170,6 +170,7 @@ def run_jobs(
         return swept
     root = Path(jobs[0].settings.get("root", "runs"))
     root.mkdir(parents=True, exist_ok=True)
+    # Progress files are next to the runs, in a folder that all machines of a cluster have.
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=root, ignore_cleanup_errors=True) as notes:
         files = [Path(notes).resolve() / f"{number}.json" for number in range(len(jobs))]
         costs = [job.cost for job in jobs]

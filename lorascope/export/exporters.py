@@ -30,7 +30,7 @@ class Exporter(ABC):
     """Name of the format, and of the option of ``lorascope export``."""
 
     def __init_subclass__(cls) -> None:
-        if not isabstract(cls):
+        if not isabstract(cls):  # works also here, before ABCMeta sets __abstractmethods__
             EXPORTERS.append(cls())
 
 

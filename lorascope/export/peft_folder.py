@@ -216,7 +216,7 @@ def _other_weights(run: Result, state: str) -> dict[str, np.ndarray]:
 def _owners(run: Result, weights: Mapping[str, np.ndarray]) -> list[str]:
     """Return ``modules_to_save``; for a head of several layers, it is their parent, as in PEFT."""
     roots = _head_roots(run)
-    owners: dict[str, None] = {}
+    owners: dict[str, None] = {}  # a set in the order of the file
     for name in weights:
         module = name.rpartition(".")[0]
         root = next((root for root in roots if f"{module}.".startswith(f"{root}.")), module)

@@ -77,10 +77,7 @@ def _error(share: float) -> float:
 
 
 def select_components(
-    run: Result,
-    budget: float,
-    state: str = "last",
-    scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
+    run: Result, budget: float, state: str = "last", scores: Mapping[str, Float[np.ndarray, "_"]] | None = None
 ) -> RankBudget:
     """Select components within a rank budget: those with the largest singular values or scores of all modules.
 

@@ -24,6 +24,7 @@ from lorascope.formats.pretrained_weights import OptionalBase
 from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
 
+# The router, and the first expert.
 _HEAD = re.compile(r"\.lora_(?:route|B0)\.")
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight")
 

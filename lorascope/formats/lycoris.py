@@ -134,7 +134,7 @@ def _lora(module: LycorisModule) -> StoredUpdate:
 def _tucker(scale: float, arrays: Arrays) -> Update:
     """Return the product of up (out, rank) and the core (rank, inner, kernel) times down (inner, in)."""
     core, up, down = as_float64(arrays["mid"]), flat(arrays["B"]), flat(arrays["A"])
-    A = np.einsum("mn...,nj->mj...", core, down).reshape(len(core), -1)
+    A = np.einsum("mn...,nj->mj...", core, down).reshape(len(core), -1)  # sum_n mid[m, n, ...] down[n, j]
     return LowRank(up, A, scale)
 
 

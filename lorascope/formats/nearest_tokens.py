@@ -56,7 +56,7 @@ def _nearest_rows(
     """
     table = base.unread(module)
     rows, best = np.zeros(len(vectors), int), np.full(len(vectors), -np.inf)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # vectors may be zero, and their cosines are replaced below
         unit = as_float64(vectors) / np.linalg.norm(vectors, axis=1, keepdims=True)
         step = max(1, _BLOCK // table.shape[1])
         for first in range(0, table.shape[0], step):

@@ -35,7 +35,9 @@ class Blocks(msgspec.Struct, frozen=True):
 
     def count(self, module: str, targets: list[str] | None) -> int:
         """Return the number of blocks of a factor: 1 unless the name of its module contains one of the targets."""
-        return self.nblocks if any(target in module for target in targets or ()) else 1
+        if any(target in module for target in targets or ()):
+            return self.nblocks
+        return 1
 
 
 class BlockConfig(msgspec.Struct, frozen=True):

@@ -18,12 +18,7 @@ KINDS = ["LORA", "ADALORA", "FOURIERFT", "VERA"]
 # Values of init_lora_weights, which may have a suffix, such as pissa_niter_16.
 RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # Their peft_type is LORA as well, so only a setting shows them.
-_VARIANTS = {
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "kasa_config": "KaSA",
-    "arrow_config": "Arrow",
-}
+_VARIANTS = {"use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "kasa_config": "KaSA", "arrow_config": "Arrow"}
 
 
 class Allocation(msgspec.Struct, frozen=True):

@@ -101,13 +101,13 @@ def read_experts(path: Path, config: Config, files: WeightFiles, base: OptionalB
     for module, parameter in parameters.items():
         experts |= _expert_parts(path, parameter, module_factors.pop(module), ranks)
     # The remaining factors adapt modules as a whole.
-    configured = {name: part.parameter for name, part in experts.items()}
+    configured = {name: update.parameter for name, update in experts.items()}
     updates = lora_parts(path, config, module_factors) | experts
     base = stacked_base(path, config, (*updates, *configured.values()), base)
-    shared = {name: part for name, part in experts.items() if part.experts > 1}
-    notes = tuple(_expert_notes(path, config, settings, shared.values()))
+    shared = {name: update for name, update in experts.items() if update.experts > 1}
+    notes = tuple(_notes(path, config, settings, shared.values()))
     if base is not None:
-        base = ExpertWeights(base, {name: (part.parameter, part.expert) for name, part in shared.items()})
+        base = ExpertWeights(base, {name: (update.parameter, update.expert) for name, update in shared.items()})
     adapter = AdapterFiles(path, dict(config), updates, other_names, files, "LoRA", False, notes, configured, base)
     return complete_lora(adapter)
 
@@ -163,11 +163,9 @@ def _expert_parts(path: Path, parameter: str, factors: Factors, settings: RanksA
     return updates
 
 
-def _expert_notes(
-    path: Path, config: Mapping[str, Any], settings: ExpertsConfig, parts: Collection[ExpertPart]
-) -> Iterator[str]:
+def _notes(path: Path, config: Config, settings: ExpertsConfig, updates: Collection[ExpertPart]) -> Iterator[str]:
     """Yield cautions about experts whose orientation, order or parameter is not known from the files."""
-    square = {part.parameter: part for part in parts if part.shape[0] == part.shape[1]}
+    square = dict.fromkeys(update.parameter for update in updates if update.shape[0] == update.shape[1])
     version = re.match(r"(\d+)\.(\d+)", settings.peft_version or "")
     if square and (version is None or (int(version[1]), int(version[2])) < _ORIENTED):
         yield (
@@ -176,15 +174,15 @@ def _expert_notes(
             "transpose"
         )
     modules: dict[str, set[str]] = {}
-    for part in parts:
-        module, _, name = part.parameter.rpartition(".")
+    for update in updates:
+        module, _, name = update.parameter.rpartition(".")
         modules.setdefault(module, set()).add(name)
     for names in modules.values():
         if len(names) > 1 and not names <= {*_ORDER}:
             parameters = ", ".join(sorted(map(printable, names)))
             yield f"the order of the parameters {parameters} is not known: their updates may be exchanged"
             break  # one module is example enough
-    if parts and _names_unsloth(path, config):
+    if updates and _names_unsloth(path, config):
         order = f"in PEFT's order ({LAYOUT}={GROUPED} selects the other)"
         if _is_grouped():
             order = "by expert"
@@ -199,7 +197,7 @@ def _is_grouped() -> bool:
     return os.environ.get(LAYOUT) == GROUPED
 
 
-def _names_unsloth(path: Path, config: Mapping[str, Any]) -> bool:
+def _names_unsloth(path: Path, config: Config) -> bool:
     card = folder_of(path) / "README.md"
     text = b""
     if card.is_file():

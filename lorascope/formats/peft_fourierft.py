@@ -66,6 +66,7 @@ class FourierPart(StoredUpdate):
     @property
     def rank(self) -> int:
         """Largest rank of an update with these entries."""
+        # Any nonzero coefficients, because the rank follows from the entries.
         return Fourier(np.ones(self.size), self.entries, self.shape).rank
 
     def factors(self) -> dict[str, Any]:

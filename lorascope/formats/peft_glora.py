@@ -22,6 +22,7 @@ class GLoRA(PeftFormat, frozen=True):
     """PEFT's GLoRA: scaled base weights plus a matrix."""
 
     kind, needs = "GLoRA", "base"
+    # C, D and E change only the bias, but are trained values of the adapter as well.
     tensors = {f"glora_{matrix}.{name}": "*" for matrix in "ABCDE" for name in ("Xd", "Xu", "X")}
     r: Positive = 4
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"

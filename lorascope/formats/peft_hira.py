@@ -37,4 +37,6 @@ class HiRA(PeftFormat, frozen=True):
 
 
 def _prefix(names: Collection[str]) -> str:
-    return "hira_embedding_" if any("embedding" in name for name in names) else "hira_"
+    if {"hira_embedding_A", "hira_embedding_B"}.isdisjoint(names):
+        return "hira_"
+    return "hira_embedding_"

@@ -50,6 +50,7 @@ class KasaPart(StoredLoRA):
         assert self.base is not None
         with one_thread():
             U, sigma, Vt = np.linalg.svd(as_float64(self.base.weight(self.module, self.shape)), full_matrices=False)
+        # numpy orders the singular values from the largest to the smallest.
         return U[:, -self.rank :] * sigma[-self.rank :], Vt[-self.rank :]
 
     def factors(self) -> dict[str, Any]:

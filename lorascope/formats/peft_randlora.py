@@ -109,5 +109,6 @@ def _draw(words: np.random.RandomState, shape: tuple[int, int, int]) -> np.ndarr
 
 
 def _standardize(values: np.ndarray) -> np.ndarray:
+    # torch's std divides by n - 1, and its result has the dtype of the values.
     deviation = np.array([values.std(ddof=1, dtype=np.float64)], np.float32)
     return round_to_bfloat16(values / round_to_bfloat16(deviation))

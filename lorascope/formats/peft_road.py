@@ -53,5 +53,5 @@ class RoAd(PeftFormat, frozen=True):
             theta, alpha = (values.reshape(-1, halves, half, 1) for values in (theta, alpha))
             cosine, sine = alpha * np.cos(theta), alpha * np.sin(theta)
         W = W0.reshape(-1, 2, half, W0.shape[1])
-        rotated = np.stack([-W[:, 1], W[:, 0]], 1)
+        rotated = np.stack([-W[:, 1], W[:, 0]], 1)  # rot(x)
         return Dense((cosine * W + sine * rotated - W).reshape(W0.shape))

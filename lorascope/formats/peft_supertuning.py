@@ -41,6 +41,8 @@ class SuperTuning(PeftFormat, frozen=True):
         # Unlike +=, np.add.at adds both values of an entry that is listed twice.
         np.add.at(matrix.reshape(-1), arrays["supertuning_indices"], arrays["supertuning_values"])
         if _A in arrays:
-            scale = (self.lora_alpha or self.r) / self.r if self.r else 1.0
+            scale = 1.0
+            if self.r:
+                scale = (self.lora_alpha or self.r) / self.r
             matrix += scale * (arrays[_B] @ arrays[_A])
         return Dense(matrix)

@@ -15,10 +15,7 @@ from lorascope.array_types import Float
 from lorascope.formats.pretrained_weights import PretrainedWeights
 
 # Names of a parameter's weights in files with one module per expert; their rows follow each other.
-_SINGLE = {
-    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
-    "down_proj": (("down_proj",), ("w2",)),
-}
+_SINGLE = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
 
 
 class ExpertWeights(PretrainedWeights):

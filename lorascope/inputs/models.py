@@ -75,13 +75,14 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
             torch.manual_seed(0)
             options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": is_relabeled}
             model, report = _load_quietly(head, source, name, output_loading_info=True, **options)
+    absent = set(report["missing_keys"])
     for key, old, new in report["mismatched_keys"]:
+        absent.add(key)
         if new[0] != config.num_labels:
             raise ValueError(
                 f"shape of {key} in {source} must be {tuple(new)} as in its configuration, got {tuple(old)}"
             )
-    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    note_missing(model, absent & {key for key, _ in model.named_parameters()})
+    note_missing(model, absent & dict(model.named_parameters()).keys())
     if not Path(name).expanduser().exists():
         model.config._name_or_path = str(name)  # the public name, not the local folder
     model._lorascope_blocks = blocks
@@ -175,11 +176,13 @@ def locate_model(name: str) -> str:
         return str(build_once(_dense_folder(file_hash(path)), lambda folder: _dequantize(path, folder)))
     if path.is_dir():
         if not (path / "config.json").exists():
-            adapter = (path / "adapter_config.json").exists()
-            hint = "; load the base model of this adapter" if adapter else ""
+            hint = ""
+            if (path / "adapter_config.json").exists():
+                hint = "; load the base model of this adapter"
             raise FileNotFoundError(f"cannot load a model from {name}: it has no config.json{hint}")
         return str(path.resolve())
     near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.75)
+    # A hub id has at most one slash.
     if near or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         hint = f"expected {', '.join(BUNDLED)}, a folder, a GGUF file or a hub id"
         if near:

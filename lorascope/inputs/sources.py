@@ -49,7 +49,10 @@ def read(name: str) -> pd.DataFrame:
         rows = _read_rows_file(path)
         if "image" in rows:
             # Paths are relative to the folder of the file that lists them.
-            images = [str(path.parent / image) if isinstance(image, str) else image for image in rows["image"]]
+            images = rows["image"].to_list()
+            for number, image in enumerate(images):
+                if isinstance(image, str):
+                    images[number] = str(path.parent / image)
             rows = rows.assign(image=pd.Series(images, rows.index, dtype=object))
         return rows
     if path.is_dir():
@@ -116,6 +119,7 @@ def _read_rows_file(path: Path) -> pd.DataFrame:
     require_table_file(path)
     try:
         if path.suffix == ".csv":
+            # Labels such as 007 and NA are names, not numbers or missing values.
             return pd.read_csv(path, dtype=str, keep_default_na=False)
         if path.suffix == ".jsonl":
             return pd.read_json(path, lines=True, dtype=False)
@@ -156,7 +160,7 @@ def _read_hub(name: str) -> pd.DataFrame:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = f"not available on the Hugging Face Hub ({first_line(error)})"
         raise FileNotFoundError(f"{_unknown_task(name)}; {reason}") from None
-    return pd.concat([_canonical(split) for split in dataset.values()], ignore_index=True)
+    return pd.concat(map(_canonical, dataset.values()), ignore_index=True)
 
 
 def _canonical(split: Any) -> pd.DataFrame:

@@ -84,7 +84,8 @@ def identify_test_rows(task: Task) -> pd.DataFrame:
         of a task without clusters is a separate cluster.
     """
     test = task.split("test")
-    texts = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in test["prompt" if "prompt" in test else "text"]]
+    column = "prompt" if "prompt" in test else "text"
+    texts = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in test[column]]
     columns = {"task_hash": task.hash, "row": range(len(test)), "text": texts}
     defaults = {"label": "", "group": "", "cluster": list(map(str, range(len(test))))}
     return pd.DataFrame(columns | {name: test.get(name, default) for name, default in defaults.items()})

@@ -119,9 +119,12 @@ class Task:
             takes, has = ("images", "text") if head == "image" else ("text", "images")
             raise ValueError(f"{cannot}: the task has {has}, but the model takes {takes}")
         if head == self.kind:
-            model_labels = tuple(getattr(model.config, "id2label", {}).values()) if self.classifies else ()
-            is_reordered = bool(model_labels) and set(model_labels) == set(self.labels)
-            return replace(self, labels=model_labels) if is_reordered else self
+            if not self.classifies:
+                return self
+            model_labels = tuple(getattr(model.config, "id2label", {}).values())
+            if set(model_labels) != set(self.labels):
+                return self
+            return replace(self, labels=model_labels)
         if head == "classification":
             raise ValueError(f"{cannot}: a classifier needs the column label")
         if self.kind == "classification":
@@ -226,7 +229,7 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
                 if not isinstance(text, str) or not text.strip():
                     cell = f"{column} in row {number} of {name}"
                     raise ValueError(f"{cell} must be a non-empty string, got {reprlib.repr(text)}")
-        digests = [splits.digest_text(text) for text in table[texts[0]]]
+        digests = table[texts[0]].map(splits.digest_text).to_list()
     labels: tuple[str, ...] = ()
     if kind in ("classification", "image"):
         table["label"] = _label_names(rows, name)
@@ -239,11 +242,13 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
             raise ValueError(f"{column} in row {number} of {name} must be a name, got a missing value")
     if "group" in rows:
         table["group"] = rows["group"].astype(str).to_list()
-    columns = [str(column) for column in table]
+    columns = list(map(str, table))
+    # Sorted by content, because the order of the rows must not change the hash.
     hashed = table.assign(digest=digests)
     if kind == "image":
-        hashed["image"] = digests
+        hashed["image"] = digests  # neither paths nor file formats are part of the hash
     order = ["digest", *columns]
+    # Clusters order rows that are equal otherwise, but are not part of the hash.
     if "cluster" in rows:
         table["cluster"] = hashed["cluster"] = rows["cluster"].astype(str).to_list()
         order.append("cluster")

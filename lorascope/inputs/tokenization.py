@@ -119,6 +119,7 @@ def encode_pairs(
         responses = targets["input_ids"]
     else:
         start, end = _start_ids(tokenizer), [] if labels else _end_ids(tokenizer)
+        # At least one token precedes a reply, because a causal LM does not predict the first one.
         replies = [[*reply, *end][: max_length - 1] for reply in _token_ids(tokenizer, rows["response"].to_list())]
         prompts = _token_ids(tokenizer, rows["prompt"].to_list())
         inputs, responses = [], []
@@ -138,11 +139,16 @@ def encode_pairs(
 
 def _find_choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq: bool) -> Choices:
     """Find the first position at which the responses differ; no two may have the same token there."""
-    candidates = tokenizer(list(labels))["input_ids"] if seq2seq else _token_ids(tokenizer, [f" {x}" for x in labels])
+    if seq2seq:
+        candidates = tokenizer(list(labels))["input_ids"]
+    else:
+        # As in the text, where a response follows a space.
+        candidates = _token_ids(tokenizer, [f" {label}" for label in labels])
     common = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*candidates, strict=False))
     offset = len(list(common))
-    tokens = [ids[offset] if offset < len(ids) else None for ids in candidates]
-    if len(set(tokens)) < len(tokens) or None in tokens:
+    # A response that ends here is the beginning of all others.
+    tokens = [ids[offset] for ids in candidates if offset < len(ids)]
+    if len(set(tokens)) < len(candidates):
         raise ValueError(
             f"labels must differ in the first token after their common beginning, got {', '.join(labels)}: rename them"
         )

@@ -145,6 +145,13 @@ class TensorFile(Mapping[str, Any]):
             return Unread(np.zeros(entry.shape, stored), entry.dtype == "BF16")
         return Unread(self._map(entry, stored).reshape(entry.shape), entry.dtype == "BF16")
 
+    def bits(self, name: str) -> np.ndarray:
+        """Return the bytes of a tensor of any dtype, memory-mapped."""
+        begin, end = self._entries[name].data_offsets
+        if begin == end:
+            return np.zeros(0, np.uint8)
+        return self._map(_Entry("U8", (end - begin,), (begin, end)), np.dtype(np.uint8))
+
     def _map(self, entry: _Entry, stored: np.dtype) -> np.ndarray:
         """Return the values of a tensor as a view of the file, in a third of the time of ``np.memmap``."""
         start = self._start + entry.data_offsets[0]
@@ -265,6 +272,14 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
     return np.where(np.isnan(values), values, rounded.view(np.float32))
+
+
+def round_to_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Round float32 to the nearest values of a dtype of safetensors, of two the even one."""
+    if dtype == "F16":
+        with np.errstate(over="ignore"):  # values above its largest one become infinite, as in a merge
+            return values.astype(np.float16).astype(np.float32)
+    return round_to_bfloat16(values) if dtype == "BF16" else values
 
 
 def open_tensors(file: Path) -> TensorFile:

@@ -40,18 +40,18 @@ class ExpertWeights(PretrainedWeights):
         """Return the names in the files of the tensors with the weight of a module or expert; empty if it has none."""
         if module not in self._experts:
             return super().stored_names(module)
-        return list(map(self._in_files, self._expert_tensors(module)))
+        return list(map(self.in_files, self._expert_tensors(module)))
 
     def _expert_tensors(self, module: str) -> list[str]:
         parameter, expert = self._experts[module]
         parameter = self._names.get(parameter, parameter)
-        joined = self._find_tensor(parameter)
+        joined = self.find_tensor(parameter)
         if joined is not None:
-            shape = self._file(joined).shape(joined)
+            shape = self.file(joined).shape(joined)
             return [joined] if len(shape) == 3 and expert < shape[0] else []
         above, _, leaf = parameter.rpartition(".")
         for leaves in _SINGLE.get(leaf, ()):
-            names = [self._find_tensor(f"{above}.{expert}.{name}.weight") or "" for name in leaves]
+            names = [self.find_tensor(f"{above}.{expert}.{name}.weight") or "" for name in leaves]
             if all(names):
                 return names
         return []
@@ -60,7 +60,7 @@ class ExpertWeights(PretrainedWeights):
         """Return the stored shape of a weight, or of that of one expert."""
         if module not in self._experts or not (names := self._expert_tensors(module)):
             return super().stored_shape(module)
-        shapes = [self._file(name).shape(name)[-2:] for name in names]
+        shapes = [self.file(name).shape(name)[-2:] for name in names]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def weight(self, module: str, shape: tuple[int, int], transposed: bool = False) -> Float[np.ndarray, "out in"]:
@@ -73,10 +73,10 @@ class ExpertWeights(PretrainedWeights):
     def _has_inputs_first(self, module: str) -> bool:
         """Return whether square experts are stored as (in, out): ``gate_up_proj`` has twice as many outputs."""
         parameter, _ = self._experts.get(module, ("", 0))
-        gate_up = self._find_tensor(f"{parameter.rpartition('.')[0]}.gate_up_proj")
+        gate_up = self.find_tensor(f"{parameter.rpartition('.')[0]}.gate_up_proj")
         if not parameter or gate_up is None:
             return False
-        shape = self._file(gate_up).shape(gate_up)
+        shape = self.file(gate_up).shape(gate_up)
         return len(shape) == 3 and shape[1] < shape[2]
 
     def _find(self, module: str) -> str | None:

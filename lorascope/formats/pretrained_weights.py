@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -80,16 +80,16 @@ class PretrainedWeights:
     def stored_shape(self, module: str) -> tuple[int, ...]:
         """Return the stored shape of a module's weight, with at least one dimension."""
         name = self._find_name(module)
-        return self._file(name).shape(name) or (1,)
+        return self.file(name).shape(name) or (1,)
 
     def dtype(self, module: str) -> str:
         """Return the stored dtype of a module's weight, such as ``"BF16"``."""
         name = self._find_name(module)
-        return self._file(name).dtype(name)
+        return self.file(name).dtype(name)
 
     def bias(self, module: str) -> Float[np.ndarray, "n"] | None:
         """Load the bias of a module, None if there is none."""
-        name = self._find_tensor(f"{self._names.get(module, module)}.bias")
+        name = self.find_tensor(f"{self._names.get(module, module)}.bias")
         if name is None:
             return None
         return self._floats(name)[name].reshape(-1)
@@ -142,12 +142,16 @@ class PretrainedWeights:
 
     def named_alike(self, other: PretrainedWeights) -> PretrainedWeights:
         """Return the weights of another folder by the names of these, such as those of a merged model."""
-        return other.renamed(self._names)
+        weights = other.renamed(self._names)
+        if not other._config:  # a single file, which was saved from the same class
+            vars(weights).pop("_tree_names", None)
+            weights._config = self._config
+        return weights
 
     def stored_names(self, module: str) -> list[str]:
         """Return the names of the tensors that contain the weight of a module; empty if it has none."""
         name = self._find(module)
-        return [] if name is None else [self._in_files(name)]
+        return [] if name is None else [self.in_files(name)]
 
     def _read(self, module: str) -> tuple[str, np.ndarray]:
         """Return the name of a module's weight in the files, and the array."""
@@ -156,7 +160,7 @@ class PretrainedWeights:
 
     def _floats(self, name: str) -> TensorFile:
         """Return the file of a tensor stored as floats; quantized values are meaningless without their scales."""
-        file = self._file(name)
+        file = self.file(name)
         if file.dtype(name) not in FLOATS:
             stored = f"{printable(file.dtype(name))}; use the weights before quantization"
             raise unreadable(file.path, f"{printable(name)} must be stored as one of {', '.join(FLOATS)}, got {stored}")
@@ -171,10 +175,10 @@ class PretrainedWeights:
     def _find(self, module: str) -> str | None:
         module = self._names.get(module, module)
         if module.endswith(".in_proj"):  # nn.MultiheadAttention has the parameter in_proj_weight
-            return self._find_tensor(f"{module}_weight")
-        return self._find_tensor(f"{module}.weight")
+            return self.find_tensor(f"{module}_weight")
+        return self.find_tensor(f"{module}.weight")
 
-    def _find_tensor(self, tensor: str) -> str | None:
+    def find_tensor(self, tensor: str) -> str | None:
         """Return the name of a tensor in the files or in the module tree."""
         namings = [naming for naming in (self._stored, self._tree) if naming is not None]
         for naming in namings:
@@ -185,13 +189,13 @@ class PretrainedWeights:
                 return name
         return None
 
-    def _in_files(self, name: str) -> str:
+    def in_files(self, name: str) -> str:
         """Return the name in the files of a tensor with a name there or in the module tree."""
         if name in self._stored.files or self._tree_names is None:
             return name
         return next(stored for stored, new_names in self._tree_names.names.items() if name in new_names)
 
-    def _file(self, name: str) -> TensorFile:
+    def file(self, name: str) -> TensorFile:
         """Return the file of a tensor, by its name there or in the module tree."""
         if name in self._stored.files or self._tree is None:
             return self._stored.files[name]
@@ -207,10 +211,25 @@ class PretrainedWeights:
 
     @cached_property
     def _tree_names(self) -> Tree | None:
+        return tree(self._config, self._stored.files) if self._config else None
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
         file = self.folder / "config.json"
-        if not file.is_file():
-            return None
-        return tree(read_json(file, dict[str, Any]), self._stored.files)
+        return read_json(file, dict[str, Any]) if file.is_file() else {}
+
+    @property
+    def architectures(self) -> Any:
+        """Classes of transformers that the model was saved from, None if they are not known."""
+        return self._config.get("architectures")
+
+    def tensor_names(self) -> list[str]:
+        """Return the names of all tensors in the files."""
+        return list(self._stored.files)
+
+    def tree_names(self, name: str) -> Sequence[str]:
+        """Return the names in the module tree of a tensor in the files; several are equal blocks of rows."""
+        return [name] if self._tree_names is None else self._tree_names.names[name]
 
 
 class _Tensors:

@@ -198,7 +198,7 @@ def check(folder: Path) -> Row:
         len(modules.keys() - stored_names),
         apply_adapter(adapter.files, adapter.base, "peft").applied,
         sum(module.verdict in ("merged", "consistent") for module in merge.modules),
-        len(merge.changed),
+        sum(tensor.verdict != "kept" for tensor in merge.tensors),
     )
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lorascope.cli.main import main
 from lorascope.diagnosis.merge import MergeCheck, check_merge
+from lorascope.files.safetensors_io import round_to_dtype
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import load_adapter
 
@@ -270,7 +271,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "--merged requires the model before the merge: --base DIR" in capsys.readouterr().err
     words += ["--base", str(tmp_path / "base")]
     assert main(words) == 0
-    assert capsys.readouterr().out == "adapter        4 modules: 4 merged, bit by bit\n"
+    out = " ".join(capsys.readouterr().out.split())
+    assert out == "adapter 4 modules: 4 merged, bit by bit; other tensors: 17 equal to the base"
     not_merged_folder = tmp_path / "none"
     shutil.copytree(tmp_path / "base", not_merged_folder)
     words[3] = str(not_merged_folder)
@@ -288,11 +290,9 @@ def test_merge_that_cannot_be_proved_has_its_own_exit_code(tmp_path: Path) -> No
 
 
 def test_rounding_to_bfloat16_matches_torch() -> None:
-    from lorascope.diagnosis.merge import _round
-
     drawn = np.random.default_rng(0).normal(size=10_000).astype(np.float32) * 10.0 ** np.arange(-5, 5).repeat(1000)
     values = drawn.astype(np.float32)
-    assert np.array_equal(_round(values, "BF16"), torch.from_numpy(values).bfloat16().float().numpy())
+    assert np.array_equal(round_to_dtype(values, "BF16"), torch.from_numpy(values).bfloat16().float().numpy())
 
 
 def without_adapter(change: Callable[[torch.Tensor], torch.Tensor | None]) -> Callable[[Path, str], None]:

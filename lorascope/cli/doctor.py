@@ -63,8 +63,8 @@ def main(
     runtime
         Program that loads the adapter: peft (default for an adapter of PEFT), vllm, diffusers or llama.cpp.
     merged
-        Folder of a model into which the adapter was merged; --base is required. Every weight is compared with what the
-        merge of base and adapter gives. The exit code is 3 if nothing is wrong and not every weight can be proved.
+        Folder of a model into which the adapter was merged; --base is required. Every tensor is compared with what the
+        merge of base and adapter gives. The exit code is 3 if nothing is wrong and not every tensor can be proved.
     list
         List all kinds of findings: id, cause, severity, required evidence, and fix.
     sarif
@@ -143,8 +143,14 @@ def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, j
     check = check_merge(adapter, PretrainedWeights(locate_base(merged)))
     _write_sarif(sarif, check.findings, adapter)
     if json:
-        rows, findings = [*map(vars, check.modules)], [*map(Finding.to_json, check.findings)]
-        print(dumps(json_values({"path": path, "merged": merged, "modules": rows, "findings": findings}), indent=1))
+        content = {
+            "path": path,
+            "merged": merged,
+            "modules": [*map(vars, check.modules)],
+            "tensors": [*map(vars, check.tensors)],
+            "findings": [*map(Finding.to_json, check.findings)],
+        }
+        print(dumps(json_values(content), indent=1))
     else:
         summary = f"{count_phrase(len(check.modules), 'module')}: {check.summary()}"
         _print_blocks([text_block(adapter.label, summary, label_style="bold"), *map(_finding_block, check.findings)])

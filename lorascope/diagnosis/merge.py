@@ -16,7 +16,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -24,7 +23,9 @@ import numpy as np
 from lorascope.array_types import Float, Float32
 from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, module_names
 from lorascope.diagnosis.inspection import DTYPES
-from lorascope.files.safetensors_io import round_to_bfloat16
+from lorascope.diagnosis.unadapted_tensors import ComparedTensor, TensorVerdict, compare_tensors
+from lorascope.files.printable import count_phrase
+from lorascope.files.safetensors_io import round_to_dtype
 from lorascope.formats.peft_experts import ExpertPart
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
@@ -92,11 +93,23 @@ _KINDS = {
 _CHANGED = _mistake(
     "LS307",
     "merge-other-weights",
-    problem="A weight without an adapter was changed.",
-    evidence="entries that are not equal bit by bit",
-    fix="merge into this base; these weights are not adapted",
+    problem="A tensor without an adapter was changed, removed or added.",
+    evidence="entries that are not equal bit by bit, and tensors that only one of the models has",
+    fix="merge into this base; these tensors are not adapted",
 )
-KINDS = (*_KINDS.values(), _CHANGED)
+_LOST = _mistake(
+    "LS308",
+    "merge-lost-weights",
+    problem="A tensor that was trained and saved with the adapter is not in the merged model.",
+    evidence="biases, heads, norms or token rows that differ from those of the adapter",
+    fix="merge with PeftModel.merge_and_unload, which also replaces the tensors that were saved",
+)
+KINDS = (*_KINDS.values(), _CHANGED, _LOST)
+_TENSOR_STATEMENTS = {
+    "changed": "differ from the base",
+    "missing": "are missing",
+    "added": "are not in the base",
+}
 _STATEMENTS = {
     "not merged": "the weight equals the weight of the base",
     "rounded": "the weight was rounded to a smaller dtype",
@@ -138,10 +151,21 @@ class MergedModule:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """Result of ``check_merge``: one comparison per adapted module, and the weights that should not have changed."""
+    """Result of ``check_merge``.
+
+    Parameters
+    ----------
+    modules : tuple of MergedModule
+        One comparison per adapted module.
+    tensors : tuple of ComparedTensor
+        Comparison of every other tensor of both models.
+    rounded : tuple of (str, str)
+        Dtypes of the base and of the merged model where the latter has fewer bits, such as ``("F32", "BF16")``.
+    """
 
     modules: tuple[MergedModule, ...]
-    changed: tuple[str, ...]
+    tensors: tuple[ComparedTensor, ...]
+    rounded: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def findings(self) -> tuple[Finding, ...]:
@@ -162,21 +186,42 @@ class MergeCheck:
         for factor, affected in sorted(by_factor.items()):
             reason = {2.0: ", so it was merged twice", -1.0: ", so it was subtracted"}.get(factor, "")
             yield _finding(f"{len(affected)} of {count} modules contain {factor:g} times the update{reason}", affected)
-        if self.changed:
-            message = f"{len(self.changed)} weights without an adapter differ from the base"
-            yield _CHANGED.finding(f"{message}: {first_and_count(self.changed)}", weights=len(self.changed))
+        for verdict, statement in _TENSOR_STATEMENTS.items():
+            if names := self.tensor_names(verdict):
+                message = f"{count_phrase(len(names), 'tensor')} without an adapter {statement}"
+                yield _CHANGED.finding(f"{message}: {first_and_count(names)}", weights=len(names))
+        if names := self.tensor_names("lost"):
+            message = f"{count_phrase(len(names), 'tensor')} of the adapter are not in the merged model"
+            yield _LOST.finding(f"{message}: {first_and_count(names)}", weights=len(names))
 
     @property
     def is_conclusive(self) -> bool:
-        """Whether every weight is proved to be merged, or a fault was found."""
-        return bool(self.findings) or all(module.verdict == "merged" for module in self.modules)
+        """Whether every tensor of both models is proved to be right, or a fault was found."""
+        if self.findings:
+            return True
+        return all(module.verdict == "merged" for module in self.modules) and not self.tensor_names("not compared")
+
+    def tensor_names(self, verdict: TensorVerdict) -> list[str]:
+        """Return the names of the tensors without an update that have a verdict."""
+        return [tensor.name for tensor in self.tensors if tensor.verdict == verdict]
 
     def summary(self) -> str:
-        """Return the number of modules of each verdict in one line."""
+        """Return the number of modules and of other tensors of each verdict in one line."""
         counts = Counter(module.verdict for module in self.modules)
         phrases = {"merged": "merged, bit by bit", "consistent": "within one unit in the last place, not proved",
                    "unknown": "smaller than the rounding", "not compared": "not in the base"}  # fmt: skip
-        return "; ".join(f"{number} {phrases.get(verdict, verdict)}" for verdict, number in counts.most_common())
+        statements = [f"{number} {phrases.get(verdict, verdict)}" for verdict, number in counts.most_common()]
+        if self.tensors:
+            statements.append(self._tensor_summary())
+        for dtype, merged_dtype in self.rounded:
+            statements.append(f"{DTYPES[dtype]} of the base is stored as {DTYPES[merged_dtype]}")
+        return "; ".join(statements)
+
+    def _tensor_summary(self) -> str:
+        counts = Counter(tensor.verdict for tensor in self.tensors)
+        phrases: dict[TensorVerdict, str] = {"kept": "equal to the base", "saved": "equal to the adapter"}
+        statements = [f"{number} {phrases.get(verdict, verdict)}" for verdict, number in counts.most_common()]
+        return f"other tensors: {', '.join(statements)}"
 
 
 def _finding(message: str, affected: Sequence[MergedModule]) -> Finding:
@@ -218,10 +263,13 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
     if not samples:
         raise ValueError(f"cannot check the merge: {base.folder} has no weight of {first_and_count(stored_updates)}")
     experts: dict[str, _ExpertSample] = {}
+    rounded: set[tuple[str, str]] = set()
     for module in samples:
         stored, dtype, merged_dtype = stored_updates[module], base.dtype(module), merged.dtype(module)
         W = np.asarray(base.weight(module, stored.shape, stored.transposed), np.float32)
         after = np.asarray(merged.weight(module, stored.shape, stored.transposed), np.float32)
+        if PRECISION[merged_dtype] < PRECISION[dtype]:
+            rounded.add((dtype, merged_dtype))
         result = _compare(module, updates[module], W, after, dtype, merged_dtype)
         if result.verdict == "wrong adapter":
             if isinstance(stored, ExpertPart):
@@ -233,7 +281,7 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
     for index, result in enumerate(compared):
         if owner := owners.get(result.module):
             compared[index] = MergedModule(result.module, "experts swapped", result.factor, f"that of {owner}")
-    return MergeCheck(tuple(compared), tuple(_changed_weights(adapter, merged)))
+    return MergeCheck(tuple(compared), tuple(compare_tensors(adapter, merged)), tuple(sorted(rounded)))
 
 
 def _owner(module: str, change: Float32[np.ndarray, "out in"], samples: Mapping[str, _Sample]) -> str | None:
@@ -242,51 +290,6 @@ def _owner(module: str, change: Float32[np.ndarray, "out in"], samples: Mapping[
         if other != module and sample.shape == change.shape and sample.is_in(change):
             return other
     return None
-
-
-def _changed_weights(adapter: Adapter, merged: PretrainedWeights) -> Iterator[str]:
-    """Yield the weights that are neither adapted nor saved with the adapter, and differ from the base."""
-    base = adapter.base
-    assert base is not None
-    expected = set(adapter.files.parts)
-    for name in chain.from_iterable(map(base.stored_names, adapter.files.parts)):
-        expected.add(name.removesuffix(".weight"))
-    for name in adapter.files.others:  # modules that are saved as full weights
-        expected.add(name.rpartition(".")[0])
-    for module in base.modules():
-        # Names of the adapter may have a prefix that the base lacks, and the other way round.
-        if module in expected or any(_is_end(module, name) or _is_end(name, module) for name in expected):
-            continue
-        if not merged.has_weight(module):
-            if not _is_tied(base, merged, module):
-                yield module
-        elif merged.stored_shape(module) != base.stored_shape(module) or _differs(base, merged, module):
-            yield module
-
-
-def _is_end(end: str, name: str) -> bool:
-    return name.endswith(f".{end}")
-
-
-def _is_tied(base: PretrainedWeights, merged: PretrainedWeights, module: str) -> bool:
-    """Return whether a weight that the merged model lacks equals another one of the base that it has."""
-    W, shape = base.unread(module).stored, base.stored_shape(module)
-    for other in base.modules():
-        if other == module or base.stored_shape(other) != shape or not merged.has_weight(other):
-            continue
-        if np.array_equal(W, base.unread(other).stored):
-            return True
-    return False
-
-
-def _differs(base: PretrainedWeights, merged: PretrainedWeights, module: str) -> bool:
-    """Return whether a weight of one shape has other values, apart from a rounding to the dtype of the merged model."""
-    W, after = base.unread(module), merged.unread(module)
-    if W.stored.dtype == after.stored.dtype:
-        # bfloat16 is stored as integers, which have no NaN.
-        return not np.array_equal(W.stored, after.stored, equal_nan=not W.brain)
-    expected = _round(np.asarray(W.read(), np.float32), merged.dtype(module))
-    return not np.array_equal(expected, np.asarray(after.read(), np.float32), equal_nan=True)
 
 
 def _compare(
@@ -300,9 +303,9 @@ def _compare(
     """Compare a weight after the merge with the weight of the base and its update."""
     d = _float32_update(update)
     coarse = _coarser(dtype, merged_dtype)
-    rounded = {target: _round(W + d, target) for target in {coarse, merged_dtype}}
+    rounded = {target: round_to_dtype(W + d, target) for target in {coarse, merged_dtype}}
     rounded_once = rounded[coarse]
-    merges = [*rounded.values(), _round(W + _round(d, coarse), coarse)]
+    merges = [*rounded.values(), round_to_dtype(W + round_to_dtype(d, coarse), coarse)]
     unequal_to_merge = min(float((after != merge).mean()) for merge in merges)
     is_visible = not all(np.array_equal(merge, W) for merge in merges)
     unit = _largest_spacing(coarse, W, d, rounded_once)
@@ -316,8 +319,8 @@ def _compare(
 
     root = np.sqrt(max(update.rank, 1))  # rsLoRA's scale is alpha / sqrt(r) instead of alpha / r
     factors = [*_COMMON_FACTORS, factor, 1 / root, root]
-    mistakes = {multiple: _round(W + np.float32(multiple) * d, coarse) for multiple in factors}
-    mistakes[2.0] = _round(rounded_once + d, coarse)  # a second merge adds to the rounded first one
+    mistakes = {multiple: round_to_dtype(W + np.float32(multiple) * d, coarse) for multiple in factors}
+    mistakes[2.0] = round_to_dtype(rounded_once + d, coarse)  # a second merge adds to the rounded first one
     unequal = {multiple: float((after != mistake).mean()) for multiple, mistake in mistakes.items()}
     closest = min(unequal, key=unequal.__getitem__)
     fits_mistake = _misfit(after, mistakes[closest], unit) <= 1 - _FITTING and abs(closest - 1) > _FACTOR_ERROR
@@ -329,12 +332,12 @@ def _compare(
         return MergedModule(module, "consistent", factor)
     # All entries are values of a dtype that is smaller than those of both models.
     for smaller in ("F16", "BF16"):
-        fits = PRECISION[smaller] < PRECISION[coarse] and np.array_equal(after, _round(after, smaller))
-        if fits and _misfit(after, _round(W + d, smaller), _spacing(rounded_once, smaller)) == 0:
+        fits = PRECISION[smaller] < PRECISION[coarse] and np.array_equal(after, round_to_dtype(after, smaller))
+        if fits and _misfit(after, round_to_dtype(W + d, smaller), _spacing(rounded_once, smaller)) == 0:
             return MergedModule(module, "rounded", factor, DTYPES[smaller])
 
     # The fitted scale is not one of the mistakes: its error counts, in proportion to the update.
-    scaled = _round(W + np.float32(factor) * d, coarse)
+    scaled = round_to_dtype(W + np.float32(factor) * d, coarse)
     if factor and _misfit(after, scaled, unit + _FACTOR_ERROR * abs(factor) * np.abs(d)) <= 1 - _FITTING:
         return MergedModule(module, "wrong scale", factor)
     return MergedModule(module, "wrong adapter", factor)
@@ -388,16 +391,6 @@ def _float32_update(update: Update) -> Float32[np.ndarray, "out in"]:
 
 def _coarser(left: str, right: str) -> str:
     return min(left, right, key=PRECISION.__getitem__)
-
-
-def _round(values: Float32[np.ndarray, "..."], dtype: str) -> Float32[np.ndarray, "..."]:
-    """Round to the nearest values of a dtype, to even between two."""
-    if dtype == "F16":
-        with np.errstate(over="ignore"):  # values above its largest one become infinite, as in a merge
-            return values.astype(np.float16).astype(np.float32)
-    if dtype != "BF16":
-        return values
-    return round_to_bfloat16(values)
 
 
 def _spacing(values: Float32[np.ndarray, "..."], dtype: str) -> Float32[np.ndarray, "..."]:

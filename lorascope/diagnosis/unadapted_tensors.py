@@ -152,6 +152,8 @@ class _Comparison:
         """Return whether a tensor that the merged model lacks is a constant, or tied to another one that it has."""
         if _BUFFERS.search(name):
             return True
+        if len(self.base.file(name).shape(name)) < 2:  # only matrices are tied, while norms may be equal by chance
+            return False
         names = (other for other in self.base.tensor_names() if other != name)
         return any(_is_equal(self.base, name, self.base, other) for other in names if self._in_merged(other))
 
@@ -159,6 +161,8 @@ class _Comparison:
         """Return whether a tensor that the base lacks is a constant, or equals another one of the merged model."""
         if _BUFFERS.search(name):
             return True
+        if len(self.merged.file(name).shape(name)) < 2:
+            return False
         return any(_is_equal(self.merged, name, self.merged, other) for other in self.visited)
 
 

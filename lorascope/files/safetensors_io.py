@@ -182,7 +182,7 @@ class TensorFile(Mapping[str, Any]):
         Raises
         ------
         ValueError
-            The rows of a tensor cannot be divided into so many blocks.
+            The rows of a tensor cannot be divided into this many blocks.
         """
         other = copy.copy(self)
         other._entries = {}

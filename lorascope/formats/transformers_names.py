@@ -16,7 +16,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,6 +197,8 @@ def _table() -> dict[str, Any]:
 
 @cache
 def _installed_version() -> str | None:
+    from importlib import metadata  # slow, and only a base with a configuration needs it
+
     try:
         return metadata.version("transformers")
     except metadata.PackageNotFoundError:

@@ -28,8 +28,7 @@ FAINT = 1e-3  # fraction of the median change per layer: layers of healthy runs 
 
 @DoctorRule(
     "LS101",
-    "input-dependent-norms",
-    "caution",
+    severity="caution",
     problem="Norms depend on the input.",
     evidence="the update is evaluated at gate weights",
 )
@@ -40,9 +39,7 @@ def input_dependent_norms(case: Case) -> Findings:
         yield finding(f"{routed} of {len(case.measured)} modules depend on their input: {gates}")
 
 
-@DoctorRule(
-    "LS108", "nan-norms", "error", problem="Norms are NaN.", evidence="the norm of the update of a module is NaN"
-)
+@DoctorRule("LS108", severity="error", problem="Norms are NaN.", evidence="the norm of the update of a module is NaN")
 def nan_norms(case: Case) -> Findings:
     """Find update norms of an adapter that are NaN."""
     if broken := [module for module in case.measured if math.isnan(module.update_norm)]:
@@ -52,8 +49,7 @@ def nan_norms(case: Case) -> Findings:
 
 @DoctorRule(
     "LS001",
-    "nan",
-    "error",
+    severity="error",
     problem="The update contains NaN or infinity.",
     evidence="the norm of the update of a module is NaN or infinite",
     fix="train again with bf16 instead of fp16, a lower learning rate or clipping; this adapter cannot be repaired",
@@ -68,8 +64,7 @@ def nan(case: Evidence) -> Findings:
 
 @DoctorRule(
     "LS002",
-    "scale-zero",
-    "error",
+    severity="error",
     problem="The scale is 0, so the adapter has no output and no gradient.",
     evidence="the scale of a module is 0, for example because lora_alpha is 0",
     fix="set lora_alpha above 0 (r or 2 r are common), and train again",
@@ -84,8 +79,7 @@ def scale_zero(case: Evidence) -> Findings:
 
 @DoctorRule(
     "LS003",
-    "untrained",
-    "error",
+    severity="error",
     needs="config",
     problem="The adapter equals its initialization.",
     evidence="B (E in AdaLoRA) is zero in all modules of a saved adapter",
@@ -105,8 +99,7 @@ def untrained(case: Case) -> Findings:
 
 @DoctorRule(
     "LS004",
-    "unused",
-    "error",
+    severity="error",
     needs="history",
     problem="Training did not change any adapter.",
     evidence="B is zero in all modules after the recorded steps, or no PEFT adapter was active",
@@ -126,8 +119,7 @@ def unused(case: Evidence) -> Findings:
 
 @DoctorRule(
     "LS005",
-    "dead",
-    "error",
+    severity="error",
     problem="All factors are zero, so their gradients are zero as well.",
     evidence="A and B of a module are both zero, and its scale is not",
     fix="initialize one factor randomly and the other with zeros, as PEFT does, and train again",
@@ -174,8 +166,7 @@ def dead_layers(case: Evidence) -> Findings:
 
 @DoctorRule(
     "LS007",
-    "frozen",
-    "caution",
+    severity="caution",
     problem="Some adapters did not change while others did.",
     evidence="the update is exactly zero in some modules but not in others (not checked for AdaLoRA, which may prune)",
     fix="make them trainable (requires_grad, groups of the optimizer), or remove them from the targets",
@@ -192,7 +183,7 @@ def frozen(case: Evidence) -> Findings:
         yield from finding_if_any(unchanged, adapted, zero, modules=module_names(unchanged), update_norm=0.0)
 
 
-@DoctorRule("LS109", "no-update", "caution", problem="All updates are zero.", evidence="|dW| is 0 in all modules")
+@DoctorRule("LS109", severity="caution", problem="All updates are zero.", evidence="|dW| is 0 in all modules")
 def no_update(case: Case) -> Findings:
     """Find adapters without any update."""
     unchanged = _zero_updates(case)
@@ -207,13 +198,7 @@ def _zero_updates(case: Case) -> list[MeasuredModule]:
     return [module for module in case.measured if module.update_norm == 0]
 
 
-@DoctorRule(
-    "LS102",
-    "zero-updates",
-    "note",
-    problem="Some updates are zero.",
-    evidence="|dW| is 0 in some modules, and not in others",
-)
+@DoctorRule("LS102", problem="Some updates are zero.", evidence="|dW| is 0 in some modules, and not in others")
 def zero_updates(case: Case) -> Findings:
     """Find zero updates of an adapter among others, and the factor that is zero."""
     names = module_names(_zero_updates(case))
@@ -234,8 +219,6 @@ def _zero_factors(factors: Mapping[str, np.ndarray]) -> tuple[str, ...]:
 
 @DoctorRule(
     "LS110",
-    "unused-components",
-    "note",
     problem="Components are unused.",
     evidence=f"a singular value within the rank is below {power_of_ten(UNUSED)} of the largest",
 )
@@ -249,8 +232,7 @@ def unused_components(case: Case) -> Findings:
 
 @DoctorRule(
     "LS103",
-    "intruders",
-    "caution",
+    severity="caution",
     needs="base",
     problem="The update adds intruder dimensions.",
     evidence=f"singular vectors among the {DIRECTIONS} leading ones with a cosine below 0.5 to all of the base's",
@@ -269,12 +251,7 @@ def intruders(case: Case) -> Findings:
 
 
 @DoctorRule(
-    "LS111",
-    "neuron-rotation",
-    "caution",
-    needs="base",
-    problem="The update rotates neurons.",
-    evidence="1 - cos of neurons",
+    "LS111", severity="caution", needs="base", problem="The update rotates neurons.", evidence="1 - cos of neurons"
 )
 def neuron_rotation(case: Case) -> Findings:
     """Measure how far the update of an adapter rotates the neurons."""
@@ -287,8 +264,7 @@ def neuron_rotation(case: Case) -> Findings:
 
 @DoctorRule(
     "LS112",
-    "intruders-unknown",
-    "caution",
+    severity="caution",
     needs="base",
     problem="Intruder dimensions of large modules are not computed.",
     evidence=f"the smaller side of their weight is above {SIDE}",

@@ -22,8 +22,6 @@ _UNMATCHED = "compare with model.named_modules(): PEFT matches the end of a name
 
 @DoctorRule(
     "LS104",
-    "rank-use",
-    "note",
     problem=f"Some modules have {SHARE:.0%} of their energy in a quarter of their rank.",
     evidence="their number",
 )
@@ -44,8 +42,6 @@ def rank_use(case: Case) -> Findings:
 
 @DoctorRule(
     "LS105",
-    "experts",
-    "note",
     needs="config",
     problem="Modules are experts that are stored in one tensor.",
     evidence="number of experts per parameter",
@@ -61,8 +57,7 @@ def experts(case: Case) -> Findings:
 
 @DoctorRule(
     "LS106",
-    "incomplete-norms",
-    "caution",
+    severity="caution",
     needs="config",
     problem="|dW| is not exactly the norm of the update.",
     evidence="alpha is not saved, DoRA was read without its base, or a note of the format",
@@ -121,8 +116,7 @@ def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Findings:
 
 @DoctorRule(
     "LS010",
-    "overscaled",
-    "caution",
+    severity="caution",
     needs="weights",
     problem="The update outweighs the weights: its scale is too large.",
     evidence=f"the update is larger than the weight, at a scale above {HABIT:g}",
@@ -144,8 +138,7 @@ def overscaled(case: Evidence) -> Findings:
 
 @DoctorRule(
     "LS011",
-    "uneven-scale",
-    "caution",
+    severity="caution",
     needs="config",
     problem="Modules with their own rank have another scale.",
     evidence="modules of rank_pattern have no entry in alpha_pattern, and their scale differs from the others "
@@ -182,8 +175,7 @@ def uneven_scale(case: Case) -> Findings:
 
 @DoctorRule(
     "LS012",
-    "allocator-idle",
-    "caution",
+    severity="caution",
     problem="AdaLoRA never removed a component.",
     evidence="all components are still in use at a step at which some should have been removed",
     fix="call model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()",
@@ -198,8 +190,7 @@ def allocator_idle(case: Case) -> Findings:
 
 @DoctorRule(
     "LS013",
-    "budget-missed",
-    "caution",
+    severity="caution",
     problem="AdaLoRA exceeds its budget: the schedule was cut short.",
     evidence=f"more components are in use than the budget, by over {NEARLY:.0%} of those to remove",
     fix="set total_step to the number of steps in training, and tinit + tfinal well below it",

@@ -21,8 +21,7 @@ FEWEST_ADAPTERS = 4  # modules: with fewer, one may well have most of the update
 
 @DoctorRule(
     "LS019",
-    "rate-zero",
-    "error",
+    severity="error",
     needs="training",
     problem="The learning rate is 0, so nothing trains.",
     evidence=f"the learning rate of all parameter groups is 0 at each of the first {RESTING} steps or more",
@@ -38,8 +37,7 @@ def rate_zero(case: TrainingEvidence) -> Findings:
 
 @DoctorRule(
     "LS020",
-    "rate-large",
-    "caution",
+    severity="caution",
     needs="training",
     problem="Training replaces the pretrained weights.",
     evidence=f"the learned update of all modules together is more than {LARGE:g} times the norm of their weights",
@@ -59,8 +57,7 @@ def rate_large(case: TrainingEvidence) -> Findings:
 
 @DoctorRule(
     "LS021",
-    "no-gradient",
-    "error",
+    severity="error",
     needs="training",
     problem="No gradient reaches the trained parameters.",
     evidence="the gradients of all trained parameters are zero or missing, and no module has changed",
@@ -78,8 +75,7 @@ def no_gradient(case: TrainingEvidence) -> Findings:
 
 @DoctorRule(
     "LS022",
-    "not-optimized",
-    "error",
+    severity="error",
     needs="training",
     problem="Trainable adapters are not in the optimizer.",
     evidence="an adapter has parameters with requires_grad, and the optimizer contains none of them",
@@ -98,8 +94,7 @@ def not_optimized(case: TrainingEvidence) -> Findings:
 
 @DoctorRule(
     "LS023",
-    "loss-flat",
-    "caution",
+    severity="caution",
     needs="training",
     problem="The loss never changes.",
     evidence=f"all recorded losses are equal up to {power_of_ten(SAME)}, at {FLAT} recordings or more, and not 0 while "
@@ -119,8 +114,7 @@ def loss_flat(case: TrainingEvidence) -> Findings:
 
 @DoctorRule(
     "LS024",
-    "dominated",
-    "caution",
+    severity="caution",
     needs="training",
     problem="One module has almost the whole update.",
     evidence=f"one of at least {FEWEST_ADAPTERS} adapters has more than {SOLE:.1%} of the squared norm "

@@ -21,8 +21,7 @@ ROOM = 4  # components: with fewer, a single direction is not suspicious
 
 @DoctorRule(
     "LS014",
-    "rate-small",
-    "caution",
+    severity="caution",
     needs="weights",
     problem="Training changed the weights, but hardly.",
     evidence=f"the learned update of all modules together is below {power_of_ten(STILL)} of the norm of their weights",
@@ -44,8 +43,7 @@ def rate_small(case: Case) -> Findings:
 
 @DoctorRule(
     "LS015",
-    "diverged",
-    "error",
+    severity="error",
     needs="history",
     problem="The loss increased far above its first value, or became NaN.",
     evidence=f"the median of the last losses exceeds the first loss by {WORSE:g} nat, by half of it, and by "
@@ -83,8 +81,7 @@ def diverged(case: Evidence) -> Findings:
 
 @DoctorRule(
     "LS016",
-    "collapsed",
-    "caution",
+    severity="caution",
     problem="The updates use a single direction of their rank.",
     evidence=f"the effective rank is at most {SINGLE:g} in more than half of the modules that use at least "
     f"{ROOM} components",
@@ -106,8 +103,7 @@ def collapsed(case: Evidence) -> Findings:
 
 @DoctorRule(
     "LS017",
-    "tied-twice",
-    "error",
+    severity="error",
     needs="base",
     problem="Two names of one weight each have an adapter.",
     evidence="embedding and head share their weight, and both are adapted",
@@ -123,8 +119,7 @@ def tied_twice(case: Evidence) -> Findings:
 
 @DoctorRule(
     "LS018",
-    "leak",
-    "caution",
+    severity="caution",
     needs="history",
     problem="Evaluation rows are also training rows.",
     evidence="the fraction of the evaluation rows that training saw is above 0 (by object identity, for a Trainer)",

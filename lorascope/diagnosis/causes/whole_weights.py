@@ -22,8 +22,6 @@ _BLOCK = 2**22  # values of a weight in memory at once
 
 @DoctorRule(
     "LS107",
-    "other-weights",
-    "note",
     needs="config",
     problem="Weights are saved next to the factors.",
     evidence="number of parameters, and the distance from the base",

@@ -23,7 +23,7 @@ from lorascope.array_types import Float, Int
 from lorascope.updates.linalg import all_finite, as_float64
 from lorascope.updates.weight_update import Dense, Shapes, Update
 
-SEEDS = 1 << 32
+SEEDS = 1 << 32  # MT19937 has 32-bit seeds and words
 
 
 def entries(
@@ -74,7 +74,7 @@ def _shuffled_positions(size: int, n: int, seed: int) -> Int[np.ndarray, "n"]:
     for position, other in zip(positions.tolist(), (positions + words % (size - positions)).tolist(), strict=True):
         values.append(swapped.get(other, other))
         swapped[other] = swapped.get(position, position)
-    if n == size:
+    if n == size:  # nothing is left to swap the last position with
         values.append(swapped.get(size - 1, size - 1))
     return np.array(values, dtype=np.int64)
 
@@ -119,7 +119,7 @@ def band_pass(shape: tuple[int, int], center: float, width: float = 200.0) -> Fl
     if not (0 < width < np.inf and 0 <= center < np.inf):
         raise ValueError(f"center must be >= 0 and width > 0, both finite, got center {center} and width {width}")
     D = radius(np.indices(shape), shape)
-    D[0, 0] = 1.0
+    D[0, 0] = 1.0  # any value but 0, which would be divided by
     bias = np.exp(-(((D**2 - center**2) / (D * width)) ** 2))
     bias[0, 0] = float(center == 0)
     return bias
@@ -274,7 +274,10 @@ class Fourier(Update, form="fourier"):
     def inner_weight(self, W: Any) -> float:
         """Compute <W, dW> from the coefficients and the transform of W at their entries."""
         if not isinstance(W, np.ndarray):
-            W = W.detach().float().cpu().numpy() if W.element_size() < 4 else W.detach().cpu().numpy()
+            W = W.detach()
+            if W.element_size() < 4:  # numpy has no bfloat16
+                W = W.float()
+            W = W.cpu().numpy()
         row, column, _, _ = half_spectrum(self.entries, self.shape)
         transform = np.fft.rfft2(W).real[row, column]
         return float(self.scale / W.size * np.vdot(as_float64(self.coefficients), as_float64(transform)))

@@ -93,6 +93,7 @@ def _exp_entropy(shares: Float[np.ndarray, "*n k"]) -> np.float64 | Float[np.nda
 def _inverse_of_largest(shares: Float[np.ndarray, "*n k"]) -> np.float64 | Float[np.ndarray, "*n"]:
     """Return 1 / max(shares), 0 if all of them are 0."""
     largest = shares.max(axis=-1, initial=0.0)
+    # ``where`` computes both cases, so the divisor is never 0.
     return np.where(largest == 0.0, 0.0, 1.0 / np.where(largest == 0.0, 1.0, largest))
 
 
@@ -152,6 +153,7 @@ def principal_angles(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"])
         large, small = small, large
     inner = large.T @ small
     cosines = np.linalg.svd(inner, compute_uv=False)
+    # The largest cosine belongs to the smallest sine.
     sines = np.linalg.svd(small - large @ inner, compute_uv=False)[::-1]
     return np.where(cosines > np.sqrt(0.5), np.arcsin(np.minimum(sines, 1.0)), np.arccos(np.minimum(cosines, 1.0)))
 
@@ -174,7 +176,7 @@ def triangles(factors: Sequence[Any], buffer: np.ndarray | None = None) -> Float
     rank, small = factors[0].shape[1], min(factors[0].shape)
     result = np.empty((len(factors), small, rank))
     sound = np.zeros(len(factors), dtype=bool)
-    if small == rank:
+    if small == rank:  # otherwise the Gram matrix is singular
         grams = _grams(factors, buffer)
         squares = grams.diagonal(axis1=1, axis2=2)
         sound = np.asarray(((squares > _SMALLEST_SQUARE) & (squares < np.inf)).all(axis=1))
@@ -238,6 +240,7 @@ def as_float64(array: Any) -> NDArray[np.float64]:
 
 def beside(tensor: Any, array: Any) -> Any:
     """Return an array as a tensor for linear algebra on the device of ``tensor``."""
+    # Because a tensor exists, torch is loaded; an import at the top would require it.
     return sys.modules["torch"].as_tensor(array, device=tensor.device)
 
 
@@ -283,8 +286,13 @@ def _grams(factors: Sequence[Any], buffer: np.ndarray | None) -> Float[np.ndarra
         else:
             result[i] = gram(factor, buffer)
     for (_, by_column), indices in together.items():
-        (stack,) = stacks([factors[i].T if by_column else factors[i] for i in indices])
-        result[indices] = _tile_gram(stack.swapaxes(1, 2) if by_column else stack)
+        arrays = [factors[i] for i in indices]
+        if by_column:
+            (stack,) = stacks([array.T for array in arrays])
+            stack = stack.swapaxes(1, 2)
+        else:
+            (stack,) = stacks(arrays)
+        result[indices] = _tile_gram(stack)
     return result
 
 

@@ -128,6 +128,7 @@ class LowRank(Update, form="low_rank"):
 
     def inner_weight(self, W: Any) -> float:
         """Compute <W, dW> without multiplying the factors; on the device of W, if it is a tensor."""
+        # <W, B A> = <B^T W, A>
         if isinstance(W, np.ndarray):
             return float(self.scale * np.vdot(as_float64(self.B).T @ as_float64(W), as_float64(self.A)))
         return float(self.scale * product_inner(W, beside(W, self.B), beside(W, self.A)))
@@ -148,7 +149,7 @@ class LowRank(Update, form="low_rank"):
             Q_left, R_left = np.linalg.qr(as_float64(self.B))
             Q_right, R_right = np.linalg.qr(as_float64(self.A).T)
             U, sigma, V = np.linalg.svd(self.scale * (R_left @ R_right.T), full_matrices=False)
-        k = numerical_rank(sigma, self.shape)
+        k = numerical_rank(sigma, self.shape)  # the other singular vectors are arbitrary
         return Q_left @ U[:, :k], sigma[:k], Q_right @ V[:k].T
 
     def dense(self) -> Any:
@@ -207,6 +208,7 @@ class Mixture(LowRank, form="mixture"):
         """Build an update from B (heads, out, rank), ``gates`` (heads,) and A (rank, in) or (heads, rank, in)."""
         stored = {name: factors[name] for name in ("A", "B", "gates")}
         A, B, gates = stored.values()
+        # If all experts share A, the sum has the rank of one expert.
         if A.ndim == 2:
             return cls(np.tensordot(gates, B, 1), A, scale, exact, stored)
         return cls(np.hstack(list(gates[:, None, None] * B)), A.reshape(-1, A.shape[-1]), scale, exact, stored)
@@ -235,7 +237,7 @@ def spectra(updates: Iterable[Update | Product]) -> list[Float[np.ndarray, "k"]]
     decomposition to a relative 1e-8 if they exceed 1e-6 of the largest. Large updates are read one at a time, and small
     ones of one shape are decomposed together.
     """
-    values: dict[int, np.ndarray] = {}
+    values: dict[int, np.ndarray] = {}  # by index, because batches end in another order
     cores = defaultdict(list)
     buffer = np.empty(2 * GRAM_VALUES)
 
@@ -272,6 +274,7 @@ def change_norms(pairs: Iterable[tuple[Update, Update]]) -> list[float]:
 
     def products() -> Iterator[tuple[Any, int, tuple[int, LowRank, LowRank]]]:
         for i, (after, before) in enumerate(pairs):
+            # Factors in float64 may have to be rescaled first, which ``norm`` does.
             if (
                 _has_narrow_factors(after)
                 and _has_narrow_factors(before)

@@ -141,6 +141,7 @@ def _change_sums(
         if not len(indices):
             continue
         tile = scratch[:, : rows.stop - start]
+        # The other two arrays are for the change and for products.
         for weights, out in zip((W0[rows], W[rows]), tile, strict=False):
             if isinstance(weights, np.ndarray):
                 np.copyto(out, weights)

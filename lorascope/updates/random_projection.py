@@ -37,6 +37,7 @@ def uniform_like_torch(
     words: np.random.RandomState, shape: tuple[int, ...], bound: float | None = None
 ) -> Float[np.ndarray, "..."]:
     """Draw random projections in float32 as torch does on the CPU: ``uniform_(-bound, bound)``, or ``rand`` if None."""
+    # torch uses as many bits of a word as the significand of float32 has.
     bits = words.randint(0, 1 << 32, size=math.prod(shape), dtype=np.uint32) & np.uint32((1 << 24) - 1)
     values = bits * 2.0**-24
     if bound is not None:

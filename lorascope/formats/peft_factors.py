@@ -50,7 +50,7 @@ class StoredFactors(StoredUpdate):
     transposed : bool
     thin : bool
         Whether singular values can be computed fast.
-    frozen : frozenset of str
+    frozen : collection of str
         Names of further tensors that are not trained; indices never are.
     """
 
@@ -61,7 +61,7 @@ class StoredFactors(StoredUpdate):
     scale: float = 1.0
     transposed: bool = False
     thin: bool = True
-    frozen: frozenset[str] = frozenset()
+    frozen: Collection[str] = ()
 
     def __post_init__(self) -> None:
         size = max(math.prod(self.sides), self.components * sum(self.sides))

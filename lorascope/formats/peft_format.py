@@ -33,7 +33,7 @@ from lorascope.formats.peft_factors import (
     stored_shape,
 )
 from lorascope.formats.peft_merge import read_merged
-from lorascope.formats.pretrained_weights import OptionalBase, PretrainedWeights, base_with_shapes, named_base
+from lorascope.formats.pretrained_weights import OptionalBase, base_with_shapes, named_base
 from lorascope.formats.readers import Config, Needs, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles
 from lorascope.schema.name_patterns import per_module
@@ -186,11 +186,10 @@ class PeftFormat(msgspec.Struct, frozen=True):
     def stored_update(self, module: PeftModule) -> StoredFactors:
         """Return the stored update of a module."""
         shape, rank = self.shape(module.sizes), self.rank(module.sizes)
-        largest_rank = min(shape) if rank is None else rank
-        build, frozen = partial(self._build, module), frozenset(self.frozen)
-        return StoredFactors(
-            module.tensors, shape, largest_rank, build, self.scale, module.transposed, rank is not None, frozen
-        )
+        build, thin = partial(self._build, module), rank is not None
+        if rank is None:
+            rank = min(shape)
+        return StoredFactors(module.tensors, shape, rank, build, self.scale, module.transposed, thin, self.frozen)
 
     def _build(self, module: PeftModule, stored: Arrays) -> Update:
         arrays = {}
@@ -208,7 +207,7 @@ class PeftFormat(msgspec.Struct, frozen=True):
     def _read(self, path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> AdapterFiles:
         if self.requires_peft(files):
             return read_merged(path, config, files, base)
-        weights: PretrainedWeights | None = None
+        weights: OptionalBase = None
         if self.needs == "base":
             weights = require_base(path, config, base, self.kind)
         elif self.needs == "shapes":

@@ -54,13 +54,6 @@ def test_mean_over_steps_excludes_step_0() -> None:
     assert cells(found, "place") == {"embed": 7.5}
 
 
-def test_course_summarizes_the_steps_after_step_0_in_order() -> None:
-    steps = {0: 100.0, 1: 5.0, 3: 8.0, 2: 11.0}
-    rows = table([(step, "words", "weight_norm", value) for step, value in steps.items()])
-    (found,) = norms.summarize_steps(norms.pool_modules(norms.select_quantity(rows, "weight_norm"))).to_dict("records")
-    assert [found[key] for key in ("mean", "std", "first", "last", "steps")] == [8, pytest.approx(6**0.5), 5, 8, 3]
-
-
 def test_norm_per_weight_does_not_depend_on_the_layer_size() -> None:
     """The matrices are 2 x 3, 3 x 3 and 40 x 5 with entries 1; the row of the block, of unknown size, is ignored."""
     sizes = {"words": (40, 5), "b.0.q": (2, 3), "b.0.ff": (3, 3), "b.0": (None, None)}

@@ -17,6 +17,7 @@ def select_steps(cells: pd.DataFrame, most: int) -> pd.DataFrame:
     ValueError
         The runs have no recorded step in common.
     """
+    # A frame of a figure shows all runs at one step.
     steps = [set(rows["step"].dropna()) for _, rows in cells.groupby("run", observed=True)]
     common = sorted(set.intersection(*steps))
     if not common:

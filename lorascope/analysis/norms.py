@@ -8,7 +8,6 @@ others summarize the cells over steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -126,26 +125,9 @@ def mean_over_steps(cells: pd.DataFrame) -> pd.DataFrame:
 
     With ``weight_norm`` by layer this is LISA's w(l) (section 3.1).
     """
-    return _after_step_zero(cells).mean().reset_index()
-
-
-def summarize_steps(cells: pd.DataFrame) -> pd.DataFrame:
-    """Summarize the norm, or another quantity, of every cell over the recorded steps 1..T, without step 0.
-
-    Returns
-    -------
-    DataFrame
-        One row per cell with ``mean``, ``std`` (population), ``first``, ``last`` and ``steps`` (their number).
-    """
-    groups = _after_step_zero(cells.sort_values("step"))  # "first" and "last" are by the order of the rows
-    statistics = {"mean": groups.mean(), "std": groups.std(ddof=0), "first": groups.first(), "last": groups.last()}
-    return pd.DataFrame(statistics | {"steps": groups.size()}).reset_index()
-
-
-def _after_step_zero(cells: pd.DataFrame) -> Any:
-    """Group the values after step 0 by cell."""
     rows = cells[(cells["step"] > 0).fillna(False)]
-    return rows.groupby(_cell_columns(cells), observed=True, dropna=False, sort=False)["value"]
+    groups = rows.groupby(_cell_columns(cells), observed=True, dropna=False, sort=False)["value"]
+    return groups.mean().reset_index()
 
 
 def _cell_columns(cells: pd.DataFrame) -> list[str]:

@@ -24,13 +24,12 @@ def recovered_ranks(run: Result) -> pd.DataFrame:
     return pd.DataFrame({"run": run.id, "module": modules, "planted": truth["value"], "found": found})
 
 
-def rank_correlation(run: Result) -> float:
-    """Compute Spearman's correlation of planted and found ranks; 0 if it is undefined because all ranks are equal."""
-    rho = float(spearman(recovered_ranks(run)[["planted", "found"]].to_numpy(np.float64))[0, 1])
-    return 0.0 if np.isnan(rho) else rho
+def rank_correlation(ranks: pd.DataFrame) -> float:
+    """Compute Spearman's correlation of found and planted ranks, see ``recovered_ranks``; 0 if all are equal."""
+    rho = float(spearman(ranks[["planted", "found"]].to_numpy(np.float64))[0, 1])
+    return 0.0 if np.isnan(rho) else rho  # equal ranks have no order, so the correlation is not defined
 
 
-def absolute_error(run: Result) -> float:
-    """Compute the mean absolute difference of found and planted ranks over the modules."""
-    table = recovered_ranks(run)
-    return float((table["found"] - table["planted"]).abs().mean())
+def mean_rank_error(ranks: pd.DataFrame) -> float:
+    """Compute the mean distance of found from planted ranks over modules, see ``recovered_ranks``."""
+    return float((ranks["found"] - ranks["planted"]).abs().mean())

@@ -147,6 +147,7 @@ def keep_utilization(run: Run) -> pd.DataFrame:
     rows = norms.last_recorded(run.table[run.table["quantity"] == "utilisation"]).astype(
         {"module": "str", "role": "str"}
     )
+    # In a fixed order, because the kept table has no names of neurons and two runs are compared row by row.
     rows = rows.sort_values(["role", "module", "index"], ignore_index=True)
     rank = rows.groupby("role")["value"].rank(method="first", ascending=False)
     return rows[["role"]].assign(rank=rank.astype("uint16"))

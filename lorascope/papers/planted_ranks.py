@@ -17,11 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
-from lorascope.analysis.planted_ranks import recovered_ranks
-from lorascope.analysis.score_agreement import spearman
+from lorascope.analysis.planted_ranks import mean_rank_error, rank_correlation, recovered_ranks
 from lorascope.charts.chart import Chart
 from lorascope.papers.figures.gallery_figure import GalleryFigure
 from lorascope.papers.judging.statistics import Constant, LogLikelihood, MeanOverRows, OfRun
@@ -77,31 +75,20 @@ def _with_teacher(arm: Arm, seed: int) -> Arm:
     return replace(arm, task=planted_teacher.task(seed), settings={**arm.settings, "observe": observers})
 
 
-def correlation(table: pd.DataFrame) -> float:
-    """Compute Spearman's correlation of found and planted ranks; 0 if all found ranks are equal."""
-    rho = float(spearman(table[["planted", "found"]].to_numpy(np.float64))[0, 1])
-    return 0.0 if np.isnan(rho) else rho
-
-
-def distance(table: pd.DataFrame) -> float:
-    """Compute the mean distance of found from planted ranks, ``|found - planted|``, over modules."""
-    return float((table["found"] - table["planted"]).abs().mean())
-
-
 def log_likelihood(arm: str) -> MeanOverRows:
     """Return minus the test loss, for a claim on planted ranks."""
     return MeanOverRows(LogLikelihood(arm))
 
 
 CLAIMS = {
-    "planted.adalora_correlation": (OfRun(correlation, RECOVERY, ADALORA), Constant(0.0)),
-    "planted.adalora_distance": (-OfRun(distance, RECOVERY, ADALORA), -Constant(UNIFORM_DISTANCE)),
+    "planted.adalora_correlation": (OfRun(rank_correlation, RECOVERY, ADALORA), Constant(0.0)),
+    "planted.adalora_distance": (-OfRun(mean_rank_error, RECOVERY, ADALORA), -Constant(UNIFORM_DISTANCE)),
     "planted.adalora_loss": (log_likelihood(ADALORA), log_likelihood(UNIFORM)),
-    "planted.autolora_correlation": (OfRun(correlation, RECOVERY, AUTOLORA), Constant(0.0)),
-    "planted.autolora_distance": (-OfRun(distance, RECOVERY, AUTOLORA), -Constant(UNIFORM_DISTANCE)),
+    "planted.autolora_correlation": (OfRun(rank_correlation, RECOVERY, AUTOLORA), Constant(0.0)),
+    "planted.autolora_distance": (-OfRun(mean_rank_error, RECOVERY, AUTOLORA), -Constant(UNIFORM_DISTANCE)),
     "planted.autolora_loss": (log_likelihood(AUTOLORA), log_likelihood(UNIFORM)),
-    "planted.alora_correlation": (OfRun(correlation, RECOVERY, ALORA), Constant(0.0)),
-    "planted.alora_distance": (-OfRun(distance, RECOVERY, ALORA), -Constant(UNIFORM_DISTANCE)),
+    "planted.alora_correlation": (OfRun(rank_correlation, RECOVERY, ALORA), Constant(0.0)),
+    "planted.alora_distance": (-OfRun(mean_rank_error, RECOVERY, ALORA), -Constant(UNIFORM_DISTANCE)),
     "planted.alora_loss": (log_likelihood(ALORA), log_likelihood(UNIFORM)),
 }
 

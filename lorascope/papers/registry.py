@@ -28,6 +28,7 @@ for _file in sorted(Path(__file__).parent.glob("*.py")):
     if _file.stem in ("__init__", "registry"):
         continue
     _module = import_module(f"lorascope.papers.{_file.stem}")
+    # A module may have several probes, such as LISA's motivation and its training.
     PROBES |= {value.name: value for value in vars(_module).values() if isinstance(value, Probe)}
     if hasattr(_module, "CLAIMS"):
         PAIRS |= _module.CLAIMS

@@ -195,6 +195,7 @@ def autolora_scores(model: nn.Module, loss: Loss, state: Mapping[str, SvdTriple]
         fill_plain(delta, P, sigma * len(sigma), Q)  # leaves the update unchanged at the initial alpha = 1/k
 
     deltas = attach_components(model, state, autolora.AutoLoRADelta, fill)
+    # Only the logits train, so that alpha scores the components as they are.
     logits = [delta.logits.requires_grad_() for delta in deltas.values()]
     optimizer = torch.optim.Adam(logits, lr=1e-2, betas=autolora.BETAS)
     for batch in (*batches, *batches):

@@ -219,7 +219,7 @@ def add_printed_sizes(chart: Chart, numbers: pd.DataFrame, reference: str) -> Ch
     The printed numbers widen the axis, so that labels on the right would be on the lines.
     """
     data = chart.data
-    side = np.sign(data["above"] - data["value"])
+    side = np.sign(data["above"] - data["value"])  # 1 for a label above its point, -1 for one below
     # With one seed there is no interval, so the label is at the value.
     tips = data["high"].where(side > 0, data["low"]).fillna(data["value"])
     span = max(tips.max(), numbers["value"].max()) - tips.min()

@@ -47,14 +47,15 @@ def draw_figures(folder: Path, out: Path, images: Path, sections: Sections, comm
     by_name = figures_by_name(sections)
     keep_excerpts(folder, main, find, by_name)
     for heading, figure in by_name.values():
-        rows, runs = _rows_of(figure, main), []
+        rows = _rows_of(figure, main)
+        runs: list[Any] = []
         try:
             for row in rows:
                 if figure.shows_factors:
                     runs.append(find(row))
                 else:
                     runs.append(_kept_run(figure, evidence, folder, row))
-            if not rows or None in runs:
+            if not rows or None in runs:  # the kept figure then stays as it is
                 continue
             table, chart = _draw(figure, rows, runs)
         except Exception as error:  # runs of an earlier version may lack records, and any value may be damaged

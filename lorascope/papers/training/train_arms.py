@@ -358,13 +358,8 @@ def arm_of_run(open_run: OpenRun, claims: Registration) -> Arm | OwnArm:
 def _train(arm: Any, open_run: OpenRun, out: Path) -> Run:
     # The settings come after the seed, because ``vary`` may set a different seed in them.
     settings = {"seed": open_run.seed, "device": "cpu", **arm.settings, "root": out}
-    return train_job(Job(_model(arm), arm.task, arm.method, settings))
-
-
-def _model(arm: Arm) -> Any:
-    if isinstance(arm.model, str):
-        return partial(models.load, arm.model)
-    return arm.model
+    model = partial(models.load, arm.model) if isinstance(arm.model, str) else arm.model
+    return train_job(Job(model, arm.task, arm.method, settings))
 
 
 def _task(arm: Arm | OwnArm) -> Task:

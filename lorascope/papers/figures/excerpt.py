@@ -29,6 +29,7 @@ EXCERPTS = "shown"
 Find = Callable[[Mapping[str, Any]], Run | None]
 """Function that finds the run of a row of ``runs.csv``, or None if it is not there."""
 _KEY = ["step", "module", "index"]
+# Commit, versions, times and checksums may differ between two trainings of a run.
 _COMPARED = ("id", "method", "recipe", "settings", "task", "seed", "status", "modules", "states", "facts", "quantities")
 
 

@@ -144,7 +144,7 @@ def _sample_texts(model: Any, seed: int) -> Int[Tensor, "texts length"]:
         first = torch.randint(1, VOCABULARY, (TEXTS, 1))
         sampling = GenerationConfig(
             do_sample=True,
-            top_k=0,
+            top_k=0,  # the default samples from the 50 most likely tokens only
             max_length=LENGTH,
             suppress_tokens=[0],  # never sample the padding token
             pad_token_id=0,

@@ -13,6 +13,8 @@ import pandas as pd
 
 from lorascope.schema import module_table
 
+__all__ = ["equal_parameters", "random", "uniform"]
+
 
 def uniform(modules: Sequence[str], budget: int) -> dict[str, int]:
     """Allocate baseline ranks: the same rank in every module, as far as the budget allows.
@@ -125,3 +127,7 @@ def _check_budget(modules: Sequence[str], budget: int) -> None:
         raise ValueError(f"modules must be one or more unique names, got {', '.join(modules) or 'none'}")
     if budget < 1:
         raise ValueError(f"budget must be >= 1, got {budget}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -38,6 +38,8 @@ from lorascope.training.evaluation import evaluate
 from lorascope.training.settings import Settings
 from lorascope.training.state import load_tensors
 
+__all__ = ["component_importance", "pruned_losses"]
+
 BATCH = 32
 
 
@@ -224,3 +226,7 @@ def _validation_half(run: Result, model: nn.Module, task: Task, which: int, rows
     # The folder of an adapter does not record how the training truncated its texts.
     max_length = run.meta.settings.get("max_length", Settings.max_length)
     return task.encode(models.processor(model), texts, max_length)
+
+
+def __dir__() -> list[str]:
+    return __all__

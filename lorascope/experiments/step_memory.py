@@ -23,6 +23,8 @@ from lorascope.schema.records import Record
 from lorascope.training.loop import advance
 from lorascope.training.session import Session
 
+__all__ = ["measure"]
+
 _WINDOW = "lorascope: measured step"
 
 
@@ -113,3 +115,7 @@ def _peak_in_window(events: Iterable[Any]) -> int:
         if event.name() == "[memory]":
             alive += event.nbytes()
     return max(peak, alive)
+
+
+def __dir__() -> list[str]:
+    return __all__

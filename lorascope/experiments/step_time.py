@@ -23,6 +23,8 @@ from lorascope.schema.records import Quantity, Record, register
 from lorascope.training.loop import advance
 from lorascope.training.session import Session
 
+__all__ = ["measure"]
+
 _COMPUTED = {
     "forward": "the loss of the batch",
     "backward": "the gradients of the loss",
@@ -94,3 +96,7 @@ class _TimedSession(Session):
         loss = super()._batch_loss(model, batch, params)
         self.forward += clock(self.device) - start
         return loss
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -17,3 +17,7 @@ __all__ = [
     "to_peft",
     "to_table",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -26,6 +26,8 @@ from lorascope.files.whole_files import file_hash
 from lorascope.inputs.package_assets import SMOLLM2, build_once, cache, fetch
 from lorascope.inputs.tasks import Task
 
+__all__ = ["load", "missing", "processor", "tokenizer"]
+
 BUNDLED = ("minilm", "smollm2")
 
 
@@ -311,3 +313,7 @@ def quiet() -> Iterator[None]:
         log.set_verbosity(verbosity)
         if bars:
             log.enable_progress_bar()
+
+
+def __dir__() -> list[str]:
+    return __all__

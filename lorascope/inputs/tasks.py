@@ -18,6 +18,8 @@ from lorascope.inputs import images, questions, sources, splits
 from lorascope.inputs.splits import SPLITS
 from lorascope.inputs.tokenization import IGNORED, EncodedRows, encode_classes, encode_pairs, encode_text
 
+__all__ = ["Task", "from_frame", "load"]
+
 # Kinds of tasks that heads can do, by a part of the class name of the model.
 _HEADS = {
     "ForImageClassification": "image",
@@ -327,3 +329,7 @@ def _head_kind(model: nn.Module) -> str:
         hint = f"load it with {classes} or AutoModelForImageClassification"
         raise ValueError(f"cannot use {name}: it has no head; {hint}")
     return kind
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,3 +31,7 @@ __all__ = [
     "storage_bytes",
     "utilization",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -68,4 +68,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *FIGURES})
+    return sorted(["FIGURES", "Figure", "available", *FIGURES])

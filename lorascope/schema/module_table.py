@@ -320,3 +320,7 @@ def _suggest_names(description: pd.DataFrame, target: str) -> str:
     if close := difflib.get_close_matches(target, suggestions, n=3):
         text += f"; did you mean {', '.join(suggestions[name] for name in close)}?"
     return text
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -50,3 +50,7 @@ __all__ = [
     "stable_rank",
     "subspace_similarity",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

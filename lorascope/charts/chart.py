@@ -191,8 +191,7 @@ class Chart(Drawable):
         """Return the columns of axis "x" or "y", one for each mark that has one."""
         columns = []
         for mark in self.marks:
-            column = mark.columns().get(letter)
-            if column is not None:
+            for column in mark.distinct_columns(letter):
                 columns.append(self.table(mark)[column])
         return columns
 
@@ -216,30 +215,23 @@ class Chart(Drawable):
         """Raise ValueError if two rows have the same position, since one would hide the other."""
         table = self.table(mark)
         if isinstance(mark, Heat):
-            columns = [mark.x, mark.y]
+            columns = mark.distinct_columns("x", "y")
         else:
             across, along = "yx" if self.is_lying else "xy"
             if self.is_categorical(along):
                 column = getattr(mark, along)
                 raise ValueError(f"bar {along}: column {column!r} must be numeric, got {table[column].dtype}")
-            columns = [getattr(mark, across)]
-            if mark.color is not None:
-                columns.append(mark.color)
-        if self.frame is not None and self.frame in table:
+            columns = mark.distinct_columns(across, "color")
+        if self.frame is not None and self.frame in table and self.frame not in columns:
             columns.append(self.frame)
-        columns = list(dict.fromkeys(columns))
         if (doubled := table.duplicated(columns)).any():
             first = ", ".join(f"{name}={cell}" for name, cell in table.loc[doubled, columns].iloc[0].items())
             raise ValueError(f"cannot draw {mark.kind}: several rows for {first}. Aggregate them first")
 
     def tables(self) -> list[tuple[str, pd.DataFrame]]:
         """Return all drawn tables: ("", the chart's data), then (kind of mark, its own data)."""
-        tables = [("", self.data)]
-        for mark in self.marks:
-            table = self.table(mark)
-            if table is not self.data:
-                tables.append((mark.kind, table))
-        return tables
+        mark_tables = [(mark.kind, mark.data) for mark in self.marks if mark.data is not None]
+        return [("", self.data), *mark_tables]
 
     def at(self, value: Any) -> Chart:
         """Return the chart of a single frame."""
@@ -250,9 +242,8 @@ class Chart(Drawable):
             raise ValueError(f"{self.frame} must be one of {values}, got {value!r}")
         marks = []
         for mark in self.marks:
-            table = self.table(mark)
-            if table is not self.data and self.frame in table:
-                mark = replace(mark, data=table[table[self.frame] == value])
+            if mark.data is not None and self.frame in mark.data:
+                mark = replace(mark, data=mark.data[mark.data[self.frame] == value])
             marks.append(mark)
         return replace(self, data=self.data[self.data[self.frame] == value], marks=marks, frame=None)
 

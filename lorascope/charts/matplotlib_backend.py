@@ -365,12 +365,10 @@ def _break_lines(text: str, room: float, size: float) -> str:
         line = ""
         for word in paragraph.split():
             longer = f"{line} {word}".lstrip()
-            if text_to_path.get_text_width_height_descent(longer, font, ismath=False)[0] <= room:
-                line = longer
-                continue
-            if line:
+            if line and text_to_path.get_text_width_height_descent(longer, font, ismath=False)[0] > room:
                 lines.append(line)
-            line = word
+                longer = word
+            line = longer
         lines.append(line)
     return "\n".join(lines)
 

@@ -29,7 +29,10 @@ def pack(drawable: Drawable) -> tuple[dict[str, Any], list[pd.DataFrame]]:
         return {"kind": type(mark).__name__} | _values(mark, data=number(mark.data))
 
     def pack_axis(axis: Axis) -> dict[str, Any]:
-        return _values(axis, ticks=_pairs(axis.ticks))
+        ticks: Any = axis.ticks
+        if ticks is not None:
+            ticks = list(ticks.items())  # pairs, because keys of JSON are strings
+        return _values(axis, ticks=_json_value(ticks))
 
     def pack_chart(chart: Chart) -> dict[str, Any]:
         x, y = pack_axis(chart.x), pack_axis(chart.y)
@@ -73,13 +76,6 @@ def _values(owner: Any, **replaced: Any) -> dict[str, Any]:
         if field.name not in replaced:
             values[field.name] = _json_value(getattr(owner, field.name))
     return values | replaced
-
-
-def _pairs(ticks: Mapping[Any, str] | None) -> list[list[Any]] | None:
-    """Return ticks as pairs, because keys of JSON are strings."""
-    if ticks is None:
-        return None
-    return [[_json_value(value), label] for value, label in ticks.items()]
 
 
 def _json_value(value: Any) -> Any:

@@ -4,6 +4,7 @@ Pass a Run, a list of runs (runs of one recipe count as its seeds) or a dict lab
 figures with how to read them; ``available(run)`` lists those that a run has the records for.
 """
 
+from types import FunctionType
 from typing import Any
 
 from lorascope.plots.accuracy_and_size import accuracy_by_parameters as accuracy_by_parameters
@@ -68,4 +69,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(["FIGURES", "Figure", "available", *FIGURES])
+    functions = [name for name, value in globals().items() if isinstance(value, FunctionType) and name[0] != "_"]
+    return sorted({*functions, *FIGURES, "FIGURES", "Figure"} - {"load_plugins"})

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.models.auto import modeling_auto
 
-from lorascope.formats.transformers_names import TABLE, describe
+from lorascope.formats.transformers_names import TABLE, describe_transforms
 
 
 def renamings() -> dict[str, list[list[Any]]]:
     """Return the renamings by class or type of model."""
-    return {owner: describe(transforms) for owner, transforms in _build_checkpoint_conversion_mapping().items()}
+    return {owner: describe_transforms(transforms) for owner, transforms in _build_checkpoint_conversion_mapping().items()}
 
 
 def architectures(owners: Collection[str]) -> dict[str, dict[str, Any]]:

@@ -170,10 +170,10 @@ def renamings_of(owner: str) -> Sequence[Sequence[Any]]:
         mapping = importlib.import_module("transformers.conversion_mapping")
     except ImportError:  # before version 5, transformers had the renamings in its models
         return table["renamings"].get(owner, ())
-    return describe(mapping.get_checkpoint_conversion_mapping(owner) or ())
+    return describe_transforms(mapping.get_checkpoint_conversion_mapping(owner) or ())
 
 
-def describe(transforms: Iterable[Any]) -> list[list[Any]]:
+def describe_transforms(transforms: Iterable[Any]) -> list[list[Any]]:
     """Return pattern, new names and operation of transforms of transformers."""
     return [[transform.compiled_sources.pattern, list(transform.target_patterns), operation(transform)]
             for transform in transforms]  # fmt: skip

@@ -134,6 +134,13 @@ def misspelt_pattern(bench: Bench) -> ls.Run:
     return bench.saved(model)
 
 
+def compiled_too_early(bench: Bench) -> ls.Run:
+    model = bench.peft()
+    bench.trained(model)
+    model.base_model.model = torch.compile(model.base_model.model)
+    return bench.saved(model)
+
+
 FAULTS: dict[Callable[[Bench], ls.Run], str] = {
     overflow: "LS001",
     without_alpha: "LS002",
@@ -153,6 +160,7 @@ FAULTS: dict[Callable[[Bench], ls.Run], str] = {
     constant_start: "LS016",
     both_names: "LS017",
     training_rows_again: "LS018",
+    compiled_too_early: "LS025",
 }
 
 
@@ -161,6 +169,7 @@ def bench(bert, gpt2, task, tmp_path):
     return Bench(bert, gpt2, task, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch.compile itself
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_fault_yields_only_its_own_finding(fault, bench):
     findings = ls.diagnose(fault(bench))

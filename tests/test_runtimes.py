@@ -117,6 +117,43 @@ def test_peft_applies_what_is_predicted(fault: str, saved: Path) -> None:
         assert oracle == count
 
 
+def compile_model(model: torch.nn.Module) -> Any:
+    return torch.compile(model)
+
+
+def compile_first_layer(model: Any) -> Any:
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch.compile itself
+@pytest.mark.parametrize(
+    ("compiling", "lost"), [(compile_model, 4), (compile_first_layer, 2)], ids=["whole model", "one layer"]
+)
+def test_adapter_of_a_compiled_model_is_dropped_until_its_tensors_are_renamed(
+    compiling: Callable[[Any], Any], lost: int, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = compiling(AutoModelForCausalLM.from_pretrained(saved / "base"))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(saved / "adapter")
+    found = ours(saved)
+    (finding,) = found.findings
+    assert (finding.cause, finding.evidence) == ("compiled-names", {"modules": lost, "of": 4})
+    assert found.applied == 4 - lost == by_peft(saved)
+    modules = {f"model.layers.{layer}.self_attn.{role}_proj" for layer in (0, 1) for role in "qv"}
+    assert load_adapter_files(saved).parts.keys() == modules
+    for options in [], ["--base", str(saved / "base")]:
+        assert main(["doctor", str(saved / "adapter"), *options, "--json"]) == 1
+        assert [row["id"] for row in json.loads(capsys.readouterr().out)["findings"]] == ["LS025"]
+    assert finding.fix.startswith("rename the tensors: remove _orig_mod. from their names")
+    change(saved, renamed("_orig_mod.", ""))
+    assert ours(saved).findings == ()
+    assert by_peft(saved) == 4
+
+
 def test_renaming_that_fits_is_named(saved: Path) -> None:
     AutoModel.from_pretrained(saved / "base").save_pretrained(saved / "base")  # without the prefix ``model.``
     (first, *_) = ours(saved).findings

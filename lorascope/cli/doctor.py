@@ -91,7 +91,7 @@ def main(
     case = Case(run)
     faults, skipped = find_faults(case), skipped_checks(case)
     if use is not None:
-        faults += use.findings
+        faults += [finding for finding in use.findings if finding not in faults]
     _write_sarif(sarif, faults, case.run)
     code = int(bool(faults))
     if json:

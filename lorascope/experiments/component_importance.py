@@ -23,7 +23,7 @@ from lorascope.experiments.component_removal import (
 )
 from lorascope.export import RankBudget, base_of
 from lorascope.export.peft_folder import require_all_recorded
-from lorascope.formats.stored_update import PREFIX
+from lorascope.formats.stored_update import plain_name
 from lorascope.inputs import models, tasks
 from lorascope.inputs.classifier_head import fit_head, weights_hash
 from lorascope.inputs.tasks import Task
@@ -208,7 +208,7 @@ def _adapter_weights(run: Adapter) -> dict[str, Tensor]:
     tensors = {}
     for file in run.files.files:
         for name in file:
-            other = name.removeprefix(PREFIX)
+            other = plain_name(name)
             if other in run.files.others:
                 # PEFT saves an adapted embedding with the adapter, as its base layer.
                 tensors[other.replace(".base_layer.", ".")] = torch.tensor(file[name])

@@ -21,7 +21,7 @@ from lorascope.formats.fused_rows import RowsPart
 from lorascope.formats.mlx import MlxPart
 from lorascope.formats.peft_config import RESIDUAL_INITS
 from lorascope.formats.peft_whole_weights import UNUSED, WholeWeight, whole_weights
-from lorascope.formats.stored_update import PREFIX, StoredLoRA, StoredTensor, StoredUpdate
+from lorascope.formats.stored_update import StoredLoRA, StoredTensor, StoredUpdate, plain_name
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.lora_config import exact_products, lora_keywords, no_rank_error
 from lorascope.updates import Update, WeightDecomposed
@@ -118,7 +118,7 @@ class WritableLora:
         """Raise a ValueError if the adapter has more than layers of LoRA."""
         further = [weight for weight in whole_weights(self.adapter.files) if not self._is_needless(weight)]
         if further:
-            names = first_of([weight.tensor.name.removeprefix(PREFIX) for weight in further])
+            names = first_of([plain_name(weight.tensor.name) for weight in further])
             fix = "; pass --base DIR to compare it with the base" if further[0].kind == "copy" else ""
             raise self.error(format, f"only PEFT folders have further weights, such as {names}{fix}")
         for setting in ONLY_PEFT:

@@ -15,7 +15,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile
 from lorascope.files.typed_json import unreadable
 from lorascope.formats.pretrained_weights import OptionalBase, PretrainedWeights, named_base
-from lorascope.formats.stored_update import PREFIX, StoredTensor, StoredUpdate, in_order, stored_tensors
+from lorascope.formats.stored_update import StoredTensor, StoredUpdate, in_order, plain_name, stored_tensors
 from lorascope.updates import Update
 
 MAX_ENTRIES = 2**31  # a small file may describe a matrix that does not fit in memory
@@ -110,7 +110,7 @@ def group_factors(files: Iterable[TensorFile], pattern: re.Pattern[str]) -> Grou
     module_factors: dict[str, dict[str, StoredTensor]] = {}
     other_names = []
     for tensor in stored_tensors(files):
-        name = tensor.name.removeprefix(PREFIX)
+        name = plain_name(tensor.name)
         match = pattern.fullmatch(name)
         if match is None:
             other_names.append(name)

@@ -11,7 +11,7 @@ from lorascope.formats.peft_config import peft_kind
 from lorascope.formats.peft_factors import peft_factors
 from lorascope.formats.pretrained_weights import OptionalBase
 from lorascope.formats.readers import Config, WeightFiles, says, unread
-from lorascope.formats.stored_update import PREFIX, stored_tensors
+from lorascope.formats.stored_update import plain_name, stored_tensors
 from lorascope.updates.linalg import as_float64
 
 _REASONS = {
@@ -28,7 +28,7 @@ _MODULE = re.compile(r"(?s)(.+)\.(?:lily|poly)_.+")
 def describe_routing(path: Path, config: Config, files: WeightFiles, base: OptionalBase) -> str:
     """Return why a PEFT adapter with routing has no update per weight, and its number of modules and tensors."""
     kind = peft_kind(config)
-    names = [tensor.name.removeprefix(PREFIX) for tensor in stored_tensors(files)]
+    names = [plain_name(tensor.name) for tensor in stored_tensors(files)]
     modules = {match[1] for match in map(_MODULE.fullmatch, names) if match}
     count = f"{len(modules)} modules, " * bool(modules)
     return f"{kind} has no single update per weight: {_REASONS[kind]} ({count}{len(names)} tensors)"

@@ -17,7 +17,7 @@ import msgspec
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
-from lorascope.formats.stored_update import PREFIX, AdapterFiles, StoredTensor, stored_tensors
+from lorascope.formats.stored_update import AdapterFiles, StoredTensor, plain_name, stored_tensors
 
 Kind = Literal["full", "copy", "tokens", "bias", "bias update", "bias difference", "ignored", "unread"]
 # Kinds by the end of their names, the first that fits.
@@ -63,7 +63,7 @@ def whole_weights(files: AdapterFiles) -> list[WholeWeight]:
     ValueError
         The indices of ``trainable_token_indices`` do not fit the stored rows.
     """
-    tensors = {tensor.name.removeprefix(PREFIX): tensor for tensor in stored_tensors(files.files)}
+    tensors = {plain_name(tensor.name): tensor for tensor in stored_tensors(files.files)}
     weights = []
     # PEFT ignores other tensors when it loads an adapter; what other programs do is not known.
     other: Kind = "ignored" if "peft_type" in files.config else "unread"

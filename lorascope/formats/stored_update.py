@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 PREFIX = "base_model.model."
 """Prefix of module names in PEFT's files."""
+COMPILED = "_orig_mod."
+"""Segment that torch.compile adds to the names of a model and its modules."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ def in_order(modules: Mapping[str, T]) -> dict[str, T]:
     """Return stored updates, or other values by module, ordered by layer and role."""
     ordered = sorted(modules, key=lambda module: position(*parse(module)))
     return {module: modules[module] for module in ordered}
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a stored tensor in its model: without PEFT's prefix, and as before torch.compile."""
+    return name.replace(COMPILED, "").removeprefix(PREFIX)
 
 
 def stored_tensors(files: Iterable[TensorFile]) -> Iterator[StoredTensor]:

@@ -11,6 +11,7 @@ from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, in
 from lorascope.diagnosis.training_case import Evidence
 from lorascope.formats.peft_config import CONFIG
 from lorascope.formats.peft_experts import ExpertPart
+from lorascope.formats.stored_update import COMPILED, plain_name, stored_tensors
 from lorascope.schema.name_patterns import Ends, Patterns
 
 REPLACING = 1.0  # fraction of |W|: an update as large as the weight replaces the pretrained weight
@@ -112,6 +113,28 @@ def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Findings:
     if keys:
         message, count = f"{field} matches no module of this adapter", len(case.stored_updates)
         yield finding(message, keys, field=field, keys=keys, modules=count)
+
+
+@DoctorRule(
+    "LS025",
+    severity="caution",
+    needs="config",
+    problem="Tensors have the names of a compiled model, so programs do not find their modules.",
+    evidence=f"names with {COMPILED}, which torch.compile adds; PEFT leaves out these tensors and does not name them",
+    fix=f"rename the tensors: remove {COMPILED} from their names; next time, adapt the model before torch.compile",
+)
+def compiled_names(case: Case) -> Findings:
+    """Find adapters of a compiled model, whose names a model that is not compiled lacks."""
+    names = [plain_name(tensor.name) for tensor in stored_tensors(case.files.files) if COMPILED in tensor.name]
+    if names:
+        updates = case.stored_updates
+        modules = [module for module in updates if any(name.startswith(f"{module}.") for name in names)]
+        # Experts in one tensor have other names than their tensors.
+        modules = modules or list(updates)
+        evidence = {"modules": len(modules), "of": len(updates)}
+        names_of = inflect(len(modules), "has a name", "have names")
+        message = f"{len(modules)} of {len(updates)} modules {names_of} with {COMPILED}, so PEFT leaves them out"
+        yield finding(message, modules, **evidence)
 
 
 @DoctorRule(

@@ -10,11 +10,14 @@ from functools import cached_property
 from itertools import accumulate, chain
 from typing import Any
 
+from lorascope.diagnosis.case import Case
+from lorascope.diagnosis.causes.config import compiled_names
 from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, inflect
 from lorascope.files.printable import printable
 from lorascope.formats.peft_config import RESIDUAL_INITS
 from lorascope.formats.pretrained_weights import PretrainedWeights
-from lorascope.formats.stored_update import AdapterFiles
+from lorascope.formats.stored_update import COMPILED, AdapterFiles
+from lorascope.runs.adapter import Adapter
 from lorascope.schema.plugins import load_plugins
 
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings)$")
@@ -42,8 +45,8 @@ class Target:
 
     @property
     def keys(self) -> list[str]:
-        """Names of all tensors of the adapter, as they are stored."""
-        return list(chain.from_iterable(self.files.files))
+        """Names of all tensors of the adapter, without the segments of torch.compile, which are a separate finding."""
+        return [key.replace(COMPILED, "") for key in chain.from_iterable(self.files.files)]
 
     def keys_without(self, pattern: re.Pattern[str]) -> list[str]:
         """Return the names of the tensors in which a pattern does not occur."""
@@ -206,7 +209,7 @@ def apply_adapter(files: AdapterFiles, base: PretrainedWeights | None, name: str
     if name not in RUNTIMES:
         raise ValueError(f"runtime must be one of {', '.join(sorted(RUNTIMES))}, got {printable(name)!r}")
     target = Target(files, base)
-    findings = tuple(RUNTIMES[name](target))
+    findings = (*compiled_names.findings(Case(Adapter(files, base))), *RUNTIMES[name](target))
     lost: set[str] = set()
     for finding in findings:
         lost.update(finding.modules)

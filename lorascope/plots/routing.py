@@ -45,6 +45,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     >>> ls.plots.gates({"HydraLoRA": hydralora})
     """
     cohort = gather_runs("gates", runs, control)
+    # Experts of different seeds do not correspond, so that a mean over runs would mix them.
     gates_by_group = [_gates_by_domain(group.runs[0], step) for group in cohort.groups]
     largest = float(pd.concat(gates_by_group)["value"].abs().max())
     panels = []

@@ -91,6 +91,7 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
             model, unit, (rank, active) = f"LLaMA-2 {size}", "GiB", _PAPERS[size]
             table = memory_estimate.compare_methods(memory_estimate.LLAMA2[size], rank, active, width=2)
         rows = table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
+        # The LISA paper claims that the 7B model trains on a 24 GB GPU.
         card = [Rule(x=_CARD)] if size == "7B" else []
         label, title = f"memory of {model} ({unit})", f"{model}, computed"
         panels.append(

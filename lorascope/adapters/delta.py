@@ -319,6 +319,7 @@ def resize(
     if new is None:
         new = param.detach().narrow(dim, 0, 0)
 
+    # States of the optimizer may have another dtype or device than the parameter.
     def cut(tensor: Tensor, tail: Tensor) -> Tensor:
         return torch.cat([tensor.index_select(dim, indices.to(tensor.device)), tail.to(tensor)], dim)
 

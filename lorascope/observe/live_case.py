@@ -62,17 +62,9 @@ class LiveModel:
             norm, rank = update.norm(), self.trained.deltas[module].rank
             moved = changes.get(module, norm)
             scale, used, empty = component_evidence(update)
-            yield self._row(
-                module,
-                rank=rank,
-                update_norm=norm,
-                moved=moved,
-                adapted=bool(rank),
-                scale=scale,
-                used=used,
-                empty=empty,
-                effective_rank=effective_rank(sigmas[module]) if module in sigmas else math.nan,
-            )
+            components = {"adapted": bool(rank), "scale": scale, "used": used, "empty": empty}
+            effective = effective_rank(sigmas[module]) if module in sigmas else math.nan
+            yield self._row(module, rank, norm, moved=moved, effective_rank=effective, **components)
 
     def _dense_modules(self, step: Step) -> Iterator[TrainedModule]:
         sums = {}

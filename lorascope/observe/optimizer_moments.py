@@ -105,9 +105,8 @@ class second_moments(Observer):
             for matrix, suffix in ((exact, ""), (optimizer_moments.same_marginals(exact, seed=0), "_dealt")):
                 sigma = spectra([Dense(matrix)])[0]
                 first = sigma[:MAX_SIGMAS] / sigma[0]
-                errors = _best_errors(sigma, ranks)
                 yield Record(f"moment_sigma{suffix}", first, module, np.arange(1, len(first) + 1))
-                yield Record(f"moment_error{suffix}", errors, module, ranks)
+                yield Record(f"moment_error{suffix}", _best_errors(sigma, ranks), module, ranks)
             generator = torch.Generator(V.device).manual_seed(0)
             wide = V.float()  # the optimizer factorizes in float32
             s_rsi_errors = [relative_error(wide, *s_rsi(wide, rank, generator)) for rank in ranks]
@@ -236,7 +235,7 @@ class factor_optimum(Observer):
 
 def _factored_matrices(step: Step) -> Iterator[tuple[str, dict[str, Any], Tensor, float]]:
     """Yield module, Adapprox's state, gradient and beta2 of the factored weights that have a gradient."""
-    group_of = {}
+    group_of: dict[Tensor, dict[str, Any]] = {}
     for group in step.optimizer.param_groups:
         group_of |= dict.fromkeys(group["params"], group)
     for module, state in _block_matrices(step, "Q"):

@@ -105,7 +105,7 @@ _LOST = _mistake(
     fix="merge with PeftModel.merge_and_unload, which also replaces the tensors that were saved",
 )
 KINDS = (*_KINDS.values(), _CHANGED, _LOST)
-_TENSOR_STATEMENTS = {
+_TENSOR_STATEMENTS: dict[TensorVerdict, str] = {
     "changed": "differ from the base",
     "missing": "are missing",
     "added": "are not in the base",
@@ -207,21 +207,21 @@ class MergeCheck:
 
     def summary(self) -> str:
         """Return the number of modules and of other tensors of each verdict in one line."""
-        counts = Counter(module.verdict for module in self.modules)
         phrases = {"merged": "merged, bit by bit", "consistent": "within one unit in the last place, not proved",
                    "unknown": "smaller than the rounding", "not compared": "not in the base"}  # fmt: skip
-        statements = [f"{number} {phrases.get(verdict, verdict)}" for verdict, number in counts.most_common()]
+        tensor_phrases = {"kept": "equal to the base", "saved": "equal to the adapter"}
+        statements = _count_verdicts(self.modules, phrases)
         if self.tensors:
-            statements.append(self._tensor_summary())
+            statements.append(f"other tensors: {', '.join(_count_verdicts(self.tensors, tensor_phrases))}")
         for dtype, merged_dtype in self.rounded:
             statements.append(f"{DTYPES[dtype]} of the base is stored as {DTYPES[merged_dtype]}")
         return "; ".join(statements)
 
-    def _tensor_summary(self) -> str:
-        counts = Counter(tensor.verdict for tensor in self.tensors)
-        phrases: dict[TensorVerdict, str] = {"kept": "equal to the base", "saved": "equal to the adapter"}
-        statements = [f"{number} {phrases.get(verdict, verdict)}" for verdict, number in counts.most_common()]
-        return f"other tensors: {', '.join(statements)}"
+
+def _count_verdicts(rows: Sequence[MergedModule | ComparedTensor], phrases: Mapping[str, str]) -> list[str]:
+    """Return the number of rows of each verdict with its phrase, the most frequent verdict first."""
+    counts = Counter(row.verdict for row in rows)
+    return [f"{number} {phrases.get(verdict, verdict)}" for verdict, number in counts.most_common()]
 
 
 def _finding(message: str, affected: Sequence[MergedModule]) -> Finding:

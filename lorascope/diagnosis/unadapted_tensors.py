@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -66,12 +67,14 @@ class _Comparison:
     def __init__(self, adapter: Adapter, merged: PretrainedWeights) -> None:
         assert adapter.base is not None
         self.adapter, self.base, self.merged = adapter, adapter.base, merged
-        self.adapted = {name for module in adapter.files.parts for name in self.base.stored_names(module)}
+        self.adapted = set(chain.from_iterable(map(self.base.stored_names, adapter.files.parts)))
         self.saved: dict[str, WholeWeight] = {}
         for weight in whole_weights(adapter.files):
             if (target := _target(weight)) is not None:
                 name = self.base.find_tensor(target)
-                self.saved[target if name is None else self.base.in_files(name)] = weight
+                if name is not None:
+                    target = self.base.in_files(name)
+                self.saved[target] = weight
         # Base and merged model may have other heads: one of masked language modeling and one of classes.
         same_class = self.base.architectures == merged.architectures
         self.unexplained: tuple[TensorVerdict, TensorVerdict] = ("not compared", "not compared")
@@ -171,7 +174,9 @@ def _target(weight: WholeWeight) -> str | None:
     module = weight.module.removesuffix(_LN_TUNING)
     if weight.kind in ("full", "tokens"):
         return f"{module}.weight"
-    return f"{module}.bias" if weight.kind in ("bias", "bias update", "bias difference") else None
+    if weight.kind in ("bias", "bias update", "bias difference"):
+        return f"{module}.bias"
+    return None
 
 
 def _is_equal(base: PretrainedWeights, name: str, merged: PretrainedWeights, merged_name: str) -> bool:
@@ -180,7 +185,7 @@ def _is_equal(base: PretrainedWeights, name: str, merged: PretrainedWeights, mer
     if before.shape(name) != after.shape(merged_name):
         return False
     dtype, merged_dtype = before.dtype(name), after.dtype(merged_name)
-    if dtype == merged_dtype:
+    if dtype == merged_dtype:  # bits, because NaN is not equal to itself
         return np.array_equal(before.bits(name), after.bits(merged_name))
     if dtype not in FLOATS or merged_dtype not in FLOATS:
         return False

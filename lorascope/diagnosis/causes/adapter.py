@@ -112,7 +112,9 @@ def unused(case: Evidence) -> Findings:
     count, steps = len(case.adapted), case.steps
     if not case.expects_adapters or len(case.unchanged_adapters) < count:
         return
-    state = f"all {count} adapters are unchanged" if count else "no adapter was active"
+    state = "no adapter was active"
+    if count:
+        state = f"all {count} adapters are unchanged"
     reason = "they are disabled, frozen, or on modules that the forward pass does not use"
     yield finding(f"{state} after {steps} steps: {reason}", modules=count, update_norm=0.0, steps=steps)
 

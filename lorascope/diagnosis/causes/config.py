@@ -128,7 +128,10 @@ def compiled_names(case: Case) -> Findings:
     names = [plain_name(tensor.name) for tensor in stored_tensors(case.files.files) if COMPILED in tensor.name]
     if names:
         updates = case.stored_updates
-        modules = [module for module in updates if any(name.startswith(f"{module}.") for name in names)]
+        modules = []
+        for module in updates:
+            if any(name.startswith(f"{module}.") for name in names):
+                modules.append(module)
         # Experts in one tensor have other names than their tensors.
         modules = modules or list(updates)
         evidence = {"modules": len(modules), "of": len(updates)}

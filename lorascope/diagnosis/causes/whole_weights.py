@@ -122,9 +122,11 @@ def _distance(base: PretrainedWeights, weight: WholeWeight) -> tuple[float, str]
         changes.append(np.linalg.norm(after - before))
         starts.append(np.linalg.norm(before))
     change, start = math.hypot(*changes), math.hypot(*starts)
-    relative = np.inf if change else 0.0
+    relative = 0.0
     if start:
         relative = change / start
+    elif change:
+        relative = np.inf
     message = f"|dW| {change:.3g} ({100 * relative:.3g}% of |W|)"
     if new_rows := len(rows) - len(shared):
         return np.nan, f"{message}, without {count_phrase(new_rows, 'new row')}"

@@ -25,7 +25,9 @@ from lorascope.formats.transformers_names import TABLE, describe_transforms
 
 def renamings() -> dict[str, list[list[Any]]]:
     """Return the renamings by class or type of model."""
-    return {owner: describe_transforms(transforms) for owner, transforms in _build_checkpoint_conversion_mapping().items()}
+    return {
+        owner: describe_transforms(transforms) for owner, transforms in _build_checkpoint_conversion_mapping().items()
+    }
 
 
 def architectures(owners: Collection[str]) -> dict[str, dict[str, Any]]:

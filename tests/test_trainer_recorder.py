@@ -68,6 +68,48 @@ def test_weights_are_bitwise_equal_with_and_without_the_recorder(make, bert, tas
     assert run.meta.settings["batch_size"] == ROWS
 
 
+class PlantedLoss:
+    """Forward hook that makes the loss of one batch NaN or infinite, and keeps all losses of training."""
+
+    def __init__(self, model, planted=None, value=math.nan):
+        self.planted, self.value, self.losses = planted, value, []
+        model.register_forward_hook(self)
+
+    def __call__(self, model, inputs, output):
+        if model.training:
+            if len(self.losses) + 1 == self.planted:
+                output.loss = output.loss * self.value
+            self.losses.append(float(output.loss.detach()))
+        return output
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("logging_steps", [1, 4])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_recorded_losses_are_those_that_the_model_computed(value, logging_steps, accumulate, bert, task, rows, tmp_path):
+    """The Trainer's log has 0 for a loss of NaN at its first step, and no loss between its logs."""
+    model = fresh(bert, task)
+    model.accepts_loss_kwargs = False
+    planted = PlantedLoss(model, planted=4, value=value)
+    evaluated = {"eval_dataset": rows[:ROWS], "eval_strategy": "steps", "eval_steps": 1}
+    by_trainer(
+        model,
+        rows,
+        tmp_path,
+        recorder=ls.TrainerRecorder(),
+        accumulate=accumulate,
+        logging_steps=logging_steps,
+        **evaluated,
+    )
+    table = ls.load(tmp_path / "lorascope").table.query("quantity == 'loss'")
+    expected = np.reshape(planted.losses, (-1, accumulate)).mean(axis=1)
+    step = -(-4 // accumulate)
+    assert table["step"].tolist() == [*range(1, len(expected) + 1)]
+    np.testing.assert_allclose(table["value"], expected, rtol=1e-6)
+    assert not math.isfinite(table["value"].iloc[step - 1])
+    assert np.isfinite(table["value"].iloc[: step - 1]).all()
+
+
 def test_neft_rejects_a_reference_run_without_the_hash_of_its_base(bert, task, rows, tmp_path):
     by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder(), max_steps=1)
     with pytest.raises(ValueError, match=r"'changed' from .*Trainer.* initial weights"):

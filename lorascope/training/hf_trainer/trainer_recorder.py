@@ -26,6 +26,7 @@ from lorascope.training.hf_trainer.method_callback import (
     write_checkpoint_file,
 )
 from lorascope.training.hf_trainer.run_metadata import describe_run, row_overlap
+from lorascope.training.hf_trainer.step_loss import observe_losses, running_trainer, step_loss
 from lorascope.training.hf_trainer.trainer_report import TrainerReport, reporting_callbacks
 from lorascope.training.run_folder import ForeignRecording
 
@@ -77,6 +78,7 @@ class TrainerRecorder(TrainerCallback):
             # The Trainer may call the recorder first, which needs the restored state of the method.
             callback.on_train_begin(args, state, *_, **trainer)
             step = callback.step
+        self._losses = observe_losses(running_trainer())
         # In all processes, so that none waits for one that raised an error.
         before = read_checkpoint_file(args, state, FILE, optimizer) if state.global_step else None
         if not state.is_world_process_zero:
@@ -92,17 +94,22 @@ class TrainerRecorder(TrainerCallback):
         self._recording = ForeignRecording(path, meta, step, method, self.observers, before, report=report)
         self._recording.flush_report()
 
+    def on_step_begin(self, *_: Any, **trainer: Any) -> None:
+        """Forget the losses of the last step."""
+        self._losses.clear()
+
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
     ) -> None:
         """Record a step while its gradients still exist, and end training if an observer asks for it."""
         if self._method_callback is not None:
             self._method_callback.on_optimizer_step(args, state, control, **trainer)
+        loss = step_loss(self._losses)  # all processes take part
         if (recording := self._recording) is None:
             return
         recording.step.index = state.global_step
         norm = getattr(self._method_callback, "norm", None)
-        recording.record(grad_norm=norm, lr=self._optimizer.param_groups[0]["lr"])
+        recording.record(loss, norm, self._optimizer.param_groups[0]["lr"])
         control.should_training_stop |= bool(recording.step.stop)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
@@ -117,7 +124,7 @@ class TrainerRecorder(TrainerCallback):
         recording.flush_report()
 
     def on_log(self, args: TrainingArguments, *_: Any, logs: Any = None, **trainer: Any) -> None:
-        """Record the loss, a mean since the last log, and the gradient norm unless the method has recorded one."""
+        """Record the gradient norm unless the method has recorded one, and the loss of a Trainer without losses."""
         if self._recording is not None and "loss" in logs:
             self._recording.add([Record(name, float(logs[name])) for name in ("loss", "grad_norm") if name in logs])
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from functools import partial
 
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from lorascope.training.curve_report import HostReport
+from lorascope.training.hf_trainer.step_loss import running_trainer
 
 
 class TrainerReport(HostReport):
@@ -30,14 +30,7 @@ class TrainerReport(HostReport):
 
 
 def reporting_callbacks() -> list[TrainerCallback]:
-    """Return the callbacks to report to: those of ``report_to`` of the Trainer that calls the current callback.
-
-    A Trainer gives its callbacks no reference to itself or to each other, so look for it among the callers.
-    """
-    frame = sys._getframe()
-    while not isinstance(frame.f_locals.get("self"), Trainer):
-        assert frame.f_back is not None, "only a Trainer calls callbacks"
-        frame = frame.f_back
+    """Return the callbacks to report to: those of ``report_to`` of the Trainer that calls the current callback."""
     kinds = tuple(INTEGRATION_TO_CALLBACK.values())
-    callbacks: list[TrainerCallback] = frame.f_locals["self"].callback_handler.callbacks
+    callbacks: list[TrainerCallback] = running_trainer().callback_handler.callbacks
     return [callback for callback in callbacks if isinstance(callback, kinds)]

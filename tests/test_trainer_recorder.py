@@ -86,7 +86,9 @@ class PlantedLoss:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("logging_steps", [1, 4])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_recorded_losses_are_those_that_the_model_computed(value, logging_steps, accumulate, bert, task, rows, tmp_path):
+def test_recorded_losses_are_those_that_the_model_computed(
+    value, logging_steps, accumulate, bert, task, rows, tmp_path
+):
     """The Trainer's log has 0 for a loss of NaN at its first step, and no loss between its logs."""
     model = fresh(bert, task)
     model.accepts_loss_kwargs = False

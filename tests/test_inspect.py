@@ -204,8 +204,8 @@ def test_findings_of_broken_and_untrained_adapters(tmp_path: Path) -> None:
     assert item.findings == (
         "1 of 8 modules contains NaN or infinity: model.layers.1.mlp.up_proj",
         "7 of 7 modules have 90% of their energy in rank 1 or less",
-        "initialized by pissa_niter_4: PEFT subtracts the leading singular components of each base weight while "
-        "loading; |dW| is the norm of B A only, not of the change from the original base",
+        "initialized by pissa_niter_4: PEFT subtracts components of a randomized SVD of each base weight while "
+        "loading, others each time; |dW| is the norm of B A only, not of the change from the original base",
         "rank_pattern matches no module of this adapter: no.such",
     )
     fresh = inspect(load(plant(tmp_path / "b", llama(2, [0.0] * 4)))).findings

@@ -4,7 +4,8 @@ Every weight is compared with what a merge of base and update gives. PEFT merges
 ``(B @ A) * scale``, and ``W + d`` is rounded once to the dtype of W, or d is rounded first (``safe_merge``). numpy
 computes the same numbers, so an equal weight is proved. Other programs and devices sum in another order: a weight
 within one unit in the last place is consistent with a merge, and not proved. It is also compared with the mistakes that
-are known: no merge, a merge of another scale, dtype, module or adapter.
+are known: no merge, a merge of another scale, dtype, module or adapter. For the merges of PiSSA and OLoRA, see
+`merged_residuals`.
 
 One weight is in memory at a time.
 """
@@ -16,32 +17,30 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Literal
 
 import numpy as np
 
 from lorascope.array_types import Float, Float32
 from lorascope.diagnosis.causes.finding import Finding, Kind, first_and_count, module_names
 from lorascope.diagnosis.inspection import DTYPES
+from lorascope.diagnosis.merged_residuals import compare_residual
+from lorascope.diagnosis.merged_weights import (
+    PRECISION,
+    MergedModule,
+    coarser,
+    compare_weight,
+    float32_update,
+    largest_spacing,
+    summation_error,
+)
 from lorascope.diagnosis.unadapted_tensors import ComparedTensor, TensorVerdict, compare_tensors
 from lorascope.files.printable import count_phrase
-from lorascope.files.safetensors_io import round_to_dtype
 from lorascope.formats.peft_experts import ExpertPart
+from lorascope.formats.peft_residual import SubtractedStart, has_unknown_start
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
 from lorascope.updates.weight_update import Update
 
-Verdict = Literal[
-    *("merged", "consistent", "unknown", "not compared"),
-    *("not merged", "wrong scale", "rounded", "experts swapped", "another module's", "wrong adapter"),
-]
-PRECISION = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
-"""Bits after the leading one."""
-_COMMON_FACTORS = (0.0, 2.0, -1.0, 0.5, 1 / 3)  # not merged, merged twice, subtracted; alpha = r, and three for one
-_FACTOR_ERROR = 0.02  # relative error of a fitted scale, below that of the closest mistake, rank 17 instead of 16
-_FITTING = 0.999  # of the entries must fit a mistake: a sum in another order rounds few entries another way
-_CLOSER = 0.5  # a mistake must explain at least half of the entries that a merge does not
-_FEWEST_FITTED = 100  # entries that are larger than their rounding, from which a scale can be fitted
 _SAMPLED = 256  # entries by which updates of other modules are recognized
 _CORRELATION = 0.9  # of these entries
 
@@ -120,36 +119,6 @@ _STATEMENTS = {
 
 
 @dataclass(frozen=True)
-class MergedModule:
-    """Comparison of one merged weight with base and update.
-
-    Parameters
-    ----------
-    module : str
-        Name of the module.
-    verdict : str
-        ``"merged"`` is proved bit by bit, ``"consistent"`` within one unit in the last place, ``"unknown"`` if the
-        update is smaller than the rounding, ``"not compared"`` if the base has no such weight.
-    factor : float
-        Multiple of the update that the weight contains, by least squares; NaN if it was not compared.
-    note : str
-        Dtype that it was rounded to, or module whose update it contains.
-    """
-
-    module: str
-    verdict: Verdict
-    factor: float
-    note: str = ""
-
-    @property
-    def label(self) -> str:
-        """Name, with the note if there is one."""
-        if not self.note:
-            return self.module
-        return f"{self.module} ({self.note})"
-
-
-@dataclass(frozen=True)
 class MergeCheck:
     """Result of ``check_merge``.
 
@@ -207,8 +176,9 @@ class MergeCheck:
 
     def summary(self) -> str:
         """Return the number of modules and of other tensors of each verdict in one line."""
-        phrases = {"merged": "merged, bit by bit", "consistent": "within one unit in the last place, not proved",
-                   "unknown": "smaller than the rounding", "not compared": "not in the base"}  # fmt: skip
+        phrases = {"merged": "merged, bit by bit", "consistent": "within the rounding, not proved",
+                   "unknown": "smaller than the rounding", "not compared": "not in the base",
+                   "changed base": "not compared, because PEFT changes the base while loading"}  # fmt: skip
         tensor_phrases = {"kept": "equal to the base", "saved": "equal to the adapter"}
         statements = _count_verdicts(self.modules, phrases)
         if self.tensors:
@@ -270,10 +240,16 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
         after = np.asarray(merged.weight(module, stored.shape, stored.transposed), np.float32)
         if PRECISION[merged_dtype] < PRECISION[dtype]:
             rounded.add((dtype, merged_dtype))
-        result = _compare(module, updates[module], W, after, dtype, merged_dtype)
-        if result.verdict == "wrong adapter":
+        start: SubtractedStart | None = getattr(stored, "start", None)
+        if start is not None:
+            result = compare_residual(module, updates[module], start, W, after, coarser(dtype, merged_dtype))
+        else:
+            result = compare_weight(module, updates[module], W, after, dtype, merged_dtype)
+            if result.verdict in _KINDS and has_unknown_start(adapter.files.config):
+                result = MergedModule(module, "changed base", result.factor)
+        if result.verdict == "wrong adapter" and not result.note:
             if isinstance(stored, ExpertPart):
-                experts[module] = _ExpertSample.of(stored, W, after, _coarser(dtype, merged_dtype))
+                experts[module] = _ExpertSample.of(stored, W, after, coarser(dtype, merged_dtype))
             if owner := _owner(module, after - W, samples):
                 result = MergedModule(module, "another module's", result.factor, f"that of {owner}")
         compared.append(result)
@@ -290,123 +266,6 @@ def _owner(module: str, change: Float32[np.ndarray, "out in"], samples: Mapping[
         if other != module and sample.shape == change.shape and sample.is_in(change):
             return other
     return None
-
-
-def _compare(
-    module: str,
-    update: Update,
-    W: Float32[np.ndarray, "out in"],
-    after: Float32[np.ndarray, "out in"],
-    dtype: str,
-    merged_dtype: str,
-) -> MergedModule:
-    """Compare a weight after the merge with the weight of the base and its update."""
-    d = _float32_update(update)
-    coarse = _coarser(dtype, merged_dtype)
-    rounded = {target: round_to_dtype(W + d, target) for target in {coarse, merged_dtype}}
-    rounded_once = rounded[coarse]
-    merges = [*rounded.values(), round_to_dtype(W + round_to_dtype(d, coarse), coarse)]
-    unequal_to_merge = min(float((after != merge).mean()) for merge in merges)
-    is_visible = not all(np.array_equal(merge, W) for merge in merges)
-    unit = _largest_spacing(coarse, W, d, rounded_once)
-    factor = _fit_factor(after, W, d, unit)
-
-    # A weight that fits a merge bit by bit is merged, even if it also fits a mistake.
-    if update.low_rank is not None and unequal_to_merge == 0:
-        return MergedModule(module, "merged" if is_visible or not d.any() else "unknown", factor)
-    if not is_visible and _misfit(after, W, unit) == 0:
-        return MergedModule(module, "unknown", factor)
-
-    root = np.sqrt(max(update.rank, 1))  # rsLoRA's scale is alpha / sqrt(r) instead of alpha / r
-    factors = [*_COMMON_FACTORS, factor, 1 / root, root]
-    mistakes = {multiple: round_to_dtype(W + np.float32(multiple) * d, coarse) for multiple in factors}
-    mistakes[2.0] = round_to_dtype(rounded_once + d, coarse)  # a second merge adds to the rounded first one
-    unequal = {multiple: float((after != mistake).mean()) for multiple, mistake in mistakes.items()}
-    closest = min(unequal, key=unequal.__getitem__)
-    fits_mistake = _misfit(after, mistakes[closest], unit) <= 1 - _FITTING and abs(closest - 1) > _FACTOR_ERROR
-    if fits_mistake and unequal[closest] < _CLOSER * unequal_to_merge:
-        return MergedModule(module, "wrong scale" if closest else "not merged", closest)
-
-    allowed = unit + _summation_error(update, unit)
-    if any(_misfit(after, merge, allowed) == 0 for merge in merges):
-        return MergedModule(module, "consistent", factor)
-    # All entries are values of a dtype that is smaller than those of both models.
-    for smaller in ("F16", "BF16"):
-        fits = PRECISION[smaller] < PRECISION[coarse] and np.array_equal(after, round_to_dtype(after, smaller))
-        if fits and _misfit(after, round_to_dtype(W + d, smaller), _spacing(rounded_once, smaller)) == 0:
-            return MergedModule(module, "rounded", factor, DTYPES[smaller])
-
-    # The fitted scale is not one of the mistakes: its error counts, in proportion to the update.
-    scaled = round_to_dtype(W + np.float32(factor) * d, coarse)
-    if factor and _misfit(after, scaled, unit + _FACTOR_ERROR * abs(factor) * np.abs(d)) <= 1 - _FITTING:
-        return MergedModule(module, "wrong scale", factor)
-    return MergedModule(module, "wrong adapter", factor)
-
-
-def _summation_error(update: Update, unit: Float32[np.ndarray, "out in"]) -> Float32[np.ndarray, "..."]:
-    """Bound the error of an update in float32, for any order of its sums.
-
-    A product of rank r has r terms per entry. Other updates take operations between entries of a row, such as its norm.
-    """
-    if (product := update.low_rank) is None:
-        return 2 * unit.max(axis=1, keepdims=True)
-    B, A = np.asarray(product.B, np.float32), np.asarray(product.A, np.float32)
-    # Each of the operations on an entry rounds by at most 2**-24 of its value.
-    return np.float32(product.rank * abs(product.scale) * 2.0**-24) * (np.abs(B) @ np.abs(A))
-
-
-def _misfit(
-    after: Float32[np.ndarray, "out in"],
-    expected: Float32[np.ndarray, "out in"],
-    allowed: Float32[np.ndarray, "out in"],
-) -> float:
-    """Return the fraction of entries that differ from the expected ones by more than is allowed."""
-    return float((~(np.abs(after - expected) <= allowed)).mean())
-
-
-def _fit_factor(
-    after: Float32[np.ndarray, "out in"],
-    W: Float32[np.ndarray, "out in"],
-    d: Float32[np.ndarray, "out in"],
-    unit: Float32[np.ndarray, "out in"],
-) -> float:
-    """Return the multiple of the update in a change, by least squares over entries larger than their rounding."""
-    delta, wide = after.astype(np.float64) - W, d.astype(np.float64)
-    large = np.abs(d) > unit
-    if large.sum() >= _FEWEST_FITTED:
-        delta, wide = delta[large], wide[large]
-    energy = float(np.vdot(wide, wide))
-    if energy == 0:  # a zero update is in the change zero times
-        return 0.0
-    return float(np.vdot(delta, wide)) / energy
-
-
-def _float32_update(update: Update) -> Float32[np.ndarray, "out in"]:
-    """Return the update as PEFT computes it on a CPU: factors and scale in float32."""
-    if (product := update.low_rank) is not None:
-        B, A = np.asarray(product.B, np.float32), np.asarray(product.A, np.float32)
-        return (B @ A) * np.float32(product.scale)
-    return update.dense().astype(np.float32)
-
-
-def _coarser(left: str, right: str) -> str:
-    return min(left, right, key=PRECISION.__getitem__)
-
-
-def _spacing(values: Float32[np.ndarray, "..."], dtype: str) -> Float32[np.ndarray, "..."]:
-    """Return the unit in the last place of each value."""
-    if dtype == "F16":
-        with np.errstate(over="ignore", invalid="ignore"):
-            return np.abs(np.spacing(values.astype(np.float16))).astype(np.float32)
-    unit = np.abs(np.spacing(values))
-    if dtype == "BF16":
-        return unit * np.float32(2.0 ** (PRECISION["F32"] - PRECISION["BF16"]))
-    return unit
-
-
-def _largest_spacing(dtype: str, *arrays: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
-    """Return the unit in the last place of the largest of several values, by entry."""
-    return np.maximum.reduce([_spacing(values, dtype) for values in arrays])
 
 
 def _sampled_positions(shape: tuple[int, int]) -> np.ndarray:
@@ -457,10 +316,10 @@ class _ExpertSample:
         cls, stored: ExpertPart, W: Float32[np.ndarray, "out in"], after: Float32[np.ndarray, "out in"], dtype: str
     ) -> _ExpertSample:
         update, positions = stored.update(), _sampled_positions(W.shape)
-        d = _float32_update(update)
-        unit = _largest_spacing(dtype, W, d, W + d)
+        d = float32_update(update)
+        unit = largest_spacing(dtype, W, d, W + d)
         # A merge of two roundings differs by at most two units in the last place.
-        allowed = 2 * unit + _summation_error(update, unit)
+        allowed = 2 * unit + summation_error(update, unit)
         return cls(stored.parameter, *(values.reshape(-1)[positions] for values in (after, W + d, allowed)))
 
     def is_at(self, other: _ExpertSample) -> bool:

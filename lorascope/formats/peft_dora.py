@@ -19,10 +19,11 @@ from lorascope.files.typed_json import unreadable
 from lorascope.formats.peft_config import peft_kind
 from lorascope.formats.peft_lora import lora_factors, lora_parts
 from lorascope.formats.peft_modules import complete_lora, stacked_base
+from lorascope.formats.peft_residual import SubtractedStart, subtracted_starts
 from lorascope.formats.pretrained_weights import OptionalBase, base_with_weight
 from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
-from lorascope.updates import Update, from_factors
+from lorascope.updates import Dense, Update, from_factors
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class DoraPart(StoredLoRA):
     magnitude: StoredTensor
     module: str
     base: OptionalBase
+    start: SubtractedStart | None = None
 
     @property
     def has_thin_factors(self) -> bool:
@@ -44,9 +46,14 @@ class DoraPart(StoredLoRA):
     def update(self) -> Update:
         """Load the factors, and return the full update if there is a base, else the update of the direction."""
         factors = self.factors()
-        if self.base is not None:
-            factors["W0"] = self.base.weight(self.module, self.shape, self.transposed)
-        return from_factors(factors, self.scale)
+        if self.base is None:
+            return from_factors(factors, self.scale)
+        factors["W0"] = self.base.weight(self.module, self.shape, self.transposed)
+        if self.start is None:
+            return from_factors(factors, self.scale)
+        initial = self.start.product()
+        factors["W0"] = factors["W0"] - initial
+        return Dense(from_factors(factors, self.scale).dense() - initial)
 
 
 @reads(
@@ -56,11 +63,14 @@ def read_dora(path: Path, config: Config, files: WeightFiles, base: OptionalBase
     """Read the modules of a PEFT DoRA folder."""
     module_factors, other_names = lora_factors(path, files, ("A", "B", "magnitude_vector"))
     base, updates = stacked_base(path, config, module_factors, base), {}
-    for module, plain in lora_parts(path, config, module_factors).items():
+    plain_updates = lora_parts(path, config, module_factors)
+    starts = subtracted_starts(config, plain_updates, base)
+    for module, plain in plain_updates.items():
         magnitude, outer = module_factors[module]["magnitude_vector"], plain.shape[0]
         if math.prod(magnitude.shape) != outer:  # a convolution stores it as (1, out, 1, 1)
             must = f"lora_magnitude_vector of {printable(module)} must have {outer} values (outputs)"
             raise unreadable(path, f"{must}, got shape {magnitude.shape}")
         weights = base_with_weight(base, module)
-        updates[module] = DoraPart(**vars(plain), magnitude=magnitude, module=module, base=weights)
+        start = starts.get(module)
+        updates[module] = DoraPart(**vars(plain), magnitude=magnitude, module=module, base=weights, start=start)
     return complete_lora(AdapterFiles(path, dict(config), updates, other_names, files, "DoRA", base=base))

@@ -19,6 +19,7 @@ from lorascope.formats.hydralora import has_heads
 from lorascope.formats.peft_config import CONFIG, LoraConfig, peft_kind
 from lorascope.formats.peft_factors import Factors, GroupedFactors, group_factors, no_factors
 from lorascope.formats.peft_modules import OUT_PROJ, complete_lora, stacked_base
+from lorascope.formats.peft_residual import change_from_original_base
 from lorascope.formats.peft_whole_weights import UNUSED
 from lorascope.formats.pretrained_weights import OptionalBase
 from lorascope.formats.readers import Config, WeightFiles, reads
@@ -75,7 +76,7 @@ def read_adapter(path: Path, config: Config, files: WeightFiles, base: OptionalB
     """Read the modules of a PEFT LoRA folder."""
     module_factors, other_names = lora_factors(path, files, ("A", "B"))
     base = stacked_base(path, config, module_factors, base)
-    updates = lora_parts(path, config, module_factors)
+    updates = change_from_original_base(config, lora_parts(path, config, module_factors), base)
     return complete_lora(AdapterFiles(path, dict(config), updates, other_names, files, base=base))
 
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
-from lorascope.formats.peft_config import RESIDUAL_INITS
 from lorascope.formats.pretrained_weights import OptionalBase
 from lorascope.formats.readers import Config
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredUpdate, in_order
@@ -30,6 +29,7 @@ OUT_PROJ = ".base_layer.out_proj"
 _LAYER = re.compile(r"(.*?\.(?:layers?|h)\.)(\d{1,4})(\..*)", re.DOTALL)
 _MAX_LAYERS = 10_000  # a short configuration may list ranges that do not fit in memory
 _CHANGED_BASE = {
+    "pissa_niter": "PEFT subtracts components of a randomized SVD of each base weight while loading, others each time",
     "pissa": "PEFT subtracts the leading singular components of each base weight while loading",
     "olora": "PEFT subtracts the leading components of each base weight's QR decomposition while loading",
     "corda": "it requires the base weights that training started from, which PEFT computes from calibration data",
@@ -60,7 +60,8 @@ def stacked_base(path: Path, config: Config, modules: Iterable[str], base: Optio
 def complete_lora(files: AdapterFiles) -> AdapterFiles:
     """Return a PEFT LoRA with the module names and cautions that follow from its modules and configuration."""
     updates, configured = _attention_updates(files.parts)
-    notes = list(_configured_notes(files.config))
+    is_whole = any(getattr(update, "start", None) is not None for update in updates.values())
+    notes = list(_configured_notes(files.config, is_whole))
     if configured:
         notes.append("nn.MultiheadAttention: PEFT 0.21 adds the update of out_proj twice, which |dW| includes")
     for embedding, head in _tied_heads(updates):
@@ -111,13 +112,18 @@ def _layer_stack(path: Path, config: Config) -> list[int]:
     return stack
 
 
-def _configured_notes(config: Config) -> Iterator[str]:
-    """Yield cautions about changed base weights, and about updates of some tokens only."""
+def _configured_notes(config: Config, is_whole: bool) -> Iterator[str]:
+    """Yield cautions about changed base weights, and about updates of some tokens only.
+
+    ``is_whole`` is whether updates include the changes of the base weights.
+    """
     start = str(config.get("init_lora_weights", True)).lower()
-    for kind in RESIDUAL_INITS:
-        if start.startswith(kind):
-            change = "|dW| is the norm of B A only, not of the change from the original base"
-            yield f"initialized by {printable(start)}: {_CHANGED_BASE[kind]}; {change}"
+    kind = next(filter(start.startswith, _CHANGED_BASE), None)
+    if kind is not None:
+        change = "|dW| is the norm of B A only, not of the change from the original base"
+        if is_whole:
+            change = "|dW| is the change from the original base, of twice the rank"
+        yield f"initialized by {printable(start)}: {_CHANGED_BASE[kind]}; {change}"
     if config.get("alora_invocation_tokens"):
         yield (
             "Activated LoRA: the update applies only from the invocation tokens onward "

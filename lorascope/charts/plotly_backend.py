@@ -96,9 +96,8 @@ def traces(panel: Panel, frame: Any = None) -> list[Any]:
     suffix = axis_suffix(panel.number)
     panel_traces: list[Any] = []
     for shape in panel.shapes(frame):
-        panel_traces += _make_traces(shape, panel)
-    for trace in panel_traces:
-        trace.update(xaxis=f"x{suffix}", yaxis=f"y{suffix}", showlegend=False)
+        for trace in _make_traces(shape, panel):
+            panel_traces.append(trace.update(xaxis=f"x{suffix}", yaxis=f"y{suffix}", showlegend=False))
     return panel_traces
 
 

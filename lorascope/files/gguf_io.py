@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import TensorFile, file_version
+from lorascope.files.safetensors_io import FileMap, TensorFile
 from lorascope.files.typed_json import MAX_BYTES, require_regular
 
 _VERSIONS = (2, 3)
@@ -47,7 +47,7 @@ class GgufFile(TensorFile):
         size = require_regular(self.path)
         try:
             with self.path.open("rb") as file:
-                self._version = file_version(file.fileno())
+                self._map = FileMap(self.path, file.fileno())
                 header = _Header(mmap.mmap(file.fileno(), min(size, MAX_BYTES), access=mmap.ACCESS_READ))
             if header.take("4s") != b"GGUF":
                 raise ValueError("it must start with GGUF")

@@ -13,7 +13,8 @@ import math
 import mmap
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,9 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 # Module names are far shorter, and the time to search a name grows with the square of its length.
 MAX_NAME = 1000
+# Arrays of this many bytes may be in memory before those read earlier are released: a large file is read in turn.
+_RESIDENT = 2**22
+_RELEASE = getattr(mmap, "MADV_DONTNEED", None)  # pages return from the file when they are read again
 # The header has a single metadata entry, because the order of several entries differs between writes.
 _ABOUT = "about"
 
@@ -60,10 +64,49 @@ class _Entry(msgspec.Struct, frozen=True):
         return math.prod(self.shape)
 
 
-def file_version(file: int) -> tuple[int, ...]:
-    """Return what changes if an open safetensors file is replaced or written to."""
-    status = os.fstat(file)
+def file_version(file: int | Path) -> tuple[int, ...]:
+    """Return what changes if a safetensors file, given as open or by path, is replaced or written to."""
+    status = os.stat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class FileMap:
+    """Memory map of a whole file, shared by all its arrays, because each map keeps a file handle open.
+
+    The map is closed with the last of the arrays.
+    """
+
+    def __init__(self, path: Path, file: int) -> None:
+        self.path = path
+        self._version = file_version(file)
+        self._open_map: Callable[[], mmap.mmap | None] = lambda: None
+        self._used = 0
+
+    def array(self, stored: np.dtype, count: int, start: int) -> np.ndarray:
+        """Return ``count`` values from a position in the file."""
+        self._require_same_version(self.path)
+        mapped = self._open_map()
+        if mapped is None:
+            mapped = self._map()
+        self._used += count * stored.itemsize
+        if self._used > _RESIDENT and _RELEASE is not None:
+            mapped.madvise(_RELEASE)
+            self._used = 0
+        return np.frombuffer(mapped, stored, count, start)
+
+    def _map(self) -> mmap.mmap:
+        file = os.open(self.path, os.O_RDONLY)  # in a fifth of the time of ``open``
+        try:
+            self._require_same_version(file)
+            mapped = mmap.mmap(file, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(file)
+        self._open_map = weakref.ref(mapped)
+        return mapped
+
+    def _require_same_version(self, file: int | Path) -> None:
+        if file_version(file) != self._version:  # the header gives no positions in another file
+            raise unreadable(self.path, "it was replaced or changed after it was opened; open it again")
 
 
 class TensorFile(Mapping[str, Any]):
@@ -85,7 +128,7 @@ class TensorFile(Mapping[str, Any]):
         cannot = f"cannot read {printable(self.path)} as safetensors"
         size = require_regular(self.path)
         with self.path.open("rb") as file:
-            self._version = file_version(file.fileno())
+            self._map = FileMap(self.path, file.fileno())
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
                 raise ValueError(f"{cannot}: its header does not fit into {size} bytes")
@@ -143,28 +186,18 @@ class TensorFile(Mapping[str, Any]):
         stored = np.dtype(_DTYPES[entry.dtype])
         if not entry.count:
             return Unread(np.zeros(entry.shape, stored), entry.dtype == "BF16")
-        return Unread(self._map(entry, stored).reshape(entry.shape), entry.dtype == "BF16")
+        return Unread(self._values(entry, stored).reshape(entry.shape), entry.dtype == "BF16")
 
     def bits(self, name: str) -> np.ndarray:
         """Return the bytes of a tensor of any dtype, memory-mapped."""
         begin, end = self._entries[name].data_offsets
         if begin == end:
             return np.zeros(0, np.uint8)
-        return self._map(_Entry("U8", (end - begin,), (begin, end)), np.dtype(np.uint8))
+        return self._values(_Entry("U8", (end - begin,), (begin, end)), np.dtype(np.uint8))
 
-    def _map(self, entry: _Entry, stored: np.dtype) -> np.ndarray:
-        """Return the values of a tensor as a view of the file, in a third of the time of ``np.memmap``."""
-        start = self._start + entry.data_offsets[0]
-        before = start % mmap.ALLOCATIONGRANULARITY
-        file = os.open(self.path, os.O_RDONLY)  # in a fifth of the time of ``open``
-        try:
-            if file_version(file) != self._version:  # the header gives no places in another file
-                raise unreadable(self.path, "it was replaced or changed after it was opened; open it again")
-            size = before + entry.count * stored.itemsize
-            mapped = mmap.mmap(file, size, access=mmap.ACCESS_READ, offset=start - before)
-        finally:
-            os.close(file)
-        return np.frombuffer(mapped, stored, entry.count, before)
+    def _values(self, entry: _Entry, stored: np.dtype) -> np.ndarray:
+        """Return the values of a tensor as a view of the file."""
+        return self._map.array(stored, entry.count, self._start + entry.data_offsets[0])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import peft
 import pytest
 import torch
 from conftest import tiny_folder
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from planted import SPECTRA, low_rank, plant, plant_spectra
 from safetensors.numpy import load_file
 from test_cli import complaint, modules_after, run
@@ -31,7 +34,7 @@ from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, LoRA
 from lorascope.methods.method import Method, train_adapters
 from lorascope.runs.loading import load
-from lorascope.runs.lora_config import peft_keywords
+from lorascope.runs.lora_config import lora_keywords, peft_keywords
 from lorascope.schema import module_table
 from lorascope.updates import LowRank
 
@@ -116,9 +119,46 @@ def spectral(tmp_path: Path) -> ls.Run:
 def pattern_ranks(keywords: dict[str, Any], targets: list[str]) -> dict[str, int]:
     """Return the ranks that PEFT reads."""
     config = peft.LoraConfig(**keywords)
-    from peft.utils.other import get_pattern_key
-
     return {name: config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r) for name in targets}
+
+
+def peft_targets(keywords: dict[str, Any], modules: Iterable[str]) -> set[str]:
+    """Return the modules that PEFT adapts."""
+    config = peft.LoraConfig(**keywords)
+    return {name for name in modules if check_target_module_exists(config, name)}
+
+
+_PARTS = ["attention.self.query", "attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense"]
+BERT = [f"bert.encoder.layer.{layer}.{part}" for layer in range(3) for part in _PARTS]
+BERT += ["bert.pooler.dense", "classifier"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ends_of_names_mean_the_same_modules_and_ranks_to_peft(seed: int) -> None:
+    """Draw roles, and modules of one rank or several: PEFT must adapt exactly these, with these ranks and alphas."""
+    draw = np.random.default_rng(seed)
+    roles = draw.choice(["query", "key", "output.dense", "intermediate.dense", "dense", "classifier"], 3)
+    targets = [name for name in BERT if name.endswith(tuple(roles)) and (seed % 2 or draw.random() < 0.8)]
+    ranks = {name: int(draw.integers(1, 4)) if seed % 3 else 1 + len(name) % 3 for name in targets}
+    scales = {name: float(draw.choice([1.0, 2.0])) for name in targets}
+    keywords = lora_keywords(ranks, scales, BERT)
+    config = peft.LoraConfig(**keywords)
+    assert peft_targets(keywords, BERT) == set(targets)
+    assert pattern_ranks(keywords, targets) == ranks
+    for name in targets:
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
+        assert alpha / ranks[name] == scales[name]
+
+
+def test_one_end_names_all_modules_of_a_role() -> None:
+    queries = [name for name in BERT if name.endswith("query")]
+    keywords = lora_keywords(dict.fromkeys(queries, 3), dict.fromkeys(queries, 1.0), BERT)
+    assert keywords["target_modules"] == ["query"]
+    dense = [name for name in BERT if name.endswith("intermediate.dense")]
+    ranks = dict.fromkeys(queries, 3) | dict.fromkeys(dense, 5)
+    keywords = lora_keywords(ranks, dict.fromkeys(ranks, 1.0), BERT)
+    assert keywords["target_modules"] == ["query", "intermediate.dense"]
+    assert keywords["rank_pattern"] == {r"intermediate\.dense": 5}
 
 
 @pytest.mark.parametrize("budget", [*range(2, 11), 0.1, 0.5, 0.75, 1.0])
@@ -131,8 +171,9 @@ def test_rank_pattern_budget_keeps_the_largest_singular_values(budget: float, sp
         best = max(range(len(pool)), key=lambda i: (pool[i][0], -i))
         expected[pool.pop(best)[1]] += 1
     keywords = rank_pattern(spectral, budget)
-    assert sorted(keywords["target_modules"]) == sorted(name for name, rank in expected.items() if rank)
-    found = pattern_ranks(keywords, keywords["target_modules"])
+    targets = peft_targets(keywords, SPECTRA)
+    assert targets == {name for name, rank in expected.items() if rank}
+    found = pattern_ranks(keywords, sorted(targets))
     assert found == {name: rank for name, rank in expected.items() if rank}
     assert sum(found.values()) == count
 
@@ -157,7 +198,7 @@ def test_rank_pattern_ties_keep_the_first_module(tmp_path: Path) -> None:
     chosen = [f"h.{layer}.q" for layer in range(40)]
     run = plant(tmp_path, "run", {}, factors=dict.fromkeys(chosen, low_rank(2.0, 2.0)))
     keywords = rank_pattern(run, 31)
-    assert keywords["target_modules"] == chosen[:16]
+    assert peft_targets(keywords, chosen) == set(chosen[:16])
     assert pattern_ranks(keywords, chosen[:16]) == dict.fromkeys(chosen[:15], 2) | {chosen[15]: 1}
 
 

@@ -17,6 +17,7 @@ from lorascope.export.conversion import require_adapter
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import WIDTH, wrap_paragraph
 from lorascope.runs.lora_config import peft_keywords
+from lorascope.runs.rank_grid import rank_grid
 from lorascope.runs.result import Result
 
 _ROUTER = "Ranks and scales that one token sees: a plain LoRA has neither the router nor the experts of this HydraLoRA."
@@ -138,14 +139,16 @@ def main(
     if rank_pattern:
         if budget is None:
             keywords, remarks = export.rank_pattern(opened, state=state), []
+            grid = rank_grid(opened.modules, opened.ranks(state))
             if opened.input_dependent_modules(state):
                 remarks.append(_ROUTER)
         else:
             selection = export.select_components(opened, budget, state, scores)
             keywords = peft_keywords(opened, selection.ranks, opened.updates(state=state))
+            grid = rank_grid(opened.modules, opened.ranks(state), selection.ranks)
             losses = _loss_remarks(opened, selection, model, task, state)
             remarks = [*_budget_remarks(selection, is_minimal=by == "energy"), *losses, *_ELSEWHERE]
-        return _print_ranks(keywords, remarks, json)
+        return _print_ranks(grid, keywords, remarks, json)
     if peft is not None:
         path = export.to_peft(opened, peft, state, budget, scores)
     elif written:
@@ -204,8 +207,10 @@ def _loss_remarks(opened: Result, selection: RankBudget, model: str | None, task
     return [f"Loss on {texts} validation texts not used for selection: {measured}", _OTHER_LOSS]
 
 
-def _print_ranks(keywords: Mapping[str, Any], remarks: Sequence[str], json: bool) -> int:
-    """Print a peft.LoraConfig as Python or JSON, and remarks as comments."""
+def _print_ranks(grid: Sequence[str], keywords: Mapping[str, Any], remarks: Sequence[str], json: bool) -> int:
+    """Print ranks by role and layer as comments, a peft.LoraConfig as Python or JSON, and remarks as comments."""
+    for line in grid:
+        print(printable(f"# {line}".rstrip()), file=sys.stderr if json else sys.stdout)
     if json:
         print(dumps(keywords, indent=1))
     else:  # JSON and Python write these values in the same way

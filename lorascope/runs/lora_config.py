@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from statistics import mode
 from typing import Any
 
@@ -31,7 +31,8 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Upda
     if not ranks:
         raise no_rank_error(run)
     factors = _low_rank_products(run, {name: updates[name] for name in ranks})
-    return lora_keywords(ranks, {name: product.scale for name, product in factors.items()}, _module_names(run))
+    modules = _module_names(run) | updates.keys()
+    return lora_keywords(ranks, {name: product.scale for name, product in factors.items()}, modules)
 
 
 def lora_keywords(ranks: Mapping[str, int], scales: Mapping[str, float], modules: Collection[str]) -> dict[str, Any]:
@@ -46,15 +47,37 @@ def lora_keywords(ranks: Mapping[str, int], scales: Mapping[str, float], modules
         "r": common_rank,
         "lora_alpha": common_alpha,
         "target_modules": _target_modules(modules, ranks),
-        "rank_pattern": _pattern(ranks, common_rank),
-        "alpha_pattern": _pattern(alphas, common_alpha),
+        "rank_pattern": _pattern(ranks, common_rank, modules),
+        "alpha_pattern": _pattern(alphas, common_alpha, modules),
     }
 
 
-def _pattern(values: Mapping[str, float], common: float) -> dict[str, float]:
-    """Return the values of a PEFT LoRA configuration that are not the common one, by an expression for their module."""
-    # PEFT allows any prefix that ends in a dot before a key. "^" prevents it, and an unescaped dot is any letter.
-    return {f"^{re.escape(name)}": value for name, value in values.items() if value != common}
+def _pattern(values: Mapping[str, float], common: float, modules: Collection[str]) -> dict[str, float]:
+    """Return the values of a PEFT LoRA configuration that are not the common one, by expressions for modules."""
+    pattern = {}
+    for name, value in values.items():
+        if value != common:
+            equal = {other for other in values if values[other] == value}
+            end = _common_end(name, equal, {*modules, *values})
+            # PEFT allows a prefix that ends in a dot before a key, "^" prevents it, and an unescaped dot is any letter.
+            pattern[f"^{re.escape(name)}" if end is None else re.escape(end)] = value
+    return pattern
+
+
+def _common_end(name: str, names: Collection[str], modules: Iterable[str]) -> str | None:
+    """Return the shortest end of a module's name that several modules have, all of them among ``names``, else None.
+
+    An end has no number, because a number is the position of a layer or expert.
+    """
+    segments = name.split(".")
+    for start in range(len(segments) - 1, 0, -1):
+        if segments[start].isdigit():
+            return None
+        end = ".".join(segments[start:])
+        matches = [module for module in modules if module.endswith(f".{end}") or module == end]
+        if len(matches) > 1 and all(module in names for module in matches):
+            return end
+    return None
 
 
 def no_rank_error(run: Any) -> ValueError:
@@ -95,7 +118,8 @@ def exact_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank
 def target_modules(run: Any, targets: Collection[str]) -> list[str] | str:
     """Return the ``target_modules`` of a PEFT LoRA configuration that match exactly these modules.
 
-    They are full names, or one regular expression if the name of another module ends with one of them.
+    They are ends of names that only these modules have and full names of the others, or one regular expression if the
+    name of another module ends with one of them.
     """
     return _target_modules(_module_names(run), targets)
 
@@ -106,10 +130,12 @@ def _module_names(run: Any) -> set[str]:
 
 
 def _target_modules(modules: Collection[str], targets: Collection[str]) -> list[str] | str:
-    ends = tuple(f".{name}" for name in targets)
-    if any(name.endswith(ends) for name in set(modules) - set(targets)):
+    all_modules = {*modules, *targets}
+    entries = list(dict.fromkeys(_common_end(name, targets, all_modules) or name for name in targets))
+    ends = tuple(f".{entry}" for entry in entries)
+    if any(name.endswith(ends) for name in all_modules - set(targets)):
         return "|".join(map(re.escape, targets))  # a list would match the ends of names
-    return list(targets)
+    return entries
 
 
 def alpha_of(scale: float, rank: int) -> float:

@@ -18,6 +18,7 @@ from torch import nn
 from lorascope.cli.main import main
 from lorascope.diagnosis.doctor import diagnose
 from lorascope.diagnosis.inspection import inspect
+from lorascope.diagnosis.runtimes.runtime import apply_adapter
 from lorascope.files.safetensors_io import read_json
 from lorascope.files.whole_files import write_json
 from lorascope.formats.peft_config import CONFIG, WEIGHTS
@@ -87,6 +88,7 @@ def require_equal(base: nn.Module, folder: Path, names: dict[str, str] | None = 
         expected = change.T if run.files.parts[module].transposed else change
         assert update.dense() == near(expected, terms=TINY)
         assert run.summary().set_index("module").loc[module, "update_norm"] == near(change.norm(), terms=TINY)
+    assert apply_adapter(run.files, run.base, "peft").findings == ()
     return run
 
 

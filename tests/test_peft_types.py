@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorascope as ls
 from lorascope.cli.main import main
+from lorascope.diagnosis.runtimes.runtime import apply_adapter
 from lorascope.formats import find_reader, find_sentence
 from lorascope.formats.peft_config import KINDS
 
@@ -144,6 +145,9 @@ def test_update_equals_the_merge_by_peft(layer: str, config: str, settings: dict
     assert sigma[len(found) :] == pytest.approx(0, abs=1e-6 * sigma[0])
     assert adapter.ranks()[M] >= np.count_nonzero(sigma > 1e-6 * sigma[0])
     assert adapter.summary()["relative_update"].notna().all()
+    application = apply_adapter(adapter.files, adapter.base, "peft")
+    assert application.findings == ()
+    assert application.applied == 1
     # A base whose shapes are needed, but not its values, is optional for the others.
     if not adapter.files.needs_base:
         assert (ls.load(tmp_path / "adapter").updates()[M].dense() == update.dense()).all()

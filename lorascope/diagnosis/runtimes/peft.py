@@ -19,6 +19,7 @@ from lorascope.diagnosis.runtimes.runtime import (
     refusal,
     runtime,
 )
+from lorascope.formats.peft_config import peft_kind
 from lorascope.formats.stored_update import PREFIX
 from lorascope.schema.name_patterns import Patterns
 
@@ -49,11 +50,15 @@ def check_peft(target: Target) -> Iterator[Finding]:
         entries = config.get("target_modules")
         yield refusal(f"target_modules={entries!r} names no module of the base", "correct target_modules")
         return
-    outside = [name for name in modules if name in target.modules and name not in targeted and name not in bare]
+    configured = {name: target.files.configured.get(name, name) for name in modules}
+    outside = []
+    for name in modules:
+        if name in target.modules and configured[name] not in targeted and name not in bare:
+            outside.append(name)
     if outside:
         yield omission(outside, len(modules), "without a warning, because target_modules does not name them",
                       "add them to target_modules")  # fmt: skip
-    missing = sorted(targeted - modules.keys())
+    missing = sorted(targeted.difference(configured.values(), target.files.configured.values()))
     # If all are missing, the names differ, which is a finding above.
     if missing and len(missing) < len(targeted):
         message = f"{len(missing)} of {len(targeted)} targeted modules have no factors: {first_and_count(missing)}"
@@ -62,8 +67,11 @@ def check_peft(target: Target) -> Iterator[Finding]:
 
 def _targeted_modules(target: Target) -> set[str] | None:
     """Return the modules of the base that the configuration targets; None if that does not follow from names."""
-    config, names = target.config, {*target.modules}
-    entries: Any = config.get("target_modules")
+    config, entries = target.config, target.config.get("target_modules")
+    # Only this type adapts the weights of norms.
+    fewest_sides = 1 if peft_kind(config) == "LN_TUNING" else 2
+    names = {name for name, shape in target.modules.items() if len(shape) >= fewest_sides}
+    names.update(target.files.configured.values())
     if entries is None or config.get("target_parameters") or config.get("layer_replication"):
         return None
     if entries == "all-linear":

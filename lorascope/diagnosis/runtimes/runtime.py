@@ -65,7 +65,12 @@ class Target:
         if self.base is None:
             return {}
         shapes = self.base.named_as(self.files.parts)
-        return {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) >= 2}
+        # A parameter of another name with several dimensions contains experts.
+        return {
+            name.removesuffix(".weight"): shape
+            for name, shape in shapes.items()
+            if name.endswith(".weight") or len(shape) >= 2
+        }
 
     def find_shape(self, module: str) -> tuple[int, ...] | None:
         """Return the stored shape of the weight that a module of the adapter has in the base, or None."""

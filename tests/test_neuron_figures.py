@@ -208,9 +208,17 @@ def test_rank_shift_with_two_kinds_of_utilization_raises(tmp_path):
 
 def test_rank_shift_counts_every_strong_neuron_as_indirect_if_none_is_trained(tmp_path):
     before, after = list(range(16, 0, -1)), [0, *range(15, 0, -1)]
-    run = planted(tmp_path, "a", {}, used={0: before, 9: after})
+    run = planted(tmp_path, "a", {}, used={0: before, 9: after}, name="full")
     _, kinds = (chart for row in plots.rank_shift(run).rows() for chart in row)
     assert lookup(kinds, "category") == {"strong": 4, "suppressed": 4, "indirect": 4}
+
+
+def test_rank_shift_of_neft_without_its_selection_raises(tmp_path):
+    """Without ``selected``, every neuron of a module that moved would count as trained, and none as indirect."""
+    run = planted(tmp_path, "a", {}, used={0: list(range(16)), 9: list(range(16))})
+    with pytest.raises(ValueError, match=r"run a: .*lack 'selected'") as error:
+        plots.rank_shift(run)
+    assert "\n" not in str(error.value)
 
 
 def test_figures_of_neurons_without_records_name_the_recorder(tmp_path):

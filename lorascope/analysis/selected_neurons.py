@@ -71,9 +71,20 @@ def selection_threshold(run: Result, quantity: str) -> float | None:
 
 
 def list_trained(run: Result) -> pd.DataFrame:
-    """List every neuron that a run trained: the selected ones, or all those of each module with a nonzero update."""
+    """List every neuron that a run trained: the selected ones, or all those of each module with a nonzero update.
+
+    Raises
+    ------
+    ValueError
+        A NeFT run has no records of ``selected``, so its other neurons cannot be distinguished.
+    """
     if (run.table["quantity"] == "selected").any():
         return list_selected(run)
+    if run.meta.method["name"] == "neft":
+        raise ValueError(
+            f"cannot list the trained neurons of NeFT run {run.id}: its records lack 'selected'. Open the folder that "
+            "was trained, or an excerpt that keeps them"
+        )
     moved = set(run.summary().query("update_norm > 0")["module"])
     every = neurons.unscored_neurons(_selectable_groups(run))
     return every[every["module"].isin(moved)]

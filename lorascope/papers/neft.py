@@ -280,7 +280,7 @@ FIGURES = [
         alt="Shift of neurons in utilization rank, by percentile and kind",
         arms=own_labels(CHANGED, FEW, REVERSED),
         draw=plots.rank_shift,
-        quantities=("update_norm", "utilisation"),
+        quantities=("selected", "utilisation"),
         seeds=2,
     ),
 ]

@@ -32,7 +32,7 @@ def evidence():
 
 @pytest.mark.parametrize("seed", [100, 101])
 def test_kept_selections_of_one_tuning_have_the_first_neurons_in_common(evidence, seed):
-    """The runs of a seed share the tuning phase, so the larger selections have only the 3% that rotated most in common."""
+    """Runs of a seed share the tuning phase, so the larger selections have only the 3% that rotated most in common."""
     selections, tuning = {}, set()
     for arm in (neft.FEW, neft.CHANGED, neft.REVERSED):
         run = Run.read(registration.FILE.parent / "evidence" / EXCERPTS / evidence.run(arm, seed) / "2-masked")

@@ -79,6 +79,47 @@ def loss_of_nan(bench: Bench) -> None:
     own_loop(bench, bench.peft(), lambda out: out.loss * float("nan"))
 
 
+def spoil_loss(optimizer, loss):
+    return loss * float("nan")
+
+
+def spoil_gradients(optimizer, loss):
+    """Return a finite loss, the gradient of which is infinity times 0."""
+    return loss + torch.sqrt(optimizer.param_groups[0]["params"][0] * 0).sum()
+
+
+def spoil_weights(optimizer, loss):
+    optimizer.register_step_post_hook(lambda *_: optimizer.param_groups[0]["params"][0].data.fill_(float("nan")))
+    return loss
+
+
+ORDERS = {
+    spoil_loss: "the weights were finite before step 5, its loss was not",
+    spoil_gradients: "the loss of step 5 was finite, its gradients were not",
+    spoil_weights: "the loss of step 5 was finite, the weights after it were not",
+}
+
+
+@pytest.mark.parametrize("every", [1, 10])
+@pytest.mark.parametrize("spoil", ORDERS, ids=lambda spoil: spoil.__name__)
+def test_alarm_and_doctor_name_what_was_not_finite_first(spoil, every, watched):
+    watched.observe = [ls.observe.alarms(every=every), ls.observe.norms(every=1)]
+    model, steps = watched.peft(), []
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def loss_of(output):
+        steps.append(1)
+        return spoil(optimizer, output.loss) if len(steps) == 5 else output.loss
+
+    with pytest.warns(UserWarning, match="LS001") as caught:
+        own_loop(watched, model, loss_of, optimizer=optimizer)
+    text = next(str(warning.message) for warning in caught if "LS001" in str(warning.message))
+    (finding,) = (finding for finding in ls.diagnose(run_of(watched)) if finding.cause == "nan")
+    assert ORDERS[spoil] in text
+    if spoil is not spoil_gradients:  # the loop passes no gradient norm
+        assert ORDERS[spoil] in finding.message
+
+
 FAULTS: dict[Callable[[Bench], object], str] = {
     doctor.without_alpha: "LS002",
     doctor.adapter_switched_off: "LS004",

@@ -468,7 +468,9 @@ def test_nan_loss_stops_training_and_leaves_a_readable_broken_run(fresh_bert, ta
             if step.index == 3:
                 step.optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
 
-    with pytest.raises(FloatingPointError, match="step 5 of 6") as caught:
+    with pytest.raises(
+        FloatingPointError, match=r"step 5 of 6 .*, the weights before it were not finite: lower"
+    ) as caught:
         ls.train(fresh_bert, task, Exploding(), out=tmp_path / "run", eval_every=0, **FAST)
     assert "\n" not in str(caught.value)
     run = ls.load(tmp_path / "run")
@@ -476,6 +478,23 @@ def test_nan_loss_stops_training_and_leaves_a_readable_broken_run(fresh_bert, ta
     assert "step 5" in run.meta.error
     assert run.table.query("quantity == 'loss'")["step"].tolist() == [1, 2, 3, 4]
     assert "broken" in repr(run)
+
+
+def test_loss_of_nan_from_a_batch_is_separated_from_weights_of_nan(fresh_bert, task, tmp_path):
+    calls = []
+
+    def spoil(model, inputs, output):
+        calls.append(1)
+        if model.training and len(calls) == 5:
+            output.loss = output.loss * float("nan")
+        return output
+
+    fresh_bert.register_forward_hook(spoil)
+    with pytest.raises(FloatingPointError, match=r"nan at step 5 of 6 .*, the weights before it were finite: check"):
+        ls.train(fresh_bert, task, Full(), out=tmp_path / "run", eval_every=0, **FAST)
+    (finding,) = ls.diagnose(ls.load(tmp_path / "run"))
+    assert "loss became nan at step 5 of 6" in finding.message
+    assert "the weights before it were finite" in finding.message
 
 
 @pytest.mark.parametrize("every", [0, -1, pytest.param(2.5, marks=unchecked)])

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from lorascope.diagnosis.change_from_base import BaseChange, compare_with_base
+from lorascope.diagnosis.nonfinite import first_nonfinite
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.stored_update import AdapterFiles, StoredUpdate
 from lorascope.runs.adapter import Adapter
@@ -225,6 +226,13 @@ class Case(ModuleEvidence):
             return {}
         rows = self.run.table[self.run.table["quantity"] == "loss"].sort_values("step")
         return dict(zip(rows["step"].tolist(), rows["value"].tolist(), strict=True))
+
+    @cached_property
+    def nonfinite(self) -> str:
+        """What was not finite first in a run, see ``describe_nonfinite``; "" if its updates are or it is unknown."""
+        if "records.parquet" not in self.meta.checksums:
+            return ""
+        return first_nonfinite(self.run.table)
 
     @cached_property
     def tied(self) -> list[tuple[str, str]]:

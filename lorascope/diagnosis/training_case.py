@@ -32,6 +32,8 @@ class TrainingEvidence(ModuleEvidence):
         Modules whose trainable adapter parameters the optimizer does not contain.
     has_gradient : bool
         Whether any trained parameter has a gradient other than zero.
+    nonfinite : str
+        What was not finite first, see ``describe_nonfinite``; "" while the weights are finite.
     """
 
     modules: list[TrainedModule]
@@ -44,6 +46,7 @@ class TrainingEvidence(ModuleEvidence):
     tied: Sequence[tuple[str, str]]
     unoptimized: Sequence[str]
     has_gradient: bool
+    nonfinite: str = ""
     error = ""  # of a training that has stopped
     fewest_losses = 10  # for an estimate of their noise: they are losses of single batches, compared at each check
 

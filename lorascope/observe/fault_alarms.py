@@ -12,10 +12,12 @@ from typing import Any
 from lorascope.diagnosis.causes import RULES, DoctorRule, Finding
 from lorascope.diagnosis.causes.finding import run_rules
 from lorascope.diagnosis.kinds import KINDS
+from lorascope.diagnosis.nonfinite import describe_nonfinite
 from lorascope.files.printable import printable
-from lorascope.methods.method import Step
+from lorascope.methods.method import Step, trained_parameters
 from lorascope.observe.live_case import LiveModel
 from lorascope.observe.observer import Observer
+from lorascope.observe.trainable import are_finite
 from lorascope.observe.weight_norms import from_trees, nonzero_trees
 from lorascope.schema.records import Item, Message, Quantity, Record, register
 from lorascope.schema.suggestions import unknown_name
@@ -37,7 +39,8 @@ class alarms(Observer):
     Parameters
     ----------
     every : int
-        Steps between checks; step 0 and the last step are always checked.
+        Steps between checks; step 0 and the last step are always checked. Whether the weights are finite is checked at
+        every step, to report whether loss, gradients or weights were the first that were not.
     stop : sequence of str
         Causes or ids at which training stops, such as ``("nan", "diverged")``; by default none. ``train`` raises a
         RuntimeError, a Trainer and Lightning end training, and in your own loop ``recorder.stopped`` becomes true. The
@@ -66,6 +69,7 @@ class alarms(Observer):
         self.reported_: list[str] = []
         self.unrecorded_: list[str] = []
         self.initial_: dict[str, Any] = {}
+        self.nonfinite_ = ""
         self._model: LiveModel | None = None
 
     def __call__(self, step: Step) -> list[Item]:
@@ -74,6 +78,8 @@ class alarms(Observer):
             rates = [step.values.get("lr", (0, 0.0))[1], *map(itemgetter("lr"), step.optimizer.param_groups)]
             # A step at rate 0, such as the first one of a warmup, moves nothing, so its rules must wait.
             self.moving_steps_ += any(map(float, rates))
+        if not self.nonfinite_:
+            self.nonfinite_ = _describe_nonfinite(step)
         if not self.due(step.finished, step.total):
             return []
         self._model = model = self._model or LiveModel(step)
@@ -85,6 +91,7 @@ class alarms(Observer):
             self.losses_.append(float(loss))
         losses = dict(enumerate(self.losses_, start=1))
         evidence = model.measure(step, losses, self.moving_steps_, from_trees(self.initial_))
+        evidence.nonfinite = self.nonfinite_
         findings = run_rules(_rules(self.moving_steps_), evidence)
         findings.sort(key=lambda finding: not self._stops_at(finding))
         messages = []
@@ -120,6 +127,18 @@ class alarms(Observer):
 
     def _stops_at(self, finding: Finding) -> bool:
         return finding.id in self.stop or finding.cause in self.stop
+
+
+def _describe_nonfinite(step: Step) -> str:
+    """Return what was not finite first, if these are the first weights of a training that are not finite; else ""."""
+    number, trained = step.finished, trained_parameters(step.optimizer)
+    if are_finite(trained if number else step.model.parameters()):
+        return ""
+    loss_step, loss = step.values.get("loss", (0, 0.0))
+    loss_fault = number if loss_step == number and not math.isfinite(loss) else None
+    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+    gradient_fault = None if are_finite(gradients) else number
+    return describe_nonfinite(number - 1 if number else None, number, loss_fault, gradient_fault)
 
 
 def describe_alarm(finding: Finding) -> str:

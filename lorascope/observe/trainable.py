@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any, TypeVar
 
@@ -108,6 +108,14 @@ def trained_ids(optimizer: torch.optim.Optimizer, peft: bool) -> set[int]:
     model also contains the base weights.
     """
     return {id(parameter) for parameter in trained_parameters(optimizer) if parameter.requires_grad or not peft}
+
+
+@torch.no_grad()
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether tensors contain neither NaN nor infinity; the integers of quantized weights never do."""
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    # The largest magnitude, because a sum of squares may overflow.
+    return bool(torch.nn.utils.get_total_norm(floating, norm_type=math.inf).isfinite())
 
 
 def tied_pairs(modules: pd.DataFrame) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from lorascope.files.whole_files import write_bytes
 from lorascope.inputs.models import processor
 from lorascope.inputs.tokenization import EncodedRows
 from lorascope.methods.method import Batch, HeldOut, Method, Step, trained_parameters
+from lorascope.observe.trainable import are_finite
 from lorascope.runs.manifest import State, Test
 from lorascope.runs.run import Run
 from lorascope.schema.records import Record
@@ -248,5 +249,14 @@ def nonfinite_reason(step: Step, loss: float, norm: float | None, rate: float) -
     """Return why a session must end if the loss or the gradient norm of a step is not finite, else None."""
     if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
         return None
+    number, fix = step.index + 1, "lower lr or clip"
+    if not are_finite(step.model.parameters()):
+        order = "the weights before it were not finite"
+        if number == 1:
+            fix = "load other weights"
+    elif math.isfinite(loss):
+        order = "the loss and the weights before it were finite"
+    else:
+        order, fix = "the weights before it were finite", f"check its batch and the loss function, or {fix}"
     problem = f"the gradient norm became {norm}" if math.isfinite(loss) else f"the loss became {loss}"
-    return f"{problem} at step {step.index + 1} of {step.total} (learning rate {rate:.3g}): lower lr or clip"
+    return f"{problem} at step {number} of {step.total} (learning rate {rate:.3g}), {order}: {fix}"

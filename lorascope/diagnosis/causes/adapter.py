@@ -52,14 +52,16 @@ def nan_norms(case: Case) -> Findings:
     severity="error",
     problem="The update contains NaN or infinity.",
     evidence="the norm of the update of a module is NaN or infinite",
-    fix="train again with bf16 instead of fp16, a lower learning rate or clipping; this adapter cannot be repaired",
+    fix="check the batch and the loss function if the loss was not finite first; else train with bf16 instead of fp16, "
+    "a lower learning rate or clipping; this adapter cannot be repaired",
     suppresses=("diverged", "overscaled", "rate-small", "rate-large", "dead", "collapsed"),
     live_from=0,
 )
 def nan(case: Evidence) -> Findings:
     """Find updates of an adapter whose norm is NaN or infinite."""
     broken = [module for module in case.modules if not math.isfinite(module.update_norm)]
-    return finding_if_any(broken, case.modules, "NaN or infinity")
+    order = f" ({case.nonfinite})" if broken and case.nonfinite else ""
+    return finding_if_any(broken, case.modules, f"NaN or infinity{order}")
 
 
 @DoctorRule(

@@ -48,7 +48,8 @@ def rate_small(case: Case) -> Findings:
     problem="The loss increased far above its first value, or became NaN.",
     evidence=f"the median of the last losses exceeds the first loss by {WORSE:g} nat, by half of it, and by "
     f"{NOISE:g} usual differences of losses or {FAR:g} times the first loss; or it is NaN",
-    fix="lower the learning rate (by a factor of 10), warm up longer, or clip gradients",
+    fix="check the batch and the loss function if the loss became NaN while the weights were finite; else lower the "
+    "learning rate (by a factor of 10), warm up longer, or clip gradients",
     suppresses=("rate-large",),
     live_from=0,
 )
@@ -76,7 +77,10 @@ def diverged(case: Evidence) -> Findings:
     comparable = start > 0 and not (losses < 0).any()
     if math.isnan(end) or (comparable and end - start >= limit):
         message = f"the loss went from {start:.3g} to {end:.3g} (median of the last {len(tail)} of {count})"
-        yield finding(f"{message}{rate_phrase(rate)}", start=start, end=end, threshold=limit, lr=rate)
+        message += rate_phrase(rate)
+        if math.isnan(end) and case.modules:  # the finding about weights that are NaN suppresses this one
+            message += "; the weights of all modules are finite"
+        yield finding(message, start=start, end=end, threshold=limit, lr=rate)
 
 
 @DoctorRule(

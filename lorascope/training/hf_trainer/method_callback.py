@@ -24,9 +24,11 @@ from torch import distributed, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from lorascope.inputs.classifier_head import weights_hash
+from lorascope.methods.field_checks import default_if_none
 from lorascope.methods.method import Method, trained_parameters
 from lorascope.training.base_weights import Base, begin_training, reject_adapted
 from lorascope.training.foreign_loop import step_of, unwrap_optimizer
+from lorascope.training.hf_trainer.step_loss import observe_losses, running_trainer, step_loss
 from lorascope.training.session import clip_gradients, nonfinite_reason
 from lorascope.training.settings import Settings
 from lorascope.training.sharded_weights import SHARDED, reject_sharded_weights
@@ -72,6 +74,7 @@ class MethodCallback(TrainerCallback):
                 "cannot train a model or optimizer that is not from the trainer_kwargs call of this callback; pass the "
                 "model and all results of one call, and no model_init"
             )
+        self._losses = observe_losses(running_trainer())
         self.step.total, self.step.index = state.max_steps, state.global_step - 1
         if state.global_step:
             tree = read_checkpoint_file(args, state, FILE, self.optimizer)
@@ -87,6 +90,7 @@ class MethodCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Call ``before_step``."""
+        self._losses.clear()
         self.step.index = state.global_step
         self.method.before_step(self.step)
 
@@ -94,8 +98,8 @@ class MethodCallback(TrainerCallback):
         """Call ``after_backward`` on the gradients of the whole batch, then clip them."""
         self.method.after_backward(self.step)
         self.norm = clip_gradients(self.optimizer, self.settings.clip)
-        # The Trainer does not pass its loss to callbacks, but a loss that is not finite spoils the gradients.
-        if reason := nonfinite_reason(self.step, 0.0, self.norm, self.optimizer.param_groups[0]["lr"]):
+        loss = default_if_none(step_loss(self._losses), 0.0)
+        if reason := nonfinite_reason(self.step, loss, self.norm, self.optimizer.param_groups[0]["lr"]):
             raise FloatingPointError(reason)
         self._step_pending = True
 

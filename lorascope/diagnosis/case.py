@@ -229,7 +229,7 @@ class Case(ModuleEvidence):
 
     @cached_property
     def nonfinite(self) -> str:
-        """What was not finite first in a run, see ``describe_nonfinite``; "" if its updates are or it is unknown."""
+        """First value of a run that was not finite, see ``describe_nonfinite``; "" if its updates are or it is unknown."""
         if "records.parquet" not in self.meta.checksums:
             return ""
         return first_nonfinite(self.run.table)

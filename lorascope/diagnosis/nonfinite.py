@@ -11,7 +11,7 @@ from lorascope.files.lazy_pandas import pandas as pd
 
 
 def describe_nonfinite(finite: int | None, broken: int, loss: int | None, gradients: int | None) -> str:
-    """Return a phrase for what was not finite first.
+    """Name the first value of a training that was not finite.
 
     Parameters
     ----------

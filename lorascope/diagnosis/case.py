@@ -229,7 +229,7 @@ class Case(ModuleEvidence):
 
     @cached_property
     def nonfinite(self) -> str:
-        """First value of a run that was not finite, see ``describe_nonfinite``; "" if its updates are or it is unknown."""
+        """First value of a run that was not finite, see ``describe_nonfinite``; "" if unknown or its updates are."""
         if "records.parquet" not in self.meta.checksums:
             return ""
         return first_nonfinite(self.run.table)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from planted import low_rank, plant
+from safetensors.numpy import load_file, save
 from test_inspect import strictly
 from torch.utils.data import Subset
 from trainers import METHODS
@@ -141,6 +142,16 @@ def compiled_too_early(bench: Bench) -> ls.Run:
     return bench.saved(model)
 
 
+def heads_not_gathered(bench: Bench) -> ls.Run:
+    model = bench.peft()
+    bench.trained(model)
+    bench.saved(model)
+    file = bench.out / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    file.write_bytes(save({name: array[:0] if "classifier" in name else array for name, array in tensors.items()}))
+    return ls.load(bench.out / "adapter")
+
+
 FAULTS: dict[Callable[[Bench], ls.Run], str] = {
     overflow: "LS001",
     without_alpha: "LS002",
@@ -161,6 +172,7 @@ FAULTS: dict[Callable[[Bench], ls.Run], str] = {
     both_names: "LS017",
     training_rows_again: "LS018",
     compiled_too_early: "LS025",
+    heads_not_gathered: "LS026",
 }
 
 

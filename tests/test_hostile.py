@@ -165,7 +165,7 @@ ADAPTERS: dict[str, tuple[str, Spoil, str]] = {
     "dtype of a number": ("lora", entry(dtype=32), "dtype"),
     "entry of null": ("lora", raw_header(b'{"a": null}'), "entry for a"),
     "scalar factor": ("lora", stored(lambda t: t | {f"{NAME}.lora_A.weight": np.ones((), "f4")}), "lora_A.*shape"),
-    "empty factor": ("lora", stored(lambda t: t | {f"{NAME}.lora_A.weight": np.ones((0, 5), "f4")}), "rank 2.* 0 and"),
+    "empty factor": ("lora", stored(lambda t: t | {f"{NAME}.lora_A.weight": np.ones((0, 5), "f4")}), "one rank, got 0"),
     "long name": ("lora", renamed("q_proj", "q." * 2000), "characters, got 4[0-9]{3}"),
     "header of 100 MB": ("lora", replaced(WEIGHTS, lambda f: sparse(f, 2**28, 10**8)), "got 100000000"),
     "sparse header of 20 GB": ("lora", replaced(WEIGHTS, lambda f: sparse(f, 20 * 2**30, 20 * 2**30 - 8)), "bytes"),

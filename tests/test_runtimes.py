@@ -167,7 +167,7 @@ def test_renaming_that_fits_is_named(saved: Path) -> None:
 def test_empty_tensors_are_named(saved: Path) -> None:
     change(saved, lambda tensors: {name: array[:0] if "lora_A" in name else array[:, :0]
                                    for name, array in tensors.items()})  # fmt: skip
-    with pytest.raises(ValueError, match=r"q_proj is empty: it was saved under ZeRO-3 or FSDP without gathering"):
+    with pytest.raises(ValueError, match=r"q_proj is empty: saved under ZeRO-3 or FSDP without gathering"):
         ours(saved)
 
 

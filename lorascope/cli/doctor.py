@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 from tyro.conf import arg
 
@@ -20,19 +20,20 @@ from lorascope.diagnosis.inspection import run_name
 from lorascope.diagnosis.inspection_screen import SEVERITY_STYLES
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.diagnosis.merge import check_merge
+from lorascope.diagnosis.reading_faults import fault_finding
 from lorascope.diagnosis.runtimes import Application, apply_adapter
 from lorascope.diagnosis.sarif import MARK, sarif_log
-from lorascope.files.hub import locate, locate_base
+from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import count_or_no, count_phrase, printable
 from lorascope.files.text_layout import Block, block_grid, make_console, render_text, text_block
 from lorascope.files.typed_json import json_values
 from lorascope.files.whole_files import write_json
+from lorascope.formats.adapter_faults import AdapterFault, BaseMisfit
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.folders import require_own
-from lorascope.runs.loading import is_run, load_adapter
+from lorascope.runs.loading import NoUpdatesError, is_run, load_adapter
 from lorascope.runs.result import Result
-from lorascope.runs.run import Run
 
 
 @command
@@ -50,7 +51,8 @@ def main(
     """Diagnose problems of an adapter or a run, each with its evidence and a fix.
 
     Only files are read: factors and configuration of an adapter, the base weights with --base, and the training history
-    of a run. The exit code is 1 with findings of any severity, else 0; notes about the format are not findings.
+    of a run. The exit code is 1 with findings of any severity, else 0; notes about the format are not findings. Tensors
+    that prevent reading an adapter are a finding, too.
 
     Example: lorascope doctor my-adapter
 
@@ -84,47 +86,108 @@ def main(
         if runtime is not None:
             raise ValueError("--merged and --runtime cannot be combined: run doctor twice")
         return _report_merge(path, base, merged, sarif, json)
-    if base is None and runtime is None:
-        run, use = open_runs([path], None)[0], None
-    else:
-        run, use = _open_for_runtime(path, base, runtime)
-    case = Case(run)
-    faults, skipped = find_faults(case), skipped_checks(case)
-    if use is not None:
-        faults += [finding for finding in use.findings if finding not in faults]
-    _write_sarif(sarif, faults, case.run)
-    code = int(bool(faults))
+    diagnosis = _diagnose(path, base, runtime)
+    _write_sarif(sarif, diagnosis.findings, diagnosis.subject)
     if json:
+        print(dumps(json_values(diagnosis.to_json(path)), indent=1))
+    else:
+        _print_blocks(diagnosis.blocks(base))
+    return int(bool(diagnosis.findings))
+
+
+class _Diagnosis(NamedTuple):
+    """Diagnosis of a path.
+
+    Parameters
+    ----------
+    name : str
+    subject : path
+        File that SARIF names.
+    findings : list of Finding
+    remark : str
+        End of the summary.
+    use : Application, optional
+        What a runtime applies.
+    notes : sequence of str
+        Cautions that are not findings.
+    skipped : mapping str -> list of str
+        See `skipped_checks`.
+    """
+
+    name: str
+    subject: Path
+    findings: Sequence[Finding]
+    remark: str = ""
+    use: Application | None = None
+    notes: Sequence[str] = ()
+    skipped: Mapping[str, Sequence[str]] = {}
+
+    def to_json(self, path: str) -> dict[str, Any]:
+        """Return the JSON form."""
         values: dict[str, Any] = {"path": path}
-        if use is not None:
-            values |= {"runtime": use.runtime, "applied": use.applied, "modules": use.modules}
-        # The name ``list`` is a flag here.
-        values |= {"findings": [*map(Finding.to_json, faults)], "unseen": skipped, "notes": [*case.notes]}
-        print(dumps(json_values(values), indent=1))
-        return code
-    summary = count_or_no(len(faults), "finding")
-    if not run.meta.states:
-        summary += f", {run.meta.status}: no factors saved yet"
-    blocks = [text_block(run_name(run), summary, label_style="bold")]
+        if self.use is not None:
+            values |= {"runtime": self.use.runtime, "applied": self.use.applied, "modules": self.use.modules}
+        findings = [finding.to_json() for finding in self.findings]
+        return values | {"findings": findings, "unseen": self.skipped, "notes": [*self.notes]}
+
+    def blocks(self, base: str | None) -> list[Block]:
+        """Return the blocks to print."""
+        summary = count_or_no(len(self.findings), "finding") + self.remark
+        blocks = [text_block(self.name, summary, label_style="bold")]
+        if self.use is not None:
+            applied = f"applies {self.use.applied} of {self.use.modules} modules"
+            if base is None:
+                applied += "; names and shapes are not compared without --base DIR"
+            blocks.append(text_block(self.use.runtime, applied))
+        blocks += map(_finding_block, self.findings)
+        blocks += [text_block("note", note) for note in self.notes]
+        for missing, names in self.skipped.items():
+            blocks.append(text_block(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)))
+        return blocks
+
+
+def _diagnose(path: str, base: str | None, runtime: str | None) -> _Diagnosis:
+    """Diagnose an adapter or a run, and what a runtime applies of an adapter."""
+    try:
+        if base is None and runtime is None:
+            return _diagnose_run(open_runs([path], None)[0])
+        adapter = _require_adapter(path, "--base" if runtime is None else "--runtime")
+        return _diagnose_application(adapter, base, runtime)
+    except NoUpdatesError as error:
+        return _Diagnosis(label(locate(path)), locate(path), [], ", no weight updates", notes=[error.sentence])
+    except AdapterFault as fault:
+        return _Diagnosis(label(locate(path)), locate(path), [fault_finding(fault)], ", cannot be read")
+
+
+def _diagnose_run(run: Result, use: Application | None = None) -> _Diagnosis:
+    """Diagnose an opened adapter or run, of which a runtime applies a part."""
+    case, remark = Case(run), ""
+    findings = find_faults(case)
     if use is not None:
-        applied = f"applies {use.applied} of {use.modules} modules"
-        if base is None:
-            applied += "; names and shapes are not compared without --base DIR"
-        blocks.append(text_block(use.runtime, applied))
-    blocks += map(_finding_block, faults)
-    blocks += [text_block("note", note) for note in case.notes]
-    for missing, names in skipped.items():
-        blocks.append(text_block(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)))
-    _print_blocks(blocks)
-    return code
+        findings += [finding for finding in use.findings if finding not in findings]
+    if not run.meta.states:
+        remark = f", {run.meta.status}: no factors saved yet"
+    return _Diagnosis(run_name(run), _subject(case.run), findings, remark, use, case.notes, skipped_checks(case))
 
 
-def _open_for_runtime(path: str, base: str | None, runtime: str | None) -> tuple[Run | Adapter, Application | None]:
-    """Open an adapter, with a base that may be of another model, and return what a runtime applies of it."""
-    run = load_adapter(_require_adapter(path, "--base" if runtime is None else "--runtime"), base)
-    if runtime is None and "peft_type" not in run.files.config:
-        return run, None
-    return run, apply_adapter(run.files, run.base, runtime or "peft")
+def _diagnose_application(path: Path, base: str | None, runtime: str | None) -> _Diagnosis:
+    """Diagnose an adapter with a base that may be of another model, and what a runtime applies of it."""
+    adapter, use = load_adapter(path, base), None
+    if runtime is not None or "peft_type" in adapter.files.config:
+        use = apply_adapter(adapter.files, adapter.base, runtime or "peft")
+    try:
+        return _diagnose_run(adapter, use)
+    except BaseMisfit as misfit:
+        # Its weights do not belong to the adapter, which is diagnosed without them.
+        diagnosis = _diagnose_run(load_adapter(path, None), use)
+        if use is not None and use.findings:
+            return diagnosis
+        return diagnosis._replace(findings=[*diagnosis.findings, fault_finding(misfit)])
+
+
+def _subject(run: Result) -> Path:
+    """Return the file of an adapter or a run that SARIF names."""
+    return run.files.files[0].path if isinstance(run, Adapter) else Path(run.path or run.id) / "run.json"
 
 
 def _require_adapter(path: str, option: str) -> Path:
@@ -141,7 +204,7 @@ def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, j
         raise ValueError("--merged requires the model before the merge: --base DIR")
     adapter = load_adapter(_require_adapter(path, "--merged"), base)
     check = check_merge(adapter, PretrainedWeights(locate_base(merged)))
-    _write_sarif(sarif, check.findings, adapter)
+    _write_sarif(sarif, check.findings, _subject(adapter))
     if json:
         content = {
             "path": path,
@@ -174,13 +237,9 @@ def _list_kinds(json: bool) -> int:
     return 0
 
 
-def _write_sarif(file: str | None, findings: Sequence[Finding], run: Result) -> None:
-    if file is None:
-        return
-    subject = Path(run.path or run.id) / "run.json"
-    if isinstance(run, Adapter):
-        subject = run.files.files[0].path
-    write_json(Path(file), sarif_log(findings, Path(subject), lorascope.__version__))
+def _write_sarif(file: str | None, findings: Sequence[Finding], subject: Path) -> None:
+    if file is not None:
+        write_json(Path(file), sarif_log(findings, subject, lorascope.__version__))
 
 
 def _finding_block(finding: Finding) -> Block:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.files.printable import printable
-from lorascope.files.typed_json import parse_json, to_typed, unreadable
+from lorascope.files.typed_json import parse_json, to_typed
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.image_keys import METADATA, Tensors, is_diffusers
 from lorascope.formats.kohya import image_adapter
 from lorascope.formats.lycoris import Scale
@@ -56,7 +57,7 @@ def _scale(settings: RanksAndScales, module: str) -> Scale:
 
     def scale(rank: int) -> float:
         if rank != (stated := settings.rank(module)):
-            raise unreadable(METADATA, f"factors of {printable(module)} must have rank {stated}, got {rank}")
+            raise AdapterFault("rank", METADATA, f"factors of {printable(module)} must have rank {stated}, got {rank}")
         return settings.scale(module)
 
     return scale

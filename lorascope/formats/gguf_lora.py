@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Finite, to_typed, unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_factors import group_factors
 from lorascope.formats.pretrained_weights import OptionalBase
 from lorascope.formats.readers import Config, WeightFiles, reads
@@ -36,11 +37,12 @@ def read_gguf(path: Path, config: Config, files: WeightFiles, base: OptionalBase
     updates = {}
     for module, factors in module_factors.items():
         if missing := {"lora_a", "lora_b"} - factors.keys():
-            raise unreadable(path, f"{printable(module)} has no {min(missing)}")
+            raise AdapterFault("incomplete", path, f"{printable(module)} has no {min(missing)}")
         a, b = factors["lora_a"], factors["lora_b"]
         rank = a.shape[0]
         if rank != b.shape[1] or not rank:
-            raise unreadable(path, f"{printable(module)} must have factors of one rank, got {rank} and {b.shape[1]}")
+            reason = f"{printable(module)} must have factors of one rank, got {rank} and {b.shape[1]}"
+            raise AdapterFault("shape", path, reason)
         updates[module] = StoredLoRA(b, a, alpha / rank if alpha else 1.0, module == _EMBEDDING)
     if not updates:
         raise unreadable(path, "it has no tensor whose name ends in .lora_a")

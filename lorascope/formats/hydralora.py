@@ -18,6 +18,7 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import to_typed, unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import CONFIG, LoraConfig, peft_kind
 from lorascope.formats.peft_factors import Factors, group_factors
 from lorascope.formats.pretrained_weights import OptionalBase
@@ -80,14 +81,15 @@ def _hydra_part(path: Path, module: str, factors: Factors, config: LoraConfig) -
     expected_names = ["A", "route", *(f"B{number}" for number in range(count))]
     for factor in expected_names:
         if factor not in factors:
-            raise unreadable(path, f"{name} has no lora_{factor}")
+            raise AdapterFault("incomplete", path, f"{name} has no lora_{factor}")
     A, router, *heads = map(factors.__getitem__, expected_names)
     if router.shape[0] != count:
-        raise unreadable(path, f"router of {name} must have {count} rows, one per expert, got {router.shape[0]}")
+        reason = f"router of {name} must have {count} rows, one per expert, got {router.shape[0]}"
+        raise AdapterFault("shape", path, reason)
     ranks = {A.shape[0], *(head.shape[1] for head in heads)}
     if ranks != {rank}:
         listing = " and ".join(map(str, sorted(ranks)))
-        raise unreadable(path, f"factors of {name} must have rank {rank} ({CONFIG}), got {listing}")
+        raise AdapterFault("rank", path, f"factors of {name} must have rank {rank} ({CONFIG}), got {listing}")
     if router.shape[1] != A.shape[1] or len({head.shape for head in heads}) > 1:
-        raise unreadable(path, f"{name} must have experts of one shape, and a router as wide as its lora_A")
+        raise AdapterFault("shape", path, f"{name} must have experts of one shape, and a router as wide as its lora_A")
     return HydraPart(heads[0], A, config.lora_alpha / rank, False, tuple(heads), router)

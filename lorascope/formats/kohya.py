@@ -19,6 +19,7 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import parse_json, unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.fused_rows import split_rows, swap_halves
 from lorascope.formats.image_keys import Tensors, group_tensors, is_diffusers, is_image_adapter
 from lorascope.formats.image_names import BaseNames, swaps_halves
@@ -119,7 +120,7 @@ def image_adapter(
 def _value(path: Path, tensor: StoredTensor) -> float:
     """Load a tensor of one value."""
     if tensor.shape != (1, 1):
-        raise unreadable(path, f"{printable(tensor.name)} must be one number, got shape {tensor.shape}")
+        raise AdapterFault("shape", path, f"{printable(tensor.name)} must be one number, got shape {tensor.shape}")
     value = float(tensor.read()[0, 0])
     if not np.isfinite(value):
         raise unreadable(path, f"{printable(tensor.name)} must be finite, got {value}")

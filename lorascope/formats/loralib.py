@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
-from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
+from lorascope.files.typed_json import Finite, Positive, to_typed
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.hydralora import has_heads
 from lorascope.formats.image_keys import is_image_adapter
 from lorascope.formats.peft_config import CONFIG, peft_kind
@@ -83,7 +84,7 @@ def read_loralib(path: Path, config: Config, files: WeightFiles, base: OptionalB
         count = sum(enabled)
         if not count or (A.shape[0], B.shape[1]) != (rank * count, rank) or B.shape[0] % count:
             must = f"factors of {printable(module)} must have rank {rank} and {count} outputs ({source})"
-            raise unreadable(path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
+            raise AdapterFault("shape", path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
         scale = settings.lora_alpha / rank if config else 1.0
         updates[module] = LoralibPart(B, A, scale, is_transposed(A, settings.fan_in_fan_out), tuple(enabled))
     return AdapterFiles(path, dict(config), updates, other_names, files)

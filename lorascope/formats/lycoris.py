@@ -20,6 +20,7 @@ import numpy as np
 from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import unreadable
+from lorascope.formats.adapter_faults import AdapterFault, FaultKind
 from lorascope.formats.image_keys import Tensors
 from lorascope.formats.peft_dora import DoraPart
 from lorascope.formats.peft_factors import StoredFactors, check_fit, check_shapes, stored_shape
@@ -90,9 +91,9 @@ class LycorisModule:
             raise unreadable(self.path, reason)
         return self.base.shape(self.name)
 
-    def error(self, reason: str) -> ValueError:
-        """Return the error for a module that cannot be read."""
-        return unreadable(self.path, f"{printable(self.name)} {reason}")
+    def error(self, reason: str, kind: FaultKind = "shape") -> AdapterFault:
+        """Return the error for a module whose tensors have a fault."""
+        return AdapterFault(kind, self.path, f"{printable(self.name)} {reason}")
 
 
 def read_module(module: LycorisModule) -> tuple[str, StoredUpdate]:
@@ -117,7 +118,7 @@ def read_module(module: LycorisModule) -> tuple[str, StoredUpdate]:
 def _lora(module: LycorisModule) -> StoredUpdate:
     for factor, spelling in {"A": "lora_down (lora_A)", "B": "lora_up (lora_B)"}.items():
         if factor not in module.tensors:
-            raise module.error(f"has no {spelling}")
+            raise module.error(f"has no {spelling}", "incomplete")
     A, B = module.tensors["A"], module.tensors["B"]
     if "mid" in module.tensors:
         sizes = module.check({"B": "out rank *", "mid": "rank inner *", "A": "inner in *"})
@@ -177,7 +178,7 @@ def _ia3(module: LycorisModule) -> StoredUpdate:
         raise module.error(f"must have one value on_input, got shape {stored_shape(module.tensors['on_input'])}")
     on_input = bool(module.tensors["on_input"].read()[0, 0])
     if "weight" not in module.tensors:
-        raise module.error("has on_input but no weight")
+        raise module.error("has on_input but no weight", "incomplete")
     count = int(np.prod(stored_shape(module.tensors["weight"])))
     if not count or sides[on_input] % count or (count != sides[0] and not on_input):
         raise module.error(f"must have a weight for each of {sides[on_input]} {'inputs' if on_input else 'outputs'}")
@@ -195,7 +196,8 @@ def _rescaled(module: LycorisModule, on_input: bool, arrays: Arrays) -> Update:
 
 def _glora(module: LycorisModule) -> StoredUpdate:
     if "bm" in module.tensors:
-        raise module.error("has bm, and GLoRA with a Tucker core is not supported")
+        reason = f"{printable(module.name)} has bm, and GLoRA with a Tucker core is not supported"
+        raise unreadable(module.path, reason)
     sides = module.base_shape("GLoRA")
     sizes = module.check({"a1": "in rank *", "a2": "rank in *", "b1": "out rank *", "b2": "rank in *"}, out=sides[0])
     module.require_no_kernel("a1", "a2", "b1")

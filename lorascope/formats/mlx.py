@@ -28,6 +28,7 @@ from lorascope.files.file_names import folder_of
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, Unread
 from lorascope.files.typed_json import Finite, to_typed, unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import CONFIG
 from lorascope.formats.peft_factors import Factors, StoredFactors, check_fit, group_factors, no_factors, stored_shape
 from lorascope.formats.pretrained_weights import OptionalBase, PretrainedWeights, base_with_weight
@@ -159,7 +160,7 @@ def _lora_updates(
     """Yield name and update of a module, or of each of its experts."""
     name = printable(module)
     if missing := [factor for factor in ("lora_a", "lora_b") if factor not in factors]:
-        raise unreadable(path, f"{name} has {' and '.join(factors)} but no {missing[0]}")
+        raise AdapterFault("incomplete", path, f"{name} has {' and '.join(factors)} but no {missing[0]}")
     a, b, magnitude = factors["lora_a"], factors["lora_b"], factors.get("m")
     a_shape, b_shape = stored_shape(a), stored_shape(b)
     if len(b_shape) == 3:
@@ -171,7 +172,7 @@ def _lora_updates(
         fits = len(b_shape) == 2 and a_shape[1:] == (rank,)
     if not rank or not fits:
         must = "must have lora_a (in, rank) and lora_b (rank, out), or one of each per expert"
-        raise unreadable(path, f"{name} {must}, got shapes {a_shape} and {b_shape}")
+        raise AdapterFault("shape", path, f"{name} {must}, got shapes {a_shape} and {b_shape}")
     # lora_a of an embedding is (vocabulary, rank), so its product is the transposed weight.
     scale, transposed = _scale(settings, rank), parse(module).role == "embed"
     experts_by_name: dict[str, int | None] = {module: None}
@@ -182,7 +183,7 @@ def _lora_updates(
         update = MlxPart(a, b, scale, transposed, expert, magnitude, expert_name, weights)
         outer = update.shape[transposed]
         if magnitude is not None and math.prod(magnitude.shape) != outer:
-            raise unreadable(path, f"m of {name} must have {outer} values, got shape {magnitude.shape}")
+            raise AdapterFault("shape", path, f"m of {name} must have {outer} values, got shape {magnitude.shape}")
         yield expert_name, update
 
 

@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 
 from lorascope.files.printable import printable
-from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
+from lorascope.files.typed_json import Finite, Positive, to_typed
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import CONFIG, peft_kind
 from lorascope.formats.peft_lora import check_rank, is_transposed, lora_factors
 from lorascope.formats.pretrained_weights import OptionalBase
@@ -65,7 +66,8 @@ def read_adalora(path: Path, config: Config, files: WeightFiles, base: OptionalB
         check_rank(path, module, factors, component_counts.get(module, settings.init_r))
         A, B, E = factors["A"], factors["B"], factors["E"]
         if math.prod(E.shape) != A.shape[0]:
-            raise unreadable(path, f"lora_E of {printable(module)} must have {A.shape[0]} values, got shape {E.shape}")
+            reason = f"lora_E of {printable(module)} must have {A.shape[0]} values, got shape {E.shape}"
+            raise AdapterFault("shape", path, reason)
         transposed = is_transposed(A, settings.fan_in_fan_out)
         # Only the values of E show which components are masked.
         updates[module] = AdaPart(B, A, scale, transposed, E, int(np.count_nonzero(E.read())))

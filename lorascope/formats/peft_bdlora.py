@@ -16,7 +16,8 @@ import numpy as np
 
 from lorascope.array_types import Float
 from lorascope.files.printable import printable
-from lorascope.files.typed_json import Positive, to_typed, unreadable
+from lorascope.files.typed_json import Positive, to_typed
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import CONFIG, peft_kind
 from lorascope.formats.peft_factors import require_factor_shape
 from lorascope.formats.peft_lora import RanksAndScales, lora_factors
@@ -75,7 +76,7 @@ def read_bdlora(path: Path, config: Config, files: WeightFiles, base: OptionalBa
         divisible = A.shape[0] % count_a == 0 and B.shape[0] % count_b == 0
         if not divisible or (A.shape[0], B.shape[1] * count_b) != (rank, rank):
             must = f"factors of {printable(module)} must have rank {rank} and {blocks.nblocks} blocks ({CONFIG})"
-            raise unreadable(path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
+            raise AdapterFault("rank", path, f"{must}, got lora_A {A.shape} and lora_B {B.shape}")
         # With its zeros, a factor takes the memory of all blocks.
         for name, factor, count in (("A", A, count_a), ("B", B, count_b)):
             require_factor_shape(path, f"lora_{name} of {module}", (factor.shape[0], factor.shape[1] * count))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lorascope.files.printable import printable
-from lorascope.files.typed_json import unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import peft_kind
 from lorascope.formats.peft_lora import lora_factors, lora_parts
 from lorascope.formats.peft_modules import complete_lora, stacked_base
@@ -69,7 +69,7 @@ def read_dora(path: Path, config: Config, files: WeightFiles, base: OptionalBase
         magnitude, outer = module_factors[module]["magnitude_vector"], plain.shape[0]
         if math.prod(magnitude.shape) != outer:  # a convolution stores it as (1, out, 1, 1)
             must = f"lora_magnitude_vector of {printable(module)} must have {outer} values (outputs)"
-            raise unreadable(path, f"{must}, got shape {magnitude.shape}")
+            raise AdapterFault("shape", path, f"{must}, got shape {magnitude.shape}")
         weights = base_with_weight(base, module)
         start = starts.get(module)
         updates[module] = DoraPart(**vars(plain), magnitude=magnitude, module=module, base=weights, start=start)

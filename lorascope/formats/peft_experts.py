@@ -31,6 +31,7 @@ import numpy as np
 from lorascope.files.file_names import folder_of
 from lorascope.files.printable import first_of, printable
 from lorascope.files.typed_json import to_typed, unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import CONFIG
 from lorascope.formats.peft_factors import Factors
 from lorascope.formats.peft_lora import RanksAndScales, is_lora, lora_factors, lora_parts
@@ -129,7 +130,7 @@ def _parameters(
         if len(names) != len(nest):
             parameters = ", ".join(sorted(map(printable, names)))
             must = f"{printable(module)} must have factors of each target parameter ({parameters})"
-            raise unreadable(path, f"{must}, got {len(nest)}")
+            raise AdapterFault("incomplete", path, f"{must}, got {len(nest)}")
         ordered = [name for name in _ORDER if name in names] + sorted(names - set(_ORDER))
         # Every wrapper around the innermost one adds base_layer to its name.
         inner_first = sorted(nest, key=len, reverse=True)
@@ -149,7 +150,7 @@ def _expert_parts(path: Path, parameter: str, factors: Factors, settings: RanksA
     rows = A.shape[0]
     if len(A_shape) != 2 or len(B_shape) != 2 or not rows or rows % rank or B.shape[1] != rows:
         must = f"factors of {printable(parameter)} must have rank {rank} ({CONFIG}) per expert"
-        raise unreadable(path, f"{must}, got lora_A {A_shape} and lora_B {B_shape}")
+        raise AdapterFault("rank", path, f"{must}, got lora_A {A_shape} and lora_B {B_shape}")
     above, _, leaf = parameter.removesuffix(".weight").rpartition(".")
     scale, experts = settings.scale(parameter), rows // rank
     if experts > _MAX_EXPERTS:

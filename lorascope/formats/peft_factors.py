@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.files.printable import printable
+from lorascope.files.printable import first_of, printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile
 from lorascope.files.typed_json import unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.pretrained_weights import OptionalBase, PretrainedWeights, named_base
 from lorascope.formats.stored_update import StoredTensor, StoredUpdate, in_order, plain_name, stored_tensors
 from lorascope.updates import Update
@@ -121,7 +122,16 @@ def group_factors(files: Iterable[TensorFile], pattern: re.Pattern[str]) -> Grou
             names = f"{printable(factors[match['factor']].name)} and {printable(tensor.name)}"
             raise unreadable(tensor.file.path, f"two tensors are the same factor: {names}")
         factors[match["factor"]] = tensor
+    if empty := [module for module, factors in module_factors.items() if (0,) in map(stored_shape, factors.values())]:
+        raise ungathered_factors(tensor.file.path, empty)
     return in_order(module_factors), tuple(other_names)
+
+
+def ungathered_factors(path: Path, modules: Sequence[str], state: str = "empty") -> AdapterFault:
+    """Return the error for modules with the PEFT factors of a single process, empty or flat."""
+    verb = "is" if len(modules) == 1 else "are"
+    reason = f"{first_of(modules)} {verb} {state}: saved under ZeRO-3 or FSDP without gathering"
+    return AdapterFault("empty", path, reason)
 
 
 def no_factors(path: Path, must: str, other_names: Sequence[str]) -> ValueError:
@@ -172,7 +182,7 @@ def shared_factor(path: Path, files: Iterable[TensorFile], name: str) -> StoredT
         # They belong to no module, so PEFT's prefix base_model.model. is only base_model. here.
         if tensor.name.rpartition("base_model.")[2] == name:
             return require_factor(tensor)
-    raise unreadable(path, f"weights must include base_model.{name}")
+    raise AdapterFault("incomplete", path, f"weights must include base_model.{name}")
 
 
 def stored_shape(tensor: StoredTensor) -> tuple[int, ...]:
@@ -201,7 +211,7 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
     """
     for name, dimensions in shapes.items():
         if name not in factors:
-            raise unreadable(path, f"{printable(module)} has no {name}")
+            raise AdapterFault("incomplete", path, f"{printable(module)} has no {name}")
         stored, names = stored_shape(factors[name]), dimensions.split()
         sides, fits = stored, len(stored) == len(names)
         if names[-1].endswith("*"):
@@ -213,9 +223,11 @@ def check_shapes(path: Path, module: str, factors: Factors, shapes: Mapping[str,
                 fits &= side == int(size)
             elif size:  # a lone * has no name
                 fits &= side == sizes.setdefault(size, side)
-        if not fits or 0 in stored:  # ZeRO-3 and FSDP save empty tensors without gathering
+        if 0 in stored:
+            raise ungathered_factors(path, [module])
+        if not fits:
             must = ", ".join(str(sizes.get(size, size)) for size in dimensions.split())
-            raise unreadable(path, f"{name} of {printable(module)} must have shape ({must}), got {stored}")
+            raise AdapterFault("shape", path, f"{name} of {printable(module)} must have shape ({must}), got {stored}")
     return sizes
 
 
@@ -232,4 +244,4 @@ def check_fit(path: Path, module: str, shape: tuple[int, int], base: tuple[int, 
     """Raise a ValueError if a module's factors, as in PEFT, do not fit the shape (out, in) of its base weight."""
     if shape != base:
         must = f"factors of {printable(module)} must fit its base weight, {base[0]} x {base[1]}"
-        raise unreadable(path, f"{must}, got {shape[0]} x {shape[1]}")
+        raise AdapterFault("misfit", path, f"{must}, got {shape[0]} x {shape[1]}")

@@ -19,7 +19,8 @@ import numpy as np
 from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import to_typed, unreadable
+from lorascope.files.typed_json import to_typed
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import CONFIG, KINDS, peft_kind
 from lorascope.formats.peft_factors import (
     INDICES,
@@ -91,7 +92,7 @@ class PeftModule:
 
     def error(self, reason: str) -> ValueError:
         """Return the error for tensors that the format does not allow."""
-        return unreadable(self.path, reason)
+        return AdapterFault("shape", self.path, reason)
 
 
 class PeftFormat(msgspec.Struct, frozen=True):

@@ -19,7 +19,8 @@ import numpy as np
 
 from lorascope.array_types import Int
 from lorascope.files.printable import printable
-from lorascope.files.typed_json import Finite, Positive, to_typed, unreadable
+from lorascope.files.typed_json import Finite, Positive, to_typed
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import CONFIG, peft_kind
 from lorascope.formats.peft_factors import group_factors, no_factors
 from lorascope.formats.pretrained_weights import OptionalBase, base_with_shapes, named_base
@@ -88,10 +89,11 @@ def read_fourier(path: Path, config: Config, files: WeightFiles, base: OptionalB
     for module, factors in module_factors.items():
         stored, n, name = factors["fourierft_spectrum"], count_of(module), printable(module)
         if stored.shape != (n, 1):
-            raise unreadable(path, f"{name} must have {n} coefficients ({CONFIG}), got {stored.shape[0]}")
+            raise AdapterFault("rank", path, f"{name} must have {n} coefficients ({CONFIG}), got {stored.shape[0]}")
         outer, inner = sides = shapes.shape(module, transposed)
         if n > outer * inner:
-            raise unreadable(path, f"{name} must have <= {outer} x {inner} coefficients (its base), got {n}")
+            reason = f"{name} must have <= {outer} x {inner} coefficients (its base), got {n}"
+            raise AdapterFault("misfit", path, reason)
         updates[module] = FourierPart(stored, sides, settings.scaling, transposed, seed)
     return AdapterFiles(path, dict(config), updates, other_names, files, "FourierFT", named_base(config) is None)
 

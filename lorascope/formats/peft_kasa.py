@@ -22,6 +22,7 @@ import numpy as np
 from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import peft_kind
 from lorascope.formats.peft_lora import lora_factors, lora_parts
 from lorascope.formats.peft_modules import complete_lora, stacked_base
@@ -72,7 +73,7 @@ def read_kasa(path: Path, config: Config, files: WeightFiles, base: OptionalBase
         diagonal = module_factors[module]["diag"]
         if diagonal.shape != (plain.rank, 1):
             must = f"lora_diag of {printable(module)} must have {plain.rank} values"
-            raise unreadable(path, f"{must}, got shape {diagonal.shape}")
+            raise AdapterFault("shape", path, f"{must}, got shape {diagonal.shape}")
         weights = base_with_weight(base, module)
         if plain.scale == 0 and weights is not None:
             raise unreadable(path, f"lora_alpha of {printable(module)} must not be 0")

@@ -15,9 +15,17 @@ from typing import Any
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, open_tensors
 from lorascope.files.typed_json import to_typed, unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.hydralora import has_heads
 from lorascope.formats.peft_config import CONFIG, LoraConfig, peft_kind
-from lorascope.formats.peft_factors import Factors, GroupedFactors, group_factors, no_factors
+from lorascope.formats.peft_factors import (
+    Factors,
+    GroupedFactors,
+    group_factors,
+    no_factors,
+    stored_shape,
+    ungathered_factors,
+)
 from lorascope.formats.peft_modules import OUT_PROJ, complete_lora, stacked_base
 from lorascope.formats.peft_residual import change_from_original_base
 from lorascope.formats.peft_whole_weights import UNUSED
@@ -54,10 +62,10 @@ def lora_factors(path: Path, files: Iterable[TensorFile], expected: Sequence[str
     for module, factors in module_factors.items():
         if missing := [name for name in expected if name not in factors]:
             present = " and ".join(f"lora_{name}" for name in factors)
-            raise unreadable(path, f"{printable(module)} has {present} but no lora_{missing[0]}")
+            raise AdapterFault("incomplete", path, f"{printable(module)} has {present} but no lora_{missing[0]}")
         if extra := [name for name in factors if name not in expected]:
             option = {"magnitude_vector": "use_dora", "E": "peft_type ADALORA", "diag": "kasa_config"}[extra[0]]
-            raise unreadable(path, f"{printable(module)} has lora_{extra[0]}, but {CONFIG} lacks {option}")
+            raise AdapterFault("rank", path, f"{printable(module)} has lora_{extra[0]}, but {CONFIG} lacks {option}")
     return module_factors, other_names
 
 
@@ -118,10 +126,15 @@ def check_rank(path: Path, module: str, factors: Factors, rank: int) -> None:
     """Raise a ValueError if the rank of a PEFT LoRA's factors differs from its configuration."""
     ranks = factors["A"].shape[0], factors["B"].shape[1]
     if ranks == (0, 0) and rank:  # AdaLoRA may remove all components of a module
-        raise unreadable(path, f"{printable(module)} is empty: it was saved under ZeRO-3 or FSDP without gathering")
+        raise ungathered_factors(path, [module])
+    if 1 in (len(stored_shape(factors["A"])), len(stored_shape(factors["B"]))):
+        raise ungathered_factors(path, [module], "flat")
+    if ranks[0] != ranks[1]:
+        reason = f"factors of {printable(module)} must have one rank, got {ranks[0]} (lora_A) and {ranks[1]} (lora_B)"
+        raise AdapterFault("shape", path, reason)
     if ranks != (rank, rank):
         must = f"factors of {printable(module)} must have rank {rank} ({CONFIG})"
-        raise unreadable(path, f"{must}, got {ranks[0]} and {ranks[1]}")
+        raise AdapterFault("rank", path, f"{must}, got {ranks[0]} and {ranks[1]}")
 
 
 def is_transposed(A: StoredTensor, fan_in_fan_out: bool | None) -> bool:

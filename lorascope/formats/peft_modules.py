@@ -19,6 +19,7 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Count, to_typed, unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.pretrained_weights import OptionalBase
 from lorascope.formats.readers import Config
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredUpdate, in_order
@@ -52,7 +53,7 @@ def stacked_base(path: Path, config: Config, modules: Iterable[str], base: Optio
         if stack and (match := _LAYER.fullmatch(name)):
             if int(match[2]) >= len(stack):
                 must = f"layer of {printable(name)} must be < {len(stack)}, the layers of layer_replication"
-                raise unreadable(path, f"{must}, got {match[2]}")
+                raise AdapterFault("rank", path, f"{must}, got {match[2]}")
             names[name] = f"{match[1]}{stack[int(match[2])]}{match[3]}"
     return base.renamed(names) if base is not None and names else base
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lorascope.files.typed_json import unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.nearest_tokens import describe_nearest
 from lorascope.formats.peft_config import peft_kind
-from lorascope.formats.peft_factors import require_factor, stored_shape
+from lorascope.formats.peft_factors import require_factor, stored_shape, ungathered_factors
 from lorascope.formats.pretrained_weights import OptionalBase
 from lorascope.formats.readers import Config, WeightFiles, says, unread
 from lorascope.formats.stored_update import stored_tensors
@@ -44,13 +44,15 @@ def describe_prompt(path: Path, config: Config, files: WeightFiles, base: Option
     for tensor in stored_tensors(files):
         if _PROMPT.fullmatch(tensor.name):
             shape = stored_shape(require_factor(tensor))
-            if len(shape) < 2 or 0 in shape[-2:]:
-                raise unreadable(path, f"{kind} weights must include prompt_embeddings (tokens, width)")
+            if 0 in shape:
+                raise ungathered_factors(path, [tensor.name])
+            if len(shape) < 2:
+                raise AdapterFault("shape", path, f"{kind} weights must include prompt_embeddings (tokens, width)")
             prompts.append(as_float64(tensor.read()).reshape(-1, shape[-1]))
         elif not _FACTORS.fullmatch(tensor.name):
             other_names.append(tensor.name)
     if not prompts:
-        raise unreadable(path, f"{kind} weights must include prompt_embeddings (tokens, width)")
+        raise AdapterFault("incomplete", path, f"{kind} weights must include prompt_embeddings (tokens, width)")
     norms = np.concatenate([np.linalg.norm(prompt, axis=1) for prompt in prompts])
     span = f"{norms.min():.4g} to {norms.max():.4g}, median {np.median(norms):.4g}"
     tokens, width = prompts[0].shape

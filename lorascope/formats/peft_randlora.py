@@ -23,7 +23,7 @@ import numpy as np
 
 from lorascope.array_types import Float
 from lorascope.files.safetensors_io import round_to_bfloat16
-from lorascope.files.typed_json import Finite, Positive
+from lorascope.files.typed_json import Finite, Positive, unreadable
 from lorascope.formats.peft_factors import MAX_VALUES
 from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule
 from lorascope.updates import Dense
@@ -68,7 +68,7 @@ class RandLoRA(PeftFormat, frozen=True):
     def check(self, module: PeftModule) -> None:
         largest, smallest = module.sizes["largest"], module.sizes["smallest"]
         if not self.save_projection and largest * (smallest + self.r) > MAX_VALUES:
-            raise module.error(f"random factors must have <= {MAX_VALUES} values")
+            raise unreadable(module.path, f"random factors must have <= {MAX_VALUES} values")
 
     def update(self, arrays: Arrays, module: PeftModule) -> Dense:
         if self.save_projection:

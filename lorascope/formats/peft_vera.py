@@ -22,6 +22,7 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import Positive, to_typed, unreadable
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.peft_config import CONFIG, peft_kind
 from lorascope.formats.peft_factors import MAX_VALUES, group_factors, require_factor
 from lorascope.formats.pretrained_weights import OptionalBase, base_with_shapes, named_base
@@ -99,14 +100,14 @@ def read_vera(path: Path, config: Config, files: WeightFiles, base: OptionalBase
     updates = {}
     for module, factors in module_factors.items():
         if missing := {"lambda_b", "lambda_d"} - factors.keys():
-            raise unreadable(path, f"{printable(module)} has no vera_{min(missing)}")
+            raise AdapterFault("incomplete", path, f"{printable(module)} has no vera_{min(missing)}")
         outer, inner = sides[module]
         update = VeraPart(factors["lambda_b"], factors["lambda_d"], shared, inner, transposed)
         must = f"factors of {printable(module)} must"
         if update.rank != settings.r or rank != settings.r or width != settings.r:
-            raise unreadable(path, f"{must} have rank {settings.r} ({CONFIG})")
+            raise AdapterFault("rank", path, f"{must} have rank {settings.r} ({CONFIG})")
         if update.shape[0] != outer or widest_in < inner or widest_out < outer:
-            raise unreadable(path, f"{must} fit its base weight, {outer} x {inner}")
+            raise AdapterFault("misfit", path, f"{must} fit its base weight, {outer} x {inner}")
         updates[module] = update
     # The shared factors belong to no module, so they are among the other tensors.
     other_names = tuple(name for name in other_names if not _SHARED.search(name))

@@ -16,7 +16,8 @@ from typing import Literal
 import msgspec
 
 from lorascope.files.printable import printable
-from lorascope.files.typed_json import Count, to_typed, unreadable
+from lorascope.files.typed_json import Count, to_typed
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.formats.stored_update import AdapterFiles, StoredTensor, plain_name, stored_tensors
 
 Kind = Literal["full", "copy", "tokens", "bias", "bias update", "bias difference", "ignored", "unread"]
@@ -89,5 +90,5 @@ def _token_rows(files: AdapterFiles, module: str, tensor: StoredTensor) -> tuple
         indices = next(iter(matches), [])
     if len(indices) != tensor.shape[0]:
         must = f"tokens of {printable(module)} must be those of trainable_token_indices ({len(indices)})"
-        raise unreadable(files.path, f"{must}, got {tensor.shape[0]} rows")
+        raise AdapterFault("rank", files.path, f"{must}, got {tensor.shape[0]} rows")
     return tuple(indices)

@@ -17,6 +17,7 @@ from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile, Unread, open_tensors, reject_pickles, weight_files
 from lorascope.files.typed_json import read_json, unreadable
+from lorascope.formats.adapter_faults import BaseMisfit
 from lorascope.formats.transformers_names import Tree, tree
 from lorascope.schema.module_roles import parse
 from lorascope.schema.name_patterns import Ends
@@ -128,10 +129,7 @@ class PretrainedWeights:
         if (square and transposed) or (not square and weight.shape == shape[::-1]):
             weight = weight.T
         if weight.shape != shape:
-            raise ValueError(
-                f"cannot use {printable(self.folder)} as the base: {printable(name)} must have shape {shape}, "
-                f"got {stored.shape}"
-            )
+            raise BaseMisfit(self.folder, f"{printable(name)} must have shape {shape}, got {stored.shape}")
         return weight
 
     def renamed(self, names: Mapping[str, str]) -> PretrainedWeights:

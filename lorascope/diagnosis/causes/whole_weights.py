@@ -13,11 +13,32 @@ from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, mo
 from lorascope.files.printable import count_phrase
 from lorascope.formats.peft_whole_weights import WholeWeight, whole_weights
 from lorascope.formats.pretrained_weights import PretrainedWeights
+from lorascope.formats.stored_update import plain_name, stored_tensors
 from lorascope.schema.module_roles import parse
 from lorascope.updates.linalg import as_float64
 
 _NAMES = {"full": "saved as full weights", "copy": "saved with their base weight", "tokens": "rows of single tokens"}
 _BLOCK = 2**22  # values of a weight in memory at once
+
+
+@DoctorRule(
+    "LS026",
+    "empty-tensors",
+    "error",
+    needs="config",
+    problem="Tensors are empty or flat, because each process saved its own part.",
+    evidence="a tensor without values or a factor with one dimension, as under ZeRO-3 or FSDP without gathering",
+    fix="gather while saving (DeepSpeed: stage3_gather_16bit_weights_on_model_save; FSDP: FULL_STATE_DICT), or convert "
+    "the checkpoint with zero_to_fp32.py",
+)
+def empty_tensors(case: Case) -> Findings:
+    """Find empty weights that an adapter stores in addition to factors; empty factors prevent reading it."""
+    empty = [tensor.name for tensor in stored_tensors(case.files.files) if 0 in tensor.file.shape(tensor.name)]
+    # The factors of AdaLoRA may have no components.
+    names = [name for name in map(plain_name, empty) if name in set(case.files.others)]
+    if names:
+        count = f"{count_phrase(len(names), 'tensor')} without values, saved under ZeRO-3 or FSDP without gathering"
+        yield finding(count, names, tensors=len(names))
 
 
 @DoctorRule(

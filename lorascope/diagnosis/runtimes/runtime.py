@@ -39,6 +39,11 @@ class Target:
     base: PretrainedWeights | None
 
     @property
+    def case(self) -> Case:
+        """Case of the adapter, for rules that also apply to runtimes."""
+        return Case(Adapter(self.files, self.base))
+
+    @property
     def config(self) -> dict[str, Any]:
         """Configuration of the adapter."""
         return self.files.config
@@ -86,8 +91,16 @@ class Target:
         if self.base is not None and self.base.is_converted(module):
             return ()
         if module.endswith("lm_head"):  # a head that shares the weight of the embedding is not stored
-            return _embedding(self.modules)
+            return self.embedding
         return None
+
+    @property
+    def embedding(self) -> tuple[int, ...] | None:
+        """Stored shape of the base's embedding of tokens; None if there is not exactly one."""
+        names = list(filter(_EMBEDDING.search, self.modules))
+        if len(names) != 1:  # of several, the one that the head shares is not known
+            return None
+        return self.modules[names[0]]
 
     @cached_property
     def absent(self) -> list[str]:
@@ -97,16 +110,16 @@ class Target:
         return [module for module in self.files.parts if self.find_shape(module) is None]
 
     @cached_property
-    def misfits(self) -> list[str]:
-        """Modules whose update does not have the shape of the weight, with both shapes."""
-        misfits = []
+    def misfits(self) -> dict[str, str]:
+        """Modules whose update does not have the shape of the weight, with a text that has both shapes."""
+        misfits = {}
         for module, update in self.files.parts.items():
             stored_shape = self.find_shape(module)
             if not stored_shape:
                 continue
             shape = stored_shape[0], math.prod(stored_shape[1:])
             if update.shape not in (shape, shape[::-1]):
-                misfits.append(f"{module} ({_sides(update.shape)}, in the base {_sides(shape)})")
+                misfits[module] = f"{module} ({join_sides(update.shape)}, in the base {join_sides(shape)})"
         return misfits
 
     def find_renaming(self, names: Collection[str]) -> str | None:
@@ -214,7 +227,7 @@ def apply_adapter(files: AdapterFiles, base: PretrainedWeights | None, name: str
     if name not in RUNTIMES:
         raise ValueError(f"runtime must be one of {', '.join(sorted(RUNTIMES))}, got {printable(name)!r}")
     target = Target(files, base)
-    findings = (*compiled_names.findings(Case(Adapter(files, base))), *RUNTIMES[name](target))
+    findings = (*compiled_names.findings(target.case), *RUNTIMES[name](target))
     lost: set[str] = set()
     for finding in findings:
         lost.update(finding.modules)
@@ -251,12 +264,16 @@ def find_absent_modules(target: Target, manner: str) -> Iterator[Finding]:
         yield omission(target.absent, len(target.files.parts), f"{manner}, because the base has no such module", fix)
 
 
-def find_misfitting_modules(target: Target) -> Iterator[Finding]:
-    """Yield the modules whose update does not fit the weight, which every runtime refuses."""
-    if target.misfits:
-        count = f"{len(target.misfits)} of {len(target.files.parts)}"
-        reason = f"the update of {count} modules does not fit the weight: {first_and_count(target.misfits)}"
-        yield refusal(reason, "load it into the model that it was trained on", modules=len(target.misfits))
+def find_misfitting_modules(target: Target, explained: Collection[str] = ()) -> Iterator[Finding]:
+    """Yield the modules whose update does not fit the weight, which every runtime refuses.
+
+    Modules in ``explained`` are left out, because another finding is about them.
+    """
+    misfits = [text for module, text in target.misfits.items() if module not in explained]
+    if misfits:
+        count = f"{len(misfits)} of {len(target.files.parts)}"
+        reason = f"the update of {count} modules does not fit the weight: {first_and_count(misfits)}"
+        yield refusal(reason, "load it into the model that it was trained on", modules=len(misfits))
 
 
 def stored_options(config: Mapping[str, Any]) -> list[str]:
@@ -280,12 +297,5 @@ def largest_rank(target: Target) -> int:
     return max((update.rank for update in target.files.parts.values()), default=0)
 
 
-def _embedding(modules: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
-    names = list(filter(_EMBEDDING.search, modules))
-    if len(names) != 1:  # of several, it is not known which one is shared
-        return None
-    return modules[names[0]]
-
-
-def _sides(shape: Iterable[int]) -> str:
+def join_sides(shape: Iterable[int]) -> str:
     return " x ".join(map(str, shape))

@@ -14,4 +14,4 @@ class UncutTable(pd.DataFrame):
 
     def _repr_html_(self) -> str:
         with pd.option_context("display.max_colwidth", None, "display.max_rows", None):
-            return super()._repr_html_()
+            return super()._repr_html_()  # type: ignore[misc]  # the stubs lack it

@@ -23,11 +23,11 @@ def rank_grid(modules: pd.DataFrame, ranks: Mapping[str, int], kept: Mapping[str
         Rank that it has in the next LoRA; by default the same.
     """
     cells: dict[str, dict[str, str]] = {}
-    for row in modules.itertuples():
-        if row.module in ranks:
-            role = f"{row.stack} {row.role}".strip()
-            layer = "-" if pd.isna(row.layer) else str(row.layer)
-            cell = str(ranks[row.module]) if kept is None else f"{ranks[row.module]} -> {kept.get(row.module, 0)}"
+    for module, stack, number, role in modules[["module", "stack", "layer", "role"]].itertuples(index=False):
+        if module in ranks:
+            role = f"{stack} {role}".strip()
+            layer = "-" if pd.isna(number) else str(number)
+            cell = str(ranks[module]) if kept is None else f"{ranks[module]} -> {kept.get(module, 0)}"
             of_role = cells.setdefault(role, {})
             # Modules of one role and layer are experts, or have names without a known role.
             of_role[layer] = f"{of_role[layer]}, {cell}" if layer in of_role else cell

@@ -201,6 +201,24 @@ def test_alarm_is_a_warning_once_and_a_record_at_each_module(watched):
     assert rows["step"].nunique() == 1
 
 
+@pytest.mark.parametrize("layers", ["layer.0.", "layer."])
+@pytest.mark.parametrize("factors", [["lora_B"], ["lora_A", "lora_B"]])
+def test_alarm_and_doctor_name_the_frozen_parameters(factors, layers, watched):
+    model, names = watched.peft(), set()
+    for name, parameter in model.named_parameters():
+        if layers in name and any(factor in name for factor in factors):
+            parameter.requires_grad_(False)
+            names.add(name.partition("self.")[2].partition(".")[2])
+    with pytest.warns(UserWarning, match="LS00[47]") as caught:
+        run = watched.trained(model)
+    (text,) = (str(warning.message) for warning in caught if "LS00" in str(warning.message))
+    (finding,) = ls.diagnose(run)
+    count = 2 if layers == "layer.0." else 4
+    expected = f"{' and '.join(sorted(names))} of {count} modules without requires_grad"
+    assert expected in text
+    assert expected in finding.message
+
+
 def zero(out):
     """Return a loss that is 0 and has a gradient, as GRPO's at its first step on each batch."""
     return out.loss - out.loss.detach()

@@ -213,6 +213,16 @@ def adapters(model: nn.Module, names: Sequence[str] | None = None) -> dict[str, 
     return deltas
 
 
+def frozen_parameters(adapters: Mapping[str, Delta | PeftDelta]) -> dict[str, list[str]]:
+    """Return the names of the parameters of adapters that have no ``requires_grad``, by module."""
+    frozen: dict[str, list[str]] = {}
+    for module, adapter in adapters.items():
+        for name, parameter in adapter.named_parameters():
+            if not parameter.requires_grad:
+                frozen.setdefault(module, []).append(name)
+    return frozen
+
+
 def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
     """Return a module's weight plus the update of its Delta; an input-dependent one is taken at mean gates."""
     weight, delta = host_weight(model.get_submodule(module)).detach(), attached_deltas(model).get(module)

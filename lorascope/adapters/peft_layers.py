@@ -47,6 +47,15 @@ class PeftDelta:
             return {}
         return scaled.factors
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of the adapters, by their names in the layer."""
+        tables = set(self.layer.adapter_layer_names)
+        for name, parameter in self.layer.named_parameters():
+            # The layer also has the parameters of its base layer, and of other adapters.
+            table, *adapter = name.split(".")[:2]
+            if table in tables and adapter and adapter[0] in self.names:
+                yield name, parameter
+
 
 def unwrap_peft_model(model: Any) -> Any:
     """Return the base model of a ``PeftModel``, with its PEFT layers still wrapped; other models are unchanged."""

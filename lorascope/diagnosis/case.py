@@ -7,7 +7,7 @@ training history.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -204,6 +204,11 @@ class Case(ModuleEvidence):
     def error(self) -> str:
         """Reason why the training stopped, "" if it did not."""
         return str(self.meta.error or "")
+
+    @property
+    def frozen(self) -> Mapping[str, Sequence[str]]:
+        """Parameters of each adapter of a run that had no ``requires_grad`` when it began."""
+        return self.meta.frozen or {}
 
     @property
     def expects_adapters(self) -> bool:

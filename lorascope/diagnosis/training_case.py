@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lorascope.diagnosis.case import Case, ModuleEvidence, TrainedModule
 
@@ -32,6 +32,8 @@ class TrainingEvidence(ModuleEvidence):
         Modules whose trainable adapter parameters the optimizer does not contain.
     has_gradient : bool
         Whether any trained parameter has a gradient other than zero.
+    frozen : mapping module -> names
+        Parameters of each adapter without ``requires_grad``.
     nonfinite : str
         What was not finite first, see ``describe_nonfinite``; "" while the weights are finite.
     """
@@ -46,6 +48,7 @@ class TrainingEvidence(ModuleEvidence):
     tied: Sequence[tuple[str, str]]
     unoptimized: Sequence[str]
     has_gradient: bool
+    frozen: Mapping[str, Sequence[str]] = field(default_factory=dict)
     nonfinite: str = ""
     error = ""  # of a training that has stopped
     fewest_losses = 10  # for an estimate of their noise: they are losses of single batches, compared at each check

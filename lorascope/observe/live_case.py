@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorascope.adapters.delta import Delta
+from lorascope.adapters.delta import Delta, frozen_parameters
 from lorascope.adapters.host_weights import shared_copies
 from lorascope.adapters.peft_layers import PeftDelta, has_peft_layers, unreadable_adapters
 from lorascope.diagnosis.case import TrainedModule, component_evidence
@@ -50,6 +50,7 @@ class LiveModel:
             tied=[pair for pair in tied_pairs(step.modules) if set(pair) <= adapted.keys()],
             unoptimized=[name for name, delta in adapted.items() if _is_left_out(delta, optimized)],
             has_gradient=any(map(_has_gradient, optimized)),
+            frozen=frozen_parameters(adapted),
         )
 
     def _adapted_modules(self, initial: Mapping[str, Update]) -> Iterator[TrainedModule]:
@@ -92,12 +93,7 @@ def _masks_components(delta: Delta | PeftDelta) -> bool:
 
 def _is_left_out(delta: Delta | PeftDelta, optimized: set[nn.Parameter]) -> bool:
     """Return whether an adapter has trainable parameters, of which the optimizer contains none."""
-    layer: Any = delta
-    prefixes: tuple[str, ...] = ("",)
-    if isinstance(delta, PeftDelta):
-        # A PEFT layer also has the parameters of its base layer.
-        layer, prefixes = delta.layer, tuple(f"{name}." for name in delta.layer.adapter_layer_names)
-    trainable = {p for name, p in layer.named_parameters() if p.requires_grad and name.startswith(prefixes)}
+    trainable = {parameter for _, parameter in delta.named_parameters() if parameter.requires_grad}
     return bool(trainable) and trainable.isdisjoint(optimized)
 
 

@@ -161,6 +161,7 @@ class Manifest:
     task_type: str | None = None
     eval_overlap: float | None = None
     left_out: dict[str, str] | None = None
+    frozen: dict[str, list[str]] | None = None
     started: int | None = None
     seconds: Finite = 0.0
     total_seconds: Finite = 0.0

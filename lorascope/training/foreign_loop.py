@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import distributed, nn
 
+from lorascope.adapters.delta import adapters, frozen_parameters
 from lorascope.adapters.peft_layers import active_adapters, is_peft_layer, unreadable_adapters
 from lorascope.files.printable import first_of
 from lorascope.methods.method import Method, Step
@@ -100,6 +101,7 @@ def run_manifest(
         task_type=_peft_task_type(model),
         task_kind="image" if getattr(step.model, "main_input_name", None) == "pixel_values" else None,
         left_out=unreadable_adapters(step.model),
+        frozen=frozen_parameters(adapters(step.model, step.adapter_names)) or None,
         labels=_class_names(step),
         settings={**settings, **common},
         **circumstances(step, method, trained, device),

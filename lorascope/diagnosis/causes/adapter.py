@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import median
 
 import numpy as np
 
-from lorascope.diagnosis.case import UNUSED, Case, MeasuredModule, known_rows, largest_rows
+from lorascope.diagnosis.case import UNUSED, Case, MeasuredModule, TrainedModule, known_rows, largest_rows
 from lorascope.diagnosis.causes.finding import (
     DoctorRule,
     Findings,
@@ -21,6 +21,7 @@ from lorascope.diagnosis.causes.finding import (
 )
 from lorascope.diagnosis.change_from_base import DIRECTIONS, SIDE
 from lorascope.diagnosis.training_case import Evidence
+from lorascope.files.printable import count_phrase
 from lorascope.runs.gated_run import gate_description
 
 FAINT = 1e-3  # fraction of the median change per layer: layers of healthy runs differ by less than a hundredfold
@@ -105,7 +106,8 @@ def untrained(case: Case) -> Findings:
     needs="history",
     problem="Training did not change any adapter.",
     evidence="B is zero in all modules after the recorded steps, or no PEFT adapter was active",
-    fix="train with the adapter enabled (set_adapter, no disable_adapter), on modules that the forward pass uses",
+    fix="train with the adapter enabled (set_adapter, no disable_adapter) and requires_grad of its parameters, on "
+    "modules that the forward pass uses",
     suppresses=("rate-small",),
     live_from=2,
 )
@@ -118,6 +120,8 @@ def unused(case: Evidence) -> Findings:
     if count:
         state = f"all {count} adapters are unchanged"
     reason = "they are disabled, frozen, or on modules that the forward pass does not use"
+    if frozen_names := _describe_frozen(case, case.unchanged_adapters):
+        reason = frozen_names
     yield finding(f"{state} after {steps} steps: {reason}", modules=count, update_norm=0.0, steps=steps)
 
 
@@ -184,7 +188,22 @@ def frozen(case: Evidence) -> Findings:
         return
     if any(module.update_norm > 0 for module in adapted):
         zero = "an update of exactly zero while others changed"
+        if frozen_names := _describe_frozen(case, unchanged):
+            zero = f"{zero} ({frozen_names})"
         yield from finding_if_any(unchanged, adapted, zero, modules=module_names(unchanged), update_norm=0.0)
+
+
+def _describe_frozen(case: Evidence, modules: Iterable[TrainedModule]) -> str:
+    """Return which parameters of adapters have no ``requires_grad``, "" if none are known."""
+    frozen = {module.module: case.frozen[module.module] for module in modules if module.module in case.frozen}
+    if not frozen:
+        return ""
+    names, *others = map(tuple, frozen.values())
+    if all(other == names for other in others):
+        return f"{' and '.join(names)} of {count_phrase(len(frozen), 'module')} without requires_grad"
+    return (
+        f"{first_and_count(f'{module}.{name}' for module in frozen for name in frozen[module])} without requires_grad"
+    )
 
 
 @DoctorRule("LS109", severity="caution", problem="All updates are zero.", evidence="|dW| is 0 in all modules")

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorascope.array_types import Float
-from lorascope.inputs.models import quiet
+from lorascope.inputs.models import quiet, require_own_attention
 
 _TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -70,8 +70,9 @@ def merged_updates(
 
 
 def _load_base(base: Path, model_class: str | None, task: str | None) -> nn.Module:
-    architectures = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False).architectures or []
-    candidates = [model_class, _TASKS.get(task or ""), *architectures, "AutoModel"]
+    config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+    require_own_attention(config, base)
+    candidates = [model_class, _TASKS.get(task or ""), *(config.architectures or []), "AutoModel"]
     names = (name for name in candidates if name and hasattr(getattr(transformers, name, None), "from_pretrained"))
     # Code of the base model's folder is never run.
     options = {"dtype": "auto", "use_safetensors": True, "trust_remote_code": False}

@@ -63,7 +63,8 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
     if (folder := Path(source)).is_dir():
         _require_own_files(folder)
     with quiet():
-        config = _load_quietly(transformers.AutoConfig, source, name, trust_remote_code=False)
+        config = _load_quietly(transformers.AutoConfig, source, name)
+        require_own_attention(config, source)
         if blocks is not None:
             _keep_blocks(config, blocks, name)
         head = _head_class(config, name)
@@ -134,11 +135,11 @@ def _load_processor(kind: Any, model: nn.Module, noun: str, hint: str = "") -> A
         raise ValueError(f"cannot find the {noun} of this {name}: it was not loaded from a folder or hub id")
     with quiet():
         try:
-            return kind.from_pretrained(locate_model(source))
+            return kind.from_pretrained(locate_model(source), trust_remote_code=False)
         except Exception as error:  # transformers checks no types, so that broken files raise any error
-            reason = printable(first_line(error))
+            reason = _load_error_reason(error, hint)
             article = "an" if noun.startswith("i") else "a"
-            raise ValueError(f"cannot load {article} {noun} from {printable(source)}: {reason}{hint}") from None
+            raise ValueError(f"cannot load {article} {noun} from {printable(source)}: {reason}") from None
 
 
 def tokenizer(model: nn.Module) -> Any:
@@ -250,6 +251,23 @@ def _head_class(config: Any, name: object) -> Any:
     )
 
 
+def require_own_attention(config: Any, source: object) -> None:
+    """Raise a ValueError unless transformers itself implements the attention that a model's configuration names.
+
+    Other names are kernels, whose code transformers fetches from the Hugging Face Hub and runs.
+    """
+    name = config._attn_implementation
+    allowed = ("eager", *transformers.AttentionInterface().valid_keys())
+    if name is not None and name not in allowed:
+        raise ValueError(
+            f"cannot read the model in {printable(source)}: attn_implementation must be one of {', '.join(allowed)}, "
+            f"got {printable(name)}"
+        )
+    for part in config.sub_configs:
+        if (inner := getattr(config, part, None)) is not None:
+            require_own_attention(inner, source)
+
+
 def set_labels(config: Any, labels: Sequence[str]) -> None:
     """Set a model's class names, and their numbers, in its configuration."""
     config.id2label = dict(enumerate(labels))  # sets num_labels too
@@ -270,15 +288,22 @@ def _keep_blocks(config: Any, blocks: int, name: object) -> None:
 
 
 def _load_quietly(kind: Any, source: str, name: object, **options: Any) -> Any:
-    """Call ``kind.from_pretrained``, and shorten its errors to one line."""
+    """Call ``kind.from_pretrained``, run no code of the model's folder, and shorten its errors to one line."""
     path = Path(source, options.get("gguf_file", ""))
     try:
-        return kind.from_pretrained(source, **options)
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # transformers checks no types, so that broken files raise any error
-        reason = printable(first_line(error))
+        reason = _load_error_reason(error)
         if path.exists():
             raise ValueError(f"cannot read the model in {printable(path)}: {reason}") from None
         raise FileNotFoundError(f"{_unknown_model(name)} ({reason})") from None
+
+
+def _load_error_reason(error: Exception, hint: str = "") -> str:
+    """Return the first line of an error of transformers with a hint, or that a model needs code of its folder."""
+    if "trust_remote_code=True" in str(error):
+        return "its configuration names Python code of its folder (auto_map), which is never run"
+    return printable(first_line(error)) + hint
 
 
 def _unknown_model(name: object) -> str:

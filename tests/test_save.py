@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,6 +26,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from PIL import Image
+from playwright.sync_api import sync_playwright
+from test_explore import BROWSER
 
 import lorascope
 from lorascope.charts.chart import Chart, set_side_by_side
@@ -250,8 +255,52 @@ def test_jupyter_shows_plotly(chart, monkeypatch) -> None:
         assert len(figure["data"]) == 6
         assert figure["config"]["showSendToCloud"] is False
         assert shown["text/plain"] == repr(chart)
+        assert "text/html" not in shown
+        assert base64.b64decode(shown["image/png"]).startswith(b"\x89PNG")
     plotly.io.renderers.default = "plotly_mimetype+notebook"
-    assert "Plotly.newPlot" in set_side_by_side(chart, chart)._repr_mimebundle_()["text/html"]
+    shown = set_side_by_side(chart, chart)._repr_mimebundle_()
+    assert "Plotly.newPlot" in shown["text/html"]
+    assert "image/png" not in shown
+
+
+NOTEBOOK = """import pandas as pd
+from lorascope.charts.chart import Chart
+from lorascope.charts.marks import Line
+Chart(pd.DataFrame({"x": [0, 1, 2], "y": [1.0, 3.0, 2.0]}), [Line("x", "y")])"""
+
+
+@pytest.fixture(scope="module")
+def exported_notebook(tmp_path_factory) -> Path:
+    """Return the HTML that nbconvert writes of an executed notebook with one chart."""
+    nbconvert, nbformat = pytest.importorskip("nbconvert"), pytest.importorskip("nbformat")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(NOTEBOOK)])
+    nbconvert.preprocessors.ExecutePreprocessor(timeout=300).preprocess(notebook, {})
+    ((output,),) = (cell["outputs"] for cell in notebook.cells)
+    assert "application/vnd.plotly.v1+json" in output["data"]  # JupyterLab shows the interactive form
+    body, _ = nbconvert.HTMLExporter().from_notebook_node(notebook)
+    path = tmp_path_factory.mktemp("notebook") / "notebook.html"
+    path.write_text(body)
+    return path
+
+
+@pytest.mark.slow
+def test_nbconvert_shows_a_chart_as_an_image(exported_notebook):
+    (content,) = re.findall(r'<img [^>]*src="data:image/png;base64,([^"]+)"', exported_notebook.read_text())
+    with Image.open(io.BytesIO(base64.b64decode(content))) as drawn:
+        assert drawn.width == 495
+        assert len(drawn.convert("RGB").getcolors()) > 2
+    assert len(content) < 20_000
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH: apt-get install chromium")
+def test_browser_draws_the_image_of_an_exported_notebook(exported_notebook):
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])  # required for root
+        page = browser.new_page()
+        page.goto(exported_notebook.as_uri(), wait_until="commit")  # its other scripts come from a network
+        assert page.locator("img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 495
+        browser.close()
 
 
 def boxes(figure: Figure) -> dict[str, list[Bbox]]:

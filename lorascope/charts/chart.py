@@ -7,6 +7,7 @@ renderer, and both renderers show the same numbers.
 
 from __future__ import annotations
 
+import base64
 import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -98,7 +99,10 @@ class Drawable:
         return _import_backend("save").save(self, path, width, theme)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        return {**_import_backend("plotly_backend").bundle(self), "text/plain": repr(self)}
+        shown = _import_backend("plotly_backend").bundle(self)
+        if "text/html" not in shown:  # nbconvert, GitHub and others do not show the form of plotly
+            shown["image/png"] = base64.b64encode(_import_backend("save").png_preview(self)).decode()
+        return {**shown, "text/plain": repr(self)}
 
 
 def _import_backend(name: str) -> Any:

@@ -77,11 +77,13 @@ def to_matplotlib(drawable: Drawable, name: str | None = None, width: str | None
         return _compose(settled, _lay_out_grid(settled, ACROSS[width]), WIDTHS[width])
 
 
-def write(drawable: Drawable, kind: str, name: str, width: str | None, metadata: dict[str, Any]) -> bytes:
+def write(
+    drawable: Drawable, kind: str, name: str, width: str | None, metadata: dict[str, Any], dpi: float | None = None
+) -> bytes:
     """Return the content of a file ("pdf", "svg" or "png") that matplotlib draws, with metadata of that format."""
     drawn_figure, file = to_matplotlib(drawable, name, width), io.BytesIO()
     with style(theme(name)):
-        drawn_figure.savefig(file, format=kind, metadata=metadata)
+        drawn_figure.savefig(file, format=kind, metadata=metadata, dpi=dpi)
     return file.getvalue()
 
 

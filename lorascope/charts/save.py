@@ -30,6 +30,8 @@ from lorascope.files.whole_files import write_bytes
 
 _KINDS = ("pdf", "svg", "png", "html", "csv")
 # Files for print and for the screen.
+# A page of notebooks shows one pixel per pixel: 495 for a single chart, 1035 for panels.
+_PREVIEW_DPI = 150
 _THEMES = {"pdf": "paper", "svg": "paper", "png": "light", "html": "light"}
 
 
@@ -77,7 +79,7 @@ def save_small(drawable: Drawable, path: Path, **facts: Any) -> Path:
 
     save(drawable, path, width="page")
     with Image.open(path) as image:
-        about, small = dict(image.info), image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+        about, small = dict(image.info), _reduce_colors(image)
     text_chunks, buffer = PngInfo(), io.BytesIO()
     facts |= {"pixels_sha256": pixel_digest(small)}
     source = json.dumps(json.loads(about["lorascope"]) | facts, sort_keys=True)
@@ -86,6 +88,26 @@ def save_small(drawable: Drawable, path: Path, **facts: Any) -> Path:
     small.save(buffer, "PNG", optimize=True, pnginfo=text_chunks)
     write_bytes(path, buffer.getvalue())
     return path
+
+
+def png_preview(drawable: Drawable) -> bytes:
+    """Return a small PNG of a chart, for programs that cannot show its interactive form."""
+    from PIL import Image
+
+    from lorascope.charts import matplotlib_backend
+
+    content = matplotlib_backend.write(drawable, "png", _THEMES["png"], None, {}, _PREVIEW_DPI)
+    buffer = io.BytesIO()
+    with Image.open(io.BytesIO(content)) as image:
+        _reduce_colors(image).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _reduce_colors(image: Any) -> Any:
+    """Return an image of Pillow with 256 colors, which look the same."""
+    from PIL.Image import Quantize
+
+    return image.convert("RGB").quantize(256, Quantize.MAXCOVERAGE)
 
 
 def provenance(drawable: Drawable) -> str:

@@ -139,7 +139,7 @@ def _open_trained(
     products = exact_products(run, run.updates(state=state))
     components = {module: svd_of_update(update) for module, update in products.items()}
     if not components:
-        raise ValueError(f"run {run.id} has no low-rank updates, whose components could be removed")
+        raise ValueError(f"{run.reference} has no low-rank updates, whose components could be removed")
     if not isinstance(task, Task):
         task = tasks.load(task)
     base = models.load(name, task, base_of(run)[1])
@@ -155,7 +155,7 @@ def _open_trained(
         fit_head(base, run.meta.labels)
         if weights_hash(base) != run.meta.w0_hash:
             raise ValueError(
-                f"model must be {run.meta.model}, the base of run {run.id}, got {name} with different weights"
+                f"model must be {run.meta.model}, the base of {run.reference}, got {name} with different weights"
             )
         cast(Run, run).restore(base, state)
         detach(base)

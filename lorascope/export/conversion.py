@@ -36,7 +36,8 @@ def convert(
 ) -> Path:
     """Convert an adapter to another format, with the same numbers.
 
-    Factors are copied bit by bit, and the scales are exact.
+    Factors are copied bit by bit, and the scales are exact. Only in kohya files of modules with different alphas, some
+    factors are multiplied by what differs, and rounded once.
 
     Parameters
     ----------

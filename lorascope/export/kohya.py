@@ -1,7 +1,9 @@
 """Writer of LoRA files as kohya's trainer writes them for image models.
 
-Each module has ``lora_down``, ``lora_up`` and a number ``alpha``, so the scale is alpha / rank. DoRA adds
-``dora_scale``, as in LyCORIS. Names have underscores instead of dots, after a prefix for the component:
+Each module has ``lora_down``, ``lora_up`` and a number ``alpha``, so the scale is alpha / rank. diffusers 0.42 gives
+attention modules the most frequent alpha and drops the magnitudes of DoRA (``dora_scale``). Therefore all modules get
+the most frequent alpha, ``lora_up`` is multiplied by what differs, and DoRA is refused. Names have underscores instead
+of dots, after a prefix for the component:
 
 - ``lora_unet_`` for UNets. That of SDXL has the names of its authors, as in kohya's trainer, and others those of
   diffusers.
@@ -18,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from statistics import mode
 
 import numpy as np
 
@@ -49,12 +51,15 @@ class KohyaExporter(LayerExporter):
         if path.suffix != ".safetensors":
             raise lora.error("kohya", f"the file must end in .safetensors, got {printable(path)}")
         lora.require_only_layers("kohya")
+        if not all(layer.magnitude is None for layer in lora.layers.values()):
+            reason = "diffusers drops the magnitudes of DoRA in such files; write it with --diffusers"
+            raise lora.error("kohya", reason)
         modules = named_layers(lora, "kohya")
+        alpha = mode(_alpha(module.layer) for module in modules)
         components = {module.component for module in modules}
         is_sdxl = any(module.component == "unet" and _SDXL.match(module.name) for module in modules)
         # An adapter of few blocks does not show the size of its UNet, but the header may name it.
         is_sdxl |= any("xl" in lora.config.get(key, "") for key in BASE_KEYS[:2])
-        network, ranks, alphas = "networks.lora", set(), set()
         paths: dict[str, str] = {}
         tensors: dict[str, TypedTensor] = {}
         for module in modules:
@@ -63,15 +68,13 @@ class KohyaExporter(LayerExporter):
                 pair = f"{printable(paths[key])} and {printable(module.path)}"
                 raise lora.error("kohya", f"{pair} would both be {key}")
             paths[key] = module.path
-            for end, tensor in _tensors(lora, module):
+            for end, tensor in _tensors(lora, module, alpha):
                 tensors[f"{key}.{end}"] = tensor
-            ranks.add(module.layer.rank)
-            alphas.add(_alpha(module.layer))
-            if module.layer.magnitude is not None:
-                network = "lycoris.kohya"  # networks.lora has no DoRA
         base = {key: lora.config[key] for key in BASE_KEYS if key in lora.config}
-        metadata = base | {"ss_network_module": network}
-        metadata |= {"ss_network_dim": _common(ranks), "ss_network_alpha": _common(alphas)}
+        ranks = {module.layer.rank for module in modules}
+        rank = "Dynamic" if len(ranks) > 1 else str(ranks.pop())  # as kohya's trainer writes several
+        metadata = base | {"ss_network_module": "networks.lora"}
+        metadata |= {"ss_network_dim": rank, "ss_network_alpha": f"{alpha:g}"}
         # The key of the header that names a base of any kind.
         if not base and "base_model_name_or_path" in lora.config:
             metadata["ss_sd_model_name"] = str(lora.config["base_model_name_or_path"])
@@ -106,34 +109,25 @@ def _text_encoder_prefix(module: PipelineLayer, components: Collection[str], is_
     return f"lora_te{number or '1' * is_numbered}"
 
 
-def _tensors(lora: WritableLora, module: PipelineLayer) -> Iterator[tuple[str, TypedTensor]]:
-    """Yield the tensors of one module by the ends of their names."""
+def _tensors(lora: WritableLora, module: PipelineLayer, alpha: float) -> Iterator[tuple[str, TypedTensor]]:
+    """Yield the tensors of one module by the ends of their names, with the alpha of the file."""
     layer, name = module.layer, printable(module.path)
     if layer.embedding:
         raise lora.error("kohya", f"{name} is an embedding")
-    alpha = _alpha(layer)
-    if alpha == 0:
+    own_alpha = _alpha(layer)
+    if own_alpha == 0:
         # ComfyUI takes alpha 0 literally, but kohya's trainer and LyCORIS take it as the rank.
         raise lora.error("kohya", f"{name} has scale 0, and alpha 0 means the rank there")
     A, B = layer.kernel_factors()
     yield "lora_down.weight", A
+    if own_alpha != alpha:
+        B = TypedTensor.fitting(np.asarray(B.values, np.float64) * (own_alpha / alpha), B.dtype)
     yield "lora_up.weight", B
     dtype = "F32"  # as kohya's trainer writes it
     if float(np.float32(alpha)) != alpha:
         dtype = "F64"  # float32 would round the scale
     yield "alpha", TypedTensor(np.array(alpha), dtype)
-    if layer.magnitude is not None:
-        # LyCORIS finds the axis of the norms by their shape: (out, 1, ...) is one per output.
-        sides = (-1, 1, *[1] * len(layer.kernel))
-        yield "dora_scale", layer.magnitude.map(lambda values: values.reshape(sides))
 
 
 def _alpha(layer: LoraLayer) -> float:
     return float(alpha_of(layer.scale, layer.rank))
-
-
-def _common(values: set[Any]) -> str:
-    """Return the only value as text, or "Dynamic" as kohya's trainer does for several."""
-    if len(values) > 1:
-        return "Dynamic"
-    return str(values.pop())

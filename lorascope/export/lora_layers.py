@@ -96,7 +96,7 @@ class WritableLora:
 
     def error(self, format: str, reason: str) -> ValueError:
         """Return the error for an adapter that a format cannot hold."""
-        return ValueError(f"cannot write {printable(self.adapter.label)} as {format}: {reason}")
+        return ValueError(f"cannot write {self.adapter.reference} as {format}: {reason}")
 
     def decomposed(self, format: str) -> bool:
         """Return whether all layers are DoRA; raise a ValueError if only some are."""
@@ -157,7 +157,7 @@ def writable(
     """
     if adapter.input_dependent_modules():
         reason = "PEFT has no HydraLoRA; train a run and export it with ls.at_gates"
-        raise ValueError(f"cannot export {adapter.label}: {reason}")
+        raise ValueError(f"cannot export {adapter.reference}: {reason}")
     updates: Mapping[str, Update] = adapter.updates()
     if budget is not None:
         updates = exact_products(adapter, updates)
@@ -200,7 +200,7 @@ def _layers(adapter: Adapter, updates: Mapping[str, Update]) -> Iterator[tuple[s
         product = update.direction if isinstance(update, WeightDecomposed) else update.low_rank
         if A is None or B is None or product is None:
             kind = f"the update of {printable(module)} ({adapter.files.kind}) is not stored as the factors A and B"
-            raise ValueError(f"cannot export {printable(adapter.label)} as LoRA: {kind}")
+            raise ValueError(f"cannot export {adapter.reference} as LoRA: {kind}")
         # The update is a matrix, so the kernel of a convolution is known only from the stored A (rank, in, *kernel).
         kernel = A.file.shape(A.name)[2:] if isinstance(stored, StoredLoRA) else ()
         inner = product.A.shape[1]
@@ -234,7 +234,7 @@ def _magnitude(adapter: Adapter, module: str, update: Update) -> TypedTensor | N
         return None
     if update.magnitude.ndim == 2:
         reason = f"the magnitudes of {printable(module)} belong to the inputs, and DoRA of PEFT has one per output"
-        raise ValueError(f"cannot export {printable(adapter.label)}: {reason}")
+        raise ValueError(f"cannot export {adapter.reference}: {reason}")
     return TypedTensor.fitting(update.magnitude.reshape(-1), stored.file.dtype(stored.name))
 
 
@@ -248,7 +248,7 @@ def require_unchanged_base(cannot: str, config: Mapping[str, Any]) -> None:
 
 def require_own_names(adapter: Adapter) -> None:
     """Raise a ValueError if LoRA layers do not have the model's names, or PEFT changes the base when loading them."""
-    cannot, config = f"cannot export {printable(adapter.label)}", adapter.files.config
+    cannot, config = f"cannot export {adapter.reference}", adapter.files.config
     if config.get("target_parameters"):
         raise ValueError(f"{cannot}: it adapts experts in one tensor (target_parameters)")
     if adapter.files.configured:

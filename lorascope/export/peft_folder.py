@@ -105,7 +105,7 @@ def to_peft(
     if isinstance(run, Series):
         raise series_error(run)
     if run.meta.method["name"] == "peft":
-        require_unchanged_base(f"cannot export run {run.id} ({run.label})", run.meta.method)
+        require_unchanged_base(f"cannot export {run.reference}", run.meta.method)
         require_all_recorded(run, state)
     exporter: RunExporter = find_exporter(run, state)
     updates, weights = exporter.updates(run, state), _other_weights(run, state)
@@ -149,12 +149,12 @@ def _hosts(run: Result, updates: Mapping[str, Any]) -> Mapping[str, str]:
     hosts = run.meta.hosts
     if hosts is None:
         raise ValueError(
-            f"cannot export run {run.id}: it did not record its adapted layers (old version); train it again"
+            f"cannot export {run.reference}: it did not record its adapted layers (old version); train it again"
         )
     for name in updates:
         if hosts[name] in ("Conv1d", "Conv2d", "Conv3d"):
             reason = f"the kernel shape of {name} ({hosts[name]}) was not recorded"
-            raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}; use the folder that PEFT saved")
+            raise ValueError(f"cannot export {run.reference}: {reason}; use the folder that PEFT saved")
     return hosts
 
 
@@ -168,7 +168,7 @@ def _merge_trained_weights(
     """Move the updates of weights that trained as well into these weights: PEFT saves an adapter or a weight."""
     merged = [name for name in updates if f"{name}.weight" in weights]
     if merged and len(merged) == len(updates):
-        raise ValueError(f"cannot export run {run.id}: no adapter is left, because all adapted weights also trained")
+        raise ValueError(f"cannot export {run.reference}: no adapter is left, because all adapted weights also trained")
     for name in merged:
         W, update = weights[f"{name}.weight"], updates.pop(name)
         if hosts[name] == "Linear":
@@ -178,7 +178,7 @@ def _merge_trained_weights(
     for name in updates:
         if f"{name}.bias" in weights:
             reason = f"the trained bias of adapted module {name} is not supported; use the folder that PEFT saved"
-            raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}")
+            raise ValueError(f"cannot export {run.reference}: {reason}")
 
 
 def require_all_recorded(run: Result, state: str) -> None:
@@ -196,7 +196,7 @@ def require_all_recorded(run: Result, state: str) -> None:
     # The difference is negative if a factor was frozen.
     if (missing := run.meta.parameters.trained - recorded) > 0:
         raise ValueError(
-            f"cannot restore the adapter of run {run.id} ({run.label}): {missing:,} trained parameters, such as biases "
+            f"cannot restore the adapter of {run.reference}: {missing:,} trained parameters, such as biases "
             "of the factors, were not recorded; use the folder that PEFT saved"
         )
 
@@ -238,7 +238,7 @@ def _peft_task_type(run: Result, saved: list[str]) -> str | None:
     recorded = run.meta.task_type
     if recorded is not None and recorded not in _AUTO:
         raise ValueError(
-            f"cannot export run {run.id} ({run.label}): task_type must be one of {', '.join(_AUTO)}, got {recorded}; "
+            f"cannot export {run.reference}: task_type must be one of {', '.join(_AUTO)}, got {recorded}; "
             "use the folder that PEFT saved"
         )
     if recorded not in (None, "SEQ_CLS"):

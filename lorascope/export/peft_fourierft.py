@@ -28,7 +28,7 @@ class FourierExporter(RunExporter):
 
     def updates(self, run: Result, state: str) -> dict[str, Any]:
         """Return the update of every module; PEFT must be able to express its basis, entries and scale."""
-        who = f"cannot export run {run.id} ({run.label}) to PEFT:"
+        who = f"cannot export {run.reference} to PEFT:"
         basis, seed, center = _entry_distribution(run.meta.method)
         if basis != "fourier":
             raise ValueError(f"{who} basis must be 'fourier', got {basis!r}")

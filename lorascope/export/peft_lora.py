@@ -25,7 +25,7 @@ class LoraExporter(RunExporter):
     def updates(self, run: Result, state: str) -> dict[str, Any]:
         """Return the update of every module with at least one component in use; it must be a product of two factors."""
         ranks, updates = run.ranks(state), exact_products(run, run.updates(state=state))
-        cannot = f"cannot export run {run.id} ({run.label}) as LoRA"
+        cannot = f"cannot export {run.reference} as LoRA"
         if not ranks:
             raise ValueError(f"{cannot}: it trained the weights themselves")
         for name in ranks:

@@ -75,7 +75,7 @@ def sum_adapters(
     factors = _weights(opened, weights)
     for adapter in opened:
         if adapter.files.others:
-            raise ValueError(f"cannot sum {printable(adapter.label)}: it contains further weights, such as a head")
+            raise ValueError(f"cannot sum {adapter.reference}: it contains further weights, such as a head")
     _require_one_naming(opened)
     _warn_of_other_bases(opened)
     terms: dict[str, list[Term]] = {}

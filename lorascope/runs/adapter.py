@@ -12,6 +12,7 @@ import numpy as np
 
 from lorascope.files.hub import label
 from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.files.printable import printable
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.formats.stored_update import AdapterFiles
 from lorascope.runs.layout import Lazy
@@ -70,6 +71,11 @@ class Adapter(Result):
             with file.path.open("rb") as stream:
                 hashlib.file_digest(stream, lambda: digest)
         return digest.hexdigest()[:12]
+
+    @property
+    def reference(self) -> str:
+        """Kind and name of the adapter for error messages, such as ``"adapter my-adapter"``."""
+        return f"adapter {printable(self.label)}"
 
     @cached_property
     def table(self) -> pd.DataFrame:

@@ -57,7 +57,7 @@ def at_gates(
         if module not in factors or "gates" not in factors[module]:
             routed = [name for name in factors if "gates" in factors[name]]
             raise ValueError(
-                f"unknown module {module!r} in gates; expected one of the modules with experts of run {run.id}, "
+                f"unknown module {module!r} in gates; expected one of the modules with experts of {run.reference}, "
                 f"{', '.join(routed) or 'none'}"
             )
         weights = np.asarray(values, dtype=np.float64)

@@ -24,7 +24,7 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Upda
     """
     if run.meta.method.get("target_parameters"):
         raise ValueError(
-            f"cannot configure a LoRA for run {run.id}: it adapts experts in one tensor (target_parameters)"
+            f"cannot configure a LoRA for {run.reference}: it adapts experts in one tensor (target_parameters)"
         )
     # PEFT rejects rank 0.
     ranks = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
@@ -82,7 +82,7 @@ def _common_end(name: str, names: Collection[str], modules: Iterable[str]) -> st
 
 def no_rank_error(run: Any) -> ValueError:
     """Return the error for a run that has no LoRA configuration."""
-    return ValueError(f"cannot configure a LoRA for run {run.id}: it has no factored update of rank >= 1")
+    return ValueError(f"cannot configure a LoRA for {run.reference}: it has no factored update of rank >= 1")
 
 
 def _low_rank_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank]:
@@ -91,9 +91,7 @@ def _low_rank_products(run: Any, updates: Mapping[str, Update]) -> dict[str, Low
     for name, update in updates.items():
         product = update.low_rank
         if product is None:
-            raise ValueError(
-                f"cannot convert run {run.id} ({run.label}) to LoRA: the update of {name} is not a product B A"
-            )
+            raise ValueError(f"cannot convert {run.reference} to LoRA: the update of {name} is not a product B A")
         products[name] = product
     return products
 
@@ -103,7 +101,7 @@ def exact_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank
 
     An input-dependent update is exact only in a view of the run with fixed gate weights.
     """
-    products, cannot = _low_rank_products(run, updates), f"cannot convert run {run.id} ({run.label}) to LoRA"
+    products, cannot = _low_rank_products(run, updates), f"cannot convert {run.reference} to LoRA"
     for name, update in updates.items():
         if not update.whole:
             raise ValueError(

@@ -58,6 +58,11 @@ class Result(ABC):
         return self.meta.id
 
     @property
+    def reference(self) -> str:
+        """Kind and names of the run for error messages, such as ``"run 1a2b (LoRA rank 8)"``."""
+        return f"run {self.id} ({self.label})"
+
+    @property
     def label(self) -> str:
         """Name of the recipe, equal for all seeds, such as ``LoRA, rank 8``."""
         return utf8_text(self.meta.label)

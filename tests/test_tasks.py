@@ -58,6 +58,64 @@ def test_splits_equal_those_of_the_first_release():
     assert set(task.split("test")["text"]) == {"Film  1", "Film  11"}
 
 
+WORDS = {"train": ["train", "TRAIN"], "validation": ["dev", "Validation "], "test": ["test", "Test"]}
+
+
+def with_splits(names: list[str], rows: int = 300) -> pd.DataFrame:
+    """Return rows with the words of these splits in turn."""
+    words = [word for name in names for word in WORDS[name]]
+    return table(rows).assign(split=[words[number % len(words)] for number in range(rows)])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_column_split_of_a_file_is_used(kind, tmp_path):
+    rows = with_splits(["train", "validation", "test"])
+    path = tmp_path / f"rows.{kind}"
+    write = {
+        "csv": lambda: rows.to_csv(path, index=False),
+        "jsonl": lambda: rows.to_json(path, orient="records", lines=True),
+        "parquet": lambda: rows.to_parquet(path),
+    }
+    write[kind]()
+    task = tasks.load(str(path))
+    for name, words in WORDS.items():
+        assert set(task.split(name)["text"]) == set(rows["text"][rows["split"].isin(words)])
+    assert task.hash == tasks.from_frame(rows.sample(frac=1, random_state=0)).hash
+    swapped = rows["split"].replace({"dev": "test", "test": "dev"})
+    assert len({task.hash, tasks.from_frame(rows.assign(split=swapped)).hash, tasks.from_frame(table()).hash}) == 3
+
+
+@pytest.mark.parametrize("names", [["train"], ["train", "test"], ["train", "validation"]])
+def test_split_without_rows_gets_rows_of_train(names):
+    rows = with_splits(names)
+    task, by_hash = tasks.from_frame(rows), tasks.from_frame(table())
+    in_train = set(rows["text"][rows["split"].isin(WORDS["train"])])
+    for name in ("validation", "test"):
+        given = set(rows["text"][rows["split"].isin(WORDS[name])])
+        assert set(task.split(name)["text"]) == (given or in_train & set(by_hash.split(name)["text"]))
+    assert sum(map(len, task.splits.values())) == len(rows)
+
+
+def test_column_split_of_plain_text_is_used():
+    rows = with_splits(["train", "validation", "test"])[["text", "split"]]
+    task = tasks.from_frame(rows)
+    assert task.kind == "lm"
+    assert set(task.split("test")["text"]) == set(rows["text"][rows["split"].isin(WORDS["test"])])
+
+
+def test_unknown_word_in_column_split_raises():
+    rows = with_splits(["train", "test"]).assign(split=["train", "training", "holdout"] * 100)
+    expected = (
+        "split of my.csv must be train, validation (or dev) or test, got 'training' in 100 rows, 'holdout' in 100 rows"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        tasks.from_frame(rows, "my.csv")
+    with pytest.raises(ValueError, match=r"got 'nan' in 1 row$"):
+        tasks.from_frame(rows.assign(split=["train"] * 299 + [None]))
+    with pytest.raises(ValueError, match="train split has none of the 300 rows"):
+        tasks.from_frame(rows.assign(split=["dev", "test"] * 150))
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_search_split_takes_rows_only_from_train(share):
     task = tasks.from_frame(table(4000))

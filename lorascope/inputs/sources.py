@@ -171,7 +171,7 @@ def _canonical(split: Any) -> pd.DataFrame:
     """
     kinds, rows = split.features, split.to_pandas()
     if {"prompt", "response"} <= kinds.keys():
-        return rows
+        return rows.drop(columns="split", errors="ignore")  # of another meaning than that of a file's column
     images = [column for column, kind in kinds.items() if type(kind).__name__ == "Image"][:1]
     strings = [column for column, kind in kinds.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
     texts = [column for column in strings if column not in ("label", "group", "domain")][:2]

@@ -1,16 +1,24 @@
-"""Split of rows by a hash of their text: it changes neither with the order of the rows nor with their selection."""
+"""Split of rows by a hash of their text, which changes neither with their order nor with their selection, or as given.
+
+The column ``split`` of a table gives the splits of its rows.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 
+from lorascope.files.printable import count_phrase, printable
+
 SPLITS = {"train": 0.7, "validation": 0.8, "test": 1.0}
 """Upper bound of each split on the hash scale, from 0 to 1."""
 RULE = "sha256 of the casefolded text; train below 0.7, validation below 0.8, test the rest"
+COLUMN_RULE = f"column split; rows of train for a split without rows: {RULE}"
+_SPLIT_OF = {name: name for name in SPLITS} | {"dev": "validation"}
 
 
 def digest_text(text: str) -> str:
@@ -27,6 +35,28 @@ def assign(digests: Iterable[str]) -> pd.DataFrame:
     position, draw = np.array(numbers, dtype=np.float64).reshape(-1, 2).T
     split = np.array(list(SPLITS))[np.searchsorted([*SPLITS.values()], position, side="right")]
     return pd.DataFrame({"split": split, "draw": draw})
+
+
+def read_column(words: Iterable[object], name: str) -> list[str]:
+    """Return the split that the column ``split`` of a table gives each row; ``name`` is that of the table.
+
+    Raises
+    ------
+    ValueError
+        A word is not the name of a split.
+    """
+    given = [str(word).strip() for word in words]
+    unknown = Counter(word for word in given if word.casefold() not in _SPLIT_OF)
+    if unknown:
+        counts = [f"{printable(word)!r} in {count_phrase(count, 'row')}" for word, count in unknown.most_common()]
+        raise ValueError(f"split of {name} must be train, validation (or dev) or test, got {', '.join(counts[:5])}")
+    return [_SPLIT_OF[word.casefold()] for word in given]
+
+
+def complete(given: pd.Series, assigned: pd.Series) -> pd.Series:
+    """Return the given splits; a split without rows gets the rows of train that ``assign`` would put into it."""
+    missing = SPLITS.keys() - set(given)
+    return given.mask((given == "train") & assigned.isin(missing), assigned)
 
 
 def _unit_number(digits: str) -> float:

@@ -182,7 +182,8 @@ def load(name: str | os.PathLike[str]) -> Task:
         JSONL or Parquet file; a folder with one subfolder of images per label; or a dataset on the Hugging Face Hub,
         ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and optionally pair, a second
         text), or image (a path relative to the file, or bytes) and label, or prompt and response, or only text; also
-        group or domain, and cluster, optionally.
+        group or domain, cluster, and split, optionally. The column split has train, validation (or dev) or test in each
+        row. Rows of train are shuffled into a split without rows, as all rows are without this column.
 
     Raises
     ------
@@ -244,6 +245,9 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
             raise ValueError(f"{column} in row {number} of {name} must be a name, got a missing value")
     if "group" in rows:
         table["group"] = rows["group"].astype(str).to_list()
+    rule = splits.RULE
+    if "split" in rows:
+        table["split"], rule = splits.read_column(rows["split"], name), splits.COLUMN_RULE
     columns = list(map(str, table))
     # Sorted by content, because the order of the rows must not change the hash.
     hashed = table.assign(digest=digests)
@@ -256,11 +260,14 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
         order.append("cluster")
     hashed = hashed.sort_values(order)
     table = table.loc[hashed.index].reset_index(drop=True)
-    table = table.join(splits.assign(hashed["digest"]))
+    assigned = splits.assign(hashed["digest"])
+    if "split" in table:
+        assigned["split"] = splits.complete(table.pop("split"), assigned["split"])
+    table = table.join(assigned)
     for split in SPLITS:
         if split not in set(table["split"]):
             raise ValueError(f"cannot split {name}: its {split} split has none of the {len(table)} rows")
-    return Task(name, kind, table, labels, _hash(splits.RULE, hashed[columns]))
+    return Task(name, kind, table, labels, _hash(rule, hashed[columns]))
 
 
 def _hash(rule: str, rows: pd.DataFrame) -> str:
@@ -277,7 +284,7 @@ def _kind(rows: pd.DataFrame, name: str) -> tuple[str, list[str]]:
         return "classification", ["text", "pair"] if "pair" in columns else ["text"]
     if {"image", "label"} <= columns:
         return "image", ["image"]
-    if columns - {"group", "cluster"} == {"text"}:
+    if columns - {"group", "cluster", "split"} == {"text"}:
         return "lm", ["text"]
     allowed = "include text and label, image and label, or prompt and response, or be text only"
     raise ValueError(f"columns of {name} must {allowed}, got {', '.join(map(str, rows.columns))}")

@@ -8,7 +8,8 @@ Source: Huang et al. (ICLR 2025, "HiRA"), equation 2, as in PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +26,15 @@ class HiRA(PeftFormat, frozen=True):
     r: Positive = 32
     rank_pattern: dict[str, Positive] | None = None
     fan_in_fan_out: bool | None = None
+
+    def of_module(self, source: Path) -> Callable[[str], HiRA]:
+        # PEFT 0.21 looks up rank_pattern, and creates the module with r.
+        return lambda module: self
+
+    def notes(self) -> tuple[str, ...]:
+        if not self.rank_pattern:
+            return ()
+        return ("rank_pattern has no effect: PEFT 0.21 gives all modules of HiRA the rank r",)
 
     def required(self, module: PeftModule) -> dict[str, str]:
         prefix = _prefix(module.tensors)

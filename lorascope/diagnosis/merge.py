@@ -35,6 +35,7 @@ from lorascope.diagnosis.merged_weights import (
 )
 from lorascope.diagnosis.unadapted_tensors import ComparedTensor, TensorVerdict, compare_tensors
 from lorascope.files.printable import count_phrase
+from lorascope.files.safetensors_io import round_to_dtype
 from lorascope.formats.peft_experts import ExpertPart
 from lorascope.formats.peft_residual import SubtractedStart, has_unknown_start
 from lorascope.formats.pretrained_weights import PretrainedWeights
@@ -243,6 +244,8 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
         start: SubtractedStart | None = getattr(stored, "start", None)
         if start is not None:
             result = compare_residual(module, updates[module], start, W, after, coarser(dtype, merged_dtype))
+        elif stored.copies_weight and _is_copied(updates[module], W, after, coarser(dtype, merged_dtype)):
+            result = MergedModule(module, "merged", 1.0)
         else:
             result = compare_weight(module, updates[module], W, after, dtype, merged_dtype)
             if result.verdict in _KINDS and has_unknown_start(adapter.files.config):
@@ -258,6 +261,14 @@ def check_merge(adapter: Adapter, merged: PretrainedWeights) -> MergeCheck:
         if owner := owners.get(result.module):
             compared[index] = MergedModule(result.module, "experts swapped", result.factor, f"that of {owner}")
     return MergeCheck(tuple(compared), tuple(compare_tensors(adapter, merged)), tuple(sorted(rounded)))
+
+
+def _is_copied(
+    update: Update, W: Float32[np.ndarray, "out in"], after: Float32[np.ndarray, "out in"], dtype: str
+) -> bool:
+    """Return whether a weight equals the one in the adapter's files: base and update, which is in float64."""
+    stored = (W + update.dense()).astype(np.float32)
+    return np.array_equal(round_to_dtype(stored, dtype), after)
 
 
 def _owner(module: str, change: Float32[np.ndarray, "out in"], samples: Mapping[str, _Sample]) -> str | None:

@@ -13,7 +13,7 @@ from lorascope.files.typed_json import Count, Finite, Positive
 CONFIG = hub.CONFIG
 STEM = "adapter_model"
 WEIGHTS = f"{STEM}.safetensors"
-KINDS = ["LORA", "ADALORA", "FOURIERFT", "VERA"]
+KINDS = ["LORA", "ADALORA", "FOURIERFT", "VERA", "TRAINABLE_TOKENS"]
 """Types of adapters with an own reader; every `PeftFormat` adds its own."""
 # Values of init_lora_weights, which may have a suffix, such as pissa_niter_16.
 RESIDUAL_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")

@@ -53,6 +53,7 @@ class StoredFactors(StoredUpdate):
         Whether singular values can be computed fast.
     frozen : collection of str
         Names of further tensors that are not trained; indices never are.
+    copies_weight : bool
     """
 
     tensors: Factors
@@ -63,6 +64,7 @@ class StoredFactors(StoredUpdate):
     transposed: bool = False
     thin: bool = True
     frozen: Collection[str] = ()
+    copies_weight: bool = False
 
     def __post_init__(self) -> None:
         size = max(math.prod(self.sides), self.components * sum(self.sides))

@@ -8,9 +8,12 @@ Source: Zhao et al. (arXiv 2312.11420), as in PEFT.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from lorascope.formats.peft_format import Arrays, PeftFormat
+from lorascope.formats.peft_factors import StoredFactors
+from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule
 from lorascope.updates import Dense
 
 
@@ -19,6 +22,9 @@ class LNTuning(PeftFormat, frozen=True):
 
     kind, needs = "LN_TUNING", "base"
     tensors = {"ln_tuning_layers": "out in*"}
+
+    def stored_update(self, module: PeftModule) -> StoredFactors:
+        return replace(super().stored_update(module), copies_weight=True)
 
     def update(self, arrays: Arrays, W0: np.ndarray) -> Dense:
         return Dense(arrays["ln_tuning_layers"].reshape(W0.shape) - W0)

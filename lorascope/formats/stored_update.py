@@ -72,6 +72,8 @@ class StoredUpdate:
     scale: float
     transposed: bool
     """Whether the base stores its weight as (in, out)."""
+    copies_weight: bool = False
+    """Whether the files contain new values of the weight, which a merge copies."""
 
     @property
     def has_thin_factors(self) -> bool:

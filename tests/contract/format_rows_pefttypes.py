@@ -71,6 +71,7 @@ ROWS = {
     "read_unilora": by_peft("Uni-LoRA", "UniLoraConfig", r=2, theta_d_length=8, save_indices=True),
     "read_glora": by_peft("GLoRA", "GloraConfig", base=True, spare=r"glora_[C-E]\.", r=2),
     "read_supertuning": by_peft("SuperTuning", "SupertuningConfig", base=True, sparsity=0.5, r=2, lora_alpha=3),
+    "read_trainable_tokens": by_peft("TRAINABLE_TOKENS", "TrainableTokensConfig", base=True, token_indices=[4, 1]),
     "read_merged": FormatRow(merged, "PEANUT"),
     "read_ln_tuning": by_peft("LN_TUNING", "LNTuningConfig", base=True, layer=lambda nn: nn.LayerNorm(6, bias=False)),
 }

@@ -248,3 +248,83 @@ def test_unrelated_base_is_reported_instead_of_refused(saved: Path, capsys: pyte
     save_file({"encoder.dense.weight": np.ones((3, 3), np.float32)}, saved / "other" / "model.safetensors")
     assert main(["doctor", str(saved / "adapter"), "--base", str(saved / "other")]) == 1
     assert "applies 0 of 4 modules" in capsys.readouterr().out
+
+
+class UNet(torch.nn.Module):
+    """Modules with the names of a UNet of diffusers."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        for name in names:
+            parent: torch.nn.Module = self
+            *parents, leaf = name.split(".")
+            for part in parents:
+                if part not in dict(parent.named_children()):
+                    parent.add_module(part, torch.nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(leaf, torch.nn.Linear(5, 6))
+
+
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+NAMES = [f"{ATTENTION}.to_q", f"{ATTENTION}.to_out.0", "down_blocks.0.resnets.0.time_emb_proj"]
+
+
+def kohya_file(folder: Path, alphas: dict[str, float]) -> Path:
+    """Write a file of kohya for a UNet with a base that has the modules of ``NAMES``."""
+    tensors = {}
+    for number, (name, alpha) in enumerate(alphas.items()):
+        draw = np.random.default_rng(number)
+        flat = f"lora_unet_{name.replace('.', '_')}"
+        tensors[f"{flat}.lora_down.weight"] = draw.normal(size=(2, 5)).astype(np.float32)
+        tensors[f"{flat}.lora_up.weight"] = draw.normal(size=(6, 2)).astype(np.float32)
+        if alpha:
+            tensors[f"{flat}.alpha"] = np.array(alpha, np.float32)
+    (folder / "base").mkdir()
+    save_file(tensors, folder / "adapter")
+    weights = UNet(NAMES).state_dict()
+    save_file({name: weight.numpy() for name, weight in weights.items()}, folder / "base" / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("alphas", "changed"),
+    [
+        ([1, 1, 1], 0),
+        ([4, 4, 1], 0),  # attention has the most frequent alpha, and other modules have their own
+        ([4, 1, 1], 1),
+        ([1, 4, 4], 1),
+        ([0, 2, 2], 0),  # no alpha counts as the rank
+        ([0, 1, 1], 1),
+        ([1, 1, 0], 1),
+        ([0, 0, 0], 0),
+    ],
+)
+def test_diffusers_gives_attention_the_most_frequent_alpha(alphas: list[float], changed: int, tmp_path: Path) -> None:
+    """The base renames modules; with and without it, the same modules are applied differently."""
+    folder = kohya_file(tmp_path, dict(zip(NAMES, alphas, strict=True)))
+    for base in True, False:
+        findings = ours(folder, "diffusers", base).findings
+        assert [finding.cause for finding in findings] == ["applied-differently"] * bool(changed)
+        if changed:
+            assert (findings[0].evidence["modules"], findings[0].evidence["of"]) == (changed, 3)
+
+
+@pytest.mark.parametrize("names", [NAMES, [*NAMES, NAMES[0].replace("0", "7", 1)], [NAMES[0].replace("0", "7", 1)]])
+def test_diffusers_leaves_out_modules_that_the_base_lacks(names: list[str], tmp_path: Path) -> None:
+    """diffusers targets the modules of the file, and PEFT names the tensors that none of them takes."""
+    folder = kohya_file(tmp_path, dict.fromkeys(names, 2.0))
+    found = ours(folder, "diffusers")
+    model = UNet(NAMES)
+    config = peft.LoraConfig(r=2, target_modules=names)
+    state = {f"{name}.lora_{side}.weight": torch.ones(shape) for name in names for side, shape in
+             {"A": (2, 5), "B": (6, 2)}.items()}  # fmt: skip
+    if not set(names) & set(NAMES):
+        with pytest.raises(ValueError, match="not found in the base model"):
+            peft.inject_adapter_in_model(config, model)
+        assert [finding.cause for finding in found.findings] == ["refused"]
+        return
+    peft.inject_adapter_in_model(config, model)
+    unexpected = peft.set_peft_model_state_dict(model, state).unexpected_keys
+    lost = {key.partition(".lora_")[0] for key in unexpected}
+    assert found.applied == len(names) - len(lost)
+    assert [finding.cause for finding in found.findings] == ["dropped"] * bool(lost)

@@ -9,8 +9,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from lorascope.diagnosis.causes.finding import Finding
-from lorascope.diagnosis.runtimes.runtime import Target, alteration, find_misfitting_modules, omission, runtime
+from lorascope.diagnosis.causes.finding import Finding, first_and_count
+from lorascope.diagnosis.runtimes.runtime import Target, alteration, find_misfitting_modules, omission, refusal, runtime
+from lorascope.formats.image_names import BaseNames
 
 _PREFIX = re.compile(
     r"^((unet|transformer|text_encoder(_[23])?)\.|lora_(unet|te\d?|transformer|prior_unet|prior_te)_|diffusion_model\.)"
@@ -18,6 +19,10 @@ _PREFIX = re.compile(
 _MODULE = re.compile(r"\.(lora_.+|alpha|diff|diff_b|w_norm|b_norm|dora_scale)$")
 _FLUX = re.compile(r"lora_unet_(double|single)_blocks_|^(diffusion_model\.)?(double|single)_blocks\.")
 _FLUX_LOST = re.compile(r"^(lora_unet_|diffusion_model\.)?(img_in|txt_in|time_in|vector_in|guidance_in|final_layer)")
+# Keys of kohya for a UNet or a text encoder.
+_DOWN = re.compile(r"(?P<module>lora_(?P<component>unet|te[12]?)_[^.]+)\.lora_down\.weight")
+_UNET = re.compile(r"lora_unet_(down|mid|up|input|middle|output)_block")
+_ATTENTION = re.compile(r"_(to_[qkv]|to_out_0|[qkv]_proj|out_proj)$")
 _FILTERED = re.compile(r"^lora_te3_|^text_encoder_3|\.diff_b$|\.w_norm$|\.b_norm$|text_projection|position_embedding")
 
 
@@ -42,21 +47,51 @@ def check_diffusers(target: Target) -> Iterator[Finding]:
             lost.add(_MODULE.sub("", key))
     if lost:
         yield omission(sorted(lost), len(modules), "with an info line at most", "load the file in ComfyUI")
-    if not is_flux:
-        yield from _uneven_alphas(target)
-    if not stray:
-        yield from find_misfitting_modules(target)
+    yield from _find_uneven_alphas(target)
+    if stray:
+        return
+    absent = [module for module in _absent_modules(target) if module not in lost]
+    if absent and len(absent) == len(modules):
+        yield refusal("the base has none of its modules", "load it into the pipeline that it was trained on")
+    elif absent:
+        manner = "with a warning, because the base has no such module"
+        yield omission(absent, len(modules), manner, "load it into the pipeline that it was trained on")
+    yield from find_misfitting_modules(target)
 
 
-def _uneven_alphas(target: Target) -> Iterator[Finding]:
-    """Find kohya files whose modules do not all have one alpha, which diffusers gives to all attention layers."""
-    alphas = {}
+def _absent_modules(target: Target) -> list[str]:
+    """Return the modules of the adapter that the base has under none of the names in image models."""
+    if target.base is None:
+        return []
+    names = BaseNames(target.base.all_modules())
+    return [module for module in target.absent if not names.find(module) and not target.base.has_weight(module)]
+
+
+def _find_uneven_alphas(target: Target) -> Iterator[Finding]:
+    """Find modules of kohya files for a UNet or text encoders that diffusers applies with another alpha.
+
+    In every component, attention modules and those without an alpha get the most frequent one.
+    """
+    alphas: dict[str, dict[str, float]] = {}
+    ranks: dict[str, dict[str, int]] = {}
     for file in target.files.files:
         for key in file:
-            if key.endswith(".alpha"):
-                alphas[key.removesuffix(".alpha")] = float(file[key].reshape(-1)[0])
-    distinct = Counter(alphas.values())
-    if distinct and (len(distinct) > 1 or not alphas.keys() >= target.files.parts.keys()):
-        usual = distinct.most_common(1)[0][0]
-        reason = f"alphas differ between modules: attention layers get the most frequent one, {usual:g}"
-        yield alteration(reason, "fold alpha / rank into lora_up, and store one alpha", alphas=len(distinct))
+            if (match := _DOWN.fullmatch(key)) is None:
+                continue
+            component, module = match["component"], match["module"]
+            ranks.setdefault(component, {})[module] = file.shape(key)[0]
+            if f"{module}.alpha" in file:
+                alphas.setdefault(component, {})[module] = float(file[f"{module}.alpha"].reshape(-1)[0])
+    if "unet" in ranks and not any(map(_UNET.match, ranks["unet"])):
+        return  # the converters of transformers scale every module by its own alpha
+    for component, own_alphas in alphas.items():
+        usual = Counter(own_alphas.values()).most_common(1)[0][0]
+        changed = []
+        for module, rank in ranks[component].items():
+            if (_ATTENTION.search(module) or module not in own_alphas) and own_alphas.get(module, rank) != usual:
+                changed.append(module)
+        if changed:
+            count = f"{len(changed)} of {len(ranks[component])} modules get the most frequent alpha, {usual:g}"
+            reason = f"alphas differ between modules: {count}, instead of their own: {first_and_count(changed)}"
+            fix = "store one alpha, and multiply lora_up by what differs, as lorascope export --kohya does"
+            yield alteration(reason, fix, modules=len(changed), of=len(ranks[component]), alpha=usual)

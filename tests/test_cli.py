@@ -130,6 +130,10 @@ def test_empty_argument_is_named(words: list[str], start: str, capsys: pytest.Ca
         (PermissionError(errno.EACCES, "Permission denied"), 2, "[Errno 13] Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "[Errno 28] No space left on device"),
         (FloatingPointError("the loss became nan"), 1, "the loss became nan"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2,
+         f"cannot open {'x' * 100!r} ...: File name too long"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.\nSee x"), 1,
+         "not enough memory: CUDA out of memory. Tried to allocate 2 GiB"),
         (MemoryError(), 1, "not enough memory"),
         (MemoryError("Unable to allocate 2 TiB"), 1, "not enough memory: Unable to allocate 2 TiB"),
         (KeyboardInterrupt("stopped after step 3 of 9; the same call resumes"), 130,
@@ -151,6 +155,40 @@ def test_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(doctor, "open_runs", lambda *_: {}["x"])
     with pytest.raises(KeyError):
         main(["doctor", "x"])
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value"),
+    [
+        ("lora", "rank", "99999999999999999999"),
+        ("lora", "rank", "1000000000000"),
+        ("lora", "max-length", "99999999999999999999"),
+        ("lora", "alpha", "1e308"),
+        ("lora", "targets", "a{99999999999}"),
+        ("lora", "device", "meta"),
+        ("alora", "init-rank", "99999999999999999999"),
+        ("hydralora", "num-experts", "99999999999999999999"),
+        ("hydralora", "num-experts", "9223372036854775807"),
+        ("adapprox", "growth-scale", "inf"),
+        ("adalora", "gamma", "nan"),
+        ("fourierft", "center", "1e308"),
+    ],
+)
+def test_extreme_value_of_train_is_reported_in_one_line(
+    method: str, option: str, value: str, bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", method, "--model", bert, "--task", reviews, "--steps", 2, "-o", tmp_path / "run", "--no-progress"]
+    line = complaint(capsys, *words, f"--{option}", value)
+    assert option.replace("-", "_") in line
+    assert str(float(value) if value == "1e308" else value) in line
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 3000])
+def test_path_that_is_too_long_is_invalid_usage(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("inspect", "survey", "doctor", "report"):
+        line = complaint(capsys, command, name)
+        assert "too long" in line
+        assert len(line) < 300
 
 
 def test_warnings_are_printed_in_one_line() -> None:

@@ -283,6 +283,12 @@ def test_accuracy_by_parameters_with_two_tasks_raises(write: Any) -> None:
         plots.accuracy_by_parameters(runs)
 
 
+@pytest.mark.parametrize(("shape", "value"), [("runs/x", "str"), ((0, 5), r"\(0, 5\)"), ((5,), r"\(5,\)")])
+def test_frequency_bias_of_anything_but_a_shape_is_rejected(shape: Any, value: str) -> None:
+    with pytest.raises(ValueError, match=rf"shape must be two integers >= 1 \(outputs, inputs\), got {value}"):
+        plots.frequency_bias(shape)
+
+
 def test_frequency_bias_by_distance_has_the_values_of_the_paper() -> None:
     """The values are p of Eq. 5 at width 200, for centers 0, 100, 200 and distances 0, 50, 100, 200, 300."""
     curves, *maps = panels(plots.frequency_bias((768, 768), (0, 100, 200), 200))

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import tiny
@@ -519,6 +520,9 @@ def test_observer_with_an_invalid_number_of_steps_is_rejected(every):
         ({"lr": 1e99}, r"lr must be > 0 and finite in float32, got 1e\+99"),
         ({"warmup": 2.5}, r"warmup must be a fraction below 1 or an integer number of steps, got 2\.5"),
         ({"seed": -1}, "seed must be an integer from 0 to 4294967295, got -1"),
+        ({"max_length": 10**20}, f"max_length must be at most {2**63 - 1}, got {10**20}"),
+        ({"device": "meta"}, "device must be one that torch can use, such as 'cpu', got 'meta': .*meta"),
+        ({"device": "hpu"}, "device must be one that torch can use, such as 'cpu', got 'hpu'"),
         ({"device": "gpu"}, "device must be one that torch can use, such as 'cpu', got 'gpu': .*cuda"),
         pytest.param({"seed": 0.5}, r"seed must be an integer from 0 to 4294967295, got 0\.5", marks=unchecked),
         pytest.param({"batch_size": None}, "batch_size must be an integer >= 1, got None", marks=unchecked),
@@ -531,6 +535,25 @@ def test_invalid_setting_raises_and_writes_nothing(settings, message, fresh_bert
     with pytest.raises(ValueError, match=message):
         ls.train(fresh_bert, task, LoRA(), out=tmp_path / "run", **FAST | settings)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rank", [2**40, 2**62])
+def test_method_too_large_for_memory_raises_with_its_settings(rank, fresh_bert, task, tmp_path):
+    with pytest.raises(ValueError, match=f"cannot attach LoRA, rank {rank}: not enough memory"):
+        ls.train(fresh_bert, task, LoRA(rank=rank), out=tmp_path / "run", **FAST)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_text_longer_than_the_positions_raises_with_their_number(bert, tmp_path):
+    rows = [{"text": "film " * 60, "label": ("bad", "good")[number % 2]} for number in range(80)]
+    for number, row in enumerate(rows):
+        row["text"] += f"plot {number}"
+    task = ls.tasks.from_frame(pd.DataFrame(rows))
+    positions = ls.models.load(bert, task=task).config.max_position_embeddings
+    message = f"max_length must be at most {positions}, the positions of the model, got 50: a text has 50 tokens"
+    with pytest.raises(ValueError, match=message):
+        ls.train(bert, task, LoRA(), out=tmp_path / "run", max_length=50, **FAST)
+    assert ls.train(bert, task, LoRA(), out=tmp_path / "run", max_length=positions, **FAST).meta.status == "done"
 
 
 def test_model_without_a_head_raises_with_the_class_to_load(bert, task, tmp_path):

@@ -45,6 +45,22 @@ def three():
     return tasks.from_frame(pd.DataFrame(rows))
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "vit"])
+def test_texts_are_rejected_from_the_length_that_a_model_cannot_read(family):
+    model = tiny(family)
+    for length in (38, 39, 40, 41, 60):
+        is_read, is_accepted = True, True
+        try:
+            model(**inputs(model, 1, length))
+        except (IndexError, RuntimeError):
+            is_read = False
+        try:
+            models.require_positions(model, length, 60)
+        except ValueError:
+            is_accepted = False
+        assert is_read == is_accepted, length
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_model_is_loaded_with_its_head_and_weights(family, tmp_path):
     saved = tiny(family)

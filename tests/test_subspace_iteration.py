@@ -166,6 +166,7 @@ def test_growth_is_small_near_the_tolerance_and_large_far_from_it():
     xi = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
     assert [subspace_iteration.growth(error) for error in xi] == [7, 8, 15, 28, 91, 176, 191]
     assert subspace_iteration.growth(0.1, scale=0.1) == 3
+    assert subspace_iteration.growth(1.0, (191.0, 1e9, -4.0, 1.0)) == 1  # exp of the exponent exceeds a float
     assert subspace_iteration.growth(0.0, scale=1e-9) == subspace_iteration.growth(math.nan) == 1
 
 

@@ -61,6 +61,21 @@ def test_match_by_regex_uses_the_whole_name_and_only_matrices() -> None:
         _matches("bert", "attention(")
 
 
+@pytest.mark.parametrize("pattern", ["a{99999999999}", "((a{99}){99}){99}", "x" * 1001])
+def test_hostile_pattern_is_rejected_within_its_limits(pattern: str) -> None:
+    with pytest.raises(ValueError, match="targets must be a role or a regular expression, got '") as caught:
+        _matches("bert", pattern)
+    assert "\n" not in str(caught.value)
+
+
+def test_backtracking_pattern_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="matches no module"):
+        _matches("bert", "(.*)*(.*)*(.*)*x")
+    monkeypatch.setattr("lorascope.schema.name_patterns.MAX_SECONDS", 0.0)
+    with pytest.raises(ValueError, match=r"targets must be .*too long"):
+        _matches("bert", ".*x")
+
+
 def test_match_accepts_names_of_tied_modules() -> None:
     assert _matches("gpt2", ["lm_head"]) == _matches("gpt2", "lm_head") == ["lm_head"]
     assert _matches("gpt2", ["transformer.wte"]) == ["transformer.wte"]

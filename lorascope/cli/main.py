@@ -5,6 +5,7 @@ Exit codes: 0 success; 1 a finding, a failed run or a system error; 2 invalid us
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import os
@@ -17,7 +18,8 @@ from typing import Any, TextIO
 
 from lorascope import __version__
 from lorascope.extras import requirement
-from lorascope.files.printable import printable
+from lorascope.files.memory_errors import is_out_of_memory
+from lorascope.files.printable import first_line, printable
 from lorascope.schema.suggestions import unknown_name
 
 # One line of help for each module of this package that defines a command as ``main(argv)``.
@@ -132,10 +134,14 @@ def _run_command(words: list[str]) -> int:
             raise
         return _report_failure(required, 2, f"lorascope {words[0]}")
     except (FloatingPointError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            return _report_failure(f"cannot open {str(error.filename)[:100]!r} ...: {error.strerror}", 2)
         # A wrong file name raises a subclass of OSError; a full or broken disk raises OSError itself.
         return _report_failure(error, 1 if type(error) in (FloatingPointError, OSError) else 2)
-    except MemoryError as error:
-        return _report_failure(f"not enough memory: {error}" if str(error) else "not enough memory", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _report_failure(f"not enough memory: {first_line(error)}" if str(error) else "not enough memory", 1)
     except SystemExit as stop:  # raised by --help
         return int(stop.code or 0)
 

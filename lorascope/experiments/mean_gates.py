@@ -89,6 +89,7 @@ def mean_gates(
         batch_texts = list(texts[start : start + batch_size])
         batch = tokenizer(batch_texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
         batch = batch.to(device)
+        models.require_positions(model, batch["input_ids"].shape[1], max_length)
         if not batch["input_ids"].numel():
             raise ValueError(f"texts must contain at least one token, got {batch_texts[0]!r}")
         for name, gates in watch(model, routers, batch, partial(model, **batch)).items():

@@ -25,6 +25,7 @@ from lorascope.files.typed_json import read_json, require_regular, to_typed, unr
 from lorascope.files.whole_files import file_hash
 from lorascope.inputs.package_assets import SMOLLM2, build_once, cache, fetch
 from lorascope.inputs.tasks import Task
+from lorascope.schema import module_table
 
 __all__ = ["load", "missing", "processor", "tokenizer"]
 
@@ -154,6 +155,22 @@ def tokenizer(model: nn.Module) -> Any:
     if config.pad_token_id is None:
         config.pad_token_id = loaded.pad_token_id  # a decoder that classifies needs it to find the last token of a text
     return loaded
+
+
+def require_positions(model: nn.Module, length: int, max_length: int) -> None:
+    """Raise a ValueError if a text of ``length`` tokens is longer than a table of learned positions of a model."""
+    description = module_table.describe(model)
+    # Tables of relative positions belong to a block, or have their own name in DeBERTa.
+    outside = (description["role"] == "pos_embed") & description["layer"].isna()
+    for name in description.loc[outside, "module"]:
+        table = model.get_submodule(name)
+        if not isinstance(table, nn.Embedding) or name.endswith("rel_embeddings"):
+            continue
+        # OPT and BART reserve the first rows by ``offset``, RoBERTa those up to the padding.
+        reserved = getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+        if length > (positions := table.num_embeddings - reserved):
+            must = f"max_length must be at most {positions}, the positions of the model"
+            raise ValueError(f"{must}, got {max_length}: a text has {length} tokens")
 
 
 def locate_model(name: str) -> str:

@@ -44,6 +44,7 @@ Departs:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -154,6 +155,7 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         require_scaling(self)
         require(self, "beta1", "in (0, 1)", 0 < self.beta1 < 1)
         require(self, "beta2", "in (0, 1)", 0 < self.beta2 < 1)
+        require(self, "gamma", "finite", math.isfinite(self.gamma))
         require_literals(self)
 
     @classmethod

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from numbers import Real
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+LARGEST_FLOAT = 3.4028234663852886e38  # of float32
+_LARGEST_INTEGER = 2**63 - 1  # torch and tokenizers store sizes in 64 bits
 
 
 def require(settings: object, name: str, allowed: str, valid: bool) -> None:
@@ -29,12 +31,17 @@ def is_number(value: Any) -> bool:
 
 
 def require_integer(settings: object, minimum: int, *names: str) -> None:
-    """Raise a ValueError unless these fields of a method or settings are integers >= ``minimum`` or None by default."""
+    """Raise a ValueError unless these fields of a method or settings are integers >= ``minimum`` or None by default.
+
+    Integers beyond 64 bits are rejected as well.
+    """
     for name in names:
         value = getattr(settings, name)
         # None is valid where it is the default.
         unset = value is None and getattr(type(settings), name, minimum) is None
         require(settings, name, f"an integer >= {minimum}", unset or (is_integer(value) and value >= minimum))
+        if not unset:
+            require(settings, name, f"at most {_LARGEST_INTEGER}", value <= _LARGEST_INTEGER)
 
 
 def require_at_least(settings: object, minimum: int, *names: str) -> None:
@@ -51,7 +58,7 @@ def require_choice(settings: object, name: str, choices: Iterable[str]) -> None:
 
 def require_scaling(settings: Any) -> None:
     """Raise a ValueError unless the fields ``alpha`` and ``dropout`` of a method allow training."""
-    require(settings, "alpha", "finite and > 0", 0 < settings.alpha < math.inf)
+    require(settings, "alpha", "> 0 and finite in float32", 0 < settings.alpha <= LARGEST_FLOAT)
     require(settings, "dropout", "in [0, 1)", 0 <= settings.dropout < 1)
 
 

@@ -154,7 +154,15 @@ def frequency_bias(
         Centers of the bands, as distances from frequency zero.
     width : float
         Width of all bands.
+
+    Raises
+    ------
+    ValueError
+        ``shape`` is not two positive integers.
     """
+    if not (isinstance(shape, Sequence) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)):
+        value = shape if isinstance(shape, tuple) else type(shape).__name__
+        raise ValueError(f"shape must be two integers >= 1 (outputs, inputs), got {value}: no run is read")
     caption = (
         f"Probability of a draw relative to the most likely frequency, for bands of width {width:g}, in the spectrum "
         f"of a {shape[0]} × {shape[1]} weight. Computed, not measured."

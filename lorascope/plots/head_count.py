@@ -25,7 +25,15 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
         Table from ``analysis.head_count.repeated_selection``.
     static : int, optional
         Manually chosen number, drawn for comparison.
+
+    Raises
+    ------
+    ValueError
+        ``found`` is not a table.
     """
+    if not isinstance(found, pd.DataFrame):
+        must = "found must be the table of analysis.head_count.repeated_selection"
+        raise ValueError(f"{must}, got {type(found).__name__}")
     # Only k-means has an error for every K; the other algorithm finds the number of clusters itself.
     curves = found[found["algorithm"] == _KMEANS]
     start = curves.groupby("seed")["sse"].transform("first")  # K = 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from lorascope.schema.module_roles import (
     role_outside,
     stack_of,
 )
+from lorascope.schema.name_patterns import full_matches
 
 __all__ = ["ROLES", "Location", "describe", "gated_input", "match", "parse", "position"]
 
@@ -253,7 +253,7 @@ def match(description: pd.DataFrame, targets: str | Sequence[str], called: str =
     Raises
     ------
     ValueError
-        A target matches no module, or the sequence is empty.
+        A target matches no module, the sequence is empty, or the regular expression is invalid or takes too long.
     """
     selection: set[str] = set()
     is_pattern = isinstance(targets, str)
@@ -284,8 +284,8 @@ def _matching_names(description: pd.DataFrame, target: str, pattern: bool, calle
         return [target] if target in _all_names(description) else []
     matrices = description[description["out_features"].notna()]
     try:
-        return [name for name in _all_names(matrices) if re.fullmatch(target, name)]
-    except re.error as error:
+        return full_matches(target, _all_names(matrices))
+    except ValueError as error:
         raise ValueError(f"{called} must be a role or a regular expression, got {target!r}: {error}") from None
 
 

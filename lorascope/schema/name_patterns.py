@@ -36,6 +36,58 @@ def _compile_with_timeout(expression: str) -> Any:
         raise ValueError(str(error)) from error
 
 
+def _compile(key: str, expression: str) -> re.Pattern[str] | Any:
+    """Return a pattern for the expression of a key; one of the ``regex`` package if it can backtrack.
+
+    A key that is not a regular expression or exceeds the limits raises a ValueError with the reason.
+    """
+    if len(key) > _MAX_KEY or _EXPANDS.search(key):
+        raise ValueError(f"at most {_MAX_KEY} characters, no counted group and no count above 99")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            pattern = re.compile(expression)
+            if not _BACKTRACKS.search(key):
+                return pattern
+            return _compile_with_timeout(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+class _Matcher:
+    """Counter of matches and of their time, whose limits all patterns that use it share."""
+
+    def __init__(self) -> None:
+        self._remaining_matches, self._remaining_seconds = MAX_MATCHES, MAX_SECONDS
+
+    def is_match(self, pattern: re.Pattern[str] | Any, name: str, whole: bool = False) -> bool:
+        """Return whether a pattern matches a name from its start, or as a whole; raise a TimeoutError at a limit."""
+        self._remaining_matches -= 1
+        match = pattern.fullmatch if whole else pattern.match
+        if isinstance(pattern, re.Pattern):
+            result = match(name)
+        else:
+            start = time.monotonic()
+            result = match(name, timeout=max(self._remaining_seconds, 1e-3))
+            self._remaining_seconds -= time.monotonic() - start
+        if self._remaining_matches < 0 or self._remaining_seconds <= 0:
+            raise TimeoutError
+        return result is not None
+
+
+def full_matches(expression: str, names: Iterable[str]) -> list[str]:
+    """Return the names that a regular expression matches as a whole.
+
+    An invalid expression, and one with more than 1000 characters, a counted group, a count above 99 or a long time of
+    matching, raises a ValueError with the reason.
+    """
+    pattern, matcher = _compile(expression, expression), _Matcher()
+    try:
+        return [name for name in names if matcher.is_match(pattern, name, whole=True)]
+    except TimeoutError:
+        raise ValueError("matching it with the names of the modules takes too long") from None
+
+
 class Patterns:
     """Patterns in a setting such as ``rank_pattern``: regular expressions that PEFT matches with ends of module names.
 
@@ -44,21 +96,13 @@ class Patterns:
     """
 
     def __init__(self, keys: Iterable[str], name: object) -> None:
-        self._name, self._remaining_matches, self._remaining_seconds = name, MAX_MATCHES, MAX_SECONDS
+        self._name, self._matcher = name, _Matcher()
         self._patterns = {key: self._compile(key) for key in keys}
 
     def _compile(self, key: str) -> re.Pattern[str] | Any:
-        expression = rf"(.*\.)?({key})$"
         try:
-            if len(key) > _MAX_KEY or _EXPANDS.search(key):
-                raise ValueError(f"at most {_MAX_KEY} characters, no counted group and no count above 99")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                pattern = re.compile(expression)
-                if _BACKTRACKS.search(key):
-                    return _compile_with_timeout(expression)
-                return pattern
-        except (re.error, ValueError, OverflowError, RecursionError) as error:
+            return _compile(key, rf"(.*\.)?({key})$")
+        except ValueError as error:
             must = f"{printable(key[:100])!r} must be a regular expression for the end of a module's name"
             raise unreadable(self._name, f"{must}: {printable(error)}") from error
 
@@ -76,21 +120,11 @@ class Patterns:
 
     def _is_match(self, key: str, module: str) -> bool:
         """Return whether a key matches a module; all matches share the limits."""
-        self._remaining_matches -= 1
-        pattern = self._patterns[key]
-        if isinstance(pattern, re.Pattern):
-            match: object = pattern.match(module)
-        else:
-            start = time.monotonic()
-            try:
-                match = pattern.match(module, timeout=max(self._remaining_seconds, 1e-3))
-            except TimeoutError:
-                match, self._remaining_seconds = None, 0.0
-            self._remaining_seconds -= time.monotonic() - start
-        if self._remaining_matches < 0 or self._remaining_seconds <= 0:
+        try:
+            return self._matcher.is_match(self._patterns[key], module)
+        except TimeoutError:
             reason = f"matching the pattern {printable(key[:100])!r} with the names of the modules takes too long"
-            raise unreadable(self._name, reason)
-        return match is not None
+            raise unreadable(self._name, reason) from None
 
 
 def per_module(source: object, setting: str, default: T, pattern: Mapping[str, T] | None) -> Callable[[str], T]:

@@ -16,6 +16,7 @@ from lorascope.adapters.peft_layers import (
     unwrap_peft_model,
     unwrapped_parameters,
 )
+from lorascope.files.memory_errors import is_out_of_memory
 from lorascope.inputs.classifier_head import draw_new_weights, fit_head, weights_hash
 from lorascope.inputs.tasks import Task
 from lorascope.methods.method import Method
@@ -99,9 +100,19 @@ def begin_training(
 
 
 def attach_method(method: Method, model: nn.Module) -> None:
-    """Attach a method, and raise a ValueError if it changed a base weight: a model keeps W_0 until it trains."""
+    """Attach a method.
+
+    Raise a ValueError if memory is too small for its hyperparameters, or if it changed a base weight: a model keeps W_0
+    until it trains.
+    """
     before = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
-    method.attach(model)
+    try:
+        method.attach(model)
+    except (MemoryError, RuntimeError, TypeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fix = "reduce its sizes, or target fewer modules"
+        raise ValueError(f"cannot attach {method.label()}: not enough memory; {fix}") from error
     for name, parameter, version in before:
         if parameter._version != version:
             raise ValueError(

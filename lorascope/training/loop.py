@@ -222,8 +222,8 @@ def _usable_device(device: str | None) -> str:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return getattr(accelerator, "type", "cpu")
     try:
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
+        torch.zeros(1, device=device).item()  # the device "meta" has no values
+    except (AssertionError, ImportError, RuntimeError) as error:
         raise ValueError(
             f"device must be one that torch can use, such as 'cpu', got {device!r}: {first_line(error)}"
         ) from None

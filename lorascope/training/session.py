@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from lorascope.files.printable import printable
 from lorascope.files.whole_files import write_bytes
-from lorascope.inputs.models import processor
+from lorascope.inputs.models import processor, require_positions
 from lorascope.inputs.tokenization import EncodedRows
 from lorascope.methods.method import Batch, HeldOut, Method, Step, trained_parameters
 from lorascope.observe.trainable import are_finite
@@ -85,7 +85,9 @@ class Session(Recording):
         tables = [self.task.split(split, float(self.method.search_share)) for split in splits.split("+")]
         # Rows of a task are sorted by a hash of their content, so the first ones are a random sample.
         table = pd.concat(tables, ignore_index=True).head(rows or len(self.task.table))
-        return self.task.encode(reader, table, self.settings.max_length)
+        encoded = self.task.encode(reader, table, self.settings.max_length)
+        require_positions(self.model, max(encoded.lengths, default=0), self.settings.max_length)
+        return encoded
 
     def batch(self, index: int) -> Batch:
         """Return the batch of a 0-based step. Each epoch visits the rows in a new seeded permutation."""

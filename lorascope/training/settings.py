@@ -8,16 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from lorascope.methods.field_checks import is_number, require, require_choice, require_integer
+from lorascope.methods.field_checks import LARGEST_FLOAT, is_number, require, require_choice, require_integer
 from lorascope.methods.method import python_number
 
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
-
-# Optimizers multiply float32 weights by the rate, and a larger one would be infinite there.
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +47,8 @@ class Settings:
             value = getattr(self, name)
             require(self, name, "a number", is_number(value) or (name == "clip" and value is None))
         for name in ("lr", "head_lr"):
-            require(self, name, "> 0 and finite in float32", 0 < getattr(self, name) <= _LARGEST)
+            # Optimizers multiply float32 weights by the rate.
+            require(self, name, "> 0 and finite in float32", 0 < getattr(self, name) <= LARGEST_FLOAT)
         for name in ("warmup", "weight_decay"):
             require(self, name, ">= 0 and finite", 0 <= getattr(self, name) < math.inf)
         is_allowed = self.warmup < 1 or float(self.warmup).is_integer()

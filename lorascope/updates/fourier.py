@@ -81,13 +81,13 @@ def _shuffled_positions(size: int, n: int, seed: int) -> Int[np.ndarray, "n"]:
 
 def _draw_in_band(shape: tuple[int, int], n: int, seed: int, center: float, width: float) -> Int[np.ndarray, "n"]:
     """Draw without replacement: sort exponential waiting times whose rates are the band-pass weights."""
-    rates = band_pass(shape, center, width).reshape(-1)
     highest = np.hypot(shape[0] // 2, shape[1] // 2)
     if center > highest:
         raise ValueError(
             f"center must be from 0 to {highest:.4g}, the largest radius of a {shape[0]} x {shape[1]} spectrum, "
             f"got {center:g}"
         )
+    rates = band_pass(shape, center, width).reshape(-1)
     possible = np.flatnonzero(rates)
     if n > len(possible):
         raise ValueError(

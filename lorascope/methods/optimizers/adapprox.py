@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorascope.array_types import Float
-from lorascope.methods.field_checks import require, require_at_least, require_choice
+from lorascope.methods.field_checks import LARGEST_FLOAT, require, require_at_least, require_choice
 from lorascope.methods.optimizers import closure_loss, parameters_with_gradient, subspace_iteration
 from lorascope.methods.precision import wide_dtype
 
@@ -266,6 +266,9 @@ def check_options(settings: Any) -> None:
         require(settings, name, "> 0", getattr(settings, name) > 0)
     require(settings, "betas", "two numbers", len(settings.betas) == 2)
     require(settings, "growth", "four numbers (eta, omega, phi, tau)", len(settings.growth) == 4)
+    require(settings, "growth", "finite in float32", all(abs(number) <= LARGEST_FLOAT for number in settings.growth))
+    scale = settings.growth_scale
+    require(settings, "growth_scale", "finite in float32 or None", scale is None or abs(scale) <= LARGEST_FLOAT)
     require(settings, "betas", "in [0, 1)", all(0 <= beta < 1 for beta in settings.betas))
     if settings.cosine and not settings.betas[0]:
         raise ValueError(f"betas[0] must be > 0 with cosine=True, got {settings.betas[0]}")

@@ -114,7 +114,8 @@ def growth(error: float, logistic: Sequence[float] = LOGISTIC, scale: float = 1.
     eta, omega, phi, tau = logistic
     if not math.isfinite(error):
         return 1
-    return max(1, math.ceil(scale * (eta / (1 + math.exp(omega * error + phi)) + tau)))
+    exponent = min(omega * error + phi, 700.0)  # exp would overflow above 709
+    return max(1, math.ceil(scale * (eta / (1 + math.exp(exponent)) + tau)))
 
 
 Factor = Callable[[int], tuple[Tensor, Tensor]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_screen_shows_first_and_last_and_what_still_moves(folder, capsys):  # no
     assert any(
         line.startswith("settled") and "1 of 2 modules before step 100, the first at step 20" in line for line in lines
     )
-    assert all(len(line) <= 80 for line in lines)
+    assert all(len(line) <= 80 for line in lines[:-1])  # the command is not wrapped, because a shell reads it
 
 
 def test_all_shows_one_line_per_module_and_formats_agree(folder, capsys):  # noqa: F811
@@ -42,7 +43,7 @@ def test_all_shows_one_line_per_module_and_formats_agree(folder, capsys):  # noq
     code, out, _ = run(capsys, "inspect", folder, "--all")
     assert code == 0
     assert any(line.startswith(Q) for line in out.splitlines())
-    assert all(len(line) <= 80 for line in out.splitlines())
+    assert all(len(line) <= 80 for line in out.splitlines()[:-1])
     assert "absent         1 modules of other checkpoints, which the last one lacks" in out
     found = json.loads(run(capsys, "inspect", folder, "--json")[1])
     assert found["steps"] == [10, 20, 100, 110]
@@ -62,7 +63,9 @@ def test_final_adapter_names_its_checkpoints_and_series_shows_them(folder, capsy
     assert "moves most" not in out
     _, out, _ = run(capsys, "inspect", folder, "--series")
     assert "moves most" in out
-    assert "next           lorascope plot settling FOLDER --series -o settling.pdf" in out
+    assert f"next           lorascope plot settling {os.path.relpath(folder)} --series -o settling.pdf" in out.replace(
+        str(folder), os.path.relpath(folder)
+    )
     given = [folder / f"checkpoint-{step}" for step in (20, 100)]
     assert "checkpoints    2, steps 20 to 100\n" in run(capsys, "inspect", *given, "--series")[1]
     assert "checkpoints" not in run(capsys, "inspect", given[0])[1]

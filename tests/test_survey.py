@@ -90,12 +90,15 @@ def test_command_prints_a_line_each_and_names_what_it_cannot_read(
 ) -> None:
     monkeypatch.chdir(collection)
     assert main(["survey", "."]) == 1
-    head, *lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    head, *lines = printed.out.splitlines()
     assert head.split() == ["path", "kind", "rank", "modules", "|dW|", "eff", "findings"]
     # 2 sqrt(1 + 0.25 + 0.04 + 0.01) sqrt(4 (1 + 4)), and exp of the entropy of (10, 5, 2, 1) / 18.
     assert lines[1].split() == ["a", "LoRA", "4", "8", "10.2", "3.0"]
-    assert lines[2].startswith("c   ")
-    assert "truncated" in lines[2]
+    assert lines[2].split() == ["c", "-", "-", "-", "-", "-", "unreadable"]
+    (reason,) = printed.err.splitlines()
+    assert reason.startswith("lorascope: cannot read c")
+    assert "truncated" in reason
     assert main(["survey", ".", "--csv"]) == 1
     table = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert main(["survey", ".", "--json"]) == 1
@@ -105,6 +108,23 @@ def test_command_prints_a_line_each_and_names_what_it_cannot_read(
     )
     assert objects[2]["modules"] is None
     assert table["update_norm"].to_numpy()[1] == objects[1]["update_norm"]
+
+
+def test_faults_and_prompts_have_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(tmp_path / "a\nb", llama(1, [1.0, 1.0]), r=7)
+    prompt = tmp_path / "prompt"
+    prompt.mkdir()
+    (prompt / "adapter_config.json").write_text('{"peft_type": "P_TUNING"}', encoding="utf-8")
+    write_tensors(prompt / "adapter_model.safetensors", {"prompt_embeddings": np.ones((2, 3), np.float32)}, {})
+    assert main(["survey", str(prompt)]) == 0
+    assert main(["survey", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    *_, fault, trained = (line[34:].split() for line in printed.out.splitlines())
+    assert fault == ["-", "-", "-", "-", "-", "rank-mismatch"]
+    assert trained == ["P_TUNING", "-", "0", "-", "-"]
+    (reason,) = printed.err.splitlines()
+    assert r"a\nb" in reason
+    assert "must have rank 7" in reason
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import arg
 
@@ -43,7 +43,8 @@ def main(
 ) -> int:
     """Survey adapters and runs, however many, with one line each: kind, rank, norm, and what the doctor found.
 
-    Lines are printed as they are measured. The exit code is 1 if an adapter cannot be read; its line gives the reason.
+    Lines are printed as they are measured. The exit code is 1 if an adapter cannot be read. The reasons follow the
+    table on stderr, and are in the rows of --json and --csv.
 
     Example: lorascope survey adapters
 
@@ -71,7 +72,7 @@ def main(
     for path in paths:
         if not Path(path).exists():
             raise FileNotFoundError(f"cannot read {printable(path)}: there is no such file or folder")
-    count = failed = 0
+    count, reasons = 0, []
     with use_backend(backend, address, jobs):
         for row in survey(_list_adapters(paths), base):
             if json:
@@ -84,10 +85,15 @@ def main(
             else:
                 print(_format_row(row, head=count == 0), flush=True)
             count += 1
-            failed += bool(row.error)
+            if row.error:
+                reasons.append(row.error)
     if not count:
         raise ValueError(f"no adapter or run in {', '.join(map(printable, paths))}")
-    return int(bool(failed))
+    if not (json or csv):
+        # Between the lines of the table, they would break it.
+        for reason in reasons:
+            print(f"lorascope: {printable(reason)}", file=sys.stderr)
+    return int(bool(reasons))
 
 
 def _list_adapters(paths: Iterable[str]) -> Iterator[Path]:
@@ -99,27 +105,28 @@ def _list_adapters(paths: Iterable[str]) -> Iterator[Path]:
             yield path
 
 
+def _dash_if_unknown(form: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Return a format of a number for a table, with a dash for None."""
+    return lambda value: "-" if value is None else form(value)
+
+
 # All but the last have a fixed width, because a row is printed before the next one is measured.
-_PATH = TableColumn("path", 34, "path")
 _COLUMNS = (
-    _PATH,
+    TableColumn("path", 34, "path"),
     TableColumn("kind", 10, "kind"),
     TableColumn("rank", 6, "least_rank", format_span, "most_rank"),
-    TableColumn("modules", 7, "modules", str),
-    TableColumn("|dW|", 7, "update_norm", format_norm),
+    TableColumn("modules", 7, "modules", _dash_if_unknown(str)),
+    TableColumn("|dW|", 7, "update_norm", _dash_if_unknown(format_norm)),
     TableColumn("eff", 5, "effective_rank", format_number),
     TableColumn("findings", None, "findings"),
 )
-_ERROR_COLUMNS = (_PATH, TableColumn("", None, "error"))
 
 
 def _format_row(row: Surveyed, head: bool) -> str:
-    """Format an adapter or run, or the reason why it was not measured, as one line under the head of the table."""
-    target = make_console(sys.stdout, UNLIMITED)
-    if not row.error:
-        return render_text(target, aligned_table(_COLUMNS, [vars(row)], head=head))
-    # An error is as long as it needs to be, from the second column on.
-    tables = [aligned_table(_ERROR_COLUMNS, [vars(row)], head=False)]
-    if head:
-        tables.insert(0, aligned_table(_COLUMNS, []))
-    return render_text(target, *tables)
+    """Format an adapter or run as one line under the head of the table."""
+    values = vars(row)
+    if not row.modules:  # not measured
+        values = values | {"kind": row.kind or "-", "update_norm": None}
+    if row.error:
+        values = values | {"findings": row.findings or "unreadable"}
+    return render_text(make_console(sys.stdout, UNLIMITED), aligned_table(_COLUMNS, [values], head=head))

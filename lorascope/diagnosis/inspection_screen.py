@@ -7,7 +7,7 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console, RenderableType
 from rich.text import Text
@@ -20,7 +20,6 @@ from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import (
     LABEL_WIDTH,
-    TEXT_WIDTH,
     WIDTH,
     Block,
     Elided,
@@ -44,6 +43,8 @@ _STRIP_WIDTH = 32  # what a label and four numbers leave of 80 columns
 _STACKS = {"": "", "encoder": "enc ", "decoder": "dec "}
 # Characters for zero and for values, smallest first.
 DIGITS, BLOCKS = ".123456789", "·▁▂▃▄▅▆▇█"
+_FAULTS = {"nan-norms", "no-update", "zero-updates", "unmatched"}
+"""Causes of findings that ``lorascope doctor`` explains."""
 SEVERITY_STYLES = {"error": "red", "caution": "yellow", "note": "yellow"}
 
 
@@ -53,15 +54,16 @@ def report_screen(
     *body: RenderableType,
     blocks: Sequence[Block] = (),
     findings: Sequence[Finding] = (),
-    commands: Sequence[str] = (),
+    command: str = "",
 ) -> str:
-    """Format an inspection screen: header, body, blocks, findings, and the first command that fits, else the last."""
+    """Format an inspection screen: header, body, blocks, findings, and the command to run next."""
     end = [*blocks, Block("findings", list(map(finding_paragraph, findings)))]
-    if commands:
-        # A command that is wrapped cannot be copied.
-        command = next((command for command in commands if len(command) <= TEXT_WIDTH), commands[-1])
-        end.append(Block("next", [Text(command, "cyan")]))
-    return render_text(target, block_grid(header), "", *body, "", block_grid(end))
+    screen = render_text(target, block_grid(header), "", *body, "", block_grid(end))
+    if not command:
+        return screen
+    with target.capture() as captured:  # without wrapping, because a wrapped command cannot be copied
+        target.print(Text.assemble("next".ljust(LABEL_WIDTH), (command, "cyan")), soft_wrap=True)
+    return f"{screen}\n{captured.get().rstrip()}"
 
 
 def header_blocks(facts: Facts) -> list[Block]:
@@ -178,17 +180,28 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
         if module.rank is not None:
             rank += f" of {module.rank}"
         lines.append(Elided(module.module, f"{format_norm(module.update_norm):<6} ", rank))
-    run, folders = inspection.run, [Path(inspection.path or "")]
-    if isinstance(run, Adapter) and run.base is not None and run.files.needs_base:
-        folders.append(run.base.folder)
     blocks = [Block("largest |dW|", lines)]
     if null is not None:
         blocks += _null_blocks(null)
-    paths, names = list(map(shorter_path, folders)), ["ADAPTER", "BASE"][: len(folders)]
-    commands = command_forms("lorascope plot spectrum {} -o spectrum.pdf", paths, names)
     body = layer_strip(inspection, target, strip, columns)
     header = header_blocks(inspection.facts)
-    return report_screen(target, header, *body, blocks=blocks, findings=inspection.details, commands=commands)
+    return report_screen(
+        target, header, *body, blocks=blocks, findings=inspection.details, command=_next_command(inspection)
+    )
+
+
+def _next_command(inspection: Inspection) -> str:
+    """Return the command that shows more about the findings of an inspection, for pasting into a shell."""
+    causes, run = {finding.cause for finding in inspection.details}, inspection.run
+    folders = [inspection.path or Path()]
+    if causes & _FAULTS:
+        return shell_command("lorascope doctor {}", folders)
+    if isinstance(run, Adapter) and run.base is not None:
+        if "intruders-unknown" in causes:
+            return shell_command("lorascope inspect {} --spectra", [*folders, run.base.folder])
+        if run.files.needs_base:
+            folders.append(run.base.folder)
+    return shell_command("lorascope plot spectrum {} -o spectrum.pdf", folders)
 
 
 def _size_columns(inspection: Inspection) -> list[TableColumn]:
@@ -273,14 +286,23 @@ def _shared_prefix(modules: Modules, width: int) -> str:
     return ".".join(shared)
 
 
-def shorter_path(folder: Path) -> str:
-    """Return the path of a folder on an inspection screen, absolute or relative."""
-    return min(str(folder), os.path.relpath(folder), key=len)
+def shell_command(command: str, paths: Sequence[str | Path]) -> str:
+    """Return a command with paths, the second after ``--base``, for pasting into a shell."""
+    return command.format(" --base ".join(map(_shell_word, paths)))
 
 
-def command_forms(command: str, paths: Sequence[Any], names: Sequence[str]) -> list[str]:
-    """Return a command for an inspection screen with paths, joined by ``--base``, and with names instead of them."""
-    forms = []
-    for words in (paths, names):
-        forms.append(command.format(" --base ".join(printable(shlex.quote(str(word))) for word in words)))
-    return forms
+def _shell_word(path: str | Path) -> str:
+    """Return a path, absolute or relative, as one word of a shell."""
+    word = min(str(path), os.path.relpath(path), key=len)
+    if word.startswith(("-", "~")):  # neither an option nor a home folder
+        word = f"./{word}"
+    if word == printable(word):
+        return shlex.quote(word)
+    # bash and zsh read these escapes; bytes that are not text are surrogates.
+    letters = []
+    for letter in word:
+        if "\udc80" <= letter <= "\udcff":
+            letters.append(f"\\x{ord(letter) - 0xDC00:02x}")
+        else:
+            letters.append(f"\\{letter}" if letter in "\\'" else printable(letter))
+    return f"$'{''.join(letters)}'"

@@ -15,10 +15,10 @@ from lorascope.diagnosis.inspection import Facts, InspectionReport, describe_fil
 from lorascope.diagnosis.inspection_screen import (
     Modules,
     Strip,
-    command_forms,
     header_blocks,
     layer_strip,
     report_screen,
+    shell_command,
 )
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.text_layout import Block, Elided, TableColumn, aligned_table, format_norm, format_percent
@@ -201,7 +201,7 @@ def neurons_screen(inspection: NeuronInspection, target: Console) -> str:
         *layer_strip(inspection, target, strip, _COLUMNS),
         blocks=[Block("1 - cos", [quantiles]), Block("largest", neurons)],
         findings=inspection.details,
-        commands=command_forms(command, (inspection.path, inspection.base), ("MODEL", "DIR")),
+        command=shell_command(command, (inspection.path, inspection.base)),
     )
 
 

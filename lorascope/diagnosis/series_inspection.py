@@ -13,7 +13,7 @@ from rich.console import Console
 
 from lorascope.analysis.settling import THRESHOLD, Distances, update_distances
 from lorascope.diagnosis.inspection import Facts, Inspection, inspect
-from lorascope.diagnosis.inspection_screen import command_forms, header_blocks, report_screen, shorter_path
+from lorascope.diagnosis.inspection_screen import header_blocks, report_screen, shell_command
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import (
@@ -179,14 +179,14 @@ def series_screen(inspection: SeriesInspection, target: Console, all: bool = Fal
             text_block("settled", f"{settled}: the update stays within {THRESHOLD:.0%} of the last one from there on"),
         ],
         findings=inspection.last.details,
-        commands=_plot_commands(inspection.series),
+        command=_plot_command(inspection.series),
     )
 
 
-def _plot_commands(series: Series) -> list[str]:
-    """Return commands that plot the series, if one folder has all checkpoints."""
+def _plot_command(series: Series) -> str:
+    """Return the command that plots the series, "" unless one folder has all checkpoints."""
     folder = Path(series.path or "")
     if {adapter.files.path.parent for adapter in series.checkpoints.values()} != {folder}:
-        return []
+        return ""
     option = "" if is_series(folder) else " --series"
-    return command_forms(f"lorascope plot settling {{}}{option} -o settling.pdf", [shorter_path(folder)], ["FOLDER"])
+    return shell_command(f"lorascope plot settling {{}}{option} -o settling.pdf", [folder])

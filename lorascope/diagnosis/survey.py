@@ -14,10 +14,12 @@ from joblib import Parallel, delayed
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.doctor import find_faults
 from lorascope.diagnosis.inspection import inspect
+from lorascope.diagnosis.reading_faults import fault_finding
 from lorascope.extras import requirement
 from lorascope.files.hub import locate
+from lorascope.formats.adapter_faults import AdapterFault
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.loading import MARKS, is_adapter, load
+from lorascope.runs.loading import MARKS, NoUpdatesError, is_adapter, load
 from lorascope.runs.module_summary import column
 
 
@@ -26,7 +28,7 @@ class Surveyed:
     """One adapter or run of a survey; NaN, None or "" if unknown.
 
     ``effective_rank`` is the mean over the modules, ``findings`` the causes that the doctor found, separated by spaces,
-    and ``error`` the reason why it was not measured.
+    and ``error`` the reason why it was not measured. A prompt has no modules.
     """
 
     path: str
@@ -109,6 +111,10 @@ def _measure_adapter(path: str | Path, base: str | Path | None = None) -> Survey
             effective_rank=effective_rank,
             findings=" ".join(causes),
         )
+    except NoUpdatesError as error:
+        return Surveyed(path=str(path), kind=error.kind, modules=0)
+    except AdapterFault as fault:
+        return Surveyed(path=str(path), findings=fault_finding(fault).cause, error=str(fault))
     except (ModuleNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, ModuleNotFoundError):

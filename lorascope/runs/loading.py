@@ -34,11 +34,11 @@ MARKS = (*MANIFESTS, CONFIG)
 
 
 class NoUpdatesError(ValueError):
-    """Error on loading an adapter that changes no weights, such as a trained prompt; ``sentence`` describes it."""
+    """Error on loading an adapter of a ``kind`` without weight updates, such as a prompt; ``sentence`` describes it."""
 
-    def __init__(self, path: Path, sentence: str) -> None:
+    def __init__(self, path: Path, sentence: str, kind: str) -> None:
         super().__init__(f"cannot load {printable(path)}: {sentence}")
-        self.sentence = sentence
+        self.sentence, self.kind = sentence, kind
 
 
 def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter | Series:
@@ -198,7 +198,7 @@ def _open_adapter(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
     to_typed(config, CommonConfig, _config_file(path))
     names = set().union(*files)
     if (sentence := find_sentence(config, names)) is not None:
-        raise NoUpdatesError(path, sentence(path, config, files, base))
+        raise NoUpdatesError(path, sentence(path, config, files, base), peft_kind(config))
     reader = find_reader(config, names)
     if reader is not None:
         # A name in several files means that these are not shards of one adapter.

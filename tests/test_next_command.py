@@ -1,0 +1,82 @@
+"""The command at the end of a screen of ``inspect``: a shell reads its paths, and it follows from the findings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_inspect import llama, plant
+
+from lorascope.cli.main import main
+
+Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+NAMES = [
+    "plain",
+    "two words",
+    'it\'s "quoted" `here` $HOME',
+    "-dash",
+    "--json",
+    "new\nline",
+    "tab\tand\x1b[31mcolor",
+    "back\\slash",
+    "back\\slash'\n",
+    "\u202eright to left",
+    "~",
+    "naïve 日本",
+    "long " * 20,
+    os.fsdecode(b"not \xff text"),
+]
+
+
+def next_words(screen: str) -> list[str]:
+    """Return the words that bash passes for the last line of a screen."""
+    label, command = screen.splitlines()[-1][:15].strip(), screen.splitlines()[-1][15:]
+    assert label == "next"
+    script = "lorascope() { printf '%s\\0' \"$@\"; }; " + command
+    output = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout
+    return [os.fsdecode(word) for word in output.split(b"\0")[:-1]]
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="requires bash")
+@pytest.mark.parametrize("name", NAMES)
+def test_command_can_be_pasted(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plant(tmp_path / name, llama(1, [2.0, 1.0]))
+    assert main(["inspect", str(tmp_path / name)]) == 0
+    screen = capsys.readouterr().out
+    assert screen.replace("\n", "").isprintable()
+    words = next_words(screen)
+    path = f"./{name}" if name.startswith(("-", "~")) else name
+    assert words == ["plot", "spectrum", path, "-o", "spectrum.pdf"]
+    words[-1] = str(tmp_path / "spectrum.csv")
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize(
+    ("spectra", "config", "command"),
+    [
+        ({Q: [2.0, 1.0], V: [2.0, 1.0]}, {}, "plot"),
+        ({Q: [0.0, 0.0], V: [0.0, 0.0]}, {}, "doctor"),  # no update
+        ({Q: [2.0, 1.0], V: [0.0, 0.0]}, {}, "doctor"),  # an update of zero
+        ({Q: [np.nan, 1.0], V: [2.0, 1.0]}, {}, "doctor"),
+        ({Q: [2.0, 1.0], V: [2.0, 1.0]}, {"rank_pattern": {"k_proj": 4}}, "doctor"),  # a key without a module
+    ],
+)
+def test_command_explains_what_was_found(
+    spectra: dict[str, list[float]],
+    config: dict[str, object],
+    command: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plant(tmp_path / "a", spectra, **config)
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    words = next_words(capsys.readouterr().out)
+    assert words[0] == command
+    assert main([word.replace("spectrum.pdf", str(tmp_path / "a.csv")) for word in words]) == (command == "doctor")

@@ -38,7 +38,7 @@ def assign(digests: Iterable[str]) -> pd.DataFrame:
 
 
 def read_column(words: Iterable[object], name: str) -> list[str]:
-    """Return the split that the column ``split`` of a table gives each row; ``name`` is that of the table.
+    """Return the split that the column ``split`` of a table gives each row; ``name`` names the table.
 
     Raises
     ------

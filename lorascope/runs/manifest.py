@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -253,6 +254,9 @@ def read_manifest(file: Path) -> Manifest:
         raise unreadable(file.parent, f"schema must be <= {SCHEMA}, got {schema}; update lorascope")
     to_typed(content, _RunFile, file)
     manifest = to_typed(content | {"test": content.get("test") or None}, Manifest, file)
+    module, count = next(iter(Counter(row.module for row in manifest.modules).most_common(1)), ("", 0))
+    if count > 1:
+        raise unreadable(file, f"modules must have one row each, got {count} rows of {printable(module)}")
     # A file from elsewhere must not open folders other than its siblings.
     for parent in manifest.parents:
         if not is_plain(parent.removeprefix("../")) or not parent.startswith("../"):

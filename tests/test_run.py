@@ -22,6 +22,7 @@ import lorascope as ls
 from lorascope import observe
 from lorascope.adapters import delta
 from lorascope.adapters.delta import Delta
+from lorascope.cli.main import main
 from lorascope.inputs import models, tasks
 from lorascope.methods import Full, LoRA
 from lorascope.methods.method import Method, Phase, train_adapters
@@ -84,6 +85,15 @@ def test_read_newer_schema_raises(copied):
     edit(copied, schema=SCHEMA + 1)
     with pytest.raises(ValueError, match=f"schema must be <= {SCHEMA}, got {SCHEMA + 1}; update"):
         Run.read(copied)
+
+
+def test_read_module_that_is_listed_twice_raises_one_line(copied, capsys):
+    modules = json.loads((copied / "run.json").read_text(encoding="utf-8"))["modules"]
+    edit(copied, modules=[*modules, modules[2]])
+    with pytest.raises(ValueError, match=f"modules must have one row each, got 2 rows of {modules[2]['module']}$"):
+        Run.read(copied)
+    assert main(["inspect", str(copied)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 FILES = {

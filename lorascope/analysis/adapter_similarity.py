@@ -40,7 +40,7 @@ def compare_modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.Dat
 
         ``cosine``, ``angle`` and ``chance`` are NaN if an update is zero, not finite or was not saved; the angles also
         if it is dense and too large. ``norm_ratio`` is NaN if ``other`` is zero or a norm is not finite. ``inner`` is
-        NaN if an update was not saved, and 0 if it is not finite.
+        NaN if an update was not saved, and 0 if it is not finite. A DoRA run saves only a part of its updates.
 
     Raises
     ------
@@ -48,6 +48,7 @@ def compare_modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.Dat
         A module has different shapes in two runs, so they are not of the same model.
     """
     updates = {label: run.updates() for label, run in runs.items()}
+    incomplete = {label: run.incomplete_updates() for label, run in runs.items()}
     sizes_of_modules: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for label, run in runs.items():
         for module, norm in _summary_table(run)["update_norm"].items():
@@ -59,7 +60,7 @@ def compare_modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.Dat
                 continue
             shared_updates, directions = {}, {}
             for label, size in sizes.items():
-                if module not in updates[label]:
+                if module not in updates[label] or module in incomplete[label]:
                     continue
                 update = shared_updates[label] = updates[label][module]
                 # Decomposing a large dense update is slow, so the caller has to request it.

@@ -33,42 +33,46 @@ def above_rounding(sigma: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
 def singular_values(run: Result, step: int | None = None) -> Spectra:
     """Return the spectrum of every saved update of a run: singular values by module, largest first, loaded on access.
 
-    They are computed from the factors if these were saved, else read from the spectra saved by ``observe.norms``. By
-    default the step is the end of training.
+    They are computed from the factors if these are saved and give the whole update, else read from the spectra saved by
+    ``observe.norms``. By default the step is the end of training.
 
     Raises
     ------
     ValueError
         The run saved no updates at this step.
     """
-    updates = run.updates(step)
+    incomplete, updates = run.incomplete_updates(step), run.updates(step)
+    names = [module for module in updates if module not in incomplete]
     saved_step = step
     if step is None:  # snapshots need an explicit step
         saved_step = run.meta.states["last"].step
     dense = []
     for name in run.snapshot_names():
         module = name.removesuffix(_SNAPSHOT)
-        if name.endswith(_SNAPSHOT) and module not in updates and saved_step in run.snapshot_steps(name):
+        if name.endswith(_SNAPSHOT) and module not in names and saved_step in run.snapshot_steps(name):
             dense.append(module)
 
     def make(module: str) -> Float[np.ndarray, "_"]:
-        if module in updates:
+        if module in names:
             return updates[module].singular_values()
         return run.snapshot(module + _SNAPSHOT, saved_step)["value"].to_numpy(np.float64)
 
-    return Lazy([*updates, *dense], make)
+    return Lazy([*names, *dense], make)
 
 
 def added_values(run: Result, step: int | None = None) -> Spectra:
     """Return the spectra of the learned updates ΔW - ΔW₀, or of ΔW if the initial update was not saved."""
     stored_spectra, learned = singular_values(run, step), initial_update.learned_updates(run, step)
+    # Updates that depend on W_0, such as DoRA's, start at zero.
+    incomplete = run.incomplete_updates(step)
+    names = [module for module in learned if module not in incomplete]
 
     def make(module: str) -> Float[np.ndarray, "_"]:
-        if module in learned:
+        if module in names:
             return learned[module].singular_values()
         return stored_spectra[module]
 
-    return Lazy([*stored_spectra, *learned], make)
+    return Lazy([*stored_spectra, *names], make)
 
 
 def tabulate_spectra(spectra: Spectra) -> pd.DataFrame:

@@ -39,6 +39,7 @@ from lorascope.runs.adapter import Adapter
 from lorascope.runs.module_summary import Row, column, pool_norms
 
 Modules = list[Row]
+_ROUNDED_RANK = 1e-6
 _STRIP_WIDTH = 32  # what a label and four numbers leave of 80 columns
 _STACKS = {"": "", "encoder": "enc ", "decoder": "dec "}
 # Characters for zero and for values, smallest first.
@@ -177,7 +178,8 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
         rank = ""
         if not math.isnan(module.effective_rank):
             rank += f"  rank {format_number(module.effective_rank)}"
-        if module.rank is not None:
+        # The update of DoRA with W_0 has a higher rank than its direction, which is the rank of the module.
+        if module.rank is not None and not module.effective_rank > module.rank + _ROUNDED_RANK:
             rank += f" of {module.rank}"
         lines.append(Elided(module.module, f"{format_norm(module.update_norm):<6} ", rank))
     blocks = [Block("largest |dW|", lines)]

@@ -71,12 +71,15 @@ def null_table(inspection: Inspection, draws: int = DRAWS, seed: int = 0) -> pd.
     """
     modules = inspection.modules
     updates, rng = inspection.run.updates(), np.random.default_rng(seed)
+    incomplete = inspection.run.incomplete_updates()
     draws_of_shape: dict[tuple[tuple[int, int], int], dict[str, Float[np.ndarray, "draws"]]] = {}
     rows = []
     for row in modules.to_dict("records"):
         values = dict.fromkeys(("effective_rank_null", "effective_rank_p", "stable_rank_null", "stable_rank_p"), np.nan)
         update = updates.get(row["module"])
         product = update and update.low_rank
+        if row["module"] in incomplete:  # the ranks are of another matrix than the product
+            product = None
         # A single component always has effective rank 1.
         if product is not None and product.rank >= 2 and np.isfinite(row["effective_rank"]) and row["update_norm"] > 0:
             key = product.shape, product.rank

@@ -23,6 +23,7 @@ Departs:
 - The norm is taken over the weights of one output, a row of (out, in), as in PEFT; the paper writes columns of the
   transposed weight.
 - With dropout, the input of the whole adapted map is dropped, as in PEFT; the bias and W_0 x itself are not.
+- Magnitudes have no weight decay; transformers' Trainer decays them.
 - Embeddings are rejected.
 """
 
@@ -46,6 +47,8 @@ from lorascope.updates import WeightDecomposed
 @dataclass(kw_only=True)
 class DoRA(LoRA, name="dora"):
     """Low-rank adaptation of the direction of the weight, with a trained magnitude per output.
+
+    Magnitudes have no weight decay, unlike under transformers' Trainer.
 
     Parameters
     ----------

@@ -11,7 +11,7 @@ from lorascope.adapters.delta import adapters
 from lorascope.adapters.host_weights import shared_copies, to_array, to_host
 from lorascope.methods.method import Step
 from lorascope.observe.observer import Observer
-from lorascope.schema.records import Factors, Item
+from lorascope.schema.records import Factors, Item, Record
 
 
 @dataclass(kw_only=True)
@@ -24,6 +24,13 @@ class factors(Observer):
         if not self.due(step.finished, step.total):
             return ()
         return factors_of(step.model, step.adapter_names)
+
+
+def incomplete_norms(model: nn.Module, names: Sequence[str] | None = None) -> list[Record]:
+    """Return the norms of the updates that their factors do not give without W_0; see ``factors_of``."""
+    deltas = adapters(model, names)
+    updates = {module: delta.update() for module, delta in deltas.items()}
+    return [Record("update_norm", update.norm(), name) for name, update in updates.items() if update.needs_weight]
 
 
 def factors_of(model: nn.Module, names: Sequence[str] | None = None) -> list[Factors]:

@@ -142,7 +142,14 @@ class Result(ABC):
 
     @abstractmethod
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
-        """Return the update of every module that has a stored one, loaded on access."""
+        """Return the update of every module that has a stored one, loaded on access.
+
+        Those of ``incomplete_updates`` are only the part that the factors give: for DoRA, that of the direction, s B A.
+        """
+
+    def incomplete_updates(self, step: int | None = None, state: str = "last") -> set[str]:
+        """Return the modules of a run whose update also depends on W₀, which is not stored, such as DoRA's."""
+        return set()
 
     @abstractmethod
     def input_dependent_modules(self, state: str = "last") -> set[str]:
@@ -173,7 +180,8 @@ class Result(ABC):
         frame = frame.join(measures.reindex(index=frame.index, columns=list(MEASURES)))
         updates = self.updates(state=state)
         # Recorded values take precedence, because they include a weight that trains below its adapter.
-        unmeasured = [name for name in frame.index[frame["stable_rank"].isna()] if name in updates]
+        whole = updates.keys() - self.incomplete_updates(state=state)
+        unmeasured = [name for name in frame.index[frame["stable_rank"].isna()] if name in whole]
         for name, sigma in zip(unmeasured, spectra([updates[name] for name in unmeasured]), strict=True):
             measured = [float(np.linalg.norm(sigma)), stable_rank(sigma), effective_rank(sigma)]
             frame.loc[name, ["update_norm", "stable_rank", "effective_rank"]] = measured

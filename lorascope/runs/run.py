@@ -28,6 +28,7 @@ from lorascope.runs.manifest import Axes, Manifest, SnapshotAbout, read_about, r
 from lorascope.runs.result import Result
 from lorascope.schema import records
 from lorascope.updates import Update, from_factors
+from lorascope.updates.weight_update import form_named
 
 TRAIN_AGAIN = "Train the run again with overwrite=True"
 # The second one is of tasks without a closed set of answers.
@@ -128,6 +129,28 @@ class Run(Result):
             return from_factors(stored[module], about.scales[module], about.exact[module], about.forms.get(module))
 
         return Lazy(list(about.scales), make)
+
+    def incomplete_updates(self, step: int | None = None, state: str = "last") -> set[str]:
+        if not self.factors(step, state):
+            return set()
+        about = self._about(self._snapshots(step, state))
+        modules = set()
+        for module in about.scales:
+            names = about.factors[module]
+            if form_named(about.forms.get(module), names).needs_weight and "W0" not in names:
+                modules.add(module)
+        return modules
+
+    @cached_property
+    def spectra(self) -> dict[str, np.ndarray]:
+        """See `Result.spectra`; those that also depend on W₀ are read from the records of ``observe.norms``."""
+        sigmas = super().spectra
+        for module in self.incomplete_updates():
+            del sigmas[module]
+            name = f"{module}/singular_values"
+            if (last := self.meta.states["last"].step) in self.snapshot_steps(name):
+                sigmas[module] = self.snapshot(name, last)["value"].to_numpy(np.float64)
+        return sigmas
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
         if not self.ranks(state):

@@ -42,6 +42,7 @@ class WeightDecomposed(Update, form="weight_decomposed"):
     scale: float = 1.0
     W0: Float[np.ndarray, "out in"] | None = None
     required = frozenset({"A", "B", "magnitude"})
+    needs_weight = True
 
     @property
     def shape(self) -> tuple[int, int]:

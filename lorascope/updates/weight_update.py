@@ -48,6 +48,8 @@ class Update(ABC):
     """Names of the factors without which the form cannot be built."""
     constants: ClassVar[frozenset[str]] = frozenset()
     """Names of factors that are not trained."""
+    needs_weight: ClassVar[bool] = False
+    """True if the update depends on W_0, which is then the factor ``W0`` if it is known."""
     scale: float = 1.0
     """Factor that snapshots store separately."""
     exact: bool = True

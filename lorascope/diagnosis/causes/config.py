@@ -9,9 +9,11 @@ from typing import NamedTuple
 from lorascope.diagnosis.case import SHARE, Case, TrainedModule, known_rows, largest_rows
 from lorascope.diagnosis.causes.finding import DoctorRule, Findings, finding, inflect, module_names
 from lorascope.diagnosis.training_case import Evidence
+from lorascope.files.printable import count_phrase
 from lorascope.formats.peft_config import CONFIG
 from lorascope.formats.peft_experts import ExpertPart
 from lorascope.formats.stored_update import COMPILED, plain_name, stored_tensors
+from lorascope.runs.adapter import Adapter
 from lorascope.schema.name_patterns import Ends, Patterns
 
 REPLACING = 1.0  # fraction of |W|: an update as large as the weight replaces the pretrained weight
@@ -59,12 +61,18 @@ def experts(case: Case) -> Findings:
 @DoctorRule(
     "LS106",
     severity="caution",
-    needs="config",
     problem="|dW| is not exactly the norm of the update.",
     evidence="alpha is not saved, DoRA was read without its base, or a note of the format",
 )
 def incomplete_norms(case: Case) -> Findings:
     """Find configurations that make |dW| only approximately the norm of the update, such as a missing alpha."""
+    incomplete = case.run.incomplete_updates()
+    unknown = [row for row in case.measured if row.module in incomplete and math.isnan(row.effective_rank)]
+    if unknown:
+        count = count_phrase(len(unknown), "module")
+        yield finding(f"the ranks of dW are unknown in {count}: train with observe=[ls.observe.norms()]")
+    if not isinstance(case.run, Adapter):
+        return
     if not case.files.config:
         yield finding(f"no {CONFIG}, so alpha is unknown: |dW| is the norm of B A, without the factor alpha / r")
     if case.files.kind == "DoRA" and any(update.has_thin_factors for update in case.stored_updates.values()):

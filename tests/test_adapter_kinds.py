@@ -316,5 +316,6 @@ def test_inspect_with_quantized_base_fails(tmp_path: Path, use_dora: bool, capsy
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 2
     told = capsys.readouterr().err
-    assert f"{weight} must be stored as one of F64, F32, F16, BF16, got I8; use the weights before quantization" in told
+    must = f"{weight} must be stored as one of F64, F32, F16, BF16, F8_E4M3, F8_E5M2"
+    assert f"{must}, got I8; use the weights before quantization" in told
     assert len(told.splitlines()) == 1

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from lorascope.cli.main import main
 from lorascope.diagnosis.merge import MergeCheck, check_merge
-from lorascope.files.safetensors_io import round_to_dtype
+from lorascope.files.small_floats import round_to_dtype
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import load_adapter
 

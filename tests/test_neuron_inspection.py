@@ -140,7 +140,7 @@ def test_findings_of_equal_and_half_changed_models(tmp_path: Path) -> None:
     base, tuned = plant(tmp_path / "half", 2, angles, "f2")
     assert inspect_neurons(tuned, base).findings == (
         "3 of 6 projections have a zero update: model.layers.1.mlp.up_proj and 2 more",
-        "1 neurons in changed projections did not change (16-bit weights lose small changes)",
+        "1 neurons in changed projections did not change (weights of 16 bits or fewer lose small changes)",
     )
 
 

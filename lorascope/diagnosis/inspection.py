@@ -33,7 +33,8 @@ from lorascope.runs.result import Result
 
 Facts = tuple[tuple[str, str], ...]
 # Names in the header of a safetensors file.
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+          "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}  # fmt: skip
 
 
 @dataclass(frozen=True)

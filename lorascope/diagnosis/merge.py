@@ -35,7 +35,7 @@ from lorascope.diagnosis.merged_weights import (
 )
 from lorascope.diagnosis.unadapted_tensors import ComparedTensor, TensorVerdict, compare_tensors
 from lorascope.files.printable import count_phrase
-from lorascope.files.safetensors_io import round_to_dtype
+from lorascope.files.small_floats import round_to_dtype
 from lorascope.formats.peft_experts import ExpertPart
 from lorascope.formats.peft_residual import SubtractedStart, has_unknown_start
 from lorascope.formats.pretrained_weights import PretrainedWeights

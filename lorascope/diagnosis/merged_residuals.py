@@ -13,12 +13,13 @@ from lorascope.diagnosis.inspection import DTYPES
 from lorascope.diagnosis.merged_weights import (
     FACTOR_ERROR,
     PRECISION,
+    SMALL_DTYPES,
     MergedModule,
     fit_factor,
     largest_spacing,
     summation_error,
 )
-from lorascope.files.safetensors_io import round_to_dtype
+from lorascope.files.small_floats import round_to_dtype
 from lorascope.formats.peft_residual import SubtractedStart
 from lorascope.updates.low_rank import LowRank, Residual
 from lorascope.updates.weight_update import Update
@@ -55,7 +56,7 @@ def compare_residual(
         return MergedModule(module, "not merged", 0.0)
     if is_close(after, W + trained):
         return MergedModule(module, "wrong adapter", factor, "added to the base, from which PEFT subtracts the start")
-    for smaller in ("F16", "BF16"):
+    for smaller in SMALL_DTYPES:
         if PRECISION[smaller] < PRECISION[dtype] and np.array_equal(after, round_to_dtype(after, smaller)):
             return MergedModule(module, "rounded", factor, DTYPES[smaller])
     if is_close(after, residual + np.float32(factor) * trained) and abs(factor - 1) > FACTOR_ERROR:

@@ -9,15 +9,16 @@ import numpy as np
 
 from lorascope.array_types import Float32
 from lorascope.diagnosis.inspection import DTYPES
-from lorascope.files.safetensors_io import round_to_dtype
+from lorascope.files.small_floats import FLOAT8, float8_spacing, round_to_dtype
 from lorascope.updates.weight_update import Update
 
 Verdict = Literal[
     *("merged", "consistent", "unknown", "not compared", "changed base"),
     *("not merged", "wrong scale", "rounded", "experts swapped", "another module's", "wrong adapter"),
 ]
-PRECISION = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
+PRECISION = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 """Bits after the leading one."""
+SMALL_DTYPES = ("F16", "BF16", "F8_E4M3", "F8_E5M2")
 _COMMON_FACTORS = (0.0, 2.0, -1.0, 0.5, 1 / 3)  # not merged, merged twice, subtracted; alpha = r, and three for one
 FACTOR_ERROR = 0.02  # relative error of a fitted scale, below that of the closest mistake, rank 17 instead of 16
 _FITTING = 0.999  # of the entries must fit a mistake: a sum in another order rounds few entries another way
@@ -84,7 +85,9 @@ def compare_weight(
     root = np.sqrt(max(update.rank, 1))  # rsLoRA's scale is alpha / sqrt(r) instead of alpha / r
     factors = [*_COMMON_FACTORS, factor, 1 / root, root]
     mistakes = {multiple: round_to_dtype(W + np.float32(multiple) * d, coarse) for multiple in factors}
-    mistakes[2.0] = round_to_dtype(rounded_once + d, coarse)  # a second merge adds to the rounded first one
+    twice = round_to_dtype(rounded_once + d, coarse)  # a second merge adds to the rounded first one
+    if (after != twice).sum() < (after != mistakes[2.0]).sum():
+        mistakes[2.0] = twice
     unequal = {multiple: float((after != mistake).mean()) for multiple, mistake in mistakes.items()}
     closest = min(unequal, key=unequal.__getitem__)
     fits_mistake = misfit(after, mistakes[closest], unit) <= 1 - _FITTING and abs(closest - 1) > FACTOR_ERROR
@@ -95,7 +98,7 @@ def compare_weight(
     if any(misfit(after, merge, allowed) == 0 for merge in merges):
         return MergedModule(module, "consistent", factor)
     # All entries are values of a dtype that is smaller than those of both models.
-    for smaller in ("F16", "BF16"):
+    for smaller in SMALL_DTYPES:
         fits = PRECISION[smaller] < PRECISION[coarse] and np.array_equal(after, round_to_dtype(after, smaller))
         if fits and misfit(after, round_to_dtype(W + d, smaller), _spacing(rounded_once, smaller)) == 0:
             return MergedModule(module, "rounded", factor, DTYPES[smaller])
@@ -162,6 +165,8 @@ def _spacing(values: Float32[np.ndarray, "..."], dtype: str) -> Float32[np.ndarr
     if dtype == "F16":
         with np.errstate(over="ignore", invalid="ignore"):
             return np.abs(np.spacing(values.astype(np.float16))).astype(np.float32)
+    if dtype in FLOAT8:
+        return float8_spacing(values, dtype)
     unit = np.abs(np.spacing(values))
     if dtype == "BF16":
         return unit * np.float32(2.0 ** (PRECISION["F32"] - PRECISION["BF16"]))

@@ -21,6 +21,7 @@ from lorascope.diagnosis.inspection_screen import (
     shell_command,
 )
 from lorascope.files.lazy_pandas import pandas as pd
+from lorascope.files.small_floats import ENCODED
 from lorascope.files.text_layout import Block, Elided, TableColumn, aligned_table, format_norm, format_percent
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.module_summary import column, in_axis_order, json_rows, pool_norms
@@ -167,8 +168,8 @@ def _find(scores: pd.DataFrame, modules: pd.DataFrame, tuned: PretrainedWeights)
     same = int((scores["delta_norm"] == 0).sum()) - int(modules["neurons"][unchanged].sum())
     if same:
         reason = ""
-        if not {"BF16", "F16"}.isdisjoint(map(tuned.dtype, modules["module"])):
-            reason = " (16-bit weights lose small changes)"
+        if not {"F16", *ENCODED}.isdisjoint(map(tuned.dtype, modules["module"])):
+            reason = " (weights of 16 bits or fewer lose small changes)"
         yield UNCHANGED_NEURONS.finding(f"{same:,} neurons in changed projections did not change{reason}")
     zero = scores["cosine_distance"].isna()
     if zero.any():

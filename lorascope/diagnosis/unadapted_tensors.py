@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 
 from lorascope.array_types import Float32
-from lorascope.files.safetensors_io import FLOATS, round_to_dtype
+from lorascope.files.safetensors_io import FLOATS
+from lorascope.files.small_floats import round_to_dtype
 from lorascope.formats.peft_whole_weights import WholeWeight, whole_weights
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter

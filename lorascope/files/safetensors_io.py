@@ -1,8 +1,8 @@
 """Reader and writer of safetensors files in numpy.
 
 The file starts with the length of the header in eight bytes, followed by the JSON header and the data. Files are
-memory-mapped, so reading one tensor of a large file loads only that tensor. bfloat16, which numpy does not have, is
-converted to float32.
+memory-mapped, so reading one tensor of a large file loads only that tensor. bfloat16 and float8, which numpy does not
+have, are converted to float32.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from safetensors.numpy import save
 
 from lorascope.files.file_names import is_plain
 from lorascope.files.printable import printable
+from lorascope.files.small_floats import ENCODED, FLOAT8, decode
 from lorascope.files.typed_json import Count, parse_json, read_json, require_regular, require_size, to_typed, unreadable
 from lorascope.files.whole_files import write_bytes
 
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
-    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1", "F8_E4M3": "|u1", "F8_E5M2": "|u1",
 }  # fmt: skip
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16", *FLOAT8)
 _CONVERT = (
     'python -c "import sys, torch; from safetensors.torch import save_file; '
     'save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" {0} {1}'
@@ -183,10 +184,12 @@ class TensorFile(Mapping[str, Any]):
         entry = self._entries[name]
         if entry.dtype not in _DTYPES:
             raise unreadable(f"{name} of {self.path}", f"numpy has no dtype {printable(entry.dtype)}")
-        stored = np.dtype(_DTYPES[entry.dtype])
+        stored, encoding = np.dtype(_DTYPES[entry.dtype]), ""
+        if entry.dtype in ENCODED:
+            encoding = entry.dtype
         if not entry.count:
-            return Unread(np.zeros(entry.shape, stored), entry.dtype == "BF16")
-        return Unread(self._values(entry, stored).reshape(entry.shape), entry.dtype == "BF16")
+            return Unread(np.zeros(entry.shape, stored), encoding)
+        return Unread(self._values(entry, stored).reshape(entry.shape), encoding)
 
     def bits(self, name: str) -> np.ndarray:
         """Return the bytes of a tensor of any dtype, memory-mapped."""
@@ -245,10 +248,10 @@ class TensorFile(Mapping[str, Any]):
 
 @dataclass(eq=False)
 class Unread:
-    """Memory-mapped safetensors array that is not read yet; ``brain`` if 16-bit integers stand for bfloat16."""
+    """Memory-mapped safetensors array that is not read yet; ``encoding`` is the dtype that integers are the bits of."""
 
     stored: np.ndarray
-    brain: bool = False
+    encoding: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -263,56 +266,34 @@ class Unread:
     @property
     def T(self) -> Unread:
         """The transposed tensor, also unread."""
-        return Unread(self.stored.T, self.brain)
+        return Unread(self.stored.T, self.encoding)
 
     @property
     def dtype(self) -> np.dtype:
-        """Smallest numpy dtype that represents all values: float32 for bfloat16, else the stored dtype."""
-        return np.dtype("<f4") if self.brain else self.stored.dtype
+        """Numpy dtype of the values: float32 for bfloat16 and float8, else the stored dtype."""
+        return np.dtype("<f4") if self.encoding else self.stored.dtype
 
     def __getitem__(self, where: Any) -> Unread:
         """Return a part of the tensor, also unread."""
-        return Unread(self.stored[where], self.brain)
+        return Unread(self.stored[where], self.encoding)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read(), dtype)
 
     def read(self) -> np.ndarray:
         """Return the array."""
-        if self.brain:
-            return bfloat16_to_float32(self.stored)
+        if self.encoding:
+            return decode(self.stored, self.encoding)
         return self.stored
 
     def read_into(self, out: np.ndarray) -> None:
         """Read the values into an array of float32 or float64."""
-        if self.brain and out.dtype == np.float32:
+        if self.encoding == "BF16" and out.dtype == np.float32:
             bits = out.view("<u4")
             np.copyto(bits, self.stored)
             bits <<= 16
         else:
             np.copyto(out, self.read())
-
-
-def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
-    """Convert the bits of bfloat16 in a safetensors file, which are the upper half of float32."""
-    wide = bits.astype("<u4")
-    wide <<= 16
-    return wide.view("<f4")
-
-
-def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Round float32 to bfloat16 as for safetensors files: nearest, of two the even one; infinities and NaN stay."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(values), values, rounded.view(np.float32))
-
-
-def round_to_dtype(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Round float32 to the nearest values of a dtype of safetensors, of two the even one."""
-    if dtype == "F16":
-        with np.errstate(over="ignore"):  # values above its largest one become infinite, as in a merge
-            return values.astype(np.float16).astype(np.float32)
-    return round_to_bfloat16(values) if dtype == "BF16" else values
 
 
 def open_tensors(file: Path) -> TensorFile:

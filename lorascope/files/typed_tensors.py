@@ -1,6 +1,6 @@
-"""Arrays with the dtype that a file stores, including bfloat16, and their bytes as safetensors.
+"""Arrays with the dtype that a file stores, including bfloat16 and float8, and their bytes as safetensors.
 
-numpy has no bfloat16, so its values are in an array of float32.
+numpy has neither, so their values are in an array of float32.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorascope.files.safetensors_io import TensorFile, bfloat16_to_float32
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.small_floats import ENCODED, decode, encode
 
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 
@@ -49,15 +50,14 @@ class TypedTensor:
     def exact(self) -> bool:
         """Whether the dtype represents all values exactly."""
         stored = self._stored()
-        if self.dtype == "BF16":
-            stored = bfloat16_to_float32(stored)
+        if self.dtype in ENCODED:
+            stored = decode(stored, self.dtype)
         return np.array_equal(stored, self.values, equal_nan=True)
 
     def _stored(self) -> np.ndarray:
         """Return the array whose bytes are stored."""
-        if self.dtype == "BF16":
-            bits = np.ascontiguousarray(self.values, "<f4").view("<u4")
-            return (bits >> 16).astype("<u2").reshape(self.values.shape)
+        if self.dtype in ENCODED:
+            return encode(self.values, self.dtype)
         with np.errstate(over="ignore"):
             dtype = _FLOATS.get(self.dtype, self.values.dtype)
             return np.ascontiguousarray(self.values, dtype).reshape(self.values.shape)

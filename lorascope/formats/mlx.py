@@ -122,7 +122,7 @@ class MlxPart(StoredUpdate):
 def _read_expert(tensor: StoredTensor, count: int, expert: int) -> np.ndarray:
     """Load the matrix of one of ``count`` experts."""
     experts = tensor.file.unread(tensor.name)
-    stored = Unread(experts.stored.reshape(count, -1, experts.shape[-1])[expert], experts.brain)
+    stored = Unread(experts.stored.reshape(count, -1, experts.shape[-1])[expert], experts.encoding)
     matrix = np.empty(stored.shape, stored.dtype)
     stored.read_into(matrix)
     return matrix

@@ -22,7 +22,7 @@ from functools import lru_cache
 import numpy as np
 
 from lorascope.array_types import Float
-from lorascope.files.safetensors_io import round_to_bfloat16
+from lorascope.files.small_floats import round_to_bfloat16
 from lorascope.files.typed_json import Finite, Positive, unreadable
 from lorascope.formats.peft_factors import MAX_VALUES
 from lorascope.formats.peft_format import Arrays, PeftFormat, PeftModule

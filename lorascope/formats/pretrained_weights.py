@@ -16,6 +16,7 @@ import numpy as np
 from lorascope.array_types import Float
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile, Unread, open_tensors, reject_pickles, weight_files
+from lorascope.files.small_floats import FLOAT8
 from lorascope.files.typed_json import read_json, unreadable
 from lorascope.formats.adapter_faults import BaseMisfit
 from lorascope.formats.transformers_names import Tree, tree
@@ -159,10 +160,21 @@ class PretrainedWeights:
     def _floats(self, name: str) -> TensorFile:
         """Return the file of a tensor stored as floats; quantized values are meaningless without their scales."""
         file = self.file(name)
-        if file.dtype(name) not in FLOATS:
+        is_scaled = file.dtype(name) in FLOAT8 and self._has_scale(name)
+        if is_scaled or file.dtype(name) not in FLOATS:
             stored = f"{printable(file.dtype(name))}; use the weights before quantization"
+            if is_scaled:
+                stored = f"scaled {stored}"
             raise unreadable(file.path, f"{printable(name)} must be stored as one of {', '.join(FLOATS)}, got {stored}")
         return file
+
+    def _has_scale(self, name: str) -> bool:
+        """Return whether a tensor of the same module is a scale, such as ``weight_scale_inv`` or ``scale_weight``."""
+        module = self.in_files(name).rpartition(".")[0]
+        for other in self._stored.files:
+            if other.startswith(f"{module}.") and "scale" in other.removeprefix(module):
+                return True
+        return False
 
     def _find_name(self, module: str) -> str:
         name = self._find(module)

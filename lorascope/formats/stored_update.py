@@ -42,7 +42,7 @@ class StoredTensor:
     def unread(self) -> Unread:
         """Return the tensor with the two dimensions of ``shape``, whose values are not read yet."""
         tensor = self.file.unread(self.name)
-        return Unread(tensor.stored.reshape(self.shape), tensor.brain)
+        return Unread(tensor.stored.reshape(self.shape), tensor.encoding)
 
 
 def in_order(modules: Mapping[str, T]) -> dict[str, T]:

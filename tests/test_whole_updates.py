@@ -84,6 +84,24 @@ def test_dora_run_with_recorded_spectra_shows_the_rank_of_the_whole_update(bert,
     assert f"{rank:.1f}" in plots.spectrum(run, module=name).caption
 
 
+def test_caption_says_which_updates_are_only_of_the_direction(bert, task, tmp_path):
+    observe = [ls.observe.norms(every=2), ls.observe.factors(every=2)]
+    run, _ = trained(ls.DoRA(rank=2, lr=1e-2), bert, task, tmp_path / "run", observe=observe)
+    path = ls.export.to_peft(run, tmp_path / "adapter")
+    sentence = "without W₀: only s B A, without the magnitudes."
+    module = min(run.ranks())
+    alone, based = ls.load(path), ls.load(path, base=bert)
+    shown = {
+        plots.spectrum(run, module=module): False,
+        plots.update_norm(run): False,
+        plots.settling(run): True,
+        plots.spectrum(alone, module=module): True,
+        plots.spectrum(based, module=module): False,
+    }
+    for chart, expected in shown.items():
+        assert all((sentence in panel.caption) is expected for panel in chart.charts()), chart
+
+
 def test_dora_export_with_its_base_has_the_norm_of_the_run(bert, task, tmp_path):
     run, changes = trained(ls.DoRA(rank=2, lr=1e-2), bert, task, tmp_path / "run")
     exported = ls.load(ls.export.to_peft(run, tmp_path / "adapter"), base=bert)

@@ -15,7 +15,7 @@ import pandas as pd
 from lorascope.analysis import initial_update, norms
 from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.files.printable import count_phrase
-from lorascope.plots.requirements import OF_UPDATES, missing_reason
+from lorascope.plots.requirements import OF_UPDATES, STEPS, UPDATES, missing_reason
 from lorascope.runs.gated_run import gate_description
 from lorascope.runs.result import Result
 from lorascope.schema import records
@@ -26,7 +26,7 @@ Kind: TypeAlias = Literal["run", "control"]
 AnyDrawable = TypeVar("AnyDrawable", bound=Drawable)
 
 INTERVAL = "95% t-interval over seeds"
-MIXTURES = "mixtures"
+MIXTURES, DIRECTIONS = "mixtures", "directions"
 """Key of a chart's ``meta``: label -> gate weights at which its input-dependent updates are evaluated."""
 # Keys of ``Run.meta`` in which the seeds of one recipe agree.
 _SAME = ("model", "task", "recipe", "settings")
@@ -119,6 +119,8 @@ class Cohort:
             for group in self.groups:
                 if gates := _describe_gates(group):
                     meta.setdefault(MIXTURES, {})[group.label] = gates
+                if any(_shows_direction(run, self.needs) for run in group.runs):
+                    meta.setdefault(DIRECTIONS, []).append(group.label)
         return meta
 
     def without_controls(self) -> Cohort:
@@ -253,6 +255,8 @@ class Cohort:
             # A chart of another cohort, such as separate panels of the controls, has the meta of its runs.
             mixtures |= (self.meta | dict(chart.meta)).get(MIXTURES, {})
         sentences = mixture_sentences(mixtures)
+        if labels := self.meta.get(DIRECTIONS):
+            sentences.append(f"Updates of {', '.join(labels)} without W₀: only s B A, without the magnitudes.")
 
         def complete_chart(chart: Chart) -> Chart:
             text = caption or chart.caption
@@ -369,6 +373,18 @@ def _describe_gates(group: Group) -> str:
         with suppress(ValueError):
             descriptions[gate_description(run)] = None
     return " and ".join(filter(None, descriptions))
+
+
+def _shows_direction(run: Result, needs: Collection[str]) -> bool:
+    """Return whether a figure shows updates that also depend on W₀, which is unknown, as those of their direction."""
+    update = None
+    # Without a snapshot of its last step, a run has no updates.
+    with suppress(ValueError):
+        update = next(iter(run.updates().values()), None)
+    if update is None or update.whole:
+        return False
+    # Norms and spectra of a run are recorded with W₀.
+    return not run.incomplete_updates() or not {UPDATES, STEPS}.isdisjoint(needs)
 
 
 def _group(runs: Runs, kind: Kind = "run") -> tuple[Group, ...]:

@@ -111,5 +111,8 @@ def test_dora_export_with_its_base_has_the_norm_of_the_run(bert, task, tmp_path)
         for module in run.ranks():
             assert table.loc[module, "update_norm"] == pytest.approx(np.linalg.norm(changes[module]), rel=1e-4), label
     shared = adapter_similarity.compare_modules(runs)
+    first, second = (inspect(opened) for opened in runs.values())
+    assert first.norm == pytest.approx(second.norm, rel=1e-4)
+    assert first.size["modules"] == second.size["modules"] == len(run.ranks())
     assert shared["norm_ratio"].to_numpy() == pytest.approx(1.0, rel=1e-4)
     assert shared["cosine"].isna().all()

@@ -88,15 +88,20 @@ class Inspection(InspectionReport):
     def module_rows(self) -> list[Row]:
         return list(map(vars, self.measured))
 
+    def _adapted_rows(self) -> list[Row]:
+        """Return the rows of adapted modules, or all rows without any: exports count no head among their modules."""
+        rows = self.module_rows()
+        return [row for row in rows if row["rank"] is not None] or rows
+
     @property
     def norm(self) -> float:
-        """|dW| of all modules, without those with NaN."""
-        return pool_norms(column(self.module_rows(), "update_norm"))
+        """|dW| of the adapted modules, or of all modules without any, except for those with NaN."""
+        return pool_norms(column(self._adapted_rows(), "update_norm"))
 
     @property
     def size(self) -> Row:
-        """Numbers of all modules: ``modules, parameters, least_rank, most_rank``."""
-        rows = self.module_rows()
+        """Numbers of the modules of ``norm``: ``modules, parameters, least_rank, most_rank``."""
+        rows = self._adapted_rows()
         counts = {"modules": len(rows), "parameters": sum(column(rows, "parameters"))}
         return counts | rank_range(column(rows, "rank"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from trainers import by_trainer
 from ward import Bench
 
 import lorascope as ls
+from lorascope.cli.main import main
 from lorascope.diagnosis.causes import RULES
 from lorascope.diagnosis.causes.finding import DoctorRule, finding
 from lorascope.diagnosis.kinds import KINDS
@@ -166,6 +168,37 @@ def test_fault_is_named_within_ten_recorded_steps(fault, watched):
     assert set(alarms["value"]) == {KINDS[id].number for id in ids_in(caught)}
     named = alarms[alarms["value"] == KINDS[FAULTS[fault]].number]
     assert named["step"].min() <= 10
+
+
+@pytest.mark.filterwarnings("ignore:LS0")
+@pytest.mark.parametrize(
+    ("fault", "ids"),
+    [
+        (weights_replaced, ["LS020"]),
+        (rate_zero, ["LS019"]),
+        (doctor.first_layer_frozen, ["LS007"]),  # which the doctor finds as well
+        (doctor.rate_too_large, ["LS015"]),  # replaced weights follow from it
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_doctor_repeats_the_recorded_alarms_once(
+    fault: Callable[[Bench], object], ids: list[str], watched: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fault(watched)
+    run = run_of(watched)
+    findings = ls.diagnose(run)
+    # The doctor has further findings about these runs, such as an unused adapter.
+    live = [each.id for each in findings if each.id in {"LS007", "LS015", "LS019", "LS020"}]
+    assert live == ids
+    alarms = run.table[run.table["quantity"] == "alarm"]
+    for alarm in findings:
+        if alarm.message.startswith("alarm at step"):
+            rows = alarms[alarms["value"] == KINDS[alarm.id].number]
+            assert alarm.evidence == {"steps": sorted({*rows["step"]}), "modules": [*filter(None, rows["module"])]}
+            assert alarm.fix == KINDS[alarm.id].fix
+    capsys.readouterr()  # what the Trainer printed
+    assert main(["doctor", str(run.path), "--json"]) == 1
+    assert [row["id"] for row in json.loads(capsys.readouterr().out)["findings"]] == [each.id for each in findings]
 
 
 def test_every_rule_that_alarms_check_has_a_fault():

@@ -7,7 +7,7 @@ training history.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -227,10 +227,7 @@ class Case(ModuleEvidence):
     @cached_property
     def losses(self) -> dict[int, float]:
         """Training loss by step of a run."""
-        if "records.parquet" not in self.meta.checksums:
-            return {}
-        rows = self.run.table[self.run.table["quantity"] == "loss"].sort_values("step")
-        return dict(zip(rows["step"].tolist(), rows["value"].tolist(), strict=True))
+        return {int(row.step): float(row.value) for row in self._records("loss")}
 
     @cached_property
     def nonfinite(self) -> str:
@@ -238,6 +235,20 @@ class Case(ModuleEvidence):
         if "records.parquet" not in self.meta.checksums:
             return ""
         return first_nonfinite(self.run.table)
+
+    @cached_property
+    def alarms(self) -> dict[int, list[Any]]:
+        """Recorded alarms of a training: number of the id -> rows with step and module, "" for the whole run."""
+        alarms: dict[int, list[Any]] = {}
+        for row in self._records("alarm"):
+            alarms.setdefault(int(row.value), []).append(row)
+        return alarms
+
+    def _records(self, quantity: str) -> Iterator[Any]:
+        """Yield the records of a quantity of a run with step, module and value, ordered by step."""
+        if "records.parquet" in self.meta.checksums:
+            rows = self.run.table[self.run.table["quantity"] == quantity].sort_values("step")
+            yield from rows[["step", "module", "value"]].itertuples(index=False)
 
     @cached_property
     def tied(self) -> list[tuple[str, str]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import RULES, Finding
-from lorascope.diagnosis.causes.finding import run_rules
+from lorascope.diagnosis.causes.finding import finding, first_and_count, run_rules
 from lorascope.runs.result import Result
 
 _NEEDS = {"weights": "norms of the weights", "base": "norms of the weights", "history": "a history"}
@@ -29,8 +31,24 @@ def diagnose(run: Result) -> list[Finding]:
 
 
 def find_faults(case: Case) -> list[Finding]:
-    """Return the doctor's findings: those of all checks for faults, without those that follow from another."""
-    return run_rules((rule for rule in RULES if rule.fix), case)
+    """Return the doctor's findings, without those that follow from another: of all checks, then the recorded alarms."""
+    findings = run_rules((rule for rule in RULES if rule.fix), case)
+    return [*findings, *_recorded_alarms(case, findings)]
+
+
+def _recorded_alarms(case: Case, findings: Sequence[Finding]) -> Iterator[Finding]:
+    """Yield one finding per alarm of a training, unless it is among the findings or follows from one."""
+    causes = {finding.cause for finding in findings}
+    # For example, replaced weights follow from a loss that diverged later.
+    explained = causes.union(*(rule.suppresses for rule in RULES if rule.name in causes))
+    for rule in RULES:
+        if rule.id and rule.name not in explained and rule.number in case.alarms:
+            rows = case.alarms[rule.number]
+            steps = list(dict.fromkeys(int(row.step) for row in rows))
+            modules = list(dict.fromkeys(row.module for row in rows if row.module))
+            problem = rule.problem[0].lower() + rule.problem[1:].removesuffix(".")
+            draft = finding(f"alarm at step {first_and_count(steps)}: {problem}", modules, steps=steps, modules=modules)
+            yield rule.finding(draft.message, draft.modules, **draft.evidence)
 
 
 def skipped_checks(case: Case) -> dict[str, list[str]]:

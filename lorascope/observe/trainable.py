@@ -113,7 +113,8 @@ def trained_ids(optimizer: torch.optim.Optimizer, peft: bool) -> set[int]:
 @torch.no_grad()
 def are_finite(tensors: Iterable[Tensor]) -> bool:
     """Return whether tensors contain neither NaN nor infinity; the integers of quantized weights never do."""
-    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    # A module without components has empty factors, which have no largest magnitude.
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     # The largest magnitude, because a sum of squares may overflow.
     return bool(torch.nn.utils.get_total_norm(floating, norm_type=math.inf).isfinite())
 

@@ -21,11 +21,11 @@ from test_inspect import llama, plant
 import lorascope as ls
 from lorascope import cli
 from lorascope.diagnosis.inspection import inspect
+from lorascope.files.seals import MAX_PAGE, seal
 from lorascope.pages.card import MAX_ROWS
 from lorascope.pages.report_card import html, markdown, read, report, verify_card
 from lorascope.pages.table_cells import format_value
 from lorascope.plots.figure_registry import available
-from lorascope.runs.folders import MAX_PAGE
 from lorascope.runs.loading import load
 
 PLANTED = llama(3, [3.0, 1.0]) | {"model.layers.1.self_attn.q_proj": [0.0, 0.0]}
@@ -281,7 +281,7 @@ def test_markdown_has_the_facts_the_findings_and_the_roles(
     assert [row[cells[0].index("update norm")] for row in cells[1:]] == [f"{norm:.4g}" for norm in roles["update_norm"]]
     assert "LS007" in text
     file = report(load(adapter), tmp_path / "card.md")
-    assert file.read_text(encoding="utf-8") == text
+    assert file.read_bytes() == seal(text.encode(), "md")
     report(load(adapter), file)
 
 
@@ -319,4 +319,4 @@ def test_foreign_file_is_not_overwritten(adapter: Path, tmp_path: Path):
 
 
 def test_page_of_a_card_that_was_read_is_the_same(card: Path):
-    assert html(read(card)) == card.read_text(encoding="utf-8")
+    assert seal(html(read(card)).encode(), "html") == card.read_bytes()

@@ -43,7 +43,8 @@ def test_doctor_replaces_its_own_log_only(adapter, monkeypatch, capsys):
     assert main(words) == 2
     assert capsys.readouterr() == (
         "",
-        "lorascope: cannot write log.sarif: it exists and was not written by lorascope\n",
+        "lorascope: cannot write log.sarif: it exists and was not written by lorascope, or has changed since; pass "
+        "another name\n",
     )
     assert log.read_bytes() == foreign
 

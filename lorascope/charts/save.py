@@ -26,6 +26,7 @@ from lorascope.charts.chart import Drawable
 from lorascope.files.png_pixels import pixel_digest
 from lorascope.files.printable import printable
 from lorascope.files.safe_csv import csv_text
+from lorascope.files.seals import seal, write_table
 from lorascope.files.whole_files import write_bytes
 
 _KINDS = ("pdf", "svg", "png", "html", "csv")
@@ -44,17 +45,15 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
     title = " | ".join(dict.fromkeys(printable(chart.title) for chart in drawable.charts() if chart.title))
     source, program = provenance(drawable), f"lorascope {__version__}"
     if kind == "csv":
-        notes = {"@context": "http://www.w3.org/ns/csvw", "url": path.name, "dc:title": title}
-        described = json.dumps(notes | {"lorascope": json.loads(source)}, indent=1)
-        write_bytes(path, csv_text(drawable.flat()).encode())
-        write_bytes(path.with_name(f"{path.name}-metadata.json"), described.encode())
+        about = {"@context": "http://www.w3.org/ns/csvw", "dc:title": title, "lorascope": json.loads(source)}
+        write_table(path, csv_text(drawable.flat()).encode(), about)
     elif kind == "html":
         from lorascope.charts import plotly_backend
 
         plot = plotly_backend.fragment(drawable, hashlib.sha256(source.encode()).hexdigest()[:12], theme)
         ground = themes.theme(theme or _THEMES[kind]).background
         page = _PAGE.format(title=escape(title), source=escape(source), plot=plot, ground=ground)
-        write_bytes(path, page.encode())
+        write_bytes(path, seal(page.encode(), kind))
     else:
         from lorascope.charts import matplotlib_backend
 
@@ -65,7 +64,7 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
             "png": {"Title": title, "Software": program, "lorascope": source},
         }
         content = matplotlib_backend.write(drawable, kind, theme or _THEMES[kind], width, metadata[kind])
-        write_bytes(path, content)
+        write_bytes(path, seal(content, kind))
     return path
 
 

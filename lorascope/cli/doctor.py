@@ -22,16 +22,16 @@ from lorascope.diagnosis.kinds import KINDS
 from lorascope.diagnosis.merge import check_merge
 from lorascope.diagnosis.reading_faults import fault_finding
 from lorascope.diagnosis.runtimes import Application, apply_adapter
-from lorascope.diagnosis.sarif import MARK, sarif_log
+from lorascope.diagnosis.sarif import sarif_log
 from lorascope.files.hub import label, locate, locate_base
 from lorascope.files.printable import count_or_no, count_phrase, printable
+from lorascope.files.seals import require_own, write_own
 from lorascope.files.text_layout import Block, block_grid, make_console, render_text, text_block
 from lorascope.files.typed_json import json_values
-from lorascope.files.whole_files import write_json
+from lorascope.files.whole_files import json_bytes
 from lorascope.formats.adapter_faults import AdapterFault, BaseMisfit
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.folders import require_own
 from lorascope.runs.loading import NoUpdatesError, is_run, load_adapter
 from lorascope.runs.result import Result
 
@@ -81,7 +81,7 @@ def main(
     if path is None:
         raise ValueError("PATH is required: lorascope doctor my-adapter")
     if sarif is not None:
-        require_own(Path(sarif), MARK)
+        require_own(Path(sarif), "json")
     if merged is not None:
         if runtime is not None:
             raise ValueError("--merged and --runtime cannot be combined: run doctor twice")
@@ -239,7 +239,7 @@ def _list_kinds(json: bool) -> int:
 
 def _write_sarif(file: str | None, findings: Sequence[Finding], subject: Path) -> None:
     if file is not None:
-        write_json(Path(file), sarif_log(findings, subject, lorascope.__version__))
+        write_own(Path(file), json_bytes(sarif_log(findings, subject, lorascope.__version__)), "json")
 
 
 def _finding_block(finding: Finding) -> Block:

@@ -13,8 +13,8 @@ from tyro.conf import arg
 from lorascope.cli.arguments import Folder, Name, call, headline, options_of
 from lorascope.cli.opened_runs import open_runs
 from lorascope.files.printable import printable, utf8_text
+from lorascope.files.seals import require_own
 from lorascope.plots import FIGURES
-from lorascope.runs.folders import foreign_file_error, require_own
 from lorascope.runs.result import Result
 from lorascope.schema.suggestions import unknown_name
 
@@ -68,11 +68,12 @@ def main(argv: Sequence[str]) -> int:
         if not runs:
             raise ValueError(f"RUN is required: lorascope plot {name} runs/my-run -o {name}.pdf")
         file = Path(out or f"figures/{name}.pdf")
-        _require_own_figure(file)
+        require_own(file)
         labels, folders = zip(*map(_split_label, (*runs, *control)), strict=True)
         pairs = list(zip(labels, open_runs(folders, base, series), strict=True))
         compared = _group_by_label(pairs[len(runs) :]) if control else None
         chart = figure.draw(_group_by_label(pairs[: len(runs)]), compared, **options)
+        require_own(file)  # drawing takes a while, and another program may have written it
         path = chart.save(file, width=width, theme=theme)
         print(dumps({"figure": name, "path": str(path)}) if json else printable(path))
         return 0
@@ -80,16 +81,6 @@ def main(argv: Sequence[str]) -> int:
     example = f"Example: lorascope plot {name} runs/my-run -o {name}.pdf"
     description = f"{headline(figure.draw)}\n\n{figure.reads}\n\n{example}"
     return call(draw, f"lorascope plot {name}", words, options_of(figure.draw, skip=("runs", "control")), description)
-
-
-def _require_own_figure(path: Path) -> None:
-    """Raise a FileExistsError if a path exists and is not a figure that lorascope saved."""
-    described = path
-    if path.suffix.lower() == ".csv":  # it has no place for a mark, which is in a file next to it
-        described = path.with_name(f"{path.name}-metadata.json")
-    if path.exists() and not described.exists():
-        raise foreign_file_error(path)
-    require_own(described, "lorascope")
 
 
 def _group_by_label(pairs: Sequence[tuple[str, Result]]) -> list[Result] | dict[str, list[Result]]:

@@ -16,8 +16,6 @@ from lorascope.diagnosis.kinds import KINDS
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import json_values
 
-MARK = '"driver": {\n     "name": "lorascope"'
-"""Text in every log that lorascope wrote."""
 _LEVELS = {"error": "error", "caution": "warning", "note": "note"}
 
 

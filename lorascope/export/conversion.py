@@ -11,8 +11,8 @@ from lorascope.array_types import Float
 from lorascope.export.exporters import layer_exporters
 from lorascope.export.lora_layers import WritableLora, writable
 from lorascope.files.printable import printable
+from lorascope.files.whole_files import require_absent
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.folders import require_absent
 from lorascope.runs.result import Result
 from lorascope.runs.series import Series
 

@@ -21,7 +21,7 @@ from lorascope.export.peft_adapter import layer_tensors
 from lorascope.export.pipeline_names import PIPELINE, named_layers, refuse_flat
 from lorascope.files.printable import printable
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
-from lorascope.files.whole_files import write_bytes
+from lorascope.files.whole_files import write_bytes, write_new
 from lorascope.formats.image_keys import METADATA
 from lorascope.runs.folders import new_folder
 
@@ -62,7 +62,7 @@ class DiffusersExporter(LayerExporter):
         metadata = {"format": "pt", METADATA: json.dumps(settings, indent=2, sort_keys=True)}
         content = safetensors_bytes(tensors, metadata)
         if path.suffix == ".safetensors":
-            write_bytes(path, content)
+            write_new(path, content)
             return
         with new_folder(path) as draft:
             write_bytes(draft / WEIGHTS, content)

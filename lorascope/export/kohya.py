@@ -29,7 +29,7 @@ from lorascope.export.lora_layers import LoraLayer, WritableLora
 from lorascope.export.pipeline_names import AUTHORS, PipelineLayer, named_layers
 from lorascope.files.printable import printable
 from lorascope.files.typed_tensors import TypedTensor, safetensors_bytes
-from lorascope.files.whole_files import write_bytes
+from lorascope.files.whole_files import write_new
 from lorascope.formats.image_names import to_authors
 from lorascope.formats.kohya import BASE_KEYS
 from lorascope.runs.lora_config import alpha_of
@@ -78,7 +78,7 @@ class KohyaExporter(LayerExporter):
         # The key of the header that names a base of any kind.
         if not base and "base_model_name_or_path" in lora.config:
             metadata["ss_sd_model_name"] = str(lora.config["base_model_name_or_path"])
-        write_bytes(path, safetensors_bytes(tensors, metadata))
+        write_new(path, safetensors_bytes(tensors, metadata))
 
 
 def _flat_name(lora: WritableLora, module: PipelineLayer, components: Collection[str], is_sdxl: bool) -> str:

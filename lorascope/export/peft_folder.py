@@ -20,11 +20,11 @@ from lorascope.export.peft_lora import LoraExporter
 from lorascope.export.rank_budget import select_components, truncate
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.whole_files import write_bytes, write_json
+from lorascope.files.whole_files import require_absent, write_bytes, write_json
 from lorascope.formats.peft_config import CONFIG, WEIGHTS
 from lorascope.formats.stored_update import PREFIX
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.folders import new_folder, require_absent
+from lorascope.runs.folders import new_folder
 from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run

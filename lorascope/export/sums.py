@@ -18,8 +18,8 @@ from lorascope.export.conversion import require_adapter, write_lora
 from lorascope.export.lora_layers import ONLY_PEFT, layers_of, require_own_names
 from lorascope.export.pipeline_names import naming
 from lorascope.files.printable import printable
+from lorascope.files.whole_files import require_absent
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.folders import require_absent
 from lorascope.runs.lora_config import exact_products
 from lorascope.runs.result import Result
 from lorascope.updates import LowRank

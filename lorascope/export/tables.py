@@ -10,8 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from lorascope.files.safe_csv import csv_text
-from lorascope.files.whole_files import write_bytes
-from lorascope.runs.folders import require_absent
+from lorascope.files.whole_files import require_absent, write_new
 from lorascope.runs.result import Result
 
 
@@ -51,7 +50,7 @@ def to_table(run: Result, out: str | Path, summary: bool = False, state: str = "
         raise ValueError(f"ending of the table must be one of {endings}, got {path.suffix!r}: {path}")
     require_absent(path)
     table = run.summary(state=state) if summary else run.table
-    write_bytes(path, _WRITERS[path.suffix](table))
+    write_new(path, _WRITERS[path.suffix](table))
     return path
 
 

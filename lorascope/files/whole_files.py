@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lorascope.files.printable import printable
 from lorascope.files.typed_json import require_regular
 
 # Errors of a network file system while its server is unavailable, or when a folder is moved during the call.
@@ -35,8 +36,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     if path.is_symlink():  # renaming would replace the link itself
         path = Path(os.path.realpath(path))
-    # The id keeps two processes that write the same file apart.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = draft_path(path)
     for pause in (*PAUSES, None):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,13 +57,53 @@ def write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a whole JSON file atomically, in UTF-8.
+def draft_path(path: Path) -> Path:
+    """Return a temporary name next to a file or folder, which no other process or thread uses."""
+    return path.with_name(f".{path.name}.{int.from_bytes(os.urandom(4))}.part")
+
+
+def require_absent(path: Path) -> None:
+    """Raise a FileExistsError if the path of a new folder or file exists."""
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"cannot create {printable(path)}: it exists, pass a new path")
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Write a whole new file atomically, as `write_bytes` does; raise a FileExistsError if the path exists."""
+    require_absent(path)
+    draft = draft_path(path)
+    try:
+        write_bytes(draft, data)
+        _rename_to_new(draft, path)
+    except FileExistsError:
+        require_absent(path)  # another process wrote it meanwhile
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _rename_to_new(draft: Path, path: Path) -> None:
+    """Rename a file; raise a FileExistsError if the new path exists."""
+    try:
+        os.link(draft, path)  # unlike renaming, it never replaces a file
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        path.open("xb").close()
+        draft.replace(path)
+
+
+def json_bytes(content: Any) -> bytes:
+    """Encode content as JSON in UTF-8.
 
     Lone surrogates, from file names outside the locale's encoding, are written as JSON escapes.
     """
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a whole JSON file atomically; see `json_bytes`."""
+    write_bytes(path, json_bytes(content))
 
 
 def write_note(file: Path, content: Any) -> None:
@@ -71,7 +111,7 @@ def write_note(file: Path, content: Any) -> None:
 
     It is for progress, which is written often, and whose folder another process may remove.
     """
-    draft = file.with_name(f".{file.name}.{os.getpid()}.part")
+    draft = draft_path(file)
     with suppress(OSError):
         draft.write_text(json.dumps(content), encoding="utf-8")
         draft.replace(file)

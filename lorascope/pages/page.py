@@ -19,14 +19,10 @@ from plotly.offline import get_plotlyjs
 from lorascope.charts.plotly_backend import CONFIG
 from lorascope.charts.theme import THEMES
 from lorascope.files.printable import printable_lines
-from lorascope.files.whole_files import write_bytes
+from lorascope.files.seals import write_own
 from lorascope.pages import table_cells
 from lorascope.pages.embedded_charts import embed
 from lorascope.pages.report_figure import ReportFigure
-from lorascope.runs.folders import require_own
-
-GENERATORS = {".html": '<meta name="generator" content="lorascope">', ".md": "<!-- written by lorascope -->"}
-"""Mark of a file that lorascope wrote, by extension."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +89,11 @@ def write(
     Raises
     ------
     FileExistsError
-        ``path`` exists, and lorascope did not write it.
+        ``path`` exists, and lorascope did not write it, or it has changed since.
     """
     path = Path(path)
-    require_own(path, *GENERATORS.values())
     # A label may contain a lone surrogate, which UTF-8 cannot encode.
-    write_bytes(path, render(title, lead, sections, facts or {}).encode("utf-8", "backslashreplace"))
+    write_own(path, render(title, lead, sections, facts or {}).encode("utf-8", "backslashreplace"), "html")
     return path
 
 

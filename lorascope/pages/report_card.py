@@ -15,13 +15,12 @@ import pandas as pd
 from pyarrow import ArrowException
 
 from lorascope.files.printable import printable
+from lorascope.files.seals import MAX_PAGE, require_own, seal, write_own
 from lorascope.files.typed_json import parse_json, require_size, require_small, to_typed, unreadable
-from lorascope.files.whole_files import write_bytes
 from lorascope.pages.card import Card, collect, installed_versions
-from lorascope.pages.page import GENERATORS, Section, render
+from lorascope.pages.page import Section, render
 from lorascope.pages.table_cells import format_value, frame_cells
 from lorascope.plots.run_groups import list_runs
-from lorascope.runs.folders import MAX_PAGE, require_own
 from lorascope.runs.result import Result
 
 _FIGURE = re.compile("<figure>.*?</figure>", re.DOTALL)
@@ -63,19 +62,19 @@ def report(runs: Result | Sequence[Result], out: str | Path, spectra: bool = Fal
     ValueError
         A run has no update, one occurs twice, or the extension is neither ``.html`` nor ``.md``.
     FileExistsError
-        ``out`` exists, and lorascope did not write it.
+        ``out`` exists, and lorascope did not write it, or it has changed since.
 
     Examples
     --------
     >>> ls.report(ls.load("my-adapter"), "card.html")  # doctest: +SKIP
     """
     path = Path(out)
-    if path.suffix not in GENERATORS:
+    if path.suffix not in (".html", ".md"):
         raise ValueError(f"out must end in .html or .md, got {printable(path)}")
-    require_own(path, *GENERATORS.values())
+    require_own(path)
     card = collect(list_runs(runs), spectra)
     text = markdown(card) if path.suffix == ".md" else _limited_html(card)
-    write_bytes(path, _encode(text))
+    write_own(path, _encode(text))
     return path
 
 
@@ -95,7 +94,7 @@ def _encode(text: str) -> bytes:
 def _limited_html(card: Card) -> str:
     """Return the page of a card, without its largest figures if it would be larger than 6 MiB."""
     text = html(card)
-    excess = len(_encode(text)) - _PAGE_BYTES
+    excess = len(seal(_encode(text), "html")) - _PAGE_BYTES
     if excess <= 0:
         return text
     sizes, left_out = {}, {}
@@ -189,9 +188,7 @@ def markdown(card: Card) -> str:
         lines += ["### Pairs", "", *_markdown_table(_known_columns(card.table("pairs"))), ""]
     lines += ["### Norms and ranks by role", "", *_markdown_table(_known_columns(card.table("roles"))), ""]
     lines += ["### Limits", "", *map("- {}".format, LIMITS), ""]
-    return "\n".join(
-        [*lines, f"Measured with lorascope {card.document['versions']['lorascope']}.", "", GENERATORS[".md"], ""]
-    )
+    return "\n".join([*lines, f"Measured with lorascope {card.document['versions']['lorascope']}.", ""])
 
 
 def _markdown_table(table: pd.DataFrame) -> Iterator[str]:
@@ -250,7 +247,7 @@ def verify_card(path: str | Path) -> list[str]:
     try:
         if (wrote := card.document["versions"]) != (installed := installed_versions()):
             raise ValueError(f"written with {_format(wrote)}, but {_format(installed)} is installed")
-        built = _encode(html(card)).decode().splitlines()  # with the escapes of the file
+        built = seal(_encode(html(card)), "html").decode().splitlines()  # with the escapes of the file
     except (ArrowException, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"cannot build {printable(path)} again: {printable(error)}") from error
     differences = []

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorascope.files.seals import require_own
 from lorascope.files.typed_json import to_json_rows
 from lorascope.pages import page
 from lorascope.pages.page import Section
@@ -18,7 +19,6 @@ from lorascope.papers.judging import kept_runs, kept_verdicts, registration
 from lorascope.papers.judging.kept_verdicts import KeptVerdicts
 from lorascope.papers.registry import PROBES
 from lorascope.papers.training import kept_comparison, short_runs
-from lorascope.runs.folders import require_own
 from lorascope.runs.run import Run
 
 REPORT = "report.html"
@@ -80,7 +80,7 @@ def reproduce(out: str | Path, seed: int, data: Path = registration.FILE.parent)
         A run failed; the others are saved.
     """
     path = Path(out) / REPORT
-    require_own(path, *page.GENERATORS.values())
+    require_own(path)
     file, evidence = data / "registered.toml", kept_runs.read_kept(data / "evidence")
     kept, claims = evidence.of_main_machine(), None
     if file.exists():

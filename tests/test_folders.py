@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,10 @@ MANIFEST = {
     "settings": {"steps": 1}, "parameters": {"trained": 1}, "test": {},
     "model": "m", "parents": [], "seed": 0, "states": {}, "task": "t",
 }  # fmt: skip
+CHECKED = [
+    "records.parquet", "predictions.parquet", "snapshots/step-000500.safetensors", "state/last.safetensors",
+    "state/best.safetensors",
+]  # fmt: skip
 OWN = [
     "records.parquet", "predictions.parquet", "snapshots/step-000500.safetensors", "state/last.safetensors",
     "state/best.safetensors", "resume/step-00000500.safetensors", "resume/best-00000400.safetensors",
@@ -35,7 +40,8 @@ def make_run(folder: Path, **meta: Any) -> Path:
     for name in OWN:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
-    (folder / "run.json").write_bytes(json.dumps(MANIFEST | meta).encode())
+    checksums = {"checksums": dict.fromkeys(CHECKED, "0")}
+    (folder / "run.json").write_bytes(json.dumps(MANIFEST | checksums | meta).encode())
     return folder
 
 
@@ -117,6 +123,12 @@ def link_in_its_place(folder: Path) -> None:
     folder.symlink_to("elsewhere")
 
 
+def copy_run(name: str) -> Callable[[Path], None]:
+    return lambda folder: (
+        shutil.copytree(folder, folder.parent / "copy") and shutil.move(folder.parent / "copy", folder / name)
+    )
+
+
 REFUSED = {
     "another program's run.json": (write("run.json", '{"id": 7, "scripts": ["a"]}'), "run.json"),
     "a run.json with only an id": (write("run.json", json.dumps({"id": ID, "status": "done"})), "run.json"),
@@ -132,6 +144,11 @@ REFUSED = {
     "hidden notes": (write(".notes.part"), ".notes.part"),
     "notes next to snapshots": (write("snapshots/step-mine.safetensors"), "step-mine.safetensors"),
     "a run below the run": (write("copy/run.json"), "copy/run.json"),
+    "a copy of the run": (copy_run("1-copy"), "1-copy/"),
+    "a copy of the run in its folder of states": (copy_run("state/copy"), "state/copy"),
+    "another state": (write("state/best-of-all.safetensors"), "best-of-all"),
+    "a snapshot of another run": (write("snapshots/step-000600.safetensors"), "step-000600"),
+    "another table": (write("scores.parquet"), "scores.parquet"),
     "a link inside": (foreign_link, "state"),
     "a link in its place": (link_in_its_place, "elsewhere"),
     "a removed folder that is not one": (write("../.run.removed/mine.txt"), "mine.txt"),
@@ -148,6 +165,28 @@ def test_remove_run_with_foreign_files_raises_and_changes_nothing(tmp_path: Path
         prepare_folder(tmp_path / "run", ID, overwrite=True)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["3-copy", "1-search-copy", "1-search/2-copy", "snapshots"])
+def test_remove_run_of_a_recipe_with_a_copy_of_a_run_raises_and_changes_nothing(tmp_path: Path, name: str) -> None:
+    make_recipe(tmp_path / "run")
+    shutil.copytree(tmp_path / "run/2-retrain", tmp_path / "run" / name)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=rf"cannot overwrite .*{name}/.* is not a file of this run"):
+        prepare_folder(tmp_path / "run", ID, overwrite=True)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "records.parquet", "state/last.safetensors"])
+def test_remove_run_of_a_recipe_with_files_of_a_run_raises_and_changes_nothing(tmp_path: Path, name: str) -> None:
+    make_recipe(tmp_path / "run")
+    target = tmp_path / "run" / name
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(tmp_path / "run/2-retrain" / name, target)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=rf"cannot overwrite .*{name} is not a file of this run"):
+        prepare_folder(tmp_path / "run", ID, overwrite=True)
     assert tree(tmp_path) == before
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import read_json
-from lorascope.files.whole_files import is_partial
+from lorascope.files.whole_files import draft_path, is_partial, require_absent
 
 try:
     import fcntl
@@ -31,8 +31,8 @@ _RUN_FILE = re.compile(
     r"|resume/((step-\d+|best-\d+|base)\.safetensors|trackers\.json)"
     r"|tensorboard/([\d.]+/)?(events\.out\.tfevents\.[^/]+|hparams\.yml)"
 )
-MAX_PAGE = 2**27
-"""Maximum bytes of a page or log that is read again: enough for an adapter with 100,000 modules."""
+# The files whose checksums are in the manifest of a run that has ended.
+_CHECKED_FILE = re.compile(r"[^/]+\.parquet|(snapshots|state)/[^/]+")
 _PHASE = re.compile(r"\d+-.+")  # such as 1-search
 _Id = Annotated[str, Meta(pattern="^[0-9a-f]{12}$")]
 
@@ -83,13 +83,13 @@ def own_files(folder: Path, *patterns: str) -> set[Path]:
 def lock_run(folder: Path) -> Iterator[None]:
     """Lock a run folder, created if missing, within the block, where the OS supports it.
 
-    The lock also ends with the process.
+    The lock also ends with the process, but not with a process that is forked within the block.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle, owner = os.open(folder, os.O_RDONLY), os.getpid()
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -103,8 +103,10 @@ def lock_run(folder: Path) -> Iterator[None]:
             raise RunLocked(f"cannot use {folder}: it is being trained by another process, wait until it ends")
         yield
     finally:
-        with suppress(OSError):  # closing is not enough: a worker forked meanwhile may have a copy of the handle
-            fcntl.flock(handle, fcntl.LOCK_UN)
+        # Closing is not enough, since a forked worker may have a copy of the handle. The worker must not unlock it.
+        if os.getpid() == owner:
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 
@@ -116,7 +118,8 @@ def remove_run(folder: Path) -> None:
     RunLocked
         Another process trains in the folder.
     ValueError
-        The path is a symbolic link, is not a run folder, or contains files that lorascope did not write.
+        The path is a symbolic link, is not a run folder, or contains files that are not of this run, such as a copy of
+        a run.
     """
     refused = f"cannot overwrite {printable(folder)}"
     if folder.is_symlink():
@@ -125,67 +128,63 @@ def remove_run(folder: Path) -> None:
         )
     folder = folder.resolve()
     try:
-        identify_folder(folder)
-        for phase in _phase_folders(folder):
-            with suppress(FileNotFoundError):  # a phase without files yet
-                identify_folder(phase)
+        runs = _runs_of(folder)
     except ValueError as error:
         raise ValueError(f"{refused}: it is not a lorascope run ({error})") from error
     with ExitStack() as locks:
-        for locked_folder in (folder, *_phase_folders(folder)):
+        for locked_folder in {folder: None} | runs:
             locks.enter_context(lock_run(locked_folder))
         # Rename first, so that an interrupted removal leaves no folder that looks like a run.
         removed = folder.with_name(f".{folder.name}.removed")
-        for checked_folder in (folder, removed):
-            if (file := _foreign_file(checked_folder)) is not None:
-                raise ValueError(f"{refused}: lorascope did not write {printable(file)}; move it first")
+        rest = dict.fromkeys([*_phase_folders(removed), removed])  # its manifests may be gone already
+        for checked_folder, checked_runs in ((folder, runs), (removed, rest)):
+            if (file := _foreign_file(checked_folder, checked_runs)) is not None:
+                raise ValueError(f"{refused}: {printable(file)} is not a file of this run; move it first")
         shutil.rmtree(removed, ignore_errors=True)
         folder.rename(removed)
         shutil.rmtree(removed)
 
 
+def _runs_of(folder: Path) -> dict[Path, RunManifest | None]:
+    """Return the manifest of the run in a folder, or those of a recipe's phases; None for one without files yet."""
+    manifest = identify_folder(folder)
+    if isinstance(manifest, RunManifest):
+        return {folder: manifest}
+    runs: dict[Path, RunManifest | None] = {}
+    for phase in _phase_folders(folder):
+        if phase.name in manifest.phases:
+            file = phase / "run.json"
+            runs[phase] = read_json(file, RunManifest) if file.exists() else None
+    return runs
+
+
 def _phase_folders(folder: Path) -> list[Path]:
-    return [child for child in folder.iterdir() if _PHASE.fullmatch(child.name) and child.is_dir()]
+    return [child for child in folder.glob("*") if _PHASE.fullmatch(child.name) and child.is_dir()]
 
 
-def _foreign_file(folder: Path) -> Path | None:
-    """Return a file or symbolic link that lorascope did not write (the folder itself if it is a link), or None."""
+def _foreign_file(folder: Path, runs: Mapping[Path, RunManifest | None]) -> Path | None:
+    """Return a file or symbolic link that is not of these runs (the folder itself if it is a link), or None."""
     if folder.is_symlink():
         return folder
     for parent, folders, files in os.walk(folder):
         for name in sorted([*folders, *files]):
             path = Path(parent, name)
-            if path.is_symlink() or (name in files and not _is_run_file(path, folder)):
+            if path.is_symlink() or (name in files and not _is_run_file(path, folder, runs)):
                 return path
     return None
 
 
-def _is_run_file(path: Path, folder: Path) -> bool:
-    """Return whether lorascope writes a file of this name in a run folder, or in a phase in it."""
-    name = path.relative_to(folder)
-    if _PHASE.fullmatch(name.parts[0]):
-        name = name.relative_to(name.parts[0])
-    return _RUN_FILE.fullmatch(name.as_posix()) is not None or str(name) in MANIFESTS or is_partial(path)
-
-
-def require_absent(path: Path) -> None:
-    """Raise a FileExistsError if the path of a new folder or file exists."""
-    if path.exists() or path.is_symlink():
-        raise FileExistsError(f"cannot create {path}: it exists, pass a new path")
-
-
-def require_own(path: Path, *marks: str) -> None:
-    """Raise a FileExistsError if a path is a folder, or a file without one of the marks that lorascope writes."""
-    if not path.exists():
-        return
-    is_small = path.is_file() and path.stat().st_size <= MAX_PAGE
-    if not (is_small and any(mark.encode() in path.read_bytes() for mark in marks)):
-        raise foreign_file_error(path)
-
-
-def foreign_file_error(path: Path) -> FileExistsError:
-    """Return the error for a file or folder that lorascope must not replace."""
-    return FileExistsError(f"cannot write {printable(path)}: it exists and was not written by lorascope")
+def _is_run_file(path: Path, folder: Path, runs: Mapping[Path, RunManifest | None]) -> bool:
+    """Return whether lorascope wrote a file in a folder with these runs, judged by its name and their manifests."""
+    if is_partial(path) or path == folder / "recipe.json":
+        return True
+    owner = next((run for run in runs if path.is_relative_to(run)), None)
+    if owner is None:
+        return False
+    name, manifest = path.relative_to(owner).as_posix(), runs[owner]
+    if manifest is not None and manifest.status != "running" and _CHECKED_FILE.fullmatch(name):
+        return name in manifest.checksums
+    return name == "run.json" or _RUN_FILE.fullmatch(name) is not None
 
 
 @contextmanager
@@ -198,10 +197,13 @@ def new_folder(path: Path) -> Iterator[Path]:
         ``path`` exists.
     """
     require_absent(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(draft, ignore_errors=True)  # left by a killed process with the same id
+    draft = draft_path(path)
     try:
         yield draft
-        draft.rename(path)
+        try:
+            draft.rename(path)  # this replaces no file, and no folder with files
+        except OSError:
+            require_absent(path)  # another process wrote it meanwhile
+            raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -6,14 +6,18 @@ Every file is written under a temporary name and renamed. The status in ``run.js
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, write_tensors
+from lorascope.files.typed_json import read_json
 from lorascope.files.whole_files import file_hash, is_partial, write_bytes, write_json
 from lorascope.runs.folders import own_files
 from lorascope.runs.layout import GROWING, PREDICTIONS, REMOVED, snapshot_file
@@ -32,6 +36,7 @@ class RunWriter:
         self._table = records.concat([])
         self._rows: list[tuple[int, Record]] = []
         self._arrays: dict[int, list[Snapshot | Factors]] = {}
+        self._folder: os.stat_result | None = None
 
     def begin(self, table: pd.DataFrame | None) -> None:
         """Write ``run.json``, and remove the files of an earlier attempt except snapshots at the steps of ``table``.
@@ -41,13 +46,32 @@ class RunWriter:
         table : DataFrame or None
             Rows up to the checkpoint that training resumes from; None for a new run.
         """
-        write_json(self.path / "run.json", self.meta.to_json())
+        self._create_folder()
         if table is not None:
             self._table = table
         snapshots = {self.path / snapshot_file(step) for step in self._table["step"].unique().tolist()}
         partial_files = {file for file in self.path.rglob(".*") if is_partial(file) and file.is_file()}
         for file in (self._content_files() - snapshots) | partial_files:  # the latter are left by killed writers
             file.unlink()
+
+    def _create_folder(self) -> None:
+        write_json(self.path / "run.json", self.meta.to_json())
+        self._folder = self.path.stat()
+
+    def require_folder(self) -> None:
+        """Raise an OSError if another folder has taken the place of the run's since `begin`; recreate a missing one."""
+        if self._folder is None or not self.path.exists():
+            self._create_folder()
+        elif not os.path.samestat(self.path.stat(), self._folder) and not self.has_manifest():
+            raise OSError(f"cannot write {printable(self.path)}: another folder has taken its place")
+
+    def has_manifest(self) -> bool:
+        """Return whether the folder has the manifest of this run."""
+        file = self.path / "run.json"
+        stored: dict[str, Any] = {}
+        with suppress(FileNotFoundError, ValueError):  # of another program
+            stored = read_json(file, dict[str, Any])
+        return (stored.get("id"), stored.get("started")) == (self.meta.id, self.meta.started)
 
     def collect(self, step: int, items: Iterable[Item]) -> None:
         """Add the records after ``step`` finished steps; ``write_arrays`` or ``flush`` writes them."""
@@ -59,6 +83,8 @@ class RunWriter:
 
     def write_arrays(self) -> None:
         """Write pending arrays to disk; an array that cannot be written stays pending for the next call."""
+        if self._arrays:
+            self.require_folder()
         for step in list(self._arrays):  # a copy, because written steps are deleted
             self._write_step(self.path / snapshot_file(step), self._arrays[step])
             del self._arrays[step]
@@ -88,6 +114,7 @@ class RunWriter:
 
     def write_predictions(self, predictions: pd.DataFrame) -> None:
         """Write what the final state predicts for each test row; see ``Run.predictions``."""
+        self.require_folder()
         write_bytes(self.path / PREDICTIONS, predictions.to_parquet(index=False))
 
     def table(self) -> pd.DataFrame:
@@ -112,6 +139,7 @@ class RunWriter:
         return own_files(self.path, "records.parquet", PREDICTIONS, "snapshots/*", "state/*")
 
     def _write(self, status: Any, checksum: Callable[[Path], str]) -> None:
+        self.require_folder()
         self.write_arrays()
         write_bytes(self.path / "records.parquet", self.table().to_parquet(index=False))
         used = self.table()["quantity"].cat.categories

@@ -124,6 +124,7 @@ class Recording:
         model = self.step.model
         self.add(factors_of(model, self.step.adapter_names))
         self.add(incomplete_norms(model, self.step.adapter_names))
+        self.writer.require_folder()
         if self.method is not None:
             save_state(file, model, self.step.optimizer, self.method)
         elif adapters(model, self.step.adapter_names):

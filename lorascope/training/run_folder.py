@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shutil
 import time
 import warnings
@@ -13,7 +14,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lorascope.files.typed_json import read_json
 from lorascope.methods.method import Method, Step
 from lorascope.observe.observer import Observer
 from lorascope.runs.folders import lock_run
@@ -62,6 +62,7 @@ class ForeignRecording(Recording):
         aside = create_folder(path, meta.id if before else None)
         super().__init__(path, meta, step, method, observers, report)
         self._failing = False
+        self._process = os.getpid()
         self._final_step: int | None = None  # step of the saved final state
         self._next_flush = math.inf
         self._base_file = path / "resume/base.safetensors"
@@ -69,7 +70,7 @@ class ForeignRecording(Recording):
         self._lock.enter_context(lock_run(path))
         # Write the rows when the recording is deleted or the process ends, without a reference to the model.
         self.mark_interrupted = _OPEN[path.resolve()] = weakref.finalize(
-            self, _close_lost_run, self.writer, self._lock, lost, report
+            self, _close_lost_run, self.writer, self._lock, lost, report, self._process
         )
         if before is None:
             try:
@@ -130,16 +131,21 @@ class ForeignRecording(Recording):
             return None
 
     def _is_replaced(self) -> bool:
-        """Return whether another recording has ended this one and taken its folder; warn once if so."""
-        replaced = not self.mark_interrupted.alive
-        if replaced and not self._failing:
-            warnings.warn(f"another recorder writes to {self.path}: pass it another out", stacklevel=4)
-        self._failing |= replaced
-        return replaced
+        """Return whether another recording has taken the folder, or this is a forked process; warn once if so."""
+        problem = ""
+        if os.getpid() != self._process:
+            problem = f"another process opened the recorder of {self.path}: open one in this process"
+        elif not self.mark_interrupted.alive:
+            problem = f"another recorder writes to {self.path}: pass it another out"
+        if problem and not self._failing:
+            warnings.warn(problem, stacklevel=4)
+        self._failing |= bool(problem)
+        return bool(problem)
 
     def state(self) -> dict[str, Any]:
         """Return the state from which a checkpoint resumes the recording; save W_0 in the run folder first."""
         if self.base.kept and not self._base_file.exists():
+            self.writer.require_folder()
             save_tree(self._base_file, self.base.kept)
         return super().state() | {"id": self.writer.meta.id, "table": pack_rows(self.writer.table())}
 
@@ -195,13 +201,16 @@ def create_folder(folder: Path, resumed: str | None) -> Path | None:
         return None
 
 
-def _close_lost_run(writer: RunWriter, lock: ExitStack, error: str | None, report: CurveReport | None) -> None:
+def _close_lost_run(
+    writer: RunWriter, lock: ExitStack, error: str | None, report: CurveReport | None, process: int
+) -> None:
     """Write the rows of a run that was not finished, unless another has replaced it; an error marks it as broken."""
+    if os.getpid() != process:  # a forked one ends, and the recording does not
+        return
     if report is not None:
         report.close(None)
     with lock, suppress(OSError):
-        file = writer.path / "run.json"
-        if file.exists() and read_json(file, dict[str, Any]).get("started") == writer.meta.started:
+        if writer.has_manifest():
             if error is None:
                 writer.flush()
             else:

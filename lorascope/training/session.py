@@ -203,6 +203,7 @@ class Session(Recording):
 
     def checkpoint(self) -> None:
         """Save everything that is needed to resume from here bit for bit."""
+        self.writer.require_folder()
         checkpoint = Checkpoint(
             finished=self.step.finished,
             model=trained_tensors(self.model, self.optimizer),

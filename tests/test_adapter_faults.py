@@ -143,6 +143,14 @@ def test_fault_of_tensors_is_a_finding(fault: str, saved: Path, capsys: pytest.C
     assert by_peft(saved) == (3 if fault == "no partner" else "refused")
 
 
+def test_fault_is_a_finding_for_a_merged_model_and_in_sarif(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(saved, dict, r=8)
+    base, sarif = str(saved / "base"), saved / "findings.sarif"
+    assert ids(diagnosis(saved, capsys, "--base", base, "--merged", base, "--sarif", str(sarif))) == ["LS028"]
+    (run,) = json.loads(sarif.read_text(encoding="utf-8"))["runs"]
+    assert [result["ruleId"] for result in run["results"]] == ["LS028"]
+
+
 def test_empty_copy_of_an_embedding_is_a_finding(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "base_model.model.model.embed_tokens.weight"
     change(saved, lambda tensors: tensors | {name: np.empty(0, np.float32)})

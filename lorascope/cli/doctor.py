@@ -86,13 +86,7 @@ def main(
         if runtime is not None:
             raise ValueError("--merged and --runtime cannot be combined: run doctor twice")
         return _report_merge(path, base, merged, sarif, json)
-    diagnosis = _diagnose(path, base, runtime)
-    _write_sarif(sarif, diagnosis.findings, diagnosis.subject)
-    if json:
-        print(dumps(json_values(diagnosis.to_json(path)), indent=1))
-    else:
-        _print_blocks(diagnosis.blocks(base))
-    return int(bool(diagnosis.findings))
+    return _print_diagnosis(_diagnose(path, base, runtime), path, base, sarif, json)
 
 
 class _Diagnosis(NamedTuple):
@@ -156,7 +150,21 @@ def _diagnose(path: str, base: str | None, runtime: str | None) -> _Diagnosis:
     except NoUpdatesError as error:
         return _Diagnosis(label(locate(path)), locate(path), [], ", no weight updates", notes=[error.sentence])
     except AdapterFault as fault:
-        return _Diagnosis(label(locate(path)), locate(path), [fault_finding(fault)], ", cannot be read")
+        return _unreadable(path, fault)
+
+
+def _unreadable(path: str, fault: AdapterFault) -> _Diagnosis:
+    return _Diagnosis(label(locate(path)), locate(path), [fault_finding(fault)], ", cannot be read")
+
+
+def _print_diagnosis(diagnosis: _Diagnosis, path: str, base: str | None, sarif: str | None, json: bool) -> int:
+    """Print a diagnosis, write it as SARIF if asked for, and return the exit code."""
+    _write_sarif(sarif, diagnosis.findings, diagnosis.subject)
+    if json:
+        print(dumps(json_values(diagnosis.to_json(path)), indent=1))
+    else:
+        _print_blocks(diagnosis.blocks(base))
+    return int(bool(diagnosis.findings))
 
 
 def _diagnose_run(run: Result, use: Application | None = None) -> _Diagnosis:
@@ -202,7 +210,10 @@ def _report_merge(path: str, base: str | None, merged: str, sarif: str | None, j
     """Print whether an adapter was merged into a model, and return the exit code."""
     if base is None:
         raise ValueError("--merged requires the model before the merge: --base DIR")
-    adapter = load_adapter(_require_adapter(path, "--merged"), base)
+    try:
+        adapter = load_adapter(_require_adapter(path, "--merged"), base)
+    except AdapterFault as fault:
+        return _print_diagnosis(_unreadable(path, fault), path, base, sarif, json)
     check = check_merge(adapter, PretrainedWeights(locate_base(merged)))
     _write_sarif(sarif, check.findings, _subject(adapter))
     if json:

@@ -202,7 +202,7 @@ def neurons_screen(inspection: NeuronInspection, target: Console) -> str:
         *layer_strip(inspection, target, strip, _COLUMNS),
         blocks=[Block("1 - cos", [quantiles]), Block("largest", neurons)],
         findings=inspection.details,
-        command=shell_command(command, (inspection.path, inspection.base)),
+        command=shell_command(command, (inspection.path or Path(), inspection.base)),
     )
 
 

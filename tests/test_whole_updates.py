@@ -67,6 +67,9 @@ def test_dora_run_says_what_is_unknown_without_recorded_spectra(bert, task, tmp_
     total = np.sqrt(sum(np.linalg.norm(changes[module]) ** 2 for module in run.ranks()))
     assert inspection.norm == pytest.approx(total, rel=1e-4)
     assert null_table(inspection)["effective_rank_p"].isna().all()
+    screen = inspection_screen(inspection, Console(width=80))
+    assert " of 2" not in screen
+    assert "lorascope plot update_norm" in screen
     with pytest.raises(ValueError, match=r"singular values of updates: train with observe=\[ls\.observe\.norms\(\)\]"):
         plots.spectrum(run)
 

@@ -178,9 +178,9 @@ def inspection_screen(inspection: Inspection, target: Console, null: pd.DataFram
         rank = ""
         if not math.isnan(module.effective_rank):
             rank += f"  rank {format_number(module.effective_rank)}"
-        # The update of DoRA with W_0 has a higher rank than its direction, which is the rank of the module.
-        if module.rank is not None and not module.effective_rank > module.rank + _ROUNDED_RANK:
-            rank += f" of {module.rank}"
+            # The update of DoRA with W_0 has a higher rank than its direction, which is the rank of the module.
+            if module.rank is not None and module.effective_rank <= module.rank + _ROUNDED_RANK:
+                rank += f" of {module.rank}"
         lines.append(Elided(module.module, f"{format_norm(module.update_norm):<6} ", rank))
     blocks = [Block("largest |dW|", lines)]
     if null is not None:
@@ -203,7 +203,8 @@ def _next_command(inspection: Inspection) -> str:
             return shell_command("lorascope inspect {} --spectra", [*folders, run.base.folder])
         if run.files.needs_base:
             folders.append(run.base.folder)
-    return shell_command("lorascope plot spectrum {} -o spectrum.pdf", folders)
+    figure = "update_norm" if run.incomplete_updates() and not run.spectra else "spectrum"
+    return shell_command(f"lorascope plot {figure} {{}} -o {figure}.pdf", folders)
 
 
 def _size_columns(inspection: Inspection) -> list[TableColumn]:

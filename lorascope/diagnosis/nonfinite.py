@@ -38,7 +38,7 @@ def first_nonfinite(table: pd.DataFrame) -> str:
     updates = _steps(table, "update_norm")
     if updates.all():
         return ""
-    broken = updates.idxmin()
+    broken = int(min(updates.index[~updates]))
     finite = max(updates.index[updates & (updates.index < broken)], default=None)
     losses, gradients = (_steps(table, quantity) for quantity in ("loss", "grad_norm"))
     if finite is not None and broken not in losses:

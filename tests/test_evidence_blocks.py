@@ -151,7 +151,7 @@ def at(arm: str, **values: Any) -> Callable[[Evidence], Evidence]:
 
 
 CASES: dict[str, tuple[Evidence, Callable[[Evidence], Evidence], tuple[str, str, str]]] = {
-    "void": (planted(), at(LORA, validation_metric=0.5), ("", "void", f"{LORA} did not train")),
+    "void": (planted(), at(LORA, validation_metric=0.5), ("", "void", f"{LORA} did not train: chance level")),
     "interrupted": (planted(3), lambda found: found, ("3 of 5", "not judged", "more seeds to train")),
     "undecided": (planted(7, -0.01, 0.02), lambda found: found, ("5", "inconclusive", "more seeds to train")),
     "changed": (planted(), at(OURS, arm_hash="sha256:other"), ("5 of 5", "inconclusive", CHANGED)),

@@ -16,7 +16,7 @@ from lorascope.analysis.seed_intervals import pseudo_values, t_estimate, t_inter
 from lorascope.papers.judging import csv_tables, evidence_manifest, kept_runs, looks, registration
 from lorascope.papers.judging import verdicts as judging
 from lorascope.papers.judging.kept_runs import RUN_COLUMNS, Evidence
-from lorascope.papers.judging.registration import Bound, ClaimText, Design, Paper, Registered
+from lorascope.papers.judging.registration import Bound, ClaimText, Design, Paper, Registered, RegisteredArm
 from lorascope.papers.judging.statistics import (
     Accuracy,
     Constant,
@@ -296,15 +296,15 @@ def test_interrupted_look_leaves_the_verdict_open(seeds: int, n: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metrics", "loss", "void"),
+    ("metrics", "loss", "note"),
     [
-        ((0.34, 0.35, 0.9, 0.9, 0.9), 0.5, True),
-        ((0.34, 0.36, 0.9, 0.9, 0.9), 0.5, False),
-        ((0.9, 0.9, 0.9, 0.9, 0.9), np.inf, True),
-        ((0.9, 0.9, 0.9, 0.9, 0.9), np.nan, True),
+        ((0.34, 0.35, 0.9, 0.9, 0.9), 0.5, "B did not train: chance level"),
+        ((0.34, 0.36, 0.9, 0.9, 0.9), 0.5, ""),
+        ((0.9, 0.9, 0.9, 0.9, 0.9), np.inf, "B did not train: a loss is not finite"),
+        ((0.9, 0.9, 0.9, 0.9, 0.9), np.nan, "B did not train: a loss is not finite"),
     ],
 )
-def test_claim_on_an_arm_that_did_not_train_is_void(metrics: tuple[float, ...], loss: float, void: bool) -> None:
+def test_claim_on_an_arm_that_did_not_train_is_void(metrics: tuple[float, ...], loss: float, note: str) -> None:
     evidence = planted({"A": 0.95, "B": 0.5})
     runs = evidence.runs.copy()
     of_b = runs["arm"] == "B"
@@ -313,10 +313,61 @@ def test_claim_on_an_arm_that_did_not_train_is_void(metrics: tuple[float, ...], 
     evidence = Evidence(runs, evidence.rows, evidence.margins, evidence.nll)
     pairs: Any = {"a.b": (Accuracy("A"), Accuracy("B"))}
     verdicts, _ = judge_all({"a.b": registered()}, pairs, evidence)
-    assert verdicts["outcome"].item() == ("void" if void else "supported")
-    assert verdicts["note"].item() == ("B did not train" if void else "")
-    kept_from_text, _ = judge_all({"a.b": registered()}, pairs, evidence, lambda arm: arm != "B")
+    assert verdicts["outcome"].item() == ("void" if note else "supported")
+    assert verdicts["note"].item() == note
+    exempt = {"B": RegisteredArm("B", may_void=False)}
+    kept_from_text, _ = judge_all({"a.b": registered()}, pairs, evidence, exempt)
     assert kept_from_text["outcome"].item() == "supported"
+
+
+TASKS = ("domain", "order", "sentiment", "strength")
+
+
+def mixture(seeds_at_chance: int) -> Evidence:
+    """Return evidence of four tasks in which B is right on 90% of three, and at chance on one for some seeds."""
+    evidence = planted({"A": 0.95, "B": 0.9})
+    runs = evidence.runs.assign(validation_metric=0.9)
+    # Each task has 15 rows, and its most frequent class has 9 of them.
+    rows = evidence.rows.assign(group=np.repeat(TASKS, ROWS // 4), label=np.tile([0] * 9 + [1] * 6, 4))
+    margins = dict(evidence.margins)
+    for run, seed in runs.loc[runs["arm"] == "B", ["run", "seed"]].itertuples(index=False):
+        right = np.where(np.arange(ROWS) % 15 < 14, 5, -5)
+        if seed < 100 + seeds_at_chance:
+            right[rows["group"] == "order"] = np.where(rows["label"][rows["group"] == "order"] == 0, 5, -5)
+        margins[run] = right.astype(np.int8)
+    return Evidence(runs, rows, margins, evidence.nll)
+
+
+@pytest.mark.parametrize(("seeds", "note"), [(1, ""), (2, "B did not train: chance level in order")])
+def test_claim_is_void_if_one_task_of_four_stays_at_chance(seeds: int, note: str) -> None:
+    pairs: Any = {"a.b": (Accuracy("A"), Accuracy("B"))}
+    verdicts, _ = judge_all({"a.b": registered()}, pairs, mixture(seeds))
+    assert verdicts["note"].item().startswith(note or looks.STOPPED)
+    assert (verdicts["outcome"].item() == "void") == bool(note)
+    exempt, _ = judge_all({"a.b": registered()}, pairs, mixture(seeds), {"B": RegisteredArm("B", may_void=False)})
+    assert exempt["outcome"].item() != "void"
+
+
+@pytest.mark.parametrize(("accuracies", "void"), [
+    ((0.56, 0.64, 0.9, 0.9, 0.9), True),
+    ((0.56, 0.66, 0.9, 0.9, 0.9), False),
+])  # fmt: skip
+@pytest.mark.parametrize("may_void", [True, False])
+def test_claim_is_void_if_an_earlier_phase_stays_at_chance(
+    accuracies: tuple[float, ...], void: bool, may_void: bool
+) -> None:
+    """An arm whose last phase need not learn is still void by its search."""
+    evidence = planted({"A": 0.95, "B": 0.5})
+    tables = {}
+    for seed, accuracy in enumerate(accuracies, start=100):
+        searched = {"phase": "search", "group": ["x", "y"], "accuracy": [0.9, accuracy], "chance": [0.5, 0.6]}
+        tables[f"B-{seed}AVX2"] = pd.DataFrame(searched)
+    runs = evidence.runs.assign(validation_metric=0.9)
+    evidence = Evidence(runs, evidence.rows, evidence.margins, evidence.nll, {judging.PHASES: tables})
+    arms = {"B": RegisteredArm("B", may_void=may_void)}
+    verdicts, _ = judge_all({"a.b": registered()}, {"a.b": (Accuracy("A"), Accuracy("B"))}, evidence, arms)
+    assert verdicts["outcome"].item() == ("void" if void else "supported")
+    assert verdicts["note"].item() == ("B did not train: chance level in phase search" if void else "")
 
 
 def test_arms_are_void_by_their_first_five_judged_seeds() -> None:

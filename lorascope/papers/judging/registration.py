@@ -112,7 +112,8 @@ class RegisteredArm:
     tuning_seeds : tuple of int
         Seeds with which the rates are tried.
     may_void : bool
-        Whether claims on the arm are void if it does not train; false for arms that are kept from text.
+        Whether claims on the arm are void if it does not train; false for arms that are kept from text. Earlier phases
+        that do not train void the claims in any case.
     by_seed : tuple of str
         What is drawn by the seed of a run: fields of the method, and "task" or "w0".
     baseline : bool
@@ -256,10 +257,6 @@ class Registration:
         """First judged seed of all claims on runs, with which arms for figures start."""
         judged = self.of_tier("primary", "secondary").values()
         return min((claim.design.first_seed for claim in judged), default=Design.first_seed)
-
-    def may_void(self, label: str) -> bool:
-        """Return whether claims on an arm are void if it does not train."""
-        return label not in self.arms or self.arms[label].may_void
 
     def of_tier(self, *tiers: Tier) -> dict[str, Registered]:
         """Return the claims of these tiers, in their order."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ from lorascope.papers.judging import looks
 from lorascope.papers.judging.claims import format_effect
 from lorascope.papers.judging.csv_tables import COUNT, NUMBER, TEXT
 from lorascope.papers.judging.kept_runs import BLOCK, SCORES, Evidence
-from lorascope.papers.judging.registration import Registered
+from lorascope.papers.judging.registration import Registered, RegisteredArm
 from lorascope.papers.judging.statistics import Method, OfRun, Reads, Simulated, Statistic, estimate_effect
 
 Pair = tuple[Statistic, Statistic]
@@ -40,7 +42,12 @@ SOURCE_COLUMNS = ("draws", "draw_error", "runs_statistic", "runs_control")
 CHANGED = "its runs are of another arm than registered"
 """Note of a claim that gets no verdict because its runs are not the registered ones."""
 
+PHASES = "phases"
+"""Kept table ``phase, group, accuracy, chance``: test accuracy after each earlier phase, by group, and that of always
+answering with the most frequent class."""
+
 _TRIED, _FAILED, _AT_CHANCE = 5, 2, 0.05
+_ALL = ""  # place of chance level: the whole task, whose groups have names
 
 
 class JudgedClaim(NamedTuple):
@@ -161,26 +168,77 @@ def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Map
     return max(candidates, key=lambda candidate: (candidate.seeds, -candidate.last_row)).machine
 
 
-def untrained_arms(evidence: Evidence, may_void: Callable[[str], bool] = lambda arm: True) -> set[str]:
-    """Return the arms that did not train, so that the verdict on their claims is void.
+def untrained_arms(
+    evidence: Evidence, arms: Mapping[str, RegisteredArm] = MappingProxyType({})
+) -> dict[str, str]:
+    """Return the arms that did not train, so that the verdict on their claims is void, with the reasons.
 
-    Those are arms of which two or more of the first five judged seeds end within five points of the most frequent class
-    on the validation split, or any ends with a loss that is not finite.
+    Those are arms of which two or more of the first five judged seeds are at chance level in the same place: within five
+    points of the most frequent class on the validation split, in one group of the test rows (the groups of a mixture
+    are its tasks), or at the end of one earlier phase. Others have a seed whose loss is not finite. Where the end of an
+    arm may not void its claims, its earlier phases still do.
     """
     runs = evidence.judged.sort_values("seed")
-    first = runs.groupby("arm").head(_TRIED)
-    at_chance = first["validation_metric"] - first["validation_chance"] <= _AT_CHANCE
-    failed = at_chance.groupby(first["arm"]).sum() >= _FAILED
-    losses = runs[["validation_loss", "test_loss"]].to_numpy("float64")
-    diverged = runs["arm"][~np.isfinite(losses).all(axis=1)]
-    return {arm for arm in (*failed.index[failed], *diverged) if may_void(arm)}
+    tasks = {task: _Groups.of_task(evidence, task) for task in runs["task_hash"].unique()}
+    reasons = {}
+    for arm, of_arm in runs.groupby("arm"):
+        registered = arms.get(arm, RegisteredArm(arm))
+        counts: Counter[str] = Counter()
+        for run in of_arm.head(_TRIED).itertuples():
+            counts.update(_phases_at_chance(evidence, run.run))
+            if registered.may_void:
+                counts.update(_groups_at_chance(evidence, run, tasks[run.task_hash]))
+        places = sorted(place for place, seeds in counts.items() if seeds >= _FAILED)
+        losses = of_arm[["validation_loss", "test_loss"]].to_numpy("float64")
+        if places:
+            reasons[arm] = "chance level" if _ALL in places else f"chance level in {', '.join(places)}"
+        elif registered.may_void and not np.isfinite(losses).all():
+            reasons[arm] = "a loss is not finite"
+    return reasons
+
+
+class _Groups(NamedTuple):
+    """Groups of a task's test rows: the group of each row, and the fraction of the most frequent class by group."""
+
+    of_row: Any
+    chance: pd.Series
+
+    @classmethod
+    def of_task(cls, evidence: Evidence, task: str) -> _Groups:
+        rows = evidence.rows[evidence.rows["task_hash"] == task].sort_values("row")
+        labels = rows.groupby("group")["label"]
+        chance = labels.agg(lambda of_group: of_group.value_counts(normalize=True).max())
+        # A group of one class has no chance level, and texts have no classes.
+        return cls(rows["group"].to_numpy(), chance[labels.nunique() > 1])
+
+
+def _phases_at_chance(evidence: Evidence, run: str) -> set[str]:
+    """Return the earlier phases of a run after which one of its groups is at chance level."""
+    phases = evidence.kept.get(PHASES, {}).get(run)
+    if phases is None:
+        return set()
+    at_chance = phases["accuracy"] - phases["chance"] <= _AT_CHANCE
+    return {f"phase {phase}" for phase in phases.loc[at_chance, "phase"]}
+
+
+def _groups_at_chance(evidence: Evidence, run: Any, groups: _Groups) -> set[str]:
+    """Return the groups of test rows in which a run is at chance level, and ``_ALL`` for the validation split."""
+    at_chance = set()
+    if run.validation_metric - run.validation_chance <= _AT_CHANCE:
+        at_chance.add(_ALL)
+    margins = evidence.margins.get(run.run)
+    # Verification names a run whose number of rows differs.
+    if margins is not None and len(margins) == len(groups.of_row):
+        accuracy = pd.Series(margins > 0).groupby(groups.of_row).mean()
+        at_chance |= {*groups.chance.index[accuracy[groups.chance.index] - groups.chance <= _AT_CHANCE]}
+    return at_chance
 
 
 def judge_all(
     claims: Mapping[str, Registered],
     pairs: Mapping[str, Pair],
     evidence: Evidence,
-    may_void: Callable[[str], bool] = lambda arm: True,
+    arms: Mapping[str, RegisteredArm] = MappingProxyType({}),
     changed: Container[str] = (),
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Compute the verdicts on all claims that have runs.
@@ -193,8 +251,8 @@ def judge_all(
         Statistic and control of the claims.
     evidence : Evidence
         All runs.
-    may_void : callable
-        ``may_void(arm)`` returns whether claims are void if this arm does not train.
+    arms : mapping label -> RegisteredArm
+        Registered arms, which state whether claims are void if an arm does not train.
     changed : container of str
         Claims that get no verdict because their runs are of another arm than registered.
 
@@ -206,7 +264,7 @@ def judge_all(
         ``claim, seed, look, statistic, control, effect`` of every verdict, and ``SOURCE_COLUMNS``.
     """
     rows, values = [], []
-    untrained: dict[str, set[str]] = {}
+    untrained: dict[str, dict[str, str]] = {}
     for id, registered in claims.items():
         pair, row = pairs[id], _describe(registered)
         rows.append(row)
@@ -215,9 +273,9 @@ def judge_all(
         if block:
             runs, machine = evidence.in_block(block), name_machine(block)
         if machine not in untrained:  # the same for all claims on a machine
-            untrained[machine] = untrained_arms(runs, may_void)
-        if failed := sorted(untrained[machine] & _arms(pair)):
-            row |= {"outcome": "void", "note": f"{failed[0]} did not train"}
+            untrained[machine] = untrained_arms(runs, arms)
+        if failed := sorted(untrained[machine].keys() & _arms(pair)):
+            row |= {"outcome": "void", "note": f"{failed[0]} did not train: {untrained[machine][failed[0]]}"}
         elif block and (judged := judge_claim(registered, pair, runs)):
             row |= _numbers(registered, judged.verdict, machine)
             with _naming(id, pair):

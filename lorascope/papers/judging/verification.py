@@ -78,9 +78,9 @@ def derive(evidence: Evidence, registration: Registration, pairs: Mapping[str, P
     judged = {id: claim for id, claim in registration.of_tier("primary", "secondary").items() if id in pairs}
     states = pd.Series({id: state_of_arms(id, registration, evidence) for id in judged}, dtype="object")
     changed = states.index[states == "changed"]
-    verdicts, values = judge_all(judged, pairs, evidence, registration.may_void, changed)
+    verdicts, values = judge_all(judged, pairs, evidence, registration.arms, changed)
     verdicts = verdicts.assign(arms_state=states.to_list()).reindex(columns=list(VERDICT_COLUMNS))
-    machines = _on_other_machines(judged, pairs, evidence, verdicts, registration.may_void)
+    machines = _on_other_machines(judged, pairs, evidence, verdicts, registration.arms)
     tables = {"tuning.csv": tuning_table(evidence.runs, grids), "values.csv": values, "verdicts.csv": verdicts}
     files = {name: to_csv(table) for name, table in tables.items()}
     return Derived(files, tables["tuning.csv"], verdicts, machines)
@@ -91,16 +91,16 @@ def _on_other_machines(
     pairs: Mapping[str, Pair],
     evidence: Evidence,
     verdicts: pd.DataFrame,
-    may_void: Callable[[str], bool],
+    arms: Mapping[str, RegisteredArm],
 ) -> pd.DataFrame:
     """Judge the claims on the machines that do not judge them."""
     main_verdicts, rows = verdicts.set_index("claim"), []
     for block in evidence.blocks():
         runs, machine = evidence.in_block(block), name_machine(block)
-        untrained = untrained_arms(runs, may_void)
+        untrained = untrained_arms(runs, arms)
         for id, claim in claims.items():
             main = main_verdicts.loc[id]
-            if main.get("block") == machine or untrained & set(claim.arms):
+            if main.get("block") == machine or untrained.keys() & set(claim.arms):
                 continue
             if judged := judge_claim(claim, pairs[id], runs):
                 verdict, (effect, low, high, n) = judged.verdict, judged.verdict.effect

@@ -50,15 +50,16 @@ def missing_runs(
     on_block = evidence.in_block(block)
     if of_figures := list(_of_figures(registration, evidence, on_block)):
         return of_figures
+    untrained = untrained_arms(on_block, registration.arms)
     for stage in registration.stages:
         claims = [claim for id, claim in registration.of_tier("primary", "secondary").items() if stage.has(id)]
         for look in stage.looks:
             runs: dict[OpenRun, None] = {}  # a set in the order of the claims
             for claim in claims:
-                if look:  # look 0 is the choice of the rates
-                    runs |= dict.fromkeys(_of_look(claim, look, registration, pairs, evidence, on_block))
-                else:
+                if not look:  # the choice of the rates
                     runs |= dict.fromkeys(_of_tuning(claim, registration, evidence))
+                elif not untrained.keys() & set(claim.arms):
+                    runs |= dict.fromkeys(_of_look(claim, look, registration, pairs, evidence, on_block))
             if runs:
                 return list(runs)
     return []
@@ -97,8 +98,7 @@ def _of_look(
     on_block: Evidence,
 ) -> Iterator[OpenRun]:
     design = claim.design
-    untrained = untrained_arms(on_block, registration.may_void)
-    if look > len(design.seeds) or untrained & set(claim.arms):
+    if look > len(design.seeds):
         return
     judged = judge_claim(claim, pairs[claim.id], on_block)
     if judged and judged.verdict.note != STOPPED:

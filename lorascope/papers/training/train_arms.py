@@ -37,6 +37,7 @@ from lorascope.papers.judging import kept_figures, kept_runs, registration, veri
 from lorascope.papers.judging.csv_tables import text_table, to_csv
 from lorascope.papers.judging.looks import BUDGET
 from lorascope.papers.judging.registration import Registration, arm_hash
+from lorascope.papers.judging.verdicts import PHASES
 from lorascope.papers.probe import Arm, OwnArm
 from lorascope.papers.registry import PAIRS, PROBES, SECTIONS
 from lorascope.papers.training.missing_runs import OpenRun, missing_runs
@@ -307,6 +308,8 @@ def finish(open_run: OpenRun, claims: Registration, reads: Sequence[Read], out: 
                         scores[read.name] = run.predictions[read.name].to_numpy()
                     else:
                         tables[read.name] = _keep_table(read, run, open_run, claims, out)
+                if len(phases := keep_phases(run, _task(arm))):
+                    tables[PHASES] = phases
             remove_states(run)
         except FloatingPointError:  # a learning rate that is too high
             row |= dict.fromkeys(("validation_loss", "test_loss"), math.inf)
@@ -336,6 +339,22 @@ def _keep_table(read: Read, run: Run, open_run: OpenRun, claims: Registration, o
         other = replace(open_run, arm=label)
         other_runs.append(_train(arm_of_run(other, claims), other, out))
     return keep_functions()[read.name, open_run.arm](run, *other_runs)
+
+
+def keep_phases(run: Run, task: Task) -> pd.DataFrame:
+    """Return the kept table ``phases`` of a run, empty for a single phase or without classes; see ``verdicts.PHASES``."""
+    table = []
+    if run.parents and task.classifies:
+        rows = identify_test_rows(task)
+        chance = rows.groupby("group")["label"].agg(lambda labels: labels.value_counts(normalize=True).max())
+        for phase in run.parents:
+            # Linear probes leave the model as it is, so the accuracy of the head is not theirs.
+            if phase.meta.parameters.trained == phase.meta.parameters.head:
+                continue
+            for group, accuracy in (phase.score.groups or {"": phase.score.metric}).items():
+                row = {"phase": phase.meta.phase[0], "group": group, "accuracy": accuracy, "chance": chance[group]}
+                table.append(row)
+    return pd.DataFrame(table)
 
 
 def arm_of_run(open_run: OpenRun, claims: Registration) -> Arm | OwnArm:

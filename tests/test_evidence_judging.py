@@ -560,7 +560,7 @@ def test_simulated_controls_of_the_kept_effects_are_known_to_a_twentieth_of_thei
     folder = registration.FILE.parent / "evidence"
     bounds = pd.read_csv(folder / "verdicts.csv").set_index("claim")["bound"]
     simulated = pd.read_csv(folder / "values.csv").dropna(subset=["draw_error", "look"])
-    assert {"alora.queries", "autolora.spread"} <= set(simulated["claim"])
+    assert {"alora.attention", "alora.queries"} <= set(simulated["claim"])
     for id, rows in simulated.groupby("claim"):
         error = np.sqrt(np.sum(rows["draw_error"] ** 2)) / len(rows)
         assert error < abs(bounds[id]) / 20, id

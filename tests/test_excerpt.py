@@ -13,6 +13,8 @@ from lorascope import observe
 from lorascope.methods import AutoLoRA, LoRA
 from lorascope.papers.figures import excerpt as excerpts
 from lorascope.papers.figures.excerpt import excerpt_differences, write_excerpt
+from lorascope.papers.judging import kept_runs, registration
+from lorascope.papers.judging.verdicts import PHASES
 from lorascope.runs.run import Run
 from lorascope.training import loop
 
@@ -65,6 +67,18 @@ def test_excerpt_of_the_last_phase_has_the_earlier_ones(train: Callable[..., Run
     (search,) = excerpt.parents
     assert search.id == run.parents[0].id
     assert set(search.table["quantity"]) == {"alpha"}
+
+
+def test_kept_phases_have_the_scores_of_the_excerpts() -> None:
+    folder = registration.FILE.parent / "evidence"
+    phases = kept_runs.read(folder).kept[PHASES]
+    assert len(phases) > 30
+    for run, table in phases.items():
+        (path,) = (folder / excerpts.EXCERPTS / run).glob("1-*")
+        phase = Run.read(path)
+        assert set(table["phase"]) == {phase.meta.phase[0]}
+        scores = phase.score.groups or {"": phase.score.metric}
+        assert table.set_index("group")["accuracy"].to_dict() == scores
 
 
 def test_differences_name_the_field_the_quantity_and_the_array(

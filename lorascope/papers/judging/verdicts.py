@@ -168,13 +168,11 @@ def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Map
     return max(candidates, key=lambda candidate: (candidate.seeds, -candidate.last_row)).machine
 
 
-def untrained_arms(
-    evidence: Evidence, arms: Mapping[str, RegisteredArm] = MappingProxyType({})
-) -> dict[str, str]:
+def untrained_arms(evidence: Evidence, arms: Mapping[str, RegisteredArm] = MappingProxyType({})) -> dict[str, str]:
     """Return the arms that did not train, so that the verdict on their claims is void, with the reasons.
 
-    Those are arms of which two or more of the first five judged seeds are at chance level in the same place: within five
-    points of the most frequent class on the validation split, in one group of the test rows (the groups of a mixture
+    In those arms, two or more of the first five judged seeds are at chance level in the same place, which is within five
+    points of the most frequent class: on the validation split, in one group of the test rows (the groups of a mixture
     are its tasks), or at the end of one earlier phase. Others have a seed whose loss is not finite. Where the end of an
     arm may not void its claims, its earlier phases still do.
     """

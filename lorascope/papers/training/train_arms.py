@@ -342,7 +342,7 @@ def _keep_table(read: Read, run: Run, open_run: OpenRun, claims: Registration, o
 
 
 def keep_phases(run: Run, task: Task) -> pd.DataFrame:
-    """Return the kept table ``phases`` of a run, empty for a single phase or without classes; see ``verdicts.PHASES``."""
+    """Return the kept table ``phases`` of a run, empty without earlier phases or classes; see ``verdicts.PHASES``."""
     table = []
     if run.parents and task.classifies:
         rows = identify_test_rows(task)

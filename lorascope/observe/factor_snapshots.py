@@ -26,7 +26,7 @@ class factors(Observer):
         return factors_of(step.model, step.adapter_names)
 
 
-def incomplete_norms(model: nn.Module, names: Sequence[str] | None = None) -> list[Record]:
+def incomplete_norm_records(model: nn.Module, names: Sequence[str] | None = None) -> list[Record]:
     """Return the norms of the updates that their factors do not give without W_0; see ``factors_of``."""
     deltas = adapters(model, names)
     updates = {module: delta.update() for module, delta in deltas.items()}

@@ -63,7 +63,7 @@ class _Matcher:
     def is_match(self, pattern: re.Pattern[str] | Any, name: str, whole: bool = False) -> bool:
         """Return whether a pattern matches a name from its start, or as a whole; raise a TimeoutError at a limit."""
         self._remaining_matches -= 1
-        match = pattern.fullmatch if whole else pattern.match
+        match: Any = pattern.fullmatch if whole else pattern.match
         if isinstance(pattern, re.Pattern):
             result = match(name)
         else:

@@ -15,7 +15,7 @@ from lorascope.adapters.host_weights import shared_copies
 from lorascope.adapters.peft_layers import unwrapped_parameters
 from lorascope.methods.method import Method, Step
 from lorascope.observe import factors_of
-from lorascope.observe.factor_snapshots import incomplete_norms
+from lorascope.observe.factor_snapshots import incomplete_norm_records
 from lorascope.observe.observer import Observer
 from lorascope.runs.manifest import Manifest, State
 from lorascope.runs.run import Run
@@ -123,7 +123,7 @@ class Recording:
         """Write what training changed, record the factors, and return the entry of the state for ``run.json``."""
         model = self.step.model
         self.add(factors_of(model, self.step.adapter_names))
-        self.add(incomplete_norms(model, self.step.adapter_names))
+        self.add(incomplete_norm_records(model, self.step.adapter_names))
         self.writer.require_folder()
         if self.method is not None:
             save_state(file, model, self.step.optimizer, self.method)

@@ -19,6 +19,15 @@ def module_counts(runs: Runs, control: Runs | None = None) -> Chart:
     """Plot the number of modules."""
     return gather_runs("module_counts", runs, control).complete(None)
 ''',
+    "observe/step_count.py": '''"""Observer of the number of steps."""
+from dataclasses import dataclass
+
+from lorascope.observe.observer import Observer
+
+@dataclass(kw_only=True)
+class step_count(Observer):
+    """Number of steps."""
+''',
     "diagnosis/causes/even_norms.py": '''"""Cause: norms that do not differ."""
 from lorascope.diagnosis.causes.finding import DoctorRule, finding
 
@@ -45,9 +54,11 @@ SCRIPT = """
 import lorascope as ls
 from lorascope.diagnosis.kinds import KINDS
 from lorascope.formats import find_reader
+from lorascope.observe import OBSERVERS
 from lorascope.papers.registry import PAIRS, module_of
 
 assert "module_counts" in ls.plots.FIGURES and ls.plots.module_counts is ls.plots.FIGURES["module_counts"].draw
+assert "step_count" in OBSERVERS
 assert KINDS["LS099"].name == "even-norms"
 assert find_reader({"peft_type": "DOUBLED"}, ()).format == "DOUBLED (PEFT)"
 assert PAIRS["lora.yours"][0].arms() == {"LoRA 8"} and module_of("lora.yours") == "lorascope.papers.lora"
@@ -55,7 +66,7 @@ print(ls.__file__)
 """
 
 
-def test_one_file_adds_a_figure_a_cause_and_a_format_and_one_line_a_claim(tmp_path: Path) -> None:
+def test_one_file_adds_a_figure_an_observer_a_cause_and_a_format_and_one_line_a_claim(tmp_path: Path) -> None:
     package = build(tmp_path, {}) / "lorascope"
     for path, text in ADDITIONS.items():
         (package / path).write_text(text, encoding="utf-8")

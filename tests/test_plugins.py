@@ -1,4 +1,4 @@
-"""An installed package adds a method, a figure and a reader through entry points; see tests/plugin."""
+"""An installed package adds a method, a figure, an observer and a reader through entry points; see tests/plugin."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pathlib import Path
 with warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
     import lorascope as ls
+    from lorascope.experiments import grid
 
     method = ls.METHODS["scaled"]()
 told = [str(each.message) for each in seen if "lorascope" in str(each.message)]
@@ -27,6 +28,9 @@ assert len(told) == 1 and "broken" in told[0] and "lorascope_plugin.missing" in 
 adapter = ls.load(sys.argv[1])
 assert adapter.files.kind == "Flat"
 assert "module_counts" in ls.plots.FIGURES
+observers = {"steps": 1, "observe": ["norms", {"name": "largest_entries", "every": 2}]}
+settings = grid.read({"task": "sentiment/tweets", "settings": observers, "method": "scaled", "seeds": 1}).settings
+assert settings[0]["observe"] == [ls.observe.norms(), ls.observe.OBSERVERS["largest_entries"](every=2)]
 chart = ls.plots.module_counts(adapter)
 assert chart.data["count"].tolist() == [1]
 

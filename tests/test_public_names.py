@@ -12,7 +12,7 @@ from planted import profile
 import lorascope as ls
 from lorascope import plots
 
-CONSTANTS = {"ROLES", "FORMS", "FIGURES"}
+CONSTANTS = {"ROLES", "FORMS", "OBSERVERS", "FIGURES"}
 MODULES = [name for name in ls._MODULES if name != "analysis"]  # a package of modules
 
 

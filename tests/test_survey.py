@@ -135,7 +135,8 @@ def test_faults_and_prompts_have_rows(tmp_path: Path, capsys: pytest.CaptureFixt
         (["empty"], "no adapter or run in empty"),
         (["empty", "--json", "--csv"], "cannot be combined"),
         (["empty", "--backend", "nonsense"], "nonsense"),
-        (["empty", "--jobs", "0"], "jobs must be a nonzero integer (number of parallel runs), got 0"),
+        (["empty", "--jobs", "0"], "jobs must be a nonzero integer (number of parallel runs), at most 10000, got 0"),
+        (["empty", "--jobs", "99999999999999999999"], "at most 10000, got 99999999999999999999"),
     ],
 )
 def test_wrong_use_gets_one_line(

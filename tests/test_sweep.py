@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -253,3 +255,37 @@ def test_killed_ray_worker_loses_no_step(bert, task, tmp_path, monkeypatch):
 def test_sweep_of_nothing_is_rejected(given, reason, bert, task, tmp_path):
     with pytest.raises(ValueError, match=reason):
         ls.sweep(bert, **{"data": task, **given}, root=tmp_path, **({} if "data" in given else FAST))
+
+
+OWN_OBSERVER = """
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import lorascope as ls
+from lorascope.schema.records import Quantity, register
+
+register("train with observe=[counts()]", count=Quantity("count", definition="number of finished steps"))
+
+
+@dataclass(kw_only=True)
+class counts(ls.observe.Observer):
+    def __call__(self, step: ls.Step) -> Iterator[ls.Record]:
+        yield ls.Record("count", step.finished)
+
+
+if __name__ == "__main__":
+    settings = {"steps": 2, "batch_size": 4, "eval_size": 8, "observe": ["counts"]}
+    job = {"model": sys.argv[1], "task": sys.argv[2], "method": "lora", "seeds": 1, "settings": settings}
+    (run,) = ls.sweep(job, progress=False)
+    print(run.table.query("quantity == 'count'")["value"].tolist())
+"""
+
+
+@pytest.mark.slow
+def test_observer_and_quantity_of_a_script_reach_the_workers(bert, task, tmp_path):
+    (tmp_path / "script.py").write_text(OWN_OBSERVER)
+    task.table[["text", "label"]].to_csv(tmp_path / "reviews.csv", index=False)
+    command = [sys.executable, "script.py", bert, "reviews.csv"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "[0.0, 1.0, 2.0]\n", done.stderr

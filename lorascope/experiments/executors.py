@@ -12,6 +12,8 @@ from joblib import parallel_config
 # Errors that a backend raises when it loses a worker; matched by name, since most backends are not installed.
 _DEATHS = {"TerminatedWorkerError", "BrokenProcessPool", "KilledWorker", "RayActorError", "WorkerCrashedError"}
 
+_MOST_JOBS = 10_000  # far above any cluster; executors reject larger numbers with errors of their own
+
 
 def is_death(error: BaseException) -> bool:
     """Return whether an error means that an executor lost a worker, and not that its job failed."""
@@ -29,8 +31,9 @@ def use_backend(
     environment's ``RAY_ADDRESS`` or a new cluster on this machine. Raise a ValueError if the backend is unknown, not
     installed or unreachable, or does not accept the options.
     """
-    if jobs is not None and (type(jobs) is not int or jobs == 0):
-        raise ValueError(f"jobs must be a nonzero integer (number of parallel runs), got {jobs!r}")
+    if jobs is not None and (type(jobs) is not int or not 0 < abs(jobs) <= _MOST_JOBS):
+        allowed = f"a nonzero integer (number of parallel runs), at most {_MOST_JOBS}"
+        raise ValueError(f"jobs must be {allowed}, got {jobs!r}")
     if address is not None and name not in _CLUSTERS:
         only = " and ".join(_CLUSTERS)
         raise ValueError(f"address must be None for backend {name}, got {address!r}: only {only} have one")

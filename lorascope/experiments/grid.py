@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from lorascope import observe
 from lorascope.experiments.isolated_run import Data, Model
 from lorascope.files.typed_json import require_size
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
 from lorascope.methods.method import Method, config, from_config
-from lorascope.observe.observer import Observer
+from lorascope.observe import OBSERVERS, Observer
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
 from lorascope.training.settings import Settings
@@ -35,11 +34,6 @@ _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or 
 _BACKEND = {"name": str, "address": str, "jobs": int}
 # Maximum number of seeds per recipe.
 _MAX_SEEDS = 10_000
-_OBSERVERS = {
-    name: kind
-    for name, kind in vars(observe).items()
-    if isinstance(kind, type) and issubclass(kind, Observer) and kind is not Observer
-}
 # Parameters of ``train`` that have a separate key in a grid, or that many runs cannot share.
 _NO_SETTINGS = {"model", "data", "method", "seed", "out", "root", "overwrite", "progress", "return"}
 
@@ -200,7 +194,7 @@ def _observers(value: Any) -> Any:
         return list(map(_observers, value))
     if isinstance(value, Observer) or value in (None, _NONE):
         return value
-    name, fields, hints = _read_named(value, _OBSERVERS, "observer", '{name = "neurons", every = 10}')
+    name, fields, hints = _read_named(value, OBSERVERS, "observer", '{name = "neurons", every = 10}')
     for key, stored in fields.items():
         setting = _toml_to_value(stored, hints[key])
         _require_type(f"observer {name}: {key}", setting, hints[key])
@@ -208,7 +202,7 @@ def _observers(value: Any) -> Any:
             setting = tuple(setting)  # observers are frozen, and compared by their fields
         fields[key] = setting
     try:
-        return _OBSERVERS[name](**fields)
+        return OBSERVERS[name](**fields)
     except ValueError as error:
         raise ValueError(f"observer {name}: {error}") from error
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from lorascope.methods.method import Method
 from lorascope.runs.folders import RunLocked
 from lorascope.runs.run import Run
 from lorascope.schema.labels import to_words
+from lorascope.schema.records import QUANTITIES, Quantity, adopt
 from lorascope.training.loop import train
 from lorascope.training.output_folder import StateRemoved
 from lorascope.training.progress import ProgressFile, read_progress, writing_progress
@@ -191,7 +192,8 @@ def run_jobs(
                     continue
                 # A job that ran during two worker deaths may be their cause: such jobs run last, one at a time.
                 batch = [number for number in left if begun[number] < ATTEMPTS - 1] or left[:1]
-                calls = [delayed(_do_job)(number, jobs[number], Path.cwd(), files[number]) for number in batch]
+                start = delayed(_do_job)
+                calls = [start(number, jobs[number], Path.cwd(), files[number], QUANTITIES) for number in batch]
                 # Dispatch all jobs at once: a cluster may grow during the sweep, and it has its own queue.
                 options = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": "all"}
                 pool = Parallel(n_jobs=workers or width(), **options)
@@ -222,8 +224,11 @@ def _begun(file: Path) -> int:
     return read_progress(file).get("begun", 0)
 
 
-def _do_job(number: int, job: Job, folder: Path, file: Path) -> tuple[int, str, str]:
+def _do_job(
+    number: int, job: Job, folder: Path, file: Path, quantities: Mapping[str, Quantity]
+) -> tuple[int, str, str]:
     """Run one job in this process; return its number, its folder and its error."""
+    adopt(quantities)  # a worker does not run the script or notebook that registered them
     with _ONE_AT_A_TIME:
         try:
             if _begun(file) >= ATTEMPTS:

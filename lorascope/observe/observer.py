@@ -10,10 +10,15 @@ from lorascope.methods.field_checks import require_integer
 from lorascope.methods.method import Stateful, Step, python_number, stored_fields
 from lorascope.schema.records import Item
 
+OBSERVERS: dict[str, type[Observer]] = {}
+"""Observers by the name that sweep files use, which is that of their class."""
+
 
 @dataclass(kw_only=True)
 class Observer(Stateful):
     """Base class of observers, which record quantities of a model during training.
+
+    The class statement registers a subclass in ``OBSERVERS``.
 
     Parameters
     ----------
@@ -22,6 +27,10 @@ class Observer(Stateful):
     """
 
     every: int = 10
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        OBSERVERS[cls.__name__] = cls
 
     def __post_init__(self) -> None:
         require_integer(self, 1, "every")

@@ -1,1 +1,1 @@
-"""A package that adds a method, a figure and a reader through entry points."""
+"""A package that adds a method, a figure, an observer and a reader through entry points."""

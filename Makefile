@@ -1,6 +1,6 @@
 # `make reproduce` and `make test` build .venv if it is missing. `make test-all` adds the slow tests.
 PYTHON ?= python3
-PIP_FLAGS ?=
+TORCH_INDEX ?=
 OUT ?= report
 BIN := .venv/bin
 # One thread per process: the suite and the probes run processes in parallel.
@@ -65,7 +65,8 @@ gpu: .venv/installed
 	@echo "Creating .venv and installing lorascope with its dependencies (about 2 minutes, 2.8 GB)..."
 	@$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev]'
+	@$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch --index-url $(TORCH_INDEX))
+	@$(BIN)/python -m pip install --quiet -e '.[dev]'
 	@touch $@
 
 clean:

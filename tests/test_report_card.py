@@ -8,6 +8,7 @@ import os
 import re
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,11 +23,12 @@ import lorascope as ls
 from lorascope import cli
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.seals import MAX_PAGE, seal
-from lorascope.pages.card import MAX_ROWS
+from lorascope.pages.card import MAX_ROWS, collect
 from lorascope.pages.report_card import html, markdown, read, report, verify_card
 from lorascope.pages.table_cells import format_value
 from lorascope.plots.figure_registry import available
 from lorascope.runs.loading import load
+from lorascope.runs.result import Result
 
 PLANTED = llama(3, [3.0, 1.0]) | {"model.layers.1.self_attn.q_proj": [0.0, 0.0]}
 
@@ -90,6 +92,22 @@ def test_page_has_every_figure_of_one_run_or_the_reason_for_its_absence(adapter:
     absent = section(card, "unchecked").all("table")[0].text
     assert all(name in absent for name in listed.loc[~listed["drawable"], "figure"])
     assert "no weight norms" in absent
+
+
+def figure_names(run: Result) -> list[str]:
+    return [figure["name"] for figure in collect([run]).document["figures"]]
+
+
+def test_figures_answer_how_well_before_where_and_those_of_one_value_are_last(train_once: Any, adapter: Path):
+    trained, _ = train_once("lora", ls.LoRA(rank=2))
+    names = figure_names(trained)
+    assert names[:3] == ["training_curves", "update_norm_heat", "update_norm"]
+    assert figure_names(load(adapter))[:2] == ["update_norm_heat", "update_norm"]
+    card = collect([trained])
+    longest = [max(len(card.table(name)) for name in figure["tables"]) for figure in card.document["figures"]]
+    of_one_value = [length <= 1 for length in longest]
+    assert of_one_value == sorted(of_one_value)
+    assert {"accuracy_by_parameters", "adapted_types"} <= set(names[longest.index(1) :])
 
 
 def test_equal_cards_give_equal_pages_that_verify(adapter: Path, card: Path, tmp_path: Path):

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import pandas as pd
 
 from lorascope import __version__
-from lorascope.charts.chart import Chart
+from lorascope.charts.chart import Chart, Drawable
 from lorascope.charts.stored_chart import pack, unpack
 from lorascope.diagnosis.case import Case
 from lorascope.diagnosis.causes import Finding
@@ -28,7 +28,16 @@ from lorascope.runs.result import Result
 
 MAX_ROWS = 2**18
 """Maximum rows of a table of a card: enough for two adapters with 100,000 modules each."""
-# Findings and figures are sorted as these types list their values.
+# Figures that show how well a run trained, and then where its update is; the others follow by topic.
+_FIRST = (
+    "training_curves",
+    "accuracy_by_parameters",
+    "update_norm_heat",
+    "update_norm",
+    "norm_over_steps",
+    "rank_allocation",
+)
+# Findings and the other figures are sorted as these types list their values.
 _SEVERITIES, _TOPICS = get_args(Severity), get_args(Topic)
 
 
@@ -133,7 +142,10 @@ def _subject(label: str, inspection: Inspection) -> dict[str, Any]:
 
 
 def _draw(runs: dict[str, Result], unseen: dict[str, str]) -> Iterator[tuple[str, ReportFigure]]:
-    """Yield the figures of the registry that show these runs; add the reasons for the others to ``unseen``."""
+    """Yield the figures of the registry that show these runs, in the order in which a reader asks for them.
+
+    The reasons for the absence of the others are added to ``unseen``.
+    """
     # A figure of several runs needs its records in each; the reason of the first run that lacks them is shown.
     reasons: dict[Any, Any] = {}
     for run in runs.values():
@@ -142,16 +154,29 @@ def _draw(runs: dict[str, Result], unseen: dict[str, str]) -> Iterator[tuple[str
     subject: Any = runs
     if len(runs) == 1:
         (subject,) = runs.values()
-    for name, figure in sorted(FIGURES.items(), key=lambda item: _TOPICS.index(item[1].topic)):
-        if figure.runs > len(runs):
+    dots = []
+    by_topic = sorted(FIGURES, key=lambda name: _TOPICS.index(FIGURES[name].topic))
+    for name in dict.fromkeys((*_FIRST, *by_topic)):
+        if FIGURES[name].runs > len(runs):
             continue
         if name in reasons:
             unseen[name] = reasons[name]
             continue
         try:
-            yield name, _without_label(draw(name, subject), runs)
+            drawn = _without_label(draw(name, subject), runs)
         except ValueError as error:
             unseen[name] = printable(error)
+            continue
+        if _has_one_value(drawn.chart):
+            dots.append((name, drawn))
+        else:
+            yield name, drawn
+    yield from dots
+
+
+def _has_one_value(chart: Drawable) -> bool:
+    """Return whether each panel of a chart shows at most one value, which needs others next to it."""
+    return all(len(table) <= 1 for panel in chart.charts() for _, table in panel.tables())
 
 
 def _without_label(figure: ReportFigure, runs: dict[str, Result]) -> ReportFigure:

@@ -18,7 +18,7 @@ SPLITS = {"train": 0.7, "validation": 0.8, "test": 1.0}
 """Upper bound of each split on the hash scale, from 0 to 1."""
 RULE = "sha256 of the casefolded text; train below 0.7, validation below 0.8, test the rest"
 COLUMN_RULE = f"column split; rows of train for a split without rows: {RULE}"
-_SPLIT_OF = {name: name for name in SPLITS} | {"dev": "validation"}
+_SPLIT_OF = dict(zip(SPLITS, SPLITS, strict=True)) | {"dev": "validation"}
 
 
 def digest_text(text: str) -> str:
@@ -45,12 +45,18 @@ def read_column(words: Iterable[object], name: str) -> list[str]:
     ValueError
         A word is not the name of a split.
     """
-    given = [str(word).strip() for word in words]
-    unknown = Counter(word for word in given if word.casefold() not in _SPLIT_OF)
+    given: list[str] = []
+    unknown: Counter[str] = Counter()
+    for cell in words:
+        word = str(cell).strip()
+        if split := _SPLIT_OF.get(word.casefold()):
+            given.append(split)
+        else:
+            unknown[word] += 1
     if unknown:
         counts = [f"{printable(word)!r} in {count_phrase(count, 'row')}" for word, count in unknown.most_common()]
         raise ValueError(f"split of {name} must be train, validation (or dev) or test, got {', '.join(counts[:5])}")
-    return [_SPLIT_OF[word.casefold()] for word in given]
+    return given
 
 
 def complete(given: pd.Series, assigned: pd.Series) -> pd.Series:

@@ -28,9 +28,12 @@ class factors(Observer):
 
 def incomplete_norm_records(model: nn.Module, names: Sequence[str] | None = None) -> list[Record]:
     """Return the norms of the updates that their factors do not give without W_0; see ``factors_of``."""
-    deltas = adapters(model, names)
-    updates = {module: delta.update() for module, delta in deltas.items()}
-    return [Record("update_norm", update.norm(), name) for name, update in updates.items() if update.needs_weight]
+    records = []
+    for module, delta in adapters(model, names).items():
+        update = delta.update()
+        if update.needs_weight:
+            records.append(Record("update_norm", update.norm(), module))
+    return records
 
 
 def factors_of(model: nn.Module, names: Sequence[str] | None = None) -> list[Factors]:

@@ -132,13 +132,18 @@ class alarms(Observer):
 def _describe_nonfinite(step: Step) -> str:
     """Return what was not finite first, if these are the first weights of a training that are not finite; else ""."""
     number, trained = step.finished, trained_parameters(step.optimizer)
-    if are_finite(trained if number else step.model.parameters()):
+    if number == 0:
+        start_is_finite = are_finite(step.model.parameters())
+        return "" if start_is_finite else describe_nonfinite(None, 0, None, None)
+    if are_finite(trained):
         return ""
+    loss_fault = gradient_fault = None
     loss_step, loss = step.values.get("loss", (0, 0.0))
-    loss_fault = number if loss_step == number and not math.isfinite(loss) else None
-    gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
-    gradient_fault = None if are_finite(gradients) else number
-    return describe_nonfinite(number - 1 if number else None, number, loss_fault, gradient_fault)
+    if loss_step == number and not math.isfinite(loss):
+        loss_fault = number
+    if not are_finite(parameter.grad for parameter in trained if parameter.grad is not None):
+        gradient_fault = number
+    return describe_nonfinite(number - 1, number, loss_fault, gradient_fault)
 
 
 def describe_alarm(finding: Finding) -> str:

@@ -195,15 +195,17 @@ def frozen(case: Evidence) -> Findings:
 
 def _describe_frozen(case: Evidence, modules: Iterable[TrainedModule]) -> str:
     """Return which parameters of adapters have no ``requires_grad``, "" if none are known."""
-    frozen = {module.module: case.frozen[module.module] for module in modules if module.module in case.frozen}
-    if not frozen:
+    names_of_modules, paths = [], []
+    for module in module_names(modules):
+        if names := case.frozen.get(module):
+            names_of_modules.append(tuple(names))
+            paths += [f"{module}.{name}" for name in names]
+    if not paths:
         return ""
-    names, *others = map(tuple, frozen.values())
-    if all(other == names for other in others):
-        return f"{' and '.join(names)} of {count_phrase(len(frozen), 'module')} without requires_grad"
-    return (
-        f"{first_and_count(f'{module}.{name}' for module in frozen for name in frozen[module])} without requires_grad"
-    )
+    if len(set(names_of_modules)) == 1:
+        count = count_phrase(len(names_of_modules), "module")
+        return f"{' and '.join(names_of_modules[0])} of {count} without requires_grad"
+    return f"{first_and_count(paths)} without requires_grad"
 
 
 @DoctorRule("LS109", severity="caution", problem="All updates are zero.", evidence="|dW| is 0 in all modules")

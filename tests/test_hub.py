@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,11 +37,20 @@ for name in sys.argv[1:]:
 class Hub:
     """Server with repositories as mappings from file names to contents; "gated" and "private" repositories refuse.
 
-    A key ``repository@revision`` has the contents of that revision.
+    A key ``repository@revision`` has the contents of that revision. ``pushed`` maps a repository to the revisions that
+    successive requests for its branch main get; the last one stays. After ``silent_after`` requests there is no answer,
+    or with ``slow`` one byte of it.
     """
+
+    silent_after: int | None = None
+    slow = False
 
     def __init__(self, repositories: dict[str, dict[str, bytes]]) -> None:
         self.repositories, self.requested = repositories, []
+        self.pushed: dict[str, list[str]] = {}
+        revisions = [key.partition("@")[2] for key in repositories if "@" in key]
+        self.commits = {hashlib.sha1(revision.encode()).hexdigest(): revision for revision in revisions}
+        self.stopped = threading.Event()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -52,6 +62,10 @@ class Hub:
 
             def answer(self, body: bool) -> None:
                 hub.requested.append(self.path)
+                if hub.silent_after is not None and len(hub.requested) > hub.silent_after:
+                    self.wfile.write(b"H" * hub.slow)
+                    hub.stopped.wait()
+                    return
                 path = self.path.partition("?")[0].strip("/")
                 api = path.startswith("api/models/")
                 repository = "/".join(path.removeprefix("api/models/").split("/")[:2])
@@ -59,6 +73,9 @@ class Hub:
                 rest = path.partition(f"{repository}/")[2]
                 revision = rest.split("/")[1] if "/" in rest else "main"
                 content, commit = None, COMMIT
+                revision = hub.commits.get(revision, revision)
+                if revision == "main" and (pushed := hub.pushed.get(repository)):
+                    revision = pushed.pop(0) if len(pushed) > 1 else pushed[0]
                 if (own := hub.repositories.get(f"{repository}@{revision}")) is not None:
                     files, commit = own, hashlib.sha1(revision.encode()).hexdigest()
                 if files is None:
@@ -94,7 +111,13 @@ class Hub:
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.stopped.set()
+        self.server.shutdown()
+        self.server.server_close()
 
     def run(self, home: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
         own = {"HF_ENDPOINT": f"http://127.0.0.1:{self.server.server_port}", "HF_HOME": str(home)}
@@ -126,8 +149,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
         **steps,
     })  # fmt: skip
     yield found
-    found.server.shutdown()
-    found.server.server_close()
+    found.close()
 
 
 def test_adapter_is_fetched_with_its_own_files_only(hub: Hub, tmp_path: Path) -> None:
@@ -235,3 +257,52 @@ def test_label_of_a_path() -> None:
     assert label(inside) == "user/adapter@0123456"
     assert label(inside / "final") == "user/adapter/final@0123456"
     assert label(Path("/runs/lora")) == "lora"
+
+
+NORM = """
+import sys
+import lorascope as ls
+print(float(next(iter(ls.load(sys.argv[1]).updates().values())).norm()))
+"""
+
+
+def adapter_files(folder: Path, alpha: int, value: float) -> dict[str, bytes]:
+    write(folder, {Q: (np.full((4, 1), value), np.ones((1, 5)))}, alpha)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("requests", [1, 2, 3, 4])
+def test_files_are_of_one_commit_if_another_is_pushed_in_between(tmp_path: Path, requests: int) -> None:
+    old, new = adapter_files(tmp_path / "old", 1, 1.0), adapter_files(tmp_path / "new", 32, 10.0)
+    hub = Hub({"a/b": new, "a/b@old": old, "a/b@new": new})
+    hub.pushed["a/b"] = ["old"] * requests + ["new"]
+    done = hub.run(tmp_path, "-c", NORM, "a/b")
+    hub.close()
+    norm = 20**0.5
+    assert float(done.stdout) == pytest.approx(norm) or float(done.stdout) == pytest.approx(320 * norm)
+
+
+@pytest.mark.slow  # waits for the time limit of the requests
+@pytest.mark.parametrize("slow", [False, True], ids=["silent", "slow"])
+@pytest.mark.parametrize("answered", [0, 1, 3])
+def test_hub_that_stops_answering_is_one_line(tmp_path: Path, answered: int, slow: bool) -> None:
+    hub = Hub({"a/b": adapter_files(tmp_path / "old", 1, 1.0)})
+    hub.silent_after, hub.slow = answered, slow
+    begin = time.monotonic()
+    done = hub.run(tmp_path, "-m", "lorascope.cli", "inspect", "a/b")
+    assert time.monotonic() - begin < 60
+    hub.close()
+    *progress, line = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert progress in ([], ["fetching a/b from the hub"])
+    assert line.startswith("lorascope: cannot load a/b: it is not a local path, and http://127.0.0.1:")
+    assert line.endswith("cannot be reached; the cache does not contain it")
+
+
+def test_hub_without_a_network_is_one_line(tmp_path: Path) -> None:
+    hub = Hub({})
+    hub.close()
+    done = hub.run(tmp_path, "-m", "lorascope.cli", "inspect", "a/b")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert line.endswith("cannot be reached; the cache does not contain it")

@@ -7,10 +7,12 @@ first, and a name that looks like a path is never fetched.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ _SEGMENT = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _NAME = re.compile(
     rf"(?P<scheme>hf://)?(?P<repository>{_SEGMENT}/{_SEGMENT})(?:@(?P<revision>[\w.-]+))?(?:/(?P<folder>[\w./-]+))?"
 )
+_ANSWER_SECONDS = 5
 _FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|zip)$")
 _CACHED = re.compile(r"models--(?P<repository>.+)/snapshots/(?P<commit>[0-9a-f]{40})(?:/(?P<folder>.+))?$")
 
@@ -95,6 +98,53 @@ def hub_source(path: Path) -> tuple[str, str] | None:
     return "/".join(filter(None, (match["repository"].replace("--", "/"), match["folder"]))), match["commit"]
 
 
+def commit_of(path: Path) -> str | None:
+    """Return the commit of a path in the hub's cache; None for other paths."""
+    source = hub_source(path)
+    return None if source is None else source[1]
+
+
+@contextmanager
+def without_retries() -> Iterator[None]:
+    """Raise a TimeoutError at the first request that the hub's library repeats, and hide its messages.
+
+    It repeats a request without an answer for a minute, and reports each time. A download that continues after new
+    data requests another range, which is not a repetition. Requests without a time limit get one.
+    """
+    from huggingface_hub import constants, get_session  # slow import
+
+    unanswered: set[Any] = set()
+    downloads: set[Any] = set()
+
+    def require_first(request: Any) -> None:
+        key = request.method, str(request.url), request.headers.get("range")
+        is_download = request.method == "GET" and "/api/" not in request.url.path
+        if key in unanswered or (is_download and key in downloads):
+            raise TimeoutError(f"{constants.ENDPOINT} does not answer")
+        limits = request.extensions.get("timeout", {})  # transformers asks for the commit without a limit
+        request.extensions["timeout"] = {phase: seconds or _ANSWER_SECONDS for phase, seconds in limits.items()}
+        unanswered.add(key)
+        if is_download:
+            downloads.add(key)
+
+    def note_answer(response: Any) -> None:
+        request = response.request
+        unanswered.discard((request.method, str(request.url), request.headers.get("range")))
+
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    hooks = get_session().event_hooks
+    hooks["request"].append(require_first)
+    hooks["response"].append(note_answer)
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        hooks["request"].remove(require_first)
+        hooks["response"].remove(note_answer)
+
+
 def label(path: Path) -> str:
     """Return the name of a file or folder; in the cache of the Hugging Face Hub, repository and commit."""
     if (source := hub_source(path)) is not None:
@@ -108,7 +158,8 @@ def _fetch(name: HubName, files: Callable[[HubName], Path]) -> Path:
 
     cannot, where = f"cannot load {name}: it is not a local path, and", constants.ENDPOINT
     try:
-        return files(name)
+        with without_retries():
+            return files(name)
     except errors.GatedRepoError:
         reason = f"it is gated on {where}; accept its terms there, then `hf auth login`"
     except errors.RepositoryNotFoundError:
@@ -117,23 +168,48 @@ def _fetch(name: HubName, files: Callable[[HubName], Path]) -> Path:
         reason = f"{where} has no such revision; expected a branch, a tag or a commit"
     except errors.HfHubHTTPError as error:
         reason = f"{where} answered {error.response.status_code}"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError):
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HTTPError, TimeoutError):
         mode = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{where} cannot be reached"
         reason = f"{mode}; the cache does not contain it"
     raise ValueError(f"{cannot} {reason}")
 
 
+def _current_commit(name: HubName) -> str | None:
+    """Return the commit of a revision; None if the hub does not answer."""
+    from huggingface_hub import errors, model_info
+
+    try:
+        return model_info(name.repository, revision=name.revision, timeout=_ANSWER_SECONDS).sha
+    except errors.HfHubHTTPError:
+        raise
+    except (errors.OfflineModeIsEnabled, errors.HTTPError):
+        return None
+
+
 def _adapter_files(name: HubName) -> Path:
-    """Fetch configuration and weights of an adapter, and return their folder."""
-    from huggingface_hub import errors, hf_hub_download, list_repo_files, try_to_load_from_cache
+    """Fetch configuration and weights of an adapter, all of the same commit, and return their folder."""
+    from huggingface_hub import errors, hf_hub_download, try_to_load_from_cache
+
+    commit = _current_commit(name)
+    if commit is None:
+        return _files_of_revision(name, name.revision, local_files_only=True)
+    config = f"{name.folder}/{CONFIG}".lstrip("/")
+    if try_to_load_from_cache(name.repository, config, revision=name.revision) is None:
+        print(f"fetching {name} from the hub", file=sys.stderr)
+    folder = _files_of_revision(name, commit)
+    with suppress(errors.EntryNotFoundError):  # a request by name lets the cache find the commit without a network
+        hf_hub_download(name.repository, config, revision=name.revision)
+    return folder
+
+
+def _files_of_revision(name: HubName, revision: str | None, local_files_only: bool = False) -> Path:
+    """Fetch configuration and weights of an adapter at a revision, and return their folder."""
+    from huggingface_hub import errors, hf_hub_download, list_repo_files
 
     def download(file: str) -> Path:
-        folder = name.folder or None
-        return Path(hf_hub_download(name.repository, file, subfolder=folder, revision=name.revision))
+        options: dict[str, Any] = {"subfolder": name.folder or None, "local_files_only": local_files_only}
+        return Path(hf_hub_download(name.repository, file, revision=revision, **options))
 
-    inside = f"{name.folder}/" * bool(name.folder)
-    if try_to_load_from_cache(name.repository, f"{inside}{CONFIG}", revision=name.revision) is None:
-        print(f"fetching {name} from the hub", file=sys.stderr)
     folder = None
     for file in (CONFIG, *WEIGHTS):
         try:
@@ -147,7 +223,8 @@ def _adapter_files(name: HubName) -> Path:
             return folder
     if folder is not None and any(folder.glob("*.safetensors")):
         return folder  # cached before, and the hub cannot be reached now
-    paths = [path for path in list_repo_files(name.repository, revision=name.revision) if path.startswith(inside)]
+    inside = f"{name.folder}/" * bool(name.folder)
+    paths = [path for path in list_repo_files(name.repository, revision=revision) if path.startswith(inside)]
     files = [path.removeprefix(inside) for path in paths]
     weights = [file for file in files if "/" not in file and re.search(r"\.safetensors(\.index\.json)?$", file)]
     shards = [file for file in weights if file.startswith("adapter_model")]

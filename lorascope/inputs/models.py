@@ -19,6 +19,7 @@ from transformers.models.auto import modeling_auto as auto
 
 from lorascope.files.file_names import is_plain
 from lorascope.files.gguf_io import GgufFile
+from lorascope.files.hub import commit_of, without_retries
 from lorascope.files.printable import first_line, printable
 from lorascope.files.safetensors_io import indexed_shards
 from lorascope.files.typed_json import read_json, require_regular, to_typed, unreadable
@@ -66,6 +67,7 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
     with quiet():
         config = _load_quietly(transformers.AutoConfig, source, name)
         require_own_attention(config, source)
+        commit = _cached_commit(source)
         if blocks is not None:
             _keep_blocks(config, blocks, name)
         head = _head_class(config, name)
@@ -78,6 +80,7 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": is_relabeled}
+            options |= _revision(commit)
             model, report = _load_quietly(head, source, name, output_loading_info=True, **options)
     absent = set(report["missing_keys"])
     for key, old, new in report["mismatched_keys"]:
@@ -90,6 +93,7 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
     if not Path(name).expanduser().exists():
         model.config._name_or_path = str(name)  # the public name, not the local folder
     model._lorascope_blocks = blocks
+    model._lorascope_commit = commit
     return model.eval()
 
 
@@ -136,7 +140,9 @@ def _load_processor(kind: Any, model: nn.Module, noun: str, hint: str = "") -> A
         raise ValueError(f"cannot find the {noun} of this {name}: it was not loaded from a folder or hub id")
     with quiet():
         try:
-            return kind.from_pretrained(locate_model(source), trust_remote_code=False)
+            located = locate_model(source)
+            revision = _revision(getattr(model, "_lorascope_commit", None))
+            return kind.from_pretrained(located, trust_remote_code=False, **revision)
         except Exception as error:  # transformers checks no types, so that broken files raise any error
             reason = _load_error_reason(error, hint)
             article = "an" if noun.startswith("i") else "a"
@@ -316,6 +322,21 @@ def _load_quietly(kind: Any, source: str, name: object, **options: Any) -> Any:
         raise FileNotFoundError(f"{_unknown_model(name)} ({reason})") from None
 
 
+def _cached_commit(source: str) -> str | None:
+    """Return the commit of the configuration that was just loaded from the hub; None for a folder.
+
+    All other files are loaded from this commit, because a push in between would otherwise mix two of them.
+    """
+    if Path(source).is_dir():
+        return None
+    config = huggingface_hub.try_to_load_from_cache(source, "config.json")
+    return commit_of(Path(config)) if isinstance(config, str) else None
+
+
+def _revision(commit: str | None) -> dict[str, str]:
+    return {} if commit is None else {"revision": commit}
+
+
 def _load_error_reason(error: Exception, hint: str = "") -> str:
     """Return the first line of an error of transformers with a hint, or that a model needs code of its folder."""
     if "trust_remote_code=True" in str(error):
@@ -344,13 +365,17 @@ def _is_hub_reachable() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hide transformers' progress bars and reports of new weights when a model loads; ``missing`` lists them."""
+    """Hide transformers' progress bars and reports of new weights when a model loads; ``missing`` lists them.
+
+    Requests to the Hugging Face Hub are not repeated.
+    """
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()
     log.disable_progress_bar()
     try:
-        yield
+        with without_retries():
+            yield
     finally:
         log.set_verbosity(verbosity)
         if bars:

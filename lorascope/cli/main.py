@@ -101,9 +101,17 @@ def _exit_now(number: int, frame: FrameType | None) -> None:
     os._exit(130)
 
 
+def _require_working_directory() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise FileNotFoundError("the working directory was removed: change to another one") from None
+
+
 def _run_command(words: list[str]) -> int:
     """Run a command and return its exit code; an error is printed in one line."""
     try:
+        _require_working_directory()
         match words:
             case [] | ["-h" | "--help" | "help"]:
                 print("\n".join([_USAGE, *(f"  {name:<11}{summary}" for name, summary in COMMANDS.items()), _EXAMPLES]))

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import reprlib
 import tomllib
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -34,6 +35,7 @@ _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or 
 _BACKEND = {"name": str, "address": str, "jobs": int}
 # Maximum number of seeds per recipe.
 _MAX_SEEDS = 10_000
+_MAX_RUNS = 10_000
 # Parameters of ``train`` that have a separate key in a grid, or that many runs cannot share.
 _NO_SETTINGS = {"model", "data", "method", "seed", "out", "root", "overwrite", "progress", "return"}
 
@@ -138,6 +140,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
     for combination in settings:
         combination["root"] = str(root)
     grid = Grid(lists["model"], lists["task"], methods, settings, parse_seeds(table.get("seeds", 3)), backend)
+    _require_count([grid.models, grid.tasks, methods, settings, grid.seeds])
     _require_distinct(grid.models, "model")
     _require_distinct(grid.tasks, "task")
     _require_distinct(list(map(config, methods)), "method")
@@ -177,6 +180,7 @@ def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]
         raise ValueError("missing setting 'steps': add it, as in {steps = 300}")
     combinations = _combinations(table, hints)
     names = get_type_hints(Settings).keys()
+    _require_count([combinations, methods])
     for combination, method in itertools.product(combinations, methods):
         # Settings and trackers are checked here, so that an invalid one is reported before any run starts.
         tracker_names(combination.get("report_to"))
@@ -261,7 +265,15 @@ def _combinations(table: Mapping[str, Any], hints: Mapping[str, Any]) -> list[di
             allowed = f"{_describe_type(hint)}, or a list of these (one run per value)"
             raise ValueError(f"{key} must be {allowed}, got {value!r}")
         choices.append(values)
+    _require_count(choices)
     return [dict(zip(table, combination, strict=True)) for combination in itertools.product(*choices)]
+
+
+def _require_count(choices: Iterable[Sequence[Any]]) -> None:
+    """Raise a ValueError if the combinations of one value per list are too many to list and validate."""
+    count = math.prod(map(len, choices))
+    if count > _MAX_RUNS:
+        raise ValueError(f"a sweep must have at most {_MAX_RUNS:,} combinations, got {count:,}")
 
 
 def _toml_to_value(value: Any, hint: Any) -> Any:

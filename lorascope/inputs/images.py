@@ -21,6 +21,13 @@ from lorascope.files.printable import printable
 from lorascope.files.typed_json import require_regular
 from lorascope.inputs.tokenization import EncodedRows, class_numbers, groups_of
 
+MAX_PIXELS = 2**26
+"""Maximum pixels of an image: a file of half a megabyte can contain 200 million, which take more than 1 GB."""
+
+
+class _TooManyPixels(ValueError):
+    """Error for an image that is too large to decode."""
+
 
 def open_image(image: Any) -> Image.Image:
     """Return an image in RGB: a file, its content, a PIL image, or a uint8 array (height, width) or (height, width, 3).
@@ -30,7 +37,7 @@ def open_image(image: Any) -> Image.Image:
     Raises
     ------
     ValueError
-        The value has another type or is not a readable image.
+        The value has another type, is not a readable image, or has more than ``MAX_PIXELS``.
     FileNotFoundError
         The file does not exist.
     """
@@ -44,7 +51,13 @@ def open_image(image: Any) -> Image.Image:
             image = Image.open(image)
         elif not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image))
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            image.close()
+            raise _TooManyPixels(f"image must have at most {MAX_PIXELS:,} pixels, got {width} x {height}")
         return image.convert("RGB")
+    except _TooManyPixels:
+        raise
     except FileNotFoundError:
         raise FileNotFoundError(f"cannot read image {printable(image)}: no such file") from None
     except Exception as error:  # decoders raise many kinds of errors, such as SyntaxError and struct.error

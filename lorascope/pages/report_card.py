@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jinja2 import TemplateError
 from pyarrow import ArrowException
 
 from lorascope.files.printable import printable
@@ -248,7 +249,7 @@ def verify_card(path: str | Path) -> list[str]:
         if (wrote := card.document["versions"]) != (installed := installed_versions()):
             raise ValueError(f"written with {_format(wrote)}, but {_format(installed)} is installed")
         built = seal(_encode(html(card)), "html").decode().splitlines()  # with the escapes of the file
-    except (ArrowException, KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (ArrowException, TemplateError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"cannot build {printable(path)} again: {printable(error)}") from error
     differences = []
     for number, (line, rebuilt) in enumerate(zip_longest(text.splitlines(), built, fillvalue=""), start=1):

@@ -84,7 +84,11 @@ def lock_run(folder: Path) -> Iterator[None]:
     """Lock a run folder, created if missing, within the block, where the OS supports it.
 
     The lock also ends with the process, but not with a process that is forked within the block.
+    A ValueError is raised for a symbolic link to a missing folder.
     """
+    if folder.is_symlink() and not folder.exists():
+        target = printable(folder.readlink())
+        raise ValueError(f"cannot use {printable(folder)}: it is a symbolic link to {target}, which does not exist")
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield

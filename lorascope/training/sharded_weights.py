@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -36,6 +37,9 @@ def whole_number(name: str, value: float | Tensor | None) -> float | None:
         value = value.detach()  # float() warns of a tensor with a graph
     try:
         return float(value)
+    except OverflowError:
+        largest = f"{sys.float_info.max:.2g}"
+        raise ValueError(f"{name} must be <= {largest}, got an integer of {int(value).bit_length()} bits") from None
     except (TypeError, ValueError, RuntimeError):
         text = printable(repr(value))
         raise ValueError(f"{name} must be a number or a tensor with one value, got {text}") from None

@@ -386,8 +386,6 @@ def test_load_other_folder_raises_with_a_hint(adapter: Path, tmp_path: Path) -> 
     with pytest.raises(FileNotFoundError, match="missing: the path does not exist"):
         load(tmp_path / "missing")
     assert load(adapter / WEIGHTS).summary().equals(load(adapter).summary())
-    with pytest.raises(ValueError, match=r"neither a run nor an adapter; it has 1 in subfolders, .*adapter, which"):
-        load(tmp_path)
     (tmp_path / "model").mkdir()
     write_json(tmp_path / "model" / "config.json", {})
     with pytest.raises(ValueError, match="whole model"):

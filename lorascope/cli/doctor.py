@@ -23,7 +23,7 @@ from lorascope.diagnosis.merge import check_merge
 from lorascope.diagnosis.reading_faults import fault_finding
 from lorascope.diagnosis.runtimes import Application, apply_adapter
 from lorascope.diagnosis.sarif import sarif_log
-from lorascope.files.hub import label, locate, locate_base
+from lorascope.files.hub import label, locate_base
 from lorascope.files.printable import count_or_no, count_phrase, printable
 from lorascope.files.seals import require_own, write_own
 from lorascope.files.text_layout import Block, block_grid, make_console, render_text, text_block
@@ -32,7 +32,7 @@ from lorascope.files.whole_files import json_bytes
 from lorascope.formats.adapter_faults import AdapterFault, BaseMisfit
 from lorascope.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.loading import NoUpdatesError, is_run, load_adapter
+from lorascope.runs.loading import NoUpdatesError, is_run, load_adapter, locate_result
 from lorascope.runs.result import Result
 
 
@@ -148,13 +148,15 @@ def _diagnose(path: str, base: str | None, runtime: str | None) -> _Diagnosis:
         adapter = _require_adapter(path, "--base" if runtime is None else "--runtime")
         return _diagnose_application(adapter, base, runtime)
     except NoUpdatesError as error:
-        return _Diagnosis(label(locate(path)), locate(path), [], ", no weight updates", notes=[error.sentence])
+        result = locate_result(path)
+        return _Diagnosis(label(result), result, [], ", no weight updates", notes=[error.sentence])
     except AdapterFault as fault:
         return _unreadable(path, fault)
 
 
 def _unreadable(path: str, fault: AdapterFault) -> _Diagnosis:
-    return _Diagnosis(label(locate(path)), locate(path), [fault_finding(fault)], ", cannot be read")
+    result = locate_result(path)
+    return _Diagnosis(label(result), result, [fault_finding(fault)], ", cannot be read")
 
 
 def _print_diagnosis(diagnosis: _Diagnosis, path: str, base: str | None, sarif: str | None, json: bool) -> int:
@@ -200,7 +202,7 @@ def _subject(run: Result) -> Path:
 
 def _require_adapter(path: str, option: str) -> Path:
     """Return the path of an adapter; raise a ValueError if it is a run, for which there is no such option."""
-    adapter = locate(path)
+    adapter = locate_result(path)
     if is_run(adapter):
         raise ValueError(f"{option} requires an adapter, got a run: {printable(adapter)}")
     return adapter

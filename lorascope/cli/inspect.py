@@ -17,12 +17,11 @@ from lorascope.cli.opened_runs import open_runs
 from lorascope.diagnosis.inspection import Inspection, inspect
 from lorascope.diagnosis.inspection_screen import inspection_screen, modules_screen
 from lorascope.diagnosis.null import null_table
-from lorascope.files.hub import locate
 from lorascope.files.lazy_pandas import pandas as pd
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.text_layout import make_console
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.loading import NoUpdatesError, is_series, is_whole_model, load_series
+from lorascope.runs.loading import NoUpdatesError, is_series, is_whole_model, load_series, locate_result
 from lorascope.runs.module_summary import json_rows
 
 
@@ -75,13 +74,15 @@ def main(
             "--json and --csv cannot be combined": json and csv,
         }
     )
-    if series or (len(paths) == 1 and is_series(locate(paths[0]))):
+    if len(paths) == 1 and not series and is_series(folder := locate_result(paths[0])):
+        series, paths = True, [str(folder)]
+    if series:
         if null:
             raise ValueError("--null requires one adapter or run: inspect one checkpoint")
         return _print_output(_inspect_series(paths, base, spectra, all), json, csv)
     if null and all and not (json or csv):
         raise ValueError("--null has no place on the screen of --all: add --json or --csv, or omit --all")
-    folders = list(map(locate, paths))
+    folders = list(map(locate_result, paths))
     models = list(filter(is_whole_model, folders))
     if models:
         return _print_output(_inspect_model(models[0], len(folders) > 1, base, null, all), json, csv)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorascope.files.printable import printable
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.loading import is_run, load, load_series
+from lorascope.runs.loading import is_run, load, load_series, locate_result
 from lorascope.runs.run import Run
 from lorascope.runs.series import Series
 
@@ -28,7 +28,8 @@ def open_runs(paths: Sequence[str | Path], base: str | None, series: bool = Fals
             if series:
                 runs.append(load_series(path, base))
             else:
-                runs.append(load(path, None if is_run(path) else base))
+                has_no_base = base is not None and is_run(locate_result(path))
+                runs.append(load(path, None if has_no_base else base))
     for warning in caught:
         print(f"lorascope: {printable(str(warning.message))}", file=sys.stderr)
     return runs

@@ -31,6 +31,8 @@ from lorascope.runs.series import Series
 # Metadata of a header that describes an adapter: of diffusers, kohya and GGUF. Others are notes of the program.
 _DESCRIBES = re.compile(r"lora_adapter_metadata$|ss_|modelspec\.|general\.|adapter\.")
 MARKS = (*MANIFESTS, CONFIG)
+_MAX_DEPTH = 2  # folders below the one to load, such as name and checkpoint of a training
+_MAX_LISTED = 8
 
 
 class NoUpdatesError(ValueError):
@@ -50,7 +52,8 @@ def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter | Se
         Run folder, folder of phases (opens the last phase, with its parents), adapter folder, a single ``.safetensors``
         or ``.gguf`` file, or an adapter on the Hugging Face Hub: ``"user/adapter"``, ``"user/adapter@revision"`` or
         ``"hf://user/adapter/folder"``. A local path comes first. A folder that is not an adapter itself, but has
-        adapters in subfolders such as ``checkpoint-10``, opens as a series, see ``load_series``.
+        adapters in subfolders such as ``checkpoint-10``, opens as a series, see ``load_series``. Any other folder opens
+        the only run, adapter or series in it, at most two folders down.
     base : path or str, optional
         Folder of an adapter's base model, or its name on the hub if the cache contains it; only its safetensors files
         are read. It adds the quantities that require W₀, ``weight_norm`` and ``relative_update``, and the full update
@@ -64,7 +67,7 @@ def load(path: str | Path, base: str | Path | None = None) -> Run | Adapter | Se
     ValueError
         It is not a run or an adapter, is broken, was written by a newer version, or the hub does not give it.
     """
-    path = locate(path)
+    path = locate_result(path)
     if is_run(path):
         if base is not None:
             raise ValueError(f"base must be None for a run, got {printable(base)}: {printable(path)} is a run")
@@ -162,6 +165,42 @@ def load_adapter(path: Path, base: str | Path | None) -> Adapter:
         model = PretrainedWeights(locate_base(base))
     files = _open_adapter(path, model)
     return Adapter(files, files.base or model)
+
+
+def locate_result(name: str | Path) -> Path:
+    """Return the path to load: that of `hub.locate`, or of the only run, adapter or series below such a folder."""
+    path = locate(name)
+    if _may_be_result(path):
+        return path
+    results = list(_find_results(path, _MAX_DEPTH))
+    return results[0] if len(results) == 1 else path
+
+
+def _may_be_result(path: Path) -> bool:
+    """Return whether a path is not a folder that can only contain runs, adapters or series in its subfolders."""
+    if not path.is_dir() or is_run(path) or (path / CONFIG).exists():
+        return True
+    return any(path.glob("*.safetensors")) or is_series(path)
+
+
+def _find_results(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield the runs, adapters and series in subfolders, sorted by path; hidden folders are skipped."""
+    for path in sorted(folder.glob("*")):  # an unreadable folder has no entries
+        if not path.is_dir() or path.name.startswith("."):
+            continue
+        if not _may_be_result(path):
+            if depth > 1:
+                yield from _find_results(path, depth - 1)
+        elif is_run(path) or is_series(path) or _has_adapter(path):
+            yield path
+
+
+def _has_adapter(path: Path) -> bool:
+    """Return whether a folder has an adapter, which may be broken, and not only other weights such as a base model."""
+    try:
+        return is_adapter(path)
+    except (OSError, ValueError):
+        return False
 
 
 def is_run(path: str | Path) -> bool:
@@ -285,10 +324,11 @@ def _hint(path: Path) -> str:
     """Return what the folder contains instead of a run or an adapter, for an error message."""
     if not path.is_dir():
         return "; no tensor has the name of an adapter's factor"
-    names = {file.parent.name for mark in MARKS for file in path.glob(f"*/{mark}")}
-    if names:
-        example = f"such as {printable(path / max(names))}"
-        return f"; it has {len(names)} in subfolders, {example}, which `lorascope survey` lists"
+    results = [printable(result.relative_to(path)) for result in _find_results(path, _MAX_DEPTH)]
+    if results:
+        more = f" and {len(results) - _MAX_LISTED} more" * (len(results) > _MAX_LISTED)
+        listing = f"{', '.join(results[:_MAX_LISTED])}{more}"
+        return f"; pass one of the {len(results)} in its subfolders, which `lorascope survey` lists: {listing}"
     if (path / "config.json").exists():
         return "; it looks like a whole model, which `lorascope inspect PATH --base DIR` compares with its base"
     # A folder of pickles gets the error with the command that converts them.

@@ -33,9 +33,11 @@ _BLOCK = 2**22  # values of a weight in memory at once
 )
 def empty_tensors(case: Case) -> Findings:
     """Find empty weights that an adapter stores in addition to factors; empty factors prevent reading it."""
-    empty = [tensor.name for tensor in stored_tensors(case.files.files) if 0 in tensor.file.shape(tensor.name)]
-    # The factors of AdaLoRA may have no components.
-    names = [name for name in map(plain_name, empty) if name in set(case.files.others)]
+    names = []
+    for tensor in stored_tensors(case.files.files):
+        # The factors of AdaLoRA may have no components.
+        if 0 in tensor.file.shape(tensor.name) and plain_name(tensor.name) in case.files.others:
+            names.append(plain_name(tensor.name))
     if names:
         count = f"{count_phrase(len(names), 'tensor')} without values, saved under ZeRO-3 or FSDP without gathering"
         yield finding(count, names, tensors=len(names))

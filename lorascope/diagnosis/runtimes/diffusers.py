@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from lorascope.diagnosis.causes.finding import Finding, first_and_count
 from lorascope.diagnosis.runtimes.runtime import Target, alteration, find_misfitting_modules, omission, refusal, runtime
@@ -50,7 +50,7 @@ def check_diffusers(target: Target) -> Iterator[Finding]:
     yield from _find_uneven_alphas(target)
     if stray:
         return
-    absent = [module for module in _absent_modules(target) if module not in lost]
+    absent = _absent_modules(target, lost)
     if absent and len(absent) == len(modules):
         yield refusal("the base has none of its modules", "load it into the pipeline that it was trained on")
     elif absent:
@@ -59,12 +59,15 @@ def check_diffusers(target: Target) -> Iterator[Finding]:
     yield from find_misfitting_modules(target)
 
 
-def _absent_modules(target: Target) -> list[str]:
-    """Return the modules of the adapter that the base has under none of the names in image models."""
+def _absent_modules(target: Target, lost: Collection[str]) -> list[str]:
+    """Return the other modules of the adapter that the base has under none of the names in image models."""
     if target.base is None:
         return []
-    names = BaseNames(target.base.all_modules())
-    return [module for module in target.absent if not names.find(module) and not target.base.has_weight(module)]
+    absent, names = [], BaseNames(target.base.all_modules())
+    for module in target.absent:
+        if module not in lost and not names.find(module) and not target.base.has_weight(module):
+            absent.append(module)
+    return absent
 
 
 def _find_uneven_alphas(target: Target) -> Iterator[Finding]:

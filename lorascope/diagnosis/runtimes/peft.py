@@ -110,7 +110,7 @@ def _token_counts(target: Target) -> dict[str, int]:
     for module, weight in _saved_weights(target):
         count, columns = weight.tensor.shape
         if weight.kind == "tokens":  # only some tokens have stored rows
-            count = max(base_count, *(row + 1 for row in weight.rows))
+            count = max(base_count, max(weight.rows) + 1)
         if count != base_count and columns == width and target.find_shape(module) == target.embedding:
             counts[module] = count
     return counts

@@ -75,7 +75,7 @@ def main(
         }
     )
     if len(paths) == 1 and not series and is_series(folder := locate_result(paths[0])):
-        series, paths = True, [str(folder)]
+        series, paths = True, (str(folder),)
     if series:
         if null:
             raise ValueError("--null requires one adapter or run: inspect one checkpoint")

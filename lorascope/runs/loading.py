@@ -173,7 +173,9 @@ def locate_result(name: str | Path) -> Path:
     if _may_be_result(path):
         return path
     results = list(_find_results(path, _MAX_DEPTH))
-    return results[0] if len(results) == 1 else path
+    if len(results) == 1:
+        return results[0]
+    return path  # opening it lists the results
 
 
 def _may_be_result(path: Path) -> bool:

@@ -687,6 +687,17 @@ def test_every_selection_records_its_scores(trained):
     assert (wide.loc[9].to_numpy() == wide.loc[12].to_numpy()).all()  # scores and selection are fixed
 
 
+@pytest.mark.parametrize("importance", ["smoothed", "sensitivity"])
+def test_only_smoothed_importance_records_an_uncertainty(importance):
+    """Without smoothing, the average is the sensitivity of the step, so its distance from it is 0."""
+    method = AdaLoRA(init_rank=3, target_rank=1, importance=importance, **SHORT)
+    for step, _ in drive(started(method), method, 12):  # noqa: B007
+        pass
+    recorded = {record.quantity for record in method.records(step)}
+    assert ("uncertainty" in recorded) == (importance == "smoothed")
+    assert {"importance", "importance_left", "importance_lambda", "importance_right", "sensitivity", "kept"} < recorded
+
+
 def test_resumption_after_the_last_selection_records_the_same_last_step():
     """Only the averages are restored, and the run resumes from them."""
     method = AdaLoRA(init_rank=3, target_rank=1, **SHORT)

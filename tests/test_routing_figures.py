@@ -90,7 +90,7 @@ def test_gate_course_is_the_mean_over_modules_with_a_band_over_seeds(tmp_path):
     runs = [routed(tmp_path, f"s{seed}", 0.1 * seed, seed) for seed in range(3)]
     entropy, information = plots.gate_course(runs).rows()[0]
     assert lookup(entropy, "step") == pytest.approx({0: 0.95 + 0.05, 9: 0.5 + 0.05})
-    baseline = "Hydra, shuffled domains"
+    baseline = "Hydra, shuffled groups"
     assert lookup(information, "recipe", "step") == pytest.approx(
         {("Hydra", 0): 0.02 + 0.05, ("Hydra", 9): 0.25, (baseline, 0): 0.01, (baseline, 9): 0.01}
     )

@@ -227,18 +227,21 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         schedule = self.schedule(step.total)
         if step.finished and not (schedule.chooses(step.index) or step.last):
             return
-        scores: Tensors = []
+        columns: dict[str, Tensor] = {}
         if step.finished:
             averages = (_scales(self.sensitivity_), _scales(self.uncertainty_))
-            scores = [*self._terms, *averages, self._terms.sum(0)]
-        masks = torch.stack([delta.kept for delta in self._deltas.values()]).double()
-        columns = to_array(torch.stack([*scores, masks]))  # a single copy from the device
+            columns = dict(zip(_SCORES, (*self._terms, *averages), strict=True))
+            columns["importance"] = self._terms.sum(0)
+        if self.importance == "sensitivity":
+            columns.pop("uncertainty", None)  # without smoothing, a distance from itself
+        columns["kept"] = torch.stack([delta.kept for delta in self._deltas.values()]).double()
+        values = to_array(torch.stack([*columns.values()]))  # a single copy from the device
         yield Record("budget", schedule.budget(step.index))
-        for name, row in zip(self._deltas, columns[-1], strict=True):
+        for name, row in zip(self._deltas, values[-1], strict=True):
             yield Record("rank", row.sum(), name)
         if step.finished:
             yield Record("penalty", float(self._penalty))
-            for quantity, rows in zip((*_SCORES, "importance", "kept"), columns, strict=True):
+            for quantity, rows in zip(columns, values, strict=True):
                 for name, row in zip(self._deltas, rows, strict=True):
                     yield Record(quantity, row, name)
 

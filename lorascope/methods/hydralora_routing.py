@@ -22,7 +22,7 @@ from lorascope.schema.records import Item, Quantity, Record, Snapshot, register
 _OVER = "over held-out tokens"
 _ENTROPY = "mean entropy of a token's gate weights, at most ln of the number of experts"
 _CV2 = "variance (N - 1) of the N mean gate weights divided by their squared mean: 0 to N"
-_INFORMATION = "mutual information of domain and expert on held-out text, from mean gate weights"
+_INFORMATION = "mutual information of group (domain or task) and expert on held-out text, from mean gate weights"
 _TOP1 = "fraction of held-out tokens with the largest gate weight on this expert"
 _IMPORTANCE = f"gate weight times norm of its output, mean {_OVER}"
 register(
@@ -46,9 +46,9 @@ register(
 register(
     "train HydraLoRA on a task with groups",
     "HydraLoRA, eq. 4",
-    gate_information=Quantity("I(domain; expert)", "nats", definition=_INFORMATION),
+    gate_information=Quantity("I(group; expert)", "nats", definition=_INFORMATION),
     gate_chance=Quantity(
-        "I(domain; expert), shuffled", "nats", definition="mutual information with rows shuffled among domains"
+        "I(group; expert), shuffled", "nats", definition="mutual information with rows shuffled among groups"
     ),
 )
 

@@ -188,7 +188,8 @@ def _draw_penalty(runs: Mapping[str, Sequence[Any]]) -> Chart:
         x=Axis(label="step"),
         y=Axis(label="penalty", log=True),
         caption="Mean of the Frobenius norms of PᵀP − I and QQᵀ − I over all P and Q (Eq. 4). The variant scored by "
-        f"the sensitivity only trains with the penalty. {cohort.sample_sentence}",
+        "the sensitivity only trains with the penalty. It is recorded from the first selection on, so the warm-up is "
+        f"missing, and the records of AdaLoRA with its own scores were not kept. {cohort.sample_sentence}",
     )
 
 

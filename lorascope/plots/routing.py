@@ -1,4 +1,4 @@
-"""Figures of HydraLoRA's routers: gates by domain, and their entropy over the steps."""
+"""Figures of HydraLoRA's routers: gates by group, and their entropy over the steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import Cohort, Runs, axis_label, define
 from lorascope.runs.result import Result
 
-_BASELINE = ", shuffled domains"
+_BASELINE = ", shuffled groups"
 _TEXT = "Recorded on held-out text without padding."
 _MOST_NUMBERED = 6  # largest number of columns whose cells have room for numbers
 
@@ -24,14 +24,15 @@ _MOST_NUMBERED = 6  # largest number of columns whose cells have room for number
 @figure(
     topic="routers",
     needs=("gate_information",),
-    reads="Each cell is the mean gate weight of an expert on one domain minus a uniform weight, in one layer. Rows "
-    "that differ within an expert mean domain-specific routing; equal rows mean that all domains prefer the expert.",
+    reads="Each cell is the mean gate weight of an expert on one group of texts (a domain or a task) minus a uniform "
+    "weight, in one layer. Rows that differ within an expert mean group-specific routing; equal rows mean that all "
+    "groups prefer the expert.",
     misleads="Experts of different layers or seeds do not correspond, so one run is drawn, and random routers also "
-    "separate domains slightly: compare with step 0. Means hide tokens that are routed sharply to different experts: "
+    "separate groups slightly: compare with step 0. Means hide tokens that are routed sharply to different experts: "
     "check gate_course.",
 )
 def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> Drawable:
-    """Plot the routing to experts: mean gate weight of each by domain minus a uniform weight, one layer per frame.
+    """Plot the routing to experts: mean gate weight of each by group minus a uniform weight, one layer per frame.
 
     Parameters
     ----------
@@ -46,7 +47,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     """
     cohort = gather_runs("gates", runs, control)
     # Experts of different seeds do not correspond, so that a mean over runs would mix them.
-    gates_by_group = [_gates_by_domain(group.runs[0], step) for group in cohort.groups]
+    gates_by_group = [_gates_by_group(group.runs[0], step) for group in cohort.groups]
     largest = float(pd.concat(gates_by_group)["value"].abs().max())
     panels = []
     for group, cells in zip(cohort.groups, gates_by_group, strict=True):
@@ -54,7 +55,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
         columns = [f"{role} {expert}" for role in used_roles(cells) for expert in experts]
         numbers = ".2f" if len(columns) <= _MOST_NUMBERED else None
         definition = (
-            f"Mean gate weight of each expert over held-out tokens of a domain, minus 1/{len(experts)}; modules of "
+            f"Mean gate weight of each expert over held-out tokens of a group, minus 1/{len(experts)}; modules of "
             f"a role pooled by mean; after step {cells['step'].iloc[0]}."
         )
         seed = group.runs[0].meta.seed
@@ -66,7 +67,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
                 [Heat("column", "domain", "value", f"gate − 1/{len(experts)}", numbers, "diverging", limits)],
                 title=group.label,
                 x=Axis(label="role and expert", order=columns),
-                y=Axis(order=sorted(cells["domain"].unique())),
+                y=Axis(label="group", order=sorted(cells["domain"].unique())),
                 caption=f"{definition} {run}, so no interval.",
                 frame="layer",
             )
@@ -79,14 +80,14 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     needs=("gate_entropy",),
     history=True,
     reads="At the dashed line every token uses all experts equally, at 0 it uses one; a falling curve means that "
-    "routing becomes more confident. Routing is domain-specific only as far as the second panel exceeds the shuffled "
+    "routing becomes more confident. Routing is group-specific only as far as the second panel exceeds the shuffled "
     "baseline.",
     misleads="Confident routing need not help, and all tokens may use the same expert: check the gates figure. The "
-    "recorded text is short, so even a router that ignores domains exceeds 0 in the second panel: compare with the "
+    "recorded text is short, so even a router that ignores groups exceeds 0 in the second panel: compare with the "
     "baseline.",
 )
 def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
-    """Plot routing over the steps: entropy of a token's gate weights, and their mutual information with the domain.
+    """Plot routing over the steps: entropy of a token's gate weights, and their mutual information with the group.
 
     Parameters
     ----------
@@ -109,8 +110,8 @@ def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
     return cohort.complete(wrap(panels, len(panels)))
 
 
-def _gates_by_domain(run: Result, step: int | None) -> pd.DataFrame:
-    """Return the gate weights of a run by domain, and in ``value`` minus uniform ones, by layer and role."""
+def _gates_by_group(run: Result, step: int | None) -> pd.DataFrame:
+    """Return the gate weights of a run by group, and in ``value`` minus uniform ones, by layer and role."""
     rows = run.table[run.table["quantity"] == "gate_information"].drop_duplicates("module")
     names = [f"{module}/gate_by_domain" for module in rows["module"]]
     saved = run.snapshot_steps(names[0])  # all modules are saved at the same steps

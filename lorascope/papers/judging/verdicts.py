@@ -171,16 +171,16 @@ def judging_block(registered: Registered, pair: Pair, evidence: Evidence) -> Map
 def untrained_arms(evidence: Evidence, arms: Mapping[str, RegisteredArm] = MappingProxyType({})) -> dict[str, str]:
     """Return the arms that did not train, so that the verdict on their claims is void, with the reasons.
 
-    In those arms, two or more of the first five judged seeds are at chance level in the same place, which is within five
-    points of the most frequent class: on the validation split, in one group of the test rows (the groups of a mixture
-    are its tasks), or at the end of one earlier phase. Others have a seed whose loss is not finite. Where the end of an
-    arm may not void its claims, its earlier phases still do.
+    In those arms, two or more of the first five judged seeds are at chance level in the same place, within five points
+    of the most frequent class: on the validation split, in one group of the test rows (the groups of a mixture are its
+    tasks), or at the end of one earlier phase. Others have a seed whose loss is not finite. Where the end of an arm may
+    not void its claims, its earlier phases still do.
     """
     runs = evidence.judged.sort_values("seed")
     tasks = {task: _Groups.of_task(evidence, task) for task in runs["task_hash"].unique()}
-    reasons = {}
-    for arm, of_arm in runs.groupby("arm"):
-        registered = arms.get(arm, RegisteredArm(arm))
+    reasons: dict[str, str] = {}
+    for arm in dict.fromkeys(runs["arm"]):
+        of_arm, registered = runs[runs["arm"] == arm], arms.get(arm, RegisteredArm(arm))
         counts: Counter[str] = Counter()
         for run in of_arm.head(_TRIED).itertuples():
             counts.update(_phases_at_chance(evidence, run.run))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from lorascope.cli.main import main
+from lorascope.cli.verify import _causes_first
 from lorascope.papers.judging import kept_runs, registration
 from lorascope.papers.judging.kept_runs import RUN_COLUMNS
 
@@ -80,6 +81,16 @@ def test_derived_files_are_written_again_but_changed_runs_stay_named(
     assert f"MANIFEST: predictions/{run.name}: kept" in capsys.readouterr().err
     (folder / "MANIFEST").unlink()
     assert main(["verify", "--write"]) == 0
+
+
+def test_values_and_verdicts_that_follow_are_counted() -> None:
+    rows = [f"values.csv: row {row} (a.b 10{row}): {column}: kept '1'" for row in (2, 3) for column in ("p", "n")]
+    rows += ["verdicts.csv: row 2 (a.b secondary): n: kept '1'"]
+    cause = "runs.csv: r: test_metric: kept 0.9, recomputed 0.8"
+    assert _causes_first([*rows, cause]) == [cause, "and 2 values, 1 verdict that follow (--json lists them)"]
+    edited = "MANIFEST: verdicts.csv: kept 1, recomputed 2"
+    assert _causes_first([edited, rows[-1]]) == [edited, rows[-1]]
+    assert _causes_first(rows) == rows
 
 
 def test_folder_without_evidence_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

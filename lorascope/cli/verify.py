@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from json import dumps
 from pathlib import Path
@@ -82,10 +82,24 @@ def main(
     if json:
         print(dumps({"differences": differences}))
     else:
-        for line in differences:
+        for line in _causes_first(differences):
             print(line, file=sys.stderr)
         print(f"{count_or_no(len(differences), 'difference').capitalize()}.{scope}")
     return int(bool(differences))
+
+
+def _causes_first(differences: Sequence[str]) -> list[str]:
+    """Return the lines to print: causes in full, then how many values and verdicts follow from them."""
+    causes, counts = list(differences), []
+    for file, noun in (("values.csv", "value"), ("verdicts.csv", "verdict")):
+        # A table that was changed itself is a cause.
+        if not any(line.startswith(f"MANIFEST: {file}:") for line in differences):
+            rows = {line.partition("): ")[0] for line in differences if line.startswith(f"{file}: row ")}
+            causes = [line for line in causes if not line.startswith(f"{file}: row ")]
+            counts += [count_phrase(len(rows), noun)] if rows else []
+    if not causes or not counts:
+        return list(differences)
+    return [*causes, f"and {', '.join(counts)} that follow (--json lists them)"]
 
 
 def _find_differences(

@@ -32,6 +32,7 @@ Departs:
   deleted one.
 - Epochs are fractions of the run: the warm stage is a tenth (1 epoch of 10), a round a fortieth (0.25 of 10). There
   are fewer than 8 rounds if 8 would extend beyond 60% of the run.
+- Training does not stop early, and all steps of the run are taken; the paper stops by the development set.
 - N_mod, and so n_A, reads in the paper as the number of modules of a block and also of the network; ``prune`` accepts
   both.
 - Components are scored on rows of the train split that are not trained on; the paper uses the development set.

@@ -46,7 +46,8 @@ Departs:
 - The scale s comes from the authors' code; the paper does not scale.
 - The logits are updated by Adam, as in the authors' code, with betas (0.5, 0.999), a constant learning rate and no
   weight decay. The paper uses AdamW.
-- The search has as many steps as the retraining unless ``search_steps`` is set; the paper searches "until convergence".
+- Search and retraining are numbers of steps, each with a complete learning-rate schedule. The search has as many as the
+  retraining unless ``search_steps`` is set; the paper searches "until convergence".
 - Batches of the search split are drawn at random.
 - The threshold applies to alpha; the authors' code for GLUE compares logits.
 - ``hypergradient="betty"`` is the finite difference of the authors' code around a plain look-ahead step; the code takes

@@ -31,7 +31,10 @@ Departs:
 - The experts of LoRA-Split are weighted by the same router; the paper does not state how they are combined.
 - There is no balance loss, as in the authors' code for language models.
 - Embeddings are rejected: they take ids, and a router needs a vector.
-- The default rank and learning rates are for small models.
+- The default rank and learning rates are for small models. The paper does not state alpha: s is 4 by default, that of
+  the authors' code at the paper's rank 8 (alpha 32).
+- The feed-forward modules are adapted by default, as in the authors' scripts and answers. The paper contradicts this:
+  its percentages of parameters match queries and values without routers.
 - N is 3 by default, the mean of the paper's runs on one domain. ``ls.choose_num_experts`` selects a number from the
   texts, as in appendix B.
 """

@@ -117,6 +117,19 @@ def test_explorer_draws_quantities_of_the_whole_run_over_the_steps(run: Run) -> 
     assert explorer.options["layers"] == [ALL, WHOLE_RUN]
 
 
+def test_explorer_draws_the_sum_of_a_quantity_not_next_to_its_parts(tmp_path: Path) -> None:
+    parts = {("grad_norm", module): {9: value} for module, value in (("h.0.q", 3.0), ("h.1.q", 4.0))}
+    explorer = ls.explore(plant(tmp_path, "tiny", VALUES | parts | {("grad_norm", ""): {9: 5.0}}))
+    explorer.quantity = "grad_norm"
+    assert (explorer.layers, explorer.roles) == ([ALL], [ALL])
+    assert explorer.rows["module"].tolist() == ["h.0.q", "h.1.q"]
+    assert sorted(explorer.chart.data["value"]) == [3.0, 4.0]
+    assert WHOLE_RUN not in explorer.options["roles"]
+    explorer.layers = [WHOLE_RUN]
+    assert explorer.rows["value"].tolist() == [5.0]
+    assert explorer.chart.x.label == "step"
+
+
 def test_explorer_draws_components_of_one_module_by_index(run: Run) -> None:
     explorer = ls.explore(run)
     explorer.quantity = "importance"

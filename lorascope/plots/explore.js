@@ -34,7 +34,7 @@ const watch = () => {
 
 export default {
   async render({ model, el }) {
-    const quantity = make("select");
+    const quantity = make("select", { size: 7 }); // a list shows how many there are, and scrolls
     const layers = make("select", { multiple: "", size: 7 });
     const roles = make("select", { multiple: "", size: 7 });
     const step = make("input", { type: "range", min: 0 });
@@ -100,6 +100,11 @@ export default {
     };
     const dots = () => plot.data.flatMap((trace, number) => (trace.meta ? [number] : []));
     let [drawing, marking] = [false, false];
+    const select = (rows) => {
+      const isSame = `${rows}` === `${model.get("selection")}`;
+      report("selection", rows);
+      if (isSame) mark(rows); // Plotly has dimmed dots, also for a click that selects none
+    };
     const draw = (figure) => {
       plot.hidden = !figure;
       if (!figure) return;
@@ -107,10 +112,10 @@ export default {
       const isFirst = !plot.layout;
       Plotly.react(plot, data, layout, model.get("config"));
       if (!isFirst) return;
-      plot.on("plotly_deselect", () => report("selection", []));
+      plot.on("plotly_deselect", () => select([]));
       plot.on("plotly_selected", (event) => {
         if (!event || marking) return;
-        report("selection", event.points.flatMap(({ data, pointNumber }) => data.meta?.[pointNumber] ?? []));
+        select(event.points.flatMap(({ data, pointNumber }) => data.meta?.[pointNumber] ?? []));
       });
     };
     const mark = async (selection) => {

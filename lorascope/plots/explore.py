@@ -50,7 +50,7 @@ class Explorer(AnyWidget):
     quantity : str
         Quantity of the rows. It can be assigned, like ``layers``, ``roles``, ``step`` and ``selection``.
     layers, roles : list of str
-        Layers and roles of the rows, or ``["all"]``.
+        Layers and roles of the rows, or ``["all"]``: of all modules, if the quantity has values of modules.
     step : int
         Recorded step, -1 for values stored without one.
     options : dict of str to list
@@ -249,7 +249,9 @@ def _narrow(rows: pd.DataFrame, column: str, choices: list[str]) -> tuple[list[s
     used = list(rows[column].cat.remove_unused_categories().cat.categories)
     present = [name for name in used if name in choices]
     if ALL in choices or not present:
-        return [ALL, *used], [ALL], rows
+        # The value of the whole run is a sum or norm over the modules, so it is not drawn next to them.
+        of_modules = rows[rows[column] != WHOLE_RUN]
+        return [ALL, *used], [ALL], rows if of_modules.empty else of_modules
     return [ALL, *used], present, rows[rows[column].isin(present)]
 
 

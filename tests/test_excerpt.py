@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from lorascope import observe
-from lorascope.methods import AutoLoRA, LoRA
+from lorascope.inputs.task_parts import first_test_rows
+from lorascope.methods import AutoLoRA, LoRA, NeFT
 from lorascope.papers.figures import excerpt as excerpts
 from lorascope.papers.figures.excerpt import excerpt_differences, write_excerpt
 from lorascope.papers.judging import kept_runs, registration
 from lorascope.papers.judging.verdicts import PHASES
+from lorascope.papers.training.train_arms import keep_phases
 from lorascope.runs.run import Run
 from lorascope.training import loop
 
@@ -67,6 +69,16 @@ def test_excerpt_of_the_last_phase_has_the_earlier_ones(train: Callable[..., Run
     (search,) = excerpt.parents
     assert search.id == run.parents[0].id
     assert set(search.table["quantity"]) == {"alpha"}
+
+
+def test_earlier_phases_are_kept_unless_only_a_head_trains(train: Callable[..., Run], task: Any) -> None:
+    test = task.split("test").head(8)
+    kept = keep_phases(train(AutoLoRA(rank=2, search_steps=2)), first_test_rows(task, 8))
+    assert set(kept["phase"]) == {"search"}
+    frequent = test.groupby("group")["label"].agg(lambda labels: labels.value_counts().iloc[0] / len(labels))
+    assert dict(zip(kept["group"], kept["chance"], strict=True)) == frequent.to_dict()
+    assert keep_phases(train(NeFT(select_by="probed", num_neurons=8, tune_steps=2)), task).empty
+    assert keep_phases(train(LoRA(rank=2)), task).empty
 
 
 def test_kept_phases_have_the_scores_of_the_excerpts() -> None:

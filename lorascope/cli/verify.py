@@ -96,7 +96,8 @@ def _causes_first(differences: Sequence[str]) -> list[str]:
         if not any(line.startswith(f"MANIFEST: {file}:") for line in differences):
             rows = {line.partition("): ")[0] for line in differences if line.startswith(f"{file}: row ")}
             causes = [line for line in causes if not line.startswith(f"{file}: row ")]
-            counts += [count_phrase(len(rows), noun)] if rows else []
+            if rows:
+                counts.append(count_phrase(len(rows), noun))
     if not causes or not counts:
         return list(differences)
     return [*causes, f"and {', '.join(counts)} that follow (--json lists them)"]

@@ -188,8 +188,10 @@ def untrained_arms(evidence: Evidence, arms: Mapping[str, RegisteredArm] = Mappi
                 counts.update(_groups_at_chance(evidence, run, tasks[run.task_hash]))
         places = sorted(place for place, seeds in counts.items() if seeds >= _FAILED)
         losses = of_arm[["validation_loss", "test_loss"]].to_numpy("float64")
-        if places:
-            reasons[arm] = "chance level" if _ALL in places else f"chance level in {', '.join(places)}"
+        if _ALL in places:
+            reasons[arm] = "chance level"
+        elif places:
+            reasons[arm] = f"chance level in {', '.join(places)}"
         elif registered.may_void and not np.isfinite(losses).all():
             reasons[arm] = "a loss is not finite"
     return reasons

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 
 import pytest
+import torch
 from hostile import command, lora, outcome
 from PIL import Image
-from test_any_loop import small
+from test_any_loop import small, small_step_and_record
 
 import lorascope as ls
 from lorascope.experiments import grid
@@ -88,3 +90,34 @@ def test_output_that_is_a_dangling_link_raises(tmp_path: Path, fresh_bert, task)
     ):
         reason = f"it is a symbolic link to {tmp_path}/missing, which does not exist"
         assert outcome(act) == f"cannot use {link}: {reason}"
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3, 6), (2, 2)])
+@pytest.mark.parametrize("every", [1, 3])
+def test_weight_that_is_resized_while_it_is_recorded_raises(tmp_path: Path, shape: tuple[int, int], every: int) -> None:
+    model, optimizer = small()
+    recorder = ls.record(model, optimizer, tmp_path / "run", [ls.observe.norms(every=every)])
+    for _ in range(every):
+        small_step_and_record(model, optimizer, recorder)
+    model[0].weight.grad = None
+    model[0].weight.data = torch.randn(shape)
+
+    def step_and_record() -> None:
+        for _ in range(every):
+            optimizer.step()
+            recorder.step(loss=1.0)
+
+    reason = f"cannot record a weight that was resized from (3, 4) to {shape}: call ls.record again"
+    assert outcome(step_and_record, gigabytes=8) == reason
+
+
+def test_run_whose_folder_was_removed_is_broken(tmp_path: Path) -> None:
+    model, optimizer = small()
+    recorder = ls.record(model, optimizer, tmp_path / "run", [ls.observe.norms(every=1, spectra_every=1)])
+    for _ in range(3):
+        small_step_and_record(model, optimizer, recorder)
+    shutil.rmtree(tmp_path / "run")
+    small_step_and_record(model, optimizer, recorder)
+    run = recorder.close()
+    assert (run.meta.status, run.meta.error) == ("broken", "its folder was removed during training")
+    assert ls.load(tmp_path / "run").meta.status == "broken"

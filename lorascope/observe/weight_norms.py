@@ -111,7 +111,7 @@ class norms(Observer):
         """
         trained.copy_updates()
         for label, tensor in trained.tensors().items():
-            if label not in self._memory:
+            if label not in self._memory or self._memory[label].shape != tensor.shape:
                 self._memory[label] = torch.empty_like(tensor)
             self._memory[label].copy_(tensor)
         factored = {module: to_tree(update) for module, update in trained.frozen_updates().items()}

@@ -37,6 +37,7 @@ class RunWriter:
         self._rows: list[tuple[int, Record]] = []
         self._arrays: dict[int, list[Snapshot | Factors]] = {}
         self._folder: os.stat_result | None = None
+        self._was_removed = False
 
     def begin(self, table: pd.DataFrame | None) -> None:
         """Write ``run.json``, and remove the files of an earlier attempt except snapshots at the steps of ``table``.
@@ -61,6 +62,7 @@ class RunWriter:
     def require_folder(self) -> None:
         """Raise an OSError if another folder has taken the place of the run's since `begin`; recreate a missing one."""
         if self._folder is None or not self.path.exists():
+            self._was_removed |= self._folder is not None
             self._create_folder()
         elif not os.path.samestat(self.path.stat(), self._folder) and not self.has_manifest():
             raise OSError(f"cannot write {printable(self.path)}: another folder has taken its place")
@@ -129,7 +131,13 @@ class RunWriter:
         self._write("running", lambda file: GROWING)
 
     def finish(self, status: str) -> Run:
-        """Write the table, then ``run.json`` with the checksums of all files."""
+        """Write the table, then ``run.json`` with the checksums of all files.
+
+        The status is "broken" if the folder was removed meanwhile, because the arrays of earlier steps are lost.
+        """
+        self.require_folder()
+        if self._was_removed and status == "done":
+            status, self.meta.error = "broken", "its folder was removed during training"
         self._write(status, file_hash)
         run = Run(self.path, self.meta)
         vars(run)["table"] = self.table()  # its rows are valid, so they need not be read

@@ -9,6 +9,8 @@ of lorascope and the SHA-256 of the drawn data. It is stored in
 - ``<meta name="lorascope">`` of an HTML page,
 - ``x.csv-metadata.json`` next to ``x.csv``, the file name that "CSV on the Web" defines for metadata; a comment in the
   table itself would break every reader.
+
+It also has a seal, see `files.seals`, by which ``lorascope plot`` replaces its own figures only.
 """
 
 from __future__ import annotations

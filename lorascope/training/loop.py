@@ -112,7 +112,7 @@ def train(
         Parent of the default run folder.
     overwrite : bool
         Remove the run in the folder and train again. Rejected if another process trains in it, if it is a symbolic
-        link, or if lorascope did not write all of its files.
+        link, or if it contains files that are not of the run, such as a copy of a run.
     checkpoint_every : int
         Steps between checkpoints, from which an interrupted run resumes.
     device : str, optional

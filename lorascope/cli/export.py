@@ -209,11 +209,11 @@ def _loss_remarks(opened: Result, selection: RankBudget, model: str | None, task
 
 def _print_ranks(grid: Sequence[str], keywords: Mapping[str, Any], remarks: Sequence[str], json: bool) -> int:
     """Print ranks by role and layer as comments, a peft.LoraConfig as Python or JSON, and remarks as comments."""
-    for line in grid:
-        print(printable(f"# {line}".rstrip()), file=sys.stderr if json else sys.stdout)
     if json:
         print(dumps(keywords, indent=1))
     else:  # JSON and Python write these values in the same way
+        for line in grid:
+            print(printable(f"# {line}"))
         lines = [f"    {key}={dumps(value, indent=4)},".replace("\n", "\n    ") for key, value in keywords.items()]
         print("from peft import LoraConfig", "", "config = LoraConfig(", *lines, ")", sep="\n")
     for remark in remarks:

@@ -809,7 +809,7 @@ def test_target_rank_of_all_or_zero_retains_all_or_no_components(bert, task, tmp
         ({"target_rank": 13}, r"target_rank must be .*12.*, got 13"),
         ({"target_rank": -1}, r"target_rank must be .*12.*, got -1"),
         ({"init_rank": 0, "target_rank": 0}, r"init_rank must be an integer >= 1, got 0"),
-        ({"alpha": 0}, r"alpha must be finite and > 0, got 0"),
+        ({"alpha": 0}, r"alpha must be > 0 and finite in float32, got 0"),
         ({"beta1": 1.0}, r"beta1 must be .*, got 1.0"),
         ({"beta2": 0}, r"beta2 must be .*, got 0"),
         ({"mask_every": 0}, r"mask_every must be an integer >= 1, got 0"),

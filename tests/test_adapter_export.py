@@ -147,7 +147,7 @@ def test_sum_of_adapters_that_name_different_bases_warns(tmp_path: Path) -> None
 def test_adapters_that_cannot_be_summed_are_refused(tmp_path: Path) -> None:
     plain = load(write(tmp_path, "llama"))
     headed = load(write(tmp_path, "llama", out="headed", modules_to_save=["lm_head"]))
-    with pytest.raises(ValueError, match=r"cannot sum headed: it contains further weights, such as a head$"):
+    with pytest.raises(ValueError, match=r"cannot sum adapter headed: it contains further weights, such as a head$"):
         export.sum_adapters([plain, headed], tmp_path / "sum")
     for weights in ([1, 2, 3], [math.nan, 1], [1, math.inf], [0, 0]):
         with pytest.raises(ValueError, match=r"^weights must be 2 finite numbers, one per adapter and not all 0, got"):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import warnings
+import weakref
 
 import numpy as np
 import peft
@@ -81,6 +82,18 @@ class PlantedLoss:
                 output.loss = output.loss * self.value
             self.losses.append(float(output.loss.detach()))
         return output
+
+
+def test_trainer_is_freed_after_its_last_use(bert, task, rows, tmp_path):
+    gc.collect()
+    gc.disable()
+    try:
+        trainer = by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder())
+        reference = weakref.ref(trainer)
+        del trainer
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -114,4 +114,4 @@ def write_table(path: Path, content: bytes, about: dict[str, object]) -> None:
     """Write a CSV file, and next to it the file that describes it; see https://www.w3.org/TR/tabular-data-primer/."""
     described = about | {"url": path.name, "sha256": hashlib.sha256(content).hexdigest()}
     write_bytes(path, content)
-    write_bytes(metadata_file(path), seal(json_bytes(described), "json"))
+    write_bytes(metadata_file(path), seal(json_bytes(described, ascii=True), "json"))

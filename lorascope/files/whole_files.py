@@ -93,12 +93,12 @@ def _rename_to_new(draft: Path, path: Path) -> None:
         draft.replace(path)
 
 
-def json_bytes(content: Any) -> bytes:
-    """Encode content as JSON in UTF-8.
+def json_bytes(content: Any, ascii: bool = False) -> bytes:
+    """Encode content as JSON in UTF-8, or in ASCII, where control characters that a terminal interprets are escaped.
 
     Lone surrogates, from file names outside the locale's encoding, are written as JSON escapes.
     """
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    return (json.dumps(content, indent=1, ensure_ascii=ascii) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -351,8 +351,9 @@ def keep_phases(run: Run, task: Task) -> pd.DataFrame:
             # Linear probes leave the model as it is, so the accuracy of the head is not theirs.
             if phase.meta.parameters.trained == phase.meta.parameters.head:
                 continue
+            name, *_ = phase.meta.phase or [""]
             for group, accuracy in (phase.score.groups or {"": phase.score.metric}).items():
-                row = {"phase": phase.meta.phase[0], "group": group, "accuracy": accuracy, "chance": chance[group]}
+                row = {"phase": name, "group": group, "accuracy": accuracy, "chance": chance[group]}
                 table.append(row)
     return pd.DataFrame(table)
 

@@ -6,9 +6,10 @@ The Trainer passes callbacks only the loss of its logs, in which ``logging_nan_i
 from __future__ import annotations
 
 import sys
-from functools import wraps
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
+from weakref import WeakMethod
 
 from torch import Tensor, distributed
 from transformers import Trainer
@@ -21,7 +22,8 @@ def running_trainer() -> Trainer:
 
     A Trainer gives its callbacks no reference to itself, so look for it among the callers.
     """
-    frame: FrameType | None = sys._getframe()
+    # Not the frame of this call, whose dictionary of variables would contain the frame itself: a cycle.
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if isinstance(trainer := frame.f_locals.get("self"), Trainer):
             return trainer
@@ -38,10 +40,12 @@ def observe_losses(trainer: Any) -> list[Tensor]:
     if hasattr(training_step, _LOSSES):
         return getattr(training_step, _LOSSES)
     losses: list[Tensor] = []
+    # A strong reference would be a cycle, which keeps the Trainer, its model and its data loaders after their last use.
+    is_method = getattr(training_step, "__self__", None) is trainer
+    reference: Callable[[], Any] = WeakMethod(training_step) if is_method else lambda: training_step
 
-    @wraps(training_step)
     def observed(*args: Any, **kwargs: Any) -> Tensor:
-        loss = training_step(*args, **kwargs)
+        loss = reference()(*args, **kwargs)
         losses.append(loss)
         return loss
 

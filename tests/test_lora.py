@@ -190,7 +190,11 @@ def test_rank_mapping_sets_the_rank_of_each_module():
 @pytest.mark.parametrize("method", [LoRA, DoRA, PiSSA, AdaLoRA, ALoRA, AutoLoRA, HydraLoRA])
 @pytest.mark.parametrize(
     ("field", "allowed", "value"),
-    [("alpha", "> 0 and finite in float32", 0.0), ("alpha", "> 0 and finite in float32", np.nan), ("dropout", r"in \[0, 1\)", 1.0)],
+    [
+        ("alpha", "> 0 and finite in float32", 0.0),
+        ("alpha", "> 0 and finite in float32", np.nan),
+        ("dropout", r"in \[0, 1\)", 1.0),
+    ],
 )
 def test_scaling_and_dropout_that_cannot_train_are_rejected(method, field, allowed, value):
     with pytest.raises(ValueError, match=f"^{field} must be {allowed}, got {value}$"):

@@ -90,7 +90,9 @@ class Runs:
 
     def evidence(self) -> Evidence:
         columns = pd.DataFrame(self.rows, columns=list(RUN_COLUMNS))
-        return Evidence(columns, pd.DataFrame(columns=["task_hash", "row", "label", "group"]), kept={"values": self.tables})
+        return Evidence(
+            columns, pd.DataFrame(columns=["task_hash", "row", "label", "group"]), kept={"values": self.tables}
+        )
 
 
 def found(runs: Runs, *stages: Stage, shown: Sequence[RegisteredArm] = ()) -> list[OpenRun]:

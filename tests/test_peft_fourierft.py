@@ -181,12 +181,13 @@ def test_plot_suggested_by_inspect_succeeds(adapter, capsys, monkeypatch):
     assert "--base" not in suggested(capsys, "adapter", "--base", "base")
 
 
-def test_inspect_abbreviates_long_folder_names(tmp_path, capsys, monkeypatch):
+def test_inspect_suggests_a_command_with_long_folder_names(tmp_path, capsys, monkeypatch):
     save(tmp_path / ("a b" * 20), **CASES["plain"])
     monkeypatch.chdir(tmp_path)
     adapter = next(tmp_path.glob("*/adapter"))
-    words = suggested(capsys, str(adapter), "--base", str(adapter.parent / "base"))
-    assert words == ["plot", "spectrum", "ADAPTER", "--base", "BASE", "-o", "spectrum.pdf"]
+    paths = [str(path.relative_to(tmp_path)) for path in (adapter, adapter.parent / "base")]
+    words = suggested(capsys, paths[0], "--base", paths[1])
+    assert words == ["plot", "spectrum", paths[0], "--base", paths[1], "-o", "spectrum.pdf"]
 
 
 def test_base_without_an_adapter_fails(tmp_path, capsys):

@@ -133,9 +133,9 @@ def _models(config: Mapping[str, Any]) -> tuple[str, Sequence[Sequence[Any]]]:
         return architectures[name]["prefix"], architectures[name]["models"]
     # Another head on the same model, or a model that cannot be built from its default configuration.
     for sibling in architectures.values():
-        (path, _, kind, section), *parts = sibling["models"]
+        (path, _, kind, section), *submodels = sibling["models"]
         if kind == model_type:
-            return sibling["prefix"], [[path, name, kind, section], *parts]
+            return sibling["prefix"], [[path, name, kind, section], *submodels]
     return "", [["", name, model_type, None]]
 
 

@@ -45,18 +45,18 @@ def read_column(words: Iterable[object], name: str) -> list[str]:
     ValueError
         A word is not the name of a split.
     """
-    given: list[str] = []
+    splits: list[str] = []
     unknown: Counter[str] = Counter()
     for cell in words:
         word = str(cell).strip()
         if split := _SPLIT_OF.get(word.casefold()):
-            given.append(split)
+            splits.append(split)
         else:
             unknown[word] += 1
     if unknown:
         counts = [f"{printable(word)!r} in {count_phrase(count, 'row')}" for word, count in unknown.most_common()]
         raise ValueError(f"split of {name} must be train, validation (or dev) or test, got {', '.join(counts[:5])}")
-    return given
+    return splits
 
 
 def complete(given: pd.Series, assigned: pd.Series) -> pd.Series:

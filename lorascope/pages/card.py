@@ -163,14 +163,14 @@ def _draw(runs: dict[str, Result], unseen: dict[str, str]) -> Iterator[tuple[str
             unseen[name] = reasons[name]
             continue
         try:
-            drawn = _without_label(draw(name, subject), runs)
+            panel = _without_label(draw(name, subject), runs)
         except ValueError as error:
             unseen[name] = printable(error)
             continue
-        if _has_one_value(drawn.chart):
-            dots.append((name, drawn))
+        if _has_one_value(panel.chart):
+            dots.append((name, panel))
         else:
-            yield name, drawn
+            yield name, panel
     yield from dots
 
 

@@ -10,7 +10,7 @@ _WIDTH = 96  # of a line, which leaves room for the sign of a comment
 _GAP = 2
 
 
-def rank_grid(modules: pd.DataFrame, ranks: Mapping[str, int], kept: Mapping[str, int] | None = None) -> list[str]:
+def rank_grid(modules: pd.DataFrame, ranks: Mapping[str, int], kept_ranks: Mapping[str, int] | None = None) -> list[str]:
     """Return lines with one row per role and one column per layer, such as ``8 -> 3`` for a kept rank.
 
     Parameters
@@ -19,7 +19,7 @@ def rank_grid(modules: pd.DataFrame, ranks: Mapping[str, int], kept: Mapping[str
         ``module, stack, layer, role`` of the run.
     ranks : mapping module -> int
         Rank of every adapted module.
-    kept : mapping module -> int, optional
+    kept_ranks : mapping module -> int, optional
         Rank that it has in the next LoRA; by default the same.
     """
     cells: dict[str, dict[str, str]] = {}
@@ -27,7 +27,7 @@ def rank_grid(modules: pd.DataFrame, ranks: Mapping[str, int], kept: Mapping[str
         if module in ranks:
             role = f"{stack} {role}".strip()
             layer = "-" if pd.isna(number) else str(number)
-            cell = str(ranks[module]) if kept is None else f"{ranks[module]} -> {kept.get(module, 0)}"
+            cell = str(ranks[module]) if kept_ranks is None else f"{ranks[module]} -> {kept_ranks.get(module, 0)}"
             of_role = cells.setdefault(role, {})
             # Modules of one role and layer are experts, or have names without a known role.
             of_role[layer] = f"{of_role[layer]}, {cell}" if layer in of_role else cell

@@ -186,12 +186,12 @@ def untrained_arms(evidence: Evidence, arms: Mapping[str, RegisteredArm] = Mappi
             counts.update(_phases_at_chance(evidence, run.run))
             if registered.may_void:
                 counts.update(_groups_at_chance(evidence, run, tasks[run.task_hash]))
-        places = sorted(place for place, seeds in counts.items() if seeds >= _FAILED)
+        locations = sorted(location for location, seeds in counts.items() if seeds >= _FAILED)
         losses = of_arm[["validation_loss", "test_loss"]].to_numpy("float64")
-        if _ALL in places:
+        if _ALL in locations:
             reasons[arm] = "chance level"
-        elif places:
-            reasons[arm] = f"chance level in {', '.join(places)}"
+        elif locations:
+            reasons[arm] = f"chance level in {', '.join(locations)}"
         elif registered.may_void and not np.isfinite(losses).all():
             reasons[arm] = "a loss is not finite"
     return reasons

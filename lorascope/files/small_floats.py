@@ -38,7 +38,7 @@ def decode(bits: np.ndarray, dtype: str) -> Float32[np.ndarray, "..."]:
         wide = bits.astype("<u4")
         wide <<= 16
         return wide.view("<f4")
-    return np.asarray(_float8_values(dtype)[bits])  # indices without dimensions select a scalar, which is no array
+    return np.asarray(_float8_values(dtype)[bits])  # one index without dimensions selects a scalar
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:

@@ -10,7 +10,9 @@ _WIDTH = 96  # of a line, which leaves room for the sign of a comment
 _GAP = 2
 
 
-def rank_grid(modules: pd.DataFrame, ranks: Mapping[str, int], kept_ranks: Mapping[str, int] | None = None) -> list[str]:
+def rank_grid(
+    modules: pd.DataFrame, ranks: Mapping[str, int], kept_ranks: Mapping[str, int] | None = None
+) -> list[str]:
     """Return lines with one row per role and one column per layer, such as ``8 -> 3`` for a kept rank.
 
     Parameters

@@ -148,7 +148,8 @@ def test_recorder_keeps_all_rows_if_its_folder_is_removed(tmp_path: Path) -> Non
     (tmp_path / "run").rename(tmp_path / "moved")
     small_step_and_record(model, optimizer, recorder)
     assert recorder.close().table.query("quantity == 'loss'")["step"].tolist() == [1]
-    assert ls.load(tmp_path / "run").finished
+    meta = ls.load(tmp_path / "run").meta
+    assert (meta.status, meta.error) == ("broken", "its folder was removed during training")
 
 
 def test_training_stops_if_another_folder_replaces_its_folder(

@@ -87,7 +87,11 @@ def test_representations_name_hydralora_and_uniform_gates(tmp_path):
     assert facts["hydra"] == "HydraLoRA, rank 4, scale 8 (alpha 32)"
     assert plots.update_norm(run).caption.endswith("Updates of hydra at uniform gates.")
     config = export.rank_pattern(run)
-    assert (config["r"], config["lora_alpha"], len(config["target_modules"])) == (4, 32, 9)
+    assert (config["r"], config["lora_alpha"], len(config["target_modules"])) == (
+        4,
+        32,
+        3,
+    )  # three roles in three layers
     with pytest.raises(ValueError, match="depends on its input"):
         export.rank_pattern(run, 0.5)
 

@@ -123,14 +123,14 @@ class Pool:
 
     def __call__(self, calls):
         calls = list(calls)
-        for number, (work, (_, job, here, file), _) in enumerate(calls):
+        for number, (work, (_, job, here, file, quantities), _) in enumerate(calls):
             self.begun = [call[1][3] for call in calls[number : number + 2]]
             result = job.model == "mortal" and sweep.read_progress(file).get("begun", 0) < sweep.ATTEMPTS
             if result:
                 for each in self.begun:
                     ProgressFile(each)
                 raise TerminatedWorkerError("killed")
-            yield work(calls[number][1][0], job, here, file)
+            yield work(calls[number][1][0], job, here, file, quantities)
 
 
 def test_job_that_always_kills_its_worker_leaves_the_others(bert, task, tmp_path, monkeypatch):

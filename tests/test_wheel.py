@@ -71,6 +71,7 @@ def test_wheel_has_package_types_templates_and_evidence_but_no_tests(wheel: Path
         "plots/explore.css",
         "plots/explore.js",
         "pages/page.html",
+        "formats/transformers_names.json",
         "pages/parts.html",
     }
     files = [path for folder in ("evidence", "published") for path in (ROOT / "data" / folder).rglob("*")]

@@ -75,9 +75,14 @@ def shortened(config: Any) -> Any:
 def models(model: PreTrainedModel) -> Iterator[tuple[str, str, str, str | None]]:
     """Yield path, class, model type and configuration of the models in a model, whose root has the path ""."""
     sections = {id(value): key for key, value in vars(model.config).items() if hasattr(value, "model_type")}
+    written = model.config.to_dict()
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
-            yield path, type(module).__name__, module.config.model_type, sections.get(id(module.config))
+            section, kind = sections.get(id(module.config)), module.config.model_type
+            # A class of its own for one architecture has another type in the file than in memory.
+            if section and written[section].get("model_type") != kind:
+                section = None
+            yield path, type(module).__name__, kind, section
 
 
 def contents() -> dict[str, Any]:

@@ -48,21 +48,41 @@ class _Renaming(NamedTuple):
 
     def rename(self, name: str) -> list[str]:
         """Return the new names of a tensor; none if the renaming does not concern it."""
-        start = next((start for start in self.starts if name.startswith(start)), None)
-        if start is None:
-            return []
-        own_name = name.removeprefix(start)
-        match = self.pattern.search(own_name)
+        match = self.match(name)
         if match is None:
             return []
-        alternative = next(group for group, text in match.groupdict().items() if text is not None)
+        start, own_name = name[: len(name) - len(match.string)], match.string
+        alternative = _alternative(match)
+        # The alternatives of a group have one new name each.
+        targets = [self.targets[alternative]] if self.operation == "group" else self.targets
         new_names = []
-        for target in self.targets:
+        for target in targets:
             if r"\1" in target:
-                inner = self.pattern.groupindex[alternative] + 1
+                inner = self.pattern.groupindex[f"g{alternative}"] + 1
                 target = target.replace(r"\1", match[inner])
             new_names.append(start + own_name.replace(match[0], target, 1))
         return new_names
+
+    def match(self, name: str) -> re.Match[str] | None:
+        """Return the match in the part of a tensor's name that belongs to the model of the renaming."""
+        for start in self.starts:
+            if name.startswith(start):
+                return self.pattern.search(name.removeprefix(start))
+        return None
+
+    def concerns(self, names: Iterable[str]) -> bool:
+        """Return whether it renames a checkpoint: a group does if there is a name of its first alternative.
+
+        The new name of one is the old name of the next, so names that were renamed before would be renamed again.
+        """
+        if self.operation != "group":
+            return True
+        return any(match is not None and _alternative(match) == 0 for match in map(self.match, names))
+
+
+def _alternative(match: re.Match[str]) -> int:
+    """Return the number of the alternative that matched, whose groups are named g0, g1 and so on."""
+    return next(int(group[1:]) for group, text in match.groupdict().items() if text is not None)
 
 
 def tree(config: Mapping[str, Any], names: Iterable[str]) -> Tree:
@@ -76,17 +96,18 @@ def tree(config: Mapping[str, Any], names: Iterable[str]) -> Tree:
         Names of its tensors.
     """
     renamings = list(_renamings(config))
+    new_names = {name: name for name in names}
+    for renaming in renamings:
+        if renaming.operation in ("rename", "group") and renaming.concerns(new_names.values()):
+            for name, new_name in new_names.items():
+                new_names[name] = next(iter(renaming.rename(new_name)), new_name)
     tree_names: dict[str, Sequence[str]] = {}
     converted: set[str] = set()
-    for name in names:
-        new_name = name
-        for renaming in renamings:
-            if renaming.operation == "rename":
-                new_name = next(iter(renaming.rename(new_name)), new_name)
+    for name, new_name in new_names.items():
         tree_names[name] = [new_name]
         # transformers applies one conversion, to the renamed tensor.
         for renaming in renamings:
-            if renaming.operation == "rename" or not (targets := renaming.rename(new_name)):
+            if renaming.operation in ("rename", "group") or not (targets := renaming.rename(new_name)):
                 continue
             if renaming.operation == "chunk":
                 tree_names[name] = targets
@@ -180,11 +201,13 @@ def describe_transforms(transforms: Iterable[Any]) -> list[list[Any]]:
 
 
 def operation(transform: Any) -> str:
-    """Return the effect of a transform: "rename", "chunk" (equal blocks of rows), or another "conversion"."""
+    """Return the effect of a transform: "rename", "group" of renamings, "chunk" of rows, or another "conversion"."""
     loading = importlib.import_module("transformers.core_model_loading")
     if isinstance(transform, loading.WeightConverter):
         is_chunk = [isinstance(step, loading.Chunk) and step.dim == 0 for step in transform.operations]
         return "chunk" if is_chunk == [True] else "conversion"
+    if isinstance(transform, loading.GroupWeightRename):
+        return "group"
     # Subclasses with their own method rename by more than a pattern, such as an offset of the layer.
     is_plain = type(transform).rename_source_key is loading.WeightRenaming.rename_source_key
     return "rename" if is_plain else "conversion"

@@ -18,6 +18,7 @@ from lorascope.inputs import tasks
 from lorascope.methods import adalora, alora, autolora, method
 from lorascope.papers import score_agreement
 from lorascope.papers.judging import kept_runs, registration
+from lorascope.papers.judging import verdicts as judging
 from lorascope.papers.judging.verdicts import judge_all
 from lorascope.papers.lora import tfidf_arm
 from lorascope.papers.probe import Arm
@@ -72,6 +73,8 @@ def judge(bert: str, task: tasks.Task, tmp_path: Path, monkeypatch: pytest.Monke
                     kept_runs.add_rows(tmp_path / "evidence", kept.rows)
                 kept_runs.add_run(tmp_path / "evidence", kept.row, kept.scores, kept.tables)
         found = kept_runs.read(tmp_path / "evidence")
+        if not may_void:  # also for earlier phases, which always may
+            monkeypatch.setattr(judging, "_phases_at_chance", lambda evidence, run: set())
 
         def outcome(id: str) -> str:
             try:

@@ -103,7 +103,7 @@ def test_command_with_base_shows_the_comparison(pair: tuple[Path, Path], capsys:
     for more in ([], ["--all"]):
         assert main(["inspect", adapter, "--base", base, *more]) == 0
         shown = capsys.readouterr().out.splitlines()
-        # The command to paste is one line, whatever the length of its paths.
+        # The command to paste is one line, also with long paths.
         assert max(len(line) for line in shown if not line.startswith("next")) <= WIDTH
         assert any("intruder dimensions" in line for line in shown)
     twin = shutil.copytree(adapter, pair[0].parent / "twin")

@@ -66,7 +66,7 @@ def test_damaged_card_is_verified_in_one_line(tmp_path: Path, key: str) -> None:
     for value in SPOILED:
         page.write_text(text[:start] + value + text[start + size :], encoding="utf-8")
         code, errors = command("report", "--verify", str(page))
-        assert code <= 2  # 0 where an empty value of another type is displayed alike
+        assert code <= 2  # 0 where an empty value of another type has the same text
         assert len(errors.splitlines()) == (code == 2), errors
 
 

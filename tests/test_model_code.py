@@ -1,4 +1,4 @@
-"""Models whose configuration names code to run: Python files of their folder, and kernels of the hub."""
+"""Models whose configuration names code to run: Python files of their folder, and hub kernels."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SETTINGS_FILES = {
 
 @pytest.mark.parametrize("file", SETTINGS_FILES)
 @pytest.mark.parametrize("family", ["bert", "vit", "llama"])
-def test_code_of_a_folder_is_never_run_or_asked_about(tmp_path, monkeypatch, capsys, family, file):
+def test_code_of_a_folder_is_never_run(tmp_path, monkeypatch, capsys, family, file):
     tiny(family).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     path = tmp_path / file

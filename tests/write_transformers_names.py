@@ -79,7 +79,7 @@ def models(model: PreTrainedModel) -> Iterator[tuple[str, str, str, str | None]]
     for path, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             section, kind = sections.get(id(module.config)), module.config.model_type
-            # A class of its own for one architecture has another type in the file than in memory.
+            # The class of one architecture may have another type in the file than in memory.
             if section and written[section].get("model_type") != kind:
                 section = None
             yield path, type(module).__name__, kind, section

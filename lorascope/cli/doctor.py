@@ -160,7 +160,7 @@ def _unreadable(path: str, fault: AdapterFault) -> _Diagnosis:
 
 
 def _print_diagnosis(diagnosis: _Diagnosis, path: str, base: str | None, sarif: str | None, json: bool) -> int:
-    """Print a diagnosis, write it as SARIF if asked for, and return the exit code."""
+    """Print a diagnosis, write it as SARIF to a given file, and return the exit code."""
     _write_sarif(sarif, diagnosis.findings, diagnosis.subject)
     if json:
         print(dumps(json_values(diagnosis.to_json(path)), indent=1))

@@ -98,7 +98,6 @@ class _Comparison:
 
     def of_merged(self) -> Iterator[ComparedTensor]:
         """Yield the comparison of every tensor that only adapter or merged model have."""
-        tied = [self._values(weight) for weight in self.saved.values()]
         for name, weight in self.saved.items():
             if self.base.find_tensor(name) is not None:
                 continue
@@ -106,8 +105,7 @@ class _Comparison:
             if merged_name is not None:
                 self.visited.add(self.merged.in_files(merged_name))
                 yield ComparedTensor(name, self._verdict(name, merged_name))
-            # PEFT saves a head that is tied to the embedding twice, and the models have it once.
-            elif sum(np.array_equal(values, self._values(weight)) for values in tied) < 2:
+            elif not self._is_saved_twice(weight):
                 yield ComparedTensor(name, "lost")
         for name in self.merged.tensor_names():
             if name not in self.visited and not self._is_copy(name):
@@ -139,18 +137,23 @@ class _Comparison:
     def _expected(self, name: str, weight: WholeWeight) -> Float32[np.ndarray, "..."]:
         """Return what the adapter makes of a tensor: its own values, or a change of those of the base."""
         values = self._values(weight)
-        if weight.kind not in ("tokens", "bias update"):
+        if weight.kind not in ("tokens", "bias update", "bias difference"):
             return values
         expected = np.array(self.base.file(name)[name], np.float32)
         if weight.kind == "tokens":
             expected[list(weight.rows)] = values
             return expected
-        scale = self.adapter.files.parts[weight.module].scale
+        scale = self.adapter.files.parts[weight.module].scale if weight.kind == "bias update" else 1.0
         return expected + np.float32(scale) * values.reshape(expected.shape)
 
     @staticmethod
     def _values(weight: WholeWeight) -> Float32[np.ndarray, "..."]:
         return np.asarray(weight.tensor.read(), np.float32)
+
+    def _is_saved_twice(self, weight: WholeWeight) -> bool:
+        """Return whether another saved tensor is equal: PEFT saves a head that is tied to the embedding twice."""
+        others = (other for other in self.saved.values() if other is not weight)
+        return any(np.array_equal(self._values(other), self._values(weight)) for other in others)
 
     def _is_stored_otherwise(self, name: str) -> bool:
         """Return whether a tensor that the merged model lacks is a constant, or tied to another one that it has."""

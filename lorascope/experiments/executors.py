@@ -12,7 +12,7 @@ from joblib import parallel_config
 # Errors that a backend raises when it loses a worker; matched by name, since most backends are not installed.
 _DEATHS = {"TerminatedWorkerError", "BrokenProcessPool", "KilledWorker", "RayActorError", "WorkerCrashedError"}
 
-_MOST_JOBS = 10_000  # far above any cluster; executors reject larger numbers with errors of their own
+_MOST_JOBS = 10_000  # far above any cluster; executors reject larger numbers with other errors
 
 
 def is_death(error: BaseException) -> bool:

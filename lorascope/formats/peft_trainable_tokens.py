@@ -67,7 +67,7 @@ class TokenRows(StoredUpdate):
 
     def update(self) -> Update:
         """Return the update as a product with one component per token, or as a matrix if it has all components."""
-        # Of a token that occurs twice, PEFT copies the last row.
+        # PEFT copies the last row of a token that occurs twice.
         positions = {token: position for position, token in enumerate(self.tokens)}
         tokens, rows = list(positions), as_float64(self.rows.read())[list(positions.values())]
         changes = rows - as_float64(np.asarray(self.base.unread(self.module)[tokens]))

@@ -11,7 +11,7 @@ from lorascope.methods.method import Stateful, Step, python_number, stored_field
 from lorascope.schema.records import Item
 
 OBSERVERS: dict[str, type[Observer]] = {}
-"""Observers by the name that sweep files use, which is that of their class."""
+"""Observers by the names that sweep files use, the names of their classes."""
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import chain
 from statistics import mode
 from typing import Any
 
@@ -54,30 +56,44 @@ def lora_keywords(ranks: Mapping[str, int], scales: Mapping[str, float], modules
 
 def _pattern(values: Mapping[str, float], common: float, modules: Collection[str]) -> dict[str, float]:
     """Return the values of a PEFT LoRA configuration that are not the common one, by expressions for modules."""
-    pattern = {}
+    names_by_value: dict[float, list[str]] = defaultdict(list)
     for name, value in values.items():
-        if value != common:
-            equal = {other for other in values if values[other] == value}
-            end = _common_end(name, equal, {*modules, *values})
+        names_by_value[value].append(name)
+    numbers = _count_ends({*modules, *values})
+    pattern = {}
+    for value, names in names_by_value.items():
+        if value == common:
+            continue
+        for name, end in _common_ends(names, numbers).items():
             # PEFT allows a prefix that ends in a dot before a key, "^" prevents it, and an unescaped dot is any letter.
             pattern[f"^{re.escape(name)}" if end is None else re.escape(end)] = value
     return pattern
 
 
-def _common_end(name: str, names: Collection[str], modules: Iterable[str]) -> str | None:
-    """Return the shortest end of a module's name that several modules have, all of them among ``names``, else None.
+def _common_ends(names: Collection[str], numbers: Mapping[str, int]) -> dict[str, str | None]:
+    """Return the shortest end of each name that several modules have, all of them among the names; None without one.
 
-    An end has no number, because a number is the position of a layer or expert.
+    ``numbers`` counts the modules of the model by end.
     """
+    named = _count_ends(names)
+    ends = {}
+    for name in names:
+        candidates = (end for end in _ends(name) if 1 < named[end] == numbers[end])
+        ends[name] = next(candidates, None)
+    return ends
+
+
+def _count_ends(names: Iterable[str]) -> Counter[str]:
+    return Counter(chain.from_iterable(map(_ends, names)))
+
+
+def _ends(name: str) -> Iterator[str]:
+    """Yield the ends of a module's name, shortest first, up to a number: the position of a layer or expert."""
     segments = name.split(".")
-    for start in range(len(segments) - 1, 0, -1):
+    for start in range(len(segments) - 1, -1, -1):
         if segments[start].isdigit():
-            return None
-        end = ".".join(segments[start:])
-        matches = [module for module in modules if module.endswith(f".{end}") or module == end]
-        if len(matches) > 1 and all(module in names for module in matches):
-            return end
-    return None
+            return
+        yield ".".join(segments[start:])
 
 
 def no_rank_error(run: Any) -> ValueError:
@@ -129,7 +145,8 @@ def _module_names(run: Any) -> set[str]:
 
 def _target_modules(modules: Collection[str], targets: Collection[str]) -> list[str] | str:
     all_modules = {*modules, *targets}
-    entries = list(dict.fromkeys(_common_end(name, targets, all_modules) or name for name in targets))
+    common_ends = _common_ends(targets, _count_ends(all_modules))
+    entries = list(dict.fromkeys(end or name for name, end in common_ends.items()))
     ends = tuple(f".{entry}" for entry in entries)
     if any(name.endswith(ends) for name in all_modules - set(targets)):
         return "|".join(map(re.escape, targets))  # a list would match the ends of names

@@ -95,6 +95,6 @@ def _find_uneven_alphas(target: Target) -> Iterator[Finding]:
                 changed.append(module)
         if changed:
             count = f"{len(changed)} of {len(ranks[component])} modules get the most frequent alpha, {usual:g}"
-            reason = f"alphas differ between modules: {count}, instead of their own: {first_and_count(changed)}"
+            reason = f"alphas differ between modules: {count}, instead of the stored ones: {first_and_count(changed)}"
             fix = "store one alpha, and multiply lora_up by what differs, as lorascope export --kohya does"
             yield alteration(reason, fix, modules=len(changed), of=len(ranks[component]), alpha=usual)

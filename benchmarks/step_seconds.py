@@ -12,7 +12,7 @@ import argparse
 from memory import WAYS
 
 import lorascope as ls
-from lorascope.analysis.step_time import PARTS, median_times
+from lorascope.analysis.step_time import COMPONENTS, median_times
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     for way, method in WAYS.items():
         found[way] = ls.step_time.measure("minilm", "sentiment", method, steps=30, root=arguments.runs)
         parts = 1e3 * median_times(found[way].table).set_index("part")["value"]
-        print("|", " | ".join([way, *(f"{parts[part]:.0f}" for part in PARTS.values())]), "|", flush=True)
+        print("|", " | ".join([way, *(f"{parts[part]:.0f}" for part in COMPONENTS.values())]), "|", flush=True)
     ls.plots.step_seconds(found).save(arguments.figure, width="page")
 
 

@@ -10,7 +10,7 @@ from lorascope.analysis import memory_estimate
 
 MIB = 2**20
 REST = "rest (mostly activations)"
-PARTS = (*memory_estimate.PARTS, REST)
+PARTS = (*memory_estimate.COMPONENTS, REST)
 
 
 def bytes_of(parameters: float, gradients: float, optimizer: float, peak: float | None = None) -> dict:
@@ -86,7 +86,7 @@ def test_memory_of_larger_models_is_computed(tmp_path):
     assert cells(seven)["AdamW", "parameters"] == pytest.approx(12.55, abs=0.01)
     assert set(seven.data["source"]) == set(seventy.data["source"]) == {"computed"}
     assert set(measured.data["source"]) == {"measured"}
-    assert set(seven.data["part"]) == set(memory_estimate.PARTS)
+    assert set(seven.data["part"]) == set(memory_estimate.COMPONENTS)
     assert "not measured" in measured.caption
     with pytest.raises(ValueError, match=r"computed must be one of '7B', '70B'.*got '13B'"):
         plots.memory(run, computed=("13B",))

@@ -38,7 +38,7 @@ from lorascope.schema.module_table import match, parse
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Mapping[str, Shape]
 
-PARTS = ("parameters", "gradients", "optimizer")
+COMPONENTS = ("parameters", "gradients", "optimizer")
 POLICIES = ("keep", "reset", "reset_all")
 RANK_SHARE = 0.25  # largest rank of Adapprox, as a fraction of the smaller side of a matrix
 _STATE, _COUNT = 4, 4  # bytes of an entry of the optimizer state, and of torch's step count
@@ -330,7 +330,7 @@ def _factorings(shapes: Shapes, first: bool, width: int = 4) -> dict[str, Memory
 def _memory_rows(ways: Mapping[str, MemoryUse]) -> pd.DataFrame:
     rows = []
     for method, memory in ways.items():
-        rows += [(method, component, getattr(memory, component), "computed") for component in PARTS]
+        rows += [(method, component, getattr(memory, component), "computed") for component in COMPONENTS]
     return pd.DataFrame(rows, columns=["method", "part", "bytes", "source"])
 
 

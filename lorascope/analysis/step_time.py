@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-PARTS = {"forward_seconds": "forward", "backward_seconds": "backward", "rest_seconds": "rest"}
+COMPONENTS = {"forward_seconds": "forward", "backward_seconds": "backward", "rest_seconds": "rest"}
 WARM = 2  # warm-up steps, which are slower because they create the optimizer state and fill the caches
 
 
@@ -23,7 +23,7 @@ def median_times(table: pd.DataFrame) -> pd.DataFrame:
     """
     rows = _warm_steps(table)
     medians = rows.groupby(["run", "quantity"], observed=True)["value"].median().reset_index()
-    return medians.assign(part=medians["quantity"].map(PARTS))[["run", "part", "value"]]
+    return medians.assign(part=medians["quantity"].map(COMPONENTS))[["run", "part", "value"]]
 
 
 def relative_spread(table: pd.DataFrame) -> float:
@@ -33,7 +33,7 @@ def relative_spread(table: pd.DataFrame) -> float:
 
 
 def _warm_steps(table: pd.DataFrame) -> pd.DataFrame:
-    rows = table[table["quantity"].isin(PARTS)].astype({"run": "str", "quantity": "str"})
+    rows = table[table["quantity"].isin(COMPONENTS)].astype({"run": "str", "quantity": "str"})
     late = rows[rows["step"] > WARM]
     if short := sorted({*rows["run"]} - {*late["run"]}):
         raise ValueError(f"run {short[0]} must have more than {WARM} measured steps: the first {WARM} are warm-up")

@@ -152,8 +152,8 @@ class _Comparison:
 
     def _is_saved_twice(self, weight: WholeWeight) -> bool:
         """Return whether another saved tensor is equal: PEFT saves a head that is tied to the embedding twice."""
-        others = (other for other in self.saved.values() if other is not weight)
-        return any(np.array_equal(self._values(other), self._values(weight)) for other in others)
+        other_weights = (other for other in self.saved.values() if other is not weight)
+        return any(np.array_equal(self._values(other), self._values(weight)) for other in other_weights)
 
     def _is_stored_otherwise(self, name: str) -> bool:
         """Return whether a tensor that the merged model lacks is a constant, or tied to another one that it has."""

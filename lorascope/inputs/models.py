@@ -286,8 +286,8 @@ def require_own_attention(config: Any, source: object) -> None:
             f"cannot read the model in {printable(source)}: attn_implementation must be one of {', '.join(allowed)}, "
             f"got {printable(name)}"
         )
-    for part in config.sub_configs:
-        if (inner := getattr(config, part, None)) is not None:
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None:
             require_own_attention(inner, source)
 
 

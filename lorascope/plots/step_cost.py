@@ -20,7 +20,7 @@ _QUANTITIES = {
     "optimizer_bytes": "optimizer",
 }
 _ACTIVATIONS = "rest (mostly activations)"
-_COLORS = (*memory_estimate.PARTS, _ACTIVATIONS)
+_COLORS = (*memory_estimate.COMPONENTS, _ACTIVATIONS)
 _PAPERS = {"7B": (128, 2), "70B": (256, 4)}  # rank of LoRA and active blocks of LISA, as in the LISA paper
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 _CARD = 24e9 / 2**30  # memory of a 24 GB GPU in GiB
@@ -131,7 +131,7 @@ def _batch_phrase(cohort: Cohort) -> list[str]:
 
 @figure(
     topic="optimizers",
-    needs=tuple(step_time.PARTS),
+    needs=tuple(step_time.COMPONENTS),
     reads="Each bar is the time of one step: forward (the loss), backward (its gradients) and the rest, mostly the "
     "optimizer. A method is faster where its bar is shorter by more than the spread in the caption.",
     misleads="Times hold for one machine, model, batch size and text length: with large embeddings or short texts the "
@@ -159,5 +159,5 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
         f"Half the interquartile range of the steps: at most {spread:.0%} of their median.",
         interval=_COUNTS,
     )
-    colors, label = list(step_time.PARTS.values()), "time per step (ms)"
+    colors, label = list(step_time.COMPONENTS.values()), "time per step (ms)"
     return cohort.complete(stacked_bars(cells, cohort.labels, label, colors, title="Time per step", caption=caption))

@@ -140,8 +140,8 @@ def remove_run(folder: Path) -> None:
             locks.enter_context(lock_run(locked_folder))
         # Rename first, so that an interrupted removal leaves no folder that looks like a run.
         removed = folder.with_name(f".{folder.name}.removed")
-        rest = dict.fromkeys([*_phase_folders(removed), removed])  # its manifests may be gone already
-        for checked_folder, checked_runs in ((folder, runs), (removed, rest)):
+        removed_runs = dict.fromkeys([*_phase_folders(removed), removed])  # its manifests may be gone already
+        for checked_folder, checked_runs in ((folder, runs), (removed, removed_runs)):
             if (file := _foreign_file(checked_folder, checked_runs)) is not None:
                 raise ValueError(f"{refused}: {printable(file)} is not a file of this run; move it first")
         shutil.rmtree(removed, ignore_errors=True)

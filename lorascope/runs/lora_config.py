@@ -75,10 +75,10 @@ def _common_ends(names: Collection[str], numbers: Mapping[str, int]) -> dict[str
 
     ``numbers`` counts the modules of the model by end.
     """
-    named = _count_ends(names)
+    counts = _count_ends(names)
     ends = {}
     for name in names:
-        candidates = (end for end in _ends(name) if 1 < named[end] == numbers[end])
+        candidates = (end for end in _ends(name) if 1 < counts[end] == numbers[end])
         ends[name] = next(candidates, None)
     return ends
 

@@ -31,7 +31,7 @@ from lorascope.export import rank_pattern, to_peft
 from lorascope.export.peft_lora import drop_unused
 from lorascope.formats.peft_config import WEIGHTS
 from lorascope.inputs import models
-from lorascope.methods import AdaLoRA, LoRA
+from lorascope.methods import AdaLoRA, LoRA, PiSSA
 from lorascope.methods.method import Method, train_adapters
 from lorascope.runs.loading import load
 from lorascope.runs.lora_config import lora_keywords, peft_keywords
@@ -140,14 +140,13 @@ def test_ends_of_names_mean_the_same_modules_and_ranks_to_peft(seed: int) -> Non
     roles = draw.choice(["query", "key", "output.dense", "intermediate.dense", "dense", "classifier"], 3)
     targets = [name for name in BERT if name.endswith(tuple(roles)) and (seed % 2 or draw.random() < 0.8)]
     ranks = {name: int(draw.integers(1, 4)) if seed % 3 else 1 + len(name) % 3 for name in targets}
-    scales = {name: float(draw.choice([1.0, 2.0])) for name in targets}
-    keywords = lora_keywords(ranks, scales, BERT)
+    alphas = {name: float(draw.choice([4.0, 8.0])) for name in targets}
+    keywords = lora_keywords(ranks, alphas, BERT)
     config = peft.LoraConfig(**keywords)
     assert peft_targets(keywords, BERT) == set(targets)
     assert pattern_ranks(keywords, targets) == ranks
     for name in targets:
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha)
-        assert alpha / ranks[name] == scales[name]
+        assert config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, name), config.lora_alpha) == alphas[name]
 
 
 def test_one_end_names_all_modules_of_a_role() -> None:
@@ -216,17 +215,40 @@ def test_rank_pattern_of_nan_raises(tmp_path: Path) -> None:
 
 
 def test_rank_pattern_of_an_adapter_folder(tmp_path: Path) -> None:
-    """The spectra of PEFT's own matrices select the components, and each module keeps its scale."""
-    config = {"r": 4, "lora_alpha": 6, "rank_pattern": {"k_proj": 7}}
+    """The spectra of PEFT's own matrices select the components, and each module keeps its alpha."""
+    alphas = {"q_proj": 6, "k_proj": 10}
+    config = {"r": 4, "lora_alpha": 6, "rank_pattern": {"k_proj": 7}, "alpha_pattern": {"k_proj": 10}}
     model = save(tmp_path, target_modules=["q_proj", "k_proj"], **config)
-    scales = {name: scale for name, (_, scale) in layers(model).items()}
     ranks = {name: rank for name, (rank, _) in layers(model).items()}
     sigma = {name: np.linalg.svd(dense, compute_uv=False)[: ranks[name]] for name, dense in deltas(model).items()}
     bar = np.sort(np.concatenate(list(sigma.values())))[-11]
-    expected = {name: (int((values >= bar).sum()), scales[name]) for name, values in sigma.items()}
+    kept = {name: int((values >= bar).sum()) for name, values in sigma.items()}
     again = adapted(tiny("llama"), **rank_pattern(load(tmp_path), 0.5))
-    assert layers(again) == {name: pair for name, pair in expected.items() if pair[0]}
+    expected = {name: (rank, alphas[name.rpartition(".")[2]] / rank) for name, rank in kept.items() if rank}
+    assert layers(again) == expected
+    assert any(rank < ranks[name] for name, (rank, _) in expected.items())
     assert sum(rank for rank, _ in layers(again).values()) == 11
+
+
+@pytest.mark.parametrize(("alpha", "rslora"), [(16, False), (0.3, False), (6, True)])
+def test_rank_pattern_of_one_alpha_needs_no_alpha_pattern(alpha: float, rslora: bool, tmp_path: Path) -> None:
+    """PEFT scales every module by alpha / rank, with alpha = scale * rank of the adapter, also of rsLoRA."""
+    save(tmp_path, target_modules=["q_proj", "v_proj"], r=5, lora_alpha=alpha, use_rslora=rslora)
+    run = load(tmp_path)
+    keywords = rank_pattern(run, 0.4)
+    assert keywords["alpha_pattern"] == {}
+    assert keywords["lora_alpha"] == (alpha * 5**0.5 if rslora else alpha)
+    again = layers(adapted(tiny("llama"), **keywords))
+    assert len({rank for rank, _ in again.values()}) > 1
+    assert again == {name: (rank, keywords["lora_alpha"] / rank) for name, (rank, _) in again.items()}
+
+
+def test_rank_pattern_of_a_residual_has_the_alpha_that_trained(bert: str, task: Any, tmp_path: Path) -> None:
+    """The update B A - B_0 A_0 has twice the rank that alpha belongs to."""
+    _, run = trained(bert, task, PiSSA(rank=2, alpha=6, lr=0.05), tmp_path / "run", steps=1)
+    assert max(ls.export.select_components(run, 0.9).ranks.values()) > 2
+    keywords = rank_pattern(run, 0.9)
+    assert (keywords["lora_alpha"], keywords["alpha_pattern"]) == (6, {})
 
 
 # -- the adapter ----------------------------------------------------------------------------------------------------
@@ -375,8 +397,12 @@ def test_to_peft_drops_masked_components_and_keeps_the_scale(
     assert {name: (update.rank, update.scale) for name, update in load(out).updates().items()} == expected
     assert not any("scores" in name for name in load_file(out / WEIGHTS))
     assert distance(ours, theirs) < rounding(terms=TINY)  # the diagonal times B, in float32
-    assert layers(adapted(models.load(request.getfixturevalue(family), task=task), **run.lora_config())) == expected
-    assert rank_pattern(run, 1.0) == run.lora_config()
+    base = request.getfixturevalue(family)
+    assert layers(adapted(models.load(base, task=task), **run.lora_config())) == expected
+    # A new LoRA of these ranks has the alpha of the three components that trained.
+    following = {name: (rank, 0.75 * 3 / rank) for name, (rank, _) in expected.items()}
+    assert layers(adapted(models.load(base, task=task), **rank_pattern(run))) == following
+    assert rank_pattern(run, 1.0) == rank_pattern(run)
 
 
 def test_to_peft_with_all_ranks_zero_raises(bert: str, task: Any, tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ from lorascope.export import RankBudget
 from lorascope.export.conversion import require_adapter
 from lorascope.files.printable import printable
 from lorascope.files.text_layout import WIDTH, wrap_paragraph
-from lorascope.runs.lora_config import peft_keywords
+from lorascope.runs.lora_config import next_lora_keywords
 from lorascope.runs.rank_grid import rank_grid
 from lorascope.runs.result import Result
 
 _ROUTER = "Ranks and scales that one token sees: a plain LoRA has neither the router nor the experts of this HydraLoRA."
 _NO_LOSS = "Singular values do not show the effect on the task: measure the loss with --model NAME --task NAME."
+_SAME_ALPHA = "Every module keeps its alpha, so its scale alpha / rank grows as its rank falls."
 _OTHER_LOSS = "A LoRA trained from scratch at these ranks ends at a different loss."
 _ELSEWHERE = (
     "Published results of LoRAs trained at a smaller rank from the start: GLUE mean 88.34 at rank 8, 88.15 at rank 2 "
@@ -68,7 +69,7 @@ def main(
     base
         Base model of the adapter; required for FourierFT, whose files have no shapes, and for names with underscores.
     rank_pattern
-        Print the run's ranks as a peft.LoraConfig.
+        Print the run's ranks and alphas as a peft.LoraConfig for a next LoRA.
     budget
         With --rank-pattern or an adapter to write: fraction of all ranks to keep (0.5), or total rank to keep (96).
     by
@@ -144,10 +145,10 @@ def main(
                 remarks.append(_ROUTER)
         else:
             selection = export.select_components(opened, budget, state, scores)
-            keywords = peft_keywords(opened, selection.ranks, opened.updates(state=state))
+            keywords = next_lora_keywords(opened, selection.ranks, opened.updates(state=state))
             grid = rank_grid(opened.modules, opened.ranks(state), selection.ranks)
             losses = _loss_remarks(opened, selection, model, task, state)
-            remarks = [*_budget_remarks(selection, is_minimal=by == "energy"), *losses, *_ELSEWHERE]
+            remarks = [*_budget_remarks(selection, is_minimal=by == "energy"), _SAME_ALPHA, *losses, *_ELSEWHERE]
         return _print_ranks(grid, keywords, remarks, json)
     if peft is not None:
         path = export.to_peft(opened, peft, state, budget, scores)

@@ -23,7 +23,7 @@ from lorascope.formats.peft_config import RESIDUAL_INITS
 from lorascope.formats.peft_whole_weights import UNUSED, WholeWeight, whole_weights
 from lorascope.formats.stored_update import StoredLoRA, StoredTensor, StoredUpdate, plain_name
 from lorascope.runs.adapter import Adapter
-from lorascope.runs.lora_config import exact_products, lora_keywords, no_rank_error
+from lorascope.runs.lora_config import alpha_of, exact_products, lora_keywords, no_rank_error
 from lorascope.updates import Update, WeightDecomposed
 
 ONLY_PEFT = ("layer_replication", "alora_invocation_tokens")
@@ -128,10 +128,10 @@ class WritableLora:
 
 def layer_keywords(layers: Mapping[str, LoraLayer], modules: Collection[str]) -> dict[str, Any]:
     """Return PEFT's keywords for LoRA layers to write, among the modules of a model; see ``lora_keywords``."""
-    ranks, scales = {}, {}
+    ranks, alphas = {}, {}
     for name, layer in layers.items():
-        ranks[name], scales[name] = layer.rank, layer.scale
-    return lora_keywords(ranks, scales, modules)
+        ranks[name], alphas[name] = layer.rank, alpha_of(layer.scale, layer.rank)
+    return lora_keywords(ranks, alphas, modules)
 
 
 def writable(

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.array_types import Bool, Float
-from lorascope.runs.lora_config import exact_products, no_rank_error, peft_keywords
+from lorascope.runs.lora_config import exact_products, next_lora_keywords, no_rank_error
 from lorascope.runs.result import Result
 from lorascope.updates import LowRank, spectra
 from lorascope.updates.low_rank import count_used
@@ -172,10 +172,12 @@ def rank_pattern(
     state: str = "last",
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
 ) -> dict[str, Any]:
-    """Return PEFT's keywords for a LoRA with a run's ranks, or with the ranks that a budget allows.
+    """Return PEFT's keywords to train a LoRA with a run's ranks, or with the ranks that a budget allows.
 
     With a budget, the rank of a module is the number of components that ``select_components`` keeps. Every module keeps
-    its scale. HydraLoRA accepts a budget only at fixed gate weights, see ``at_gates``.
+    its alpha, so that its scale alpha / rank grows as its rank falls: at the scale of a larger rank, a LoRA learns more
+    slowly. Only if no rank falls do the keywords equal those of ``Run.lora_config``. HydraLoRA accepts a budget only at
+    fixed gate weights, see ``at_gates``.
 
     Parameters
     ----------
@@ -187,11 +189,13 @@ def rank_pattern(
     Returns
     -------
     dict
-        See ``Run.lora_config``.
+        Module names, ranks and alphas as keywords of ``peft.LoraConfig``. Alpha is scale * rank of the run, also for
+        rsLoRA, whose scale is alpha / sqrt(rank).
     """
-    if budget is None:
-        return run.lora_config(state)
-    return peft_keywords(run, select_components(run, budget, state, scores).ranks, run.updates(state=state))
+    ranks = run.ranks(state)
+    if budget is not None:
+        ranks = select_components(run, budget, state, scores).ranks
+    return next_lora_keywords(run, ranks, run.updates(state=state))
 
 
 def _count(budget: float, total: int) -> int:

@@ -19,11 +19,34 @@ _ROUTED = (
 
 
 def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Update]) -> dict[str, Any]:
-    """Return a PEFT LoRA configuration, as keywords, with these ranks and the updates' scales.
+    """Return a PEFT LoRA configuration, as keywords, with these ranks and the updates' scales, to load their factors.
 
     PEFT reads pattern keys as regular expressions that match the end of a module name. Each key is therefore written to
     match only one full name. Modules of rank 0 are not targets.
     """
+    ranks, products = _configurable(run, ranks, updates)
+    alphas = {name: alpha_of(product.scale, ranks[name]) for name, product in products.items()}
+    return lora_keywords(ranks, alphas, _module_names(run) | updates.keys())
+
+
+def next_lora_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Update]) -> dict[str, Any]:
+    """Return a PEFT LoRA configuration, as keywords, with these ranks and the updates' alphas, to train a new LoRA.
+
+    A module with a smaller rank than it was trained with gets a larger scale alpha / rank; see `peft_keywords`.
+    """
+    ranks, products = _configurable(run, ranks, updates)
+    alphas = {}
+    for name, product in products.items():
+        # The stored A has the rank that trained: the product of a residual also has its constant start.
+        trained_rank = math.prod(product.to_factors()["A"].shape[:-1])
+        alphas[name] = alpha_of(product.scale, trained_rank)
+    return lora_keywords(ranks, alphas, _module_names(run) | updates.keys())
+
+
+def _configurable(
+    run: Any, ranks: Mapping[str, int], updates: Mapping[str, Update]
+) -> tuple[dict[str, int], dict[str, LowRank]]:
+    """Return ranks and products of the modules with a rank of 1 or more; raise a ValueError if there are none."""
     if run.meta.method.get("target_parameters"):
         raise ValueError(
             f"cannot configure a LoRA for {run.reference}: it adapts experts in one tensor (target_parameters)"
@@ -32,17 +55,14 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Upda
     ranks = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
     if not ranks:
         raise no_rank_error(run)
-    factors = _low_rank_products(run, {name: updates[name] for name in ranks})
-    modules = _module_names(run) | updates.keys()
-    return lora_keywords(ranks, {name: product.scale for name, product in factors.items()}, modules)
+    return ranks, _low_rank_products(run, {name: updates[name] for name in ranks})
 
 
-def lora_keywords(ranks: Mapping[str, int], scales: Mapping[str, float], modules: Collection[str]) -> dict[str, Any]:
-    """Return a PEFT LoRA configuration, as keywords, with these ranks and scales; see `peft_keywords`.
+def lora_keywords(ranks: Mapping[str, int], alphas: Mapping[str, float], modules: Collection[str]) -> dict[str, Any]:
+    """Return a PEFT LoRA configuration, as keywords, with these ranks and alphas; see `peft_keywords`.
 
     The other ``modules`` of the model do not become targets.
     """
-    alphas = {name: alpha_of(scales[name], rank) for name, rank in ranks.items()}
     # The most common values, so that the patterns have few entries.
     common_rank, common_alpha = mode(ranks.values()), mode(alphas.values())
     return {

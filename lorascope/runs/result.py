@@ -210,10 +210,11 @@ class Result(ABC):
         return dict(zip(updates, spectra(updates.values()), strict=True))
 
     def lora_config(self, state: str = "last") -> dict[str, Any]:
-        """Return PEFT's keywords for a LoRA with these ranks: module names, ``rank_pattern``, ``alpha_pattern``.
+        """Return PEFT's keywords for a LoRA with these ranks and scales, with patterns for modules that differ.
 
-        Modules of rank 0 are not targets, and each pattern key matches exactly one module. For HydraLoRA, the ranks and
-        scales are those that one token sees; such a LoRA has neither its router nor its experts.
+        Modules of rank 0 are not targets, and each pattern key matches exactly one module. To train a LoRA at the ranks
+        of a pruned one, use ``export.rank_pattern``, which keeps alpha instead of the scale. For HydraLoRA, the ranks
+        and scales are those that one token sees; such a LoRA has neither its router nor its experts.
 
         Raises
         ------

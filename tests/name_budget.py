@@ -84,11 +84,12 @@ FILLERS = {
 }
 PROTOCOL = {
     "main", "read", "write", "draw", "load", "forward", "update", "fit", "init", "apply", "lines", "arms", "figures",
-    "measure", "subspace_similarity",
+    "measure", "subspace_similarity", "add_run",
 }  # fmt: skip
 """Public functions that several modules define on purpose: a command, a reader, a backend, an optimizer, a meter.
 
-``subspace_similarity`` is the paper's name of a quantity and of its figure.
+``subspace_similarity`` is the paper's name of a quantity and of its figure; each edition of the evidence has an
+``add_run``.
 """
 DENSE = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 MOST_SHARED = 3

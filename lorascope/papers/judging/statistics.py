@@ -17,6 +17,7 @@ import pandas as pd
 
 from lorascope.analysis.seed_intervals import Estimate, jackknife_estimate, pseudo_values, t_estimate, two_way_estimate
 from lorascope.papers.judging.kept_runs import Evidence
+from lorascope.papers.judging.kept_study import StudyEvidence
 
 Method = Literal["t", "two-way", "jackknife", "published"]
 COURSE = "course"
@@ -38,7 +39,7 @@ class Statistic:
         """Return the labels of the arms whose runs it reads."""
         return {label for (_, arm), other_arms in self.reads().items() for label in (arm, *other_arms)}
 
-    def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
+    def __call__(self, evidence: Any, seeds: Sequence[int]) -> np.ndarray:
         """Compute the values: an array (seed,), (seed, row) or (seed, seed)."""
         raise NotImplementedError
 
@@ -61,7 +62,7 @@ class Constant(Statistic):
 
     value: float
 
-    def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
+    def __call__(self, evidence: Evidence | StudyEvidence, seeds: Sequence[int]) -> np.ndarray:
         return np.array(self.value)
 
 
@@ -82,7 +83,7 @@ class Accuracy(Statistic):
     def reads(self) -> Reads:
         return {("margin", self.arm): ()}
 
-    def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
+    def __call__(self, evidence: Evidence | StudyEvidence, seeds: Sequence[int]) -> np.ndarray:
         return np.stack([evidence.correct(self.arm, seed) for seed in seeds])
 
 
@@ -127,7 +128,7 @@ class OfRun(Statistic):
     def reads(self) -> Reads:
         return {(self.table, self.arm): self.other_arms}
 
-    def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
+    def __call__(self, evidence: Evidence | StudyEvidence, seeds: Sequence[int]) -> np.ndarray:
         return np.array([self.value(evidence.table(self.table, self.arm, seed)) for seed in seeds], np.float64)
 
 
@@ -164,7 +165,7 @@ class Combined(Statistic):
     def reads(self) -> Reads:
         return {key: other_arms for term in self.terms for key, other_arms in term.reads().items()}
 
-    def __call__(self, evidence: Evidence, seeds: Sequence[int]) -> np.ndarray:
+    def __call__(self, evidence: Evidence | StudyEvidence, seeds: Sequence[int]) -> np.ndarray:
         return np.asarray(self.function(*(term(evidence, seeds) for term in self.terms)))
 
 

@@ -67,7 +67,8 @@ def main(
         Run or adapter: a folder, a .safetensors file, or a name on the Hugging Face Hub. Several adapters of one base
         are summed with --peft, --kohya, --diffusers or --mlx.
     base
-        Base model of the adapter; required for FourierFT, whose files have no shapes, and for names with underscores.
+        Base model of the adapter; required for FourierFT, whose files have no shapes, for names with underscores, and
+        to write PiSSA or OLoRA of PEFT.
     rank_pattern
         Print the run's ranks and alphas as a peft.LoraConfig for a next LoRA.
     budget

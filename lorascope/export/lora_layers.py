@@ -20,6 +20,7 @@ from lorascope.files.typed_tensors import TypedTensor
 from lorascope.formats.fused_rows import RowsPart
 from lorascope.formats.mlx import MlxPart
 from lorascope.formats.peft_config import RESIDUAL_INITS
+from lorascope.formats.peft_residual import residual_kind
 from lorascope.formats.peft_whole_weights import UNUSED, WholeWeight, whole_weights
 from lorascope.formats.stored_update import StoredLoRA, StoredTensor, StoredUpdate, plain_name
 from lorascope.runs.adapter import Adapter
@@ -158,6 +159,7 @@ def writable(
     if adapter.input_dependent_modules():
         reason = "PEFT has no HydraLoRA; train a run and export it with ls.at_gates"
         raise ValueError(f"cannot export {adapter.reference}: {reason}")
+    require_own_names(adapter)
     updates: Mapping[str, Update] = adapter.updates()
     if budget is not None:
         updates = exact_products(adapter, updates)
@@ -184,7 +186,6 @@ def layers_of(
             raise no_rank_error(adapter)
         updates = truncate(products, select_from(products, ranks, budget, scores))
         source += f", cut to {sum(update.rank for update in updates.values())} components"
-    require_own_names(adapter)
     layers = {name: layer for name, layer in _layers(adapter, updates) if layer.rank}
     if not layers:
         raise no_rank_error(adapter)
@@ -246,6 +247,22 @@ def require_unchanged_base(cannot: str, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{cannot}: {printable(start)} changes the base model while PEFT loads it; {fix}")
 
 
+def _require_original_base(cannot: str, adapter: Adapter) -> None:
+    """Raise a ValueError if an update is relative to a base that PEFT changes while loading the adapter."""
+    kind = residual_kind(adapter.files.config)
+    if kind is None:
+        require_unchanged_base(cannot, adapter.files.config)
+        return
+    if adapter.base is None:
+        raise ValueError(f"{cannot}: {kind} changes the base model while PEFT loads it; pass --base DIR")
+    for module, stored in adapter.files.parts.items():
+        is_embedding = isinstance(stored, StoredLoRA) and ".lora_embedding_" in stored.A.name  # a plain LoRA
+        start = getattr(stored, "start", None)
+        if not is_embedding and (start is None or not np.isfinite(start.factors.error)):
+            reason = f"the initial product of {printable(module)} does not follow from the base"
+            raise ValueError(f"{cannot}: {kind} changes the base model, and {reason}")
+
+
 def require_own_names(adapter: Adapter) -> None:
     """Raise a ValueError if LoRA layers do not have the model's names, or PEFT changes the base when loading them."""
     cannot, config = f"cannot export {adapter.reference}", adapter.files.config
@@ -254,7 +271,7 @@ def require_own_names(adapter: Adapter) -> None:
     if adapter.files.configured:
         module, stored = next(iter(adapter.files.configured.items()))
         raise ValueError(f"{cannot}: {printable(module)} is tied or joined with others, as {printable(stored)}")
-    require_unchanged_base(cannot, config)
+    _require_original_base(cannot, adapter)
     # llama.cpp also reorders the rows of query and key, so renaming modules would not be enough.
     if config.get("spelling") == "gguf":
         raise ValueError(f"{cannot}: its modules have the names of llama.cpp")

@@ -23,7 +23,8 @@ from lorascope.formats.peft_residual import SubtractedStart, subtracted_starts
 from lorascope.formats.pretrained_weights import OptionalBase, base_with_weight
 from lorascope.formats.readers import Config, WeightFiles, reads
 from lorascope.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
-from lorascope.updates import Dense, Update, from_factors
+from lorascope.updates import Update, from_factors
+from lorascope.updates.low_rank import Residual
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class DoraPart(StoredLoRA):
         if self.base is None:
             return from_factors(factors, self.scale)
         factors["W0"] = self.base.weight(self.module, self.shape, self.transposed)
-        if self.start is None:
-            return from_factors(factors, self.scale)
-        initial = self.start.product()
-        factors["W0"] = factors["W0"] - initial
-        return Dense(from_factors(factors, self.scale).dense() - initial)
+        if self.start is not None:
+            # W_0 - s B_0 A_0 + s B A is the original base with a residual as its direction.
+            residual = Residual.from_factors(factors | self.start.fitting_factors(factors["A"]))
+            factors |= {"A": residual.A, "B": residual.B}
+        return from_factors(factors, self.scale)
 
 
 @reads(

@@ -74,6 +74,13 @@ class SubtractedStart:
         Q, R, error = _olora_factors(W, self.rank)
         return InitialFactors(Q, R, abs(self.scale) * error)
 
+    def fitting_factors(self, A: Float[np.ndarray, "rank in"]) -> dict[str, Float32[np.ndarray, "..."]]:
+        """Return A0 and B0 with the signs of the trained factors, of which A is one."""
+        B0, A0, _ = self.factors
+        # Singular vectors have an arbitrary sign. With that of the trained ones, B - B_0 and A - A_0 are small.
+        signs = np.where(np.einsum("ri,ri->r", A, A0) < 0, np.float32(-1), np.float32(1))
+        return {"A0": signs[:, None] * A0, "B0": B0 * signs}
+
     def product(self) -> Float[np.ndarray, "out in"]:
         """Compute scale * B_0 @ A_0 in float64."""
         B, A, _ = self.factors
@@ -92,17 +99,14 @@ class ResidualPart(StoredLoRA):
 
     def factors(self) -> dict[str, Any]:
         factors = super().factors()
-        B0, A0, _ = self.start.factors
-        # Singular vectors have an arbitrary sign. With that of the trained ones, B - B_0 and A - A_0 are small.
-        signs = np.where(np.einsum("ri,ri->r", factors["A"], A0) < 0, np.float32(-1), np.float32(1))
-        return factors | {"A0": signs[:, None] * A0, "B0": B0 * signs}
+        return factors | self.start.fitting_factors(factors["A"])
 
 
 def subtracted_starts(
     config: Config, updates: Mapping[str, StoredLoRA], base: OptionalBase
 ) -> dict[str, SubtractedStart]:
     """Return the products that PEFT subtracts from base weights, by module; empty without a base."""
-    kind = _residual_kind(config)
+    kind = residual_kind(config)
     # Copies of a layer share one weight, from which PEFT subtracts several products in turn.
     if kind is None or base is None or config.get("layer_replication"):
         return {}
@@ -130,7 +134,8 @@ def has_unknown_start(config: Config) -> bool:
     return str(config.get("init_lora_weights")).lower().startswith(("pissa_niter", "corda", "loftq"))
 
 
-def _residual_kind(config: Config) -> Literal["pissa", "olora"] | None:
+def residual_kind(config: Config) -> Literal["pissa", "olora"] | None:
+    """Return the kind of the initial factors that follow from the base weights; None for other adapters."""
     start = config.get("init_lora_weights")
     if start == "pissa":  # PEFT accepts other capitals only for OLoRA
         return "pissa"

@@ -525,13 +525,13 @@ def count_selection(monkeypatch: pytest.MonkeyPatch, blocks: int, rank: int) -> 
             method.after_step(step)
             assert mode.waits == 0
             told = list(method.records(step))
-    assert len(told) == 2 + 8 * 6 * blocks
+    assert len(told) == 2 + 10 * 6 * blocks
     return mode
 
 
-def test_selection_waits_for_the_device_twice_at_any_depth_and_rank(monkeypatch):
+def test_selection_waits_for_the_device_three_times_at_any_depth_and_rank(monkeypatch):
     small, deep, wide = (count_selection(monkeypatch, *sizes) for sizes in ((2, 4), (12, 4), (2, 40)))
-    assert small.waits == deep.waits == wide.waits == 2
+    assert small.waits == deep.waits == wide.waits == 3
     assert small.operations == wide.operations
     assert small.operations < deep.operations
 
@@ -672,7 +672,7 @@ def test_every_selection_records_its_scores(trained):
         assert sorted(found["step"].unique()) == [*CHOICES, 12]
         assert found.groupby("step").size().tolist() == [36] * 4
         assert sorted(found["index"].unique()) == [0, 1, 2]
-    assert rows(run, "penalty")["step"].tolist() == [*CHOICES, 12]
+    assert rows(run, "penalty")["step"].tolist() == list(range(1, 13))
     told = run.table[run.table["index"].notna() & run.table["step"].isin([*CHOICES, 12])]
     told = told[told["quantity"] != "test_metric_group"]
     wide = told.pivot_table(index=["step", "module", "index"], columns="quantity", values="value", observed=True)
@@ -725,6 +725,54 @@ def test_recorded_penalty_uses_the_weights_of_the_step(trained):
     left, right = ([torch.tensor(f[key]) for f in factors] for key in "BA")
     told = rows(run, "penalty").set_index("step")["value"][9]
     assert told == near(orthogonality(left, right, "mean-norm").item(), terms=TINY)
+
+
+def test_penalty_of_each_factor_is_the_brute_force_one_at_every_step(trained):
+    """Also in the warm-up, at the initial weights and after the last selection: equation 4 before its sum."""
+    run, _, _ = trained
+    left, right = (rows(run, f"penalty_{side}").set_index(["step", "module"])["value"] for side in ("left", "right"))
+    assert sorted(set(left.index)) == sorted(set(right.index)) == sorted(itertools.product(range(13), run.ranks()))
+    for step in range(13):
+        for name, factors in run.factors(step=step).items():
+            for told, columns in ((left, factors["B"].T), (right, factors["A"])):
+                expected = 0.0
+                for i, one in enumerate(columns.astype(np.float64)):
+                    for j, two in enumerate(columns.astype(np.float64)):
+                        expected += (sum(x * y for x, y in zip(one, two, strict=True)) - (i == j)) ** 2
+                assert told[step, name] == pytest.approx(expected, rel=1e-12)
+
+
+def test_recorded_penalty_follows_from_that_of_the_factors_a_step_earlier(trained):
+    run, _, _ = trained
+    factors = run.table[run.table["quantity"].isin(["penalty_left", "penalty_right"])]
+    means = factors["value"].pow(0.5).groupby(factors["step"]).mean()
+    told = rows(run, "penalty").set_index("step")["value"]
+    np.testing.assert_allclose(told, means.loc[0:11], rtol=1e-5)  # R is computed in float32
+
+
+def test_penalty_of_factors_is_recorded_a_hundred_times_in_a_long_run():
+    """At a hundredth of the run and at every selection, also if selections are rarer than the steps of the warm-up."""
+    method = AdaLoRA(init_rank=2, target_rank=1, initial_steps=20, final_steps=60, mask_every=50, targets=("q",))
+    steps, scalars = [], []
+    for step, moment in drive(started(method), method, 200):
+        if moment == "done":
+            told = {record.quantity for record in method.records(step)}
+            steps += [step.finished] * ("penalty_left" in told)
+            scalars += [step.finished] * ("penalty" in told)
+    assert scalars == list(range(1, 201))
+    assert steps == sorted({*range(1, 201, 2), 51, 101, 141, 200})
+
+
+def test_recording_changes_no_weight(bert, task, tmp_path, monkeypatch):
+    states = {}
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setattr(AdaLoRA, "records", lambda *_: ())
+        model = models.load(bert, task=task)
+        run = ls.train(model, task, METHOD, out=tmp_path / name, **FAST)
+        assert rows(run, "penalty_left").empty == (name == "without")
+        states[name] = model.state_dict()
+    assert all(torch.equal(states["with"][name], tensor) for name, tensor in states["without"].items())
 
 
 def test_exactly_the_masked_lambdas_end_at_zero(trained):

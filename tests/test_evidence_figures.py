@@ -223,6 +223,23 @@ def test_penalty_has_a_line_for_each_variant_and_seed(train: Callable[..., Any])
     assert len(lines) > 2
 
 
+@pytest.mark.slow
+def test_evidence_keeps_the_score_with_which_every_ablation_is_compared(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
+    """S(M) = IS + S(M without r) - S(M with only r), by equation 6 of ALoRA, for every component of a round."""
+    figure = FIGURES["importance-alora"]
+    run = train("ALoRA", 100)
+    kept = write_excerpt(run, tmp_path / "part", figure.quantities, figure.arrays).table
+    full = kept[kept["quantity"] == "score_full"].set_index("step")["value"]
+    names = ["importance", "score_without", "score_only"]
+    scores = run.table[run.table["quantity"].isin(names)]
+    scores = scores.pivot_table(index=["step", "module", "index"], columns="quantity", values="value", observed=True)
+    expected = scores["importance"] + scores["score_without"] - scores["score_only"]
+    assert set(full.index) == set(kept.loc[kept["quantity"] == "importance", "step"])
+    np.testing.assert_allclose(expected, full.loc[expected.index.get_level_values("step")], rtol=1e-12)
+
+
 def test_printed_numbers_are_separate_points_of_the_chart() -> None:
     found = printed(paper="FourierFT", table="Table 2", model="RoBERTa-base", data="SST-2").set_index("method")
     assert found.loc["FourierFT", ["parameters", "value"]].tolist() == pytest.approx([24_000, 0.942])

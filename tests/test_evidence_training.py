@@ -363,14 +363,27 @@ def test_forged_tables_and_scores_are_named_when_trained_again(finished: Study) 
     ]
 
 
-def test_a_forged_record_that_a_figure_shows_is_named_when_trained_again(finished: Study) -> None:
-    run = kept_runs.read(finished.folder).run("A", 101)
-    excerpt = finished.folder / "shown" / run
-    table = pd.read_parquet(excerpt / "records.parquet")
-    table.assign(value=table["value"] + 1).to_parquet(excerpt / "records.parquet", index=False)
+def change_records(excerpt: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    """Change the records of an excerpt, and the checksum of their file."""
+    change(pd.read_parquet(excerpt / "records.parquet")).to_parquet(excerpt / "records.parquet", index=False)
     about = json.loads((excerpt / "run.json").read_text())
     about["checksums"]["records.parquet"] = evidence_manifest.digest(excerpt / "records.parquet")
     (excerpt / "run.json").write_text(json.dumps(about))
+
+
+def test_records_that_an_older_excerpt_lacks_are_not_compared(finished: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quantity that the figure did not show when the excerpt was written, and steps that were not recorded."""
+    run = kept_runs.read(finished.folder).run("A", 101)
+    change_records(finished.folder / "shown" / run, lambda table: table[table["step"] == table["step"].max()])
+    shown = replace(FIGURES[0], quantities=("rank", "loss"))
+    monkeypatch.setattr(train_arms, "SECTIONS", {"p": [shown, *FIGURES[1:]]})
+    with parallel_config(n_jobs=1):
+        assert train_arms.retrain(finished.folder, 100, finished.file) == []
+
+
+def test_a_forged_record_that_a_figure_shows_is_named_when_trained_again(finished: Study) -> None:
+    run = kept_runs.read(finished.folder).run("A", 101)
+    change_records(finished.folder / "shown" / run, lambda table: table.assign(value=table["value"] + 1))
     shutil.rmtree(finished.out)
     finished.write()  # draws the figures from the forged record
     assert finished.differences() == []

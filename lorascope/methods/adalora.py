@@ -76,6 +76,8 @@ register(
     "train AdaLoRA",
     kept=Quantity("retained", index="rank_id", pool="sum", definition="1 for a component in use, else 0"),
     penalty=Quantity("penalty", definition="R(P, Q), not multiplied by gamma", source="AdaLoRA, eq. 4"),
+    penalty_left=Quantity("‖PᵀP − I‖²", pool="sum", definition="|P^T P - I|_F^2", source="AdaLoRA, eq. 4"),
+    penalty_right=Quantity("‖QQᵀ − I‖²", pool="sum", definition="|Q Q^T - I|_F^2", source="AdaLoRA, eq. 4"),
 )
 
 Tensors = list[Tensor]
@@ -223,9 +225,18 @@ class AdaLoRA(AdapterMethod, name="adalora"):
 
     @torch.no_grad()
     def records(self, step: Step) -> Iterable[Item]:
-        """Yield ranks and budget at the start, at every selection and at the end, with their scores after the start."""
+        """Yield ranks and budget at the start, at every selection and at the end, with their scores after the start.
+
+        The penalty is recorded at every step, at the weights of the step's gradient; its term of each factor at the
+        start, a hundred times in the run and at every selection, at the weights after the step.
+        """
         schedule = self.schedule(step.total)
-        if step.finished and not (schedule.chooses(step.index) or step.last):
+        selects = schedule.chooses(step.index) or step.last
+        if step.finished:
+            yield Record("penalty", float(self._penalty))
+        if not step.finished or selects or step.index % max(1, step.total // 100) == 0:
+            yield from self._factor_penalties()
+        if step.finished and not selects:
             return
         columns: dict[str, Tensor] = {}
         if step.finished:
@@ -240,10 +251,17 @@ class AdaLoRA(AdapterMethod, name="adalora"):
         for name, row in zip(self._deltas, values[-1], strict=True):
             yield Record("rank", row.sum(), name)
         if step.finished:
-            yield Record("penalty", float(self._penalty))
             for quantity, rows in zip(columns, values, strict=True):
                 for name, row in zip(self._deltas, rows, strict=True):
                     yield Record(quantity, row, name)
+
+    def _factor_penalties(self) -> Iterable[Record]:
+        left = squared_distances([triple.P.T for triple in self._triples])
+        right = squared_distances([triple.Q for triple in self._triples])
+        values = to_array(torch.stack([left, right]))  # a single copy from the device
+        for name, P, Q in zip(self._deltas, *values, strict=True):
+            yield Record("penalty_left", P, name)
+            yield Record("penalty_right", Q, name)
 
     def settled(self, step: Step) -> bool:
         """Return whether the selection is fixed."""
@@ -329,6 +347,16 @@ def orthogonality(left: Sequence[Tensor], right: Sequence[Tensor], form: str) ->
     if form == "sum-square":
         return torch.cat(differences).square().sum()
     return torch.linalg.vector_norm(torch.cat(differences), dim=1).mean()
+
+
+def squared_distances(matrices: Sequence[Tensor]) -> Float[Tensor, "matrices"]:
+    """Compute ``|M M^T - I|_F^2`` in float64 of each M (rank, columns): the terms of AdaLoRA's penalty."""
+    squares = []
+    for matrix in matrices:
+        product = matrix.double() @ matrix.double().T
+        product.diagonal().sub_(1)
+        squares.append(product.square().sum())
+    return torch.stack(squares)
 
 
 def smooth(

@@ -115,7 +115,7 @@ FIGURES = [
         alt="ALoRA's scores of retained and dropped components over the rounds",
         arms=own_labels(ADAPTED),
         draw=plots.importance,
-        quantities=("importance", "rank"),
+        quantities=("importance", "rank", "score_full"),
     ),
 ]
 

@@ -108,14 +108,18 @@ def _select(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def excerpt_differences(excerpt: Run, other: Run) -> list[str]:
+def excerpt_differences(excerpt: Run, other: Run, only_kept_steps: bool = False) -> list[str]:
     """Return what differs between two excerpts of a run: fields of "run.json", quantities, and arrays with their step.
 
-    Numbers may differ by the rounding of another version.
+    Numbers may differ by the rounding of another version. With ``only_kept_steps``, records of the other excerpt are
+    compared at the steps at which the first one has their quantity.
     """
     differences = [name for name in _COMPARED if getattr(excerpt.meta, name) != getattr(other.meta, name)]
     for name in sorted({*excerpt.table["quantity"], *other.table["quantity"]}):
-        if not _are_close(_records(excerpt, name), _records(other, name)):
+        records, other_records = _records(excerpt, name), _records(other, name)
+        if only_kept_steps:
+            other_records = other_records[other_records["step"].isin(records["step"])].reset_index(drop=True)
+        if not _are_close(records, other_records):
             differences.append(f"records of {name}")
     for name in sorted({*excerpt.snapshot_names(), *other.snapshot_names()}):
         steps, other_steps = excerpt.snapshot_steps(name), other.snapshot_steps(name)
@@ -189,9 +193,11 @@ def changed_excerpts(
     excerpt, run = run_finder(path)(row), run_finder(retrained)(row)
     if excerpt is None or run is None:
         return [f"{EXCERPTS}/{row['run']}: no finished run with the scores of the one that was trained again"]
-    contents = _contents_of(row, evidence.of_main_machine(), figures_by_name(sections))
+    quantities, arrays = _contents_of(row, evidence.of_main_machine(), figures_by_name(sections))
+    # Later versions record more: quantities and steps that the excerpt lacks are not differences.
+    quantities &= (excerpt.meta.quantities or {}).keys()
     with tempfile.TemporaryDirectory() as new:
-        changed = excerpt_differences(excerpt, write_excerpt(run, Path(new) / "run", *contents))
+        changed = excerpt_differences(excerpt, write_excerpt(run, Path(new) / "run", quantities, arrays), True)
     return [f"{EXCERPTS}/{row['run']}: {name}: other values when trained again" for name in changed]
 
 

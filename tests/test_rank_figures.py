@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -84,6 +85,21 @@ def test_rank_allocation_of_seeds_shows_mean_spread_and_agreement(seeds: list[Ru
     assert f"Ada: {np.mean(taus):.2f} [" in chart.caption
     assert "random: 95th percentile" in chart.caption
     assert "3 seeds (0, 1, 2)" in chart.caption
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_rank_allocation_of_many_modules_takes_less_memory_than_their_pairs(write: Any, number: int) -> None:
+    modules = blocks(1000, ("q", "ffn_in"), hidden=10)
+    ranks = {("rank", module["module"]): {9: float(place % 5)} for place, module in enumerate(modules)}
+    runs = [write(f"s{seed}", ranks, "Ada", seed=seed, modules=modules) for seed in range(number)]
+    plots.rank_allocation(runs)  # imports and caches
+    tracemalloc.start()
+    chart = plots.rank_allocation(runs)
+    (_, peak), pairs = tracemalloc.get_traced_memory(), len(modules) * (len(modules) - 1) // 2
+    tracemalloc.stop()
+    assert peak < 8 * pairs  # one number per pair
+    assert len(chart.data) == len(modules)
+    assert ("not computed for more than 1,000 modules" in chart.caption) == (number > 1)
 
 
 def test_rank_allocation_shares_the_color_scale_and_hatches_modules_without_adapter(write: Any) -> None:

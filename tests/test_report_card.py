@@ -275,6 +275,35 @@ def test_page_that_is_too_large_without_figures_has_none(
     assert "lorascope plot spectrum" in section(page, "unchecked").text
 
 
+def test_figure_with_more_values_than_a_page_can_show_is_not_drawn_on_it(
+    adapter: Path, card: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    counts = {}
+    for figure in read(card).document["figures"]:
+        counts[figure["name"]] = max(len(read(card).table(name)) for name in figure["tables"])
+    largest = max(counts.values())
+    monkeypatch.setattr("lorascope.pages.card._MOST_VALUES", largest - 1)
+    page = report(load(adapter), tmp_path / "card.html")
+    left = [name for name, count in counts.items() if count < largest]
+    assert [figure["name"] for figure in read(page).document["figures"]] == left
+    for name in counts.keys() - set(left):
+        assert f"lorascope plot {name}" in read(page).document["unseen"][name]
+
+
+def test_page_of_many_modules_shows_those_with_the_largest_updates_and_carries_all(tmp_path: Path):
+    modules = list(llama(501, []))
+    sizes = np.random.default_rng(0).permutation(np.linspace(0.1, 1, len(modules))).tolist()
+    adapter = plant(tmp_path / "many", {module: [size] for module, size in zip(modules, sizes, strict=True)})
+    page = report(load(adapter), tmp_path / "card.html")
+    (_, table) = section(page, "modules").all("table")
+    _, *found = rows(table)
+    least = sorted(sizes)[-1000]
+    assert [row[0] for row in found] == [name for name, size in zip(modules, sizes, strict=True) if size >= least]
+    assert "1,000 of 2,004 modules" in section(page, "modules").text
+    assert sorted(read(page).table("modules")["module"]) == sorted(modules)
+    assert verify_card(page) == []
+
+
 def test_hostile_names_stay_text(tmp_path: Path):
     name = f"model.layers.0.{EVIL.replace('.', '')}.q_proj"
     adapter = plant(tmp_path / "evil<b>", {name: [1.0, 0.5]}, base_model_name_or_path=EVIL)

@@ -106,7 +106,10 @@ def stability(ranks: pd.DataFrame) -> Interval:
 
     Pairs share runs, so they are not independent; see ``seed_intervals.pseudo_values``.
     """
-    taus = kendall_tau(_pivot_ranks(ranks).to_numpy())
+    wide = _pivot_ranks(ranks).to_numpy()
+    if len(wide) < 2:  # tau takes the memory of all pairs of modules
+        return Interval(np.nan, np.nan, np.nan, len(wide))
+    taus = kendall_tau(wide)
     return jackknife_estimate(pseudo_values(taus)).interval((1 - CONFIDENCE) / 2)
 
 

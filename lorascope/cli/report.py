@@ -25,7 +25,7 @@ def main(
     verify: bool = False,
     json: bool = False,
 ) -> int:
-    """Write the report card of an adapter or a run: findings, figures, one row per module, and what was not checked.
+    """Write the report card of an adapter or a run: findings, figures, a table of modules, and what was not checked.
 
     The card is one HTML file that works offline and carries its tables. --verify builds such a page again from its
     tables, and prints where it differs; the exit code is 1 if it does. Several adapters or runs are shown side by side.

@@ -28,6 +28,7 @@ from lorascope.runs.result import Result
 
 MAX_ROWS = 2**18
 """Maximum rows of a table of a card: enough for two adapters with 100,000 modules each."""
+_MOST_VALUES = 20_000  # in a table of a figure; more do not fit into a page of 6 MiB
 # Figures that show how well a run trained, and then where its update is; the others follow by topic.
 _FIRST = (
     "training_curves",
@@ -167,7 +168,10 @@ def _draw(runs: dict[str, Result], unseen: dict[str, str]) -> Iterator[tuple[str
         except ValueError as error:
             unseen[name] = printable(error)
             continue
-        if _has_one_value(panel.chart):
+        values = max(len(table) for chart in panel.chart.charts() for _, table in chart.tables())
+        if values > _MOST_VALUES:
+            unseen[name] = f"too many values for a page ({values:,}): lorascope plot {name}"
+        elif _has_one_value(panel.chart):
             dots.append((name, panel))
         else:
             yield name, panel

@@ -26,6 +26,7 @@ from lorascope.runs.result import Result
 
 _FIGURE = re.compile("<figure>.*?</figure>", re.DOTALL)
 _PAGE_BYTES = 6 * 2**20  # plotly.js takes 4.6 MiB
+_MOST_ROWS = 1000  # modules in the table of a page; 20,000 would take 6 MiB, and the page carries them as Parquet
 _COLUMNS = {"least_rank": "lowest rank", "most_rank": "highest rank"}
 LIMITS = (
     "A check reports only what numbers can show. A mistake that gives the same numbers as a choice is not reported, so "
@@ -137,8 +138,16 @@ def _sections(card: Card) -> Iterator[Section]:
             notes.append(f"{label}: {note}".removeprefix(": "))
     yield Section("findings", "Findings", "" if findings else "No findings.", findings=findings, notes=notes)
     yield Section("figures", "Figures", figures=list(card.figures()))
-    tables = {"Roles": _known_columns(card.table("roles")), "Modules": _known_columns(card.table("modules"))}
-    yield Section("modules", "Modules", tables=tables)
+    modules, lead = card.table("modules"), ""
+    if len(modules) > _MOST_ROWS:
+        lead = (
+            f"The table shows the {_MOST_ROWS:,} of {len(modules):,} modules with the largest updates; "
+            "lorascope export PATH --table modules.csv --summary writes all."
+        )
+        largest = modules["update_norm"].sort_values(ascending=False, kind="stable").index[:_MOST_ROWS]
+        modules = modules.loc[largest.sort_values()].reset_index(drop=True)
+    tables = {"Roles": _known_columns(card.table("roles")), "Modules": _known_columns(modules)}
+    yield Section("modules", "Modules", lead, tables=tables)
     lead = "What was not checked or drawn, and what it would need."
     yield Section("unchecked", "Not checked", lead, tables={"Not checked": _unchecked(card)})
     yield Section("limits", "Limits", notes=LIMITS)

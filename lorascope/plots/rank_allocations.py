@@ -16,6 +16,8 @@ from lorascope.plots.builders import curves, heat_by_role, metric_bars, ticks_at
 from lorascope.plots.figure_registry import figure, gather_runs
 from lorascope.plots.run_groups import Cohort, Group, Runs, define, join_by_label, require_counts
 
+# Kendall's tau and its 200 random draws take the time of all pairs of modules: 10 s for this many modules.
+_MOST_COMPARED = 1000
 _MOST_COLUMNS = 26  # largest number of columns of cells in one row of panels
 _THIS_STEP, _SUM = "total rank, this step", "total rank"
 _SPREAD = "in brackets, where there is room, the smallest and largest of the seeds (also in the data)"
@@ -247,9 +249,12 @@ def _cap(cohort: Cohort, group: Group) -> int | None:
 
 def _agreements(cohort: Cohort, ranks: pd.DataFrame) -> list[str]:
     """Describe the agreement of seeds of every recipe that has several: Kendall's tau and its random baseline."""
-    taus, statistic = [], "Kendall's τ of the module ranks between seeds, mean over pairs"
+    taus, sentences, statistic = [], [], "Kendall's τ of the module ranks between seeds"
     for group in cohort.groups:
         of_recipe = ranks[ranks["recipe"] == group.label]
+        if len(group.runs) > 1 and of_recipe["module"].nunique() > _MOST_COMPARED:
+            sentences.append(f"{statistic} is not computed for more than {_MOST_COMPARED:,} modules.")
+            continue
         mean, low, high, _ = rank_allocations.stability(of_recipe)
         if np.isfinite(mean):
             tau = f"{mean:.2f}"
@@ -257,12 +262,11 @@ def _agreements(cohort: Cohort, ranks: pd.DataFrame) -> list[str]:
                 tau += f" [{low:.2f}, {high:.2f}]"
             limit = np.nanquantile(rank_allocations.random_stability(of_recipe, _cap(cohort, group)), 0.95)
             taus.append(f"{group.label}: {tau} (random: 95th percentile {limit:.2f})")
-    if not taus:
-        return []
-    text = "; ".join(taus)
-    if "[" in text:
-        statistic += " [95% jackknife t-interval over seeds]"
-    return [f"{statistic}, {text}."]
+    if taus:
+        text = "; ".join(taus)
+        statistic += ", mean over pairs" + " [95% jackknife t-interval over seeds]" * ("[" in text)
+        sentences.append(f"{statistic}, {text}.")
+    return list(dict.fromkeys(sentences))
 
 
 def _spent_parameters(cohort: Cohort) -> str:
